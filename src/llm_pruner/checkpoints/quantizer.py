@@ -1,0 +1,247 @@
+"""The hook by which ``from_pretrained`` loads models whose layers differ in size.
+
+transformers lets a *quantizer* change a model between building it on the meta device and loading
+its weights. Nothing is quantized here: the hook drops layers and reshapes parameters, the weights
+load as they are, and what results is an ordinary model. Importing this module registers the hook.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from llm_pruner.checkpoints.meta import get_path, set_path
+from llm_pruner.checkpoints.recipe import Recipe, from_json, to_json
+from llm_pruner.errors import UserError
+
+QUANT_METHOD = "llm_pruner"
+
+
+@register_quantization_config(QUANT_METHOD)
+class PrunedConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a pruned checkpoint; holds a recipe.
+
+    Raises:
+        UserError: the recipe is of another format version or cannot be read.
+    """
+
+    def __init__(self, **data: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.recipe = from_json(data)
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> PrunedConfig:
+        """Wrap a recipe."""
+        return cls(**to_json(recipe))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what config.json holds."""
+        return {"quant_method": QUANT_METHOD, **to_json(self.recipe)}
+
+    def __iter__(self) -> Any:
+        yield from self.to_dict().items()
+
+
+@register_quantizer(QUANT_METHOD)
+class PrunedQuantizer(HfQuantizer):
+    """Builds the dense skeleton, cuts it to the recipe's sizes, and leaves an ordinary model."""
+
+    requires_calibration = False
+    quantization_config: PrunedConfig
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Return the config that builds the dense skeleton; the last hook before it is built.
+
+        Layers may depend on their index (``layer_types``, dense layers before sparse ones), so
+        the model is built with all of them and loses the removed ones afterwards.
+        """
+        recipe = self.quantization_config.recipe
+        self._kept_config = {path: get_path(config, path) for path in recipe.dense_config}
+        config = copy.deepcopy(config)
+        for path, value in recipe.dense_config.items():
+            set_path(config, path, value)
+        return config
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        recipe = self.quantization_config.recipe
+        keep_layers_(model, recipe)
+        set_config_(model, self._kept_config)
+        reshape_parameters_(model, recipe)
+        reshape_persistent_buffers_(model, recipe)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        recipe = self.quantization_config.recipe
+        # Buffers that no checkpoint holds have just been computed from the config, in dense size.
+        slice_computed_buffers_(model, recipe)
+        set_attributes_(model, recipe)
+        # From here on this is a model like any other: it can be cast, trained in full and saved.
+        # The recipe stays in its config, which a later ``save_pretrained`` writes.
+        model.is_quantized = False
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config._is_quantized = False
+        for mark in ("hf_quantizer", "quantization_method"):
+            if mark in vars(model):
+                delattr(model, mark)
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """Saving again is fine."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Training is fine, with and without adapters."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Training every weight is fine."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Compiling is fine."""
+        return True
+
+
+def keep_layers_(model: nn.Module, recipe: Recipe) -> None:
+    """Drop the layers that the recipe does not keep.
+
+    Raises:
+        UserError: a module list that the model does not have, or an index that it does not have.
+    """
+    for path, kept in recipe.layers.items():
+        try:
+            layers = model.get_submodule(path)
+        except AttributeError:
+            layers = None
+        if not isinstance(layers, nn.ModuleList):
+            raise _mismatch(model, f"keeps layers of {path!r}, which is no module list")
+        if not kept or kept[-1] >= len(layers):
+            raise _mismatch(model, f"keeps layers {kept} of {path}, which has {len(layers)}")
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, type(layers)(layers[index] for index in kept))
+
+
+def set_config_(model: PreTrainedModel, values: dict[str, Any]) -> None:
+    """Set config values in every config object of the model; submodels may hold copies."""
+    dense = {path: get_path(model.config, path) for path in values}
+    configs = {id(config): config for config in _configs(model.modules())}
+    for path, value in values.items():
+        set_path(model.config, path, value)
+        name = path.rpartition(".")[2]
+        for config in configs.values():
+            # A copy is one that still says what the dense config said.
+            if config is not model.config and getattr(config, name, None) == dense[path]:
+                setattr(config, name, value)
+
+
+def _configs(modules: Iterable[nn.Module]) -> Iterable[PreTrainedConfig]:
+    for module in modules:
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            yield config
+
+
+def reshape_parameters_(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Give meta parameters the shapes of the recipe, tied ones under each of their names.
+
+    Raises:
+        UserError: a parameter that the model does not have, or a shape that is no smaller one.
+    """
+    shapes = dict(recipe.shapes)
+    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
+        for name, other in ((target, source), (source, target)):
+            if other in shapes:
+                shapes.setdefault(name, shapes[other])
+    for name, shape in shapes.items():
+        owner, _, attribute = name.rpartition(".")
+        try:
+            module = model.get_submodule(owner)
+            old = module.get_parameter(attribute)
+        except AttributeError:
+            raise _mismatch(model, f"shapes a parameter {name!r} that it does not have") from None
+        _check_shape(model, name, tuple(old.shape), shape)
+        new = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
+        new.__dict__.update(vars(old))  # marks that loaders leave on parameters
+        setattr(module, attribute, new)
+
+
+def _check_shape(model: nn.Module, name: str, old: tuple[int, ...], new: tuple[int, ...]) -> None:
+    if len(old) != len(new) or any(a < b for a, b in zip(old, new, strict=True)):
+        raise _mismatch(model, f"gives {name} the shape {new}, and the dense model has {old}")
+
+
+def reshape_persistent_buffers_(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Cut the buffers that the checkpoint fills to the kept sizes, before they are filled."""
+    computed = {name for name, _ in model.named_non_persistent_buffers()}
+    persistent = {name for name, _ in model.named_buffers()} - computed
+    for name in persistent & recipe.buffers.keys():
+        _select_(model, name, recipe)
+
+
+def slice_computed_buffers_(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Keep the recipe's positions of buffers and tensor attributes that no checkpoint holds."""
+    computed = {name for name, _ in model.named_non_persistent_buffers()}
+    persistent = {name for name, _ in model.named_buffers()} - computed
+    for name in recipe.buffers.keys() - persistent:
+        _select_(model, name, recipe)
+
+
+def _select_(model: nn.Module, name: str, recipe: Recipe) -> None:
+    owner, _, attribute = name.rpartition(".")
+    try:
+        module = model.get_submodule(owner)
+        tensor = getattr(module, attribute)
+    except AttributeError:
+        raise _mismatch(model, f"slices a buffer {name!r} that it does not have") from None
+    for dim, kept in recipe.buffers[name].items():
+        if dim >= tensor.ndim or not kept or kept[-1] >= tensor.shape[dim]:
+            raise _mismatch(
+                model, f"keeps positions of {name} that its shape {tuple(tensor.shape)} lacks"
+            )
+        index = torch.tensor(kept, device=tensor.device)
+        tensor = tensor.index_select(dim, index)
+    setattr(module, attribute, tensor)
+
+
+def set_attributes_(model: nn.Module, recipe: Recipe) -> None:
+    """Set module attributes; a dotted one is set on the module's own copy of that object.
+
+    Raises:
+        UserError: a module or attribute that the model does not have.
+    """
+    for name, values in recipe.attributes.items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise _mismatch(model, f"sets attributes of {name!r}, which it lacks") from None
+        owned: set[str] = set()
+        for path, value in values.items():
+            owner: Any = module
+            *parents, attribute = path.split(".")
+            for depth, parent in enumerate(parents):
+                prefix = ".".join(parents[: depth + 1])
+                if not hasattr(owner, parent):
+                    raise _mismatch(model, f"sets {path!r} of {name}, which it lacks")
+                if prefix not in owned:
+                    setattr(owner, parent, copy.copy(getattr(owner, parent)))
+                    owned.add(prefix)
+                owner = getattr(owner, parent)
+            if not hasattr(owner, attribute):
+                raise _mismatch(model, f"sets {path!r} of {name}, which it lacks")
+            setattr(owner, attribute, value)
+
+
+def _mismatch(model: nn.Module, what: str) -> UserError:
+    return UserError(
+        f"the pruning recipe in config.json {what}, so it does not fit {type(model).__name__} "
+        "as this transformers builds it; use the config.json that belongs to these weights"
+    )

@@ -1,0 +1,189 @@
+"""Save a pruned model as an ordinary Hugging Face folder, with its plan beside the weights."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from llm_pruner.checkpoints.atomic import atomic_directory, umask
+from llm_pruner.checkpoints.meta import build_meta, get_path, set_path, sizes
+from llm_pruner.checkpoints.quantizer import (
+    QUANT_METHOD,
+    PrunedConfig,
+    keep_layers_,
+    reshape_parameters_,
+    reshape_persistent_buffers_,
+    set_attributes_,
+    set_config_,
+    slice_computed_buffers_,
+)
+from llm_pruner.checkpoints.recipe import Recipe, compose, from_edits, from_json
+from llm_pruner.checkpoints.stock import layer_values, stock_config
+from llm_pruner.errors import LLMPrunerError, UserError
+from llm_pruner.types import Edits
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A folder that ``from_pretrained`` loads.
+
+    Attributes:
+        kind: ``stock`` needs nothing but transformers; ``recipe`` needs ``import llm_pruner``.
+        path: the folder.
+        bytes: size of all files in it.
+    """
+
+    kind: Literal["stock", "recipe"]
+    path: Path
+    bytes: int
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    out: Path,
+    *,
+    edits: Edits,
+    plan_json: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+    dense_config: PreTrainedConfig | None = None,
+) -> SavedCheckpoint:
+    """Write safetensors, config.json, generation config, tokenizer and plan.json to ``out``.
+
+    Args:
+        model: the pruned model; comes back as it was.
+        out: the folder; appears only once it is complete.
+        edits: what surgery changed since the model was loaded.
+        plan_json: content of ``plan.json``.
+        tokenizer: saved beside the weights, or None.
+        overwrite: replace a folder that has content.
+        max_shard_size: largest weight file, such as ``100MB``.
+        dense_config: config of the model before surgery; needed if surgery changed
+            ``model.config``.
+
+    Raises:
+        UserError: ``out`` exists and is not empty and ``overwrite`` is false, or the model is
+            quantized.
+        LLMPrunerError: the edits do not lead from the dense config to this model.
+    """
+    config, kind = _pruned_config(model, edits, dense_config or model.config)
+    with atomic_directory(out, overwrite) as folder:
+        with _config_in_place(model, config), _silent_writing():
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+        (folder / "plan.json").write_text(plan_json, encoding="utf-8", newline="\n")
+        for file in folder.rglob("*"):
+            if file.is_file():  # safetensors makes its files private
+                file.chmod(0o666 & ~umask())
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return SavedCheckpoint(kind, Path(out), size)
+
+
+def _pruned_config(
+    model: PreTrainedModel, edits: Edits, dense_config: PreTrainedConfig
+) -> tuple[PreTrainedConfig, Literal["stock", "recipe"]]:
+    dense_config, recipe = _dense_and_recipe(dense_config, edits)
+    total = Edits(recipe.shapes, recipe.buffers, recipe.attributes, recipe.layers)
+    stock = stock_config(dense_config, model, total)
+    if stock is not None:
+        return stock, "stock"
+    changed = layer_values(type(model), dense_config, recipe.layers) or {}
+    before = {path: get_path(dense_config, path) for path in changed}
+    recipe = _checked(model, dense_config, replace(recipe, dense_config=before), changed)
+    config = copy.deepcopy(dense_config)
+    for path, value in changed.items():
+        set_path(config, path, value)
+    config.quantization_config = PrunedConfig.from_recipe(recipe)
+    return config, "recipe"
+
+
+def _dense_and_recipe(config: PreTrainedConfig, edits: Edits) -> tuple[PreTrainedConfig, Recipe]:
+    """Return the config of the unpruned model and all edits since; pruned models may come again."""
+    config = copy.deepcopy(config)
+    recipe = from_edits(edits)
+    previous = getattr(config, "quantization_config", None)
+    if previous is None:
+        return config, recipe
+    data = previous if isinstance(previous, dict) else previous.to_dict()
+    if data.get("quant_method") != QUANT_METHOD:
+        raise UserError(
+            f"the model is quantized with {data.get('quant_method')}, and pruned weights cannot be "
+            "saved in that form; load it without quantization"
+        )
+    first = from_json(data)
+    del config.quantization_config
+    for path, value in first.dense_config.items():
+        set_path(config, path, value)
+    return config, compose(first, recipe)
+
+
+def _checked(
+    model: PreTrainedModel,
+    dense_config: PreTrainedConfig,
+    recipe: Recipe,
+    kept_config: dict[str, Any],
+) -> Recipe:
+    """Apply the recipe to a model without weights and compare the result with ``model``.
+
+    Numbers that modules of ``model`` hold and the recipe does not give are added to it, so that
+    what loads is what was verified.
+    """
+    rebuilt = build_meta(type(model), dense_config)
+    keep_layers_(rebuilt, recipe)
+    set_config_(rebuilt, kept_config)
+    reshape_parameters_(rebuilt, recipe)
+    reshape_persistent_buffers_(rebuilt, recipe)
+    slice_computed_buffers_(rebuilt, recipe)
+    set_attributes_(rebuilt, recipe)
+    found, wanted = sizes(rebuilt), sizes(model)
+    attributes = {name: dict(values) for name, values in recipe.attributes.items()}
+    wrong = []
+    for key in found.keys() | wanted.keys():
+        what, name, detail = key
+        if found.get(key) == wanted.get(key):
+            continue
+        if what != "attribute":
+            wrong.append(f"{name} dimension {detail}: {found.get(key)} for {wanted.get(key)}")
+        elif key in found and key in wanted:
+            attributes.setdefault(name, {})[detail] = wanted[key]
+    if wrong:
+        raise LLMPrunerError(
+            f"the recorded edits do not rebuild the pruned model, so nothing was saved; "
+            f"{len(wrong)} sizes differ: {'; '.join(sorted(wrong)[:3])}"
+        )
+    return replace(recipe, attributes=attributes)
+
+
+@contextmanager
+def _config_in_place(model: PreTrainedModel, config: PreTrainedConfig) -> Iterator[None]:
+    """Let ``model`` be saved with another config."""
+    own = model.config
+    model.config = config
+    try:
+        yield
+    finally:
+        model.config = own
+
+
+@contextmanager
+def _silent_writing() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # Said of every model that a device map has put on the CPU.
+            warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded")
+            yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

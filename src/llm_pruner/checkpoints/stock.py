@@ -1,0 +1,332 @@
+"""Config values that give a pruned model's sizes, where there are any.
+
+No key is known by name. Each integer of the config is changed on a model without weights, which
+shows the sizes that it governs; from them follows the value that each key needs. What counts is the
+last step: the config found must build exactly the pruned model, in every shape, every number that a
+module holds and every buffer that loading computes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeGuard
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from llm_pruner.checkpoints.meta import (
+    Sizes,
+    build_meta,
+    computed_buffers,
+    get_path,
+    quiet,
+    set_path,
+    sizes,
+)
+from llm_pruner.types import Edits
+
+_OPTIONAL_TRIALS = (64, 128)
+_CONVENTIONAL_KEYS = ("head_dim",)
+"""Keys that models read from any config that has them, though their config class names none."""
+
+
+def stock_config(
+    dense_config: PreTrainedConfig, pruned_model: PreTrainedModel, edits: Edits
+) -> PreTrainedConfig | None:
+    """Return a plain config that builds the pruned model, or None if there is none.
+
+    Args:
+        dense_config: config of the model before pruning; is not changed.
+        pruned_model: the model as surgery left it.
+        edits: what surgery did. Pruned buffers exclude a plain config: only the sizes of tables
+            such as the rotary one follow from a config, never which positions were kept.
+    """
+    if edits.buffers:
+        return None
+    dense_config = copy.deepcopy(dense_config)
+    if hasattr(dense_config, "quantization_config"):
+        del dense_config.quantization_config
+    model_class = type(pruned_model)
+    start = layer_values(model_class, dense_config, edits.layers) if edits.layers else {}
+    if start is None:
+        return None
+    target = sizes(pruned_model)
+    solver = _Solver(model_class, dense_config, start)
+    values = solver.solve(target)
+    if values is None:
+        return None
+    found = _accepted(solver.config(values), pruned_model, target, edits)
+    # Keys that the dense config leaves open stay open where the result is the same.
+    for path in [path for path in values if solver.is_open(path)]:
+        fewer = {other: value for other, value in values.items() if other != path}
+        if config := _accepted(solver.config(fewer), pruned_model, target, edits):
+            values, found = fewer, config
+    return found
+
+
+def layer_values(
+    model_class: type[PreTrainedModel],
+    dense_config: PreTrainedConfig,
+    layers: Mapping[str, tuple[int, ...]],
+) -> dict[str, Any] | None:
+    """Return the config values that change with removed layers, by dotted path, or None.
+
+    They are the integer that sets the length of the module list, found by changing each integer
+    of that value, and the lists with one entry a layer (such as ``layer_types``), which keep the
+    entries of the kept layers. None if no integer sets the length of one of the lists.
+    """
+    values: dict[str, Any] = {}
+    dense = sizes(build_meta(model_class, dense_config))
+    for name, kept in layers.items():
+        count = dense.get(("list", name, "len"))
+        lists = {
+            path: value
+            for path, value in _entries(dense_config)
+            if isinstance(value, list) and len(value) == count
+        }
+        for path, value in _entries(dense_config):
+            if not _is_size(value) or value != count:
+                continue
+            shorter = {path: len(kept)} | {
+                key: [entries[index] for index in kept] for key, entries in lists.items()
+            }
+            found = _try_sizes(model_class, dense_config, shorter)
+            if found is not None and found.get(("list", name, "len")) == len(kept):
+                values |= shorter
+                break
+        else:
+            return None
+    return values
+
+
+class _Solver:
+    """Finds the value that every integer key needs for given sizes."""
+
+    def __init__(
+        self,
+        model_class: type[PreTrainedModel],
+        dense_config: PreTrainedConfig,
+        start: Mapping[str, Any],
+    ) -> None:
+        self._model_class = model_class
+        self._dense = dense_config
+        self._start = dict(start)
+        self._open: set[str] = set()
+        self._cache: dict[tuple[tuple[str, int], ...], Sizes | None] = {}
+
+    def is_open(self, path: str) -> bool:
+        """Say whether the dense config leaves the key unset."""
+        return path in self._open
+
+    def config(self, values: Mapping[str, int]) -> PreTrainedConfig:
+        """Return the dense config with layer values and ``values`` set; nothing is validated."""
+        return _with_values(self._dense, self._start | dict(values))
+
+    def sizes(self, values: Mapping[str, int]) -> Sizes | None:
+        """Return the sizes that ``values`` give, or None if no model can be built with them."""
+        key = tuple(sorted(values.items()))
+        if key not in self._cache:
+            all_values = self._start | dict(values)
+            self._cache[key] = _try_sizes(self._model_class, self._dense, all_values)
+        return self._cache[key]
+
+    def solve(self, target: Sizes) -> dict[str, int] | None:
+        """Return key -> value for all keys that govern a size that must change, or None.
+
+        A size may depend on several keys (heads times head size). Keys are settled one after
+        another, each from sizes in which no other unsettled key takes part; if there is no such
+        key, one stays as it is.
+        """
+        values = self._settle_open()
+        base = self.sizes(values)
+        if base is None:
+            return None
+        keys = [path for path, value in _entries(self.config(values)) if _is_size(value)]
+        effects = {path: effect for path in keys if (effect := self._effect(path, values, base))}
+        changed = {key for key in base if key in target and base[key] != target[key]}
+        if not changed:
+            return values
+        origin = dict(values)
+        unsettled = [path for path in effects if effects[path] & changed]
+        while unsettled:
+            path, deciding = self._next(unsettled, effects)
+            unsettled.remove(path)
+            value = self._value(path, values, deciding, target)
+            if value is None:
+                # Values on the way may be refused (heads that no longer divide the hidden size);
+                # the dense ones are not, and do for sizes that no other key takes part in.
+                value = self._value(path, origin, _alone(path, effects, effects), target)
+            if value is not None:
+                values[path] = value
+        return values
+
+    def _settle_open(self) -> dict[str, int]:
+        """Return explicit values of keys that the config leaves open, such that nothing changes.
+
+        An open key follows from another one (an FFN of four times the hidden size), which a
+        pruned model may have to set by itself.
+        """
+        values: dict[str, int] = {}
+        base = self.sizes({})
+        if base is None:
+            return values
+        candidates = [path for path, value in _entries(self._dense) if value is None]
+        candidates += [
+            prefix + name
+            for prefix, config in _levels(self._dense)
+            for name in _CONVENTIONAL_KEYS
+            if not hasattr(config, name)
+        ]
+        for path in candidates:
+            if path.endswith("_id"):
+                continue
+            first, second = (self.sizes({path: trial}) for trial in _OPTIONAL_TRIALS)
+            if first is None or second is None:
+                continue
+            moved = {key for key in first if key in second and first[key] != second[key]}
+            votes = _votes(moved, first, second, base, _OPTIONAL_TRIALS)
+            for value, _ in votes.most_common(3):
+                if self.sizes({path: value}) == base:
+                    values[path] = value
+                    self._open.add(path)
+                    break
+        return values
+
+    def _effect(self, path: str, values: dict[str, int], base: Sizes) -> set[Any]:
+        """Return the sizes that the key governs: those that differ once it is changed."""
+        current = values.get(path) or get_path(self._dense, path)
+        for trial in _trials(current):
+            other = self.sizes(values | {path: trial})
+            if other is not None:
+                return {key for key in base if key in other and base[key] != other[key]}
+        return set()
+
+    def _next(self, unsettled: list[str], effects: Mapping[str, set[Any]]) -> tuple[str, set[Any]]:
+        for path in unsettled:
+            if alone := _alone(path, unsettled, effects):
+                return path, alone
+        return unsettled[-1], set()
+
+    def _value(
+        self, path: str, values: dict[str, int], deciding: set[Any], target: Sizes
+    ) -> int | None:
+        """Return the value of one key that brings the deciding sizes to the target."""
+        current = values.get(path) or get_path(self._dense, path)
+        base = self.sizes(values)
+        for trial in _trials(current):
+            other = self.sizes(values | {path: trial})
+            if base is None or other is None:
+                continue
+            votes = _votes(deciding, base, other, target, (current, trial))
+            best, matches = None, -1
+            for value, _ in votes.most_common(3):
+                found = self.sizes(values | {path: value})
+                hits = 0 if found is None else sum(found[k] == target.get(k) for k in deciding)
+                if hits > matches:
+                    best, matches = value, hits
+            if best is not None:
+                return best
+        return None
+
+
+def _alone(path: str, paths: Iterable[str], effects: Mapping[str, set[Any]]) -> set[Any]:
+    """Return the sizes that only this one of the keys governs."""
+    return effects[path].difference(*(effects[other] for other in paths if other != path))
+
+
+def _votes(
+    keys: Iterable[Any], first: Sizes, second: Sizes, target: Sizes, at: tuple[int, int]
+) -> Counter[int]:
+    """Count the integers that linear sizes, known at two values of a key, need for the target."""
+    votes: Counter[int] = Counter()
+    for key in keys:
+        a, b, t = first.get(key), second.get(key), target.get(key)
+        if not (_is_integer(a) and _is_integer(b) and _is_integer(t)) or a == b:
+            continue
+        steps = (t - a) * (at[1] - at[0])
+        value, rest = divmod(steps, b - a)
+        if rest == 0 and at[0] + value >= 1:
+            # Sizes of parameters are worth more: attributes may be quotients.
+            votes[at[0] + value] += 3 if key[0] == "parameter" else 1
+    return votes
+
+
+def _accepted(
+    config: PreTrainedConfig, pruned: PreTrainedModel, target: Sizes, edits: Edits
+) -> PreTrainedConfig | None:
+    """Return the config as loading will read it if it builds exactly the pruned model."""
+    try:
+        with quiet():
+            # Unlike the trials, this validates the config, as loading does.
+            config = type(config).from_dict(config.to_dict())
+        model = build_meta(type(pruned), config)
+        if sizes(model) != target or not _agree(model, edits):
+            return None
+        computed = computed_buffers(model)
+    except Exception:  # any failure of code that is not ours means: not this config
+        return None
+    # A cast model has cast its buffers too, so the comparison is in the model's precision.
+    present = dict(pruned.named_buffers())
+    same = all(
+        name in present and torch.equal(present[name].cpu(), buffer.to(present[name].dtype))
+        for name, buffer in computed.items()
+    )
+    return config if same else None
+
+
+def _agree(model: nn.Module, edits: Edits) -> bool:
+    """Say whether every edited attribute, dotted ones too, already has its value."""
+    for name, values in edits.attributes.items():
+        module = model.get_submodule(name)
+        if any(get_path(module, path) != value for path, value in values.items()):
+            return False
+    return True
+
+
+def _try_sizes(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, values: Mapping[str, Any]
+) -> Sizes | None:
+    try:
+        return sizes(build_meta(model_class, _with_values(config, values)))
+    except Exception:  # a model may refuse values in any way; then they show nothing
+        return None
+
+
+def _with_values(config: PreTrainedConfig, values: Mapping[str, Any]) -> PreTrainedConfig:
+    changed = copy.deepcopy(config)
+    for path, value in values.items():
+        set_path(changed, path, value)
+    return changed
+
+
+def _levels(config: PreTrainedConfig) -> Iterator[tuple[str, PreTrainedConfig]]:
+    """Yield the config and, if it nests one, the config of its text model, with path prefixes."""
+    yield "", config
+    text = config.get_text_config(decoder=True)
+    for name in vars(config):
+        if text is not config and getattr(config, name, None) is text:
+            yield f"{name}.", text
+
+
+def _entries(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
+    for prefix, level in _levels(config):
+        for name, value in level.to_dict().items():
+            if not name.startswith("_") and hasattr(level, name):
+                yield prefix + name, value
+
+
+def _is_integer(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_size(value: Any) -> bool:
+    """Say whether a config value can be a size that shrinks: an integer of at least 2."""
+    return _is_integer(value) and value >= 2
+
+
+def _trials(value: int) -> tuple[int, ...]:
+    """Return values to try instead: doubling keeps divisibility, the others avoid other limits."""
+    return tuple(trial for trial in (2 * value, value + 1, value // 2) if trial >= 1)

@@ -1,0 +1,170 @@
+"""Calibration data: token windows of full length, without padding."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_pruner.data.records import join_records, record_format
+from llm_pruner.data.selfmade import write_text
+from llm_pruner.data.specials import added_tokens
+from llm_pruner.data.text import SELF, Documents, load_documents
+from llm_pruner.errors import UserError
+
+SHORT_DOCUMENT = 200
+"""Documents with fewer characters than this on average are lines of a running text."""
+MAX_TEXT_CHARACTERS = 4_000_000
+"""Of a longer running text only the beginning is tokenised, unless more is needed."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token windows for calibration.
+
+    Attributes:
+        input_ids: shape (samples, seq_len), int64, on the CPU; every position is a real token.
+        source: what the user named.
+        settings: what a plan records: source, name, split, text_field, samples, seq_len, seed and
+            the fingerprint of ``input_ids``.
+    """
+
+    input_ids: torch.Tensor
+    source: str
+    settings: dict[str, Any] = field(repr=False)
+
+
+def build_calibration(
+    source: str,
+    tokenizer: Any,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    model: Any = None,
+    text_field: str | None = None,
+    split: str | None = None,
+) -> Calibration:
+    """Return ``samples`` windows of exactly ``seq_len`` tokens.
+
+    Documents are tokenised in an order shuffled by ``seed``, put one behind the other, and the
+    stream is cut into windows until there are enough. They are parted as the tokenizer parts them,
+    by the special tokens that it adds (BOS, EOS); if it adds none, by a blank line.
+
+    A running text (a ``.txt`` file, the rows of WikiText or Penn Treebank, documents shorter than
+    ``SHORT_DOCUMENT`` characters on average) stays in its order as one document, and ``seed`` draws
+    among all of its windows.
+
+    Where the tokenizer adds BOS, every window starts with it.
+
+    Args:
+        source: see ``load_documents``; ``self`` has the model write the text, see ``write_text``.
+        model: needed for ``self`` alone.
+
+    Raises:
+        UserError: the source cannot be read, or holds too few tokens.
+    """
+    if samples < 1:
+        raise UserError(f"samples={samples} calibrates on nothing; use at least 1")
+    if seq_len < 2:
+        raise UserError(f"seq_len={seq_len} predicts no token; use at least 2")
+    name, used_split = source, None
+    if source == SELF:
+        if model is None:
+            raise UserError("source 'self' needs the model that writes the text")
+        input_ids = write_text(model, tokenizer, samples=samples, seq_len=seq_len, seed=seed)
+        name = "text sampled from the model"
+    else:
+        # Enough documents even where each is one short sentence; a local file is read whole.
+        streamed = max(1000, samples * seq_len // 4)
+        documents = load_documents(
+            source,
+            split=split,
+            text_field=text_field,
+            limit=None if _is_local(source) else streamed,
+        )
+        name, used_split = documents.name, documents.split
+        input_ids = pack(documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed)
+    settings = {
+        "source": source,
+        "name": name,
+        "split": used_split,
+        "text_field": text_field,
+        "samples": samples,
+        "seq_len": seq_len,
+        "seed": seed,
+        "fingerprint": hashlib.sha256(input_ids.numpy().tobytes()).hexdigest()[:16],
+    }
+    return Calibration(input_ids, source, settings)
+
+
+def pack(
+    documents: Documents, tokenizer: Any, *, samples: int, seq_len: int, seed: int
+) -> torch.Tensor:
+    """Cut documents into windows, int64 of shape (samples, seq_len); see ``build_calibration``.
+
+    Raises:
+        UserError: there are too few tokens; says how many, and what would fit.
+    """
+    prefix, suffix = added_tokens(tokenizer)
+    fresh = seq_len - len(prefix)  # tokens of text in a window
+    if fresh < 1:
+        raise UserError(f"seq_len={seq_len} holds the tokenizer's BOS alone; use a longer one")
+    generator = torch.Generator().manual_seed(seed)
+    needed = samples * fresh
+    running = _running_text(documents)
+    if running is None:
+        texts = [text for text in documents.texts if text.strip()]
+    else:
+        texts = [running[: max(MAX_TEXT_CHARACTERS, 16 * needed)]]
+    parting = "" if running is not None or prefix or suffix else "\n\n"
+    stream: list[int] = []
+    for position in torch.randperm(len(texts), generator=generator).tolist():
+        ids = tokenizer(texts[position] + parting, add_special_tokens=False, verbose=False)
+        stream.extend((*prefix, *ids["input_ids"], *suffix))
+        if len(stream) >= samples * seq_len and running is None:
+            break
+    windows, rest = _cut(stream, prefix, fresh)
+    if len(windows) < samples:
+        tokens = len(windows) * fresh + rest
+        raise UserError(_too_short(documents.name, tokens, samples, seq_len, fresh))
+    if running is not None:
+        drawn = torch.randperm(len(windows), generator=generator)[:samples].tolist()
+        windows = [windows[index] for index in drawn]
+    return torch.tensor([[*prefix, *window] for window in windows[:samples]], dtype=torch.int64)
+
+
+def _cut(stream: list[int], prefix: tuple[int, ...], fresh: int) -> tuple[list[list[int]], int]:
+    """Cut into runs of ``fresh`` tokens and the number of tokens left over.
+
+    A prefix at a cut is skipped: the window brings its own.
+    """
+    windows: list[list[int]] = []
+    start = 0
+    while True:
+        if prefix and tuple(stream[start : start + len(prefix)]) == prefix:
+            start += len(prefix)
+        if start + fresh > len(stream):
+            return windows, len(stream) - start
+        windows.append(stream[start : start + fresh])
+        start += fresh
+
+
+def _too_short(name: str, tokens: int, samples: int, seq_len: int, fresh: int) -> str:
+    fit = tokens // fresh
+    advice = (
+        f"use --samples {fit} or a longer text"
+        if fit
+        else f"use a longer text, or windows of at most {tokens + seq_len - fresh} tokens"
+    )
+    return (
+        f"{name} gives {tokens} tokens; {samples} samples of {seq_len} tokens need "
+        f"{samples * fresh}; {advice}"
+    )
+
+
+def _is_local(source: str) -> bool:
+    return Path(source).expanduser().exists()

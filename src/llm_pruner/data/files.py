@@ -1,0 +1,167 @@
+"""Text out of local files: ``.txt``, ``.jsonl``, ``.json`` and ``.parquet``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from llm_pruner.errors import UserError
+
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+_ALPACA = ("instruction", "input", "output")
+
+
+def read_file(
+    path: Path, *, text_field: str | None = None, limit: int | None = None
+) -> tuple[str, ...]:
+    """Return the documents of a file; a ``.txt`` file is one document, whatever ``limit`` says.
+
+    Raises:
+        UserError: as ``load_documents`` says.
+    """
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give one text file in it ({_suffixes()})")
+    if not path.exists():
+        raise UserError(f"{path} does not exist; check the path of the text file")
+    if suffix not in SUFFIXES:
+        raise UserError(f"{path} has the unknown type {suffix!r}; use {_suffixes()}")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty; give a file with text in it")
+    if suffix == ".txt":
+        return (_decode(path),)
+    if suffix == ".parquet":
+        rows = _parquet_rows(path)
+    elif suffix == ".jsonl":
+        rows = _json_lines(path)
+    else:
+        rows = _json_rows(path)
+    return tuple(islice(texts_of_rows(rows, str(path), text_field), limit))
+
+
+def texts_of_rows(rows: Iterable[Any], name: str, text_field: str | None) -> Iterator[str]:
+    """Yield the text of each row; a row is a string or a mapping from field to value.
+
+    The first row decides which field is read, see ``load_documents``.
+
+    Raises:
+        UserError: a row has no such field, or its value is not a string.
+    """
+    fields: tuple[str, ...] | None = None
+    for number, row in enumerate(rows, start=1):
+        if isinstance(row, str) and text_field is None:
+            yield row
+            continue
+        if not isinstance(row, Mapping):
+            raise UserError(
+                f"{name}: record {number} is {_kind(row)}; each record must be an object with a "
+                "string field"
+            )
+        if fields is None:
+            fields = _text_fields(row, name, text_field)
+        yield "\n\n".join(_values(row, fields, name, number))
+
+
+def _text_fields(row: Mapping[str, Any], name: str, text_field: str | None) -> tuple[str, ...]:
+    if text_field is not None:
+        if text_field not in row:
+            raise UserError(
+                f"{name} has no field {text_field!r}; its fields are {', '.join(map(str, row))}"
+            )
+        return (text_field,)
+    if isinstance(row.get("text"), str):
+        return ("text",)
+    if isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
+        return _ALPACA
+    for field, value in row.items():
+        if isinstance(value, str):
+            return (field,)
+    raise UserError(
+        f"{name} has no string field (fields: {', '.join(map(str, row)) or 'none'}); "
+        "name the text field with --text-field or give a file with text"
+    )
+
+
+def _values(
+    row: Mapping[str, Any], fields: tuple[str, ...], name: str, number: int
+) -> Iterator[str]:
+    for field in fields:
+        value = row.get(field)
+        if fields is _ALPACA and not value:  # "input" may be empty or left out
+            continue
+        if not isinstance(value, str):
+            raise UserError(
+                f"{name}: field {field!r} of record {number} is {_kind(value)}, not a string; "
+                "repair the record or name another field with --text-field"
+            )
+        yield value
+
+
+def _decode(path: Path) -> str:
+    try:
+        # utf-8-sig drops a byte order mark; text mode turns every line end into "\n".
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if "\0" in text:
+        raise UserError(f"{path} holds zero bytes, so it is no text; give a UTF-8 text file")
+    return text
+
+
+def _json_lines(path: Path) -> Iterator[Any]:
+    for number, line in enumerate(_decode(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path}: line {number} is no JSON ({error}); write one JSON object per line"
+            ) from None
+
+
+def _json_rows(path: Path) -> Iterator[Any]:
+    try:
+        content = json.loads(_decode(path))
+    except (ValueError, RecursionError) as error:
+        if "Extra data" in str(error):
+            yield from _json_lines(path)  # JSON lines under the name .json
+            return
+        raise UserError(f"{path} is no JSON ({error}); write a list of objects") from None
+    if isinstance(content, dict):
+        lists = [value for value in content.values() if isinstance(value, list)]
+        content = lists[0] if len(lists) == 1 else [content]
+    if not isinstance(content, list):
+        raise UserError(f"{path} holds {_kind(content)}; write a list of objects")
+    yield from content
+
+
+def _parquet_rows(path: Path) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is no readable Parquet file ({reason})") from None
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "missing"
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    return names.get(type(value), "a number")
+
+
+def _suffixes() -> str:
+    return ", ".join(SUFFIXES[:-1]) + f" or {SUFFIXES[-1]}"

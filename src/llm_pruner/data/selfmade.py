@@ -1,0 +1,152 @@
+"""Calibration text that the model writes itself: no outside data at all."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from llm_pruner.data.specials import added_tokens
+from llm_pruner.errors import UserError
+from llm_pruner.progress import track
+
+TEMPERATURE = 1.0
+MIN_P = 0.02
+"""Tokens less likely than this share of the likeliest one are not drawn.
+
+At temperature 1 without a cut the mean gradient of the model's own loss on its own text is zero by
+construction (the score has mean zero), so that a first-order importance would be noise; and one
+token out of the long tail spoils the rest of a text. A cut relative to the likeliest token
+(arXiv 2407.01082) removes the tail and needs no sorting of the vocabulary.
+"""
+_WORD = re.compile(r"[A-Z][a-z]+")
+
+
+@torch.no_grad()
+def write_text(
+    model: Any,
+    tokenizer: Any,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    batch_size: int = 64,
+    temperature: float = TEMPERATURE,
+    min_p: float = MIN_P,
+) -> torch.Tensor:
+    """Sample ``samples`` sequences of ``seq_len`` tokens, int64 of that shape, on the CPU.
+
+    A sequence starts with what the tokenizer adds before a text (BOS), or else with a vocabulary
+    token that is a whole capitalised word, drawn evenly and, where there are enough, without
+    repetition. Special tokens are never drawn: every sequence is text to its end. Each sequence
+    has its own random numbers, drawn ahead from one generator, so that the batch size does not
+    change them and the global random state is not touched.
+
+    Raises:
+        UserError: the model's logits are not finite, or ``seq_len`` is beyond its positions.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < seq_len:
+        raise UserError(
+            f"seq_len={seq_len} is longer than the model's maximum; use at most {limit}"
+        )
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    starts = _starts(model, tokenizer, samples, generator)
+    if starts.shape[1] > seq_len:
+        raise UserError(f"seq_len={seq_len} holds the tokenizer's BOS alone; use a longer one")
+    uniform = torch.rand(samples, seq_len, generator=generator, dtype=torch.float64)
+    barred = _barred(tokenizer, _vocabulary(model))
+    ids = torch.empty(samples, seq_len, dtype=torch.int64)
+    ids[:, : starts.shape[1]] = starts
+    batches = range(0, samples, batch_size)
+    positions = range(starts.shape[1], seq_len)
+    steps = ((batch, position) for batch in batches for position in positions)
+    training = model.training
+    model.eval()
+    cache: Any = None
+    try:
+        for first, position in track(steps, "Writing text", total=len(batches) * len(positions)):
+            rows = slice(first, min(first + batch_size, samples))
+            if position == positions.start:
+                cache = None
+            # Without a cache the whole text is run again at every step.
+            begin = 0 if cache is None else position - 1
+            tokens = ids[rows, begin:position].to(device)
+            output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
+            cache = getattr(output, "past_key_values", None)
+            logits = output.logits[:, -1].float()
+            if not bool(logits.isfinite().all()):
+                raise UserError(
+                    "the model's logits are not finite while it writes calibration text; load it "
+                    "in float32 or bfloat16, or give a text as calibration data"
+                )
+            ids[rows, position] = _draw(
+                logits.cpu(), uniform[rows, position], barred, temperature, min_p
+            )
+    finally:
+        model.train(training)
+    return ids
+
+
+def _draw(
+    logits: torch.Tensor,
+    uniform: torch.Tensor,
+    barred: torch.Tensor,
+    temperature: float,
+    min_p: float,
+) -> torch.Tensor:
+    """Return one token a row by inverting the cumulative distribution at ``uniform``."""
+    logits[:, barred] = -torch.inf
+    share = torch.softmax(logits / temperature, dim=-1)
+    share[share < min_p * share.amax(dim=-1, keepdim=True)] = 0.0
+    cumulative = share.cumsum(dim=-1, dtype=torch.float64)
+    target = uniform[:, None] * cumulative[:, -1:]
+    # right=True finds the first token whose cumulative share exceeds the target: never one of 0.
+    token = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    return token.clamp(max=logits.shape[1] - 1)
+
+
+def _starts(model: Any, tokenizer: Any, samples: int, generator: torch.Generator) -> torch.Tensor:
+    prefix, _ = added_tokens(tokenizer)
+    if prefix:
+        return torch.tensor(prefix, dtype=torch.int64).expand(samples, -1)
+    words = torch.tensor(_words(tokenizer, _vocabulary(model)), dtype=torch.int64)
+    rounds = [
+        torch.randperm(len(words), generator=generator) for _ in range(-(-samples // len(words)))
+    ]
+    return words[torch.cat(rounds)[:samples]][:, None]
+
+
+def _words(tokenizer: Any, vocabulary: int) -> list[int]:
+    """Return tokens that stand for a capitalised word; any plain token where there is none."""
+    special = _special_ids(tokenizer)
+    plain = [index for index in range(min(vocabulary, len(tokenizer))) if index not in special]
+    found = []
+    for index in plain:
+        text = tokenizer.decode([index])
+        # Encoding it again keeps pieces from inside words away.
+        if _WORD.fullmatch(text) and tokenizer(text, add_special_tokens=False)["input_ids"] == [
+            index
+        ]:
+            found.append(index)
+    return found or plain or [0]
+
+
+def _barred(tokenizer: Any, vocabulary: int) -> torch.Tensor:
+    """Return ids that are never drawn: special tokens, and rows that stand for no token."""
+    ids = {index for index in _special_ids(tokenizer) if index < vocabulary}
+    ids.update(range(len(tokenizer), vocabulary))
+    if len(ids) >= vocabulary:
+        ids = set()
+    return torch.tensor(sorted(ids), dtype=torch.int64)
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])

@@ -1,0 +1,21 @@
+"""What a tokenizer puts around a text by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_PROBE = "a b"
+
+
+def added_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the token ids that the tokenizer adds before and after a text.
+
+    Found by encoding a text with and without special tokens: attributes such as
+    ``add_bos_token`` are missing or wrong for many tokenizers.
+    """
+    whole = list(tokenizer(_PROBE)["input_ids"])
+    bare = list(tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return tuple(whole[:start]), tuple(whole[start + len(bare) :])
+    return (), ()

@@ -1,0 +1,36 @@
+"""Exception types.
+
+Every message says what was given, what follows and what to change, in one line.
+"""
+
+from __future__ import annotations
+
+
+class LLMPrunerError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class UserError(LLMPrunerError):
+    """Something that the user gave must change; the command line exits with code 2."""
+
+
+class PlanError(UserError):
+    """A Plan that cannot be applied; lists every problem found."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = tuple(problems)
+        head = problems[0] if len(problems) == 1 else f"{len(problems)} problems in the plan"
+        tail = "" if len(problems) == 1 else "".join(f"\n  - {problem}" for problem in problems)
+        super().__init__(head + tail)
+
+
+class DiscoveryError(LLMPrunerError):
+    """The model could not be traced."""
+
+
+class InfeasibleError(LLMPrunerError):
+    """Sizes that no assignment of the model's attributes can express; names the group."""
+
+
+class VerificationError(LLMPrunerError):
+    """The pruned model differs from its masked twin; nothing may be saved."""

@@ -1,0 +1,1 @@
+"""Perplexity, size, speed and sample continuations of a model."""

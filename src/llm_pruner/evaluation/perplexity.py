@@ -1,0 +1,234 @@
+"""Perplexity of a causal language model on one text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from llm_pruner.errors import UserError
+from llm_pruner.progress import track
+
+Protocol = Literal["paper", "standard"]
+
+PAPER_WINDOW = 128
+STANDARD_WINDOW = 2048
+_LOGITS_BYTES = 256 * 2**20  # logits of one batch, in the model's own type
+_CHUNK_BYTES = 64 * 2**20  # float32 logits in the loss
+_PROBE = "a b"
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """A corpus as one text: its name, the split (None where there is none) and the text."""
+
+    name: str
+    split: str | None
+    text: str
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """Perplexity and all that a reader needs to compare it.
+
+    Attributes:
+        perplexity: exp(nll).
+        nll: mean negative log-likelihood in nats over the predicted tokens.
+        tokens: number of predicted tokens.
+        corpus: name of the text.
+        split: its split, or None.
+        window: tokens in a window, a leading BOS included.
+        windows: number of windows.
+        protocol: ``paper`` or ``standard``.
+        stderr: standard error of the perplexity from the spread between windows (perplexity times
+            the standard error of the windows' mean loss); None for a single window.
+    """
+
+    perplexity: float
+    nll: float
+    tokens: int
+    corpus: str
+    split: str | None
+    window: int
+    windows: int
+    protocol: Protocol
+    stderr: float | None
+
+
+def perplexity(
+    model: Any,
+    tokenizer: Any,
+    text: EvaluationText,
+    *,
+    protocol: Protocol = "standard",
+    seq_len: int | None = None,
+    max_tokens: int | None = None,
+    batch_size: int | None = None,
+) -> PerplexityResult:
+    """Return the perplexity over windows that do not overlap; an incomplete last one is dropped.
+
+    - ``paper``, as LLM-Pruner (arXiv 2305.11627) measures it: the text is encoded in one piece with
+      the tokenizer's special tokens and cut into windows of 128; so BOS, where the tokenizer adds
+      one, stands in the first window alone. Every window predicts all its tokens but the first.
+    - ``standard``: windows of 2048 tokens, or the model's maximum if that is smaller. Where the
+      tokenizer adds BOS, each window is BOS and ``seq_len - 1`` tokens of text, all of which are
+      predicted; else a window is ``seq_len`` tokens, of which the first is not predicted.
+
+    The loss is computed in float32 and summed in float64, whatever the model's type.
+
+    Args:
+        seq_len: length of a window, in place of the protocol's.
+        max_tokens: read only this many tokens of the encoded text.
+        batch_size: windows in a forward pass; by default as many as keep the logits under 256 MiB.
+
+    Raises:
+        UserError: the text is shorter than a window, a window is longer than the model's maximum,
+            the tokenizer has ids that the model lacks, or a loss is not finite (names the window).
+    """
+    if protocol not in ("paper", "standard"):
+        raise UserError(f"protocol={protocol!r} is unknown; use 'paper' or 'standard'")
+    window = _window_length(model, protocol, seq_len)
+    if max_tokens is not None and max_tokens < 1:
+        raise UserError(
+            f"max_tokens={max_tokens} leaves nothing to evaluate; use at least {window}"
+        )
+    prefix = _prefix(tokenizer) if protocol == "standard" else ()
+    rows = _windows(tokenizer, text, window, max_tokens, prefix, protocol)
+    _check_ids(model, rows)
+    # The tokens of a prefix are never predicted, and without one the first token is not.
+    skipped = max(len(prefix), 1)
+    if batch_size is None:
+        batch_size = _batch_size(model, window)
+    sums = torch.cat(list(_losses(model, rows, text.name, skipped, batch_size)))
+    predicted = window - skipped
+    nll = float(sums.sum()) / (len(rows) * predicted)
+    value = math.exp(nll) if nll < 700 else math.inf
+    spread = float((sums / predicted).std()) / math.sqrt(len(rows)) if len(rows) > 1 else None
+    return PerplexityResult(
+        perplexity=value,
+        nll=nll,
+        tokens=len(rows) * predicted,
+        corpus=text.name,
+        split=text.split,
+        window=window,
+        windows=len(rows),
+        protocol=protocol,
+        stderr=None if spread is None else value * spread,
+    )
+
+
+def maximum_length(model: Any) -> int | None:
+    """Return the longest input that the model's config allows, None where it sets no limit."""
+    config = model.config.get_text_config()
+    value = getattr(config, "max_position_embeddings", None)
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def _window_length(model: Any, protocol: Protocol, seq_len: int | None) -> int:
+    limit = maximum_length(model)
+    if seq_len is None:
+        if protocol == "standard":
+            return STANDARD_WINDOW if limit is None else min(STANDARD_WINDOW, limit)
+        seq_len = PAPER_WINDOW
+    if seq_len < 2:
+        raise UserError(f"seq_len={seq_len} predicts no token; use at least 2")
+    if limit is not None and seq_len > limit:
+        raise UserError(
+            f"a window of {seq_len} tokens is longer than the model's maximum; "
+            f"use --seq-len {limit} or less"
+        )
+    return seq_len
+
+
+def _prefix(tokenizer: Any) -> tuple[int, ...]:
+    """Return the ids that the tokenizer adds before a text."""
+    whole = list(tokenizer(_PROBE)["input_ids"])
+    bare = list(tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return tuple(whole[:start])
+    return ()
+
+
+def _windows(
+    tokenizer: Any,
+    text: EvaluationText,
+    window: int,
+    max_tokens: int | None,
+    prefix: tuple[int, ...],
+    protocol: Protocol,
+) -> torch.Tensor:
+    """Return the windows, int64 of shape (windows, window)."""
+    special = protocol == "paper"
+    encoded = tokenizer(text.text, add_special_tokens=special, verbose=False)["input_ids"]
+    ids = torch.tensor(encoded[:max_tokens], dtype=torch.int64)
+    fresh = window - len(prefix)
+    count = len(ids) // fresh if fresh > 0 else 0
+    if count == 0:
+        advice = "--max-tokens is too small" if len(encoded) >= fresh else "the text is too short"
+        raise UserError(
+            f"{text.name} gives {len(ids)} tokens and one window needs {fresh}: {advice}; "
+            f"use --seq-len {max(len(ids) + len(prefix), 2)} or less, or more text"
+        )
+    head = torch.tensor(prefix, dtype=torch.int64).expand(count, len(prefix))
+    return torch.cat([head, ids[: count * fresh].view(count, fresh)], dim=1)
+
+
+def _check_ids(model: Any, rows: torch.Tensor) -> None:
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    largest = int(rows.max())
+    if largest >= vocabulary:
+        raise UserError(
+            f"the tokenizer gives token {largest} and the model has {vocabulary} tokens; "
+            "use the tokenizer that belongs to the model"
+        )
+
+
+def _batch_size(model: Any, window: int) -> int:
+    weight = model.get_input_embeddings().weight
+    return max(1, _LOGITS_BYTES // (window * int(weight.shape[0]) * weight.element_size()))
+
+
+@torch.no_grad()
+def _losses(
+    model: Any, rows: torch.Tensor, name: str, skipped: int, batch_size: int
+) -> Iterator[torch.Tensor]:
+    """Yield the summed loss of each window of a batch, float64 on the CPU."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        batches = torch.split(rows, batch_size)
+        for number, batch in enumerate(track(batches, f"Perplexity on {name}")):
+            tokens = batch.to(device)
+            logits = model(input_ids=tokens, use_cache=False).logits
+            sums = torch.stack(
+                [
+                    _window_loss(row[skipped - 1 : -1], target[skipped:])
+                    for row, target in zip(logits, tokens, strict=True)
+                ]
+            ).cpu()
+            if not bool(sums.isfinite().all()):
+                bad = int((~sums.isfinite()).nonzero()[0])
+                raise UserError(
+                    f"the loss of window {number * batch_size + bad} of {len(rows)} of {name} is "
+                    f"{float(sums[bad])}; the model is broken or overflows in {logits.dtype}: "
+                    "try float32 or bfloat16"
+                )
+            yield sums
+    finally:
+        model.train(training)
+
+
+def _window_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum of -log softmax(logits)[target], float64; logits (T, V), targets (T,)."""
+    # float32 copies of the logits exist for a chunk of positions only.
+    chunk = max(1, _CHUNK_BYTES // (4 * logits.shape[-1]))
+    total = torch.zeros((), dtype=torch.float64)
+    for part, target in zip(torch.split(logits, chunk), torch.split(targets, chunk), strict=True):
+        each = torch.nn.functional.cross_entropy(part.float(), target, reduction="none")
+        total += each.double().sum().cpu()
+    return total

@@ -1,0 +1,386 @@
+"""From a trace to groups: which units a model has, of what kind, and what binds them."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from llm_pruner.errors import InfeasibleError
+from llm_pruner.tracing.graph import Graph
+from llm_pruner.tracing.lengths import SizeSystem, reduce_constraints
+from llm_pruner.tracing.run import Forward, forward_with_cache, named_tensors, run_trace
+from llm_pruner.tracing.tracer import Role, Trace
+from llm_pruner.types import (
+    Companion,
+    Discovery,
+    FrozenAxis,
+    Group,
+    IntArray,
+    Kind,
+    Member,
+)
+
+
+def discover(
+    model: nn.Module, *, forward: Forward = forward_with_cache, tokens: torch.Tensor | None = None
+) -> Discovery:
+    """Find what can be removed from a model, by running it once on a few tokens.
+
+    Args:
+        model: any language model that maps token ids to logits; it is not changed.
+        forward: how to run it; the default uses the cache of ``transformers`` models.
+        tokens: token ids (batch, sequence); random ones by default.
+
+    Raises:
+        DiscoveryError: the model could not be run or has no token embedding.
+    """
+    trace, aliases, calls = run_trace(model, forward, tokens)
+    tensors = {
+        name: (tuple(tensor.shape), buffer)
+        for name, tensor, buffer in named_tensors(model)
+        if name not in aliases
+    }
+    lists = [
+        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
+    ]
+    builder = _Builder(trace, tensors, lists)
+    groups, unit_atoms = builder.groups()
+    system = SizeSystem(trace)
+    groups = _bind(groups, unit_atoms, trace, system)
+    layer_groups, layer_lists = _layer_groups(trace, calls, lists)
+    graph = Graph(trace, system, unit_atoms, layer_lists, forward)
+    return Discovery(
+        groups=tuple([*groups, *layer_groups]),
+        frozen=tuple(builder.frozen_axes()),
+        shapes={name: shape for name, (shape, buffer) in tensors.items() if not buffer},
+        buffers={name: shape for name, (shape, buffer) in tensors.items() if buffer},
+        aliases=aliases,
+        graph=graph,
+    )
+
+
+# Elements of 16 bytes in bfloat16 and float16, and twice that in float32.
+_ALIGNMENT = 8
+
+
+class _Builder:
+    """Collects the atoms of all tensors and sorts them into groups."""
+
+    def __init__(
+        self, trace: Trace, tensors: Mapping[str, tuple[tuple[int, ...], bool]], lists: list[str]
+    ) -> None:
+        self.trace = trace
+        self.tensors = tensors
+        self.names = list(tensors)
+        self.outer_lists = [
+            name for name in lists if not any(name.startswith(f"{other}.") for other in lists)
+        ]
+        self.roles = {role: self._flags(role) for role in trace.roles}
+
+    def _flags(self, role: Role) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        flags = np.zeros(len(self.trace.atoms), dtype=bool)
+        for rows in self.trace.roles.get(role, []):
+            flags[self.trace.atoms.resolve(rows)] = True
+        flags[0] = False
+        return flags
+
+    def groups(self) -> tuple[list[Group], dict[str, IntArray]]:
+        """Return the groups in the order of the forward pass, and the atom of each unit."""
+        atoms, axes, positions = self._incidence()
+        if not atoms.size:
+            return [], {}
+        order = np.lexsort((positions, axes, atoms))
+        atoms, axes, positions = atoms[order], axes[order], positions[order]
+        starts = np.flatnonzero(np.r_[True, (atoms[1:] != atoms[:-1]) | (axes[1:] != axes[:-1])])
+        counts = np.diff(np.r_[starts, len(atoms)])
+        run_atoms, run_axes = atoms[starts], axes[starts]
+        heads = np.flatnonzero(np.r_[True, run_atoms[1:] != run_atoms[:-1]])
+        # Atoms with equal counts on equal axes are units of one group.
+        signature = np.add.reduceat(_mix(run_axes, counts), heads)
+        unit_of = run_atoms[heads]
+        for bit, role in enumerate(sorted(self.roles)):
+            signature = signature + _mix(
+                np.full(len(unit_of), -1 - bit), self.roles[role][unit_of].astype(np.int64)
+            )
+        result: list[tuple[int, Group, IntArray]] = []
+        tails = np.r_[heads[1:], len(run_atoms)]
+        by_signature: dict[int, list[int]] = defaultdict(list)
+        for place, value in enumerate(signature.tolist()):
+            by_signature[value].append(place)
+        for places in by_signature.values():
+            built = self._group(np.array(places), heads, tails, starts, counts, run_axes, positions)
+            if built is not None:
+                members, order_of_units = built
+                units = unit_of[np.array(places)][order_of_units]
+                kind = self._kind(units, members)
+                first = min(member.order for member in members if not member.buffer)
+                layer = self._layer(members)
+                aligned = "aligned" in self.roles and bool(self.roles["aligned"][units].any())
+                multiple = _ALIGNMENT if aligned else 1
+                group = Group("", kind, layer, len(units), members, multiple=multiple)
+                result.append((first, group, units))
+        result.sort(key=lambda item: (item[0], item[1].members[0].tensor))
+        return self._named(result)
+
+    def _incidence(self) -> tuple[IntArray, IntArray, IntArray]:
+        atoms, axes, positions = [], [], []
+        for number, name in enumerate(self.names):
+            for dim, rows in enumerate(self.trace.tensors[name]):
+                resolved = self.trace.atoms.resolve(rows)
+                place, column = np.nonzero(resolved)
+                atoms.append(resolved[place, column])
+                axes.append(np.full(len(place), number * 16 + dim, dtype=np.int64))
+                positions.append(place)
+        return np.concatenate(atoms), np.concatenate(axes), np.concatenate(positions)
+
+    def _group(
+        self,
+        places: IntArray,
+        heads: IntArray,
+        tails: IntArray,
+        starts: IntArray,
+        counts: IntArray,
+        run_axes: IntArray,
+        positions: IntArray,
+    ) -> tuple[tuple[Member, ...], IntArray] | None:
+        first = places[0]
+        axes = run_axes[heads[first] : tails[first]]
+        members = []
+        order: IntArray | None = None
+        for offset, axis in enumerate(axes.tolist()):
+            runs = heads[places] + offset
+            count = int(counts[runs[0]])
+            index = positions[starts[runs][:, None] + np.arange(count)]
+            name = self.names[axis // 16]
+            if order is None:
+                order = np.argsort(index[:, 0], kind="stable")
+            members.append(
+                Member(
+                    tensor=name,
+                    dim=axis % 16,
+                    index=index[order],
+                    order=self.trace.order.get(name, 0),
+                    buffer=self.tensors[name][1],
+                )
+            )
+        members.sort(key=lambda member: (member.buffer, member.order, member.dim))
+        if order is None or members[0].buffer:
+            return None
+        return tuple(members), order
+
+    def _kind(self, units: IntArray, members: tuple[Member, ...]) -> Kind:
+        def has(role: Role) -> bool:
+            return role in self.roles and bool(self.roles[role][units].all())
+
+        atoms = self.trace.atoms
+        if self.trace.residual is not None and np.isin(
+            units, atoms.resolve(self.trace.residual)
+        ).all():
+            return "hidden"
+        if has("head"):
+            pairs = [r.pairs.ravel() for r in self.trace.ragged]
+            if pairs and np.isin(units, atoms.find(np.concatenate(pairs))).all():
+                return "query_heads"
+            return "heads"
+        if has("query_key"):
+            return "head_dim"
+        if has("value"):
+            return "value_dim"
+        if has("routing"):
+            return "experts"
+        if has("activation") and len({m.tensor for m in members if not m.buffer}) > 1:
+            return "ffn"
+        return "other"
+
+    def _layer(self, members: tuple[Member, ...]) -> int | None:
+        found = {self._layer_of(member.tensor) for member in members}
+        if len(found) != 1:
+            return None
+        place = found.pop()
+        return None if place is None else place[1]
+
+    def _layer_of(self, tensor: str) -> tuple[str, int] | None:
+        for path in self.outer_lists:
+            match = re.match(re.escape(path) + r"\.(\d+)\.", tensor)
+            if match:
+                return path, int(match.group(1))
+        return None
+
+    def _named(
+        self, found: list[tuple[int, Group, IntArray]]
+    ) -> tuple[list[Group], dict[str, IntArray]]:
+        groups: list[Group] = []
+        unit_atoms: dict[str, IntArray] = {}
+        for _, group, units in found:
+            stem = group.kind if group.layer is None else f"layers.{group.layer}.{group.kind}"
+            name, number = stem, 1
+            while name in unit_atoms:
+                number += 1
+                name = f"{stem}_{number}"
+            unit_atoms[name] = units
+            groups.append(replace(group, name=name))
+        blocks = self._blocks(groups, unit_atoms)
+        return [
+            replace(group, blocks=blocks[group.name]) if group.name in blocks else group
+            for group in groups
+        ], unit_atoms
+
+    def _blocks(
+        self, groups: list[Group], unit_atoms: dict[str, IntArray]
+    ) -> dict[str, IntArray]:
+        """Return for query heads the unit of their key-value group."""
+        atoms = self.trace.atoms
+        block_of = np.full(len(atoms), -1, dtype=np.int64)
+        outer_of = np.full(len(atoms), 0, dtype=np.int64)
+        for ragged in self.trace.ragged:
+            pairs = atoms.find(ragged.pairs)
+            outer = atoms.resolve(ragged.outer)
+            block_of[pairs] = np.arange(len(pairs))[:, None]
+            if outer.shape[1] == 1:
+                outer_of[pairs] = outer
+        unit_number = np.full(len(atoms), -1, dtype=np.int64)
+        for group in groups:
+            if group.kind == "heads":
+                unit_number[unit_atoms[group.name]] = np.arange(group.size)
+        blocks = {}
+        for group in groups:
+            if group.kind == "query_heads":
+                units = unit_atoms[group.name]
+                owner = unit_number[outer_of[units]]
+                blocks[group.name] = owner if (owner >= 0).all() else block_of[units]
+        return blocks
+
+    def frozen_axes(self) -> list[FrozenAxis]:
+        """Return the axes of parameters, or parts of them, that no removal can reach."""
+        atoms = self.trace.atoms
+        result = []
+        for name in self.names:
+            if self.tensors[name][1]:
+                continue
+            for dim, rows in enumerate(self.trace.tensors[name]):
+                if len(rows) == 1:
+                    continue
+                resolved = atoms.resolve(rows)
+                stuck = ~resolved.any(axis=1) if resolved.shape[1] else np.ones(len(rows), bool)
+                if not stuck.any():
+                    continue
+                reason = atoms.reason(rows[stuck]) or "not reached by the forward pass"
+                result.append(FrozenAxis(name, dim, int(stuck.sum()), len(rows), reason))
+        return result
+
+
+def _mix(axes: IntArray, counts: IntArray) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """Hash (axis, count) pairs to 64 bits (splitmix64), to be summed over the pairs of an atom."""
+    with np.errstate(over="ignore"):
+        x = axes.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + counts.astype(np.uint64)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def _bind(
+    groups: list[Group], unit_atoms: dict[str, IntArray], trace: Trace, system: SizeSystem
+) -> list[Group]:
+    """Add companions, and freeze groups that no size of the model's code can express."""
+    # Query-key channels lead: value channels follow them where one attribute sizes both.
+    ranking = sorted(range(len(groups)), key=lambda i: (groups[i].kind != "head_dim", i))
+    group_of = np.full(len(trace.atoms), -1, dtype=np.int64)
+    sizes = {}
+    for number, place in enumerate(ranking):
+        group_of[unit_atoms[groups[place].name]] = number
+        sizes[number] = groups[place].size
+    follows, stuck = reduce_constraints(system.constraints(group_of, sizes))
+    companions: dict[int, list[Companion]] = defaultdict(list)
+    for follower, (leader, ratio) in follows.items():
+        names = groups[ranking[leader]].name, groups[ranking[follower]].name
+        companions[leader].append(Companion(names[1], ratio))
+        companions[follower].append(Companion(names[0], 1 / ratio))
+    result = list(groups)
+    for number, place in enumerate(ranking):
+        group = replace(groups[place], companions=tuple(companions[number]))
+        result[place] = replace(group, frozen=stuck.get(number))
+    by_name = {group.name: group for group in result}
+    for place, group in enumerate(result):
+        if group.frozen is None:
+            result[place] = replace(group, frozen=_trial(group, by_name, unit_atoms, trace, system))
+    return result
+
+
+def _trial(
+    group: Group,
+    by_name: dict[str, Group],
+    unit_atoms: dict[str, IntArray],
+    trace: Trace,
+    system: SizeSystem,
+) -> str | None:
+    """Remove the fewest units that go together; return why the sizes cannot follow, or None."""
+    ratios = {group.name: Fraction(1)}
+    pending = [group.name]
+    while pending:
+        name = pending.pop()
+        for companion in by_name[name].companions:
+            if companion.group not in ratios:
+                ratios[companion.group] = ratios[name] * companion.ratio
+                pending.append(companion.group)
+    unit = int(np.lcm.reduce([ratio.denominator for ratio in ratios.values()]))
+    chosen = []
+    for name, ratio in ratios.items():
+        bound, count = by_name[name], int(unit * ratio)
+        if bound.frozen is not None:
+            return f"{name} must shrink with it: {bound.frozen}"
+        if bound.size <= count:
+            return f"{name} has only {bound.size} unit{'s' * (bound.size > 1)}"
+        chosen.append(unit_atoms[name][:count])
+    if group.blocks is not None:
+        _, first = np.unique(group.blocks, return_index=True)
+        if group.size <= len(first):
+            return "every key-value group has only one query head"
+        chosen[0] = unit_atoms[group.name][first]
+    atoms = np.concatenate(chosen)
+    deleted = np.zeros(len(trace.atoms), dtype=bool)
+    deleted[atoms] = True
+    try:
+        system.attributes(deleted, system.equations_of(atoms))
+    except InfeasibleError as error:
+        return str(error)
+    return None
+
+
+def _layer_groups(
+    trace: Trace, calls: Mapping[str, list[tuple[Any, Any]]], lists: list[str]
+) -> tuple[list[Group], dict[str, int]]:
+    """Find module lists whose children map the residual stream onto itself."""
+    groups: list[Group] = []
+    lengths: dict[str, int] = {}
+    nested = [name for name in lists if any(name.startswith(f"{o}.") for o in lists)]
+    by_list: dict[str, list[str]] = defaultdict(list)
+    for child in calls:
+        parent = child.rsplit(".", 1)[0]
+        if parent not in nested:
+            by_list[parent].append(child)
+    for parent in sorted(by_list, key=lambda name: -len(by_list[name])):
+        children = sorted(by_list[parent], key=lambda name: int(name.rsplit(".", 1)[1]))
+        if not all(_passes_through(trace, calls[child]) for child in children):
+            continue
+        name = "layers" if not groups else f"layers_{len(groups) + 1}"
+        groups.append(Group(name, "layers", None, len(children), (), modules=tuple(children)))
+        lengths[parent] = len(children)
+    return groups, lengths
+
+
+def _passes_through(trace: Trace, calls: list[tuple[Any, Any]]) -> bool:
+    for source, result in calls:
+        if source is None or result is None:
+            return False
+        a, b = trace.atoms.resolve(source), trace.atoms.resolve(result)
+        if a.shape != b.shape or not bool((a == b).all()):
+            return False
+    return True

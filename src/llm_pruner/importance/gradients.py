@@ -1,0 +1,115 @@
+"""Gradients by autograd, safe in float16, and their sums over samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from llm_pruner.errors import UserError
+from llm_pruner.importance.criterion import Criterion
+from llm_pruner.importance.needs import Need, Sums, reduce_term
+
+_BACKOFF = 2.0**-8
+_ATTEMPTS = 5
+
+
+def pull_back(
+    outputs: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    cotangents: Sequence[tuple[torch.Tensor, float]],
+    samples: slice,
+) -> tuple[list[torch.Tensor | None], float]:
+    """Return vector-Jacobian products as (gradients, factor): the true ones are their product.
+
+    In float16 the cotangents, (tensor, factor) for each output, are first multiplied by a power of
+    two that brings the largest entry to about 1, because gradients of a language model lie below
+    the smallest float16 number; if that overflows on the way, by smaller ones.
+
+    Raises:
+        UserError: the gradient overflows float16 with every multiplier; names the ``samples``.
+    """
+    half = any(tensor.dtype == torch.float16 for tensor in (*outputs, *inputs))
+    scale = 1.0
+    if half:
+        largest = max(float(tensor.abs().max()) * factor for tensor, factor in cotangents)
+        if largest > 0.0 and math.isfinite(largest):
+            scale = 2.0 ** -math.frexp(largest)[1]
+    for _ in range(_ATTEMPTS if half else 1):
+        vectors = [
+            (tensor if factor * scale == 1.0 else tensor * (factor * scale)).to(output.dtype)
+            for output, (tensor, factor) in zip(outputs, cotangents, strict=True)
+        ]
+        gradients: list[torch.Tensor | None] = list(
+            torch.autograd.grad(outputs, inputs, vectors, retain_graph=half, allow_unused=True)
+        )
+        if not half or all(bool(g.isfinite().all()) for g in gradients if g is not None):
+            return gradients, 1.0 / scale
+        scale *= _BACKOFF
+    raise UserError(
+        f"the gradient of calibration samples {samples.start} to {samples.stop - 1} overflows "
+        "float16; load the model in bfloat16 or float32"
+    )
+
+
+class GradientSums:
+    """Sums over samples of the gradient and of its square, for a few parameters.
+
+    Float32, or float64 for float64 weights: squares of gradients do not fit narrower types.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], criterion: Criterion) -> None:
+        self.parameters = dict(parameters)
+        self._criterion = criterion
+        self._first = self._zeros() if criterion.order != "second" else {}
+        self._second = self._zeros() if criterion.order != "first" else {}
+
+    def _zeros(self) -> dict[str, torch.Tensor]:
+        return {
+            name: torch.zeros(
+                p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device
+            )
+            for name, p in self.parameters.items()
+        }
+
+    def add(self, gradients: Sequence[torch.Tensor | None], factor: float) -> None:
+        """Add ``factor`` times the gradients, one per parameter, of one sample.
+
+        Where only the first order is asked for, of any number of samples together.
+        """
+        for name, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            if self._first:
+                self._first[name].add_(gradient, alpha=factor)
+            if self._second:
+                square = self._second[name]
+                wide = gradient.to(square.dtype)
+                square.addcmul_(wide, wide, value=factor * factor)
+
+    def sums(self, needs: Mapping[str, Need], samples: int) -> dict[str, Sums]:
+        """Return the sums of the criterion's term per tensor, and forget the gradients."""
+        found: dict[str, Sums] = {}
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                term = self._term(name, parameter.detach()).div_(samples)
+                if self._criterion.reduction == "element":
+                    term.abs_()
+                found[name] = reduce_term(term, needs[name])
+        return found
+
+    def _term(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """Return g w, F w^2 / 2, or their difference, times the number of samples; in place."""
+        if self._criterion.order == "first":
+            return self._first.pop(name).mul_(weight)
+        square = self._second.pop(name)
+        if self._criterion.order == "second":
+            return square.mul_(weight).mul_(weight).mul_(0.5)
+        return square.mul_(weight).mul_(-0.5).add_(self._first.pop(name)).mul_(weight)
+
+
+def batches(samples: int, size: int) -> list[slice]:
+    """Cut ``samples`` into slices of at most ``size``."""
+    return [slice(at, min(at + size, samples)) for at in range(0, samples, size)]

@@ -1,0 +1,47 @@
+"""Importance and a target give a Plan: which units to remove."""
+
+from llm_pruner.planning.budget import TOLERANCE, allocate
+from llm_pruner.planning.choosing import choose_groups
+from llm_pruner.planning.explain import Row, explain
+from llm_pruner.planning.plan import (
+    Plan,
+    PlanCalibration,
+    PlanCriterion,
+    fingerprint,
+    read_plan,
+)
+from llm_pruner.planning.ranges import format_ranges, parse_ranges
+from llm_pruner.planning.rules import check, complete
+from llm_pruner.planning.survivors import Survivors
+from llm_pruner.planning.target import (
+    STRUCTURES,
+    Selection,
+    Target,
+    parse_count,
+    parse_layer_ranges,
+    step_targets,
+)
+
+__all__ = [
+    "STRUCTURES",
+    "TOLERANCE",
+    "Plan",
+    "PlanCalibration",
+    "PlanCriterion",
+    "Row",
+    "Selection",
+    "Survivors",
+    "Target",
+    "allocate",
+    "check",
+    "choose_groups",
+    "complete",
+    "explain",
+    "fingerprint",
+    "format_ranges",
+    "parse_count",
+    "parse_layer_ranges",
+    "parse_ranges",
+    "read_plan",
+    "step_targets",
+]

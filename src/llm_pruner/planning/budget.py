@@ -1,0 +1,204 @@
+"""Importance and a target give the units to remove.
+
+Scope ``local`` takes the same share of every chosen group. With a target in parameters that share
+is found by bisection on the exact parameter count; groups with few units (heads) take the nearest
+whole number and finely divided ones (FFN channels) take up the rest, equally in all layers if that
+meets the target. Where it does not, groups of one structure differ by one unit.
+
+Scope ``global`` ranks the units of all chosen groups by
+
+    (importance of the unit + importance of what must go with it) / parameters it removes
+
+with the parameters counted in the model as it is before any removal, and takes them from the
+bottom. The importance is used as it comes: only criteria whose values are comparable across groups,
+such as estimates of the change in loss, rank well this way; norms do not.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+
+from llm_pruner.errors import PlanError, UserError
+from llm_pruner.planning.choosing import choose_groups
+from llm_pruner.planning.counting import ParameterCounter
+from llm_pruner.planning.ladders import Ladder, Ladders, build_ladders
+from llm_pruner.planning.rules import check, whole
+from llm_pruner.planning.search import (
+    Search,
+    density,
+    make_queue,
+    share_after,
+    step_prices,
+)
+from llm_pruner.planning.survivors import Survivors
+from llm_pruner.planning.target import Selection, Target, exact
+from llm_pruner.types import Discovery, IntArray, Scores
+
+TOLERANCE = 0.005
+"""How far the removed share of all parameters may lie from the target."""
+
+
+def allocate(
+    discovery: Discovery,
+    scores: Scores,
+    selection: Selection,
+    target: Target,
+    survivors: Survivors | None = None,
+) -> dict[str, IntArray]:
+    """Return the units to remove, complete: blocks level, companions included.
+
+    A unit ratio removes floor(n * unit_ratio) of a group's n units, rounded to the nearest size
+    that ``round_to`` allows; of query heads, that share of each key-value head's; of layers, of
+    those that are not protected. With scope ``global`` it is the share of each kind over all
+    chosen groups. A target in parameters is met within 0.5 points of the dense model's parameters.
+    Equal inputs give equal results; ties go by unit index.
+
+    Args:
+        discovery: the model to prune, which may have been pruned before.
+        scores: importance per unit of every chosen group and of what follows it.
+        selection: structures, scope, layers, rounding.
+        target: how much to remove, of the dense model and all steps together.
+        survivors: what earlier steps left of the dense model; None if this is the dense model.
+
+    Raises:
+        UserError: a target that cannot be reached (naming the nearest that can), a group that
+            would lose nothing under a unit ratio, or what `choose_groups` refuses.
+    """
+    survivors = survivors or Survivors.dense(discovery)
+    chosen = choose_groups(discovery, selection, survivors)
+    ladders = build_ladders(discovery, chosen, scores, selection, survivors)
+    if target.unit_ratio is not None:
+        steps = _unit_steps(ladders, discovery, selection, target)
+    else:
+        steps = _parameter_steps(ladders, discovery, selection, target, survivors)
+    removal = {name: np.sort(units) for name, units in ladders.removal(steps).items() if len(units)}
+    ordered = {g.name: removal[g.name] for g in discovery.groups if g.name in removal}
+    problems = check(discovery, ordered)
+    if problems:
+        raise PlanError(problems)
+    return ordered
+
+
+def _unit_steps(
+    ladders: Ladders, discovery: Discovery, selection: Selection, target: Target
+) -> dict[str, int]:
+    assert target.unit_ratio is not None
+    ratio = exact(target.unit_ratio)
+    if not target.loose:
+        for ladder in ladders.all:
+            _refuse_nothing(ladder, ratio, target)
+    if selection.scope == "local":
+        return {
+            ladder.group.name: ladder.nearest(_quota(ladder, ratio) - ladder.gone)
+            for ladder in ladders.all
+        }
+    prices = step_prices(ladders, ParameterCounter(discovery))
+    steps: dict[str, int] = {}
+    for kind in dict.fromkeys(ladder.group.kind for ladder in ladders.all):
+        same = [ladder for ladder in ladders.all if ladder.group.kind == kind]
+        quota = int(sum(ladder.dense for ladder in same) * ratio)
+        quota -= sum(ladder.gone for ladder in same)
+        queue = make_queue(
+            [[ladder] for ladder in same],
+            prices,
+            lambda ladder: (density(ladder, prices[ladder.group.name]),),
+        )
+        levels = np.zeros(len(same), dtype=np.int64)
+        for owner in queue.sequence:
+            rung = np.diff(same[owner].counts)[levels[owner]]
+            if rung > quota:
+                break
+            levels[owner] += 1
+            quota -= int(rung)
+        for ladder, level in zip(same, levels, strict=True):
+            steps[ladder.group.name] = int(ladder.counts[level])
+    return steps
+
+
+def _quota(ladder: Ladder, ratio: Fraction) -> int:
+    return int(ladder.dense * ratio)
+
+
+def _refuse_nothing(ladder: Ladder, ratio: Fraction, target: Target) -> None:
+    """Raise if a unit ratio, over all steps, leaves a group whole: the user asked to prune it."""
+    if ladder.gone or ladder.nearest(_quota(ladder, ratio)):
+        return
+    group = ladder.group
+    of = f"{ladder.dense} {group.kind}" + (" per block" if group.blocks is not None else "")
+    head = f"{target} removes 0 of {of} in {group.name}"
+    if len(ladder.counts) == 1:
+        raise UserError(
+            f"{head}: nothing can be removed there; choose other layers or leave {group.kind} out"
+        )
+    least = int(ladder.counts[1]) // 2 + 1 if ladder.counts[1] > 1 else 1
+    share = whole(Fraction(least, ladder.dense) * 1000) / 1000
+    raise UserError(f"{head}; use at least {share:.3f}, or leave {group.kind} out")
+
+
+def _parameter_steps(
+    ladders: Ladders,
+    discovery: Discovery,
+    selection: Selection,
+    target: Target,
+    survivors: Survivors,
+) -> dict[str, int]:
+    dense = survivors.parameters
+    counter = ParameterCounter(discovery)
+    search = Search(
+        ladders,
+        counter,
+        target=target.kept(dense),
+        tolerance=TOLERANCE * dense,
+        allow_nothing=target.loose or counter.total < dense,
+    )
+    everything = {ladder.group.name: int(ladder.counts[-1]) for ladder in ladders.all}
+    least = search.try_steps(everything)
+    if least - search.target > search.tolerance and not target.loose:
+        raise UserError(
+            f"{target} cannot be reached: pruning {_words(ladders)} to the last unit leaves "
+            f"{_size(least, dense)}; ask for less, protect fewer layers or add structures"
+        )
+    prices = step_prices(ladders, counter)
+    single = [[ladder] for ladder in ladders.all]
+    if selection.scope == "global":
+        search.run(make_queue(single, prices, lambda x: (density(x, prices[x.group.name]),)))
+    else:
+        together: dict[object, list[Ladder]] = {}
+        for ladder in ladders.all:
+            shape = (ladder.group.kind, ladder.dense, ladder.gone, ladder.counts.tobytes())
+            together.setdefault(shape, []).append(ladder)
+        even = make_queue(list(together.values()), prices, lambda x: (share_after(x),))
+        search.run(even)
+        if search.error > search.tolerance:
+            search.run(
+                make_queue(
+                    single, prices, lambda x: (share_after(x), density(x, prices[x.group.name]))
+                )
+            )
+        if search.error > search.tolerance:
+            search.run_all(even)
+    if search.best is None or (search.error > search.tolerance and not target.loose):
+        raise UserError(_unreachable(search, target, dense, ladders))
+    return search.best[1]
+
+
+def _unreachable(search: Search, target: Target, dense: int, ladders: Ladders) -> str:
+    more = [count for count in search.counts if count > search.target]
+    less = [count for count in search.counts if count <= search.target]
+    nearest = [f"{_size(min(more), dense)} (less)"] if more else []
+    nearest += [f"{_size(max(less), dense)} (more)"] if less else []
+    return (
+        f"{target} cannot be reached within {100 * TOLERANCE:g} points by pruning "
+        f"{_words(ladders)}; the nearest that can: {' and '.join(nearest)}; "
+        "ask for one of these or add structures"
+    )
+
+
+def _size(count: int, dense: int) -> str:
+    return f"{count:,} parameters, ratio {1 - count / dense:.4f}"
+
+
+def _words(ladders: Ladders) -> str:
+    return ", ".join(dict.fromkeys(ladder.group.kind for ladder in ladders.all))

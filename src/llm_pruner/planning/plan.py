@@ -1,0 +1,297 @@
+"""The Plan: which units go, as JSON that a person can read, edit, diff and replay.
+
+Units are named in the numbering of the dense model, also after several steps. Nothing derived is
+stored (no counts, no size afterwards), so an edit cannot contradict itself, and no time or path of
+the run, so equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from llm_pruner.errors import PlanError, UserError
+from llm_pruner.planning.ranges import format_ranges, parse_ranges
+from llm_pruner.planning.rules import check
+from llm_pruner.planning.target import Scope, Selection, Target
+from llm_pruner.removal import count_parameters
+from llm_pruner.types import Discovery, IntArray, Removal
+
+FORMAT_VERSION: Literal[1] = 1
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class PlanModel(_Strict):
+    """The dense model that the units refer to.
+
+    Attributes:
+        name: hub id, folder or file that the user gave.
+        revision: hub revision, if known.
+        fingerprint: of the structure, as `fingerprint` gives it.
+        parameters: number of parameters, tied ones once.
+    """
+
+    name: str
+    revision: str | None = None
+    fingerprint: str
+    parameters: int
+
+
+class PlanCriterion(_Strict):
+    """How importance was estimated."""
+
+    name: str
+    order: str | None = None
+    reduction: str | None = None
+    aggregate: str | None = None
+
+
+class PlanCalibration(_Strict):
+    """The text behind the importance; ``samples`` sequences of ``seq_len`` tokens."""
+
+    source: str
+    split: str | None = None
+    samples: int
+    seq_len: int
+    seed: int | None = None
+    digest: str | None = None
+
+
+class PlanTarget(_Strict):
+    """How much was asked for; see `Target`."""
+
+    unit_ratio: float | None = None
+    ratio: float | None = None
+    params: int | None = None
+    steps: int = 1
+
+
+class PlanSelection(_Strict):
+    """Where units could be taken from; see `Selection`."""
+
+    structures: tuple[str, ...]
+    scope: Scope = "local"
+    protect_first: int = 0
+    protect_last: int = 0
+    layer_ranges: dict[str, tuple[int, int]] = {}
+    round_to: int = 1
+
+
+class PlanGroup(_Strict):
+    """One group that loses units; ``removed`` is text such as ``"3,17,40-44"``."""
+
+    name: str
+    kind: str
+    size: int
+    removed: str
+
+
+class Plan(_Strict):
+    """A removal with all that it came from. Only ``model`` and ``groups`` matter for a replay."""
+
+    format_version: Literal[1]
+    package_version: str
+    model: PlanModel
+    criterion: PlanCriterion | None = None
+    calibration: PlanCalibration | None = None
+    seed: int | None = None
+    target: PlanTarget | None = None
+    selection: PlanSelection | None = None
+    groups: tuple[PlanGroup, ...]
+
+    @classmethod
+    def from_removal(
+        cls,
+        discovery: Discovery,
+        removal: Removal,
+        *,
+        package_version: str,
+        model_name: str,
+        revision: str | None = None,
+        criterion: PlanCriterion | None = None,
+        calibration: PlanCalibration | None = None,
+        seed: int | None = None,
+        target: Target | None = None,
+        steps: int = 1,
+        selection: Selection | None = None,
+    ) -> Plan:
+        """Return the Plan of a removal in dense numbering; ``discovery`` is the dense model's."""
+        return cls(
+            format_version=FORMAT_VERSION,
+            package_version=package_version,
+            model=PlanModel(
+                name=model_name,
+                revision=revision,
+                fingerprint=fingerprint(discovery),
+                parameters=count_parameters(discovery),
+            ),
+            criterion=criterion,
+            calibration=calibration,
+            seed=seed,
+            target=None
+            if target is None
+            else PlanTarget(
+                unit_ratio=target.unit_ratio,
+                ratio=target.ratio,
+                params=target.params,
+                steps=steps,
+            ),
+            selection=None
+            if selection is None
+            else PlanSelection(
+                structures=selection.structures,
+                scope=selection.scope,
+                protect_first=selection.protect_first,
+                protect_last=selection.protect_last,
+                layer_ranges=dict(sorted(selection.layer_ranges.items())),
+                round_to=selection.round_to,
+            ),
+            groups=tuple(
+                PlanGroup(
+                    name=group.name,
+                    kind=group.kind,
+                    size=group.size,
+                    removed=format_ranges(removal[group.name]),
+                )
+                for group in discovery.groups
+                if len(removal.get(group.name, ()))
+            ),
+        )
+
+    def to_json(self) -> str:
+        """Return the Plan as JSON: one line for each setting, one for each group."""
+        data = self.model_dump(mode="json")
+        if self.target is not None:
+            data["target"] = {k: v for k, v in data["target"].items() if v is not None}
+        rows = data.pop("groups")
+        lines = [f"  {_text(key)}: {_text(value)}," for key, value in data.items()]
+        body = ",\n".join(f"    {_text(row)}" for row in rows)
+        groups = f"[\n{body}\n  ]" if rows else "[]"
+        return "\n".join(["{", *lines, f'  "groups": {groups}', "}", ""])
+
+    def removal(self, discovery: Discovery) -> dict[str, IntArray]:
+        """Return the units to remove, in the order of the discovery, after checking all of them.
+
+        The name and the revision of the model are not compared: a copy may lie elsewhere, and a
+        fine-tuned model has the same structure.
+
+        Raises:
+            PlanError: with every problem: made for another model, unknown or repeated groups, other
+                kind or size, malformed, duplicate, negative or out-of-range units, or a breach of
+                the rules that `planning.rules.check` lists.
+        """
+        problems = self._model_problems(discovery)
+        groups = {group.name: group for group in discovery.groups}
+        found: dict[str, IntArray] = {}
+        unreadable: set[str] = set()
+        seen: set[str] = set()
+        for row in self.groups:
+            if row.name in seen:
+                problems.append(f"{row.name}: has two lines; merge them")
+                continue
+            seen.add(row.name)
+            group = groups.get(row.name)
+            if group is not None and row.kind != group.kind:
+                problems.append(f"{row.name}: is of kind {group.kind}, the plan says {row.kind}")
+            if group is not None and row.size != group.size:
+                problems.append(f"{row.name}: has {group.size} units, the plan says {row.size}")
+            try:
+                found[row.name] = parse_ranges(row.removed, None if group is None else group.size)
+            except UserError as error:
+                problems.append(f"{row.name}: {error}")
+                unreadable.add(row.name)
+        problems.extend(check(discovery, found, unreadable))
+        if problems:
+            raise PlanError(problems)
+        return {name: found[name] for name in groups if len(found.get(name, ()))}
+
+    def _model_problems(self, discovery: Discovery) -> list[str]:
+        parameters = count_parameters(discovery)
+        if self.model.parameters != parameters:
+            return [
+                f"made for another model: {self.model.name} has {self.model.parameters:,} "
+                f"parameters, this one {parameters:,}; make a new plan"
+            ]
+        if self.model.fingerprint != fingerprint(discovery):
+            return [
+                f"made for another model: the tensors of {self.model.name} have other names or "
+                f"shapes (fingerprint {self.model.fingerprint}, here {fingerprint(discovery)}); "
+                "make a new plan"
+            ]
+        return []
+
+
+def fingerprint(discovery: Discovery) -> str:
+    """Return 16 hex digits of SHA-256 over names and shapes of all parameters and what is tied."""
+    content = json.dumps(
+        [
+            sorted((name, list(shape)) for name, shape in discovery.shapes.items()),
+            sorted(discovery.aliases.items()),
+        ]
+    )
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def read_plan(source: str | Path) -> Plan:
+    """Return the Plan in a file, or in a text that starts with a brace.
+
+    Raises:
+        UserError: no such file, not UTF-8, or not JSON (with line and column).
+        PlanError: fields that are missing, unknown or of the wrong type; all of them.
+    """
+    if isinstance(source, str) and source.lstrip().startswith("{"):
+        text, where = source, "the plan"
+    else:
+        where = f"plan {source}"
+        try:
+            text = Path(source).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text"
+            raise UserError(f"{where} cannot be read: {reason}; give a plan.json") from error
+    try:
+        data = json.loads(text, object_pairs_hook=_no_repeats)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}; "
+            "correct it there"
+        ) from error
+    try:
+        return Plan.model_validate(data)
+    except ValidationError as error:
+        raise PlanError([_problem(dict(item), data) for item in error.errors()]) from error
+
+
+def _problem(item: Mapping[str, Any], data: Any) -> str:
+    """Say where in the file a field is wrong; groups go by their name."""
+    path = list(item["loc"])
+    if path[:1] == ["groups"] and len(path) > 1:
+        row = data["groups"][path[1]]
+        name = row.get("name") if isinstance(row, dict) else None
+        path[:2] = [str(name) if name else f"groups[{path[1]}]"]
+    if path == ["format_version"] and item["type"] == "literal_error":
+        return (
+            f"format_version: {item['input']} is not the {FORMAT_VERSION} that this version of "
+            "llm-pruner reads"
+        )
+    return f"{'.'.join(str(part) for part in path) or 'plan'}: {item['msg']}"
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse an object with a key twice, of which JSON would silently keep the last."""
+    keys = [key for key, _ in pairs]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise UserError(f"the plan has {', '.join(twice)} twice in one object; keep one")
+    return dict(pairs)
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

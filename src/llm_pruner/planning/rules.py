@@ -1,0 +1,265 @@
+"""What makes a removal possible: `check` finds every breach, `complete` adds what must follow."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Collection, Mapping
+from fractions import Fraction
+
+import numpy as np
+
+from llm_pruner.errors import UserError
+from llm_pruner.planning.ranges import format_ranges
+from llm_pruner.types import Discovery, FloatArray, Group, IntArray, Removal, Scores
+
+NONE: IntArray = np.zeros(0, dtype=np.int64)
+
+
+def layer_numbers(group: Group) -> IntArray:
+    """Return the decoder layer that each unit of a ``layers`` group is, shape (size,)."""
+    numbers = [re.search(r"\.(\d+)$", name) for name in group.modules]
+    if group.modules and all(numbers):
+        return np.array([int(match[1]) for match in numbers if match], dtype=np.int64)
+    return np.arange(group.size, dtype=np.int64)
+
+
+def removed_layers(groups: Mapping[str, Group], removal: Removal) -> set[int]:
+    """Return the decoder layers that the removal takes whole."""
+    gone: set[int] = set()
+    for name, units in removal.items():
+        if len(units) and name in groups and groups[name].kind == "layers":
+            gone.update(layer_numbers(groups[name])[units].tolist())
+    return gone
+
+
+def parent_of(group: Group) -> str | None:
+    """Return the name of the group whose units are the blocks of ``group``, if it has one."""
+    if group.blocks is None or group.kind != "query_heads":
+        return None
+    return group.name.replace("query_heads", "heads")
+
+
+def dead_blocks(group: Group, removal: Removal) -> IntArray:
+    """Return the blocks that are gone because their own group loses them."""
+    parent = parent_of(group)
+    return NONE if parent is None else removal.get(parent, NONE)
+
+
+def check(discovery: Discovery, removal: Removal, unreadable: Collection[str] = ()) -> list[str]:
+    """Return every reason why the removal cannot be applied; empty if there is none.
+
+    - Units are sorted, unique, in range, and at least one of a group stays.
+    - A frozen group loses nothing.
+    - Groups with blocks: every block that stays loses the same number of units and keeps one. A
+      block goes only through the group whose units are the blocks (key-value heads).
+    - Companions lose exactly their ratio, except in layers that are removed whole.
+    - A layer that is removed whole has no other units to lose.
+
+    Args:
+        discovery: the model that the units belong to.
+        removal: the units, in any shape that a person may have written.
+        unreadable: groups whose units are unknown, which nothing can be said about.
+    """
+    groups = {group.name: group for group in discovery.groups}
+    problems: list[str] = []
+    sound: dict[str, IntArray] = {}
+    broken = set(unreadable)
+    for name, units in removal.items():
+        found = _check_units(groups, name, units)
+        problems.extend(found)
+        if found:
+            broken.add(name)
+        else:
+            sound[name] = np.asarray(units, dtype=np.int64)
+    gone = removed_layers(groups, sound)
+    for name, units in sound.items():
+        group = groups[name]
+        if group.layer in gone and len(units):
+            problems.append(
+                f"{name}: layer {group.layer} is removed whole, so its units cannot be named again"
+            )
+        elif group.blocks is not None:
+            problems.extend(_check_blocks(group, group.blocks, units, dead_blocks(group, sound)))
+    for group in discovery.groups:
+        # A group with a problem of its own says nothing about its companions.
+        if group.layer not in gone and group.name not in broken:
+            problems.extend(_check_companions(group, groups, sound, broken, gone))
+    return problems
+
+
+def _check_units(groups: Mapping[str, Group], name: str, units: IntArray) -> list[str]:
+    group = groups.get(name)
+    if group is None:
+        close = difflib.get_close_matches(name, groups, n=1)
+        return [f"{name}: no such group" + (f"; did you mean {close[0]}?" if close else "")]
+    if len(units) == 0:
+        return []
+    if group.frozen is not None:
+        return [f"{name}: cannot lose units: {group.frozen}"]
+    problems: list[str] = []
+    if np.any(np.diff(units) < 0):
+        problems.append(f"{name}: units are not sorted")
+    values, times = np.unique(units, return_counts=True)
+    if np.any(times > 1):
+        problems.append(f"{name}: duplicate units {format_ranges(values[times > 1])}")
+    outside = values[(values < 0) | (values >= group.size)]
+    if len(outside):
+        shown = ", ".join(str(unit) for unit in outside[:5]) + (", ..." if len(outside) > 5 else "")
+        problems.append(f"{name}: units out of range ({shown}); it has 0 to {group.size - 1}")
+    elif len(values) == group.size:
+        problems.append(f"{name}: removes all {group.size} units; at least one must stay")
+    return problems
+
+
+def _check_blocks(group: Group, blocks: IntArray, units: IntArray, dead: IntArray) -> list[str]:
+    lost = np.bincount(blocks[units], minlength=int(blocks.max()) + 1)
+    sizes = np.bincount(blocks)
+    live = np.setdiff1d(np.unique(blocks), dead)
+    problems: list[str] = []
+    emptied = live[lost[live] == sizes[live]]
+    if len(emptied):
+        parent = parent_of(group)
+        way = f"remove units {format_ranges(emptied)} of {parent} instead" if parent else "keep one"
+        problems.append(
+            f"{group.name}: removes every unit of blocks {format_ranges(emptied)}; {way}"
+        )
+    live = np.setdiff1d(live, emptied)
+    if len(live) and np.ptp(lost[live]):
+        counts = ", ".join(
+            f"{count} of block {block}" for block, count in zip(live, lost[live], strict=True)
+        )
+        problems.append(
+            f"{group.name}: every block that stays must lose the same number of units; "
+            f"this removes {counts}"
+        )
+    return problems
+
+
+def _check_companions(
+    group: Group,
+    groups: Mapping[str, Group],
+    sound: Removal,
+    broken: Collection[str],
+    gone: set[int],
+) -> list[str]:
+    problems: list[str] = []
+    lost = len(sound.get(group.name, NONE))
+    for companion in group.companions:
+        other = groups.get(companion.group)
+        if other is None or other.layer in gone or other.name in broken:
+            continue
+        need = companion.ratio * lost
+        have = len(sound.get(other.name, NONE))
+        mutual = any(back.group == group.name for back in other.companions)
+        # Of two that follow each other, only the one that lost too much reports the other.
+        if need == have or (mutual and need < have):
+            continue
+        if need.denominator != 1:
+            problems.append(
+                f"{group.name}: loses {lost} units, which takes {float(need):g} of {other.name}; "
+                f"remove a multiple of {companion.ratio.denominator}"
+            )
+        else:
+            problems.append(
+                f"{other.name}: loses {have} units but must lose {int(need)}, because "
+                f"{group.name} loses {lost} and each takes {companion.ratio} with it"
+            )
+    return problems
+
+
+def scores_of(group: Group, scores: Scores) -> FloatArray:
+    """Return the importance of a group's units, shape (size,).
+
+    Raises:
+        UserError: the criterion gave none, not one per unit, or one that is not a number.
+    """
+    values = scores.get(group.name)
+    if values is None:
+        raise UserError(
+            f"there is no importance for {group.name}; use a criterion that scores {group.kind}"
+        )
+    if values.shape != (group.size,):
+        raise UserError(
+            f"importance of {group.name} has shape {values.shape}, not one value for each of its "
+            f"{group.size} units"
+        )
+    if np.isnan(values).any():
+        raise UserError(f"importance of {group.name} is not a number; check the calibration loss")
+    return values
+
+
+def ascending(group: Group, scores: Scores) -> IntArray:
+    """Return the units of a group, least important first; ties go by unit index."""
+    return np.argsort(scores_of(group, scores), kind="stable").astype(np.int64)
+
+
+def complete(discovery: Discovery, removal: Removal, scores: Scores) -> dict[str, IntArray]:
+    """Return the removal with all that must go along; the units already named stay named.
+
+    Blocks are brought to the number that the block with the most loses, and companions to their
+    ratio, by adding their least important units. Units that are gone anyway, with a whole layer or
+    a whole block, are dropped. The result can still break a rule that adding units does not mend;
+    `check` says so.
+    """
+    groups = {group.name: group for group in discovery.groups}
+    gone = removed_layers(groups, removal)
+    done: dict[str, IntArray] = {}
+    for name, units in removal.items():
+        if len(units) and groups[name].layer not in gone:
+            done[name] = np.unique(np.asarray(units, dtype=np.int64))
+    for name in list(done):
+        group = groups[name]
+        if group.blocks is not None:
+            done[name] = _level(
+                group.blocks, done[name], dead_blocks(group, done), ascending(group, scores)
+            )
+            if len(done[name]) == 0:
+                del done[name]
+    add_companions(groups, done, gone, lambda group: ascending(group, scores))
+    return {name: np.sort(units) for name, units in done.items()}
+
+
+def _level(blocks: IntArray, units: IntArray, dead: IntArray, order: IntArray) -> IntArray:
+    """Drop units of dead blocks and bring the others to the highest number lost."""
+    units = units[~np.isin(blocks[units], dead)]
+    live = np.setdiff1d(np.unique(blocks), dead)
+    lost = np.bincount(blocks[units], minlength=int(blocks.max()) + 1)
+    target = int(lost[live].max(initial=0))
+    free = order[~np.isin(order, units)]
+    extra = [free[blocks[free] == block][: target - lost[block]] for block in live]
+    return np.concatenate([units, *extra])
+
+
+def add_companions(
+    groups: Mapping[str, Group],
+    removal: dict[str, IntArray],
+    gone: set[int],
+    order: Callable[[Group], IntArray],
+) -> None:
+    """Add to ``removal`` what companions must lose, least important units first.
+
+    Companions may have companions, so this repeats until nothing changes.
+    """
+    waiting = [name for name in removal if groups[name].companions]
+    while waiting:
+        group = groups[waiting.pop()]
+        for companion in group.companions:
+            other = groups.get(companion.group)
+            if other is None or other.layer in gone:
+                continue
+            have = removal.get(other.name, NONE)
+            missing = whole(companion.ratio * len(removal[group.name])) - len(have)
+            if missing <= 0:
+                continue
+            units = order(other)
+            if len(have):
+                units = units[~np.isin(units, have)]
+            removal[other.name] = np.concatenate([have, units[:missing]])
+            if other.companions:
+                waiting.append(other.name)
+
+
+def whole(number: Fraction) -> int:
+    """Return the smallest integer that is not below ``number``."""
+    return -(-number.numerator // number.denominator)

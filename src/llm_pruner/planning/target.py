@@ -1,0 +1,202 @@
+"""What the user asks for: how much to remove (`Target`) and where from (`Selection`)."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from fractions import Fraction
+from typing import Literal, get_args
+
+from llm_pruner.errors import UserError
+
+STRUCTURES = ("heads", "query_heads", "ffn", "hidden", "head_dim", "experts", "layers", "other")
+"""Kinds that can be chosen. ``value_dim`` cannot: it follows ``head_dim``."""
+
+Scope = Literal["local", "global"]
+
+_SUFFIX = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
+
+
+@dataclass(frozen=True)
+class Target:
+    """How much to remove: exactly one of the first three is set.
+
+    Attributes:
+        unit_ratio: share of units to remove in each chosen layer, in (0, 1) (LLM-Pruner, arXiv
+            2305.11627). A group of n units loses floor(n * unit_ratio).
+        ratio: share of all parameters of the dense model to remove, in (0, 1).
+        params: number of parameters to keep.
+        loose: an intermediate goal of several steps: take the nearest that can be reached
+            (removing nothing included) where a final goal would raise.
+    """
+
+    unit_ratio: float | None = None
+    ratio: float | None = None
+    params: int | None = None
+    loose: bool = False
+
+    def __post_init__(self) -> None:
+        given = [f"{name}={value}" for name, value in self._values() if value is not None]
+        if len(given) != 1:
+            raise UserError(
+                "the target needs exactly one of unit_ratio, ratio and params; got "
+                + (", ".join(given) if given else "none")
+            )
+        for name, value in self._values()[:2]:
+            if value is not None and not 0 < value < 1:
+                raise UserError(
+                    f"{name}={value} is outside (0, 1); give the share to remove, such as 0.2"
+                )
+        if self.params is not None and self.params < 1:
+            raise UserError(f"params={self.params} keeps nothing; give the number to keep")
+
+    def _values(self) -> tuple[tuple[str, float | int | None], ...]:
+        return (("unit_ratio", self.unit_ratio), ("ratio", self.ratio), ("params", self.params))
+
+    def __str__(self) -> str:
+        return next(f"{name}={value}" for name, value in self._values() if value is not None)
+
+    def kept(self, dense_params: int) -> int:
+        """Return the number of parameters to keep; for ``ratio`` and ``params`` only.
+
+        Raises:
+            UserError: ``params`` is not below ``dense_params``.
+        """
+        if self.ratio is not None:
+            return dense_params - round(dense_params * exact(self.ratio))
+        assert self.params is not None
+        if self.params >= dense_params:
+            raise UserError(
+                f"params={self.params:,} is not below the {dense_params:,} parameters of the "
+                "model; give the smaller number to keep"
+            )
+        return self.params
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which units compete, and how.
+
+    Attributes:
+        structures: kinds to prune, of `STRUCTURES`.
+        scope: ``local`` ranks inside each group and takes the same share from each; ``global``
+            ranks the units of all chosen groups together by importance per removed parameter.
+        protect_first: decoder layers at the start that stay whole.
+        protect_last: decoder layers at the end that stay whole.
+        layer_ranges: structure -> (first, last) layer to prune, both included, counted from 0;
+            replaces the protection for that structure.
+        round_to: the number of units kept in a group of channels (ffn, hidden, head_dim, other)
+            is a multiple of this, unless the group is left alone.
+    """
+
+    structures: tuple[str, ...]
+    scope: Scope = "local"
+    protect_first: int = 0
+    protect_last: int = 0
+    layer_ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    round_to: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.structures:
+            raise UserError(f"no structures given; choose from {', '.join(STRUCTURES)}")
+        for name in self.structures:
+            _known_structure(name)
+            if self.structures.count(name) > 1:
+                raise UserError(f"structure {name!r} is given twice; name it once")
+        if self.scope not in get_args(Scope):
+            raise UserError(f"scope={self.scope!r} is unknown; use local or global")
+        if self.protect_first < 0 or self.protect_last < 0:
+            raise UserError(
+                f"protect_first={self.protect_first}, protect_last={self.protect_last}: "
+                "a number of layers cannot be negative"
+            )
+        if self.round_to < 1:
+            raise UserError(
+                f"round_to={self.round_to} is not a multiple to round to; use 1 or more"
+            )
+        for name in self.layer_ranges:
+            if name not in self.structures:
+                raise UserError(
+                    f"a layer range is given for {name}, which is not pruned; add it to the "
+                    f"structures ({', '.join(self.structures)}) or drop the range"
+                )
+
+
+def exact(ratio: float) -> Fraction:
+    """Return the decimal number that a user wrote: 0.29 is 29/100, not the nearest double."""
+    return Fraction(repr(float(ratio)))
+
+
+def parse_count(text: str) -> int:
+    """Return a number of parameters: ``"5.4B"``, ``"107.6M"``, ``"110000000"``.
+
+    Raises:
+        UserError: not a positive whole number.
+    """
+    match = re.fullmatch(r"([\d_,]*\.?\d+)\s*([KMBT]?)", text.strip().upper())
+    number = Decimal(0)
+    if match is not None:
+        number = Decimal(re.sub("[_,]", "", match[1])).scaleb(_SUFFIX[match[2]])
+    if number <= 0 or number != int(number):
+        raise UserError(
+            f"{text!r} is not a number of parameters; write such as 5.4B, 107.6M or 110000000"
+        )
+    return int(number)
+
+
+def parse_layer_ranges(text: str) -> dict[str, tuple[int, int]]:
+    """Return structure -> (first, last) of ``"heads=4-26,ffn=4-26"``, both ends included.
+
+    Raises:
+        UserError: malformed, unknown or repeated structure, or a range that runs backwards.
+    """
+    ranges: dict[str, tuple[int, int]] = {}
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)(?:\s*-\s*(\d+))?\s*", item)
+        if match is None:
+            raise UserError(
+                f"{item.strip()!r} is not a layer range; write such as heads=4-26,ffn=4-26"
+            )
+        name, first = _known_structure(match[1]), int(match[2])
+        last = first if match[3] is None else int(match[3])
+        if name in ranges:
+            raise UserError(f"{name} has two layer ranges; give one")
+        if last < first:
+            raise UserError(f"layer range {name}={first}-{last} runs backwards; swap its ends")
+        ranges[name] = (first, last)
+    return ranges
+
+
+def step_targets(dense_params: int, target: Target, steps: int) -> list[Target]:
+    """Return the cumulative target of each step, linear in what is removed; the last is ``target``.
+
+    A unit ratio stays a share of the dense units, so `allocate` needs the `Survivors` of the
+    steps before. The other targets become numbers of parameters to keep.
+
+    Raises:
+        UserError: fewer than one step.
+    """
+    if steps < 1:
+        raise UserError(f"steps={steps} prunes nothing; use 1 or more")
+    targets: list[Target] = []
+    for step in range(1, steps):
+        if target.unit_ratio is not None:
+            share = exact(target.unit_ratio) * step / steps
+            targets.append(Target(unit_ratio=float(share), loose=True))
+        else:
+            removed = dense_params - target.kept(dense_params)
+            targets.append(Target(params=dense_params - removed * step // steps, loose=True))
+    return [*targets, target]
+
+
+def _known_structure(name: str) -> str:
+    if name == "value_dim":
+        raise UserError("value_dim is not pruned by itself; choose head_dim, which it follows")
+    if name not in STRUCTURES:
+        close = difflib.get_close_matches(name, STRUCTURES, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UserError(f"unknown structure {name!r}; {hint}known are {', '.join(STRUCTURES)}")
+    return name

@@ -1,0 +1,53 @@
+"""What a removal leaves of every tensor: kept positions, shapes and parameter counts."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from llm_pruner.types import Discovery, IntArray, Removal
+
+
+def removed_positions(discovery: Discovery, removal: Removal) -> dict[tuple[str, int], IntArray]:
+    """Return (tensor, dim) -> sorted positions that the removal deletes along that axis."""
+    found: dict[tuple[str, int], list[IntArray]] = {}
+    for name, units in removal.items():
+        if len(units) == 0:
+            continue
+        for member in discovery.group(name).members:
+            found.setdefault((member.tensor, member.dim), []).append(member.index[units].ravel())
+    return {axis: np.unique(np.concatenate(parts)) for axis, parts in found.items()}
+
+
+def removed_modules(discovery: Discovery, removal: Removal) -> tuple[str, ...]:
+    """Return the qualified names of the modules that are removed whole (layers)."""
+    names: list[str] = []
+    for name, units in removal.items():
+        group = discovery.group(name)
+        if group.modules:
+            names.extend(group.modules[int(unit)] for unit in units)
+    return tuple(names)
+
+
+def kept_shapes(discovery: Discovery, removal: Removal) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter after the removal, by its dense name.
+
+    Parameters of removed layers are absent.
+    """
+    gone = tuple(f"{module}." for module in removed_modules(discovery, removal))
+    deleted = removed_positions(discovery, removal)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in discovery.shapes.items():
+        if gone and name.startswith(gone):
+            continue
+        shapes[name] = tuple(
+            size - len(deleted.get((name, dim), ())) for dim, size in enumerate(shape)
+        )
+    return shapes
+
+
+def count_parameters(discovery: Discovery, removal: Removal | None = None) -> int:
+    """Return the number of parameters left, tied weights counted once."""
+    shapes = kept_shapes(discovery, removal or {})
+    return sum(math.prod(shape) for shape in shapes.values())

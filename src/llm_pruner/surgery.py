@@ -1,0 +1,241 @@
+"""From a removal to a smaller model: slices every tensor, and sets every size that code reads."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from llm_pruner.errors import InfeasibleError
+from llm_pruner.removal import kept_shapes, removed_modules, removed_positions
+from llm_pruner.types import Discovery, Edits, IntArray, Removal
+
+# Sizes that standard modules keep only to describe themselves: (weight axis -> attribute).
+_DESCRIPTIVE: dict[str, tuple[tuple[str, int], ...]] = {
+    "Linear": (("in_features", 1), ("out_features", 0)),
+    "Conv1D": (("nx", 0), ("nf", 1)),
+    "Embedding": (("num_embeddings", 0), ("embedding_dim", 1)),
+}
+
+
+def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edits:
+    """Work out everything that a removal changes, without touching the model.
+
+    Raises:
+        InfeasibleError: the model's code cannot express the sizes; names the groups.
+    """
+    graph = discovery.graph
+    try:
+        attributes = graph.system.attributes(graph.deleted(removal))
+    except InfeasibleError as error:
+        names = ", ".join(name for name, units in removal.items() if len(units))
+        raise InfeasibleError(f"removing units of {names}: {error}") from error
+    gone = removed_modules(discovery, removal)
+    rename = _Renaming(graph.layer_lists, gone)
+    shapes = {
+        rename(name): shape
+        for name, shape in kept_shapes(discovery, removal).items()
+        if shape != discovery.shapes[name]
+    }
+    buffers: dict[str, dict[int, tuple[int, ...]]] = defaultdict(dict)
+    for (name, dim), positions in removed_positions(discovery, removal).items():
+        if name in discovery.buffers and not rename.is_gone(name):
+            kept = np.delete(np.arange(discovery.buffers[name][dim]), positions)
+            buffers[rename(name)][dim] = tuple(kept.tolist())
+    values: dict[str, dict[str, int]] = defaultdict(dict)
+    for (module, attribute), value in sorted(attributes.items()):
+        if not rename.is_gone(f"{module}."):
+            values[rename(f"{module}.")[:-1]][attribute] = value
+    for module, attribute, value in _layer_numbers(model, graph.layer_lists, gone):
+        if not rename.is_gone(f"{module}."):
+            values[rename(f"{module}.")[:-1]][attribute] = value
+    for module, attribute, value in _descriptions(model, shapes, rename):
+        values[module].setdefault(attribute, value)
+    return Edits(
+        shapes=shapes,
+        buffers={name: dict(dims) for name, dims in sorted(buffers.items())},
+        attributes={name: dict(found) for name, found in sorted(values.items()) if found},
+        layers=rename.kept,
+    )
+
+
+def prune_(model: nn.Module, discovery: Discovery, removal: Removal) -> Edits:
+    """Remove units from a model in place and return what was changed.
+
+    Tied weights stay tied, ``requires_grad`` stays as it was, and removed layers are gone with all
+    they hold. The new tensors hold exactly the values of the positions that were kept.
+
+    Raises:
+        InfeasibleError: before anything is touched.
+    """
+    edits = plan_edits(model, discovery, removal)
+    _slice_tensors(model, discovery, removal)
+    apply_layers(model, edits.layers)
+    for module, values in edits.attributes.items():
+        for attribute, value in values.items():
+            set_attribute(model.get_submodule(module), attribute, value)
+    return edits
+
+
+def apply_layers(model: nn.Module, layers: Mapping[str, Sequence[int]]) -> None:
+    """Keep only the given children of module lists, and state the new number in the settings.
+
+    A list-valued setting with one entry per layer keeps the entries of the layers that stay.
+    """
+    for path, kept in layers.items():
+        children = model.get_submodule(path)
+        if not isinstance(children, nn.ModuleList):
+            raise TypeError(f"{path} is no module list")
+        count = len(children)
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, nn.ModuleList([children[i] for i in kept]))
+        for config in _configs(model):
+            _filter_config(config, count, kept)
+
+
+def set_attribute(module: nn.Module, attribute: str, value: int) -> None:
+    """Set an integer that a module's code reads.
+
+    ``name.3`` is an item of a tuple or list; ``config.num_heads`` is set on the module's own copy
+    of its configuration, since modules share one.
+    """
+    key, _, inner = attribute.partition(".")
+    if not inner:
+        setattr(module, key, value)
+        return
+    holder = getattr(module, key)
+    if isinstance(holder, tuple | list):
+        items = list(holder)
+        items[int(inner)] = value
+        setattr(module, key, type(holder)(items))
+        return
+    own = copy.copy(holder)
+    vars(own)[inner] = value
+    vars(module)[key] = own
+
+
+def _slice_tensors(model: nn.Module, discovery: Discovery, removal: Removal) -> None:
+    gone = tuple(f"{module}." for module in removed_modules(discovery, removal))
+    deleted: dict[str, dict[int, IntArray]] = defaultdict(dict)
+    for (name, dim), positions in removed_positions(discovery, removal).items():
+        if not (gone and name.startswith(gone)):
+            deleted[name][dim] = positions
+    names: dict[str, list[str]] = defaultdict(list)
+    for alias, first in discovery.aliases.items():
+        names[first].append(alias)
+    for name, dims in deleted.items():
+        owner, key = _owner(model, name)
+        old = getattr(owner, key)
+        data = old.detach()
+        for dim, positions in dims.items():
+            kept = np.delete(np.arange(data.shape[dim]), positions)
+            data = data.index_select(dim, torch.from_numpy(kept).to(data.device))
+        new: torch.Tensor = data.contiguous()
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        for one in (name, *names[name]):
+            target, place = _owner(model, one)
+            setattr(target, place, new)
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, key = name.rpartition(".")
+    return model.get_submodule(path), key
+
+
+class _Renaming:
+    """Names of tensors and modules after layers were removed and the rest renumbered."""
+
+    def __init__(self, lists: Mapping[str, int], gone: tuple[str, ...]) -> None:
+        self._gone = tuple(f"{module}." for module in gone)
+        self.kept: dict[str, tuple[int, ...]] = {}
+        self._places: dict[str, dict[int, int]] = {}
+        for path, count in lists.items():
+            kept = tuple(i for i in range(count) if f"{path}.{i}" not in gone)
+            if len(kept) < count:
+                self.kept[path] = kept
+                self._places[path] = {old: new for new, old in enumerate(kept)}
+
+    def is_gone(self, name: str) -> bool:
+        return bool(self._gone) and name.startswith(self._gone)
+
+    def __call__(self, name: str) -> str:
+        for path, places in self._places.items():
+            match = re.match(re.escape(path) + r"\.(\d+)(\.|$)", name)
+            if match:
+                return f"{path}.{places[int(match.group(1))]}{name[match.end(1) :]}"
+        return name
+
+
+def _layer_numbers(
+    model: nn.Module, lists: Mapping[str, int], gone: tuple[str, ...]
+) -> Iterator[tuple[str, str, int]]:
+    """Yield (module, attribute, new value) for attributes that hold the number of their layer."""
+    for path, count in lists.items():
+        kept = [i for i in range(count) if f"{path}.{i}" not in gone]
+        if len(kept) == count:
+            continue
+        holding: dict[tuple[str, str], set[int]] = defaultdict(set)
+        for i in range(count):
+            for inner, module in model.get_submodule(f"{path}.{i}").named_modules():
+                for key, value in vars(module).items():
+                    if type(value) is int and value == i:
+                        holding[inner, key].add(i)
+        present: dict[tuple[str, str], set[int]] = defaultdict(set)
+        for i in range(count):
+            for inner, module in model.get_submodule(f"{path}.{i}").named_modules():
+                for key, value in vars(module).items():
+                    if type(value) is int:
+                        present[inner, key].add(i)
+        for (inner, key), where in holding.items():
+            if where != present[inner, key]:
+                continue
+            for new, old in enumerate(kept):
+                if old in where and new != old:
+                    module = f"{path}.{old}.{inner}" if inner else f"{path}.{old}"
+                    yield module, key, new
+
+
+def _descriptions(
+    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], rename: _Renaming
+) -> Iterator[tuple[str, str, int]]:
+    """Yield the sizes that standard modules state of themselves (``in_features`` and the like)."""
+    for path, module in model.named_modules():
+        if rename.is_gone(f"{path}."):
+            continue
+        new_path = rename(path)
+        shape = shapes.get(f"{new_path}.weight")
+        if shape is None:
+            continue
+        for kind, pairs in _DESCRIPTIVE.items():
+            if any(cls.__name__ == kind for cls in type(module).__mro__):
+                for attribute, dim in pairs:
+                    if getattr(module, attribute, shape[dim]) != shape[dim]:
+                        yield new_path, attribute, shape[dim]
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        config = vars(module).get("config")
+        if config is not None:
+            found[id(config)] = config
+            inner = getattr(config, "text_config", None)
+            if inner is not None:
+                found[id(inner)] = inner
+    return list(found.values())
+
+
+def _filter_config(config: Any, count: int, kept: Sequence[int]) -> None:
+    if getattr(config, "num_hidden_layers", None) != count:
+        return
+    config.num_hidden_layers = len(kept)
+    for key, value in list(vars(config).items()):
+        if isinstance(value, list | tuple) and len(value) == count and not isinstance(value, str):
+            setattr(config, key, type(value)(value[i] for i in kept))

@@ -1,0 +1,292 @@
+"""Deletion events ("atoms") and what is known about which of them must happen together.
+
+An axis of a tensor is described by *rows*: an int64 array of shape (n, k), one row of atoms per
+position, padded with 0. A position survives if none of its atoms is deleted; a row without atoms is
+never deleted (frozen). Unifying two axes states that position i of one is deleted exactly when
+position i of the other is. All of it is arrays and union-find; nothing loops over channels.
+
+The forms a unification takes, row by row, after common atoms are dropped:
+
+* one atom ~ one atom: the two become one class;
+* one atom ~ several: the one is *substituted* by the set, so a projection's row becomes
+  {head, channel} when the projection is viewed as (heads, channels);
+* several ~ as many: paired column by column, by equal partition of the rows first;
+* none ~ some: those are frozen, since the other side cannot follow.
+
+Each form is sound: whatever is deleted afterwards, both sides agree. What they lose is freedom only.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llm_pruner.types import IntArray
+
+NO_ATOM = 0
+
+
+class Atoms:
+    """Union-find over atoms with substitution and freezing."""
+
+    def __init__(self) -> None:
+        self._size = 1
+        self._parent: IntArray = np.zeros(1024, dtype=np.int64)
+        self._substitute: IntArray = np.full(1024, -1, dtype=np.int64)
+        self._frozen: IntArray = np.zeros(1024, dtype=np.int64)
+        self._replica = np.zeros(1024, dtype=bool)
+        self._table: IntArray = np.zeros((0, 2), dtype=np.int64)
+        self._table_size = 0
+        self.reasons: list[str] = [""]
+        self._reason_ids: dict[str, int] = {"": 0}
+
+    def copy(self) -> Atoms:
+        """Return an independent copy."""
+        other = Atoms.__new__(Atoms)
+        other._size = self._size
+        other._parent = self._parent.copy()
+        other._substitute = self._substitute.copy()
+        other._frozen = self._frozen.copy()
+        other._replica = self._replica.copy()
+        other._table = self._table.copy()
+        other._table_size = self._table_size
+        other.reasons = list(self.reasons)
+        other._reason_ids = dict(self._reason_ids)
+        return other
+
+    def __len__(self) -> int:
+        return self._size
+
+    def fresh(self, count: int, *, replica: bool = False) -> IntArray:
+        """Return rows (count, 1) of new atoms.
+
+        A *replica* axis comes from ``expand``: its positions all hold the same values, which is why
+        its units may later be chosen freely (see ``is_replica``).
+        """
+        start, stop = self._size, self._size + count
+        if stop > len(self._parent):
+            room = max(stop, 2 * len(self._parent))
+            self._parent = np.concatenate(
+                [self._parent, np.zeros(room - len(self._parent), dtype=np.int64)]
+            )
+            self._substitute = np.concatenate(
+                [self._substitute, np.full(room - len(self._substitute), -1, dtype=np.int64)]
+            )
+            self._frozen = np.concatenate(
+                [self._frozen, np.zeros(room - len(self._frozen), dtype=np.int64)]
+            )
+            self._replica = np.concatenate(
+                [self._replica, np.zeros(room - len(self._replica), dtype=bool)]
+            )
+        self._parent[start:stop] = np.arange(start, stop)
+        self._replica[start:stop] = replica
+        self._size = stop
+        return np.arange(start, stop, dtype=np.int64)[:, None]
+
+    # ---------------------------------------------------------------- reading
+
+    def find(self, atoms: IntArray) -> IntArray:
+        """Return the representative of each atom's class."""
+        parent = self._parent
+        roots = parent[atoms]
+        while True:
+            above = parent[roots]
+            if np.array_equal(above, roots):
+                break
+            roots = above
+        parent[atoms] = roots
+        parent[NO_ATOM] = NO_ATOM
+        return roots
+
+    def resolve(self, rows: IntArray) -> IntArray:
+        """Return rows in terms of live representatives: no frozen, substituted or repeated atom."""
+        rows = self.find(rows)
+        while rows.size:
+            replaced = self._substitute[rows] >= 0
+            if not replaced.any():
+                break
+            columns = []
+            for column in range(rows.shape[1]):
+                hit = replaced[:, column]
+                if not hit.any():
+                    columns.append(rows[:, column : column + 1])
+                    continue
+                wide = np.zeros((len(rows), self._table.shape[1]), dtype=np.int64)
+                wide[~hit, 0] = rows[~hit, column]
+                wide[hit] = self._table[self._substitute[rows[hit, column]]]
+                columns.append(wide)
+            rows = self.find(np.concatenate(columns, axis=1))
+        rows = np.where(self._frozen[rows] > 0, NO_ATOM, rows)
+        for column in range(1, rows.shape[1]):
+            repeated = (rows[:, :column] == rows[:, column : column + 1]).any(axis=1)
+            rows[repeated, column] = NO_ATOM
+        return rows[:, rows.any(axis=0)]
+
+    def reason(self, rows: IntArray) -> str | None:
+        """Return why the first frozen atom among ``rows`` is frozen, or None."""
+        pending = self.find(rows.ravel())
+        while pending.size:
+            frozen = self._frozen[pending]
+            if frozen.any():
+                return self.reasons[int(frozen[np.flatnonzero(frozen)[0]])]
+            inside = self._substitute[pending]
+            inside = inside[inside >= 0]
+            pending = self.find(self._table[inside].ravel())
+        return None
+
+    def is_replica(self, rows: IntArray) -> bool:
+        """Whether every position is one untouched atom of an expanded axis."""
+        if rows.shape[1] != 1 or not rows.all():
+            return False
+        flat = rows[:, 0]
+        return bool((self._replica[flat] & (self.find(flat) == flat)).all())
+
+    # ---------------------------------------------------------------- stating
+
+    def freeze(self, rows: IntArray, reason: str) -> None:
+        """State that no position of ``rows`` is ever deleted."""
+        live = self.resolve(rows)
+        flat = live[live > 0]
+        if flat.size:
+            self._frozen[flat] = self._reason_id(reason)
+
+    def union(self, left: IntArray, right: IntArray) -> None:
+        """Make one class of left[i] and right[i], for every i; the smaller id represents it."""
+        self._replica[left] = False
+        self._replica[right] = False
+        while True:
+            a, b = self.find(left), self.find(right)
+            differ = a != b
+            if not differ.any():
+                return
+            low, high = np.minimum(a, b)[differ], np.maximum(a, b)[differ]
+            frozen = self._frozen[high]
+            carried = (frozen > 0) & (self._frozen[low] == 0)
+            self._frozen[low[carried]] = frozen[carried]
+            np.minimum.at(self._parent, high, low)
+            left, right = low, high
+
+    def unify(self, left: IntArray, right: IntArray) -> IntArray:
+        """State that positions of two axes are deleted together; return the resolved rows."""
+        if len(left) != len(right):
+            raise ValueError(f"cannot unify axes of {len(left)} and {len(right)} positions")
+        raw_left, raw_right = left, right
+        while True:
+            left, right = self.resolve(left), self.resolve(right)
+            a, b = _without_common(left, right)
+            count_a, count_b = (a > 0).sum(axis=1), (b > 0).sum(axis=1)
+            if not (count_a.any() or count_b.any()):
+                return left if left.shape[1] <= right.shape[1] else right
+            single = (count_a == 1) & (count_b == 1)
+            if single.any():
+                self.union(a[single, 0], b[single, 0])
+                continue
+            alone_a, alone_b = (count_b == 0) & (count_a > 0), (count_a == 0) & (count_b > 0)
+            if alone_a.any() or alone_b.any():
+                why = self.reason(raw_left) or self.reason(raw_right)
+                why = why or "tied to an axis that cannot shrink with it"
+                self.freeze(a[alone_a], why)
+                self.freeze(b[alone_b], why)
+                continue
+            for few, many, rows in (
+                (a, b, (count_a == 1) & (count_b > 1)),
+                (b, a, (count_b == 1) & (count_a > 1)),
+            ):
+                if rows.any():
+                    self._substitute_by(few[rows, 0], many[rows])
+                    break
+            else:
+                self._pair_columns(a, b, count_a, count_b)
+
+    def _substitute_by(self, atoms: IntArray, sets: IntArray) -> None:
+        first, index = np.unique(atoms, return_index=True)
+        sets = sets[index]
+        # An atom that stands in another row's set must stay itself for this round.
+        inside = np.isin(first, sets)
+        if inside.all():
+            self.freeze(first[:, None], "two views of one axis contradict each other")
+            return
+        first, sets = first[~inside], sets[~inside]
+        width = max(self._table.shape[1], sets.shape[1])
+        start = self._table_size
+        if start + len(sets) > len(self._table) or width > self._table.shape[1]:
+            room = max(start + len(sets), 2 * len(self._table))
+            table = np.zeros((room, width), dtype=np.int64)
+            table[:start, : self._table.shape[1]] = self._table[:start]
+            self._table = table
+        self._table[start : start + len(sets), : sets.shape[1]] = sets
+        self._table_size = start + len(sets)
+        self._substitute[first] = np.arange(start, start + len(sets))
+        self._replica[sets] = False
+        self._replica[first] = False
+
+    def _pair_columns(
+        self, a: IntArray, b: IntArray, count_a: IntArray, count_b: IntArray
+    ) -> None:
+        uneven = count_a != count_b
+        if uneven.any():
+            why = "two views of one axis divide it differently"
+            self.freeze(a[uneven], why)
+            self.freeze(b[uneven], why)
+            return
+        arity = int(count_a.max())
+        rows = count_a == arity
+        a, b = a[rows][:, :arity], b[rows][:, :arity]
+        left, right = list(range(arity)), list(range(arity))
+        patterns = [_partition(b[:, column]) for column in range(arity)]
+        pairs = []
+        for column in range(arity):
+            pattern = _partition(a[:, column])
+            for other in right:
+                if np.array_equal(pattern, patterns[other]):
+                    pairs.append((column, other))
+                    right.remove(other)
+                    left.remove(column)
+                    break
+        for column, other in [*pairs, *zip(left, right, strict=True)]:
+            self.union(a[:, column], b[:, other])
+
+    def _reason_id(self, reason: str) -> int:
+        if reason not in self._reason_ids:
+            self._reason_ids[reason] = len(self.reasons)
+            self.reasons.append(reason)
+        return self._reason_ids[reason]
+
+
+def empty_rows(count: int) -> IntArray:
+    """Return rows of an axis whose positions are never deleted."""
+    return np.zeros((count, 0), dtype=np.int64)
+
+
+def product_rows(outer: IntArray, inner: IntArray) -> IntArray:
+    """Return rows of the merged axis: position (i, j) carries the atoms of both i and j."""
+    return np.concatenate(
+        [np.repeat(outer, len(inner), axis=0), np.tile(inner, (len(outer), 1))], axis=1
+    )
+
+
+def stack_rows(parts: list[IntArray]) -> IntArray:
+    """Return rows of concatenated axes."""
+    width = max(part.shape[1] for part in parts)
+    return np.concatenate([np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in parts])
+
+
+def _without_common(left: IntArray, right: IntArray) -> tuple[IntArray, IntArray]:
+    """Drop the atoms that both rows hold, and move the rest to the front of each row."""
+    left, right = left.copy(), right.copy()
+    equal = (left[:, :, None] == right[:, None, :]) & (left[:, :, None] > 0)
+    left[equal.any(axis=2)] = NO_ATOM
+    right[equal.any(axis=1)] = NO_ATOM
+    return _to_front(left), _to_front(right)
+
+
+def _to_front(rows: IntArray) -> IntArray:
+    order = np.argsort(rows == 0, axis=1, kind="stable")
+    return np.take_along_axis(rows, order, axis=1)
+
+
+def _partition(column: IntArray) -> IntArray:
+    """Number the values of a column by first appearance: equal arrays are equal partitions."""
+    _, index, inverse = np.unique(column, return_index=True, return_inverse=True)
+    rank = np.empty(len(index), dtype=np.int64)
+    rank[np.argsort(index, kind="stable")] = np.arange(len(index))
+    return rank[inverse]

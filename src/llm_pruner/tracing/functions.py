@@ -1,0 +1,360 @@
+"""Watches calls of torch functions, where the integers that size axes still know their origin.
+
+Below this level PyTorch has turned them into plain numbers. Each known function states which axis
+of its result an integer sized; an integer of known origin that reaches any other function was used
+as a number, which is recorded as such.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from llm_pruner.tracing.sizes import Expr, TracedInt, expr_of
+from llm_pruner.types import IntArray
+
+Axes = list[IntArray]
+
+
+class Recorder(Protocol):
+    """What the function mode tells the tracer."""
+
+    def axes(self, tensor: torch.Tensor) -> Axes | None: ...
+    def length(self, tensor: torch.Tensor, dim: int) -> int: ...
+    def sized(self, expr: Expr, rows: IntArray, where: str) -> None: ...
+    def tie_windows(self, rows: IntArray, step: int, where: str) -> None: ...
+    def used_as_number(self, expr: Expr) -> None: ...
+
+
+class SizeMode(TorchFunctionMode):
+    """Records which integers size which axes, and gives tensor shapes a memory."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],  # noqa: ARG002
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func == torch.Tensor.shape.__get__:  # type: ignore[attr-defined]
+            return self._shape(args[0])
+        name = getattr(func, "__name__", "")
+        if name == "size":
+            return self._size(args, kwargs)
+        if name in _REWRITES:
+            with self:
+                rewritten = _REWRITES[name](*args, **kwargs)
+            if rewritten is not None:
+                return rewritten
+        out = func(*args, **kwargs)
+        if name in _SIZED:
+            _SIZED[name](self.recorder, args, kwargs, out)
+        elif name not in _DIMENSIONS_ONLY:
+            for value in _flatten([*args, *kwargs.values()]):
+                if isinstance(value, TracedInt):
+                    self.recorder.used_as_number(value.expr)
+        return out
+
+    def _shape(self, tensor: torch.Tensor) -> torch.Size:
+        plain = torch.Tensor.shape.__get__(tensor)  # type: ignore[attr-defined]
+        if self.recorder.axes(tensor) is None:
+            return plain
+        return torch.Size([self.recorder.length(tensor, dim) for dim in range(len(plain))])
+
+    def _size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        shape = self._shape(args[0])
+        dim = args[1] if len(args) > 1 else kwargs.get("dim")
+        return shape if dim is None else shape[dim]
+
+
+def _flatten(values: Sequence[Any]) -> list[Any]:
+    flat: list[Any] = []
+    for value in values:
+        if isinstance(value, list | tuple):
+            flat.extend(_flatten(value))
+        elif isinstance(value, slice):
+            flat.extend((value.start, value.stop, value.step))
+        else:
+            flat.append(value)
+    return flat
+
+
+def _sizes_of(args: tuple[Any, ...], kwargs: dict[str, Any], key: str = "size") -> list[Any]:
+    given: Any = args[1:] if len(args) > 1 else kwargs.get(key, kwargs.get("shape", ()))
+    if len(given) == 1 and isinstance(given[0], list | tuple):
+        given = given[0]
+    return list(given)
+
+
+def _record_sizes(recorder: Recorder, sizes: Sequence[Any], out: Any, where: str) -> None:
+    axes = recorder.axes(out)
+    if axes is None or len(sizes) != len(axes):
+        return
+    for size, rows in zip(sizes, axes, strict=True):
+        if isinstance(size, int) and size >= 0:
+            recorder.sized(expr_of(size), rows, where)
+
+
+def _view(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    sizes = _sizes_of(args, kwargs)
+    if all(isinstance(size, int) for size in sizes):
+        _record_sizes(recorder, sizes, out, "view")
+
+
+def _expand(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    _record_sizes(recorder, _sizes_of(args, kwargs), out, "expand")
+
+
+def _create(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    given: Any = args or kwargs.get("size", ())
+    if len(given) >= 1 and isinstance(given[0], list | tuple):
+        given = given[0]
+    _record_sizes(recorder, [s for s in given if isinstance(s, int)], out, "new tensor")
+
+
+def _create_like(
+    recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> None:
+    sizes = _sizes_of(args, kwargs)
+    if len(sizes) > 1 and isinstance(sizes[0], list | tuple):
+        sizes = list(sizes[0])
+    _record_sizes(recorder, [s for s in sizes if isinstance(s, int)], out, "new tensor")
+
+
+def _arange(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    axes = recorder.axes(out)
+    bounds = [*args, *(kwargs[key] for key in ("start", "end", "step") if key in kwargs)]
+    for bound in bounds:
+        if isinstance(bound, TracedInt) and axes is not None:
+            if len(bounds) == 1:
+                recorder.sized(bound.expr, axes[0], "arange")
+            else:
+                recorder.used_as_number(bound.expr)
+
+
+def _split(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    tensor = args[0]
+    sizes = args[1] if len(args) > 1 else kwargs.get("split_size_or_sections", kwargs.get("split_size"))
+    dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+    if recorder.axes(tensor) is None or sizes is None:
+        return
+    if isinstance(sizes, int):
+        sizes = [sizes] * len(out)
+    for size, piece in zip(sizes, out, strict=True):
+        axes = recorder.axes(piece)
+        # The last piece of an uneven split is shorter: its size follows from the others.
+        if axes is not None and int(size) == piece.size(dim):
+            recorder.sized(expr_of(size), axes[dim], "split")
+
+
+def _chunk(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    tensor = args[0]
+    chunks = args[1] if len(args) > 1 else kwargs["chunks"]
+    dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+    if recorder.axes(tensor) is None or len(out) < 2:
+        return
+    whole = expr_of(recorder.length(tensor, dim))
+    for piece in out:
+        axes = recorder.axes(piece)
+        if axes is not None:
+            recorder.sized(("//", whole, expr_of(chunks)), axes[dim], "chunk")
+
+
+def _narrow(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    names = ("input", "dim", "start", "length")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    axes, whole = recorder.axes(out), recorder.axes(given["input"])
+    if axes is None or whole is None:
+        return
+    dim, start = given["dim"], given["start"]
+    if isinstance(start, int):
+        recorder.sized(expr_of(start), whole[dim][: int(start)], "narrow")
+    recorder.sized(expr_of(given["length"]), axes[dim], "narrow")
+
+
+def _getitem(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:  # noqa: ARG001
+    tensor, index = args[0], args[1]
+    axes = recorder.axes(tensor)
+    if axes is None:
+        return
+    items = list(index) if isinstance(index, tuple) else [index]
+    if any(item is Ellipsis for item in items):
+        place = next(i for i, item in enumerate(items) if item is Ellipsis)
+        taken = sum(_takes(item) for item in items) - 0
+        items[place : place + 1] = [slice(None)] * (len(axes) - taken)
+    dim = 0
+    for item in items:
+        if isinstance(item, slice):
+            _record_slice(recorder, axes[dim], item)
+        elif isinstance(item, TracedInt):
+            recorder.used_as_number(item.expr)
+        dim += _takes(item)
+
+
+def _takes(item: Any) -> int:
+    """Return how many axes of the indexed tensor an index item consumes."""
+    if item is None or item is Ellipsis or isinstance(item, bool):
+        return 0
+    if isinstance(item, torch.Tensor) and item.dtype in (torch.bool, torch.uint8):
+        return item.dim()
+    return 1
+
+
+def _record_slice(recorder: Recorder, rows: IntArray, item: slice) -> None:
+    size = len(rows)
+    if size == 1:
+        return
+    start, stop, step = item.start, item.stop, item.step
+    for bound in (start, stop):
+        if bound is None or not isinstance(bound, int):
+            continue
+        place = int(bound)
+        if isinstance(bound, TracedInt):
+            if place < 0 and size + place >= 0:
+                expr: Expr = ("-", ("const", 0), bound.expr)
+                recorder.sized(expr, rows[size + place :], "slice")
+            elif 0 <= place <= size:
+                recorder.sized(bound.expr, rows[:place], "slice")
+            else:
+                recorder.used_as_number(bound.expr)
+        elif place < 0:
+            recorder.sized(("const", min(-place, size)), rows[max(size + place, 0) :], "slice")
+        elif 0 < place < size:
+            recorder.sized(("const", place), rows[:place], "slice")
+    if isinstance(step, int) and int(step) > 1:
+        first = int(start or 0)
+        if first < 0:
+            first += size
+        recorder.tie_windows(rows[first - first % int(step) :], int(step), "strided slice")
+
+
+def _norm(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
+    axes = recorder.axes(out)
+    if axes is not None:
+        for size, rows in zip(shape, axes[-len(shape) :], strict=True):
+            recorder.sized(expr_of(size), rows, "norm")
+
+
+def _unflatten(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    dim = args[1] if len(args) > 1 else kwargs["dim"]
+    sizes = args[2] if len(args) > 2 else kwargs["sizes"]
+    axes = recorder.axes(out)
+    if axes is None:
+        return
+    dim = dim % (len(axes) - len(sizes) + 1)
+    for size, rows in zip(sizes, axes[dim : dim + len(sizes)], strict=True):
+        if int(size) >= 0:
+            recorder.sized(expr_of(size), rows, "unflatten")
+
+
+def _one_hot(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    classes = args[1] if len(args) > 1 else kwargs.get("num_classes", -1)
+    axes = recorder.axes(out)
+    if axes is not None and int(classes) >= 0:
+        recorder.sized(expr_of(classes), axes[-1], "one_hot")
+
+
+def _topk(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    count = args[1] if len(args) > 1 else kwargs["k"]
+    dim = args[2] if len(args) > 2 else kwargs.get("dim", -1)
+    axes = recorder.axes(out[0])
+    if axes is not None:
+        recorder.sized(expr_of(count), axes[dim], "topk")
+
+
+_SIZED: dict[str, Callable[[Recorder, tuple[Any, ...], dict[str, Any], Any], None]] = {
+    "view": _view,
+    "reshape": _view,
+    "expand": _expand,
+    "broadcast_to": _expand,
+    "zeros": _create,
+    "ones": _create,
+    "empty": _create,
+    "full": _create,
+    "rand": _create,
+    "randn": _create,
+    "new_zeros": _create_like,
+    "new_ones": _create_like,
+    "new_empty": _create_like,
+    "new_full": _create_like,
+    "arange": _arange,
+    "split": _split,
+    "split_with_sizes": _split,
+    "chunk": _chunk,
+    "narrow": _narrow,
+    "__getitem__": _getitem,
+    "__setitem__": _getitem,
+    "layer_norm": _norm,
+    "rms_norm": _norm,
+    "unflatten": _unflatten,
+    "one_hot": _one_hot,
+    "topk": _topk,
+}
+
+_DIMENSIONS_ONLY = frozenset(
+    {"embedding", "unsqueeze", "squeeze", "transpose", "permute", "softmax", "cat", "stack"}
+    | {"sum", "mean", "cumsum", "select", "unbind", "flatten", "dropout", "__len__"}
+)
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,  # noqa: ARG001
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Scaled dot-product attention written out, so that every axis and number in it is seen.
+
+    Without ``scale`` the function divides by the square root of the head size; the division below
+    reads that size from the shape, which records the use.
+    """
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[-1])
+    if enable_gqa and query.shape[-3] != key.shape[-3]:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = (_repeat_interleave(x, groups, dim=-3) for x in (key, value))
+    scores = (query * scale) @ key.transpose(-2, -1)
+    if is_causal:
+        rows, columns = int(query.shape[-2]), int(key.shape[-2])
+        mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril()
+        scores = scores.masked_fill(~mask, float("-inf"))
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, float("-inf"))
+        else:
+            scores = scores + attn_mask
+    weights = torch.softmax(scores, dim=-1)
+    # A row that may look nowhere gives zeros, as the fused kernels do.
+    return torch.nan_to_num(weights) @ value
+
+
+def _repeat_interleave(
+    tensor: torch.Tensor, repeats: int | torch.Tensor, dim: int | None = None, **_: Any
+) -> Any:
+    """``repeat_interleave`` by a number, as ``expand`` and ``flatten``; None if not applicable."""
+    if isinstance(repeats, torch.Tensor) or dim is None:
+        return None
+    dim = dim % tensor.dim()
+    sizes = [-1] * (tensor.dim() + 1)
+    sizes[dim + 1] = repeats
+    return tensor.unsqueeze(dim + 1).expand(sizes).flatten(dim, dim + 1)
+
+
+_REWRITES: dict[str, Callable[..., Any]] = {
+    "scaled_dot_product_attention": _attention,
+    "repeat_interleave": _repeat_interleave,
+}

@@ -1,0 +1,40 @@
+"""What surgery and verification need of a trace, beside the groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from llm_pruner.tracing.lengths import Deleted, SizeSystem
+from llm_pruner.tracing.run import Forward
+from llm_pruner.tracing.tracer import Trace
+from llm_pruner.types import IntArray, Removal
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A settled trace.
+
+    Attributes:
+        trace: atoms and the axes of every tensor.
+        system: solves for attributes.
+        unit_atoms: group name -> representative atom of each unit.
+        layer_lists: qualified name of each module list whose children may be removed -> length.
+        forward: how the model is run.
+    """
+
+    trace: Trace
+    system: SizeSystem
+    unit_atoms: Mapping[str, IntArray]
+    layer_lists: Mapping[str, int]
+    forward: Forward
+
+    def deleted(self, removal: Removal) -> Deleted:
+        """Return by atom whether the removal deletes it."""
+        flags = np.zeros(len(self.trace.atoms), dtype=bool)
+        for name, units in removal.items():
+            if name in self.unit_atoms and len(units):
+                flags[self.unit_atoms[name][units]] = True
+        return flags

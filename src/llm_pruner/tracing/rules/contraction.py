@@ -1,0 +1,96 @@
+"""Matrix products and convolutions: the axes that are summed over shrink together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from llm_pruner.tracing.rules.pointwise import broadcast
+from llm_pruner.tracing.tracer import Tracer, Unplaced
+
+
+def _note_attention(tracer: Tracer, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Name the axes of a product of two activations: scores, or weights times values."""
+    if tracer.is_weight(left) or tracer.is_weight(right):
+        return
+    batch, _, inner = tracer.label(left)
+    outer = tracer.label(right)[2]
+    tracer.note("head", batch)
+    if tracer.atoms.resolve(inner).size:
+        tracer.note("query_key", inner)
+    elif tracer.atoms.resolve(outer).size:
+        tracer.note("value", outer)
+
+
+def mm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
+    left, right = tracer.label(args[0]), tracer.label(args[1])
+    tracer.unify(left[1], right[0])
+    tracer.set_label(out, [left[0], right[1]])
+
+
+def bmm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
+    left, right = tracer.label(args[0]), tracer.label(args[1])
+    batch = tracer.unify(left[0], right[0])
+    tracer.unify(left[2], right[1])
+    tracer.set_label(out, [batch, left[1], right[2]])
+    _note_attention(tracer, args[0], args[1])
+
+
+def addmm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:
+    mm(tracer, func, args[1:3], kwargs, out)
+    tracer.set_label(out, broadcast(tracer, [out, args[0]], 2))
+
+
+def baddbmm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:
+    bmm(tracer, func, args[1:3], kwargs, out)
+    tracer.set_label(out, broadcast(tracer, [out, args[0]], 3))
+
+
+def mv(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
+    left, right = tracer.label(args[0]), tracer.label(args[1])
+    tracer.unify(left[-1], right[0])
+    tracer.set_label(out, left[:-1])
+
+
+def grouped_mm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
+    """Rows sorted by expert times the weights of their expert: (t, k) x (experts, k, n)."""
+    left, right = tracer.label(args[0]), tracer.label(args[1])
+    if len(left) != 2 or len(right) != 3:
+        raise Unplaced("a grouped product of another form")
+    tracer.freeze(right[0], "experts run as one grouped product")
+    tracer.unify(left[1], right[1])
+    tracer.set_label(out, [left[0], right[2]])
+    for rows in (right[1], right[2]):
+        tracer.note("aligned", rows)
+
+
+def convolution(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
+    source, weight, bias = args[0], args[1], args[2]
+    groups = args[8]
+    axes, filters = tracer.label(source), tracer.label(weight)
+    for rows in (*axes[2:], *filters[2:]):
+        tracer.freeze(rows, "a convolution runs along it")
+    if groups == 1:
+        tracer.unify(axes[1], filters[1])
+    elif groups == source.shape[1] == weight.shape[0]:
+        tracer.unify(axes[1], filters[0])
+    else:
+        raise Unplaced("a grouped convolution")
+    channels = filters[0]
+    if bias is not None:
+        channels = tracer.unify(channels, tracer.label(bias)[0])
+    tail = [tracer.frozen_rows(size, "a convolution runs along it") for size in out.shape[2:]]
+    tracer.set_label(out, [axes[0], channels, *tail])
+
+
+RULES = {
+    "mm": mm,
+    "bmm": bmm,
+    "addmm": addmm,
+    "baddbmm": baddbmm,
+    "mv": mv,
+    "dot": mv,
+    "_grouped_mm": grouped_mm,
+    "convolution": convolution,
+}

@@ -1,0 +1,35 @@
+"""New tensors: constant ones take any shape, ones that count positions are fixed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llm_pruner.tracing.tracer import Tracer, tensors_in
+
+
+def uniform(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ARG001
+    """``zeros`` and the like hold one value everywhere: their axes adapt to what they meet."""
+    for result in tensors_in([out]):
+        tracer.set_label(result, [tracer.atoms.fresh(size) for size in result.shape])
+
+
+def like(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ARG001
+    """``zeros_like`` and the like: shaped as their input."""
+    tracer.set_label(out, tracer.label(args[0]))
+
+
+def counting(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ARG001
+    """``arange`` and the like: the values depend on the position."""
+    for result in tensors_in([out]):
+        tracer.set_label(
+            result, [tracer.frozen_rows(size, "computed from positions") for size in result.shape]
+        )
+
+
+RULES = {
+    **dict.fromkeys(("zeros", "ones", "full", "empty", "scalar_tensor", "empty_strided"), uniform),
+    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"), uniform),
+    **dict.fromkeys(("zeros_like", "ones_like", "full_like", "empty_like"), like),
+    **dict.fromkeys(("arange", "linspace", "logspace", "eye", "tril_indices"), counting),
+    **dict.fromkeys(("rand", "randn", "randint", "randperm", "rand_like", "randn_like"), counting),
+}

@@ -1,0 +1,178 @@
+"""Lookups: positions taken by value.
+
+An index whose values are known to be positions of a live axis (from ``topk``) would let both shrink
+together; any other index freezes the axis that it reads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from llm_pruner.tracing.rules.pointwise import broadcast
+from llm_pruner.tracing.tracer import Axes, Tracer, Unplaced, tensors_in
+
+
+def _freeze_indexed(tracer: Tracer, rows: Any, index: torch.Tensor, what: str) -> None:
+    if index in tracer.domains:
+        tracer.freeze(tracer.domains[index], what)
+    tracer.freeze(rows, what)
+
+
+def _inherit(tracer: Tracer, source: torch.Tensor, out: torch.Tensor) -> None:
+    """Values taken out of an index tensor index what it indexed."""
+    if source in tracer.domains:
+        tracer.domains[out] = tracer.domains[source]
+
+
+def embedding(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
+    weight, index = args[0], args[1]
+    rows, *tail = tracer.label(weight)
+    tokens = index in tracer.vocabulary
+    _freeze_indexed(tracer, rows, index, "the vocabulary" if tokens else "looked up by position")
+    tracer.set_label(out, tracer.label(index) + tail)
+    if tokens and tracer.trace.residual is None:
+        tracer.trace.residual = tail[-1]
+
+
+def index(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
+    """Advanced indexing: the indexed axes are replaced by those of the index tensors."""
+    axes = tracer.label(args[0])
+    given = list(args[1]) + [None] * (len(axes) - len(args[1]))
+    places = [place for place, item in enumerate(given) if item is not None]
+    _inherit(tracer, args[0], out)
+    boolean = any(given[place].dtype in (torch.bool, torch.uint8) for place in places)
+    for place in places:
+        _freeze_indexed(tracer, axes[place], given[place], "looked up by position")
+    if boolean:
+        for item in (given[place] for place in places):
+            for rows in tracer.label(item):
+                tracer.freeze(rows, "selected by a mask")
+        dims = sum(item.dim() for item in given if item is not None)
+        if dims != len(places) or len(places) != 1:
+            if places != [0] or len(axes) - dims + 1 != out.dim():
+                raise Unplaced("selected by a mask")
+            kept = axes[dims:]
+            tracer.set_label(
+                out, [tracer.frozen_rows(out.shape[0], "selected by a mask"), *kept]
+            )
+            return
+        axes[places[0]] = tracer.frozen_rows(out.shape[places[0]], "selected by a mask")
+        tracer.set_label(out, axes)
+        return
+    indices = [given[place] for place in places]
+    dims = max(item.dim() for item in indices)
+    joined = broadcast(tracer, indices, dims)
+    rest = [rows for place, rows in enumerate(axes) if place not in places]
+    adjacent = places == list(range(places[0], places[0] + len(places)))
+    front = places[0] if adjacent else 0
+    tracer.set_label(out, rest[:front] + joined + rest[front:])
+
+
+def index_select(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
+    _inherit(tracer, args[0], out)
+    axes = tracer.label(args[0])
+    dim = args[1] % len(axes)
+    _freeze_indexed(tracer, axes[dim], args[2], "looked up by position")
+    axes[dim] = tracer.label(args[2])[0] if args[2].dim() else axes[dim][:1]
+    tracer.set_label(out, axes)
+
+
+def _align(tracer: Tracer, axes: Axes, others: Axes, skip: int) -> None:
+    for place, (rows, other) in enumerate(zip(axes, others, strict=True)):
+        if place == skip:
+            continue
+        if len(rows) == len(other):
+            tracer.unify(rows, other)
+        else:
+            tracer.freeze(rows, "read in part")
+            tracer.freeze(other, "read in part")
+
+
+def gather(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
+    _inherit(tracer, args[0], out)
+    axes, chosen = tracer.label(args[0]), tracer.label(args[2])
+    dim = args[1] % max(len(axes), 1)
+    _freeze_indexed(tracer, axes[dim], args[2], "looked up by position")
+    _align(tracer, axes, chosen, dim)
+    tracer.set_label(out, chosen)
+
+
+def scatter(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
+    axes = tracer.label(args[0])
+    dim = args[1] % max(len(axes), 1)
+    _freeze_indexed(tracer, axes[dim], args[2], "written by position")
+    _align(tracer, axes, tracer.label(args[2]), dim)
+    if len(args) > 3 and isinstance(args[3], torch.Tensor) and args[3].dim() == len(axes):
+        _align(tracer, axes, tracer.label(args[3]), dim)
+    tracer.set_label(out, axes)
+
+
+def index_add(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
+    axes = tracer.label(args[0])
+    dim = args[1] % max(len(axes), 1)
+    _freeze_indexed(tracer, axes[dim], args[2], "written by position")
+    if isinstance(args[3], torch.Tensor) and args[3].dim() == len(axes):
+        source = tracer.label(args[3])
+        tracer.freeze(source[dim], "written by position")
+        _align(tracer, axes, source, dim)
+    tracer.set_label(out, axes)
+
+
+def index_put(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
+    """Writing by position: indexed axes are frozen, the others follow the values."""
+    axes = tracer.label(args[0])
+    given = list(args[1]) + [None] * (len(axes) - len(args[1]))
+    covered = 0
+    rest: Axes = []
+    place = 0
+    for item in given:
+        if place >= len(axes):
+            break
+        if item is None:
+            rest.append(axes[place])
+            place += 1
+            continue
+        width = item.dim() if item.dtype in (torch.bool, torch.uint8) else 1
+        for rows in axes[place : place + width]:
+            _freeze_indexed(tracer, rows, item, "written by position")
+        place += width
+        covered += 1
+    values = tracer.label(args[2])
+    for back, rows in enumerate(reversed(rest), start=1):
+        if back <= len(values) and len(values[-back]) == len(rows):
+            tracer.unify(rows, values[-back])
+        elif back <= len(values) and len(values[-back]) != 1:
+            raise Unplaced("written by position")
+    for rows in values[: max(len(values) - len(rest), 0)]:
+        tracer.freeze(rows, "written by position")
+    tracer.set_label(out, axes)
+
+
+def found(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ARG001
+    """``nonzero``, ``.item()`` and the like: the code follows the values."""
+    name = func._overloadpacket.__name__
+    for tensor in tensors_in(args):
+        for rows in tracer.label(tensor):
+            tracer.freeze(rows, f"the code follows its values ({name})")
+    for result in tensors_in([out]):
+        tracer.set_label(
+            result, [tracer.frozen_rows(size, "found by value") for size in result.shape]
+        )
+
+
+RULES = {
+    "embedding": embedding,
+    "index": index,
+    "index_select": index_select,
+    "gather": gather,
+    **dict.fromkeys(("scatter", "scatter_", "scatter_add", "scatter_add_"), scatter),
+    **dict.fromkeys(("scatter_reduce", "scatter_reduce_"), scatter),
+    **dict.fromkeys(("index_add", "index_add_", "index_copy", "index_copy_"), index_add),
+    **dict.fromkeys(("index_put", "index_put_", "_index_put_impl_", "index_fill_"), index_put),
+    **dict.fromkeys(
+        ("nonzero", "_local_scalar_dense", "equal", "is_nonzero", "bincount", "histc"), found
+    ),
+    **dict.fromkeys(("searchsorted", "bucketize", "unique_consecutive", "_unique2"), found),
+}

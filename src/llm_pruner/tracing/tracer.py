@@ -1,0 +1,302 @@
+"""Runs a model once and keeps, for every tensor, which deletion removes which position.
+
+Every ATen operation passes through ``Tracer`` (a ``TorchDispatchMode``), whatever Python code
+called it; the rule of its family (``rules``) states how the axes of its result follow from the
+axes of its inputs. An operation without a rule freezes all that goes in.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from llm_pruner.tracing.atoms import Atoms, empty_rows, product_rows
+from llm_pruner.tracing.sizes import Equation, Expr, TracedInt, leaves
+from llm_pruner.types import IntArray
+
+Axes = list[IntArray]
+Role = Literal["head", "query_key", "value", "activation", "routing", "aligned"]
+
+
+@dataclass
+class Ragged:
+    """An expanded axis merged with a live one: replica (i, j) may go for each i on its own.
+
+    All copies hold the same values, so what matters is only how many stay, and that it is equally
+    many for every i that stays.
+
+    Attributes:
+        outer: rows of the live axis, shape (a, k).
+        pairs: atoms of the replicas, shape (a, b).
+        inner: rows of the expanded axis, shape (b, 1); its length is what the model's code reads.
+    """
+
+    outer: IntArray
+    pairs: IntArray
+    inner: IntArray
+
+
+@dataclass
+class Trace:
+    """What a run states about a model, before it is made into groups."""
+
+    atoms: Atoms = field(default_factory=Atoms)
+    tensors: dict[str, Axes] = field(default_factory=dict)
+    order: dict[str, int] = field(default_factory=dict)
+    equations: list[Equation] = field(default_factory=list)
+    ragged: list[Ragged] = field(default_factory=list)
+    numbers: list[Expr] = field(default_factory=list)
+    lengths: list[IntArray] = field(default_factory=list)
+    attributes: dict[Expr, int] = field(default_factory=dict)
+    roles: dict[Role, list[IntArray]] = field(default_factory=dict)
+    residual: IntArray | None = None
+    unknown: dict[str, int] = field(default_factory=dict)
+
+
+class Tracer(TorchDispatchMode):
+    """Labels the axes of all tensors while a model runs."""
+
+    def __init__(self, trace: Trace, rules: dict[str, Callable[..., None]]) -> None:
+        super().__init__()
+        self.trace = trace
+        self.atoms = trace.atoms
+        self.rules = rules
+        self.labels: Any = WeakTensorKeyDictionary()
+        self.domains: Any = WeakTensorKeyDictionary()
+        self.weights: Any = WeakTensorKeyDictionary()
+        self.names: Any = WeakTensorKeyDictionary()
+        self.vocabulary: Any = WeakTensorKeyDictionary()
+        self._shared: dict[str, int] = {}
+        self._clock = 0
+
+    # ------------------------------------------------------------- labelling
+
+    def add_tensor(self, name: str, tensor: torch.Tensor) -> None:
+        """Give a parameter or buffer one atom per position of each axis."""
+        if name not in self.trace.tensors:
+            self.trace.tensors[name] = [
+                empty_rows(1) if size == 1 else self.atoms.fresh(size) for size in tensor.shape
+            ]
+        self.labels[tensor] = list(self.trace.tensors[name])
+        self.weights[tensor] = True
+        self.names[tensor] = name
+
+    def frozen_rows(self, count: int, reason: str) -> IntArray:
+        """Return rows that are never deleted, and remember why."""
+        if reason not in self._shared:
+            atom = self.atoms.fresh(1)
+            self.atoms.freeze(atom, reason)
+            self._shared[reason] = int(atom[0, 0])
+        return np.full((count, 1), self._shared[reason], dtype=np.int64)
+
+    def add_input(self, tensor: torch.Tensor, reasons: tuple[str, ...]) -> None:
+        """Label an input of the model; its axes cannot be pruned."""
+        self.labels[tensor] = [
+            self.frozen_rows(size, reason)
+            for size, reason in zip(tensor.shape, reasons, strict=True)
+        ]
+
+    def label(self, tensor: torch.Tensor) -> Axes:
+        """Return the rows of every axis; tensors from outside the trace are constants."""
+        axes = self.labels.get(tensor)
+        if axes is None or len(axes) != tensor.dim():
+            axes = [self.frozen_rows(size, "a constant in the code") for size in tensor.shape]
+            self.labels[tensor] = axes
+        return list(axes)
+
+    def set_label(self, tensor: torch.Tensor, axes: Axes) -> None:
+        """Label a result; axes of one position carry nothing."""
+        shape = tensor.shape
+        if len(axes) != len(shape):
+            raise AssertionError(f"label of {len(axes)} axes for a tensor of {len(shape)}")
+        for rows, size in zip(axes, shape, strict=True):
+            if len(rows) != size:
+                raise AssertionError(f"label {[len(r) for r in axes]} for shape {tuple(shape)}")
+        self.labels[tensor] = [
+            empty_rows(1) if size == 1 else rows for rows, size in zip(axes, shape, strict=True)
+        ]
+
+    def copy_label(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Label a result as its input, including what its values index."""
+        self.set_label(target, self.label(source))
+        if source in self.domains:
+            self.domains[target] = self.domains[source]
+
+    def unify(self, left: IntArray, right: IntArray) -> IntArray:
+        """State that two axes shrink together."""
+        self.atoms.unify(left, right)
+        return left if left.shape[1] <= right.shape[1] else right
+
+    def freeze(self, rows: IntArray, reason: str) -> None:
+        """State that an axis cannot shrink."""
+        self.atoms.freeze(rows, reason)
+
+    def merge(self, outer: IntArray, inner: IntArray) -> IntArray:
+        """Return the rows of two merged axes; a replica axis becomes one atom per pair."""
+        if len(outer) == 1:
+            return inner
+        if len(inner) == 1:
+            return outer
+        for first, second, transposed in ((outer, inner, False), (inner, outer, True)):
+            if not self.atoms.is_replica(second) or self.atoms.is_replica(first):
+                continue
+            live = self.atoms.resolve(first)
+            if live.shape[1] == 0 or not (live > 0).any(axis=1).all():
+                continue
+            pairs = self.atoms.fresh(len(first) * len(second)).reshape(len(first), len(second))
+            self.trace.ragged.append(Ragged(first, pairs, second))
+            if transposed:
+                pairs = pairs.T
+            return np.concatenate(
+                [product_rows(outer, inner[:, :0]) if not transposed else product_rows(outer[:, :0], inner),
+                 pairs.reshape(-1, 1)], axis=1,
+            )
+        return product_rows(outer, inner)
+
+    def split(self, rows: IntArray, outer: int, inner: int) -> tuple[IntArray, IntArray]:
+        """Return the rows of the two axes that an axis of outer * inner positions is viewed as."""
+        if outer == 1:
+            return empty_rows(1), rows
+        if inner == 1:
+            return rows, empty_rows(1)
+        live = self.atoms.resolve(rows)
+        if live.shape[1] == 0:
+            return rows.reshape(outer, inner, -1)[:, 0], rows.reshape(outer, inner, -1)[0]
+        grid = live.reshape(outer, inner, -1)
+        by_outer = (grid == grid[:, :1]).all(axis=(0, 1))
+        by_inner = (grid == grid[:1]).all(axis=(0, 1))
+        if (by_outer | by_inner).all():
+            return grid[:, 0][:, by_outer], grid[0][:, by_inner & ~by_outer]
+        first, second = self.atoms.fresh(outer), self.atoms.fresh(inner)
+        self.atoms.unify(rows, product_rows(first, second))
+        return first, second
+
+    def note(self, role: Role, rows: IntArray) -> None:
+        """Remember where an axis occurs; used to name its kind."""
+        if len(rows) > 1:
+            self.trace.roles.setdefault(role, []).append(rows)
+
+    def is_weight(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is a parameter or a mere view or cast of one."""
+        return tensor in self.weights
+
+    # ------------------------------------------------ Recorder (function mode)
+
+    def axes(self, tensor: torch.Tensor) -> Axes | None:
+        """Return the rows of a tensor that the trace knows, or None."""
+        return self.labels.get(tensor) if isinstance(tensor, torch.Tensor) else None
+
+    def length(self, tensor: torch.Tensor, dim: int) -> int:
+        """Return the size of an axis as an int that remembers the axis."""
+        rows = self.label(tensor)[dim]
+        if len(rows) == 1 or not self.atoms.resolve(rows).size:
+            return int(len(rows))
+        self.trace.lengths.append(rows)
+        expr = ("len", len(self.trace.lengths) - 1)
+        return TracedInt.of(len(rows), expr, self.used_as_number)
+
+    def sized(self, expr: Expr, rows: IntArray, where: str) -> None:
+        """Record that an integer is the length of an axis; a literal one freezes it."""
+        if len(rows) == 0:
+            return
+        if any(True for _ in leaves(expr)):
+            self.trace.equations.append(Equation(expr, rows, where))
+        elif len(rows) > 1:
+            self.freeze(rows, f"its size {len(rows)} is written in the code ({where})")
+
+    def tie_windows(self, rows: IntArray, step: int, where: str) -> None:
+        """State that each run of ``step`` neighbouring positions goes together."""
+        whole = len(rows) // step
+        windows = rows[: whole * step].reshape(whole, step, -1)
+        for offset in range(1, step):
+            self.atoms.unify(windows[:, 0], windows[:, offset])
+        if len(rows) % step:
+            self.freeze(rows[whole * step :], f"left over by a {where}")
+
+    def used_as_number(self, expr: Expr) -> None:
+        """Record that a size entered the arithmetic of the model."""
+        self.trace.numbers.append(expr)
+
+    # ---------------------------------------------------------------- running
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,  # noqa: ARG002
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func._overloadpacket.__name__
+        inputs = list(tensors_in([*args, *kwargs.values()]))
+        self._clock += 1
+        for tensor in inputs:
+            known = self.names.get(tensor)
+            if known is not None:
+                self.trace.order.setdefault(known, self._clock)
+        out = self.execute(func, name, args, kwargs)
+        rule = self.rules.get(name)
+        if rule is None and torch.Tag.pointwise in func.tags:
+            rule = self.rules["pointwise"]
+        try:
+            if rule is None:
+                raise Unplaced(f"no rule for the operation {name}")
+            if name not in DOMAIN_AWARE:
+                for tensor in inputs:
+                    if tensor in self.domains:
+                        self.freeze(self.domains[tensor], f"its positions are chosen by {name}")
+            rule(self, func, args, kwargs, out)
+        except Unplaced as unplaced:
+            self.trace.unknown[name] = self.trace.unknown.get(name, 0) + 1
+            for tensor in inputs:
+                for rows in self.label(tensor):
+                    self.freeze(rows, str(unplaced))
+            for tensor in tensors_in([out]):
+                self.set_label(
+                    tensor, [self.frozen_rows(size, str(unplaced)) for size in tensor.shape]
+                )
+        if name in MOVEMENT and inputs:
+            for marked in (self.weights, self.vocabulary):
+                if all(tensor in marked for tensor in inputs):
+                    for tensor in tensors_in([out]):
+                        marked[tensor] = True
+        return out
+
+    def execute(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
+        """Run the operation; the twin overrides this."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return func(*args, **kwargs)
+
+
+class Unplaced(Exception):
+    """A rule that cannot place its result; what went in is frozen with this reason."""
+
+
+MOVEMENT = frozenset(
+    {"view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "unsqueeze"}
+    | {"squeeze", "slice", "select", "split", "split_with_sizes", "unbind", "detach", "alias"}
+    | {"clone", "_to_copy", "cat", "index"}
+)
+
+DOMAIN_AWARE = frozenset(
+    {"view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze"}
+    | {"slice", "detach", "alias", "clone", "_to_copy", "gather", "embedding", "index"}
+    | {"index_select", "select"}
+)
+
+
+def tensors_in(values: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in nested lists and tuples."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_in(value)

@@ -1,0 +1,153 @@
+"""Values that rooms hand to each other: frozen, without behaviour that needs a model.
+
+Names follow the field: a *group* is a set of axes removed together, a *member* one tensor axis in
+it, a *unit* what one index removes (a head, a channel, a layer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+Kind = Literal[
+    "heads",  # key-value heads with all query heads that read them; single heads without sharing
+    "query_heads",  # single query heads inside a key-value group
+    "ffn",  # intermediate channels of a feed-forward network
+    "hidden",  # channels of the residual stream
+    "head_dim",  # query-key channels inside every head (rotary pairs where there is a rotation)
+    "value_dim",  # value channels inside every head; follow head_dim where one attribute sizes both
+    "experts",
+    "layers",
+    "other",
+]
+
+Removal = Mapping[str, IntArray]
+"""Group name -> sorted unit indices to remove, in the numbering of the traced model."""
+
+Scores = Mapping[str, FloatArray]
+"""Group name -> importance per unit, shape (size,); higher means keep."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One tensor axis of a group.
+
+    Attributes:
+        tensor: qualified name of the parameter or buffer (the first name, if it is tied).
+        dim: axis of the tensor.
+        index: shape (units, k); row u holds the positions along ``dim`` that unit u owns.
+        order: place of the tensor's first use in the forward pass; the largest in a group is the
+            member that executes last.
+        buffer: true for buffers and plain tensor attributes, which carry no importance.
+    """
+
+    tensor: str
+    dim: int
+    index: IntArray
+    order: int
+    buffer: bool = False
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A group that must lose ``ratio`` units for each unit that this group loses."""
+
+    group: str
+    ratio: Fraction
+
+
+@dataclass(frozen=True)
+class Group:
+    """Axes that are removed together; all units have the same shape.
+
+    Attributes:
+        name: unique and stable, such as ``layers.3.ffn`` or ``hidden``.
+        kind: what a unit is.
+        layer: index of the decoder layer, or None when the group spans several.
+        size: number of units.
+        members: the tensor axes; empty for ``layers``.
+        blocks: shape (size,), or None. Units of one block compete among themselves: every block
+            that keeps any unit must lose the same number (query heads inside key-value groups).
+        companions: groups whose removed counts are bound to this one's.
+        frozen: why no unit may be removed, or None.
+        multiple: the number of units kept must be a multiple of this, because an operation that
+            reads the axis needs it (grouped expert products need strides of 16 bytes).
+        modules: for ``layers`` only, the qualified module name of each unit.
+    """
+
+    name: str
+    kind: Kind
+    layer: int | None
+    size: int
+    members: tuple[Member, ...]
+    blocks: IntArray | None = None
+    companions: tuple[Companion, ...] = ()
+    frozen: str | None = None
+    multiple: int = 1
+    modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FrozenAxis:
+    """A tensor axis, or a part of it, that cannot be pruned."""
+
+    tensor: str
+    dim: int
+    positions: int
+    size: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What can be removed from one model.
+
+    Attributes:
+        groups: in the order of the forward pass.
+        frozen: axes that belong to no group, with the reason.
+        shapes: shape of every parameter, tied ones once, by its first name.
+        buffers: shape of every buffer and plain tensor attribute.
+        aliases: other names of tied parameters -> first name.
+        graph: the trace behind it, which solves for module attributes; opaque outside
+            ``tracing``, ``surgery`` and ``verification``.
+    """
+
+    groups: tuple[Group, ...]
+    frozen: tuple[FrozenAxis, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    buffers: Mapping[str, tuple[int, ...]]
+    aliases: Mapping[str, str]
+    graph: Any = field(repr=False, default=None)
+
+    def group(self, name: str) -> Group:
+        """Return the group of that name; KeyError if there is none."""
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise KeyError(name)
+
+
+@dataclass(frozen=True)
+class Edits:
+    """All that a removal changes in a model, by names in the *pruned* model, ready for JSON.
+
+    Attributes:
+        shapes: new shape of every parameter that changes.
+        buffers: buffer -> {dim: kept positions} for buffers and plain tensor attributes.
+        attributes: module -> {attribute: new value}; a dotted attribute such as
+            ``config.num_heads`` is set on the module's own copy of that object.
+        layers: module list -> kept indices, in dense numbering; absent if all are kept.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    buffers: Mapping[str, Mapping[int, tuple[int, ...]]]
+    attributes: Mapping[str, Mapping[str, int]]
+    layers: Mapping[str, tuple[int, ...]]

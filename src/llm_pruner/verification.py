@@ -1,0 +1,270 @@
+"""The twin: the dense model with the removed units silenced must equal the pruned model.
+
+The twin runs the dense model with every slice of the removed units set to zero. Where an operation
+would still see the dead positions (a mean, a norm, a softmax, a top-k over the axis they lie on), it
+is computed on the living positions only. Nothing is sliced and no size changes, so the twin does not
+share the surgery's way of being wrong.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from llm_pruner.errors import VerificationError
+from llm_pruner.removal import removed_modules, removed_positions
+from llm_pruner.surgery import prune_
+from llm_pruner.tracing.functions import SizeMode
+from llm_pruner.tracing.rules import RULES
+from llm_pruner.tracing.rules.reduction import reduced_dims
+from llm_pruner.tracing.run import evaluating, example_tokens, label_model, named_tensors
+from llm_pruner.tracing.tracer import Trace, Tracer
+from llm_pruner.tracing.sizes import Expr
+from llm_pruner.types import Discovery, IntArray, Removal
+
+_OVER_AXES = frozenset(
+    {"mean", "sum", "amax", "amin", "max", "min", "var", "std", "prod", "linalg_vector_norm"}
+    | {"norm", "logsumexp", "var_mean", "argmax", "argmin"}
+)
+_ALONG_AXIS = frozenset({"_softmax", "_log_softmax", "softmax", "_safe_softmax"})
+
+
+class _Twin(Tracer):
+    """A tracer that computes reductions on living positions only."""
+
+    def __init__(self, trace: Trace, deleted: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
+        super().__init__(trace, RULES)
+        self._deleted = deleted
+
+    def alive(self, rows: IntArray) -> torch.Tensor | None:
+        """Return the living positions of an axis, or None if all live."""
+        roots = self.atoms.resolve(rows)
+        known = np.where(roots < len(self._deleted), roots, 0)
+        dead = self._deleted[known].any(axis=1) if known.shape[1] else np.zeros(len(rows), bool)
+        if not dead.any():
+            return None
+        return torch.from_numpy(np.flatnonzero(~dead))
+
+    # Sizes were settled by the trace; here they are only numbers.
+    def sized(self, expr: Expr, rows: IntArray, where: str) -> None:
+        """Ignore: nothing is recorded."""
+
+    def tie_windows(self, rows: IntArray, step: int, where: str) -> None:
+        """Ignore: nothing is recorded."""
+
+    def length(self, tensor: torch.Tensor, dim: int) -> int:
+        """Return the size of an axis."""
+        return len(self.label(tensor)[dim])
+
+    def execute(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name in _OVER_AXES:
+            return self._reduce(func, name, args, kwargs)
+        if name in _ALONG_AXIS:
+            return self._along(func, args, kwargs, args[1])
+        if name in ("native_layer_norm", "_fused_rms_norm"):
+            return self._norm(func, args, kwargs)
+        if name in ("topk", "sort"):
+            return self._select(func, name, args, kwargs)
+        return super().execute(func, name, args, kwargs)
+
+    def _reduce(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        source = args[0]
+        axes = self.label(source)
+        for dim in reduced_dims(name, args, kwargs, source.dim()):
+            alive = self.alive(axes[dim])
+            if alive is not None:
+                if name.startswith("arg"):
+                    return alive[func(source.index_select(dim, alive), *args[1:], **kwargs)]
+                source = source.index_select(dim, alive)
+        return func(source, *args[1:], **kwargs)
+
+    def _along(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dim: int) -> Any:
+        source = args[0]
+        alive = self.alive(self.label(source)[dim])
+        if alive is None:
+            return func(*args, **kwargs)
+        part = func(source.index_select(dim, alive), *args[1:], **kwargs)
+        return part.new_zeros(source.shape).index_copy(dim % source.dim(), alive, part)
+
+    def _norm(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        source, shape = args[0], args[1]
+        alive = self.alive(self.label(source)[-1]) if len(shape) == 1 else None
+        if alive is None:
+            return func(*args, **kwargs)
+        weights = [
+            value.index_select(0, alive) if isinstance(value, torch.Tensor) else value
+            for value in args[2:]
+        ]
+        part, *rest = func(source.index_select(-1, alive), [len(alive)], *weights, **kwargs)
+        whole = part.new_zeros(source.shape).index_copy(source.dim() - 1, alive, part)
+        return (whole, *rest)
+
+    def _select(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        source = args[0]
+        if name != "topk":
+            return func(*args, **kwargs)
+        dim = args[2] if len(args) > 2 else kwargs.get("dim", -1)
+        alive = self.alive(self.label(source)[dim])
+        if alive is None:
+            return func(*args, **kwargs)
+        values, indices = func(source.index_select(dim, alive), *args[1:], **kwargs)
+        return values, alive[indices]
+
+
+@contextmanager
+def _silenced(model: nn.Module, discovery: Discovery, removal: Removal) -> Iterator[None]:
+    """Set the slices of the removed units to zero for the time of the context."""
+    saved: list[tuple[torch.Tensor, tuple[Any, ...], torch.Tensor]] = []
+    tensors = {name: tensor for name, tensor, _ in named_tensors(model)}
+    try:
+        for (name, dim), positions in removed_positions(discovery, removal).items():
+            tensor = tensors[name].detach()
+            if not tensor.is_floating_point():
+                continue
+            index = (*[slice(None)] * dim, torch.from_numpy(positions).to(tensor.device))
+            saved.append((tensor, index, tensor[index].clone()))
+            tensor[index] = 0
+        yield
+    finally:
+        # Slices along two axes overlap: the first one saved holds the original values.
+        for tensor, index, part in reversed(saved):
+            tensor[index] = part
+
+
+@contextmanager
+def _bypassed(model: nn.Module, modules: tuple[str, ...]) -> Iterator[None]:
+    """Let the given layers hand on what they were given."""
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:  # noqa: ARG001
+        source = args[0] if args else kwargs["hidden_states"]
+        if isinstance(output, tuple | list):
+            return type(output)([source, *output[1:]])
+        return source
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(hook, with_kwargs=True) for name in modules
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def twin_logits(
+    model: nn.Module, discovery: Discovery, removal: Removal, tokens: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """Return the logits of the dense model with the removed units silenced.
+
+    Args:
+        model: the dense model that was traced; it comes back unchanged.
+        tokens: token ids (batch, sequence); seeded random ones by default. All but the last two go
+            through at once, those one by one with the cache.
+
+    Returns:
+        One tensor (batch, tokens of the call, vocabulary) per call of the model.
+    """
+    graph = discovery.graph
+    trace = Trace(atoms=graph.trace.atoms.copy(), tensors=dict(graph.trace.tensors))
+    deleted = graph.system.with_replicas(graph.deleted(removal))
+    twin = _Twin(trace, deleted)
+    tokens = example_tokens(model, seed=1) if tokens is None else tokens
+    label_model(twin, model)
+    twin.add_input(tokens, ("the batch", "the sequence"))
+    gone = removed_modules(discovery, removal)
+    with (
+        evaluating(model),
+        _silenced(model, discovery, removal),
+        _bypassed(model, gone),
+        twin,
+        SizeMode(twin),
+    ):
+        logits: list[torch.Tensor] = graph.forward(model, tokens)
+    return [tensor.detach().clone() for tensor in logits]
+
+
+def pruned_logits(
+    model: nn.Module, discovery: Discovery, tokens: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """Return the logits of the pruned model on the tokens that ``twin_logits`` uses."""
+    tokens = example_tokens(model, seed=1) if tokens is None else tokens
+    with evaluating(model):
+        logits: list[torch.Tensor] = discovery.graph.forward(model, tokens)
+    return logits
+
+
+def largest_difference(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
+    """Return the largest absolute difference of two runs, infinite if one is not finite."""
+    worst = 0.0
+    for a, b in zip(left, right, strict=True):
+        difference = (a.double() - b.double()).abs().max().item()
+        worst = max(worst, difference) if np.isfinite(difference) else float("inf")
+    return worst
+
+
+def tolerance(logits: list[torch.Tensor]) -> float:
+    """Return the largest difference that rounding explains: 1e-5 of the logits' size in float32.
+
+    Never below 1e-5; bfloat16 and float16 models are judged by the precision of their own type.
+    """
+    size = max(1.0, *(tensor.abs().max().item() for tensor in logits))
+    precision = torch.finfo(logits[0].dtype).eps
+    return size * max(1e-5, 32 * precision if precision > 1e-6 else 0.0)
+
+
+def require_equal(
+    expected: list[torch.Tensor], actual: list[torch.Tensor], culprits: Callable[[], list[str]]
+) -> float:
+    """Compare a pruned model with its twin and return the largest difference.
+
+    Raises:
+        VerificationError: they differ by more than rounding; names the groups at fault, which
+            ``culprits`` finds.
+    """
+    difference = largest_difference(expected, actual)
+    limit = tolerance(expected)
+    if difference <= limit:
+        return difference
+    names = culprits()
+    raise VerificationError(
+        f"the pruned model differs from its masked twin by {difference:.3g} (limit {limit:.1g}); "
+        f"at fault: {', '.join(names) or 'only groups in combination'}; nothing was saved. "
+        "Leave the structure out with --structures, and please report the model."
+    )
+
+
+def find_culprits(model: nn.Module, discovery: Discovery, removal: Removal) -> list[str]:
+    """Return the groups that differ from the twin when they are pruned without the others.
+
+    Groups that are bound to each other are tried together. The model is copied for each try.
+    """
+    found = []
+    done: set[str] = set()
+    for name, units in removal.items():
+        if name in done or not len(units):
+            continue
+        together = _bound(discovery, removal, name)
+        done |= set(together)
+        part = {other: removal[other] for other in together}
+        expected = twin_logits(model, discovery, part)
+        smaller = copy.deepcopy(model)
+        prune_(smaller, discovery, part)
+        if largest_difference(expected, pruned_logits(smaller, discovery)) > tolerance(expected):
+            found.extend(together)
+    return found
+
+
+def _bound(discovery: Discovery, removal: Removal, name: str) -> list[str]:
+    together, pending = [name], [name]
+    while pending:
+        for companion in discovery.group(pending.pop()).companions:
+            if companion.group in removal and companion.group not in together:
+                together.append(companion.group)
+                pending.append(companion.group)
+    return together
