@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.checkpoints import save_checkpoint, stock_config
+from llm_pruner.checkpoints.quantizer import set_attributes_
 from llm_pruner.checkpoints.recipe import (
     Recipe,
     compose,
@@ -86,8 +87,6 @@ class Knife:
         for name in ("gate_proj", "up_proj"):
             self.linear(f"model.layers.{layer}.mlp.{name}", rows=kept)
         self.linear(f"model.layers.{layer}.mlp.down_proj", columns=kept)
-        if "intermediate_size" in vars(self.model.get_submodule(f"model.layers.{layer}.mlp")):
-            self.attribute(f"model.layers.{layer}.mlp", "intermediate_size", len(kept))
 
     def kv_heads(self, layer: int, kept: Sequence[int], shared: int = 2) -> None:
         attention = f"model.layers.{layer}.self_attn"
@@ -109,7 +108,7 @@ class Knife:
         else:
             self.linear("lm_head", columns=kept)
         self.tensor("model.norm.weight", 0, kept)
-        for name, module in list(self.model.model.layers.named_modules(prefix="model.layers")):
+        for name, _ in list(self.model.model.layers.named_modules(prefix="model.layers")):
             leaf = name.rpartition(".")[2]
             if leaf in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
                 self.linear(name, columns=kept)
@@ -117,9 +116,6 @@ class Knife:
                 self.linear(name, rows=kept)
             elif leaf.endswith("layernorm"):
                 self.tensor(f"{name}.weight", 0, kept)
-            for attribute in ("hidden_size",):
-                if attribute in vars(module):
-                    self.attribute(name, attribute, len(kept))
 
     def drop_layers(self, kept: Sequence[int]) -> None:
         layers = self.model.model.layers
@@ -360,6 +356,47 @@ def test_dotted_attribute_belongs_to_one_module(tmp_path: Path) -> None:
     assert loaded.model.layers[1].self_attn.config.num_key_value_heads == 2
     assert loaded.model.layers[0].self_attn.config.num_key_value_heads == 3
     assert loaded.config.num_key_value_heads == 3
+
+
+def test_number_that_code_reads_rules_a_plain_config_out(tmp_path: Path) -> None:
+    knife = equal_layers(tiny_model("llama"))
+    # Nobody reads the size that the MLP remembers, so a plain config may change it.
+    assert knife.model.model.layers[0].mlp.intermediate_size == 80
+    assert stock_config(knife.dense_config, knife.model, knife.edits) is not None
+    for layer in knife.model.model.layers:
+        layer.self_attn.scaling *= 2
+    assert stock_config(knife.dense_config, knife.model, knife.edits) is None
+    # The recipe takes along what the edits do not tell.
+    assert knife.save(tmp_path / "out") == "recipe"
+    assert torch.equal(logits(load(tmp_path / "out")), logits(knife.model))
+
+
+def test_attributes_on_own_copies_and_in_tuples() -> None:
+    model = tiny_model("gpt2")
+    first, second = (block.attn for block in model.transformer.h[:2])
+    recipe = Recipe(
+        attributes={
+            "transformer.h.0.attn": {"config.n_head": 4, "config.n_embd": 32},
+            "transformer.ln_f": {"normalized_shape.0": 32},
+        }
+    )
+    set_attributes_(model, recipe)
+    assert (first.config.n_head, first.config.n_embd) == (4, 32)
+    assert (second.config.n_head, model.config.n_embd) == (6, 48)
+    assert model.transformer.ln_f.normalized_shape == (32,)
+
+
+def test_config_value_of_the_outermost_module(tmp_path: Path) -> None:
+    knife = differing_layers(tiny_model("llama"))
+    knife.attribute("", "config.num_attention_heads", 4)
+    knife.save(tmp_path / "out")
+    loaded = load(tmp_path / "out")
+    for name in ("once", "twice"):  # what is saved again builds the same dense model again
+        assert loaded.config.num_attention_heads == 4
+        assert loaded.model.config.num_attention_heads == 6
+        assert torch.equal(logits(loaded), logits(knife.model))
+        loaded.save_pretrained(tmp_path / name)
+        loaded = load(tmp_path / name)
 
 
 def test_saved_again_by_transformers(tmp_path: Path) -> None:

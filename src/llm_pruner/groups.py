@@ -48,9 +48,7 @@ def discover(
         for name, tensor, buffer in named_tensors(model)
         if name not in aliases
     }
-    lists = [
-        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
-    ]
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     builder = _Builder(trace, tensors, lists)
     groups, unit_atoms = builder.groups()
     system = SizeSystem(trace)
@@ -58,7 +56,7 @@ def discover(
     layer_groups, layer_lists = _layer_groups(trace, calls, lists)
     graph = Graph(trace, system, unit_atoms, layer_lists, forward)
     return Discovery(
-        groups=tuple([*groups, *layer_groups]),
+        groups=(*groups, *layer_groups),
         frozen=tuple(builder.frozen_axes()),
         shapes={name: shape for name, (shape, buffer) in tensors.items() if not buffer},
         buffers={name: shape for name, (shape, buffer) in tensors.items() if buffer},
@@ -181,9 +179,10 @@ class _Builder:
             return role in self.roles and bool(self.roles[role][units].all())
 
         atoms = self.trace.atoms
-        if self.trace.residual is not None and np.isin(
-            units, atoms.resolve(self.trace.residual)
-        ).all():
+        if (
+            self.trace.residual is not None
+            and np.isin(units, atoms.resolve(self.trace.residual)).all()
+        ):
             return "hidden"
         if has("head"):
             pairs = [r.pairs.ravel() for r in self.trace.ragged]
@@ -233,9 +232,7 @@ class _Builder:
             for group in groups
         ], unit_atoms
 
-    def _blocks(
-        self, groups: list[Group], unit_atoms: dict[str, IntArray]
-    ) -> dict[str, IntArray]:
+    def _blocks(self, groups: list[Group], unit_atoms: dict[str, IntArray]) -> dict[str, IntArray]:
         """Return for query heads the unit of their key-value group."""
         atoms = self.trace.atoms
         block_of = np.full(len(atoms), -1, dtype=np.int64)

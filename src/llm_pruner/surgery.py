@@ -23,13 +23,18 @@ _DESCRIPTIVE: dict[str, tuple[tuple[str, int], ...]] = {
     "Embedding": (("num_embeddings", 0), ("embedding_dim", 1)),
 }
 
+_NUMBER_NAME = re.compile("idx|index|layer")
+
 
 def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edits:
     """Work out everything that a removal changes, without touching the model.
 
     Raises:
-        InfeasibleError: the model's code cannot express the sizes; names the groups.
+        InfeasibleError: the model's code cannot express the sizes, a group is frozen or has no such
+            units, or the model is not the one that was traced; names the groups.
     """
+    _require_units(discovery, removal)
+    _require_shapes(model, discovery)
     graph = discovery.graph
     try:
         attributes = graph.system.attributes(graph.deleted(removal))
@@ -65,6 +70,37 @@ def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edit
     )
 
 
+def _require_units(discovery: Discovery, removal: Removal) -> None:
+    for name, units in removal.items():
+        if not len(units):
+            continue
+        group = discovery.group(name)
+        if group.frozen is not None:
+            raise InfeasibleError(f"{name} cannot lose units: {group.frozen}")
+        if len(np.unique(units)) != len(units) or min(units) < 0 or max(units) >= group.size:
+            raise InfeasibleError(
+                f"{name} has units 0 to {group.size - 1}, each of which can go once; "
+                f"given were {np.asarray(units).tolist()}"
+            )
+        kept = group.size - len(units)
+        if kept == 0:
+            raise InfeasibleError(f"{name} would lose all of its {group.size} units; keep one")
+        if kept % group.multiple:
+            raise InfeasibleError(
+                f"{name} would keep {kept} of {group.size} units; an operation that reads them "
+                f"needs a multiple of {group.multiple}"
+            )
+
+
+def _require_shapes(model: nn.Module, discovery: Discovery) -> None:
+    for name, parameter in model.named_parameters():
+        if discovery.shapes.get(name) != tuple(parameter.shape):
+            raise InfeasibleError(
+                f"{name} has shape {tuple(parameter.shape)}, the traced model "
+                f"{discovery.shapes.get(name)}: trace the model that is to be pruned"
+            )
+
+
 def prune_(model: nn.Module, discovery: Discovery, removal: Removal) -> Edits:
     """Remove units from a model in place and return what was changed.
 
@@ -86,7 +122,8 @@ def prune_(model: nn.Module, discovery: Discovery, removal: Removal) -> Edits:
 def apply_layers(model: nn.Module, layers: Mapping[str, Sequence[int]]) -> None:
     """Keep only the given children of module lists, and state the new number in the settings.
 
-    A list-valued setting with one entry per layer keeps the entries of the layers that stay.
+    A list-valued setting with one entry per layer keeps the entries of the layers that stay; lists
+    of token ids may have that length by chance and are left alone.
     """
     for path, kept in layers.items():
         children = model.get_submodule(path)
@@ -194,7 +231,8 @@ def _layer_numbers(
                     if type(value) is int:
                         present[inner, key].add(i)
         for (inner, key), where in holding.items():
-            if where != present[inner, key]:
+            # An attribute that only one layer has may equal the layer's number by chance.
+            if where != present[inner, key] or not (len(where) > 1 or _NUMBER_NAME.search(key)):
                 continue
             for new, old in enumerate(kept):
                 if old in where and new != old:
@@ -237,5 +275,7 @@ def _filter_config(config: Any, count: int, kept: Sequence[int]) -> None:
         return
     config.num_hidden_layers = len(kept)
     for key, value in list(vars(config).items()):
-        if isinstance(value, list | tuple) and len(value) == count and not isinstance(value, str):
+        if "token" in key:
+            continue
+        if isinstance(value, list | tuple) and len(value) == count:
             setattr(config, key, type(value)(value[i] for i in kept))

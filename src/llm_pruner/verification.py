@@ -1,9 +1,9 @@
 """The twin: the dense model with the removed units silenced must equal the pruned model.
 
 The twin runs the dense model with every slice of the removed units set to zero. Where an operation
-would still see the dead positions (a mean, a norm, a softmax, a top-k over the axis they lie on), it
-is computed on the living positions only. Nothing is sliced and no size changes, so the twin does not
-share the surgery's way of being wrong.
+would still see the dead positions (a mean, a norm, a softmax, a top-k over the axis they lie on),
+it is computed on the living positions only. Nothing is sliced and no size changes, so the twin does
+not share the surgery's way of being wrong.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from llm_pruner.tracing.functions import SizeMode
 from llm_pruner.tracing.rules import RULES
 from llm_pruner.tracing.rules.reduction import reduced_dims
 from llm_pruner.tracing.run import evaluating, example_tokens, label_model, named_tensors
-from llm_pruner.tracing.tracer import Trace, Tracer
 from llm_pruner.tracing.sizes import Expr
+from llm_pruner.tracing.tracer import Trace, Tracer
 from llm_pruner.types import Discovery, IntArray, Removal
 
 _OVER_AXES = frozenset(
@@ -42,14 +42,14 @@ class _Twin(Tracer):
         super().__init__(trace, RULES)
         self._deleted = deleted
 
-    def alive(self, rows: IntArray) -> torch.Tensor | None:
-        """Return the living positions of an axis, or None if all live."""
+    def alive(self, rows: IntArray, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Return the living positions of an axis of ``tensor``, or None if all live."""
         roots = self.atoms.resolve(rows)
         known = np.where(roots < len(self._deleted), roots, 0)
         dead = self._deleted[known].any(axis=1) if known.shape[1] else np.zeros(len(rows), bool)
         if not dead.any():
             return None
-        return torch.from_numpy(np.flatnonzero(~dead))
+        return torch.from_numpy(np.flatnonzero(~dead)).to(tensor.device)
 
     # Sizes were settled by the trace; here they are only numbers.
     def sized(self, expr: Expr, rows: IntArray, where: str) -> None:
@@ -77,7 +77,7 @@ class _Twin(Tracer):
         source = args[0]
         axes = self.label(source)
         for dim in reduced_dims(name, args, kwargs, source.dim()):
-            alive = self.alive(axes[dim])
+            alive = self.alive(axes[dim], source)
             if alive is not None:
                 if name.startswith("arg"):
                     return alive[func(source.index_select(dim, alive), *args[1:], **kwargs)]
@@ -86,7 +86,7 @@ class _Twin(Tracer):
 
     def _along(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dim: int) -> Any:
         source = args[0]
-        alive = self.alive(self.label(source)[dim])
+        alive = self.alive(self.label(source)[dim], source)
         if alive is None:
             return func(*args, **kwargs)
         part = func(source.index_select(dim, alive), *args[1:], **kwargs)
@@ -94,7 +94,7 @@ class _Twin(Tracer):
 
     def _norm(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         source, shape = args[0], args[1]
-        alive = self.alive(self.label(source)[-1]) if len(shape) == 1 else None
+        alive = self.alive(self.label(source)[-1], source) if len(shape) == 1 else None
         if alive is None:
             return func(*args, **kwargs)
         weights = [
@@ -110,7 +110,7 @@ class _Twin(Tracer):
         if name != "topk":
             return func(*args, **kwargs)
         dim = args[2] if len(args) > 2 else kwargs.get("dim", -1)
-        alive = self.alive(self.label(source)[dim])
+        alive = self.alive(self.label(source)[dim], source)
         if alive is None:
             return func(*args, **kwargs)
         values, indices = func(source.index_select(dim, alive), *args[1:], **kwargs)
@@ -120,14 +120,14 @@ class _Twin(Tracer):
 @contextmanager
 def _silenced(model: nn.Module, discovery: Discovery, removal: Removal) -> Iterator[None]:
     """Set the slices of the removed units to zero for the time of the context."""
-    saved: list[tuple[torch.Tensor, tuple[Any, ...], torch.Tensor]] = []
+    saved: list[tuple[torch.Tensor, Any, torch.Tensor]] = []
     tensors = {name: tensor for name, tensor, _ in named_tensors(model)}
     try:
         for (name, dim), positions in removed_positions(discovery, removal).items():
             tensor = tensors[name].detach()
             if not tensor.is_floating_point():
                 continue
-            index = (*[slice(None)] * dim, torch.from_numpy(positions).to(tensor.device))
+            index: Any = (*[slice(None)] * dim, torch.from_numpy(positions).to(tensor.device))
             saved.append((tensor, index, tensor[index].clone()))
             tensor[index] = 0
         yield

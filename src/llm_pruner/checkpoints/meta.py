@@ -90,14 +90,36 @@ def computed_buffers(model: PreTrainedModel) -> Mapping[str, torch.Tensor]:
     return dict(model.named_non_persistent_buffers())
 
 
-def get_path(config: Any, path: str) -> Any:
-    """Return the config value at a dotted path."""
+def get_path(holder: Any, path: str) -> Any:
+    """Return the value at a dotted path; a number in it is an index into a tuple or list.
+
+    Raises:
+        AttributeError, IndexError: there is no such value.
+    """
     for part in path.split("."):
-        config = getattr(config, part)
-    return config
+        holder = holder[int(part)] if part.isdigit() else getattr(holder, part)
+    return holder
 
 
 def set_path(config: Any, path: str, value: Any) -> None:
     """Set the config value at a dotted path."""
     owner, _, name = path.rpartition(".")
     setattr(get_path(config, owner) if owner else config, name, value)
+
+
+def set_own_path(holder: Any, path: str, value: Any) -> None:
+    """Set the value at a dotted path on own copies of what lies between.
+
+    Modules share configs, so ``config.num_heads`` of one module must not reach the others.
+    """
+    key, _, inner = path.partition(".")
+    if not inner:
+        setattr(holder, key, value)
+        return
+    own = copy.copy(getattr(holder, key))
+    if isinstance(own, (tuple, list)):
+        index = int(inner)
+        own = type(own)([*own[:index], value, *own[index + 1 :]])
+    else:
+        set_own_path(own, inner, value)
+    setattr(holder, key, own)

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llm_pruner.checkpoints.meta import get_path, set_path
+from llm_pruner.checkpoints.meta import get_path, set_own_path, set_path
 from llm_pruner.checkpoints.recipe import Recipe, from_json, to_json
 from llm_pruner.errors import UserError
 
@@ -63,7 +63,11 @@ class PrunedQuantizer(HfQuantizer):
         the model is built with all of them and loses the removed ones afterwards.
         """
         recipe = self.quantization_config.recipe
-        self._kept_config = {path: get_path(config, path) for path in recipe.dense_config}
+        # What only the outermost module reads differently is set on its own copy at the end.
+        own = {path.partition(".")[2] for path in recipe.attributes.get("", ())}
+        self._kept_config = {
+            path: get_path(config, path) for path in recipe.dense_config if path not in own
+        }
         config = copy.deepcopy(config)
         for path, value in recipe.dense_config.items():
             set_path(config, path, value)
@@ -223,21 +227,12 @@ def set_attributes_(model: nn.Module, recipe: Recipe) -> None:
             module = model.get_submodule(name)
         except AttributeError:
             raise _mismatch(model, f"sets attributes of {name!r}, which it lacks") from None
-        owned: set[str] = set()
         for path, value in values.items():
-            owner: Any = module
-            *parents, attribute = path.split(".")
-            for depth, parent in enumerate(parents):
-                prefix = ".".join(parents[: depth + 1])
-                if not hasattr(owner, parent):
-                    raise _mismatch(model, f"sets {path!r} of {name}, which it lacks")
-                if prefix not in owned:
-                    setattr(owner, parent, copy.copy(getattr(owner, parent)))
-                    owned.add(prefix)
-                owner = getattr(owner, parent)
-            if not hasattr(owner, attribute):
-                raise _mismatch(model, f"sets {path!r} of {name}, which it lacks")
-            setattr(owner, attribute, value)
+            try:
+                get_path(module, path)
+            except (AttributeError, IndexError):
+                raise _mismatch(model, f"sets {path!r} of {name!r}, which it lacks") from None
+            set_own_path(module, path, value)
 
 
 def _mismatch(model: nn.Module, what: str) -> UserError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,6 +56,7 @@ def save_checkpoint(
     overwrite: bool = False,
     max_shard_size: str = "5GB",
     dense_config: PreTrainedConfig | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> SavedCheckpoint:
     """Write safetensors, config.json, generation config, tokenizer and plan.json to ``out``.
 
@@ -69,13 +70,16 @@ def save_checkpoint(
         max_shard_size: largest weight file, such as ``100MB``.
         dense_config: config of the model before surgery; needed if surgery changed
             ``model.config``.
+        check: called with the complete folder before it appears under its name; what it raises
+            stops the saving.
 
     Raises:
         UserError: ``out`` exists and is not empty and ``overwrite`` is false, or the model is
             quantized.
         LLMPrunerError: the edits do not lead from the dense config to this model.
     """
-    config, kind = _pruned_config(model, edits, dense_config or model.config)
+    dense_config = dense_config or model.config
+    config, kind = _pruned_config(model, edits, dense_config)
     with atomic_directory(out, overwrite) as folder:
         with _config_in_place(model, config), _silent_writing():
             model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -85,6 +89,8 @@ def save_checkpoint(
         for file in folder.rglob("*"):
             if file.is_file():  # safetensors makes its files private
                 file.chmod(0o666 & ~umask())
+        if check is not None:
+            check(folder)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return SavedCheckpoint(kind, Path(out), size)
 
@@ -98,7 +104,10 @@ def _pruned_config(
     if stock is not None:
         return stock, "stock"
     changed = layer_values(type(model), dense_config, recipe.layers) or {}
-    before = {path: get_path(dense_config, path) for path in changed}
+    # The config of the outermost module is the one that later saves write.
+    own = (path.split(".", 1) for path in recipe.attributes.get("", ()) if "." in path)
+    rooted = [path for holder, path in own if holder == "config"]
+    before = {path: get_path(dense_config, path) for path in [*changed, *rooted]}
     recipe = _checked(model, dense_config, replace(recipe, dense_config=before), changed)
     config = copy.deepcopy(dense_config)
     for path, value in changed.items():

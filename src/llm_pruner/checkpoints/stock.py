@@ -3,7 +3,7 @@
 No key is known by name. Each integer of the config is changed on a model without weights, which
 shows the sizes that it governs; from them follows the value that each key needs. What counts is the
 last step: the config found must build exactly the pruned model, in every shape, every number that a
-module holds and every buffer that loading computes.
+module's code reads and every buffer that loading computes.
 """
 
 from __future__ import annotations
@@ -261,20 +261,51 @@ def _accepted(
     try:
         with quiet():
             # Unlike the trials, this validates the config, as loading does.
-            config = type(config).from_dict(config.to_dict())
+            found = type(config).from_dict(config.to_dict())
+        config = copy.deepcopy(found)
+        config._attn_implementation = pruned.config._attn_implementation
         model = build_meta(type(pruned), config)
-        if sizes(model) != target or not _agree(model, edits):
+        built = sizes(model)
+        differing = {key for key in built | target if built.get(key) != target.get(key)}
+        if any(key[0] != "attribute" for key in differing) or not _agree(model, edits):
             return None
         computed = computed_buffers(model)
+        # A cast model has cast its buffers too, so the comparison is in the model's precision.
+        present = dict(pruned.named_buffers())
+        for name, buffer in computed.items():
+            if not torch.equal(present[name].cpu(), buffer.to(present[name].dtype)):
+                return None
+        # Modules may keep sizes that no code reads, which surgery leaves as they were. Whether
+        # the numbers that differ are of that kind, running the model tells.
+        if differing and not _same_function(model, pruned):
+            return None
     except Exception:  # any failure of code that is not ours means: not this config
         return None
-    # A cast model has cast its buffers too, so the comparison is in the model's precision.
+    return found
+
+
+def _same_function(model: PreTrainedModel, pruned: PreTrainedModel) -> bool:
+    """Say whether a model without weights gives the pruned model's logits with its weights.
+
+    The weights are shared, not copied. The logits must be equal to the last bit.
+    """
+    model.load_state_dict(pruned.state_dict(), assign=True)
+    model.tie_weights()
     present = dict(pruned.named_buffers())
-    same = all(
-        name in present and torch.equal(present[name].cpu(), buffer.to(present[name].dtype))
-        for name, buffer in computed.items()
-    )
-    return config if same else None
+    for name, _ in list(model.named_non_persistent_buffers()):
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, present[name])
+    vocabulary = pruned.get_input_embeddings().weight.shape[0]
+    tokens = (torch.arange(16, device=pruned.device) * 7919 % vocabulary).view(2, 8)
+    training = pruned.training
+    try:
+        with torch.no_grad(), quiet():
+            ours, theirs = (
+                m.eval()(input_ids=tokens, use_cache=False).logits for m in (pruned, model)
+            )
+    finally:
+        pruned.train(training)
+    return torch.equal(ours, theirs)
 
 
 def _agree(model: nn.Module, edits: Edits) -> bool:

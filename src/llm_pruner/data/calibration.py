@@ -137,6 +137,16 @@ def pack(
     return torch.tensor([[*prefix, *window] for window in windows[:samples]], dtype=torch.int64)
 
 
+def _running_text(documents: Documents) -> str | None:
+    """Return the one text that the documents are parts of, None where each stands alone."""
+    form = record_format(documents.records)
+    if form is not None:
+        return join_records(documents.records, form, "standard")
+    if documents.plain or len(documents.raw) < SHORT_DOCUMENT * len(documents.texts):
+        return documents.raw
+    return None
+
+
 def _cut(stream: list[int], prefix: tuple[int, ...], fresh: int) -> tuple[list[list[int]], int]:
     """Cut into runs of ``fresh`` tokens and the number of tokens left over.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
@@ -65,6 +66,7 @@ def write_text(
     steps = ((batch, position) for batch in batches for position in positions)
     training = model.training
     model.eval()
+    argument = _cache_argument(model)
     cache: Any = None
     try:
         for first, position in track(steps, "Writing text", total=len(batches) * len(positions)):
@@ -74,20 +76,26 @@ def write_text(
             # Without a cache the whole text is run again at every step.
             begin = 0 if cache is None else position - 1
             tokens = ids[rows, begin:position].to(device)
-            output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
-            cache = getattr(output, "past_key_values", None)
+            keywords = {argument: cache, "use_cache": True} if argument else {}
+            output = model(input_ids=tokens, **keywords)
+            cache = getattr(output, argument, None) if argument else None
             logits = output.logits[:, -1].float()
-            if not bool(logits.isfinite().all()):
-                raise UserError(
-                    "the model's logits are not finite while it writes calibration text; load it "
-                    "in float32 or bfloat16, or give a text as calibration data"
-                )
             ids[rows, position] = _draw(
                 logits.cpu(), uniform[rows, position], barred, temperature, min_p
             )
     finally:
         model.train(training)
     return ids
+
+
+def _cache_argument(model: Any) -> str | None:
+    """Return the name of the forward argument, and output field, that holds the cache.
+
+    transformers calls it ``cache``, and earlier ``past_key_values``. None if there is neither.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
+    names = inspect.signature(base.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in names), None)
 
 
 def _draw(
@@ -100,7 +108,13 @@ def _draw(
     """Return one token a row by inverting the cumulative distribution at ``uniform``."""
     logits[:, barred] = -torch.inf
     share = torch.softmax(logits / temperature, dim=-1)
-    share[share < min_p * share.amax(dim=-1, keepdim=True)] = 0.0
+    peak = share.amax(dim=-1, keepdim=True)
+    if not bool(peak.isfinite().all()):
+        raise UserError(
+            "the model's logits are not finite while it writes calibration text; load it "
+            "in float32 or bfloat16, or give a text as calibration data"
+        )
+    share[share < min_p * peak] = 0.0
     cumulative = share.cumsum(dim=-1, dtype=torch.float64)
     target = uniform[:, None] * cumulative[:, -1:]
     # right=True finds the first token whose cumulative share exceeds the target: never one of 0.

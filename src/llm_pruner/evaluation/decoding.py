@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -16,17 +17,29 @@ class Decoder:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self._argument = cache_argument(model)
         self._cache: Any = None
         self._seen: torch.Tensor | None = None
 
     @torch.no_grad()
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Append tokens, shape (batch, T), and return the logits of the last one, (batch, V)."""
-        if self._seen is None or self._cache is None:
+        if self._cache is None:
             # No cache yet, or a model without one: run the whole text again.
             self._seen = tokens if self._seen is None else torch.cat([self._seen, tokens], dim=1)
             tokens = self._seen
-        output = self.model(input_ids=tokens, past_key_values=self._cache, use_cache=True)
-        self._cache = getattr(output, "past_key_values", None)
+        keywords = {self._argument: self._cache, "use_cache": True} if self._argument else {}
+        output = self.model(input_ids=tokens, **keywords)
+        self._cache = getattr(output, self._argument, None) if self._argument else None
         logits: torch.Tensor = output.logits[:, -1]
         return logits
+
+
+def cache_argument(model: Any) -> str | None:
+    """Return the name of the forward argument, and output field, that holds the cache.
+
+    transformers calls it ``cache``, and earlier ``past_key_values``. None if there is neither.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
+    names = inspect.signature(base.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in names), None)

@@ -188,8 +188,8 @@ def _check_ids(model: Any, rows: torch.Tensor) -> None:
 
 
 def _batch_size(model: Any, window: int) -> int:
-    weight = model.get_input_embeddings().weight
-    return max(1, _LOGITS_BYTES // (window * int(weight.shape[0]) * weight.element_size()))
+    weight: torch.Tensor = model.get_input_embeddings().weight
+    return max(1, _LOGITS_BYTES // (window * weight.shape[0] * weight.element_size()))
 
 
 @torch.no_grad()

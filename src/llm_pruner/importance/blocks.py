@@ -162,7 +162,7 @@ def with_output(output: Any, hidden: torch.Tensor) -> Any:
 def _form_of(output: Any) -> Any:
     """Return a block's output without its tensors, for a block that is not run.
 
-    Whatever else a block returns, such as attention weights, is not read later: the probe saw to it.
+    What else it returns, such as attention weights, is not read later: the probe sees to it.
     """
     if isinstance(output, torch.Tensor):
         return output.new_empty(0)

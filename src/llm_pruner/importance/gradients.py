@@ -12,6 +12,9 @@ from llm_pruner.errors import UserError
 from llm_pruner.importance.criterion import Criterion
 from llm_pruner.importance.needs import Need, Sums, reduce_term
 
+_START = 8
+"""Power of two that the largest entry of a float16 cotangent is brought to at first."""
+
 _BACKOFF = 2.0**-8
 _ATTEMPTS = 5
 
@@ -25,8 +28,8 @@ def pull_back(
     """Return vector-Jacobian products as (gradients, factor): the true ones are their product.
 
     In float16 the cotangents, (tensor, factor) for each output, are first multiplied by a power of
-    two that brings the largest entry to about 1, because gradients of a language model lie below
-    the smallest float16 number; if that overflows on the way, by smaller ones.
+    two that makes the largest entry large, because gradients of a language model lie around the
+    smallest float16 number; if that overflows on the way, by smaller ones.
 
     Raises:
         UserError: the gradient overflows float16 with every multiplier; names the ``samples``.
@@ -36,7 +39,7 @@ def pull_back(
     if half:
         largest = max(float(tensor.abs().max()) * factor for tensor, factor in cotangents)
         if largest > 0.0 and math.isfinite(largest):
-            scale = 2.0 ** -math.frexp(largest)[1]
+            scale = 2.0 ** (_START - math.frexp(largest)[1])
     for _ in range(_ATTEMPTS if half else 1):
         vectors = [
             (tensor if factor * scale == 1.0 else tensor * (factor * scale)).to(output.dtype)

@@ -174,8 +174,8 @@ def _allowed(
         limit = min(limit, int(most / companion.ratio))
     counts = np.arange(0, max(limit, 0) + 1, dtype=np.int64)
     good = counts % multiple == 0
-    if group.kind in CHANNELS:
-        good &= (group.size - counts) % selection.round_to == 0
+    kept_multiple = lcm(selection.round_to if group.kind in CHANNELS else 1, group.multiple)
+    good &= (group.size - counts) % kept_multiple == 0
     good[0] = True
     allowed: IntArray = counts[good]
     return allowed

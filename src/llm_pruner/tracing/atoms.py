@@ -13,7 +13,7 @@ The forms a unification takes, row by row, after common atoms are dropped:
 * several ~ as many: paired column by column, by equal partition of the rows first;
 * none ~ some: those are frozen, since the other side cannot follow.
 
-Each form is sound: whatever is deleted afterwards, both sides agree. What they lose is freedom only.
+Each form is sound: whatever is deleted afterwards, both sides agree. Only freedom is lost.
 """
 
 from __future__ import annotations
@@ -170,8 +170,13 @@ class Atoms:
         if len(left) != len(right):
             raise ValueError(f"cannot unify axes of {len(left)} and {len(right)} positions")
         raw_left, raw_right = left, right
+        left, right = self.find(left), self.find(right)
+        if left.shape == right.shape and np.array_equal(left, right):
+            return raw_left
         while True:
             left, right = self.resolve(left), self.resolve(right)
+            if left.shape == right.shape and np.array_equal(left, right):
+                return left
             a, b = _without_common(left, right)
             count_a, count_b = (a > 0).sum(axis=1), (b > 0).sum(axis=1)
             if not (count_a.any() or count_b.any()):
@@ -219,9 +224,7 @@ class Atoms:
         self._replica[sets] = False
         self._replica[first] = False
 
-    def _pair_columns(
-        self, a: IntArray, b: IntArray, count_a: IntArray, count_b: IntArray
-    ) -> None:
+    def _pair_columns(self, a: IntArray, b: IntArray, count_a: IntArray, count_b: IntArray) -> None:
         uneven = count_a != count_b
         if uneven.any():
             why = "two views of one axis divide it differently"

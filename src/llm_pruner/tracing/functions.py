@@ -21,7 +21,9 @@ Axes = list[IntArray]
 
 
 class Recorder(Protocol):
-    """What the function mode tells the tracer."""
+    """What the function mode tells the tracer; ``function`` is the one that runs."""
+
+    function: str | None
 
     def axes(self, tensor: torch.Tensor) -> Axes | None: ...
     def length(self, tensor: torch.Tensor, dim: int) -> int: ...
@@ -40,7 +42,7 @@ class SizeMode(TorchFunctionMode):
     def __torch_function__(
         self,
         func: Callable[..., Any],
-        types: Sequence[type],  # noqa: ARG002
+        types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
@@ -50,12 +52,20 @@ class SizeMode(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "size":
             return self._size(args, kwargs)
+        if name in ("numel", "nelement"):
+            return math.prod(self._shape(args[0]))
+        if name == "__len__":
+            self._count(args[0])
         if name in _REWRITES:
             with self:
                 rewritten = _REWRITES[name](*args, **kwargs)
             if rewritten is not None:
                 return rewritten
-        out = func(*args, **kwargs)
+        outer, self.recorder.function = self.recorder.function, name
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            self.recorder.function = outer
         if name in _SIZED:
             _SIZED[name](self.recorder, args, kwargs, out)
         elif name not in _DIMENSIONS_ONLY:
@@ -69,6 +79,11 @@ class SizeMode(TorchFunctionMode):
         if self.recorder.axes(tensor) is None:
             return plain
         return torch.Size([self.recorder.length(tensor, dim) for dim in range(len(plain))])
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        """``len`` gives a plain number, whatever becomes of it: the axis keeps its size."""
+        if tensor.dim() and isinstance(size := self._shape(tensor)[0], TracedInt):
+            self.recorder.used_as_number(size.expr)
 
     def _size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         shape = self._shape(args[0])
@@ -114,6 +129,46 @@ def _expand(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], o
     _record_sizes(recorder, _sizes_of(args, kwargs), out, "expand")
 
 
+def _fill(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    _create(recorder, args[:1], kwargs, out)
+    _filled(recorder, args[1:], kwargs)
+
+
+def _fill_like(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    _create_like(recorder, args[:2], kwargs, out)
+    _filled(recorder, args[2:], kwargs)
+
+
+def _filled(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    value = args[0] if args else kwargs.get("fill_value")
+    if isinstance(value, TracedInt):
+        recorder.used_as_number(value.expr)
+
+
+def _repeat(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    source, axes = recorder.axes(args[0]), recorder.axes(out)
+    times = _sizes_of(args, kwargs, "repeats" if "repeats" in kwargs else "dims")
+    if source is None or axes is None:
+        return
+    old = [1] * (len(axes) - len(source)) + [len(rows) for rows in source]
+    times = [1] * (len(axes) - len(times)) + times
+    for size, count, rows in zip(old, times, axes, strict=True):
+        if size == 1:
+            recorder.sized(expr_of(count), rows, "repeat")
+        elif isinstance(count, TracedInt):
+            recorder.used_as_number(count.expr)
+
+
+def _as_other(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    other = args[1] if len(args) > 1 else kwargs["other"]
+    axes = recorder.axes(out)
+    if axes is None or recorder.axes(other) is None:
+        return
+    for dim, rows in enumerate(axes):
+        if len(rows) != 1:
+            recorder.sized(expr_of(recorder.length(other, dim)), rows, "expand_as")
+
+
 def _create(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     given: Any = args or kwargs.get("size", ())
     if len(given) >= 1 and isinstance(given[0], list | tuple):
@@ -143,7 +198,9 @@ def _arange(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], o
 
 def _split(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     tensor = args[0]
-    sizes = args[1] if len(args) > 1 else kwargs.get("split_size_or_sections", kwargs.get("split_size"))
+    sizes = (
+        args[1] if len(args) > 1 else kwargs.get("split_size_or_sections", kwargs.get("split_size"))
+    )
     dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
     if recorder.axes(tensor) is None or sizes is None:
         return
@@ -280,13 +337,18 @@ _SIZED: dict[str, Callable[[Recorder, tuple[Any, ...], dict[str, Any], Any], Non
     "zeros": _create,
     "ones": _create,
     "empty": _create,
-    "full": _create,
+    "full": _fill,
     "rand": _create,
     "randn": _create,
     "new_zeros": _create_like,
     "new_ones": _create_like,
     "new_empty": _create_like,
-    "new_full": _create_like,
+    "new_full": _fill_like,
+    "repeat": _repeat,
+    "tile": _repeat,
+    "expand_as": _as_other,
+    "view_as": _as_other,
+    "reshape_as": _as_other,
     "arange": _arange,
     "split": _split,
     "split_with_sizes": _split,
@@ -300,6 +362,14 @@ _SIZED: dict[str, Callable[[Recorder, tuple[Any, ...], dict[str, Any], Any], Non
     "one_hot": _one_hot,
     "topk": _topk,
 }
+
+SHAPED_IN_SIGHT = frozenset(_SIZED) | frozenset(
+    {"linear", "matmul", "__matmul__", "__rmatmul__", "einsum", "tensordot", "bmm", "baddbmm"}
+    | {"flatten", "unsqueeze", "squeeze", "select", "unbind", "conv1d", "normalize", "embedding"}
+    | {"softmax", "outer", "mm", "addmm", "dropout", "zeros_like", "ones_like", "full_like"}
+    | {"where", "masked_fill", "to", "type", "float", "contiguous", "__get__"}
+)
+"""Functions inside which sizes may change: they are recorded here, or follow the inputs."""
 
 _DIMENSIONS_ONLY = frozenset(
     {"embedding", "unsqueeze", "squeeze", "transpose", "permute", "softmax", "cat", "stack"}

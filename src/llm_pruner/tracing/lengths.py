@@ -29,7 +29,11 @@ class SizeSystem:
         self._atoms = trace.atoms
         self._old = trace.attributes
         self._ragged = [
-            (trace.atoms.resolve(r.outer), trace.atoms.find(r.pairs), trace.atoms.find(r.inner)[:, 0])
+            (
+                trace.atoms.resolve(r.outer),
+                trace.atoms.find(r.pairs),
+                trace.atoms.find(r.inner)[:, 0],
+            )
             for r in trace.ragged
             if trace.atoms.resolve(r.inner).size
         ]
@@ -42,6 +46,11 @@ class SizeSystem:
         for equation in trace.equations:
             seen.setdefault((equation.expr, self._axis(equation.rows)), equation.where)
         self.equations = [(expr, axis, where) for (expr, axis), where in seen.items()]
+        self._leaves = [set(leaves(expr)) for expr, _, _ in self.equations]
+        # All rows end to end, with the axis of each atom, to look for atoms without a loop.
+        counts = [rows.size for rows in self._rows]
+        self._flat_axis = np.repeat(np.arange(len(counts)), counts)
+        self._flat = np.concatenate([np.zeros(0, np.int64), *(rows.ravel() for rows in self._rows)])
 
     def _axis(self, rows: IntArray) -> int:
         resolved = self._atoms.resolve(rows)
@@ -58,6 +67,8 @@ class SizeSystem:
         """Return ``deleted`` with the expanded axes cut to the number of replicas left."""
         deleted = deleted.copy()
         for outer, pairs, inner in self._ragged:
+            if not deleted[pairs].any():
+                continue
             alive = ~deleted[outer].any(axis=1)
             kept = (~deleted[pairs]).sum(axis=1)[alive]
             if kept.size == 0:
@@ -107,24 +118,22 @@ class SizeSystem:
         for _, pairs, inner in self._ragged:
             if flags[pairs].any():
                 flags[inner] = True
-        axes = {axis for axis, rows in enumerate(self._rows) if rows.size and flags[rows].any()}
-        changed = {("len", i) for i, axis in enumerate(self._lengths) if axis in axes}
-        changed |= {
-            leaf
-            for expr, axis, _ in self.equations
-            if axis in axes
-            for leaf in leaves(expr)
-            if leaf[0] == "attr"
-        }
+        axes = set(np.unique(self._flat_axis[flags[self._flat]]).tolist())
+        changed: set[Expr] = {("len", i) for i, axis in enumerate(self._lengths) if axis in axes}
+        for (_, axis, _), inside in zip(self.equations, self._leaves, strict=True):
+            if axis in axes:
+                changed |= {leaf for leaf in inside if leaf[0] == "attr"}
         return {
             number
-            for number, (expr, axis, _) in enumerate(self.equations)
-            if axis in axes or any(leaf in changed for leaf in leaves(expr))
+            for number, (_, axis, _) in enumerate(self.equations)
+            if axis in axes or not changed.isdisjoint(self._leaves[number])
         }
 
     # -------------------------------------------------------------- companions
 
-    def constraints(self, group_of: IntArray, group_sizes: dict[int, int]) -> list[tuple[Form, str]]:
+    def constraints(
+        self, group_of: IntArray, group_sizes: dict[int, int]
+    ) -> list[tuple[Form, str]]:
         """Return linear equations between the groups' removed counts: sum of form = 0.
 
         Only axes whose positions hold at most one atom give one; products of axes follow from their
@@ -262,9 +271,7 @@ def reduce_constraints(
             continue
         pivot = max(form)
         form = {group: value / form[pivot] for group, value in form.items()}
-        rows = [
-            _subtract(row, form, row[pivot]) if pivot in row else row for row in rows
-        ]
+        rows = [_subtract(row, form, row[pivot]) if pivot in row else row for row in rows]
         rows.append(form)
         pivots.append(pivot)
     follows: dict[int, tuple[int, Fraction]] = {}

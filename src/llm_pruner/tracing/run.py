@@ -50,12 +50,16 @@ def vocabulary_size(model: nn.Module) -> int:
     raise DiscoveryError("the model has no token embedding")
 
 
-def example_tokens(model: nn.Module, batch: int = 2, length: int = 8, seed: int = 0) -> torch.Tensor:
-    """Return seeded random token ids, shape (batch, length)."""
+def example_tokens(
+    model: nn.Module, batch: int = 2, length: int = 8, seed: int = 0
+) -> torch.Tensor:
+    """Return seeded random token ids, shape (batch, length), where the model's weights are."""
     generator = torch.Generator().manual_seed(seed)
     size = vocabulary_size(model)
     low = min(8, size // 2)
-    return torch.randint(low, size, (batch, length), generator=generator)
+    tokens = torch.randint(low, size, (batch, length), generator=generator)
+    device = next((parameter.device for parameter in model.parameters()), tokens.device)
+    return tokens.to(device)
 
 
 def forward_with_cache(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
@@ -101,13 +105,14 @@ def logits_of(output: Any) -> torch.Tensor:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Switch to evaluation without gradients, and back."""
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def label_model(tracer: Tracer, model: nn.Module) -> dict[str, str]:
@@ -135,9 +140,7 @@ class Layers:
                 continue
             for index, child in enumerate(module):
                 name = f"{path}.{index}"
-                self.handles.append(
-                    child.register_forward_hook(self._hook(name), with_kwargs=True)
-                )
+                self.handles.append(child.register_forward_hook(self._hook(name), with_kwargs=True))
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG001
@@ -145,7 +148,9 @@ class Layers:
             result = output[0] if isinstance(output, tuple | list) and output else output
             axes = (self.tracer.axes(source), self.tracer.axes(result))
             shapes_differ = (
-                axes[0] is None or axes[1] is None or [len(r) for r in axes[0]] != [len(r) for r in axes[1]]
+                axes[0] is None
+                or axes[1] is None
+                or [len(r) for r in axes[0]] != [len(r) for r in axes[1]]
             )
             self.seen.setdefault(name, []).append(
                 (None, None) if shapes_differ else (axes[0][-1], axes[1][-1])  # type: ignore[index]

@@ -73,6 +73,7 @@ class Tracer(TorchDispatchMode):
         self.weights: Any = WeakTensorKeyDictionary()
         self.names: Any = WeakTensorKeyDictionary()
         self.vocabulary: Any = WeakTensorKeyDictionary()
+        self.function: str | None = None
         self._shared: dict[str, int] = {}
         self._clock = 0
 
@@ -155,8 +156,13 @@ class Tracer(TorchDispatchMode):
             if transposed:
                 pairs = pairs.T
             return np.concatenate(
-                [product_rows(outer, inner[:, :0]) if not transposed else product_rows(outer[:, :0], inner),
-                 pairs.reshape(-1, 1)], axis=1,
+                [
+                    product_rows(outer, inner[:, :0])
+                    if not transposed
+                    else product_rows(outer[:, :0], inner),
+                    pairs.reshape(-1, 1),
+                ],
+                axis=1,
             )
         return product_rows(outer, inner)
 
@@ -197,7 +203,7 @@ class Tracer(TorchDispatchMode):
         """Return the size of an axis as an int that remembers the axis."""
         rows = self.label(tensor)[dim]
         if len(rows) == 1 or not self.atoms.resolve(rows).size:
-            return int(len(rows))
+            return len(rows)
         self.trace.lengths.append(rows)
         expr = ("len", len(self.trace.lengths) - 1)
         return TracedInt.of(len(rows), expr, self.used_as_number)
@@ -229,7 +235,7 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(
         self,
         func: Any,
-        types: Any,  # noqa: ARG002
+        types: Any,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
@@ -247,13 +253,13 @@ class Tracer(TorchDispatchMode):
             rule = self.rules["pointwise"]
         try:
             if rule is None:
-                raise Unplaced(f"no rule for the operation {name}")
+                raise UnplacedError(f"no rule for the operation {name}")
             if name not in DOMAIN_AWARE:
                 for tensor in inputs:
                     if tensor in self.domains:
                         self.freeze(self.domains[tensor], f"its positions are chosen by {name}")
             rule(self, func, args, kwargs, out)
-        except Unplaced as unplaced:
+        except UnplacedError as unplaced:
             self.trace.unknown[name] = self.trace.unknown.get(name, 0) + 1
             for tensor in inputs:
                 for rows in self.label(tensor):
@@ -276,7 +282,7 @@ class Tracer(TorchDispatchMode):
             return func(*args, **kwargs)
 
 
-class Unplaced(Exception):
+class UnplacedError(Exception):
     """A rule that cannot place its result; what went in is frozen with this reason."""
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from llm_pruner.tracing.rules.pointwise import broadcast
-from llm_pruner.tracing.tracer import Tracer, Unplaced
+from llm_pruner.tracing.tracer import Tracer, UnplacedError
 
 
 def _note_attention(tracer: Tracer, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -57,7 +57,7 @@ def grouped_mm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Ten
     """Rows sorted by expert times the weights of their expert: (t, k) x (experts, k, n)."""
     left, right = tracer.label(args[0]), tracer.label(args[1])
     if len(left) != 2 or len(right) != 3:
-        raise Unplaced("a grouped product of another form")
+        raise UnplacedError("a grouped product of another form")
     tracer.freeze(right[0], "experts run as one grouped product")
     tracer.unify(left[1], right[1])
     tracer.set_label(out, [left[0], right[2]])
@@ -76,7 +76,7 @@ def convolution(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Te
     elif groups == source.shape[1] == weight.shape[0]:
         tracer.unify(axes[1], filters[0])
     else:
-        raise Unplaced("a grouped convolution")
+        raise UnplacedError("a grouped convolution")
     channels = filters[0]
     if bias is not None:
         channels = tracer.unify(channels, tracer.label(bias)[0])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm_pruner.tracing.tracer import Tracer, tensors_in
+from llm_pruner.tracing.functions import SHAPED_IN_SIGHT
+from llm_pruner.tracing.tracer import Tracer, UnplacedError, tensors_in
 
 
 def uniform(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ARG001
     """``zeros`` and the like hold one value everywhere: their axes adapt to what they meet."""
+    if tracer.function not in SHAPED_IN_SIGHT:
+        raise UnplacedError(f"created inside {tracer.function or 'compiled code'}")
     for result in tensors_in([out]):
         tracer.set_label(result, [tracer.atoms.fresh(size) for size in result.shape])
 
@@ -28,7 +31,9 @@ def counting(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> Non
 
 RULES = {
     **dict.fromkeys(("zeros", "ones", "full", "empty", "scalar_tensor", "empty_strided"), uniform),
-    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"), uniform),
+    **dict.fromkeys(
+        ("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"), uniform
+    ),
     **dict.fromkeys(("zeros_like", "ones_like", "full_like", "empty_like"), like),
     **dict.fromkeys(("arange", "linspace", "logspace", "eye", "tril_indices"), counting),
     **dict.fromkeys(("rand", "randn", "randint", "randperm", "rand_like", "randn_like"), counting),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from llm_pruner.tracing.rules.pointwise import broadcast
-from llm_pruner.tracing.tracer import Axes, Tracer, Unplaced, tensors_in
+from llm_pruner.tracing.tracer import Axes, Tracer, UnplacedError, tensors_in
 
 
 def _freeze_indexed(tracer: Tracer, rows: Any, index: torch.Tensor, what: str) -> None:
@@ -52,11 +52,9 @@ def index(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) 
         dims = sum(item.dim() for item in given if item is not None)
         if dims != len(places) or len(places) != 1:
             if places != [0] or len(axes) - dims + 1 != out.dim():
-                raise Unplaced("selected by a mask")
+                raise UnplacedError("selected by a mask")
             kept = axes[dims:]
-            tracer.set_label(
-                out, [tracer.frozen_rows(out.shape[0], "selected by a mask"), *kept]
-            )
+            tracer.set_label(out, [tracer.frozen_rows(out.shape[0], "selected by a mask"), *kept])
             return
         axes[places[0]] = tracer.frozen_rows(out.shape[places[0]], "selected by a mask")
         tracer.set_label(out, axes)
@@ -144,7 +142,7 @@ def index_put(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tens
         if back <= len(values) and len(values[-back]) == len(rows):
             tracer.unify(rows, values[-back])
         elif back <= len(values) and len(values[-back]) != 1:
-            raise Unplaced("written by position")
+            raise UnplacedError("written by position")
     for rows in values[: max(len(values) - len(rest), 0)]:
         tracer.freeze(rows, "written by position")
     tracer.set_label(out, axes)

@@ -7,7 +7,21 @@ from typing import Any
 import torch
 
 from llm_pruner.tracing.atoms import empty_rows, product_rows, stack_rows
-from llm_pruner.tracing.tracer import Axes, Tracer, Unplaced
+from llm_pruner.tracing.functions import SHAPED_IN_SIGHT
+from llm_pruner.tracing.tracer import Axes, Tracer, UnplacedError
+
+
+def require_sight(tracer: Tracer) -> None:
+    """Refuse a change of sizes inside a function whose arithmetic is not watched.
+
+    A function that is written in C++, or in Python inside PyTorch, may compute sizes from plain
+    numbers (``tensor_split``, ``multi_head_attention_forward``); those would not follow a removal.
+
+    Raises:
+        UnplacedError: always in such a function.
+    """
+    if tracer.function not in SHAPED_IN_SIGHT:
+        raise UnplacedError(f"resized inside {tracer.function or 'compiled code'}")
 
 
 def view_axes(tracer: Tracer, axes: Axes, shape: tuple[int, ...]) -> Axes:
@@ -45,13 +59,19 @@ def view_axes(tracer: Tracer, axes: Axes, shape: tuple[int, ...]) -> Axes:
 def view(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
     source = args[0]
     if source.numel() == 0:
-        raise Unplaced("a view of an empty tensor")
+        raise UnplacedError("a view of an empty tensor")
     if source.dtype != out.dtype and source.shape == out.shape:
         tracer.copy_label(source, out)
         return
+    if _plain_sizes(source) != _plain_sizes(out):
+        require_sight(tracer)
     tracer.set_label(out, view_axes(tracer, tracer.label(source), tuple(out.shape)))
     if source in tracer.domains:
         tracer.domains[out] = tracer.domains[source]
+
+
+def _plain_sizes(tensor: torch.Tensor) -> list[int]:
+    return [size for size in tensor.shape if size != 1]
 
 
 def same(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
@@ -86,6 +106,8 @@ def expand(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor)
     """New positions are replicas: they all hold the same values."""
     axes = tracer.label(args[0])
     axes = [empty_rows(1)] * (out.dim() - len(axes)) + axes
+    if [len(rows) for rows in axes] != list(out.shape):
+        require_sight(tracer)
     tracer.set_label(
         out,
         [
@@ -98,6 +120,7 @@ def expand(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor)
 
 
 def repeat(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
+    require_sight(tracer)
     axes = tracer.label(args[0])
     axes = [empty_rows(1)] * (out.dim() - len(axes)) + axes
     result = []
@@ -118,6 +141,8 @@ def slice_(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor)
     stop = args[3] if len(args) > 3 else None
     step = args[4] if len(args) > 4 else 1
     axes = tracer.label(args[0])
+    if args[0].shape != out.shape:
+        require_sight(tracer)
     axes[dim] = axes[dim][slice(start, stop, step)]
     tracer.set_label(out, axes)
     if args[0] in tracer.domains:
@@ -134,12 +159,13 @@ def select(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor)
 
 
 def split(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ARG001
+    require_sight(tracer)
     axes = tracer.label(args[0])
     dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % len(axes)
     start = 0
     for piece in out:
         stop = start + piece.shape[dim]
-        tracer.set_label(piece, axes[:dim] + [axes[dim][start:stop]] + axes[dim + 1 :])
+        tracer.set_label(piece, [*axes[:dim], axes[dim][start:stop], *axes[dim + 1 :]])
         start = stop
 
 
@@ -178,7 +204,7 @@ def stack(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) 
     for label in labels[1:]:
         axes = [tracer.unify(a, b) for a, b in zip(axes, label, strict=True)]
     new = tracer.frozen_rows(out.shape[dim], "stacked in the code")
-    tracer.set_label(out, axes[:dim] + [new] + axes[dim:])
+    tracer.set_label(out, [*axes[:dim], new, *axes[dim:]])
 
 
 def pad(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
@@ -218,7 +244,7 @@ def unfold(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor)
 
 
 def diagonal(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
-    raise Unplaced("a diagonal is taken")
+    raise UnplacedError("a diagonal is taken")
 
 
 RULES = {

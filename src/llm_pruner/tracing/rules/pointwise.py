@@ -47,12 +47,9 @@ def pointwise(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> No
         tracer.note("activation", tracer.label(out)[-1])
 
 
-RULES = {
-    name: pointwise
-    for name in (
-        ["pointwise", "copy_", "fill_", "zero_", "masked_fill", "masked_fill_", "floor_divide"]
-        + ["lerp", "nan_to_num", "where", "clamp", "clamp_", "dropout", "native_dropout"]
-        + ["bernoulli", "threshold", "glu_pointwise", "addcmul", "addcdiv", "log_sigmoid_forward"]
-        + ["logaddexp", "softplus", "mish", "hardtanh", "elu", "relu_", "silu_", "copy"]
-    )
-}
+_OTHERS = """
+    copy copy_ fill_ zero_ masked_fill masked_fill_ floor_divide lerp nan_to_num where clamp clamp_
+    dropout native_dropout bernoulli threshold glu_pointwise addcmul addcdiv log_sigmoid_forward
+    logaddexp softplus mish hardtanh elu relu_ silu_
+"""
+RULES = dict.fromkeys(("pointwise", *_OTHERS.split()), pointwise)

@@ -81,7 +81,7 @@ def select_along(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) ->
     axes[dim] = empty_rows(1) if len(axes[dim]) == 1 else axes[dim]
     for result in tensors_in([out]):
         rows = tracer.frozen_rows(result.shape[dim], f"chosen by {name}")
-        tracer.set_label(result, axes[:dim] + [rows] + axes[dim + 1 :])
+        tracer.set_label(result, [*axes[:dim], rows, *axes[dim + 1 :]])
         if not result.dtype.is_floating_point:
             tracer.domains[result] = source
 

@@ -1,0 +1,273 @@
+"""``llm-pruner prune``: a checkpoint in, a smaller checkpoint out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from llm_pruner.cli import options
+from llm_pruner.cli.output import clean, console, count, megabytes, table, write_json
+from llm_pruner.errors import UserError
+from llm_pruner.importance import Criterion
+from llm_pruner.pipeline.prune import Pruned, prune_checkpoint
+from llm_pruner.pipeline.settings import CalibrationSettings, ModelSettings
+from llm_pruner.planning import Selection, Target, parse_count, parse_layer_ranges
+from llm_pruner.planning.target import Scope
+
+_HOW_MUCH, _WHERE = "How much", "Where from"
+_IMPORTANCE, _CALIBRATION = "Importance", "Calibration text"
+_PLAN, _OUTPUT, _LOADING = "Plan", "Output", "Loading"
+
+
+def command(
+    model: options.Model,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder to write; with --dry-run the plan file.")
+    ],
+    ratio: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of all parameters to remove, such as 0.2.", rich_help_panel=_HOW_MUCH
+        ),
+    ] = None,
+    params: Annotated[
+        str | None,
+        typer.Option(help="Parameters to keep, such as 5.4B or 107.6M.", rich_help_panel=_HOW_MUCH),
+    ] = None,
+    unit_ratio: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of units to remove in each chosen layer, as in the paper.",
+            rich_help_panel=_HOW_MUCH,
+        ),
+    ] = None,
+    structures: Annotated[
+        str,
+        typer.Option(
+            help="What to remove: heads, query_heads, ffn, hidden, head_dim, layers.",
+            rich_help_panel=_WHERE,
+        ),
+    ] = "heads,ffn",
+    scope: Annotated[
+        str,
+        typer.Option(
+            help="local: the same share of each group; global: one ranking by importance per "
+            "removed parameter.",
+            rich_help_panel=_WHERE,
+        ),
+    ] = "local",
+    protect_first: Annotated[
+        int | None,
+        typer.Option(
+            help="Layers to keep whole at the start. [default: a quarter, at most 4]",
+            show_default=False,
+            rich_help_panel=_WHERE,
+        ),
+    ] = None,
+    protect_last: Annotated[
+        int | None,
+        typer.Option(
+            help="Layers to keep whole at the end. [default: a fifth, at most 3]",
+            show_default=False,
+            rich_help_panel=_WHERE,
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers to prune by structure, such as heads=4-26,ffn=2-28; replaces the "
+            "protection.",
+            rich_help_panel=_WHERE,
+        ),
+    ] = None,
+    round_to: Annotated[
+        int,
+        typer.Option(help="Keep a multiple of this many channels.", rich_help_panel=_WHERE),
+    ] = 1,
+    criterion: Annotated[
+        str, typer.Option(help="random, l1, l2 or taylor.", rich_help_panel=_IMPORTANCE)
+    ] = "taylor",
+    order: Annotated[
+        str,
+        typer.Option(help="Of taylor: first, second or mixed.", rich_help_panel=_IMPORTANCE),
+    ] = "first",
+    reduction: Annotated[
+        str, typer.Option(help="Of taylor: element or vector.", rich_help_panel=_IMPORTANCE)
+    ] = "element",
+    aggregate: Annotated[
+        str,
+        typer.Option(
+            help="Over the members of a group: sum, prod, max or last.", rich_help_panel=_IMPORTANCE
+        ),
+    ] = "sum",
+    steps: Annotated[
+        int,
+        typer.Option(
+            help="Prune in steps and estimate anew before each.", rich_help_panel=_IMPORTANCE
+        ),
+    ] = 1,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="self (the model writes its own text), a hub dataset, or a local .txt, .jsonl, "
+            ".json or .parquet file.",
+            rich_help_panel=_CALIBRATION,
+        ),
+    ] = "self",
+    samples: Annotated[
+        int, typer.Option(help="Number of sequences.", rich_help_panel=_CALIBRATION)
+    ] = 128,
+    seq_len: Annotated[
+        int, typer.Option(help="Tokens of each.", rich_help_panel=_CALIBRATION)
+    ] = 128,
+    split: Annotated[
+        str | None, typer.Option(help="Split of a hub dataset.", rich_help_panel=_CALIBRATION)
+    ] = None,
+    text_field: Annotated[
+        str | None,
+        typer.Option(help="Field that holds the text.", rich_help_panel=_CALIBRATION),
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="Replay this plan instead of making one.", rich_help_panel=_PLAN),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Write the plan to --out and stop.", rich_help_panel=_PLAN),
+    ] = False,
+    seed: Annotated[
+        int,
+        typer.Option(help="Of calibration text and random choice.", rich_help_panel=_PLAN),
+    ] = 0,
+    verify: Annotated[
+        bool | None,
+        typer.Option(
+            help="Compare with the masked twin and the saved folder with memory. [default: for "
+            "models of up to 2B parameters]",
+            show_default=False,
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what --out holds.", rich_help_panel=_OUTPUT)
+    ] = False,
+    max_shard_size: Annotated[
+        str, typer.Option(help="Largest weight file.", rich_help_panel=_OUTPUT)
+    ] = "5GB",
+    json: options.Json = None,
+    dtype: options.Dtype = "float32",
+    device: options.Device = "cpu",
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Remove the least important structures of a model and save a smaller one."""
+    target, selection = None, None
+    if plan is None:
+        target = Target(
+            unit_ratio=unit_ratio,
+            ratio=ratio,
+            params=None if params is None else parse_count(params),
+        )
+        selection = Selection(
+            structures=tuple(name.strip() for name in structures.split(",") if name.strip()),
+            scope=cast("Scope", scope),
+            protect_first=protect_first or 0,
+            protect_last=protect_last or 0,
+            layer_ranges={} if layers is None else parse_layer_ranges(layers),
+            round_to=round_to,
+        )
+    elif any(value is not None for value in (ratio, params, unit_ratio)):
+        raise UserError("--plan already says what to remove; drop --ratio, --params, --unit-ratio")
+    done = prune_checkpoint(
+        ModelSettings(model, revision, dtype, device, trust_remote_code),
+        out,
+        target=target,
+        selection=selection,
+        protect_by_default=(protect_first is None, protect_last is None),
+        criterion=Criterion(criterion, order, reduction, aggregate),
+        calibration=CalibrationSettings(calibration, samples, seq_len, split, text_field),
+        seed=seed,
+        steps=steps,
+        plan_file=plan,
+        dry_run=dry_run,
+        verify=verify,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+    )
+    write_json(as_data(done), json)
+    if json != "-":
+        show(done)
+
+
+def as_data(done: Pruned) -> dict[str, Any]:
+    """Return the outcome of a run for scripts."""
+    return {
+        "model": done.plan.model.name,
+        "parameters_before": done.parameters[0],
+        "parameters_after": done.parameters[1],
+        "ratio": 1 - done.parameters[1] / done.parameters[0],
+        "saved_as": done.kind,
+        "path": None if done.path is None else str(done.path),
+        "bytes": done.bytes,
+        "twin_difference": done.difference,
+        "seconds": done.seconds,
+        "layers": [asdict(row) for row in done.rows],
+    }
+
+
+def show(done: Pruned) -> None:
+    """Print what was done."""
+    out = console()
+    out.print(_widths(done))
+    before, after = done.parameters
+    out.print(
+        f"{clean(done.plan.model.name)}: {count(before)} -> {count(after)} parameters "
+        f"({100 * (1 - after / before):.1f}% removed)"
+    )
+    if done.difference is not None:
+        out.print(f"equal to its masked twin: largest difference {done.difference:.1e}")
+    if done.kind is None:
+        out.print(f"plan written to {done.path}; nothing was pruned")
+        return
+    out.print(f"saved to {done.path} ({megabytes(done.bytes or 0)})")
+    out.print(
+        "loads with from_pretrained anywhere"
+        if done.kind == "stock"
+        else "loads with from_pretrained after 'import llm_pruner' (sizes differ from what a plain "
+        "config can say)"
+    )
+    out.print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in done.seconds.items()))
+
+
+def _widths(done: Pruned) -> Any:
+    """Return kept widths, with runs of equal layers in one row."""
+    kinds = list(dict.fromkeys(kind for row in done.rows for kind in row.sizes))
+    changed = [
+        kind
+        for kind in kinds
+        if any(row.removed or len(set(row.sizes.get(kind, (0, 0)))) > 1 for row in done.rows)
+    ]
+    runs: list[tuple[list[int], Any]] = []
+    for row in done.rows:
+        if row.layer is None:
+            continue
+        cells = tuple(
+            "-" if row.removed else "{} of {}".format(*row.sizes[kind]) if kind in row.sizes else ""
+            for kind in changed
+        )
+        if runs and runs[-1][1] == cells:
+            runs[-1][0].append(row.layer)
+        else:
+            runs.append(([row.layer], cells))
+    rows = [(f"{ls[0]}-{ls[-1]}" if len(ls) > 1 else str(ls[0]), *cells) for ls, cells in runs]
+    for row in done.rows:
+        if row.layer is None:
+            cells = tuple(
+                "{} of {}".format(*row.sizes[kind]) if kind in row.sizes else "" for kind in changed
+            )
+            if any(cells):
+                rows.insert(0, ("all", *cells))
+    return table("Units kept", ("layer", *changed), rows)

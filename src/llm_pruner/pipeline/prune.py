@@ -1,0 +1,388 @@
+"""Load, discover, estimate, plan, cut, verify, save."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from llm_pruner.checkpoints import atomic_write_text, check_output, save_checkpoint
+from llm_pruner.checkpoints.recipe import compose, from_edits
+from llm_pruner.data.calibration import build_calibration
+from llm_pruner.errors import UserError, VerificationError
+from llm_pruner.groups import discover
+from llm_pruner.importance import Criterion, score
+from llm_pruner.pipeline.settings import CalibrationSettings, ModelSettings
+from llm_pruner.planning import (
+    Plan,
+    PlanCalibration,
+    PlanCriterion,
+    Row,
+    Selection,
+    Survivors,
+    Target,
+    allocate,
+    choose_groups,
+    explain,
+    read_plan,
+    step_targets,
+)
+from llm_pruner.removal import count_parameters
+from llm_pruner.sources import LoadedModel, load_model
+from llm_pruner.surgery import prune_
+from llm_pruner.types import Discovery, Edits, IntArray, Removal
+from llm_pruner.verification import (
+    find_culprits,
+    largest_difference,
+    pruned_logits,
+    require_equal,
+    tolerance,
+    twin_logits,
+)
+
+VERIFY_LIMIT = 2_000_000_000
+"""Models of up to this many parameters are verified unless the user says otherwise."""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a run did.
+
+    Attributes:
+        plan: the Plan, in the numbering of the dense model.
+        rows: what is left of every layer.
+        parameters: before and after.
+        kind: how the checkpoint loads; None if nothing was saved.
+        path: the folder or the Plan file written.
+        bytes: size of the folder.
+        difference: largest difference of logits between the pruned model and its masked twin;
+            None if it was not verified.
+        seconds: by stage.
+    """
+
+    plan: Plan
+    rows: tuple[Row, ...]
+    parameters: tuple[int, int]
+    kind: Literal["stock", "recipe"] | None
+    path: Path | None
+    bytes: int | None
+    difference: float | None
+    seconds: dict[str, float]
+
+
+def prune_checkpoint(
+    model: ModelSettings,
+    out: Path,
+    *,
+    target: Target | None,
+    selection: Selection | None,
+    protect_by_default: tuple[bool, bool] = (False, False),
+    criterion: Criterion,
+    calibration: CalibrationSettings,
+    seed: int = 0,
+    steps: int = 1,
+    plan_file: Path | None = None,
+    dry_run: bool = False,
+    verify: bool | None = None,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+) -> Pruned:
+    """Prune a checkpoint and save the result as a folder that ``from_pretrained`` loads.
+
+    Args:
+        model: what to prune.
+        out: the folder to write; with ``dry_run`` the Plan file.
+        target: how much to remove; None with ``plan_file``.
+        selection: where from; None with ``plan_file``.
+        protect_by_default: whether to replace the protection at the start and at the end by
+            ``default_protection``.
+        criterion: how importance is estimated.
+        calibration: text for it; read by ``taylor`` alone.
+        seed: of the calibration text and of ``random``.
+        steps: prune in this many equal steps, estimating anew before each.
+        plan_file: replay this Plan instead of making one.
+        dry_run: write the Plan and stop.
+        verify: compare with the masked twin, and the saved folder with the model in memory; by
+            default for models of up to ``VERIFY_LIMIT`` parameters.
+        overwrite: replace what ``out`` holds.
+        max_shard_size: largest weight file.
+
+    Raises:
+        UserError: something that was given must change; nothing is written.
+        VerificationError: the pruned model is not its twin; nothing is written.
+    """
+    clock = _Clock()
+    _check_out(out, overwrite, dry_run)
+    plan = None if plan_file is None else read_plan(plan_file)
+    loaded = load_model(
+        model.source,
+        revision=model.revision,
+        dtype=model.dtype,
+        device=model.device,
+        trust_remote_code=model.trust_remote_code,
+    )
+    clock.stop("load")
+    network = loaded.model
+    dense_config = copy.deepcopy(network.config)
+    discovery = discover(network)
+    clock.stop("discover")
+    verified = verify if verify is not None else count_parameters(discovery) <= VERIFY_LIMIT
+    surgeon = _Surgeon(network, verified and not dry_run, clock)
+    if plan is not None:
+        removal: dict[str, IntArray] = plan.removal(discovery)
+        if not dry_run:
+            surgeon.cut(discovery, removal)
+    else:
+        if target is None or selection is None:
+            raise UserError("no target given; use --ratio, --params or --unit-ratio")
+        first, last = default_protection(discovery)
+        if protect_by_default[0]:
+            selection = replace(selection, protect_first=first)
+        if protect_by_default[1]:
+            selection = replace(selection, protect_last=last)
+        used, removal = _prune_in_steps(
+            loaded,
+            discovery,
+            surgeon,
+            target,
+            selection,
+            criterion,
+            calibration,
+            seed,
+            steps,
+            cut_last=not dry_run,
+        )
+        plan = Plan.from_removal(
+            discovery,
+            removal,
+            package_version=version("llm-pruner"),
+            model_name=loaded.name,
+            revision=loaded.revision,
+            criterion=_criterion_record(criterion),
+            calibration=used,
+            seed=seed,
+            target=target,
+            steps=steps,
+            selection=selection,
+        )
+    result = Pruned(
+        plan=plan,
+        rows=tuple(explain(discovery, removal)),
+        parameters=(count_parameters(discovery), count_parameters(discovery, removal)),
+        kind=None,
+        path=out,
+        bytes=None,
+        difference=surgeon.difference,
+        seconds=clock.seconds,
+    )
+    if dry_run:
+        atomic_write_text(out, plan.to_json())
+        return result
+    saved = save_checkpoint(
+        network,
+        out,
+        edits=surgeon.edits,
+        plan_json=plan.to_json(),
+        tokenizer=loaded.tokenizer,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+        dense_config=dense_config,
+        check=_reload_check(network, discovery, model) if verified else None,
+    )
+    clock.stop("save")
+    return replace(
+        result, kind=saved.kind, path=saved.path, bytes=saved.bytes, seconds=clock.seconds
+    )
+
+
+def _prune_in_steps(
+    loaded: LoadedModel,
+    dense: Discovery,
+    surgeon: _Surgeon,
+    target: Target,
+    selection: Selection,
+    criterion: Criterion,
+    calibration: CalibrationSettings,
+    seed: int,
+    steps: int,
+    *,
+    cut_last: bool,
+) -> tuple[PlanCalibration | None, dict[str, IntArray]]:
+    """Estimate, allocate and cut, step by step; return the calibration and the whole removal."""
+    clock = surgeon.clock
+    survivors = Survivors.dense(dense)
+    targets = step_targets(survivors.parameters, target, steps)
+    # Refuse what cannot work before any long work begins.
+    for kept in (step.kept(survivors.parameters) for step in targets if step.unit_ratio is None):
+        assert kept > 0
+    choose_groups(dense, selection, survivors)
+    if criterion.name != "random":
+        _require_weights(loaded.model)
+    tokens, record = None, None
+    if criterion.name == "taylor":
+        if loaded.tokenizer is None:
+            raise UserError(f"{loaded.name} has no tokenizer, so no text can be read; add one")
+        text = build_calibration(
+            calibration.source,
+            loaded.tokenizer,
+            samples=calibration.samples,
+            seq_len=calibration.seq_len,
+            seed=seed,
+            model=loaded.model,
+            text_field=calibration.text_field,
+            split=calibration.split,
+        )
+        tokens, record = text.input_ids, _calibration_record(text.settings)
+        clock.stop("calibration text")
+    discovery = dense
+    for number, step in enumerate(targets):
+        chosen = choose_groups(discovery, selection, survivors)
+        names = {group.name for group in chosen}
+        names |= {c.group for group in chosen for c in group.companions}
+        scores = score(
+            loaded.model, discovery, criterion, input_ids=tokens, seed=seed, groups=names
+        )
+        clock.stop("estimate")
+        removal = allocate(discovery, scores, selection, step, survivors)
+        survivors = survivors.after(removal)
+        clock.stop("plan")
+        if number + 1 < len(targets) or cut_last:
+            surgeon.cut(discovery, removal)
+        if number + 1 < len(targets):
+            discovery = discover(loaded.model)
+            clock.stop("discover")
+    return record, survivors.removal()
+
+
+class _Surgeon:
+    """Cuts one model, once or in steps, and keeps what was changed since it was loaded."""
+
+    def __init__(self, model: nn.Module, verify: bool, clock: _Clock) -> None:
+        self.model = model
+        self.verify = verify
+        self.clock = clock
+        self.edits = Edits({}, {}, {}, {})
+        self.difference: float | None = None
+
+    def cut(self, discovery: Discovery, removal: Removal) -> None:
+        """Prune in place; with ``verify``, compare with the masked twin."""
+        expected = twin_logits(self.model, discovery, removal) if self.verify else None
+        backup = self._weights() if self.verify else None
+        edits = prune_(self.model, discovery, removal)
+        total = compose(from_edits(self.edits), from_edits(edits))
+        self.edits = Edits(total.shapes, total.buffers, total.attributes, total.layers)
+        self.clock.stop("cut")
+        if expected is not None:
+            actual = pruned_logits(self.model, discovery)
+            found = require_equal(
+                expected, actual, lambda: self._culprits(discovery, removal, backup)
+            )
+            self.difference = max(self.difference or 0.0, found)
+            self.clock.stop("verify")
+
+    def _weights(self) -> Callable[[], nn.Module]:
+        """Return how to get the model back as it is now: shares its tensors, which surgery keeps."""
+        memo = {id(tensor): tensor for tensor in [*self.model.parameters(), *self.model.buffers()]}
+        frozen = copy.deepcopy(self.model, dict(memo))
+        return lambda: frozen
+
+    def _culprits(
+        self, discovery: Discovery, removal: Removal, backup: Callable[[], nn.Module] | None
+    ) -> list[str]:
+        return [] if backup is None else find_culprits(backup(), discovery, removal)
+
+
+def _reload_check(
+    model: Any, discovery: Discovery, settings: ModelSettings
+) -> Callable[[Path], None]:
+    """Return a check that a saved folder gives the logits of the model in memory."""
+
+    def check(folder: Path) -> None:
+        expected = pruned_logits(model, discovery)
+        again = load_model(
+            str(folder),
+            dtype=settings.dtype,
+            device=settings.device,
+            trust_remote_code=settings.trust_remote_code,
+            tokenizer_required=False,
+        )
+        actual = pruned_logits(again.model, discovery)
+        difference = largest_difference(expected, actual)
+        if difference > tolerance(expected):
+            raise VerificationError(
+                f"the saved folder gives logits that differ by {difference:.3g} from the model "
+                "that was saved; nothing was kept; please report the model"
+            )
+
+    return check
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def stop(self, stage: str) -> None:
+        """Book the time since the last call on a stage."""
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
+
+
+def _check_out(out: Path, overwrite: bool, dry_run: bool) -> None:
+    if not dry_run:
+        check_output(out, overwrite)
+    elif out.is_dir():
+        raise UserError(f"{out} is a folder; with --dry-run, --out names the plan file to write")
+    elif out.exists() and not overwrite:
+        raise UserError(f"{out} exists; give another --out, or --overwrite to replace it")
+
+
+def _require_weights(model: nn.Module) -> None:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError("the model has no weights here; only --criterion random works without")
+
+
+def _criterion_record(criterion: Criterion) -> PlanCriterion:
+    if criterion.name == "random":
+        return PlanCriterion(name="random")
+    if criterion.name != "taylor":
+        return PlanCriterion(name=criterion.name, aggregate=criterion.aggregate)
+    return PlanCriterion(
+        name=criterion.name,
+        order=criterion.order,
+        reduction=criterion.reduction,
+        aggregate=criterion.aggregate,
+    )
+
+
+def _calibration_record(settings: dict[str, Any]) -> PlanCalibration:
+    return PlanCalibration(
+        # No folder: the same text gives the same plan wherever it lies.
+        source=Path(settings["source"]).name,
+        split=settings["split"],
+        samples=settings["samples"],
+        seq_len=settings["seq_len"],
+        seed=settings["seed"],
+        digest=settings["fingerprint"],
+    )
+
+
+def default_protection(discovery: Discovery) -> tuple[int, int]:
+    """Return how many layers stay whole at the start and at the end.
+
+    The first and the last layers are the costliest to prune (arXiv 2305.11627, section 4.1): a
+    quarter and a fifth of the layers, at most 4 and 3.
+    """
+    layers = max(
+        (group.layer + 1 for group in discovery.groups if group.layer is not None), default=0
+    )
+    return min(4, layers // 4), min(3, layers // 5)
