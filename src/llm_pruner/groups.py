@@ -81,6 +81,8 @@ class _Builder:
         self.outer_lists = [
             name for name in lists if not any(name.startswith(f"{other}.") for other in lists)
         ]
+        pairs = [ragged.pairs.ravel() for ragged in trace.ragged]
+        self.replicas = np.unique(trace.atoms.find(np.concatenate([np.zeros(1, int), *pairs])))
         self.roles = {role: self._flags(role) for role in trace.roles}
 
     def _flags(self, role: Role) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -185,8 +187,7 @@ class _Builder:
         ):
             return "hidden"
         if has("head"):
-            pairs = [r.pairs.ravel() for r in self.trace.ragged]
-            if pairs and np.isin(units, atoms.find(np.concatenate(pairs))).all():
+            if np.isin(units, self.replicas).all():
                 return "query_heads"
             return "heads"
         if has("query_key"):

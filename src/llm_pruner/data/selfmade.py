@@ -106,8 +106,7 @@ def _draw(
     min_p: float,
 ) -> torch.Tensor:
     """Return one token a row by inverting the cumulative distribution at ``uniform``."""
-    logits[:, barred] = -torch.inf
-    share = torch.softmax(logits / temperature, dim=-1)
+    share = torch.softmax(logits.index_fill(1, barred, -torch.inf).div_(temperature), dim=-1)
     peak = share.amax(dim=-1, keepdim=True)
     if not bool(peak.isfinite().all()):
         raise UserError(

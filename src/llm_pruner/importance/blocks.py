@@ -200,6 +200,8 @@ def find_chain(
             parameter.requires_grad_(True)
         with chain.opened():
             _probe(chain, ids)
+    except RuntimeError as error:  # autograd's: a block writes into its input, for instance
+        raise NotBlockwise(f"a block does not run on its own: {error}") from error
     finally:
         for parameter in scored.values():
             parameter.requires_grad_(False)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -39,19 +37,16 @@ class Borders:
         self._arrays = {
             key: torch.empty(shape, dtype=dtype) for key in wanted[: min(in_memory, len(wanted))]
         }
-        self._filed = set(wanted) - set(self._arrays)
-        self._folder: Path | None = None
-        if self._filed:
-            self._folder = Path(tempfile.mkdtemp(prefix="llm-pruner-"))
-            free = shutil.disk_usage(self._folder).free
-            if free < len(self._filed) * self._bytes:
-                self.close()
-                raise UserError(
-                    f"the hidden states of {shape[0]} samples need "
-                    f"{len(wanted) * self._bytes / 2**30:.1f} GiB and {tempfile.gettempdir()} has "
-                    f"{free / 2**30:.1f} GiB free; set TMPDIR to a larger disk, or use fewer or "
-                    "shorter samples"
-                )
+        filed = wanted[len(self._arrays) :]
+        need, folder = len(filed) * self._bytes, tempfile.gettempdir()
+        if filed and (free := shutil.disk_usage(folder).free) < need:
+            raise UserError(
+                f"the hidden states of {shape[0]} samples need {need / 2**30:.1f} GiB on disk and "
+                f"{folder} has {free / 2**30:.1f} GiB free; set TMPDIR to a larger disk, or use "
+                "fewer or shorter samples"
+            )
+        # Without a name, so that a killed process leaves nothing behind.
+        self._files = {key: tempfile.TemporaryFile(buffering=0) for key in filed}  # noqa: SIM115
 
     @property
     def resident(self) -> int:
@@ -71,10 +66,8 @@ class Borders:
 
     def close(self) -> None:
         """Delete everything."""
-        self._arrays.clear()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        for key in (*self._arrays, *self._files):
+            self.drop(key)
 
     def write(self, key: int, samples: slice, values: torch.Tensor) -> None:
         """Store ``values``, shape (samples in the slice, ...)."""
@@ -82,31 +75,25 @@ class Borders:
         if key in self._arrays:
             self._arrays[key][samples] = values
             return
-        with open(self._path(key), "r+b" if self._path(key).exists() else "w+b", 0) as file:
-            file.seek(self._offset(samples))
-            _all_bytes(values, file.write)
+        file = self._files[key]
+        file.seek(self._offset(samples))
+        _all_bytes(values, file.write)
 
     def read(self, key: int, samples: slice) -> torch.Tensor:
         """Return the stored values of a range of samples; not to be changed in place."""
         if key in self._arrays:
             return self._arrays[key][samples]
         values = torch.empty((samples.stop - samples.start, *self._shape[1:]), dtype=self._dtype)
-        with open(self._path(key), "rb", 0) as file:
-            file.seek(self._offset(samples))
-            _all_bytes(values, file.readinto)
+        file = self._files[key]
+        file.seek(self._offset(samples))
+        _all_bytes(values, file.readinto)
         return values
 
     def drop(self, key: int) -> None:
         """Forget one array."""
         self._arrays.pop(key, None)
-        if key in self._filed:
-            os.unlink(self._path(key))
-            self._filed.discard(key)
-
-    def _path(self, key: int) -> Path:
-        if self._folder is None or key not in self._filed:
-            raise KeyError(key)
-        return self._folder / f"{key}.bin"
+        if key in self._files:
+            self._files.pop(key).close()
 
     def _offset(self, samples: slice) -> int:
         return int(samples.start) * (self._bytes // self._shape[0])

@@ -123,15 +123,27 @@ class Atoms:
 
     def reason(self, rows: IntArray) -> str | None:
         """Return why the first frozen atom among ``rows`` is frozen, or None."""
+        return self._first_reason(self._frozen_in(rows))
+
+    def _frozen_in(self, rows: IntArray) -> IntArray:
+        """Return the frozen atoms among ``rows`` and in what they were substituted by."""
         pending = self.find(rows.ravel())
+        found = [pending[:0]]
         while pending.size:
-            frozen = self._frozen[pending]
-            if frozen.any():
-                return self.reasons[int(frozen[np.flatnonzero(frozen)[0]])]
+            found.append(pending[self._frozen[pending] > 0])
             inside = self._substitute[pending]
-            inside = inside[inside >= 0]
-            pending = self.find(self._table[inside].ravel())
-        return None
+            pending = self.find(np.unique(self._table[inside[inside >= 0]]))
+        return np.concatenate(found)
+
+    def _first_reason(self, frozen: IntArray) -> str | None:
+        return self.reasons[int(self._frozen[frozen[0]])] if frozen.size else None
+
+    def _why_tied(self, fixed: IntArray, live: IntArray) -> str:
+        """Return why ``fixed`` cannot shrink; what ``live`` holds as well is not the cause."""
+        frozen = self._frozen_in(fixed)
+        cause = frozen[~np.isin(frozen, self._frozen_in(live))]
+        reason = self._first_reason(cause) or self._first_reason(frozen)
+        return reason or "tied to an axis that cannot shrink with it"
 
     def is_replica(self, rows: IntArray) -> bool:
         """Whether every position is one untouched atom of an expanded axis."""
@@ -187,10 +199,8 @@ class Atoms:
                 continue
             alone_a, alone_b = (count_b == 0) & (count_a > 0), (count_a == 0) & (count_b > 0)
             if alone_a.any() or alone_b.any():
-                why = self.reason(raw_left) or self.reason(raw_right)
-                why = why or "tied to an axis that cannot shrink with it"
-                self.freeze(a[alone_a], why)
-                self.freeze(b[alone_b], why)
+                self.freeze(a[alone_a], self._why_tied(raw_right[alone_a], raw_left[alone_a]))
+                self.freeze(b[alone_b], self._why_tied(raw_left[alone_b], raw_right[alone_b]))
                 continue
             for few, many, rows in (
                 (a, b, (count_a == 1) & (count_b > 1)),

@@ -75,6 +75,8 @@ class Tracer(TorchDispatchMode):
         self.vocabulary: Any = WeakTensorKeyDictionary()
         self.function: str | None = None
         self._shared: dict[str, int] = {}
+        self._ragged: dict[int, Ragged] = {}
+        self._packed: set[int] = set()
         self._clock = 0
 
     # ------------------------------------------------------------- labelling
@@ -151,8 +153,7 @@ class Tracer(TorchDispatchMode):
             live = self.atoms.resolve(first)
             if live.shape[1] == 0 or not (live > 0).any(axis=1).all():
                 continue
-            pairs = self.atoms.fresh(len(first) * len(second)).reshape(len(first), len(second))
-            self.trace.ragged.append(Ragged(first, pairs, second))
+            pairs = self._pairs(first, second)
             if transposed:
                 pairs = pairs.T
             return np.concatenate(
@@ -165,6 +166,45 @@ class Tracer(TorchDispatchMode):
                 axis=1,
             )
         return product_rows(outer, inner)
+
+    def _pairs(self, outer: IntArray, inner: IntArray) -> IntArray:
+        known = self._ragged.get(int(inner[0, 0]))
+        if known is not None and known.pairs.shape == (len(outer), len(inner)):
+            same = self.atoms.resolve(known.outer), self.atoms.resolve(outer)
+            if same[0].shape == same[1].shape and (same[0] == same[1]).all():
+                return known.pairs
+        pairs = self.atoms.fresh(len(outer) * len(inner)).reshape(len(outer), len(inner))
+        self._add_ragged(Ragged(outer, pairs, inner))
+        return pairs
+
+    def _add_ragged(self, ragged: Ragged) -> None:
+        self.trace.ragged.append(ragged)
+        self._ragged[int(ragged.inner[0, 0])] = ragged
+
+    def _unpack(self, grid: IntArray) -> tuple[IntArray, IntArray] | None:
+        """Split an axis of replica pairs again (query heads into groups by key-value head).
+
+        What is left of the inner axis differs from one outer position to the next, in content but
+        not in number. So it is a new axis that must stay what it is until it is merged again.
+        """
+        for ragged in reversed(self.trace.ragged):
+            if ragged.pairs.shape != grid.shape[:2]:
+                continue
+            hit = grid == self.atoms.find(ragged.pairs)[:, :, None]
+            if not (hit.sum(axis=2) == 1).all():
+                continue
+            rest = np.sort(np.where(hit, 0, grid), axis=2)[:, :, 1:]
+            if (rest == rest[:, :1]).all():
+                inner = self.atoms.fresh(grid.shape[1], replica=True)
+                self._packed.add(int(inner[0, 0]))
+                self._add_ragged(Ragged(ragged.outer, ragged.pairs, inner))
+                return rest[:, 0], inner
+        return None
+
+    def require_whole(self, rows: IntArray) -> None:
+        """Freeze an axis that is reduced over, if its positions differ from group to group."""
+        if rows.size and int(rows[0, 0]) in self._packed:
+            self.freeze(rows, "the query heads of a group are reduced over")
 
     def split(self, rows: IntArray, outer: int, inner: int) -> tuple[IntArray, IntArray]:
         """Return the rows of the two axes that an axis of outer * inner positions is viewed as."""
@@ -180,6 +220,9 @@ class Tracer(TorchDispatchMode):
         by_inner = (grid == grid[:1]).all(axis=(0, 1))
         if (by_outer | by_inner).all():
             return grid[:, 0][:, by_outer], grid[0][:, by_inner & ~by_outer]
+        unpacked = self._unpack(grid)
+        if unpacked is not None:
+            return unpacked
         first, second = self.atoms.fresh(outer), self.atoms.fresh(inner)
         self.atoms.unify(rows, product_rows(first, second))
         return first, second

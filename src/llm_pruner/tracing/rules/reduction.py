@@ -27,6 +27,8 @@ def reduce(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     name = func._overloadpacket.__name__
     axes = tracer.label(args[0])
     gone = reduced_dims(name, args, kwargs, len(axes))
+    for dim in gone if axes else ():
+        tracer.require_whole(axes[dim])
     for result in tensors_in([out]):
         if result.dim() == len(axes):
             kept: Axes = [empty_rows(1) if i in gone else rows for i, rows in enumerate(axes)]
@@ -39,8 +41,11 @@ def reduce(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 def along(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ARG001
     """Softmax and the like: every axis stays."""
+    axes = tracer.label(args[0])
+    if axes:
+        tracer.require_whole(axes[args[1]])
     for result in tensors_in([out]):
-        tracer.set_label(result, tracer.label(args[0]))
+        tracer.set_label(result, axes)
 
 
 def running(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ARG001
@@ -55,6 +60,8 @@ def layer_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> N
     """``native_layer_norm`` and ``_fused_rms_norm``: weight and bias follow the last axes."""
     axes = tracer.label(args[0])
     count = len(args[1])
+    for rows in axes[-count:]:
+        tracer.require_whole(rows)
     for weight in args[2:4]:
         if isinstance(weight, torch.Tensor):
             for place, rows in enumerate(tracer.label(weight)):
@@ -76,6 +83,7 @@ def select_along(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) ->
     dim = int(dim) % len(axes)
     source = axes[dim]
     tracer.note("routing", source)
+    tracer.require_whole(source)
     if name != "topk":
         tracer.freeze(source, f"ordered by {name}")
     axes[dim] = empty_rows(1) if len(axes[dim]) == 1 else axes[dim]

@@ -1,0 +1,64 @@
+"""Random removals that respect what binds groups together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from fractions import Fraction
+
+import numpy as np
+
+from llm_pruner.types import Discovery, Group, IntArray
+
+
+def bound_to(discovery: Discovery, group: Group) -> dict[str, Fraction]:
+    """Return group -> units lost per unit that ``group`` loses, itself included."""
+    ratios = {group.name: Fraction(1)}
+    pending = [group.name]
+    while pending:
+        name = pending.pop()
+        for companion in discovery.group(name).companions:
+            if companion.group not in ratios:
+                ratios[companion.group] = ratios[name] * companion.ratio
+                pending.append(companion.group)
+    return ratios
+
+
+def pick(
+    discovery: Discovery, kinds: Collection[str] | None = None, *, seed: int = 0
+) -> dict[str, IntArray]:
+    """Remove about a third of the units of every group of the given kinds (of all by default)."""
+    rng = np.random.default_rng(seed)
+    removal: dict[str, IntArray] = {}
+    for group in discovery.groups:
+        wanted = kinds is None or group.kind in kinds
+        if not wanted or group.frozen is not None or group.name in removal:
+            continue
+        if group.blocks is not None:
+            per_block = group.size // len(np.unique(group.blocks))
+            if per_block > 1:
+                removal[group.name] = np.sort(
+                    np.concatenate(
+                        [
+                            rng.permutation(np.flatnonzero(group.blocks == block))[
+                                : max(1, per_block // 3)
+                            ]
+                            for block in np.unique(group.blocks)
+                        ]
+                    )
+                )
+            continue
+        ratios = bound_to(discovery, group)
+        step = math.lcm(*(ratio.denominator for ratio in ratios.values()))
+        counts = [
+            count
+            for count in range(step, group.size, step)
+            if (group.size - count) % group.multiple == 0
+        ]
+        if not counts:
+            continue
+        count = min(counts, key=lambda count: abs(count - group.size / 3))
+        for name, ratio in ratios.items():
+            size = discovery.group(name).size
+            removal[name] = np.sort(rng.permutation(size)[: int(count * ratio)])
+    return removal

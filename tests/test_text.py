@@ -1,0 +1,193 @@
+"""Documents from files and from the hub, and how evaluation text is joined."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from llm_pruner.data.demo_text import DEMO_PROMPTS, demo_text
+from llm_pruner.data.evaluation import load_evaluation_text
+from llm_pruner.data.records import record_format
+from llm_pruner.data.text import load_documents
+from llm_pruner.errors import UserError
+
+
+def write(path: Path, content: str) -> str:
+    path.write_bytes(content.encode("utf-8"))
+    return str(path)
+
+
+def test_plain_text_is_one_document_and_lines_are_its_records(tmp_path: Path) -> None:
+    documents = load_documents(write(tmp_path / "a.txt", "\ufeffone\x85still\r\n\ntwo"))
+    assert documents.texts == ("one\x85still\n\ntwo",)
+    assert documents.raw == "one\x85still\n\ntwo"
+    assert documents.records == ("one\x85still\n", "\n", "two")
+    assert documents.split is None
+    assert load_documents(str(tmp_path / "a.txt"), limit=2).raw == "one\x85still\n\n"
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+def test_fields_of_records(tmp_path: Path, suffix: str) -> None:
+    def texts(rows: list[dict[str, Any]], **options: Any) -> tuple[str, ...]:
+        path = tmp_path / f"rows.{suffix}"
+        if suffix == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        elif suffix == "json":
+            path.write_text(json.dumps(rows))
+        else:
+            path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+        return load_documents(str(path), **options).texts
+
+    assert texts([{"title": "t", "text": "a"}, {"title": "u", "text": "b"}]) == ("a", "b")
+    assert texts([{"id": 1, "body": "a", "more": "b"}]) == ("a",)
+    assert texts([{"text": "a", "more": "b"}], text_field="more") == ("b",)
+    assert texts([{"text": str(n)} for n in range(5)], limit=2) == ("0", "1")
+    alpaca = [
+        {"instruction": "do", "input": "this", "output": "done"},
+        {"instruction": "say", "input": "", "output": "said"},
+    ]
+    assert texts(alpaca) == ("do\n\nthis\n\ndone", "say\n\nsaid")
+
+
+def test_other_json_shapes(tmp_path: Path) -> None:
+    assert load_documents(write(tmp_path / "a.json", '["x", "y"]')).texts == ("x", "y")
+    wrapped = write(tmp_path / "b.json", '{"version": 1, "data": [{"text": "x"}]}')
+    assert load_documents(wrapped).texts == ("x",)
+    lines = write(tmp_path / "c.json", '{"text": "x"}\n{"text": "y"}\n')
+    assert load_documents(lines).texts == ("x", "y")
+
+
+def test_fingerprint_follows_the_texts(tmp_path: Path) -> None:
+    one = load_documents(write(tmp_path / "a.json", '["ab", "c"]')).fingerprint
+    assert one == load_documents(write(tmp_path / "b.jsonl", '{"text":"ab"}\n"c"')).fingerprint
+    assert one != load_documents(write(tmp_path / "c.json", '["a", "bc"]')).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "a.txt is empty"),
+        ("a.txt", b" \n\n", "a.txt holds no text"),
+        ("a.txt", b"fine\xff", r"not UTF-8 text \(byte 4\)"),
+        ("a.txt", b"PK\0\0", "zero bytes"),
+        ("a.csv", b"x,y", "unknown type '.csv'; use .txt, .jsonl, .json or .parquet"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": ', "line 2 is no JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"id": 3}', "'text' of record 2 is missing, not a string"),
+        ("a.jsonl", b'{"id": 1, "score": 0.5}', r"no string field \(fields: id, score\)"),
+        ("a.jsonl", b"[1]", "record 1 is a list"),
+        ("a.json", b"{nope", "is no JSON"),
+        ("a.json", b"[3]", "record 1 is a number"),
+        ("a.json", b"[]", "holds no text"),
+        ("a.parquet", b"PAR1 broken", "no readable Parquet file"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_documents(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_sources(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone\.txt does not exist"):
+        load_documents(str(tmp_path / "gone.txt"))
+    with pytest.raises(UserError, match="is a folder; give one text file in it"):
+        load_documents(str(tmp_path))
+    with pytest.raises(UserError, match="no field 'body'; its fields are text"):
+        load_documents(write(tmp_path / "a.jsonl", '{"text": "x"}'), text_field="body")
+    with pytest.raises(UserError, match="neither a local file nor a dataset name"):
+        load_documents("two words")
+    with pytest.raises(UserError, match="for calibration only"):
+        load_evaluation_text("self")
+    with pytest.raises(UserError, match="too large to read whole"):
+        load_documents("c4")
+
+
+class FakeHub:
+    """Stands in for the package datasets and records what is asked of it."""
+
+    def __init__(self, rows: list[dict[str, Any]], error: Exception | None = None) -> None:
+        self.rows, self.error, self.calls = rows, error, []
+
+    def load_dataset(self, *args: Any, **keywords: Any) -> list[dict[str, Any]]:
+        self.calls.append((args, keywords))
+        if self.error is not None:
+            raise self.error
+        return self.rows
+
+
+def install(monkeypatch: pytest.MonkeyPatch, hub: FakeHub) -> FakeHub:
+    module = types.ModuleType("datasets")
+    module.load_dataset = hub.load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return hub
+
+
+def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = install(monkeypatch, FakeHub([{"sentence": "a"}, {"sentence": "b"}]))
+    documents = load_documents("owner/data:part", split="dev", limit=1)
+    assert documents.texts == ("a",)
+    assert (documents.name, documents.split) == ("owner/data part", "dev")
+    load_documents("wikitext2")
+    load_evaluation_text("ptb", protocol="paper")
+    load_evaluation_text("ptb", protocol="standard")
+    first, second, third, fourth = hub.calls
+    assert first == (("owner/data", "part"), {"split": "dev", "streaming": True})
+    assert second[0] == ("Salesforce/wikitext", "wikitext-2-raw-v1")
+    assert second[1] == {"split": "train", "streaming": False}
+    assert third[1]["data_files"]["validation"].endswith("penn_treebank/validation/0000.parquet")
+    assert fourth[1]["split"] == "test"
+
+
+def test_hub_failure_says_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FakeHub([], ConnectionError("no route\nto host")))
+    message = (
+        r"dataset 'wikitext2': tried hub dataset Salesforce/wikitext wikitext-2-raw-v1, split "
+        r"train, and failed \(ConnectionError: no route\); .* give a local .txt"
+    )
+    with pytest.raises(UserError, match=message):
+        load_documents("wikitext2")
+
+
+def test_wikitext_file_gives_the_text_of_the_hub_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = " \n = Title = \n \n A first paragraph . \n = = Part = = \n"
+    expected = "\n\n = Title = \n\n\n\n\n A first paragraph . \n\n\n = = Part = = \n"
+    rows = ["", " = Title = \n", "", " A first paragraph . \n", " = = Part = = \n"]
+    assert "\n\n".join(rows) == expected
+    name, split, text = load_evaluation_text(write(tmp_path / "any.txt", raw))
+    assert (name, split, text) == ("any.txt", None, expected)
+    install(monkeypatch, FakeHub([{"text": row} for row in rows]))
+    assert load_evaluation_text("wikitext2")[1:] == ("test", expected)
+
+
+def test_penn_treebank_joins_by_protocol(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.txt", " the <unk> fell N points \n it was n't black monday \n")
+    paper = load_evaluation_text(path, protocol="paper")[2]
+    assert paper == "the <unk> fell N points\n\nit was n't black monday"
+    standard = load_evaluation_text(path, protocol="standard")[2]
+    assert standard == "the <unk> fell N points it was n't black monday"
+
+
+def test_other_text_stays_as_it_is(tmp_path: Path) -> None:
+    content = "A line.\n\n  Another = line =\n"
+    assert load_evaluation_text(write(tmp_path / "t.txt", content))[2] == content
+    rows = write(tmp_path / "t.jsonl", '{"text": "One."}\n{"text": "Two."}')
+    assert load_evaluation_text(rows)[2] == "One.\n\nTwo."
+    assert record_format(["all lower case\n", "and no mark\n"]) is None
+
+
+def test_demo_text() -> None:
+    text = demo_text()
+    assert 1500 <= len(text.split()) <= 2500
+    assert text.isascii()
+    assert load_evaluation_text("demo") == ("demo text", None, text)
+    assert all(prompt not in text for prompt in DEMO_PROMPTS)
