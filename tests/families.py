@@ -41,6 +41,7 @@ class Family:
         kinds: kinds of groups that must exist, and of which none may be frozen.
         config: settings on top of ``BASE``.
         without: settings of ``BASE`` that this type derives itself.
+        fixed: names of groups that are an exception: they must be frozen.
         absent: kinds of which no unit may be prunable.
         frozen: (tensor, dim) -> part of the reason; axes that must hold frozen positions.
     """
@@ -49,11 +50,12 @@ class Family:
     kinds: tuple[str, ...]
     config: Mapping[str, Any] = field(default_factory=dict)
     without: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     frozen: Mapping[tuple[str, int], str] = field(default_factory=dict)
 
 
-_GPT2 = {"n_embd": 48, "n_inner": 40, "n_layer": 2, "n_head": 6, "n_positions": 64}
+_GPT2 = {"n_inner": 40}
 _MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 FAMILIES: dict[str, Family] = {
@@ -79,9 +81,14 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family("phi3", GQA),
     "starcoder2": Family("starcoder2", GQA),
     "olmo2": Family("olmo2", GQA),
-    "gpt2": Family("gpt2", MHA, _GPT2 | {"n_layer": 3}),
+    "gpt2": Family("gpt2", MHA, _GPT2 | {"num_hidden_layers": 3}),
     "gpt_neox": Family("gpt_neox", MHA, {"use_parallel_residual": True}),
     "gpt_neox_serial": Family("gpt_neox", MHA, {"use_parallel_residual": False}),
+    # Only part of a head is rotated. One attribute sizes rotated, unrotated and value channels: the
+    # rotated ones stay, and the others shrink together.
+    "phi": Family("phi", GQA, fixed=("head_dim",)),
+    "gptj": Family("gptj", MHA, _GPT2 | {"rotary_dim": 4}, fixed=("head_dim",)),
+    "mamba": Family("mamba", ("hidden", "ffn", "layers"), {"state_size": 4}),
     "bloom": Family(
         "bloom",
         NO_HEADS,
@@ -157,7 +164,9 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def make(name: str, *, attention: str | None = None, seed: int = 0, **config: Any) -> PreTrainedModel:
+def make(
+    name: str, *, attention: str | None = None, seed: int = 0, **config: Any
+) -> PreTrainedModel:
     """Return the random model of a family in float32 and eval mode.
 
     Biases and norms are random as well: at their initial zeros and ones a mistake in them would go
@@ -171,7 +180,9 @@ def make(name: str, *, attention: str | None = None, seed: int = 0, **config: An
     """
     family = FAMILIES[name]
     settings = {key: value for key, value in BASE.items() if key not in family.without}
-    model_config = AutoConfig.for_model(family.model_type, **(settings | {**family.config} | config))
+    model_config = AutoConfig.for_model(
+        family.model_type, **(settings | {**family.config} | config)
+    )
     model = AutoModelForCausalLM.from_config(
         model_config, dtype=torch.float32, attn_implementation=attention
     ).eval()

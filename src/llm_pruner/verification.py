@@ -164,8 +164,8 @@ def twin_logits(
 
     Args:
         model: the dense model that was traced; it comes back unchanged.
-        tokens: token ids (batch, sequence); seeded random ones by default. All but the last two go
-            through at once, those one by one with the cache.
+        tokens: token ids (batch, sequence); seeded random ones by default. The model is run as
+            it was for the trace.
 
     Returns:
         One tensor (batch, tokens of the call, vocabulary) per call of the model.
@@ -192,10 +192,22 @@ def twin_logits(
 def pruned_logits(
     model: nn.Module, discovery: Discovery, tokens: torch.Tensor | None = None
 ) -> list[torch.Tensor]:
-    """Return the logits of the pruned model on the tokens that ``twin_logits`` uses."""
+    """Return the logits of the pruned model on the tokens that ``twin_logits`` uses.
+
+    Raises:
+        VerificationError: the model cannot run.
+    """
     tokens = example_tokens(model, seed=1) if tokens is None else tokens
-    with evaluating(model):
-        logits: list[torch.Tensor] = discovery.graph.forward(model, tokens)
+    try:
+        with evaluating(model):
+            logits: list[torch.Tensor] = discovery.graph.forward(model, tokens)
+    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+        text = str(error).strip()
+        cause = text.splitlines()[0] if text else type(error).__name__
+        raise VerificationError(
+            f"the pruned model cannot run ({cause}); nothing was saved. "
+            "Leave the structure out with --structures, and please report the model."
+        ) from error
     return logits
 
 
@@ -255,7 +267,11 @@ def find_culprits(model: nn.Module, discovery: Discovery, removal: Removal) -> l
         expected = twin_logits(model, discovery, part)
         smaller = copy.deepcopy(model)
         prune_(smaller, discovery, part)
-        if largest_difference(expected, pruned_logits(smaller, discovery)) > tolerance(expected):
+        try:
+            difference = largest_difference(expected, pruned_logits(smaller, discovery))
+        except VerificationError:
+            difference = float("inf")
+        if difference > tolerance(expected):
             found.extend(together)
     return found
 

@@ -1,18 +1,21 @@
 """The command ``llm-pruner``: parses, calls the pipeline, prints.
 
-Exit codes: 0 done, 2 the user must change something, 1 anything else.
+Exit codes: 0 done, 2 the user must change something, 1 anything else, 130 interrupted.
+
+The commands import the pipeline when they run: PyTorch and transformers take seconds to import,
+which help and typing errors should not wait for.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 
 import typer
 
 from llm_pruner.cli import demo, evaluate, inspect, prune
-from llm_pruner.cli.output import fail
-from llm_pruner.errors import LLMPrunerError, UserError
+from llm_pruner.cli.grouped import GroupedCommand
+from llm_pruner.cli.output import fail, one_line
+from llm_pruner.errors import LLMPrunerError, PlanError, UserError
 
 app = typer.Typer(
     name="llm-pruner",
@@ -24,10 +27,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("inspect")(inspect.command)
-app.command("prune")(prune.command)
-app.command("evaluate")(evaluate.command)
-app.command("demo")(demo.command)
+app.command("inspect", cls=GroupedCommand, epilog=inspect.EXAMPLES)(inspect.command)
+app.command("prune", cls=GroupedCommand, epilog=prune.EXAMPLES)(prune.command)
+app.command("evaluate", cls=GroupedCommand, epilog=evaluate.EXAMPLES)(evaluate.command)
+app.command("demo", cls=GroupedCommand)(demo.command)
 
 
 @app.callback()
@@ -41,12 +44,25 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()
+    except PlanError as error:
+        problems = [one_line(problem) for problem in error.problems]
+        head, *more = problems if len(problems) == 1 else [_first(error), *problems]
+        fail("\n  - ".join([head, *more]), 2)
     except UserError as error:
-        fail(str(error), 2)
+        fail(one_line(str(error)), 2)
     except LLMPrunerError as error:
-        fail(str(error), 1)
+        fail(one_line(str(error)), 1)
     except OSError as error:
-        fail(f"{error}; free space or give another place, then run again", 1)
-    except KeyboardInterrupt:
-        fail("interrupted; nothing was written", 130)
-    sys.exit(0)
+        fail(one_line(f"{error}; free space or give another place, then run again"), 1)
+    except SystemExit as stopped:
+        if stopped.code == _INTERRUPTED:
+            fail("interrupted; nothing was written", _INTERRUPTED)
+        raise
+
+
+_INTERRUPTED = 130
+"""What Typer exits with, without a word, after Ctrl-C."""
+
+
+def _first(error: PlanError) -> str:
+    return str(error).splitlines()[0]

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from llm_pruner.cli import options
-from llm_pruner.cli.output import clean, console, count, table, write_json
+from llm_pruner.cli.output import (
+    check_json,
+    clean,
+    console,
+    count,
+    print_table,
+    table,
+    write_json,
+)
 from llm_pruner.errors import UserError
-from llm_pruner.pipeline.evaluate import PerplexitySettings, measure
-from llm_pruner.pipeline.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from llm_pruner.evaluation.perplexity import Protocol
+
+EXAMPLES = """\b
+Examples:
+  llm-pruner evaluate ./small --perplexity wikitext2 --perplexity c4
+  llm-pruner evaluate ./small --perplexity text.txt --protocol paper
+"""
 
 
 def command(
@@ -27,31 +42,47 @@ def command(
     ] = None,
     protocol: Annotated[
         str,
-        typer.Option(help="standard: long windows; paper: windows of 128, as LLM-Pruner does."),
+        typer.Option(
+            metavar="NAME",
+            help="standard: long windows; paper: windows of 128, as LLM-Pruner does.",
+        ),
     ] = "standard",
     seq_len: Annotated[
         int | None,
         typer.Option(
+            metavar="N",
             help="Tokens in a window. [default: 2048 or the model's maximum; 128 for paper]",
             show_default=False,
         ),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Read only this many tokens.", show_default=False)
+        int | None,
+        typer.Option(metavar="N", help="Read only this many tokens.", show_default=False),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Windows at once.", show_default=False)
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Windows at once. [default: as memory for the logits allows]",
+            show_default=False,
+        ),
     ] = None,
     split: Annotated[
-        str | None, typer.Option(help="Split of a hub dataset.", show_default=False)
+        str | None,
+        typer.Option(metavar="NAME", help="Split of a hub dataset.", show_default=False),
     ] = None,
     text_field: Annotated[
-        str | None, typer.Option(help="Field that holds the text.", show_default=False)
+        str | None,
+        typer.Option(metavar="NAME", help="Field that holds the text.", show_default=False),
     ] = None,
     speed: Annotated[bool, typer.Option("--speed", help="Measure tokens per second.")] = False,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="Show a greedy continuation of this text.", show_default=False),
+        typer.Option(
+            metavar="TEXT",
+            help="Show a greedy continuation of this text. May be given several times.",
+            show_default=False,
+        ),
     ] = None,
     json: options.Json = None,
     dtype: options.Dtype = "float32",
@@ -62,8 +93,13 @@ def command(
     """Measure the perplexity of a model on text."""
     if not (perplexity or speed or prompt):
         raise UserError("nothing to measure; give --perplexity SRC, --speed or --prompt TEXT")
+    check_json(json)
+
+    from llm_pruner.pipeline.evaluate import PerplexitySettings, measure
+    from llm_pruner.pipeline.settings import ModelSettings
+
     settings = PerplexitySettings(
-        cast("Literal['paper', 'standard']", protocol),
+        cast("Protocol", protocol),
         seq_len,
         max_tokens,
         batch_size,
@@ -101,7 +137,7 @@ def show(found: dict[str, Any]) -> None:
             for result in found["perplexity"]
         ]
         columns = ("corpus", "split", "protocol", "window", "tokens", "perplexity", "stderr")
-        out.print(table("Perplexity", columns, rows))
+        print_table(out, table("Perplexity", columns, rows))
     if found["speed"]:
         out.print(
             f"prefill {found['speed']['prefill_tokens_per_second']:.1f} tokens/s, "

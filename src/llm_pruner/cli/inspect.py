@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from typing import Annotated, Any
 
 import typer
 
 from llm_pruner.cli import options
-from llm_pruner.cli.output import clean, console, count, table, write_json
+from llm_pruner.cli.output import (
+    check_json,
+    clean,
+    console,
+    count,
+    print_table,
+    table,
+    write_json,
+)
 from llm_pruner.errors import UserError
-from llm_pruner.pipeline.inspect import inspect_model
-from llm_pruner.pipeline.settings import ModelSettings
+
+EXAMPLES = """\b
+Examples:
+  llm-pruner inspect default
+  llm-pruner inspect ./llama --layer 5 --json groups.json
+"""
+
+FOLLOWER = "value_dim"
+"""A kind that cannot be pruned by itself."""
+_MOST_LINES = 8
 
 
 def command(
     model: options.Model,
     layer: Annotated[
-        int | None, typer.Option(help="Layer to show; the middle one by default.")
+        int | None, typer.Option(metavar="N", help="Layer to show; the middle one by default.")
     ] = None,
-    revision: options.Revision = None,
-    device: options.Device = "cpu",
-    dtype: options.Dtype = "float32",
-    trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = None,
+    dtype: options.Dtype = "float32",
+    device: options.Device = "cpu",
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Show the groups of a layer, their parameters, and what is frozen and why."""
+    """Show what of a model can be pruned, and what cannot and why."""
+    check_json(json)
+
+    from llm_pruner.pipeline.inspect import inspect_model
+    from llm_pruner.pipeline.settings import ModelSettings
+
     found = inspect_model(ModelSettings(model, revision, dtype, device, trust_remote_code))
     layers = sorted({g["layer"] for g in found["groups"] if g["layer"] is not None})
     if layer is None:
@@ -44,51 +65,65 @@ def command(
     here = [g for g in found["groups"] if g["layer"] == layer and layer is not None]
     across = [g for g in found["groups"] if g["layer"] is None]
     if here:
-        out.print(_groups(f"Layer {layer} of {len(layers)}", here))
+        print_table(out, _groups(f"Layer {layer} of {len(layers)}", here))
     if across:
-        out.print(_groups("Across layers", across))
-    out.print(_shares(found["groups"]))
-    _print_frozen(out, found)
+        print_table(out, _groups("Across layers", across))
+    print_table(out, _kinds(found))
+    out.print("A parameter can belong to several kinds, so their shares do not add up.\n")
+    frozen = _frozen(found)
+    if frozen is not None:
+        print_table(out, frozen)
 
 
 def _groups(title: str, groups: list[dict[str, Any]]) -> Any:
-    rows = []
-    for group in groups:
-        members = [m for m in group["members"] if not m["buffer"]]
-        touches = _touches(members) if members else f"{len(group['modules'])} modules"
-        rows.append((group["name"], group["units"], touches, f"{100 * group['share']:.2f}%"))
+    rows = [
+        (group["name"], _units(group), _touches(group), f"{100 * group['share']:.2f}%")
+        for group in groups
+    ]
     columns = ("group", "units", "parameters touched", "of model")
     return table(title, columns, rows, text=("parameters touched",))
 
 
-def _touches(members: list[dict[str, Any]]) -> str:
+def _units(group: dict[str, Any]) -> str:
+    units = f"{group['units']:,}"
+    if group["frozen"] is not None:
+        return f"{units}, frozen"
+    return f"{units}, with head_dim" if group["kind"] == FOLLOWER else units
+
+
+def _touches(group: dict[str, Any]) -> str:
     """Name the tensors in short, each with the axis and how many positions a unit owns."""
-    shown = [f"{_short(m['tensor'])}[{m['dim']}] x{m['positions_per_unit']}" for m in members[:4]]
-    if len(members) > 4:
-        shown.append(f"and {len(members) - 4} more")
-    return "\n".join(shown)
+    members = [m for m in group["members"] if not m["buffer"]]
+    if not members:
+        return f"{len(group['modules'])} modules"
+    # Layers that are built alike differ in nothing that the short names say.
+    shown = Counter(
+        f"{_short(m['tensor'])}[{m['dim']}] x{m['positions_per_unit']}" for m in members
+    )
+    lines = [f"{line} ({times} times)" if times > 1 else line for line, times in shown.items()]
+    if len(lines) > _MOST_LINES:
+        lines[_MOST_LINES - 1 :] = [f"and {len(lines) - _MOST_LINES + 1} more"]
+    return "\n".join(lines)
 
 
 def _short(tensor: str) -> str:
-    parts = tensor.split(".")
-    return ".".join(parts[-2:]) if len(parts) > 1 else tensor
+    return ".".join(tensor.split(".")[-2:])
 
 
-def _shares(groups: list[dict[str, Any]]) -> Any:
-    kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for group in groups:
-        kinds[group["kind"]].append(group)
-    rows = []
-    for kind, same in kinds.items():
-        free = [g for g in same if g["frozen"] is None]
-        share = (
-            sum(g["share"] for g in free) if kind not in ("hidden",) else free and free[0]["share"]
+def _kinds(found: dict[str, Any]) -> Any:
+    rows = [
+        (
+            kind["kind"],
+            kind["groups"],
+            "follows head_dim" if kind["kind"] == FOLLOWER else f"{kind['prunable_units']:,}",
+            f"{100 * kind['share']:.1f}%",
         )
-        rows.append((kind, len(same), sum(g["units"] for g in free), f"{100 * (share or 0):.1f}%"))
+        for kind in found["kinds"]
+    ]
     return table("By kind", ("kind", "groups", "prunable units", "of model"), rows)
 
 
-def _print_frozen(out: Any, found: dict[str, Any]) -> None:
+def _frozen(found: dict[str, Any]) -> Any:
     reasons: Counter[str] = Counter()
     example: dict[str, str] = {}
     for axis in found["frozen"]:
@@ -98,6 +133,7 @@ def _print_frozen(out: Any, found: dict[str, Any]) -> None:
         if group["frozen"] is not None:
             reasons[group["frozen"]] += 1
             example.setdefault(group["frozen"], group["name"])
-    if reasons:
-        rows = [(why, number, example[why]) for why, number in reasons.most_common()]
-        out.print(table("Frozen", ("why", "axes or groups", "such as"), rows, text=("such as",)))
+    if not reasons:
+        return None
+    rows = [(why, number, example[why]) for why, number in reasons.most_common()]
+    return table("Frozen", ("why", "axes or groups", "such as"), rows, text=("such as",))

@@ -6,6 +6,9 @@ from typing import Annotated
 
 import typer
 
+LOADING = "Loading"
+"""Heading of the options that say how a model is loaded."""
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -14,14 +17,33 @@ Model = Annotated[
     ),
 ]
 Revision = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Branch, tag or commit on the hub.",
+        show_default=False,
+        rich_help_panel=LOADING,
+    ),
 ]
 Dtype = Annotated[
-    str, typer.Option(help="float32, bfloat16, float16, or auto for what the checkpoint has.")
+    str,
+    typer.Option(
+        metavar="TYPE",
+        help="float32, bfloat16, float16, or auto for what the checkpoint has.",
+        rich_help_panel=LOADING,
+    ),
 ]
-Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, auto.")]
+Device = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="Where to run: cpu, cuda or auto.", rich_help_panel=LOADING),
+]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that comes with the model.",
+        rich_help_panel=LOADING,
+    ),
 ]
 Json = Annotated[
     str | None,

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llm_pruner.checkpoints import atomic_write_text
+from llm_pruner.errors import UserError
 
 
 def console() -> Console:
@@ -22,6 +22,17 @@ def console() -> Console:
     if plain.is_terminal:
         return plain
     return Console(highlight=False, markup=False, width=max(80, plain.width), color_system=None)
+
+
+def print_table(out: Console, shown: Table) -> None:
+    """Print a table; without the spaces that fill its lines, unless to a terminal."""
+    if out.is_terminal:
+        out.print(shown)
+        return
+    with out.capture() as captured:
+        out.print(shown)
+    for line in captured.get().splitlines():
+        out.file.write(f"{line.rstrip()}\n")
 
 
 def table(
@@ -66,8 +77,16 @@ def megabytes(value: int) -> str:
     return f"{value / 1e6:,.1f} MB"
 
 
+def check_json(file: str | None) -> None:
+    """Raise UserError if results cannot be written to ``file``; meant to run before long work."""
+    if file not in (None, "-") and Path(file).is_dir():
+        raise UserError(f"--json {file} is a folder; name the file to write")
+
+
 def write_json(data: dict[str, Any], file: str | None) -> None:
     """Write results for scripts to a file, or to standard output for ``-``."""
+    from llm_pruner.checkpoints import atomic_write_text
+
     if file is None:
         return
     text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
@@ -77,8 +96,13 @@ def write_json(data: dict[str, Any], file: str | None) -> None:
         atomic_write_text(Path(file), text)
 
 
+def one_line(message: str) -> str:
+    """Return a message in one line; a name that a user gave may hold line feeds."""
+    return " ".join(message.splitlines())
+
+
 def fail(message: str, code: int) -> NoReturn:
-    """Print one line to standard error and exit."""
+    """Print a message to standard error and exit."""
     sys.stdout.flush()
     print(f"llm-pruner: {clean(message)}", file=sys.stderr)
     sys.exit(code)

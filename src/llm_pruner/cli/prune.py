@@ -4,42 +4,104 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from llm_pruner.cli import options
-from llm_pruner.cli.output import clean, console, count, megabytes, table, write_json
+from llm_pruner.cli.output import (
+    check_json,
+    clean,
+    console,
+    count,
+    megabytes,
+    print_table,
+    table,
+    write_json,
+)
 from llm_pruner.errors import UserError
-from llm_pruner.importance import Criterion
-from llm_pruner.pipeline.prune import Pruned, prune_checkpoint
-from llm_pruner.pipeline.settings import CalibrationSettings, ModelSettings
-from llm_pruner.planning import Selection, Target, parse_count, parse_layer_ranges
-from llm_pruner.planning.target import Scope
 
-_HOW_MUCH, _WHERE = "How much", "Where from"
-_IMPORTANCE, _CALIBRATION = "Importance", "Calibration text"
-_PLAN, _OUTPUT, _LOADING = "Plan", "Output", "Loading"
+if TYPE_CHECKING:
+    from llm_pruner.pipeline.prune import Pruned
+    from llm_pruner.planning.target import Scope
+
+EXAMPLES = """\b
+Examples:
+  llm-pruner prune default --out small --ratio 0.2
+  llm-pruner prune ./llama --out small --params 5.4B --calibration c4
+  llm-pruner prune ./llama --out plan.json --ratio 0.2 --dry-run
+  llm-pruner prune ./llama --out small --plan plan.json
+"""
+
+_OUTPUT, _HOW_MUCH, _WHERE = "Output", "How much (one of these, or --plan)", "Where from"
+_IMPORTANCE, _CALIBRATION, _PLAN = "Importance", "Calibration text (for taylor)", "Plan"
+
+_PLANNED = (
+    *("ratio", "params", "unit_ratio", "structures", "scope", "protect_first", "protect_last"),
+    *("layers", "round_to", "criterion", "order", "reduction", "aggregate", "steps"),
+    *("calibration", "samples", "seq_len", "split", "text_field", "seed"),
+)
+"""Options that make a plan, which a plan that is replayed leaves nothing to say for."""
 
 
 def command(
+    context: typer.Context,
     model: options.Model,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder to write; with --dry-run the plan file.")
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="DIR",
+            help="Folder to write; with --dry-run the plan file.",
+            rich_help_panel=_OUTPUT,
+        ),
     ],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what --out holds.", rich_help_panel=_OUTPUT)
+    ] = False,
+    verify: Annotated[
+        bool | None,
+        typer.Option(
+            help="Compare with the masked twin, and the saved folder with the model in memory. "
+            "[default: for models of up to 2B parameters]",
+            show_default=False,
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    max_shard_size: Annotated[
+        str,
+        typer.Option(metavar="SIZE", help="Largest weight file.", rich_help_panel=_OUTPUT),
+    ] = "5GB",
+    json: Annotated[
+        str | None,
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="Write the results for scripts; - for stdout.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
     ratio: Annotated[
         float | None,
         typer.Option(
-            help="Share of all parameters to remove, such as 0.2.", rich_help_panel=_HOW_MUCH
+            metavar="SHARE",
+            help="Share of all parameters to remove, such as 0.2.",
+            rich_help_panel=_HOW_MUCH,
         ),
     ] = None,
     params: Annotated[
         str | None,
-        typer.Option(help="Parameters to keep, such as 5.4B or 107.6M.", rich_help_panel=_HOW_MUCH),
+        typer.Option(
+            metavar="COUNT",
+            help="Parameters to keep, such as 5.4B or 107.6M.",
+            rich_help_panel=_HOW_MUCH,
+        ),
     ] = None,
     unit_ratio: Annotated[
         float | None,
         typer.Option(
+            metavar="SHARE",
             help="Share of units to remove in each chosen layer, as in the paper.",
             rich_help_panel=_HOW_MUCH,
         ),
@@ -47,13 +109,15 @@ def command(
     structures: Annotated[
         str,
         typer.Option(
-            help="What to remove: heads, query_heads, ffn, hidden, head_dim, layers.",
+            metavar="LIST",
+            help="What to remove: heads, query_heads, ffn, hidden, head_dim, experts, layers.",
             rich_help_panel=_WHERE,
         ),
     ] = "heads,ffn",
     scope: Annotated[
         str,
         typer.Option(
+            metavar="NAME",
             help="local: the same share of each group; global: one ranking by importance per "
             "removed parameter.",
             rich_help_panel=_WHERE,
@@ -62,6 +126,7 @@ def command(
     protect_first: Annotated[
         int | None,
         typer.Option(
+            metavar="N",
             help="Layers to keep whole at the start. [default: a quarter, at most 4]",
             show_default=False,
             rich_help_panel=_WHERE,
@@ -70,6 +135,7 @@ def command(
     protect_last: Annotated[
         int | None,
         typer.Option(
+            metavar="N",
             help="Layers to keep whole at the end. [default: a fifth, at most 3]",
             show_default=False,
             rich_help_panel=_WHERE,
@@ -78,6 +144,7 @@ def command(
     layers: Annotated[
         str | None,
         typer.Option(
+            metavar="RANGES",
             help="Layers to prune by structure, such as heads=4-26,ffn=2-28; replaces the "
             "protection.",
             rich_help_panel=_WHERE,
@@ -85,54 +152,74 @@ def command(
     ] = None,
     round_to: Annotated[
         int,
-        typer.Option(help="Keep a multiple of this many channels.", rich_help_panel=_WHERE),
+        typer.Option(
+            metavar="N", help="Keep a multiple of this many channels.", rich_help_panel=_WHERE
+        ),
     ] = 1,
     criterion: Annotated[
-        str, typer.Option(help="random, l1, l2 or taylor.", rich_help_panel=_IMPORTANCE)
+        str,
+        typer.Option(metavar="NAME", help="random, l1, l2 or taylor.", rich_help_panel=_IMPORTANCE),
     ] = "taylor",
     order: Annotated[
         str,
-        typer.Option(help="Of taylor: first, second or mixed.", rich_help_panel=_IMPORTANCE),
+        typer.Option(
+            metavar="NAME",
+            help="Of taylor: first, second or mixed.",
+            rich_help_panel=_IMPORTANCE,
+        ),
     ] = "first",
     reduction: Annotated[
-        str, typer.Option(help="Of taylor: element or vector.", rich_help_panel=_IMPORTANCE)
+        str,
+        typer.Option(
+            metavar="NAME", help="Of taylor: element or vector.", rich_help_panel=_IMPORTANCE
+        ),
     ] = "element",
     aggregate: Annotated[
         str,
         typer.Option(
-            help="Over the members of a group: sum, prod, max or last.", rich_help_panel=_IMPORTANCE
+            metavar="NAME",
+            help="Over the members of a group: sum, prod, max or last.",
+            rich_help_panel=_IMPORTANCE,
         ),
     ] = "sum",
     steps: Annotated[
         int,
         typer.Option(
-            help="Prune in steps and estimate anew before each.", rich_help_panel=_IMPORTANCE
+            metavar="N",
+            help="Prune in steps, estimating anew before each.",
+            rich_help_panel=_IMPORTANCE,
         ),
     ] = 1,
     calibration: Annotated[
         str,
         typer.Option(
-            help="self (the model writes its own text), a hub dataset, or a local .txt, .jsonl, "
-            ".json or .parquet file.",
+            metavar="SRC",
+            help="self (the model writes its own text), a hub dataset, or a .txt, .jsonl, .json or "
+            ".parquet file.",
             rich_help_panel=_CALIBRATION,
         ),
     ] = "self",
     samples: Annotated[
-        int, typer.Option(help="Number of sequences.", rich_help_panel=_CALIBRATION)
+        int, typer.Option(metavar="N", help="Number of sequences.", rich_help_panel=_CALIBRATION)
     ] = 128,
     seq_len: Annotated[
-        int, typer.Option(help="Tokens of each.", rich_help_panel=_CALIBRATION)
+        int, typer.Option(metavar="N", help="Tokens of each.", rich_help_panel=_CALIBRATION)
     ] = 128,
     split: Annotated[
-        str | None, typer.Option(help="Split of a hub dataset.", rich_help_panel=_CALIBRATION)
+        str | None,
+        typer.Option(metavar="NAME", help="Split of a hub dataset.", rich_help_panel=_CALIBRATION),
     ] = None,
     text_field: Annotated[
         str | None,
-        typer.Option(help="Field that holds the text.", rich_help_panel=_CALIBRATION),
+        typer.Option(
+            metavar="NAME", help="Field that holds the text.", rich_help_panel=_CALIBRATION
+        ),
     ] = None,
     plan: Annotated[
         Path | None,
-        typer.Option(help="Replay this plan instead of making one.", rich_help_panel=_PLAN),
+        typer.Option(
+            metavar="FILE", help="Replay this plan instead of making one.", rich_help_panel=_PLAN
+        ),
     ] = None,
     dry_run: Annotated[
         bool,
@@ -140,32 +227,25 @@ def command(
     ] = False,
     seed: Annotated[
         int,
-        typer.Option(help="Of calibration text and random choice.", rich_help_panel=_PLAN),
-    ] = 0,
-    verify: Annotated[
-        bool | None,
         typer.Option(
-            help="Compare with the masked twin and the saved folder with memory. [default: for "
-            "models of up to 2B parameters]",
-            show_default=False,
-            rich_help_panel=_OUTPUT,
+            metavar="N", help="Of calibration text and random choice.", rich_help_panel=_PLAN
         ),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what --out holds.", rich_help_panel=_OUTPUT)
-    ] = False,
-    max_shard_size: Annotated[
-        str, typer.Option(help="Largest weight file.", rich_help_panel=_OUTPUT)
-    ] = "5GB",
-    json: options.Json = None,
+    ] = 0,
     dtype: options.Dtype = "float32",
     device: options.Device = "cpu",
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Remove the least important structures of a model and save a smaller one."""
+    """Remove the least important structures and save a smaller model."""
+    check_json(json)
+    from llm_pruner.planning import Selection, Target, parse_count, parse_layer_ranges
+
     target, selection = None, None
     if plan is None:
+        asked = {"--ratio": ratio, "--params": params, "--unit-ratio": unit_ratio}
+        if sum(value is not None for value in asked.values()) != 1:
+            got = ", ".join(name for name, value in asked.items() if value is not None) or "none"
+            raise UserError(f"got {got} of {', '.join(asked)}; give exactly one, or a --plan")
         target = Target(
             unit_ratio=unit_ratio,
             ratio=ratio,
@@ -179,8 +259,13 @@ def command(
             layer_ranges={} if layers is None else parse_layer_ranges(layers),
             round_to=round_to,
         )
-    elif any(value is not None for value in (ratio, params, unit_ratio)):
-        raise UserError("--plan already says what to remove; drop --ratio, --params, --unit-ratio")
+    elif given := _given(context):
+        raise UserError(f"--plan already says what to remove; drop {', '.join(given)}")
+
+    from llm_pruner.importance import Criterion
+    from llm_pruner.pipeline.prune import prune_checkpoint
+    from llm_pruner.pipeline.settings import CalibrationSettings, ModelSettings
+
     done = prune_checkpoint(
         ModelSettings(model, revision, dtype, device, trust_remote_code),
         out,
@@ -202,6 +287,16 @@ def command(
         show(done)
 
 
+def _given(context: typer.Context) -> list[str]:
+    """Return the options that make a plan and that the user gave."""
+    given = []
+    for name in _PLANNED:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            given.append("--" + name.replace("_", "-"))
+    return given
+
+
 def as_data(done: Pruned) -> dict[str, Any]:
     """Return the outcome of a run for scripts."""
     return {
@@ -221,7 +316,7 @@ def as_data(done: Pruned) -> dict[str, Any]:
 def show(done: Pruned) -> None:
     """Print what was done."""
     out = console()
-    out.print(_widths(done))
+    print_table(out, _widths(done))
     before, after = done.parameters
     out.print(
         f"{clean(done.plan.model.name)}: {count(before)} -> {count(after)} parameters "
@@ -230,9 +325,10 @@ def show(done: Pruned) -> None:
     if done.difference is not None:
         out.print(f"equal to its masked twin: largest difference {done.difference:.1e}")
     if done.kind is None:
-        out.print(f"plan written to {done.path}; nothing was pruned")
+        out.print(f"plan written to {clean(str(done.path))}; nothing was pruned", soft_wrap=True)
         return
-    out.print(f"saved to {done.path} ({megabytes(done.bytes or 0)})")
+    saved = f"saved to {clean(str(done.path))} ({megabytes(done.bytes or 0)})"
+    out.print(saved, soft_wrap=True)
     out.print(
         "loads with from_pretrained anywhere"
         if done.kind == "stock"

@@ -51,12 +51,12 @@ def build_calibration(
     """Return ``samples`` windows of exactly ``seq_len`` tokens.
 
     Documents are tokenised in an order shuffled by ``seed``, put one behind the other, and the
-    stream is cut into windows until there are enough. They are parted as the tokenizer parts them,
-    by the special tokens that it adds (BOS, EOS); if it adds none, by a blank line.
+    stream is cut into windows; ``seed`` draws among at least four times as many as are needed, from
+    at least twice as many documents (as far as there are so many). Documents are parted by the
+    special tokens that the tokenizer adds (BOS, EOS); if it adds none, by a blank line.
 
     A running text (a ``.txt`` file, the rows of WikiText or Penn Treebank, documents shorter than
-    ``SHORT_DOCUMENT`` characters on average) stays in its order as one document, and ``seed`` draws
-    among all of its windows.
+    ``SHORT_DOCUMENT`` characters on average) stays in its order as one document.
 
     Where the tokenizer adds BOS, every window starts with it.
 
@@ -122,19 +122,19 @@ def pack(
         texts = [running[: max(MAX_TEXT_CHARACTERS, 16 * needed)]]
     parting = "" if running is not None or prefix or suffix else "\n\n"
     stream: list[int] = []
-    for position in torch.randperm(len(texts), generator=generator).tolist():
+    order = torch.randperm(len(texts), generator=generator).tolist()
+    for read, position in enumerate(order, start=1):
         ids = tokenizer(texts[position] + parting, add_special_tokens=False, verbose=False)
         stream.extend((*prefix, *ids["input_ids"], *suffix))
-        if len(stream) >= samples * seq_len and running is None:
+        if read >= 2 * samples and len(stream) >= 4 * samples * seq_len and running is None:
             break
     windows, rest = _cut(stream, prefix, fresh)
     if len(windows) < samples:
         tokens = len(windows) * fresh + rest
         raise UserError(_too_short(documents.name, tokens, samples, seq_len, fresh))
-    if running is not None:
-        drawn = torch.randperm(len(windows), generator=generator)[:samples].tolist()
-        windows = [windows[index] for index in drawn]
-    return torch.tensor([[*prefix, *window] for window in windows[:samples]], dtype=torch.int64)
+    # A few windows in a row would come from one or two documents.
+    drawn = sorted(torch.randperm(len(windows), generator=generator)[:samples].tolist())
+    return torch.tensor([[*prefix, *windows[index]] for index in drawn], dtype=torch.int64)
 
 
 def _running_text(documents: Documents) -> str | None:

@@ -20,6 +20,7 @@ from llm_pruner.planning import Selection, Target
 from llm_pruner.sources import load_model
 
 RATIO = 0.2
+CALIBRATION = CalibrationSettings()
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,10 @@ def run_demo(out: Path, *, overwrite: bool = False, seed: int = 0) -> Demo:
         ModelSettings("default"),
         out,
         target=Target(ratio=RATIO),
-        selection=Selection(structures=("heads", "ffn"), protect_first=4, protect_last=3),
+        selection=Selection(structures=("heads", "ffn")),
+        protect_by_default=(True, True),
         criterion=Criterion(),
-        calibration=CalibrationSettings(),
+        calibration=CALIBRATION,
         seed=seed,
         overwrite=overwrite,
     )

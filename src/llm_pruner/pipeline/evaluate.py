@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 from llm_pruner.data.evaluation import load_evaluation_text
-from llm_pruner.evaluation.perplexity import EvaluationText, PerplexityResult, perplexity
+from llm_pruner.errors import UserError
+from llm_pruner.evaluation.perplexity import (
+    EvaluationText,
+    PerplexityResult,
+    Protocol,
+    perplexity,
+)
 from llm_pruner.evaluation.samples import sample_continuation
 from llm_pruner.evaluation.size import model_size
 from llm_pruner.evaluation.speed import Speed, measure_speed
+from llm_pruner.pipeline.loading import load
 from llm_pruner.pipeline.settings import ModelSettings
-from llm_pruner.sources import LoadedModel, load_model
 
 
 @dataclass(frozen=True)
 class PerplexitySettings:
     """How perplexity is measured; see ``evaluation.perplexity``."""
 
-    protocol: Literal["paper", "standard"] = "standard"
+    protocol: Protocol = "standard"
     seq_len: int | None = None
     max_tokens: int | None = None
     batch_size: int | None = None
@@ -27,26 +33,16 @@ class PerplexitySettings:
     text_field: str | None = None
 
 
-def load(model: ModelSettings) -> LoadedModel:
-    """Load a model as its settings say."""
-    return load_model(
-        model.source,
-        revision=model.revision,
-        dtype=model.dtype,
-        device=model.device,
-        trust_remote_code=model.trust_remote_code,
-    )
-
-
-def measure_perplexity(
-    loaded: LoadedModel, sources: Sequence[str], settings: PerplexitySettings
-) -> list[PerplexityResult]:
-    """Return the perplexity on each corpus.
+def read_texts(sources: Sequence[str], settings: PerplexitySettings) -> list[EvaluationText]:
+    """Return the corpora.
 
     Raises:
-        UserError: a corpus cannot be read or is too short.
+        UserError: the protocol is unknown, or a corpus cannot be read.
     """
-    results = []
+    if settings.protocol not in get_args(Protocol):
+        known = " or ".join(get_args(Protocol))
+        raise UserError(f"protocol {settings.protocol!r} is unknown; use {known}")
+    texts = []
     for source in sources:
         name, split, text = load_evaluation_text(
             source,
@@ -54,18 +50,8 @@ def measure_perplexity(
             split=settings.split,
             text_field=settings.text_field,
         )
-        results.append(
-            perplexity(
-                loaded.model,
-                loaded.tokenizer,
-                EvaluationText(name, split, text),
-                protocol=settings.protocol,
-                seq_len=settings.seq_len,
-                max_tokens=settings.max_tokens,
-                batch_size=settings.batch_size,
-            )
-        )
-    return results
+        texts.append(EvaluationText(name, split, text))
+    return texts
 
 
 @dataclass(frozen=True)
@@ -95,6 +81,7 @@ def measure(
     Raises:
         UserError: the model or a corpus cannot be read.
     """
+    texts = read_texts(sources, settings)  # first: it takes less time than to load a model
     loaded = load(model)
     size = model_size(loaded.model)
     return Measured(
@@ -102,7 +89,18 @@ def measure(
         parameters=size.total,
         parameters_embedding=size.embedding,
         parameters_blocks=size.blocks,
-        perplexity=measure_perplexity(loaded, sources, settings),
+        perplexity=[
+            perplexity(
+                loaded.model,
+                loaded.tokenizer,
+                text,
+                protocol=settings.protocol,
+                seq_len=settings.seq_len,
+                max_tokens=settings.max_tokens,
+                batch_size=settings.batch_size,
+            )
+            for text in texts
+        ],
         speed=measure_speed(loaded.model) if speed else None,
         samples={
             prompt: sample_continuation(loaded.model, loaded.tokenizer, prompt, new_tokens)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from llm_pruner.groups import discover
+from llm_pruner.pipeline.loading import load
 from llm_pruner.pipeline.settings import ModelSettings
 from llm_pruner.removal import count_parameters
-from llm_pruner.sources import load_model
-from llm_pruner.types import Discovery, Group
+from llm_pruner.types import Discovery, Group, IntArray
 
 FORMAT_VERSION = 1
 
@@ -22,14 +25,7 @@ def inspect_model(model: ModelSettings) -> dict[str, Any]:
         UserError: the model cannot be loaded.
         DiscoveryError: it cannot be run.
     """
-    loaded = load_model(
-        model.source,
-        revision=model.revision,
-        dtype=model.dtype,
-        device=model.device,
-        trust_remote_code=model.trust_remote_code,
-        tokenizer_required=False,
-    )
+    loaded = load(model, tokenizer_required=False)
     return describe(loaded.name, discover(loaded.model))
 
 
@@ -40,6 +36,7 @@ def describe(name: str, discovery: Discovery) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "model": name,
         "parameters": total,
+        "kinds": [_kind(kind, discovery, total) for kind in _kinds(discovery)],
         "groups": [_group(group, discovery, total) for group in discovery.groups],
         "frozen": [
             {
@@ -54,8 +51,26 @@ def describe(name: str, discovery: Discovery) -> dict[str, Any]:
     }
 
 
+def _kinds(discovery: Discovery) -> list[str]:
+    return list(dict.fromkeys(group.kind for group in discovery.groups))
+
+
+def _kind(kind: str, discovery: Discovery, total: int) -> dict[str, Any]:
+    """Sum up the groups of one kind; other kinds may hold the same parameters."""
+    groups = [group for group in discovery.groups if group.kind == kind]
+    free = [group for group in groups if group.frozen is None]
+    parameters = touched(free, discovery)
+    return {
+        "kind": kind,
+        "groups": len(groups),
+        "prunable_units": sum(group.size for group in free),
+        "parameters": parameters,
+        "share": parameters / total,
+    }
+
+
 def _group(group: Group, discovery: Discovery, total: int) -> dict[str, Any]:
-    parameters = touched(group, discovery)
+    parameters = touched([group], discovery)
     return {
         "name": group.name,
         "kind": group.kind,
@@ -80,21 +95,24 @@ def _group(group: Group, discovery: Discovery, total: int) -> dict[str, Any]:
     }
 
 
-def touched(group: Group, discovery: Discovery) -> int:
-    """Return how many parameters lie in some unit of the group; shared positions count once."""
-    if group.modules:
-        inside = tuple(f"{module}." for module in group.modules)
-        return sum(math.prod(s) for name, s in discovery.shapes.items() if name.startswith(inside))
-    count = 0
-    by_tensor: dict[str, dict[int, int]] = {}
-    for member in group.members:
-        if not member.buffer:
-            by_tensor.setdefault(member.tensor, {})[member.dim] = len(set(member.index.ravel()))
-    for tensor, dims in by_tensor.items():
+def touched(groups: Iterable[Group], discovery: Discovery) -> int:
+    """Return how many parameters lie in some unit of the groups; each counts once."""
+    inside: set[str] = set()
+    axes: dict[str, dict[int, list[IntArray]]] = {}
+    for group in groups:
+        for module in group.modules:
+            inside.update(name for name in discovery.shapes if name.startswith(f"{module}."))
+        for member in group.members:
+            if not member.buffer:
+                dims = axes.setdefault(member.tensor, {})
+                dims.setdefault(member.dim, []).append(member.index.ravel())
+    count = sum(math.prod(discovery.shapes[name]) for name in inside)
+    for tensor in axes.keys() - inside:
         shape = discovery.shapes[tensor]
-        # A weight is outside the group if none of its axes meets a unit.
-        outside = math.prod(shape) if not dims else 1
+        # A weight is outside of all groups if no axis meets a unit at its position.
+        outside = 1
         for dim, size in enumerate(shape):
-            outside *= size - dims[dim] if dim in dims else size
+            units = axes[tensor].get(dim)
+            outside *= size if units is None else size - len(np.unique(np.concatenate(units)))
         count += math.prod(shape) - outside
     return count

@@ -15,9 +15,11 @@ from torch import nn
 from llm_pruner.checkpoints import atomic_write_text, check_output, save_checkpoint
 from llm_pruner.checkpoints.recipe import compose, from_edits
 from llm_pruner.data.calibration import build_calibration
+from llm_pruner.data.text import SELF, load_documents
 from llm_pruner.errors import UserError, VerificationError
 from llm_pruner.groups import discover
 from llm_pruner.importance import Criterion, score
+from llm_pruner.pipeline.loading import load
 from llm_pruner.pipeline.settings import CalibrationSettings, ModelSettings
 from llm_pruner.planning import (
     Plan,
@@ -28,13 +30,14 @@ from llm_pruner.planning import (
     Survivors,
     Target,
     allocate,
+    check_reachable,
     choose_groups,
     explain,
     read_plan,
     step_targets,
 )
 from llm_pruner.removal import count_parameters
-from llm_pruner.sources import LoadedModel, load_model
+from llm_pruner.sources import LoadedModel
 from llm_pruner.surgery import prune_
 from llm_pruner.types import Discovery, Edits, IntArray, Removal
 from llm_pruner.verification import (
@@ -118,15 +121,14 @@ def prune_checkpoint(
         VerificationError: the pruned model is not its twin; nothing is written.
     """
     clock = _Clock()
-    _check_out(out, overwrite, dry_run)
+    # All that can be refused without the model is, since loading one may take minutes.
+    _check_out(out, model.source, overwrite, dry_run)
     plan = None if plan_file is None else read_plan(plan_file)
-    loaded = load_model(
-        model.source,
-        revision=model.revision,
-        dtype=model.dtype,
-        device=model.device,
-        trust_remote_code=model.trust_remote_code,
-    )
+    if plan is None:
+        if target is None or selection is None:
+            raise UserError("no target given; use --ratio, --params or --unit-ratio")
+        _check_estimation(criterion, calibration, steps)
+    loaded = load(model)
     clock.stop("load")
     network = loaded.model
     dense_config = copy.deepcopy(network.config)
@@ -139,13 +141,14 @@ def prune_checkpoint(
         if not dry_run:
             surgeon.cut(discovery, removal)
     else:
-        if target is None or selection is None:
-            raise UserError("no target given; use --ratio, --params or --unit-ratio")
+        assert target is not None
+        assert selection is not None
         first, last = default_protection(discovery)
         if protect_by_default[0]:
             selection = replace(selection, protect_first=first)
         if protect_by_default[1]:
             selection = replace(selection, protect_last=last)
+        check_reachable(discovery, selection, target)
         used, removal = _prune_in_steps(
             loaded,
             discovery,
@@ -218,10 +221,6 @@ def _prune_in_steps(
     clock = surgeon.clock
     survivors = Survivors.dense(dense)
     targets = step_targets(survivors.parameters, target, steps)
-    # Refuse what cannot work before any long work begins.
-    for kept in (step.kept(survivors.parameters) for step in targets if step.unit_ratio is None):
-        assert kept > 0
-    choose_groups(dense, selection, survivors)
     if criterion.name != "random":
         _require_weights(loaded.model)
     tokens, record = None, None
@@ -287,7 +286,10 @@ class _Surgeon:
             self.clock.stop("verify")
 
     def _weights(self) -> Callable[[], nn.Module]:
-        """Return how to get the model back as it is now: shares its tensors, which surgery keeps."""
+        """Return how to get the model back as it is now.
+
+        The copy shares the tensors, which surgery leaves as they are.
+        """
         memo = {id(tensor): tensor for tensor in [*self.model.parameters(), *self.model.buffers()]}
         frozen = copy.deepcopy(self.model, dict(memo))
         return lambda: frozen
@@ -305,13 +307,8 @@ def _reload_check(
 
     def check(folder: Path) -> None:
         expected = pruned_logits(model, discovery)
-        again = load_model(
-            str(folder),
-            dtype=settings.dtype,
-            device=settings.device,
-            trust_remote_code=settings.trust_remote_code,
-            tokenizer_required=False,
-        )
+        saved = replace(settings, source=str(folder), revision=None)
+        again = load(saved, tokenizer_required=False)
         actual = pruned_logits(again.model, discovery)
         difference = largest_difference(expected, actual)
         if difference > tolerance(expected):
@@ -337,13 +334,36 @@ class _Clock:
         self._last = now
 
 
-def _check_out(out: Path, overwrite: bool, dry_run: bool) -> None:
+def _check_out(out: Path, source: str, overwrite: bool, dry_run: bool) -> None:
     if not dry_run:
         check_output(out, overwrite)
+        if out.exists() and out.resolve() == Path(source).expanduser().resolve():
+            raise UserError(f"{out} is the model that is to be pruned; give another --out")
     elif out.is_dir():
         raise UserError(f"{out} is a folder; with --dry-run, --out names the plan file to write")
     elif out.exists() and not overwrite:
         raise UserError(f"{out} exists; give another --out, or --overwrite to replace it")
+
+
+def _check_estimation(criterion: Criterion, calibration: CalibrationSettings, steps: int) -> None:
+    """Raise UserError if the calibration text cannot be read or there is no step."""
+    if steps < 1:
+        raise UserError(f"steps={steps} prunes nothing; use 1 or more")
+    if criterion.name != "taylor":
+        return
+    if calibration.samples < 1:
+        raise UserError(f"samples={calibration.samples} calibrates on nothing; use at least 1")
+    if calibration.seq_len < 2:
+        raise UserError(f"seq_len={calibration.seq_len} predicts no token; use at least 2")
+    if calibration.source != SELF:
+        # A local file is read whole, so that a broken line far down shows now. Of a dataset the
+        # beginning says whether it is there.
+        load_documents(
+            calibration.source,
+            split=calibration.split,
+            text_field=calibration.text_field,
+            limit=None if Path(calibration.source).expanduser().exists() else 1000,
+        )
 
 
 def _require_weights(model: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """Importance and a target give a Plan: which units to remove."""
 
-from llm_pruner.planning.budget import TOLERANCE, allocate
+from llm_pruner.planning.budget import TOLERANCE, allocate, check_reachable
 from llm_pruner.planning.choosing import choose_groups
 from llm_pruner.planning.explain import Row, explain
 from llm_pruner.planning.plan import (
@@ -34,6 +34,7 @@ __all__ = [
     "Target",
     "allocate",
     "check",
+    "check_reachable",
     "choose_groups",
     "complete",
     "explain",

@@ -81,6 +81,29 @@ def allocate(
     return ordered
 
 
+def check_reachable(discovery: Discovery, selection: Selection, target: Target) -> None:
+    """Raise what `allocate` would raise for this model whatever the importance is.
+
+    For a look ahead, before the importance is estimated. With scope ``local`` that is everything;
+    with ``global`` it is not whether there is a removal within 0.5 points of the target.
+
+    Raises:
+        UserError: as `allocate`.
+    """
+    scores = {group.name: np.zeros(group.size) for group in discovery.groups}
+    if selection.scope == "local":
+        allocate(discovery, scores, selection, target)
+        return
+    survivors = Survivors.dense(discovery)
+    chosen = choose_groups(discovery, selection, survivors)
+    ladders = build_ladders(discovery, chosen, scores, selection, survivors)
+    if target.unit_ratio is None:
+        _begin_search(ladders, discovery, target, survivors)
+        return
+    for ladder in ladders.all:
+        _refuse_nothing(ladder, exact(target.unit_ratio), target)
+
+
 def _unit_steps(
     ladders: Ladders, discovery: Discovery, selection: Selection, target: Target
 ) -> dict[str, int]:
@@ -145,22 +168,8 @@ def _parameter_steps(
     survivors: Survivors,
 ) -> dict[str, int]:
     dense = survivors.parameters
-    counter = ParameterCounter(discovery)
-    search = Search(
-        ladders,
-        counter,
-        target=target.kept(dense),
-        tolerance=TOLERANCE * dense,
-        allow_nothing=target.loose or counter.total < dense,
-    )
-    everything = {ladder.group.name: int(ladder.counts[-1]) for ladder in ladders.all}
-    least = search.try_steps(everything)
-    if least - search.target > search.tolerance and not target.loose:
-        raise UserError(
-            f"{target} cannot be reached: pruning {_words(ladders)} to the last unit leaves "
-            f"{_size(least, dense)}; ask for less, protect fewer layers or add structures"
-        )
-    prices = step_prices(ladders, counter)
+    search = _begin_search(ladders, discovery, target, survivors)
+    prices = step_prices(ladders, search.counter)
     single = [[ladder] for ladder in ladders.all]
     if selection.scope == "global":
         search.run(make_queue(single, prices, lambda x: (density(x, prices[x.group.name]),)))
@@ -182,6 +191,29 @@ def _parameter_steps(
     if search.best is None or (search.error > search.tolerance and not target.loose):
         raise UserError(_unreachable(search, target, dense, ladders))
     return search.best[1]
+
+
+def _begin_search(
+    ladders: Ladders, discovery: Discovery, target: Target, survivors: Survivors
+) -> Search:
+    """Return a search that knows the largest removal, after checking that it is large enough."""
+    dense = survivors.parameters
+    counter = ParameterCounter(discovery)
+    search = Search(
+        ladders,
+        counter,
+        target=target.kept(dense),
+        tolerance=TOLERANCE * dense,
+        allow_nothing=target.loose or counter.total < dense,
+    )
+    everything = {ladder.group.name: int(ladder.counts[-1]) for ladder in ladders.all}
+    least = search.try_steps(everything)
+    if least - search.target > search.tolerance and not target.loose:
+        raise UserError(
+            f"{target} cannot be reached: pruning {_words(ladders)} to the last unit leaves "
+            f"{_size(least, dense)}; ask for less, protect fewer layers or add structures"
+        )
+    return search
 
 
 def _unreachable(search: Search, target: Target, dense: int, ladders: Ladders) -> str:

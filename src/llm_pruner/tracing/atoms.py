@@ -24,6 +24,9 @@ from llm_pruner.types import IntArray
 
 NO_ATOM = 0
 
+WEAK_REASONS = frozenset({"the batch", "the sequence", "a constant in the code"})
+"""True of some axis in nearly every product of axes, so any other reason says more."""
+
 
 class Atoms:
     """Union-find over atoms with substitution and freezing."""
@@ -136,7 +139,9 @@ class Atoms:
         return np.concatenate(found)
 
     def _first_reason(self, frozen: IntArray) -> str | None:
-        return self.reasons[int(self._frozen[frozen[0]])] if frozen.size else None
+        reasons = [self.reasons[i] for i in dict.fromkeys(self._frozen[frozen].tolist())]
+        strong = [reason for reason in reasons if reason not in WEAK_REASONS]
+        return next(iter([*strong, *reasons]), None)
 
     def _why_tied(self, fixed: IntArray, live: IntArray) -> str:
         """Return why ``fixed`` cannot shrink; what ``live`` holds as well is not the cause."""

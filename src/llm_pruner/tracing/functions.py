@@ -30,6 +30,7 @@ class Recorder(Protocol):
     def sized(self, expr: Expr, rows: IntArray, where: str) -> None: ...
     def tie_windows(self, rows: IntArray, step: int, where: str) -> None: ...
     def used_as_number(self, expr: Expr) -> None: ...
+    def values_read(self, tensor: torch.Tensor, where: str) -> None: ...
 
 
 class SizeMode(TorchFunctionMode):
@@ -56,6 +57,8 @@ class SizeMode(TorchFunctionMode):
             return math.prod(self._shape(args[0]))
         if name == "__len__":
             self._count(args[0])
+        if name in _READS:
+            self.recorder.values_read(args[0], name)
         if name in _REWRITES:
             with self:
                 rewritten = _REWRITES[name](*args, **kwargs)
@@ -246,7 +249,7 @@ def _getitem(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], 
     items = list(index) if isinstance(index, tuple) else [index]
     if any(item is Ellipsis for item in items):
         place = next(i for i, item in enumerate(items) if item is Ellipsis)
-        taken = sum(_takes(item) for item in items) - 0
+        taken = sum(_takes(item) for item in items)
         items[place : place + 1] = [slice(None)] * (len(axes) - taken)
     dim = 0
     for item in items:
@@ -314,6 +317,13 @@ def _unflatten(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]
             recorder.sized(expr_of(size), rows, "unflatten")
 
 
+def _conv1d(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
+    axes = recorder.axes(out)
+    if axes is not None and int(groups) > 1:
+        recorder.sized(expr_of(groups), axes[-2], "groups of a convolution")
+
+
 def _one_hot(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     classes = args[1] if len(args) > 1 else kwargs.get("num_classes", -1)
     axes = recorder.axes(out)
@@ -360,12 +370,16 @@ _SIZED: dict[str, Callable[[Recorder, tuple[Any, ...], dict[str, Any], Any], Non
     "rms_norm": _norm,
     "unflatten": _unflatten,
     "one_hot": _one_hot,
+    "conv1d": _conv1d,
     "topk": _topk,
 }
 
+_READS = frozenset({"tolist", "numpy", "__array__", "__dlpack__", "data_ptr"})
+"""Functions that hand values to Python without an operation that the tracer would see."""
+
 SHAPED_IN_SIGHT = frozenset(_SIZED) | frozenset(
     {"linear", "matmul", "__matmul__", "__rmatmul__", "einsum", "tensordot", "bmm", "baddbmm"}
-    | {"flatten", "unsqueeze", "squeeze", "select", "unbind", "conv1d", "normalize", "embedding"}
+    | {"flatten", "unsqueeze", "squeeze", "select", "unbind", "normalize", "embedding"}
     | {"softmax", "outer", "mm", "addmm", "dropout", "zeros_like", "ones_like", "full_like"}
     | {"where", "masked_fill", "to", "type", "float", "contiguous", "__get__"}
 )

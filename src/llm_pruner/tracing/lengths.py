@@ -6,7 +6,7 @@ after a removal, and states which groups must shrink together so that a solution
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from fractions import Fraction
 
 import numpy as np
@@ -255,34 +255,32 @@ def reduce_constraints(
     """Solve the constraints for ratios between pairs of groups.
 
     Returns (follower -> (leader, units the follower loses per unit of the leader), group -> reason
-    it cannot lose any unit). A group in a relation of three or more cannot lose any.
+    it cannot lose any unit). Where three or more groups are in one relation (rotated, unrotated and
+    value channels of a head), the one that occurs in most relations is fixed until pairs are left.
     """
-    rows: list[Form] = []
-    pivots: list[int] = []
     why: dict[int, str] = {}
     for form, where in constraints:
         for group in form:
             why.setdefault(group, where)
-        form = dict(form)
-        for pivot, row in zip(pivots, rows, strict=True):
-            if pivot in form:
-                form = _subtract(form, row, form[pivot])
-        if not form:
-            continue
-        pivot = max(form)
-        form = {group: value / form[pivot] for group, value in form.items()}
-        rows = [_subtract(row, form, row[pivot]) if pivot in row else row for row in rows]
-        rows.append(form)
-        pivots.append(pivot)
-    follows: dict[int, tuple[int, Fraction]] = {}
     stuck: dict[int, str] = {}
-    for pivot, row in zip(pivots, rows, strict=True):
+    forms = [form for form, _ in constraints]
+    while True:
+        rows = _eliminate([*({group: Fraction(1)} for group in stuck), *forms])
+        uses = Counter(group for _, row in rows if len(row) > 2 for group in row)
+        if not uses:
+            break
+        fixed = min(uses, key=lambda group: (-uses[group], group))
+        stuck[fixed] = f"it stays whole so that others of its size can shrink ({why[fixed]})"
+    follows: dict[int, tuple[int, Fraction]] = {}
+    for pivot, row in rows:
         others = [group for group in row if group != pivot]
-        if len(others) == 1 and row[others[0]] < 0:
+        if others and row[others[0]] < 0:
             follows[pivot] = (others[0], -row[others[0]])
             continue
         for group in row:
-            stuck[group] = f"its size is bound to others that cannot follow ({why.get(group, '')})"
+            stuck.setdefault(
+                group, f"its size is bound to others that cannot follow ({why[group]})"
+            )
     changed = True
     while changed:
         changed = False
@@ -292,3 +290,21 @@ def reduce_constraints(
                     stuck[other] = stuck[one]
                     changed = True
     return follows, stuck
+
+
+def _eliminate(forms: list[Form]) -> list[tuple[int, Form]]:
+    """Return (pivot, row) in reduced echelon form; every pivot has the factor 1."""
+    rows: list[tuple[int, Form]] = []
+    for form in forms:
+        for pivot, row in rows:
+            if pivot in form:
+                form = _subtract(form, row, form[pivot])
+        if not form:
+            continue
+        new = max(form)
+        form = {group: value / form[new] for group, value in form.items()}
+        rows = [
+            (pivot, _subtract(row, form, row[new]) if new in row else row) for pivot, row in rows
+        ]
+        rows.append((new, form))
+    return rows

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_pruner.errors import DiscoveryError
+from llm_pruner.errors import DiscoveryError, LLMPrunerError
 from llm_pruner.tracing.functions import SizeMode
 from llm_pruner.tracing.provenance import traced_attributes
 from llm_pruner.tracing.rules import RULES
@@ -63,31 +66,36 @@ def example_tokens(
 
 
 def forward_with_cache(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """Run all tokens but the last two at once, then those one by one with the cache.
+    """Run a model as generation does: all tokens but the last at once, the last with the cache.
 
-    A model that takes no cache runs all tokens at once.
+    Both happen twice, without a mask and with one that hides a single token, since code often takes
+    another way when there is a mask. A model that takes no cache runs all tokens at once, one that
+    is not of ``transformers`` once.
     """
     if not hasattr(model, "config") or not hasattr(model, "generate"):
         return [logits_of(model(tokens))]
-    name = _cache_name(model)
-    if name is None:
-        return [logits_of(model(input_ids=tokens, use_cache=False))]
-    first = model(input_ids=tokens[:, :-2], use_cache=True)
-    logits = [logits_of(first)]
-    cache = getattr(first, name, None)
-    if cache is None:
-        return [logits_of(model(input_ids=tokens, use_cache=False))]
-    for place in (tokens.shape[1] - 2, tokens.shape[1] - 1):
-        step = model(input_ids=tokens[:, place : place + 1], use_cache=True, **{name: cache})
-        cache = getattr(step, name)
-        logits.append(logits_of(step))
+    parameters = inspect.signature(model.forward).parameters
+    # The name of the cache differs between releases of transformers.
+    name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
+    logits = _generate(model, tokens, name, {})
+    if "attention_mask" in parameters:
+        mask = torch.ones_like(tokens)
+        # Behind the tokens that see it: no token is left without any other to look at.
+        mask[0, -2] = 0
+        logits += _generate(model, tokens, name, {"attention_mask": mask})
     return logits
 
 
-def _cache_name(model: nn.Module) -> str | None:
-    """Return the name of the cache argument, which differs between releases of transformers."""
-    parameters = inspect.signature(model.forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
+def _generate(
+    model: nn.Module, tokens: torch.Tensor, name: str | None, masks: dict[str, torch.Tensor]
+) -> list[torch.Tensor]:
+    before = {key: mask[:, :-1] for key, mask in masks.items()}
+    first = model(input_ids=tokens[:, :-1], use_cache=name is not None, **before)
+    cache = getattr(first, name, None) if name is not None else None
+    if cache is None:
+        return [logits_of(model(input_ids=tokens, use_cache=False, **masks))]
+    step = model(input_ids=tokens[:, -1:], use_cache=True, **{str(name): cache}, **masks)
+    return [logits_of(first), logits_of(step)]
 
 
 def logits_of(output: Any) -> torch.Tensor:
@@ -134,6 +142,9 @@ class Layers:
     def __init__(self, model: nn.Module, tracer: Tracer) -> None:
         self.tracer = tracer
         self.seen: dict[str, list[tuple[Any, Any]]] = {}
+        self.first: dict[str, str] = {}
+        # A weak reference: holding a tensor would change the operations of the run.
+        self.last: dict[str, weakref.ref[torch.Tensor]] = {}
         self.handles = []
         for path, module in model.named_modules():
             if not isinstance(module, nn.ModuleList) or len(module) < 2:
@@ -152,8 +163,19 @@ class Layers:
                 or axes[1] is None
                 or [len(r) for r in axes[0]] != [len(r) for r in axes[1]]
             )
+            # Each child must be given what the one before it returned: a caller that adds the
+            # input itself would add it twice once the child is gone.
+            parent = name.rpartition(".")[0]
+            before = self.last.get(parent)
+            chained = self.first.setdefault(parent, name) == name or (
+                before is not None and before() is source
+            )
+            if isinstance(result, torch.Tensor):
+                self.last[parent] = weakref.ref(result)
             self.seen.setdefault(name, []).append(
-                (None, None) if shapes_differ else (axes[0][-1], axes[1][-1])  # type: ignore[index]
+                (axes[0][-1], axes[1][-1])  # type: ignore[index]
+                if chained and not shapes_differ
+                else (None, None)
             )
 
         return hook
@@ -182,15 +204,71 @@ def run_trace(
     try:
         with evaluating(model), traced_attributes(model, tracer.used_as_number) as attributes:
             with tracer, SizeMode(tracer):
-                logits = forward(model, tokens)
+                logits = _guarded(forward, model, tokens)
             trace.attributes = dict(attributes)
     finally:
         layers.close()
     for tensor in logits:
         for rows in tracer.label(tensor):
             tracer.freeze(rows, "the vocabulary")
+    _tie_copies(trace, model)
+    _freeze_unreached(trace, aliases)
     _settle(trace)
     return trace, aliases, layers.seen
+
+
+def _guarded(forward: Forward, model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
+    try:
+        return forward(model, tokens)
+    except LLMPrunerError:
+        raise
+    except Exception as error:
+        raise DiscoveryError(
+            f"{type(model).__name__} cannot be traced: running it on {tuple(tokens.shape)} token "
+            f"ids raised {type(error).__name__}: {error}"
+        ) from error
+
+
+def _tie_copies(trace: Trace, model: nn.Module) -> None:
+    """Let a buffer that the run did not read follow an equal one of its module that it read.
+
+    Rotary embeddings keep such a copy of their frequencies, to go back to it.
+    """
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        own = [
+            (f"{prefix}{key}", value)
+            for key, value in {**vars(module), **dict(module.named_buffers(recurse=False))}.items()
+            if isinstance(value, torch.Tensor) and f"{prefix}{key}" in trace.tensors
+        ]
+        read = [(name, tensor) for name, tensor in own if name in trace.order]
+        for name, tensor in own:
+            if name in trace.order:
+                continue
+            for other, twin in read:
+                if twin.shape == tensor.shape and torch.equal(twin, tensor):
+                    for left, right in zip(trace.tensors[name], trace.tensors[other], strict=True):
+                        trace.atoms.unify(left, right)
+                    trace.order[name] = trace.order[other]
+                    break
+
+
+def _freeze_unreached(trace: Trace, aliases: dict[str, str]) -> None:
+    """Freeze tensors that the run did not read, and those at the same place in their siblings.
+
+    What was not read may be read with other tokens (an expert that no token chose), and would not
+    fit then if its siblings shrank.
+    """
+    reached = set(trace.order) | {alias for alias, first in aliases.items() if first in trace.order}
+    missed = [name for name in trace.tensors if name not in reached]
+    siblings: dict[str, list[str]] = defaultdict(list)
+    for name in trace.tensors:
+        siblings[re.sub(r"\.\d+\.", ".*.", name)].append(name)
+    for name in missed:
+        for other in siblings[re.sub(r"\.\d+\.", ".*.", name)]:
+            reason = "not reached by the forward pass"
+            for rows in trace.tensors[other]:
+                trace.atoms.freeze(rows, reason if other == name else f"{name} was {reason}")
 
 
 def _settle(trace: Trace) -> None:
@@ -203,9 +281,11 @@ def _settle(trace: Trace) -> None:
                 atoms.freeze(trace.lengths[leaf[1]], "its size is used as a number in the code")
             else:
                 as_number[leaf] = None
+    # Where an attribute sizes an axis alone, that axis pins it: products with it are then free.
+    alone = {equation.expr for equation in trace.equations if equation.expr in as_number}
     for equation in trace.equations:
         for leaf in leaves(equation.expr):
-            if leaf in as_number:
+            if leaf in as_number and (equation.expr == leaf or leaf not in alone):
                 atoms.freeze(equation.rows, f"{leaf[2]} is used as a number in the code")
     changed = True
     while changed:

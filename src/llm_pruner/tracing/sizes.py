@@ -32,7 +32,12 @@ _OPERATORS: dict[str, Callable[[int, int], int]] = {
 
 
 class TracedInt(int):
-    """An int with its origin; behaves as a plain int everywhere."""
+    """An int with its origin; behaves as a plain int everywhere.
+
+    Arithmetic with a float on the *left* (``1.0 / size``) and ``math.log`` read the value without
+    asking this class, so such a use as a number stays unseen here; the twin of ``verification``
+    catches it.
+    """
 
     expr: Expr
     on_value: Callable[[Expr], None]
@@ -155,7 +160,7 @@ def describe(expr: Expr) -> str:
     if expr[0] == "attr":
         return f"{expr[1]}.{expr[2]}" if expr[1] else str(expr[2])
     if expr[0] == "len":
-        return f"len(axis {expr[1]})"
+        return "the length of another axis"
     return f"({describe(expr[1])} {expr[0]} {describe(expr[2])})"
 
 
@@ -223,24 +228,39 @@ def _solve_one(
 ) -> int | None:
     """Return the value of ``leaf`` for which ``expr`` is ``length``, or None."""
 
-    def result(value: int) -> int | None:
+    def is_solution(value: int) -> bool:
         try:
-            return evaluate(expr, {**values, leaf: value})
+            return value >= 0 and evaluate(expr, {**values, leaf: value}) == length
         except ZeroDivisionError:
-            return None
+            return False
 
-    if result(old) == length:
+    if is_solution(old):
         return old
-    for step in (1, 2, 4, 8):
-        base, next_one = result(old), result(old + step)
-        if base is None or next_one is None or next_one == base:
-            continue
-        guess = old + (length - base) * step // (next_one - base)
-        for candidate in (guess, guess + 1, guess - 1):
-            if candidate >= 0 and result(candidate) == length:
-                return candidate
-    # A quotient is not linear: try every smaller value, the closest first.
-    for candidate in range(min(old, 65536), 0, -1):
-        if result(candidate) == length:
-            return candidate
-    return None
+    inverse = _invert(expr, leaf, length, values)
+    if inverse is not None:
+        return inverse if is_solution(inverse) else None
+    # The attribute occurs twice, or in a remainder: try every smaller value, the closest first.
+    return next((value for value in range(min(old, 65536), 0, -1) if is_solution(value)), None)
+
+
+def _invert(expr: Expr, leaf: Expr, target: int, values: Mapping[Expr, int]) -> int | None:
+    """Undo the arithmetic around ``leaf``, which must occur once; quotients without remainder."""
+    if expr == leaf:
+        return target
+    symbol, left, right = expr
+    inside_left, inside_right = leaf in leaves(left), leaf in leaves(right)
+    if inside_left == inside_right or symbol == "%":
+        return None
+    known = evaluate(right if inside_left else left, values)
+    inner = left if inside_left else right
+    if symbol == "+":
+        outer = target - known
+    elif symbol == "-":
+        outer = target + known if inside_left else known - target
+    elif symbol == "*":
+        outer = target // known if known else 0
+    elif inside_left:
+        outer = target * known
+    else:
+        outer = known // target if target else known + 1
+    return _invert(inner, leaf, outer, values)

@@ -273,6 +273,14 @@ class Tracer(TorchDispatchMode):
         """Record that a size entered the arithmetic of the model."""
         self.trace.numbers.append(expr)
 
+    def values_read(self, tensor: torch.Tensor, where: str) -> None:
+        """Freeze a tensor whose values the code reads; what it does with them is unknown."""
+        for rows in (
+            *self.label(tensor),
+            *([self.domains[tensor]] if tensor in self.domains else []),
+        ):
+            self.freeze(rows, f"the code follows its values ({where})")
+
     # ---------------------------------------------------------------- running
 
     def __torch_dispatch__(

@@ -1,0 +1,12 @@
+"""Models that ``transformers`` lacks.
+
+Importing this package registers them with the Auto classes of ``transformers``.
+"""
+
+from __future__ import annotations
+
+from llm_pruner.models import chatglm
+
+__all__ = ["chatglm"]
+
+chatglm.register()

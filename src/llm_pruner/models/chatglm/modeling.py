@@ -1,0 +1,395 @@
+"""ChatGLM-6B on the interfaces of current ``transformers``.
+
+With LN the layer norms and alpha = ``residual_scale``, a block computes
+
+    a = LN1(x),  y = alpha a + Attention(a),  b = LN2(y),  z = alpha b + FFN(b)
+
+so the residual stream passes through every norm. Queries, keys and values come from one matrix,
+whose rows are ordered (head, [query, key, value], channel).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedModel, initialization
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from llm_pruner.models.chatglm.configuration import ChatGLMConfig
+from llm_pruner.models.chatglm.layout import (
+    Layout,
+    plain_layout,
+    positions,
+    read_layout,
+    visible,
+)
+
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__annotations__ else "past_key_values"
+"""Output field that holds the cache; earlier releases of transformers call it past_key_values."""
+_BASE = 10000.0
+"""Base of the rotary frequencies; the published config has no key for it."""
+
+Rotations = list[tuple[torch.Tensor, torch.Tensor]]
+"""Cosine and sine for each kind of position, each of shape (batch, 1, sequence, channels)."""
+
+
+class ChatGLMRotaryEmbedding(nn.Module):
+    """Rotary frequencies; each block has its own, so that its channels can be pruned alone."""
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
+
+    def forward(self, places: tuple[torch.Tensor, ...], dtype: torch.dtype) -> Rotations:
+        """Return the rotations of positions, each of shape (batch, sequence)."""
+        rotations = []
+        for place in places:
+            angles = place[:, None, :, None] * self.inv_freq.float()
+            angles = torch.cat((angles, angles), dim=-1)
+            rotations.append((angles.cos().to(dtype), angles.sin().to(dtype)))
+        return rotations
+
+
+def inverse_frequencies(config: ChatGLMConfig) -> torch.Tensor:
+    """Return base^(-2 i / d) for i < d / 2, float32, where d channels share a kind of position.
+
+    They are rounded to half precision, in which the published model holds them: at position 1000
+    the exact ones would turn some channels by a tenth of a radian more or less.
+    """
+    rotated = config.head_dim // (2 if config.position_encoding_2d else 1)
+    exponents = torch.arange(0, rotated, 2, dtype=torch.float32) / rotated
+    return (1.0 / _BASE**exponents).half().float()
+
+
+def rotate(states: torch.Tensor, rotations: Rotations) -> torch.Tensor:
+    """Rotate the channels of each head, as many parts of them as there are kinds of positions.
+
+    In a part of d channels, channel i and channel i + d / 2 form a pair.
+
+    Args:
+        states: shape (batch, heads, sequence, channels).
+    """
+    parts = []
+    for part, (cos, sin) in zip(states.chunk(len(rotations), dim=-1), rotations, strict=True):
+        first, second = part.chunk(2, dim=-1)
+        parts.append(part * cos + torch.cat((-second, first), dim=-1) * sin)
+    return torch.cat(parts, dim=-1)
+
+
+def eager_attention(
+    module: nn.Module,  # noqa: ARG001
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out; returns (batch, sequence, heads, channels) and the weights.
+
+    The published code divides the scores of block l by l + 1 and multiplies them again before the
+    softmax, to keep them inside half precision; here they are float32, which does the same.
+    """
+    scores = (query.float() * scaling) @ key.float().transpose(-2, -1)
+    scores = scores.masked_fill(~attention_mask, torch.finfo(torch.float32).min)
+    weights = scores.softmax(dim=-1).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class ChatGLMAttention(nn.Module):
+    """Self-attention with rotary positions."""
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = False  # the mask says everything
+        inner = config.num_attention_heads * config.head_dim
+        self.rotary_emb = ChatGLMRotaryEmbedding(config)
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * inner)
+        self.dense = nn.Linear(inner, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        places: tuple[torch.Tensor, ...],
+        attention_mask: torch.Tensor,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the output, shape (batch, sequence, hidden_size), and the weights if known."""
+        rows = hidden_states.shape[:-1]
+        fused = self.query_key_value(hidden_states).view(*rows, -1, 3 * self.head_dim)
+        query, key, value = fused.transpose(1, 2).chunk(3, dim=-1)
+        rotations = self.rotary_emb(places, query.dtype)
+        query, key = rotate(query, rotations), rotate(key, rotations)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention
+        )
+        output, weights = attend(
+            self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs
+        )
+        return self.dense(output.reshape(*rows, -1)), weights
+
+
+class ChatGLMMLP(nn.Module):
+    """Feed-forward network with GELU in its tanh form."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
+        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map (batch, sequence, hidden_size) to the same shape."""
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
+
+
+class ChatGLMBlock(GradientCheckpointingLayer):
+    """One layer; see the module's formula."""
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.residual_scale = config.residual_scale
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.attention = ChatGLMAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(
+            config.hidden_size, eps=config.layernorm_epsilon
+        )
+        self.mlp = ChatGLMMLP(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        places: tuple[torch.Tensor, ...],
+        attention_mask: torch.Tensor,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Map (batch, sequence, hidden_size) to the same shape."""
+        normed = self.input_layernorm(hidden_states)
+        attended, _ = self.attention(normed, places, attention_mask, cache, **kwargs)
+        hidden_states = normed * self.residual_scale + attended
+        normed = self.post_attention_layernorm(hidden_states)
+        return normed * self.residual_scale + self.mlp(normed)
+
+
+class ChatGLMPreTrainedModel(PreTrainedModel):
+    """What both models share: how they are initialised and loaded."""
+
+    config_class = ChatGLMConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("ChatGLMBlock",)
+    _skip_keys_device_placement = ("cache", "past_key_values")
+    _supports_sdpa = True
+    _supports_attention_backend = False
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": ChatGLMBlock,
+        "attentions": ChatGLMAttention,
+    }
+    # Published checkpoints hold the frequencies of every block; they follow from the config.
+    _keys_to_ignore_on_load_unexpected = (r"rotary_emb\.inv_freq$",)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ChatGLMRotaryEmbedding):
+            initialization.copy_(module.inv_freq, inverse_frequencies(self.config))
+
+
+class ChatGLMModel(ChatGLMPreTrainedModel):
+    """The embedding and the blocks, without the output layer."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__(config)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(ChatGLMBlock(config, i) for i in range(config.num_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the embedding of tokens."""
+        return self.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the embedding of tokens."""
+        self.word_embeddings = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the blocks.
+
+        Positions and the mask follow from where ``<sop>`` and [gMASK] stand in ``input_ids`` (see
+        ``layout``), which the cache remembers for the tokens that come later. Embeddings without
+        ids are read as plain text.
+
+        Args:
+            input_ids: shape (batch, sequence).
+            attention_mask: shape (batch, past and present sequence), 0 at padding.
+            inputs_embeds: shape (batch, sequence, hidden_size), instead of ``input_ids``.
+            cache: keys and values of earlier tokens; must have been filled by this model. Also
+                taken under its earlier name, ``past_key_values``.
+            use_cache: return a cache.
+
+        Raises:
+            ValueError: neither or both of ids and embeddings, positions from outside, or a cache
+                that another model filled.
+        """
+        earlier = kwargs.pop("past_key_values", None)
+        cache = cache if earlier is None else earlier
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if kwargs.pop("position_ids", None) is not None:
+            raise ValueError(
+                "ChatGLM finds positions from the tokens, so position_ids would have no effect; "
+                "leave them out"
+            )
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        layout = self._layout(input_ids, inputs_embeds, attention_mask, cache, past)
+        length = inputs_embeds.shape[1]
+        keys = past + length if cache is None else cache.get_mask_sizes(length, 0)[0]
+        places = positions(layout, past, length, two_dimensional=self.config.position_encoding_2d)
+        mask = visible(layout, past, length, keys, attention_mask)
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, places, mask, cache, **kwargs)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.final_layernorm(hidden_states),
+            **{_CACHE: cache if use_cache else None},
+        )
+
+    def _layout(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None,
+        past: int,
+    ) -> Layout:
+        if past:
+            layout = getattr(cache, "chatglm_layout", None)
+            if layout is None or len(layout.padding) != len(inputs_embeds):
+                raise ValueError(
+                    f"the cache holds {past} tokens and not how ChatGLM reads these "
+                    f"{len(inputs_embeds)} rows; use one that this model filled with them"
+                )
+            return layout
+        if input_ids is None:
+            layout = plain_layout(inputs_embeds, attention_mask)
+        else:
+            layout = read_layout(
+                input_ids,
+                attention_mask,
+                bos_token_id=self.config.bos_token_id,
+                mask_token_id=self.config.mask_token_id,
+                gmask_token_id=self.config.gmask_token_id,
+            )
+        if cache is not None:
+            cache.chatglm_layout = layout
+        return layout
+
+
+class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
+    """ChatGLM-6B with its output layer, under the name of the published class."""
+
+    _tied_weights_keys = {  # noqa: RUF012
+        "lm_head.weight": "transformer.word_embeddings.weight"
+    }
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__(config)
+        self.transformer = ChatGLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the output layer."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Replace the output layer."""
+        self.lm_head = value
+
+    @staticmethod
+    def create_masks_for_generate(
+        attention_mask: torch.Tensor | None = None, **_: Any
+    ) -> torch.Tensor | None:
+        """Leave padding masks as they are: the prefix is seen in ``forward`` alone."""
+        return attention_mask
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return logits, shape (batch, sequence, vocab_size), and the loss if there are labels.
+
+        Args:
+            labels: token ids, shape (batch, sequence); -100 where there is nothing to predict.
+            logits_to_keep: number of last tokens, or their places, to compute logits for; 0 for
+                all.
+
+        The other arguments are those of ``ChatGLMModel.forward``.
+        """
+        outputs = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            cache=cache,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if not isinstance(logits_to_keep, int):
+            hidden_states = hidden_states[:, logits_to_keep]
+        elif logits_to_keep:
+            hidden_states = hidden_states[:, -logits_to_keep:]
+        logits = self.lm_head(hidden_states)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **{_CACHE: getattr(outputs, _CACHE)},
+        )

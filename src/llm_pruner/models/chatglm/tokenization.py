@@ -1,0 +1,134 @@
+"""Tokenizer of ChatGLM-6B, on its published SentencePiece model.
+
+The pieces include the special tokens ([MASK], [gMASK], [sMASK], ``<unused_0>``, ``<sop>`` and
+``<eop>``, from 130000 on in the published file) and stand-ins for whitespace that SentencePiece
+would lose: ``<n>`` for a new line, ``<|tab|>`` for a tab, ``<|blank_2|>`` to ``<|blank_80|>`` for
+as many spaces.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
+
+from llm_pruner.errors import UserError
+
+_LONGEST_BLANK = 80
+_SPACES = re.compile(rf" {{2,{_LONGEST_BLANK}}}")
+_BLANK = re.compile(r"<\|blank_(\d+)\|>")
+
+
+class ChatGLMTokenizer(SentencePieceBackend):
+    """Text to ids and back.
+
+    A text becomes ``text [gMASK] <sop>``, to be continued by the model; a pair becomes
+    ``first [gMASK] <sop> second <eop>``. Batches are padded on the left.
+
+    Args:
+        vocab_file: path of ``ice_text.model``.
+        remove_space: collapse whitespace before encoding.
+        do_lower_case: lower the text before encoding.
+        num_image_tokens: 0; ids of older checkpoints started behind those of image tokens.
+
+    Raises:
+        UserError: ``num_image_tokens`` is not 0, or the file lacks a special token.
+    """
+
+    vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": "ice_text.model"}
+    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
+    padding_side = "left"
+
+    def __init__(
+        self,
+        vocab_file: str,
+        do_lower_case: bool = False,
+        remove_space: bool = False,
+        bos_token: str = "<sop>",
+        eos_token: str = "<eop>",
+        end_token: str = "</s>",
+        mask_token: str = "[MASK]",
+        gmask_token: str = "[gMASK]",
+        pad_token: str = "<pad>",
+        unk_token: str = "<unk>",
+        num_image_tokens: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        if num_image_tokens:
+            raise UserError(
+                f"num_image_tokens={num_image_tokens}: this tokenizer belongs to an older release "
+                "of ChatGLM-6B with 150528 tokens; use the current one, which has 130528"
+            )
+        # The code that a published tokenizer points to is replaced by this package.
+        kwargs.pop("auto_map", None)
+        self.do_lower_case = do_lower_case
+        self.remove_space = remove_space
+        super().__init__(
+            vocab_file=vocab_file,
+            do_lower_case=do_lower_case,
+            remove_space=remove_space,
+            bos_token=bos_token,
+            eos_token=eos_token,
+            end_token=end_token,
+            mask_token=mask_token,
+            gmask_token=gmask_token,
+            pad_token=pad_token,
+            unk_token=unk_token,
+            num_image_tokens=num_image_tokens,
+            **kwargs,
+        )
+        # A token that the file lacks would get an id behind the last piece, which the model may
+        # not even have a row for.
+        named = (bos_token, eos_token, mask_token, gmask_token, pad_token)
+        absent = [str(token) for token in named if not self._is_piece(str(token))]
+        if absent:
+            raise UserError(
+                f"{Path(vocab_file).name} has no piece {absent[0]}, so it is no tokenizer of "
+                "ChatGLM-6B; use the ice_text.model that belongs to the checkpoint"
+            )
+
+    def _is_piece(self, token: str) -> bool:
+        return self.sp_model.IdToPiece(self.sp_model.piece_to_id(token)) == token
+
+    def _tokenize(self, text: str, **_: Any) -> list[str]:
+        if self.remove_space:
+            text = " ".join(text.split())
+        if self.do_lower_case:
+            text = text.lower()
+        text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
+        text = _SPACES.sub(lambda found: f"<|blank_{len(found[0])}|>", text)
+        return self.sp_model.encode(text, out_type=str)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Join pieces to a text, with the whitespace that stand-ins stand for."""
+        text = self.sp_model.decode([token for token in tokens if token != self.pad_token])
+        text = text.replace("<n>", "\n").replace("<|tab|>", "\t")
+        return _BLANK.sub(_spaces, text)
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """Return ``first [gMASK] <sop>``, and ``second <eop>`` behind it for a pair."""
+        ids = [*token_ids_0, self.gmask_token_id, self.bos_token_id]
+        return ids if token_ids_1 is None else [*ids, *token_ids_1, self.eos_token_id]
+
+    def get_special_tokens_mask(
+        self,
+        token_ids_0: list[int],
+        token_ids_1: list[int] | None = None,
+        already_has_special_tokens: bool = False,
+    ) -> list[int]:
+        """Return 1 for each special token, 0 for each other."""
+        if already_has_special_tokens:
+            return super().get_special_tokens_mask(
+                token_ids_0, token_ids_1, already_has_special_tokens=True
+            )
+        mask = [0] * len(token_ids_0) + [1, 1]
+        return mask if token_ids_1 is None else mask + [0] * len(token_ids_1) + [1]
+
+
+def _spaces(blank: re.Match[str]) -> str:
+    count = int(blank[1])
+    return " " * count if 2 <= count <= _LONGEST_BLANK else blank[0]

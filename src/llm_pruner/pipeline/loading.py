@@ -1,0 +1,22 @@
+"""Load a model as its settings say."""
+
+from __future__ import annotations
+
+from llm_pruner.pipeline.settings import ModelSettings
+from llm_pruner.sources import LoadedModel, load_model
+
+
+def load(model: ModelSettings, *, tokenizer_required: bool = True) -> LoadedModel:
+    """Return the model that the settings name.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    return load_model(
+        model.source,
+        revision=model.revision,
+        dtype=model.dtype,
+        device=model.device,
+        trust_remote_code=model.trust_remote_code,
+        tokenizer_required=tokenizer_required,
+    )

@@ -1,0 +1,70 @@
+"""Runs the command line in this process, and a tiny checkpoint for it."""
+
+from __future__ import annotations
+
+import io
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+from helpers import tiny_model, tiny_tokenizer
+from llm_pruner.cli import main
+
+WORDS = "the old bridge over the river was built by people who lived near the water and sang "
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run(*args: object) -> Result:
+    """Run ``llm-pruner`` with these arguments, as its own process would."""
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    with (
+        mock.patch.object(sys, "argv", ["llm-pruner", *map(str, args)]),
+        mock.patch.dict("os.environ", {"COLUMNS": "80"}),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as stopped:
+            code = stopped.code or 0
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def done(*args: object) -> Result:
+    """Run ``llm-pruner`` and expect it to end well."""
+    result = run(*args)
+    assert result.code == 0, result.err
+    return result
+
+
+def save_tiny(folder: Path, **config: object) -> Path:
+    """Save a Llama of 6 layers with 6 heads on 3 key-value heads, and its tokenizer."""
+    sizes = {"num_hidden_layers": 6, "max_position_embeddings": 512} | config
+    tiny_model("llama", **sizes).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_text(file: Path, characters: int = 2000) -> Path:
+    """Write a text file; the tiny tokenizer makes one token of each character."""
+    file.write_text((WORDS * (1 + characters // len(WORDS)))[:characters], encoding="utf-8")
+    return file
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Return everything under a folder, hidden files included."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
