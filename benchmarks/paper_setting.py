@@ -21,7 +21,16 @@ from typing import Any
 import torch
 import transformers
 
-from llm_pruner import Criterion, Selection, Target, allocate, count_parameters, discover, prune_, score
+from llm_pruner import (
+    Criterion,
+    Selection,
+    Target,
+    allocate,
+    count_parameters,
+    discover,
+    prune_,
+    score,
+)
 from llm_pruner.data.calibration import build_calibration
 from llm_pruner.data.evaluation import load_evaluation_text
 from llm_pruner.evaluation.perplexity import EvaluationText, perplexity
@@ -63,9 +72,7 @@ def main() -> None:
     selection = Selection(("heads", "ffn"), layer_ranges={"heads": LAYERS, "ffn": LAYERS})
 
     def measure(model: Any) -> dict[str, float]:
-        found = perplexity(
-            model, loaded.tokenizer, text, protocol="paper", max_tokens=TOKENS
-        )
+        found = perplexity(model, loaded.tokenizer, text, protocol="paper", max_tokens=TOKENS)
         return {"perplexity": round(found.perplexity, 2), "tokens": found.tokens}
 
     rows: list[dict[str, Any]] = [{"criterion": "dense", **measure(loaded.model)}]
@@ -98,7 +105,7 @@ def main() -> None:
             "layers": LAYERS,
             "structures": selection.structures,
             "scope": selection.scope,
-            "calibration": f"{Path(options.calibration).name}, {SAMPLES} x {SEQ_LEN} tokens, seed 0",
+            "calibration": f"{Path(options.calibration).name}, {SAMPLES} x {SEQ_LEN} tokens",
             "perplexity": f"{Path(options.text).name}, first {TOKENS} tokens, windows of 128",
             "torch": torch.__version__,
             "transformers": transformers.__version__,

@@ -47,7 +47,7 @@ def run(command: list[str]) -> tuple[dict[str, Any], float]:
     """Run a command; return its JSON and the peak resident memory of its process in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        # The kernel reports the peak over all children, so each is measured by a process of its own.
+        # The kernel reports the peak over all children, so each has a process of its own.
         code = (
             "import resource, subprocess, sys\n"
             "done = subprocess.run(sys.argv[1:])\n"

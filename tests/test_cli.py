@@ -531,10 +531,11 @@ def test_names_cannot_steer_the_output(work: Path, tiny: Path) -> None:
         out = done("inspect", model).out
         assert out.startswith(f"{shown}: 136.1K parameters")
         assert "\x1b" not in out
-        saved = done("prune", model, "--out", f"{name}-out", "--ratio", 0.2, "--criterion", "l1")
-        assert f"{shown}: 136.1K -> " in saved.out
-        assert f"saved to {shown}-out (" in saved.out
-        assert "\x1b" not in saved.out
+        options = ("--ratio", 0.2, "--criterion", "l1", "--dry-run")
+        planned = done("prune", model, "--out", f"{name}-plan", *options)
+        assert f"{shown}: 136.1K -> " in planned.out
+        assert f"plan written to {shown}-plan; nothing was pruned" in planned.out
+        assert "\x1b" not in planned.out
         (model / "config.json").unlink()
         failed = run("inspect", model)
         assert "\x1b" not in failed.err

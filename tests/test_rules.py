@@ -252,6 +252,12 @@ FROZEN: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str, int]] = {
         8,
     ),
     "single positions": (lambda x: x * x[..., 2:3], "is written in the code (slice)", 8),
+    "first position": (lambda x: x * x[..., :1], "single positions of it are taken", 8),
+    "split into single positions": (
+        lambda x: torch.cat([part * 2 for part in x.split(1, dim=-1)], dim=-1),
+        "single positions of it are taken",
+        8,
+    ),
     "unbound": (lambda x: x * sum(x.unbind(-1)).unsqueeze(-1), "single positions of it", 8),
     "running sum": (lambda x: x.cumsum(-1), "summed position after position", 8),
     "flipped": (lambda x: x.flip(-1), "reordered by flip", 8),

@@ -96,4 +96,4 @@ def _loader(source: str) -> Callable[..., Any]:
             f"{source!r} is no local file, and reading it from the hub needs the package "
             "datasets; install it or give a local .txt, .jsonl, .json or .parquet file"
         ) from None
-    return load_dataset  # type: ignore[no-any-return]
+    return load_dataset

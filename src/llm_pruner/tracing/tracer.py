@@ -122,6 +122,9 @@ class Tracer(TorchDispatchMode):
         for rows, size in zip(axes, shape, strict=True):
             if len(rows) != size:
                 raise AssertionError(f"label {[len(r) for r in axes]} for shape {tuple(shape)}")
+            if size == 1 and rows.size:
+                # Cut out of a longer axis: code that takes this position needs it to stay.
+                self.freeze(rows, "single positions of it are taken")
         self.labels[tensor] = [
             empty_rows(1) if size == 1 else rows for rows, size in zip(axes, shape, strict=True)
         ]

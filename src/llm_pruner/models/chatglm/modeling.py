@@ -10,7 +10,8 @@ whose rows are ordered (head, [query, key, value], channel).
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -33,6 +34,9 @@ from llm_pruner.models.chatglm.layout import (
     visible,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__annotations__ else "past_key_values"
 """Output field that holds the cache; earlier releases of transformers call it past_key_values."""
 _BASE = 10000.0
@@ -51,11 +55,20 @@ class ChatGLMRotaryEmbedding(nn.Module):
         super().__init__()
         self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Move with the model, and stay float32 whatever the model is cast to."""
+        before = self.inv_freq
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype != before.dtype:
+            # In bfloat16 a channel would turn wrong by more than a radian at position 1000.
+            self.inv_freq = before.to(self.inv_freq.device)
+        return self
+
     def forward(self, places: tuple[torch.Tensor, ...], dtype: torch.dtype) -> Rotations:
         """Return the rotations of positions, each of shape (batch, sequence)."""
         rotations = []
         for place in places:
-            angles = place[:, None, :, None] * self.inv_freq.float()
+            angles = place[:, None, :, None] * self.inv_freq
             angles = torch.cat((angles, angles), dim=-1)
             rotations.append((angles.cos().to(dtype), angles.sin().to(dtype)))
         return rotations
