@@ -57,8 +57,8 @@ def test_wrong_surgery_is_refused_and_named(name: str) -> None:
     model, discovery = discovered("llama")
     removal = pick(discovery, ("hidden", "ffn", "heads"))
     wrong = sabotaged(discovery, name)
-    # The twin works from the same wrong members here, as it would if discovery were wrong; it
-    # silences the wrong slices, but what it computes norms and products on is what was traced.
+    # While culprits are sought, the twin works from the same wrong members, as if discovery itself
+    # were wrong: surgery still removes other positions than the rest of the group expects.
     with pytest.raises(VerificationError) as caught:
         check(model, discovery, removal, wrong)
     message = str(caught.value)

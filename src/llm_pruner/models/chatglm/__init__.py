@@ -10,11 +10,15 @@ in which the context is seen both ways, and the answer causally.
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from llm_pruner.models.chatglm.configuration import ChatGLMConfig
-from llm_pruner.models.chatglm.modeling import ChatGLMForConditionalGeneration, ChatGLMModel
-from llm_pruner.models.chatglm.tokenization import ChatGLMTokenizer
+from llm_pruner.models.chatglm.registration import register
+
+if TYPE_CHECKING:
+    from llm_pruner.models.chatglm.modeling import ChatGLMForConditionalGeneration, ChatGLMModel
+    from llm_pruner.models.chatglm.tokenization import ChatGLMTokenizer
 
 __all__ = [
     "ChatGLMConfig",
@@ -24,10 +28,15 @@ __all__ = [
     "register",
 ]
 
+_HOMES = {
+    "ChatGLMForConditionalGeneration": "modeling",
+    "ChatGLMModel": "modeling",
+    "ChatGLMTokenizer": "tokenization",
+}
+"""Public name -> the module that it comes from, which is imported at first use."""
 
-def register() -> None:
-    """Register with the Auto classes of ``transformers``; a second call changes nothing."""
-    AutoConfig.register(ChatGLMConfig.model_type, ChatGLMConfig, exist_ok=True)
-    AutoModel.register(ChatGLMConfig, ChatGLMModel, exist_ok=True)
-    AutoModelForCausalLM.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
-    AutoTokenizer.register(ChatGLMConfig, tokenizer_class=ChatGLMTokenizer, exist_ok=True)
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from importlib import import_module
 from typing import Any, ClassVar
 
-from transformers import PreTrainedConfig
+from transformers.configuration_utils import PreTrainedConfig
 
 from llm_pruner.errors import UserError
 
@@ -83,6 +84,8 @@ class ChatGLMConfig(PreTrainedConfig):
         self._set_head_dim()
         if not self.residual_scale:
             self.residual_scale = math.sqrt(2 * self.num_layers)
+        # Whoever has a config may ask an Auto class for its model or tokenizer next.
+        import_module("llm_pruner.models.chatglm.registration").register_code()
 
     def _check_variant(self) -> None:
         if self.quantization_bit:
