@@ -16,8 +16,8 @@ from transformers.modeling_outputs import CausalLMOutput
 from helpers import VOCABULARY, tiny_model, tiny_tokenizer
 from llm_pruner.data.calibration import build_calibration
 from llm_pruner.data.selfmade import MIN_P, write_text
-from llm_pruner.data.specials import added_tokens
 from llm_pruner.errors import UserError
+from llm_pruner.specials import added_tokens
 
 BOS, EOS = 1, 2
 

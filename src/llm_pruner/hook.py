@@ -1,8 +1,8 @@
-"""Registers the loader of pruned checkpoints once ``transformers`` can load models.
+"""Registers what the package adds to ``transformers`` once ``transformers`` is there.
 
-Importing ``transformers`` takes seconds, which ``llm-pruner --help``, or a program that only reads
-plans, should not have to wait for. So the registration waits until ``transformers`` is there, which
-it is before any model can be loaded.
+That is the loader of pruned checkpoints, and the models that ``transformers`` lacks. Importing
+``transformers`` takes seconds, which ``llm-pruner --help``, or a program that only reads plans,
+should not have to wait for. So each registration waits for the module that it registers with.
 """
 
 from __future__ import annotations
@@ -14,18 +14,26 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-_TRIGGER = "transformers.modeling_utils"
-"""Whatever loads a model imports this module."""
-_REGISTRATION = "llm_pruner.checkpoints"
+_REGISTRATIONS = {
+    "transformers.modeling_utils": "llm_pruner.checkpoints",
+    "transformers.models.auto.configuration_auto": "llm_pruner.models",
+}
+"""Module of transformers -> module that registers with it on import.
+
+Whatever loads a model imports the first, and every Auto class imports the second.
+"""
 
 
 class _Watcher(MetaPathFinder):
-    """Lets others find the module, and adds the registration to its execution."""
+    """Lets others find one module, and adds the registration to its execution."""
+
+    def __init__(self, trigger: str, registration: str) -> None:
+        self.trigger, self.registration = trigger, registration
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != _TRIGGER:
+        if name != self.trigger:
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(name, path, target)
@@ -44,14 +52,16 @@ class _Watcher(MetaPathFinder):
             execute(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-            import_module(_REGISTRATION)
+            import_module(self.registration)
 
         loader.exec_module = exec_module  # type: ignore[method-assign]
 
 
 def register() -> None:
-    """Register now if ``transformers`` can load models already, else as soon as it can."""
-    if _TRIGGER in sys.modules:
-        import_module(_REGISTRATION)
-    elif not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watcher())
+    """Register now where ``transformers`` is ready for it, elsewhere as soon as it is."""
+    watched = {finder.trigger for finder in sys.meta_path if isinstance(finder, _Watcher)}
+    for trigger, registration in _REGISTRATIONS.items():
+        if trigger in sys.modules:
+            import_module(registration)
+        elif trigger not in watched:
+            sys.meta_path.insert(0, _Watcher(trigger, registration))

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from llm_pruner.data.specials import added_tokens
 from llm_pruner.errors import UserError
 from llm_pruner.progress import track
+from llm_pruner.specials import added_tokens
 
 TEMPERATURE = 1.0
 MIN_P = 0.02

@@ -11,6 +11,7 @@ import torch
 
 from llm_pruner.errors import UserError
 from llm_pruner.progress import track
+from llm_pruner.specials import added_tokens
 
 Protocol = Literal["paper", "standard"]
 
@@ -18,7 +19,6 @@ PAPER_WINDOW = 128
 STANDARD_WINDOW = 2048
 _LOGITS_BYTES = 256 * 2**20  # logits of one batch, in the model's own type
 _CHUNK_BYTES = 64 * 2**20  # float32 logits in the loss
-_PROBE = "a b"
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def perplexity(
         raise UserError(
             f"max_tokens={max_tokens} leaves nothing to evaluate; use at least {window}"
         )
-    prefix = _prefix(tokenizer) if protocol == "standard" else ()
+    prefix = added_tokens(tokenizer)[0] if protocol == "standard" else ()
     rows = _windows(tokenizer, text, window, max_tokens, prefix, protocol)
     _check_ids(model, rows)
     # The tokens of a prefix are never predicted, and without one the first token is not.
@@ -141,16 +141,6 @@ def _window_length(model: Any, protocol: Protocol, seq_len: int | None) -> int:
             f"use --seq-len {limit} or less"
         )
     return seq_len
-
-
-def _prefix(tokenizer: Any) -> tuple[int, ...]:
-    """Return the ids that the tokenizer adds before a text."""
-    whole = list(tokenizer(_PROBE)["input_ids"])
-    bare = list(tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
-    for start in range(len(whole) - len(bare) + 1):
-        if whole[start : start + len(bare)] == bare:
-            return tuple(whole[:start])
-    return ()
 
 
 def _windows(

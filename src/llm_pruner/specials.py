@@ -10,6 +10,9 @@ _PROBE = "a b"
 def added_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the token ids that the tokenizer adds before and after a text.
 
+    Where the start token comes after the text (ChatGLM, which answers a context), what is added
+    counts as standing before: a text by itself is an answer to nothing.
+
     Found by encoding a text with and without special tokens: attributes such as
     ``add_bos_token`` are missing or wrong for many tokenizers.
     """
@@ -17,5 +20,8 @@ def added_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     bare = list(tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
     for start in range(len(whole) - len(bare) + 1):
         if whole[start : start + len(bare)] == bare:
-            return tuple(whole[:start]), tuple(whole[start + len(bare) :])
+            before, after = tuple(whole[:start]), tuple(whole[start + len(bare) :])
+            if getattr(tokenizer, "bos_token_id", None) in after:
+                return before + after, ()
+            return before, after
     return (), ()
