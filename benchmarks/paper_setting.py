@@ -4,7 +4,8 @@
 
 Removes 20% of all parameters of SmolLM2-135M (layers 4 to 26, key-value heads and FFN channels,
 local ranking, 10 x 64 calibration tokens) and measures perplexity by the paper's protocol on the
-first 8,192 tokens of the text. Writes benchmarks/results/paper_setting.json.
+first 8,192 tokens of the text; then FFN channels alone, single query heads, and ten steps. Writes
+benchmarks/results/paper_setting.json after each row, and goes on from there when it is run again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import copy
 import json
 import platform
-import time
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,41 +22,67 @@ from typing import Any
 import torch
 import transformers
 
-from llm_pruner import (
-    Criterion,
-    Selection,
-    Target,
-    allocate,
-    count_parameters,
-    discover,
-    prune_,
-    score,
-)
+from llm_pruner import Criterion, Selection, Target, allocate, discover, prune_, score
 from llm_pruner.data.calibration import build_calibration
 from llm_pruner.data.evaluation import load_evaluation_text
 from llm_pruner.evaluation.perplexity import EvaluationText, perplexity
-from llm_pruner.sources import load_model
+from llm_pruner.planning import Survivors, step_targets
+from llm_pruner.sources import LoadedModel, load_model
 
 RESULTS = Path(__file__).parent / "results"
 RATIO, LAYERS, SAMPLES, SEQ_LEN, TOKENS = 0.2, (4, 26), 10, 64, 8192
 AGGREGATES = ("sum", "prod", "max", "last")
 
 
-def criteria() -> list[tuple[Criterion, int]]:
-    """Return every distinct (criterion, seed)."""
-    found = [(Criterion("random"), seed) for seed in range(3)]
-    found += [(Criterion(name, aggregate=a), 0) for name, a in product(("l1", "l2"), AGGREGATES)]
+@dataclass(frozen=True)
+class Run:
+    """One row: the criterion, where from, in how many steps, and the seed of text and choice."""
+
+    criterion: Criterion
+    structures: tuple[str, ...] = ("heads", "ffn")
+    steps: int = 1
+    seed: int = 0
+
+
+def runs() -> list[Run]:
+    """Return every distinct row."""
+    taylor, ffn = Criterion(), ("ffn",)
+    found = [Run(Criterion("random"), seed=seed) for seed in range(3)]
+    found += [Run(Criterion(name, aggregate=a)) for name, a in product(("l1", "l2"), AGGREGATES)]
     for order, reduction, aggregate in product(
         ("first", "second", "mixed"), ("element", "vector"), AGGREGATES
     ):
         # The second-order term is a sum of squares: both reductions are the same.
         if (order, reduction) != ("second", "vector"):
-            found.append((Criterion("taylor", order, reduction, aggregate), 0))
-    return found
+            found.append(Run(Criterion("taylor", order, reduction, aggregate)))
+    found += [Run(taylor, seed=seed) for seed in (1, 2)]
+    found += [Run(taylor, steps=10, seed=seed) for seed in range(3)]
+    found += [Run(Criterion("random"), ffn, seed=seed) for seed in range(3)]
+    found += [Run(Criterion("l2"), ffn)]
+    found += [Run(taylor, ffn, seed=seed) for seed in range(3)]
+    return [*found, Run(taylor, ("query_heads", "ffn"))]
+
+
+def prune(loaded: LoadedModel, calibration: str, run: Run) -> Any:
+    """Return a pruned copy of the model."""
+    text = build_calibration(
+        calibration, loaded.tokenizer, samples=SAMPLES, seq_len=SEQ_LEN, seed=run.seed
+    )
+    model = copy.deepcopy(loaded.model)
+    discovery = discover(model)
+    survivors = Survivors.dense(discovery)
+    selection = Selection(run.structures, layer_ranges=dict.fromkeys(run.structures, LAYERS))
+    for target in step_targets(survivors.parameters, Target(ratio=RATIO), run.steps):
+        scores = score(model, discovery, run.criterion, input_ids=text.input_ids, seed=run.seed)
+        removal = allocate(discovery, scores, selection, target, survivors)
+        survivors = survivors.after(removal)
+        prune_(model, discovery, removal)
+        discovery = discover(model) if run.steps > 1 else discovery
+    return model
 
 
 def main() -> None:
-    """Run the table and write it."""
+    """Run what is missing of the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", required=True)
@@ -65,56 +92,44 @@ def main() -> None:
 
     loaded = load_model(options.model)
     text = EvaluationText(*load_evaluation_text(options.text, protocol="paper"))
-    calibration = build_calibration(
-        options.calibration, loaded.tokenizer, samples=SAMPLES, seq_len=SEQ_LEN, seed=0
-    )
-    discovery = discover(loaded.model)
-    selection = Selection(("heads", "ffn"), layer_ranges={"heads": LAYERS, "ffn": LAYERS})
+    settings = {
+        "model": loaded.name,
+        "ratio": RATIO,
+        "layers": list(LAYERS),
+        "scope": "local",
+        "calibration": f"{Path(options.calibration).name}, {SAMPLES} x {SEQ_LEN} tokens",
+        "perplexity": f"{Path(options.text).name}, first {TOKENS} tokens, windows of 128",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": f"{platform.machine()}, float32",
+    }
+    rows: list[dict[str, Any]] = []
+    if options.out.exists():
+        old = json.loads(options.out.read_text())
+        rows = old["rows"] if old["settings"] == settings else []
+    done = {json.dumps(row["run"], sort_keys=True) for row in rows}
 
-    def measure(model: Any) -> dict[str, float]:
+    def add(run: dict[str, Any] | None, model: Any) -> None:
         found = perplexity(model, loaded.tokenizer, text, protocol="paper", max_tokens=TOKENS)
-        return {"perplexity": round(found.perplexity, 2), "tokens": found.tokens}
-
-    rows: list[dict[str, Any]] = [{"criterion": "dense", **measure(loaded.model)}]
-    for criterion, seed in criteria():
-        begin = time.perf_counter()
-        scores = score(
-            loaded.model, discovery, criterion, input_ids=calibration.input_ids, seed=seed
-        )
-        seconds = time.perf_counter() - begin
-        removal = allocate(discovery, scores, selection, Target(ratio=RATIO))
-        pruned = copy.deepcopy(loaded.model)
-        prune_(pruned, discovery, removal)
         rows.append(
             {
-                "criterion": criterion.name,
-                "order": criterion.order if criterion.name == "taylor" else None,
-                "reduction": criterion.reduction if criterion.name == "taylor" else None,
-                "aggregate": criterion.aggregate if criterion.name != "random" else None,
-                "seed": seed,
-                "parameters": count_parameters(discovery, removal),
-                **measure(pruned),
-                "estimation_seconds": round(seconds, 1),
+                "run": run,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "perplexity": round(found.perplexity, 2),
             }
         )
+        partial = options.out.with_suffix(".partial")
+        partial.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+        partial.replace(options.out)
         print(json.dumps(rows[-1]), flush=True)
-    result = {
-        "settings": {
-            "model": loaded.name,
-            "ratio": RATIO,
-            "layers": LAYERS,
-            "structures": selection.structures,
-            "scope": selection.scope,
-            "calibration": f"{Path(options.calibration).name}, {SAMPLES} x {SEQ_LEN} tokens",
-            "perplexity": f"{Path(options.text).name}, first {TOKENS} tokens, windows of 128",
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, float32",
-        },
-        "rows": rows,
-    }
+
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    if not rows:
+        add(None, loaded.model)
+    for run in runs():
+        key = json.loads(json.dumps(asdict(run)))
+        if json.dumps(key, sort_keys=True) not in done:
+            add(key, prune(loaded, options.calibration, run))
 
 
 if __name__ == "__main__":
