@@ -83,8 +83,11 @@ def copy(model: Path, folder: Path) -> Path:
         (["--ratio", "nan"], "ratio=nan is outside (0, 1); give the share to remove, such as 0.2"),
         (["--unit-ratio", 1.5], "unit_ratio=1.5 is outside (0, 1); give the share to remove"),
         (["--params", "many"], "'many' is not a number of parameters; write such as 5.4B, 107.6M"),
-        ([], "got none of --ratio, --params, --unit-ratio; give exactly one, or a --plan"),
-        (["--ratio", 0.2, "--params", "1K"], "got --ratio, --params of --ratio, --params"),
+        ([], "no target given; use one of --ratio, --params, --unit-ratio, or --plan"),
+        (
+            ["--ratio", 0.2, "--params", "1K"],
+            "--ratio and --params say different things; give one of them",
+        ),
         (
             ["--ratio", 0.2, "--structures", "heads,fnn"],
             "unknown structure 'fnn'; did you mean ffn? known are heads, query_heads, ffn, hidden",
@@ -239,7 +242,8 @@ def test_truncated_weights(work: Path, tiny: Path) -> None:
     weights = copy(tiny, work / "cut") / "model.safetensors"
     size = weights.stat().st_size
     weights.write_bytes(weights.read_bytes()[:-1000])
-    for command in (("prune", "cut", "--out", "out", "--ratio", 0.2), ("inspect", "cut")):
+    prune = ("prune", "cut", "--out", "out", "--ratio", 0.2)
+    for command in (prune, ("evaluate", "cut", "--perplexity", "demo")):
         assert refused(work, *command) == (
             f"cut/model.safetensors is truncated: it holds {size - 1000} bytes and its header "
             f"promises {size}; copy or download it again"

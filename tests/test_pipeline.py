@@ -244,6 +244,21 @@ def test_what_is_printed(work: Path, tiny: Path) -> None:
     assert "masked twin" not in done("prune", tiny, "--out", "out", *quiet).out
 
 
+def test_removed_layers_and_what_spans_all_layers_are_printed(work: Path, tiny: Path) -> None:
+    options = ("--criterion", "random", "--dry-run", "--overwrite", "--unit-ratio", 0.5)
+    ffn = ("--structures", "layers,ffn,hidden", "--layers", "ffn=5-5")
+    shown = done("prune", tiny, "--out", "plan", *options, *ffn).out
+    plan = read_plan("plan")
+    gone = next(group.removed for group in plan.groups if group.kind == "layers")
+    rows = [" ".join(line.split()) for line in shown.splitlines()]
+    assert "layer ffn" in rows
+    assert f"{gone} removed" in rows or all(f"{layer} removed" in rows for layer in gone.split(","))
+    assert "5 40 of 80" in rows
+    assert "Kept across layers: 24 of 48 hidden, 4 of 6 layers" in rows
+    shown = done("prune", tiny, "--out", "plan", *options, "--structures", "hidden").out
+    assert shown.startswith("Kept across layers: 24 of 48 hidden\n")
+
+
 def test_pruned_models_can_be_pruned_and_evaluated_again(work: Path, tiny: Path) -> None:
     first = prune(tiny, "first", "--ratio", 0.2)
     second = prune("first", "second", "--ratio", 0.1)
@@ -342,6 +357,7 @@ def test_demo(work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llm_pruner.sources, "default_gguf", lambda: tiny)
     monkeypatch.setattr(llm_pruner.pipeline.demo, "CALIBRATION", CalibrationSettings("self", 4, 32))
     result = done("demo", "--json", "found.json")
+    assert result.err == ""
     shown = result.out[result.out.index("Before and after") :]
     assert max(map(len, result.out.splitlines())) <= 80
     rows = [line.split() for line in shown.splitlines()]

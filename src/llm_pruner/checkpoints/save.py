@@ -81,7 +81,7 @@ def save_checkpoint(
     dense_config = dense_config or model.config
     config, kind = _pruned_config(model, edits, dense_config)
     with atomic_directory(out, overwrite) as folder:
-        with _config_in_place(model, config), _silent_writing():
+        with _config_in_place(model, config), silent_writing():
             model.save_pretrained(folder, max_shard_size=max_shard_size)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
@@ -185,7 +185,8 @@ def _config_in_place(model: PreTrainedModel, config: PreTrainedConfig) -> Iterat
 
 
 @contextmanager
-def _silent_writing() -> Iterator[None]:
+def silent_writing() -> Iterator[None]:
+    """Hold back the progress bars and notes of transformers while it writes."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -242,10 +242,7 @@ def command(
 
     target, selection = None, None
     if plan is None:
-        asked = {"--ratio": ratio, "--params": params, "--unit-ratio": unit_ratio}
-        if sum(value is not None for value in asked.values()) != 1:
-            got = ", ".join(name for name, value in asked.items() if value is not None) or "none"
-            raise UserError(f"got {got} of {', '.join(asked)}; give exactly one, or a --plan")
+        _require_one({"--ratio": ratio, "--params": params, "--unit-ratio": unit_ratio})
         target = Target(
             unit_ratio=unit_ratio,
             ratio=ratio,
@@ -287,6 +284,14 @@ def command(
         show(done)
 
 
+def _require_one(asked: dict[str, object]) -> None:
+    given = [name for name, value in asked.items() if value is not None]
+    if not given:
+        raise UserError(f"no target given; use one of {', '.join(asked)}, or --plan")
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} say different things; give one of them")
+
+
 def _given(context: typer.Context) -> list[str]:
     """Return the options that make a plan and that the user gave."""
     given = []
@@ -316,7 +321,11 @@ def as_data(done: Pruned) -> dict[str, Any]:
 def show(done: Pruned) -> None:
     """Print what was done."""
     out = console()
-    print_table(out, _widths(done))
+    widths = _widths(done)
+    if widths is not None:
+        print_table(out, widths)
+    if across := _across(done):
+        out.print(f"Kept across layers: {across}")
     before, after = done.parameters
     out.print(
         f"{clean(done.plan.model.name)}: {count(before)} -> {count(after)} parameters "
@@ -338,32 +347,38 @@ def show(done: Pruned) -> None:
     out.print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in done.seconds.items()))
 
 
+def _across(done: Pruned) -> str:
+    """Return what is kept of groups that span all layers, where something was removed."""
+    sizes = [size for row in done.rows if row.layer is None for size in row.sizes.items()]
+    return ", ".join(
+        f"{kept:,} of {dense:,} {name}" for name, (kept, dense) in sizes if kept != dense
+    )
+
+
 def _widths(done: Pruned) -> Any:
-    """Return kept widths, with runs of equal layers in one row."""
-    kinds = list(dict.fromkeys(kind for row in done.rows for kind in row.sizes))
-    changed = [
-        kind
-        for kind in kinds
-        if any(row.removed or len(set(row.sizes.get(kind, (0, 0)))) > 1 for row in done.rows)
-    ]
-    runs: list[tuple[list[int], Any]] = []
-    for row in done.rows:
-        if row.layer is None:
-            continue
-        cells = tuple(
-            "-" if row.removed else "{} of {}".format(*row.sizes[kind]) if kind in row.sizes else ""
-            for kind in changed
-        )
-        if runs and runs[-1][1] == cells:
-            runs[-1][0].append(row.layer)
+    """Return kept widths, with runs of equal layers in one row; None if no layer changed."""
+    layers = [row for row in done.rows if row.layer is not None]
+    changed = dict.fromkeys(
+        name
+        for row in layers
+        for name, (kept, dense) in row.sizes.items()
+        if kept != dense and not row.removed
+    )
+    if not changed and not any(row.removed for row in layers):
+        return None
+    runs: list[tuple[list[int], tuple[str, ...]]] = []
+    for row in layers:
+        if row.removed:
+            cells = ("removed", *("" for _ in changed))[: max(len(changed), 1)]
         else:
-            runs.append(([row.layer], cells))
-    rows = [(f"{ls[0]}-{ls[-1]}" if len(ls) > 1 else str(ls[0]), *cells) for ls, cells in runs]
-    for row in done.rows:
-        if row.layer is None:
-            cells = tuple(
-                "{} of {}".format(*row.sizes[kind]) if kind in row.sizes else "" for kind in changed
-            )
-            if any(cells):
-                rows.insert(0, ("all", *cells))
-    return table("Units kept", ("layer", *changed), rows)
+            cells = tuple(_cell(row.sizes.get(name)) for name in changed) or ("whole",)
+        if runs and runs[-1][1] == cells:
+            runs[-1][0].append(row.layer or 0)
+        else:
+            runs.append(([row.layer or 0], cells))
+    rows = [(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]), *cells) for run, cells in runs]
+    return table("Units kept", ("layer", *(changed or ("",))), rows)
+
+
+def _cell(sizes: tuple[int, int] | None) -> str:
+    return "" if sizes is None else "{} of {}".format(*sizes)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_pruner.checkpoints.save import silent_writing
 from llm_pruner.data.demo_text import DEMO_PROMPTS
 from llm_pruner.errors import LLMPrunerError
 from llm_pruner.evaluation.size import folder_bytes
@@ -54,9 +55,10 @@ def run_demo(out: Path, *, overwrite: bool = False, seed: int = 0) -> Demo:
     )
     with tempfile.TemporaryDirectory() as folder:
         dense = load_model("default")
-        dense.model.save_pretrained(folder)
         assert dense.tokenizer is not None
-        dense.tokenizer.save_pretrained(folder)
+        with silent_writing():
+            dense.model.save_pretrained(folder)
+            dense.tokenizer.save_pretrained(folder)
         del dense
         before, after = (_measured(Path(folder)), _measured(out))
     return Demo(pruned, before, after)

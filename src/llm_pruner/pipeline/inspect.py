@@ -19,13 +19,13 @@ FORMAT_VERSION = 1
 
 
 def inspect_model(model: ModelSettings) -> dict[str, Any]:
-    """Return all groups of a model and all that is frozen, ready for JSON.
+    """Return all groups of a model and all that is frozen, ready for JSON; no weights are read.
 
     Raises:
         UserError: the model cannot be loaded.
         DiscoveryError: it cannot be run.
     """
-    loaded = load(model, tokenizer_required=False)
+    loaded = load(model, weights=False)
     return describe(loaded.name, discover(loaded.model))
 
 

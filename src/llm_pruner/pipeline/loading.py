@@ -6,8 +6,10 @@ from llm_pruner.pipeline.settings import ModelSettings
 from llm_pruner.sources import LoadedModel, load_model
 
 
-def load(model: ModelSettings, *, tokenizer_required: bool = True) -> LoadedModel:
-    """Return the model that the settings name.
+def load(
+    model: ModelSettings, *, tokenizer_required: bool = True, weights: bool = True
+) -> LoadedModel:
+    """Return the model that the settings name; without ``weights``, from its config alone.
 
     Raises:
         UserError: it cannot be loaded.
@@ -19,4 +21,5 @@ def load(model: ModelSettings, *, tokenizer_required: bool = True) -> LoadedMode
         device=model.device,
         trust_remote_code=model.trust_remote_code,
         tokenizer_required=tokenizer_required,
+        weights=weights,
     )

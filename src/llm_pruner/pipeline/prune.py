@@ -128,7 +128,9 @@ def prune_checkpoint(
         if target is None or selection is None:
             raise UserError("no target given; use --ratio, --params or --unit-ratio")
         _check_estimation(criterion, calibration, steps)
-    loaded = load(model)
+    # A plan of random units, or a plan that is there, needs none of the weights.
+    random = plan is not None or criterion.name == "random"
+    loaded = load(model, weights=not (dry_run and random))
     clock.stop("load")
     network = loaded.model
     dense_config = copy.deepcopy(network.config)

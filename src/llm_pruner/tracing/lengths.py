@@ -7,6 +7,7 @@ after a removal, and states which groups must shrink together so that a solution
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -47,10 +48,18 @@ class SizeSystem:
             seen.setdefault((equation.expr, self._axis(equation.rows)), equation.where)
         self.equations = [(expr, axis, where) for (expr, axis), where in seen.items()]
         self._leaves = [set(leaves(expr)) for expr, _, _ in self.equations]
-        # All rows end to end, with the axis of each atom, to look for atoms without a loop.
-        counts = [rows.size for rows in self._rows]
-        self._flat_axis = np.repeat(np.arange(len(counts)), counts)
-        self._flat = np.concatenate([np.zeros(0, np.int64), *(rows.ravel() for rows in self._rows)])
+        self._by_axis: dict[int, list[int]] = defaultdict(list)
+        self._by_leaf: dict[Expr, list[int]] = defaultdict(list)
+        for number, (_, axis, _) in enumerate(self.equations):
+            self._by_axis[axis].append(number)
+            for leaf in self._leaves[number]:
+                self._by_leaf[leaf].append(number)
+        self._lengths_of_axis: dict[int, list[int]] = defaultdict(list)
+        for number, axis in enumerate(axis_of_length):
+            self._lengths_of_axis[axis].append(number)
+        # Atom -> axes and atom -> expanded axes, sorted by atom to look them up without a loop.
+        self._axes_of_atom = _Lookup(self._rows)
+        self._ragged_of_atom = _Lookup([pairs for _, pairs, _ in self._ragged])
 
     def _axis(self, rows: IntArray) -> int:
         resolved = self._atoms.resolve(rows)
@@ -66,9 +75,8 @@ class SizeSystem:
     def with_replicas(self, deleted: Deleted) -> Deleted:
         """Return ``deleted`` with the expanded axes cut to the number of replicas left."""
         deleted = deleted.copy()
-        for outer, pairs, inner in self._ragged:
-            if not deleted[pairs].any():
-                continue
+        for number in self._ragged_of_atom.where(deleted):
+            outer, pairs, inner = self._ragged[number]
             alive = ~deleted[outer].any(axis=1)
             kept = (~deleted[pairs]).sum(axis=1)[alive]
             if kept.size == 0:
@@ -113,21 +121,16 @@ class SizeSystem:
 
     def equations_of(self, atoms: IntArray) -> set[int]:
         """Return the equations that a deletion of these atoms, and what it implies, can touch."""
-        flags = np.zeros(len(self._atoms), dtype=bool)
-        flags[atoms] = True
-        for _, pairs, inner in self._ragged:
-            if flags[pairs].any():
-                flags[inner] = True
-        axes = set(np.unique(self._flat_axis[flags[self._flat]]).tolist())
-        changed: set[Expr] = {("len", i) for i, axis in enumerate(self._lengths) if axis in axes}
-        for (_, axis, _), inside in zip(self.equations, self._leaves, strict=True):
-            if axis in axes:
-                changed |= {leaf for leaf in inside if leaf[0] == "attr"}
-        return {
-            number
-            for number, (_, axis, _) in enumerate(self.equations)
-            if axis in axes or not changed.isdisjoint(self._leaves[number])
+        expanded = self._ragged_of_atom(atoms)
+        if expanded:
+            atoms = np.concatenate([atoms, *(self._ragged[number][2] for number in expanded)])
+        axes = self._axes_of_atom(atoms)
+        found = {number for axis in axes for number in self._by_axis[axis]}
+        changed: set[Expr] = {
+            leaf for number in found for leaf in self._leaves[number] if leaf[0] == "attr"
         }
+        changed |= {("len", number) for axis in axes for number in self._lengths_of_axis[axis]}
+        return found | {number for leaf in changed for number in self._by_leaf[leaf]}
 
     # -------------------------------------------------------------- companions
 
@@ -239,6 +242,30 @@ class SizeSystem:
 
     def _constant(self, expr: Expr) -> int | None:
         return int(expr[1]) if expr[0] == "const" else None
+
+
+class _Lookup:
+    """In which of many arrays of atoms an atom occurs."""
+
+    def __init__(self, arrays: Sequence[IntArray]) -> None:
+        counts = [array.size for array in arrays]
+        owners = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        atoms = np.concatenate([np.zeros(0, np.int64), *(array.ravel() for array in arrays)])
+        owners, atoms = owners[atoms > 0], atoms[atoms > 0]
+        order = np.argsort(atoms, kind="stable")
+        self._atoms, self._owners = atoms[order], owners[order]
+
+    def __call__(self, atoms: IntArray) -> list[int]:
+        """Return the numbers of the arrays that hold any of the atoms."""
+        atoms = np.unique(atoms)
+        first = np.searchsorted(self._atoms, atoms)
+        counts = np.searchsorted(self._atoms, atoms, side="right") - first
+        places = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+        return np.unique(self._owners[places]).tolist()
+
+    def where(self, flags: Deleted) -> list[int]:
+        """Return the numbers of the arrays that hold any atom whose flag is set."""
+        return np.unique(self._owners[flags[self._atoms]]).tolist()
 
 
 def _subtract(left: Form, right: Form, factor: Fraction = Fraction(1)) -> Form:

@@ -15,6 +15,7 @@ from torch import nn
 
 from llm_pruner.errors import DiscoveryError, LLMPrunerError
 from llm_pruner.tracing.functions import SizeMode
+from llm_pruner.tracing.ghosts import GhostTracer, ghosts_of, is_on_meta
 from llm_pruner.tracing.provenance import traced_attributes
 from llm_pruner.tracing.rules import RULES
 from llm_pruner.tracing.sizes import Expr, leaves
@@ -189,13 +190,21 @@ class Layers:
 def run_trace(
     model: nn.Module, forward: Forward = forward_with_cache, tokens: torch.Tensor | None = None
 ) -> tuple[Trace, dict[str, str], dict[str, list[tuple[Any, Any]]]]:
-    """Trace one forward pass.
+    """Trace one forward pass; a model without weights (on meta) runs on stand-ins.
 
     Returns the trace, the names of tied tensors, and for every child of a module list the rows of
     the last axis of its input and output at each call.
     """
-    trace = Trace()
-    tracer = Tracer(trace, RULES)
+    if is_on_meta(model):
+        with ghosts_of(model):
+            return _run(model, forward, tokens, GhostTracer(Trace(), RULES))
+    return _run(model, forward, tokens, Tracer(Trace(), RULES))
+
+
+def _run(
+    model: nn.Module, forward: Forward, tokens: torch.Tensor | None, tracer: Tracer
+) -> tuple[Trace, dict[str, str], dict[str, list[tuple[Any, Any]]]]:
+    trace = tracer.trace
     tokens = example_tokens(model) if tokens is None else tokens
     aliases = label_model(tracer, model)
     tracer.add_input(tokens, ("the batch", "the sequence"))
