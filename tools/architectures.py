@@ -44,6 +44,7 @@ from llm_pruner.checkpoints import save_checkpoint  # noqa: E402
 from llm_pruner.errors import DiscoveryError  # noqa: E402
 from llm_pruner.groups import discover  # noqa: E402
 from llm_pruner.surgery import prune_  # noqa: E402
+from llm_pruner.tracing.run import named_tensors  # noqa: E402
 from llm_pruner.types import Discovery, Removal  # noqa: E402
 from llm_pruner.verification import largest_difference, pruned_logits, twin_logits  # noqa: E402
 
@@ -55,6 +56,7 @@ TOLERANCE = 1e-5
 
 VISIBLE = TOLERANCE
 """A shifted member is noticed if it moves a logit by more than this, on the same scale."""
+
 
 @dataclass
 class Row:
@@ -227,7 +229,9 @@ def _reload(
             difference = largest_difference(list(actual), pruned_logits(again, discovery))
     except Exception as error:
         return f"fails: {_line(error)}{_place(error)}"
-    return saved.kind if difference == 0 else f"differs by {difference:.1e}"
+    if difference == 0:
+        return saved.kind
+    return f"{'rounds' if difference <= TOLERANCE else 'differs'}: {difference:.1e}"
 
 
 def _shift(
@@ -255,6 +259,8 @@ def _shift(
             np.sort(moved.index[part[group.name]].ravel()),
         ):
             continue
+        if _same_everywhere(model, member.tensor, member.dim):
+            continue
         members = (*group.members[:place], moved, *group.members[place + 1 :])
         changed = tuple(
             replace(group, members=members) if other.name == group.name else other
@@ -267,6 +273,12 @@ def _shift(
             row.caught += 1
         else:
             row.missed.append(member.tensor)
+
+
+def _same_everywhere(model: nn.Module, name: str, dim: int) -> bool:
+    """Whether all positions along an axis hold the same, so that a shift changes nothing."""
+    tensor = next(tensor for other, tensor, _ in named_tensors(model) if other == name)
+    return torch.equal(tensor.roll(1, dim), tensor)
 
 
 def _line(error: BaseException) -> str:

@@ -13,10 +13,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from llm_pruner.errors import InfeasibleError
+from llm_pruner.errors import DiscoveryError, InfeasibleError
 from llm_pruner.tracing.graph import Graph
 from llm_pruner.tracing.lengths import SizeSystem, reduce_constraints
-from llm_pruner.tracing.run import Forward, forward_with_cache, named_tensors, run_trace
+from llm_pruner.tracing.run import (
+    Forward,
+    forward_with_cache,
+    forward_without_cache,
+    named_tensors,
+    run_trace,
+)
+from llm_pruner.tracing.sizes import leaves
 from llm_pruner.tracing.tracer import Role, Trace
 from llm_pruner.types import (
     Companion,
@@ -42,18 +49,25 @@ def discover(
     Raises:
         DiscoveryError: the model could not be run or has no token embedding.
     """
-    trace, aliases, calls = run_trace(model, forward, tokens)
+    try:
+        trace, aliases, calls = run_trace(model, forward, tokens)
+    except DiscoveryError:
+        if forward is not forward_with_cache or not hasattr(model, "generate"):
+            raise
+        # Some models cannot be run with their cache by hand, others have none.
+        forward = forward_without_cache
+        trace, aliases, calls = run_trace(model, forward, tokens)
     tensors = {
         name: (tuple(tensor.shape), buffer)
         for name, tensor, buffer in named_tensors(model)
-        if name not in aliases
+        if name not in aliases and name in trace.tensors
     }
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     builder = _Builder(trace, tensors, lists)
     groups, unit_atoms = builder.groups()
     system = SizeSystem(trace)
     groups = _bind(groups, unit_atoms, trace, system)
-    layer_groups, layer_lists = _layer_groups(trace, calls, lists)
+    layer_groups, layer_lists = _layer_groups(model, trace, calls, lists)
     graph = Graph(trace, system, unit_atoms, layer_lists, forward)
     return Discovery(
         groups=(*groups, *layer_groups),
@@ -125,7 +139,8 @@ class _Builder:
                 first = min(member.order for member in members if not member.buffer)
                 layer = self._layer(members)
                 aligned = "aligned" in self.roles and bool(self.roles["aligned"][units].any())
-                multiple = _ALIGNMENT if aligned else 1
+                even = "even" in self.roles and bool(self.roles["even"][units].any())
+                multiple = _ALIGNMENT if aligned else 2 if even else 1
                 group = Group("", kind, layer, len(units), members, multiple=multiple)
                 result.append((first, group, units))
         result.sort(key=lambda item: (item[0], item[1].members[0].tensor))
@@ -354,7 +369,7 @@ def _trial(
 
 
 def _layer_groups(
-    trace: Trace, calls: Mapping[str, list[tuple[Any, Any]]], lists: list[str]
+    model: nn.Module, trace: Trace, calls: Mapping[str, list[tuple[Any, Any]]], lists: list[str]
 ) -> tuple[list[Group], dict[str, int]]:
     """Find module lists whose children map the residual stream onto itself."""
     groups: list[Group] = []
@@ -369,10 +384,49 @@ def _layer_groups(
         children = sorted(by_list[parent], key=lambda name: int(name.rsplit(".", 1)[1]))
         if not all(_passes_through(trace, calls[child]) for child in children):
             continue
-        name = "layers" if not groups else f"layers_{len(groups) + 1}"
-        groups.append(Group(name, "layers", None, len(children), (), modules=tuple(children)))
         lengths[parent] = len(children)
+        reason = _why_fixed(model, trace, len(children))
+        if _opens(model, children):
+            children = children[1:]
+        name = "layers" if not groups else f"layers_{len(groups) + 1}"
+        if len(children) < 2:
+            reason = "the model needs its first layer, and has one other"
+        modules = tuple(children)
+        groups.append(Group(name, "layers", None, len(modules), (), frozen=reason, modules=modules))
     return groups, lengths
+
+
+def _why_fixed(model: nn.Module, trace: Trace, count: int) -> str | None:
+    """Return why the number of layers cannot change, or None."""
+    for equation in trace.equations:
+        for leaf in leaves(equation.expr):
+            name = str(leaf[2]) if leaf[0] == "attr" else ""
+            if name.endswith(("num_hidden_layers", "n_layer", "n_layers", "num_layers")):
+                return f"{name} sizes an axis as well ({equation.where})"
+    config = getattr(model, "config", None)
+    for settings in (config, getattr(config, "text_config", None)):
+        for name in ("layer_types", "layers_block_type"):
+            # A property, without a value of its own, follows from the number of each layer.
+            if settings is None:
+                continue
+            kinds = getattr(settings, name, None)
+            stored = {name, *getattr(settings, "attribute_map", {}).values()} & set(vars(settings))
+            if (
+                isinstance(kinds, list | tuple)
+                and len(set(kinds)) > 1
+                and not any(vars(settings)[key] == kinds for key in stored)
+            ):
+                return f"the kind of each layer follows from its number ({name})"
+    return None
+
+
+def _opens(model: nn.Module, children: list[str]) -> bool:
+    """Whether the first layer holds a part that no other has (a norm of the embeddings).
+
+    Its code runs that part by the number of the layer, so whatever comes first must have it.
+    """
+    parts = [{name for name, _ in model.get_submodule(c).named_children()} for c in children]
+    return parts[0] > set().union(*parts[1:])
 
 
 def _passes_through(trace: Trace, calls: list[tuple[Any, Any]]) -> bool:

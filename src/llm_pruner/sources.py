@@ -200,8 +200,7 @@ def _load_model(
         config = AutoConfig.from_pretrained(folder, **shared)
         _check_quantization(source, config)
         if not weights:
-            # The sizes of a model that a config cannot express come with its weights.
-            if getattr(config, "quantization_config", None) is None:
+            if _config_suffices(config, shared):
                 return _on_meta(config, options["dtype"], shared.get("trust_remote_code"))
             if Path(folder).is_dir():
                 _check_weights(Path(folder))
@@ -222,6 +221,16 @@ def _load_model(
     return model
 
 
+def _config_suffices(config: Any, shared: dict[str, Any]) -> bool:
+    """Whether a config alone builds the model that ``from_pretrained`` would."""
+    # The sizes of a pruned model that a config cannot express are in the marks of its quantizer.
+    if getattr(config, "quantization_config", None) is not None:
+        return False
+    # Without weights, code from the hub would come from its newest revision.
+    own_code = shared.get("trust_remote_code") and hasattr(config, "auto_map")
+    return not (own_code and shared.get("revision"))
+
+
 def _on_meta(config: Any, dtype: torch.dtype | str, trust_remote_code: Any) -> PreTrainedModel:
     """Build a model without weights, as ``from_pretrained`` does before it reads them."""
     if dtype == "auto":
@@ -231,9 +240,12 @@ def _on_meta(config: Any, dtype: torch.dtype | str, trust_remote_code: Any) -> P
         initialization.meta_device_safe_creation_ops(),
         torch.device("meta"),
     ):
-        return AutoModelForCausalLM.from_config(
+        model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
+    # Tying is a part of the initialisation that was left out.
+    model.tie_weights()
+    return model
 
 
 def _forget_gguf_(model: PreTrainedModel) -> None:

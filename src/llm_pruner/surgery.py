@@ -6,14 +6,17 @@ import copy
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from llm_pruner.errors import InfeasibleError
 from llm_pruner.removal import kept_shapes, removed_modules, removed_positions
+from llm_pruner.tracing.sizes import leaves
 from llm_pruner.types import Discovery, Edits, IntArray, Removal
 
 # Sizes that standard modules keep only to describe themselves: (weight axis -> attribute).
@@ -37,13 +40,19 @@ def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edit
     _require_units(discovery, removal)
     _require_shapes(model, discovery)
     graph = discovery.graph
+    gone = removed_modules(discovery, removal)
+    rename = _Renaming(graph.layer_lists, gone)
+    # A removed layer's own sizes need no solution: nothing reads them any more.
+    standing = {
+        number
+        for number, (expr, _, _) in enumerate(graph.system.equations)
+        if not any(leaf[0] == "attr" and rename.is_gone(f"{leaf[1]}.") for leaf in leaves(expr))
+    }
     try:
-        attributes = graph.system.attributes(graph.deleted(removal))
+        attributes = graph.system.attributes(graph.deleted(removal), standing)
     except InfeasibleError as error:
         names = ", ".join(name for name, units in removal.items() if len(units))
         raise InfeasibleError(f"removing units of {names}: {error}") from error
-    gone = removed_modules(discovery, removal)
-    rename = _Renaming(graph.layer_lists, gone)
     shapes = {
         rename(name): shape
         for name, shape in kept_shapes(discovery, removal).items()
@@ -219,26 +228,33 @@ def _layer_numbers(
         kept = [i for i in range(count) if f"{path}.{i}" not in gone]
         if len(kept) == count:
             continue
-        holding: dict[tuple[str, str], set[int]] = defaultdict(set)
-        for i in range(count):
-            for inner, module in model.get_submodule(f"{path}.{i}").named_modules():
-                for key, value in vars(module).items():
-                    if type(value) is int and value == i:
-                        holding[inner, key].add(i)
-        present: dict[tuple[str, str], set[int]] = defaultdict(set)
+        present: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
         for i in range(count):
             for inner, module in model.get_submodule(f"{path}.{i}").named_modules():
                 for key, value in vars(module).items():
                     if type(value) is int:
-                        present[inner, key].add(i)
-        for (inner, key), where in holding.items():
-            # An attribute that only one layer has may equal the layer's number by chance.
-            if where != present[inner, key] or not (len(where) > 1 or _NUMBER_NAME.search(key)):
+                        present[inner, key][i] = value
+        for (inner, key), values in present.items():
+            step = _step(key, values, count)
+            if step is None:
                 continue
             for new, old in enumerate(kept):
-                if old in where and new != old:
+                if old in values and new != old:
                     module = f"{path}.{old}.{inner}" if inner else f"{path}.{old}"
-                    yield module, key, new
+                    yield module, key, values[old] - step * (old - new)
+
+
+def _step(key: str, values: Mapping[int, int], count: int) -> int | None:
+    """Return by how much an attribute grows from layer to layer, if it numbers them."""
+    if all(value == i for i, value in values.items()):
+        # An attribute that only one layer has may equal the layer's number by chance.
+        return 1 if len(values) > 1 or _NUMBER_NAME.search(key) else None
+    if len(values) != count or not _NUMBER_NAME.search(key):
+        return None
+    # Layers of two attentions each number the attentions.
+    step = values[1] - values[0]
+    even = all(value == values[0] + step * i for i, value in values.items())
+    return step if step > 1 and even else None
 
 
 def _descriptions(
@@ -274,9 +290,17 @@ def _configs(model: nn.Module) -> list[Any]:
 def _filter_config(config: Any, count: int, kept: Sequence[int]) -> None:
     if getattr(config, "num_hidden_layers", None) != count:
         return
-    config.num_hidden_layers = len(kept)
+    try:
+        config.num_hidden_layers = len(kept)
+    except NotImplementedError:
+        # Models with an encoder as well count their layers apart.
+        for key, value in list(vars(config).items()):
+            if key.endswith("decoder_layers") and value == count:
+                setattr(config, key, len(kept))
     for key, value in list(vars(config).items()):
         if "token" in key:
             continue
         if isinstance(value, list | tuple) and len(value) == count:
-            setattr(config, key, type(value)(value[i] for i in kept))
+            # Of such a length by chance, if the config refuses a shorter one.
+            with suppress(StrictDataclassError):
+                setattr(config, key, type(value)(value[i] for i in kept))

@@ -21,10 +21,10 @@ from llm_pruner.errors import VerificationError
 from llm_pruner.removal import removed_modules, removed_positions
 from llm_pruner.surgery import prune_
 from llm_pruner.tracing.functions import SizeMode
+from llm_pruner.tracing.provenance import traced_attributes
 from llm_pruner.tracing.rules import RULES
 from llm_pruner.tracing.rules.reduction import reduced_dims
 from llm_pruner.tracing.run import evaluating, example_tokens, label_model, named_tensors
-from llm_pruner.tracing.sizes import Expr
 from llm_pruner.tracing.tracer import Trace, Tracer
 from llm_pruner.types import Discovery, IntArray, Removal
 
@@ -50,17 +50,6 @@ class _Twin(Tracer):
         if not dead.any():
             return None
         return torch.from_numpy(np.flatnonzero(~dead)).to(tensor.device)
-
-    # Sizes were settled by the trace; here they are only numbers.
-    def sized(self, expr: Expr, rows: IntArray, where: str) -> None:
-        """Ignore: nothing is recorded."""
-
-    def tie_windows(self, rows: IntArray, step: int, where: str) -> None:
-        """Ignore: nothing is recorded."""
-
-    def length(self, tensor: torch.Tensor, dim: int) -> int:
-        """Return the size of an axis."""
-        return len(self.label(tensor)[dim])
 
     def execute(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name in _OVER_AXES:
@@ -182,6 +171,8 @@ def twin_logits(
         evaluating(model),
         _silenced(model, discovery, removal),
         _bypassed(model, gone),
+        # Sizes keep their origin as in the trace, so that the same axes are fixed.
+        traced_attributes(model, twin.used_as_number),
         twin,
         SizeMode(twin),
     ):

@@ -320,8 +320,12 @@ def _unflatten(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _conv1d(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
     axes = recorder.axes(out)
-    if axes is not None and int(groups) > 1:
+    if axes is None or int(groups) == 1:
+        return
+    if int(groups) == len(axes[-2]):
         recorder.sized(expr_of(groups), axes[-2], "groups of a convolution")
+    elif isinstance(groups, TracedInt):
+        recorder.used_as_number(groups.expr)
 
 
 def _one_hot(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:

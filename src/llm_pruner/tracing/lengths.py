@@ -36,7 +36,9 @@ class SizeSystem:
                 trace.atoms.find(r.inner)[:, 0],
             )
             for r in trace.ragged
+            # Where the copies are one with their axis, its own atoms say what goes.
             if trace.atoms.resolve(r.inner).size
+            and (trace.atoms.find(r.pairs) != trace.atoms.find(r.inner)[:, 0]).any()
         ]
         self._axes: dict[bytes, int] = {}
         self._rows: list[IntArray] = []

@@ -18,7 +18,7 @@ from llm_pruner.tracing.functions import SizeMode
 from llm_pruner.tracing.ghosts import GhostTracer, ghosts_of, is_on_meta
 from llm_pruner.tracing.provenance import traced_attributes
 from llm_pruner.tracing.rules import RULES
-from llm_pruner.tracing.sizes import Expr, leaves
+from llm_pruner.tracing.sizes import Equation, Expr, leaves
 from llm_pruner.tracing.tracer import Trace, Tracer
 from llm_pruner.types import IntArray
 
@@ -87,6 +87,18 @@ def forward_with_cache(model: nn.Module, tokens: torch.Tensor) -> list[torch.Ten
     return logits
 
 
+def forward_without_cache(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Run all tokens at once, without a mask and with one; for models whose cache needs more."""
+    if "attention_mask" not in inspect.signature(model.forward).parameters:
+        return [logits_of(model(input_ids=tokens))]
+    mask = torch.ones_like(tokens)
+    mask[0, -2] = 0
+    return [
+        logits_of(model(input_ids=tokens, use_cache=False)),
+        logits_of(model(input_ids=tokens, use_cache=False, attention_mask=mask)),
+    ]
+
+
 def _generate(
     model: nn.Module, tokens: torch.Tensor, name: str | None, masks: dict[str, torch.Tensor]
 ) -> list[torch.Tensor]:
@@ -113,8 +125,14 @@ def logits_of(output: Any) -> torch.Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation without gradients, and back."""
+    """Switch to evaluation without gradients, and back; states that modules keep are dropped."""
     training = [module for module in model.modules() if module.training]
+    empty = [
+        (vars(module), key)
+        for module in model.modules()
+        for key, value in vars(module).items()
+        if value is None
+    ]
     model.eval()
     try:
         with torch.no_grad():
@@ -122,6 +140,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+        for space, key in empty:
+            if isinstance(space.get(key), torch.Tensor):
+                space[key] = None
 
 
 def label_model(tracer: Tracer, model: nn.Module) -> dict[str, str]:
@@ -146,6 +167,8 @@ class Layers:
         self.first: dict[str, str] = {}
         # A weak reference: holding a tensor would change the operations of the run.
         self.last: dict[str, weakref.ref[torch.Tensor]] = {}
+        self.beside: dict[str, list[weakref.ref[torch.Tensor]]] = {}
+        self.given: dict[tuple[str, int | str], weakref.ref[torch.Tensor]] = {}
         self.handles = []
         for path, module in model.named_modules():
             if not isinstance(module, nn.ModuleList) or len(module) < 2:
@@ -171,8 +194,11 @@ class Layers:
             chained = self.first.setdefault(parent, name) == name or (
                 before is not None and before() is source
             )
+            chained = self._stands_alone(parent, source, args, kwargs) and chained
             if isinstance(result, torch.Tensor):
                 self.last[parent] = weakref.ref(result)
+            rest = output[1:] if isinstance(output, tuple | list) else ()
+            self.beside[parent] = [weakref.ref(t) for t in rest if isinstance(t, torch.Tensor)]
             self.seen.setdefault(name, []).append(
                 (axes[0][-1], axes[1][-1])  # type: ignore[index]
                 if chained and not shapes_differ
@@ -180,6 +206,29 @@ class Layers:
             )
 
         return hook
+
+    def _stands_alone(self, parent: str, source: Any, args: Any, kwargs: Any) -> bool:
+        """Whether a child is given nothing of the ones before it but the hidden states.
+
+        Not so if it is given what the last one returned beside them, or another tensor of the
+        hidden size that is not the same for all children (the states of earlier layers).
+        """
+        alone = True
+        made = self.beside.get(parent, [])
+        for key, value in [*enumerate(args), *kwargs.items()]:
+            if not isinstance(value, torch.Tensor) or value is source:
+                continue
+            if any(other() is value for other in made):
+                alone = False
+            before = self.given.get((parent, key))
+            self.given[parent, key] = weakref.ref(value)
+            axes, hidden = self.tracer.axes(value), self.tracer.axes(source)
+            if before is None or before() is value or not axes or not hidden:
+                continue
+            a, b = (self.tracer.atoms.resolve(rows[-1]) for rows in (axes, hidden))
+            if a.size and a.shape == b.shape and bool((a == b).all()):
+                alone = False
+        return alone
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -280,11 +329,22 @@ def _freeze_unreached(trace: Trace, aliases: dict[str, str]) -> None:
                 trace.atoms.freeze(rows, reason if other == name else f"{name} was {reason}")
 
 
+def _state_equal(trace: Trace, left: Expr, right: Expr) -> None:
+    """Record that code compares a size with an attribute, and goes on only if they are equal."""
+    if right[0] == "len":
+        left, right = right, left
+    if left[0] == "len" and right[0] == "attr":
+        trace.equations.append(Equation(right, trace.lengths[left[1]], "a comparison"))
+
+
 def _settle(trace: Trace) -> None:
     """Draw the conclusions that need the whole trace."""
     atoms = trace.atoms
     as_number: dict[Expr, None] = {}
     for expr in trace.numbers:
+        if expr[0] == "==":
+            _state_equal(trace, expr[1], expr[2])
+            continue
         for leaf in leaves(expr):
             if leaf[0] == "len":
                 atoms.freeze(trace.lengths[leaf[1]], "its size is used as a number in the code")

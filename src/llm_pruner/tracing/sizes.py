@@ -127,7 +127,22 @@ class TracedInt(int):
         return hash(int(self))
 
     def __eq__(self, other: object) -> bool:
+        if isinstance(other, TracedInt) and int(self) == int(other) and self.expr != other.expr:
+            # Code that insists on it will do so after a removal.
+            self.on_value(("==", self.expr, other.expr))
         return int(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        if isinstance(other, TracedInt):
+            return not self == other
+        return int(self) != other
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        for value in inputs:
+            if isinstance(value, TracedInt):
+                value.on_value(value.expr)
+        plain = [int(value) if isinstance(value, TracedInt) else value for value in inputs]
+        return getattr(ufunc, method)(*plain, **kwargs)
 
 
 def expr_of(value: int) -> Expr:

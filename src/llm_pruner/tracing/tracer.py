@@ -22,7 +22,7 @@ from llm_pruner.tracing.sizes import Equation, Expr, TracedInt, leaves
 from llm_pruner.types import IntArray
 
 Axes = list[IntArray]
-Role = Literal["head", "query_key", "value", "activation", "routing", "aligned"]
+Role = Literal["head", "query_key", "value", "activation", "routing", "aligned", "even"]
 
 
 @dataclass
@@ -73,6 +73,7 @@ class Tracer(TorchDispatchMode):
         self.weights: Any = WeakTensorKeyDictionary()
         self.names: Any = WeakTensorKeyDictionary()
         self.vocabulary: Any = WeakTensorKeyDictionary()
+        self.cut_from: Any = WeakTensorKeyDictionary()
         self.function: str | None = None
         self._shared: dict[str, int] = {}
         self._ragged: dict[int, Ragged] = {}
@@ -266,6 +267,9 @@ class Tracer(TorchDispatchMode):
     def tie_windows(self, rows: IntArray, step: int, where: str) -> None:
         """State that each run of ``step`` neighbouring positions goes together."""
         whole = len(rows) // step
+        if not rows.size or not whole:
+            self.freeze(rows, f"left over by a {where}")
+            return
         windows = rows[: whole * step].reshape(whole, step, -1)
         for offset in range(1, step):
             self.atoms.unify(windows[:, 0], windows[:, offset])
@@ -322,6 +326,9 @@ class Tracer(TorchDispatchMode):
                 self.set_label(
                     tensor, [self.frozen_rows(size, str(unplaced)) for size in tensor.shape]
                 )
+        if name in VIEWS and inputs[0] in self.cut_from:
+            for tensor in tensors_in([out]):
+                self.cut_from.setdefault(tensor, self.cut_from[inputs[0]])
         if name in MOVEMENT and inputs:
             for marked in (self.weights, self.vocabulary):
                 if all(tensor in marked for tensor in inputs):
@@ -345,6 +352,12 @@ MOVEMENT = frozenset(
     | {"squeeze", "slice", "select", "split", "split_with_sizes", "unbind", "detach", "alias"}
     | {"clone", "_to_copy", "cat", "index"}
 )
+
+VIEWS = frozenset(
+    {"view", "reshape", "_reshape_alias", "transpose", "permute", "t", "expand", "unsqueeze"}
+    | {"squeeze", "slice", "select", "split", "split_with_sizes", "alias", "detach"}
+)
+"""Operations whose result shares the memory of the input, and with it the strides."""
 
 DOMAIN_AWARE = frozenset(
     {"view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze"}

@@ -143,6 +143,8 @@ def slice_(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor)
     axes = tracer.label(args[0])
     if args[0].shape != out.shape:
         require_sight(tracer)
+    if axes[dim].shape[0] != out.shape[dim]:
+        tracer.cut_from[out] = axes[dim]
     axes[dim] = axes[dim][slice(start, stop, step)]
     tracer.set_label(out, axes)
     if args[0] in tracer.domains:
@@ -166,6 +168,7 @@ def split(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None: 
     for piece in out:
         stop = start + piece.shape[dim]
         tracer.set_label(piece, [*axes[:dim], axes[dim][start:stop], *axes[dim + 1 :]])
+        tracer.cut_from[piece] = axes[dim]
         start = stop
 
 
@@ -247,7 +250,23 @@ def diagonal(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tenso
     raise UnplacedError("a diagonal is taken")
 
 
+def as_complex(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
+    """Pairs of neighbours become complex numbers; an axis that they were cut from stays even."""
+    if args[0] in tracer.cut_from:
+        tracer.note("even", tracer.cut_from[args[0]])
+    axes = tracer.label(args[0])
+    tracer.freeze(axes[-1], "pairs are read as complex numbers")
+    tracer.set_label(out, axes[:-1])
+
+
+def as_real(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
+    pair = tracer.frozen_rows(2, "pairs are read as complex numbers")
+    tracer.set_label(out, [*tracer.label(args[0]), pair])
+
+
 RULES = {
+    "view_as_complex": as_complex,
+    "view_as_real": as_real,
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten"), view),
     **dict.fromkeys(("clone", "detach", "alias", "_to_copy", "contiguous", "lift_fresh"), same),
     **dict.fromkeys(("lift_fresh_copy", "detach_", "view_as", "positive", "resolve_conj"), same),
