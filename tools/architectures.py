@@ -1,9 +1,9 @@
 """Try every causal language model that transformers registers, and write the table of results.
 
-For each type a tiny random model is built and traced, each kind of structure is pruned alone and all
-together, and every pruned model is compared with its masked twin, in one pass over the tokens and
-in decoding with the cache. The pruned model is saved, loaded and compared bit for bit, and members
-of groups are shifted by one unit to see that the twin would notice.
+For each type a tiny random model is built and traced, each kind of structure is pruned alone and
+all together, and every pruned model is compared with its masked twin, in one pass over the tokens
+and in decoding with the cache. The pruned model is saved, loaded and compared bit for bit, and
+members of groups are shifted by one unit to see that the twin would notice.
 
     python tools/architectures.py [--only type,type] [--jobs 2] [--out FILE.md] [--json FILE.json]
 """
@@ -37,7 +37,6 @@ from transformers import AutoModelForCausalLM
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 
-from removals import bound_to, pick  # noqa: E402
 from tiny_configs import NOT_DECODERS, TYPES, tiny_config  # noqa: E402
 
 from llm_pruner.checkpoints import save_checkpoint  # noqa: E402
@@ -47,6 +46,7 @@ from llm_pruner.surgery import prune_  # noqa: E402
 from llm_pruner.tracing.run import named_tensors  # noqa: E402
 from llm_pruner.types import Discovery, Removal  # noqa: E402
 from llm_pruner.verification import largest_difference, pruned_logits, twin_logits  # noqa: E402
+from removals import bound_to, pick  # noqa: E402
 
 TIME_LIMIT = 90.0
 """Seconds for one type."""
@@ -73,7 +73,7 @@ class Row:
         twin: kind (or "all") -> largest difference relative to the logits.
         unseen: kinds whose removal left the logits as they were, so that the twin shows nothing.
         frozen: [reason, positions] of what cannot be pruned, the largest first.
-        reload: ``stock`` or ``recipe`` if the saved model gives the same bits, else what went wrong.
+        reload: ``stock`` or ``recipe`` if the saved model gives the same bits, else what is wrong.
         shifted: members that were shifted by one unit.
         caught: those whose shift was noticed.
         missed: tensors of the others.
@@ -364,11 +364,12 @@ def markdown(rows: Sequence[Row]) -> str:
         "Made by `python tools/architectures.py`; do not edit by hand.",
         f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}.",
         "",
-        f"All {len(rows)} causal language models that `transformers` registers, each as a tiny model",
-        "with random weights, norms and biases. Each kind of structure is pruned alone and all kinds",
-        "together (a third of the units). *Twin* is the largest difference between the pruned",
-        "model and the dense one with the same units silenced, over prefill and cached decoding, with",
-        f"and without a padding mask, relative to the largest logit; {TOLERANCE:.0e} is the limit.",
+        f"All {len(rows)} causal language models that `transformers` registers, each as a tiny",
+        "model with random weights, norms and biases. Each kind of structure is pruned alone and",
+        "all together (a third of the units). *Twin* is the largest difference between the pruned",
+        "model and the dense one with the same units silenced, over prefill and cached decoding,",
+        "with and without a padding mask, relative to the largest logit;",
+        f"{TOLERANCE:.0e} is the limit.",
         "",
         "| result | types |",
         "|---|---|",
@@ -376,8 +377,8 @@ def markdown(rows: Sequence[Row]) -> str:
         "",
         f"- Largest difference from the twin: {worst:.1e}.",
         f"- Saved and loaded with the same bits: {reloads['stock'] + reloads['recipe']} of "
-        f"{sum(reloads.values())} ({reloads['stock']} as plain checkpoints, {reloads['recipe']} with "
-        "a recipe).",
+        f"{sum(reloads.values())} ({reloads['stock']} as plain checkpoints, "
+        f"{reloads['recipe']} with a recipe).",
         f"- Mutation control: one random member of every group takes its neighbour's positions; "
         f"{caught} of {shifted} shifts "
         f"({100 * caught / max(shifted, 1):.1f}%) show in the logits.",
@@ -387,12 +388,14 @@ def markdown(rows: Sequence[Row]) -> str:
         lines += [
             f"  Not seen: {listed}.",
             "  A bias of keys that are not rotated adds one number to all scores of a query, which "
-            "softmax does not see; tensors that no forward pass reads have no effect.",
+            "softmax does not see. Copies of rotary frequencies, pooled outputs and the like "
+            "do not reach the logits; what only decides a choice (where BLT cuts its input, which "
+            "tokens an indexer selects, which expert is best) shows only when the choice changes.",
         ]
     lines += [
         "",
-        "*Can be pruned* lists kind x groups. *passes* means that something besides the FFN and whole",
-        "layers is prunable and that all of it equals the twin.",
+        "*Can be pruned* lists kind x groups. *passes* means that something besides the FFN and",
+        "whole layers is prunable and that all of it equals the twin.",
         "",
         "| type | class | result | can be pruned | frozen, because | twin | reload |",
         "|---|---|---|---|---|---|---|",

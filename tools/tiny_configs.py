@@ -126,10 +126,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "cpmant": {"dim_ff": 96, "dim_head": 16},
     "ctrl": {"dff": 96},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deepseek_v4": {
+        "layer_types": ["compressed_sparse_attention", "heavily_compressed_attention"],
+        "compress_rate_csa": 2,
+        "compress_rate_hca": 2,
+    },
     "dory": {"initializer_range": 1.0, "layer_types": _GLOBAL},
     "dots3_note": {
-        "vision_config": {"mlp_layer_types": ["dense", "dense"], "adapter_in_dim": 64},
-        "audio_config": {"adapter_input_size": 64},
+        "vision_config": {
+            "mlp_layer_types": ["dense", "dense"],
+            "adapter_in_dim": 64,
+            "adapter_out_dim": 64,
+        },
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
     },
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
     "gemma3n_text": {

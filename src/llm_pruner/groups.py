@@ -141,7 +141,9 @@ class _Builder:
                 aligned = "aligned" in self.roles and bool(self.roles["aligned"][units].any())
                 even = "even" in self.roles and bool(self.roles["even"][units].any())
                 multiple = _ALIGNMENT if aligned else 2 if even else 1
-                group = Group("", kind, layer, len(units), members, multiple=multiple)
+                group = Group(
+                    "", kind, layer, len(units), members, multiple=multiple, frozen=_unused(members)
+                )
                 result.append((first, group, units))
         result.sort(key=lambda item: (item[0], item[1].members[0].tensor))
         return self._named(result)
@@ -291,6 +293,17 @@ class _Builder:
         return result
 
 
+def _unused(members: tuple[Member, ...]) -> str | None:
+    """Return why an axis that only one tensor has is fixed: something must read its channels.
+
+    Code that collects states until there are enough does not use them in a short run.
+    """
+    weights = [member for member in members if not member.buffer]
+    if len(weights) > 1 or weights[0].index.shape[1] > 1:
+        return None
+    return "the traced run did not use what it computes"
+
+
 def _mix(axes: IntArray, counts: IntArray) -> np.ndarray[Any, np.dtype[np.uint64]]:
     """Hash (axis, count) pairs to 64 bits (splitmix64), to be summed over the pairs of an atom."""
     with np.errstate(over="ignore"):
@@ -320,7 +333,7 @@ def _bind(
     result = list(groups)
     for number, place in enumerate(ranking):
         group = replace(groups[place], companions=tuple(companions[number]))
-        result[place] = replace(group, frozen=stuck.get(number))
+        result[place] = replace(group, frozen=group.frozen or stuck.get(number))
     by_name = {group.name: group for group in result}
     for place, group in enumerate(result):
         if group.frozen is None:
@@ -385,7 +398,7 @@ def _layer_groups(
         if not all(_passes_through(trace, calls[child]) for child in children):
             continue
         lengths[parent] = len(children)
-        reason = _why_fixed(model, trace, len(children))
+        reason = _why_fixed(model, trace)
         if _opens(model, children):
             children = children[1:]
         name = "layers" if not groups else f"layers_{len(groups) + 1}"
@@ -396,7 +409,7 @@ def _layer_groups(
     return groups, lengths
 
 
-def _why_fixed(model: nn.Module, trace: Trace, count: int) -> str | None:
+def _why_fixed(model: nn.Module, trace: Trace) -> str | None:
     """Return why the number of layers cannot change, or None."""
     for equation in trace.equations:
         for leaf in leaves(equation.expr):

@@ -254,7 +254,7 @@ def _step(key: str, values: Mapping[int, int], count: int) -> int | None:
     # Layers of two attentions each number the attentions.
     step = values[1] - values[0]
     even = all(value == values[0] + step * i for i, value in values.items())
-    return step if step > 1 and even else None
+    return step if 0 <= values[0] < step and even else None
 
 
 def _descriptions(

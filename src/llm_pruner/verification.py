@@ -58,6 +58,8 @@ class _Twin(Tracer):
             return self._along(func, args, kwargs, args[1])
         if name in ("native_layer_norm", "_fused_rms_norm"):
             return self._norm(func, args, kwargs)
+        if name == "bmm":
+            return self._product(func, args)
         if name in ("topk", "sort"):
             return self._select(func, name, args, kwargs)
         return super().execute(func, name, args, kwargs)
@@ -80,6 +82,14 @@ class _Twin(Tracer):
             return func(*args, **kwargs)
         part = func(source.index_select(dim, alive), *args[1:], **kwargs)
         return part.new_zeros(source.shape).index_copy(dim % source.dim(), alive, part)
+
+    def _product(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """Products of two activations: neither side need be zero at the dead positions."""
+        left, right = args
+        alive = self.alive(self.label(left)[2], left)
+        if alive is not None:
+            left, right = left.index_select(2, alive), right.index_select(1, alive)
+        return func(left, right)
 
     def _norm(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         source, shape = args[0], args[1]

@@ -155,7 +155,8 @@ class Atoms:
         if rows.shape[1] != 1 or not rows.all():
             return False
         flat = rows[:, 0]
-        return bool((self._replica[flat] & (self.find(flat) == flat)).all())
+        untouched = (self.find(flat) == flat) & (self._frozen[flat] == 0)
+        return bool((self._replica[flat] & untouched).all())
 
     # ---------------------------------------------------------------- stating
 
