@@ -7,6 +7,7 @@ import math
 import pickle
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -87,6 +88,23 @@ def test_use_as_a_number_is_reported(use: object) -> None:
     assert result == use(8)  # type: ignore[operator]
     assert not isinstance(result, TracedInt)
     assert uses.seen == [SIZE]
+
+
+def test_comparison_with_another_size_is_reported() -> None:
+    uses = Uses()
+    length = TracedInt.of(8, ("len", 0), uses.seen.append)
+    assert length == uses.size
+    assert (length != uses.size) is False
+    assert uses.seen == [("==", ("len", 0), SIZE)] * 2
+    assert length != TracedInt.of(7, HEADS, uses.seen.append)
+    assert uses.size == uses.size
+    assert len(uses.seen) == 2
+
+
+def test_use_by_numpy_is_reported() -> None:
+    uses = Uses()
+    assert np.sqrt(uses.size * 2) == 4
+    assert uses.seen == [("*", SIZE, ("const", 2))]
 
 
 def test_origin_of_plain_integers_and_description() -> None:

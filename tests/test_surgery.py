@@ -15,7 +15,7 @@ from families import discovered, make
 from llm_pruner.errors import InfeasibleError
 from llm_pruner.groups import discover
 from llm_pruner.removal import count_parameters, kept_shapes
-from llm_pruner.surgery import apply_layers, plan_edits, prune_, set_attribute
+from llm_pruner.surgery import _layer_numbers, apply_layers, plan_edits, prune_, set_attribute
 from llm_pruner.types import Edits
 from llm_pruner.verification import pruned_logits
 from nets import NanoGPT
@@ -291,3 +291,26 @@ def test_pruned_model_can_be_traced_and_pruned_again() -> None:
     prune_(model, again, {"hidden": np.array([0]), "layers.0.ffn": np.array([1])})
     assert sum(p.numel() for p in model.parameters()) < before
     assert all(bool(logits.isfinite().all()) for logits in pruned_logits(model, again))
+
+
+class TwoAttentions(nn.Module):
+    """A layer whose two parts are numbered through all layers."""
+
+    def __init__(self, layer: int) -> None:
+        super().__init__()
+        self.number_of_states = 2 * layer + 2
+        self.parts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        for place, part in enumerate(self.parts):
+            part.layer_idx = 2 * layer + place
+
+
+def test_numbers_of_parts_follow_their_layer() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList([TwoAttentions(i) for i in range(4)])
+    found = sorted(_layer_numbers(model, {"layers": 4}, ("layers.1",)))
+    assert found == [
+        ("layers.2.parts.0", "layer_idx", 2),
+        ("layers.2.parts.1", "layer_idx", 3),
+        ("layers.3.parts.0", "layer_idx", 4),
+        ("layers.3.parts.1", "layer_idx", 5),
+    ]
