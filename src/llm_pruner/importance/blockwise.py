@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_pruner.importance.blocks import Call, Chain, find_chain, hidden_of, output_of, with_output
-from llm_pruner.importance.borders import Borders
+from llm_pruner.chain.blocks import Call, Chain, find_chain, hidden_of
+from llm_pruner.chain.borders import Borders
+from llm_pruner.importance.borderline import forward, hidden_form, store_slope
 from llm_pruner.importance.criterion import Criterion
 from llm_pruner.importance.gradients import GradientSums, batches, pull_back
 from llm_pruner.importance.loss import loss_cotangent
@@ -65,7 +66,7 @@ def blockwise_sums(
     headed = batches(samples, max(1, min(_TOKENS // length, _LOGIT_BYTES // logit_bytes)))
 
     with chain.opened():
-        shape, dtype = _hidden_form(chain, input_ids)
+        shape, dtype = hidden_form(chain, input_ids)
         shape = (samples, *shape)
         slope_type = torch.promote_types(dtype, torch.float32)
         with (
@@ -73,7 +74,7 @@ def blockwise_sums(
             Borders(wanted, shape, dtype, max(0, budget - slopes.resident)) as borders,
         ):
             for part in track(headed, "importance: forward"):
-                _forward(chain, input_ids, part, borders, slopes, wanted)
+                forward(chain, input_ids, part, borders, slopes, wanted)
             found = _through_blocks(
                 chain, input_ids, criterion, needs, together, borders, slopes, lowest
             )
@@ -81,56 +82,6 @@ def blockwise_sums(
                 parts = headed if first else together
                 found |= _outside(chain, input_ids, criterion, needs, parts, borders, slopes)
     return {name: found[name] for name in needs}
-
-
-def _hidden_form(chain: Chain, input_ids: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype]:
-    """Return the shape, without samples, and type of the hidden state of one full sample."""
-    seen: list[torch.Tensor] = []
-
-    def handler(at: int, _: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        seen.append(hidden_of(args, kwargs))
-        return chain.as_output(at, seen[-1])
-
-    with torch.no_grad():
-        chain.run(input_ids[:1], handler)
-    return tuple(seen[0].shape[1:]), seen[0].dtype
-
-
-def _forward(
-    chain: Chain,
-    input_ids: torch.Tensor,
-    part: slice,
-    borders: Borders,
-    slopes: Borders,
-    wanted: range,
-) -> None:
-    """Store the hidden states of a few samples and the gradient at the last border."""
-    last = len(chain.blocks) - 1
-    leaves: list[torch.Tensor] = []
-
-    def handler(at: int, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if at in wanted:
-            borders.write(at, part, hidden_of(args, kwargs))
-        with torch.no_grad():
-            output = original(*args, **kwargs)
-        if at < last:
-            return output
-        if last + 1 in wanted:
-            borders.write(last + 1, part, output_of(output))
-        leaves.append(output_of(output).detach().requires_grad_())
-        return with_output(output, leaves[0])
-
-    logits = chain.run(input_ids[part], handler)
-    cotangent = loss_cotangent(logits, input_ids[part], part.start)
-    (slope,), factor = pull_back([logits], leaves, [cotangent], part)
-    _store_slope(slopes, part, slope, factor)
-
-
-def _store_slope(slopes: Borders, part: slice, slope: torch.Tensor | None, factor: float) -> None:
-    if slope is None:
-        raise AssertionError("a border without a gradient passed the probe")
-    wide = slope.to(torch.promote_types(slope.dtype, torch.float32))
-    slopes.write(0, part, wide if factor == 1.0 else wide * factor)
 
 
 def _through_blocks(
@@ -159,7 +110,7 @@ def _through_blocks(
         inputs = [leaf, *owned.values()]
         (below, *own), factor = pull_back([output], inputs, [(slope, 1.0)], part)
         gradients.add(own, factor)
-        _store_slope(slopes, part, below, factor)
+        store_slope(slopes, part, below, factor)
         if part is parts[-1]:
             found |= gradients.sums(needs, len(input_ids))
             borders.drop(index)

@@ -6,9 +6,10 @@ import difflib
 from dataclasses import dataclass, fields
 
 from llm_pruner.errors import UserError
+from llm_pruner.importance.criteria import MEASURES
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "name": ("random", "l1", "l2", "taylor"),
+    "name": ("random", "l1", "l2", "taylor", *MEASURES),
     "order": ("first", "second", "mixed"),
     "reduction": ("element", "vector"),
     "aggregate": ("sum", "prod", "max", "last"),
@@ -37,7 +38,9 @@ class Criterion:
     F w^2 / 2 are terms of one expansion whatever the number of samples.
 
     Attributes:
-        name: ``random``, ``l1`` (sum of magnitudes), ``l2`` (Euclidean norm) or ``taylor``.
+        name: ``random``, ``l1`` (sum of magnitudes), ``l2`` (Euclidean norm), ``taylor``, or one of
+            ``criteria.MEASURES``, which look at activations and know no order, reduction or
+            aggregate.
         order: for taylor, which terms of the expansion.
         reduction: for taylor, whether the magnitude is taken of each element or of each slice.
         aggregate: how the members of a group are joined (section 3.2): ``sum``; ``prod``, returned
@@ -63,3 +66,8 @@ class Criterion:
             close = difflib.get_close_matches(str(value), known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise UserError(f"unknown {label} {value!r}: choose one of {', '.join(known)}{hint}")
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether calibration text is needed."""
+        return self.name == "taylor" or self.name in MEASURES

@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from llm_pruner.chain.blocks import NotBlockwise
+from llm_pruner.chain.undisturbed import undisturbed
 from llm_pruner.errors import UserError
-from llm_pruner.importance.blocks import NotBlockwise
 from llm_pruner.importance.blockwise import blockwise_sums
+from llm_pruner.importance.criteria import MEASURES
 from llm_pruner.importance.criterion import Criterion
 from llm_pruner.importance.magnitude import magnitude_sums
 from llm_pruner.importance.needs import Need, Sums, collect_needs, layer_parameters
-from llm_pruner.importance.undisturbed import undisturbed
+from llm_pruner.importance.observing import observe
 from llm_pruner.importance.whole import whole_sums
 from llm_pruner.types import Discovery, FloatArray, Group
 
@@ -48,9 +50,13 @@ def score(
             influence each other. It is left exactly as it was.
         discovery: the groups of this model.
         criterion: what to measure.
-        input_ids: calibration tokens, integers of shape (samples, seq_len); only taylor reads them.
+        input_ids: calibration tokens, integers of shape (samples, seq_len); read by taylor and by
+            the criteria that look at activations.
         seed: of ``random``.
         groups: names of the groups to score; None scores all that are not frozen.
+
+    The criteria in ``criteria.MEASURES`` have their formulas there. A group without a linear module
+    that reads it, which follows others, weighs nothing in those that need moments of its input.
 
     Returns:
         Group name -> finite float64 scores of shape (size,), in the order of ``discovery``.
@@ -62,6 +68,8 @@ def score(
     chosen = _choose(discovery, groups)
     if criterion.name == "random":
         return {group.name: _random(group, seed) for group in chosen}
+    if criterion.name in MEASURES:
+        return _measured(model, chosen, criterion.name, input_ids)
     needs = collect_needs(model, chosen)
     if criterion.name == "taylor":
         sums = _taylor_sums(model, needs, criterion, input_ids)
@@ -88,14 +96,57 @@ def _random(group: Group, seed: int) -> FloatArray:
     return np.random.default_rng(int.from_bytes(digest, "big")).random(group.size)
 
 
+def _measured(
+    model: nn.Module, groups: list[Group], name: str, input_ids: torch.Tensor | None
+) -> dict[str, FloatArray]:
+    measure = MEASURES[name]
+    for group in groups:
+        if measure.kinds is not None and group.kind not in measure.kinds:
+            raise UserError(
+                f"criterion {name!r} scores {', '.join(sorted(measure.kinds))} and not "
+                f"{group.kind}; choose another criterion or other structures"
+            )
+    text = _require_text(input_ids, name)
+    with undisturbed(model), torch.inference_mode(False), torch.enable_grad():
+        ids = text.detach().to(next(model.parameters()).device, torch.long)
+        seen = observe(model, ids, groups, measure.needs)
+    scores = {}
+    for group in groups:
+        if measure.needs & {"moments", "gram"} and not seen[group.name].readings:
+            # A follower without a consumer of its own weighs nothing.
+            scores[group.name] = np.zeros(group.size)
+            continue
+        scores[group.name] = measure.formula(seen[group.name])
+        if not np.isfinite(scores[group.name]).all():
+            raise UserError(
+                f"importance of {group.name} is not finite; load the model in float32, or look for "
+                "extreme values in its weights"
+            )
+    return scores
+
+
 def _taylor_sums(
     model: nn.Module,
     needs: Mapping[str, Need],
     criterion: Criterion,
     input_ids: torch.Tensor | None,
 ) -> dict[str, Sums]:
+    text = _require_text(input_ids, criterion.name)
+    if not needs:
+        return {}
+    with undisturbed(model), torch.inference_mode(False), torch.enable_grad():
+        device = next(model.parameters()).device
+        ids = text.detach().to(device, torch.long)
+        try:
+            return blockwise_sums(model, ids, criterion, needs)
+        except NotBlockwise as reason:
+            _LOG.info("gradients of the whole model at once: %s", reason)
+        return whole_sums(model, ids, criterion, needs)
+
+
+def _require_text(input_ids: torch.Tensor | None, name: str) -> torch.Tensor:
     if input_ids is None:
-        raise UserError("criterion 'taylor' needs calibration text and got none; give some, or l2")
+        raise UserError(f"criterion {name!r} needs calibration text and got none; give some, or l2")
     if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.is_complex():
         raise UserError(
             f"calibration tokens of shape {tuple(input_ids.shape)} and type {input_ids.dtype} "
@@ -106,16 +157,7 @@ def _taylor_sums(
             f"calibration of {input_ids.shape[0]} samples x {input_ids.shape[1]} tokens predicts "
             "no token; give at least 1 sample of 2 tokens"
         )
-    if not needs:
-        return {}
-    with undisturbed(model), torch.inference_mode(False), torch.enable_grad():
-        device = next(model.parameters()).device
-        ids = input_ids.detach().to(device, torch.long)
-        try:
-            return blockwise_sums(model, ids, criterion, needs)
-        except NotBlockwise as reason:
-            _LOG.info("gradients of the whole model at once: %s", reason)
-        return whole_sums(model, ids, criterion, needs)
+    return input_ids
 
 
 def _require_finite(sums: Mapping[str, Sums], criterion: Criterion) -> None:

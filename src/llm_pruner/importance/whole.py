@@ -10,9 +10,10 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from llm_pruner.chain.logits import logits_of
 from llm_pruner.importance.criterion import Criterion
 from llm_pruner.importance.gradients import GradientSums, batches, pull_back
-from llm_pruner.importance.loss import logits_of, loss_cotangent
+from llm_pruner.importance.loss import loss_cotangent
 from llm_pruner.importance.needs import Need, Sums, parameters_by_name
 from llm_pruner.progress import track
 

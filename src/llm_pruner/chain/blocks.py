@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_pruner.importance.loss import logits_of
+from llm_pruner.chain.logits import logits_of
 
 _PROBE_TOKENS = 16
 

@@ -1,0 +1,1 @@
+"""A model as a chain of blocks that can be run one at a time, so that memory holds one."""

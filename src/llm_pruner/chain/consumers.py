@@ -1,0 +1,52 @@
+"""The linear modules that read a group's axis, such as ``down_proj`` of FFN channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from llm_pruner.types import Group, IntArray
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A linear module whose input features belong to a group.
+
+    Attributes:
+        group: name of the group.
+        module: qualified name of the module.
+        index: shape (units, k); row u holds the input features that unit u owns.
+    """
+
+    group: str
+    module: str
+    index: IntArray
+
+
+def consumers_of(model: nn.Module, group: Group) -> tuple[Consumer, ...]:
+    """Return the linear modules (``nn.Linear`` or ``Conv1D``) that read the group's axis."""
+    found = []
+    for member in group.members:
+        path, _, key = member.tensor.rpartition(".")
+        if member.buffer or key != "weight":
+            continue
+        module = model.get_submodule(path)
+        if input_dim(module) == member.dim:
+            found.append(Consumer(group.name, path, member.index))
+    return tuple(found)
+
+
+def input_dim(module: nn.Module) -> int | None:
+    """Return the axis of ``weight`` that meets the input; None if the module is not linear."""
+    if isinstance(module, nn.Linear):
+        return 1
+    return 0 if isinstance(module, Conv1D) else None
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """Return a linear module's weight as a view of shape (out_features, in_features)."""
+    weight = module.get_parameter("weight").detach()
+    return weight if input_dim(module) == 1 else weight.T

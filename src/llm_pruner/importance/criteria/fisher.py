@@ -1,0 +1,22 @@
+"""Second-order change of the loss when a unit's gate closes, by the empirical Fisher.
+
+The diagonal of the gates' Hessian is estimated by the mean over samples of the squared derivative,
+so closing the gate costs E_s[(dL_s/dm)^2] / 2 (Kwon et al., "A Fast Post-Training Pruning Framework
+for Transformers", arXiv 2204.09656, equation 7).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llm_pruner.importance.criteria.measure import Measure
+from llm_pruner.importance.observation import Observation
+from llm_pruner.types import FloatArray
+
+
+def _formula(seen: Observation) -> FloatArray:
+    assert seen.gates is not None
+    return np.asarray(np.square(seen.gates).mean(0) / 2)
+
+
+FISHER = Measure(frozenset({"gates"}), _formula)

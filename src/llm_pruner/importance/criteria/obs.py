@@ -1,0 +1,48 @@
+"""Error of the consumer's output that is left when the others make up for a unit.
+
+With C the mean outer product of the consumer's inputs, removing the features B of a unit and
+refitting the rest costs tr(W_B [C^-1]_BB^-1 W_B^T) in mean squared output (Optimal Brain Surgeon;
+Frantar and Alistarh, arXiv 2208.11580, for blocks). A ridge keeps C invertible.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from llm_pruner.importance.criteria.measure import Measure
+from llm_pruner.importance.observation import Observation, Reading
+from llm_pruner.types import FloatArray
+
+RIDGE = 0.01
+"""Share of the mean diagonal of C that is added to the diagonal."""
+
+
+def _formula(seen: Observation) -> FloatArray:
+    return np.sum([_cost(reading) for reading in seen.readings], axis=0)
+
+
+def _cost(reading: Reading) -> FloatArray:
+    assert reading.gram is not None
+    inverse = regular_inverse(reading.gram.double() / max(reading.tokens, 1), RIDGE)
+    index = torch.from_numpy(reading.consumer.index).to(inverse.device)
+    weight = reading.weight.double()
+    if index.shape[1] == 1:
+        energy = weight.square().sum(0)[index[:, 0]]
+        cost = energy / inverse.diagonal()[index[:, 0]]
+    else:
+        blocks = inverse[index[:, :, None], index[:, None, :]]
+        columns = weight[:, index].permute(1, 2, 0)  # (units, k, out_features)
+        cost = (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
+    result: FloatArray = cost.cpu().numpy()
+    return result
+
+
+def regular_inverse(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Return the inverse of a positive semidefinite matrix plus a share of its mean diagonal."""
+    damping = ridge * matrix.diagonal().mean().clamp_min(torch.finfo(matrix.dtype).tiny)
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    return torch.linalg.inv(matrix + damping * eye)
+
+
+OBS = Measure(frozenset({"moments", "gram"}), _formula)

@@ -1,0 +1,28 @@
+"""Weight magnitude times activation norm, summed over the consumer's column.
+
+S_j = ||x_j||_2 * sum_i |W_ij| (Sun et al., arXiv 2306.11695, equation 1, summed over a structure as
+the "Wanda-sp" of An et al., arXiv 2312.11983).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llm_pruner.importance.criteria.measure import Measure
+from llm_pruner.importance.observation import Observation
+from llm_pruner.types import FloatArray
+
+
+def _formula(seen: Observation) -> FloatArray:
+    return np.sum(
+        [
+            reading.by_unit(
+                np.sqrt(reading.square) * reading.weight.double().abs().sum(0).cpu().numpy()
+            )
+            for reading in seen.readings
+        ],
+        axis=0,
+    )
+
+
+WANDA = Measure(frozenset({"moments"}), _formula)

@@ -1,0 +1,79 @@
+"""What activation criteria see of a group: gates and the inputs of its consumers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from llm_pruner.chain.consumers import Consumer
+from llm_pruner.types import FloatArray, Group
+
+NEEDS = ("gates", "moments", "gram", "influence")
+"""What a criterion may ask for."""
+
+
+@dataclass
+class Reading:
+    """What one consumer read over all calibration tokens.
+
+    Attributes:
+        consumer: the linear module and the positions of its input that each unit owns.
+        weight: shape (out_features, in_features), float32.
+        tokens: number of tokens seen; a consumer inside an expert sees fewer than others.
+        total: sum of the inputs, shape (in_features,), float64.
+        square: sum of their squares, shape (in_features,), float64.
+        gram: sum of the outer products of the inputs, shape (in_features, in_features), float32;
+            None unless asked for.
+    """
+
+    consumer: Consumer
+    weight: torch.Tensor
+    tokens: int
+    total: FloatArray
+    square: FloatArray
+    gram: torch.Tensor | None = None
+
+    @cached_property
+    def weight_norms(self) -> FloatArray:
+        """Squared norm of the weight's column for each input feature, shape (in_features,)."""
+        norms: FloatArray = self.weight.double().square().sum(0).cpu().numpy()
+        return norms
+
+    @property
+    def mean_square(self) -> FloatArray:
+        """Mean over tokens of the squared input, shape (in_features,)."""
+        return self.square / max(self.tokens, 1)
+
+    @property
+    def variance(self) -> FloatArray:
+        """Variance over tokens of the input, shape (in_features,)."""
+        mean = self.total / max(self.tokens, 1)
+        return np.maximum(self.mean_square - mean**2, 0.0)
+
+    def by_unit(self, features: FloatArray) -> FloatArray:
+        """Sum a value per input feature over the features of each unit, shape (units,)."""
+        sums: FloatArray = features[self.consumer.index].sum(1)
+        return sums
+
+
+@dataclass
+class Observation:
+    """What was seen of one group; parts that the criterion did not ask for are None or empty.
+
+    Attributes:
+        group: the group.
+        gates: shape (samples, units): for each sample, the sum over tokens of an activation times
+            its gradient, which is the derivative of the sample's loss (mean over its tokens) by a
+            gate of 1 on the unit.
+        readings: one for each linear consumer.
+        influence: for ``layers`` alone, shape (layers,): 1 minus the mean over tokens of the cosine
+            between what the layer gets and what it gives.
+    """
+
+    group: Group
+    gates: FloatArray | None = None
+    readings: tuple[Reading, ...] = ()
+    influence: FloatArray | None = None

@@ -1,0 +1,259 @@
+"""One forward and one backward pass for activation criteria, block by block where possible.
+
+No weight gradient is formed where a group's consumer is a linear module: its input and the gradient
+of that input are enough. For other consumers (the fused tensors of a mixture of experts) the gate's
+derivative is taken from the gradient of the tensor, one sample at a time: the sum over a unit's
+slice of weight times gradient is the same number.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from llm_pruner.chain.blocks import Chain, NotBlockwise, find_chain
+from llm_pruner.chain.borders import Borders
+from llm_pruner.chain.consumers import Consumer, consumers_of
+from llm_pruner.chain.logits import logits_of
+from llm_pruner.errors import UserError
+from llm_pruner.importance.borderline import forward, hidden_form, store_slope
+from llm_pruner.importance.gradients import batches, pull_back
+from llm_pruner.importance.loss import loss_cotangent
+from llm_pruner.importance.needs import parameters_by_name
+from llm_pruner.importance.observation import Observation
+from llm_pruner.importance.taps import ConsumerTap, MixedSamplesError
+from llm_pruner.progress import track
+from llm_pruner.types import FloatArray, Group, Member
+
+_LOG = logging.getLogger(__name__)
+_TOKENS = 2048
+_LOGIT_BYTES = 2**27
+_BUDGET = 2**28
+
+
+def observe(
+    model: nn.Module, input_ids: torch.Tensor, groups: Sequence[Group], needs: Collection[str]
+) -> dict[str, Observation]:
+    """Return what ``needs`` names of every group.
+
+    Args:
+        model: in eval mode, with no parameter that requires a gradient.
+        input_ids: shape (samples, seq_len), on the model's device.
+        groups: what to look at.
+        needs: of ``NEEDS``.
+
+    Raises:
+        UserError: a group has no linear consumer and more than gates is asked for; layers are asked
+            for in a model whose blocks do not run one after the other; a loss is not finite.
+    """
+    watch = _Watch(model, groups, needs, len(input_ids))
+    try:
+        chain = find_chain(model, input_ids, watch.parameters)
+    except NotBlockwise as reason:
+        if layers := [group.name for group in groups if group.kind == "layers"]:
+            raise UserError(
+                f"{layers[0]} cannot be scored by activations, because {reason}; use taylor, or "
+                "leave layers out of the structures"
+            ) from reason
+        _LOG.info("activations of the whole model at once: %s", reason)
+        chain = None
+    try:
+        _pass(chain, watch, input_ids, together=not watch.weights)
+    except MixedSamplesError:
+        watch = _Watch(model, groups, needs, len(input_ids))
+        _pass(chain, watch, input_ids, together=False)
+    return watch.result()
+
+
+def _pass(chain: Chain | None, watch: _Watch, input_ids: torch.Tensor, *, together: bool) -> None:
+    samples, length = input_ids.shape
+    with watch.tap.listening(), watch.gradients():
+        if chain is not None:
+            _blockwise(chain, watch, input_ids, together)
+            return
+        size = max(1, _TOKENS // length) if together else 1
+        for part in track(batches(samples, size), "activations"):
+            logits = logits_of(watch.model(input_ids[part]))
+            cotangent = loss_cotangent(logits, input_ids[part], part.start)
+            watch.pull([logits], [cotangent], part, list(watch.weights))
+
+
+class _Watch:
+    """What is looked at, and the sums so far."""
+
+    def __init__(
+        self, model: nn.Module, groups: Sequence[Group], needs: Collection[str], samples: int
+    ) -> None:
+        self.model, self.groups, self.needs = model, groups, needs
+        self.consumers: dict[str, tuple[Consumer, ...]] = {}
+        self.weights: dict[str, list[tuple[Group, Member]]] = {}
+        known = parameters_by_name(model)
+        for group in groups:
+            if group.kind == "layers":
+                continue
+            self.consumers[group.name] = consumers_of(model, group)
+            if self.consumers[group.name]:
+                continue
+            if set(needs) - {"gates"}:
+                raise UserError(
+                    f"no linear module reads {group.name}, so its activations are unknown; use "
+                    "the criterion fisher, gate or taylor"
+                )
+            for member in _last(group):
+                self.weights.setdefault(member.tensor, []).append((group, member))
+        self.parameters = {name: known[name] for name in self.weights}
+        self.tap = ConsumerTap(model, self.consumers, samples, needs)
+        self.gates: dict[str, FloatArray] = {
+            group.name: np.zeros((samples, group.size)) for group in groups
+        }
+        self.cosines: dict[str, FloatArray] = {
+            group.name: np.zeros(group.size) for group in groups if group.kind == "layers"
+        }
+        self.samples = samples
+
+    @contextmanager
+    def gradients(self) -> Iterator[None]:
+        """Inside, the tensors that are read without a linear module require a gradient."""
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter in self.parameters.values():
+                parameter.requires_grad_(False)
+
+    def pull(
+        self,
+        outputs: Sequence[torch.Tensor],
+        cotangents: Sequence[tuple[torch.Tensor, float]],
+        part: slice,
+        names: Sequence[str],
+        leaf: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor | None, float]:
+        """Pull a gradient back to all that is watched; return that of ``leaf`` and its factor."""
+        tapped = self.tap.taken()
+        inputs = [tensor for _, tensor in tapped] + [self.parameters[name] for name in names]
+        if leaf is not None:
+            inputs.append(leaf)
+        if not inputs:
+            return None, 1.0
+        found, factor = pull_back(outputs, inputs, cotangents, part)
+        self.tap.give(part, tapped, found[: len(tapped)], factor)
+        for name, gradient in zip(names, found[len(tapped) :], strict=False):
+            if gradient is not None:
+                self._add_weight(name, part, gradient, factor)
+        return (found[-1] if leaf is not None else None), factor
+
+    def _add_weight(self, name: str, part: slice, gradient: torch.Tensor, factor: float) -> None:
+        weight = self.parameters[name].detach()
+        product = weight.to(torch.promote_types(weight.dtype, torch.float32)) * gradient
+        for group, member in self.weights[name]:
+            others = [axis for axis in range(product.ndim) if axis != member.dim]
+            features = product.sum(others).double().mul(factor).cpu().numpy()
+            self.gates[group.name][part] += features[member.index].sum(1)
+
+    def result(self) -> dict[str, Observation]:
+        found: dict[str, Observation] = {}
+        for group in self.groups:
+            gates = self.tap.gates.get(group.name, self.gates[group.name])
+            cosines = self.cosines.get(group.name)
+            found[group.name] = Observation(
+                group,
+                gates=gates if "gates" in self.needs else None,
+                readings=self.tap.readings(self.consumers.get(group.name, ())),
+                influence=None if cosines is None else 1.0 - cosines / self.samples,
+            )
+        return found
+
+
+def _last(group: Group) -> list[Member]:
+    """Return the members that execute last."""
+    members = [member for member in group.members if not member.buffer]
+    last = max((member.order for member in members), default=0)
+    return [member for member in members if member.order == last]
+
+
+def _blockwise(chain: Chain, watch: _Watch, input_ids: torch.Tensor, together: bool) -> None:
+    samples, length = input_ids.shape
+    count = len(chain.blocks)
+    parts = batches(samples, max(1, _TOKENS // length) if together else 1)
+    headed = batches(
+        samples,
+        max(1, min(_TOKENS // length, _LOGIT_BYTES // (length * chain.vocabulary * 4))),
+    )
+    layers = [group for group in watch.groups if group.kind == "layers"]
+    places = _places(watch.model, chain, layers)
+    lowest = 0 if layers else _lowest_block(watch, chain)
+    with chain.opened():
+        shape, dtype = hidden_form(chain, input_ids)
+        watch.tap.taken()
+        full = (samples, *shape)
+        slope_type = torch.promote_types(dtype, torch.float32)
+        with (
+            Borders(range(1), full, slope_type, _BUDGET) as slopes,
+            Borders(range(lowest, count), full, dtype, _BUDGET) as borders,
+        ):
+            for part in track(headed, "activations: forward"):
+                forward(
+                    chain, input_ids, part, borders, slopes, range(lowest, count), tap=watch.tap
+                )
+            steps = [(i, part) for i in range(count - 1, lowest - 1, -1) for part in parts]
+            for index, part in track(steps, "activations: blocks"):
+                leaf, output = chain.run_block(index, input_ids[part], borders.read(index, part))
+                slope = slopes.read(0, part).to(output.device)
+                below, factor = watch.pull(
+                    [output], [(slope, 1.0)], part, list(chain.owned[index]), leaf
+                )
+                for group in layers:
+                    if index in places[group.name]:
+                        _see_layer(watch, group, places[group.name][index], leaf, output)
+                        step = (output.detach() - leaf.detach()).to(slope.dtype) * slope
+                        watch.gates[group.name][part, places[group.name][index]] = (
+                            step.flatten(1).sum(1).double().cpu().numpy()
+                        )
+                store_slope(slopes, part, below, factor)
+                if part is parts[-1]:
+                    borders.drop(index)
+
+
+def _see_layer(
+    watch: _Watch, group: Group, unit: int, leaf: torch.Tensor, output: torch.Tensor
+) -> None:
+    cosine = torch.cosine_similarity(leaf.detach().float(), output.detach().float(), dim=-1)
+    watch.cosines[group.name][unit] += float(cosine.flatten(1).mean(1).sum())
+
+
+def _places(
+    model: nn.Module, chain: Chain, groups: Sequence[Group]
+) -> Mapping[str, Mapping[int, int]]:
+    """Return, for each group of layers, block number -> unit."""
+    number = {id(block): index for index, block in enumerate(chain.blocks)}
+    found: dict[str, dict[int, int]] = {}
+    for group in groups:
+        places = {
+            number[id(module)]: unit
+            for unit, name in enumerate(group.modules)
+            if id(module := model.get_submodule(name)) in number
+        }
+        if len(places) != group.size:
+            raise UserError(
+                f"{group.name} are not the blocks that the hidden state passes through, so their "
+                "activations are unknown; use taylor, or leave layers out of the structures"
+            )
+        found[group.name] = places
+    return found
+
+
+def _lowest_block(watch: _Watch, chain: Chain) -> int:
+    """Return the first block that holds something watched."""
+    modules = {c.module for found in watch.consumers.values() for c in found}
+    watched = {id(watch.model.get_submodule(path)) for path in modules}
+    for index, block in enumerate(chain.blocks):
+        if chain.owned[index] or any(id(module) in watched for module in block.modules()):
+            return index
+    return len(chain.blocks)

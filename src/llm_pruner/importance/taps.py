@@ -1,0 +1,138 @@
+"""Hooks that see the inputs of consumers and sum up what criteria ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from llm_pruner.chain.consumers import Consumer, weight_of
+from llm_pruner.importance.observation import Reading
+from llm_pruner.types import FloatArray
+
+
+class ConsumerTap:
+    """Sums over the inputs of linear modules and their gradients, group by group.
+
+    Args:
+        model: holds the modules.
+        consumers: group name -> its consumers.
+        samples: number of calibration samples.
+        needs: of ``gates``, ``moments``, ``gram``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        consumers: Mapping[str, Sequence[Consumer]],
+        samples: int,
+        needs: Collection[str],
+    ) -> None:
+        self._model = model
+        self._needs = needs
+        self._seen: list[tuple[str, torch.Tensor]] = []
+        self._by_module: dict[str, list[Consumer]] = {}
+        self.gates: dict[str, FloatArray] = {}
+        for name, found in consumers.items():
+            if not found:
+                continue
+            self.gates[name] = np.zeros((samples, len(found[0].index)))
+            for consumer in found:
+                self._by_module.setdefault(consumer.module, []).append(consumer)
+        self._tokens = dict.fromkeys(self._by_module, 0)
+        self._total: dict[str, torch.Tensor] = {}
+        self._square: dict[str, torch.Tensor] = {}
+        self._gram: dict[str, torch.Tensor] = {}
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, inputs are noted wherever gradients are recorded."""
+        handles = [
+            self._model.get_submodule(path).register_forward_pre_hook(
+                lambda _module, args, path=path: self._note(path, args)
+            )
+            for path in self._by_module
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _note(self, path: str, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        """Note an input, which becomes a leaf if nothing below it takes a gradient."""
+        if not torch.is_grad_enabled():
+            return None
+        value, *rest = args
+        fresh = not value.requires_grad
+        if fresh:
+            value = value.detach().requires_grad_()
+        self._seen.append((path, value))
+        return (value, *rest) if fresh else None
+
+    def taken(self) -> list[tuple[str, torch.Tensor]]:
+        """Return (module, input) noted since the last call, and forget them."""
+        seen, self._seen = self._seen, []
+        return seen
+
+    def give(
+        self,
+        part: slice,
+        tapped: Sequence[tuple[str, torch.Tensor]],
+        gradients: Sequence[torch.Tensor | None],
+        factor: float,
+    ) -> None:
+        """Add the samples of ``part``: inputs as noted, their gradients over ``factor``."""
+        with torch.no_grad():
+            for (path, value), gradient in zip(tapped, gradients, strict=True):
+                value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
+                if "gates" in self._needs and gradient is not None:
+                    self._add_gates(path, part, value, gradient, factor)
+                if "moments" in self._needs or "gram" in self._needs:
+                    self._add_moments(path, value.flatten(0, -2))
+
+    def _add_gates(
+        self, path: str, part: slice, value: torch.Tensor, gradient: torch.Tensor, factor: float
+    ) -> None:
+        count = part.stop - part.start
+        if value.ndim > 2 and value.shape[0] == count:
+            rows = (value * gradient).flatten(1, -2).sum(1)
+        elif count == 1:
+            rows = (value * gradient).flatten(0, -2).sum(0, keepdim=True)
+        else:
+            raise MixedSamplesError(path)
+        features = rows.double().mul_(factor).cpu().numpy()
+        for consumer in self._by_module[path]:
+            self.gates[consumer.group][part] += features[:, consumer.index].sum(2)
+
+    def _add_moments(self, path: str, rows: torch.Tensor) -> None:
+        self._tokens[path] += len(rows)
+        wide = rows.double()
+        self._total[path] = self._total.get(path, 0) + wide.sum(0)
+        self._square[path] = self._square.get(path, 0) + wide.square().sum(0)
+        if "gram" in self._needs:
+            if path not in self._gram:
+                self._gram[path] = rows.new_zeros(rows.shape[1], rows.shape[1])
+            self._gram[path].addmm_(rows.T, rows)
+
+    def readings(self, consumers: Sequence[Consumer]) -> tuple[Reading, ...]:
+        """Return the sums for some of the consumers; what was never called is left out."""
+        return tuple(
+            Reading(
+                consumer,
+                weight_of(self._model.get_submodule(consumer.module)).float(),
+                self._tokens[consumer.module],
+                self._total[consumer.module].cpu().numpy(),
+                self._square[consumer.module].cpu().numpy(),
+                self._gram.get(consumer.module),
+            )
+            for consumer in consumers
+            if consumer.module in self._total
+        )
+
+
+class MixedSamplesError(Exception):
+    """A module gets the tokens of several samples in one row: take samples one at a time."""
