@@ -1,0 +1,99 @@
+"""Least squares around the weights that are there, with the ridge chosen on held-out tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+RIDGES = (0.3, 1.0, 3.0, 10.0)
+"""Ridges that are tried, as shares of the mean diagonal of the inputs' Gram matrix."""
+
+
+@dataclass
+class Moments:
+    """Weighted sums over tokens of inputs x and targets t.
+
+    Attributes:
+        gram: sum of x x^T, shape (in_features, in_features), float32 or wider.
+        cross: sum of t x^T, shape (out_features, in_features).
+        energy: sum of |t|^2.
+    """
+
+    gram: torch.Tensor
+    cross: torch.Tensor
+    energy: float = 0.0
+    tokens: int = field(default=0)
+
+    @classmethod
+    def zeros(cls, weight: torch.Tensor) -> Moments:
+        """Return sums over no token for a weight, in at least float32, on its device."""
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        outputs, inputs = weight.shape
+        return cls(
+            torch.zeros(inputs, inputs, dtype=dtype, device=weight.device),
+            torch.zeros(outputs, inputs, dtype=dtype, device=weight.device),
+        )
+
+    def add(self, inputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add tokens.
+
+        Args:
+            inputs: shape (tokens, in_features).
+            targets: shape (tokens, out_features).
+            weights: shape (tokens,), of each token's squared error.
+        """
+        root = weights.to(self.gram.dtype).sqrt()[:, None]
+        x, t = inputs.to(self.gram.dtype) * root, targets.to(self.gram.dtype) * root
+        self.gram.addmm_(x.T, x)
+        self.cross.addmm_(t.T, x)
+        self.energy += float(t.double().square().sum())
+        self.tokens += len(x)
+
+    def error(self, weight: torch.Tensor) -> float:
+        """Return the squared error of ``weight`` over the squared norm of the targets."""
+        W = weight.double()
+        value = (W @ self.gram.double() * W).sum() - 2 * (W * self.cross.double()).sum()
+        return max(0.0, float(value) + self.energy) / max(self.energy, 1e-30)
+
+
+def refitted(weight: torch.Tensor, moments: Moments, ridge: float) -> torch.Tensor:
+    """Return the weight that fits the targets best while it stays near what it was.
+
+    W' = argmin sum_t |W' x - t|^2 + d |W' - W|^2 = W + (X - W C) (C + d I)^-1, with C the Gram
+    matrix, X the cross moments and d = ridge * mean diagonal of C. An infinite ridge leaves W; a
+    ridge towards zero would shrink the layer's output, which costs far more than the fit gains.
+
+    Args:
+        weight: shape (out_features, in_features).
+        moments: of the same features.
+        ridge: positive.
+
+    Returns:
+        float64, shape (out_features, in_features).
+    """
+    W, C = weight.double(), moments.gram.double()
+    damping = ridge * C.diagonal().mean().clamp_min(torch.finfo(C.dtype).tiny)
+    A = C + damping * torch.eye(len(C), dtype=C.dtype, device=C.device)
+    gap = moments.cross.double() - W @ C
+    step: torch.Tensor = torch.cholesky_solve(gap.T, torch.linalg.cholesky(A)).T
+    return W + step
+
+
+def best_refit(
+    weight: torch.Tensor, fit: Moments, held_out: Moments, ridges: Sequence[float] = RIDGES
+) -> tuple[torch.Tensor, float | None, float, float]:
+    """Return (weight, ridge, error before, error after), errors on the held-out tokens.
+
+    Where no ridge lowers the held-out error the weight is returned as it was, with ridge None.
+    """
+    before = held_out.error(weight)
+    best: tuple[torch.Tensor, float | None, float] = (weight, None, before)
+    if fit.tokens:
+        for ridge in ridges:
+            candidate = refitted(weight, fit, ridge)
+            error = held_out.error(candidate)
+            if error < best[2]:
+                best = (candidate, ridge, error)
+    return best[0], best[1], before, best[2]

@@ -1,0 +1,349 @@
+"""Refit the consumers of a pruned model, block after block, to follow the dense model.
+
+For each block of the pruned model, the dense model's block runs on the dense hidden states and the
+pruned one on its own. A consumer (``o_proj``, ``down_proj``) is then fitted by least squares so
+that
+
+- the hidden state behind it is the dense one again, where its output is added to the hidden state
+  as it is: this also takes back what went wrong before;
+- its output is the dense one, where the block does something else with it (a norm, a factor).
+
+Tokens are weighted by 1 / mean(h^2) of the dense hidden state h, because the norms of later blocks
+see every token at that scale; without it a few tokens of massive activation decide the fit.
+
+Only two hidden states per token are held at a time, in memory or in files. What was measured for
+and against this order is in docs/results.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from llm_pruner.chain.blocks import Chain, NotBlockwise, find_chain, hidden_of
+from llm_pruner.chain.borders import Borders
+from llm_pruner.chain.consumers import consumers_of, input_dim, weight_of
+from llm_pruner.chain.undisturbed import undisturbed
+from llm_pruner.compensation.least_squares import Moments, best_refit
+from llm_pruner.errors import UserError
+from llm_pruner.progress import track
+from llm_pruner.removal import removed_modules, removed_positions
+from llm_pruner.types import Discovery, Removal
+
+KINDS = ("heads", "query_heads", "value_dim", "ffn")
+"""Kinds of groups whose consumers are refitted."""
+
+HELD_OUT = 8
+"""One sample in this many chooses the ridge and is not fitted."""
+
+_TOKENS = 2048
+_BUDGET = 2**28
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """What became of one consumer.
+
+    Attributes:
+        module: qualified name in the pruned model.
+        ridge: the one that was chosen; None if the weight was left as it was.
+        before: squared error over the squared norm of the target, on held-out tokens.
+        after: the same after the refit; never larger.
+    """
+
+    module: str
+    ridge: float | None
+    before: float
+    after: float
+
+
+def refit_(
+    model: nn.Module,
+    dense: nn.Module,
+    discovery: Discovery,
+    removal: Removal,
+    input_ids: torch.Tensor,
+) -> list[Refitted]:
+    """Refit the consumers of a pruned model in place.
+
+    Args:
+        model: the pruned model.
+        dense: the model before the removal; left as it was.
+        discovery: of the dense model.
+        removal: what was removed, in its numbering.
+        input_ids: shape (samples, seq_len); at least two samples.
+
+    Returns:
+        The consumers in the order of the forward pass.
+
+    Raises:
+        UserError: too few samples, or a model that is not a chain of blocks.
+    """
+    if input_ids.ndim != 2 or len(input_ids) < 2:
+        raise UserError(
+            f"least squares needs at least 2 calibration samples and got {len(input_ids)}; "
+            "give more, or use --compensation none"
+        )
+    pairs = _consumers(model, dense, discovery, removal)
+    with undisturbed(model), undisturbed(dense), torch.no_grad():
+        ids = input_ids.detach().to(next(model.parameters()).device, torch.long)
+        try:
+            with torch.enable_grad():
+                chains = (find_chain(model, ids, {}), find_chain(dense, ids, {}))
+        except NotBlockwise as reason:
+            raise UserError(
+                f"the model cannot be refitted block by block: {reason}; use --compensation none"
+            ) from reason
+        return _Refit(*chains, pairs, removed_modules(discovery, removal), ids).run()
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A consumer in the pruned model and the same in the dense one."""
+
+    name: str
+    module: nn.Module
+    dense: nn.Module
+    out: torch.Tensor  # output features of the dense module that the pruned one has
+
+
+def _consumers(
+    model: nn.Module, dense: nn.Module, discovery: Discovery, removal: Removal
+) -> dict[int, _Pair]:
+    """Return id of the dense module -> pair, for the consumers that are left."""
+    gone = tuple(f"{name}." for name in removed_modules(discovery, removal))
+    removed = removed_positions(discovery, removal)
+    rename = _renaming(dense, discovery, removal)
+    pairs: dict[int, _Pair] = {}
+    for group in discovery.groups:
+        if group.kind not in KINDS:
+            continue
+        for consumer in consumers_of(dense, group):
+            if gone and f"{consumer.module}.".startswith(gone):
+                continue
+            before = dense.get_submodule(consumer.module)
+            name = rename(consumer.module)
+            rows = np.arange(weight_of(before).shape[0])
+            lost = removed.get((f"{consumer.module}.weight", 1 - (input_dim(before) or 0)), ())
+            kept = torch.from_numpy(np.delete(rows, lost))
+            pairs[id(before)] = _Pair(name, model.get_submodule(name), before, kept)
+    return pairs
+
+
+def _renaming(dense: nn.Module, discovery: Discovery, removal: Removal) -> Any:
+    """Return the name in the pruned model of a module of the dense one."""
+    gone = set(removed_modules(discovery, removal))
+    places: dict[str, str] = {}
+    for path, module in dense.named_modules():
+        if isinstance(module, nn.ModuleList):
+            kept = [i for i in range(len(module)) if f"{path}.{i}" not in gone]
+            if len(kept) < len(module):
+                places |= {f"{path}.{old}.": f"{path}.{new}." for new, old in enumerate(kept)}
+
+    def rename(name: str) -> str:
+        for old, new in places.items():
+            if name.startswith(old):
+                return new + name[len(old) :]
+        return name
+
+    return rename
+
+
+class _Reached(Exception):  # noqa: N818 - a signal, not an error
+    """Ends a forward pass at the tensor of interest."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+
+class _Refit:
+    """The state of a walk through both models."""
+
+    def __init__(
+        self,
+        pruned: Chain,
+        dense: Chain,
+        pairs: Mapping[int, _Pair],
+        gone: Collection[str],
+        ids: torch.Tensor,
+    ) -> None:
+        self.pruned, self.dense, self.pairs, self.ids = pruned, dense, pairs, ids
+        names = {id(module): name for name, module in dense.model.named_modules()}
+        self.twins = [i for i, block in enumerate(dense.blocks) if names[id(block)] not in gone]
+        if len(self.twins) != len(pruned.blocks):
+            raise UserError(
+                "the blocks of the pruned model are not those of the dense one without the "
+                "removed layers; use --compensation none"
+            )
+        samples, length = ids.shape
+        size = max(1, _TOKENS // length)
+        self.parts = [slice(at, min(at + size, samples)) for at in range(0, samples, size)]
+        every = min(HELD_OUT, samples)
+        self.held_out = torch.arange(samples) % every == every - 1
+
+    def run(self) -> list[Refitted]:
+        """Walk through all blocks and return what became of each consumer."""
+        found: list[Refitted] = []
+        with self.pruned.opened(), self.dense.opened():
+            hidden = self._store(lambda part: _entry(self.pruned, self.ids[part]))
+            target = self._store(lambda part: _entry(self.dense, self.ids[part]))
+            at = 0
+            for index in track(range(len(self.pruned.blocks)), "least squares"):
+                while at < self.twins[index]:
+                    target = self._advance(self.dense, at, target)
+                    at += 1
+                target = self._block(index, at, hidden, target, found)
+                at += 1
+                hidden = self._advance(self.pruned, index, hidden)
+            hidden.close()
+            target.close()
+        return found
+
+    def _store(self, compute: Callable[[slice], torch.Tensor]) -> Borders:
+        borders: Borders | None = None
+        for part in self.parts:
+            values = compute(part)
+            if borders is None:
+                shape = (len(self.ids), *values.shape[1:])
+                borders = Borders(range(1), shape, values.dtype, _BUDGET)
+            borders.write(0, part, values)
+        assert borders is not None
+        return borders
+
+    def _advance(self, chain: Chain, index: int, hidden: Borders) -> Borders:
+        """Return the hidden states behind a block, in place of those before it."""
+        for part in self.parts:
+            _, output = chain.run_block(index, self.ids[part], hidden.read(0, part))
+            hidden.write(0, part, output)
+        return hidden
+
+    def _block(
+        self, index: int, at: int, hidden: Borders, target: Borders, found: list[Refitted]
+    ) -> Borders:
+        """Refit one block's consumers; return the dense hidden states behind it."""
+        order, outputs, following = self._dense_outputs(at, target)
+        direct = self._adds_up(target, outputs, following)
+        for number, pair in enumerate(order):
+            weight = weight_of(pair.module)
+            fit, held_out = (Moments.zeros(weight) for _ in range(2))
+            for part in self.parts:
+                inputs, before = self._reach(index, part, hidden, order[: number + 1])
+                reference, wanted = following.read(0, part), outputs[number].read(0, part)
+                if direct:
+                    reference = target.read(0, part).float()
+                    for output in outputs[: number + 1]:
+                        reference = reference + output.read(0, part)
+                    wanted = reference[..., pair.out] - hidden.read(0, part).float() - before
+                else:
+                    wanted = wanted[..., pair.out]
+                if isinstance(bias := getattr(pair.module, "bias", None), torch.Tensor):
+                    wanted = wanted - bias.to(wanted.device)
+                importance = 1 / reference.float().square().mean(-1).clamp_min(1e-12)
+                for chosen, moments in ((~self.held_out, fit), (self.held_out, held_out)):
+                    rows = chosen[part]
+                    moments.add(
+                        inputs[rows].flatten(0, 1),
+                        wanted[rows].flatten(0, 1).to(inputs.device),
+                        importance[rows].flatten().to(inputs.device),
+                    )
+            new, ridge, error, after = best_refit(weight, fit, held_out)
+            if ridge is not None:
+                weight.copy_(new)
+            found.append(Refitted(pair.name, ridge, error, after))
+        for output in outputs:
+            output.close()
+        target.close()
+        return following
+
+    def _dense_outputs(
+        self, at: int, target: Borders
+    ) -> tuple[list[_Pair], list[Borders], Borders]:
+        """Return a dense block's consumers as they are called, their outputs, and the block's."""
+        order: list[_Pair] = []
+        outputs: list[Borders] = []
+        calls: list[tuple[_Pair, torch.Tensor]] = []
+
+        def compute(part: slice) -> torch.Tensor:
+            calls.clear()
+            states = target.read(0, part)
+            _, output = self.dense.run_block(at, self.ids[part], states)
+            if not order:
+                names = [pair.name for pair, _ in calls]
+                for pair, value in calls:
+                    if names.count(pair.name) == 1 and value.shape[:-1] == states.shape[:-1]:
+                        shape = (len(self.ids), *value.shape[1:])
+                        order.append(pair)
+                        outputs.append(Borders(range(1), shape, value.dtype, _BUDGET))
+            kept = {pair.name: value for pair, value in calls}
+            for pair, borders in zip(order, outputs, strict=True):
+                borders.write(0, part, kept[pair.name])
+            return output
+
+        handles = [
+            module.register_forward_hook(
+                lambda called, _a, output: calls.append((self.pairs[id(called)], output))
+            )
+            for module in self.dense.blocks[at].modules()
+            if id(module) in self.pairs
+        ]
+        try:
+            following = self._store(compute)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return order, outputs, following
+
+    def _adds_up(self, target: Borders, outputs: Sequence[Borders], following: Borders) -> bool:
+        """Whether the block adds its consumers' outputs to the hidden state, and nothing else."""
+        part = self.parts[0]
+        total = target.read(0, part).double()
+        for output in outputs:
+            values = output.read(0, part)
+            if values.shape != total.shape:
+                return False
+            total = total + values
+        wanted = following.read(0, part)
+        close = 1e-2 if wanted.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        return bool((total - wanted).norm() <= close * (wanted - target.read(0, part)).norm())
+
+    def _reach(
+        self, index: int, part: slice, hidden: Borders, order: Sequence[_Pair]
+    ) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """Return the last consumer's input and the sum of the outputs of those before it."""
+        before: list[torch.Tensor] = []
+
+        def stop(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            raise _Reached(args[0])
+
+        handles = [
+            pair.module.register_forward_hook(lambda _m, _a, output: before.append(output.float()))
+            for pair in order[:-1]
+        ]
+        handles.append(order[-1].module.register_forward_pre_hook(stop))
+        try:
+            self.pruned.run_block(index, self.ids[part], hidden.read(0, part))
+        except _Reached as reached:
+            return reached.value, sum(before) if before else 0.0
+        finally:
+            for handle in handles:
+                handle.remove()
+        raise AssertionError(f"{order[-1].name} was not called")
+
+
+def _entry(chain: Chain, ids: torch.Tensor) -> torch.Tensor:
+    """Return the hidden state that enters the first block."""
+
+    def handler(_: int, _o: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        raise _Reached(hidden_of(args, kwargs))
+
+    try:
+        chain.run(ids, handler)
+    except _Reached as reached:
+        return reached.value
+    raise AssertionError("no block was called")
