@@ -105,7 +105,7 @@ def copy(model: Path, folder: Path) -> Path:
         ),
         (
             ["--ratio", 0.2, "--criterion", "tailor"],
-            "unknown criterion 'tailor': choose one of random, l1, l2, taylor; did you mean",
+            "unknown criterion 'tailor': choose one of random, l1, l2, taylor, ",
         ),
         (["--ratio", 0.2, "--order", "third"], "unknown order 'third': choose one of first, sec"),
         (["--ratio", 0.2, "--samples", 0], "samples=0 calibrates on nothing; use at least 1"),

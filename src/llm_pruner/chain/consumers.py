@@ -50,3 +50,15 @@ def weight_of(module: nn.Module) -> torch.Tensor:
     """Return a linear module's weight as a view of shape (out_features, in_features)."""
     weight = module.get_parameter("weight").detach()
     return weight if input_dim(module) == 1 else weight.T
+
+
+def set_weight(module: nn.Module, weight: torch.Tensor) -> None:
+    """Give a linear module a new weight of shape (out_features, in_features), in its own dtype.
+
+    The old parameter is left as it is: a copy of the model may share it.
+    """
+    old = module.get_parameter("weight")
+    new = weight if input_dim(module) == 1 else weight.T
+    module.weight = nn.Parameter(
+        new.to(old.dtype).to(old.device).contiguous(), requires_grad=old.requires_grad
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -28,20 +29,24 @@ if TYPE_CHECKING:
 EXAMPLES = """\b
 Examples:
   llm-pruner prune default --out small --ratio 0.2
+  llm-pruner prune ./llama --out small --ratio 0.2 --recipe best
   llm-pruner prune ./llama --out small --params 5.4B --calibration c4
   llm-pruner prune ./llama --out plan.json --ratio 0.2 --dry-run
   llm-pruner prune ./llama --out small --plan plan.json
 """
 
 _OUTPUT, _HOW_MUCH, _WHERE = "Output", "How much (one of these, or --plan)", "Where from"
-_IMPORTANCE, _CALIBRATION, _PLAN = "Importance", "Calibration text (for taylor)", "Plan"
+_IMPORTANCE, _CALIBRATION, _PLAN = "Importance", "Calibration text", "Plan"
 
 _PLANNED = (
     *("ratio", "params", "unit_ratio", "structures", "scope", "protect_first", "protect_last"),
     *("layers", "round_to", "criterion", "order", "reduction", "aggregate", "steps"),
-    *("calibration", "samples", "seq_len", "split", "text_field", "seed"),
+    *("recipe", "budget_split", "spread"),
 )
 """Options that make a plan, which a plan that is replayed leaves nothing to say for."""
+
+_TEXT = ("calibration", "samples", "seq_len", "split", "text_field", "seed")
+"""Options about text, which a replay reads only for compensation."""
 
 
 def command(
@@ -106,6 +111,16 @@ def command(
             rich_help_panel=_HOW_MUCH,
         ),
     ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Settings that go together: paper, balanced, best, fast, or a YAML file; options "
+            "given beside it win.",
+            show_default=False,
+            rich_help_panel=_HOW_MUCH,
+        ),
+    ] = None,
     structures: Annotated[
         str,
         typer.Option(
@@ -123,6 +138,26 @@ def command(
             rich_help_panel=_WHERE,
         ),
     ] = "local",
+    budget_split: Annotated[
+        str | None,
+        typer.Option(
+            "--split",
+            metavar="SHARES",
+            help="Of the removed parameters by structure, such as heads=0.1,ffn=0.9, or auto: "
+            "found by trial removals on calibration text.",
+            show_default=False,
+            rich_help_panel=_WHERE,
+        ),
+    ] = None,
+    spread: Annotated[
+        float | None,
+        typer.Option(
+            metavar="FACTOR",
+            help="With --scope global, let no layer lose more than this times the average share.",
+            show_default=False,
+            rich_help_panel=_WHERE,
+        ),
+    ] = None,
     protect_first: Annotated[
         int | None,
         typer.Option(
@@ -158,7 +193,12 @@ def command(
     ] = 1,
     criterion: Annotated[
         str,
-        typer.Option(metavar="NAME", help="random, l1, l2 or taylor.", rich_help_panel=_IMPORTANCE),
+        typer.Option(
+            metavar="NAME",
+            help="random, l1, l2, taylor, gate, fisher, wanda, fluctuation, "
+            "contribution, influence, obs or leverage.",
+            rich_help_panel=_IMPORTANCE,
+        ),
     ] = "taylor",
     order: Annotated[
         str,
@@ -190,6 +230,15 @@ def command(
             rich_help_panel=_IMPORTANCE,
         ),
     ] = 1,
+    compensation: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="least-squares: refit what reads the removed units, on the calibration text; or "
+            "none.",
+            rich_help_panel=_IMPORTANCE,
+        ),
+    ] = "none",
     calibration: Annotated[
         str,
         typer.Option(
@@ -207,7 +256,12 @@ def command(
     ] = 128,
     split: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Split of a hub dataset.", rich_help_panel=_CALIBRATION),
+        typer.Option(
+            "--text-split",
+            metavar="NAME",
+            help="Split of a hub dataset.",
+            rich_help_panel=_CALIBRATION,
+        ),
     ] = None,
     text_field: Annotated[
         str | None,
@@ -241,6 +295,24 @@ def command(
     from llm_pruner.planning import Selection, Target, parse_count, parse_layer_ranges
 
     target, selection = None, None
+    if recipe is not None and plan is None:
+        settings = _from_recipe(context, recipe)
+        structures = ",".join(settings.get("structures", structures.split(",")))
+        scope = settings.get("scope", scope)
+        spread = settings.get("spread", spread)
+        budget_split = settings.get("split", budget_split)
+        protect_first = settings.get("protect_first", protect_first)
+        protect_last = settings.get("protect_last", protect_last)
+        round_to = settings.get("round_to", round_to)
+        criterion = settings.get("criterion", criterion)
+        order = settings.get("order", order)
+        reduction = settings.get("reduction", reduction)
+        aggregate = settings.get("aggregate", aggregate)
+        steps = settings.get("steps", steps)
+        calibration = settings.get("calibration", calibration)
+        samples = settings.get("samples", samples)
+        seq_len = settings.get("seq_len", seq_len)
+        compensation = settings.get("compensation", compensation)
     if plan is None:
         _require_one({"--ratio": ratio, "--params": params, "--unit-ratio": unit_ratio})
         target = Target(
@@ -255,8 +327,10 @@ def command(
             protect_last=protect_last or 0,
             layer_ranges={} if layers is None else parse_layer_ranges(layers),
             round_to=round_to,
+            split=_split(budget_split),
+            spread=spread,
         )
-    elif given := _given(context):
+    elif given := _given(context, _PLANNED + (_TEXT if compensation == "none" else ())):
         raise UserError(f"--plan already says what to remove; drop {', '.join(given)}")
 
     from llm_pruner.importance import Criterion
@@ -278,6 +352,8 @@ def command(
         verify=verify,
         overwrite=overwrite,
         max_shard_size=max_shard_size,
+        compensation=compensation,
+        find_best_split=budget_split == "auto",
     )
     write_json(as_data(done), json)
     if json != "-":
@@ -292,14 +368,43 @@ def _require_one(asked: dict[str, object]) -> None:
         raise UserError(f"{' and '.join(given)} say different things; give one of them")
 
 
-def _given(context: typer.Context) -> list[str]:
-    """Return the options that make a plan and that the user gave."""
+def _given(context: typer.Context, names: Sequence[str]) -> list[str]:
+    """Return those of the options that the user gave, as they are written."""
     given = []
-    for name in _PLANNED:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            given.append("--" + name.replace("_", "-"))
+    for name in names:
+        if _was_given(context, name):
+            written = {"budget_split": "split", "split": "text-split"}.get(name, name)
+            given.append("--" + written.replace("_", "-"))
     return given
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _from_recipe(context: typer.Context, name: str) -> dict[str, Any]:
+    """Return the settings of a recipe that the user did not give as options."""
+    from llm_pruner.recipes import read_recipe
+
+    settings = read_recipe(name).model_dump(exclude_none=True)
+    if isinstance(settings.get("split"), dict):
+        settings["split"] = ",".join(f"{k}={v}" for k, v in settings["split"].items())
+    names = {"split": "budget_split"}
+    left = {
+        key: value
+        for key, value in settings.items()
+        if not _was_given(context, names.get(key, key))
+    }
+    if _was_given(context, "layers"):
+        left = {key: value for key, value in left.items() if not key.startswith("protect")}
+    return left
+
+
+def _split(text: str | None) -> dict[str, float] | None:
+    from llm_pruner.planning import parse_split
+
+    return None if text in (None, "auto") else parse_split(str(text))
 
 
 def as_data(done: Pruned) -> dict[str, Any]:
@@ -314,6 +419,8 @@ def as_data(done: Pruned) -> dict[str, Any]:
         "bytes": done.bytes,
         "twin_difference": done.difference,
         "seconds": done.seconds,
+        "refitted": [asdict(one) for one in done.refitted],
+        "trials": [asdict(one) for one in done.trials],
         "layers": [asdict(row) for row in done.rows],
     }
 
@@ -333,6 +440,11 @@ def show(done: Pruned) -> None:
     )
     if done.difference is not None:
         out.print(f"equal to its masked twin: largest difference {done.difference:.1e}")
+    if done.trials:
+        out.print(f"split found by {len(done.trials)} trial removals: {_shares(done)}")
+    if done.refitted:
+        count_ = sum(one.ridge is not None for one in done.refitted)
+        out.print(f"least squares refitted {count_} of {len(done.refitted)} consumers")
     if done.kind is None:
         out.print(f"plan written to {clean(str(done.path))}; nothing was pruned", soft_wrap=True)
         return
@@ -345,6 +457,11 @@ def show(done: Pruned) -> None:
         "config can say)"
     )
     out.print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in done.seconds.items()))
+
+
+def _shares(done: Pruned) -> str:
+    split = done.plan.selection.split if done.plan.selection else None
+    return ", ".join(f"{name} {100 * share:g}%" for name, share in (split or {}).items())
 
 
 def _across(done: Pruned) -> str:

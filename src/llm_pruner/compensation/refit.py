@@ -27,7 +27,7 @@ from torch import nn
 
 from llm_pruner.chain.blocks import Chain, NotBlockwise, find_chain, hidden_of
 from llm_pruner.chain.borders import Borders
-from llm_pruner.chain.consumers import consumers_of, input_dim, weight_of
+from llm_pruner.chain.consumers import consumers_of, input_dim, set_weight, weight_of
 from llm_pruner.chain.undisturbed import undisturbed
 from llm_pruner.compensation.least_squares import Moments, best_refit
 from llm_pruner.errors import UserError
@@ -120,11 +120,12 @@ def _consumers(
     removed = removed_positions(discovery, removal)
     rename = _renaming(dense, discovery, removal)
     pairs: dict[int, _Pair] = {}
+    tied = set(discovery.aliases) | set(discovery.aliases.values())
     for group in discovery.groups:
         if group.kind not in KINDS:
             continue
         for consumer in consumers_of(dense, group):
-            if gone and f"{consumer.module}.".startswith(gone):
+            if f"{consumer.module}.".startswith(gone) or f"{consumer.module}.weight" in tied:
                 continue
             before = dense.get_submodule(consumer.module)
             name = rename(consumer.module)
@@ -254,7 +255,7 @@ class _Refit:
                     )
             new, ridge, error, after = best_refit(weight, fit, held_out)
             if ridge is not None:
-                weight.copy_(new)
+                set_weight(pair.module, new)
             found.append(Refitted(pair.name, ridge, error, after))
         for output in outputs:
             output.close()

@@ -10,17 +10,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from llm_pruner.checkpoints import atomic_write_text, check_output, save_checkpoint
 from llm_pruner.checkpoints.recipe import compose, from_edits
-from llm_pruner.data.calibration import build_calibration
+from llm_pruner.compensation import Refitted, refit_
+from llm_pruner.data.calibration import Calibration, build_calibration
 from llm_pruner.data.text import SELF, load_documents
 from llm_pruner.errors import UserError, VerificationError
 from llm_pruner.groups import discover
 from llm_pruner.importance import Criterion, score
+from llm_pruner.importance.criteria import MEASURES
 from llm_pruner.pipeline.loading import load
 from llm_pruner.pipeline.settings import CalibrationSettings, ModelSettings
+from llm_pruner.pipeline.trials import TOKENS, Trial, find_split, sharing_copy
 from llm_pruner.planning import (
     Plan,
     PlanCalibration,
@@ -49,6 +53,8 @@ from llm_pruner.verification import (
     twin_logits,
 )
 
+COMPENSATIONS = ("none", "least-squares")
+
 VERIFY_LIMIT = 2_000_000_000
 """Models of up to this many parameters are verified unless the user says otherwise."""
 
@@ -67,6 +73,8 @@ class Pruned:
         difference: largest difference of logits between the pruned model and its masked twin;
             None if it was not verified.
         seconds: by stage.
+        refitted: what compensation did to each consumer, all steps.
+        trials: splits of the budget that were tried.
     """
 
     plan: Plan
@@ -77,6 +85,8 @@ class Pruned:
     bytes: int | None
     difference: float | None
     seconds: dict[str, float]
+    refitted: tuple[Refitted, ...] = ()
+    trials: tuple[Trial, ...] = ()
 
 
 def prune_checkpoint(
@@ -95,6 +105,8 @@ def prune_checkpoint(
     verify: bool | None = None,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
+    compensation: str = "none",
+    find_best_split: bool = False,
 ) -> Pruned:
     """Prune a checkpoint and save the result as a folder that ``from_pretrained`` loads.
 
@@ -115,6 +127,10 @@ def prune_checkpoint(
             default for models of up to ``VERIFY_LIMIT`` parameters.
         overwrite: replace what ``out`` holds.
         max_shard_size: largest weight file.
+        compensation: ``least-squares`` refits what reads the pruned axes after each cut, on the
+            calibration text; ``none`` leaves the kept weights as they are.
+        find_best_split: choose how the budget is split between structures by trial removals, in
+            the first step.
 
     Raises:
         UserError: something that was given must change; nothing is written.
@@ -123,11 +139,19 @@ def prune_checkpoint(
     clock = _Clock()
     # All that can be refused without the model is, since loading one may take minutes.
     _check_out(out, model.source, overwrite, dry_run)
+    if compensation not in COMPENSATIONS:
+        raise UserError(
+            f"unknown compensation {compensation!r}; choose one of {', '.join(COMPENSATIONS)}"
+        )
+    refit = compensation != "none"
     plan = None if plan_file is None else read_plan(plan_file)
     if plan is None:
         if target is None or selection is None:
             raise UserError("no target given; use --ratio, --params or --unit-ratio")
-        _check_estimation(criterion, calibration, steps)
+        if steps < 1:
+            raise UserError(f"steps={steps} prunes nothing; use 1 or more")
+    if (plan is None and (criterion.reads_text or find_best_split)) or refit:
+        _check_calibration(calibration)
     # A plan of random units, or a plan that is there, needs none of the weights.
     random = plan is not None or criterion.name == "random"
     loaded = load(model, weights=not (dry_run and random))
@@ -138,10 +162,15 @@ def prune_checkpoint(
     clock.stop("discover")
     verified = verify if verify is not None else count_parameters(discovery) <= VERIFY_LIMIT
     surgeon = _Surgeon(network, verified and not dry_run, clock)
+    refitter = _Refitter(loaded, discovery, clock) if refit and not dry_run else None
+    trials: list[Trial] = []
     if plan is not None:
         removal: dict[str, IntArray] = plan.removal(discovery)
         if not dry_run:
+            text = _calibration_text(loaded, calibration, seed, clock) if refitter else None
             surgeon.cut(discovery, removal)
+            if refitter is not None and text is not None:
+                refitter.refit(removal, text.input_ids)
     else:
         assert target is not None
         assert selection is not None
@@ -151,7 +180,7 @@ def prune_checkpoint(
         if protect_by_default[1]:
             selection = replace(selection, protect_last=last)
         check_reachable(discovery, selection, target)
-        used, removal = _prune_in_steps(
+        used, removal, selection = _prune_in_steps(
             loaded,
             discovery,
             surgeon,
@@ -162,6 +191,8 @@ def prune_checkpoint(
             seed,
             steps,
             cut_last=not dry_run,
+            refitter=refitter,
+            trials=trials if find_best_split else None,
         )
         plan = Plan.from_removal(
             discovery,
@@ -175,6 +206,7 @@ def prune_checkpoint(
             target=target,
             steps=steps,
             selection=selection,
+            compensation=compensation if refit else None,
         )
     result = Pruned(
         plan=plan,
@@ -185,6 +217,8 @@ def prune_checkpoint(
         bytes=None,
         difference=surgeon.difference,
         seconds=clock.seconds,
+        refitted=tuple(refitter.done) if refitter is not None else (),
+        trials=tuple(trials),
     )
     if dry_run:
         atomic_write_text(out, plan.to_json())
@@ -218,29 +252,25 @@ def _prune_in_steps(
     steps: int,
     *,
     cut_last: bool,
-) -> tuple[PlanCalibration | None, dict[str, IntArray]]:
-    """Estimate, allocate and cut, step by step; return the calibration and the whole removal."""
+    refitter: _Refitter | None,
+    trials: list[Trial] | None,
+) -> tuple[PlanCalibration | None, dict[str, IntArray], Selection]:
+    """Estimate, allocate, cut and refit, step by step.
+
+    Returns:
+        The calibration, the whole removal, and the selection with the split that was found.
+    """
     clock = surgeon.clock
     survivors = Survivors.dense(dense)
     targets = step_targets(survivors.parameters, target, steps)
     if criterion.name != "random":
         _require_weights(loaded.model)
-    tokens, record = None, None
-    if criterion.name == "taylor":
-        if loaded.tokenizer is None:
-            raise UserError(f"{loaded.name} has no tokenizer, so no text can be read; add one")
-        text = build_calibration(
-            calibration.source,
-            loaded.tokenizer,
-            samples=calibration.samples,
-            seq_len=calibration.seq_len,
-            seed=seed,
-            model=loaded.model,
-            text_field=calibration.text_field,
-            split=calibration.split,
-        )
+    tokens, record, held_out = None, None, None
+    if criterion.reads_text or refitter is not None or trials is not None:
+        text = _calibration_text(loaded, calibration, seed, clock)
         tokens, record = text.input_ids, _calibration_record(text.settings)
-        clock.stop("calibration text")
+        if trials is not None:
+            held_out, tokens = _hold_out(tokens)
     discovery = dense
     for number, step in enumerate(targets):
         chosen = choose_groups(discovery, selection, survivors)
@@ -250,15 +280,68 @@ def _prune_in_steps(
             loaded.model, discovery, criterion, input_ids=tokens, seed=seed, groups=names
         )
         clock.stop("estimate")
+        if held_out is not None and trials is not None:
+            selection, tried = find_split(
+                loaded.model, discovery, scores, selection, step, survivors, held_out
+            )
+            trials.extend(tried)
+            held_out = None
+            clock.stop("trials")
         removal = allocate(discovery, scores, selection, step, survivors)
         survivors = survivors.after(removal)
         clock.stop("plan")
         if number + 1 < len(targets) or cut_last:
             surgeon.cut(discovery, removal)
+            if refitter is not None and tokens is not None:
+                refitter.refit(survivors.removal(), tokens)
         if number + 1 < len(targets):
             discovery = discover(loaded.model)
             clock.stop("discover")
-    return record, survivors.removal()
+    return record, survivors.removal(), selection
+
+
+def _calibration_text(
+    loaded: LoadedModel, calibration: CalibrationSettings, seed: int, clock: _Clock
+) -> Calibration:
+    if loaded.tokenizer is None:
+        raise UserError(f"{loaded.name} has no tokenizer, so no text can be read; add one")
+    text = build_calibration(
+        calibration.source,
+        loaded.tokenizer,
+        samples=calibration.samples,
+        seq_len=calibration.seq_len,
+        seed=seed,
+        model=loaded.model,
+        text_field=calibration.text_field,
+        split=calibration.split,
+    )
+    clock.stop("calibration text")
+    return text
+
+
+def _hold_out(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return samples for trials and the rest: an eighth of them, at most ``TOKENS`` tokens."""
+    count = max(1, min(len(tokens) // 8, TOKENS // tokens.shape[1]))
+    if len(tokens) < 2:
+        raise UserError(
+            "trials need text of their own and there is 1 calibration sample; give more samples, "
+            "or say the split yourself"
+        )
+    return tokens[:count], tokens[count:]
+
+
+class _Refitter:
+    """Refits the pruned model to the dense one after each cut."""
+
+    def __init__(self, loaded: LoadedModel, discovery: Discovery, clock: _Clock) -> None:
+        self._model, self._dense = loaded.model, sharing_copy(loaded.model)
+        self._discovery, self._clock = discovery, clock
+        self.done: list[Refitted] = []
+
+    def refit(self, removal: Removal, tokens: torch.Tensor) -> None:
+        """Refit after ``removal``, all that was removed so far in dense numbering."""
+        self.done.extend(refit_(self._model, self._dense, self._discovery, removal, tokens))
+        self._clock.stop("least squares")
 
 
 class _Surgeon:
@@ -292,8 +375,7 @@ class _Surgeon:
 
         The copy shares the tensors, which surgery leaves as they are.
         """
-        memo = {id(tensor): tensor for tensor in [*self.model.parameters(), *self.model.buffers()]}
-        frozen = copy.deepcopy(self.model, dict(memo))
+        frozen = sharing_copy(self.model)
         return lambda: frozen
 
     def _culprits(
@@ -347,12 +429,8 @@ def _check_out(out: Path, source: str, overwrite: bool, dry_run: bool) -> None:
         raise UserError(f"{out} exists; give another --out, or --overwrite to replace it")
 
 
-def _check_estimation(criterion: Criterion, calibration: CalibrationSettings, steps: int) -> None:
-    """Raise UserError if the calibration text cannot be read or there is no step."""
-    if steps < 1:
-        raise UserError(f"steps={steps} prunes nothing; use 1 or more")
-    if criterion.name != "taylor":
-        return
+def _check_calibration(calibration: CalibrationSettings) -> None:
+    """Raise UserError if the calibration text cannot be read."""
     if calibration.samples < 1:
         raise UserError(f"samples={calibration.samples} calibrates on nothing; use at least 1")
     if calibration.seq_len < 2:
@@ -376,6 +454,8 @@ def _require_weights(model: nn.Module) -> None:
 def _criterion_record(criterion: Criterion) -> PlanCriterion:
     if criterion.name == "random":
         return PlanCriterion(name="random")
+    if criterion.name in MEASURES:
+        return PlanCriterion(name=criterion.name)
     if criterion.name != "taylor":
         return PlanCriterion(name=criterion.name, aggregate=criterion.aggregate)
     return PlanCriterion(

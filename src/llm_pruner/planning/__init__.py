@@ -19,6 +19,7 @@ from llm_pruner.planning.target import (
     Target,
     parse_count,
     parse_layer_ranges,
+    parse_split,
     step_targets,
 )
 
@@ -43,6 +44,7 @@ __all__ = [
     "parse_count",
     "parse_layer_ranges",
     "parse_ranges",
+    "parse_split",
     "read_plan",
     "step_targets",
 ]

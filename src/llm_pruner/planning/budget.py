@@ -16,6 +16,8 @@ such as estimates of the change in loss, rank well this way; norms do not.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -70,8 +72,14 @@ def allocate(
     chosen = choose_groups(discovery, selection, survivors)
     ladders = build_ladders(discovery, chosen, scores, selection, survivors)
     if target.unit_ratio is not None:
+        if selection.split is not None:
+            raise UserError(
+                f"{target} and a split say different things; give a target in parameters "
+                "(ratio or params) with the split"
+            )
         steps = _unit_steps(ladders, discovery, selection, target)
     else:
+        ladders = _capped(ladders, discovery, selection, target, survivors)
         steps = _parameter_steps(ladders, discovery, selection, target, survivors)
     removal = {name: np.sort(units) for name, units in ladders.removal(steps).items() if len(units)}
     ordered = {g.name: removal[g.name] for g in discovery.groups if g.name in removal}
@@ -170,12 +178,52 @@ def _parameter_steps(
     dense = survivors.parameters
     search = _begin_search(ladders, discovery, target, survivors)
     prices = step_prices(ladders, search.counter)
-    single = [[ladder] for ladder in ladders.all]
+    if selection.split is None:
+        _search(search, ladders.all, prices, selection)
+    else:
+        _search_split(search, ladders, prices, selection, selection.split)
+    if search.best is None or (search.error > search.tolerance and not target.loose):
+        raise UserError(_unreachable(search, target, dense, ladders))
+    return search.best[1]
+
+
+def _search_split(
+    search: Search,
+    ladders: Ladders,
+    prices: dict[str, int],
+    selection: Selection,
+    split: Mapping[str, float],
+) -> None:
+    """Meet each structure's share, the largest last, so that it takes up what the others miss."""
+    total, goal = search.counter.total, search.target
+    order = sorted((name for name in split if split[name] > 0), key=lambda name: split[name])
+    search.best, search.base = None, {ladder.group.name: 0 for ladder in ladders.all}
+    removed = 0.0
+    for name in order:
+        same = tuple(ladder for ladder in ladders.all if ladder.group.kind == name)
+        removed += split[name] * (total - goal)
+        last = name == order[-1]
+        part = replace(
+            search,
+            target=goal if last else total - round(removed),
+            allow_nothing=search.allow_nothing or not last,
+            best=None,
+        )
+        _search(part, same, prices, selection)
+        if part.best is None:
+            return
+        search.base, search.best = part.best[1], part.best
+
+
+def _search(
+    search: Search, ladders: Sequence[Ladder], prices: dict[str, int], selection: Selection
+) -> None:
+    single = [[ladder] for ladder in ladders]
     if selection.scope == "global":
         search.run(make_queue(single, prices, lambda x: (density(x, prices[x.group.name]),)))
     else:
         together: dict[object, list[Ladder]] = {}
-        for ladder in ladders.all:
+        for ladder in ladders:
             shape = (ladder.group.kind, ladder.dense, ladder.gone, ladder.counts.tobytes())
             together.setdefault(shape, []).append(ladder)
         even = make_queue(list(together.values()), prices, lambda x: (share_after(x),))
@@ -188,9 +236,36 @@ def _parameter_steps(
             )
         if search.error > search.tolerance:
             search.run_all(even)
-    if search.best is None or (search.error > search.tolerance and not target.loose):
-        raise UserError(_unreachable(search, target, dense, ladders))
-    return search.best[1]
+
+
+def _capped(
+    ladders: Ladders,
+    discovery: Discovery,
+    selection: Selection,
+    target: Target,
+    survivors: Survivors,
+) -> Ladders:
+    """Return the ladders without the rungs beyond the selection's ``spread``."""
+    if selection.spread is None or selection.scope != "global":
+        return ladders
+    search = _begin_search(ladders, discovery, target, survivors)
+    split = selection.split or dict.fromkeys(selection.structures, 1.0)
+    counter, capped = search.counter, []
+    spans: dict[str, int] = {}
+    for kind in dict.fromkeys(ladder.group.kind for ladder in ladders.all):
+        last = {x.group.name: int(x.counts[-1]) for x in ladders.all if x.group.kind == kind}
+        spans[kind] = counter.total - counter.count(ladders.removal(last))
+    reach = sum(span for kind, span in spans.items() if split.get(kind, 0) > 0)
+    for ladder in ladders.all:
+        kind = ladder.group.kind
+        part, span = (1.0, reach) if selection.split is None else (split[kind], spans[kind])
+        share = part * (counter.total - search.target) / max(span, 1)
+        most = np.ceil(selection.spread * share * ladder.counts[-1])
+        counts = ladder.counts[ladder.counts <= most]
+        capped.append(
+            replace(ladder, counts=counts, importance=ladder.importance[: int(counts[-1])])
+        )
+    return replace(ladders, all=tuple(capped))
 
 
 def _begin_search(

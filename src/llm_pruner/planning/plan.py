@@ -83,6 +83,8 @@ class PlanSelection(_Strict):
     protect_last: int = 0
     layer_ranges: dict[str, tuple[int, int]] = {}
     round_to: int = 1
+    split: dict[str, float] | None = None
+    spread: float | None = None
 
 
 class PlanGroup(_Strict):
@@ -105,6 +107,7 @@ class Plan(_Strict):
     seed: int | None = None
     target: PlanTarget | None = None
     selection: PlanSelection | None = None
+    compensation: str | None = None
     groups: tuple[PlanGroup, ...]
 
     @classmethod
@@ -122,6 +125,7 @@ class Plan(_Strict):
         target: Target | None = None,
         steps: int = 1,
         selection: Selection | None = None,
+        compensation: str | None = None,
     ) -> Plan:
         """Return the Plan of a removal in dense numbering; ``discovery`` is the dense model's."""
         return cls(
@@ -153,7 +157,10 @@ class Plan(_Strict):
                 protect_last=selection.protect_last,
                 layer_ranges=dict(sorted(selection.layer_ranges.items())),
                 round_to=selection.round_to,
+                split=None if selection.split is None else dict(sorted(selection.split.items())),
+                spread=selection.spread,
             ),
+            compensation=compensation,
             groups=tuple(
                 PlanGroup(
                     name=group.name,
@@ -171,6 +178,12 @@ class Plan(_Strict):
         data = self.model_dump(mode="json")
         if self.target is not None:
             data["target"] = {k: v for k, v in data["target"].items() if v is not None}
+        if self.compensation is None:
+            del data["compensation"]
+        if self.selection is not None:
+            for name in ("split", "spread"):
+                if data["selection"][name] is None:
+                    del data["selection"][name]
         rows = data.pop("groups")
         lines = [f"  {_text(key)}: {_text(value)}," for key, value in data.items()]
         body = ",\n".join(f"    {_text(row)}" for row in rows)

@@ -48,6 +48,7 @@ class Search:
     allow_nothing: bool
     counts: set[int] = field(default_factory=set)
     best: tuple[int, dict[str, int]] | None = None
+    base: Mapping[str, int] = field(default_factory=dict)
     _budget: int = 0
 
     @property
@@ -56,7 +57,11 @@ class Search:
         return float("inf") if self.best is None else abs(self.best[0] - self.target)
 
     def try_steps(self, steps: Mapping[str, int]) -> int:
-        """Count what is left after ``steps`` and remember it if it is the nearest so far."""
+        """Count what is left after ``steps`` and remember it if it is the nearest so far.
+
+        Steps in ``base`` are taken as well.
+        """
+        steps = {**self.base, **steps}
         count = self.counter.count(self.ladders.removal(steps))
         if any(steps.values()) or self.allow_nothing:
             self.counts.add(count)

@@ -90,6 +90,11 @@ class Selection:
             replaces the protection for that structure.
         round_to: the number of units kept in a group of channels (ffn, hidden, head_dim, other)
             is a multiple of this, unless the group is left alone.
+        split: structure -> its share of the parameters that are removed; None lets the ranking
+            decide (``global``) or takes the same share of units everywhere (``local``). For targets
+            in parameters alone.
+        spread: with ``global``, no group loses more than this many times the share of its units
+            that would be lost if all lost the same; None for no limit.
     """
 
     structures: tuple[str, ...]
@@ -98,6 +103,8 @@ class Selection:
     protect_last: int = 0
     layer_ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     round_to: int = 1
+    split: Mapping[str, float] | None = None
+    spread: float | None = None
 
     def __post_init__(self) -> None:
         if not self.structures:
@@ -123,6 +130,31 @@ class Selection:
                     f"a layer range is given for {name}, which is not pruned; add it to the "
                     f"structures ({', '.join(self.structures)}) or drop the range"
                 )
+        if self.spread is not None and not self.spread >= 1:
+            raise UserError(
+                f"spread={self.spread} cannot reach the target; use 1 (all alike) or more"
+            )
+        if self.split is not None:
+            self._check_split(self.split)
+
+    def _check_split(self, split: Mapping[str, float]) -> None:
+        for name, share in split.items():
+            if name not in self.structures:
+                raise UserError(
+                    f"a share is given for {name}, which is not pruned; add it to the structures "
+                    f"({', '.join(self.structures)}) or drop the share"
+                )
+            if not 0 <= share <= 1:
+                raise UserError(f"share {name}={share} is outside 0 to 1; give a part of 1")
+        missing = [name for name in self.structures if name not in split]
+        if missing:
+            raise UserError(
+                f"no share is given for {', '.join(missing)}; name every structure in the split"
+            )
+        if abs(sum(split.values()) - 1) > 1e-6:
+            raise UserError(
+                f"the shares of the split add up to {sum(split.values()):g}; they must give 1"
+            )
 
 
 def exact(ratio: float) -> Fraction:
@@ -168,6 +200,24 @@ def parse_layer_ranges(text: str) -> dict[str, tuple[int, int]]:
             raise UserError(f"layer range {name}={first}-{last} runs backwards; swap its ends")
         ranges[name] = (first, last)
     return ranges
+
+
+def parse_split(text: str) -> dict[str, float]:
+    """Return structure -> share of ``"heads=0.1,ffn=0.9"``.
+
+    Raises:
+        UserError: malformed, unknown or repeated structure.
+    """
+    shares: dict[str, float] = {}
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d*\.?\d+)\s*", item)
+        if match is None:
+            raise UserError(f"{item.strip()!r} is not a share; write such as heads=0.1,ffn=0.9")
+        name = _known_structure(match[1])
+        if name in shares:
+            raise UserError(f"{name} has two shares; give one")
+        shares[name] = float(match[2])
+    return shares
 
 
 def step_targets(dense_params: int, target: Target, steps: int) -> list[Target]:

@@ -1,0 +1,134 @@
+"""Trial removals: find by measured damage how a budget is split between structures.
+
+Scores of different structures are on no common scale, and how much worse a model gets by losing
+heads instead of FFN channels differs from model to model. So candidate splits are carried out on a
+copy that shares the weights, and the one with the least divergence from the dense model on held-out
+calibration text is taken.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llm_pruner.chain.logits import logits_of
+from llm_pruner.chain.undisturbed import undisturbed
+from llm_pruner.errors import InfeasibleError, UserError
+from llm_pruner.planning import Selection, Survivors, Target, allocate
+from llm_pruner.progress import track
+from llm_pruner.surgery import prune_
+from llm_pruner.types import Discovery, Removal, Scores
+
+_LOG = logging.getLogger(__name__)
+
+SHARES = (0.05, 0.1, 0.2, 0.4)
+"""Shares of the removed parameters that are tried for each structure beside the largest one."""
+
+TOKENS = 4096
+"""Held-out tokens that trials are judged on."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One split and the damage that it did.
+
+    Attributes:
+        split: structure -> share of the removed parameters.
+        divergence: mean over held-out tokens of KL(dense || pruned), in nats.
+    """
+
+    split: Mapping[str, float]
+    divergence: float
+
+
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model whose tensors are those of the original until surgery."""
+    memo = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, dict(memo))
+
+
+def find_split(
+    model: nn.Module,
+    discovery: Discovery,
+    scores: Scores,
+    selection: Selection,
+    target: Target,
+    survivors: Survivors,
+    held_out: torch.Tensor,
+) -> tuple[Selection, list[Trial]]:
+    """Return the selection with the best split that was found, and all trials.
+
+    Every structure is tried alone. From the best of these, each other structure is then given
+    growing shares for as long as the divergence falls.
+
+    Args:
+        held_out: tokens that the scores did not see, shape (samples, seq_len).
+
+    Raises:
+        UserError: no split reaches the target.
+    """
+    judge = _judge(model, held_out)
+    trials: list[Trial] = []
+    failure: UserError | None = None
+
+    def attempt(split: Mapping[str, float]) -> float:
+        nonlocal failure
+        try:
+            candidate = replace(selection, split=dict(split))
+            removal = allocate(discovery, scores, candidate, target, survivors)
+            divergence = judge(discovery, removal)
+        except (UserError, InfeasibleError) as error:
+            failure = error if isinstance(error, UserError) else failure
+            return float("inf")
+        trials.append(Trial(dict(split), divergence))
+        _LOG.info("split %s: divergence %.4f", split, divergence)
+        return divergence
+
+    names = selection.structures
+    alone = [dict.fromkeys(names, 0.0) | {name: 1.0} for name in names]
+    results = [(attempt(split), split) for split in track(alone, "trials: one structure")]
+    best, split = min(results, key=lambda result: result[0])
+    main = max(split, key=lambda name: split[name])
+    others = [name for name in names if name != main]
+    for name in track(others, "trials: two structures"):
+        for share in SHARES:
+            rest = split[main] + split[name] - share
+            if rest <= 0:
+                break
+            found = attempt({**split, name: share, main: rest})
+            if found >= best:
+                break
+            best, split = found, {**split, name: share, main: rest}
+    if not trials:
+        raise failure or UserError("no split of the budget reaches the target; ask for less")
+    return replace(selection, split=split), trials
+
+
+def _judge(model: nn.Module, held_out: torch.Tensor) -> Callable[[Discovery, Removal], float]:
+    """Return a function that measures the divergence after a removal."""
+    ids = held_out.to(next(model.parameters()).device, torch.long)
+
+    def log_probs(network: nn.Module) -> list[torch.Tensor]:
+        with undisturbed(network), torch.no_grad():
+            return [
+                logits_of(network(sample[None]))[0].float().log_softmax(-1).cpu() for sample in ids
+            ]
+
+    dense = log_probs(model)
+
+    def judge(discovery: Discovery, removal: Removal) -> float:
+        network = sharing_copy(model)
+        prune_(network, discovery, removal)
+        total = sum(
+            float(F.kl_div(after, before, log_target=True, reduction="sum"))
+            for before, after in zip(dense, log_probs(network), strict=True)
+        )
+        return total / ids.numel()
+
+    return judge

@@ -1,0 +1,188 @@
+"""Recipes, splits, trials and compensation, through the command line on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from command import done, run, save_tiny, write_text
+from fake_discovery import fake_llama, fake_scores
+from llm_pruner.errors import UserError
+from llm_pruner.planning import Selection, Target, allocate, parse_split
+from llm_pruner.recipes import NAMES, read_recipe
+from llm_pruner.removal import count_parameters
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return write_text(tmp_path / "text.txt", 6000)
+
+
+def small(text: Path) -> list[object]:
+    return ["--calibration", text, "--samples", 16, "--seq-len", 24]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_prunes(tiny: Path, text: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    more = ["--protect-first", 1, "--protect-last", 1] if name == "paper" else []
+    result = done(
+        "prune", tiny, "--out", out, "--ratio", 0.2, "--recipe", name, *small(text), *more
+    )
+    plan = json.loads((out / "plan.json").read_text())
+    recipe = read_recipe(name)
+    assert plan["criterion"]["name"] == recipe.criterion
+    assert plan["selection"]["scope"] == recipe.scope
+    assert plan["calibration"]["samples"] == 16
+    assert plan["selection"]["protect_first"] == (1 if name == "paper" else 0)
+    if recipe.split == "auto":
+        assert sum(plan["selection"]["split"].values()) == pytest.approx(1)
+        assert "trial removals" in result.out
+    assert plan.get("compensation") == (
+        "least-squares" if recipe.compensation == "least-squares" else None
+    )
+
+
+def test_options_beside_a_recipe_win(tiny: Path, text: Path, tmp_path: Path) -> None:
+    out, report = tmp_path / "out", tmp_path / "report.json"
+    done(
+        *("prune", tiny, "--out", out, "--ratio", 0.2, "--recipe", "best", *small(text)),
+        *("--criterion", "contribution", "--split", "ffn=1", "--structures", "ffn"),
+        *("--json", report),
+    )
+    plan = json.loads((out / "plan.json").read_text())
+    assert plan["criterion"]["name"] == "contribution"
+    assert plan["selection"]["structures"] == ["ffn"]
+    seen: dict[str, Any] = json.loads(report.read_text())
+    assert seen["trials"] == []
+    assert all(one["after"] <= one["before"] for one in seen["refitted"])
+    assert any(one["ridge"] for one in seen["refitted"])
+
+
+def test_a_replay_with_compensation_gives_the_same_weights(
+    tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    options = ["--compensation", "least-squares", *small(text)]
+    first, second, plain = (tmp_path / name for name in ("first", "second", "plain"))
+    done(
+        *("prune", tiny, "--out", first, "--ratio", 0.2, "--criterion", "fisher", *options),
+    )
+    plan = first / "plan.json"
+    done("prune", tiny, "--out", second, "--plan", plan, *options)
+    done("prune", tiny, "--out", plain, "--plan", plan)
+    one, two, three = (load_file(d / "model.safetensors") for d in (first, second, plain))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert {key.split(".")[-2] for key in one if not torch.equal(one[key], three[key])} <= {
+        "o_proj",
+        "down_proj",
+    }
+    assert any(not torch.equal(one[key], three[key]) for key in one)
+    # What was read is the model on disk, which nothing may change.
+    again = load_file(tiny / "model.safetensors")
+    assert all(torch.isfinite(value).all() for value in again.values())
+
+
+def test_steps_refit_to_the_dense_model_each_time(tiny: Path, text: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    done(
+        *("prune", tiny, "--out", tmp_path / "out", "--ratio", 0.3, "--steps", 2),
+        *("--criterion", "fisher", "--compensation", "least-squares", *small(text)),
+        *("--structures", "heads,ffn,layers", "--scope", "global", "--json", report),
+    )
+    names = [one["module"] for one in json.loads(report.read_text())["refitted"]]
+    assert len(names) > len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--recipe", "bets"], "no recipe 'bets'; did you mean best? known are paper, balanced"),
+        (["--recipe", "best", "--split", "heads=0.3"], "no share is given for ffn"),
+        (["--split", "heads=0.3,ffn=0.3"], "add up to 0.6; they must give 1"),
+        (["--split", "heads=1.3,ffn=0"], "share heads=1.3 is outside 0 to 1"),
+        (["--split", "heads:0.3"], "'heads:0.3' is not a share; write such as heads=0.1,ffn=0.9"),
+        (["--split", "heads=.3,heads=.7"], "heads has two shares; give one"),
+        (["--split", "hidden=1,ffn=0,heads=0"], "given for hidden, which is not pruned"),
+        (["--spread", "0.5"], "spread=0.5 cannot reach the target; use 1"),
+        (["--compensation", "lsq"], "unknown compensation 'lsq'; choose one of none, least-squ"),
+    ],
+)
+def test_refusals(tiny: Path, tmp_path: Path, options: list[str], message: str) -> None:
+    result = run("prune", tiny, "--out", tmp_path / "out", "--ratio", 0.2, *options)
+    assert result.code == 2
+    assert message in result.err
+    assert result.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("criterion: [", "is not YAML in line 1"),
+        ("- fisher", "holds no settings"),
+        (
+            "critrion: fisher\nsteps: many",
+            "steps: input should be a valid integer.*critrion: extra inputs",
+        ),
+    ],
+)
+def test_broken_recipe_files(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        read_recipe(str(file))
+    with pytest.raises(UserError, match="no recipe"):
+        read_recipe(str(tmp_path / "absent.yaml"))
+
+
+MODEL = fake_llama(5, hidden=60, ffn=160, kv_heads=3, repeat=3, head_dim=8)
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_a_split_is_met(scope: Any) -> None:
+    scores = fake_scores(MODEL)
+    total = count_parameters(MODEL)
+    for heads in (0.0, 0.3, 0.5):
+        split = {"heads": heads, "ffn": 1 - heads}
+        selection = Selection(("heads", "ffn"), scope=scope, split=split)
+        removal = allocate(MODEL, scores, selection, Target(ratio=0.2))
+        assert 1 - count_parameters(MODEL, removal) / total == pytest.approx(0.2, abs=0.005)
+        ffn = {name: units for name, units in removal.items() if name.endswith("ffn")}
+        share = (total - count_parameters(MODEL, ffn)) / (total - count_parameters(MODEL, removal))
+        assert share == pytest.approx(1 - heads, abs=0.06)
+        if not heads:
+            assert removal.keys() == ffn.keys()
+
+
+def test_spread_limits_what_a_layer_loses() -> None:
+    scores = {
+        name: values * (1e-3 if name == "layers.2.ffn" else 1.0)
+        for name, values in fake_scores(MODEL).items()
+    }
+    lost = {}
+    for spread in (None, 2.0, 1.0):
+        selection = Selection(("ffn",), scope="global", spread=spread)
+        removal = allocate(MODEL, scores, selection, Target(ratio=0.15))
+        lost[spread] = {name: len(units) for name, units in removal.items()}
+    assert max(lost[None].values()) > 140
+    average = np.mean([lost[1.0][name] for name in lost[1.0]])
+    assert max(lost[2.0].values()) <= 2 * average + 2
+    assert len(lost[1.0]) == 5
+    assert np.ptp(list(lost[1.0].values())) <= 4
+
+
+def test_a_split_says_nothing_of_a_unit_ratio() -> None:
+    selection = Selection(("heads", "ffn"), split=parse_split("heads=0.5,ffn=0.5"))
+    with pytest.raises(UserError, match="give a target in parameters"):
+        allocate(MODEL, fake_scores(MODEL), selection, Target(unit_ratio=0.25))
