@@ -17,7 +17,7 @@ and against this order is in docs/results.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,6 +163,28 @@ class _Reached(Exception):  # noqa: N818 - a signal, not an error
         self.value = value
 
 
+class _Rows:
+    """A tensor per token, for all samples, in memory or in a file; made when first written."""
+
+    def __init__(self, samples: int) -> None:
+        self._samples = samples
+        self._borders: Borders | None = None
+
+    def write(self, part: slice, values: torch.Tensor) -> None:
+        if self._borders is None:
+            shape = (self._samples, *values.shape[1:])
+            self._borders = Borders(range(1), shape, values.dtype, _BUDGET)
+        self._borders.write(0, part, values)
+
+    def read(self, part: slice) -> torch.Tensor:
+        assert self._borders is not None
+        return self._borders.read(0, part)
+
+    def close(self) -> None:
+        if self._borders is not None:
+            self._borders.close()
+
+
 class _Refit:
     """The state of a walk through both models."""
 
@@ -192,59 +214,54 @@ class _Refit:
         """Walk through all blocks and return what became of each consumer."""
         found: list[Refitted] = []
         with self.pruned.opened(), self.dense.opened():
-            hidden = self._store(lambda part: _entry(self.pruned, self.ids[part]))
-            target = self._store(lambda part: _entry(self.dense, self.ids[part]))
+            hidden, target = _Rows(len(self.ids)), _Rows(len(self.ids))
+            for part in self.parts:
+                hidden.write(part, _entry(self.pruned, self.ids[part]))
+                target.write(part, _entry(self.dense, self.ids[part]))
             at = 0
             for index in track(range(len(self.pruned.blocks)), "least squares"):
                 while at < self.twins[index]:
-                    target = self._advance(self.dense, at, target)
+                    self._advance(self.dense, at, target)
                     at += 1
                 target = self._block(index, at, hidden, target, found)
                 at += 1
-                hidden = self._advance(self.pruned, index, hidden)
             hidden.close()
             target.close()
         return found
 
-    def _store(self, compute: Callable[[slice], torch.Tensor]) -> Borders:
-        borders: Borders | None = None
+    def _advance(self, chain: Chain, index: int, hidden: _Rows) -> None:
+        """Replace the hidden states before a block by those behind it."""
         for part in self.parts:
-            values = compute(part)
-            if borders is None:
-                shape = (len(self.ids), *values.shape[1:])
-                borders = Borders(range(1), shape, values.dtype, _BUDGET)
-            borders.write(0, part, values)
-        assert borders is not None
-        return borders
-
-    def _advance(self, chain: Chain, index: int, hidden: Borders) -> Borders:
-        """Return the hidden states behind a block, in place of those before it."""
-        for part in self.parts:
-            _, output = chain.run_block(index, self.ids[part], hidden.read(0, part))
-            hidden.write(0, part, output)
-        return hidden
+            _, output = chain.run_block(index, self.ids[part], hidden.read(part))
+            hidden.write(part, output)
 
     def _block(
-        self, index: int, at: int, hidden: Borders, target: Borders, found: list[Refitted]
-    ) -> Borders:
-        """Refit one block's consumers; return the dense hidden states behind it."""
+        self, index: int, at: int, hidden: _Rows, target: _Rows, found: list[Refitted]
+    ) -> _Rows:
+        """Refit one block's consumers and go past it; return the dense hidden states behind it."""
         order, outputs, following = self._dense_outputs(at, target)
         direct = self._adds_up(target, outputs, following)
         for number, pair in enumerate(order):
             weight = weight_of(pair.module)
             fit, held_out = (Moments.zeros(weight) for _ in range(2))
+            final = direct and number + 1 == len(order)
+            read = _Rows(len(self.ids)) if final else None
             for part in self.parts:
                 inputs, before = self._reach(index, part, hidden, order[: number + 1])
-                reference, wanted = following.read(0, part), outputs[number].read(0, part)
+                reference, wanted = following.read(part), outputs[number].read(part)
                 if direct:
-                    reference = target.read(0, part).float()
+                    reference = target.read(part).float()
                     for output in outputs[: number + 1]:
-                        reference = reference + output.read(0, part)
-                    wanted = reference[..., pair.out] - hidden.read(0, part).float() - before
+                        reference = reference + output.read(part)
+                    wanted = reference[..., pair.out] - hidden.read(part).float() - before
                 else:
                     wanted = wanted[..., pair.out]
                 if isinstance(bias := getattr(pair.module, "bias", None), torch.Tensor):
                     wanted = wanted - bias.to(wanted.device)
+                if read is not None:
+                    # What the block adds to, and what is left to multiply: no need to run it again.
+                    read.write(part, inputs)
+                    hidden.write(part, hidden.read(part).float() + before)
                 importance = 1 / reference.float().square().mean(-1).clamp_min(1e-12)
                 for chosen, moments in ((~self.held_out, fit), (self.held_out, held_out)):
                     rows = chosen[part]
@@ -257,33 +274,38 @@ class _Refit:
             if ridge is not None:
                 set_weight(pair.module, new)
             found.append(Refitted(pair.name, ridge, error, after))
+            if read is not None:
+                for part in self.parts:
+                    base = hidden.read(part)
+                    output = pair.module(read.read(part).to(weight.device))
+                    hidden.write(part, base.to(output.device) + output)
+                read.close()
+        if not (direct and order):
+            self._advance(self.pruned, index, hidden)
         for output in outputs:
             output.close()
         target.close()
         return following
 
-    def _dense_outputs(
-        self, at: int, target: Borders
-    ) -> tuple[list[_Pair], list[Borders], Borders]:
+    def _dense_outputs(self, at: int, target: _Rows) -> tuple[list[_Pair], list[_Rows], _Rows]:
         """Return a dense block's consumers as they are called, their outputs, and the block's."""
         order: list[_Pair] = []
-        outputs: list[Borders] = []
+        outputs: list[_Rows] = []
         calls: list[tuple[_Pair, torch.Tensor]] = []
 
-        def compute(part: slice) -> torch.Tensor:
+        def run(part: slice) -> torch.Tensor:
             calls.clear()
-            states = target.read(0, part)
+            states = target.read(part)
             _, output = self.dense.run_block(at, self.ids[part], states)
             if not order:
                 names = [pair.name for pair, _ in calls]
                 for pair, value in calls:
                     if names.count(pair.name) == 1 and value.shape[:-1] == states.shape[:-1]:
-                        shape = (len(self.ids), *value.shape[1:])
                         order.append(pair)
-                        outputs.append(Borders(range(1), shape, value.dtype, _BUDGET))
+                        outputs.append(_Rows(len(self.ids)))
             kept = {pair.name: value for pair, value in calls}
-            for pair, borders in zip(order, outputs, strict=True):
-                borders.write(0, part, kept[pair.name])
+            for pair, rows in zip(order, outputs, strict=True):
+                rows.write(part, kept[pair.name])
             return output
 
         handles = [
@@ -294,27 +316,29 @@ class _Refit:
             if id(module) in self.pairs
         ]
         try:
-            following = self._store(compute)
+            following = _Rows(len(self.ids))
+            for part in self.parts:
+                following.write(part, run(part))
         finally:
             for handle in handles:
                 handle.remove()
         return order, outputs, following
 
-    def _adds_up(self, target: Borders, outputs: Sequence[Borders], following: Borders) -> bool:
+    def _adds_up(self, target: _Rows, outputs: Sequence[_Rows], following: _Rows) -> bool:
         """Whether the block adds its consumers' outputs to the hidden state, and nothing else."""
         part = self.parts[0]
-        total = target.read(0, part).double()
+        total = target.read(part).double()
         for output in outputs:
-            values = output.read(0, part)
+            values = output.read(part)
             if values.shape != total.shape:
                 return False
             total = total + values
-        wanted = following.read(0, part)
+        wanted = following.read(part)
         close = 1e-2 if wanted.dtype in (torch.float16, torch.bfloat16) else 1e-4
-        return bool((total - wanted).norm() <= close * (wanted - target.read(0, part)).norm())
+        return bool((total - wanted).norm() <= close * (wanted - target.read(part)).norm())
 
     def _reach(
-        self, index: int, part: slice, hidden: Borders, order: Sequence[_Pair]
+        self, index: int, part: slice, hidden: _Rows, order: Sequence[_Pair]
     ) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Return the last consumer's input and the sum of the outputs of those before it."""
         before: list[torch.Tensor] = []
@@ -328,7 +352,7 @@ class _Refit:
         ]
         handles.append(order[-1].module.register_forward_pre_hook(stop))
         try:
-            self.pruned.run_block(index, self.ids[part], hidden.read(0, part))
+            self.pruned.run_block(index, self.ids[part], hidden.read(part))
         except _Reached as reached:
             return reached.value, sum(before) if before else 0.0
         finally:

@@ -1,0 +1,228 @@
+"""How much worse each way of pruning makes a model at the same size, without training.
+
+    python benchmarks/least_damage.py --calibration c4_first_100.jsonl --c4 c4_last_50.jsonl \
+        --wikitext wikitext2_test.txt --ptb ptb_test.txt
+
+Prunes SmolLM2-135M through the same functions as ``llm-pruner prune`` and measures perplexity in
+windows of 1,024 tokens on the first 65,536 tokens of WikiText-2 test, on held-out C4, and on Penn
+Treebank, beside the dense model. Rows (``--rows``): ``recipes`` (each recipe at four sizes),
+``table`` (every criterion, uniform and global, without and with least squares, at 20% and 50% of
+the block parameters, on ``--screen`` tokens of each text), ``seeds`` (the best recipe, two more
+seeds), ``text`` (self-made calibration text), ``uniform`` (equal layers). Writes
+benchmarks/results/least_damage.json after each row, and goes on from there when it is run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import tempfile
+import time
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from llm_pruner import Criterion, Selection, Target
+from llm_pruner.data.evaluation import load_evaluation_text
+from llm_pruner.errors import UserError
+from llm_pruner.evaluation.perplexity import EvaluationText, perplexity
+from llm_pruner.pipeline.prune import prune_checkpoint
+from llm_pruner.pipeline.settings import CalibrationSettings, ModelSettings
+from llm_pruner.recipes import NAMES, read_recipe
+from llm_pruner.sources import load_model
+
+RESULTS = Path(__file__).parent / "results"
+SIZES = {
+    "10% of all": 121_063_000,
+    "20% of the blocks": 113_300_000,
+    "20% of all": 107_612_000,
+    "50% of the blocks": 81_430_000,
+}
+"""Parameters left, of 134.5M; the blocks hold 106.2M."""
+
+WINDOW, TOKENS = 1024, 65_536
+CRITERIA = (
+    *("random", "l1", "l2", "taylor", "gate", "fisher", "wanda", "fluctuation", "contribution"),
+    *("obs", "leverage"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row: a recipe, or what the table varies."""
+
+    rows: str
+    size: str
+    recipe: str
+    seed: int = 0
+    calibration: str | None = None
+    criterion: str | None = None
+    scope: str | None = None
+    compensation: str | None = None
+    structures: tuple[str, ...] | None = None
+    split: str | None = None
+    spread: float | None = None
+    steps: int | None = None
+    samples: int | None = None
+    seq_len: int | None = None
+
+
+def runs(rows: str) -> list[Run]:
+    """Return the runs behind one set of rows."""
+    sizes = list(SIZES)
+    if rows == "recipes":
+        return [Run(rows, size, name) for size, name in product(sizes, ("best", "paper"))] + [
+            Run(rows, "20% of the blocks", name) for name in NAMES if name not in ("best", "paper")
+        ]
+    if rows == "seeds":
+        return [Run(rows, size, "best", seed) for size, seed in product(sizes, (1, 2))]
+    if rows == "text":
+        return [Run(rows, "20% of the blocks", "best", calibration="self")]
+    if rows == "uniform":
+        return [
+            Run(rows, size, "best", scope="local")
+            for size in ("20% of the blocks", "50% of the blocks")
+        ]
+    return [
+        Run(rows, size, "balanced", 0, None, name, scope, repair, ("ffn",), "ffn=1", None)
+        for size, name, scope, repair in product(
+            ("20% of the blocks", "50% of the blocks"),
+            CRITERIA,
+            ("local", "global"),
+            ("none", "least-squares"),
+        )
+    ]
+
+
+def prune(model: str, run: Run, calibration: str, out: Path) -> dict[str, Any]:
+    """Carry out one run; return what it cost and found."""
+    recipe = read_recipe(run.recipe)
+    scope = run.scope or recipe.scope or "local"
+    split = run.split or recipe.split
+    spread = run.spread if run.criterion else recipe.spread
+    structures = run.structures or recipe.structures or ("heads", "ffn")
+    begin = time.perf_counter()
+    done = prune_checkpoint(
+        ModelSettings(model),
+        out,
+        target=Target(params=SIZES[run.size]),
+        selection=Selection(
+            structures,
+            scope=scope,  # type: ignore[arg-type]
+            protect_first=recipe.protect_first or 0,
+            protect_last=recipe.protect_last or 0,
+            split={"ffn": 1.0} if split == "ffn=1" else None,
+            spread=spread if scope == "global" else None,
+        ),
+        protect_by_default=(recipe.protect_first is None, recipe.protect_last is None),
+        criterion=Criterion(run.criterion or recipe.criterion or "taylor"),
+        calibration=CalibrationSettings(
+            run.calibration or calibration,
+            run.samples or recipe.samples or 128,
+            run.seq_len or recipe.seq_len or 128,
+        ),
+        seed=run.seed,
+        steps=run.steps or recipe.steps or 1,
+        compensation=run.compensation or recipe.compensation or "none",
+        find_best_split=split == "auto",
+        verify=False,
+        overwrite=True,
+    )
+    selection = done.plan.selection
+    return {
+        "parameters": done.parameters[1],
+        "split": selection.split if selection else None,
+        "saved_as": done.kind,
+        "seconds": {name: round(value, 2) for name, value in done.seconds.items()},
+        "total_seconds": round(time.perf_counter() - begin, 1),
+    }
+
+
+def measure(folder: str, texts: dict[str, EvaluationText], tokens: int) -> dict[str, float]:
+    """Return perplexity by text."""
+    loaded = load_model(folder)
+    assert loaded.tokenizer is not None
+    return {
+        name: perplexity(
+            loaded.model, loaded.tokenizer, text, seq_len=WINDOW, max_tokens=tokens
+        ).perplexity
+        for name, text in texts.items()
+    }
+
+
+def main() -> None:
+    """Run what is missing and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--wikitext", required=True)
+    parser.add_argument("--c4", required=True)
+    parser.add_argument("--ptb")
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--rows", default="recipes", help="comma-separated sets of rows")
+    parser.add_argument(
+        "--screen", type=int, default=8192, help="tokens of each text for the table"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS / "least_damage.json")
+    options = parser.parse_args()
+    texts = {
+        name: EvaluationText(*load_evaluation_text(source))
+        for name, source in (
+            ("wikitext2", options.wikitext),
+            ("c4", options.c4),
+            ("ptb", options.ptb),
+        )
+        if source
+    }
+    results: dict[str, Any] = {"settings": {}, "dense": {}, "rows": []}
+    if options.out.exists():
+        results = json.loads(options.out.read_text())
+    results["settings"] = {
+        "model": "SmolLM2-135M-Instruct, float32",
+        "calibration": Path(options.calibration).name,
+        "windows": WINDOW,
+        "tokens": TOKENS,
+        "screen_tokens": options.screen,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+    }
+
+    def save() -> None:
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+
+    for rows in options.rows.split(","):
+        tokens = options.screen if rows == "table" else TOKENS
+        some = {k: v for k, v in texts.items() if rows != "table" or k != "ptb"}
+        if str(tokens) not in results["dense"]:
+            results["dense"][str(tokens)] = measure(options.model, some, tokens)
+            save()
+        dense = results["dense"][str(tokens)]
+        for run in runs(rows):
+            key = {k: v for k, v in json.loads(json.dumps(run.__dict__)).items() if v is not None}
+            if any(row["run"] == key for row in results["rows"]):
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                out = Path(folder) / "pruned"
+                try:
+                    found = prune(options.model, run, options.calibration, out)
+                except UserError as error:
+                    results["rows"].append({"run": key, "error": str(error)})
+                    save()
+                    continue
+                measured = measure(str(out), some, tokens)
+            found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            found["perplexity"] = measured
+            found["ratio"] = {name: value / dense[name] for name, value in measured.items()}
+            results["rows"].append({"run": key, **found})
+            save()
+            ratios = ", ".join(f"{k} x{v:.3f}" for k, v in found["ratio"].items())
+            print(f"{run.recipe} {run.size} {key}: {ratios}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
