@@ -86,7 +86,7 @@ def runs(rows: str) -> list[Run]:
         return [Run(rows, "20% of the blocks", "best", calibration="self")]
     if rows == "uniform":
         return [
-            Run(rows, size, "best", scope="local")
+            Run(rows, size, "best", scope="uniform")
             for size in ("20% of the blocks", "50% of the blocks")
         ]
     return [
@@ -103,7 +103,8 @@ def runs(rows: str) -> list[Run]:
 def prune(model: str, run: Run, calibration: str, out: Path) -> dict[str, Any]:
     """Carry out one run; return what it cost and found."""
     recipe = read_recipe(run.recipe)
-    scope = run.scope or recipe.scope or "local"
+    uniform = run.scope == "uniform"
+    scope = "local" if uniform else run.scope or recipe.scope or "local"
     split = run.split or recipe.split
     spread = run.spread if run.criterion else recipe.spread
     structures = run.structures or recipe.structures or ("heads", "ffn")
@@ -119,6 +120,7 @@ def prune(model: str, run: Run, calibration: str, out: Path) -> dict[str, Any]:
             protect_last=recipe.protect_last or 0,
             split={"ffn": 1.0} if split == "ffn=1" else None,
             spread=spread if scope == "global" else None,
+            uniform=uniform,
         ),
         protect_by_default=(recipe.protect_first is None, recipe.protect_last is None),
         criterion=Criterion(run.criterion or recipe.criterion or "taylor"),

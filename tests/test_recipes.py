@@ -182,6 +182,24 @@ def test_spread_limits_what_a_layer_loses() -> None:
     assert np.ptp(list(lost[1.0].values())) <= 4
 
 
+def test_uniform_layers_load_without_the_package(tiny: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = done(
+        *("prune", tiny, "--out", out, "--ratio", 0.2, "--recipe", "best", "--uniform"),
+        *("--structures", "ffn", "--split", "ffn=1", *small(text)),
+    )
+    assert "loads with from_pretrained anywhere" in result.out
+    config = json.loads((out / "config.json").read_text())
+    assert "quantization_config" not in config
+    shapes = {v.shape for k, v in load_file(out / "model.safetensors").items() if "up_proj" in k}
+    assert len(shapes) == 1
+    refused = run(
+        "prune", tiny, "--out", tmp_path / "x", "--ratio", 0.2, "--uniform", "--protect-first", 2
+    )
+    assert refused.code == 2
+    assert "uniform layers need scope local and no protected layers" in refused.err
+
+
 def test_a_split_says_nothing_of_a_unit_ratio() -> None:
     selection = Selection(("heads", "ffn"), split=parse_split("heads=0.5,ffn=0.5"))
     with pytest.raises(UserError, match="give a target in parameters"):

@@ -41,7 +41,7 @@ _IMPORTANCE, _CALIBRATION, _PLAN = "Importance", "Calibration text", "Plan"
 _PLANNED = (
     *("ratio", "params", "unit_ratio", "structures", "scope", "protect_first", "protect_last"),
     *("layers", "round_to", "criterion", "order", "reduction", "aggregate", "steps"),
-    *("recipe", "budget_split", "spread"),
+    *("recipe", "budget_split", "spread", "uniform"),
 )
 """Options that make a plan, which a plan that is replayed leaves nothing to say for."""
 
@@ -158,6 +158,15 @@ def command(
             rich_help_panel=_WHERE,
         ),
     ] = None,
+    uniform: Annotated[
+        bool,
+        typer.Option(
+            "--uniform",
+            help="Keep the same number of units in all layers, so that the result usually loads "
+            "without this package.",
+            rich_help_panel=_WHERE,
+        ),
+    ] = False,
     protect_first: Annotated[
         int | None,
         typer.Option(
@@ -313,6 +322,11 @@ def command(
         samples = settings.get("samples", samples)
         seq_len = settings.get("seq_len", seq_len)
         compensation = settings.get("compensation", compensation)
+    if uniform:
+        scope = scope if _was_given(context, "scope") else "local"
+        protect_first, protect_last = protect_first or 0, protect_last or 0
+        if not _was_given(context, "spread"):
+            spread = None
     if plan is None:
         _require_one({"--ratio": ratio, "--params": params, "--unit-ratio": unit_ratio})
         target = Target(
@@ -329,6 +343,7 @@ def command(
             round_to=round_to,
             split=_split(budget_split),
             spread=spread,
+            uniform=uniform,
         )
     elif given := _given(context, _PLANNED + (_TEXT if compensation == "none" else ())):
         raise UserError(f"--plan already says what to remove; drop {', '.join(given)}")

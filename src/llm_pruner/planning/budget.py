@@ -228,7 +228,7 @@ def _search(
             together.setdefault(shape, []).append(ladder)
         even = make_queue(list(together.values()), prices, lambda x: (share_after(x),))
         search.run(even)
-        if search.error > search.tolerance:
+        if search.error > search.tolerance and not selection.uniform:
             search.run(
                 make_queue(
                     single, prices, lambda x: (share_after(x), density(x, prices[x.group.name]))

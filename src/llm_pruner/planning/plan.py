@@ -85,6 +85,7 @@ class PlanSelection(_Strict):
     round_to: int = 1
     split: dict[str, float] | None = None
     spread: float | None = None
+    uniform: bool = False
 
 
 class PlanGroup(_Strict):
@@ -159,6 +160,7 @@ class Plan(_Strict):
                 round_to=selection.round_to,
                 split=None if selection.split is None else dict(sorted(selection.split.items())),
                 spread=selection.spread,
+                uniform=selection.uniform,
             ),
             compensation=compensation,
             groups=tuple(
@@ -181,8 +183,8 @@ class Plan(_Strict):
         if self.compensation is None:
             del data["compensation"]
         if self.selection is not None:
-            for name in ("split", "spread"):
-                if data["selection"][name] is None:
+            for name in ("split", "spread", "uniform"):
+                if not data["selection"][name]:
                     del data["selection"][name]
         rows = data.pop("groups")
         lines = [f"  {_text(key)}: {_text(value)}," for key, value in data.items()]

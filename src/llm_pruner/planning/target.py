@@ -95,6 +95,8 @@ class Selection:
             in parameters alone.
         spread: with ``global``, no group loses more than this many times the share of its units
             that would be lost if all lost the same; None for no limit.
+        uniform: groups of one structure keep the same number of units in all layers, so that a
+            plain config can say the sizes; with ``local`` and without protection or ranges.
     """
 
     structures: tuple[str, ...]
@@ -105,6 +107,7 @@ class Selection:
     round_to: int = 1
     split: Mapping[str, float] | None = None
     spread: float | None = None
+    uniform: bool = False
 
     def __post_init__(self) -> None:
         if not self.structures:
@@ -130,12 +133,21 @@ class Selection:
                     f"a layer range is given for {name}, which is not pruned; add it to the "
                     f"structures ({', '.join(self.structures)}) or drop the range"
                 )
+        if self.uniform and (self.scope != "local" or self.layer_ranges or self._protects):
+            raise UserError(
+                "uniform layers need scope local and no protected layers or layer ranges; drop "
+                "these or uniform"
+            )
         if self.spread is not None and not self.spread >= 1:
             raise UserError(
                 f"spread={self.spread} cannot reach the target; use 1 (all alike) or more"
             )
         if self.split is not None:
             self._check_split(self.split)
+
+    @property
+    def _protects(self) -> bool:
+        return self.protect_first > 0 or self.protect_last > 0
 
     def _check_split(self, split: Mapping[str, float]) -> None:
         for name, share in split.items():
