@@ -67,7 +67,7 @@ def test_gates_are_derivatives(name: str) -> None:
         seen = observe(model, ids, groups, ["gates"])
     for group in groups:
         np.testing.assert_allclose(
-            seen[group.name].gates, gated(model, group, ids), rtol=1e-8, atol=1e-12
+            seen[group.name].gates[:, 0], gated(model, group, ids), rtol=1e-8, atol=1e-12
         )
 
 
@@ -91,7 +91,7 @@ def test_gates_without_a_linear_consumer_come_from_weight_gradients() -> None:
             others = [axis for axis in range(product.ndim) if axis != member.dim]
             expected = product.sum(others).numpy()[member.index].sum(1)
             np.testing.assert_allclose(
-                seen[group.name].gates[number], expected, rtol=1e-4, atol=1e-8
+                seen[group.name].gates[number, 0], expected, rtol=1e-4, atol=1e-8
             )
     with pytest.raises(UserError, match="no linear module reads layers"):
         score(model, discovery, Criterion("wanda"), input_ids=ids, seed=0, groups=[groups[0].name])
@@ -154,7 +154,7 @@ def test_a_layers_gate_is_the_derivative_of_what_it_adds() -> None:
         loss = F.cross_entropy(logits[:-1], ids[sample, 1:])
         (expected,) = torch.autograd.grad(loss, gate)
         handle.remove()
-        assert seen[sample, unit] == pytest.approx(float(expected), rel=1e-8)
+        assert seen[sample, 0, unit] == pytest.approx(float(expected), rel=1e-8)
 
 
 X = torch.tensor([[1.0, 2.0, 0.0], [3.0, -2.0, 1.0]], dtype=torch.float64)
@@ -172,7 +172,7 @@ def observation(rows: torch.Tensor = X, weight: torch.Tensor = W) -> Observation
         rows.square().sum(0).numpy(),
         rows.T @ rows,
     )
-    gates = np.array([[1.0, -2.0, 0.0], [3.0, 0.0, 0.5]])
+    gates = np.array([[[1.0, -2.0, 0.0]], [[3.0, 0.0, 0.5]]])
     return Observation(group, gates, (reading,), np.array([0.1, 0.2]))
 
 
@@ -207,6 +207,21 @@ def test_obs_is_the_error_after_the_others_were_refitted() -> None:
     leverage = MEASURES["leverage"].formula(observation(rows, weight))
     assert set(np.argsort(leverage)[:2]) == {0, 1}
     assert ((leverage > 0) & (leverage < 1)).all()
+
+
+def test_long_samples_are_cut_into_segments() -> None:
+    model = tiny_model("llama", max_position_embeddings=512).double()
+    discovery = discover(model)
+    group = discovery.group("layers.0.ffn")
+    ids = tokens(2, 300)
+    with undisturbed(model):
+        gates = observe(model, ids, [group], ["gates"])[group.name].gates
+    assert gates is not None
+    assert gates.shape == (2, 3, group.size)
+    np.testing.assert_allclose(gates.sum(1), gated(model, group, ids), rtol=1e-7, atol=1e-12)
+    seen = Observation(group, gates)
+    expected = np.square(gates).sum(1).mean(0) / 2
+    np.testing.assert_allclose(MEASURES["fisher"].formula(seen), expected)
 
 
 class Shared(nn.Module):

@@ -65,9 +65,10 @@ class Observation:
 
     Attributes:
         group: the group.
-        gates: shape (samples, units): for each sample, the sum over tokens of an activation times
-            its gradient, which is the derivative of the sample's loss (mean over its tokens) by a
-            gate of 1 on the unit.
+        gates: shape (samples, segments, units): for each segment of 128 tokens of a sample, the sum
+            over its tokens of an activation times its gradient, which is the derivative of the
+            sample's loss (mean over its tokens) by a gate of 1 on the unit in that segment. Where
+            the tokens cannot be told apart (inside experts) the first segment has it all.
         readings: one for each linear consumer.
         influence: for ``layers`` alone, shape (layers,): 1 minus the mean over tokens of the cosine
             between what the layer gets and what it gives.

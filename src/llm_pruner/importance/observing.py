@@ -26,7 +26,7 @@ from llm_pruner.importance.gradients import batches, pull_back
 from llm_pruner.importance.loss import loss_cotangent
 from llm_pruner.importance.needs import parameters_by_name
 from llm_pruner.importance.observation import Observation
-from llm_pruner.importance.taps import ConsumerTap, MixedSamplesError
+from llm_pruner.importance.taps import ConsumerTap, MixedSamplesError, segments, sum_segments
 from llm_pruner.progress import track
 from llm_pruner.types import FloatArray, Group, Member
 
@@ -51,7 +51,7 @@ def observe(
         UserError: a group has no linear consumer and more than gates is asked for; layers are asked
             for in a model whose blocks do not run one after the other; a loss is not finite.
     """
-    watch = _Watch(model, groups, needs, len(input_ids))
+    watch = _Watch(model, groups, needs, input_ids)
     try:
         chain = find_chain(model, input_ids, watch.parameters)
     except NotBlockwise as reason:
@@ -65,7 +65,7 @@ def observe(
     try:
         _pass(chain, watch, input_ids, together=not watch.weights)
     except MixedSamplesError:
-        watch = _Watch(model, groups, needs, len(input_ids))
+        watch = _Watch(model, groups, needs, input_ids)
         _pass(chain, watch, input_ids, together=False)
     return watch.result()
 
@@ -87,8 +87,13 @@ class _Watch:
     """What is looked at, and the sums so far."""
 
     def __init__(
-        self, model: nn.Module, groups: Sequence[Group], needs: Collection[str], samples: int
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        needs: Collection[str],
+        input_ids: torch.Tensor,
     ) -> None:
+        samples, length = input_ids.shape
         self.model, self.groups, self.needs = model, groups, needs
         self.consumers: dict[str, tuple[Consumer, ...]] = {}
         self.weights: dict[str, list[tuple[Group, Member]]] = {}
@@ -107,9 +112,9 @@ class _Watch:
             for member in _last(group):
                 self.weights.setdefault(member.tensor, []).append((group, member))
         self.parameters = {name: known[name] for name in self.weights}
-        self.tap = ConsumerTap(model, self.consumers, samples, needs)
+        self.tap = ConsumerTap(model, self.consumers, (samples, length), needs)
         self.gates: dict[str, FloatArray] = {
-            group.name: np.zeros((samples, group.size)) for group in groups
+            group.name: np.zeros((samples, segments(length), group.size)) for group in groups
         }
         self.cosines: dict[str, FloatArray] = {
             group.name: np.zeros(group.size) for group in groups if group.kind == "layers"
@@ -155,7 +160,7 @@ class _Watch:
         for group, member in self.weights[name]:
             others = [axis for axis in range(product.ndim) if axis != member.dim]
             features = product.sum(others).double().mul(factor).cpu().numpy()
-            self.gates[group.name][part] += features[member.index].sum(1)
+            self.gates[group.name][part, 0] += features[member.index].sum(1)
 
     def result(self) -> dict[str, Observation]:
         found: dict[str, Observation] = {}
@@ -213,8 +218,8 @@ def _blockwise(chain: Chain, watch: _Watch, input_ids: torch.Tensor, together: b
                     if index in places[group.name]:
                         _see_layer(watch, group, places[group.name][index], leaf, output)
                         step = (output.detach() - leaf.detach()).to(slope.dtype) * slope
-                        watch.gates[group.name][part, places[group.name][index]] = (
-                            step.flatten(1).sum(1).double().cpu().numpy()
+                        watch.gates[group.name][part, :, places[group.name][index]] = (
+                            sum_segments(step).sum(-1).double().cpu().numpy()
                         )
                 store_slope(slopes, part, below, factor)
                 if part is parts[-1]:

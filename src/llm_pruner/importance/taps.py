@@ -13,6 +13,19 @@ from llm_pruner.chain.consumers import Consumer, weight_of
 from llm_pruner.importance.observation import Reading
 from llm_pruner.types import FloatArray
 
+SEGMENT = 128
+"""Tokens whose contributions to a gate's derivative are summed before they are squared."""
+
+
+def segments(length: int) -> int:
+    """Return the number of segments of a sample of ``length`` tokens."""
+    return -(-length // SEGMENT)
+
+
+def sum_segments(values: torch.Tensor) -> torch.Tensor:
+    """Sum over each segment: (samples, tokens, features) -> (samples, segments, features)."""
+    return torch.stack([part.sum(1) for part in values.split(SEGMENT, dim=1)], dim=1)
+
 
 class ConsumerTap:
     """Sums over the inputs of linear modules and their gradients, group by group.
@@ -20,7 +33,7 @@ class ConsumerTap:
     Args:
         model: holds the modules.
         consumers: group name -> its consumers.
-        samples: number of calibration samples.
+        shape: (samples, seq_len) of the calibration tokens.
         needs: of ``gates``, ``moments``, ``gram``.
     """
 
@@ -28,18 +41,19 @@ class ConsumerTap:
         self,
         model: nn.Module,
         consumers: Mapping[str, Sequence[Consumer]],
-        samples: int,
+        shape: tuple[int, int],
         needs: Collection[str],
     ) -> None:
         self._model = model
         self._needs = needs
+        self._length = shape[1]
         self._seen: list[tuple[str, torch.Tensor]] = []
         self._by_module: dict[str, list[Consumer]] = {}
         self.gates: dict[str, FloatArray] = {}
         for name, found in consumers.items():
             if not found:
                 continue
-            self.gates[name] = np.zeros((samples, len(found[0].index)))
+            self.gates[name] = np.zeros((shape[0], segments(shape[1]), len(found[0].index)))
             for consumer in found:
                 self._by_module.setdefault(consumer.module, []).append(consumer)
         self._tokens = dict.fromkeys(self._by_module, 0)
@@ -98,15 +112,19 @@ class ConsumerTap:
         self, path: str, part: slice, value: torch.Tensor, gradient: torch.Tensor, factor: float
     ) -> None:
         count = part.stop - part.start
-        if value.ndim > 2 and value.shape[0] == count:
-            rows = (value * gradient).flatten(1, -2).sum(1)
+        product = value * gradient
+        if value.shape[:-1] == (count, self._length):
+            rows = sum_segments(product)
         elif count == 1:
-            rows = (value * gradient).flatten(0, -2).sum(0, keepdim=True)
+            # Which token a row belongs to is unknown: the whole sample is one segment.
+            rows = product.flatten(0, -2).sum(0)[None, None]
         else:
             raise MixedSamplesError(path)
         features = rows.double().mul_(factor).cpu().numpy()
         for consumer in self._by_module[path]:
-            self.gates[consumer.group][part] += features[:, consumer.index].sum(2)
+            self.gates[consumer.group][part, : rows.shape[1]] += features[:, :, consumer.index].sum(
+                3
+            )
 
     def _add_moments(self, path: str, rows: torch.Tensor) -> None:
         self._tokens[path] += len(rows)
