@@ -178,6 +178,11 @@ def test_spread_limits_what_a_layer_loses() -> None:
     assert max(lost[None].values()) > 140
     average = np.mean([lost[1.0][name] for name in lost[1.0]])
     assert max(lost[2.0].values()) <= 2 * average + 2
+    deep = allocate(
+        MODEL, scores, Selection(("ffn",), scope="global", spread=2.0), Target(ratio=0.5)
+    )
+    kept = [160 - len(deep.get(f"layers.{layer}.ffn", ())) for layer in range(5)]
+    assert min(kept) >= np.mean(kept) / 2 - 2
     assert len(lost[1.0]) == 5
     assert np.ptp(list(lost[1.0].values())) <= 4
 

@@ -260,7 +260,9 @@ def _capped(
         kind = ladder.group.kind
         part, span = (1.0, reach) if selection.split is None else (split[kind], spans[kind])
         share = part * (counter.total - search.target) / max(span, 1)
-        most = np.ceil(selection.spread * share * ladder.counts[-1])
+        spread = selection.spread
+        limit = max(share, min(spread * share, 1 - (1 - share) / spread))
+        most = np.ceil(limit * ladder.counts[-1])
         counts = ladder.counts[ladder.counts <= most]
         capped.append(
             replace(ladder, counts=counts, importance=ladder.importance[: int(counts[-1])])

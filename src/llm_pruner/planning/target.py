@@ -94,7 +94,8 @@ class Selection:
             decide (``global``) or takes the same share of units everywhere (``local``). For targets
             in parameters alone.
         spread: with ``global``, no group loses more than this many times the share of its units
-            that would be lost if all lost the same; None for no limit.
+            that would be lost if all lost the same, nor keeps less than one in this many of what
+            would be kept; None for no limit.
         uniform: groups of one structure keep the same number of units in all layers, so that a
             plain config can say the sizes; with ``local`` and without protection or ranges.
     """
