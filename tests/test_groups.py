@@ -16,8 +16,8 @@ from llm_pruner.groups import discover
 from llm_pruner.removal import count_parameters
 from llm_pruner.surgery import prune_
 from llm_pruner.types import Companion
-from llm_pruner.verification import largest_difference, pruned_logits, twin_logits
-from nets import Gated, NanoGPT, Net
+from llm_pruner.verification import largest_difference, pruned_logits, tolerance, twin_logits
+from nets import Gated, NanoGPT, Net, Settings
 from removals import pick
 
 
@@ -180,7 +180,27 @@ def test_hand_written_model_with_one_number_for_two_axes() -> None:
     assert {discovery.group(name).kind for name in removal} == {"ffn", "layers"}
     expected = twin_logits(model, discovery, removal)
     prune_(model, discovery, removal)
-    assert largest_difference(expected, pruned_logits(model, discovery)) <= 1e-5
+    assert largest_difference(expected, pruned_logits(model, discovery)) <= tolerance(expected)
+
+
+def test_channels_that_nothing_reads_are_frozen() -> None:
+    class Collecting(NanoGPT):
+        """Computes states that a longer run would use, and drops them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.states = nn.Linear(Settings.n_embd, 16)
+
+        def forward(self, idx: torch.Tensor) -> torch.Tensor:
+            self.states(self.ln_f(self.wte(idx)))
+            return super().forward(idx)
+
+    discovery = discover(Collecting())
+    (group,) = [g for g in discovery.groups if any(m.tensor == "states.bias" for m in g.members)]
+    assert {member.tensor for member in group.members} == {"states.weight", "states.bias"}
+    assert group.frozen == "the traced run did not use what it computes"
+    assert discovery.group("hidden").frozen is None
+    assert "states.weight" in {member.tensor for member in discovery.group("hidden").members}
 
 
 def test_unreached_parameters_are_reported() -> None:

@@ -82,6 +82,9 @@ def discover(
 # Elements of 16 bytes in bfloat16 and float16, and twice that in float32.
 _ALIGNMENT = 8
 
+# Code that collects states until there are enough does not use them in a short run.
+_UNUSED = "the traced run did not use what it computes"
+
 
 class _Builder:
     """Collects the atoms of all tensors and sorts them into groups."""
@@ -141,8 +144,10 @@ class _Builder:
                 aligned = "aligned" in self.roles and bool(self.roles["aligned"][units].any())
                 even = "even" in self.roles and bool(self.roles["even"][units].any())
                 multiple = _ALIGNMENT if aligned else 2 if even else 1
+                read = "read" in self.roles and bool(self.roles["read"][units].any())
+                frozen = None if read and not _alone(members) else _UNUSED
                 group = Group(
-                    "", kind, layer, len(units), members, multiple=multiple, frozen=_unused(members)
+                    "", kind, layer, len(units), members, multiple=multiple, frozen=frozen
                 )
                 result.append((first, group, units))
         result.sort(key=lambda item: (item[0], item[1].members[0].tensor))
@@ -293,15 +298,10 @@ class _Builder:
         return result
 
 
-def _unused(members: tuple[Member, ...]) -> str | None:
-    """Return why an axis that only one tensor has is fixed: something must read its channels.
-
-    Code that collects states until there are enough does not use them in a short run.
-    """
+def _alone(members: tuple[Member, ...]) -> bool:
+    """Whether a single position of a single weight is all that a unit has: no weight reads it."""
     weights = [member for member in members if not member.buffer]
-    if len(weights) > 1 or weights[0].index.shape[1] > 1:
-        return None
-    return "the traced run did not use what it computes"
+    return len(weights) == 1 and weights[0].index.shape[1] == 1
 
 
 def _mix(axes: IntArray, counts: IntArray) -> np.ndarray[Any, np.dtype[np.uint64]]:

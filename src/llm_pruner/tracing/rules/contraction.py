@@ -26,6 +26,7 @@ def _note_attention(tracer: Tracer, left: torch.Tensor, right: torch.Tensor) -> 
 def mm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
     left, right = tracer.label(args[0]), tracer.label(args[1])
     tracer.unify(left[1], right[0])
+    tracer.note("read", left[1])
     tracer.set_label(out, [left[0], right[1]])
 
 
@@ -33,6 +34,7 @@ def bmm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) ->
     left, right = tracer.label(args[0]), tracer.label(args[1])
     batch = tracer.unify(left[0], right[0])
     tracer.unify(left[2], right[1])
+    tracer.note("read", left[2])
     tracer.set_label(out, [batch, left[1], right[2]])
     _note_attention(tracer, args[0], args[1])
 
@@ -50,6 +52,7 @@ def baddbmm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor
 def mv(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
     left, right = tracer.label(args[0]), tracer.label(args[1])
     tracer.unify(left[-1], right[0])
+    tracer.note("read", left[-1])
     tracer.set_label(out, left[:-1])
 
 
@@ -60,6 +63,7 @@ def grouped_mm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Ten
         raise UnplacedError("a grouped product of another form")
     tracer.freeze(right[0], "experts run as one grouped product")
     tracer.unify(left[1], right[1])
+    tracer.note("read", left[1])
     tracer.set_label(out, [left[0], right[2]])
     for rows in (right[1], right[2]):
         tracer.note("aligned", rows)
@@ -73,6 +77,7 @@ def convolution(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Te
         tracer.freeze(rows, "a convolution runs along it")
     if groups == 1:
         tracer.unify(axes[1], filters[1])
+        tracer.note("read", axes[1])
     elif groups == source.shape[1] == weight.shape[0]:
         tracer.unify(axes[1], filters[0])
     else:

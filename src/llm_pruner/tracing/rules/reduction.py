@@ -29,6 +29,8 @@ def reduce(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     gone = reduced_dims(name, args, kwargs, len(axes))
     for dim in gone if axes else ():
         tracer.require_whole(axes[dim])
+        if name == "sum":
+            tracer.note("read", axes[dim])
     for result in tensors_in([out]):
         if result.dim() == len(axes):
             kept: Axes = [empty_rows(1) if i in gone else rows for i, rows in enumerate(axes)]
