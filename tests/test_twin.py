@@ -82,8 +82,14 @@ def test_pruned_equals_twin(name: str, kind: str, record_property: Note) -> None
     assert difference <= 1e-5
 
 
+TWO_KINDS_OF_ATTENTION = (
+    *("llama", "llama_mqa", "mistral", "qwen3", "gemma3_text", "phi3", "olmo2", "starcoder2"),
+    *("gpt2", "gpt_neox", "falcon_new", "opt", "mixtral"),
+)
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text", "falcon_new", "phi3"])
+@pytest.mark.parametrize("name", TWO_KINDS_OF_ATTENTION)
 def test_both_kinds_of_attention(name: str, attention: str, record_property: Note) -> None:
     model, discovery = discovered(name, attention)
     _, default = discovered(name)
