@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import sentencepiece
 import torch
@@ -25,6 +26,7 @@ from transformers import (
 )
 
 import llm_pruner.models
+from llm_pruner.checkpoints import save_checkpoint
 from llm_pruner.errors import UserError
 from llm_pruner.groups import discover
 from llm_pruner.models.chatglm import (
@@ -725,3 +727,19 @@ def test_pruned_model_reads_prefixes_as_its_twin() -> None:
     ids, mask = pad_left(RAGGED)
     difference = model(ids, attention_mask=mask).logits - smaller(ids, attention_mask=mask).logits
     assert float(difference[mask.bool()].abs().max()) <= 1e-5
+
+
+def test_plain_checkpoint_still_needs_the_package(tmp_path: Path) -> None:
+    model, discovery = discovered("sdpa")
+    smaller = copy.deepcopy(model)
+    groups = [group.name for group in discovery.groups if group.kind == "ffn"]
+    edits = prune_(smaller, discovery, {name: np.arange(8) for name in groups})
+    saved = save_checkpoint(
+        smaller,
+        tmp_path / "out",
+        edits=edits,
+        plan_json="{}",
+        tokenizer=None,
+        dense_config=model.config,
+    )
+    assert (saved.kind, saved.needs) == ("stock", ("import llm_pruner",))

@@ -30,20 +30,27 @@ from llm_pruner.checkpoints.stock import layer_values, stock_config
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.types import Edits
 
+# The package in which transformers puts modelling code that comes with a checkpoint.
+_REMOTE_PACKAGE = "transformers_modules"
+
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
     """A folder that ``from_pretrained`` loads.
 
     Attributes:
-        kind: ``stock`` needs nothing but transformers; ``recipe`` needs ``import llm_pruner``.
+        kind: ``stock`` has a plain config; ``recipe`` one that the quantizer of this package reads.
         path: the folder.
         bytes: size of all files in it.
+        needs: what ``from_pretrained`` needs besides transformers: ``import llm_pruner`` for a
+            recipe and for models that transformers lacks, ``trust_remote_code=True`` for models
+            with code of their own.
     """
 
     kind: Literal["stock", "recipe"]
     path: Path
     bytes: int
+    needs: tuple[str, ...]
 
 
 def save_checkpoint(
@@ -92,7 +99,14 @@ def save_checkpoint(
         if check is not None:
             check(folder)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return SavedCheckpoint(kind, Path(out), size)
+    return SavedCheckpoint(kind, Path(out), size, _needs(model, kind))
+
+
+def _needs(model: PreTrainedModel, kind: Literal["stock", "recipe"]) -> tuple[str, ...]:
+    origin = type(model).__module__.partition(".")[0]
+    own = kind == "recipe" or origin == __name__.partition(".")[0]
+    needs = (("import llm_pruner", own), ("trust_remote_code=True", origin == _REMOTE_PACKAGE))
+    return tuple(what for what, needed in needs if needed)
 
 
 def _pruned_config(

@@ -430,6 +430,7 @@ def as_data(done: Pruned) -> dict[str, Any]:
         "parameters_after": done.parameters[1],
         "ratio": 1 - done.parameters[1] / done.parameters[0],
         "saved_as": done.kind,
+        "needs": list(done.needs),
         "path": None if done.path is None else str(done.path),
         "bytes": done.bytes,
         "twin_difference": done.difference,
@@ -465,18 +466,28 @@ def show(done: Pruned) -> None:
         return
     saved = f"saved to {clean(str(done.path))} ({megabytes(done.bytes or 0)})"
     out.print(saved, soft_wrap=True)
-    out.print(
-        "loads with from_pretrained anywhere"
-        if done.kind == "stock"
-        else "loads with from_pretrained after 'import llm_pruner' (sizes differ from what a plain "
-        "config can say)"
-    )
+    out.print(f"loads with from_pretrained{_loading(done)}")
     out.print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in done.seconds.items()))
 
 
 def _shares(done: Pruned) -> str:
     split = done.plan.selection.split if done.plan.selection else None
     return ", ".join(f"{name} {100 * share:g}%" for name, share in (split or {}).items())
+
+
+def _loading(done: Pruned) -> str:
+    """Return what ``from_pretrained`` needs to load the folder, and why."""
+    said = ""
+    if "trust_remote_code=True" in done.needs:
+        said += " and trust_remote_code=True"
+    if "import llm_pruner" in done.needs:
+        why = (
+            "transformers does not have the model"
+            if done.kind == "stock"
+            else "sizes differ from what a plain config can say"
+        )
+        said += f" after 'import llm_pruner' ({why})"
+    return said or " anywhere"
 
 
 def _across(done: Pruned) -> str:

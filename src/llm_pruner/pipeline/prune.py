@@ -75,6 +75,7 @@ class Pruned:
         seconds: by stage.
         refitted: what compensation did to each consumer, all steps.
         trials: splits of the budget that were tried.
+        needs: what loading the folder needs besides transformers, such as ``import llm_pruner``.
     """
 
     plan: Plan
@@ -87,6 +88,7 @@ class Pruned:
     seconds: dict[str, float]
     refitted: tuple[Refitted, ...] = ()
     trials: tuple[Trial, ...] = ()
+    needs: tuple[str, ...] = ()
 
 
 def prune_checkpoint(
@@ -236,7 +238,12 @@ def prune_checkpoint(
     )
     clock.stop("save")
     return replace(
-        result, kind=saved.kind, path=saved.path, bytes=saved.bytes, seconds=clock.seconds
+        result,
+        kind=saved.kind,
+        path=saved.path,
+        bytes=saved.bytes,
+        seconds=clock.seconds,
+        needs=saved.needs,
     )
 
 
