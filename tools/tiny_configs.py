@@ -114,6 +114,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": _HYBRID,
     "bamba": {"num_hidden_layers": 4, "attn_layer_indices": [1, 3]},
     "blt": {
+        "patching_threshold": 4.2,  # patches of one byte and of several
         "encoder_hash_byte_group_vocab": 50,
         "encoder_config": {"hidden_size_global": 64},
         "decoder_config": {"hidden_size_global": 64},
@@ -130,6 +131,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "layer_types": ["compressed_sparse_attention", "heavily_compressed_attention"],
         "compress_rate_csa": 2,
         "compress_rate_hca": 2,
+        "index_topk": 1,
     },
     "dory": {"initializer_range": 1.0, "layer_types": _GLOBAL},
     "dots3_note": {
@@ -170,6 +172,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "longcat_flash": {"expert_ffn_hidden_size": 32, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
+    "minimax": {"block_size": 4},  # several blocks in a short text
     "ministral": {"head_dim": 16},
     "nemotron_h": {
         "layers_block_type": 2 * ["linear_attention", "moe", "full_attention", "mlp"],

@@ -90,7 +90,8 @@ class PrunedQuantizer(HfQuantizer):
         model.is_quantized = False
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
-                module.config._is_quantized = False
+                # Some models ask whether it is there, not what it says.
+                vars(module.config).pop("_is_quantized", None)
         for mark in ("hf_quantizer", "quantization_method"):
             if mark in vars(model):
                 delattr(model, mark)
