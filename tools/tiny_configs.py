@@ -177,6 +177,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "nemotron_h": {
         "layers_block_type": 2 * ["linear_attention", "moe", "full_attention", "mlp"],
     },
+    "olmo_hybrid": _HYBRID,
     "qwen3_5_moe_text": _HYBRID,
     "qwen3_5_text": _HYBRID,
     "qwen3_next": _HYBRID,

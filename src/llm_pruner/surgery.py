@@ -301,6 +301,9 @@ def _filter_config(config: Any, count: int, kept: Sequence[int]) -> None:
         if "token" in key:
             continue
         if isinstance(value, list | tuple) and len(value) == count:
+            # Numbers of all layers are no entries of layers.
+            numbers = count > 2 and sorted(value, key=str) == sorted(range(count), key=str)
+            left = range(len(kept)) if numbers else (value[i] for i in kept)
             # Of such a length by chance, if the config refuses a shorter one.
             with suppress(StrictDataclassError):
-                setattr(config, key, type(value)(value[i] for i in kept))
+                setattr(config, key, type(value)(left))

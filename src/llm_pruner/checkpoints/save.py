@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging as transformers_logging
 
 from llm_pruner.checkpoints.atomic import atomic_directory, umask
-from llm_pruner.checkpoints.meta import build_meta, get_path, set_path, sizes
+from llm_pruner.checkpoints.depth import layer_values
+from llm_pruner.checkpoints.meta import build_meta, get_path, quiet, set_path, sizes
 from llm_pruner.checkpoints.quantizer import (
     QUANT_METHOD,
     PrunedConfig,
@@ -26,7 +27,7 @@ from llm_pruner.checkpoints.quantizer import (
     slice_computed_buffers_,
 )
 from llm_pruner.checkpoints.recipe import Recipe, compose, from_edits, from_json
-from llm_pruner.checkpoints.stock import layer_values, stock_config
+from llm_pruner.checkpoints.stock import stock_config
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.types import Edits
 
@@ -81,8 +82,8 @@ def save_checkpoint(
             stops the saving.
 
     Raises:
-        UserError: ``out`` exists and is not empty and ``overwrite`` is false, or the model is
-            quantized.
+        UserError: ``out`` exists and is not empty and ``overwrite`` is false, the model is
+            quantized, or its config class refuses the layers that are left.
         LLMPrunerError: the edits do not lead from the dense config to this model.
     """
     dense_config = dense_config or model.config
@@ -117,7 +118,8 @@ def _pruned_config(
     stock = stock_config(dense_config, model, total)
     if stock is not None:
         return stock, "stock"
-    changed = layer_values(type(model), dense_config, recipe.layers) or {}
+    depth = layer_values(type(model), dense_config, recipe.layers, sizes(model))
+    changed = {} if depth is None else dict(depth.values)
     # The config of the outermost module is the one that later saves write.
     own = (path.split(".", 1) for path in recipe.attributes.get("", ()) if "." in path)
     rooted = [path for holder, path in own if holder == "config"]
@@ -126,8 +128,23 @@ def _pruned_config(
     config = copy.deepcopy(dense_config)
     for path, value in changed.items():
         set_path(config, path, value)
+    if changed:
+        _require_valid(config)
     config.quantization_config = PrunedConfig.from_recipe(recipe)
     return config, "recipe"
+
+
+def _require_valid(config: PreTrainedConfig) -> None:
+    """Raise UserError if transformers refuses to read a config without the removed layers."""
+    try:
+        with quiet():
+            type(config).from_dict(config.to_dict())
+    except Exception as error:  # configs check themselves in any way
+        said = " ".join(str(error).split())
+        raise UserError(
+            f"transformers refuses the config of the layers that are left ({said}), so nothing was "
+            "saved; keep other layers, with --layers, --protect-first or --protect-last"
+        ) from error
 
 
 def _dense_and_recipe(config: PreTrainedConfig, edits: Edits) -> tuple[PreTrainedConfig, Recipe]:

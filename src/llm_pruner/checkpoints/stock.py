@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeGuard
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from llm_pruner.checkpoints.depth import layer_values
+from llm_pruner.checkpoints.entries import entries, is_integer, levels, try_sizes, with_values
 from llm_pruner.checkpoints.meta import (
     Sizes,
     build_meta,
     computed_buffers,
     get_path,
     quiet,
-    set_path,
     sizes,
 )
 from llm_pruner.types import Edits
@@ -50,10 +51,11 @@ def stock_config(
     if hasattr(dense_config, "quantization_config"):
         del dense_config.quantization_config
     model_class = type(pruned_model)
-    start = layer_values(model_class, dense_config, edits.layers) if edits.layers else {}
-    if start is None:
-        return None
     target = sizes(pruned_model)
+    depth = layer_values(model_class, dense_config, edits.layers, target)
+    if depth is None or not depth.exact:
+        return None
+    start = depth.values
     solver = _Solver(model_class, dense_config, start)
     values = solver.solve(target)
     if values is None:
@@ -65,41 +67,6 @@ def stock_config(
         if config := _accepted(solver.config(fewer), pruned_model, target, edits):
             values, found = fewer, config
     return found
-
-
-def layer_values(
-    model_class: type[PreTrainedModel],
-    dense_config: PreTrainedConfig,
-    layers: Mapping[str, tuple[int, ...]],
-) -> dict[str, Any] | None:
-    """Return the config values that change with removed layers, by dotted path, or None.
-
-    They are the integer that sets the length of the module list, found by changing each integer
-    of that value, and the lists with one entry a layer (such as ``layer_types``), which keep the
-    entries of the kept layers. None if no integer sets the length of one of the lists.
-    """
-    values: dict[str, Any] = {}
-    dense = sizes(build_meta(model_class, dense_config))
-    for name, kept in layers.items():
-        count = dense.get(("list", name, "len"))
-        lists = {
-            path: value
-            for path, value in _entries(dense_config)
-            if isinstance(value, list) and len(value) == count
-        }
-        for path, value in _entries(dense_config):
-            if not _is_size(value) or value != count:
-                continue
-            shorter = {path: len(kept)} | {
-                key: [entries[index] for index in kept] for key, entries in lists.items()
-            }
-            found = _try_sizes(model_class, dense_config, shorter)
-            if found is not None and found.get(("list", name, "len")) == len(kept):
-                values |= shorter
-                break
-        else:
-            return None
-    return values
 
 
 class _Solver:
@@ -123,14 +90,14 @@ class _Solver:
 
     def config(self, values: Mapping[str, int]) -> PreTrainedConfig:
         """Return the dense config with layer values and ``values`` set; nothing is validated."""
-        return _with_values(self._dense, self._start | dict(values))
+        return with_values(self._dense, self._start | dict(values))
 
     def sizes(self, values: Mapping[str, int]) -> Sizes | None:
         """Return the sizes that ``values`` give, or None if no model can be built with them."""
         key = tuple(sorted(values.items()))
         if key not in self._cache:
             all_values = self._start | dict(values)
-            self._cache[key] = _try_sizes(self._model_class, self._dense, all_values)
+            self._cache[key] = try_sizes(self._model_class, self._dense, all_values)
         return self._cache[key]
 
     def solve(self, target: Sizes) -> dict[str, int] | None:
@@ -144,7 +111,7 @@ class _Solver:
         base = self.sizes(values)
         if base is None:
             return None
-        keys = [path for path, value in _entries(self.config(values)) if _is_size(value)]
+        keys = [path for path, value in entries(self.config(values)) if _is_size(value)]
         effects = {path: effect for path in keys if (effect := self._effect(path, values, base))}
         changed = {key for key in base if key in target and base[key] != target[key]}
         if not changed:
@@ -173,10 +140,10 @@ class _Solver:
         base = self.sizes({})
         if base is None:
             return values
-        candidates = [path for path, value in _entries(self._dense) if value is None]
+        candidates = [path for path, value in entries(self._dense) if value is None]
         candidates += [
             prefix + name
-            for prefix, config in _levels(self._dense)
+            for prefix, config in levels(self._dense)
             for name in _CONVENTIONAL_KEYS
             if not hasattr(config, name)
         ]
@@ -244,7 +211,7 @@ def _votes(
     votes: Counter[int] = Counter()
     for key in keys:
         a, b, t = first.get(key), second.get(key), target.get(key)
-        if not (_is_integer(a) and _is_integer(b) and _is_integer(t)) or a == b:
+        if not (is_integer(a) and is_integer(b) and is_integer(t)) or a == b:
             continue
         steps = (t - a) * (at[1] - at[0])
         value, rest = divmod(steps, b - a)
@@ -317,45 +284,9 @@ def _agree(model: nn.Module, edits: Edits) -> bool:
     return True
 
 
-def _try_sizes(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, values: Mapping[str, Any]
-) -> Sizes | None:
-    try:
-        return sizes(build_meta(model_class, _with_values(config, values)))
-    except Exception:  # a model may refuse values in any way; then they show nothing
-        return None
-
-
-def _with_values(config: PreTrainedConfig, values: Mapping[str, Any]) -> PreTrainedConfig:
-    changed = copy.deepcopy(config)
-    for path, value in values.items():
-        set_path(changed, path, value)
-    return changed
-
-
-def _levels(config: PreTrainedConfig) -> Iterator[tuple[str, PreTrainedConfig]]:
-    """Yield the config and, if it nests one, the config of its text model, with path prefixes."""
-    yield "", config
-    text = config.get_text_config(decoder=True)
-    for name in vars(config):
-        if text is not config and getattr(config, name, None) is text:
-            yield f"{name}.", text
-
-
-def _entries(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
-    for prefix, level in _levels(config):
-        for name, value in level.to_dict().items():
-            if not name.startswith("_") and hasattr(level, name):
-                yield prefix + name, value
-
-
-def _is_integer(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _is_size(value: Any) -> bool:
     """Say whether a config value can be a size that shrinks: an integer of at least 2."""
-    return _is_integer(value) and value >= 2
+    return is_integer(value) and value >= 2
 
 
 def _trials(value: int) -> tuple[int, ...]:
