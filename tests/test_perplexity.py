@@ -18,6 +18,7 @@ from llm_pruner.evaluation.perplexity import EvaluationText, perplexity
 from llm_pruner.evaluation.samples import sample_continuation, strip_control
 from llm_pruner.evaluation.size import folder_bytes, model_size
 from llm_pruner.evaluation.speed import measure_speed
+from llm_pruner.specials import chat_ids
 
 BOS = 1
 TEXT = EvaluationText("words", "test", "The quick brown fox jumps over the lazy dog, twice. " * 20)
@@ -214,6 +215,33 @@ def test_sample_is_the_greedy_continuation() -> None:
         for seed in (0, 0, 1)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+# Vicuna's, without its system prompt: a chat template need not have tokens of its own.
+VICUNA = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ' }}"
+    "{% else %}{{ 'ASSISTANT: ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def test_prompt_of_a_chat_model_is_asked_in_its_template() -> None:
+    model, tokenizer = tiny_model(seed=3), tiny_tokenizer()
+    tokenizer.chat_template = VICUNA
+    asked = "<s>USER: Why? ASSISTANT:"
+    ids = tokenizer(asked, add_special_tokens=False)["input_ids"]
+    assert chat_ids(tokenizer, "Why?") == ids
+    assert ids[0] == tokenizer.bos_token_id
+    answer = sample_continuation(model, tokenizer, "Why?", 8, chat=True)
+    continued = sample_continuation(model, tokenizer, asked, 8)
+    assert answer == continued.lstrip() != ""
+    assert answer != sample_continuation(model, tokenizer, "Why?", 8).lstrip()
+    tokenizer.chat_template = None
+    assert chat_ids(tokenizer, "Why?") is None
+    assert sample_continuation(model, tokenizer, "Why?", 8, chat=True) == sample_continuation(
+        model, tokenizer, "Why?", 8
+    )
 
 
 def test_sample_stops_at_the_end_token() -> None:

@@ -1,4 +1,4 @@
-"""What a tokenizer puts around a text by itself."""
+"""What a tokenizer puts around a text by itself, and around a message to a chat model."""
 
 from __future__ import annotations
 
@@ -25,3 +25,17 @@ def added_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
                 return before + after, ()
             return before, after
     return (), ()
+
+
+def chat_ids(tokenizer: Any, message: str) -> list[int] | None:
+    """Return the token ids that put a user's message to a chat model, up to its answer.
+
+    None if the tokenizer has no chat template: the model continues text.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    messages = [{"role": "user", "content": message}]
+    ids: list[int] = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    return ids

@@ -80,10 +80,17 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="TEXT",
-            help="Show a greedy continuation of this text. May be given several times.",
+            help="Show what the model writes after this text. May be given several times.",
             show_default=False,
         ),
     ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Ask the prompt in the tokenizer's chat template, if it has one, or continue it.",
+        ),
+    ] = True,
     json: options.Json = None,
     dtype: options.Dtype = "float32",
     device: options.Device = "cpu",
@@ -111,6 +118,7 @@ def command(
         perplexity or [],
         settings,
         prompts=prompt or [],
+        chat=chat,
         speed=speed,
     )
     data = asdict(found)

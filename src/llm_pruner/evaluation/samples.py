@@ -9,6 +9,7 @@ import torch
 
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.decoding import Decoder
+from llm_pruner.specials import chat_ids
 
 
 def sample_continuation(
@@ -19,12 +20,15 @@ def sample_continuation(
     seed: int = 0,
     *,
     temperature: float = 0.0,
+    chat: bool = False,
 ) -> str:
     """Return the text after the prompt, without control characters, up to the end token.
 
     Args:
         seed: seed of the draws; without effect at temperature 0.
         temperature: 0 takes the likeliest token, else tokens are drawn.
+        chat: put the prompt to the model as a user's message, in the tokenizer's chat template,
+            and return the answer; without a template the prompt is continued.
 
     Raises:
         UserError: the prompt encodes to nothing, or the logits are not finite.
@@ -33,7 +37,11 @@ def sample_continuation(
         raise UserError(f"max_new_tokens={max_new_tokens} writes nothing; use at least 1")
     if temperature < 0:
         raise UserError(f"temperature={temperature} is negative; use 0 or more")
-    ids = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"]
+    asked = chat_ids(tokenizer, prompt) if chat else None
+    if asked is None:
+        ids = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"]
+    else:
+        ids = torch.tensor([asked])
     if ids.numel() == 0:
         raise UserError("the prompt is empty and the tokenizer adds no start token; give a prompt")
     device = next(model.parameters()).device
@@ -56,6 +64,8 @@ def sample_continuation(
             tokens = torch.tensor([[token]])
     finally:
         model.train(training)
+    if asked is not None:
+        return strip_control(tokenizer.decode(written, skip_special_tokens=True).lstrip())
     # Decoding the whole text and cutting the prompt off keeps the space between them.
     text = tokenizer.decode([*ids[0].tolist(), *written], skip_special_tokens=True)
     start = tokenizer.decode(ids[0].tolist(), skip_special_tokens=True)

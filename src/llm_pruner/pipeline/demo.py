@@ -68,6 +68,7 @@ def _measured(folder: Path) -> dict[str, Any]:
     """Measure a folder in a new process."""
     command = [sys.executable, "-m", "llm_pruner", "evaluate", str(folder)]
     command += ["--perplexity", "demo", "--seq-len", "512", "--speed", "--json", "-"]
+    command.append("--no-chat")  # the prompts are beginnings of texts
     for prompt in DEMO_PROMPTS[:1]:
         command += ["--prompt", prompt]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

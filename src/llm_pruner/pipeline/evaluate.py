@@ -74,9 +74,12 @@ def measure(
     *,
     prompts: Sequence[str] = (),
     new_tokens: int = 40,
+    chat: bool = True,
     speed: bool = False,
 ) -> Measured:
     """Load a model and measure what is asked for.
+
+    With ``chat`` a model whose tokenizer has a chat template is asked the prompts as a user would.
 
     Raises:
         UserError: the model or a corpus cannot be read.
@@ -103,7 +106,9 @@ def measure(
         ],
         speed=measure_speed(loaded.model) if speed else None,
         samples={
-            prompt: sample_continuation(loaded.model, loaded.tokenizer, prompt, new_tokens)
+            prompt: sample_continuation(
+                loaded.model, loaded.tokenizer, prompt, new_tokens, chat=chat
+            )
             for prompt in prompts
         },
     )
