@@ -135,16 +135,18 @@ FAMILIES: dict[str, Family] = {
         frozen={("transformer.blocks.0.attn.Wqkv.weight", 0): "computed from positions"},
     ),
     "mixtral": Family(
-        "mixtral",
-        GQA,
-        {"num_local_experts": 4, "num_experts_per_tok": 2},
-        absent=("experts",),
-        frozen={("model.layers.0.mlp.experts.down_proj", 0): "grouped product"},
+        "mixtral", (*GQA, "experts"), {"num_local_experts": 4, "num_experts_per_tok": 2}
     ),
-    "qwen3_moe": Family("qwen3_moe", GQA, {**_MOE, "num_experts": 4}),
+    "qwen2_moe": Family(
+        "qwen2_moe",
+        (*GQA, "experts"),
+        {**_MOE, "num_experts": 6, "shared_expert_intermediate_size": 40},
+    ),
+    "qwen3_moe": Family("qwen3_moe", (*GQA, "experts"), {**_MOE, "num_experts": 4}),
+    "olmoe": Family("olmoe", (*GQA, "experts"), {"num_experts_per_tok": 2, "num_experts": 5}),
     "deepseek_v3": Family(
         "deepseek_v3",
-        ("hidden", "heads", "head_dim", "value_dim", "ffn", "other", "layers"),
+        ("hidden", "heads", "head_dim", "value_dim", "ffn", "other", "experts", "layers"),
         {
             **_MOE,
             "num_hidden_layers": 3,
@@ -154,12 +156,14 @@ FAMILIES: dict[str, Family] = {
             "qk_rope_head_dim": 4,
             "qk_nope_head_dim": 8,
             "v_head_dim": 8,
-            "n_routed_experts": 4,
+            "n_routed_experts": 8,
             "n_group": 2,
             "topk_group": 1,
             "first_k_dense_replace": 1,
         },
         without=("head_dim",),
+        # Whole groups of experts stay; of each group the same experts go.
+        fixed=("layers.1.experts_2", "layers.2.experts_2"),
     ),
 }
 

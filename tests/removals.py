@@ -54,11 +54,19 @@ def pick(
             count
             for count in range(step, group.size, step)
             if (group.size - count) % group.multiple == 0
+            and all(
+                discovery.group(name).size - int(count * ratio) >= discovery.group(name).least
+                for name, ratio in ratios.items()
+            )
         ]
         if not counts:
             continue
         count = min(counts, key=lambda count: abs(count - group.size / 3))
         for name, ratio in ratios.items():
             size = discovery.group(name).size
-            removal[name] = np.sort(rng.permutation(size)[: int(count * ratio)])
+            units = rng.permutation(size)
+            if group.kind == "layers":
+                # Of the second half: a hybrid cannot run without a layer of one of its kinds.
+                units = units[units >= size // 2]
+            removal[name] = np.sort(units[: int(count * ratio)])
     return removal

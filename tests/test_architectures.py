@@ -21,18 +21,18 @@ EXPECTED = {
     "blt": {"heads", "query_heads", "ffn"},  # bytes, and patches of them
     "ctrl": {"heads", "head_dim", "ffn"},
     "deepseek_v2": {"heads", "value_dim", "other"},  # rotation of complex numbers
-    "deepseek_v32": {"heads", "other"},  # latent attention with an indexer
+    "deepseek_v32": {"heads", "other", "experts"},  # latent attention with an indexer
     "dory": {"heads", "query_heads", "head_dim"},
     "falcon_h1": {"heads", "query_heads"},  # attention beside a state space
     "gemma3n_text": {"heads", "query_heads", "other"},  # inputs per layer
     "gpt_bigcode": {"heads", "ffn"},  # one key-value head, fused
-    "gpt_oss": {"heads", "query_heads"},  # sinks
+    "gpt_oss": {"heads", "query_heads", "experts"},  # sinks, biases of experts
     "inkling2_text": {"heads", "query_heads"},  # residuals over earlier layers
-    "jamba": {"heads", "query_heads", "ffn"},  # attention between state spaces
+    "jamba": {"heads", "query_heads", "ffn", "experts"},  # attention between state spaces
     "longcat_flash": {"heads", "ffn", "layers"},  # two attentions in a layer
     "mamba2": {"head_dim"},
     "minimax": {"heads", "query_heads"},  # linear attention with decay
-    "nemotron_h": {"heads", "ffn"},
+    "nemotron_h": {"heads", "ffn", "experts"},
     "phimoe": {"heads", "query_heads"},
     "qwen3_5_text": {"heads", "query_heads", "head_dim"},  # gated, partly rotated
     "recurrent_gemma": {"heads", "ffn"},  # states kept on modules

@@ -272,8 +272,8 @@ FROZEN: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str, int]] = {
     ),
     "constant from outside": (lambda x: x * CONSTANT, "a constant in the code", 8),
     "chosen by value": (
-        lambda x: x * torch.zeros_like(x).scatter(-1, x.topk(2, -1).indices, 1.0),
-        "its positions are chosen by scatter",
+        lambda x: x * torch.zeros_like(x).scatter(-1, 7 - x.topk(2, -1).indices, 1.0),
+        "its positions are chosen by rsub",
         8,
     ),
     "looked up": (lambda x: x[..., torch.tensor([1, 0, 2])], "looked up by position", 3),
@@ -298,6 +298,14 @@ def test_frozen_with_a_reason(name: str) -> None:
     stuck = {(axis.tensor, axis.dim): axis for axis in discovery.frozen}
     axis = stuck["bodies.0.up.weight", 0]
     assert reason in axis.reason
+
+
+def test_largest_activations_leave_as_many_as_are_taken() -> None:
+    def largest(x: torch.Tensor) -> torch.Tensor:
+        return F.silu(x) * torch.zeros_like(x).scatter(-1, x.topk(3, -1).indices, 1.0)
+
+    ffn = of_kind(found(Net(Body(largest))), "ffn")
+    assert (ffn.size, ffn.least) == (8, 3)
 
 
 def test_multihead_attention_of_torch_is_frozen() -> None:

@@ -380,6 +380,10 @@ _HARMLESS = (
         "alone, and a norm follows",
     ),
     (
+        r"experts\.[a-z_]+$",
+        "weights of an expert that no token of the run was given",
+    ),
+    (
         r"(patcher|indexer)\.|(gate|router)\.weight$|e_score_correction_bias$",
         "decides a choice (where BLT cuts its input, which tokens an indexer selects, which expert "
         "is best), and shows only when the choice changes",

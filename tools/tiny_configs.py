@@ -59,11 +59,8 @@ _BY_VALUE: tuple[tuple[int, str], ...] = (
         "moe_intermediate_size shared_expert_intermediate_size expert_intermediate_size "
         "moe_shared_expert_intermediate_size n_routed_experts_intermediate_size",
     ),
-    (
-        4,
-        "num_experts num_local_experts n_routed_experts moe_num_experts linear_num_value_heads "
-        "index_topk index_n_heads",
-    ),
+    (8, "num_experts num_local_experts n_routed_experts moe_num_experts"),
+    (4, "linear_num_value_heads index_topk index_n_heads"),
     (
         2,
         "num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -101,6 +101,10 @@ class _Builder:
         pairs = [ragged.pairs.ravel() for ragged in trace.ragged]
         self.replicas = np.unique(trace.atoms.find(np.concatenate([np.zeros(1, int), *pairs])))
         self.roles = {role: self._flags(role) for role in trace.roles}
+        self.choices = list(self._choices())
+        self.chosen_from = np.zeros(len(trace.atoms), dtype=bool)
+        for atoms, _, _ in self.choices:
+            self.chosen_from[atoms] = True
 
     def _flags(self, role: Role) -> np.ndarray[Any, np.dtype[np.bool_]]:
         flags = np.zeros(len(self.trace.atoms), dtype=bool)
@@ -108,6 +112,19 @@ class _Builder:
             flags[self.trace.atoms.resolve(rows)] = True
         flags[0] = False
         return flags
+
+    def _choices(self) -> Iterator[tuple[IntArray, int, int]]:
+        """Yield (atoms of the axis, how many are chosen, how many could be) once each."""
+        found: dict[tuple[bytes, int], tuple[IntArray, int]] = {}
+        for choice in self.trace.choices:
+            atoms = np.unique(self.trace.atoms.resolve(choice.rows))
+            atoms = atoms[atoms > 0]
+            key = (atoms.tobytes(), choice.count)
+            available = min(choice.available, found.get(key, (atoms, choice.available))[1])
+            found[key] = (atoms, available)
+        for (_, count), (atoms, available) in found.items():
+            if atoms.size:
+                yield atoms, count, available
 
     def groups(self) -> tuple[list[Group], dict[str, IntArray]]:
         """Return the groups in the order of the forward pass, and the atom of each unit."""
@@ -133,11 +150,16 @@ class _Builder:
         by_signature: dict[int, list[int]] = defaultdict(list)
         for place, value in enumerate(signature.tolist()):
             by_signature[value].append(place)
-        for places in by_signature.values():
-            built = self._group(np.array(places), heads, tails, starts, counts, run_axes, positions)
+        apart = [
+            part
+            for places in by_signature.values()
+            for part in _factors(np.array(places), starts, counts, heads, positions)
+        ]
+        for places in apart:
+            built = self._group(places, heads, tails, starts, counts, run_axes, positions)
             if built is not None:
                 members, order_of_units = built
-                units = unit_of[np.array(places)][order_of_units]
+                units = unit_of[places][order_of_units]
                 kind = self._kind(units, members)
                 first = min(member.order for member in members if not member.buffer)
                 layer = self._layer(members)
@@ -146,12 +168,46 @@ class _Builder:
                 multiple = _ALIGNMENT if aligned else 2 if even else 1
                 read = "read" in self.roles and bool(self.roles["read"][units].any())
                 frozen = None if read and not _alone(members) else _UNUSED
+                least = self._least(units)
+                if least >= len(units):
+                    frozen = frozen or "all of its units are chosen for every token"
                 group = Group(
-                    "", kind, layer, len(units), members, multiple=multiple, frozen=frozen
+                    *("", kind, layer, len(units), members),
+                    multiple=multiple,
+                    least=least,
+                    frozen=frozen,
                 )
                 result.append((first, group, units))
-        result.sort(key=lambda item: (item[0], item[1].members[0].tensor))
+        result = self._one_factor(result)
+        # Of two groups of one place, the one that can shrink is named first.
+        result.sort(
+            key=lambda item: (item[0], item[1].members[0].tensor, item[1].frozen is not None)
+        )
         return self._named(result)
+
+    def _one_factor(
+        self, found: list[tuple[int, Group, IntArray]]
+    ) -> list[tuple[int, Group, IntArray]]:
+        """Let only one factor shrink of an axis from which a fixed number is chosen.
+
+        Of experts in groups either whole groups could go, or some of each group. Each alone leaves
+        enough to choose from; both together may not.
+        """
+        owner = np.full(len(self.trace.atoms), -1, dtype=np.int64)
+        for place, (_, _, units) in enumerate(found):
+            owner[units] = place
+        fixed: set[int] = set()
+        for atoms, _, _ in self.choices:
+            places = {*owner[atoms].tolist()} - {-1}
+            free = [place for place in places if found[place][1].frozen is None]
+            if len(free) > 1:
+                fixed |= {*free} - {max(free, key=lambda place: found[place][1].size)}
+        reason = "it stays whole so that others can shrink, and enough are left to choose from"
+        return [
+            (first, replace(group, frozen=reason), units) if place in fixed else item
+            for place, item in enumerate(found)
+            for first, group, units in [item]
+        ]
 
     def _incidence(self) -> tuple[IntArray, IntArray, IntArray]:
         atoms, axes, positions = [], [], []
@@ -222,6 +278,22 @@ class _Builder:
         if has("activation") and len({m.tensor for m in members if not m.buffer}) > 1:
             return "ffn"
         return "other"
+
+    def _least(self, units: IntArray) -> int:
+        """Return how many units must stay so that as many can be chosen as the code chooses.
+
+        An axis with n units, of whose positions ``available`` can be chosen, offers
+        kept / n * available of them (a unit of grouped experts is one expert of each group).
+        """
+        least = 1
+        if not self.chosen_from[units].any():
+            return least
+        for rows, count, available in self.choices:
+            present = int(np.isin(units, rows).sum())
+            if present:
+                elsewhere = len(units) - present
+                least = max(least, elsewhere + -(-count * present // available))
+        return least
 
     def _layer(self, members: tuple[Member, ...]) -> int | None:
         found = {self._layer_of(member.tensor) for member in members}
@@ -298,6 +370,36 @@ class _Builder:
         return result
 
 
+def _factors(
+    places: IntArray, starts: IntArray, counts: IntArray, heads: IntArray, positions: IntArray
+) -> list[IntArray]:
+    """Divide atoms with equal counts on equal axes where they share positions.
+
+    A product of two axes of equal length (two groups of two experts) gives the atoms of both the
+    same counts. Atoms of one factor never meet at a position, and meet all those of the other.
+    """
+    runs = heads[places]
+    count = int(counts[runs[0]])
+    index = positions[starts[runs][:, None] + np.arange(count)]
+    if len(np.unique(index)) == index.size:
+        return [places]
+    there = np.zeros((len(places), int(index.max()) + 1), dtype=bool)
+    np.put_along_axis(there, index, values=True, axis=1)
+    meets = (there.astype(np.int64) @ there.T.astype(np.int64)) > 0
+    parts: list[IntArray] = []
+    left = np.arange(len(places))
+    while left.size:
+        part = left[:1]
+        while True:
+            grown = left[~meets[np.ix_(left, part)].all(axis=1) | np.isin(left, part)]
+            if len(grown) == len(part):
+                break
+            part = grown
+        parts.append(places[part])
+        left = np.setdiff1d(left, part)
+    return parts
+
+
 def _alone(members: tuple[Member, ...]) -> bool:
     """Whether a single position of a single weight is all that a unit has: no weight reads it."""
     weights = [member for member in members if not member.buffer]
@@ -365,6 +467,8 @@ def _trial(
             return f"{name} must shrink with it: {bound.frozen}"
         if bound.size <= count:
             return f"{name} has only {bound.size} unit{'s' * (bound.size > 1)}"
+        if bound.size - count < bound.least:
+            return f"{name} must keep {bound.least} of its {bound.size} units"
         chosen.append(unit_atoms[name][:count])
     if group.blocks is not None:
         _, first = np.unique(group.blocks, return_index=True)

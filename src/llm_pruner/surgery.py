@@ -27,6 +27,7 @@ _DESCRIPTIVE: dict[str, tuple[tuple[str, int], ...]] = {
     "Embedding": (("num_embeddings", 0), ("embedding_dim", 1)),
 }
 
+_NUMBER_OF_EXPERTS = re.compile("(num_|n_)(local_|routed_)?experts")
 _NUMBER_NAME = re.compile("idx|index|layer")
 
 
@@ -53,6 +54,7 @@ def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edit
     except InfeasibleError as error:
         names = ", ".join(name for name, units in removal.items() if len(units))
         raise InfeasibleError(f"removing units of {names}: {error}") from error
+    _require_choices(discovery, removal)
     shapes = {
         rename(name): shape
         for name, shape in kept_shapes(discovery, removal).items()
@@ -70,7 +72,8 @@ def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edit
     for module, attribute, value in _layer_numbers(model, graph.layer_lists, gone):
         if not rename.is_gone(f"{module}."):
             values[rename(f"{module}.")[:-1]][attribute] = value
-    for module, attribute, value in _descriptions(model, shapes, rename):
+    numbers = _expert_numbers(model, discovery, removal, rename)
+    for module, attribute, value in (*_descriptions(model, shapes, rename), *numbers):
         values[module].setdefault(attribute, value)
     return Edits(
         shapes=shapes,
@@ -95,10 +98,29 @@ def _require_units(discovery: Discovery, removal: Removal) -> None:
         kept = group.size - len(units)
         if kept == 0:
             raise InfeasibleError(f"{name} would lose all of its {group.size} units; keep one")
+        if kept < group.least:
+            raise InfeasibleError(
+                f"{name} would keep {kept} of {group.size} units; each token is given "
+                f"{group.least} of them, so keep at least as many"
+            )
         if kept % group.multiple:
             raise InfeasibleError(
                 f"{name} would keep {kept} of {group.size} units; an operation that reads them "
                 f"needs a multiple of {group.multiple}"
+            )
+
+
+def _require_choices(discovery: Discovery, removal: Removal) -> None:
+    """Raise InfeasibleError if fewer positions of an axis are left than the code chooses."""
+    trace = discovery.graph.trace
+    deleted = discovery.graph.deleted(removal)
+    for choice in trace.choices:
+        left = int((~deleted[trace.atoms.resolve(choice.rows)].any(axis=1)).sum())
+        # What is masked is masked in the same share of what is left.
+        if left * choice.available < choice.count * len(choice.rows):
+            raise InfeasibleError(
+                f"removing units of {', '.join(name for name in removal if len(removal[name]))}: "
+                f"{choice.count} are chosen for every token, of {left} that are left; keep more"
             )
 
 
@@ -255,6 +277,36 @@ def _step(key: str, values: Mapping[int, int], count: int) -> int | None:
     step = values[1] - values[0]
     even = all(value == values[0] + step * i for i, value in values.items())
     return step if 0 <= values[0] < step and even else None
+
+
+def _expert_numbers(
+    model: nn.Module, discovery: Discovery, removal: Removal, rename: _Renaming
+) -> Iterator[tuple[str, str, int]]:
+    """Yield the numbers of experts that modules state of themselves, whoever reads them.
+
+    One implementation of experts reads a number that another does not, and losses read that of the
+    whole model; it follows where all mixtures keep equally many.
+    """
+    kept = kept_shapes(discovery, removal)
+    changed: dict[str, tuple[int, int]] = {}
+    mixtures: set[tuple[int, int]] = set()
+    for group in discovery.groups:
+        if group.kind != "experts":
+            continue
+        for member in group.members:
+            if not member.buffer and member.tensor in kept:
+                old = discovery.shapes[member.tensor][member.dim]
+                new = kept[member.tensor][member.dim]
+                changed[member.tensor.rpartition(".")[0]] = (old, new)
+                mixtures.add((old, new))
+    whole = next(iter(mixtures)) if len(mixtures) == 1 else None
+    for path, module in model.named_modules():
+        sizes = changed.get(path, whole)
+        if sizes is None or sizes[0] == sizes[1] or rename.is_gone(f"{path}."):
+            continue
+        for attribute, value in vars(module).items():
+            if _NUMBER_OF_EXPERTS.fullmatch(attribute) and value == sizes[0]:
+                yield rename(path), attribute, sizes[1]
 
 
 def _descriptions(

@@ -80,6 +80,8 @@ class Group:
         frozen: why no unit may be removed, or None.
         multiple: the number of units kept must be a multiple of this, because an operation that
             reads the axis needs it (grouped expert products need strides of 16 bytes).
+        least: the number of units that must be kept at least: a router chooses as many of them for
+            each token.
         modules: for ``layers`` only, the qualified module name of each unit.
     """
 
@@ -92,6 +94,7 @@ class Group:
     companions: tuple[Companion, ...] = ()
     frozen: str | None = None
     multiple: int = 1
+    least: int = 1
     modules: tuple[str, ...] = ()
 
 

@@ -67,13 +67,18 @@ class _Twin(Tracer):
     def _reduce(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         source = args[0]
         axes = self.label(source)
+        chosen: torch.Tensor | None = None
         for dim in reduced_dims(name, args, kwargs, source.dim()):
             alive = self.alive(axes[dim], source)
             if alive is not None:
                 if name.startswith("arg"):
                     return alive[func(source.index_select(dim, alive), *args[1:], **kwargs)]
                 source = source.index_select(dim, alive)
-        return func(source, *args[1:], **kwargs)
+                chosen = alive
+        out = func(source, *args[1:], **kwargs)
+        if chosen is not None and name in ("max", "min") and isinstance(out, tuple):
+            return type(out)((out[0], chosen[out[1]]))
+        return out
 
     def _along(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dim: int) -> Any:
         source = args[0]

@@ -42,10 +42,11 @@ def stock_config(
     Args:
         dense_config: config of the model before pruning; is not changed.
         pruned_model: the model as surgery left it.
-        edits: what surgery did. Pruned buffers exclude a plain config: only the sizes of tables
-            such as the rotary one follow from a config, never which positions were kept.
+        edits: what surgery did. Pruned buffers that no checkpoint holds exclude a plain config:
+            only the sizes of tables such as the rotary one follow from a config, never which
+            positions were kept.
     """
-    if edits.buffers:
+    if edits.buffers.keys() - pruned_model.state_dict().keys():
         return None
     dense_config = copy.deepcopy(dense_config)
     if hasattr(dense_config, "quantization_config"):

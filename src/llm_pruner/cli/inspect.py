@@ -88,6 +88,8 @@ def _units(group: dict[str, Any]) -> str:
     units = f"{group['units']:,}"
     if group["frozen"] is not None:
         return f"{units}, frozen"
+    if group["least"] > 1:
+        units += f", {group['least']} must stay"
     return f"{units}, with head_dim" if group["kind"] == FOLLOWER else units
 
 

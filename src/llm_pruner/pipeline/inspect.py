@@ -80,6 +80,7 @@ def _group(group: Group, discovery: Discovery, total: int) -> dict[str, Any]:
         "share": parameters / total,
         "frozen": group.frozen,
         "multiple": group.multiple,
+        "least": group.least,
         "blocks": None if group.blocks is None else len(Counter(group.blocks.tolist())),
         "companions": {c.group: str(c.ratio) for c in group.companions},
         "members": [

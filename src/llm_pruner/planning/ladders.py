@@ -145,7 +145,7 @@ def _ladder(
         gone, limit = dense - len(free), min(len(free), group.size - 1)
     else:
         order = {-1: units}
-        dense, limit = dense_group.size, group.size - 1
+        dense, limit = dense_group.size, group.size - group.least
         gone = dense - group.size
     counts = _allowed(group, groups, selection, limit)
     importance = np.sum(
@@ -170,7 +170,7 @@ def _allowed(
         if other is None:
             continue
         multiple = lcm(multiple, companion.ratio.denominator)
-        most = 0 if other.frozen is not None else other.size - 1
+        most = 0 if other.frozen is not None else other.size - other.least
         limit = min(limit, int(most / companion.ratio))
     counts = np.arange(0, max(limit, 0) + 1, dtype=np.int64)
     good = counts % multiple == 0

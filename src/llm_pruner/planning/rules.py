@@ -109,6 +109,11 @@ def _check_units(groups: Mapping[str, Group], name: str, units: IntArray) -> lis
         problems.append(f"{name}: units out of range ({shown}); it has 0 to {group.size - 1}")
     elif len(values) == group.size:
         problems.append(f"{name}: removes all {group.size} units; at least one must stay")
+    elif group.size - len(values) < group.least:
+        problems.append(
+            f"{name}: leaves {group.size - len(values)} units, but the model chooses "
+            f"{group.least} of them for every token; keep at least {group.least}"
+        )
     elif (group.size - len(values)) % group.multiple:
         problems.append(
             f"{name}: leaves {group.size - len(values)} units, but the model's grouped products "

@@ -343,6 +343,27 @@ def _topk(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out
         recorder.sized(expr_of(count), axes[dim], "topk")
 
 
+def _histc(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    names = ("input", "bins", "min", "max")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    axes = recorder.axes(out)
+    if axes is None:
+        return
+    if isinstance(given.get("bins"), int):
+        recorder.sized(expr_of(given["bins"]), axes[0], "histc")
+    if isinstance(given.get("max"), int):
+        recorder.sized(("+", expr_of(given["max"]), ("const", 1)), axes[0], "histc")
+    if isinstance(given.get("min"), TracedInt):
+        recorder.used_as_number(given["min"].expr)
+
+
+def _bincount(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    least = args[2] if len(args) > 2 else kwargs.get("minlength", 0)
+    axes = recorder.axes(out)
+    if axes is not None and int(least) > 0:
+        recorder.sized(expr_of(least), axes[0], "bincount")
+
+
 _SIZED: dict[str, Callable[[Recorder, tuple[Any, ...], dict[str, Any], Any], None]] = {
     "view": _view,
     "reshape": _view,
@@ -376,6 +397,8 @@ _SIZED: dict[str, Callable[[Recorder, tuple[Any, ...], dict[str, Any], Any], Non
     "one_hot": _one_hot,
     "conv1d": _conv1d,
     "topk": _topk,
+    "histc": _histc,
+    "bincount": _bincount,
 }
 
 _READS = frozenset({"tolist", "numpy", "__array__", "__dlpack__", "data_ptr"})

@@ -44,6 +44,21 @@ class Ragged:
 
 
 @dataclass
+class Choice:
+    """An axis from which a fixed number of positions is chosen by value, as a router does.
+
+    Attributes:
+        rows: rows of the axis, shape (n, k).
+        count: how many are chosen.
+        available: how many of the n could be chosen; the others were masked.
+    """
+
+    rows: IntArray
+    count: int
+    available: int
+
+
+@dataclass
 class Trace:
     """What a run states about a model, before it is made into groups."""
 
@@ -56,6 +71,7 @@ class Trace:
     lengths: list[IntArray] = field(default_factory=list)
     attributes: dict[Expr, int] = field(default_factory=dict)
     roles: dict[Role, list[IntArray]] = field(default_factory=dict)
+    choices: list[Choice] = field(default_factory=list)
     residual: IntArray | None = None
     unknown: dict[str, int] = field(default_factory=dict)
 
@@ -70,6 +86,7 @@ class Tracer(TorchDispatchMode):
         self.rules = rules
         self.labels: Any = WeakTensorKeyDictionary()
         self.domains: Any = WeakTensorKeyDictionary()
+        self.counts: Any = WeakTensorKeyDictionary()
         self.weights: Any = WeakTensorKeyDictionary()
         self.names: Any = WeakTensorKeyDictionary()
         self.vocabulary: Any = WeakTensorKeyDictionary()
@@ -133,8 +150,9 @@ class Tracer(TorchDispatchMode):
     def copy_label(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Label a result as its input, including what its values index."""
         self.set_label(target, self.label(source))
-        if source in self.domains:
-            self.domains[target] = self.domains[source]
+        for marked in (self.domains, self.counts):
+            if source in marked:
+                marked[target] = marked[source]
 
     def unify(self, left: IntArray, right: IntArray) -> IntArray:
         """State that two axes shrink together."""
@@ -236,6 +254,18 @@ class Tracer(TorchDispatchMode):
         if len(rows) > 1:
             self.trace.roles.setdefault(role, []).append(rows)
 
+    def choose(self, tensor: torch.Tensor, dim: int, count: int) -> None:
+        """Record that ``count`` positions along an axis are chosen by value."""
+        rows = self.label(tensor)[dim]
+        if self.atoms.resolve(rows).size == 0:
+            return
+        available = len(rows)
+        if tensor.is_floating_point() and tensor.numel():
+            # DeepSeek-V2 masks with zeros, others with minus infinity.
+            masked = (tensor == -torch.inf) | (tensor == 0)
+            available -= int(masked.sum(dim).max())
+        self.trace.choices.append(Choice(rows, count, max(available, count)))
+
     def is_weight(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is a parameter or a mere view or cast of one."""
         return tensor in self.weights
@@ -330,8 +360,10 @@ class Tracer(TorchDispatchMode):
             for tensor in tensors_in([out]):
                 self.cut_from.setdefault(tensor, self.cut_from[inputs[0]])
         if name in MOVEMENT and inputs:
+            # Weights that an index takes, of the expert that a token is given, are weights still.
+            moved = inputs[:1] if name == "index" else inputs
             for marked in (self.weights, self.vocabulary):
-                if all(tensor in marked for tensor in inputs):
+                if all(tensor in marked for tensor in moved):
                     for tensor in tensors_in([out]):
                         marked[tensor] = True
         return out
@@ -362,7 +394,7 @@ VIEWS = frozenset(
 DOMAIN_AWARE = frozenset(
     {"view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze"}
     | {"slice", "detach", "alias", "clone", "_to_copy", "gather", "embedding", "index"}
-    | {"index_select", "select"}
+    | {"index_select", "select", "scatter", "scatter_", "sort", "histc", "bincount"}
 )
 
 

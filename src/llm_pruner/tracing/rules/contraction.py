@@ -57,11 +57,20 @@ def mv(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> 
 
 
 def grouped_mm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
-    """Rows sorted by expert times the weights of their expert: (t, k) x (experts, k, n)."""
+    """Rows sorted by expert times the weights of their expert: (t, k) x (experts, k, n).
+
+    Where the rows of each expert end is given by running sums over counts. An expert that is never
+    chosen has no rows, so that the others do not notice when it goes.
+    """
     left, right = tracer.label(args[0]), tracer.label(args[1])
     if len(left) != 2 or len(right) != 3:
         raise UnplacedError("a grouped product of another form")
-    tracer.freeze(right[0], "experts run as one grouped product")
+    ends = args[2] if len(args) > 2 else kwargs.get("offs")
+    if isinstance(ends, torch.Tensor) and ends in tracer.counts:
+        tracer.unify(right[0], tracer.label(ends)[0])
+        tracer.note("routing", right[0])
+    else:
+        tracer.freeze(right[0], "experts run as one grouped product")
     tracer.unify(left[1], right[1])
     tracer.note("read", left[1])
     tracer.set_label(out, [left[0], right[2]])

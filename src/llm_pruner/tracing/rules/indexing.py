@@ -1,7 +1,7 @@
 """Lookups: positions taken by value.
 
-An index whose values are known to be positions of a live axis (from ``topk``) would let both shrink
-together; any other index freezes the axis that it reads.
+An index whose values are known to be positions of a live axis (from ``topk``) lets both shrink
+together: what is deleted is never chosen. Any other index freezes the axis that it reads.
 """
 
 from __future__ import annotations
@@ -14,9 +14,14 @@ from llm_pruner.tracing.rules.pointwise import broadcast
 from llm_pruner.tracing.tracer import Axes, Tracer, UnplacedError, tensors_in
 
 
-def _freeze_indexed(tracer: Tracer, rows: Any, index: torch.Tensor, what: str) -> None:
-    if index in tracer.domains:
-        tracer.freeze(tracer.domains[index], what)
+def _tie_indexed(tracer: Tracer, rows: Any, index: torch.Tensor, what: str) -> None:
+    """State what an index does to the axis that it reads or writes."""
+    domain = tracer.domains.get(index)
+    if domain is not None and len(domain) == len(rows):
+        tracer.unify(domain, rows)
+        return
+    if domain is not None:
+        tracer.freeze(domain, what)
     tracer.freeze(rows, what)
 
 
@@ -30,7 +35,7 @@ def embedding(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tens
     weight, index = args[0], args[1]
     rows, *tail = tracer.label(weight)
     tokens = index in tracer.vocabulary
-    _freeze_indexed(tracer, rows, index, "the vocabulary" if tokens else "looked up by position")
+    _tie_indexed(tracer, rows, index, "the vocabulary" if tokens else "looked up by position")
     tracer.set_label(out, tracer.label(index) + tail)
     if tokens and tracer.trace.residual is None:
         tracer.trace.residual = tail[-1]
@@ -44,7 +49,9 @@ def index(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) 
     _inherit(tracer, args[0], out)
     boolean = any(given[place].dtype in (torch.bool, torch.uint8) for place in places)
     for place in places:
-        _freeze_indexed(tracer, axes[place], given[place], "looked up by position")
+        _tie_indexed(tracer, axes[place], given[place], "looked up by position")
+        if tracer.is_weight(args[0]) and given[place] in tracer.domains:
+            tracer.note("routing", axes[place])
     if boolean:
         for item in (given[place] for place in places):
             for rows in tracer.label(item):
@@ -72,7 +79,7 @@ def index_select(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.T
     _inherit(tracer, args[0], out)
     axes = tracer.label(args[0])
     dim = args[1] % len(axes)
-    _freeze_indexed(tracer, axes[dim], args[2], "looked up by position")
+    _tie_indexed(tracer, axes[dim], args[2], "looked up by position")
     axes[dim] = tracer.label(args[2])[0] if args[2].dim() else axes[dim][:1]
     tracer.set_label(out, axes)
 
@@ -92,7 +99,7 @@ def gather(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor)
     _inherit(tracer, args[0], out)
     axes, chosen = tracer.label(args[0]), tracer.label(args[2])
     dim = args[1] % max(len(axes), 1)
-    _freeze_indexed(tracer, axes[dim], args[2], "looked up by position")
+    _tie_indexed(tracer, axes[dim], args[2], "looked up by position")
     _align(tracer, axes, chosen, dim)
     tracer.set_label(out, chosen)
 
@@ -100,7 +107,7 @@ def gather(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor)
 def scatter(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
     axes = tracer.label(args[0])
     dim = args[1] % max(len(axes), 1)
-    _freeze_indexed(tracer, axes[dim], args[2], "written by position")
+    _tie_indexed(tracer, axes[dim], args[2], "written by position")
     _align(tracer, axes, tracer.label(args[2]), dim)
     if len(args) > 3 and isinstance(args[3], torch.Tensor) and args[3].dim() == len(axes):
         _align(tracer, axes, tracer.label(args[3]), dim)
@@ -110,7 +117,7 @@ def scatter(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor
 def index_add(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
     axes = tracer.label(args[0])
     dim = args[1] % max(len(axes), 1)
-    _freeze_indexed(tracer, axes[dim], args[2], "written by position")
+    _tie_indexed(tracer, axes[dim], args[2], "written by position")
     if isinstance(args[3], torch.Tensor) and args[3].dim() == len(axes):
         source = tracer.label(args[3])
         tracer.freeze(source[dim], "written by position")
@@ -134,7 +141,7 @@ def index_put(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tens
             continue
         width = item.dim() if item.dtype in (torch.bool, torch.uint8) else 1
         for rows in axes[place : place + width]:
-            _freeze_indexed(tracer, rows, item, "written by position")
+            _tie_indexed(tracer, rows, item, "written by position")
         place += width
         covered += 1
     values = tracer.label(args[2])
@@ -160,6 +167,29 @@ def found(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None: 
         )
 
 
+def count(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:
+    """``histc`` and ``bincount`` of chosen positions: how often each was chosen."""
+    domain = tracer.domains.get(args[0])
+    if domain is None or not _counts_all(func._overloadpacket.__name__, args, kwargs, len(domain)):
+        if domain is not None:
+            tracer.freeze(domain, "counted in other bins than its positions")
+        found(tracer, func, args, kwargs, out)
+        return
+    tracer.set_label(out, [domain])
+    tracer.counts[out] = True
+
+
+def _counts_all(name: str, args: Any, kwargs: Any, size: int) -> bool:
+    """Whether there is one bin for each of the positions 0 to size - 1."""
+    if name == "bincount":
+        weights = args[1] if len(args) > 1 else kwargs.get("weights")
+        least = args[2] if len(args) > 2 else kwargs.get("minlength", 0)
+        return weights is None and int(least) == size
+    names = ("bins", "min", "max")
+    given = {"bins": 100, "min": 0, "max": 0, **dict(zip(names, args[1:], strict=False)), **kwargs}
+    return (given["bins"], given["min"], given["max"]) == (size, 0, size - 1)
+
+
 RULES = {
     "embedding": embedding,
     "index": index,
@@ -169,8 +199,7 @@ RULES = {
     **dict.fromkeys(("scatter_reduce", "scatter_reduce_"), scatter),
     **dict.fromkeys(("index_add", "index_add_", "index_copy", "index_copy_"), index_add),
     **dict.fromkeys(("index_put", "index_put_", "_index_put_impl_", "index_fill_"), index_put),
-    **dict.fromkeys(
-        ("nonzero", "_local_scalar_dense", "equal", "is_nonzero", "bincount", "histc"), found
-    ),
+    **dict.fromkeys(("nonzero", "_local_scalar_dense", "equal", "is_nonzero"), found),
+    **dict.fromkeys(("bincount", "histc"), count),
     **dict.fromkeys(("searchsorted", "bucketize", "unique_consecutive", "_unique2"), found),
 }

@@ -51,11 +51,18 @@ def along(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None: 
 
 
 def running(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ARG001
-    """Running sums: a position depends on all before it."""
+    """Running sums: a position depends on all before it.
+
+    Counts of choices are zero where something is deleted, so that the other sums stay.
+    """
     axes = tracer.label(args[0])
-    tracer.freeze(axes[args[1]], "summed position after position")
+    counted = args[0] in tracer.counts and func._overloadpacket.__name__ == "cumsum"
+    if not counted:
+        tracer.freeze(axes[args[1]], "summed position after position")
     for result in tensors_in([out]):
         tracer.set_label(result, axes)
+        if counted:
+            tracer.counts[result] = True
 
 
 def layer_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ARG001
@@ -84,16 +91,22 @@ def select_along(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) ->
         dim = kwargs.get("dim", args[-2] if len(args) > 2 else (args[1] if len(args) > 1 else -1))
     dim = int(dim) % len(axes)
     source = axes[dim]
-    tracer.note("routing", source)
     tracer.require_whole(source)
-    if name != "topk":
+    results = list(tensors_in([out]))
+    if name == "topk":
+        tracer.note("read", source)
+        tracer.choose(args[0], dim, results[0].shape[dim])
+    else:
         tracer.freeze(source, f"ordered by {name}")
     axes[dim] = empty_rows(1) if len(axes[dim]) == 1 else axes[dim]
-    for result in tensors_in([out]):
+    for result in results:
         rows = tracer.frozen_rows(result.shape[dim], f"chosen by {name}")
         tracer.set_label(result, [*axes[:dim], rows, *axes[dim + 1 :]])
-        if not result.dtype.is_floating_point:
-            tracer.domains[result] = source
+    # The first result holds values, the second their positions; argsort gives positions alone.
+    tracer.domains[results[-1]] = source
+    if len(results) > 1 and args[0] in tracer.domains:
+        # Positions in order are in order as well once some are deleted and the rest renumbered.
+        tracer.domains[results[0]] = tracer.domains[args[0]]
 
 
 RULES = {
