@@ -29,6 +29,7 @@ EXPECTED = {
     "gpt_oss": {"heads", "query_heads", "experts"},  # sinks, biases of experts
     "inkling2_text": {"heads", "query_heads"},  # residuals over earlier layers
     "jamba": {"heads", "query_heads", "ffn", "experts"},  # attention between state spaces
+    "llama4_text": {"heads", "experts"},  # tokens repeated for each expert
     "longcat_flash": {"heads", "ffn", "layers"},  # two attentions in a layer
     "mamba2": {"head_dim"},
     "minimax": {"heads", "query_heads"},  # linear attention with decay

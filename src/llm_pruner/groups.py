@@ -273,7 +273,8 @@ class _Builder:
             return "head_dim"
         if has("value"):
             return "value_dim"
-        if has("routing"):
+        stacked = any(m.dim == 0 and len(self.tensors[m.tensor][0]) > 2 for m in members)
+        if has("routing") or (stacked and bool(self.chosen_from[units].all())):
             return "experts"
         if has("activation") and len({m.tensor for m in members if not m.buffer}) > 1:
             return "ffn"

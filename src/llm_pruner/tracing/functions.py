@@ -155,11 +155,12 @@ def _repeat(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], o
         return
     old = [1] * (len(axes) - len(source)) + [len(rows) for rows in source]
     times = [1] * (len(axes) - len(times)) + times
-    for size, count, rows in zip(old, times, axes, strict=True):
+    for dim, (size, count, rows) in enumerate(zip(old, times, axes, strict=True)):
         if size == 1:
             recorder.sized(expr_of(count), rows, "repeat")
-        elif isinstance(count, TracedInt):
-            recorder.used_as_number(count.expr)
+        elif int(count) > 1:
+            one = recorder.length(args[0], dim - len(axes) + len(source))
+            recorder.sized(("*", expr_of(count), expr_of(one)), rows, "repeat")
 
 
 def _as_other(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:

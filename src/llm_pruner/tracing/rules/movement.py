@@ -130,7 +130,11 @@ def repeat(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor)
         elif len(rows) == 1:
             result.append(tracer.atoms.fresh(size, replica=True))
         else:
-            times = tracer.frozen_rows(size // len(rows), "repeated a fixed number of times")
+            # Tokens once for each expert: the copies may go with what they meet.
+            if tracer.atoms.resolve(rows).size:
+                times = tracer.frozen_rows(size // len(rows), "repeated a fixed number of times")
+            else:
+                times = tracer.atoms.fresh(size // len(rows), replica=True)
             result.append(product_rows(times, rows))
     tracer.set_label(out, result)
 
