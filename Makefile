@@ -1,4 +1,5 @@
-# `make test` and `make demo` need Python 3.10 or newer with venv, and nothing else.
+# `make test` and `make demo` need Python 3.10 or newer with venv, and nothing else. The tests that open
+# reports in a browser are skipped where there is no Chromium (on Debian: apt-get install chromium).
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,8 @@ DEV := $(VENV)/.installed-dev
 
 help:
 	@echo "make demo       prune the small default model and compare before and after"
-	@echo "make test       run the tests"
+	@echo "                and leave the report in demo-out/report.html"
+	@echo "make test       run the tests; those of the report's look need Chromium"
 	@echo "make check      lint, types and contracts, as CI does"
 	@echo "make format     rewrite the sources in the project's format"
 

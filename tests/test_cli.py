@@ -19,7 +19,7 @@ from helpers import tiny_tokenizer
 from llm_pruner.cli.output import clean, count, megabytes
 from llm_pruner.data.calibration import build_calibration
 
-COMMANDS = ("inspect", "prune", "evaluate", "demo")
+COMMANDS = ("inspect", "prune", "evaluate", "compare", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -404,7 +404,7 @@ def test_help_is_plain_and_fits_in_80_columns() -> None:
         shown = done(*args, "--help").out
         assert max(map(len, shown.splitlines())) <= 80
         assert shown.isascii()
-        assert "..." not in shown.replace("[ARGS]...", "")
+        assert "..." not in shown.replace("[ARGS]...", "").replace("{DIR}...", "")
     prune = done("prune", "-h").out
     headings = [line for line in prune.splitlines() if line.endswith(":") and line[0] != " "]
     assert headings[:3] == ["Arguments:", "Output:", "How much (one of these, or --plan):"]

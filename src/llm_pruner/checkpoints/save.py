@@ -64,6 +64,7 @@ def save_checkpoint(
     overwrite: bool = False,
     max_shard_size: str = "5GB",
     dense_config: PreTrainedConfig | None = None,
+    beside: Callable[[Path, Literal["stock", "recipe"], tuple[str, ...]], None] | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> SavedCheckpoint:
     """Write safetensors, config.json, generation config, tokenizer and plan.json to ``out``.
@@ -78,6 +79,8 @@ def save_checkpoint(
         max_shard_size: largest weight file, such as ``100MB``.
         dense_config: config of the model before surgery; needed if surgery changed
             ``model.config``.
+        beside: called with the folder, its kind and what loading it needs, to write more files
+            beside the weights.
         check: called with the complete folder before it appears under its name; what it raises
             stops the saving.
 
@@ -94,6 +97,8 @@ def save_checkpoint(
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
         (folder / "plan.json").write_text(plan_json, encoding="utf-8", newline="\n")
+        if beside is not None:
+            beside(folder, kind, _needs(model, kind))
         for file in folder.rglob("*"):
             if file.is_file():  # safetensors makes its files private
                 file.chmod(0o666 & ~umask())

@@ -12,6 +12,7 @@ from llm_pruner.cli import options
 from llm_pruner.cli.output import (
     check_json,
     clean,
+    command_line,
     console,
     count,
     megabytes,
@@ -48,7 +49,7 @@ def command(
     # The folder that the demo chooses by itself, it may replace by itself: but only a checkpoint
     # that was pruned, nothing else that a user may have called by this name.
     earlier = out == _OUT and (out / "plan.json").is_file()
-    done = run_demo(out, overwrite=overwrite or earlier, seed=seed)
+    done = run_demo(out, overwrite=overwrite or earlier, seed=seed, command=command_line())
     write_json({"prune": as_data(done.pruned), "before": done.before, "after": done.after}, json)
     if json != "-":
         show(done.pruned)
@@ -74,6 +75,9 @@ def _compare(done: Demo) -> None:
     for name, found in (("dense", before), ("pruned", after)):
         for prompt, text in found["samples"].items():
             out.print(f"{name}: {clean(prompt)}|{clean(text)}")
+    if done.pruned.report is not None:
+        page = clean(str(done.pruned.report))
+        out.print(f"all of this, to read in a browser: {page}", soft_wrap=True)
 
 
 def _row(

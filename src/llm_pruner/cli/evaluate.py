@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -26,6 +27,7 @@ EXAMPLES = """\b
 Examples:
   llm-pruner evaluate ./small --perplexity wikitext2 --perplexity c4
   llm-pruner evaluate ./small --perplexity text.txt --protocol paper
+  llm-pruner evaluate ./small --perplexity c4 --report ./small
 """
 
 
@@ -91,6 +93,15 @@ def command(
             help="Ask the prompt in the tokenizer's chat template, if it has one, or continue it.",
         ),
     ] = True,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Add the results to the report in this folder, which prune wrote; MODEL is this "
+            "folder, or the dense model that it was made of.",
+            show_default=False,
+        ),
+    ] = None,
     json: options.Json = None,
     dtype: options.Dtype = "float32",
     device: options.Device = "cpu",
@@ -101,6 +112,10 @@ def command(
     if not (perplexity or speed or prompt):
         raise UserError("nothing to measure; give --perplexity SRC, --speed or --prompt TEXT")
     check_json(json)
+    if report is not None:
+        from llm_pruner.pipeline.report import report_in
+
+        report_in(report)  # what cannot be read is said before the model is loaded
 
     from llm_pruner.pipeline.evaluate import PerplexitySettings, measure
     from llm_pruner.pipeline.settings import ModelSettings
@@ -123,8 +138,16 @@ def command(
     )
     data = asdict(found)
     write_json(data, json)
+    if report is not None:
+        from llm_pruner.pipeline.report import add_evaluations, report_in, variant_of
+
+        variant = variant_of(report, report_in(report), model, found.parameters)
+        add_evaluations(report, {variant: data})
     if json != "-":
         show(data)
+        if report is not None:
+            page = clean(str(report / "report.html"))
+            console().print(f"added to {page}", soft_wrap=True)
 
 
 def show(found: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,21 @@ from rich.table import Table
 from rich.text import Text
 
 from llm_pruner.errors import UserError
+from llm_pruner.report.text import clean, count, megabytes
+
+__all__ = [
+    "check_json",
+    "clean",
+    "command_line",
+    "console",
+    "count",
+    "fail",
+    "megabytes",
+    "one_line",
+    "print_table",
+    "table",
+    "write_json",
+]
 
 
 def console() -> Console:
@@ -58,25 +74,6 @@ def table(
     return result
 
 
-def clean(text: str) -> str:
-    """Return text without control characters, which could steer a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def count(value: int) -> str:
-    """Return a number of parameters as people say it: 134.5M, 6.74B."""
-    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if value >= limit:
-            digits = 2 if suffix in "BT" else 1
-            return f"{value / limit:.{digits}f}{suffix}"
-    return str(value)
-
-
-def megabytes(value: int) -> str:
-    """Return bytes as megabytes of a million."""
-    return f"{value / 1e6:,.1f} MB"
-
-
 def check_json(file: str | None) -> None:
     """Raise UserError if results cannot be written to ``file``; meant to run before long work."""
     if file not in (None, "-") and Path(file).is_dir():
@@ -94,6 +91,25 @@ def write_json(data: dict[str, Any], file: str | None) -> None:
         sys.stdout.write(text)
     else:
         atomic_write_text(Path(file), text)
+
+
+def command_line() -> str:
+    """Return the command that runs now, as a shell reads it.
+
+    The home folder is written as ``~``: reports are published, and the name of a user's account is
+    nobody's business.
+    """
+    home = f"{Path.home()}/"
+    words = ["llm-pruner"]
+    for argument in sys.argv[1:]:
+        option, sign, value = argument.partition("=")
+        if sign and option.startswith("--") and value.startswith(home):
+            words.append(option)  # a shell reads ~ at the beginning of a word only
+            argument = value
+        inside = argument.startswith(home)
+        rest = argument.removeprefix(home) if inside else argument
+        words.append(f"~/{shlex.quote(rest)}" if inside and rest else shlex.quote(rest))
+    return " ".join(words)
 
 
 def one_line(message: str) -> str:

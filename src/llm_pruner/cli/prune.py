@@ -13,6 +13,7 @@ from llm_pruner.cli import options
 from llm_pruner.cli.output import (
     check_json,
     clean,
+    command_line,
     console,
     count,
     megabytes,
@@ -369,6 +370,7 @@ def command(
         max_shard_size=max_shard_size,
         compensation=compensation,
         find_best_split=budget_split == "auto",
+        command=command_line(),
     )
     write_json(as_data(done), json)
     if json != "-":
@@ -433,6 +435,7 @@ def as_data(done: Pruned) -> dict[str, Any]:
         "needs": list(done.needs),
         "path": None if done.path is None else str(done.path),
         "bytes": done.bytes,
+        "report": None if done.report is None else str(done.report),
         "twin_difference": done.difference,
         "seconds": done.seconds,
         "refitted": [asdict(one) for one in done.refitted],
@@ -466,6 +469,8 @@ def show(done: Pruned) -> None:
         return
     saved = f"saved to {clean(str(done.path))} ({megabytes(done.bytes or 0)})"
     out.print(saved, soft_wrap=True)
+    if done.report is not None:
+        out.print(f"report: {clean(str(done.report))}", soft_wrap=True)
     out.print(f"loads with from_pretrained{_loading(done)}")
     out.print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in done.seconds.items()))
 

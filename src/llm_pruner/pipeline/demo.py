@@ -16,6 +16,7 @@ from llm_pruner.errors import LLMPrunerError
 from llm_pruner.evaluation.size import folder_bytes
 from llm_pruner.importance import Criterion
 from llm_pruner.pipeline.prune import Pruned, prune_checkpoint
+from llm_pruner.pipeline.report import add_evaluations
 from llm_pruner.pipeline.settings import CalibrationSettings, ModelSettings
 from llm_pruner.planning import Selection, Target
 from llm_pruner.sources import load_model
@@ -33,11 +34,13 @@ class Demo:
     after: dict[str, Any]
 
 
-def run_demo(out: Path, *, overwrite: bool = False, seed: int = 0) -> Demo:
+def run_demo(
+    out: Path, *, overwrite: bool = False, seed: int = 0, command: str | None = None
+) -> Demo:
     """Prune 20% of all parameters of the default model on text that it writes itself.
 
     Both models are saved as folders, in the same format, and loaded again by new processes, which
-    measure them.
+    measure them. What they find goes into the report in ``out``.
 
     Raises:
         UserError: the default model is not installed, or ``out`` is taken.
@@ -52,6 +55,7 @@ def run_demo(out: Path, *, overwrite: bool = False, seed: int = 0) -> Demo:
         calibration=CALIBRATION,
         seed=seed,
         overwrite=overwrite,
+        command=command,
     )
     with tempfile.TemporaryDirectory() as folder:
         dense = load_model("default")
@@ -61,6 +65,8 @@ def run_demo(out: Path, *, overwrite: bool = False, seed: int = 0) -> Demo:
             dense.tokenizer.save_pretrained(folder)
         del dense
         before, after = (_measured(Path(folder)), _measured(out))
+    if pruned.report is not None:
+        add_evaluations(out, {"dense": before, "pruned": after})
     return Demo(pruned, before, after)
 
 

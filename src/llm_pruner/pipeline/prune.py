@@ -22,7 +22,17 @@ from llm_pruner.errors import UserError, VerificationError
 from llm_pruner.groups import discover
 from llm_pruner.importance import Criterion, score
 from llm_pruner.importance.criteria import MEASURES
+from llm_pruner.pipeline.facts import (
+    criterion_in_words,
+    importance_maps,
+    layers_of,
+    settings_of,
+    size_of,
+    source_of,
+    versions,
+)
 from llm_pruner.pipeline.loading import load
+from llm_pruner.pipeline.report import write_report
 from llm_pruner.pipeline.settings import CalibrationSettings, ModelSettings
 from llm_pruner.pipeline.trials import TOKENS, Trial, find_split, sharing_copy
 from llm_pruner.planning import (
@@ -41,9 +51,10 @@ from llm_pruner.planning import (
     step_targets,
 )
 from llm_pruner.removal import count_parameters
+from llm_pruner.report.data import HTML_FILE, ImportanceMap, Report, SplitTrial
 from llm_pruner.sources import LoadedModel
 from llm_pruner.surgery import prune_
-from llm_pruner.types import Discovery, Edits, IntArray, Removal
+from llm_pruner.types import Discovery, Edits, FloatArray, IntArray, Removal
 from llm_pruner.verification import (
     find_culprits,
     largest_difference,
@@ -76,6 +87,9 @@ class Pruned:
         refitted: what compensation did to each consumer, all steps.
         trials: splits of the budget that were tried.
         needs: what loading the folder needs besides transformers, such as ``import llm_pruner``.
+        report: the page that shows all this; None if none was written.
+        importance: of the units, as the first estimate on the dense model gave it; empty if none
+            was made.
     """
 
     plan: Plan
@@ -89,6 +103,8 @@ class Pruned:
     refitted: tuple[Refitted, ...] = ()
     trials: tuple[Trial, ...] = ()
     needs: tuple[str, ...] = ()
+    report: Path | None = None
+    importance: tuple[ImportanceMap, ...] = ()
 
 
 def prune_checkpoint(
@@ -109,6 +125,7 @@ def prune_checkpoint(
     max_shard_size: str = "5GB",
     compensation: str = "none",
     find_best_split: bool = False,
+    command: str | None = None,
 ) -> Pruned:
     """Prune a checkpoint and save the result as a folder that ``from_pretrained`` loads.
 
@@ -133,6 +150,7 @@ def prune_checkpoint(
             calibration text; ``none`` leaves the kept weights as they are.
         find_best_split: choose how the budget is split between structures by trial removals, in
             the first step.
+        command: the command line of this run, for the report.
 
     Raises:
         UserError: something that was given must change; nothing is written.
@@ -160,6 +178,8 @@ def prune_checkpoint(
     clock.stop("load")
     network = loaded.model
     dense_config = copy.deepcopy(network.config)
+    dense_size = size_of(network)
+    scores: dict[str, FloatArray] = {}
     discovery = discover(network)
     clock.stop("discover")
     verified = verify if verify is not None else count_parameters(discovery) <= VERIFY_LIMIT
@@ -195,6 +215,7 @@ def prune_checkpoint(
             cut_last=not dry_run,
             refitter=refitter,
             trials=trials if find_best_split else None,
+            first_scores=scores,
         )
         plan = Plan.from_removal(
             discovery,
@@ -210,9 +231,10 @@ def prune_checkpoint(
             selection=selection,
             compensation=compensation if refit else None,
         )
+    rows = tuple(explain(discovery, removal))
     result = Pruned(
         plan=plan,
-        rows=tuple(explain(discovery, removal)),
+        rows=rows,
         parameters=(count_parameters(discovery), count_parameters(discovery, removal)),
         kind=None,
         path=out,
@@ -221,6 +243,7 @@ def prune_checkpoint(
         seconds=clock.seconds,
         refitted=tuple(refitter.done) if refitter is not None else (),
         trials=tuple(trials),
+        importance=importance_maps(discovery, scores, removal, rows),
     )
     if dry_run:
         atomic_write_text(out, plan.to_json())
@@ -234,9 +257,32 @@ def prune_checkpoint(
         overwrite=overwrite,
         max_shard_size=max_shard_size,
         dense_config=dense_config,
+        beside=lambda folder, kind, needs: write_report(
+            folder,
+            Report(
+                source=source_of(model.source, loaded.name, loaded.revision, network),
+                sizes={"dense": dense_size, "pruned": size_of(network)},
+                layers=layers_of(result.rows),
+                importance=result.importance,
+                criterion=criterion_in_words(plan),
+                compensation=plan.compensation,
+                trials=tuple(
+                    SplitTrial(split=dict(trial.split), divergence=trial.divergence)
+                    for trial in trials
+                ),
+                twin_difference=result.difference,
+                saved_as=kind,
+                needs=needs,
+                seconds=clock.seconds,
+                settings=settings_of(plan, {"dtype": model.dtype, "device": model.device}),
+                versions=versions(),
+                command=command,
+            ),
+        ),
         check=_reload_check(network, discovery, model) if verified else None,
     )
     clock.stop("save")
+    page = saved.path / HTML_FILE
     return replace(
         result,
         kind=saved.kind,
@@ -244,6 +290,7 @@ def prune_checkpoint(
         bytes=saved.bytes,
         seconds=clock.seconds,
         needs=saved.needs,
+        report=page if page.is_file() else None,
     )
 
 
@@ -261,8 +308,11 @@ def _prune_in_steps(
     cut_last: bool,
     refitter: _Refitter | None,
     trials: list[Trial] | None,
+    first_scores: dict[str, FloatArray],
 ) -> tuple[PlanCalibration | None, dict[str, IntArray], Selection]:
     """Estimate, allocate, cut and refit, step by step.
+
+    The scores of the first estimate, which are the dense model's, go into ``first_scores``.
 
     Returns:
         The calibration, the whole removal, and the selection with the split that was found.
@@ -286,6 +336,8 @@ def _prune_in_steps(
         scores = score(
             loaded.model, discovery, criterion, input_ids=tokens, seed=seed, groups=names
         )
+        if not first_scores:
+            first_scores.update(scores)
         clock.stop("estimate")
         if held_out is not None and trials is not None:
             selection, tried = find_split(

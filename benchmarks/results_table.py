@@ -1,0 +1,74 @@
+"""The table of results in the README: prune, measure, compare, all through the command line.
+
+    python benchmarks/results_table.py --calibration c4_sample.jsonl --text wikitext2_raw_test.txt
+
+Each row is one ``prune`` and one ``evaluate --report``; the dense model is measured once. What
+``compare`` prints of the folders is written to benchmarks/results/results_table.md, and as data to
+results_table.json. Folders that are there are taken as they are when it is run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+REMOVED = (
+    *("--ratio", "0.2", "--layers", "heads=4-26,ffn=4-26"),
+    *("--samples", "10", "--seq-len", "64"),
+)
+MEASURED = ("--protocol", "paper", "--max-tokens", "8192")
+"""Of SmolLM2-135M, in the paper's setting."""
+
+ROWS: dict[str, Sequence[str]] = {
+    "random": ("--criterion", "random"),
+    "L2": ("--criterion", "l2"),
+    "Taylor": ("--criterion", "taylor"),
+    "Taylor, FFN channels only": (
+        *("--criterion", "taylor", "--structures", "ffn", "--layers", "ffn=4-26"),
+    ),
+    "recipe best, 128 x 128 tokens": (
+        *("--recipe", "best", "--samples", "128", "--seq-len", "128"),
+    ),
+}
+"""Name -> options of ``prune``; the last of two that say the same thing holds."""
+
+
+def main() -> None:
+    """Make the folders that are missing, and the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="default", help="dense model")
+    parser.add_argument("--calibration", required=True, help="text for taylor")
+    parser.add_argument("--text", required=True, help="corpus that perplexity is measured on")
+    parser.add_argument("--work", type=Path, default=Path("runs/results_table"), help="folders")
+    given = parser.parse_args()
+    measured = ("--perplexity", given.text, *MEASURED)
+    folders = []
+    for name, options in ROWS.items():
+        folder = given.work / name.lower().replace(", ", "-").replace(" ", "-")
+        folders.append(f"{name}={folder}")
+        if folder.exists():
+            continue
+        prune = ("prune", given.model, "--out", folder, *REMOVED, "--calibration")
+        _run(*prune, given.calibration, *options)
+        _run("evaluate", folder, *measured, "--report", folder)
+        if len(folders) == 1:
+            _run("evaluate", given.model, *measured, "--report", folder)
+    RESULTS.mkdir(exist_ok=True)
+    data = RESULTS / "results_table.json"
+    table = _run("compare", *folders, "--markdown", "--json", data)
+    (RESULTS / "results_table.md").write_text(table, encoding="utf-8")
+    print(table, end="")
+
+
+def _run(*arguments: object) -> str:
+    """Run ``llm-pruner`` and return what it prints."""
+    command = [sys.executable, "-m", "llm_pruner", *map(str, arguments)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""``llm-pruner compare``: several pruned models side by side."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llm_pruner.cli import options
+from llm_pruner.cli.output import check_json, clean, console, print_table, table, write_json
+from llm_pruner.errors import UserError
+
+if TYPE_CHECKING:
+    from llm_pruner.report.compare import Column, Comparison
+
+EXAMPLES = """\b
+Examples:
+  llm-pruner compare ./small ./smaller
+  llm-pruner compare 20%=./small 50%=./smaller --html compare.html
+  llm-pruner compare ./small ./smaller --markdown > table.md
+"""
+
+_WIDTH = 80
+_HEADINGS = {
+    "size": "Size",
+    "how": "How they were made",
+    "perplexity": "Perplexity",
+    "accuracy": "Zero-shot accuracy, percent",
+    "measured": "Size and speed, measured",
+}
+
+
+def command(
+    folders: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DIR", help="Folder that prune wrote, or any checkpoint; or NAME=DIR."
+        ),
+    ],
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a page.", show_default=False),
+    ] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print one table in Markdown.")
+    ] = False,
+    json: options.Json = None,
+) -> None:
+    """Put several pruned models side by side."""
+    check_json(json)
+    if markdown and json == "-":
+        raise UserError("--markdown and --json - both write to stdout; give --json a file")
+    if html is not None and html.is_dir():
+        raise UserError(f"--html {html} is a folder; name the file to write")
+
+    from llm_pruner.checkpoints import atomic_write_text
+    from llm_pruner.pipeline.compare import compare_folders
+    from llm_pruner.report.compare import as_data, render_html, render_markdown
+
+    found = compare_folders(folders)
+    if html is not None:
+        atomic_write_text(html, render_html(found))
+    write_json(as_data(found), json)
+    if markdown:
+        sys.stdout.write(render_markdown(found))
+    elif json != "-":
+        show(found)
+        if html is not None:
+            console().print(f"written to {clean(str(html))}", soft_wrap=True)
+
+
+def show(found: Comparison) -> None:
+    """Print one table per subject, or several where one would not fit."""
+    out = console()
+    for subject in dict.fromkeys(column.subject for column in found.columns):
+        columns = [column for column in found.columns if column.subject == subject]
+        title = _HEADINGS[subject]
+        for part in _parts(found.labels, columns):
+            rows = [
+                (label, *(column.cells[place] or "-" for column in part))
+                for place, label in enumerate(found.labels)
+                if any(column.cells[place] for column in part)
+            ]
+            names = ("model", *(column.name for column in part))
+            words = tuple(column.name for column in part if column.text)
+            print_table(out, table(title, names, rows, text=words))
+            title = f"{_HEADINGS[subject]} (continued)"
+    for note in found.notes:
+        out.print(clean(note))
+
+
+def _parts(labels: Sequence[str], columns: Sequence[Column]) -> Iterator[list[Column]]:
+    """Yield columns that fit beside the labels; words wrap, so they always do."""
+    first = max(len("model"), *(min(len(label), _WIDTH // 3) for label in labels))
+    part: list[Column] = []
+    used = first
+    for column in columns:
+        width = 3 + max(len(column.name), *(len(cell) for cell in column.cells))
+        if part and used + width > _WIDTH and not column.text:
+            yield part
+            part, used = [], first
+        part.append(column)
+        used += width
+    if part:
+        yield part

@@ -1,0 +1,1 @@
+"""What a run did, as one HTML page, one JSON file and one model card."""

@@ -1,0 +1,325 @@
+"""What a report says, as plain data: the content of ``report.json``.
+
+Every part may be absent, and a part that is absent is not shown. The parts hold what was measured
+and no text made from it, so that pages of a later version can be drawn from an old file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from llm_pruner.errors import UserError
+from llm_pruner.report.text import safe_json, visible
+
+FORMAT_VERSION: Literal[1] = 1
+JSON_FILE, HTML_FILE, CARD_FILE = "report.json", "report.html", "README.md"
+
+Variant = Literal["dense", "pruned", "recovered"]
+"""The model before, after removing, and after training what was left."""
+
+VARIANTS: tuple[Variant, ...] = ("dense", "pruned", "recovered")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _clean(cls, data: Any) -> Any:
+        return _each_text(data)
+
+
+def _each_text(data: Any) -> Any:
+    """Return data with all its texts, keys included, made ``visible``."""
+    if isinstance(data, str):
+        return visible(data)
+    if isinstance(data, dict):
+        return {_each_text(key): _each_text(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_each_text(item) for item in data]
+    return data
+
+
+def _finite(data: Any) -> Any:
+    """Return data that JSON can hold: infinities and NaN as the texts that pydantic reads."""
+    if isinstance(data, float) and not math.isfinite(data):
+        return str(data)
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_finite(item) for item in data]
+    return data
+
+
+class Source(_Part):
+    """The dense model.
+
+    Attributes:
+        name: hub id, or name of the folder or file.
+        hub_id: the same where the model came from the hub, else None.
+        revision: commit on the hub, if known.
+        architecture: name of its class.
+        license: identifier of its licence as the hub spells it, if known.
+    """
+
+    name: str
+    hub_id: str | None = None
+    revision: str | None = None
+    architecture: str | None = None
+    license: str | None = None
+
+
+class Size(_Part):
+    """Parameters, a tied one once, and bytes of the weights in the type that they are held in."""
+
+    total: int
+    embedding: int | None = None
+    blocks: int | None = None
+    bytes: int | None = None
+
+
+class Layer(_Part):
+    """What is left of one layer; ``layer`` is None for what spans all layers.
+
+    Attributes:
+        sizes: short name of a group (``heads``, ``ffn``) -> (kept, dense) number of units.
+    """
+
+    layer: int | None
+    removed: bool = False
+    sizes: dict[str, tuple[int, int]] = {}
+
+
+class ImportanceRow(_Part):
+    """Importance of the units of one group, sorted and averaged in bins of equally many units.
+
+    Attributes:
+        layer: number of the layer, or None.
+        units: number of units.
+        removed: how many were removed.
+        bins: mean importance in each bin, ascending; None where it is not finite.
+    """
+
+    layer: int | None
+    units: int
+    removed: int
+    bins: tuple[float | None, ...]
+
+
+class ImportanceMap(_Part):
+    """Importance of all groups of one kind that were scored; higher means keep."""
+
+    kind: str
+    rows: tuple[ImportanceRow, ...]
+
+
+class SplitTrial(_Part):
+    """A trial removal: how the budget was split, and the damage.
+
+    Attributes:
+        split: structure -> share of the removed parameters.
+        divergence: mean over tokens of KL(dense || pruned), in nats.
+    """
+
+    split: dict[str, float]
+    divergence: float
+
+
+class Perplexity(_Part):
+    """Perplexity with its settings; see ``evaluation.perplexity``."""
+
+    perplexity: float
+    stderr: float | None = None
+    corpus: str
+    split: str | None = None
+    protocol: str | None = None
+    window: int | None = None
+    tokens: int | None = None
+
+
+class TaskScore(_Part):
+    """One metric of one task, between 0 and 1.
+
+    Attributes:
+        in_mean: whether the mean over the tasks takes this metric.
+        items: number of items, None if not known.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None = None
+    items: int | None = None
+    in_mean: bool = True
+
+
+class Measurement(_Part):
+    """A size or a speed: a median, and the spread around it.
+
+    Attributes:
+        name: what was measured, with the settings that tell it apart, such as ``decode, batch 1``.
+        unit: such as ``tokens/s``, ``B`` or ``MACs``.
+        low, high: the spread, such as the quartiles.
+        better: whether more is better; None if neither.
+    """
+
+    name: str
+    unit: str = ""
+    value: float
+    low: float | None = None
+    high: float | None = None
+    better: Literal["higher", "lower"] | None = None
+
+
+class Evaluation(_Part):
+    """All that was measured of one model; ``samples`` maps prompts to what it wrote after them."""
+
+    perplexity: tuple[Perplexity, ...] = ()
+    tasks: tuple[TaskScore, ...] = ()
+    measurements: tuple[Measurement, ...] = ()
+    samples: dict[str, str] = {}
+
+    def with_newer(self, newer: Evaluation) -> Evaluation:
+        """Return both; of what was measured twice with the same settings, the newer."""
+        return Evaluation(
+            perplexity=_joined(self.perplexity, newer.perplexity, perplexity_key),
+            tasks=_joined(self.tasks, newer.tasks, task_key),
+            measurements=_joined(self.measurements, newer.measurements, measurement_key),
+            samples=self.samples | newer.samples,
+        )
+
+
+def perplexity_key(result: Perplexity) -> tuple[Any, ...]:
+    """Return what must agree before two perplexities may be compared."""
+    return result.corpus, result.split, result.protocol, result.window, result.tokens
+
+
+def task_key(result: TaskScore) -> tuple[Any, ...]:
+    """Return what must agree before two scores may be compared."""
+    return result.task, result.metric, result.items
+
+
+def measurement_key(result: Measurement) -> tuple[Any, ...]:
+    """Return what must agree before two measurements may be compared."""
+    return result.name, result.unit
+
+
+def _joined(old: Any, new: Any, key: Any) -> Any:
+    return tuple({key(item): item for item in (*old, *new)}.values())
+
+
+class LossPoint(_Part):
+    """Loss in nats per token after a step of training."""
+
+    step: int
+    train: float | None = None
+    validation: float | None = None
+
+
+class Recovery(_Part):
+    """Training after the removal.
+
+    Attributes:
+        loss: by step.
+        seconds: time that it took.
+        summary: method and data in words that follow "recovered by", such as
+            ``LoRA of rank 8 on 2,000 examples of alpaca``.
+    """
+
+    loss: tuple[LossPoint, ...] = ()
+    seconds: float | None = None
+    summary: str | None = None
+
+
+class Report(_Part):
+    """All that a run did and measured.
+
+    Attributes:
+        source: the dense model.
+        sizes: of the dense, pruned and recovered model.
+        layers: what is left of each layer.
+        importance: one map per kind of unit; scores of the first estimate, on the dense model.
+        criterion: how importance was estimated, in words that follow "chosen by".
+        compensation: how the weights that were kept were refitted, such as ``least-squares``.
+        trials: splits of the budget between structures that were tried.
+        twin_difference: largest difference of logits from the masked dense model, before kept
+            weights were refitted.
+        saved_as: ``stock`` if a plain config describes the model, else ``recipe``.
+        needs: what ``from_pretrained`` needs besides transformers to load the folder:
+            ``import llm_pruner``, ``trust_remote_code=True``.
+        seconds: by stage.
+        evaluations: what was measured of each model.
+        recovery: training after the removal.
+        settings: heading -> setting -> value.
+        versions: of the package, of libraries and of the machine.
+        command: the command line that does it again.
+        card_digest: SHA-256 of the model card that was written with this report, by which a card
+            that was edited since is told apart.
+    """
+
+    format_version: Literal[1] = FORMAT_VERSION
+    source: Source
+    sizes: dict[Variant, Size] = {}
+    layers: tuple[Layer, ...] = ()
+    importance: tuple[ImportanceMap, ...] = ()
+    criterion: str | None = None
+    compensation: str | None = None
+    trials: tuple[SplitTrial, ...] = ()
+    twin_difference: float | None = None
+    saved_as: Literal["stock", "recipe"] | None = None
+    needs: tuple[str, ...] = ()
+    seconds: dict[str, float] = {}
+    evaluations: dict[Variant, Evaluation] = {}
+    recovery: Recovery | None = None
+    settings: dict[str, dict[str, Any]] = {}
+    versions: dict[str, str] = {}
+    command: str | None = None
+    card_digest: str | None = None
+
+    @property
+    def final(self) -> Variant:
+        """The model that lies beside the report."""
+        return "recovered" if self.recovery is not None else "pruned"
+
+    def with_evaluation(self, variant: Variant, found: Evaluation) -> Report:
+        """Return a report that also holds what was measured of one model."""
+        old = self.evaluations.get(variant, Evaluation())
+        evaluations = {**self.evaluations, variant: old.with_newer(found)}
+        ordered = {name: evaluations[name] for name in VARIANTS if name in evaluations}
+        return self.model_copy(update={"evaluations": ordered})
+
+    def to_json(self) -> str:
+        """Return the content of ``report.json``."""
+        return safe_json(_finite(self.model_dump(mode="json")))
+
+
+def read_report(file: Path) -> Report:
+    """Return the report in a file.
+
+    Raises:
+        UserError: it cannot be read, or is no report of this version.
+    """
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not JSON"
+        raise UserError(f"{file} cannot be read: {reason}; prune again to write it anew") from error
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{file} has format_version {version!r}, and this version of llm-pruner reads "
+            f"{FORMAT_VERSION}; use the version that wrote it, or prune again"
+        )
+    try:
+        return Report.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"{file} is no report: {where}: {first['msg']}; prune again to write it anew"
+        ) from error

@@ -1,0 +1,266 @@
+"""The drawings of a report; each shows what a table or ``report.json`` holds in numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llm_pruner.report.data import ImportanceMap, Layer, LossPoint
+from llm_pruner.report.svg import COLORS, draw
+from llm_pruner.report.text import number, visible
+from llm_pruner.types import FloatArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MOST_PANELS = 6
+
+
+def widths(layers: Sequence[Layer], units: Sequence[tuple[str, str]]) -> str:
+    """Draw the share of units that each layer keeps; a removed layer keeps none.
+
+    Args:
+        layers: decoder layers, in order.
+        units: name in ``Layer.sizes`` and heading, one panel each.
+    """
+    units = units[:_MOST_PANELS]
+
+    def fill(figure: Figure, narrow: bool) -> None:
+        panels = figure.subplots(len(units), 1, sharex=True, squeeze=False)[:, 0]
+        numbers = [layer.layer or 0 for layer in layers]
+        for axes, (name, heading) in zip(panels, units, strict=True):
+            sizes = [layer.sizes.get(name) for layer in layers]
+            here = [n for n, size in zip(numbers, sizes, strict=True) if size is not None]
+            kept = [100 * size[0] / max(size[1], 1) for size in sizes if size is not None]
+            _bars(axes, here, [100.0] * len(here), COLORS["track"])
+            _bars(axes, here, kept, COLORS["pruned"])
+            axes.set_title(_title(heading, narrow))
+            axes.set_ylim(0, 100)
+            axes.set_yticks([0, 50, 100], ["0", "50", "100%"])
+            axes.tick_params(length=0)
+            axes.spines["left"].set_visible(False)
+        panels[-1].set_xlabel("layer")
+        _whole_numbers(panels[-1], numbers, narrow)
+
+    said = ", ".join(heading for _, heading in units)
+    return draw(
+        "widths", f"Share kept in each layer: {said}", fill, lambda _: 46 + 100 * len(units)
+    )
+
+
+def _bars(axes: Axes, places: Sequence[int], heights: Sequence[float], color: str) -> None:
+    """Draw bars as one object, which takes a fraction of the time of as many."""
+    from matplotlib.collections import PolyCollection
+
+    sides = [
+        ((x - 0.36, 0), (x - 0.36, height), (x + 0.36, height), (x + 0.36, 0))
+        for x, height in zip(places, heights, strict=True)
+    ]
+    axes.add_collection(PolyCollection(sides, facecolor=color, linewidth=0))
+
+
+def heat(maps: Sequence[ImportanceMap], headings: Sequence[str]) -> str:
+    """Draw importance by layer and rank within the layer, and how far up the removal went."""
+    from matplotlib.colors import LogNorm, Normalize
+
+    def fill(figure: Figure, narrow: bool) -> None:
+        panels = figure.subplots(len(maps), 1, squeeze=False)[:, 0]
+        for axes, found, heading in zip(panels, maps, headings, strict=True):
+            cells = _cells(found)
+            known = cells[np.isfinite(cells)]
+            if known.size and known.min() == 0 < known.max():
+                # Units that do nothing are shown as the least of the others: zero has no logarithm.
+                cells = np.maximum(cells, known[known > 0].min())
+                known = cells[np.isfinite(cells)]
+            low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+            positive = low > 0 and high > low
+            image = axes.imshow(
+                np.ma.masked_invalid(cells.T),
+                origin="lower",
+                aspect="auto",
+                interpolation="none",
+                cmap="viridis",
+                norm=LogNorm(low, high) if positive else Normalize(low, max(high, low + 1e-12)),
+                extent=(-0.5, len(found.rows) - 0.5, 0, 1),
+            )
+            edges = np.arange(len(found.rows) + 1) - 0.5
+            cut = [row.removed / max(row.units, 1) for row in found.rows]
+            axes.stairs(cut, edges, baseline=None, color="white", linewidth=3.2)
+            axes.stairs(cut, edges, baseline=None, color="#c2185b", linewidth=1.6)
+            axes.set_title(_title(heading, narrow))
+            axes.set_ylim(0, 1)
+            axes.set_yticks([0, 1], ["lowest", "highest"])
+            axes.tick_params(length=0)
+            for spine in axes.spines.values():
+                spine.set_visible(False)
+            labels = ["all" if row.layer is None else str(row.layer) for row in found.rows]
+            step = _step(len(labels), narrow)
+            axes.set_xticks(range(0, len(labels), step), labels[::step])
+            bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=12, shrink=0.95)
+            bar.outline.set_visible(False)
+            bar.ax.minorticks_off()
+            ticks = np.geomspace(low, high, 3) if positive else np.linspace(low, high, 3)
+            bar.set_ticks(list(ticks), labels=_distinct(ticks))
+            bar.ax.tick_params(length=0)
+        panels[-1].set_xlabel("layer")
+
+    return draw(
+        "importance",
+        f"Importance by layer and rank: {', '.join(headings)}",
+        fill,
+        lambda narrow: 46 + (150 if narrow else 170) * len(maps),
+    )
+
+
+def _distinct(ticks: FloatArray) -> list[str]:
+    """Return numbers with as few digits as tell them apart."""
+    for digits in range(1, 6):
+        labels = [f"{tick:.{digits}e}" for tick in ticks]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
+
+
+def _cells(found: ImportanceMap) -> FloatArray:
+    """Return importance by row and bin; the bins of all rows are spread over the longest."""
+    longest = max(len(row.bins) for row in found.rows)
+    cells = np.full((len(found.rows), longest), np.nan)
+    for place, row in enumerate(found.rows):
+        if row.bins:
+            values = np.array([np.nan if v is None else v for v in row.bins], dtype=float)
+            cells[place] = values[(np.arange(longest) * len(values)) // longest]
+    return cells
+
+
+Series = Sequence[tuple[str, float, float | None]]
+"""Name of the model, value and standard error."""
+
+
+def dots(name: str, title: str, rows: Sequence[tuple[str, Series]], *, share: bool) -> str:
+    """Draw values with error bars of one standard error, models beside each other.
+
+    Args:
+        name: of the drawing.
+        title: what is measured.
+        rows: label and one value per model.
+        share: the values are shares and shown in percent; else on a logarithmic axis.
+    """
+    scale = 100 if share else 1
+
+    def fill(figure: Figure, narrow: bool) -> None:
+        axes = figure.subplots()
+        names = list(dict.fromkeys(model for _, series in rows for model, *_ in series))
+        beside = any(len(series) > 1 for _, series in rows)
+        for place, (_, series) in enumerate(rows):
+            for model, value, stderr in series:
+                offset = (names.index(model) - (len(names) - 1) / 2) * 0.26 if beside else 0
+                if not math.isfinite(value):
+                    continue
+                axes.errorbar(
+                    [scale * value],
+                    [place + offset],
+                    xerr=None if stderr is None else [scale * stderr],
+                    fmt="os^"[names.index(model) % 3],
+                    markersize=6,
+                    color=COLORS.get(model, COLORS["ink"]),
+                    elinewidth=2,
+                    capsize=3,
+                )
+        for model in names:
+            marker = "os^"[names.index(model) % 3]
+            color = COLORS.get(model, COLORS["ink"])
+            axes.plot([], [], marker, color=color, label=model)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_yticks(range(len(rows)), [_short(label, narrow) for label, _ in rows])
+        axes.tick_params(length=0)
+        axes.tick_params(axis="y", labelcolor=COLORS["ink"])
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="x")
+        axes.margins(x=0.08)
+        if not share:
+            _logarithmic(axes, [value for _, series in rows for _, value, _ in series])
+        axes.set_xlabel(_title(title, narrow))
+        figure.legend(loc="outside upper left", ncols=len(names), handletextpad=0.1)
+
+    said = "; ".join(
+        f"{label}: " + ", ".join(f"{model} {number(scale * value)}" for model, value, _ in series)
+        for label, series in rows
+    )
+    return draw(name, f"{title}. {said}", fill, lambda _: 80 + 44 * len(rows))
+
+
+def loss(points: Sequence[LossPoint]) -> str:
+    """Draw the loss of training by step."""
+    from matplotlib.ticker import MaxNLocator
+
+    def fill(figure: Figure, _: bool) -> None:
+        axes = figure.subplots()
+        for name, style, color in (("train", "-", "dense"), ("validation", "o-", "recovered")):
+            line = [(p.step, getattr(p, name)) for p in points if getattr(p, name) is not None]
+            if line:
+                axes.plot(*zip(*line, strict=True), style, color=COLORS[color], label=name, ms=4)
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylabel("loss, nats per token")
+        axes.tick_params(length=0)
+        axes.grid(axis="y")
+        axes.spines["left"].set_visible(False)
+        figure.legend(loc="outside upper left", ncols=2)
+
+    return draw("loss", "Loss of the recovery training by step", fill, lambda _: 260)
+
+
+def _logarithmic(axes: Axes, values: Sequence[float]) -> None:
+    """Use a logarithmic axis with a few plain numbers on it."""
+    known = [value for value in values if math.isfinite(value) and value > 0]
+    if not known:
+        return
+    axes.set_xscale("log")
+    low, high = min(known) / 1.25, max(known) * 1.25
+    ticks: list[float] = []
+    for marks in (
+        (1,),
+        (1, 3),
+        (1, 2, 5),
+        (1, 1.5, 2, 3, 4, 5, 7),
+        [m / 10 for m in range(10, 100)],
+    ):
+        ticks = [m * 10.0**e for e in range(-3, 13) for m in marks if low <= m * 10.0**e <= high]
+        if len(ticks) >= 3:
+            break
+    ticks = ticks[:: math.ceil(len(ticks) / 6) or 1]
+    axes.set_xlim(low, high)
+    axes.set_xticks(ticks, [number(tick) for tick in ticks])
+    axes.minorticks_off()
+
+
+def _whole_numbers(axes: Axes, numbers: Sequence[int], narrow: bool) -> None:
+    step = _step(len(numbers), narrow)
+    axes.set_xticks(list(numbers)[::step])
+    axes.set_xlim(min(numbers) - 0.6, max(numbers) + 0.6)
+
+
+def _step(count: int, narrow: bool) -> int:
+    """Return every how many-th label has room."""
+    room = 9 if narrow else 32
+    return next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if count / step <= room)
+
+
+def _title(text: str, narrow: bool) -> str:
+    """Return a heading in one line that fits."""
+    return _cut(text, 38 if narrow else 100)
+
+
+def _short(label: str, narrow: bool) -> str:
+    """Return a label that leaves room for what it labels: of two lines where that is narrow."""
+    parts = label.split(", ", 1) if narrow else [label]
+    return "\n".join(_cut(part, 15 if narrow else 40) for part in parts)
+
+
+def _cut(text: str, room: int) -> str:
+    line = " ".join(visible(text).split())
+    return line if len(line) <= room else f"{line[: room - 1]}…"

@@ -1,0 +1,110 @@
+"""Text that cannot inject, into a terminal, a page, JSON or Markdown; and numbers for people.
+
+Names of models and layers and what models write are not to be trusted. HTML is escaped by the
+templates; what escaping leaves, control characters and marks that turn the direction of writing, is
+replaced here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from markupsafe import Markup, escape
+
+_STEERING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # controls but tab and line feed
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # direction of writing
+    "\u2028\u2029\ufff9-\ufffb\ufeff"  # separators that break lines, annotations
+    "\ud800-\udfff\ufffe\uffff"  # no characters at all, which UTF-8 and XML refuse
+    "\U000e0000-\U000e007f]"  # tags, which do not show
+)
+_MARKDOWN = re.compile(r"([\\`*{}\[\]<>#|~$&!@^=]|:(?=//)|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9]))")
+
+
+def clean(text: str) -> str:
+    """Return text for a terminal: whatever does not print, line feeds apart, is replaced."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def visible(text: object) -> str:
+    """Return text for a page or a file: controls and marks of direction are replaced.
+
+    Unlike ``clean`` it keeps tabs, uncommon spaces and the joiners that many scripts need.
+    """
+    return _STEERING.sub("\N{REPLACEMENT CHARACTER}", str(text))
+
+
+def safe_json(data: Any) -> str:
+    """Return JSON in which all that ``visible`` replaces is written as an escape."""
+    text = json.dumps(data, indent=1, ensure_ascii=False)
+    return _STEERING.sub(_escape, text) + "\n"
+
+
+def _escape(found: re.Match[str]) -> str:
+    units = found[0].encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2))
+
+
+def markdown(text: object) -> str:
+    """Return text that Markdown shows as it is, in one line: no tags, links, images or tables."""
+    line = " ".join(visible(text).split())
+    line = re.sub(r"(?i)\bwww\.", r"www\\.", _MARKDOWN.sub(r"\\\1", line))
+    # At the beginning of a line these would make a list or a rule.
+    return re.sub(r"^([-+](?=\s|[-+])|\d+(?=[.)]\s))", _mark, line)
+
+
+def _mark(found: re.Match[str]) -> str:
+    return f"\\{found[0]}" if found[0] in "-+" else f"&#{ord(found[0][0])};{found[0][1:]}"
+
+
+def breakable(text: object) -> Markup:
+    """Return text as HTML that may break after a slash, as in the id of a model, and a comma."""
+    return escape(visible(text)).replace("/", Markup("/<wbr>")).replace(",", Markup(",<wbr>"))
+
+
+def fenced(text: object) -> str:
+    """Return text as a block of code; its fence is longer than any in the text."""
+    shown = visible(text).strip("\n")
+    longest = max((len(run) for run in re.findall(r"`+", shown)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{shown}\n{fence}"
+
+
+def count(value: float) -> str:
+    """Return a number of parameters or operations as people say it: 134.5M, 6.74B."""
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if value >= limit:
+            digits = 2 if suffix in "BT" else 1
+            return f"{value / limit:.{digits}f}{suffix}"
+    return str(value)
+
+
+def megabytes(value: float) -> str:
+    """Return bytes as megabytes of a million."""
+    return f"{value / 1e6:,.1f} MB"
+
+
+def percent(share: float) -> str:
+    """Return a share as percent with one digit."""
+    return f"{100 * share:.1f}%"
+
+
+def number(value: float) -> str:
+    """Return a measured number with as many digits as mean something."""
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return format(value, _form(value))
+
+
+def _form(value: float) -> str:
+    steps = ((1000, ",.0f"), (100, ".1f"), (1, ".2f"), (0.001, ".4f"))
+    return next((form for limit, form in steps if abs(value) >= limit), ".2e")
+
+
+def measured(value: float, stderr: float | None, form: str = "") -> str:
+    """Return a value with its standard error, where there is one, to as many digits."""
+    form = form or _form(value)
+    shown = format(value, form)
+    return shown if stderr is None else f"{shown} ± {format(stderr, form)}"

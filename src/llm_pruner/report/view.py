@@ -1,0 +1,433 @@
+"""A report in words and rows: what the page and the model card show, still without markup."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llm_pruner.report.data import (
+    VARIANTS,
+    Evaluation,
+    Layer,
+    Measurement,
+    Perplexity,
+    Report,
+    TaskScore,
+    Variant,
+    measurement_key,
+    perplexity_key,
+    task_key,
+)
+from llm_pruner.report.text import count, measured, megabytes, number, percent
+
+UNITS = {
+    "heads": "heads",
+    "query_heads": "query heads",
+    "ffn": "FFN channels",
+    "hidden": "hidden channels",
+    "head_dim": "head channels",
+    "value_dim": "value channels",
+    "experts": "experts",
+    "layers": "layers",
+}
+"""Kind or short name of a group -> what its units are called."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table.
+
+    Attributes:
+        label: what is shown.
+        cells: one text per model, empty where it was not measured.
+        change: from the dense model to the final one, empty if it is not known.
+        better: whether the change is for the better; None if neither.
+    """
+
+    label: str
+    cells: tuple[str, ...]
+    change: str = ""
+    better: bool | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows by model; ``models`` heads the columns."""
+
+    models: tuple[Variant, ...]
+    rows: tuple[Row, ...]
+    note: str = ""
+
+
+def unit(name: str, report: Report | None = None) -> str:
+    """Return what the units of a group are called; names of modules stay as they are.
+
+    Where the model of a report has query heads that share key-value heads, heads are the latter.
+    """
+    if name == "heads" and report is not None:
+        shared = any("query_heads" in layer.sizes for layer in report.layers)
+        return "key-value heads" if shared else "heads"
+    return UNITS.get(name, name)
+
+
+def changed_units(report: Report) -> list[str]:
+    """Return the names in ``Layer.sizes`` to show for decoder layers: heads, FFN, what changed."""
+    layers = decoder_layers(report)
+    names = dict.fromkeys(name for layer in layers for name in layer.sizes)
+    names.pop("value_dim", None)  # follows head_dim
+    usual = [name for name in ("heads", "ffn") if name in names]
+    lost = [
+        name
+        for name in names
+        if any(
+            not layer.removed
+            and name in layer.sizes
+            and layer.sizes[name][0] < layer.sizes[name][1]
+            for layer in layers
+        )
+    ]
+    if "query_heads" in lost and "heads" in names and _in_step(layers, "query_heads", "heads"):
+        lost.remove("query_heads")  # gone with their key-value heads, which say it already
+    return list(dict.fromkeys([*usual, *lost]))
+
+
+def _in_step(layers: Sequence[Layer], one: str, other: str) -> bool:
+    """Return whether each layer keeps the same share of both."""
+    pairs = [(layer.sizes.get(one), layer.sizes.get(other)) for layer in layers]
+    return all(a and b and a[0] * b[1] == b[0] * a[1] for a, b in pairs)
+
+
+def decoder_layers(report: Report) -> list[Layer]:
+    """Return the rows that are layers."""
+    return [layer for layer in report.layers if layer.layer is not None]
+
+
+def sentence(report: Report) -> str:
+    """Say in one sentence, or two, what was done."""
+    dense, after = report.sizes.get("dense"), report.sizes.get(report.final)
+    said = f"{report.source.name} was pruned"
+    if dense is not None and after is not None:
+        said += (
+            f" from {count(dense.total)} to {count(after.total)} parameters "
+            f"({percent(1 - after.total / dense.total)} removed)"
+        )
+    kept = _kept(report)
+    if kept:
+        said += f"; it keeps {_listed(kept)}"
+    if report.criterion:
+        said += f", chosen by {report.criterion}"
+    said += ". "
+    if report.compensation:
+        said += f"What reads the pruned axes was refitted ({report.compensation}). "
+    if report.recovery is None:
+        return said + "Nothing was trained afterwards."
+    summary = report.recovery.summary or "training"
+    return f"{said}Then it was recovered by {summary}."
+
+
+def _kept(report: Report) -> list[str]:
+    parts = []
+    layers = decoder_layers(report)
+    gone = sum(layer.removed for layer in layers)
+    if gone:
+        parts.append(f"{len(layers) - gone} of {len(layers)} layers")
+    for name in changed_units(report):
+        kept, dense = _total(layers, name)
+        if kept < dense and not all(layer.removed or _whole(layer, name) for layer in layers):
+            parts.append(f"{kept:,} of {dense:,} {unit(name, report)}")
+    for layer in report.layers:
+        if layer.layer is None:
+            parts += [
+                f"{kept:,} of {dense:,} {unit(name)}"
+                for name, (kept, dense) in layer.sizes.items()
+                if kept < dense and not (gone and name == "layers")
+            ]
+    return parts
+
+
+def _whole(layer: Layer, name: str) -> bool:
+    kept, dense = layer.sizes.get(name, (0, 0))
+    return kept == dense
+
+
+def _total(layers: Sequence[Layer], name: str) -> tuple[int, int]:
+    sizes = [layer.sizes.get(name, (0, 0)) for layer in layers]
+    return sum(kept for kept, _ in sizes), sum(dense for _, dense in sizes)
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def trials(report: Report) -> list[tuple[str, str]]:
+    """Return splits of the budget that were tried, the best first, with their divergence."""
+    ordered = sorted(report.trials, key=lambda trial: trial.divergence)
+    return [
+        (
+            ", ".join(f"{unit(name)} {percent(share)}" for name, share in trial.split.items()),
+            f"{trial.divergence:.4f}",
+        )
+        for trial in ordered
+    ]
+
+
+def models(report: Report) -> tuple[Variant, ...]:
+    """Return the models that something is known of."""
+    return tuple(v for v in VARIANTS if v in report.sizes or v in report.evaluations)
+
+
+def sizes(report: Report) -> Table | None:
+    """Return the table of before and after."""
+    names = tuple(v for v in VARIANTS if v in report.sizes)
+    if not names:
+        return None
+    of = [report.sizes[name] for name in names]
+    rows = [
+        _row("parameters", [size.total for size in of], _whole_number),
+        _row("in embeddings", [size.embedding for size in of], _whole_number),
+        _row("in decoder layers", [size.blocks for size in of], _whole_number),
+        _row("weights in memory", [size.bytes for size in of], megabytes),
+    ]
+    layers = decoder_layers(report)
+    if layers and len(names) > 1:
+        left = sum(not layer.removed for layer in layers)
+        pairs = [("layers", (left, len(layers)))]
+        pairs += [(unit(name, report), _total(layers, name)) for name in changed_units(report)]
+        rows += [
+            _row(label, [dense, *[kept] * (len(names) - 1)], _whole_number)
+            for label, (kept, dense) in pairs
+        ]
+    return Table(names, tuple(row for row in rows if any(row.cells)))
+
+
+def _whole_number(value: float) -> str:
+    return f"{int(value):,}"
+
+
+def _row(label: str, values: Sequence[float | None], form: Callable[[float], str]) -> Row:
+    cells = tuple("" if value is None else form(value) for value in values)
+    first, last = values[0], values[-1]
+    change = ""
+    if len(values) > 1 and first and last is not None:
+        share = last / first - 1
+        change = "unchanged" if last == first else f"{100 * share:+.1f}%".replace("-", "−")
+    return Row(label, cells, change)
+
+
+Pairs = list[tuple[Any, dict[Variant, Any]]]
+
+
+def _by_key(report: Report, part: str, key: Callable[[Any], Any]) -> Pairs:
+    """Return results that may be compared, by model, with the key that they share."""
+    found: dict[Any, dict[Variant, Any]] = {}
+    for variant in VARIANTS:
+        for result in getattr(report.evaluations.get(variant, Evaluation()), part):
+            found.setdefault(key(result), {})[variant] = result
+    return list(found.items())
+
+
+def perplexities(report: Report) -> Pairs:
+    """Return perplexities of one corpus with one setting, by model."""
+    return _by_key(report, "perplexity", perplexity_key)
+
+
+def tasks(report: Report) -> Pairs:
+    """Return scores of one metric of one task, by model."""
+    return _by_key(report, "tasks", task_key)
+
+
+def measurements(report: Report) -> Pairs:
+    """Return measurements of one thing, by model."""
+    return _by_key(report, "measurements", measurement_key)
+
+
+def perplexity_label(result: Perplexity) -> str:
+    """Return the corpus with its split."""
+    return result.corpus if result.split is None else f"{result.corpus}, {result.split}"
+
+
+def perplexity_settings(result: Perplexity) -> str:
+    """Return what a reader needs to compare a perplexity."""
+    parts = [
+        None if result.protocol is None else f"{result.protocol} protocol",
+        None if result.window is None else f"windows of {result.window:,}",
+        None if result.tokens is None else f"{result.tokens:,} tokens",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def perplexity_table(report: Report) -> Table | None:
+    """Return perplexities with standard errors."""
+
+    def change(dense: Perplexity, final: Perplexity) -> tuple[str, bool | None]:
+        if not dense.perplexity or not math.isfinite(final.perplexity / dense.perplexity):
+            return "", None
+        return f"× {final.perplexity / dense.perplexity:.2f}", final.perplexity <= dense.perplexity
+
+    def label(result: Perplexity) -> str:
+        settings = perplexity_settings(result)
+        return f"{perplexity_label(result)} ({settings})" if settings else perplexity_label(result)
+
+    return _table(perplexities(report), label, lambda r: measured(r.perplexity, r.stderr), change)
+
+
+def task_table(report: Report) -> Table | None:
+    """Return task scores in percent with standard errors, and their means."""
+
+    def change(dense: TaskScore, final: TaskScore) -> tuple[str, bool | None]:
+        return _points(final.value - dense.value)
+
+    found = tasks(report)
+    table = _table(
+        found,
+        lambda r: f"{r.task}, {r.metric}" + ("" if r.items is None else f" ({r.items:,} items)"),
+        lambda r: measured(100 * r.value, None if r.stderr is None else 100 * r.stderr, ".1f"),
+        change,
+    )
+    if table is None:
+        return None
+    means = task_means(report)
+    if len(means) < len(table.models):
+        return table
+    change_, better = _points(means[table.models[-1]] - means[table.models[0]])
+    only = len(table.models) == 1
+    row = Row(
+        "mean",
+        tuple(f"{100 * means[name]:.1f}" for name in table.models),
+        "" if only else change_,
+        None if only else better,
+    )
+    counted = [next(iter(by.values())) for _, by in found]
+    counted = [r for r in counted if r.in_mean]
+    note = "Percent, with standard errors. The mean takes " + ", ".join(
+        f"{r.metric} of {r.task}" for r in counted
+    )
+    return Table(table.models, (*table.rows, row), f"{note}.")
+
+
+def task_means(report: Report) -> dict[Variant, float]:
+    """Return the mean over the tasks for each model that was measured on all of them."""
+    counted = [by for _, by in tasks(report) if next(iter(by.values())).in_mean]
+    return {
+        variant: sum(by[variant].value for by in counted) / len(counted)
+        for variant in VARIANTS
+        if counted and all(variant in by for by in counted)
+    }
+
+
+def _points(difference: float) -> tuple[str, bool | None]:
+    text = f"{100 * difference:+.1f} points".replace("-", "−")
+    return text, None if difference == 0 else difference > 0
+
+
+def measurement_table(report: Report) -> Table | None:
+    """Return sizes and speeds with their spread."""
+
+    def change(dense: Measurement, final: Measurement) -> tuple[str, bool | None]:
+        if not dense.value:
+            return "", None
+        ratio = final.value / dense.value
+        if dense.better is None or ratio == 1:
+            return f"× {ratio:.2f}", None
+        return f"× {ratio:.2f}", (ratio > 1) == (dense.better == "higher")
+
+    def cell(result: Measurement) -> str:
+        text = quantity(result)
+        if result.low is None or result.high is None:
+            return text
+        low, high = (
+            quantity(result.model_copy(update={"value": value}))
+            for value in (result.low, result.high)
+        )
+        return f"{text} ({low} to {high})"
+
+    return _table(measurements(report), measurement_label, cell, change)
+
+
+def measurement_label(result: Measurement) -> str:
+    """Return the name with the unit, where the number does not bring its own."""
+    own = result.unit in ("", "B", "MACs")
+    return result.name if own else f"{result.name}, {result.unit}"
+
+
+def quantity(result: Measurement) -> str:
+    """Return the value of a measurement as text, in units of a fitting size."""
+    if result.unit == "B":
+        return megabytes(result.value) if result.value >= 1e5 else f"{result.value:,.0f} B"
+    if result.unit == "MACs":
+        return f"{count(result.value)} MACs"
+    return number(result.value)
+
+
+def _table(
+    found: Pairs,
+    label: Callable[[Any], str],
+    cell: Callable[[Any], str],
+    change: Callable[[Any, Any], tuple[str, bool | None]],
+) -> Table | None:
+    names = tuple(v for v in VARIANTS if any(v in by for _, by in found))
+    rows = []
+    for _, by in found:
+        cells = tuple(cell(by[name]) if name in by else "" for name in names)
+        text, better = "", None
+        if "dense" in by and names[-1] in by and names[-1] != "dense":
+            text, better = change(by["dense"], by[names[-1]])
+        rows.append(Row(label(next(iter(by.values()))), cells, text, better))
+    return Table(names, tuple(rows)) if rows else None
+
+
+def samples(report: Report) -> list[tuple[str, list[tuple[Variant, str]]]]:
+    """Return what the models wrote after each prompt."""
+    found: dict[str, list[tuple[Variant, str]]] = {}
+    for variant in VARIANTS:
+        for prompt, text in report.evaluations.get(variant, Evaluation()).samples.items():
+            found.setdefault(prompt, []).append((variant, text))
+    return list(found.items())
+
+
+def headlines(report: Report) -> list[tuple[str, str, str]]:
+    """Return the few numbers to read first: label, number, and what it was before."""
+    final = report.final
+    shown = []
+    dense, after = report.sizes.get("dense"), report.sizes.get(final)
+    if dense is not None and after is not None:
+        label = f"{percent(1 - after.total / dense.total)} removed"
+        shown.append(("parameters", count(after.total), f"of {count(dense.total)}, {label}"))
+    for _, by in perplexities(report)[:1]:
+        if final in by:
+            text = f"perplexity, {perplexity_label(by[final])}"
+            before = f"dense {measured(by['dense'].perplexity, None)}" if "dense" in by else ""
+            shown.append((text, measured(by[final].perplexity, None), before))
+    means = task_means(report)
+    if final in means:
+        before = f"dense {100 * means['dense']:.1f}%" if "dense" in means else ""
+        shown.append(("mean accuracy", f"{100 * means[final]:.1f}%", before))
+    for _, by in measurements(report):
+        found = by.get(final)
+        if found is not None and found.better == "higher" and len(shown) < 4:
+            dense_speed = by.get("dense")
+            before = "" if dense_speed is None else f"dense {quantity(dense_speed)}"
+            shown.append((measurement_label(found), quantity(found), before))
+    return shown
+
+
+def flat_settings(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return settings by heading, each value as text; settings without a value are left out."""
+    sections = []
+    for heading, settings in report.settings.items():
+        rows = [(name, _value(value)) for name, value in settings.items() if value is not None]
+        if rows:
+            sections.append((heading, rows))
+    return sections
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_value(item) for item in value) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_value(item)}" for key, item in value.items()) or "none"
+    return str(value)
