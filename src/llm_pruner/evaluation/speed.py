@@ -1,34 +1,66 @@
-"""Tokens per second of prefill and of decoding."""
+"""Tokens per second of prefill and of decoding, of one model or of several in turns."""
 
 from __future__ import annotations
 
+import gc
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.decoding import Decoder
+from llm_pruner.progress import track
+from llm_pruner.tracing.run import evaluating, vocabulary_size
+
+
+class Stepper(Protocol):
+    """Reads text step by step, as `Decoder` does."""
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Append tokens, shape (batch, T), and return the logits of the last one, (batch, V)."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians over the repeats.
+    """How fast a model is; the figures are medians over the rounds.
 
     Attributes:
         prefill_tokens_per_second: prompt tokens over the time of their one forward pass.
         decode_tokens_per_second: tokens that follow, one forward pass each, over their time.
+        first_token_seconds: from the prompt to the first token.
+        prefill_seconds: of each round.
+        decode_seconds: of each round, for all new tokens.
         prompt_tokens, new_tokens, batch_size, repeats: the settings.
     """
 
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
+    first_token_seconds: float
+    prefill_seconds: tuple[float, ...]
+    decode_seconds: tuple[float, ...]
     prompt_tokens: int
     new_tokens: int
     batch_size: int
     repeats: int
+
+
+@dataclass(frozen=True)
+class SpeedUp:
+    """How many times faster one model is than another.
+
+    Attributes:
+        median: of the rounds' ratios; in each round both run directly after each other.
+        low, high: the smallest and the largest ratio of a round.
+    """
+
+    median: float
+    low: float
+    high: float
 
 
 def measure_speed(
@@ -39,10 +71,36 @@ def measure_speed(
     repeats: int = 3,
     batch_size: int = 1,
 ) -> Speed:
-    """Time greedy decoding after a prompt of random tokens, once for warming up and then repeated.
+    """Time greedy decoding after a prompt of random tokens; see ``compare_speed``."""
+    found = compare_speed(
+        [model],
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        batch_size=batch_size,
+    )
+    return found[0]
+
+
+def compare_speed(
+    models: Sequence[Any],
+    *,
+    prompt_tokens: int = 64,
+    new_tokens: int = 32,
+    repeats: int = 3,
+    batch_size: int = 1,
+    start: Callable[[Any], Stepper] = Decoder,
+) -> list[Speed]:
+    """Time greedy decoding after a prompt of random tokens.
+
+    A first round warms up. In each round that counts every model runs once, in an order that turns
+    round from one to the next, so that what the machine does besides hits all alike.
+
+    Args:
+        start: makes what reads a new text with a model.
 
     Raises:
-        UserError: a setting is not positive.
+        UserError: a setting is not positive, or the models take different token ids.
     """
     settings = {
         "prompt_tokens": prompt_tokens,
@@ -53,32 +111,74 @@ def measure_speed(
     for name, value in settings.items():
         if value < 1:
             raise UserError(f"{name}={value} measures nothing; use at least 1")
-    weight = model.get_input_embeddings().weight
+    prompts = [_prompt(model, batch_size, prompt_tokens) for model in models]
+    times: list[list[tuple[float, float]]] = [[] for _ in models]
+    with _undisturbed(models):
+        for model, prompt in zip(models, prompts, strict=True):
+            _once(start(model), prompt, new_tokens)
+        for number in track(range(repeats), f"timing, batch {batch_size}"):
+            order = list(range(len(models)))
+            for index in order if number % 2 == 0 else reversed(order):
+                times[index].append(_once(start(models[index]), prompts[index], new_tokens))
+    return [_speed(found, settings) for found in times]
+
+
+def speed_up(slow: Sequence[float], fast: Sequence[float]) -> SpeedUp:
+    """Return how many times faster the second was, from the seconds of each round."""
+    ratios = [before / after for before, after in zip(slow, fast, strict=True)]
+    return SpeedUp(median(ratios), min(ratios), max(ratios))
+
+
+def _prompt(model: Any, batch_size: int, tokens: int) -> torch.Tensor:
+    device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    shape = (batch_size, prompt_tokens)
-    prompt = torch.randint(int(weight.shape[0]), shape, generator=generator).to(weight.device)
-    training = model.training
-    model.eval()
-    try:
-        _once(model, prompt, min(new_tokens, 2))
-        times = [_once(model, prompt, new_tokens) for _ in range(repeats)]
-    finally:
-        model.train(training)
+    shape = (batch_size, tokens)
+    return torch.randint(vocabulary_size(model), shape, generator=generator).to(device)
+
+
+def _speed(times: list[tuple[float, float]], settings: dict[str, int]) -> Speed:
+    prefill, decode = zip(*times, strict=True)
+    batch = settings["batch_size"]
     return Speed(
-        prefill_tokens_per_second=batch_size * prompt_tokens / median(t[0] for t in times),
-        decode_tokens_per_second=batch_size * new_tokens / median(t[1] for t in times),
+        prefill_tokens_per_second=batch * settings["prompt_tokens"] / median(prefill),
+        decode_tokens_per_second=batch * settings["new_tokens"] / median(decode),
+        first_token_seconds=median(prefill),
+        prefill_seconds=prefill,
+        decode_seconds=decode,
         **settings,
     )
 
 
-def _once(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+@contextmanager
+def _undisturbed(models: Sequence[Any]) -> Iterator[None]:
+    """Evaluate without gradients, and without the garbage collector in between."""
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        with _evaluating_all(models), torch.inference_mode():
+            yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+@contextmanager
+def _evaluating_all(models: Sequence[Any]) -> Iterator[None]:
+    if not models:
+        yield
+        return
+    with evaluating(models[0]), _evaluating_all(models[1:]):
+        yield
+
+
+def _once(stepper: Stepper, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
     """Return the seconds of the prefill and of decoding ``new_tokens``."""
-    decoder = Decoder(model)
     begin = _now(prompt.device)
-    token = decoder.step(prompt).argmax(dim=-1, keepdim=True)
+    token = stepper.step(prompt).argmax(dim=-1, keepdim=True)
     middle = _now(prompt.device)
     for _ in range(new_tokens):
-        token = decoder.step(token).argmax(dim=-1, keepdim=True)
+        token = stepper.step(token).argmax(dim=-1, keepdim=True)
     return middle - begin, _now(prompt.device) - middle
 
 

@@ -19,6 +19,7 @@ from llm_pruner.compensation import Refitted, refit_
 from llm_pruner.data.calibration import Calibration, build_calibration
 from llm_pruner.data.text import SELF, load_documents
 from llm_pruner.errors import UserError, VerificationError
+from llm_pruner.evaluation.rounding import Rounding
 from llm_pruner.groups import discover
 from llm_pruner.importance import Criterion, score
 from llm_pruner.importance.criteria import MEASURES
@@ -33,6 +34,7 @@ from llm_pruner.pipeline.facts import (
 )
 from llm_pruner.pipeline.loading import load
 from llm_pruner.pipeline.report import write_report
+from llm_pruner.pipeline.rounding import measured_rounding
 from llm_pruner.pipeline.settings import CalibrationSettings, ModelSettings
 from llm_pruner.pipeline.trials import TOKENS, Trial, find_split, sharing_copy
 from llm_pruner.planning import (
@@ -90,6 +92,7 @@ class Pruned:
         report: the page that shows all this; None if none was written.
         importance: of the units, as the first estimate on the dense model gave it; empty if none
             was made.
+        rounding: what ``round_to`` was chosen by; None if it was given.
     """
 
     plan: Plan
@@ -105,6 +108,7 @@ class Pruned:
     needs: tuple[str, ...] = ()
     report: Path | None = None
     importance: tuple[ImportanceMap, ...] = ()
+    rounding: Rounding | None = None
 
 
 def prune_checkpoint(
@@ -114,6 +118,7 @@ def prune_checkpoint(
     target: Target | None,
     selection: Selection | None,
     protect_by_default: tuple[bool, bool] = (False, False),
+    round_by_speed: bool = False,
     criterion: Criterion,
     calibration: CalibrationSettings,
     seed: int = 0,
@@ -136,6 +141,7 @@ def prune_checkpoint(
         selection: where from; None with ``plan_file``.
         protect_by_default: whether to replace the protection at the start and at the end by
             ``default_protection``.
+        round_by_speed: whether to replace ``round_to`` by what this machine multiplies fast.
         criterion: how importance is estimated.
         calibration: text for it; read by ``taylor`` alone.
         seed: of the calibration text and of ``random``.
@@ -186,6 +192,7 @@ def prune_checkpoint(
     surgeon = _Surgeon(network, verified and not dry_run, clock)
     refitter = _Refitter(loaded, discovery, clock) if refit and not dry_run else None
     trials: list[Trial] = []
+    rounding = None
     if plan is not None:
         removal: dict[str, IntArray] = plan.removal(discovery)
         if not dry_run:
@@ -201,6 +208,10 @@ def prune_checkpoint(
             selection = replace(selection, protect_first=first)
         if protect_by_default[1]:
             selection = replace(selection, protect_last=last)
+        if round_by_speed:
+            rounding = measured_rounding(network, discovery, selection)
+            selection = replace(selection, round_to=rounding.multiple)
+            clock.stop("round")
         check_reachable(discovery, selection, target)
         used, removal, selection = _prune_in_steps(
             loaded,
@@ -244,6 +255,7 @@ def prune_checkpoint(
         refitted=tuple(refitter.done) if refitter is not None else (),
         trials=tuple(trials),
         importance=importance_maps(discovery, scores, removal, rows),
+        rounding=rounding,
     )
     if dry_run:
         atomic_write_text(out, plan.to_json())

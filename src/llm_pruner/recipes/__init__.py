@@ -26,7 +26,7 @@ class Recipe(BaseModel):
     split: Literal["auto"] | dict[str, float] | None = None
     protect_first: int | None = None
     protect_last: int | None = None
-    round_to: int | None = None
+    round_to: int | Literal["auto"] | None = None
     criterion: str | None = None
     order: str | None = None
     reduction: str | None = None

@@ -114,20 +114,31 @@ def _ghost_parameter(tensor: torch.Tensor) -> torch.Tensor:
     return nn.Parameter(_ghost(tensor.shape, tensor.dtype), requires_grad=False)
 
 
-class GhostTracer(Tracer):
-    """A tracer that does not compute with ghosts."""
+class GhostRunner:
+    """Runs operations; those with ghosts are only shaped."""
 
-    def __init__(self, trace: Trace, rules: dict[str, Callable[..., None]]) -> None:
-        super().__init__(trace, rules)
+    def __init__(self) -> None:
         self._generator = torch.Generator().manual_seed(0)
 
-    def execute(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the operation, or only shape its result."""
+    def run(
+        self,
+        func: Any,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        execute: Callable[..., Any],
+    ) -> Any:
+        """Return the result of an operation, or one of its shape.
+
+        Args:
+            execute: how an operation without ghosts is run; takes ``func``, ``name``, ``args`` and
+                ``kwargs``.
+        """
         inputs = list(tensors_in([*args, *kwargs.values()]))
         ghosts = any(is_ghost(tensor) for tensor in inputs)
         large = any(tensor.numel() > LARGEST for tensor in inputs)
         if _is_view(func) or not (ghosts or large):
-            return super().execute(func, name, args, kwargs)
+            return execute(func, name, args, kwargs)
         if func._schema.is_mutable:
             target = kwargs.get("out", args[0] if args else None)
             # A ghost holds no values that could change.
@@ -139,7 +150,7 @@ class GhostTracer(Tracer):
             shaped = self._shaped(func, name, args, kwargs)
             if shaped is not None:
                 return shaped
-        return super().execute(func, name, args, kwargs)
+        return execute(func, name, args, kwargs)
 
     def _shaped(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return random results of the right shapes; None where values are asked for."""
@@ -165,6 +176,18 @@ class GhostTracer(Tracer):
             return _ghost(tensor.shape, tensor.dtype)
         real = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
         return real.uniform_(-1, 1, generator=self._generator)
+
+
+class GhostTracer(Tracer):
+    """A tracer that does not compute with ghosts."""
+
+    def __init__(self, trace: Trace, rules: dict[str, Callable[..., None]]) -> None:
+        super().__init__(trace, rules)
+        self._ghosts = GhostRunner()
+
+    def execute(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the operation, or only shape its result."""
+        return self._ghosts.run(func, name, args, kwargs, super().execute)
 
 
 def _is_view(func: Any) -> bool:

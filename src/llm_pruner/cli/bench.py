@@ -1,0 +1,215 @@
+"""``llm-pruner bench``: size, work, memory and speed, alone or against another model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llm_pruner.cli import options
+from llm_pruner.cli.output import (
+    check_json,
+    clean,
+    console,
+    count,
+    megabytes,
+    print_table,
+    table,
+    write_json,
+)
+from llm_pruner.errors import UserError
+
+if TYPE_CHECKING:
+    from llm_pruner.evaluation.speed import Speed, SpeedUp
+    from llm_pruner.pipeline.bench import Bench, Figures
+
+EXAMPLES = """\b
+Examples:
+  llm-pruner bench ./small --against default
+  llm-pruner bench ./llama/config.json --counts-only
+"""
+
+
+def command(
+    model: options.Model,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Compare with this model, such as the dense one: both are timed in turns.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of each prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens decoded after it.")] = 32,
+    batch_size: Annotated[
+        str, typer.Option(metavar="LIST", help="Prompts at once, such as 1 or 1,8.")
+    ] = "1,8",
+    repeats: Annotated[
+        int, typer.Option(metavar="N", help="Rounds; medians and ranges are over them.")
+    ] = 5,
+    compile_: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Time the models as torch.compile makes them. Compiling takes minutes.",
+        ),
+    ] = False,
+    counts_only: Annotated[
+        bool,
+        typer.Option(
+            "--counts-only", help="Parameters, MACs and cache alone; needs a config but no weights."
+        ),
+    ] = False,
+    json: options.Json = None,
+    dtype: options.Dtype = "float32",
+    device: options.Device = "cpu",
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Measure size, memory and speed of a model, alone or against another one."""
+    check_json(json)
+    batch_sizes = _sizes(batch_size)
+
+    from llm_pruner.pipeline.bench import BenchSettings, bench
+    from llm_pruner.pipeline.settings import ModelSettings
+
+    settings = BenchSettings(prompt_tokens, new_tokens, batch_sizes, repeats, compile_, counts_only)
+    other = None
+    if against is not None:
+        other = ModelSettings(against, None, dtype, device, trust_remote_code)
+    done = bench(ModelSettings(model, revision, dtype, device, trust_remote_code), other, settings)
+    write_json(asdict(done), json)
+    if json != "-":
+        show(done)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        sizes = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UserError(f"--batch-size {text} is no list of numbers; use such as 1,8") from None
+    return tuple(dict.fromkeys(sizes))
+
+
+def show(done: Bench) -> None:
+    """Print what was measured."""
+    out = console()
+    out.print(f"model: {clean(done.model.model)}")
+    if done.against is not None:
+        out.print(f"against: {clean(done.against.model)}")
+    print_table(out, _size_table(done))
+    if done.model.memory:
+        print_table(out, _memory_table(done))
+    settings = done.settings
+    if done.model.speed:
+        print_table(out, _speed_table(done))
+        out.print(
+            f"Tokens per second; {settings['prompt_tokens']} prompt tokens, "
+            f"{settings['new_tokens']} new ones; median of {settings['repeats']} rounds"
+            + ("; compiled" if settings["compile"] else "")
+        )
+        if done.comparison:
+            out.print(
+                "Limit: the ratio of MACs for prefill, and of the bytes that a step reads for "
+                "decode"
+            )
+    if settings["counts_only"]:
+        out.print(f"{settings['dtype']}; nothing was timed")
+    else:
+        out.print(
+            f"{settings['dtype']}, {clean(settings['device'])}, {settings['threads']} threads"
+        )
+
+
+def _columns(done: Bench) -> tuple[str, ...]:
+    return ("", "model") if done.against is None else ("", "model", "against", "ratio")
+
+
+def _row(
+    done: Bench, label: str, read: Callable[[Figures], Any], form: Callable[[Any], str]
+) -> Any:
+    values = [read(figures) for figures in (done.model, done.against) if figures is not None]
+    cells = [label, *("-" if value is None else form(value) for value in values)]
+    if len(values) == 2:
+        known = all(values)
+        cells.append(f"{values[0] / values[1]:.3f}" if known else "-")
+    return cells
+
+
+def _size_table(done: Bench) -> Any:
+    rows = [
+        _row(done, "parameters", lambda f: f.parameters, count),
+        _row(done, "  in embeddings", lambda f: f.parameters_embedding, count),
+        _row(done, "  in blocks", lambda f: f.parameters_blocks, count),
+        _row(done, "on disk", lambda f: f.bytes_on_disk, megabytes),
+        _row(done, "in memory", lambda f: f.bytes_in_memory, megabytes),
+        _row(done, "MACs of 64 tokens", lambda f: f.macs, _billions),
+        _row(done, "MACs per new token", lambda f: f.macs_per_token, _billions),
+        _row(done, "read per new token", lambda f: f.bytes_read_per_token, megabytes),
+        _row(done, "cache per token", lambda f: f.kv_cache_bytes_per_token, _kilobytes),
+    ]
+    if any(f is not None and f.cache_bytes_fixed for f in (done.model, done.against)):
+        rows.append(_row(done, "cache besides", lambda f: f.cache_bytes_fixed, _kilobytes))
+    return table("Size", _columns(done), rows)
+
+
+def _memory_table(done: Bench) -> Any:
+    rows = []
+    for index, memory in enumerate(done.model.memory):
+        for stage in ("prefill", "decode"):
+            label = f"{stage}, batch {memory.batch_size}"
+
+            def read(figures: Figures, index: int = index, stage: str = stage) -> int:
+                return int(getattr(figures.memory[index], stage))
+
+            rows.append(_row(done, label, read, megabytes))
+    return table("Peak memory", _columns(done), rows)
+
+
+def _speed_table(done: Bench) -> Any:
+    rows: list[list[str]] = []
+    for index, speed in enumerate(done.model.speed):
+        other = None if done.against is None else done.against.speed[index]
+        compared = done.comparison[index] if done.comparison else None
+        for stage in ("prefill", "decode"):
+            cells = [f"{stage}, batch {speed.batch_size}"]
+            cells += [_rate(found, stage) for found in (speed, other) if found is not None]
+            if compared is None:
+                cells.append(_spread(speed, stage))
+            else:
+                gain: SpeedUp = getattr(compared, stage)
+                limit: float = getattr(compared, f"{stage}_limit")
+                cells += [f"{gain.median:.2f}x", f"{gain.low:.2f}-{gain.high:.2f}"]
+                cells += [f"{limit:.2f}x", f"{100 * gain.median / limit:.0f}%"]
+            rows.append(cells)
+        cells = ["  first token"]
+        cells += [f"{1e3 * s.first_token_seconds:,.0f} ms" for s in (speed, other) if s is not None]
+        rows.append(cells + [""] * (1 if compared is None else 4))
+    columns: tuple[str, ...] = ("", "model", "range")
+    if done.comparison:
+        columns = ("", "model", "against", "speed-up", "range", "limit", "reached")
+    return table("Speed", columns, rows)
+
+
+def _rate(speed: Speed, stage: str) -> str:
+    return f"{getattr(speed, f'{stage}_tokens_per_second'):,.1f}"
+
+
+def _spread(speed: Speed, stage: str) -> str:
+    """Return the range of tokens per second over the rounds."""
+    rate = getattr(speed, f"{stage}_tokens_per_second")
+    seconds = getattr(speed, f"{stage}_seconds")
+    tokens = rate * median(seconds)
+    return f"{tokens / max(seconds):,.1f}-{tokens / min(seconds):,.1f}"
+
+
+def _billions(value: int) -> str:
+    return f"{value / 1e9:,.3f}G" if value < 1e10 else f"{value / 1e9:,.1f}G"
+
+
+def _kilobytes(value: int) -> str:
+    return f"{value / 1e3:,.1f} kB"

@@ -1,0 +1,86 @@
+"""Decoding with a model that ``torch.compile`` has made into machine code.
+
+Small models spend a part of each step in Python, which no pruning shortens. Compiled, as they are
+for deployment, that part is gone, and what is left is the work itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import StaticCache
+
+from llm_pruner.errors import UserError
+from llm_pruner.evaluation.decoding import Decoder, cache_argument
+
+_VARIANTS = 64
+"""Compiled versions of one forward pass that may exist: one for each model and input shape."""
+
+
+class CompiledDecoder(Decoder):
+    """A `Decoder` whose forward pass is compiled and whose cache has a fixed size."""
+
+    def __init__(self, model: Any, forward: Callable[..., Any], capacity: int) -> None:
+        super().__init__(model)
+        self.cache = StaticCache(config=model.config, max_cache_len=capacity)
+        self._forward = forward
+
+    def forward(self, **inputs: Any) -> Any:
+        """Run the compiled model."""
+        return self._forward(**inputs)
+
+
+def compiled(capacity: int, backend: str = "inductor") -> Callable[[Any], CompiledDecoder]:
+    """Return what starts a text with a model; a model is compiled when it first runs.
+
+    Args:
+        capacity: the most tokens of a text.
+        backend: of ``torch.compile``.
+    """
+    forwards: dict[int, Callable[..., Any]] = {}
+
+    def start(model: Any) -> CompiledDecoder:
+        if cache_argument(model) is None:
+            raise UserError(
+                f"{type(model).__name__} has no cache, so it cannot be compiled for decoding; "
+                "leave out --compile"
+            )
+        if id(model) not in forwards:
+            forwards[id(model)] = torch.compile(model.forward, dynamic=False, backend=backend)
+        return CompiledDecoder(model, forwards[id(model)], capacity)
+
+    return start
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Let many shapes be compiled, and say in one line why a model cannot be.
+
+    Raises:
+        UserError: a model cannot be compiled here.
+    """
+    import torch._dynamo as dynamo
+
+    dynamo.reset()
+    logger = logging.getLogger("torch._dynamo")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    limits = {"recompile_limit": _VARIANTS, "fail_on_recompile_limit_hit": True}
+    try:
+        with dynamo.config.patch(limits), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"the model cannot be compiled here ({type(error).__name__}: {reason}); "
+            "leave out --compile"
+        ) from error
+    finally:
+        logger.setLevel(level)
+        dynamo.reset()
