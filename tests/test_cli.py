@@ -19,7 +19,7 @@ from helpers import tiny_tokenizer
 from llm_pruner.cli.output import clean, count, megabytes
 from llm_pruner.data.calibration import build_calibration
 
-COMMANDS = ("inspect", "prune", "evaluate", "compare", "demo")
+COMMANDS = ("inspect", "prune", "evaluate", "compare", "bench", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,10 @@ def copy(model: Path, folder: Path) -> Path:
         (["--ratio", 0.2, "--scope", "all"], "scope='all' is unknown; use local or global"),
         (["--ratio", 0.2, "--steps", 0], "steps=0 prunes nothing; use 1 or more"),
         (["--ratio", 0.2, "--round-to", 0], "round_to=0 is not a multiple to round to; use 1"),
+        (
+            ["--ratio", 0.2, "--round-to", "fast"],
+            "--round-to fast is no number; use such as 32, or auto",
+        ),
         (
             ["--ratio", 0.2, "--layers", "heads:1-3"],
             "'heads:1-3' is not a layer range; write such as heads=4-26,ffn=4-26",

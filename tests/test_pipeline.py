@@ -19,6 +19,7 @@ import llm_pruner.sources
 import llm_pruner.verification
 from command import contents, done, run, save_tiny, write_text
 from llm_pruner import discover, prune_, read_plan
+from llm_pruner.evaluation.rounding import Rounding
 from llm_pruner.pipeline.settings import CalibrationSettings
 
 TOKENS = torch.arange(3, 99).reshape(4, 24)
@@ -199,6 +200,40 @@ def test_round_to(work: Path, tiny: Path) -> None:
     widths = {layer["ffn"] for layer in sizes.values()}
     assert {width % 16 for width in widths} == {0}
     assert min(widths) < 80
+
+
+def test_round_to_what_is_fast_here(
+    work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--ratio", 0.2, "--criterion", "l2", "--round-to", "auto")
+    monkeypatch.setattr(
+        llm_pruner.pipeline.prune,
+        "measured_rounding",
+        lambda *_: Rounding(16, {8: 0.9, 16: 0.98, 32: 1.0}),
+    )
+    shown = done("prune", tiny, "--out", "out", *options, "--json", "found.json").out
+    assert "channels kept in multiples of 16 (speed of each here: 8 90%, 16 98%, 32 100%)" in shown
+    found = json.loads(Path("found.json").read_text())
+    assert found["round_to"] == 16
+    assert found["rounding"]["throughput"] == {"8": 0.9, "16": 0.98, "32": 1.0}
+    widths = {row["sizes"]["ffn"][0] for row in found["layers"] if row["layer"] is not None}
+    assert {width % 16 for width in widths} == {0}
+    # The number that was chosen is in the plan, which is replayed without another look.
+    plan = read_plan("out/plan.json")
+    assert plan.selection is not None
+    assert plan.selection.round_to == 16
+    monkeypatch.setattr(llm_pruner.pipeline.prune, "measured_rounding", None)
+    done("prune", tiny, "--out", "again", "--plan", "out/plan.json")
+    assert load("again").num_parameters() == found["parameters_after"]
+
+
+def test_a_model_too_small_to_round(work: Path, tiny: Path) -> None:
+    options = ("--ratio", 0.2, "--criterion", "l2", "--round-to", "auto", "--dry-run")
+    shown = done("prune", tiny, "--out", "plan.json", *options).out
+    assert "channels are not rounded: no multiple is fine enough for this model" in shown
+    plan = read_plan("plan.json")
+    assert plan.selection is not None
+    assert plan.selection.round_to == 1
 
 
 def test_number_of_parameters_to_keep(work: Path, tiny: Path) -> None:

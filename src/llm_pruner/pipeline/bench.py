@@ -175,7 +175,8 @@ def _counted(loaded: LoadedModel, source: ModelSettings) -> Figures:
         parameters_embedding=size.embedding,
         parameters_blocks=size.blocks,
         bytes_in_memory=size.bytes,
-        bytes_on_disk=None if path is None else folder_bytes(path),
+        # A config alone is no model.
+        bytes_on_disk=None if path is None or path.suffix == ".json" else folder_bytes(path),
         macs=paper_macs(loaded.model),
         macs_per_token=counts.token.macs,
         bytes_read_per_token=counts.token.bytes_read,

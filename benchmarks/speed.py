@@ -1,0 +1,116 @@
+"""How much faster a pruned model is, beside the speed-up that its size allows.
+
+    python benchmarks/speed.py [--ratio 0.2 --ratio 0.5]
+
+Prunes SmolLM2-135M with ``--round-to auto`` and measures it against the dense model with
+``llm-pruner bench``, as transformers runs it and as ``torch.compile`` makes it, each in a process
+of its own. The limit is the ratio of MACs for prefill, and of the bytes that a step reads for
+decoding. Writes benchmarks/results/speed.json. Nothing else should run on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def run(*arguments: object) -> dict[str, Any]:
+    """Run a command of llm-pruner in a new process and return its JSON."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "llm_pruner", *arguments, "--json", result]
+        done = subprocess.run(list(map(str, command)), stdout=subprocess.DEVNULL, check=False)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(map(str, arguments))} failed")
+        return json.loads(result.read_text())
+
+
+def save_dense(model: str, folder: Path) -> None:
+    """Save the dense model as the pruned ones are saved."""
+    from llm_pruner.checkpoints.save import silent_writing
+    from llm_pruner.sources import load_model
+
+    with silent_writing():
+        load_model(model, tokenizer_required=False).model.save_pretrained(folder)
+
+
+def row(compared: dict[str, Any], found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the two rows, prefill and decode, of one batch size."""
+    index = found["settings"]["batch_sizes"].index(compared["batch_size"])
+    rows = []
+    for stage in ("prefill", "decode"):
+        speed_up, limit = compared[stage], compared[f"{stage}_limit"]
+        rate = f"{stage}_tokens_per_second"
+        rows.append(
+            {
+                "stage": stage,
+                "batch_size": compared["batch_size"],
+                "dense_tokens_per_second": round(found["against"]["speed"][index][rate], 1),
+                "pruned_tokens_per_second": round(found["model"]["speed"][index][rate], 1),
+                "speed_up": {key: round(value, 3) for key, value in speed_up.items()},
+                "limit": round(limit, 3),
+                "share_of_limit": round(speed_up["median"] / limit, 3),
+            }
+        )
+    return rows
+
+
+def size(figures: dict[str, Any]) -> dict[str, Any]:
+    """Return what does not depend on the machine's speed."""
+    keys = ("parameters", "bytes_on_disk", "macs", "macs_per_token", "bytes_read_per_token")
+    return {key: figures[key] for key in (*keys, "kv_cache_bytes_per_token", "memory")}
+
+
+def main() -> None:
+    """Prune, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--ratio", type=float, action="append", help="0.2 and 0.5 if not given")
+    parser.add_argument("--criterion", default="taylor", help="as for llm-pruner prune")
+    parser.add_argument("--calibration", default="self", help="as for llm-pruner prune")
+    parser.add_argument("--batch-size", default="1,8")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--without-compile", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS / "speed.json")
+    options = parser.parse_args()
+    timing = ["--batch-size", options.batch_size, "--repeats", options.repeats]
+    ways = [("transformers", timing)]
+    if not options.without_compile:
+        ways.append(("compiled", [*timing, "--compile"]))
+    results, settings = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        dense = Path(folder) / "dense"
+        save_dense(options.model, dense)
+        for ratio in options.ratio or (0.2, 0.5):
+            small = Path(folder) / f"small-{ratio}"
+            estimation = ["--criterion", options.criterion, "--calibration", options.calibration]
+            target = ["--out", small, "--ratio", ratio, "--round-to", "auto"]
+            pruned = run("prune", dense, *target, *estimation)
+            result = {
+                "ratio": ratio,
+                "round_to": pruned["round_to"],
+                "throughput_by_multiple": pruned["rounding"]["throughput"],
+            }
+            for way, arguments in ways:
+                found = run("bench", small, "--against", dense, *arguments)
+                settings = found["settings"]
+                result |= {"dense": size(found["against"]), "pruned": size(found["model"])}
+                result[way] = [line for each in found["comparison"] for line in row(each, found)]
+                for line in result[way]:
+                    print(json.dumps({"ratio": ratio, "way": way, **line}), flush=True)
+            results.append(result)
+    del settings["compile"], settings["counts_only"]
+    settings |= {"model": options.model, "criterion": options.criterion}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
