@@ -255,6 +255,13 @@ def test_a_model_that_is_not_there(dense: Path, tmp_path: Path) -> None:
     assert "absent does not exist; name a folder" in result.err
 
 
+def test_a_text_longer_than_the_model_reads(dense: Path) -> None:
+    result = run("bench", dense, "--prompt-tokens", 500, "--new-tokens", 13)
+    assert (result.code, result.out) == (2, "")
+    said = "500 prompt tokens and 13 new ones are more than the 512 positions of dense; give fewer"
+    assert result.err == f"llm-pruner: {said}\n"
+
+
 def test_where_a_model_is_stored(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert stored_at(str(dense)) == dense
     assert stored_at(str(dense / "config.json")) == dense / "config.json"

@@ -16,6 +16,7 @@ from llm_pruner.evaluation.compiled import compiled, compiling
 from llm_pruner.evaluation.decoding import Decoder
 from llm_pruner.evaluation.macs import Counts, count_work, paper_macs
 from llm_pruner.evaluation.memory import PeakMemory, measure_memory
+from llm_pruner.evaluation.perplexity import maximum_length
 from llm_pruner.evaluation.size import folder_bytes, model_size
 from llm_pruner.evaluation.speed import Speed, SpeedUp, compare_speed, speed_up
 from llm_pruner.pipeline.loading import load
@@ -142,6 +143,8 @@ def bench(
         load(source, tokenizer_required=False, weights=not settings.counts_only)
         for source in sources
     ]
+    for one in loaded:
+        _check_length(one, settings)
     figures = [_counted(one, source) for one, source in zip(loaded, sources, strict=True)]
     comparison = []
     if not settings.counts_only:
@@ -163,6 +166,17 @@ def bench(
         against=None if against is None else figures[1],
         comparison=tuple(comparison),
     )
+
+
+def _check_length(loaded: LoadedModel, settings: BenchSettings) -> None:
+    """Raise UserError if the texts are longer than the model was made for."""
+    limit = maximum_length(loaded.model)
+    length = settings.prompt_tokens + settings.new_tokens
+    if not settings.counts_only and limit is not None and length > limit:
+        raise UserError(
+            f"{settings.prompt_tokens} prompt tokens and {settings.new_tokens} new ones are more "
+            f"than the {limit} positions of {loaded.name}; give fewer"
+        )
 
 
 def _counted(loaded: LoadedModel, source: ModelSettings) -> Figures:
