@@ -70,7 +70,7 @@ def command(
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Measure size, memory and speed of a model, alone or against another one."""
+    """Measure the size, work, memory and speed of a model."""
     check_json(json)
     batch_sizes = _sizes(batch_size)
 
