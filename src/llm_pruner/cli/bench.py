@@ -43,7 +43,7 @@ def command(
             show_default=False,
         ),
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of each prompt.")] = 128,
+    prompt_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of each prompt.")] = 256,
     new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens decoded after it.")] = 32,
     batch_size: Annotated[
         str, typer.Option(metavar="LIST", help="Prompts at once, such as 1 or 1,8.")

@@ -39,7 +39,7 @@ class BenchSettings:
         counts_only: leave out memory and speed; no weights are needed then.
     """
 
-    prompt_tokens: int = 128
+    prompt_tokens: int = 256
     new_tokens: int = 32
     batch_sizes: tuple[int, ...] = (1, 8)
     repeats: int = 5
