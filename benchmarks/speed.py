@@ -38,7 +38,10 @@ def save_dense(model: str, folder: Path) -> None:
     from llm_pruner.sources import load_model
 
     with silent_writing():
-        load_model(model, tokenizer_required=False).model.save_pretrained(folder)
+        loaded = load_model(model)
+        loaded.model.save_pretrained(folder)
+        assert loaded.tokenizer is not None
+        loaded.tokenizer.save_pretrained(folder)
 
 
 def row(compared: dict[str, Any], found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -73,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="default")
     parser.add_argument("--ratio", type=float, action="append", help="0.2 and 0.5 if not given")
-    parser.add_argument("--criterion", default="taylor", help="as for llm-pruner prune")
+    parser.add_argument("--recipe", default="fast", help="as for llm-pruner prune")
     parser.add_argument("--calibration", default="self", help="as for llm-pruner prune")
     parser.add_argument("--batch-size", default="1,8")
     parser.add_argument("--repeats", type=int, default=7)
@@ -90,12 +93,13 @@ def main() -> None:
         save_dense(options.model, dense)
         for ratio in options.ratio or (0.2, 0.5):
             small = Path(folder) / f"small-{ratio}"
-            estimation = ["--criterion", options.criterion, "--calibration", options.calibration]
+            estimation = ["--recipe", options.recipe, "--calibration", options.calibration]
             target = ["--out", small, "--ratio", ratio, "--round-to", "auto"]
             pruned = run("prune", dense, *target, *estimation)
             result = {
                 "ratio": ratio,
                 "round_to": pruned["round_to"],
+                "parameters_removed": round(pruned["ratio"], 4),
                 "throughput_by_multiple": pruned["rounding"]["throughput"],
             }
             for way, arguments in ways:
@@ -107,7 +111,7 @@ def main() -> None:
                     print(json.dumps({"ratio": ratio, "way": way, **line}), flush=True)
             results.append(result)
     del settings["compile"], settings["counts_only"]
-    settings |= {"model": options.model, "criterion": options.criterion}
+    settings |= {"model": options.model, "recipe": options.recipe}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
 

@@ -227,6 +227,12 @@ def test_round_to_what_is_fast_here(
     assert load("again").num_parameters() == found["parameters_after"]
 
 
+def test_a_recipe_can_round_to_what_is_fast(work: Path, tiny: Path) -> None:
+    Path("mine.yaml").write_text("criterion: l2\nround_to: auto\n")
+    found = prune(tiny, "plan.json", "--ratio", 0.2, "--recipe", "mine.yaml", "--dry-run")
+    assert found["rounding"] == {"multiple": 1, "throughput": {}, "tolerance": 0.03}
+
+
 def test_a_model_too_small_to_round(work: Path, tiny: Path) -> None:
     options = ("--ratio", 0.2, "--criterion", "l2", "--round-to", "auto", "--dry-run")
     shown = done("prune", tiny, "--out", "plan.json", *options).out

@@ -120,14 +120,17 @@ def test_candidates_must_be_fine_enough(monkeypatch: pytest.MonkeyPatch) -> None
     ffn = [g for g in discovery.groups if g.kind == "ffn"]
     total = sum(p.numel() for p in model.parameters())
     # A channel of all four layers is 4 x 3 x 24 parameters; a multiple may be off by half.
-    assert _largest(discovery, ffn) == pytest.approx(0.01 * total / (4 * 3 * 24))
-    assert _largest(discovery, ffn[:1]) == pytest.approx(0.01 * total / (3 * 24))
-    assert _largest(discovery, []) == 0
+    assert _largest(discovery, ffn, "local") == pytest.approx(0.01 * total / (4 * 3 * 24))
+    assert _largest(discovery, ffn, "global") == pytest.approx(0.01 * total / (3 * 24))
+    assert _largest(discovery, [], "local") == 0
     clocked(128, monkeypatch)
     found = measured_rounding(model, discovery, Selection(("heads", "ffn")))
     # 32 would be faster, but leaves no size near enough to a target.
     assert list(found.throughput) == [8]
     assert found.multiple == 8
+    ranked = measured_rounding(model, discovery, Selection(("heads", "ffn"), scope="global"))
+    assert list(ranked.throughput) == [8, 16, 32]
+    assert ranked.multiple == 8
     heads_alone = measured_rounding(model, discovery, Selection(("heads",)))
     assert heads_alone == Rounding(1, {})
     assert np.isclose(found.tolerance, 0.03)

@@ -14,6 +14,7 @@ from torch import nn
 from llm_pruner.evaluation.rounding import CANDIDATES, Product, Rounding, fast_multiple
 from llm_pruner.planning import Selection, choose_groups
 from llm_pruner.planning.ladders import CHANNELS
+from llm_pruner.planning.target import Scope
 from llm_pruner.removal import count_parameters
 from llm_pruner.types import Discovery, Group
 
@@ -29,15 +30,15 @@ def measured_rounding(model: nn.Module, discovery: Discovery, selection: Selecti
     """Time the products of the channels that may be pruned, on the device of the model.
 
     Candidates that leave the smallest group fewer than four sizes are left out, and those that
-    are too coarse to reach a number of parameters within half a point where every group loses
-    equally many channels.
+    are too coarse to reach a number of parameters within half a point; where the ranking is
+    local, all layers take a step together.
 
     Raises:
         UserError: nothing can be pruned.
     """
     chosen = choose_groups(discovery, selection)
     groups = [group for group in chosen if group.kind in CHANNELS]
-    candidates = [m for m in CANDIDATES if m <= _largest(discovery, groups)]
+    candidates = [m for m in CANDIDATES if m <= _largest(discovery, groups, selection.scope)]
     weight = next(model.parameters())
     # Without weights (on meta) the processor stands in.
     device = torch.device("cpu") if weight.is_meta else weight.device
@@ -45,14 +46,16 @@ def measured_rounding(model: nn.Module, discovery: Discovery, selection: Selecti
     return fast_multiple(products, candidates, dtype=weight.dtype, device=device)
 
 
-def _largest(discovery: Discovery, groups: Sequence[Group]) -> float:
+def _largest(discovery: Discovery, groups: Sequence[Group], scope: Scope) -> float:
     """Return the largest multiple that leaves enough sizes."""
     if not groups:
         return 0
     total = count_parameters(discovery)
     steps = []
     for kind in {group.kind for group in groups}:
-        one = {group.name: np.zeros(1, np.int64) for group in groups if group.kind == kind}
+        same = [group for group in groups if group.kind == kind]
+        moving = same if scope == "local" else same[:1]
+        one = {group.name: np.zeros(1, np.int64) for group in moving}
         steps.append(total - count_parameters(discovery, one))
     # Rounding is off by half a multiple at most; the finest kind makes up for the others.
     fine = 2 * LEEWAY * total / max(1, min(steps))
