@@ -180,6 +180,8 @@ def test_bench_against_another_model(
     ratio = model["parameters"] / against["parameters"]
     assert rows["parameters"][-1] == f"{ratio:.3f}"
     assert rows["prefill, batch 8"][-1].endswith("%")
+    first = 1e3 * model["speed"][1]["first_token_seconds"]
+    assert rows["first token, ms"][-2] == f"{first:,.0f}"
     assert lines[0] == "model: small"
     assert lines[1] == "against: dense"
 

@@ -186,8 +186,8 @@ def _speed_table(done: Bench) -> Any:
                 cells += [f"{gain.median:.2f}x", f"{gain.low:.2f}-{gain.high:.2f}"]
                 cells += [f"{limit:.2f}x", f"{100 * gain.median / limit:.0f}%"]
             rows.append(cells)
-        cells = ["  first token"]
-        cells += [f"{1e3 * s.first_token_seconds:,.0f} ms" for s in (speed, other) if s is not None]
+        cells = ["  first token, ms"]
+        cells += [f"{1e3 * s.first_token_seconds:,.0f}" for s in (speed, other) if s is not None]
         rows.append(cells + [""] * (1 if compared is None else 4))
     columns: tuple[str, ...] = ("", "model", "range")
     if done.comparison:
