@@ -19,7 +19,7 @@ from helpers import tiny_tokenizer
 from llm_pruner.cli.output import clean, count, megabytes
 from llm_pruner.data.calibration import build_calibration
 
-COMMANDS = ("inspect", "prune", "evaluate", "compare", "bench", "demo")
+COMMANDS = ("inspect", "prune", "evaluate", "compare", "bench", "tasks", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -517,7 +517,7 @@ def test_evaluate_says_what_was_measured(work: Path, tiny: Path) -> None:
 
 def test_evaluate_refuses_what_it_cannot_measure(work: Path, unloaded: None) -> None:
     for options, said in (
-        ((), "nothing to measure; give --perplexity SRC, --speed or --prompt TEXT"),
+        ((), "nothing to measure; give --perplexity SRC, --tasks NAMES, --speed or"),
         (("--perplexity", "absent.txt"), "absent.txt does not exist; check the path of the text"),
         (("--perplexity", "self"), "source 'self' is text that the model writes itself, for cal"),
         (

@@ -12,7 +12,7 @@ import os
 
 import typer
 
-from llm_pruner.cli import bench, compare, demo, evaluate, inspect, prune
+from llm_pruner.cli import bench, compare, demo, evaluate, inspect, prune, tasks
 from llm_pruner.cli.grouped import GroupedCommand
 from llm_pruner.cli.output import fail, one_line
 from llm_pruner.errors import LLMPrunerError, PlanError, UserError
@@ -32,6 +32,7 @@ app.command("prune", cls=GroupedCommand, epilog=prune.EXAMPLES)(prune.command)
 app.command("evaluate", cls=GroupedCommand, epilog=evaluate.EXAMPLES)(evaluate.command)
 app.command("compare", cls=GroupedCommand, epilog=compare.EXAMPLES)(compare.command)
 app.command("bench", cls=GroupedCommand, epilog=bench.EXAMPLES)(bench.command)
+app.command("tasks", cls=GroupedCommand, epilog=tasks.EXAMPLES)(tasks.command)
 app.command("demo", cls=GroupedCommand)(demo.command)
 
 

@@ -1,4 +1,4 @@
-"""``llm-pruner evaluate``: perplexity of a model, with all that a reader needs to compare it."""
+"""``llm-pruner evaluate``: perplexity and zero-shot tasks, with what a comparison needs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,15 @@ Examples:
   llm-pruner evaluate ./small --perplexity wikitext2 --perplexity c4
   llm-pruner evaluate ./small --perplexity text.txt --protocol paper
   llm-pruner evaluate ./small --perplexity c4 --report ./small
+  llm-pruner evaluate ./small --tasks paper
+  llm-pruner evaluate ./small --tasks paper --tasks-data tasks/ --limit 200
 """
+
+TASKS = "Zero-shot tasks"
+"""Heading of the options that say which tasks are run."""
+
+PAPER = "paper"
+"""The word for the seven tasks of the paper."""
 
 
 def command(
@@ -61,14 +69,47 @@ def command(
         int | None,
         typer.Option(metavar="N", help="Read only this many tokens.", show_default=False),
     ] = None,
-    batch_size: Annotated[
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Tasks of lm-evaluation-harness, such as boolq,piqa; 'paper' for the seven of "
+            "LLM-Pruner: boolq, piqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa.",
+            show_default=False,
+            rich_help_panel=TASKS,
+        ),
+    ] = None,
+    tasks_data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder with boolq.jsonl and so on, to run the seven without a network. "
+            "[default: the datasets on the hub]",
+            show_default=False,
+            rich_help_panel=TASKS,
+        ),
+    ] = None,
+    limit: Annotated[
         int | None,
         typer.Option(
             metavar="N",
-            help="Windows at once. [default: as memory for the logits allows]",
+            help="Only the first N items of each task. [default: all]",
             show_default=False,
+            rich_help_panel=TASKS,
         ),
     ] = None,
+    batch_size: Annotated[
+        str,
+        typer.Option(metavar="N", help="Sequences at once, or auto: as fits the memory."),
+    ] = "auto",
+    no_cache: Annotated[
+        bool,
+        typer.Option(
+            "--no-cache",
+            help="Run tasks again whose results for this model are known, keep none.",
+            rich_help_panel=TASKS,
+        ),
+    ] = False,
     split: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Split of a hub dataset.", show_default=False),
@@ -108,23 +149,31 @@ def command(
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Measure the perplexity of a model on text."""
-    if not (perplexity or speed or prompt):
-        raise UserError("nothing to measure; give --perplexity SRC, --speed or --prompt TEXT")
+    """Measure perplexity, zero-shot tasks, speed, samples."""
+    if not (perplexity or tasks is not None or speed or prompt):
+        raise UserError(
+            "nothing to measure; give --perplexity SRC, --tasks NAMES, --speed or --prompt TEXT"
+        )
+    for option, given in (("--tasks-data", tasks_data), ("--limit", limit)):
+        if given is not None and tasks is None:
+            raise UserError(f"{option} {given} is about tasks; add --tasks NAMES or leave it out")
     check_json(json)
     if report is not None:
         from llm_pruner.pipeline.report import report_in
 
         report_in(report)  # what cannot be read is said before the model is loaded
+    sequences = _batch_size(batch_size)
 
+    from llm_pruner.data.task_files import LOCAL_TASKS
     from llm_pruner.pipeline.evaluate import PerplexitySettings, measure
     from llm_pruner.pipeline.settings import ModelSettings
+    from llm_pruner.pipeline.zero_shot import ZeroShotSettings
 
     settings = PerplexitySettings(
         cast("Protocol", protocol),
         seq_len,
         max_tokens,
-        batch_size,
+        sequences,
         split,
         text_field,
     )
@@ -132,6 +181,15 @@ def command(
         ModelSettings(model, revision, dtype, device, trust_remote_code),
         perplexity or [],
         settings,
+        zero_shot=None
+        if tasks is None
+        else ZeroShotSettings(
+            LOCAL_TASKS if tasks == PAPER else tuple(name.strip() for name in tasks.split(",")),
+            None if tasks_data is None else Path(tasks_data),
+            limit,
+            sequences,
+            not no_cache,
+        ),
         prompts=prompt or [],
         chat=chat,
         speed=speed,
@@ -148,6 +206,15 @@ def command(
         if report is not None:
             page = clean(str(report / "report.html"))
             console().print(f"added to {page}", soft_wrap=True)
+
+
+def _batch_size(text: str) -> int | None:
+    """Return the number that was given, None for ``auto``."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--batch-size {text} is no number of sequences; use 1 or more, or auto")
+    return int(text)
 
 
 def show(found: dict[str, Any]) -> None:
@@ -169,6 +236,8 @@ def show(found: dict[str, Any]) -> None:
         ]
         columns = ("corpus", "split", "protocol", "window", "tokens", "perplexity", "stderr")
         print_table(out, table("Perplexity", columns, rows))
+    if found["zero_shot"]:
+        show_tasks(found["zero_shot"])
     if found["speed"]:
         out.print(
             f"prefill {found['speed']['prefill_tokens_per_second']:.1f} tokens/s, "
@@ -176,3 +245,35 @@ def show(found: dict[str, Any]) -> None:
         )
     for text, continuation in found["samples"].items():
         out.print(f"> {clean(text)}{clean(continuation)}")
+
+
+def show_tasks(found: dict[str, Any]) -> None:
+    """Print a line for each metric of each task, and the means."""
+    out = console()
+    rows = [
+        (
+            result["task"] if number == 0 else "",
+            f"{result['documents']:,}" if number == 0 else "",
+            f"{name} *" if name == result["paper_metric"] else name,
+            f"{metric['value']:.4f}",
+            "-" if metric["stderr"] is None else f"{metric['stderr']:.4f}",
+        )
+        for result in found["tasks"]
+        for number, (name, metric) in enumerate(result["metrics"].items())
+    ]
+    title = f"Zero-shot (lm-evaluation-harness {found['versions']['lm_eval']})"
+    columns = ("task", "items", "metric", "value", "stderr")
+    print_table(out, table(title, columns, rows, text=("metric",)))
+    for key, words in (("mean", "seven tasks"), ("mean_without_boolq", "six without boolq")):
+        mean = found[key]
+        if mean is not None:
+            spread = "" if mean["stderr"] is None else f" +- {mean['stderr']:.4f}"
+            out.print(f"mean of the {words}: {mean['value']:.4f}{spread}")
+    if any(result["paper_metric"] for result in found["tasks"]):
+        out.print("* the metric that LLM-Pruner reports, and that a mean takes")
+    cut = {result["task"]: result["truncated"] for result in found["tasks"] if result["truncated"]}
+    if cut:
+        names = ", ".join(f"{count:,} of {task}" for task, count in cut.items())
+        out.print(f"longer than the model reads, so their start was cut: {clean(names)}")
+    if found["cached"]:
+        out.print(f"known from an earlier run: {clean(', '.join(found['cached']))}")

@@ -36,7 +36,7 @@ def read_file(
     if suffix == ".parquet":
         rows = _parquet_rows(path)
     elif suffix == ".jsonl":
-        rows = _json_lines(path)
+        rows = (row for _, row in json_lines(path))
     else:
         rows = _json_rows(path)
     return tuple(islice(texts_of_rows(rows, str(path), text_field), limit))
@@ -115,12 +115,17 @@ def _decode(path: Path) -> str:
     return text
 
 
-def _json_lines(path: Path) -> Iterator[Any]:
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield (line number, value) of each line of a file that is not blank.
+
+    Raises:
+        UserError: the file is no UTF-8 text, or a line is no JSON.
+    """
     for number, line in enumerate(_decode(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            yield json.loads(line)
+            yield number, json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{path}: line {number} is no JSON ({error}); write one JSON object per line"
@@ -132,7 +137,7 @@ def _json_rows(path: Path) -> Iterator[Any]:
         content = json.loads(_decode(path))
     except (ValueError, RecursionError) as error:
         if "Extra data" in str(error):
-            yield from _json_lines(path)  # JSON lines under the name .json
+            yield from (row for _, row in json_lines(path))  # JSON lines under the name .json
             return
         raise UserError(f"{path} is no JSON ({error}); write a list of objects") from None
     if isinstance(content, dict):

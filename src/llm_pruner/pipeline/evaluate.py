@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import get_args
 
 from llm_pruner.data.evaluation import load_evaluation_text
@@ -15,10 +16,13 @@ from llm_pruner.evaluation.perplexity import (
     perplexity,
 )
 from llm_pruner.evaluation.samples import sample_continuation
-from llm_pruner.evaluation.size import model_size
+from llm_pruner.evaluation.size import ModelSize, model_size
 from llm_pruner.evaluation.speed import Speed, measure_speed
+from llm_pruner.pipeline import result_cache
 from llm_pruner.pipeline.loading import load
 from llm_pruner.pipeline.settings import ModelSettings
+from llm_pruner.pipeline.zero_shot import ZeroShot, ZeroShotSettings, prepare_tasks, run_tasks
+from llm_pruner.sources import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -56,13 +60,14 @@ def read_texts(sources: Sequence[str], settings: PerplexitySettings) -> list[Eva
 
 @dataclass(frozen=True)
 class Measured:
-    """Size, perplexity, speed and continuations of one model; what was not asked for is empty."""
+    """What was measured of one model; what was not asked for is empty."""
 
     model: str
     parameters: int
     parameters_embedding: int
     parameters_blocks: int
     perplexity: list[PerplexityResult]
+    zero_shot: ZeroShot | None
     speed: Speed | None
     samples: dict[str, str]
 
@@ -72,6 +77,7 @@ def measure(
     sources: Sequence[str],
     settings: PerplexitySettings,
     *,
+    zero_shot: ZeroShotSettings | None = None,
     prompts: Sequence[str] = (),
     new_tokens: int = 40,
     chat: bool = True,
@@ -80,35 +86,76 @@ def measure(
     """Load a model and measure what is asked for.
 
     With ``chat`` a model whose tokenizer has a chat template is asked the prompts as a user would.
+    If only zero-shot tasks are asked for and all their results are known, no model is loaded.
 
     Raises:
-        UserError: the model or a corpus cannot be read.
+        UserError: the model, a corpus or a task cannot be read.
     """
-    texts = read_texts(sources, settings)  # first: it takes less time than to load a model
-    loaded = load(model)
-    size = model_size(loaded.model)
+    # First what takes less time than to load a model.
+    texts = read_texts(sources, settings)
+    tasks = prepare_tasks(zero_shot) if zero_shot is not None else []
+    late = _Late(model)
+    perplexities = [
+        perplexity(
+            late.loaded.model,
+            late.loaded.tokenizer,
+            text,
+            protocol=settings.protocol,
+            seq_len=settings.seq_len,
+            max_tokens=settings.max_tokens,
+            batch_size=settings.batch_size,
+        )
+        for text in texts
+    ]
+    found = None
+    identity = None
+    if zero_shot is not None:
+        identity = result_cache.identify(model) if zero_shot.cache else None
+        found = run_tasks(tasks, zero_shot, model, identity, lambda: late.loaded)
+    name, size = _name_and_size(late, identity)
     return Measured(
-        model=loaded.name,
+        model=name,
         parameters=size.total,
         parameters_embedding=size.embedding,
         parameters_blocks=size.blocks,
-        perplexity=[
-            perplexity(
-                loaded.model,
-                loaded.tokenizer,
-                text,
-                protocol=settings.protocol,
-                seq_len=settings.seq_len,
-                max_tokens=settings.max_tokens,
-                batch_size=settings.batch_size,
-            )
-            for text in texts
-        ],
-        speed=measure_speed(loaded.model) if speed else None,
+        perplexity=perplexities,
+        zero_shot=found,
+        speed=measure_speed(late.loaded.model) if speed else None,
         samples={
             prompt: sample_continuation(
-                loaded.model, loaded.tokenizer, prompt, new_tokens, chat=chat
+                late.loaded.model, late.loaded.tokenizer, prompt, new_tokens, chat=chat
             )
             for prompt in prompts
         },
     )
+
+
+class _Late:
+    """A model that is loaded when it is first needed."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        self.settings = settings
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        return load(self.settings)
+
+    @property
+    def is_loaded(self) -> bool:
+        return "loaded" in vars(self)
+
+
+def _name_and_size(
+    late: _Late, identity: result_cache.ModelIdentity | None
+) -> tuple[str, ModelSize]:
+    """Return name and size; of a model that is not loaded, from an earlier run if there was one."""
+    key = None
+    if identity is not None:
+        key = result_cache.key(identity, late.settings, what="size")
+        known = None if late.is_loaded else result_cache.read(key)
+        if known is not None and known.keys() == {field.name for field in fields(ModelSize)}:
+            return identity.name, ModelSize(**known)
+    size = model_size(late.loaded.model)
+    if key is not None:
+        result_cache.write(key, asdict(size))
+    return late.loaded.name, size

@@ -1,0 +1,336 @@
+"""Log-likelihoods of continuations, each position of each text computed once.
+
+The answers to one question share its text. Scored one by one, as evaluation harnesses do, that text
+is run once per answer, and logits over the whole vocabulary are formed for every position. Here
+it is run once, together with texts of about its length; every answer continues from the cache, and
+logits are formed for answers only.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llm_pruner.errors import UserError
+from llm_pruner.evaluation.decoding import cache_argument
+from llm_pruner.progress import track
+
+Pair = tuple[Sequence[int], Sequence[int]]
+"""Token ids of a context and of a continuation, neither of them empty."""
+Score = tuple[float, bool]
+"""log p(continuation | context) in nats, and whether greedy decoding would say it."""
+
+_TOKENS = {"cpu": 1024, "other": 16_384}  # in a batch, padding included
+_LOGITS_BYTES = {"cpu": 256 * 2**20, "other": 2 * 2**30}  # float32 logits of a batch
+_RUN = 64  # a run of the model costs about what so many tokens in it cost
+_CACHED = 2  # in the cache may stand so many times the tokens of a batch
+_SLACK, _SHORT_SLACK = 8, 4  # contexts of a batch may differ by 1/8 of their length, or 4 tokens
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+_LOW_PRECISION_TOLERANCE = 5e-2
+
+
+@dataclass(frozen=True)
+class _Request:
+    """Score ``targets`` with the logits of positions ``first`` and following of a row."""
+
+    number: int
+    first: int
+    targets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A sequence to run, and what is read off it; ``first`` is the first position needed."""
+
+    tokens: tuple[int, ...]
+    requests: tuple[_Request, ...]
+    first: int
+
+
+def log_likelihoods(
+    model: Any,
+    pairs: Sequence[Pair],
+    *,
+    max_length: int,
+    batch_size: int | None = None,
+    description: str = "Scoring",
+) -> list[Score]:
+    """Return sum_t log softmax(logits_t)[x_t] over each continuation x, in the order of ``pairs``.
+
+    The softmax is taken in float32 at least. What is longer than ``max_length`` tokens loses its
+    start, as in lm-evaluation-harness.
+
+    Args:
+        model: a causal language model of transformers, in eval mode.
+        pairs: contexts and continuations.
+        max_length: tokens that the model can read at once.
+        batch_size: sequences in a forward pass; by default as many as keep a batch small, and half
+            as many where memory runs out.
+        description: what the progress bar says.
+
+    Raises:
+        UserError: a continuation is longer than ``max_length``, or a result is not a number.
+    """
+    rows = _rows(pairs, max_length)
+    scorer = _Scorer(model, batch_size)
+    families: dict[tuple[int, ...], list[_Row]] = defaultdict(list)
+    for row in rows:
+        families[row.tokens[: row.first + 1]].append(row)
+    shared = [family for family in families.values() if _worth_sharing(family)]
+    single = [row for family in families.values() if not _worth_sharing(family) for row in family]
+    scores: dict[int, Score] = {}
+    batches: list[tuple[bool, list[list[_Row]]]] = [
+        (True, batch) for batch in scorer.similar_contexts(shared)
+    ]
+    batches += [(False, [batch]) for batch in scorer.padded(single)]
+    total = sum(len(family) for _, batch in batches for family in batch)
+    done = _advance(batches, total, description)
+    for continued, batch in done:
+        scores.update(scorer.continued(batch) if continued else scorer.whole(batch[0]))
+    for number, (value, _) in sorted(scores.items()):
+        if math.isnan(value):
+            raise UserError(
+                f"the log-likelihood of text {number} of {len(pairs)} is not a number; the model "
+                "is broken or overflows in its type: try --dtype float32 or bfloat16"
+            )
+    return [scores[number] for number in range(len(pairs))]
+
+
+def truncated(pairs: Sequence[Pair], max_length: int) -> int:
+    """Return how many pairs are too long to be read whole."""
+    return sum(len(context) + len(rest) > max_length + 1 for context, rest in pairs)
+
+
+def _worth_sharing(family: list[_Row]) -> bool:
+    """Whether running the context once saves a third of the tokens, which two steps must."""
+    saved = (len(family) - 1) * (family[0].first + 1)
+    return 3 * saved >= sum(len(row.tokens) for row in family)
+
+
+def _advance(
+    batches: list[tuple[bool, list[list[_Row]]]], total: int, description: str
+) -> Iterator[tuple[bool, list[list[_Row]]]]:
+    """Yield batches under a bar that counts sequences."""
+
+    def each() -> Iterator[tuple[bool, list[list[_Row]]] | None]:
+        for continued, batch in batches:
+            yield continued, batch
+            for _ in range(sum(len(family) for family in batch) - 1):
+                yield None
+
+    for item in track(each(), description, total):
+        if item is not None:
+            yield item
+
+
+def _rows(pairs: Sequence[Pair], max_length: int) -> list[_Row]:
+    """Return the sequences to run; one that is the start of another is read off the longer one."""
+    requests: dict[tuple[int, ...], list[_Request]] = defaultdict(list)
+    for number, (context, continuation) in enumerate(pairs):
+        if len(continuation) > max_length:
+            raise UserError(
+                f"an answer of {len(continuation)} tokens does not fit into the model, which reads "
+                f"{max_length} at once; leave this task out"
+            )
+        # The last token is predicted, never read.
+        tokens = tuple([*context, *continuation][-(max_length + 1) : -1])
+        first = len(tokens) - len(continuation)
+        requests[tokens].append(_Request(number, first, tuple(continuation)))
+    rows: list[_Row] = []
+    waiting: list[_Request] = []
+    # In lexical order a sequence stands right before those that it starts.
+    ordered = sorted(requests)
+    for tokens, following in zip(ordered, [*ordered[1:], ()], strict=True):
+        waiting += requests[tokens]
+        if following[: len(tokens)] != tokens:
+            first = min(request.first for request in waiting)
+            rows.append(_Row(tokens, tuple(waiting), first))
+            waiting = []
+    return rows
+
+
+class _Scorer:
+    """Runs batches of rows through one model."""
+
+    def __init__(self, model: Any, batch_size: int | None) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.batch_size = batch_size
+        kind = "cpu" if self.device.type == "cpu" else "other"
+        self.tokens = _TOKENS[kind]
+        vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        self.positions = max(1, _LOGITS_BYTES[kind] // (4 * vocabulary))
+        parameters = inspect.signature(model.forward).parameters
+        self.keeps_logits = "logits_to_keep" in parameters
+        self.cache = cache_argument(model)
+        self.continues: bool | None = None if self.cache else False
+
+    def padded(self, rows: list[_Row]) -> list[list[_Row]]:
+        """Return batches of rows of similar length, the longest first."""
+        ordered = sorted(rows, key=lambda row: (-len(row.tokens), row.tokens))
+        lengths = [len(row.tokens) for row in ordered]
+        kept = [len(row.tokens) - row.first for row in ordered]
+        return [ordered[part] for part in self._parts(lengths, kept)]
+
+    def similar_contexts(self, families: list[list[_Row]]) -> list[list[list[_Row]]]:
+        """Return batches of families whose contexts are about equally long, the longest first."""
+        batches: list[list[list[_Row]]] = []
+        batch: list[list[_Row]] = []
+        for family in sorted(families, key=lambda family: (-family[0].first, family[0].tokens)):
+            length = family[0].first + 1
+            if batch:
+                longest = batch[0][0].first + 1
+                # What a longer context has beyond the shortest is run once per answer.
+                uneven = longest - length > max(length // _SLACK, _SHORT_SLACK)
+                if uneven or self._full(len(batch), longest, 1):
+                    batches.append(batch)
+                    batch = []
+            batch.append(family)
+        return [*batches, batch] if batch else batches
+
+    def _parts(self, lengths: list[int], kept: list[int], before: int = 0) -> Iterator[slice]:
+        """Yield consecutive parts of sequences, the longest first, that run at once.
+
+        A part ends where it is full, or where its padding would cost more than another run.
+
+        Args:
+            lengths: tokens of each sequence, in falling order.
+            kept: positions of each that need logits.
+            before: tokens that stand in the cache before each.
+        """
+        start = padding = most = 0
+        for index, length in enumerate(lengths):
+            count, longest = index - start, lengths[start]
+            most, padding = max(most, kept[index]), padding + longest - length
+            full = self._full(count, longest, most)
+            if self.batch_size is None:
+                full = full or padding > _RUN or (count + 1) * before > _CACHED * self.tokens
+            if count and full:
+                yield slice(start, index)
+                start, padding, most = index, 0, kept[index]
+        if lengths:
+            yield slice(start, len(lengths))
+
+    def _full(self, count: int, length: int, kept: int) -> bool:
+        """Whether one more sequence would be too many."""
+        if self.batch_size is not None:
+            return count >= self.batch_size
+        count += 1
+        kept = kept if self.keeps_logits else length
+        return count * length > self.tokens or count * kept > self.positions
+
+    def whole(self, rows: list[_Row]) -> dict[int, Score]:
+        """Score rows by running all of them from their first token."""
+        try:
+            return self._whole(rows)
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                raise
+        half = len(rows) // 2
+        return self.whole(rows[:half]) | self.whole(rows[half:])
+
+    def continued(self, families: list[list[_Row]]) -> dict[int, Score]:
+        """Score families of rows by running each context once."""
+        rows = [row for family in families for row in family]
+        if self.continues is None:
+            self.continues = self._can_continue(families[0])
+        if not self.continues:
+            return {
+                number: score
+                for batch in self.padded(rows)
+                for number, score in self.whole(batch).items()
+            }
+        try:
+            return self._continued(families)
+        except torch.OutOfMemoryError:
+            if len(families) == 1:
+                return self.whole(rows)
+        half = len(families) // 2
+        return self.continued(families[:half]) | self.continued(families[half:])
+
+    def _can_continue(self, family: list[_Row]) -> bool:
+        """Whether the model gives the same scores from a cache; it is tried on the longest context.
+
+        Some models read a cache one token at a time only, and say nothing when given more.
+        """
+        wanted = self.whole(family)
+        try:
+            found = self._continued([family])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever a model raises that cannot do it
+            return False
+        tolerance = _TOLERANCE.get(self.model.dtype, _LOW_PRECISION_TOLERANCE)
+        return all(
+            abs(found[number][0] - value) <= tolerance * (1 + abs(value))
+            for number, (value, _) in wanted.items()
+        )
+
+    @torch.no_grad()
+    def _whole(self, rows: list[_Row]) -> dict[int, Score]:
+        longest = max(len(row.tokens) for row in rows)
+        keep = longest - min(row.first for row in rows)
+        logits = self._run([row.tokens for row in rows], keep, use_cache=False).logits
+        start = longest - logits.shape[1]
+        return {
+            request.number: _score(each[request.first - start :], request.targets)
+            for row, each in zip(rows, logits, strict=True)
+            for request in row.requests
+        }
+
+    @torch.no_grad()
+    def _continued(self, families: list[list[_Row]]) -> dict[int, Score]:
+        # The start that all contexts have is as long as the shortest, so nothing needs padding
+        # before it goes on, which not every model could skip.
+        length = min(row.first for family in families for row in family) + 1
+        output = self._run([family[0].tokens[:length] for family in families], 1, use_cache=True)
+        last = output.logits[:, -1:]
+        kept = getattr(output, str(self.cache))
+        # Every row goes on: one that ended here would be the start of its siblings.
+        owners = sorted(
+            ((index, row) for index, family in enumerate(families) for row in family),
+            key=lambda owner: -len(owner[1].tokens),
+        )
+        rests = [row.tokens[length:] for _, row in owners]
+        lengths = [len(rest) for rest in rests]
+        scores: dict[int, Score] = {}
+        for part in self._parts(lengths, lengths, before=length):
+            cache = copy.deepcopy(kept)
+            index = torch.tensor([index for index, _ in owners[part]], device=self.device)
+            cache.reorder_cache(index)
+            before = {str(self.cache): cache}
+            rest = self._tensor(rests[part])
+            logits = self.model(input_ids=rest, use_cache=True, **before).logits
+            for (owner, row), each in zip(owners[part], logits, strict=True):
+                for request in row.requests:
+                    skipped = request.first - length
+                    own = torch.cat([last[owner], each]) if skipped < 0 else each[skipped:]
+                    scores[request.number] = _score(own, request.targets)
+        return scores
+
+    def _run(self, rows: list[tuple[int, ...]], keep: int, *, use_cache: bool) -> Any:
+        """Run the model; logits of at least the last ``keep`` positions of the longest row."""
+        extra = {"logits_to_keep": keep} if self.keeps_logits else {}
+        return self.model(input_ids=self._tensor(rows), use_cache=use_cache, **extra)
+
+    def _tensor(self, rows: list[tuple[int, ...]]) -> torch.Tensor:
+        """Return int64 (rows, longest); what is shorter ends in zeros, which nothing looks at."""
+        longest = max(map(len, rows))
+        padded = [[*row, *[0] * (longest - len(row))] for row in rows]
+        return torch.tensor(padded, dtype=torch.int64, device=self.device)
+
+
+def _score(logits: torch.Tensor, targets: tuple[int, ...]) -> Score:
+    """Score targets (T,) with the first T rows of logits (at least T, V)."""
+    logits = logits[: len(targets)]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wanted = torch.tensor(targets, device=logits.device)
+    each = logits.log_softmax(-1).gather(-1, wanted[:, None])
+    return float(each.sum()), bool((logits.argmax(-1) == wanted).all())

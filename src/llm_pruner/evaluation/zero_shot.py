@@ -1,0 +1,222 @@
+"""Results of zero-shot tasks, and their mean as the paper takes it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from itertools import islice
+from typing import Any
+
+from llm_pruner.evaluation.task_definitions import local_definition, require_harness
+
+PAPER_METRICS = {
+    "boolq": "acc",
+    "piqa": "acc",
+    "hellaswag": "acc_norm",
+    "winogrande": "acc",
+    "arc_easy": "acc",
+    "arc_challenge": "acc_norm",
+    "openbookqa": "acc_norm",
+}
+"""The metric of each task that reproduces the tables of LLM-Pruner (arXiv 2305.11627)."""
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """One metric of one task.
+
+    Attributes:
+        value: as the harness computes it; a share between 0 and 1 for ``acc`` and ``acc_norm``.
+        stderr: standard error over documents; None where the harness gives none.
+        higher_is_better: None where the harness does not say.
+    """
+
+    value: float
+    stderr: float | None
+    higher_is_better: bool | None
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Results of a task, or of a group of tasks under the group's name.
+
+    Attributes:
+        task: name in lm-evaluation-harness.
+        metrics: by name; one that belongs to a filter is named ``metric,filter``.
+        paper_metric: the one that LLM-Pruner reports, or None.
+        documents: number of documents evaluated.
+        documents_total: number that the task has.
+        num_fewshot: examples in the prompt.
+        version: version of the harness's definition.
+        truncated: answers that were too long for the model with their text, which lost its start.
+    """
+
+    task: str
+    metrics: dict[str, MetricResult]
+    paper_metric: str | None
+    documents: int
+    documents_total: int
+    num_fewshot: int
+    version: str
+    truncated: int
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean over tasks, each by the metric that the paper reports.
+
+    Attributes:
+        value: (1/n) sum of the tasks' values.
+        stderr: (1/n) sqrt(sum of squared standard errors); tasks are independent.
+        metrics: task -> metric.
+    """
+
+    value: float
+    stderr: float | None
+    metrics: dict[str, str]
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """A task with its documents, before it is run.
+
+    Attributes:
+        name: as the user wrote it.
+        tasks: the harness's objects.
+        identity: hash of definition and documents.
+    """
+
+    name: str
+    tasks: dict[str, Any]
+    identity: str
+
+
+def harness_version() -> str:
+    """Return the version of lm-evaluation-harness."""
+    return version("lm-eval")
+
+
+def prepare(
+    name: str, records: Sequence[Mapping[str, Any]] | None, limit: int | None
+) -> PreparedTask:
+    """Return a task of the harness, on these records or on the harness's own dataset.
+
+    Raises:
+        UserError: the harness is missing, has no such task, or cannot fetch its data.
+    """
+    require_harness()
+    from llm_pruner.evaluation.harness import load_defined, load_named, quiet
+
+    loaded = load_named(name) if records is None else load_defined(local_definition(name, records))
+    with quiet():
+        return PreparedTask(name, loaded, _identity(loaded, limit))
+
+
+class TaskRunner:
+    """Runs tasks on one model."""
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int | None) -> None:
+        """Wrap a causal language model in eval mode.
+
+        Args:
+            model: the model.
+            tokenizer: its tokenizer; is not changed.
+            batch_size: sequences in a forward pass; None for as many as keep a batch small.
+        """
+        from llm_pruner.evaluation.harness import LoadedLM, quiet
+
+        with quiet():
+            self._lm = LoadedLM(model, tokenizer, batch_size)
+
+    def run(self, task: PreparedTask, limit: int | None) -> list[TaskResult]:
+        """Return the results of a task; several if its name stands for a group of tasks.
+
+        Args:
+            task: what ``prepare`` returned; cannot be run twice.
+            limit: take only this many documents of each task, as for ``prepare``.
+        """
+        from llm_pruner.evaluation.harness import run
+
+        self._lm.title, self._lm.truncated = task.name, 0
+        found = run(self._lm, task.tasks, limit)
+        results = [_result(name, found) for name in found["results"]]
+        return [replace(result, truncated=self._lm.truncated) for result in results]
+
+
+def means(results: Sequence[TaskResult]) -> tuple[Mean | None, Mean | None]:
+    """Return the mean over the paper's seven tasks, and over the six without BoolQ.
+
+    BoolQ is often left out, since its majority answer is right in 62% of cases. A mean is None
+    unless all its tasks are there.
+    """
+    by_name = {result.task: result for result in results}
+    return _mean(by_name, tuple(PAPER_METRICS)), _mean(by_name, tuple(PAPER_METRICS)[1:])
+
+
+def _mean(results: Mapping[str, TaskResult], tasks: Sequence[str]) -> Mean | None:
+    if not all(task in results for task in tasks):
+        return None
+    metrics = {task: PAPER_METRICS[task] for task in tasks}
+    chosen = [results[task].metrics[metric] for task, metric in metrics.items()]
+    errors = [each.stderr for each in chosen]
+    known = [error for error in errors if error is not None]
+    whole = len(known) == len(errors)
+    stderr = math.sqrt(sum(error**2 for error in known)) / len(tasks) if whole else None
+    return Mean(sum(each.value for each in chosen) / len(tasks), stderr, metrics)
+
+
+def _result(name: str, found: dict[str, Any]) -> TaskResult:
+    values = found["results"][name]
+    better = found["higher_is_better"].get(name) or {}
+    metrics = {}
+    for key, value in values.items():
+        metric, comma, filtered = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        stderr = values.get(f"{metric}_stderr,{filtered}")
+        metrics[metric if filtered == "none" else key] = MetricResult(
+            float(value),
+            float(stderr) if isinstance(stderr, int | float) else None,
+            better.get(metric),
+        )
+    members = found["n-samples"]
+    counts = [members[name]] if name in members else list(members.values())
+    return TaskResult(
+        task=name,
+        metrics=metrics,
+        paper_metric=PAPER_METRICS.get(name),
+        documents=sum(count["effective"] for count in counts),
+        documents_total=sum(count["original"] for count in counts),
+        num_fewshot=found["n-shot"].get(name) or 0,
+        version=str(found["versions"].get(name)),
+        truncated=0,
+    )
+
+
+def _identity(tasks: dict[str, Any], limit: int | None) -> str:
+    """Hash all that decides a result but the model and the harness's version."""
+    digest = hashlib.sha256()
+    for name, task in sorted(tasks["tasks"].items()):
+        definition = dict(task.dump_config())
+        for key in ("metadata", "custom_dataset", "dataset_kwargs"):
+            definition.pop(key, None)
+        digest.update(_json([name, str(task.VERSION), limit, definition]))
+        for document in islice(task.eval_docs, limit):
+            digest.update(_json(document))
+    digest.update(_json(tasks.get("group_map")))
+    return digest.hexdigest()
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, default=_stable).encode()
+
+
+def _stable(value: Any) -> str:
+    """Return a text that says the same in the next process, which an address does not."""
+    if callable(value):
+        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
+    return str(value)
