@@ -16,6 +16,7 @@ from llm_pruner.cli.output import (
     count,
     print_table,
     table,
+    warn,
     write_json,
 )
 from llm_pruner.errors import UserError
@@ -166,6 +167,7 @@ def command(
 
     from llm_pruner.data.task_files import LOCAL_TASKS
     from llm_pruner.pipeline.evaluate import PerplexitySettings, measure
+    from llm_pruner.pipeline.overlap import shared_corpora
     from llm_pruner.pipeline.settings import ModelSettings
     from llm_pruner.pipeline.zero_shot import ZeroShotSettings
 
@@ -177,6 +179,8 @@ def command(
         split,
         text_field,
     )
+    for warning in shared_corpora(model, perplexity or []):
+        warn(warning)
     found = measure(
         ModelSettings(model, revision, dtype, device, trust_remote_code),
         perplexity or [],

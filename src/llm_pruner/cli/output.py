@@ -117,6 +117,11 @@ def one_line(message: str) -> str:
     return " ".join(message.splitlines())
 
 
+def warn(message: str) -> None:
+    """Print a warning to standard error and go on."""
+    print(f"llm-pruner: warning: {clean(one_line(message))}", file=sys.stderr)
+
+
 def fail(message: str, code: int) -> NoReturn:
     """Print a message to standard error and exit."""
     sys.stdout.flush()
