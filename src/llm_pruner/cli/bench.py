@@ -196,7 +196,7 @@ def _speed_table(done: Bench) -> Any:
 
 
 def _rate(speed: Speed, stage: str) -> str:
-    return f"{getattr(speed, f'{stage}_tokens_per_second'):,.1f}"
+    return _number(getattr(speed, f"{stage}_tokens_per_second"))
 
 
 def _spread(speed: Speed, stage: str) -> str:
@@ -204,7 +204,11 @@ def _spread(speed: Speed, stage: str) -> str:
     rate = getattr(speed, f"{stage}_tokens_per_second")
     seconds = getattr(speed, f"{stage}_seconds")
     tokens = rate * median(seconds)
-    return f"{tokens / max(seconds):,.1f}-{tokens / min(seconds):,.1f}"
+    return f"{_number(tokens / max(seconds))}-{_number(tokens / min(seconds))}"
+
+
+def _number(rate: float) -> str:
+    return f"{rate:,.1f}" if rate < 1000 else f"{rate:,.0f}"
 
 
 def _billions(value: int) -> str:
