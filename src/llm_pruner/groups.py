@@ -504,6 +504,8 @@ def _layer_groups(
             continue
         lengths[parent] = len(children)
         reason = _why_fixed(model, trace)
+        if not all(_passes_through(trace, calls[child], whole=True) for child in children):
+            reason = "each layer numbers the streams of the hidden state anew"
         if _opens(model, children):
             children = children[1:]
         name = "layers" if not groups else f"layers_{len(groups) + 1}"
@@ -547,11 +549,17 @@ def _opens(model: nn.Module, children: list[str]) -> bool:
     return parts[0] > set().union(*parts[1:])
 
 
-def _passes_through(trace: Trace, calls: list[tuple[Any, Any]]) -> bool:
+def _passes_through(trace: Trace, calls: list[tuple[Any, Any]], *, whole: bool = False) -> bool:
+    """Whether the last axis of a layer's output is that of its input; with ``whole``, all axes.
+
+    Behind a layer that numbers another axis anew, such as parallel streams, other units would be
+    removed than before it; without the layer the two would meet.
+    """
     for source, result in calls:
         if source is None or result is None:
             return False
-        a, b = trace.atoms.resolve(source), trace.atoms.resolve(result)
-        if a.shape != b.shape or not bool((a == b).all()):
-            return False
+        for before, after in list(zip(source, result, strict=True))[: None if whole else 1]:
+            a, b = trace.atoms.resolve(before), trace.atoms.resolve(after)
+            if a.shape != b.shape or not bool((a == b).all()):
+                return False
     return True

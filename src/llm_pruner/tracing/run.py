@@ -200,7 +200,11 @@ class Layers:
             rest = output[1:] if isinstance(output, tuple | list) else ()
             self.beside[parent] = [weakref.ref(t) for t in rest if isinstance(t, torch.Tensor)]
             self.seen.setdefault(name, []).append(
-                (axes[0][-1], axes[1][-1])  # type: ignore[index]
+                # Batch and sequence aside: the last axis first, then what lies between (streams).
+                (
+                    [axes[0][-1], *axes[0][2:-1]],  # type: ignore[index]
+                    [axes[1][-1], *axes[1][2:-1]],  # type: ignore[index]
+                )
                 if chained and not shapes_differ
                 else (None, None)
             )
@@ -242,7 +246,7 @@ def run_trace(
     """Trace one forward pass; a model without weights (on meta) runs on stand-ins.
 
     Returns the trace, the names of tied tensors, and for every child of a module list the rows of
-    the last axis of its input and output at each call.
+    the axes of its input and output at each call, the last first, without batch and sequence.
     """
     if is_on_meta(model):
         with ghosts_of(model):
