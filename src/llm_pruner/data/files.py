@@ -22,6 +22,19 @@ def read_file(
     Raises:
         UserError: as ``load_documents`` says.
     """
+    rows = read_rows(path)
+    if path.suffix.lower() == ".txt":
+        return tuple(str(row) for row in rows)
+    return tuple(islice(texts_of_rows(rows, str(path), text_field), limit))
+
+
+def read_rows(path: Path) -> Iterator[Any]:
+    """Return the records of a file as they are; a ``.txt`` file is one record, its text.
+
+    Raises:
+        UserError: the file is missing, empty, a folder or of an unknown type; while iterating: a
+            record cannot be read.
+    """
     suffix = path.suffix.lower()
     if path.is_dir():
         raise UserError(f"{path} is a folder; give one text file in it ({_suffixes()})")
@@ -32,14 +45,12 @@ def read_file(
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty; give a file with text in it")
     if suffix == ".txt":
-        return (_decode(path),)
+        return iter((_decode(path),))
     if suffix == ".parquet":
-        rows = _parquet_rows(path)
-    elif suffix == ".jsonl":
-        rows = (row for _, row in json_lines(path))
-    else:
-        rows = _json_rows(path)
-    return tuple(islice(texts_of_rows(rows, str(path), text_field), limit))
+        return _parquet_rows(path)
+    if suffix == ".jsonl":
+        return (row for _, row in json_lines(path))
+    return _json_rows(path)
 
 
 def texts_of_rows(rows: Iterable[Any], name: str, text_field: str | None) -> Iterator[str]:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from llm_pruner.data.files import texts_of_rows
 from llm_pruner.errors import UserError
+
+T = TypeVar("T")
+
+STREAMED = 10_000
+"""Rows that are read of a dataset without an end, where nobody says how many."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,40 @@ def read_hub(
         UserError: the name is malformed, or the dataset cannot be loaded (no network, no such
             name, config or split).
     """
+
+    def texts(rows: Iterable[Any], name: str) -> tuple[str, ...]:
+        return tuple(islice(texts_of_rows(rows, name, text_field), limit))
+
+    return _read(source, split, limit, texts)
+
+
+def read_hub_rows(
+    source: str, *, split: str | None = None, limit: int | None = None
+) -> tuple[str, str, tuple[Any, ...]]:
+    """Return (name, split, rows) of a hub dataset, the rows as they are.
+
+    Without a limit a dataset that is too large to read whole gives its first ``STREAMED`` rows.
+
+    Raises:
+        UserError: as ``read_hub``.
+    """
+    alias = ALIASES.get(source.partition(":")[0])
+    if limit is None and alias is not None and alias.stream:
+        limit = STREAMED
+
+    def as_they_are(rows: Iterable[Any], name: str) -> tuple[Any, ...]:  # noqa: ARG001
+        return tuple(islice(rows, limit))
+
+    return _read(source, split, limit, as_they_are)
+
+
+def _read(
+    source: str,
+    split: str | None,
+    limit: int | None,
+    take: Callable[[Iterable[Any], str], tuple[T, ...]],
+) -> tuple[str, str, tuple[T, ...]]:
+    """Return (name, split, what ``take`` makes of the rows)."""
     if not _NAME.fullmatch(source):
         raise UserError(
             f"{source!r} is neither a local file nor a dataset name; use the path of a .txt, "
@@ -74,7 +113,7 @@ def read_hub(
             rows = loader("parquet", data_files=files, split=split, streaming=stream)
         else:
             rows = loader(alias.path, config or alias.config, split=split, streaming=stream)
-        return name, split, tuple(islice(texts_of_rows(rows, name, text_field), limit))
+        return name, split, take(rows, name)
     except UserError:
         raise
     except Exception as error:  # hub, network and dataset errors share no base class

@@ -1,0 +1,184 @@
+"""Examples to train on: instructions with answers, chats and plain text, from files and the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_pruner.data.files import SUFFIXES, read_rows, texts_of_rows
+from llm_pruner.data.hub import read_hub_rows
+from llm_pruner.data.text import fingerprint
+from llm_pruner.errors import UserError
+
+ROLES = ("system", "user", "assistant")
+
+_ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+"""Roles as ShareGPT and its relatives call them."""
+
+_QUESTIONS = (("instruction",), ("prompt",), ("question",))
+_CONTEXTS = ("input", "context")
+_ANSWERS = ("output", "response", "completion", "answer")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a chat; ``role`` is one of ``ROLES``."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """Turns of a chat, an instruction being a chat of two turns; or a text of its own.
+
+    Attributes:
+        turns: empty for a text.
+        text: empty for a chat.
+        context: the ``input`` of an instruction, which formats place apart from it.
+    """
+
+    turns: tuple[Turn, ...] = ()
+    text: str = ""
+    context: str = ""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of one source.
+
+    Attributes:
+        examples: in the order of the source.
+        name: file name, or hub name with config.
+        split: split of a hub dataset; None for a local file.
+        kind: ``chat`` or ``text``.
+        fingerprint: first 16 hex digits of a SHA-256 over their content.
+    """
+
+    examples: tuple[Example, ...]
+    name: str
+    split: str | None
+    kind: str
+    fingerprint: str
+
+
+def load_examples(
+    source: str,
+    *,
+    split: str | None = None,
+    text_field: str | None = None,
+    limit: int | None = None,
+) -> Examples:
+    """Read examples; the first record decides what the fields mean.
+
+    - ``messages`` or ``conversations``: a chat, a list of {role, content} or {from, value};
+    - ``instruction`` (or ``prompt``, ``question``), ``input`` or ``context`` where there is one,
+      and ``output`` (or ``response``, ``completion``, ``answer``): the Alpaca schema;
+    - else plain text, found as ``load_documents`` finds it. ``text_field`` asks for this.
+
+    Args:
+        source: a ``.txt``, ``.jsonl``, ``.json`` or ``.parquet`` file, or a hub dataset.
+        split: of a hub dataset, by default ``train``.
+        limit: read at most this many records.
+
+    Raises:
+        UserError: the source cannot be read, a record is not what the first one is, or all are
+            empty.
+    """
+    path = Path(source).expanduser()
+    local = path.exists() or path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~"))
+    if local:
+        name, used = path.name, None
+        rows: Sequence[Any] = tuple(read_rows(path))
+    else:
+        name, used, rows = read_hub_rows(source, split=split, limit=limit)
+    rows = rows[:limit]
+    shape = _shape(rows[0], text_field) if rows else None
+    if shape is None:
+        examples = [Example(text=text) for text in texts_of_rows(rows, name, text_field)]
+        kept = tuple(one for one in examples if one.text.strip())
+        kind = "text"
+    else:
+        read = [shape.read(row, f"{name}: record {n}") for n, row in enumerate(rows, start=1)]
+        kept = tuple(one for one in read if one is not None)
+        kind = "chat"
+    if not kept:
+        raise UserError(f"{name} holds no text; give a file or dataset with text in it")
+    return Examples(kept, name, used, kind, fingerprint(_spelled(kept)))
+
+
+def _spelled(examples: Sequence[Example]) -> list[str]:
+    return [
+        "\0".join([one.text, one.context, *(f"{turn.role}\0{turn.content}" for turn in one.turns)])
+        for one in examples
+    ]
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """Records that hold a list of messages."""
+
+    field: str
+
+    def read(self, row: Any, where: str) -> Example | None:
+        messages = row.get(self.field) if isinstance(row, Mapping) else None
+        if not isinstance(messages, (list, tuple)):
+            raise UserError(f"{where} has no list {self.field!r}; repair or remove the record")
+        turns = tuple(_turn(message, where) for message in messages)
+        if not any(turn.role == "assistant" and turn.content.strip() for turn in turns):
+            return None
+        return Example(turns)
+
+
+def _turn(message: Any, where: str) -> Turn:
+    if isinstance(message, Mapping):
+        role = message.get("role", message.get("from"))
+        content = message.get("content", message.get("value"))
+        role = _ROLE_NAMES.get(str(role), role)
+        if role in ROLES and isinstance(content, str):
+            return Turn(str(role), content)
+    raise UserError(
+        f"{where} has a message that is no role of {', '.join(ROLES)} with a text; "
+        "repair or remove the record"
+    )
+
+
+@dataclass(frozen=True)
+class _Instruction:
+    """Records in the Alpaca schema, under one of its names."""
+
+    question: str
+    context: str | None
+    answer: str
+
+    def read(self, row: Any, where: str) -> Example | None:
+        values = []
+        for field in (self.question, self.context, self.answer):
+            value = row.get(field) if isinstance(row, Mapping) and field is not None else ""
+            if field == self.context and value is None:
+                value = ""
+            if not isinstance(value, str):
+                raise UserError(
+                    f"{where}: field {field!r} is missing or no string; repair or remove the record"
+                )
+            values.append(value)
+        question, context, answer = values
+        if not (question.strip() and answer.strip()):
+            return None
+        return Example((Turn("user", question), Turn("assistant", answer)), context=context)
+
+
+def _shape(row: Any, text_field: str | None) -> _Chat | _Instruction | None:
+    if text_field is not None or not isinstance(row, Mapping):
+        return None
+    for field in ("messages", "conversations"):
+        if isinstance(row.get(field), (list, tuple)):
+            return _Chat(field)
+    for (question,) in _QUESTIONS:
+        for answer in _ANSWERS:
+            if isinstance(row.get(question), str) and isinstance(row.get(answer), str):
+                context = next((name for name in _CONTEXTS if name in row), None)
+                return _Instruction(question, context, answer)
+    return None

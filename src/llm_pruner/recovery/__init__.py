@@ -1,0 +1,20 @@
+"""Training after pruning: adapters or weights, from text and from the dense model."""
+
+from llm_pruner.recovery.recover import Outcome, recover_
+from llm_pruner.recovery.settings import PRESETS, LoraSettings, RecoverySettings, preset
+from llm_pruner.recovery.teacher import DistillationSettings, Teacher
+from llm_pruner.recovery.training import Evaluation, Progress, RunState
+
+__all__ = [
+    "PRESETS",
+    "DistillationSettings",
+    "Evaluation",
+    "LoraSettings",
+    "Outcome",
+    "Progress",
+    "RecoverySettings",
+    "RunState",
+    "Teacher",
+    "preset",
+    "recover_",
+]

@@ -1,0 +1,238 @@
+"""Train a pruned model on some text, and keep the result only if held-out text says so."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from llm_pruner.errors import UserError
+from llm_pruner.recovery import state
+from llm_pruner.recovery.batches import lay_out, step_samples
+from llm_pruner.recovery.forward import can_pack, held_out_losses, micro_tokens
+from llm_pruner.recovery.methods import make_trainable_, merge_, set_weights_, trained_weights
+from llm_pruner.recovery.settings import RecoverySettings
+from llm_pruner.recovery.teacher import Teacher
+from llm_pruner.recovery.training import (
+    Evaluation,
+    Guard,
+    Progress,
+    RecoveryTrainer,
+    RunState,
+    _Steps,
+    evaluation_interval,
+)
+from llm_pruner.sequences import TrainingSequence
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run did.
+
+    Attributes:
+        gained: whether the held-out loss fell; if not, the model that was trained is not to be
+            kept.
+        before: held-out score of the model that came in.
+        after: held-out score of the model that was trained, merged, with its best weights.
+        run: the course of the run.
+        steps: steps that were done.
+        losses: training loss of each step.
+        trained: number of parameters that were trained.
+        packed: whether samples were packed into rows; else they were padded in buckets.
+    """
+
+    gained: bool
+    before: Evaluation
+    after: Evaluation
+    run: RunState
+    steps: int
+    losses: list[float]
+    trained: int
+    packed: bool
+
+
+def recover_(
+    model: Any,
+    train: Sequence[TrainingSequence],
+    held_out: Sequence[TrainingSequence],
+    settings: RecoverySettings,
+    *,
+    work: Path,
+    folder: state.Folder,
+    sources: int = 1,
+    teacher: Teacher | None = None,
+    say: Callable[[Progress], None] = lambda _: None,
+    keep_adapter: Path | None = None,
+) -> tuple[Any, Outcome]:
+    """Train ``model`` in place; return it with its best weights, merged, in eval mode.
+
+    A run that left a checkpoint in ``work`` is continued: with the same arguments it ends with
+    the weights of a run that was not interrupted. So is the order of the data, which depends on
+    ``settings.seed`` alone.
+
+    Args:
+        model: a causal language model of transformers.
+        train: samples to train on.
+        held_out: samples that decide which weights are kept; none of them is trained on.
+        settings: see there.
+        work: folder for checkpoints.
+        folder: gives a folder that appears under its name once it is complete.
+        sources: number of different ``TrainingSequence.source``.
+        teacher: mixes in what a dense model would say.
+        say: called after each step.
+        keep_adapter: with ``lora``, write the adapter there, before it is merged.
+
+    Raises:
+        UserError: the model has nothing that the method trains, a loss is not finite, or a
+            checkpoint does not fit.
+    """
+    settings.check()
+    if not train or not held_out:
+        raise UserError("recovery needs samples to train on and samples to hold out")
+    work.mkdir(parents=True, exist_ok=True)
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    packed = can_pack(model, vocabulary)
+    layout: dict[str, Any] = {
+        "packed": packed,
+        "capacity": settings.seq_len,
+        "micro_tokens": settings.micro_tokens or micro_tokens(model, settings.seq_len),
+    }
+    steps = -(-len(train) // settings.batch_size)
+    total = max(1, math.ceil(settings.epochs * steps))
+    total = min(total, settings.max_steps or total)
+    run = RunState(
+        total,
+        evaluation_interval(total, settings.evaluations),
+        planned=settings.max_minutes is None,
+    )
+    checkpoint = state.last_checkpoint(work)
+    if checkpoint is not None:
+        run = RunState.from_json(state.read_values(checkpoint)["run"])
+    scored = lay_out(held_out, range(len(held_out)), **layout)
+
+    def score(step: int, scored_model: Any) -> Evaluation:
+        sums = held_out_losses(scored_model, scored, held_out, sources)
+        tokens = sum(count for _, count in sums)
+        by_source = [loss / count if count else None for loss, count in sums]
+        return Evaluation(step, sum(loss for loss, _ in sums) / tokens, by_source)
+
+    with _quiet(), torch.random.fork_rng(), tempfile.TemporaryDirectory() as unused:
+        if run.before is None:
+            run.before = score(0, model)
+            if not settings.bf16 and settings.lora.start == "default":
+                run.evaluations.append(run.before)  # training starts from just this
+        torch.manual_seed(settings.seed)
+        trained = make_trainable_(model, settings)
+        count = sum(one.numel() for one in trained.parameters() if one.requires_grad)
+        if settings.gradient_checkpointing:
+            _checkpoint_activations_(trained)
+        guard = Guard(run, settings, lambda step: score(step, trained), say)
+        trainer = RecoveryTrainer(
+            trained,
+            _arguments(model, settings, total, unused, work),
+            settings,
+            _Steps(train, step_samples(len(train), settings.batch_size, total, settings.seed), **layout),
+            run,
+            teacher,
+            folder,
+            work,
+        )
+        guard.trainer = trainer
+        trainer.add_callback(guard)
+        initial = trained_weights(trained)
+        done = checkpoint is not None and _is_done(checkpoint, run)
+        if done:
+            assert checkpoint is not None
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        set_weights_(trained, initial if trainer.best_weights is None else trainer.best_weights)
+        if keep_adapter is not None and settings.method == "lora":
+            trained.save_pretrained(keep_adapter, save_embedding_layers=False)
+        model = merge_(trained)
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+        history = trainer.state.log_history
+        after = score(trainer.state.global_step, model)
+    return model, Outcome(
+        gained=run.best > 0 and after.loss < run.before.loss,
+        before=run.before,
+        after=after,
+        run=run,
+        steps=trainer.state.global_step,
+        losses=[entry["loss"] for entry in history if "loss" in entry],
+        trained=count,
+        packed=packed,
+    )
+
+
+def _is_done(checkpoint: Path, run: RunState) -> bool:
+    step = int(checkpoint.name.rpartition("-")[2])
+    return run.stopped is not None or step >= run.total
+
+
+def _checkpoint_activations_(model: Any) -> None:
+    if not getattr(model, "supports_gradient_checkpointing", True):
+        raise UserError("this model cannot compute its activations twice; leave out "
+                        "--gradient-checkpointing")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _arguments(
+    model: Any, settings: RecoverySettings, total: int, unused: str, work: Path
+) -> TrainingArguments:
+    report = settings.report_to
+    args = TrainingArguments(
+        # Checkpoints are written by the trainer's own methods; TensorBoard writes where it runs.
+        output_dir=unused if report == "none" else str(Path("runs") / work.name),
+        per_device_train_batch_size=1,  # a batch is a whole step
+        max_steps=total,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        optim="adamw_torch",
+        logging_strategy="steps",
+        logging_steps=1,
+        eval_strategy="no",
+        save_strategy="no",
+        report_to=[] if report == "none" else [report],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=False,
+        use_cpu=next(model.parameters()).device.type == "cpu",
+        bf16=settings.bf16,
+        seed=settings.seed,
+        data_seed=settings.seed,
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # one model, one device
+    return args
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back the notes of the libraries; what goes wrong is raised."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "accelerate", "peft")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def clear_(work: Path) -> None:
+    """Remove the folder of a run."""
+    shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,362 @@
+"""The Hugging Face Trainer, with packed steps, a guard on held-out text, and pickle-free resume."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from llm_pruner.errors import UserError
+from llm_pruner.recovery import state
+from llm_pruner.recovery.batches import Batch, lay_out
+from llm_pruner.recovery.forward import learned_logits
+from llm_pruner.recovery.methods import set_weights_, trained_weights
+from llm_pruner.recovery.objective import distillation_loss, task_loss
+from llm_pruner.recovery.settings import RecoverySettings
+from llm_pruner.recovery.teacher import Teacher
+from llm_pruner.sequences import TrainingSequence
+
+TIMED_STEPS = 3
+"""Steps that are timed before a run with ``max_minutes`` is planned; one before them warms up."""
+
+
+@dataclass
+class Evaluation:
+    """A score of the held-out samples.
+
+    Attributes:
+        step: optimizer steps before it.
+        loss: mean negative log-likelihood in nats over all learned tokens.
+        by_source: the same for each source; None where nothing is held out of it.
+    """
+
+    step: int
+    loss: float
+    by_source: list[float | None]
+
+
+@dataclass
+class RunState:
+    """What changes while a run goes on, and is kept in its checkpoints.
+
+    Attributes:
+        total: steps that the run will have.
+        every: steps between evaluations.
+        evaluations: in order, the first before training.
+        best: index of the best of them.
+        seconds: time spent in this and earlier processes, evaluations included.
+        tokens: tokens trained on, padding left out.
+        before: score of the model that came in; None before it was measured.
+        stopped: why the run ended before its steps were done; None if it did not.
+        planned: whether ``total`` is final.
+    """
+
+    total: int
+    every: int
+    evaluations: list[Evaluation] = field(default_factory=list)
+    best: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    stopped: str | None = None
+    planned: bool = True
+    before: Evaluation | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> RunState:
+        """Read what ``to_json`` gave."""
+        evaluations = [Evaluation(**one) for one in data["evaluations"]]
+        before = None if data["before"] is None else Evaluation(**data["before"])
+        return cls(**{**data, "evaluations": evaluations, "before": before})
+
+
+class _Steps(Dataset[list[Batch]]):
+    """One item is one optimizer step: the batches of its samples."""
+
+    def __init__(self, sequences: Sequence[TrainingSequence], steps: list[list[int]], **layout: Any):
+        self._sequences, self._steps, self._layout = sequences, steps, layout
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __getitem__(self, index: int) -> list[Batch]:
+        return lay_out(self._sequences, self._steps[index], **self._layout)
+
+
+class RecoveryTrainer(Trainer):
+    """A Trainer whose batches are whole optimizer steps, laid out by ``lay_out``.
+
+    Loss of a step: sum over its learned tokens, divided by their number; so it does not depend on
+    how the samples are spread over forward passes.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        settings: RecoverySettings,
+        steps: _Steps,
+        run: RunState,
+        teacher: Teacher | None,
+        folder: state.Folder,
+        work: Path,
+    ) -> None:
+        self._settings, self._run, self._teacher = settings, run, teacher
+        self._folder, self._work = folder, work
+        self.best_weights: dict[str, torch.Tensor] | None = None
+        self.last_loss = math.nan
+        super().__init__(model=model, args=args, train_dataset=steps, data_collator=_only)
+        self.remove_callback(PrinterCallback)
+
+    # Data and schedule.
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the steps in their order; they were shuffled when they were made."""
+        loader: Any = DataLoader(self.train_dataset, batch_size=1, collate_fn=_only)
+        return self.accelerator.prepare(loader)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """Warm up, then fall to zero at the run's last step, which may come to be known later."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, self._rate
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _rate(self, step: int) -> float:
+        return rate(step, self._run.total, self._settings.warmup_steps, self._settings.schedule)
+
+    # One step.
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:  # noqa: ARG002
+        """Run forward and backward over the batches of a step; return its mean loss."""
+        model.train()
+        batches: list[Batch] = inputs["batches"]
+        count = sum(batch.targets for batch in batches)
+        total = torch.zeros((), device=self.args.device)
+        for batch in batches:
+            with self.compute_loss_context_manager():
+                loss = self._loss(model, batch) / count
+            self.accelerator.backward(loss)
+            total += loss.detach().to(total.device)
+            self._run.tokens += batch.tokens
+        if not bool(total.isfinite()):
+            raise UserError(
+                f"the loss of step {self.state.global_step + 1} is {float(total)}; use a lower "
+                "--learning-rate, and --dtype float32 if the model is in another"
+            )
+        self.last_loss = float(total)
+        return total
+
+    def _loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        logits, tokens = learned_logits(model, batch)
+        if self._teacher is None:
+            return task_loss(logits, tokens)
+        settings = self._teacher.settings
+        ids, values = (one.to(logits.device) for one in self._teacher.says(batch))
+        loss = settings.weight * distillation_loss(logits, ids, values, settings.temperature)
+        if settings.weight < 1:
+            loss = loss + (1 - settings.weight) * task_loss(logits, tokens)
+        return loss
+
+    def floating_point_ops(self, inputs: Any) -> int:  # noqa: ARG002
+        """Nothing reads it."""
+        return 0
+
+    # Checkpoints.
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002
+        """Write all that ``train(resume_from_checkpoint=...)`` reads, whole or not at all."""
+        path = state.step_folder(self._work, self.state.global_step)
+        if path.exists():
+            return
+        with self._folder(path) as folder:
+            weights = trained_weights(self.model)
+            state.write_tensors(folder / "weights.safetensors", weights)
+            if self.best_weights is not None:
+                state.write_tensors(folder / "best.safetensors", self.best_weights)
+            assert self.lr_scheduler is not None
+            schedule = {
+                key: value
+                for key, value in self.lr_scheduler.state_dict().items()
+                if key != "lr_lambdas"
+            }
+            values = {
+                "run": self._run.to_json(),
+                "optimizer": state.write_optimizer(folder, self.optimizer),
+                "schedule": schedule,
+                "random": state.write_random(folder),
+            }
+            state.write_values(folder, values)
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+            state.flush(folder / "trainer_state.json")
+            state.flush(folder)
+        state.flush(self._work)
+        state.drop_older(self._work, path)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
+        folder = Path(resume_from_checkpoint)
+        set_weights_(self.model, state.read_tensors(folder / "weights.safetensors"))
+        best = folder / "best.safetensors"
+        self.best_weights = state.read_tensors(best) if best.is_file() else None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        values = state.read_values(Path(checkpoint))
+        state.read_optimizer_(Path(checkpoint), values["optimizer"], self.optimizer)
+        assert self.lr_scheduler is not None
+        self.lr_scheduler.load_state_dict({**values["schedule"], "lr_lambdas": [None]})
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            state.read_random(Path(checkpoint), state.read_values(Path(checkpoint))["random"])
+
+
+def rate(step: int, total: int, warmup: int, schedule: str) -> float:
+    """Return the share of the peak learning rate at a step, counted from 0.
+
+    Linear from 1/w at the first of w warm-up steps to 1, where w is at most a tenth of the run; then
+    1 - x (linear) or (1 + cos(pi x)) / 2 (cosine), where x is the share of the rest that is done.
+    """
+    warmup = min(warmup, total // 10)
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    return 1 - done if schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+
+
+class Guard(TrainerCallback):
+    """Scores the held-out samples, keeps the best weights, and ends the run when it should.
+
+    Args:
+        run: the state that it changes.
+        settings: the limits.
+        score: gives an evaluation at a step.
+        say: is told the step, the last loss and whether it was evaluated.
+    """
+
+    def __init__(
+        self,
+        run: RunState,
+        settings: RecoverySettings,
+        score: Callable[[int], Evaluation],
+        say: Callable[[Progress], None],
+    ) -> None:
+        self._run, self._settings, self._score, self._say = run, settings, score, say
+        self._clock = time.monotonic()
+        self._timed: float | None = None
+        self._seconds_to_score = 0.0
+        self.trainer: RecoveryTrainer | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Score the model as it came, unless an earlier process did."""
+        self._clock = time.monotonic()
+        if not self._run.evaluations:
+            self._run.evaluations.append(self._evaluate(0))
+        state.max_steps = self._run.total
+        self._tick()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Plan, evaluate, keep, stop."""
+        run, step = self._run, state.global_step
+        assert self.trainer is not None
+        self._tick()
+        if not run.planned:
+            self._plan(step)
+        late = self._late()
+        last = step >= run.total or late
+        evaluated = step % run.every == 0 or last
+        if evaluated:
+            found = self._evaluate(step)
+            run.evaluations.append(found)
+            if found.loss < run.evaluations[run.best].loss:
+                run.best = len(run.evaluations) - 1
+                self.trainer.best_weights = trained_weights(self.trainer.model)
+            elif len(run.evaluations) - 1 - run.best >= self._settings.patience and not last:
+                run.stopped = (
+                    f"the held-out loss did not improve for {self._settings.patience} evaluations"
+                )
+            if late and step < run.total:
+                run.stopped = f"the {self._settings.max_minutes:g} minutes were over"
+            self._tick()
+        state.max_steps = run.total
+        control.should_training_stop = last or run.stopped is not None
+        save_every = self._settings.save_every or run.every
+        control.should_save = step % save_every == 0 or control.should_training_stop
+        self._say(Progress(step, run, self.trainer.last_loss, evaluated))
+
+    def _evaluate(self, step: int) -> Evaluation:
+        started = time.monotonic()
+        found = self._score(step)
+        if not math.isfinite(found.loss):
+            if step == 0:
+                raise UserError(
+                    "the loss of the held-out samples is not finite before training; look at the "
+                    "data, or load the model in float32"
+                )
+            found.loss = math.inf
+        self._seconds_to_score = time.monotonic() - started
+        return found
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self._run.seconds += now - self._clock
+        self._clock = now
+
+    def _late(self) -> bool:
+        """Whether the time that is left is needed for the last evaluation."""
+        if self._settings.max_minutes is None:
+            return False
+        left = 60 * self._settings.max_minutes - self._run.seconds
+        return left <= 1.1 * self._seconds_to_score
+
+    def _plan(self, step: int) -> None:
+        """Choose the number of steps that fits in the time, from how long the first ones took."""
+        assert self._settings.max_minutes is not None
+        if self._timed is None:
+            self._timed = self._run.seconds  # after the step that warms up
+            self._from = step
+            return
+        if step - self._from < TIMED_STEPS:
+            return
+        each = (self._run.seconds - self._timed) / (step - self._from)
+        left = 60 * self._settings.max_minutes - self._run.seconds
+        # 5% are kept back for steps that are longer than the first.
+        left = 0.95 * left - self._settings.evaluations * self._seconds_to_score
+        self._run.total = max(step + 1, min(self._run.total, step + int(left / max(each, 1e-9))))
+        self._run.every = evaluation_interval(self._run.total, self._settings.evaluations)
+        self._run.planned = True
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: steps done, its state, the last step's loss, if it was just scored."""
+
+    step: int
+    run: RunState
+    loss: float
+    evaluated: bool
+
+
+def evaluation_interval(total: int, evaluations: int) -> int:
+    """Return the steps between evaluations; the last step is always evaluated."""
+    return max(1, -(-total // evaluations))
+
+
+def _only(items: list[Any]) -> dict[str, Any]:
+    return {"batches": items[0]}
