@@ -59,7 +59,7 @@ def save_checkpoint(
     out: Path,
     *,
     edits: Edits,
-    plan_json: str,
+    plan_json: str | None,
     tokenizer: PreTrainedTokenizerBase | None,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
@@ -73,7 +73,7 @@ def save_checkpoint(
         model: the pruned model; comes back as it was.
         out: the folder; appears only once it is complete.
         edits: what surgery changed since the model was loaded.
-        plan_json: content of ``plan.json``.
+        plan_json: content of ``plan.json``; None for a model that was not pruned.
         tokenizer: saved beside the weights, or None.
         overwrite: replace a folder that has content.
         max_shard_size: largest weight file, such as ``100MB``.
@@ -96,7 +96,8 @@ def save_checkpoint(
             model.save_pretrained(folder, max_shard_size=max_shard_size)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-        (folder / "plan.json").write_text(plan_json, encoding="utf-8", newline="\n")
+        if plan_json is not None:
+            (folder / "plan.json").write_text(plan_json, encoding="utf-8", newline="\n")
         if beside is not None:
             beside(folder, kind, _needs(model, kind))
         for file in folder.rglob("*"):

@@ -12,7 +12,7 @@ import os
 
 import typer
 
-from llm_pruner.cli import bench, compare, demo, evaluate, inspect, prune, tasks
+from llm_pruner.cli import bench, compare, demo, evaluate, inspect, prune, recover, tasks
 from llm_pruner.cli.grouped import GroupedCommand
 from llm_pruner.cli.output import fail, one_line
 from llm_pruner.errors import LLMPrunerError, PlanError, UserError
@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 app.command("inspect", cls=GroupedCommand, epilog=inspect.EXAMPLES)(inspect.command)
 app.command("prune", cls=GroupedCommand, epilog=prune.EXAMPLES)(prune.command)
+app.command("recover", cls=GroupedCommand, epilog=recover.EXAMPLES)(recover.command)
 app.command("evaluate", cls=GroupedCommand, epilog=evaluate.EXAMPLES)(evaluate.command)
 app.command("compare", cls=GroupedCommand, epilog=compare.EXAMPLES)(compare.command)
 app.command("bench", cls=GroupedCommand, epilog=bench.EXAMPLES)(bench.command)

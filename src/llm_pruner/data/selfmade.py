@@ -1,12 +1,14 @@
-"""Calibration text that the model writes itself: no outside data at all."""
+"""Text that a model writes, for calibration and recovery: no outside data at all."""
 
 from __future__ import annotations
 
 import inspect
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from llm_pruner.errors import UserError
 from llm_pruner.progress import track
@@ -163,3 +165,34 @@ def _special_ids(tokenizer: Any) -> set[int]:
 
 def _vocabulary(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
+
+
+CHUNK = 64
+"""Sequences that are written, and kept, at a time."""
+
+
+def write_text_cached(
+    model: Any, tokenizer: Any, folder: Path, *, samples: int, seq_len: int, seed: int
+) -> torch.Tensor:
+    """Return what ``write_text`` writes, ``CHUNK`` sequences at a time, each kept in ``folder``.
+
+    What was written before an interruption is read again. The folder belongs to one model, length
+    and seed; more samples continue what is there.
+
+    Raises:
+        UserError: as ``write_text``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    chunks = []
+    for number in range(-(-samples // CHUNK)):
+        file = folder / f"{seq_len}-{seed}-{number:05d}.safetensors"
+        if not file.is_file():
+            # Whole chunks, so that they do not depend on how many samples are asked for.
+            ids = write_text(
+                model, tokenizer, samples=CHUNK, seq_len=seq_len, seed=seed + 1_000_003 * number
+            )
+            partial = file.with_suffix(".partial")
+            save_file({"input_ids": ids}, partial)
+            partial.replace(file)
+        chunks.append(load_file(file)["input_ids"])
+    return torch.cat(chunks)[:samples]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from llm_pruner.recovery.training import (
     Progress,
     RecoveryTrainer,
     RunState,
-    _Steps,
+    Steps,
     evaluation_interval,
 )
 from llm_pruner.sequences import TrainingSequence
@@ -42,7 +41,8 @@ class Outcome:
         gained: whether the held-out loss fell; if not, the model that was trained is not to be
             kept.
         before: held-out score of the model that came in.
-        after: held-out score of the model that was trained, merged, with its best weights.
+        after: held-out score of the model that was trained, merged, with its best weights; if none
+            was better than what came in, the best score on the way.
         run: the course of the run.
         steps: steps that were done.
         losses: training loss of each step.
@@ -140,7 +140,9 @@ def recover_(
             trained,
             _arguments(model, settings, total, unused, work),
             settings,
-            _Steps(train, step_samples(len(train), settings.batch_size, total, settings.seed), **layout),
+            Steps(
+                train, step_samples(len(train), settings.batch_size, total, settings.seed), **layout
+            ),
             run,
             teacher,
             folder,
@@ -161,9 +163,13 @@ def recover_(
             trained.save_pretrained(keep_adapter, save_embedding_layers=False)
         model = merge_(trained)
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
+            _keep_activations_(model)
         history = trainer.state.log_history
-        after = score(trainer.state.global_step, model)
+        after = (
+            score(trainer.state.global_step, model)
+            if run.best
+            else min(run.evaluations[1:], key=lambda one: one.loss, default=run.before)
+        )
     return model, Outcome(
         gained=run.best > 0 and after.loss < run.before.loss,
         before=run.before,
@@ -182,10 +188,29 @@ def _is_done(checkpoint: Path, run: RunState) -> bool:
 
 
 def _checkpoint_activations_(model: Any) -> None:
-    if not getattr(model, "supports_gradient_checkpointing", True):
-        raise UserError("this model cannot compute its activations twice; leave out "
-                        "--gradient-checkpointing")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    """Have the layers compute their activations again in the backward pass.
+
+    Raises:
+        UserError: the model cannot.
+    """
+    options = {"use_reentrant": False}
+    try:
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        else:  # before transformers 5.22
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    except ValueError as error:
+        raise UserError(
+            f"this model cannot compute its activations twice ({error}); leave out "
+            "--gradient-checkpointing"
+        ) from error
+
+
+def _keep_activations_(model: Any) -> None:
+    if hasattr(model, "activation_checkpointing_disable"):
+        model.activation_checkpointing_disable()
+    else:
+        model.gradient_checkpointing_disable()
 
 
 def _arguments(
@@ -231,8 +256,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def clear_(work: Path) -> None:
-    """Remove the folder of a run."""
-    shutil.rmtree(work, ignore_errors=True)

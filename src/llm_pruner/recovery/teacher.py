@@ -40,9 +40,7 @@ class DistillationSettings:
         if not 0 < self.temperature < float("inf"):
             raise UserError(f"--temperature {self.temperature} is no temperature; use such as 2")
         if not 0 < self.weight <= 1:
-            raise UserError(
-                f"--distill-weight {self.weight} is outside (0, 1]; use such as 0.9, or no --teacher"
-            )
+            raise UserError(f"--distill-weight {self.weight} is outside [0, 1]; use such as 0.9")
         if self.top_k < 1:
             raise UserError(f"--teacher-top-k {self.top_k} keeps nothing; use 1 or more")
 
@@ -110,7 +108,7 @@ class Teacher:
         self.tokens_run = 0
 
     def says(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (token ids int64, log probabilities float32), each (learned tokens of batch, k)."""
+        """Return token ids, int64, and log probabilities, float32: (learned tokens of batch, k)."""
         missing = [part.sample for part in batch.parts if not self._done[part.sample]]
         if missing:
             self._run(missing)

@@ -81,10 +81,12 @@ class RunState:
         return cls(**{**data, "evaluations": evaluations, "before": before})
 
 
-class _Steps(Dataset[list[Batch]]):
+class Steps(Dataset[list[Batch]]):
     """One item is one optimizer step: the batches of its samples."""
 
-    def __init__(self, sequences: Sequence[TrainingSequence], steps: list[list[int]], **layout: Any):
+    def __init__(
+        self, sequences: Sequence[TrainingSequence], steps: list[list[int]], **layout: Any
+    ):
         self._sequences, self._steps, self._layout = sequences, steps, layout
 
     def __len__(self) -> int:
@@ -106,7 +108,7 @@ class RecoveryTrainer(Trainer):
         model: Any,
         args: TrainingArguments,
         settings: RecoverySettings,
-        steps: _Steps,
+        steps: Steps,
         run: RunState,
         teacher: Teacher | None,
         folder: state.Folder,
@@ -127,10 +129,12 @@ class RecoveryTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+        self,
+        num_training_steps: int,  # noqa: ARG002
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> Any:
         """Warm up, then fall to zero at the run's last step, which may come to be known later."""
-        if self.lr_scheduler is None:
+        if self.lr_scheduler is None:  # type: ignore[has-type]
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer, self._rate
             )
@@ -230,8 +234,9 @@ class RecoveryTrainer(Trainer):
 def rate(step: int, total: int, warmup: int, schedule: str) -> float:
     """Return the share of the peak learning rate at a step, counted from 0.
 
-    Linear from 1/w at the first of w warm-up steps to 1, where w is at most a tenth of the run; then
-    1 - x (linear) or (1 + cos(pi x)) / 2 (cosine), where x is the share of the rest that is done.
+    Linear from 1/w at the first of w warm-up steps to 1, where w is at most a tenth of the run;
+    then 1 - x (linear) or (1 + cos(pi x)) / 2 (cosine), where x is the share of the rest that is
+    done.
     """
     warmup = min(warmup, total // 10)
     if step < warmup:

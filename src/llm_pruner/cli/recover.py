@@ -1,0 +1,521 @@
+"""``llm-pruner recover``: train a pruned model, and keep it only if it became better."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from math import exp, inf
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from llm_pruner.cli import options
+from llm_pruner.cli.output import (
+    check_json,
+    clean,
+    console,
+    count,
+    megabytes,
+    print_table,
+    table,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from llm_pruner.data.formatting import Template
+    from llm_pruner.pipeline.recover import Recovered
+    from llm_pruner.recovery import Progress
+
+EXAMPLES = """\b
+Examples:
+  llm-pruner recover ./small --out better --data alpaca.jsonl --max-minutes 20
+  llm-pruner recover ./small --out better --data self --teacher default
+  llm-pruner recover ./small --out better --data yahma/alpaca-cleaned \\
+      --preset paper
+"""
+
+_OUTPUT, _DATA, _TRAINING = "Output", "Data", "Training"
+_TEACHER, _LORA, _BUDGET = "Teacher", "Adapters", "Budget"
+
+
+def command(
+    model: options.Model,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", metavar="DIR", help="Folder to write.", rich_help_panel=_OUTPUT
+        ),
+    ],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            metavar="SRC",
+            help="self (the teacher writes), a hub dataset, or a .txt, .jsonl, .json or .parquet "
+            "file of instructions, chats or text. May be given several times.",
+            rich_help_panel=_DATA,
+        ),
+    ],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what --out holds.", rich_help_panel=_OUTPUT)
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with a run that was interrupted, from its last checkpoint.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = False,
+    restart: Annotated[
+        bool,
+        typer.Option("--restart", help="Throw an interrupted run away.", rich_help_panel=_OUTPUT),
+    ] = False,
+    keep_adapter: Annotated[
+        bool,
+        typer.Option(
+            "--keep-adapter",
+            help="Save the adapter too, in --out/adapter; it belongs to MODEL.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = False,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Largest weight file.", rich_help_panel=_OUTPUT)
+    ] = "5GB",
+    json: options.Json = None,
+    perplexity: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SRC",
+            help="Measure perplexity on this corpus before and after. May be given several times.",
+            show_default=False,
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    perplexity_seq_len: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Tokens in a window of it. [default: 2048 or the model's maximum]",
+            show_default=False,
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Use at most this many examples of each source. [default: all; 512 of self]",
+            show_default=False,
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    held_out: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Examples of each source to judge by. [default: one in 20, at most 256]",
+            show_default=False,
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    template: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="How instructions are written: chat (the tokenizer's template), alpaca, or auto.",
+            rich_help_panel=_DATA,
+        ),
+    ] = "auto",
+    mask_prompt: Annotated[
+        bool,
+        typer.Option(
+            "--mask-prompt", help="Learn only what the assistant says.", rich_help_panel=_DATA
+        ),
+    ] = False,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Split of a hub dataset.",
+            show_default=False,
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    text_field: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Field that holds a plain text.",
+            show_default=False,
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    preset: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="quick: minutes on a CPU; paper: LLM-Pruner's two epochs in batches of 64. "
+            "Options given beside it win.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = "quick",
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="lora, full (all weights) or norms (norm weights and biases).",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = "lora",
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATE",
+            help="At its peak. [default: 1e-3 for quick, 1e-4 for paper, less for full]",
+            show_default=False,
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    warmup_steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Steps to reach it, at most a tenth of the run. [default: 10; 100]",
+            show_default=False,
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="How it falls to zero: linear or cosine. [default: cosine; linear]",
+            show_default=False,
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Samples in a step. [default: 16; 64]",
+            show_default=False,
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Longest sample, and length of a packed row. [default: 512; 256]",
+            show_default=False,
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    weight_decay: Annotated[
+        float, typer.Option(metavar="X", help="Of AdamW.", rich_help_panel=_TRAINING)
+    ] = 0.0,
+    bf16: Annotated[
+        bool,
+        typer.Option("--bf16", help="Compute in bfloat16.", rich_help_panel=_TRAINING),
+    ] = False,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Compute activations twice instead of keeping them.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = False,
+    report_to: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="none, tensorboard or wandb.", rich_help_panel=_TRAINING),
+    ] = "none",
+    seed: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="Of the data's order and the adapters.", rich_help_panel=_TRAINING
+        ),
+    ] = 0,
+    epochs: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Passes over the data. [default: 1; 2]",
+            show_default=False,
+            rich_help_panel=_BUDGET,
+        ),
+    ] = None,
+    max_steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="At most this many.", show_default=False, rich_help_panel=_BUDGET
+        ),
+    ] = None,
+    max_minutes: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="End training, evaluated, within this time; the run is planned to fit.",
+            show_default=False,
+            rich_help_panel=_BUDGET,
+        ),
+    ] = None,
+    evaluations: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Times the held-out examples are scored on the way.",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = 10,
+    patience: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Stop when so many scores brought no gain.",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = 3,
+    save_every: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Steps between checkpoints. [default: at each score]",
+            show_default=False,
+            rich_help_panel=_BUDGET,
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The dense model to learn from.",
+            show_default=False,
+            rich_help_panel=_TEACHER,
+        ),
+    ] = None,
+    distill_weight: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE",
+            help="Of the teacher in the loss; the text has the rest. 0: it only writes for self.",
+            rich_help_panel=_TEACHER,
+        ),
+    ] = 0.9,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", help="Of the teacher.", rich_help_panel=_TEACHER)
+    ] = 1.0,
+    teacher_top_k: Annotated[
+        int,
+        typer.Option(metavar="N", help="Likeliest tokens that are kept.", rich_help_panel=_TEACHER),
+    ] = 64,
+    teacher_cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep what it said there, for other runs. [default: only for this run]",
+            show_default=False,
+            rich_help_panel=_TEACHER,
+        ),
+    ] = None,
+    lora_r: Annotated[int, typer.Option(metavar="N", help="Rank.", rich_help_panel=_LORA)] = 8,
+    lora_alpha: Annotated[
+        float, typer.Option(metavar="X", help="Scale times rank.", rich_help_panel=_LORA)
+    ] = 16.0,
+    lora_dropout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="[default: 0 for quick, 0.05 for paper]",
+            show_default=False,
+            rich_help_panel=_LORA,
+        ),
+    ] = None,
+    dora: Annotated[
+        bool, typer.Option("--dora", help="Learn magnitudes apart.", rich_help_panel=_LORA)
+    ] = False,
+    rslora: Annotated[
+        bool,
+        typer.Option("--rslora", help="Scale by the root of the rank.", rich_help_panel=_LORA),
+    ] = False,
+    lora_start: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="default (no change), pissa or olora (principal parts).",
+            rich_help_panel=_LORA,
+        ),
+    ] = "default",
+    dtype: options.Dtype = "float32",
+    device: options.Device = "cpu",
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Train a pruned model on a little text; keep it only if held-out text says so."""
+    check_json(json)
+    from llm_pruner.pipeline.evaluate import PerplexitySettings
+    from llm_pruner.pipeline.recover import DataSettings, TeacherSettings, recover_checkpoint
+    from llm_pruner.pipeline.settings import ModelSettings
+    from llm_pruner.recovery import DistillationSettings
+    from llm_pruner.recovery import preset as make_settings
+
+    settings = make_settings(
+        preset,
+        method,
+        learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
+        schedule=schedule,
+        batch_size=batch_size,
+        epochs=epochs,
+        seq_len=seq_len,
+        max_steps=max_steps,
+        max_minutes=max_minutes,
+        evaluations=evaluations,
+        patience=patience,
+        save_every=save_every,
+        weight_decay=weight_decay,
+        bf16=bf16,
+        gradient_checkpointing=gradient_checkpointing,
+        seed=seed,
+        report_to=report_to,
+        lora_r=lora_r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        lora_dora=dora,
+        lora_rslora=rslora,
+        lora_start=lora_start,
+    )
+    learned_from = None
+    if teacher is not None:
+        learned_from = TeacherSettings(
+            ModelSettings(teacher, None, dtype, device, trust_remote_code),
+            DistillationSettings(temperature, distill_weight, teacher_top_k)
+            if distill_weight
+            else None,
+            teacher_cache,
+        )
+    done = recover_checkpoint(
+        ModelSettings(model, revision, dtype, device, trust_remote_code),
+        out,
+        DataSettings(
+            tuple(dict.fromkeys(data)),
+            samples,
+            split,
+            text_field,
+            cast("Template", template),
+            mask_prompt,
+            held_out,
+        ),
+        settings,
+        teacher=learned_from,
+        texts=perplexity or [],
+        text_settings=PerplexitySettings(seq_len=perplexity_seq_len),
+        resume=resume,
+        restart=restart,
+        overwrite=overwrite,
+        keep_adapter=keep_adapter,
+        max_shard_size=max_shard_size,
+        say=_Narrator(quiet=json == "-"),
+    )
+    write_json(as_data(done), json)
+    if json != "-":
+        show(done)
+    if not done.gained:
+        print(f"llm-pruner: {_no_gain(done)}", file=sys.stderr)
+
+
+class _Narrator:
+    """Tells standard error how training goes: a line that is rewritten, and one for each score."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._live = sys.stderr.isatty()
+        self._silent = quiet and not self._live
+        self._first: tuple[int, float, int] | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        if self._silent:
+            return
+        run, step = progress.run, progress.step
+        if self._first is None:
+            self._first = (step, run.seconds, run.tokens)
+        steps, seconds, tokens = (
+            now - then
+            for now, then in zip((step, run.seconds, run.tokens), self._first, strict=True)
+        )
+        line = f"step {step} of {run.total}: loss {progress.loss:.3f}"
+        line += f", held-out {run.evaluations[-1].loss:.3f}" if run.evaluations else ""
+        if steps and seconds > 0:
+            left = (run.total - step) * seconds / steps
+            line += f", {tokens / seconds:,.0f} tokens/s, {_duration(left)} left"
+        if self._live:
+            end = "\n" if progress.evaluated else ""
+            print(f"\r\x1b[2K{line}", end=end, file=sys.stderr, flush=True)
+        elif progress.evaluated:
+            print(line, file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def as_data(done: Recovered) -> dict[str, Any]:
+    """Return the outcome of a run for scripts."""
+    data = asdict(done)
+    data["path"] = str(done.path)
+    data["loss"] = {"before": done.loss[0], "after": done.loss[1]}
+    data["perplexity"] = [
+        {"before": asdict(before), "after": asdict(after)} for before, after in done.perplexity
+    ]
+    data["evaluations"] = [{"step": step, "loss": loss} for step, loss in done.evaluations]
+    data["saved_as"] = data.pop("kind")
+    return data
+
+
+def show(done: Recovered) -> None:
+    """Print what was won, and on which data."""
+    out = console()
+    out.print(
+        f"{clean(done.model)}: {done.steps:,} steps, {done.tokens:,} tokens, "
+        f"{_duration(done.seconds)}; {count(done.trained)} of {count(done.parameters)} "
+        "parameters trained"
+    )
+    rows = []
+    for source in done.sources:
+        before, after = source.loss_before, source.loss_after
+        if before is not None and after is not None:
+            note = f"held out, {source.held_out_samples} samples"
+            tokens = f"{source.held_out_tokens:,}"
+            rows.append((source.name, note, tokens, *_change(_exp(before), _exp(after))))
+    for old, new in done.perplexity:
+        note = f"windows of {old.window}"
+        tokens = f"{old.tokens:,}"
+        rows.append((old.corpus, note, tokens, *_change(old.perplexity, new.perplexity)))
+    columns = ("text", "", "tokens", "before", "after", "change")
+    print_table(out, table("Perplexity", columns, rows, text=("",)))
+    if done.stopped is not None:
+        out.print(f"ended early: {done.stopped}")
+    if done.gained and done.best_step != done.steps:
+        out.print(f"the weights of step {done.best_step} were the best and are kept")
+    saved = f"saved to {clean(str(done.path))} ({megabytes(done.bytes)})"
+    out.print(saved, soft_wrap=True)
+    if done.kind == "recipe":
+        out.print("loads with from_pretrained after 'import llm_pruner', as before")
+
+
+def _no_gain(done: Recovered) -> str:
+    before, after = done.loss
+    return (
+        f"warning: training brought no gain (held-out loss {before:.4f} before, {after:.4f} "
+        f"after), so {clean(str(done.path))} holds the model as it came; use more data, another "
+        "--learning-rate or more steps"
+    )
+
+
+def _change(before: float, after: float) -> tuple[str, str, str]:
+    return f"{before:.2f}", f"{after:.2f}", f"{100 * (after / before - 1):+.1f}%"
+
+
+def _exp(loss: float) -> float:
+    return exp(loss) if loss < 700 else inf

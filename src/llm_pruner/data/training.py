@@ -1,0 +1,142 @@
+"""Training samples and held-out samples of one or several sources."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_pruner.data.examples import Example, Examples
+from llm_pruner.data.formatting import Template, encode_examples
+from llm_pruner.data.selfmade import write_text_cached
+from llm_pruner.data.text import SELF
+from llm_pruner.errors import UserError
+from llm_pruner.sequences import TrainingSequence, make_sequence
+
+SELF_SAMPLES = 512
+"""Texts that a model writes where nobody says how many."""
+
+_SHARE, _MOST = 20, 256
+"""One of this many samples is held out, and at most this many of a source."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What one source gives.
+
+    Attributes:
+        name: as ``Examples.name``.
+        split: as ``Examples.split``.
+        train: samples to train on.
+        held_out: samples that are scored, never trained on.
+    """
+
+    name: str
+    split: str | None
+    train: list[TrainingSequence]
+    held_out: list[TrainingSequence]
+
+
+def split_samples(
+    examples: Examples,
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    template: Template = "auto",
+    mask_prompt: bool = False,
+    limit: int | None = None,
+    held_out: int | None = None,
+    seed: int = 0,
+    source: int = 0,
+) -> Samples:
+    """Return the samples of a source, a random part of its examples held out.
+
+    Exact repeats are dropped, so that no held-out example is trained on. A source of few long
+    texts gives its last windows.
+
+    Args:
+        limit: use at most this many examples, drawn at random.
+        held_out: examples to hold out; by default one in 20, at most 256.
+        seed: of the draw.
+
+    Raises:
+        UserError: there are too few, or as ``encode_examples``.
+    """
+    options: dict[str, Any] = {
+        "seq_len": seq_len,
+        "template": template,
+        "mask_prompt": mask_prompt,
+        "source": source,
+    }
+    unique = list(dict.fromkeys(examples.examples))
+    if len(unique) < _SHARE:
+        return Samples(
+            examples.name,
+            examples.split,
+            *_last(encode_examples(unique, tokenizer, **options)[:limit], held_out, examples.name),
+        )
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(unique), generator=generator)[:limit].tolist()
+    count = _count(len(order), held_out, examples.name)
+    drawn: list[Example] = [unique[index] for index in order]
+    return Samples(
+        examples.name,
+        examples.split,
+        encode_examples(drawn[count:], tokenizer, **options),
+        encode_examples(drawn[:count], tokenizer, **options),
+    )
+
+
+def self_made_samples(
+    writer: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    seq_len: int,
+    limit: int | None = None,
+    held_out: int | None = None,
+    seed: int = 0,
+    source: int = 0,
+) -> Samples:
+    """Return samples of text that a model writes, kept in ``folder``; see ``write_text_cached``.
+
+    Raises:
+        UserError: as ``write_text``, or there are too few.
+    """
+    count = SELF_SAMPLES if limit is None else limit
+    ids = write_text_cached(writer, tokenizer, folder, samples=count, seq_len=seq_len, seed=seed)
+    sequences = [make_sequence(row, [True] * len(row), source) for row in ids.tolist()]
+    return Samples(SELF, None, *_last(sequences, held_out, "self-made text"))
+
+
+def fingerprint_samples(sequences: Sequence[TrainingSequence]) -> str:
+    """Return 16 hex digits of the SHA-256 over tokens and what is learned of them."""
+    digest = hashlib.sha256()
+    for one in sequences:
+        digest.update(len(one).to_bytes(8, "big"))
+        digest.update(one.input_ids.tobytes())
+        digest.update(one.learned.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _last(
+    sequences: list[TrainingSequence], held_out: int | None, name: str
+) -> tuple[list[TrainingSequence], list[TrainingSequence]]:
+    count = _count(len(sequences), held_out, name)
+    return sequences[:-count], sequences[-count:]
+
+
+def _count(samples: int, held_out: int | None, name: str) -> int:
+    count = min(max(1, samples // _SHARE), _MOST) if held_out is None else held_out
+    if count < 1:
+        raise UserError(f"--held-out {count} leaves nothing to judge by; use at least 1")
+    if count >= samples:
+        raise UserError(
+            f"{name} gives {samples} samples and {count} of them are to be held out, so none is "
+            "left to train on; use more data, or a smaller --held-out or --seq-len"
+        )
+    return count

@@ -1,0 +1,542 @@
+"""Load a model and text, train, and save the model only if it became better."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from llm_pruner.checkpoints import (
+    atomic_directory,
+    atomic_write_text,
+    check_output,
+    save_checkpoint,
+)
+from llm_pruner.data.examples import Examples, load_examples
+from llm_pruner.data.formatting import Template
+from llm_pruner.data.text import SELF
+from llm_pruner.data.training import (
+    Samples,
+    fingerprint_samples,
+    self_made_samples,
+    split_samples,
+)
+from llm_pruner.errors import UserError
+from llm_pruner.evaluation.perplexity import (
+    EvaluationText,
+    PerplexityResult,
+    maximum_length,
+    perplexity,
+)
+from llm_pruner.pipeline.evaluate import PerplexitySettings, read_texts
+from llm_pruner.pipeline.loading import load
+from llm_pruner.pipeline.settings import ModelSettings
+from llm_pruner.recovery import (
+    DistillationSettings,
+    Progress,
+    RecoverySettings,
+    Teacher,
+    recover_,
+)
+from llm_pruner.sources import LoadedModel
+from llm_pruner.types import Edits
+
+RECORD = "recovery.json"
+"""What a recovered checkpoint says about its recovery."""
+
+_RUN = "run.json"
+_CHANGEABLE = ("save_every", "report_to")
+"""Settings that a resumed run may have otherwise."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Text to train on.
+
+    Attributes:
+        sources: ``self`` for text that the teacher writes, hub datasets, or local files.
+        samples: examples of each source, at most; None for all (512 texts of ``self``).
+        split: split of hub datasets.
+        text_field: field that holds a plain text.
+        template: how chats and instructions are written; see ``encode_examples``.
+        mask_prompt: learn only the answers.
+        held_out: examples of each source that are scored and not trained on; None for one in 20.
+    """
+
+    sources: tuple[str, ...]
+    samples: int | None = None
+    split: str | None = None
+    text_field: str | None = None
+    template: Template = "auto"
+    mask_prompt: bool = False
+    held_out: int | None = None
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """A dense model to learn from.
+
+    Attributes:
+        model: how it is loaded.
+        distillation: how it is listened to; None if it only writes text for ``self``.
+        cache: folder that keeps what it said; by default it goes with the run.
+    """
+
+    model: ModelSettings
+    distillation: DistillationSettings | None = field(default_factory=DistillationSettings)
+    cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class SourceResult:
+    """Held-out loss of one source, in nats a learned token, of what came and what is saved."""
+
+    name: str
+    split: str | None
+    train_samples: int
+    held_out_samples: int
+    held_out_tokens: int
+    loss_before: float | None
+    loss_after: float | None
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What a run did.
+
+    Attributes:
+        model: name of the model.
+        gained: whether the held-out loss fell; if not, the saved model is the one that came in.
+        loss: held-out loss before and after, in nats for each learned token; after is that of
+            the model that was trained, whether it was kept or not.
+        sources: held-out loss of each source, of the model that came and the one that is saved.
+        perplexity: the same of each corpus asked for.
+        steps: steps that were done.
+        best_step: the one whose weights were kept.
+        stopped: why it ended early, if it did.
+        tokens: tokens trained on.
+        seconds: of training, evaluations included, earlier processes too.
+        trained: number of parameters that were trained.
+        parameters: all parameters.
+        packed: whether samples shared rows; else they were padded in buckets of like length.
+        losses: training loss of each step.
+        evaluations: (step, held-out loss), in order.
+        kind: how the checkpoint loads.
+        path: the folder.
+        bytes: its size.
+        settings: what was asked for.
+    """
+
+    model: str
+    gained: bool
+    loss: tuple[float, float]
+    sources: tuple[SourceResult, ...]
+    perplexity: tuple[tuple[PerplexityResult, PerplexityResult], ...]
+    steps: int
+    best_step: int
+    stopped: str | None
+    tokens: int
+    seconds: float
+    trained: int
+    parameters: int
+    packed: bool
+    losses: list[float]
+    evaluations: list[tuple[int, float]]
+    kind: Literal["stock", "recipe"]
+    path: Path
+    bytes: int
+    settings: dict[str, Any]
+
+
+def recover_checkpoint(
+    model: ModelSettings,
+    out: Path,
+    data: DataSettings,
+    settings: RecoverySettings,
+    *,
+    teacher: TeacherSettings | None = None,
+    texts: Sequence[str] = (),
+    text_settings: PerplexitySettings | None = None,
+    resume: bool = False,
+    restart: bool = False,
+    overwrite: bool = False,
+    keep_adapter: bool = False,
+    max_shard_size: str = "5GB",
+    say: Callable[[Progress], None] = lambda _: None,
+) -> Recovered:
+    """Train a checkpoint and save the result as a folder that loads as the input does.
+
+    While it runs, checkpoints lie in a folder beside ``out``, see ``work_folder``, which goes away
+    at the end.
+
+    Args:
+        model: what to train, pruned or not.
+        out: the folder to write.
+        data: text to train on.
+        settings: how to train.
+        teacher: the dense model, for distillation and for ``self``.
+        texts: corpora whose perplexity is measured before and after.
+        text_settings: how it is measured.
+        resume: go on with an interrupted run of ``out``; if there is none, begin.
+        restart: throw an interrupted run away.
+        overwrite: replace what ``out`` holds.
+        keep_adapter: with ``lora``, save the adapter in the subfolder ``adapter``; it belongs to
+            the model that came in.
+        max_shard_size: largest weight file.
+        say: called after each step.
+
+    Raises:
+        UserError: something that was given must change; ``out`` is as it was.
+    """
+    settings.check()
+    work = work_folder(out)
+    found = work.exists()
+    try:
+        return _recover(
+            model,
+            out,
+            data,
+            settings,
+            teacher,
+            texts,
+            text_settings,
+            resume,
+            restart,
+            overwrite,
+            keep_adapter,
+            max_shard_size,
+            say,
+            work,
+        )
+    except UserError:
+        if not found and work.is_dir() and {path.name for path in work.iterdir()} <= {_RUN}:
+            shutil.rmtree(work)  # nothing was done that is worth going on with
+        raise
+
+
+def _recover(
+    model: ModelSettings,
+    out: Path,
+    data: DataSettings,
+    settings: RecoverySettings,
+    teacher: TeacherSettings | None,
+    texts: Sequence[str],
+    text_settings: PerplexitySettings | None,
+    resume: bool,
+    restart: bool,
+    overwrite: bool,
+    keep_adapter: bool,
+    max_shard_size: str,
+    say: Callable[[Progress], None],
+    work: Path,
+) -> Recovered:
+    _check(model, out, data, settings, teacher, resume, restart, overwrite, keep_adapter, work)
+    corpora = read_texts(texts, text_settings or PerplexitySettings())
+    examples = {
+        source: load_examples(
+            source, split=data.split, text_field=data.text_field, limit=_reading_limit(source, data)
+        )
+        for source in data.sources
+        if source != SELF
+    }
+    loaded = load(model)
+    longest = maximum_length(loaded.model)
+    if longest is not None and settings.seq_len > longest:
+        raise UserError(
+            f"--seq-len {settings.seq_len} is longer than the model's maximum; "
+            f"use {longest} or less"
+        )
+    dense = None if teacher is None else _load_teacher(teacher, loaded)
+    if restart:
+        shutil.rmtree(work, ignore_errors=True)
+    samples = _samples(loaded, dense, examples, data, settings, work)
+    train = [one for each in samples for one in each.train]
+    held_out = [one for each in samples for one in each.held_out]
+    about = _about(loaded, dense, train, held_out, data, settings, teacher)
+    _begin_or_go_on(work, about, resume)
+    before = _perplexities(loaded, corpora, text_settings)
+    listening = None
+    if teacher is not None and dense is not None and teacher.distillation is not None:
+        listening = Teacher(
+            dense.model,
+            train,
+            teacher.distillation,
+            teacher.cache or work / "teacher",
+            identity=dense.fingerprint,
+            seq_len=settings.seq_len,
+        )
+    adapter = work / "adapter" if keep_adapter else None
+    network, outcome = recover_(
+        loaded.model,
+        train,
+        held_out,
+        settings,
+        work=work,
+        folder=lambda path: atomic_directory(path, overwrite=False),
+        sources=len(samples),
+        teacher=listening,
+        say=say,
+        keep_adapter=adapter,
+    )
+    if not outcome.gained:
+        network = load(model).model  # as it came, to the last bit
+    kept = LoadedModel(network, loaded.tokenizer, loaded.name, loaded.revision, loaded.fingerprint)
+    after = _perplexities(kept, corpora, text_settings) if outcome.gained else before
+    result = Recovered(
+        model=loaded.name,
+        gained=outcome.gained,
+        loss=(outcome.before.loss, outcome.after.loss),
+        sources=tuple(
+            SourceResult(
+                each.name,
+                each.split,
+                len(each.train),
+                len(each.held_out),
+                sum(one.targets for one in each.held_out),
+                outcome.before.by_source[number],
+                (outcome.after if outcome.gained else outcome.before).by_source[number],
+            )
+            for number, each in enumerate(samples)
+        ),
+        perplexity=tuple(zip(before, after, strict=True)),
+        steps=outcome.steps,
+        best_step=outcome.run.evaluations[outcome.run.best].step,
+        stopped=outcome.run.stopped,
+        tokens=outcome.run.tokens,
+        seconds=outcome.run.seconds,
+        trained=outcome.trained,
+        parameters=sum(one.numel() for one in network.parameters()),
+        packed=outcome.packed,
+        losses=outcome.losses,
+        evaluations=[(one.step, one.loss) for one in outcome.run.evaluations],
+        kind="stock",
+        path=out,
+        bytes=0,
+        settings=about,
+    )
+
+    def beside(folder: Path, kind: str, needs: tuple[str, ...]) -> None:  # noqa: ARG001
+        record = {
+            key: value
+            for key, value in asdict(result).items()
+            if key not in ("kind", "path", "bytes")
+        }
+        text = json.dumps(_finite(record), indent=2, ensure_ascii=False) + "\n"
+        (folder / RECORD).write_text(text, encoding="utf-8", newline="\n")
+        if adapter is not None and outcome.gained:
+            shutil.copytree(adapter, folder / "adapter")
+
+    saved = save_checkpoint(
+        network,
+        out,
+        edits=Edits({}, {}, {}, {}),
+        plan_json=_plan(model),
+        tokenizer=loaded.tokenizer,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+        beside=beside,
+    )
+    shutil.rmtree(work, ignore_errors=True)
+    return Recovered(**{**vars(result), "kind": saved.kind, "bytes": saved.bytes})
+
+
+def work_folder(out: Path) -> Path:
+    """Return the folder of a run that will end in ``out``: its name and ``.recovering``."""
+    out = out.absolute()
+    return out.with_name(f"{out.name}.recovering")
+
+
+def _check(
+    model: ModelSettings,
+    out: Path,
+    data: DataSettings,
+    settings: RecoverySettings,
+    teacher: TeacherSettings | None,
+    resume: bool,
+    restart: bool,
+    overwrite: bool,
+    keep_adapter: bool,
+    work: Path,
+) -> None:
+    """Refuse what can be refused without reading anything."""
+    check_output(out, overwrite)
+    named = {"the model that is to be recovered": model.source}
+    if teacher is not None:
+        named["the teacher"] = teacher.model.source
+        if teacher.distillation is not None:
+            teacher.distillation.check()
+    for what, source in named.items():
+        if out.exists() and out.resolve() == Path(source).expanduser().resolve():
+            raise UserError(f"{out} is {what}; give another --out")
+    if not data.sources:
+        raise UserError("no data given; use --data SRC")
+    if SELF in data.sources and teacher is None:
+        raise UserError(
+            "--data self is text that the dense model writes; name that model with --teacher"
+        )
+    if data.samples is not None and data.samples < 2:
+        raise UserError(
+            f"--samples {data.samples} leaves nothing to train on or to judge by; use 2 or more"
+        )
+    if keep_adapter and settings.method != "lora":
+        raise UserError(
+            f"method {settings.method} has no adapter to keep; leave --keep-adapter out"
+        )
+    if keep_adapter and settings.lora.start != "default":
+        raise UserError(
+            f"an adapter that started from {settings.lora.start} fits no model that is saved; "
+            "leave out --keep-adapter or --lora-start"
+        )
+    if resume and restart:
+        raise UserError("--resume and --restart say different things; give one of them")
+    if work.exists() and not (resume or restart):
+        raise UserError(
+            f"{work.name} holds a run that was interrupted; go on with --resume, or throw it away "
+            "with --restart"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "recover trains in one process, and several were started; start it without torchrun "
+            "or accelerate launch"
+        )
+
+
+def _reading_limit(source: str, data: DataSettings) -> int | None:
+    # A local file is read whole and drawn from; of a dataset the beginning is fetched.
+    return None if Path(source).expanduser().exists() else data.samples
+
+
+def _load_teacher(teacher: TeacherSettings, student: LoadedModel) -> LoadedModel:
+    dense = load(teacher.model)
+    assert dense.tokenizer is not None
+    assert student.tokenizer is not None
+    ours, theirs = (
+        int(one.model.get_input_embeddings().weight.shape[0]) for one in (student, dense)
+    )
+    if ours != theirs or student.tokenizer.get_vocab() != dense.tokenizer.get_vocab():
+        raise UserError(
+            f"{dense.name} has another vocabulary ({theirs} tokens) than {student.name} ({ours}); "
+            "name the dense model that the student was cut from"
+        )
+    return dense
+
+
+def _samples(
+    loaded: LoadedModel,
+    dense: LoadedModel | None,
+    examples: dict[str, Examples],
+    data: DataSettings,
+    settings: RecoverySettings,
+    work: Path,
+) -> list[Samples]:
+    samples = []
+    for number, source in enumerate(data.sources):
+        if source == SELF:
+            assert dense is not None
+            writer = hashlib.sha256(dense.fingerprint.encode()).hexdigest()[:16]
+            made = self_made_samples(
+                dense.model,
+                dense.tokenizer,
+                work / f"self-{writer}",
+                seq_len=settings.seq_len,
+                limit=data.samples,
+                held_out=data.held_out,
+                seed=settings.seed,
+                source=number,
+            )
+        else:
+            made = split_samples(
+                examples[source],
+                loaded.tokenizer,
+                seq_len=settings.seq_len,
+                template=data.template,
+                mask_prompt=data.mask_prompt,
+                limit=data.samples,
+                held_out=data.held_out,
+                seed=settings.seed,
+                source=number,
+            )
+        samples.append(made)
+    return samples
+
+
+def _about(
+    loaded: LoadedModel,
+    dense: LoadedModel | None,
+    train: Sequence[Any],
+    held_out: Sequence[Any],
+    data: DataSettings,
+    settings: RecoverySettings,
+    teacher: TeacherSettings | None,
+) -> dict[str, Any]:
+    """Return all that decides how a run goes."""
+    distillation = None if teacher is None else teacher.distillation
+    return {
+        "model": loaded.name,
+        "model_fingerprint": loaded.fingerprint,
+        "teacher": None if dense is None else dense.name,
+        "teacher_fingerprint": None if dense is None else dense.fingerprint,
+        "distillation": None if distillation is None else asdict(distillation),
+        "data": [source if source == SELF else Path(source).name for source in data.sources],
+        "template": data.template,
+        "mask_prompt": data.mask_prompt,
+        "data_fingerprint": fingerprint_samples([*train, *held_out]),
+        **asdict(settings),
+    }
+
+
+def _begin_or_go_on(work: Path, about: dict[str, Any], resume: bool) -> None:
+    file = work / _RUN
+    if not (resume and file.is_file()):
+        atomic_write_text(file, json.dumps(about, indent=2) + "\n")
+        return
+    try:
+        old = dict(json.loads(file.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise UserError(f"{file} is damaged; begin anew with --restart") from error
+    for key, value in about.items():
+        if key not in _CHANGEABLE and old.get(key) != json.loads(json.dumps(value)):
+            raise UserError(
+                f"the interrupted run has {key}={old.get(key)} and this one {key}={value}; give "
+                "the same options, or begin anew with --restart"
+            )
+
+
+def _perplexities(
+    loaded: LoadedModel, corpora: Sequence[EvaluationText], settings: PerplexitySettings | None
+) -> list[PerplexityResult]:
+    settings = settings or PerplexitySettings()
+    return [
+        perplexity(
+            loaded.model,
+            loaded.tokenizer,
+            text,
+            protocol=settings.protocol,
+            seq_len=settings.seq_len,
+            max_tokens=settings.max_tokens,
+            batch_size=settings.batch_size,
+        )
+        for text in corpora
+    ]
+
+
+def _plan(model: ModelSettings) -> str | None:
+    file = Path(model.source).expanduser() / "plan.json"
+    return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
+def _finite(value: Any) -> Any:
+    """Return plain values in which what is infinite, which JSON has no number for, is None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return value

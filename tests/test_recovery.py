@@ -1,0 +1,340 @@
+"""Recovery: layout of samples, losses, guard, resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+from contextlib import AbstractContextManager
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from command import WORDS, done, save_tiny
+from helpers import tiny_model
+from llm_pruner.checkpoints import atomic_directory
+from llm_pruner.errors import UserError
+from llm_pruner.recovery import DistillationSettings, RecoverySettings, Teacher, preset, recover_
+from llm_pruner.recovery import state as states
+from llm_pruner.recovery.batches import lay_out, step_samples
+from llm_pruner.recovery.forward import can_pack, learned_logits
+from llm_pruner.recovery.objective import distillation_loss, task_loss
+from llm_pruner.recovery.training import rate
+from llm_pruner.sequences import TrainingSequence, make_sequence
+
+
+def sequences(count: int, *, seed: int = 0, longest: int = 24) -> list[TrainingSequence]:
+    """Return counting tokens, which can be learned; half of them with a prompt to ignore."""
+    draw = np.random.default_rng(seed)
+    made = []
+    for number in range(count):
+        length, first = int(draw.integers(4, longest)), int(draw.integers(3, 200))
+        ids = [first + step % 7 for step in range(length)]
+        made.append(make_sequence(ids, [number % 2 == 0 or t > 1 for t in range(length)], 0))
+    return made
+
+
+def folder(path: Path) -> AbstractContextManager[Path]:
+    return atomic_directory(path, overwrite=False)
+
+
+# Layout.
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_layout_holds_each_sample_once_and_nothing_else(packed: bool) -> None:
+    data = sequences(40)
+    chosen = list(range(3, 37))
+    batches = lay_out(data, chosen, packed=packed, capacity=32, micro_tokens=64)
+    found = sorted(part.sample for batch in batches for part in batch.parts)
+    assert found == chosen
+    for batch in batches:
+        assert batch.input_ids.shape[1] <= 32
+        assert batch.input_ids.numel() <= 64
+        learned = torch.zeros_like(batch.learned)
+        for part in batch.parts:
+            one = data[part.sample]
+            span = slice(part.start, part.start + len(one))
+            assert batch.input_ids[part.row, span].tolist() == one.input_ids.tolist()
+            learned[part.row, span] = torch.from_numpy(one.learned)
+            if batch.position_ids is not None:
+                assert batch.position_ids[part.row, span].tolist() == list(range(len(one)))
+            if batch.attention_mask is not None:
+                assert int(batch.attention_mask[part.row].sum()) == len(one)
+        assert torch.equal(learned, batch.learned)
+        assert batch.tokens == sum(len(data[part.sample]) for part in batch.parts)
+    if packed:
+        rows = sum(len(batch.input_ids) for batch in batches)
+        tokens = sum(len(data[sample]) for sample in chosen)
+        # First fit, longest first, needs at most 11/9 of the fewest rows possible, and one.
+        assert rows <= 11 / 9 * math.ceil(tokens / 32) + 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma3_text"])
+def test_packed_samples_do_not_see_each_other(family: str) -> None:
+    model, data = tiny_model(family), sequences(12)
+    assert can_pack(model, 259)
+    results = {}
+    for packed in (True, False):
+        model.zero_grad()
+        batches = lay_out(data, range(12), packed=packed, capacity=48, micro_tokens=96)
+        loss = sum(task_loss(*learned_logits(model, batch)) for batch in batches)
+        loss.backward()
+        results[packed] = {name: one.grad.clone() for name, one in model.named_parameters()}
+        results[packed]["loss"] = loss.detach()
+    for name, gradient in results[True].items():
+        scale = float(gradient.abs().max())
+        assert torch.allclose(gradient, results[False][name], atol=1e-5 * max(scale, 1)), name
+
+
+def test_a_model_that_mixes_packed_samples_is_found_out() -> None:
+    # ALiBi counts distances over the whole row and its mask is built without positions.
+    model = tiny_model("bloom")
+    assert not can_pack(model, 259)
+    rotary = tiny_model("llama")
+    inner = rotary.forward
+
+    def deaf(input_ids: torch.Tensor, position_ids: object = None, **keywords: object) -> object:
+        return inner(input_ids=input_ids, **keywords)
+
+    rotary.forward = deaf
+    assert not can_pack(rotary, 259)
+
+
+def test_the_order_of_the_data_is_a_function_of_the_seed() -> None:
+    steps = step_samples(10, 4, 7, seed=3)
+    assert steps == step_samples(10, 4, 7, seed=3)
+    assert steps[:3] == step_samples(10, 4, 3, seed=3)
+    assert steps != step_samples(10, 4, 7, seed=4)
+    assert sorted(chain.from_iterable(steps[:3])) == list(range(10))
+    assert steps[:3] != steps[3:6]
+
+
+def test_the_rate_warms_up_and_falls_to_zero() -> None:
+    rates = [rate(step, 100, 10, "linear") for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[100] == 0
+    assert rate(0, 5, 100, "linear") == 1  # a tenth of 5 steps is none
+    assert rate(55, 100, 10, "cosine") == pytest.approx(0.5)
+
+
+# Losses.
+
+
+def test_distillation_over_the_whole_vocabulary_is_the_divergence() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(5, 11), torch.randn(5, 11)
+    for temperature in (1.0, 2.5):
+        p = F.log_softmax(teacher / temperature, -1)
+        q = F.log_softmax(student / temperature, -1)
+        wanted = temperature**2 * F.kl_div(q, p, log_target=True, reduction="sum")
+        top = p.topk(11)
+        found = distillation_loss(student, top.indices, top.values, temperature)
+        assert float(found) == pytest.approx(float(wanted), rel=1e-4)
+        few = p.topk(3)
+        part = distillation_loss(student, few.indices, few.values, temperature)
+        assert 0 < float(part) < float(found)
+        same = distillation_loss(teacher, few.indices, few.values, temperature)
+        assert abs(float(same)) < 1e-4
+
+
+def test_the_teacher_runs_once_and_says_what_it_would(tmp_path: Path) -> None:
+    model, data = tiny_model("llama", seed=5), sequences(10)
+    calls = []
+    inner = model.forward
+
+    def counted(*args: object, **keywords: object) -> object:
+        calls.append(1)
+        return inner(*args, **keywords)
+
+    model.forward = counted
+    settings = DistillationSettings(temperature=2.0, top_k=4)
+
+    def open_cache() -> Teacher:
+        return Teacher(model, data, settings, tmp_path, identity="dense", seq_len=32)
+
+    (batch,) = lay_out(data, [7, 2, 5], packed=True, capacity=96, micro_tokens=96)
+    ids, values = open_cache().says(batch)
+    assert calls
+    logits, _ = learned_logits(model, batch)
+    wanted = F.log_softmax(logits / 2.0, -1).topk(4)
+    assert torch.equal(ids, wanted.indices)
+    assert torch.allclose(values, wanted.values, atol=4e-3)  # kept in half precision
+    calls.clear()
+    again = open_cache().says(batch)
+    assert not calls
+    assert torch.equal(again[0], ids)
+    assert torch.equal(again[1], values)
+    # Half of a pair of files is no cache.
+    next(tmp_path.glob("*/ids.bin")).unlink()
+    renewed = open_cache().says(batch)
+    assert calls
+    assert torch.equal(renewed[0], ids)
+
+
+# Runs.
+
+
+def test_all_methods_learn_and_only_what_they_should(tmp_path: Path) -> None:
+    train, held = sequences(32), sequences(6, seed=1)
+    for method in ("lora", "full", "norms"):
+        model = tiny_model("llama")
+        before = {name: one.detach().clone() for name, one in model.named_parameters()}
+        settings = preset("quick", method, batch_size=8, epochs=2, seq_len=64)
+        same, outcome = recover_(
+            model, train, held, settings, work=tmp_path / method, folder=folder
+        )
+        assert same is model
+        assert outcome.gained
+        assert outcome.after.loss < outcome.before.loss
+        assert outcome.steps == len(outcome.losses) == 8
+        moved = {
+            name for name, one in model.named_parameters() if not torch.equal(one, before[name])
+        }
+        norms = {name for name, one in before.items() if one.ndim == 1}
+        head = {"model.embed_tokens.weight", "lm_head.weight"}
+        assert (
+            moved
+            == {
+                "lora": before.keys() - norms - head,
+                "full": before.keys(),
+                "norms": norms,
+            }[method]
+        )
+        assert outcome.run.tokens == 2 * sum(map(len, train))
+
+
+def test_the_gradient_of_a_step_does_not_depend_on_its_layout(tmp_path: Path) -> None:
+    train, held = sequences(16), sequences(4, seed=1)
+    curves = []
+    for tokens in (32, 4096):
+        settings = preset("quick", batch_size=8, epochs=2, seq_len=32, micro_tokens=tokens)
+        _, outcome = recover_(
+            tiny_model("llama"), train, held, settings, work=tmp_path / str(tokens), folder=folder
+        )
+        curves.append(outcome.losses)
+    assert curves[0] == pytest.approx(curves[1], abs=1e-5)
+
+
+def test_what_makes_it_worse_is_not_kept_and_ends_early(tmp_path: Path) -> None:
+    # The held-out samples are of another kind than those to train on, and the rate is absurd.
+    train = sequences(64)
+    held = [make_sequence(range(250, 200, -1), [True] * 50, 0)]
+    settings = preset("quick", batch_size=8, epochs=4, seq_len=64, learning_rate=0.5, patience=2)
+    _, outcome = recover_(tiny_model("llama"), train, held, settings, work=tmp_path, folder=folder)
+    assert not outcome.gained
+    assert outcome.steps < outcome.run.total == 32
+    assert "did not improve for 2 evaluations" in str(outcome.run.stopped)
+    assert outcome.after.loss > outcome.before.loss
+
+
+def test_the_best_weights_are_kept(tmp_path: Path) -> None:
+    train, held = sequences(24), sequences(6, seed=1)
+    settings = RecoverySettings(
+        method="full",
+        learning_rate=0.1,  # good for the first steps, too much for the later ones
+        warmup_steps=0,
+        batch_size=8,
+        epochs=4,
+        seq_len=64,
+        evaluations=12,
+        patience=12,
+    )
+    _, outcome = recover_(tiny_model("llama"), train, held, settings, work=tmp_path, folder=folder)
+    losses = [one.loss for one in outcome.run.evaluations]
+    assert outcome.run.best == losses.index(min(losses))
+    assert outcome.after.loss == pytest.approx(min(losses), abs=1e-5)
+
+
+def test_a_time_budget_is_planned_and_kept(tmp_path: Path) -> None:
+    train, held = sequences(64), sequences(4, seed=1)
+    settings = preset("quick", batch_size=4, epochs=1000, seq_len=64, max_minutes=0.05)
+    _, outcome = recover_(tiny_model("llama"), train, held, settings, work=tmp_path, folder=folder)
+    assert outcome.run.planned
+    assert 4 < outcome.steps <= outcome.run.total < 16_000
+    assert outcome.run.seconds < 60 * 0.05 + 2
+    assert outcome.run.evaluations[-1].step == outcome.steps
+
+
+def test_a_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.model.embed_tokens.weight.data[5] = math.nan
+    held = [make_sequence(range(10, 30), [True] * 20, 0)]
+    train = [make_sequence(range(3, 30), [True] * 27, 0)] * 4
+    settings = preset("quick", batch_size=4, seq_len=64)
+    with pytest.raises(UserError, match="the loss of step 1 is nan; use a lower --learning-rate"):
+        recover_(model, train, held, settings, work=tmp_path, folder=folder)
+
+
+# Resume.
+
+
+def test_state_survives_without_pickle(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(input_ids=torch.arange(9)[None], labels=torch.arange(9)[None]).loss.backward()
+    optimizer.step()
+    rest = json.loads(json.dumps(states.write_optimizer(tmp_path, optimizer)))
+    other = torch.optim.AdamW(model.parameters(), lr=7.0)
+    states.read_optimizer_(tmp_path, rest, other)
+    for one, two in zip(
+        optimizer.state_dict()["state"].values(), other.state_dict()["state"].values(), strict=True
+    ):
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    assert other.param_groups[0]["lr"] == 1e-3
+
+    kept = json.loads(json.dumps(states.write_random(tmp_path)))
+
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    np.random.randn()  # leaves half of a pair behind
+    wanted = draw()
+    states.read_random(tmp_path, kept)
+    np.random.randn()
+    assert draw() == wanted
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}
+
+
+def test_a_run_killed_at_any_step_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "tiny", num_hidden_layers=2)
+    rows = [{"text": WORDS[start:] + WORDS[:start]} for start in range(40)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--data", data, "--seq-len", 96, "--batch-size", 4, "--epochs", 2]
+    # Dropout draws random numbers at each step; scores and checkpoints fall on different ones.
+    options += ["--lora-dropout", 0.2, "--evaluations", 20, "--save-every", 3]
+    done("recover", model, "--out", tmp_path / "whole", *options)
+    at = random.randint(1, 19)
+    command = [sys.executable, "-m", "llm_pruner", "recover", model, "--out", tmp_path / "cut"]
+    with subprocess.Popen(
+        list(map(str, [*command, *options])), stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith(f"step {at} of 20"):
+                process.send_signal(signal.SIGKILL)
+                break
+    assert not (tmp_path / "cut").exists()
+    assert (tmp_path / "cut.recovering").is_dir()
+    done("recover", model, "--out", tmp_path / "cut", *options, "--resume")
+    assert not (tmp_path / "cut.recovering").exists()
+    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    before = load_file(model / "model.safetensors")
+    assert any(not torch.equal(whole[name], before[name]) for name in whole)
+    for name, tensor in whole.items():
+        assert torch.allclose(cut[name], tensor, rtol=0, atol=1e-6), (at, name)
+    records = [json.loads((tmp_path / n / "recovery.json").read_text()) for n in ("whole", "cut")]
+    assert records[0]["losses"] == pytest.approx(records[1]["losses"], abs=1e-6), at
+    assert len(records[0]["losses"]) == 20
+    assert records[0]["evaluations"] == pytest.approx(records[1]["evaluations"])
