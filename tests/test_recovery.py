@@ -272,8 +272,35 @@ def test_a_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
     held = [make_sequence(range(10, 30), [True] * 20, 0)]
     train = [make_sequence(range(3, 30), [True] * 27, 0)] * 4
     settings = preset("quick", batch_size=4, seq_len=64)
-    with pytest.raises(UserError, match="the loss of step 1 is nan; use a lower --learning-rate"):
+    with pytest.raises(UserError, match="the loss of step 1 is nan; look at the data, or use"):
         recover_(model, train, held, settings, work=tmp_path, folder=folder)
+
+
+def test_a_run_that_diverges_ends_with_its_best_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llm_pruner.recovery import training
+
+    count = []
+
+    def overflows(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        count.append(1)
+        return task_loss(logits, tokens) * (math.nan if len(count) == 4 else 1)
+
+    monkeypatch.setattr(training, "task_loss", overflows)
+    settings = preset("quick", "full", batch_size=8, epochs=2, seq_len=64, micro_tokens=10_000)
+    model, outcome = recover_(
+        tiny_model("llama"),
+        sequences(32),
+        sequences(6, seed=1),
+        settings,
+        work=tmp_path,
+        folder=folder,
+    )
+    assert outcome.steps == 4
+    assert outcome.run.stopped == "the loss of step 4 is nan; a lower --learning-rate goes further"
+    assert outcome.gained
+    assert all(bool(one.isfinite().all()) for one in model.parameters())
 
 
 # Resume.

@@ -462,6 +462,8 @@ def _duration(seconds: float) -> str:
 
 def as_data(done: Recovered) -> dict[str, Any]:
     """Return the outcome of a run for scripts."""
+    from llm_pruner.pipeline.recover import finite
+
     data = asdict(done)
     data["path"] = str(done.path)
     data["loss"] = {"before": done.loss[0], "after": done.loss[1]}
@@ -470,7 +472,7 @@ def as_data(done: Recovered) -> dict[str, Any]:
     ]
     data["evaluations"] = [{"step": step, "loss": loss} for step, loss in done.evaluations]
     data["saved_as"] = data.pop("kind")
-    return data
+    return dict(finite(data))
 
 
 def show(done: Recovered) -> None:

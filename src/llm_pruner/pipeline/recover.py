@@ -327,7 +327,7 @@ def _recover(
             for key, value in asdict(result).items()
             if key not in ("kind", "path", "bytes")
         }
-        text = json.dumps(_finite(record), indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(finite(record), indent=2, ensure_ascii=False) + "\n"
         (folder / RECORD).write_text(text, encoding="utf-8", newline="\n")
         if adapter is not None and outcome.gained:
             shutil.copytree(adapter, folder / "adapter")
@@ -531,12 +531,12 @@ def _plan(model: ModelSettings) -> str | None:
     return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Return plain values in which what is infinite, which JSON has no number for, is None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
+        return {key: finite(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
+        return [finite(one) for one in value]
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import tempfile
@@ -125,7 +126,12 @@ def recover_(
         by_source = [loss / count if count else None for loss, count in sums]
         return Evaluation(step, sum(loss for loss, _ in sums) / tokens, by_source)
 
-    with _quiet(), torch.random.fork_rng(), tempfile.TemporaryDirectory() as unused:
+    with (
+        _quiet(),
+        _same_config(model),
+        torch.random.fork_rng(),
+        tempfile.TemporaryDirectory() as unused,
+    ):
         if run.before is None:
             run.before = score(0, model)
             if not settings.bf16 and settings.lora.start == "default":
@@ -242,6 +248,19 @@ def _arguments(
     )
     args._n_gpu = min(args.n_gpu, 1)  # one model, one device
     return args
+
+
+@contextmanager
+def _same_config(model: Any) -> Iterator[None]:
+    """Undo what the Trainer sets in the model's config for training, such as ``use_cache``."""
+    held = [model.config, getattr(model, "generation_config", None)]
+    values = [copy.deepcopy(vars(one)) for one in held if one is not None]
+    try:
+        yield
+    finally:
+        for one, old in zip((one for one in held if one is not None), values, strict=True):
+            vars(one).clear()
+            vars(one).update(old)
 
 
 @contextmanager

@@ -159,10 +159,11 @@ class RecoveryTrainer(Trainer):
             total += loss.detach().to(total.device)
             self._run.tokens += batch.tokens
         if not bool(total.isfinite()):
-            raise UserError(
-                f"the loss of step {self.state.global_step + 1} is {float(total)}; use a lower "
-                "--learning-rate, and --dtype float32 if the model is in another"
-            )
+            said = f"the loss of step {self.state.global_step + 1} is {float(total)}"
+            if self.state.global_step == 0:
+                raise UserError(f"{said}; look at the data, or use --dtype float32")
+            # The weights from here on are lost; the best before may still be a gain.
+            self._run.stopped = f"{said}; a lower --learning-rate goes further"
         self.last_loss = float(total)
         return total
 
@@ -265,7 +266,7 @@ class Guard(TrainerCallback):
         self._run, self._settings, self._score, self._say = run, settings, score, say
         self._clock = time.monotonic()
         self._timed: float | None = None
-        self._seconds_to_score = 0.0
+        self._seconds_to_score = self._seconds_to_step = 0.0
         self.trainer: RecoveryTrainer | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
@@ -280,12 +281,15 @@ class Guard(TrainerCallback):
         """Plan, evaluate, keep, stop."""
         run, step = self._run, state.global_step
         assert self.trainer is not None
+        before = run.seconds
         self._tick()
+        self._seconds_to_step = run.seconds - before
         if not run.planned:
             self._plan(step)
         late = self._late()
         last = step >= run.total or late
-        evaluated = step % run.every == 0 or last
+        diverged = run.stopped is not None
+        evaluated = (step % run.every == 0 or last) and not diverged
         if evaluated:
             found = self._evaluate(step)
             run.evaluations.append(found)
@@ -324,11 +328,11 @@ class Guard(TrainerCallback):
         self._clock = now
 
     def _late(self) -> bool:
-        """Whether the time that is left is needed for the last evaluation."""
+        """Whether the time that is left is too short for one more step and the last evaluation."""
         if self._settings.max_minutes is None:
             return False
         left = 60 * self._settings.max_minutes - self._run.seconds
-        return left <= 1.1 * self._seconds_to_score
+        return left <= 1.1 * (self._seconds_to_score + self._seconds_to_step)
 
     def _plan(self, step: int) -> None:
         """Choose the number of steps that fits in the time, from how long the first ones took."""
@@ -343,7 +347,7 @@ class Guard(TrainerCallback):
         left = 60 * self._settings.max_minutes - self._run.seconds
         # 5% are kept back for steps that are longer than the first.
         left = 0.95 * left - self._settings.evaluations * self._seconds_to_score
-        self._run.total = max(step + 1, min(self._run.total, step + int(left / max(each, 1e-9))))
+        self._run.total = max(step, min(self._run.total, step + int(left / max(each, 1e-9))))
         self._run.every = evaluation_interval(self._run.total, self._settings.evaluations)
         self._run.planned = True
 
