@@ -502,8 +502,8 @@ def show(done: Recovered) -> None:
         out.print(f"the weights of step {done.best_step} were the best and are kept")
     saved = f"saved to {clean(str(done.path))} ({megabytes(done.bytes)})"
     out.print(saved, soft_wrap=True)
-    if done.kind == "recipe":
-        out.print("loads with from_pretrained after 'import llm_pruner', as before")
+    if done.needs:
+        out.print(f"loads with from_pretrained, as before, with {' and '.join(done.needs)}")
 
 
 def _no_gain(done: Recovered) -> str:

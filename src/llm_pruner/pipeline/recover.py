@@ -130,6 +130,7 @@ class Recovered:
         kind: how the checkpoint loads.
         path: the folder.
         bytes: its size.
+        needs: what loading it needs besides transformers, such as ``import llm_pruner``.
         settings: what was asked for.
     """
 
@@ -151,6 +152,7 @@ class Recovered:
     kind: Literal["stock", "recipe"]
     path: Path
     bytes: int
+    needs: tuple[str, ...]
     settings: dict[str, Any]
 
 
@@ -318,6 +320,7 @@ def _recover(
         kind="stock",
         path=out,
         bytes=0,
+        needs=(),
         settings=about,
     )
 
@@ -325,7 +328,7 @@ def _recover(
         record = {
             key: value
             for key, value in asdict(result).items()
-            if key not in ("kind", "path", "bytes")
+            if key not in ("kind", "path", "bytes", "needs")
         }
         text = json.dumps(finite(record), indent=2, ensure_ascii=False) + "\n"
         (folder / RECORD).write_text(text, encoding="utf-8", newline="\n")
@@ -343,7 +346,9 @@ def _recover(
         beside=beside,
     )
     shutil.rmtree(work, ignore_errors=True)
-    return Recovered(**{**vars(result), "kind": saved.kind, "bytes": saved.bytes})
+    return Recovered(
+        **{**vars(result), "kind": saved.kind, "bytes": saved.bytes, "needs": saved.needs}
+    )
 
 
 def work_folder(out: Path) -> Path:
