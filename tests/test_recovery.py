@@ -187,6 +187,9 @@ def test_the_teacher_runs_once_and_says_what_it_would(tmp_path: Path) -> None:
 
 def test_all_methods_learn_and_only_what_they_should(tmp_path: Path) -> None:
     train, held = sequences(32), sequences(6, seed=1)
+    random.seed(5)
+    torch.manual_seed(5)
+    drawn = [random.getstate(), torch.random.get_rng_state()]
     for method in ("lora", "full", "norms"):
         model = tiny_model("llama")
         before = {name: one.detach().clone() for name, one in model.named_parameters()}
@@ -212,6 +215,8 @@ def test_all_methods_learn_and_only_what_they_should(tmp_path: Path) -> None:
             }[method]
         )
         assert outcome.run.tokens == 2 * sum(map(len, train))
+    assert random.getstate() == drawn[0]
+    assert torch.equal(torch.random.get_rng_state(), drawn[1])
 
 
 def test_the_gradient_of_a_step_does_not_depend_on_its_layout(tmp_path: Path) -> None:
@@ -342,7 +347,7 @@ def test_a_run_killed_at_any_step_ends_as_if_it_had_not_been(tmp_path: Path) -> 
     # Dropout draws random numbers at each step; scores and checkpoints fall on different ones.
     options += ["--lora-dropout", 0.2, "--evaluations", 20, "--save-every", 3]
     done("recover", model, "--out", tmp_path / "whole", *options)
-    at = random.randint(1, 19)
+    at = random.SystemRandom().randint(1, 19)
     command = [sys.executable, "-m", "llm_pruner", "recover", model, "--out", tmp_path / "cut"]
     with subprocess.Popen(
         list(map(str, [*command, *options])), stderr=subprocess.PIPE, text=True

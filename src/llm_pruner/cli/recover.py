@@ -353,7 +353,7 @@ def command(
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Train a pruned model on a little text; keep it only if held-out text says so."""
+    """Train a pruned model, and keep it only if it became better."""
     check_json(json)
     from llm_pruner.pipeline.evaluate import PerplexitySettings
     from llm_pruner.pipeline.recover import DataSettings, TeacherSettings, recover_checkpoint

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainingArguments
 
@@ -261,6 +263,18 @@ def _same_config(model: Any) -> Iterator[None]:
         for one, old in zip((one for one in held if one is not None), values, strict=True):
             vars(one).clear()
             vars(one).update(old)
+
+
+@contextmanager
+def _own_random() -> Iterator[None]:
+    """Give the caller's random generators back as they were; the Trainer seeds all of them."""
+    own, legacy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(own)
+            np.random.set_state(legacy)
 
 
 @contextmanager
