@@ -115,6 +115,55 @@ def test_the_adapter_and_the_teacher(work: Path, made: Path) -> None:
     assert any(not torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--dora", "--gradient-checkpointing"),
+        ("--lora-start", "pissa", "--rslora"),
+        ("--dtype", "bfloat16"),
+        ("--bf16", "--method", "full"),
+    ],
+)
+def test_other_ways_to_train(work: Path, made: Path, options: tuple[object, ...]) -> None:
+    data = ("--data", made / "rows.jsonl")
+    result = done(
+        "recover", made / "small", "--out", "better", *data, *QUICK, *options, "--json", "-"
+    )
+    found = json.loads(result.out)
+    assert found["gained"]
+    # What is said of the merged model is true of the folder.
+    dtype = "bfloat16" if "bfloat16" in options else "float32"
+    model = load_model("better", dtype=dtype).model
+    assert next(model.parameters()).dtype == getattr(torch, dtype)
+    weights = load_file(made / "small" / "model.safetensors")
+    assert any(
+        not torch.equal(one, weights[name].to(one.dtype)) for name, one in model.named_parameters()
+    )
+
+
+def test_an_interruption_says_how_to_go_on(
+    work: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llm_pruner.recovery.training import RecoveryTrainer
+
+    real = RecoveryTrainer.training_step
+
+    def interrupted(self: RecoveryTrainer, *args: object, **keywords: object) -> object:
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return real(self, *args, **keywords)
+
+    monkeypatch.setattr(RecoveryTrainer, "training_step", interrupted)
+    command = ("recover", made / "small", "--out", "better", "--data", made / "rows.jsonl", *QUICK)
+    result = run(*command)
+    assert result.code == 130
+    assert result.err.splitlines()[-1] == "llm-pruner: interrupted; go on with --resume"
+    monkeypatch.undo()
+    monkeypatch.chdir(work)
+    done(*command, "--resume")
+    assert json.loads(Path("better/recovery.json").read_text())["steps"] == 4
+
+
 def test_no_gain_gives_the_model_back_to_the_bit(work: Path, made: Path) -> None:
     small = made / "small"
     options = ("--data", made / "rows.jsonl", *QUICK, "--learning-rate", 50, "--method", "full")

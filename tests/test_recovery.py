@@ -263,11 +263,11 @@ def test_the_best_weights_are_kept(tmp_path: Path) -> None:
 
 def test_a_time_budget_is_planned_and_kept(tmp_path: Path) -> None:
     train, held = sequences(64), sequences(4, seed=1)
-    settings = preset("quick", batch_size=4, epochs=1000, seq_len=64, max_minutes=0.05)
+    settings = preset("quick", batch_size=4, epochs=1000, seq_len=64, max_minutes=0.03)
     _, outcome = recover_(tiny_model("llama"), train, held, settings, work=tmp_path, folder=folder)
     assert outcome.run.planned
     assert 4 < outcome.steps <= outcome.run.total < 16_000
-    assert outcome.run.seconds < 60 * 0.05 + 2
+    assert outcome.run.seconds < 60 * 0.03 + 2
     assert outcome.run.evaluations[-1].step == outcome.steps
 
 

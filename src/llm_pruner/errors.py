@@ -14,6 +14,10 @@ class UserError(LLMPrunerError):
     """Something that the user gave must change; the command line exits with code 2."""
 
 
+class Interrupted(LLMPrunerError):  # noqa: N818
+    """The user stopped the program; says what is left of its work."""
+
+
 class PlanError(UserError):
     """A Plan that cannot be applied; lists every problem found."""
 

@@ -15,7 +15,7 @@ import typer
 from llm_pruner.cli import bench, compare, demo, evaluate, inspect, prune, recover, tasks
 from llm_pruner.cli.grouped import GroupedCommand
 from llm_pruner.cli.output import fail, one_line
-from llm_pruner.errors import LLMPrunerError, PlanError, UserError
+from llm_pruner.errors import Interrupted, LLMPrunerError, PlanError, UserError
 
 app = typer.Typer(
     name="llm-pruner",
@@ -54,6 +54,8 @@ def main() -> None:
         fail("\n  - ".join([head, *more]), 2)
     except UserError as error:
         fail(one_line(str(error)), 2)
+    except Interrupted as error:
+        fail(one_line(str(error)), _INTERRUPTED)
     except LLMPrunerError as error:
         fail(one_line(str(error)), 1)
     except OSError as error:

@@ -21,6 +21,7 @@ from llm_pruner.cli.output import (
     table,
     write_json,
 )
+from llm_pruner.errors import Interrupted
 
 if TYPE_CHECKING:
     from llm_pruner.data.formatting import Template
@@ -356,7 +357,12 @@ def command(
     """Train a pruned model, and keep it only if it became better."""
     check_json(json)
     from llm_pruner.pipeline.evaluate import PerplexitySettings
-    from llm_pruner.pipeline.recover import DataSettings, TeacherSettings, recover_checkpoint
+    from llm_pruner.pipeline.recover import (
+        DataSettings,
+        TeacherSettings,
+        recover_checkpoint,
+        work_folder,
+    )
     from llm_pruner.pipeline.settings import ModelSettings
     from llm_pruner.recovery import DistillationSettings
     from llm_pruner.recovery import preset as make_settings
@@ -396,29 +402,34 @@ def command(
             else None,
             teacher_cache,
         )
-    done = recover_checkpoint(
-        ModelSettings(model, revision, dtype, device, trust_remote_code),
-        out,
-        DataSettings(
-            tuple(dict.fromkeys(data)),
-            samples,
-            split,
-            text_field,
-            cast("Template", template),
-            mask_prompt,
-            held_out,
-        ),
-        settings,
-        teacher=learned_from,
-        texts=perplexity or [],
-        text_settings=PerplexitySettings(seq_len=perplexity_seq_len),
-        resume=resume,
-        restart=restart,
-        overwrite=overwrite,
-        keep_adapter=keep_adapter,
-        max_shard_size=max_shard_size,
-        say=_Narrator(quiet=json == "-"),
-    )
+    try:
+        done = recover_checkpoint(
+            ModelSettings(model, revision, dtype, device, trust_remote_code),
+            out,
+            DataSettings(
+                tuple(dict.fromkeys(data)),
+                samples,
+                split,
+                text_field,
+                cast("Template", template),
+                mask_prompt,
+                held_out,
+            ),
+            settings,
+            teacher=learned_from,
+            texts=perplexity or [],
+            text_settings=PerplexitySettings(seq_len=perplexity_seq_len),
+            resume=resume,
+            restart=restart,
+            overwrite=overwrite,
+            keep_adapter=keep_adapter,
+            max_shard_size=max_shard_size,
+            say=_Narrator(quiet=json == "-"),
+        )
+    except KeyboardInterrupt:
+        left = work_folder(out).is_dir()
+        what = "go on with --resume" if left else "nothing was written"
+        raise Interrupted(f"interrupted; {what}") from None
     write_json(as_data(done), json)
     if json != "-":
         show(done)
