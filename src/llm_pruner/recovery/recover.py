@@ -131,7 +131,7 @@ def recover_(
     with (
         _quiet(),
         _same_config(model),
-        torch.random.fork_rng(),
+        _own_random(),
         tempfile.TemporaryDirectory() as unused,
     ):
         if run.before is None:
