@@ -253,3 +253,37 @@ def test_model_that_returns_no_logits() -> None:
 
     with pytest.raises(DiscoveryError, match="returns dict, in which no logits are found"):
         discover(Odd())
+
+
+class Streams(nn.Module):
+    """Layers that mix parallel streams of the hidden state into new ones."""
+
+    def __init__(self, streams: int = 3, width: int = 12) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, width)
+        self.spread = nn.Parameter(torch.randn(streams, 1))
+        self.layers = nn.ModuleList(Mixing(streams, width) for _ in range(3))
+        self.head = nn.Linear(width, 40, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed(tokens).unsqueeze(2) * self.spread
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return self.head(hidden.sum(2))
+
+
+class Mixing(nn.Module):
+    def __init__(self, streams: int, width: int) -> None:
+        super().__init__()
+        self.mix = nn.Linear(streams, streams, bias=False)
+        self.scale = nn.Parameter(torch.randn(width))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.mix(hidden.transpose(2, 3)).transpose(2, 3) * self.scale
+
+
+def test_layers_that_number_streams_anew_stay() -> None:
+    torch.manual_seed(0)
+    discovery = discover(Streams())
+    (layers,) = (group for group in discovery.groups if group.kind == "layers")
+    assert layers.frozen == "each layer numbers the streams of the hidden state anew"
