@@ -4,7 +4,8 @@
 
 Removes 20% of all parameters of SmolLM2-135M (layers 4 to 26, key-value heads and FFN channels,
 local ranking, 10 x 64 calibration tokens) and measures perplexity by the paper's protocol on the
-first 8,192 tokens of the text; then FFN channels alone, single query heads, and ten steps. Writes
+first 8,192 tokens of the text; then FFN channels alone, single query heads, ten steps, and the
+budget split by trial removals (on one of the ten samples). Writes
 benchmarks/results/paper_setting.json after each row, and goes on from there when it is run again.
 """
 
@@ -26,11 +27,13 @@ from llm_pruner import Criterion, Selection, Target, allocate, discover, prune_,
 from llm_pruner.data.calibration import build_calibration
 from llm_pruner.data.evaluation import load_evaluation_text
 from llm_pruner.evaluation.perplexity import EvaluationText, perplexity
+from llm_pruner.pipeline.trials import find_split
 from llm_pruner.planning import Survivors, step_targets
 from llm_pruner.sources import LoadedModel, load_model
 
 RESULTS = Path(__file__).parent / "results"
 RATIO, LAYERS, SAMPLES, SEQ_LEN, TOKENS = 0.2, (4, 26), 10, 64, 8192
+SPLIT = (Criterion(), Criterion("l2"), Criterion("random"))
 AGGREGATES = ("sum", "prod", "max", "last")
 
 
@@ -42,6 +45,7 @@ class Run:
     structures: tuple[str, ...] = ("heads", "ffn")
     steps: int = 1
     seed: int = 0
+    split: str | None = None
 
 
 def runs() -> list[Run]:
@@ -60,6 +64,7 @@ def runs() -> list[Run]:
     found += [Run(Criterion("random"), ffn, seed=seed) for seed in range(3)]
     found += [Run(Criterion("l2"), ffn)]
     found += [Run(taylor, ffn, seed=seed) for seed in range(3)]
+    found += [Run(criterion, seed=seed, split="auto") for criterion in SPLIT for seed in range(3)]
     return [*found, Run(taylor, ("query_heads", "ffn"))]
 
 
@@ -73,7 +78,12 @@ def prune(loaded: LoadedModel, calibration: str, run: Run) -> Any:
     survivors = Survivors.dense(discovery)
     selection = Selection(run.structures, layer_ranges=dict.fromkeys(run.structures, LAYERS))
     for target in step_targets(survivors.parameters, Target(ratio=RATIO), run.steps):
-        scores = score(model, discovery, run.criterion, input_ids=text.input_ids, seed=run.seed)
+        tokens = text.input_ids if run.split is None else text.input_ids[1:]
+        scores = score(model, discovery, run.criterion, input_ids=tokens, seed=run.seed)
+        if run.split is not None:
+            selection, _ = find_split(
+                model, discovery, scores, selection, target, survivors, text.input_ids[:1]
+            )
         removal = allocate(discovery, scores, selection, target, survivors)
         survivors = survivors.after(removal)
         prune_(model, discovery, removal)
@@ -127,7 +137,7 @@ def main() -> None:
     if not rows:
         add(None, loaded.model)
     for run in runs():
-        key = json.loads(json.dumps(asdict(run)))
+        key = json.loads(json.dumps({k: v for k, v in asdict(run).items() if v is not None}))
         if json.dumps(key, sort_keys=True) not in done:
             add(key, prune(loaded, options.calibration, run))
 
