@@ -12,7 +12,17 @@ import os
 
 import typer
 
-from llm_pruner.cli import bench, compare, demo, evaluate, inspect, prune, recover, tasks
+from llm_pruner.cli import (
+    bench,
+    compare,
+    compress,
+    demo,
+    evaluate,
+    inspect,
+    prune,
+    recover,
+    tasks,
+)
 from llm_pruner.cli.grouped import GroupedCommand
 from llm_pruner.cli.output import fail, one_line
 from llm_pruner.errors import Interrupted, LLMPrunerError, PlanError, UserError
@@ -27,6 +37,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("compress", cls=GroupedCommand, epilog=compress.EXAMPLES)(compress.command)
 app.command("inspect", cls=GroupedCommand, epilog=inspect.EXAMPLES)(inspect.command)
 app.command("prune", cls=GroupedCommand, epilog=prune.EXAMPLES)(prune.command)
 app.command("recover", cls=GroupedCommand, epilog=recover.EXAMPLES)(recover.command)

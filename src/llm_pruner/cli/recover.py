@@ -14,6 +14,7 @@ from llm_pruner.cli import options
 from llm_pruner.cli.output import (
     check_json,
     clean,
+    command_line,
     console,
     count,
     megabytes,
@@ -424,7 +425,8 @@ def command(
             overwrite=overwrite,
             keep_adapter=keep_adapter,
             max_shard_size=max_shard_size,
-            say=_Narrator(quiet=json == "-"),
+            say=Narrator(quiet=json == "-"),
+            command=command_line(),
         )
     except KeyboardInterrupt:
         left = work_folder(out).is_dir()
@@ -437,7 +439,7 @@ def command(
         print(f"llm-pruner: {_no_gain(done)}", file=sys.stderr)
 
 
-class _Narrator:
+class Narrator:
     """Tells standard error how training goes: a line that is rewritten, and one for each score."""
 
     def __init__(self, quiet: bool) -> None:
@@ -477,6 +479,7 @@ def as_data(done: Recovered) -> dict[str, Any]:
 
     data = asdict(done)
     data["path"] = str(done.path)
+    data["report"] = None if done.report is None else str(done.report)
     data["loss"] = {"before": done.loss[0], "after": done.loss[1]}
     data["perplexity"] = [
         {"before": asdict(before), "after": asdict(after)} for before, after in done.perplexity
@@ -513,6 +516,8 @@ def show(done: Recovered) -> None:
         out.print(f"the weights of step {done.best_step} were the best and are kept")
     saved = f"saved to {clean(str(done.path))} ({megabytes(done.bytes)})"
     out.print(saved, soft_wrap=True)
+    if done.report is not None:
+        out.print(f"report: {clean(str(done.report))}", soft_wrap=True)
     if done.needs:
         out.print(f"loads with from_pretrained, as before, with {' and '.join(done.needs)}")
 

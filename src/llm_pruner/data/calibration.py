@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llm_pruner.data.records import join_records, record_format
-from llm_pruner.data.selfmade import write_text
+from llm_pruner.data.selfmade import write_text, write_text_cached
 from llm_pruner.data.text import SELF, Documents, load_documents
 from llm_pruner.errors import UserError
 from llm_pruner.specials import added_tokens
@@ -47,6 +47,7 @@ def build_calibration(
     model: Any = None,
     text_field: str | None = None,
     split: str | None = None,
+    kept: Path | None = None,
 ) -> Calibration:
     """Return ``samples`` windows of exactly ``seq_len`` tokens.
 
@@ -63,6 +64,7 @@ def build_calibration(
     Args:
         source: see ``load_documents``; ``self`` has the model write the text, see ``write_text``.
         model: needed for ``self`` alone.
+        kept: folder that keeps what the model wrote, see ``write_text_cached``; ``self`` alone.
 
     Raises:
         UserError: the source cannot be read, or holds too few tokens.
@@ -75,7 +77,12 @@ def build_calibration(
     if source == SELF:
         if model is None:
             raise UserError("source 'self' needs the model that writes the text")
-        input_ids = write_text(model, tokenizer, samples=samples, seq_len=seq_len, seed=seed)
+        size = {"samples": samples, "seq_len": seq_len, "seed": seed}
+        input_ids = (
+            write_text(model, tokenizer, **size)
+            if kept is None
+            else write_text_cached(model, tokenizer, kept, **size)
+        )
         name = "text sampled from the model"
     else:
         # Enough documents even where each is one short sentence; a local file is read whole.

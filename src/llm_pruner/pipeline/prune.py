@@ -385,6 +385,7 @@ def _calibration_text(
         model=loaded.model,
         text_field=calibration.text_field,
         split=calibration.split,
+        kept=calibration.kept,
     )
     clock.stop("calibration text")
     return text

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +35,15 @@ from llm_pruner.evaluation.perplexity import (
     perplexity,
 )
 from llm_pruner.pipeline.evaluate import PerplexitySettings, read_texts
+from llm_pruner.pipeline.facts import size_of, source_of
 from llm_pruner.pipeline.loading import load
+from llm_pruner.pipeline.recovery_report import (
+    course,
+    earlier_report,
+    in_words,
+    recovery_report,
+)
+from llm_pruner.pipeline.report import write_report
 from llm_pruner.pipeline.settings import ModelSettings
 from llm_pruner.recovery import (
     DistillationSettings,
@@ -44,6 +52,7 @@ from llm_pruner.recovery import (
     Teacher,
     recover_,
 )
+from llm_pruner.report.data import HTML_FILE, Recovery
 from llm_pruner.sources import LoadedModel
 from llm_pruner.types import Edits
 
@@ -67,6 +76,7 @@ class DataSettings:
         template: how chats and instructions are written; see ``encode_examples``.
         mask_prompt: learn only the answers.
         held_out: examples of each source that are scored and not trained on; None for one in 20.
+        kept: folder that keeps the text of ``self``; by default it goes with the run.
     """
 
     sources: tuple[str, ...]
@@ -76,6 +86,7 @@ class DataSettings:
     template: Template = "auto"
     mask_prompt: bool = False
     held_out: int | None = None
+    kept: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +143,7 @@ class Recovered:
         bytes: its size.
         needs: what loading it needs besides transformers, such as ``import llm_pruner``.
         settings: what was asked for.
+        report: the page that shows all this; None if none was written.
     """
 
     model: str
@@ -154,6 +166,7 @@ class Recovered:
     bytes: int
     needs: tuple[str, ...]
     settings: dict[str, Any]
+    report: Path | None = None
 
 
 def recover_checkpoint(
@@ -171,6 +184,7 @@ def recover_checkpoint(
     keep_adapter: bool = False,
     max_shard_size: str = "5GB",
     say: Callable[[Progress], None] = lambda _: None,
+    command: str | None = None,
 ) -> Recovered:
     """Train a checkpoint and save the result as a folder that loads as the input does.
 
@@ -192,6 +206,7 @@ def recover_checkpoint(
             the model that came in.
         max_shard_size: largest weight file.
         say: called after each step.
+        command: the command line of this run, for the report.
 
     Raises:
         UserError: something that was given must change; ``out`` is as it was.
@@ -215,6 +230,7 @@ def recover_checkpoint(
             max_shard_size,
             say,
             work,
+            command,
         )
     except UserError:
         if not found and work.is_dir() and {path.name for path in work.iterdir()} <= {_RUN}:
@@ -237,6 +253,7 @@ def _recover(
     max_shard_size: str,
     say: Callable[[Progress], None],
     work: Path,
+    command: str | None,
 ) -> Recovered:
     _check(model, out, data, settings, teacher, resume, restart, overwrite, keep_adapter, work)
     corpora = read_texts(texts, text_settings or PerplexitySettings())
@@ -324,30 +341,64 @@ def _recover(
         settings=about,
     )
 
-    def beside(folder: Path, kind: str, needs: tuple[str, ...]) -> None:  # noqa: ARG001
+    earlier = earlier_report(model.source)
+    teacher_name = None if dense is None else dense.name
+
+    def beside(folder: Path, kind: Literal["stock", "recipe"], needs: tuple[str, ...]) -> None:
         record = {
             key: value
             for key, value in asdict(result).items()
-            if key not in ("kind", "path", "bytes", "needs")
+            if key not in ("kind", "path", "bytes", "needs", "report")
         }
         text = json.dumps(finite(record), indent=2, ensure_ascii=False) + "\n"
         (folder / RECORD).write_text(text, encoding="utf-8", newline="\n")
         if adapter is not None and outcome.gained:
             shutil.copytree(adapter, folder / "adapter")
+        write_report(
+            folder,
+            recovery_report(
+                earlier,
+                source=source_of(model.source, loaded.name, loaded.revision, network),
+                pruned=plan_json is not None,
+                size=size_of(network),
+                recovery=Recovery(
+                    loss=tuple(course(result.losses, result.evaluations)),
+                    seconds=result.seconds,
+                    summary=in_words(
+                        about,
+                        [(each.name, each.train_samples) for each in result.sources],
+                        result.steps,
+                        teacher_name,
+                    ),
+                    gained=result.gained,
+                ),
+                perplexity=result.perplexity,
+                settings=about,
+                saved_as=kind,
+                needs=needs,
+                command=command,
+            ),
+        )
 
+    plan_json = _plan(model)
     saved = save_checkpoint(
         network,
         out,
         edits=Edits({}, {}, {}, {}),
-        plan_json=_plan(model),
+        plan_json=plan_json,
         tokenizer=loaded.tokenizer,
         overwrite=overwrite,
         max_shard_size=max_shard_size,
         beside=beside,
     )
     shutil.rmtree(work, ignore_errors=True)
-    return Recovered(
-        **{**vars(result), "kind": saved.kind, "bytes": saved.bytes, "needs": saved.needs}
+    page = saved.path / HTML_FILE
+    return replace(
+        result,
+        kind=saved.kind,
+        bytes=saved.bytes,
+        needs=saved.needs,
+        report=page if page.is_file() else None,
     )
 
 
@@ -448,7 +499,7 @@ def _samples(
             made = self_made_samples(
                 dense.model,
                 dense.tokenizer,
-                work / f"self-{writer}",
+                data.kept or work / f"self-{writer}",
                 seq_len=settings.seq_len,
                 limit=data.samples,
                 held_out=data.held_out,

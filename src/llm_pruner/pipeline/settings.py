@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class CalibrationSettings:
         seq_len: tokens of each.
         split: split of a hub dataset.
         text_field: field that holds the text.
+        kept: folder that keeps the text of ``self``, for other stages of the same run.
     """
 
     source: str = "self"
@@ -41,3 +43,4 @@ class CalibrationSettings:
     seq_len: int = 128
     split: str | None = None
     text_field: str | None = None
+    kept: Path | None = None

@@ -284,7 +284,8 @@ class Guard(TrainerCallback):
         before = run.seconds
         self._tick()
         self._seconds_to_step = run.seconds - before
-        if not run.planned:
+        planned = run.planned
+        if not planned:
             self._plan(step)
         late = self._late()
         last = step >= run.total or late
@@ -307,6 +308,8 @@ class Guard(TrainerCallback):
         control.should_training_stop = last or run.stopped is not None
         save_every = self._settings.save_every or run.every
         control.should_save = step % save_every == 0 or control.should_training_stop
+        # What was chosen by the clock is chosen once: an interrupted run goes on with it.
+        control.should_save |= run.planned and not planned
         self._say(Progress(step, run, self.trainer.last_loss, evaluated))
 
     def _evaluate(self, step: int) -> Evaluation:

@@ -229,11 +229,13 @@ class Recovery(_Part):
         seconds: time that it took.
         summary: method and data in words that follow "recovered by", such as
             ``LoRA of rank 8 on 2,000 examples of alpaca``.
+        gained: whether its result was kept; if not, the model is as it came.
     """
 
     loss: tuple[LossPoint, ...] = ()
     seconds: float | None = None
     summary: str | None = None
+    gained: bool = True
 
 
 class Report(_Part):
@@ -284,7 +286,8 @@ class Report(_Part):
     @property
     def final(self) -> Variant:
         """The model that lies beside the report."""
-        return "recovered" if self.recovery is not None else "pruned"
+        kept = self.recovery is not None and self.recovery.gained
+        return "recovered" if kept else "pruned"
 
     def with_evaluation(self, variant: Variant, found: Evaluation) -> Report:
         """Return a report that also holds what was measured of one model."""

@@ -42,7 +42,7 @@ def render_html(report: Report) -> str:
     table = context["measurements"]
     return page(
         "report.html",
-        title=f"{report.source.name}, pruned",
+        title=view.title(report),
         spread=table is not None and any("(" in c for row in table.rows for c in row.cells),
         settings=view.flat_settings(report),
         seconds=[(stage, f"{value:.1f}") for stage, value in report.seconds.items()],
@@ -107,6 +107,7 @@ def page(template: str, **context: Any) -> str:
 def _context(report: Report) -> dict[str, Any]:
     return {
         "report": report,
+        "heading": view.title(report),
         "sentence": view.sentence(report),
         "sizes": view.sizes(report),
         "perplexity": view.perplexity_table(report),

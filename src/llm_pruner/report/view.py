@@ -104,9 +104,28 @@ def decoder_layers(report: Report) -> list[Layer]:
     return [layer for layer in report.layers if layer.layer is not None]
 
 
+def was_pruned(report: Report) -> bool:
+    """Return whether a report knows of a removal, or else of training alone."""
+    return bool(
+        report.recovery is None
+        or report.criterion
+        or report.layers
+        or "dense" in report.sizes
+        or "pruned" in report.evaluations
+    )
+
+
+def title(report: Report) -> str:
+    """Return the name of the model and what became of it."""
+    return f"{report.source.name}, {'pruned' if was_pruned(report) else 'recovered'}"
+
+
 def sentence(report: Report) -> str:
     """Say in one sentence, or two, what was done."""
     dense, after = report.sizes.get("dense"), report.sizes.get(report.final)
+    training = _training(report)
+    if not was_pruned(report):
+        return f"{report.source.name} was {training}." if training else report.source.name
     said = f"{report.source.name} was pruned"
     if dense is not None and after is not None:
         said += (
@@ -121,10 +140,19 @@ def sentence(report: Report) -> str:
     said += ". "
     if report.compensation:
         said += f"What reads the pruned axes was refitted ({report.compensation}). "
+    return (
+        f"{said}Then it was {training}." if training else f"{said}Nothing was trained afterwards."
+    )
+
+
+def _training(report: Report) -> str:
+    """Return what training did, in words that follow "it was"; empty if there was none."""
     if report.recovery is None:
-        return said + "Nothing was trained afterwards."
+        return ""
     summary = report.recovery.summary or "training"
-    return f"{said}Then it was recovered by {summary}."
+    if report.recovery.gained:
+        return f"recovered by {summary}"
+    return f"trained by {summary}, which brought no gain, so that nothing of it was kept"
 
 
 def _kept(report: Report) -> list[str]:

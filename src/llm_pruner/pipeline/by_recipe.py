@@ -1,0 +1,54 @@
+"""What a recipe says, as the arguments of ``prune_checkpoint``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from llm_pruner.importance import Criterion
+from llm_pruner.pipeline.settings import CalibrationSettings
+from llm_pruner.planning import Selection
+from llm_pruner.planning.target import Scope
+from llm_pruner.recipes import Recipe
+
+STRUCTURES = ("heads", "ffn")
+
+
+def calibration_of(recipe: Recipe, **changes: Any) -> CalibrationSettings:
+    """Return the calibration text of a recipe; values in ``changes`` that are not None win."""
+    known = {
+        "source": recipe.calibration,
+        "samples": recipe.samples,
+        "seq_len": recipe.seq_len,
+        **{name: value for name, value in changes.items() if value is not None},
+    }
+    return CalibrationSettings(**{name: one for name, one in known.items() if one is not None})
+
+
+def prune_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Return arguments of ``prune_checkpoint``, those about text apart."""
+    split = recipe.split if isinstance(recipe.split, Mapping) else None
+    selection = Selection(
+        structures=recipe.structures or STRUCTURES,
+        scope=cast("Scope", recipe.scope or "local"),
+        protect_first=recipe.protect_first or 0,
+        protect_last=recipe.protect_last or 0,
+        round_to=recipe.round_to if isinstance(recipe.round_to, int) else 1,
+        split=None if split is None else dict(split),
+        spread=recipe.spread,
+    )
+    criterion = {
+        "name": recipe.criterion,
+        "order": recipe.order,
+        "reduction": recipe.reduction,
+        "aggregate": recipe.aggregate,
+    }
+    return {
+        "selection": selection,
+        "protect_by_default": (recipe.protect_first is None, recipe.protect_last is None),
+        "round_by_speed": recipe.round_to == "auto",
+        "criterion": Criterion(**{k: v for k, v in criterion.items() if v is not None}),
+        "steps": recipe.steps or 1,
+        "compensation": recipe.compensation or "none",
+        "find_best_split": recipe.split == "auto",
+    }
