@@ -10,7 +10,7 @@ DEV := $(VENV)/.installed-dev
 .PHONY: help test demo lint format types contracts check clean
 
 help:
-	@echo "make demo       prune the small default model and compare before and after"
+	@echo "make demo       make the small default model 20% smaller, compare before and after"
 	@echo "                and leave the report in demo-out/report.html"
 	@echo "make test       run the tests; those of the report's look need Chromium"
 	@echo "make check      lint, types and contracts, as CI does"

@@ -19,7 +19,9 @@ from helpers import tiny_tokenizer
 from llm_pruner.cli.output import clean, count, megabytes
 from llm_pruner.data.calibration import build_calibration
 
-COMMANDS = ("inspect", "prune", "recover", "evaluate", "compare", "bench", "tasks", "demo")
+COMMANDS = (
+    *("compress", "inspect", "prune", "recover", "evaluate", "compare", "bench", "tasks", "demo"),
+)
 
 
 @pytest.fixture(scope="module")

@@ -171,13 +171,14 @@ def compress(
             going_on(work)
         stages = _Stages(settings, run, command, tell, say)
         try:
-            result = run.kept(_RESULT, stages.all)
+            result = run.kept(_RESULT, stages.all, "report")
         except UserError:
             if not any(run.path(name).exists() for name in ("pruned", "dense.json")):
                 run.remove()  # nothing was done that is worth going on with
             raise
         tell("moving the result into place")
         _move(run.path(result["folder"]), out, run.path("replaced"), overwrite)
+        seconds, peak = run.seconds, max(run.peak_bytes, result["peak_bytes"])
         run.remove()
     page = out / HTML_FILE
     return Compressed(
@@ -188,8 +189,8 @@ def compress(
         measured=result["measured"],
         recovery=result["recovery"],
         notes=result["notes"],
-        seconds=result["seconds"],
-        peak_bytes=result["peak_bytes"],
+        seconds=seconds,
+        peak_bytes=peak,
     )
 
 
@@ -361,7 +362,6 @@ class _Stages:
     ) -> dict[str, Any]:
         """Write the report of all stages beside the weights."""
         self.tell("writing the report")
-        self.run.book("report")
         sizes = {variant: found["parameters"] for variant, found in measured.items()}
         result = {
             "folder": folder,
@@ -370,7 +370,6 @@ class _Stages:
             "measured": measured,
             "recovery": recovery,
             "notes": self.notes,
-            "seconds": self.run.seconds,
             "peak_bytes": self.run.peak_bytes,
         }
         try:

@@ -15,6 +15,8 @@ RATIO = 0.2
 RECIPE = "balanced"
 SAMPLES = 128
 """Texts to train on: those that the calibration was made on."""
+BATCH = 8
+"""Texts in a step: few, so that little text makes some steps."""
 
 
 def demo_settings(seed: int = 0, **changes: Any) -> CompressSettings:
@@ -25,7 +27,7 @@ def demo_settings(seed: int = 0, **changes: Any) -> CompressSettings:
             "target": Target(ratio=RATIO),
             "recipe": RECIPE,
             "samples": SAMPLES,
-            "recovery": default_recovery(seed),
+            "recovery": default_recovery(seed, batch_size=BATCH),
             "seed": seed,
             **changes,
         }

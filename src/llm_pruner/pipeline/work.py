@@ -59,13 +59,15 @@ class Work:
         self._last = now
         self._keep()
 
-    def kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return the values of a stage; they are made once."""
+    def kept(
+        self, name: str, make: Callable[[], dict[str, Any]], stage: str | None = None
+    ) -> dict[str, Any]:
+        """Return values that are made once; the time goes to the stage, by default of that name."""
         found = self._read(f"{name}.json")
         if found is None:
             found = make()
             atomic_write_text(self.path(f"{name}.json"), json.dumps(found, indent=1) + "\n")
-            self.book(name)
+            self.book(stage or name)
         return found
 
     def decided(self, name: str, decide: Callable[[], Any]) -> Any:
