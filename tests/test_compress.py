@@ -1,4 +1,4 @@
-"""``llm-pruner compress``: all stages in one command, killed in each of them, and what it refuses."""
+"""``llm-pruner compress``: all stages in one command, killed in each of them, and refusals."""
 
 from __future__ import annotations
 

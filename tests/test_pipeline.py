@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+import llm_pruner.pipeline.compress
 import llm_pruner.pipeline.demo
 import llm_pruner.pipeline.prune
 import llm_pruner.sources
@@ -20,7 +21,6 @@ import llm_pruner.verification
 from command import contents, done, run, save_tiny, write_text
 from llm_pruner import discover, prune_, read_plan
 from llm_pruner.evaluation.rounding import Rounding
-from llm_pruner.pipeline.settings import CalibrationSettings
 
 TOKENS = torch.arange(3, 99).reshape(4, 24)
 DENSE = 136_080
@@ -399,53 +399,63 @@ def test_a_folder_that_does_not_load_as_it_was_saved_is_not_kept(
     assert contents(work) == {}
 
 
-def test_demo(work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def quick(work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a demo of seconds: of the tiny model, with little text."""
+    recipe = work.parent / "quick.yaml"
+    recipe.write_text("{structures: [ffn], criterion: fisher, samples: 4, seq_len: 24}")
+    monkeypatch.setattr(llm_pruner.sources, "default_gguf", lambda: tiny)
+    monkeypatch.setattr(llm_pruner.pipeline.demo, "RECIPE", str(recipe))
+    monkeypatch.setattr(llm_pruner.pipeline.demo, "SAMPLES", 64)
+
+
+def test_demo(work: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     in_a_process = subprocess.run
 
     def start(command: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
         """Start a process for the pruned model alone: each takes seconds to import PyTorch."""
         assert command[:4] == [sys.executable, "-m", "llm_pruner", "evaluate"]
-        if command[4] == "demo-out":
+        if command[4].endswith("demo-out.compressing/pruned"):
             return in_a_process(command, **settings)
         result = run(*command[3:])
         return subprocess.CompletedProcess(command, result.code, result.out, result.err)
 
     monkeypatch.setattr(subprocess, "run", start)
-    monkeypatch.setattr(llm_pruner.sources, "default_gguf", lambda: tiny)
-    monkeypatch.setattr(llm_pruner.pipeline.demo, "CALIBRATION", CalibrationSettings("self", 4, 32))
     result = done("demo", "--json", "found.json")
     assert result.err == ""
-    shown = result.out[result.out.index("Before and after") :]
     assert max(map(len, result.out.splitlines())) <= 80
-    rows = [line.split() for line in shown.splitlines()]
-    assert ["dense", "pruned", "ratio"] in rows
-    assert ["parameters", "136.1K", "109.0K", "0.80"] in rows
-    for row in ("size on disk", "perplexity", "prefill tokens/s", "decode tokens/s"):
-        assert any(line.strip().startswith(row) for line in shown.splitlines())
-    assert "perplexity: demo text, " in shown
-    assert "in windows of 512; float32, batch 1" in shown
-    assert "\ndense: The old bridge" in shown
-    assert "\npruned: The old bridge" in shown
+    rows = [line.split() for line in result.out.splitlines()]
+    assert ["dense", "pruned", "recovered"] in rows
+    assert ["parameters", "136.1K", "109.0K", "109.0K"] in rows
+    lines = [line.strip() for line in result.out.splitlines()]
+    for row in ("size on disk", "perplexity, demo text", "prefill tokens/s", "decode tokens/s"):
+        assert any(line.startswith(row) for line in lines)
+    assert any(line.startswith("peak memory: ") for line in lines)
+    assert lines[-1] == "report: demo-out/report.html"
     found = json.loads(Path("found.json").read_text())
-    assert found["prune"]["path"] == "demo-out"
-    assert found["after"]["parameters"] == found["prune"]["parameters_after"]
-    assert found["before"]["parameters"] == DENSE
-    assert load("demo-out").num_parameters() == found["prune"]["parameters_after"]
+    assert found["path"] == "demo-out"
+    assert found["recovery"]["gained"]
+    assert found["measured"]["dense"]["parameters"] == DENSE
+    assert found["measured"]["pruned"]["parameters"] == found["parameters"]["after"]
+    assert load("demo-out").num_parameters() == found["parameters"]["after"]
 
 
 def test_demo_replaces_its_own_folder_and_no_other(
-    work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    work: Path, tiny: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures = {
+        "model": "tiny",
         "parameters": DENSE,
-        "bytes": 1,
-        "perplexity": [{"perplexity": 2.0, "corpus": "text", "tokens": 9, "window": 3}],
+        "perplexity": [
+            {"perplexity": 2.0, "stderr": None, "corpus": "text", "tokens": 9, "window": 3}
+        ],
+        "zero_shot": None,
         "speed": {"prefill_tokens_per_second": 1.0, "decode_tokens_per_second": 1.0},
         "samples": {},
     }
-    monkeypatch.setattr(llm_pruner.sources, "default_gguf", lambda: tiny)
-    monkeypatch.setattr(llm_pruner.pipeline.demo, "_measured", lambda folder: figures)
-    monkeypatch.setattr(llm_pruner.pipeline.demo, "CALIBRATION", CalibrationSettings("self", 4, 32))
+    monkeypatch.setattr(
+        llm_pruner.pipeline.compress, "measure_apart", lambda *args, **keywords: figures
+    )
     Path("demo-out").mkdir()
     Path("demo-out/plan.json").write_text("earlier")
     done("demo")

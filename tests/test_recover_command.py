@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import llm_pruner.pipeline.loading
 from command import WORDS, contents, done, run, save_tiny
 from helpers import tiny_tokenizer
+from llm_pruner.report.data import read_report
 from llm_pruner.sources import load_model
 
 QUICK = ("--seq-len", 64, "--batch-size", 8, "--max-steps", 4, "--evaluations", 2)
@@ -78,6 +79,24 @@ def test_layers_that_differ_are_saved_as_they_came(work: Path, made: Path) -> No
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     logits = load_model("better").model(input_ids=torch.arange(3, 40)[None]).logits
     assert float(ran.stdout) == pytest.approx(logits.double().square().sum().item())
+    # Its report carries on that of the pruned model.
+    report = read_report(Path("better/report.json"))
+    assert report.final == "recovered"
+    assert list(report.sizes) == ["dense", "pruned", "recovered"]
+    assert report.layers
+    assert report.recovery is not None
+    assert [one.step for one in report.recovery.loss] == [0, 1, 2, 3, 4]
+    assert [one.validation is None for one in report.recovery.loss] == [False, True] * 2 + [False]
+    (before,), (after,) = (report.evaluations[name].perplexity for name in ("pruned", "recovered"))
+    assert (before.perplexity, after.perplexity) == tuple(
+        result["perplexity"][0][name]["perplexity"] for name in ("before", "after")
+    )
+    assert report.command is not None
+    assert [part.split()[1] for part in report.command.split(" && ")] == ["prune", "recover"]
+    page = Path("better/report.html").read_text()
+    assert "Then it was recovered by LoRA of rank 8 on 57 samples of rows.jsonl, 4" in page
+    assert "Loss of the recovery training by step" in page
+    assert result["report"] == "better/report.html"
     record = json.loads(Path("better/recovery.json").read_text())
     assert record["settings"]["method"] == "lora"
     assert record["sources"] == result["sources"]
@@ -279,3 +298,14 @@ def test_several_processes_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     said = refused(work, "any/model", "--out", "out", "--data", made / "rows.jsonl")
     assert said.startswith("recover trains in one process, and several were started")
+
+
+def test_a_model_that_was_not_pruned_says_so(work: Path, made: Path) -> None:
+    options = ("--data", made / "rows.jsonl", *QUICK, "--perplexity", "demo")
+    done("recover", made / "dense", "--out", "better", *options, "--perplexity-seq-len", 512)
+    report = read_report(Path("better/report.json"))
+    assert list(report.evaluations) == ["dense", "recovered"]
+    page = Path("better/report.html").read_text()
+    assert "<h1>dense, recovered</h1>" in page
+    assert "dense was recovered by LoRA of rank 8 on 57 samples of rows.jsonl, 4 steps." in page
+    assert "pruned" not in page.split("<footer>")[0].split("<body>")[1]

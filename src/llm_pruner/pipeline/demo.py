@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from llm_pruner.pipeline.compress import Compressed, CompressSettings, compress, default_recovery
 from llm_pruner.pipeline.settings import ModelSettings
@@ -19,18 +18,15 @@ BATCH = 8
 """Texts in a step: few, so that little text makes some steps."""
 
 
-def demo_settings(seed: int = 0, **changes: Any) -> CompressSettings:
+def demo_settings(seed: int = 0) -> CompressSettings:
     """Return what the demo does; a fixed amount of training, so that it can be repeated."""
     return CompressSettings(
-        **{
-            "model": ModelSettings("default"),
-            "target": Target(ratio=RATIO),
-            "recipe": RECIPE,
-            "samples": SAMPLES,
-            "recovery": default_recovery(seed, batch_size=BATCH),
-            "seed": seed,
-            **changes,
-        }
+        model=ModelSettings("default"),
+        target=Target(ratio=RATIO),
+        recipe=RECIPE,
+        samples=SAMPLES,
+        recovery=default_recovery(seed, batch_size=BATCH),
+        seed=seed,
     )
 
 

@@ -66,8 +66,10 @@ def metadata(report: Report) -> str:
     known: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["llm-pruner", "pruned", "structural-pruning"],
+        "tags": ["llm-pruner"],
     }
+    if view.was_pruned(report):
+        known["tags"] += ["pruned", "structural-pruning"]
     if source.hub_id is not None and _HUB_ID.fullmatch(source.hub_id):
         known["base_model"] = source.hub_id
     if source.license is not None and _LICENSE.fullmatch(source.license):
@@ -108,6 +110,7 @@ def _context(report: Report) -> dict[str, Any]:
     return {
         "report": report,
         "heading": view.title(report),
+        "pruned": view.was_pruned(report),
         "sentence": view.sentence(report),
         "sizes": view.sizes(report),
         "perplexity": view.perplexity_table(report),
