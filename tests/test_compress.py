@@ -21,6 +21,7 @@ import llm_pruner.pipeline.recover
 from command import contents, done, run, save_tiny, write_text
 from llm_pruner.errors import UserError
 from llm_pruner.pipeline.time_budget import chunks_in_time, parse_duration, time_to_recover
+from llm_pruner.pipeline.work import opened
 from llm_pruner.recovery.training import RecoveryTrainer
 from llm_pruner.report.data import read_report
 from llm_pruner.sources import load_model
@@ -84,6 +85,31 @@ class measured_here:  # noqa: N801
             return self._real(command, **settings)
         result = run(*command[3:])
         return subprocess.CompletedProcess(command, result.code, result.out, result.err)
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail if a model is loaded."""
+
+    def load_model(source: str, **settings: object) -> None:
+        raise AssertionError(f"{source} was loaded")
+
+    monkeypatch.setattr(llm_pruner.pipeline.loading, "load_model", load_model)
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take figures of nothing for what is measured, where they do not matter."""
+    text = {"perplexity": 2.0, "stderr": None, "corpus": "text", "tokens": 9, "window": 3}
+    figures = {
+        "model": "dense",
+        "parameters": 100,
+        "perplexity": [text],
+        "zero_shot": None,
+        "speed": {"prefill_tokens_per_second": 1.0, "decode_tokens_per_second": 1.0},
+        "samples": {},
+    }
+    monkeypatch.setattr(stages, "measure_apart", lambda *args, **keywords: figures)
 
 
 def command(made: Path, *more: object) -> tuple[object, ...]:
@@ -242,7 +268,7 @@ def refused(*args: object) -> str:
 
 
 def test_other_settings_are_refused_and_restarted(
-    work: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+    work: Path, made: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         interrupt(patch, stages, "measure_apart")
@@ -263,14 +289,28 @@ def test_other_settings_are_refused_and_restarted(
     assert result.err.startswith("llm-pruner: warning: the time budget leaves 0 s for recovery, ")
     assert result.err.endswith("are not worth it: the pruned model is the result\n")
     found = json.loads(Path("r.json").read_text())
-    assert abs(found["ratio"] - 0.1) < 0.005
     assert found["recovery"] is None
     assert list(found["measured"]) == ["dense", "pruned"]
-    assert read_report(Path("small/report.json")).final == "pruned"
+    report = read_report(Path("small/report.json"))
+    assert report.final == "pruned"
+    assert abs(report.sizes["pruned"].total / report.sizes["dense"].total - 0.9) < 0.005
+
+
+def test_two_runs_do_not_share_a_folder(work: Path, made: Path, unloaded: None) -> None:
+    with opened(work / "small.compressing", {"ratio": 0.2}, restart=False):
+        said = refused(*command(made))
+    assert said == ("another process is at work in small.compressing; wait for it, or end it")
+    (work / "small.compressing" / "settings.json").write_text("{")
+    assert refused(*command(made)).endswith("settings.json is damaged; begin anew with --restart")
+    (work / "small.compressing" / "settings.json").unlink()
+    (work / "small.compressing" / "mine").touch()
+    assert refused(*command(made)) == (
+        "small.compressing holds no run that can go on; remove it, or pass --restart"
+    )
 
 
 def test_no_gain_gives_the_pruned_model(
-    work: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+    work: Path, made: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("small").mkdir()
     Path("small/old").write_text("old")
@@ -289,7 +329,7 @@ def test_no_gain_gives_the_pruned_model(
 
 
 def test_a_time_budget_is_divided_once(
-    work: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+    work: Path, made: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stages, "SHORTEST", 1.0)
     monkeypatch.setattr(stages, "MOST_SAMPLES", 128)
@@ -339,16 +379,6 @@ def test_text_is_written_while_time_lasts() -> None:
     for there, most, seconds, wanted in ((0, 9, 0, 1), (1, 9, 0, 2), (1, 9, 10, 3), (0, 2, 99, 2)):
         found = chunks_in_time(there, most, seconds, write, lambda: now)
         assert found == wanted, (there, most, seconds)
-
-
-@pytest.fixture
-def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail if a model is loaded."""
-
-    def load_model(source: str, **settings: object) -> None:
-        raise AssertionError(f"{source} was loaded")
-
-    monkeypatch.setattr(llm_pruner.pipeline.loading, "load_model", load_model)
 
 
 @pytest.mark.parametrize(

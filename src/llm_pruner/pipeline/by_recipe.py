@@ -50,5 +50,5 @@ def prune_arguments(recipe: Recipe) -> dict[str, Any]:
         "criterion": Criterion(**{k: v for k, v in criterion.items() if v is not None}),
         "steps": recipe.steps or 1,
         "compensation": recipe.compensation or "none",
-        "find_best_split": recipe.split == "auto",
+        "find_best_split": None if recipe.split is None else recipe.split == "auto",
     }
