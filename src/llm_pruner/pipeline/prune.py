@@ -129,7 +129,7 @@ def prune_checkpoint(
     overwrite: bool = False,
     max_shard_size: str = "5GB",
     compensation: str = "none",
-    find_best_split: bool = False,
+    find_best_split: bool | None = None,
     command: str | None = None,
 ) -> Pruned:
     """Prune a checkpoint and save the result as a folder that ``from_pretrained`` loads.
@@ -155,7 +155,7 @@ def prune_checkpoint(
         compensation: ``least-squares`` refits what reads the pruned axes after each cut, on the
             calibration text; ``none`` leaves the kept weights as they are.
         find_best_split: choose how the budget is split between structures by trial removals, in
-            the first step.
+            the first step; by default where ``finds_split`` says so.
         command: the command line of this run, for the report.
 
     Raises:
@@ -171,6 +171,8 @@ def prune_checkpoint(
         )
     refit = compensation != "none"
     plan = None if plan_file is None else read_plan(plan_file)
+    if find_best_split is None:
+        find_best_split = finds_split(target, selection, criterion, calibration)
     if plan is None:
         if target is None or selection is None:
             raise UserError("no target given; use --ratio, --params or --unit-ratio")
@@ -546,6 +548,28 @@ def _calibration_record(settings: dict[str, Any]) -> PlanCalibration:
         seq_len=settings["seq_len"],
         seed=settings["seed"],
         digest=settings["fingerprint"],
+    )
+
+
+def finds_split(
+    target: Target | None,
+    selection: Selection | None,
+    criterion: Criterion,
+    calibration: CalibrationSettings,
+) -> bool:
+    """Return whether a run finds the split of its budget by trial removals unless told otherwise.
+
+    It does where there is something to split (several structures, and a number of parameters to
+    remove that no split was given for), and text is there anyway, because the criterion reads it.
+    """
+    return (
+        target is not None
+        and target.unit_ratio is None
+        and selection is not None
+        and selection.split is None
+        and len(selection.structures) > 1
+        and criterion.reads_text
+        and calibration.samples > 1
     )
 
 
