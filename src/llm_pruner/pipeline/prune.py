@@ -336,19 +336,20 @@ def _prune_in_steps(
     targets = step_targets(survivors.parameters, target, steps)
     if criterion.name != "random":
         _require_weights(loaded.model)
-    tokens, record, held_out = None, None, None
+    tokens, record, scored, held_out = None, None, None, None
     if criterion.reads_text or refitter is not None or trials is not None:
         text = _calibration_text(loaded, calibration, seed, clock)
         tokens, record = text.input_ids, _calibration_record(text.settings)
+        scored = tokens
         if trials is not None:
-            held_out, tokens = _hold_out(tokens)
+            held_out, scored = _hold_out(tokens)
     discovery = dense
     for number, step in enumerate(targets):
         chosen = choose_groups(discovery, selection, survivors)
         names = {group.name for group in chosen}
         names |= {c.group for group in chosen for c in group.companions}
         scores = score(
-            loaded.model, discovery, criterion, input_ids=tokens, seed=seed, groups=names
+            loaded.model, discovery, criterion, input_ids=scored, seed=seed, groups=names
         )
         if not first_scores:
             first_scores.update(scores)
@@ -400,7 +401,7 @@ def _hold_out(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             "trials need text of their own and there is 1 calibration sample; give more samples, "
             "or say the split yourself"
         )
-    return tokens[:count], tokens[count:]
+    return tokens[-count:], tokens[:-count]
 
 
 class _Refitter:
