@@ -78,11 +78,11 @@ def prune(loaded: LoadedModel, calibration: str, run: Run) -> Any:
     survivors = Survivors.dense(discovery)
     selection = Selection(run.structures, layer_ranges=dict.fromkeys(run.structures, LAYERS))
     for target in step_targets(survivors.parameters, Target(ratio=RATIO), run.steps):
-        tokens = text.input_ids if run.split is None else text.input_ids[1:]
+        tokens = text.input_ids if run.split is None else text.input_ids[:-1]
         scores = score(model, discovery, run.criterion, input_ids=tokens, seed=run.seed)
         if run.split is not None:
             selection, _ = find_split(
-                model, discovery, scores, selection, target, survivors, text.input_ids[:1]
+                model, discovery, scores, selection, target, survivors, text.input_ids[-1:]
             )
         removal = allocate(discovery, scores, selection, target, survivors)
         survivors = survivors.after(removal)

@@ -16,25 +16,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-REMOVED = (
-    *("--ratio", "0.2", "--layers", "heads=4-26,ffn=4-26"),
-    *("--samples", "10", "--seq-len", "64"),
+PAPER = (
+    *("--layers", "heads=4-26,ffn=4-26", "--samples", "10", "--seq-len", "64"),
+    *("--split", "equal"),
 )
 MEASURED = ("--protocol", "paper", "--max-tokens", "8192")
 """Of SmolLM2-135M, in the paper's setting."""
 
 ROWS: dict[str, Sequence[str]] = {
-    "random": ("--criterion", "random"),
-    "L2": ("--criterion", "l2"),
-    "Taylor": ("--criterion", "taylor"),
-    "Taylor, FFN channels only": (
-        *("--criterion", "taylor", "--structures", "ffn", "--layers", "ffn=4-26"),
-    ),
-    "recipe best, 128 x 128 tokens": (
-        *("--recipe", "best", "--samples", "128", "--seq-len", "128"),
-    ),
+    "random": (*PAPER, "--criterion", "random"),
+    "L2": (*PAPER, "--criterion", "l2"),
+    "Taylor": PAPER,
+    "Taylor, split by trials": (*PAPER, "--split", "auto"),
+    "recipe fast": ("--recipe", "fast"),
+    "recipe best": ("--recipe", "best"),
 }
-"""Name -> options of ``prune``; the last of two that say the same thing holds."""
+"""Name -> options of ``prune --ratio 0.2``; the last of two that say the same thing holds."""
 
 
 def main() -> None:
@@ -52,7 +49,7 @@ def main() -> None:
         folders.append(f"{name}={folder}")
         if folder.exists():
             continue
-        prune = ("prune", given.model, "--out", folder, *REMOVED, "--calibration")
+        prune = ("prune", given.model, "--out", folder, "--ratio", "0.2", "--calibration")
         _run(*prune, given.calibration, *options)
         _run("evaluate", folder, *measured, "--report", folder)
         if len(folders) == 1:

@@ -50,7 +50,7 @@ _PLANNED = (
 _TEXT = ("calibration", "samples", "seq_len", "split", "text_field", "seed")
 """Options about text, which a replay reads only for compensation."""
 
-AUTO = "auto"
+AUTO, EQUAL = "auto", "equal"
 
 
 def command(
@@ -147,8 +147,9 @@ def command(
         typer.Option(
             "--split",
             metavar="SHARES",
-            help="Of the removed parameters by structure, such as heads=0.1,ffn=0.9, or auto: "
-            "found by trial removals on calibration text.",
+            help="Of the removed parameters by structure, such as heads=0.1,ffn=0.9; auto: found "
+            "by trial removals on calibration text; equal: the same share of each structure. "
+            "[default: auto where the criterion reads text]",
             show_default=False,
             rich_help_panel=_WHERE,
         ),
@@ -376,7 +377,7 @@ def command(
         overwrite=overwrite,
         max_shard_size=max_shard_size,
         compensation=compensation,
-        find_best_split=budget_split == "auto",
+        find_best_split=_finds_split(budget_split),
         command=command_line(),
     )
     write_json(as_data(done), json)
@@ -435,7 +436,11 @@ def _from_recipe(context: typer.Context, name: str) -> dict[str, Any]:
 def _split(text: str | None) -> dict[str, float] | None:
     from llm_pruner.planning import parse_split
 
-    return None if text in (None, "auto") else parse_split(str(text))
+    return None if text in (None, AUTO, EQUAL) else parse_split(str(text))
+
+
+def _finds_split(text: str | None) -> bool | None:
+    return None if text is None else text == AUTO
 
 
 def as_data(done: Pruned) -> dict[str, Any]:

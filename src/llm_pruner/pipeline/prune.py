@@ -129,7 +129,7 @@ def prune_checkpoint(
     overwrite: bool = False,
     max_shard_size: str = "5GB",
     compensation: str = "none",
-    find_best_split: bool = False,
+    find_best_split: bool | None = None,
     command: str | None = None,
 ) -> Pruned:
     """Prune a checkpoint and save the result as a folder that ``from_pretrained`` loads.
@@ -155,7 +155,7 @@ def prune_checkpoint(
         compensation: ``least-squares`` refits what reads the pruned axes after each cut, on the
             calibration text; ``none`` leaves the kept weights as they are.
         find_best_split: choose how the budget is split between structures by trial removals, in
-            the first step.
+            the first step; by default where ``finds_split`` says so.
         command: the command line of this run, for the report.
 
     Raises:
@@ -171,6 +171,8 @@ def prune_checkpoint(
         )
     refit = compensation != "none"
     plan = None if plan_file is None else read_plan(plan_file)
+    if find_best_split is None:
+        find_best_split = finds_split(target, selection, criterion, calibration)
     if plan is None:
         if target is None or selection is None:
             raise UserError("no target given; use --ratio, --params or --unit-ratio")
@@ -334,19 +336,20 @@ def _prune_in_steps(
     targets = step_targets(survivors.parameters, target, steps)
     if criterion.name != "random":
         _require_weights(loaded.model)
-    tokens, record, held_out = None, None, None
+    tokens, record, scored, held_out = None, None, None, None
     if criterion.reads_text or refitter is not None or trials is not None:
         text = _calibration_text(loaded, calibration, seed, clock)
         tokens, record = text.input_ids, _calibration_record(text.settings)
+        scored = tokens
         if trials is not None:
-            held_out, tokens = _hold_out(tokens)
+            held_out, scored = _hold_out(tokens)
     discovery = dense
     for number, step in enumerate(targets):
         chosen = choose_groups(discovery, selection, survivors)
         names = {group.name for group in chosen}
         names |= {c.group for group in chosen for c in group.companions}
         scores = score(
-            loaded.model, discovery, criterion, input_ids=tokens, seed=seed, groups=names
+            loaded.model, discovery, criterion, input_ids=scored, seed=seed, groups=names
         )
         if not first_scores:
             first_scores.update(scores)
@@ -399,7 +402,7 @@ def _hold_out(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             "trials need text of their own and there is 1 calibration sample; give more samples, "
             "or say the split yourself"
         )
-    return tokens[:count], tokens[count:]
+    return tokens[-count:], tokens[:-count]
 
 
 class _Refitter:
@@ -547,6 +550,28 @@ def _calibration_record(settings: dict[str, Any]) -> PlanCalibration:
         seq_len=settings["seq_len"],
         seed=settings["seed"],
         digest=settings["fingerprint"],
+    )
+
+
+def finds_split(
+    target: Target | None,
+    selection: Selection | None,
+    criterion: Criterion,
+    calibration: CalibrationSettings,
+) -> bool:
+    """Return whether a run finds the split of its budget by trial removals unless told otherwise.
+
+    It does where there is something to split (several structures, and a number of parameters to
+    remove that no split was given for), and text is there anyway, because the criterion reads it.
+    """
+    return (
+        target is not None
+        and target.unit_ratio is None
+        and selection is not None
+        and selection.split is None
+        and len(selection.structures) > 1
+        and criterion.reads_text
+        and calibration.samples > 1
     )
 
 

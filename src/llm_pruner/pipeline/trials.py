@@ -12,6 +12,7 @@ import copy
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from math import inf, isfinite
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +72,7 @@ def find_split(
         held_out: tokens that the scores did not see, shape (samples, seq_len).
 
     Raises:
-        UserError: no split reaches the target.
+        UserError: no split reaches the target, or none can be judged.
     """
     judge = _judge(model, held_out)
     trials: list[Trial] = []
@@ -85,7 +86,13 @@ def find_split(
             divergence = judge(discovery, removal)
         except (UserError, InfeasibleError) as error:
             failure = error if isinstance(error, UserError) else failure
-            return float("inf")
+            return inf
+        if not isfinite(divergence):
+            failure = UserError(
+                f"the logits on the {len(held_out)} calibration samples of the trials are not "
+                "finite, so no split can be judged; load the model in float32, or say the --split"
+            )
+            return inf
         trials.append(Trial(dict(split), divergence))
         _LOG.info("split %s: divergence %.4f", split, divergence)
         return divergence

@@ -23,7 +23,7 @@ class Recipe(BaseModel):
     structures: tuple[str, ...] | None = None
     scope: str | None = None
     spread: float | None = None
-    split: Literal["auto"] | dict[str, float] | None = None
+    split: Literal["auto", "equal"] | dict[str, float] | None = None
     protect_first: int | None = None
     protect_last: int | None = None
     round_to: int | Literal["auto"] | None = None
