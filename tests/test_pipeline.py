@@ -406,7 +406,7 @@ def quick(work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe.write_text("{structures: [ffn], criterion: fisher, samples: 4, seq_len: 24}")
     monkeypatch.setattr(llm_pruner.sources, "default_gguf", lambda: tiny)
     monkeypatch.setattr(llm_pruner.pipeline.demo, "RECIPE", str(recipe))
-    monkeypatch.setattr(llm_pruner.pipeline.demo, "SAMPLES", 64)
+    monkeypatch.setattr(llm_pruner.pipeline.demo, "SAMPLES", 256)
 
 
 def test_demo(work: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
