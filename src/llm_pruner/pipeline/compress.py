@@ -45,7 +45,8 @@ from llm_pruner.recovery import Progress, RecoverySettings, preset
 from llm_pruner.report.data import HTML_FILE, Report, Variant
 
 SAMPLES = 256
-"""Texts that the dense model writes where there is no time budget."""
+"""Texts that the dense model writes where there is no time budget; more if importance was estimated
+on so many of them that none would be left to judge training by."""
 
 MOST_SAMPLES = 2048
 """The same where there is one, however long."""
@@ -309,7 +310,7 @@ class _Stages:
         writes = SELF in self.settings.data
         if budget is None:
             if samples is None and self.settings.data == (SELF,):
-                samples = SAMPLES
+                samples = max(SAMPLES, self._calibrated() + CHUNK)
             return {"samples": samples, "minutes": None, "epochs": recovery.epochs}
 
         def decide() -> dict[str, Any]:
@@ -351,8 +352,16 @@ class _Stages:
             )
 
         there = len(list(folder.glob(name)))
-        most = MOST_SAMPLES // CHUNK
-        return CHUNK * chunks_in_time(there, most, seconds, write, time.monotonic)
+        chunks = -(-self._calibrated() // CHUNK)
+        took = self._pruned_report().seconds.get("calibration text", 0.0)
+        return CHUNK * chunks_in_time(
+            there,
+            MOST_SAMPLES // CHUNK,
+            seconds,
+            write,
+            time.monotonic,
+            longest=took / chunks if chunks else 0.0,
+        )
 
     def report(
         self,
@@ -418,10 +427,15 @@ class _Stages:
     def _sample_length(self) -> int:
         """Return the tokens in a sample: as in self-made calibration text, which is used again."""
         assert self.settings.recovery is not None
-        calibration = calibration_of(self.recipe, source=self.settings.calibration)
-        if SELF in self.settings.data and calibration.source == SELF:
-            return calibration.seq_len
+        if self._calibrated():
+            return calibration_of(self.recipe).seq_len
         return self._at_most(self.settings.recovery.seq_len)
+
+    def _calibrated(self) -> int:
+        """Return how many of the texts to train on importance is estimated on, too."""
+        calibration = calibration_of(self.recipe, source=self.settings.calibration)
+        shared = SELF in self.settings.data and calibration.source == SELF
+        return calibration.samples if shared else 0
 
     def _at_most(self, tokens: int) -> int:
         """Return a number of tokens that the model can read at once."""

@@ -55,9 +55,15 @@ def time_to_recover(
 
 
 def chunks_in_time(
-    there: int, most: int, seconds: float, write: Callable[[int], Any], clock: Callable[[], float]
+    there: int,
+    most: int,
+    seconds: float,
+    write: Callable[[int], Any],
+    clock: Callable[[], float],
+    *,
+    longest: float = 0.0,
 ) -> int:
-    """Write chunks of text while time lasts, at least one; return how many there are then.
+    """Write chunks of text while time lasts, the first in any case; return how many there are then.
 
     Args:
         there: chunks that exist.
@@ -65,9 +71,9 @@ def chunks_in_time(
         seconds: time to write more.
         write: makes the chunk of this number.
         clock: seconds since some beginning.
+        longest: seconds that a chunk takes, as far as that is known before.
     """
     begin = last = clock()
-    longest = 0.0
     while there < most and (there == 0 or last - begin + longest <= seconds):
         write(there)
         there += 1
