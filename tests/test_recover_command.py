@@ -306,6 +306,6 @@ def test_a_model_that_was_not_pruned_says_so(work: Path, made: Path) -> None:
     report = read_report(Path("better/report.json"))
     assert list(report.evaluations) == ["dense", "recovered"]
     page = Path("better/report.html").read_text()
-    assert "<h1>dense, recovered</h1>" in page
+    assert "<h1>dense,<wbr> recovered</h1>" in page
     assert "dense was recovered by LoRA of rank 8 on 57 samples of rows.jsonl, 4 steps." in page
     assert "pruned" not in page.split("<footer>")[0].split("<body>")[1]

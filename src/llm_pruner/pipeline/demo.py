@@ -13,7 +13,7 @@ from llm_pruner.recovery import Progress
 RATIO = 0.2
 RECIPE = "balanced"
 SAMPLES = 192
-"""Texts to train on and to judge it by: those that the calibration was made on, and half as many."""
+"""Texts for training: those that importance is estimated on, and half as many more."""
 BATCH = 8
 """Texts in a step: few, so that little text makes some steps."""
 

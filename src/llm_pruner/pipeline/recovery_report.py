@@ -123,7 +123,8 @@ def in_words(
     ]
     said += f" on {' and '.join(texts)}, {steps:,} steps"
     if settings.get("distillation") and teacher is not None:
-        said += f", with the predictions of {teacher} as the aim"
+        whose = "its" if SELF in dict(samples) else f"{teacher}'s"
+        said += f", with {whose} predictions as the aim"
     return said
 
 
