@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import llm_pruner.pipeline.compress as stages
+import llm_pruner.pipeline.compress_settings as asked
 import llm_pruner.pipeline.loading
 import llm_pruner.pipeline.prune
 import llm_pruner.pipeline.recover
@@ -40,10 +41,10 @@ import sys
 sys.path.insert(0, {tests!r})
 import test_compress
 from llm_pruner.cli import main
-with test_compress.measured_here():
-    main()
+test_compress.stages.measure_apart = test_compress.figures
+main()
 """
-"""A process that measures models itself, since each process takes seconds to import PyTorch."""
+"""A process that measures nothing: each one that would takes seconds to import PyTorch."""
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compress")
     save_tiny(folder / "dense", num_hidden_layers=4)
     (folder / "tiny.yaml").write_text(RECIPE)
+    write_text(folder / "text.txt", 3000)
     whole = folder / "whole"
     whole.mkdir()
     with pytest.MonkeyPatch.context() as patch, measured_here():
@@ -100,8 +102,13 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take figures of nothing for what is measured, where they do not matter."""
+    monkeypatch.setattr(stages, "measure_apart", figures)
+
+
+def figures(*_: object, **__: object) -> dict[str, Any]:
+    """Return what is said of a model that is not measured."""
     text = {"perplexity": 2.0, "stderr": None, "corpus": "text", "tokens": 9, "window": 3}
-    figures = {
+    return {
         "model": "dense",
         "parameters": 100,
         "perplexity": [text],
@@ -109,12 +116,12 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
         "speed": {"prefill_tokens_per_second": 1.0, "decode_tokens_per_second": 1.0},
         "samples": {},
     }
-    monkeypatch.setattr(stages, "measure_apart", lambda *args, **keywords: figures)
 
 
 def command(made: Path, *more: object) -> tuple[object, ...]:
     """Return the command line of the run that nothing disturbs."""
-    return ("compress", made / "dense", "--out", "small", "--recipe", made / "tiny.yaml", *more)
+    options = ("--recipe", made / "tiny.yaml", "--perplexity", made / "text.txt")
+    return ("compress", made / "dense", "--out", "small", *options, *more)
 
 
 def same_files(one: Path, two: Path) -> None:
@@ -147,9 +154,9 @@ def test_all_stages(made: Path) -> None:
     lines = [" ".join(line.split()) for line in shown.splitlines()]
     assert lines[0].startswith("dense: 99.0K -> 79.")
     assert "dense pruned recovered" in lines
-    for label in ("parameters 99.0K", "size on disk 0.4 MB", "perplexity, demo text ", "prefill"):
+    for label in ("parameters 99.0K", "size on disk 0.4 MB", "perplexity, text.txt ", "prefill"):
         assert any(line.startswith(label) for line in lines), label
-    assert "demo text: 11,242 tokens in windows of 512" in lines
+    assert "text.txt: 2,555 tokens in windows of 512" in lines
     assert lines[-1] == "report: small/report.html"
     whole = made / "whole"
     assert sorted(path.name for path in whole.iterdir()) == ["result.json", "small"]
@@ -237,7 +244,9 @@ def test_a_run_that_is_killed_everywhere_ends_the_same(
     same_files(work / "small", made / "whole" / "small")
 
 
-def test_a_run_that_is_killed_as_it_trains_ends_the_same(work: Path, made: Path) -> None:
+def test_a_run_that_is_killed_as_it_trains_ends_the_same(
+    work: Path, made: Path, unmeasured: None
+) -> None:
     code = PATCHED.format(tests=str(Path(__file__).parent))
     args = [str(one) for one in command(made, "--json", "result.json")]
     process = subprocess.Popen(
@@ -254,7 +263,10 @@ def test_a_run_that_is_killed_as_it_trains_ends_the_same(work: Path, made: Path)
     assert not (work / "small").exists()
     result = done(*args)
     assert result.err == "llm-pruner: going on with the run in small.compressing\n"
-    same_files(work / "small", made / "whole" / "small")
+    whole = made / "whole" / "small"
+    for name in ("report.json", "report.html", "README.md"):  # hold what was measured
+        (work / "small" / name).write_bytes((whole / name).read_bytes())
+    same_files(work / "small", whole)
 
 
 def refused(*args: object) -> str:
@@ -315,8 +327,8 @@ def test_no_gain_gives_the_pruned_model(
     Path("small").mkdir()
     Path("small/old").write_text("old")
     assert "exists and is not empty" in refused(*command(made))
-    settings = stages.default_recovery(learning_rate=50.0, max_steps=3)
-    monkeypatch.setattr(stages, "default_recovery", lambda seed: settings)
+    settings = asked.default_recovery(learning_rate=50.0, max_steps=3)
+    monkeypatch.setattr(asked, "default_recovery", lambda seed: settings)
     result = done(*command(made, "--overwrite"))
     assert "warning: training brought no gain (held-out loss 5." in result.err
     assert "so the pruned model is the result" in result.err

@@ -197,7 +197,8 @@ def command(
         target = Target(params=parse_count(params))
 
     from llm_pruner.data.task_files import LOCAL_TASKS
-    from llm_pruner.pipeline.compress import CompressSettings, compress, default_recovery
+    from llm_pruner.pipeline.compress import compress
+    from llm_pruner.pipeline.compress_settings import CompressSettings, default_recovery
     from llm_pruner.pipeline.settings import ModelSettings
     from llm_pruner.pipeline.zero_shot import ZeroShotSettings
 

@@ -6,24 +6,21 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
-from llm_pruner import __version__
 from llm_pruner.checkpoints import check_output
 from llm_pruner.data.demo_text import DEMO_PROMPTS
-from llm_pruner.data.examples import load_examples
 from llm_pruner.data.selfmade import CHUNK, write_text_cached
-from llm_pruner.data.text import SELF, load_documents
+from llm_pruner.data.text import SELF
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.perplexity import maximum_length
-from llm_pruner.pipeline import result_cache
 from llm_pruner.pipeline.apart import measure_apart, weights_bytes
 from llm_pruner.pipeline.by_recipe import calibration_of, prune_arguments
-from llm_pruner.pipeline.evaluate import PerplexitySettings, read_texts
+from llm_pruner.pipeline.compress_settings import CompressSettings, about, check_settings
 from llm_pruner.pipeline.loading import load
 from llm_pruner.pipeline.measured import as_evaluation
 from llm_pruner.pipeline.prune import prune_checkpoint
@@ -37,11 +34,8 @@ from llm_pruner.pipeline.time_budget import (
     time_to_recover,
 )
 from llm_pruner.pipeline.work import Work, opened
-from llm_pruner.pipeline.zero_shot import ZeroShotSettings
-from llm_pruner.pipeline.zero_shot import check as check_tasks
-from llm_pruner.planning import Target
 from llm_pruner.recipes import read_recipe
-from llm_pruner.recovery import Progress, RecoverySettings, preset
+from llm_pruner.recovery import Progress, RecoverySettings
 from llm_pruner.report.data import HTML_FILE, Report, Variant
 
 SAMPLES = 256
@@ -59,39 +53,6 @@ WINDOW = 512
 so that short texts have a standard error."""
 
 _RESULT = "result"
-
-
-@dataclass(frozen=True)
-class CompressSettings:
-    """What a run is asked to do.
-
-    Attributes:
-        model: the dense model.
-        target: how much to remove.
-        recipe: how; name or YAML file.
-        calibration: text that importance is estimated on; None for that of the recipe, or ``self``.
-        data: text to train on; ``self`` is written by the dense model, which is the teacher too.
-        samples: examples of each source, at most; None for ``SAMPLES`` of ``self`` and all others,
-            or with a time budget for what fits.
-        recovery: how to train; None to leave the pruned model as it is. Its length of samples gives
-            way to that of self-made calibration text, which both then share.
-        time_budget: seconds for everything; None for one pass over the data.
-        perplexity: corpora to measure.
-        zero_shot: tasks to measure.
-        seed: of all that is drawn.
-    """
-
-    model: ModelSettings
-    target: Target
-    recipe: str = "best"
-    calibration: str | None = None
-    data: tuple[str, ...] = (SELF,)
-    samples: int | None = None
-    recovery: RecoverySettings | None = None
-    time_budget: float | None = None
-    perplexity: tuple[str, ...] = ("demo",)
-    zero_shot: ZeroShotSettings | None = None
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,11 +81,6 @@ class Compressed:
     notes: list[str]
     seconds: dict[str, float]
     peak_bytes: int
-
-
-def default_recovery(seed: int = 0, **changes: Any) -> RecoverySettings:
-    """Return how ``compress`` trains: the preset ``quick``, with adapters."""
-    return preset("quick", "lora", seed=seed, **changes)
 
 
 def work_folder(out: Path) -> Path:
@@ -166,8 +122,8 @@ def compress(
     """
     work = work_folder(out)
     if not (work / f"{_RESULT}.json").is_file() or restart:
-        _check(settings, out, overwrite)
-    with opened(work, _about(settings), restart=restart) as run:
+        check_settings(settings, out, overwrite)
+    with opened(work, about(settings), restart=restart) as run:
         if run.continued:
             going_on(work)
         stages = _Stages(settings, run, command, tell, say)
@@ -387,7 +343,7 @@ class _Stages:
             return result  # it could not be drawn before, which was said
         for variant, found in measured.items():
             report = report.with_evaluation(variant, as_evaluation(found))
-        shown = _about(self.settings)
+        shown = about(self.settings)
         run = {
             "recipe": shown["recipe"],
             "data": shown["data"] if recovery is not None else None,
@@ -451,64 +407,6 @@ class _Configured:
     """A config where a model is asked for."""
 
     config: Any
-
-
-def _check(settings: CompressSettings, out: Path, overwrite: bool) -> None:
-    """Refuse what can be refused before a model is loaded."""
-    check_output(out, overwrite)
-    if out.exists() and out.resolve() == Path(settings.model.source).expanduser().resolve():
-        raise UserError(f"{out} is the model that is to be compressed; give another --out")
-    recipe = read_recipe(settings.recipe)
-    prune_arguments(recipe)
-    if settings.recovery is not None:
-        settings.recovery.check()
-        if not settings.data:
-            raise UserError("no data given; use --data SRC, or --no-recover")
-        for source in settings.data:
-            if source != SELF:
-                load_examples(source, limit=_beginning(source))
-    calibration = calibration_of(recipe, source=settings.calibration)
-    if calibration.source != SELF:
-        load_documents(calibration.source, limit=_beginning(calibration.source))
-    read_texts(settings.perplexity, PerplexitySettings())
-    if settings.zero_shot is not None:
-        check_tasks(settings.zero_shot)
-
-
-def _beginning(source: str) -> int | None:
-    """Return how much of a source is read to see that it is there: local files are read whole."""
-    return None if Path(source).expanduser().exists() else 1000
-
-
-def _about(settings: CompressSettings) -> dict[str, Any]:
-    """Return all that decides how a run goes, as plain values by the names of the options."""
-    identity = result_cache.identify(settings.model)
-    recovery = settings.recovery
-    tasks = settings.zero_shot
-    return {
-        "model": Path(settings.model.source).name,
-        "model content": None if identity is None else identity.content,
-        "dtype": settings.model.dtype,
-        "device": settings.model.device,
-        "ratio": settings.target.ratio,
-        "params": settings.target.params,
-        "recipe": {
-            "name": Path(settings.recipe).name,
-            **read_recipe(settings.recipe).model_dump(mode="json", exclude_none=True),
-        },
-        "calibration": settings.calibration,
-        "recover": recovery is not None,
-        "data": [source if source == SELF else Path(source).name for source in settings.data],
-        "samples": settings.samples,
-        "training": None if recovery is None else asdict(recovery),
-        "time budget": settings.time_budget,
-        "perplexity": list(settings.perplexity),
-        "tasks": None if tasks is None else list(tasks.tasks),
-        "tasks data": None if tasks is None or tasks.data is None else str(tasks.data),
-        "limit": None if tasks is None else tasks.limit,
-        "seed": settings.seed,
-        "llm_pruner": __version__,
-    }
 
 
 def _move(folder: Path, out: Path, replaced: Path, overwrite: bool) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from llm_pruner.pipeline.compress import Compressed, CompressSettings, compress, default_recovery
+from llm_pruner.pipeline.compress import Compressed, compress
+from llm_pruner.pipeline.compress_settings import CompressSettings, default_recovery
 from llm_pruner.pipeline.settings import ModelSettings
 from llm_pruner.planning import Target
 from llm_pruner.recovery import Progress
