@@ -132,7 +132,7 @@ def prune(model: str, run: Run, calibration: str, out: Path) -> dict[str, Any]:
         seed=run.seed,
         steps=run.steps or recipe.steps or 1,
         compensation=run.compensation or recipe.compensation or "none",
-        find_best_split=split == "auto",
+        find_best_split=None if split is None else split == "auto",
         verify=False,
         overwrite=True,
     )

@@ -49,6 +49,8 @@ def test_every_recipe_prunes(tiny: Path, text: Path, tmp_path: Path, name: str) 
     if recipe.split == "auto":
         assert sum(plan["selection"]["split"].values()) == pytest.approx(1)
         assert "trial removals" in result.out
+    if recipe.scope == "measured":
+        assert "trial removals cost" in result.out
     assert plan.get("compensation") == (
         "least-squares" if recipe.compensation == "least-squares" else None
     )

@@ -138,7 +138,7 @@ def command(
         typer.Option(
             metavar="NAME",
             help="local: the same share of each group; global: one ranking by importance per "
-            "removed parameter.",
+            "removed parameter; measured: one ranking by what trial removals cost per parameter.",
             rich_help_panel=_WHERE,
         ),
     ] = "local",
@@ -158,7 +158,8 @@ def command(
         float | None,
         typer.Option(
             metavar="FACTOR",
-            help="With --scope global, let no layer lose more than this times the average share.",
+            help="With --scope global or measured, let no layer lose more than this times the "
+            "average share.",
             show_default=False,
             rich_help_panel=_WHERE,
         ),
@@ -461,6 +462,7 @@ def as_data(done: Pruned) -> dict[str, Any]:
         "seconds": done.seconds,
         "refitted": [asdict(one) for one in done.refitted],
         "trials": [asdict(one) for one in done.trials],
+        "levels": [asdict(one) for one in done.levels],
         "layers": [asdict(row) for row in done.rows],
     }
 
@@ -484,6 +486,8 @@ def show(done: Pruned) -> None:
         out.print(f"equal to its masked twin: largest difference {done.difference:.1e}")
     if done.trials:
         out.print(f"split found by {len(done.trials)} trial removals: {_shares(done)}")
+    if done.levels:
+        out.print(f"ranked by what {len(done.levels)} trial removals cost")
     if done.refitted:
         count_ = sum(one.ridge is not None for one in done.refitted)
         out.print(f"least squares refitted {count_} of {len(done.refitted)} consumers")

@@ -32,12 +32,17 @@ from llm_pruner.pipeline.facts import (
     source_of,
     versions,
 )
+from llm_pruner.pipeline.judge import sharing_copy
+from llm_pruner.pipeline.levels import TOKENS as LEVEL_TOKENS
+from llm_pruner.pipeline.levels import measure_levels
 from llm_pruner.pipeline.loading import load
 from llm_pruner.pipeline.report import write_report
 from llm_pruner.pipeline.rounding import measured_rounding
 from llm_pruner.pipeline.settings import CalibrationSettings, ModelSettings
-from llm_pruner.pipeline.trials import TOKENS, Trial, find_split, sharing_copy
+from llm_pruner.pipeline.trials import TOKENS as SPLIT_TOKENS
+from llm_pruner.pipeline.trials import Trial, find_split
 from llm_pruner.planning import (
+    Level,
     Plan,
     PlanCalibration,
     PlanCriterion,
@@ -88,6 +93,7 @@ class Pruned:
         seconds: by stage.
         refitted: what compensation did to each consumer, all steps.
         trials: splits of the budget that were tried.
+        levels: what trial removals in each group alone cost, all steps.
         needs: what loading the folder needs besides transformers, such as ``import llm_pruner``.
         report: the page that shows all this; None if none was written.
         importance: of the units, as the first estimate on the dense model gave it; empty if none
@@ -105,6 +111,7 @@ class Pruned:
     seconds: dict[str, float]
     refitted: tuple[Refitted, ...] = ()
     trials: tuple[Trial, ...] = ()
+    levels: tuple[Level, ...] = ()
     needs: tuple[str, ...] = ()
     report: Path | None = None
     importance: tuple[ImportanceMap, ...] = ()
@@ -178,7 +185,8 @@ def prune_checkpoint(
             raise UserError("no target given; use --ratio, --params or --unit-ratio")
         if steps < 1:
             raise UserError(f"steps={steps} prunes nothing; use 1 or more")
-    if (plan is None and (criterion.reads_text or find_best_split)) or refit:
+    measures = selection is not None and selection.scope == "measured"
+    if (plan is None and (criterion.reads_text or find_best_split or measures)) or refit:
         _check_calibration(calibration)
     # A plan of random units, or a plan that is there, needs none of the weights.
     random = plan is not None or criterion.name == "random"
@@ -194,6 +202,7 @@ def prune_checkpoint(
     surgeon = _Surgeon(network, verified and not dry_run, clock)
     refitter = _Refitter(loaded, discovery, clock) if refit and not dry_run else None
     trials: list[Trial] = []
+    levels: list[Level] = []
     rounding = None
     if plan is not None:
         removal: dict[str, IntArray] = plan.removal(discovery)
@@ -228,6 +237,7 @@ def prune_checkpoint(
             cut_last=not dry_run,
             refitter=refitter,
             trials=trials if find_best_split else None,
+            levels=levels,
             first_scores=scores,
         )
         plan = Plan.from_removal(
@@ -256,6 +266,7 @@ def prune_checkpoint(
         seconds=clock.seconds,
         refitted=tuple(refitter.done) if refitter is not None else (),
         trials=tuple(trials),
+        levels=tuple(levels),
         importance=importance_maps(discovery, scores, removal, rows),
         rounding=rounding,
     )
@@ -322,11 +333,13 @@ def _prune_in_steps(
     cut_last: bool,
     refitter: _Refitter | None,
     trials: list[Trial] | None,
+    levels: list[Level],
     first_scores: dict[str, FloatArray],
 ) -> tuple[PlanCalibration | None, dict[str, IntArray], Selection]:
     """Estimate, allocate, cut and refit, step by step.
 
-    The scores of the first estimate, which are the dense model's, go into ``first_scores``.
+    The scores of the first estimate, which are the dense model's, go into ``first_scores``, what
+    trials measured into ``trials`` and ``levels``.
 
     Returns:
         The calibration, the whole removal, and the selection with the split that was found.
@@ -337,11 +350,12 @@ def _prune_in_steps(
     if criterion.name != "random":
         _require_weights(loaded.model)
     tokens, record, scored, held_out = None, None, None, None
-    if criterion.reads_text or refitter is not None or trials is not None:
+    measures = selection.scope == "measured"
+    if criterion.reads_text or refitter is not None or trials is not None or measures:
         text = _calibration_text(loaded, calibration, seed, clock)
         tokens, record = text.input_ids, _calibration_record(text.settings)
         scored = tokens
-        if trials is not None:
+        if trials is not None or measures:
             held_out, scored = _hold_out(tokens)
     discovery = dense
     for number, step in enumerate(targets):
@@ -354,14 +368,19 @@ def _prune_in_steps(
         if not first_scores:
             first_scores.update(scores)
         clock.stop("estimate")
-        if held_out is not None and trials is not None:
+        measured: list[Level] = []
+        if held_out is not None and measures:
+            some = held_out[: max(1, LEVEL_TOKENS // held_out.shape[1])]
+            measured = measure_levels(loaded.model, discovery, scores, selection, survivors, some)
+            levels.extend(measured)
+            clock.stop("trials")
+        if held_out is not None and trials is not None and number == 0:
             selection, tried = find_split(
-                loaded.model, discovery, scores, selection, step, survivors, held_out
+                loaded.model, discovery, scores, selection, step, survivors, held_out, measured
             )
             trials.extend(tried)
-            held_out = None
             clock.stop("trials")
-        removal = allocate(discovery, scores, selection, step, survivors)
+        removal = allocate(discovery, scores, selection, step, survivors, measured)
         survivors = survivors.after(removal)
         clock.stop("plan")
         if number + 1 < len(targets) or cut_last:
@@ -395,8 +414,8 @@ def _calibration_text(
 
 
 def _hold_out(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return samples for trials and the rest: an eighth of them, at most ``TOKENS`` tokens."""
-    count = max(1, min(len(tokens) // 8, TOKENS // tokens.shape[1]))
+    """Return samples for trials and the rest: an eighth, at most ``SPLIT_TOKENS`` tokens."""
+    count = max(1, min(len(tokens) // 8, SPLIT_TOKENS // tokens.shape[1]))
     if len(tokens) < 2:
         raise UserError(
             "trials need text of their own and there is 1 calibration sample; give more samples, "
@@ -562,13 +581,15 @@ def finds_split(
     """Return whether a run finds the split of its budget by trial removals unless told otherwise.
 
     It does where there is something to split (several structures, and a number of parameters to
-    remove that no split was given for), and text is there anyway, because the criterion reads it.
+    remove that no split was given for, nor a ranking by measured damage), and text is there anyway,
+    because the criterion reads it.
     """
     return (
         target is not None
         and target.unit_ratio is None
         and selection is not None
         and selection.split is None
+        and selection.scope != "measured"
         and len(selection.structures) > 1
         and criterion.reads_text
         and calibration.samples > 1

@@ -8,30 +8,26 @@ calibration text is taken.
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from llm_pruner.chain.logits import logits_of
-from llm_pruner.chain.undisturbed import undisturbed
 from llm_pruner.errors import InfeasibleError, UserError
-from llm_pruner.planning import Selection, Survivors, Target, allocate
+from llm_pruner.pipeline.judge import Judge
+from llm_pruner.planning import Level, Selection, Survivors, Target, allocate
 from llm_pruner.progress import track
-from llm_pruner.surgery import prune_
-from llm_pruner.types import Discovery, Removal, Scores
+from llm_pruner.types import Discovery, Scores
 
 _LOG = logging.getLogger(__name__)
 
 SHARES = (0.05, 0.1, 0.2, 0.4)
 """Shares of the removed parameters that are tried for each structure beside the largest one."""
 
-TOKENS = 4096
+TOKENS = 2048
 """Held-out tokens that trials are judged on."""
 
 
@@ -48,12 +44,6 @@ class Trial:
     divergence: float
 
 
-def sharing_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a model whose tensors are those of the original until surgery."""
-    memo = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, dict(memo))
-
-
 def find_split(
     model: nn.Module,
     discovery: Discovery,
@@ -62,6 +52,7 @@ def find_split(
     target: Target,
     survivors: Survivors,
     held_out: torch.Tensor,
+    levels: Sequence[Level] = (),
 ) -> tuple[Selection, list[Trial]]:
     """Return the selection with the best split that was found, and all trials.
 
@@ -70,11 +61,12 @@ def find_split(
 
     Args:
         held_out: tokens that the scores did not see, shape (samples, seq_len).
+        levels: measured damage, for scope ``measured``.
 
     Raises:
         UserError: no split reaches the target, or none can be judged.
     """
-    judge = _judge(model, held_out)
+    judge = Judge(model, held_out)
     trials: list[Trial] = []
     failure: UserError | None = None
 
@@ -82,8 +74,8 @@ def find_split(
         nonlocal failure
         try:
             candidate = replace(selection, split=dict(split))
-            removal = allocate(discovery, scores, candidate, target, survivors)
-            divergence = judge(discovery, removal)
+            removal = allocate(discovery, scores, candidate, target, survivors, levels)
+            divergence = judge.divergence(discovery, removal)
         except (UserError, InfeasibleError) as error:
             failure = error if isinstance(error, UserError) else failure
             return inf
@@ -115,27 +107,3 @@ def find_split(
     if not trials:
         raise failure or UserError("no split of the budget reaches the target; ask for less")
     return replace(selection, split=split), trials
-
-
-def _judge(model: nn.Module, held_out: torch.Tensor) -> Callable[[Discovery, Removal], float]:
-    """Return a function that measures the divergence after a removal."""
-    ids = held_out.to(next(model.parameters()).device, torch.long)
-
-    def log_probs(network: nn.Module) -> list[torch.Tensor]:
-        with undisturbed(network), torch.no_grad():
-            return [
-                logits_of(network(sample[None]))[0].float().log_softmax(-1).cpu() for sample in ids
-            ]
-
-    dense = log_probs(model)
-
-    def judge(discovery: Discovery, removal: Removal) -> float:
-        network = sharing_copy(model)
-        prune_(network, discovery, removal)
-        total = sum(
-            float(F.kl_div(after, before, log_target=True, reduction="sum"))
-            for before, after in zip(dense, log_probs(network), strict=True)
-        )
-        return total / ids.numel()
-
-    return judge

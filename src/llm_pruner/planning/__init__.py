@@ -3,6 +3,7 @@
 from llm_pruner.planning.budget import TOLERANCE, allocate, check_reachable
 from llm_pruner.planning.choosing import choose_groups
 from llm_pruner.planning.explain import Row, explain
+from llm_pruner.planning.levels import Level, trial_removals
 from llm_pruner.planning.plan import (
     Plan,
     PlanCalibration,
@@ -26,6 +27,7 @@ from llm_pruner.planning.target import (
 __all__ = [
     "STRUCTURES",
     "TOLERANCE",
+    "Level",
     "Plan",
     "PlanCalibration",
     "PlanCriterion",
@@ -47,4 +49,5 @@ __all__ = [
     "parse_split",
     "read_plan",
     "step_targets",
+    "trial_removals",
 ]

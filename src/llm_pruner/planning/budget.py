@@ -12,6 +12,10 @@ Scope ``global`` ranks the units of all chosen groups by
 with the parameters counted in the model as it is before any removal, and takes them from the
 bottom. The importance is used as it comes: only criteria whose values are comparable across groups,
 such as estimates of the change in loss, rank well this way; norms do not.
+
+Scope ``measured`` ranks in the same way by what trial removals cost (see `levels`): the importance
+says in which order a group loses its units, and the measured levels what that costs. So every
+criterion becomes comparable across groups and structures.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from llm_pruner.errors import PlanError, UserError
 from llm_pruner.planning.choosing import choose_groups
 from llm_pruner.planning.counting import ParameterCounter
 from llm_pruner.planning.ladders import Ladder, Ladders, build_ladders
+from llm_pruner.planning.levels import Level, with_measured_damage
 from llm_pruner.planning.rules import check, whole
 from llm_pruner.planning.search import (
     Search,
@@ -48,13 +53,15 @@ def allocate(
     selection: Selection,
     target: Target,
     survivors: Survivors | None = None,
+    levels: Sequence[Level] = (),
 ) -> dict[str, IntArray]:
     """Return the units to remove, complete: blocks level, companions included.
 
     A unit ratio removes floor(n * unit_ratio) of a group's n units, rounded to the nearest size
     that ``round_to`` allows; of query heads, that share of each key-value head's; of layers, of
-    those that are not protected. With scope ``global`` it is the share of each kind over all
-    chosen groups. A target in parameters is met within 0.5 points of the dense model's parameters.
+    those that are not protected. With one ranking over all groups (scope ``global`` or
+    ``measured``) it is the share of each kind over all chosen groups. A target in parameters is met
+    within 0.5 points of the dense model's parameters.
     Equal inputs give equal results; ties go by unit index.
 
     Args:
@@ -63,6 +70,7 @@ def allocate(
         selection: structures, scope, layers, rounding.
         target: how much to remove, of the dense model and all steps together.
         survivors: what earlier steps left of the dense model; None if this is the dense model.
+        levels: what trial removals cost, for scope ``measured``.
 
     Raises:
         UserError: a target that cannot be reached (naming the nearest that can), a group that
@@ -71,6 +79,8 @@ def allocate(
     survivors = survivors or Survivors.dense(discovery)
     chosen = choose_groups(discovery, selection, survivors)
     ladders = build_ladders(discovery, chosen, scores, selection, survivors)
+    if selection.scope == "measured":
+        ladders = with_measured_damage(ladders, levels)
     if target.unit_ratio is not None:
         if selection.split is not None:
             raise UserError(
@@ -93,7 +103,8 @@ def check_reachable(discovery: Discovery, selection: Selection, target: Target) 
     """Raise what `allocate` would raise for this model whatever the importance is.
 
     For a look ahead, before the importance is estimated. With scope ``local`` that is everything;
-    with ``global`` it is not whether there is a removal within 0.5 points of the target.
+    with one ranking over all groups it is not whether there is a removal within 0.5 points of the
+    target.
 
     Raises:
         UserError: as `allocate`.
@@ -219,7 +230,7 @@ def _search(
     search: Search, ladders: Sequence[Ladder], prices: dict[str, int], selection: Selection
 ) -> None:
     single = [[ladder] for ladder in ladders]
-    if selection.scope == "global":
+    if selection.ranks_together:
         search.run(make_queue(single, prices, lambda x: (density(x, prices[x.group.name]),)))
     else:
         together: dict[object, list[Ladder]] = {}
@@ -246,7 +257,7 @@ def _capped(
     survivors: Survivors,
 ) -> Ladders:
     """Return the ladders without the rungs beyond the selection's ``spread``."""
-    if selection.spread is None or selection.scope != "global":
+    if selection.spread is None or not selection.ranks_together:
         return ladders
     search = _begin_search(ladders, discovery, target, survivors)
     split = selection.split or dict.fromkeys(selection.structures, 1.0)

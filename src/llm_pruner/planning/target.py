@@ -15,7 +15,7 @@ from llm_pruner.errors import UserError
 STRUCTURES = ("heads", "query_heads", "ffn", "hidden", "head_dim", "experts", "layers", "other")
 """Kinds that can be chosen. ``value_dim`` cannot: it follows ``head_dim``."""
 
-Scope = Literal["local", "global"]
+Scope = Literal["local", "global", "measured"]
 
 _SUFFIX = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
 
@@ -83,7 +83,8 @@ class Selection:
     Attributes:
         structures: kinds to prune, of `STRUCTURES`.
         scope: ``local`` ranks inside each group and takes the same share from each; ``global``
-            ranks the units of all chosen groups together by importance per removed parameter.
+            ranks the units of all chosen groups together by importance per removed parameter;
+            ``measured`` does so by measured damage, see `Level`.
         protect_first: decoder layers at the start that stay whole.
         protect_last: decoder layers at the end that stay whole.
         layer_ranges: structure -> (first, last) layer to prune, both included, counted from 0;
@@ -91,11 +92,11 @@ class Selection:
         round_to: the number of units kept in a group of channels (ffn, hidden, head_dim, other)
             is a multiple of this, unless the group is left alone.
         split: structure -> its share of the parameters that are removed; None lets the ranking
-            decide (``global``) or takes the same share of units everywhere (``local``). For targets
-            in parameters alone.
-        spread: with ``global``, no group loses more than this many times the share of its units
-            that would be lost if all lost the same, nor keeps less than one in this many of what
-            would be kept; None for no limit.
+            decide (``global``, ``measured``) or takes the same share of units everywhere
+            (``local``). For targets in parameters alone.
+        spread: with ``global`` and ``measured``, no group loses more than this many times the share
+            of its units that would be lost if all lost the same, nor keeps less than one in this
+            many of what would be kept; None for no limit.
         uniform: groups of one structure keep the same number of units in all layers, so that a
             plain config can say the sizes; with ``local`` and without protection or ranges.
     """
@@ -118,7 +119,7 @@ class Selection:
             if self.structures.count(name) > 1:
                 raise UserError(f"structure {name!r} is given twice; name it once")
         if self.scope not in get_args(Scope):
-            raise UserError(f"scope={self.scope!r} is unknown; use local or global")
+            raise UserError(f"scope={self.scope!r} is unknown; use local, global or measured")
         if self.protect_first < 0 or self.protect_last < 0:
             raise UserError(
                 f"protect_first={self.protect_first}, protect_last={self.protect_last}: "
@@ -145,6 +146,11 @@ class Selection:
             )
         if self.split is not None:
             self._check_split(self.split)
+
+    @property
+    def ranks_together(self) -> bool:
+        """Whether the units of all chosen groups stand in one ranking."""
+        return self.scope != "local"
 
     @property
     def _protects(self) -> bool:
