@@ -56,7 +56,9 @@ def test_type(model_type: str, record_property: Any) -> None:
     assert row.result in ("passes", "ffn only"), row
     assert {kind for kind, (groups, _, _) in row.kinds.items() if groups} >= EXPECTED[model_type]
     assert row.twin["all"] <= architectures.TOLERANCE
-    assert row.reload in ("stock", "recipe")
+    # Weights that lie elsewhere in memory may be added up in another order, which rounds; the sizes
+    # and values of what is saved are compared in test_checkpoints.py.
+    assert row.reload.partition(":")[0] in ("stock", "recipe", "rounds")
     assert row.caught >= row.shifted // 2
     record_property("twin", (model_type, "all", max(row.twin.values())))
     record_property("mutations", (model_type, row.shifted, row.shifted - row.caught))

@@ -433,7 +433,10 @@ SELECTIONS = [
     ({"structures": ("value_dim",)}, "choose head_dim, which it follows"),
     ({"structures": ()}, "no structures given"),
     ({"structures": ("ffn", "ffn")}, "given twice"),
-    ({"structures": ("ffn",), "scope": "all"}, "scope='all' is unknown; use local or global"),
+    (
+        {"structures": ("ffn",), "scope": "all"},
+        "scope='all' is unknown; use local",
+    ),
     ({"structures": ("ffn",), "round_to": 0}, "round_to=0"),
     ({"structures": ("ffn",), "protect_first": -1}, "cannot be negative"),
     ({"structures": ("ffn",), "layer_ranges": {"heads": (0, 1)}}, "given for heads, which is not"),

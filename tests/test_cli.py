@@ -98,7 +98,10 @@ def copy(model: Path, folder: Path) -> Path:
             ["--ratio", 0.2, "--structures", "value_dim"],
             "value_dim is not pruned by itself; choose head_dim, which it follows",
         ),
-        (["--ratio", 0.2, "--scope", "all"], "scope='all' is unknown; use local or global"),
+        (
+            ["--ratio", 0.2, "--scope", "all"],
+            "scope='all' is unknown; use local, global or measured",
+        ),
         (["--ratio", 0.2, "--steps", 0], "steps=0 prunes nothing; use 1 or more"),
         (["--ratio", 0.2, "--round-to", 0], "round_to=0 is not a multiple to round to; use 1"),
         (

@@ -165,6 +165,7 @@ def test_steps_meet_the_ratio_and_replay_in_one(work: Path, tiny: Path) -> None:
     write_text(Path("text.txt"))
     options = ("--criterion", "taylor", "--calibration", "text.txt", "--samples", 4)
     options += ("--seq-len", 24, "--ratio", 0.3, "--structures", "query_heads,ffn,hidden,layers")
+    options += ("--split", "equal")
     found = prune(tiny, "stepwise", *options, "--steps", 3, "--verify")
     assert found["ratio"] == pytest.approx(0.3, abs=0.005)
     assert found["twin_difference"] <= 1e-5
