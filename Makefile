@@ -16,8 +16,9 @@ help:
 	@echo "make check      lint, types and contracts, as CI does"
 	@echo "make format     rewrite the sources in the project's format"
 
+# Two workers with a thread each: threads of several workers on the same cores wait for each other.
 test: $(DEV)
-	$(BIN)/pytest -n 2 -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
 
 demo: $(BASE)
 	$(BIN)/llm-pruner demo

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from command import done, run, save_tiny, write_text
 from fake_discovery import fake_llama, fake_scores
+from llm_pruner.compensation import Refitted, refit_
 from llm_pruner.errors import UserError
+from llm_pruner.pipeline import prune
 from llm_pruner.planning import Selection, Target, allocate, parse_split
 from llm_pruner.recipes import NAMES, read_recipe
 from llm_pruner.removal import count_parameters
@@ -211,3 +214,25 @@ def test_a_split_says_nothing_of_a_unit_ratio() -> None:
     selection = Selection(("heads", "ffn"), split=parse_split("heads=0.5,ffn=0.5"))
     with pytest.raises(UserError, match="give a target in parameters"):
         allocate(MODEL, fake_scores(MODEL), selection, Target(unit_ratio=0.25))
+
+
+def test_refits_that_make_held_out_text_worse_are_taken_back(
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(model: nn.Module, *args: object) -> list[Refitted]:
+        found = refit_(model, *args)  # type: ignore[arg-type]
+        for one in found:
+            module = model.get_submodule(one.module)
+            noise = torch.Generator().manual_seed(0)
+            shape = module.get_parameter("weight").shape
+            module.weight = nn.Parameter(torch.randn(shape, generator=noise))
+        return found
+
+    options = ("--ratio", 0.2, *small(text))
+    plain, spoiled = tmp_path / "plain", tmp_path / "spoiled"
+    done("prune", tiny, "--out", plain, *options)
+    monkeypatch.setattr(prune, "refit_", spoil)
+    result = done("prune", tiny, "--out", spoiled, *options, "--compensation", "least-squares")
+    assert "no gain on held-out text" in result.out
+    one, other = (load_file(folder / "model.safetensors") for folder in (plain, spoiled))
+    assert all(torch.equal(one[key], other[key]) for key in one)

@@ -490,7 +490,10 @@ def show(done: Pruned) -> None:
         out.print(f"ranked by what {len(done.levels)} trial removals cost")
     if done.refitted:
         count_ = sum(one.ridge is not None for one in done.refitted)
-        out.print(f"least squares refitted {count_} of {len(done.refitted)} consumers")
+        if count_:
+            out.print(f"least squares refitted {count_} of {len(done.refitted)} consumers")
+        else:
+            out.print("least squares was no gain on held-out text; the weights are as they were")
     if done.kind is None:
         out.print(f"plan written to {clean(str(done.path))}; nothing was pruned", soft_wrap=True)
         return

@@ -102,6 +102,12 @@ def refit_(
         return _Refit(*chains, pairs, removed_modules(discovery, removal), ids).run()
 
 
+def held_out_samples(samples: int) -> torch.Tensor:
+    """Return which samples judge a refit and are not fitted, shape (samples,)."""
+    every = min(HELD_OUT, samples)
+    return torch.arange(samples) % every == every - 1
+
+
 @dataclass(frozen=True)
 class _Pair:
     """A consumer in the pruned model and the same in the dense one."""
@@ -207,8 +213,7 @@ class _Refit:
         samples, length = ids.shape
         size = max(1, _TOKENS // length)
         self.parts = [slice(at, min(at + size, samples)) for at in range(0, samples, size)]
-        every = min(HELD_OUT, samples)
-        self.held_out = torch.arange(samples) % every == every - 1
+        self.held_out = held_out_samples(samples)
 
     def run(self) -> list[Refitted]:
         """Walk through all blocks and return what became of each consumer."""

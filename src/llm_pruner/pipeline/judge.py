@@ -36,6 +36,20 @@ def sharing_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, dict(memo))
 
 
+def divergence(dense: nn.Module, network: nn.Module, input_ids: torch.Tensor) -> float:
+    """Return the mean over tokens of KL(dense || network) in nats; both see the same tokens."""
+    ids = input_ids.to(next(network.parameters()).device, torch.long)
+    total = 0.0
+    with undisturbed(dense), undisturbed(network), torch.no_grad():
+        for sample in ids:
+            before, after = (
+                logits_of(model(sample[None]))[0].float().log_softmax(-1)
+                for model in (dense, network)
+            )
+            total += float(F.kl_div(after, before, log_target=True, reduction="sum"))
+    return total / ids.numel()
+
+
 class Judge:
     """Carries out removals on copies that share the weights, and measures the divergence.
 

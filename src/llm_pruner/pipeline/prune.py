@@ -15,7 +15,7 @@ from torch import nn
 
 from llm_pruner.checkpoints import atomic_write_text, check_output, save_checkpoint
 from llm_pruner.checkpoints.recipe import compose, from_edits
-from llm_pruner.compensation import Refitted, refit_
+from llm_pruner.compensation import Refitted, held_out_samples, refit_
 from llm_pruner.data.calibration import Calibration, build_calibration
 from llm_pruner.data.text import SELF, load_documents
 from llm_pruner.errors import UserError, VerificationError
@@ -32,7 +32,7 @@ from llm_pruner.pipeline.facts import (
     source_of,
     versions,
 )
-from llm_pruner.pipeline.judge import sharing_copy
+from llm_pruner.pipeline.judge import divergence, sharing_copy
 from llm_pruner.pipeline.levels import TOKENS as LEVEL_TOKENS
 from llm_pruner.pipeline.levels import measure_levels
 from llm_pruner.pipeline.loading import load
@@ -425,7 +425,12 @@ def _hold_out(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class _Refitter:
-    """Refits the pruned model to the dense one after each cut."""
+    """Refits the pruned model to the dense one after each cut, if that is a gain.
+
+    Each consumer is judged by its own error on held-out tokens, and all of them together by the
+    divergence from the dense model on the same tokens: if the refitted model is further from the
+    dense one than it was, it gets its weights back.
+    """
 
     def __init__(self, loaded: LoadedModel, discovery: Discovery, clock: _Clock) -> None:
         self._model, self._dense = loaded.model, sharing_copy(loaded.model)
@@ -434,7 +439,19 @@ class _Refitter:
 
     def refit(self, removal: Removal, tokens: torch.Tensor) -> None:
         """Refit after ``removal``, all that was removed so far in dense numbering."""
-        self.done.extend(refit_(self._model, self._dense, self._discovery, removal, tokens))
+        before = sharing_copy(self._model)
+        found = refit_(self._model, self._dense, self._discovery, removal, tokens)
+        held_out = tokens[held_out_samples(len(tokens))]
+        held_out = held_out[: max(1, LEVEL_TOKENS // tokens.shape[1])]
+        plain, refitted = (
+            divergence(self._dense, network, held_out) for network in (before, self._model)
+        )
+        if not refitted <= plain:
+            for one in found:
+                weight = before.get_submodule(one.module).get_parameter("weight")
+                self._model.get_submodule(one.module).weight = weight
+            found = [replace(one, ridge=None, after=one.before) for one in found]
+        self.done.extend(found)
         self._clock.stop("least squares")
 
 
