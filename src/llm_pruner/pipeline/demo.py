@@ -13,8 +13,8 @@ from llm_pruner.recovery import Progress
 
 RATIO = 0.2
 RECIPE = "balanced"
-SAMPLES = 192
-"""Texts for training: those that importance is estimated on, and half as many more."""
+SAMPLES = 160
+"""Texts for training: those that importance is estimated on, and a quarter as many more."""
 BATCH = 8
 """Texts in a step: few, so that little text makes some steps."""
 
