@@ -24,7 +24,7 @@ from llm_pruner.cli import (
     tasks,
 )
 from llm_pruner.cli.grouped import GroupedCommand
-from llm_pruner.cli.output import fail, one_line
+from llm_pruner.cli.output import INTERRUPTED, fail, one_line
 from llm_pruner.errors import Interrupted, LLMPrunerError, PlanError, UserError
 
 app = typer.Typer(
@@ -66,19 +66,15 @@ def main() -> None:
     except UserError as error:
         fail(one_line(str(error)), 2)
     except Interrupted as error:
-        fail(one_line(str(error)), _INTERRUPTED)
+        fail(one_line(str(error)), INTERRUPTED)
     except LLMPrunerError as error:
         fail(one_line(str(error)), 1)
     except OSError as error:
         fail(one_line(f"{error}; free space or give another place, then run again"), 1)
     except SystemExit as stopped:
-        if stopped.code == _INTERRUPTED:
-            fail("interrupted; nothing was written", _INTERRUPTED)
+        if stopped.code == INTERRUPTED:
+            fail("interrupted; nothing was written", INTERRUPTED)
         raise
-
-
-_INTERRUPTED = 130
-"""What Typer exits with, without a word, after Ctrl-C."""
 
 
 def _first(error: PlanError) -> str:
