@@ -57,6 +57,9 @@ def main() -> None:
     """Run the command line and exit."""
     # Tokenizers would warn about every process that is started after they were used.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # DDP notes in each process that no weight was left out; read when PyTorch is imported.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         app()
     except PlanError as error:

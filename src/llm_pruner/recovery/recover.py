@@ -7,6 +7,7 @@ import logging
 import math
 import random
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -298,7 +299,10 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            # The name that accelerate and the Trainer use still.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
