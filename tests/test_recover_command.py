@@ -292,12 +292,39 @@ def test_a_teacher_of_another_vocabulary_is_refused(work: Path, made: Path) -> N
     )
 
 
-def test_several_processes_are_refused(
-    work: Path, made: Path, unloaded: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("variables", "options", "said"),
+    [
+        ({}, [], "WORLD_SIZE says that 2 processes were started, and they cannot meet ("),
+        ({}, ["--device", "cuda:0"], "--device cuda:0 is one device, and several processes were"),
+        (
+            {"ACCELERATE_USE_FSDP": "true"},
+            [],
+            "recover trains several processes with DDP, and FSDP ",
+        ),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true"},
+            [],
+            "recover trains several processes with DDP, and D",
+        ),
+    ],
+)
+def test_processes_that_cannot_train_together_are_refused(
+    work: Path,
+    made: Path,
+    unloaded: None,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    options: list[str],
+    said: str,
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    said = refused(work, "any/model", "--out", "out", "--data", made / "rows.jsonl")
-    assert said.startswith("recover trains in one process, and several were started")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    data = ("--data", made / "rows.jsonl")
+    assert refused(work, "any/model", "--out", "out", *data, *options).startswith(said)
 
 
 def test_a_model_that_was_not_pruned_says_so(work: Path, made: Path) -> None:

@@ -24,7 +24,7 @@ from llm_pruner.cli import (
     tasks,
 )
 from llm_pruner.cli.grouped import GroupedCommand
-from llm_pruner.cli.output import fail, one_line
+from llm_pruner.cli.output import INTERRUPTED, fail, one_line
 from llm_pruner.errors import Interrupted, LLMPrunerError, PlanError, UserError
 
 app = typer.Typer(
@@ -57,6 +57,9 @@ def main() -> None:
     """Run the command line and exit."""
     # Tokenizers would warn about every process that is started after they were used.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # DDP notes in each process that no weight was left out; read when PyTorch is imported.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         app()
     except PlanError as error:
@@ -66,19 +69,15 @@ def main() -> None:
     except UserError as error:
         fail(one_line(str(error)), 2)
     except Interrupted as error:
-        fail(one_line(str(error)), _INTERRUPTED)
+        fail(one_line(str(error)), INTERRUPTED)
     except LLMPrunerError as error:
         fail(one_line(str(error)), 1)
     except OSError as error:
         fail(one_line(f"{error}; free space or give another place, then run again"), 1)
     except SystemExit as stopped:
-        if stopped.code == _INTERRUPTED:
-            fail("interrupted; nothing was written", _INTERRUPTED)
+        if stopped.code == INTERRUPTED:
+            fail("interrupted; nothing was written", INTERRUPTED)
         raise
-
-
-_INTERRUPTED = 130
-"""What Typer exits with, without a word, after Ctrl-C."""
 
 
 def _first(error: PlanError) -> str:

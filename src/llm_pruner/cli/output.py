@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +20,7 @@ from llm_pruner.errors import UserError
 from llm_pruner.report.text import clean, count, megabytes
 
 __all__ = [
+    "INTERRUPTED",
     "check_json",
     "clean",
     "command_line",
@@ -27,9 +30,16 @@ __all__ = [
     "megabytes",
     "one_line",
     "print_table",
+    "speaks",
     "table",
     "write_json",
 ]
+
+INTERRUPTED = 130
+"""What Typer exits with, without a word, after Ctrl-C."""
+
+_PATIENCE = 5.0
+"""Seconds in which the first process says what went wrong, if it went wrong there, too."""
 
 
 def console() -> Console:
@@ -112,6 +122,11 @@ def command_line() -> str:
     return " ".join(words)
 
 
+def speaks() -> bool:
+    """Whether this process prints: all do but the later ones of several that a launcher started."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
 def one_line(message: str) -> str:
     """Return a message in one line; a name that a user gave may hold line feeds."""
     return " ".join(message.splitlines())
@@ -123,7 +138,15 @@ def warn(message: str) -> None:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Print a message to standard error and exit."""
+    """Print a message to standard error and exit.
+
+    Of several processes that a launcher started, the first one speaks; another one does if it fails
+    alone.
+    """
     sys.stdout.flush()
+    if not speaks():
+        if code == INTERRUPTED:
+            sys.exit(code)
+        time.sleep(_PATIENCE)  # the launcher ends this process when the first one has failed, too
     print(f"llm-pruner: {clean(message)}", file=sys.stderr)
     sys.exit(code)

@@ -19,6 +19,7 @@ from llm_pruner.cli.output import (
     count,
     megabytes,
     print_table,
+    speaks,
     table,
     write_json,
 )
@@ -425,13 +426,15 @@ def command(
             overwrite=overwrite,
             keep_adapter=keep_adapter,
             max_shard_size=max_shard_size,
-            say=Narrator(quiet=json == "-"),
+            say=Narrator(quiet=json == "-") if speaks() else lambda _: None,
             command=command_line(),
         )
     except KeyboardInterrupt:
         left = work_folder(out).is_dir()
         what = "go on with --resume" if left else "nothing was written"
         raise Interrupted(f"interrupted; {what}") from None
+    if not speaks():
+        return
     write_json(as_data(done), json)
     if json != "-":
         show(done)

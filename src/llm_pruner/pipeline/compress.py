@@ -36,6 +36,7 @@ from llm_pruner.pipeline.time_budget import (
 from llm_pruner.pipeline.work import Work, opened
 from llm_pruner.recipes import read_recipe
 from llm_pruner.recovery import Progress, RecoverySettings
+from llm_pruner.recovery.processes import only_one
 from llm_pruner.report.data import HTML_FILE, Report, Variant
 
 SAMPLES = 256
@@ -120,6 +121,7 @@ def compress(
     Raises:
         UserError: something that was given must change.
     """
+    only_one("compress")
     work = work_folder(out)
     if not (work / f"{_RESULT}.json").is_file() or restart:
         check_settings(settings, out, overwrite)

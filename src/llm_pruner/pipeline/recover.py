@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -52,6 +51,7 @@ from llm_pruner.recovery import (
     Teacher,
     recover_,
 )
+from llm_pruner.recovery.processes import Processes, joined, own_device
 from llm_pruner.report.data import HTML_FILE, Recovery
 from llm_pruner.sources import LoadedModel
 from llm_pruner.types import Edits
@@ -191,6 +191,9 @@ def recover_checkpoint(
     While it runs, checkpoints lie in a folder beside ``out``, see ``work_folder``, which goes away
     at the end.
 
+    Of several processes that a launcher started, each calls this with the same arguments. The first
+    one writes, and the others return the same without perplexities and what the folder is like.
+
     Args:
         model: what to train, pruned or not.
         out: the folder to write.
@@ -212,30 +215,36 @@ def recover_checkpoint(
         UserError: something that was given must change; ``out`` is as it was.
     """
     settings.check()
+    model = replace(model, device=own_device(model.device))
+    if teacher is not None:
+        device = own_device(teacher.model.device)
+        teacher = replace(teacher, model=replace(teacher.model, device=device))
     work = work_folder(out)
-    found = work.exists()
-    try:
-        return _recover(
-            model,
-            out,
-            data,
-            settings,
-            teacher,
-            texts,
-            text_settings,
-            resume,
-            restart,
-            overwrite,
-            keep_adapter,
-            max_shard_size,
-            say,
-            work,
-            command,
-        )
-    except UserError:
-        if not found and work.is_dir() and {path.name for path in work.iterdir()} <= {_RUN}:
-            shutil.rmtree(work)  # nothing was done that is worth going on with
-        raise
+    with joined(model.device) as processes:
+        found = work.exists()
+        try:
+            return _recover(
+                model,
+                out,
+                data,
+                settings,
+                teacher,
+                texts,
+                text_settings,
+                resume,
+                restart,
+                overwrite,
+                keep_adapter,
+                max_shard_size,
+                say,
+                work,
+                command,
+                processes,
+            )
+        except UserError:
+            if processes.is_first and not found and _holds_nothing(work):
+                shutil.rmtree(work)
+            raise
 
 
 def _recover(
@@ -254,16 +263,22 @@ def _recover(
     say: Callable[[Progress], None],
     work: Path,
     command: str | None,
+    processes: Processes,
 ) -> Recovered:
     _check(model, out, data, settings, teacher, resume, restart, overwrite, keep_adapter, work)
-    corpora = read_texts(texts, text_settings or PerplexitySettings())
-    examples = {
-        source: load_examples(
-            source, split=data.split, text_field=data.text_field, limit=_reading_limit(source, data)
-        )
-        for source in data.sources
-        if source != SELF
-    }
+    processes.barrier()  # from here on, the folders that were looked at may change
+    with processes.first():
+        corpora = read_texts(texts, text_settings or PerplexitySettings())
+        examples = {
+            source: load_examples(
+                source,
+                split=data.split,
+                text_field=data.text_field,
+                limit=_reading_limit(source, data),
+            )
+            for source in data.sources
+            if source != SELF
+        }
     loaded = load(model)
     longest = maximum_length(loaded.model)
     if longest is not None and settings.seq_len > longest:
@@ -272,24 +287,28 @@ def _recover(
             f"use {longest} or less"
         )
     dense = None if teacher is None else _load_teacher(teacher, loaded)
-    if restart:
+    if restart and processes.is_first:
         shutil.rmtree(work, ignore_errors=True)
-    samples = _samples(loaded, dense, examples, data, settings, work)
-    train = [one for each in samples for one in each.train]
-    held_out = [one for each in samples for one in each.held_out]
-    about = _about(loaded, dense, train, held_out, data, settings, teacher)
-    _begin_or_go_on(work, about, resume)
+    with processes.first():  # it writes what the others read
+        samples = _samples(loaded, dense, examples, data, settings, work)
+        train = [one for each in samples for one in each.train]
+        held_out = [one for each in samples for one in each.held_out]
+        about = _about(loaded, dense, train, held_out, data, settings, teacher)
+        _begin_or_go_on(work, about, resume, processes.is_first)
+    if not processes.is_first:
+        corpora = []
     before = _perplexities(loaded, corpora, text_settings)
     listening = None
     if teacher is not None and dense is not None and teacher.distillation is not None:
-        listening = Teacher(
-            dense.model,
-            train,
-            teacher.distillation,
-            teacher.cache or work / "teacher",
-            identity=dense.fingerprint,
-            seq_len=settings.seq_len,
-        )
+        with processes.first():
+            listening = Teacher(
+                dense.model,
+                train,
+                teacher.distillation,
+                teacher.cache or work / "teacher",
+                identity=dense.fingerprint,
+                seq_len=settings.seq_len,
+            )
     adapter = work / "adapter" if keep_adapter else None
     network, outcome = recover_(
         loaded.model,
@@ -302,8 +321,9 @@ def _recover(
         teacher=listening,
         say=say,
         keep_adapter=adapter,
+        processes=processes,
     )
-    if not outcome.gained:
+    if not outcome.gained and processes.is_first:
         network = load(model).model  # as it came, to the last bit
     kept = LoadedModel(network, loaded.tokenizer, loaded.name, loaded.revision, loaded.fingerprint)
     after = _perplexities(kept, corpora, text_settings) if outcome.gained else before
@@ -341,6 +361,9 @@ def _recover(
         settings=about,
     )
 
+    if not processes.is_first:
+        processes.barrier()
+        return result
     earlier = earlier_report(model.source)
     teacher_name = None if dense is None else dense.name
 
@@ -392,6 +415,7 @@ def _recover(
         beside=beside,
     )
     shutil.rmtree(work, ignore_errors=True)
+    processes.barrier()
     page = saved.path / HTML_FILE
     return replace(
         result,
@@ -400,6 +424,11 @@ def _recover(
         needs=saved.needs,
         report=page if page.is_file() else None,
     )
+
+
+def _holds_nothing(work: Path) -> bool:
+    """Whether nothing was done that is worth going on with."""
+    return work.is_dir() and {path.name for path in work.iterdir()} <= {_RUN}
 
 
 def work_folder(out: Path) -> Path:
@@ -455,11 +484,6 @@ def _check(
         raise UserError(
             f"{work.name} holds a run that was interrupted; go on with --resume, or throw it away "
             "with --restart"
-        )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "recover trains in one process, and several were started; start it without torchrun "
-            "or accelerate launch"
         )
 
 
@@ -547,10 +571,11 @@ def _about(
     }
 
 
-def _begin_or_go_on(work: Path, about: dict[str, Any], resume: bool) -> None:
+def _begin_or_go_on(work: Path, about: dict[str, Any], resume: bool, writes: bool) -> None:
     file = work / _RUN
     if not (resume and file.is_file()):
-        atomic_write_text(file, json.dumps(about, indent=2) + "\n")
+        if writes:
+            atomic_write_text(file, json.dumps(about, indent=2) + "\n")
         return
     try:
         old = dict(json.loads(file.read_text(encoding="utf-8")))

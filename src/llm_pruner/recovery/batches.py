@@ -57,6 +57,7 @@ def lay_out(
     packed: bool,
     capacity: int,
     micro_tokens: int,
+    shares: int = 1,
 ) -> list[Batch]:
     """Return batches that together hold these samples once each.
 
@@ -66,32 +67,58 @@ def lay_out(
         packed: put several samples in a row of at most ``capacity`` tokens (first fit, longest
             first); else a row holds one sample, and rows of like length share a batch.
         micro_tokens: positions in a batch, at least one row.
+        shares: make at least so many batches where the samples allow it, so that as many processes
+            have something to do.
     """
     # Ties keep their order, so that the layout is a function of the samples alone.
     order = sorted(samples, key=lambda sample: -len(sequences[sample]))
     rows: list[list[int]] = []
     if packed:
-        room: list[int] = []
-        for sample in order:
-            length = len(sequences[sample])
-            place = next((row for row, left in enumerate(room) if left >= length), None)
-            if place is None:
-                rows.append([sample])
-                room.append(capacity - length)
-            else:
-                rows[place].append(sample)
-                room[place] -= length
+        rows = _first_fit(sequences, order, capacity)
+        if len(rows) < shares:
+            rows = _even(sequences, order, min(shares, len(order)), capacity) or rows
         rows.sort(key=lambda row: -sum(len(sequences[sample]) for sample in row))
     else:
         rows = [[sample] for sample in order]
     batches: list[Batch] = []
+    most = max(1, len(rows) // shares)
     start = 0
     while start < len(rows):
         width = sum(len(sequences[sample]) for sample in rows[start])
-        count = max(1, micro_tokens // width)
+        count = max(1, min(micro_tokens // width, most))
         batches.append(_batch(sequences, rows[start : start + count], width, packed))
         start += count
     return batches
+
+
+def _first_fit(
+    sequences: Sequence[TrainingSequence], order: Sequence[int], capacity: int
+) -> list[list[int]]:
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for sample in order:
+        length = len(sequences[sample])
+        place = next((row for row, left in enumerate(room) if left >= length), None)
+        if place is None:
+            rows.append([sample])
+            room.append(capacity - length)
+        else:
+            rows[place].append(sample)
+            room[place] -= length
+    return rows
+
+
+def _even(
+    sequences: Sequence[TrainingSequence], order: Sequence[int], count: int, capacity: int
+) -> list[list[int]]:
+    """Return ``count`` rows of like length; none if one would be longer than ``capacity``."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    lengths = [0] * count
+    for sample in order:
+        place = lengths.index(min(lengths))
+        rows[place].append(sample)
+        lengths[place] += len(sequences[sample])
+    return rows if max(lengths) <= capacity else []
 
 
 def _batch(

@@ -7,6 +7,7 @@ import logging
 import math
 import random
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from llm_pruner.recovery import state
 from llm_pruner.recovery.batches import lay_out, step_samples
 from llm_pruner.recovery.forward import can_pack, held_out_losses, micro_tokens
 from llm_pruner.recovery.methods import make_trainable_, merge_, set_weights_, trained_weights
+from llm_pruner.recovery.processes import ALONE, Processes
 from llm_pruner.recovery.settings import RecoverySettings
 from llm_pruner.recovery.teacher import Teacher
 from llm_pruner.recovery.training import (
@@ -75,6 +77,7 @@ def recover_(
     teacher: Teacher | None = None,
     say: Callable[[Progress], None] = lambda _: None,
     keep_adapter: Path | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[Any, Outcome]:
     """Train ``model`` in place; return it with its best weights, merged, in eval mode.
 
@@ -93,6 +96,8 @@ def recover_(
         teacher: mixes in what a dense model would say.
         say: called after each step.
         keep_adapter: with ``lora``, write the adapter there, before it is merged.
+        processes: those that train together; ``settings.batch_size`` is that of all of them, the
+            first one writes, and all return the same.
 
     Raises:
         UserError: the model has nothing that the method trains, a loss is not finite, or a
@@ -108,6 +113,7 @@ def recover_(
         "packed": packed,
         "capacity": settings.seq_len,
         "micro_tokens": settings.micro_tokens or micro_tokens(model, settings.seq_len),
+        "shares": processes.count,
     }
     steps = -(-len(train) // settings.batch_size)
     total = max(1, math.ceil(settings.epochs * steps))
@@ -117,13 +123,14 @@ def recover_(
         evaluation_interval(total, settings.evaluations),
         planned=settings.max_minutes is None,
     )
-    checkpoint = state.last_checkpoint(work)
+    with processes.first():
+        checkpoint = state.last_checkpoint(work)
     if checkpoint is not None:
         run = RunState.from_json(state.read_values(checkpoint)["run"])
     scored = lay_out(held_out, range(len(held_out)), **layout)
 
     def score(step: int, scored_model: Any) -> Evaluation:
-        sums = held_out_losses(scored_model, scored, held_out, sources)
+        sums = held_out_losses(scored_model, scored, held_out, sources, processes)
         tokens = sum(count for _, count in sums)
         by_source = [loss / count if count else None for loss, count in sums]
         return Evaluation(step, sum(loss for loss, _ in sums) / tokens, by_source)
@@ -131,7 +138,7 @@ def recover_(
     with (
         _quiet(),
         _same_config(model),
-        _own_random(),
+        _own_random(None if processes == ALONE else model.device),
         tempfile.TemporaryDirectory() as unused,
     ):
         if run.before is None:
@@ -143,7 +150,7 @@ def recover_(
         count = sum(one.numel() for one in trained.parameters() if one.requires_grad)
         if settings.gradient_checkpointing:
             _checkpoint_activations_(trained)
-        guard = Guard(run, settings, lambda step: score(step, trained), say)
+        guard = Guard(run, settings, lambda step: score(step, trained), say, processes)
         trainer = RecoveryTrainer(
             trained,
             _arguments(model, settings, total, unused, work),
@@ -155,6 +162,7 @@ def recover_(
             teacher,
             folder,
             work,
+            processes,
         )
         guard.trainer = trainer
         trainer.add_callback(guard)
@@ -167,7 +175,7 @@ def recover_(
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         set_weights_(trained, initial if trainer.best_weights is None else trainer.best_weights)
-        if keep_adapter is not None and settings.method == "lora":
+        if keep_adapter is not None and settings.method == "lora" and processes.is_first:
             trained.save_pretrained(keep_adapter, save_embedding_layers=False)
         model = merge_(trained)
         if settings.gradient_checkpointing:
@@ -247,6 +255,7 @@ def _arguments(
         bf16=settings.bf16,
         seed=settings.seed,
         data_seed=settings.seed,
+        ddp_broadcast_buffers=False,  # they do not change
     )
     args._n_gpu = min(args.n_gpu, 1)  # one model, one device
     return args
@@ -266,10 +275,15 @@ def _same_config(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _own_random() -> Iterator[None]:
-    """Give the caller's random generators back as they were; the Trainer seeds all of them."""
+def _own_random(device: torch.device | None) -> Iterator[None]:
+    """Give the caller's random generators back as they were; the Trainer seeds all of them.
+
+    Args:
+        device: the only one of this process; None if all are its own.
+    """
     own, legacy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    devices = None if device is None else [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
         try:
             yield
         finally:
@@ -285,7 +299,10 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            # The name that accelerate and the Trainer use still.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

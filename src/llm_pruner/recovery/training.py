@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -20,6 +22,7 @@ from llm_pruner.recovery.batches import Batch, lay_out
 from llm_pruner.recovery.forward import learned_logits
 from llm_pruner.recovery.methods import set_weights_, trained_weights
 from llm_pruner.recovery.objective import distillation_loss, task_loss
+from llm_pruner.recovery.processes import ALONE, Processes
 from llm_pruner.recovery.settings import RecoverySettings
 from llm_pruner.recovery.teacher import Teacher
 from llm_pruner.sequences import TrainingSequence
@@ -100,7 +103,7 @@ class RecoveryTrainer(Trainer):
     """A Trainer whose batches are whole optimizer steps, laid out by ``lay_out``.
 
     Loss of a step: sum over its learned tokens, divided by their number; so it does not depend on
-    how the samples are spread over forward passes.
+    how the samples are spread over forward passes and processes.
     """
 
     def __init__(
@@ -113,9 +116,10 @@ class RecoveryTrainer(Trainer):
         teacher: Teacher | None,
         folder: state.Folder,
         work: Path,
+        processes: Processes = ALONE,
     ) -> None:
         self._settings, self._run, self._teacher = settings, run, teacher
-        self._folder, self._work = folder, work
+        self._folder, self._work, self._processes = folder, work, processes
         self.best_weights: dict[str, torch.Tensor] | None = None
         self.last_loss = math.nan
         super().__init__(model=model, args=args, train_dataset=steps, data_collator=_only)
@@ -124,9 +128,12 @@ class RecoveryTrainer(Trainer):
     # Data and schedule.
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return the steps in their order; they were shuffled when they were made."""
-        loader: Any = DataLoader(self.train_dataset, batch_size=1, collate_fn=_only)
-        return self.accelerator.prepare(loader)
+        """Return the steps in their order; they were shuffled when they were made.
+
+        Each process gets every step whole and takes its share of it.
+        """
+        steps: Any = self.train_dataset
+        return DataLoader(steps, batch_size=1, collate_fn=_only)
 
     def create_scheduler(
         self,
@@ -147,25 +154,44 @@ class RecoveryTrainer(Trainer):
     # One step.
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:  # noqa: ARG002
-        """Run forward and backward over the batches of a step; return its mean loss."""
+        """Run forward and backward over this process's batches of a step; return its mean loss."""
         model.train()
         batches: list[Batch] = inputs["batches"]
         count = sum(batch.targets for batch in batches)
+        self._run.tokens += sum(batch.tokens for batch in batches)
+        own = self._processes.share(batches)
         total = torch.zeros((), device=self.args.device)
-        for batch in batches:
-            with self.compute_loss_context_manager():
-                loss = self._loss(model, batch) / count
-            self.accelerator.backward(loss)
+        for number, batch in enumerate(own):
+            last = number == len(own) - 1
+            with self._gradients_stay(model, not last):
+                with self.compute_loss_context_manager():
+                    loss = self._loss(model, batch) / count
+                self._backward(loss)
             total += loss.detach().to(total.device)
-            self._run.tokens += batch.tokens
-        if not bool(total.isfinite()):
-            said = f"the loss of step {self.state.global_step + 1} is {float(total)}"
+        if not own:
+            # Its gradients are awaited by the others all the same.
+            with self.compute_loss_context_manager():
+                nothing = 0 * task_loss(*learned_logits(model, batches[0]))
+            self._backward(nothing)
+        (self.last_loss,) = self._processes.sums([float(total)])
+        if not math.isfinite(self.last_loss):
+            said = f"the loss of step {self.state.global_step + 1} is {self.last_loss}"
             if self.state.global_step == 0:
                 raise UserError(f"{said}; look at the data, or use --dtype float32")
             # The weights from here on are lost; the best before may still be a gain.
             self._run.stopped = f"{said}; a lower --learning-rate goes further"
-        self.last_loss = float(total)
-        return total
+        return torch.tensor(self.last_loss, device=self.args.device)
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        # DDP divides the sum of the gradients by the number of processes.
+        self.accelerator.backward(loss * self._processes.count)
+
+    @staticmethod
+    def _gradients_stay(model: Any, stay: bool) -> AbstractContextManager[None]:
+        """Keep gradients from being summed over the processes, as more will be added."""
+        if stay and isinstance(model, DistributedDataParallel):
+            return model.no_sync()
+        return nullcontext()
 
     def _loss(self, model: Any, batch: Batch) -> torch.Tensor:
         logits, tokens = learned_logits(model, batch)
@@ -187,8 +213,11 @@ class RecoveryTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002
         """Write all that ``train(resume_from_checkpoint=...)`` reads, whole or not at all."""
         path = state.step_folder(self._work, self.state.global_step)
-        if path.exists():
-            return
+        if self._processes.is_first and not path.exists():
+            self._write_checkpoint(path)
+        self._processes.barrier()
+
+    def _write_checkpoint(self, path: Path) -> None:
         with self._folder(path) as folder:
             weights = trained_weights(self.model)
             state.write_tensors(folder / "weights.safetensors", weights)
@@ -254,6 +283,7 @@ class Guard(TrainerCallback):
         settings: the limits.
         score: gives an evaluation at a step.
         say: is told the step, the last loss and whether it was evaluated.
+        processes: those that train; all go by the clock of the first.
     """
 
     def __init__(
@@ -262,8 +292,10 @@ class Guard(TrainerCallback):
         settings: RecoverySettings,
         score: Callable[[int], Evaluation],
         say: Callable[[Progress], None],
+        processes: Processes = ALONE,
     ) -> None:
         self._run, self._settings, self._score, self._say = run, settings, score, say
+        self._processes = processes
         self._clock = time.monotonic()
         self._timed: float | None = None
         self._seconds_to_score = self._seconds_to_step = 0.0
@@ -322,12 +354,12 @@ class Guard(TrainerCallback):
                     "data, or load the model in float32"
                 )
             found.loss = math.inf
-        self._seconds_to_score = time.monotonic() - started
+        self._seconds_to_score = self._processes.from_first(time.monotonic() - started)
         return found
 
     def _tick(self) -> None:
         now = time.monotonic()
-        self._run.seconds += now - self._clock
+        self._run.seconds += self._processes.from_first(now - self._clock)
         self._clock = now
 
     def _late(self) -> bool:
