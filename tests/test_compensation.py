@@ -12,7 +12,7 @@ from torch import nn
 
 from families import make
 from helpers import tiny_model
-from llm_pruner.compensation import refit_
+from llm_pruner.compensation import refit, refit_
 from llm_pruner.compensation.least_squares import Moments, best_refit, refitted
 from llm_pruner.errors import UserError
 from llm_pruner.groups import discover
@@ -124,6 +124,30 @@ def test_refitted_models_are_closer_to_the_dense_one(name: str, kinds: tuple[str
     }
     assert changed <= {f"{one.module}.weight" for one in done if one.ridge is not None}
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_first_token_of_a_sample_is_fitted_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most models have their attention sink there, so it may not be one token among many."""
+    dense = make("llama")
+    ids = tokens(32, 64)
+
+    def errors(share: float) -> torch.Tensor:
+        """Return the relative error of the logits by position."""
+        model = copy.deepcopy(dense)
+        discovery, removal = removal_of(model, ("heads", "ffn"))
+        prune_(model, discovery, removal)
+        monkeypatch.setattr(refit, "FIRST", share)
+        refit_(model, dense, discovery, removal, ids)
+        with torch.no_grad():
+            wanted = dense(ids, use_cache=False).logits
+            found = model(ids, use_cache=False).logits
+        gap: torch.Tensor = (found - wanted).square().sum(-1).mean(0)
+        return gap / wanted.square().sum(-1).mean(0)
+
+    usual = refit.FIRST
+    alike, first = errors(0.0), errors(usual)
+    assert first[0] < 0.9 * alike[0]
+    assert first[1:].mean() < 1.2 * alike[1:].mean()
 
 
 def test_a_channel_that_another_can_stand_for_costs_nothing(

@@ -11,6 +11,9 @@ that
 Tokens are weighted by 1 / mean(h^2) of the dense hidden state h, because the norms of later blocks
 see every token at that scale; without it a few tokens of massive activation decide the fit.
 
+The first token of a sample counts as much as a quarter of all: most models have their attention
+sink there, and a fit that is off by a little at this token takes the sink away from all others.
+
 Only two hidden states per token are held at a time, in memory or in files. What was measured for
 and against this order is in docs/results.md.
 """
@@ -37,6 +40,9 @@ from llm_pruner.types import Discovery, Removal
 
 KINDS = ("heads", "query_heads", "value_dim", "ffn")
 """Kinds of groups whose consumers are refitted."""
+
+FIRST = 0.25
+"""Weight of a sample's first token, in weights of all its tokens."""
 
 HELD_OUT = 8
 """One sample in this many chooses the ridge and is not fitted."""
@@ -268,6 +274,7 @@ class _Refit:
                     read.write(part, inputs)
                     hidden.write(part, hidden.read(part).float() + before)
                 importance = 1 / reference.float().square().mean(-1).clamp_min(1e-12)
+                importance[:, 0] *= max(1.0, FIRST * importance.shape[1])
                 for chosen, moments in ((~self.held_out, fit), (self.held_out, held_out)):
                     rows = chosen[part]
                     moments.add(
