@@ -42,6 +42,10 @@ EXPECTED = {
     "xlstm": {"ffn"},
 }
 
+ROUNDS = ("inkling2_text", "jamba")
+"""Types whose reloaded model was seen to differ by rounding, depending on the number of threads;
+``examine`` calls more than that ``differs``."""
+
 
 def test_every_registered_type_is_swept() -> None:
     assert set(TYPES) == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -56,9 +60,8 @@ def test_type(model_type: str, record_property: Any) -> None:
     assert row.result in ("passes", "ffn only"), row
     assert {kind for kind, (groups, _, _) in row.kinds.items() if groups} >= EXPECTED[model_type]
     assert row.twin["all"] <= architectures.TOLERANCE
-    # Weights that lie elsewhere in memory may be added up in another order, which rounds; the sizes
-    # and values of what is saved are compared in test_checkpoints.py.
-    assert row.reload.partition(":")[0] in ("stock", "recipe", "rounds")
+    if not (model_type in ROUNDS and row.reload.startswith("rounds: ")):
+        assert row.reload in ("stock", "recipe")
     assert row.caught >= row.shifted // 2
     record_property("twin", (model_type, "all", max(row.twin.values())))
     record_property("mutations", (model_type, row.shifted, row.shifted - row.caught))

@@ -435,7 +435,7 @@ SELECTIONS = [
     ({"structures": ("ffn", "ffn")}, "given twice"),
     (
         {"structures": ("ffn",), "scope": "all"},
-        "scope='all' is unknown; use local",
+        "scope='all' is unknown; use local, global or measured",
     ),
     ({"structures": ("ffn",), "round_to": 0}, "round_to=0"),
     ({"structures": ("ffn",), "protect_first": -1}, "cannot be negative"),

@@ -11,13 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from command import done, run, save_tiny, write_text
 from fake_discovery import fake_llama, fake_scores
 from llm_pruner.compensation import Refitted, refit_
 from llm_pruner.errors import UserError
+from llm_pruner.groups import discover
 from llm_pruner.pipeline import prune
-from llm_pruner.planning import Selection, Target, allocate, parse_split
+from llm_pruner.pipeline.levels import measure_levels
+from llm_pruner.pipeline.trials import find_split
+from llm_pruner.planning import Selection, Survivors, Target, allocate, parse_split
 from llm_pruner.recipes import NAMES, read_recipe
 from llm_pruner.removal import count_parameters
 
@@ -52,8 +56,6 @@ def test_every_recipe_prunes(tiny: Path, text: Path, tmp_path: Path, name: str) 
     if recipe.split == "auto":
         assert sum(plan["selection"]["split"].values()) == pytest.approx(1)
         assert "trial removals" in result.out
-    if recipe.scope == "measured":
-        assert "trial removals cost" in result.out
     assert plan.get("compensation") == (
         "least-squares" if recipe.compensation == "least-squares" else None
     )
@@ -236,3 +238,65 @@ def test_refits_that_make_held_out_text_worse_are_taken_back(
     assert "no gain on held-out text" in result.out
     one, other = (load_file(folder / "model.safetensors") for folder in (plain, spoiled))
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def planned(tiny: Path, out: Path, *options: object) -> tuple[dict[str, Any], str]:
+    """Plan without pruning; return the plan and what was printed."""
+    result = done("prune", tiny, "--out", out, "--dry-run", "--overwrite", *options)
+    return dict(json.loads(out.read_text())["selection"]), result.out
+
+
+def test_the_split_is_found_unless_it_is_said(tiny: Path, text: Path, tmp_path: Path) -> None:
+    out, some = tmp_path / "plan.json", small(text)
+    selection, shown = planned(tiny, out, "--ratio", 0.2, *some)
+    assert sum(selection["split"].values()) == pytest.approx(1)
+    assert "split found by" in shown
+    one = ("--calibration", text, "--samples", 1, "--seq-len", 24)
+    for options in (
+        ("--ratio", 0.2, "--split", "equal", *some),
+        ("--ratio", 0.2, "--criterion", "l2"),  # reads no text
+        ("--ratio", 0.2, "--structures", "ffn", *some),
+        ("--ratio", 0.2, *one),  # nothing to hold out
+        ("--unit-ratio", 0.3, *some),
+        ("--ratio", 0.2, "--recipe", "paper", "--protect-first", 1, "--protect-last", 1, *some),
+    ):
+        selection, shown = planned(tiny, out, *options)
+        assert selection["split"] is None, options
+        assert "trial" not in shown
+
+
+def test_scope_measured(tiny: Path, text: Path, tmp_path: Path) -> None:
+    report, out = tmp_path / "report.json", tmp_path / "out"
+    options = ("--ratio", 0.2, "--scope", "measured", *small(text))
+    result = done("prune", tiny, "--out", out, *options, "--json", report)
+    found = json.loads(report.read_text())
+    assert found["ratio"] == pytest.approx(0.2, abs=0.005)
+    assert found["trials"] == []
+    assert f"ranked by what {len(found['levels'])} trial removals cost" in result.out
+    structures = {level["group"].rpartition(".")[2] for level in found["levels"]}
+    assert structures == {"heads", "ffn"}
+    assert all(level["damage"] >= 0 for level in found["levels"])
+    plan = json.loads((out / "plan.json").read_text())
+    assert plan["selection"]["scope"] == "measured"
+    # Magnitudes are on no scale of damage, and read no text; measured, they are ranked all the same.
+    planned(tiny, tmp_path / "l2.json", *options, "--criterion", "l2")
+    # The plan that is made is the plan that is replayed.
+    again = tmp_path / "again"
+    done("prune", tiny, "--out", again, "--plan", out / "plan.json")
+    one, other = (load_file(folder / "model.safetensors") for folder in (out, again))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_trials_on_logits_that_are_not_finite_are_refused(tiny: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    discovery = discover(model)
+    scores = {group.name: np.arange(1.0, group.size + 1) for group in discovery.groups}
+    with torch.no_grad():
+        model.get_output_embeddings().weight[5] = torch.nan
+    held_out, survivors = torch.arange(3, 35).reshape(2, 16), Survivors.dense(discovery)
+    chosen = Selection(("heads", "ffn"))
+    with pytest.raises(UserError, match="not finite, so no split can be judged"):
+        find_split(model, discovery, scores, chosen, Target(ratio=0.2), survivors, held_out)
+    ranked = Selection(("heads", "ffn"), scope="measured")
+    with pytest.raises(UserError, match="not finite, so nothing can be measured"):
+        measure_levels(model, discovery, scores, ranked, survivors, held_out)

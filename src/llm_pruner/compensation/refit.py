@@ -14,8 +14,7 @@ see every token at that scale; without it a few tokens of massive activation dec
 The first token of a sample counts as much as a quarter of all: most models have their attention
 sink there, and a fit that is off by a little at this token takes the sink away from all others.
 
-Only two hidden states per token are held at a time, in memory or in files. What was measured for
-and against this order is in docs/results.md.
+Only two hidden states per token are held at a time, in memory or in files.
 """
 
 from __future__ import annotations
