@@ -20,7 +20,8 @@ import platform
 import resource
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,13 @@ from typing import Any
 import torch
 import transformers
 
-from llm_pruner import Criterion, Selection, Target
+from llm_pruner import Target
 from llm_pruner.data.evaluation import load_evaluation_text
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.perplexity import EvaluationText, perplexity
+from llm_pruner.pipeline.by_recipe import calibration_of, prune_arguments
 from llm_pruner.pipeline.prune import prune_checkpoint
-from llm_pruner.pipeline.settings import CalibrationSettings, ModelSettings
+from llm_pruner.pipeline.settings import ModelSettings
 from llm_pruner.recipes import NAMES, read_recipe
 from llm_pruner.sources import load_model
 
@@ -66,7 +68,7 @@ class Run:
     scope: str | None = None
     compensation: str | None = None
     structures: tuple[str, ...] | None = None
-    split: str | None = None
+    split: Mapping[str, float] | None = None
     spread: float | None = None
     steps: int | None = None
     samples: int | None = None
@@ -90,7 +92,7 @@ def runs(rows: str) -> list[Run]:
             for size in ("20% of the blocks", "50% of the blocks")
         ]
     return [
-        Run(rows, size, "balanced", 0, None, name, scope, repair, ("ffn",), "ffn=1", None)
+        Run(rows, size, "balanced", 0, None, name, scope, repair, ("ffn",), {"ffn": 1.0}, None)
         for size, name, scope, repair in product(
             ("20% of the blocks", "50% of the blocks"),
             CRITERIA,
@@ -102,39 +104,31 @@ def runs(rows: str) -> list[Run]:
 
 def prune(model: str, run: Run, calibration: str, out: Path) -> dict[str, Any]:
     """Carry out one run; return what it cost and found."""
-    recipe = read_recipe(run.recipe)
-    uniform = run.scope == "uniform"
-    scope = "local" if uniform else run.scope or recipe.scope or "local"
-    split = run.split or recipe.split
-    spread = run.spread if run.criterion else recipe.spread
-    structures = run.structures or recipe.structures or ("heads", "ffn")
+    said = {
+        **{name: getattr(run, name) for name in ("criterion", "compensation", "structures")},
+        **{name: getattr(run, name) for name in ("steps", "samples", "seq_len")},
+        "scope": None if run.scope == "uniform" else run.scope,
+        "split": run.split,
+    }
+    changes: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
+    if run.criterion is not None:
+        changes["spread"] = None
+    recipe = read_recipe(run.recipe).model_copy(update=changes)
+    arguments = prune_arguments(recipe)
+    if run.scope == "uniform":
+        arguments["selection"] = replace(
+            arguments["selection"], scope="local", spread=None, uniform=True
+        )
     begin = time.perf_counter()
     done = prune_checkpoint(
         ModelSettings(model),
         out,
         target=Target(params=SIZES[run.size]),
-        selection=Selection(
-            structures,
-            scope=scope,  # type: ignore[arg-type]
-            protect_first=recipe.protect_first or 0,
-            protect_last=recipe.protect_last or 0,
-            split={"ffn": 1.0} if split == "ffn=1" else None,
-            spread=spread if scope == "global" else None,
-            uniform=uniform,
-        ),
-        protect_by_default=(recipe.protect_first is None, recipe.protect_last is None),
-        criterion=Criterion(run.criterion or recipe.criterion or "taylor"),
-        calibration=CalibrationSettings(
-            run.calibration or calibration,
-            run.samples or recipe.samples or 128,
-            run.seq_len or recipe.seq_len or 128,
-        ),
+        calibration=calibration_of(recipe, source=run.calibration or calibration),
         seed=run.seed,
-        steps=run.steps or recipe.steps or 1,
-        compensation=run.compensation or recipe.compensation or "none",
-        find_best_split=None if split is None else split == "auto",
         verify=False,
         overwrite=True,
+        **arguments,
     )
     selection = done.plan.selection
     return {

@@ -60,7 +60,7 @@ def test_a_trial_that_resumes_measures_the_same(family: str) -> None:
     for group in discovery.groups:
         if group.kind in ("heads", "ffn") and group.frozen is None and group.layer is not None:
             removal = {group.name: np.arange(group.multiple)}
-            one, other = (judge.divergence(discovery, removal) for judge in (whole, part))
+            one, other = (judge.of_removal(discovery, removal) for judge in (whole, part))
             assert one == pytest.approx(other, rel=1e-3, abs=1e-7)
             found[group.name] = one
     part.close()

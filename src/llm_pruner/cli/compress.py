@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llm_pruner.cli import options
-from llm_pruner.cli.evaluate import PAPER
+from llm_pruner.cli.evaluate import task_names
+from llm_pruner.cli.narrator import Narrator
 from llm_pruner.cli.output import (
     check_json,
     clean,
@@ -24,7 +25,6 @@ from llm_pruner.cli.output import (
     warn,
     write_json,
 )
-from llm_pruner.cli.recover import Narrator
 from llm_pruner.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
@@ -38,37 +38,22 @@ Examples:
       --perplexity wikitext2 --tasks paper
 """
 
-_OUTPUT, _HOW, _MEASURE = "Output", "What to do", "What to measure"
+_HOW, _MEASURE = "What to do", "What to measure"
 
 
 def command(
     model: options.Model,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out", "-o", metavar="DIR", help="Folder to write.", rich_help_panel=_OUTPUT
-        ),
-    ],
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what --out holds.", rich_help_panel=_OUTPUT)
-    ] = False,
+    out: options.Out,
+    overwrite: options.Overwrite = False,
     restart: Annotated[
         bool,
         typer.Option(
             "--restart",
             help="Throw an interrupted run away, which the same command would go on with.",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=options.OUTPUT,
         ),
     ] = False,
-    json: Annotated[
-        str | None,
-        typer.Option(
-            "--json",
-            metavar="FILE",
-            help="Write the results for scripts; - for stdout.",
-            rich_help_panel=_OUTPUT,
-        ),
-    ] = None,
+    json: options.JsonBesideOut = None,
     ratio: Annotated[
         float | None,
         typer.Option(
@@ -196,7 +181,6 @@ def command(
     else:
         target = Target(params=parse_count(params))
 
-    from llm_pruner.data.task_files import LOCAL_TASKS
     from llm_pruner.pipeline.compress import compress
     from llm_pruner.pipeline.compress_settings import CompressSettings, default_recovery
     from llm_pruner.pipeline.settings import ModelSettings
@@ -204,8 +188,7 @@ def command(
 
     zero_shot = None
     if tasks is not None:
-        names = LOCAL_TASKS if tasks == PAPER else tuple(name.strip() for name in tasks.split(","))
-        zero_shot = ZeroShotSettings(names, tasks_data, limit)
+        zero_shot = ZeroShotSettings(task_names(tasks), tasks_data, limit)
     settings = CompressSettings(
         model=ModelSettings(model, revision, dtype, device, trust_remote_code),
         target=target,

@@ -165,7 +165,6 @@ def command(
         report_in(report)  # what cannot be read is said before the model is loaded
     sequences = _batch_size(batch_size)
 
-    from llm_pruner.data.task_files import LOCAL_TASKS
     from llm_pruner.pipeline.evaluate import PerplexitySettings, measure
     from llm_pruner.pipeline.overlap import shared_corpora
     from llm_pruner.pipeline.settings import ModelSettings
@@ -188,7 +187,7 @@ def command(
         zero_shot=None
         if tasks is None
         else ZeroShotSettings(
-            LOCAL_TASKS if tasks == PAPER else tuple(name.strip() for name in tasks.split(",")),
+            task_names(tasks),
             None if tasks_data is None else Path(tasks_data),
             limit,
             sequences,
@@ -210,6 +209,13 @@ def command(
         if report is not None:
             page = clean(str(report / "report.html"))
             console().print(f"added to {page}", soft_wrap=True)
+
+
+def task_names(text: str) -> tuple[str, ...]:
+    """Return the tasks that ``--tasks`` names: ``paper``, or names with commas between them."""
+    from llm_pruner.data.task_files import LOCAL_TASKS
+
+    return LOCAL_TASKS if text == PAPER else tuple(name.strip() for name in text.split(","))
 
 
 def _batch_size(text: str) -> int | None:

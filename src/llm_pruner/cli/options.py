@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 LOADING = "Loading"
 """Heading of the options that say how a model is loaded."""
+
+OUTPUT = "Output"
+"""Heading of the options that say what is written."""
 
 Model = Annotated[
     str,
@@ -48,4 +52,23 @@ TrustRemoteCode = Annotated[
 Json = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE", help="Write the results for scripts; - for stdout."),
+]
+Out = Annotated[
+    Path,
+    typer.Option("--out", "-o", metavar="DIR", help="Folder to write.", rich_help_panel=OUTPUT),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what --out holds.", rich_help_panel=OUTPUT)
+]
+MaxShardSize = Annotated[
+    str, typer.Option(metavar="SIZE", help="Largest weight file.", rich_help_panel=OUTPUT)
+]
+JsonBesideOut = Annotated[
+    str | None,
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        help="Write the results for scripts; - for stdout.",
+        rich_help_panel=OUTPUT,
+    ),
 ]

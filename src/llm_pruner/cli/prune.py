@@ -37,7 +37,7 @@ Examples:
   llm-pruner prune ./llama --out small --plan plan.json
 """
 
-_OUTPUT, _HOW_MUCH, _WHERE = "Output", "How much (one of these, or --plan)", "Where from"
+_HOW_MUCH, _WHERE = "How much (one of these, or --plan)", "Where from"
 _IMPORTANCE, _CALIBRATION, _PLAN = "Importance", "Calibration text", "Plan"
 
 _PLANNED = (
@@ -63,34 +63,21 @@ def command(
             "-o",
             metavar="DIR",
             help="Folder to write; with --dry-run the plan file.",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=options.OUTPUT,
         ),
     ],
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what --out holds.", rich_help_panel=_OUTPUT)
-    ] = False,
+    overwrite: options.Overwrite = False,
     verify: Annotated[
         bool | None,
         typer.Option(
             help="Compare with the masked twin, and the saved folder with the model in memory. "
             "[default: for models of up to 2B parameters]",
             show_default=False,
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=options.OUTPUT,
         ),
     ] = None,
-    max_shard_size: Annotated[
-        str,
-        typer.Option(metavar="SIZE", help="Largest weight file.", rich_help_panel=_OUTPUT),
-    ] = "5GB",
-    json: Annotated[
-        str | None,
-        typer.Option(
-            "--json",
-            metavar="FILE",
-            help="Write the results for scripts; - for stdout.",
-            rich_help_panel=_OUTPUT,
-        ),
-    ] = None,
+    max_shard_size: options.MaxShardSize = "5GB",
+    json: options.JsonBesideOut = None,
     ratio: Annotated[
         float | None,
         typer.Option(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from llm_pruner.cli import options
+from llm_pruner.cli.narrator import Narrator, duration
 from llm_pruner.cli.output import (
     check_json,
     clean,
@@ -28,7 +29,6 @@ from llm_pruner.errors import Interrupted
 if TYPE_CHECKING:
     from llm_pruner.data.formatting import Template
     from llm_pruner.pipeline.recover import Recovered
-    from llm_pruner.recovery import Progress
 
 EXAMPLES = """\b
 Examples:
@@ -38,18 +38,13 @@ Examples:
       --preset paper
 """
 
-_OUTPUT, _DATA, _TRAINING = "Output", "Data", "Training"
+_DATA, _TRAINING = "Data", "Training"
 _TEACHER, _LORA, _BUDGET = "Teacher", "Adapters", "Budget"
 
 
 def command(
     model: options.Model,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out", "-o", metavar="DIR", help="Folder to write.", rich_help_panel=_OUTPUT
-        ),
-    ],
+    out: options.Out,
     data: Annotated[
         list[str],
         typer.Option(
@@ -59,40 +54,38 @@ def command(
             rich_help_panel=_DATA,
         ),
     ],
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what --out holds.", rich_help_panel=_OUTPUT)
-    ] = False,
+    overwrite: options.Overwrite = False,
     resume: Annotated[
         bool,
         typer.Option(
             "--resume",
             help="Go on with a run that was interrupted, from its last checkpoint.",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=options.OUTPUT,
         ),
     ] = False,
     restart: Annotated[
         bool,
-        typer.Option("--restart", help="Throw an interrupted run away.", rich_help_panel=_OUTPUT),
+        typer.Option(
+            "--restart", help="Throw an interrupted run away.", rich_help_panel=options.OUTPUT
+        ),
     ] = False,
     keep_adapter: Annotated[
         bool,
         typer.Option(
             "--keep-adapter",
             help="Save the adapter too, in --out/adapter; it belongs to MODEL.",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=options.OUTPUT,
         ),
     ] = False,
-    max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Largest weight file.", rich_help_panel=_OUTPUT)
-    ] = "5GB",
-    json: options.Json = None,
+    max_shard_size: options.MaxShardSize = "5GB",
+    json: options.JsonBesideOut = None,
     perplexity: Annotated[
         list[str] | None,
         typer.Option(
             metavar="SRC",
             help="Measure perplexity on this corpus before and after. May be given several times.",
             show_default=False,
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=options.OUTPUT,
         ),
     ] = None,
     perplexity_seq_len: Annotated[
@@ -101,7 +94,7 @@ def command(
             metavar="N",
             help="Tokens in a window of it. [default: 2048 or the model's maximum]",
             show_default=False,
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=options.OUTPUT,
         ),
     ] = None,
     samples: Annotated[
@@ -442,40 +435,6 @@ def command(
         print(f"llm-pruner: {_no_gain(done)}", file=sys.stderr)
 
 
-class Narrator:
-    """Tells standard error how training goes: a line that is rewritten, and one for each score."""
-
-    def __init__(self, quiet: bool) -> None:
-        self._live = sys.stderr.isatty()
-        self._silent = quiet and not self._live
-        self._first: tuple[int, float, int] | None = None
-
-    def __call__(self, progress: Progress) -> None:
-        if self._silent:
-            return
-        run, step = progress.run, progress.step
-        if self._first is None:
-            self._first = (step, run.seconds, run.tokens)
-        steps, seconds, tokens = (
-            now - then
-            for now, then in zip((step, run.seconds, run.tokens), self._first, strict=True)
-        )
-        line = f"step {step} of {run.total}: loss {progress.loss:.3f}"
-        line += f", held-out {run.evaluations[-1].loss:.3f}" if run.evaluations else ""
-        if steps and seconds > 0:
-            left = (run.total - step) * seconds / steps
-            line += f", {tokens / seconds:,.0f} tokens/s, {_duration(left)} left"
-        if self._live:
-            end = "\n" if progress.evaluated else ""
-            print(f"\r\x1b[2K{line}", end=end, file=sys.stderr, flush=True)
-        elif progress.evaluated:
-            print(line, file=sys.stderr, flush=True)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-
-
 def as_data(done: Recovered) -> dict[str, Any]:
     """Return the outcome of a run for scripts."""
     from llm_pruner.pipeline.recover import finite
@@ -497,7 +456,7 @@ def show(done: Recovered) -> None:
     out = console()
     out.print(
         f"{clean(done.model)}: {done.steps:,} steps, {done.tokens:,} tokens, "
-        f"{_duration(done.seconds)}; {count(done.trained)} of {count(done.parameters)} "
+        f"{duration(done.seconds)}; {count(done.trained)} of {count(done.parameters)} "
         "parameters trained"
     )
     rows = []

@@ -25,7 +25,7 @@ from llm_pruner.pipeline.loading import load
 from llm_pruner.pipeline.measured import as_evaluation
 from llm_pruner.pipeline.prune import prune_checkpoint
 from llm_pruner.pipeline.recover import DataSettings, TeacherSettings, recover_checkpoint
-from llm_pruner.pipeline.report import report_in, write_report
+from llm_pruner.pipeline.report import page_in, report_in, write_report
 from llm_pruner.pipeline.settings import ModelSettings
 from llm_pruner.pipeline.time_budget import (
     SHORTEST,
@@ -33,11 +33,11 @@ from llm_pruner.pipeline.time_budget import (
     chunks_in_time,
     time_to_recover,
 )
-from llm_pruner.pipeline.work import Work, opened
+from llm_pruner.pipeline.work import Work, folder_beside, opened
 from llm_pruner.recipes import read_recipe
 from llm_pruner.recovery import Progress, RecoverySettings
 from llm_pruner.recovery.processes import only_one
-from llm_pruner.report.data import HTML_FILE, Report, Variant
+from llm_pruner.report.data import Report, Variant
 
 SAMPLES = 256
 """Texts that the dense model writes where there is no time budget; more if importance was estimated
@@ -86,8 +86,7 @@ class Compressed:
 
 def work_folder(out: Path) -> Path:
     """Return the folder of a run that will end in ``out``: its name and ``.compressing``."""
-    out = out.absolute()
-    return out.with_name(f"{out.name}.compressing")
+    return folder_beside(out, "compressing")
 
 
 def compress(
@@ -139,10 +138,9 @@ def compress(
         _move(run.path(result["folder"]), out, run.path("replaced"), overwrite)
         seconds, peak = run.seconds, max(run.peak_bytes, result["peak_bytes"])
         run.remove()
-    page = out / HTML_FILE
     return Compressed(
         path=out,
-        report=page if page.is_file() else None,
+        report=page_in(out),
         model=result["model"],
         parameters=(result["parameters"][0], result["parameters"][1]),
         measured=result["measured"],

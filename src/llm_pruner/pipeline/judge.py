@@ -1,4 +1,4 @@
-"""How far a trial removal takes the logits from the dense model's, on held-out text."""
+"""How far a model's logits are from the dense model's, on held-out text."""
 
 from __future__ import annotations
 
@@ -36,25 +36,11 @@ def sharing_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, dict(memo))
 
 
-def divergence(dense: nn.Module, network: nn.Module, input_ids: torch.Tensor) -> float:
-    """Return the mean over tokens of KL(dense || network) in nats; both see the same tokens."""
-    ids = input_ids.to(next(network.parameters()).device, torch.long)
-    total = 0.0
-    with undisturbed(dense), undisturbed(network), torch.no_grad():
-        for sample in ids:
-            before, after = (
-                logits_of(model(sample[None]))[0].float().log_softmax(-1)
-                for model in (dense, network)
-            )
-            total += float(F.kl_div(after, before, log_target=True, reduction="sum"))
-    return total / ids.numel()
-
-
 class Judge:
-    """Carries out removals on copies that share the weights, and measures the divergence.
+    """Measures the divergence from a dense model, also of removals carried out on copies of it.
 
     Args:
-        model: the model before any trial; left as it was.
+        model: the dense model; left as it was.
         held_out: token ids, shape (samples, seq_len), on which the logits are compared.
         resume: keep the dense hidden states between blocks, so that a trial that leaves the first
             blocks alone runs only the others; where the model is no chain of blocks, or no such
@@ -76,12 +62,19 @@ class Judge:
                 for index in range(len(self._ids))
             ]
 
-    def divergence(self, discovery: Discovery, removal: Removal) -> float:
-        """Return the mean over tokens of KL(dense || pruned) in nats."""
+    def of(self, network: nn.Module) -> float:
+        """Return the mean over tokens of KL(dense || network) in nats."""
+        return self._divergence(network, 0, ())
+
+    def of_removal(self, discovery: Discovery, removal: Removal) -> float:
+        """Return the same of a copy that shares the weights and is pruned."""
         network = sharing_copy(self._model)
         first = self._first_changed(discovery, removal)
         blocks = [network.get_submodule(name) for name in self._names[: first + 1]]
         prune_(network, discovery, removal)
+        return self._divergence(network, first, blocks)
+
+    def _divergence(self, network: nn.Module, first: int, blocks: Sequence[nn.Module]) -> float:
         total = 0.0
         with undisturbed(network), torch.no_grad():
             for index, dense in enumerate(self._dense):

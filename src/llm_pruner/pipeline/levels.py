@@ -42,7 +42,7 @@ def measure_levels(
     try:
         for group, steps, removal in track(trials, "trials: every group alone"):
             try:
-                damage = judge.divergence(discovery, removal)
+                damage = judge.of_removal(discovery, removal)
             except InfeasibleError as error:
                 _LOG.info("%s cannot be measured at %d: %s", group, steps, error)
                 continue

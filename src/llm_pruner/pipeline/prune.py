@@ -32,11 +32,11 @@ from llm_pruner.pipeline.facts import (
     source_of,
     versions,
 )
-from llm_pruner.pipeline.judge import divergence, sharing_copy
+from llm_pruner.pipeline.judge import Judge, sharing_copy
 from llm_pruner.pipeline.levels import TOKENS as LEVEL_TOKENS
 from llm_pruner.pipeline.levels import measure_levels
 from llm_pruner.pipeline.loading import load
-from llm_pruner.pipeline.report import write_report
+from llm_pruner.pipeline.report import page_in, write_report
 from llm_pruner.pipeline.rounding import measured_rounding
 from llm_pruner.pipeline.settings import CalibrationSettings, ModelSettings
 from llm_pruner.pipeline.trials import TOKENS as SPLIT_TOKENS
@@ -58,7 +58,7 @@ from llm_pruner.planning import (
     step_targets,
 )
 from llm_pruner.removal import count_parameters
-from llm_pruner.report.data import HTML_FILE, ImportanceMap, Report, SplitTrial
+from llm_pruner.report.data import ImportanceMap, Report, SplitTrial
 from llm_pruner.sources import LoadedModel
 from llm_pruner.surgery import prune_
 from llm_pruner.types import Discovery, Edits, FloatArray, IntArray, Removal
@@ -307,7 +307,6 @@ def prune_checkpoint(
         check=_reload_check(network, discovery, model) if verified else None,
     )
     clock.stop("save")
-    page = saved.path / HTML_FILE
     return replace(
         result,
         kind=saved.kind,
@@ -315,7 +314,7 @@ def prune_checkpoint(
         bytes=saved.bytes,
         seconds=clock.seconds,
         needs=saved.needs,
-        report=page if page.is_file() else None,
+        report=page_in(saved.path),
     )
 
 
@@ -443,10 +442,8 @@ class _Refitter:
         found = refit_(self._model, self._dense, self._discovery, removal, tokens)
         held_out = tokens[held_out_samples(len(tokens))]
         held_out = held_out[: max(1, LEVEL_TOKENS // tokens.shape[1])]
-        plain, refitted = (
-            divergence(self._dense, network, held_out) for network in (before, self._model)
-        )
-        if not refitted <= plain:
+        judge = Judge(self._dense, held_out)
+        if not judge.of(self._model) <= judge.of(before):
             for one in found:
                 weight = before.get_submodule(one.module).get_parameter("weight")
                 self._model.get_submodule(one.module).weight = weight

@@ -42,8 +42,9 @@ from llm_pruner.pipeline.recovery_report import (
     in_words,
     recovery_report,
 )
-from llm_pruner.pipeline.report import write_report
+from llm_pruner.pipeline.report import page_in, write_report
 from llm_pruner.pipeline.settings import ModelSettings
+from llm_pruner.pipeline.work import folder_beside
 from llm_pruner.recovery import (
     DistillationSettings,
     Progress,
@@ -52,7 +53,7 @@ from llm_pruner.recovery import (
     recover_,
 )
 from llm_pruner.recovery.processes import Processes, joined, own_device
-from llm_pruner.report.data import HTML_FILE, Recovery
+from llm_pruner.report.data import Recovery
 from llm_pruner.sources import LoadedModel
 from llm_pruner.types import Edits
 
@@ -416,13 +417,12 @@ def _recover(
     )
     shutil.rmtree(work, ignore_errors=True)
     processes.barrier()
-    page = saved.path / HTML_FILE
     return replace(
         result,
         kind=saved.kind,
         bytes=saved.bytes,
         needs=saved.needs,
-        report=page if page.is_file() else None,
+        report=page_in(saved.path),
     )
 
 
@@ -433,8 +433,7 @@ def _holds_nothing(work: Path) -> bool:
 
 def work_folder(out: Path) -> Path:
     """Return the folder of a run that will end in ``out``: its name and ``.recovering``."""
-    out = out.absolute()
-    return out.with_name(f"{out.name}.recovering")
+    return folder_beside(out, "recovering")
 
 
 def _check(

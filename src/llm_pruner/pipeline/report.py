@@ -9,7 +9,7 @@ from pathlib import Path
 from llm_pruner.checkpoints import atomic_write_text
 from llm_pruner.errors import UserError
 from llm_pruner.pipeline.measured import Data, as_evaluation
-from llm_pruner.report.data import CARD_FILE, JSON_FILE, Report, Variant, read_report
+from llm_pruner.report.data import CARD_FILE, HTML_FILE, JSON_FILE, Report, Variant, read_report
 from llm_pruner.report.render import digest, files
 
 
@@ -66,6 +66,12 @@ def report_in(folder: Path) -> Report:
     if not file.is_file():
         raise UserError(f"{folder} has no {JSON_FILE}; name a folder that llm-pruner prune wrote")
     return read_report(file)
+
+
+def page_in(folder: Path) -> Path | None:
+    """Return the page in a folder; None if none could be drawn."""
+    page = folder / HTML_FILE
+    return page if page.is_file() else None
 
 
 def variant_of(folder: Path, report: Report, model: str, parameters: int) -> Variant:

@@ -75,7 +75,7 @@ def find_split(
         try:
             candidate = replace(selection, split=dict(split))
             removal = allocate(discovery, scores, candidate, target, survivors, levels)
-            divergence = judge.divergence(discovery, removal)
+            divergence = judge.of_removal(discovery, removal)
         except (UserError, InfeasibleError) as error:
             failure = error if isinstance(error, UserError) else failure
             return inf

@@ -17,6 +17,12 @@ from llm_pruner.errors import UserError
 _SETTINGS, _PROGRESS, _LOCK = "settings.json", "progress.json", "lock"
 
 
+def folder_beside(out: Path, doing: str) -> Path:
+    """Return the folder in which a run that will end in ``out`` keeps what it has."""
+    out = out.absolute()
+    return out.with_name(f"{out.name}.{doing}")
+
+
 class Work:
     """Settings, decisions and times of a run, and the outputs of its stages, in one folder.
 
