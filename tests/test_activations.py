@@ -18,7 +18,7 @@ from llm_pruner.chain.undisturbed import undisturbed
 from llm_pruner.errors import UserError
 from llm_pruner.groups import discover
 from llm_pruner.importance import Criterion, score
-from llm_pruner.importance.criteria import MEASURES
+from llm_pruner.importance.criteria import MEASURES, obs
 from llm_pruner.importance.observation import Observation, Reading
 from llm_pruner.importance.observing import observe
 from llm_pruner.types import Group, Member
@@ -191,11 +191,14 @@ def test_formulas(name: str, expected: list[float]) -> None:
     np.testing.assert_allclose(MEASURES[name].formula(observation()), expected)
 
 
-def test_obs_is_the_error_after_the_others_were_refitted() -> None:
+def test_obs_is_the_error_after_the_others_were_refitted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(200, 4, generator=generator, dtype=torch.float64)
     rows[:, 1] = rows[:, 0] + 0.5 * rows[:, 1]  # each of these two can stand for the other
     weight = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    monkeypatch.setattr(obs, "RIDGE", 0.001)
     cost = MEASURES["obs"].formula(observation(rows, weight))
     for unit in range(4):
         kept = [other for other in range(4) if other != unit]
@@ -274,3 +277,57 @@ def test_every_criterion_scores_a_real_discovery_and_leaves_the_model_alone(name
         assert values.std() > 0
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_token_squares_are_squared_derivatives_of_single_tokens() -> None:
+    model, discovery = discovered("llama")
+    model = copy.deepcopy(model).double()
+    ids = tokens()
+    groups = [discovery.group("layers.1.heads"), discovery.group("layers.0.ffn")]
+    with undisturbed(model):
+        seen = observe(model, ids, groups, ["gates", "tokens"])
+    for group in groups:
+        (consumer,) = consumers_of(model, group)
+        expected = np.zeros(group.size)
+        for sample in ids:
+            noted: list[torch.Tensor] = []
+
+            def note(_m: Any, args: Any, noted: list[torch.Tensor] = noted) -> None:
+                noted.append(args[0])
+
+            handle = model.get_submodule(consumer.module).register_forward_pre_hook(note)
+            logits = model(sample[None], use_cache=False).logits[0]
+            handle.remove()
+            (slope,) = torch.autograd.grad(F.cross_entropy(logits[:-1], sample[1:]), noted[0])
+            product = (noted[0] * slope)[0].detach().numpy()
+            expected += np.square(product[:, consumer.index].sum(2)).sum(0)
+        np.testing.assert_allclose(seen[group.name].token_squares, expected, rtol=1e-8)
+
+
+def test_fisher_obs_takes_the_values_of_fisher_in_another_order() -> None:
+    model, discovery = discovered("llama")
+    ids = tokens()
+    names = [g.name for g in discovery.groups if g.kind in ("heads", "ffn")]
+    found = {
+        name: score(model, discovery, Criterion(name), input_ids=ids, seed=0, groups=names)
+        for name in ("fisher", "obs", "fisher-obs")
+    }
+    with undisturbed(model):
+        seen = observe(model, ids, [discovery.group(n) for n in names], ["gates", "tokens"])
+    for name in names:
+        fisher, cost, both = (found[criterion][name] for criterion in found)
+        np.testing.assert_array_equal(np.sort(both), np.sort(fisher))
+        blend = np.sqrt(seen[name].token_squares * cost)
+        np.testing.assert_array_equal(np.argsort(both), np.argsort(blend))
+
+
+def test_fisher_obs_is_fisher_where_no_linear_module_reads() -> None:
+    model = tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
+    discovery = discover(model)
+    names = [g.name for g in discovery.groups if g.kind in ("ffn", "layers") and g.frozen is None]
+    both, fisher = (
+        score(model, discovery, Criterion(name), input_ids=tokens(), seed=0, groups=names)
+        for name in ("fisher-obs", "fisher")
+    )
+    for name in names:
+        np.testing.assert_array_equal(both[name], fisher[name])

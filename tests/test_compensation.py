@@ -12,7 +12,7 @@ from torch import nn
 
 from families import make
 from helpers import tiny_model
-from llm_pruner.compensation import refit, refit_
+from llm_pruner.compensation import held_out_samples, refit, refit_
 from llm_pruner.compensation.least_squares import Moments, best_refit, refitted
 from llm_pruner.errors import UserError
 from llm_pruner.groups import discover
@@ -33,14 +33,15 @@ def moments(rows: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) ->
 def test_the_formula_minimises_fit_and_distance() -> None:
     torch.manual_seed(0)
     rows, targets = torch.randn(50, 6).double(), torch.randn(50, 3).double()
+    rows *= torch.tensor([0.5, 1, 1, 2, 5, 10])
     weights, weight = torch.rand(50).double(), torch.randn(3, 6).double()
     sums = moments(rows, targets, weights)
-    damping = 0.5 * sums.gram.diagonal().mean()
+    damping = 0.5 * sums.gram.diagonal()
     expected = nn.Parameter(weight.clone())
 
     def loss() -> torch.Tensor:
         fit = (weights[:, None] * (rows @ expected.T - targets).square()).sum()
-        return fit + damping * (expected - weight).square().sum()
+        return fit + (damping * (expected - weight).square()).sum()
 
     with torch.no_grad():
         expected.copy_(refitted(weight, sums, 0.5))
@@ -124,6 +125,22 @@ def test_refitted_models_are_closer_to_the_dense_one(name: str, kinds: tuple[str
     }
     assert changed <= {f"{one.module}.weight" for one in done if one.ridge is not None}
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_what_lost_nothing_is_left_alone() -> None:
+    dense = make("llama")
+    model = copy.deepcopy(dense)
+    discovery = discover(model)
+    removal = {"layers.1.ffn": np.arange(8)}
+    prune_(model, discovery, removal)
+    done = refit_(model, dense, discovery, removal, tokens())
+    assert [one.module for one in done] == ["model.layers.1.mlp.down_proj"]
+
+
+def test_held_out_samples_lie_together_at_the_end() -> None:
+    assert held_out_samples(2, 16).tolist() == [False, True]
+    assert held_out_samples(24, 16).tolist() == [False] * 21 + [True] * 3
+    assert int(held_out_samples(800, 512).sum()) == 8
 
 
 def test_the_first_token_of_a_sample_is_fitted_best(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from command import done, run, save_tiny, write_text
 from fake_discovery import fake_llama, fake_scores
+from llm_pruner.chain.consumers import consumers_of
 from llm_pruner.compensation import Refitted, refit_
 from llm_pruner.errors import UserError
 from llm_pruner.groups import discover
@@ -300,3 +301,35 @@ def test_trials_on_logits_that_are_not_finite_are_refused(tiny: Path, tmp_path: 
     ranked = Selection(("heads", "ffn"), scope="measured")
     with pytest.raises(UserError, match="not finite, so nothing can be measured"):
         measure_levels(model, discovery, scores, ranked, survivors, held_out)
+
+
+def test_a_mixed_split_must_also_win_after_a_refit(tiny: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    discovery = discover(model)
+    text = torch.randint(3, 100, (24, 16), generator=torch.Generator().manual_seed(0))
+    # One head of each layer counts for nothing, so that giving heads a share of the budget helps.
+    with torch.no_grad():
+        for group in discovery.groups:
+            if group.kind == "heads":
+                (consumer,) = consumers_of(model, group)
+                weight = model.get_submodule(consumer.module).weight
+                weight[:, consumer.index[0]] = 0
+    scores = {group.name: np.arange(1.0, group.size + 1) for group in discovery.groups}
+    settings = (Selection(("heads", "ffn")), Target(ratio=0.2), Survivors.dense(discovery))
+    arguments = (model, discovery, scores, *settings, text[:4])
+    _, plain = find_split(*arguments)
+    assert not any(trial.refitted for trial in plain)
+    found, tried = find_split(*arguments, refit_on=text[4:])
+    assert [trial for trial in tried if not trial.refitted] == plain
+    refitted = [trial for trial in tried if trial.refitted]
+    mixed = min(plain, key=lambda trial: trial.divergence).split
+    assert 0 < mixed["heads"] < 1
+    assert [dict(trial.split) for trial in refitted][1] == mixed
+    assert len(refitted) == 2
+    assert found.split == min(refitted, key=lambda trial: trial.divergence).split
+    assert all(
+        torch.equal(value, before[key])
+        for key, value in model.state_dict().items()
+        if "o_proj" not in key
+    )

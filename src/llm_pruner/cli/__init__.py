@@ -23,6 +23,7 @@ from llm_pruner.cli import (
     recover,
     tasks,
 )
+from llm_pruner.cli.allocator import keep_large_blocks
 from llm_pruner.cli.grouped import GroupedCommand
 from llm_pruner.cli.output import INTERRUPTED, fail, one_line
 from llm_pruner.errors import Interrupted, LLMPrunerError, PlanError, UserError
@@ -55,6 +56,7 @@ def _root() -> None:
 
 def main() -> None:
     """Run the command line and exit."""
+    keep_large_blocks()
     # Tokenizers would warn about every process that is started after they were used.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if os.environ.get("WORLD_SIZE", "1") != "1":

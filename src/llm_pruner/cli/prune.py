@@ -200,7 +200,7 @@ def command(
         str,
         typer.Option(
             metavar="NAME",
-            help="random, l1, l2, taylor, gate, fisher, wanda, fluctuation, "
+            help="random, l1, l2, taylor, gate, fisher, fisher-obs, wanda, fluctuation, "
             "contribution, influence, obs or leverage.",
             rich_help_panel=_IMPORTANCE,
         ),

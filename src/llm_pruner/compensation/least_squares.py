@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-RIDGES = (0.3, 1.0, 3.0, 10.0)
-"""Ridges that are tried, as shares of the mean diagonal of the inputs' Gram matrix."""
+RIDGES = (0.1, 0.3, 1.0, 3.0)
+"""Ridges that are tried, as shares of each input's mean square."""
+
+_FLOOR = 1e-4
+"""Least mean square of an input for the ridge, as a share of the mean over all inputs."""
 
 
 @dataclass
@@ -61,9 +64,13 @@ class Moments:
 def refitted(weight: torch.Tensor, moments: Moments, ridge: float) -> torch.Tensor:
     """Return the weight that fits the targets best while it stays near what it was.
 
-    W' = argmin sum_t |W' x - t|^2 + d |W' - W|^2 = W + (X - W C) (C + d I)^-1, with C the Gram
-    matrix, X the cross moments and d = ridge * mean diagonal of C. An infinite ridge leaves W; a
-    ridge towards zero would shrink the layer's output, which costs far more than the fit gains.
+    W' = argmin sum_t |W' x - t|^2 + ridge * sum_i C_ii |W'_i - W_i|^2
+       = W + (X - W C) (C + ridge * diag(C))^-1, with C the Gram matrix and X the cross moments.
+
+    An infinite ridge leaves W; a ridge towards zero would shrink the layer's output, which costs
+    far more than the fit gains. Each input is held by its own mean square, since the inputs of one
+    layer differ by orders of magnitude: a ridge that is the same for all holds the small ones and
+    lets the large ones follow the noise of the sample.
 
     Args:
         weight: shape (out_features, in_features).
@@ -74,8 +81,9 @@ def refitted(weight: torch.Tensor, moments: Moments, ridge: float) -> torch.Tens
         float64, shape (out_features, in_features).
     """
     W, C = weight.double(), moments.gram.double()
-    damping = ridge * C.diagonal().mean().clamp_min(torch.finfo(C.dtype).tiny)
-    A = C + damping * torch.eye(len(C), dtype=C.dtype, device=C.device)
+    energy = C.diagonal()
+    least = (_FLOOR * energy.mean()).clamp_min(torch.finfo(C.dtype).tiny)
+    A = C + torch.diag(ridge * energy.clamp_min(least))
     gap = moments.cross.double() - W @ C
     step: torch.Tensor = torch.cholesky_solve(gap.T, torch.linalg.cholesky(A)).T
     return W + step

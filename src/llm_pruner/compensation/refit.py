@@ -11,6 +11,10 @@ that
 Tokens are weighted by 1 / mean(h^2) of the dense hidden state h, because the norms of later blocks
 see every token at that scale; without it a few tokens of massive activation decide the fit.
 
+Where whole layers or hidden channels went, every consumer that is left is fitted; otherwise those
+alone that lost inputs: the others would only learn to take back what went wrong before them, and
+that does not carry over to other text.
+
 The first token of a sample counts as much as a quarter of all: most models have their attention
 sink there, and a fit that is off by a little at this token takes the sink away from all others.
 
@@ -45,6 +49,9 @@ FIRST = 0.25
 
 HELD_OUT = 8
 """One sample in this many chooses the ridge and is not fitted."""
+
+HELD_OUT_TOKENS = 4096
+"""No more tokens than this are held out."""
 
 _TOKENS = 2048
 _BUDGET = 2**28
@@ -107,10 +114,14 @@ def refit_(
         return _Refit(*chains, pairs, removed_modules(discovery, removal), ids).run()
 
 
-def held_out_samples(samples: int) -> torch.Tensor:
-    """Return which samples judge a refit and are not fitted, shape (samples,)."""
-    every = min(HELD_OUT, samples)
-    return torch.arange(samples) % every == every - 1
+def held_out_samples(samples: int, seq_len: int) -> torch.Tensor:
+    """Return which samples judge a refit and are not fitted, shape (samples,).
+
+    They are the last ones: packed samples share a document with their neighbours, and a fit that
+    knows half of what it is judged on takes too small a ridge.
+    """
+    count = max(1, min(samples // HELD_OUT, HELD_OUT_TOKENS // seq_len))
+    return torch.arange(samples) >= samples - count
 
 
 @dataclass(frozen=True)
@@ -121,6 +132,7 @@ class _Pair:
     module: nn.Module
     dense: nn.Module
     out: torch.Tensor  # output features of the dense module that the pruned one has
+    fitted: bool
 
 
 def _consumers(
@@ -131,6 +143,7 @@ def _consumers(
     removed = removed_positions(discovery, removal)
     rename = _renaming(dense, discovery, removal)
     pairs: dict[int, _Pair] = {}
+    everywhere = any(group.kind not in KINDS for group in discovery.groups if group.name in removal)
     tied = set(discovery.aliases) | set(discovery.aliases.values())
     for group in discovery.groups:
         if group.kind not in KINDS:
@@ -139,11 +152,13 @@ def _consumers(
             if f"{consumer.module}.".startswith(gone) or f"{consumer.module}.weight" in tied:
                 continue
             before = dense.get_submodule(consumer.module)
+            inputs = (f"{consumer.module}.weight", input_dim(before) or 0)
+            fitted = everywhere or len(removed.get(inputs, ())) > 0
             name = rename(consumer.module)
             rows = np.arange(weight_of(before).shape[0])
             lost = removed.get((f"{consumer.module}.weight", 1 - (input_dim(before) or 0)), ())
             kept = torch.from_numpy(np.delete(rows, lost))
-            pairs[id(before)] = _Pair(name, model.get_submodule(name), before, kept)
+            pairs[id(before)] = _Pair(name, model.get_submodule(name), before, kept, fitted)
     return pairs
 
 
@@ -218,7 +233,7 @@ class _Refit:
         samples, length = ids.shape
         size = max(1, _TOKENS // length)
         self.parts = [slice(at, min(at + size, samples)) for at in range(0, samples, size)]
-        self.held_out = held_out_samples(samples)
+        self.held_out = held_out_samples(samples, length)
 
     def run(self) -> list[Refitted]:
         """Walk through all blocks and return what became of each consumer."""
@@ -249,9 +264,16 @@ class _Refit:
         self, index: int, at: int, hidden: _Rows, target: _Rows, found: list[Refitted]
     ) -> _Rows:
         """Refit one block's consumers and go past it; return the dense hidden states behind it."""
+        inside = {id(module) for module in self.dense.blocks[at].modules()}
+        if not any(pair.fitted for key, pair in self.pairs.items() if key in inside):
+            self._advance(self.dense, at, target)
+            self._advance(self.pruned, index, hidden)
+            return target
         order, outputs, following = self._dense_outputs(at, target)
         direct = self._adds_up(target, outputs, following)
         for number, pair in enumerate(order):
+            if not pair.fitted:
+                continue
             weight = weight_of(pair.module)
             fit, held_out = (Moments.zeros(weight) for _ in range(2))
             final = direct and number + 1 == len(order)
@@ -291,7 +313,7 @@ class _Refit:
                     output = pair.module(read.read(part).to(weight.device))
                     hidden.write(part, base.to(output.device) + output)
                 read.close()
-        if not (direct and order):
+        if not (direct and order and order[-1].fitted):
             self._advance(self.pruned, index, hidden)
         for output in outputs:
             output.close()
@@ -311,12 +333,12 @@ class _Refit:
             if not order:
                 names = [pair.name for pair, _ in calls]
                 for pair, value in calls:
-                    if names.count(pair.name) == 1 and value.shape[:-1] == states.shape[:-1]:
+                    if names.count(pair.name) == 1 and _sees_all(value, states):
                         order.append(pair)
                         outputs.append(_Rows(len(self.ids)))
             kept = {pair.name: value for pair, value in calls}
             for pair, rows in zip(order, outputs, strict=True):
-                rows.write(part, kept[pair.name])
+                rows.write(part, _by_token(kept[pair.name], states))
             return output
 
         handles = [
@@ -353,23 +375,36 @@ class _Refit:
     ) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Return the last consumer's input and the sum of the outputs of those before it."""
         before: list[torch.Tensor] = []
+        states = hidden.read(part)
 
         def stop(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             raise _Reached(args[0])
 
         handles = [
-            pair.module.register_forward_hook(lambda _m, _a, output: before.append(output.float()))
+            pair.module.register_forward_hook(
+                lambda _m, _a, output: before.append(_by_token(output, states).float())
+            )
             for pair in order[:-1]
         ]
         handles.append(order[-1].module.register_forward_pre_hook(stop))
         try:
-            self.pruned.run_block(index, self.ids[part], hidden.read(part))
+            self.pruned.run_block(index, self.ids[part], states)
         except _Reached as reached:
-            return reached.value, sum(before) if before else 0.0
+            return _by_token(reached.value, states), sum(before) if before else 0.0
         finally:
             for handle in handles:
                 handle.remove()
         raise AssertionError(f"{order[-1].name} was not called")
+
+
+def _sees_all(value: torch.Tensor, states: torch.Tensor) -> bool:
+    """Whether a module's output has one row for each token, be they flat or by sample."""
+    return value.shape[:-1].numel() == states.shape[:-1].numel()
+
+
+def _by_token(value: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Return rows of features as (samples, seq_len, features), as the hidden states are."""
+    return value.reshape(*states.shape[:-1], value.shape[-1])
 
 
 def _entry(chain: Chain, ids: torch.Tensor) -> torch.Tensor:

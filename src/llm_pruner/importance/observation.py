@@ -11,7 +11,7 @@ import torch
 from llm_pruner.chain.consumers import Consumer
 from llm_pruner.types import FloatArray, Group
 
-NEEDS = ("gates", "moments", "gram", "influence")
+NEEDS = ("gates", "tokens", "moments", "gram", "influence")
 """What a criterion may ask for."""
 
 
@@ -72,9 +72,12 @@ class Observation:
         readings: one for each linear consumer.
         influence: for ``layers`` alone, shape (layers,): 1 minus the mean over tokens of the cosine
             between what the layer gets and what it gives.
+        token_squares: shape (units,): sum over all tokens of the squared derivative by a gate on
+            the unit at this token alone; None where no linear module reads the group.
     """
 
     group: Group
     gates: FloatArray | None = None
     readings: tuple[Reading, ...] = ()
     influence: FloatArray | None = None
+    token_squares: FloatArray | None = None

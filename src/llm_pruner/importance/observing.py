@@ -9,8 +9,9 @@ slice of weight times gradient is the same number.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from llm_pruner.importance.taps import ConsumerTap, MixedSamplesError, segments,
 from llm_pruner.progress import track
 from llm_pruner.types import FloatArray, Group, Member
 
+Measured = TypeVar("Measured")
+
 _LOG = logging.getLogger(__name__)
 _TOKENS = 2048
 _LOGIT_BYTES = 2**27
@@ -37,21 +40,42 @@ _BUDGET = 2**28
 
 
 def observe(
-    model: nn.Module, input_ids: torch.Tensor, groups: Sequence[Group], needs: Collection[str]
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    groups: Sequence[Group],
+    needs: Collection[str],
+    where_linear: Collection[str] = (),
 ) -> dict[str, Observation]:
-    """Return what ``needs`` names of every group.
+    """Return what ``needs`` names of every group; see `measure`."""
+    return measure(model, input_ids, groups, needs, lambda seen: seen, where_linear)
+
+
+def measure(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    groups: Sequence[Group],
+    needs: Collection[str],
+    formula: Callable[[Observation], Measured],
+    where_linear: Collection[str] = (),
+) -> dict[str, Measured]:
+    """Return the formula's value for the observation of every group.
+
+    In a chain of blocks it is called as soon as a group's block is done, and what was observed is
+    dropped, so that no more than one block's Gram matrices are held.
 
     Args:
         model: in eval mode, with no parameter that requires a gradient.
         input_ids: shape (samples, seq_len), on the model's device.
         groups: what to look at.
         needs: of ``NEEDS``.
+        formula: from an observation to what is wanted of it.
+        where_linear: more of ``NEEDS``, for groups that a linear module reads.
 
     Raises:
         UserError: a group has no linear consumer and more than gates is asked for; layers are asked
             for in a model whose blocks do not run one after the other; a loss is not finite.
     """
-    watch = _Watch(model, groups, needs, input_ids)
+    watch = _Watch(model, groups, needs, where_linear, input_ids, formula)
     try:
         chain = find_chain(model, input_ids, watch.parameters)
     except NotBlockwise as reason:
@@ -65,12 +89,15 @@ def observe(
     try:
         _pass(chain, watch, input_ids, together=not watch.weights)
     except MixedSamplesError:
-        watch = _Watch(model, groups, needs, input_ids)
+        watch = _Watch(model, groups, needs, where_linear, input_ids, formula)
         _pass(chain, watch, input_ids, together=False)
-    return watch.result()
+    watch.finish(groups)
+    return {group.name: watch.found[group.name] for group in groups}
 
 
-def _pass(chain: Chain | None, watch: _Watch, input_ids: torch.Tensor, *, together: bool) -> None:
+def _pass(
+    chain: Chain | None, watch: _Watch[Any], input_ids: torch.Tensor, *, together: bool
+) -> None:
     samples, length = input_ids.shape
     with watch.tap.listening(), watch.gradients():
         if chain is not None:
@@ -83,7 +110,7 @@ def _pass(chain: Chain | None, watch: _Watch, input_ids: torch.Tensor, *, togeth
             watch.pull([logits], [cotangent], part, list(watch.weights))
 
 
-class _Watch:
+class _Watch(Generic[Measured]):
     """What is looked at, and the sums so far."""
 
     def __init__(
@@ -91,10 +118,13 @@ class _Watch:
         model: nn.Module,
         groups: Sequence[Group],
         needs: Collection[str],
+        where_linear: Collection[str],
         input_ids: torch.Tensor,
+        formula: Callable[[Observation], Measured],
     ) -> None:
         samples, length = input_ids.shape
-        self.model, self.groups, self.needs = model, groups, needs
+        self.model, self.groups, self.needs, self.formula = model, groups, needs, formula
+        self.found: dict[str, Measured] = {}
         self.consumers: dict[str, tuple[Consumer, ...]] = {}
         self.weights: dict[str, list[tuple[Group, Member]]] = {}
         known = parameters_by_name(model)
@@ -104,7 +134,7 @@ class _Watch:
             self.consumers[group.name] = consumers_of(model, group)
             if self.consumers[group.name]:
                 continue
-            if set(needs) - {"gates"}:
+            if set(needs) - {"gates", "tokens"}:
                 raise UserError(
                     f"no linear module reads {group.name}, so its activations are unknown; use "
                     "the criterion fisher, gate or taylor"
@@ -112,7 +142,7 @@ class _Watch:
             for member in _last(group):
                 self.weights.setdefault(member.tensor, []).append((group, member))
         self.parameters = {name: known[name] for name in self.weights}
-        self.tap = ConsumerTap(model, self.consumers, (samples, length), needs)
+        self.tap = ConsumerTap(model, self.consumers, (samples, length), {*needs, *where_linear})
         self.gates: dict[str, FloatArray] = {
             group.name: np.zeros((samples, segments(length), group.size)) for group in groups
         }
@@ -162,18 +192,22 @@ class _Watch:
             features = product.sum(others).double().mul(factor).cpu().numpy()
             self.gates[group.name][part, 0] += features[member.index].sum(1)
 
-    def result(self) -> dict[str, Observation]:
-        found: dict[str, Observation] = {}
-        for group in self.groups:
+    def finish(self, groups: Sequence[Group]) -> None:
+        """Apply the formula to groups that will see no more tokens."""
+        left = [group for group in groups if group.name not in self.found]
+        for group in left:
             gates = self.tap.gates.get(group.name, self.gates[group.name])
             cosines = self.cosines.get(group.name)
-            found[group.name] = Observation(
+            seen = Observation(
                 group,
                 gates=gates if "gates" in self.needs else None,
+                token_squares=self.tap.token_squares.get(group.name),
                 readings=self.tap.readings(self.consumers.get(group.name, ())),
                 influence=None if cosines is None else 1.0 - cosines / self.samples,
             )
-        return found
+            self.found[group.name] = self.formula(seen)
+        for group in left:
+            self.tap.forget(self.consumers.get(group.name, ()))
 
 
 def _last(group: Group) -> list[Member]:
@@ -183,7 +217,7 @@ def _last(group: Group) -> list[Member]:
     return [member for member in members if member.order == last]
 
 
-def _blockwise(chain: Chain, watch: _Watch, input_ids: torch.Tensor, together: bool) -> None:
+def _blockwise(chain: Chain, watch: _Watch[Any], input_ids: torch.Tensor, together: bool) -> None:
     samples, length = input_ids.shape
     count = len(chain.blocks)
     parts = batches(samples, max(1, _TOKENS // length) if together else 1)
@@ -192,6 +226,7 @@ def _blockwise(chain: Chain, watch: _Watch, input_ids: torch.Tensor, together: b
         max(1, min(_TOKENS // length, _LOGIT_BYTES // (length * chain.vocabulary * 4))),
     )
     layers = [group for group in watch.groups if group.kind == "layers"]
+    inside = _groups_inside(watch, chain)
     places = _places(watch.model, chain, layers)
     lowest = 0 if layers else _lowest_block(watch, chain)
     with chain.opened():
@@ -224,10 +259,45 @@ def _blockwise(chain: Chain, watch: _Watch, input_ids: torch.Tensor, together: b
                 store_slope(slopes, part, below, factor)
                 if part is parts[-1]:
                     borders.drop(index)
+                    watch.finish(inside[index])
+
+
+def _groups_inside(watch: _Watch[Any], chain: Chain) -> list[list[Group]]:
+    """Return, for each block, the groups that only modules of this block read."""
+    found: list[list[Group]] = [[] for _ in chain.blocks]
+    # Blocks are seen from the last to the first: a module of several blocks ends with the first.
+    places = {
+        id(module): index
+        for index, block in reversed(list(enumerate(chain.blocks)))
+        for module in block.modules()
+    }
+    readers: dict[str, set[str]] = {}
+    for name, consumers in watch.consumers.items():
+        for consumer in consumers:
+            readers.setdefault(consumer.module, set()).add(name)
+    for group in watch.groups:
+        modules = [c.module for c in watch.consumers.get(group.name, ())]
+        blocks = {places.get(id(watch.model.get_submodule(path))) for path in modules}
+        (at,) = blocks if len(blocks) == 1 else (None,)
+        # A module's sums are dropped with a group, so its other groups must end here too.
+        if at is not None:
+            found[at].append(group)
+    whole = {group.name: at for at, groups in enumerate(found) for group in groups}
+    for groups in found:
+        groups[:] = [
+            group
+            for group in groups
+            if all(
+                whole.get(other) == whole[group.name]
+                for consumer in watch.consumers[group.name]
+                for other in readers[consumer.module]
+            )
+        ]
+    return found
 
 
 def _see_layer(
-    watch: _Watch, group: Group, unit: int, leaf: torch.Tensor, output: torch.Tensor
+    watch: _Watch[Any], group: Group, unit: int, leaf: torch.Tensor, output: torch.Tensor
 ) -> None:
     cosine = torch.cosine_similarity(leaf.detach().float(), output.detach().float(), dim=-1)
     watch.cosines[group.name][unit] += float(cosine.flatten(1).mean(1).sum())
@@ -254,7 +324,7 @@ def _places(
     return found
 
 
-def _lowest_block(watch: _Watch, chain: Chain) -> int:
+def _lowest_block(watch: _Watch[Any], chain: Chain) -> int:
     """Return the first block that holds something watched."""
     modules = {c.module for found in watch.consumers.values() for c in found}
     watched = {id(watch.model.get_submodule(path)) for path in modules}

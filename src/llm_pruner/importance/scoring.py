@@ -19,7 +19,8 @@ from llm_pruner.importance.criteria import MEASURES
 from llm_pruner.importance.criterion import Criterion
 from llm_pruner.importance.magnitude import magnitude_sums
 from llm_pruner.importance.needs import Need, Sums, collect_needs, layer_parameters
-from llm_pruner.importance.observing import observe
+from llm_pruner.importance.observation import Observation
+from llm_pruner.importance.observing import measure as measured
 from llm_pruner.importance.whole import whole_sums
 from llm_pruner.types import Discovery, FloatArray, Group
 
@@ -107,16 +108,17 @@ def _measured(
                 f"{group.kind}; choose another criterion or other structures"
             )
     text = _require_text(input_ids, name)
+
+    def formula(seen: Observation) -> FloatArray:
+        if measure.needs & {"moments", "gram"} and not seen.readings:
+            # A follower without a consumer of its own weighs nothing.
+            return np.zeros(seen.group.size)
+        return measure.formula(seen)
+
     with undisturbed(model), torch.inference_mode(False), torch.enable_grad():
         ids = text.detach().to(next(model.parameters()).device, torch.long)
-        seen = observe(model, ids, groups, measure.needs)
-    scores = {}
+        scores = measured(model, ids, groups, measure.needs, formula, measure.where_linear)
     for group in groups:
-        if measure.needs & {"moments", "gram"} and not seen[group.name].readings:
-            # A follower without a consumer of its own weighs nothing.
-            scores[group.name] = np.zeros(group.size)
-            continue
-        scores[group.name] = measure.formula(seen[group.name])
         if not np.isfinite(scores[group.name]).all():
             raise UserError(
                 f"importance of {group.name} is not finite; load the model in float32, or look for "

@@ -34,7 +34,7 @@ class ConsumerTap:
         model: holds the modules.
         consumers: group name -> its consumers.
         shape: (samples, seq_len) of the calibration tokens.
-        needs: of ``gates``, ``moments``, ``gram``.
+        needs: of ``gates``, ``tokens``, ``moments``, ``gram``.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class ConsumerTap:
         self._seen: list[tuple[str, torch.Tensor]] = []
         self._by_module: dict[str, list[Consumer]] = {}
         self.gates: dict[str, FloatArray] = {}
+        self.token_squares: dict[str, FloatArray] = {}
         for name, found in consumers.items():
             if not found:
                 continue
@@ -103,17 +104,17 @@ class ConsumerTap:
         with torch.no_grad():
             for (path, value), gradient in zip(tapped, gradients, strict=True):
                 value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
-                if "gates" in self._needs and gradient is not None:
-                    self._add_gates(path, part, value, gradient, factor)
+                if gradient is not None and {"gates", "tokens"} & set(self._needs):
+                    product = value * gradient
+                    self._add_gates(path, part, product, factor)
+                    if "tokens" in self._needs:
+                        self._add_tokens(path, product.flatten(0, -2), factor)
                 if "moments" in self._needs or "gram" in self._needs:
                     self._add_moments(path, value.flatten(0, -2))
 
-    def _add_gates(
-        self, path: str, part: slice, value: torch.Tensor, gradient: torch.Tensor, factor: float
-    ) -> None:
+    def _add_gates(self, path: str, part: slice, product: torch.Tensor, factor: float) -> None:
         count = part.stop - part.start
-        product = value * gradient
-        if value.shape[:-1] == (count, self._length):
+        if product.shape[:-1] == (count, self._length):
             rows = sum_segments(product)
         elif count == 1:
             # Which token a row belongs to is unknown: the whole sample is one segment.
@@ -126,15 +127,30 @@ class ConsumerTap:
                 3
             )
 
+    def _add_tokens(self, path: str, rows: torch.Tensor, factor: float) -> None:
+        for consumer in self._by_module[path]:
+            index = torch.from_numpy(consumer.index).to(rows.device)
+            if index.shape[1] == 1:
+                squares = rows.square().sum(0)[index[:, 0]]
+            else:
+                squares = rows[:, index].sum(2).square().sum(0)
+            found = squares.double().mul(factor**2).cpu().numpy()
+            self.token_squares[consumer.group] = self.token_squares.get(consumer.group, 0) + found
+
     def _add_moments(self, path: str, rows: torch.Tensor) -> None:
         self._tokens[path] += len(rows)
-        wide = rows.double()
-        self._total[path] = self._total.get(path, 0) + wide.sum(0)
-        self._square[path] = self._square.get(path, 0) + wide.square().sum(0)
+        self._total[path] = self._total.get(path, 0) + rows.sum(0).double()
+        self._square[path] = self._square.get(path, 0) + rows.square().sum(0).double()
         if "gram" in self._needs:
             if path not in self._gram:
                 self._gram[path] = rows.new_zeros(rows.shape[1], rows.shape[1])
             self._gram[path].addmm_(rows.T, rows)
+
+    def forget(self, consumers: Sequence[Consumer]) -> None:
+        """Drop what was summed up for some of the consumers."""
+        for consumer in consumers:
+            for kept in (self._total, self._square, self._gram):
+                kept.pop(consumer.module, None)
 
     def readings(self, consumers: Sequence[Consumer]) -> tuple[Reading, ...]:
         """Return the sums for some of the consumers; what was never called is left out."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -200,7 +200,9 @@ def prune_checkpoint(
     clock.stop("discover")
     verified = verify if verify is not None else count_parameters(discovery) <= VERIFY_LIMIT
     surgeon = _Surgeon(network, verified and not dry_run, clock)
-    refitter = _Refitter(loaded, discovery, clock) if refit and not dry_run else None
+    # A dry run refits too where its plan depends on it.
+    refits = refit and not (dry_run and random)
+    refitter = _Refitter(loaded, discovery, clock) if refits else None
     trials: list[Trial] = []
     levels: list[Level] = []
     rounding = None
@@ -291,10 +293,7 @@ def prune_checkpoint(
                 importance=result.importance,
                 criterion=criterion_in_words(plan),
                 compensation=plan.compensation,
-                trials=tuple(
-                    SplitTrial(split=dict(trial.split), divergence=trial.divergence)
-                    for trial in trials
-                ),
+                trials=tuple(SplitTrial(**asdict(trial)) for trial in trials),
                 twin_difference=result.difference,
                 saved_as=kind,
                 needs=needs,
@@ -375,7 +374,15 @@ def _prune_in_steps(
             clock.stop("trials")
         if held_out is not None and trials is not None and number == 0:
             selection, tried = find_split(
-                loaded.model, discovery, scores, selection, step, survivors, held_out, measured
+                loaded.model,
+                discovery,
+                scores,
+                selection,
+                step,
+                survivors,
+                held_out,
+                measured,
+                refit_on=scored if refitter is not None else None,
             )
             trials.extend(tried)
             clock.stop("trials")
@@ -440,7 +447,7 @@ class _Refitter:
         """Refit after ``removal``, all that was removed so far in dense numbering."""
         before = sharing_copy(self._model)
         found = refit_(self._model, self._dense, self._discovery, removal, tokens)
-        held_out = tokens[held_out_samples(len(tokens))]
+        held_out = tokens[held_out_samples(*tokens.shape)]
         held_out = held_out[: max(1, LEVEL_TOKENS // tokens.shape[1])]
         judge = Judge(self._dense, held_out)
         if not judge.of(self._model) <= judge.of(before):

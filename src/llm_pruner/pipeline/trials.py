@@ -4,6 +4,9 @@ Scores of different structures are on no common scale, and how much worse a mode
 heads instead of FFN channels differs from model to model. So candidate splits are carried out on a
 copy that shares the weights, and the one with the least divergence from the dense model on held-out
 calibration text is taken.
+
+What a refit repairs differs from structure to structure, too: so where one follows, the split that
+was found and the best structure alone are both refitted on a part of the text and judged again.
 """
 
 from __future__ import annotations
@@ -16,11 +19,13 @@ from math import inf, isfinite
 import torch
 from torch import nn
 
+from llm_pruner.compensation import refit_
 from llm_pruner.errors import InfeasibleError, UserError
-from llm_pruner.pipeline.judge import Judge
+from llm_pruner.pipeline.judge import Judge, sharing_copy
 from llm_pruner.planning import Level, Selection, Survivors, Target, allocate
 from llm_pruner.progress import track
-from llm_pruner.types import Discovery, Scores
+from llm_pruner.surgery import prune_
+from llm_pruner.types import Discovery, Removal, Scores
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,6 +35,9 @@ SHARES = (0.05, 0.1, 0.2, 0.4)
 TOKENS = 2048
 """Held-out tokens that trials are judged on."""
 
+REFIT_TOKENS = 8192
+"""Tokens that a trial is refitted on."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -38,10 +46,12 @@ class Trial:
     Attributes:
         split: structure -> share of the removed parameters.
         divergence: mean over held-out tokens of KL(dense || pruned), in nats.
+        refitted: whether least squares had repaired it.
     """
 
     split: Mapping[str, float]
     divergence: float
+    refitted: bool = False
 
 
 def find_split(
@@ -53,6 +63,7 @@ def find_split(
     survivors: Survivors,
     held_out: torch.Tensor,
     levels: Sequence[Level] = (),
+    refit_on: torch.Tensor | None = None,
 ) -> tuple[Selection, list[Trial]]:
     """Return the selection with the best split that was found, and all trials.
 
@@ -62,6 +73,7 @@ def find_split(
     Args:
         held_out: tokens that the scores did not see, shape (samples, seq_len).
         levels: measured damage, for scope ``measured``.
+        refit_on: tokens to refit trials on, where the pruned model will be; None if it will not.
 
     Raises:
         UserError: no split reaches the target, or none can be judged.
@@ -106,4 +118,28 @@ def find_split(
             best, split = found, {**split, name: share, main: rest}
     if not trials:
         raise failure or UserError("no split of the budget reaches the target; ask for less")
+    alone_best = {name: float(name == main) for name in names}
+    tried = any(trial.split == alone_best for trial in trials)
+    if refit_on is not None and tried and split != alone_best:
+        results = []
+        for candidate in track([alone_best, split], "trials: refitted"):
+            chosen = replace(selection, split=candidate)
+            removal = allocate(discovery, scores, chosen, target, survivors, levels)
+            divergence = _refitted_divergence(model, discovery, removal, refit_on, judge)
+            trials.append(Trial(dict(candidate), divergence, refitted=True))
+            results.append((divergence, candidate))
+        _, split = min(results, key=lambda result: result[0])
     return replace(selection, split=split), trials
+
+
+def _refitted_divergence(
+    model: nn.Module,
+    discovery: Discovery,
+    removal: Removal,
+    tokens: torch.Tensor,
+    judge: Judge,
+) -> float:
+    network = sharing_copy(model)
+    prune_(network, discovery, removal)
+    refit_(network, model, discovery, removal, tokens[: max(2, REFIT_TOKENS // tokens.shape[1])])
+    return judge.of(network)

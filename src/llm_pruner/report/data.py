@@ -124,10 +124,12 @@ class SplitTrial(_Part):
     Attributes:
         split: structure -> share of the removed parameters.
         divergence: mean over tokens of KL(dense || pruned), in nats.
+        refitted: whether least squares had repaired it.
     """
 
     split: dict[str, float]
     divergence: float
+    refitted: bool = False
 
 
 class Perplexity(_Part):

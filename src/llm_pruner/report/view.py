@@ -191,10 +191,11 @@ def _listed(parts: Sequence[str]) -> str:
 
 def trials(report: Report) -> list[tuple[str, str]]:
     """Return splits of the budget that were tried, the best first, with their divergence."""
-    ordered = sorted(report.trials, key=lambda trial: trial.divergence)
+    ordered = sorted(report.trials, key=lambda trial: (not trial.refitted, trial.divergence))
     return [
         (
-            ", ".join(f"{unit(name)} {percent(share)}" for name, share in trial.split.items()),
+            ", ".join(f"{unit(name)} {percent(share)}" for name, share in trial.split.items())
+            + (", refitted" if trial.refitted else ""),
             f"{trial.divergence:.4f}",
         )
         for trial in ordered

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llm_pruner.importance.criteria.contribution import CONTRIBUTION
 from llm_pruner.importance.criteria.fisher import FISHER
+from llm_pruner.importance.criteria.fisher_obs import FISHER_OBS
 from llm_pruner.importance.criteria.fluctuation import FLUCTUATION
 from llm_pruner.importance.criteria.gate import GATE
 from llm_pruner.importance.criteria.influence import INFLUENCE
@@ -15,6 +16,7 @@ from llm_pruner.importance.criteria.wanda import WANDA
 MEASURES: dict[str, Measure] = {
     "gate": GATE,
     "fisher": FISHER,
+    "fisher-obs": FISHER_OBS,
     "wanda": WANDA,
     "fluctuation": FLUCTUATION,
     "contribution": CONTRIBUTION,

@@ -15,6 +15,7 @@ class Measure:
 
     Attributes:
         needs: what must be observed, of ``observation.NEEDS``.
+        where_linear: what is observed besides, of groups that a linear module reads.
         formula: observation -> importance per unit, shape (units,); higher means keep.
         kinds: the kinds of groups it can score; None for all.
     """
@@ -22,3 +23,4 @@ class Measure:
     needs: frozenset[str]
     formula: Callable[[Observation], FloatArray]
     kinds: frozenset[str] | None = None
+    where_linear: frozenset[str] = frozenset()

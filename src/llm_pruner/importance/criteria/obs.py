@@ -14,7 +14,7 @@ from llm_pruner.importance.criteria.measure import Measure
 from llm_pruner.importance.observation import Observation, Reading
 from llm_pruner.types import FloatArray
 
-RIDGE = 0.01
+RIDGE = 0.1
 """Share of the mean diagonal of C that is added to the diagonal."""
 
 

@@ -1,0 +1,145 @@
+"""How much recovery wins back, by plan, size, method and data.
+
+    python benchmarks/recovery.py --calibration c4_first_100.jsonl --c4 c4_last_50.jsonl \
+        --wikitext wikitext2_test.txt --data alpaca.jsonl,c4_first_100.jsonl --minutes 25
+
+Prunes SmolLM2-135M by two recipes, trains each result with ``llm-pruner recover`` for ``--minutes``
+and measures perplexity in windows of 1,024 tokens on the first 65,536 tokens of WikiText-2 test and
+on held-out C4, beside the dense model. ``--plans``, ``--sizes`` and ``--methods`` choose the rows;
+``distil`` is LoRA with the dense model as teacher. With ``--max-steps`` runs are compared at equal
+steps, as for ``--data`` given several times, one row each. Writes benchmarks/results/recovery.json
+after each row, and goes on from there when it is run again. Pruned models are kept in ``--work``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from llm_pruner.data.evaluation import load_evaluation_text
+from llm_pruner.evaluation.perplexity import EvaluationText, perplexity
+from llm_pruner.sources import load_model
+
+RESULTS = Path(__file__).parent / "results"
+SIZES = {"20% of the blocks": "113.3M", "20% of all": "107.612M", "50% of the blocks": "81.43M"}
+METHODS = {
+    "lora": ["--method", "lora"],
+    "distil": ["--method", "lora", "--teacher", "default"],
+    "full": ["--method", "full"],
+}
+WINDOW, TOKENS = 1024, 65_536
+
+
+def llm_pruner(*arguments: object) -> None:
+    """Run a command in a process of its own."""
+    command = [sys.executable, "-m", "llm_pruner", *map(str, arguments)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def measure(model: str, texts: dict[str, EvaluationText]) -> dict[str, float]:
+    """Return perplexity by text."""
+    loaded = load_model(model)
+    assert loaded.tokenizer is not None
+    return {
+        name: perplexity(
+            loaded.model, loaded.tokenizer, text, seq_len=WINDOW, max_tokens=TOKENS
+        ).perplexity
+        for name, text in texts.items()
+    }
+
+
+def main() -> None:
+    """Run what is missing and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--wikitext", required=True)
+    parser.add_argument("--c4", required=True)
+    parser.add_argument("--data", action="append", required=True, help="files, comma-separated")
+    parser.add_argument("--samples", type=int, help="of each file")
+    parser.add_argument("--plans", default="best,paper")
+    parser.add_argument("--sizes", default=",".join(SIZES))
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--max-steps", type=int)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "recovery-work")
+    parser.add_argument("--out", type=Path, default=RESULTS / "recovery.json")
+    options = parser.parse_args()
+    texts = {
+        name: EvaluationText(*load_evaluation_text(source))
+        for name, source in (("wikitext2", options.wikitext), ("c4", options.c4))
+    }
+    results: dict[str, Any] = {"settings": {}, "dense": {}, "pruned": {}, "rows": []}
+    if options.out.exists():
+        results = json.loads(options.out.read_text())
+    results["settings"] = {
+        "model": "SmolLM2-135M-Instruct, float32",
+        "calibration": Path(options.calibration).name,
+        "windows": WINDOW,
+        "tokens": TOKENS,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+    }
+
+    def save() -> None:
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+
+    def ratios(measured: dict[str, float]) -> dict[str, float]:
+        return {name: round(value / results["dense"][name], 4) for name, value in measured.items()}
+
+    if not results["dense"]:
+        results["dense"] = measure("default", texts)
+        save()
+    budget = {"minutes": options.minutes, "max_steps": options.max_steps}
+    for size, plan in product(options.sizes.split(","), options.plans.split(",")):
+        pruned = options.work / f"{plan}-{SIZES[size]}"
+        if not pruned.exists():
+            settings = ["--recipe", plan, "--calibration", options.calibration]
+            llm_pruner("prune", "default", "--out", pruned, "--params", SIZES[size], *settings)
+        name = f"{plan}, {size}"
+        if name not in results["pruned"]:
+            results["pruned"][name] = ratios(measure(str(pruned), texts))
+            save()
+            print(name, results["pruned"][name], flush=True)
+        for method, data in product(options.methods.split(","), options.data):
+            files = data.split(",")
+            key = {"plan": plan, "size": size, "method": method, **budget}
+            key |= {"data": [Path(file).name for file in files], "samples": options.samples}
+            if any(row["run"] == key for row in results["rows"]):
+                continue
+            arguments = [*METHODS[method], *(part for file in files for part in ("--data", file))]
+            arguments += [] if options.samples is None else ["--samples", options.samples]
+            arguments += [] if options.minutes is None else ["--max-minutes", options.minutes]
+            arguments += [] if options.max_steps is None else ["--max-steps", options.max_steps]
+            with tempfile.TemporaryDirectory() as folder:
+                out = Path(folder) / "out"
+                llm_pruner("recover", pruned, "--out", out, *arguments)
+                found = json.loads((out / "recovery.json").read_text())
+                measured = measure(str(out), texts)
+            row = {
+                "run": key,
+                "ratio": ratios(measured),
+                "steps": found["steps"],
+                "best_step": found["best_step"],
+                "tokens": found["tokens"],
+                "seconds": round(found["seconds"], 1),
+                "held_out_loss": [round(loss, 4) for loss in found["loss"]],
+                "gained": found["gained"],
+            }
+            results["rows"].append(row)
+            save()
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

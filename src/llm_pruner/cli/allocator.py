@@ -1,0 +1,35 @@
+"""Let the C library keep the memory of large tensors for the next ones.
+
+By default glibc gives every block above a few hundred kilobytes back to the kernel when it is
+freed, and the next activation of the same size is faulted in again, page by page. On a CPU that can
+take longer than computing it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+BLOCK = 2**25
+"""Blocks of up to this many bytes are kept; glibc takes no larger limit on all systems."""
+
+KEPT = 2**29
+"""Free bytes at the top of the heap that are kept."""
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_SAID = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+
+
+def keep_large_blocks() -> bool:
+    """Set this process's malloc so; return whether it was.
+
+    Nothing is set where the C library is not glibc, or where the user said otherwise in the
+    environment.
+    """
+    if not sys.platform.startswith("linux") or any(name in os.environ for name in _SAID):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    return bool(mallopt(_MMAP_THRESHOLD, BLOCK)) and bool(mallopt(_TRIM_THRESHOLD, KEPT))
