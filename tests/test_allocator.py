@@ -13,7 +13,7 @@ LINUX = sys.platform.startswith("linux") and os.confstr("CS_GNU_LIBC_VERSION") i
 SCRIPT = """
 import resource
 import torch
-from llm_pruner.cli.allocator import keep_large_blocks
+from llm_pruner.allocator import keep_large_blocks
 print(keep_large_blocks())
 torch.set_num_threads(1)
 def faults():
@@ -51,3 +51,28 @@ def test_memory_of_large_tensors_is_kept() -> None:
 @pytest.mark.skipif(not LINUX, reason="glibc alone")
 def test_what_the_user_set_stays() -> None:
     assert run(MALLOC_MMAP_THRESHOLD_="1000000")[0] == "False"
+
+
+RETURNED = """
+import torch
+from llm_pruner.allocator import give_back, keep_large_blocks
+keep_large_blocks()
+torch.set_num_threads(1)
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+blocks = [torch.ones(2**20) for _ in range(64)]
+del blocks[::2]
+last = blocks[-1]
+blocks.clear()
+before = resident()
+give_back()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(not LINUX, reason="glibc alone")
+def test_free_memory_is_given_back() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", RETURNED], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) > 200 * 2**20

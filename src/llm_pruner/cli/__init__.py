@@ -12,6 +12,7 @@ import os
 
 import typer
 
+from llm_pruner.allocator import keep_large_blocks
 from llm_pruner.cli import (
     bench,
     compare,
@@ -23,7 +24,6 @@ from llm_pruner.cli import (
     recover,
     tasks,
 )
-from llm_pruner.cli.allocator import keep_large_blocks
 from llm_pruner.cli.grouped import GroupedCommand
 from llm_pruner.cli.output import INTERRUPTED, fail, one_line
 from llm_pruner.errors import Interrupted, LLMPrunerError, PlanError, UserError

@@ -43,7 +43,7 @@ _IMPORTANCE, _CALIBRATION, _PLAN = "Importance", "Calibration text", "Plan"
 _PLANNED = (
     *("ratio", "params", "unit_ratio", "structures", "scope", "protect_first", "protect_last"),
     *("layers", "round_to", "criterion", "order", "reduction", "aggregate", "steps"),
-    *("recipe", "budget_split", "spread", "uniform"),
+    *("score_samples", "recipe", "budget_split", "spread", "uniform"),
 )
 """Options that make a plan, which a plan that is replayed leaves nothing to say for."""
 
@@ -259,6 +259,14 @@ def command(
     seq_len: Annotated[
         int, typer.Option(metavar="N", help="Tokens of each.", rich_help_panel=_CALIBRATION)
     ] = 128,
+    score_samples: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Estimate importance on only this many of them.",
+            rich_help_panel=_CALIBRATION,
+        ),
+    ] = None,
     split: Annotated[
         str | None,
         typer.Option(
@@ -316,6 +324,7 @@ def command(
         steps = settings.get("steps", steps)
         calibration = settings.get("calibration", calibration)
         samples = settings.get("samples", samples)
+        score_samples = settings.get("score_samples", score_samples)
         seq_len = settings.get("seq_len", seq_len)
         compensation = settings.get("compensation", compensation)
     if uniform:
@@ -356,7 +365,9 @@ def command(
         protect_by_default=(protect_first is None, protect_last is None),
         round_by_speed=round_to == AUTO,
         criterion=Criterion(criterion, order, reduction, aggregate),
-        calibration=CalibrationSettings(calibration, samples, seq_len, split, text_field),
+        calibration=CalibrationSettings(
+            calibration, samples, seq_len, split, text_field, score_samples
+        ),
         seed=seed,
         steps=steps,
         plan_file=plan,

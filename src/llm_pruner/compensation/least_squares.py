@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from llm_pruner.gram import add_gram_
+
 RIDGES = (0.1, 0.3, 1.0, 3.0)
 """Ridges that are tried, as shares of each input's mean square."""
 
@@ -49,10 +51,19 @@ class Moments:
         """
         root = weights.to(self.gram.dtype).sqrt()[:, None]
         x, t = inputs.to(self.gram.dtype) * root, targets.to(self.gram.dtype) * root
-        self.gram.addmm_(x.T, x)
+        add_gram_(self.gram, x)
         self.cross.addmm_(t.T, x)
         self.energy += float(t.double().square().sum())
         self.tokens += len(x)
+
+    def __add__(self, other: Moments) -> Moments:
+        """Return the sums over the tokens of both."""
+        return Moments(
+            self.gram + other.gram,
+            self.cross + other.cross,
+            self.energy + other.energy,
+            self.tokens + other.tokens,
+        )
 
     def error(self, weight: torch.Tensor) -> float:
         """Return the squared error of ``weight`` over the squared norm of the targets."""
@@ -61,7 +72,9 @@ class Moments:
         return max(0.0, float(value) + self.energy) / max(self.energy, 1e-30)
 
 
-def refitted(weight: torch.Tensor, moments: Moments, ridge: float) -> torch.Tensor:
+def refitted(
+    weight: torch.Tensor, moments: Moments, ridge: float, gap: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return the weight that fits the targets best while it stays near what it was.
 
     W' = argmin sum_t |W' x - t|^2 + ridge * sum_i C_ii |W'_i - W_i|^2
@@ -76,6 +89,7 @@ def refitted(weight: torch.Tensor, moments: Moments, ridge: float) -> torch.Tens
         weight: shape (out_features, in_features).
         moments: of the same features.
         ridge: positive.
+        gap: X - W C if it is known.
 
     Returns:
         float64, shape (out_features, in_features).
@@ -84,9 +98,13 @@ def refitted(weight: torch.Tensor, moments: Moments, ridge: float) -> torch.Tens
     energy = C.diagonal()
     least = (_FLOOR * energy.mean()).clamp_min(torch.finfo(C.dtype).tiny)
     A = C + torch.diag(ridge * energy.clamp_min(least))
-    gap = moments.cross.double() - W @ C
+    gap = _gap(W, moments) if gap is None else gap
     step: torch.Tensor = torch.cholesky_solve(gap.T, torch.linalg.cholesky(A)).T
     return W + step
+
+
+def _gap(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
+    return moments.cross.double() - weight.double() @ moments.gram.double()
 
 
 def best_refit(
@@ -94,14 +112,18 @@ def best_refit(
 ) -> tuple[torch.Tensor, float | None, float, float]:
     """Return (weight, ridge, error before, error after), errors on the held-out tokens.
 
-    Where no ridge lowers the held-out error the weight is returned as it was, with ridge None.
+    The ridge that does best on the held-out tokens then fits all tokens. Where no ridge lowers the
+    held-out error the weight is returned as it was, with ridge None. The errors are those of the
+    fit that had not seen the held-out tokens.
     """
     before = held_out.error(weight)
-    best: tuple[torch.Tensor, float | None, float] = (weight, None, before)
+    after, best = before, None
     if fit.tokens:
+        gap = _gap(weight, fit)
         for ridge in ridges:
-            candidate = refitted(weight, fit, ridge)
-            error = held_out.error(candidate)
-            if error < best[2]:
-                best = (candidate, ridge, error)
-    return best[0], best[1], before, best[2]
+            error = held_out.error(refitted(weight, fit, ridge, gap))
+            if error < after:
+                after, best = error, ridge
+    if best is None:
+        return weight, None, before, before
+    return refitted(weight, fit + held_out, best), best, before, after

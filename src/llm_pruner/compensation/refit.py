@@ -54,7 +54,7 @@ HELD_OUT_TOKENS = 4096
 """No more tokens than this are held out."""
 
 _TOKENS = 2048
-_BUDGET = 2**28
+_BUDGET = 2**26
 
 
 @dataclass(frozen=True)
@@ -269,31 +269,31 @@ class _Refit:
             self._advance(self.dense, at, target)
             self._advance(self.pruned, index, hidden)
             return target
-        order, outputs, following = self._dense_outputs(at, target)
-        direct = self._adds_up(target, outputs, following)
+        order, references, direct, following = self._dense_outputs(at, target)
+        target.close()
         for number, pair in enumerate(order):
             if not pair.fitted:
                 continue
             weight = weight_of(pair.module)
+            wished = references.get(number, following)
             fit, held_out = (Moments.zeros(weight) for _ in range(2))
             final = direct and number + 1 == len(order)
             read = _Rows(len(self.ids)) if final else None
             for part in self.parts:
-                inputs, before = self._reach(index, part, hidden, order[: number + 1])
-                reference, wanted = following.read(part), outputs[number].read(part)
+                states = hidden.read(part)
+                inputs, before = self._reach(index, part, states, order[: number + 1])
+                reference = wished.read(part)
+                wanted = reference[..., pair.out]
                 if direct:
-                    reference = target.read(part).float()
-                    for output in outputs[: number + 1]:
-                        reference = reference + output.read(part)
-                    wanted = reference[..., pair.out] - hidden.read(part).float() - before
+                    wanted = wanted.float() - states.float() - before
                 else:
-                    wanted = wanted[..., pair.out]
+                    reference = following.read(part)
                 if isinstance(bias := getattr(pair.module, "bias", None), torch.Tensor):
                     wanted = wanted - bias.to(wanted.device)
                 if read is not None:
                     # What the block adds to, and what is left to multiply: no need to run it again.
                     read.write(part, inputs)
-                    hidden.write(part, hidden.read(part).float() + before)
+                    hidden.write(part, states.float() + before)
                 importance = 1 / reference.float().square().mean(-1).clamp_min(1e-12)
                 importance[:, 0] *= max(1.0, FIRST * importance.shape[1])
                 for chosen, moments in ((~self.held_out, fit), (self.held_out, held_out)):
@@ -315,30 +315,51 @@ class _Refit:
                 read.close()
         if not (direct and order and order[-1].fitted):
             self._advance(self.pruned, index, hidden)
-        for output in outputs:
-            output.close()
-        target.close()
+        for rest in references.values():
+            rest.close()
         return following
 
-    def _dense_outputs(self, at: int, target: _Rows) -> tuple[list[_Pair], list[_Rows], _Rows]:
-        """Return a dense block's consumers as they are called, their outputs, and the block's."""
+    def _dense_outputs(
+        self, at: int, target: _Rows
+    ) -> tuple[list[_Pair], dict[int, _Rows], bool, _Rows]:
+        """Run a dense block.
+
+        Returns:
+            Its consumers as they are called; what the fitted ones are to give, by number; whether
+            this is the hidden state behind them (else their output); and the block's output, which
+            is also what the last of them is to give if it is a hidden state.
+        """
         order: list[_Pair] = []
-        outputs: list[_Rows] = []
+        references: dict[int, _Rows] = {}
+        direct = False
         calls: list[tuple[_Pair, torch.Tensor]] = []
 
         def run(part: slice) -> torch.Tensor:
+            nonlocal direct
             calls.clear()
             states = target.read(part)
             _, output = self.dense.run_block(at, self.ids[part], states)
-            if not order:
+            if part is self.parts[0]:
                 names = [pair.name for pair, _ in calls]
-                for pair, value in calls:
-                    if names.count(pair.name) == 1 and _sees_all(value, states):
-                        order.append(pair)
-                        outputs.append(_Rows(len(self.ids)))
-            kept = {pair.name: value for pair, value in calls}
-            for pair, rows in zip(order, outputs, strict=True):
-                rows.write(part, _by_token(kept[pair.name], states))
+                order.extend(
+                    pair
+                    for pair, value in calls
+                    if names.count(pair.name) == 1 and _sees_all(value, states)
+                )
+            found = {pair.name: value for pair, value in calls}
+            values = [_by_token(found[pair.name], states) for pair in order]
+            if part is self.parts[0]:
+                direct = _adds_up(states, values, output)
+                stored = order[:-1] if direct else order
+                references.update(
+                    (n, _Rows(len(self.ids))) for n, pair in enumerate(stored) if pair.fitted
+                )
+            behind = states.float()
+            for number, value in enumerate(values if references else ()):
+                if direct:
+                    behind = behind + value
+                if number in references:
+                    references[number].write(part, behind if direct else value)
             return output
 
         handles = [
@@ -355,27 +376,13 @@ class _Refit:
         finally:
             for handle in handles:
                 handle.remove()
-        return order, outputs, following
-
-    def _adds_up(self, target: _Rows, outputs: Sequence[_Rows], following: _Rows) -> bool:
-        """Whether the block adds its consumers' outputs to the hidden state, and nothing else."""
-        part = self.parts[0]
-        total = target.read(part).double()
-        for output in outputs:
-            values = output.read(part)
-            if values.shape != total.shape:
-                return False
-            total = total + values
-        wanted = following.read(part)
-        close = 1e-2 if wanted.dtype in (torch.float16, torch.bfloat16) else 1e-4
-        return bool((total - wanted).norm() <= close * (wanted - target.read(part)).norm())
+        return order, references, direct, following
 
     def _reach(
-        self, index: int, part: slice, hidden: _Rows, order: Sequence[_Pair]
+        self, index: int, part: slice, states: torch.Tensor, order: Sequence[_Pair]
     ) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Return the last consumer's input and the sum of the outputs of those before it."""
         before: list[torch.Tensor] = []
-        states = hidden.read(part)
 
         def stop(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             raise _Reached(args[0])
@@ -395,6 +402,17 @@ class _Refit:
             for handle in handles:
                 handle.remove()
         raise AssertionError(f"{order[-1].name} was not called")
+
+
+def _adds_up(states: torch.Tensor, outputs: Sequence[torch.Tensor], behind: torch.Tensor) -> bool:
+    """Whether a block adds its consumers' outputs to the hidden state, and nothing else."""
+    total = states.double()
+    for output in outputs:
+        if output.shape != total.shape:
+            return False
+        total = total + output
+    close = 1e-2 if behind.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    return bool((total - behind).norm() <= close * (behind - states).norm())
 
 
 def _sees_all(value: torch.Tensor, states: torch.Tensor) -> bool:

@@ -36,7 +36,7 @@ Measured = TypeVar("Measured")
 _LOG = logging.getLogger(__name__)
 _TOKENS = 2048
 _LOGIT_BYTES = 2**27
-_BUDGET = 2**28
+_BUDGET = 2**27
 
 
 def observe(

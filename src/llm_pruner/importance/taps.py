@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from llm_pruner.chain.consumers import Consumer, weight_of
+from llm_pruner.gram import add_gram_
 from llm_pruner.importance.observation import Reading
 from llm_pruner.types import FloatArray
 
@@ -144,7 +145,7 @@ class ConsumerTap:
         if "gram" in self._needs:
             if path not in self._gram:
                 self._gram[path] = rows.new_zeros(rows.shape[1], rows.shape[1])
-            self._gram[path].addmm_(rows.T, rows)
+            add_gram_(self._gram[path], rows)
 
     def forget(self, consumers: Sequence[Consumer]) -> None:
         """Drop what was summed up for some of the consumers."""

@@ -19,6 +19,7 @@ def calibration_of(recipe: Recipe, **changes: Any) -> CalibrationSettings:
     known = {
         "source": recipe.calibration,
         "samples": recipe.samples,
+        "score_samples": recipe.score_samples,
         "seq_len": recipe.seq_len,
         **{name: value for name, value in changes.items() if value is not None},
     }

@@ -27,7 +27,17 @@ from llm_pruner.surgery import prune_
 from llm_pruner.types import Discovery, Removal
 
 _LOG = logging.getLogger(__name__)
-_BUDGET = 2**28
+_BUDGET = 2**27
+_ROWS = 64
+"""Tokens whose logits are compared at a time."""
+
+
+def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Return float16 on the CPU, shape (tokens, vocabulary) as the logits."""
+    found = torch.empty(logits.shape, dtype=torch.float16)
+    for rows, values in zip(found.split(_ROWS), logits.split(_ROWS), strict=True):
+        rows.copy_(values.float().log_softmax(-1))
+    return found
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:
@@ -58,8 +68,7 @@ class Judge:
         with undisturbed(model), torch.no_grad():
             # Half the memory of float32; what is lost is far below any damage of interest.
             self._dense = [
-                self._dense_logits(index).float().log_softmax(-1).to("cpu", torch.float16)
-                for index in range(len(self._ids))
+                _log_probabilities(self._dense_logits(index)) for index in range(len(self._ids))
             ]
 
     def of(self, network: nn.Module) -> float:
@@ -79,8 +88,11 @@ class Judge:
         with undisturbed(network), torch.no_grad():
             for index, dense in enumerate(self._dense):
                 logits = self._logits(network, index, first, blocks)
-                after = logits.float().log_softmax(-1).cpu()
-                total += float(F.kl_div(after, dense.float(), log_target=True, reduction="sum"))
+                for start in range(0, len(logits), _ROWS):
+                    rows = slice(start, start + _ROWS)
+                    after = logits[rows].float().log_softmax(-1).cpu()
+                    before = dense[rows].float()
+                    total += float(F.kl_div(after, before, log_target=True, reduction="sum"))
         return total / self._ids.numel()
 
     def close(self) -> None:

@@ -13,9 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from llm_pruner.allocator import give_back
 from llm_pruner.checkpoints import atomic_write_text, check_output, save_checkpoint
 from llm_pruner.checkpoints.recipe import compose, from_edits
-from llm_pruner.compensation import Refitted, held_out_samples, refit_
+from llm_pruner.compensation import Refitted, refit_
 from llm_pruner.data.calibration import Calibration, build_calibration
 from llm_pruner.data.text import SELF, load_documents
 from llm_pruner.errors import UserError, VerificationError
@@ -36,6 +37,7 @@ from llm_pruner.pipeline.judge import Judge, sharing_copy
 from llm_pruner.pipeline.levels import TOKENS as LEVEL_TOKENS
 from llm_pruner.pipeline.levels import measure_levels
 from llm_pruner.pipeline.loading import load
+from llm_pruner.pipeline.matmul import fast_matmul
 from llm_pruner.pipeline.report import page_in, write_report
 from llm_pruner.pipeline.rounding import measured_rounding
 from llm_pruner.pipeline.settings import CalibrationSettings, ModelSettings
@@ -275,6 +277,8 @@ def prune_checkpoint(
     if dry_run:
         atomic_write_text(out, plan.to_json())
         return result
+    refitter = None  # and with it the dense weights
+    give_back()
     saved = save_checkpoint(
         network,
         out,
@@ -351,7 +355,8 @@ def _prune_in_steps(
     measures = selection.scope == "measured"
     if criterion.reads_text or refitter is not None or trials is not None or measures:
         text = _calibration_text(loaded, calibration, seed, clock)
-        tokens, record = text.input_ids, _calibration_record(text.settings)
+        tokens = text.input_ids
+        record = _calibration_record(text.settings, calibration.score_samples)
         scored = tokens
         if trials is not None or measures:
             held_out, scored = _hold_out(tokens)
@@ -360,9 +365,11 @@ def _prune_in_steps(
         chosen = choose_groups(discovery, selection, survivors)
         names = {group.name for group in chosen}
         names |= {c.group for group in chosen for c in group.companions}
-        scores = score(
-            loaded.model, discovery, criterion, input_ids=scored, seed=seed, groups=names
-        )
+        seen = None if scored is None else scored[: calibration.score_samples]
+        with fast_matmul():
+            scores = score(
+                loaded.model, discovery, criterion, input_ids=seen, seed=seed, groups=names
+            )
         if not first_scores:
             first_scores.update(scores)
         clock.stop("estimate")
@@ -420,7 +427,10 @@ def _calibration_text(
 
 
 def _hold_out(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return samples for trials and the rest: an eighth, at most ``SPLIT_TOKENS`` tokens."""
+    """Return samples for judging and the rest: an eighth, at most ``SPLIT_TOKENS`` tokens.
+
+    They are the last ones, because packed samples share documents with their neighbours.
+    """
     count = max(1, min(len(tokens) // 8, SPLIT_TOKENS // tokens.shape[1]))
     if len(tokens) < 2:
         raise UserError(
@@ -434,8 +444,8 @@ class _Refitter:
     """Refits the pruned model to the dense one after each cut, if that is a gain.
 
     Each consumer is judged by its own error on held-out tokens, and all of them together by the
-    divergence from the dense model on the same tokens: if the refitted model is further from the
-    dense one than it was, it gets its weights back.
+    divergence from the dense model on samples that no fit has seen: if the refitted model is
+    further from the dense one than it was, it gets its weights back.
     """
 
     def __init__(self, loaded: LoadedModel, discovery: Discovery, clock: _Clock) -> None:
@@ -446,10 +456,11 @@ class _Refitter:
     def refit(self, removal: Removal, tokens: torch.Tensor) -> None:
         """Refit after ``removal``, all that was removed so far in dense numbering."""
         before = sharing_copy(self._model)
-        found = refit_(self._model, self._dense, self._discovery, removal, tokens)
-        held_out = tokens[held_out_samples(*tokens.shape)]
-        held_out = held_out[: max(1, LEVEL_TOKENS // tokens.shape[1])]
-        judge = Judge(self._dense, held_out)
+        # Two samples are the least that can be fitted; then one of them has to judge, too.
+        held_out, fitted = _hold_out(tokens) if len(tokens) > 2 else (tokens[-1:], tokens)
+        found = refit_(self._model, self._dense, self._discovery, removal, fitted)
+        give_back()
+        judge = Judge(self._dense, held_out[: max(1, LEVEL_TOKENS // held_out.shape[1])])
         if not judge.of(self._model) <= judge.of(before):
             for one in found:
                 weight = before.get_submodule(one.module).get_parameter("weight")
@@ -527,10 +538,11 @@ class _Clock:
         self._last = time.perf_counter()
 
     def stop(self, stage: str) -> None:
-        """Book the time since the last call on a stage."""
+        """Book the time since the last call on a stage; leave the next one its memory."""
         now = time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
         self._last = now
+        give_back()
 
 
 def _check_out(out: Path, source: str, overwrite: bool, dry_run: bool) -> None:
@@ -548,6 +560,10 @@ def _check_calibration(calibration: CalibrationSettings) -> None:
     """Raise UserError if the calibration text cannot be read."""
     if calibration.samples < 1:
         raise UserError(f"samples={calibration.samples} calibrates on nothing; use at least 1")
+    if calibration.score_samples is not None and calibration.score_samples < 1:
+        raise UserError(
+            f"score_samples={calibration.score_samples} estimates on nothing; use at least 1"
+        )
     if calibration.seq_len < 2:
         raise UserError(f"seq_len={calibration.seq_len} predicts no token; use at least 2")
     if calibration.source != SELF:
@@ -581,13 +597,14 @@ def _criterion_record(criterion: Criterion) -> PlanCriterion:
     )
 
 
-def _calibration_record(settings: dict[str, Any]) -> PlanCalibration:
+def _calibration_record(settings: dict[str, Any], score_samples: int | None) -> PlanCalibration:
     return PlanCalibration(
         # No folder: the same text gives the same plan wherever it lies.
         source=Path(settings["source"]).name,
         split=settings["split"],
         samples=settings["samples"],
         seq_len=settings["seq_len"],
+        score_samples=score_samples,
         seed=settings["seed"],
         digest=settings["fingerprint"],
     )

@@ -27,7 +27,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """Text that importance is estimated on.
+    """Text that importance is estimated on, and that compensation fits.
 
     Attributes:
         source: ``self``, a hub dataset, or a local file.
@@ -35,6 +35,8 @@ class CalibrationSettings:
         seq_len: tokens of each.
         split: split of a hub dataset.
         text_field: field that holds the text.
+        score_samples: the estimate reads this many of the samples; None: all. What is fitted by
+            least squares gains more from text than a ranking does.
         kept: folder that keeps the text of ``self``, for other stages of the same run.
     """
 
@@ -43,4 +45,5 @@ class CalibrationSettings:
     seq_len: int = 128
     split: str | None = None
     text_field: str | None = None
+    score_samples: int | None = None
     kept: Path | None = None

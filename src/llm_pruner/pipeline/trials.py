@@ -6,7 +6,8 @@ copy that shares the weights, and the one with the least divergence from the den
 calibration text is taken.
 
 What a refit repairs differs from structure to structure, too: so where one follows, the split that
-was found and the best structure alone are both refitted on a part of the text and judged again.
+was found and the best structure alone are both refitted on a part of the text and judged again. The
+structure alone stays unless the split does clearly better.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from math import inf, isfinite
 import torch
 from torch import nn
 
+from llm_pruner.allocator import give_back
 from llm_pruner.compensation import refit_
 from llm_pruner.errors import InfeasibleError, UserError
 from llm_pruner.pipeline.judge import Judge, sharing_copy
@@ -34,6 +36,14 @@ SHARES = (0.05, 0.1, 0.2, 0.4)
 
 TOKENS = 2048
 """Held-out tokens that trials are judged on."""
+
+MARGIN = 0.05
+"""Share of the divergence by which a split must do better than one structure after a refit.
+
+The held-out text is of the calibration's kind. On text of another kind removed heads cost more than
+it shows: SmolLM2-135M with a fifth of the removed parameters in heads is as far from the dense
+model on held-out C4 as with FFN channels alone, and a tenth further on WikiText-2.
+"""
 
 REFIT_TOKENS = 8192
 """Tokens that a trial is refitted on."""
@@ -121,14 +131,15 @@ def find_split(
     alone_best = {name: float(name == main) for name in names}
     tried = any(trial.split == alone_best for trial in trials)
     if refit_on is not None and tried and split != alone_best:
-        results = []
+        after: dict[bool, float] = {}
         for candidate in track([alone_best, split], "trials: refitted"):
             chosen = replace(selection, split=candidate)
             removal = allocate(discovery, scores, chosen, target, survivors, levels)
             divergence = _refitted_divergence(model, discovery, removal, refit_on, judge)
             trials.append(Trial(dict(candidate), divergence, refitted=True))
-            results.append((divergence, candidate))
-        _, split = min(results, key=lambda result: result[0])
+            after[candidate is alone_best] = divergence
+        if after[False] >= (1 - MARGIN) * after[True]:
+            split = alone_best
     return replace(selection, split=split), trials
 
 
@@ -141,5 +152,7 @@ def _refitted_divergence(
 ) -> float:
     network = sharing_copy(model)
     prune_(network, discovery, removal)
+    give_back()
     refit_(network, model, discovery, removal, tokens[: max(2, REFIT_TOKENS // tokens.shape[1])])
+    give_back()
     return judge.of(network)

@@ -55,12 +55,17 @@ class PlanCriterion(_Strict):
 
 
 class PlanCalibration(_Strict):
-    """The text behind the importance; ``samples`` sequences of ``seq_len`` tokens."""
+    """The text of a run; ``samples`` sequences of ``seq_len`` tokens.
+
+    Attributes:
+        score_samples: how many of them the importance comes from; None: all.
+    """
 
     source: str
     split: str | None = None
     samples: int
     seq_len: int
+    score_samples: int | None = None
     seed: int | None = None
     digest: str | None = None
 
@@ -182,6 +187,8 @@ class Plan(_Strict):
             data["target"] = {k: v for k, v in data["target"].items() if v is not None}
         if self.compensation is None:
             del data["compensation"]
+        if self.calibration is not None and self.calibration.score_samples is None:
+            del data["calibration"]["score_samples"]
         if self.selection is not None:
             for name in ("split", "spread", "uniform"):
                 if not data["selection"][name]:

@@ -34,6 +34,7 @@ class Recipe(BaseModel):
     steps: int | None = None
     calibration: str | None = None
     samples: int | None = None
+    score_samples: int | None = None
     seq_len: int | None = None
     compensation: str | None = None
 

@@ -42,7 +42,7 @@ def regular_inverse(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
     """Return the inverse of a positive semidefinite matrix plus a share of its mean diagonal."""
     damping = ridge * matrix.diagonal().mean().clamp_min(torch.finfo(matrix.dtype).tiny)
     eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.inv(matrix + damping * eye)
+    return torch.cholesky_inverse(torch.linalg.cholesky(matrix + damping * eye))
 
 
 OBS = Measure(frozenset({"moments", "gram"}), _formula)

@@ -1,8 +1,9 @@
-"""Let the C library keep the memory of large tensors for the next ones.
+"""Let the C library keep the memory of large tensors for the next ones, stage by stage.
 
 By default glibc gives every block above a few hundred kilobytes back to the kernel when it is
 freed, and the next activation of the same size is faulted in again, page by page. On a CPU that can
-take longer than computing it.
+take longer than computing it. But what one stage leaves is in the way of the next, whose tensors
+have other sizes: between stages it is given back.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from typing import Any
 
 BLOCK = 2**25
 """Blocks of up to this many bytes are kept; glibc takes no larger limit on all systems."""
@@ -27,9 +29,20 @@ def keep_large_blocks() -> bool:
     Nothing is set where the C library is not glibc, or where the user said otherwise in the
     environment.
     """
-    if not sys.platform.startswith("linux") or any(name in os.environ for name in _SAID):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
+    mallopt = _glibc("mallopt")
+    if mallopt is None or any(name in os.environ for name in _SAID):
         return False
     return bool(mallopt(_MMAP_THRESHOLD, BLOCK)) and bool(mallopt(_TRIM_THRESHOLD, KEPT))
+
+
+def give_back() -> None:
+    """Return free memory to the system, where the C library is glibc."""
+    trim = _glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _glibc(name: str) -> Any:
+    if not sys.platform.startswith("linux"):
+        return None
+    return getattr(ctypes.CDLL(None), name, None)
