@@ -35,7 +35,7 @@ from llm_pruner.chain.blocks import Chain, NotBlockwise, find_chain, hidden_of
 from llm_pruner.chain.borders import Borders
 from llm_pruner.chain.consumers import consumers_of, input_dim, set_weight, weight_of
 from llm_pruner.chain.undisturbed import undisturbed
-from llm_pruner.compensation.least_squares import Moments, best_refit
+from llm_pruner.compensation.least_squares import RIDGES, Moments, best_refit
 from llm_pruner.errors import UserError
 from llm_pruner.progress import track
 from llm_pruner.removal import removed_modules, removed_positions
@@ -54,7 +54,8 @@ HELD_OUT_TOKENS = 4096
 """No more tokens than this are held out."""
 
 _TOKENS = 2048
-_BUDGET = 2**26
+_MEMORY = 2**27
+"""Bytes up to which the pruned model's hidden states, the most used, stay in memory."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def refit_(
     discovery: Discovery,
     removal: Removal,
     input_ids: torch.Tensor,
+    ridges: Sequence[float] = RIDGES,
 ) -> list[Refitted]:
     """Refit the consumers of a pruned model in place.
 
@@ -89,6 +91,7 @@ def refit_(
         discovery: of the dense model.
         removal: what was removed, in its numbering.
         input_ids: shape (samples, seq_len); at least two samples.
+        ridges: those to choose from, see `refitted`.
 
     Returns:
         The consumers in the order of the forward pass.
@@ -111,7 +114,8 @@ def refit_(
             raise UserError(
                 f"the model cannot be refitted block by block: {reason}; use --compensation none"
             ) from reason
-        return _Refit(*chains, pairs, removed_modules(discovery, removal), ids).run()
+        gone = removed_modules(discovery, removal)
+        return _Refit(*chains, pairs, gone, ids, ridges).run()
 
 
 def held_out_samples(samples: int, seq_len: int) -> torch.Tensor:
@@ -192,14 +196,14 @@ class _Reached(Exception):  # noqa: N818 - a signal, not an error
 class _Rows:
     """A tensor per token, for all samples, in memory or in a file; made when first written."""
 
-    def __init__(self, samples: int) -> None:
-        self._samples = samples
+    def __init__(self, samples: int, budget: int = _MEMORY // 4) -> None:
+        self._samples, self._budget = samples, budget
         self._borders: Borders | None = None
 
     def write(self, part: slice, values: torch.Tensor) -> None:
         if self._borders is None:
             shape = (self._samples, *values.shape[1:])
-            self._borders = Borders(range(1), shape, values.dtype, _BUDGET)
+            self._borders = Borders(range(1), shape, values.dtype, self._budget)
         self._borders.write(0, part, values)
 
     def read(self, part: slice) -> torch.Tensor:
@@ -221,7 +225,9 @@ class _Refit:
         pairs: Mapping[int, _Pair],
         gone: Collection[str],
         ids: torch.Tensor,
+        ridges: Sequence[float],
     ) -> None:
+        self.ridges = ridges
         self.pruned, self.dense, self.pairs, self.ids = pruned, dense, pairs, ids
         names = {id(module): name for name, module in dense.model.named_modules()}
         self.twins = [i for i, block in enumerate(dense.blocks) if names[id(block)] not in gone]
@@ -239,7 +245,7 @@ class _Refit:
         """Walk through all blocks and return what became of each consumer."""
         found: list[Refitted] = []
         with self.pruned.opened(), self.dense.opened():
-            hidden, target = _Rows(len(self.ids)), _Rows(len(self.ids))
+            hidden, target = _Rows(len(self.ids), _MEMORY), _Rows(len(self.ids))
             for part in self.parts:
                 hidden.write(part, _entry(self.pruned, self.ids[part]))
                 target.write(part, _entry(self.dense, self.ids[part]))
@@ -298,12 +304,14 @@ class _Refit:
                 importance[:, 0] *= max(1.0, FIRST * importance.shape[1])
                 for chosen, moments in ((~self.held_out, fit), (self.held_out, held_out)):
                     rows = chosen[part]
+                    if not rows.any():
+                        continue
                     moments.add(
                         inputs[rows].flatten(0, 1),
                         wanted[rows].flatten(0, 1).to(inputs.device),
                         importance[rows].flatten().to(inputs.device),
                     )
-            new, ridge, error, after = best_refit(weight, fit, held_out)
+            new, ridge, error, after = best_refit(weight, fit, held_out, self.ridges)
             if ridge is not None:
                 set_weight(pair.module, new)
             found.append(Refitted(pair.name, ridge, error, after))

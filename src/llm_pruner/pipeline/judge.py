@@ -96,7 +96,8 @@ class Judge:
         return total / self._ids.numel()
 
     def close(self) -> None:
-        """Forget the hidden states."""
+        """Forget the dense logits and hidden states; nothing can be judged any more."""
+        self._dense.clear()
         if self._entries is not None:
             self._entries.close()
 
