@@ -41,8 +41,8 @@ from llm_pruner.sources import load_model
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = {
-    "10% of all": 121_063_000,
     "20% of the blocks": 113_300_000,
+    "10% of all": 121_063_000,
     "20% of all": 107_612_000,
     "50% of the blocks": 81_430_000,
 }
@@ -51,7 +51,7 @@ SIZES = {
 WINDOW, TOKENS = 1024, 65_536
 CRITERIA = (
     *("random", "l1", "l2", "taylor", "gate", "fisher", "wanda", "fluctuation", "contribution"),
-    *("obs", "leverage"),
+    *("obs", "leverage", "fisher-obs"),
 )
 
 

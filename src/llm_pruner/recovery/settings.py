@@ -50,7 +50,8 @@ class RecoverySettings:
         max_minutes: stop, evaluated, within this time. The first steps are timed and the run is
             planned to end in it, so that the learning rate reaches zero.
         evaluations: times the held-out samples are scored during the run.
-        patience: stop when they did not improve for this many evaluations.
+        patience: stop when they did not improve for this many evaluations; before the half of the
+            run only if they had improved at all.
         save_every: steps between checkpoints; None for one at each evaluation.
         max_grad_norm: gradients are scaled down to this norm.
         weight_decay: of AdamW.

@@ -309,6 +309,16 @@ class Guard(TrainerCallback):
         state.max_steps = self._run.total
         self._tick()
 
+    def _hopeless(self, step: int) -> bool:
+        """Whether to stop for want of gains.
+
+        A run that has gained nothing yet goes on to its half: at the full learning rate the loss
+        often rises first, and falls below where it was as the rate goes to zero.
+        """
+        run = self._run
+        without = len(run.evaluations) - 1 - run.best
+        return without >= self._settings.patience and (run.best > 0 or 2 * step >= run.total)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Plan, evaluate, keep, stop."""
         run, step = self._run, state.global_step
@@ -329,7 +339,7 @@ class Guard(TrainerCallback):
             if found.loss < run.evaluations[run.best].loss:
                 run.best = len(run.evaluations) - 1
                 self.trainer.best_weights = trained_weights(self.trainer.model)
-            elif len(run.evaluations) - 1 - run.best >= self._settings.patience and not last:
+            elif self._hopeless(step) and not last:
                 run.stopped = (
                     f"the held-out loss did not improve for {self._settings.patience} evaluations"
                 )
