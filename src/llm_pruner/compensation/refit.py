@@ -48,10 +48,10 @@ FIRST = 0.25
 """Weight of a sample's first token, in weights of all its tokens."""
 
 HELD_OUT = 8
-"""One sample in this many chooses the ridge and is not fitted."""
+"""One sample in this many chooses the ridge before it is fitted like the others."""
 
 HELD_OUT_TOKENS = 4096
-"""No more tokens than this are held out."""
+"""No more tokens than this choose the ridge."""
 
 _TOKENS = 2048
 _MEMORY = 2**27
@@ -119,7 +119,7 @@ def refit_(
 
 
 def held_out_samples(samples: int, seq_len: int) -> torch.Tensor:
-    """Return which samples judge a refit and are not fitted, shape (samples,).
+    """Return which samples choose the ridge, by the error of a fit without them, shape (samples,).
 
     They are the last ones: packed samples share a document with their neighbours, and a fit that
     knows half of what it is judged on takes too small a ridge.
