@@ -28,16 +28,14 @@ from typing import Any
 
 import torch
 import transformers
+from corpora import TOKENS, WINDOW, perplexities, read_texts
 
 from llm_pruner import Target
-from llm_pruner.data.evaluation import load_evaluation_text
 from llm_pruner.errors import UserError
-from llm_pruner.evaluation.perplexity import EvaluationText, perplexity
 from llm_pruner.pipeline.by_recipe import calibration_of, prune_arguments
 from llm_pruner.pipeline.prune import prune_checkpoint
 from llm_pruner.pipeline.settings import ModelSettings
 from llm_pruner.recipes import NAMES, read_recipe
-from llm_pruner.sources import load_model
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = {
@@ -48,7 +46,6 @@ SIZES = {
 }
 """Parameters left, of 134.5M; the blocks hold 106.2M."""
 
-WINDOW, TOKENS = 1024, 65_536
 CRITERIA = (
     *("random", "l1", "l2", "taylor", "gate", "fisher", "wanda", "fluctuation", "contribution"),
     *("obs", "leverage", "fisher-obs"),
@@ -140,18 +137,6 @@ def prune(model: str, run: Run, calibration: str, out: Path) -> dict[str, Any]:
     }
 
 
-def measure(folder: str, texts: dict[str, EvaluationText], tokens: int) -> dict[str, float]:
-    """Return perplexity by text."""
-    loaded = load_model(folder)
-    assert loaded.tokenizer is not None
-    return {
-        name: perplexity(
-            loaded.model, loaded.tokenizer, text, seq_len=WINDOW, max_tokens=tokens
-        ).perplexity
-        for name, text in texts.items()
-    }
-
-
 def main() -> None:
     """Run what is missing and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -166,15 +151,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "least_damage.json")
     options = parser.parse_args()
-    texts = {
-        name: EvaluationText(*load_evaluation_text(source))
-        for name, source in (
-            ("wikitext2", options.wikitext),
-            ("c4", options.c4),
-            ("ptb", options.ptb),
-        )
-        if source
-    }
+    texts = read_texts({"wikitext2": options.wikitext, "c4": options.c4, "ptb": options.ptb})
     results: dict[str, Any] = {"settings": {}, "dense": {}, "rows": []}
     if options.out.exists():
         results = json.loads(options.out.read_text())
@@ -195,7 +172,7 @@ def main() -> None:
         tokens = options.screen if rows == "table" else TOKENS
         some = {k: v for k, v in texts.items() if rows != "table" or k != "ptb"}
         if str(tokens) not in results["dense"]:
-            results["dense"][str(tokens)] = measure(options.model, some, tokens)
+            results["dense"][str(tokens)] = perplexities(options.model, some, tokens)
             save()
         dense = results["dense"][str(tokens)]
         for run in runs(rows):
@@ -210,7 +187,7 @@ def main() -> None:
                     results["rows"].append({"run": key, "error": str(error)})
                     save()
                     continue
-                measured = measure(str(out), some, tokens)
+                measured = perplexities(str(out), some, tokens)
             found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             found["perplexity"] = measured
             found["ratio"] = {name: value / dense[name] for name, value in measured.items()}

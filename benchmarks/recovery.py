@@ -26,10 +26,7 @@ from typing import Any
 
 import torch
 import transformers
-
-from llm_pruner.data.evaluation import load_evaluation_text
-from llm_pruner.evaluation.perplexity import EvaluationText, perplexity
-from llm_pruner.sources import load_model
+from corpora import TOKENS, WINDOW, perplexities, read_texts
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = {"20% of the blocks": "113.3M", "20% of all": "107.612M", "50% of the blocks": "81.43M"}
@@ -38,25 +35,12 @@ METHODS = {
     "distil": ["--method", "lora", "--teacher", "default"],
     "full": ["--method", "full"],
 }
-WINDOW, TOKENS = 1024, 65_536
 
 
 def llm_pruner(*arguments: object) -> None:
     """Run a command in a process of its own."""
     command = [sys.executable, "-m", "llm_pruner", *map(str, arguments)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-
-
-def measure(model: str, texts: dict[str, EvaluationText]) -> dict[str, float]:
-    """Return perplexity by text."""
-    loaded = load_model(model)
-    assert loaded.tokenizer is not None
-    return {
-        name: perplexity(
-            loaded.model, loaded.tokenizer, text, seq_len=WINDOW, max_tokens=TOKENS
-        ).perplexity
-        for name, text in texts.items()
-    }
 
 
 def main() -> None:
@@ -75,10 +59,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "recovery-work")
     parser.add_argument("--out", type=Path, default=RESULTS / "recovery.json")
     options = parser.parse_args()
-    texts = {
-        name: EvaluationText(*load_evaluation_text(source))
-        for name, source in (("wikitext2", options.wikitext), ("c4", options.c4))
-    }
+    texts = read_texts({"wikitext2": options.wikitext, "c4": options.c4})
     results: dict[str, Any] = {"settings": {}, "dense": {}, "pruned": {}, "rows": []}
     if options.out.exists():
         results = json.loads(options.out.read_text())
@@ -98,7 +79,7 @@ def main() -> None:
         return {name: round(value / results["dense"][name], 4) for name, value in measured.items()}
 
     if not results["dense"]:
-        results["dense"] = measure("default", texts)
+        results["dense"] = perplexities("default", texts)
         save()
     budget = {"minutes": options.minutes, "max_steps": options.max_steps}
     for size, plan in product(options.sizes.split(","), options.plans.split(",")):
@@ -108,7 +89,7 @@ def main() -> None:
             llm_pruner("prune", "default", "--out", pruned, "--params", SIZES[size], *settings)
         name = f"{plan}, {size}"
         if name not in results["pruned"]:
-            results["pruned"][name] = ratios(measure(str(pruned), texts))
+            results["pruned"][name] = ratios(perplexities(str(pruned), texts))
             save()
             print(name, results["pruned"][name], flush=True)
         for method, data in product(options.methods.split(","), options.data):
@@ -125,7 +106,7 @@ def main() -> None:
                 out = Path(folder) / "out"
                 llm_pruner("recover", pruned, "--out", out, *arguments)
                 found = json.loads((out / "recovery.json").read_text())
-                measured = measure(str(out), texts)
+                measured = perplexities(str(out), texts)
             row = {
                 "run": key,
                 "ratio": ratios(measured),
