@@ -61,11 +61,13 @@ class Trial:
         split: structure -> share of the removed parameters.
         divergence: mean over held-out tokens of KL(dense || pruned), in nats.
         refitted: whether least squares had repaired it.
+        taken: whether the model was pruned with this split.
     """
 
     split: Mapping[str, float]
     divergence: float
     refitted: bool = False
+    taken: bool = False
 
 
 def find_split(
@@ -145,7 +147,8 @@ def find_split(
         if after[False] >= (1 - MARGIN) * after[True]:
             split = alone_best
     judge.close()
-    return replace(selection, split=split), trials
+    marked = [replace(trial, taken=trial.split == split) for trial in trials]
+    return replace(selection, split=split), marked
 
 
 def _refitted_divergence(

@@ -125,11 +125,13 @@ class SplitTrial(_Part):
         split: structure -> share of the removed parameters.
         divergence: mean over tokens of KL(dense || pruned), in nats.
         refitted: whether least squares had repaired it.
+        taken: whether the model was pruned with this split.
     """
 
     split: dict[str, float]
     divergence: float
     refitted: bool = False
+    taken: bool = False
 
 
 class Perplexity(_Part):

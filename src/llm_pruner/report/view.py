@@ -195,7 +195,8 @@ def trials(report: Report) -> list[tuple[str, str]]:
     return [
         (
             ", ".join(f"{unit(name)} {percent(share)}" for name, share in trial.split.items())
-            + (", refitted" if trial.refitted else ""),
+            + (", refitted" if trial.refitted else "")
+            + (": taken" if trial.taken else ""),
             f"{trial.divergence:.4f}",
         )
         for trial in ordered
