@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from command import done, run, save_tiny, write_text
 from fake_discovery import fake_llama, fake_scores
+from llm_pruner import importance
 from llm_pruner.chain.consumers import consumers_of
 from llm_pruner.compensation import Refitted, refit_
 from llm_pruner.errors import UserError
 from llm_pruner.groups import discover
-from llm_pruner.pipeline import prune
+from llm_pruner.pipeline import prune, trials
 from llm_pruner.pipeline.levels import measure_levels
 from llm_pruner.pipeline.trials import find_split
 from llm_pruner.planning import Selection, Survivors, Target, allocate, parse_split
@@ -123,6 +124,8 @@ def test_steps_refit_to_the_dense_model_each_time(tiny: Path, text: Path, tmp_pa
         (["--split", "heads=.3,heads=.7"], "heads has two shares; give one"),
         (["--split", "hidden=1,ffn=0,heads=0"], "given for hidden, which is not pruned"),
         (["--spread", "0.5"], "spread=0.5 cannot reach the target; use 1"),
+        (["--score-samples", "0"], "score_samples=0 estimates on nothing; use at least 1"),
+        (["--samples", "4", "--score-samples", "5"], "score_samples=5 of 4 samples cannot be read"),
         (["--compensation", "lsq"], "unknown compensation 'lsq'; choose one of none, least-squ"),
     ],
 )
@@ -241,6 +244,31 @@ def test_refits_that_make_held_out_text_worse_are_taken_back(
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_a_part_of_the_text_scores_and_more_of_it_is_fitted(
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: dict[str, tuple[int, str]] = {}
+
+    def score(*args: Any, input_ids: torch.Tensor, **rest: Any) -> Any:
+        read["score"] = (len(input_ids), torch.get_float32_matmul_precision())
+        return importance.score(*args, input_ids=input_ids, **rest)
+
+    def refit(*args: Any) -> list[Refitted]:
+        read["refit"] = (len(args[-1]), torch.get_float32_matmul_precision())
+        return refit_(*args)
+
+    monkeypatch.setattr(prune, "score", score)
+    monkeypatch.setattr(prune, "refit_", refit)
+    options = ("--criterion", "fisher", "--split", "equal", "--compensation", "least-squares")
+    out = tmp_path / "out"
+    done("prune", tiny, "--out", out, "--ratio", 0.2, *options, *small(text), "--score-samples", 4)
+    # Only what ranks is multiplied in short formats; an eighth of the 16 samples judges the refit.
+    assert read == {"score": (4, "medium"), "refit": (14, "highest")}
+    assert torch.get_float32_matmul_precision() == "highest"
+    calibration = json.loads((out / "plan.json").read_text())["calibration"]
+    assert (calibration["samples"], calibration["score_samples"]) == (16, 4)
+
+
 def planned(tiny: Path, out: Path, *options: object) -> tuple[dict[str, Any], str]:
     """Plan without pruning; return the plan and what was printed."""
     result = done("prune", tiny, "--out", out, "--dry-run", "--overwrite", *options)
@@ -303,7 +331,9 @@ def test_trials_on_logits_that_are_not_finite_are_refused(tiny: Path, tmp_path: 
         measure_levels(model, discovery, scores, ranked, survivors, held_out)
 
 
-def test_a_mixed_split_must_also_win_after_a_refit(tiny: Path) -> None:
+def test_a_mixed_split_must_also_win_after_a_refit(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     discovery = discover(model)
@@ -327,7 +357,15 @@ def test_a_mixed_split_must_also_win_after_a_refit(tiny: Path) -> None:
     assert 0 < mixed["heads"] < 1
     assert [dict(trial.split) for trial in refitted][1] == mixed
     assert len(refitted) == 2
-    assert found.split == min(refitted, key=lambda trial: trial.divergence).split
+    alone, shared = (trial.divergence for trial in refitted)
+    assert shared < (1 - trials.MARGIN) * alone
+    assert found.split == mixed
+    assert [trial.taken for trial in refitted] == [False, True]
+    # A gain that is no clear one is left.
+    monkeypatch.setattr(trials, "MARGIN", 1 - shared / alone)
+    found, tried = find_split(*arguments, refit_on=text[4:])
+    assert found.split == refitted[0].split
+    assert [trial.taken for trial in tried if trial.refitted] == [True, False]
     assert all(
         torch.equal(value, before[key])
         for key, value in model.state_dict().items()

@@ -564,6 +564,11 @@ def _check_calibration(calibration: CalibrationSettings) -> None:
         raise UserError(
             f"score_samples={calibration.score_samples} estimates on nothing; use at least 1"
         )
+    if (calibration.score_samples or 0) > calibration.samples:
+        raise UserError(
+            f"score_samples={calibration.score_samples} of {calibration.samples} samples cannot be "
+            "read; ask for more samples, or for fewer of them"
+        )
     if calibration.seq_len < 2:
         raise UserError(f"seq_len={calibration.seq_len} predicts no token; use at least 2")
     if calibration.source != SELF:
