@@ -21,4 +21,6 @@ def add_gram_(gram: torch.Tensor, rows: torch.Tensor) -> None:
     for start in range(0, features, width):
         stop = min(start + width, features)
         gram[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+        square = gram[start:stop, start:stop]
+        square.copy_(square.triu() + square.triu(1).T)  # a product need not be symmetric
         gram[stop:, start:stop] = gram[start:stop, stop:].T
