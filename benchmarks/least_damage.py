@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--ptb")
     parser.add_argument("--model", default="default")
     parser.add_argument("--rows", default="recipes", help="comma-separated sets of rows")
+    parser.add_argument("--only", help="comma-separated recipes, of those in the rows")
     parser.add_argument(
         "--screen", type=int, default=8192, help="tokens of each text for the table"
     )
@@ -177,7 +178,8 @@ def main() -> None:
         dense = results["dense"][str(tokens)]
         for run in runs(rows):
             key = {k: v for k, v in json.loads(json.dumps(run.__dict__)).items() if v is not None}
-            if any(row["run"] == key for row in results["rows"]):
+            left_out = options.only is not None and run.recipe not in options.only.split(",")
+            if left_out or any(row["run"] == key for row in results["rows"]):
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "pruned"

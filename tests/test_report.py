@@ -90,8 +90,8 @@ def hostile() -> str:
 def test_every_part_is_shown(page: str) -> None:
     sections = re.findall(r'<section id="([\w-]+)">', page)
     assert sections == [
-        *("before-after", "perplexity", "tasks", "speed", "widths", "trials", "importance"),
-        *("recovery", "samples", "command", "settings"),
+        *("before-after", "perplexity", "tasks", "speed", "widths", "trials", "search"),
+        *("importance", "recovery", "samples", "command", "settings"),
     ]
     text = " ".join(_Elements(page).text.split())
     assert (

@@ -25,6 +25,7 @@ from llm_pruner.errors import UserError
 
 if TYPE_CHECKING:
     from llm_pruner.evaluation.rounding import Rounding
+    from llm_pruner.pipeline.allocation_search import Searched
     from llm_pruner.pipeline.prune import Pruned
     from llm_pruner.planning.target import Scope
 
@@ -44,6 +45,7 @@ _PLANNED = (
     *("ratio", "params", "unit_ratio", "structures", "scope", "protect_first", "protect_last"),
     *("layers", "round_to", "criterion", "order", "reduction", "aggregate", "steps"),
     *("score_samples", "recipe", "budget_split", "spread", "uniform"),
+    *("how_allocated", "search_trials", "search_minutes"),
 )
 """Options that make a plan, which a plan that is replayed leaves nothing to say for."""
 
@@ -147,6 +149,35 @@ def command(
             metavar="FACTOR",
             help="With --scope global or measured, let no layer lose more than this times the "
             "average share.",
+            show_default=False,
+            rich_help_panel=_WHERE,
+        ),
+    ] = None,
+    how_allocated: Annotated[
+        str,
+        typer.Option(
+            "--allocate",
+            metavar="NAME",
+            help="How a share is laid over the layers with --scope local: even; log: more to later "
+            "layers; owl: less where few units matter most. With any scope, search: then move "
+            "units between layers while held-out text says that it helps.",
+            rich_help_panel=_WHERE,
+        ),
+    ] = "even",
+    search_trials: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Of --allocate search. [default: 100]",
+            show_default=False,
+            rich_help_panel=_WHERE,
+        ),
+    ] = None,
+    search_minutes: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MINUTES",
+            help="End the search after this time.",
             show_default=False,
             rich_help_panel=_WHERE,
         ),
@@ -305,14 +336,18 @@ def command(
 ) -> None:
     """Remove the least important structures and save a smaller model."""
     check_json(json)
+    from llm_pruner.pipeline.by_recipe import allocation_search, profile_of
     from llm_pruner.planning import Selection, Target, parse_count, parse_layer_ranges
 
-    target, selection = None, None
+    target, selection, search = None, None, None
     if recipe is not None and plan is None:
         settings = _from_recipe(context, recipe)
         structures = ",".join(settings.get("structures", structures.split(",")))
         scope = settings.get("scope", scope)
         spread = settings.get("spread", spread)
+        how_allocated = settings.get("allocate", how_allocated)
+        search_trials = settings.get("search_trials", search_trials)
+        search_minutes = settings.get("search_minutes", search_minutes)
         budget_split = settings.get("split", budget_split)
         protect_first = settings.get("protect_first", protect_first)
         protect_last = settings.get("protect_last", protect_last)
@@ -349,7 +384,9 @@ def command(
             split=_split(budget_split),
             spread=spread,
             uniform=uniform,
+            profile=profile_of(how_allocated),
         )
+        search = allocation_search(how_allocated, search_trials, search_minutes)
     elif given := _given(context, _PLANNED + (_TEXT if compensation == "none" else ())):
         raise UserError(f"--plan already says what to remove; drop {', '.join(given)}")
 
@@ -377,6 +414,7 @@ def command(
         max_shard_size=max_shard_size,
         compensation=compensation,
         find_best_split=_finds_split(budget_split),
+        search=search,
         command=command_line(),
     )
     write_json(as_data(done), json)
@@ -404,7 +442,8 @@ def _given(context: typer.Context, names: Sequence[str]) -> list[str]:
     given = []
     for name in names:
         if _was_given(context, name):
-            written = {"budget_split": "split", "split": "text-split"}.get(name, name)
+            renamed = {"budget_split": "split", "split": "text-split", "how_allocated": "allocate"}
+            written = renamed.get(name, name)
             given.append("--" + written.replace("_", "-"))
     return given
 
@@ -421,7 +460,7 @@ def _from_recipe(context: typer.Context, name: str) -> dict[str, Any]:
     settings = read_recipe(name).model_dump(exclude_none=True)
     if isinstance(settings.get("split"), dict):
         settings["split"] = ",".join(f"{k}={v}" for k, v in settings["split"].items())
-    names = {"split": "budget_split"}
+    names = {"split": "budget_split", "allocate": "how_allocated"}
     left = {
         key: value
         for key, value in settings.items()
@@ -461,6 +500,7 @@ def as_data(done: Pruned) -> dict[str, Any]:
         "refitted": [asdict(one) for one in done.refitted],
         "trials": [asdict(one) for one in done.trials],
         "levels": [asdict(one) for one in done.levels],
+        "searched": [asdict(one) for one in done.searched],
         "layers": [asdict(row) for row in done.rows],
     }
 
@@ -486,6 +526,8 @@ def show(done: Pruned) -> None:
         out.print(f"split found by {len(done.trials)} trial removals: {_shares(done)}")
     if done.levels:
         out.print(f"ranked by what {len(done.levels)} trial removals cost")
+    for one in done.searched:
+        out.print(_moved(one))
     if done.refitted:
         count_ = sum(one.ridge is not None for one in done.refitted)
         if count_:
@@ -501,6 +543,14 @@ def show(done: Pruned) -> None:
         out.print(f"report: {clean(str(done.report))}", soft_wrap=True)
     out.print(f"loads with from_pretrained{_loading(done)}")
     out.print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in done.seconds.items()))
+
+
+def _moved(one: Searched) -> str:
+    before, after = one.divergence
+    said = f"search between layers: divergence {before:.3f} -> {after:.3f} in {one.trials} trials"
+    if one.confirmed is not None:
+        said += ", on other text {:.3f} -> {:.3f}".format(*one.confirmed)
+    return said if one.taken else f"{said}; no gain, so nothing was moved"
 
 
 def _shares(done: Pruned) -> str:

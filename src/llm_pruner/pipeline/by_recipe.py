@@ -2,16 +2,50 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, cast, get_args
 
+from llm_pruner.errors import UserError
 from llm_pruner.importance import Criterion
+from llm_pruner.pipeline.allocation_search import DEFAULT_TRIALS, AllocationSearch
 from llm_pruner.pipeline.settings import CalibrationSettings
 from llm_pruner.planning import Selection
-from llm_pruner.planning.target import Scope
+from llm_pruner.planning.target import Profile, Scope
 from llm_pruner.recipes import Recipe
 
 STRUCTURES = ("heads", "ffn")
+SEARCH = "search"
+"""The ``allocate`` that moves units between layers by trial; others are profiles."""
+
+
+def allocation_search(
+    allocate: str | None, trials: int | None = None, minutes: float | None = None
+) -> AllocationSearch | None:
+    """Return the search that an ``allocate`` asks for.
+
+    Raises:
+        UserError: trials or minutes are given and no search.
+    """
+    if allocate == SEARCH:
+        return AllocationSearch(DEFAULT_TRIALS if trials is None else trials, minutes)
+    if trials is not None or minutes is not None:
+        raise UserError("search trials and minutes are for --allocate search; drop them or say so")
+    return None
+
+
+def profile_of(allocate: str | None) -> Profile:
+    """Return how an ``allocate`` lays shares over the layers.
+
+    Raises:
+        UserError: it is unknown.
+    """
+    known = (*get_args(Profile), SEARCH)
+    if allocate is not None and allocate not in known:
+        close = difflib.get_close_matches(allocate, known, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UserError(f"unknown --allocate {allocate!r}; {hint}known are {', '.join(known)}")
+    return "even" if allocate in (None, SEARCH) else cast("Profile", allocate)
 
 
 def calibration_of(recipe: Recipe, **changes: Any) -> CalibrationSettings:
@@ -37,6 +71,7 @@ def prune_arguments(recipe: Recipe) -> dict[str, Any]:
         round_to=recipe.round_to if isinstance(recipe.round_to, int) else 1,
         split=None if split is None else dict(split),
         spread=recipe.spread,
+        profile=profile_of(recipe.allocate),
     )
     criterion = {
         "name": recipe.criterion,
@@ -51,5 +86,6 @@ def prune_arguments(recipe: Recipe) -> dict[str, Any]:
         "criterion": Criterion(**{k: v for k, v in criterion.items() if v is not None}),
         "steps": recipe.steps or 1,
         "compensation": recipe.compensation or "none",
+        "search": allocation_search(recipe.allocate, recipe.search_trials, recipe.search_minutes),
         "find_best_split": None if recipe.split is None else recipe.split == "auto",
     }

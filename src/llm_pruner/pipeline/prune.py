@@ -24,6 +24,11 @@ from llm_pruner.evaluation.rounding import Rounding
 from llm_pruner.groups import discover
 from llm_pruner.importance import Criterion, score
 from llm_pruner.importance.criteria import MEASURES
+from llm_pruner.pipeline.allocation_search import (
+    AllocationSearch,
+    Searched,
+    search_allocation,
+)
 from llm_pruner.pipeline.facts import (
     criterion_in_words,
     importance_maps,
@@ -52,15 +57,15 @@ from llm_pruner.planning import (
     Selection,
     Survivors,
     Target,
-    allocate,
     check_reachable,
     choose_groups,
     explain,
+    find_allocation,
     read_plan,
     step_targets,
 )
 from llm_pruner.removal import count_parameters
-from llm_pruner.report.data import ImportanceMap, Report, SplitTrial
+from llm_pruner.report.data import ImportanceMap, LayerSearch, Report, SplitTrial
 from llm_pruner.sources import LoadedModel
 from llm_pruner.surgery import prune_
 from llm_pruner.types import Discovery, Edits, FloatArray, IntArray, Removal
@@ -96,6 +101,7 @@ class Pruned:
         refitted: what compensation did to each consumer, all steps.
         trials: splits of the budget that were tried.
         levels: what trial removals in each group alone cost, all steps.
+        searched: what a search between layers found, in each step.
         needs: what loading the folder needs besides transformers, such as ``import llm_pruner``.
         report: the page that shows all this; None if none was written.
         importance: of the units, as the first estimate on the dense model gave it; empty if none
@@ -114,6 +120,7 @@ class Pruned:
     refitted: tuple[Refitted, ...] = ()
     trials: tuple[Trial, ...] = ()
     levels: tuple[Level, ...] = ()
+    searched: tuple[Searched, ...] = ()
     needs: tuple[str, ...] = ()
     report: Path | None = None
     importance: tuple[ImportanceMap, ...] = ()
@@ -139,6 +146,7 @@ def prune_checkpoint(
     max_shard_size: str = "5GB",
     compensation: str = "none",
     find_best_split: bool | None = None,
+    search: AllocationSearch | None = None,
     command: str | None = None,
 ) -> Pruned:
     """Prune a checkpoint and save the result as a folder that ``from_pretrained`` loads.
@@ -165,6 +173,7 @@ def prune_checkpoint(
             calibration text; ``none`` leaves the kept weights as they are.
         find_best_split: choose how the budget is split between structures by trial removals, in
             the first step; by default where ``finds_split`` says so.
+        search: move units between layers by trial, for so long over all steps; None: do not.
         command: the command line of this run, for the report.
 
     Raises:
@@ -187,8 +196,9 @@ def prune_checkpoint(
             raise UserError("no target given; use --ratio, --params or --unit-ratio")
         if steps < 1:
             raise UserError(f"steps={steps} prunes nothing; use 1 or more")
-    measures = selection is not None and selection.scope == "measured"
-    if (plan is None and (criterion.reads_text or find_best_split or measures)) or refit:
+        _check_search(search, target, selection)
+    judges = search is not None or (selection is not None and selection.scope == "measured")
+    if (plan is None and (criterion.reads_text or find_best_split or judges)) or refit:
         _check_calibration(calibration)
     # A plan of random units, or a plan that is there, needs none of the weights.
     random = plan is not None or criterion.name == "random"
@@ -207,6 +217,7 @@ def prune_checkpoint(
     refitter = _Refitter(loaded, discovery, clock) if refits else None
     trials: list[Trial] = []
     levels: list[Level] = []
+    searched: list[Searched] = []
     rounding = None
     if plan is not None:
         removal: dict[str, IntArray] = plan.removal(discovery)
@@ -242,6 +253,8 @@ def prune_checkpoint(
             refitter=refitter,
             trials=trials if find_best_split else None,
             levels=levels,
+            search=search,
+            searched=searched,
             first_scores=scores,
         )
         plan = Plan.from_removal(
@@ -256,6 +269,7 @@ def prune_checkpoint(
             target=target,
             steps=steps,
             selection=selection,
+            search_trials=sum(one.trials for one in searched) if search is not None else None,
             compensation=compensation if refit else None,
         )
     rows = tuple(explain(discovery, removal))
@@ -271,6 +285,7 @@ def prune_checkpoint(
         refitted=tuple(refitter.done) if refitter is not None else (),
         trials=tuple(trials),
         levels=tuple(levels),
+        searched=tuple(searched),
         importance=importance_maps(discovery, scores, removal, rows),
         rounding=rounding,
     )
@@ -298,6 +313,7 @@ def prune_checkpoint(
                 criterion=criterion_in_words(plan),
                 compensation=plan.compensation,
                 trials=tuple(SplitTrial(**asdict(trial)) for trial in trials),
+                searches=tuple(LayerSearch(**asdict(one)) for one in searched),
                 twin_difference=result.difference,
                 saved_as=kind,
                 needs=needs,
@@ -336,12 +352,14 @@ def _prune_in_steps(
     refitter: _Refitter | None,
     trials: list[Trial] | None,
     levels: list[Level],
+    search: AllocationSearch | None,
+    searched: list[Searched],
     first_scores: dict[str, FloatArray],
 ) -> tuple[PlanCalibration | None, dict[str, IntArray], Selection]:
     """Estimate, allocate, cut and refit, step by step.
 
     The scores of the first estimate, which are the dense model's, go into ``first_scores``, what
-    trials measured into ``trials`` and ``levels``.
+    trials measured into ``trials``, ``levels`` and ``searched``.
 
     Returns:
         The calibration, the whole removal, and the selection with the split that was found.
@@ -353,12 +371,13 @@ def _prune_in_steps(
         _require_weights(loaded.model)
     tokens, record, scored, held_out = None, None, None, None
     measures = selection.scope == "measured"
-    if criterion.reads_text or refitter is not None or trials is not None or measures:
+    judges = trials is not None or measures or search is not None
+    if criterion.reads_text or refitter is not None or judges:
         text = _calibration_text(loaded, calibration, seed, clock)
         tokens = text.input_ids
         record = _calibration_record(text.settings, calibration.score_samples)
         scored = tokens
-        if trials is not None or measures:
+        if judges:
             held_out, scored = _hold_out(tokens)
     discovery = dense
     for number, step in enumerate(targets):
@@ -393,7 +412,20 @@ def _prune_in_steps(
             )
             trials.extend(tried)
             clock.stop("trials")
-        removal = allocate(discovery, scores, selection, step, survivors, measured)
+        allocation = find_allocation(discovery, scores, selection, step, survivors, measured)
+        if held_out is not None and search is not None:
+            allocation, found = search_allocation(
+                loaded.model,
+                discovery,
+                allocation,
+                held_out,
+                search.shared(steps),
+                within_structures=selection.split is not None or selection.scope == "local",
+                seed=seed + number,
+            )
+            searched.append(found)
+            clock.stop("search")
+        removal = allocation.removal()
         survivors = survivors.after(removal)
         clock.stop("plan")
         if number + 1 < len(targets) or cut_last:
@@ -554,6 +586,21 @@ def _check_out(out: Path, source: str, overwrite: bool, dry_run: bool) -> None:
         raise UserError(f"{out} is a folder; with --dry-run, --out names the plan file to write")
     elif out.exists() and not overwrite:
         raise UserError(f"{out} exists; give another --out, or --overwrite to replace it")
+
+
+def _check_search(search: AllocationSearch | None, target: Target, selection: Selection) -> None:
+    """Raise UserError if a search would undo what was asked for."""
+    if search is None:
+        return
+    if selection.uniform:
+        raise UserError(
+            "a search moves units between layers, and uniform layers lose the same; use one of them"
+        )
+    if target.unit_ratio is not None:
+        raise UserError(
+            f"{target} says what each layer loses, and a search moves units between layers; give "
+            "a target in parameters (ratio or params) with it"
+        )
 
 
 def _check_calibration(calibration: CalibrationSettings) -> None:

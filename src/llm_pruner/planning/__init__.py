@@ -1,9 +1,16 @@
 """Importance and a target give a Plan: which units to remove."""
 
-from llm_pruner.planning.budget import TOLERANCE, allocate, check_reachable
+from llm_pruner.planning.budget import (
+    TOLERANCE,
+    Allocation,
+    allocate,
+    check_reachable,
+    find_allocation,
+)
 from llm_pruner.planning.choosing import choose_groups
 from llm_pruner.planning.explain import Row, explain
 from llm_pruner.planning.levels import Level, trial_removals
+from llm_pruner.planning.moves import Moves
 from llm_pruner.planning.plan import (
     Plan,
     PlanCalibration,
@@ -27,7 +34,9 @@ from llm_pruner.planning.target import (
 __all__ = [
     "STRUCTURES",
     "TOLERANCE",
+    "Allocation",
     "Level",
+    "Moves",
     "Plan",
     "PlanCalibration",
     "PlanCriterion",
@@ -41,6 +50,7 @@ __all__ = [
     "choose_groups",
     "complete",
     "explain",
+    "find_allocation",
     "fingerprint",
     "format_ranges",
     "parse_count",

@@ -3,7 +3,8 @@
 Scope ``local`` takes the same share of every chosen group. With a target in parameters that share
 is found by bisection on the exact parameter count; groups with few units (heads) take the nearest
 whole number and finely divided ones (FFN channels) take up the rest, equally in all layers if that
-meets the target. Where it does not, groups of one structure differ by one unit.
+meets the target. Where it does not, groups of one structure differ by one unit. A profile makes the
+share of each layer a multiple of it.
 
 Scope ``global`` ranks the units of all chosen groups by
 
@@ -21,7 +22,7 @@ criterion becomes comparable across groups and structures.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -31,6 +32,7 @@ from llm_pruner.planning.choosing import choose_groups
 from llm_pruner.planning.counting import ParameterCounter
 from llm_pruner.planning.ladders import Ladder, Ladders, build_ladders
 from llm_pruner.planning.levels import Level, with_measured_damage
+from llm_pruner.planning.profiles import layer_weights
 from llm_pruner.planning.rules import check, whole
 from llm_pruner.planning.search import (
     Search,
@@ -41,10 +43,39 @@ from llm_pruner.planning.search import (
 )
 from llm_pruner.planning.survivors import Survivors
 from llm_pruner.planning.target import Selection, Target, exact
-from llm_pruner.types import Discovery, IntArray, Scores
+from llm_pruner.types import Discovery, FloatArray, IntArray, Scores
 
 TOLERANCE = 0.005
 """How far the removed share of all parameters may lie from the target."""
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How far each chosen group goes down its ladder.
+
+    Attributes:
+        discovery: the model.
+        ladders: of the chosen groups.
+        steps: group -> steps that are taken.
+    """
+
+    discovery: Discovery
+    ladders: Ladders
+    steps: Mapping[str, int]
+
+    def removal(self) -> dict[str, IntArray]:
+        """Return the units to remove, complete and sorted.
+
+        Raises:
+            PlanError: a breach of the rules that `planning.rules.check` lists.
+        """
+        found = self.ladders.removal(self.steps)
+        removal = {name: np.sort(units) for name, units in found.items() if len(units)}
+        ordered = {g.name: removal[g.name] for g in self.discovery.groups if g.name in removal}
+        problems = check(self.discovery, ordered)
+        if problems:
+            raise PlanError(problems)
+        return ordered
 
 
 def allocate(
@@ -76,27 +107,35 @@ def allocate(
         UserError: a target that cannot be reached (naming the nearest that can), a group that
             would lose nothing under a unit ratio, or what `choose_groups` refuses.
     """
+    return find_allocation(discovery, scores, selection, target, survivors, levels).removal()
+
+
+def find_allocation(
+    discovery: Discovery,
+    scores: Scores,
+    selection: Selection,
+    target: Target,
+    survivors: Survivors | None = None,
+    levels: Sequence[Level] = (),
+) -> Allocation:
+    """Return what `allocate` removes as steps down the ladders; the same arguments and errors."""
     survivors = survivors or Survivors.dense(discovery)
     chosen = choose_groups(discovery, selection, survivors)
     ladders = build_ladders(discovery, chosen, scores, selection, survivors)
     if selection.scope == "measured":
         ladders = with_measured_damage(ladders, levels)
+    weights = layer_weights(ladders.all, scores, selection.profile)
     if target.unit_ratio is not None:
         if selection.split is not None:
             raise UserError(
                 f"{target} and a split say different things; give a target in parameters "
                 "(ratio or params) with the split"
             )
-        steps = _unit_steps(ladders, discovery, selection, target)
+        steps = _unit_steps(ladders, discovery, selection, target, weights)
     else:
         ladders = _capped(ladders, discovery, selection, target, survivors)
-        steps = _parameter_steps(ladders, discovery, selection, target, survivors)
-    removal = {name: np.sort(units) for name, units in ladders.removal(steps).items() if len(units)}
-    ordered = {g.name: removal[g.name] for g in discovery.groups if g.name in removal}
-    problems = check(discovery, ordered)
-    if problems:
-        raise PlanError(problems)
-    return ordered
+        steps = _parameter_steps(ladders, discovery, selection, target, survivors, weights)
+    return Allocation(discovery, ladders, steps)
 
 
 def check_reachable(discovery: Discovery, selection: Selection, target: Target) -> None:
@@ -124,7 +163,11 @@ def check_reachable(discovery: Discovery, selection: Selection, target: Target) 
 
 
 def _unit_steps(
-    ladders: Ladders, discovery: Discovery, selection: Selection, target: Target
+    ladders: Ladders,
+    discovery: Discovery,
+    selection: Selection,
+    target: Target,
+    weights: Mapping[str, float],
 ) -> dict[str, int]:
     assert target.unit_ratio is not None
     ratio = exact(target.unit_ratio)
@@ -133,7 +176,9 @@ def _unit_steps(
             _refuse_nothing(ladder, ratio, target)
     if selection.scope == "local":
         return {
-            ladder.group.name: ladder.nearest(_quota(ladder, ratio) - ladder.gone)
+            ladder.group.name: ladder.nearest(
+                _quota(ladder, ratio * Fraction(weights[ladder.group.name])) - ladder.gone
+            )
             for ladder in ladders.all
         }
     prices = step_prices(ladders, ParameterCounter(discovery))
@@ -185,14 +230,15 @@ def _parameter_steps(
     selection: Selection,
     target: Target,
     survivors: Survivors,
+    weights: Mapping[str, float],
 ) -> dict[str, int]:
     dense = survivors.parameters
     search = _begin_search(ladders, discovery, target, survivors)
     prices = step_prices(ladders, search.counter)
     if selection.split is None:
-        _search(search, ladders.all, prices, selection)
+        _search(search, ladders.all, prices, selection, weights)
     else:
-        _search_split(search, ladders, prices, selection, selection.split)
+        _search_split(search, ladders, prices, selection, selection.split, weights)
     if search.best is None or (search.error > search.tolerance and not target.loose):
         raise UserError(_unreachable(search, target, dense, ladders))
     return search.best[1]
@@ -204,6 +250,7 @@ def _search_split(
     prices: dict[str, int],
     selection: Selection,
     split: Mapping[str, float],
+    weights: Mapping[str, float],
 ) -> None:
     """Meet each structure's share, the largest last, so that it takes up what the others miss."""
     total, goal = search.counter.total, search.target
@@ -220,30 +267,39 @@ def _search_split(
             allow_nothing=search.allow_nothing or not last,
             best=None,
         )
-        _search(part, same, prices, selection)
+        _search(part, same, prices, selection, weights)
         if part.best is None:
             return
         search.base, search.best = part.best[1], part.best
 
 
 def _search(
-    search: Search, ladders: Sequence[Ladder], prices: dict[str, int], selection: Selection
+    search: Search,
+    ladders: Sequence[Ladder],
+    prices: dict[str, int],
+    selection: Selection,
+    weights: Mapping[str, float],
 ) -> None:
+    def average(ladder: Ladder) -> FloatArray:
+        """Return the average share of the structure at which each rung is taken."""
+        return share_after(ladder) / max(weights[ladder.group.name], 1e-12)
+
     single = [[ladder] for ladder in ladders]
     if selection.ranks_together:
         search.run(make_queue(single, prices, lambda x: (density(x, prices[x.group.name]),)))
     else:
         together: dict[object, list[Ladder]] = {}
         for ladder in ladders:
-            shape = (ladder.group.kind, ladder.dense, ladder.gone, ladder.counts.tobytes())
+            size = (ladder.group.kind, ladder.dense, ladder.gone, ladder.counts.tobytes())
+            shape = (*size, weights[ladder.group.name])
             together.setdefault(shape, []).append(ladder)
-        even = make_queue(list(together.values()), prices, lambda x: (share_after(x),))
+        # Where shares differ, few layers are alike, and these would make up for all the others.
+        owners = list(together.values()) if selection.profile == "even" else single
+        even = make_queue(owners, prices, lambda x: (average(x),))
         search.run(even)
         if search.error > search.tolerance and not selection.uniform:
             search.run(
-                make_queue(
-                    single, prices, lambda x: (share_after(x), density(x, prices[x.group.name]))
-                )
+                make_queue(single, prices, lambda x: (average(x), density(x, prices[x.group.name])))
             )
         if search.error > search.tolerance:
             search.run_all(even)

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from llm_pruner.errors import PlanError, UserError
 from llm_pruner.planning.ranges import format_ranges, parse_ranges
 from llm_pruner.planning.rules import check
-from llm_pruner.planning.target import Scope, Selection, Target
+from llm_pruner.planning.target import Profile, Scope, Selection, Target
 from llm_pruner.removal import count_parameters
 from llm_pruner.types import Discovery, IntArray, Removal
 
@@ -91,6 +91,7 @@ class PlanSelection(_Strict):
     split: dict[str, float] | None = None
     spread: float | None = None
     uniform: bool = False
+    profile: Profile = "even"
 
 
 class PlanGroup(_Strict):
@@ -103,7 +104,10 @@ class PlanGroup(_Strict):
 
 
 class Plan(_Strict):
-    """A removal with all that it came from. Only ``model`` and ``groups`` matter for a replay."""
+    """A removal with all that it came from. Only ``model`` and ``groups`` matter for a replay.
+
+    ``search_trials`` says how many allocations a search between layers judged; None: no search.
+    """
 
     format_version: Literal[1]
     package_version: str
@@ -113,6 +117,7 @@ class Plan(_Strict):
     seed: int | None = None
     target: PlanTarget | None = None
     selection: PlanSelection | None = None
+    search_trials: int | None = None
     compensation: str | None = None
     groups: tuple[PlanGroup, ...]
 
@@ -131,6 +136,7 @@ class Plan(_Strict):
         target: Target | None = None,
         steps: int = 1,
         selection: Selection | None = None,
+        search_trials: int | None = None,
         compensation: str | None = None,
     ) -> Plan:
         """Return the Plan of a removal in dense numbering; ``discovery`` is the dense model's."""
@@ -166,7 +172,9 @@ class Plan(_Strict):
                 split=None if selection.split is None else dict(sorted(selection.split.items())),
                 spread=selection.spread,
                 uniform=selection.uniform,
+                profile=selection.profile,
             ),
+            search_trials=search_trials,
             compensation=compensation,
             groups=tuple(
                 PlanGroup(
@@ -185,14 +193,17 @@ class Plan(_Strict):
         data = self.model_dump(mode="json")
         if self.target is not None:
             data["target"] = {k: v for k, v in data["target"].items() if v is not None}
-        if self.compensation is None:
-            del data["compensation"]
+        for name in ("search_trials", "compensation"):
+            if data[name] is None:
+                del data[name]
         if self.calibration is not None and self.calibration.score_samples is None:
             del data["calibration"]["score_samples"]
         if self.selection is not None:
             for name in ("split", "spread", "uniform"):
                 if not data["selection"][name]:
                     del data["selection"][name]
+            if self.selection.profile == "even":
+                del data["selection"]["profile"]
         rows = data.pop("groups")
         lines = [f"  {_text(key)}: {_text(value)}," for key, value in data.items()]
         body = ",\n".join(f"    {_text(row)}" for row in rows)

@@ -16,6 +16,7 @@ STRUCTURES = ("heads", "query_heads", "ffn", "hidden", "head_dim", "experts", "l
 """Kinds that can be chosen. ``value_dim`` cannot: it follows ``head_dim``."""
 
 Scope = Literal["local", "global", "measured"]
+Profile = Literal["even", "log", "owl"]
 
 _SUFFIX = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
 
@@ -99,6 +100,8 @@ class Selection:
             many of what would be kept; None for no limit.
         uniform: groups of one structure keep the same number of units in all layers, so that a
             plain config can say the sizes; with ``local`` and without protection or ranges.
+        profile: with ``local``, how a structure's share is laid over the layers: the same for all
+            (``even``), or as `planning.profiles.layer_weights` says.
     """
 
     structures: tuple[str, ...]
@@ -110,6 +113,7 @@ class Selection:
     split: Mapping[str, float] | None = None
     spread: float | None = None
     uniform: bool = False
+    profile: Profile = "even"
 
     def __post_init__(self) -> None:
         if not self.structures:
@@ -139,6 +143,13 @@ class Selection:
             raise UserError(
                 "uniform layers need scope local and no protected layers or layer ranges; drop "
                 "these or uniform"
+            )
+        if self.profile not in get_args(Profile):
+            raise UserError(f"profile={self.profile!r} is unknown; use even, log or owl")
+        if self.profile != "even" and (self.scope != "local" or self.uniform):
+            other = "uniform layers" if self.uniform else f"scope {self.scope}"
+            raise UserError(
+                f"{other} and the profile {self.profile} both say what each layer loses; use one"
             )
         if self.spread is not None and not self.spread >= 1:
             raise UserError(

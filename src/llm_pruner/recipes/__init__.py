@@ -23,6 +23,9 @@ class Recipe(BaseModel):
     structures: tuple[str, ...] | None = None
     scope: str | None = None
     spread: float | None = None
+    allocate: Literal["even", "log", "owl", "search"] | None = None
+    search_trials: int | None = None
+    search_minutes: float | None = None
     split: Literal["auto", "equal"] | dict[str, float] | None = None
     protect_first: int | None = None
     protect_last: int | None = None

@@ -118,6 +118,24 @@ class ImportanceMap(_Part):
     rows: tuple[ImportanceRow, ...]
 
 
+class LayerSearch(_Part):
+    """A search that moved units between layers.
+
+    Attributes:
+        trials: allocations that were judged.
+        steps: gains among them.
+        divergence: before and after, mean over tokens of KL(dense || pruned) in nats.
+        confirmed: the same on tokens that the search did not see.
+        taken: whether the model was pruned so.
+    """
+
+    trials: int
+    steps: int
+    divergence: tuple[float, float]
+    confirmed: tuple[float, float] | None = None
+    taken: bool
+
+
 class SplitTrial(_Part):
     """A trial removal: how the budget was split, and the damage.
 
@@ -253,6 +271,7 @@ class Report(_Part):
         criterion: how importance was estimated, in words that follow "chosen by".
         compensation: how the weights that were kept were refitted, such as ``least-squares``.
         trials: splits of the budget between structures that were tried.
+        searches: what searches between layers found, one for each step.
         twin_difference: largest difference of logits from the masked dense model, before kept
             weights were refitted.
         saved_as: ``stock`` if a plain config describes the model, else ``recipe``.
@@ -276,6 +295,7 @@ class Report(_Part):
     criterion: str | None = None
     compensation: str | None = None
     trials: tuple[SplitTrial, ...] = ()
+    searches: tuple[LayerSearch, ...] = ()
     twin_difference: float | None = None
     saved_as: Literal["stock", "recipe"] | None = None
     needs: tuple[str, ...] = ()

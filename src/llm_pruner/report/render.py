@@ -48,6 +48,7 @@ def render_html(report: Report) -> str:
         seconds=[(stage, f"{value:.1f}") for stage, value in report.seconds.items()],
         headlines=view.headlines(report),
         trials=view.trials(report),
+        searches=view.searches(report),
         plots=_plots(report),
         **context,
     )

@@ -203,6 +203,18 @@ def trials(report: Report) -> list[tuple[str, str]]:
     ]
 
 
+def searches(report: Report) -> list[tuple[str, str]]:
+    """Return what searches between layers found."""
+    rows = []
+    for search in report.searches:
+        gains = f"{search.trials} trials, {search.steps} gains"
+        gains += "" if search.taken else "; not taken"
+        rows.append((gains, "{:.4f} → {:.4f}".format(*search.divergence)))
+        if search.confirmed is not None:
+            rows.append(("on other text", "{:.4f} → {:.4f}".format(*search.confirmed)))
+    return rows
+
+
 def models(report: Report) -> tuple[Variant, ...]:
     """Return the models that something is known of."""
     return tuple(v for v in VARIANTS if v in report.sizes or v in report.evaluations)
