@@ -232,7 +232,7 @@ def command(
         typer.Option(
             metavar="NAME",
             help="random, l1, l2, taylor, gate, fisher, fisher-obs, wanda, fluctuation, "
-            "contribution, influence, obs or leverage.",
+            "contribution, influence, obs, leverage or reap.",
             rich_help_panel=_IMPORTANCE,
         ),
     ] = "taylor",

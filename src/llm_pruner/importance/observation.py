@@ -11,7 +11,7 @@ import torch
 from llm_pruner.chain.consumers import Consumer
 from llm_pruner.types import FloatArray, Group
 
-NEEDS = ("gates", "tokens", "moments", "gram", "influence")
+NEEDS = ("gates", "tokens", "moments", "gram", "influence", "routed")
 """What a criterion may ask for."""
 
 
@@ -74,6 +74,8 @@ class Observation:
             between what the layer gets and what it gives.
         token_squares: shape (units,): sum over all tokens of the squared derivative by a gate on
             the unit at this token alone; None where no linear module reads the group.
+        routed: for ``experts`` alone, shape (experts,): mean norm of what an expert adds, its
+            router weight included, over the tokens that are sent to it.
     """
 
     group: Group
@@ -81,3 +83,4 @@ class Observation:
     readings: tuple[Reading, ...] = ()
     influence: FloatArray | None = None
     token_squares: FloatArray | None = None
+    routed: FloatArray | None = None

@@ -27,6 +27,7 @@ from llm_pruner.importance.gradients import batches, pull_back
 from llm_pruner.importance.loss import loss_cotangent
 from llm_pruner.importance.needs import parameters_by_name
 from llm_pruner.importance.observation import Observation
+from llm_pruner.importance.routing import observe_routing
 from llm_pruner.importance.taps import ConsumerTap, MixedSamplesError, segments, sum_segments
 from llm_pruner.progress import track
 from llm_pruner.types import FloatArray, Group, Member
@@ -67,7 +68,7 @@ def measure(
         model: in eval mode, with no parameter that requires a gradient.
         input_ids: shape (samples, seq_len), on the model's device.
         groups: what to look at.
-        needs: of ``NEEDS``.
+        needs: of ``NEEDS``; ``routed`` stands alone, since it takes no gradient.
         formula: from an observation to what is wanted of it.
         where_linear: more of ``NEEDS``, for groups that a linear module reads.
 
@@ -75,6 +76,9 @@ def measure(
         UserError: a group has no linear consumer and more than gates is asked for; layers are asked
             for in a model whose blocks do not run one after the other; a loss is not finite.
     """
+    if "routed" in needs:
+        routed = observe_routing(model, input_ids, groups)
+        return {g.name: formula(Observation(g, routed=routed[g.name])) for g in groups}
     watch = _Watch(model, groups, needs, where_linear, input_ids, formula)
     try:
         chain = find_chain(model, input_ids, watch.parameters)

@@ -11,6 +11,7 @@ from llm_pruner.importance.criteria.influence import INFLUENCE
 from llm_pruner.importance.criteria.leverage import LEVERAGE
 from llm_pruner.importance.criteria.measure import Measure
 from llm_pruner.importance.criteria.obs import OBS
+from llm_pruner.importance.criteria.reap import REAP
 from llm_pruner.importance.criteria.wanda import WANDA
 
 MEASURES: dict[str, Measure] = {
@@ -23,6 +24,7 @@ MEASURES: dict[str, Measure] = {
     "influence": INFLUENCE,
     "obs": OBS,
     "leverage": LEVERAGE,
+    "reap": REAP,
 }
 
 __all__ = ["MEASURES", "Measure"]
