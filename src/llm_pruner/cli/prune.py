@@ -42,9 +42,9 @@ _HOW_MUCH, _WHERE = "How much (one of these, or --plan)", "Where from"
 _IMPORTANCE, _CALIBRATION, _PLAN = "Importance", "Calibration text", "Plan"
 
 _PLANNED = (
-    *("ratio", "params", "unit_ratio", "structures", "scope", "protect_first", "protect_last"),
-    *("layers", "round_to", "criterion", "order", "reduction", "aggregate", "steps"),
-    *("score_samples", "recipe", "budget_split", "spread", "uniform"),
+    *("ratio", "params", "unit_ratio", "kv_cache", "structures", "scope", "protect_first"),
+    *("protect_last", "layers", "round_to", "criterion", "order", "reduction", "aggregate"),
+    *("steps", "score_samples", "recipe", "budget_split", "spread", "uniform"),
     *("how_allocated", "search_trials", "search_minutes"),
 )
 """Options that make a plan, which a plan that is replayed leaves nothing to say for."""
@@ -101,6 +101,15 @@ def command(
         typer.Option(
             metavar="SHARE",
             help="Share of units to remove in each chosen layer, as in the paper.",
+            rich_help_panel=_HOW_MUCH,
+        ),
+    ] = None,
+    kv_cache: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Share of the key-value cache per token to remove, by pruning heads (or what "
+            "--structures says).",
             rich_help_panel=_HOW_MUCH,
         ),
     ] = None,
@@ -368,11 +377,16 @@ def command(
         if not _was_given(context, "spread"):
             spread = None
     if plan is None:
-        _require_one({"--ratio": ratio, "--params": params, "--unit-ratio": unit_ratio})
+        asked = {"--ratio": ratio, "--params": params, "--unit-ratio": unit_ratio}
+        _require_one({**asked, "--kv-cache": kv_cache})
+        if kv_cache is not None:
+            structures = structures if _was_given(context, "structures") else "heads"
+            budget_split = budget_split if _was_given(context, "budget_split") else None
         target = Target(
             unit_ratio=unit_ratio,
             ratio=ratio,
             params=None if params is None else parse_count(params),
+            kv_cache=kv_cache,
         )
         selection = Selection(
             structures=tuple(name.strip() for name in structures.split(",") if name.strip()),

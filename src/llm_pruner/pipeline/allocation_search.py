@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isfinite
 
 import torch
@@ -125,7 +125,7 @@ def search_allocation(
             if neighbour is None:
                 continue
             tried += 1
-            candidate = Allocation(discovery, start.ladders, neighbour)
+            candidate = replace(start, steps=neighbour)
             try:
                 divergence = _damage(judge, discovery, candidate.removal())
             except PlanError:

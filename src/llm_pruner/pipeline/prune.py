@@ -29,6 +29,7 @@ from llm_pruner.pipeline.allocation_search import (
     Searched,
     search_allocation,
 )
+from llm_pruner.pipeline.cache_cost import cache_cost
 from llm_pruner.pipeline.facts import (
     criterion_in_words,
     importance_maps,
@@ -49,6 +50,7 @@ from llm_pruner.pipeline.settings import CalibrationSettings, ModelSettings
 from llm_pruner.pipeline.trials import TOKENS as SPLIT_TOKENS
 from llm_pruner.pipeline.trials import Trial, find_split
 from llm_pruner.planning import (
+    Cost,
     Level,
     Plan,
     PlanCalibration,
@@ -189,11 +191,12 @@ def prune_checkpoint(
         )
     refit = compensation != "none"
     plan = None if plan_file is None else read_plan(plan_file)
+    _check_split(target, selection, find_best_split)
     if find_best_split is None:
         find_best_split = finds_split(target, selection, criterion, calibration)
     if plan is None:
         if target is None or selection is None:
-            raise UserError("no target given; use --ratio, --params or --unit-ratio")
+            raise UserError("no target given; use --ratio, --params, --kv-cache or --unit-ratio")
         if steps < 1:
             raise UserError(f"steps={steps} prunes nothing; use 1 or more")
         _check_search(search, target, selection)
@@ -238,12 +241,16 @@ def prune_checkpoint(
             rounding = measured_rounding(network, discovery, selection)
             selection = replace(selection, round_to=rounding.multiple)
             clock.stop("round")
-        check_reachable(discovery, selection, target)
+        cost = None
+        if target.kv_cache is not None:
+            cost = cache_cost(network, discovery, selection, Survivors.dense(discovery))
+        check_reachable(discovery, selection, target, cost)
         used, removal, selection = _prune_in_steps(
             loaded,
             discovery,
             surgeon,
             target,
+            cost,
             selection,
             criterion,
             calibration,
@@ -342,6 +349,7 @@ def _prune_in_steps(
     dense: Discovery,
     surgeon: _Surgeon,
     target: Target,
+    cost: Cost | None,
     selection: Selection,
     criterion: Criterion,
     calibration: CalibrationSettings,
@@ -412,7 +420,9 @@ def _prune_in_steps(
             )
             trials.extend(tried)
             clock.stop("trials")
-        allocation = find_allocation(discovery, scores, selection, step, survivors, measured)
+        if cost is not None and number > 0:
+            cost = cache_cost(loaded.model, discovery, selection, survivors, cost.dense)
+        allocation = find_allocation(discovery, scores, selection, step, survivors, measured, cost)
         if held_out is not None and search is not None:
             allocation, found = search_allocation(
                 loaded.model,
@@ -588,6 +598,17 @@ def _check_out(out: Path, source: str, overwrite: bool, dry_run: bool) -> None:
         raise UserError(f"{out} exists; give another --out, or --overwrite to replace it")
 
 
+def _check_split(
+    target: Target | None, selection: Selection | None, find_best_split: bool | None
+) -> None:
+    """Raise UserError if a split of parameters is asked for where none are counted."""
+    split = selection is not None and selection.split is not None
+    if target is not None and target.kv_cache is not None and (split or find_best_split):
+        raise UserError(
+            f"a split shares out parameters, and {target} counts the cache; drop one of them"
+        )
+
+
 def _check_search(search: AllocationSearch | None, target: Target, selection: Selection) -> None:
     """Raise UserError if a search would undo what was asked for."""
     if search is None:
@@ -677,6 +698,7 @@ def finds_split(
     return (
         target is not None
         and target.unit_ratio is None
+        and target.kv_cache is None
         and selection is not None
         and selection.split is None
         and selection.scope != "measured"

@@ -8,8 +8,9 @@ from llm_pruner.planning.budget import (
     find_allocation,
 )
 from llm_pruner.planning.choosing import choose_groups
+from llm_pruner.planning.counting import Cost, PricedCounter
 from llm_pruner.planning.explain import Row, explain
-from llm_pruner.planning.levels import Level, trial_removals
+from llm_pruner.planning.levels import Level, smallest_removals, trial_removals
 from llm_pruner.planning.moves import Moves
 from llm_pruner.planning.plan import (
     Plan,
@@ -35,11 +36,13 @@ __all__ = [
     "STRUCTURES",
     "TOLERANCE",
     "Allocation",
+    "Cost",
     "Level",
     "Moves",
     "Plan",
     "PlanCalibration",
     "PlanCriterion",
+    "PricedCounter",
     "Row",
     "Selection",
     "Survivors",
@@ -58,6 +61,7 @@ __all__ = [
     "parse_ranges",
     "parse_split",
     "read_plan",
+    "smallest_removals",
     "step_targets",
     "trial_removals",
 ]

@@ -29,7 +29,7 @@ import numpy as np
 
 from llm_pruner.errors import PlanError, UserError
 from llm_pruner.planning.choosing import choose_groups
-from llm_pruner.planning.counting import ParameterCounter
+from llm_pruner.planning.counting import Cost, ParameterCounter
 from llm_pruner.planning.ladders import Ladder, Ladders, build_ladders
 from llm_pruner.planning.levels import Level, with_measured_damage
 from llm_pruner.planning.profiles import layer_weights
@@ -57,11 +57,13 @@ class Allocation:
         discovery: the model.
         ladders: of the chosen groups.
         steps: group -> steps that are taken.
+        cost: what the target counts.
     """
 
     discovery: Discovery
     ladders: Ladders
     steps: Mapping[str, int]
+    cost: Cost
 
     def removal(self) -> dict[str, IntArray]:
         """Return the units to remove, complete and sorted.
@@ -85,6 +87,7 @@ def allocate(
     target: Target,
     survivors: Survivors | None = None,
     levels: Sequence[Level] = (),
+    cost: Cost | None = None,
 ) -> dict[str, IntArray]:
     """Return the units to remove, complete: blocks level, companions included.
 
@@ -102,12 +105,13 @@ def allocate(
         target: how much to remove, of the dense model and all steps together.
         survivors: what earlier steps left of the dense model; None if this is the dense model.
         levels: what trial removals cost, for scope ``measured``.
+        cost: what the target counts; None for parameters.
 
     Raises:
         UserError: a target that cannot be reached (naming the nearest that can), a group that
             would lose nothing under a unit ratio, or what `choose_groups` refuses.
     """
-    return find_allocation(discovery, scores, selection, target, survivors, levels).removal()
+    return find_allocation(discovery, scores, selection, target, survivors, levels, cost).removal()
 
 
 def find_allocation(
@@ -117,9 +121,11 @@ def find_allocation(
     target: Target,
     survivors: Survivors | None = None,
     levels: Sequence[Level] = (),
+    cost: Cost | None = None,
 ) -> Allocation:
     """Return what `allocate` removes as steps down the ladders; the same arguments and errors."""
     survivors = survivors or Survivors.dense(discovery)
+    cost = cost or _parameters(discovery, survivors)
     chosen = choose_groups(discovery, selection, survivors)
     ladders = build_ladders(discovery, chosen, scores, selection, survivors)
     if selection.scope == "measured":
@@ -131,14 +137,20 @@ def find_allocation(
                 f"{target} and a split say different things; give a target in parameters "
                 "(ratio or params) with the split"
             )
-        steps = _unit_steps(ladders, discovery, selection, target, weights)
+        steps = _unit_steps(ladders, cost, selection, target, weights)
     else:
-        ladders = _capped(ladders, discovery, selection, target, survivors)
-        steps = _parameter_steps(ladders, discovery, selection, target, survivors, weights)
-    return Allocation(discovery, ladders, steps)
+        ladders = _capped(ladders, cost, selection, target)
+        steps = _cost_steps(ladders, cost, selection, target, weights)
+    return Allocation(discovery, ladders, steps, cost)
 
 
-def check_reachable(discovery: Discovery, selection: Selection, target: Target) -> None:
+def _parameters(discovery: Discovery, survivors: Survivors) -> Cost:
+    return Cost(ParameterCounter(discovery), survivors.parameters)
+
+
+def check_reachable(
+    discovery: Discovery, selection: Selection, target: Target, cost: Cost | None = None
+) -> None:
     """Raise what `allocate` would raise for this model whatever the importance is.
 
     For a look ahead, before the importance is estimated. With scope ``local`` that is everything;
@@ -150,13 +162,13 @@ def check_reachable(discovery: Discovery, selection: Selection, target: Target) 
     """
     scores = {group.name: np.zeros(group.size) for group in discovery.groups}
     if selection.scope == "local":
-        allocate(discovery, scores, selection, target)
+        allocate(discovery, scores, selection, target, cost=cost)
         return
     survivors = Survivors.dense(discovery)
     chosen = choose_groups(discovery, selection, survivors)
     ladders = build_ladders(discovery, chosen, scores, selection, survivors)
     if target.unit_ratio is None:
-        _begin_search(ladders, discovery, target, survivors)
+        _begin_search(ladders, cost or _parameters(discovery, survivors), target)
         return
     for ladder in ladders.all:
         _refuse_nothing(ladder, exact(target.unit_ratio), target)
@@ -164,7 +176,7 @@ def check_reachable(discovery: Discovery, selection: Selection, target: Target) 
 
 def _unit_steps(
     ladders: Ladders,
-    discovery: Discovery,
+    cost: Cost,
     selection: Selection,
     target: Target,
     weights: Mapping[str, float],
@@ -181,7 +193,7 @@ def _unit_steps(
             )
             for ladder in ladders.all
         }
-    prices = step_prices(ladders, ParameterCounter(discovery))
+    prices = step_prices(ladders, cost.counter)
     steps: dict[str, int] = {}
     for kind in dict.fromkeys(ladder.group.kind for ladder in ladders.all):
         same = [ladder for ladder in ladders.all if ladder.group.kind == kind]
@@ -224,23 +236,21 @@ def _refuse_nothing(ladder: Ladder, ratio: Fraction, target: Target) -> None:
     raise UserError(f"{head}; use at least {share:.3f}, or leave {group.kind} out")
 
 
-def _parameter_steps(
+def _cost_steps(
     ladders: Ladders,
-    discovery: Discovery,
+    cost: Cost,
     selection: Selection,
     target: Target,
-    survivors: Survivors,
     weights: Mapping[str, float],
 ) -> dict[str, int]:
-    dense = survivors.parameters
-    search = _begin_search(ladders, discovery, target, survivors)
+    search = _begin_search(ladders, cost, target)
     prices = step_prices(ladders, search.counter)
     if selection.split is None:
         _search(search, ladders.all, prices, selection, weights)
     else:
         _search_split(search, ladders, prices, selection, selection.split, weights)
     if search.best is None or (search.error > search.tolerance and not target.loose):
-        raise UserError(_unreachable(search, target, dense, ladders))
+        raise UserError(_unreachable(search, target, cost, ladders))
     return search.best[1]
 
 
@@ -307,15 +317,14 @@ def _search(
 
 def _capped(
     ladders: Ladders,
-    discovery: Discovery,
+    cost: Cost,
     selection: Selection,
     target: Target,
-    survivors: Survivors,
 ) -> Ladders:
     """Return the ladders without the rungs beyond the selection's ``spread``."""
     if selection.spread is None or not selection.ranks_together:
         return ladders
-    search = _begin_search(ladders, discovery, target, survivors)
+    search = _begin_search(ladders, cost, target)
     split = selection.split or dict.fromkeys(selection.structures, 1.0)
     counter, capped = search.counter, []
     spans: dict[str, int] = {}
@@ -337,34 +346,30 @@ def _capped(
     return replace(ladders, all=tuple(capped))
 
 
-def _begin_search(
-    ladders: Ladders, discovery: Discovery, target: Target, survivors: Survivors
-) -> Search:
+def _begin_search(ladders: Ladders, cost: Cost, target: Target) -> Search:
     """Return a search that knows the largest removal, after checking that it is large enough."""
-    dense = survivors.parameters
-    counter = ParameterCounter(discovery)
     search = Search(
         ladders,
-        counter,
-        target=target.kept(dense),
-        tolerance=TOLERANCE * dense,
-        allow_nothing=target.loose or counter.total < dense,
+        cost.counter,
+        target=target.kept(cost.dense),
+        tolerance=TOLERANCE * cost.dense,
+        allow_nothing=target.loose or cost.counter.total < cost.dense,
     )
     everything = {ladder.group.name: int(ladder.counts[-1]) for ladder in ladders.all}
     least = search.try_steps(everything)
     if least - search.target > search.tolerance and not target.loose:
         raise UserError(
             f"{target} cannot be reached: pruning {_words(ladders)} to the last unit leaves "
-            f"{_size(least, dense)}; ask for less, protect fewer layers or add structures"
+            f"{_size(least, cost)}; ask for less, protect fewer layers or add structures"
         )
     return search
 
 
-def _unreachable(search: Search, target: Target, dense: int, ladders: Ladders) -> str:
+def _unreachable(search: Search, target: Target, cost: Cost, ladders: Ladders) -> str:
     more = [count for count in search.counts if count > search.target]
     less = [count for count in search.counts if count <= search.target]
-    nearest = [f"{_size(min(more), dense)} (less)"] if more else []
-    nearest += [f"{_size(max(less), dense)} (more)"] if less else []
+    nearest = [f"{_size(min(more), cost)} (less)"] if more else []
+    nearest += [f"{_size(max(less), cost)} (more)"] if less else []
     return (
         f"{target} cannot be reached within {100 * TOLERANCE:g} points by pruning "
         f"{_words(ladders)}; the nearest that can: {' and '.join(nearest)}; "
@@ -372,8 +377,8 @@ def _unreachable(search: Search, target: Target, dense: int, ladders: Ladders) -
     )
 
 
-def _size(count: int, dense: int) -> str:
-    return f"{count:,} parameters, ratio {1 - count / dense:.4f}"
+def _size(count: int, cost: Cost) -> str:
+    return f"{count:,} {cost.unit}, ratio {1 - count / cost.dense:.4f}"
 
 
 def _words(ladders: Ladders) -> str:

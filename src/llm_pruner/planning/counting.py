@@ -1,4 +1,4 @@
-"""Exact parameter counts of many removals of one model.
+"""What many removals of one model leave: parameters, exactly, or another cost, by prices.
 
 `llm_pruner.removal.count_parameters` gives the same numbers; it sorts every position of every axis
 each time, which is too slow for a search.
@@ -7,11 +7,59 @@ each time, which is too slow for a search.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from llm_pruner.types import Discovery, IntArray, Removal
+
+
+class Counter(Protocol):
+    """Counts what is left of a cost."""
+
+    @property
+    def total(self) -> int:
+        """The cost of the model as it is."""
+        ...
+
+    def count(self, removal: Removal) -> int:
+        """Return the cost that a removal leaves; units need not be sorted."""
+        ...
+
+
+@dataclass(frozen=True)
+class PricedCounter:
+    """A cost to which every unit of a group adds the same, whatever else is removed.
+
+    Attributes:
+        total: the cost of the model as it is.
+        prices: group -> cost of one unit; groups that are not named cost nothing.
+    """
+
+    total: int
+    prices: Mapping[str, float]
+
+    def count(self, removal: Removal) -> int:
+        """Return the cost that a removal leaves."""
+        gone = sum(self.prices.get(name, 0.0) * len(units) for name, units in removal.items())
+        return self.total - round(gone)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a target counts.
+
+    Attributes:
+        counter: of the model as it is.
+        dense: the cost of the dense model.
+        unit: what it is, in words, such as ``parameters``.
+    """
+
+    counter: Counter
+    dense: int
+    unit: str = "parameters"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from llm_pruner.planning.choosing import choose_groups
 from llm_pruner.planning.ladders import Ladder, Ladders, build_ladders
 from llm_pruner.planning.survivors import Survivors
 from llm_pruner.planning.target import Selection
-from llm_pruner.types import Discovery, FloatArray, IntArray, Scores
+from llm_pruner.types import Discovery, FloatArray, Group, IntArray, Scores
 
 SHARES = (0.2, 0.45)
 """Shares of a group's units at which it is measured."""
@@ -57,6 +57,24 @@ def trial_removals(
         (ladder.group.name, steps, ladders.removal({ladder.group.name: steps}))
         for ladder in ladders.all
         for steps in _steps(ladder)
+    ]
+
+
+def smallest_removals(
+    discovery: Discovery, selection: Selection, survivors: Survivors
+) -> list[tuple[Group, dict[str, IntArray]]]:
+    """Return the smallest removal from each chosen group that can lose something.
+
+    Raises:
+        UserError: as `allocate`.
+    """
+    scores = {group.name: np.zeros(group.size) for group in discovery.groups}
+    chosen = choose_groups(discovery, selection, survivors)
+    ladders = build_ladders(discovery, chosen, scores, selection, survivors)
+    return [
+        (ladder.group, ladders.removal({ladder.group.name: int(ladder.counts[1])}))
+        for ladder in ladders.all
+        if len(ladder.counts) > 1
     ]
 
 

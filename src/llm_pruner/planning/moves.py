@@ -12,7 +12,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from llm_pruner.planning.budget import Allocation
-from llm_pruner.planning.counting import ParameterCounter
 from llm_pruner.planning.ladders import Ladder
 from llm_pruner.planning.search import step_prices
 
@@ -33,7 +32,7 @@ class Moves:
         self._start = start
         self._within = within_structures
         self._random = np.random.default_rng(seed)
-        self._counter = ParameterCounter(start.discovery)
+        self._counter = start.cost.counter
         self._prices = step_prices(start.ladders, self._counter)
         self._ladders = {x.group.name: x for x in start.ladders.all if len(x.counts) > 1}
         self._target = self._count(start.steps)

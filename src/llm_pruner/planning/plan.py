@@ -76,6 +76,7 @@ class PlanTarget(_Strict):
     unit_ratio: float | None = None
     ratio: float | None = None
     params: int | None = None
+    kv_cache: float | None = None
     steps: int = 1
 
 
@@ -158,6 +159,7 @@ class Plan(_Strict):
                 unit_ratio=target.unit_ratio,
                 ratio=target.ratio,
                 params=target.params,
+                kv_cache=target.kv_cache,
                 steps=steps,
             ),
             selection=None

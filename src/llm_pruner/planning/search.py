@@ -14,7 +14,7 @@ from itertools import product
 
 import numpy as np
 
-from llm_pruner.planning.counting import ParameterCounter
+from llm_pruner.planning.counting import Counter
 from llm_pruner.planning.ladders import Ladder, Ladders
 from llm_pruner.types import FloatArray, IntArray
 
@@ -42,7 +42,7 @@ class Search:
     """Candidates around a target; ``best`` is the nearest, ``below``/``above`` its neighbours."""
 
     ladders: Ladders
-    counter: ParameterCounter
+    counter: Counter
     target: int
     tolerance: float
     allow_nothing: bool
@@ -147,8 +147,8 @@ def _steps(queue: Queue, held: Mapping[int, int], taken: IntArray) -> dict[str, 
     }
 
 
-def step_prices(ladders: Ladders, counter: ParameterCounter) -> dict[str, int]:
-    """Return how many parameters one step of each group removes from the unpruned model."""
+def step_prices(ladders: Ladders, counter: Counter) -> dict[str, int]:
+    """Return how much of a cost one step of each group removes from the unpruned model."""
     prices: dict[str, int] = {}
     for ladder in ladders.all:
         # The first rung, since companions may forbid a single step.

@@ -23,13 +23,15 @@ _SUFFIX = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
 
 @dataclass(frozen=True)
 class Target:
-    """How much to remove: exactly one of the first three is set.
+    """How much to remove: exactly one of the first four is set.
 
     Attributes:
         unit_ratio: share of units to remove in each chosen layer, in (0, 1) (LLM-Pruner, arXiv
             2305.11627). A group of n units loses floor(n * unit_ratio).
         ratio: share of all parameters of the dense model to remove, in (0, 1).
         params: number of parameters to keep.
+        kv_cache: share of what the dense model's cache grows by with each token to remove, in
+            (0, 1).
         loose: an intermediate goal of several steps: take the nearest that can be reached
             (removing nothing included) where a final goal would raise.
     """
@@ -37,17 +39,18 @@ class Target:
     unit_ratio: float | None = None
     ratio: float | None = None
     params: int | None = None
+    kv_cache: float | None = None
     loose: bool = False
 
     def __post_init__(self) -> None:
         given = [f"{name}={value}" for name, value in self._values() if value is not None]
         if len(given) != 1:
             raise UserError(
-                "the target needs exactly one of unit_ratio, ratio and params; got "
+                "the target needs exactly one of unit_ratio, ratio, params and kv_cache; got "
                 + (", ".join(given) if given else "none")
             )
-        for name, value in self._values()[:2]:
-            if value is not None and not 0 < value < 1:
+        for name, value in self._values():
+            if name != "params" and value is not None and not 0 < value < 1:
                 raise UserError(
                     f"{name}={value} is outside (0, 1); give the share to remove, such as 0.2"
                 )
@@ -55,23 +58,28 @@ class Target:
             raise UserError(f"params={self.params} keeps nothing; give the number to keep")
 
     def _values(self) -> tuple[tuple[str, float | int | None], ...]:
-        return (("unit_ratio", self.unit_ratio), ("ratio", self.ratio), ("params", self.params))
+        names = ("unit_ratio", "ratio", "params", "kv_cache")
+        return tuple((name, getattr(self, name)) for name in names)
 
     def __str__(self) -> str:
         return next(f"{name}={value}" for name, value in self._values() if value is not None)
 
-    def kept(self, dense_params: int) -> int:
-        """Return the number of parameters to keep; for ``ratio`` and ``params`` only.
+    def kept(self, dense: int) -> int:
+        """Return how much to keep of what it counts; not for ``unit_ratio``.
+
+        Args:
+            dense: parameters of the dense model; for ``kv_cache``, bytes of its cache per token.
 
         Raises:
-            UserError: ``params`` is not below ``dense_params``.
+            UserError: ``params`` is not below ``dense``.
         """
-        if self.ratio is not None:
-            return dense_params - round(dense_params * exact(self.ratio))
+        share = self.ratio if self.kv_cache is None else self.kv_cache
+        if share is not None:
+            return dense - round(dense * exact(share))
         assert self.params is not None
-        if self.params >= dense_params:
+        if self.params >= dense:
             raise UserError(
-                f"params={self.params:,} is not below the {dense_params:,} parameters of the "
+                f"params={self.params:,} is not below the {dense:,} parameters of the "
                 "model; give the smaller number to keep"
             )
         return self.params
@@ -254,7 +262,8 @@ def step_targets(dense_params: int, target: Target, steps: int) -> list[Target]:
     """Return the cumulative target of each step, linear in what is removed; the last is ``target``.
 
     A unit ratio stays a share of the dense units, so `allocate` needs the `Survivors` of the
-    steps before. The other targets become numbers of parameters to keep.
+    steps before, and a share of the cache a share of the dense cache. The other targets become
+    numbers of parameters to keep.
 
     Raises:
         UserError: fewer than one step.
@@ -266,6 +275,9 @@ def step_targets(dense_params: int, target: Target, steps: int) -> list[Target]:
         if target.unit_ratio is not None:
             share = exact(target.unit_ratio) * step / steps
             targets.append(Target(unit_ratio=float(share), loose=True))
+        elif target.kv_cache is not None:
+            share = exact(target.kv_cache) * step / steps
+            targets.append(Target(kv_cache=float(share), loose=True))
         else:
             removed = dense_params - target.kept(dense_params)
             targets.append(Target(params=dense_params - removed * step // steps, loose=True))
