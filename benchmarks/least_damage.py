@@ -8,7 +8,8 @@ windows of 1,024 tokens on the first 65,536 tokens of WikiText-2 test, on held-o
 Treebank, beside the dense model. Rows (``--rows``): ``recipes`` (each recipe at four sizes),
 ``table`` (every criterion, uniform and global, without and with least squares, at 20% and 50% of
 the block parameters, on ``--screen`` tokens of each text), ``seeds`` (the best recipe, two more
-seeds), ``text`` (self-made calibration text), ``uniform`` (equal layers). Writes
+seeds), ``text`` (self-made calibration text, and each of ``--texts``), ``uniform`` (equal layers).
+``--sizes`` and ``--only`` take some of them. Writes
 benchmarks/results/least_damage.json after each row, and goes on from there when it is run again.
 """
 
@@ -20,7 +21,7 @@ import platform
 import resource
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -72,7 +73,7 @@ class Run:
     seq_len: int | None = None
 
 
-def runs(rows: str) -> list[Run]:
+def runs(rows: str, texts: Sequence[str] = ()) -> list[Run]:
     """Return the runs behind one set of rows."""
     sizes = list(SIZES)
     if rows == "recipes":
@@ -82,7 +83,10 @@ def runs(rows: str) -> list[Run]:
     if rows == "seeds":
         return [Run(rows, size, "best", seed) for size, seed in product(sizes, (1, 2))]
     if rows == "text":
-        return [Run(rows, "20% of the blocks", "best", calibration="self")]
+        return [
+            Run(rows, size, "best", calibration=text)
+            for size, text in product(sizes, ("self", *texts))
+        ]
     if rows == "uniform":
         return [
             Run(rows, size, "best", scope="uniform")
@@ -146,6 +150,8 @@ def main() -> None:
     parser.add_argument("--ptb")
     parser.add_argument("--model", default="default")
     parser.add_argument("--rows", default="recipes", help="comma-separated sets of rows")
+    parser.add_argument("--texts", default="", help="comma-separated calibration files")
+    parser.add_argument("--sizes", default=",".join(SIZES), help="comma-separated")
     parser.add_argument("--only", help="comma-separated recipes, of those in the rows")
     parser.add_argument(
         "--screen", type=int, default=8192, help="tokens of each text for the table"
@@ -176,10 +182,16 @@ def main() -> None:
             results["dense"][str(tokens)] = perplexities(options.model, some, tokens)
             save()
         dense = results["dense"][str(tokens)]
-        for run in runs(rows):
+        for run in runs(rows, [text for text in options.texts.split(",") if text]):
             key = {k: v for k, v in json.loads(json.dumps(run.__dict__)).items() if v is not None}
+            if "calibration" in key:
+                key["calibration"] = Path(key["calibration"]).name
             left_out = options.only is not None and run.recipe not in options.only.split(",")
-            if left_out or any(row["run"] == key for row in results["rows"]):
+            if (
+                run.size not in options.sizes.split(",")
+                or left_out
+                or any(row["run"] == key for row in results["rows"])
+            ):
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "pruned"
