@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--plans", default="best,paper")
     parser.add_argument("--sizes", default=",".join(SIZES))
     parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--batch-size", type=int)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--max-steps", type=int)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "recovery-work")
@@ -96,10 +97,13 @@ def main() -> None:
             files = data.split(",")
             key = {"plan": plan, "size": size, "method": method, **budget}
             key |= {"data": [Path(file).name for file in files], "samples": options.samples}
+            key |= {"batch_size": options.batch_size}
             if any(row["run"] == key for row in results["rows"]):
                 continue
             arguments = [*METHODS[method], *(part for file in files for part in ("--data", file))]
             arguments += [] if options.samples is None else ["--samples", options.samples]
+            if options.batch_size is not None:
+                arguments += ["--batch-size", options.batch_size]
             arguments += [] if options.minutes is None else ["--max-minutes", options.minutes]
             arguments += [] if options.max_steps is None else ["--max-steps", options.max_steps]
             with tempfile.TemporaryDirectory() as folder:
