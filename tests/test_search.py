@@ -193,6 +193,19 @@ def test_the_command_searches_and_its_plan_repeats(
     assert (tmp_path / "three" / "plan.json").read_bytes() == plans[0]
 
 
+@pytest.mark.parametrize(
+    "asked", [("--allocate", "search", "--search-trials", 3), ("--split", "auto")]
+)
+def test_random_units_are_judged_without_a_cut(
+    checkpoint: tuple[Path, Path], tmp_path: Path, asked: tuple[object, ...]
+) -> None:
+    dense, text = checkpoint
+    given = ("--ratio", 0.1, "--criterion", "random", "--dry-run", *asked)
+    given += ("--calibration", text, "--samples", 8, "--seq-len", 32)
+    done("prune", dense, "--out", tmp_path / "plan.json", *given)
+    assert (tmp_path / "plan.json").is_file()
+
+
 def test_profiles_reach_the_plan(checkpoint: tuple[Path, Path], tmp_path: Path) -> None:
     dense, _ = checkpoint
     given = ("--ratio", 0.1, "--criterion", "l2", "--structures", "ffn", "--dry-run")

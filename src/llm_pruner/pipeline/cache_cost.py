@@ -1,7 +1,7 @@
 """What each unit adds to the key-value cache: measured, for no architecture is known.
 
-From each group that is to be pruned, the smallest number of units is removed from a copy without
-weights, and the growth of the cache per token is counted again.
+From each group that is to be pruned, the smallest number of units is removed on a copy that shares
+the weights, and the growth of the cache per token is counted again.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def cache_cost(
             "this model keeps no cache that grows with each token; give --ratio or --params"
         )
     prices: dict[str, float] = {}
-    kinds: dict[str, float] = dict.fromkeys(selection.structures, 0.0)
+    kinds: dict[str, float] = {}
     trials = smallest_removals(discovery, selection, survivors)
     for group, removal in track(trials, "cache of every group"):
         copy: Any = sharing_copy(model)
         prune_(copy, discovery, removal)
         price = (total - _bytes(copy)) / len(removal[group.name])
         prices[group.name] = price
-        kinds[group.kind] = max(kinds[group.kind], price)
+        kinds[group.kind] = max(kinds.get(group.kind, 0.0), price)
     idle = [kind for kind, price in kinds.items() if price <= 0]
     if idle:
         raise UserError(

@@ -203,9 +203,10 @@ def prune_checkpoint(
     judges = search is not None or (selection is not None and selection.scope == "measured")
     if (plan is None and (criterion.reads_text or find_best_split or judges)) or refit:
         _check_calibration(calibration)
-    # A plan of random units, or a plan that is there, needs none of the weights.
-    random = plan is not None or criterion.name == "random"
-    loaded = load(model, weights=not (dry_run and random))
+    # A plan of random units that nothing judges, or a plan that is there, needs no weights.
+    judged = find_best_split or judges
+    weightless = plan is not None or (criterion.name == "random" and not judged)
+    loaded = load(model, weights=not (dry_run and weightless))
     clock.stop("load")
     network = loaded.model
     dense_config = copy.deepcopy(network.config)
@@ -216,7 +217,7 @@ def prune_checkpoint(
     verified = verify if verify is not None else count_parameters(discovery) <= VERIFY_LIMIT
     surgeon = _Surgeon(network, verified and not dry_run, clock)
     # A dry run refits too where its plan depends on it.
-    refits = refit and not (dry_run and random)
+    refits = refit and not (dry_run and weightless)
     refitter = _Refitter(loaded, discovery, clock) if refits else None
     trials: list[Trial] = []
     levels: list[Level] = []
