@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -80,13 +81,13 @@ def test_every_move_keeps_the_number_of_parameters(
             continue
         drawn += 1
         assert found != steps
-        removal = type(start)(MODEL, start.ladders, found).removal()
+        removal = replace(start, steps=found).removal()
         assert not check(MODEL, removal)
         assert abs(count_parameters(MODEL, removal) - total) <= 3 * 64
         steps = found
     assert drawn > 50
     if within and structures == ("heads", "ffn"):
-        gone = type(start)(MODEL, start.ladders, steps).removal()
+        gone = replace(start, steps=steps).removal()
         assert sum(shares(MODEL, gone, "heads")) == sum(shares(MODEL, start.removal(), "heads"))
 
 
