@@ -39,6 +39,8 @@ def test_the_cache_is_as_much_smaller(family: str, structures: tuple[str, ...], 
     selection = Selection(structures, scope=scope)
     cost = cache_cost(model, discovery, selection, Survivors.dense(discovery))
     assert cost.dense == cache_of(model)
+    with pytest.raises(UserError, match="give its cost"):
+        allocate(discovery, {}, selection, Target(kv_cache=0.5))
     scores = score(model, discovery, Criterion("random"), input_ids=None, seed=0)
     layers = next(group.size for group in discovery.groups if group.kind == "layers")
     share = 1 / layers if structures == ("layers",) else 0.5

@@ -105,7 +105,7 @@ def allocate(
         target: how much to remove, of the dense model and all steps together.
         survivors: what earlier steps left of the dense model; None if this is the dense model.
         levels: what trial removals cost, for scope ``measured``.
-        cost: what the target counts; None for parameters.
+        cost: what the target counts; None for parameters. Needed for ``kv_cache``.
 
     Raises:
         UserError: a target that cannot be reached (naming the nearest that can), a group that
@@ -125,7 +125,7 @@ def find_allocation(
 ) -> Allocation:
     """Return what `allocate` removes as steps down the ladders; the same arguments and errors."""
     survivors = survivors or Survivors.dense(discovery)
-    cost = cost or _parameters(discovery, survivors)
+    cost = cost or _parameters(discovery, survivors, target)
     chosen = choose_groups(discovery, selection, survivors)
     ladders = build_ladders(discovery, chosen, scores, selection, survivors)
     if selection.scope == "measured":
@@ -144,7 +144,9 @@ def find_allocation(
     return Allocation(discovery, ladders, steps, cost)
 
 
-def _parameters(discovery: Discovery, survivors: Survivors) -> Cost:
+def _parameters(discovery: Discovery, survivors: Survivors, target: Target) -> Cost:
+    if target.kv_cache is not None:
+        raise UserError(f"{target} needs to know what each unit adds to the cache; give its cost")
     return Cost(ParameterCounter(discovery), survivors.parameters)
 
 
@@ -168,7 +170,7 @@ def check_reachable(
     chosen = choose_groups(discovery, selection, survivors)
     ladders = build_ladders(discovery, chosen, scores, selection, survivors)
     if target.unit_ratio is None:
-        _begin_search(ladders, cost or _parameters(discovery, survivors), target)
+        _begin_search(ladders, cost or _parameters(discovery, survivors, target), target)
         return
     for ladder in ladders.all:
         _refuse_nothing(ladder, exact(target.unit_ratio), target)
