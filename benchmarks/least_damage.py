@@ -8,7 +8,7 @@ windows of 1,024 tokens on the first 65,536 tokens of WikiText-2 test, on held-o
 Treebank, beside the dense model. Rows (``--rows``): ``recipes`` (each recipe at four sizes),
 ``table`` (every criterion, uniform and global, without and with least squares, at 20% and 50% of
 the block parameters, on ``--screen`` tokens of each text), ``seeds`` (the best recipe, two more
-seeds), ``text`` (self-made calibration text, and each of ``--texts``), ``uniform`` (equal layers).
+seeds), ``text`` (calibrated on each of ``--texts``; self-made without), ``uniform`` (equal layers).
 ``--sizes`` and ``--only`` take some of them. Writes
 benchmarks/results/least_damage.json after each row, and goes on from there when it is run again.
 """
@@ -32,6 +32,7 @@ import transformers
 from corpora import TOKENS, WINDOW, perplexities, read_texts
 
 from llm_pruner import Target
+from llm_pruner.allocator import keep_few_kernels, keep_large_blocks
 from llm_pruner.errors import UserError
 from llm_pruner.pipeline.by_recipe import calibration_of, prune_arguments
 from llm_pruner.pipeline.prune import prune_checkpoint
@@ -70,12 +71,14 @@ class Run:
     spread: float | None = None
     steps: int | None = None
     samples: int | None = None
+    score_samples: int | None = None
     seq_len: int | None = None
 
 
-def runs(rows: str, texts: Sequence[str] = ()) -> list[Run]:
-    """Return the runs behind one set of rows."""
+def runs(rows: str, texts: Sequence[str] = ("self",), samples: int | None = None) -> list[Run]:
+    """Return the runs behind one set of rows; ``samples`` are fitted, as many scored as ever."""
     sizes = list(SIZES)
+    scored = None if samples is None else read_recipe("best").samples
     if rows == "recipes":
         return [Run(rows, size, name) for size, name in product(sizes, ("best", "paper"))] + [
             Run(rows, "20% of the blocks", name) for name in NAMES if name not in ("best", "paper")
@@ -84,8 +87,8 @@ def runs(rows: str, texts: Sequence[str] = ()) -> list[Run]:
         return [Run(rows, size, "best", seed) for size, seed in product(sizes, (1, 2))]
     if rows == "text":
         return [
-            Run(rows, size, "best", calibration=text)
-            for size, text in product(sizes, ("self", *texts))
+            Run(rows, size, "best", calibration=text, samples=samples, score_samples=scored)
+            for size, text in product(sizes, texts)
         ]
     if rows == "uniform":
         return [
@@ -107,7 +110,7 @@ def prune(model: str, run: Run, calibration: str, out: Path) -> dict[str, Any]:
     """Carry out one run; return what it cost and found."""
     said = {
         **{name: getattr(run, name) for name in ("criterion", "compensation", "structures")},
-        **{name: getattr(run, name) for name in ("steps", "samples", "seq_len")},
+        **{name: getattr(run, name) for name in ("steps", "samples", "score_samples", "seq_len")},
         "scope": None if run.scope == "uniform" else run.scope,
         "split": run.split,
     }
@@ -150,7 +153,10 @@ def main() -> None:
     parser.add_argument("--ptb")
     parser.add_argument("--model", default="default")
     parser.add_argument("--rows", default="recipes", help="comma-separated sets of rows")
-    parser.add_argument("--texts", default="", help="comma-separated calibration files")
+    parser.add_argument(
+        "--texts", nargs="+", default=["self"], help="calibration texts; a,b: equal parts of both"
+    )
+    parser.add_argument("--samples", type=int, help="of each of --texts")
     parser.add_argument("--sizes", default=",".join(SIZES), help="comma-separated")
     parser.add_argument("--only", help="comma-separated recipes, of those in the rows")
     parser.add_argument(
@@ -158,6 +164,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "least_damage.json")
     options = parser.parse_args()
+    keep_large_blocks()
+    keep_few_kernels()
     texts = read_texts({"wikitext2": options.wikitext, "c4": options.c4, "ptb": options.ptb})
     results: dict[str, Any] = {"settings": {}, "dense": {}, "rows": []}
     if options.out.exists():
@@ -182,10 +190,11 @@ def main() -> None:
             results["dense"][str(tokens)] = perplexities(options.model, some, tokens)
             save()
         dense = results["dense"][str(tokens)]
-        for run in runs(rows, [text for text in options.texts.split(",") if text]):
+        for run in runs(rows, options.texts, options.samples):
             key = {k: v for k, v in json.loads(json.dumps(run.__dict__)).items() if v is not None}
             if "calibration" in key:
-                key["calibration"] = Path(key["calibration"]).name
+                parts = key["calibration"].split(",")
+                key["calibration"] = ",".join(Path(part).name for part in parts)
             left_out = options.only is not None and run.recipe not in options.only.split(",")
             if (
                 run.size not in options.sizes.split(",")

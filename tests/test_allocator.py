@@ -53,6 +53,27 @@ def test_what_the_user_set_stays() -> None:
     assert run(MALLOC_MMAP_THRESHOLD_="1000000")[0] == "False"
 
 
+KERNELS = """
+import os
+from llm_pruner.allocator import keep_few_kernels
+keep_few_kernels()
+print(os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["LRU_CACHE_CAPACITY"])
+"""
+
+
+def test_few_kernels_are_kept_unless_the_user_says_otherwise() -> None:
+    environment = {**os.environ, "LRU_CACHE_CAPACITY": "7"}
+    environment.pop("ONEDNN_PRIMITIVE_CACHE_CAPACITY", None)
+    done = subprocess.run(
+        [sys.executable, "-c", KERNELS],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["128", "7"]
+
+
 RETURNED = """
 import torch
 from llm_pruner.allocator import give_back, keep_large_blocks

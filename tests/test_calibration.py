@@ -72,6 +72,31 @@ def test_every_window_starts_with_bos_where_the_tokenizer_adds_it(tmp_path: Path
     assert ids[6, 1:3].tolist() == [EOS, BOS]
 
 
+def test_several_sources_take_turns_and_give_equal_parts(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    files = [tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "c.txt"]
+    for file in files:
+        file.write_text(file.stem * 400)
+    options: dict[str, Any] = {"seq_len": 20, "seed": 3}
+    made = build_calibration(",".join(map(str, files)), tokenizer, samples=8, **options)
+    assert [tokenizer.decode(row)[0] for row in made.input_ids] == list("abcabcab")
+    assert made.settings["samples"] == 8
+    assert made.settings["name"] == "a.txt, b.txt, c.txt"
+    alone = build_calibration(str(files[0]), tokenizer, samples=8, **options)
+    assert made.settings["fingerprint"] != alone.settings["fingerprint"]
+    with pytest.raises(UserError, match="samples=2 of 3 sources leave some without any"):
+        build_calibration(",".join(map(str, files)), tokenizer, samples=2, **options)
+    files[1].write_text("b" * 40)
+    with pytest.raises(UserError, match=r"70 samples are 23 of each of 3 sources: b\.txt gives 40"):
+        build_calibration(",".join(map(str, files)), tokenizer, samples=70, seed=0, seq_len=16)
+
+
+def test_a_comma_in_the_name_of_a_file(tmp_path: Path) -> None:
+    source = write_documents(tmp_path / "a,b.jsonl", [300, 300])
+    made = build_calibration(source, tiny_tokenizer(), samples=4, seq_len=50, seed=0)
+    assert made.settings["name"] == "a,b.jsonl"
+
+
 def test_a_plain_text_is_cut_in_order_and_drawn_by_seed(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     text = "".join(f"{n:04d}" for n in range(100))

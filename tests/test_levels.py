@@ -13,7 +13,7 @@ from families import make
 from helpers import tiny_model
 from llm_pruner import Criterion, Selection, Target, allocate, discover, score
 from llm_pruner.errors import UserError
-from llm_pruner.pipeline.judge import Judge
+from llm_pruner.pipeline.judge import Judge, divergences
 from llm_pruner.pipeline.levels import measure_levels
 from llm_pruner.planning import Level, Survivors, trial_removals
 from llm_pruner.planning.levels import damage_by_step
@@ -67,6 +67,14 @@ def test_a_trial_that_resumes_measures_the_same(family: str) -> None:
     assert len({group.split(".")[1] for group in found}) > 1
     assert max(found.values()) > 0
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_sample_by_sample_the_divergence_is_the_same() -> None:
+    dense, other, held_out = make("llama"), make("llama", seed=1), tokens(3)
+    judge = Judge(dense, held_out)
+    found = divergences(dense, (dense, other), held_out)
+    assert found == pytest.approx([judge.of(dense), judge.of(other)], rel=1e-5, abs=1e-7)
+    assert found[1] > 10 * abs(found[0])
 
 
 def test_the_ranking_follows_what_was_measured_and_not_the_scale_of_scores() -> None:

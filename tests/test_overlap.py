@@ -20,13 +20,15 @@ from llm_pruner.pipeline.overlap import shared_corpora
         ("mine.txt", "/other/mine.txt", True),
         ("c4_sample.jsonl", "wikitext2", False),
         ("self", "ptb", False),
+        ("books.jsonl,c4", "c4", True),
     ],
 )
 def test_corpora_by_name(tmp_path: Path, used: str, source: str, same: bool) -> None:
     (tmp_path / "plan.json").write_text(json.dumps({"calibration": {"source": used}}))
     warnings = shared_corpora(str(tmp_path), [source])
     assert bool(warnings) == same
-    assert all(used in warning and source in warning for warning in warnings)
+    part = used.split(",")[-1]
+    assert all(f"on {part} and" in warning and source in warning for warning in warnings)
 
 
 @pytest.mark.parametrize("plan", ["", "[]", '{"calibration": null}', '{"calibration": {}}'])

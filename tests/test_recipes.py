@@ -20,7 +20,8 @@ from llm_pruner.chain.consumers import consumers_of
 from llm_pruner.compensation import Refitted, refit_
 from llm_pruner.errors import UserError
 from llm_pruner.groups import discover
-from llm_pruner.pipeline import prune, trials
+from llm_pruner.pipeline import matmul, prune, trials
+from llm_pruner.pipeline.by_recipe import calibration_of
 from llm_pruner.pipeline.levels import measure_levels
 from llm_pruner.pipeline.trials import find_split
 from llm_pruner.planning import Selection, Survivors, Target, allocate, parse_split
@@ -262,11 +263,39 @@ def test_a_part_of_the_text_scores_and_more_of_it_is_fitted(
     options = ("--criterion", "fisher", "--split", "equal", "--compensation", "least-squares")
     out = tmp_path / "out"
     done("prune", tiny, "--out", out, "--ratio", 0.2, *options, *small(text), "--score-samples", 4)
-    # Only what ranks is multiplied in short formats; an eighth of the 16 samples judges the refit.
+    # Sums of a refit are not multiplied in short formats. An eighth of the 16 samples judges it.
     assert read == {"score": (4, "medium"), "refit": (14, "highest")}
     assert torch.get_float32_matmul_precision() == "highest"
     calibration = json.loads((out / "plan.json").read_text())["calibration"]
     assert (calibration["samples"], calibration["score_samples"]) == (16, 4)
+
+
+def test_fewer_samples_than_a_recipe_scores_are_all_scored(
+    tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "some.yaml"
+    recipe.write_text("criterion: fisher\nsamples: 32\nscore_samples: 8\n")
+    for samples, scored in ((4, 4), (16, 8)):
+        options = ("--recipe", recipe, "--calibration", text, "--samples", samples)
+        out = tmp_path / f"{samples}.json"
+        done(*("prune", tiny, "--out", out, "--dry-run"), "--ratio", 0.2, *options, "--seq-len", 24)
+        calibration = json.loads(out.read_text())["calibration"]
+        assert (calibration["samples"], calibration["score_samples"]) == (samples, scored)
+    found = calibration_of(read_recipe(str(recipe)), samples=4)
+    assert (found.samples, found.score_samples) == (4, 4)
+
+
+def test_products_in_bfloat16_are_used_where_the_processor_has_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    linear, x = nn.Linear(8, 8), torch.randn(4, 8)
+    for supported, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(matmul, "multiplies_bfloat16", lambda supported=supported: supported)
+        with matmul.mixed_precision():
+            assert linear(x).dtype == dtype
+            gram = torch.zeros(8, 8).addmm_(x.T, x)
+        assert torch.equal(gram, x.T @ x)
+        assert linear(x).dtype == torch.float32
 
 
 def planned(tiny: Path, out: Path, *options: object) -> tuple[dict[str, Any], str]:

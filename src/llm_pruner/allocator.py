@@ -16,8 +16,13 @@ from typing import Any
 BLOCK = 2**25
 """Blocks of up to this many bytes are kept; glibc takes no larger limit on all systems."""
 
-KEPT = 2**29
+KEPT = 2**27
 """Free bytes at the top of the heap that are kept."""
+
+KERNELS = 128
+"""Matrix products, of a shape each, whose kernels are kept."""
+
+_KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _SAID = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
@@ -33,6 +38,16 @@ def keep_large_blocks() -> bool:
     if mallopt is None or any(name in os.environ for name in _SAID):
         return False
     return bool(mallopt(_MMAP_THRESHOLD, BLOCK)) and bool(mallopt(_TRIM_THRESHOLD, KEPT))
+
+
+def keep_few_kernels() -> None:
+    """Have oneDNN forget all but the last kernels that it made for a matrix product's shape.
+
+    Each holds up to a megabyte, and every width that pruning tries is a shape of its own. Works
+    before the first product; what the user said in the environment stands.
+    """
+    for name in _KERNELS:
+        os.environ.setdefault(name, str(KERNELS))
 
 
 def give_back() -> None:

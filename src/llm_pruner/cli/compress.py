@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llm_pruner.allocator import keep_few_kernels
 from llm_pruner.cli import options
 from llm_pruner.cli.evaluate import task_names
 from llm_pruner.cli.narrator import Narrator
@@ -162,6 +163,7 @@ def command(
 
     An interrupted run goes on when the same command is given again.
     """
+    keep_few_kernels()
     check_json(json)
     if ratio is not None and params is not None:
         raise UserError("--ratio and --params say different things; give one of them")

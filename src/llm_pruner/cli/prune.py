@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from llm_pruner.allocator import keep_few_kernels
 from llm_pruner.cli import options
 from llm_pruner.cli.output import (
     check_json,
@@ -289,7 +290,7 @@ def command(
         typer.Option(
             metavar="SRC",
             help="self (the model writes its own text), a hub dataset, or a .txt, .jsonl, .json or "
-            ".parquet file.",
+            ".parquet file; several, parted by commas, for equal parts of each.",
             rich_help_panel=_CALIBRATION,
         ),
     ] = "self",
@@ -344,6 +345,7 @@ def command(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Remove the least important structures and save a smaller model."""
+    keep_few_kernels()
     check_json(json)
     from llm_pruner.pipeline.by_recipe import allocation_search, profile_of
     from llm_pruner.planning import Selection, Target, parse_count, parse_layer_ranges
@@ -368,7 +370,8 @@ def command(
         steps = settings.get("steps", steps)
         calibration = settings.get("calibration", calibration)
         samples = settings.get("samples", samples)
-        score_samples = settings.get("score_samples", score_samples)
+        if said := settings.get("score_samples"):
+            score_samples = min(said, samples)  # of fewer samples than a recipe's: all
         seq_len = settings.get("seq_len", seq_len)
         compensation = settings.get("compensation", compensation)
     if uniform:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 
 from llm_pruner.data.records import join_records, record_format
 from llm_pruner.data.selfmade import write_text, write_text_cached
-from llm_pruner.data.text import SELF, Documents, load_documents
+from llm_pruner.data.text import SELF, Documents, load_documents, sources_of
 from llm_pruner.errors import UserError
 from llm_pruner.specials import added_tokens
 
@@ -63,6 +65,8 @@ def build_calibration(
 
     Args:
         source: see ``load_documents``; ``self`` has the model write the text, see ``write_text``.
+            Of several, parted by commas, each gives equally many windows (the first ones one more
+            where it does not come out even), in turn.
         model: needed for ``self`` alone.
         kept: folder that keeps what the model wrote, see ``write_text_cached``; ``self`` alone.
 
@@ -73,6 +77,20 @@ def build_calibration(
         raise UserError(f"samples={samples} calibrates on nothing; use at least 1")
     if seq_len < 2:
         raise UserError(f"seq_len={seq_len} predicts no token; use at least 2")
+    sources = sources_of(source)
+    if len(sources) > 1:
+        return _mixture(
+            sources,
+            tokenizer,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            model=model,
+            text_field=text_field,
+            split=split,
+            kept=kept,
+        )
+    (source,) = sources
     name, used_split = source, None
     if source == SELF:
         if model is None:
@@ -95,10 +113,22 @@ def build_calibration(
         )
         name, used_split = documents.name, documents.split
         input_ids = pack(documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed)
+    return _calibration(input_ids, source, name, used_split, text_field, seed)
+
+
+def _calibration(
+    input_ids: torch.Tensor,
+    source: str,
+    name: str,
+    split: str | None,
+    text_field: str | None,
+    seed: int,
+) -> Calibration:
+    samples, seq_len = input_ids.shape
     settings = {
         "source": source,
         "name": name,
-        "split": used_split,
+        "split": split,
         "text_field": text_field,
         "samples": samples,
         "seq_len": seq_len,
@@ -106,6 +136,36 @@ def build_calibration(
         "fingerprint": hashlib.sha256(input_ids.numpy().tobytes()).hexdigest()[:16],
     }
     return Calibration(input_ids, source, settings)
+
+
+def _mixture(
+    sources: Sequence[str], tokenizer: Any, *, samples: int, **options: Any
+) -> Calibration:
+    """Return equally many windows of each source, in turn; see ``build_calibration``."""
+    if samples < len(sources):
+        raise UserError(
+            f"samples={samples} of {len(sources)} sources leave some without any; use at least "
+            f"{len(sources)}"
+        )
+    parts: list[Calibration] = []
+    for number, source in enumerate(sources):
+        share = -(-(samples - number) // len(sources))
+        try:
+            parts.append(build_calibration(source, tokenizer, samples=share, **options))
+        except UserError as error:
+            raise UserError(
+                f"{samples} samples are {share} of each of {len(sources)} sources: {error}"
+            ) from error
+    rows = [row for turn in zip_longest(*(part.input_ids for part in parts)) for row in turn]
+    splits = {part.settings["split"] for part in parts} - {None}
+    return _calibration(
+        torch.stack([row for row in rows if row is not None]),
+        ",".join(sources),
+        ", ".join(part.settings["name"] for part in parts),
+        ",".join(sorted(splits)) or None,
+        options["text_field"],
+        options["seed"],
+    )
 
 
 def pack(

@@ -50,6 +50,13 @@ class Documents:
         return tuple(line for text in self.texts for line in _lines(text))
 
 
+def sources_of(source: str) -> tuple[str, ...]:
+    """Return the parts of a mixture, which are parted by commas; a file's name may hold commas."""
+    if Path(source).expanduser().exists():
+        return (source,)
+    return tuple(part for part in source.split(",") if part) or (source,)
+
+
 def load_documents(
     source: str,
     *,

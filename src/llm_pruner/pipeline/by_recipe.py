@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast, get_args
 
 from llm_pruner.errors import UserError
@@ -57,7 +58,11 @@ def calibration_of(recipe: Recipe, **changes: Any) -> CalibrationSettings:
         "seq_len": recipe.seq_len,
         **{name: value for name, value in changes.items() if value is not None},
     }
-    return CalibrationSettings(**{name: one for name, one in known.items() if one is not None})
+    found = CalibrationSettings(**{name: one for name, one in known.items() if one is not None})
+    if found.score_samples is not None and "score_samples" not in changes:
+        # Of fewer samples than the recipe's: all.
+        found = replace(found, score_samples=min(found.score_samples, found.samples))
+    return found
 
 
 def prune_arguments(recipe: Recipe) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from llm_pruner import __version__
 from llm_pruner.checkpoints import check_output
 from llm_pruner.data.examples import load_examples
-from llm_pruner.data.text import SELF, load_documents
+from llm_pruner.data.text import SELF, load_documents, sources_of
 from llm_pruner.errors import UserError
 from llm_pruner.pipeline import result_cache
 from llm_pruner.pipeline.by_recipe import calibration_of, prune_arguments
@@ -75,8 +75,9 @@ def check_settings(settings: CompressSettings, out: Path, overwrite: bool) -> No
             if source != SELF:
                 load_examples(source, limit=_beginning(source))
     calibration = calibration_of(recipe, source=settings.calibration)
-    if calibration.source != SELF:
-        load_documents(calibration.source, limit=_beginning(calibration.source))
+    for source in sources_of(calibration.source):
+        if source != SELF:
+            load_documents(source, limit=_beginning(source))
     read_texts(settings.perplexity, PerplexitySettings())
     if settings.zero_shot is not None:
         check_tasks(settings.zero_shot)

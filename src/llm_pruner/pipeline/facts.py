@@ -130,7 +130,8 @@ def criterion_in_words(plan: Plan) -> str | None:
         said += f" ({', '.join(f'{key} {value}' for key, value in chosen.items())})"
     if plan.calibration is not None:
         text = plan.calibration
-        where = "text that it wrote itself" if text.source == "self" else text.source
+        own = "text that it wrote itself"
+        where = " and ".join(own if part == "self" else part for part in text.source.split(","))
         said += f" on {text.samples:,} × {text.seq_len:,} tokens of {where}"
     return said
 

@@ -46,6 +46,20 @@ def sharing_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, dict(memo))
 
 
+def divergences(
+    dense: nn.Module, networks: Sequence[nn.Module], held_out: torch.Tensor
+) -> list[float]:
+    """Return for each network the mean over tokens of KL(dense || network) in nats.
+
+    The logits of one sample at a time are held.
+    """
+    totals = [0.0] * len(networks)
+    for ids in held_out.split(1):
+        judge = Judge(dense, ids)
+        totals = [total + judge.of(one) for total, one in zip(totals, networks, strict=True)]
+    return [total / len(held_out) for total in totals]
+
+
 class Judge:
     """Measures the divergence from a dense model, also of removals carried out on copies of it.
 

@@ -29,10 +29,11 @@ def shared_corpora(model: str, sources: Iterable[str]) -> list[str]:
     if used is None:
         return []
     return [
-        f"{model} was calibrated on {used} and is measured on {source}, which is of the same "
+        f"{model} was calibrated on {part} and is measured on {source}, which is of the same "
         "corpus: the result flatters it; calibrate on other text to compare"
         for source in sources
-        if Path(source).name == Path(used).name or _family(source) & _family(used)
+        for part in used.split(",")
+        if Path(source).name == Path(part).name or _family(source) & _family(part)
     ]
 
 

@@ -18,7 +18,7 @@ from llm_pruner.checkpoints import atomic_write_text, check_output, save_checkpo
 from llm_pruner.checkpoints.recipe import compose, from_edits
 from llm_pruner.compensation import Refitted, refit_
 from llm_pruner.data.calibration import Calibration, build_calibration
-from llm_pruner.data.text import SELF, load_documents
+from llm_pruner.data.text import SELF, load_documents, sources_of
 from llm_pruner.errors import UserError, VerificationError
 from llm_pruner.evaluation.rounding import Rounding
 from llm_pruner.groups import discover
@@ -39,11 +39,11 @@ from llm_pruner.pipeline.facts import (
     source_of,
     versions,
 )
-from llm_pruner.pipeline.judge import Judge, sharing_copy
+from llm_pruner.pipeline.judge import divergences, sharing_copy
 from llm_pruner.pipeline.levels import TOKENS as LEVEL_TOKENS
 from llm_pruner.pipeline.levels import measure_levels
 from llm_pruner.pipeline.loading import load
-from llm_pruner.pipeline.matmul import fast_matmul
+from llm_pruner.pipeline.matmul import fast_matmul, mixed_precision
 from llm_pruner.pipeline.report import page_in, write_report
 from llm_pruner.pipeline.rounding import measured_rounding
 from llm_pruner.pipeline.settings import CalibrationSettings, ModelSettings
@@ -408,17 +408,18 @@ def _prune_in_steps(
             levels.extend(measured)
             clock.stop("trials")
         if held_out is not None and trials is not None and number == 0:
-            selection, tried = find_split(
-                loaded.model,
-                discovery,
-                scores,
-                selection,
-                step,
-                survivors,
-                held_out,
-                measured,
-                refit_on=scored if refitter is not None else None,
-            )
+            with mixed_precision():
+                selection, tried = find_split(
+                    loaded.model,
+                    discovery,
+                    scores,
+                    selection,
+                    step,
+                    survivors,
+                    held_out,
+                    measured,
+                    refit_on=scored if refitter is not None else None,
+                )
             trials.extend(tried)
             clock.stop("trials")
         if cost is not None and number > 0:
@@ -501,10 +502,12 @@ class _Refitter:
         before = sharing_copy(self._model)
         # Two samples are the least that can be fitted; then one of them has to judge, too.
         held_out, fitted = _hold_out(tokens) if len(tokens) > 2 else (tokens[-1:], tokens)
-        found = refit_(self._model, self._dense, self._discovery, removal, fitted)
+        with mixed_precision():
+            found = refit_(self._model, self._dense, self._discovery, removal, fitted)
         give_back()
-        judge = Judge(self._dense, held_out[: max(1, LEVEL_TOKENS // held_out.shape[1])])
-        if not judge.of(self._model) <= judge.of(before):
+        judging = held_out[: max(1, LEVEL_TOKENS // held_out.shape[1])]
+        after, without = divergences(self._dense, (self._model, before), judging)
+        if not after <= without:
             for one in found:
                 weight = before.get_submodule(one.module).get_parameter("weight")
                 self._model.get_submodule(one.module).weight = weight
@@ -640,14 +643,16 @@ def _check_calibration(calibration: CalibrationSettings) -> None:
         )
     if calibration.seq_len < 2:
         raise UserError(f"seq_len={calibration.seq_len} predicts no token; use at least 2")
-    if calibration.source != SELF:
+    for source in sources_of(calibration.source):
+        if source == SELF:
+            continue
         # A local file is read whole, so that a broken line far down shows now. Of a dataset the
         # beginning says whether it is there.
         load_documents(
-            calibration.source,
+            source,
             split=calibration.split,
             text_field=calibration.text_field,
-            limit=None if Path(calibration.source).expanduser().exists() else 1000,
+            limit=None if Path(source).expanduser().exists() else 1000,
         )
 
 
@@ -674,7 +679,7 @@ def _criterion_record(criterion: Criterion) -> PlanCriterion:
 def _calibration_record(settings: dict[str, Any], score_samples: int | None) -> PlanCalibration:
     return PlanCalibration(
         # No folder: the same text gives the same plan wherever it lies.
-        source=Path(settings["source"]).name,
+        source=",".join(Path(part).name for part in sources_of(settings["source"])),
         split=settings["split"],
         samples=settings["samples"],
         seq_len=settings["seq_len"],

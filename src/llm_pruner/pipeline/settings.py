@@ -30,7 +30,8 @@ class CalibrationSettings:
     """Text that importance is estimated on, and that compensation fits.
 
     Attributes:
-        source: ``self``, a hub dataset, or a local file.
+        source: ``self``, a hub dataset, or a local file; several, parted by commas, give equally
+            many samples each.
         samples: number of sequences.
         seq_len: tokens of each.
         split: split of a hub dataset.
