@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from helpers import VOCABULARY, tiny_model, tiny_tokenizer
 from llm_pruner.data.calibration import build_calibration
-from llm_pruner.data.selfmade import MIN_P, write_text
+from llm_pruner.data.selfmade import MIN_P, PIECE, write_text, write_windows
 from llm_pruner.errors import UserError
 from llm_pruner.specials import added_tokens
 
@@ -232,14 +232,33 @@ class Fixed(nn.Module):
 
 def test_self_draws_from_the_models_distribution() -> None:
     share = torch.zeros(VOCABULARY)
-    share[[0, 10, 20, 30]] = torch.tensor([0.5, 0.3, 0.195, 0.005])
+    share[[0, 10, 20, 30]] = torch.tensor([0.5, 0.3, 0.1995, 0.0005])
     assert float(share[30]) < MIN_P * 0.3  # below the cut; and 0 is a special token
     ids = write_text(Fixed(share.log()), tiny_tokenizer(), samples=20, seq_len=201, seed=0)
     drawn = ids[:, 1:].reshape(-1)
     counts = torch.bincount(drawn, minlength=VOCABULARY)
     assert set(counts.nonzero()[:, 0].tolist()) == {10, 20}
-    # 4000 draws with probability 0.606: a standard deviation of 0.0077.
-    assert float(counts[10]) / 4000 == pytest.approx(0.3 / 0.495, abs=0.03)
+    # 4000 draws with probability 0.601: a standard deviation of 0.0077.
+    assert float(counts[10]) / 4000 == pytest.approx(0.3 / 0.4995, abs=0.03)
+
+
+@pytest.mark.parametrize("template", [None, "<s> $A", "$A </s>", "<s> $A </s>"])
+def test_long_windows_of_self_hold_several_texts(template: str | None) -> None:
+    tokenizer = tiny_tokenizer() if template is None else marking_tokenizer(template)
+    share = torch.zeros(VOCABULARY)
+    share[40] = 1.0
+    model = Fixed(share.log())
+    windows = write_windows(model, tokenizer, samples=3, seq_len=200, seed=0)
+    assert windows.shape == (3, 200)
+    parting = {None: tokenizer("\n\n")["input_ids"], "<s> $A": []}.get(template, [EOS])
+    texts = write_text(model, tokenizer, samples=6, seq_len=PIECE, seed=0)
+    for number, row in enumerate(windows):
+        first, second = texts[2 * number].tolist(), texts[2 * number + 1].tolist()
+        assert row.tolist() == [*first, *parting, *second][:200]
+    short = write_windows(model, tokenizer, samples=3, seq_len=20, seed=0)
+    assert torch.equal(short, write_text(model, tokenizer, samples=3, seq_len=20, seed=0))
+    with pytest.raises(UserError, match="seq_len=300 is longer than the model's maximum"):
+        write_windows(model, tokenizer, samples=1, seq_len=300, seed=0)
 
 
 def test_self_refuses_logits_that_are_not_finite() -> None:

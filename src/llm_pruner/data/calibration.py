@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llm_pruner.data.records import join_records, record_format
-from llm_pruner.data.selfmade import write_text, write_text_cached
+from llm_pruner.data.selfmade import write_text_cached, write_windows
 from llm_pruner.data.text import SELF, Documents, load_documents, sources_of
 from llm_pruner.errors import UserError
 from llm_pruner.specials import added_tokens
@@ -64,7 +64,7 @@ def build_calibration(
     Where the tokenizer adds BOS, every window starts with it.
 
     Args:
-        source: see ``load_documents``; ``self`` has the model write the text, see ``write_text``.
+        source: see ``load_documents``; of ``self`` the model writes it, see ``write_windows``.
             Of several, parted by commas, each gives equally many windows (the first ones one more
             where it does not come out even), in turn.
         model: needed for ``self`` alone.
@@ -97,7 +97,7 @@ def build_calibration(
             raise UserError("source 'self' needs the model that writes the text")
         size = {"samples": samples, "seq_len": seq_len, "seed": seed}
         input_ids = (
-            write_text(model, tokenizer, **size)
+            write_windows(model, tokenizer, **size)
             if kept is None
             else write_text_cached(model, tokenizer, kept, **size)
         )

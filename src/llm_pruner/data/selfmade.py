@@ -15,14 +15,17 @@ from llm_pruner.progress import track
 from llm_pruner.specials import added_tokens
 
 TEMPERATURE = 1.0
-MIN_P = 0.02
+MIN_P = 0.002
 """Tokens less likely than this share of the likeliest one are not drawn.
 
 At temperature 1 without a cut the mean gradient of the model's own loss on its own text is zero by
 construction (the score has mean zero), so that a first-order importance would be noise; and one
 token out of the long tail spoils the rest of a text. A cut relative to the likeliest token
-(arXiv 2407.01082) removes the tail and needs no sorting of the vocabulary.
+(arXiv 2407.01082) removes the tail and needs no sorting of the vocabulary. A larger one leaves text
+so poor in words that what is fitted on it is good for little else.
 """
+PIECE = 128
+"""Tokens of a text: in longer ones a small model repeats itself, and many texts differ more."""
 _WORD = re.compile(r"[A-Z][a-z]+")
 
 
@@ -49,11 +52,7 @@ def write_text(
     Raises:
         UserError: the model's logits are not finite, or ``seq_len`` is beyond its positions.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < seq_len:
-        raise UserError(
-            f"seq_len={seq_len} is longer than the model's maximum; use at most {limit}"
-        )
+    _check_length(model, seq_len)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     starts = _starts(model, tokenizer, samples, generator)
@@ -88,6 +87,38 @@ def write_text(
     finally:
         model.train(training)
     return ids
+
+
+def write_windows(
+    model: Any, tokenizer: Any, *, samples: int, seq_len: int, seed: int
+) -> torch.Tensor:
+    """Return windows of one or several short texts, int64 of shape (samples, seq_len).
+
+    Texts have ``PIECE`` tokens; in a longer window they are parted as documents are, by the special
+    tokens that the tokenizer adds, or by a blank line if it adds none, and the last one is cut.
+
+    Raises:
+        UserError: as ``write_text``.
+    """
+    _check_length(model, seq_len)
+    if seq_len <= PIECE:
+        return write_text(model, tokenizer, samples=samples, seq_len=seq_len, seed=seed)
+    prefix, suffix = added_tokens(tokenizer)
+    parting = list(suffix)
+    if not prefix and not suffix:
+        parting = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+    count = -(-seq_len // (PIECE + len(parting)))
+    texts = write_text(model, tokenizer, samples=samples * count, seq_len=PIECE, seed=seed)
+    parted = torch.tensor(parting, dtype=torch.int64).expand(len(texts), -1)
+    return torch.cat([texts, parted], dim=1).reshape(samples, -1)[:, :seq_len].contiguous()
+
+
+def _check_length(model: Any, seq_len: int) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < seq_len:
+        raise UserError(
+            f"seq_len={seq_len} is longer than the model's maximum; use at most {limit}"
+        )
 
 
 def _cache_argument(model: Any) -> str | None:
@@ -174,13 +205,13 @@ CHUNK = 64
 def write_text_cached(
     model: Any, tokenizer: Any, folder: Path, *, samples: int, seq_len: int, seed: int
 ) -> torch.Tensor:
-    """Return what ``write_text`` writes, ``CHUNK`` sequences at a time, each kept in ``folder``.
+    """Return what ``write_windows`` does, ``CHUNK`` windows at a time, each kept in ``folder``.
 
     What was written before an interruption is read again. The folder belongs to one model, length
     and seed; more samples continue what is there.
 
     Raises:
-        UserError: as ``write_text``.
+        UserError: as ``write_windows``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     chunks = []
@@ -188,7 +219,7 @@ def write_text_cached(
         file = folder / f"{seq_len}-{seed}-{number:05d}.safetensors"
         if not file.is_file():
             # Whole chunks, so that they do not depend on how many samples are asked for.
-            ids = write_text(
+            ids = write_windows(
                 model, tokenizer, samples=CHUNK, seq_len=seq_len, seed=seed + 1_000_003 * number
             )
             partial = file.with_suffix(".partial")
