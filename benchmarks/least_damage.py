@@ -75,10 +75,16 @@ class Run:
     seq_len: int | None = None
 
 
-def runs(rows: str, texts: Sequence[str] = ("self",), samples: int | None = None) -> list[Run]:
-    """Return the runs behind one set of rows; ``samples`` are fitted, as many scored as ever."""
+def runs(
+    rows: str,
+    texts: Sequence[str] = ("self",),
+    samples: int | None = None,
+    scored: int | None = None,
+) -> list[Run]:
+    """Return the runs behind one set of rows; ``samples`` are fitted and ``scored`` of them."""
     sizes = list(SIZES)
-    scored = None if samples is None else read_recipe("best").samples
+    if samples is not None and scored is None:
+        scored = min(samples, read_recipe("best").samples)
     if rows == "recipes":
         return [Run(rows, size, name) for size, name in product(sizes, ("best", "paper"))] + [
             Run(rows, "20% of the blocks", name) for name in NAMES if name not in ("best", "paper")
@@ -157,6 +163,9 @@ def main() -> None:
         "--texts", nargs="+", default=["self"], help="calibration texts; a,b: equal parts of both"
     )
     parser.add_argument("--samples", type=int, help="of each of --texts")
+    parser.add_argument(
+        "--score-samples", type=int, help="of --samples; as many as the recipe has unless given"
+    )
     parser.add_argument("--sizes", default=",".join(SIZES), help="comma-separated")
     parser.add_argument("--only", help="comma-separated recipes, of those in the rows")
     parser.add_argument(
@@ -190,7 +199,7 @@ def main() -> None:
             results["dense"][str(tokens)] = perplexities(options.model, some, tokens)
             save()
         dense = results["dense"][str(tokens)]
-        for run in runs(rows, options.texts, options.samples):
+        for run in runs(rows, options.texts, options.samples, options.score_samples):
             key = {k: v for k, v in json.loads(json.dumps(run.__dict__)).items() if v is not None}
             if "calibration" in key:
                 parts = key["calibration"].split(",")

@@ -417,7 +417,7 @@ TARGETS = [
     ({"unit_ratio": 0.0}, r"unit_ratio=0\.0 is outside \(0, 1\)"),
     ({"ratio": float("nan")}, "outside"),
     ({"ratio": 0.2, "params": 5}, r"exactly one .* got ratio=0\.2, params=5"),
-    ({}, "exactly one of unit_ratio, ratio, params and kv_cache; got none"),
+    ({}, "exactly one of unit_ratio, ratio, params, kv_cache, decode_time; got none"),
     ({"params": 0}, "params=0 keeps nothing"),
 ]
 

@@ -85,7 +85,11 @@ def copy(model: Path, folder: Path) -> Path:
         (["--ratio", "nan"], "ratio=nan is outside (0, 1); give the share to remove, such as 0.2"),
         (["--unit-ratio", 1.5], "unit_ratio=1.5 is outside (0, 1); give the share to remove"),
         (["--params", "many"], "'many' is not a number of parameters; write such as 5.4B, 107.6M"),
-        ([], "no target given; use one of --ratio, --params, --unit-ratio, --kv-cache, or --plan"),
+        (
+            [],
+            "no target given; use one of --ratio, --params, --unit-ratio, --kv-cache, "
+            "--decode-time, or --plan",
+        ),
         (
             ["--ratio", 0.2, "--params", "1K"],
             "--ratio and --params say different things; give one of them",

@@ -27,6 +27,7 @@ from llm_pruner.errors import UserError
 if TYPE_CHECKING:
     from llm_pruner.evaluation.rounding import Rounding
     from llm_pruner.pipeline.allocation_search import Searched
+    from llm_pruner.pipeline.decode_time import Timed
     from llm_pruner.pipeline.prune import Pruned
     from llm_pruner.planning.target import Scope
 
@@ -43,9 +44,9 @@ _HOW_MUCH, _WHERE = "How much (one of these, or --plan)", "Where from"
 _IMPORTANCE, _CALIBRATION, _PLAN = "Importance", "Calibration text", "Plan"
 
 _PLANNED = (
-    *("ratio", "params", "unit_ratio", "kv_cache", "structures", "scope", "protect_first"),
-    *("protect_last", "layers", "round_to", "criterion", "order", "reduction", "aggregate"),
-    *("steps", "score_samples", "recipe", "budget_split", "spread", "uniform"),
+    *("ratio", "params", "unit_ratio", "kv_cache", "decode_time", "structures", "scope"),
+    *("protect_first", "protect_last", "layers", "round_to", "criterion", "order", "reduction"),
+    *("aggregate", "steps", "score_samples", "recipe", "budget_split", "spread", "uniform"),
     *("how_allocated", "search_trials", "search_minutes"),
 )
 """Options that make a plan, which a plan that is replayed leaves nothing to say for."""
@@ -111,6 +112,14 @@ def command(
             metavar="SHARE",
             help="Share of the key-value cache per token to remove, by pruning heads (or what "
             "--structures says).",
+            rich_help_panel=_HOW_MUCH,
+        ),
+    ] = None,
+    decode_time: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Share of the time of a decoding step to save on this machine, found by timing.",
             rich_help_panel=_HOW_MUCH,
         ),
     ] = None,
@@ -381,7 +390,7 @@ def command(
             spread = None
     if plan is None:
         asked = {"--ratio": ratio, "--params": params, "--unit-ratio": unit_ratio}
-        _require_one({**asked, "--kv-cache": kv_cache})
+        _require_one({**asked, "--kv-cache": kv_cache, "--decode-time": decode_time})
         if kv_cache is not None:
             structures = structures if _was_given(context, "structures") else "heads"
             budget_split = budget_split if _was_given(context, "budget_split") else None
@@ -390,6 +399,7 @@ def command(
             ratio=ratio,
             params=None if params is None else parse_count(params),
             kv_cache=kv_cache,
+            decode_time=decode_time,
         )
         selection = Selection(
             structures=tuple(name.strip() for name in structures.split(",") if name.strip()),
@@ -513,6 +523,7 @@ def as_data(done: Pruned) -> dict[str, Any]:
         "twin_difference": done.difference,
         "round_to": None if done.plan.selection is None else done.plan.selection.round_to,
         "rounding": None if done.rounding is None else asdict(done.rounding),
+        "timed": [asdict(one) for one in done.timed],
         "seconds": done.seconds,
         "refitted": [asdict(one) for one in done.refitted],
         "trials": [asdict(one) for one in done.trials],
@@ -535,6 +546,8 @@ def show(done: Pruned) -> None:
         f"{clean(done.plan.model.name)}: {count(before)} -> {count(after)} parameters "
         f"({100 * (1 - after / before):.1f}% removed)"
     )
+    if done.timed:
+        out.print(_timed(done.timed, before))
     if done.rounding is not None:
         out.print(_rounded(done.rounding))
     if done.difference is not None:
@@ -588,6 +601,13 @@ def _loading(done: Pruned) -> str:
         )
         said += f" after 'import llm_pruner' ({why})"
     return said or " anywhere"
+
+
+def _timed(trials: Sequence[Timed], dense: int) -> str:
+    said = ", ".join(
+        f"{100 * (1 - one.params / dense):.1f}% removed {100 * one.saved:.1f}%" for one in trials
+    )
+    return f"time of a decoding step saved in trials: {said}"
 
 
 def _rounded(rounding: Rounding) -> str:

@@ -15,14 +15,13 @@ from llm_pruner.progress import track
 from llm_pruner.specials import added_tokens
 
 TEMPERATURE = 1.0
-MIN_P = 0.002
-"""Tokens less likely than this share of the likeliest one are not drawn.
+MIN_P = 0.0
+"""Tokens less likely than this share of the likeliest one are not drawn (arXiv 2407.01082).
 
-At temperature 1 without a cut the mean gradient of the model's own loss on its own text is zero by
-construction (the score has mean zero), so that a first-order importance would be noise; and one
-token out of the long tail spoils the rest of a text. A cut relative to the likeliest token
-(arXiv 2407.01082) removes the tail and needs no sorting of the vocabulary. A larger one leaves text
-so poor in words that what is fitted on it is good for little else.
+By default all are: text that is drawn from the whole distribution is as varied as what people
+write, and a cut, even of one in five hundred, leaves text so poor in words that other units look
+important. In theory the mean gradient of a model's loss on its own uncut text is zero, so that a
+first-order importance would be noise; over samples as few as these it is not.
 """
 PIECE = 128
 """Tokens of a text: in longer ones a small model repeats itself, and many texts differ more."""

@@ -30,6 +30,7 @@ from llm_pruner.pipeline.allocation_search import (
     search_allocation,
 )
 from llm_pruner.pipeline.cache_cost import cache_cost
+from llm_pruner.pipeline.decode_time import Timed, params_for_decode_time
 from llm_pruner.pipeline.facts import (
     criterion_in_words,
     importance_maps,
@@ -109,6 +110,7 @@ class Pruned:
         importance: of the units, as the first estimate on the dense model gave it; empty if none
             was made.
         rounding: what ``round_to`` was chosen by; None if it was given.
+        timed: trials by which a decode time became a number of parameters.
     """
 
     plan: Plan
@@ -127,6 +129,7 @@ class Pruned:
     report: Path | None = None
     importance: tuple[ImportanceMap, ...] = ()
     rounding: Rounding | None = None
+    timed: tuple[Timed, ...] = ()
 
 
 def prune_checkpoint(
@@ -196,7 +199,9 @@ def prune_checkpoint(
         find_best_split = finds_split(target, selection, criterion, calibration)
     if plan is None:
         if target is None or selection is None:
-            raise UserError("no target given; use --ratio, --params, --kv-cache or --unit-ratio")
+            raise UserError(
+                "no target given; use --ratio, --params, --kv-cache, --decode-time or --unit-ratio"
+            )
         if steps < 1:
             raise UserError(f"steps={steps} prunes nothing; use 1 or more")
         _check_search(search, target, selection)
@@ -205,7 +210,8 @@ def prune_checkpoint(
         _check_calibration(calibration)
     # A plan of random units that nothing judges, or a plan that is there, needs no weights.
     judged = find_best_split or judges
-    weightless = plan is not None or (criterion.name == "random" and not judged)
+    timing = target is not None and target.decode_time is not None
+    weightless = plan is not None or (criterion.name == "random" and not judged and not timing)
     loaded = load(model, weights=not (dry_run and weightless))
     clock.stop("load")
     network = loaded.model
@@ -223,6 +229,7 @@ def prune_checkpoint(
     levels: list[Level] = []
     searched: list[Searched] = []
     rounding = None
+    timed: list[Timed] = []
     if plan is not None:
         removal: dict[str, IntArray] = plan.removal(discovery)
         if not dry_run:
@@ -242,6 +249,11 @@ def prune_checkpoint(
             rounding = measured_rounding(network, discovery, selection)
             selection = replace(selection, round_to=rounding.multiple)
             clock.stop("round")
+        decode_time = target.decode_time
+        if decode_time is not None:
+            params, timed = params_for_decode_time(network, discovery, selection, decode_time)
+            target = Target(params=params)
+            clock.stop("timing")
         cost = None
         if target.kv_cache is not None:
             cost = cache_cost(network, discovery, selection, Survivors.dense(discovery))
@@ -275,6 +287,7 @@ def prune_checkpoint(
             calibration=used,
             seed=seed,
             target=target,
+            decode_time=decode_time,
             steps=steps,
             selection=selection,
             search_trials=sum(one.trials for one in searched) if search is not None else None,
@@ -296,6 +309,7 @@ def prune_checkpoint(
         searched=tuple(searched),
         importance=importance_maps(discovery, scores, removal, rows),
         rounding=rounding,
+        timed=tuple(timed),
     )
     if dry_run:
         atomic_write_text(out, plan.to_json())

@@ -145,6 +145,8 @@ def find_allocation(
 
 
 def _parameters(discovery: Discovery, survivors: Survivors, target: Target) -> Cost:
+    if target.decode_time is not None:
+        raise UserError(f"{target} has to become a number of parameters by timing; give params")
     if target.kv_cache is not None:
         raise UserError(f"{target} needs to know what each unit adds to the cache; give its cost")
     return Cost(ParameterCounter(discovery), survivors.parameters)

@@ -71,12 +71,13 @@ class PlanCalibration(_Strict):
 
 
 class PlanTarget(_Strict):
-    """How much was asked for; see `Target`."""
+    """How much was asked for; see `Target`. A decode time has become ``params`` as well."""
 
     unit_ratio: float | None = None
     ratio: float | None = None
     params: int | None = None
     kv_cache: float | None = None
+    decode_time: float | None = None
     steps: int = 1
 
 
@@ -135,12 +136,16 @@ class Plan(_Strict):
         calibration: PlanCalibration | None = None,
         seed: int | None = None,
         target: Target | None = None,
+        decode_time: float | None = None,
         steps: int = 1,
         selection: Selection | None = None,
         search_trials: int | None = None,
         compensation: str | None = None,
     ) -> Plan:
-        """Return the Plan of a removal in dense numbering; ``discovery`` is the dense model's."""
+        """Return the Plan of a removal in dense numbering; ``discovery`` is the dense model's.
+
+        ``decode_time`` is the share of time that became a ``target`` in parameters.
+        """
         return cls(
             format_version=FORMAT_VERSION,
             package_version=package_version,
@@ -160,6 +165,7 @@ class Plan(_Strict):
                 ratio=target.ratio,
                 params=target.params,
                 kv_cache=target.kv_cache,
+                decode_time=decode_time,
                 steps=steps,
             ),
             selection=None

@@ -21,9 +21,12 @@ Profile = Literal["even", "log", "owl"]
 _SUFFIX = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
 
 
+_KINDS = ("unit_ratio", "ratio", "params", "kv_cache", "decode_time")
+
+
 @dataclass(frozen=True)
 class Target:
-    """How much to remove: exactly one of the first four is set.
+    """How much to remove: exactly one of the first five is set.
 
     Attributes:
         unit_ratio: share of units to remove in each chosen layer, in (0, 1) (LLM-Pruner, arXiv
@@ -32,6 +35,8 @@ class Target:
         params: number of parameters to keep.
         kv_cache: share of what the dense model's cache grows by with each token to remove, in
             (0, 1).
+        decode_time: share of the time of a decoding step to save, in (0, 1); becomes a number of
+            parameters by timing before anything is allocated.
         loose: an intermediate goal of several steps: take the nearest that can be reached
             (removing nothing included) where a final goal would raise.
     """
@@ -40,13 +45,14 @@ class Target:
     ratio: float | None = None
     params: int | None = None
     kv_cache: float | None = None
+    decode_time: float | None = None
     loose: bool = False
 
     def __post_init__(self) -> None:
         given = [f"{name}={value}" for name, value in self._values() if value is not None]
         if len(given) != 1:
             raise UserError(
-                "the target needs exactly one of unit_ratio, ratio, params and kv_cache; got "
+                f"the target needs exactly one of {', '.join(_KINDS)}; got "
                 + (", ".join(given) if given else "none")
             )
         for name, value in self._values():
@@ -58,14 +64,13 @@ class Target:
             raise UserError(f"params={self.params} keeps nothing; give the number to keep")
 
     def _values(self) -> tuple[tuple[str, float | int | None], ...]:
-        names = ("unit_ratio", "ratio", "params", "kv_cache")
-        return tuple((name, getattr(self, name)) for name in names)
+        return tuple((name, getattr(self, name)) for name in _KINDS)
 
     def __str__(self) -> str:
         return next(f"{name}={value}" for name, value in self._values() if value is not None)
 
     def kept(self, dense: int) -> int:
-        """Return how much to keep of what it counts; not for ``unit_ratio``.
+        """Return how much to keep of what it counts; not for ``unit_ratio`` and ``decode_time``.
 
         Args:
             dense: parameters of the dense model; for ``kv_cache``, bytes of its cache per token.
