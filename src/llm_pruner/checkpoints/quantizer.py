@@ -158,6 +158,8 @@ def _configs(modules: Iterable[nn.Module]) -> Iterable[PreTrainedConfig]:
 def reshape_parameters_(model: PreTrainedModel, recipe: Recipe) -> None:
     """Give meta parameters the shapes of the recipe, tied ones under each of their names.
 
+    A bias of a linear module that has none is added.
+
     Raises:
         UserError: a parameter that the model does not have, or a shape that is no smaller one.
     """
@@ -170,6 +172,11 @@ def reshape_parameters_(model: PreTrainedModel, recipe: Recipe) -> None:
         owner, _, attribute = name.rpartition(".")
         try:
             module = model.get_submodule(owner)
+            if _lacks_bias(module, attribute, shape):
+                like = module.get_parameter("weight")
+                bias = like.new_empty(shape)
+                module.bias = nn.Parameter(bias, requires_grad=like.requires_grad)
+                continue
             old = module.get_parameter(attribute)
         except AttributeError:
             raise _mismatch(model, f"shapes a parameter {name!r} that it does not have") from None
@@ -177,6 +184,12 @@ def reshape_parameters_(model: PreTrainedModel, recipe: Recipe) -> None:
         new = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
         new.__dict__.update(vars(old))  # marks that loaders leave on parameters
         setattr(module, attribute, new)
+
+
+def _lacks_bias(module: nn.Module, attribute: str, shape: tuple[int, ...]) -> bool:
+    """Whether a linear module has no bias yet and is to have one, from compensation."""
+    linear = isinstance(module, nn.Linear) and module.bias is None
+    return linear and attribute == "bias" and len(shape) == 1
 
 
 def _check_shape(model: nn.Module, name: str, old: tuple[int, ...], new: tuple[int, ...]) -> None:

@@ -289,8 +289,8 @@ def command(
         str,
         typer.Option(
             metavar="NAME",
-            help="least-squares: refit what reads the removed units, on the calibration text; or "
-            "none.",
+            help="least-squares: refit what reads the removed units, on the calibration text; "
+            "bias: add what they gave on average; or none.",
             rich_help_panel=_IMPORTANCE,
         ),
     ] = "none",
@@ -559,11 +559,13 @@ def show(done: Pruned) -> None:
     for one in done.searched:
         out.print(_moved(one))
     if done.refitted:
-        count_ = sum(one.ridge is not None for one in done.refitted)
-        if count_:
-            out.print(f"least squares refitted {count_} of {len(done.refitted)} consumers")
+        fitted = sum(one.changed for one in done.refitted)
+        biased = any(one.biased for one in done.refitted)
+        how = "biases took up the mean in" if biased else "least squares refitted"
+        if fitted:
+            out.print(f"{how} {fitted} of {len(done.refitted)} consumers")
         else:
-            out.print("least squares was no gain on held-out text; the weights are as they were")
+            out.print("compensation was no gain on held-out text; the weights are as they were")
     if done.kind is None:
         out.print(f"plan written to {clean(str(done.path))}; nothing was pruned", soft_wrap=True)
         return

@@ -24,25 +24,21 @@ Only two hidden states per token are held at a time, in memory or in files.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from llm_pruner.chain.blocks import Chain, NotBlockwise, find_chain, hidden_of
 from llm_pruner.chain.borders import Borders
-from llm_pruner.chain.consumers import consumers_of, input_dim, set_weight, weight_of
+from llm_pruner.chain.consumers import set_weight, weight_of
 from llm_pruner.chain.undisturbed import undisturbed
 from llm_pruner.compensation.least_squares import RIDGES, Moments, best_refit
+from llm_pruner.compensation.pairs import Pair, Refitted, pairs_of
 from llm_pruner.errors import UserError
 from llm_pruner.progress import track
-from llm_pruner.removal import removed_modules, removed_positions
+from llm_pruner.removal import removed_modules
 from llm_pruner.types import Discovery, Removal
-
-KINDS = ("heads", "query_heads", "value_dim", "ffn")
-"""Kinds of groups whose consumers are refitted."""
 
 FIRST = 0.25
 """Weight of a sample's first token, in weights of all its tokens."""
@@ -56,23 +52,6 @@ HELD_OUT_TOKENS = 4096
 _TOKENS = 2048
 _MEMORY = 2**27
 """Bytes up to which the pruned model's hidden states, the most used, stay in memory."""
-
-
-@dataclass(frozen=True)
-class Refitted:
-    """What became of one consumer.
-
-    Attributes:
-        module: qualified name in the pruned model.
-        ridge: the one that was chosen; None if the weight was left as it was.
-        before: squared error over the squared norm of the target, on held-out tokens.
-        after: the same after the refit; never larger.
-    """
-
-    module: str
-    ridge: float | None
-    before: float
-    after: float
 
 
 def refit_(
@@ -104,7 +83,7 @@ def refit_(
             f"least squares needs at least 2 calibration samples and got {len(input_ids)}; "
             "give more, or use --compensation none"
         )
-    pairs = _consumers(model, dense, discovery, removal)
+    pairs = pairs_of(model, dense, discovery, removal)
     with undisturbed(model), undisturbed(dense), torch.no_grad():
         ids = input_ids.detach().to(next(model.parameters()).device, torch.long)
         try:
@@ -126,63 +105,6 @@ def held_out_samples(samples: int, seq_len: int) -> torch.Tensor:
     """
     count = max(1, min(samples // HELD_OUT, HELD_OUT_TOKENS // seq_len))
     return torch.arange(samples) >= samples - count
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """A consumer in the pruned model and the same in the dense one."""
-
-    name: str
-    module: nn.Module
-    dense: nn.Module
-    out: torch.Tensor  # output features of the dense module that the pruned one has
-    fitted: bool
-
-
-def _consumers(
-    model: nn.Module, dense: nn.Module, discovery: Discovery, removal: Removal
-) -> dict[int, _Pair]:
-    """Return id of the dense module -> pair, for the consumers that are left."""
-    gone = tuple(f"{name}." for name in removed_modules(discovery, removal))
-    removed = removed_positions(discovery, removal)
-    rename = _renaming(dense, discovery, removal)
-    pairs: dict[int, _Pair] = {}
-    everywhere = any(group.kind not in KINDS for group in discovery.groups if group.name in removal)
-    tied = set(discovery.aliases) | set(discovery.aliases.values())
-    for group in discovery.groups:
-        if group.kind not in KINDS:
-            continue
-        for consumer in consumers_of(dense, group):
-            if f"{consumer.module}.".startswith(gone) or f"{consumer.module}.weight" in tied:
-                continue
-            before = dense.get_submodule(consumer.module)
-            inputs = (f"{consumer.module}.weight", input_dim(before) or 0)
-            fitted = everywhere or len(removed.get(inputs, ())) > 0
-            name = rename(consumer.module)
-            rows = np.arange(weight_of(before).shape[0])
-            lost = removed.get((f"{consumer.module}.weight", 1 - (input_dim(before) or 0)), ())
-            kept = torch.from_numpy(np.delete(rows, lost))
-            pairs[id(before)] = _Pair(name, model.get_submodule(name), before, kept, fitted)
-    return pairs
-
-
-def _renaming(dense: nn.Module, discovery: Discovery, removal: Removal) -> Any:
-    """Return the name in the pruned model of a module of the dense one."""
-    gone = set(removed_modules(discovery, removal))
-    places: dict[str, str] = {}
-    for path, module in dense.named_modules():
-        if isinstance(module, nn.ModuleList):
-            kept = [i for i in range(len(module)) if f"{path}.{i}" not in gone]
-            if len(kept) < len(module):
-                places |= {f"{path}.{old}.": f"{path}.{new}." for new, old in enumerate(kept)}
-
-    def rename(name: str) -> str:
-        for old, new in places.items():
-            if name.startswith(old):
-                return new + name[len(old) :]
-        return name
-
-    return rename
 
 
 class _Reached(Exception):  # noqa: N818 - a signal, not an error
@@ -222,7 +144,7 @@ class _Refit:
         self,
         pruned: Chain,
         dense: Chain,
-        pairs: Mapping[int, _Pair],
+        pairs: Mapping[int, Pair],
         gone: Collection[str],
         ids: torch.Tensor,
         ridges: Sequence[float],
@@ -329,7 +251,7 @@ class _Refit:
 
     def _dense_outputs(
         self, at: int, target: _Rows
-    ) -> tuple[list[_Pair], dict[int, _Rows], bool, _Rows]:
+    ) -> tuple[list[Pair], dict[int, _Rows], bool, _Rows]:
         """Run a dense block.
 
         Returns:
@@ -337,10 +259,10 @@ class _Refit:
             this is the hidden state behind them (else their output); and the block's output, which
             is also what the last of them is to give if it is a hidden state.
         """
-        order: list[_Pair] = []
+        order: list[Pair] = []
         references: dict[int, _Rows] = {}
         direct = False
-        calls: list[tuple[_Pair, torch.Tensor]] = []
+        calls: list[tuple[Pair, torch.Tensor]] = []
 
         def run(part: slice) -> torch.Tensor:
             nonlocal direct
@@ -387,7 +309,7 @@ class _Refit:
         return order, references, direct, following
 
     def _reach(
-        self, index: int, part: slice, states: torch.Tensor, order: Sequence[_Pair]
+        self, index: int, part: slice, states: torch.Tensor, order: Sequence[Pair]
     ) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Return the last consumer's input and the sum of the outputs of those before it."""
         before: list[torch.Tensor] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import nn
 from llm_pruner.allocator import give_back
 from llm_pruner.checkpoints import atomic_write_text, check_output, save_checkpoint
 from llm_pruner.checkpoints.recipe import compose, from_edits
-from llm_pruner.compensation import Refitted, refit_
+from llm_pruner.compensation import Refitted, add_means_, refit_
 from llm_pruner.data.calibration import Calibration, build_calibration
 from llm_pruner.data.text import SELF, load_documents, sources_of
 from llm_pruner.errors import UserError, VerificationError
@@ -81,7 +81,7 @@ from llm_pruner.verification import (
     twin_logits,
 )
 
-COMPENSATIONS = ("none", "least-squares")
+COMPENSATIONS = ("none", "least-squares", "bias")
 
 VERIFY_LIMIT = 2_000_000_000
 """Models of up to this many parameters are verified unless the user says otherwise."""
@@ -175,7 +175,8 @@ def prune_checkpoint(
         overwrite: replace what ``out`` holds.
         max_shard_size: largest weight file.
         compensation: ``least-squares`` refits what reads the pruned axes after each cut, on the
-            calibration text; ``none`` leaves the kept weights as they are.
+            calibration text; ``bias`` gives it what was removed on average; ``none`` leaves the
+            kept weights as they are.
         find_best_split: choose how the budget is split between structures by trial removals, in
             the first step; by default where ``finds_split`` says so.
         search: move units between layers by trial, for so long over all steps; None: do not.
@@ -224,7 +225,7 @@ def prune_checkpoint(
     surgeon = _Surgeon(network, verified and not dry_run, clock)
     # A dry run refits too where its plan depends on it.
     refits = refit and not (dry_run and weightless)
-    refitter = _Refitter(loaded, discovery, clock) if refits else None
+    refitter = _Refitter(loaded, discovery, surgeon, compensation) if refits else None
     trials: list[Trial] = []
     levels: list[Level] = []
     searched: list[Searched] = []
@@ -432,7 +433,7 @@ def _prune_in_steps(
                     survivors,
                     held_out,
                     measured,
-                    refit_on=scored if refitter is not None else None,
+                    refit_on=scored if refitter is not None and refitter.fits else None,
                 )
             trials.extend(tried)
             clock.stop("trials")
@@ -499,16 +500,19 @@ def _hold_out(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class _Refitter:
-    """Refits the pruned model to the dense one after each cut, if that is a gain.
+    """Brings the pruned model nearer to the dense one after each cut, if that is a gain.
 
     Each consumer is judged by its own error on held-out tokens, and all of them together by the
-    divergence from the dense model on samples that no fit has seen: if the refitted model is
+    divergence from the dense model on samples that no fit has seen: if the repaired model is
     further from the dense one than it was, it gets its weights back.
     """
 
-    def __init__(self, loaded: LoadedModel, discovery: Discovery, clock: _Clock) -> None:
+    def __init__(
+        self, loaded: LoadedModel, discovery: Discovery, surgeon: _Surgeon, compensation: str
+    ) -> None:
         self._model, self._dense = loaded.model, sharing_copy(loaded.model)
-        self._discovery, self._clock = discovery, clock
+        self._discovery, self._surgeon = discovery, surgeon
+        self.fits = compensation == "least-squares"
         self.done: list[Refitted] = []
 
     def refit(self, removal: Removal, tokens: torch.Tensor) -> None:
@@ -516,18 +520,25 @@ class _Refitter:
         before = sharing_copy(self._model)
         # Two samples are the least that can be fitted; then one of them has to judge, too.
         held_out, fitted = _hold_out(tokens) if len(tokens) > 2 else (tokens[-1:], tokens)
+        repair = refit_ if self.fits else add_means_
         with mixed_precision():
-            found = refit_(self._model, self._dense, self._discovery, removal, fitted)
+            found = repair(self._model, self._dense, self._discovery, removal, fitted)
         give_back()
         judging = held_out[: max(1, LEVEL_TOKENS // held_out.shape[1])]
         after, without = divergences(self._dense, (self._model, before), judging)
         if not after <= without:
             for one in found:
-                weight = before.get_submodule(one.module).get_parameter("weight")
-                self._model.get_submodule(one.module).weight = weight
-            found = [replace(one, ridge=None, after=one.before) for one in found]
+                module, old = (
+                    self._model.get_submodule(one.module),
+                    before.get_submodule(one.module),
+                )
+                module.weight = old.get_parameter("weight")
+                if one.biased:
+                    module.bias = getattr(old, "bias", None)
+            found = [replace(one, ridge=None, after=one.before, biased=False) for one in found]
+        self._surgeon.has_biases([one.module for one in found if one.biased])
         self.done.extend(found)
-        self._clock.stop("least squares")
+        self._surgeon.clock.stop("least squares" if self.fits else "bias")
 
 
 class _Surgeon:
@@ -555,6 +566,14 @@ class _Surgeon:
             )
             self.difference = max(self.difference or 0.0, found)
             self.clock.stop("verify")
+
+    def has_biases(self, modules: Sequence[str]) -> None:
+        """Note the biases that modules have now, whether or not they had one."""
+        biases = {
+            f"{name}.bias": tuple(self.model.get_submodule(name).get_parameter("bias").shape)
+            for name in modules
+        }
+        self.edits = replace(self.edits, shapes={**self.edits.shapes, **biases})
 
     def _weights(self) -> Callable[[], nn.Module]:
         """Return how to get the model back as it is now.

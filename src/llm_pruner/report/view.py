@@ -139,7 +139,9 @@ def sentence(report: Report) -> str:
         said += f", chosen by {report.criterion}"
     said += ". "
     if report.compensation:
-        said += f"What reads the pruned axes was refitted ({report.compensation}). "
+        bias = report.compensation == "bias"
+        how = "took up the mean of what went" if bias else "was refitted"
+        said += f"What reads the pruned axes {how} ({report.compensation}). "
     return (
         f"{said}Then it was {training}." if training else f"{said}Nothing was trained afterwards."
     )
