@@ -83,9 +83,7 @@ def test_what_is_saved_comes_back(
     weights = load_file(tmp_path / "out" / "model.safetensors")
     biases = [name for name in weights if name.endswith("mlp.down_proj.bias")]
     assert biases
-    model: Any = load_model(
-        str(tmp_path / "out")
-    ).model  # verified against memory when it was saved
+    model: Any = load_model(str(tmp_path / "out")).model
     for name in biases:
         torch.testing.assert_close(model.get_parameter(name).detach(), weights[name])
         assert weights[name].abs().max() > 0

@@ -70,7 +70,7 @@ def test_what_cannot_be_saved_is_refused() -> None:
         allocate(discovery, {}, Selection(("ffn",)), Target(decode_time=0.2))
 
 
-def test_half_the_layers_take_less_time() -> None:
+def test_a_quarter_of_the_layers_takes_less_time() -> None:
     model: Any = tiny_model("llama", num_hidden_layers=16)
     smaller: Any = tiny_model("llama", num_hidden_layers=4)
     assert decode_time._ratio(model, smaller) < 0.7

@@ -61,13 +61,14 @@ def add_means_(
 
 @dataclass
 class _Sums:
-    """Over tokens: of what the lost inputs add to the output, its square, and the whole output's.
+    """Sums over tokens of what one consumer of the dense model reads and gives.
 
     Attributes:
         pair: the consumer.
-        total: shape (out_features kept,), float64.
-        square, energy: sums over output features.
-        tokens: number of rows seen.
+        total: of the lost inputs, shape (lost,), float64; a number before any token.
+        square: of the squared norm of what they add to the output.
+        energy: of the squared norm of the output without its bias.
+        tokens: rows seen.
     """
 
     pair: Pair
@@ -81,12 +82,13 @@ class _Sums:
         lost = torch.from_numpy(self.pair.lost).to(output.device)
         out = self.pair.out.to(output.device)
         weight = weight_of(module)[:, lost][out]
-        added = (args[0].flatten(0, -2)[:, lost].to(weight.dtype) @ weight.T).double()
+        inputs = args[0].flatten(0, -2)[:, lost]
+        added = inputs.to(weight.dtype) @ weight.T
         whole = output.flatten(0, -2)[:, out].double()
         if isinstance(bias := getattr(module, "bias", None), torch.Tensor):
             whole = whole - bias.detach()[out].double()
-        self.total = self.total + added.sum(0)
-        self.square += float(added.square().sum())
+        self.total = self.total + inputs.double().sum(0)
+        self.square += float(added.double().square().sum())
         self.energy += float(whole.square().sum())
         self.tokens += len(added)
 
@@ -95,10 +97,11 @@ class _Sums:
         pair = self.pair
         if not isinstance(self.total, torch.Tensor) or not self.tokens:
             return Refitted(pair.name, None, 0.0, 0.0)
-        mean = self.total / self.tokens
+        lost, out = (one.to(self.total.device) for one in (torch.from_numpy(pair.lost), pair.out))
+        mean = weight_of(pair.dense)[:, lost][out].double() @ (self.total / self.tokens)
         old = getattr(pair.dense, "bias", None)
         weight = pair.module.get_parameter("weight")
-        base = old.detach()[pair.out.to(old.device)].double() if old is not None else 0.0
+        base = old.detach()[out].double() if old is not None else 0.0
         pair.module.bias = nn.Parameter(
             (mean + base).to(weight.device, weight.dtype), requires_grad=weight.requires_grad
         )
