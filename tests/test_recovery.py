@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from llm_pruner.recovery import state as states
 from llm_pruner.recovery.batches import lay_out, step_samples
 from llm_pruner.recovery.forward import can_pack, learned_logits
 from llm_pruner.recovery.objective import distillation_loss, task_loss
+from llm_pruner.recovery.scoring import score
 from llm_pruner.recovery.training import rate
 from llm_pruner.sequences import TrainingSequence, make_sequence
 
@@ -180,6 +182,40 @@ def test_the_teacher_runs_once_and_says_what_it_would(tmp_path: Path) -> None:
     renewed = open_cache().says(batch)
     assert calls
     assert torch.equal(renewed[0], ids)
+
+
+def test_held_out_samples_are_scored_by_what_is_trained_on(tmp_path: Path) -> None:
+    student, dense, held = tiny_model("llama"), tiny_model("llama", seed=5), sequences(7)
+    held = [replace(one, source=number % 2) for number, one in enumerate(held)]
+    batches = lay_out(held, range(len(held)), packed=True, capacity=64, micro_tokens=64)
+    assert len(batches) > 1
+    settings = DistillationSettings(temperature=2.0, weight=0.7, top_k=4)
+    judge = Teacher(dense, held, settings, tmp_path, identity="dense", seq_len=64)
+    found = score(student, 3, batches, held, 3, judge)
+    mixed, said, tokens = 0.0, [0.0, 0.0], [0, 0]
+    for number, one in enumerate(held):
+        (alone,) = lay_out(held, [number], packed=False, capacity=64, micro_tokens=64)
+        with torch.no_grad():
+            logits, wanted = learned_logits(student, alone)
+            taught, _ = learned_logits(dense, alone)
+        best = F.log_softmax(taught / 2.0, -1).topk(4)
+        nll = task_loss(logits, wanted)
+        kl = distillation_loss(logits, best.indices, best.values, 2.0)
+        mixed += float(0.7 * kl + 0.3 * nll)
+        said[one.source] += float(nll)
+        tokens[one.source] += one.targets
+    assert found.step == 3
+    assert found.loss == pytest.approx(mixed / sum(tokens), rel=1e-3)
+    assert found.by_source[:2] == pytest.approx(
+        [s / n for s, n in zip(said, tokens, strict=True)], rel=1e-5
+    )
+    assert found.by_source[2] is None
+    alone_again = score(student, 3, batches, held, 3)
+    assert alone_again.loss == pytest.approx(sum(said) / sum(tokens), rel=1e-5)
+    # What a teacher says of itself is no distance.
+    whole = DistillationSettings(weight=1.0, top_k=4)
+    own = Teacher(dense, held, whole, tmp_path, identity="dense", seq_len=64)
+    assert abs(score(dense, 0, batches, held, 2, own).loss) < 1e-3
 
 
 # Runs.

@@ -107,7 +107,10 @@ class TeacherSettings:
 
 @dataclass(frozen=True)
 class SourceResult:
-    """Held-out loss of one source, in nats a learned token, of what came and what is saved."""
+    """One source; negative log-likelihood of what is held out of it, in nats a learned token.
+
+    ``loss_before`` is that of the model that came and ``loss_after`` of the one that is saved.
+    """
 
     name: str
     split: str | None
@@ -125,9 +128,10 @@ class Recovered:
     Attributes:
         model: name of the model.
         gained: whether the held-out loss fell; if not, the saved model is the one that came in.
-        loss: held-out loss before and after, in nats for each learned token; after is that of
-            the model that was trained, whether it was kept or not.
-        sources: held-out loss of each source, of the model that came and the one that is saved.
+        loss: held-out loss before and after, in nats for each learned token, by what training
+            minimizes: with a teacher, mixed with the distance to it. After is that of the model
+            that was trained, whether it was kept or not.
+        sources: what each source gave, and how well the text that was held out is foreseen.
         perplexity: the same of each corpus asked for.
         steps: steps that were done.
         best_step: the one whose weights were kept.
@@ -299,16 +303,19 @@ def _recover(
     if not processes.is_first:
         corpora = []
     before = _perplexities(loaded, corpora, text_settings)
-    listening = None
+    listening = judge = None
     if teacher is not None and dense is not None and teacher.distillation is not None:
         with processes.first():
-            listening = Teacher(
-                dense.model,
-                train,
-                teacher.distillation,
-                teacher.cache or work / "teacher",
-                identity=dense.fingerprint,
-                seq_len=settings.seq_len,
+            listening, judge = (
+                Teacher(
+                    dense.model,
+                    some,
+                    teacher.distillation,
+                    teacher.cache or work / "teacher",
+                    identity=dense.fingerprint,
+                    seq_len=settings.seq_len,
+                )
+                for some in (train, held_out)
             )
     adapter = work / "adapter" if keep_adapter else None
     network, outcome = recover_(
@@ -320,6 +327,7 @@ def _recover(
         folder=lambda path: atomic_directory(path, overwrite=False),
         sources=len(samples),
         teacher=listening,
+        judge=judge,
         say=say,
         keep_adapter=adapter,
         processes=processes,

@@ -1,9 +1,10 @@
 """Training after pruning: adapters or weights, from text and from the dense model."""
 
 from llm_pruner.recovery.recover import Outcome, recover_
+from llm_pruner.recovery.scoring import Evaluation
 from llm_pruner.recovery.settings import PRESETS, LoraSettings, RecoverySettings, preset
 from llm_pruner.recovery.teacher import DistillationSettings, Teacher
-from llm_pruner.recovery.training import Evaluation, Progress, RunState
+from llm_pruner.recovery.training import Progress, RunState
 
 __all__ = [
     "PRESETS",

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from llm_pruner.recovery.batches import Batch, lay_out
-from llm_pruner.recovery.processes import ALONE, Processes
 from llm_pruner.sequences import TrainingSequence
 
 TOLERANCE = 1e-4
@@ -35,38 +32,6 @@ def learned_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor
     logits = model(input_ids=tokens, **keywords).logits
     learned = batch.learned[:, 1:].to(logits.device)
     return logits[:, :-1][learned].float(), tokens.to(logits.device)[:, 1:][learned]
-
-
-@torch.no_grad()
-def held_out_losses(
-    model: Any,
-    batches: Sequence[Batch],
-    sequences: Sequence[TrainingSequence],
-    sources: int,
-    processes: Processes = ALONE,
-) -> list[tuple[float, int]]:
-    """Return (summed loss in nats, number of tokens) for each source, in eval mode.
-
-    Each process scores its share of the batches, and all return the sums over all of them.
-    """
-    sums = torch.zeros(sources, dtype=torch.float64)
-    counts = [0] * sources
-    training = model.training
-    model.eval()
-    try:
-        for batch in processes.share(batches):
-            logits, tokens = learned_logits(model, batch)
-            each = F.cross_entropy(logits, tokens, reduction="none").double().cpu()
-            first = 0
-            for part in batch.parts:
-                one = sequences[part.sample]
-                sums[one.source] += each[first : first + one.targets].sum()
-                counts[one.source] += one.targets
-                first += one.targets
-    finally:
-        model.train(training)
-    both = processes.sums([*sums.tolist(), *counts])
-    return [(loss, int(count)) for loss, count in zip(both[:sources], both[sources:], strict=True)]
 
 
 def can_pack(model: Any, vocabulary: int) -> bool:

@@ -21,13 +21,13 @@ from transformers import TrainingArguments
 from llm_pruner.errors import UserError
 from llm_pruner.recovery import state
 from llm_pruner.recovery.batches import lay_out, step_samples
-from llm_pruner.recovery.forward import can_pack, held_out_losses, micro_tokens
+from llm_pruner.recovery.forward import can_pack, micro_tokens
 from llm_pruner.recovery.methods import make_trainable_, merge_, set_weights_, trained_weights
 from llm_pruner.recovery.processes import ALONE, Processes
+from llm_pruner.recovery.scoring import Evaluation, score
 from llm_pruner.recovery.settings import RecoverySettings
 from llm_pruner.recovery.teacher import Teacher
 from llm_pruner.recovery.training import (
-    Evaluation,
     Guard,
     Progress,
     RecoveryTrainer,
@@ -75,6 +75,7 @@ def recover_(
     folder: state.Folder,
     sources: int = 1,
     teacher: Teacher | None = None,
+    judge: Teacher | None = None,
     say: Callable[[Progress], None] = lambda _: None,
     keep_adapter: Path | None = None,
     processes: Processes = ALONE,
@@ -93,7 +94,9 @@ def recover_(
         work: folder for checkpoints.
         folder: gives a folder that appears under its name once it is complete.
         sources: number of different ``TrainingSequence.source``.
-        teacher: mixes in what a dense model would say.
+        teacher: mixes in what a dense model would say of ``train``.
+        judge: the same of ``held_out``, which is then scored as it is trained on; without, by what
+            its text says next.
         say: called after each step.
         keep_adapter: with ``lora``, write the adapter there, before it is merged.
         processes: those that train together; ``settings.batch_size`` is that of all of them, the
@@ -129,11 +132,8 @@ def recover_(
         run = RunState.from_json(state.read_values(checkpoint)["run"])
     scored = lay_out(held_out, range(len(held_out)), **layout)
 
-    def score(step: int, scored_model: Any) -> Evaluation:
-        sums = held_out_losses(scored_model, scored, held_out, sources, processes)
-        tokens = sum(count for _, count in sums)
-        by_source = [loss / count if count else None for loss, count in sums]
-        return Evaluation(step, sum(loss for loss, _ in sums) / tokens, by_source)
+    def scored_at(step: int, found: Any) -> Evaluation:
+        return score(found, step, scored, held_out, sources, judge, processes)
 
     with (
         _quiet(),
@@ -142,7 +142,7 @@ def recover_(
         tempfile.TemporaryDirectory() as unused,
     ):
         if run.before is None:
-            run.before = score(0, model)
+            run.before = scored_at(0, model)
             if not settings.bf16 and settings.lora.start == "default":
                 run.evaluations.append(run.before)  # training starts from just this
         torch.manual_seed(settings.seed)
@@ -150,7 +150,7 @@ def recover_(
         count = sum(one.numel() for one in trained.parameters() if one.requires_grad)
         if settings.gradient_checkpointing:
             _checkpoint_activations_(trained)
-        guard = Guard(run, settings, lambda step: score(step, trained), say, processes)
+        guard = Guard(run, settings, lambda step: scored_at(step, trained), say, processes)
         trainer = RecoveryTrainer(
             trained,
             _arguments(model, settings, total, unused, work),
@@ -182,7 +182,7 @@ def recover_(
             _keep_activations_(model)
         history = trainer.state.log_history
         after = (
-            score(trainer.state.global_step, model)
+            scored_at(trainer.state.global_step, model)
             if run.best
             else min(run.evaluations[1:], key=lambda one: one.loss, default=run.before)
         )

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from llm_pruner.errors import UserError
 from llm_pruner.recovery.batches import Batch, lay_out
 from llm_pruner.recovery.forward import can_pack, learned_logits, micro_tokens
+from llm_pruner.recovery.objective import distillation_loss, task_loss
 from llm_pruner.sequences import TrainingSequence
 
 _FILES = ("ids.bin", "log_probabilities.bin", "done.bin")
@@ -68,7 +69,7 @@ class Teacher:
 
         Args:
             model: the dense model; left in eval mode without gradients.
-            sequences: the training data.
+            sequences: the samples that it is asked about.
             settings: see there.
             folder: where caches lie.
             identity: fingerprint of the model.
@@ -116,6 +117,21 @@ class Teacher:
         ids = np.concatenate([self._ids[span] for span in spans])
         values = np.concatenate([self._values[span] for span in spans])
         return torch.from_numpy(ids).long(), torch.from_numpy(values).float()
+
+    def loss(self, logits: torch.Tensor, tokens: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Return w * distillation loss + (1 - w) * task loss, summed over the learned tokens.
+
+        Args:
+            logits: the student's, (n, vocabulary), in the order of ``batch.parts``.
+            tokens: what the text says, (n,).
+            batch: samples of this teacher.
+        """
+        weight = self.settings.weight
+        ids, values = (one.to(logits.device) for one in self.says(batch))
+        loss = weight * distillation_loss(logits, ids, values, self.settings.temperature)
+        if weight < 1:
+            loss = loss + (1 - weight) * task_loss(logits, tokens)
+        return loss
 
     @torch.no_grad()
     def _run(self, samples: Sequence[int]) -> None:

@@ -21,29 +21,15 @@ from llm_pruner.recovery import state
 from llm_pruner.recovery.batches import Batch, lay_out
 from llm_pruner.recovery.forward import learned_logits
 from llm_pruner.recovery.methods import set_weights_, trained_weights
-from llm_pruner.recovery.objective import distillation_loss, task_loss
+from llm_pruner.recovery.objective import task_loss
 from llm_pruner.recovery.processes import ALONE, Processes
+from llm_pruner.recovery.scoring import Evaluation
 from llm_pruner.recovery.settings import RecoverySettings
 from llm_pruner.recovery.teacher import Teacher
 from llm_pruner.sequences import TrainingSequence
 
 TIMED_STEPS = 3
 """Steps that are timed before a run with ``max_minutes`` is planned; one before them warms up."""
-
-
-@dataclass
-class Evaluation:
-    """A score of the held-out samples.
-
-    Attributes:
-        step: optimizer steps before it.
-        loss: mean negative log-likelihood in nats over all learned tokens.
-        by_source: the same for each source; None where nothing is held out of it.
-    """
-
-    step: int
-    loss: float
-    by_source: list[float | None]
 
 
 @dataclass
@@ -197,12 +183,7 @@ class RecoveryTrainer(Trainer):
         logits, tokens = learned_logits(model, batch)
         if self._teacher is None:
             return task_loss(logits, tokens)
-        settings = self._teacher.settings
-        ids, values = (one.to(logits.device) for one in self._teacher.says(batch))
-        loss = settings.weight * distillation_loss(logits, ids, values, settings.temperature)
-        if settings.weight < 1:
-            loss = loss + (1 - settings.weight) * task_loss(logits, tokens)
-        return loss
+        return self._teacher.loss(logits, tokens, batch)
 
     def floating_point_ops(self, inputs: Any) -> int:  # noqa: ARG002
         """Nothing reads it."""

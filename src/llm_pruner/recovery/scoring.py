@@ -1,0 +1,84 @@
+"""Score held-out samples: by what training minimizes, and by what each source says next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from llm_pruner.recovery.batches import Batch
+from llm_pruner.recovery.forward import learned_logits
+from llm_pruner.recovery.processes import ALONE, Processes
+from llm_pruner.recovery.teacher import Teacher
+from llm_pruner.sequences import TrainingSequence
+
+
+@dataclass
+class Evaluation:
+    """A score of the held-out samples.
+
+    Attributes:
+        step: optimizer steps before it.
+        loss: mean over all learned tokens of what training minimizes, in nats: the negative
+            log-likelihood, or its mixture with the distance to the teacher. The text that a sample
+            happens to hold is one draw of what could follow; a teacher gives the odds of every
+            token, so that a small gain shows on a few samples.
+        by_source: mean negative log-likelihood of each source; None where nothing is held out of
+            it.
+    """
+
+    step: int
+    loss: float
+    by_source: list[float | None]
+
+
+@torch.no_grad()
+def score(
+    model: Any,
+    step: int,
+    batches: Sequence[Batch],
+    sequences: Sequence[TrainingSequence],
+    sources: int,
+    teacher: Teacher | None = None,
+    processes: Processes = ALONE,
+) -> Evaluation:
+    """Return the score of a model in eval mode.
+
+    Each process scores its share of the batches, and all return the score over all of them.
+
+    Args:
+        model: left in the mode that it came in.
+        step: goes into the result.
+        batches: of ``sequences``.
+        sequences: the held-out samples.
+        sources: number of different ``TrainingSequence.source``.
+        teacher: of these same samples.
+        processes: those that share the work.
+    """
+    sums = torch.zeros(sources, dtype=torch.float64)
+    counts = [0] * sources
+    mixed = 0.0
+    training = model.training
+    model.eval()
+    try:
+        for batch in processes.share(batches):
+            logits, tokens = learned_logits(model, batch)
+            if teacher is not None:
+                mixed += float(teacher.loss(logits, tokens, batch))
+            each = F.cross_entropy(logits, tokens, reduction="none").double().cpu()
+            first = 0
+            for part in batch.parts:
+                one = sequences[part.sample]
+                sums[one.source] += each[first : first + one.targets].sum()
+                counts[one.source] += one.targets
+                first += one.targets
+    finally:
+        model.train(training)
+    mixed, *both = processes.sums([mixed, *sums.tolist(), *counts])
+    losses, tokens_of = both[:sources], both[sources:]
+    total = sum(losses) if teacher is None else mixed
+    by_source = [loss / n if n else None for loss, n in zip(losses, tokens_of, strict=True)]
+    return Evaluation(step, total / sum(tokens_of), by_source)
