@@ -68,7 +68,13 @@ def check_same(two: Path, one: Path) -> dict[str, Any]:
 
 
 def test_two_processes_train_as_one(tmp_path: Path, made: Path) -> None:
-    options: Sequence[object] = ("--data", made / "rows.jsonl", *QUICK, "--keep-adapter")
+    options: Sequence[object] = (
+        "--data",
+        made / "rows.jsonl",
+        *QUICK,
+        "--no-bf16",
+        "--keep-adapter",
+    )
     options = (*options, "--perplexity", "demo", "--perplexity-seq-len", 512)
     command = ("recover", made / "small", "--out")
     result = started("-m", "llm_pruner", *command, tmp_path / "two", *options, "--json", "-")
@@ -84,7 +90,14 @@ def test_two_processes_train_as_one(tmp_path: Path, made: Path) -> None:
 def test_teacher_small_batches_and_resume(
     tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: Sequence[object] = ("--data", made / "rows.jsonl", *QUICK, "--save-every", "1")
+    options: Sequence[object] = (
+        "--data",
+        made / "rows.jsonl",
+        *QUICK,
+        "--no-bf16",
+        "--save-every",
+        "1",
+    )
     options = (*options, "--teacher", made / "dense", "--epochs", "2")
     commands = [
         # Interrupted after three steps, and then gone on with.

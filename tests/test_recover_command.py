@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import llm_pruner.pipeline.loading
 from command import WORDS, contents, done, run, save_tiny
 from helpers import tiny_tokenizer
+from llm_pruner.pipeline import recover as recovering
 from llm_pruner.report.data import read_report
 from llm_pruner.sources import load_model
 
@@ -158,6 +159,30 @@ def test_other_ways_to_train(work: Path, made: Path, options: tuple[object, ...]
     assert any(
         not torch.equal(one, weights[name].to(one.dtype)) for name, one in model.named_parameters()
     )
+
+
+@pytest.mark.parametrize(
+    ("fast", "options", "wanted"),
+    [
+        (True, (), True),
+        (False, (), False),
+        (True, ("--no-bf16",), False),
+        (False, ("--bf16",), True),
+        (True, ("--dtype", "bfloat16"), False),
+    ],
+)
+def test_bfloat16_where_the_processor_is_fast_at_it(
+    work: Path,
+    made: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fast: bool,
+    options: tuple[object, ...],
+    wanted: bool,
+) -> None:
+    monkeypatch.setattr(recovering, "multiplies_bfloat16", lambda _: fast)
+    data = ("--data", made / "rows.jsonl", *QUICK, "--max-steps", 1)
+    done("recover", made / "small", "--out", "better", *data, *options)
+    assert json.loads(Path("better/recovery.json").read_text())["settings"]["bf16"] is wanted
 
 
 def test_an_interruption_says_how_to_go_on(

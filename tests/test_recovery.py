@@ -25,7 +25,7 @@ from llm_pruner.checkpoints import atomic_directory
 from llm_pruner.errors import UserError
 from llm_pruner.recovery import DistillationSettings, RecoverySettings, Teacher, preset, recover_
 from llm_pruner.recovery import state as states
-from llm_pruner.recovery.batches import lay_out, step_samples
+from llm_pruner.recovery.batches import Batch, lay_out, step_samples
 from llm_pruner.recovery.forward import can_pack, learned_logits
 from llm_pruner.recovery.objective import distillation_loss, task_loss
 from llm_pruner.recovery.scoring import score
@@ -182,6 +182,38 @@ def test_the_teacher_runs_once_and_says_what_it_would(tmp_path: Path) -> None:
     renewed = open_cache().says(batch)
     assert calls
     assert torch.equal(renewed[0], ids)
+
+
+def test_the_output_embedding_runs_on_learned_positions_alone() -> None:
+    model, data = tiny_model("llama"), sequences(9)
+    batches = lay_out(data, range(len(data)), packed=True, capacity=40, micro_tokens=80)
+    assert max(batch.input_ids.shape[0] for batch in batches) > 1
+    head, seen = model.get_output_embeddings(), []
+    count = head.register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape[:-1]))
+    every = [learned_logits(model, batch) for batch in batches]
+    assert seen == [(1, batch.targets) for batch in batches]
+    count.remove()
+
+    def whole(batch: Batch) -> torch.Tensor:
+        rows = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+        logits = model(**rows, use_cache=False).logits
+        return logits[:, :-1][batch.learned[:, 1:]]
+
+    for batch, (logits, tokens) in zip(batches, every, strict=True):
+        assert torch.equal(tokens, batch.input_ids[:, 1:][batch.learned[:, 1:]])
+        assert torch.allclose(logits, whole(batch), atol=1e-5)
+    # A model that looks at the shape of its logits gets those of all positions.
+    plain = model.forward
+
+    def shaped(*args: object, **keywords: torch.Tensor) -> object:
+        found = plain(*args, **keywords)
+        found.logits = found.logits.view(*keywords["input_ids"].shape, -1)
+        return found
+
+    model.forward = shaped
+    for _ in range(2):
+        again = [learned_logits(model, batch)[0] for batch in batches]
+        assert all(torch.allclose(a, b[0], atol=1e-5) for a, b in zip(again, every, strict=True))
 
 
 def test_held_out_samples_are_scored_by_what_is_trained_on(tmp_path: Path) -> None:

@@ -213,9 +213,14 @@ def command(
         float, typer.Option(metavar="X", help="Of AdamW.", rich_help_panel=_TRAINING)
     ] = 0.0,
     bf16: Annotated[
-        bool,
-        typer.Option("--bf16", help="Compute in bfloat16.", rich_help_panel=_TRAINING),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--bf16/--no-bf16",
+            help="Compute in bfloat16. [default: where the processor is faster at it]",
+            show_default=False,
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
     gradient_checkpointing: Annotated[
         bool,
         typer.Option(

@@ -35,7 +35,13 @@ def mixed_precision() -> AbstractContextManager[None]:
     return context
 
 
-def multiplies_bfloat16() -> bool:
-    """Return whether this processor has instructions for products of bfloat16 matrices (x86)."""
+def multiplies_bfloat16(device: str = "cpu") -> bool:
+    """Return whether a device is faster at products of bfloat16 matrices than of float32 ones.
+
+    A processor if it has instructions for them (x86), a GPU if its own cores do.
+    """
+    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(bool(getattr(torch.cpu, name, bool)()) for name in names)
+    on_cpu = device in ("cpu", "auto")
+    return on_cpu and any(bool(getattr(torch.cpu, name, bool)()) for name in names)

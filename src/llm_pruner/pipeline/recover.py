@@ -36,6 +36,7 @@ from llm_pruner.evaluation.perplexity import (
 from llm_pruner.pipeline.evaluate import PerplexitySettings, read_texts
 from llm_pruner.pipeline.facts import size_of, source_of
 from llm_pruner.pipeline.loading import load
+from llm_pruner.pipeline.matmul import multiplies_bfloat16
 from llm_pruner.pipeline.recovery_report import (
     course,
     earlier_report,
@@ -221,6 +222,9 @@ def recover_checkpoint(
     """
     settings.check()
     model = replace(model, device=own_device(model.device))
+    if settings.bf16 is None:
+        fast = model.dtype == "float32" and multiplies_bfloat16(model.device)
+        settings = replace(settings, bf16=fast)
     if teacher is not None:
         device = own_device(teacher.model.device)
         teacher = replace(teacher, model=replace(teacher.model, device=device))

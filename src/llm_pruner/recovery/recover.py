@@ -252,7 +252,7 @@ def _arguments(
         label_names=["labels"],
         dataloader_pin_memory=False,
         use_cpu=next(model.parameters()).device.type == "cpu",
-        bf16=settings.bf16,
+        bf16=bool(settings.bf16),
         seed=settings.seed,
         data_seed=settings.seed,
         ddp_broadcast_buffers=False,  # they do not change

@@ -55,7 +55,8 @@ class RecoverySettings:
         save_every: steps between checkpoints; None for one at each evaluation.
         max_grad_norm: gradients are scaled down to this norm.
         weight_decay: of AdamW.
-        bf16: compute in bfloat16 (autocast); weights keep their type.
+        bf16: compute in bfloat16 (autocast); weights keep their type. None leaves it to
+            ``recover_checkpoint``: where the processor multiplies it faster than float32.
         gradient_checkpointing: compute activations twice instead of keeping them.
         micro_tokens: tokens in one forward pass; None for what the logits' memory allows.
         seed: of the order of the data, the adapters and dropout.
@@ -77,7 +78,7 @@ class RecoverySettings:
     save_every: int | None = None
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
-    bf16: bool = False
+    bf16: bool | None = None
     gradient_checkpointing: bool = False
     micro_tokens: int | None = None
     seed: int = 0

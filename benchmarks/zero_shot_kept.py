@@ -1,0 +1,139 @@
+"""How much zero-shot accuracy a smaller model keeps, on all items of the seven tasks.
+
+    python benchmarks/zero_shot_kept.py --data DIR --calibration c4_first_100.jsonl \
+        [--recovered FOLDER]
+
+DIR holds boolq.jsonl and so on. SmolLM2-135M is evaluated dense and pruned by the recipes `paper`
+and `best` to 113.3M parameters (a fifth of the blocks gone), and, if it is given, a folder that
+`recover` wrote. Beside the mean of the seven and of the six without BoolQ it gives the share of
+accuracy above chance that is kept: mean over tasks of accuracy minus chance, over that of the dense
+model. Writes benchmarks/results/zero_shot_kept.json after each model, and goes on from there when
+it is run again; pruned models are kept in ``--work``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+CHANCE = {
+    **{"boolq": 1 / 2, "piqa": 1 / 2, "winogrande": 1 / 2},
+    **{"hellaswag": 1 / 4, "arc_easy": 1 / 4, "arc_challenge": 1 / 4, "openbookqa": 1 / 4},
+}
+PARAMETERS = "113.3M"
+
+
+def llm_pruner(*arguments: object) -> None:
+    """Run a command in a process of its own."""
+    command = [sys.executable, "-m", "llm_pruner", *map(str, arguments)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def evaluated(model: object, data: Path, dtype: str) -> dict[str, Any]:
+    """Return accuracy and standard error of each task, by the paper's metric, and their means."""
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "found.json"
+        tasks = ("--tasks", "paper", "--tasks-data", data, "--dtype", dtype)
+        llm_pruner("evaluate", model, *tasks, "--no-cache", "--json", file)
+        found = json.loads(file.read_text())["zero_shot"]
+    each = {
+        task["task"]: {
+            "metric": task["paper_metric"],
+            "items": task["documents"],
+            **{k: task["metrics"][task["paper_metric"]][k] for k in ("value", "stderr")},
+        }
+        for task in found["tasks"]
+    }
+    return {
+        "tasks": each,
+        "mean of seven": mean(each, tuple(CHANCE)),
+        "mean without boolq": mean(each, tuple(CHANCE)[1:]),
+        "above chance": above_chance(each),
+        "seconds": round(time.perf_counter() - begin, 1),
+        "versions": found["versions"],
+    }
+
+
+def mean(each: Mapping[str, Mapping[str, float]], tasks: tuple[str, ...]) -> dict[str, float]:
+    """Return the mean over tasks and its standard error, for tasks that are independent."""
+    value = sum(each[task]["value"] for task in tasks) / len(tasks)
+    error = math.sqrt(sum(each[task]["stderr"] ** 2 for task in tasks)) / len(tasks)
+    return {"value": value, "stderr": error}
+
+
+def above_chance(each: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean over tasks of accuracy minus chance."""
+    found = mean(each, tuple(CHANCE))
+    return {**found, "value": found["value"] - sum(CHANCE.values()) / len(CHANCE)}
+
+
+def kept(found: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return each mean over that of the dense model, with the error of a quotient."""
+    shares = {}
+    for name in ("mean of seven", "mean without boolq", "above chance"):
+        (a, da), (b, db) = ((one[name]["value"], one[name]["stderr"]) for one in (found, dense))
+        # The items are the same, so the two errors go together; taken as independent, this is
+        # more than the true error.
+        shares[name] = {
+            "value": round(a / b, 4),
+            "stderr": round(abs(a / b) * math.hypot(da / a, db / b), 4),
+        }
+    return shares
+
+
+def main() -> None:
+    """Evaluate what is missing and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--recovered", type=Path)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "kept-work")
+    parser.add_argument("--out", type=Path, default=RESULTS / "zero_shot_kept.json")
+    options = parser.parse_args()
+    results: dict[str, Any] = {"settings": {}, "models": {}}
+    if options.out.exists():
+        results = json.loads(options.out.read_text())
+    results["settings"] = {
+        "model": "SmolLM2-135M-Instruct",
+        "dtype": options.dtype,
+        "parameters": PARAMETERS,
+        "calibration": Path(options.calibration).name,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+    models = {"dense": options.model}
+    for recipe in ("paper", "best"):
+        models[recipe] = options.work / recipe
+    if options.recovered is not None:
+        models["best, recovered"] = options.recovered
+    for name, model in models.items():
+        if name in results["models"]:
+            continue
+        if name in ("paper", "best") and not model.exists():
+            size = ("--params", PARAMETERS, "--recipe", name)
+            llm_pruner(
+                *("prune", options.model, "--out", model, *size),
+                *("--calibration", options.calibration),
+            )
+        found = evaluated(model, options.data, options.dtype)
+        dense = results["models"].get("dense", found)
+        results["models"][name] = {**found, "kept": kept(found, dense)}
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+        print(name, json.dumps(results["models"][name]["kept"]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
