@@ -64,10 +64,9 @@ def _costs(rows: Sequence[Mapping[str, Any]], criteria: Iterable[str]) -> list[t
     lines = []
     for name in criteria:
         own = [row for row in rows if row["run"]["criterion"] == name and "seconds" in row]
-        cut, refit = (
-            [row for row in own if row["run"]["compensation"] == how]
-            for how in ("none", "least-squares")
-        )
+        refit = [row for row in own if row["run"]["compensation"] == "least-squares"]
+        own = [row for row in own if "scores_known" not in row]
+        cut = [row for row in own if row["run"]["compensation"] == "none"]
         if not (cut and refit):
             continue
         lines.append(

@@ -28,6 +28,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from corpora import TOKENS, WINDOW, perplexities, read_texts
@@ -36,6 +37,7 @@ from llm_pruner import Target
 from llm_pruner.allocator import keep_few_kernels, keep_large_blocks
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.perplexity import EvaluationText
+from llm_pruner.pipeline import prune as pruning
 from llm_pruner.pipeline.by_recipe import calibration_of, prune_arguments
 from llm_pruner.pipeline.prune import prune_checkpoint
 from llm_pruner.pipeline.settings import ModelSettings
@@ -114,8 +116,30 @@ def runs(
     ]
 
 
-def prune(model: str, run: Run, calibration: str, out: Path) -> dict[str, Any]:
-    """Carry out one run; return what it cost and found."""
+def _keep_scores(file: Path) -> bool:
+    """Have the pruning of this process read scores from a file, or write them; if it is there."""
+    known, estimate = file.is_file(), pruning.score
+
+    def score(*arguments: Any, **keywords: Any) -> dict[str, Any]:
+        if known:
+            with np.load(file) as arrays:
+                return dict(arrays)
+        found = estimate(*arguments, **keywords)
+        np.savez(file, **found)
+        return found
+
+    pruning.score = score
+    return known
+
+
+def prune(
+    model: str, run: Run, calibration: str, out: Path, kept: Path | None = None
+) -> dict[str, Any]:
+    """Carry out one run; return what it cost and found.
+
+    Args:
+        kept: folder of scores, for runs in which a criterion finds the same scores.
+    """
     said = {
         **{name: getattr(run, name) for name in ("criterion", "compensation", "structures")},
         **{name: getattr(run, name) for name in ("steps", "samples", "score_samples", "seq_len")},
@@ -131,6 +155,7 @@ def prune(model: str, run: Run, calibration: str, out: Path) -> dict[str, Any]:
         arguments["selection"] = replace(
             arguments["selection"], scope="local", spread=None, uniform=True
         )
+    known = kept is not None and _keep_scores(kept / f"{run.criterion}-{run.seed}.npz")
     begin = time.perf_counter()
     done = prune_checkpoint(
         ModelSettings(model),
@@ -145,6 +170,7 @@ def prune(model: str, run: Run, calibration: str, out: Path) -> dict[str, Any]:
     selection = done.plan.selection
     return {
         "parameters": done.parameters[1],
+        **({"scores_known": True} if known else {}),
         "split": selection.split if selection else None,
         "saved_as": done.kind,
         "seconds": {name: round(value, 2) for name, value in done.seconds.items()},
@@ -153,13 +179,18 @@ def prune(model: str, run: Run, calibration: str, out: Path) -> dict[str, Any]:
 
 
 def measure(
-    model: str, run: Run, calibration: str, texts: Mapping[str, EvaluationText], tokens: int
+    model: str,
+    run: Run,
+    calibration: str,
+    texts: Mapping[str, EvaluationText],
+    tokens: int,
+    kept: Path | None,
 ) -> dict[str, Any]:
     """Carry out one run and score the model that comes out."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "pruned"
         try:
-            found = prune(model, run, calibration, out)
+            found = prune(model, run, calibration, out, kept)
         except UserError as error:
             return {"error": str(error)}
         used = resource.getrusage(resource.RUSAGE_SELF)
@@ -199,6 +230,11 @@ def main() -> None:
     parser.add_argument(
         "--screen", type=int, default=8192, help="tokens of each text for the table"
     )
+    parser.add_argument(
+        "--scores",
+        type=Path,
+        help="folder that keeps the table's scores, so that each criterion estimates once",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "least_damage.json")
     options = parser.parse_args()
     keep_large_blocks()
@@ -216,6 +252,9 @@ def main() -> None:
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
+
+    if options.scores is not None:
+        options.scores.mkdir(parents=True, exist_ok=True)
 
     def save() -> None:
         options.out.write_text(json.dumps(results, indent=1) + "\n")
@@ -239,7 +278,8 @@ def main() -> None:
                 or any(row["run"] == key for row in results["rows"])
             ):
                 continue
-            found = apart(measure, options.model, run, options.calibration, some, tokens)
+            kept = options.scores if rows == "table" else None
+            found = apart(measure, options.model, run, options.calibration, some, tokens, kept)
             if "error" in found:
                 results["rows"].append({"run": key, **found})
                 save()

@@ -118,6 +118,49 @@ def test_moments_are_those_of_the_consumers_input() -> None:
     np.testing.assert_allclose(reading.gram.numpy(), (rows.T @ rows).numpy(), atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "falcon", "gemma3_text"])
+def test_inputs_alone_take_one_forward_pass(name: str) -> None:
+    model, discovery = discovered(name)
+    groups = [g for g in discovery.groups if g.kind in ("heads", "ffn") and g.frozen is None]
+    ids = tokens(33, 64)  # two parts of at most 2,048 tokens
+    with undisturbed(model):
+        wanted = observe(model, ids, groups, ALL)
+        calls: dict[str, int] = {}
+
+        def count(module: str) -> None:
+            calls[module] = calls.get(module, 0) + 1
+
+        head = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
+        paths = {head, *(c.module for g in groups for c in consumers_of(model, g))}
+        handles = [
+            model.get_submodule(path).register_forward_pre_hook(
+                lambda _m, args, path=path: count(path) if args[0].shape[-2] == 64 else None
+            )
+            for path in paths
+        ]
+        found = observe(model, ids, groups, ("moments", "gram"))
+        for handle in handles:
+            handle.remove()
+    assert calls == dict.fromkeys(paths - {head}, 2)
+    for group in groups:
+        for one, other in zip(found[group.name].readings, wanted[group.name].readings, strict=True):
+            assert one.tokens == other.tokens == 2112
+            np.testing.assert_allclose(one.total, other.total, rtol=1e-5, atol=1e-4)
+            np.testing.assert_allclose(one.mean_square, other.mean_square, rtol=1e-5)
+            assert torch.allclose(one.gram, other.gram, rtol=1e-4, atol=1e-3)
+
+
+def test_inputs_alone_where_blocks_cannot_be_told_apart() -> None:
+    torch.manual_seed(0)
+    model = Shared().eval()
+    groups = [group for group in discover(model).groups if group.kind == "ffn"]
+    with undisturbed(model):
+        (wanted,) = observe(model, tokens(4), groups, ALL).values()
+        (found,) = observe(model, tokens(4), groups, ("moments",)).values()
+    (one,), (other,) = found.readings, wanted.readings
+    np.testing.assert_allclose(one.mean_square, other.mean_square, rtol=1e-6)
+
+
 def test_influence_is_the_turn_of_the_hidden_state() -> None:
     model, discovery = discovered("llama")
     ids = tokens()

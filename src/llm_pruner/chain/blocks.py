@@ -26,7 +26,7 @@ class NotBlockwise(Exception):  # noqa: N818 - a finding, not an error
 
 
 class _Stop(Exception):  # noqa: N818 - a signal, not an error
-    """Ends a forward pass after the block of interest."""
+    """Ends a forward pass before or after the block of interest."""
 
     def __init__(self, output: torch.Tensor) -> None:
         super().__init__()
@@ -90,6 +90,18 @@ class Chain:
             return logits_of(self.model(input_ids))
         finally:
             self._handler = None
+
+    def entry(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the hidden state that enters the first block; nothing after it runs."""
+
+        def handler(_: int, _o: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            raise _Stop(hidden_of(args, kwargs))
+
+        try:
+            self.run(input_ids, handler)
+        except _Stop as stop:
+            return stop.output
+        raise NotBlockwise("no block was called")
 
     def run_block(
         self, index: int, input_ids: torch.Tensor, hidden: torch.Tensor

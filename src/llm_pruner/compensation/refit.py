@@ -24,12 +24,11 @@ Only two hidden states per token are held at a time, in memory or in files.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
-from llm_pruner.chain.blocks import Chain, NotBlockwise, find_chain, hidden_of
+from llm_pruner.chain.blocks import Chain, NotBlockwise, find_chain
 from llm_pruner.chain.borders import Borders
 from llm_pruner.chain.consumers import set_weight, weight_of
 from llm_pruner.chain.undisturbed import undisturbed
@@ -50,7 +49,7 @@ HELD_OUT_TOKENS = 4096
 """No more tokens than this choose the ridge."""
 
 _TOKENS = 2048
-_MEMORY = 2**27
+_MEMORY = 2**26
 """Bytes up to which the pruned model's hidden states, the most used, stay in memory."""
 
 
@@ -169,8 +168,8 @@ class _Refit:
         with self.pruned.opened(), self.dense.opened():
             hidden, target = _Rows(len(self.ids), _MEMORY), _Rows(len(self.ids))
             for part in self.parts:
-                hidden.write(part, _entry(self.pruned, self.ids[part]))
-                target.write(part, _entry(self.dense, self.ids[part]))
+                hidden.write(part, self.pruned.entry(self.ids[part]))
+                target.write(part, self.dense.entry(self.ids[part]))
             at = 0
             for index in track(range(len(self.pruned.blocks)), "least squares"):
                 while at < self.twins[index]:
@@ -353,16 +352,3 @@ def _sees_all(value: torch.Tensor, states: torch.Tensor) -> bool:
 def _by_token(value: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     """Return rows of features as (samples, seq_len, features), as the hidden states are."""
     return value.reshape(*states.shape[:-1], value.shape[-1])
-
-
-def _entry(chain: Chain, ids: torch.Tensor) -> torch.Tensor:
-    """Return the hidden state that enters the first block."""
-
-    def handler(_: int, _o: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        raise _Reached(hidden_of(args, kwargs))
-
-    try:
-        chain.run(ids, handler)
-    except _Reached as reached:
-        return reached.value
-    raise AssertionError("no block was called")

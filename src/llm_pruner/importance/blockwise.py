@@ -29,7 +29,7 @@ _TOKENS = 2048
 _LOGIT_BYTES = 2**27
 """Bytes of logits held at a time; their gradient takes as much again."""
 
-_BUDGET = 2**27
+_BUDGET = 2**26
 """Bytes of hidden states and their gradients held in memory; the rest goes to files."""
 
 

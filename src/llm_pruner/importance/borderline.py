@@ -31,15 +31,9 @@ class Tap(Protocol):
 
 def hidden_form(chain: Chain, input_ids: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype]:
     """Return the shape, without samples, and type of the hidden state of one full sample."""
-    seen: list[torch.Tensor] = []
-
-    def handler(at: int, _: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        seen.append(hidden_of(args, kwargs))
-        return chain.as_output(at, seen[-1])
-
     with torch.no_grad():
-        chain.run(input_ids[:1], handler)
-    return tuple(seen[0].shape[1:]), seen[0].dtype
+        entry = chain.entry(input_ids[:1])
+    return tuple(entry.shape[1:]), entry.dtype
 
 
 def forward(

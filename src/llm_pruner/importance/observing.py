@@ -1,9 +1,11 @@
-"""One forward and one backward pass for activation criteria, block by block where possible.
+"""A forward and, for gates, a backward pass for activation criteria, block by block where possible.
 
-No weight gradient is formed where a group's consumer is a linear module: its input and the gradient
-of that input are enough. For other consumers (the fused tensors of a mixture of experts) the gate's
-derivative is taken from the gradient of the tensor, one sample at a time: the sum over a unit's
-slice of weight times gradient is the same number.
+Where the inputs of consumers are enough, each block runs once, and nothing above the last that is
+watched. Else the loss is pulled back as well; no weight gradient is formed where a group's consumer
+is a linear module: its input and the gradient of that input are enough. For other consumers (the
+fused tensors of a mixture of experts) the gate's derivative is taken from the gradient of the
+tensor, one sample at a time: the sum over a unit's slice of weight times gradient is the same
+number.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ Measured = TypeVar("Measured")
 _LOG = logging.getLogger(__name__)
 _TOKENS = 2048
 _LOGIT_BYTES = 2**27
-_BUDGET = 2**27
+_BUDGET = 2**26
 
 
 def observe(
@@ -90,13 +92,42 @@ def measure(
             ) from reason
         _LOG.info("activations of the whole model at once: %s", reason)
         chain = None
-    try:
-        _pass(chain, watch, input_ids, together=not watch.weights)
-    except MixedSamplesError:
-        watch = _Watch(model, groups, needs, where_linear, input_ids, formula)
-        _pass(chain, watch, input_ids, together=False)
+    if watch.looks_only:
+        with watch.tap.listening(to_all=True), torch.no_grad():
+            _look(chain, watch, input_ids)
+    else:
+        try:
+            _pass(chain, watch, input_ids, together=not watch.weights)
+        except MixedSamplesError:
+            watch = _Watch(model, groups, needs, where_linear, input_ids, formula)
+            _pass(chain, watch, input_ids, together=False)
     watch.finish(groups)
     return {group.name: watch.found[group.name] for group in groups}
+
+
+def _look(chain: Chain | None, watch: _Watch[Any], input_ids: torch.Tensor) -> None:
+    """Run forward, block by block unless something outside of the blocks is watched."""
+    samples, length = input_ids.shape
+    parts = batches(samples, max(1, _TOKENS // length))
+    highest = None if chain is None else _highest_block(watch, chain)
+    if chain is None or highest is None:
+        for part in track(parts, "activations"):
+            watch.model(input_ids[part])
+            watch.look(part)
+        return
+    inside = _groups_inside(watch, chain)
+    with chain.opened():
+        shape, dtype = hidden_form(chain, input_ids)
+        with Borders(range(1), (samples, *shape), dtype, _BUDGET) as hidden:
+            for part in parts:
+                hidden.write(0, part, chain.entry(input_ids[part]))
+            steps = [(index, part) for index in range(highest + 1) for part in parts]
+            for index, part in track(steps, "activations: blocks"):
+                _, output = chain.run_block(index, input_ids[part], hidden.read(0, part))
+                hidden.write(0, part, output)
+                watch.look(part)
+                if part is parts[-1]:
+                    watch.finish(inside[index])
 
 
 def _pass(
@@ -165,6 +196,17 @@ class _Watch(Generic[Measured]):
         finally:
             for parameter in self.parameters.values():
                 parameter.requires_grad_(False)
+
+    @property
+    def looks_only(self) -> bool:
+        """Whether the inputs of consumers are all that is asked for."""
+        asked = {*self.needs, *self.tap.needs}
+        return not self.weights and not self.cosines and asked <= {"moments", "gram"}
+
+    def look(self, part: slice) -> None:
+        """Take what a forward pass has shown."""
+        seen = self.tap.taken()
+        self.tap.give(part, seen, [None] * len(seen), 1.0)
 
     def pull(
         self,
@@ -328,10 +370,23 @@ def _places(
     return found
 
 
+def _watched(watch: _Watch[Any]) -> set[int]:
+    modules = {c.module for found in watch.consumers.values() for c in found}
+    return {id(watch.model.get_submodule(path)) for path in modules}
+
+
+def _highest_block(watch: _Watch[Any], chain: Chain) -> int | None:
+    """Return the last block that holds something watched; None if something is in no block."""
+    watched = _watched(watch)
+    blocks = [{id(module) for module in block.modules()} & watched for block in chain.blocks]
+    if watched - set().union(*blocks):
+        return None
+    return max((index for index, found in enumerate(blocks) if found), default=-1)
+
+
 def _lowest_block(watch: _Watch[Any], chain: Chain) -> int:
     """Return the first block that holds something watched."""
-    modules = {c.module for found in watch.consumers.values() for c in found}
-    watched = {id(watch.model.get_submodule(path)) for path in modules}
+    watched = _watched(watch)
     for index, block in enumerate(chain.blocks):
         if chain.owned[index] or any(id(module) in watched for module in block.modules()):
             return index

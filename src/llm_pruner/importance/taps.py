@@ -46,7 +46,7 @@ class ConsumerTap:
         needs: Collection[str],
     ) -> None:
         self._model = model
-        self._needs = needs
+        self.needs = needs
         self._length = shape[1]
         self._seen: list[tuple[str, torch.Tensor]] = []
         self._by_module: dict[str, list[Consumer]] = {}
@@ -64,11 +64,16 @@ class ConsumerTap:
         self._gram: dict[str, torch.Tensor] = {}
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Inside, inputs are noted wherever gradients are recorded."""
+    def listening(self, *, to_all: bool = False) -> Iterator[None]:
+        """Inside, inputs are noted wherever gradients are recorded.
+
+        Args:
+            to_all: note all inputs, as they are.
+        """
+        note = self._look if to_all else self._note
         handles = [
             self._model.get_submodule(path).register_forward_pre_hook(
-                lambda _module, args, path=path: self._note(path, args)
+                lambda _module, args, path=path: note(path, args)
             )
             for path in self._by_module
         ]
@@ -77,6 +82,9 @@ class ConsumerTap:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _look(self, path: str, args: tuple[torch.Tensor, ...]) -> None:
+        self._seen.append((path, args[0]))
 
     def _note(self, path: str, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         """Note an input, which becomes a leaf if nothing below it takes a gradient."""
@@ -105,12 +113,12 @@ class ConsumerTap:
         with torch.no_grad():
             for (path, value), gradient in zip(tapped, gradients, strict=True):
                 value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
-                if gradient is not None and {"gates", "tokens"} & set(self._needs):
+                if gradient is not None and {"gates", "tokens"} & set(self.needs):
                     product = value * gradient
                     self._add_gates(path, part, product, factor)
-                    if "tokens" in self._needs:
+                    if "tokens" in self.needs:
                         self._add_tokens(path, product.flatten(0, -2), factor)
-                if "moments" in self._needs or "gram" in self._needs:
+                if "moments" in self.needs or "gram" in self.needs:
                     self._add_moments(path, value.flatten(0, -2))
 
     def _add_gates(self, path: str, part: slice, product: torch.Tensor, factor: float) -> None:
@@ -142,7 +150,7 @@ class ConsumerTap:
         self._tokens[path] += len(rows)
         self._total[path] = self._total.get(path, 0) + rows.sum(0).double()
         self._square[path] = self._square.get(path, 0) + rows.square().sum(0).double()
-        if "gram" in self._needs:
+        if "gram" in self.needs:
             if path not in self._gram:
                 self._gram[path] = rows.new_zeros(rows.shape[1], rows.shape[1])
             add_gram_(self._gram[path], rows)
