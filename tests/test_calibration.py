@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutput
 
 from helpers import VOCABULARY, tiny_model, tiny_tokenizer
+from llm_pruner.data import selfmade
 from llm_pruner.data.calibration import build_calibration
-from llm_pruner.data.selfmade import PIECE, write_text, write_windows
+from llm_pruner.data.selfmade import write_text, write_windows
 from llm_pruner.errors import UserError
 from llm_pruner.specials import added_tokens
 
@@ -249,7 +250,10 @@ def test_self_draws_from_the_models_distribution() -> None:
 
 
 @pytest.mark.parametrize("template", [None, "<s> $A", "$A </s>", "<s> $A </s>"])
-def test_long_windows_of_self_hold_several_texts(template: str | None) -> None:
+def test_long_windows_of_self_hold_several_texts(
+    template: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selfmade, "PIECE", 128)
     tokenizer = tiny_tokenizer() if template is None else marking_tokenizer(template)
     share = torch.zeros(VOCABULARY)
     share[40] = 1.0
@@ -257,7 +261,7 @@ def test_long_windows_of_self_hold_several_texts(template: str | None) -> None:
     windows = write_windows(model, tokenizer, samples=3, seq_len=200, seed=0)
     assert windows.shape == (3, 200)
     parting = {None: tokenizer("\n\n")["input_ids"], "<s> $A": []}.get(template, [EOS])
-    texts = write_text(model, tokenizer, samples=6, seq_len=PIECE, seed=0)
+    texts = write_text(model, tokenizer, samples=6, seq_len=128, seed=0)
     for number, row in enumerate(windows):
         first, second = texts[2 * number].tolist(), texts[2 * number + 1].tolist()
         assert row.tolist() == [*first, *parting, *second][:200]

@@ -23,8 +23,11 @@ write, and a cut, even of one in five hundred, leaves text so poor in words that
 important. In theory the mean gradient of a model's loss on its own uncut text is zero, so that a
 first-order importance would be noise; over samples as few as these it is not.
 """
-PIECE = 128
-"""Tokens of a text: in longer ones a small model repeats itself, and many texts differ more."""
+PIECE = 512
+"""Tokens of a text at most. Drawn from the whole distribution, long texts do not repeat themselves,
+and words that follow from far behind calibrate better than many short texts do."""
+TOKENS = 8192
+"""Tokens that are written together: what a cache of keys and values has to hold."""
 _WORD = re.compile(r"[A-Z][a-z]+")
 
 
@@ -36,7 +39,7 @@ def write_text(
     samples: int,
     seq_len: int,
     seed: int,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     temperature: float = TEMPERATURE,
     min_p: float = MIN_P,
 ) -> torch.Tensor:
@@ -46,7 +49,8 @@ def write_text(
     token that is a whole capitalised word, drawn evenly and, where there are enough, without
     repetition. Special tokens are never drawn: every sequence is text to its end. Each sequence
     has its own random numbers, drawn ahead from one generator, so that the batch size does not
-    change them and the global random state is not touched.
+    change them and the global random state is not touched. By default ``TOKENS`` are written at a
+    time.
 
     Raises:
         UserError: the model's logits are not finite, or ``seq_len`` is beyond its positions.
@@ -61,6 +65,7 @@ def write_text(
     barred = _barred(tokenizer, _vocabulary(model))
     ids = torch.empty(samples, seq_len, dtype=torch.int64)
     ids[:, : starts.shape[1]] = starts
+    batch_size = batch_size or max(1, TOKENS // seq_len)
     batches = range(0, samples, batch_size)
     positions = range(starts.shape[1], seq_len)
     steps = ((batch, position) for batch in batches for position in positions)
