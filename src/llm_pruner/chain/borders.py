@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -101,7 +102,8 @@ class Borders:
 
 def _all_bytes(values: torch.Tensor, move: Callable[[memoryview], int | None]) -> None:
     """Pass every byte of a contiguous tensor to ``move``, which may take a part at a time."""
-    rest = memoryview(values.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    array: Any = values.view(-1).view(torch.uint8).numpy()  # not every numpy says: a buffer
+    rest = memoryview(array)
     while len(rest):
         moved = move(rest)
         if not moved:
