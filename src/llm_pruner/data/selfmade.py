@@ -24,8 +24,8 @@ important. In theory the mean gradient of a model's loss on its own uncut text i
 first-order importance would be noise; over samples as few as these it is not.
 """
 PIECE = 512
-"""Tokens of a text at most. Drawn from the whole distribution, long texts do not repeat themselves,
-and words that follow from far behind calibrate better than many short texts do."""
+"""Tokens of a text at most. On SmolLM2-135M texts of 512 calibrate better than of 128: perplexity is
+1.58 and 1.51 times the dense model's on WikiText-2 and C4 instead of 1.64 and 1.55 (seed 0)."""
 TOKENS = 8192
 """Tokens that are written together: what a cache of keys and values has to hold."""
 _WORD = re.compile(r"[A-Z][a-z]+")
@@ -49,8 +49,8 @@ def write_text(
     token that is a whole capitalised word, drawn evenly and, where there are enough, without
     repetition. Special tokens are never drawn: every sequence is text to its end. Each sequence
     has its own random numbers, drawn ahead from one generator, so that the batch size does not
-    change them and the global random state is not touched. By default ``TOKENS`` are written at a
-    time.
+    change them, but for rounding, and the global random state is not touched. By default at most
+    ``TOKENS``, or one text, are written at a time.
 
     Raises:
         UserError: the model's logits are not finite, or ``seq_len`` is beyond its positions.
