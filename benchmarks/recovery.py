@@ -17,8 +17,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 from itertools import product
 from pathlib import Path
@@ -26,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+from commands import llm_pruner
 from corpora import TOKENS, WINDOW, perplexities, read_texts
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,12 +34,6 @@ METHODS = {
     "distil": ["--method", "lora", "--teacher", "default"],
     "full": ["--method", "full"],
 }
-
-
-def llm_pruner(*arguments: object) -> None:
-    """Run a command in a process of its own."""
-    command = [sys.executable, "-m", "llm_pruner", *map(str, arguments)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def main() -> None:

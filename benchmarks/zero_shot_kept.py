@@ -18,13 +18,13 @@ import json
 import math
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from commands import llm_pruner
 
 RESULTS = Path(__file__).parent / "results"
 CHANCE = {
@@ -32,12 +32,6 @@ CHANCE = {
     **{"hellaswag": 1 / 4, "arc_easy": 1 / 4, "arc_challenge": 1 / 4, "openbookqa": 1 / 4},
 }
 PARAMETERS = "113.3M"
-
-
-def llm_pruner(*arguments: object) -> None:
-    """Run a command in a process of its own."""
-    command = [sys.executable, "-m", "llm_pruner", *map(str, arguments)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def evaluated(model: object, data: Path, dtype: str) -> dict[str, Any]:
