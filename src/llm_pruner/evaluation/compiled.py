@@ -1,7 +1,9 @@
 """Decoding with a model that ``torch.compile`` has made into machine code.
 
 Small models spend a part of each step in Python, which no pruning shortens. Compiled, as they are
-for deployment, that part is gone, and what is left is the work itself.
+for deployment, that part is gone, and what is left is the work itself. On a processor the weights
+are compiled in as constants ("freezing"), laid out beforehand for its matrix multiplication, where
+they would be looked up and checked in each step otherwise.
 """
 
 from __future__ import annotations
@@ -58,8 +60,12 @@ def compiled(capacity: int, backend: str = "inductor") -> Callable[[Any], Compil
 
 
 @contextmanager
-def compiling() -> Iterator[None]:
+def compiling(constant_weights: bool = False) -> Iterator[None]:
     """Let many shapes be compiled, and say in one line why a model cannot be.
+
+    Args:
+        constant_weights: compile weights in, which must not change then. Each shape keeps a copy of
+            them until the end.
 
     Raises:
         UserError: a model cannot be compiled here.
@@ -72,7 +78,11 @@ def compiling() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     limits = {"recompile_limit": _VARIANTS, "fail_on_recompile_limit_hit": True}
     try:
-        with dynamo.config.patch(limits), warnings.catch_warnings():
+        with (
+            dynamo.config.patch(limits),
+            torch._inductor.config.patch(freezing=constant_weights, cpp_wrapper=constant_weights),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             yield
     except (dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:

@@ -217,21 +217,24 @@ def _memory(models: list[Any], settings: BenchSettings) -> list[tuple[PeakMemory
 def _speeds(models: list[Any], settings: BenchSettings) -> list[tuple[Speed, ...]]:
     """Return the speeds of each model, for each batch size."""
     start: Callable[[Any], Any] = Decoder
-    with ExitStack() as stack:
-        if settings.compile:
-            stack.enter_context(compiling())
-            start = compiled(settings.prompt_tokens + settings.new_tokens)
-        by_batch = [
-            compare_speed(
-                models,
-                prompt_tokens=settings.prompt_tokens,
-                new_tokens=settings.new_tokens,
-                repeats=settings.repeats,
-                batch_size=batch_size,
-                start=start,
+    by_batch = []
+    on_processor = next(models[0].parameters()).device.type == "cpu"
+    for batch_size in settings.batch_sizes:
+        with ExitStack() as stack:
+            if settings.compile:
+                # Anew for each batch size, so that only its copies of the weights exist.
+                stack.enter_context(compiling(constant_weights=on_processor))
+                start = compiled(settings.prompt_tokens + settings.new_tokens)
+            by_batch.append(
+                compare_speed(
+                    models,
+                    prompt_tokens=settings.prompt_tokens,
+                    new_tokens=settings.new_tokens,
+                    repeats=settings.repeats,
+                    batch_size=batch_size,
+                    start=start,
+                )
             )
-            for batch_size in settings.batch_sizes
-        ]
     return [tuple(speeds) for speeds in zip(*by_batch, strict=True)]
 
 
