@@ -7,10 +7,10 @@ Prunes SmolLM2-135M through the same functions as ``llm-pruner prune`` and measu
 windows of 1,024 tokens on the first 65,536 tokens of WikiText-2 test, on held-out C4, and on Penn
 Treebank, beside the dense model. Rows (``--rows``): ``recipes`` (each recipe at four sizes),
 ``table`` (every criterion, uniform and global, without and with least squares, at 20% and 50% of
-the block parameters, on ``--screen`` tokens of each text), ``seeds`` (the best recipe, two more
-seeds), ``text`` (calibrated on each of ``--texts``; self-made without), ``uniform`` (equal layers).
-``--sizes`` and ``--only`` take some of them. Writes
-benchmarks/results/least_damage.json after each row, and goes on from there when it is run again.
+the block parameters, on ``--screen`` tokens of each text), ``text`` (calibrated on each of
+``--texts``; self-made without), ``uniform`` (equal layers). ``--sizes`` and ``--only`` take some of
+them, ``--seeds`` repeats them. Writes benchmarks/results/least_damage.json after each row, and goes
+on from there when it is run again; a row that was measured on fewer texts is made again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from llm_pruner.pipeline import prune as pruning
 from llm_pruner.pipeline.by_recipe import calibration_of, prune_arguments
 from llm_pruner.pipeline.prune import prune_checkpoint
 from llm_pruner.pipeline.settings import ModelSettings
-from llm_pruner.recipes import NAMES, read_recipe
+from llm_pruner.recipes import NAMES, Recipe, read_recipe
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = {
@@ -85,7 +85,10 @@ def runs(
     samples: int | None = None,
     scored: int | None = None,
 ) -> list[Run]:
-    """Return the runs behind one set of rows; ``samples`` are fitted and ``scored`` of them."""
+    """Return the runs behind one set of rows; ``samples`` are fitted and ``scored`` of them.
+
+    Their seed is the default's.
+    """
     sizes = list(SIZES)
     if samples is not None and scored is None:
         scored = min(samples, read_recipe("best").samples)
@@ -93,8 +96,6 @@ def runs(
         return [Run(rows, size, name) for size, name in product(sizes, ("best", "paper"))] + [
             Run(rows, "20% of the blocks", name) for name in NAMES if name not in ("best", "paper")
         ]
-    if rows == "seeds":
-        return [Run(rows, size, "best", seed) for size, seed in product(sizes, (1, 2))]
     if rows == "text":
         return [
             Run(rows, size, "best", calibration=text, samples=samples, score_samples=scored)
@@ -132,6 +133,15 @@ def _keep_scores(file: Path) -> bool:
     return known
 
 
+def scores_name(recipe: Recipe, source: str, seed: int) -> str:
+    """Return what tells apart the scores of runs whose recipes take one step."""
+    criterion = (recipe.criterion, recipe.order, recipe.reduction, recipe.aggregate)
+    text = "+".join(Path(part).stem for part in source.split(","))
+    read = f"{recipe.score_samples or recipe.samples}-of-{recipe.samples}x{recipe.seq_len}"
+    parts = (*criterion, *(recipe.structures or ()), text, read, f"seed-{seed}")
+    return "-".join(part for part in parts if part is not None)
+
+
 def prune(
     model: str, run: Run, calibration: str, out: Path, kept: Path | None = None
 ) -> dict[str, Any]:
@@ -155,13 +165,14 @@ def prune(
         arguments["selection"] = replace(
             arguments["selection"], scope="local", spread=None, uniform=True
         )
-    known = kept is not None and _keep_scores(kept / f"{run.criterion}-{run.seed}.npz")
+    source = run.calibration or calibration
+    known = kept is not None and _keep_scores(kept / f"{scores_name(recipe, source, run.seed)}.npz")
     begin = time.perf_counter()
     done = prune_checkpoint(
         ModelSettings(model),
         out,
         target=Target(params=SIZES[run.size]),
-        calibration=calibration_of(recipe, source=run.calibration or calibration),
+        calibration=calibration_of(recipe, source=source),
         seed=run.seed,
         verify=False,
         overwrite=True,
@@ -226,6 +237,7 @@ def main() -> None:
         "--score-samples", type=int, help="of --samples; as many as the recipe has unless given"
     )
     parser.add_argument("--sizes", default=",".join(SIZES), help="comma-separated")
+    parser.add_argument("--seeds", default="0", help="comma-separated")
     parser.add_argument("--only", help="comma-separated recipes, of those in the rows")
     parser.add_argument(
         "--screen", type=int, default=8192, help="tokens of each text for the table"
@@ -233,7 +245,7 @@ def main() -> None:
     parser.add_argument(
         "--scores",
         type=Path,
-        help="folder that keeps the table's scores, so that each criterion estimates once",
+        help="folder that keeps scores, so that runs that differ in what follows share them",
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "least_damage.json")
     options = parser.parse_args()
@@ -262,11 +274,13 @@ def main() -> None:
     for rows in options.rows.split(","):
         tokens = options.screen if rows == "table" else TOKENS
         some = {k: v for k, v in texts.items() if rows != "table" or k != "ptb"}
-        if str(tokens) not in results["dense"]:
+        if not some.keys() <= results["dense"].get(str(tokens), {}).keys():
             results["dense"][str(tokens)] = apart(perplexities, options.model, some, tokens)
             save()
         dense = results["dense"][str(tokens)]
-        for run in runs(rows, options.texts, options.samples, options.score_samples):
+        chosen = runs(rows, options.texts, options.samples, options.score_samples)
+        for seed, one in product(options.seeds.split(","), chosen):
+            run = replace(one, seed=int(seed))
             key = {k: v for k, v in json.loads(json.dumps(run.__dict__)).items() if v is not None}
             if "calibration" in key:
                 parts = key["calibration"].split(",")
@@ -275,11 +289,16 @@ def main() -> None:
             if (
                 run.size not in options.sizes.split(",")
                 or left_out
-                or any(row["run"] == key for row in results["rows"])
+                or any(
+                    row["run"] == key and ("error" in row or some.keys() <= row["ratio"].keys())
+                    for row in results["rows"]
+                )
             ):
                 continue
-            kept = options.scores if rows == "table" else None
-            found = apart(measure, options.model, run, options.calibration, some, tokens, kept)
+            found = apart(
+                measure, options.model, run, options.calibration, some, tokens, options.scores
+            )
+            results["rows"] = [row for row in results["rows"] if row["run"] != key]
             if "error" in found:
                 results["rows"].append({"run": key, **found})
                 save()
