@@ -24,7 +24,7 @@ from llm_pruner.cli.output import (
     table,
     write_json,
 )
-from llm_pruner.errors import Interrupted
+from llm_pruner.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from llm_pruner.data.formatting import Template
@@ -312,6 +312,15 @@ def command(
         int,
         typer.Option(metavar="N", help="Likeliest tokens that are kept.", rich_help_panel=_TEACHER),
     ] = 64,
+    distill_hidden: Annotated[
+        float,
+        typer.Option(
+            metavar="WEIGHT",
+            help="Of hidden states in the loss, layer by layer, on top; the teacher then runs in "
+            "each step.",
+            rich_help_panel=_TEACHER,
+        ),
+    ] = 0.0,
     teacher_cache: Annotated[
         Path | None,
         typer.Option(
@@ -394,10 +403,15 @@ def command(
         lora_start=lora_start,
     )
     learned_from = None
+    if distill_hidden and not (teacher and distill_weight):
+        raise UserError(
+            f"--distill-hidden {distill_hidden:g} goes with a teacher that is learned from; name "
+            "it with --teacher, with a --distill-weight above 0"
+        )
     if teacher is not None:
         learned_from = TeacherSettings(
             ModelSettings(teacher, None, dtype, device, trust_remote_code),
-            DistillationSettings(temperature, distill_weight, teacher_top_k)
+            DistillationSettings(temperature, distill_weight, teacher_top_k, distill_hidden)
             if distill_weight
             else None,
             teacher_cache,

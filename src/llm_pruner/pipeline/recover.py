@@ -46,6 +46,7 @@ from llm_pruner.pipeline.recovery_report import (
 from llm_pruner.pipeline.report import page_in, write_report
 from llm_pruner.pipeline.settings import ModelSettings
 from llm_pruner.pipeline.work import folder_beside
+from llm_pruner.planning.plan import read_plan
 from llm_pruner.recovery import (
     DistillationSettings,
     Progress,
@@ -53,6 +54,7 @@ from llm_pruner.recovery import (
     Teacher,
     recover_,
 )
+from llm_pruner.recovery.hidden import Kept
 from llm_pruner.recovery.processes import Processes, joined, own_device
 from llm_pruner.report.data import Recovery
 from llm_pruner.sources import LoadedModel
@@ -318,6 +320,7 @@ def _recover(
                     teacher.cache or work / "teacher",
                     identity=dense.fingerprint,
                     seq_len=settings.seq_len,
+                    kept=_kept(model) if teacher.distillation.hidden else None,
                 )
                 for some in (train, held_out)
             )
@@ -416,7 +419,8 @@ def _recover(
             ),
         )
 
-    plan_json = _plan(model)
+    plan = _plan_file(model)
+    plan_json = None if plan is None else plan.read_text(encoding="utf-8")
     saved = save_checkpoint(
         network,
         out,
@@ -618,9 +622,18 @@ def _perplexities(
     ]
 
 
-def _plan(model: ModelSettings) -> str | None:
+def _plan_file(model: ModelSettings) -> Path | None:
     file = Path(model.source).expanduser() / "plan.json"
-    return file.read_text(encoding="utf-8") if file.is_file() else None
+    return file if file.is_file() else None
+
+
+def _kept(model: ModelSettings) -> Kept:
+    """Return what a model has of the one that it was cut from, as its plan says."""
+    file = _plan_file(model)
+    if file is None:
+        return Kept()
+    plan = read_plan(file)
+    return Kept(plan.kept("layers"), plan.kept("hidden"))
 
 
 def finite(value: Any) -> Any:

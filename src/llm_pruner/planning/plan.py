@@ -254,6 +254,18 @@ class Plan(_Strict):
             raise PlanError(problems)
         return {name: found[name] for name in groups if len(found.get(name, ()))}
 
+    def kept(self, kind: str) -> tuple[int, ...] | None:
+        """Return what stays of the first group of a kind that loses units; None if none does.
+
+        Raises:
+            UserError: a removed range is malformed.
+        """
+        for group in self.groups:
+            if group.kind == kind and group.removed.strip():
+                gone = set(parse_ranges(group.removed, group.size).tolist())
+                return tuple(unit for unit in range(group.size) if unit not in gone)
+        return None
+
     def _model_problems(self, discovery: Discovery) -> list[str]:
         parameters = count_parameters(discovery)
         if self.model.parameters != parameters:

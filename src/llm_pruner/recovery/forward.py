@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 from weakref import WeakSet
 
 import numpy as np
@@ -18,44 +19,76 @@ TOLERANCE = 1e-4
 _LOGITS_BYTES = 256 * 2**20
 
 
-def learned_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the logits that predict the learned tokens, float32 (n, vocabulary), and these tokens.
+@dataclass(frozen=True)
+class Forward:
+    """What a model says of a batch.
 
-    The n tokens stand in the order of ``batch.parts``. Where the model lets it, the output
-    embedding runs on their positions alone: logits of a row are by far its largest tensors.
+    Attributes:
+        logits: those that predict the learned tokens, float32 (n, vocabulary), in the order of
+            ``Batch.parts``.
+        tokens: the learned tokens, (n,).
+        output: all that the model returned; its own logits may be of some positions only.
     """
+
+    logits: torch.Tensor
+    tokens: torch.Tensor
+    output: Any
+
+
+def forward(model: Any, batch: Batch, **keywords: Any) -> Forward:
+    """Run a model, which may be wrapped for several processes.
+
+    Where the model lets it, the output embedding runs on the positions that predict learned tokens
+    alone: logits of a row are by far its largest tensors.
+
+    Args:
+        keywords: further arguments of the model.
+    """
+    keywords = {**arguments_of(model, batch), **keywords}
+    learned = batch.learned[:, 1:]
+    output = _narrow_output(model, keywords, learned)
+    if output is not None:
+        logits = output.logits[0]
+    else:
+        output = model(**keywords)
+        logits = output.logits[:, :-1][learned.to(output.logits.device)]
+    tokens = batch.input_ids[:, 1:][learned]
+    return Forward(logits.float(), tokens.to(logits.device), output)
+
+
+def learned_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``logits`` and ``tokens`` of ``forward``."""
+    found = forward(model, batch)
+    return found.logits, found.tokens
+
+
+def arguments_of(model: Any, batch: Batch) -> dict[str, Any]:
+    """Return the arguments that a model takes a batch in, on its device."""
     device = next(model.parameters()).device
-    keywords: dict[str, Any] = {"use_cache": False}
+    keywords: dict[str, Any] = {"input_ids": batch.input_ids.to(device), "use_cache": False}
     if batch.position_ids is not None:
         keywords["position_ids"] = batch.position_ids.to(device)
     if batch.attention_mask is not None:
         keywords["attention_mask"] = batch.attention_mask.to(device)
-    tokens = batch.input_ids.to(device)
-    learned = batch.learned[:, 1:]
-    logits = _narrow_logits(model, tokens, keywords, learned)
-    if logits is None:
-        whole = model(input_ids=tokens, **keywords).logits
-        logits = whole[:, :-1][learned.to(whole.device)]
-    return logits.float(), tokens.to(logits.device)[:, 1:][learned.to(logits.device)]
+    return keywords
 
 
 _whole: WeakSet[torch.nn.Module] = WeakSet()
 """Output embeddings whose models need the logits of all positions."""
 
 
-def _narrow_logits(
-    model: Any, tokens: torch.Tensor, keywords: dict[str, Any], learned: torch.Tensor
-) -> torch.Tensor | None:
-    """Return (n, vocabulary) from an output embedding that is given n positions; None if it cannot.
+def _narrow_output(model: Any, keywords: dict[str, Any], learned: torch.Tensor) -> Any:
+    """Return the output of a model whose output embedding is given n positions; None if it cannot.
+
+    Its logits have shape (1, n, vocabulary).
 
     Args:
         model: may be wrapped for several processes.
-        tokens: shape (rows, length).
-        keywords: the other arguments.
+        keywords: its arguments.
         learned: bool (rows, length - 1), which positions, counted without each row's first token.
     """
     head = getattr(model, "module", model).get_output_embeddings()
-    rows, length = tokens.shape
+    rows, length = keywords["input_ids"].shape
     # A hidden state of (length, rows, features) would look alike.
     if head is None or head in _whole or rows == length:
         return None
@@ -69,15 +102,15 @@ def _narrow_logits(
 
     handle = head.register_forward_pre_hook(pick)
     try:
-        logits = model(input_ids=tokens, **keywords).logits
+        output = model(**keywords)
     except (RuntimeError, ValueError, IndexError):
-        logits = None  # if the shape was not the reason, the whole model says so again
+        output = None  # if the shape was not the reason, the whole model says so again
     finally:
         handle.remove()
-    if logits is None or logits.shape[:-1] != (1, count):
+    if output is None or output.logits.shape[:-1] != (1, count):
         _whole.add(head)
         return None
-    return cast("torch.Tensor", logits[0])
+    return output
 
 
 def can_pack(model: Any, vocabulary: int) -> bool:

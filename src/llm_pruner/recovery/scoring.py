@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from llm_pruner.recovery.batches import Batch
-from llm_pruner.recovery.forward import learned_logits
+from llm_pruner.recovery.forward import forward
 from llm_pruner.recovery.processes import ALONE, Processes
 from llm_pruner.recovery.teacher import Teacher
 from llm_pruner.sequences import TrainingSequence
@@ -65,10 +65,12 @@ def score(
     model.eval()
     try:
         for batch in processes.share(batches):
-            logits, tokens = learned_logits(model, batch)
-            if teacher is not None:
-                mixed += float(teacher.loss(logits, tokens, batch))
-            each = F.cross_entropy(logits, tokens, reduction="none").double().cpu()
+            if teacher is None:
+                found = forward(model, batch)
+            else:
+                loss, found = teacher.loss(model, batch)
+                mixed += float(loss)
+            each = F.cross_entropy(found.logits, found.tokens, reduction="none").double().cpu()
             first = 0
             for part in batch.parts:
                 one = sequences[part.sample]

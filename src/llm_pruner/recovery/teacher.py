@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 from llm_pruner.errors import UserError
 from llm_pruner.recovery.batches import Batch, lay_out
-from llm_pruner.recovery.forward import can_pack, learned_logits, micro_tokens
+from llm_pruner.recovery.forward import Forward, can_pack, forward, learned_logits, micro_tokens
+from llm_pruner.recovery.hidden import Kept, hidden_distance, learned_states, teacher_states
 from llm_pruner.recovery.objective import distillation_loss, task_loss
 from llm_pruner.sequences import TrainingSequence
 
@@ -30,11 +31,14 @@ class DistillationSettings:
         temperature: T of ``distillation_loss``.
         weight: share of the distillation loss; the task loss has the rest.
         top_k: tokens whose probability is kept for each learned token.
+        hidden: weight of ``hidden_distance``, which comes on top; above 0 the teacher runs in every
+            step, as its hidden states are too large to be kept.
     """
 
     temperature: float = 1.0
     weight: float = 0.9
     top_k: int = 64
+    hidden: float = 0.0
 
     def check(self) -> None:
         """Raise UserError for a value that cannot be."""
@@ -44,6 +48,8 @@ class DistillationSettings:
             raise UserError(f"--distill-weight {self.weight} is outside [0, 1]; use such as 0.9")
         if self.top_k < 1:
             raise UserError(f"--teacher-top-k {self.top_k} keeps nothing; use 1 or more")
+        if not 0 <= self.hidden < float("inf"):
+            raise UserError(f"--distill-hidden {self.hidden} is no weight; use such as 1")
 
 
 class Teacher:
@@ -64,6 +70,7 @@ class Teacher:
         *,
         identity: str,
         seq_len: int,
+        kept: Kept | None = None,
     ) -> None:
         """Open or make the cache in a subfolder whose name depends on everything it holds.
 
@@ -74,6 +81,7 @@ class Teacher:
             folder: where caches lie.
             identity: fingerprint of the model.
             seq_len: longest sample.
+            kept: what the student has of it.
 
         Raises:
             UserError: the teacher's vocabulary has fewer tokens than the data uses.
@@ -88,7 +96,7 @@ class Teacher:
                 "name the dense model that the student was cut from"
             )
         self._k = min(settings.top_k, vocabulary)
-        self._seq_len, self._vocabulary = seq_len, vocabulary
+        self._seq_len, self._vocabulary, self._kept = seq_len, vocabulary, kept or Kept()
         self._packed: bool | None = None
         targets = np.array([one.targets for one in sequences], dtype=np.int64)
         self._first = np.concatenate([[0], np.cumsum(targets)])
@@ -118,20 +126,29 @@ class Teacher:
         values = np.concatenate([self._values[span] for span in spans])
         return torch.from_numpy(ids).long(), torch.from_numpy(values).float()
 
-    def loss(self, logits: torch.Tensor, tokens: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Return w * distillation loss + (1 - w) * task loss, summed over the learned tokens.
+    def loss(self, student: Any, batch: Batch) -> tuple[torch.Tensor, Forward]:
+        """Return w * distillation loss + (1 - w) * task loss + v * distance of hidden states.
+
+        Each is summed over the learned tokens.
 
         Args:
-            logits: the student's, (n, vocabulary), in the order of ``batch.parts``.
-            tokens: what the text says, (n,).
+            student: the model that learns.
             batch: samples of this teacher.
+
+        Returns:
+            The loss, and what the student said.
         """
-        weight = self.settings.weight
-        ids, values = (one.to(logits.device) for one in self.says(batch))
-        loss = weight * distillation_loss(logits, ids, values, self.settings.temperature)
+        weight, deep = self.settings.weight, self.settings.hidden > 0
+        found = forward(student, batch, **({"output_hidden_states": True} if deep else {}))
+        ids, values = (one.to(found.logits.device) for one in self.says(batch))
+        loss = weight * distillation_loss(found.logits, ids, values, self.settings.temperature)
         if weight < 1:
-            loss = loss + (1 - weight) * task_loss(logits, tokens)
-        return loss
+            loss = loss + (1 - weight) * task_loss(found.logits, found.tokens)
+        if deep:
+            own, wanted = learned_states(found.output, batch), teacher_states(self._model, batch)
+            distance = hidden_distance(own, wanted, self._kept)
+            loss = loss + self.settings.hidden * distance.to(loss.device)
+        return loss, found
 
     @torch.no_grad()
     def _run(self, samples: Sequence[int]) -> None:

@@ -180,10 +180,10 @@ class RecoveryTrainer(Trainer):
         return nullcontext()
 
     def _loss(self, model: Any, batch: Batch) -> torch.Tensor:
-        logits, tokens = learned_logits(model, batch)
         if self._teacher is None:
-            return task_loss(logits, tokens)
-        return self._teacher.loss(logits, tokens, batch)
+            return task_loss(*learned_logits(model, batch))
+        loss, _ = self._teacher.loss(model, batch)
+        return loss
 
     def floating_point_ops(self, inputs: Any) -> int:  # noqa: ARG002
         """Nothing reads it."""
