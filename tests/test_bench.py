@@ -14,9 +14,9 @@ import llm_pruner.pipeline.bench
 import llm_pruner.pipeline.loading
 from command import done, run, save_tiny
 from helpers import VOCABULARY, tiny_model
+from llm_pruner.decoding import Decoder
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.compiled import compiled, compiling
-from llm_pruner.evaluation.decoding import Decoder
 from llm_pruner.evaluation.size import folder_bytes
 from llm_pruner.evaluation.speed import compare_speed, speed_up
 from llm_pruner.pipeline.bench import BenchSettings

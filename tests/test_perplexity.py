@@ -11,9 +11,9 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from helpers import VOCABULARY, tiny_model, tiny_tokenizer
+from llm_pruner.decoding import Decoder
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import perplexity as module
-from llm_pruner.evaluation.decoding import Decoder
 from llm_pruner.evaluation.perplexity import EvaluationText, perplexity
 from llm_pruner.evaluation.samples import sample_continuation, strip_control
 from llm_pruner.evaluation.size import folder_bytes, model_size

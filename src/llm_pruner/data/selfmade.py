@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from llm_pruner.decoding import Decoder
 from llm_pruner.errors import UserError
 from llm_pruner.progress import track
 from llm_pruner.specials import added_tokens
@@ -71,22 +71,16 @@ def write_text(
     steps = ((batch, position) for batch in batches for position in positions)
     training = model.training
     model.eval()
-    argument = _cache_argument(model)
-    cache: Any = None
+    decoder = Decoder(model)
     try:
         for first, position in track(steps, "Writing text", total=len(batches) * len(positions)):
             rows = slice(first, min(first + batch_size, samples))
+            begin = position - 1
             if position == positions.start:
-                cache = None
-            # Without a cache the whole text is run again at every step.
-            begin = 0 if cache is None else position - 1
-            tokens = ids[rows, begin:position].to(device)
-            keywords = {argument: cache, "use_cache": True} if argument else {}
-            output = model(input_ids=tokens, **keywords)
-            cache = getattr(output, argument, None) if argument else None
-            logits = output.logits[:, -1].float()
+                decoder, begin = Decoder(model), 0
+            logits = decoder.step(ids[rows, begin:position].to(device))
             ids[rows, position] = _draw(
-                logits.cpu(), uniform[rows, position], barred, temperature, min_p
+                logits.float().cpu(), uniform[rows, position], barred, temperature, min_p
             )
     finally:
         model.train(training)
@@ -123,16 +117,6 @@ def _check_length(model: Any, seq_len: int) -> None:
         raise UserError(
             f"seq_len={seq_len} is longer than the model's maximum; use at most {limit}"
         )
-
-
-def _cache_argument(model: Any) -> str | None:
-    """Return the name of the forward argument, and output field, that holds the cache.
-
-    transformers calls it ``cache``, and earlier ``past_key_values``. None if there is neither.
-    """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
-    names = inspect.signature(base.forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in names), None)
 
 
 def _draw(

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from llm_pruner.decoding import cache_argument
 from llm_pruner.errors import UserError
-from llm_pruner.evaluation.decoding import cache_argument
 from llm_pruner.progress import track
 
 Pair = tuple[Sequence[int], Sequence[int]]

@@ -23,8 +23,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from llm_pruner.decoding import Decoder
 from llm_pruner.errors import LLMPrunerError, UserError
-from llm_pruner.evaluation.decoding import Decoder
 from llm_pruner.tracing.ghosts import GhostRunner, ghosts_of, is_on_meta
 from llm_pruner.tracing.run import evaluating, example_tokens, logits_of
 from llm_pruner.tracing.tracer import tensors_in

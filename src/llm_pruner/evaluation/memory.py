@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llm_pruner.evaluation.decoding import Decoder
+from llm_pruner.decoding import Decoder
 from llm_pruner.tracing.run import evaluating, example_tokens
 
 

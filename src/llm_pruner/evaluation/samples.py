@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from llm_pruner.decoding import Decoder
 from llm_pruner.errors import UserError
-from llm_pruner.evaluation.decoding import Decoder
 from llm_pruner.specials import chat_ids
 
 

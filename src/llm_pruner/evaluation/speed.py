@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+from llm_pruner.decoding import Decoder
 from llm_pruner.errors import UserError
-from llm_pruner.evaluation.decoding import Decoder
 from llm_pruner.progress import track
 from llm_pruner.tracing.run import evaluating, vocabulary_size
 

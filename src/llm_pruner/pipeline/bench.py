@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from llm_pruner.decoding import Decoder
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.compiled import compiled, compiling
-from llm_pruner.evaluation.decoding import Decoder
 from llm_pruner.evaluation.macs import Counts, count_work, paper_macs
 from llm_pruner.evaluation.memory import PeakMemory, measure_memory
 from llm_pruner.evaluation.perplexity import maximum_length
