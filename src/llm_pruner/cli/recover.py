@@ -28,7 +28,7 @@ from llm_pruner.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from llm_pruner.data.formatting import Template
-    from llm_pruner.pipeline.recover import Recovered
+    from llm_pruner.pipeline.recovered import Recovered
 
 EXAMPLES = """\b
 Examples:
@@ -366,12 +366,8 @@ def command(
     """Train a pruned model, and keep it only if it became better."""
     check_json(json)
     from llm_pruner.pipeline.evaluate import PerplexitySettings
-    from llm_pruner.pipeline.recover import (
-        DataSettings,
-        TeacherSettings,
-        recover_checkpoint,
-        work_folder,
-    )
+    from llm_pruner.pipeline.recover import recover_checkpoint
+    from llm_pruner.pipeline.recover_request import DataSettings, RecoverRequest, TeacherSettings
     from llm_pruner.pipeline.settings import ModelSettings
     from llm_pruner.recovery import DistillationSettings
     from llm_pruner.recovery import preset as make_settings
@@ -416,33 +412,34 @@ def command(
             else None,
             teacher_cache,
         )
+    request = RecoverRequest(
+        ModelSettings(model, revision, dtype, device, trust_remote_code),
+        out,
+        DataSettings(
+            tuple(dict.fromkeys(data)),
+            samples,
+            split,
+            text_field,
+            cast("Template", template),
+            mask_prompt,
+            held_out,
+        ),
+        settings,
+        teacher=learned_from,
+        texts=tuple(perplexity or ()),
+        text_settings=PerplexitySettings(seq_len=perplexity_seq_len),
+        resume=resume,
+        restart=restart,
+        overwrite=overwrite,
+        keep_adapter=keep_adapter,
+        max_shard_size=max_shard_size,
+        command=command_line(),
+    )
+    say = Narrator(quiet=json == "-") if speaks() else lambda _: None
     try:
-        done = recover_checkpoint(
-            ModelSettings(model, revision, dtype, device, trust_remote_code),
-            out,
-            DataSettings(
-                tuple(dict.fromkeys(data)),
-                samples,
-                split,
-                text_field,
-                cast("Template", template),
-                mask_prompt,
-                held_out,
-            ),
-            settings,
-            teacher=learned_from,
-            texts=perplexity or [],
-            text_settings=PerplexitySettings(seq_len=perplexity_seq_len),
-            resume=resume,
-            restart=restart,
-            overwrite=overwrite,
-            keep_adapter=keep_adapter,
-            max_shard_size=max_shard_size,
-            say=Narrator(quiet=json == "-") if speaks() else lambda _: None,
-            command=command_line(),
-        )
+        done = recover_checkpoint(request, say=say)
     except KeyboardInterrupt:
-        left = work_folder(out).is_dir()
+        left = request.work.is_dir()
         what = "go on with --resume" if left else "nothing was written"
         raise Interrupted(f"interrupted; {what}") from None
     if not speaks():
@@ -456,7 +453,7 @@ def command(
 
 def as_data(done: Recovered) -> dict[str, Any]:
     """Return the outcome of a run for scripts."""
-    from llm_pruner.pipeline.recover import finite
+    from llm_pruner.pipeline.recovered import finite
 
     data = asdict(done)
     data["path"] = str(done.path)

@@ -24,7 +24,8 @@ from llm_pruner.pipeline.compress_settings import CompressSettings, about, check
 from llm_pruner.pipeline.loading import load
 from llm_pruner.pipeline.measured import as_evaluation
 from llm_pruner.pipeline.prune import prune_checkpoint
-from llm_pruner.pipeline.recover import DataSettings, TeacherSettings, recover_checkpoint
+from llm_pruner.pipeline.recover import recover_checkpoint
+from llm_pruner.pipeline.recover_request import DataSettings, RecoverRequest, TeacherSettings
 from llm_pruner.pipeline.report import page_in, report_in, write_report
 from llm_pruner.pipeline.settings import ModelSettings
 from llm_pruner.pipeline.time_budget import (
@@ -233,22 +234,22 @@ class _Stages:
         out = self.run.path("recovered")
         if not out.is_dir():
             self.tell("recovering")
-            teaching = self.settings.model
-            recover_checkpoint(
+            training = replace(
+                self.settings.recovery,
+                seq_len=self._sample_length(),
+                max_minutes=plan["minutes"],
+                epochs=plan["epochs"],
+            )
+            request = RecoverRequest(
                 self._saved("pruned"),
                 out,
                 DataSettings(self.settings.data, plan["samples"], kept=self._text()),
-                replace(
-                    self.settings.recovery,
-                    seq_len=self._sample_length(),
-                    max_minutes=plan["minutes"],
-                    epochs=plan["epochs"],
-                ),
-                teacher=TeacherSettings(teaching),
+                training,
+                teacher=TeacherSettings(self.settings.model),
                 resume=True,
-                say=self.say,
                 command=self.command,
             )
+            recover_checkpoint(request, say=self.say)
             self.run.book("recover")
         record = json.loads((out / "recovery.json").read_text(encoding="utf-8"))
         before, after = record["loss"]
