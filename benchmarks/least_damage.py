@@ -37,7 +37,7 @@ from llm_pruner import Target
 from llm_pruner.allocator import keep_few_kernels, keep_large_blocks
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.perplexity import EvaluationText
-from llm_pruner.pipeline import prune as pruning
+from llm_pruner.pipeline import stepwise
 from llm_pruner.pipeline.by_recipe import calibration_of, prune_arguments
 from llm_pruner.pipeline.prune import prune_checkpoint
 from llm_pruner.pipeline.settings import ModelSettings
@@ -119,7 +119,7 @@ def runs(
 
 def _keep_scores(file: Path) -> bool:
     """Have the pruning of this process read scores from a file, or write them; if it is there."""
-    known, estimate = file.is_file(), pruning.score
+    known, estimate = file.is_file(), stepwise.score
 
     def score(*arguments: Any, **keywords: Any) -> dict[str, Any]:
         if known:
@@ -129,7 +129,7 @@ def _keep_scores(file: Path) -> bool:
         np.savez(file, **found)
         return found
 
-    pruning.score = score
+    stepwise.score = score
     return known
 
 

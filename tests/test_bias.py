@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import llm_pruner.pipeline.prune
+import llm_pruner.pipeline.refitting
 from command import done, save_tiny, write_text
 from families import make
 from helpers import tiny_model, tiny_tokenizer
@@ -70,7 +70,7 @@ def test_a_bias_is_the_mean_of_what_was_removed(family: str, group: str, consume
 def test_what_is_saved_comes_back(
     tmp_path: Path, structures: str, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llm_pruner.pipeline.prune, "divergences", lambda *_: [0.0, 1.0])
+    monkeypatch.setattr(llm_pruner.pipeline.refitting, "divergences", lambda *_: [0.0, 1.0])
     dense = save_tiny(tmp_path / "dense")
     given = ("--ratio", 0.3, "--criterion", "l2", "--structures", structures, "--steps", steps)
     given = (*given, "--protect-first", 0, "--protect-last", 0, "--split", "equal")
@@ -110,7 +110,7 @@ def test_a_model_that_has_biases_stays_stock(tmp_path: Path) -> None:
 def test_no_gain_leaves_the_model_without_biases(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llm_pruner.pipeline.prune, "divergences", lambda *_: [1.0, 0.5])
+    monkeypatch.setattr(llm_pruner.pipeline.refitting, "divergences", lambda *_: [1.0, 0.5])
     dense = save_tiny(tmp_path / "dense")
     text = ("--calibration", write_text(tmp_path / "text.txt"), *TEXT)
     given = ("--ratio", 0.2, "--structures", "ffn", "--criterion", "l2", "--compensation", "bias")

@@ -19,6 +19,7 @@ import llm_pruner.pipeline.compress_settings as asked
 import llm_pruner.pipeline.loading
 import llm_pruner.pipeline.prune
 import llm_pruner.pipeline.recover
+import llm_pruner.pipeline.stepwise
 from command import contents, done, run, save_tiny, write_text
 from llm_pruner.errors import UserError
 from llm_pruner.pipeline.time_budget import chunks_in_time, parse_duration, time_to_recover
@@ -207,7 +208,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, call: int 
 
 
 PLACES: tuple[tuple[Any, str, int], ...] = (
-    (llm_pruner.pipeline.prune, "score", 1),
+    (llm_pruner.pipeline.stepwise, "score", 1),
     (llm_pruner.pipeline.prune, "save_checkpoint", 1),
     (stages, "measure_apart", 1),
     (stages, "measure_apart", 1),

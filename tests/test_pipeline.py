@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import llm_pruner.pipeline.compress
 import llm_pruner.pipeline.demo
 import llm_pruner.pipeline.prune
+import llm_pruner.pipeline.surgeon
 import llm_pruner.sources
 import llm_pruner.verification
 from command import contents, done, run, save_tiny, write_text
@@ -369,7 +370,7 @@ def test_surgery_that_goes_wrong_names_the_group_and_saves_nothing(
             weight.data = weight.data.roll(1, dims=1)
         return edits
 
-    monkeypatch.setattr(llm_pruner.pipeline.prune, "prune_", sabotaged)
+    monkeypatch.setattr(llm_pruner.pipeline.surgeon, "prune_", sabotaged)
     monkeypatch.setattr(llm_pruner.verification, "prune_", sabotaged)
     options = ("--ratio", 0.2, "--criterion", "l2", "--structures", "ffn")
     result = run("prune", tiny, "--out", "out", *options)

@@ -20,7 +20,7 @@ from llm_pruner.chain.consumers import consumers_of
 from llm_pruner.compensation import Refitted, refit_
 from llm_pruner.errors import UserError
 from llm_pruner.groups import discover
-from llm_pruner.pipeline import matmul, prune, trials
+from llm_pruner.pipeline import matmul, refitting, stepwise, trials
 from llm_pruner.pipeline.by_recipe import calibration_of
 from llm_pruner.pipeline.levels import measure_levels
 from llm_pruner.pipeline.trials import find_split
@@ -238,7 +238,7 @@ def test_refits_that_make_held_out_text_worse_are_taken_back(
     options = ("--ratio", 0.2, *small(text))
     plain, spoiled = tmp_path / "plain", tmp_path / "spoiled"
     done("prune", tiny, "--out", plain, *options)
-    monkeypatch.setattr(prune, "refit_", spoil)
+    monkeypatch.setattr(refitting, "refit_", spoil)
     result = done("prune", tiny, "--out", spoiled, *options, "--compensation", "least-squares")
     assert "no gain on held-out text" in result.out
     one, other = (load_file(folder / "model.safetensors") for folder in (plain, spoiled))
@@ -258,8 +258,8 @@ def test_a_part_of_the_text_scores_and_more_of_it_is_fitted(
         read["refit"] = (len(args[-1]), torch.get_float32_matmul_precision())
         return refit_(*args)
 
-    monkeypatch.setattr(prune, "score", score)
-    monkeypatch.setattr(prune, "refit_", refit)
+    monkeypatch.setattr(stepwise, "score", score)
+    monkeypatch.setattr(refitting, "refit_", refit)
     options = ("--criterion", "fisher", "--split", "equal", "--compensation", "least-squares")
     out = tmp_path / "out"
     done("prune", tiny, "--out", out, "--ratio", 0.2, *options, *small(text), "--score-samples", 4)

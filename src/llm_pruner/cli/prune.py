@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from llm_pruner.evaluation.rounding import Rounding
     from llm_pruner.pipeline.allocation_search import Searched
     from llm_pruner.pipeline.decode_time import Timed
-    from llm_pruner.pipeline.prune import Pruned
+    from llm_pruner.pipeline.pruned import Pruned
     from llm_pruner.planning.target import Scope
 
 EXAMPLES = """\b
