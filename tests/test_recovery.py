@@ -8,10 +8,12 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,11 +26,12 @@ from helpers import tiny_model
 from llm_pruner.checkpoints import atomic_directory
 from llm_pruner.errors import UserError
 from llm_pruner.recovery import DistillationSettings, RecoverySettings, Teacher, preset, recover_
+from llm_pruner.recovery import recover as recovering
 from llm_pruner.recovery import state as states
 from llm_pruner.recovery.batches import Batch, lay_out, step_samples
 from llm_pruner.recovery.forward import can_pack, learned_logits
 from llm_pruner.recovery.objective import distillation_loss, task_loss
-from llm_pruner.recovery.scoring import score
+from llm_pruner.recovery.scoring import Evaluation, score
 from llm_pruner.recovery.training import rate
 from llm_pruner.sequences import TrainingSequence, make_sequence
 
@@ -340,6 +343,22 @@ def test_a_time_budget_is_planned_and_kept(tmp_path: Path) -> None:
     assert 4 < outcome.steps <= outcome.run.total < 16_000
     assert outcome.run.seconds < 60 * 0.03 + 2
     assert outcome.run.evaluations[-1].step == outcome.steps
+
+
+def test_scores_leave_the_time_to_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*args: Any) -> Evaluation:
+        time.sleep(0.1)
+        return score(*args)
+
+    monkeypatch.setattr(recovering, "score", slow)
+    train, held = sequences(64), sequences(4, seed=1)
+    for minutes, most in ((0.05, 4), (0.01, 3)):
+        settings = preset("quick", batch_size=4, epochs=1000, seq_len=64, max_minutes=minutes)
+        work = tmp_path / str(minutes)
+        _, outcome = recover_(tiny_model(), train, held, settings, work=work, folder=folder)
+        # One is of the model that came; a tenth of three seconds has room for three more.
+        assert 3 <= len(outcome.run.evaluations) <= most
+        assert outcome.run.evaluations[-1].step == outcome.steps
 
 
 def test_a_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:

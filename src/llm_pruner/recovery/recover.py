@@ -7,6 +7,7 @@ import logging
 import math
 import random
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -142,7 +143,9 @@ def recover_(
         tempfile.TemporaryDirectory() as unused,
     ):
         if run.before is None:
+            started = time.monotonic()
             run.before = scored_at(0, model)
+            run.seconds_to_score = processes.from_first(time.monotonic() - started)
             if not settings.bf16 and settings.lora.start == "default":
                 run.evaluations.append(run.before)  # training starts from just this
         torch.manual_seed(settings.seed)

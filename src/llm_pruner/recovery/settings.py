@@ -49,7 +49,8 @@ class RecoverySettings:
         max_steps: stop after this many steps.
         max_minutes: stop, evaluated, within this time. The first steps are timed and the run is
             planned to end in it, so that the learning rate reaches zero.
-        evaluations: times the held-out samples are scored during the run.
+        evaluations: times the held-out samples are scored during the run; with ``max_minutes``
+            fewer if they would take more than a tenth of it, but two.
         patience: stop when they did not improve for this many evaluations; before the half of the
             run only if they had improved at all.
         save_every: steps between checkpoints; None for one at each evaluation.

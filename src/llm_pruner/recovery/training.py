@@ -31,6 +31,9 @@ from llm_pruner.sequences import TrainingSequence
 TIMED_STEPS = 3
 """Steps that are timed before a run with ``max_minutes`` is planned; one before them warms up."""
 
+SCORING = 0.1
+"""Share of the time of such a run that scores on the way may take, unless two take more."""
+
 
 @dataclass
 class RunState:
@@ -44,6 +47,7 @@ class RunState:
         seconds: time spent in this and earlier processes, evaluations included.
         tokens: tokens trained on, padding left out.
         before: score of the model that came in; None before it was measured.
+        seconds_to_score: how long the last score took.
         stopped: why the run ended before its steps were done; None if it did not.
         planned: whether ``total`` is final.
     """
@@ -57,6 +61,7 @@ class RunState:
     stopped: str | None = None
     planned: bool = True
     before: Evaluation | None = None
+    seconds_to_score: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -279,7 +284,7 @@ class Guard(TrainerCallback):
         self._processes = processes
         self._clock = time.monotonic()
         self._timed: float | None = None
-        self._seconds_to_score = self._seconds_to_step = 0.0
+        self._seconds_to_step = 0.0
         self.trainer: RecoveryTrainer | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
@@ -345,7 +350,7 @@ class Guard(TrainerCallback):
                     "data, or load the model in float32"
                 )
             found.loss = math.inf
-        self._seconds_to_score = self._processes.from_first(time.monotonic() - started)
+        self._run.seconds_to_score = self._processes.from_first(time.monotonic() - started)
         return found
 
     def _tick(self) -> None:
@@ -358,7 +363,7 @@ class Guard(TrainerCallback):
         if self._settings.max_minutes is None:
             return False
         left = 60 * self._settings.max_minutes - self._run.seconds
-        return left <= 1.1 * (self._seconds_to_score + self._seconds_to_step)
+        return left <= 1.1 * (self._run.seconds_to_score + self._seconds_to_step)
 
     def _plan(self, step: int) -> None:
         """Choose the number of steps that fits in the time, from how long the first ones took."""
@@ -371,10 +376,12 @@ class Guard(TrainerCallback):
             return
         each = (self._run.seconds - self._timed) / (step - self._from)
         left = 60 * self._settings.max_minutes - self._run.seconds
+        affordable = int(SCORING * left / max(self._run.seconds_to_score, 1e-9))
+        evaluations = min(self._settings.evaluations, max(2, affordable))
         # 5% are kept back for steps that are longer than the first.
-        left = 0.95 * left - self._settings.evaluations * self._seconds_to_score
+        left = 0.95 * left - evaluations * self._run.seconds_to_score
         self._run.total = max(step, min(self._run.total, step + int(left / max(each, 1e-9))))
-        self._run.every = evaluation_interval(self._run.total, self._settings.evaluations)
+        self._run.every = evaluation_interval(self._run.total, evaluations)
         self._run.planned = True
 
 
