@@ -1,0 +1,163 @@
+"""What ``llm-pruner prune`` says of a run, to people and to scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from llm_pruner.cli.output import clean, console, count, megabytes, print_table, table
+
+if TYPE_CHECKING:
+    from llm_pruner.evaluation.rounding import Rounding
+    from llm_pruner.pipeline.allocation_search import Searched
+    from llm_pruner.pipeline.decode_time import Timed
+    from llm_pruner.pipeline.pruned import Pruned
+
+
+def as_data(done: Pruned) -> dict[str, Any]:
+    """Return the outcome of a run for scripts."""
+    return {
+        "model": done.plan.model.name,
+        "parameters_before": done.parameters[0],
+        "parameters_after": done.parameters[1],
+        "ratio": 1 - done.parameters[1] / done.parameters[0],
+        "saved_as": done.kind,
+        "needs": list(done.needs),
+        "path": None if done.path is None else str(done.path),
+        "bytes": done.bytes,
+        "report": None if done.report is None else str(done.report),
+        "twin_difference": done.difference,
+        "round_to": None if done.plan.selection is None else done.plan.selection.round_to,
+        "rounding": None if done.rounding is None else asdict(done.rounding),
+        "timed": [asdict(one) for one in done.timed],
+        "seconds": done.seconds,
+        "refitted": [asdict(one) for one in done.refitted],
+        "trials": [asdict(one) for one in done.trials],
+        "levels": [asdict(one) for one in done.levels],
+        "searched": [asdict(one) for one in done.searched],
+        "layers": [asdict(row) for row in done.rows],
+    }
+
+
+def show(done: Pruned) -> None:
+    """Print what was done."""
+    out = console()
+    widths = _widths(done)
+    if widths is not None:
+        print_table(out, widths)
+    if across := _across(done):
+        out.print(f"Kept across layers: {across}")
+    before, after = done.parameters
+    out.print(
+        f"{clean(done.plan.model.name)}: {count(before)} -> {count(after)} parameters "
+        f"({100 * (1 - after / before):.1f}% removed)"
+    )
+    if done.timed:
+        out.print(_timed(done.timed, before))
+    if done.rounding is not None:
+        out.print(_rounded(done.rounding))
+    if done.difference is not None:
+        out.print(f"equal to its masked twin: largest difference {done.difference:.1e}")
+    if done.trials:
+        out.print(f"split found by {len(done.trials)} trial removals: {_shares(done)}")
+    if done.levels:
+        out.print(f"ranked by what {len(done.levels)} trial removals cost")
+    for one in done.searched:
+        out.print(_moved(one))
+    if done.refitted:
+        fitted = sum(one.changed for one in done.refitted)
+        biased = any(one.biased for one in done.refitted)
+        how = "biases took up the mean in" if biased else "least squares refitted"
+        if fitted:
+            out.print(f"{how} {fitted} of {len(done.refitted)} consumers")
+        else:
+            out.print("compensation was no gain on held-out text; the weights are as they were")
+    if done.kind is None:
+        out.print(f"plan written to {clean(str(done.path))}; nothing was pruned", soft_wrap=True)
+        return
+    saved = f"saved to {clean(str(done.path))} ({megabytes(done.bytes or 0)})"
+    out.print(saved, soft_wrap=True)
+    if done.report is not None:
+        out.print(f"report: {clean(str(done.report))}", soft_wrap=True)
+    out.print(f"loads with from_pretrained{_loading(done)}")
+    out.print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in done.seconds.items()))
+
+
+def _moved(one: Searched) -> str:
+    before, after = one.divergence
+    said = f"search between layers: divergence {before:.3f} -> {after:.3f} in {one.trials} trials"
+    if one.confirmed is not None:
+        said += ", on other text {:.3f} -> {:.3f}".format(*one.confirmed)
+    return said if one.taken else f"{said}; no gain, so nothing was moved"
+
+
+def _shares(done: Pruned) -> str:
+    split = done.plan.selection.split if done.plan.selection else None
+    return ", ".join(f"{name} {100 * share:g}%" for name, share in (split or {}).items())
+
+
+def _loading(done: Pruned) -> str:
+    """Return what ``from_pretrained`` needs to load the folder, and why."""
+    said = ""
+    if "trust_remote_code=True" in done.needs:
+        said += " and trust_remote_code=True"
+    if "import llm_pruner" in done.needs:
+        why = (
+            "transformers does not have the model"
+            if done.kind == "stock"
+            else "sizes differ from what a plain config can say"
+        )
+        said += f" after 'import llm_pruner' ({why})"
+    return said or " anywhere"
+
+
+def _timed(trials: Sequence[Timed], dense: int) -> str:
+    said = ", ".join(
+        f"{100 * (1 - one.params / dense):.1f}% removed {100 * one.saved:.1f}%" for one in trials
+    )
+    return f"time of a decoding step saved in trials: {said}"
+
+
+def _rounded(rounding: Rounding) -> str:
+    if not rounding.throughput:
+        return "channels are not rounded: no multiple is fine enough for this model"
+    speeds = ", ".join(f"{m} {100 * share:.0f}%" for m, share in rounding.throughput.items())
+    return f"channels kept in multiples of {rounding.multiple} (speed of each here: {speeds})"
+
+
+def _across(done: Pruned) -> str:
+    """Return what is kept of groups that span all layers, where something was removed."""
+    sizes = [size for row in done.rows if row.layer is None for size in row.sizes.items()]
+    return ", ".join(
+        f"{kept:,} of {dense:,} {name}" for name, (kept, dense) in sizes if kept != dense
+    )
+
+
+def _widths(done: Pruned) -> Any:
+    """Return kept widths, with runs of equal layers in one row; None if no layer changed."""
+    layers = [row for row in done.rows if row.layer is not None]
+    changed = dict.fromkeys(
+        name
+        for row in layers
+        for name, (kept, dense) in row.sizes.items()
+        if kept != dense and not row.removed
+    )
+    if not changed and not any(row.removed for row in layers):
+        return None
+    runs: list[tuple[list[int], tuple[str, ...]]] = []
+    for row in layers:
+        if row.removed:
+            cells = ("removed", *("" for _ in changed))[: max(len(changed), 1)]
+        else:
+            cells = tuple(_cell(row.sizes.get(name)) for name in changed) or ("whole",)
+        if runs and runs[-1][1] == cells:
+            runs[-1][0].append(row.layer or 0)
+        else:
+            runs.append(([row.layer or 0], cells))
+    rows = [(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]), *cells) for run, cells in runs]
+    return table("Units kept", ("layer", *(changed or ("",))), rows)
+
+
+def _cell(sizes: tuple[int, int] | None) -> str:
+    return "" if sizes is None else "{} of {}".format(*sizes)
