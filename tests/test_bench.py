@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,28 @@ def test_a_compiled_model_decodes_alike() -> None:
         assert len(graphs) == 2
     torch.testing.assert_close(first, decoded(Decoder, model, tokens), atol=1e-5, rtol=1e-5)
     assert torch.equal(first, again)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_weights_that_are_compiled_in_are_those_of_the_model() -> None:
+    model = tiny_model(num_hidden_layers=1)
+    tokens = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(), compiling(constant_weights=True):
+        start = compiled(16)
+        first = decoded(start, model, tokens)
+        wanted = decoded(Decoder, model, tokens)
+        torch.testing.assert_close(first, wanted, atol=1e-5, rtol=1e-5)
+        # Compiled in, they do not follow the model, which is as it was.
+        model.lm_head.weight.mul_(2)
+        torch.testing.assert_close(decoded(start, model, tokens), first, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            decoded(Decoder, model, tokens), 2 * wanted, atol=1e-5, rtol=1e-5
+        )
+    # What is compiled afterwards starts from the weights as they are then.
+    with torch.inference_mode(), compiling(constant_weights=True):
+        torch.testing.assert_close(
+            decoded(compiled(16), model, tokens), 2 * wanted, atol=1e-5, rtol=1e-5
+        )
 
 
 def test_what_cannot_be_compiled() -> None:
