@@ -271,6 +271,31 @@ def test_long_windows_of_self_hold_several_texts(
         write_windows(model, tokenizer, samples=1, seq_len=300, seed=0)
 
 
+def test_self_starts_after_a_blank_line_that_is_no_part_of_the_text() -> None:
+    share = torch.zeros(VOCABULARY)
+    share[40] = 1.0
+    read: list[torch.Tensor] = []
+
+    class Reading(Fixed):
+        def forward(self, input_ids: torch.Tensor) -> CausalLMOutput:
+            read.append(input_ids)
+            return super().forward(input_ids)
+
+    tokenizer = tiny_tokenizer()
+    ids = write_text(Reading(share.log()), tokenizer, samples=3, seq_len=256, seed=0)
+    assert ids.shape == (3, 256)
+    line = tokenizer("\n\n", add_special_tokens=False)["input_ids"][-1]
+    assert torch.equal(read[0], torch.stack([torch.full((3,), line), ids[:, 0]], dim=1))
+    # Never more than the model has positions for, which are as many as the text is long.
+    assert max(part.shape[1] for part in read) == 256
+    assert (ids[:, 1:] == 40).all()
+    # Where the tokenizer adds BOS, it is what a text starts with.
+    read.clear()
+    marked = marking_tokenizer("<s> $A")
+    write_text(Reading(share.log()), marked, samples=3, seq_len=256, seed=0)
+    assert read[0].tolist() == [[BOS]] * 3
+
+
 def test_self_refuses_logits_that_are_not_finite() -> None:
     logits = torch.full((VOCABULARY,), torch.nan)
     with pytest.raises(UserError, match="logits are not finite while it writes"):

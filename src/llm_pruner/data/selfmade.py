@@ -47,10 +47,10 @@ def write_text(
 
     A sequence starts with what the tokenizer adds before a text (BOS), or else with a vocabulary
     token that is a whole capitalised word, drawn evenly and, where there are enough, without
-    repetition. Special tokens are never drawn: every sequence is text to its end. Each sequence
-    has its own random numbers, drawn ahead from one generator, so that the batch size does not
-    change them, but for rounding, and the global random state is not touched. By default at most
-    ``TOKENS``, or one text, are written at a time.
+    repetition; it is written after a blank line, which is left out. Special tokens are never drawn:
+    every sequence is text to its end. Each sequence has its own random numbers, drawn ahead from
+    one generator, so that the batch size does not change them, but for rounding, and the global
+    random state is not touched. By default at most ``TOKENS``, or one text, are written at a time.
 
     Raises:
         UserError: the model's logits are not finite, or ``seq_len`` is beyond its positions.
@@ -58,7 +58,7 @@ def write_text(
     _check_length(model, seq_len)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    starts = _starts(model, tokenizer, samples, generator)
+    starts, lead = _starts(model, tokenizer, samples, generator)
     if starts.shape[1] > seq_len:
         raise UserError(f"seq_len={seq_len} holds the tokenizer's BOS alone; use a longer one")
     uniform = torch.rand(samples, seq_len, generator=generator, dtype=torch.float64)
@@ -75,10 +75,11 @@ def write_text(
     try:
         for first, position in track(steps, "Writing text", total=len(batches) * len(positions)):
             rows = slice(first, min(first + batch_size, samples))
-            begin = position - 1
+            fresh = ids[rows, position - 1 : position]
             if position == positions.start:
-                decoder, begin = Decoder(model), 0
-            logits = decoder.step(ids[rows, begin:position].to(device))
+                decoder = Decoder(model)
+                fresh = torch.cat([lead.expand(len(fresh), -1), ids[rows, :position]], dim=1)
+            logits = decoder.step(fresh.to(device))
             ids[rows, position] = _draw(
                 logits.float().cpu(), uniform[rows, position], barred, temperature, min_p
             )
@@ -104,7 +105,7 @@ def write_windows(
     prefix, suffix = added_tokens(tokenizer)
     parting = list(suffix)
     if not prefix and not suffix:
-        parting = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+        parting = _blank_line(tokenizer)
     count = -(-seq_len // (PIECE + len(parting)))
     texts = write_text(model, tokenizer, samples=samples * count, seq_len=PIECE, seed=seed)
     parted = torch.tensor(parting, dtype=torch.int64).expand(len(texts), -1)
@@ -142,15 +143,31 @@ def _draw(
     return token.clamp(max=logits.shape[1] - 1)
 
 
-def _starts(model: Any, tokenizer: Any, samples: int, generator: torch.Generator) -> torch.Tensor:
+def _starts(
+    model: Any, tokenizer: Any, samples: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return how each text starts, (samples, tokens), and what the model reads before it, (1,).
+
+    The latter is empty where there is nothing to be read. Many models take the first token of all
+    for the place to which attention goes when it has nowhere else to go, and do not read it: a word
+    there would say nothing about what follows.
+    """
     prefix, _ = added_tokens(tokenizer)
+    nothing = torch.empty(0, dtype=torch.int64)
     if prefix:
-        return torch.tensor(prefix, dtype=torch.int64).expand(samples, -1)
+        return torch.tensor(prefix, dtype=torch.int64).expand(samples, -1), nothing
     words = torch.tensor(_words(tokenizer, _vocabulary(model)), dtype=torch.int64)
     rounds = [
         torch.randperm(len(words), generator=generator) for _ in range(-(-samples // len(words)))
     ]
-    return words[torch.cat(rounds)[:samples]][:, None]
+    lead = torch.tensor(_blank_line(tokenizer)[-1:], dtype=torch.int64)
+    return words[torch.cat(rounds)[:samples]][:, None], lead
+
+
+def _blank_line(tokenizer: Any) -> list[int]:
+    """Return what parts documents where the tokenizer adds nothing of its own."""
+    ids: list[int] = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def _words(tokenizer: Any, vocabulary: int) -> list[int]:
