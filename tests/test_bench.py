@@ -121,13 +121,19 @@ def test_a_compiled_model_decodes_alike() -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_weights_that_are_compiled_in_are_those_of_the_model() -> None:
-    model = tiny_model(num_hidden_layers=1)
+    model, other = tiny_model(num_hidden_layers=1), tiny_model(num_hidden_layers=1)
+    other.load_state_dict({name: 1.5 * value for name, value in model.state_dict().items()})
     tokens = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), compiling(constant_weights=True):
         start = compiled(16)
         first = decoded(start, model, tokens)
         wanted = decoded(Decoder, model, tokens)
         torch.testing.assert_close(first, wanted, atol=1e-5, rtol=1e-5)
+        # Another of the same class and shapes, in turns.
+        others = decoded(Decoder, other, tokens)
+        assert not torch.allclose(others, wanted, atol=1e-2)
+        torch.testing.assert_close(decoded(start, other, tokens), others, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(decoded(start, model, tokens), first, atol=0, rtol=0)
         # Compiled in, they do not follow the model, which is as it was.
         model.lm_head.weight.mul_(2)
         torch.testing.assert_close(decoded(start, model, tokens), first, atol=1e-5, rtol=1e-5)

@@ -3,7 +3,8 @@
 Small models spend a part of each step in Python, which no pruning shortens. Compiled, as they are
 for deployment, that part is gone, and what is left is the work itself. On a processor the weights
 are compiled in as constants ("freezing"), laid out beforehand for its matrix multiplication, where
-they would be looked up and checked in each step otherwise.
+they would be looked up and checked in each step otherwise. Nor does a step check that no module has
+changed since: nothing changes a model that is measured.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from llm_pruner.decoding import Decoder, cache_argument
 from llm_pruner.errors import UserError
 
 _VARIANTS = 64
-"""Compiled versions of one forward pass that may exist: one for each model and input shape."""
+"""Compiled versions of one forward pass that may exist: one for each input shape."""
+_CHECK = getattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe", None)  # from torch 2.8 on
+_UNCHECKED = {"guard_filter_fn": _CHECK} if _CHECK is not None else None
+"""Options of ``torch.compile`` for steps that do not check whether a module has changed."""
 
 
 class CompiledDecoder(Decoder):
@@ -53,10 +57,26 @@ def compiled(capacity: int, backend: str = "inductor") -> Callable[[Any], Compil
                 "leave out --compile"
             )
         if id(model) not in forwards:
-            forwards[id(model)] = torch.compile(model.forward, dynamic=False, backend=backend)
+            forwards[id(model)] = torch.compile(
+                _own(model), dynamic=False, backend=backend, options=_UNCHECKED
+            )
         return CompiledDecoder(model, forwards[id(model)], capacity)
 
     return start
+
+
+def _own(model: Any) -> Callable[..., Any]:
+    """Return a forward pass that is compiled for one model alone.
+
+    What is compiled is found by the code that ran, which the models of a class share, and then by
+    checks of which model it is; without checks each needs code of its own.
+    """
+
+    def forward(**inputs: Any) -> Any:
+        return model(**inputs)
+
+    forward.__code__ = forward.__code__.replace()
+    return forward
 
 
 @contextmanager
