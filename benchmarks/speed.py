@@ -5,7 +5,8 @@
 Prunes SmolLM2-135M with ``--round-to auto`` and measures it against the dense model with
 ``llm-pruner bench``, as transformers runs it and as ``torch.compile`` makes it, each in a process
 of its own. The limit is the ratio of MACs for prefill, and of the bytes that a step reads for
-decoding. Writes benchmarks/results/speed.json. Nothing else should run on the machine.
+decoding. ``fastest`` compares the two models each run the way that is faster for it. Writes
+benchmarks/results/speed.json. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -65,6 +66,25 @@ def row(compared: dict[str, Any], found: dict[str, Any]) -> list[dict[str, Any]]
     return rows
 
 
+def fastest(ways: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return rows in which each model runs the way that is faster for it."""
+    rows = []
+    for same in zip(*ways, strict=True):
+        rates = {
+            name: max(row[name] for row in same)
+            for name in ("dense_tokens_per_second", "pruned_tokens_per_second")
+        }
+        dense, pruned = rates.values()
+        share = pruned / dense / same[0]["limit"]
+        settings = {name: same[0][name] for name in ("stage", "batch_size", "limit")}
+        rows.append(
+            settings
+            | rates
+            | {"speed_up": round(pruned / dense, 3), "share_of_limit": round(share, 3)}
+        )
+    return rows
+
+
 def size(figures: dict[str, Any]) -> dict[str, Any]:
     """Return what does not depend on the machine's speed."""
     keys = ("parameters", "bytes_on_disk", "macs", "macs_per_token", "bytes_read_per_token")
@@ -109,6 +129,7 @@ def main() -> None:
                 result[way] = [line for each in found["comparison"] for line in row(each, found)]
                 for line in result[way]:
                     print(json.dumps({"ratio": ratio, "way": way, **line}), flush=True)
+            result["fastest"] = fastest([result[way] for way, _ in ways])
             results.append(result)
     del settings["compile"], settings["counts_only"]
     settings |= {"model": options.model, "recipe": options.recipe}
