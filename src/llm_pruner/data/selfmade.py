@@ -24,8 +24,7 @@ important. In theory the mean gradient of a model's loss on its own uncut text i
 first-order importance would be noise; over samples as few as these it is not.
 """
 PIECE = 512
-"""Tokens of a text at most. On SmolLM2-135M texts of 512 calibrate better than of 128: perplexity
-is 1.58 and 1.51 times the dense model's on WikiText-2 and C4 instead of 1.64 and 1.55 (seed 0)."""
+"""Tokens of a text at most. On SmolLM2-135M texts of 512 calibrate better than of 128."""
 TOKENS = 8192
 """Tokens that are written together: what a cache of keys and values has to hold."""
 _WORD = re.compile(r"[A-Z][a-z]+")
