@@ -52,7 +52,7 @@ main()
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a dense model, a recipe, and what a run that nothing disturbs makes of them."""
     folder = tmp_path_factory.mktemp("compress")
-    save_tiny(folder / "dense", num_hidden_layers=4)
+    save_tiny(folder / "dense", num_hidden_layers=4, initializer_range=0.2)
     (folder / "tiny.yaml").write_text(RECIPE)
     write_text(folder / "text.txt", 3000)
     whole = folder / "whole"
@@ -332,7 +332,7 @@ def test_no_gain_gives_the_pruned_model(
     settings = asked.default_recovery(learning_rate=1e-30, max_steps=3)
     monkeypatch.setattr(asked, "default_recovery", lambda seed: settings)
     result = done(*command(made, "--overwrite"))
-    assert "warning: training brought no gain (held-out loss 0." in result.err
+    assert "warning: training brought no gain (held-out loss " in result.err
     assert "so the pruned model is the result" in result.err
     report = read_report(Path("small/report.json"))
     assert report.final == "pruned"

@@ -402,8 +402,9 @@ def test_a_folder_that_does_not_load_as_it_was_saved_is_not_kept(
 
 
 @pytest.fixture
-def quick(work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make a demo of seconds: of the tiny model, with little text."""
+def quick(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a demo of seconds: of a tiny model that prefers some tokens, with little text."""
+    tiny = save_tiny(work.parent / "sharp", initializer_range=0.2)
     recipe = work.parent / "quick.yaml"
     recipe.write_text("{structures: [ffn], criterion: fisher, samples: 4, seq_len: 24}")
     monkeypatch.setattr(llm_pruner.sources, "default_gguf", lambda: tiny)
@@ -461,7 +462,7 @@ def test_demo_replaces_its_own_folder_and_no_other(
     Path("demo-out").mkdir()
     Path("demo-out/plan.json").write_text("earlier")
     done("demo")
-    assert read_plan("demo-out/plan.json").model.name == "tiny"
+    assert read_plan("demo-out/plan.json").model.name == "sharp"
     refusal = "exists and is not empty, so nothing was written; choose another folder or pass"
     other = run("demo", "--out", tiny)
     assert (other.code, refusal in other.err) == (2, True)
