@@ -23,9 +23,12 @@ from llm_pruner.errors import UserError
 
 _VARIANTS = 64
 """Compiled versions of one forward pass that may exist: one for each input shape."""
-_CHECK = getattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe", None)  # from torch 2.8 on
-_UNCHECKED = {"guard_filter_fn": _CHECK} if _CHECK is not None else None
-"""Options of ``torch.compile`` for steps that do not check whether a module has changed."""
+_FILTER = getattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe", None)
+_UNCHECKED = {"guard_filter_fn": _FILTER} if _FILTER is not None else None
+"""Options of ``torch.compile`` for steps that do not check whether a module has changed.
+
+None where PyTorch is too old to leave such checks out; steps are a little slower there.
+"""
 
 
 class CompiledDecoder(Decoder):
