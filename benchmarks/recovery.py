@@ -8,7 +8,8 @@ and measures perplexity in windows of 1,024 tokens on the first 65,536 tokens of
 on held-out C4, beside the dense model. ``--plans``, ``--sizes`` and ``--methods`` choose the rows;
 ``distil`` is LoRA with the dense model as teacher. With ``--max-steps`` runs are compared at equal
 steps, as for ``--data`` given several times, one row each. Writes benchmarks/results/recovery.json
-after each row, and goes on from there when it is run again. Pruned models are kept in ``--work``.
+after each row, and goes on from there when it is run again. Pruned models are kept in ``--work``,
+trained ones too with ``--keep``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import tempfile
 from itertools import product
 from pathlib import Path
@@ -48,8 +50,10 @@ def main() -> None:
     parser.add_argument("--sizes", default=",".join(SIZES))
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--learning-rate", type=float, help="instead of the method's own")
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--max-steps", type=int)
+    parser.add_argument("--keep", action="store_true")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "recovery-work")
     parser.add_argument("--out", type=Path, default=RESULTS / "recovery.json")
     options = parser.parse_args()
@@ -91,12 +95,16 @@ def main() -> None:
             key = {"plan": plan, "size": size, "method": method, **budget}
             key |= {"data": [Path(file).name for file in files], "samples": options.samples}
             key |= {"batch_size": options.batch_size}
+            if options.learning_rate is not None:
+                key["learning_rate"] = options.learning_rate
             if any(row["run"] == key for row in results["rows"]):
                 continue
             arguments = [*METHODS[method], *(part for file in files for part in ("--data", file))]
             arguments += [] if options.samples is None else ["--samples", options.samples]
             if options.batch_size is not None:
                 arguments += ["--batch-size", options.batch_size]
+            if options.learning_rate is not None:
+                arguments += ["--learning-rate", options.learning_rate]
             arguments += [] if options.minutes is None else ["--max-minutes", options.minutes]
             arguments += [] if options.max_steps is None else ["--max-steps", options.max_steps]
             with tempfile.TemporaryDirectory() as folder:
@@ -104,6 +112,8 @@ def main() -> None:
                 llm_pruner("recover", pruned, "--out", out, *arguments)
                 found = json.loads((out / "recovery.json").read_text())
                 measured = perplexities(str(out), texts)
+                if options.keep:
+                    shutil.move(out, options.work / f"row-{len(results['rows'])}")
             row = {
                 "run": key,
                 "ratio": ratios(measured),

@@ -180,7 +180,9 @@ def test_the_report_has_all_three_models(made: Path) -> None:
         assert len(found.samples) == 3
     assert report.importance
     assert report.recovery is not None
-    assert len([one for one in report.recovery.loss if one.train is not None]) == 16
+    assert (
+        len([one for one in report.recovery.loss if one.train is not None]) == 61
+    )  # 244 texts, 4 a step
     assert report.recovery.loss[0].validation is not None
     assert report.command is not None
     assert report.command.startswith("llm-pruner compress ")
@@ -188,7 +190,7 @@ def test_the_report_has_all_three_models(made: Path) -> None:
     assert {"Model", "Plan", "Recovery"} <= report.settings.keys()
     page = (small / "report.html").read_text()
     assert "Loss of the recovery training by step" in page
-    assert "Then it was recovered by LoRA of rank 8 on 244 texts that dense wrote, 16" in page
+    assert "Then it was recovered by LoRA of rank 8 on 244 texts that dense wrote, 61" in page
     assert len(page) < 3e6
 
 
@@ -368,7 +370,9 @@ def test_a_time_budget_is_divided_once(
     started = time.monotonic()
     done(*command(made, "--time-budget", "40s"))
     assert time.monotonic() - started < 40
-    assert json.loads(Path("small/recovery.json").read_text())["steps"] == planned["total"] == 24
+    assert (
+        json.loads(Path("small/recovery.json").read_text())["steps"] == planned["total"] == 93
+    )  # 3 passes over 122 or more texts
 
 
 def test_durations() -> None:

@@ -374,15 +374,17 @@ def test_a_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
 def test_a_run_that_diverges_ends_with_its_best_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llm_pruner.recovery import training
+    from llm_pruner.recovery import objective
 
     count = []
+    plain = objective.task_loss_and_gradient_
 
-    def overflows(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def overflows(*given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         count.append(1)
-        return task_loss(logits, tokens) * (math.nan if len(count) == 4 else 1)
+        loss, gradient = plain(*given)
+        return loss * (math.nan if len(count) == 4 else 1), gradient
 
-    monkeypatch.setattr(training, "task_loss", overflows)
+    monkeypatch.setattr(objective, "task_loss_and_gradient_", overflows)
     settings = preset("quick", "full", batch_size=8, epochs=2, seq_len=64, micro_tokens=10_000)
     model, outcome = recover_(
         tiny_model("llama"),

@@ -52,8 +52,12 @@ def forward(model: Any, batch: Batch, **keywords: Any) -> Forward:
     else:
         output = model(**keywords)
         logits = output.logits[:, :-1][learned.to(output.logits.device)]
-    tokens = batch.input_ids[:, 1:][learned]
-    return Forward(logits.float(), tokens.to(logits.device), output)
+    return Forward(logits.float(), learned_tokens(batch).to(logits.device), output)
+
+
+def learned_tokens(batch: Batch) -> torch.Tensor:
+    """Return the tokens that a batch teaches, int64 (n,), in the order of ``Batch.parts``."""
+    return batch.input_ids[:, 1:][batch.learned[:, 1:]]
 
 
 def learned_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,14 +1,39 @@
-"""The loss: what the text says next, mixed with what the teacher would say."""
+"""The loss: what the text says next, mixed with what the teacher would say, and its gradient.
+
+Gradients are written out: one softmax, in place, instead of several passes over new tensors of the
+size of the logits.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+
+Objective = Callable[[torch.Tensor, slice, bool], tuple[torch.Tensor, torch.Tensor | None]]
+"""Takes float32 logits (n, vocabulary), which learned tokens of a batch they predict, and whether
+the gradient is wanted; returns the sum of the tokens' losses and its gradient in the logits, which
+may take their place in memory."""
+
+_FLOOR = 1e-6
+"""Least probability of all tokens but the teacher's likeliest; less may be nothing but rounding."""
 
 
 def task_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Sum over tokens of -log softmax(logits)[token]; logits (n, vocabulary), tokens (n,)."""
     return F.cross_entropy(logits, tokens, reduction="sum")
+
+
+def task_loss_and_gradient_(
+    logits: torch.Tensor, tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``task_loss`` and its gradient, softmax(logits) - 1[token], in place of the logits."""
+    own = logits.gather(1, tokens[:, None])
+    log_total, gradient = _softmax_(logits)
+    gradient.scatter_add_(1, tokens[:, None], torch.full_like(own, -1.0))
+    return (log_total - own).sum(), gradient
 
 
 def distillation_loss(
@@ -30,12 +55,111 @@ def distillation_loss(
         teacher_log_probabilities: log p_i, shape (n, k).
         temperature: T.
     """
-    log_q = F.log_softmax(logits / temperature, dim=-1).gather(1, teacher_ids)
-    log_p = teacher_log_probabilities
+    logits = logits / temperature
+    log_q = logits.gather(1, teacher_ids) - logits.logsumexp(-1, keepdim=True)
+    return temperature**2 * _divergence(log_q, teacher_log_probabilities)
+
+
+def mixed_loss(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    teacher_ids: torch.Tensor,
+    teacher_log_probabilities: torch.Tensor,
+    temperature: float,
+    weight: float,
+) -> torch.Tensor:
+    """Return w * ``distillation_loss`` + (1 - w) * ``task_loss``."""
+    loss = weight * distillation_loss(logits, teacher_ids, teacher_log_probabilities, temperature)
+    return loss if weight == 1 else loss + (1 - weight) * task_loss(logits, tokens)
+
+
+def mixed_loss_and_gradient_(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    teacher_ids: torch.Tensor,
+    teacher_log_probabilities: torch.Tensor,
+    temperature: float,
+    weight: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``mixed_loss`` and its gradient in the logits, in their place.
+
+    With P the sum of p_i, a = p_rest / q_rest (0 where q_rest is nothing but rounding) and q over
+    the whole vocabulary, all at temperature T, the gradient of the distillation loss is T times
+
+        (P - a (1 - q_rest)) q_j  +  (a q_j - p_j  where j is among the teacher's likeliest).
+    """
+    task, task_gradient = None, None
+    if weight < 1 and temperature != 1:
+        task, task_gradient = task_loss_and_gradient_(logits.clone(), tokens)
+    if temperature != 1:
+        logits.div_(temperature)
+    told = logits.gather(1, tokens[:, None])
+    log_q = logits.gather(1, teacher_ids)
+    log_total, gradient = _softmax_(logits)
+    log_q = log_q - log_total
+    loss = temperature**2 * weight * _divergence(log_q, teacher_log_probabilities)
+    p, q = teacher_log_probabilities.exp(), log_q.exp()
+    kept, q_rest = p.sum(-1), 1 - q.sum(-1)
+    p_rest = (1 - kept).clamp_min(_FLOOR)
+    ratio = torch.where(q_rest > _FLOOR, p_rest / q_rest.clamp_min(_FLOOR), 0.0)
+    share = temperature * weight
+    of_all = share * (kept - ratio * (1 - q_rest))
+    of_kept = share * (ratio[:, None] * q - p)
+    if weight < 1 and task is None:  # the same probabilities serve both
+        task = (log_total - told).sum()
+        of_all = of_all + (1 - weight)
+        gradient.mul_(of_all[:, None]).scatter_add_(1, teacher_ids, of_kept)
+        gradient.scatter_add_(1, tokens[:, None], torch.full_like(told, weight - 1))
+    else:
+        gradient.mul_(of_all[:, None]).scatter_add_(1, teacher_ids, of_kept)
+        if task_gradient is not None:
+            gradient.add_(task_gradient, alpha=1 - weight)
+    return loss if task is None else loss + (1 - weight) * task, gradient
+
+
+def _softmax_(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logsumexp, (n, 1), and softmax; the former from the latter spares an exponential."""
+    most = logits.amax(-1, keepdim=True)
+    # The CPU's kernel goes row by row, so that it may write where it reads.
+    q = torch.softmax(logits, -1, out=logits) if logits.is_cpu else logits.softmax(-1)
+    return most - q.amax(-1, keepdim=True).log(), q
+
+
+def _divergence(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
     p = log_p.exp()
     divergence = (p * (log_p - log_q)).sum(-1)
-    floor = 1e-6  # the rest may be nothing but rounding
-    p_rest = (1 - p.sum(-1)).clamp_min(floor)
-    q_rest = (1 - log_q.exp().sum(-1)).clamp_min(floor)
-    divergence = divergence + p_rest * (p_rest.log() - q_rest.log())
-    return temperature**2 * divergence.sum()
+    p_rest = (1 - p.sum(-1)).clamp_min(_FLOOR)
+    q_rest = (1 - log_q.exp().sum(-1)).clamp_min(_FLOOR)
+    return (divergence + p_rest * (p_rest.log() - q_rest.log())).sum()
+
+
+def text_objective(tokens: torch.Tensor) -> Objective:
+    """Return the objective of what a text says next; tokens (learned tokens of a batch,)."""
+
+    def objective(
+        logits: torch.Tensor, span: slice, gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        wanted = tokens[span].to(logits.device)
+        if gradient:
+            return task_loss_and_gradient_(logits, wanted)
+        return task_loss(logits, wanted), None
+
+    return objective
+
+
+class WithGradient(torch.autograd.Function):
+    """The loss of an objective on all logits at once, whose gradient the objective gives."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, objective: Objective) -> torch.Tensor:
+        """Return the loss, and keep its gradient."""
+        loss, gradient = objective(logits.clone(), slice(0, len(logits)), True)
+        assert gradient is not None
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        """Scale the gradient."""
+        (gradient,) = ctx.saved_tensors
+        return upstream[0] * gradient, None

@@ -153,7 +153,12 @@ def recover_(
         count = sum(one.numel() for one in trained.parameters() if one.requires_grad)
         if settings.gradient_checkpointing:
             _checkpoint_activations_(trained)
-        guard = Guard(run, settings, lambda step: scored_at(step, trained), say, processes)
+
+        def scored_on_the_way(step: int) -> Evaluation:
+            with trainer.accelerator.autocast():
+                return scored_at(step, trained)
+
+        guard = Guard(run, settings, scored_on_the_way, say, processes)
         trainer = RecoveryTrainer(
             trained,
             _arguments(model, settings, total, unused, work),
@@ -244,7 +249,7 @@ def _arguments(
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         logging_strategy="steps",
         logging_steps=1,
         eval_strategy="no",

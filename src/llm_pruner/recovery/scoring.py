@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from llm_pruner.recovery.batches import Batch
-from llm_pruner.recovery.forward import forward
+from llm_pruner.recovery.head import watch_logits
 from llm_pruner.recovery.processes import ALONE, Processes
 from llm_pruner.recovery.teacher import Teacher
 from llm_pruner.sequences import TrainingSequence
@@ -65,12 +65,18 @@ def score(
     model.eval()
     try:
         for batch in processes.share(batches):
+            found: list[torch.Tensor] = []
+
+            def likelihood(
+                logits: torch.Tensor, tokens: torch.Tensor, found: list[torch.Tensor] = found
+            ) -> None:
+                found.append(F.cross_entropy(logits, tokens, reduction="none").double().cpu())
+
             if teacher is None:
-                found = forward(model, batch)
+                watch_logits(model, batch, likelihood)
             else:
-                loss, found = teacher.loss(model, batch)
-                mixed += float(loss)
-            each = F.cross_entropy(found.logits, found.tokens, reduction="none").double().cpu()
+                mixed += float(teacher.loss(model, batch, likelihood))
+            each = torch.cat(found)
             first = 0
             for part in batch.parts:
                 one = sequences[part.sample]

@@ -127,7 +127,7 @@ class RecoverySettings:
 PRESETS: dict[str, RecoverySettings] = {
     "paper": RecoverySettings(lora=LoraSettings(dropout=0.05)),
     "quick": RecoverySettings(
-        learning_rate=1e-3, warmup_steps=10, schedule="cosine", batch_size=16, epochs=1, seq_len=512
+        learning_rate=1e-3, warmup_steps=10, schedule="cosine", batch_size=4, epochs=1, seq_len=512
     ),
 }
 """``paper`` is what LLM-Pruner (arXiv 2305.11627) does; ``quick`` is for minutes on a CPU."""

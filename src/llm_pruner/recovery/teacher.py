@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch.nn.functional as F
 
 from llm_pruner.errors import UserError
 from llm_pruner.recovery.batches import Batch, lay_out
-from llm_pruner.recovery.forward import Forward, can_pack, forward, learned_logits, micro_tokens
+from llm_pruner.recovery.forward import can_pack, learned_tokens, micro_tokens
+from llm_pruner.recovery.head import summed_loss
 from llm_pruner.recovery.hidden import Kept, hidden_distance, learned_states, teacher_states
-from llm_pruner.recovery.objective import distillation_loss, task_loss
+from llm_pruner.recovery.objective import mixed_loss, mixed_loss_and_gradient_
 from llm_pruner.sequences import TrainingSequence
 
 _FILES = ("ids.bin", "log_probabilities.bin", "done.bin")
@@ -126,7 +128,12 @@ class Teacher:
         values = np.concatenate([self._values[span] for span in spans])
         return torch.from_numpy(ids).long(), torch.from_numpy(values).float()
 
-    def loss(self, student: Any, batch: Batch) -> tuple[torch.Tensor, Forward]:
+    def loss(
+        self,
+        student: Any,
+        batch: Batch,
+        watch: Callable[[torch.Tensor, torch.Tensor], None] = lambda _logits, _tokens: None,
+    ) -> torch.Tensor:
         """Return w * distillation loss + (1 - w) * task loss + v * distance of hidden states.
 
         Each is summed over the learned tokens.
@@ -134,21 +141,30 @@ class Teacher:
         Args:
             student: the model that learns.
             batch: samples of this teacher.
-
-        Returns:
-            The loss, and what the student said.
+            watch: is shown the student's logits, (n, vocabulary), and the tokens that they predict,
+                a few after the other.
         """
         weight, deep = self.settings.weight, self.settings.hidden > 0
-        found = forward(student, batch, **({"output_hidden_states": True} if deep else {}))
-        ids, values = (one.to(found.logits.device) for one in self.says(batch))
-        loss = weight * distillation_loss(found.logits, ids, values, self.settings.temperature)
-        if weight < 1:
-            loss = loss + (1 - weight) * task_loss(found.logits, found.tokens)
+        every_token = learned_tokens(batch)
+        every_id, every_value = self.says(batch)
+
+        def mixture(
+            logits: torch.Tensor, span: slice, gradient: bool
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            tokens, ids, values = (
+                one[span].to(logits.device) for one in (every_token, every_id, every_value)
+            )
+            watch(logits, tokens)
+            given = (logits, tokens, ids, values, self.settings.temperature, weight)
+            return mixed_loss_and_gradient_(*given) if gradient else (mixed_loss(*given), None)
+
+        states = {"output_hidden_states": True} if deep else {}
+        loss, output = summed_loss(student, batch, mixture, **states)
         if deep:
-            own, wanted = learned_states(found.output, batch), teacher_states(self._model, batch)
+            own, wanted = learned_states(output, batch), teacher_states(self._model, batch)
             distance = hidden_distance(own, wanted, self._kept)
             loss = loss + self.settings.hidden * distance.to(loss.device)
-        return loss, found
+        return loss
 
     @torch.no_grad()
     def _run(self, samples: Sequence[int]) -> None:
@@ -162,12 +178,9 @@ class Teacher:
             micro_tokens=micro_tokens(self._model, self._seq_len),
         )
         for batch in batches:
-            logits, _ = learned_logits(self._model, batch)
-            likeliest = F.log_softmax(logits / self.settings.temperature, -1).topk(self._k)
-            if not bool(likeliest.values.isfinite().all()):
-                raise UserError("the teacher's logits are not finite; load it in float32")
-            values = likeliest.values.cpu().numpy().astype(np.float16)
-            ids = likeliest.indices.cpu().numpy().astype(np.int32)
+            found: list[tuple[Any, Any]] = []
+            summed_loss(self._model, batch, partial(self._likeliest, found))
+            ids, values = (np.concatenate(each) for each in zip(*found, strict=True))
             first = 0
             for part in batch.parts:
                 begin, end = self._first[part.sample], self._first[part.sample + 1]
@@ -180,6 +193,20 @@ class Teacher:
         self._values.flush()
         self._done[list(samples)] = 1
         self._done.flush()
+
+    def _likeliest(
+        self,
+        found: list[tuple[Any, Any]],
+        logits: torch.Tensor,
+        _span: slice,
+        _gradient: bool,
+    ) -> tuple[torch.Tensor, None]:
+        """Add arrays of token ids, int32, and log probabilities, float16: (n, k)."""
+        likeliest = F.log_softmax(logits / self.settings.temperature, -1).topk(self._k)
+        if not bool(likeliest.values.isfinite().all()):
+            raise UserError("the teacher's logits are not finite; load it in float32")
+        found.append((likeliest.indices.int().cpu().numpy(), likeliest.values.half().cpu().numpy()))
+        return logits.new_zeros(()), None
 
 
 def _array(file: Path, dtype: str, shape: tuple[int, ...]) -> Any:

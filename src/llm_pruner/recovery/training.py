@@ -19,9 +19,10 @@ from transformers.trainer_callback import PrinterCallback
 from llm_pruner.errors import UserError
 from llm_pruner.recovery import state
 from llm_pruner.recovery.batches import Batch, lay_out
-from llm_pruner.recovery.forward import learned_logits
+from llm_pruner.recovery.forward import learned_tokens
+from llm_pruner.recovery.head import summed_loss
 from llm_pruner.recovery.methods import set_weights_, trained_weights
-from llm_pruner.recovery.objective import task_loss
+from llm_pruner.recovery.objective import text_objective
 from llm_pruner.recovery.processes import ALONE, Processes
 from llm_pruner.recovery.scoring import Evaluation
 from llm_pruner.recovery.settings import RecoverySettings
@@ -162,7 +163,7 @@ class RecoveryTrainer(Trainer):
         if not own:
             # Its gradients are awaited by the others all the same.
             with self.compute_loss_context_manager():
-                nothing = 0 * task_loss(*learned_logits(model, batches[0]))
+                nothing = 0 * self._task_loss(model, batches[0])
             self._backward(nothing)
         (self.last_loss,) = self._processes.sums([float(total)])
         if not math.isfinite(self.last_loss):
@@ -186,9 +187,20 @@ class RecoveryTrainer(Trainer):
 
     def _loss(self, model: Any, batch: Batch) -> torch.Tensor:
         if self._teacher is None:
-            return task_loss(*learned_logits(model, batch))
-        loss, _ = self._teacher.loss(model, batch)
+            return self._task_loss(model, batch)
+        return self._teacher.loss(model, batch)
+
+    @staticmethod
+    def _task_loss(model: Any, batch: Batch) -> torch.Tensor:
+        loss, _ = summed_loss(model, batch, text_objective(learned_tokens(batch)))
         return loss
+
+    def compute_loss_context_manager(self) -> Any:
+        """Return the precision of a step: accelerate's is that of the model's own forward alone.
+
+        The output embedding and the teacher run outside of it.
+        """
+        return self.accelerator.autocast()
 
     def floating_point_ops(self, inputs: Any) -> int:  # noqa: ARG002
         """Nothing reads it."""
