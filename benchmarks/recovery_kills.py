@@ -67,7 +67,7 @@ def main() -> None:
     draw = random.SystemRandom()
     settings = ["--data", options.data, "--samples", STEPS * BATCH + 4, "--held-out", 4]
     settings += ["--batch-size", BATCH, "--seq-len", SEQ_LEN, "--max-steps", STEPS, "--no-bf16"]
-    settings += ["--save-every", SAVE_EVERY, "--evaluations", 4, "--lora-dropout", 0.1]
+    settings += ["--save-every", SAVE_EVERY, "--evaluations", STEPS, "--lora-dropout", 0.1]
     tries = []
     with tempfile.TemporaryDirectory() as folder:
         whole, cut = Path(folder) / "whole", Path(folder) / "cut"
