@@ -1,14 +1,14 @@
 """How much zero-shot accuracy a smaller model keeps, on all items of the seven tasks.
 
     python benchmarks/zero_shot_kept.py --data DIR --calibration c4_first_100.jsonl \
-        [--recovered FOLDER]
+        [--recovered "best, recovered for 6 minutes=FOLDER"]
 
-DIR holds boolq.jsonl and so on. SmolLM2-135M is evaluated dense and pruned by the recipes `paper`
-and `best` to 113.3M parameters (a fifth of the blocks gone), and, if it is given, a folder that
-`recover` wrote. Beside the mean of the seven and of the six without BoolQ it gives the share of
-accuracy above chance that is kept: mean over tasks of accuracy minus chance, over that of the dense
-model. Writes benchmarks/results/zero_shot_kept.json after each model, and goes on from there when
-it is run again; pruned models are kept in ``--work``.
+DIR holds boolq.jsonl and so on. SmolLM2-135M is evaluated dense, pruned by the recipes `paper` and
+`best` to 113.3M parameters (a fifth of the blocks gone), and recovered: each ``--recovered`` is a
+name and a folder that `recover` wrote. Beside the mean of the seven and of the six without BoolQ it
+gives the share of accuracy above chance that is kept: mean over tasks of accuracy minus chance,
+over that of the dense model. Writes benchmarks/results/zero_shot_kept.json after each model, and
+goes on from there when it is run again; pruned models are kept in ``--work``.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--model", default="default")
-    parser.add_argument("--recovered", type=Path)
+    parser.add_argument("--recovered", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "kept-work")
     parser.add_argument("--out", type=Path, default=RESULTS / "zero_shot_kept.json")
@@ -108,11 +108,12 @@ def main() -> None:
         "calibration": Path(options.calibration).name,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
-    models = {"dense": options.model}
+    models: dict[str, Any] = {"dense": options.model}
     for recipe in ("paper", "best"):
         models[recipe] = options.work / recipe
-    if options.recovered is not None:
-        models["best, recovered"] = options.recovered
+    for given in options.recovered:
+        name, _, folder = given.partition("=")
+        models[name] = Path(folder)
     for name, model in models.items():
         if name in results["models"]:
             continue
