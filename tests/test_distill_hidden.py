@@ -117,9 +117,7 @@ def test_the_loss_adds_it_up(tmp_path: Path) -> None:
     def loss(hidden: float) -> float:
         settings = DistillationSettings(top_k=4, hidden=hidden)
         options: dict[str, Any] = {"identity": "dense", "seq_len": 64}
-        return float(
-            Teacher(dense, sequences, settings, tmp_path, **options).loss(student, batch)
-        )
+        return float(Teacher(dense, sequences, settings, tmp_path, **options).loss(student, batch))
 
     with torch.no_grad():
         found = forward(student, batch, output_hidden_states=True)
