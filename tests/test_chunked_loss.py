@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from helpers import tiny_model
-from llm_pruner.recovery import DistillationSettings, Teacher
-from llm_pruner.recovery import head as heads
+from llm_pruner.recovery import DistillationSettings, Teacher, chunked_loss
 from llm_pruner.recovery.batches import lay_out
+from llm_pruner.recovery.chunked_loss import summed_loss, watch_logits
 from llm_pruner.recovery.forward import forward, learned_logits, learned_tokens
-from llm_pruner.recovery.head import summed_loss, watch_logits
 from llm_pruner.recovery.objective import (
+    Told,
     distillation_loss,
     mixed_loss,
     mixed_loss_and_gradient_,
@@ -28,8 +28,8 @@ from llm_pruner.sequences import TrainingSequence, make_sequence
 
 @pytest.fixture(autouse=True)
 def few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heads, "_LEAST_TOKENS", 7)
-    monkeypatch.setattr(heads, "_CHUNK_BYTES", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr(chunked_loss, "_LEAST_TOKENS", 7)
+    monkeypatch.setattr(chunked_loss, "_CHUNK_BYTES", {"cpu": 0, "cuda": 0})
 
 
 def samples(count: int = 9) -> list[TrainingSequence]:
@@ -60,12 +60,12 @@ def test_the_gradient_of_the_mixture(temperature: float, weight: float, k: int) 
     tokens = torch.randint(40, (9,))
     tokens[:3] = 0
     taught = (3 * torch.randn(9, 40, dtype=torch.float64) / temperature).log_softmax(-1).topk(k)
-    told = (tokens, taught.indices, taught.values, temperature, weight)
-    wanted = mixed_loss(logits, *told)
+    told = Told(tokens, taught.indices, taught.values, temperature, weight)
+    wanted = mixed_loss(logits, told)
     parts = distillation_loss(logits, taught.indices, taught.values, temperature)
     assert torch.allclose(wanted, weight * parts + (1 - weight) * task_loss(logits, tokens))
     (slope,) = torch.autograd.grad(wanted, logits)
-    loss, gradient = mixed_loss_and_gradient_(logits.detach().clone(), *told)
+    loss, gradient = mixed_loss_and_gradient_(logits.detach().clone(), told)
     assert torch.allclose(loss, wanted)
     assert torch.allclose(gradient, slope, atol=1e-9)
 
@@ -177,7 +177,7 @@ def test_a_teacher_is_asked_in_chunks(tmp_path: Path) -> None:
     found = gradients(student, loss)
     logits, tokens = learned_logits(student, batch)
     ids, values = teacher.says(batch)
-    whole = mixed_loss(logits, tokens, ids, values, 2.0, 0.7)
+    whole = mixed_loss(logits, Told(tokens, ids, values, 2.0, 0.7))
     wanted = gradients(student, whole)
     assert float(loss.detach()) == pytest.approx(float(whole.detach()), rel=1e-5)
     for name, one in found.items():

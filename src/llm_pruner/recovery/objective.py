@@ -7,7 +7,7 @@ size of the logits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,27 +60,32 @@ def distillation_loss(
     return temperature**2 * _divergence(log_q, teacher_log_probabilities)
 
 
-def mixed_loss(
-    logits: torch.Tensor,
-    tokens: torch.Tensor,
-    teacher_ids: torch.Tensor,
-    teacher_log_probabilities: torch.Tensor,
-    temperature: float,
-    weight: float,
-) -> torch.Tensor:
-    """Return w * ``distillation_loss`` + (1 - w) * ``task_loss``."""
-    loss = weight * distillation_loss(logits, teacher_ids, teacher_log_probabilities, temperature)
+class Told(NamedTuple):
+    """What some tokens' loss is made of.
+
+    Attributes:
+        tokens: what the text says next, int64 (n,).
+        teacher_ids: the teacher's likeliest tokens, int64 (n, k).
+        teacher_log_probabilities: of these, (n, k).
+        temperature: T.
+        weight: w, the share of the distillation loss.
+    """
+
+    tokens: torch.Tensor
+    teacher_ids: torch.Tensor
+    teacher_log_probabilities: torch.Tensor
+    temperature: float
+    weight: float
+
+
+def mixed_loss(logits: torch.Tensor, told: Told) -> torch.Tensor:
+    """Return w * ``distillation_loss`` + (1 - w) * ``task_loss``; logits (n, vocabulary)."""
+    tokens, ids, log_probabilities, temperature, weight = told
+    loss = weight * distillation_loss(logits, ids, log_probabilities, temperature)
     return loss if weight == 1 else loss + (1 - weight) * task_loss(logits, tokens)
 
 
-def mixed_loss_and_gradient_(
-    logits: torch.Tensor,
-    tokens: torch.Tensor,
-    teacher_ids: torch.Tensor,
-    teacher_log_probabilities: torch.Tensor,
-    temperature: float,
-    weight: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def mixed_loss_and_gradient_(logits: torch.Tensor, told: Told) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``mixed_loss`` and its gradient in the logits, in their place.
 
     With P the sum of p_i, a = p_rest / q_rest (0 where q_rest is nothing but rounding) and q over
@@ -88,12 +93,13 @@ def mixed_loss_and_gradient_(
 
         (P - a (1 - q_rest)) q_j  +  (a q_j - p_j  where j is among the teacher's likeliest).
     """
+    tokens, teacher_ids, teacher_log_probabilities, temperature, weight = told
     task, task_gradient = None, None
     if weight < 1 and temperature != 1:
         task, task_gradient = task_loss_and_gradient_(logits.clone(), tokens)
     if temperature != 1:
         logits.div_(temperature)
-    told = logits.gather(1, tokens[:, None])
+    own = logits.gather(1, tokens[:, None])
     log_q = logits.gather(1, teacher_ids)
     log_total, gradient = _softmax_(logits)
     log_q = log_q - log_total
@@ -106,10 +112,10 @@ def mixed_loss_and_gradient_(
     of_all = share * (kept - ratio * (1 - q_rest))
     of_kept = share * (ratio[:, None] * q - p)
     if weight < 1 and task is None:  # the same probabilities serve both
-        task = (log_total - told).sum()
+        task = (log_total - own).sum()
         of_all = of_all + (1 - weight)
         gradient.mul_(of_all[:, None]).scatter_add_(1, teacher_ids, of_kept)
-        gradient.scatter_add_(1, tokens[:, None], torch.full_like(told, weight - 1))
+        gradient.scatter_add_(1, tokens[:, None], torch.full_like(own, weight - 1))
     else:
         gradient.mul_(of_all[:, None]).scatter_add_(1, teacher_ids, of_kept)
         if task_gradient is not None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from llm_pruner.recovery.batches import Batch
-from llm_pruner.recovery.head import watch_logits
+from llm_pruner.recovery.chunked_loss import watch_logits
 from llm_pruner.recovery.processes import ALONE, Processes
 from llm_pruner.recovery.teacher import Teacher
 from llm_pruner.sequences import TrainingSequence

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 
 from llm_pruner.errors import UserError
 from llm_pruner.recovery.batches import Batch, lay_out
+from llm_pruner.recovery.chunked_loss import summed_loss
 from llm_pruner.recovery.forward import can_pack, learned_tokens, micro_tokens
-from llm_pruner.recovery.head import summed_loss
 from llm_pruner.recovery.hidden import Kept, hidden_distance, learned_states, teacher_states
-from llm_pruner.recovery.objective import mixed_loss, mixed_loss_and_gradient_
+from llm_pruner.recovery.objective import Told, mixed_loss, mixed_loss_and_gradient_
 from llm_pruner.sequences import TrainingSequence
 
 _FILES = ("ids.bin", "log_probabilities.bin", "done.bin")
@@ -155,8 +155,10 @@ class Teacher:
                 one[span].to(logits.device) for one in (every_token, every_id, every_value)
             )
             watch(logits, tokens)
-            given = (logits, tokens, ids, values, self.settings.temperature, weight)
-            return mixed_loss_and_gradient_(*given) if gradient else (mixed_loss(*given), None)
+            told = Told(tokens, ids, values, self.settings.temperature, weight)
+            if gradient:
+                return mixed_loss_and_gradient_(logits, told)
+            return mixed_loss(logits, told), None
 
         states = {"output_hidden_states": True} if deep else {}
         loss, output = summed_loss(student, batch, mixture, **states)

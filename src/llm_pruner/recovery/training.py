@@ -19,8 +19,8 @@ from transformers.trainer_callback import PrinterCallback
 from llm_pruner.errors import UserError
 from llm_pruner.recovery import state
 from llm_pruner.recovery.batches import Batch, lay_out
+from llm_pruner.recovery.chunked_loss import summed_loss
 from llm_pruner.recovery.forward import learned_tokens
-from llm_pruner.recovery.head import summed_loss
 from llm_pruner.recovery.methods import set_weights_, trained_weights
 from llm_pruner.recovery.objective import text_objective
 from llm_pruner.recovery.processes import ALONE, Processes

@@ -183,8 +183,9 @@ def _before_head(
     head = getattr(model, "module", model).get_output_embeddings()
     rows, length = batch.input_ids.shape
     # Hooks of the module would not be called, and accelerate's bring its weights.
-    hooked = head is None or head._forward_hooks or head._forward_pre_hooks
-    if head is None or hooked or head in _otherwise or hasattr(head, "_hf_hook"):
+    if head is None or head in _otherwise or not any(True for _ in head.parameters()):
+        return None
+    if head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"):
         return None
     seen: list[torch.Tensor] = []
 
