@@ -6,8 +6,10 @@
 Prunes SmolLM2-135M by two recipes, trains each result with ``llm-pruner recover`` for ``--minutes``
 and measures perplexity in windows of 1,024 tokens on the first 65,536 tokens of WikiText-2 test and
 on held-out C4, beside the dense model. ``--plans``, ``--sizes`` and ``--methods`` choose the rows;
-``distil`` is LoRA with the dense model as teacher. With ``--max-steps`` runs are compared at equal
-steps, as for ``--data`` given several times, one row each. Writes benchmarks/results/recovery.json
+``distil`` is LoRA with the dense model as teacher, ``written`` LoRA on what the dense model writes
+(``--data self``) without its predictions. With ``--max-steps`` runs are compared at equal steps, as
+for ``--data`` given several times, one row each; what the dense model wrote is then kept in
+``--work`` for the next. Writes benchmarks/results/recovery.json
 after each row, and goes on from there when it is run again. Pruned models are kept in ``--work``,
 trained ones too with ``--keep``.
 """
@@ -35,6 +37,7 @@ METHODS = {
     "lora": ["--method", "lora"],
     "distil": ["--method", "lora", "--teacher", "default"],
     "full": ["--method", "full"],
+    "written": ["--method", "lora", "--teacher", "default", "--distill-weight", "0"],
 }
 
 
@@ -48,7 +51,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, help="of each file")
     parser.add_argument("--plans", default="best,paper")
     parser.add_argument("--sizes", default=",".join(SIZES))
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--methods", default="lora,distil,full", help=", ".join(METHODS))
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--learning-rate", type=float, help="instead of the method's own")
     parser.add_argument("--minutes", type=float)
@@ -106,7 +109,10 @@ def main() -> None:
             if options.learning_rate is not None:
                 arguments += ["--learning-rate", options.learning_rate]
             arguments += [] if options.minutes is None else ["--max-minutes", options.minutes]
-            arguments += [] if options.max_steps is None else ["--max-steps", options.max_steps]
+            if options.max_steps is not None:
+                arguments += ["--max-steps", options.max_steps]
+                if "--teacher" in arguments:
+                    arguments += ["--teacher-cache", options.work / "teacher"]
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "out"
                 llm_pruner("recover", pruned, "--out", out, *arguments)

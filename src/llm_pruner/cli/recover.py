@@ -182,7 +182,7 @@ def command(
         int | None,
         typer.Option(
             metavar="N",
-            help="Samples in a step. [default: 16; 64]",
+            help="Samples in a step. [default: 4; 64]",
             show_default=False,
             rich_help_panel=_TRAINING,
         ),

@@ -1,0 +1,123 @@
+"""Whether ``compress``, killed in each of its stages and started again, ends with the same files.
+
+    python benchmarks/compress_kills.py
+
+Runs ``llm-pruner demo`` (SmolLM2-135M made 20% smaller, trained on text of its own) to its end, and
+once more killed by SIGKILL, with the processes that it started, at a random moment of each stage
+and started again. Compares all files of the two folders; in report.json and recovery.json times,
+speeds and memory are left out, and README.md and report.html, which show them, are not compared.
+``--whole`` names a finished demo to compare with instead of making one. Writes
+benchmarks/results/compress_kills.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from commands import llm_pruner
+
+RESULTS = Path(__file__).parent / "results"
+STAGES = {
+    "prune": "pruned",
+    "dense": "dense.json",
+    "pruned": "pruned.json",
+    "recover": "recovered",
+    "recovered": "recovered.json",
+    "report": "result.json",
+}
+"""Stages in their order, named as in report.json, and what each leaves in the folder of the run."""
+
+TIMED = {"report.html", "README.md"}
+MEASURED = {"report.json", "recovery.json"}
+
+
+def killed(out: Path, stage: str, wait: float) -> bool:
+    """Kill the demo some seconds after a stage began; return whether it was still in it."""
+    work = out.with_name(f"{out.name}.compressing")
+    names = list(STAGES.values())
+    before = names[: list(STAGES).index(stage)][-1:]
+    command = [sys.executable, "-m", "llm_pruner", "demo", "--out", str(out)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, start_new_session=True, **quiet) as process:
+        while not all((work / name).exists() for name in before):
+            if process.poll() is not None:
+                raise SystemExit(f"the demo ended with {process.returncode} before {stage}")
+            time.sleep(0.005)
+        time.sleep(wait)
+        os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode != -signal.SIGKILL or out.exists():
+        raise SystemExit(f"the demo ended by itself while {stage}")
+    return not (work / STAGES[stage]).exists()
+
+
+def untimed(value: Any) -> Any:
+    """Return what JSON says without times, speeds and memory."""
+    if isinstance(value, dict):
+        if str(value.get("unit", "")).startswith("tokens/s"):
+            return value["name"]
+        volatile = ("seconds", "peak memory", "card_digest", "command")
+        return {k: untimed(v) for k, v in value.items() if k not in volatile}
+    return [untimed(one) for one in value] if isinstance(value, list) else value
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two files hold the same."""
+    if one.name in MEASURED:
+        return bool(untimed(json.loads(one.read_text())) == untimed(json.loads(other.read_text())))
+    return one.read_bytes() == other.read_bytes()
+
+
+def main() -> None:
+    """Run, kill, compare and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--whole", type=Path, help="a finished demo to compare with")
+    parser.add_argument("--out", type=Path, default=RESULTS / "compress_kills.json")
+    options = parser.parse_args()
+    draw = random.SystemRandom()
+    with tempfile.TemporaryDirectory() as folder:
+        whole, cut = options.whole or Path(folder) / "whole", Path(folder) / "cut"
+        if options.whole is None:
+            llm_pruner("demo", "--out", whole)
+        report = json.loads((whole / "report.json").read_text())
+        seconds: dict[str, float] = report["settings"]["Run"]["seconds"]
+        kills = []
+        for stage in STAGES:
+            wait = draw.uniform(0.2, 0.8) * seconds[stage]
+            within = killed(cut, stage, wait)
+            kills.append({"stage": stage, "seconds_into_it": round(wait, 1), "within_it": within})
+            print(json.dumps(kills[-1]), flush=True)
+        llm_pruner("demo", "--out", cut)
+        files = {str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file()}
+        others = {str(path.relative_to(cut)) for path in cut.rglob("*") if path.is_file()}
+        left = files - TIMED
+        differ = sorted(
+            (files ^ others) | {n for n in left & others if not same(whole / n, cut / n)}
+        )
+    result = {
+        "settings": {
+            "model": "SmolLM2-135M-Instruct",
+            "command": "llm-pruner demo",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        },
+        "seconds": seconds,
+        "kills": kills,
+        "files": sorted(left),
+        "differ": differ,
+    }
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{len(left)} files, {len(differ)} differ {differ}")
+
+
+if __name__ == "__main__":
+    main()
