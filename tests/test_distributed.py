@@ -87,6 +87,32 @@ def test_two_processes_train_as_one(tmp_path: Path, made: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
+@pytest.mark.parametrize("asked", ["--shard", "accelerate"])
+def test_two_processes_with_a_part_of_the_model_each_train_as_one(
+    tmp_path: Path, made: Path, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: Sequence[object] = ("--data", made / "rows.jsonl", *QUICK, "--no-bf16")
+    options = (*options, "--keep-adapter", "--perplexity", "demo", "--perplexity-seq-len", 512)
+    options = (*options, "--teacher", made / "dense", "--gradient-checkpointing")
+    command = ("recover", made / "small", "--out")
+    if asked == "accelerate":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        result = started("-m", "llm_pruner", *command, tmp_path / "two", *options)
+        monkeypatch.undo()
+    else:
+        result = started("-m", "llm_pruner", *command, tmp_path / "two", *options, asked)
+    assert result.returncode == 0, result.stderr
+    done(*command, tmp_path / "one", *options)
+    found = check_same(tmp_path / "two", tmp_path / "one")
+    wanted = json.loads((tmp_path / "one" / "recovery.json").read_text())
+    assert measured(found) == pytest.approx(measured(wanted), rel=1e-5)
+
+
+def measured(record: dict[str, Any]) -> list[float]:
+    """Return the perplexities in a record, before and after."""
+    return [float(each["perplexity"]) for pair in record["perplexity"] for each in pair]
+
+
 def test_teacher_small_batches_and_resume(
     tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,4 +184,13 @@ def test_each_process_gets_a_share_of_a_step() -> None:
             dealt = [Processes(rank, shares).share(batches) for rank in range(shares)]
             assert sum(map(len, dealt)) == len(batches)
     (only,) = lay_out(sequences, [5], packed=True, capacity=20, micro_tokens=20, shares=3)
-    assert Processes(1, 3).share([only]) == []
+    assert Processes(1, 3).share([only]) == [None]
+
+
+def test_with_a_part_of_the_model_each_runs_it_as_often_as_all() -> None:
+    assert [Processes(rank, 3).share([1, 2, 3, 4]) for rank in range(3)] == [[1, 4], [2], [3]]
+    assert [Processes(rank, 3, sharded=True).share([1, 2, 3, 4]) for rank in range(3)] == [
+        [1, 4],
+        [2, None],
+        [3, None],
+    ]

@@ -323,14 +323,20 @@ def test_a_teacher_of_another_vocabulary_is_refused(work: Path, made: Path) -> N
         ({}, [], "WORLD_SIZE says that 2 processes were started, and they cannot meet ("),
         ({}, ["--device", "cuda:0"], "--device cuda:0 is one device, and several processes were"),
         (
+            {"WORLD_SIZE": "1"},
+            ["--shard"],
+            "--shard spreads the model over several processes, and one was started; start ",
+        ),
+        ({}, ["--shard", "--method", "full"], "method full trains weights, and --shard (FSDP) "),
+        (
             {"ACCELERATE_USE_FSDP": "true"},
-            [],
-            "recover trains several processes with DDP, and FSDP ",
+            ["--dora"],
+            "--dora and --lora-start read whole weights, and --shard (FSDP) spreads them; ",
         ),
         (
             {"ACCELERATE_USE_DEEPSPEED": "true"},
             [],
-            "recover trains several processes with DDP, and D",
+            "recover trains several processes with DDP or FSDP, and DeepSpeed was asked for; ",
         ),
     ],
 )

@@ -216,6 +216,14 @@ def command(
             rich_help_panel=_TRAINING,
         ),
     ] = False,
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard",
+            help="Spread the model over the processes of torchrun (FSDP); with lora.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = False,
     report_to: Annotated[
         str,
         typer.Option(metavar="NAME", help="none, tensorboard or wandb.", rich_help_panel=_TRAINING),
@@ -420,6 +428,7 @@ def command(
         overwrite=overwrite,
         keep_adapter=keep_adapter,
         max_shard_size=max_shard_size,
+        shard=shard,
         command=command_line(),
     )
     say = Narrator(quiet=json == "-") if speaks() else lambda _: None

@@ -42,7 +42,8 @@ from llm_pruner.pipeline.settings import ModelSettings
 from llm_pruner.planning.plan import read_plan
 from llm_pruner.recovery import Outcome, Progress, Teacher, recover_
 from llm_pruner.recovery.hidden import Kept
-from llm_pruner.recovery.processes import Processes, joined, own_device
+from llm_pruner.recovery.processes import Processes, joined, own_device, shards_asked_for
+from llm_pruner.recovery.sharding import fill_, mesh_of, shard_, whole_weights
 from llm_pruner.report.data import Recovery
 from llm_pruner.sequences import TrainingSequence
 from llm_pruner.sources import LoadedModel
@@ -68,7 +69,8 @@ def recover_checkpoint(
         UserError: something that was given must change; ``out`` is as it was.
     """
     request = _on_this_machine(request)
-    with joined(request.model.device) as processes:
+    request.check()
+    with joined(request.model.device, shard=request.shard) as processes:
         found = request.work.exists()
         try:
             return _Run(request, processes, say).carry_out()
@@ -88,7 +90,8 @@ def _on_this_machine(request: RecoverRequest) -> RecoverRequest:
     if teacher is not None:
         device = own_device(teacher.model.device)
         teacher = replace(teacher, model=replace(teacher.model, device=device))
-    return replace(request, model=model, settings=settings, teacher=teacher)
+    shard = request.shard or shards_asked_for()
+    return replace(request, model=model, settings=settings, teacher=teacher, shard=shard)
 
 
 @dataclass(frozen=True)
@@ -126,21 +129,21 @@ class _Run:
 
     def carry_out(self) -> Recovered:
         request, processes = self._request, self._processes
-        request.check()
         processes.barrier()  # from here on, the folders that were looked at may change
         with processes.first():
             corpora = read_texts(request.texts, request.text_settings)
             examples = read_examples(request.data)
         material = self._material(examples)
         loaded = material.loaded
-        if not processes.is_first:
+        if not processes.is_first and not processes.sharded:
             corpora = []
         before = _perplexities(loaded, corpora, request.text_settings)
         network, outcome = self._train(material)
-        if not outcome.gained and processes.is_first:
-            network = load(request.model).model  # as it came, to the last bit
-        kept = replace(loaded, model=network)
-        after = _perplexities(kept, corpora, request.text_settings) if outcome.gained else before
+        after = before
+        if outcome.gained:
+            kept = replace(loaded, model=network)
+            after = _perplexities(kept, corpora, request.text_settings)
+        network = self._whole(network, outcome.gained)
         perplexities = tuple(zip(before, after, strict=True))
         result = self._result(material, outcome, network, perplexities)
         if processes.is_first:
@@ -148,9 +151,33 @@ class _Run:
         processes.barrier()
         return result
 
+    def _whole(self, network: Any, gained: bool) -> Any:
+        """Return the model to be saved; it matters in the first process alone."""
+        model, processes = self._request.model, self._processes
+        if gained and not processes.sharded:
+            return network
+        weights = whole_weights(network, processes) if gained else None
+        if not processes.is_first:
+            return network
+        device = "cpu" if processes.sharded else model.device
+        plain = load(replace(model, device=device)).model  # as it came, to the last bit
+        if weights is not None:
+            fill_(plain, weights)
+        return plain
+
+    def _load(self) -> LoadedModel:
+        model, processes = self._request.model, self._processes
+        if not processes.sharded:
+            return load(model)
+        mesh = mesh_of(model.device, processes)
+        with processes.in_turn():  # the model is whole in memory once
+            loaded = load(replace(model, device="cpu"))
+            shard_(loaded.model, model.device, mesh)
+        return loaded
+
     def _material(self, examples: dict[str, Any]) -> _Material:
         request = self._request
-        loaded = load(request.model)
+        loaded = self._load()
         longest = maximum_length(loaded.model)
         if longest is not None and request.settings.seq_len > longest:
             raise UserError(

@@ -73,6 +73,7 @@ class RecoverRequest:
         keep_adapter: with ``lora``, save the adapter in the subfolder ``adapter``; it belongs to
             the model that came in.
         max_shard_size: largest weight file.
+        shard: have each of several processes hold a part of the model only.
         command: the command line of this run, for the report.
     """
 
@@ -88,6 +89,7 @@ class RecoverRequest:
     overwrite: bool = False
     keep_adapter: bool = False
     max_shard_size: str = "5GB"
+    shard: bool = False
     command: str | None = None
 
     @property
@@ -111,6 +113,7 @@ class RecoverRequest:
         self._check_models()
         self._check_data()
         self._check_adapter()
+        self._check_shards()
         if self.resume and self.restart:
             raise UserError("--resume and --restart say different things; give one of them")
         if self.work.exists() and not (self.resume or self.restart):
@@ -152,6 +155,21 @@ class RecoverRequest:
             raise UserError(
                 f"an adapter that started from {start} fits no model that is saved; leave out "
                 "--keep-adapter or --lora-start"
+            )
+
+    def _check_shards(self) -> None:
+        if not self.shard:
+            return
+        method, lora = self.settings.method, self.settings.lora
+        if method != "lora":
+            raise UserError(
+                f"method {method} trains weights, and --shard (FSDP) spreads those that are not "
+                "trained; use --method lora, or leave it out"
+            )
+        if lora.dora or lora.start != "default":
+            raise UserError(
+                "--dora and --lora-start read whole weights, and --shard (FSDP) spreads them; give "
+                "one or the other"
             )
 
 

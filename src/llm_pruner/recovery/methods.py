@@ -69,7 +69,11 @@ def linear_layers(model: Any) -> list[str]:
 
 def merge_(trained: Any) -> Any:
     """Add adapters to the weights and return the plain model."""
-    plain = trained.merge_and_unload() if hasattr(trained, "merge_and_unload") else trained
+    return unmarked(trained.merge_and_unload() if hasattr(trained, "merge_and_unload") else trained)
+
+
+def unmarked(plain: Any) -> Any:
+    """Return a model as it was before it was prepared for training, in eval mode."""
     plain.requires_grad_(True)
     # PEFT leaves marks that a later save would act upon.
     for mark in ("_hf_peft_config_loaded", "peft_config"):

@@ -21,12 +21,14 @@ from transformers import TrainingArguments
 
 from llm_pruner.errors import UserError
 from llm_pruner.recovery import state
+from llm_pruner.recovery.attention import by_sample
 from llm_pruner.recovery.batches import lay_out, step_samples
 from llm_pruner.recovery.forward import can_pack, micro_tokens
 from llm_pruner.recovery.methods import make_trainable_, merge_, set_weights_, trained_weights
 from llm_pruner.recovery.processes import ALONE, Processes
 from llm_pruner.recovery.scoring import Evaluation, score
 from llm_pruner.recovery.settings import RecoverySettings
+from llm_pruner.recovery.sharding import hide_from_sums_, merge_shards_
 from llm_pruner.recovery.teacher import Teacher
 from llm_pruner.recovery.training import (
     Guard,
@@ -101,7 +103,8 @@ def recover_(
         say: called after each step.
         keep_adapter: with ``lora``, write the adapter there, before it is merged.
         processes: those that train together; ``settings.batch_size`` is that of all of them, the
-            first one writes, and all return the same.
+            first one writes, and all return the same. Where each holds a part of the model, as
+            ``shard_`` leaves it, so is what is returned.
 
     Raises:
         UserError: the model has nothing that the method trains, a loss is not finite, or a
@@ -112,7 +115,8 @@ def recover_(
         raise UserError("recovery needs samples to train on and samples to hold out")
     work.mkdir(parents=True, exist_ok=True)
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
-    packed = can_pack(model, vocabulary)
+    with by_sample():
+        packed = can_pack(model, vocabulary)
     layout: dict[str, Any] = {
         "packed": packed,
         "capacity": settings.seq_len,
@@ -138,6 +142,7 @@ def recover_(
 
     with (
         _quiet(),
+        by_sample(),
         _same_config(model),
         _own_random(None if processes == ALONE else model.device),
         tempfile.TemporaryDirectory() as unused,
@@ -153,6 +158,8 @@ def recover_(
         count = sum(one.numel() for one in trained.parameters() if one.requires_grad)
         if settings.gradient_checkpointing:
             _checkpoint_activations_(trained)
+        if processes.sharded:
+            hide_from_sums_(trained)
 
         def scored_on_the_way(step: int) -> Evaluation:
             with trainer.accelerator.autocast():
@@ -185,7 +192,7 @@ def recover_(
         set_weights_(trained, initial if trainer.best_weights is None else trainer.best_weights)
         if keep_adapter is not None and settings.method == "lora" and processes.is_first:
             trained.save_pretrained(keep_adapter, save_embedding_layers=False)
-        model = merge_(trained)
+        model = merge_shards_(trained) if processes.sharded else merge_(trained)
         if settings.gradient_checkpointing:
             _keep_activations_(model)
         history = trainer.state.log_history

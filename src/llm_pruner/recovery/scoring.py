@@ -65,6 +65,9 @@ def score(
     model.eval()
     try:
         for batch in processes.share(batches):
+            if batch is None:
+                watch_logits(model, batches[0], lambda _logits, _tokens: None)
+                continue
             found: list[torch.Tensor] = []
 
             def likelihood(

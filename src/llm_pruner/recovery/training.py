@@ -157,14 +157,12 @@ class RecoveryTrainer(Trainer):
             last = number == len(own) - 1
             with self._gradients_stay(model, not last):
                 with self.compute_loss_context_manager():
-                    loss = self._loss(model, batch) / count
+                    if batch is None:
+                        loss = 0 * self._task_loss(model, batches[0])
+                    else:
+                        loss = self._loss(model, batch) / count
                 self._backward(loss)
             total += loss.detach().to(total.device)
-        if not own:
-            # Its gradients are awaited by the others all the same.
-            with self.compute_loss_context_manager():
-                nothing = 0 * self._task_loss(model, batches[0])
-            self._backward(nothing)
         (self.last_loss,) = self._processes.sums([float(total)])
         if not math.isfinite(self.last_loss):
             said = f"the loss of step {self.state.global_step + 1} is {self.last_loss}"

@@ -1,0 +1,231 @@
+"""Attention within packed samples alone: what lies between samples is not computed.
+
+transformers keeps packed samples apart by a mask over whole rows, and PyTorch computes all that it
+then throws away; a causal mask costs it the upper half, too. Here the samples are read off the mask
+that the model made, and each is computed by itself, up to the diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+from weakref import ref
+
+import torch
+import torch.nn.functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+_TILE = 128
+"""Queries at a time on a CPU: their scores fit in its cache."""
+
+_OTHERWISE = ("position_bias", "softcap", "s_aux", "output_attentions")
+"""Arguments with which attention is more than a softmax of scaled products."""
+
+Attention = Callable[..., tuple[torch.Tensor, Any]]
+
+
+@contextmanager
+def by_sample() -> Iterator[None]:
+    """Have models that use PyTorch's attention through transformers compute it by sample."""
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    AttentionInterface.register("sdpa", partial(_attend, plain, _Samples()))
+    try:
+        yield
+    finally:
+        AttentionInterface.register("sdpa", plain)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tokens of a row that see each other, up to their own place, and no others."""
+
+    rows: slice
+    start: int
+    end: int
+
+    def of(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the part of states, (rows, heads, length, features)."""
+        return states[self.rows, :, self.start : self.end]
+
+
+class _Samples:
+    """The samples in a mask; it is the same tensor in all layers."""
+
+    def __init__(self) -> None:
+        self._mask: Callable[[], torch.Tensor | None] = lambda: None
+        self._blocks: list[Block] | None = None
+
+    def __call__(self, mask: torch.Tensor | None, rows: int, length: int) -> list[Block] | None:
+        if mask is None:
+            return [Block(slice(0, rows), 0, length)]
+        if self._mask() is not mask:
+            self._mask, self._blocks = ref(mask), blocks_of(mask, rows)
+        return self._blocks
+
+
+@torch.no_grad()
+def blocks_of(mask: torch.Tensor, rows: int) -> list[Block] | None:
+    """Return the blocks that a mask consists of, row by row; None if it is another kind of mask.
+
+    Args:
+        mask: True where a query (second to last dimension) sees a key, (1 or rows, 1, n, n).
+        rows: of the batch.
+    """
+    if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1] != 1:
+        return None
+    length = mask.shape[-1]
+    if mask.shape[-2] != length or mask.shape[0] not in (1, rows):
+        return None
+    seen = mask[:, 0]
+    # A token that does not see the one before it is the first of its sample.
+    first = ~seen.diagonal(-1, 1, 2)
+    sample = F.pad(first.cumsum(1), (1, 0))
+    causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    if not bool((seen == ((sample[:, :, None] == sample[:, None]) & causal)).all()):
+        return None
+    blocks = []
+    for number, row in enumerate(first.tolist()):
+        starts = [0, *(place + 1 for place, is_first in enumerate(row) if is_first), length]
+        where = slice(0, rows) if len(first) == 1 else slice(number, number + 1)
+        blocks += [Block(where, a, b) for a, b in pairwise(starts)]
+    return blocks
+
+
+def _attend(
+    plain: Attention,
+    samples: _Samples,
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, Any]:
+    """Return what ``plain`` does, (rows, length, heads, features)."""
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    rows, heads, length, _ = query.shape
+    known = (
+        key.shape[0] == rows
+        and key.shape[:3] == value.shape[:3]
+        and key.shape[2] == length > 1
+        and heads % key.shape[1] == 0
+        and dropout == 0
+        and all(others.get(name) is None or others[name] is False for name in _OTHERWISE)
+        and (attention_mask is not None or causal is True)
+    )
+    blocks = samples(attention_mask, rows, length) if known else None
+    if blocks is None:
+        settings = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **others}
+        return plain(module, query, key, value, attention_mask, **settings)
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    one = _tiled if device == "cpu" else _flash
+    found = [one(block.of(query), block.of(key), block.of(value), scale) for block in blocks]
+    return _joined(blocks, found).transpose(1, 2).contiguous(), None
+
+
+def _joined(blocks: list[Block], found: list[torch.Tensor]) -> torch.Tensor:
+    """Put the blocks together again, along the row and then row by row."""
+    rows: dict[int, list[torch.Tensor]] = {}
+    for block, one in zip(blocks, found, strict=True):
+        rows.setdefault(block.rows.start, []).append(one)
+    return torch.cat(
+        [torch.cat(parts, 2) if len(parts) > 1 else parts[0] for parts in rows.values()]
+    )
+
+
+def _flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
+    shared = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=shared
+    )
+
+
+def _tiled(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
+    rows, heads, length, _ = query.shape
+    groups = key.shape[1]
+    # Heads that share keys and values are queries of one product.
+    grouped = query.reshape(rows * groups, heads // groups, length, -1)
+    keys, values = (one.reshape(rows * groups, length, -1) for one in (key, value))
+    found: torch.Tensor = _Tiled.apply(grouped, keys, values, scale)
+    return found.view(rows, heads, length, -1)
+
+
+class _Tiled(torch.autograd.Function):
+    """Causal attention of one sample, a few queries at a time; scores are computed again backward.
+
+    With S = scale Q K^T below the diagonal, P = softmax(S) and O = P V: dV = P^T dO,
+    dS = P * (dP - rowsum(dP * P)) of dP = dO V^T, dQ = scale dS K, dK = scale dS^T Q.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Take queries (n, g, length, d) and keys and values (n, length, d)."""
+        output = query.new_empty(*query.shape[:3], value.shape[-1])
+        for tile in _tiles(query):
+            shares = _shares(query[:, :, tile], key[:, : tile.stop], scale)
+            found = torch.bmm(shares, value[:, : tile.stop])
+            output[:, :, tile] = found.unflatten(1, (query.shape[1], -1))
+        ctx.save_for_backward(query, key, value)
+        ctx.scale = scale
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        query, key, value = ctx.saved_tensors
+        scale, of_output = ctx.scale, upstream[0]
+        of_query = torch.empty_like(query)
+        of_key, of_value = (torch.zeros_like(one, dtype=torch.float32) for one in (key, value))
+        for tile in _tiles(query):
+            keys, values = key[:, : tile.stop], value[:, : tile.stop]
+            queries, rises = query[:, :, tile].flatten(1, 2), of_output[:, :, tile].flatten(1, 2)
+            shares = _shares(query[:, :, tile], keys, scale)
+            of_shares = torch.bmm(rises, values.transpose(1, 2))
+            of_scores = torch._softmax_backward_data(of_shares, shares, -1, shares.dtype)
+            of_query[:, :, tile] = _times(of_scores, keys, scale).unflatten(1, (query.shape[1], -1))
+            of_key[:, : tile.stop] += _times(of_scores.transpose(1, 2), queries, scale)
+            of_value[:, : tile.stop] += torch.bmm(shares.transpose(1, 2), rises)
+        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None
+
+
+def _tiles(query: torch.Tensor) -> Iterator[slice]:
+    length = query.shape[2]
+    for start in range(0, length, _TILE):
+        yield slice(start, min(start + _TILE, length))
+
+
+def _shares(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    """Return how much of each value a query takes, (n, g * queries, keys).
+
+    Args:
+        queries: (n, g, queries, d), of the last places that keys are of.
+        keys: (n, keys, d).
+        scale: of the products.
+    """
+    count = queries.shape[2]
+    scores = _times(queries.flatten(1, 2), keys.transpose(1, 2), scale)
+    later = torch.ones(count, count, dtype=torch.bool, device=scores.device).triu(1)
+    scores.unflatten(1, (-1, count))[..., -count:].masked_fill_(later, -torch.inf)
+    return torch.softmax(scores, -1)
+
+
+def _times(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    """Multiply (n, rows, k) by (n, k, columns) and a number, in one pass."""
+    ignored = left.new_empty(()).expand(len(left), left.shape[1], right.shape[2])
+    return torch.baddbmm(ignored, left, right, beta=0, alpha=scale)
