@@ -1,13 +1,12 @@
 """Whether ``compress``, killed in each of its stages and started again, ends with the same files.
 
-    python benchmarks/compress_kills.py
+    python benchmarks/compress_kills.py --text c4_last_50.jsonl
 
-Runs ``llm-pruner demo`` (SmolLM2-135M made 20% smaller, trained on text of its own) to its end, and
-once more killed by SIGKILL, with the processes that it started, at a random moment of each stage
-and started again. Compares all files of the two folders; in report.json and recovery.json times,
-speeds and memory are left out, and README.md and report.html, which show them, are not compared.
-``--whole`` names a finished demo to compare with instead of making one. Writes
-benchmarks/results/compress_kills.json.
+Makes SmolLM2-135M 20% smaller by the recipe ``fast`` and trains it on a little text, once to its
+end, and once more killed by SIGKILL, with the processes that it started, at a random moment of each
+stage and started again. Compares all files of the two folders; in report.json and recovery.json
+times, speeds and memory are left out, and README.md and report.html, which show them, are not
+compared. Writes benchmarks/results/compress_kills.json.
 """
 
 from __future__ import annotations
@@ -38,26 +37,33 @@ STAGES = {
 }
 """Stages in their order, named as in report.json, and what each leaves in the folder of the run."""
 
+SETTINGS = ("--ratio", "0.2", "--recipe", "fast")
 TIMED = {"report.html", "README.md"}
 MEASURED = {"report.json", "recovery.json"}
 
 
-def killed(out: Path, stage: str, wait: float) -> bool:
-    """Kill the demo some seconds after a stage began; return whether it was still in it."""
+def command(out: Path, text: Path) -> list[str]:
+    """Return the command of a run."""
+    data = ("--calibration", str(text), "--data", str(text))
+    return ["compress", "default", "--out", str(out), *SETTINGS, *data]
+
+
+def killed(out: Path, text: Path, stage: str, wait: float) -> bool:
+    """Kill the run some seconds after a stage began; return whether it was still in it."""
     work = out.with_name(f"{out.name}.compressing")
     names = list(STAGES.values())
     before = names[: list(STAGES).index(stage)][-1:]
-    command = [sys.executable, "-m", "llm_pruner", "demo", "--out", str(out)]
+    started = [sys.executable, "-m", "llm_pruner", *command(out, text)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, start_new_session=True, **quiet) as process:
+    with subprocess.Popen(started, start_new_session=True, **quiet) as process:
         while not all((work / name).exists() for name in before):
             if process.poll() is not None:
-                raise SystemExit(f"the demo ended with {process.returncode} before {stage}")
+                raise SystemExit(f"the run ended with {process.returncode} before {stage}")
             time.sleep(0.005)
         time.sleep(wait)
         os.killpg(process.pid, signal.SIGKILL)
     if process.returncode != -signal.SIGKILL or out.exists():
-        raise SystemExit(f"the demo ended by itself while {stage}")
+        raise SystemExit(f"the run ended by itself while {stage}")
     return not (work / STAGES[stage]).exists()
 
 
@@ -81,23 +87,22 @@ def same(one: Path, other: Path) -> bool:
 def main() -> None:
     """Run, kill, compare and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--whole", type=Path, help="a finished demo to compare with")
+    parser.add_argument("--text", type=Path, required=True, help="to calibrate and to train on")
     parser.add_argument("--out", type=Path, default=RESULTS / "compress_kills.json")
     options = parser.parse_args()
     draw = random.SystemRandom()
     with tempfile.TemporaryDirectory() as folder:
-        whole, cut = options.whole or Path(folder) / "whole", Path(folder) / "cut"
-        if options.whole is None:
-            llm_pruner("demo", "--out", whole)
+        whole, cut = Path(folder) / "whole", Path(folder) / "cut"
+        llm_pruner(*command(whole, options.text))
         report = json.loads((whole / "report.json").read_text())
         seconds: dict[str, float] = report["settings"]["Run"]["seconds"]
         kills = []
         for stage in STAGES:
             wait = draw.uniform(0.2, 0.8) * seconds[stage]
-            within = killed(cut, stage, wait)
+            within = killed(cut, options.text, stage, wait)
             kills.append({"stage": stage, "seconds_into_it": round(wait, 1), "within_it": within})
             print(json.dumps(kills[-1]), flush=True)
-        llm_pruner("demo", "--out", cut)
+        llm_pruner(*command(cut, options.text))
         files = {str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file()}
         others = {str(path.relative_to(cut)) for path in cut.rglob("*") if path.is_file()}
         left = files - TIMED
@@ -107,7 +112,8 @@ def main() -> None:
     result = {
         "settings": {
             "model": "SmolLM2-135M-Instruct",
-            "command": "llm-pruner demo",
+            "settings": " ".join(SETTINGS),
+            "text": options.text.name,
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         },
         "seconds": seconds,
