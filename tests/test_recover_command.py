@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+import llm_pruner.data.selfmade
 import llm_pruner.pipeline.loading
 from command import WORDS, contents, done, run, save_tiny
 from helpers import tiny_tokenizer
@@ -230,6 +231,20 @@ def test_self_made_text_trains_a_student(work: Path, made: Path) -> None:
     )
     (source,) = json.loads(result.out)["sources"]
     assert (source["name"], source["train_samples"], source["held_out_samples"]) == ("self", 29, 1)
+
+
+def test_what_the_teacher_wrote_is_kept_for_other_runs(
+    work: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--data", "self", "--teacher", made / "dense", "--samples", 30, "--seq-len", 24)
+    options = (*options, "--teacher-cache", "cache", "--max-steps", 2)
+    done("recover", made / "small", "--out", "one", *options)
+
+    def write(*_: object, **__: object) -> None:
+        raise AssertionError("it wrote again")
+
+    monkeypatch.setattr(llm_pruner.data.selfmade, "write_windows", write)
+    done("recover", made / "small", "--out", "two", *options, "--distill-weight", 0)
 
 
 def test_an_interrupted_run_is_not_lost_by_accident(work: Path, made: Path) -> None:

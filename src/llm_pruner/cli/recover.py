@@ -320,7 +320,7 @@ def command(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Keep what it said there, for other runs. [default: only for this run]",
+            help="Keep what it wrote and said there, for other runs. [default: only for this run]",
             show_default=False,
             rich_help_panel=_TEACHER,
         ),

@@ -47,7 +47,7 @@ class TeacherSettings:
     Attributes:
         model: how it is loaded.
         distillation: how it is listened to; None if it only writes text for ``self``.
-        cache: folder that keeps what it said; by default it goes with the run.
+        cache: folder that keeps what it wrote and said; by default it goes with the run.
     """
 
     model: ModelSettings

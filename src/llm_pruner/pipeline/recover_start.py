@@ -89,7 +89,8 @@ def make_samples(
         if source == SELF:
             assert dense is not None
             writer = hashlib.sha256(dense.fingerprint.encode()).hexdigest()[:16]
-            kept = data.kept or request.work / f"self-{writer}"
+            assert request.teacher is not None
+            kept = data.kept or (request.teacher.cache or request.work) / f"self-{writer}"
             made = self_made_samples(dense.model, dense.tokenizer, kept, **options)
         else:
             made = split_samples(
