@@ -181,6 +181,16 @@ def test_padding_goes_the_plain_way(plain_calls: list[Any]) -> None:
     assert torch.equal(found, wanted)
 
 
+def test_a_mask_that_changes_is_read_again() -> None:
+    samples, mask = attention._Samples(), mask_of(positions((3, 5)))
+    found = samples(mask, 1, 8)
+    assert found is not None
+    assert [(one.start, one.end) for one in found] == [(0, 3), (3, 8)]
+    assert samples(mask, 1, 8) is found
+    mask[0, 0, 6, 1] = True
+    assert samples(mask, 1, 8) is None
+
+
 def test_in_half_precision_it_is_as_exact() -> None:
     model, places = tiny("llama", initializer_range=0.2), positions((40, 24), (64,))
     given = {"input_ids": torch.randint(0, 50, places.shape), "position_ids": places}

@@ -57,13 +57,15 @@ class _Samples:
 
     def __init__(self) -> None:
         self._mask: Callable[[], torch.Tensor | None] = lambda: None
+        self._version = 0
         self._blocks: list[Block] | None = None
 
     def __call__(self, mask: torch.Tensor | None, rows: int, length: int) -> list[Block] | None:
         if mask is None:
             return [Block(slice(0, rows), 0, length)]
-        if self._mask() is not mask:
-            self._mask, self._blocks = ref(mask), blocks_of(mask, rows)
+        if self._mask() is not mask or self._version != mask._version:
+            self._mask, self._version = ref(mask), mask._version
+            self._blocks = blocks_of(mask, rows)
         return self._blocks
 
 
@@ -117,6 +119,7 @@ def _attend(
         and key.shape[2] == length > 1
         and heads % key.shape[1] == 0
         and dropout == 0
+        and not isinstance(scaling, torch.Tensor)
         and all(others.get(name) is None or others[name] is False for name in _OTHERWISE)
         and (attention_mask is not None or causal is True)
     )
@@ -124,7 +127,7 @@ def _attend(
     if blocks is None:
         settings = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **others}
         return plain(module, query, key, value, attention_mask, **settings)
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     device = query.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
