@@ -15,8 +15,6 @@ RATIO = 0.2
 RECIPE = "balanced"
 SAMPLES = 160
 """Texts for training: those that importance is estimated on, and a quarter as many more."""
-BATCH = 8
-"""Texts in a step: few, so that little text makes some steps."""
 
 
 def demo_settings(seed: int = 0) -> CompressSettings:
@@ -26,7 +24,7 @@ def demo_settings(seed: int = 0) -> CompressSettings:
         target=Target(ratio=RATIO),
         recipe=RECIPE,
         samples=SAMPLES,
-        recovery=default_recovery(seed, batch_size=BATCH),
+        recovery=default_recovery(seed),
         seed=seed,
     )
 
