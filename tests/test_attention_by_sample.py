@@ -160,20 +160,21 @@ def test_a_model_gives_the_same(rows: Any, plain_calls: list[Any]) -> None:
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-7)
 
 
-def test_a_window_that_cuts_samples_goes_the_plain_way(plain_calls: list[Any]) -> None:
-    model, places = tiny("mistral", sliding_window=3), positions((7, 6))
-    given = {"input_ids": torch.randint(0, 50, places.shape), "position_ids": places}
-    wanted, _ = run(model, **given)
-    with by_sample():
-        found, _ = run(model, **given)
-    assert len(plain_calls) == 4
-    assert torch.equal(found, wanted)
+def cut_by_a_window() -> tuple[Any, dict[str, torch.Tensor]]:
+    return tiny("mistral", sliding_window=3), {"position_ids": positions((7, 6))}
 
 
-def test_padding_goes_the_plain_way(plain_calls: list[Any]) -> None:
-    model, mask = tiny("llama"), torch.ones(2, 9, dtype=torch.int64)
+def with_padding() -> tuple[Any, dict[str, torch.Tensor]]:
+    mask = torch.ones(2, 9, dtype=torch.int64)
     mask[1, 5:] = 0
-    given = {"input_ids": torch.randint(0, 50, mask.shape), "attention_mask": mask}
+    return tiny("llama"), {"attention_mask": mask}
+
+
+@pytest.mark.parametrize("make", [cut_by_a_window, with_padding], ids=lambda f: f.__name__)
+def test_others_go_the_plain_way(make: Callable[[], Any], plain_calls: list[Any]) -> None:
+    model, given = make()
+    (shape,) = (one.shape for one in given.values())
+    given["input_ids"] = torch.randint(0, 50, shape)
     wanted, _ = run(model, **given)
     with by_sample():
         found, _ = run(model, **given)

@@ -30,7 +30,11 @@ Attention = Callable[..., tuple[torch.Tensor, Any]]
 
 @contextmanager
 def by_sample() -> Iterator[None]:
-    """Have models that use PyTorch's attention through transformers compute it by sample."""
+    """Have models that use PyTorch's attention through transformers compute it by sample.
+
+    The result is the same but for rounding. Holds for all models of this process until the block
+    ends; one that has an attention of its own, or another than ``sdpa``, is not touched.
+    """
     plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
     AttentionInterface.register("sdpa", partial(_attend, plain, _Samples()))
     try:
@@ -41,7 +45,13 @@ def by_sample() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Block:
-    """Tokens of a row that see each other, up to their own place, and no others."""
+    """Tokens of a row that see each other, up to their own place, and no others.
+
+    Attributes:
+        rows: the rows of the batch that have it.
+        start: first token.
+        end: token behind the last.
+    """
 
     rows: slice
     start: int

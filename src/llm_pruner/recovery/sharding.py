@@ -24,7 +24,12 @@ from llm_pruner.recovery.processes import Processes
 
 
 def mesh_of(device: str, processes: Processes) -> DeviceMesh:
-    """Return the processes' devices; all of them ask for it together."""
+    """Return the processes' devices, a mesh of one dimension; all of them ask for it together.
+
+    Args:
+        device: this process's, such as ``cpu`` or ``cuda:1``.
+        processes: those that train together.
+    """
     return init_device_mesh(torch.device(device).type, (processes.count,))
 
 
@@ -69,7 +74,10 @@ def hide_from_sums_(trained: nn.Module) -> None:
 
 @torch.no_grad()
 def merge_shards_(trained: Any) -> Any:
-    """Add adapters to the weights that they belong to, layer by layer; return the plain model."""
+    """Add adapters to the weights that they belong to, layer by layer; return the plain model.
+
+    Each layer is gathered, merged and spread again, so that one layer at a time is whole.
+    """
     for module in trained.modules():
         if isinstance(module, FSDPModule):
             assert isinstance(module, nn.Module)
@@ -109,6 +117,6 @@ def whole_weights(model: nn.Module, processes: Processes) -> dict[str, torch.Ten
 
 @torch.no_grad()
 def fill_(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Put back what ``whole_weights`` gave."""
+    """Put what ``whole_weights`` gave into a model that is not spread, name by name."""
     for name, weight in model.named_parameters():
         weight.copy_(weights[name])
