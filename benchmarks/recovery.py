@@ -8,10 +8,9 @@ and measures perplexity in windows of 1,024 tokens on the first 65,536 tokens of
 on held-out C4, beside the dense model. ``--plans``, ``--sizes`` and ``--methods`` choose the rows;
 ``distil`` is LoRA with the dense model as teacher, ``written`` LoRA on what the dense model writes
 (``--data self``) without its predictions. With ``--max-steps`` runs are compared at equal steps, as
-for ``--data`` given several times, one row each; what the dense model wrote is then kept in
-``--work`` for the next. Writes benchmarks/results/recovery.json
-after each row, and goes on from there when it is run again. Pruned models are kept in ``--work``,
-trained ones too with ``--keep``.
+for ``--data`` given several times, one row each. Writes benchmarks/results/recovery.json after each
+row, and goes on from there when it is run again. Pruned models and what the dense model wrote are
+kept in ``--work``, trained models too with ``--keep``; a teacher is asked anew in each row.
 """
 
 from __future__ import annotations
@@ -41,6 +40,13 @@ METHODS = {
 }
 
 
+def forgetful(cache: Path) -> Path:
+    """Return a teacher's cache with the text that it wrote, without what it said of any."""
+    for file in cache.glob("*/done.bin"):
+        shutil.rmtree(file.parent)
+    return cache
+
+
 def main() -> None:
     """Run what is missing and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -54,6 +60,7 @@ def main() -> None:
     parser.add_argument("--methods", default="lora,distil,full", help=", ".join(METHODS))
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--learning-rate", type=float, help="instead of the method's own")
+    parser.add_argument("--epochs", type=float, help="instead of the preset's one")
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--max-steps", type=int)
     parser.add_argument("--keep", action="store_true")
@@ -98,21 +105,22 @@ def main() -> None:
             key = {"plan": plan, "size": size, "method": method, **budget}
             key |= {"data": [Path(file).name for file in files], "samples": options.samples}
             key |= {"batch_size": options.batch_size}
-            if options.learning_rate is not None:
-                key["learning_rate"] = options.learning_rate
+            own = {"learning_rate": options.learning_rate, "epochs": options.epochs}
+            own = {name: value for name, value in own.items() if value is not None}
+            key |= own
             if any(row["run"] == key for row in results["rows"]):
                 continue
             arguments = [*METHODS[method], *(part for file in files for part in ("--data", file))]
             arguments += [] if options.samples is None else ["--samples", options.samples]
             if options.batch_size is not None:
                 arguments += ["--batch-size", options.batch_size]
-            if options.learning_rate is not None:
-                arguments += ["--learning-rate", options.learning_rate]
+            for option, value in own.items():
+                arguments += [f"--{option.replace('_', '-')}", value]
             arguments += [] if options.minutes is None else ["--max-minutes", options.minutes]
             if options.max_steps is not None:
                 arguments += ["--max-steps", options.max_steps]
-                if "--teacher" in arguments:
-                    arguments += ["--teacher-cache", options.work / "teacher"]
+            if "--teacher" in arguments:
+                arguments += ["--teacher-cache", forgetful(options.work / "teacher")]
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "out"
                 llm_pruner("recover", pruned, "--out", out, *arguments)

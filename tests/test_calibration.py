@@ -209,6 +209,29 @@ def test_self_text_does_not_depend_on_batches_or_cache() -> None:
     )
 
 
+def test_as_many_texts_are_written_at_a_time_as_the_cache_has_room_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    config = model.config
+    per_token = 2 * 4 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+    rows: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _module, _args, named: rows.append(len(named["input_ids"])), with_kwargs=True
+    )
+
+    def written(texts: float) -> set[int]:
+        rows.clear()
+        monkeypatch.setattr(selfmade, "CACHE", int(texts * 24 * per_token))
+        write_text(model, tokenizer, samples=9, seq_len=24, seed=0)
+        return set(rows[2:])  # two steps of one text, to see how the cache grows
+
+    monkeypatch.setattr(selfmade, "TOKENS", 48)
+    assert written(5.9) == {5, 4}
+    assert written(0.5) == {2, 1}
+    assert written(1000) == {9}
+
+
 def test_self_starts_with_bos_where_the_tokenizer_adds_it() -> None:
     ids = write_text(tiny_model(), marking_tokenizer("<s> $A"), samples=3, seq_len=10, seed=0)
     assert ids[:, 0].tolist() == [BOS] * 3

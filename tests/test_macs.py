@@ -19,9 +19,9 @@ from llm_pruner.evaluation.macs import (
     count_work,
     counting,
     paper_macs,
-    tensor_bytes,
 )
 from llm_pruner.evaluation.size import model_size
+from llm_pruner.kv_cache import tensor_bytes
 
 LAYERS, HIDDEN, FFN, HEADS, KV, HEAD = 3, 48, 80, 6, 3, 8
 ATTENTION = 2 * HIDDEN * HEADS * HEAD + 2 * HIDDEN * KV * HEAD

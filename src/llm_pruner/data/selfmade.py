@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm_pruner.decoding import Decoder
+from llm_pruner.decoding import Decoder, cache_argument
 from llm_pruner.errors import UserError
+from llm_pruner.kv_cache import make_room_, tensor_bytes
 from llm_pruner.progress import track
 from llm_pruner.specials import added_tokens
 
@@ -25,8 +26,11 @@ first-order importance would be noise; over samples as few as these it is not.
 """
 PIECE = 512
 """Tokens of a text at most. On SmolLM2-135M texts of 512 calibrate better than of 128."""
-TOKENS = 8192
-"""Tokens that are written together: what a cache of keys and values has to hold."""
+TOKENS, TEXTS = 8192, 64
+"""Tokens that are written together at least, and texts at most, but for these tokens."""
+CACHE = 2**31
+"""Bytes that the cache of keys and values may take between the two: a step of many texts costs
+little more than one of few, as the weights are read once for all."""
 _WORD = re.compile(r"[A-Z][a-z]+")
 
 
@@ -49,7 +53,7 @@ def write_text(
     repetition; it is written after a blank line, which is left out. Special tokens are never drawn:
     every sequence is text to its end. Each sequence has its own random numbers, drawn ahead from
     one generator, so that the batch size does not change them, but for rounding, and the global
-    random state is not touched. By default at most ``TOKENS``, or one text, are written at a time.
+    random state is not touched. By default as many are written at a time as ``CACHE`` has room for.
 
     Raises:
         UserError: the model's logits are not finite, or ``seq_len`` is beyond its positions.
@@ -64,14 +68,15 @@ def write_text(
     barred = _barred(tokenizer, _vocabulary(model))
     ids = torch.empty(samples, seq_len, dtype=torch.int64)
     ids[:, : starts.shape[1]] = starts
-    batch_size = batch_size or max(1, TOKENS // seq_len)
-    batches = range(0, samples, batch_size)
     positions = range(starts.shape[1], seq_len)
-    steps = ((batch, position) for batch in batches for position in positions)
     training = model.training
     model.eval()
     decoder = Decoder(model)
     try:
+        opening = torch.cat([lead, starts[0]])[None].to(device)
+        batch_size = batch_size or _texts_at_a_time(model, opening, seq_len)
+        batches = range(0, samples, batch_size)
+        steps = ((batch, position) for batch in batches for position in positions)
         for first, position in track(steps, "Writing text", total=len(batches) * len(positions)):
             rows = slice(first, min(first + batch_size, samples))
             fresh = ids[rows, position - 1 : position]
@@ -79,6 +84,8 @@ def write_text(
                 decoder = Decoder(model)
                 fresh = torch.cat([lead.expand(len(fresh), -1), ids[rows, :position]], dim=1)
             logits = decoder.step(fresh.to(device))
+            if position == positions.start:
+                make_room_(decoder.cache, len(lead) + seq_len)
             ids[rows, position] = _draw(
                 logits.float().cpu(), uniform[rows, position], barred, temperature, min_p
             )
@@ -117,6 +124,25 @@ def _check_length(model: Any, seq_len: int) -> None:
         raise UserError(
             f"seq_len={seq_len} is longer than the model's maximum; use at most {limit}"
         )
+
+
+def _texts_at_a_time(model: Any, opening: torch.Tensor, seq_len: int) -> int:
+    """Return how many texts fit in ``CACHE``, within ``TOKENS`` and ``TEXTS``.
+
+    Args:
+        opening: beginning of a text, (1, tokens), on the model's device.
+    """
+    fewest = max(1, TOKENS // seq_len)
+    if fewest >= TEXTS or cache_argument(model) is None:
+        return fewest
+    decoder = Decoder(model)
+    decoder.step(opening)
+    before = tensor_bytes(decoder.cache)
+    decoder.step(opening[:, -1:])
+    after = tensor_bytes(decoder.cache)
+    if not after:
+        return fewest
+    return max(fewest, min(TEXTS, CACHE // (before + (after - before) * seq_len)))
 
 
 def _draw(
@@ -202,7 +228,7 @@ def _vocabulary(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
-CHUNK = 64
+CHUNK = TEXTS
 """Sequences that are written, and kept, at a time."""
 
 

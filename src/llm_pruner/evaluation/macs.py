@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 
 from llm_pruner.decoding import Decoder
 from llm_pruner.errors import LLMPrunerError, UserError
+from llm_pruner.kv_cache import tensor_bytes
 from llm_pruner.tracing.ghosts import GhostRunner, ghosts_of, is_on_meta
 from llm_pruner.tracing.run import evaluating, example_tokens, logits_of
 from llm_pruner.tracing.tracer import tensors_in
@@ -235,24 +236,3 @@ _OWN: dict[str, Callable[[tuple[Any, ...], dict[str, Any]], tuple[int, list[torc
     "grouped_mm_fallback": _grouped_product,
 }
 """Products that PyTorch's own table of formulas lacks."""
-
-
-def tensor_bytes(holder: Any) -> int:
-    """Return the bytes of all tensors that an object holds, at any depth; each counts once."""
-    seen: set[int] = set()
-    total = 0
-    pending = [holder]
-    while pending:
-        item = pending.pop()
-        if item is None or isinstance(item, (str, bytes, int, float, type)) or id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, torch.Tensor):
-            total += item.numel() * item.element_size()
-        elif isinstance(item, dict):
-            pending.extend(item.values())
-        elif isinstance(item, (list, tuple, set)):
-            pending.extend(item)
-        elif hasattr(item, "__dict__") and not isinstance(item, torch.nn.Module):
-            pending.extend(vars(item).values())
-    return total

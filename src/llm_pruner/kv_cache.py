@@ -1,0 +1,78 @@
+"""What a model keeps of the text so far: its size, and room for what is still to come."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+
+def tensor_bytes(holder: Any) -> int:
+    """Return the bytes of all tensors that an object holds, at any depth; each counts once."""
+    seen: set[int] = set()
+    total = 0
+    pending = [holder]
+    while pending:
+        item = pending.pop()
+        if item is None or isinstance(item, (str, bytes, int, float, type)) or id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            total += item.numel() * item.element_size()
+        elif isinstance(item, dict):
+            pending.extend(item.values())
+        elif isinstance(item, (list, tuple, set)):
+            pending.extend(item)
+        elif hasattr(item, "__dict__") and not isinstance(item, torch.nn.Module):
+            pending.extend(vars(item).values())
+    return total
+
+
+def make_room_(cache: Any, tokens: int) -> None:
+    """Have the layers of a cache take the next tokens in place, up to ``tokens`` in all.
+
+    A layer of transformers' ``DynamicCache`` makes its keys and values anew at each step, with one
+    token more: at hundreds of tokens that takes as long as the model's products. Layers that drop
+    tokens, or keep something else, are left as they are; so is a cache of another kind.
+    """
+    layers = getattr(cache, "layers", None)
+    if isinstance(layers, list):
+        layers[:] = [
+            _Roomy(one, tokens) if type(one) is DynamicLayer and one.get_seq_length() else one
+            for one in layers
+        ]
+
+
+class _Roomy(DynamicLayer):  # type: ignore[misc]
+    """A layer whose keys and values are the filled part of longer tensors."""
+
+    def __init__(self, filled: DynamicLayer, tokens: int) -> None:
+        super().__init__()
+        self.lazy_initialization(filled.keys, filled.values)
+        self._rooms = tuple(
+            one.new_empty(*one.shape[:-2], max(tokens, one.shape[-2]), one.shape[-1])
+            for one in (filled.keys, filled.values)
+        )
+        self.update(filled.keys, filled.values)
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write behind what is there; beyond the room, grow as the layer does otherwise."""
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if end > self._rooms[0].shape[-2]:
+            grown: tuple[torch.Tensor, torch.Tensor] = super().update(
+                key_states, value_states, *args, **kwargs
+            )
+            return grown
+        keys, values = self._rooms
+        keys[..., start:end, :] = key_states
+        values[..., start:end, :] = value_states
+        self.keys, self.values = keys[..., :end, :], values[..., :end, :]
+        return self.keys, self.values
