@@ -44,7 +44,7 @@ def make_room_(cache: Any, tokens: int) -> None:
         ]
 
 
-class _Roomy(DynamicLayer):  # type: ignore[misc]
+class _Roomy(DynamicLayer):
     """A layer whose keys and values are the filled part of longer tensors."""
 
     def __init__(self, filled: DynamicLayer, tokens: int) -> None:
