@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from helpers import VOCABULARY, tiny_model
 from llm_pruner.decoding import Decoder
-from llm_pruner.kv_cache import make_room_, tensor_bytes
+from llm_pruner.kv_cache import make_room_
 
 
 def decoded(model_type: str, room: int | None, steps: int = 9) -> tuple[torch.Tensor, Decoder]:
@@ -54,7 +54,19 @@ def test_layers_that_drop_tokens_stay_as_they_are() -> None:
     assert {type(one) for one in before} == {DynamicSlidingWindowLayer}
 
 
-def test_what_is_no_cache_of_transformers_is_left_alone() -> None:
-    for cache in (None, [torch.zeros(2)], {"layers": (DynamicLayer(),)}):
+def test_a_cache_of_another_kind_is_left_alone() -> None:
+    class Fixed:
+        layers = (DynamicLayer(),)
+
+    for cache in (None, [torch.zeros(2)], Fixed()):
         make_room_(cache, 4)
-    assert tensor_bytes([torch.zeros(2)]) == 8
+    assert type(Fixed.layers[0]) is DynamicLayer
+
+
+def test_layers_without_tokens_are_left_alone() -> None:
+    _, decoder = decoded("llama", None, steps=1)
+    empty = DynamicLayer()
+    decoder.cache.layers.append(empty)
+    make_room_(decoder.cache, 9)
+    assert decoder.cache.layers[-1] is empty
+    assert type(decoder.cache.layers[0]) is not DynamicLayer

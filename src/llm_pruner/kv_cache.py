@@ -32,9 +32,14 @@ def tensor_bytes(holder: Any) -> int:
 def make_room_(cache: Any, tokens: int) -> None:
     """Have the layers of a cache take the next tokens in place, up to ``tokens`` in all.
 
-    A layer of transformers' ``DynamicCache`` makes its keys and values anew at each step, with one
-    token more: at hundreds of tokens that takes as long as the model's products. Layers that drop
-    tokens, or keep something else, are left as they are; so is a cache of another kind.
+    A layer of transformers' ``DynamicCache`` copies its keys and values at each step into tensors
+    with room for one token more. Layers that drop tokens, or keep something else, are left as they
+    are; so is a cache of another kind. For texts that only grow: none may be taken out, reordered
+    or cut.
+
+    Args:
+        cache: as a model returned it.
+        tokens: length to which the texts will grow; beyond it they are copied again.
     """
     layers = getattr(cache, "layers", None)
     if isinstance(layers, list):
@@ -45,7 +50,10 @@ def make_room_(cache: Any, tokens: int) -> None:
 
 
 class _Roomy(DynamicLayer):
-    """A layer whose keys and values are the filled part of longer tensors."""
+    """A layer whose keys and values are the filled part of longer tensors.
+
+    All have the shape (batch, heads, tokens, size of a head).
+    """
 
     def __init__(self, filled: DynamicLayer, tokens: int) -> None:
         super().__init__()
