@@ -108,13 +108,27 @@ def test_two_processes_with_a_part_of_the_model_each_train_as_one(
     assert measured(found) == pytest.approx(measured(wanted), rel=1e-5)
 
 
+@pytest.mark.parametrize("method", ["full", "norms"])
+def test_weights_that_are_spread_are_trained_as_in_one_process(
+    tmp_path: Path, made: Path, method: str
+) -> None:
+    options: Sequence[object] = ("--data", made / "rows.jsonl", *QUICK, "--no-bf16")
+    options = (*options, "--method", method, "--teacher", made / "dense")
+    command = ("recover", made / "small", "--out")
+    result = started("-m", "llm_pruner", *command, tmp_path / "two", *options, "--shard")
+    assert result.returncode == 0, result.stderr
+    done(*command, tmp_path / "one", *options)
+    check_same(tmp_path / "two", tmp_path / "one")
+
+
 def measured(record: dict[str, Any]) -> list[float]:
     """Return the perplexities in a record, before and after."""
     return [float(each["perplexity"]) for pair in record["perplexity"] for each in pair]
 
 
+@pytest.mark.parametrize("spread", [False, True])
 def test_teacher_small_batches_and_resume(
-    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch, spread: bool
 ) -> None:
     options: Sequence[object] = (
         "--data",
@@ -125,12 +139,16 @@ def test_teacher_small_batches_and_resume(
         "1",
     )
     options = (*options, "--teacher", made / "dense", "--epochs", "2")
+    shard = []
+    if spread:
+        options, shard = (*options, "--method", "full"), ["--shard"]
+    two = ["recover", made / "small", "--out", tmp_path / "two", *options, *shard]
     commands = [
         # Interrupted after three steps, and then gone on with.
-        ["recover", made / "small", "--out", tmp_path / "two", *options],
-        ["recover", made / "small", "--out", tmp_path / "two", *options, "--resume"],
+        two,
+        [*two, "--resume"],
         # Refused in both processes.
-        ["recover", made / "small", "--out", tmp_path / "no", *options[:-4], "--seq-len", "513"],
+        ["recover", made / "small", "--out", tmp_path / "no", *options, "--seq-len", "513"],
     ]
     script = tmp_path / "script.py"
     script.write_text(

@@ -342,7 +342,6 @@ def test_a_teacher_of_another_vocabulary_is_refused(work: Path, made: Path) -> N
             ["--shard"],
             "--shard spreads the model over several processes, and one was started; start ",
         ),
-        ({}, ["--shard", "--method", "full"], "method full trains weights, and --shard (FSDP) "),
         (
             {"ACCELERATE_USE_FSDP": "true"},
             ["--dora"],

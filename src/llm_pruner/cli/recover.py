@@ -220,7 +220,7 @@ def command(
         bool,
         typer.Option(
             "--shard",
-            help="Spread the model over the processes of torchrun (FSDP); with lora.",
+            help="Spread the model over the processes of torchrun (FSDP).",
             rich_help_panel=_TRAINING,
         ),
     ] = False,

@@ -160,13 +160,8 @@ class RecoverRequest:
     def _check_shards(self) -> None:
         if not self.shard:
             return
-        method, lora = self.settings.method, self.settings.lora
-        if method != "lora":
-            raise UserError(
-                f"method {method} trains weights, and --shard (FSDP) spreads those that are not "
-                "trained; use --method lora, or leave it out"
-            )
-        if lora.dora or lora.start != "default":
+        lora = self.settings.lora
+        if self.settings.method == "lora" and (lora.dora or lora.start != "default"):
             raise UserError(
                 "--dora and --lora-start read whole weights, and --shard (FSDP) spreads them; give "
                 "one or the other"

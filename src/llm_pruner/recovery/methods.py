@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from llm_pruner.errors import UserError
+from llm_pruner.recovery.parts import own_part
 from llm_pruner.recovery.settings import LoraSettings, RecoverySettings
 
 
@@ -82,12 +83,16 @@ def unmarked(plain: Any) -> Any:
     return plain.eval()
 
 
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the weights that are trained."""
+    return {name: one for name, one in model.named_parameters() if one.requires_grad}
+
+
 def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return copies, on the CPU, of the weights that are trained."""
+    """Return copies, on the CPU, of what this process holds of the weights that are trained."""
     return {
-        name: parameter.detach().to("cpu", copy=True)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        name: own_part(weight.detach()).to("cpu", copy=True)
+        for name, weight in trainable(model).items()
     }
 
 
@@ -98,10 +103,10 @@ def set_weights_(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     Raises:
         UserError: the names or shapes are other ones.
     """
-    own = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    own = {name: own_part(weight.detach()) for name, weight in trainable(model).items()}
     if own.keys() != weights.keys() or any(own[n].shape != weights[n].shape for n in own):
         raise UserError(
             "the checkpoint holds other weights than this run trains; begin anew with --restart"
         )
-    for name, parameter in own.items():
-        parameter.copy_(weights[name])
+    for name, part in own.items():
+        part.copy_(weights[name])

@@ -1,8 +1,10 @@
-"""Weights that are not trained, spread over the processes: each holds a part of every layer.
+"""A model spread over the processes: each holds a part of every layer.
 
 A layer is whole while it runs, and its parts are gathered again for the backward pass (fully
-sharded data parallel training, arXiv 2304.11277). What lies outside the layers (embeddings, last
-norm) and the adapters are whole in each process; the gradients of adapters are summed as without.
+sharded data parallel training, arXiv 2304.11277). Where its weights are trained, each process gets
+the part of their gradient that it holds of them, and the optimizer's state is spread alike. What
+lies outside the layers (embeddings, last norm) and the adapters are whole in each process; their
+gradients are summed as without.
 """
 
 from __future__ import annotations
@@ -11,15 +13,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import trainer
 
 from llm_pruner.errors import UserError
 from llm_pruner.recovery.methods import unmarked
+from llm_pruner.recovery.parts import own_part, part_of, whole
 from llm_pruner.recovery.processes import Processes
 
 
@@ -67,17 +72,31 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def hide_from_sums_(trained: nn.Module) -> None:
-    """Keep what is spread out of what is sent from the first process when training begins."""
-    spread = [name for name, one in trained.named_parameters() if isinstance(one, DTensor)]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(trained, spread)
+    """Keep what is spread out of what is sent between the processes for what is whole in each.
+
+    Raises:
+        UserError: weights that are spread are to be trained, and the Trainer cannot.
+    """
+    spread = {name: one for name, one in trained.named_parameters() if isinstance(one, DTensor)}
+    if any(one.requires_grad for one in spread.values()) and not hasattr(
+        trainer, "has_mixed_dtensor"
+    ):
+        raise UserError(
+            f"the Trainer of transformers {transformers.__version__} does not train a mixture of "
+            "whole weights and weights that are spread (--shard); use a newer one, or --method lora"
+        )
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(trained, list(spread))
 
 
 @torch.no_grad()
 def merge_shards_(trained: Any) -> Any:
     """Add adapters to the weights that they belong to, layer by layer; return the plain model.
 
-    Each layer is gathered, merged and spread again, so that one layer at a time is whole.
+    Each layer is gathered, merged and spread again, so that one layer at a time is whole. Without
+    adapters there is nothing to add.
     """
+    if not hasattr(trained, "unload"):
+        return unmarked(trained)
     for module in trained.modules():
         if isinstance(module, FSDPModule):
             assert isinstance(module, nn.Module)
@@ -85,23 +104,15 @@ def merge_shards_(trained: Any) -> Any:
             for one in module.modules():
                 if isinstance(one, BaseTunerLayer):
                     one.merge()
-            whole = [weight.detach().clone() for weight in module.parameters()]
+            merged = [weight.detach().clone() for weight in module.parameters()]
             module.reshard()
-            for weight, full in zip(module.parameters(), whole, strict=True):
+            for weight, full in zip(module.parameters(), merged, strict=True):
                 if isinstance(weight, DTensor):
-                    weight.to_local().copy_(_part_of(full, weight))
+                    own_part(weight).copy_(part_of(full, weight))
     for one in trained.modules():
         if isinstance(one, BaseTunerLayer) and not one.merged:
             one.merge()
     return unmarked(trained.unload())
-
-
-def _part_of(full: torch.Tensor, like: DTensor) -> torch.Tensor:
-    """Return the rows of a whole weight that this process holds."""
-    mesh = like.device_mesh
-    each = -(-len(full) // mesh.size())
-    first = each * mesh.get_local_rank()
-    return full[first : first + each]
 
 
 @torch.no_grad()
@@ -109,7 +120,7 @@ def whole_weights(model: nn.Module, processes: Processes) -> dict[str, torch.Ten
     """Return all weights, whole and on the CPU, in the first process; nothing in the others."""
     weights = {}
     for name, weight in model.named_parameters():
-        full = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        full = whole(weight)
         if processes.is_first:
             weights[name] = full.detach().to("cpu", copy=True)
     return weights

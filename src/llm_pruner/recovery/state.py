@@ -18,12 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llm_pruner.errors import UserError
+from llm_pruner.recovery.parts import part_of, spread
 
 Folder = Callable[[Path], AbstractContextManager[Path]]
 """Gives a folder that appears under its name once it is complete."""
 
 _STEP = re.compile(r"step-(\d+)")
-_OPTIMIZER, _RANDOM, _VALUES = "optimizer.safetensors", "random.safetensors", "state.json"
+_RANDOM, _VALUES = "random.safetensors", "state.json"
 
 
 def step_folder(work: Path, step: int) -> Path:
@@ -94,8 +95,8 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def write_optimizer(folder: Path, optimizer: Any) -> dict[str, Any]:
-    """Write an optimizer's tensors; return the rest of its state, plain values."""
+def optimizer_values(optimizer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return an optimizer's tensors by name, and the rest of its state, plain values."""
     state = optimizer.state_dict()
     tensors: dict[str, torch.Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
@@ -105,17 +106,23 @@ def write_optimizer(folder: Path, optimizer: Any) -> dict[str, Any]:
                 tensors[f"{index}.{key}"] = value
             else:
                 plain.setdefault(str(index), {})[key] = value
-    write_tensors(folder / _OPTIMIZER, tensors)
-    return {"plain": plain, "groups": state["param_groups"]}
+    return tensors, {"plain": plain, "groups": state["param_groups"]}
 
 
 def read_optimizer_(folder: Path, rest: Mapping[str, Any], optimizer: Any) -> None:
-    """Put back what ``write_optimizer`` wrote and returned."""
+    """Put back what ``optimizer_values`` gave; its tensors are read from ``optimizer.safetensors``.
+
+    Of a tensor with the shape of a weight that is spread, each process takes its part.
+    """
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     state: dict[int, dict[str, Any]] = {
         int(index): dict(values) for index, values in rest["plain"].items()
     }
-    for name, tensor in read_tensors(folder / _OPTIMIZER).items():
+    for name, tensor in read_tensors(folder / "optimizer.safetensors").items():
         index, _, key = name.partition(".")
+        weight = weights[int(index)]
+        if tensor.shape == weight.shape:
+            tensor = spread(part_of(tensor, weight), weight)
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
 

@@ -21,8 +21,9 @@ from llm_pruner.recovery import state
 from llm_pruner.recovery.batches import Batch, lay_out
 from llm_pruner.recovery.chunked_loss import summed_loss
 from llm_pruner.recovery.forward import learned_tokens
-from llm_pruner.recovery.methods import set_weights_, trained_weights
+from llm_pruner.recovery.methods import set_weights_, trainable, trained_weights
 from llm_pruner.recovery.objective import text_objective
+from llm_pruner.recovery.parts import parts_of, spread, whole_tensors
 from llm_pruner.recovery.processes import ALONE, Processes
 from llm_pruner.recovery.scoring import Evaluation
 from llm_pruner.recovery.settings import RecoverySettings
@@ -209,16 +210,37 @@ class RecoveryTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002
         """Write all that ``train(resume_from_checkpoint=...)`` reads, whole or not at all."""
         path = state.step_folder(self._work, self.state.global_step)
-        if self._processes.is_first and not path.exists():
-            self._write_checkpoint(path)
-        self._processes.barrier()
+        processes = self._processes
+        if not processes.from_first(path.exists()):
+            if processes.is_first or processes.sharded:  # who holds a part, gives it to the first
+                tensors = self._tensors()
+            if processes.is_first:
+                self._write_checkpoint(path, *tensors)
+        processes.barrier()
 
-    def _write_checkpoint(self, path: Path) -> None:
+    def _tensors(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+        """Return the files of a checkpoint with their tensors, and the optimizer's plain values.
+
+        Where the weights are spread, all processes must ask for it together, and only the first one
+        is given tensors.
+        """
+        keep = self._processes.is_first
+        weights = trainable(self.model)
+        files = {"weights": {name: one.detach() for name, one in weights.items()}}
+        if self.best_weights is not None:
+            files["best"] = {
+                name: spread(part, weights[name]) for name, part in self.best_weights.items()
+            }
+        files["optimizer"], plain = state.optimizer_values(self.optimizer)
+        gathered = {name: whole_tensors(tensors, keep=keep) for name, tensors in files.items()}
+        return gathered, plain
+
+    def _write_checkpoint(
+        self, path: Path, files: dict[str, dict[str, torch.Tensor]], optimizer: dict[str, Any]
+    ) -> None:
         with self._folder(path) as folder:
-            weights = trained_weights(self.model)
-            state.write_tensors(folder / "weights.safetensors", weights)
-            if self.best_weights is not None:
-                state.write_tensors(folder / "best.safetensors", self.best_weights)
+            for name, tensors in files.items():
+                state.write_tensors(folder / f"{name}.safetensors", tensors)
             assert self.lr_scheduler is not None
             schedule = {
                 key: value
@@ -227,7 +249,7 @@ class RecoveryTrainer(Trainer):
             }
             values = {
                 "run": self._run.to_json(),
-                "optimizer": state.write_optimizer(folder, self.optimizer),
+                "optimizer": optimizer,
                 "schedule": schedule,
                 "random": state.write_random(folder),
             }
@@ -240,9 +262,13 @@ class RecoveryTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
         folder = Path(resume_from_checkpoint)
-        set_weights_(self.model, state.read_tensors(folder / "weights.safetensors"))
+        set_weights_(self.model, self._read(folder / "weights.safetensors"))
         best = folder / "best.safetensors"
-        self.best_weights = state.read_tensors(best) if best.is_file() else None
+        self.best_weights = self._read(best) if best.is_file() else None
+
+    def _read(self, file: Path) -> dict[str, torch.Tensor]:
+        """Return this process's parts of the weights in a file."""
+        return parts_of(state.read_tensors(file), trainable(self.model))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
