@@ -34,7 +34,7 @@ import transformers
 from corpora import TOKENS, WINDOW, perplexities, read_texts
 
 from llm_pruner import Target
-from llm_pruner.allocator import keep_few_kernels, keep_large_blocks
+from llm_pruner.allocator import PRUNING, keep_kernels, keep_large_blocks
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.perplexity import EvaluationText
 from llm_pruner.pipeline import stepwise
@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "least_damage.json")
     options = parser.parse_args()
     keep_large_blocks()
-    keep_few_kernels()
+    keep_kernels(PRUNING)
     texts = read_texts({"wikitext2": options.wikitext, "c4": options.c4, "ptb": options.ptb})
     results: dict[str, Any] = {"settings": {}, "dense": {}, "rows": []}
     if options.out.exists():

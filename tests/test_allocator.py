@@ -55,8 +55,8 @@ def test_what_the_user_set_stays() -> None:
 
 KERNELS = """
 import os
-from llm_pruner.allocator import keep_few_kernels
-keep_few_kernels()
+from llm_pruner.allocator import PRUNING, keep_kernels
+keep_kernels(PRUNING)
 print(os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["LRU_CACHE_CAPACITY"])
 """
 

@@ -19,8 +19,10 @@ BLOCK = 2**25
 KEPT = 2**27
 """Free bytes at the top of the heap that are kept."""
 
-KERNELS = 128
-"""Matrix products, of a shape each, whose kernels are kept."""
+PRUNING, BOTH, TRAINING = 128, 512, 4096
+"""Matrix products, of a shape each, whose kernels are kept: where every width that is tried is a
+shape of its own; where a model of many widths is trained on rows of one length besides; and where
+it is trained on rows of several."""
 
 _KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
@@ -40,14 +42,14 @@ def keep_large_blocks() -> bool:
     return bool(mallopt(_MMAP_THRESHOLD, BLOCK)) and bool(mallopt(_TRIM_THRESHOLD, KEPT))
 
 
-def keep_few_kernels() -> None:
+def keep_kernels(number: int) -> None:
     """Have oneDNN forget all but the last kernels that it made for a matrix product's shape.
 
-    Each holds up to a megabyte, and every width that pruning tries is a shape of its own. Works
-    before the first product; what the user said in the environment stands.
+    Each holds up to a megabyte, and takes about as long to make as to run. Works before the first
+    product; what the user said in the environment stands.
     """
     for name in _KERNELS:
-        os.environ.setdefault(name, str(KERNELS))
+        os.environ.setdefault(name, str(number))
 
 
 def give_back() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llm_pruner.allocator import keep_few_kernels
+from llm_pruner.allocator import BOTH, keep_kernels
 from llm_pruner.cli import options
 from llm_pruner.cli.evaluate import task_names
 from llm_pruner.cli.narrator import Narrator
@@ -163,7 +163,7 @@ def command(
 
     An interrupted run goes on when the same command is given again.
     """
-    keep_few_kernels()
+    keep_kernels(BOTH)
     check_json(json)
     if ratio is not None and params is not None:
         raise UserError("--ratio and --params say different things; give one of them")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llm_pruner.allocator import keep_few_kernels
+from llm_pruner.allocator import BOTH, keep_kernels
 from llm_pruner.cli import options
 from llm_pruner.cli.compress import finish, watched
 from llm_pruner.cli.output import check_json, command_line
@@ -37,7 +37,7 @@ def command(
     """
     check_json(json)
 
-    keep_few_kernels()
+    keep_kernels(BOTH)
     from llm_pruner.pipeline.demo import run_demo
 
     # The folder that the demo chooses by itself, it may replace by itself: but only a checkpoint

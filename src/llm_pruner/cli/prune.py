@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from llm_pruner.allocator import keep_few_kernels
+from llm_pruner.allocator import PRUNING, keep_kernels
 from llm_pruner.cli import options
 from llm_pruner.cli.output import check_json, command_line, write_json
 from llm_pruner.cli.pruned import as_data, show
@@ -340,7 +340,7 @@ def command(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Remove the least important structures and save a smaller model."""
-    keep_few_kernels()
+    keep_kernels(PRUNING)
     check_json(json)
     from llm_pruner.pipeline.by_recipe import allocation_search, profile_of
     from llm_pruner.planning import Selection, Target, parse_count, parse_layer_ranges

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from llm_pruner.allocator import TRAINING, keep_kernels
 from llm_pruner.cli import options
 from llm_pruner.cli.narrator import Narrator
 from llm_pruner.cli.output import check_json, command_line, speaks, write_json
@@ -359,6 +360,7 @@ def command(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Train a pruned model, and keep it only if it became better."""
+    keep_kernels(TRAINING)
     check_json(json)
     from llm_pruner.pipeline.evaluate import PerplexitySettings
     from llm_pruner.pipeline.recover import recover_checkpoint

@@ -17,6 +17,7 @@ TOLERANCE = 1e-4
 """Largest difference of logits, relative to their largest, that counts as rounding in float32."""
 
 _LOGITS_BYTES = 256 * 2**20
+_POSITIONS = 2048
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,20 @@ def can_pack(model: Any, vocabulary: int) -> bool:
 
 
 def micro_tokens(model: Any, seq_len: int) -> int:
-    """Return how many positions one forward pass may have: float32 logits of at most 256 MiB."""
+    """Return how many positions one forward pass may have: float32 logits of at most 256 MiB.
+
+    On a CPU, where logits are made a few at a time, 2,048.
+    """
+    if next(model.parameters()).device.type == "cpu":
+        return max(seq_len, _POSITIONS)
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     return max(seq_len, _LOGITS_BYTES // (4 * vocabulary))
+
+
+def row_multiple(model: Any, seq_len: int) -> int:
+    """Return the number of tokens whose multiples are the lengths of rows.
+
+    On a CPU a quarter of ``seq_len``: for each length that a matrix product meets, oneDNN compiles
+    a kernel, and a model whose layers have widths of their own has hundreds of products.
+    """
+    return -(-seq_len // 4) if next(model.parameters()).device.type == "cpu" else 1

@@ -21,9 +21,10 @@ from transformers import TrainingArguments
 
 from llm_pruner.errors import UserError
 from llm_pruner.recovery import state
+from llm_pruner.recovery.adapters import fused_adapters
 from llm_pruner.recovery.attention import by_sample
 from llm_pruner.recovery.batches import lay_out, step_samples
-from llm_pruner.recovery.forward import can_pack, micro_tokens
+from llm_pruner.recovery.forward import can_pack, micro_tokens, row_multiple
 from llm_pruner.recovery.methods import make_trainable_, merge_, set_weights_, trained_weights
 from llm_pruner.recovery.processes import ALONE, Processes
 from llm_pruner.recovery.scoring import Evaluation, score
@@ -122,6 +123,7 @@ def recover_(
         "capacity": settings.seq_len,
         "micro_tokens": settings.micro_tokens or micro_tokens(model, settings.seq_len),
         "shares": processes.count,
+        "multiple": row_multiple(model, settings.seq_len),
     }
     steps = -(-len(train) // settings.batch_size)
     total = max(1, math.ceil(settings.epochs * steps))
@@ -188,7 +190,10 @@ def recover_(
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
         else:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            with fused_adapters(trained, torch.bfloat16 if settings.bf16 else None):
+                trainer.train(
+                    resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
+                )
         set_weights_(trained, initial if trainer.best_weights is None else trainer.best_weights)
         if keep_adapter is not None and settings.method == "lora" and processes.is_first:
             trained.save_pretrained(keep_adapter, save_embedding_layers=False)
