@@ -1,12 +1,10 @@
 """The table of results in the README: prune, measure, compare, all through the command line.
 
-    python benchmarks/results_table.py --calibration c4_sample.jsonl --text wikitext2_raw_test.txt \
-        --data c4_sample.jsonl --data wikipedia_sample.jsonl --data books.jsonl
+    python benchmarks/results_table.py --calibration c4_sample.jsonl --text wikitext2_raw_test.txt
 
-Each row is one ``prune`` and one ``evaluate --report``; the dense model is measured once. The last
-row is the one before it after some minutes of ``recover`` on ``--data``. What ``compare`` prints of
-the folders is written to benchmarks/results/results_table.md, and as data to results_table.json.
-Folders that are there are taken as they are when it is run again.
+Each row is one ``prune`` and one ``evaluate --report``; the dense model is measured once. What
+``compare`` prints of the folders is written to benchmarks/results/results_table.md, and as data to
+results_table.json. Folders that are there are taken as they are when it is run again.
 """
 
 from __future__ import annotations
@@ -35,9 +33,6 @@ ROWS: dict[str, Sequence[str]] = {
 }
 """Name -> options of ``prune --ratio 0.2``; the last of two that say the same thing holds."""
 
-SAMPLES = 300
-"""Of each file that is trained on."""
-
 
 def main() -> None:
     """Make the folders that are missing, and the table."""
@@ -45,8 +40,6 @@ def main() -> None:
     parser.add_argument("--model", default="default", help="dense model")
     parser.add_argument("--calibration", required=True, help="text for taylor")
     parser.add_argument("--text", required=True, help="corpus that perplexity is measured on")
-    parser.add_argument("--data", action="append", required=True, help="text to recover with")
-    parser.add_argument("--minutes", type=float, default=6, help="of recovery")
     parser.add_argument("--work", type=Path, default=Path("runs/results_table"), help="folders")
     given = parser.parse_args()
     measured = ("--perplexity", given.text, *MEASURED)
@@ -61,16 +54,9 @@ def main() -> None:
         _run("evaluate", folder, *measured, "--report", folder)
         if len(folders) == 1:
             _run("evaluate", given.model, *measured, "--report", folder)
-    pruned, folder = folder, given.work / "recovered"
-    folders.append(f"{name}, recovered for {given.minutes:g} minutes={folder}")
-    if not folder.exists():
-        data = [part for file in given.data for part in ("--data", file)]
-        limits = ("--samples", SAMPLES, "--max-minutes", given.minutes)
-        _run("recover", pruned, "--out", folder, *data, *limits)
-        _run("evaluate", folder, *measured, "--report", folder)
     RESULTS.mkdir(exist_ok=True)
-    found = RESULTS / "results_table.json"
-    table = _run("compare", *folders, "--markdown", "--json", found)
+    data = RESULTS / "results_table.json"
+    table = _run("compare", *folders, "--markdown", "--json", data)
     (RESULTS / "results_table.md").write_text(table, encoding="utf-8")
     print(table, end="")
 

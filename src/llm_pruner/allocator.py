@@ -45,7 +45,7 @@ def keep_large_blocks() -> bool:
 def keep_kernels(number: int) -> None:
     """Have oneDNN forget all but the last kernels that it made for a matrix product's shape.
 
-    Each holds up to a megabyte, and takes about as long to make as to run. Works before the first
+    Each holds up to a megabyte, and is compiled when it is first needed. Works before the first
     product; what the user said in the environment stands.
     """
     for name in _KERNELS:

@@ -1,4 +1,4 @@
-"""Low-rank adapters on linear layers, computed as one operation on a CPU.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on linear layers, as one operation on a CPU.
 
 PEFT composes y = x W^T + s (x A^T) B^T of ten operations, most of which do nothing but copy, and
 mixed precision rounds the frozen W anew in each. Here W is rounded once, and products are added
@@ -123,7 +123,18 @@ class _Adapted(torch.autograd.Function):
         up: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        """Take x (..., in), the same as a matrix in the type of W, W (out, in), A, B and s."""
+        """Return y (..., out), in the type of W.
+
+        Args:
+            ctx: keeps what the backward pass needs.
+            given: x, (..., in).
+            rounded: the same, (tokens, in), in the type of W.
+            weight: W, (out, in).
+            bias: b, (out,).
+            down: A, (rank, in).
+            up: B, (out, rank).
+            scale: s.
+        """
         dtype = weight.dtype
         down, up = down.to(dtype), up.to(dtype)
         within = rounded @ down.t()

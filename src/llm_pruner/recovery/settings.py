@@ -59,7 +59,8 @@ class RecoverySettings:
         bf16: compute in bfloat16 (autocast); weights keep their type. None leaves it to
             ``recover_checkpoint``: where the processor multiplies it faster than float32.
         gradient_checkpointing: compute activations twice instead of keeping them.
-        micro_tokens: tokens in one forward pass; None for what the logits' memory allows.
+        micro_tokens: tokens in one forward pass; None for what the logits' memory allows, and on a
+            CPU 2,048.
         seed: of the order of the data, the adapters and dropout.
         report_to: ``none``, ``tensorboard`` or ``wandb``.
     """
