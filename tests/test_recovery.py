@@ -8,11 +8,11 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,10 @@ from llm_pruner.recovery import state as states
 from llm_pruner.recovery.batches import Batch, lay_out, step_samples
 from llm_pruner.recovery.forward import can_pack, learned_logits
 from llm_pruner.recovery.objective import distillation_loss, task_loss
+from llm_pruner.recovery.pace import Pace
+from llm_pruner.recovery.recover import Outcome
 from llm_pruner.recovery.scoring import Evaluation, score
-from llm_pruner.recovery.training import rate
+from llm_pruner.recovery.training import RecoveryTrainer, rate
 from llm_pruner.sequences import TrainingSequence, make_sequence
 
 
@@ -364,12 +366,76 @@ def test_a_time_budget_is_planned_and_kept(tmp_path: Path) -> None:
     assert outcome.run.evaluations[-1].step == outcome.steps
 
 
+def test_an_estimate_comes_from_the_newer_half_of_the_steps() -> None:
+    pace = Pace()
+    seconds = [99, 9, 9, 9, 3, 3, 3, 2, 2, 2, 1, 1, 1, 7]
+    found = {step: pace.after(took) for step, took in enumerate(seconds, start=1)}
+    assert {step: each for step, each in found.items() if each is not None} == {
+        4: 9,
+        7: 3,
+        13: 1.5,
+    }
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_slow_first_steps_do_not_shorten_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    now, taken = [0.0], [0]
+    plain = RecoveryTrainer.training_step
+
+    def step(self: Any, *args: Any, **more: Any) -> Any:
+        taken[0] += 1
+        if killed and taken[0] == 6:
+            raise KeyboardInterrupt
+        now[0] += 6 if taken[0] <= 4 else 2
+        return plain(self, *args, **more)
+
+    monkeypatch.setattr(RecoveryTrainer, "training_step", step)
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr("llm_pruner.recovery.training.time", clock)
+    train, held = sequences(64), sequences(4, seed=1)
+    settings = preset(
+        "quick", batch_size=4, epochs=1000, seq_len=64, max_minutes=5, evaluations=3, patience=9
+    )
+
+    def recovered() -> Outcome:
+        model = tiny_model("llama")
+        return recover_(model, train, held, settings, work=tmp_path, folder=folder)[1]
+
+    if killed:
+        with pytest.raises(KeyboardInterrupt):
+            recovered()
+        assert (tmp_path / "step-000004").is_dir()  # as soon as there was a plan
+    outcome = recovered()
+    assert outcome.run.stopped is None
+    # 6 seconds a step would be 47 steps.
+    assert 125 <= outcome.steps == outcome.run.total <= 138
+    assert 0.93 * 300 <= outcome.run.seconds <= 300
+    assert [one.step for one in outcome.run.evaluations[1:]] == [
+        outcome.run.every,
+        2 * outcome.run.every,
+        outcome.steps,
+    ]
+
+
 def test_scores_leave_the_time_to_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    plain = RecoveryTrainer.training_step
+
     def slow(*args: Any) -> Evaluation:
-        time.sleep(0.1)
+        now[0] += 0.1
         return score(*args)
 
+    def step(*args: Any, **more: Any) -> Any:
+        now[0] += 0.02
+        return plain(*args, **more)
+
     monkeypatch.setattr(recovering, "score", slow)
+    monkeypatch.setattr(RecoveryTrainer, "training_step", step)
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    for module in ("training", "recover"):
+        monkeypatch.setattr(f"llm_pruner.recovery.{module}.time", clock)
     train, held = sequences(64), sequences(4, seed=1)
     for minutes, most in ((0.05, 4), (0.01, 3)):
         settings = preset("quick", batch_size=4, epochs=1000, seq_len=64, max_minutes=minutes)
@@ -378,6 +444,7 @@ def test_scores_leave_the_time_to_training(tmp_path: Path, monkeypatch: pytest.M
         # One is of the model that came; a tenth of three seconds has room for three more.
         assert 3 <= len(outcome.run.evaluations) <= most
         assert outcome.run.evaluations[-1].step == outcome.steps
+        assert outcome.run.seconds <= 60 * minutes
 
 
 def test_a_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from llm_pruner.recovery.chunked_loss import summed_loss
 from llm_pruner.recovery.forward import learned_tokens
 from llm_pruner.recovery.methods import set_weights_, trainable, trained_weights
 from llm_pruner.recovery.objective import text_objective
+from llm_pruner.recovery.pace import Pace
 from llm_pruner.recovery.parts import parts_of, spread, whole_tensors
 from llm_pruner.recovery.processes import ALONE, Processes
 from llm_pruner.recovery.scoring import Evaluation
@@ -30,11 +31,11 @@ from llm_pruner.recovery.settings import RecoverySettings
 from llm_pruner.recovery.teacher import Teacher
 from llm_pruner.sequences import TrainingSequence
 
-TIMED_STEPS = 3
-"""Steps that are timed before a run with ``max_minutes`` is planned; one before them warms up."""
-
 SCORING = 0.1
-"""Share of the time of such a run that scores on the way may take, unless two take more."""
+"""Share of ``max_minutes`` that scores on the way may take, unless two take more."""
+
+SETTLING = 0.1
+"""Share of ``max_minutes`` after which the next plan of the run is its last."""
 
 
 @dataclass
@@ -51,7 +52,7 @@ class RunState:
         before: score of the model that came in; None before it was measured.
         seconds_to_score: how long the last score took.
         stopped: why the run ended before its steps were done; None if it did not.
-        planned: whether ``total`` is final.
+        planned: whether ``total`` and ``every`` are final.
     """
 
     total: int
@@ -113,6 +114,7 @@ class RecoveryTrainer(Trainer):
     ) -> None:
         self._settings, self._run, self._teacher = settings, run, teacher
         self._folder, self._work, self._processes = folder, work, processes
+        self._steps = steps
         self.best_weights: dict[str, torch.Tensor] | None = None
         self.last_loss = math.nan
         super().__init__(model=model, args=args, train_dataset=steps, data_collator=_only)
@@ -140,6 +142,11 @@ class RecoveryTrainer(Trainer):
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    @property
+    def most_steps(self) -> int:
+        """Steps for which there are samples: all epochs, or ``max_steps`` of them."""
+        return len(self._steps)
 
     def _rate(self, step: int) -> float:
         return rate(step, self._run.total, self._settings.warmup_steps, self._settings.schedule)
@@ -319,7 +326,7 @@ class Guard(TrainerCallback):
         self._run, self._settings, self._score, self._say = run, settings, score, say
         self._processes = processes
         self._clock = time.monotonic()
-        self._timed: float | None = None
+        self._pace = Pace()
         self._seconds_to_step = 0.0
         self.trainer: RecoveryTrainer | None = None
 
@@ -348,13 +355,12 @@ class Guard(TrainerCallback):
         before = run.seconds
         self._tick()
         self._seconds_to_step = run.seconds - before
-        planned = run.planned
-        if not planned:
-            self._plan(step)
+        planned = not run.planned and self._plan(step)
         late = self._late()
         last = step >= run.total or late
         diverged = run.stopped is not None
-        evaluated = (step % run.every == 0 or last) and not diverged
+        due = run.planned and step - run.evaluations[-1].step >= run.every
+        evaluated = (due or last) and not diverged
         if evaluated:
             found = self._evaluate(step)
             run.evaluations.append(found)
@@ -370,10 +376,10 @@ class Guard(TrainerCallback):
             self._tick()
         state.max_steps = run.total
         control.should_training_stop = last or run.stopped is not None
-        save_every = self._settings.save_every or run.every
-        control.should_save = step % save_every == 0 or control.should_training_stop
-        # What was chosen by the clock is chosen once: an interrupted run goes on with it.
-        control.should_save |= run.planned and not planned
+        save_every = self._settings.save_every
+        due = step % save_every == 0 if save_every else evaluated
+        # What was chosen by the clock is kept at once: an interrupted run goes on with it.
+        control.should_save = due or planned or control.should_training_stop
         self._say(Progress(step, run, self.trainer.last_loss, evaluated))
 
     def _evaluate(self, step: int) -> Evaluation:
@@ -401,24 +407,28 @@ class Guard(TrainerCallback):
         left = 60 * self._settings.max_minutes - self._run.seconds
         return left <= 1.1 * (self._run.seconds_to_score + self._seconds_to_step)
 
-    def _plan(self, step: int) -> None:
-        """Choose the number of steps that fits in the time, from how long the first ones took."""
+    def _plan(self, step: int) -> bool:
+        """Choose the number of steps that fits in the time, if there is news of how long one takes.
+
+        Plans follow each other while the first steps are timed, and nothing is scored; the first
+        one after ``SETTLING`` of the time is final, when the learning rate is near its peak.
+        """
         assert self._settings.max_minutes is not None
-        if self._timed is None:
-            self._timed = self._run.seconds  # after the step that warms up
-            self._from = step
-            return
-        if step - self._from < TIMED_STEPS:
-            return
-        each = (self._run.seconds - self._timed) / (step - self._from)
-        left = 60 * self._settings.max_minutes - self._run.seconds
-        affordable = int(SCORING * left / max(self._run.seconds_to_score, 1e-9))
+        assert self.trainer is not None
+        each = self._pace.after(self._seconds_to_step)
+        if each is None:
+            return False
+        run, limit = self._run, 60 * self._settings.max_minutes
+        left = limit - run.seconds
+        affordable = int(SCORING * left / max(run.seconds_to_score, 1e-9))
         evaluations = min(self._settings.evaluations, max(2, affordable))
-        # 5% are kept back for steps that are longer than the first.
-        left = 0.95 * left - evaluations * self._run.seconds_to_score
-        self._run.total = max(step, min(self._run.total, step + int(left / max(each, 1e-9))))
-        self._run.every = evaluation_interval(self._run.total, evaluations)
-        self._run.planned = True
+        # 5% are kept back for steps that are longer than those timed.
+        left = 0.95 * left - evaluations * run.seconds_to_score
+        fitting = step + int(left / max(each, 1e-9))
+        run.total = max(step, min(self.trainer.most_steps, fitting))
+        run.every = evaluation_interval(run.total, evaluations)
+        run.planned = run.seconds >= SETTLING * limit
+        return True
 
 
 @dataclass(frozen=True)
