@@ -366,6 +366,7 @@ def test_a_time_budget_is_divided_once(
     # The number of steps was chosen after a few of them, and kept at once.
     (state,) = Path("small.compressing/recovered.recovering").glob("step-*/state.json")
     planned = json.loads(state.read_text())["run"]
+    assert planned["planned"]
 
     def decide(*_: object) -> float:
         raise AssertionError("decided again")

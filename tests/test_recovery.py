@@ -419,6 +419,16 @@ def test_slow_first_steps_do_not_shorten_a_run(
     ]
 
 
+def test_a_run_with_more_time_than_it_needs_is_scored_on_the_way(tmp_path: Path) -> None:
+    train, held = sequences(64), sequences(4, seed=1)
+    settings = preset("quick", batch_size=4, epochs=2, seq_len=64, max_minutes=600)
+    _, outcome = recover_(tiny_model("llama"), train, held, settings, work=tmp_path, folder=folder)
+    assert outcome.run.planned
+    assert outcome.steps == 32
+    steps = [one.step for one in outcome.run.evaluations[1:]]
+    assert steps == [4, 8, 12, 16, 20, 24, 28, 32]
+
+
 def test_scores_leave_the_time_to_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     plain = RecoveryTrainer.training_step

@@ -355,7 +355,7 @@ class Guard(TrainerCallback):
         before = run.seconds
         self._tick()
         self._seconds_to_step = run.seconds - before
-        planned = not run.planned and self._plan(step)
+        replanned = not run.planned and self._plan(step)
         late = self._late()
         last = step >= run.total or late
         diverged = run.stopped is not None
@@ -377,9 +377,9 @@ class Guard(TrainerCallback):
         state.max_steps = run.total
         control.should_training_stop = last or run.stopped is not None
         save_every = self._settings.save_every
-        due = step % save_every == 0 if save_every else evaluated
+        save = step % save_every == 0 if save_every else evaluated
         # What was chosen by the clock is kept at once: an interrupted run goes on with it.
-        control.should_save = due or planned or control.should_training_stop
+        control.should_save = save or replanned or control.should_training_stop
         self._say(Progress(step, run, self.trainer.last_loss, evaluated))
 
     def _evaluate(self, step: int) -> Evaluation:
@@ -410,8 +410,9 @@ class Guard(TrainerCallback):
     def _plan(self, step: int) -> bool:
         """Choose the number of steps that fits in the time, if there is news of how long one takes.
 
-        Plans follow each other while the first steps are timed, and nothing is scored; the first
-        one after ``SETTLING`` of the time is final, when the learning rate is near its peak.
+        Plans follow each other while the first steps are timed, and nothing is scored. The first
+        one after ``SETTLING`` of the time is final, when the learning rate is near its peak, or the
+        first one by which all steps fit.
         """
         assert self._settings.max_minutes is not None
         assert self.trainer is not None
@@ -425,9 +426,10 @@ class Guard(TrainerCallback):
         # 5% are kept back for steps that are longer than those timed.
         left = 0.95 * left - evaluations * run.seconds_to_score
         fitting = step + int(left / max(each, 1e-9))
-        run.total = max(step, min(self.trainer.most_steps, fitting))
+        most = self.trainer.most_steps
+        run.total = max(step, min(most, fitting))
         run.every = evaluation_interval(run.total, evaluations)
-        run.planned = run.seconds >= SETTLING * limit
+        run.planned = fitting >= most or run.seconds >= SETTLING * limit
         return True
 
 
