@@ -355,7 +355,7 @@ def test_a_time_budget_is_divided_once(
     monkeypatch.setattr(asked, "default_recovery", lambda seed: patient)
     # Steps that take no time: all fit, however busy the machine is.
     ticks = SimpleNamespace(monotonic=count(step=0.001).__next__)
-    monkeypatch.setattr("llm_pruner.recovery.training.time", ticks)
+    monkeypatch.setattr("llm_pruner.recovery.guard.time", ticks)
     with monkeypatch.context() as patch:
         interrupt(patch, RecoveryTrainer, "training_step", 6)
         assert run(*command(made, "--time-budget", "60s")).code == 130

@@ -393,7 +393,7 @@ def test_slow_first_steps_do_not_shorten_a_run(
 
     monkeypatch.setattr(RecoveryTrainer, "training_step", step)
     clock = SimpleNamespace(monotonic=lambda: now[0])
-    monkeypatch.setattr("llm_pruner.recovery.training.time", clock)
+    monkeypatch.setattr("llm_pruner.recovery.guard.time", clock)
     train, held = sequences(64), sequences(4, seed=1)
     settings = preset(
         "quick", batch_size=4, epochs=1000, seq_len=64, max_minutes=5, evaluations=3, patience=9
@@ -444,7 +444,7 @@ def test_scores_leave_the_time_to_training(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(recovering, "score", slow)
     monkeypatch.setattr(RecoveryTrainer, "training_step", step)
     clock = SimpleNamespace(monotonic=lambda: now[0])
-    for module in ("training", "recover"):
+    for module in ("guard", "recover"):
         monkeypatch.setattr(f"llm_pruner.recovery.{module}.time", clock)
     train, held = sequences(64), sequences(4, seed=1)
     for minutes, most in ((0.05, 4), (0.01, 3)):

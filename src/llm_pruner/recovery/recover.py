@@ -25,20 +25,14 @@ from llm_pruner.recovery.adapters import fused_adapters
 from llm_pruner.recovery.attention import by_sample
 from llm_pruner.recovery.batches import lay_out, step_samples
 from llm_pruner.recovery.forward import can_pack, micro_tokens, row_multiple
+from llm_pruner.recovery.guard import Guard, Progress, evaluation_interval
 from llm_pruner.recovery.methods import make_trainable_, merge_, set_weights_, trained_weights
 from llm_pruner.recovery.processes import ALONE, Processes
 from llm_pruner.recovery.scoring import Evaluation, score
 from llm_pruner.recovery.settings import RecoverySettings
 from llm_pruner.recovery.sharding import hide_from_sums_, merge_shards_
 from llm_pruner.recovery.teacher import Teacher
-from llm_pruner.recovery.training import (
-    Guard,
-    Progress,
-    RecoveryTrainer,
-    RunState,
-    Steps,
-    evaluation_interval,
-)
+from llm_pruner.recovery.training import RecoveryTrainer, RunState, Steps
 from llm_pruner.sequences import TrainingSequence
 
 

@@ -1,10 +1,9 @@
-"""The Hugging Face Trainer, with packed steps, a guard on held-out text, and pickle-free resume."""
+"""The Hugging Face Trainer, with packed steps and pickle-free resume."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from llm_pruner.errors import UserError
@@ -21,21 +20,14 @@ from llm_pruner.recovery import state
 from llm_pruner.recovery.batches import Batch, lay_out
 from llm_pruner.recovery.chunked_loss import summed_loss
 from llm_pruner.recovery.forward import learned_tokens
-from llm_pruner.recovery.methods import set_weights_, trainable, trained_weights
+from llm_pruner.recovery.methods import set_weights_, trainable
 from llm_pruner.recovery.objective import text_objective
-from llm_pruner.recovery.pace import Pace
 from llm_pruner.recovery.parts import parts_of, spread, whole_tensors
 from llm_pruner.recovery.processes import ALONE, Processes
 from llm_pruner.recovery.scoring import Evaluation
 from llm_pruner.recovery.settings import RecoverySettings
 from llm_pruner.recovery.teacher import Teacher
 from llm_pruner.sequences import TrainingSequence
-
-SCORING = 0.1
-"""Share of ``max_minutes`` that scores on the way may take, unless two take more."""
-
-SETTLING = 0.1
-"""Share of ``max_minutes`` after which the next plan of the run is its last."""
 
 
 @dataclass
@@ -302,150 +294,6 @@ def rate(step: int, total: int, warmup: int, schedule: str) -> float:
         return (step + 1) / warmup
     done = min(1.0, (step - warmup) / max(1, total - warmup))
     return 1 - done if schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-
-
-class Guard(TrainerCallback):
-    """Scores the held-out samples, keeps the best weights, and ends the run when it should.
-
-    Args:
-        run: the state that it changes.
-        settings: the limits.
-        score: gives an evaluation at a step.
-        say: is told the step, the last loss and whether it was evaluated.
-        processes: those that train; all go by the clock of the first.
-    """
-
-    def __init__(
-        self,
-        run: RunState,
-        settings: RecoverySettings,
-        score: Callable[[int], Evaluation],
-        say: Callable[[Progress], None],
-        processes: Processes = ALONE,
-    ) -> None:
-        self._run, self._settings, self._score, self._say = run, settings, score, say
-        self._processes = processes
-        self._clock = time.monotonic()
-        self._pace = Pace()
-        self._seconds_to_step = 0.0
-        self.trainer: RecoveryTrainer | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """Score the model as it came, unless an earlier process did."""
-        self._clock = time.monotonic()
-        if not self._run.evaluations:
-            self._run.evaluations.append(self._evaluate(0))
-        state.max_steps = self._run.total
-        self._tick()
-
-    def _hopeless(self, step: int) -> bool:
-        """Whether to stop for want of gains.
-
-        A run that has gained nothing yet goes on to its half: at the full learning rate the loss
-        often rises first, and falls below where it was as the rate goes to zero.
-        """
-        run = self._run
-        without = len(run.evaluations) - 1 - run.best
-        return without >= self._settings.patience and (run.best > 0 or 2 * step >= run.total)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """Plan, evaluate, keep, stop."""
-        run, step = self._run, state.global_step
-        assert self.trainer is not None
-        before = run.seconds
-        self._tick()
-        self._seconds_to_step = run.seconds - before
-        replanned = not run.planned and self._plan(step)
-        late = self._late()
-        last = step >= run.total or late
-        diverged = run.stopped is not None
-        due = run.planned and step - run.evaluations[-1].step >= run.every
-        evaluated = (due or last) and not diverged
-        if evaluated:
-            found = self._evaluate(step)
-            run.evaluations.append(found)
-            if found.loss < run.evaluations[run.best].loss:
-                run.best = len(run.evaluations) - 1
-                self.trainer.best_weights = trained_weights(self.trainer.model)
-            elif self._hopeless(step) and not last:
-                run.stopped = (
-                    f"the held-out loss did not improve for {self._settings.patience} evaluations"
-                )
-            if late and step < run.total:
-                run.stopped = f"the {self._settings.max_minutes:g} minutes were over"
-            self._tick()
-        state.max_steps = run.total
-        control.should_training_stop = last or run.stopped is not None
-        save_every = self._settings.save_every
-        save = step % save_every == 0 if save_every else evaluated
-        # What was chosen by the clock is kept at once: an interrupted run goes on with it.
-        control.should_save = save or replanned or control.should_training_stop
-        self._say(Progress(step, run, self.trainer.last_loss, evaluated))
-
-    def _evaluate(self, step: int) -> Evaluation:
-        started = time.monotonic()
-        found = self._score(step)
-        if not math.isfinite(found.loss):
-            if step == 0:
-                raise UserError(
-                    "the loss of the held-out samples is not finite before training; look at the "
-                    "data, or load the model in float32"
-                )
-            found.loss = math.inf
-        self._run.seconds_to_score = self._processes.from_first(time.monotonic() - started)
-        return found
-
-    def _tick(self) -> None:
-        now = time.monotonic()
-        self._run.seconds += self._processes.from_first(now - self._clock)
-        self._clock = now
-
-    def _late(self) -> bool:
-        """Whether the time that is left is too short for one more step and the last evaluation."""
-        if self._settings.max_minutes is None:
-            return False
-        left = 60 * self._settings.max_minutes - self._run.seconds
-        return left <= 1.1 * (self._run.seconds_to_score + self._seconds_to_step)
-
-    def _plan(self, step: int) -> bool:
-        """Choose the number of steps that fits in the time, if there is news of how long one takes.
-
-        Plans follow each other while the first steps are timed, and nothing is scored. The first
-        one after ``SETTLING`` of the time is final, when the learning rate is near its peak, or the
-        first one by which all steps fit.
-        """
-        assert self._settings.max_minutes is not None
-        assert self.trainer is not None
-        each = self._pace.after(self._seconds_to_step)
-        if each is None:
-            return False
-        run, limit = self._run, 60 * self._settings.max_minutes
-        left = limit - run.seconds
-        affordable = int(SCORING * left / max(run.seconds_to_score, 1e-9))
-        evaluations = min(self._settings.evaluations, max(2, affordable))
-        # 5% are kept back for steps that are longer than those timed.
-        left = 0.95 * left - evaluations * run.seconds_to_score
-        fitting = step + int(left / max(each, 1e-9))
-        most = self.trainer.most_steps
-        run.total = max(step, min(most, fitting))
-        run.every = evaluation_interval(run.total, evaluations)
-        run.planned = fitting >= most or run.seconds >= SETTLING * limit
-        return True
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands: steps done, its state, the last step's loss, if it was just scored."""
-
-    step: int
-    run: RunState
-    loss: float
-    evaluated: bool
-
-
-def evaluation_interval(total: int, evaluations: int) -> int:
-    """Return the steps between evaluations; the last step is always evaluated."""
-    return max(1, -(-total // evaluations))
 
 
 def _only(items: list[Any]) -> dict[str, Any]:
