@@ -22,7 +22,10 @@ SCORING = 0.1
 """Share of ``max_minutes`` that scores on the way may take, unless two take more."""
 
 SETTLING = 0.1
-"""Share of ``max_minutes`` after which the next plan of the run is its last."""
+"""Share of ``max_minutes`` after which a plan is one to be scored by."""
+
+SPARE = 0.05
+"""Share of the time left that a plan keeps back for steps that are longer than those timed."""
 
 
 @dataclass(frozen=True)
@@ -76,25 +79,25 @@ class Guard(TrainerCallback):
         before = run.seconds
         self._tick()
         self._seconds_to_step = run.seconds - before
-        replanned = not run.planned and self._plan(step)
+        replanned = self._pace.add(self._seconds_to_step) and not run.planned
+        if replanned:
+            self._plan_first(step)
         late = self._late()
         last = step >= run.total or late
         diverged = run.stopped is not None
         due = run.planned and step - run.evaluations[-1].step >= run.every
         evaluated = (due or last) and not diverged
         if evaluated:
-            found = self._evaluate(step)
-            run.evaluations.append(found)
-            if found.loss < run.evaluations[run.best].loss:
-                run.best = len(run.evaluations) - 1
-                self.trainer.best_weights = trained_weights(self.trainer.model)
-            elif self._hopeless(step) and not last:
+            if not self._improves(step) and self._hopeless(step) and not last:
                 run.stopped = (
                     f"the held-out loss did not improve for {self._settings.patience} evaluations"
                 )
             if late and step < run.total:
                 run.stopped = f"the {self._settings.max_minutes:g} minutes were over"
             self._tick()
+            if not last and run.stopped is None:
+                replanned = self._plan_rest(step) or replanned
+                last = step >= run.total
         state.max_steps = run.total
         control.should_training_stop = last or run.stopped is not None
         save_every = self._settings.save_every
@@ -102,6 +105,18 @@ class Guard(TrainerCallback):
         # What was chosen by the clock is kept at once: an interrupted run goes on with it.
         control.should_save = save or replanned or control.should_training_stop
         self._say(Progress(step, run, self.trainer.last_loss, evaluated))
+
+    def _improves(self, step: int) -> bool:
+        """Evaluate, keep the weights if they are the best so far, and return whether they are."""
+        assert self.trainer is not None
+        run = self._run
+        found = self._evaluate(step)
+        run.evaluations.append(found)
+        if found.loss >= run.evaluations[run.best].loss:
+            return False
+        run.best = len(run.evaluations) - 1
+        self.trainer.best_weights = trained_weights(self.trainer.model)
+        return True
 
     def _hopeless(self, step: int) -> bool:
         """Whether to stop for want of gains.
@@ -135,33 +150,47 @@ class Guard(TrainerCallback):
         """Whether the time that is left is too short for one more step and the last evaluation."""
         if self._settings.max_minutes is None:
             return False
-        left = 60 * self._settings.max_minutes - self._run.seconds
-        return left <= 1.1 * (self._run.seconds_to_score + self._seconds_to_step)
+        return self._left() <= 1.1 * (self._run.seconds_to_score + self._seconds_to_step)
 
-    def _plan(self, step: int) -> bool:
-        """Choose the number of steps that fits in the time, if there is news of how long one takes.
+    def _plan_first(self, step: int) -> None:
+        """Plan while the first steps are timed, and nothing is scored.
 
-        Plans follow each other while the first steps are timed, and nothing is scored. The first
-        one after ``SETTLING`` of the time is final, when the learning rate is near its peak, or the
-        first one by which all steps fit.
+        The first plan after ``SETTLING`` of the time, when the learning rate is near its peak, ends
+        this, or the first one by which all steps fit.
         """
-        assert self._settings.max_minutes is not None
-        assert self.trainer is not None
-        each = self._pace.after(self._seconds_to_step)
-        if each is None:
-            return False
-        run, limit = self._run, 60 * self._settings.max_minutes
-        left = limit - run.seconds
+        run, left = self._run, self._left()
         affordable = int(SCORING * left / max(run.seconds_to_score, 1e-9))
         evaluations = min(self._settings.evaluations, max(2, affordable))
-        # 5% are kept back for steps that are longer than those timed.
-        left = 0.95 * left - evaluations * run.seconds_to_score
+        all_fit = self._plan(step, evaluations)
+        run.planned = all_fit or run.seconds >= SETTLING * (run.seconds + left)
+
+    def _plan_rest(self, step: int) -> bool:
+        """Plan the rest of the run after an evaluation; return whether there was a clock to do so.
+
+        The rest is stretched or shortened, and the learning rate falls to zero over it, from where
+        it is but for a small jump.
+        """
+        run = self._run
+        if self._settings.max_minutes is None or self._pace.estimate() is None:
+            return False
+        self._plan(step, max(1, -(-(run.total - step) // run.every)))
+        return True
+
+    def _plan(self, step: int, evaluations: int) -> bool:
+        """Choose how many steps fit in the time left, with evaluations; return whether all fit."""
+        assert self.trainer is not None
+        run, each = self._run, self._pace.estimate()
+        assert each is not None
+        left = (1 - SPARE) * self._left() - evaluations * run.seconds_to_score
         fitting = step + int(left / max(each, 1e-9))
         most = self.trainer.most_steps
         run.total = max(step, min(most, fitting))
-        run.every = evaluation_interval(run.total, evaluations)
-        run.planned = fitting >= most or run.seconds >= SETTLING * limit
-        return True
+        run.every = evaluation_interval(run.total - run.evaluations[-1].step, evaluations)
+        return fitting >= most
+
+    def _left(self) -> float:
+        assert self._settings.max_minutes is not None
+        return 60 * self._settings.max_minutes - self._run.seconds
 
 
 def evaluation_interval(total: int, evaluations: int) -> int:

@@ -47,8 +47,8 @@ class RecoverySettings:
         epochs: passes over the training data.
         seq_len: longest sample, and length of a packed row, in tokens.
         max_steps: stop after this many steps.
-        max_minutes: stop, evaluated, within this time. Steps are timed through the first tenth of
-            it and the run is planned to end in it, so that the learning rate reaches zero.
+        max_minutes: stop, evaluated, within this time. Steps are timed and the run is planned to
+            end in it, so that the learning rate reaches zero; anew at each evaluation.
         evaluations: times the held-out samples are scored during the run; with ``max_minutes``
             fewer if they would take more than a tenth of it, but two.
         patience: stop when they did not improve for this many evaluations; before the half of the

@@ -44,7 +44,8 @@ class RunState:
         before: score of the model that came in; None before it was measured.
         seconds_to_score: how long the last score took.
         stopped: why the run ended before its steps were done; None if it did not.
-        planned: whether ``total`` and ``every`` are final.
+        planned: whether the first plans are over. From then on the run is scored, and the rest of
+            it planned anew at each score, if it is planned by the clock.
     """
 
     total: int
