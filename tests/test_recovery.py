@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import chain
@@ -378,23 +379,35 @@ def test_an_estimate_comes_from_the_newer_half_of_the_steps() -> None:
     assert found == [None] * 3 + [9, 7, 5, 3, 8 / 3, 2.5, 2.25, 2, 1.6, 1.5, 14 / 6]
 
 
-@pytest.mark.parametrize("killed", [False, True])
-def test_slow_first_steps_do_not_shorten_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
-) -> None:
-    now, taken = [0.0], [0]
+def timed_steps(
+    monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int, float], float]
+) -> tuple[list[float], list[float]]:
+    """Let step n, begun at a time, take so long; return the clock and the steps' learning rates."""
+    now, rates = [0.0], []
     plain = RecoveryTrainer.training_step
 
     def step(self: Any, *args: Any, **more: Any) -> Any:
-        taken[0] += 1
-        if killed and taken[0] == 6:
-            raise KeyboardInterrupt
-        now[0] += 6 if taken[0] <= 4 else 2
+        rates.append(self.lr_scheduler.get_last_lr()[0])
+        now[0] += seconds(len(rates), now[0])
         return plain(self, *args, **more)
 
     monkeypatch.setattr(RecoveryTrainer, "training_step", step)
     clock = SimpleNamespace(monotonic=lambda: now[0])
-    monkeypatch.setattr("llm_pruner.recovery.guard.time", clock)
+    for module in ("guard", "recover"):
+        monkeypatch.setattr(f"llm_pruner.recovery.{module}.time", clock)
+    return now, rates
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_slow_first_steps_do_not_shorten_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    def seconds(step: int, _: float) -> float:
+        if killed and step == 6:
+            raise KeyboardInterrupt
+        return 6 if step <= 4 else 2
+
+    timed_steps(monkeypatch, seconds)
     train, held = sequences(64), sequences(4, seed=1)
     settings = preset(
         "quick", batch_size=4, epochs=1000, seq_len=64, max_minutes=5, evaluations=3, patience=9
@@ -421,18 +434,7 @@ def test_slow_first_steps_do_not_shorten_a_run(
 def test_a_machine_that_changes_its_speed_is_planned_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: int
 ) -> None:
-    now, taken, rates = [0.0], [0], []
-    plain = RecoveryTrainer.training_step
-
-    def step(self: Any, *args: Any, **more: Any) -> Any:
-        taken[0] += 1
-        now[0] += 2 if now[0] < 100 else later
-        rates.append(self.lr_scheduler.get_last_lr()[0])
-        return plain(self, *args, **more)
-
-    monkeypatch.setattr(RecoveryTrainer, "training_step", step)
-    clock = SimpleNamespace(monotonic=lambda: now[0])
-    monkeypatch.setattr("llm_pruner.recovery.guard.time", clock)
+    _, rates = timed_steps(monkeypatch, lambda _, now: 2 if now < 100 else later)
     train, held = sequences(64), sequences(4, seed=1)
     settings = preset(
         "quick", batch_size=4, epochs=1000, seq_len=64, max_minutes=5, evaluations=6, patience=9
@@ -440,7 +442,7 @@ def test_a_machine_that_changes_its_speed_is_planned_for(
     _, outcome = recover_(tiny_model("llama"), train, held, settings, work=tmp_path, folder=folder)
     # Planned once, the 142 steps would be over after 193 seconds, or not before 460.
     assert outcome.run.stopped is None
-    assert outcome.steps == outcome.run.total == taken[0]
+    assert outcome.steps == outcome.run.total == len(rates)
     assert 0.93 * 300 <= outcome.run.seconds <= 300
     assert rates[-1] < 0.05 * max(rates)
 
@@ -456,22 +458,13 @@ def test_a_run_with_more_time_than_it_needs_is_scored_on_the_way(tmp_path: Path)
 
 
 def test_scores_leave_the_time_to_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    plain = RecoveryTrainer.training_step
+    now, _ = timed_steps(monkeypatch, lambda *_: 0.02)
 
     def slow(*args: Any) -> Evaluation:
         now[0] += 0.1
         return score(*args)
 
-    def step(*args: Any, **more: Any) -> Any:
-        now[0] += 0.02
-        return plain(*args, **more)
-
     monkeypatch.setattr(recovering, "score", slow)
-    monkeypatch.setattr(RecoveryTrainer, "training_step", step)
-    clock = SimpleNamespace(monotonic=lambda: now[0])
-    for module in ("guard", "recover"):
-        monkeypatch.setattr(f"llm_pruner.recovery.{module}.time", clock)
     train, held = sequences(64), sequences(4, seed=1)
     for minutes, most in ((0.05, 4), (0.01, 3)):
         settings = preset("quick", batch_size=4, epochs=1000, seq_len=64, max_minutes=minutes)
