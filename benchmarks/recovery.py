@@ -7,10 +7,11 @@ Prunes SmolLM2-135M by two recipes, trains each result with ``llm-pruner recover
 and measures perplexity in windows of 1,024 tokens on the first 65,536 tokens of WikiText-2 test and
 on held-out C4, beside the dense model. ``--plans``, ``--sizes`` and ``--methods`` choose the rows;
 ``distil`` is LoRA with the dense model as teacher, ``written`` LoRA on what the dense model writes
-(``--data self``) without its predictions. With ``--max-steps`` runs are compared at equal steps, as
-for ``--data`` given several times, one row each. Writes benchmarks/results/recovery.json after each
-row, and goes on from there when it is run again. Pruned models and what the dense model wrote are
-kept in ``--work``, trained models too with ``--keep``; a teacher is asked anew in each row.
+(``--data self``) without its predictions. With ``--max-steps`` runs are compared at equal steps,
+and none stops early; ``--data`` given several times makes a row for each. Writes
+benchmarks/results/recovery.json after each row, and goes on from there when it is run again. Pruned
+models and what the dense model wrote are kept in ``--work``, trained models too with ``--keep``; a
+teacher is asked anew in each row.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def main() -> None:
                 arguments += [f"--{option.replace('_', '-')}", value]
             arguments += [] if options.minutes is None else ["--max-minutes", options.minutes]
             if options.max_steps is not None:
-                arguments += ["--max-steps", options.max_steps]
+                arguments += ["--max-steps", options.max_steps, "--patience", options.max_steps]
             if "--teacher" in arguments:
                 arguments += ["--teacher-cache", forgetful(options.work / "teacher")]
             with tempfile.TemporaryDirectory() as folder:
