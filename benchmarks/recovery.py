@@ -22,7 +22,7 @@ import os
 import platform
 import shutil
 import tempfile
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -126,22 +126,24 @@ def main() -> None:
                 out = Path(folder) / "out"
                 llm_pruner("recover", pruned, "--out", out, *arguments)
                 found = json.loads((out / "recovery.json").read_text())
-                measured = perplexities(str(out), texts)
+                row = {
+                    "run": key,
+                    "ratio": ratios(perplexities(str(out), texts)),
+                    "steps": found["steps"],
+                    "best_step": found["best_step"],
+                    "tokens": found["tokens"],
+                    "seconds": round(found["seconds"], 1),
+                    "held_out_loss": [round(loss, 4) for loss in found["loss"]],
+                    "gained": found["gained"],
+                }
+                results["rows"].append(row)
+                save()
+                print(json.dumps(row), flush=True)
                 if options.keep:
-                    shutil.move(out, options.work / f"row-{len(results['rows'])}")
-            row = {
-                "run": key,
-                "ratio": ratios(measured),
-                "steps": found["steps"],
-                "best_step": found["best_step"],
-                "tokens": found["tokens"],
-                "seconds": round(found["seconds"], 1),
-                "held_out_loss": [round(loss, 4) for loss in found["loss"]],
-                "gained": found["gained"],
-            }
-            results["rows"].append(row)
-            save()
-            print(json.dumps(row), flush=True)
+                    free = (options.work / f"row-{number}" for number in count())
+                    kept = next(folder for folder in free if not folder.exists())
+                    shutil.move(out, kept)
+                    print(f"kept in {kept}", flush=True)
 
 
 if __name__ == "__main__":
