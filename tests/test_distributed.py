@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,14 @@ def started(*command: object) -> subprocess.CompletedProcess[str]:
     """Start two processes of ``python`` with these arguments, and wait for them."""
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, "-m", *launcher, *map(str, command)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
+    with tempfile.TemporaryDirectory() as logs:
+        return subprocess.run(
+            [sys.executable, "-m", *launcher, "--log-dir", logs, *map(str, command)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=300,
+        )
 
 
 def check_same(two: Path, one: Path) -> dict[str, Any]:
