@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import signal
 import subprocess
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from commands import llm_pruner
+from machine import machine
 
 RESULTS = Path(__file__).parent / "results"
 STAGES = {
@@ -115,7 +115,7 @@ def main() -> None:
             "model": "SmolLM2-135M-Instruct",
             "settings": " ".join(SETTINGS),
             "text": options.text.name,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "machine": machine(),
         },
         "seconds": seconds,
         "kills": kills,

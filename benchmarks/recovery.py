@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import tempfile
 from itertools import count, product
@@ -30,6 +28,7 @@ import torch
 import transformers
 from commands import llm_pruner
 from corpora import TOKENS, WINDOW, perplexities, read_texts
+from machine import machine
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = {"20% of the blocks": "113.3M", "20% of all": "107.612M", "50% of the blocks": "81.43M"}
@@ -77,7 +76,7 @@ def main() -> None:
         "calibration": Path(options.calibration).name,
         "windows": WINDOW,
         "tokens": TOKENS,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": machine(),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
 
@@ -135,6 +134,7 @@ def main() -> None:
                     "seconds": round(found["seconds"], 1),
                     "held_out_loss": [round(loss, 4) for loss in found["loss"]],
                     "gained": found["gained"],
+                    "machine": machine(),
                 }
                 results["rows"].append(row)
                 save()

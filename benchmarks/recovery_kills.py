@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import shutil
 import signal
@@ -26,6 +24,7 @@ from typing import Any
 
 import torch
 from commands import llm_pruner
+from machine import machine
 from safetensors.torch import load_file
 
 RESULTS = Path(__file__).parent / "results"
@@ -101,7 +100,7 @@ def main() -> None:
             "batch": BATCH,
             "seq_len": SEQ_LEN,
             "save_every": SAVE_EVERY,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "machine": machine(),
         },
         "largest_change_by_training": moved,
         "tries": tries,

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from machine import machine
 
 RESULTS = Path(__file__).parent / "results"
 BATCH, SEQ_LEN = 16, 512
@@ -125,7 +125,7 @@ def main() -> None:
             "rows": options.rows,
             "batch": BATCH,
             "seq_len": SEQ_LEN,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "machine": machine(),
         },
         "runs": found,
         "tokens_per_second": {name: round(rate, 1) for name, rate in rates.items()},

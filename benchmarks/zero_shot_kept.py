@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Mapping
@@ -25,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from commands import llm_pruner
+from machine import machine
 
 RESULTS = Path(__file__).parent / "results"
 CHANCE = {
@@ -106,7 +105,7 @@ def main() -> None:
         "dtype": options.dtype,
         "parameters": PARAMETERS,
         "calibration": Path(options.calibration).name,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": machine(),
     }
     models: dict[str, Any] = {"dense": options.model}
     for recipe in ("paper", "best"):
