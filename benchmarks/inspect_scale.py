@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,8 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from machine import machine
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -123,7 +124,7 @@ def main() -> None:
         "torch": version("torch"),
         "transformers": version("transformers"),
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, float32",
+        "machine": f"{machine()}, float32",
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")

@@ -7,13 +7,15 @@ import platform
 
 import torch
 
+from llm_pruner.pipeline.matmul import multiplies_bfloat16
+
 
 def machine() -> str:
-    """Return architecture, widest instructions for products and number of cores.
+    """Return architecture, widest vector instructions and number of cores.
 
-    Products in bfloat16 (AMX, AVX512-BF16) are named first, as they change times most.
+    Products in bfloat16 are named where the processor has them, as recovery and estimates use them.
     """
-    names = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}
-    fast = [name for name, check in names.items() if getattr(torch.cpu, check, bool)()]
-    instructions = fast[0] if fast else torch.backends.cpu.get_cpu_capability()
+    instructions = torch.backends.cpu.get_cpu_capability()
+    if multiplies_bfloat16():
+        instructions += " and bfloat16"
     return f"{platform.machine()} with {instructions}, {os.cpu_count()} cores"
