@@ -14,8 +14,9 @@ from torch import nn
 from families import discovered, make
 from llm_pruner.errors import InfeasibleError
 from llm_pruner.groups import discover
+from llm_pruner.layers import apply_layers, layer_numbers, set_attribute
 from llm_pruner.removal import count_parameters, kept_shapes
-from llm_pruner.surgery import _layer_numbers, apply_layers, plan_edits, prune_, set_attribute
+from llm_pruner.surgery import plan_edits, prune_
 from llm_pruner.types import Edits
 from llm_pruner.verification import pruned_logits
 from nets import NanoGPT
@@ -307,7 +308,7 @@ class TwoAttentions(nn.Module):
 def test_numbers_of_parts_follow_their_layer() -> None:
     model = nn.Module()
     model.layers = nn.ModuleList([TwoAttentions(i) for i in range(4)])
-    found = sorted(_layer_numbers(model, {"layers": 4}, ("layers.1",)))
+    found = sorted(layer_numbers(model, {"layers": 4}, ("layers.1",)))
     assert found == [
         ("layers.2.parts.0", "layer_idx", 2),
         ("layers.2.parts.1", "layer_idx", 3),

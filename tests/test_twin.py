@@ -35,7 +35,7 @@ def compare(model: nn.Module, discovery: Discovery, removal: Removal) -> tuple[f
     smaller = copy.deepcopy(model)
     prune_(smaller, discovery, removal)
     actual = pruned_logits(smaller, discovery)
-    assert len(actual) == 4, "prefill and a cached step, without and with a mask"
+    assert len(actual) == 7, "prefill, a cached step, padding twice, generate twice, training"
     parameters = sum(parameter.numel() for parameter in smaller.parameters())
     assert parameters == count_parameters(discovery, removal)
     assert parameters < count_parameters(discovery)

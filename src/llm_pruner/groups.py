@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -14,15 +14,19 @@ import torch
 from torch import nn
 
 from llm_pruner.errors import DiscoveryError, InfeasibleError
+from llm_pruner.layers import without_layers
+from llm_pruner.tracing.given import different
 from llm_pruner.tracing.graph import Graph
 from llm_pruner.tracing.lengths import SizeSystem, reduce_constraints
 from llm_pruner.tracing.run import (
-    Forward,
+    Run,
     forward_with_cache,
     forward_without_cache,
     named_tensors,
     run_trace,
+    vocabulary_size,
 )
+from llm_pruner.tracing.scenes import Forward, given_scene, scenes_of
 from llm_pruner.tracing.sizes import leaves
 from llm_pruner.tracing.tracer import Role, Trace
 from llm_pruner.types import (
@@ -49,14 +53,17 @@ def discover(
     Raises:
         DiscoveryError: the model could not be run or has no token embedding.
     """
+    vocabulary = vocabulary_size(model)
+    scenes = scenes_of(model, forward, vocabulary) if tokens is None else given_scene(forward)
     try:
-        trace, aliases, calls = run_trace(model, forward, tokens)
+        run = run_trace(model, scenes, tokens)
     except DiscoveryError:
         if forward is not forward_with_cache or not hasattr(model, "generate"):
             raise
         # Some models cannot be run with their cache by hand, others have none.
-        forward = forward_without_cache
-        trace, aliases, calls = run_trace(model, forward, tokens)
+        scenes = (replace(scenes[0], run=forward_without_cache), *scenes[1:])
+        run = run_trace(model, scenes, tokens)
+    trace, aliases = run.trace, run.aliases
     tensors = {
         name: (tuple(tensor.shape), buffer)
         for name, tensor, buffer in named_tensors(model)
@@ -67,8 +74,8 @@ def discover(
     groups, unit_atoms = builder.groups()
     system = SizeSystem(trace)
     groups = _bind(groups, unit_atoms, trace, system)
-    layer_groups, layer_lists = _layer_groups(model, trace, calls, lists)
-    graph = Graph(trace, system, unit_atoms, layer_lists, forward)
+    layer_groups, layer_lists = _layer_groups(model, run, lists)
+    graph = Graph(trace, system, unit_atoms, layer_lists, run.scenes)
     return Discovery(
         groups=(*groups, *layer_groups),
         frozen=tuple(builder.frozen_axes()),
@@ -487,9 +494,10 @@ def _trial(
 
 
 def _layer_groups(
-    model: nn.Module, trace: Trace, calls: Mapping[str, list[tuple[Any, Any]]], lists: list[str]
+    model: nn.Module, run: Run, lists: list[str]
 ) -> tuple[list[Group], dict[str, int]]:
     """Find module lists whose children map the residual stream onto itself."""
+    trace, calls, by_place = run.trace, run.calls, run.given.by_place()
     groups: list[Group] = []
     lengths: dict[str, int] = {}
     nested = [name for name in lists if any(name.startswith(f"{o}.") for o in lists)]
@@ -509,11 +517,36 @@ def _layer_groups(
         if _opens(model, children):
             children = children[1:]
         name = "layers" if not groups else f"layers_{len(groups) + 1}"
+        if reason is None and parent in by_place:
+            reason = _depends_on_place(model, run, parent, children)
         if len(children) < 2:
             reason = "the model needs its first layer, and has one other"
         modules = tuple(children)
         groups.append(Group(name, "layers", None, len(modules), (), frozen=reason, modules=modules))
     return groups, lengths
+
+
+def _depends_on_place(
+    model: nn.Module, run: Run, parent: str, children: Sequence[str]
+) -> str | None:
+    """Return what layers are given by their place in the list, or None.
+
+    Layers may be given different things by name: by what they say of themselves, or by a list in
+    the settings that is cut with them. So some are taken out, and those that stay must be given
+    what they were given before.
+    """
+    numbers = [int(child.rpartition(".")[2]) for child in children]
+    dense = run.given.calls[parent]
+    for gone in (numbers[: (len(numbers) + 1) // 2], [numbers[(len(numbers) - 1) // 2]]):
+        kept = [number for number in dense if number not in gone]
+        if not kept:
+            continue
+        again = run_trace(without_layers(model, parent, gone), run.scenes).given
+        for place, number in enumerate(kept):
+            for name in different(dense[number], again.calls[parent][place]):
+                where = run.given.where[parent]
+                return f"{name} of a layer depends on its place in the list ({where})"
+    return None
 
 
 def _why_fixed(model: nn.Module, trace: Trace) -> str | None:

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from llm_pruner.errors import InfeasibleError
+from llm_pruner.layers import Renaming, apply_layers, configs_of, layer_numbers, set_attribute
 from llm_pruner.removal import kept_shapes, removed_modules, removed_positions
-from llm_pruner.tracing.sizes import leaves
+from llm_pruner.tracing.provenance import descriptions
 from llm_pruner.types import Discovery, Edits, IntArray, Removal
 
-# Sizes that standard modules keep only to describe themselves: (weight axis -> attribute).
-_DESCRIPTIVE: dict[str, tuple[tuple[str, int], ...]] = {
-    "Linear": (("in_features", 1), ("out_features", 0)),
-    "Conv1D": (("nx", 0), ("nf", 1)),
-    "Conv1d": (("out_channels", 0),),
-    "Embedding": (("num_embeddings", 0), ("embedding_dim", 1)),
-}
-
 _NUMBER_OF_EXPERTS = re.compile("(num_|n_)(local_|routed_)?experts")
-_NUMBER_NAME = re.compile("idx|index|layer")
 
 
 def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edits:
@@ -42,13 +32,9 @@ def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edit
     _require_shapes(model, discovery)
     graph = discovery.graph
     gone = removed_modules(discovery, removal)
-    rename = _Renaming(graph.layer_lists, gone)
+    rename = Renaming(graph.layer_lists, gone)
     # A removed layer's own sizes need no solution: nothing reads them any more.
-    standing = {
-        number
-        for number, (expr, _, _) in enumerate(graph.system.equations)
-        if not any(leaf[0] == "attr" and rename.is_gone(f"{leaf[1]}.") for leaf in leaves(expr))
-    }
+    standing = graph.system.reading_only(lambda module: not rename.is_gone(f"{module}."))
     try:
         attributes = graph.system.attributes(graph.deleted(removal), standing)
     except InfeasibleError as error:
@@ -69,7 +55,7 @@ def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edit
     for (module, attribute), value in sorted(attributes.items()):
         if not rename.is_gone(f"{module}."):
             values[rename(f"{module}.")[:-1]][attribute] = value
-    for module, attribute, value in _layer_numbers(model, graph.layer_lists, gone):
+    for module, attribute, value in layer_numbers(model, graph.layer_lists, gone):
         if not rename.is_gone(f"{module}."):
             values[rename(f"{module}.")[:-1]][attribute] = value
     numbers = _expert_numbers(model, discovery, removal, rename)
@@ -151,60 +137,26 @@ def prune_(model: nn.Module, discovery: Discovery, removal: Removal) -> Edits:
     return edits
 
 
-def apply_layers(model: nn.Module, layers: Mapping[str, Sequence[int]]) -> None:
-    """Keep only the given children of module lists, and state the new number in the settings.
-
-    A list-valued setting with one entry per layer keeps the entries of the layers that stay; lists
-    of token ids may have that length by chance and are left alone.
-    """
-    for path, kept in layers.items():
-        children = model.get_submodule(path)
-        if not isinstance(children, nn.ModuleList):
-            raise TypeError(f"{path} is no module list")
-        count = len(children)
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, nn.ModuleList([children[i] for i in kept]))
-        for config in _configs(model):
-            _filter_config(config, count, kept)
-
-
-def set_attribute(module: nn.Module, attribute: str, value: int) -> None:
-    """Set an integer that a module's code reads.
-
-    ``name.3`` is an item of a tuple or list; ``config.num_heads`` is set on the module's own copy
-    of its configuration, since modules share one.
-    """
-    key, _, inner = attribute.partition(".")
-    if not inner:
-        setattr(module, key, value)
-        return
-    holder = getattr(module, key)
-    if isinstance(holder, tuple | list):
-        items = list(holder)
-        items[int(inner)] = value
-        setattr(module, key, type(holder)(items))
-        return
-    own = copy.copy(holder)
-    vars(own)[inner] = value
-    vars(module)[key] = own
-
-
-def _slice_tensors(model: nn.Module, discovery: Discovery, removal: Removal) -> None:
+def _cuts(discovery: Discovery, removal: Removal) -> dict[str, dict[int, IntArray]]:
+    """Return tensor -> axis -> positions that go, of the tensors that stay."""
     gone = tuple(f"{module}." for module in removed_modules(discovery, removal))
     deleted: dict[str, dict[int, IntArray]] = defaultdict(dict)
     for (name, dim), positions in removed_positions(discovery, removal).items():
         if not (gone and name.startswith(gone)):
             deleted[name][dim] = positions
+    return deleted
+
+
+def _slice_tensors(model: nn.Module, discovery: Discovery, removal: Removal) -> None:
     names: dict[str, list[str]] = defaultdict(list)
     for alias, first in discovery.aliases.items():
         names[first].append(alias)
-    for name, dims in deleted.items():
+    for name, dims in _cuts(discovery, removal).items():
         owner, key = _owner(model, name)
         old = getattr(owner, key)
         data = old.detach()
         for dim, positions in dims.items():
-            kept = np.delete(np.arange(data.shape[dim]), positions)
-            data = data.index_select(dim, torch.from_numpy(kept).to(data.device))
+            data = _take(data, dim, np.delete(np.arange(data.shape[dim]), positions))
         new: torch.Tensor = data.contiguous()
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
@@ -218,69 +170,8 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), key
 
 
-class _Renaming:
-    """Names of tensors and modules after layers were removed and the rest renumbered."""
-
-    def __init__(self, lists: Mapping[str, int], gone: tuple[str, ...]) -> None:
-        self._gone = tuple(f"{module}." for module in gone)
-        self.kept: dict[str, tuple[int, ...]] = {}
-        self._places: dict[str, dict[int, int]] = {}
-        for path, count in lists.items():
-            kept = tuple(i for i in range(count) if f"{path}.{i}" not in gone)
-            if len(kept) < count:
-                self.kept[path] = kept
-                self._places[path] = {old: new for new, old in enumerate(kept)}
-
-    def is_gone(self, name: str) -> bool:
-        return bool(self._gone) and name.startswith(self._gone)
-
-    def __call__(self, name: str) -> str:
-        for path, places in self._places.items():
-            match = re.match(re.escape(path) + r"\.(\d+)(\.|$)", name)
-            if match:
-                return f"{path}.{places[int(match.group(1))]}{name[match.end(1) :]}"
-        return name
-
-
-def _layer_numbers(
-    model: nn.Module, lists: Mapping[str, int], gone: tuple[str, ...]
-) -> Iterator[tuple[str, str, int]]:
-    """Yield (module, attribute, new value) for attributes that hold the number of their layer."""
-    for path, count in lists.items():
-        kept = [i for i in range(count) if f"{path}.{i}" not in gone]
-        if len(kept) == count:
-            continue
-        present: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
-        for i in range(count):
-            for inner, module in model.get_submodule(f"{path}.{i}").named_modules():
-                for key, value in vars(module).items():
-                    if type(value) is int:
-                        present[inner, key][i] = value
-        for (inner, key), values in present.items():
-            step = _step(key, values, count)
-            if step is None:
-                continue
-            for new, old in enumerate(kept):
-                if old in values and new != old:
-                    module = f"{path}.{old}.{inner}" if inner else f"{path}.{old}"
-                    yield module, key, values[old] - step * (old - new)
-
-
-def _step(key: str, values: Mapping[int, int], count: int) -> int | None:
-    """Return by how much an attribute grows from layer to layer, if it numbers them."""
-    if all(value == i for i, value in values.items()):
-        # An attribute that only one layer has may equal the layer's number by chance.
-        return 1 if len(values) > 1 or _NUMBER_NAME.search(key) else None
-    if len(values) != count or not _NUMBER_NAME.search(key):
-        return None
-    # Layers of two attentions each number the attentions.
-    step = values[1] - values[0]
-    even = all(value == values[0] + step * i for i, value in values.items())
-    return step if 0 <= values[0] < step and even else None
-
-
 def _expert_numbers(
-    model: nn.Module, discovery: Discovery, removal: Removal, rename: _Renaming
+    model: nn.Module, discovery: Discovery, removal: Removal, rename: Renaming
 ) -> Iterator[tuple[str, str, int]]:
     """Yield the numbers of experts that modules state of themselves, whoever reads them.
 
@@ -310,7 +201,7 @@ def _expert_numbers(
 
 
 def _descriptions(
-    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], rename: _Renaming
+    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], rename: Renaming
 ) -> Iterator[tuple[str, str, int]]:
     """Yield the sizes that standard modules state of themselves (``in_features`` and the like)."""
     for path, module in model.named_modules():
@@ -320,42 +211,79 @@ def _descriptions(
         shape = shapes.get(f"{new_path}.weight")
         if shape is None:
             continue
-        for kind, pairs in _DESCRIPTIVE.items():
-            if any(cls.__name__ == kind for cls in type(module).__mro__):
-                for attribute, dim in pairs:
-                    if getattr(module, attribute, shape[dim]) != shape[dim]:
-                        yield new_path, attribute, shape[dim]
+        for attribute, dim in descriptions(module):
+            if getattr(module, attribute, shape[dim]) != shape[dim]:
+                yield new_path, attribute, shape[dim]
 
 
-def _configs(model: nn.Module) -> list[Any]:
-    found: dict[int, Any] = {}
-    for module in model.modules():
-        config = vars(module).get("config")
-        if config is not None:
-            found[id(config)] = config
-            inner = getattr(config, "text_config", None)
-            if inner is not None:
-                found[id(inner)] = inner
-    return list(found.values())
+_BY_PARTS = 2_000_000_000
+"""Parameters from which on a dense model is put together again rather than kept."""
 
 
-def _filter_config(config: Any, count: int, kept: Sequence[int]) -> None:
-    if getattr(config, "num_hidden_layers", None) != count:
-        return
-    try:
-        config.num_hidden_layers = len(kept)
-    except NotImplementedError:
-        # Models with an encoder as well count their layers apart.
-        for key, value in list(vars(config).items()):
-            if key.endswith("decoder_layers") and value == count:
-                setattr(config, key, len(kept))
-    for key, value in list(vars(config).items()):
-        if "token" in key:
-            continue
-        if isinstance(value, list | tuple) and len(value) == count:
-            # Numbers of all layers are no entries of layers.
-            numbers = count > 2 and sorted(value, key=str) == sorted(range(count), key=str)
-            left = range(len(kept)) if numbers else (value[i] for i in kept)
-            # Of such a length by chance, if the config refuses a shorter one.
-            with suppress(StrictDataclassError):
-                setattr(config, key, type(value)(left))
+class Undo:
+    """Puts a model back as it was before a cut.
+
+    Small models are kept as they were. Of large ones only what the cut takes away is kept, so that
+    there is never a second model in memory; their tensors are then put together again.
+    """
+
+    def __init__(self, model: nn.Module, discovery: Discovery, removal: Removal) -> None:
+        spaces: dict[int, dict[str, Any]] = {}
+        for module in model.modules():
+            for space in (vars(module), module._parameters, module._buffers, module._modules):
+                spaces[id(space)] = space
+        for config in configs_of(model):
+            spaces[id(vars(config))] = vars(config)
+        self._held = [(space, dict(space)) for space in spaces.values()]
+        self._parts: list[_Parts] = []
+        if sum(parameter.numel() for parameter in model.parameters()) > _BY_PARTS:
+            self._keep_parts(model, discovery, removal)
+
+    def _keep_parts(self, model: nn.Module, discovery: Discovery, removal: Removal) -> None:
+        held = {id(space): before for space, before in self._held}
+        names: dict[str, list[str]] = defaultdict(list)
+        for alias, first in discovery.aliases.items():
+            names[first].append(alias)
+        for name, dims in _cuts(discovery, removal).items():
+            places = [_owner(model, one) for one in (name, *names[name])]
+            tensor = getattr(*places[0])
+            if not isinstance(tensor, nn.Parameter):
+                continue
+            data, taken = tensor.detach(), []
+            for dim, positions in dims.items():
+                taken.append((dim, positions, _take(data, dim, positions)))
+                data = _take(data, dim, np.delete(np.arange(data.shape[dim]), positions))
+            self._parts.append(_Parts(places, tensor.requires_grad, taken))
+            for owner, key in places:
+                held[id(owner._parameters)][key] = None
+
+    def __call__(self) -> None:
+        """Put the model back."""
+        kept = [getattr(*parts.places[0]).detach() for parts in self._parts]
+        for space, before in self._held:
+            space.clear()
+            space.update(before)
+        for parts, data in zip(self._parts, kept, strict=True):
+            for dim, positions, part in reversed(parts.taken):
+                size = data.shape[dim] + len(positions)
+                stayed = np.delete(np.arange(size), positions)
+                whole = data.new_empty((*data.shape[:dim], size, *data.shape[dim + 1 :]))
+                for index, values in ((stayed, data), (positions, part)):
+                    whole.index_copy_(dim, torch.from_numpy(index).to(data.device), values)
+                data = whole
+            new = nn.Parameter(data, requires_grad=parts.trained)
+            for owner, key in parts.places:
+                setattr(owner, key, new)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a cut takes from one parameter: (axis, positions, values), in the order of the cuts."""
+
+    places: list[tuple[nn.Module, str]]
+    trained: bool
+    taken: list[tuple[int, IntArray, torch.Tensor]]
+
+
+def _take(tensor: torch.Tensor, dim: int, positions: IntArray) -> torch.Tensor:
+    return tensor.index_select(dim, torch.from_numpy(positions).to(tensor.device))

@@ -8,9 +8,9 @@ not share the surgery's way of being wrong.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,15 +18,18 @@ import torch
 from torch import nn
 
 from llm_pruner.errors import VerificationError
+from llm_pruner.layers import sharing_copy
 from llm_pruner.removal import removed_modules, removed_positions
-from llm_pruner.surgery import prune_
+from llm_pruner.surgery import Undo, plan_edits
+from llm_pruner.surgery import prune_ as cut_
 from llm_pruner.tracing.functions import SizeMode
-from llm_pruner.tracing.provenance import traced_attributes
+from llm_pruner.tracing.ghosts import is_on_meta
 from llm_pruner.tracing.rules import RULES
 from llm_pruner.tracing.rules.reduction import reduced_dims
-from llm_pruner.tracing.run import evaluating, example_tokens, label_model, named_tensors
+from llm_pruner.tracing.run import example_tokens, label_model, named_tensors, traced
+from llm_pruner.tracing.scenes import Scene, few, staged
 from llm_pruner.tracing.tracer import Trace, Tracer
-from llm_pruner.types import Discovery, IntArray, Removal
+from llm_pruner.types import Discovery, Edits, IntArray, Removal
 
 _OVER_AXES = frozenset(
     {"mean", "sum", "amax", "amin", "max", "min", "var", "std", "prod", "linalg_vector_norm"}
@@ -161,6 +164,21 @@ def _bypassed(model: nn.Module, modules: tuple[str, ...]) -> Iterator[None]:
             handle.remove()
 
 
+@dataclass(frozen=True)
+class Verified:
+    """What a pruned model was compared with its masked twin on.
+
+    Attributes:
+        difference: largest absolute difference of two logits.
+        scenes: the ways in which both were run.
+        skipped: those in which the dense model gives no result that could be compared.
+    """
+
+    difference: float
+    scenes: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
+
+
 def twin_logits(
     model: nn.Module, discovery: Discovery, removal: Removal, tokens: torch.Tensor | None = None
 ) -> list[torch.Tensor]:
@@ -168,31 +186,19 @@ def twin_logits(
 
     Args:
         model: the dense model that was traced; it comes back unchanged.
-        tokens: token ids (batch, sequence); seeded random ones by default. The model is run as
-            it was for the trace.
+        tokens: token ids (batch, sequence) for the first way in which the model was traced; by
+            default it is run in all of them, on seeded random ones.
 
     Returns:
         One tensor (batch, tokens of the call, vocabulary) per call of the model.
     """
-    graph = discovery.graph
-    trace = Trace(atoms=graph.trace.atoms.copy(), tensors=dict(graph.trace.tensors))
-    deleted = graph.system.with_replicas(graph.deleted(removal))
-    twin = _Twin(trace, deleted)
-    tokens = example_tokens(model, seed=1) if tokens is None else tokens
-    label_model(twin, model)
-    twin.add_input(tokens, ("the batch", "the sequence"))
-    gone = removed_modules(discovery, removal)
-    with (
-        evaluating(model),
-        _silenced(model, discovery, removal),
-        _bypassed(model, gone),
-        # Sizes keep their origin as in the trace, so that the same axes are fixed.
-        traced_attributes(model, twin.used_as_number),
-        twin,
-        SizeMode(twin),
-    ):
-        logits: list[torch.Tensor] = graph.forward(model, tokens)
-    return [tensor.detach().clone() for tensor in logits]
+    scenes = discovery.graph.scenes
+    if tokens is not None:
+        return _twin_scene(model, discovery, removal, scenes[0], tokens)
+    runs = [
+        _twin_scene(model, discovery, removal, scene, _tokens(model, scene)) for scene in scenes
+    ]
+    return [logits for run in runs for logits in run]
 
 
 def pruned_logits(
@@ -203,18 +209,151 @@ def pruned_logits(
     Raises:
         VerificationError: the model cannot run.
     """
-    tokens = example_tokens(model, seed=1) if tokens is None else tokens
+    scenes = discovery.graph.scenes
+    if tokens is not None:
+        return _pruned_scene(model, scenes[0], tokens)
+    runs = [_pruned_scene(model, scene, _tokens(model, scene)) for scene in scenes]
+    return [logits for run in runs for logits in run]
+
+
+def _tokens(model: nn.Module, scene: Scene) -> torch.Tensor:
+    return example_tokens(model, scene.shape, seed=1)
+
+
+def _twin_scene(
+    model: nn.Module, discovery: Discovery, removal: Removal, scene: Scene, tokens: torch.Tensor
+) -> list[torch.Tensor]:
+    graph = discovery.graph
+    trace = Trace(atoms=graph.trace.atoms.copy(), tensors=dict(graph.trace.tensors))
+    deleted = graph.system.with_replicas(graph.deleted(removal))
+    twin = _Twin(trace, deleted)
+    gone = removed_modules(discovery, removal)
+    # Sizes keep their origin as in the trace, so that the same axes are fixed.
+    with traced(model, twin):
+        label_model(twin, model)
+        twin.add_input(tokens, ("the batch", "the sequence"))
+        with (
+            staged(model, training=scene.training),
+            _silenced(model, discovery, removal),
+            _bypassed(model, gone),
+            twin,
+            SizeMode(twin),
+        ):
+            logits = scene.run(model, tokens)
+    return [few(tensor.detach()).clone() for tensor in logits]
+
+
+def _pruned_scene(model: nn.Module, scene: Scene, tokens: torch.Tensor) -> list[torch.Tensor]:
     try:
-        with evaluating(model):
-            logits: list[torch.Tensor] = discovery.graph.forward(model, tokens)
-    except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+        with staged(model, training=scene.training):
+            logits = scene.run(model, tokens)
+    except (RuntimeError, ValueError, LookupError, TypeError, AssertionError) as error:
         text = str(error).strip()
         cause = text.splitlines()[0] if text else type(error).__name__
         raise VerificationError(
-            f"the pruned model cannot run ({cause}); nothing was saved. "
+            f"the pruned model cannot run on {scene.name} ({cause}); nothing was saved. "
             "Leave the structure out with --structures, and please report the model."
         ) from error
-    return logits
+    return [few(tensor.detach()).clone() for tensor in logits]
+
+
+def prune_(
+    model: nn.Module, discovery: Discovery, removal: Removal, *, verify: bool = True
+) -> Edits:
+    """Remove units from a model in place and return what was changed.
+
+    Tied weights stay tied, ``requires_grad`` stays as it was, and removed layers are gone with all
+    they hold. The new tensors hold exactly the values of the positions that were kept.
+
+    Args:
+        model: the model that was traced.
+        discovery: what was found in it.
+        removal: group name -> units.
+        verify: compare the result with the masked dense model, see ``cut_verified_``; a model
+            without weights (on meta) is never compared.
+
+    Raises:
+        InfeasibleError: before anything is touched.
+        VerificationError: the pruned model is not its masked twin; it is as it was.
+    """
+    if not verify or is_on_meta(model):
+        return cut_(model, discovery, removal)
+    return cut_verified_(model, discovery, removal)[0]
+
+
+def cut_verified_(
+    model: nn.Module, discovery: Discovery, removal: Removal
+) -> tuple[Edits, Verified]:
+    """Remove units in place; the result must equal the masked dense model, or all is undone.
+
+    Both are run as the model was traced: on short and on long input, with padding, through
+    ``generate`` and in training mode. The dense model is run before the cut, so that there is one
+    model in memory, and what the cut took.
+
+    Raises:
+        InfeasibleError: before anything is touched.
+        VerificationError: they differ; names the groups at fault.
+    """
+    plan_edits(model, discovery, removal)
+    expected: dict[str, list[torch.Tensor]] = {}
+    skipped = []
+    for scene in discovery.graph.scenes:
+        try:
+            found = _twin_scene(model, discovery, removal, scene, _tokens(model, scene))
+        except Exception:  # a model may refuse a way of running it in any way
+            if scene.needed:
+                raise
+            skipped.append(scene.name)
+            continue
+        if scene.training and not _repeats(model, scene):
+            skipped.append(f"{scene.name} (random)")
+            continue
+        expected[scene.name] = found
+    scenes = [scene for scene in discovery.graph.scenes if scene.name in expected]
+    undo = Undo(model, discovery, removal)
+    edits = cut_(model, discovery, removal)
+    worst = 0.0
+    try:
+        for scene in scenes:
+            actual = _pruned_scene(model, scene, _tokens(model, scene))
+            difference = largest_difference(expected[scene.name], actual)
+            limit = tolerance(expected[scene.name], model)
+            if difference > limit:
+                raise _DiffersError(scene, difference, limit)
+            worst = max(worst, difference)
+    except _DiffersError as differs:
+        undo()
+        names = find_culprits(model, discovery, removal, differs.scene)
+        raise VerificationError(
+            f"the pruned model differs from its masked twin by {differs.difference:.3g} (limit "
+            f"{differs.limit:.1g}) on {differs.scene.name}; at fault: "
+            f"{', '.join(names) or 'only groups in combination'}; nothing was saved. "
+            "Leave the structure out with --structures, and please report the model."
+        ) from None
+    except BaseException:
+        undo()
+        raise
+    return edits, Verified(worst, tuple(expected), tuple(skipped))
+
+
+class _DiffersError(Exception):
+    """The pruned model is not its twin in a scene."""
+
+    def __init__(self, scene: Scene, difference: float, limit: float) -> None:
+        super().__init__(scene.name)
+        self.scene, self.difference, self.limit = scene, difference, limit
+
+
+def _repeats(model: nn.Module, scene: Scene) -> bool:
+    """Whether a model gives the same twice; what is random in training cannot be compared."""
+    tokens = _tokens(model, scene)
+    runs = []
+    with torch.random.fork_rng(devices=[]):
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            with staged(model, training=scene.training):
+                runs.append([tensor.detach().clone() for tensor in scene.run(model, tokens)])
+    return largest_difference(*runs) <= tolerance(runs[0], model)
 
 
 def largest_difference(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
@@ -226,58 +365,44 @@ def largest_difference(left: list[torch.Tensor], right: list[torch.Tensor]) -> f
     return worst
 
 
-def tolerance(logits: list[torch.Tensor]) -> float:
+def tolerance(logits: list[torch.Tensor], model: nn.Module | None = None) -> float:
     """Return the largest difference that rounding explains: 1e-5 of the logits' size in float32.
 
-    Never below 1e-5; bfloat16 and float16 models are judged by the precision of their own type.
+    Never below 1e-5; bfloat16 and float16 models are judged by the precision of their own type,
+    which is that of the logits unless ``generate`` made float32 of them.
     """
     size = max(1.0, *(tensor.abs().max().item() for tensor in logits))
-    precision = torch.finfo(logits[0].dtype).eps
+    types = {logits[0].dtype}
+    if model is not None:
+        types |= {p.dtype for p in model.parameters() if p.is_floating_point()}
+    precision = max(torch.finfo(dtype).eps for dtype in types)
     return size * max(1e-5, 32 * precision if precision > 1e-6 else 0.0)
 
 
-def require_equal(
-    expected: list[torch.Tensor], actual: list[torch.Tensor], culprits: Callable[[], list[str]]
-) -> float:
-    """Compare a pruned model with its twin and return the largest difference.
-
-    Raises:
-        VerificationError: they differ by more than rounding; names the groups at fault, which
-            ``culprits`` finds.
-    """
-    difference = largest_difference(expected, actual)
-    limit = tolerance(expected)
-    if difference <= limit:
-        return difference
-    names = culprits()
-    raise VerificationError(
-        f"the pruned model differs from its masked twin by {difference:.3g} (limit {limit:.1g}); "
-        f"at fault: {', '.join(names) or 'only groups in combination'}; nothing was saved. "
-        "Leave the structure out with --structures, and please report the model."
-    )
-
-
-def find_culprits(model: nn.Module, discovery: Discovery, removal: Removal) -> list[str]:
+def find_culprits(
+    model: nn.Module, discovery: Discovery, removal: Removal, scene: Scene
+) -> list[str]:
     """Return the groups that differ from the twin when they are pruned without the others.
 
-    Groups that are bound to each other are tried together. The model is copied for each try.
+    Groups that are bound to each other are tried together, on a copy that shares the tensors.
     """
     found = []
     done: set[str] = set()
+    tokens = _tokens(model, scene)
     for name, units in removal.items():
         if name in done or not len(units):
             continue
         together = _bound(discovery, removal, name)
         done |= set(together)
         part = {other: removal[other] for other in together}
-        expected = twin_logits(model, discovery, part)
-        smaller = copy.deepcopy(model)
-        prune_(smaller, discovery, part)
+        expected = _twin_scene(model, discovery, part, scene, tokens)
+        smaller = sharing_copy(model)
+        cut_(smaller, discovery, part)
         try:
-            difference = largest_difference(expected, pruned_logits(smaller, discovery))
+            difference = largest_difference(expected, _pruned_scene(smaller, scene, tokens))
         except VerificationError:
             difference = float("inf")
-        if difference > tolerance(expected):
+        if difference > tolerance(expected, model):
             found.extend(together)
     return found
 

@@ -58,14 +58,12 @@ def command(
     ],
     overwrite: options.Overwrite = False,
     verify: Annotated[
-        bool | None,
+        bool,
         typer.Option(
-            help="Compare with the masked twin, and the saved folder with the model in memory. "
-            "[default: for models of up to 2B parameters]",
-            show_default=False,
+            help="Compare with the masked twin, and the saved folder with the model in memory.",
             rich_help_panel=options.OUTPUT,
         ),
-    ] = None,
+    ] = True,
     max_shard_size: options.MaxShardSize = "5GB",
     json: options.JsonBesideOut = None,
     ratio: Annotated[

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from llm_pruner.pipeline.allocation_search import Searched
     from llm_pruner.pipeline.decode_time import Timed
     from llm_pruner.pipeline.pruned import Pruned
+    from llm_pruner.verification import Verified
 
 
 def as_data(done: Pruned) -> dict[str, Any]:
@@ -27,7 +28,9 @@ def as_data(done: Pruned) -> dict[str, Any]:
         "path": None if done.path is None else str(done.path),
         "bytes": done.bytes,
         "report": None if done.report is None else str(done.report),
-        "twin_difference": done.difference,
+        "twin_difference": None if done.verified is None else done.verified.difference,
+        "twin_scenes": [] if done.verified is None else list(done.verified.scenes),
+        "twin_skipped": [] if done.verified is None else list(done.verified.skipped),
         "round_to": None if done.plan.selection is None else done.plan.selection.round_to,
         "rounding": None if done.rounding is None else asdict(done.rounding),
         "timed": [asdict(one) for one in done.timed],
@@ -38,6 +41,14 @@ def as_data(done: Pruned) -> dict[str, Any]:
         "searched": [asdict(one) for one in done.searched],
         "layers": [asdict(row) for row in done.rows],
     }
+
+
+def _verified(verified: Verified | None) -> str:
+    if verified is None:
+        return "not compared with its masked twin"
+    text = f"equal to its masked twin: largest difference {verified.difference:.1e} on "
+    text += ", ".join(verified.scenes)
+    return text + (f"; not run: {', '.join(verified.skipped)}" if verified.skipped else "")
 
 
 def show(done: Pruned) -> None:
@@ -57,8 +68,8 @@ def show(done: Pruned) -> None:
         out.print(_timed(done.timed, before))
     if done.rounding is not None:
         out.print(_rounded(done.rounding))
-    if done.difference is not None:
-        out.print(f"equal to its masked twin: largest difference {done.difference:.1e}")
+    if done.kind is not None:
+        out.print(_verified(done.verified))
     if done.trials:
         out.print(f"split found by {len(done.trials)} trial removals: {_shares(done)}")
     if done.levels:

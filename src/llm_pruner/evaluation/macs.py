@@ -27,7 +27,9 @@ from llm_pruner.decoding import Decoder
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.kv_cache import tensor_bytes
 from llm_pruner.tracing.ghosts import GhostRunner, ghosts_of, is_on_meta
-from llm_pruner.tracing.run import evaluating, example_tokens, logits_of
+from llm_pruner.tracing.outputs import logits_of
+from llm_pruner.tracing.run import example_tokens
+from llm_pruner.tracing.scenes import staged
 from llm_pruner.tracing.tracer import tensors_in
 
 PAPER_TOKENS = 64
@@ -87,7 +89,7 @@ def paper_macs(model: Any, tokens: int = PAPER_TOKENS) -> int:
         LLMPrunerError: the model does not run.
     """
     with _runnable(model), counting() as counter:
-        logits_of(model(input_ids=example_tokens(model, 1, tokens), use_cache=False))
+        logits_of(model(input_ids=example_tokens(model, (1, tokens)), use_cache=False))
     return counter.work().macs
 
 
@@ -107,7 +109,7 @@ def count_work(model: Any, *, prompt_tokens: int = PAPER_TOKENS, batch_size: int
         if value < 1:
             raise UserError(f"{name}={value} counts nothing; use at least 1")
     with _runnable(model):
-        tokens = example_tokens(model, batch_size, prompt_tokens + 1)
+        tokens = example_tokens(model, (batch_size, prompt_tokens + 1))
         decoder = Decoder(model)
         with counting() as prefill:
             decoder.step(tokens[:, :-1])
@@ -127,7 +129,7 @@ def _runnable(model: Any) -> Iterator[None]:
         if is_on_meta(model):
             stack.enter_context(ghosts_of(model))
             stack.enter_context(_OnGhosts())
-        stack.enter_context(evaluating(model))
+        stack.enter_context(staged(model))
         try:
             yield
         except LLMPrunerError:

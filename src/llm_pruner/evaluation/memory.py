@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llm_pruner.decoding import Decoder
-from llm_pruner.tracing.run import evaluating, example_tokens
+from llm_pruner.tracing.run import example_tokens
+from llm_pruner.tracing.scenes import staged
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ def measure_memory(
     weights = sum(
         tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()]
     )
-    tokens = example_tokens(model, batch_size, prompt_tokens + new_tokens)
+    tokens = example_tokens(model, (batch_size, prompt_tokens + new_tokens))
     follow = _on_cuda(tokens.device) if tokens.device.type == "cuda" else _by_operation()
-    with evaluating(model), follow as peak:
+    with staged(model), follow as peak:
         decoder = Decoder(model)
         decoder.step(tokens[:, :prompt_tokens])
         prefill = peak()

@@ -15,7 +15,8 @@ import torch
 from llm_pruner.decoding import Decoder
 from llm_pruner.errors import UserError
 from llm_pruner.progress import track
-from llm_pruner.tracing.run import evaluating, vocabulary_size
+from llm_pruner.tracing.run import vocabulary_size
+from llm_pruner.tracing.scenes import staged
 
 
 class Stepper(Protocol):
@@ -168,7 +169,7 @@ def _evaluating_all(models: Sequence[Any]) -> Iterator[None]:
     if not models:
         yield
         return
-    with evaluating(models[0]), _evaluating_all(models[1:]):
+    with staged(models[0]), _evaluating_all(models[1:]):
         yield
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.macs import count_work
-from llm_pruner.pipeline.judge import sharing_copy
+from llm_pruner.layers import sharing_copy
 from llm_pruner.planning import Cost, PricedCounter, Selection, Survivors, smallest_removals
 from llm_pruner.progress import track
 from llm_pruner.surgery import prune_

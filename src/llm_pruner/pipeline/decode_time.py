@@ -19,7 +19,7 @@ import torch
 from llm_pruner.allocator import give_back
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.speed import compare_speed, speed_up
-from llm_pruner.pipeline.judge import sharing_copy
+from llm_pruner.layers import sharing_copy
 from llm_pruner.planning import Selection, Target, allocate
 from llm_pruner.removal import count_parameters
 from llm_pruner.surgery import prune_

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from llm_pruner.chain.blocks import (
 from llm_pruner.chain.borders import Borders
 from llm_pruner.chain.logits import logits_of
 from llm_pruner.chain.undisturbed import undisturbed
+from llm_pruner.layers import sharing_copy
 from llm_pruner.removal import removed_modules, removed_positions
 from llm_pruner.surgery import prune_
 from llm_pruner.types import Discovery, Removal
@@ -38,12 +38,6 @@ def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
     for rows, values in zip(found.split(_ROWS), logits.split(_ROWS), strict=True):
         rows.copy_(values.float().log_softmax(-1))
     return found
-
-
-def sharing_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a model whose tensors are those of the original until surgery."""
-    memo = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, dict(memo))
 
 
 def divergences(

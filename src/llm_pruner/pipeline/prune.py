@@ -56,8 +56,8 @@ from llm_pruner.removal import count_parameters
 from llm_pruner.report.data import LayerSearch, Report, SplitTrial
 from llm_pruner.types import IntArray
 
-VERIFY_LIMIT = 2_000_000_000
-"""Models of up to this many parameters are verified unless the user says otherwise."""
+RELOAD_LIMIT = 2_000_000_000
+"""Parameters up to which a saved model is loaded beside the one in memory."""
 
 
 def prune_checkpoint(
@@ -74,7 +74,7 @@ def prune_checkpoint(
     steps: int = 1,
     plan_file: Path | None = None,
     dry_run: bool = False,
-    verify: bool | None = None,
+    verify: bool = True,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
     compensation: str = "none",
@@ -98,8 +98,8 @@ def prune_checkpoint(
         steps: prune in this many equal steps, estimating anew before each.
         plan_file: replay this Plan instead of making one.
         dry_run: write the Plan and stop.
-        verify: compare with the masked twin, and the saved folder with the model in memory; by
-            default for models of up to ``VERIFY_LIMIT`` parameters.
+        verify: compare with the masked twin, and, for models of up to ``RELOAD_LIMIT`` parameters,
+            the saved folder with the model in memory.
         overwrite: replace what ``out`` holds.
         max_shard_size: largest weight file.
         compensation: ``least-squares`` refits what reads the pruned axes after each cut, on the
@@ -148,8 +148,7 @@ def prune_checkpoint(
     dense_size = size_of(network)
     discovery = discover(network)
     clock.stop("discover")
-    verified = verify if verify is not None else count_parameters(discovery) <= VERIFY_LIMIT
-    surgeon = Surgeon(network, verified and not dry_run, clock)
+    surgeon = Surgeon(network, verify and not dry_run, clock)
     # A dry run refits too where its plan depends on it.
     refits = refit and not (dry_run and weightless)
     refitter = Refitter(loaded, discovery, surgeon, compensation) if refits else None
@@ -227,7 +226,7 @@ def prune_checkpoint(
         kind=None,
         path=out,
         bytes=None,
-        difference=surgeon.difference,
+        verified=surgeon.verified,
         seconds=clock.seconds,
         refitted=tuple(refitter.done) if refitter is not None else (),
         trials=tuple(done.trials) if done is not None else (),
@@ -243,6 +242,8 @@ def prune_checkpoint(
         atomic_write_text(out, plan.to_json())
         return result
     refitter = None  # and with it the dense weights
+    verified = surgeon.verified
+    reloads = verify and count_parameters(discovery) <= RELOAD_LIMIT
     give_back()
     saved = save_checkpoint(
         network,
@@ -264,7 +265,9 @@ def prune_checkpoint(
                 compensation=plan.compensation,
                 trials=tuple(SplitTrial(**asdict(trial)) for trial in result.trials),
                 searches=tuple(LayerSearch(**asdict(one)) for one in result.searched),
-                twin_difference=result.difference,
+                twin_difference=None if verified is None else verified.difference,
+                twin_scenes=() if verified is None else verified.scenes,
+                twin_skipped=() if verified is None else verified.skipped,
                 saved_as=kind,
                 needs=needs,
                 seconds=clock.seconds,
@@ -273,7 +276,7 @@ def prune_checkpoint(
                 command=command,
             ),
         ),
-        check=reload_check(network, discovery, model) if verified else None,
+        check=reload_check(network, discovery, model) if reloads else None,
     )
     clock.stop("save")
     return replace(

@@ -13,6 +13,7 @@ from llm_pruner.pipeline.decode_time import Timed
 from llm_pruner.pipeline.trials import Trial
 from llm_pruner.planning import Level, Plan, Row
 from llm_pruner.report.data import ImportanceMap
+from llm_pruner.verification import Verified
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,7 @@ class Pruned:
         kind: how the checkpoint loads; None if nothing was saved.
         path: the folder or the Plan file written.
         bytes: size of the folder.
-        difference: largest difference of logits between the pruned model and its masked twin;
-            None if it was not verified.
+        verified: on what the pruned model equals its masked twin; None if it was not compared.
         seconds: by stage.
         refitted: what compensation did to each consumer, all steps.
         trials: splits of the budget that were tried.
@@ -47,7 +47,7 @@ class Pruned:
     kind: Literal["stock", "recipe"] | None
     path: Path | None
     bytes: int | None
-    difference: float | None
+    verified: Verified | None
     seconds: dict[str, float]
     refitted: tuple[Refitted, ...] = ()
     trials: tuple[Trial, ...] = ()

@@ -8,8 +8,9 @@ import torch
 
 from llm_pruner.allocator import give_back
 from llm_pruner.compensation import Refitted, add_means_, refit_
+from llm_pruner.layers import sharing_copy
 from llm_pruner.pipeline.calibration import hold_out
-from llm_pruner.pipeline.judge import divergences, sharing_copy
+from llm_pruner.pipeline.judge import divergences
 from llm_pruner.pipeline.levels import TOKENS as LEVEL_TOKENS
 from llm_pruner.pipeline.matmul import mixed_precision
 from llm_pruner.pipeline.surgeon import Surgeon

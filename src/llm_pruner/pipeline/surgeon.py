@@ -12,18 +12,16 @@ from torch import nn
 from llm_pruner.checkpoints.recipe import compose, from_edits
 from llm_pruner.errors import VerificationError
 from llm_pruner.pipeline.clock import Clock
-from llm_pruner.pipeline.judge import sharing_copy
 from llm_pruner.pipeline.loading import load
 from llm_pruner.pipeline.settings import ModelSettings
 from llm_pruner.surgery import prune_
 from llm_pruner.types import Discovery, Edits, Removal
 from llm_pruner.verification import (
-    find_culprits,
+    Verified,
+    cut_verified_,
     largest_difference,
     pruned_logits,
-    require_equal,
     tolerance,
-    twin_logits,
 )
 
 
@@ -35,23 +33,22 @@ class Surgeon:
         self.verify = verify
         self.clock = clock
         self.edits = Edits({}, {}, {}, {})
-        self.difference: float | None = None
+        self.verified: Verified | None = None
 
     def cut(self, discovery: Discovery, removal: Removal) -> None:
         """Prune in place; with ``verify``, compare with the masked twin."""
-        expected = twin_logits(self.model, discovery, removal) if self.verify else None
-        backup = self._weights() if self.verify else None
-        edits = prune_(self.model, discovery, removal)
+        edits, verified = (
+            cut_verified_(self.model, discovery, removal)
+            if self.verify
+            else (prune_(self.model, discovery, removal), None)
+        )
         total = compose(from_edits(self.edits), from_edits(edits))
         self.edits = Edits(total.shapes, total.buffers, total.attributes, total.layers)
-        self.clock.stop("cut")
-        if expected is not None:
-            actual = pruned_logits(self.model, discovery)
-            found = require_equal(
-                expected, actual, lambda: self._culprits(discovery, removal, backup)
-            )
-            self.difference = max(self.difference or 0.0, found)
-            self.clock.stop("verify")
+        self.clock.stop("cut" if verified is None else "verify")
+        if verified is not None:
+            before = self.verified
+            worst = max(verified.difference, 0.0 if before is None else before.difference)
+            self.verified = replace(verified, difference=worst)
 
     def has_biases(self, modules: Sequence[str]) -> None:
         """Note the biases that modules have now, whether or not they had one."""
@@ -60,19 +57,6 @@ class Surgeon:
             for name in modules
         }
         self.edits = replace(self.edits, shapes={**self.edits.shapes, **biases})
-
-    def _weights(self) -> Callable[[], nn.Module]:
-        """Return how to get the model back as it is now.
-
-        The copy shares the tensors, which surgery leaves as they are.
-        """
-        frozen = sharing_copy(self.model)
-        return lambda: frozen
-
-    def _culprits(
-        self, discovery: Discovery, removal: Removal, backup: Callable[[], nn.Module] | None
-    ) -> list[str]:
-        return [] if backup is None else find_culprits(backup(), discovery, removal)
 
 
 def reload_check(
@@ -86,7 +70,7 @@ def reload_check(
         again = load(saved, tokenizer_required=False)
         actual = pruned_logits(again.model, discovery)
         difference = largest_difference(expected, actual)
-        if difference > tolerance(expected):
+        if difference > tolerance(expected, model):
             raise VerificationError(
                 f"the saved folder gives logits that differ by {difference:.3g} from the model "
                 "that was saved; nothing was kept; please report the model"

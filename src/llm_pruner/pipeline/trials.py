@@ -23,7 +23,8 @@ from torch import nn
 from llm_pruner.allocator import give_back
 from llm_pruner.compensation import refit_
 from llm_pruner.errors import InfeasibleError, UserError
-from llm_pruner.pipeline.judge import Judge, sharing_copy
+from llm_pruner.layers import sharing_copy
+from llm_pruner.pipeline.judge import Judge
 from llm_pruner.planning import Level, Selection, Survivors, Target, allocate
 from llm_pruner.progress import track
 from llm_pruner.surgery import prune_

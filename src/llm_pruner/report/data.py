@@ -273,7 +273,9 @@ class Report(_Part):
         trials: splits of the budget between structures that were tried.
         searches: what searches between layers found, one for each step.
         twin_difference: largest difference of logits from the masked dense model, before kept
-            weights were refitted.
+            weights were refitted; None if they were not compared.
+        twin_scenes: on what both were run.
+        twin_skipped: on what the dense model could not be run, or gave no result to compare.
         saved_as: ``stock`` if a plain config describes the model, else ``recipe``.
         needs: what ``from_pretrained`` needs besides transformers to load the folder:
             ``import llm_pruner``, ``trust_remote_code=True``.
@@ -297,6 +299,8 @@ class Report(_Part):
     trials: tuple[SplitTrial, ...] = ()
     searches: tuple[LayerSearch, ...] = ()
     twin_difference: float | None = None
+    twin_scenes: tuple[str, ...] = ()
+    twin_skipped: tuple[str, ...] = ()
     saved_as: Literal["stock", "recipe"] | None = None
     needs: tuple[str, ...] = ()
     seconds: dict[str, float] = {}

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch.overrides import TorchFunctionMode
 
-from llm_pruner.tracing.sizes import Expr, TracedInt, expr_of
+from llm_pruner.tracing.sizes import Expr, TracedInt, TracedShape, expr_of, plain
 from llm_pruner.types import IntArray
 
 Axes = list[IntArray]
@@ -26,7 +26,7 @@ class Recorder(Protocol):
     function: str | None
 
     def axes(self, tensor: torch.Tensor) -> Axes | None: ...
-    def length(self, tensor: torch.Tensor, dim: int) -> int: ...
+    def length(self, tensor: torch.Tensor, dim: int) -> Any: ...
     def sized(self, expr: Expr, rows: IntArray, where: str) -> None: ...
     def tie_windows(self, rows: IntArray, step: int, where: str) -> None: ...
     def used_as_number(self, expr: Expr) -> None: ...
@@ -57,6 +57,9 @@ class SizeMode(TorchFunctionMode):
             return math.prod(self._shape(args[0]))
         if name == "__len__":
             self._count(args[0])
+        if name in _MEASURES or func == torch.Tensor.nbytes.__get__:  # type: ignore[attr-defined]
+            for size in self._shape(args[0]):
+                self._number(size)
         if name in _READS:
             self.recorder.values_read(args[0], name)
         if name in _REWRITES:
@@ -66,27 +69,31 @@ class SizeMode(TorchFunctionMode):
                 return rewritten
         outer, self.recorder.function = self.recorder.function, name
         try:
-            out = func(*args, **kwargs)
+            out = func(*_plain_values(args), **_plain_values(kwargs))
         finally:
             self.recorder.function = outer
         if name in _SIZED:
             _SIZED[name](self.recorder, args, kwargs, out)
         elif name not in _DIMENSIONS_ONLY:
             for value in _flatten([*args, *kwargs.values()]):
-                if isinstance(value, TracedInt):
-                    self.recorder.used_as_number(value.expr)
+                self._number(value)
         return out
 
-    def _shape(self, tensor: torch.Tensor) -> torch.Size:
-        plain = torch.Tensor.shape.__get__(tensor)  # type: ignore[attr-defined]
+    def _number(self, value: Any) -> None:
+        if type(value) is TracedInt:
+            self.recorder.used_as_number(value.expr)
+
+    def _shape(self, tensor: torch.Tensor) -> Sequence[Any]:
+        shape = torch.Tensor.shape.__get__(tensor)  # type: ignore[attr-defined]
         if self.recorder.axes(tensor) is None:
-            return plain
-        return torch.Size([self.recorder.length(tensor, dim) for dim in range(len(plain))])
+            return shape
+        sizes = [self.recorder.length(tensor, dim) for dim in range(len(shape))]
+        return TracedShape(sizes) if any(type(size) is TracedInt for size in sizes) else shape
 
     def _count(self, tensor: torch.Tensor) -> None:
         """``len`` gives a plain number, whatever becomes of it: the axis keeps its size."""
-        if tensor.dim() and isinstance(size := self._shape(tensor)[0], TracedInt):
-            self.recorder.used_as_number(size.expr)
+        if tensor.dim():
+            self._number(self._shape(tensor)[0])
 
     def _size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         shape = self._shape(args[0])
@@ -106,6 +113,21 @@ def _flatten(values: Sequence[Any]) -> list[Any]:
     return flat
 
 
+def _plain_values(value: Any) -> Any:
+    """Return arguments with plain integers, as PyTorch's own code takes them."""
+    if type(value) is TracedInt:
+        return value.value
+    if type(value) is TracedShape or type(value) is torch.Size:
+        return torch.Size([plain(size) for size in value])
+    if type(value) is tuple or type(value) is list:
+        return type(value)(_plain_values(item) for item in value)
+    if type(value) is dict:
+        return {key: _plain_values(item) for key, item in value.items()}
+    if type(value) is slice:
+        return slice(plain(value.start), plain(value.stop), plain(value.step))
+    return value
+
+
 def _sizes_of(args: tuple[Any, ...], kwargs: dict[str, Any], key: str = "size") -> list[Any]:
     given: Any = args[1:] if len(args) > 1 else kwargs.get(key, kwargs.get("shape", ()))
     if len(given) == 1 and isinstance(given[0], list | tuple):
@@ -118,7 +140,7 @@ def _record_sizes(recorder: Recorder, sizes: Sequence[Any], out: Any, where: str
     if axes is None or len(sizes) != len(axes):
         return
     for size, rows in zip(sizes, axes, strict=True):
-        if isinstance(size, int) and size >= 0:
+        if isinstance(size, int) and plain(size) >= 0:
             recorder.sized(expr_of(size), rows, where)
 
 
@@ -144,7 +166,7 @@ def _fill_like(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _filled(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     value = args[0] if args else kwargs.get("fill_value")
-    if isinstance(value, TracedInt):
+    if type(value) is TracedInt:
         recorder.used_as_number(value.expr)
 
 
@@ -158,7 +180,7 @@ def _repeat(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], o
     for dim, (size, count, rows) in enumerate(zip(old, times, axes, strict=True)):
         if size == 1:
             recorder.sized(expr_of(count), rows, "repeat")
-        elif int(count) > 1:
+        elif plain(count) > 1:
             one = recorder.length(args[0], dim - len(axes) + len(source))
             recorder.sized(("*", expr_of(count), expr_of(one)), rows, "repeat")
 
@@ -193,7 +215,7 @@ def _arange(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], o
     axes = recorder.axes(out)
     bounds = [*args, *(kwargs[key] for key in ("start", "end", "step") if key in kwargs)]
     for bound in bounds:
-        if isinstance(bound, TracedInt) and axes is not None:
+        if type(bound) is TracedInt and axes is not None:
             if len(bounds) == 1:
                 recorder.sized(bound.expr, axes[0], "arange")
             else:
@@ -209,11 +231,11 @@ def _split(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], ou
     if recorder.axes(tensor) is None or sizes is None:
         return
     if isinstance(sizes, int):
-        sizes = [sizes] * len(out)
+        sizes = [sizes for _ in out]
     for size, piece in zip(sizes, out, strict=True):
         axes = recorder.axes(piece)
         # The last piece of an uneven split is shorter: its size follows from the others.
-        if axes is not None and int(size) == piece.size(dim):
+        if axes is not None and plain(size) == piece.size(dim):
             recorder.sized(expr_of(size), axes[dim], "split")
 
 
@@ -238,7 +260,7 @@ def _narrow(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], o
         return
     dim, start = given["dim"], given["start"]
     if isinstance(start, int):
-        recorder.sized(expr_of(start), whole[dim][: int(start)], "narrow")
+        recorder.sized(expr_of(start), whole[dim][: plain(start)], "narrow")
     recorder.sized(expr_of(given["length"]), axes[dim], "narrow")
 
 
@@ -256,7 +278,7 @@ def _getitem(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], 
     for item in items:
         if isinstance(item, slice):
             _record_slice(recorder, axes[dim], item)
-        elif isinstance(item, TracedInt):
+        elif type(item) is TracedInt:
             recorder.used_as_number(item.expr)
         dim += _takes(item)
 
@@ -276,10 +298,10 @@ def _record_slice(recorder: Recorder, rows: IntArray, item: slice) -> None:
         return
     start, stop, step = item.start, item.stop, item.step
     for bound in (start, stop):
-        if bound is None or not isinstance(bound, int):
+        place = plain(bound)
+        if type(place) is not int:
             continue
-        place = int(bound)
-        if isinstance(bound, TracedInt):
+        if type(bound) is TracedInt:
             if place < 0 and size + place >= 0:
                 expr: Expr = ("-", ("const", 0), bound.expr)
                 recorder.sized(expr, rows[size + place :], "slice")
@@ -291,11 +313,12 @@ def _record_slice(recorder: Recorder, rows: IntArray, item: slice) -> None:
             recorder.sized(("const", min(-place, size)), rows[max(size + place, 0) :], "slice")
         elif 0 < place < size:
             recorder.sized(("const", place), rows[:place], "slice")
-    if isinstance(step, int) and int(step) > 1:
-        first = int(start or 0)
+    step, start = plain(step), plain(start)
+    if isinstance(step, int) and step > 1:
+        first = start or 0
         if first < 0:
             first += size
-        recorder.tie_windows(rows[first - first % int(step) :], int(step), "strided slice")
+        recorder.tie_windows(rows[first - first % step :], step, "strided slice")
 
 
 def _norm(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -314,25 +337,25 @@ def _unflatten(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]
         return
     dim = dim % (len(axes) - len(sizes) + 1)
     for size, rows in zip(sizes, axes[dim : dim + len(sizes)], strict=True):
-        if int(size) >= 0:
+        if plain(size) >= 0:
             recorder.sized(expr_of(size), rows, "unflatten")
 
 
 def _conv1d(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
     axes = recorder.axes(out)
-    if axes is None or int(groups) == 1:
+    if axes is None or plain(groups) == 1:
         return
-    if int(groups) == len(axes[-2]):
+    if plain(groups) == len(axes[-2]):
         recorder.sized(expr_of(groups), axes[-2], "groups of a convolution")
-    elif isinstance(groups, TracedInt):
+    elif type(groups) is TracedInt:
         recorder.used_as_number(groups.expr)
 
 
 def _one_hot(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     classes = args[1] if len(args) > 1 else kwargs.get("num_classes", -1)
     axes = recorder.axes(out)
-    if axes is not None and int(classes) >= 0:
+    if axes is not None and plain(classes) >= 0:
         recorder.sized(expr_of(classes), axes[-1], "one_hot")
 
 
@@ -354,14 +377,14 @@ def _histc(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], ou
         recorder.sized(expr_of(given["bins"]), axes[0], "histc")
     if isinstance(given.get("max"), int):
         recorder.sized(("+", expr_of(given["max"]), ("const", 1)), axes[0], "histc")
-    if isinstance(given.get("min"), TracedInt):
+    if type(given.get("min")) is TracedInt:
         recorder.used_as_number(given["min"].expr)
 
 
 def _bincount(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     least = args[2] if len(args) > 2 else kwargs.get("minlength", 0)
     axes = recorder.axes(out)
-    if axes is not None and int(least) > 0:
+    if axes is not None and plain(least) > 0:
         recorder.sized(expr_of(least), axes[0], "bincount")
 
 
@@ -405,6 +428,9 @@ _SIZED: dict[str, Callable[[Recorder, tuple[Any, ...], dict[str, Any], Any], Non
 _READS = frozenset({"tolist", "numpy", "__array__", "__dlpack__", "data_ptr"})
 """Functions that hand values to Python without an operation that the tracer would see."""
 
+_MEASURES = frozenset({"stride", "storage_offset", "untyped_storage", "dim_order"})
+"""Functions that give plain numbers which follow from the sizes of a tensor."""
+
 SHAPED_IN_SIGHT = frozenset(_SIZED) | frozenset(
     {"linear", "matmul", "__matmul__", "__rmatmul__", "einsum", "tensordot", "bmm", "baddbmm"}
     | {"flatten", "unsqueeze", "squeeze", "select", "unbind", "normalize", "embedding"}
@@ -436,7 +462,7 @@ def _attention(
     """
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
-    if enable_gqa and query.shape[-3] != key.shape[-3]:
+    if enable_gqa and plain(query.shape[-3]) != plain(key.shape[-3]):
         groups = query.shape[-3] // key.shape[-3]
         key, value = (_repeat_interleave(x, groups, dim=-3) for x in (key, value))
     scores = (query * scale) @ key.transpose(-2, -1)

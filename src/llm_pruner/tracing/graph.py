@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llm_pruner.tracing.lengths import Deleted, SizeSystem
-from llm_pruner.tracing.run import Forward
+from llm_pruner.tracing.scenes import Scene
 from llm_pruner.tracing.tracer import Trace
 from llm_pruner.types import IntArray, Removal
 
@@ -22,14 +22,14 @@ class Graph:
         system: solves for attributes.
         unit_atoms: group name -> representative atom of each unit.
         layer_lists: qualified name of each module list whose children may be removed -> length.
-        forward: how the model is run.
+        scenes: the ways in which the model was run.
     """
 
     trace: Trace
     system: SizeSystem
     unit_atoms: Mapping[str, IntArray]
     layer_lists: Mapping[str, int]
-    forward: Forward
+    scenes: tuple[Scene, ...]
 
     def deleted(self, removal: Removal) -> Deleted:
         """Return by atom whether the removal deletes it."""

@@ -7,14 +7,22 @@ after a removal, and states which groups must shrink together so that a solution
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
 
 from llm_pruner.errors import InfeasibleError
-from llm_pruner.tracing.sizes import Attribute, Expr, describe, leaves, solve
+from llm_pruner.tracing.sizes import (
+    COMPARISONS,
+    Attribute,
+    Expr,
+    describe,
+    evaluate,
+    leaves,
+    solve,
+)
 from llm_pruner.tracing.tracer import Trace
 from llm_pruner.types import IntArray
 
@@ -49,12 +57,17 @@ class SizeSystem:
         for equation in trace.equations:
             seen.setdefault((equation.expr, self._axis(equation.rows)), equation.where)
         self.equations = [(expr, axis, where) for (expr, axis), where in seen.items()]
-        self._leaves = [set(leaves(expr)) for expr, _, _ in self.equations]
+        # Comparisons that the code makes are numbered behind the equations.
+        self.checks = list(dict(trace.checks).items())
+        self._leaves = [
+            set(leaves(expr)) for expr in (*(e for e, _, _ in self.equations), *dict(self.checks))
+        ]
         self._by_axis: dict[int, list[int]] = defaultdict(list)
         self._by_leaf: dict[Expr, list[int]] = defaultdict(list)
         for number, (_, axis, _) in enumerate(self.equations):
             self._by_axis[axis].append(number)
-            for leaf in self._leaves[number]:
+        for number, read in enumerate(self._leaves):
+            for leaf in read:
                 self._by_leaf[leaf].append(number)
         self._lengths_of_axis: dict[int, list[int]] = defaultdict(list)
         for number, axis in enumerate(axis_of_length):
@@ -109,17 +122,50 @@ class SizeSystem:
                 left[axis] = int(len(rows) - deleted[rows].any(axis=1).sum())
             return left[axis]
 
-        chosen = range(len(self.equations)) if touched is None else sorted(touched)
+        chosen = range(len(self._leaves)) if touched is None else sorted(touched)
+        count = len(self.equations)
         system = [
-            (expr, length(axis), where) for expr, axis, where in (self.equations[i] for i in chosen)
+            (expr, length(axis), where)
+            for expr, axis, where in (self.equations[i] for i in chosen if i < count)
         ]
         lengths = {
             leaf: length(self._lengths[leaf[1]])
-            for expr, _, _ in system
-            for leaf in leaves(expr)
+            for number in chosen
+            for leaf in self._leaves[number]
             if leaf[0] == "len"
         }
-        return solve(system, self._old, lengths)
+        found = solve(system, self._old, lengths)
+        new = {**self._old, **lengths, **{("attr", *name): value for name, value in found.items()}}
+        for number in chosen:
+            if number >= count:
+                self._require_same_outcome(*self.checks[number - count], new)
+        return found
+
+    def _require_same_outcome(self, expr: Expr, where: str, new: Mapping[Expr, int]) -> None:
+        symbol, left, right = expr
+        old = {
+            leaf: self._old[leaf] if leaf[0] == "attr" else self._sizes[self._lengths[leaf[1]]]
+            for leaf in leaves(expr)
+        }
+        before, after = (
+            COMPARISONS[symbol](evaluate(left, values), evaluate(right, values))
+            for values in (old, new)
+        )
+        # Sizes that differed may become equal, such as those of queries and of keys.
+        became_equal = (symbol, after) in (("==", True), ("!=", False))
+        if before != after and not became_equal:
+            raise InfeasibleError(
+                f"the code asks whether {describe(left)} {symbol} {describe(right)} ({where}), and "
+                "the answer would change"
+            )
+
+    def reading_only(self, stands: Callable[[str], bool]) -> set[int]:
+        """Return the equations and comparisons that read attributes of modules that stand."""
+        return {
+            number
+            for number, read in enumerate(self._leaves)
+            if all(leaf[0] != "attr" or stands(leaf[1]) for leaf in read)
+        }
 
     def equations_of(self, atoms: IntArray) -> set[int]:
         """Return the equations that a deletion of these atoms, and what it implies, can touch."""

@@ -12,6 +12,22 @@ from torch import nn
 
 from llm_pruner.tracing.sizes import Expr, TracedInt
 
+_DESCRIPTIVE: dict[str, tuple[tuple[str, int], ...]] = {
+    "Linear": (("in_features", 1), ("out_features", 0)),
+    "Conv1D": (("nx", 0), ("nf", 1)),
+    "Conv1d": (("out_channels", 0),),
+    "Embedding": (("num_embeddings", 0), ("embedding_dim", 1)),
+}
+
+
+def descriptions(module: nn.Module) -> tuple[tuple[str, int], ...]:
+    """Return (attribute, axis of the weight) of the sizes that a standard module states of itself.
+
+    Its own code does not read them.
+    """
+    names = {cls.__name__ for cls in type(module).__mro__}
+    return tuple(pair for kind, pairs in _DESCRIPTIVE.items() if kind in names for pair in pairs)
+
 
 @contextmanager
 def traced_attributes(

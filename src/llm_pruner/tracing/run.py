@@ -6,8 +6,9 @@ import inspect
 import re
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,14 +17,15 @@ from torch import nn
 from llm_pruner.errors import DiscoveryError, LLMPrunerError
 from llm_pruner.tracing.functions import SizeMode
 from llm_pruner.tracing.ghosts import GhostTracer, ghosts_of, is_on_meta
-from llm_pruner.tracing.provenance import traced_attributes
+from llm_pruner.tracing.given import GivenValues
+from llm_pruner.tracing.memo import without_memory
+from llm_pruner.tracing.outputs import logits_of
+from llm_pruner.tracing.provenance import descriptions, traced_attributes
 from llm_pruner.tracing.rules import RULES
-from llm_pruner.tracing.sizes import Equation, Expr, leaves
-from llm_pruner.tracing.tracer import Trace, Tracer
+from llm_pruner.tracing.scenes import Forward, Scene, is_transformers, staged
+from llm_pruner.tracing.sizes import COMPARISONS, Equation, Expr, evaluate, leaves
+from llm_pruner.tracing.tracer import Trace, Tracer, code_line
 from llm_pruner.types import IntArray
-
-Forward = Callable[[nn.Module, torch.Tensor], list[torch.Tensor]]
-"""Runs the model on token ids (batch, sequence); returns every logits tensor it computes."""
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
@@ -55,13 +57,13 @@ def vocabulary_size(model: nn.Module) -> int:
 
 
 def example_tokens(
-    model: nn.Module, batch: int = 2, length: int = 8, seed: int = 0
+    model: nn.Module, shape: tuple[int, int] = (2, 8), seed: int = 0
 ) -> torch.Tensor:
-    """Return seeded random token ids, shape (batch, length), where the model's weights are."""
+    """Return seeded random token ids, shape (batch, sequence), where the model's weights are."""
     generator = torch.Generator().manual_seed(seed)
     size = vocabulary_size(model)
     low = min(8, size // 2)
-    tokens = torch.randint(low, size, (batch, length), generator=generator)
+    tokens = torch.randint(low, size, shape, generator=generator)
     device = next((parameter.device for parameter in model.parameters()), tokens.device)
     return tokens.to(device)
 
@@ -69,80 +71,24 @@ def example_tokens(
 def forward_with_cache(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
     """Run a model as generation does: all tokens but the last at once, the last with the cache.
 
-    Both happen twice, without a mask and with one that hides a single token, since code often takes
-    another way when there is a mask. A model that takes no cache runs all tokens at once, one that
-    is not of ``transformers`` once.
+    A model that takes no cache, or is not run as those of ``transformers``, runs all at once.
     """
-    if not hasattr(model, "config") or not hasattr(model, "generate"):
+    if not is_transformers(model):
         return [logits_of(model(tokens))]
     parameters = inspect.signature(model.forward).parameters
     # The name of the cache differs between releases of transformers.
     name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
-    logits = _generate(model, tokens, name, {})
-    if "attention_mask" in parameters:
-        mask = torch.ones_like(tokens)
-        # Behind the tokens that see it: no token is left without any other to look at.
-        mask[0, -2] = 0
-        logits += _generate(model, tokens, name, {"attention_mask": mask})
-    return logits
-
-
-def forward_without_cache(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """Run all tokens at once, without a mask and with one; for models whose cache needs more."""
-    if "attention_mask" not in inspect.signature(model.forward).parameters:
-        return [logits_of(model(input_ids=tokens))]
-    mask = torch.ones_like(tokens)
-    mask[0, -2] = 0
-    return [
-        logits_of(model(input_ids=tokens, use_cache=False)),
-        logits_of(model(input_ids=tokens, use_cache=False, attention_mask=mask)),
-    ]
-
-
-def _generate(
-    model: nn.Module, tokens: torch.Tensor, name: str | None, masks: dict[str, torch.Tensor]
-) -> list[torch.Tensor]:
-    before = {key: mask[:, :-1] for key, mask in masks.items()}
-    first = model(input_ids=tokens[:, :-1], use_cache=name is not None, **before)
+    first = model(input_ids=tokens[:, :-1], use_cache=name is not None)
     cache = getattr(first, name, None) if name is not None else None
     if cache is None:
-        return [logits_of(model(input_ids=tokens, use_cache=False, **masks))]
-    step = model(input_ids=tokens[:, -1:], use_cache=True, **{str(name): cache}, **masks)
+        return forward_without_cache(model, tokens)
+    step = model(input_ids=tokens[:, -1:], use_cache=True, **{str(name): cache})
     return [logits_of(first), logits_of(step)]
 
 
-def logits_of(output: Any) -> torch.Tensor:
-    """Return the logits of a model's output, whatever it is wrapped in."""
-    if isinstance(output, torch.Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, torch.Tensor):
-        return logits
-    if isinstance(output, tuple | list) and isinstance(output[0], torch.Tensor):
-        return output[0]
-    raise DiscoveryError(f"the model returns {type(output).__name__}, in which no logits are found")
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation without gradients, and back; states that modules keep are dropped."""
-    training = [module for module in model.modules() if module.training]
-    empty = [
-        (vars(module), key)
-        for module in model.modules()
-        for key, value in vars(module).items()
-        if value is None
-    ]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-        for space, key in empty:
-            if isinstance(space.get(key), torch.Tensor):
-                space[key] = None
+def forward_without_cache(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Run all tokens at once; for models whose cache needs more."""
+    return [logits_of(model(input_ids=tokens, use_cache=False))]
 
 
 def label_model(tracer: Tracer, model: nn.Module) -> dict[str, str]:
@@ -169,17 +115,22 @@ class Layers:
         self.last: dict[str, weakref.ref[torch.Tensor]] = {}
         self.beside: dict[str, list[weakref.ref[torch.Tensor]]] = {}
         self.given: dict[tuple[str, int | str], weakref.ref[torch.Tensor]] = {}
+        self.values = GivenValues()
         self.handles = []
         for path, module in model.named_modules():
             if not isinstance(module, nn.ModuleList) or len(module) < 2:
                 continue
-            for index, child in enumerate(module):
+            children: Mapping[str, nn.Module | None] = module._modules
+            for index, child in children.items():
+                if child is None:
+                    continue
                 name = f"{path}.{index}"
                 self.handles.append(child.register_forward_hook(self._hook(name), with_kwargs=True))
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG001
             source = args[0] if args else kwargs.get("hidden_states")
+            self.values.note(name, code_line(passing_calls=True), args, kwargs, source)
             result = output[0] if isinstance(output, tuple | list) and output else output
             axes = (self.tracer.axes(source), self.tracer.axes(result))
             shapes_differ = (
@@ -240,43 +191,89 @@ class Layers:
             handle.remove()
 
 
-def run_trace(
-    model: nn.Module, forward: Forward = forward_with_cache, tokens: torch.Tensor | None = None
-) -> tuple[Trace, dict[str, str], dict[str, list[tuple[Any, Any]]]]:
-    """Trace one forward pass; a model without weights (on meta) runs on stand-ins.
+def run_trace(model: nn.Module, scenes: Sequence[Scene], tokens: torch.Tensor | None = None) -> Run:
+    """Trace a model through scenes; one without weights (on meta) runs on stand-ins.
 
-    Returns the trace, the names of tied tensors, and for every child of a module list the rows of
-    the axes of its input and output at each call, the last first, without batch and sequence.
+    Args:
+        model: comes back as it was.
+        scenes: the ways in which it is run; those that it cannot be run in are left out.
+        tokens: token ids for the first scene; random ones by default.
+
+    Raises:
+        DiscoveryError: it cannot be run in a scene that is needed.
     """
     if is_on_meta(model):
         with ghosts_of(model):
-            return _run(model, forward, tokens, GhostTracer(Trace(), RULES))
-    return _run(model, forward, tokens, Tracer(Trace(), RULES))
+            return _run(model, scenes, tokens, GhostTracer(Trace(), RULES))
+    return _run(model, scenes, tokens, Tracer(Trace(), RULES))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a traced run gave.
+
+    Attributes:
+        trace: settled.
+        aliases: names of tied tensors -> first name.
+        calls: for every child of a module list the rows of the axes of its input and output at each
+            call, the last first, without batch and sequence.
+        given: what the children of module lists were given beside the hidden states.
+        scenes: those that the model was run in.
+    """
+
+    trace: Trace
+    aliases: dict[str, str]
+    calls: dict[str, list[tuple[Any, Any]]]
+    given: GivenValues
+    scenes: tuple[Scene, ...]
 
 
 def _run(
-    model: nn.Module, forward: Forward, tokens: torch.Tensor | None, tracer: Tracer
-) -> tuple[Trace, dict[str, str], dict[str, list[tuple[Any, Any]]]]:
+    model: nn.Module, scenes: Sequence[Scene], tokens: torch.Tensor | None, tracer: Tracer
+) -> Run:
     trace = tracer.trace
-    tokens = example_tokens(model) if tokens is None else tokens
     aliases = label_model(tracer, model)
-    tracer.add_input(tokens, ("the batch", "the sequence"))
-    tracer.vocabulary[tokens] = True
     layers = Layers(model, tracer)
+    done: list[Scene] = []
     try:
-        with evaluating(model), traced_attributes(model, tracer.used_as_number) as attributes:
-            with tracer, SizeMode(tracer):
-                logits = _guarded(forward, model, tokens)
+        with traced(model, tracer) as attributes:
+            for scene in scenes:
+                ids = example_tokens(model, scene.shape) if tokens is None else tokens
+                try:
+                    _perform(model, scene, ids, tracer)
+                except DiscoveryError:
+                    if scene.needed:
+                        raise
+                    continue
+                done.append(scene)
             trace.attributes = dict(attributes)
     finally:
         layers.close()
+    _tie_copies(trace, model)
+    _freeze_unreached(trace, aliases)
+    _settle(trace, _described(trace, model))
+    return Run(trace, aliases, layers.seen, layers.values, tuple(done))
+
+
+@contextmanager
+def traced(model: nn.Module, tracer: Tracer) -> Iterator[dict[Expr, int]]:
+    """Give the sizes that a model holds an origin for the time of the context."""
+    with (
+        staged(model),
+        traced_attributes(model, tracer.used_as_number) as attributes,
+        without_memory(),
+    ):
+        yield attributes
+
+
+def _perform(model: nn.Module, scene: Scene, tokens: torch.Tensor, tracer: Tracer) -> None:
+    tracer.add_input(tokens, ("the batch", "the sequence"))
+    tracer.vocabulary[tokens] = True
+    with staged(model, training=scene.training), tracer, SizeMode(tracer):
+        logits = _guarded(scene.run, model, tokens)
     for tensor in logits:
         for rows in tracer.label(tensor):
             tracer.freeze(rows, "the vocabulary")
-    _tie_copies(trace, model)
-    _freeze_unreached(trace, aliases)
-    _settle(trace)
-    return trace, aliases, layers.seen
 
 
 def _guarded(forward: Forward, model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
@@ -289,6 +286,16 @@ def _guarded(forward: Forward, model: nn.Module, tokens: torch.Tensor) -> list[t
             f"{type(model).__name__} cannot be traced: running it on {tuple(tokens.shape)} token "
             f"ids raised {type(error).__name__}: {error}"
         ) from error
+
+
+def _described(trace: Trace, model: nn.Module) -> dict[Expr, IntArray]:
+    """Return for the sizes that standard modules state of themselves the rows of the axis."""
+    return {
+        ("attr", path, attribute): trace.tensors[f"{path}.weight"][dim]
+        for path, module in model.named_modules()
+        for attribute, dim in descriptions(module)
+        if f"{path}.weight" in trace.tensors and len(trace.tensors[f"{path}.weight"]) > dim
+    }
 
 
 def _tie_copies(trace: Trace, model: nn.Module) -> None:
@@ -341,25 +348,65 @@ def _state_equal(trace: Trace, left: Expr, right: Expr) -> None:
         trace.equations.append(Equation(right, trace.lengths[left[1]], "a comparison"))
 
 
-def _settle(trace: Trace) -> None:
-    """Draw the conclusions that need the whole trace."""
+def _may_turn(expr: Expr, old: Mapping[Expr, int]) -> bool:
+    """Whether a comparison of one size with a constant comes out otherwise if the size shrinks.
+
+    Whether there is more than one is asked everywhere, and answered right either way: code that
+    repeats or loops does so once.
+    """
+    symbol, left, right = expr
+    (leaf,) = set(leaves(expr))
+
+    def holds(value: int) -> bool:
+        one = {leaf: value}
+        return COMPARISONS[symbol](evaluate(left, one), evaluate(right, one))
+
+    now = holds(old[leaf])
+    return any(holds(value) != now for value in range(2, old[leaf]))
+
+
+def _settle(trace: Trace, described: Mapping[Expr, IntArray]) -> None:
+    """Draw the conclusions that need the whole trace.
+
+    Args:
+        trace: what the run stated.
+        described: attribute of a standard module -> rows of the axis whose size it states.
+    """
     atoms = trace.atoms
-    as_number: dict[Expr, None] = {}
-    for expr in trace.numbers:
-        if expr[0] == "==":
-            _state_equal(trace, expr[1], expr[2])
-            continue
+    old = {**trace.attributes, **{("len", i): len(rows) for i, rows in enumerate(trace.lengths)}}
+    as_number: dict[Expr, str] = {}
+    for expr, where in trace.numbers.items():
+        how = "used as a number"
+        if expr[0] in COMPARISONS:
+            read = set(leaves(expr))
+            if len(read) > 1:
+                left, right = (evaluate(side, old) for side in expr[1:])
+                if expr[0] in ("==", "!=") and left == right:
+                    _state_equal(trace, expr[1], expr[2])
+                trace.checks.append((expr, where))
+                continue
+            try:
+                if not _may_turn(expr, old):
+                    continue
+            except ZeroDivisionError:
+                pass
+            how = "compared with a number"
         for leaf in leaves(expr):
             if leaf[0] == "len":
-                atoms.freeze(trace.lengths[leaf[1]], "its size is used as a number in the code")
+                rows = trace.lengths[leaf[1]]
+                atoms.freeze(rows, f"its size is {how} in the code ({where})")
             else:
-                as_number[leaf] = None
+                name = leaf[2].removeprefix("config.")
+                as_number.setdefault(leaf, f"{name} is {how} in the code ({where})")
+    for leaf, reason in as_number.items():
+        if leaf in described:
+            atoms.freeze(described[leaf], reason)
     # Where an attribute sizes an axis alone, that axis pins it: products with it are then free.
     alone = {equation.expr for equation in trace.equations if equation.expr in as_number}
     for equation in trace.equations:
         for leaf in leaves(equation.expr):
             if leaf in as_number and (equation.expr == leaf or leaf not in alone):
-                atoms.freeze(equation.rows, f"{leaf[2]} is used as a number in the code")
+                atoms.freeze(equation.rows, as_number[leaf])
     changed = True
     while changed:
         # Freezing one replica axis may touch another, so go on until nothing changes.

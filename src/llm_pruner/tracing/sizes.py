@@ -1,28 +1,34 @@
 """Where the integers come from that size an axis, and what they become after a removal.
 
-During a trace every integer attribute of the model is a ``TracedInt``: an int that remembers the
-attribute, or the tensor axis, that it was read from, and the arithmetic since. When such an integer
+During a trace every integer attribute of the model is a ``TracedInt``: it remembers the attribute,
+or the tensor axis, that it was read from, and the arithmetic since. When such an integer
 sizes an axis (in ``view``, ``split``, a slice ...) an ``Equation`` is recorded. After a removal the
 lengths are known, and the equations are solved for the attributes.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
+import torch
+
 from llm_pruner.errors import InfeasibleError
 from llm_pruner.types import IntArray
 
 Expr: TypeAlias = tuple[Any, ...]
-"""('const', value) | ('attr', module, name) | ('len', axis) | (operator, left, right)"""
+"""('const', value) | ('attr', module, name) | ('len', axis) | (operator, left, right)
+
+The operator is one of ``ARITHMETIC``, or of ``COMPARISONS`` at the top."""
 
 Attribute: TypeAlias = tuple[str, str]
 """(module, attribute name)"""
 
-_OPERATORS: dict[str, Callable[[int, int], int]] = {
+ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     "+": operator.add,
     "-": operator.sub,
     "*": operator.mul,
@@ -31,130 +37,284 @@ _OPERATORS: dict[str, Callable[[int, int], int]] = {
 }
 
 
-class TracedInt(int):
-    """An int with its origin; behaves as a plain int everywhere.
+COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
 
-    Arithmetic with a float on the *left* (``1.0 / size``) and ``math.log`` read the value without
-    asking this class, so such a use as a number stays unseen here; the twin of ``verification``
-    catches it.
+
+class TracedInt(torch.SymInt):
+    """An integer with its origin.
+
+    It is no ``int``, though ``isinstance`` takes it for one: code in C would read the value of a
+    subclass without asking it (``1.0 / size``, ``math.log(size)``, ``table[size]``). An object that
+    only converts to a number has to be asked, so every use but as a size is heard of. PyTorch takes
+    a ``SymInt`` wherever it takes an integer.
+
+    Arithmetic of integers gives another one. ``on_value`` hears of everything else: of an
+    expression whose value is used as a number, and of comparisons as ``(symbol, left, right)``.
     """
 
-    expr: Expr
-    on_value: Callable[[Expr], None]
+    def __init__(self, value: int, expr: Expr, on_value: Callable[[Expr], None]) -> None:
+        self.value = value
+        self.expr = expr
+        self.on_value = on_value
 
     @classmethod
     def of(cls, value: int, expr: Expr, on_value: Callable[[Expr], None]) -> TracedInt:
         """Return ``value`` with the origin ``expr``; ``on_value`` hears of uses as a number."""
-        traced = cls(value)
-        traced.expr = expr
-        traced.on_value = on_value
-        return traced
+        return cls(int(value), expr, on_value)
 
-    def _binary(self, symbol: str, other: object, *, swap: bool = False) -> Any:
-        if isinstance(other, int) and not isinstance(other, bool):
-            left, right = (other, self) if swap else (self, other)
-            try:
-                value = _OPERATORS[symbol](int(left), int(right))
-            except ZeroDivisionError:
-                return NotImplemented
-            return TracedInt.of(value, (symbol, expr_of(left), expr_of(right)), self.on_value)
-        if isinstance(other, float):
-            self.on_value(self.expr)
-            left_number, right_number = (other, int(self)) if swap else (int(self), other)
-            return _OPERATORS[symbol](left_number, right_number)  # type: ignore[arg-type]
-        return NotImplemented
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return int
 
-    def __add__(self, other: object) -> Any:
+    def _read(self) -> int:
+        """Return the value to code that does arithmetic with it, and say so."""
+        self.on_value(self.expr)
+        return self.value
+
+    def _binary(self, symbol: str, other: Any, *, swap: bool = False) -> Any:
+        plain_other = plain(other)
+        if type(plain_other) is not int:
+            # A bool is no size; a float, a list or an array is not counted with but calculated.
+            if isinstance(plain_other, torch.Tensor):
+                return NotImplemented  # the function that takes both is watched
+            left, right = (plain_other, self._read()) if swap else (self._read(), plain_other)
+            return ARITHMETIC[symbol](left, right)
+        left, right = (other, self) if swap else (self, other)
+        value = ARITHMETIC[symbol](plain(left), plain(right))
+        return TracedInt(value, (symbol, expr_of(left), expr_of(right)), self.on_value)
+
+    def __add__(self, other: Any) -> Any:
         return self._binary("+", other)
 
-    def __radd__(self, other: object) -> Any:
+    def __radd__(self, other: Any) -> Any:
         return self._binary("+", other, swap=True)
 
-    def __sub__(self, other: object) -> Any:
+    def __sub__(self, other: Any) -> Any:
         return self._binary("-", other)
 
-    def __rsub__(self, other: object) -> Any:
+    def __rsub__(self, other: Any) -> Any:
         return self._binary("-", other, swap=True)
 
-    def __mul__(self, other: object) -> Any:
+    def __mul__(self, other: Any) -> Any:
         return self._binary("*", other)
 
-    def __rmul__(self, other: object) -> Any:
+    def __rmul__(self, other: Any) -> Any:
         return self._binary("*", other, swap=True)
 
-    def __floordiv__(self, other: object) -> Any:
+    def __floordiv__(self, other: Any) -> Any:
         return self._binary("//", other)
 
-    def __rfloordiv__(self, other: object) -> Any:
+    def __rfloordiv__(self, other: Any) -> Any:
         return self._binary("//", other, swap=True)
 
-    def __mod__(self, other: object) -> Any:
+    def __mod__(self, other: Any) -> Any:
         return self._binary("%", other)
 
-    def __rmod__(self, other: object) -> Any:
+    def __rmod__(self, other: Any) -> Any:
+        if isinstance(other, str):
+            return other % self._read()
         return self._binary("%", other, swap=True)
 
-    def __divmod__(self, other: object) -> Any:
+    def __divmod__(self, other: Any) -> Any:
         return self // other, self % other
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return other // self, other % self
+
+    def __lshift__(self, other: Any) -> Any:
+        return self * (1 << plain(other)) if type(other) is int else self._read() << other
+
+    def __rshift__(self, other: Any) -> Any:
+        return self // (1 << plain(other)) if type(other) is int else self._read() >> other
 
     def __neg__(self) -> Any:
         return self._binary("-", 0, swap=True)
 
-    def __truediv__(self, other: object) -> Any:
-        self.on_value(self.expr)
-        return int(self) / (int(other) if isinstance(other, int) else other)  # type: ignore[operator]
+    def __pos__(self) -> TracedInt:
+        return self
 
-    def __rtruediv__(self, other: object) -> Any:
-        self.on_value(self.expr)
-        return other / int(self)  # type: ignore[operator]
+    def __abs__(self) -> TracedInt:
+        return self if self.value >= 0 else -self
 
-    def __pow__(self, other: Any, modulo: Any = None) -> Any:
-        self.on_value(self.expr)
-        return pow(int(self), other, modulo)
+    __trunc__ = __floor__ = __ceil__ = __pos__
 
-    def __rpow__(self, other: Any, modulo: Any = None) -> Any:
-        self.on_value(self.expr)
-        return pow(other, int(self), modulo)
+    def __round__(self, digits: int | None = None) -> Any:
+        return self if digits is None or digits >= 0 else round(self._read(), digits)
+
+    def __bool__(self) -> bool:
+        return self.value != 0
+
+    # ---------------------------------------------------------- used as a number
+
+    def __index__(self) -> int:
+        return self._read()
+
+    def __int__(self) -> int:
+        return self._read()
 
     def __float__(self) -> float:
-        self.on_value(self.expr)
-        return float(int(self))
+        return float(self._read())
 
-    def __reduce__(self) -> tuple[type, tuple[int]]:
-        return int, (int(self),)
+    def __complex__(self) -> complex:
+        return complex(self._read())
+
+    def __truediv__(self, other: Any) -> Any:
+        return self._calculated(operator.truediv, other)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return self._calculated(operator.truediv, other, swap=True)
+
+    def __pow__(self, other: Any, modulo: Any = None) -> Any:
+        if isinstance(other, torch.Tensor):
+            return NotImplemented
+        return pow(self._read(), _read(other), modulo)
+
+    def __rpow__(self, other: Any, modulo: Any = None) -> Any:
+        return pow(_read(other), self._read(), modulo)
+
+    def __and__(self, other: Any) -> Any:
+        return self._calculated(operator.and_, other)
+
+    def __or__(self, other: Any) -> Any:
+        return self._calculated(operator.or_, other)
+
+    def __xor__(self, other: Any) -> Any:
+        return self._calculated(operator.xor, other)
+
+    __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
+
+    def __invert__(self) -> int:
+        return ~self._read()
+
+    def __rlshift__(self, other: Any) -> Any:
+        return self._calculated(operator.lshift, other, swap=True)
+
+    def __rrshift__(self, other: Any) -> Any:
+        return self._calculated(operator.rshift, other, swap=True)
+
+    def _calculated(
+        self, function: Callable[[Any, Any], Any], other: Any, *, swap: bool = False
+    ) -> Any:
+        if isinstance(other, torch.Tensor):
+            return NotImplemented
+        left, right = (_read(other), self._read()) if swap else (self._read(), _read(other))
+        return function(left, right)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what ``int`` has under this name (``real``, ``bit_length``)."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value = getattr(self.value, name)
+        self.on_value(self.expr)
+        return value
+
+    def __str__(self) -> str:
+        return str(self._read())
+
+    def __repr__(self) -> str:
+        return repr(self._read())
+
+    def __format__(self, spec: str) -> str:
+        return format(self._read(), spec)
 
     def __hash__(self) -> int:
-        return hash(int(self))
+        # What is kept under a size would be handed out to whatever has the same size.
+        return hash(self._read())
 
-    def __eq__(self, other: object) -> bool:
-        if isinstance(other, TracedInt) and int(self) == int(other) and self.expr != other.expr:
-            # Code that insists on it will do so after a removal.
-            self.on_value(("==", self.expr, other.expr))
-        return int(self) == other
-
-    def __ne__(self, other: object) -> bool:
-        if isinstance(other, TracedInt):
-            return not self == other
-        return int(self) != other
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return np.asarray(self._read(), *args, **kwargs)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        for value in inputs:
-            if isinstance(value, TracedInt):
-                value.on_value(value.expr)
-        plain = [int(value) if isinstance(value, TracedInt) else value for value in inputs]
-        return getattr(ufunc, method)(*plain, **kwargs)
+        return getattr(ufunc, method)(*map(_read, inputs), **kwargs)
+
+    # --------------------------------------------------------------- comparisons
+
+    def _compare(self, symbol: str, other: Any) -> Any:
+        value = plain(other)
+        if isinstance(value, torch.Tensor):
+            return NotImplemented
+        if isinstance(value, int | float):
+            self.on_value((symbol, self.expr, expr_of(other)))
+        return COMPARISONS[symbol](self.value, value)
+
+    def __eq__(self, other: object) -> Any:
+        return self._compare("==", other)
+
+    def __ne__(self, other: object) -> Any:
+        return self._compare("!=", other)
+
+    def __lt__(self, other: Any) -> Any:
+        return self._compare("<", other)
+
+    def __le__(self, other: Any) -> Any:
+        return self._compare("<=", other)
+
+    def __gt__(self, other: Any) -> Any:
+        return self._compare(">", other)
+
+    def __ge__(self, other: Any) -> Any:
+        return self._compare(">=", other)
+
+    def __copy__(self) -> TracedInt:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> TracedInt:
+        return self
+
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        return int, (self._read(),)
 
 
-def expr_of(value: int) -> Expr:
+def plain(value: Any) -> Any:
+    """Return a traced integer as a plain one, anything else as it is; nobody hears of it."""
+    return value.value if type(value) is TracedInt else value
+
+
+def _read(value: Any) -> Any:
+    return value._read() if type(value) is TracedInt else value
+
+
+class TracedShape(tuple[Any, ...]):
+    """A shape whose sizes remember their axes; ``torch.Size`` would make plain numbers of them."""
+
+    __slots__ = ()
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return torch.Size
+
+    def numel(self) -> Any:
+        """Return the product of the sizes."""
+        return math.prod(self)
+
+    def __getitem__(self, item: Any) -> Any:
+        found = super().__getitem__(item)
+        return TracedShape(found) if isinstance(item, slice) else found
+
+    def __add__(self, other: Any) -> Any:
+        return TracedShape((*self, *other))
+
+    def __radd__(self, other: Any) -> Any:
+        return TracedShape((*other, *self))
+
+
+def expr_of(value: Any) -> Expr:
     """Return the origin of an integer; a plain int is a constant."""
-    return value.expr if isinstance(value, TracedInt) else ("const", int(value))
+    return value.expr if type(value) is TracedInt else ("const", value)
 
 
 def leaves(expr: Expr) -> Iterator[Expr]:
     """Yield the attributes and axes that an expression reads."""
     if expr[0] in ("attr", "len"):
         yield expr
-    elif expr[0] in _OPERATORS:
+    elif expr[0] in ARITHMETIC or expr[0] in COMPARISONS:
         yield from leaves(expr[1])
         yield from leaves(expr[2])
 
@@ -162,10 +322,10 @@ def leaves(expr: Expr) -> Iterator[Expr]:
 def evaluate(expr: Expr, values: Mapping[Expr, int]) -> int:
     """Return the value of an expression; KeyError if a leaf has none."""
     if expr[0] == "const":
-        return int(expr[1])
+        return expr[1]
     if expr[0] in ("attr", "len"):
         return values[expr]
-    return _OPERATORS[expr[0]](evaluate(expr[1], values), evaluate(expr[2], values))
+    return ARITHMETIC[expr[0]](evaluate(expr[1], values), evaluate(expr[2], values))
 
 
 def describe(expr: Expr) -> str:

@@ -7,9 +7,14 @@ axes of its inputs. An operation without a rule freezes all that goes in.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -67,7 +72,8 @@ class Trace:
     order: dict[str, int] = field(default_factory=dict)
     equations: list[Equation] = field(default_factory=list)
     ragged: list[Ragged] = field(default_factory=list)
-    numbers: list[Expr] = field(default_factory=list)
+    numbers: dict[Expr, str] = field(default_factory=dict)
+    checks: list[tuple[Expr, str]] = field(default_factory=list)
     lengths: list[IntArray] = field(default_factory=list)
     attributes: dict[Expr, int] = field(default_factory=dict)
     roles: dict[Role, list[IntArray]] = field(default_factory=dict)
@@ -95,6 +101,7 @@ class Tracer(TorchDispatchMode):
         self._shared: dict[str, int] = {}
         self._ragged: dict[int, Ragged] = {}
         self._packed: set[int] = set()
+        self._lengths: dict[int, int] = {}
         self._clock = 0
 
     # ------------------------------------------------------------- labelling
@@ -276,13 +283,16 @@ class Tracer(TorchDispatchMode):
         """Return the rows of a tensor that the trace knows, or None."""
         return self.labels.get(tensor) if isinstance(tensor, torch.Tensor) else None
 
-    def length(self, tensor: torch.Tensor, dim: int) -> int:
-        """Return the size of an axis as an int that remembers the axis."""
+    def length(self, tensor: torch.Tensor, dim: int) -> Any:
+        """Return the size of an axis as an integer that remembers the axis."""
         rows = self.label(tensor)[dim]
         if len(rows) == 1 or not self.atoms.resolve(rows).size:
             return len(rows)
-        self.trace.lengths.append(rows)
-        expr = ("len", len(self.trace.lengths) - 1)
+        # The trace keeps the rows, so that their identity stays theirs.
+        number = self._lengths.setdefault(id(rows), len(self.trace.lengths))
+        if number == len(self.trace.lengths):
+            self.trace.lengths.append(rows)
+        expr = ("len", number)
         return TracedInt.of(len(rows), expr, self.used_as_number)
 
     def sized(self, expr: Expr, rows: IntArray, where: str) -> None:
@@ -307,8 +317,9 @@ class Tracer(TorchDispatchMode):
             self.freeze(rows[whole * step :], f"left over by a {where}")
 
     def used_as_number(self, expr: Expr) -> None:
-        """Record that a size entered the arithmetic of the model."""
-        self.trace.numbers.append(expr)
+        """Record where a size entered the arithmetic of the model, or was compared."""
+        if expr not in self.trace.numbers:
+            self.trace.numbers[expr] = code_line()
 
     def values_read(self, tensor: torch.Tensor, where: str) -> None:
         """Freeze a tensor whose values the code reads; what it does with them is unknown."""
@@ -373,6 +384,33 @@ class Tracer(TorchDispatchMode):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return func(*args, **kwargs)
+
+
+def code_line(*, passing_calls: bool = False) -> str:
+    """Return the file and line of the model's code that runs, such as ``modeling_llama.py:98``.
+
+    Frames of this package's tracing and of PyTorch are passed over; with ``passing_calls`` those of
+    ``__call__``, by which a module is called, too.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        name = frame.f_code.co_filename
+        other = name.startswith(_NOT_THE_MODELS) and not name.startswith(_MODELS)
+        if not other and not (passing_calls and frame.f_code.co_name == "__call__"):
+            return f"{Path(name).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "PyTorch"
+
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_MODELS = f"{_PACKAGE / 'models'}{os.sep}"
+_NOT_THE_MODELS = (
+    f"{_PACKAGE}{os.sep}",
+    f"{Path(torch.__file__).resolve().parent}{os.sep}",
+    contextlib.__file__,
+    functools.__file__,
+    "<frozen",
+)
 
 
 class UnplacedError(Exception):
