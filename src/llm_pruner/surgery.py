@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from llm_pruner.errors import InfeasibleError
 from llm_pruner.removal import kept_shapes, removed_modules, removed_positions
@@ -23,9 +24,11 @@ from llm_pruner.types import Discovery, Edits, IntArray, Removal
 _DESCRIPTIVE: dict[str, tuple[tuple[str, int], ...]] = {
     "Linear": (("in_features", 1), ("out_features", 0)),
     "Conv1D": (("nx", 0), ("nf", 1)),
-    "Conv1d": (("out_channels", 0),),
     "Embedding": (("num_embeddings", 0), ("embedding_dim", 1)),
 }
+
+_WEIGHTS = ("weight", "parametrizations.weight.original1", "weight_v")
+"""Names of a module's weight, as it is or as the direction that a weight norm keeps."""
 
 _NUMBER_OF_EXPERTS = re.compile("(num_|n_)(local_|routed_)?experts")
 _NUMBER_NAME = re.compile("idx|index|layer")
@@ -73,7 +76,8 @@ def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edit
         if not rename.is_gone(f"{module}."):
             values[rename(f"{module}.")[:-1]][attribute] = value
     numbers = _expert_numbers(model, discovery, removal, rename)
-    for module, attribute, value in (*_descriptions(model, shapes, rename), *numbers):
+    described = _descriptions(model, shapes, rename, values)
+    for module, attribute, value in [*described, *numbers]:
         values[module].setdefault(attribute, value)
     return Edits(
         shapes=shapes,
@@ -310,16 +314,34 @@ def _expert_numbers(
 
 
 def _descriptions(
-    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], rename: _Renaming
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    rename: _Renaming,
+    values: Mapping[str, Mapping[str, int]],
 ) -> Iterator[tuple[str, str, int]]:
-    """Yield the sizes that standard modules state of themselves (``in_features`` and the like)."""
+    """Yield the sizes that standard modules state of themselves (``in_features`` and the like).
+
+    Args:
+        values: what is known already of attributes that follow, by the new name of the module.
+    """
     for path, module in model.named_modules():
         if rename.is_gone(f"{path}."):
             continue
         new_path = rename(path)
-        shape = shapes.get(f"{new_path}.weight")
+        shape = next(
+            (shapes[f"{new_path}.{w}"] for w in _WEIGHTS if f"{new_path}.{w}" in shapes), None
+        )
         if shape is None:
             continue
+        if isinstance(module, _ConvNd):
+            groups = values.get(new_path, {}).get("groups", module.groups)
+            channels = (shape[0], shape[1] * groups)
+            names = ("in_channels", "out_channels")
+            for attribute, size in zip(
+                names, channels[:: 1 if module.transposed else -1], strict=True
+            ):
+                if getattr(module, attribute) != size:
+                    yield new_path, attribute, size
         for kind, pairs in _DESCRIPTIVE.items():
             if any(cls.__name__ == kind for cls in type(module).__mro__):
                 for attribute, dim in pairs:

@@ -27,6 +27,7 @@ class Recorder(Protocol):
 
     def axes(self, tensor: torch.Tensor) -> Axes | None: ...
     def length(self, tensor: torch.Tensor, dim: int) -> int: ...
+    def split(self, rows: IntArray, outer: int, inner: int) -> tuple[IntArray, IntArray]: ...
     def sized(self, expr: Expr, rows: IntArray, where: str) -> None: ...
     def tie_windows(self, rows: IntArray, step: int, where: str) -> None: ...
     def used_as_number(self, expr: Expr) -> None: ...
@@ -318,15 +319,35 @@ def _unflatten(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]
             recorder.sized(expr_of(size), rows, "unflatten")
 
 
-def _conv1d(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+def _convolution(
+    recorder: Recorder,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    out: Any,  # noqa: ARG001
+) -> None:
+    """``groups`` is the number of groups in the first axis of the weight, transposed or not."""
+    weight = args[1] if len(args) > 1 else kwargs["weight"]
     groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
-    axes = recorder.axes(out)
-    if axes is None or int(groups) == 1:
-        return
-    if int(groups) == len(axes[-2]):
-        recorder.sized(expr_of(groups), axes[-2], "groups of a convolution")
-    elif isinstance(groups, TracedInt):
-        recorder.used_as_number(groups.expr)
+    axes = recorder.axes(weight)
+    if axes is not None and int(groups) > 1:
+        outer, _ = recorder.split(axes[0], int(groups), len(axes[0]) // int(groups))
+        recorder.sized(expr_of(groups), outer, "groups of a convolution")
+    others = [*args[2:6], *args[7:], *(kwargs[key] for key in kwargs if key != "groups")]
+    for value in _flatten(others):
+        if isinstance(value, TracedInt):
+            recorder.used_as_number(value.expr)
+
+
+def _pad(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Padding that repeats or reflects writes into slices: the code says how many positions."""
+    source = args[0] if args else kwargs["input"]
+    for before, after in zip(recorder.axes(source) or (), recorder.axes(out) or (), strict=False):
+        if len(before) != len(after):
+            for rows in (before, after):
+                recorder.sized(("const", len(rows)), rows, "pad")
+    for value in _flatten([*args[1:], *kwargs.values()]):
+        if isinstance(value, TracedInt):
+            recorder.used_as_number(value.expr)
 
 
 def _one_hot(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -396,7 +417,9 @@ _SIZED: dict[str, Callable[[Recorder, tuple[Any, ...], dict[str, Any], Any], Non
     "rms_norm": _norm,
     "unflatten": _unflatten,
     "one_hot": _one_hot,
-    "conv1d": _conv1d,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution),
+    "pad": _pad,
     "topk": _topk,
     "histc": _histc,
     "bincount": _bincount,

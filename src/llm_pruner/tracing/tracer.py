@@ -22,7 +22,17 @@ from llm_pruner.tracing.sizes import Equation, Expr, TracedInt, leaves
 from llm_pruner.types import IntArray
 
 Axes = list[IntArray]
-Role = Literal["head", "query_key", "value", "activation", "routing", "aligned", "even", "read"]
+Role = Literal[
+    "head",
+    "query_key",
+    "value",
+    "activation",
+    "routing",
+    "aligned",
+    "even",
+    "read",
+    "filter",
+]
 
 
 @dataclass

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from llm_pruner.tracing.atoms import product_rows
 from llm_pruner.tracing.rules.pointwise import broadcast
 from llm_pruner.tracing.tracer import Tracer, UnplacedError
 
@@ -79,19 +80,30 @@ def grouped_mm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Ten
 
 
 def convolution(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
-    source, weight, bias = args[0], args[1], args[2]
-    groups = args[8]
-    axes, filters = tracer.label(source), tracer.label(weight)
+    """Convolutions of any number of dimensions, transposed ones and ones in groups.
+
+    The first axis of the weight is divided by groups: it holds the output channels (out, in / groups,
+    ...), of a transposed one the input channels (in, out / groups, ...). Both input and output
+    channels are (group, channel of the group): whole groups can go, and the same channels of each.
+    """
+    weight, bias, transposed, groups = args[1], args[2], args[6], args[8]
+    axes, filters = tracer.label(args[0]), tracer.label(weight)
     for rows in (*axes[2:], *filters[2:]):
         tracer.freeze(rows, "a convolution runs along it")
+    first, second = filters[:2]
     if groups == 1:
-        tracer.unify(axes[1], filters[1])
+        source, channels = (first, second) if transposed else (second, first)
+        tracer.unify(axes[1], source)
         tracer.note("read", axes[1])
-    elif groups == source.shape[1] == weight.shape[0]:
-        tracer.unify(axes[1], filters[0])
     else:
-        raise UnplacedError("a grouped convolution")
-    channels = filters[0]
+        outer, _ = tracer.split(first, groups, len(first) // groups)
+        joined = product_rows(outer, second)
+        source, channels = (first, joined) if transposed else (joined, first)
+        tracer.unify(axes[1], source)
+        if weight.shape[0 if transposed else 1] != (groups if transposed else 1):
+            tracer.note("read", axes[1])
+    for rows in (source, channels):
+        tracer.note("filter", rows)
     if bias is not None:
         channels = tracer.unify(channels, tracer.label(bias)[0])
     tail = [tracer.frozen_rows(size, "a convolution runs along it") for size in out.shape[2:]]

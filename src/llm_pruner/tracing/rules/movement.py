@@ -285,6 +285,8 @@ RULES = {
     "cat": cat,
     "stack": stack,
     "constant_pad_nd": pad,
+    **dict.fromkeys((f"reflection_pad{n}d" for n in (1, 2, 3)), pad),
+    **dict.fromkeys((f"replication_pad{n}d" for n in (1, 2, 3)), pad),
     **dict.fromkeys(("roll", "flip"), reorder),
     **dict.fromkeys(("tril", "triu", "tril_", "triu_"), triangle),
     "unfold": unfold,
