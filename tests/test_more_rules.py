@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from llm_pruner.errors import DiscoveryError
 from llm_pruner.groups import discover
 from llm_pruner.removal import removed_positions
 from llm_pruner.surgery import prune_
-from llm_pruner.tracing.run import evaluating, logits_of
+from llm_pruner.tracing.run import evaluating, logits_of, vocabulary_size
 from llm_pruner.types import Discovery, Group, Removal
 from llm_pruner.verification import largest_difference, pruned_logits, twin_logits
-from nets import HIDDEN, VOCABULARY, Net
+from nets import HIDDEN, VOCABULARY, Body, Gated, NanoGPT, Net
 from removals import bound_to, pick
 
 LENGTHS = (3, 8, 40)
@@ -159,3 +163,178 @@ class Functional(Mixer):
 def test_groups_given_by_keyword() -> None:
     ffn = of_kind(checked(Net(Functional())), "ffn")
     assert [group.size for group in ffn] == [8]
+
+
+# ------------------------------------------------------------------------------ computed weights
+
+
+def test_gated_linear_unit() -> None:
+    ffn = of_kind(checked(Net(Body(F.glu, width=16, inner=8), Body(nn.GLU(), 12, 6))), "ffn")
+    assert [group.size for group in ffn] == [8, 6]
+    assert member(ffn[0], "up.weight", 0) == [[i, i + 8] for i in range(8)]
+
+
+class Wrapped(Body):
+    """A feed-forward network whose weights are computed by a wrapper."""
+
+    def __init__(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__(F.gelu)
+        self.up, self.down = wrap(self.up), wrap(self.down)
+
+
+def test_weight_norm() -> None:
+    net = Net(Wrapped(nn.utils.parametrizations.weight_norm))
+    (ffn,) = of_kind(checked(net, dense=False), "ffn")
+    prune_(net, discover(net), {ffn.name: np.arange(3)})
+    assert (net.bodies[0].up.out_features, net.bodies[0].down.in_features) == (5, 5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+def test_weight_norm_in_a_hook() -> None:
+    net = Net(Wrapped(nn.utils.weight_norm))
+    assert {"ffn", "hidden"} <= free(checked(net, dense=False))
+
+
+def test_spectral_norm() -> None:
+    discovery = discover(Net(Wrapped(nn.utils.parametrizations.spectral_norm)))
+    assert free(discovery) == set()
+    assert any("a spectral norm" in axis.reason for axis in discovery.frozen)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+def test_adapters_of_peft(method: str) -> None:
+    from peft import IA3Config, LoraConfig, get_peft_model
+
+    targets = ["gate", "up", "down"]
+    if method == "ia3":
+        config = IA3Config(target_modules=targets, feedforward_modules=["down"])
+    else:
+        config = LoraConfig(r=4, target_modules=targets, use_dora=method == "dora")
+    net = get_peft_model(Net(Gated(), Gated()), config)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in net.named_parameters():
+        if "lora_B" in name or "ia3" in name:
+            parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    assert {"ffn", "hidden"} <= free(checked(net, dense=method == "lora"))
+
+
+# ----------------------------------------------------------------------------- tokens and outputs
+
+
+class Tabled(Net):
+    """Token ids are looked up in one of several ways, and added to positions."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__(Gated())
+        head = {"types": nn.Embedding(2, HIDDEN), "places": nn.Embedding(64, HIDDEN)}
+        parts = dict(self.named_children())
+        for name in parts:
+            delattr(self, name)
+        for name, module in {**head, **parts}.items():
+            setattr(self, name, module)
+        self.way = way
+        if way != "embedding":
+            self.table = nn.Parameter(self.embed.weight.detach().clone())
+            del self.embed
+        self.second = nn.Embedding(VOCABULARY + 3, HIDDEN)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.way == "embedding":
+            x = self.embed(tokens)
+        elif self.way == "function":
+            x = F.embedding(tokens, self.table)
+        elif self.way == "index":
+            x = self.table[tokens]
+        else:
+            x = F.one_hot(tokens, VOCABULARY).to(self.table.dtype) @ self.table
+        x = x + self.second(tokens + 3) + self.types(torch.zeros_like(tokens))
+        x = x + self.places(torch.arange(tokens.shape[1])[None])
+        for body in self.bodies:
+            x = x + body(x)
+        return self.out(x)
+
+
+@pytest.mark.parametrize("way", ["embedding", "function", "index", "one_hot"])
+def test_tables_that_tokens_index(way: str) -> None:
+    net = Tabled(way)
+    assert vocabulary_size(net) == VOCABULARY
+    discovery = checked(net)
+    (hidden,) = of_kind(discovery, "hidden")
+    assert hidden.size == HIDDEN
+    table = "embed.weight" if way == "embedding" else "table"
+    (frozen,) = [axis for axis in discovery.frozen if (axis.tensor, axis.dim) == (table, 0)]
+    assert frozen.reason == "the vocabulary" or way == "one_hot"
+
+
+def test_no_table_is_said_so() -> None:
+    with pytest.raises(DiscoveryError, match="looks its token ids up in no table"):
+        discover(nn.Linear(8, 8))
+
+
+@dataclass
+class Output:
+    loss: torch.Tensor | None
+    logits: torch.Tensor
+
+
+class Pair(NamedTuple):
+    loss: torch.Tensor
+    scores: torch.Tensor
+
+
+class Plain:
+    def __init__(self, x: torch.Tensor) -> None:
+        self.logits = x
+
+
+OUTPUTS: dict[str, Callable[[torch.Tensor], object]] = {
+    "tuple": lambda x: (x, None),
+    "list": lambda x: [x.sum(), x],
+    "dict": lambda x: {"loss": x.sum(), "logits": x},
+    "other name": lambda x: {"hidden_states": (x * 2,), "lm_scores": x},
+    "dataclass": lambda x: Output(x.sum(), x),
+    "named tuple": lambda x: Pair(x.sum(), x),
+    "object": Plain,
+    "nested": lambda x: (None, {"logits": x}),
+}
+
+
+class Returning(Net):
+    def __init__(self, make: Callable[[torch.Tensor], object]) -> None:
+        super().__init__(Gated())
+        self.make = make
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.make(super().forward(tokens))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_outputs(name: str) -> None:
+    assert {"ffn", "hidden"} <= free(checked(Returning(OUTPUTS[name])))
+
+
+class Published(NanoGPT):
+    """nanoGPT as it is used: a ``generate`` of its own, logits of the last position, a loss."""
+
+    def forward(
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        x = self.wte(idx) + self.wpe(torch.arange(0, idx.shape[1], device=idx.device))
+        for block in self.h:
+            x = block(x)
+        x = self.ln_f(x)
+        if targets is None:
+            return self.lm_head(x[:, [-1], :]), None
+        logits = self.lm_head(x)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    @torch.no_grad()
+    def generate(self, idx: torch.Tensor, count: int) -> torch.Tensor:
+        for _ in range(count):
+            idx = torch.cat([idx, self(idx)[0][:, -1].argmax(-1, keepdim=True)], 1)
+        return idx
+
+
+def test_module_with_a_config_and_generate_of_its_own() -> None:
+    net = Published()
+    assert {"ffn", "hidden", "heads"} <= free(checked(net, dense=False, lengths=(3, 8, 32)))

@@ -20,6 +20,7 @@ from llm_pruner.tracing.run import (
     Forward,
     forward_with_cache,
     forward_without_cache,
+    is_of_transformers,
     named_tensors,
     run_trace,
 )
@@ -52,7 +53,7 @@ def discover(
     try:
         trace, aliases, calls = run_trace(model, forward, tokens)
     except DiscoveryError:
-        if forward is not forward_with_cache or not hasattr(model, "generate"):
+        if forward is not forward_with_cache or not is_of_transformers(model):
             raise
         # Some models cannot be run with their cache by hand, others have none.
         forward = forward_without_cache

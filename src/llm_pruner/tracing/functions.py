@@ -386,6 +386,11 @@ def _bincount(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any],
         recorder.sized(expr_of(least), axes[0], "bincount")
 
 
+def _eye(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    sizes = [*args[:2], *(kwargs[key] for key in ("n", "m") if key in kwargs)]
+    _record_sizes(recorder, [sizes[0], sizes[-1]], out, "new tensor")
+
+
 _SIZED: dict[str, Callable[[Recorder, tuple[Any, ...], dict[str, Any], Any], None]] = {
     "view": _view,
     "reshape": _view,
@@ -420,6 +425,7 @@ _SIZED: dict[str, Callable[[Recorder, tuple[Any, ...], dict[str, Any], Any], Non
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution),
     "pad": _pad,
+    "eye": _eye,
     "topk": _topk,
     "histc": _histc,
     "bincount": _bincount,

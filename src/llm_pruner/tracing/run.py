@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from llm_pruner.chain.logits import find_logits
 from llm_pruner.errors import DiscoveryError, LLMPrunerError
 from llm_pruner.tracing.functions import SizeMode
 from llm_pruner.tracing.ghosts import GhostTracer, ghosts_of, is_on_meta
@@ -20,6 +22,7 @@ from llm_pruner.tracing.provenance import traced_attributes
 from llm_pruner.tracing.rules import RULES
 from llm_pruner.tracing.sizes import Equation, Expr, leaves
 from llm_pruner.tracing.tracer import Trace, Tracer
+from llm_pruner.tracing.vocabulary import find_vocabulary_size
 from llm_pruner.types import IntArray
 
 Forward = Callable[[nn.Module, torch.Tensor], list[torch.Tensor]]
@@ -42,16 +45,19 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
 
 
 def vocabulary_size(model: nn.Module) -> int:
-    """Return how many token ids the model's input embedding holds."""
+    """Return how many token ids the model takes.
+
+    Raises:
+        DiscoveryError: it looks token ids up nowhere.
+    """
     getter = getattr(model, "get_input_embeddings", None)
     if getter is not None:
         embedding = getter()
         if embedding is not None and hasattr(embedding, "weight"):
             return int(embedding.weight.shape[0])
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            return int(module.num_embeddings)
-    raise DiscoveryError("the model has no token embedding")
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    with evaluating(model):
+        return find_vocabulary_size(model, lambda network, tokens: network(tokens), device)
 
 
 def example_tokens(
@@ -66,6 +72,25 @@ def example_tokens(
     return tokens.to(device)
 
 
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether a model is run as those of ``transformers`` are: by keywords, with a cache."""
+    library = sys.modules.get("transformers.modeling_utils")
+    if library is not None and isinstance(_inside(model), library.PreTrainedModel):
+        return True
+    return {"input_ids", "use_cache"} <= set(_parameters(model))
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """Return the model that a wrapper with adapters hands its arguments to."""
+    unwrap = getattr(model, "get_base_model", None)
+    return unwrap() if callable(unwrap) else model
+
+
+def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a model's forward pass by name."""
+    return inspect.signature(_inside(model).forward).parameters
+
+
 def forward_with_cache(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
     """Run a model as generation does: all tokens but the last at once, the last with the cache.
 
@@ -73,9 +98,9 @@ def forward_with_cache(model: nn.Module, tokens: torch.Tensor) -> list[torch.Ten
     another way when there is a mask. A model that takes no cache runs all tokens at once, one that
     is not of ``transformers`` once.
     """
-    if not hasattr(model, "config") or not hasattr(model, "generate"):
+    if not is_of_transformers(model):
         return [logits_of(model(tokens))]
-    parameters = inspect.signature(model.forward).parameters
+    parameters = _parameters(model)
     # The name of the cache differs between releases of transformers.
     name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
     logits = _generate(model, tokens, name, {})
@@ -89,7 +114,7 @@ def forward_with_cache(model: nn.Module, tokens: torch.Tensor) -> list[torch.Ten
 
 def forward_without_cache(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
     """Run all tokens at once, without a mask and with one; for models whose cache needs more."""
-    if "attention_mask" not in inspect.signature(model.forward).parameters:
+    if "attention_mask" not in _parameters(model):
         return [logits_of(model(input_ids=tokens))]
     mask = torch.ones_like(tokens)
     mask[0, -2] = 0
@@ -113,14 +138,11 @@ def _generate(
 
 def logits_of(output: Any) -> torch.Tensor:
     """Return the logits of a model's output, whatever it is wrapped in."""
-    if isinstance(output, torch.Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, torch.Tensor):
-        return logits
-    if isinstance(output, tuple | list) and isinstance(output[0], torch.Tensor):
-        return output[0]
-    raise DiscoveryError(f"the model returns {type(output).__name__}, in which no logits are found")
+    logits = find_logits(output)
+    if logits is None:
+        kind = type(output).__name__
+        raise DiscoveryError(f"the model returns {kind}, in which no logits are found")
+    return logits
 
 
 @contextmanager

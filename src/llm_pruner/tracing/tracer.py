@@ -100,6 +100,7 @@ class Tracer(TorchDispatchMode):
         self.weights: Any = WeakTensorKeyDictionary()
         self.names: Any = WeakTensorKeyDictionary()
         self.vocabulary: Any = WeakTensorKeyDictionary()
+        self.one_hot: Any = WeakTensorKeyDictionary()
         self.cut_from: Any = WeakTensorKeyDictionary()
         self.function: str | None = None
         self._shared: dict[str, int] = {}
@@ -342,9 +343,9 @@ class Tracer(TorchDispatchMode):
         inputs = list(tensors_in([*args, *kwargs.values()]))
         self._clock += 1
         for tensor in inputs:
-            known = self.names.get(tensor)
-            if known is not None:
-                self.trace.order.setdefault(known, self._clock)
+            called = self.names.get(tensor)
+            if called is not None:
+                self.trace.order.setdefault(called, self._clock)
         out = self.execute(func, name, args, kwargs)
         rule = self.rules.get(name)
         if rule is None and torch.Tag.pointwise in func.tags:
@@ -357,25 +358,29 @@ class Tracer(TorchDispatchMode):
                     if tensor in self.domains:
                         self.freeze(self.domains[tensor], f"its positions are chosen by {name}")
             rule(self, func, args, kwargs, out)
-        except UnplacedError as unplaced:
+        except (UnplacedError, ValueError, AssertionError, LookupError, TypeError) as error:
+            # A call in a form that the rule was not made for is as good as one without a rule.
+            known = isinstance(error, UnplacedError)
+            reason = str(error) if known else f"no rule for this form of the operation {name}"
             self.trace.unknown[name] = self.trace.unknown.get(name, 0) + 1
             for tensor in inputs:
                 for rows in self.label(tensor):
-                    self.freeze(rows, str(unplaced))
+                    self.freeze(rows, reason)
             for tensor in tensors_in([out]):
-                self.set_label(
-                    tensor, [self.frozen_rows(size, str(unplaced)) for size in tensor.shape]
-                )
+                self.set_label(tensor, [self.frozen_rows(size, reason) for size in tensor.shape])
         if name in VIEWS and inputs[0] in self.cut_from:
             for tensor in tensors_in([out]):
                 self.cut_from.setdefault(tensor, self.cut_from[inputs[0]])
         if name in MOVEMENT and inputs:
             # Weights that an index takes, of the expert that a token is given, are weights still.
             moved = inputs[:1] if name == "index" else inputs
-            for marked in (self.weights, self.vocabulary):
+            for marked in (self.weights, self.vocabulary, self.one_hot):
                 if all(tensor in marked for tensor in moved):
                     for tensor in tensors_in([out]):
                         marked[tensor] = True
+        elif name in COMPUTED and all(tensor in self.weights for tensor in inputs):
+            for tensor in tensors_in([out]):
+                self.weights[tensor] = True
         return out
 
     def execute(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
@@ -394,6 +399,9 @@ MOVEMENT = frozenset(
     | {"squeeze", "slice", "select", "split", "split_with_sizes", "unbind", "detach", "alias"}
     | {"clone", "_to_copy", "cat", "index"}
 )
+
+COMPUTED = frozenset({"add", "sub", "mul", "div", "mm", "mv", "_weight_norm_interface"})
+"""Operations that make a weight of nothing but weights, as a low-rank update or a norm does."""
 
 VIEWS = frozenset(
     {"view", "reshape", "_reshape_alias", "transpose", "permute", "t", "expand", "unsqueeze"}

@@ -29,6 +29,8 @@ def mm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> 
     tracer.unify(left[1], right[0])
     tracer.note("read", left[1])
     tracer.set_label(out, [left[0], right[1]])
+    if args[0] in tracer.one_hot and tracer.trace.residual is None:
+        tracer.trace.residual = right[1]
 
 
 def bmm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
@@ -57,6 +59,13 @@ def mv(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> 
     tracer.set_label(out, left[:-1])
 
 
+def dot(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:
+    """A number; one of nothing but weights divides them, as in a spectral norm."""
+    if tracer.is_weight(args[0]) and tracer.is_weight(args[1]):
+        raise UnplacedError("one number is made of the whole weight (a spectral norm)")
+    mv(tracer, func, args, kwargs, out)
+
+
 def grouped_mm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
     """Rows sorted by expert times the weights of their expert: (t, k) x (experts, k, n).
 
@@ -82,9 +91,9 @@ def grouped_mm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Ten
 def convolution(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
     """Convolutions of any number of dimensions, transposed ones and ones in groups.
 
-    The first axis of the weight is divided by groups: it holds the output channels (out, in / groups,
-    ...), of a transposed one the input channels (in, out / groups, ...). Both input and output
-    channels are (group, channel of the group): whole groups can go, and the same channels of each.
+    The first axis of the weight is divided into groups: it holds the output channels, shape
+    (out, in / groups, ...), of a transposed one the input channels, (in, out / groups, ...). Input
+    and output channels are (group, channel of it): whole groups can go, or the same of each.
     """
     weight, bias, transposed, groups = args[1], args[2], args[6], args[8]
     axes, filters = tracer.label(args[0]), tracer.label(weight)
@@ -116,7 +125,7 @@ RULES = {
     "addmm": addmm,
     "baddbmm": baddbmm,
     "mv": mv,
-    "dot": mv,
+    **dict.fromkeys(("dot", "vdot"), dot),
     "_grouped_mm": grouped_mm,
     "convolution": convolution,
 }

@@ -81,6 +81,18 @@ def layer_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> N
         tracer.set_label(statistic, axes[:-count] + [empty_rows(1)] * count)
 
 
+def weight_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ARG001
+    """v * g / |v|, the norm taken over all axes of v but one."""
+    axes, scale = tracer.label(args[0]), tracer.label(args[1])
+    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % len(axes)
+    for place, rows in enumerate(axes):
+        if place != dim:
+            tracer.require_whole(rows)
+    axes[dim] = tracer.unify(axes[dim], scale[dim])
+    tracer.set_label(out[0], axes)
+    tracer.set_label(out[1], scale)
+
+
 def select_along(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
     """``topk`` and ``sort``: the positions of the result are chosen by value."""
     name = func._overloadpacket.__name__
@@ -119,5 +131,6 @@ RULES = {
     **dict.fromkeys(("_softmax", "_log_softmax", "softmax", "_safe_softmax"), along),
     **dict.fromkeys(("cumsum", "cumprod", "cummax", "logcumsumexp"), running),
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), layer_norm),
+    "_weight_norm_interface": weight_norm,
     **dict.fromkeys(("topk", "sort", "argsort"), select_along),
 }
