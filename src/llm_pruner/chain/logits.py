@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakSet
 
 import torch
+from torch import nn
 
 from llm_pruner.errors import UserError
 
 _STATES = re.compile("hidden|state|cache|key|attention|mem")
+
+
+_needs_targets: WeakSet[nn.Module] = WeakSet()
 
 
 def find_logits(output: Any, depth: int = 3) -> torch.Tensor | None:
@@ -53,3 +59,27 @@ def logits_of(output: Any) -> torch.Tensor:
             "vocabulary), so it has no loss; use a causal language model"
         )
     return logits
+
+
+def run_for_logits(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """Run a model and return the logits of all positions, shape (samples, seq_len, vocabulary).
+
+    A model that gives those of the last position alone gives all of them beside a loss, so it is
+    given targets if it takes some.
+
+    Raises:
+        UserError: see ``logits_of``; or some positions have no logits.
+    """
+    if model in _needs_targets:
+        logits = logits_of(model(input_ids, targets=input_ids))
+    else:
+        logits = logits_of(model(input_ids))
+    if logits.shape[1] == input_ids.shape[1]:
+        return logits
+    if model in _needs_targets or "targets" not in inspect.signature(model.forward).parameters:
+        raise UserError(
+            f"the model returns logits for {logits.shape[1]} of {input_ids.shape[1]} positions, so "
+            "it has no loss; let it return those of all positions"
+        )
+    _needs_targets.add(model)
+    return run_for_logits(model, input_ids)

@@ -20,7 +20,7 @@ from llm_pruner.chain.blocks import (
     with_hidden,
 )
 from llm_pruner.chain.borders import Borders
-from llm_pruner.chain.logits import logits_of
+from llm_pruner.chain.logits import run_for_logits
 from llm_pruner.chain.undisturbed import undisturbed
 from llm_pruner.removal import removed_modules, removed_positions
 from llm_pruner.surgery import prune_
@@ -128,7 +128,7 @@ class Judge:
     def _dense_logits(self, index: int) -> torch.Tensor:
         ids = self._ids[index : index + 1]
         if self._chain is None:
-            return logits_of(self._model(ids))[0]
+            return run_for_logits(self._model, ids)[0]
 
         def keep(at: int, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given = hidden_of(args, kwargs)
@@ -159,7 +159,7 @@ class Judge:
     ) -> torch.Tensor:
         ids = self._ids[index : index + 1]
         if first == 0:
-            return logits_of(network(ids))[0]
+            return run_for_logits(network, ids)[0]
         assert self._chain is not None
         assert self._entries is not None
         hidden = self._entries.read(first, slice(index, index + 1))

@@ -101,8 +101,8 @@ def find_vocabulary_size(
     if not sizes:
         cause = f" (running it raised {type(failure).__name__}: {failure})" if failure else ""
         raise DiscoveryError(
-            f"{type(model).__name__} looks its token ids up in no table{cause}: it has no token "
-            "embedding; give a model that maps token ids to logits"
+            f"the model has no token embedding: {type(model).__name__} looks its token ids up in "
+            f"no table{cause}; give one that maps token ids to logits"
         )
     _known[model] = min(sizes)
     return _known[model]
