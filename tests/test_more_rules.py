@@ -20,7 +20,7 @@ from llm_pruner.surgery import prune_
 from llm_pruner.tracing.run import evaluating, logits_of, vocabulary_size
 from llm_pruner.types import Discovery, Group, Removal
 from llm_pruner.verification import largest_difference, pruned_logits, twin_logits
-from nets import HIDDEN, VOCABULARY, Body, Gated, NanoGPT, Net
+from nets import HEADS, HIDDEN, SIZE, VOCABULARY, Attention, Body, Gated, NanoGPT, Net, attend
 from removals import bound_to, pick
 
 LENGTHS = (3, 8, 40)
@@ -338,3 +338,92 @@ class Published(NanoGPT):
 def test_module_with_a_config_and_generate_of_its_own() -> None:
     net = Published()
     assert {"ffn", "hidden", "heads"} <= free(checked(net, dense=False, lengths=(3, 8, 32)))
+
+
+# ------------------------------------------------------------------------------------- kinds
+
+
+class Streams(Net):
+    """Hyper-connections: several copies of the hidden state, mixed anew around every layer."""
+
+    def __init__(self, *, static: bool) -> None:
+        super().__init__(Gated(), Gated())
+        self.count = 3
+        self.mix = nn.ModuleList(nn.Linear(HIDDEN, 3) for _ in range(2))
+        self.read = nn.ParameterList(torch.rand(3) for _ in range(2))
+        self.static = static
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)[:, :, None].repeat(1, 1, self.count, 1)
+        for body, mix, read in zip(self.bodies, self.mix, self.read, strict=True):
+            alpha = torch.tanh(mix(x.mean(2)))
+            weights = read if self.static else alpha.softmax(-1)
+            inside = (weights[..., None, :] @ x).squeeze(2)
+            x = x + torch.sigmoid(alpha)[..., None] * body(inside)[:, :, None]
+        return self.out(x.sum(2))
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_streams_are_no_channels(static: bool) -> None:
+    discovery = checked(Streams(static=static), dense=False)
+    assert [group.size for group in of_kind(discovery, "ffn")] == [8, 8]
+    assert {group.size for group in of_kind(discovery, "other")} <= {3}
+
+
+class Cached(Attention):
+    """Attention over keys and values that lie in buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("past_k", "past_v"):
+            self.register_buffer(name, torch.zeros(2, HEADS, 64, SIZE), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        size = x.shape[1]
+        q, k, v = (
+            p(x).view(x.shape[0], size, self.heads, self.size).transpose(1, 2)
+            for p in (self.q, self.k, self.v)
+        )
+        self.past_k[:, :, :size] = k
+        self.past_v[:, :, :size] = v
+        out = attend(q, self.past_k[:, :, :size], self.past_v[:, :, :size])
+        return self.o(out.transpose(1, 2).flatten(2))
+
+
+def test_heads_over_a_cache_in_buffers() -> None:
+    discovery = checked(Net(Cached()))
+    assert {group.kind for group in discovery.groups} == {
+        "hidden", "heads", "head_dim", "value_dim"
+    }  # fmt: skip
+
+
+class Mixture(nn.Module):
+    """Experts whose weights lie in one tensor, by einsum."""
+
+    def __init__(self, *, batched: bool, top: int | None) -> None:
+        super().__init__()
+        self.router = nn.Linear(HIDDEN, 4, bias=False)
+        self.up = nn.Parameter(torch.zeros(4, HIDDEN, 6))
+        self.down = nn.Parameter(torch.zeros(4, 6, HIDDEN))
+        self.batched, self.top = batched, top
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        probs = self.router(x).softmax(-1)
+        if self.top is not None:
+            values, chosen = probs.topk(self.top, dim=-1)
+            probs = torch.zeros_like(probs).scatter(-1, chosen, values)
+        y = F.gelu(torch.einsum("bth,ehf->btef", x, self.up))
+        if self.batched:
+            y = torch.einsum("btef,efh->bteh", y, self.down)
+            return torch.einsum("bte,bteh->bth", probs, y)
+        return torch.einsum("btef,efh->bth", y * probs[..., None], self.down)
+
+
+@pytest.mark.parametrize("top", [None, 2])
+@pytest.mark.parametrize("batched", [False, True])
+def test_experts_by_einsum(batched: bool, top: int | None) -> None:
+    discovery = checked(Net(Mixture(batched=batched, top=top)), dense=False)
+    (experts,) = of_kind(discovery, "experts")
+    (ffn,) = of_kind(discovery, "ffn")
+    assert (experts.size, experts.least, ffn.size) == (4, top or 1, 6)
+    assert "head_dim" not in {group.kind for group in discovery.groups}

@@ -270,16 +270,29 @@ class _Builder:
             if np.isin(units, self.replicas).all():
                 return "query_heads"
             return "heads"
+        matrices = [m for m in members if not m.buffer and len(self.tensors[m.tensor][0]) > 1]
+        stacked = [m for m in matrices if m.dim == 0 and len(self.tensors[m.tensor][0]) > 2]
+        weighed = bool(self.chosen_from[units].all()) or has("normalised") or has("query_key")
+        if has("routing") or (
+            stacked and not has("filter") and (weighed or len({m.tensor for m in stacked}) > 1)
+        ):
+            return "experts"
         if has("query_key"):
             return "head_dim"
         if has("value"):
             return "value_dim"
-        stacked = any(m.dim == 0 and len(self.tensors[m.tensor][0]) > 2 for m in members)
-        if has("routing") or (stacked and bool(self.chosen_from[units].all())):
-            return "experts"
-        if has("activation") and len({m.tensor for m in members if not m.buffer}) > 1:
+        if has("activation") and has("weighed") and len(matrices) > 1 and not self._spread(members):
             return "ffn"
         return "other"
+
+    def _spread(self, members: tuple[Member, ...]) -> bool:
+        """Whether a unit lies in several layers, as a stream of hidden states does."""
+        layers = defaultdict(set)
+        for member in members:
+            place = self._layer_of(member.tensor)
+            if place is not None:
+                layers[place[0]].add(place[1])
+        return any(len(numbers) > 1 for numbers in layers.values())
 
     def _least(self, units: IntArray) -> int:
         """Return how many units must stay so that as many can be chosen as the code chooses.

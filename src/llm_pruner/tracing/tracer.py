@@ -32,6 +32,8 @@ Role = Literal[
     "even",
     "read",
     "filter",
+    "weighed",
+    "normalised",
 ]
 
 
@@ -106,6 +108,8 @@ class Tracer(TorchDispatchMode):
         self._shared: dict[str, int] = {}
         self._ragged: dict[int, Ragged] = {}
         self._packed: set[int] = set()
+        self._written: set[int] = set()
+        self._trained: set[int] = set()
         self._clock = 0
 
     # ------------------------------------------------------------- labelling
@@ -119,6 +123,8 @@ class Tracer(TorchDispatchMode):
         self.labels[tensor] = list(self.trace.tensors[name])
         self.weights[tensor] = True
         self.names[tensor] = name
+        if isinstance(tensor, torch.nn.Parameter):
+            self._trained.add(_storage(tensor))
 
     def frozen_rows(self, count: int, reason: str) -> IntArray:
         """Return rows that are never deleted, and remember why."""
@@ -278,8 +284,11 @@ class Tracer(TorchDispatchMode):
         self.trace.choices.append(Choice(rows, count, max(available, count)))
 
     def is_weight(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is a parameter or a mere view or cast of one."""
-        return tensor in self.weights
+        """Whether a tensor is a parameter or buffer, or a mere view or cast of one.
+
+        A buffer that the run writes to is none: it holds activations, such as a cache.
+        """
+        return tensor in self.weights and _storage(tensor) not in self._written
 
     # ------------------------------------------------ Recorder (function mode)
 
@@ -346,6 +355,8 @@ class Tracer(TorchDispatchMode):
             called = self.names.get(tensor)
             if called is not None:
                 self.trace.order.setdefault(called, self._clock)
+        if func._schema.is_mutable and inputs and inputs[0] in self.weights:
+            self._written |= {_storage(inputs[0])} - self._trained
         out = self.execute(func, name, args, kwargs)
         rule = self.rules.get(name)
         if rule is None and torch.Tag.pointwise in func.tags:
@@ -414,6 +425,10 @@ DOMAIN_AWARE = frozenset(
     | {"slice", "detach", "alias", "clone", "_to_copy", "gather", "embedding", "index"}
     | {"index_select", "select", "scatter", "scatter_", "sort", "histc", "bincount"}
 )
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def tensors_in(values: Any) -> Iterator[torch.Tensor]:

@@ -9,6 +9,7 @@ import torch
 from llm_pruner.tracing.atoms import product_rows
 from llm_pruner.tracing.rules.pointwise import broadcast
 from llm_pruner.tracing.tracer import Tracer, UnplacedError
+from llm_pruner.types import IntArray
 
 
 def _note_attention(tracer: Tracer, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -24,10 +25,17 @@ def _note_attention(tracer: Tracer, left: torch.Tensor, right: torch.Tensor) -> 
         tracer.note("value", outer)
 
 
+def _note_read(tracer: Tracer, left: torch.Tensor, right: torch.Tensor, rows: IntArray) -> None:
+    """Remember that an axis is summed over, and whether by a weight."""
+    tracer.note("read", rows)
+    if tracer.is_weight(left) != tracer.is_weight(right):
+        tracer.note("weighed", rows)
+
+
 def mm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
     left, right = tracer.label(args[0]), tracer.label(args[1])
     tracer.unify(left[1], right[0])
-    tracer.note("read", left[1])
+    _note_read(tracer, args[0], args[1], left[1])
     tracer.set_label(out, [left[0], right[1]])
     if args[0] in tracer.one_hot and tracer.trace.residual is None:
         tracer.trace.residual = right[1]
@@ -37,7 +45,7 @@ def bmm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) ->
     left, right = tracer.label(args[0]), tracer.label(args[1])
     batch = tracer.unify(left[0], right[0])
     tracer.unify(left[2], right[1])
-    tracer.note("read", left[2])
+    _note_read(tracer, args[0], args[1], left[2])
     tracer.set_label(out, [batch, left[1], right[2]])
     _note_attention(tracer, args[0], args[1])
 
@@ -55,7 +63,7 @@ def baddbmm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor
 def mv(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
     left, right = tracer.label(args[0]), tracer.label(args[1])
     tracer.unify(left[-1], right[0])
-    tracer.note("read", left[-1])
+    _note_read(tracer, args[0], args[1], left[-1])
     tracer.set_label(out, left[:-1])
 
 
@@ -82,7 +90,7 @@ def grouped_mm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Ten
     else:
         tracer.freeze(right[0], "experts run as one grouped product")
     tracer.unify(left[1], right[1])
-    tracer.note("read", left[1])
+    _note_read(tracer, args[0], args[1], left[1])
     tracer.set_label(out, [left[0], right[2]])
     for rows in (right[1], right[2]):
         tracer.note("aligned", rows)
@@ -103,14 +111,14 @@ def convolution(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Te
     if groups == 1:
         source, channels = (first, second) if transposed else (second, first)
         tracer.unify(axes[1], source)
-        tracer.note("read", axes[1])
+        _note_read(tracer, args[0], weight, axes[1])
     else:
         outer, _ = tracer.split(first, groups, len(first) // groups)
         joined = product_rows(outer, second)
         source, channels = (first, joined) if transposed else (joined, first)
         tracer.unify(axes[1], source)
         if weight.shape[0 if transposed else 1] != (groups if transposed else 1):
-            tracer.note("read", axes[1])
+            _note_read(tracer, args[0], weight, axes[1])
     for rows in (source, channels):
         tracer.note("filter", rows)
     if bias is not None:

@@ -46,6 +46,7 @@ def along(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None: 
     axes = tracer.label(args[0])
     if axes:
         tracer.require_whole(axes[args[1]])
+        tracer.note("normalised", axes[args[1]])
     for result in tensors_in([out]):
         tracer.set_label(result, axes)
 
