@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from llm_pruner.errors import DiscoveryError
 from llm_pruner.groups import discover
@@ -20,6 +21,7 @@ from llm_pruner.surgery import prune_
 from llm_pruner.tracing.run import evaluating, logits_of, vocabulary_size
 from llm_pruner.types import Discovery, Group, Removal
 from llm_pruner.verification import largest_difference, pruned_logits, twin_logits
+from helpers import tiny_model
 from nets import HEADS, HIDDEN, SIZE, VOCABULARY, Attention, Body, Gated, NanoGPT, Net, attend
 from removals import bound_to, pick
 
@@ -84,6 +86,12 @@ def of_kind(discovery: Discovery, kind: str) -> list[Group]:
 
 def free(discovery: Discovery) -> set[str]:
     return {group.kind for group in discovery.groups if group.frozen is None}
+
+
+def why(discovery: Discovery, tensor: str, dim: int) -> str:
+    """Return why a part of an axis is frozen."""
+    trace = discovery.graph.trace
+    return str(trace.atoms.reason(trace.tensors[f"bodies.0.{tensor}"][dim]))
 
 
 def member(group: Group, tensor: str, dim: int) -> list[list[int]]:
@@ -427,3 +435,117 @@ def test_experts_by_einsum(batched: bool, top: int | None) -> None:
     (ffn,) = of_kind(discovery, "ffn")
     assert (experts.size, experts.least, ffn.size) == (4, top or 1, 6)
     assert "head_dim" not in {group.kind for group in discovery.groups}
+
+
+# -------------------------------------------------------------------------------- compiled code
+
+
+def _size_as_a_number(x: torch.Tensor) -> torch.Tensor:
+    return x * x.shape[-1]
+
+
+def _in_heads(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x.view(x.shape[0], x.shape[1], 2, 4).flatten(2))
+
+
+def _scripted(function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    return torch.jit.script(function)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning"
+)
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: torch.jit.script(_size_as_a_number), "its size is used as a number"),
+        (lambda: torch.jit.script(_in_heads), "its size 2 is written in the code"),
+        (lambda: torch.jit.trace(F.gelu, torch.zeros(2, 8, 8)), "compiled code of which nothing"),
+        (
+            lambda: torch.jit.trace(nn.Tanh(), torch.zeros(2, 8, 8)),
+            "compiled code of which nothing",
+        ),
+        (lambda: torch.jit.script(nn.GELU()), None),
+        (lambda: torch.jit.script(F.silu), None),
+    ],
+)
+def test_torchscript(make: Callable[[], Any], reason: str | None) -> None:
+    function = make()
+    discovery = checked(Net(Body(lambda x: function(x))))
+    frozen = {(axis.tensor, axis.dim): axis.reason for axis in discovery.frozen}
+    found = frozen.get(("bodies.0.up.weight", 0))
+    assert found is None if reason is None else reason in str(found)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning"
+)
+def test_modules_in_torchscript() -> None:
+    assert {"ffn", "hidden"} <= free(checked(Net(torch.jit.script(Gated()), Gated())))
+
+
+class Flexible(Attention):
+    """Attention by ``flex_attention``, with or without a modification of the scores and a mask."""
+
+    def __init__(self, score: Any = None, mask: Any = None, kv_heads: int = HEADS) -> None:
+        super().__init__(heads=6, kv_heads=kv_heads if kv_heads != HEADS else 6)
+        self.score, self.mask = score, mask
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, size = x.shape[:2]
+        q = self.q(x).view(batch, size, self.heads, self.size).transpose(1, 2)
+        k, v = (
+            p(x).view(batch, size, self.kv_heads, self.size).transpose(1, 2)
+            for p in (self.k, self.v)
+        )
+        mask = None
+        if self.mask is not None:
+            mask = create_block_mask(self.mask, None, None, size, size, device="cpu")
+        out = flex_attention(q, k, v, self.score, mask, scale=0.5, enable_gqa=True)
+        return self.o(out.transpose(1, 2).flatten(2))
+
+
+SLOPES = torch.linspace(0.1, 0.6, 6)
+FLEXIBLE = {
+    "plain": (None, None, True),
+    "causal": (None, lambda b, h, q, k: q >= k, True),
+    "relative": (lambda s, b, h, q, k: torch.tanh(s) - 0.1 * (q - k), None, True),
+    "alibi": (lambda s, b, h, q, k: s - SLOPES[h] * (q - k), lambda b, h, q, k: q >= k, False),
+    "by head": (None, lambda b, h, q, k: q - k < 2 + h, False),
+    "one position at a time": (
+        lambda s, b, h, q, k: s + SLOPES[(q % 6).reshape(1)][0],
+        None,
+        False,
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")
+@pytest.mark.parametrize("name", FLEXIBLE)
+@pytest.mark.parametrize("kv_heads", [HEADS, 2])
+def test_flex_attention(name: str, kv_heads: int) -> None:
+    score, mask, heads = FLEXIBLE[name]
+    discovery = checked(Net(Flexible(score, mask, kv_heads)))
+    assert ("heads" in free(discovery)) == heads
+    assert "hidden" in free(discovery)
+    if not heads:
+        assert why(discovery, "q.weight", 0) in (
+            "computed from positions",
+            "looked up by position",
+            "read by compiled code of which nothing is known",
+        )
+
+
+def test_loss_over_all_routers_keeps_them_equal() -> None:
+    model = tiny_model("mixtral", output_router_logits=True)
+    discovery = discover(model)
+    experts = of_kind(discovery, "experts")
+    assert all(group.frozen is None and len(group.companions) == 2 for group in experts[:1])
+    removal = pick(discovery, ("experts",))
+    expected = twin_logits(model, discovery, removal)
+    prune_(model, discovery, removal)
+    assert largest_difference(expected, pruned_logits(model, discovery)) <= 1e-5
+    tokens = torch.arange(20)[None]
+    assert bool(model(tokens, labels=tokens).aux_loss.isfinite())
+    assert model.num_experts == 4 - len(removal[experts[0].name])

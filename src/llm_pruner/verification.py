@@ -25,6 +25,7 @@ from llm_pruner.tracing.provenance import traced_attributes
 from llm_pruner.tracing.rules import RULES
 from llm_pruner.tracing.rules.reduction import reduced_dims
 from llm_pruner.tracing.run import evaluating, example_tokens, label_model, named_tensors
+from llm_pruner.tracing.stand_ins import in_sight
 from llm_pruner.tracing.tracer import VIEWS, Trace, Tracer, tensors_in
 from llm_pruner.types import Discovery, IntArray, Removal
 
@@ -219,6 +220,7 @@ def twin_logits(
         _bypassed(model, gone),
         # Sizes keep their origin as in the trace, so that the same axes are fixed.
         traced_attributes(model, twin.used_as_number),
+        in_sight(model),
         twin,
         SizeMode(twin),
     ):

@@ -12,12 +12,20 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    handle_torch_function,
+)
+from torch.utils._python_dispatch import _disable_current_modes
 
 from llm_pruner.tracing.sizes import Expr, TracedInt, expr_of
 from llm_pruner.types import IntArray
 
 Axes = list[IntArray]
+
+COMPILED_CODE = "compiled code"
+"""Name of the function under which code runs of which nothing is known."""
 
 
 class Recorder(Protocol):
@@ -350,6 +358,18 @@ def _pad(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out:
             recorder.used_as_number(value.expr)
 
 
+def _router_losses(
+    recorder: Recorder,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],  # noqa: ARG001
+    out: Any,  # noqa: ARG001
+) -> None:
+    for logits in args[0]:
+        axes = recorder.axes(logits)
+        if axes is not None and isinstance(args[1], int):
+            recorder.sized(expr_of(args[1]), axes[-1], "the load-balancing loss")
+
+
 def _one_hot(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     classes = args[1] if len(args) > 1 else kwargs.get("num_classes", -1)
     axes = recorder.axes(out)
@@ -426,6 +446,7 @@ _SIZED: dict[str, Callable[[Recorder, tuple[Any, ...], dict[str, Any], Any], Non
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution),
     "pad": _pad,
     "eye": _eye,
+    "load_balancing_loss_func": _router_losses,
     "topk": _topk,
     "histc": _histc,
     "bincount": _bincount,
@@ -481,6 +502,83 @@ def _attention(
     weights = torch.softmax(scores, dim=-1)
     # A row that may look nowhere gives zeros, as the fused kernels do.
     return torch.nan_to_num(weights) @ value
+
+
+def flex_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    score_mod: Callable[..., torch.Tensor] | None = None,
+    block_mask: Any = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    kernel_options: Any = None,  # noqa: ARG001
+    *,
+    return_aux: Any = None,
+) -> Any:
+    """``torch.nn.attention.flex_attention`` written out.
+
+    What ``score_mod`` and the mask do with the number of a head freezes the heads, as numbers of
+    positions are fixed.
+    """
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[-1])
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = (_repeat_interleave(x, groups, dim=-3) for x in (key, value))
+    scores = (query * scale) @ key.transpose(-2, -1)
+    with torch._C.DisableTorchFunction():
+        shape = tuple(scores.shape)
+    places = [torch.arange(size, device=query.device) for size in shape]
+    if score_mod is not None:
+        scores = _by_position(score_mod, places, scores).to(scores.dtype)
+    if block_mask is not None:
+        mask = _by_position(block_mask.mask_mod, places)
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = torch.nan_to_num(torch.softmax(scores, dim=-1))
+    out = (weights @ value).to(query.dtype)
+    if return_aux is not None:
+        return out, type("Aux", (), {"lse": scores.logsumexp(-1), "max_scores": scores.amax(-1)})()
+    return (out, scores.logsumexp(-1)) if return_lse else out
+
+
+def _by_position(
+    function: Callable[..., torch.Tensor], places: list[torch.Tensor], *scores: torch.Tensor
+) -> torch.Tensor:
+    """Call a function of (scores,) batch, head, query and key of single positions on all at once.
+
+    It is made for ``vmap``. Most such functions do the same by broadcasting, where axes can be
+    followed; any other runs as code of which nothing is known.
+    """
+    columns = [
+        place.view([-1 if i == dim else 1 for i in range(4)]) for dim, place in enumerate(places)
+    ]
+
+    def single(*given: torch.Tensor) -> torch.Tensor:
+        mapped = function
+        for dim in (3, 2, 1, 0):
+            dims = [0 if dim == place else None for place in range(4)]
+            mapped = torch.vmap(mapped, in_dims=(*[0] * len(scores), *dims))
+        return mapped(*given)
+
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        expected = single(*scores, *places)
+    try:
+        found = function(*scores, *columns)
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            same = torch.equal(found.expand(expected.shape), expected)
+    except (RuntimeError, IndexError, TypeError):
+        same = False
+    if same:
+        return found
+    single.__name__ = COMPILED_CODE
+    return handle_torch_function(single, (), *scores, *places)
+
+
+def is_watched() -> bool:
+    """Whether a trace is going on."""
+    return any(isinstance(mode, SizeMode) for mode in _get_current_function_mode_stack())
 
 
 def _repeat_interleave(

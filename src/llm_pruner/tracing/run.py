@@ -21,6 +21,7 @@ from llm_pruner.tracing.ghosts import GhostTracer, ghosts_of, is_on_meta
 from llm_pruner.tracing.provenance import traced_attributes
 from llm_pruner.tracing.rules import RULES
 from llm_pruner.tracing.sizes import Equation, Expr, leaves
+from llm_pruner.tracing.stand_ins import in_sight
 from llm_pruner.tracing.tracer import Trace, Tracer
 from llm_pruner.tracing.vocabulary import find_vocabulary_size
 from llm_pruner.types import IntArray
@@ -132,7 +133,11 @@ def _generate(
     cache = getattr(first, name, None) if name is not None else None
     if cache is None:
         return [logits_of(model(input_ids=tokens, use_cache=False, **masks))]
-    step = model(input_ids=tokens[:, -1:], use_cache=True, **{str(name): cache}, **masks)
+    given = {str(name): cache, **masks}
+    if "output_router_logits" in _parameters(model):
+        # The loss over all routers takes a mask of the tokens of one call, not of all before it.
+        given["output_router_logits"] = False
+    step = model(input_ids=tokens[:, -1:], use_cache=True, **given)
     return [logits_of(first), logits_of(step)]
 
 
@@ -196,6 +201,9 @@ class Layers:
             if not isinstance(module, nn.ModuleList) or len(module) < 2:
                 continue
             for index, child in enumerate(module):
+                # A place may be empty, and TorchScript takes no hooks.
+                if child is None or isinstance(child, torch.jit.ScriptModule):
+                    continue
                 name = f"{path}.{index}"
                 self.handles.append(child.register_forward_hook(self._hook(name), with_kwargs=True))
 
@@ -287,7 +295,7 @@ def _run(
     layers = Layers(model, tracer)
     try:
         with evaluating(model), traced_attributes(model, tracer.used_as_number) as attributes:
-            with tracer, SizeMode(tracer):
+            with in_sight(model), tracer, SizeMode(tracer):
                 logits = _guarded(forward, model, tokens)
             trace.attributes = dict(attributes)
     finally:

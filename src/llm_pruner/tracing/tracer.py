@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from llm_pruner.tracing.atoms import Atoms, empty_rows, product_rows
+from llm_pruner.tracing.functions import COMPILED_CODE
 from llm_pruner.tracing.sizes import Equation, Expr, TracedInt, leaves
 from llm_pruner.types import IntArray
 
@@ -362,6 +363,8 @@ class Tracer(TorchDispatchMode):
         if rule is None and torch.Tag.pointwise in func.tags:
             rule = self.rules["pointwise"]
         try:
+            if self.function == COMPILED_CODE:
+                raise UnplacedError("read by compiled code of which nothing is known")
             if rule is None:
                 raise UnplacedError(f"no rule for the operation {name}")
             if name not in DOMAIN_AWARE:

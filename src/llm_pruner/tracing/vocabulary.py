@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from llm_pruner.errors import DiscoveryError
 from llm_pruner.tracing.ghosts import GhostRunner, ghosts_of, is_on_meta
+from llm_pruner.tracing.stand_ins import in_sight
 from llm_pruner.tracing.tracer import MOVEMENT, tensors_in
 
 _BY_DIM = frozenset({"index_select", "gather", "scatter", "scatter_", "scatter_add", "index_add"})
@@ -93,7 +94,7 @@ def find_vocabulary_size(
         tokens = tokens if device.type == "meta" else tokens.to(device)
         watch = _Watch(tokens)
         try:
-            with watch:
+            with in_sight(model), watch:
                 run(model, tokens)
         except Exception as error:  # what was seen until then may be enough
             failure = error
