@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from helpers import tiny_model
 from llm_pruner.errors import DiscoveryError
 from llm_pruner.groups import discover
 from llm_pruner.removal import removed_positions
@@ -21,7 +22,6 @@ from llm_pruner.surgery import prune_
 from llm_pruner.tracing.run import evaluating, logits_of, vocabulary_size
 from llm_pruner.types import Discovery, Group, Removal
 from llm_pruner.verification import largest_difference, pruned_logits, twin_logits
-from helpers import tiny_model
 from nets import HEADS, HIDDEN, SIZE, VOCABULARY, Attention, Body, Gated, NanoGPT, Net, attend
 from removals import bound_to, pick
 
