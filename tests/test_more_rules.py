@@ -75,8 +75,8 @@ def checked(
                 with evaluating(model):
                     plain = [logits_of(zeroed(model, discovery, removal)(tokens))]
                 assert largest_difference(plain, actual) <= 1e-9, (list(removal), length)
-            original = pruned_logits(model, discovery, tokens)
-            assert largest_difference(original, actual) > 1e-6
+    original = pruned_logits(model, discovery, tokens)
+    assert largest_difference(original, actual) > 1e-6
     return discovery
 
 
@@ -549,3 +549,156 @@ def test_loss_over_all_routers_keeps_them_equal() -> None:
     tokens = torch.arange(20)[None]
     assert bool(model(tokens, labels=tokens).aux_loss.isfinite())
     assert model.num_experts == 4 - len(removal[experts[0].name])
+
+
+# ------------------------------------------------------------------- attention modules of PyTorch
+
+
+class Multihead(nn.Module):
+    """Attention by ``nn.MultiheadAttention``, and a feed-forward network."""
+
+    def __init__(self, *, batch_first: bool, weights: bool, separate: bool = False) -> None:
+        super().__init__()
+        sizes = {"kdim": HIDDEN, "vdim": 8} if separate else {}
+        self.inner = nn.MultiheadAttention(HIDDEN, 3, batch_first=batch_first, **sizes)
+        self.value = nn.Linear(HIDDEN, 8) if separate else nn.Identity()
+        self.ffn = Gated()
+        self.batch_first, self.weights = batch_first, weights
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x if self.batch_first else x.transpose(0, 1)
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        y, _ = self.inner(y, y, self.value(y), attn_mask=mask, need_weights=self.weights)
+        return self.ffn(x + (y if self.batch_first else y.transpose(0, 1)))
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_multihead_attention(batch_first: bool, weights: bool, separate: bool) -> None:
+    net = Net(Multihead(batch_first=batch_first, weights=weights, separate=separate))
+    discovery = checked(net, dense=False)
+    assert free(discovery) == {"ffn"}
+    assert "takes the size of a head from the hidden size" in why(discovery, "ffn.gate.weight", 1)
+
+
+class Transformer(Net):
+    """The encoder of PyTorch with a causal mask, or its decoder over what another layer gave."""
+
+    def __init__(self, *, decoder: bool, norm_first: bool) -> None:
+        super().__init__()
+        kind = nn.TransformerDecoderLayer if decoder else nn.TransformerEncoderLayer
+        self.bodies = nn.ModuleList(
+            kind(HIDDEN, 3, 20, batch_first=True, norm_first=norm_first, dropout=0.1)
+            for _ in range(2)
+        )
+        self.decoder = decoder
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = memory = self.embed(tokens)
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1], dtype=x.dtype)
+        for body in self.bodies:
+            if self.decoder:
+                x = body(x, memory, tgt_mask=mask, tgt_is_causal=True, memory_mask=mask)
+            else:
+                x = body(x, src_mask=mask, is_causal=True)
+        return self.out(x)
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_transformer_layers(decoder: bool, norm_first: bool) -> None:
+    discovery = checked(Transformer(decoder=decoder, norm_first=norm_first), dense=False)
+    assert [group.size for group in of_kind(discovery, "ffn")] == [20, 20]
+
+
+# ------------------------------------------------------------------------ what a run leaves out
+
+
+class Loop(nn.Module):
+    """Experts that are modules; those that no token chose are not called."""
+
+    def __init__(self, experts: nn.ModuleList | nn.ModuleDict, *, always: bool = False) -> None:
+        super().__init__()
+        self.experts, self.always = experts, always
+        self.router = nn.Linear(HIDDEN, len(experts), bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.flatten(0, 1)
+        chosen = self.router(flat).softmax(-1).topk(1, -1)
+        out = torch.zeros_like(flat)
+        experts = self.experts
+        experts = list(experts.values() if isinstance(experts, nn.ModuleDict) else experts)
+        for number, expert in enumerate(experts):
+            rows, _ = torch.where(chosen.indices == number)
+            if len(rows) or self.always:
+                out.index_add_(0, rows, expert(flat[rows]) * chosen.values[rows])
+        return out.view(x.shape)
+
+
+@pytest.mark.parametrize("always", [False, True])
+@pytest.mark.parametrize("keys", [False, True])
+def test_expert_without_a_token(keys: bool, always: bool) -> None:
+    experts = [Gated() for _ in range(6)]
+    if keys:
+        loop = Loop(nn.ModuleDict({f"e{i}": e for i, e in enumerate(experts)}), always=always)
+    else:
+        loop = Loop(nn.ModuleList(experts), always=always)
+    net = Net(loop)
+    with torch.no_grad():
+        # Hardly any token chooses the last.
+        loop.router.weight[-1] *= 0
+        loop.router.weight[-1, 0] = 2
+    discovery = checked(net)
+    inner = of_kind(discovery, "ffn")
+    assert [group.size for group in inner] == [8] * 6
+    assert all(group.frozen is None for group in inner)
+    assert "hidden" in free(discovery)
+
+
+class Forgotten(nn.Module):
+    """A branch that runs in training alone, or never."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(HIDDEN, 8), nn.Linear(8, HIDDEN)
+        self.aside = nn.Linear(*shape, bias=False)
+        self.used = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.gelu(self.up(x))
+        return self.aside(y) if self.used else self.down(y)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kept"), [((8, 5), {"hidden"}), ((5, HIDDEN), {"ffn"}), ((5, 7), {"ffn", "hidden"})]
+)
+def test_modules_that_are_not_reached(shape: tuple[int, int], kept: set[str]) -> None:
+    discovery = checked(Net(Forgotten(shape)))
+    assert free(discovery) == kept
+    for group in discovery.groups:
+        if group.frozen is not None:
+            assert group.frozen == (
+                "bodies.0.aside.weight was not reached by the forward pass and may have to follow"
+            )
+
+
+class Growing(nn.Module):
+    """A table with one row per position, which longer inputs lengthen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Attention()
+        self.register_buffer("grown", torch.ones(4, HIDDEN), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        size = x.shape[1]
+        if size > len(self.grown):
+            more = self.grown[-1:].expand(2 * size - len(self.grown), -1)
+            self.grown = torch.cat([self.grown, more])
+        return self.inner(x * self.grown[:size])
+
+
+def test_buffer_that_has_grown() -> None:
+    discovery = checked(Net(Growing(), Gated()))
+    assert "hidden" in free(discovery)

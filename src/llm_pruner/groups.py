@@ -66,6 +66,7 @@ def discover(
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     builder = _Builder(trace, tensors, lists)
     groups, unit_atoms = builder.groups()
+    groups = _kept_for_unreached(groups, trace, tensors, aliases)
     system = SizeSystem(trace)
     groups = _bind(groups, unit_atoms, trace, system)
     layer_groups, layer_lists = _layer_groups(model, trace, calls, lists)
@@ -428,6 +429,52 @@ def _mix(axes: IntArray, counts: IntArray) -> np.ndarray[Any, np.dtype[np.uint64
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return x ^ (x >> np.uint64(31))
+
+
+def _kept_for_unreached(
+    groups: list[Group],
+    trace: Trace,
+    tensors: Mapping[str, tuple[tuple[int, ...], bool]],
+    aliases: Mapping[str, str],
+) -> list[Group]:
+    """Freeze groups that a parameter may read which the run did not reach.
+
+    That is one of a module used in training alone, or for images: it may, if it has an axis of that
+    length, and lies where activations of the group are at hand.
+    """
+    reached = {*trace.order, *(name for name, first in aliases.items() if first in trace.order)}
+    used = {path for name in reached for path in _paths(name)}
+    missed: dict[int, dict[str, str]] = defaultdict(dict)
+    for name, (shape, buffer) in tensors.items():
+        if name not in reached and not buffer:
+            caller = next(path for path in reversed(_paths(name)) if path in used or not path)
+            for size in shape:
+                missed[size].setdefault(caller, name)
+    result = []
+    for group in groups:
+        places = [_paths(member.tensor) for member in group.members if not member.buffer]
+        common = [path for path in places[0] if all(path in other for other in places)][-1]
+        sizes = {tensors[member.tensor][0][member.dim] for member in group.members}
+        missing = next(
+            (
+                name
+                for size in sorted(sizes - {1})
+                for caller, name in missed[size].items()
+                if common in _paths(f"{caller}.")
+            ),
+            None,
+        )
+        if missing is not None and group.frozen is None:
+            reason = f"{missing} was not reached by the forward pass and may have to follow"
+            group = replace(group, frozen=reason)
+        result.append(group)
+    return result
+
+
+def _paths(name: str) -> list[str]:
+    """Return the modules around a tensor, the whole model first."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[:count]) for count in range(len(parts) + 1)]
 
 
 def _bind(

@@ -218,9 +218,9 @@ def twin_logits(
         evaluating(model),
         _silenced(model, discovery, removal),
         _bypassed(model, gone),
+        in_sight(model),
         # Sizes keep their origin as in the trace, so that the same axes are fixed.
         traced_attributes(model, twin.used_as_number),
-        in_sight(model),
         twin,
         SizeMode(twin),
     ):

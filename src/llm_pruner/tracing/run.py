@@ -23,6 +23,7 @@ from llm_pruner.tracing.rules import RULES
 from llm_pruner.tracing.sizes import Equation, Expr, leaves
 from llm_pruner.tracing.stand_ins import in_sight
 from llm_pruner.tracing.tracer import Trace, Tracer
+from llm_pruner.tracing.unreached import Siblings
 from llm_pruner.tracing.vocabulary import find_vocabulary_size
 from llm_pruner.types import IntArray
 
@@ -292,14 +293,21 @@ def _run(
     aliases = label_model(tracer, model)
     tracer.add_input(tokens, ("the batch", "the sequence"))
     tracer.vocabulary[tokens] = True
-    layers = Layers(model, tracer)
+    layers, siblings = Layers(model, tracer), Siblings(model)
     try:
-        with evaluating(model), traced_attributes(model, tracer.used_as_number) as attributes:
-            with in_sight(model), tracer, SizeMode(tracer):
+        with (
+            evaluating(model),
+            in_sight(model),
+            traced_attributes(model, tracer.used_as_number) as attributes,
+        ):
+            with tracer, SizeMode(tracer):
                 logits = _guarded(forward, model, tokens)
+                layers.close()
+                siblings.run_rest(tracer)
             trace.attributes = dict(attributes)
     finally:
         layers.close()
+        siblings.close()
     for tensor in logits:
         for rows in tracer.label(tensor):
             tracer.freeze(rows, "the vocabulary")

@@ -33,6 +33,12 @@ def in_sight(model: nn.Module) -> Iterator[None]:
             _replace_code(stack, library.flex_attention, _flex_attention)
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        settings = getattr(model, "config", None)
+        if getattr(settings, "_attn_implementation", None) == "flex_attention":
+            # The plain code reads all sizes that any of the implementations reads.
+            set_attention: Any = model.set_attn_implementation
+            stack.callback(set_attention, "flex_attention")
+            set_attention("eager")
         for name in {type(module).__module__ for module in model.modules()}:
             space = sys.modules.get(name)
             if hasattr(space, "load_balancing_loss_func"):
