@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from helpers import tiny_model
-from llm_pruner.errors import DiscoveryError
+from llm_pruner.errors import DiscoveryError, InfeasibleError
 from llm_pruner.groups import discover
 from llm_pruner.removal import removed_positions
 from llm_pruner.surgery import prune_
@@ -702,3 +702,28 @@ class Growing(nn.Module):
 def test_buffer_that_has_grown() -> None:
     discovery = checked(Net(Growing(), Gated()))
     assert "hidden" in free(discovery)
+
+
+def test_buffer_that_is_another_by_now() -> None:
+    net = Net(Growing(), Gated())
+    discovery = discover(net)
+    net.bodies[0].grown = net.bodies[0].grown[None]
+    with pytest.raises(InfeasibleError, match="run discover again on the model as it is now"):
+        prune_(net, discovery, pick(discovery, ("hidden",)))
+
+
+class Remade(Growing):
+    """The table is made anew in another form."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.grown = self.grown[None] if self.grown.dim() == 2 else self.grown[0]
+        return self.inner(x * self.grown.flatten(0, -2)[:1])
+
+
+def test_buffer_of_another_form_after_the_run() -> None:
+    net = Net(Remade(), Gated())
+    assert vocabulary_size(net) == VOCABULARY
+    assert net.bodies[0].grown.dim() == 2
+    discovery = discover(net)
+    assert "hidden" not in free(discovery)
+    assert why(discovery, "inner.q.weight", 1) == "its length changed during the run"

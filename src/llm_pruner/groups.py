@@ -63,6 +63,11 @@ def discover(
         for name, tensor, buffer in named_tensors(model)
         if name not in aliases and name in trace.tensors
     }
+    for name, (shape, _) in tensors.items():
+        rows_of_axes = trace.tensors[name]
+        for dim, rows in enumerate(rows_of_axes):
+            if len(rows_of_axes) != len(shape) or len(rows) != shape[dim]:
+                trace.atoms.freeze(rows, "its length changed during the run")
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     builder = _Builder(trace, tensors, lists)
     groups, unit_atoms = builder.groups()

@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from llm_pruner.errors import InfeasibleError
 from llm_pruner.removal import kept_shapes, removed_modules, removed_positions
+from llm_pruner.tracing.run import named_tensors
 from llm_pruner.tracing.sizes import leaves
 from llm_pruner.types import Discovery, Edits, IntArray, Removal
 
@@ -43,6 +44,7 @@ def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edit
     """
     _require_units(discovery, removal)
     _require_shapes(model, discovery)
+    _require_buffers(model, discovery, removal)
     graph = discovery.graph
     gone = removed_modules(discovery, removal)
     rename = _Renaming(graph.layer_lists, gone)
@@ -134,6 +136,21 @@ def _require_shapes(model: nn.Module, discovery: Discovery) -> None:
             raise InfeasibleError(
                 f"{name} has shape {tuple(parameter.shape)}, the traced model "
                 f"{discovery.shapes.get(name)}: trace the model that is to be pruned"
+            )
+
+
+def _require_buffers(model: nn.Module, discovery: Discovery, removal: Removal) -> None:
+    """Refuse where a buffer that loses positions is not what it was; it may grow along others."""
+    buffers = {name: tensor for name, tensor, buffer in named_tensors(model) if buffer}
+    for name, dim in removed_positions(discovery, removal):
+        traced, tensor = discovery.buffers.get(name), buffers.get(name)
+        if traced is None:
+            continue
+        if tensor is None or tensor.dim() != len(traced) or tensor.shape[dim] != traced[dim]:
+            found = None if tensor is None else tuple(tensor.shape)
+            raise InfeasibleError(
+                f"{name} has shape {found}, when the model was traced {traced}: run discover again "
+                "on the model as it is now"
             )
 
 

@@ -121,7 +121,13 @@ class Tracer(TorchDispatchMode):
             self.trace.tensors[name] = [
                 empty_rows(1) if size == 1 else self.atoms.fresh(size) for size in tensor.shape
             ]
-        self.labels[tensor] = list(self.trace.tensors[name])
+        known = self.trace.tensors[name]
+        if len(known) == tensor.dim():
+            # A table that has grown since then is new along that axis.
+            self.labels[tensor] = [
+                rows if len(rows) == size else self.frozen_rows(size, "its length has changed")
+                for rows, size in zip(known, tensor.shape, strict=True)
+            ]
         self.weights[tensor] = True
         self.names[tensor] = name
         if isinstance(tensor, torch.nn.Parameter):

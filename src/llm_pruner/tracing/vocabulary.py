@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -72,6 +72,28 @@ def _lookups(name: str, args: tuple[Any, ...]) -> Iterator[tuple[int, torch.Tens
         yield args[0].shape[args[1]], args[2]
 
 
+@contextmanager
+def _states_restored(model: nn.Module) -> Iterator[None]:
+    """Put back what modules keep from one call to the next: buffers, tensors and numbers."""
+    spaces: list[dict[str, Any]] = [
+        space for module in model.modules() for space in (module._buffers, vars(module))
+    ]
+    before = [
+        (space, key, value, value.clone() if isinstance(value, torch.Tensor) else None)
+        for space in spaces
+        for key, value in space.items()
+        if value is None or isinstance(value, torch.Tensor | int | float)
+    ]
+    try:
+        yield
+    finally:
+        for space, key, value, content in before:
+            space[key] = value
+            if content is not None and not value.is_meta and not torch.equal(value, content):
+                with torch.no_grad():
+                    value.copy_(content)
+
+
 def find_vocabulary_size(
     model: nn.Module, run: Callable[[nn.Module, torch.Tensor], object], device: torch.device
 ) -> int:
@@ -94,7 +116,7 @@ def find_vocabulary_size(
         tokens = tokens if device.type == "meta" else tokens.to(device)
         watch = _Watch(tokens)
         try:
-            with in_sight(model), watch:
+            with _states_restored(model), in_sight(model), watch:
                 run(model, tokens)
         except Exception as error:  # what was seen until then may be enough
             failure = error
