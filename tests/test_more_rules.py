@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from transformers import (
+    AutoModelForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    RwkvConfig,
+    XLNetConfig,
+)
 
 from helpers import tiny_model
+from llm_pruner.checkpoints.save import save_checkpoint
 from llm_pruner.errors import DiscoveryError, InfeasibleError
 from llm_pruner.groups import discover
 from llm_pruner.removal import removed_positions
@@ -727,3 +737,78 @@ def test_buffer_of_another_form_after_the_run() -> None:
     discovery = discover(net)
     assert "hidden" not in free(discovery)
     assert why(discovery, "inner.q.weight", 1) == "its length changed during the run"
+
+
+# ------------------------------------------------------------------------------- whole models
+
+
+def _saved(model: PreTrainedModel, folder: Path, kinds: tuple[str, ...] | None = None) -> Any:
+    """Prune, check, save, and return the model as it is loaded again."""
+    dense_config = copy.deepcopy(model.config)
+    discovery = discover(model)
+    removal = pick(discovery, kinds)
+    assert removal
+    expected = twin_logits(model, discovery, removal)
+    edits = prune_(model, discovery, removal)
+    assert largest_difference(expected, pruned_logits(model, discovery)) <= 1e-5
+    save_checkpoint(
+        model, folder, edits=edits, plan_json=None, tokenizer=None, dense_config=dense_config
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(loaded(torch.arange(9)[None]).logits, model(torch.arange(9)[None]).logits)
+    return loaded
+
+
+@pytest.mark.parametrize("kind", ["hidden", "ffn"])
+def test_state_that_settings_size(kind: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 48}
+    config = RwkvConfig(vocab_size=40, num_hidden_layers=2, context_length=64, **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    loaded = _saved(model, tmp_path / "out", (kind,))
+    out = loaded.generate(torch.arange(3, 9)[None], max_new_tokens=3, do_sample=False)
+    assert out.shape[1] > 6
+
+
+def test_norms_of_single_heads_are_saved(tmp_path: Path) -> None:
+    _saved(tiny_model("stablelm", qk_layernorm=True), tmp_path / "out")
+
+
+def test_mask_embedding_that_generation_reads() -> None:
+    config = XLNetConfig(vocab_size=40, d_model=32, n_layer=2, n_head=4, d_inner=48)
+    discovery = discover(AutoModelForCausalLM.from_config(config).eval())
+    (hidden,) = of_kind(discovery, "hidden")
+    assert "transformer.mask_emb was not reached" in str(hidden.frozen)
+    heads = of_kind(discovery, "heads")
+    assert all(group.frozen is None for group in heads)
+    # A bias for segments, which the run is given none of, follows the one for content.
+    assert any(m.tensor.endswith("r_s_bias") for m in heads[0].members)
+
+
+def test_projector_of_images_keeps_the_hidden_size() -> None:
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 40}
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "image_size": 8}
+    heads = {"num_attention_heads": 4}
+    config = LlavaConfig(
+        text_config={"model_type": "llama", "num_key_value_heads": 4, **text, **heads},
+        vision_config={"model_type": "clip_vision_model", "patch_size": 4, **vision, **heads},
+        image_token_index=39,
+    )
+    discovery = discover(LlavaForConditionalGeneration(config).eval())
+    (hidden,) = of_kind(discovery, "hidden")
+    assert "multi_modal_projector" in str(hidden.frozen)
+    assert {"heads", "ffn"} <= free(discovery)
+
+
+def test_flex_attention_of_transformers() -> None:
+    model = tiny_model("llama")
+    usual = discover(model)
+    model.set_attn_implementation("flex_attention")
+    discovery = discover(model)
+    assert model.config._attn_implementation == "flex_attention"
+    assert {g.name: g.frozen for g in discovery.groups} == {g.name: g.frozen for g in usual.groups}
+    removal = pick(discovery)
+    expected = twin_logits(model, discovery, removal)
+    prune_(model, discovery, removal)
+    # As it is called, it needs a compiler.
+    model.set_attn_implementation("eager")
+    assert largest_difference(expected, pruned_logits(model, discovery)) <= 1e-5

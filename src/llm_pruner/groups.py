@@ -584,7 +584,12 @@ def _layer_groups(
 
 def _why_fixed(model: nn.Module, trace: Trace) -> str | None:
     """Return why the number of layers cannot change, or None."""
+    held = [rows.ravel() for axes in trace.tensors.values() for rows in axes]
+    atoms = trace.atoms.find(np.concatenate([np.zeros(0, np.int64), *held]))
     for equation in trace.equations:
+        # A state that is made anew in each run has as many entries as there are layers by then.
+        if not np.isin(trace.atoms.find(equation.rows), atoms[atoms > 0]).any():
+            continue
         for leaf in leaves(equation.expr):
             name = str(leaf[2]) if leaf[0] == "attr" else ""
             if name.endswith(("num_hidden_layers", "n_layer", "n_layers", "num_layers")):

@@ -133,7 +133,9 @@ def _generate(
     first = model(input_ids=tokens[:, :-1], use_cache=name is not None, **before)
     cache = getattr(first, name, None) if name is not None else None
     if cache is None:
-        return [logits_of(model(input_ids=tokens, use_cache=False, **masks))]
+        # A state that the model makes itself (RWKV) is sized by settings, which is to be seen.
+        makes_state = "state" in _parameters(model)
+        return [logits_of(model(input_ids=tokens, use_cache=makes_state, **masks))]
     given = {str(name): cache, **masks}
     if "output_router_logits" in _parameters(model):
         # The loss over all routers takes a mask of the tokens of one call, not of all before it.
@@ -312,6 +314,7 @@ def _run(
         for rows in tracer.label(tensor):
             tracer.freeze(rows, "the vocabulary")
     _tie_copies(trace, model)
+    _follow_beside(trace, model)
     _freeze_unreached(trace, aliases)
     _settle(trace)
     return trace, aliases, layers.seen
@@ -349,6 +352,29 @@ def _tie_copies(trace: Trace, model: nn.Module) -> None:
                 if twin.shape == tensor.shape and torch.equal(twin, tensor):
                     for left, right in zip(trace.tensors[name], trace.tensors[other], strict=True):
                         trace.atoms.unify(left, right)
+                    trace.order[name] = trace.order[other]
+                    break
+
+
+def _follow_beside(trace: Trace, model: nn.Module) -> None:
+    """Let a parameter that the run did not read follow one of its module with the same last axes.
+
+    Attention keeps such a bias for segments beside one for content, and reads it if given segments.
+    """
+    for path, module in model.named_modules():
+        own = {f"{path}.{key}" if path else key: p for key, p in module._parameters.items()}
+        read = [(name, p) for name, p in own.items() if name in trace.order and p is not None]
+        for name, parameter in own.items():
+            if parameter is None or name in trace.order or name not in trace.tensors:
+                continue
+            for other, like in read:
+                count = like.dim()
+                if count > 1 and parameter.shape[-count:] == like.shape:
+                    left, right = trace.tensors[name], trace.tensors[other]
+                    for rows in left[:-count]:
+                        trace.atoms.freeze(rows, "not reached by the forward pass")
+                    for mine, others in zip(left[-count:], right, strict=True):
+                        trace.atoms.unify(mine, others)
                     trace.order[name] = trace.order[other]
                     break
 

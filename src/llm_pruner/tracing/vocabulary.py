@@ -79,19 +79,21 @@ def _states_restored(model: nn.Module) -> Iterator[None]:
         space for module in model.modules() for space in (module._buffers, vars(module))
     ]
     before = [
-        (space, key, value, value.clone() if isinstance(value, torch.Tensor) else None)
+        (space, key, value)
         for space in spaces
         for key, value in space.items()
         if value is None or isinstance(value, torch.Tensor | int | float)
     ]
+    copies = [(value, value.clone()) for _, _, value in before if isinstance(value, torch.Tensor)]
     try:
         yield
     finally:
-        for space, key, value, content in before:
+        for space, key, value in before:
             space[key] = value
-            if content is not None and not value.is_meta and not torch.equal(value, content):
-                with torch.no_grad():
-                    value.copy_(content)
+        with torch.no_grad():
+            for tensor, content in copies:
+                if not tensor.is_meta and not torch.equal(tensor, content):
+                    tensor.copy_(content)
 
 
 def find_vocabulary_size(
