@@ -249,7 +249,7 @@ def test_model_that_returns_no_logits() -> None:
             self.embed = nn.Embedding(9, 4)
 
         def forward(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {"out": self.embed(tokens)}
+            return {"hidden_states": self.embed(tokens)}
 
     with pytest.raises(DiscoveryError, match="returns dict, in which no logits are found"):
         discover(Odd())

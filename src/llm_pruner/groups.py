@@ -26,7 +26,7 @@ from llm_pruner.tracing.run import (
     run_trace,
     vocabulary_size,
 )
-from llm_pruner.tracing.scenes import Forward, given_scene, scenes_of
+from llm_pruner.tracing.scenes import Forward, given_scene, is_of_transformers, scenes_of
 from llm_pruner.tracing.sizes import leaves
 from llm_pruner.tracing.tracer import Role, Trace
 from llm_pruner.types import (
@@ -58,7 +58,7 @@ def discover(
     try:
         run = run_trace(model, scenes, tokens)
     except DiscoveryError:
-        if forward is not forward_with_cache or not hasattr(model, "generate"):
+        if forward is not forward_with_cache or not is_of_transformers(model):
             raise
         # Some models cannot be run with their cache by hand, others have none.
         scenes = (replace(scenes[0], run=forward_without_cache), *scenes[1:])
@@ -69,9 +69,15 @@ def discover(
         for name, tensor, buffer in named_tensors(model)
         if name not in aliases and name in trace.tensors
     }
+    for name, (shape, _) in tensors.items():
+        rows_of_axes = trace.tensors[name]
+        for dim, rows in enumerate(rows_of_axes):
+            if len(rows_of_axes) != len(shape) or len(rows) != shape[dim]:
+                trace.atoms.freeze(rows, "its length changed during the run")
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     builder = _Builder(trace, tensors, lists)
     groups, unit_atoms = builder.groups()
+    groups = _kept_for_unreached(groups, trace, tensors, aliases)
     system = SizeSystem(trace)
     groups = _bind(groups, unit_atoms, trace, system)
     layer_groups, layer_lists = _layer_groups(model, run, lists)
@@ -276,16 +282,29 @@ class _Builder:
             if np.isin(units, self.replicas).all():
                 return "query_heads"
             return "heads"
+        matrices = [m for m in members if not m.buffer and len(self.tensors[m.tensor][0]) > 1]
+        stacked = [m for m in matrices if m.dim == 0 and len(self.tensors[m.tensor][0]) > 2]
+        weighed = bool(self.chosen_from[units].all()) or has("normalised") or has("query_key")
+        if has("routing") or (
+            stacked and not has("filter") and (weighed or len({m.tensor for m in stacked}) > 1)
+        ):
+            return "experts"
         if has("query_key"):
             return "head_dim"
         if has("value"):
             return "value_dim"
-        stacked = any(m.dim == 0 and len(self.tensors[m.tensor][0]) > 2 for m in members)
-        if has("routing") or (stacked and bool(self.chosen_from[units].all())):
-            return "experts"
-        if has("activation") and len({m.tensor for m in members if not m.buffer}) > 1:
+        if has("activation") and has("weighed") and len(matrices) > 1 and not self._spread(members):
             return "ffn"
         return "other"
+
+    def _spread(self, members: tuple[Member, ...]) -> bool:
+        """Whether a unit lies in several layers, as a stream of hidden states does."""
+        layers = defaultdict(set)
+        for member in members:
+            place = self._layer_of(member.tensor)
+            if place is not None:
+                layers[place[0]].add(place[1])
+        return any(len(numbers) > 1 for numbers in layers.values())
 
     def _least(self, units: IntArray) -> int:
         """Return how many units must stay so that as many can be chosen as the code chooses.
@@ -423,6 +442,52 @@ def _mix(axes: IntArray, counts: IntArray) -> np.ndarray[Any, np.dtype[np.uint64
         return x ^ (x >> np.uint64(31))
 
 
+def _kept_for_unreached(
+    groups: list[Group],
+    trace: Trace,
+    tensors: Mapping[str, tuple[tuple[int, ...], bool]],
+    aliases: Mapping[str, str],
+) -> list[Group]:
+    """Freeze groups that a parameter may read which the run did not reach.
+
+    That is one of a module used in training alone, or for images: it may, if it has an axis of that
+    length, and lies where activations of the group are at hand.
+    """
+    reached = {*trace.order, *(name for name, first in aliases.items() if first in trace.order)}
+    used = {path for name in reached for path in _paths(name)}
+    missed: dict[int, dict[str, str]] = defaultdict(dict)
+    for name, (shape, buffer) in tensors.items():
+        if name not in reached and not buffer:
+            caller = next(path for path in reversed(_paths(name)) if path in used or not path)
+            for size in shape:
+                missed[size].setdefault(caller, name)
+    result = []
+    for group in groups:
+        places = [_paths(member.tensor) for member in group.members if not member.buffer]
+        common = [path for path in places[0] if all(path in other for other in places)][-1]
+        sizes = {tensors[member.tensor][0][member.dim] for member in group.members}
+        missing = next(
+            (
+                name
+                for size in sorted(sizes - {1})
+                for caller, name in missed[size].items()
+                if common in _paths(f"{caller}.")
+            ),
+            None,
+        )
+        if missing is not None and group.frozen is None:
+            reason = f"{missing} was not reached by the forward pass and may have to follow"
+            group = replace(group, frozen=reason)
+        result.append(group)
+    return result
+
+
+def _paths(name: str) -> list[str]:
+    """Return the modules around a tensor, the whole model first."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[:count]) for count in range(len(parts) + 1)]
+
+
 def _bind(
     groups: list[Group], unit_atoms: dict[str, IntArray], trace: Trace, system: SizeSystem
 ) -> list[Group]:
@@ -551,7 +616,12 @@ def _depends_on_place(
 
 def _why_fixed(model: nn.Module, trace: Trace) -> str | None:
     """Return why the number of layers cannot change, or None."""
+    held = [rows.ravel() for axes in trace.tensors.values() for rows in axes]
+    atoms = trace.atoms.find(np.concatenate([np.zeros(0, np.int64), *held]))
     for equation in trace.equations:
+        # A state that is made anew in each run has as many entries as there are layers by then.
+        if not np.isin(trace.atoms.find(equation.rows), atoms[atoms > 0]).any():
+            continue
         for leaf in leaves(equation.expr):
             name = str(leaf[2]) if leaf[0] == "attr" else ""
             if name.endswith(("num_hidden_layers", "n_layer", "n_layers", "num_layers")):

@@ -11,12 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from llm_pruner.errors import InfeasibleError
 from llm_pruner.layers import Renaming, apply_layers, configs_of, layer_numbers, set_attribute
 from llm_pruner.removal import kept_shapes, removed_modules, removed_positions
 from llm_pruner.tracing.provenance import descriptions
+from llm_pruner.tracing.run import named_tensors
 from llm_pruner.types import Discovery, Edits, IntArray, Removal
+
+_WEIGHTS = ("weight", "parametrizations.weight.original1", "weight_v")
+"""Names of a module's weight, as it is or as the direction that a weight norm keeps."""
 
 _NUMBER_OF_EXPERTS = re.compile("(num_|n_)(local_|routed_)?experts")
 
@@ -30,6 +35,7 @@ def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edit
     """
     _require_units(discovery, removal)
     _require_shapes(model, discovery)
+    _require_buffers(model, discovery, removal)
     graph = discovery.graph
     gone = removed_modules(discovery, removal)
     rename = Renaming(graph.layer_lists, gone)
@@ -59,7 +65,8 @@ def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edit
         if not rename.is_gone(f"{module}."):
             values[rename(f"{module}.")[:-1]][attribute] = value
     numbers = _expert_numbers(model, discovery, removal, rename)
-    for module, attribute, value in (*_descriptions(model, shapes, rename), *numbers):
+    described = _descriptions(model, shapes, rename, values)
+    for module, attribute, value in [*described, *numbers]:
         values[module].setdefault(attribute, value)
     return Edits(
         shapes=shapes,
@@ -116,6 +123,21 @@ def _require_shapes(model: nn.Module, discovery: Discovery) -> None:
             raise InfeasibleError(
                 f"{name} has shape {tuple(parameter.shape)}, the traced model "
                 f"{discovery.shapes.get(name)}: trace the model that is to be pruned"
+            )
+
+
+def _require_buffers(model: nn.Module, discovery: Discovery, removal: Removal) -> None:
+    """Refuse where a buffer that loses positions is not what it was; it may grow along others."""
+    buffers = {name: tensor for name, tensor, buffer in named_tensors(model) if buffer}
+    for name, dim in removed_positions(discovery, removal):
+        traced, tensor = discovery.buffers.get(name), buffers.get(name)
+        if traced is None:
+            continue
+        if tensor is None or tensor.dim() != len(traced) or tensor.shape[dim] != traced[dim]:
+            found = None if tensor is None else tuple(tensor.shape)
+            raise InfeasibleError(
+                f"{name} has shape {found}, when the model was traced {traced}: run discover again "
+                "on the model as it is now"
             )
 
 
@@ -201,16 +223,34 @@ def _expert_numbers(
 
 
 def _descriptions(
-    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], rename: Renaming
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    rename: Renaming,
+    values: Mapping[str, Mapping[str, int]],
 ) -> Iterator[tuple[str, str, int]]:
-    """Yield the sizes that standard modules state of themselves (``in_features`` and the like)."""
+    """Yield the sizes that standard modules state of themselves (``in_features`` and the like).
+
+    Args:
+        values: what is known already of attributes that follow, by the new name of the module.
+    """
     for path, module in model.named_modules():
         if rename.is_gone(f"{path}."):
             continue
         new_path = rename(path)
-        shape = shapes.get(f"{new_path}.weight")
+        shape = next(
+            (shapes[f"{new_path}.{w}"] for w in _WEIGHTS if f"{new_path}.{w}" in shapes), None
+        )
         if shape is None:
             continue
+        if isinstance(module, _ConvNd):
+            groups = values.get(new_path, {}).get("groups", module.groups)
+            channels = (shape[0], shape[1] * groups)
+            names = ("in_channels", "out_channels")
+            for attribute, size in zip(
+                names, channels[:: 1 if module.transposed else -1], strict=True
+            ):
+                if getattr(module, attribute) != size:
+                    yield new_path, attribute, size
         for attribute, dim in descriptions(module):
             if getattr(module, attribute, shape[dim]) != shape[dim]:
                 yield new_path, attribute, shape[dim]
@@ -231,7 +271,8 @@ class Undo:
         spaces: dict[int, dict[str, Any]] = {}
         for module in model.modules():
             for space in (vars(module), module._parameters, module._buffers, module._modules):
-                spaces[id(space)] = space
+                if isinstance(space, dict):  # TorchScript has others, which nothing can change
+                    spaces[id(space)] = space
         for config in configs_of(model):
             spaces[id(vars(config))] = vars(config)
         self._held = [(space, dict(space)) for space in spaces.values()]

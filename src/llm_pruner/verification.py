@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -28,8 +28,10 @@ from llm_pruner.tracing.rules import RULES
 from llm_pruner.tracing.rules.reduction import reduced_dims
 from llm_pruner.tracing.run import example_tokens, label_model, named_tensors, traced
 from llm_pruner.tracing.scenes import Scene, few, staged
-from llm_pruner.tracing.tracer import Trace, Tracer
+from llm_pruner.tracing.tracer import VIEWS, Trace, Tracer, tensors_in
 from llm_pruner.types import Discovery, Edits, IntArray, Removal
+
+Flags: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
 
 _OVER_AXES = frozenset(
     {"mean", "sum", "amax", "amin", "max", "min", "var", "std", "prod", "linalg_vector_norm"}
@@ -41,18 +43,47 @@ _ALONG_AXIS = frozenset({"_softmax", "_log_softmax", "softmax", "_safe_softmax"}
 class _Twin(Tracer):
     """A tracer that computes reductions on living positions only."""
 
-    def __init__(self, trace: Trace, deleted: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
+    def __init__(self, trace: Trace, deleted: Flags) -> None:
         super().__init__(trace, RULES)
         self._deleted = deleted
 
-    def alive(self, rows: IntArray, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Return the living positions of an axis of ``tensor``, or None if all live."""
+    def dead(self, rows: IntArray) -> Flags:
+        """Return by position of an axis whether it is removed."""
         roots = self.atoms.resolve(rows)
         known = np.where(roots < len(self._deleted), roots, 0)
-        dead = self._deleted[known].any(axis=1) if known.shape[1] else np.zeros(len(rows), bool)
+        return (
+            np.asarray(self._deleted[known].any(axis=1))
+            if known.shape[1]
+            else np.zeros(len(rows), bool)
+        )
+
+    def alive(self, rows: IntArray, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Return the living positions of an axis of ``tensor``, or None if all live."""
+        dead = self.dead(rows)
         if not dead.any():
             return None
         return torch.from_numpy(np.flatnonzero(~dead)).to(tensor.device)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run an operation; zeros stand where it divides zero by zero at dead positions."""
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        for result in tensors_in([out]):
+            if func._overloadpacket.__name__ in VIEWS or not result.is_floating_point():
+                continue
+            if not result.isfinite().all():
+                for dim, rows in enumerate(self.label(result)):
+                    dead = self.dead(rows)
+                    if dead.any():
+                        shape = [-1 if place == dim else 1 for place in range(result.dim())]
+                        mask = torch.from_numpy(dead).to(result.device).view(shape)
+                        result.masked_fill_(mask & ~result.isfinite(), 0)
+        return out
 
     def execute(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name in _OVER_AXES:

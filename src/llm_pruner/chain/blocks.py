@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_pruner.chain.logits import logits_of
+from llm_pruner.chain.logits import run_for_logits
 
 _PROBE_TOKENS = 16
 
@@ -87,7 +87,7 @@ class Chain:
         """Return the logits of a forward pass in which ``handler`` stands for every block."""
         self._handler = handler
         try:
-            return logits_of(self.model(input_ids))
+            return run_for_logits(self.model, input_ids)
         finally:
             self._handler = None
 
@@ -231,7 +231,7 @@ def _called_in_order(model: nn.Module, ids: torch.Tensor) -> tuple[nn.Module, ..
     ]
     try:
         with torch.no_grad():
-            logits_of(model(ids))
+            run_for_logits(model, ids)
     finally:
         for handle in handles:
             handle.remove()

@@ -192,7 +192,7 @@ class _Solver:
             best, matches = None, -1
             for value, _ in votes.most_common(3):
                 found = self.sizes(values | {path: value})
-                hits = 0 if found is None else sum(found[k] == target.get(k) for k in deciding)
+                hits = 0 if found is None else sum(found.get(k) == target.get(k) for k in deciding)
                 if hits > matches:
                     best, matches = value, hits
             if best is not None:

@@ -22,7 +22,7 @@ from torch import nn
 from llm_pruner.chain.blocks import Chain, NotBlockwise, find_chain
 from llm_pruner.chain.borders import Borders
 from llm_pruner.chain.consumers import Consumer, consumers_of
-from llm_pruner.chain.logits import logits_of
+from llm_pruner.chain.logits import run_for_logits
 from llm_pruner.errors import UserError
 from llm_pruner.importance.borderline import forward, hidden_form, store_slope
 from llm_pruner.importance.gradients import batches, pull_back
@@ -140,7 +140,7 @@ def _pass(
             return
         size = max(1, _TOKENS // length) if together else 1
         for part in track(batches(samples, size), "activations"):
-            logits = logits_of(watch.model(input_ids[part]))
+            logits = run_for_logits(watch.model, input_ids[part])
             cotangent = loss_cotangent(logits, input_ids[part], part.start)
             watch.pull([logits], [cotangent], part, list(watch.weights))
 

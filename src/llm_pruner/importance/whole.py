@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from llm_pruner.chain.logits import logits_of
+from llm_pruner.chain.logits import run_for_logits
 from llm_pruner.importance.criterion import Criterion
 from llm_pruner.importance.gradients import GradientSums, batches, pull_back
 from llm_pruner.importance.loss import loss_cotangent
@@ -43,7 +43,7 @@ def whole_sums(
     gradients = GradientSums(parameters, criterion)
     for part in track(batches(samples, size), "importance"):
         ids = input_ids[part]
-        logits = logits_of(model(ids))
+        logits = run_for_logits(model, ids)
         cotangent = loss_cotangent(logits, ids, part.start)
         gradients.add(*pull_back([logits], list(parameters.values()), [cotangent], part))
     return gradients.sums(needs, samples)

@@ -19,7 +19,7 @@ from llm_pruner.chain.blocks import (
     with_hidden,
 )
 from llm_pruner.chain.borders import Borders
-from llm_pruner.chain.logits import logits_of
+from llm_pruner.chain.logits import run_for_logits
 from llm_pruner.chain.undisturbed import undisturbed
 from llm_pruner.layers import sharing_copy
 from llm_pruner.removal import removed_modules, removed_positions
@@ -122,7 +122,7 @@ class Judge:
     def _dense_logits(self, index: int) -> torch.Tensor:
         ids = self._ids[index : index + 1]
         if self._chain is None:
-            return logits_of(self._model(ids))[0]
+            return run_for_logits(self._model, ids)[0]
 
         def keep(at: int, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given = hidden_of(args, kwargs)
@@ -153,7 +153,7 @@ class Judge:
     ) -> torch.Tensor:
         ids = self._ids[index : index + 1]
         if first == 0:
-            return logits_of(network(ids))[0]
+            return run_for_logits(network, ids)[0]
         assert self._chain is not None
         assert self._entries is not None
         hidden = self._entries.read(first, slice(index, index + 1))

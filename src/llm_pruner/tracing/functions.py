@@ -12,12 +12,20 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    handle_torch_function,
+)
+from torch.utils._python_dispatch import _disable_current_modes
 
 from llm_pruner.tracing.sizes import Expr, TracedInt, TracedShape, expr_of, plain
 from llm_pruner.types import IntArray
 
 Axes = list[IntArray]
+
+COMPILED_CODE = "compiled code"
+"""Name of the function under which code runs of which nothing is known."""
 
 
 class Recorder(Protocol):
@@ -27,6 +35,7 @@ class Recorder(Protocol):
 
     def axes(self, tensor: torch.Tensor) -> Axes | None: ...
     def length(self, tensor: torch.Tensor, dim: int) -> Any: ...
+    def split(self, rows: IntArray, outer: int, inner: int) -> tuple[IntArray, IntArray]: ...
     def sized(self, expr: Expr, rows: IntArray, where: str) -> None: ...
     def tie_windows(self, rows: IntArray, step: int, where: str) -> None: ...
     def used_as_number(self, expr: Expr) -> None: ...
@@ -341,15 +350,48 @@ def _unflatten(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]
             recorder.sized(expr_of(size), rows, "unflatten")
 
 
-def _conv1d(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+def _convolution(
+    recorder: Recorder,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    out: Any,  # noqa: ARG001
+) -> None:
+    """``groups`` is the number of groups in the first axis of the weight, transposed or not."""
+    weight = args[1] if len(args) > 1 else kwargs["weight"]
     groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
-    axes = recorder.axes(out)
-    if axes is None or plain(groups) == 1:
-        return
-    if plain(groups) == len(axes[-2]):
-        recorder.sized(expr_of(groups), axes[-2], "groups of a convolution")
-    elif type(groups) is TracedInt:
-        recorder.used_as_number(groups.expr)
+    axes = recorder.axes(weight)
+    count = plain(groups)
+    if axes is not None and count > 1:
+        outer, _ = recorder.split(axes[0], count, len(axes[0]) // count)
+        recorder.sized(expr_of(groups), outer, "groups of a convolution")
+    others = [*args[2:6], *args[7:], *(kwargs[key] for key in kwargs if key != "groups")]
+    for value in _flatten(others):
+        if isinstance(value, TracedInt):
+            recorder.used_as_number(value.expr)
+
+
+def _pad(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Padding that repeats or reflects writes into slices: the code says how many positions."""
+    source = args[0] if args else kwargs["input"]
+    for before, after in zip(recorder.axes(source) or (), recorder.axes(out) or (), strict=False):
+        if len(before) != len(after):
+            for rows in (before, after):
+                recorder.sized(("const", len(rows)), rows, "pad")
+    for value in _flatten([*args[1:], *kwargs.values()]):
+        if isinstance(value, TracedInt):
+            recorder.used_as_number(value.expr)
+
+
+def _router_losses(
+    recorder: Recorder,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],  # noqa: ARG001
+    out: Any,  # noqa: ARG001
+) -> None:
+    for logits in args[0]:
+        axes = recorder.axes(logits)
+        if axes is not None and isinstance(args[1], int):
+            recorder.sized(expr_of(args[1]), axes[-1], "the load-balancing loss")
 
 
 def _one_hot(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -388,6 +430,11 @@ def _bincount(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any],
         recorder.sized(expr_of(least), axes[0], "bincount")
 
 
+def _eye(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    sizes = [*args[:2], *(kwargs[key] for key in ("n", "m") if key in kwargs)]
+    _record_sizes(recorder, [sizes[0], sizes[-1]], out, "new tensor")
+
+
 _SIZED: dict[str, Callable[[Recorder, tuple[Any, ...], dict[str, Any], Any], None]] = {
     "view": _view,
     "reshape": _view,
@@ -419,7 +466,11 @@ _SIZED: dict[str, Callable[[Recorder, tuple[Any, ...], dict[str, Any], Any], Non
     "rms_norm": _norm,
     "unflatten": _unflatten,
     "one_hot": _one_hot,
-    "conv1d": _conv1d,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution),
+    "pad": _pad,
+    "eye": _eye,
+    "load_balancing_loss_func": _router_losses,
     "topk": _topk,
     "histc": _histc,
     "bincount": _bincount,
@@ -478,6 +529,83 @@ def _attention(
     weights = torch.softmax(scores, dim=-1)
     # A row that may look nowhere gives zeros, as the fused kernels do.
     return torch.nan_to_num(weights) @ value
+
+
+def flex_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    score_mod: Callable[..., torch.Tensor] | None = None,
+    block_mask: Any = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    kernel_options: Any = None,  # noqa: ARG001
+    *,
+    return_aux: Any = None,
+) -> Any:
+    """``torch.nn.attention.flex_attention`` written out.
+
+    What ``score_mod`` and the mask do with the number of a head freezes the heads, as numbers of
+    positions are fixed.
+    """
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[-1])
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = (_repeat_interleave(x, groups, dim=-3) for x in (key, value))
+    scores = (query * scale) @ key.transpose(-2, -1)
+    with torch._C.DisableTorchFunction():
+        shape = tuple(scores.shape)
+    places = [torch.arange(size, device=query.device) for size in shape]
+    if score_mod is not None:
+        scores = _by_position(score_mod, places, scores).to(scores.dtype)
+    if block_mask is not None:
+        mask = _by_position(block_mask.mask_mod, places)
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = torch.nan_to_num(torch.softmax(scores, dim=-1))
+    out = (weights @ value).to(query.dtype)
+    if return_aux is not None:
+        return out, type("Aux", (), {"lse": scores.logsumexp(-1), "max_scores": scores.amax(-1)})()
+    return (out, scores.logsumexp(-1)) if return_lse else out
+
+
+def _by_position(
+    function: Callable[..., torch.Tensor], places: list[torch.Tensor], *scores: torch.Tensor
+) -> torch.Tensor:
+    """Call a function of (scores,) batch, head, query and key of single positions on all at once.
+
+    It is made for ``vmap``. Most such functions do the same by broadcasting, where axes can be
+    followed; any other runs as code of which nothing is known.
+    """
+    columns = [
+        place.view([-1 if i == dim else 1 for i in range(4)]) for dim, place in enumerate(places)
+    ]
+
+    def single(*given: torch.Tensor) -> torch.Tensor:
+        mapped = function
+        for dim in (3, 2, 1, 0):
+            dims = [0 if dim == place else None for place in range(4)]
+            mapped = torch.vmap(mapped, in_dims=(*[0] * len(scores), *dims))
+        return mapped(*given)
+
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        expected = single(*scores, *places)
+    try:
+        found = function(*scores, *columns)
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            same = torch.equal(found.expand(expected.shape), expected)
+    except (RuntimeError, IndexError, TypeError):
+        same = False
+    if same:
+        return found
+    single.__name__ = COMPILED_CODE
+    return handle_torch_function(single, (), *scores, *places)
+
+
+def is_watched() -> bool:
+    """Whether a trace is going on."""
+    return any(isinstance(mode, SizeMode) for mode in _get_current_function_mode_stack())
 
 
 def _repeat_interleave(

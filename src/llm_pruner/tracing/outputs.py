@@ -6,16 +6,14 @@ from typing import Any
 
 import torch
 
+from llm_pruner.chain.logits import find_logits
 from llm_pruner.errors import DiscoveryError
 
 
 def logits_of(output: Any) -> torch.Tensor:
     """Return the logits of a model's output, whatever it is wrapped in."""
-    if isinstance(output, torch.Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, torch.Tensor):
-        return logits
-    if isinstance(output, tuple | list) and isinstance(output[0], torch.Tensor):
-        return output[0]
-    raise DiscoveryError(f"the model returns {type(output).__name__}, in which no logits are found")
+    logits = find_logits(output)
+    if logits is None:
+        kind = type(output).__name__
+        raise DiscoveryError(f"the model returns {kind}, in which no logits are found")
+    return logits

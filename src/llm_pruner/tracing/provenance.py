@@ -15,7 +15,6 @@ from llm_pruner.tracing.sizes import Expr, TracedInt
 _DESCRIPTIVE: dict[str, tuple[tuple[str, int], ...]] = {
     "Linear": (("in_features", 1), ("out_features", 0)),
     "Conv1D": (("nx", 0), ("nf", 1)),
-    "Conv1d": (("out_channels", 0),),
     "Embedding": (("num_embeddings", 0), ("embedding_dim", 1)),
 }
 

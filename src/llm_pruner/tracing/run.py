@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import weakref
 from collections import defaultdict
@@ -22,9 +21,12 @@ from llm_pruner.tracing.memo import without_memory
 from llm_pruner.tracing.outputs import logits_of
 from llm_pruner.tracing.provenance import descriptions, traced_attributes
 from llm_pruner.tracing.rules import RULES
-from llm_pruner.tracing.scenes import Forward, Scene, is_transformers, staged
+from llm_pruner.tracing.scenes import Forward, Scene, is_of_transformers, parameters_of, staged
 from llm_pruner.tracing.sizes import COMPARISONS, Equation, Expr, evaluate, leaves
+from llm_pruner.tracing.stand_ins import in_sight
 from llm_pruner.tracing.tracer import Trace, Tracer, code_line
+from llm_pruner.tracing.unreached import Siblings
+from llm_pruner.tracing.vocabulary import find_vocabulary_size
 from llm_pruner.types import IntArray
 
 
@@ -44,16 +46,19 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
 
 
 def vocabulary_size(model: nn.Module) -> int:
-    """Return how many token ids the model's input embedding holds."""
+    """Return how many token ids the model takes.
+
+    Raises:
+        DiscoveryError: it looks token ids up nowhere.
+    """
     getter = getattr(model, "get_input_embeddings", None)
     if getter is not None:
         embedding = getter()
         if embedding is not None and hasattr(embedding, "weight"):
             return int(embedding.weight.shape[0])
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            return int(module.num_embeddings)
-    raise DiscoveryError("the model has no token embedding")
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    with staged(model):
+        return find_vocabulary_size(model, lambda network, tokens: network(tokens), device)
 
 
 def example_tokens(
@@ -73,22 +78,28 @@ def forward_with_cache(model: nn.Module, tokens: torch.Tensor) -> list[torch.Ten
 
     A model that takes no cache, or is not run as those of ``transformers``, runs all at once.
     """
-    if not is_transformers(model):
+    if not is_of_transformers(model):
         return [logits_of(model(tokens))]
-    parameters = inspect.signature(model.forward).parameters
+    parameters = parameters_of(model)
     # The name of the cache differs between releases of transformers.
     name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
     first = model(input_ids=tokens[:, :-1], use_cache=name is not None)
     cache = getattr(first, name, None) if name is not None else None
     if cache is None:
         return forward_without_cache(model, tokens)
-    step = model(input_ids=tokens[:, -1:], use_cache=True, **{str(name): cache})
+    given = {str(name): cache}
+    if "output_router_logits" in parameters:
+        # The loss over all routers takes a mask of the tokens of one call, not of all before it.
+        given["output_router_logits"] = False
+    step = model(input_ids=tokens[:, -1:], use_cache=True, **given)
     return [logits_of(first), logits_of(step)]
 
 
 def forward_without_cache(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
     """Run all tokens at once; for models whose cache needs more."""
-    return [logits_of(model(input_ids=tokens, use_cache=False))]
+    # A state that the model makes itself (RWKV) is sized by settings, which is to be seen.
+    makes_state = "state" in parameters_of(model)
+    return [logits_of(model(input_ids=tokens, use_cache=makes_state))]
 
 
 def label_model(tracer: Tracer, model: nn.Module) -> dict[str, str]:
@@ -122,7 +133,8 @@ class Layers:
                 continue
             children: Mapping[str, nn.Module | None] = module._modules
             for index, child in children.items():
-                if child is None:
+                # A place may be empty, and TorchScript takes no hooks.
+                if child is None or isinstance(child, torch.jit.ScriptModule):
                     continue
                 name = f"{path}.{index}"
                 self.handles.append(child.register_forward_hook(self._hook(name), with_kwargs=True))
@@ -233,7 +245,7 @@ def _run(
 ) -> Run:
     trace = tracer.trace
     aliases = label_model(tracer, model)
-    layers = Layers(model, tracer)
+    layers, siblings = Layers(model, tracer), Siblings(model)
     done: list[Scene] = []
     try:
         with traced(model, tracer) as attributes:
@@ -246,10 +258,15 @@ def _run(
                         raise
                     continue
                 done.append(scene)
+            layers.close()
+            with tracer, SizeMode(tracer):
+                siblings.run_rest(tracer)
             trace.attributes = dict(attributes)
     finally:
         layers.close()
+        siblings.close()
     _tie_copies(trace, model)
+    _follow_beside(trace, model)
     _freeze_unreached(trace, aliases)
     _settle(trace, _described(trace, model))
     return Run(trace, aliases, layers.seen, layers.values, tuple(done))
@@ -260,6 +277,7 @@ def traced(model: nn.Module, tracer: Tracer) -> Iterator[dict[Expr, int]]:
     """Give the sizes that a model holds an origin for the time of the context."""
     with (
         staged(model),
+        in_sight(model),
         traced_attributes(model, tracer.used_as_number) as attributes,
         without_memory(),
     ):
@@ -318,6 +336,29 @@ def _tie_copies(trace: Trace, model: nn.Module) -> None:
                 if twin.shape == tensor.shape and torch.equal(twin, tensor):
                     for left, right in zip(trace.tensors[name], trace.tensors[other], strict=True):
                         trace.atoms.unify(left, right)
+                    trace.order[name] = trace.order[other]
+                    break
+
+
+def _follow_beside(trace: Trace, model: nn.Module) -> None:
+    """Let a parameter that the run did not read follow one of its module with the same last axes.
+
+    Attention keeps such a bias for segments beside one for content, and reads it if given segments.
+    """
+    for path, module in model.named_modules():
+        own = {f"{path}.{key}" if path else key: p for key, p in module._parameters.items()}
+        read = [(name, p) for name, p in own.items() if name in trace.order and p is not None]
+        for name, parameter in own.items():
+            if parameter is None or name in trace.order or name not in trace.tensors:
+                continue
+            for other, like in read:
+                count = like.dim()
+                if count > 1 and parameter.shape[-count:] == like.shape:
+                    left, right = trace.tensors[name], trace.tensors[other]
+                    for rows in left[:-count]:
+                        trace.atoms.freeze(rows, "not reached by the forward pass")
+                    for mine, others in zip(left[-count:], right, strict=True):
+                        trace.atoms.unify(mine, others)
                     trace.order[name] = trace.order[other]
                     break
 

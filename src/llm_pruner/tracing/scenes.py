@@ -11,7 +11,8 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -67,10 +68,10 @@ def scenes_of(model: nn.Module, forward: Forward, vocabulary: int) -> tuple[Scen
         vocabulary: number of token ids, which is no length.
     """
     short = Scene("8 tokens", (2, 8), forward, needed=True)
-    parameters = inspect.signature(model.forward).parameters
+    parameters = parameters_of(model)
     length, beyond = long_length(model, vocabulary)
     said = f"{length:,} tokens" + (f" (not {beyond:,})" if beyond else "")
-    if not is_transformers(model):
+    if not is_of_transformers(model):
         return (
             short,
             Scene(said, (1, length), _plain),
@@ -79,7 +80,10 @@ def scenes_of(model: nn.Module, forward: Forward, vocabulary: int) -> tuple[Scen
     scenes = [short]
     if "attention_mask" in parameters:
         scenes.append(Scene("padding left and right", (2, 8), _padded))
-    scenes.append(Scene(f"{said} and generate", (1, length), generated))
+    if hasattr(model, "generate"):
+        scenes.append(Scene(f"{said} and generate", (1, length), generated))
+    else:
+        scenes.append(Scene(said, (1, length), _by_name))
     scenes.append(Scene("training", (2, 8), _by_name, training=True))
     return tuple(scenes)
 
@@ -89,10 +93,23 @@ def given_scene(forward: Forward) -> tuple[Scene, ...]:
     return (Scene("the given tokens", (2, 8), forward, needed=True),)
 
 
-def is_transformers(model: nn.Module) -> bool:
-    """Whether a model is run as those of ``transformers`` are, whatever class it is of."""
-    names = inspect.signature(model.forward).parameters
-    return hasattr(model, "config") and hasattr(model, "generate") and "input_ids" in names
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether a model is run as those of ``transformers`` are: by keywords, with a cache."""
+    library = sys.modules.get("transformers.modeling_utils")
+    if library is not None and isinstance(_inside(model), library.PreTrainedModel):
+        return True
+    return {"input_ids", "use_cache"} <= set(parameters_of(model))
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """Return the model that a wrapper with adapters hands its arguments to."""
+    unwrap = getattr(model, "get_base_model", None)
+    return unwrap() if callable(unwrap) else model
+
+
+def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a model's forward pass by name."""
+    return inspect.signature(_inside(model).forward).parameters
 
 
 def long_length(model: nn.Module, vocabulary: int) -> tuple[int, int | None]:
@@ -224,6 +241,7 @@ def staged(model: nn.Module, *, training: bool = False) -> Iterator[None]:
         (space, dict(space))
         for module in model.modules()
         for space in (vars(module), module._buffers, module._parameters)
+        if isinstance(space, dict)
     ]
     values = [(buffer, buffer.clone()) for buffer in model.buffers()] if training else []
     random = list(_random_parts(model)) if training else []

@@ -23,11 +23,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from llm_pruner.tracing.atoms import Atoms, empty_rows, product_rows
+from llm_pruner.tracing.functions import COMPILED_CODE
 from llm_pruner.tracing.sizes import Equation, Expr, TracedInt, leaves
 from llm_pruner.types import IntArray
 
 Axes = list[IntArray]
-Role = Literal["head", "query_key", "value", "activation", "routing", "aligned", "even", "read"]
+Role = Literal[
+    "head",
+    "query_key",
+    "value",
+    "activation",
+    "routing",
+    "aligned",
+    "even",
+    "read",
+    "filter",
+    "weighed",
+    "normalised",
+]
 
 
 @dataclass
@@ -96,12 +109,15 @@ class Tracer(TorchDispatchMode):
         self.weights: Any = WeakTensorKeyDictionary()
         self.names: Any = WeakTensorKeyDictionary()
         self.vocabulary: Any = WeakTensorKeyDictionary()
+        self.one_hot: Any = WeakTensorKeyDictionary()
         self.cut_from: Any = WeakTensorKeyDictionary()
         self.function: str | None = None
         self._shared: dict[str, int] = {}
         self._ragged: dict[int, Ragged] = {}
         self._packed: set[int] = set()
         self._lengths: dict[int, int] = {}
+        self._written: set[int] = set()
+        self._trained: set[int] = set()
         self._clock = 0
 
     # ------------------------------------------------------------- labelling
@@ -112,9 +128,17 @@ class Tracer(TorchDispatchMode):
             self.trace.tensors[name] = [
                 empty_rows(1) if size == 1 else self.atoms.fresh(size) for size in tensor.shape
             ]
-        self.labels[tensor] = list(self.trace.tensors[name])
+        known = self.trace.tensors[name]
+        if len(known) == tensor.dim():
+            # A table that has grown since then is new along that axis.
+            self.labels[tensor] = [
+                rows if len(rows) == size else self.frozen_rows(size, "its length has changed")
+                for rows, size in zip(known, tensor.shape, strict=True)
+            ]
         self.weights[tensor] = True
         self.names[tensor] = name
+        if isinstance(tensor, torch.nn.Parameter):
+            self._trained.add(_storage(tensor))
 
     def frozen_rows(self, count: int, reason: str) -> IntArray:
         """Return rows that are never deleted, and remember why."""
@@ -274,8 +298,11 @@ class Tracer(TorchDispatchMode):
         self.trace.choices.append(Choice(rows, count, max(available, count)))
 
     def is_weight(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is a parameter or a mere view or cast of one."""
-        return tensor in self.weights
+        """Whether a tensor is a parameter or buffer, or a mere view or cast of one.
+
+        A buffer that the run writes to is none: it holds activations, such as a cache.
+        """
+        return tensor in self.weights and _storage(tensor) not in self._written
 
     # ------------------------------------------------ Recorder (function mode)
 
@@ -343,14 +370,18 @@ class Tracer(TorchDispatchMode):
         inputs = list(tensors_in([*args, *kwargs.values()]))
         self._clock += 1
         for tensor in inputs:
-            known = self.names.get(tensor)
-            if known is not None:
-                self.trace.order.setdefault(known, self._clock)
+            called = self.names.get(tensor)
+            if called is not None:
+                self.trace.order.setdefault(called, self._clock)
+        if func._schema.is_mutable and inputs and inputs[0] in self.weights:
+            self._written |= {_storage(inputs[0])} - self._trained
         out = self.execute(func, name, args, kwargs)
         rule = self.rules.get(name)
         if rule is None and torch.Tag.pointwise in func.tags:
             rule = self.rules["pointwise"]
         try:
+            if self.function == COMPILED_CODE:
+                raise UnplacedError("read by compiled code of which nothing is known")
             if rule is None:
                 raise UnplacedError(f"no rule for the operation {name}")
             if name not in DOMAIN_AWARE:
@@ -358,25 +389,29 @@ class Tracer(TorchDispatchMode):
                     if tensor in self.domains:
                         self.freeze(self.domains[tensor], f"its positions are chosen by {name}")
             rule(self, func, args, kwargs, out)
-        except UnplacedError as unplaced:
+        except (UnplacedError, ValueError, AssertionError, LookupError, TypeError) as error:
+            # A call in a form that the rule was not made for is as good as one without a rule.
+            known = isinstance(error, UnplacedError)
+            reason = str(error) if known else f"no rule for this form of the operation {name}"
             self.trace.unknown[name] = self.trace.unknown.get(name, 0) + 1
             for tensor in inputs:
                 for rows in self.label(tensor):
-                    self.freeze(rows, str(unplaced))
+                    self.freeze(rows, reason)
             for tensor in tensors_in([out]):
-                self.set_label(
-                    tensor, [self.frozen_rows(size, str(unplaced)) for size in tensor.shape]
-                )
+                self.set_label(tensor, [self.frozen_rows(size, reason) for size in tensor.shape])
         if name in VIEWS and inputs[0] in self.cut_from:
             for tensor in tensors_in([out]):
                 self.cut_from.setdefault(tensor, self.cut_from[inputs[0]])
         if name in MOVEMENT and inputs:
             # Weights that an index takes, of the expert that a token is given, are weights still.
             moved = inputs[:1] if name == "index" else inputs
-            for marked in (self.weights, self.vocabulary):
+            for marked in (self.weights, self.vocabulary, self.one_hot):
                 if all(tensor in marked for tensor in moved):
                     for tensor in tensors_in([out]):
                         marked[tensor] = True
+        elif name in COMPUTED and all(tensor in self.weights for tensor in inputs):
+            for tensor in tensors_in([out]):
+                self.weights[tensor] = True
         return out
 
     def execute(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
@@ -423,6 +458,9 @@ MOVEMENT = frozenset(
     | {"clone", "_to_copy", "cat", "index"}
 )
 
+COMPUTED = frozenset({"add", "sub", "mul", "div", "mm", "mv", "_weight_norm_interface"})
+"""Operations that make a weight of nothing but weights, as a low-rank update or a norm does."""
+
 VIEWS = frozenset(
     {"view", "reshape", "_reshape_alias", "transpose", "permute", "t", "expand", "unsqueeze"}
     | {"squeeze", "slice", "select", "split", "split_with_sizes", "alias", "detach"}
@@ -434,6 +472,10 @@ DOMAIN_AWARE = frozenset(
     | {"slice", "detach", "alias", "clone", "_to_copy", "gather", "embedding", "index"}
     | {"index_select", "select", "scatter", "scatter_", "sort", "histc", "bincount"}
 )
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def tensors_in(values: Any) -> Iterator[torch.Tensor]:

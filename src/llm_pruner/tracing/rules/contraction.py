@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from llm_pruner.tracing.atoms import product_rows
 from llm_pruner.tracing.rules.pointwise import broadcast
 from llm_pruner.tracing.tracer import Tracer, UnplacedError
+from llm_pruner.types import IntArray
 
 
 def _note_attention(tracer: Tracer, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -23,18 +25,27 @@ def _note_attention(tracer: Tracer, left: torch.Tensor, right: torch.Tensor) -> 
         tracer.note("value", outer)
 
 
+def _note_read(tracer: Tracer, left: torch.Tensor, right: torch.Tensor, rows: IntArray) -> None:
+    """Remember that an axis is summed over, and whether by a weight."""
+    tracer.note("read", rows)
+    if tracer.is_weight(left) != tracer.is_weight(right):
+        tracer.note("weighed", rows)
+
+
 def mm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
     left, right = tracer.label(args[0]), tracer.label(args[1])
     tracer.unify(left[1], right[0])
-    tracer.note("read", left[1])
+    _note_read(tracer, args[0], args[1], left[1])
     tracer.set_label(out, [left[0], right[1]])
+    if args[0] in tracer.one_hot and tracer.trace.residual is None:
+        tracer.trace.residual = right[1]
 
 
 def bmm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
     left, right = tracer.label(args[0]), tracer.label(args[1])
     batch = tracer.unify(left[0], right[0])
     tracer.unify(left[2], right[1])
-    tracer.note("read", left[2])
+    _note_read(tracer, args[0], args[1], left[2])
     tracer.set_label(out, [batch, left[1], right[2]])
     _note_attention(tracer, args[0], args[1])
 
@@ -52,8 +63,15 @@ def baddbmm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor
 def mv(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
     left, right = tracer.label(args[0]), tracer.label(args[1])
     tracer.unify(left[-1], right[0])
-    tracer.note("read", left[-1])
+    _note_read(tracer, args[0], args[1], left[-1])
     tracer.set_label(out, left[:-1])
+
+
+def dot(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:
+    """A number; one of nothing but weights divides them, as in a spectral norm."""
+    if tracer.is_weight(args[0]) and tracer.is_weight(args[1]):
+        raise UnplacedError("one number is made of the whole weight (a spectral norm)")
+    mv(tracer, func, args, kwargs, out)
 
 
 def grouped_mm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
@@ -72,26 +90,37 @@ def grouped_mm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Ten
     else:
         tracer.freeze(right[0], "experts run as one grouped product")
     tracer.unify(left[1], right[1])
-    tracer.note("read", left[1])
+    _note_read(tracer, args[0], args[1], left[1])
     tracer.set_label(out, [left[0], right[2]])
     for rows in (right[1], right[2]):
         tracer.note("aligned", rows)
 
 
 def convolution(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
-    source, weight, bias = args[0], args[1], args[2]
-    groups = args[8]
-    axes, filters = tracer.label(source), tracer.label(weight)
+    """Convolutions of any number of dimensions, transposed ones and ones in groups.
+
+    The first axis of the weight is divided into groups: it holds the output channels, shape
+    (out, in / groups, ...), of a transposed one the input channels, (in, out / groups, ...). Input
+    and output channels are (group, channel of it): whole groups can go, or the same of each.
+    """
+    weight, bias, transposed, groups = args[1], args[2], args[6], args[8]
+    axes, filters = tracer.label(args[0]), tracer.label(weight)
     for rows in (*axes[2:], *filters[2:]):
         tracer.freeze(rows, "a convolution runs along it")
+    first, second = filters[:2]
     if groups == 1:
-        tracer.unify(axes[1], filters[1])
-        tracer.note("read", axes[1])
-    elif groups == source.shape[1] == weight.shape[0]:
-        tracer.unify(axes[1], filters[0])
+        source, channels = (first, second) if transposed else (second, first)
+        tracer.unify(axes[1], source)
+        _note_read(tracer, args[0], weight, axes[1])
     else:
-        raise UnplacedError("a grouped convolution")
-    channels = filters[0]
+        outer, _ = tracer.split(first, groups, len(first) // groups)
+        joined = product_rows(outer, second)
+        source, channels = (first, joined) if transposed else (joined, first)
+        tracer.unify(axes[1], source)
+        if weight.shape[0 if transposed else 1] != (groups if transposed else 1):
+            _note_read(tracer, args[0], weight, axes[1])
+    for rows in (source, channels):
+        tracer.note("filter", rows)
     if bias is not None:
         channels = tracer.unify(channels, tracer.label(bias)[0])
     tail = [tracer.frozen_rows(size, "a convolution runs along it") for size in out.shape[2:]]
@@ -104,7 +133,7 @@ RULES = {
     "addmm": addmm,
     "baddbmm": baddbmm,
     "mv": mv,
-    "dot": mv,
+    **dict.fromkeys(("dot", "vdot"), dot),
     "_grouped_mm": grouped_mm,
     "convolution": convolution,
 }

@@ -22,7 +22,13 @@ def _tie_indexed(tracer: Tracer, rows: Any, index: torch.Tensor, what: str) -> N
         return
     if domain is not None:
         tracer.freeze(domain, what)
-    tracer.freeze(rows, what)
+    tracer.freeze(rows, "the vocabulary" if index in tracer.vocabulary else what)
+
+
+def _note_tokens(tracer: Tracer, index: torch.Tensor, tail: Axes) -> None:
+    """The first table that tokens index is where the hidden state begins."""
+    if index in tracer.vocabulary and tracer.trace.residual is None and tail:
+        tracer.trace.residual = tail[-1]
 
 
 def _inherit(tracer: Tracer, source: torch.Tensor, out: torch.Tensor) -> None:
@@ -34,11 +40,9 @@ def _inherit(tracer: Tracer, source: torch.Tensor, out: torch.Tensor) -> None:
 def embedding(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
     weight, index = args[0], args[1]
     rows, *tail = tracer.label(weight)
-    tokens = index in tracer.vocabulary
-    _tie_indexed(tracer, rows, index, "the vocabulary" if tokens else "looked up by position")
+    _tie_indexed(tracer, rows, index, "looked up by position")
     tracer.set_label(out, tracer.label(index) + tail)
-    if tokens and tracer.trace.residual is None:
-        tracer.trace.residual = tail[-1]
+    _note_tokens(tracer, index, tail)
 
 
 def index(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
@@ -73,6 +77,8 @@ def index(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) 
     adjacent = places == list(range(places[0], places[0] + len(places)))
     front = places[0] if adjacent else 0
     tracer.set_label(out, rest[:front] + joined + rest[front:])
+    if places == [0] and tracer.is_weight(args[0]):
+        _note_tokens(tracer, indices[0], rest)
 
 
 def index_select(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
@@ -82,6 +88,8 @@ def index_select(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.T
     _tie_indexed(tracer, axes[dim], args[2], "looked up by position")
     axes[dim] = tracer.label(args[2])[0] if args[2].dim() else axes[dim][:1]
     tracer.set_label(out, axes)
+    if dim == 0 and tracer.is_weight(args[0]):
+        _note_tokens(tracer, args[2], axes[1:])
 
 
 def _align(tracer: Tracer, axes: Axes, others: Axes, skip: int) -> None:
@@ -112,6 +120,8 @@ def scatter(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor
     if len(args) > 3 and isinstance(args[3], torch.Tensor) and args[3].dim() == len(axes):
         _align(tracer, axes, tracer.label(args[3]), dim)
     tracer.set_label(out, axes)
+    if args[2] in tracer.vocabulary:
+        tracer.one_hot[out] = True
 
 
 def index_add(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,10 @@ import torch
 from llm_pruner.tracing.atoms import empty_rows, product_rows, stack_rows
 from llm_pruner.tracing.functions import SHAPED_IN_SIGHT
 from llm_pruner.tracing.tracer import Axes, Tracer, UnplacedError
+
+_WHY_FIXED = {
+    "multi_head_attention_forward": ", which takes the size of a head from the hidden size",
+}
 
 
 def require_sight(tracer: Tracer) -> None:
@@ -21,7 +26,8 @@ def require_sight(tracer: Tracer) -> None:
         UnplacedError: always in such a function.
     """
     if tracer.function not in SHAPED_IN_SIGHT:
-        raise UnplacedError(f"resized inside {tracer.function or 'compiled code'}")
+        why = _WHY_FIXED.get(str(tracer.function), "")
+        raise UnplacedError(f"resized inside {tracer.function or 'compiled code'}{why}")
 
 
 def view_axes(tracer: Tracer, axes: Axes, shape: tuple[int, ...]) -> Axes:
@@ -59,7 +65,16 @@ def view_axes(tracer: Tracer, axes: Axes, shape: tuple[int, ...]) -> Axes:
 def view(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
     source = args[0]
     if source.numel() == 0:
-        raise UnplacedError("a view of an empty tensor")
+        # No tokens: what axes there are beside theirs is known where there are as many without any.
+        axes, shape = tracer.label(source), tuple(out.shape)
+        kept = [rows for rows in axes if len(rows)]
+        if shape.count(0) != len(axes) - len(kept) or math.prod(map(len, kept)) != math.prod(
+            filter(None, shape)
+        ):
+            raise UnplacedError("a view of an empty tensor")
+        placed = iter(view_axes(tracer, kept, tuple(filter(None, shape))))
+        tracer.set_label(out, [next(placed) if size else empty_rows(0) for size in shape])
+        return
     if source.dtype != out.dtype and source.shape == out.shape:
         tracer.copy_label(source, out)
         return
@@ -285,6 +300,8 @@ RULES = {
     "cat": cat,
     "stack": stack,
     "constant_pad_nd": pad,
+    **dict.fromkeys((f"reflection_pad{n}d" for n in (1, 2, 3)), pad),
+    **dict.fromkeys((f"replication_pad{n}d" for n in (1, 2, 3)), pad),
     **dict.fromkeys(("roll", "flip"), reorder),
     **dict.fromkeys(("tril", "triu", "tril_", "triu_"), triangle),
     "unfold": unfold,

@@ -47,9 +47,19 @@ def pointwise(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> No
         tracer.note("activation", tracer.label(out)[-1])
 
 
+def glu(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
+    """First half times the sigmoid of the second: both halves shrink together."""
+    axes = tracer.label(args[0])
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) % len(axes)
+    half = out.shape[dim]
+    axes[dim] = tracer.unify(axes[dim][:half], axes[dim][half:])
+    tracer.set_label(out, axes)
+    tracer.note("activation", axes[dim])
+
+
 _OTHERS = """
     copy copy_ fill_ zero_ masked_fill masked_fill_ floor_divide lerp nan_to_num where clamp clamp_
     dropout native_dropout bernoulli threshold glu_pointwise addcmul addcdiv log_sigmoid_forward
     logaddexp softplus mish hardtanh elu relu_ silu_
 """
-RULES = dict.fromkeys(("pointwise", *_OTHERS.split()), pointwise)
+RULES = {"glu": glu, **dict.fromkeys(("pointwise", *_OTHERS.split()), pointwise)}

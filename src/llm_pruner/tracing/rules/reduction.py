@@ -46,6 +46,7 @@ def along(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None: 
     axes = tracer.label(args[0])
     if axes:
         tracer.require_whole(axes[args[1]])
+        tracer.note("normalised", axes[args[1]])
     for result in tensors_in([out]):
         tracer.set_label(result, axes)
 
@@ -79,6 +80,18 @@ def layer_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> N
     tracer.set_label(results[0], axes)
     for statistic in results[1:]:
         tracer.set_label(statistic, axes[:-count] + [empty_rows(1)] * count)
+
+
+def weight_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ARG001
+    """v * g / |v|, the norm taken over all axes of v but one."""
+    axes, scale = tracer.label(args[0]), tracer.label(args[1])
+    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % len(axes)
+    for place, rows in enumerate(axes):
+        if place != dim:
+            tracer.require_whole(rows)
+    axes[dim] = tracer.unify(axes[dim], scale[dim])
+    tracer.set_label(out[0], axes)
+    tracer.set_label(out[1], scale)
 
 
 def select_along(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -119,5 +132,6 @@ RULES = {
     **dict.fromkeys(("_softmax", "_log_softmax", "softmax", "_safe_softmax"), along),
     **dict.fromkeys(("cumsum", "cumprod", "cummax", "logcumsumexp"), running),
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), layer_norm),
+    "_weight_norm_interface": weight_norm,
     **dict.fromkeys(("topk", "sort", "argsort"), select_along),
 }
