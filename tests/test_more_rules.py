@@ -263,6 +263,11 @@ class Tabled(Net):
             x = F.embedding(tokens, self.table)
         elif self.way == "index":
             x = self.table[tokens]
+        elif self.way == "equal":
+            x = (tokens[..., None] == torch.arange(VOCABULARY)).to(self.table.dtype) @ self.table
+        elif self.way == "gather":
+            x = self.table.gather(0, tokens.reshape(-1, 1).expand(-1, self.table.shape[1]))
+            x = x.view(*tokens.shape, -1)
         else:
             x = F.one_hot(tokens, VOCABULARY).to(self.table.dtype) @ self.table
         x = x + self.second(tokens + 3) + self.types(torch.zeros_like(tokens))
@@ -272,7 +277,7 @@ class Tabled(Net):
         return self.out(x)
 
 
-@pytest.mark.parametrize("way", ["embedding", "function", "index", "one_hot"])
+@pytest.mark.parametrize("way", ["embedding", "function", "index", "one_hot", "equal", "gather"])
 def test_tables_that_tokens_index(way: str) -> None:
     net = Tabled(way)
     assert vocabulary_size(net) == VOCABULARY
@@ -281,7 +286,7 @@ def test_tables_that_tokens_index(way: str) -> None:
     assert hidden.size == HIDDEN
     table = "embed.weight" if way == "embedding" else "table"
     (frozen,) = [axis for axis in discovery.frozen if (axis.tensor, axis.dim) == (table, 0)]
-    assert frozen.reason == "the vocabulary" or way == "one_hot"
+    assert frozen.reason == "the vocabulary" or way in ("one_hot", "equal")
 
 
 def test_no_table_is_said_so() -> None:

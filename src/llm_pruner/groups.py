@@ -566,7 +566,8 @@ def _layer_groups(
             by_list[parent].append(child)
     for parent in sorted(by_list, key=lambda name: -len(by_list[name])):
         children = sorted(by_list[parent], key=lambda name: int(name.rsplit(".", 1)[1]))
-        if not all(_passes_through(trace, calls[child]) for child in children):
+        passes = all(_passes_through(trace, calls[child]) for child in children)
+        if len(children) < 2 or not passes:
             continue
         lengths[parent] = len(children)
         reason = _why_fixed(model, trace)
