@@ -589,7 +589,8 @@ def _why_fixed(model: nn.Module, trace: Trace) -> str | None:
     atoms = trace.atoms.find(np.concatenate([np.zeros(0, np.int64), *held]))
     for equation in trace.equations:
         # A state that is made anew in each run has as many entries as there are layers by then.
-        if not np.isin(trace.atoms.find(equation.rows), atoms[atoms > 0]).any():
+        rows = trace.atoms.find(equation.rows)
+        if equation.where == "new tensor" and not np.isin(rows, atoms[atoms > 0]).any():
             continue
         for leaf in leaves(equation.expr):
             name = str(leaf[2]) if leaf[0] == "attr" else ""
