@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from helpers import tiny_model
+from llm_pruner import Criterion, score
 from llm_pruner.checkpoints.save import save_checkpoint
 from llm_pruner.errors import DiscoveryError, InfeasibleError
 from llm_pruner.groups import discover
@@ -360,7 +361,13 @@ class Published(NanoGPT):
 
 def test_module_with_a_config_and_generate_of_its_own() -> None:
     net = Published()
-    assert {"ffn", "hidden", "heads"} <= free(checked(net, dense=False, lengths=(3, 8, 32)))
+    discovery = checked(net, dense=False, lengths=(3, 8, 32))
+    assert {"ffn", "hidden", "heads"} <= free(discovery)
+    tokens = torch.randint(40, (2, 16), generator=torch.Generator().manual_seed(0))
+    for name in ("taylor", "fisher"):
+        scores = score(net, discovery, Criterion(name), input_ids=tokens, seed=0)
+        assert all(np.isfinite(values).all() for values in scores.values())
+        assert {"hidden", "layers.0.heads"} <= set(scores)
 
 
 # ------------------------------------------------------------------------------------- kinds

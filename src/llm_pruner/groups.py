@@ -278,10 +278,11 @@ class _Builder:
             return "heads"
         matrices = [m for m in members if not m.buffer and len(self.tensors[m.tensor][0]) > 1]
         stacked = [m for m in matrices if m.dim == 0 and len(self.tensors[m.tensor][0]) > 2]
-        weighed = bool(self.chosen_from[units].all()) or has("normalised") or has("query_key")
-        if has("routing") or (
-            stacked and not has("filter") and (weighed or len({m.tensor for m in stacked}) > 1)
-        ):
+        routed = bool(self.chosen_from[units].all()) or any(
+            has(role) for role in ("normalised", "query_key", "activation")
+        )
+        several = len({m.tensor for m in stacked}) > 1
+        if has("routing") or (stacked and not has("filter") and (routed or several)):
             return "experts"
         if has("query_key"):
             return "head_dim"
