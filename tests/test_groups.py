@@ -216,7 +216,8 @@ def test_unreached_sibling_freezes_what_it_would_have_to_fit() -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.experts = nn.ModuleList(Gated() for _ in range(3))
+            # An equal one would be run on what the others are given.
+            self.experts = nn.ModuleList([Gated(), Gated(width=6), Gated()])
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.experts[0](x) + self.experts[2](x)

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from helpers import tiny_model
+from llm_pruner import Criterion, score
 from llm_pruner.checkpoints.save import save_checkpoint
 from llm_pruner.errors import DiscoveryError, InfeasibleError
 from llm_pruner.groups import discover
@@ -268,6 +269,11 @@ class Tabled(Net):
             x = F.embedding(tokens, self.table)
         elif self.way == "index":
             x = self.table[tokens]
+        elif self.way == "equal":
+            x = (tokens[..., None] == torch.arange(VOCABULARY)).to(self.table.dtype) @ self.table
+        elif self.way == "gather":
+            x = self.table.gather(0, tokens.reshape(-1, 1).expand(-1, self.table.shape[1]))
+            x = x.view(*tokens.shape, -1)
         else:
             x = F.one_hot(tokens, VOCABULARY).to(self.table.dtype) @ self.table
         x = x + self.second(tokens + 3) + self.types(torch.zeros_like(tokens))
@@ -277,7 +283,7 @@ class Tabled(Net):
         return self.out(x)
 
 
-@pytest.mark.parametrize("way", ["embedding", "function", "index", "one_hot"])
+@pytest.mark.parametrize("way", ["embedding", "function", "index", "one_hot", "equal", "gather"])
 def test_tables_that_tokens_index(way: str) -> None:
     net = Tabled(way)
     assert vocabulary_size(net) == VOCABULARY
@@ -286,7 +292,7 @@ def test_tables_that_tokens_index(way: str) -> None:
     assert hidden.size == HIDDEN
     table = "embed.weight" if way == "embedding" else "table"
     (frozen,) = [axis for axis in discovery.frozen if (axis.tensor, axis.dim) == (table, 0)]
-    assert frozen.reason == "the vocabulary" or way == "one_hot"
+    assert frozen.reason == "the vocabulary" or way in ("one_hot", "equal")
 
 
 def test_no_table_is_said_so() -> None:
@@ -360,7 +366,13 @@ class Published(NanoGPT):
 
 def test_module_with_a_config_and_generate_of_its_own() -> None:
     net = Published()
-    assert {"ffn", "hidden", "heads"} <= free(checked(net, dense=False, lengths=(3, 8, 32)))
+    discovery = checked(net, dense=False, lengths=(3, 8, 32))
+    assert {"ffn", "hidden", "heads"} <= free(discovery)
+    tokens = torch.randint(40, (2, 16), generator=torch.Generator().manual_seed(0))
+    for name in ("taylor", "fisher"):
+        scores = score(net, discovery, Criterion(name), input_ids=tokens, seed=0)
+        assert all(np.isfinite(values).all() for values in scores.values())
+        assert {"hidden", "layers.0.heads"} <= set(scores)
 
 
 # ------------------------------------------------------------------------------------- kinds

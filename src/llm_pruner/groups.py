@@ -284,10 +284,11 @@ class _Builder:
             return "heads"
         matrices = [m for m in members if not m.buffer and len(self.tensors[m.tensor][0]) > 1]
         stacked = [m for m in matrices if m.dim == 0 and len(self.tensors[m.tensor][0]) > 2]
-        weighed = bool(self.chosen_from[units].all()) or has("normalised") or has("query_key")
-        if has("routing") or (
-            stacked and not has("filter") and (weighed or len({m.tensor for m in stacked}) > 1)
-        ):
+        routed = bool(self.chosen_from[units].all()) or any(
+            has(role) for role in ("normalised", "query_key", "activation")
+        )
+        several = len({m.tensor for m in stacked}) > 1
+        if has("routing") or (stacked and not has("filter") and (routed or several)):
             return "experts"
         if has("query_key"):
             return "head_dim"
@@ -573,7 +574,8 @@ def _layer_groups(
             by_list[parent].append(child)
     for parent in sorted(by_list, key=lambda name: -len(by_list[name])):
         children = sorted(by_list[parent], key=lambda name: int(name.rsplit(".", 1)[1]))
-        if not all(_passes_through(trace, calls[child]) for child in children):
+        passes = all(_passes_through(trace, calls[child]) for child in children)
+        if len(children) < 2 or not passes:
             continue
         lengths[parent] = len(children)
         reason = _why_fixed(model, trace)
@@ -620,7 +622,8 @@ def _why_fixed(model: nn.Module, trace: Trace) -> str | None:
     atoms = trace.atoms.find(np.concatenate([np.zeros(0, np.int64), *held]))
     for equation in trace.equations:
         # A state that is made anew in each run has as many entries as there are layers by then.
-        if not np.isin(trace.atoms.find(equation.rows), atoms[atoms > 0]).any():
+        rows = trace.atoms.find(equation.rows)
+        if equation.where == "new tensor" and not np.isin(rows, atoms[atoms > 0]).any():
             continue
         for leaf in leaves(equation.expr):
             name = str(leaf[2]) if leaf[0] == "attr" else ""

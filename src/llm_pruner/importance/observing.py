@@ -235,7 +235,9 @@ class _Watch(Generic[Measured]):
         product = weight.to(torch.promote_types(weight.dtype, torch.float32)) * gradient
         for group, member in self.weights[name]:
             others = [axis for axis in range(product.ndim) if axis != member.dim]
-            features = product.sum(others).double().mul(factor).cpu().numpy()
+            # A sum over no axes at all would be one over all of them.
+            summed = product.sum(others) if others else product
+            features = summed.double().mul(factor).cpu().numpy()
             self.gates[group.name][part, 0] += features[member.index].sum(1)
 
     def finish(self, groups: Sequence[Group]) -> None:

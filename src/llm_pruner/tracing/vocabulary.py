@@ -55,7 +55,8 @@ class _Watch(TorchDispatchMode):
             out = self._ghosts.run(func, name, args, kwargs, lambda f, _, a, k: f(*a, **k))
         if name in _FOLLOWED and any(tensor in self._ids for tensor in tensors_in(args)):
             for result in tensors_in([out]):
-                if result.dtype in (torch.int64, torch.int32) and result.numel() == self._count:
+                alike = name in MOVEMENT or result.numel() == self._count
+                if result.dtype in (torch.int64, torch.int32) and alike:
                     self._ids[result] = True
         return out
 
@@ -70,6 +71,11 @@ def _lookups(name: str, args: tuple[Any, ...]) -> Iterator[tuple[int, torch.Tens
                 yield size, index
     elif name in _BY_DIM and args[0].dim():
         yield args[0].shape[args[1]], args[2]
+    elif name.startswith("_embedding_bag"):
+        yield args[0].shape[0], args[1]
+    elif name == "eq" and isinstance(args[1], torch.Tensor) and args[1].dim():
+        # Compared with all ids there are, as one_hot does.
+        yield args[1].shape[-1], args[0]
 
 
 @contextmanager

@@ -110,6 +110,8 @@ def gather(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor)
     _tie_indexed(tracer, axes[dim], args[2], "looked up by position")
     _align(tracer, axes, chosen, dim)
     tracer.set_label(out, chosen)
+    if dim == 0 and tracer.is_weight(args[0]):
+        _note_tokens(tracer, args[2], axes[1:])
 
 
 def scatter(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001

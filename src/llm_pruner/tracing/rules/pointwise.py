@@ -45,6 +45,8 @@ def pointwise(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> No
     name = func._overloadpacket.__name__.rstrip("_")
     if name in NONLINEAR and isinstance(out, torch.Tensor) and out.dim():
         tracer.note("activation", tracer.label(out)[-1])
+    if name == "eq" and args[0] in tracer.vocabulary and isinstance(args[1], torch.Tensor):
+        tracer.one_hot[out] = True
 
 
 def glu(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
