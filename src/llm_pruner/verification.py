@@ -24,6 +24,7 @@ from llm_pruner.surgery import Undo, plan_edits
 from llm_pruner.surgery import prune_ as cut_
 from llm_pruner.tracing.functions import SizeMode
 from llm_pruner.tracing.ghosts import is_on_meta
+from llm_pruner.tracing.given import hidden_in
 from llm_pruner.tracing.rules import RULES
 from llm_pruner.tracing.rules.reduction import reduced_dims
 from llm_pruner.tracing.run import example_tokens, label_model, named_tensors, traced
@@ -179,15 +180,23 @@ def _silenced(model: nn.Module, discovery: Discovery, removal: Removal) -> Itera
 def _bypassed(model: nn.Module, modules: tuple[str, ...]) -> Iterator[None]:
     """Let the given layers hand on what they were given."""
 
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:  # noqa: ARG001
-        source = args[0] if args else kwargs["hidden_states"]
+    given: dict[nn.Module, torch.Tensor] = {}
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        # A layer may write into what it is given.
+        given[module] = hidden_in(args, kwargs).clone()
+
+    def after(module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001
+        source = given.pop(module)
         if isinstance(output, tuple | list):
             return type(output)([source, *output[1:]])
         return source
 
-    handles = [
-        model.get_submodule(name).register_forward_hook(hook, with_kwargs=True) for name in modules
-    ]
+    handles = []
+    for name in modules:
+        module = model.get_submodule(name)
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after))
     try:
         yield
     finally:

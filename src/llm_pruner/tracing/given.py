@@ -24,6 +24,15 @@ Given = dict[str, Any]
 """Where in the arguments -> a value that is equal if what was given is."""
 
 
+def hidden_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return the hidden states among a module's arguments: the first, or the first of floats."""
+    if args:
+        return args[0]
+    named = kwargs.get("hidden_states")
+    others = (v for v in kwargs.values() if isinstance(v, torch.Tensor) and v.is_floating_point())
+    return next(others, None) if named is None else named
+
+
 class GivenValues:
     """Keeps what each child of each module list was given at each call.
 

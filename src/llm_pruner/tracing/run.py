@@ -16,7 +16,7 @@ from torch import nn
 from llm_pruner.errors import DiscoveryError, LLMPrunerError
 from llm_pruner.tracing.functions import SizeMode
 from llm_pruner.tracing.ghosts import GhostTracer, ghosts_of, is_on_meta
-from llm_pruner.tracing.given import GivenValues
+from llm_pruner.tracing.given import GivenValues, hidden_in
 from llm_pruner.tracing.memo import without_memory
 from llm_pruner.tracing.outputs import logits_of
 from llm_pruner.tracing.provenance import descriptions, traced_attributes
@@ -141,7 +141,7 @@ class Layers:
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG001
-            source = args[0] if args else kwargs.get("hidden_states")
+            source = hidden_in(args, kwargs)
             self.values.note(name, code_line(passing_calls=True), args, kwargs, source)
             result = output[0] if isinstance(output, tuple | list) and output else output
             axes = (self.tracer.axes(source), self.tracer.axes(result))
