@@ -13,7 +13,7 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from llm_pruner.checkpoints.atomic import atomic_directory, umask
+from llm_pruner.checkpoints.atomic import atomic_directory
 from llm_pruner.checkpoints.depth import layer_values
 from llm_pruner.checkpoints.meta import build_meta, get_path, quiet, set_path, sizes
 from llm_pruner.checkpoints.quantizer import (
@@ -28,6 +28,7 @@ from llm_pruner.checkpoints.quantizer import (
 )
 from llm_pruner.checkpoints.recipe import Recipe, compose, from_edits, from_json
 from llm_pruner.checkpoints.stock import stock_config
+from llm_pruner.disk import umask
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.types import Edits
 

@@ -35,7 +35,7 @@ def command(
 
     An interrupted demo goes on when it is started again.
     """
-    check_json(json)
+    check_json(json, out=out)
 
     keep_kernels(BOTH)
     from llm_pruner.pipeline.demo import run_demo

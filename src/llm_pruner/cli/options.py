@@ -49,9 +49,22 @@ TrustRemoteCode = Annotated[
         rich_help_panel=LOADING,
     ),
 ]
+_STDOUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+
+
+def _standard_output(file: str | None) -> str | None:
+    """Return ``-`` for the names that systems have for it."""
+    return "-" if file in _STDOUT else file
+
+
 Json = Annotated[
     str | None,
-    typer.Option("--json", metavar="FILE", help="Write the results for scripts; - for stdout."),
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        help="Write the results for scripts; - for stdout.",
+        callback=_standard_output,
+    ),
 ]
 Out = Annotated[
     Path,
@@ -69,6 +82,7 @@ JsonBesideOut = Annotated[
         "--json",
         metavar="FILE",
         help="Write the results for scripts; - for stdout.",
+        callback=_standard_output,
         rich_help_panel=OUTPUT,
     ),
 ]
