@@ -460,8 +460,8 @@ def test_demo_replaces_its_own_folder_and_no_other(
     monkeypatch.setattr(
         llm_pruner.pipeline.compress, "measure_apart", lambda *args, **keywords: figures
     )
-    Path("demo-out").mkdir()
-    Path("demo-out/plan.json").write_text("earlier")
+    with atomic_directory(Path("demo-out"), overwrite=False) as earlier:
+        (earlier / "plan.json").write_text("earlier")
     done("demo")
     assert read_plan("demo-out/plan.json").model.name == "sharp"
     refusal = "exists and is not empty, so nothing was written; choose another folder or pass"

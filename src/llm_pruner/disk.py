@@ -173,7 +173,8 @@ def flush(path: Path) -> None:
     """Have the system write a file, or the names in a folder, to the disk."""
     handle = None
     try:
-        handle = os.open(path, os.O_RDONLY)
+        # Windows flushes what may be written, Linux also what is shared read-only.
+        handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
         os.fsync(handle)
     except OSError:
         if not path.is_dir():  # some systems cannot do it for a folder

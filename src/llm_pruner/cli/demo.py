@@ -22,7 +22,8 @@ def command(
     overwrite: Annotated[
         bool,
         typer.Option(
-            "--overwrite", help="Replace what --out holds; not needed for an earlier demo-out."
+            "--overwrite",
+            help="Replace --out, if llm-pruner wrote all in it; an earlier demo-out always is.",
         ),
     ] = False,
     restart: Annotated[

@@ -71,7 +71,10 @@ Out = Annotated[
     typer.Option("--out", "-o", metavar="DIR", help="Folder to write.", rich_help_panel=OUTPUT),
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what --out holds.", rich_help_panel=OUTPUT)
+    bool,
+    typer.Option(
+        "--overwrite", help="Replace --out, if llm-pruner wrote all in it.", rich_help_panel=OUTPUT
+    ),
 ]
 MaxShardSize = Annotated[
     str, typer.Option(metavar="SIZE", help="Largest weight file.", rich_help_panel=OUTPUT)

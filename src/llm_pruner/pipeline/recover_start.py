@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -165,4 +166,5 @@ def remove_finished(work: Path, out: Path) -> None:
     except (OSError, ValueError, TypeError, KeyError):
         return
     if finished and not is_busy(work):
-        remove_run(work, RECOVERING)
+        with suppress(FileNotFoundError):  # of several processes, one is the first
+            remove_run(work, RECOVERING)
