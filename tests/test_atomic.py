@@ -8,6 +8,7 @@ import pytest
 
 from llm_pruner.checkpoints import atomic_directory, atomic_write_text, check_output
 from llm_pruner.errors import UserError
+from llm_pruner.outputs import MANIFEST
 
 
 def test_folder_appears_at_the_end(tmp_path: Path) -> None:
@@ -19,6 +20,13 @@ def test_folder_appears_at_the_end(tmp_path: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     assert (out / "file").read_text() == "x"
     assert out.stat().st_mode & 0o055 == 0o055  # not private, as temporary folders are
+
+
+def written(out: Path) -> Path:
+    """Return a folder that this package wrote, with the file ``old``."""
+    with atomic_directory(out, overwrite=False) as folder:
+        (folder / "old").write_text("old")
+    return out
 
 
 def fill_and_fail(out: Path, *, overwrite: bool) -> None:
@@ -51,20 +59,16 @@ def test_content_is_kept_without_overwrite(tmp_path: Path) -> None:
 
 
 def test_overwrite_replaces_the_whole_folder_at_the_end(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").write_text("old")
+    out = written(tmp_path / "out")
     with atomic_directory(out, overwrite=True) as folder:
         (folder / "new").write_text("new")
         assert (out / "old").exists()
-    assert [path.name for path in out.iterdir()] == ["new"]
+    assert sorted(path.name for path in out.iterdir()) == [MANIFEST, "new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_failed_overwrite_keeps_the_old_folder(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").write_text("old")
+    out = written(tmp_path / "out")
     with pytest.raises(RuntimeError, match="on the way"):
         fill_and_fail(out, overwrite=True)
     assert (out / "old").read_text() == "old"

@@ -187,7 +187,7 @@ def test_out_that_is_taken(work: Path, unloaded: None) -> None:
 def test_out_is_never_the_model(work: Path, tiny: Path, unloaded: None) -> None:
     model = copy(tiny, work / "model")
     said = refused(work, "prune", model, "--out", "model", "--ratio", 0.2, "--overwrite")
-    assert said == "model is the model that is to be pruned; give another --out"
+    assert said == "model is read by this command, so it is not replaced; give another --out"
 
 
 @pytest.mark.parametrize(

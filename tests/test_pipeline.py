@@ -21,6 +21,7 @@ import llm_pruner.sources
 import llm_pruner.verification
 from command import contents, done, run, save_tiny, write_text
 from llm_pruner import discover, prune_, read_plan
+from llm_pruner.checkpoints import atomic_directory
 from llm_pruner.evaluation.rounding import Rounding
 
 TOKENS = torch.arange(3, 99).reshape(4, 24)
@@ -320,8 +321,8 @@ def test_pruned_models_can_be_pruned_and_evaluated_again(work: Path, tiny: Path)
 def test_overwrite_replaces_only_at_the_end(
     work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Path("out").mkdir()
-    Path("out/mine").write_text("mine")
+    with atomic_directory(Path("out"), overwrite=False) as out:
+        (out / "earlier").write_text("earlier")
     before = contents(work)
     options = ("prune", tiny, "--out", "out", "--ratio", 0.2, "--criterion", "l2", "--overwrite")
     options += ("--no-verify",)
@@ -334,7 +335,7 @@ def test_overwrite_replaces_only_at_the_end(
     )
     assert contents(work) == before
     done(*options)
-    assert "mine" not in contents(Path("out"))
+    assert "earlier" not in contents(Path("out"))
     assert set(contents(work)) == {"out", *(f"out/{name}" for name in contents(Path("out")))}
 
 
@@ -459,8 +460,8 @@ def test_demo_replaces_its_own_folder_and_no_other(
     monkeypatch.setattr(
         llm_pruner.pipeline.compress, "measure_apart", lambda *args, **keywords: figures
     )
-    Path("demo-out").mkdir()
-    Path("demo-out/plan.json").write_text("earlier")
+    with atomic_directory(Path("demo-out"), overwrite=False) as earlier:
+        (earlier / "plan.json").write_text("earlier")
     done("demo")
     assert read_plan("demo-out/plan.json").model.name == "sharp"
     refusal = "exists and is not empty, so nothing was written; choose another folder or pass"

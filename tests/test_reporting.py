@@ -17,6 +17,7 @@ import llm_pruner.pipeline.loading
 import llm_pruner.pipeline.report
 from command import contents, done, run, save_tiny, write_text
 from llm_pruner.cli.output import command_line
+from llm_pruner.outputs import MANIFEST
 from llm_pruner.pipeline.facts import source_of
 from llm_pruner.pipeline.measured import as_evaluation
 from llm_pruner.report.data import read_report
@@ -152,7 +153,7 @@ def test_evaluate_adds_to_the_report(tiny: Path, work: Path) -> None:
     # All else is as it was: measuring leaves the checkpoint alone.
     after = contents(Path())
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {f"small/{name}" for name in REPORT}
+    assert changed == {f"small/{name}" for name in (*REPORT, MANIFEST)}
 
 
 def test_a_card_that_was_edited_is_left_alone(work: Path) -> None:

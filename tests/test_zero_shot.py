@@ -474,5 +474,5 @@ def test_task_files_are_written_whole_or_not_at_all(data: Path, tmp_path: Path) 
     assert not out.exists()
     done("tasks", "--tasks-data", data, "--out", out, "--tasks", "piqa")
     names = {path.name for path in out.iterdir()}
-    assert names == {"piqa.yaml", "piqa.jsonl", "offline_data.py"}
+    assert names == {"piqa.yaml", "piqa.jsonl", "offline_data.py", MANIFEST}
     assert run("tasks", "--tasks-data", data, "--out", out).code == 2

@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from huggingface_hub import snapshot_download
@@ -58,6 +58,9 @@ _TOKENIZERS = (
 _VOLATILE = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures")
 _OWN_METHOD = "llm_pruner"
 
+FileStates: TypeAlias = tuple[tuple[Path, int, int], ...]
+"""Files with their sizes and times of change, in nanoseconds."""
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -70,6 +73,7 @@ class LoadedModel:
             what records it does not depend on where the model lies.
         revision: commit on the hub, if it came from there.
         fingerprint: short hash of shapes, config and a sample of the weights; see ``fingerprint``.
+        stored: what its files looked like when it was loaded; see ``file_states``.
     """
 
     model: PreTrainedModel
@@ -77,6 +81,11 @@ class LoadedModel:
     name: str
     revision: str | None
     fingerprint: str
+    stored: FileStates = ()
+
+    def check_stored(self) -> None:
+        """Raise UserError if its files have changed since; weights may be read from them late."""
+        check_file_states(self.stored)
 
 
 def load_model(
@@ -140,6 +149,7 @@ def load_model(
     else:
         _check_hub_id(source, path)
         folder, name, tokenizer_there = source, source, True
+    stored = file_states(source)
     with _quiet():
         model = _load_model(folder, source, shared, options, weights)
         tokenizer = (
@@ -148,7 +158,7 @@ def load_model(
             else None
         )
     commit = getattr(model.config, "_commit_hash", None)
-    return LoadedModel(model.eval(), tokenizer, name, commit, fingerprint(model))
+    return LoadedModel(model.eval(), tokenizer, name, commit, fingerprint(model), stored)
 
 
 def default_gguf() -> Path:
@@ -184,6 +194,31 @@ def stored_at(source: str, revision: str | None = None) -> Path | None:
         return Path(snapshot_download(source, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
+
+
+def file_states(source: str) -> FileStates:
+    """Return what the config and the weight files of a local model look like; empty of the hub's.
+
+    Files in the cache of the hub are never changed in place.
+    """
+    path = default_gguf() if source == DEFAULT else Path(source).expanduser()
+    files = [path] if path.is_file() else [*path.glob("*.safetensors"), path / _CONFIG]
+    states = ((file, file.stat()) for file in sorted(files) if file.is_file())
+    return tuple((file, state.st_size, state.st_mtime_ns) for file, state in states)
+
+
+def check_file_states(before: FileStates) -> None:
+    """Raise UserError if a file is not what it was."""
+    for file, *state in before:
+        try:
+            now = file.stat()
+        except OSError:
+            now = None
+        if now is None or [now.st_size, now.st_mtime_ns] != state:
+            raise UserError(
+                f"{file} was {'removed' if now is None else 'changed'} while it was in use, so "
+                "nothing was saved; run again when nothing else writes there"
+            )
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from llm_pruner.checkpoints.atomic import atomic_directory, umask
+from llm_pruner.checkpoints.atomic import atomic_directory
 from llm_pruner.checkpoints.depth import layer_values
 from llm_pruner.checkpoints.meta import build_meta, get_path, quiet, set_path, sizes
 from llm_pruner.checkpoints.quantizer import (
@@ -28,6 +28,7 @@ from llm_pruner.checkpoints.quantizer import (
 )
 from llm_pruner.checkpoints.recipe import Recipe, compose, from_edits, from_json
 from llm_pruner.checkpoints.stock import stock_config
+from llm_pruner.disk import umask
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.types import Edits
 
@@ -75,7 +76,7 @@ def save_checkpoint(
         edits: what surgery changed since the model was loaded.
         plan_json: content of ``plan.json``; None for a model that was not pruned.
         tokenizer: saved beside the weights, or None.
-        overwrite: replace a folder that has content.
+        overwrite: replace a folder that this package wrote and that holds nothing else.
         max_shard_size: largest weight file, such as ``100MB``.
         dense_config: config of the model before surgery; needed if surgery changed
             ``model.config``.
@@ -85,8 +86,9 @@ def save_checkpoint(
             stops the saving.
 
     Raises:
-        UserError: ``out`` exists and is not empty and ``overwrite`` is false, the model is
-            quantized, or its config class refuses the layers that are left.
+        UserError: ``out`` cannot be written, see ``check_output``, the model is quantized, or its
+            config class refuses the layers that are left.
+        OSError: the disk is full, or the like.
         LLMPrunerError: the edits do not lead from the dense config to this model.
     """
     dense_config = dense_config or model.config
@@ -105,7 +107,7 @@ def save_checkpoint(
                 file.chmod(0o666 & ~umask())
         if check is not None:
             check(folder)
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for file in Path(out).rglob("*") if file.is_file())
     return SavedCheckpoint(kind, Path(out), size, _needs(model, kind))
 
 

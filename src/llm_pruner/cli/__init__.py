@@ -1,6 +1,7 @@
 """The command ``llm-pruner``: parses, calls the pipeline, prints.
 
-Exit codes: 0 done, 2 the user must change something, 1 anything else, 130 interrupted.
+Exit codes: 0 done, 2 the user must change something, 1 anything else, 130 interrupted, 143 ended by
+SIGTERM.
 
 The commands import the pipeline when they run: PyTorch and transformers take seconds to import,
 which help and typing errors should not wait for.
@@ -25,8 +26,10 @@ from llm_pruner.cli import (
     tasks,
 )
 from llm_pruner.cli.grouped import GroupedCommand
-from llm_pruner.cli.output import INTERRUPTED, fail, one_line
+from llm_pruner.cli.output import fail, one_line
+from llm_pruner.disk import placed
 from llm_pruner.errors import Interrupted, LLMPrunerError, PlanError, UserError
+from llm_pruner.signals import INTERRUPTED, deaf_at_the_end, end_with_parent, ended_alike, exit_code
 
 app = typer.Typer(
     name="llm-pruner",
@@ -56,6 +59,18 @@ def _root() -> None:
 
 def main() -> None:
     """Run the command line and exit."""
+    end_with_parent()
+    with ended_alike():
+        try:
+            _run()
+        except KeyboardInterrupt:
+            fail(_interrupted(), exit_code())
+        finally:
+            deaf_at_the_end()
+
+
+def _run() -> None:
+    placed.clear()
     keep_large_blocks()
     # Tokenizers would warn about every process that is started after they were used.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -71,15 +86,22 @@ def main() -> None:
     except UserError as error:
         fail(one_line(str(error)), 2)
     except Interrupted as error:
-        fail(one_line(str(error)), INTERRUPTED)
+        fail(one_line(str(error)), exit_code())
     except LLMPrunerError as error:
         fail(one_line(str(error)), 1)
     except OSError as error:
         fail(one_line(f"{error}; free space or give another place, then run again"), 1)
     except SystemExit as stopped:
         if stopped.code == INTERRUPTED:
-            fail("interrupted; nothing was written", INTERRUPTED)
+            fail(_interrupted(), exit_code())
         raise
+
+
+def _interrupted() -> str:
+    """Say what is left; all that is not complete is gone."""
+    if not placed:
+        return "interrupted; nothing was written"
+    return f"interrupted; {one_line(str(placed[-1]))} is complete"
 
 
 def _first(error: PlanError) -> str:

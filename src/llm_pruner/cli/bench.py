@@ -71,7 +71,7 @@ def command(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Measure the size, work, memory and speed of a model."""
-    check_json(json)
+    check_json(json, (model, against))
     batch_sizes = _sizes(batch_size)
 
     from llm_pruner.pipeline.bench import BenchSettings, bench

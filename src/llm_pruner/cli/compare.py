@@ -12,6 +12,7 @@ import typer
 from llm_pruner.cli import options
 from llm_pruner.cli.output import check_json, clean, console, print_table, table, write_json
 from llm_pruner.errors import UserError
+from llm_pruner.outputs import check_file, write_output
 
 if TYPE_CHECKING:
     from llm_pruner.report.compare import Column, Comparison
@@ -50,19 +51,19 @@ def command(
     json: options.Json = None,
 ) -> None:
     """Put several pruned models side by side."""
-    check_json(json)
+    reads = [*folders, *(folder.partition("=")[2] for folder in folders)]
+    check_json(json, (*reads, html))
     if markdown and json == "-":
         raise UserError("--markdown and --json - both write to stdout; give --json a file")
-    if html is not None and html.is_dir():
-        raise UserError(f"--html {html} is a folder; name the file to write")
+    if html is not None:
+        check_file("--html", html, "page", reads)
 
-    from llm_pruner.checkpoints import atomic_write_text
     from llm_pruner.pipeline.compare import compare_folders
     from llm_pruner.report.compare import as_data, render_html, render_markdown
 
     found = compare_folders(folders)
     if html is not None:
-        atomic_write_text(html, render_html(found))
+        write_output(html, render_html(found))
     write_json(as_data(found), json)
     if markdown:
         sys.stdout.write(render_markdown(found))

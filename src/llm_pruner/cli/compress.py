@@ -164,7 +164,10 @@ def command(
     An interrupted run goes on when the same command is given again.
     """
     keep_kernels(BOTH)
-    check_json(json)
+    from llm_pruner.recipes import recipe_file
+
+    reads = (model, *(calibration or "").split(","), *(data or ()), *(perplexity or ()))
+    check_json(json, (*reads, tasks_data, recipe_file(recipe)), out)
     if ratio is not None and params is not None:
         raise UserError("--ratio and --params say different things; give one of them")
     for option, given in (("--tasks-data", tasks_data), ("--limit", limit)):

@@ -22,7 +22,8 @@ def command(
     overwrite: Annotated[
         bool,
         typer.Option(
-            "--overwrite", help="Replace what --out holds; not needed for an earlier demo-out."
+            "--overwrite",
+            help="Replace --out, if llm-pruner wrote all in it; an earlier demo-out always is.",
         ),
     ] = False,
     restart: Annotated[
@@ -35,7 +36,7 @@ def command(
 
     An interrupted demo goes on when it is started again.
     """
-    check_json(json)
+    check_json(json, out=out)
 
     keep_kernels(BOTH)
     from llm_pruner.pipeline.demo import run_demo

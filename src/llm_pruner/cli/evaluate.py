@@ -158,7 +158,7 @@ def command(
     for option, given in (("--tasks-data", tasks_data), ("--limit", limit)):
         if given is not None and tasks is None:
             raise UserError(f"{option} {given} is about tasks; add --tasks NAMES or leave it out")
-    check_json(json)
+    check_json(json, (model, *(perplexity or ()), tasks_data), report)
     if report is not None:
         from llm_pruner.pipeline.report import report_in
 

@@ -42,7 +42,7 @@ def command(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Show what of a model can be pruned, and what cannot and why."""
-    check_json(json)
+    check_json(json, (model,))
 
     from llm_pruner.pipeline.inspect import inspect_model
     from llm_pruner.pipeline.settings import ModelSettings

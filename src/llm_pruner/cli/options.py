@@ -49,16 +49,32 @@ TrustRemoteCode = Annotated[
         rich_help_panel=LOADING,
     ),
 ]
+_STDOUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+
+
+def _standard_output(file: str | None) -> str | None:
+    """Return ``-`` for the names that systems have for it."""
+    return "-" if file in _STDOUT else file
+
+
 Json = Annotated[
     str | None,
-    typer.Option("--json", metavar="FILE", help="Write the results for scripts; - for stdout."),
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        help="Write the results for scripts; - for stdout.",
+        callback=_standard_output,
+    ),
 ]
 Out = Annotated[
     Path,
     typer.Option("--out", "-o", metavar="DIR", help="Folder to write.", rich_help_panel=OUTPUT),
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what --out holds.", rich_help_panel=OUTPUT)
+    bool,
+    typer.Option(
+        "--overwrite", help="Replace --out, if llm-pruner wrote all in it.", rich_help_panel=OUTPUT
+    ),
 ]
 MaxShardSize = Annotated[
     str, typer.Option(metavar="SIZE", help="Largest weight file.", rich_help_panel=OUTPUT)
@@ -69,6 +85,7 @@ JsonBesideOut = Annotated[
         "--json",
         metavar="FILE",
         help="Write the results for scripts; - for stdout.",
+        callback=_standard_output,
         rich_help_panel=OUTPUT,
     ),
 ]

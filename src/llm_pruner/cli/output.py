@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llm_pruner.errors import UserError
+from llm_pruner.outputs import Source, check_file, write_output
 from llm_pruner.report.text import clean, count, megabytes
+from llm_pruner.signals import INTERRUPTED, TERMINATED
 
 __all__ = [
-    "INTERRUPTED",
     "check_json",
     "clean",
     "command_line",
@@ -34,9 +34,6 @@ __all__ = [
     "table",
     "write_json",
 ]
-
-INTERRUPTED = 130
-"""What Typer exits with, without a word, after Ctrl-C."""
 
 _PATIENCE = 5.0
 """Seconds in which the first process says what went wrong, if it went wrong there, too."""
@@ -84,23 +81,21 @@ def table(
     return result
 
 
-def check_json(file: str | None) -> None:
-    """Raise UserError if results cannot be written to ``file``; meant to run before long work."""
-    if file not in (None, "-") and Path(file).is_dir():
-        raise UserError(f"--json {file} is a folder; name the file to write")
+def check_json(file: str | None, reads: Iterable[Source] = (), out: Path | None = None) -> None:
+    """Raise UserError if results cannot be written to ``file``; see ``outputs.check_file``."""
+    if file not in (None, "-"):
+        check_file("--json", Path(file), "results", reads, out)
 
 
 def write_json(data: dict[str, Any], file: str | None) -> None:
     """Write results for scripts to a file, or to standard output for ``-``."""
-    from llm_pruner.checkpoints import atomic_write_text
-
     if file is None:
         return
     text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
     if file == "-":
         sys.stdout.write(text)
     else:
-        atomic_write_text(Path(file), text)
+        write_output(Path(file), text)
 
 
 def command_line() -> str:
@@ -145,7 +140,7 @@ def fail(message: str, code: int) -> NoReturn:
     """
     sys.stdout.flush()
     if not speaks():
-        if code == INTERRUPTED:
+        if code in (INTERRUPTED, TERMINATED):
             sys.exit(code)
         time.sleep(_PATIENCE)  # the launcher ends this process when the first one has failed, too
     print(f"llm-pruner: {clean(message)}", file=sys.stderr)

@@ -339,7 +339,10 @@ def command(
 ) -> None:
     """Remove the least important structures and save a smaller model."""
     keep_kernels(PRUNING)
-    check_json(json)
+    from llm_pruner.recipes import recipe_file
+
+    reads = (model, plan, *calibration.split(","), calibration, recipe and recipe_file(recipe))
+    check_json(json, (*reads, out), None if dry_run else out)
     from llm_pruner.pipeline.by_recipe import allocation_search, profile_of
     from llm_pruner.planning import Selection, Target, parse_count, parse_layer_ranges
 
@@ -426,6 +429,7 @@ def command(
         compensation=compensation,
         find_best_split=_finds_split(budget_split),
         search=search,
+        reads=reads,
         command=command_line(),
     )
     write_json(as_data(done), json)

@@ -13,6 +13,7 @@ from llm_pruner.cli import options
 from llm_pruner.cli.narrator import Narrator
 from llm_pruner.cli.output import check_json, command_line, speaks, write_json
 from llm_pruner.cli.recovered import as_data, no_gain, show
+from llm_pruner.disk import placed
 from llm_pruner.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
@@ -361,7 +362,7 @@ def command(
 ) -> None:
     """Train a pruned model, and keep it only if it became better."""
     keep_kernels(TRAINING)
-    check_json(json)
+    check_json(json, (model, teacher, *data, *(perplexity or ())), out)
     from llm_pruner.pipeline.evaluate import PerplexitySettings
     from llm_pruner.pipeline.recover import recover_checkpoint
     from llm_pruner.pipeline.recover_request import DataSettings, RecoverRequest, TeacherSettings
@@ -437,9 +438,9 @@ def command(
     try:
         done = recover_checkpoint(request, say=say)
     except KeyboardInterrupt:
-        left = request.work.is_dir()
-        what = "go on with --resume" if left else "nothing was written"
-        raise Interrupted(f"interrupted; {what}") from None
+        if request.out.resolve() in placed or not request.work.is_dir():
+            raise
+        raise Interrupted("interrupted; go on with --resume") from None
     if not speaks():
         return
     write_json(as_data(done), json)

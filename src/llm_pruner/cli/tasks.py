@@ -32,7 +32,7 @@ def command(
         typer.Option(metavar="NAMES", help="Only these, such as boolq,piqa. [default: all seven]"),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a folder that has content.")
+        bool, typer.Option("--overwrite", help="Replace --out, if llm-pruner wrote all in it.")
     ] = False,
 ) -> None:
     """Write the paper's tasks on local data for lm_eval."""

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm_pruner.decoding import Decoder, cache_argument
+from llm_pruner.disk import new_file, tidy
 from llm_pruner.errors import UserError
 from llm_pruner.kv_cache import make_room_, tensor_bytes
 from llm_pruner.progress import track
@@ -252,8 +253,8 @@ def write_text_cached(
             ids = write_windows(
                 model, tokenizer, samples=CHUNK, seq_len=seq_len, seed=seed + 1_000_003 * number
             )
-            partial = file.with_suffix(".partial")
-            save_file({"input_ids": ids}, partial)
-            partial.replace(file)
+            tidy(file)
+            with new_file(file) as partial:
+                save_file({"input_ids": ids}, partial)
         chunks.append(load_file(file)["input_ids"])
     return torch.cat(chunks)[:samples]

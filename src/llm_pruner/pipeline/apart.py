@@ -12,6 +12,7 @@ from typing import Any
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.pipeline.settings import ModelSettings
 from llm_pruner.pipeline.zero_shot import ZeroShotSettings
+from llm_pruner.signals import for_child
 
 
 def measure_apart(
@@ -54,7 +55,7 @@ def measure_apart(
     for prompt in prompts:
         command += ["--prompt", prompt]
     command += ["--no-chat", "--speed", "--json", "-"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=for_child())
     if done.returncode:
         raise _error(model.source, done.returncode, done.stderr)
     found: dict[str, Any] = json.loads(done.stdout)

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
-from llm_pruner.checkpoints import check_output
 from llm_pruner.data.demo_text import DEMO_PROMPTS
 from llm_pruner.data.selfmade import CHUNK, write_text_cached
 from llm_pruner.data.text import SELF
+from llm_pruner.disk import put, tidy
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.perplexity import maximum_length
+from llm_pruner.outputs import Source, check_output
 from llm_pruner.pipeline.apart import measure_apart, weights_bytes
 from llm_pruner.pipeline.by_recipe import calibration_of, prune_arguments
-from llm_pruner.pipeline.compress_settings import CompressSettings, about, check_settings
+from llm_pruner.pipeline.compress_settings import CompressSettings, about, check_settings, reads_of
 from llm_pruner.pipeline.loading import load
 from llm_pruner.pipeline.measured import as_evaluation
 from llm_pruner.pipeline.prune import prune_checkpoint
@@ -39,6 +39,7 @@ from llm_pruner.recipes import read_recipe
 from llm_pruner.recovery import Progress, RecoverySettings
 from llm_pruner.recovery.processes import only_one
 from llm_pruner.report.data import Report, Variant
+from llm_pruner.sources import check_file_states, file_states
 
 SAMPLES = 256
 """Texts that the dense model writes where there is no time budget; more if importance was estimated
@@ -123,11 +124,13 @@ def compress(
     """
     only_one("compress")
     work = work_folder(out)
+    tidy(work)
     if not (work / f"{_RESULT}.json").is_file() or restart:
         check_settings(settings, out, overwrite)
     with opened(work, about(settings), restart=restart) as run:
         if run.continued:
             going_on(work)
+        stored = file_states(settings.model.source)
         stages = _Stages(settings, run, command, tell, say)
         try:
             result = run.kept(_RESULT, stages.all, "report")
@@ -135,8 +138,9 @@ def compress(
             if not any(run.path(name).exists() for name in ("pruned", "dense.json")):
                 run.remove()  # nothing was done that is worth going on with
             raise
+        check_file_states(stored)
         tell("moving the result into place")
-        _move(run.path(result["folder"]), out, run.path("replaced"), overwrite)
+        _move(run.path(result["folder"]), out, overwrite, reads_of(settings))
         seconds, peak = run.seconds, max(run.peak_bytes, result["peak_bytes"])
         run.remove()
     return Compressed(
@@ -410,18 +414,13 @@ class _Configured:
     config: Any
 
 
-def _move(folder: Path, out: Path, replaced: Path, overwrite: bool) -> None:
-    """Put a complete folder in its place; what was there goes with the work folder.
+def _move(folder: Path, out: Path, overwrite: bool, reads: Iterable[Source]) -> None:
+    """Put a complete folder in its place.
 
     After a kill it goes on where it was: a folder that is gone was moved.
     """
+    tidy(out.resolve())
     if not folder.is_dir():
         return
-    check_output(out, overwrite)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    if out.is_dir() and any(out.iterdir()):
-        shutil.rmtree(replaced, ignore_errors=True)
-        out.rename(replaced)
-    elif out.is_dir():
-        out.rmdir()
-    folder.rename(out)
+    check_output(out, overwrite, reads)
+    put(folder, out.resolve())

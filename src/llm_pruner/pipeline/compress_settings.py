@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from llm_pruner import __version__
-from llm_pruner.checkpoints import check_output
 from llm_pruner.data.examples import load_examples
 from llm_pruner.data.text import SELF, load_documents, sources_of
 from llm_pruner.errors import UserError
+from llm_pruner.outputs import Source, check_output
 from llm_pruner.pipeline import result_cache
 from llm_pruner.pipeline.by_recipe import calibration_of, prune_arguments
 from llm_pruner.pipeline.evaluate import PerplexitySettings, read_texts
@@ -18,7 +18,7 @@ from llm_pruner.pipeline.settings import ModelSettings
 from llm_pruner.pipeline.zero_shot import ZeroShotSettings
 from llm_pruner.pipeline.zero_shot import check as check_tasks
 from llm_pruner.planning import Target
-from llm_pruner.recipes import read_recipe
+from llm_pruner.recipes import read_recipe, recipe_file
 from llm_pruner.recovery import RecoverySettings, preset
 
 
@@ -62,9 +62,7 @@ def default_recovery(seed: int = 0, **changes: Any) -> RecoverySettings:
 
 def check_settings(settings: CompressSettings, out: Path, overwrite: bool) -> None:
     """Refuse what can be refused before a model is loaded."""
-    check_output(out, overwrite)
-    if out.exists() and out.resolve() == Path(settings.model.source).expanduser().resolve():
-        raise UserError(f"{out} is the model that is to be compressed; give another --out")
+    check_output(out, overwrite, reads_of(settings))
     recipe = read_recipe(settings.recipe)
     prune_arguments(recipe)
     if settings.recovery is not None:
@@ -81,6 +79,19 @@ def check_settings(settings: CompressSettings, out: Path, overwrite: bool) -> No
     read_texts(settings.perplexity, PerplexitySettings())
     if settings.zero_shot is not None:
         check_tasks(settings.zero_shot)
+
+
+def reads_of(settings: CompressSettings) -> list[Source]:
+    """Return all that a run reads."""
+    tasks = settings.zero_shot
+    return [
+        settings.model.source,
+        *sources_of(settings.calibration or SELF),
+        *settings.data,
+        *settings.perplexity,
+        None if tasks is None else tasks.data,
+        recipe_file(settings.recipe),
+    ]
 
 
 def _beginning(source: str) -> int | None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
 from llm_pruner.allocator import give_back
 from llm_pruner.checkpoints import atomic_write_text, save_checkpoint
+from llm_pruner.data.text import sources_of
 from llm_pruner.errors import UserError
 from llm_pruner.groups import discover
 from llm_pruner.importance import Criterion
 from llm_pruner.importance.criteria import MEASURES
+from llm_pruner.outputs import Source
 from llm_pruner.pipeline.allocation_search import AllocationSearch
 from llm_pruner.pipeline.cache_cost import cache_cost
 from llm_pruner.pipeline.calibration import check_calibration, read_calibration
@@ -80,6 +83,7 @@ def prune_checkpoint(
     compensation: str = "none",
     find_best_split: bool | None = None,
     search: AllocationSearch | None = None,
+    reads: Sequence[Source] = (),
     command: str | None = None,
 ) -> Pruned:
     """Prune a checkpoint and save the result as a folder that ``from_pretrained`` loads.
@@ -108,6 +112,7 @@ def prune_checkpoint(
         find_best_split: choose how the budget is split between structures by trial removals, in
             the first step; by default where ``finds_split`` says so.
         search: move units between layers by trial, for so long over all steps; None: do not.
+        reads: files that were read besides, which ``out`` must not touch.
         command: the command line of this run, for the report.
 
     Raises:
@@ -116,7 +121,9 @@ def prune_checkpoint(
     """
     clock = Clock()
     # All that can be refused without the model is, since loading one may take minutes.
-    check_out(out, model.source, overwrite, dry_run)
+    check_out(
+        out, overwrite, dry_run, (model.source, plan_file, *sources_of(calibration.source), *reads)
+    )
     if compensation not in COMPENSATIONS:
         raise UserError(
             f"unknown compensation {compensation!r}; choose one of {', '.join(COMPENSATIONS)}"
@@ -238,6 +245,7 @@ def prune_checkpoint(
         rounding=rounding,
         timed=tuple(timed),
     )
+    loaded.check_stored()
     if dry_run:
         atomic_write_text(out, plan.to_json())
         return result

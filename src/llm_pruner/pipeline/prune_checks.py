@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from llm_pruner.checkpoints import check_output
 from llm_pruner.errors import UserError
 from llm_pruner.importance import Criterion
+from llm_pruner.outputs import Source, check_file, check_output
 from llm_pruner.pipeline.allocation_search import AllocationSearch
 from llm_pruner.pipeline.settings import CalibrationSettings
 from llm_pruner.planning import Selection, Target
 from llm_pruner.types import Discovery
 
 
-def check_out(out: Path, source: str, overwrite: bool, dry_run: bool) -> None:
+def check_out(out: Path, overwrite: bool, dry_run: bool, reads: Sequence[Source]) -> None:
     """Raise UserError if a run cannot write to ``out``: a folder, or with ``dry_run`` a file."""
     if not dry_run:
-        check_output(out, overwrite)
-        if out.exists() and out.resolve() == Path(source).expanduser().resolve():
-            raise UserError(f"{out} is the model that is to be pruned; give another --out")
+        check_output(out, overwrite, reads)
     elif out.is_dir():
         raise UserError(f"{out} is a folder; with --dry-run, --out names the plan file to write")
-    elif out.exists() and not overwrite:
+    elif out.is_file() and not overwrite:
         raise UserError(f"{out} exists; give another --out, or --overwrite to replace it")
+    else:
+        check_file("--out", out, "plan", reads)
 
 
 def check_split(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from llm_pruner.checkpoints import atomic_directory, save_checkpoint
+from llm_pruner.checkpoints import save_checkpoint
 from llm_pruner.data.training import Samples
+from llm_pruner.disk import new_folder
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.perplexity import (
     EvaluationText,
@@ -25,10 +27,10 @@ from llm_pruner.pipeline.recover_request import RecoverRequest
 from llm_pruner.pipeline.recover_start import (
     begin_or_go_on,
     facts_of,
-    holds_nothing,
     load_teacher,
     make_samples,
     read_examples,
+    remove_finished,
 )
 from llm_pruner.pipeline.recovered import RECORD, Recovered, SourceResult
 from llm_pruner.pipeline.recovery_report import (
@@ -39,6 +41,7 @@ from llm_pruner.pipeline.recovery_report import (
 )
 from llm_pruner.pipeline.report import page_in, write_report
 from llm_pruner.pipeline.settings import ModelSettings
+from llm_pruner.pipeline.work import RECOVERING, begun, busy, empty, remove_run
 from llm_pruner.planning.plan import read_plan
 from llm_pruner.recovery import Outcome, Progress, Teacher, recover_
 from llm_pruner.recovery.hidden import Kept
@@ -69,15 +72,28 @@ def recover_checkpoint(
         UserError: something that was given must change; ``out`` is as it was.
     """
     request = _on_this_machine(request)
+    if not request.overwrite:
+        remove_finished(request.work, request.out)
     request.check()
     with joined(request.model.device, shard=request.shard) as processes:
-        found = request.work.exists()
-        try:
+        processes.barrier()  # from here on, the folders that were looked at may change
+        with _begun(request.work, processes):
             return _Run(request, processes, say).carry_out()
-        except UserError:
-            if processes.is_first and not found and holds_nothing(request.work):
-                shutil.rmtree(request.work)
-            raise
+
+
+@contextmanager
+def _begun(work: Path, processes: Processes) -> Iterator[None]:
+    """Have the first process hold the folder of the run; all end alike if it cannot be had."""
+    with ExitStack() as held:
+        refused = None
+        if processes.is_first:
+            try:
+                held.enter_context(begun(work, RECOVERING))
+            except UserError as error:
+                refused = error
+        if processes.from_first(float(refused is not None)):
+            raise refused or busy(work)
+        yield
 
 
 def _on_this_machine(request: RecoverRequest) -> RecoverRequest:
@@ -129,7 +145,6 @@ class _Run:
 
     def carry_out(self) -> Recovered:
         request, processes = self._request, self._processes
-        processes.barrier()  # from here on, the folders that were looked at may change
         with processes.first():
             corpora = read_texts(request.texts, request.text_settings)
             examples = read_examples(request.data)
@@ -186,7 +201,7 @@ class _Run:
             )
         dense = None if request.teacher is None else load_teacher(request.teacher, loaded)
         if request.restart and self._processes.is_first:
-            shutil.rmtree(request.work, ignore_errors=True)
+            empty(request.work, RECOVERING)
         with self._processes.first():  # it writes what the others read
             samples = make_samples(request, loaded, dense, examples)
             facts = facts_of(request, loaded, dense, samples)
@@ -206,7 +221,7 @@ class _Run:
             material.held_out,
             request.settings,
             work=request.work,
-            folder=lambda path: atomic_directory(path, overwrite=False),
+            folder=new_folder,
             sources=len(material.samples),
             teacher=teacher,
             judge=judge,
@@ -284,6 +299,9 @@ class _Run:
     ) -> Recovered:
         """Write the folder and throw the run's own away."""
         request, loaded, dense = self._request, material.loaded, material.dense
+        for one in (loaded, dense):
+            if one is not None:
+                one.check_stored()
         plan = _plan_file(request.model)
         earlier = earlier_report(request.model.source)
         samples = [(each.name, each.train_samples) for each in result.sources]
@@ -324,7 +342,7 @@ class _Run:
             max_shard_size=request.max_shard_size,
             beside=beside,
         )
-        shutil.rmtree(request.work, ignore_errors=True)
+        remove_run(request.work, RECOVERING)
         return replace(
             result,
             kind=saved.kind,

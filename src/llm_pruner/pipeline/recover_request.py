@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llm_pruner.checkpoints import check_output
 from llm_pruner.data.formatting import Template
 from llm_pruner.data.text import SELF
+from llm_pruner.disk import tidy
 from llm_pruner.errors import UserError
+from llm_pruner.outputs import Source, check_output
 from llm_pruner.pipeline.evaluate import PerplexitySettings
 from llm_pruner.pipeline.settings import ModelSettings
-from llm_pruner.pipeline.work import folder_beside
+from llm_pruner.pipeline.work import RECOVERING, busy, check_ours, folder_beside, is_busy
 from llm_pruner.recovery import DistillationSettings, RecoverySettings
 
 
@@ -102,6 +103,13 @@ class RecoverRequest:
         """How the teacher is listened to; None if nobody is."""
         return None if self.teacher is None else self.teacher.distillation
 
+    @property
+    def reads(self) -> list[Source]:
+        """All that the run reads."""
+        teacher = self.teacher
+        taught = () if teacher is None else (teacher.model.source, teacher.cache)
+        return [self.model.source, *taught, *self.data.sources, *self.texts]
+
     def check(self) -> None:
         """Refuse what can be refused without reading anything.
 
@@ -109,28 +117,23 @@ class RecoverRequest:
             UserError: says what must change.
         """
         self.settings.check()
-        check_output(self.out, self.overwrite)
-        self._check_models()
+        check_output(self.out, self.overwrite, self.reads)
+        if self.distillation is not None:
+            self.distillation.check()
         self._check_data()
         self._check_adapter()
         self._check_shards()
         if self.resume and self.restart:
             raise UserError("--resume and --restart say different things; give one of them")
+        tidy(self.work)
+        check_ours(self.work, RECOVERING)
+        if is_busy(self.work):
+            raise busy(self.work)
         if self.work.exists() and not (self.resume or self.restart):
             raise UserError(
                 f"{self.work.name} holds a run that was interrupted; go on with --resume, or throw "
                 "it away with --restart"
             )
-
-    def _check_models(self) -> None:
-        named = {"the model that is to be recovered": self.model.source}
-        if self.teacher is not None:
-            named["the teacher"] = self.teacher.model.source
-        if self.distillation is not None:
-            self.distillation.check()
-        for what, source in named.items():
-            if self.out.exists() and self.out.resolve() == Path(source).expanduser().resolve():
-                raise UserError(f"{self.out} is {what}; give another --out")
 
     def _check_data(self) -> None:
         data = self.data

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,9 @@ from llm_pruner.data.training import (
 from llm_pruner.errors import UserError
 from llm_pruner.pipeline.loading import load
 from llm_pruner.pipeline.recover_request import DataSettings, RecoverRequest, TeacherSettings
+from llm_pruner.pipeline.recovered import RECORD, finite
+from llm_pruner.pipeline.work import RECOVERING, RUN, is_busy, remove_run
 from llm_pruner.sources import LoadedModel
-
-RUN = "run.json"
-"""What a run in progress was asked to do."""
 
 _CHANGEABLE = ("save_every", "report_to")
 """Settings that a resumed run may have otherwise."""
@@ -157,6 +157,14 @@ def begin_or_go_on(work: Path, facts: dict[str, Any], *, resume: bool, writes: b
             )
 
 
-def holds_nothing(work: Path) -> bool:
-    """Whether nothing was done that is worth going on with."""
-    return work.is_dir() and {path.name for path in work.iterdir()} <= {RUN}
+def remove_finished(work: Path, out: Path) -> None:
+    """Remove a run that was killed after its result took its place."""
+    try:
+        asked = json.loads((work / RUN).read_text(encoding="utf-8"))
+        result = json.loads((out / RECORD).read_text(encoding="utf-8"))
+        finished = result["settings"] == finite(asked)
+    except (OSError, ValueError, TypeError, KeyError):
+        return
+    if finished and not is_busy(work):
+        with suppress(FileNotFoundError):  # of several processes, one is the first
+            remove_run(work, RECOVERING)

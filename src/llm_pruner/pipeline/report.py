@@ -6,15 +6,15 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from llm_pruner.checkpoints import atomic_write_text
 from llm_pruner.errors import UserError
+from llm_pruner.outputs import rewrite
 from llm_pruner.pipeline.measured import Data, as_evaluation
 from llm_pruner.report.data import CARD_FILE, HTML_FILE, JSON_FILE, Report, Variant, read_report
 from llm_pruner.report.render import digest, files
 
 
 def write_report(folder: Path, report: Report) -> None:
-    """Write page, data and model card into a folder that is being made.
+    """Write page, data and model card into a folder.
 
     A drawing that fails costs the report, never the checkpoint, which may be hours of work: what
     went wrong becomes a warning.
@@ -27,8 +27,7 @@ def write_report(folder: Path, report: Report) -> None:
             stacklevel=2,
         )
         return
-    for name, text in written.items():
-        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+    rewrite(folder, written)
 
 
 def add_evaluations(folder: Path, found: Mapping[Variant, Data]) -> None:
@@ -52,8 +51,8 @@ def add_evaluations(folder: Path, found: Mapping[Variant, Data]) -> None:
     except ValueError:  # not UTF-8, so not ours
         ours = False
     # The data comes last: what was drawn can be drawn again from it.
-    for name, text in sorted(files(report, card=ours).items(), key=lambda f: f[0] == JSON_FILE):
-        atomic_write_text(folder / name, text)
+    drawn = files(report, card=ours).items()
+    rewrite(folder, dict(sorted(drawn, key=lambda file: file[0] == JSON_FILE)))
 
 
 def report_in(folder: Path) -> Report:

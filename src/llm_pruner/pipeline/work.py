@@ -3,24 +3,135 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm_pruner.checkpoints import atomic_write_text
+from llm_pruner.disk import discard, make_parents, remove, remove_empty, tidy
 from llm_pruner.errors import UserError
 
 _SETTINGS, _PROGRESS, _LOCK = "settings.json", "progress.json", "lock"
 
+RUN = "run.json"
+"""What a recovery in progress was asked to do."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the folder of a command's runs is known.
+
+    Attributes:
+        marks: names of which one lies in every such folder.
+        names: all names that may lie in one.
+    """
+
+    marks: re.Pattern[str]
+    names: re.Pattern[str]
+
+
+_PARTIAL = r"\..+\.(partial|old)-[a-z0-9_]{8}"
+
+COMPRESSING = Kind(
+    re.compile(rf"{_SETTINGS}|{_LOCK}"),
+    re.compile(
+        rf"{_SETTINGS}|{_PROGRESS}|{_LOCK}|{_PARTIAL}|(dense|pruned|recovered|result)\.json"
+        r"|pruned|recovered|recovered\.recovering|replaced|text"
+    ),
+)
+RECOVERING = Kind(
+    re.compile(rf"{RUN}|{_LOCK}|self-[0-9a-f]{{16}}"),
+    re.compile(rf"{RUN}|{_LOCK}|{_PARTIAL}|self-[0-9a-f]{{16}}|step-\d+|teacher|adapter"),
+)
+
 
 def folder_beside(out: Path, doing: str) -> Path:
     """Return the folder in which a run that will end in ``out`` keeps what it has."""
-    out = out.absolute()
+    out = out.resolve()  # beside what a link leads to: renaming does not cross file systems
     return out.with_name(f"{out.name}.{doing}")
+
+
+def check_ours(folder: Path, kind: Kind) -> None:
+    """Raise UserError if a folder is there that holds anything but a run."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    strange = [name for name in names if not kind.names.fullmatch(name)]
+    if not strange and not any(map(kind.marks.fullmatch, names)):
+        strange = names
+    if strange or (os.path.lexists(folder) and not folder.is_dir()):
+        holds = f"holds {min(strange)}, which no run wrote" if strange else "is no folder"
+        raise UserError(
+            f"{folder.name} {holds}, and a run would keep its work there; move that away or give "
+            "another --out"
+        )
+
+
+def is_busy(folder: Path) -> bool:
+    """Whether another process is at work in the folder of a run."""
+    try:
+        import fcntl
+
+        with (folder / _LOCK).open() as stream:
+            # Shared, so that several that ask do not see each other.
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):  # not on Windows; no folder; a file system without locks
+        pass
+    return False
+
+
+def empty(folder: Path, kind: Kind) -> None:
+    """Remove all of a run but its lock; nothing that is not its own."""
+    for path in folder.iterdir():
+        if path.name != _LOCK and kind.names.fullmatch(path.name):
+            remove(path)
+
+
+def remove_run(folder: Path, kind: Kind) -> None:
+    """Remove a run; half of it is never found. What came to lie there besides stays."""
+    try:
+        check_ours(folder, kind)
+    except UserError:
+        empty(folder, kind)
+        remove(folder / _LOCK)
+    else:
+        discard(folder)
+
+
+@contextmanager
+def begun(folder: Path, kind: Kind) -> Iterator[None]:
+    """Make the folder of a run, if it is not there, and hold it for this process.
+
+    If the block raises and nothing was done that is worth going on with, it is removed.
+
+    Raises:
+        UserError: it holds something else, or another process is at work in it.
+    """
+    tidy(folder)
+    check_ours(folder, kind)
+    unlocked = not (folder / _LOCK).exists()
+    nothing = {_LOCK} if (folder / RUN).exists() else {_LOCK, RUN}
+    made = make_parents(folder)
+    try:
+        with _locked(folder):
+            try:
+                yield
+            except BaseException:
+                with suppress(OSError):
+                    if unlocked:
+                        remove(folder / _LOCK)
+                    if {path.name for path in folder.iterdir()} <= nothing:
+                        remove(folder)
+                raise
+    except BaseException:
+        remove_empty([one for one in made if one != folder])
+        raise
 
 
 class Work:
@@ -91,11 +202,8 @@ class Work:
         return read_values(self.path(name))
 
     def remove(self) -> None:
-        """Remove the folder; it goes under another name, so that half of it is never found."""
-        aside = _aside(self.folder)
-        shutil.rmtree(aside, ignore_errors=True)
-        self.folder.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
+        """Remove the folder."""
+        remove_run(self.folder, COMPRESSING)
 
 
 @contextmanager
@@ -108,29 +216,25 @@ def opened(folder: Path, settings: Mapping[str, Any], *, restart: bool) -> Itera
         restart: throw away what is there.
 
     Raises:
-        UserError: the run there has other settings, or another process is at it.
+        UserError: the run there has other settings, another process is at it, or the folder holds
+            something else.
     """
-    shutil.rmtree(_aside(folder), ignore_errors=True)
-    there = folder.is_dir()
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with begun(folder, COMPRESSING):
         if restart:
-            for path in folder.iterdir():
-                if path.name != _LOCK:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            empty(folder, COMPRESSING)
+        for left in folder.glob(".*.partial-*"):  # of a process that was killed as it wrote
+            remove(left)
         asked = _flat(json.loads(json.dumps(settings)))
         found = read_values(folder / _SETTINGS)
         if found is None:
             others = [path.name for path in folder.iterdir() if path.name != _LOCK]
-            if there and others:
+            if others:
                 raise UserError(
                     f"{folder.name} holds no run that can go on; remove it, or pass --restart"
                 )
             atomic_write_text(folder / _SETTINGS, json.dumps(asked, indent=1) + "\n")
         else:
             _require_same(folder, found, asked)
-            for left in folder.glob(".*.partial-*"):  # of a process that was killed as it wrote
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield Work(folder, continued=found is not None)
 
 
@@ -157,10 +261,6 @@ def peak_memory() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return max(unit * resource.getrusage(one).ru_maxrss for one in whose)
-
-
-def _aside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -204,9 +304,21 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"another process is at work in {folder.name}; wait for it, or end it"
-            ) from None
+            raise busy(folder) from None
         except OSError:  # a file system without locks
             pass
+        if not _same_file(stream.fileno(), folder / _LOCK):
+            raise busy(folder)  # which was just done, and has removed the folder
         yield
+
+
+def _same_file(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def busy(folder: Path) -> UserError:
+    """Return what is said where another process has the folder of a run."""
+    return UserError(f"another process is at work in {folder.name}; wait for it, or end it")

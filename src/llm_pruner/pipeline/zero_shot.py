@@ -31,6 +31,7 @@ from llm_pruner.evaluation.zero_shot import (
     means,
     prepare,
 )
+from llm_pruner.outputs import check_output
 from llm_pruner.pipeline import result_cache
 from llm_pruner.pipeline.settings import ModelSettings
 from llm_pruner.sources import LoadedModel
@@ -172,6 +173,7 @@ def write_task_files(
     Raises:
         UserError: the harness is missing, the data is not sound, or ``out`` is taken.
     """
+    check_output(out, overwrite, [data])
     require_harness()
     records = {task: read_task(data, task) for task in tasks}
     with atomic_directory(out, overwrite) as folder:

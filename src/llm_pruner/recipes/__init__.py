@@ -42,6 +42,11 @@ class Recipe(BaseModel):
     compensation: str | None = None
 
 
+def recipe_file(name: str) -> Path | None:
+    """Return the file that a recipe is read from; None if the package ships it."""
+    return None if name in NAMES else Path(name).expanduser()
+
+
 def read_recipe(name: str) -> Recipe:
     """Return a recipe of the package by its name, or one in a YAML file by its path.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
@@ -21,7 +20,7 @@ from llm_pruner.errors import UserError
 from llm_pruner.recovery.parts import part_of, spread
 
 Folder = Callable[[Path], AbstractContextManager[Path]]
-"""Gives a folder that appears under its name once it is complete."""
+"""Gives a folder that appears under its name once it is complete and on the disk."""
 
 _STEP = re.compile(r"step-(\d+)")
 _RANDOM, _VALUES = "random.safetensors", "state.json"
@@ -50,9 +49,8 @@ def drop_older(work: Path, newest: Path) -> None:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors; on return they are on the disk."""
+    """Write tensors."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
-    flush(file)
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
@@ -68,10 +66,8 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def write_values(folder: Path, values: Mapping[str, Any]) -> None:
-    """Write plain values; on return they are on the disk."""
-    file = folder / _VALUES
-    file.write_text(json.dumps(values), encoding="utf-8")
-    flush(file)
+    """Write plain values."""
+    (folder / _VALUES).write_text(json.dumps(values), encoding="utf-8")
 
 
 def read_values(folder: Path) -> dict[str, Any]:
@@ -84,15 +80,6 @@ def read_values(folder: Path) -> dict[str, Any]:
         return dict(json.loads((folder / _VALUES).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise _damaged(folder / _VALUES, error) from error
-
-
-def flush(path: Path) -> None:
-    """Have the system write a file to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def optimizer_values(optimizer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

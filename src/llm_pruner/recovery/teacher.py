@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from llm_pruner.disk import allocate
 from llm_pruner.errors import UserError
 from llm_pruner.recovery.batches import Batch, lay_out
 from llm_pruner.recovery.chunked_loss import summed_loss
@@ -213,8 +214,5 @@ class Teacher:
 
 def _array(file: Path, dtype: str, shape: tuple[int, ...]) -> Any:
     """Open a file as an array; make it, full of zeros, if it is not there in this size."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    if not file.is_file() or file.stat().st_size != size:
-        with file.open("wb") as stream:
-            stream.truncate(size)
+    allocate(file, int(np.prod(shape)) * np.dtype(dtype).itemsize)
     return np.memmap(file, dtype=dtype, mode="r+", shape=shape)

@@ -255,9 +255,6 @@ class RecoveryTrainer(Trainer):
             }
             state.write_values(folder, values)
             self.state.save_to_json(str(folder / "trainer_state.json"))
-            state.flush(folder / "trainer_state.json")
-            state.flush(folder)
-        state.flush(self._work)
         state.drop_older(self._work, path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002

@@ -1,0 +1,238 @@
+"""Files and folders that appear whole or not at all, and are on the disk when they do.
+
+What is being made lies beside its place as ``.NAME.partial-XXXXXXXX``, and a folder that gives way
+to a new one as ``.NAME.old-XXXXXXXX``. Both are locked for as long as their process lives, so that
+the next process that writes there can tell what a dead one left.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal
+
+_RUST_CODE = re.compile(r"\(os error (\d+)\)")
+
+placed: list[Path] = []
+"""Folders that this process has given their place, for what is said when it is interrupted."""
+
+
+@contextmanager
+def new_folder(place: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``place`` that takes its place when the block ends well.
+
+    What is there goes only then. If the block raises, nothing has changed, but for the parents
+    of ``place`` that other processes use by now.
+
+    Raises:
+        OSError: also where a library written in Rust raises an error of its own for one.
+    """
+    made = make_parents(place.parent)
+    try:
+        with _beside(place, "partial", folder=True) as partial, _system_errors():
+            partial.chmod(0o777 & ~umask())
+            yield partial
+            put(partial, place)
+    except BaseException:
+        remove_empty(made)
+        raise
+
+
+@contextmanager
+def new_file(place: Path) -> Iterator[Path]:
+    """Yield an empty file beside ``place``, as ``new_folder``."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with _beside(place, "partial", folder=False) as partial, _system_errors():
+        yield partial
+        partial.chmod(0o666 & ~umask())
+        flush(partial)
+        partial.replace(place)
+        flush(place.parent)
+
+
+def put(folder: Path, place: Path) -> None:
+    """Give a complete folder its place; on return it is on the disk, and what was there is gone."""
+    flush_tree(folder)
+    if not place.exists():
+        folder.rename(place)
+        flush(place.parent)
+    else:
+        # A full folder cannot be renamed over: the old one steps aside and goes last. If nothing
+        # takes its place, it returns.
+        with _beside(place, "old", folder=True) as aside:
+            place.rename(aside / place.name)
+            folder.rename(place)
+            flush(place.parent)
+    placed.append(place)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, under another name, so that half of it is never found under its own."""
+    with _beside(folder, "partial", folder=True) as aside:
+        folder.rename(aside / folder.name)
+
+
+def tidy(place: Path) -> None:
+    """Remove what processes that are dead left beside ``place``.
+
+    A folder that had stepped aside returns if nothing took its place.
+    """
+    pattern = re.compile(rf"\.{re.escape(place.name)}\.(partial|old)-[a-z0-9_]{{8}}")
+    with suppress(OSError):  # no such folder, or none that may be changed
+        for left in [path for path in place.parent.iterdir() if pattern.fullmatch(path.name)]:
+            handle = _lock(left, wait=False)
+            if handle is not None:
+                try:
+                    _clear(left, place)
+                finally:
+                    os.close(handle)
+
+
+@contextmanager
+def _beside(place: Path, what: Literal["partial", "old"], *, folder: bool) -> Iterator[Path]:
+    """Yield a locked folder or file beside ``place``; whatever it holds goes at the end."""
+    prefix, handle = f".{place.name}.{what}-", None
+    while True:
+        if folder:
+            path = Path(tempfile.mkdtemp(prefix=prefix, dir=place.parent))
+        else:
+            opened, name = tempfile.mkstemp(prefix=prefix, dir=place.parent)
+            os.close(opened)
+            path = Path(name)
+        handle = _lock(path, wait=True)
+        if handle is not None or path.exists():
+            break
+        # Another process took it for one of a dead process before it was locked.
+    try:
+        yield path
+    finally:
+        _clear(path, place)
+        if handle is not None:
+            os.close(handle)
+
+
+def _lock(path: Path, *, wait: bool) -> int | None:
+    """Return a handle that holds ``path`` while it is open; None if it cannot be had."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows, where nothing can be told to be left by a dead process
+        return None
+    handle = None
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        if os.path.samestat(os.fstat(handle), os.stat(path)):
+            return handle
+    except OSError:  # held, gone, or a file system without locks
+        pass
+    if handle is not None:
+        os.close(handle)
+    return None
+
+
+def _clear(left: Path, place: Path) -> None:
+    old = left / place.name
+    if left.name.startswith(f".{place.name}.old-") and old.exists() and not os.path.lexists(place):
+        old.rename(place)
+    remove(left)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that it holds, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def make_parents(parent: Path) -> list[Path]:
+    """Make the folder and its parents; return those that were missing, outermost first."""
+    missing: list[Path] = []
+    folder = parent
+    while not folder.exists():
+        missing.insert(0, folder)
+        folder = folder.parent
+    for folder in missing:
+        folder.mkdir(exist_ok=True)
+    return missing
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove what ``make_parents`` made, unless something has come to lie there."""
+    with suppress(OSError):
+        for folder in reversed(folders):
+            folder.rmdir()
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, to the disk."""
+    handle = None
+    try:
+        # Windows flushes what may be written, Linux also what is shared read-only.
+        handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # some systems cannot do it for a folder
+            raise
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def flush_tree(folder: Path) -> None:
+    """Have the system write a folder with all that it holds to the disk."""
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink():
+            flush(path)
+
+
+def allocate(file: Path, size: int) -> None:
+    """Make a file of ``size`` bytes, zeros where it had none, whose room on the disk is its own.
+
+    A hole that is filled through a memory map would end the process when the disk is full.
+
+    Raises:
+        OSError: there is no room; a file that was not there is not there.
+    """
+    new = not file.exists()
+    try:
+        with file.open("ab") as stream:
+            if stream.tell() != size:
+                stream.truncate(0)
+            if not size:
+                return
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(stream.fileno(), 0, size)
+                return
+            for written in range(stream.seek(0, os.SEEK_END), size, 2**20):
+                stream.write(bytes(min(2**20, size - written)))
+    except OSError:
+        if new:
+            file.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _system_errors() -> Iterator[None]:
+    """Raise what libraries written in Rust raise for an error of the system as OSError."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        code = _RUST_CODE.search(str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+
+
+def umask() -> int:
+    """Return the process's umask; temporary files are private, which results should not be."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
