@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import re
 import struct
 import sys
@@ -112,14 +113,95 @@ def load_model(
     """
     options: dict[str, Any] = {"dtype": _dtype(dtype), "device_map": _device(device)}
     shared = {"revision": revision, "trust_remote_code": trust_remote_code}
+    folder, name, tokenizer_there = _found(
+        source, shared, tokenizer_required=tokenizer_required, weights=weights
+    )
+    if "gguf_file" in shared:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    with _quiet():
+        model = _load_model(folder, source, shared, options, weights)
+        tokenizer = (
+            _load_tokenizer(folder, source, shared, tokenizer_required)
+            if weights and tokenizer_there
+            else None
+        )
+    commit = getattr(model.config, "_commit_hash", None)
+    return LoadedModel(model.eval(), tokenizer, name, commit, fingerprint(model))
+
+
+def check_model(
+    source: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> None:
+    """Refuse what ``load_model`` would refuse before it reads weights; of a hub, read a config.
+
+    Meant for models that are loaded late in a run. The arguments are those of ``load_model``.
+
+    Raises:
+        UserError: anything that is wrong with what was given, in one line.
+    """
+    _dtype(dtype)
+    _device(device)
+    shared = {"revision": revision, "trust_remote_code": trust_remote_code}
+    folder, _, _ = _found(source, shared, tokenizer_required=True, weights=True)
+    if "gguf_file" in shared:
+        return  # its config lies behind its whole vocabulary, which takes seconds
+    with _quiet(), _explained(source):
+        _check_quantization(source, AutoConfig.from_pretrained(folder, **shared))
+
+
+def stored_size(source: str, revision: str | None, dtype: str) -> tuple[int | None, int] | None:
+    """Return the number of parameters of a model and their bytes in ``dtype``.
+
+    They are read from the headers of weight files. A ``.gguf`` file packs them: their number is not
+    known, and the bytes are the least there can be. Of a model that is not on this machine nothing
+    is known.
+
+    Raises:
+        UserError: a weight file is damaged.
+    """
+    path = stored_at(source, revision)
+    width = 2 if dtype == "auto" else _dtype_bytes(_dtype(dtype))
+    if path is not None and path.is_file():
+        return None, path.stat().st_size // 4 * width
+    if path is None or not any((path / name).is_file() for name in (_WEIGHTS, _INDEX)):
+        return None
+    parameters = bytes_ = 0
+    for file in _weight_files(path):
+        for start, end, count in _check_safetensors(file):
+            parameters += count
+            bytes_ += end - start if dtype == "auto" else count * width
+    return parameters, bytes_
+
+
+def _dtype_bytes(dtype: torch.dtype | str) -> int:
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else 2
+
+
+def _found(
+    source: str, shared: dict[str, Any], *, tokenizer_required: bool, weights: bool
+) -> tuple[str, str, bool]:
+    """Return where a model is read from, its name, and whether it has a tokenizer.
+
+    ``shared``, what its parts are loaded with, changes where that is a ``.gguf`` file.
+
+    Raises:
+        UserError: there is no such model, or a part of it is missing or damaged.
+    """
+    if shared["revision"] == "":
+        raise UserError("--revision is empty; name a branch, tag or commit, or leave it out")
     if source == DEFAULT:
         source = str(default_gguf())
     path = Path(source).expanduser()
     if source.endswith(".gguf"):
         _check_gguf(path)
+        shared.clear()
+        shared["gguf_file"] = path.name
         folder, name, tokenizer_there = str(path.parent), path.stem, True
-        shared = {"gguf_file": path.name}
-        options["quantization_config"] = GgufConfig(dequantize=True)
     elif path.is_dir():
         _check_config(path)
         if weights:
@@ -145,15 +227,7 @@ def load_model(
     else:
         _check_hub_id(source, path)
         folder, name, tokenizer_there = source, source, True
-    with _quiet():
-        model = _load_model(folder, source, shared, options, weights)
-        tokenizer = (
-            _load_tokenizer(folder, source, shared, tokenizer_required)
-            if weights and tokenizer_there
-            else None
-        )
-    commit = getattr(model.config, "_commit_hash", None)
-    return LoadedModel(model.eval(), tokenizer, name, commit, fingerprint(model))
+    return folder, name, tokenizer_there
 
 
 def default_gguf() -> Path:
@@ -378,8 +452,11 @@ def _weight_files(path: Path) -> list[Path]:
     raise UserError(f"{path} has no weights ({_WEIGHTS} or {_INDEX}); name a complete checkpoint")
 
 
-def _check_safetensors(file: Path) -> None:
-    """Compare a file's size with what its header promises, without reading the weights."""
+def _check_safetensors(file: Path) -> list[tuple[int, int, int]]:
+    """Compare a file's size with what its header promises, without reading the weights.
+
+    Returns (start, end, number of elements) of each tensor.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
@@ -395,16 +472,22 @@ def _check_safetensors(file: Path) -> None:
         header = stream.read(length)
     try:
         tensors = parse_json(header)
-        ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name[:2] != "__"]
+        found = [
+            (int(start), int(end), math.prod(map(int, entry["shape"])))
+            for name, entry in tensors.items()
+            if name[:2] != "__"
+            for start, end in (entry["data_offsets"],)
+        ]
+        expected = 8 + length + max((end for _, end, _ in found), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{file} has no safetensors header; copy or download it again") from error
-    expected = 8 + length + max(ends, default=0)
     if size != expected:
         state = "truncated" if size < expected else "damaged"
         raise UserError(
             f"{file} is {state}: it holds {size} bytes and its header promises {expected}; "
             "copy or download it again"
         )
+    return found
 
 
 def _check_gguf(path: Path) -> None:
@@ -440,7 +523,8 @@ def _device(name: str) -> str:
     if name == "auto":
         return name
     try:
-        torch.empty(1, device=torch.device(name))
+        if torch.empty(1, device=torch.device(name)).is_meta:
+            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
             f"device {name!r} cannot be used here ({_in_short(error)}); use cpu or one that is "

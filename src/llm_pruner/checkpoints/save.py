@@ -30,6 +30,7 @@ from llm_pruner.checkpoints.quantizer import (
 from llm_pruner.checkpoints.recipe import Recipe, compose, from_edits, from_json
 from llm_pruner.checkpoints.stock import stock_config
 from llm_pruner.errors import LLMPrunerError, UserError
+from llm_pruner.outputs import check_shard_size
 from llm_pruner.types import Edits
 
 # The package in which transformers puts modelling code that comes with a checkpoint.
@@ -86,10 +87,12 @@ def save_checkpoint(
             stops the saving.
 
     Raises:
-        UserError: ``out`` exists and is not empty and ``overwrite`` is false, the model is
-            quantized, or its config class refuses the layers that are left.
+        UserError: ``out`` exists and is not empty and ``overwrite`` is false,
+            ``max_shard_size`` is no size, the model is quantized, or its config class refuses the
+            layers that are left.
         LLMPrunerError: the edits do not lead from the dense config to this model.
     """
+    check_shard_size(max_shard_size)
     dense_config = dense_config or model.config
     config, kind = _pruned_config(model, edits, dense_config)
     with atomic_directory(out, overwrite) as folder:

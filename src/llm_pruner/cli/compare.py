@@ -12,6 +12,7 @@ import typer
 from llm_pruner.cli import options
 from llm_pruner.cli.output import check_json, clean, console, print_table, table, write_json
 from llm_pruner.errors import UserError
+from llm_pruner.outputs import check_place
 
 if TYPE_CHECKING:
     from llm_pruner.report.compare import Column, Comparison
@@ -53,8 +54,10 @@ def command(
     check_json(json)
     if markdown and json == "-":
         raise UserError("--markdown and --json - both write to stdout; give --json a file")
-    if html is not None and html.is_dir():
-        raise UserError(f"--html {html} is a folder; name the file to write")
+    if html is not None:
+        check_place(html, "--html")
+        if html.is_dir():
+            raise UserError(f"--html {html} is a folder; name the file to write")
 
     from llm_pruner.checkpoints import atomic_write_text
     from llm_pruner.pipeline.compare import compare_folders

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llm_pruner.errors import UserError
+from llm_pruner.outputs import check_place
 from llm_pruner.report.text import clean, count, megabytes
 
 __all__ = [
@@ -86,8 +87,12 @@ def table(
 
 def check_json(file: str | None) -> None:
     """Raise UserError if results cannot be written to ``file``; meant to run before long work."""
-    if file not in (None, "-") and Path(file).is_dir():
+    if file == "":
+        raise UserError("--json is empty; name the file to write, or - for stdout")
+    if file not in (None, "-") and os.path.isdir(file):
         raise UserError(f"--json {file} is a folder; name the file to write")
+    if file not in (None, "-"):
+        check_place(Path(file), "--json")
 
 
 def write_json(data: dict[str, Any], file: str | None) -> None:

@@ -18,6 +18,7 @@ from llm_pruner.data.text import SELF
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.perplexity import maximum_length
 from llm_pruner.jsonfiles import read_json
+from llm_pruner.outputs import check_place
 from llm_pruner.pipeline.apart import measure_apart, weights_bytes
 from llm_pruner.pipeline.by_recipe import calibration_of, prune_arguments
 from llm_pruner.pipeline.compress_settings import CompressSettings, about, check_settings
@@ -29,6 +30,7 @@ from llm_pruner.pipeline.recover_request import DataSettings, RecoverRequest, Te
 from llm_pruner.pipeline.recovered import RECORD
 from llm_pruner.pipeline.report import page_in, report_in, write_report
 from llm_pruner.pipeline.settings import ModelSettings
+from llm_pruner.pipeline.space import check_space
 from llm_pruner.pipeline.time_budget import (
     SHORTEST,
     WRITING,
@@ -124,7 +126,11 @@ def compress(
         UserError: something that was given must change.
     """
     only_one("compress")
+    check_place(out, "--out")
     work = work_folder(out)
+    if not work.is_dir():
+        copies = 1 if settings.recovery is None else 2  # the pruned model and the recovered one
+        check_space(out, settings.model, settings.target, copies=copies)
     if not (work / f"{_RESULT}.json").is_file() or restart:
         check_settings(settings, out, overwrite)
     with opened(work, about(settings), restart=restart) as run:

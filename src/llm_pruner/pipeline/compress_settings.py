@@ -11,9 +11,11 @@ from llm_pruner.checkpoints import check_output
 from llm_pruner.data.examples import load_examples
 from llm_pruner.data.text import SELF, load_documents, sources_of
 from llm_pruner.errors import UserError
+from llm_pruner.limits import check_seed
 from llm_pruner.pipeline import result_cache
 from llm_pruner.pipeline.by_recipe import calibration_of, prune_arguments
 from llm_pruner.pipeline.evaluate import PerplexitySettings, read_texts
+from llm_pruner.pipeline.loading import check
 from llm_pruner.pipeline.settings import ModelSettings
 from llm_pruner.pipeline.zero_shot import ZeroShotSettings
 from llm_pruner.pipeline.zero_shot import check as check_tasks
@@ -63,6 +65,8 @@ def default_recovery(seed: int = 0, **changes: Any) -> RecoverySettings:
 def check_settings(settings: CompressSettings, out: Path, overwrite: bool) -> None:
     """Refuse what can be refused before a model is loaded."""
     check_output(out, overwrite)
+    check_seed(settings.seed)
+    check(settings.model)
     if out.exists() and out.resolve() == Path(settings.model.source).expanduser().resolve():
         raise UserError(f"{out} is the model that is to be compressed; give another --out")
     recipe = read_recipe(settings.recipe)

@@ -13,6 +13,8 @@ from llm_pruner.errors import UserError
 from llm_pruner.groups import discover
 from llm_pruner.importance import Criterion
 from llm_pruner.importance.criteria import MEASURES
+from llm_pruner.limits import check_number, check_seed
+from llm_pruner.outputs import check_shard_size
 from llm_pruner.pipeline.allocation_search import AllocationSearch
 from llm_pruner.pipeline.cache_cost import cache_cost
 from llm_pruner.pipeline.calibration import check_calibration, read_calibration
@@ -40,6 +42,7 @@ from llm_pruner.pipeline.refitting import COMPENSATIONS, Refitter
 from llm_pruner.pipeline.report import page_in, write_report
 from llm_pruner.pipeline.rounding import measured_rounding
 from llm_pruner.pipeline.settings import CalibrationSettings, ModelSettings
+from llm_pruner.pipeline.space import check_space
 from llm_pruner.pipeline.stepwise import Steps, StepSettings, prune_in_steps
 from llm_pruner.pipeline.surgeon import Surgeon, reload_check
 from llm_pruner.planning import (
@@ -117,6 +120,8 @@ def prune_checkpoint(
     clock = Clock()
     # All that can be refused without the model is, since loading one may take minutes.
     check_out(out, model.source, overwrite, dry_run)
+    check_seed(seed)
+    check_shard_size(max_shard_size)
     if compensation not in COMPENSATIONS:
         raise UserError(
             f"unknown compensation {compensation!r}; choose one of {', '.join(COMPENSATIONS)}"
@@ -133,7 +138,10 @@ def prune_checkpoint(
             )
         if steps < 1:
             raise UserError(f"steps={steps} prunes nothing; use 1 or more")
+        check_number("steps", steps, 1, 1000)
         check_search(search, target, selection)
+    if not dry_run and target is not None:
+        check_space(out, model, target)
     judges = search is not None or (selection is not None and selection.scope == "measured")
     if (plan is None and (criterion.reads_text or find_best_split or judges)) or refit:
         check_calibration(calibration)

@@ -7,6 +7,7 @@ from pathlib import Path
 from llm_pruner.checkpoints import check_output
 from llm_pruner.errors import UserError
 from llm_pruner.importance import Criterion
+from llm_pruner.outputs import check_place
 from llm_pruner.pipeline.allocation_search import AllocationSearch
 from llm_pruner.pipeline.settings import CalibrationSettings
 from llm_pruner.planning import Selection, Target
@@ -15,6 +16,7 @@ from llm_pruner.types import Discovery
 
 def check_out(out: Path, source: str, overwrite: bool, dry_run: bool) -> None:
     """Raise UserError if a run cannot write to ``out``: a folder, or with ``dry_run`` a file."""
+    check_place(out, "--out")
     if not dry_run:
         check_output(out, overwrite)
         if out.exists() and out.resolve() == Path(source).expanduser().resolve():
