@@ -6,6 +6,7 @@ import copy
 import json
 import random
 import resource
+import subprocess
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,9 +33,12 @@ from helpers import tiny_model
 from llm_pruner.checkpoints import save_checkpoint
 from llm_pruner.checkpoints.quantizer import PrunedQuantizer
 from llm_pruner.checkpoints.recipe import Recipe, parse_positions
+from llm_pruner.data.selfmade import write_text_cached
 from llm_pruner.errors import PlanError, UserError
 from llm_pruner.groups import discover
 from llm_pruner.jsonfiles import MOST_BYTES
+from llm_pruner.pipeline import apart
+from llm_pruner.pipeline.settings import ModelSettings
 from llm_pruner.planning import parse_ranges, read_plan
 from llm_pruner.recovery import state
 from llm_pruner.report.data import read_report
@@ -583,7 +587,33 @@ def test_states_of_optimizers_and_random_generators(tmp_path: Path) -> None:
         state.read_random(tmp_path, {"numpy": [0, 0], "python": []})
 
 
-# Which files are read.
+@pytest.mark.parametrize("tensors", [None, {}, {"input_ids": torch.zeros(2, 8)}])
+def test_kept_text_that_is_damaged(tensors: Any, tmp_path: Path) -> None:
+    file = tmp_path / "8-0-00000.safetensors"
+    if tensors is None:
+        file.write_bytes(b"x")
+    else:
+        state.write_tensors(file, tensors)
+    with pytest.raises(UserError, match=r"00000\.safetensors is damaged; remove it"):
+        write_text_cached(None, None, tmp_path, samples=1, seq_len=8, seed=0)
+
+
+# Which files are read, and whose code runs.
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_code_of_a_model_runs_in_another_process_only_if_it_was_allowed(
+    allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> Any:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, "{}", "")
+
+    monkeypatch.setattr(apart.subprocess, "run", run)
+    apart.measure_apart(ModelSettings("m", trust_remote_code=allowed), ["t.txt"])
+    assert [("--trust-remote-code" in command) for command in commands] == [allowed]
 
 
 @pytest.mark.parametrize(

@@ -213,3 +213,14 @@ def test_the_space_of_a_plan_that_is_only_written_is_not_asked_for(
     monkeypatch.setattr(space, "free_bytes", lambda _: 0)
     with pytest.raises(ReachedError):
         run(*bad_commands.arguments("prune", "--criterion l2 --dry-run"))
+
+
+def test_what_is_known_of_a_size_without_reading_weights(place: Path, tmp_path: Path) -> None:
+    parameters = sum(p.numel() for p in tiny_model(num_hidden_layers=6).parameters())
+    model = str(place / "m")
+    for dtype, width in (("float32", 4), ("bfloat16", 2), ("float64", 8), ("auto", 4)):
+        assert sources.stored_size(model, None, dtype) == (parameters, width * parameters)
+    packed = tmp_path / "m.gguf"
+    packed.write_bytes(b"GGUF" + b"x" * 396)
+    assert sources.stored_size(str(packed), None, "float32") == (None, 400)
+    assert sources.stored_size("nobody/nothing", None, "float32") is None

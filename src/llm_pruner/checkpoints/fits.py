@@ -50,7 +50,7 @@ def require_config_fits(config: PreTrainedConfig, recipe: Recipe) -> None:
         elif is_integer(old) and is_integer(value):
             fits = 0 <= value <= max(MOST_LAYERS, _MOST_GROWTH * old)
         else:
-            fits = isinstance(old, list) and isinstance(value, list)
+            fits = isinstance(old, (list, tuple)) and isinstance(value, (list, tuple))
         if not fits:
             raise _mismatch(
                 type(config),
@@ -90,6 +90,11 @@ def require_fits(model: PreTrainedModel, recipe: Recipe) -> None:
                     type(model),
                     f"keeps positions of {name} that its shape {tuple(tensor.shape)} lacks",
                 )
+    require_attributes_fit(model, recipe)
+
+
+def require_attributes_fit(model: nn.Module, recipe: Recipe) -> None:
+    """Raise UserError unless every attribute is a number that replaces one."""
     for name, values in recipe.attributes.items():
         module = submodule(model, name)
         if module is None:

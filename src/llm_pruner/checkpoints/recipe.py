@@ -6,10 +6,10 @@ short enough to read.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf, isfinite
 from typing import Any
 
 from llm_pruner.errors import UserError
@@ -30,8 +30,7 @@ _KEYS = {
     "dense_config",
 }
 _MOST = 2**63 - 1
-_MOST_ENTRIES, _MOST_LETTERS, _MOST_NUMBERS = 2**18, 512, 64
-_MOST_POSITIONS = 2**20
+_MOST_ENTRIES, _MOST_LETTERS, _MOST_POSITIONS = 2**18, 512, 2**20
 _SHAPE = re.compile(r"[0-9]{1,10}(x[0-9]{1,10}){0,7}")
 _DIM = re.compile(r"[0-7]")
 _RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
@@ -165,14 +164,18 @@ def _dim(name: str, text: str) -> int:
 def _attribute(path: str, value: object) -> Any:
     """Return a number or a tuple of numbers: all that modules say of their sizes."""
     numbers = value if isinstance(value, list) else [value]
-    if not 0 < len(numbers) <= _MOST_NUMBERS or not all(map(_is_bounded, numbers)):
+    if not 0 < len(numbers) <= MOST_LAYERS or not all(map(_is_bounded, numbers)):
         raise ValueError(f"{shown(path)} is {shown(value)}, which is no number")
     return tuple(numbers) if isinstance(value, list) else value
 
 
 def _config_value(path: str, value: object) -> Any:
     """Return a whole number, or a list with at most an entry a layer."""
-    if isinstance(value, list) and len(value) <= MOST_LAYERS and all(map(_is_entry, value)):
+    if (
+        isinstance(value, (list, tuple))
+        and len(value) <= MOST_LAYERS
+        and all(map(_is_entry, value))
+    ):
         return list(value)
     if type(value) is int and _is_bounded(value):
         return value
@@ -182,13 +185,14 @@ def _config_value(path: str, value: object) -> Any:
 def _is_entry(value: object) -> bool:
     if isinstance(value, str):
         return _WORD.fullmatch(value) is not None
-    return value is None or type(value) is bool or _is_bounded(value)
+    # Pairs such as (0, inf) have as many entries as a model of two layers has layers.
+    return value is None or type(value) is bool or _is_bounded(value) or value in (inf, -inf)
 
 
 def _is_bounded(value: object) -> bool:
     if type(value) is int:
         return abs(value) <= _MOST
-    return type(value) is float and math.isfinite(value)
+    return type(value) is float and isfinite(value)
 
 
 class _Positions:

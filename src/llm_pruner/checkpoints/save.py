@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from llm_pruner.checkpoints.atomic import atomic_directory, umask
 from llm_pruner.checkpoints.depth import layer_values
-from llm_pruner.checkpoints.fits import require_config_fits, require_fits
+from llm_pruner.checkpoints.fits import require_attributes_fit, require_config_fits, require_fits
 from llm_pruner.checkpoints.meta import build_meta, get_path, quiet, set_path, sizes
 from llm_pruner.checkpoints.quantizer import (
     QUANT_METHOD,
@@ -213,7 +213,9 @@ def _checked(
             f"the recorded edits do not rebuild the pruned model, so nothing was saved; "
             f"{len(wrong)} sizes differ: {'; '.join(sorted(wrong)[:3])}"
         )
-    return replace(recipe, attributes=attributes)
+    recipe = replace(recipe, attributes=attributes)
+    require_attributes_fit(rebuilt, recipe)
+    return recipe
 
 
 @contextmanager
