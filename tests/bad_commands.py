@@ -299,7 +299,7 @@ TABLE: dict[str, list[Bad]] = {
             for name in ("learning-rate", "epochs", "max-minutes", "lora-alpha")
             for value in ("0", "nan")
         ),
-        ("--learning-rate 1e9", between("--learning-rate", "1e+09", 0, 10)),
+        ("--learning-rate 1e9", between("--learning-rate", "1e+09", 0, 1000)),
         ("--max-minutes 1e12", between("--max-minutes", "1e+12", 0, 527040)),
         ("--weight-decay -1", between("--weight-decay", "-1", 0, 10)),
         *(

@@ -66,7 +66,6 @@ def check_settings(settings: CompressSettings, out: Path, overwrite: bool) -> No
     """Refuse what can be refused before a model is loaded."""
     check_output(out, overwrite)
     check_seed(settings.seed)
-    check(settings.model)
     if out.exists() and out.resolve() == Path(settings.model.source).expanduser().resolve():
         raise UserError(f"{out} is the model that is to be compressed; give another --out")
     recipe = read_recipe(settings.recipe)
@@ -85,6 +84,7 @@ def check_settings(settings: CompressSettings, out: Path, overwrite: bool) -> No
     read_texts(settings.perplexity, PerplexitySettings())
     if settings.zero_shot is not None:
         check_tasks(settings.zero_shot)
+    check(settings.model)
 
 
 def _beginning(source: str) -> int | None:

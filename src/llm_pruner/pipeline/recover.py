@@ -131,13 +131,12 @@ class _Run:
     def carry_out(self) -> Recovered:
         request, processes = self._request, self._processes
         processes.barrier()  # from here on, the folders that were looked at may change
-        check(request.model)
-        if request.teacher is not None:
-            check(request.teacher.model)
         with processes.first():
             check_space(request.out, request.model)
             corpora = read_texts(request.texts, request.text_settings)
             examples = read_examples(request.data)
+        if request.teacher is not None:  # which is loaded after the model
+            check(request.teacher.model)
         material = self._material(examples)
         loaded = material.loaded
         if not processes.is_first and not processes.sharded:

@@ -9,7 +9,7 @@ import numpy as np
 from llm_pruner.errors import UserError
 from llm_pruner.types import IntArray
 
-MOST_UNITS = 2**24
+MOST_UNITS = 2**20
 """No group has more units; bounds what a text may name where the group is not known."""
 
 _ITEM = re.compile(r"(-?[0-9]{1,18})(?:\s*-\s*(-?[0-9]{1,18}))?")

@@ -117,7 +117,7 @@ class RecoverySettings:
                 raise UserError(f"--{name} {number} is too small; use {minimum:g} or more")
             check_number(f"--{name}", number, minimum, maximum)
         positive: tuple[tuple[str, float | None, float], ...] = (
-            ("learning-rate", self.learning_rate, 10),
+            ("learning-rate", self.learning_rate, 1000),
             ("epochs", self.epochs, MOST),
             ("max-minutes", self.max_minutes, MOST_MINUTES),
             ("lora-alpha", self.lora.alpha, MOST),
