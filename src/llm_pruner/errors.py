@@ -5,6 +5,8 @@ Every message says what was given, what follows and what to change, in one line.
 
 from __future__ import annotations
 
+_MOST_PROBLEMS = 100
+
 
 class LLMPrunerError(Exception):
     """Base class of every error that this package raises on purpose."""
@@ -22,6 +24,9 @@ class PlanError(UserError):
     """A Plan that cannot be applied; lists every problem found."""
 
     def __init__(self, problems: list[str]) -> None:
+        more = len(problems) - _MOST_PROBLEMS
+        if more > 0:
+            problems = [*problems[:_MOST_PROBLEMS], f"and {more:,} more"]
         self.problems = tuple(problems)
         head = problems[0] if len(problems) == 1 else f"{len(problems)} problems in the plan"
         tail = "" if len(problems) == 1 else "".join(f"\n  - {problem}" for problem in problems)

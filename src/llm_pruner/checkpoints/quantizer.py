@@ -17,8 +17,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llm_pruner.checkpoints.meta import get_path, set_own_path, set_path
-from llm_pruner.checkpoints.recipe import Recipe, from_json, to_json
+from llm_pruner.checkpoints.fits import (
+    lacks_bias,
+    require_config_fits,
+    require_fits,
+    require_layers_fit,
+    tied_shapes,
+)
+from llm_pruner.checkpoints.meta import get_path, set_own_value, set_path
+from llm_pruner.checkpoints.recipe import Recipe, from_json, shown, to_json
 from llm_pruner.errors import UserError
 
 QUANT_METHOD = "llm_pruner"
@@ -63,6 +70,7 @@ class PrunedQuantizer(HfQuantizer):
         the model is built with all of them and loses the removed ones afterwards.
         """
         recipe = self.quantization_config.recipe
+        require_config_fits(config, recipe)
         # What only the outermost module reads differently is set on its own copy at the end.
         own = {path.partition(".")[2] for path in recipe.attributes.get("", ())}
         self._kept_config = {
@@ -70,12 +78,21 @@ class PrunedQuantizer(HfQuantizer):
         }
         config = copy.deepcopy(config)
         for path, value in recipe.dense_config.items():
-            set_path(config, path, value)
+            try:
+                set_path(config, path, value)
+            except Exception as error:  # configs check themselves in any way
+                raise UserError(
+                    f"{type(config).__name__} refuses the {shown(path)} of the pruning recipe in "
+                    f"config.json ({' '.join(str(error).split())[:200]}); use the config.json that "
+                    "belongs to these weights"
+                ) from error
         return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         recipe = self.quantization_config.recipe
         keep_layers_(model, recipe)
+        # Names are those of a model without the removed layers, which nobody has seen yet.
+        require_fits(model, recipe)
         set_config_(model, self._kept_config)
         reshape_parameters_(model, recipe)
         reshape_persistent_buffers_(model, recipe)
@@ -122,15 +139,9 @@ def keep_layers_(model: nn.Module, recipe: Recipe) -> None:
     Raises:
         UserError: a module list that the model does not have, or an index that it does not have.
     """
+    require_layers_fit(model, recipe)
     for path, kept in recipe.layers.items():
-        try:
-            layers = model.get_submodule(path)
-        except AttributeError:
-            layers = None
-        if not isinstance(layers, nn.ModuleList):
-            raise _mismatch(model, f"keeps layers of {path!r}, which is no module list")
-        if not kept or kept[-1] >= len(layers):
-            raise _mismatch(model, f"keeps layers {kept} of {path}, which has {len(layers)}")
+        layers: Any = model.get_submodule(path)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, type(layers)(layers[index] for index in kept))
 
@@ -158,43 +169,17 @@ def _configs(modules: Iterable[nn.Module]) -> Iterable[PreTrainedConfig]:
 def reshape_parameters_(model: PreTrainedModel, recipe: Recipe) -> None:
     """Give meta parameters the shapes of the recipe, tied ones under each of their names.
 
-    A bias of a linear module that has none is added.
-
-    Raises:
-        UserError: a parameter that the model does not have, or a shape that is no smaller one.
+    A bias of a linear module that has none is added. The recipe fits, as ``require_fits`` says.
     """
-    shapes = dict(recipe.shapes)
-    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
-        for name, other in ((target, source), (source, target)):
-            if other in shapes:
-                shapes.setdefault(name, shapes[other])
-    for name, shape in shapes.items():
+    for name, shape in tied_shapes(model, recipe).items():
         owner, _, attribute = name.rpartition(".")
-        try:
-            module = model.get_submodule(owner)
-            if _lacks_bias(module, attribute, shape):
-                like = module.get_parameter("weight")
-                bias = like.new_empty(shape)
-                module.bias = nn.Parameter(bias, requires_grad=like.requires_grad)
-                continue
-            old = module.get_parameter(attribute)
-        except AttributeError:
-            raise _mismatch(model, f"shapes a parameter {name!r} that it does not have") from None
-        _check_shape(model, name, tuple(old.shape), shape)
+        module = model.get_submodule(owner)
+        added = lacks_bias(module, attribute)
+        old = module.get_parameter("weight" if added else attribute)
         new = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
-        new.__dict__.update(vars(old))  # marks that loaders leave on parameters
+        if not added:
+            new.__dict__.update(vars(old))  # marks that loaders leave on parameters
         setattr(module, attribute, new)
-
-
-def _lacks_bias(module: nn.Module, attribute: str, shape: tuple[int, ...]) -> bool:
-    """Whether a linear module has no bias yet and is to have one, from compensation."""
-    linear = isinstance(module, nn.Linear) and module.bias is None
-    return linear and attribute == "bias" and len(shape) == 1
-
-
-def _check_shape(model: nn.Module, name: str, old: tuple[int, ...], new: tuple[int, ...]) -> None:
-    if len(old) != len(new) or any(a < b for a, b in zip(old, new, strict=True)):
-        raise _mismatch(model, f"gives {name} the shape {new}, and the dense model has {old}")
 
 
 def reshape_persistent_buffers_(model: PreTrainedModel, recipe: Recipe) -> None:
@@ -215,42 +200,16 @@ def slice_computed_buffers_(model: PreTrainedModel, recipe: Recipe) -> None:
 
 def _select_(model: nn.Module, name: str, recipe: Recipe) -> None:
     owner, _, attribute = name.rpartition(".")
-    try:
-        module = model.get_submodule(owner)
-        tensor = getattr(module, attribute)
-    except AttributeError:
-        raise _mismatch(model, f"slices a buffer {name!r} that it does not have") from None
+    module = model.get_submodule(owner)
+    tensor = getattr(module, attribute)
     for dim, kept in recipe.buffers[name].items():
-        if dim >= tensor.ndim or not kept or kept[-1] >= tensor.shape[dim]:
-            raise _mismatch(
-                model, f"keeps positions of {name} that its shape {tuple(tensor.shape)} lacks"
-            )
-        index = torch.tensor(kept, device=tensor.device)
-        tensor = tensor.index_select(dim, index)
+        tensor = tensor.index_select(dim, torch.tensor(kept, device=tensor.device))
     setattr(module, attribute, tensor)
 
 
 def set_attributes_(model: nn.Module, recipe: Recipe) -> None:
-    """Set module attributes; a dotted one is set on the module's own copy of that object.
-
-    Raises:
-        UserError: a module or attribute that the model does not have.
-    """
+    """Set module attributes; a dotted one is set on the module's own copy of that object."""
     for name, values in recipe.attributes.items():
-        try:
-            module = model.get_submodule(name)
-        except AttributeError:
-            raise _mismatch(model, f"sets attributes of {name!r}, which it lacks") from None
+        module = model.get_submodule(name)
         for path, value in values.items():
-            try:
-                get_path(module, path)
-            except (AttributeError, IndexError):
-                raise _mismatch(model, f"sets {path!r} of {name!r}, which it lacks") from None
-            set_own_path(module, path, value)
-
-
-def _mismatch(model: nn.Module, what: str) -> UserError:
-    return UserError(
-        f"the pruning recipe in config.json {what}, so it does not fit {type(model).__name__} "
-        "as this transformers builds it; use the config.json that belongs to these weights"
-    )
+            set_own_value(module, path, value)

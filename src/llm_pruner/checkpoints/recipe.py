@@ -6,14 +6,35 @@ short enough to read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf, isfinite
 from typing import Any
 
 from llm_pruner.errors import UserError
 from llm_pruner.types import Edits
 
 FORMAT_VERSION = 1
+
+MOST_LAYERS = 4096
+"""Modules of a list that a recipe can speak of, and entries of a list in a config."""
+
+_KEYS = {
+    "quant_method",
+    "format_version",
+    "shapes",
+    "buffers",
+    "attributes",
+    "layers",
+    "dense_config",
+}
+_MOST = 2**63 - 1
+_MOST_ENTRIES, _MOST_LETTERS, _MOST_POSITIONS = 2**18, 512, 2**20
+_SHAPE = re.compile(r"[0-9]{1,10}(x[0-9]{1,10}){0,7}")
+_DIM = re.compile(r"[0-7]")
+_RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
+_WORD = re.compile(r"[A-Za-z0-9_*+-]{0,64}")
 
 
 @dataclass(frozen=True)
@@ -55,39 +76,137 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
 
 
 def from_json(data: Mapping[str, Any]) -> Recipe:
-    """Read what ``to_json`` wrote.
+    """Read what ``to_json`` wrote, and nothing else.
+
+    Anybody may have written the file, so all of it is bounded before anything is made of it:
+    numbers of entries, lengths of names, numbers, shapes and ranges. Whether the names are there
+    is for ``fits`` to say, which knows the model.
 
     Raises:
         UserError: another format version, or a value that is not what the format says.
     """
     version = data.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise UserError(
-            f"config.json holds a pruning recipe of format version {version!r}, and this "
+            f"config.json holds a pruning recipe of format version {shown(version)}, and this "
             f"llm-pruner reads version {FORMAT_VERSION}; install the version that wrote it"
         )
     try:
+        unknown = data.keys() - _KEYS
+        if unknown:
+            raise ValueError(f"it has the key {shown(min(unknown, key=str))}, which no recipe has")
+        positions = _Positions()
         return Recipe(
-            shapes={name: _shape(text) for name, text in data.get("shapes", {}).items()},
+            shapes={name: _shape(name, text) for name, text in _section(data, "shapes")},
             buffers={
-                name: {int(dim): parse_positions(kept) for dim, kept in dims.items()}
-                for name, dims in data.get("buffers", {}).items()
+                name: {_dim(name, dim): positions.read(name, kept) for dim, kept in _inner(dims)}
+                for name, dims in _section(data, "buffers")
             },
             attributes={
-                name: {
-                    attribute: tuple(value) if isinstance(value, list) else value
-                    for attribute, value in values.items()
-                }
-                for name, values in data.get("attributes", {}).items()
+                name: {path: _attribute(path, value) for path, value in _inner(values)}
+                for name, values in _section(data, "attributes")
             },
-            layers={name: parse_positions(kept) for name, kept in data.get("layers", {}).items()},
-            dense_config=dict(data.get("dense_config", {})),
+            layers={
+                name: positions.read(name, kept, MOST_LAYERS)
+                for name, kept in _section(data, "layers")
+            },
+            dense_config={
+                path: _config_value(path, value) for path, value in _section(data, "dense_config")
+            },
         )
-    except (ValueError, AttributeError, TypeError) as error:
+    except ValueError as error:
         raise UserError(
             f"the pruning recipe in config.json cannot be read ({error}); "
             "restore the file as llm-pruner wrote it"
         ) from error
+
+
+def shown(value: object) -> str:
+    """Return what a file says as one short line for a message."""
+    if isinstance(value, (dict, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    if type(value) is int and abs(value) > _MOST:
+        return "a number of more than 64 bits"
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _section(data: Mapping[str, Any], key: str) -> Iterator[tuple[str, Any]]:
+    return _inner(data.get(key, {}), key)
+
+
+def _inner(entries: object, what: str = "an entry") -> Iterator[tuple[str, Any]]:
+    if not isinstance(entries, Mapping) or len(entries) > _MOST_ENTRIES:
+        raise ValueError(f"{what} is no object of at most {_MOST_ENTRIES:,} entries")
+    for name, value in entries.items():
+        if not isinstance(name, str) or len(name) > _MOST_LETTERS:
+            raise ValueError(f"{what} has the name {shown(name)}")
+        if any(part.startswith("__") for part in name.split(".")):
+            raise ValueError(f"{what} names {shown(name)}, which belongs to Python")
+        yield name, value
+
+
+def _shape(name: str, text: object) -> tuple[int, ...]:
+    if not isinstance(text, str) or not _SHAPE.fullmatch(text):
+        raise ValueError(f"{shown(name)} has the shape {shown(text)}")
+    shape = tuple(int(size) for size in text.split("x"))
+    if min(shape) < 1:
+        raise ValueError(f"{shown(name)} has the shape {shown(text)}, with a size below 1")
+    return shape
+
+
+def _dim(name: str, text: str) -> int:
+    if not _DIM.fullmatch(text):
+        raise ValueError(f"{shown(name)} has the dimension {shown(text)}")
+    return int(text)
+
+
+def _attribute(path: str, value: object) -> Any:
+    """Return a number or a tuple of numbers: all that modules say of their sizes."""
+    numbers = value if isinstance(value, list) else [value]
+    if not 0 < len(numbers) <= MOST_LAYERS or not all(map(_is_bounded, numbers)):
+        raise ValueError(f"{shown(path)} is {shown(value)}, which is no number")
+    return tuple(numbers) if isinstance(value, list) else value
+
+
+def _config_value(path: str, value: object) -> Any:
+    """Return a whole number, or a list with at most an entry a layer."""
+    if (
+        isinstance(value, (list, tuple))
+        and len(value) <= MOST_LAYERS
+        and all(map(_is_entry, value))
+    ):
+        return list(value)
+    if type(value) is int and _is_bounded(value):
+        return value
+    raise ValueError(f"{shown(path)} is {shown(value)}, which is no number and no list of such")
+
+
+def _is_entry(value: object) -> bool:
+    if isinstance(value, str):
+        return _WORD.fullmatch(value) is not None
+    # Pairs such as (0, inf) have as many entries as a model of two layers has layers.
+    return value is None or type(value) is bool or _is_bounded(value) or value in (inf, -inf)
+
+
+def _is_bounded(value: object) -> bool:
+    if type(value) is int:
+        return abs(value) <= _MOST
+    return type(value) is float and isfinite(value)
+
+
+class _Positions:
+    """Reads positions, so many in all and no more."""
+
+    def __init__(self) -> None:
+        self._left = _MOST_POSITIONS
+
+    def read(self, name: str, text: object, end: int = _MOST_POSITIONS) -> tuple[int, ...]:
+        if not isinstance(text, str):
+            raise ValueError(f"{shown(name)} has the positions {shown(text)}")
+        found = parse_positions(text, min(self._left, end), end)
+        self._left -= len(found)
+        return found
 
 
 def format_positions(positions: Iterable[int]) -> str:
@@ -101,14 +220,25 @@ def format_positions(positions: Iterable[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
-def parse_positions(text: str) -> tuple[int, ...]:
-    """Return the positions of ``format_positions``; ValueError if they are not ascending."""
+def parse_positions(
+    text: str, most: int = _MOST_POSITIONS, end: int = _MOST_POSITIONS
+) -> tuple[int, ...]:
+    """Return the positions of ``format_positions``: at most ``most``, all below ``end``.
+
+    Raises:
+        ValueError: they are malformed, not ascending, or more; found before a range is unrolled.
+    """
     positions: list[int] = []
     for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        positions.extend(range(int(first), int(last or first) + 1))
-    if positions != sorted(set(positions)):
-        raise ValueError(f"positions {text!r} are not ascending")
+        match = _RANGE.fullmatch(part)
+        if match is None:
+            raise ValueError(f"{shown(part)} is no position and no range of positions")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first or (positions and first <= positions[-1]):
+            raise ValueError(f"positions {shown(text)} are not ascending")
+        if last >= end or last - first >= most - len(positions):
+            raise ValueError(f"positions {shown(text)} are too many or too large")
+        positions.extend(range(first, last + 1))
     return tuple(positions)
 
 
@@ -165,13 +295,6 @@ def _rename(values: Mapping[str, Any], layers: Mapping[str, tuple[int, ...]]) ->
 
 def _select(values: Sequence[int], positions: Iterable[int]) -> tuple[int, ...]:
     return tuple(values[position] for position in positions)
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    shape = tuple(int(size) for size in text.split("x"))
-    if min(shape) < 1:
-        raise ValueError(f"shape {text!r} has a size below 1")
-    return shape
 
 
 def _plain(value: Any) -> Any:

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from llm_pruner.checkpoints.atomic import atomic_directory
 from llm_pruner.checkpoints.depth import layer_values
+from llm_pruner.checkpoints.fits import require_attributes_fit, require_config_fits, require_fits
 from llm_pruner.checkpoints.meta import build_meta, get_path, quiet, set_path, sizes
 from llm_pruner.checkpoints.quantizer import (
     QUANT_METHOD,
@@ -30,6 +31,7 @@ from llm_pruner.checkpoints.recipe import Recipe, compose, from_edits, from_json
 from llm_pruner.checkpoints.stock import stock_config
 from llm_pruner.disk import umask
 from llm_pruner.errors import LLMPrunerError, UserError
+from llm_pruner.places import check_shard_size
 from llm_pruner.types import Edits
 
 # The package in which transformers puts modelling code that comes with a checkpoint.
@@ -86,11 +88,12 @@ def save_checkpoint(
             stops the saving.
 
     Raises:
-        UserError: ``out`` cannot be written, see ``check_output``, the model is quantized, or its
-            config class refuses the layers that are left.
+        UserError: ``out`` cannot be written, see ``check_output``, ``max_shard_size`` is no size,
+            the model is quantized, or its config class refuses the layers that are left.
         OSError: the disk is full, or the like.
         LLMPrunerError: the edits do not lead from the dense config to this model.
     """
+    check_shard_size(max_shard_size)
     dense_config = dense_config or model.config
     config, kind = _pruned_config(model, edits, dense_config)
     with atomic_directory(out, overwrite) as folder:
@@ -136,6 +139,7 @@ def _pruned_config(
     config = copy.deepcopy(dense_config)
     for path, value in changed.items():
         set_path(config, path, value)
+    require_config_fits(config, recipe)
     if changed:
         _require_valid(config)
     config.quantization_config = PrunedConfig.from_recipe(recipe)
@@ -188,6 +192,7 @@ def _checked(
     """
     rebuilt = build_meta(type(model), dense_config)
     keep_layers_(rebuilt, recipe)
+    require_fits(rebuilt, recipe)
     set_config_(rebuilt, kept_config)
     reshape_parameters_(rebuilt, recipe)
     reshape_persistent_buffers_(rebuilt, recipe)
@@ -209,7 +214,9 @@ def _checked(
             f"the recorded edits do not rebuild the pruned model, so nothing was saved; "
             f"{len(wrong)} sizes differ: {'; '.join(sorted(wrong)[:3])}"
         )
-    return replace(recipe, attributes=attributes)
+    recipe = replace(recipe, attributes=attributes)
+    require_attributes_fit(rebuilt, recipe)
+    return recipe
 
 
 @contextmanager

@@ -10,6 +10,7 @@ which help and typing errors should not wait for.
 from __future__ import annotations
 
 import os
+from errno import ENAMETOOLONG
 
 import typer
 
@@ -90,6 +91,8 @@ def _run() -> None:
     except LLMPrunerError as error:
         fail(one_line(str(error)), 1)
     except OSError as error:
+        if error.errno == ENAMETOOLONG:
+            fail(f"the name {str(error.filename)[:20]}... is too long; give a shorter one", 2)
         fail(one_line(f"{error}; free space or give another place, then run again"), 1)
     except SystemExit as stopped:
         if stopped.code == INTERRUPTED:

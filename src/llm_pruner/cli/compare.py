@@ -13,6 +13,7 @@ from llm_pruner.cli import options
 from llm_pruner.cli.output import check_json, clean, console, print_table, table, write_json
 from llm_pruner.errors import UserError
 from llm_pruner.outputs import check_file, write_output
+from llm_pruner.places import check_place
 
 if TYPE_CHECKING:
     from llm_pruner.report.compare import Column, Comparison
@@ -56,6 +57,7 @@ def command(
     if markdown and json == "-":
         raise UserError("--markdown and --json - both write to stdout; give --json a file")
     if html is not None:
+        check_place(html, "--html")
         check_file("--html", html, "page", reads)
 
     from llm_pruner.pipeline.compare import compare_folders

@@ -43,6 +43,8 @@ def command(
 ) -> None:
     """Show what of a model can be pruned, and what cannot and why."""
     check_json(json, (model,))
+    if layer is not None and layer < 0:
+        raise UserError(f"--layer {layer} is no layer; layers count from 0")
 
     from llm_pruner.pipeline.inspect import inspect_model
     from llm_pruner.pipeline.settings import ModelSettings

@@ -16,7 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from llm_pruner.errors import UserError
 from llm_pruner.outputs import Source, check_file, write_output
+from llm_pruner.places import check_place
 from llm_pruner.report.text import clean, count, megabytes
 from llm_pruner.signals import INTERRUPTED, TERMINATED
 
@@ -83,7 +85,10 @@ def table(
 
 def check_json(file: str | None, reads: Iterable[Source] = (), out: Path | None = None) -> None:
     """Raise UserError if results cannot be written to ``file``; see ``outputs.check_file``."""
+    if file == "":
+        raise UserError("--json is empty; name the file to write, or - for stdout")
     if file not in (None, "-"):
+        check_place(Path(file), "--json")
         check_file("--json", Path(file), "results", reads, out)
 
 

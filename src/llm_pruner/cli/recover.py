@@ -402,6 +402,11 @@ def command(
             f"--distill-hidden {distill_hidden:g} goes with a teacher that is learned from; name "
             "it with --teacher, with a --distill-weight above 0"
         )
+    if teacher_cache is not None and teacher is None:
+        raise UserError(
+            f"--teacher-cache {teacher_cache} keeps what a teacher says; name that with --teacher, "
+            "or leave it out"
+        )
     if teacher is not None:
         learned_from = TeacherSettings(
             ModelSettings(teacher, None, dtype, device, trust_remote_code),

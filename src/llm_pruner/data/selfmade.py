@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llm_pruner.decoding import Decoder, cache_argument
@@ -242,7 +243,7 @@ def write_text_cached(
     and seed; more samples continue what is there.
 
     Raises:
-        UserError: as ``write_windows``.
+        UserError: as ``write_windows``, or a file is damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     chunks = []
@@ -256,5 +257,16 @@ def write_text_cached(
             tidy(file)
             with new_file(file) as partial:
                 save_file({"input_ids": ids}, partial)
-        chunks.append(load_file(file)["input_ids"])
+        chunks.append(_chunk(file, seq_len))
     return torch.cat(chunks)[:samples]
+
+
+def _chunk(file: Path, seq_len: int) -> torch.Tensor:
+    """Return what was kept of a text, shape (CHUNK, seq_len)."""
+    try:
+        ids = load_file(file)["input_ids"]
+    except (OSError, SafetensorError, KeyError):
+        ids = torch.empty(0)
+    if ids.shape != (CHUNK, seq_len) or ids.dtype != torch.int64:
+        raise UserError(f"{file} is damaged; remove it, and it is written anew")
+    return ids

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from llm_pruner.errors import InfeasibleError, PlanError, UserError
+from llm_pruner.limits import MOST, MOST_MINUTES, check_number
 from llm_pruner.pipeline.judge import Judge
 from llm_pruner.planning import Allocation, Moves
 from llm_pruner.progress import track
@@ -51,6 +52,8 @@ class AllocationSearch:
             raise UserError(f"search_trials={self.trials} searches nothing; use 1 or more")
         if self.minutes is not None and not self.minutes > 0:
             raise UserError(f"search_minutes={self.minutes} searches nothing; give more than 0")
+        check_number("search_trials", self.trials, 1, MOST)
+        check_number("search_minutes", self.minutes, 0, MOST_MINUTES)
 
     def shared(self, steps: int) -> AllocationSearch:
         """Return what one of several pruning steps gets of it."""

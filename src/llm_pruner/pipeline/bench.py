@@ -19,7 +19,8 @@ from llm_pruner.evaluation.memory import PeakMemory, measure_memory
 from llm_pruner.evaluation.perplexity import maximum_length
 from llm_pruner.evaluation.size import folder_bytes, model_size
 from llm_pruner.evaluation.speed import Speed, SpeedUp, compare_speed, speed_up
-from llm_pruner.pipeline.loading import load
+from llm_pruner.limits import check_number
+from llm_pruner.pipeline.loading import check, load
 from llm_pruner.pipeline.settings import ModelSettings
 from llm_pruner.sources import LoadedModel, stored_at
 
@@ -52,6 +53,7 @@ class BenchSettings:
         for name, value in given:
             if value < 1:
                 raise UserError(f"{name}={value} measures nothing; use at least 1")
+            check_number(name, value, 1, 2**20)
         if not self.batch_sizes:
             raise UserError("no batch size given; name one, such as 1")
 
@@ -138,6 +140,8 @@ def bench(
         LLMPrunerError: a model does not run.
     """
     settings = settings or BenchSettings()
+    if against is not None and not settings.counts_only:
+        check(against)
     sources = [model] if against is None else [model, against]
     loaded = [
         load(source, tokenizer_required=False, weights=not settings.counts_only)

@@ -10,6 +10,7 @@ import torch
 from llm_pruner.data.calibration import Calibration, build_calibration
 from llm_pruner.data.text import SELF, load_documents, sources_of
 from llm_pruner.errors import UserError
+from llm_pruner.limits import MOST, check_number
 from llm_pruner.pipeline.clock import Clock
 from llm_pruner.pipeline.settings import CalibrationSettings
 from llm_pruner.pipeline.trials import TOKENS as SPLIT_TOKENS
@@ -32,6 +33,8 @@ def check_calibration(calibration: CalibrationSettings) -> None:
         )
     if calibration.seq_len < 2:
         raise UserError(f"seq_len={calibration.seq_len} predicts no token; use at least 2")
+    check_number("samples", calibration.samples, 1, MOST)
+    check_number("seq_len", calibration.seq_len, 2, 2**24)
     for source in sources_of(calibration.source):
         if source == SELF:
             continue

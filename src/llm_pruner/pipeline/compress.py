@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from llm_pruner.data.text import SELF
 from llm_pruner.disk import put, tidy
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.perplexity import maximum_length
+from llm_pruner.jsonfiles import read_json
 from llm_pruner.outputs import Source, check_output
 from llm_pruner.pipeline.apart import measure_apart, weights_bytes
 from llm_pruner.pipeline.by_recipe import calibration_of, prune_arguments
@@ -26,8 +26,10 @@ from llm_pruner.pipeline.measured import as_evaluation
 from llm_pruner.pipeline.prune import prune_checkpoint
 from llm_pruner.pipeline.recover import recover_checkpoint
 from llm_pruner.pipeline.recover_request import DataSettings, RecoverRequest, TeacherSettings
+from llm_pruner.pipeline.recovered import RECORD
 from llm_pruner.pipeline.report import page_in, report_in, write_report
 from llm_pruner.pipeline.settings import ModelSettings
+from llm_pruner.pipeline.space import check_space
 from llm_pruner.pipeline.time_budget import (
     SHORTEST,
     WRITING,
@@ -35,6 +37,7 @@ from llm_pruner.pipeline.time_budget import (
     time_to_recover,
 )
 from llm_pruner.pipeline.work import Work, folder_beside, opened
+from llm_pruner.places import check_place
 from llm_pruner.recipes import read_recipe
 from llm_pruner.recovery import Progress, RecoverySettings
 from llm_pruner.recovery.processes import only_one
@@ -56,6 +59,7 @@ WINDOW = 512
 so that short texts have a standard error."""
 
 _RESULT = "result"
+_RECORDED = ("gained", "steps", "best_step", "stopped", "tokens", "seconds")
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,12 @@ def compress(
         UserError: something that was given must change.
     """
     only_one("compress")
+    check_place(out, "--out")
     work = work_folder(out)
     tidy(work)
+    if not work.is_dir():
+        copies = 1 if settings.recovery is None else 2  # the pruned model and the recovered one
+        check_space(out, settings.model, settings.target, copies=copies)
     if not (work / f"{_RESULT}.json").is_file() or restart:
         check_settings(settings, out, overwrite)
     with opened(work, about(settings), restart=restart) as run:
@@ -255,15 +263,14 @@ class _Stages:
             )
             recover_checkpoint(request, say=self.say)
             self.run.book("recover")
-        record = json.loads((out / "recovery.json").read_text(encoding="utf-8"))
+        record = _record(out / RECORD)
         before, after = record["loss"]
         if not record["gained"]:
             self.notes.append(
                 f"training brought no gain (held-out loss {before:.4f} before, {after:.4f} after), "
                 "so the pruned model is the result; use more data or a longer --time-budget"
             )
-        kept = ("gained", "steps", "best_step", "stopped", "tokens", "seconds")
-        return {"before": before, "after": after} | {name: record[name] for name in kept}
+        return {"before": before, "after": after} | {name: record[name] for name in _RECORDED}
 
     def _amount(self, recovery: RecoverySettings) -> dict[str, Any]:
         """Return how much is trained; where time decides it, the first decision holds."""
@@ -405,6 +412,20 @@ class _Stages:
         )
         longest = maximum_length(_Configured(config))
         return tokens if longest is None else min(tokens, longest)
+
+
+def _record(file: Path) -> dict[str, Any]:
+    """Return what a finished recovery wrote.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        record = read_json(file)
+        before, after = record["loss"]
+        return {name: record[name] for name in _RECORDED} | {"loss": (before, after)}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file} is damaged; begin anew with --restart") from error
 
 
 @dataclass(frozen=True)

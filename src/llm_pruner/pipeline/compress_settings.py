@@ -10,10 +10,12 @@ from llm_pruner import __version__
 from llm_pruner.data.examples import load_examples
 from llm_pruner.data.text import SELF, load_documents, sources_of
 from llm_pruner.errors import UserError
+from llm_pruner.limits import check_seed
 from llm_pruner.outputs import Source, check_output
 from llm_pruner.pipeline import result_cache
 from llm_pruner.pipeline.by_recipe import calibration_of, prune_arguments
 from llm_pruner.pipeline.evaluate import PerplexitySettings, read_texts
+from llm_pruner.pipeline.loading import check
 from llm_pruner.pipeline.settings import ModelSettings
 from llm_pruner.pipeline.zero_shot import ZeroShotSettings
 from llm_pruner.pipeline.zero_shot import check as check_tasks
@@ -63,6 +65,7 @@ def default_recovery(seed: int = 0, **changes: Any) -> RecoverySettings:
 def check_settings(settings: CompressSettings, out: Path, overwrite: bool) -> None:
     """Refuse what can be refused before a model is loaded."""
     check_output(out, overwrite, reads_of(settings))
+    check_seed(settings.seed)
     recipe = read_recipe(settings.recipe)
     prune_arguments(recipe)
     if settings.recovery is not None:
@@ -79,6 +82,7 @@ def check_settings(settings: CompressSettings, out: Path, overwrite: bool) -> No
     read_texts(settings.perplexity, PerplexitySettings())
     if settings.zero_shot is not None:
         check_tasks(settings.zero_shot)
+    check(settings.model)
 
 
 def reads_of(settings: CompressSettings) -> list[Source]:

@@ -18,6 +18,7 @@ from llm_pruner.evaluation.perplexity import (
 from llm_pruner.evaluation.samples import sample_continuation
 from llm_pruner.evaluation.size import ModelSize, model_size
 from llm_pruner.evaluation.speed import Speed, measure_speed
+from llm_pruner.limits import MOST, check_number
 from llm_pruner.pipeline import result_cache
 from llm_pruner.pipeline.loading import load
 from llm_pruner.pipeline.settings import ModelSettings
@@ -27,7 +28,11 @@ from llm_pruner.sources import LoadedModel
 
 @dataclass(frozen=True)
 class PerplexitySettings:
-    """How perplexity is measured; see ``evaluation.perplexity``."""
+    """How perplexity is measured; see ``evaluation.perplexity``.
+
+    Raises:
+        UserError: the protocol is unknown, or a number cannot be.
+    """
 
     protocol: Protocol = "standard"
     seq_len: int | None = None
@@ -36,16 +41,21 @@ class PerplexitySettings:
     split: str | None = None
     text_field: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.protocol not in get_args(Protocol):
+            known = " or ".join(get_args(Protocol))
+            raise UserError(f"protocol {self.protocol!r} is unknown; use {known}")
+        check_number("--seq-len", self.seq_len, 2, 2**24)
+        check_number("--max-tokens", self.max_tokens, 2, MOST)
+        check_number("--batch-size", self.batch_size, 1, 2**20)
+
 
 def read_texts(sources: Sequence[str], settings: PerplexitySettings) -> list[EvaluationText]:
     """Return the corpora.
 
     Raises:
-        UserError: the protocol is unknown, or a corpus cannot be read.
+        UserError: a corpus cannot be read.
     """
-    if settings.protocol not in get_args(Protocol):
-        known = " or ".join(get_args(Protocol))
-        raise UserError(f"protocol {settings.protocol!r} is unknown; use {known}")
     texts = []
     for source in sources:
         name, split, text = load_evaluation_text(

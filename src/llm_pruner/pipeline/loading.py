@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llm_pruner.pipeline.settings import ModelSettings
-from llm_pruner.sources import LoadedModel, load_model
+from llm_pruner.sources import LoadedModel, check_model, load_model
 
 
 def load(
@@ -22,4 +22,19 @@ def load(
         trust_remote_code=model.trust_remote_code,
         tokenizer_required=tokenizer_required,
         weights=weights,
+    )
+
+
+def check(model: ModelSettings) -> None:
+    """Refuse what can be refused before weights are read, of a model that is loaded later.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    check_model(
+        model.source,
+        revision=model.revision,
+        dtype=model.dtype,
+        device=model.device,
+        trust_remote_code=model.trust_remote_code,
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
+
+from llm_pruner.jsonfiles import read_json
 
 _FAMILIES = (("wikitext",), ("ptb", "penn_treebank", "penn-treebank"), ("c4",), ("bookcorpus",))
 
@@ -12,7 +13,7 @@ _FAMILIES = (("wikitext",), ("ptb", "penn_treebank", "penn-treebank"), ("c4",), 
 def calibration_source(model: str) -> str | None:
     """Return what the plan in a pruned folder was calibrated on; None if nothing says so."""
     try:
-        plan = json.loads((Path(model).expanduser() / "plan.json").read_text(encoding="utf-8"))
+        plan = read_json(Path(model).expanduser() / "plan.json")
         source = plan["calibration"]["source"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -15,6 +15,7 @@ from llm_pruner.errors import UserError
 from llm_pruner.groups import discover
 from llm_pruner.importance import Criterion
 from llm_pruner.importance.criteria import MEASURES
+from llm_pruner.limits import check_number, check_seed
 from llm_pruner.outputs import Source
 from llm_pruner.pipeline.allocation_search import AllocationSearch
 from llm_pruner.pipeline.cache_cost import cache_cost
@@ -43,8 +44,10 @@ from llm_pruner.pipeline.refitting import COMPENSATIONS, Refitter
 from llm_pruner.pipeline.report import page_in, write_report
 from llm_pruner.pipeline.rounding import measured_rounding
 from llm_pruner.pipeline.settings import CalibrationSettings, ModelSettings
+from llm_pruner.pipeline.space import check_space
 from llm_pruner.pipeline.stepwise import Steps, StepSettings, prune_in_steps
 from llm_pruner.pipeline.surgeon import Surgeon, reload_check
+from llm_pruner.places import check_shard_size
 from llm_pruner.planning import (
     Plan,
     PlanCriterion,
@@ -124,6 +127,8 @@ def prune_checkpoint(
     check_out(
         out, overwrite, dry_run, (model.source, plan_file, *sources_of(calibration.source), *reads)
     )
+    check_seed(seed)
+    check_shard_size(max_shard_size)
     if compensation not in COMPENSATIONS:
         raise UserError(
             f"unknown compensation {compensation!r}; choose one of {', '.join(COMPENSATIONS)}"
@@ -140,7 +145,10 @@ def prune_checkpoint(
             )
         if steps < 1:
             raise UserError(f"steps={steps} prunes nothing; use 1 or more")
+        check_number("steps", steps, 1, 1000)
         check_search(search, target, selection)
+    if not dry_run and target is not None:
+        check_space(out, model, target)
     judges = search is not None or (selection is not None and selection.scope == "measured")
     if (plan is None and (criterion.reads_text or find_best_split or judges)) or refit:
         check_calibration(calibration)

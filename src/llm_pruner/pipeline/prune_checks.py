@@ -10,12 +10,14 @@ from llm_pruner.importance import Criterion
 from llm_pruner.outputs import Source, check_file, check_output
 from llm_pruner.pipeline.allocation_search import AllocationSearch
 from llm_pruner.pipeline.settings import CalibrationSettings
+from llm_pruner.places import check_place
 from llm_pruner.planning import Selection, Target
 from llm_pruner.types import Discovery
 
 
 def check_out(out: Path, overwrite: bool, dry_run: bool, reads: Sequence[Source]) -> None:
     """Raise UserError if a run cannot write to ``out``: a folder, or with ``dry_run`` a file."""
+    check_place(out, "--out")
     if not dry_run:
         check_output(out, overwrite, reads)
     elif out.is_dir():

@@ -21,7 +21,7 @@ from llm_pruner.evaluation.perplexity import (
 )
 from llm_pruner.pipeline.evaluate import PerplexitySettings, read_texts
 from llm_pruner.pipeline.facts import size_of, source_of
-from llm_pruner.pipeline.loading import load
+from llm_pruner.pipeline.loading import check, load
 from llm_pruner.pipeline.matmul import multiplies_bfloat16
 from llm_pruner.pipeline.recover_request import RecoverRequest
 from llm_pruner.pipeline.recover_start import (
@@ -41,6 +41,7 @@ from llm_pruner.pipeline.recovery_report import (
 )
 from llm_pruner.pipeline.report import page_in, write_report
 from llm_pruner.pipeline.settings import ModelSettings
+from llm_pruner.pipeline.space import check_space
 from llm_pruner.pipeline.work import RECOVERING, begun, busy, empty, remove_run
 from llm_pruner.planning.plan import read_plan
 from llm_pruner.recovery import Outcome, Progress, Teacher, recover_
@@ -146,8 +147,11 @@ class _Run:
     def carry_out(self) -> Recovered:
         request, processes = self._request, self._processes
         with processes.first():
+            check_space(request.out, request.model)
             corpora = read_texts(request.texts, request.text_settings)
             examples = read_examples(request.data)
+        if request.teacher is not None:  # which is loaded after the model
+            check(request.teacher.model)
         material = self._material(examples)
         loaded = material.loaded
         if not processes.is_first and not processes.sharded:

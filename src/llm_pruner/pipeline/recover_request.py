@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 from llm_pruner.data.formatting import Template
 from llm_pruner.data.text import SELF
 from llm_pruner.disk import tidy
 from llm_pruner.errors import UserError
+from llm_pruner.limits import MOST, check_number
 from llm_pruner.outputs import Source, check_output
 from llm_pruner.pipeline.evaluate import PerplexitySettings
 from llm_pruner.pipeline.settings import ModelSettings
 from llm_pruner.pipeline.work import RECOVERING, busy, check_ours, folder_beside, is_busy
+from llm_pruner.places import check_place, check_shard_size
 from llm_pruner.recovery import DistillationSettings, RecoverySettings
 
 
@@ -117,9 +120,13 @@ class RecoverRequest:
             UserError: says what must change.
         """
         self.settings.check()
+        check_place(self.out, "--out")
         check_output(self.out, self.overwrite, self.reads)
+        check_shard_size(self.max_shard_size)
         if self.distillation is not None:
             self.distillation.check()
+        if self.teacher is not None and self.teacher.cache is not None:
+            check_place(self.teacher.cache / "cache", "--teacher-cache")
         self._check_data()
         self._check_adapter()
         self._check_shards()
@@ -139,6 +146,14 @@ class RecoverRequest:
         data = self.data
         if not data.sources:
             raise UserError("no data given; use --data SRC")
+        if data.template not in get_args(Template):
+            raise UserError(
+                f"template {data.template!r} is unknown; use one of {', '.join(get_args(Template))}"
+            )
+        if data.held_out is not None and data.held_out < 1:
+            raise UserError(
+                f"--held-out {data.held_out} leaves nothing to judge by; use at least 1"
+            )
         if SELF in data.sources and self.teacher is None:
             raise UserError(
                 "--data self is text that the dense model writes; name that model with --teacher"
@@ -147,6 +162,7 @@ class RecoverRequest:
             raise UserError(
                 f"--samples {data.samples} leaves nothing to train on or to judge by; use 2 or more"
             )
+        check_number("--samples", data.samples, 2, MOST)
 
     def _check_adapter(self) -> None:
         if not self.keep_adapter:

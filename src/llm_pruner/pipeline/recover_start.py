@@ -20,6 +20,7 @@ from llm_pruner.data.training import (
     split_samples,
 )
 from llm_pruner.errors import UserError
+from llm_pruner.jsonfiles import read_json
 from llm_pruner.pipeline.loading import load
 from llm_pruner.pipeline.recover_request import DataSettings, RecoverRequest, TeacherSettings
 from llm_pruner.pipeline.recovered import RECORD, finite
@@ -146,8 +147,8 @@ def begin_or_go_on(work: Path, facts: dict[str, Any], *, resume: bool, writes: b
             atomic_write_text(file, json.dumps(facts, indent=2) + "\n")
         return
     try:
-        old = dict(json.loads(file.read_text(encoding="utf-8")))
-    except ValueError as error:
+        old = dict(read_json(file))
+    except (ValueError, TypeError) as error:
         raise UserError(f"{file} is damaged; begin anew with --restart") from error
     for key, value in facts.items():
         if key not in _CHANGEABLE and old.get(key) != json.loads(json.dumps(value)):

@@ -14,6 +14,7 @@ from transformers.utils.hub import cached_file
 
 from llm_pruner import __version__
 from llm_pruner.checkpoints import atomic_write_text
+from llm_pruner.jsonfiles import read_json
 from llm_pruner.pipeline.settings import ModelSettings
 from llm_pruner.sources import DEFAULT, default_gguf
 
@@ -90,7 +91,7 @@ def folder() -> Path:
 def read(name: str) -> dict[str, Any] | None:
     """Return what was stored under a key; None if there is nothing that can be read."""
     try:
-        data = json.loads((folder() / f"{name}.json").read_text(encoding="utf-8"))
+        data = read_json(folder() / f"{name}.json")
     except (OSError, ValueError):
         return None
     return data if isinstance(data, dict) else None

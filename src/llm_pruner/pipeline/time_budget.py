@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llm_pruner.errors import UserError
+from llm_pruner.limits import MOST_MINUTES
 
 SHORTEST = 60.0
 """Seconds below which training is not begun."""
@@ -33,6 +34,8 @@ def parse_duration(text: str) -> float:
         seconds = sum(float(part) * of for part, of in parts)
     if seconds <= 0:
         raise UserError(f"--time-budget {text} is no time; write such as 90s, 30m or 2h")
+    if seconds > 60 * MOST_MINUTES:
+        raise UserError(f"--time-budget {text[:40]} is longer than a year; write such as 30m or 2h")
     return seconds
 
 

@@ -31,6 +31,7 @@ from llm_pruner.evaluation.zero_shot import (
     means,
     prepare,
 )
+from llm_pruner.limits import MOST, check_number
 from llm_pruner.outputs import check_output
 from llm_pruner.pipeline import result_cache
 from llm_pruner.pipeline.settings import ModelSettings
@@ -87,6 +88,8 @@ def check(settings: ZeroShotSettings) -> None:
         raise UserError(f"limit={settings.limit} leaves no documents; use 1 or more")
     if settings.batch_size is not None and settings.batch_size < 1:
         raise UserError(f"batch_size={settings.batch_size} runs nothing; use 1 or more, or auto")
+    check_number("--limit", settings.limit, 1, MOST)
+    check_number("--batch-size", settings.batch_size, 1, 2**20)
     twice = sorted({task for task in settings.tasks if settings.tasks.count(task) > 1})
     if twice:
         raise UserError(f"task {twice[0]} is named twice; name it once")

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llm_pruner.errors import PlanError, UserError
-from llm_pruner.planning.ranges import format_ranges, parse_ranges
+from llm_pruner.jsonfiles import parse_json, read_text
+from llm_pruner.planning.ranges import MOST_UNITS, format_ranges, parse_ranges
 from llm_pruner.planning.rules import check
 from llm_pruner.planning.target import Profile, Scope, Selection, Target
 from llm_pruner.removal import count_parameters
@@ -26,7 +28,9 @@ FORMAT_VERSION: Literal[1] = 1
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class PlanModel(_Strict):
@@ -42,7 +46,7 @@ class PlanModel(_Strict):
     name: str
     revision: str | None = None
     fingerprint: str
-    parameters: int
+    parameters: Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class PlanCriterion(_Strict):
@@ -101,7 +105,7 @@ class PlanGroup(_Strict):
 
     name: str
     kind: str
-    size: int
+    size: Annotated[int, Field(ge=1, le=MOST_UNITS)]
     removed: str
 
 
@@ -305,17 +309,23 @@ def read_plan(source: str | Path) -> Plan:
     else:
         where = f"plan {source}"
         try:
-            text = Path(source).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text"
+            text = read_text(Path(source))
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{where} cannot be read: not a UTF-8 text; give a plan.json"
+            ) from error
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
             raise UserError(f"{where} cannot be read: {reason}; give a plan.json") from error
     try:
-        data = json.loads(text, object_pairs_hook=_no_repeats)
+        data = parse_json(text, object_pairs_hook=_no_repeats)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{where} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}; "
             "correct it there"
         ) from error
+    except ValueError as error:
+        raise UserError(f"{where} cannot be read: {error}; give a plan.json") from error
     try:
         return Plan.model_validate(data)
     except ValidationError as error:
@@ -331,16 +341,15 @@ def _problem(item: Mapping[str, Any], data: Any) -> str:
         path[:2] = [str(name) if name else f"groups[{path[1]}]"]
     if path == ["format_version"] and item["type"] == "literal_error":
         return (
-            f"format_version: {item['input']} is not the {FORMAT_VERSION} that this version of "
-            "llm-pruner reads"
+            f"format_version: {str(item['input'])[:40]} is not the {FORMAT_VERSION} that this "
+            "version of llm-pruner reads"
         )
     return f"{'.'.join(str(part) for part in path) or 'plan'}: {item['msg']}"
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Refuse an object with a key twice, of which JSON would silently keep the last."""
-    keys = [key for key, _ in pairs]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
+    twice = sorted(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
     if twice:
         raise UserError(f"the plan has {', '.join(twice)} twice in one object; keep one")
     return dict(pairs)

@@ -11,6 +11,7 @@ from fractions import Fraction
 from typing import Literal, get_args
 
 from llm_pruner.errors import UserError
+from llm_pruner.limits import MOST, check_number
 
 STRUCTURES = ("heads", "query_heads", "ffn", "hidden", "head_dim", "experts", "layers", "other")
 """Kinds that can be chosen. ``value_dim`` cannot: it follows ``head_dim``."""
@@ -146,6 +147,7 @@ class Selection:
             raise UserError(
                 f"round_to={self.round_to} is not a multiple to round to; use 1 or more"
             )
+        check_number("round_to", self.round_to, 1, 2**20)
         for name in self.layer_ranges:
             if name not in self.structures:
                 raise UserError(
@@ -168,6 +170,7 @@ class Selection:
             raise UserError(
                 f"spread={self.spread} cannot reach the target; use 1 (all alike) or more"
             )
+        check_number("spread", self.spread, 1, MOST)
         if self.split is not None:
             self._check_split(self.split)
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 from llm_pruner.errors import UserError
+from llm_pruner.limits import MOST, MOST_MINUTES, check_number, check_seed
 
 Method = Literal["lora", "full", "norms"]
 Start = Literal["default", "pissa", "olora"]
 Schedule = Literal["linear", "cosine"]
+
+_TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+"""What the Trainer reports to -> packages of which it needs one."""
 
 
 @dataclass(frozen=True)
@@ -97,28 +102,38 @@ class RecoverySettings:
         for name, value, values in known:
             if value not in values:
                 raise UserError(f"{name} {value!r} is unknown; use one of {', '.join(values)}")
-        least: tuple[tuple[str, float | None, float], ...] = (
-            ("batch-size", self.batch_size, 1),
-            ("seq-len", self.seq_len, 2),
-            ("lora-r", self.lora.r, 1),
-            ("max-steps", self.max_steps, 1),
-            ("evaluations", self.evaluations, 1),
-            ("patience", self.patience, 1),
-            ("save-every", self.save_every, 1),
-            ("warmup-steps", self.warmup_steps, 0),
+        whole: tuple[tuple[str, float | None, float, float], ...] = (
+            ("batch-size", self.batch_size, 1, 2**20),
+            ("seq-len", self.seq_len, 2, 2**24),
+            ("lora-r", self.lora.r, 1, 2**16),
+            ("max-steps", self.max_steps, 1, MOST),
+            ("evaluations", self.evaluations, 1, MOST),
+            ("patience", self.patience, 1, MOST),
+            ("save-every", self.save_every, 1, MOST),
+            ("warmup-steps", self.warmup_steps, 0, MOST),
         )
-        for name, number, minimum in least:
+        for name, number, minimum, maximum in whole:
             if number is not None and number < minimum:
                 raise UserError(f"--{name} {number} is too small; use {minimum:g} or more")
-        positive: tuple[tuple[str, float | None], ...] = (
-            ("learning-rate", self.learning_rate),
-            ("epochs", self.epochs),
-            ("max-minutes", self.max_minutes),
-            ("lora-alpha", self.lora.alpha),
+            check_number(f"--{name}", number, minimum, maximum)
+        positive: tuple[tuple[str, float | None, float], ...] = (
+            ("learning-rate", self.learning_rate, 1000),
+            ("epochs", self.epochs, MOST),
+            ("max-minutes", self.max_minutes, MOST_MINUTES),
+            ("lora-alpha", self.lora.alpha, MOST),
         )
-        for name, number in positive:
+        for name, number, maximum in positive:
             if number is not None and not 0 < number < float("inf"):
                 raise UserError(f"--{name} {number} trains nothing; use a number above 0")
+            check_number(f"--{name}", number, 0, maximum)
+        check_number("--weight-decay", self.weight_decay, 0, 10)
+        check_seed(self.seed)
+        packages = _TRACKERS.get(self.report_to, ())
+        if packages and not any(find_spec(package) for package in packages):
+            raise UserError(
+                f"--report-to {self.report_to} needs the package {packages[0]}, which is not "
+                f"installed; run 'pip install {packages[0]}', or leave --report-to out"
+            )
         if not 0 <= self.lora.dropout < 1:
             raise UserError(
                 f"--lora-dropout {self.lora.dropout} is outside [0, 1); use such as 0.05"

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llm_pruner.errors import UserError
+from llm_pruner.jsonfiles import read_json
 from llm_pruner.recovery.parts import part_of, spread
 
 Folder = Callable[[Path], AbstractContextManager[Path]]
@@ -24,6 +25,8 @@ Folder = Callable[[Path], AbstractContextManager[Path]]
 
 _STEP = re.compile(r"step-(\d+)")
 _RANDOM, _VALUES = "random.safetensors", "state.json"
+_MALFORMED = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""What values that are not as they were written raise where they are used."""
 
 
 def step_folder(work: Path, step: int) -> Path:
@@ -77,8 +80,8 @@ def read_values(folder: Path) -> dict[str, Any]:
         UserError: it is not there or damaged.
     """
     try:
-        return dict(json.loads((folder / _VALUES).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+        return dict(read_json(folder / _VALUES))
+    except (OSError, ValueError, TypeError) as error:
         raise _damaged(folder / _VALUES, error) from error
 
 
@@ -102,16 +105,20 @@ def read_optimizer_(folder: Path, rest: Mapping[str, Any], optimizer: Any) -> No
     Of a tensor with the shape of a weight that is spread, each process takes its part.
     """
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    state: dict[int, dict[str, Any]] = {
-        int(index): dict(values) for index, values in rest["plain"].items()
-    }
-    for name, tensor in read_tensors(folder / "optimizer.safetensors").items():
-        index, _, key = name.partition(".")
-        weight = weights[int(index)]
-        if tensor.shape == weight.shape:
-            tensor = spread(part_of(tensor, weight), weight)
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
+    tensors = read_tensors(folder / "optimizer.safetensors")
+    try:
+        state: dict[int, dict[str, Any]] = {
+            int(index): dict(values) for index, values in rest["plain"].items()
+        }
+        for name, tensor in tensors.items():
+            index, _, key = name.partition(".")
+            weight = weights[int(index)]
+            if tensor.shape == weight.shape:
+                tensor = spread(part_of(tensor, weight), weight)
+            state.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
+    except _MALFORMED as error:
+        raise _damaged(folder / _VALUES, error) from error
 
 
 def write_random(folder: Path) -> dict[str, Any]:
@@ -132,15 +139,18 @@ def write_random(folder: Path) -> dict[str, Any]:
 def read_random(folder: Path, rest: Mapping[str, Any]) -> None:
     """Put back what ``write_random`` wrote and returned."""
     tensors = read_tensors(folder / _RANDOM)
-    torch.random.set_rng_state(tensors["cpu"])
-    devices = [tensors[name] for name in sorted(tensors) if name.startswith("cuda.")]
-    if devices and len(devices) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(devices)
-    position, has_gauss, gauss = rest["numpy"]
-    words = tensors["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", words, position, has_gauss, gauss))
-    version, own_words, own_gauss = rest["python"]
-    random.setstate((version, tuple(own_words), own_gauss))
+    try:
+        torch.random.set_rng_state(tensors["cpu"])
+        devices = [tensors[name] for name in sorted(tensors) if name.startswith("cuda.")]
+        if devices and len(devices) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(devices)
+        position, has_gauss, gauss = rest["numpy"]
+        words = tensors["numpy"].numpy().astype(np.uint32)
+        np.random.set_state(("MT19937", words, position, has_gauss, gauss))
+        version, own_words, own_gauss = rest["python"]
+        random.setstate((version, tuple(own_words), own_gauss))
+    except _MALFORMED as error:
+        raise _damaged(folder / _VALUES, error) from error
 
 
 def _damaged(file: Path, error: Exception) -> UserError:

@@ -120,12 +120,21 @@ class Teacher:
         self.tokens_run = 0
 
     def says(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return token ids, int64, and log probabilities, float32: (learned tokens of batch, k)."""
+        """Return token ids, int64, and log probabilities, float32: (learned tokens of batch, k).
+
+        Raises:
+            UserError: the cache is damaged.
+        """
         missing = [part.sample for part in batch.parts if not self._done[part.sample]]
         if missing:
             self._run(missing)
         spans = [slice(self._first[p.sample], self._first[p.sample + 1]) for p in batch.parts]
         ids = np.concatenate([self._ids[span] for span in spans])
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocabulary:
+            raise UserError(
+                f"{self.folder} holds tokens that the teacher does not have, so it is damaged; "
+                "remove it"
+            )
         values = np.concatenate([self._values[span] for span in spans])
         return torch.from_numpy(ids).long(), torch.from_numpy(values).float()
 

@@ -65,10 +65,19 @@ class RunState:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> RunState:
-        """Read what ``to_json`` gave."""
-        evaluations = [Evaluation(**one) for one in data["evaluations"]]
-        before = None if data["before"] is None else Evaluation(**data["before"])
-        return cls(**{**data, "evaluations": evaluations, "before": before})
+        """Read what ``to_json`` gave.
+
+        Raises:
+            UserError: it is something else.
+        """
+        try:
+            evaluations = [Evaluation(**one) for one in data["evaluations"]]
+            before = None if data["before"] is None else Evaluation(**data["before"])
+            return cls(**{**data, "evaluations": evaluations, "before": before})
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                "the state of the interrupted run is damaged; begin anew with --restart"
+            ) from error
 
 
 class Steps(Dataset[list[Batch]]):

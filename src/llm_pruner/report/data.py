@@ -6,7 +6,6 @@ and no text made from it, so that pages of a later version can be drawn from an 
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from llm_pruner.errors import UserError
+from llm_pruner.jsonfiles import read_json
 from llm_pruner.report.text import safe_json, visible
 
 FORMAT_VERSION: Literal[1] = 1
@@ -336,21 +336,25 @@ def read_report(file: Path) -> Report:
         UserError: it cannot be read, or is no report of this version.
     """
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = read_json(file)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not JSON"
         raise UserError(f"{file} cannot be read: {reason}; prune again to write it anew") from error
     version = data.get("format_version") if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{file} has format_version {version!r}, and this version of llm-pruner reads "
-            f"{FORMAT_VERSION}; use the version that wrote it, or prune again"
+            f"{file} has format_version {ascii(version)[:40]}, and this version of llm-pruner "
+            f"reads {FORMAT_VERSION}; use the version that wrote it, or prune again"
         )
     try:
         return Report.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = " ".join(".".join(str(part) for part in first["loc"]).split())[:200]
         raise UserError(
             f"{file} is no report: {where}: {first['msg']}; prune again to write it anew"
         ) from error
+    except RecursionError:
+        raise UserError(
+            f"{file} is no report: it is nested too deeply; prune again to write it anew"
+        ) from None
