@@ -14,6 +14,7 @@ import torch
 from llm_pruner.errors import InfeasibleError
 from llm_pruner.tracing.lengths import reduce_constraints
 from llm_pruner.tracing.sizes import (
+    PLACE,
     Expr,
     TracedInt,
     TracedShape,
@@ -123,7 +124,8 @@ def test_use_as_a_number_is_reported(use: object) -> None:
     result = use(uses.size)  # type: ignore[operator]
     assert result == use(8)  # type: ignore[operator]
     assert type(result) is not TracedInt
-    assert set(uses.seen) == {SIZE}
+    assert {leaf for expr in uses.seen for leaf in leaves(expr)} == {SIZE}
+    assert {expr[0] for expr in uses.seen} <= {"attr", PLACE}
 
 
 def test_comparison_with_another_size_is_reported() -> None:

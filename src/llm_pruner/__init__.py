@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from llm_pruner.importance import Criterion, score
     from llm_pruner.planning import Plan, Selection, Target, allocate, read_plan
     from llm_pruner.removal import count_parameters
-    from llm_pruner.surgery import prune_
     from llm_pruner.types import Discovery, Group, Member
-    from llm_pruner.verification import pruned_logits, twin_logits
+    from llm_pruner.verification import prune_, pruned_logits, twin_logits
 
 try:
     __version__ = version("llm-pruner")
@@ -43,7 +42,7 @@ _HOMES = {
     "allocate": "planning",
     "count_parameters": "removal",
     "discover": "groups",
-    "prune_": "surgery",
+    "prune_": "verification",
     "pruned_logits": "verification",
     "read_plan": "planning",
     "save_checkpoint": "checkpoints",

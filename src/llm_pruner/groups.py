@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from llm_pruner.errors import DiscoveryError, InfeasibleError
-from llm_pruner.layers import without_layers
+from llm_pruner.layers import numbering, without_layers
 from llm_pruner.tracing.given import different
 from llm_pruner.tracing.graph import Graph
 from llm_pruner.tracing.lengths import SizeSystem, reduce_constraints
@@ -27,7 +27,7 @@ from llm_pruner.tracing.run import (
     vocabulary_size,
 )
 from llm_pruner.tracing.scenes import Forward, given_scene, is_of_transformers, scenes_of
-from llm_pruner.tracing.sizes import leaves
+from llm_pruner.tracing.sizes import COMPARISONS, PLACE, Expr, leaves
 from llm_pruner.tracing.tracer import Role, Trace
 from llm_pruner.types import (
     Companion,
@@ -80,8 +80,8 @@ def discover(
     groups = _kept_for_unreached(groups, trace, tensors, aliases)
     system = SizeSystem(trace)
     groups = _bind(groups, unit_atoms, trace, system)
-    layer_groups, layer_lists = _layer_groups(model, run, lists)
-    graph = Graph(trace, system, unit_atoms, layer_lists, run.scenes)
+    layer_groups, layer_lists, own_numbers = _layer_groups(model, run, lists)
+    graph = Graph(trace, system, unit_atoms, layer_lists, run.scenes, own_numbers)
     return Discovery(
         groups=(*groups, *layer_groups),
         frozen=tuple(builder.frozen_axes()),
@@ -561,8 +561,12 @@ def _trial(
 
 def _layer_groups(
     model: nn.Module, run: Run, lists: list[str]
-) -> tuple[list[Group], dict[str, int]]:
-    """Find module lists whose children map the residual stream onto itself."""
+) -> tuple[list[Group], dict[str, int], frozenset[tuple[str, str, str]]]:
+    """Find module lists whose children map the residual stream onto itself.
+
+    Returns the groups, the length of each list, and ``Graph.own_numbers``.
+    """
+    own: set[tuple[str, str, str]] = set()
     trace, calls, by_place = run.trace, run.calls, run.given.by_place()
     groups: list[Group] = []
     lengths: dict[str, int] = {}
@@ -577,20 +581,55 @@ def _layer_groups(
         passes = all(_passes_through(trace, calls[child]) for child in children)
         if len(children) < 2 or not passes:
             continue
-        lengths[parent] = len(children)
+        places: Any = model.get_submodule(parent)  # some of which may be empty
+        lengths[parent] = len(places)
         reason = _why_fixed(model, trace)
         if not all(_passes_through(trace, calls[child], whole=True) for child in children):
             reason = "each layer numbers the streams of the hidden state anew"
         if _opens(model, children):
             children = children[1:]
         name = "layers" if not groups else f"layers_{len(groups) + 1}"
+        numbers, clash = _own_numbers(model, trace, parent)
+        own |= numbers
+        reason = reason or clash
         if reason is None and parent in by_place:
             reason = _depends_on_place(model, run, parent, children)
         if len(children) < 2:
             reason = "the model needs its first layer, and has one other"
         modules = tuple(children)
         groups.append(Group(name, "layers", None, len(modules), (), frozen=reason, modules=modules))
-    return groups, lengths
+    return groups, lengths, frozenset(own)
+
+
+def _own_numbers(
+    model: nn.Module, trace: Trace, parent: str
+) -> tuple[set[tuple[str, str, str]], str | None]:
+    """Return the numbers of layers that are calculated with, and why layers must stay, or None.
+
+    A number that a layer finds its cache by must follow when layers before it go, one that it
+    calculates with must not; one that does both can do neither.
+    """
+    looked_up: set[Expr] = set()
+    calculated: dict[Expr, str] = {}
+    for expr, where in trace.numbers.items():
+        # A cache compares the number of a layer with how many it holds.
+        if expr[0] == PLACE or (expr[0] in COMPARISONS and where.startswith("cache")):
+            looked_up |= {*leaves(expr)}
+        else:
+            calculated |= dict.fromkeys(leaves(expr), where)
+    own: set[tuple[str, str, str]] = set()
+    children: Any = model.get_submodule(parent)
+    for inner, key in numbering(model, parent, len(children)):
+        suffix = f".{inner}" if inner else ""
+        held = [("attr", f"{parent}.{i}{suffix}", key) for i in range(len(children))]
+        lines = [calculated[leaf] for leaf in held if leaf in calculated]
+        if not lines:
+            continue
+        if any(leaf in looked_up for leaf in held):
+            reason = f"layers are told apart by {key} ({lines[0]}), which must follow their places"
+            return own, reason
+        own.add((parent, inner, key))
+    return own, None
 
 
 def _depends_on_place(
@@ -609,7 +648,8 @@ def _depends_on_place(
         if not kept:
             continue
         again = run_trace(without_layers(model, parent, gone), run.scenes).given
-        for place, number in enumerate(kept):
+        for number in kept:
+            place = number - sum(other < number for other in gone)
             for name in different(dense[number], again.calls[parent][place]):
                 where = run.given.where[parent]
                 return f"{name} of a layer depends on its place in the list ({where})"

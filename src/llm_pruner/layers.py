@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -100,23 +100,40 @@ class Renaming:
         return name
 
 
+def numbering(
+    model: nn.Module, path: str, count: int
+) -> dict[tuple[str, str], tuple[int, dict[int, int]]]:
+    """Return the attributes that number the layers: (module inside a layer, attribute) -> step.
+
+    Beside the step stands the number of each layer that has the attribute.
+    """
+    present: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
+    children: Mapping[str, nn.Module | None] = model.get_submodule(path)._modules
+    for i, child in ((int(name), child) for name, child in children.items() if child is not None):
+        for inner, module in child.named_modules():
+            for key, value in vars(module).items():
+                if type(value) is int:
+                    present[inner, key][i] = value
+    steps = {name: _step(name[1], values, count) for name, values in present.items()}
+    return {name: (step, present[name]) for name, step in steps.items() if step is not None}
+
+
 def layer_numbers(
-    model: nn.Module, lists: Mapping[str, int], gone: tuple[str, ...]
+    model: nn.Module,
+    lists: Mapping[str, int],
+    gone: tuple[str, ...],
+    keep: Collection[tuple[str, str, str]] = (),
 ) -> Iterator[tuple[str, str, int]]:
-    """Yield (module, attribute, new value) for attributes that hold the number of their layer."""
+    """Yield (module, attribute, new value) for attributes that hold the number of their layer.
+
+    Those in ``keep``, (list, module inside a layer, attribute), stay what they are.
+    """
     for path, count in lists.items():
         kept = [i for i in range(count) if f"{path}.{i}" not in gone]
         if len(kept) == count:
             continue
-        present: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
-        for i in range(count):
-            for inner, module in model.get_submodule(f"{path}.{i}").named_modules():
-                for key, value in vars(module).items():
-                    if type(value) is int:
-                        present[inner, key][i] = value
-        for (inner, key), values in present.items():
-            step = _step(key, values, count)
-            if step is None:
+        for (inner, key), (step, values) in numbering(model, path, count).items():
+            if (path, inner, key) in keep:
                 continue
             for new, old in enumerate(kept):
                 if old in values and new != old:

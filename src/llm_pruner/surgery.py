@@ -61,7 +61,9 @@ def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edit
     for (module, attribute), value in sorted(attributes.items()):
         if not rename.is_gone(f"{module}."):
             values[rename(f"{module}.")[:-1]][attribute] = value
-    for module, attribute, value in layer_numbers(model, graph.layer_lists, gone):
+    for module, attribute, value in layer_numbers(
+        model, graph.layer_lists, gone, graph.own_numbers
+    ):
         if not rename.is_gone(f"{module}."):
             values[rename(f"{module}.")[:-1]][attribute] = value
     numbers = _expert_numbers(model, discovery, removal, rename)

@@ -19,6 +19,7 @@ from torch.overrides import (
 )
 from torch.utils._python_dispatch import _disable_current_modes
 
+from llm_pruner.tracing.code import code_line
 from llm_pruner.tracing.sizes import Expr, TracedInt, TracedShape, expr_of, plain
 from llm_pruner.types import IntArray
 
@@ -226,7 +227,7 @@ def _arange(recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], o
     for bound in bounds:
         if type(bound) is TracedInt and axes is not None:
             if len(bounds) == 1:
-                recorder.sized(bound.expr, axes[0], "arange")
+                recorder.sized(bound.expr, axes[0], f"arange ({code_line()})")
             else:
                 recorder.used_as_number(bound.expr)
 

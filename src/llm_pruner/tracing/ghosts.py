@@ -41,8 +41,10 @@ def is_ghost(tensor: torch.Tensor) -> bool:
 
 
 @contextmanager
-def ghosts_of(model: nn.Module) -> Iterator[None]:
+def ghosts_of(model: nn.Module, *, weights: bool = False) -> Iterator[None]:
     """Put ghosts in place of all tensors on meta for the time of the context.
+
+    With ``weights`` in place of all parameters, so that nothing is computed with them.
 
     Buffers get the values that the model's own initialisation gives them, where it does: positions
     and masks are followed by the code. Tied parameters stay tied.
@@ -50,8 +52,12 @@ def ghosts_of(model: nn.Module) -> Iterator[None]:
     undo: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     stand_ins: dict[int, torch.Tensor] = {}
 
-    def replace(space: dict[str, Any], make: Callable[[torch.Tensor], torch.Tensor]) -> bool:
-        found = [k for k, v in space.items() if isinstance(v, torch.Tensor) and v.is_meta]
+    def replace(
+        space: dict[str, Any], make: Callable[[torch.Tensor], torch.Tensor], every: bool = False
+    ) -> bool:
+        found = [
+            k for k, v in space.items() if isinstance(v, torch.Tensor) and (v.is_meta or every)
+        ]
         for key in found:
             tensor = space[key]
             if id(tensor) not in stand_ins:
@@ -66,7 +72,7 @@ def ghosts_of(model: nn.Module) -> Iterator[None]:
             if replace(vars(module), _zeros) or has_buffers:
                 _initialise_(owner, module)
         for module in model.modules():
-            replace(module._parameters, _ghost_parameter)
+            replace(module._parameters, _ghost_parameter, weights)
         yield
     finally:
         for space, key, tensor in reversed(undo):

@@ -23,6 +23,8 @@ class Graph:
         unit_atoms: group name -> representative atom of each unit.
         layer_lists: qualified name of each module list whose children may be removed -> length.
         scenes: the ways in which the model was run.
+        own_numbers: (module list, module inside a layer, attribute) of numbers of layers that are
+            calculated with, so that a layer keeps its own.
     """
 
     trace: Trace
@@ -30,6 +32,7 @@ class Graph:
     unit_atoms: Mapping[str, IntArray]
     layer_lists: Mapping[str, int]
     scenes: tuple[Scene, ...]
+    own_numbers: frozenset[tuple[str, str, str]] = frozenset()
 
     def deleted(self, removal: Removal) -> Deleted:
         """Return by atom whether the removal deletes it."""

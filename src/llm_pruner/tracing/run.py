@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from llm_pruner.errors import DiscoveryError, LLMPrunerError
+from llm_pruner.tracing.code import code_line
 from llm_pruner.tracing.functions import SizeMode
 from llm_pruner.tracing.ghosts import GhostTracer, ghosts_of, is_on_meta
 from llm_pruner.tracing.given import GivenValues, hidden_in
@@ -22,12 +23,15 @@ from llm_pruner.tracing.outputs import logits_of
 from llm_pruner.tracing.provenance import descriptions, traced_attributes
 from llm_pruner.tracing.rules import RULES
 from llm_pruner.tracing.scenes import Forward, Scene, is_of_transformers, parameters_of, staged
-from llm_pruner.tracing.sizes import COMPARISONS, Equation, Expr, evaluate, leaves
+from llm_pruner.tracing.sizes import COMPARISONS, PLACE, Equation, Expr, evaluate, leaves
 from llm_pruner.tracing.stand_ins import in_sight
-from llm_pruner.tracing.tracer import Trace, Tracer, code_line
+from llm_pruner.tracing.tracer import Trace, Tracer
 from llm_pruner.tracing.unreached import Siblings
 from llm_pruner.tracing.vocabulary import find_vocabulary_size
 from llm_pruner.types import IntArray
+
+LARGE = 500_000_000
+"""Parameters from which on a model is traced on stand-ins for its weights."""
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
@@ -214,10 +218,17 @@ def run_trace(model: nn.Module, scenes: Sequence[Scene], tokens: torch.Tensor | 
     Raises:
         DiscoveryError: it cannot be run in a scene that is needed.
     """
-    if is_on_meta(model):
-        with ghosts_of(model):
+    if is_on_meta(model) or _is_large(model):
+        with ghosts_of(model, weights=True):
             return _run(model, scenes, tokens, GhostTracer(Trace(), RULES))
     return _run(model, scenes, tokens, Tracer(Trace(), RULES))
+
+
+def _is_large(model: nn.Module) -> bool:
+    """Whether stand-ins save time: products with the weights tell nothing about axes."""
+    parameters = [*model.parameters()]
+    on_cpu = all(one.device.type == "cpu" for one in (*parameters, *model.buffers()))
+    return on_cpu and sum(one.numel() for one in parameters) > LARGE
 
 
 @dataclass(frozen=True)
@@ -418,6 +429,8 @@ def _settle(trace: Trace, described: Mapping[Expr, IntArray]) -> None:
     as_number: dict[Expr, str] = {}
     for expr, where in trace.numbers.items():
         how = "used as a number"
+        if expr[0] == PLACE:
+            expr = expr[1]
         if expr[0] in COMPARISONS:
             read = set(leaves(expr))
             if len(read) > 1:
@@ -442,6 +455,10 @@ def _settle(trace: Trace, described: Mapping[Expr, IntArray]) -> None:
     for leaf, reason in as_number.items():
         if leaf in described:
             atoms.freeze(described[leaf], reason)
+    # What a module states of itself is stated anew, so what it sizes elsewhere must shrink as well.
+    sizing = {leaf for equation in trace.equations for leaf in leaves(equation.expr)}
+    for leaf in sizing & described.keys():
+        trace.equations.append(Equation(leaf, described[leaf], "its own weight"))
     # Where an attribute sizes an axis alone, that axis pins it: products with it are then free.
     alone = {equation.expr for equation in trace.equations if equation.expr in as_number}
     for equation in trace.equations:

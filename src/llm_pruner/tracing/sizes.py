@@ -28,6 +28,9 @@ The operator is one of ``ARITHMETIC``, or of ``COMPARISONS`` at the top."""
 Attribute: TypeAlias = tuple[str, str]
 """(module, attribute name)"""
 
+PLACE = "place"
+"""Marks an expression that a list is indexed with, or that something is kept under."""
+
 ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     "+": operator.add,
     "-": operator.sub,
@@ -56,7 +59,8 @@ class TracedInt(torch.SymInt):
     a ``SymInt`` wherever it takes an integer.
 
     Arithmetic of integers gives another one. ``on_value`` hears of everything else: of an
-    expression whose value is used as a number, and of comparisons as ``(symbol, left, right)``.
+    expression whose value is used as a number, of ``(PLACE, expression)`` whose value something is
+    looked up with, and of comparisons as ``(symbol, left, right)``.
     """
 
     def __init__(self, value: int, expr: Expr, on_value: Callable[[Expr], None]) -> None:
@@ -76,6 +80,11 @@ class TracedInt(torch.SymInt):
     def _read(self) -> int:
         """Return the value to code that does arithmetic with it, and say so."""
         self.on_value(self.expr)
+        return self.value
+
+    def _place(self) -> int:
+        """Return the value to code that looks something up with it, and say so."""
+        self.on_value((PLACE, self.expr))
         return self.value
 
     def _binary(self, symbol: str, other: Any, *, swap: bool = False) -> Any:
@@ -154,7 +163,7 @@ class TracedInt(torch.SymInt):
     # ---------------------------------------------------------- used as a number
 
     def __index__(self) -> int:
-        return self._read()
+        return self._place()
 
     def __int__(self) -> int:
         return self._read()
@@ -226,7 +235,7 @@ class TracedInt(torch.SymInt):
 
     def __hash__(self) -> int:
         # What is kept under a size would be handed out to whatever has the same size.
-        return hash(self._read())
+        return hash(self._place())
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         return np.asarray(self._read(), *args, **kwargs)
@@ -314,6 +323,8 @@ def leaves(expr: Expr) -> Iterator[Expr]:
     """Yield the attributes and axes that an expression reads."""
     if expr[0] in ("attr", "len"):
         yield expr
+    elif expr[0] == PLACE:
+        yield from leaves(expr[1])
     elif expr[0] in ARITHMETIC or expr[0] in COMPARISONS:
         yield from leaves(expr[1])
         yield from leaves(expr[2])

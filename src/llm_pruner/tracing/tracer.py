@@ -7,14 +7,9 @@ axes of its inputs. An operation without a rule freezes all that goes in.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import inspect
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from llm_pruner.tracing.atoms import Atoms, empty_rows, product_rows
+from llm_pruner.tracing.code import code_line
 from llm_pruner.tracing.functions import COMPILED_CODE
 from llm_pruner.tracing.sizes import Equation, Expr, TracedInt, leaves
 from llm_pruner.types import IntArray
@@ -419,33 +415,6 @@ class Tracer(TorchDispatchMode):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return func(*args, **kwargs)
-
-
-def code_line(*, passing_calls: bool = False) -> str:
-    """Return the file and line of the model's code that runs, such as ``modeling_llama.py:98``.
-
-    Frames of this package's tracing and of PyTorch are passed over; with ``passing_calls`` those of
-    ``__call__``, by which a module is called, too.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        name = frame.f_code.co_filename
-        other = name.startswith(_NOT_THE_MODELS) and not name.startswith(_MODELS)
-        if not other and not (passing_calls and frame.f_code.co_name == "__call__"):
-            return f"{Path(name).name}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "PyTorch"
-
-
-_PACKAGE = Path(__file__).resolve().parent.parent
-_MODELS = f"{_PACKAGE / 'models'}{os.sep}"
-_NOT_THE_MODELS = (
-    f"{_PACKAGE}{os.sep}",
-    f"{Path(torch.__file__).resolve().parent}{os.sep}",
-    contextlib.__file__,
-    functools.__file__,
-    "<frozen",
-)
 
 
 class UnplacedError(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llm_pruner.tracing.code import code_line
 from llm_pruner.tracing.functions import SHAPED_IN_SIGHT
 from llm_pruner.tracing.tracer import Tracer, UnplacedError, tensors_in
 
@@ -23,10 +24,9 @@ def like(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:  
 
 def counting(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ARG001
     """``arange`` and the like: the values depend on the position."""
+    reason = f"computed from positions ({code_line()})"
     for result in tensors_in([out]):
-        tracer.set_label(
-            result, [tracer.frozen_rows(size, "computed from positions") for size in result.shape]
-        )
+        tracer.set_label(result, [tracer.frozen_rows(size, reason) for size in result.shape])
 
 
 def identity(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
