@@ -205,6 +205,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         share = f"{count['right'] / cases:10.0%}" if cases else " " * 10
         cells = " ".join(f"{count[v]:10d}" for v in verdicts)
         lines.append(f"{package:40s} {len(members):6d} {cells} {share}")
+    controls = [s["control"] for row in rows for s in row["structures"] if "control" in s]
+    noticed = controls.count("noticed")
+    lines.append(f"control: {noticed} of {len(controls)} shifts of one member in a group noticed")
     for row in rows:
         if "error" in row:
             lines.append(f"cannot run: {row['package']}, {row['model']}: {row['error'][:200]}")

@@ -8,6 +8,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -273,7 +274,40 @@ def _structure(
         row["reason"] = f"the oracle lost its way in {', '.join(lost) or 'every check'}"
     else:
         row["verdict"] = "right"
+        if first is not None and not layers:
+            row["control"] = _control(checks[first], model, dense, silent, discovery, removal)
     return row
+
+
+def _control(
+    run: Run,
+    model: nn.Module,
+    dense: nn.Module,
+    silent: nn.Module,
+    discovery: Discovery,
+    removal: Removal,
+) -> str:
+    """Give one member of each group its neighbour's positions: the oracle must notice."""
+    rng = np.random.default_rng(0)
+    groups = []
+    for group in discovery.groups:
+        units = removal.get(group.name)
+        if units is not None and group.members:
+            place = int(rng.integers(len(group.members)))
+            member = group.members[place]
+            moved = replace(member, index=np.roll(member.index, 1, axis=0))
+            members = (*group.members[:place], moved, *group.members[place + 1 :])
+            group = replace(group, members=members)
+        groups.append(group)
+    smaller = copy.deepcopy(model)
+    try:
+        prune_(smaller, replace(discovery, groups=tuple(groups)), removal)
+        with torch.no_grad():
+            wanted, _ = expected(run, copy.deepcopy(dense), copy.deepcopy(silent), ())
+            given = computed(run, to_double(smaller))
+    except Exception as error:
+        return _line(error)
+    return "noticed" if difference(wanted, given) > LIMIT else "not noticed"
 
 
 def _removal(kind: str, model: nn.Module, discovery: Discovery) -> dict[str, IntArray]:

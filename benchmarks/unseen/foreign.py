@@ -304,12 +304,17 @@ for name, build in {
 # --------------------------------------------------------------------------------------- mambapy
 
 
-def mambapy(kind: str, **changes: Any) -> Any:
+def mambapy(**changes: Any) -> Any:
     def build() -> nn.Module:
-        from mambapy.lm import LM
+        # Its own language model imports CUDA kernels.
+        from mambapy.mamba import Mamba, MambaConfig, RMSNorm
 
-        home = import_module(f"mambapy.{'mamba2' if kind == 'Mamba2' else 'mamba'}")
-        return LM(getattr(home, f"{kind}Config")(d_model=32, n_layers=3, **changes), VOCABULARY)
+        return nn.Sequential(
+            nn.Embedding(VOCABULARY, 32),
+            Mamba(MambaConfig(d_model=32, n_layers=3, d_state=8, **changes)),
+            RMSNorm(32),
+            nn.Linear(32, VOCABULARY),
+        )
 
     return build
 
@@ -328,9 +333,9 @@ def jamba(**changes: Any) -> Any:
     return build
 
 
-add("mambapy mamba", "mambapy", mambapy("Mamba", d_state=8))
+add("mambapy mamba", "mambapy", mambapy())
 add("mambapy mamba, inner norms, sequential", "mambapy",
-    mambapy("Mamba", d_state=8, inner_layernorms=True, pscan=False, bias=True))  # fmt: skip
+    mambapy(inner_layernorms=True, pscan=False, bias=True))  # fmt: skip
 add("mambapy jamba", "mambapy", jamba())
 add("mambapy jamba untied, one expert a token", "mambapy",
     jamba(tie_lm_weights=False, num_experts_per_tok=1))  # fmt: skip

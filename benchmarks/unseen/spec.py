@@ -55,6 +55,11 @@ def make(spec: Spec, seed: int = 0) -> nn.Module:
     """
     torch.manual_seed(seed)
     model = spec.build()
+    for module in model.modules():
+        # Experts of one package are made without weights, to be loaded later.
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                setattr(module, key, nn.Parameter(torch.zeros(parameter.shape)))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
