@@ -599,7 +599,7 @@ for name, package, build, rest in (
             num_agent_tokens=6), {}),
     ("mixture of experts, GShard", "mixture-of-experts",
      within("ffn", "mixture_of_experts:MoE", dim=32, num_experts=4, hidden_dim=48,
-            second_policy_eval="all"), {}),
+            second_policy_eval="all", second_policy_train="all"), {}),
     ("soft mixture of experts", "soft-moe-pytorch",
      within("ffn", "soft_moe_pytorch:SoftMoE", dim=32, num_experts=4, num_slots=2,
             expert_mult=2), {}),

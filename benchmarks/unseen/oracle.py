@@ -29,7 +29,7 @@ SOFTMAX = {"softmax", "log_softmax", "gumbel_softmax"}
 NOT_ZERO_AT_ZERO = (
     {"sigmoid", "exp", "softplus", "cos", "log", "log2", "logsigmoid", "rsqrt", "reciprocal", "pow"}
     | {"exp2", "hardsigmoid", "clamp", "clamp_min", "clip", "cosh", "sinc", "special_expit"}
-    | {"float_power", "__pow__", "__rpow__"}
+    | {"float_power", "__pow__", "__rpow__", "__rtruediv__", "__rdiv__"}
 )
 SUMS = {"add", "sub", "rsub", "__add__", "__radd__", "__sub__", "__rsub__", "__iadd__", "__isub__"}
 QUOTIENTS = {"div", "true_divide", "divide", "__truediv__", "__itruediv__"}
@@ -84,11 +84,14 @@ class Reference(Double):
     """Notes which slices are zero in a run of the dense model; used again in the zeroed one.
 
     Attributes:
+        strict: only what has a gradient can be dead. Routing that changes with what was zeroed may
+            leave an expert without a token, which is not dead.
         lost: the runs called different operations, so that some dead slices are not known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, strict: bool = False) -> None:
         super().__init__()
+        self.strict = strict
         self.notes: list[tuple[str, tuple[int, ...], list[torch.Tensor]]] | None = []
         self.place = 0
         self.replays = False
@@ -110,6 +113,8 @@ class Reference(Double):
             known, shape, before = self.notes[self.place]
             self.place += 1
             if (known, shape) == (name, tuple(tensor.shape)):
+                if self.strict and not tensor.requires_grad:
+                    return [None] * tensor.dim()
                 found = [now & ~old for now, old in zip(zeros, before, strict=True)]
                 # An axis that is dead as a whole is the shadow of another one.
                 return [d if bool(d.any()) and not bool(d.all()) else None for d in found]
@@ -322,20 +327,29 @@ def zeroed(model: nn.Module, gone: dict[tuple[str, int], np.ndarray[Any, Any]]) 
 def bypassed(model: nn.Module, layers: Sequence[str]) -> Iterator[None]:
     """Let the given layers return what they were given."""
 
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        del module
+    given: dict[nn.Module, torch.Tensor] = {}
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         source = next(
             value
             for value in (*args, *kwargs.values())
             if isinstance(value, torch.Tensor) and value.is_floating_point()
         )
+        # A copy: some layers add to their input in place.
+        given[module] = source.clone()
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        del args, kwargs
+        source = given.pop(module)
         if isinstance(output, tuple | list):
             return type(output)([source, *output[1:]])
         return source
 
-    handles = [
-        model.get_submodule(name).register_forward_hook(hook, with_kwargs=True) for name in layers
-    ]
+    handles = []
+    for name in layers:
+        module = model.get_submodule(name)
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after, with_kwargs=True))
     try:
         yield
     finally:
@@ -344,10 +358,17 @@ def bypassed(model: nn.Module, layers: Sequence[str]) -> Iterator[None]:
 
 
 def expected(
-    run: Run, dense: nn.Module, silent: nn.Module, layers: Sequence[str]
+    run: Run, dense: nn.Module, silent: nn.Module, layers: Sequence[str], strict: bool = False
 ) -> tuple[list[torch.Tensor], bool]:
-    """Return what the pruned model must compute, and whether the oracle lost its way."""
-    reference = Reference()
+    """Return what the pruned model must compute, and whether the oracle lost its way.
+
+    ``strict`` needs gradients enabled. Neither way agrees with a wrong model by accident.
+    """
+    dense, silent = copy.deepcopy(dense), copy.deepcopy(silent)
+    with Double():
+        # What code memoises is there before the first note is taken.
+        run(copy.deepcopy(dense))
+    reference = Reference(strict)
     with reference:
         run(dense)
     with bypassed(silent, layers), reference.again():
