@@ -24,6 +24,7 @@ from llm_pruner.errors import UserError
 from llm_pruner.evaluation import harness, task_definitions
 from llm_pruner.evaluation.task_definitions import definition_file
 from llm_pruner.evaluation.zero_shot import PAPER_METRICS, MetricResult, TaskResult, means
+from llm_pruner.outputs import MANIFEST
 from task_data import write_records, write_tasks
 
 ROOT = Path(__file__).parents[1]
