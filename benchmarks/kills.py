@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -185,13 +186,14 @@ def try_once(
             again = subprocess.run(words, cwd=folder, capture_output=True, text=True)
             lines = [line for line in said.splitlines() if not line.startswith("step ")]
             caught = sent != signal.SIGKILL
+            too_late = there and code == 0  # all was done and said, and Python was on its way out
             holds = {
                 "whole or absent": whole_or_absent,
                 "input untouched": inputs_hash(folder) == before,
-                "exit code": code == CODES[sent],
-                "one line": (len(lines) == 1 and lines[0].startswith("llm-pruner: interrupted"))
-                if caught
-                else not lines,
+                "exit code": code == CODES[sent] or too_late,
+                "one line": not lines
+                if not caught or too_late
+                else len(lines) == 1 and lines[0].startswith("llm-pruner: interrupted"),
                 "no partial file after a signal that can be caught": not caught
                 or not [name for name in left if name.startswith(".")],
                 "no process left": children == 0,
@@ -207,6 +209,7 @@ def try_once(
                 "signal": sent.name,
                 "seconds_into_it": round(wait, 2),
                 "left_lying": left,
+                "exit_code": code,
                 "was_complete": there,
                 "fails": [name for name, good in holds.items() if not good],
                 "said": said if not all(holds.values()) else "",
@@ -218,6 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2, help="at a time")
     parser.add_argument("--out", type=Path, default=RESULTS / "kills.json")
     options = parser.parse_args()
     settings = {"model": "Llama of 4 layers, random", "commands": COMMANDS, "seed": options.seed}
@@ -239,13 +243,16 @@ def main() -> None:
                 started(*words.split()), cwd=wholes[command], check=True, capture_output=True
             )
             seconds[command] = time.monotonic() - began
-        for number in range(len(result["kills"]), options.kills):
-            result["kills"].append(try_once(number, options.seed, inputs, wholes, seconds))
-            print(json.dumps(result["kills"][-1]), flush=True)
-            failed = [one["fails"] for one in result["kills"] if one["fails"]]
-            result["failed"] = len(failed)
-            result["seconds_undisturbed"] = {n: round(value, 1) for n, value in seconds.items()}
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+        result["seconds_undisturbed"] = {n: round(value, 1) for n, value in seconds.items()}
+        numbers = range(len(result["kills"]), options.kills)
+        with ThreadPoolExecutor(options.jobs) as pool:
+            for found in pool.map(
+                lambda number: try_once(number, options.seed, inputs, wholes, seconds), numbers
+            ):
+                result["kills"].append(found)
+                result["failed"] = sum(bool(one["fails"]) for one in result["kills"])
+                print(json.dumps(found), flush=True)
+                options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{len(result['kills'])} kills, {result['failed']} with something that does not hold")
 
 

@@ -13,12 +13,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import llm_pruner.__main__ as entry
 import llm_pruner.pipeline.apart as apart
 import llm_pruner.pipeline.compress as compressing
 import llm_pruner.pipeline.loading
@@ -97,7 +98,7 @@ def written(out: Path, **files: str) -> Path:
         ("mine", "mine holds thesis.txt, which llm-pruner did not write, so it is not replaced; "),
         ("mixed", "mixed holds thesis.txt, which llm-pruner did not write, so it is not replaced"),
         ("edited", "edited holds README.md, which was changed since llm-pruner wrote it, so it "),
-        ("linked", "linked holds thesis.txt, which llm-pruner did not write, so it is not repl"),
+        ("linked", "linked holds README.md, which llm-pruner did not write, so it is not replaced"),
         (".", ". is the current folder or holds it; name another folder"),
         ("..", ".. is the current folder or holds it; name another folder"),
         ("home", "home is your home folder, which is not replaced; name another folder"),
@@ -118,7 +119,8 @@ def test_what_is_never_replaced(
     with Path("edited/README.md").open("a") as card:
         card.write("my own words")
     shutil.copytree("small", "linked")
-    Path("linked/thesis.txt").symlink_to(work / "text.txt")
+    Path("linked/README.md").rename("card.md")
+    Path("linked/README.md").symlink_to(work / "card.md")
     Path("nowhere").symlink_to("absent")
     monkeypatch.setenv("HOME", str(work / "home"))
     ismount = os.path.ismount
@@ -536,6 +538,44 @@ def test_signals_end_a_run_in_one_line(tmp_path: Path, number: int, code: int) -
         _, said = process.communicate()
     assert (process.returncode, said) == (code, "llm-pruner: interrupted; nothing was written\n")
     assert not list(tmp_path.iterdir())
+
+
+DROPPED = """
+import os, signal, sys, time
+from llm_pruner.cli import inspect, main
+
+class Dropping:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def slow(*_):
+    Dropping()
+    time.sleep(60)
+
+inspect.check_json = slow
+sys.argv = ["llm-pruner", "inspect", "any"]
+main()
+"""
+
+
+def test_a_signal_that_is_heard_where_exceptions_are_dropped() -> None:
+    started = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", DROPPED], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (
+        143,
+        "llm-pruner: interrupted; nothing was written\n",
+    )
+    assert time.monotonic() - started < 50
+
+
+def test_a_process_that_is_interrupted_ends_with_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    for code in (130, 143, 2):
+        monkeypatch.setattr(entry, "main", lambda code=code: sys.exit(code))
+        monkeypatch.setattr(os, "_exit", ended.append)
+        with suppress(SystemExit):
+            entry.run()
+    assert ended == [130, 143]
 
 
 PARENT = """

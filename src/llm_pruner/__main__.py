@@ -6,6 +6,7 @@ import os
 import sys
 
 from llm_pruner.cli import main
+from llm_pruner.signals import INTERRUPTED, TERMINATED
 
 
 def run() -> None:
@@ -13,16 +14,16 @@ def run() -> None:
 
     Of several processes that a launcher started, each ends at once when it is done: threads that
     libraries leave running may abort an interpreter that is being taken down, which the launcher
-    would take for a failure of the run.
+    would take for a failure of the run. One that was interrupted does as well: where Python was in
+    code that a library in C had it run, it would end itself by a signal in place of its exit code.
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        main()
-        return
     code = 0
     try:
         main()
     except SystemExit as stopped:
         code = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
+    if os.environ.get("WORLD_SIZE", "1") == "1" and code not in (INTERRUPTED, TERMINATED):
+        sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -8,15 +8,19 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
+from typing import Any
 
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes after Ctrl-C, which is Typer's too, and after SIGTERM."""
 
 _PARENT = "LLM_PRUNER_PARENT"
 _PR_SET_PDEATHSIG = 1
+_SOON = 0.02
+"""Seconds, in which Python is out of what it was in."""
 
 _terminated = False
 
@@ -43,9 +47,12 @@ def ended_alike() -> Iterator[None]:
         yield
         return
     signal.signal(signal.SIGTERM, _interrupt)
+    others = sys.unraisablehook
+    sys.unraisablehook = partial(_heard_again, others)
     try:
         yield
     finally:
+        sys.unraisablehook = others
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -53,6 +60,17 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
     global _terminated
     _terminated = True
     raise KeyboardInterrupt
+
+
+def _heard_again(others: Callable[[Any], object], unraisable: Any) -> None:
+    """Send a signal once more that was heard where Python drops exceptions, as in ``__del__``."""
+    if unraisable.exc_type is not KeyboardInterrupt:
+        others(unraisable)
+        return
+    number = signal.SIGTERM if _terminated else signal.SIGINT
+    later = threading.Timer(_SOON, os.kill, (os.getpid(), number))
+    later.daemon = True
+    later.start()
 
 
 def deaf_at_the_end() -> None:
