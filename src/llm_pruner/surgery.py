@@ -144,8 +144,9 @@ def _require_buffers(model: nn.Module, discovery: Discovery, removal: Removal) -
 
 
 def prune_(model: nn.Module, discovery: Discovery, removal: Removal) -> Edits:
-    """Remove units from a model in place and return what was changed.
+    """Remove units from a model in place, compare nothing, and return what was changed.
 
+    ``verification.prune_``, which is the public one, compares the result with the masked model.
     Tied weights stay tied, ``requires_grad`` stays as it was, and removed layers are gone with all
     they hold. The new tensors hold exactly the values of the positions that were kept.
 
