@@ -42,10 +42,6 @@ EXPECTED = {
     "xlstm": {"ffn"},
 }
 
-ROUNDS = ("inkling2_text", "jamba")
-"""Types whose reloaded model was seen to differ by rounding, depending on the number of threads;
-``examine`` calls more than that ``differs``."""
-
 
 def test_every_registered_type_is_swept() -> None:
     assert set(TYPES) == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -60,8 +56,7 @@ def test_type(model_type: str, record_property: Any) -> None:
     assert row.result in ("passes", "ffn only"), row
     assert {kind for kind, (groups, _, _) in row.kinds.items() if groups} >= EXPECTED[model_type]
     assert row.twin["all"] <= architectures.TOLERANCE
-    if not (model_type in ROUNDS and row.reload.startswith("rounds: ")):
-        assert row.reload in ("stock", "recipe")
+    assert row.reload in ("stock", "recipe")
     assert row.caught >= row.shifted // 2
     record_property("twin", (model_type, "all", max(row.twin.values())))
     record_property("mutations", (model_type, row.shifted, row.shifted - row.caught))
