@@ -376,6 +376,23 @@ def cut_verified_(
     return edits, Verified(worst, tuple(expected), tuple(skipped))
 
 
+def require_same(model: nn.Module, loaded: nn.Module, discovery: Discovery) -> None:
+    """Raise VerificationError if a model gives other logits once it is saved and loaded again.
+
+    It is as it was in training mode if it is in the others, and with padding.
+    """
+    for scene in discovery.graph.scenes:
+        if scene.needed or scene.shape[1] > discovery.graph.scenes[0].shape[1]:
+            tokens = _tokens(model, scene)
+            expected = _pruned_scene(model, scene, tokens)
+            difference = largest_difference(expected, _pruned_scene(loaded, scene, tokens))
+            if difference > tolerance(expected, model):
+                raise VerificationError(
+                    f"the saved folder gives logits that differ by {difference:.3g} from the model "
+                    f"that was saved, on {scene.name}; nothing was kept; please report the model"
+                )
+
+
 class _DiffersError(Exception):
     """The pruned model is not its twin in a scene."""
 

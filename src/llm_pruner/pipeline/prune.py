@@ -292,7 +292,7 @@ def prune_checkpoint(
                 command=command,
             ),
         ),
-        check=reload_check(network, discovery, model) if reloads else None,
+        check=reload_check(network, discovery, model, clock) if reloads else None,
     )
     clock.stop("save")
     return replace(
