@@ -549,18 +549,24 @@ class Dropping:
         os.kill(os.getpid(), signal.SIGTERM)
 
 def slow(*_):
+    if sys.argv[2] == "changed":
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            raise ImportError("half imported") from error
     Dropping()
     time.sleep(60)
 
 inspect.check_json = slow
-sys.argv = ["llm-pruner", "inspect", "any"]
+sys.argv = ["llm-pruner", "inspect", sys.argv[1]]
 main()
 """
 
 
-def test_a_signal_that_is_heard_where_exceptions_are_dropped() -> None:
+@pytest.mark.parametrize("what", ["dropped", "changed"])
+def test_a_signal_of_which_a_library_makes_something_else(what: str) -> None:
     started = time.monotonic()
-    ended = subprocess.run([sys.executable, "-c", DROPPED], capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, "-c", DROPPED, what], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (
         143,
         "llm-pruner: interrupted; nothing was written\n",

@@ -22,43 +22,53 @@ _PR_SET_PDEATHSIG = 1
 _SOON = 0.02
 """Seconds, in which Python is out of what it was in."""
 
-_terminated = False
+_heard: int | None = None
+"""The last signal that told this process to end."""
+
+
+def heard() -> bool:
+    """Whether a signal told this process to end; libraries may have made something else of it."""
+    return _heard is not None
 
 
 def exit_code() -> int:
     """Return what a process that was interrupted exits with."""
-    return TERMINATED if _terminated else INTERRUPTED
+    return TERMINATED if _heard == signal.SIGTERM else INTERRUPTED
 
 
 @contextmanager
 def ended_alike() -> Iterator[None]:
     """Have SIGTERM do what Ctrl-C does.
 
-    Not where somebody else cares for it, nor in one of several processes that a launcher started:
+    Not where somebody else cares for them, nor in one of several processes that a launcher started:
     it may be waiting for the others inside a library, where Python does not get to act on a signal.
     """
-    global _terminated
-    _terminated = False
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or os.environ.get("WORLD_SIZE", "1") != "1"
-        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-    ):
+    global _heard
+    _heard = None
+    usual: dict[int, Any] = {
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGINT: signal.default_int_handler,
+    }
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if not alone or threading.current_thread() is not threading.main_thread():
         yield
         return
-    signal.signal(signal.SIGTERM, _interrupt)
+    ours = {number: old for number, old in usual.items() if signal.getsignal(number) == old}
     others = sys.unraisablehook
     sys.unraisablehook = partial(_heard_again, others)
+    for number in ours:
+        signal.signal(number, _interrupt)
     try:
         yield
     finally:
         sys.unraisablehook = others
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in ours.items():
+            signal.signal(number, handler)
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    global _terminated
-    _terminated = True
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    global _heard
+    _heard = number
     raise KeyboardInterrupt
 
 
@@ -67,8 +77,7 @@ def _heard_again(others: Callable[[Any], object], unraisable: Any) -> None:
     if unraisable.exc_type is not KeyboardInterrupt:
         others(unraisable)
         return
-    number = signal.SIGTERM if _terminated else signal.SIGINT
-    later = threading.Timer(_SOON, os.kill, (os.getpid(), number))
+    later = threading.Timer(_SOON, os.kill, (os.getpid(), _heard or signal.SIGINT))
     later.daemon = True
     later.start()
 

@@ -30,7 +30,14 @@ from llm_pruner.cli.grouped import GroupedCommand
 from llm_pruner.cli.output import fail, one_line
 from llm_pruner.disk import placed
 from llm_pruner.errors import Interrupted, LLMPrunerError, PlanError, UserError
-from llm_pruner.signals import INTERRUPTED, deaf_at_the_end, end_with_parent, ended_alike, exit_code
+from llm_pruner.signals import (
+    INTERRUPTED,
+    deaf_at_the_end,
+    end_with_parent,
+    ended_alike,
+    exit_code,
+    heard,
+)
 
 app = typer.Typer(
     name="llm-pruner",
@@ -79,7 +86,7 @@ def _run() -> None:
         # DDP notes in each process that no weight was left out; read when PyTorch is imported.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        app()
+        _call()
     except PlanError as error:
         problems = [one_line(problem) for problem in error.problems]
         head, *more = problems if len(problems) == 1 else [_first(error), *problems]
@@ -97,6 +104,17 @@ def _run() -> None:
     except SystemExit as stopped:
         if stopped.code == INTERRUPTED:
             fail(_interrupted(), exit_code())
+        raise
+
+
+def _call() -> None:
+    try:
+        app()
+    except Interrupted:
+        raise
+    except Exception as error:
+        if heard():  # such as an import that was broken off, and was tried again without end
+            raise KeyboardInterrupt from error
         raise
 
 
