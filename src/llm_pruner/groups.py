@@ -81,7 +81,7 @@ def discover(
     system = SizeSystem(trace)
     groups = _bind(groups, unit_atoms, trace, system)
     layer_groups, layer_lists, own_numbers = _layer_groups(model, run, lists)
-    graph = Graph(trace, system, unit_atoms, layer_lists, run.scenes, own_numbers)
+    graph = Graph(trace, system, unit_atoms, layer_lists, run.scenes, run.left_out, own_numbers)
     return Discovery(
         groups=(*groups, *layer_groups),
         frozen=tuple(builder.frozen_axes()),

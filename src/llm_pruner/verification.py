@@ -336,19 +336,25 @@ def cut_verified_(
     """
     plan_edits(model, discovery, removal)
     expected: dict[str, list[torch.Tensor]] = {}
-    skipped = []
+    skipped = list(discovery.graph.left_out)
     for scene in discovery.graph.scenes:
         try:
             found = _twin_scene(model, discovery, removal, scene, _tokens(model, scene))
-        except Exception:  # a model may refuse a way of running it in any way
+        except Exception as error:  # a model may refuse a way of running it in any way
             if scene.needed:
-                raise
+                raise VerificationError(
+                    f"the masked dense model cannot run on {scene.name} ({type(error).__name__}: "
+                    f"{' '.join(str(error).split())[:200]}), so nothing was pruned; please report "
+                    "the model, and use --no-verify to prune it all the same"
+                ) from error
             skipped.append(scene.name)
             continue
         if scene.training and not _repeats(model, scene):
             skipped.append(f"{scene.name} (random)")
-            continue
-        expected[scene.name] = found
+        elif not scene.needed and not all(bool(one.isfinite().all()) for one in found):
+            skipped.append(f"{scene.name} (not finite)")
+        else:
+            expected[scene.name] = found
     scenes = [scene for scene in discovery.graph.scenes if scene.name in expected]
     undo = Undo(model, discovery, removal)
     edits = cut_(model, discovery, removal)
@@ -357,7 +363,7 @@ def cut_verified_(
         for scene in scenes:
             actual = _pruned_scene(model, scene, _tokens(model, scene))
             difference = largest_difference(expected[scene.name], actual)
-            limit = tolerance(expected[scene.name], model)
+            limit = tolerance(expected[scene.name], model, scene.shape[1])
             if difference > limit:
                 raise _DiffersError(scene, difference, limit)
             worst = max(worst, difference)
@@ -386,7 +392,7 @@ def require_same(model: nn.Module, loaded: nn.Module, discovery: Discovery) -> N
             tokens = _tokens(model, scene)
             expected = _pruned_scene(model, scene, tokens)
             difference = largest_difference(expected, _pruned_scene(loaded, scene, tokens))
-            if difference > tolerance(expected, model):
+            if difference > tolerance(expected, model, scene.shape[1]):
                 raise VerificationError(
                     f"the saved folder gives logits that differ by {difference:.3g} from the model "
                     f"that was saved, on {scene.name}; nothing was kept; please report the model"
@@ -422,18 +428,19 @@ def largest_difference(left: list[torch.Tensor], right: list[torch.Tensor]) -> f
     return worst
 
 
-def tolerance(logits: list[torch.Tensor], model: nn.Module | None = None) -> float:
+def tolerance(logits: list[torch.Tensor], model: nn.Module | None = None, length: int = 8) -> float:
     """Return the largest difference that rounding explains: 1e-5 of the logits' size in float32.
 
     Never below 1e-5; bfloat16 and float16 models are judged by the precision of their own type,
-    which is that of the logits unless ``generate`` made float32 of them.
+    which is that of the logits unless ``generate`` made float32 of them. Sums over more than 64
+    tokens round more, in proportion.
     """
     size = max(1.0, *(tensor.abs().max().item() for tensor in logits))
     types = {logits[0].dtype}
     if model is not None:
         types |= {p.dtype for p in model.parameters() if p.is_floating_point()}
     precision = max(torch.finfo(dtype).eps for dtype in types)
-    return size * max(1e-5, 32 * precision if precision > 1e-6 else 0.0)
+    return size * max(1.0, length / 64) * max(1e-5, 32 * precision if precision > 1e-6 else 0.0)
 
 
 def find_culprits(
@@ -459,7 +466,7 @@ def find_culprits(
             difference = largest_difference(expected, _pruned_scene(smaller, scene, tokens))
         except VerificationError:
             difference = float("inf")
-        if difference > tolerance(expected, model):
+        if difference > tolerance(expected, model, scene.shape[1]):
             found.extend(together)
     return found
 

@@ -23,6 +23,7 @@ class Graph:
         unit_atoms: group name -> representative atom of each unit.
         layer_lists: qualified name of each module list whose children may be removed -> length.
         scenes: the ways in which the model was run.
+        left_out: names of those that it could not be run in.
         own_numbers: (module list, module inside a layer, attribute) of numbers of layers that are
             calculated with, so that a layer keeps its own.
     """
@@ -32,6 +33,7 @@ class Graph:
     unit_atoms: Mapping[str, IntArray]
     layer_lists: Mapping[str, int]
     scenes: tuple[Scene, ...]
+    left_out: tuple[str, ...] = ()
     own_numbers: frozenset[tuple[str, str, str]] = frozenset()
 
     def deleted(self, removal: Removal) -> Deleted:

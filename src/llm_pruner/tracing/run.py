@@ -30,7 +30,7 @@ from llm_pruner.tracing.unreached import Siblings
 from llm_pruner.tracing.vocabulary import find_vocabulary_size
 from llm_pruner.types import IntArray
 
-LARGE = 500_000_000
+LARGE = 50_000_000
 """Parameters from which on a model is traced on stand-ins for its weights."""
 
 
@@ -242,6 +242,7 @@ class Run:
             call, the last first, without batch and sequence.
         given: what the children of module lists were given beside the hidden states.
         scenes: those that the model was run in.
+        left_out: names of the others.
     """
 
     trace: Trace
@@ -249,6 +250,7 @@ class Run:
     calls: dict[str, list[tuple[Any, Any]]]
     given: GivenValues
     scenes: tuple[Scene, ...]
+    left_out: tuple[str, ...]
 
 
 def _run(
@@ -276,11 +278,12 @@ def _run(
     finally:
         layers.close()
         siblings.close()
+    left_out = tuple(scene.name for scene in scenes if scene not in done)
     _tie_copies(trace, model)
     _follow_beside(trace, model)
     _freeze_unreached(trace, aliases)
     _settle(trace, _described(trace, model))
-    return Run(trace, aliases, layers.seen, layers.values, tuple(done))
+    return Run(trace, aliases, layers.seen, layers.values, tuple(done), left_out)
 
 
 @contextmanager
