@@ -18,7 +18,7 @@ from llm_pruner.groups import discover
 from llm_pruner.planning.plan import read_plan
 from llm_pruner.sources import load_model
 from llm_pruner.surgery import prune_
-from llm_pruner.verification import pruned_logits
+from llm_pruner.verification import largest_difference, pruned_logits
 
 CONFIGURATION = """
 from transformers import PreTrainedConfig
@@ -222,7 +222,8 @@ def test_pruned_saved_and_loaded(
     for ours, theirs in zip(
         pruned_logits(expected, discovery), pruned_logits(loaded, discovery), strict=True
     ):
-        assert torch.equal(ours, theirs)
+        # Weights that were read from a file lie elsewhere in memory, which moves the last bit.
+        assert largest_difference([ours], [theirs]) <= 1e-5
     prompt = torch.tensor([[5, 9, 77, 120]])
     one, other = (
         model.eval().generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)
