@@ -13,8 +13,9 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 import torch
@@ -216,17 +217,18 @@ def generated(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
     shape (batch, vocabulary).
     """
     prompt, new = tokens[:, :-_NEW_TOKENS], tokens[0, -_NEW_TOKENS:]
-    found = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=_NEW_TOKENS,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=0,
-        output_logits=True,
-        return_dict_in_generate=True,
-        logits_processor=LogitsProcessorList([_Forced(new.tolist())]),
-    )
+    with redirect_stdout(StringIO()):  # some models print what they think of the arguments
+        found = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=_NEW_TOKENS,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+            logits_processor=LogitsProcessorList([_Forced(new.tolist())]),
+        )
     return list(found.logits)
 
 
