@@ -524,7 +524,10 @@ def _trial(
     trace: Trace,
     system: SizeSystem,
 ) -> str | None:
-    """Remove the fewest units that go together; return why the sizes cannot follow, or None."""
+    """Remove the fewest units that go together; return why the sizes cannot follow, or None.
+
+    The first ones and the last ones: code that cuts an axis in half needs as many of both halves.
+    """
     ratios = {group.name: Fraction(1)}
     pending = [group.name]
     while pending:
@@ -543,19 +546,22 @@ def _trial(
             return f"{name} has only {bound.size} unit{'s' * (bound.size > 1)}"
         if bound.size - count < bound.least:
             return f"{name} must keep {bound.least} of its {bound.size} units"
-        chosen.append(unit_atoms[name][:count])
+        chosen.append((unit_atoms[name], count))
     if group.blocks is not None:
         _, first = np.unique(group.blocks, return_index=True)
         if group.size <= len(first):
             return "every key-value group has only one query head"
-        chosen[0] = unit_atoms[group.name][first]
-    atoms = np.concatenate(chosen)
-    deleted = np.zeros(len(trace.atoms), dtype=bool)
-    deleted[atoms] = True
-    try:
-        system.attributes(deleted, system.equations_of(atoms))
-    except InfeasibleError as error:
-        return str(error)
+        chosen[0] = (unit_atoms[group.name][first], len(first))
+    for last in (False, True):
+        atoms = np.concatenate(
+            [units[-count:] if last else units[:count] for units, count in chosen]
+        )
+        deleted = np.zeros(len(trace.atoms), dtype=bool)
+        deleted[atoms] = True
+        try:
+            system.attributes(deleted, system.equations_of(atoms))
+        except InfeasibleError as error:
+            return str(error)
     return None
 
 
