@@ -53,7 +53,8 @@ def discover(
     Raises:
         DiscoveryError: the model could not be run or has no token embedding.
     """
-    vocabulary = vocabulary_size(model)
+    plain = forward is forward_with_cache
+    vocabulary = vocabulary_size(model, None if plain else forward)
     scenes = scenes_of(model, forward, vocabulary) if tokens is None else given_scene(forward)
     try:
         run = run_trace(model, scenes, tokens)

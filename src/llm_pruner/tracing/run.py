@@ -22,7 +22,14 @@ from llm_pruner.tracing.memo import without_memory
 from llm_pruner.tracing.outputs import logits_of
 from llm_pruner.tracing.provenance import descriptions, traced_attributes
 from llm_pruner.tracing.rules import RULES
-from llm_pruner.tracing.scenes import Forward, Scene, is_of_transformers, parameters_of, staged
+from llm_pruner.tracing.scenes import (
+    Forward,
+    Scene,
+    is_of_transformers,
+    parameters_of,
+    shorter,
+    staged,
+)
 from llm_pruner.tracing.sizes import COMPARISONS, PLACE, Equation, Expr, evaluate, leaves
 from llm_pruner.tracing.stand_ins import in_sight
 from llm_pruner.tracing.tracer import Trace, Tracer
@@ -49,8 +56,13 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
                 yield f"{path}.{key}" if path else key, value, True
 
 
-def vocabulary_size(model: nn.Module) -> int:
+def vocabulary_size(
+    model: nn.Module, forward: Callable[[nn.Module, torch.Tensor], Any] | None = None
+) -> int:
     """Return how many token ids the model takes.
+
+    Args:
+        forward: how to run it, where it is not just called with them.
 
     Raises:
         DiscoveryError: it looks token ids up nowhere.
@@ -61,8 +73,16 @@ def vocabulary_size(model: nn.Module) -> int:
         if embedding is not None and hasattr(embedding, "weight"):
             return int(embedding.weight.shape[0])
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    with staged(model):
-        return find_vocabulary_size(model, lambda network, tokens: network(tokens), device)
+    run = forward or (lambda network, tokens: network(tokens))
+    try:
+        with staged(model):
+            return find_vocabulary_size(model, run, device)
+    except DiscoveryError:
+        # Ids that were moved or packed before they are looked up are lost sight of.
+        tables = [one for one in model.modules() if isinstance(one, nn.Embedding)]
+        if not tables:
+            raise
+        return int(tables[0].weight.shape[0])
 
 
 def example_tokens(
@@ -139,6 +159,8 @@ class Layers:
             for index, child in children.items():
                 # A place may be empty, and TorchScript takes no hooks.
                 if child is None or isinstance(child, torch.jit.ScriptModule):
+                    continue
+                if not index.isdigit():  # a part that was added beside the items
                     continue
                 name = f"{path}.{index}"
                 self.handles.append(child.register_forward_hook(self._hook(name), with_kwargs=True))
@@ -260,17 +282,22 @@ def _run(
     aliases = label_model(tracer, model)
     layers, siblings = Layers(model, tracer), Siblings(model)
     done: list[Scene] = []
+    left_out: list[str] = []
     try:
         with traced(model, tracer) as attributes:
             for scene in scenes:
-                ids = example_tokens(model, scene.shape) if tokens is None else tokens
-                try:
-                    _perform(model, scene, ids, tracer)
-                except DiscoveryError:
-                    if scene.needed:
-                        raise
-                    continue
-                done.append(scene)
+                for attempt in (scene, *shorter(scene)):
+                    ids = example_tokens(model, attempt.shape) if tokens is None else tokens
+                    try:
+                        _perform(model, attempt, ids, tracer)
+                    except DiscoveryError:
+                        if scene.needed:
+                            raise
+                        continue
+                    done.append(attempt)
+                    break
+                else:
+                    left_out.append(scene.name)
             layers.close()
             with tracer, SizeMode(tracer):
                 siblings.run_rest(tracer)
@@ -278,12 +305,11 @@ def _run(
     finally:
         layers.close()
         siblings.close()
-    left_out = tuple(scene.name for scene in scenes if scene not in done)
     _tie_copies(trace, model)
     _follow_beside(trace, model)
     _freeze_unreached(trace, aliases)
     _settle(trace, _described(trace, model))
-    return Run(trace, aliases, layers.seen, layers.values, tuple(done), left_out)
+    return Run(trace, aliases, layers.seen, layers.values, tuple(done), tuple(left_out))
 
 
 @contextmanager

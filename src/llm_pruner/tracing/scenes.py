@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from typing import Any
 
@@ -35,6 +35,9 @@ OPERATIONS = 1.2e12
 """Floating-point operations of one run on long input, which bound it in large models."""
 
 _NEW_TOKENS = 2
+_LONG = 40
+"""Tokens of an input that is longer than the short ones, at least."""
+
 _POSITIONS = 128
 """Positions of a long input whose logits are compared."""
 
@@ -87,6 +90,16 @@ def scenes_of(model: nn.Module, forward: Forward, vocabulary: int) -> tuple[Scen
         scenes.append(Scene(said, (1, length), _by_name))
     scenes.append(Scene("training", (2, 8), _by_name, training=True))
     return tuple(scenes)
+
+
+def shorter(scene: Scene) -> Iterator[Scene]:
+    """Yield a scene of long input anew with fewer tokens, for models that take no more."""
+    length = scene.shape[1]
+    if length < _LONG:
+        return
+    for fewer in dict.fromkeys((length - 1, length // 2, length // 4, _LONG)):
+        name = scene.name.replace(f"{length:,} tokens", f"{fewer:,} tokens", 1)
+        yield replace(scene, name=name, shape=(scene.shape[0], fewer))
 
 
 def given_scene(forward: Forward) -> tuple[Scene, ...]:
