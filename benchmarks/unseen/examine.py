@@ -7,7 +7,7 @@ import re
 import time
 import traceback
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +32,7 @@ from llm_pruner.types import Discovery, IntArray, Removal
 from llm_pruner.verification import largest_difference, pruned_logits, tolerance, twin_logits
 from removals import pick
 from unseen.oracle import Run, computed, difference, expected, to_double, zeroed
-from unseen.spec import VOCABULARY, Spec, logits_of, make
+from unseen.spec import VOCABULARY, Positions, Spec, logits_of, make
 
 LIMIT = 1e-6
 """Relative difference in float64 from which a result is wrong."""
@@ -75,7 +75,7 @@ def examine(spec: Spec, only: str | None = None) -> Row:
     for kind in [*kinds, *first, "all", "plan"]:
         if only is not None and kind != only:
             continue
-        outcomes[kind] = _structure(kind, model, dense, discovery, checks)
+        outcomes[kind] = _structure(kind, model, dense, discovery, checks, spec.by_hand)
         row["structures"].append({"structure": kind} | outcomes[kind])
     reasons = Counter[str]()
     for axis in discovery.frozen:
@@ -206,6 +206,7 @@ def _structure(
     dense: nn.Module,
     discovery: Discovery,
     checks: Mapping[str, Run],
+    by_hand: Callable[[nn.Module, Positions], set[tuple[str, int]]] | None,
 ) -> Row:
     try:
         removal = _removal(kind, model, discovery)
@@ -230,6 +231,11 @@ def _structure(
     smaller = to_double(smaller)
     gone = removed_positions(discovery, removal)
     layers = removed_modules(discovery, removal)
+    if by_hand is not None:
+        dense = copy.deepcopy(dense)
+        cut = by_hand(dense, gone)
+        row |= {"cut by hand": sorted(name for name, _ in cut)} if cut else {}
+        gone = {place: positions for place, positions in gone.items() if place not in cut}
     silent = zeroed(dense, gone)
     compared: dict[str, float] = {}
     lost: list[str] = []

@@ -5,10 +5,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from unseen.spec import VOCABULARY, add
+from unseen.spec import VOCABULARY, Positions, add
 
 
 def given(path: str, **arguments: Any) -> Any:
@@ -342,6 +343,24 @@ add("mambapy jamba untied, one expert a token", "mambapy",
 
 # ------------------------------------------------------------------ smaller packages, one by one
 
+
+def _without_slots(model: nn.Module, gone: Positions) -> set[tuple[str, int]]:
+    """Leave slots of a recurrent state out.
+
+    Each block fills all slots again, removed ones as well, so that zeroed ones are no longer zero.
+    """
+    cut: set[tuple[str, int]] = set()
+    for path, module in model.named_modules():
+        positions = gone.get((f"{path}.init_state", 0))
+        if positions is not None:
+            kept = np.setdiff1d(np.arange(module.init_state.shape[0]), positions)
+            for name in ("init_state", "state_pos_ids"):
+                slots = getattr(module, name)
+                setattr(module, name, nn.Parameter(slots.detach()[torch.from_numpy(kept)]))
+                cut.add((f"{path}.{name}", 0))
+    return cut
+
+
 _SMALL: dict[str, Any] = {"num_tokens": VOCABULARY, "dim": 32, "depth": 3}
 _HEADED = _SMALL | {"heads": 4, "dim_head": 8}
 
@@ -442,7 +461,7 @@ for name, path, package, arguments, rest in (
      {**_HEADED, "num_memory_tokens": 4, "seq_len": 320}, {}),
     ("block recurrent transformer", "block_recurrent_transformer_pytorch:BlockRecurrentTransformer",
      "block-recurrent-transformer-pytorch",
-     {**_HEADED, "max_seq_len": 320, "block_width": 16}, {}),
+     {**_HEADED, "max_seq_len": 320, "block_width": 16}, {"by_hand": _without_slots}),
     ("mega", "mega_pytorch:Mega", "mega-pytorch",
      {**_SMALL, "ema_heads": 4, "attn_dim_qk": 8, "attn_dim_value": 48, "causal": True}, {}),
     ("mega, pre-norm", "mega_pytorch:Mega", "mega-pytorch",

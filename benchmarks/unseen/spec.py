@@ -6,10 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 VOCABULARY = 64
+
+Positions = dict[tuple[str, int], np.ndarray[Any, Any]]
+"""Removed positions of each (tensor, axis)."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Spec:
         generate: greedy generation by the model's own code, 8 tokens behind the ids; returns what
             is to be compared.
         noise: size of the random weights.
+        by_hand: cuts from the dense model, in the package's own words, what the oracle cannot
+            follow, and returns the (tensor, axis) it cut. Takes the positions removed from each.
     """
 
     name: str
@@ -37,6 +43,7 @@ class Spec:
     masked: Callable[[nn.Module, torch.Tensor, torch.Tensor], Any] | None = None
     generate: Callable[[nn.Module, torch.Tensor], list[torch.Tensor]] | None = None
     noise: float = 0.15
+    by_hand: Callable[[nn.Module, Positions], set[tuple[str, int]]] | None = None
 
 
 SPECS: dict[str, Spec] = {}
