@@ -24,9 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from commands import llm_pruner
+from llm_pruner.files.outputs import MANIFEST
 from machine import machine
-
-from llm_pruner.outputs import MANIFEST
 
 RESULTS = Path(__file__).parent / "results"
 STAGES = {

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from llm_pruner.data.evaluation import load_evaluation_text
 from llm_pruner.evaluation.perplexity import EvaluationText, perplexity
-from llm_pruner.sources import load_model
+from llm_pruner.models.load import load_model
 
 WINDOW, TOKENS = 1024, 65_536
 """Tokens of a window, and the first tokens of a corpus that are read."""

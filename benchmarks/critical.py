@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent / "tests"))
+sys.path.append(str(HERE.parent / "tests/support"))
 from command import save_tiny  # noqa: E402
 
 ATTACK = {"quant_method": "llm_pruner", "format_version": 1}

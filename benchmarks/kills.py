@@ -28,10 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
 from compress_kills import TIMED, same
 from machine import machine
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1] / "tests/support"))
 from command import save_tiny, write_text
 
 RESULTS = Path(__file__).parent / "results"

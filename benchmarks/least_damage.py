@@ -31,17 +31,17 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from corpora import TOKENS, WINDOW, perplexities, read_texts
 
+from corpora import TOKENS, WINDOW, perplexities, read_texts
 from llm_pruner import Target
-from llm_pruner.allocator import PRUNING, keep_kernels, keep_large_blocks
+from llm_pruner.commands import stepwise
+from llm_pruner.commands.by_preset import calibration_of, prune_arguments
+from llm_pruner.commands.prune import prune_checkpoint
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.perplexity import EvaluationText
-from llm_pruner.pipeline import stepwise
-from llm_pruner.pipeline.by_recipe import calibration_of, prune_arguments
-from llm_pruner.pipeline.prune import prune_checkpoint
-from llm_pruner.pipeline.settings import ModelSettings
-from llm_pruner.recipes import NAMES, Recipe, read_recipe
+from llm_pruner.runtime.memory import PRUNING, keep_kernels, keep_large_blocks
+from llm_pruner.settings.common import ModelSettings
+from llm_pruner.settings.presets import NAMES, Recipe, read_recipe
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = {

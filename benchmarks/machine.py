@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from llm_pruner.pipeline.matmul import multiplies_bfloat16
+from llm_pruner.runtime.precision import multiplies_bfloat16
 
 
 def machine() -> str:

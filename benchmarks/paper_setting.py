@@ -27,9 +27,9 @@ from llm_pruner import Criterion, Selection, Target, allocate, discover, prune_,
 from llm_pruner.data.calibration import build_calibration
 from llm_pruner.data.evaluation import load_evaluation_text
 from llm_pruner.evaluation.perplexity import EvaluationText, perplexity
-from llm_pruner.pipeline.trials import find_split
+from llm_pruner.models.load import LoadedModel, load_model
 from llm_pruner.planning import Survivors, step_targets
-from llm_pruner.sources import LoadedModel, load_model
+from llm_pruner.search.structure_split import find_split
 
 RESULTS = Path(__file__).parent / "results"
 RATIO, LAYERS, SAMPLES, SEQ_LEN, TOKENS = 0.2, (4, 26), 10, 64, 8192

@@ -29,7 +29,7 @@ def plain(model: str, calibration: str) -> dict[str, float]:
     import torch.nn.functional as F
 
     from llm_pruner.data.calibration import build_calibration
-    from llm_pruner.sources import load_model
+    from llm_pruner.models.load import load_model
 
     loaded = load_model(model)
     tokens = build_calibration(

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import transformers
+
 from commands import llm_pruner
 from corpora import TOKENS, WINDOW, perplexities, read_texts
 from machine import machine

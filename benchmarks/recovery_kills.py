@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+
 from commands import llm_pruner
 from machine import machine
-from safetensors.torch import load_file
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, BATCH, SEQ_LEN, SAVE_EVERY = 16, 2, 256, 3

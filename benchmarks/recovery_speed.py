@@ -31,7 +31,7 @@ def plain(model: str, data: Path) -> dict[str, float]:
     from peft import LoraConfig, get_peft_model
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    from llm_pruner.sources import load_model
+    from llm_pruner.models.load import load_model
 
     loaded = load_model(model)
     tokenizer: Any = loaded.tokenizer

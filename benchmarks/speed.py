@@ -36,7 +36,7 @@ def run(*arguments: object) -> dict[str, Any]:
 def save_dense(model: str, folder: Path) -> None:
     """Save the dense model as the pruned ones are saved."""
     from llm_pruner.checkpoints.save import silent_writing
-    from llm_pruner.sources import load_model
+    from llm_pruner.models.load import load_model
 
     with silent_writing():
         loaded = load_model(model)

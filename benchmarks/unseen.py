@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent / "tests")]
+sys.path[:0] = [str(HERE.parent / "tests/support")]
 
 import torch  # noqa: E402
-from unseen.spec import SPECS  # noqa: E402
 
 import llm_pruner  # noqa: E402
+from unseen.spec import SPECS  # noqa: E402
 
 TIME_LIMIT = 120
 """Seconds for one model."""

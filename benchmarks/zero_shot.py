@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 SAVE = (
     "import sys\n"
-    "from llm_pruner.sources import load_model\n"
+    "from llm_pruner.models.load import load_model\n"
     "loaded = load_model(sys.argv[1])\n"
     "loaded.model.save_pretrained(sys.argv[2])\n"
     "loaded.tokenizer.save_pretrained(sys.argv[2])\n"

@@ -35,17 +35,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
+sys.path[:0] = [str(HERE), str(HERE.parent / "tests/support")]
 
 from tiny_configs import NOT_DECODERS, TYPES, tiny_config  # noqa: E402
 
 from llm_pruner.checkpoints import save_checkpoint  # noqa: E402
+from llm_pruner.discovery.groups import discover  # noqa: E402
+from llm_pruner.discovery.tracing.run import named_tensors  # noqa: E402
 from llm_pruner.errors import DiscoveryError  # noqa: E402
-from llm_pruner.groups import discover  # noqa: E402
-from llm_pruner.surgery import prune_  # noqa: E402
-from llm_pruner.tracing.run import named_tensors  # noqa: E402
+from llm_pruner.surgery.cut import prune_  # noqa: E402
+from llm_pruner.surgery.verify import largest_difference, pruned_logits, twin_logits  # noqa: E402
 from llm_pruner.types import Discovery, Removal  # noqa: E402
-from llm_pruner.verification import largest_difference, pruned_logits, twin_logits  # noqa: E402
 from removals import bound_to, pick  # noqa: E402
 
 TIME_LIMIT = 90.0

@@ -25,11 +25,11 @@ from llm_pruner import (
     discover,
     prune_,
     score,
-    surgery,
 )
-from llm_pruner.removal import removed_modules, removed_positions
+from llm_pruner.surgery import cut as surgery
+from llm_pruner.surgery.removal import removed_modules, removed_positions
+from llm_pruner.surgery.verify import largest_difference, pruned_logits, tolerance, twin_logits
 from llm_pruner.types import Discovery, IntArray, Removal
-from llm_pruner.verification import largest_difference, pruned_logits, tolerance, twin_logits
 from removals import pick
 from unseen.oracle import Run, computed, difference, expected, to_double, zeroed
 from unseen.spec import VOCABULARY, Positions, Spec, logits_of, make

@@ -14,13 +14,13 @@ from llm_pruner import hook as _hook
 
 if TYPE_CHECKING:
     from llm_pruner.checkpoints import save_checkpoint
+    from llm_pruner.discovery.groups import discover
     from llm_pruner.errors import LLMPrunerError, PlanError, UserError, VerificationError
-    from llm_pruner.groups import discover
     from llm_pruner.importance import Criterion, score
     from llm_pruner.planning import Plan, Selection, Target, allocate, read_plan
-    from llm_pruner.removal import count_parameters
+    from llm_pruner.surgery.removal import count_parameters
+    from llm_pruner.surgery.verify import prune_, pruned_logits, twin_logits
     from llm_pruner.types import Discovery, Group, Member
-    from llm_pruner.verification import prune_, pruned_logits, twin_logits
 
 try:
     __version__ = version("llm-pruner")
@@ -40,14 +40,14 @@ _HOMES = {
     "UserError": "errors",
     "VerificationError": "errors",
     "allocate": "planning",
-    "count_parameters": "removal",
-    "discover": "groups",
-    "prune_": "verification",
-    "pruned_logits": "verification",
+    "count_parameters": "surgery.removal",
+    "discover": "discovery.groups",
+    "prune_": "surgery.verify",
+    "pruned_logits": "surgery.verify",
     "read_plan": "planning",
     "save_checkpoint": "checkpoints",
     "score": "importance",
-    "twin_logits": "verification",
+    "twin_logits": "surgery.verify",
 }
 """Public name -> the module that it comes from."""
 

@@ -6,7 +6,7 @@ import os
 import sys
 
 from llm_pruner.cli import main
-from llm_pruner.signals import INTERRUPTED, TERMINATED
+from llm_pruner.runtime.signals import INTERRUPTED, TERMINATED
 
 
 def run() -> None:

@@ -18,7 +18,7 @@ from types import ModuleType
 _REGISTRATIONS = {
     "transformers.modeling_utils": "llm_pruner.checkpoints",
     "transformers.quantizers": "llm_pruner.checkpoints",
-    "transformers.models.auto.configuration_auto": "llm_pruner.models",
+    "transformers.models.auto.configuration_auto": "llm_pruner.models.chatglm",
 }
 """Module of transformers -> module that registers with it on import.
 

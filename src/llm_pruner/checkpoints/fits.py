@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llm_pruner.checkpoints.entries import is_integer
-from llm_pruner.checkpoints.recipe import MOST_LAYERS, Recipe, shown
+from llm_pruner.checkpoints.reshape import MOST_LAYERS, Recipe, shown
 from llm_pruner.errors import UserError
 
 _ABSENT = object()

@@ -25,7 +25,7 @@ from llm_pruner.checkpoints.fits import (
     tied_shapes,
 )
 from llm_pruner.checkpoints.meta import get_path, set_own_value, set_path
-from llm_pruner.checkpoints.recipe import Recipe, from_json, shown, to_json
+from llm_pruner.checkpoints.reshape import Recipe, from_json, shown, to_json
 from llm_pruner.errors import UserError
 
 QUANT_METHOD = "llm_pruner"

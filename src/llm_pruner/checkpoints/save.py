@@ -13,7 +13,6 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from llm_pruner.checkpoints.atomic import atomic_directory
 from llm_pruner.checkpoints.depth import layer_values
 from llm_pruner.checkpoints.fits import require_attributes_fit, require_config_fits, require_fits
 from llm_pruner.checkpoints.meta import build_meta, get_path, quiet, set_path, sizes
@@ -27,11 +26,12 @@ from llm_pruner.checkpoints.quantizer import (
     set_config_,
     slice_computed_buffers_,
 )
-from llm_pruner.checkpoints.recipe import Recipe, compose, from_edits, from_json
-from llm_pruner.checkpoints.stock import stock_config
-from llm_pruner.disk import umask
+from llm_pruner.checkpoints.reshape import Recipe, compose, from_edits, from_json
+from llm_pruner.checkpoints.stock_config import stock_config
 from llm_pruner.errors import LLMPrunerError, UserError
-from llm_pruner.places import check_shard_size
+from llm_pruner.files.atomic import atomic_directory
+from llm_pruner.files.disk import umask
+from llm_pruner.files.places import check_shard_size
 from llm_pruner.types import Edits
 
 # The package in which transformers puts modelling code that comes with a checkpoint.

@@ -14,7 +14,6 @@ from errno import ENAMETOOLONG
 
 import typer
 
-from llm_pruner.allocator import keep_large_blocks
 from llm_pruner.cli import (
     bench,
     compare,
@@ -28,9 +27,10 @@ from llm_pruner.cli import (
 )
 from llm_pruner.cli.grouped import GroupedCommand
 from llm_pruner.cli.output import fail, one_line
-from llm_pruner.disk import placed
 from llm_pruner.errors import Interrupted, LLMPrunerError, PlanError, UserError
-from llm_pruner.signals import (
+from llm_pruner.files.disk import placed
+from llm_pruner.runtime.memory import keep_large_blocks
+from llm_pruner.runtime.signals import (
     INTERRUPTED,
     deaf_at_the_end,
     end_with_parent,

@@ -23,8 +23,8 @@ from llm_pruner.cli.output import (
 from llm_pruner.errors import UserError
 
 if TYPE_CHECKING:
+    from llm_pruner.commands.bench import Bench, Figures
     from llm_pruner.evaluation.speed import Speed, SpeedUp
-    from llm_pruner.pipeline.bench import Bench, Figures
 
 EXAMPLES = """\b
 Examples:
@@ -74,8 +74,8 @@ def command(
     check_json(json, (model, against))
     batch_sizes = _sizes(batch_size)
 
-    from llm_pruner.pipeline.bench import BenchSettings, bench
-    from llm_pruner.pipeline.settings import ModelSettings
+    from llm_pruner.commands.bench import BenchSettings, bench
+    from llm_pruner.settings.common import ModelSettings
 
     settings = BenchSettings(prompt_tokens, new_tokens, batch_sizes, repeats, compile_, counts_only)
     other = None

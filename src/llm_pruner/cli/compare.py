@@ -12,8 +12,8 @@ import typer
 from llm_pruner.cli import options
 from llm_pruner.cli.output import check_json, clean, console, print_table, table, write_json
 from llm_pruner.errors import UserError
-from llm_pruner.outputs import check_file, write_output
-from llm_pruner.places import check_place
+from llm_pruner.files.outputs import check_file, write_output
+from llm_pruner.files.places import check_place
 
 if TYPE_CHECKING:
     from llm_pruner.report.compare import Column, Comparison
@@ -60,7 +60,7 @@ def command(
         check_place(html, "--html")
         check_file("--html", html, "page", reads)
 
-    from llm_pruner.pipeline.compare import compare_folders
+    from llm_pruner.commands.compare import compare_folders
     from llm_pruner.report.compare import as_data, render_html, render_markdown
 
     found = compare_folders(folders)

@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llm_pruner.allocator import BOTH, keep_kernels
 from llm_pruner.cli import options
 from llm_pruner.cli.evaluate import task_names
-from llm_pruner.cli.narrator import Narrator
 from llm_pruner.cli.output import (
     check_json,
     clean,
@@ -26,10 +24,12 @@ from llm_pruner.cli.output import (
     warn,
     write_json,
 )
+from llm_pruner.cli.training_lines import Narrator
 from llm_pruner.errors import Interrupted, UserError
+from llm_pruner.runtime.memory import BOTH, keep_kernels
 
 if TYPE_CHECKING:
-    from llm_pruner.pipeline.compress import Compressed
+    from llm_pruner.commands.compress import Compressed
 
 EXAMPLES = """\b
 Examples:
@@ -164,7 +164,7 @@ def command(
     An interrupted run goes on when the same command is given again.
     """
     keep_kernels(BOTH)
-    from llm_pruner.recipes import recipe_file
+    from llm_pruner.settings.presets import recipe_file
 
     reads = (model, *(calibration or "").split(","), *(data or ()), *(perplexity or ()))
     check_json(json, (*reads, tasks_data, recipe_file(recipe)), out)
@@ -176,7 +176,7 @@ def command(
     for option, asked in (("--data", data), ("--time-budget", time_budget)):
         if no_recover and asked:
             raise UserError(f"{option} is about recovery; leave it or --no-recover out")
-    from llm_pruner.pipeline.time_budget import parse_duration
+    from llm_pruner.commands.time_budget import parse_duration
 
     budget = None if time_budget is None else parse_duration(time_budget)
     from llm_pruner.planning import Target, parse_count
@@ -186,10 +186,10 @@ def command(
     else:
         target = Target(params=parse_count(params))
 
-    from llm_pruner.pipeline.compress import compress
-    from llm_pruner.pipeline.compress_settings import CompressSettings, default_recovery
-    from llm_pruner.pipeline.settings import ModelSettings
-    from llm_pruner.pipeline.zero_shot import ZeroShotSettings
+    from llm_pruner.commands.compress import compress
+    from llm_pruner.commands.compress_settings import CompressSettings, default_recovery
+    from llm_pruner.commands.zero_shot import ZeroShotSettings
+    from llm_pruner.settings.common import ModelSettings
 
     zero_shot = None
     if tasks is not None:
@@ -211,7 +211,7 @@ def command(
             settings, out, overwrite=overwrite, restart=restart, command=command_line(), **telling
         )
     )
-    from llm_pruner.pipeline.overlap import shared_corpora
+    from llm_pruner.evaluation.contamination import shared_corpora
 
     done.notes.extend(shared_corpora(str(out), settings.perplexity))
     finish(done, json)

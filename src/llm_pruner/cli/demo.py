@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from llm_pruner.allocator import BOTH, keep_kernels
 from llm_pruner.cli import options
 from llm_pruner.cli.compress import finish, watched
 from llm_pruner.cli.output import check_json, command_line
+from llm_pruner.runtime.memory import BOTH, keep_kernels
 
 _OUT = Path("demo-out")
 
@@ -39,7 +39,7 @@ def command(
     check_json(json, out=out)
 
     keep_kernels(BOTH)
-    from llm_pruner.pipeline.demo import run_demo
+    from llm_pruner.commands.demo import run_demo
 
     # The folder that the demo chooses by itself, it may replace by itself: but only a checkpoint
     # that was pruned, nothing else that a user may have called by this name.

@@ -160,15 +160,15 @@ def command(
             raise UserError(f"{option} {given} is about tasks; add --tasks NAMES or leave it out")
     check_json(json, (model, *(perplexity or ()), tasks_data), report)
     if report is not None:
-        from llm_pruner.pipeline.report import report_in
+        from llm_pruner.report.write import report_in
 
         report_in(report)  # what cannot be read is said before the model is loaded
     sequences = _batch_size(batch_size)
 
-    from llm_pruner.pipeline.evaluate import PerplexitySettings, measure
-    from llm_pruner.pipeline.overlap import shared_corpora
-    from llm_pruner.pipeline.settings import ModelSettings
-    from llm_pruner.pipeline.zero_shot import ZeroShotSettings
+    from llm_pruner.commands.evaluate import PerplexitySettings, measure
+    from llm_pruner.commands.zero_shot import ZeroShotSettings
+    from llm_pruner.evaluation.contamination import shared_corpora
+    from llm_pruner.settings.common import ModelSettings
 
     settings = PerplexitySettings(
         cast("Protocol", protocol),
@@ -200,7 +200,7 @@ def command(
     data = asdict(found)
     write_json(data, json)
     if report is not None:
-        from llm_pruner.pipeline.report import add_evaluations, report_in, variant_of
+        from llm_pruner.report.write import add_evaluations, report_in, variant_of
 
         variant = variant_of(report, report_in(report), model, found.parameters)
         add_evaluations(report, {variant: data})

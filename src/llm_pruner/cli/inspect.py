@@ -46,8 +46,8 @@ def command(
     if layer is not None and layer < 0:
         raise UserError(f"--layer {layer} is no layer; layers count from 0")
 
-    from llm_pruner.pipeline.inspect import inspect_model
-    from llm_pruner.pipeline.settings import ModelSettings
+    from llm_pruner.commands.inspect import inspect_model
+    from llm_pruner.settings.common import ModelSettings
 
     found = inspect_model(ModelSettings(model, revision, dtype, device, trust_remote_code))
     layers = sorted({g["layer"] for g in found["groups"] if g["layer"] is not None})

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from llm_pruner.allocator import PRUNING, keep_kernels
 from llm_pruner.cli import options
 from llm_pruner.cli.output import check_json, command_line, write_json
 from llm_pruner.cli.pruned import as_data, show
 from llm_pruner.errors import UserError
+from llm_pruner.runtime.memory import PRUNING, keep_kernels
 
 if TYPE_CHECKING:
     from llm_pruner.planning.target import Scope
@@ -339,11 +339,11 @@ def command(
 ) -> None:
     """Remove the least important structures and save a smaller model."""
     keep_kernels(PRUNING)
-    from llm_pruner.recipes import recipe_file
+    from llm_pruner.settings.presets import recipe_file
 
     reads = (model, plan, *calibration.split(","), calibration, recipe and recipe_file(recipe))
     check_json(json, (*reads, out), None if dry_run else out)
-    from llm_pruner.pipeline.by_recipe import allocation_search, profile_of
+    from llm_pruner.commands.by_preset import allocation_search, profile_of
     from llm_pruner.planning import Selection, Target, parse_count, parse_layer_ranges
 
     target, selection, search = None, None, None
@@ -404,9 +404,9 @@ def command(
     elif given := _given(context, _PLANNED + (_TEXT if compensation == "none" else ())):
         raise UserError(f"--plan already says what to remove; drop {', '.join(given)}")
 
+    from llm_pruner.commands.prune import prune_checkpoint
     from llm_pruner.importance import Criterion
-    from llm_pruner.pipeline.prune import prune_checkpoint
-    from llm_pruner.pipeline.settings import CalibrationSettings, ModelSettings
+    from llm_pruner.settings.common import CalibrationSettings, ModelSettings
 
     done = prune_checkpoint(
         ModelSettings(model, revision, dtype, device, trust_remote_code),
@@ -470,7 +470,7 @@ def _was_given(context: typer.Context, name: str) -> bool:
 
 def _from_recipe(context: typer.Context, name: str) -> dict[str, Any]:
     """Return the settings of a recipe that the user did not give as options."""
-    from llm_pruner.recipes import read_recipe
+    from llm_pruner.settings.presets import read_recipe
 
     settings = read_recipe(name).model_dump(exclude_none=True)
     if isinstance(settings.get("split"), dict):

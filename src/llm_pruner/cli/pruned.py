@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from llm_pruner.cli.output import clean, console, count, megabytes, print_table, table
 
 if TYPE_CHECKING:
+    from llm_pruner.commands.pruned import Pruned
     from llm_pruner.evaluation.rounding import Rounding
-    from llm_pruner.pipeline.allocation_search import Searched
-    from llm_pruner.pipeline.decode_time import Timed
-    from llm_pruner.pipeline.pruned import Pruned
-    from llm_pruner.verification import Verified
+    from llm_pruner.search.decode_time import Timed
+    from llm_pruner.search.layer_allocation import Searched
+    from llm_pruner.surgery.verify import Verified
 
 
 def as_data(done: Pruned) -> dict[str, Any]:

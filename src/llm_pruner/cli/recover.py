@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from llm_pruner.allocator import TRAINING, keep_kernels
 from llm_pruner.cli import options
-from llm_pruner.cli.narrator import Narrator
 from llm_pruner.cli.output import check_json, command_line, speaks, write_json
 from llm_pruner.cli.recovered import as_data, no_gain, show
-from llm_pruner.disk import placed
+from llm_pruner.cli.training_lines import Narrator
 from llm_pruner.errors import Interrupted, UserError
+from llm_pruner.files.disk import placed
+from llm_pruner.runtime.memory import TRAINING, keep_kernels
 
 if TYPE_CHECKING:
     from llm_pruner.data.formatting import Template
@@ -363,12 +363,12 @@ def command(
     """Train a pruned model, and keep it only if it became better."""
     keep_kernels(TRAINING)
     check_json(json, (model, teacher, *data, *(perplexity or ())), out)
-    from llm_pruner.pipeline.evaluate import PerplexitySettings
-    from llm_pruner.pipeline.recover import recover_checkpoint
-    from llm_pruner.pipeline.recover_request import DataSettings, RecoverRequest, TeacherSettings
-    from llm_pruner.pipeline.settings import ModelSettings
+    from llm_pruner.commands.evaluate import PerplexitySettings
+    from llm_pruner.commands.recover import recover_checkpoint
+    from llm_pruner.commands.recover_request import DataSettings, RecoverRequest, TeacherSettings
     from llm_pruner.recovery import DistillationSettings
     from llm_pruner.recovery import preset as make_settings
+    from llm_pruner.settings.common import ModelSettings
 
     settings = make_settings(
         preset,

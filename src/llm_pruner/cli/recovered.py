@@ -6,16 +6,16 @@ from dataclasses import asdict
 from math import exp, inf
 from typing import TYPE_CHECKING, Any
 
-from llm_pruner.cli.narrator import duration
 from llm_pruner.cli.output import clean, console, count, megabytes, print_table, table
+from llm_pruner.cli.training_lines import duration
 
 if TYPE_CHECKING:
-    from llm_pruner.pipeline.recovered import Recovered
+    from llm_pruner.commands.recovered import Recovered
 
 
 def as_data(done: Recovered) -> dict[str, Any]:
     """Return the outcome of a run for scripts."""
-    from llm_pruner.pipeline.recovered import finite
+    from llm_pruner.commands.recovered import finite
 
     data = asdict(done)
     data["path"] = str(done.path)

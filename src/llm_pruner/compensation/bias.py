@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_pruner.chain.consumers import weight_of
-from llm_pruner.chain.undisturbed import undisturbed
 from llm_pruner.compensation.pairs import Pair, Refitted, pairs_of
-from llm_pruner.progress import track
+from llm_pruner.models.consumers import weight_of
+from llm_pruner.models.undisturbed import undisturbed
+from llm_pruner.runtime.progress import track
 from llm_pruner.types import Discovery, Removal
 
 _TOKENS = 2048

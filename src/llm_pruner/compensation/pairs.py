@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from llm_pruner.chain.consumers import consumers_of, input_dim, weight_of
-from llm_pruner.removal import removed_modules, removed_positions
+from llm_pruner.models.consumers import consumers_of, input_dim, weight_of
+from llm_pruner.surgery.removal import removed_modules, removed_positions
 from llm_pruner.types import Discovery, IntArray, Removal
 
 KINDS = ("heads", "query_heads", "value_dim", "ffn")

@@ -28,15 +28,15 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import nn
 
-from llm_pruner.chain.blocks import Chain, NotBlockwise, find_chain
-from llm_pruner.chain.borders import Borders
-from llm_pruner.chain.consumers import set_weight, weight_of
-from llm_pruner.chain.undisturbed import undisturbed
 from llm_pruner.compensation.least_squares import RIDGES, Moments, best_refit
 from llm_pruner.compensation.pairs import Pair, Refitted, pairs_of
 from llm_pruner.errors import UserError
-from llm_pruner.progress import track
-from llm_pruner.removal import removed_modules
+from llm_pruner.models.activation_store import Borders
+from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
+from llm_pruner.models.consumers import set_weight, weight_of
+from llm_pruner.models.undisturbed import undisturbed
+from llm_pruner.runtime.progress import track
+from llm_pruner.surgery.removal import removed_modules
 from llm_pruner.types import Discovery, Removal
 
 FIRST = 0.25

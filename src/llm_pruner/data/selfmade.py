@@ -10,12 +10,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from llm_pruner.decoding import Decoder, cache_argument
-from llm_pruner.disk import new_file, tidy
 from llm_pruner.errors import UserError
-from llm_pruner.kv_cache import make_room_, tensor_bytes
-from llm_pruner.progress import track
-from llm_pruner.specials import added_tokens
+from llm_pruner.files.disk import new_file, tidy
+from llm_pruner.models.decode import Decoder, cache_argument
+from llm_pruner.models.kv_cache import make_room_, tensor_bytes
+from llm_pruner.models.special_tokens import added_tokens
+from llm_pruner.runtime.progress import track
 
 TEMPERATURE = 1.0
 MIN_P = 0.0

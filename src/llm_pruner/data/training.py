@@ -13,9 +13,9 @@ import torch
 from llm_pruner.data.examples import Example, Examples
 from llm_pruner.data.formatting import Template, encode_examples
 from llm_pruner.data.selfmade import write_text_cached
+from llm_pruner.data.sequences import TrainingSequence, make_sequence
 from llm_pruner.data.text import SELF
 from llm_pruner.errors import UserError
-from llm_pruner.sequences import TrainingSequence, make_sequence
 
 SELF_SAMPLES = 512
 """Texts that a model writes where nobody says how many."""

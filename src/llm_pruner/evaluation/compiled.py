@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from transformers import StaticCache
 
-from llm_pruner.decoding import Decoder, cache_argument
 from llm_pruner.errors import UserError
+from llm_pruner.models.decode import Decoder, cache_argument
 
 _VARIANTS = 64
 """Compiled versions of one forward pass that may exist: one for each input shape."""

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from llm_pruner.decoding import cache_argument
 from llm_pruner.errors import UserError
-from llm_pruner.progress import track
+from llm_pruner.models.decode import cache_argument
+from llm_pruner.runtime.progress import track
 
 Pair = tuple[Sequence[int], Sequence[int]]
 """Token ids of a context and of a continuation, neither of them empty."""

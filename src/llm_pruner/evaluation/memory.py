@@ -12,9 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llm_pruner.decoding import Decoder
-from llm_pruner.tracing.run import example_tokens
-from llm_pruner.tracing.scenes import staged
+from llm_pruner.discovery.tracing.run import example_tokens
+from llm_pruner.discovery.tracing.scenes import staged
+from llm_pruner.models.decode import Decoder
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 
 from llm_pruner.errors import UserError
-from llm_pruner.progress import track
-from llm_pruner.specials import added_tokens
+from llm_pruner.models.special_tokens import added_tokens
+from llm_pruner.runtime.progress import track
 
 Protocol = Literal["paper", "standard"]
 

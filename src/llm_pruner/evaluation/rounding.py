@@ -12,7 +12,7 @@ from statistics import geometric_mean
 import torch
 import torch.nn.functional as F
 
-from llm_pruner.progress import track
+from llm_pruner.runtime.progress import track
 
 CANDIDATES = (8, 16, 32, 64, 128)
 """Multiples that are tried; kernels work on blocks of these sizes."""

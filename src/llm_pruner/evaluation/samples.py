@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from llm_pruner.decoding import Decoder
 from llm_pruner.errors import UserError
-from llm_pruner.specials import chat_ids
+from llm_pruner.models.decode import Decoder
+from llm_pruner.models.special_tokens import chat_ids
 
 
 def sample_continuation(

@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 import torch
 
-from llm_pruner.decoding import Decoder
+from llm_pruner.discovery.tracing.run import vocabulary_size
+from llm_pruner.discovery.tracing.scenes import staged
 from llm_pruner.errors import UserError
-from llm_pruner.progress import track
-from llm_pruner.tracing.run import vocabulary_size
-from llm_pruner.tracing.scenes import staged
+from llm_pruner.models.decode import Decoder
+from llm_pruner.runtime.progress import track
 
 
 class Stepper(Protocol):

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_pruner.chain.blocks import Call, Chain, find_chain, hidden_of
-from llm_pruner.chain.borders import Borders
-from llm_pruner.importance.borderline import forward, hidden_form, store_slope
+from llm_pruner.importance.boundary_pass import forward, hidden_form, store_slope
 from llm_pruner.importance.criterion import Criterion
 from llm_pruner.importance.gradients import GradientSums, batches, pull_back
 from llm_pruner.importance.loss import loss_cotangent
 from llm_pruner.importance.needs import Need, Sums, parameters_by_name
-from llm_pruner.progress import track
+from llm_pruner.models.activation_store import Borders
+from llm_pruner.models.blockwise import Call, Chain, find_chain, hidden_of
+from llm_pruner.runtime.progress import track
 
 _TOKENS = 2048
 """Tokens that go through a block together, where samples need not be told apart."""

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from llm_pruner.chain.consumers import Consumer
+from llm_pruner.models.consumers import Consumer
 from llm_pruner.types import FloatArray, Group
 
 NEEDS = ("gates", "tokens", "moments", "gram", "influence", "routed")

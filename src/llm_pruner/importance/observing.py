@@ -19,19 +19,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from llm_pruner.chain.blocks import Chain, NotBlockwise, find_chain
-from llm_pruner.chain.borders import Borders
-from llm_pruner.chain.consumers import Consumer, consumers_of
-from llm_pruner.chain.logits import run_for_logits
 from llm_pruner.errors import UserError
-from llm_pruner.importance.borderline import forward, hidden_form, store_slope
+from llm_pruner.importance.boundary_pass import forward, hidden_form, store_slope
 from llm_pruner.importance.gradients import batches, pull_back
 from llm_pruner.importance.loss import loss_cotangent
 from llm_pruner.importance.needs import parameters_by_name
 from llm_pruner.importance.observation import Observation
 from llm_pruner.importance.routing import observe_routing
 from llm_pruner.importance.taps import ConsumerTap, MixedSamplesError, segments, sum_segments
-from llm_pruner.progress import track
+from llm_pruner.models.activation_store import Borders
+from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
+from llm_pruner.models.consumers import Consumer, consumers_of
+from llm_pruner.models.logits import run_for_logits
+from llm_pruner.runtime.progress import track
 from llm_pruner.types import FloatArray, Group, Member
 
 Measured = TypeVar("Measured")

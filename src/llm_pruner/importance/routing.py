@@ -13,7 +13,7 @@ from torch import nn
 
 from llm_pruner.errors import UserError
 from llm_pruner.importance.gradients import batches
-from llm_pruner.progress import track
+from llm_pruner.runtime.progress import track
 from llm_pruner.types import FloatArray, Group
 
 _TOKENS = 2048

@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from llm_pruner.chain.blocks import NotBlockwise
-from llm_pruner.chain.undisturbed import undisturbed
 from llm_pruner.errors import UserError
 from llm_pruner.importance.blockwise import blockwise_sums
 from llm_pruner.importance.criteria import MEASURES
@@ -22,6 +20,8 @@ from llm_pruner.importance.needs import Need, Sums, collect_needs, layer_paramet
 from llm_pruner.importance.observation import Observation
 from llm_pruner.importance.observing import measure as measured
 from llm_pruner.importance.whole import whole_sums
+from llm_pruner.models.blockwise import NotBlockwise
+from llm_pruner.models.undisturbed import undisturbed
 from llm_pruner.types import Discovery, FloatArray, Group
 
 _LOG = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from llm_pruner.chain.consumers import Consumer, weight_of
-from llm_pruner.gram import add_gram_
 from llm_pruner.importance.observation import Reading
+from llm_pruner.models.consumers import Consumer, weight_of
+from llm_pruner.models.gram import add_gram_
 from llm_pruner.types import FloatArray
 
 SEGMENT = 128

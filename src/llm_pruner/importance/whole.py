@@ -10,12 +10,12 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from llm_pruner.chain.logits import run_for_logits
 from llm_pruner.importance.criterion import Criterion
 from llm_pruner.importance.gradients import GradientSums, batches, pull_back
 from llm_pruner.importance.loss import loss_cotangent
 from llm_pruner.importance.needs import Need, Sums, parameters_by_name
-from llm_pruner.progress import track
+from llm_pruner.models.logits import run_for_logits
+from llm_pruner.runtime.progress import track
 
 _TOKENS = 1024
 

@@ -1,17 +1,17 @@
 """Importance and a target give a Plan: which units to remove."""
 
-from llm_pruner.planning.budget import (
+from llm_pruner.planning.allocate import (
     TOLERANCE,
     Allocation,
     allocate,
     check_reachable,
     find_allocation,
 )
-from llm_pruner.planning.choosing import choose_groups
-from llm_pruner.planning.counting import Cost, PricedCounter
+from llm_pruner.planning.constraints import check, complete
+from llm_pruner.planning.costs import Cost, PricedCounter
 from llm_pruner.planning.explain import Row, explain
-from llm_pruner.planning.levels import Level, smallest_removals, trial_removals
-from llm_pruner.planning.moves import Moves
+from llm_pruner.planning.measured import Level, smallest_removals, trial_removals
+from llm_pruner.planning.numbering import Survivors
 from llm_pruner.planning.plan import (
     Plan,
     PlanCalibration,
@@ -20,8 +20,7 @@ from llm_pruner.planning.plan import (
     read_plan,
 )
 from llm_pruner.planning.ranges import format_ranges, parse_ranges
-from llm_pruner.planning.rules import check, complete
-from llm_pruner.planning.survivors import Survivors
+from llm_pruner.planning.selection import choose_groups
 from llm_pruner.planning.target import (
     STRUCTURES,
     Selection,
@@ -38,7 +37,6 @@ __all__ = [
     "Allocation",
     "Cost",
     "Level",
-    "Moves",
     "Plan",
     "PlanCalibration",
     "PlanCriterion",

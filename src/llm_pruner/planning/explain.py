@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from llm_pruner.planning.rules import NONE, dead_blocks, removed_layers
-from llm_pruner.planning.survivors import count_layers
+from llm_pruner.planning.constraints import NONE, dead_blocks, removed_layers
+from llm_pruner.planning.numbering import count_layers
 from llm_pruner.types import Discovery, Group, Removal
 
 

@@ -17,11 +17,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llm_pruner.errors import PlanError, UserError
-from llm_pruner.jsonfiles import parse_json, read_text
+from llm_pruner.files.json import parse_json, read_text
+from llm_pruner.planning.constraints import check
 from llm_pruner.planning.ranges import MOST_UNITS, format_ranges, parse_ranges
-from llm_pruner.planning.rules import check
 from llm_pruner.planning.target import Profile, Scope, Selection, Target
-from llm_pruner.removal import count_parameters
+from llm_pruner.surgery.removal import count_parameters
 from llm_pruner.types import Discovery, IntArray, Removal
 
 FORMAT_VERSION: Literal[1] = 1

@@ -7,8 +7,8 @@ from math import log
 
 import numpy as np
 
-from llm_pruner.planning.ladders import Ladder
-from llm_pruner.planning.rules import scores_of
+from llm_pruner.planning.candidates import Ladder
+from llm_pruner.planning.constraints import scores_of
 from llm_pruner.planning.target import Profile
 from llm_pruner.types import FloatArray, Group, Scores
 

@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import Literal, get_args
 
 from llm_pruner.errors import UserError
-from llm_pruner.limits import MOST, check_number
+from llm_pruner.settings.limits import MOST, check_number
 
 STRUCTURES = ("heads", "query_heads", "ffn", "hidden", "head_dim", "experts", "layers", "other")
 """Kinds that can be chosen. ``value_dim`` cannot: it follows ``head_dim``."""

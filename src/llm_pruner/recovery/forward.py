@@ -10,8 +10,8 @@ from weakref import WeakSet
 import numpy as np
 import torch
 
-from llm_pruner.recovery.batches import Batch, lay_out
-from llm_pruner.sequences import TrainingSequence
+from llm_pruner.data.sequences import TrainingSequence
+from llm_pruner.recovery.packing import Batch, lay_out
 
 TOLERANCE = 1e-4
 """Largest difference of logits, relative to their largest, that counts as rounding in float32."""

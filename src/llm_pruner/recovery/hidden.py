@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from llm_pruner.errors import UserError
-from llm_pruner.recovery.batches import Batch
 from llm_pruner.recovery.forward import arguments_of
+from llm_pruner.recovery.packing import Batch
 
 _FLOOR = 1e-6
 

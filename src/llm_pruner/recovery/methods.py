@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llm_pruner.errors import UserError
 from llm_pruner.recovery.parts import own_part
-from llm_pruner.recovery.settings import LoraSettings, RecoverySettings
+from llm_pruner.settings.recover import LoraSettings, RecoverySettings
 
 
 def make_trainable_(model: Any, settings: RecoverySettings) -> Any:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llm_pruner.recovery.batches import Batch
-from llm_pruner.recovery.chunked_loss import watch_logits
+from llm_pruner.data.sequences import TrainingSequence
+from llm_pruner.recovery.distill import Teacher
+from llm_pruner.recovery.kernels.chunked_loss import watch_logits
+from llm_pruner.recovery.packing import Batch
 from llm_pruner.recovery.processes import ALONE, Processes
-from llm_pruner.recovery.teacher import Teacher
-from llm_pruner.sequences import TrainingSequence
 
 
 @dataclass

@@ -6,6 +6,9 @@ Infilling" (arXiv 2103.10360) as published for ChatGLM-6B. A text is read as
     context [gMASK] <sop> answer <eop>
 
 in which the context is seen both ways, and the answer causally.
+
+Importing this package registers it with the Auto classes of ``transformers``. It is light: the code
+of the model is imported when the first config of it is made.
 """
 
 from __future__ import annotations
@@ -40,3 +43,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+register()

@@ -1,1 +1,0 @@
-"""A model as a chain of blocks that can be run one at a time, so that memory holds one."""

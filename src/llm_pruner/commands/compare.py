@@ -1,0 +1,98 @@
+"""Read pruned checkpoints as rows of a comparison; no model is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import safe_open
+
+from llm_pruner.errors import UserError
+from llm_pruner.planning import read_plan
+from llm_pruner.report.compare import Comparison, Entry, compare
+from llm_pruner.report.data import JSON_FILE, Report, Size, Source, read_report
+from llm_pruner.report.facts import criterion_in_words, settings_of
+
+_PLAN, _CONFIG, _WEIGHTS = "plan.json", "config.json", "*.safetensors"
+
+
+def compare_folders(named: Sequence[str]) -> Comparison:
+    """Return a comparison of checkpoints.
+
+    A folder that ``prune`` wrote brings its report. Of any other checkpoint the size is read from
+    the headers of its weights, and how it was pruned from ``plan.json``, if there is one.
+
+    Args:
+        named: folders, each as ``DIR`` or ``NAME=DIR``.
+
+    Raises:
+        UserError: one is no checkpoint, or two have the same name.
+    """
+    entries = [_entry(*_label(text)) for text in named]
+    labels = [entry.label for entry in entries]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise UserError(f"two models are called {twice!r}; tell them apart with NAME=DIR")
+    return compare(entries)
+
+
+def _label(text: str) -> tuple[str, Path]:
+    """Return the name and the folder; a folder whose own name has an equals sign is a folder."""
+    name, sign, folder = text.partition("=")
+    path = Path(text).expanduser()
+    if sign and name and not path.is_dir():
+        path = Path(folder).expanduser()
+    else:
+        name = path.resolve().name
+    if not path.is_dir():
+        raise UserError(f"{path} is no folder; name checkpoints that llm-pruner prune wrote")
+    return name, path
+
+
+def _entry(label: str, folder: Path) -> Entry:
+    if (folder / JSON_FILE).is_file():
+        report = read_report(folder / JSON_FILE)
+        return Entry(label, report, report.final)
+    if not (folder / _CONFIG).is_file():
+        raise UserError(
+            f"{folder} has neither {JSON_FILE} nor {_CONFIG}, so it is no checkpoint; "
+            "name folders that llm-pruner prune wrote"
+        )
+    size = _size(folder)
+    if not (folder / _PLAN).is_file():
+        name = folder.resolve().name
+        return Entry(label, Report(source=Source(name=name), sizes={"dense": size}), "dense")
+    plan = read_plan(folder / _PLAN)
+    report = Report(
+        source=Source(name=plan.model.name, revision=plan.model.revision),
+        sizes={"dense": Size(total=plan.model.parameters), "pruned": size},
+        criterion=criterion_in_words(plan),
+        settings=settings_of(plan, {}),
+    )
+    return Entry(label, report, "pruned")
+
+
+def _size(folder: Path) -> Size:
+    """Count parameters in the headers of weight files; a tied one is stored once."""
+    files = sorted(folder.glob(_WEIGHTS))
+    if not files:
+        raise UserError(f"{folder} has no safetensors; name folders that llm-pruner prune wrote")
+    total = 0
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as weights:
+                total += sum(
+                    math.prod(weights.get_slice(name).get_shape())
+                    for name in weights.keys()  # noqa: SIM118 (no dict)
+                )
+        except Exception as error:  # the reader raises an exception type of its own
+            raise UserError(f"{file} cannot be read ({error}); copy it again") from error
+    return Size(total=total, bytes=sum(_tensor_bytes(file) for file in files))
+
+
+def _tensor_bytes(file: Path) -> int:
+    """Return the bytes that follow the header; the format starts with the header's length."""
+    with file.open("rb") as opened:
+        header = int.from_bytes(opened.read(8), "little")
+    return file.stat().st_size - 8 - header

@@ -1,0 +1,447 @@
+"""Prune, measure, recover, measure and report, in stages that are each kept and done once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from llm_pruner.commands.apart import measure_apart, weights_bytes
+from llm_pruner.commands.by_preset import calibration_of, prune_arguments
+from llm_pruner.commands.compress_settings import CompressSettings, about, check_settings, reads_of
+from llm_pruner.commands.prune import prune_checkpoint
+from llm_pruner.commands.recover import recover_checkpoint
+from llm_pruner.commands.recover_request import DataSettings, RecoverRequest, TeacherSettings
+from llm_pruner.commands.recovered import RECORD
+from llm_pruner.commands.space import check_space
+from llm_pruner.commands.time_budget import (
+    SHORTEST,
+    WRITING,
+    chunks_in_time,
+    time_to_recover,
+)
+from llm_pruner.commands.workdir import Work, folder_beside, opened
+from llm_pruner.data.demo_text import DEMO_PROMPTS
+from llm_pruner.data.selfmade import CHUNK, write_text_cached
+from llm_pruner.data.text import SELF
+from llm_pruner.errors import UserError
+from llm_pruner.evaluation.perplexity import maximum_length
+from llm_pruner.files.disk import put, tidy
+from llm_pruner.files.json import read_json
+from llm_pruner.files.outputs import Source, check_output
+from llm_pruner.files.places import check_place
+from llm_pruner.models.load import check_file_states, file_states
+from llm_pruner.models.loading import load
+from llm_pruner.recovery import Progress, RecoverySettings
+from llm_pruner.recovery.processes import only_one
+from llm_pruner.report.data import Report, Variant
+from llm_pruner.report.measured import as_evaluation
+from llm_pruner.report.write import page_in, report_in, write_report
+from llm_pruner.settings.common import ModelSettings
+from llm_pruner.settings.presets import read_recipe
+
+SAMPLES = 256
+"""Texts that the dense model writes where there is no time budget; more if importance was estimated
+on so many of them that none would be left to judge training by."""
+
+MOST_SAMPLES = 2048
+"""The same where there is one, however long."""
+
+EPOCHS_IN_TIME = 3
+"""Most passes over the data where there is a time budget."""
+
+WINDOW = 512
+"""Tokens in a window for perplexity, if the model reads so many: more windows than of its maximum,
+so that short texts have a standard error."""
+
+_RESULT = "result"
+_RECORDED = ("gained", "steps", "best_step", "stopped", "tokens", "seconds")
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What a run did.
+
+    Attributes:
+        path: the folder.
+        report: the page in it; None if none could be drawn.
+        model: name of the dense model.
+        parameters: of the dense and of the compressed model.
+        measured: model -> what ``evaluate --json`` says, and ``bytes`` of its weights.
+        recovery: held-out loss ``before`` and ``after``, ``steps``, ``tokens``, ``best_step`` and
+            whether it ``gained``; None if nothing was trained.
+        notes: what the user should know.
+        seconds: by stage.
+        peak_bytes: most memory that one process held; 0 if not known.
+    """
+
+    path: Path
+    report: Path | None
+    model: str
+    parameters: tuple[int, int]
+    measured: dict[Variant, dict[str, Any]]
+    recovery: dict[str, Any] | None
+    notes: list[str]
+    seconds: dict[str, float]
+    peak_bytes: int
+
+
+def work_folder(out: Path) -> Path:
+    """Return the folder of a run that will end in ``out``: its name and ``.compressing``."""
+    return folder_beside(out, "compressing")
+
+
+def compress(
+    settings: CompressSettings,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    command: str | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+    say: Callable[[Progress], None] = lambda _: None,
+    going_on: Callable[[Path], None] = lambda _: None,
+) -> Compressed:
+    """Make a smaller model of ``settings.model`` in the folder ``out``.
+
+    Until it is done all lies in ``work_folder(out)``. A run that was interrupted goes on from there
+    with the stages that are missing; without a time budget it ends with the same weights, plan
+    and figures, speeds and times apart, as one that was not. With one, what was decided by measured
+    speed is decided once.
+
+    Args:
+        settings: what to do.
+        out: the folder to write.
+        overwrite: replace what ``out`` holds.
+        restart: throw an interrupted run away.
+        command: the command line of this run, for the report.
+        tell: is told each stage as it begins.
+        say: is told each step of training.
+        going_on: is told the folder of an interrupted run that goes on.
+
+    Raises:
+        UserError: something that was given must change.
+    """
+    only_one("compress")
+    check_place(out, "--out")
+    work = work_folder(out)
+    tidy(work)
+    if not work.is_dir():
+        copies = 1 if settings.recovery is None else 2  # the pruned model and the recovered one
+        check_space(out, settings.model, settings.target, copies=copies)
+    if not (work / f"{_RESULT}.json").is_file() or restart:
+        check_settings(settings, out, overwrite)
+    with opened(work, about(settings), restart=restart) as run:
+        if run.continued:
+            going_on(work)
+        stored = file_states(settings.model.source)
+        stages = _Stages(settings, run, command, tell, say)
+        try:
+            result = run.kept(_RESULT, stages.all, "report")
+        except UserError:
+            if not any(run.path(name).exists() for name in ("pruned", "dense.json")):
+                run.remove()  # nothing was done that is worth going on with
+            raise
+        check_file_states(stored)
+        tell("moving the result into place")
+        _move(run.path(result["folder"]), out, overwrite, reads_of(settings))
+        seconds, peak = run.seconds, max(run.peak_bytes, result["peak_bytes"])
+        run.remove()
+    return Compressed(
+        path=out,
+        report=page_in(out),
+        model=result["model"],
+        parameters=(result["parameters"][0], result["parameters"][1]),
+        measured=result["measured"],
+        recovery=result["recovery"],
+        notes=result["notes"],
+        seconds=seconds,
+        peak_bytes=peak,
+    )
+
+
+class _Stages:
+    """The stages of one run; each looks for its output first."""
+
+    def __init__(
+        self,
+        settings: CompressSettings,
+        run: Work,
+        command: str | None,
+        tell: Callable[[str], None],
+        say: Callable[[Progress], None],
+    ) -> None:
+        self.settings, self.run, self.command = settings, run, command
+        self.tell, self.say = tell, say
+        self.recipe = read_recipe(settings.recipe)
+        self.notes: list[str] = []
+
+    def all(self) -> dict[str, Any]:
+        """Do what is missing; return what is known of the result."""
+        self.prune()
+        measured: dict[Variant, dict[str, Any]] = {
+            "dense": self.measure("dense"),
+            "pruned": self.measure("pruned"),
+        }
+        recovery = self.recover()
+        if recovery is not None and recovery["gained"]:
+            measured["recovered"] = self.measure("recovered")
+            self._note_higher_perplexity(measured)
+        folder = "pruned" if recovery is None else "recovered"
+        return self.report(folder, measured, recovery)
+
+    def prune(self) -> None:
+        """Write the folder ``pruned``."""
+        out = self.run.path("pruned")
+        if out.is_dir():
+            return
+        self.tell("pruning")
+        calibration = calibration_of(
+            self.recipe, source=self.settings.calibration, kept=self._text()
+        )
+        prune_checkpoint(
+            self.settings.model,
+            out,
+            target=self.settings.target,
+            calibration=calibration,
+            seed=self.settings.seed,
+            command=self.command,
+            **prune_arguments(self.recipe),
+        )
+        self.run.book("prune")
+
+    def measure(self, variant: Variant) -> dict[str, Any]:
+        """Return what was measured of a model, in a process of its own."""
+        folder = self.run.path(variant)
+
+        def make() -> dict[str, Any]:
+            self.tell(f"measuring the {variant} model")
+            model = self.settings.model if variant == "dense" else self._saved(variant)
+            found = measure_apart(
+                model,
+                self.settings.perplexity,
+                seq_len=self._at_most(WINDOW) if self.settings.perplexity else None,
+                zero_shot=self.settings.zero_shot,
+                prompts=DEMO_PROMPTS,
+            )
+            if variant == "dense":
+                size = self._pruned_report().sizes.get("dense")
+                return {**found, "bytes": None if size is None else size.bytes}
+            return {**found, "bytes": weights_bytes(folder)}
+
+        return self.run.kept(variant, make)
+
+    def recover(self) -> dict[str, Any] | None:
+        """Write the folder ``recovered``; return the course of it, None if nothing is trained."""
+        if self.settings.recovery is None:
+            return None
+        plan = self._amount(self.settings.recovery)
+        if "skipped" in plan:
+            self.notes.append(plan["skipped"])
+            return None
+        out = self.run.path("recovered")
+        if not out.is_dir():
+            self.tell("recovering")
+            training = replace(
+                self.settings.recovery,
+                seq_len=self._sample_length(),
+                max_minutes=plan["minutes"],
+                epochs=plan["epochs"],
+            )
+            request = RecoverRequest(
+                self._saved("pruned"),
+                out,
+                DataSettings(self.settings.data, plan["samples"], kept=self._text()),
+                training,
+                teacher=TeacherSettings(self.settings.model),
+                resume=True,
+                command=self.command,
+            )
+            recover_checkpoint(request, say=self.say)
+            self.run.book("recover")
+        record = _record(out / RECORD)
+        before, after = record["loss"]
+        if not record["gained"]:
+            self.notes.append(
+                f"training brought no gain (held-out loss {before:.4f} before, {after:.4f} after), "
+                "so the pruned model is the result; use more data or a longer --time-budget"
+            )
+        return {"before": before, "after": after} | {name: record[name] for name in _RECORDED}
+
+    def _amount(self, recovery: RecoverySettings) -> dict[str, Any]:
+        """Return how much is trained; where time decides it, the first decision holds."""
+        samples, budget = self.settings.samples, self.settings.time_budget
+        writes = SELF in self.settings.data
+        if budget is None:
+            if samples is None and self.settings.data == (SELF,):
+                samples = max(SAMPLES, self._calibrated() + CHUNK)
+            return {"samples": samples, "minutes": None, "epochs": recovery.epochs}
+
+        def decide() -> dict[str, Any]:
+            left = time_to_recover(
+                budget, self.run.spent, self.run.seconds, self._pruned_report().seconds
+            )
+            if left < SHORTEST:
+                return {
+                    "skipped": f"the time budget leaves {max(left, 0):.0f} s for recovery, and less"
+                    f" than {SHORTEST:.0f} s are not worth it: the pruned model is the result"
+                }
+            end = self.run.spent + left
+            count = samples
+            if writes and count is None:
+                self.tell("writing text to train on")
+                count = self._write(WRITING * left)
+            minutes = max(end - self.run.spent, SHORTEST / 2) / 60
+            return {"samples": count, "minutes": minutes, "epochs": float(EPOCHS_IN_TIME)}
+
+        found: dict[str, Any] = self.run.decided("recovery", decide)
+        if writes:
+            self.run.book("text")
+        return found
+
+    def _write(self, seconds: float) -> int:
+        """Have the dense model write for a time; return the number of texts."""
+        loaded = load(self.settings.model)
+        length, folder = self._sample_length(), self._text()
+        name = f"{length}-{self.settings.seed}-*.safetensors"
+
+        def write(number: int) -> None:
+            write_text_cached(
+                loaded.model,
+                loaded.tokenizer,
+                folder,
+                samples=CHUNK * (number + 1),
+                seq_len=length,
+                seed=self.settings.seed,
+            )
+
+        there = len(list(folder.glob(name)))
+        chunks = -(-self._calibrated() // CHUNK)
+        took = self._pruned_report().seconds.get("calibration text", 0.0)
+        return CHUNK * chunks_in_time(
+            there,
+            MOST_SAMPLES // CHUNK,
+            seconds,
+            write,
+            time.monotonic,
+            longest=took / chunks if chunks else 0.0,
+        )
+
+    def report(
+        self,
+        folder: str,
+        measured: dict[Variant, dict[str, Any]],
+        recovery: dict[str, Any] | None,
+    ) -> dict[str, Any]:
+        """Write the report of all stages beside the weights."""
+        self.tell("writing the report")
+        sizes = {variant: found["parameters"] for variant, found in measured.items()}
+        result = {
+            "folder": folder,
+            "model": measured["dense"]["model"],
+            "parameters": [sizes["dense"], list(sizes.values())[-1]],
+            "measured": measured,
+            "recovery": recovery,
+            "notes": self.notes,
+            "peak_bytes": self.run.peak_bytes,
+        }
+        try:
+            report = report_in(self.run.path(folder))
+        except UserError:
+            return result  # it could not be drawn before, which was said
+        for variant, found in measured.items():
+            report = report.with_evaluation(variant, as_evaluation(found))
+        shown = about(self.settings)
+        run = {
+            "recipe": shown["recipe"],
+            "data": shown["data"] if recovery is not None else None,
+            "time budget": self.settings.time_budget and f"{self.settings.time_budget:.0f} s",
+            "seconds": {name: round(value, 1) for name, value in self.run.seconds.items()},
+            "peak memory": f"{self.run.peak_bytes / 1e6:,.0f} MB" if self.run.peak_bytes else None,
+        }
+        settings = {"Run": run, **report.settings}
+        report = report.model_copy(update={"settings": settings, "command": self.command})
+        write_report(self.run.path(folder), report)
+        return result
+
+    def _note_higher_perplexity(self, measured: dict[Variant, dict[str, Any]]) -> None:
+        pairs = zip(
+            measured["pruned"]["perplexity"], measured["recovered"]["perplexity"], strict=True
+        )
+        for before, after in pairs:
+            if after["perplexity"] > before["perplexity"]:
+                self.notes.append(
+                    f"perplexity on {after['corpus']} rose from {before['perplexity']:.2f} to "
+                    f"{after['perplexity']:.2f} by training, though the text that was held out "
+                    "from it gained; train on text more like it, with --data"
+                )
+
+    def _saved(self, name: str) -> ModelSettings:
+        return replace(self.settings.model, source=str(self.run.path(name)), revision=None)
+
+    def _pruned_report(self) -> Report:
+        try:
+            return report_in(self.run.path("pruned"))
+        except UserError:
+            return Report.model_validate({"source": {"name": self.settings.model.source}})
+
+    def _text(self) -> Path:
+        return self.run.path("text")
+
+    def _sample_length(self) -> int:
+        """Return the tokens in a sample: as in self-made calibration text, which is used again."""
+        assert self.settings.recovery is not None
+        if self._calibrated():
+            return calibration_of(self.recipe).seq_len
+        return self._at_most(self.settings.recovery.seq_len)
+
+    def _calibrated(self) -> int:
+        """Return how many of the texts to train on importance is estimated on, too."""
+        calibration = calibration_of(self.recipe, source=self.settings.calibration)
+        shared = SELF in self.settings.data and calibration.source == SELF
+        return calibration.samples if shared else 0
+
+    def _at_most(self, tokens: int) -> int:
+        """Return a number of tokens that the model can read at once."""
+        config = AutoConfig.from_pretrained(
+            self.run.path("pruned"), trust_remote_code=self.settings.model.trust_remote_code
+        )
+        longest = maximum_length(_Configured(config))
+        return tokens if longest is None else min(tokens, longest)
+
+
+def _record(file: Path) -> dict[str, Any]:
+    """Return what a finished recovery wrote.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        record = read_json(file)
+        before, after = record["loss"]
+        return {name: record[name] for name in _RECORDED} | {"loss": (before, after)}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file} is damaged; begin anew with --restart") from error
+
+
+@dataclass(frozen=True)
+class _Configured:
+    """A config where a model is asked for."""
+
+    config: Any
+
+
+def _move(folder: Path, out: Path, overwrite: bool, reads: Iterable[Source]) -> None:
+    """Put a complete folder in its place.
+
+    After a kill it goes on where it was: a folder that is gone was moved.
+    """
+    tidy(out.resolve())
+    if not folder.is_dir():
+        return
+    check_output(out, overwrite, reads)
+    put(folder, out.resolve())

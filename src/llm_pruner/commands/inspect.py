@@ -1,0 +1,119 @@
+"""What of a model can be pruned, as plain data."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from llm_pruner.discovery.groups import discover
+from llm_pruner.models.loading import load
+from llm_pruner.settings.common import ModelSettings
+from llm_pruner.surgery.removal import count_parameters
+from llm_pruner.types import Discovery, Group, IntArray
+
+FORMAT_VERSION = 1
+
+
+def inspect_model(model: ModelSettings) -> dict[str, Any]:
+    """Return all groups of a model and all that is frozen, ready for JSON; no weights are read.
+
+    Raises:
+        UserError: the model cannot be loaded.
+        DiscoveryError: it cannot be run.
+    """
+    loaded = load(model, weights=False)
+    return describe(loaded.name, discover(loaded.model))
+
+
+def describe(name: str, discovery: Discovery) -> dict[str, Any]:
+    """Return a discovery as plain data; shares are of all parameters of the model."""
+    total = count_parameters(discovery)
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": name,
+        "parameters": total,
+        "kinds": [_kind(kind, discovery, total) for kind in _kinds(discovery)],
+        "groups": [_group(group, discovery, total) for group in discovery.groups],
+        "frozen": [
+            {
+                "tensor": axis.tensor,
+                "dim": axis.dim,
+                "positions": axis.positions,
+                "size": axis.size,
+                "reason": axis.reason,
+            }
+            for axis in discovery.frozen
+        ],
+    }
+
+
+def _kinds(discovery: Discovery) -> list[str]:
+    return list(dict.fromkeys(group.kind for group in discovery.groups))
+
+
+def _kind(kind: str, discovery: Discovery, total: int) -> dict[str, Any]:
+    """Sum up the groups of one kind; other kinds may hold the same parameters."""
+    groups = [group for group in discovery.groups if group.kind == kind]
+    free = [group for group in groups if group.frozen is None]
+    parameters = touched(free, discovery)
+    return {
+        "kind": kind,
+        "groups": len(groups),
+        "prunable_units": sum(group.size for group in free),
+        "parameters": parameters,
+        "share": parameters / total,
+    }
+
+
+def _group(group: Group, discovery: Discovery, total: int) -> dict[str, Any]:
+    parameters = touched([group], discovery)
+    return {
+        "name": group.name,
+        "kind": group.kind,
+        "layer": group.layer,
+        "units": group.size,
+        "parameters": parameters,
+        "share": parameters / total,
+        "frozen": group.frozen,
+        "multiple": group.multiple,
+        "least": group.least,
+        "blocks": None if group.blocks is None else len(Counter(group.blocks.tolist())),
+        "companions": {c.group: str(c.ratio) for c in group.companions},
+        "members": [
+            {
+                "tensor": member.tensor,
+                "dim": member.dim,
+                "positions_per_unit": member.index.shape[1],
+                "buffer": member.buffer,
+            }
+            for member in group.members
+        ],
+        "modules": list(group.modules),
+    }
+
+
+def touched(groups: Iterable[Group], discovery: Discovery) -> int:
+    """Return how many parameters lie in some unit of the groups; each counts once."""
+    inside: set[str] = set()
+    axes: dict[str, dict[int, list[IntArray]]] = {}
+    for group in groups:
+        for module in group.modules:
+            inside.update(name for name in discovery.shapes if name.startswith(f"{module}."))
+        for member in group.members:
+            if not member.buffer:
+                dims = axes.setdefault(member.tensor, {})
+                dims.setdefault(member.dim, []).append(member.index.ravel())
+    count = sum(math.prod(discovery.shapes[name]) for name in inside)
+    for tensor in axes.keys() - inside:
+        shape = discovery.shapes[tensor]
+        # A weight is outside of all groups if no axis meets a unit at its position.
+        outside = 1
+        for dim, size in enumerate(shape):
+            units = axes[tensor].get(dim)
+            outside *= size if units is None else size - len(np.unique(np.concatenate(units)))
+        count += math.prod(shape) - outside
+    return count

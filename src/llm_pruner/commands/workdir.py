@@ -1,0 +1,324 @@
+"""The folder in which a run of several stages keeps what it has, to go on after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_pruner.checkpoints import atomic_write_text
+from llm_pruner.errors import UserError
+from llm_pruner.files.disk import discard, make_parents, remove, remove_empty, tidy
+
+_SETTINGS, _PROGRESS, _LOCK = "settings.json", "progress.json", "lock"
+
+RUN = "run.json"
+"""What a recovery in progress was asked to do."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the folder of a command's runs is known.
+
+    Attributes:
+        marks: names of which one lies in every such folder.
+        names: all names that may lie in one.
+    """
+
+    marks: re.Pattern[str]
+    names: re.Pattern[str]
+
+
+_PARTIAL = r"\..+\.(partial|old)-[a-z0-9_]{8}"
+
+COMPRESSING = Kind(
+    re.compile(rf"{_SETTINGS}|{_LOCK}"),
+    re.compile(
+        rf"{_SETTINGS}|{_PROGRESS}|{_LOCK}|{_PARTIAL}|(dense|pruned|recovered|result)\.json"
+        r"|pruned|recovered|recovered\.recovering|replaced|text"
+    ),
+)
+RECOVERING = Kind(
+    re.compile(rf"{RUN}|{_LOCK}|self-[0-9a-f]{{16}}"),
+    re.compile(rf"{RUN}|{_LOCK}|{_PARTIAL}|self-[0-9a-f]{{16}}|step-\d+|teacher|adapter"),
+)
+
+
+def folder_beside(out: Path, doing: str) -> Path:
+    """Return the folder in which a run that will end in ``out`` keeps what it has."""
+    out = out.resolve()  # beside what a link leads to: renaming does not cross file systems
+    return out.with_name(f"{out.name}.{doing}")
+
+
+def check_ours(folder: Path, kind: Kind) -> None:
+    """Raise UserError if a folder is there that holds anything but a run."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    strange = [name for name in names if not kind.names.fullmatch(name)]
+    if not strange and not any(map(kind.marks.fullmatch, names)):
+        strange = names
+    if strange or (os.path.lexists(folder) and not folder.is_dir()):
+        holds = f"holds {min(strange)}, which no run wrote" if strange else "is no folder"
+        raise UserError(
+            f"{folder.name} {holds}, and a run would keep its work there; move that away or give "
+            "another --out"
+        )
+
+
+def is_busy(folder: Path) -> bool:
+    """Whether another process is at work in the folder of a run."""
+    try:
+        import fcntl
+
+        with (folder / _LOCK).open() as stream:
+            # Shared, so that several that ask do not see each other.
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):  # not on Windows; no folder; a file system without locks
+        pass
+    return False
+
+
+def empty(folder: Path, kind: Kind) -> None:
+    """Remove all of a run but its lock; nothing that is not its own."""
+    for path in folder.iterdir():
+        if path.name != _LOCK and kind.names.fullmatch(path.name):
+            remove(path)
+
+
+def remove_run(folder: Path, kind: Kind) -> None:
+    """Remove a run; half of it is never found. What came to lie there besides stays."""
+    try:
+        check_ours(folder, kind)
+    except UserError:
+        empty(folder, kind)
+        remove(folder / _LOCK)
+    else:
+        discard(folder)
+
+
+@contextmanager
+def begun(folder: Path, kind: Kind) -> Iterator[None]:
+    """Make the folder of a run, if it is not there, and hold it for this process.
+
+    If the block raises and nothing was done that is worth going on with, it is removed.
+
+    Raises:
+        UserError: it holds something else, or another process is at work in it.
+    """
+    tidy(folder)
+    check_ours(folder, kind)
+    unlocked = not (folder / _LOCK).exists()
+    nothing = {_LOCK} if (folder / RUN).exists() else {_LOCK, RUN}
+    made = make_parents(folder)
+    try:
+        with _locked(folder):
+            try:
+                yield
+            except BaseException:
+                with suppress(OSError):
+                    if unlocked:
+                        remove(folder / _LOCK)
+                    if {path.name for path in folder.iterdir()} <= nothing:
+                        remove(folder)
+                raise
+    except BaseException:
+        remove_empty([one for one in made if one != folder])
+        raise
+
+
+class Work:
+    """Settings, decisions and times of a run, and the outputs of its stages, in one folder.
+
+    Everything in it appears whole or not at all. What was measured or decided is read again instead
+    of being made again, so that a run that is killed ends as one that is not.
+
+    Attributes:
+        folder: where all of it lies.
+        continued: whether an earlier process began the run.
+        seconds: by stage, of all processes, as far as they finished it.
+    """
+
+    def __init__(self, folder: Path, continued: bool) -> None:
+        self.folder, self.continued = folder, continued
+        progress = self._read(_PROGRESS) or {}
+        self.seconds: dict[str, float] = dict(progress.get("seconds", {}))
+        self._peak = int(progress.get("peak_bytes", 0))
+        self._decided: dict[str, Any] = dict(progress.get("decided", {}))
+        self._last = time.monotonic()
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most memory that a process of the run held at once."""
+        self._peak = max(self._peak, peak_memory())
+        return self._peak
+
+    @property
+    def spent(self) -> float:
+        """Seconds of the run until now."""
+        return sum(self.seconds.values()) + time.monotonic() - self._last
+
+    def path(self, name: str) -> Path:
+        """Return the place of an output."""
+        return self.folder / name
+
+    def book(self, stage: str) -> None:
+        """Book the time since the last call on a stage."""
+        now = time.monotonic()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
+        self._keep()
+
+    def kept(
+        self, name: str, make: Callable[[], dict[str, Any]], stage: str | None = None
+    ) -> dict[str, Any]:
+        """Return values that are made once; the time goes to the stage, by default of that name."""
+        found = self._read(f"{name}.json")
+        if found is None:
+            found = make()
+            atomic_write_text(self.path(f"{name}.json"), json.dumps(found, indent=1) + "\n")
+            self.book(stage or name)
+        return found
+
+    def decided(self, name: str, decide: Callable[[], Any]) -> Any:
+        """Return what was decided by measured speed; it is decided once."""
+        if name not in self._decided:
+            self._decided[name] = decide()
+            self._keep()
+        return self._decided[name]
+
+    def _keep(self) -> None:
+        data = {"seconds": self.seconds, "peak_bytes": self.peak_bytes, "decided": self._decided}
+        atomic_write_text(self.path(_PROGRESS), json.dumps(data, indent=1) + "\n")
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        return read_values(self.path(name))
+
+    def remove(self) -> None:
+        """Remove the folder."""
+        remove_run(self.folder, COMPRESSING)
+
+
+@contextmanager
+def opened(folder: Path, settings: Mapping[str, Any], *, restart: bool) -> Iterator[Work]:
+    """Yield the run in ``folder``, a new one if there is none.
+
+    Args:
+        folder: where it is kept.
+        settings: all that decides how the run goes, as plain values.
+        restart: throw away what is there.
+
+    Raises:
+        UserError: the run there has other settings, another process is at it, or the folder holds
+            something else.
+    """
+    with begun(folder, COMPRESSING):
+        if restart:
+            empty(folder, COMPRESSING)
+        for left in folder.glob(".*.partial-*"):  # of a process that was killed as it wrote
+            remove(left)
+        asked = _flat(json.loads(json.dumps(settings)))
+        found = read_values(folder / _SETTINGS)
+        if found is None:
+            others = [path.name for path in folder.iterdir() if path.name != _LOCK]
+            if others:
+                raise UserError(
+                    f"{folder.name} holds no run that can go on; remove it, or pass --restart"
+                )
+            atomic_write_text(folder / _SETTINGS, json.dumps(asked, indent=1) + "\n")
+        else:
+            _require_same(folder, found, asked)
+        yield Work(folder, continued=found is not None)
+
+
+def read_values(file: Path) -> dict[str, Any] | None:
+    """Return the values in a file of the folder; None if it is not there.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} is damaged; begin anew with --restart") from error
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process or one that it waited for held; 0 if not known."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return max(unit * resource.getrusage(one).ru_maxrss for one in whose)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values under names such as ``recipe.spread``."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _require_same(folder: Path, found: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    differ = [
+        f"{name}={_said(found.get(name))} and not {_said(asked.get(name))}"
+        for name in {**found, **asked}
+        if found.get(name) != asked.get(name)
+    ]
+    if differ:
+        more = f" ({len(differ) - 1} more differ)" if len(differ) > 1 else ""
+        raise UserError(
+            f"{folder.name} holds an interrupted run with {differ[0]}{more}; give the same options "
+            "to go on, or --restart to throw it away"
+        )
+
+
+def _said(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; a process that dies lets go of it."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    with (folder / _LOCK).open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy(folder) from None
+        except OSError:  # a file system without locks
+            pass
+        if not _same_file(stream.fileno(), folder / _LOCK):
+            raise busy(folder)  # which was just done, and has removed the folder
+        yield
+
+
+def _same_file(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def busy(folder: Path) -> UserError:
+    """Return what is said where another process has the folder of a run."""
+    return UserError(f"another process is at work in {folder.name}; wait for it, or end it")

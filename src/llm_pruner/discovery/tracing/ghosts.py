@@ -1,0 +1,210 @@
+"""Traces models that are on the meta device: shapes and types, but no weights.
+
+Plain meta tensors do not run most models, whose masks and positions are read by the code. So every
+parameter is replaced, for the time of the trace, by a *ghost*: a tensor on the CPU whose positions
+all share one element. Products with ghosts are not computed; their results are shaped on meta and
+hold random values, as a router's scores must differ. Integers and masks are computed as ever.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from llm_pruner.discovery.tracing.tracer import Trace, Tracer, tensors_in
+
+LARGEST = 1 << 22
+"""Elements of the largest result that is held in memory; larger ones are ghosts too."""
+
+_PRODUCTS = frozenset(
+    {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "_grouped_mm", "grouped_mm_fallback"}
+    | {"convolution", "embedding", "linear", "matmul"}
+)
+
+
+def is_on_meta(model: nn.Module) -> bool:
+    """Whether a model has parameters without values."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def is_ghost(tensor: torch.Tensor) -> bool:
+    """Whether all positions of a tensor share one element."""
+    return tensor.numel() > 1 and all(
+        stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1
+    )
+
+
+@contextmanager
+def ghosts_of(model: nn.Module, *, weights: bool = False) -> Iterator[None]:
+    """Put ghosts in place of all tensors on meta for the time of the context.
+
+    With ``weights`` in place of all parameters, so that nothing is computed with them.
+
+    Buffers get the values that the model's own initialisation gives them, where it does: positions
+    and masks are followed by the code. Tied parameters stay tied.
+    """
+    undo: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    stand_ins: dict[int, torch.Tensor] = {}
+
+    def replace(
+        space: dict[str, Any], make: Callable[[torch.Tensor], torch.Tensor], every: bool = False
+    ) -> bool:
+        found = [
+            k for k, v in space.items() if isinstance(v, torch.Tensor) and (v.is_meta or every)
+        ]
+        for key in found:
+            tensor = space[key]
+            if id(tensor) not in stand_ins:
+                stand_ins[id(tensor)] = make(tensor)
+            undo.append((space, key, tensor))
+            space[key] = stand_ins[id(tensor)]
+        return bool(found)
+
+    try:
+        for owner, module in _with_owners(model):
+            has_buffers = replace(module._buffers, _zeros)
+            if replace(vars(module), _zeros) or has_buffers:
+                _initialise_(owner, module)
+        for module in model.modules():
+            replace(module._parameters, _ghost_parameter, weights)
+        yield
+    finally:
+        for space, key, tensor in reversed(undo):
+            space[key] = tensor
+
+
+def _with_owners(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Yield each module after the innermost one around it that knows how to initialise it."""
+    seen: set[int] = set()
+    pending = [(model, model)]
+    while pending:
+        owner, module = pending.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        owner = module if hasattr(module, "_init_weights") else owner
+        yield owner, module
+        pending.extend((owner, child) for child in module.children())
+
+
+def _initialise_(owner: nn.Module, module: nn.Module) -> None:
+    """Fill the buffers of a module as ``from_pretrained`` does for those not in a checkpoint."""
+    initialise = getattr(owner, "_init_weights", None)
+    if initialise is None:
+        return
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # Its parameters are still on meta, where writing does nothing. What such code does with
+        # them may fail there; the buffers then stay zeros, which shapes do not depend on.
+        try:
+            initialise(module)
+        except Exception:
+            return
+
+
+def _zeros(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+
+def _ghost(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    return torch.ones((), dtype=dtype).expand(shape)
+
+
+def _ghost_parameter(tensor: torch.Tensor) -> torch.Tensor:
+    return nn.Parameter(_ghost(tensor.shape, tensor.dtype), requires_grad=False)
+
+
+class GhostRunner:
+    """Runs operations; those with ghosts are only shaped."""
+
+    def __init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+
+    def run(
+        self,
+        func: Any,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        execute: Callable[..., Any],
+    ) -> Any:
+        """Return the result of an operation, or one of its shape.
+
+        Args:
+            execute: how an operation without ghosts is run; takes ``func``, ``name``, ``args`` and
+                ``kwargs``.
+        """
+        inputs = list(tensors_in([*args, *kwargs.values()]))
+        ghosts = any(is_ghost(tensor) for tensor in inputs)
+        large = any(tensor.numel() > LARGEST for tensor in inputs)
+        if _is_view(func) or not (ghosts or large):
+            return execute(func, name, args, kwargs)
+        if func._schema.is_mutable:
+            target = kwargs.get("out", args[0] if args else None)
+            # A ghost holds no values that could change.
+            if isinstance(target, torch.Tensor) and (
+                is_ghost(target) or (large and target.is_floating_point())
+            ):
+                return target
+        elif large or name in _PRODUCTS:
+            shaped = self._shaped(func, name, args, kwargs)
+            if shaped is not None:
+                return shaped
+        return execute(func, name, args, kwargs)
+
+    def _shaped(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return random results of the right shapes; None where values are asked for."""
+        if name == "_grouped_mm":
+            # On meta it asks for strides that only the weights themselves have.
+            left, right = args[0], args[1]
+            out = torch.empty(left.shape[0], right.shape[-1], dtype=left.dtype, device="meta")
+        else:
+            on_meta = tree_map_only(torch.Tensor, _to_meta, (args, kwargs))
+            if kwargs.get("device") is not None:
+                on_meta[1]["device"] = torch.device("meta")
+            try:
+                out = func(*on_meta[0], **on_meta[1])
+            except (RuntimeError, NotImplementedError):
+                return None
+        results = list(tensors_in([out]))
+        if not results or not all(tensor.is_floating_point() for tensor in results):
+            return None
+        return tree_map_only(torch.Tensor, self._filled, out)
+
+    def _filled(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.numel() > LARGEST:
+            return _ghost(tensor.shape, tensor.dtype)
+        real = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        return real.uniform_(-1, 1, generator=self._generator)
+
+
+class GhostTracer(Tracer):
+    """A tracer that does not compute with ghosts."""
+
+    def __init__(self, trace: Trace, rules: dict[str, Callable[..., None]]) -> None:
+        super().__init__(trace, rules)
+        self._ghosts = GhostRunner()
+
+    def execute(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the operation, or only shape its result."""
+        return self._ghosts.run(func, name, args, kwargs, super().execute)
+
+
+def _is_view(func: Any) -> bool:
+    """Whether the results of an operation share the memory of its input."""
+    return any(
+        result.alias_info is not None and not result.alias_info.is_write
+        for result in func._schema.returns
+    )
+
+
+def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
+    if is_ghost(tensor):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")

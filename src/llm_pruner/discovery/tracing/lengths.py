@@ -1,0 +1,383 @@
+"""What a removal does to the sizes that a model's code reads.
+
+``SizeSystem`` holds the equations of a trace in resolved form: it solves for the module attributes
+after a removal, and states which groups must shrink together so that a solution exists.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+
+from llm_pruner.discovery.tracing.sizes import (
+    COMPARISONS,
+    Attribute,
+    Expr,
+    describe,
+    evaluate,
+    leaves,
+    solve,
+)
+from llm_pruner.discovery.tracing.tracer import Trace
+from llm_pruner.errors import InfeasibleError
+from llm_pruner.types import IntArray
+
+Deleted = npt.NDArray[np.bool_]
+Form = dict[int, Fraction]
+"""Positions lost per unit lost of each group, by group number."""
+
+
+class SizeSystem:
+    """Lengths of the axes after a removal, and the attributes that follow."""
+
+    def __init__(self, trace: Trace) -> None:
+        self._atoms = trace.atoms
+        self._old = trace.attributes
+        self._ragged = [
+            (
+                trace.atoms.resolve(r.outer),
+                trace.atoms.find(r.pairs),
+                trace.atoms.find(r.inner)[:, 0],
+            )
+            for r in trace.ragged
+            # Where the copies are one with their axis, its own atoms say what goes.
+            if trace.atoms.resolve(r.inner).size
+            and (trace.atoms.find(r.pairs) != trace.atoms.find(r.inner)[:, 0]).any()
+        ]
+        self._axes: dict[bytes, int] = {}
+        self._rows: list[IntArray] = []
+        self._sizes: list[int] = []
+        axis_of_length = [self._axis(rows) for rows in trace.lengths]
+        self._lengths = axis_of_length
+        seen: dict[tuple[Expr, int], str] = {}
+        for equation in trace.equations:
+            seen.setdefault((equation.expr, self._axis(equation.rows)), equation.where)
+        self.equations = [(expr, axis, where) for (expr, axis), where in seen.items()]
+        # Comparisons that the code makes are numbered behind the equations.
+        self.checks = list(dict(trace.checks).items())
+        self._leaves = [
+            set(leaves(expr)) for expr in (*(e for e, _, _ in self.equations), *dict(self.checks))
+        ]
+        self._by_axis: dict[int, list[int]] = defaultdict(list)
+        self._by_leaf: dict[Expr, list[int]] = defaultdict(list)
+        for number, (_, axis, _) in enumerate(self.equations):
+            self._by_axis[axis].append(number)
+        for number, read in enumerate(self._leaves):
+            for leaf in read:
+                self._by_leaf[leaf].append(number)
+        self._lengths_of_axis: dict[int, list[int]] = defaultdict(list)
+        for number, axis in enumerate(axis_of_length):
+            self._lengths_of_axis[axis].append(number)
+        # Atom -> axes and atom -> expanded axes, sorted by atom to look them up without a loop.
+        self._axes_of_atom = _Lookup(self._rows)
+        self._ragged_of_atom = _Lookup([pairs for _, pairs, _ in self._ragged])
+
+    def _axis(self, rows: IntArray) -> int:
+        resolved = self._atoms.resolve(rows)
+        key = resolved.tobytes() + b"|" + repr(resolved.shape).encode()
+        if key not in self._axes:
+            self._axes[key] = len(self._rows)
+            self._rows.append(resolved)
+            self._sizes.append(len(resolved))
+        return self._axes[key]
+
+    # ---------------------------------------------------------------- solving
+
+    def with_replicas(self, deleted: Deleted) -> Deleted:
+        """Return ``deleted`` with the expanded axes cut to the number of replicas left."""
+        deleted = deleted.copy()
+        for number in self._ragged_of_atom.where(deleted):
+            outer, pairs, inner = self._ragged[number]
+            alive = ~deleted[outer].any(axis=1)
+            kept = (~deleted[pairs]).sum(axis=1)[alive]
+            if kept.size == 0:
+                continue
+            if (kept != kept[0]).any():
+                raise InfeasibleError(
+                    "key-value groups of one layer keep different numbers of query heads"
+                )
+            deleted[inner[int(kept[0]) :]] = True
+        return deleted
+
+    def attributes(self, deleted: Deleted, touched: set[int] | None = None) -> dict[Attribute, int]:
+        """Return the attributes that change, with their new values.
+
+        Args:
+            deleted: by atom.
+            touched: only the equations of these numbers; all by default.
+
+        Raises:
+            InfeasibleError: the model's code cannot express the sizes that are left.
+        """
+        deleted = self.with_replicas(deleted)
+        left = {}
+
+        def length(axis: int) -> int:
+            if axis not in left:
+                rows = self._rows[axis]
+                left[axis] = int(len(rows) - deleted[rows].any(axis=1).sum())
+            return left[axis]
+
+        chosen = range(len(self._leaves)) if touched is None else sorted(touched)
+        count = len(self.equations)
+        system = [
+            (expr, length(axis), where)
+            for expr, axis, where in (self.equations[i] for i in chosen if i < count)
+        ]
+        lengths = {
+            leaf: length(self._lengths[leaf[1]])
+            for number in chosen
+            for leaf in self._leaves[number]
+            if leaf[0] == "len"
+        }
+        found = solve(system, self._old, lengths)
+        new = {**self._old, **lengths, **{("attr", *name): value for name, value in found.items()}}
+        for number in chosen:
+            if number >= count:
+                self._require_same_outcome(*self.checks[number - count], new)
+        return found
+
+    def _require_same_outcome(self, expr: Expr, where: str, new: Mapping[Expr, int]) -> None:
+        symbol, left, right = expr
+        old = {
+            leaf: self._old[leaf] if leaf[0] == "attr" else self._sizes[self._lengths[leaf[1]]]
+            for leaf in leaves(expr)
+        }
+        before, after = (
+            COMPARISONS[symbol](evaluate(left, values), evaluate(right, values))
+            for values in (old, new)
+        )
+        if before != after:
+            raise InfeasibleError(
+                f"the code asks whether {describe(left)} {symbol} {describe(right)} ({where}), and "
+                "the answer would change"
+            )
+
+    def reading_only(self, stands: Callable[[str], bool]) -> set[int]:
+        """Return the equations and comparisons that read attributes of modules that stand."""
+        return {
+            number
+            for number, read in enumerate(self._leaves)
+            if all(leaf[0] != "attr" or stands(leaf[1]) for leaf in read)
+        }
+
+    def equations_of(self, atoms: IntArray) -> set[int]:
+        """Return the equations that a deletion of these atoms, and what it implies, can touch."""
+        expanded = self._ragged_of_atom(atoms)
+        if expanded:
+            atoms = np.concatenate([atoms, *(self._ragged[number][2] for number in expanded)])
+        axes = self._axes_of_atom(atoms)
+        found = {number for axis in axes for number in self._by_axis[axis]}
+        changed: set[Expr] = {
+            leaf for number in found for leaf in self._leaves[number] if leaf[0] == "attr"
+        }
+        changed |= {("len", number) for axis in axes for number in self._lengths_of_axis[axis]}
+        return found | {number for leaf in changed for number in self._by_leaf[leaf]}
+
+    # -------------------------------------------------------------- companions
+
+    def constraints(
+        self, group_of: IntArray, group_sizes: dict[int, int]
+    ) -> list[tuple[Form, str]]:
+        """Return linear equations between the groups' removed counts: sum of form = 0.
+
+        Only axes whose positions hold at most one atom give one; products of axes follow from their
+        factors and are checked exactly when a removal is made.
+
+        Args:
+            group_of: group number of every atom, -1 for none.
+            group_sizes: number of units of every group.
+        """
+        forms = self._forms(group_of, group_sizes)
+        by_attribute: dict[Expr, list[tuple[Form, str]]] = defaultdict(list)
+        result: list[tuple[Form, str]] = []
+        for expr, axis, where in self.equations:
+            axis_form = forms[axis]
+            if axis_form is None:
+                continue
+            linear = self._linear(expr, forms)
+            if linear is None:
+                continue
+            coefficients, known = linear
+            difference = _subtract(axis_form, known)
+            if not coefficients:
+                if difference:
+                    result.append((difference, f"{describe(expr)} in {where}"))
+            elif len(coefficients) == 1:
+                leaf, factor = next(iter(coefficients.items()))
+                by_attribute[leaf].append(
+                    ({g: c / factor for g, c in difference.items()}, f"{describe(leaf)} in {where}")
+                )
+        for uses in by_attribute.values():
+            # An axis that does shrink is the better one to compare the others with.
+            reference = uses[0][0]
+            for form, where in uses[1:]:
+                difference = _subtract(form, reference)
+                if difference:
+                    result.append((difference, where))
+        return result
+
+    def _forms(self, group_of: IntArray, group_sizes: dict[int, int]) -> list[Form | None]:
+        replica_of: dict[int, tuple[int, int]] = {}
+        for _, pairs, inner in self._ragged:
+            groups = np.unique(group_of[pairs])
+            if len(groups) == 1 and groups[0] >= 0:
+                for atom in inner:
+                    replica_of[int(atom)] = (int(groups[0]), pairs.shape[0])
+        forms: list[Form | None] = []
+        for rows in self._rows:
+            if rows.shape[1] == 0:
+                forms.append({})
+                continue
+            if ((rows > 0).sum(axis=1) > 1).any():
+                forms.append(None)
+                continue
+            flat = rows[rows > 0]
+            groups, counts = np.unique(group_of[flat], return_counts=True)
+            form: Form = {}
+            for group, count in zip(groups.tolist(), counts.tolist(), strict=True):
+                if group >= 0:
+                    form[group] = Fraction(count, group_sizes[group])
+                else:
+                    owners = {replica_of.get(int(a)) for a in flat[group_of[flat] < 0]}
+                    owner = owners.pop() if len(owners) == 1 else None
+                    if owner is not None:
+                        form[owner[0]] = form.get(owner[0], Fraction(0)) + Fraction(1, owner[1])
+            forms.append(form)
+        return forms
+
+    def _linear(
+        self, expr: Expr, forms: list[Form | None]
+    ) -> tuple[dict[Expr, Fraction], Form] | None:
+        """Return (attribute -> factor, form) of the change of an expression, or None."""
+        kind = expr[0]
+        if kind == "const":
+            return {}, {}
+        if kind == "attr":
+            return {expr: Fraction(1)}, {}
+        if kind == "len":
+            form = forms[self._lengths[expr[1]]]
+            return None if form is None else ({}, form)
+        left, right = self._linear(expr[1], forms), self._linear(expr[2], forms)
+        if left is None or right is None:
+            return None
+        if kind in ("+", "-"):
+            sign = Fraction(1 if kind == "+" else -1)
+            attributes = dict(left[0])
+            for leaf, factor in right[0].items():
+                attributes[leaf] = attributes.get(leaf, Fraction(0)) + sign * factor
+            attributes = {leaf: factor for leaf, factor in attributes.items() if factor}
+            return attributes, _subtract(left[1], right[1], -sign)
+        scale = self._constant(expr[1]), self._constant(expr[2])
+        if kind == "*" and scale[1] is not None:
+            factor = Fraction(scale[1])
+        elif kind == "*" and scale[0] is not None:
+            factor, left = Fraction(scale[0]), right
+        elif kind == "//" and scale[1]:
+            factor = Fraction(1, scale[1])
+        else:
+            return None
+        return (
+            {leaf: value * factor for leaf, value in left[0].items()},
+            {group: value * factor for group, value in left[1].items()},
+        )
+
+    def _constant(self, expr: Expr) -> int | None:
+        return int(expr[1]) if expr[0] == "const" else None
+
+
+class _Lookup:
+    """In which of many arrays of atoms an atom occurs."""
+
+    def __init__(self, arrays: Sequence[IntArray]) -> None:
+        counts = [array.size for array in arrays]
+        owners = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        atoms = np.concatenate([np.zeros(0, np.int64), *(array.ravel() for array in arrays)])
+        owners, atoms = owners[atoms > 0], atoms[atoms > 0]
+        order = np.argsort(atoms, kind="stable")
+        self._atoms, self._owners = atoms[order], owners[order]
+
+    def __call__(self, atoms: IntArray) -> list[int]:
+        """Return the numbers of the arrays that hold any of the atoms."""
+        atoms = np.unique(atoms)
+        first = np.searchsorted(self._atoms, atoms)
+        counts = np.searchsorted(self._atoms, atoms, side="right") - first
+        places = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+        return np.unique(self._owners[places]).tolist()
+
+    def where(self, flags: Deleted) -> list[int]:
+        """Return the numbers of the arrays that hold any atom whose flag is set."""
+        return np.unique(self._owners[flags[self._atoms]]).tolist()
+
+
+def _subtract(left: Form, right: Form, factor: Fraction = Fraction(1)) -> Form:
+    """Return left - factor * right without zeros."""
+    result = dict(left)
+    for group, value in right.items():
+        result[group] = result.get(group, Fraction(0)) - factor * value
+    return {group: value for group, value in result.items() if value}
+
+
+def reduce_constraints(
+    constraints: list[tuple[Form, str]],
+) -> tuple[dict[int, tuple[int, Fraction]], dict[int, str]]:
+    """Solve the constraints for ratios between pairs of groups.
+
+    Returns (follower -> (leader, units the follower loses per unit of the leader), group -> reason
+    it cannot lose any unit). Where three or more groups are in one relation (rotated, unrotated and
+    value channels of a head), the one that occurs in most relations is fixed until pairs are left.
+    """
+    why: dict[int, str] = {}
+    for form, where in constraints:
+        for group in form:
+            why.setdefault(group, where)
+    stuck: dict[int, str] = {}
+    forms = [form for form, _ in constraints]
+    while True:
+        rows = _eliminate([*({group: Fraction(1)} for group in stuck), *forms])
+        uses = Counter(group for _, row in rows if len(row) > 2 for group in row)
+        if not uses:
+            break
+        fixed = min(uses, key=lambda group: (-uses[group], group))
+        stuck[fixed] = f"it stays whole so that others of its size can shrink ({why[fixed]})"
+    follows: dict[int, tuple[int, Fraction]] = {}
+    for pivot, row in rows:
+        others = [group for group in row if group != pivot]
+        if others and row[others[0]] < 0:
+            follows[pivot] = (others[0], -row[others[0]])
+            continue
+        for group in row:
+            stuck.setdefault(
+                group, f"its size is bound to others that cannot follow ({why[group]})"
+            )
+    changed = True
+    while changed:
+        changed = False
+        for follower, (leader, _) in follows.items():
+            for one, other in ((follower, leader), (leader, follower)):
+                if one in stuck and other not in stuck:
+                    stuck[other] = stuck[one]
+                    changed = True
+    return follows, stuck
+
+
+def _eliminate(forms: list[Form]) -> list[tuple[int, Form]]:
+    """Return (pivot, row) in reduced echelon form; every pivot has the factor 1."""
+    rows: list[tuple[int, Form]] = []
+    for form in forms:
+        for pivot, row in rows:
+            if pivot in form:
+                form = _subtract(form, row, form[pivot])
+        if not form:
+            continue
+        new = max(form)
+        form = {group: value / form[new] for group, value in form.items()}
+        rows = [
+            (pivot, _subtract(row, form, row[new]) if new in row else row) for pivot, row in rows
+        ]
+        rows.append((new, form))
+    return rows

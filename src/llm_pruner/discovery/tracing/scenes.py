@@ -1,0 +1,296 @@
+"""The ways in which a model is used: what it is traced on, and compared with its twin on.
+
+What a model's code does on eight tokens is not all that it does. A window begins to matter behind
+its length, a table is made anew when it is too short, a cache is sized by the config, a branch is
+taken in training only. So the model is run on short and on long input, with its own cache, with
+padding, and in training mode with dropout off.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
+from io import StringIO
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from llm_pruner.discovery.tracing.outputs import logits_of
+from llm_pruner.discovery.tracing.provenance import is_config
+
+Forward = Callable[[nn.Module, torch.Tensor], list[torch.Tensor]]
+"""Runs the model on token ids (batch, sequence); returns every logits tensor it computes."""
+
+LONGEST = 1024
+"""Tokens of the longest input, however small the model."""
+
+OPERATIONS = 1.2e12
+"""Floating-point operations of one run on long input, which bound it in large models."""
+
+_NEW_TOKENS = 2
+_LONG = 40
+"""Tokens of an input that is longer than the short ones, at least."""
+
+_POSITIONS = 128
+"""Positions of a long input whose logits are compared."""
+
+_RANDOM = re.compile("drop|jitter|noise", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One way in which a model is used.
+
+    Attributes:
+        name: as users read it.
+        shape: batch and sequence of the token ids.
+        run: runs the model on such token ids.
+        training: whether in training mode.
+        needed: whether a model that cannot be run so cannot be traced.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    run: Forward
+    training: bool = False
+    needed: bool = False
+
+
+def scenes_of(model: nn.Module, forward: Forward, vocabulary: int) -> tuple[Scene, ...]:
+    """Return the scenes of a model.
+
+    Args:
+        model: any language model.
+        forward: how to run it on a few tokens.
+        vocabulary: number of token ids, which is no length.
+    """
+    short = Scene("8 tokens", (2, 8), forward, needed=True)
+    parameters = parameters_of(model)
+    length, beyond = long_length(model, vocabulary)
+    said = f"{length:,} tokens" + (f" (not {beyond:,})" if beyond else "")
+    if not is_of_transformers(model):
+        return (
+            short,
+            Scene(said, (1, length), _plain),
+            Scene("training", (2, 8), _plain, training=True),
+        )
+    scenes = [short]
+    if "attention_mask" in parameters:
+        scenes.append(Scene("padding left and right", (2, 8), _padded))
+    if hasattr(model, "generate"):
+        scenes.append(Scene(f"{said} and generate", (1, length), generated))
+    else:
+        scenes.append(Scene(said, (1, length), _by_name))
+    scenes.append(Scene("training", (2, 8), _by_name, training=True))
+    return tuple(scenes)
+
+
+def shorter(scene: Scene) -> Iterator[Scene]:
+    """Yield a scene of long input anew with fewer tokens, for models that take no more."""
+    length = scene.shape[1]
+    if length < _LONG:
+        return
+    for fewer in dict.fromkeys((length - 1, length // 2, length // 4, _LONG)):
+        name = scene.name.replace(f"{length:,} tokens", f"{fewer:,} tokens", 1)
+        yield replace(scene, name=name, shape=(scene.shape[0], fewer))
+
+
+def given_scene(forward: Forward) -> tuple[Scene, ...]:
+    """Return the one scene of a model that is run on given tokens."""
+    return (Scene("the given tokens", (2, 8), forward, needed=True),)
+
+
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether a model is run as those of ``transformers`` are: by keywords, with a cache."""
+    library = sys.modules.get("transformers.modeling_utils")
+    if library is not None and isinstance(_inside(model), library.PreTrainedModel):
+        return True
+    return {"input_ids", "use_cache"} <= set(parameters_of(model))
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """Return the model that a wrapper with adapters hands its arguments to."""
+    unwrap = getattr(model, "get_base_model", None)
+    return unwrap() if callable(unwrap) else model
+
+
+def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a model's forward pass by name."""
+    return inspect.signature(_inside(model).forward).parameters
+
+
+def long_length(model: nn.Module, vocabulary: int) -> tuple[int, int | None]:
+    """Return a number of tokens, and what it should be to be longer than all that may matter.
+
+    Longer than every window, table and number that the model holds, as far as ``LONGEST`` and
+    ``OPERATIONS`` and the positions that the model knows allow.
+    """
+    held = {size for size in _held(model) if 8 < size != vocabulary}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    bound = int(max(64, min(LONGEST, OPERATIONS / (2 * max(parameters, 1)))))
+    positions = _positions(model)
+    if positions is not None:
+        bound = min(bound, positions)
+    wanted = max((size + 1 for size in held), default=0)
+    length = max((size + 1 for size in held if size < bound), default=0)
+    length = min(bound, max(length, 128))
+    windows = [size for size in _windows(model) if size >= length]
+    return length, (max(windows) + 1 if windows and wanted > length else None)
+
+
+def _held(model: nn.Module) -> Iterator[int]:
+    """Yield the integers that modules and their settings hold, and the sizes of their tables."""
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if is_config(key, value):
+                yield from (item for item in vars(value).values() if type(item) is int)
+            elif type(value) is int:
+                yield value
+            elif isinstance(value, tuple | list):
+                yield from (item for item in value if type(item) is int)
+            elif isinstance(value, torch.Tensor):
+                yield from value.shape
+        for _, buffer in module.named_buffers(recurse=False):
+            yield from buffer.shape
+        if isinstance(module, nn.Embedding):
+            yield module.num_embeddings
+
+
+def _windows(model: nn.Module) -> Iterator[int]:
+    """Yield the lengths that settings name as windows."""
+    for module in model.modules():
+        for key, value in vars(module).items():
+            spaces = vars(value) if is_config(key, value) else {key: value}
+            for name, item in spaces.items():
+                if type(item) is int and "window" in name:
+                    yield item
+
+
+def _positions(model: nn.Module) -> int | None:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = [
+        value
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len", "block_size")
+        if type(value := getattr(text, name, None)) is int and value > 0
+    ]
+    return min(found, default=None)
+
+
+def few(logits: torch.Tensor) -> torch.Tensor:
+    """Return the logits at evenly spaced positions, the last among them; (batch, few, ...)."""
+    count = logits.shape[1]
+    if logits.dim() < 3 or count <= _POSITIONS:
+        return logits
+    return logits[:, (count - 1) % math.ceil(count / _POSITIONS) :: math.ceil(count / _POSITIONS)]
+
+
+def _plain(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
+    return [logits_of(model(tokens))]
+
+
+def _by_name(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
+    return [logits_of(model(input_ids=tokens, use_cache=False))]
+
+
+def _padded(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Run a batch whose first row is padded left and whose second is padded right."""
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    mask[1, -3:] = 0
+    logits = logits_of(model(input_ids=tokens, attention_mask=mask, use_cache=False))
+    if logits.shape[1] != tokens.shape[1]:
+        return [logits]
+    return [logits[0:1, 3:], logits[1:2, :-3]]
+
+
+class _Forced(LogitsProcessor):
+    """Lets every continuation be the same, so that two models are asked the same."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = list(tokens)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:  # noqa: ARG002
+        forced = torch.full(tuple(scores.shape), float("-inf"), dtype=scores.dtype)
+        forced[:, self.tokens.pop(0)] = 0.0
+        return forced.to(scores.device)  # type: ignore[return-value]
+
+
+def generated(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Run ``generate`` with the model's own cache; the logits of each new token.
+
+    The new tokens are the last of ``tokens``, whatever the model would choose. Returns tensors of
+    shape (batch, vocabulary).
+    """
+    prompt, new = tokens[:, :-_NEW_TOKENS], tokens[0, -_NEW_TOKENS:]
+    with redirect_stdout(StringIO()):  # some models print what they think of the arguments
+        found = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=_NEW_TOKENS,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+            logits_processor=LogitsProcessorList([_Forced(new.tolist())]),
+        )
+    return list(found.logits)
+
+
+@contextmanager
+def staged(model: nn.Module, *, training: bool = False) -> Iterator[None]:
+    """Switch to evaluation or to training without dropout, and back, without gradients.
+
+    What modules hold is put back: states that they keep, and tables that they made anew.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    held = [
+        (space, dict(space))
+        for module in model.modules()
+        for space in (vars(module), module._buffers, module._parameters)
+        if isinstance(space, dict)
+    ]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()] if training else []
+    random = list(_random_parts(model)) if training else []
+    held += [(space, dict(space)) for space, _ in random]
+    try:
+        for space, key in random:
+            space[key] = 0.0
+        model.train(training)
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for space, before in held:
+            for key in space.keys() - before.keys():
+                del space[key]
+            for key, value in before.items():
+                if space.get(key) is not value:
+                    space[key] = value
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)
+
+
+def _random_parts(model: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield where modules and their settings hold how much is dropped or how strong noise is."""
+    for module in model.modules():
+        for key, value in vars(module).items():
+            drops = key == "p" and _RANDOM.search(type(module).__name__)
+            if is_config(key, value):
+                yield from (
+                    (vars(value), name)
+                    for name, item in vars(value).items()
+                    if type(item) is float and _RANDOM.search(name)
+                )
+            elif type(value) is float and (drops or _RANDOM.search(key)):
+                yield vars(module), key

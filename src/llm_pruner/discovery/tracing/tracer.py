@@ -1,0 +1,456 @@
+"""Runs a model once and keeps, for every tensor, which deletion removes which position.
+
+Every ATen operation passes through ``Tracer`` (a ``TorchDispatchMode``), whatever Python code
+called it; the rule of its family (``rules``) states how the axes of its result follow from the
+axes of its inputs. An operation without a rule freezes all that goes in.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from llm_pruner.discovery.tracing.atoms import Atoms, empty_rows, product_rows
+from llm_pruner.discovery.tracing.code import code_line
+from llm_pruner.discovery.tracing.functions import COMPILED_CODE
+from llm_pruner.discovery.tracing.sizes import Equation, Expr, TracedInt, leaves
+from llm_pruner.types import IntArray
+
+Axes = list[IntArray]
+Role = Literal[
+    "head",
+    "query_key",
+    "value",
+    "activation",
+    "routing",
+    "aligned",
+    "even",
+    "read",
+    "filter",
+    "weighed",
+    "normalised",
+]
+
+
+@dataclass
+class Ragged:
+    """An expanded axis merged with a live one: replica (i, j) may go for each i on its own.
+
+    All copies hold the same values, so what matters is only how many stay, and that it is equally
+    many for every i that stays.
+
+    Attributes:
+        outer: rows of the live axis, shape (a, k).
+        pairs: atoms of the replicas, shape (a, b).
+        inner: rows of the expanded axis, shape (b, 1); its length is what the model's code reads.
+    """
+
+    outer: IntArray
+    pairs: IntArray
+    inner: IntArray
+
+
+@dataclass
+class Choice:
+    """An axis from which a fixed number of positions is chosen by value, as a router does.
+
+    Attributes:
+        rows: rows of the axis, shape (n, k).
+        count: how many are chosen.
+        available: how many of the n could be chosen; the others were masked.
+    """
+
+    rows: IntArray
+    count: int
+    available: int
+
+
+@dataclass
+class Trace:
+    """What a run states about a model, before it is made into groups."""
+
+    atoms: Atoms = field(default_factory=Atoms)
+    tensors: dict[str, Axes] = field(default_factory=dict)
+    order: dict[str, int] = field(default_factory=dict)
+    equations: list[Equation] = field(default_factory=list)
+    ragged: list[Ragged] = field(default_factory=list)
+    numbers: dict[Expr, str] = field(default_factory=dict)
+    checks: list[tuple[Expr, str]] = field(default_factory=list)
+    lengths: list[IntArray] = field(default_factory=list)
+    attributes: dict[Expr, int] = field(default_factory=dict)
+    roles: dict[Role, list[IntArray]] = field(default_factory=dict)
+    choices: list[Choice] = field(default_factory=list)
+    residual: IntArray | None = None
+    unknown: dict[str, int] = field(default_factory=dict)
+
+
+class Tracer(TorchDispatchMode):
+    """Labels the axes of all tensors while a model runs."""
+
+    def __init__(self, trace: Trace, rules: dict[str, Callable[..., None]]) -> None:
+        super().__init__()
+        self.trace = trace
+        self.atoms = trace.atoms
+        self.rules = rules
+        self.labels: Any = WeakTensorKeyDictionary()
+        self.domains: Any = WeakTensorKeyDictionary()
+        self.counts: Any = WeakTensorKeyDictionary()
+        self.weights: Any = WeakTensorKeyDictionary()
+        self.names: Any = WeakTensorKeyDictionary()
+        self.vocabulary: Any = WeakTensorKeyDictionary()
+        self.one_hot: Any = WeakTensorKeyDictionary()
+        self.cut_from: Any = WeakTensorKeyDictionary()
+        self.function: str | None = None
+        self._shared: dict[str, int] = {}
+        self._ragged: dict[int, Ragged] = {}
+        self._packed: set[int] = set()
+        self._lengths: dict[int, int] = {}
+        self._written: set[int] = set()
+        self._trained: set[int] = set()
+        self._clock = 0
+
+    # ------------------------------------------------------------- labelling
+
+    def add_tensor(self, name: str, tensor: torch.Tensor) -> None:
+        """Give a parameter or buffer one atom per position of each axis."""
+        if name not in self.trace.tensors:
+            self.trace.tensors[name] = [
+                empty_rows(1) if size == 1 else self.atoms.fresh(size) for size in tensor.shape
+            ]
+        known = self.trace.tensors[name]
+        if len(known) == tensor.dim():
+            # A table that has grown since then is new along that axis.
+            self.labels[tensor] = [
+                rows if len(rows) == size else self.frozen_rows(size, "its length has changed")
+                for rows, size in zip(known, tensor.shape, strict=True)
+            ]
+        self.weights[tensor] = True
+        self.names[tensor] = name
+        if isinstance(tensor, torch.nn.Parameter):
+            self._trained.add(_storage(tensor))
+
+    def frozen_rows(self, count: int, reason: str) -> IntArray:
+        """Return rows that are never deleted, and remember why."""
+        if reason not in self._shared:
+            atom = self.atoms.fresh(1)
+            self.atoms.freeze(atom, reason)
+            self._shared[reason] = int(atom[0, 0])
+        return np.full((count, 1), self._shared[reason], dtype=np.int64)
+
+    def add_input(self, tensor: torch.Tensor, reasons: tuple[str, ...]) -> None:
+        """Label an input of the model; its axes cannot be pruned."""
+        self.labels[tensor] = [
+            self.frozen_rows(size, reason)
+            for size, reason in zip(tensor.shape, reasons, strict=True)
+        ]
+
+    def label(self, tensor: torch.Tensor) -> Axes:
+        """Return the rows of every axis; tensors from outside the trace are constants."""
+        axes = self.labels.get(tensor)
+        if axes is None or len(axes) != tensor.dim():
+            axes = [self.frozen_rows(size, "a constant in the code") for size in tensor.shape]
+            self.labels[tensor] = axes
+        return list(axes)
+
+    def set_label(self, tensor: torch.Tensor, axes: Axes) -> None:
+        """Label a result; axes of one position carry nothing."""
+        shape = tensor.shape
+        if len(axes) != len(shape):
+            raise AssertionError(f"label of {len(axes)} axes for a tensor of {len(shape)}")
+        for rows, size in zip(axes, shape, strict=True):
+            if len(rows) != size:
+                raise AssertionError(f"label {[len(r) for r in axes]} for shape {tuple(shape)}")
+            if size == 1 and rows.size:
+                # Cut out of a longer axis: code that takes this position needs it to stay.
+                self.freeze(rows, "single positions of it are taken")
+        self.labels[tensor] = [
+            empty_rows(1) if size == 1 else rows for rows, size in zip(axes, shape, strict=True)
+        ]
+
+    def copy_label(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Label a result as its input, including what its values index."""
+        self.set_label(target, self.label(source))
+        for marked in (self.domains, self.counts):
+            if source in marked:
+                marked[target] = marked[source]
+
+    def unify(self, left: IntArray, right: IntArray) -> IntArray:
+        """State that two axes shrink together."""
+        self.atoms.unify(left, right)
+        return left if left.shape[1] <= right.shape[1] else right
+
+    def freeze(self, rows: IntArray, reason: str) -> None:
+        """State that an axis cannot shrink."""
+        self.atoms.freeze(rows, reason)
+
+    def merge(self, outer: IntArray, inner: IntArray) -> IntArray:
+        """Return the rows of two merged axes; a replica axis becomes one atom per pair."""
+        if len(outer) == 1:
+            return inner
+        if len(inner) == 1:
+            return outer
+        for first, second, transposed in ((outer, inner, False), (inner, outer, True)):
+            if not self.atoms.is_replica(second) or self.atoms.is_replica(first):
+                continue
+            live = self.atoms.resolve(first)
+            if live.shape[1] == 0 or not (live > 0).any(axis=1).all():
+                continue
+            pairs = self._pairs(first, second)
+            if transposed:
+                pairs = pairs.T
+            return np.concatenate(
+                [
+                    product_rows(outer, inner[:, :0])
+                    if not transposed
+                    else product_rows(outer[:, :0], inner),
+                    pairs.reshape(-1, 1),
+                ],
+                axis=1,
+            )
+        return product_rows(outer, inner)
+
+    def _pairs(self, outer: IntArray, inner: IntArray) -> IntArray:
+        known = self._ragged.get(int(inner[0, 0]))
+        if known is not None and known.pairs.shape == (len(outer), len(inner)):
+            same = self.atoms.resolve(known.outer), self.atoms.resolve(outer)
+            if same[0].shape == same[1].shape and (same[0] == same[1]).all():
+                return known.pairs
+        pairs = self.atoms.fresh(len(outer) * len(inner)).reshape(len(outer), len(inner))
+        self._add_ragged(Ragged(outer, pairs, inner))
+        return pairs
+
+    def _add_ragged(self, ragged: Ragged) -> None:
+        self.trace.ragged.append(ragged)
+        self._ragged[int(ragged.inner[0, 0])] = ragged
+
+    def _unpack(self, grid: IntArray) -> tuple[IntArray, IntArray] | None:
+        """Split an axis of replica pairs again (query heads into groups by key-value head).
+
+        What is left of the inner axis differs from one outer position to the next, in content but
+        not in number. So it is a new axis that must stay what it is until it is merged again.
+        """
+        for ragged in reversed(self.trace.ragged):
+            if ragged.pairs.shape != grid.shape[:2]:
+                continue
+            hit = grid == self.atoms.find(ragged.pairs)[:, :, None]
+            if not (hit.sum(axis=2) == 1).all():
+                continue
+            rest = np.sort(np.where(hit, 0, grid), axis=2)[:, :, 1:]
+            if (rest == rest[:, :1]).all():
+                inner = self.atoms.fresh(grid.shape[1], replica=True)
+                self._packed.add(int(inner[0, 0]))
+                self._add_ragged(Ragged(ragged.outer, ragged.pairs, inner))
+                return rest[:, 0], inner
+        return None
+
+    def require_whole(self, rows: IntArray) -> None:
+        """Freeze an axis that is reduced over, if its positions differ from group to group."""
+        if rows.size and int(rows[0, 0]) in self._packed:
+            self.freeze(rows, "the query heads of a group are reduced over")
+
+    def split(self, rows: IntArray, outer: int, inner: int) -> tuple[IntArray, IntArray]:
+        """Return the rows of the two axes that an axis of outer * inner positions is viewed as."""
+        if outer == 1:
+            return empty_rows(1), rows
+        if inner == 1:
+            return rows, empty_rows(1)
+        live = self.atoms.resolve(rows)
+        if live.shape[1] == 0:
+            return rows.reshape(outer, inner, -1)[:, 0], rows.reshape(outer, inner, -1)[0]
+        grid = live.reshape(outer, inner, -1)
+        by_outer = (grid == grid[:, :1]).all(axis=(0, 1))
+        by_inner = (grid == grid[:1]).all(axis=(0, 1))
+        if (by_outer | by_inner).all():
+            return grid[:, 0][:, by_outer], grid[0][:, by_inner & ~by_outer]
+        unpacked = self._unpack(grid)
+        if unpacked is not None:
+            return unpacked
+        first, second = self.atoms.fresh(outer), self.atoms.fresh(inner)
+        self.atoms.unify(rows, product_rows(first, second))
+        return first, second
+
+    def note(self, role: Role, rows: IntArray) -> None:
+        """Remember where an axis occurs; used to name its kind."""
+        if len(rows) > 1:
+            self.trace.roles.setdefault(role, []).append(rows)
+
+    def choose(self, tensor: torch.Tensor, dim: int, count: int) -> None:
+        """Record that ``count`` positions along an axis are chosen by value."""
+        rows = self.label(tensor)[dim]
+        if self.atoms.resolve(rows).size == 0:
+            return
+        available = len(rows)
+        if tensor.is_floating_point() and tensor.numel():
+            # DeepSeek-V2 masks with zeros, others with minus infinity.
+            masked = (tensor == -torch.inf) | (tensor == 0)
+            available -= int(masked.sum(dim).max())
+        self.trace.choices.append(Choice(rows, count, max(available, count)))
+
+    def is_weight(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is a parameter or buffer, or a mere view or cast of one.
+
+        A buffer that the run writes to is none: it holds activations, such as a cache.
+        """
+        return tensor in self.weights and _storage(tensor) not in self._written
+
+    # ------------------------------------------------ Recorder (function mode)
+
+    def axes(self, tensor: torch.Tensor) -> Axes | None:
+        """Return the rows of a tensor that the trace knows, or None."""
+        return self.labels.get(tensor) if isinstance(tensor, torch.Tensor) else None
+
+    def length(self, tensor: torch.Tensor, dim: int) -> Any:
+        """Return the size of an axis as an integer that remembers the axis."""
+        rows = self.label(tensor)[dim]
+        if len(rows) == 1 or not self.atoms.resolve(rows).size:
+            return len(rows)
+        # The trace keeps the rows, so that their identity stays theirs.
+        number = self._lengths.setdefault(id(rows), len(self.trace.lengths))
+        if number == len(self.trace.lengths):
+            self.trace.lengths.append(rows)
+        expr = ("len", number)
+        return TracedInt.of(len(rows), expr, self.used_as_number)
+
+    def sized(self, expr: Expr, rows: IntArray, where: str) -> None:
+        """Record that an integer is the length of an axis; a literal one freezes it."""
+        if len(rows) == 0:
+            return
+        if any(True for _ in leaves(expr)):
+            self.trace.equations.append(Equation(expr, rows, where))
+        elif len(rows) > 1:
+            self.freeze(rows, f"its size {len(rows)} is written in the code ({where})")
+
+    def tie_windows(self, rows: IntArray, step: int, where: str) -> None:
+        """State that each run of ``step`` neighbouring positions goes together."""
+        whole = len(rows) // step
+        if not rows.size or not whole:
+            self.freeze(rows, f"left over by a {where}")
+            return
+        windows = rows[: whole * step].reshape(whole, step, -1)
+        for offset in range(1, step):
+            self.atoms.unify(windows[:, 0], windows[:, offset])
+        if len(rows) % step:
+            self.freeze(rows[whole * step :], f"left over by a {where}")
+
+    def used_as_number(self, expr: Expr) -> None:
+        """Record where a size entered the arithmetic of the model, or was compared."""
+        if expr not in self.trace.numbers:
+            self.trace.numbers[expr] = code_line()
+
+    def values_read(self, tensor: torch.Tensor, where: str) -> None:
+        """Freeze a tensor whose values the code reads; what it does with them is unknown."""
+        for rows in (
+            *self.label(tensor),
+            *([self.domains[tensor]] if tensor in self.domains else []),
+        ):
+            self.freeze(rows, f"the code follows its values ({where})")
+
+    # ---------------------------------------------------------------- running
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func._overloadpacket.__name__
+        inputs = list(tensors_in([*args, *kwargs.values()]))
+        self._clock += 1
+        for tensor in inputs:
+            called = self.names.get(tensor)
+            if called is not None:
+                self.trace.order.setdefault(called, self._clock)
+        if func._schema.is_mutable and inputs and inputs[0] in self.weights:
+            self._written |= {_storage(inputs[0])} - self._trained
+        out = self.execute(func, name, args, kwargs)
+        rule = self.rules.get(name)
+        if rule is None and torch.Tag.pointwise in func.tags:
+            rule = self.rules["pointwise"]
+        try:
+            if self.function == COMPILED_CODE:
+                raise UnplacedError("read by compiled code of which nothing is known")
+            if rule is None:
+                raise UnplacedError(f"no rule for the operation {name}")
+            if name not in DOMAIN_AWARE:
+                for tensor in inputs:
+                    if tensor in self.domains:
+                        self.freeze(self.domains[tensor], f"its positions are chosen by {name}")
+            rule(self, func, args, kwargs, out)
+        except (UnplacedError, ValueError, AssertionError, LookupError, TypeError) as error:
+            # A call in a form that the rule was not made for is as good as one without a rule.
+            known = isinstance(error, UnplacedError)
+            reason = str(error) if known else f"no rule for this form of the operation {name}"
+            self.trace.unknown[name] = self.trace.unknown.get(name, 0) + 1
+            for tensor in inputs:
+                for rows in self.label(tensor):
+                    self.freeze(rows, reason)
+            for tensor in tensors_in([out]):
+                self.set_label(tensor, [self.frozen_rows(size, reason) for size in tensor.shape])
+        if name in VIEWS and inputs[0] in self.cut_from:
+            for tensor in tensors_in([out]):
+                self.cut_from.setdefault(tensor, self.cut_from[inputs[0]])
+        if name in MOVEMENT and inputs:
+            # Weights that an index takes, of the expert that a token is given, are weights still.
+            moved = inputs[:1] if name == "index" else inputs
+            for marked in (self.weights, self.vocabulary, self.one_hot):
+                if all(tensor in marked for tensor in moved):
+                    for tensor in tensors_in([out]):
+                        marked[tensor] = True
+        elif name in COMPUTED and all(tensor in self.weights for tensor in inputs):
+            for tensor in tensors_in([out]):
+                self.weights[tensor] = True
+        return out
+
+    def execute(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
+        """Run the operation; the twin overrides this."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return func(*args, **kwargs)
+
+
+class UnplacedError(Exception):
+    """A rule that cannot place its result; what went in is frozen with this reason."""
+
+
+MOVEMENT = frozenset(
+    {"view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "unsqueeze"}
+    | {"squeeze", "slice", "select", "split", "split_with_sizes", "unbind", "detach", "alias"}
+    | {"clone", "_to_copy", "cat", "index"}
+)
+
+COMPUTED = frozenset({"add", "sub", "mul", "div", "mm", "mv", "_weight_norm_interface"})
+"""Operations that make a weight of nothing but weights, as a low-rank update or a norm does."""
+
+VIEWS = frozenset(
+    {"view", "reshape", "_reshape_alias", "transpose", "permute", "t", "expand", "unsqueeze"}
+    | {"squeeze", "slice", "select", "split", "split_with_sizes", "alias", "detach"}
+)
+"""Operations whose result shares the memory of the input, and with it the strides."""
+
+DOMAIN_AWARE = frozenset(
+    {"view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze"}
+    | {"slice", "detach", "alias", "clone", "_to_copy", "gather", "embedding", "index"}
+    | {"index_select", "select", "scatter", "scatter_", "sort", "histc", "bincount"}
+)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def tensors_in(values: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in nested lists and tuples."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_in(value)

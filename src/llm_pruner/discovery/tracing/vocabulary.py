@@ -1,0 +1,139 @@
+"""How many token ids a model takes: what the ids index is watched, whatever its type or name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from llm_pruner.discovery.tracing.ghosts import GhostRunner, ghosts_of, is_on_meta
+from llm_pruner.discovery.tracing.stand_ins import in_sight
+from llm_pruner.discovery.tracing.tracer import MOVEMENT, tensors_in
+from llm_pruner.errors import DiscoveryError
+
+_BY_DIM = frozenset({"index_select", "gather", "scatter", "scatter_", "scatter_add", "index_add"})
+
+_FOLLOWED = MOVEMENT | {"add", "sub", "clamp", "clamp_min", "clamp_max", "remainder", "where"}
+"""Operations whose result still holds token ids, where it is of integers and as many."""
+
+_known: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+class _Watch(TorchDispatchMode):
+    """Notes the sizes of the axes that token ids index; products need no true values for that."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self._count = tokens.numel()
+        self._ids: Any = WeakTensorKeyDictionary()
+        self._ids[tokens] = True
+        self._ghosts = GhostRunner() if tokens.device.type == "cpu" else None
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func._overloadpacket.__name__
+        for size, index in _lookups(name, args):
+            if index in self._ids:
+                # The ids are 0 and 1, so a larger index tells of an offset.
+                self.sizes.append(size - int(index.max()) + 1)
+        if self._ghosts is None:
+            out = func(*args, **kwargs)
+        else:
+            out = self._ghosts.run(func, name, args, kwargs, lambda f, _, a, k: f(*a, **k))
+        if name in _FOLLOWED and any(tensor in self._ids for tensor in tensors_in(args)):
+            for result in tensors_in([out]):
+                alike = name in MOVEMENT or result.numel() == self._count
+                if result.dtype in (torch.int64, torch.int32) and alike:
+                    self._ids[result] = True
+        return out
+
+
+def _lookups(name: str, args: tuple[Any, ...]) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield (size of the axis that is indexed, index)."""
+    if name == "embedding":
+        yield args[0].shape[0], args[1]
+    elif name == "index":
+        for size, index in zip(args[0].shape, args[1], strict=False):
+            if index is not None:
+                yield size, index
+    elif name in _BY_DIM and args[0].dim():
+        yield args[0].shape[args[1]], args[2]
+    elif name.startswith("_embedding_bag"):
+        yield args[0].shape[0], args[1]
+    elif name == "eq" and isinstance(args[1], torch.Tensor) and args[1].dim():
+        # Compared with all ids there are, as one_hot does.
+        yield args[1].shape[-1], args[0]
+
+
+@contextmanager
+def _states_restored(model: nn.Module) -> Iterator[None]:
+    """Put back what modules keep from one call to the next: buffers, tensors and numbers."""
+    spaces: list[dict[str, Any]] = [
+        space for module in model.modules() for space in (module._buffers, vars(module))
+    ]
+    before = [
+        (space, key, value)
+        for space in spaces
+        for key, value in space.items()
+        if value is None or isinstance(value, torch.Tensor | int | float)
+    ]
+    copies = [(value, value.clone()) for _, _, value in before if isinstance(value, torch.Tensor)]
+    try:
+        yield
+    finally:
+        for space, key, value in before:
+            space[key] = value
+        with torch.no_grad():
+            for tensor, content in copies:
+                if not tensor.is_meta and not torch.equal(tensor, content):
+                    tensor.copy_(content)
+
+
+def find_vocabulary_size(
+    model: nn.Module, run: Callable[[nn.Module, torch.Tensor], object], device: torch.device
+) -> int:
+    """Return how many token ids a model takes: the least size of all tables that ids index.
+
+    The model is run on the ids 0 and 1, which every vocabulary has.
+
+    Args:
+        run: how the model is run on token ids (batch, sequence).
+        device: where it takes them.
+
+    Raises:
+        DiscoveryError: no ids index anything.
+    """
+    if model in _known:
+        return _known[model]
+    tokens = (torch.arange(16) % 2).view(2, 8)
+    failure: Exception | None = None
+    with ghosts_of(model) if is_on_meta(model) else nullcontext():
+        tokens = tokens if device.type == "meta" else tokens.to(device)
+        watch = _Watch(tokens)
+        try:
+            with _states_restored(model), in_sight(model), watch:
+                run(model, tokens)
+        except Exception as error:  # what was seen until then may be enough
+            failure = error
+    sizes = [size for size in watch.sizes if size > 1]
+    if not sizes:
+        cause = f" (running it raised {type(failure).__name__}: {failure})" if failure else ""
+        raise DiscoveryError(
+            f"the model has no token embedding: {type(model).__name__} looks its token ids up in "
+            f"no table{cause}; give one that maps token ids to logits"
+        )
+    _known[model] = min(sizes)
+    return _known[model]

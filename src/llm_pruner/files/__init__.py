@@ -1,0 +1,1 @@
+"""What is read and written safely: atomic folders, checked places, bounded JSON."""

@@ -1,0 +1,324 @@
+"""What a command may write, and what of a user's it would destroy: said before any work begins.
+
+A folder that this package writes lists its files, with what they held, in ``MANIFEST``. Only such a
+folder is ever replaced, and only while it holds nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from llm_pruner.errors import UserError
+from llm_pruner.files.disk import new_file, tidy
+
+MANIFEST = ".written-by-llm-pruner"
+"""A name without an ending, so that nothing takes it for a part of the model."""
+
+_WHOLE, _BLOCK = 2**24, 2**16
+"""Bytes up to which a file is read whole to know it again, and of a sample of a larger one."""
+
+_LARGEST_RESULT = 2**28
+"""Bytes of a file of results, at most."""
+
+_MODEL = re.compile(
+    r"plan\.json|config\.json|generation_config\.json|.*\.safetensors|.*\.gguf|.*\.bin|.*\.index\.json"
+    r"|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)"
+    r"|merges\.txt|(tokenizer|spiece|sentencepiece.*)\.(model|vocab)|ice_text\.model|.*\.tiktoken"
+    r"|chat_template\.(jinja|json)|preprocessor_config\.json"
+)
+"""Files of a model."""
+
+_RECORDS = re.compile(r"report\.(json|html)|README\.md|recovery\.json")
+"""Files that lie beside a model that this package wrote."""
+
+_BEFORE = re.compile(
+    rf"({_MODEL.pattern}|{_RECORDS.pattern}|adapter/adapter_(config\.json|model\.safetensors)"
+    r"|adapter/README\.md|additional_chat_templates/\w+\.jinja"
+    r"|(modeling|configuration|tokenization|layout|registration)\w*\.py)"
+)
+"""What folders hold that were written before there was a manifest."""
+
+_TASKS_BEFORE = re.compile(
+    r"(boolq|piqa|hellaswag|winogrande|arc_easy|arc_challenge|openbookqa)\.(jsonl|yaml)"
+    r"|offline_data\.py"
+)
+
+_HALF = re.compile(r"\..+\.partial-[a-z0-9_]{8}")
+
+Kind = Literal["results", "page", "plan"]
+
+Source = str | Path | None
+"""Something that a command reads: a path, a name on the hub, a word for what the package ships or
+a model writes, or nothing."""
+
+_WORDS = (None, "", "default", "demo", "self")
+
+
+def check_output(out: Path, overwrite: bool, reads: Iterable[Source] = ()) -> None:
+    """Raise UserError if ``out`` cannot become the output folder; meant to run before long work.
+
+    An empty folder is fine; a file never. With ``overwrite`` a folder with content is, if this
+    package wrote all that it holds, and it has nothing to do with what is read. What earlier
+    processes left when they were killed is cleared away.
+
+    Args:
+        out: the folder; a link to one stands for it.
+        overwrite: replace what it holds.
+        reads: all that the command reads; names that are no files here do not matter.
+    """
+    if out.is_symlink() and not out.exists():
+        raise UserError(f"{out} is a link to something that is not there; choose another name")
+    place = out.resolve()
+    tidy(place)
+    if place.is_dir():
+        if os.path.ismount(place):
+            raise UserError(f"{out} is a mount point and cannot be replaced; name a folder in it")
+        here = Path.cwd()
+        if place == here or place in here.parents:
+            raise UserError(f"{out} is the current folder or holds it; name another folder")
+        if any(place.iterdir()):
+            if not overwrite:
+                raise UserError(
+                    f"{out} exists and is not empty, so nothing was written; "
+                    "choose another folder or pass --overwrite"
+                )
+            _check_replaceable(out, place, reads)
+    elif place.exists():
+        raise UserError(f"{out} is a file, but the output is a folder; choose another name")
+    _check_parent(str(out), place)
+
+
+def check_file(
+    option: str,
+    file: Path,
+    kind: Kind = "results",
+    reads: Iterable[Source] = (),
+    out: Path | None = None,
+) -> None:
+    """Raise UserError if a file cannot be written; meant to run before long work.
+
+    A file with content is replaced by results or a page only if it holds such, by a plan only if
+    it holds one, and never if it is a part of a model or is read. What is no file, as a device, is
+    written into.
+
+    Args:
+        option: what names it, for what is said.
+        file: the file; a link stands for what it leads to.
+        kind: what will be written.
+        reads: all that the command reads, and other files that it writes.
+        out: the folder that the command writes, whose files are not to be replaced either.
+    """
+    what = f"{option} {file}".lstrip()
+    if file.is_dir():
+        raise UserError(f"{what} is a folder; name the file to write")
+    if _is_written_into(file):
+        if not os.access(file, os.W_OK):
+            raise UserError(f"{what} may not be written; name another file")
+        return
+    place = file.resolve()
+    tidy(place)
+    if any(place == read for _, read in _places(reads)):
+        raise UserError(f"{what} is used by this command otherwise; name another file")
+    model, record = (pattern.fullmatch(place.name) for pattern in (_MODEL, _RECORDS))
+    there = place.exists()
+    in_out = out is not None and place.parent == out.resolve()
+    beside_model = in_out or (there and (place.parent / "config.json").is_file())
+    lone_plan = kind == "plan" and place.name == "plan.json" and not beside_model
+    if ((there or in_out) and model and not lone_plan) or (beside_model and record):
+        raise UserError(f"{what} would replace a file of a model; name another file")
+    if there and not _holds(place, kind):
+        noun = {"results": "results", "page": "a page", "plan": "a plan"}[kind]
+        raise UserError(
+            f"{what} exists and does not hold {noun}, so it is not replaced; name another file"
+        )
+    _check_parent(what, place)
+
+
+def write_output(file: Path, text: str) -> None:
+    """Write ``text`` as UTF-8 with ``\\n`` line ends; the file holds all of it or is as it was.
+
+    A link stands for what it leads to. What is no file, as a device, is written into.
+    """
+    file = Path(file)
+    if _is_written_into(file):
+        with file.open("a", encoding="utf-8", newline="\n") as stream:
+            stream.write(text)
+        return
+    place = file.resolve()
+    rewrite(place.parent, {place.name: text})
+
+
+def rewrite(folder: Path, texts: Mapping[str, str]) -> None:
+    """Replace files of a folder, one after the other, and keep its manifest true at any moment."""
+    written = _manifest(folder)
+    if written is not None:
+        new = {name: _digest_of(io.BytesIO(text.encode())) for name, text in texts.items()}
+        either = {name: sorted({*written.get(name, ()), value}) for name, value in new.items()}
+        _write_manifest(folder, written | either)
+    for name, text in texts.items():
+        tidy(folder / name)
+        with new_file(folder / name) as partial:
+            partial.write_text(text, encoding="utf-8", newline="\n")
+    if written is not None:
+        _write_manifest(folder, written | {name: [value] for name, value in new.items()})
+
+
+def write_manifest(folder: Path) -> None:
+    """List the files of a complete folder in its ``MANIFEST``."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    _write_manifest(folder, {name: [_digest(folder / name)] for name in sorted(_names(folder))})
+
+
+def not_ours(folder: Path) -> str | None:
+    """Return what a folder holds that this package did not write, in words; None if nothing."""
+    written = _manifest(folder)
+    names = sorted(_names(folder))
+    if written is None:
+        return _not_ours_before(folder, names)
+    for name in names:
+        if name == MANIFEST:
+            continue
+        if name not in written or (folder / name).is_symlink():
+            return f"{name}, which llm-pruner did not write"
+        if _digest(folder / name) not in written[name]:
+            return f"{name}, which was changed since llm-pruner wrote it"
+    return None
+
+
+def _not_ours_before(folder: Path, names: list[str]) -> str | None:
+    """Return the same of a folder without a manifest, as earlier versions wrote it."""
+    report = _json_in(folder / "report.json")
+    ours = {"format_version", "source"} <= report.keys()
+    recipe = _json_in(folder / "config.json").get("quantization_config")
+    ours |= isinstance(recipe, dict) and recipe.get("quant_method") == "llm_pruner"
+    tasks = (folder / "offline_data.py").is_file()
+    pattern = _BEFORE if ours else _TASKS_BEFORE if tasks else None
+    for name in names:
+        if pattern is None or not pattern.fullmatch(name) or (folder / name).is_symlink():
+            return f"{name}, which llm-pruner did not write"
+    card, digest = folder / "README.md", report.get("card_digest")
+    if digest and card.is_file() and hashlib.sha256(card.read_bytes()).hexdigest() != digest:
+        return "README.md, which was changed since llm-pruner wrote it"
+    return None
+
+
+def _check_replaceable(out: Path, place: Path, reads: Iterable[Source]) -> None:
+    if place == Path.home():
+        raise UserError(f"{out} is your home folder, which is not replaced; name another folder")
+    for source, read in _places(reads):
+        if not read.exists():
+            continue
+        what = None
+        if read == place:
+            what = "is"
+        elif place in read.parents:
+            what = f"holds {source}, which is"
+        elif read in place.parents:
+            what = f"lies in {source}, which is"
+        if what is not None:
+            raise UserError(
+                f"{out} {what} read by this command, so it is not replaced; give another --out"
+            )
+    holds = not_ours(place)
+    if holds is not None:
+        raise UserError(
+            f"{out} holds {holds}, so it is not replaced; move that away or give another --out"
+        )
+
+
+def _places(reads: Iterable[Source]) -> Iterator[tuple[Source, Path]]:
+    """Yield what was named and the path that it may mean."""
+    for source in reads:
+        if source not in _WORDS:
+            yield source, Path(str(source)).expanduser().resolve()
+
+
+def _check_parent(what: str, place: Path) -> None:
+    parent = place.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{what} cannot be made, since {parent} is not a folder that may be written"
+        )
+
+
+def _is_written_into(file: Path) -> bool:
+    """Whether a path names a device, a pipe, or a file that a process has open."""
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            return True
+    except OSError:
+        return False
+    return file.absolute().parts[1:2] in (("dev",), ("proc",))
+
+
+def _holds(file: Path, kind: Kind) -> bool:
+    """Whether a file that is there holds what is to be written, or nothing."""
+    size = file.stat().st_size
+    if size == 0:
+        return True
+    if size > _LARGEST_RESULT:
+        return False
+    if kind == "page":
+        with file.open("rb") as stream:
+            return stream.read(9).lower() == b"<!doctype"
+    found = _json_in(file)
+    return {"groups", "package_version"} <= found.keys() if kind == "plan" else bool(found)
+
+
+def _json_in(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; empty if there is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _names(folder: Path) -> list[str]:
+    """Return the files and links under a folder, as paths from it, but what a kill left half."""
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    names = (path.relative_to(folder).as_posix() for path in found)
+    return [name for name in names if not _HALF.fullmatch(name)]
+
+
+def _manifest(folder: Path) -> dict[str, list[str]] | None:
+    """Return the digests that each file may have; None if there is no manifest."""
+    files = _json_in(folder / MANIFEST).get("files")
+    return files if isinstance(files, dict) else None
+
+
+def _write_manifest(folder: Path, files: Mapping[str, list[str]]) -> None:
+    tidy(folder / MANIFEST)
+    with new_file(folder / MANIFEST) as partial:
+        partial.write_text(json.dumps({"files": dict(files)}, indent=1) + "\n", encoding="utf-8")
+
+
+def _digest_of(content: BinaryIO) -> str:
+    """Return the SHA-256 of what a file holds; of a large one, of its size and 256 pieces of it."""
+    size = content.seek(0, os.SEEK_END)
+    if size <= _WHOLE:
+        content.seek(0)
+        return hashlib.sha256(content.read()).hexdigest()
+    pieces = _WHOLE // _BLOCK
+    digest = hashlib.sha256(f"{size}".encode())
+    for number in range(pieces):
+        content.seek(number * (size - _BLOCK) // (pieces - 1))
+        digest.update(content.read(_BLOCK))
+    return digest.hexdigest()
+
+
+def _digest(file: Path) -> str:
+    if not file.is_file():
+        return ""
+    with file.open("rb") as stream:
+        return _digest_of(stream)

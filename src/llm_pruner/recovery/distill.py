@@ -1,0 +1,227 @@
+"""What the teacher says about each learned token, kept on disk so that it runs once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from llm_pruner.data.sequences import TrainingSequence
+from llm_pruner.errors import UserError
+from llm_pruner.files.disk import allocate
+from llm_pruner.recovery.forward import can_pack, learned_tokens, micro_tokens
+from llm_pruner.recovery.hidden import Kept, hidden_distance, learned_states, teacher_states
+from llm_pruner.recovery.kernels.chunked_loss import summed_loss
+from llm_pruner.recovery.objective import Told, mixed_loss, mixed_loss_and_gradient_
+from llm_pruner.recovery.packing import Batch, lay_out
+
+_FILES = ("ids.bin", "log_probabilities.bin", "done.bin")
+
+
+@dataclass(frozen=True)
+class DistillationSettings:
+    """How a teacher is listened to.
+
+    Attributes:
+        temperature: T of ``distillation_loss``.
+        weight: share of the distillation loss; the task loss has the rest.
+        top_k: tokens whose probability is kept for each learned token.
+        hidden: weight of ``hidden_distance``, which comes on top; above 0 the teacher runs in every
+            step, as its hidden states are too large to be kept.
+    """
+
+    temperature: float = 1.0
+    weight: float = 0.9
+    top_k: int = 64
+    hidden: float = 0.0
+
+    def check(self) -> None:
+        """Raise UserError for a value that cannot be."""
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(f"--temperature {self.temperature} is no temperature; use such as 2")
+        if not 0 < self.weight <= 1:
+            raise UserError(f"--distill-weight {self.weight} is outside [0, 1]; use such as 0.9")
+        if self.top_k < 1:
+            raise UserError(f"--teacher-top-k {self.top_k} keeps nothing; use 1 or more")
+        if not 0 <= self.hidden < float("inf"):
+            raise UserError(f"--distill-hidden {self.hidden} is no weight; use such as 1")
+
+
+class Teacher:
+    """A dense model and a cache of its likeliest tokens.
+
+    The cache is made of plain arrays, filled as samples are first used: ``ids.bin`` (int32) and
+    ``log_probabilities.bin`` (float16) of shape (learned tokens, k), ``done.bin`` (one byte a
+    sample). A training run always reads from it, also what was just written, so that a resumed run
+    sees the same numbers.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        sequences: Sequence[TrainingSequence],
+        settings: DistillationSettings,
+        folder: Path,
+        *,
+        identity: str,
+        seq_len: int,
+        kept: Kept | None = None,
+    ) -> None:
+        """Open or make the cache in a subfolder whose name depends on everything it holds.
+
+        Args:
+            model: the dense model; left in eval mode without gradients.
+            sequences: the samples that it is asked about.
+            settings: see there.
+            folder: where caches lie.
+            identity: fingerprint of the model.
+            seq_len: longest sample.
+            kept: what the student has of it.
+
+        Raises:
+            UserError: the teacher's vocabulary has fewer tokens than the data uses.
+        """
+        self._model, self._sequences, self.settings = model.eval(), sequences, settings
+        model.requires_grad_(False)
+        vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        largest = max(int(one.input_ids.max()) for one in sequences)
+        if largest >= vocabulary:
+            raise UserError(
+                f"the data has token {largest} and the teacher {vocabulary} tokens; "
+                "name the dense model that the student was cut from"
+            )
+        self._k = min(settings.top_k, vocabulary)
+        self._seq_len, self._vocabulary, self._kept = seq_len, vocabulary, kept or Kept()
+        self._packed: bool | None = None
+        targets = np.array([one.targets for one in sequences], dtype=np.int64)
+        self._first = np.concatenate([[0], np.cumsum(targets)])
+        key = hashlib.sha256(json.dumps([identity, self._k, settings.temperature]).encode())
+        for one in sequences:
+            key.update(one.input_ids.tobytes())
+            key.update(one.learned.tobytes())
+        self.folder = folder / key.hexdigest()[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shape = (int(self._first[-1]), self._k)
+        if not all((self.folder / name).is_file() for name in _FILES):
+            (self.folder / "done.bin").unlink(missing_ok=True)
+        self._ids = _array(self.folder / "ids.bin", "int32", shape)
+        self._values = _array(self.folder / "log_probabilities.bin", "float16", shape)
+        self._done = _array(self.folder / "done.bin", "uint8", (len(sequences),))
+        about = {"teacher": identity, "samples": len(sequences), **asdict(settings)}
+        (self.folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+        self.tokens_run = 0
+
+    def says(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return token ids, int64, and log probabilities, float32: (learned tokens of batch, k).
+
+        Raises:
+            UserError: the cache is damaged.
+        """
+        missing = [part.sample for part in batch.parts if not self._done[part.sample]]
+        if missing:
+            self._run(missing)
+        spans = [slice(self._first[p.sample], self._first[p.sample + 1]) for p in batch.parts]
+        ids = np.concatenate([self._ids[span] for span in spans])
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocabulary:
+            raise UserError(
+                f"{self.folder} holds tokens that the teacher does not have, so it is damaged; "
+                "remove it"
+            )
+        values = np.concatenate([self._values[span] for span in spans])
+        return torch.from_numpy(ids).long(), torch.from_numpy(values).float()
+
+    def loss(
+        self,
+        student: Any,
+        batch: Batch,
+        watch: Callable[[torch.Tensor, torch.Tensor], None] = lambda _logits, _tokens: None,
+    ) -> torch.Tensor:
+        """Return w * distillation loss + (1 - w) * task loss + v * distance of hidden states.
+
+        Each is summed over the learned tokens.
+
+        Args:
+            student: the model that learns.
+            batch: samples of this teacher.
+            watch: is shown the student's logits, (n, vocabulary), and the tokens that they predict,
+                a few after the other.
+        """
+        weight, deep = self.settings.weight, self.settings.hidden > 0
+        every_token = learned_tokens(batch)
+        every_id, every_value = self.says(batch)
+
+        def mixture(
+            logits: torch.Tensor, span: slice, gradient: bool
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            tokens, ids, values = (
+                one[span].to(logits.device) for one in (every_token, every_id, every_value)
+            )
+            watch(logits, tokens)
+            told = Told(tokens, ids, values, self.settings.temperature, weight)
+            if gradient:
+                return mixed_loss_and_gradient_(logits, told)
+            return mixed_loss(logits, told), None
+
+        states = {"output_hidden_states": True} if deep else {}
+        loss, output = summed_loss(student, batch, mixture, **states)
+        if deep:
+            own, wanted = learned_states(output, batch), teacher_states(self._model, batch)
+            distance = hidden_distance(own, wanted, self._kept)
+            loss = loss + self.settings.hidden * distance.to(loss.device)
+        return loss
+
+    @torch.no_grad()
+    def _run(self, samples: Sequence[int]) -> None:
+        if self._packed is None:
+            self._packed = can_pack(self._model, self._vocabulary)
+        batches = lay_out(
+            self._sequences,
+            samples,
+            packed=self._packed,
+            capacity=self._seq_len,
+            micro_tokens=micro_tokens(self._model, self._seq_len),
+        )
+        for batch in batches:
+            found: list[tuple[Any, Any]] = []
+            summed_loss(self._model, batch, partial(self._likeliest, found))
+            ids, values = (np.concatenate(each) for each in zip(*found, strict=True))
+            first = 0
+            for part in batch.parts:
+                begin, end = self._first[part.sample], self._first[part.sample + 1]
+                last = first + int(end - begin)
+                self._ids[begin:end], self._values[begin:end] = ids[first:last], values[first:last]
+                first = last
+            self.tokens_run += batch.tokens
+        # What says that values are there comes to the disk after them.
+        self._ids.flush()
+        self._values.flush()
+        self._done[list(samples)] = 1
+        self._done.flush()
+
+    def _likeliest(
+        self,
+        found: list[tuple[Any, Any]],
+        logits: torch.Tensor,
+        _span: slice,
+        _gradient: bool,
+    ) -> tuple[torch.Tensor, None]:
+        """Add arrays of token ids, int32, and log probabilities, float16: (n, k)."""
+        likeliest = F.log_softmax(logits / self.settings.temperature, -1).topk(self._k)
+        if not bool(likeliest.values.isfinite().all()):
+            raise UserError("the teacher's logits are not finite; load it in float32")
+        found.append((likeliest.indices.int().cpu().numpy(), likeliest.values.half().cpu().numpy()))
+        return logits.new_zeros(()), None
+
+
+def _array(file: Path, dtype: str, shape: tuple[int, ...]) -> Any:
+    """Open a file as an array; make it, full of zeros, if it is not there in this size."""
+    allocate(file, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+    return np.memmap(file, dtype=dtype, mode="r+", shape=shape)

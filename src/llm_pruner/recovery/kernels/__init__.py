@@ -1,0 +1,1 @@
+"""Faster arithmetic for training, each part with a switch of its own."""

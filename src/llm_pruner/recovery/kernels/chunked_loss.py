@@ -1,0 +1,216 @@
+"""Losses of learned tokens, a few at a time, so that their logits never exist all at once.
+
+Logits are by far the largest tensors of training: with a vocabulary of 49,152 those of 1,000 tokens
+take 200 MB, and a loss goes over tensors of that size seven times. Here the output embedding and
+the loss run on as many tokens as fit in the cache, forward and backward, and only the gradient of
+what enters the output embedding is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from llm_pruner.recovery.forward import arguments_of, forward, learned_tokens
+from llm_pruner.recovery.objective import Objective, WithGradient
+from llm_pruner.recovery.packing import Batch
+
+_CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}
+"""Float32 logits at a time. On a CPU below what malloc keeps, see ``llm_pruner.runtime.memory``."""
+
+_LEAST_TOKENS = 64
+"""Fewer at a time would spend more on reading the weights than on multiplying them."""
+
+_otherwise: WeakSet[nn.Module] = WeakSet()
+"""Output embeddings of models that do more to the logits than these give, or cannot do without."""
+
+_halves: WeakKeyDictionary[nn.Module, tuple[Any, dict[str, torch.Tensor]]] = WeakKeyDictionary()
+"""See ``_frozen_in_half``: what the weights were when they were converted, and the result."""
+
+
+def summed_loss(
+    model: Any, batch: Batch, objective: Objective, **keywords: Any
+) -> tuple[torch.Tensor, Any]:
+    """Return the sum of a loss over the learned tokens of a batch, and what else the model said.
+
+    Where the model returns just what its output embedding gives, which is seen at each call, the
+    logits are computed in chunks; else all at once.
+
+    Args:
+        model: may be wrapped for several processes.
+        batch: the samples.
+        objective: called once for each chunk, in order.
+        keywords: further arguments of the model.
+
+    Returns:
+        A scalar, differentiable in the model's weights, and the model's output; its own logits are
+        of no use.
+    """
+    found = _before_head(model, batch, keywords)
+    if found is None:
+        whole = forward(model, batch, **keywords)
+        if whole.logits.requires_grad:
+            return WithGradient.apply(whole.logits, objective), whole.output
+        return objective(whole.logits, slice(0, len(whole.logits)), False)[0], whole.output
+    head, hidden, output = found
+    weights = [one for one in head.parameters() if one.requires_grad]
+    rows = _tokens_at_once(head, hidden, trained=bool(weights))
+    if torch.is_grad_enabled() and (hidden.requires_grad or weights):
+        return _Chunked.apply(hidden, head, objective, rows, *weights), output
+    total = torch.zeros((), device=hidden.device)
+    run = _as_multiplied(head)
+    for span in _spans(len(hidden), rows):
+        total += objective(run(hidden[span]).float(), span, False)[0]
+    return total, output
+
+
+@torch.no_grad()
+def watch_logits(
+    model: Any, batch: Batch, watch: Callable[[torch.Tensor, torch.Tensor], None]
+) -> None:
+    """Show logits of learned tokens, (n, vocabulary), and those tokens, a few after the other."""
+    tokens = learned_tokens(batch)
+
+    def nothing(logits: torch.Tensor, span: slice, _: bool) -> tuple[torch.Tensor, None]:
+        watch(logits, tokens[span].to(logits.device))
+        return logits.new_zeros(()), None
+
+    summed_loss(model, batch, nothing)
+
+
+class _Chunked(torch.autograd.Function):
+    """Forward computes the gradients too, chunk by chunk; backward scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        head: nn.Module,
+        objective: Objective,
+        rows: int,
+        *weights: torch.Tensor,
+    ) -> torch.Tensor:
+        total = torch.zeros((), device=hidden.device)
+        grads = torch.empty_like(hidden)
+        of_weights = [torch.zeros_like(one) for one in weights]
+        run = _as_multiplied(head)
+        buffer: torch.Tensor | None = None  # new memory would be faulted in for each chunk
+        for span in _spans(len(hidden), rows):
+            with torch.enable_grad():
+                part = hidden[span].detach().requires_grad_()
+                logits = run(part)
+            if buffer is None:
+                buffer = torch.empty_like(logits, dtype=torch.float32)
+            whole = buffer[: len(logits)].copy_(logits.detach())
+            loss, gradient = objective(whole, span, True)
+            assert gradient is not None
+            gradient = gradient.to(logits.dtype)
+            own, *others = torch.autograd.grad(logits, (part, *weights), gradient)
+            grads[span] = own
+            for of_weight, one in zip(of_weights, others, strict=True):
+                of_weight += one
+            total += loss
+        ctx.save_for_backward(grads, *of_weights)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        grads, *of_weights = ctx.saved_tensors
+        scale = upstream[0]
+        return (scale * grads, None, None, None, *(scale * one for one in of_weights))
+
+
+def _as_multiplied(head: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function from (n, features) to logits (n, vocabulary)."""
+    weights = _frozen_in_half(head)
+
+    def run(hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = functional_call(head, weights, (hidden.unsqueeze(0),))
+        return logits.squeeze(0)
+
+    return run
+
+
+def _frozen_in_half(head: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the weights that are not trained in autocast's type; none without autocast.
+
+    They are kept, as autocast would convert them again for each chunk.
+    """
+    frozen = {name: one for name, one in head.named_parameters() if not one.requires_grad}
+    device = next(head.parameters()).device.type
+    if not frozen or not torch.is_autocast_enabled(device):
+        return {}
+    dtype = torch.get_autocast_dtype(device)
+    state = (dtype, *((name, one.data_ptr(), one._version) for name, one in frozen.items()))
+    kept = _halves.get(head)
+    if kept is None or kept[0] != state:
+        kept = state, {name: one.detach().to(dtype) for name, one in frozen.items()}
+        _halves[head] = kept
+    return kept[1]
+
+
+def _spans(count: int, rows: int) -> Iterator[slice]:
+    for start in range(0, count, rows):
+        yield slice(start, min(start + rows, count))
+
+
+def _tokens_at_once(head: nn.Module, hidden: torch.Tensor, *, trained: bool) -> int:
+    vocabulary = max(one.numel() for one in head.parameters()) // hidden.shape[-1]
+    size = _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES["cuda"])
+    rows = max(_LEAST_TOKENS, size // (4 * vocabulary))
+    # The gradient of trained weights is as large as they are, and is added up chunk by chunk.
+    return 4 * rows if trained else rows
+
+
+class _NoFitError(Exception):
+    """The output embedding was called in another way than expected."""
+
+
+def _before_head(
+    model: Any, batch: Batch, keywords: dict[str, Any]
+) -> tuple[nn.Module, torch.Tensor, Any] | None:
+    """Run a model without its output embedding.
+
+    Returns:
+        The output embedding, what enters it at the positions that predict learned tokens, of shape
+        (n, features), and the model's output; None if the logits are more than what it gives.
+    """
+    head = getattr(model, "module", model).get_output_embeddings()
+    rows, length = batch.input_ids.shape
+    # Hooks of the module would not be called, and accelerate's bring its weights.
+    if head is None or head in _otherwise or not any(True for _ in head.parameters()):
+        return None
+    if head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"):
+        return None
+    seen: list[torch.Tensor] = []
+
+    def stand_in(*args: Any, **others: Any) -> torch.Tensor:
+        fits = len(args) == 1 and not others and isinstance(args[0], torch.Tensor)
+        if not fits or args[0].shape[:-1] != (rows, length) or rows == length or seen:
+            raise _NoFitError
+        learned = batch.learned[:, 1:].to(args[0].device)
+        seen.append(args[0][:, :-1][learned][None])
+        return seen[0]
+
+    whole = vars(head).get("forward")
+    head.forward = stand_in
+    try:
+        output = model(**arguments_of(model, batch), **keywords)
+        untouched = len(seen) == 1 and output.logits is seen[0] and seen[0]._version == 0
+    except (_NoFitError, RuntimeError, ValueError, IndexError):
+        untouched = False  # if this was not the reason, the whole model says so again
+    finally:
+        if whole is None:
+            del head.forward
+        else:
+            head.forward = whole
+    if not untouched:
+        if rows != length:
+            _otherwise.add(head)
+        return None
+    return head, seen[0].squeeze(0), output

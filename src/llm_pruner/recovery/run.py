@@ -1,0 +1,322 @@
+"""Train a pruned model on some text, and keep the result only if held-out text says so."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import random
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainingArguments
+
+from llm_pruner.data.sequences import TrainingSequence
+from llm_pruner.errors import UserError
+from llm_pruner.recovery import checkpoint as state
+from llm_pruner.recovery.callbacks import Guard, Progress, evaluation_interval
+from llm_pruner.recovery.distill import Teacher
+from llm_pruner.recovery.forward import can_pack, micro_tokens, row_multiple
+from llm_pruner.recovery.kernels.adapters import fused_adapters
+from llm_pruner.recovery.kernels.attention import by_sample
+from llm_pruner.recovery.methods import make_trainable_, merge_, set_weights_, trained_weights
+from llm_pruner.recovery.packing import lay_out, step_samples
+from llm_pruner.recovery.processes import ALONE, Processes
+from llm_pruner.recovery.scoring import Evaluation, score
+from llm_pruner.recovery.sharding import hide_from_sums_, merge_shards_
+from llm_pruner.recovery.trainer import RecoveryTrainer, RunState, Steps
+from llm_pruner.settings.recover import RecoverySettings
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run did.
+
+    Attributes:
+        gained: whether the held-out loss fell; if not, the model that was trained is not to be
+            kept.
+        before: held-out score of the model that came in.
+        after: held-out score of the model that was trained, merged, with its best weights; if none
+            was better than what came in, the best score on the way.
+        run: the course of the run.
+        steps: steps that were done.
+        losses: training loss of each step.
+        trained: number of parameters that were trained.
+        packed: whether samples were packed into rows; else they were padded in buckets.
+    """
+
+    gained: bool
+    before: Evaluation
+    after: Evaluation
+    run: RunState
+    steps: int
+    losses: list[float]
+    trained: int
+    packed: bool
+
+
+def recover_(
+    model: Any,
+    train: Sequence[TrainingSequence],
+    held_out: Sequence[TrainingSequence],
+    settings: RecoverySettings,
+    *,
+    work: Path,
+    folder: state.Folder,
+    sources: int = 1,
+    teacher: Teacher | None = None,
+    judge: Teacher | None = None,
+    say: Callable[[Progress], None] = lambda _: None,
+    keep_adapter: Path | None = None,
+    processes: Processes = ALONE,
+) -> tuple[Any, Outcome]:
+    """Train ``model`` in place; return it with its best weights, merged, in eval mode.
+
+    A run that left a checkpoint in ``work`` is continued: with the same arguments it ends with
+    the weights of a run that was not interrupted. So is the order of the data, which depends on
+    ``settings.seed`` alone.
+
+    Args:
+        model: a causal language model of transformers.
+        train: samples to train on.
+        held_out: samples that decide which weights are kept; none of them is trained on.
+        settings: see there.
+        work: folder for checkpoints.
+        folder: gives a folder that appears under its name once it is complete.
+        sources: number of different ``TrainingSequence.source``.
+        teacher: mixes in what a dense model would say of ``train``.
+        judge: the same of ``held_out``, which is then scored as it is trained on; without, by what
+            its text says next.
+        say: called after each step.
+        keep_adapter: with ``lora``, write the adapter there, before it is merged.
+        processes: those that train together; ``settings.batch_size`` is that of all of them, the
+            first one writes, and all return the same. Where each holds a part of the model, as
+            ``shard_`` leaves it, so is what is returned.
+
+    Raises:
+        UserError: the model has nothing that the method trains, a loss is not finite, or a
+            checkpoint does not fit.
+    """
+    settings.check()
+    if not train or not held_out:
+        raise UserError("recovery needs samples to train on and samples to hold out")
+    work.mkdir(parents=True, exist_ok=True)
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    with by_sample():
+        packed = can_pack(model, vocabulary)
+    layout: dict[str, Any] = {
+        "packed": packed,
+        "capacity": settings.seq_len,
+        "micro_tokens": settings.micro_tokens or micro_tokens(model, settings.seq_len),
+        "shares": processes.count,
+        "multiple": row_multiple(model, settings.seq_len),
+    }
+    steps = -(-len(train) // settings.batch_size)
+    total = max(1, math.ceil(settings.epochs * steps))
+    total = min(total, settings.max_steps or total)
+    run = RunState(
+        total,
+        evaluation_interval(total, settings.evaluations),
+        planned=settings.max_minutes is None,
+    )
+    with processes.first():
+        checkpoint = state.last_checkpoint(work)
+    if checkpoint is not None:
+        run = RunState.from_json(state.read_values(checkpoint)["run"])
+    scored = lay_out(held_out, range(len(held_out)), **layout)
+
+    def scored_at(step: int, found: Any) -> Evaluation:
+        return score(found, step, scored, held_out, sources, judge, processes)
+
+    with (
+        _quiet(),
+        by_sample(),
+        _same_config(model),
+        _own_random(None if processes == ALONE else model.device),
+        tempfile.TemporaryDirectory() as unused,
+    ):
+        if run.before is None:
+            started = time.monotonic()
+            run.before = scored_at(0, model)
+            run.seconds_to_score = processes.from_first(time.monotonic() - started)
+            if not settings.bf16 and settings.lora.start == "default":
+                run.evaluations.append(run.before)  # training starts from just this
+        torch.manual_seed(settings.seed)
+        trained = make_trainable_(model, settings)
+        count = sum(one.numel() for one in trained.parameters() if one.requires_grad)
+        if settings.gradient_checkpointing:
+            _checkpoint_activations_(trained)
+        if processes.sharded:
+            hide_from_sums_(trained)
+
+        def scored_on_the_way(step: int) -> Evaluation:
+            with trainer.accelerator.autocast():
+                return scored_at(step, trained)
+
+        guard = Guard(run, settings, scored_on_the_way, say, processes)
+        trainer = RecoveryTrainer(
+            trained,
+            _arguments(model, settings, total, unused, work),
+            settings,
+            Steps(
+                train, step_samples(len(train), settings.batch_size, total, settings.seed), **layout
+            ),
+            run,
+            teacher,
+            folder,
+            work,
+            processes,
+        )
+        guard.trainer = trainer
+        trainer.add_callback(guard)
+        initial = trained_weights(trained)
+        done = checkpoint is not None and _is_done(checkpoint, run)
+        if done:
+            assert checkpoint is not None
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
+        else:
+            with fused_adapters(trained, torch.bfloat16 if settings.bf16 else None):
+                trainer.train(
+                    resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
+                )
+        set_weights_(trained, initial if trainer.best_weights is None else trainer.best_weights)
+        if keep_adapter is not None and settings.method == "lora" and processes.is_first:
+            trained.save_pretrained(keep_adapter, save_embedding_layers=False)
+        model = merge_shards_(trained) if processes.sharded else merge_(trained)
+        if settings.gradient_checkpointing:
+            _keep_activations_(model)
+        history = trainer.state.log_history
+        after = (
+            scored_at(trainer.state.global_step, model)
+            if run.best
+            else min(run.evaluations[1:], key=lambda one: one.loss, default=run.before)
+        )
+    return model, Outcome(
+        gained=run.best > 0 and after.loss < run.before.loss,
+        before=run.before,
+        after=after,
+        run=run,
+        steps=trainer.state.global_step,
+        losses=[entry["loss"] for entry in history if "loss" in entry],
+        trained=count,
+        packed=packed,
+    )
+
+
+def _is_done(checkpoint: Path, run: RunState) -> bool:
+    step = int(checkpoint.name.rpartition("-")[2])
+    return run.stopped is not None or step >= run.total
+
+
+def _checkpoint_activations_(model: Any) -> None:
+    """Have the layers compute their activations again in the backward pass.
+
+    Raises:
+        UserError: the model cannot.
+    """
+    options = {"use_reentrant": False}
+    try:
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        else:  # before transformers 5.22
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    except ValueError as error:
+        raise UserError(
+            f"this model cannot compute its activations twice ({error}); leave out "
+            "--gradient-checkpointing"
+        ) from error
+
+
+def _keep_activations_(model: Any) -> None:
+    if hasattr(model, "activation_checkpointing_disable"):
+        model.activation_checkpointing_disable()
+    else:
+        model.gradient_checkpointing_disable()
+
+
+def _arguments(
+    model: Any, settings: RecoverySettings, total: int, unused: str, work: Path
+) -> TrainingArguments:
+    report = settings.report_to
+    args = TrainingArguments(
+        # Checkpoints are written by the trainer's own methods; TensorBoard writes where it runs.
+        output_dir=unused if report == "none" else str(Path("runs") / work.name),
+        per_device_train_batch_size=1,  # a batch is a whole step
+        max_steps=total,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        optim="adamw_torch_fused",
+        logging_strategy="steps",
+        logging_steps=1,
+        eval_strategy="no",
+        save_strategy="no",
+        report_to=[] if report == "none" else [report],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=False,
+        use_cpu=next(model.parameters()).device.type == "cpu",
+        bf16=bool(settings.bf16),
+        seed=settings.seed,
+        data_seed=settings.seed,
+        ddp_broadcast_buffers=False,  # they do not change
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # one model, one device
+    return args
+
+
+@contextmanager
+def _same_config(model: Any) -> Iterator[None]:
+    """Undo what the Trainer sets in the model's config for training, such as ``use_cache``."""
+    held = [model.config, getattr(model, "generation_config", None)]
+    values = [copy.deepcopy(vars(one)) for one in held if one is not None]
+    try:
+        yield
+    finally:
+        for one, old in zip((one for one in held if one is not None), values, strict=True):
+            vars(one).clear()
+            vars(one).update(old)
+
+
+@contextmanager
+def _own_random(device: torch.device | None) -> Iterator[None]:
+    """Give the caller's random generators back as they were; the Trainer seeds all of them.
+
+    Args:
+        device: the only one of this process; None if all are its own.
+    """
+    own, legacy = random.getstate(), np.random.get_state()
+    devices = None if device is None else [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(own)
+            np.random.set_state(legacy)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back the notes of the libraries; what goes wrong is raised."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "accelerate", "peft")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # The name that accelerate and the Trainer use still.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

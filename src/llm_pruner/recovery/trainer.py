@@ -1,0 +1,307 @@
+"""The Hugging Face Trainer, with packed steps and pickle-free resume."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from llm_pruner.data.sequences import TrainingSequence
+from llm_pruner.errors import UserError
+from llm_pruner.recovery import checkpoint as state
+from llm_pruner.recovery.distill import Teacher
+from llm_pruner.recovery.forward import learned_tokens
+from llm_pruner.recovery.kernels.chunked_loss import summed_loss
+from llm_pruner.recovery.methods import set_weights_, trainable
+from llm_pruner.recovery.objective import text_objective
+from llm_pruner.recovery.packing import Batch, lay_out
+from llm_pruner.recovery.parts import parts_of, spread, whole_tensors
+from llm_pruner.recovery.processes import ALONE, Processes
+from llm_pruner.recovery.scoring import Evaluation
+from llm_pruner.settings.recover import RecoverySettings
+
+
+@dataclass
+class RunState:
+    """What changes while a run goes on, and is kept in its checkpoints.
+
+    Attributes:
+        total: steps that the run will have.
+        every: steps between evaluations.
+        evaluations: in order, the first before training.
+        best: index of the best of them.
+        seconds: time spent in this and earlier processes, evaluations included.
+        tokens: tokens trained on, padding left out.
+        before: score of the model that came in; None before it was measured.
+        seconds_to_score: how long the last score took.
+        stopped: why the run ended before its steps were done; None if it did not.
+        planned: whether the first plans are over. From then on the run is scored, and the rest of
+            it planned anew at each score, if it is planned by the clock.
+    """
+
+    total: int
+    every: int
+    evaluations: list[Evaluation] = field(default_factory=list)
+    best: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    stopped: str | None = None
+    planned: bool = True
+    before: Evaluation | None = None
+    seconds_to_score: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> RunState:
+        """Read what ``to_json`` gave.
+
+        Raises:
+            UserError: it is something else.
+        """
+        try:
+            evaluations = [Evaluation(**one) for one in data["evaluations"]]
+            before = None if data["before"] is None else Evaluation(**data["before"])
+            return cls(**{**data, "evaluations": evaluations, "before": before})
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                "the state of the interrupted run is damaged; begin anew with --restart"
+            ) from error
+
+
+class Steps(Dataset[list[Batch]]):
+    """One item is one optimizer step: the batches of its samples."""
+
+    def __init__(
+        self, sequences: Sequence[TrainingSequence], steps: list[list[int]], **layout: Any
+    ):
+        self._sequences, self._steps, self._layout = sequences, steps, layout
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __getitem__(self, index: int) -> list[Batch]:
+        return lay_out(self._sequences, self._steps[index], **self._layout)
+
+
+class RecoveryTrainer(Trainer):
+    """A Trainer whose batches are whole optimizer steps, laid out by ``lay_out``.
+
+    Loss of a step: sum over its learned tokens, divided by their number; so it does not depend on
+    how the samples are spread over forward passes and processes.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        settings: RecoverySettings,
+        steps: Steps,
+        run: RunState,
+        teacher: Teacher | None,
+        folder: state.Folder,
+        work: Path,
+        processes: Processes = ALONE,
+    ) -> None:
+        self._settings, self._run, self._teacher = settings, run, teacher
+        self._folder, self._work, self._processes = folder, work, processes
+        self._steps = steps
+        self.best_weights: dict[str, torch.Tensor] | None = None
+        self.last_loss = math.nan
+        super().__init__(model=model, args=args, train_dataset=steps, data_collator=_only)
+        self.remove_callback(PrinterCallback)
+
+    # Data and schedule.
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the steps in their order; they were shuffled when they were made.
+
+        Each process gets every step whole and takes its share of it.
+        """
+        steps: Any = self.train_dataset
+        return DataLoader(steps, batch_size=1, collate_fn=_only)
+
+    def create_scheduler(
+        self,
+        num_training_steps: int,  # noqa: ARG002
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> Any:
+        """Warm up, then fall to zero at the run's last step, which may come to be known later."""
+        if self.lr_scheduler is None:  # type: ignore[has-type]
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, self._rate
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    @property
+    def most_steps(self) -> int:
+        """Steps for which there are samples: all epochs, or ``max_steps`` of them."""
+        return len(self._steps)
+
+    def _rate(self, step: int) -> float:
+        return rate(step, self._run.total, self._settings.warmup_steps, self._settings.schedule)
+
+    # One step.
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:  # noqa: ARG002
+        """Run forward and backward over this process's batches of a step; return its mean loss."""
+        model.train()
+        batches: list[Batch] = inputs["batches"]
+        count = sum(batch.targets for batch in batches)
+        self._run.tokens += sum(batch.tokens for batch in batches)
+        own = self._processes.share(batches)
+        total = torch.zeros((), device=self.args.device)
+        for number, batch in enumerate(own):
+            last = number == len(own) - 1
+            with self._gradients_stay(model, not last):
+                with self.compute_loss_context_manager():
+                    if batch is None:
+                        loss = 0 * self._task_loss(model, batches[0])
+                    else:
+                        loss = self._loss(model, batch) / count
+                self._backward(loss)
+            total += loss.detach().to(total.device)
+        (self.last_loss,) = self._processes.sums([float(total)])
+        if not math.isfinite(self.last_loss):
+            said = f"the loss of step {self.state.global_step + 1} is {self.last_loss}"
+            if self.state.global_step == 0:
+                raise UserError(f"{said}; look at the data, or use --dtype float32")
+            # The weights from here on are lost; the best before may still be a gain.
+            self._run.stopped = f"{said}; a lower --learning-rate goes further"
+        return torch.tensor(self.last_loss, device=self.args.device)
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        # DDP divides the sum of the gradients by the number of processes.
+        self.accelerator.backward(loss * self._processes.count)
+
+    @staticmethod
+    def _gradients_stay(model: Any, stay: bool) -> AbstractContextManager[None]:
+        """Keep gradients from being summed over the processes, as more will be added."""
+        if stay and isinstance(model, DistributedDataParallel):
+            return model.no_sync()
+        return nullcontext()
+
+    def _loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        if self._teacher is None:
+            return self._task_loss(model, batch)
+        return self._teacher.loss(model, batch)
+
+    @staticmethod
+    def _task_loss(model: Any, batch: Batch) -> torch.Tensor:
+        loss, _ = summed_loss(model, batch, text_objective(learned_tokens(batch)))
+        return loss
+
+    def compute_loss_context_manager(self) -> Any:
+        """Return the precision of a step: accelerate's is that of the model's own forward alone.
+
+        The output embedding and the teacher run outside of it.
+        """
+        return self.accelerator.autocast()
+
+    def floating_point_ops(self, inputs: Any) -> int:  # noqa: ARG002
+        """Nothing reads it."""
+        return 0
+
+    # Checkpoints.
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002
+        """Write all that ``train(resume_from_checkpoint=...)`` reads, whole or not at all."""
+        path = state.step_folder(self._work, self.state.global_step)
+        processes = self._processes
+        if not processes.from_first(path.exists()):
+            if processes.is_first or processes.sharded:  # who holds a part, gives it to the first
+                tensors = self._tensors()
+            if processes.is_first:
+                self._write_checkpoint(path, *tensors)
+        processes.barrier()
+
+    def _tensors(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+        """Return the files of a checkpoint with their tensors, and the optimizer's plain values.
+
+        Where the weights are spread, all processes must ask for it together, and only the first one
+        is given tensors.
+        """
+        keep = self._processes.is_first
+        weights = trainable(self.model)
+        files = {"weights": {name: one.detach() for name, one in weights.items()}}
+        if self.best_weights is not None:
+            files["best"] = {
+                name: spread(part, weights[name]) for name, part in self.best_weights.items()
+            }
+        files["optimizer"], plain = state.optimizer_values(self.optimizer)
+        gathered = {name: whole_tensors(tensors, keep=keep) for name, tensors in files.items()}
+        return gathered, plain
+
+    def _write_checkpoint(
+        self, path: Path, files: dict[str, dict[str, torch.Tensor]], optimizer: dict[str, Any]
+    ) -> None:
+        with self._folder(path) as folder:
+            for name, tensors in files.items():
+                state.write_tensors(folder / f"{name}.safetensors", tensors)
+            assert self.lr_scheduler is not None
+            schedule = {
+                key: value
+                for key, value in self.lr_scheduler.state_dict().items()
+                if key != "lr_lambdas"
+            }
+            values = {
+                "run": self._run.to_json(),
+                "optimizer": optimizer,
+                "schedule": schedule,
+                "random": state.write_random(folder),
+            }
+            state.write_values(folder, values)
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+        state.drop_older(self._work, path)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
+        folder = Path(resume_from_checkpoint)
+        set_weights_(self.model, self._read(folder / "weights.safetensors"))
+        best = folder / "best.safetensors"
+        self.best_weights = self._read(best) if best.is_file() else None
+
+    def _read(self, file: Path) -> dict[str, torch.Tensor]:
+        """Return this process's parts of the weights in a file."""
+        return parts_of(state.read_tensors(file), trainable(self.model))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        values = state.read_values(Path(checkpoint))
+        state.read_optimizer_(Path(checkpoint), values["optimizer"], self.optimizer)
+        assert self.lr_scheduler is not None
+        self.lr_scheduler.load_state_dict({**values["schedule"], "lr_lambdas": [None]})
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            state.read_random(Path(checkpoint), state.read_values(Path(checkpoint))["random"])
+
+
+def rate(step: int, total: int, warmup: int, schedule: str) -> float:
+    """Return the share of the peak learning rate at a step, counted from 0.
+
+    Linear from 1/w at the first of w warm-up steps to 1, where w is at most a tenth of the run;
+    then 1 - x (linear) or (1 + cos(pi x)) / 2 (cosine), where x is the share of the rest that is
+    done.
+    """
+    warmup = min(warmup, total // 10)
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    return 1 - done if schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+
+
+def _only(items: list[Any]) -> dict[str, Any]:
+    return {"batches": items[0]}

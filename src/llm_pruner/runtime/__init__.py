@@ -1,0 +1,1 @@
+"""The machine: memory, precision, signals, time. Nothing here knows a model."""

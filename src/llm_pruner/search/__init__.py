@@ -1,0 +1,1 @@
+"""What is decided by trials on copies of the model."""

@@ -1,0 +1,61 @@
+"""What each unit adds to the key-value cache: measured, for no architecture is known.
+
+From each group that is to be pruned, the smallest number of units is removed on a copy that shares
+the weights, and the growth of the cache per token is counted again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llm_pruner.errors import UserError
+from llm_pruner.evaluation.macs import count_work
+from llm_pruner.models.layers import sharing_copy
+from llm_pruner.planning import Cost, PricedCounter, Selection, Survivors, smallest_removals
+from llm_pruner.runtime.progress import track
+from llm_pruner.surgery.cut import prune_
+from llm_pruner.types import Discovery
+
+UNIT = "bytes of cache per token"
+
+
+def cache_cost(
+    model: Any,
+    discovery: Discovery,
+    selection: Selection,
+    survivors: Survivors,
+    dense: int | None = None,
+) -> Cost:
+    """Return the cost of the units that the selection may remove, in bytes of cache per token.
+
+    Args:
+        dense: bytes of the dense model; None if this is it.
+
+    Raises:
+        UserError: the model keeps no cache that grows, or a structure does not change it.
+    """
+    total = _bytes(model)
+    if total == 0:
+        raise UserError(
+            "this model keeps no cache that grows with each token; give --ratio or --params"
+        )
+    prices: dict[str, float] = {}
+    kinds: dict[str, float] = {}
+    trials = smallest_removals(discovery, selection, survivors)
+    for group, removal in track(trials, "cache of every group"):
+        copy: Any = sharing_copy(model)
+        prune_(copy, discovery, removal)
+        price = (total - _bytes(copy)) / len(removal[group.name])
+        prices[group.name] = price
+        kinds[group.kind] = max(kinds.get(group.kind, 0.0), price)
+    idle = [kind for kind, price in kinds.items() if price <= 0]
+    if idle:
+        raise UserError(
+            f"{', '.join(idle)}: the cache of this model is as large without them; leave them out "
+            "of the structures"
+        )
+    return Cost(PricedCounter(total, prices), dense or total, UNIT)
+
+
+def _bytes(model: Any) -> int:
+    return count_work(model, prompt_tokens=4).cache.bytes_per_token

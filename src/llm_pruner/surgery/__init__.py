@@ -1,0 +1,1 @@
+"""Removal of units, and the proof that it was right."""

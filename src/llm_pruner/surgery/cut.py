@@ -1,0 +1,339 @@
+"""From a removal to a smaller model: slices every tensor, and sets every size that code reads."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from llm_pruner.discovery.tracing.provenance import descriptions
+from llm_pruner.discovery.tracing.run import named_tensors
+from llm_pruner.errors import InfeasibleError
+from llm_pruner.models.layers import (
+    Renaming,
+    apply_layers,
+    configs_of,
+    layer_numbers,
+    set_attribute,
+)
+from llm_pruner.surgery.removal import kept_shapes, removed_modules, removed_positions
+from llm_pruner.types import Discovery, Edits, IntArray, Removal
+
+_WEIGHTS = ("weight", "parametrizations.weight.original1", "weight_v")
+"""Names of a module's weight, as it is or as the direction that a weight norm keeps."""
+
+_NUMBER_OF_EXPERTS = re.compile("(num_|n_)(local_|routed_)?experts")
+
+
+def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edits:
+    """Work out everything that a removal changes, without touching the model.
+
+    Raises:
+        InfeasibleError: the model's code cannot express the sizes, a group is frozen or has no such
+            units, or the model is not the one that was traced; names the groups.
+    """
+    _require_units(discovery, removal)
+    _require_shapes(model, discovery)
+    _require_buffers(model, discovery, removal)
+    graph = discovery.graph
+    gone = removed_modules(discovery, removal)
+    rename = Renaming(graph.layer_lists, gone)
+    # A removed layer's own sizes need no solution: nothing reads them any more.
+    standing = graph.system.reading_only(lambda module: not rename.is_gone(f"{module}."))
+    try:
+        attributes = graph.system.attributes(graph.deleted(removal), standing)
+    except InfeasibleError as error:
+        names = ", ".join(name for name, units in removal.items() if len(units))
+        raise InfeasibleError(f"removing units of {names}: {error}") from error
+    _require_choices(discovery, removal)
+    shapes = {
+        rename(name): shape
+        for name, shape in kept_shapes(discovery, removal).items()
+        if shape != discovery.shapes[name]
+    }
+    buffers: dict[str, dict[int, tuple[int, ...]]] = defaultdict(dict)
+    for (name, dim), positions in removed_positions(discovery, removal).items():
+        if name in discovery.buffers and not rename.is_gone(name):
+            kept = np.delete(np.arange(discovery.buffers[name][dim]), positions)
+            buffers[rename(name)][dim] = tuple(kept.tolist())
+    values: dict[str, dict[str, int]] = defaultdict(dict)
+    for (module, attribute), value in sorted(attributes.items()):
+        if not rename.is_gone(f"{module}."):
+            values[rename(f"{module}.")[:-1]][attribute] = value
+    for module, attribute, value in layer_numbers(
+        model, graph.layer_lists, gone, graph.own_numbers
+    ):
+        if not rename.is_gone(f"{module}."):
+            values[rename(f"{module}.")[:-1]][attribute] = value
+    numbers = _expert_numbers(model, discovery, removal, rename)
+    described = _descriptions(model, shapes, rename, values)
+    for module, attribute, value in [*described, *numbers]:
+        values[module].setdefault(attribute, value)
+    return Edits(
+        shapes=shapes,
+        buffers={name: dict(dims) for name, dims in sorted(buffers.items())},
+        attributes={name: dict(found) for name, found in sorted(values.items()) if found},
+        layers=rename.kept,
+    )
+
+
+def _require_units(discovery: Discovery, removal: Removal) -> None:
+    for name, units in removal.items():
+        if not len(units):
+            continue
+        group = discovery.group(name)
+        if group.frozen is not None:
+            raise InfeasibleError(f"{name} cannot lose units: {group.frozen}")
+        if len(np.unique(units)) != len(units) or min(units) < 0 or max(units) >= group.size:
+            raise InfeasibleError(
+                f"{name} has units 0 to {group.size - 1}, each of which can go once; "
+                f"given were {np.asarray(units).tolist()}"
+            )
+        kept = group.size - len(units)
+        if kept == 0:
+            raise InfeasibleError(f"{name} would lose all of its {group.size} units; keep one")
+        if kept < group.least:
+            raise InfeasibleError(
+                f"{name} would keep {kept} of {group.size} units; each token is given "
+                f"{group.least} of them, so keep at least as many"
+            )
+        if kept % group.multiple:
+            raise InfeasibleError(
+                f"{name} would keep {kept} of {group.size} units; an operation that reads them "
+                f"needs a multiple of {group.multiple}"
+            )
+
+
+def _require_choices(discovery: Discovery, removal: Removal) -> None:
+    """Raise InfeasibleError if fewer positions of an axis are left than the code chooses."""
+    trace = discovery.graph.trace
+    deleted = discovery.graph.deleted(removal)
+    for choice in trace.choices:
+        left = int((~deleted[trace.atoms.resolve(choice.rows)].any(axis=1)).sum())
+        # What is masked is masked in the same share of what is left.
+        if left * choice.available < choice.count * len(choice.rows):
+            raise InfeasibleError(
+                f"removing units of {', '.join(name for name in removal if len(removal[name]))}: "
+                f"{choice.count} are chosen for every token, of {left} that are left; keep more"
+            )
+
+
+def _require_shapes(model: nn.Module, discovery: Discovery) -> None:
+    for name, parameter in model.named_parameters():
+        if discovery.shapes.get(name) != tuple(parameter.shape):
+            raise InfeasibleError(
+                f"{name} has shape {tuple(parameter.shape)}, the traced model "
+                f"{discovery.shapes.get(name)}: trace the model that is to be pruned"
+            )
+
+
+def _require_buffers(model: nn.Module, discovery: Discovery, removal: Removal) -> None:
+    """Refuse where a buffer that loses positions is not what it was; it may grow along others."""
+    buffers = {name: tensor for name, tensor, buffer in named_tensors(model) if buffer}
+    for name, dim in removed_positions(discovery, removal):
+        traced, tensor = discovery.buffers.get(name), buffers.get(name)
+        if traced is None:
+            continue
+        if tensor is None or tensor.dim() != len(traced) or tensor.shape[dim] != traced[dim]:
+            found = None if tensor is None else tuple(tensor.shape)
+            raise InfeasibleError(
+                f"{name} has shape {found}, when the model was traced {traced}: run discover again "
+                "on the model as it is now"
+            )
+
+
+def prune_(model: nn.Module, discovery: Discovery, removal: Removal) -> Edits:
+    """Remove units from a model in place, compare nothing, and return what was changed.
+
+    ``verification.prune_``, which is the public one, compares the result with the masked model.
+    Tied weights stay tied, ``requires_grad`` stays as it was, and removed layers are gone with all
+    they hold. The new tensors hold exactly the values of the positions that were kept.
+
+    Raises:
+        InfeasibleError: before anything is touched.
+    """
+    edits = plan_edits(model, discovery, removal)
+    _slice_tensors(model, discovery, removal)
+    apply_layers(model, edits.layers)
+    for module, values in edits.attributes.items():
+        for attribute, value in values.items():
+            set_attribute(model.get_submodule(module), attribute, value)
+    return edits
+
+
+def _cuts(discovery: Discovery, removal: Removal) -> dict[str, dict[int, IntArray]]:
+    """Return tensor -> axis -> positions that go, of the tensors that stay."""
+    gone = tuple(f"{module}." for module in removed_modules(discovery, removal))
+    deleted: dict[str, dict[int, IntArray]] = defaultdict(dict)
+    for (name, dim), positions in removed_positions(discovery, removal).items():
+        if not (gone and name.startswith(gone)):
+            deleted[name][dim] = positions
+    return deleted
+
+
+def _slice_tensors(model: nn.Module, discovery: Discovery, removal: Removal) -> None:
+    names: dict[str, list[str]] = defaultdict(list)
+    for alias, first in discovery.aliases.items():
+        names[first].append(alias)
+    for name, dims in _cuts(discovery, removal).items():
+        owner, key = _owner(model, name)
+        old = getattr(owner, key)
+        data = old.detach()
+        for dim, positions in dims.items():
+            data = _take(data, dim, np.delete(np.arange(data.shape[dim]), positions))
+        new: torch.Tensor = data.contiguous()
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        for one in (name, *names[name]):
+            target, place = _owner(model, one)
+            setattr(target, place, new)
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, key = name.rpartition(".")
+    return model.get_submodule(path), key
+
+
+def _expert_numbers(
+    model: nn.Module, discovery: Discovery, removal: Removal, rename: Renaming
+) -> Iterator[tuple[str, str, int]]:
+    """Yield the numbers of experts that modules state of themselves, whoever reads them.
+
+    One implementation of experts reads a number that another does not, and losses read that of the
+    whole model; it follows where all mixtures keep equally many.
+    """
+    kept = kept_shapes(discovery, removal)
+    changed: dict[str, tuple[int, int]] = {}
+    mixtures: set[tuple[int, int]] = set()
+    for group in discovery.groups:
+        if group.kind != "experts":
+            continue
+        for member in group.members:
+            if not member.buffer and member.tensor in kept:
+                old = discovery.shapes[member.tensor][member.dim]
+                new = kept[member.tensor][member.dim]
+                changed[member.tensor.rpartition(".")[0]] = (old, new)
+                mixtures.add((old, new))
+    whole = next(iter(mixtures)) if len(mixtures) == 1 else None
+    for path, module in model.named_modules():
+        sizes = changed.get(path, whole)
+        if sizes is None or sizes[0] == sizes[1] or rename.is_gone(f"{path}."):
+            continue
+        for attribute, value in vars(module).items():
+            if _NUMBER_OF_EXPERTS.fullmatch(attribute) and value == sizes[0]:
+                yield rename(path), attribute, sizes[1]
+
+
+def _descriptions(
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    rename: Renaming,
+    values: Mapping[str, Mapping[str, int]],
+) -> Iterator[tuple[str, str, int]]:
+    """Yield the sizes that standard modules state of themselves (``in_features`` and the like).
+
+    Args:
+        values: what is known already of attributes that follow, by the new name of the module.
+    """
+    for path, module in model.named_modules():
+        if rename.is_gone(f"{path}."):
+            continue
+        new_path = rename(path)
+        shape = next(
+            (shapes[f"{new_path}.{w}"] for w in _WEIGHTS if f"{new_path}.{w}" in shapes), None
+        )
+        if shape is None:
+            continue
+        if isinstance(module, _ConvNd):
+            groups = values.get(new_path, {}).get("groups", module.groups)
+            channels = (shape[0], shape[1] * groups)
+            names = ("in_channels", "out_channels")
+            for attribute, size in zip(
+                names, channels[:: 1 if module.transposed else -1], strict=True
+            ):
+                if getattr(module, attribute) != size:
+                    yield new_path, attribute, size
+        for attribute, dim in descriptions(module):
+            if getattr(module, attribute, shape[dim]) != shape[dim]:
+                yield new_path, attribute, shape[dim]
+
+
+_BY_PARTS = 2_000_000_000
+"""Parameters from which on a dense model is put together again rather than kept."""
+
+
+class Undo:
+    """Puts a model back as it was before a cut.
+
+    Small models are kept as they were. Of large ones only what the cut takes away is kept, so that
+    there is never a second model in memory; their tensors are then put together again.
+    """
+
+    def __init__(self, model: nn.Module, discovery: Discovery, removal: Removal) -> None:
+        spaces: dict[int, dict[str, Any]] = {}
+        for module in model.modules():
+            for space in (vars(module), module._parameters, module._buffers, module._modules):
+                if isinstance(space, dict):  # TorchScript has others, which nothing can change
+                    spaces[id(space)] = space
+        for config in configs_of(model):
+            spaces[id(vars(config))] = vars(config)
+        self._held = [(space, dict(space)) for space in spaces.values()]
+        self._parts: list[_Parts] = []
+        if sum(parameter.numel() for parameter in model.parameters()) > _BY_PARTS:
+            self._keep_parts(model, discovery, removal)
+
+    def _keep_parts(self, model: nn.Module, discovery: Discovery, removal: Removal) -> None:
+        held = {id(space): before for space, before in self._held}
+        names: dict[str, list[str]] = defaultdict(list)
+        for alias, first in discovery.aliases.items():
+            names[first].append(alias)
+        for name, dims in _cuts(discovery, removal).items():
+            places = [_owner(model, one) for one in (name, *names[name])]
+            tensor = getattr(*places[0])
+            if not isinstance(tensor, nn.Parameter):
+                continue
+            data, taken = tensor.detach(), []
+            for dim, positions in dims.items():
+                taken.append((dim, positions, _take(data, dim, positions)))
+                data = _take(data, dim, np.delete(np.arange(data.shape[dim]), positions))
+            self._parts.append(_Parts(places, tensor.requires_grad, taken))
+            for owner, key in places:
+                held[id(owner._parameters)][key] = None
+
+    def __call__(self) -> None:
+        """Put the model back."""
+        kept = [getattr(*parts.places[0]).detach() for parts in self._parts]
+        for space, before in self._held:
+            space.clear()
+            space.update(before)
+        for parts, data in zip(self._parts, kept, strict=True):
+            for dim, positions, part in reversed(parts.taken):
+                size = data.shape[dim] + len(positions)
+                stayed = np.delete(np.arange(size), positions)
+                whole = data.new_empty((*data.shape[:dim], size, *data.shape[dim + 1 :]))
+                for index, values in ((stayed, data), (positions, part)):
+                    whole.index_copy_(dim, torch.from_numpy(index).to(data.device), values)
+                data = whole
+            new = nn.Parameter(data, requires_grad=parts.trained)
+            for owner, key in parts.places:
+                setattr(owner, key, new)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a cut takes from one parameter: (axis, positions, values), in the order of the cuts."""
+
+    places: list[tuple[nn.Module, str]]
+    trained: bool
+    taken: list[tuple[int, IntArray, torch.Tensor]]
+
+
+def _take(tensor: torch.Tensor, dim: int, positions: IntArray) -> torch.Tensor:
+    return tensor.index_select(dim, torch.from_numpy(positions).to(tensor.device))

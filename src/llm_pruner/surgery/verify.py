@@ -1,0 +1,481 @@
+"""The twin: the dense model with the removed units silenced must equal the pruned model.
+
+The twin runs the dense model with every slice of the removed units set to zero. Where an operation
+would still see the dead positions (a mean, a norm, a softmax, a top-k over the axis they lie on),
+it is computed on the living positions only. Nothing is sliced and no size changes, so the twin does
+not share the surgery's way of being wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+
+from llm_pruner.discovery.tracing.functions import SizeMode
+from llm_pruner.discovery.tracing.ghosts import is_on_meta
+from llm_pruner.discovery.tracing.given import hidden_in
+from llm_pruner.discovery.tracing.rules import RULES
+from llm_pruner.discovery.tracing.rules.reduction import reduced_dims
+from llm_pruner.discovery.tracing.run import example_tokens, label_model, named_tensors, traced
+from llm_pruner.discovery.tracing.scenes import Scene, few, staged
+from llm_pruner.discovery.tracing.tracer import VIEWS, Trace, Tracer, tensors_in
+from llm_pruner.errors import VerificationError
+from llm_pruner.models.layers import sharing_copy
+from llm_pruner.surgery.cut import Undo, plan_edits
+from llm_pruner.surgery.cut import prune_ as cut_
+from llm_pruner.surgery.removal import removed_modules, removed_positions
+from llm_pruner.types import Discovery, Edits, IntArray, Removal
+
+Flags: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
+
+_OVER_AXES = frozenset(
+    {"mean", "sum", "amax", "amin", "max", "min", "var", "std", "prod", "linalg_vector_norm"}
+    | {"norm", "logsumexp", "var_mean", "argmax", "argmin"}
+)
+_ALONG_AXIS = frozenset({"_softmax", "_log_softmax", "softmax", "_safe_softmax"})
+
+
+class _Twin(Tracer):
+    """A tracer that computes reductions on living positions only."""
+
+    def __init__(self, trace: Trace, deleted: Flags) -> None:
+        super().__init__(trace, RULES)
+        self._deleted = deleted
+
+    def dead(self, rows: IntArray) -> Flags:
+        """Return by position of an axis whether it is removed."""
+        roots = self.atoms.resolve(rows)
+        known = np.where(roots < len(self._deleted), roots, 0)
+        return (
+            np.asarray(self._deleted[known].any(axis=1))
+            if known.shape[1]
+            else np.zeros(len(rows), bool)
+        )
+
+    def alive(self, rows: IntArray, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Return the living positions of an axis of ``tensor``, or None if all live."""
+        dead = self.dead(rows)
+        if not dead.any():
+            return None
+        return torch.from_numpy(np.flatnonzero(~dead)).to(tensor.device)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run an operation; zeros stand where it divides zero by zero at dead positions."""
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        for result in tensors_in([out]):
+            if func._overloadpacket.__name__ in VIEWS or not result.is_floating_point():
+                continue
+            if not result.isfinite().all():
+                for dim, rows in enumerate(self.label(result)):
+                    dead = self.dead(rows)
+                    if dead.any():
+                        shape = [-1 if place == dim else 1 for place in range(result.dim())]
+                        mask = torch.from_numpy(dead).to(result.device).view(shape)
+                        result.masked_fill_(mask & ~result.isfinite(), 0)
+        return out
+
+    def execute(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name in _OVER_AXES:
+            return self._reduce(func, name, args, kwargs)
+        if name in _ALONG_AXIS:
+            return self._along(func, args, kwargs, args[1])
+        if name in ("native_layer_norm", "_fused_rms_norm"):
+            return self._norm(func, args, kwargs)
+        if name == "bmm":
+            return self._product(func, args)
+        if name in ("topk", "sort"):
+            return self._select(func, name, args, kwargs)
+        return super().execute(func, name, args, kwargs)
+
+    def _reduce(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        source = args[0]
+        axes = self.label(source)
+        chosen: torch.Tensor | None = None
+        for dim in reduced_dims(name, args, kwargs, source.dim()):
+            alive = self.alive(axes[dim], source)
+            if alive is not None:
+                if name.startswith("arg"):
+                    return alive[func(source.index_select(dim, alive), *args[1:], **kwargs)]
+                source = source.index_select(dim, alive)
+                chosen = alive
+        out = func(source, *args[1:], **kwargs)
+        if chosen is not None and name in ("max", "min") and isinstance(out, tuple):
+            return type(out)((out[0], chosen[out[1]]))
+        return out
+
+    def _along(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dim: int) -> Any:
+        source = args[0]
+        alive = self.alive(self.label(source)[dim], source)
+        if alive is None:
+            return func(*args, **kwargs)
+        part = func(source.index_select(dim, alive), *args[1:], **kwargs)
+        return part.new_zeros(source.shape).index_copy(dim % source.dim(), alive, part)
+
+    def _product(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """Products of two activations: neither side need be zero at the dead positions."""
+        left, right = args
+        alive = self.alive(self.label(left)[2], left)
+        if alive is not None:
+            left, right = left.index_select(2, alive), right.index_select(1, alive)
+        return func(left, right)
+
+    def _norm(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        source, shape = args[0], args[1]
+        alive = self.alive(self.label(source)[-1], source) if len(shape) == 1 else None
+        if alive is None:
+            return func(*args, **kwargs)
+        weights = [
+            value.index_select(0, alive) if isinstance(value, torch.Tensor) else value
+            for value in args[2:]
+        ]
+        part, *rest = func(source.index_select(-1, alive), [len(alive)], *weights, **kwargs)
+        whole = part.new_zeros(source.shape).index_copy(source.dim() - 1, alive, part)
+        return (whole, *rest)
+
+    def _select(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        source = args[0]
+        if name != "topk":
+            return func(*args, **kwargs)
+        dim = args[2] if len(args) > 2 else kwargs.get("dim", -1)
+        alive = self.alive(self.label(source)[dim], source)
+        if alive is None:
+            return func(*args, **kwargs)
+        values, indices = func(source.index_select(dim, alive), *args[1:], **kwargs)
+        return values, alive[indices]
+
+
+@contextmanager
+def _silenced(model: nn.Module, discovery: Discovery, removal: Removal) -> Iterator[None]:
+    """Set the slices of the removed units to zero for the time of the context."""
+    saved: list[tuple[torch.Tensor, Any, torch.Tensor]] = []
+    tensors = {name: tensor for name, tensor, _ in named_tensors(model)}
+    try:
+        for (name, dim), positions in removed_positions(discovery, removal).items():
+            tensor = tensors[name].detach()
+            if not tensor.is_floating_point():
+                continue
+            index: Any = (*[slice(None)] * dim, torch.from_numpy(positions).to(tensor.device))
+            saved.append((tensor, index, tensor[index].clone()))
+            tensor[index] = 0
+        yield
+    finally:
+        # Slices along two axes overlap: the first one saved holds the original values.
+        for tensor, index, part in reversed(saved):
+            tensor[index] = part
+
+
+@contextmanager
+def _bypassed(model: nn.Module, modules: tuple[str, ...]) -> Iterator[None]:
+    """Let the given layers hand on what they were given."""
+
+    given: dict[nn.Module, torch.Tensor] = {}
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        # A layer may write into what it is given.
+        given[module] = hidden_in(args, kwargs).clone()
+
+    def after(module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001
+        source = given.pop(module)
+        if isinstance(output, tuple | list):
+            return type(output)([source, *output[1:]])
+        return source
+
+    handles = []
+    for name in modules:
+        module = model.get_submodule(name)
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a pruned model was compared with its masked twin on.
+
+    Attributes:
+        difference: largest absolute difference of two logits.
+        scenes: the ways in which both were run.
+        skipped: those in which the dense model gives no result that could be compared.
+    """
+
+    difference: float
+    scenes: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
+
+
+def twin_logits(
+    model: nn.Module, discovery: Discovery, removal: Removal, tokens: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """Return the logits of the dense model with the removed units silenced.
+
+    Args:
+        model: the dense model that was traced; it comes back unchanged.
+        tokens: token ids (batch, sequence) for the first way in which the model was traced; by
+            default it is run in all of them, on seeded random ones.
+
+    Returns:
+        One tensor (batch, tokens of the call, vocabulary) per call of the model.
+    """
+    scenes = discovery.graph.scenes
+    if tokens is not None:
+        return _twin_scene(model, discovery, removal, scenes[0], tokens)
+    runs = [
+        _twin_scene(model, discovery, removal, scene, _tokens(model, scene)) for scene in scenes
+    ]
+    return [logits for run in runs for logits in run]
+
+
+def pruned_logits(
+    model: nn.Module, discovery: Discovery, tokens: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """Return the logits of the pruned model on the tokens that ``twin_logits`` uses.
+
+    Raises:
+        VerificationError: the model cannot run.
+    """
+    scenes = discovery.graph.scenes
+    if tokens is not None:
+        return _pruned_scene(model, scenes[0], tokens)
+    runs = [_pruned_scene(model, scene, _tokens(model, scene)) for scene in scenes]
+    return [logits for run in runs for logits in run]
+
+
+def _tokens(model: nn.Module, scene: Scene) -> torch.Tensor:
+    return example_tokens(model, scene.shape, seed=1)
+
+
+def _twin_scene(
+    model: nn.Module, discovery: Discovery, removal: Removal, scene: Scene, tokens: torch.Tensor
+) -> list[torch.Tensor]:
+    graph = discovery.graph
+    trace = Trace(atoms=graph.trace.atoms.copy(), tensors=dict(graph.trace.tensors))
+    deleted = graph.system.with_replicas(graph.deleted(removal))
+    twin = _Twin(trace, deleted)
+    gone = removed_modules(discovery, removal)
+    # Sizes keep their origin as in the trace, so that the same axes are fixed.
+    with traced(model, twin):
+        label_model(twin, model)
+        twin.add_input(tokens, ("the batch", "the sequence"))
+        with (
+            staged(model, training=scene.training),
+            _silenced(model, discovery, removal),
+            _bypassed(model, gone),
+            twin,
+            SizeMode(twin),
+        ):
+            logits = scene.run(model, tokens)
+    return [few(tensor.detach()).clone() for tensor in logits]
+
+
+def _pruned_scene(model: nn.Module, scene: Scene, tokens: torch.Tensor) -> list[torch.Tensor]:
+    try:
+        with staged(model, training=scene.training):
+            logits = scene.run(model, tokens)
+    except (RuntimeError, ValueError, LookupError, TypeError, AssertionError) as error:
+        text = str(error).strip()
+        cause = text.splitlines()[0] if text else type(error).__name__
+        raise VerificationError(
+            f"the pruned model cannot run on {scene.name} ({cause}); nothing was saved. "
+            "Leave the structure out with --structures, and please report the model."
+        ) from error
+    return [few(tensor.detach()).clone() for tensor in logits]
+
+
+def prune_(
+    model: nn.Module, discovery: Discovery, removal: Removal, *, verify: bool = True
+) -> Edits:
+    """Remove units from a model in place and return what was changed.
+
+    Tied weights stay tied, ``requires_grad`` stays as it was, and removed layers are gone with all
+    they hold. The new tensors hold exactly the values of the positions that were kept.
+
+    Args:
+        model: the model that was traced.
+        discovery: what was found in it.
+        removal: group name -> units.
+        verify: compare the result with the masked dense model, see ``cut_verified_``; a model
+            without weights (on meta) is never compared.
+
+    Raises:
+        InfeasibleError: before anything is touched.
+        VerificationError: the pruned model is not its masked twin; it is as it was.
+    """
+    if not verify or is_on_meta(model):
+        return cut_(model, discovery, removal)
+    return cut_verified_(model, discovery, removal)[0]
+
+
+def cut_verified_(
+    model: nn.Module, discovery: Discovery, removal: Removal
+) -> tuple[Edits, Verified]:
+    """Remove units in place; the result must equal the masked dense model, or all is undone.
+
+    Both are run as the model was traced: on short and on long input, with padding, through
+    ``generate`` and in training mode. The dense model is run before the cut, so that there is one
+    model in memory, and what the cut took.
+
+    Raises:
+        InfeasibleError: before anything is touched.
+        VerificationError: they differ; names the groups at fault.
+    """
+    plan_edits(model, discovery, removal)
+    expected: dict[str, list[torch.Tensor]] = {}
+    skipped = list(discovery.graph.left_out)
+    for scene in discovery.graph.scenes:
+        try:
+            found = _twin_scene(model, discovery, removal, scene, _tokens(model, scene))
+        except Exception as error:  # a model may refuse a way of running it in any way
+            if scene.needed:
+                raise VerificationError(
+                    f"the masked dense model cannot run on {scene.name} ({type(error).__name__}: "
+                    f"{' '.join(str(error).split())[:200]}), so nothing was pruned; please report "
+                    "the model, and use --no-verify to prune it all the same"
+                ) from error
+            skipped.append(scene.name)
+            continue
+        if scene.training and not _repeats(model, scene):
+            skipped.append(f"{scene.name} (random)")
+        elif not scene.needed and not all(bool(one.isfinite().all()) for one in found):
+            skipped.append(f"{scene.name} (not finite)")
+        else:
+            expected[scene.name] = found
+    scenes = [scene for scene in discovery.graph.scenes if scene.name in expected]
+    undo = Undo(model, discovery, removal)
+    edits = cut_(model, discovery, removal)
+    worst = 0.0
+    try:
+        for scene in scenes:
+            actual = _pruned_scene(model, scene, _tokens(model, scene))
+            difference = largest_difference(expected[scene.name], actual)
+            limit = tolerance(expected[scene.name], model, scene.shape[1])
+            if difference > limit:
+                raise _DiffersError(scene, difference, limit)
+            worst = max(worst, difference)
+    except _DiffersError as differs:
+        undo()
+        names = find_culprits(model, discovery, removal, differs.scene)
+        raise VerificationError(
+            f"the pruned model differs from its masked twin by {differs.difference:.3g} (limit "
+            f"{differs.limit:.1g}) on {differs.scene.name}; at fault: "
+            f"{', '.join(names) or 'only groups in combination'}; nothing was saved. "
+            "Leave the structure out with --structures, and please report the model."
+        ) from None
+    except BaseException:
+        undo()
+        raise
+    return edits, Verified(worst, tuple(expected), tuple(skipped))
+
+
+def require_same(model: nn.Module, loaded: nn.Module, discovery: Discovery) -> None:
+    """Raise VerificationError if a model gives other logits once it is saved and loaded again.
+
+    It is as it was in training mode if it is in the others, and with padding.
+    """
+    for scene in discovery.graph.scenes:
+        if scene.needed or scene.shape[1] > discovery.graph.scenes[0].shape[1]:
+            tokens = _tokens(model, scene)
+            expected = _pruned_scene(model, scene, tokens)
+            difference = largest_difference(expected, _pruned_scene(loaded, scene, tokens))
+            if difference > tolerance(expected, model, scene.shape[1]):
+                raise VerificationError(
+                    f"the saved folder gives logits that differ by {difference:.3g} from the model "
+                    f"that was saved, on {scene.name}; nothing was kept; please report the model"
+                )
+
+
+class _DiffersError(Exception):
+    """The pruned model is not its twin in a scene."""
+
+    def __init__(self, scene: Scene, difference: float, limit: float) -> None:
+        super().__init__(scene.name)
+        self.scene, self.difference, self.limit = scene, difference, limit
+
+
+def _repeats(model: nn.Module, scene: Scene) -> bool:
+    """Whether a model gives the same twice; what is random in training cannot be compared."""
+    tokens = _tokens(model, scene)
+    runs = []
+    with torch.random.fork_rng(devices=[]):
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            with staged(model, training=scene.training):
+                runs.append([tensor.detach().clone() for tensor in scene.run(model, tokens)])
+    return largest_difference(*runs) <= tolerance(runs[0], model)
+
+
+def largest_difference(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
+    """Return the largest absolute difference of two runs, infinite if one is not finite."""
+    worst = 0.0
+    for a, b in zip(left, right, strict=True):
+        difference = (a.double() - b.double()).abs().max().item()
+        worst = max(worst, difference) if np.isfinite(difference) else float("inf")
+    return worst
+
+
+def tolerance(logits: list[torch.Tensor], model: nn.Module | None = None, length: int = 8) -> float:
+    """Return the largest difference that rounding explains: 1e-5 of the logits' size in float32.
+
+    Never below 1e-5; bfloat16 and float16 models are judged by the precision of their own type,
+    which is that of the logits unless ``generate`` made float32 of them. Sums over more than 64
+    tokens round more, in proportion.
+    """
+    size = max(1.0, *(tensor.abs().max().item() for tensor in logits))
+    types = {logits[0].dtype}
+    if model is not None:
+        types |= {p.dtype for p in model.parameters() if p.is_floating_point()}
+    precision = max(torch.finfo(dtype).eps for dtype in types)
+    return size * max(1.0, length / 64) * max(1e-5, 32 * precision if precision > 1e-6 else 0.0)
+
+
+def find_culprits(
+    model: nn.Module, discovery: Discovery, removal: Removal, scene: Scene
+) -> list[str]:
+    """Return the groups that differ from the twin when they are pruned without the others.
+
+    Groups that are bound to each other are tried together, on a copy that shares the tensors.
+    """
+    found = []
+    done: set[str] = set()
+    tokens = _tokens(model, scene)
+    for name, units in removal.items():
+        if name in done or not len(units):
+            continue
+        together = _bound(discovery, removal, name)
+        done |= set(together)
+        part = {other: removal[other] for other in together}
+        expected = _twin_scene(model, discovery, part, scene, tokens)
+        smaller = sharing_copy(model)
+        cut_(smaller, discovery, part)
+        try:
+            difference = largest_difference(expected, _pruned_scene(smaller, scene, tokens))
+        except VerificationError:
+            difference = float("inf")
+        if difference > tolerance(expected, model, scene.shape[1]):
+            found.extend(together)
+    return found
+
+
+def _bound(discovery: Discovery, removal: Removal, name: str) -> list[str]:
+    together, pending = [name], [name]
+    while pending:
+        for companion in discovery.group(pending.pop()).companions:
+            if companion.group in removal and companion.group not in together:
+                together.append(companion.group)
+                pending.append(companion.group)
+    return together

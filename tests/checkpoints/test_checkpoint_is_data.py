@@ -1,0 +1,639 @@
+"""A checkpoint is data: what its files say can cut a model, and reach nothing else."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import resource
+import subprocess
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import FunctionType, MethodType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.models.qwen2 import modeling_qwen2
+
+from helpers import tiny_model
+from llm_pruner.checkpoints import save_checkpoint
+from llm_pruner.checkpoints.quantizer import PrunedQuantizer
+from llm_pruner.checkpoints.reshape import Recipe, parse_positions
+from llm_pruner.commands import apart
+from llm_pruner.data.selfmade import write_text_cached
+from llm_pruner.discovery.groups import discover
+from llm_pruner.errors import PlanError, UserError
+from llm_pruner.files.json import MOST_BYTES
+from llm_pruner.models.load import load_model
+from llm_pruner.planning import parse_ranges, read_plan
+from llm_pruner.recovery import checkpoint as state
+from llm_pruner.report.data import read_report
+from llm_pruner.settings.common import ModelSettings
+from llm_pruner.surgery.cut import prune_
+
+TOKENS = torch.arange(3, 35).view(2, 16)
+TYPES = ["full_attention", "sliding_attention"] * 2
+MOST_MEMORY = 128 * 2**20
+Change = Callable[[dict[str, Any]], object]
+
+WATCHED = (
+    Qwen2ForCausalLM,
+    Qwen2Config,
+    PreTrainedModel,
+    PreTrainedConfig,
+    GenerationConfig,
+    PrunedQuantizer,
+    AutoModelForCausalLM,
+    nn.Module,
+    nn.Linear,
+    *(one for one in vars(modeling_qwen2).values() if isinstance(one, type)),
+)
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose recipe has entries of every kind."""
+    sizes = {"num_hidden_layers": 4, "layer_types": TYPES}
+    windows = {"use_sliding_window": True, "sliding_window": 64}
+    model = tiny_model("qwen2", tie_word_embeddings=True, **windows, **sizes)
+    removal = {
+        "layers": np.array([1]),
+        "layers.0.ffn": np.arange(9),
+        "layers.2.heads": np.array([1]),
+        "head_dim": np.array([2]),
+        **{f"layers.{layer}.value_dim": np.array([1, 5]) for layer in range(4)},
+    }
+    dense, found = copy.deepcopy(model.config), discover(model)
+    edits = prune_(model, found, removal)
+    out = tmp_path_factory.mktemp("data") / "out"
+    saved = save_checkpoint(
+        model, out, edits=edits, plan_json=None, tokenizer=None, dense_config=dense
+    )
+    assert saved.kind == "recipe"
+    with torch.no_grad():
+        torch.save(model(TOKENS).logits, out.parent / "logits.pt")
+    return out
+
+
+def recipe_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+def with_recipe(folder: Path, recipe: Any, out: Path) -> Path:
+    """Make a folder with these weights and another recipe."""
+    out.mkdir(exist_ok=True)
+    for file in folder.iterdir():
+        if file.name != "config.json" and not (out / file.name).exists():
+            (out / file.name).symlink_to(file)
+    config = json.loads((folder / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"quantization_config": recipe}))
+    return out
+
+
+def snapshot() -> list[Any]:
+    """Return what classes and functions of the process hold, by identity."""
+    found: list[Any] = []
+    for cls in dict.fromkeys(base for one in WATCHED for base in one.__mro__[:-1]):
+        for name, value in sorted(vars(cls).items()):
+            function = value.__func__ if isinstance(value, (classmethod, MethodType)) else value
+            found.append((cls.__qualname__, name, id(value)))
+            if isinstance(function, FunctionType):
+                found.append(
+                    (
+                        repr(function.__defaults__),
+                        repr(function.__kwdefaults__),
+                        id(function.__code__),
+                        sorted(vars(function)),
+                    )
+                )
+    return found
+
+
+def test_the_snapshot_sees_what_an_attack_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = snapshot()
+    assert snapshot() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_qwen2.Qwen2Attention, "forward", 1)
+        assert snapshot() != before
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel.from_pretrained.__func__, "__kwdefaults__", {"config": 1})
+        assert snapshot() != before
+    assert snapshot() == before
+
+
+@contextmanager
+def harmless() -> Iterator[None]:
+    """Fail if the process is another afterwards, or if memory was used without bounds."""
+    before, resident = snapshot(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tracemalloc.start()
+    try:
+        yield
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < MOST_MEMORY
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident < 2 * MOST_MEMORY / 1024
+    assert snapshot() == before
+
+
+def refused_in_one_line(call: Callable[[], object]) -> bool:
+    """Say whether a call ends in a refusal, which has to be one short line."""
+    try:
+        call()
+    except UserError as error:
+        message = str(error)
+    else:
+        return False
+    assert "\n" not in message
+    assert len(message) < 600
+    return True
+
+
+def attribute(module: str, path: str, value: Any = 1) -> Change:
+    return lambda recipe: recipe["attributes"].setdefault(module, {}).update({path: value})
+
+
+def entry(section: str, name: str, value: Any) -> Change:
+    return lambda recipe: recipe[section].update({name: value})
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+ATTENTION, NORM = "model.layers.0.self_attn", "model.norm"
+Q = f"{ATTENTION}.q_proj.weight"
+
+ATTACKS: dict[str, tuple[Change, str]] = {
+    # Classes, functions and whatever else an attribute of an attribute reaches.
+    "class": (attribute(ATTENTION, "__class__.forward"), "'__class__.forward'"),
+    "class-value": (attribute(ATTENTION, "__class__.forward", "x"), "'__class__.forward'"),
+    "upload": (
+        attribute("", "save_pretrained.__defaults__", [True, "hub", "hf_token"]),
+        "'save_pretrained.__defaults__'",
+    ),
+    "upload-function": (attribute("", "save_pretrained.__func__.__defaults__"), "__func__"),
+    "pickle": (
+        attribute("", "from_pretrained.__func__.__kwdefaults__", {"use_safetensors": False}),
+        "'from_pretrained.__func__.__kwdefaults__'",
+    ),
+    "dict": (attribute(ATTENTION, "__dict__.layer_idx"), "'__dict__.layer_idx'"),
+    "parameters": (attribute(NORM, "_parameters.weight"), "'_parameters.weight'"),
+    "modules": (attribute("model", "_modules.norm"), "'_modules.norm'"),
+    "hooks": (attribute(NORM, "_forward_hooks"), "'_forward_hooks'"),
+    "forward": (attribute(ATTENTION, "forward"), "'forward'"),
+    "method": (attribute(ATTENTION, "register_buffer"), "'register_buffer'"),
+    "class-attribute": (attribute("", "main_input_name"), "'main_input_name'"),
+    "property": (attribute("", "dtype"), "'dtype'"),
+    "flag": (attribute(NORM, "training"), "'training'"),
+    "flag-value": (attribute(ATTENTION, "layer_idx", value=True), "True, which is no number"),
+    "none": (attribute(ATTENTION, "layer_idx", None), "None, which is no number"),
+    "tensor": (attribute(NORM, "weight"), "'weight'"),
+    "module": (attribute("model", "norm"), "'norm'"),
+    "new": (attribute(NORM, "sizes"), "'sizes'"),
+    "config": (attribute(ATTENTION, "config"), "'config'"),
+    "config-class": (attribute(ATTENTION, "config.__class__.model_type"), "__class__"),
+    "config-key": (attribute(ATTENTION, "config._attn_implementation"), "_attn_implementation"),
+    "config-own": (attribute(ATTENTION, "config._attn_implementation_internal"), "_internal"),
+    "config-text": (attribute(ATTENTION, "config.hidden_act", "gelu"), "'gelu'"),
+    "config-flag": (attribute(ATTENTION, "config.use_cache"), "'config.use_cache'"),
+    "config-deeper": (attribute(ATTENTION, "config.rope_parameters.rope_theta"), "rope_theta"),
+    "config-method": (attribute(ATTENTION, "config.to_dict"), "'config.to_dict'"),
+    "generation": (attribute("", "generation_config.max_length"), "'generation_config.max_length'"),
+    "length": (attribute(ATTENTION, "config.x.__len__"), "'config.x.__len__'"),
+    "index": (attribute(ATTENTION, "layer_idx.0"), "'layer_idx.0'"),
+    "index-negative": (attribute(ATTENTION, "config.layer_types.-1"), "layer_types.-1"),
+    "index-letters": (attribute(ATTENTION, "config.layer_types.²"), "layer_types"),
+    "through-parent": (attribute(f"{ATTENTION}.q_proj.weight", "grad"), "q_proj.weight"),
+    "module-property": (attribute("base_model", "padding_idx"), "'base_model'"),
+    "module-dunder": (attribute("model.__class__", "x"), "'model.__class__'"),
+    # Values.
+    "nan": (attribute(ATTENTION, "layer_idx", float("nan")), "nan, which is no number"),
+    "infinite": (attribute(ATTENTION, "scaling", float("inf")), "inf, which is no number"),
+    "huge": (attribute(ATTENTION, "layer_idx", 10**400), "more than 64 bits"),
+    "large": (attribute(ATTENTION, "layer_idx", 2**40), str(2**40)),
+    "fraction": (attribute(ATTENTION, "layer_idx", 0.5), "0.5"),
+    "longer": (attribute(ATTENTION, "layer_idx", [1, 2]), "(1, 2)"),
+    "endless": (attribute(ATTENTION, "layer_idx", [1] * 10**5), "a list of 100000"),
+    "nested": (attribute(ATTENTION, "layer_idx", nested(40)), "a list of 1"),
+    "long-name": (attribute("a" * 10**6, "x"), "'aaaaaaaaa"),
+    "lines": (attribute("a\nb", "x"), "'a\\nb'"),
+    # Shapes.
+    "shape-larger": (entry("shapes", Q, "49x48"), "(49, 48)"),
+    "shape-huge": (entry("shapes", Q, "1000000x1000000"), "(1000000, 1000000)"),
+    "shape-longer": (entry("shapes", Q, "1x1x1"), "(1, 1, 1)"),
+    "shape-endless": (entry("shapes", Q, "x".join(["1"] * 10**6)), "has the shape '1x1x1"),
+    "shape-digits": (entry("shapes", Q, "9" * 10**5), "has the shape '99999"),
+    "shape-empty": (entry("shapes", Q, "0x48"), "a size below 1"),
+    "shape-list": (entry("shapes", Q, [1, 2]), "a list of 2"),
+    "shape-absent": (entry("shapes", "model.nothing", "1"), "'model.nothing'"),
+    "shape-of-buffer": (entry("shapes", "model.rotary_emb.inv_freq", "1"), "inv_freq"),
+    "shape-of-dict": (entry("shapes", "model._parameters", "1"), "'model._parameters'"),
+    "bias-huge": (entry("shapes", "lm_head.bias", "1000000000"), "1000000000"),
+    "tied": (
+        lambda recipe: recipe["shapes"].update(
+            {"lm_head.weight": "259x40", "model.embed_tokens.weight": "259x41"}
+        ),
+        "which are one, different shapes",
+    ),
+    # Buffers.
+    "buffer-modules": (entry("buffers", "model._modules", {"0": "0"}), "'model._modules'"),
+    "buffer-weight": (entry("buffers", f"{NORM}.weight", {"0": "0"}), "'model.norm.weight'"),
+    "buffer-method": (entry("buffers", f"{NORM}.forward", {"0": "0"}), "'model.norm.forward'"),
+    "buffer-dimension": (
+        entry("buffers", "model.rotary_emb.inv_freq", {"-1": "0"}),
+        "the dimension '-1'",
+    ),
+    "positions-bomb": (
+        entry("buffers", "model.rotary_emb.inv_freq", {"0": "0-999999999"}),
+        "too many or too large",
+    ),
+    "positions-digits": (
+        entry("buffers", "model.rotary_emb.inv_freq", {"0": "0-99999999999"}),
+        "no range of positions",
+    ),
+    "positions-many": (
+        lambda recipe: recipe["buffers"].update({f"b{n}": {"0": "0-999999"} for n in range(99)}),
+        "too many or too large",
+    ),
+    # Layers.
+    "layers-of-module": (entry("layers", NORM, "0"), "no module list"),
+    "layers-of-attribute": (entry("layers", "model.config.layer_types", "0"), "no module list"),
+    "layers-of-modules": (entry("layers", "model._modules", "0"), "no module list"),
+    "layers-bomb": (entry("layers", "model.layers", "0-99999999"), "too many or too large"),
+    "layers-beyond": (entry("layers", "model.layers", "0-7"), "which has 4"),
+    "layers-none": (entry("layers", "model.layers", ""), "which has 4"),
+    "layers-number": (entry("layers", "model.layers", 3), "has the positions 3"),
+    # What the dense model is built with.
+    "auto-map": (
+        entry("dense_config", "auto_map", {"AutoModelForCausalLM": "evil--code.Model"}),
+        "'auto_map'",
+    ),
+    "auto-map-list": (entry("dense_config", "auto_map", ["evil--code.Model"]), "no number"),
+    "name": (entry("dense_config", "_name_or_path", "evil/model"), "'_name_or_path'"),
+    "remote": (entry("dense_config", "trust_remote_code", 1), "'trust_remote_code'"),
+    "dtype": (entry("dense_config", "torch_dtype", "float16"), "'torch_dtype'"),
+    "quantization": (entry("dense_config", "quantization_config", 1), "'quantization_config'"),
+    "architectures": (entry("dense_config", "architectures", ["Other"]), "'architectures'"),
+    "attention": (entry("dense_config", "_attn_implementation", "hub/kernel"), "'hub/kernel'"),
+    "method-of-config": (entry("dense_config", "to_dict", 1), "'to_dict'"),
+    "class-of-config": (entry("dense_config", "__class__.model_type", 1), "__class__"),
+    "inside-of-config": (entry("dense_config", "rope_parameters.rope_theta", 1), "rope_theta"),
+    "flag-of-config": (entry("dense_config", "use_cache", 1), "'use_cache'"),
+    "layers-of-config": (entry("dense_config", "num_hidden_layers", 10**6), "1000000"),
+    "list-of-config": (entry("dense_config", "layer_types", ["x"] * 10**5), "a list of 100000"),
+    "path-in-list": (entry("dense_config", "layer_types", ["../../x"]), "a list of 1"),
+    "nested-list": (entry("dense_config", "layer_types", nested(30)), "a list of 1"),
+    # The frame.
+    "unknown-key": (lambda recipe: recipe.update(hooks={}), "has the key 'hooks'"),
+    "unknown-number": (lambda recipe: recipe.update({"load_with": "x"}), "'load_with'"),
+    "section-list": (lambda recipe: recipe.update(shapes=[1]), "shapes is no object"),
+    "section-text": (lambda recipe: recipe.update(attributes="x"), "attributes is no object"),
+    "inner-list": (entry("attributes", NORM, [1]), "no object"),
+    "version-flag": (lambda recipe: recipe.update(format_version=True), "format version True"),
+    "version-list": (lambda recipe: recipe.update(format_version=[1] * 999), "a list of 999"),
+    "entries": (
+        lambda recipe: recipe.update(shapes={str(n): "1" for n in range(2**18 + 1)}),
+        "at most 262,144 entries",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_refused_in_one_line_with_nothing_changed(name: str, pruned: Path, tmp_path: Path) -> None:
+    change, words = ATTACKS[name]
+    recipe = recipe_of(pruned)
+    change(recipe)
+    folder = with_recipe(pruned, recipe, tmp_path / "out")
+    with harmless(), pytest.raises(UserError) as refusal:
+        AutoModelForCausalLM.from_pretrained(folder)
+    message = str(refusal.value)
+    assert words in message
+    assert "\n" not in message
+    assert len(message) < 600
+    assert "; " in message  # and what to do
+
+
+def test_an_attack_beside_good_entries_sets_none_of_them(pruned: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(pruned)
+    attribute("model.layers.2.self_attn", "forward")(recipe)
+    seen: list[nn.Module] = []
+    before = PrunedQuantizer._process_model_before_weight_loading
+
+    def keep(self: PrunedQuantizer, model: Any, **options: Any) -> None:
+        seen.append(model)
+        before(self, model, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PrunedQuantizer, "_process_model_before_weight_loading", keep)
+        with pytest.raises(UserError, match="'forward'"):
+            AutoModelForCausalLM.from_pretrained(with_recipe(pruned, recipe, tmp_path / "out"))
+    (model,) = seen
+    assert model.get_submodule(ATTENTION).head_dim == 8
+    assert model.get_submodule(ATTENTION).q_proj.weight.shape == (48, 48)
+
+
+def test_what_saving_wrote_loads(pruned: Path) -> None:
+    recipe = recipe_of(pruned)
+    assert all(recipe[key] for key in ("shapes", "buffers", "attributes", "layers", "dense_config"))
+    with harmless():
+        model = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32)
+    wanted = torch.load(pruned.parent / "logits.pt", weights_only=True)
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, wanted)
+
+
+def test_a_model_that_no_recipe_can_say_is_not_saved(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    found, dense = discover(model), copy.deepcopy(model.config)
+    edits = prune_(model, found, {"layers.0.ffn": np.arange(9)})
+    edits.attributes["model.norm"] = {"training": 1}  # type: ignore[index]
+    with pytest.raises(UserError, match=r"sets 'training' of 'model\.norm'"):
+        save_checkpoint(
+            model,
+            tmp_path / "out",
+            edits=edits,
+            plan_json=None,
+            tokenizer=None,
+            dense_config=dense,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+WILD = (
+    *("", "x", "0", "-1", "1x1", "0-99999999999", "0-3", "3-0", "0,0", "²", "1e5", "__class__"),
+    *("config", "config.hidden_size", "forward", "../x", "a\nb", "\0", "model.layers", "9" * 5000),
+    *(0, 1, -1, 3, 4096, 10**6, 10**12, 2**63, -(2**63), 10**400),
+    *(0.5, float("nan"), float("inf"), True, False, None),
+    *([], {}, [1], [[1]], ["x"] * 9, {"0": "0"}, {"x": {"y": 1}}, [None] * 5, {"": ""}),
+)
+
+
+def mutate(value: Any, draw: random.Random) -> Any:
+    """Return a recipe in which one place, anywhere, is something else."""
+    if isinstance(value, dict) and value and draw.random() < 0.85:
+        key = draw.choice(sorted(value))
+        copied = dict(value)
+        kind = draw.random()
+        if kind < 0.75:
+            copied[key] = mutate(value[key], draw)
+        elif kind < 0.83:
+            del copied[key]
+        else:
+            other = draw.choice([str(draw.choice(WILD))[:99], key + ".x", key[:-1], key + "0"])
+            copied[other] = copied.pop(key) if draw.random() < 0.5 else copied[key]
+        return copied
+    if isinstance(value, str) and value and draw.random() < 0.4:
+        at = draw.randrange(len(value))
+        return value[:at] + draw.choice("0123456789x-,. ") + value[at + draw.randrange(2) :]
+    if isinstance(value, int) and draw.random() < 0.5:
+        return value + draw.choice([-2, -1, 1, 2, 64])
+    return draw.choice(WILD)
+
+
+def test_no_mutation_of_a_recipe_does_more_than_load_or_be_refused(
+    pruned: Path, tmp_path: Path
+) -> None:
+    draw, recipe, before = random.Random(0), recipe_of(pruned), snapshot()
+    refused = loaded = 0
+    for _ in range(400):
+        changed = mutate(recipe, draw)
+        if isinstance(changed, dict) and changed.get("quant_method") != "llm_pruner":
+            continue  # of another method
+        folder = str(with_recipe(pruned, changed, tmp_path / "out"))
+        if refused_in_one_line(partial(load_model, folder, tokenizer_required=False)):
+            refused += 1
+        else:
+            loaded += 1
+        assert snapshot() == before, changed
+    assert refused > 150
+    assert loaded > 20
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0-99999999999", "no position and no range"),
+        ("0-999999999", "too many or too large"),
+        (",".join(f"{n}" for n in range(0, 3 * 10**6, 2)), "too many or too large"),
+        ("5-3", "not ascending"),
+        ("1,1", "not ascending"),
+        ("0-3,2-4", "not ascending"),
+        ("-1", "no position"),
+        ("1-", "no position"),
+        (" 1", "no position"),
+        ("٣", "no position"),
+    ],
+)
+def test_positions_are_bounded_before_they_are_unrolled(text: str, message: str) -> None:
+    with harmless(), pytest.raises(ValueError, match=message):
+        parse_positions(text, 1000)
+
+
+def test_a_recipe_says_the_same_after_a_round_trip_through_the_model(
+    pruned: Path, tmp_path: Path
+) -> None:
+    AutoModelForCausalLM.from_pretrained(pruned).save_pretrained(tmp_path / "again")
+    assert recipe_of(tmp_path / "again") == recipe_of(pruned)
+    assert Recipe() == Recipe({}, {}, {}, {}, {})
+
+
+# Plans, reports and states.
+
+
+def plan_with(tmp_path: Path, **changes: Any) -> Path:
+    data: dict[str, Any] = {
+        "format_version": 1,
+        "package_version": "0",
+        "model": {"name": "m", "fingerprint": "f", "parameters": 1},
+        "groups": [{"name": "g", "kind": "layers", "size": 4, "removed": "1"}],
+    }
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(data | changes))
+    return file
+
+
+GROUP = {"name": "g", "kind": "layers", "size": 4, "removed": "1"}
+
+
+def test_the_plan_that_is_changed_here_is_good(tmp_path: Path) -> None:
+    assert read_plan(plan_with(tmp_path)).kept("layers") == (0, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"groups": [GROUP | {"size": 10**12}]}, "g.size"),
+        ({"groups": [GROUP | {"size": -1}]}, "g.size"),
+        ({"groups": [GROUP | {"size": 10**400}]}, "g.size"),
+        ({"groups": [GROUP | {"removed": 3}]}, "g.removed"),
+        ({"groups": [GROUP | {"hook": "x"}]}, "g.hook"),
+        ({"groups": [{}] * 10**4}, "and 39,900 more"),
+        ({"seed": 0.5}, "seed"),
+        ({"code": "x"}, "code"),
+        ({"format_version": [1] * 10**5}, "format_version: [1, 1"),
+        ({"target": {"ratio": float("nan")}}, "target.ratio"),
+        ({"target": {"ratio": float("inf")}}, "target.ratio"),
+        ({"model": {"name": "m", "fingerprint": "f", "parameters": 10**400}}, "parameters"),
+    ],
+)
+def test_plans_are_bounded(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    file = plan_with(tmp_path, **changes)
+    with harmless(), pytest.raises(PlanError) as refusal:
+        read_plan(file)
+    assert words in str(refusal.value)
+    assert len(refusal.value.problems) <= 101
+    assert all(len(problem) < 300 for problem in refusal.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "words"),
+    [
+        ("0-99999999999", None, "unit 99999999999 is out of range"),
+        ("0-9" + "9" * 5000, None, "is not a unit or a range"),
+        ("0-1000000," * 9 + "0-1000000", None, "more units are named"),
+        ("0-90," * 10**5 + "0", 96, "more units are named than the 96"),
+        (",".join(f"{n},{n}" for n in range(90)), 96, "duplicate units 0-19; name"),
+    ],
+)
+def test_ranges_of_plans_are_bounded(text: str, size: int | None, words: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        parse_ranges(text, size)
+    assert words in str(refusal.value)
+    assert len(str(refusal.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[" * 10**5, "deep"),
+        ('{"a":' * 10**5, "deep"),
+        ("\0", "JSON"),
+        ('{"format_version": 1' + "0" * 5000 + "}", ""),
+        (" " * (MOST_BYTES + 1), "larger than 64 MiB"),
+    ],
+    ids=["lists", "objects", "zero", "digits", "large"],
+)
+def test_files_that_are_no_plan_no_report_and_no_config(
+    text: str, words: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "file.json"
+    file.write_text(text)
+    with pytest.raises(UserError) as plan:
+        read_plan(file)
+    with pytest.raises(UserError) as report:
+        read_report(file)
+    with pytest.raises(UserError) as config:
+        load_model(str(file), weights=False)
+    assert words in str(plan.value)
+    for refusal in (plan, report, config):
+        assert "\n" not in str(refusal.value)
+        assert str(file) in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        {"format_version": 1, "source": {"name": "m", "code": 1}},
+        {"format_version": 1, "source": {"name": "m"}, "settings": {"a\nb": {"c": nested(200)}}},
+        {"format_version": 1, "source": {"name": "m"}, "hooks\nx": 1},
+        {"format_version": 1, "source": {"name": "m"}, "sizes": {"dense": {"total": "a"}}},
+        {"format_version": {"a": nested(50)}},
+        [1],
+    ],
+)
+def test_reports_are_read_or_refused_in_one_line(report: Any, tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(report))
+    assert refused_in_one_line(lambda: read_report(file)) == ("settings" not in report)
+
+
+@pytest.mark.parametrize(
+    "values", ["[1]", "3", "[" * 10**5, '{"run": {}}', '{"run": {"evaluations": 3}}']
+)
+def test_states_of_interrupted_runs(values: str, tmp_path: Path) -> None:
+    from llm_pruner.recovery.trainer import RunState
+
+    (tmp_path / "state.json").write_text(values)
+    with pytest.raises(UserError, match="--restart"):
+        RunState.from_json(state.read_values(tmp_path)["run"])
+
+
+def test_states_of_optimizers_and_random_generators(tmp_path: Path) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))])
+    state.write_tensors(tmp_path / "optimizer.safetensors", {"7.x": torch.zeros(2)})
+    for rest in ({}, {"plain": {"x": {}}, "groups": []}, {"plain": {}, "groups": []}):
+        with pytest.raises(UserError, match="--restart"):
+            state.read_optimizer_(tmp_path, rest, optimizer)
+    state.write_random(tmp_path)
+    with pytest.raises(UserError, match="--restart"):
+        state.read_random(tmp_path, {"numpy": [0, 0], "python": []})
+
+
+@pytest.mark.parametrize("tensors", [None, {}, {"input_ids": torch.zeros(2, 8)}])
+def test_kept_text_that_is_damaged(tensors: Any, tmp_path: Path) -> None:
+    file = tmp_path / "8-0-00000.safetensors"
+    if tensors is None:
+        file.write_bytes(b"x")
+    else:
+        state.write_tensors(file, tensors)
+    with pytest.raises(UserError, match=r"00000\.safetensors is damaged; remove it"):
+        write_text_cached(None, None, tmp_path, samples=1, seq_len=8, seed=0)
+
+
+# Which files are read, and whose code runs.
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_code_of_a_model_runs_in_another_process_only_if_it_was_allowed(
+    allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> Any:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, "{}", "")
+
+    monkeypatch.setattr(apart.subprocess, "run", run)
+    apart.measure_apart(ModelSettings("m", trust_remote_code=allowed), ["t.txt"])
+    assert [("--trust-remote-code" in command) for command in commands] == [allowed]
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "../model.safetensors", "/tmp/model.safetensors", 3, "a\0.bin"]
+)
+def test_an_index_names_safetensors_of_its_folder(name: Any, pruned: Path, tmp_path: Path) -> None:
+    folder = with_recipe(pruned, recipe_of(pruned), tmp_path / "out")
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    index = {"weight_map": {"lm_head.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError) as refusal:
+        load_model(str(folder), tokenizer_required=False)
+    assert "index.json" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_adapter_beside_the_weights_is_not_loaded(pruned: Path, tmp_path: Path) -> None:
+    folder = with_recipe(pruned, recipe_of(pruned), tmp_path / "out")
+    adapter = {"base_model_name_or_path": "other/model", "peft_type": "LORA"}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    with pytest.raises(UserError, match="has an adapter beside its weights"):
+        load_model(str(folder), tokenizer_required=False)

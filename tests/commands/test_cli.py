@@ -1,0 +1,568 @@
+"""The command line: what it refuses and how, help, tables, JSON."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import llm_pruner.data.hub
+import llm_pruner.models.loading
+from command import contents, done, run, save_tiny, write_text
+from helpers import tiny_tokenizer
+from llm_pruner.cli.output import clean, count, megabytes
+from llm_pruner.data.calibration import build_calibration
+
+COMMANDS = (
+    *("compress", "inspect", "prune", "recover", "evaluate", "compare", "bench", "tasks", "demo"),
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail if a model is loaded."""
+
+    def load_model(source: str, **settings: object) -> None:
+        raise AssertionError(f"{source} was loaded")
+
+    monkeypatch.setattr(llm_pruner.models.loading, "load_model", load_model)
+
+
+@pytest.fixture(scope="module")
+def plan(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """A sound plan for the tiny model."""
+    file = tmp_path_factory.mktemp("plans") / "plan.json"
+    done("prune", tiny, "--out", file, "--ratio", 0.2, "--criterion", "l2", "--dry-run")
+    return json.loads(file.read_text())
+
+
+def refused(work: Path, *args: object, lines: int = 1) -> str:
+    """Run a command that must be refused and leave nothing; return what it says."""
+    before = contents(work)
+    result = run(*args)
+    assert result.code == 2, result
+    assert result.out == ""
+    assert contents(work) == before
+    assert result.err.startswith("llm-pruner: ")
+    assert result.err.endswith("\n")
+    assert len(result.err.splitlines()) == lines
+    return result.err.removeprefix("llm-pruner: ").rstrip("\n")
+
+
+def copy(model: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(model, folder))
+
+
+# What can be refused without the model.
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--ratio", 0], "ratio=0.0 is outside (0, 1); give the share to remove, such as 0.2"),
+        (["--ratio", 1], "ratio=1.0 is outside (0, 1); give the share to remove, such as 0.2"),
+        (["--ratio", -0.2], "ratio=-0.2 is outside (0, 1); give the share to remove, such as 0.2"),
+        (["--ratio", "nan"], "ratio=nan is outside (0, 1); give the share to remove, such as 0.2"),
+        (["--unit-ratio", 1.5], "unit_ratio=1.5 is outside (0, 1); give the share to remove"),
+        (["--params", "many"], "'many' is not a number of parameters; write such as 5.4B, 107.6M"),
+        (
+            [],
+            "no target given; use one of --ratio, --params, --unit-ratio, --kv-cache, "
+            "--decode-time, or --plan",
+        ),
+        (
+            ["--ratio", 0.2, "--params", "1K"],
+            "--ratio and --params say different things; give one of them",
+        ),
+        (
+            ["--ratio", 0.2, "--structures", "heads,fnn"],
+            "unknown structure 'fnn'; did you mean ffn? known are heads, query_heads, ffn, hidden",
+        ),
+        (
+            ["--ratio", 0.2, "--structures", "value_dim"],
+            "value_dim is not pruned by itself; choose head_dim, which it follows",
+        ),
+        (
+            ["--ratio", 0.2, "--scope", "all"],
+            "scope='all' is unknown; use local, global or measured",
+        ),
+        (["--ratio", 0.2, "--steps", 0], "steps=0 prunes nothing; use 1 or more"),
+        (["--ratio", 0.2, "--round-to", 0], "round_to=0 is not a multiple to round to; use 1"),
+        (
+            ["--ratio", 0.2, "--round-to", "fast"],
+            "--round-to fast is no number; use such as 32, or auto",
+        ),
+        (
+            ["--ratio", 0.2, "--layers", "heads:1-3"],
+            "'heads:1-3' is not a layer range; write such as heads=4-26,ffn=4-26",
+        ),
+        (
+            ["--ratio", 0.2, "--criterion", "tailor"],
+            "unknown criterion 'tailor': choose one of random, l1, l2, taylor, ",
+        ),
+        (["--ratio", 0.2, "--order", "third"], "unknown order 'third': choose one of first, sec"),
+        (["--ratio", 0.2, "--samples", 0], "samples=0 calibrates on nothing; use at least 1"),
+        (["--ratio", 0.2, "--seq-len", 1], "seq_len=1 predicts no token; use at least 2"),
+        (
+            ["--ratio", 0.2, "--calibration", "absent.txt"],
+            "absent.txt does not exist; check the path of the text file",
+        ),
+        (
+            ["--ratio", 0.2, "--calibration", "not a name"],
+            "'not a name' is neither a local file nor a dataset name; use the path of a .txt",
+        ),
+        (["--ratio", 0.2, "--json", "."], "--json . is a folder; name the file to write"),
+    ],
+)
+def test_settings_are_refused_before_the_model_is_loaded(
+    work: Path, unloaded: None, options: list[object], said: str
+) -> None:
+    assert refused(work, "prune", "any/model", "--out", "out", *options).startswith(said)
+
+
+def test_an_unknown_dataset_is_named_with_what_was_tried(
+    work: Path, unloaded: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_dataset(*args: object, **settings: object) -> None:
+        raise FileNotFoundError("Dataset 'no-such-text' doesn't exist on the Hub\nmore")
+
+    monkeypatch.setattr(llm_pruner.data.hub, "_loader", lambda source: load_dataset)
+    options = ("--out", "out", "--ratio", 0.2, "--calibration", "no-such-text")
+    said = refused(work, "prune", "any/model", *options)
+    assert said.startswith("dataset 'no-such-text': tried hub dataset no-such-text, split train")
+    assert "check the name and the network, or give a local .txt, .jsonl" in said
+    assert refused(work, "evaluate", "any/model", "--perplexity", "no-such-text").startswith(
+        "dataset 'no-such-text': tried hub dataset no-such-text, split test"
+    )
+
+
+def test_empty_calibration_files(work: Path, unloaded: None) -> None:
+    options = ("--out", "out", "--ratio", 0.2, "--calibration")
+    Path("empty.txt").touch()
+    Path("blank.txt").write_text(" \n\n")
+    said = refused(work, "prune", "any/model", *options, "empty.txt")
+    assert said == "empty.txt is empty; give a file with text in it"
+    said = refused(work, "prune", "any/model", *options, "blank.txt")
+    assert said == "blank.txt holds no text; give a file or dataset with text in it"
+
+
+def test_out_that_is_taken(work: Path, unloaded: None) -> None:
+    Path("out").mkdir()
+    Path("out/mine").write_text("mine")
+    Path("file").write_text("mine")
+    said = refused(work, "prune", "any/model", "--out", "out", "--ratio", 0.2)
+    assert said == (
+        "out exists and is not empty, so nothing was written; "
+        "choose another folder or pass --overwrite"
+    )
+    said = refused(work, "prune", "any/model", "--out", "file", "--ratio", 0.2, "--overwrite")
+    assert said == "file is a file, but the output is a folder; choose another name"
+    dry = ("--ratio", 0.2, "--dry-run")
+    said = refused(work, "prune", "any/model", "--out", "file", *dry)
+    assert said == "file exists; give another --out, or --overwrite to replace it"
+    said = refused(work, "prune", "any/model", "--out", "out", *dry)
+    assert said == "out is a folder; with --dry-run, --out names the plan file to write"
+
+
+def test_out_is_never_the_model(work: Path, tiny: Path, unloaded: None) -> None:
+    model = copy(tiny, work / "model")
+    said = refused(work, "prune", model, "--out", "model", "--ratio", 0.2, "--overwrite")
+    assert said == "model is read by this command, so it is not replaced; give another --out"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "plan plan.json is not JSON: line 1, column 2: Expecting property name enclosed in"),
+        ('{"a": 1, "a": 2}', "the plan has a twice in one object; keep one"),
+    ],
+)
+def test_a_plan_that_is_no_plan(work: Path, unloaded: None, text: str, said: str) -> None:
+    Path("plan.json").write_text(text)
+    plan = ("--out", "out", "--plan", "plan.json")
+    assert refused(work, "prune", "any/model", *plan).startswith(said)
+
+
+def test_a_plan_with_wrong_fields_names_each(
+    work: Path, unloaded: None, plan: dict[str, object]
+) -> None:
+    broken = plan | {"format_version": 7, "colour": "red"}
+    Path("plan.json").write_text(json.dumps(broken))
+    said = refused(work, "prune", "any/model", "--out", "out", "--plan", "plan.json", lines=3)
+    assert said.splitlines()[0] == "2 problems in the plan"
+    assert "  - format_version: 7 is not the 1 that this version of llm-pruner reads" in said
+    assert "  - colour: Extra inputs are not permitted" in said
+
+
+def test_a_plan_leaves_nothing_to_choose(work: Path, unloaded: None) -> None:
+    said = refused(
+        *(work, "prune", "any/model", "--out", "out", "--plan", "plan.json"),
+        *("--ratio", 0.2, "--structures", "ffn"),
+    )
+    assert said == "--plan already says what to remove; drop --ratio, --structures"
+    said = refused(work, "prune", "any/model", "--out", "out", "--plan", "absent.json")
+    assert said == "plan absent.json cannot be read: No such file or directory; give a plan.json"
+
+
+# Models that cannot be read.
+
+
+def test_a_folder_without_config_weights_or_tokenizer(work: Path, tiny: Path) -> None:
+    options = ("--out", "out", "--ratio", 0.2)
+    for file, said in (
+        ("config.json", "no-config.json has no config.json, so it is no checkpoint; name a folder"),
+        ("model.safetensors", "no-model.safetensors has no weights (model.safetensors or model"),
+        (
+            "tokenizer.json",
+            "no-tokenizer.json has no tokenizer (no tokenizer.json or the like), so",
+        ),
+    ):
+        model = copy(tiny, work / f"no-{file}")
+        (model / file).unlink()
+        if file == "tokenizer.json":
+            (model / "tokenizer_config.json").unlink()
+        for command in (("prune", model.name, *options), ("evaluate", model.name, "--perplexity")):
+            source = ("demo",) if command[0] == "evaluate" else ()
+            assert refused(work, *command, *source).startswith(said)
+    shutil.rmtree(work / "no-config.json")
+    assert refused(work, "prune", "./nothing", *options) == (
+        "./nothing does not exist; name a folder with config.json and safetensors, a .gguf file, "
+        "a hub id, or 'default'"
+    )
+
+
+def test_truncated_weights(work: Path, tiny: Path) -> None:
+    weights = copy(tiny, work / "cut") / "model.safetensors"
+    size = weights.stat().st_size
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    prune = ("prune", "cut", "--out", "out", "--ratio", 0.2)
+    for command in (prune, ("evaluate", "cut", "--perplexity", "demo")):
+        assert refused(work, *command) == (
+            f"cut/model.safetensors is truncated: it holds {size - 1000} bytes and its header "
+            f"promises {size}; copy or download it again"
+        )
+
+
+def test_line_feeds_in_a_name_do_not_break_the_line(work: Path) -> None:
+    Path("two\nlines").mkdir()
+    said = refused(work, "inspect", "two\nlines")
+    assert said.startswith("two lines has no config.json")
+
+
+# Refused with the model at hand.
+
+
+def test_ratios_out_of_reach_name_the_nearest(work: Path, tiny: Path) -> None:
+    options = ("prune", tiny, "--out", "out", "--criterion", "l2", "--ratio")
+    assert refused(work, *options, 0.9) == (
+        "ratio=0.9 cannot be reached: pruning heads, ffn to the last unit leaves "
+        "72,144 parameters, ratio 0.4698; ask for less, protect fewer layers or add structures"
+    )
+    assert refused(work, *options, 0.3, "--structures", "layers") == (
+        "ratio=0.3 cannot be reached within 0.5 points by pruning layers; the nearest that can: "
+        "99,024 parameters, ratio 0.2723 (less) and 80,496 parameters, ratio 0.4085 (more); "
+        "ask for one of these or add structures"
+    )
+    few = ("prune", tiny, "--out", "out", "--criterion", "l2", "--unit-ratio", 0.25)
+    said = refused(work, *few, "--structures", "heads")
+    assert said == (
+        "unit_ratio=0.25 removes 0 of 3 heads in layers.1.heads; use at least 0.334, or leave "
+        "heads out"
+    )
+    said = refused(work, "prune", tiny, "--out", "out", "--params", "1M")
+    assert said.startswith("params=1,000,000 is not below the 136,080 parameters of the model")
+
+
+def test_an_unreachable_ratio_is_refused_before_text_is_written(
+    work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import llm_pruner.search.calibration
+
+    def build_calibration(*args: object, **settings: object) -> None:
+        raise AssertionError("the model wrote text")
+
+    monkeypatch.setattr(llm_pruner.search.calibration, "build_calibration", build_calibration)
+    for scope in ("local", "global"):
+        options = ("--ratio", 0.9, "--scope", scope)
+        assert "cannot be reached" in refused(work, "prune", tiny, "--out", "out", *options)
+
+
+def test_structures_that_the_model_lacks_and_layers_that_it_lacks(work: Path, tiny: Path) -> None:
+    options = ("prune", tiny, "--out", "out", "--criterion", "l2", "--ratio", 0.2)
+    said = refused(work, *options, "--structures", "experts")
+    assert said == (
+        "this model has no experts to prune; it has hidden, head_dim, heads, query_heads, ffn, "
+        "layers"
+    )
+    said = refused(work, *options, "--layers", "ffn=2-40")
+    assert said == ("layer range ffn=2-40 goes past the last layer; the model has 6 layers, 0 to 5")
+    said = refused(work, "inspect", tiny, "--layer", 6)
+    assert said == "--layer 6: the model has layers 0 to 5; give one of these"
+
+
+def test_calibration_text_that_is_too_short(work: Path, tiny: Path) -> None:
+    write_text(Path("short.txt"), characters=100)
+    options = ("--ratio", 0.2, "--calibration", "short.txt", "--samples", 10, "--seq-len", 32)
+    assert refused(work, "prune", tiny, "--out", "out", *options) == (
+        "short.txt gives 100 tokens; 10 samples of 32 tokens need 320; "
+        "use --samples 3 or a longer text"
+    )
+    assert refused(
+        work, "evaluate", tiny, "--perplexity", "short.txt", "--seq-len", 512
+    ).startswith("short.txt")
+
+
+def test_a_loss_that_is_not_finite_names_the_sample(work: Path, tiny: Path) -> None:
+    model = copy(tiny, work / "broken")
+    weights = load_file(model / "model.safetensors")
+    # Infinite for one letter alone, which one sample holds.
+    letter = 3 + ord("q") - ord("!")
+    weights["model.embed_tokens.weight"][letter] = torch.inf
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    text = write_text(Path("text.txt"), characters=8 * 64 + 1).read_text()
+    Path("text.txt").write_text(f"{text[:170]}q{text[171:]}")
+    samples = build_calibration("text.txt", tiny_tokenizer(), samples=8, seq_len=64, seed=3)
+    number = int((samples.input_ids == letter).any(1).nonzero())
+    options = ("--ratio", 0.2, "--calibration", "text.txt", "--samples", 8, "--seq-len", 64)
+    for extra in ((), ("--order", "mixed")):
+        said = refused(
+            *(work, "prune", "broken", "--out", "out", "--seed", 3, *options, *extra),
+        )
+        assert said == (
+            f"the loss of calibration sample {number} is nan, so nothing can be scored; look at "
+            "this sample, or load the model in float32"
+        )
+
+
+def test_infinite_weights_are_refused_by_every_criterion(work: Path, tiny: Path) -> None:
+    model = copy(tiny, work / "broken")
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.2.mlp.down_proj.weight"][0, 0] = torch.inf
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    options = ("prune", "broken", "--out", "out", "--ratio", 0.2, "--criterion")
+    said = refused(work, *options, "l2")
+    assert said.startswith("model.layers.2.mlp.down_proj.weight holds NaN or infinite weights")
+    said = refused(work, *options, "taylor", "--samples", 4, "--seq-len", 16)
+    assert said.startswith("the model's logits are not finite while it writes calibration text")
+
+
+# Plans that do not fit.
+
+
+def test_a_plan_for_another_model(
+    work: Path, tmp_path: Path, tiny: Path, plan: dict[str, object]
+) -> None:
+    Path("plan.json").write_text(json.dumps(plan))
+    other = save_tiny(tmp_path / "other", intermediate_size=64)
+    said = refused(work, "prune", other, "--out", "out", "--plan", "plan.json", lines=10)
+    assert said.splitlines()[0].endswith("problems in the plan")
+    assert "- made for another model: tiny has 136,080 parameters, this one 122,256; make" in said
+    assert "- layers.2.ffn: has 64 units, the plan says 80" in said
+    renamed = plan["model"] | {"fingerprint": "0" * 16}  # type: ignore[operator]
+    Path("plan.json").write_text(json.dumps(plan | {"model": renamed}))
+    said = refused(work, "prune", tiny, "--out", "out", "--plan", "plan.json")
+    assert said.startswith("made for another model: the tensors of tiny have other names or shapes")
+
+
+def test_a_plan_with_many_faults_reports_all(
+    work: Path, tiny: Path, plan: dict[str, object]
+) -> None:
+    faults = {
+        "layers.0.ffn": ("3,3-5", "duplicate units 3; name each unit once"),
+        "layers.1.ffn": ("-4", "unit -4 is negative; units count from 0"),
+        "layers.2.ffn": ("10-90", "unit 90 is out of range; there are 80 units, 0 to 79"),
+        "layers.3.ffn": ("0-79", "removes all 80 units; at least one must stay"),
+        "layers.4.ffn": ("1;2", "'1;2' is not a unit or a range; write such as '3,17,40-44'"),
+        "layers.5.fn": ("1", "no such group; did you mean layers.5.ffn?"),
+    }
+    rows = [
+        {"name": name, "kind": "ffn", "size": 80, "removed": removed}
+        for name, (removed, _) in faults.items()
+    ]
+    Path("plan.json").write_text(json.dumps(plan | {"groups": rows}))
+    options = ("--out", "out", "--plan", "plan.json")
+    said = refused(work, "prune", tiny, *options, lines=1 + len(faults))
+    assert said.splitlines()[0] == "6 problems in the plan"
+    for name, (_, problem) in faults.items():
+        assert f"  - {name}: {problem}" in said.splitlines()
+    # A dry run checks a plan as well.
+    assert refused(work, "prune", tiny, *options, "--dry-run", lines=1 + len(faults)) == said
+
+
+# Usage.
+
+
+def test_help_is_plain_and_fits_in_80_columns() -> None:
+    for args in ([], *([command] for command in COMMANDS)):
+        shown = done(*args, "--help").out
+        assert max(map(len, shown.splitlines())) <= 80
+        assert shown.isascii()
+        assert "..." not in shown.replace("[ARGS]...", "").replace("{DIR}...", "")
+    prune = done("prune", "-h").out
+    headings = [line for line in prune.splitlines() if line.endswith(":") and line[0] != " "]
+    assert headings[:3] == ["Arguments:", "Output:", "How much (one of these, or --plan):"]
+    assert "\n    llm-pruner prune default --out small --ratio 0.2\n" in prune
+
+
+def test_slips_of_the_pen_exit_with_2_and_a_hint() -> None:
+    for args, said in (
+        (["prun"], "No such command 'prun'. Did you mean 'prune'?"),
+        (["prune", "x", "--rato", "0.2"], "No such option: --rato"),
+        (["prune", "x", "--ratio", "much", "--out", "y"], "Invalid value for '--ratio'"),
+        (["prune", "x"], "Missing option '--out'"),
+        (["inspect"], "Missing argument 'MODEL'"),
+    ):
+        result = run(*args)
+        assert result.code == 2
+        assert result.out == ""
+        assert said in result.err
+        assert result.err.isascii()
+    assert run().code == 2
+    assert "Commands:" in run().out + run().err
+
+
+def test_help_waits_for_no_library() -> None:
+    code = (
+        "import sys; sys.argv = ['llm-pruner', 'prune', '--help']\n"
+        "from llm_pruner.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: print({'torch', 'transformers'} & set(sys.modules))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.endswith("set()\n")
+
+
+# What is printed.
+
+
+def test_inspect_table_fits_and_says_what_follows(work: Path, tiny: Path) -> None:
+    shown = done("inspect", tiny).out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown
+    assert "\x1b" not in shown
+    assert shown.startswith("tiny: 136.1K parameters\nLayer 3 of 6\n")
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert "layers.3.ffn 80 gate_proj.weight[0] x1 8.47%" in lines
+    assert "down_proj.weight[1] x1" in lines
+    assert "layers.3.value_dim 8, with head_dim v_proj.weight[0] x3 2.54%" in lines
+    assert "value_dim 6 follows head_dim 15.2%" in lines
+    assert "ffn 6 480 50.8%" in lines
+    assert any(line.startswith("the vocabulary 2 model.embed_tokens.weight[0]") for line in lines)
+    assert "Layer 0 of 6" in done("inspect", tiny, "--layer", 0).out
+
+
+def test_inspect_json(work: Path, tiny: Path) -> None:
+    done("inspect", tiny, "--json", "found.json")
+    found = json.loads(Path("found.json").read_text())
+    assert list(found) == ["format_version", "model", "parameters", "kinds", "groups", "frozen"]
+    assert found["parameters"] == 136_080
+    ffn = next(group for group in found["groups"] if group["name"] == "layers.3.ffn")
+    # Three matrices of 80 x 48.
+    assert ffn["parameters"] == 3 * 80 * 48
+    assert ffn["share"] == pytest.approx(3 * 80 * 48 / 136_080)
+    assert ffn["kind"] == "ffn"
+    assert ffn["units"] == 80
+    assert ffn["frozen"] is None
+    assert [member["dim"] for member in ffn["members"]] == [0, 0, 1]
+    kinds = {kind["kind"]: kind for kind in found["kinds"]}
+    assert kinds["ffn"]["parameters"] == 6 * 3 * 80 * 48
+    assert kinds["hidden"]["share"] == 1
+    # Queries (48 x 48) and keys (24 x 48) of six layers.
+    assert kinds["head_dim"]["parameters"] == 6 * 72 * 48
+    frozen = found["frozen"][0]
+    assert (frozen["tensor"], frozen["dim"]) == ("model.embed_tokens.weight", 0)
+    assert frozen["reason"] == "the vocabulary"
+
+
+def test_json_alone_on_stdout(work: Path, tiny: Path) -> None:
+    prune = ("prune", tiny, "--out", "out", "--ratio", 0.2, "--criterion", "l2", "--no-verify")
+    evaluate = ("evaluate", tiny, "--perplexity", "demo", "--max-tokens", 600)
+    for args in (("inspect", tiny), evaluate, prune):
+        result = done(*args, "--json", "-")
+        assert isinstance(json.loads(result.out), dict)
+        assert result.err == ""
+
+
+def test_evaluate_says_what_was_measured(work: Path, tiny: Path) -> None:
+    write_text(Path("text.txt"))
+    options = ("--perplexity", "text.txt", "--seq-len", 100, "--prompt", "the old")
+    shown = done("evaluate", tiny, *options, "--speed", "--json", "found.json").out
+    assert max(map(len, shown.splitlines())) <= 80
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert "corpus split protocol window tokens perplexity stderr" in lines
+    row = next(line for line in lines if line.startswith("text.txt")).split()
+    # 2,000 bytes make 20 windows that predict 99 tokens each.
+    assert row[1:5] == ["-", "standard", "100", "1,980"]
+    found = json.loads(Path("found.json").read_text())
+    result = found["perplexity"][0]
+    assert row[5] == f"{result['perplexity']:.2f}"
+    assert (result["corpus"], result["tokens"], result["window"]) == ("text.txt", 1980, 100)
+    assert found["speed"]["decode_tokens_per_second"] > 0
+    assert list(found["samples"]) == ["the old"]
+    assert any(line.startswith("> the old") for line in lines)
+    paper = done("evaluate", tiny, "--perplexity", "text.txt", "--protocol", "paper").out
+    assert " paper 128 1,905 " in " ".join(paper.split())
+
+
+def test_evaluate_refuses_what_it_cannot_measure(work: Path, unloaded: None) -> None:
+    for options, said in (
+        ((), "nothing to measure; give --perplexity SRC, --tasks NAMES, --speed or"),
+        (("--perplexity", "absent.txt"), "absent.txt does not exist; check the path of the text"),
+        (("--perplexity", "self"), "source 'self' is text that the model writes itself, for cal"),
+        (
+            ("--perplexity", "demo", "--protocol", "papers"),
+            "protocol 'papers' is unknown; use paper or standard",
+        ),
+    ):
+        assert refused(work, "evaluate", "any/model", *options).startswith(said)
+
+
+def test_names_cannot_steer_the_output(work: Path, tiny: Path) -> None:
+    for name, shown in (
+        ("[red]x", "[red]x"),
+        ("a\x1b[31mb", "a\N{REPLACEMENT CHARACTER}[31mb"),
+    ):
+        model = copy(tiny, work / name)
+        out = done("inspect", model).out
+        assert out.startswith(f"{shown}: 136.1K parameters")
+        assert "\x1b" not in out
+        options = ("--ratio", 0.2, "--criterion", "l1", "--dry-run")
+        planned = done("prune", model, "--out", f"{name}-plan", *options)
+        assert f"{shown}: 136.1K -> " in planned.out
+        assert f"plan written to {shown}-plan; nothing was pruned" in planned.out
+        assert "\x1b" not in planned.out
+        (model / "config.json").unlink()
+        failed = run("inspect", model)
+        assert "\x1b" not in failed.err
+        assert shown in failed.err
+
+
+def test_numbers_and_texts() -> None:
+    assert [count(n) for n in (999, 136_080, 134_515_008, 6_740_000_000)] == [
+        "999",
+        "136.1K",
+        "134.5M",
+        "6.74B",
+    ]
+    assert megabytes(1_234_567_890) == "1,234.6 MB"
+    assert clean("a\tb\x07\nc") == "a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}\nc"

@@ -1,0 +1,438 @@
+"""``llm-pruner compress``: all stages in one command, killed in each of them, and refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import llm_pruner.commands.compress as stages
+import llm_pruner.commands.compress_settings as asked
+import llm_pruner.commands.prune
+import llm_pruner.commands.recover
+import llm_pruner.commands.stepwise
+import llm_pruner.models.loading
+from command import contents, done, run, save_tiny, write_text
+from llm_pruner.checkpoints import atomic_directory
+from llm_pruner.commands.time_budget import chunks_in_time, parse_duration, time_to_recover
+from llm_pruner.commands.workdir import opened
+from llm_pruner.errors import UserError
+from llm_pruner.files.outputs import MANIFEST
+from llm_pruner.models.load import load_model
+from llm_pruner.recovery.trainer import RecoveryTrainer
+from llm_pruner.report.data import read_report
+
+HERE = Path(__file__).parent
+RECIPE = """
+structures: [ffn]
+protect_first: 0
+protect_last: 0
+criterion: fisher
+samples: 8
+seq_len: 24
+compensation: least-squares
+"""
+PATCHED = """
+import sys
+sys.path[:0] = {tests!r}
+import test_compress
+from llm_pruner.cli import main
+test_compress.stages.measure_apart = test_compress.figures
+main()
+"""
+"""A process that measures nothing: each one that would takes seconds to import PyTorch."""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dense model, a recipe, and what a run that nothing disturbs makes of them."""
+    folder = tmp_path_factory.mktemp("compress")
+    save_tiny(folder / "dense", num_hidden_layers=4, initializer_range=0.2)
+    (folder / "tiny.yaml").write_text(RECIPE)
+    write_text(folder / "text.txt", 3000)
+    whole = folder / "whole"
+    whole.mkdir()
+    with pytest.MonkeyPatch.context() as patch, measured_here():
+        patch.chdir(whole)
+        result = done(*command(folder), "--json", "result.json")
+    assert result.err == ""
+    (folder / "shown.txt").write_text(result.out)
+    return folder
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty current folder; models are measured in this process."""
+    monkeypatch.chdir(tmp_path)
+    with measured_here():
+        yield tmp_path
+
+
+class measured_here:  # noqa: N801
+    """Run ``evaluate`` in this process wherever a process of its own is asked for."""
+
+    def __enter__(self) -> None:
+        self._real = subprocess.run
+        subprocess.run = self._start  # type: ignore[assignment]
+
+    def __exit__(self, *_: object) -> None:
+        subprocess.run = self._real
+
+    def _start(self, command: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
+        if command[1:4] != ["-m", "llm_pruner", "evaluate"]:
+            return self._real(command, **settings)
+        result = run(*command[3:])
+        return subprocess.CompletedProcess(command, result.code, result.out, result.err)
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail if a model is loaded."""
+
+    def load_model(source: str, **settings: object) -> None:
+        raise AssertionError(f"{source} was loaded")
+
+    monkeypatch.setattr(llm_pruner.models.loading, "load_model", load_model)
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take figures of nothing for what is measured, where they do not matter."""
+    monkeypatch.setattr(stages, "measure_apart", figures)
+
+
+def figures(*_: object, **__: object) -> dict[str, Any]:
+    """Return what is said of a model that is not measured."""
+    text = {"perplexity": 2.0, "stderr": None, "corpus": "text", "tokens": 9, "window": 3}
+    return {
+        "model": "dense",
+        "parameters": 100,
+        "perplexity": [text],
+        "zero_shot": None,
+        "speed": {"prefill_tokens_per_second": 1.0, "decode_tokens_per_second": 1.0},
+        "samples": {},
+    }
+
+
+def command(made: Path, *more: object) -> tuple[object, ...]:
+    """Return the command line of the run that nothing disturbs."""
+    options = ("--recipe", made / "tiny.yaml", "--perplexity", made / "text.txt")
+    return ("compress", made / "dense", "--out", "small", *options, *more)
+
+
+def same_files(one: Path, two: Path) -> None:
+    """Compare two results; times, and what is made from them, may differ."""
+    first, second = contents(one), contents(two)
+    assert first.keys() == second.keys()
+    for name in first:
+        if name in ("report.html", "README.md", MANIFEST):
+            continue
+        if name in ("report.json", "recovery.json"):
+            assert _timeless(json.loads(first[name])) == _timeless(json.loads(second[name])), name
+        else:
+            assert first[name] == second[name], name
+
+
+def _timeless(data: Any) -> Any:
+    if isinstance(data, dict):
+        if str(data.get("unit", "")).startswith("tokens/s"):
+            return data["name"]
+        volatile = ("seconds", "peak memory", "card_digest")
+        return {key: _timeless(value) for key, value in data.items() if key not in volatile}
+    if isinstance(data, list):
+        return [_timeless(one) for one in data]
+    return data
+
+
+def test_all_stages(made: Path) -> None:
+    shown = (made / "shown.txt").read_text()
+    assert max(map(len, shown.splitlines())) <= 80
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert lines[0].startswith("dense: 99.0K -> 79.")
+    assert "dense pruned recovered" in lines
+    for label in ("parameters 99.0K", "size on disk 0.4 MB", "perplexity, text.txt ", "prefill"):
+        assert any(line.startswith(label) for line in lines), label
+    assert "text.txt: 2,555 tokens in windows of 512" in lines
+    assert lines[-1] == "report: small/report.html"
+    whole = made / "whole"
+    assert sorted(path.name for path in whole.iterdir()) == ["result.json", "small"]
+    result = json.loads((whole / "result.json").read_text())
+    assert abs(result["ratio"] - 0.2) < 0.005
+    assert result["recovery"]["gained"]
+    assert result["recovery"]["after"] < result["recovery"]["before"]
+    assert result["peak_bytes"] > 100e6
+    model = load_model(str(whole / "small")).model
+    assert model.num_parameters() == result["parameters"]["after"]
+
+
+def test_the_report_has_all_three_models(made: Path) -> None:
+    small = made / "whole" / "small"
+    report = read_report(small / "report.json")
+    assert report.final == "recovered"
+    assert list(report.evaluations) == list(report.sizes) == ["dense", "pruned", "recovered"]
+    for found in report.evaluations.values():
+        assert found.perplexity[0].stderr is not None
+        assert len(found.samples) == 3
+    assert report.importance
+    assert report.recovery is not None
+    assert (
+        len([one for one in report.recovery.loss if one.train is not None]) == 61
+    )  # 244 texts, 4 a step
+    assert report.recovery.loss[0].validation is not None
+    assert report.command is not None
+    assert report.command.startswith("llm-pruner compress ")
+    assert report.settings["Run"]["recipe"]["criterion"] == "fisher"
+    assert {"Model", "Plan", "Recovery"} <= report.settings.keys()
+    page = (small / "report.html").read_text()
+    assert "Loss of the recovery training by step" in page
+    assert "Then it was recovered by LoRA of rank 8 on 244 texts that dense wrote, 61" in page
+    assert len(page) < 3e6
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, call: int = 1) -> None:
+    """Interrupt the run when a function is called, in all calls before the last ones."""
+    real: Callable[..., Any] = getattr(place, name)
+    calls = 0
+
+    def interrupted(*args: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KeyboardInterrupt
+        return real(*args, **keywords)
+
+    monkeypatch.setattr(place, name, interrupted)
+
+
+PLACES: tuple[tuple[Any, str, int], ...] = (
+    (llm_pruner.commands.stepwise, "score", 1),
+    (llm_pruner.commands.prune, "save_checkpoint", 1),
+    (stages, "measure_apart", 1),
+    (stages, "measure_apart", 1),
+    (llm_pruner.commands.recover, "recover_", 1),
+    (RecoveryTrainer, "training_step", 5),
+    (RecoveryTrainer, "training_step", 8),
+    (llm_pruner.commands.recover, "save_checkpoint", 1),
+    (stages, "measure_apart", 1),
+    (stages, "write_report", 1),
+    (stages, "_move", 1),
+)
+"""Where the run is interrupted, in the order in which it gets there."""
+
+
+def test_a_run_that_is_killed_everywhere_ends_the_same(
+    work: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, (place, name, call) in enumerate(PLACES):
+        with monkeypatch.context() as patch:
+            interrupt(patch, place, name, call)
+            result = run(*command(made, "--json", "result.json"))
+        assert result.code == 130, (number, result)
+        *began, last = result.err.splitlines()
+        assert last == "llm-pruner: interrupted; the same command goes on from here"
+        assert began == ["llm-pruner: going on with the run in small.compressing"] * (number > 0)
+        assert [path.name for path in work.iterdir()] == ["small.compressing"]
+    # The last one: moved, and not cleared away.
+    with monkeypatch.context() as patch:
+        interrupt(patch, stages.Work, "remove")
+        assert run(*command(made, "--json", "result.json")).code == 130
+    assert sorted(path.name for path in work.iterdir()) == ["small", "small.compressing"]
+    done(*command(made, "--json", "result.json"))
+    assert sorted(path.name for path in work.iterdir()) == ["result.json", "small"]
+    same_files(work / "small", made / "whole" / "small")
+
+
+def test_a_run_that_is_killed_as_it_trains_ends_the_same(
+    work: Path, made: Path, unmeasured: None
+) -> None:
+    code = PATCHED.format(tests=[str(HERE), str(HERE.parent / "support")])
+    args = [str(one) for one in command(made, "--json", "result.json")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *args], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    end = time.monotonic() + 60
+    training = work / "small.compressing" / "recovered.recovering"
+    while not list(training.glob("step-*")) and process.poll() is None:
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    _, said = process.communicate()
+    assert process.returncode == -signal.SIGKILL, said
+    assert not (work / "small").exists()
+    result = done(*args)
+    assert result.err == "llm-pruner: going on with the run in small.compressing\n"
+    whole = made / "whole" / "small"
+    for name in ("report.json", "report.html", "README.md"):  # hold what was measured
+        (work / "small" / name).write_bytes((whole / name).read_bytes())
+    same_files(work / "small", whole)
+
+
+def refused(*args: object) -> str:
+    """Run what must be refused in one line and leave nothing; return what it says."""
+    before = contents(Path.cwd())
+    result = run(*args)
+    assert result.code == 2, result
+    assert (result.out, len(result.err.splitlines())) == ("", 1)
+    assert contents(Path.cwd()) == before
+    return result.err.removeprefix("llm-pruner: ").rstrip("\n")
+
+
+def test_other_settings_are_refused_and_restarted(
+    work: Path, made: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt(patch, stages, "measure_apart")
+        assert run(*command(made)).code == 130
+    kept = (work / "small.compressing" / "pruned" / "plan.json").stat().st_mtime_ns
+    assert refused(*command(made, "--ratio", 0.3)) == (
+        "small.compressing holds an interrupted run with ratio=0.2 and not 0.3; give the same "
+        "options to go on, or --restart to throw it away"
+    )
+    other = save_tiny(work / "dense", num_hidden_layers=4, seed=1)
+    said = refused("compress", other, *command(made)[2:])
+    assert said.startswith("small.compressing holds an interrupted run with model content=")
+    assert "--seed" not in said
+    plan = work / "small.compressing" / "pruned" / "plan.json"
+    assert plan.stat().st_mtime_ns == kept
+    options = ("--ratio", 0.1, "--restart", "--time-budget", "1s", "--json", "r.json")
+    result = done(*command(made, *options))
+    assert result.err.startswith("llm-pruner: warning: the time budget leaves 0 s for recovery, ")
+    assert result.err.endswith("are not worth it: the pruned model is the result\n")
+    found = json.loads(Path("r.json").read_text())
+    assert found["recovery"] is None
+    assert list(found["measured"]) == ["dense", "pruned"]
+    report = read_report(Path("small/report.json"))
+    assert report.final == "pruned"
+    assert abs(report.sizes["pruned"].total / report.sizes["dense"].total - 0.9) < 0.005
+
+
+def test_two_runs_do_not_share_a_folder(work: Path, made: Path, unloaded: None) -> None:
+    with opened(work / "small.compressing", {"ratio": 0.2}, restart=False):
+        said = refused(*command(made))
+    assert said == ("another process is at work in small.compressing; wait for it, or end it")
+    (work / "small.compressing" / "settings.json").write_text("{")
+    assert refused(*command(made)).endswith("settings.json is damaged; begin anew with --restart")
+    (work / "small.compressing" / "settings.json").unlink()
+    (work / "small.compressing" / "mine").touch()
+    said = "small.compressing holds mine, which no run wrote, and a run would keep its work there; "
+    for more in ((), ("--restart",)):
+        assert refused(*command(made, *more)).startswith(said)
+
+
+def test_no_gain_gives_the_pruned_model(
+    work: Path, made: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with atomic_directory(Path("small"), overwrite=False) as small:
+        (small / "old").write_text("old")
+    assert "exists and is not empty" in refused(*command(made))
+    # Steps that no weight can take in; large ones may by chance find something better.
+    settings = asked.default_recovery(learning_rate=1e-30, max_steps=3)
+    monkeypatch.setattr(asked, "default_recovery", lambda seed: settings)
+    result = done(*command(made, "--overwrite"))
+    assert "warning: training brought no gain (held-out loss " in result.err
+    assert "so the pruned model is the result" in result.err
+    report = read_report(Path("small/report.json"))
+    assert report.final == "pruned"
+    assert report.recovery is not None
+    assert "which brought no gain" in Path("small/report.html").read_text()
+    assert not Path("small/old").exists()
+    assert [path.name for path in work.iterdir()] == ["small"]
+
+
+def test_a_time_budget_is_divided_once(
+    work: Path, made: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "SHORTEST", 1.0)
+    monkeypatch.setattr(stages, "MOST_SAMPLES", 128)
+    patient = asked.default_recovery(patience=100)
+    monkeypatch.setattr(asked, "default_recovery", lambda seed: patient)
+    # Steps that take no time: all fit, however busy the machine is.
+    ticks = SimpleNamespace(monotonic=count(step=0.001).__next__)
+    monkeypatch.setattr("llm_pruner.recovery.callbacks.time", ticks)
+    with monkeypatch.context() as patch:
+        interrupt(patch, RecoveryTrainer, "training_step", 6)
+        assert run(*command(made, "--time-budget", "60s")).code == 130
+    progress = Path("small.compressing/progress.json")
+    decided = json.loads(progress.read_text())["decided"]["recovery"]
+    assert decided["samples"] == 128
+    assert 0 < decided["minutes"] < 0.95
+    # The number of steps was chosen after a few of them, and kept at once.
+    (state,) = Path("small.compressing/recovered.recovering").glob("step-*/state.json")
+    planned = json.loads(state.read_text())["run"]
+    assert planned["planned"]
+
+    def decide(*_: object) -> float:
+        raise AssertionError("decided again")
+
+    monkeypatch.setattr(stages, "time_to_recover", decide)
+    started = time.monotonic()
+    done(*command(made, "--time-budget", "60s"))
+    assert time.monotonic() - started < 60
+    assert (
+        json.loads(Path("small/recovery.json").read_text())["steps"] == planned["total"] == 93
+    )  # 3 passes over 122 or more texts
+
+
+def test_durations() -> None:
+    for text, seconds in (("90s", 90), ("30m", 1800), ("1.5h", 5400), ("1h30m", 5400)):
+        assert parse_duration(text) == seconds
+    for text in ("", "30", "0s", "m", "-5m", "5 minutes"):
+        with pytest.raises(UserError, match="is no time; write such as 90s, 30m or 2h"):
+            parse_duration(text)
+
+
+def test_what_is_kept_back() -> None:
+    pruning = {"load": 5.0, "save": 3.0, "estimate": 60.0}
+    left = time_to_recover(600, 100, {"prune": 70, "pruned": 20}, pruning)
+    assert left == pytest.approx(600 - 100 - 22 - 15 - 3 - 10)
+
+
+def test_text_is_written_while_time_lasts() -> None:
+    now = 0.0
+
+    def write(_: int) -> None:
+        nonlocal now
+        now += 4
+
+    for there, most, seconds, wanted in ((0, 9, 0, 1), (1, 9, 0, 1), (1, 9, 10, 3), (0, 2, 99, 2)):
+        found = chunks_in_time(there, most, seconds, write, lambda: now, longest=4)
+        assert found == wanted, (there, most, seconds)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--ratio", 0.2, "--params", "1M"], "--ratio and --params say different things; give one"),
+        (["--ratio", 2], "ratio=2"),
+        (["--recipe", "bset"], "no recipe 'bset'; did you mean best?"),
+        (["--time-budget", "soon"], "--time-budget soon is no time; write such as 90s, 30m or 2h"),
+        (["--no-recover", "--data", "self"], "--data is about recovery; leave it or --no-recover"),
+        (["--data", "absent.jsonl"], "absent.jsonl does not exist; check the path of the text"),
+        (["--calibration", "absent.txt"], "absent.txt does not exist; check the path of the text"),
+        (["--perplexity", "absent.txt"], "absent.txt does not exist; check the path of the text"),
+        (["--limit", 3], "--limit 3 is about tasks; add --tasks NAMES or leave it out"),
+        (["--tasks", "boolq", "--limit", 0], "limit=0 leaves no documents; use 1 or more"),
+    ],
+)
+def test_what_is_refused_before_a_model_is_loaded(
+    work: Path, made: Path, unloaded: None, options: list[object], said: str
+) -> None:
+    assert refused("compress", made / "dense", "--out", "small", *options).startswith(said)
+
+
+def test_what_the_model_refuses_leaves_nothing(work: Path, made: Path) -> None:
+    said = refused(*command(made, "--ratio", 0.95))
+    assert "0.95" in said
+    text = write_text(work / "short.txt", 100)
+    said = refused(*command(made, "--calibration", text))
+    assert said.startswith("short.txt gives ")

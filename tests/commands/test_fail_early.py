@@ -1,0 +1,226 @@
+"""What options can tell is refused before weights are read, in one line, with exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+import bad_commands
+from bad_commands import BASES, LONG, TABLE, Bad
+from command import contents, done, run, save_tiny, write_text
+from helpers import tiny_model
+from llm_pruner.checkpoints import save_checkpoint
+from llm_pruner.commands import space
+from llm_pruner.commands.bench import BenchSettings
+from llm_pruner.commands.evaluate import PerplexitySettings
+from llm_pruner.commands.prune import prune_checkpoint
+from llm_pruner.commands.recover_request import DataSettings, RecoverRequest
+from llm_pruner.errors import UserError
+from llm_pruner.files.places import check_place, check_shard_size
+from llm_pruner.importance import Criterion
+from llm_pruner.models import load as sources
+from llm_pruner.planning import Selection, Target
+from llm_pruner.recovery import preset
+from llm_pruner.settings import recover as recovery_settings
+from llm_pruner.settings.common import CalibrationSettings, ModelSettings
+from llm_pruner.types import Edits
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="messages name /proc")
+
+
+class ReachedError(Exception):
+    """Weights would have been loaded."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint ``m``, a text, a file and an empty folder."""
+    folder = tmp_path_factory.mktemp("place")
+    save_tiny(folder / "m")
+    write_text(folder / "t.txt", 9000)
+    (folder / "file").write_text("x")
+    (folder / "empty").mkdir()
+    return folder
+
+
+@pytest.fixture
+def early(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder as the current one, in a process that must not load weights."""
+
+    def load(*_: object) -> NoReturn:
+        raise ReachedError
+
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sources, "_load_model", load)
+    # Trackers may be installed where the tests run.
+    monkeypatch.setattr(recovery_settings, "find_spec", lambda _: None)
+    return place
+
+
+CASES = [
+    pytest.param(row, command, id=f"{command} {row.shown}")
+    for rows in TABLE.values()
+    for row in rows
+    for command in row.commands
+]
+
+
+@pytest.mark.parametrize(("row", "command"), CASES)
+def test_refused_before_weights_are_read(row: Bad, command: str, early: Path) -> None:
+    if "--tasks boolq" in row.options and find_spec("lm_eval") is None:
+        pytest.skip("needs lm_eval")
+    before = contents(early)
+    result = run(*bad_commands.arguments(command, row.options))
+    said = result.err.replace(f"{early}/", "")
+    assert said.startswith("llm-pruner: ")
+    assert said.count("\n") == 1
+    message = said.removeprefix("llm-pruner: ").rstrip("\n")
+    if row.message.endswith("…"):
+        assert message.startswith(row.message[:-1])
+    else:
+        assert message == row.message
+    assert result.code == 2
+    assert result.out == ""
+    assert contents(early) == before
+
+
+@pytest.mark.parametrize("command", sorted(BASES.keys() - {"compare", "compress"}))
+def test_the_commands_that_the_options_are_added_to_go_on(command: str, early: Path) -> None:
+    before = contents(early)
+    with pytest.raises(ReachedError):
+        run(*bad_commands.arguments(command, ""))
+    assert contents(early) == before
+
+
+def test_the_page_says_what_the_commands_say() -> None:
+    assert bad_commands.PAGE.read_text(encoding="utf-8") == bad_commands.page()
+
+
+def pruned(out: Path, **changes: Any) -> Callable[[], object]:
+    arguments: dict[str, Any] = {
+        "target": Target(ratio=0.2),
+        "selection": Selection(("ffn",)),
+        "criterion": Criterion("random"),
+        "calibration": CalibrationSettings("t.txt"),
+    }
+    return lambda: prune_checkpoint(ModelSettings("m"), out, **(arguments | changes))
+
+
+def recovered(out: Path, **changes: Any) -> Callable[[], object]:
+    request = RecoverRequest(
+        ModelSettings("m"), out, DataSettings(("t.txt",)), preset("quick"), **changes
+    )
+    return request.check
+
+
+def saved(size: str) -> None:
+    save_checkpoint(
+        tiny_model(),
+        Path("o"),
+        edits=Edits({}, {}, {}, {}),
+        plan_json=None,
+        tokenizer=None,
+        max_shard_size=size,
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (pruned(Path("o"), seed=-1), "--seed -1 is outside"),
+        (pruned(Path("o"), max_shard_size="5XB"), "--max-shard-size '5XB' is no size"),
+        (pruned(Path("o"), steps=10**6), "steps 1000000 is outside"),
+        (pruned(Path(LONG)), "has 300 bytes"),
+        (pruned(Path(LONG), dry_run=True), "has 300 bytes"),
+        (recovered(Path("o"), max_shard_size="0"), "--max-shard-size '0' is no size"),
+        (recovered(Path("file/o")), "file is not a folder"),
+        (lambda: saved("1"), "--max-shard-size '1' is no size"),
+        (lambda: preset("quick", seed=2**32), "--seed 4294967296 is outside"),
+        (lambda: BenchSettings(repeats=10**9), "repeats 1000000000 is outside"),
+        (lambda: PerplexitySettings(seq_len=1), "--seq-len 1 is outside"),
+        (lambda: check_place(Path("a\0b"), "--out"), "has a zero byte"),
+    ],
+)
+def test_refused_from_python_too(call: Callable[[], object], message: str, early: Path) -> None:
+    before = contents(early)
+    with pytest.raises(UserError) as refusal:
+        call()
+    assert message in str(refusal.value)
+    assert contents(early) == before
+
+
+@pytest.mark.parametrize("size", ["5GB", "50KB", "0.5GB", " 5 gb ", "1e3MB", "2TB"])
+def test_sizes_that_a_weight_file_can_have(size: str) -> None:
+    check_shard_size(size)
+
+
+def test_names_up_to_the_limit_are_made(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    longest = "n" * 223
+    check_place(Path(longest), "--out")
+    with pytest.raises(UserError, match="has 224 bytes, and the file system takes 223"):
+        check_place(Path(f"{longest}n"), "--out")
+    done("inspect", "m", "--json", longest)
+    (place / longest).unlink()
+    with pytest.raises(UserError, match="bytes, and the file system takes"):
+        check_place(Path("/".join(["n" * 200] * 20)), "--out")
+
+
+@pytest.mark.parametrize(
+    ("command", "needed"),
+    [
+        ("prune", 0.8),
+        ("prune --dtype bfloat16", 0.4),
+        ("prune --dtype auto", 0.8),
+        ("recover", 1.0),
+        ("compress", 1.6),
+        ("compress --no-recover", 0.8),
+    ],
+)
+def test_a_disk_that_is_too_full(
+    command: str, needed: float, early: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, _, options = command.partition(" ")
+    if "--no-recover" in options:
+        monkeypatch.setitem(BASES, name, "compress m --out o --calibration t.txt")
+    words = bad_commands.arguments(name, options)
+    parameters = sum(p.numel() for p in tiny_model(num_hidden_layers=6).parameters())
+    bytes_ = needed * 4 * parameters
+    monkeypatch.setattr(space, "free_bytes", lambda _: int(0.99 * bytes_))
+    before = contents(early)
+    result = run(*words)
+    dtype = words[words.index("--dtype") + 1] if "--dtype" in words else "float32"
+    assert result.code == 2
+    assert result.err == (
+        f"llm-pruner: o needs about {bytes_ / 1e6:,.1f} MB for weights in {dtype}, and the disk of "
+        f"{early} has {0.99 * bytes_ / 1e6:,.1f} MB free; free some, or give another --out\n"
+    )
+    assert contents(early) == before
+    if name != "compress":  # which measures in a process of its own
+        monkeypatch.setattr(space, "free_bytes", lambda _: int(1.01 * bytes_))
+        with pytest.raises(ReachedError):
+            run(*words)
+
+
+def test_the_space_of_a_plan_that_is_only_written_is_not_asked_for(
+    early: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(space, "free_bytes", lambda _: 0)
+    with pytest.raises(ReachedError):
+        run(*bad_commands.arguments("prune", "--criterion l2 --dry-run"))
+
+
+def test_what_is_known_of_a_size_without_reading_weights(place: Path, tmp_path: Path) -> None:
+    parameters = sum(p.numel() for p in tiny_model(num_hidden_layers=6).parameters())
+    model = str(place / "m")
+    for dtype, width in (("float32", 4), ("bfloat16", 2), ("float64", 8), ("auto", 4)):
+        assert sources.stored_size(model, None, dtype) == (parameters, width * parameters)
+    packed = tmp_path / "m.gguf"
+    packed.write_bytes(b"GGUF" + b"x" * 396)
+    assert sources.stored_size(str(packed), None, "float32") == (None, 400)
+    assert sources.stored_size("nobody/nothing", None, "float32") is None

@@ -1,0 +1,236 @@
+"""What the commands made of a tiny model before they were rebuilt is what they make of it still.
+
+``python tests/test_golden.py`` writes the files anew; each change in them is one that users see.
+Numbers that arithmetic in another order moves may differ by ``CLOSE``, and so may the weights that
+a refit or training made; what was only cut is the same to the last bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import typer.main
+from safetensors.torch import load_file
+
+from command import done, save_tiny, write_text
+from llm_pruner.cli import app
+from llm_pruner.planning import read_plan
+from llm_pruner.settings.presets import NAMES
+
+FOLDER = Path(__file__).with_name("golden")
+CLOSE = 2e-3
+TEXT = ("--calibration", "text.txt", "--samples", 16, "--seq-len", 24)
+ALL_LAYERS = ("--protect-first", 0, "--protect-last", 0)
+TRAINING = ("--data", "text.txt", "--max-steps", 4, "--batch-size", 2, "--seq-len", 32, "--no-bf16")
+RECIPE = """
+structures: [heads, ffn]
+scope: global
+spread: 2
+split: auto
+protect_first: 0
+protect_last: 0
+criterion: fisher-obs
+samples: 16
+seq_len: 24
+compensation: least-squares
+"""
+PRUNED: dict[str, tuple[object, ...]] = {
+    "prune": ("--ratio", 0.2, *TEXT),
+    "prune-paper": ("--ratio", 0.05, "--recipe", "paper", *TEXT[:2]),
+    "prune-balanced": ("--ratio", 0.2, "--recipe", "balanced", *TEXT),
+    "prune-best": ("--ratio", 0.2, "--recipe", "best", *TEXT),
+    "prune-fast": ("--ratio", 0.2, "--recipe", "fast", *TEXT),
+    "prune-random-hidden": (
+        *("--params", "130K", "--structures", "hidden,layers,ffn", "--criterion", "random"),
+        *("--split", "hidden=0.3,layers=0.3,ffn=0.4", *ALL_LAYERS),
+    ),
+    "prune-steps-uniform": (
+        *("--unit-ratio", 0.34, "--steps", 2, "--uniform", "--criterion", "taylor", *TEXT),
+        *("--order", "mixed", "--reduction", "vector", "--split", "equal", "--round-to", 4),
+    ),
+    "prune-search": (
+        *("--ratio", 0.1, "--allocate", "search", "--search-trials", 6, "--scope", "global"),
+        *("--criterion", "wanda", *TEXT, *ALL_LAYERS, "--compensation", "bias"),
+    ),
+}
+"""Runs of ``prune`` on the dense model."""
+
+RECOVERED: dict[str, tuple[object, ...]] = {
+    "recover": (*TRAINING, "--perplexity", "other.txt"),
+    "recover-paper": (*TRAINING, "--preset", "paper"),
+    "recover-full-teacher": (*TRAINING, "--method", "full", "--teacher", "dense"),
+}
+"""Runs of ``recover`` on what the preset ``fast`` of ``prune`` left."""
+
+LONG = ("--calibration", "long.txt")
+MEASURED = ("--perplexity", "other.txt")
+COMPRESSED: dict[str, tuple[object, ...]] = {
+    **{
+        f"compress-{name}": ("--ratio", 0.05, "--recipe", name, *LONG, *MEASURED, "--no-recover")
+        for name in NAMES
+    },
+    "compress": ("--ratio", 0.2, "--recipe", "tiny.yaml", *TEXT[:2], *MEASURED, "--no-recover"),
+    "compress-recover": (
+        *("--params", "140K", "--recipe", "tiny.yaml", *TEXT[:2], *MEASURED),
+        *("--data", "text.txt"),
+    ),
+}
+"""Runs of ``compress`` on the dense model."""
+
+CASES = (*PRUNED, *RECOVERED, *COMPRESSED)
+PASSING = {
+    "seconds",
+    "speed",
+    "versions",
+    "path",
+    "report",
+    "bytes",
+    "peak_bytes",
+    "package_version",
+}
+"""Fields that tell of the run and the machine, not of the model."""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """What each command made: name -> what is compared."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("golden"))
+        yield dict(everything())
+
+
+def everything() -> Iterator[tuple[str, Any]]:
+    """Run all commands in the current folder."""
+    here = Path.cwd()
+    save_tiny(here / "dense", num_hidden_layers=8, initializer_range=0.2)
+    write_text(here / "text.txt", 6000)
+    write_text(here / "other.txt", 700)
+    write_text(here / "long.txt", 50_000)
+    (here / "tiny.yaml").write_text(RECIPE)
+    # The same arithmetic on every processor.
+    with mock.patch("llm_pruner.runtime.precision.multiplies_bfloat16", return_value=False):
+        for name, options in PRUNED.items():
+            yield name, outcome(here / name, "prune", "dense", *options)
+        for name, options in RECOVERED.items():
+            yield name, outcome(here / name, "recover", "prune-fast", *options)
+        for name, options in COMPRESSED.items():
+            yield name, outcome(here / name, "compress", "dense", *options)
+
+
+def outcome(out: Path, *command: object) -> dict[str, Any]:
+    """Run a command and return all that it left, without what passes."""
+    done(*command, "--out", out.name, "--json", f"{out.name}.json")
+    record = json.loads(Path(f"{out.name}.json").read_text())
+    report = json.loads((out / "report.json").read_text())
+    report["command"] = re.sub(r"^\S+", "llm-pruner", report.get("command") or "")
+    recovery = out / "recovery.json"
+    return {
+        "plan": json.loads((out / "plan.json").read_text()),
+        "weights": weights(out / "model.safetensors"),
+        "files": sorted(path.name for path in out.iterdir()),
+        "record": lasting(record),
+        "report": lasting(report),
+        "recovery": lasting(json.loads(recovery.read_text())) if recovery.exists() else None,
+    }
+
+
+def weights(file: Path) -> dict[str, Any]:
+    """Return of each tensor its shape, two sums, of which one knows the order, and its hash."""
+    found = {}
+    for name, tensor in sorted(load_file(file).items()):
+        flat = tensor.double().flatten()
+        waves = torch.cos(torch.arange(flat.numel(), dtype=torch.float64))
+        found[name] = {
+            "shape": list(tensor.shape),
+            "norm": float(flat.norm()),
+            "waves": float(flat @ waves),
+            "sha256": hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16],
+        }
+    return found
+
+
+def lasting(value: Any) -> Any:
+    """Return a value without what passes."""
+    if isinstance(value, dict):
+        return {key: lasting(one) for key, one in value.items() if key not in PASSING}
+    return [lasting(one) for one in value] if isinstance(value, list) else value
+
+
+def options() -> dict[str, Any]:
+    """Return of each command its options and their defaults."""
+    group = typer.main.get_command(app)
+    return {
+        name: {
+            " ".join([*param.opts, *param.secondary_opts]): param.default
+            if isinstance(param.default, str | int | float | bool | None)
+            else str(param.default)
+            for param in command.params
+        }
+        for name, command in sorted(group.commands.items())  # type: ignore[attr-defined]
+    }
+
+
+def differences(before: Any, now: Any, where: str = "") -> Iterator[str]:
+    """Say where two values differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before.keys() | now.keys():
+            if (key in before) != (key in now):
+                yield f"{where}.{key} is there {'no more' if key in before else 'now'}"
+            else:
+                yield from differences(before[key], now[key], f"{where}.{key}")
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for number, (one, other) in enumerate(zip(before, now, strict=True)):
+            yield from differences(one, other, f"{where}[{number}]")
+    elif isinstance(before, float) or isinstance(now, float):
+        near = isinstance(now, float | int) and isinstance(before, float | int)
+        # Sums of hundreds of weights of both signs, and divergences near 0.
+        if not (near and math.isclose(before, now, rel_tol=CLOSE, abs_tol=CLOSE)):
+            yield f"{where} was {before}, is {now}"
+    elif before != now:
+        yield f"{where} was {before!r}, is {now!r}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_command_makes_what_it_made(made: dict[str, Any], name: str) -> None:
+    before, now = json.loads((FOLDER / f"{name}.json").read_text()), made[name]
+    if any(word in name for word in ("balanced", "best", "search", "recover", "compress")):
+        for one in (before, now):
+            for tensor in one["weights"].values():
+                del tensor["sha256"]
+    assert list(differences(lasting(before), lasting(now))) == []
+
+
+@pytest.mark.parametrize("name", PRUNED)
+def test_a_plan_of_then_is_read(made: dict[str, Any], name: str, tmp_path: Path) -> None:
+    before = tmp_path / "plan.json"
+    before.write_text(json.dumps(json.loads((FOLDER / f"{name}.json").read_text())["plan"]))
+    now = tmp_path / "now.json"
+    now.write_text(json.dumps(made[name]["plan"]))
+    assert read_plan(before).groups == read_plan(now).groups
+
+
+def test_options_and_defaults() -> None:
+    before = json.loads((FOLDER / "options.json").read_text())
+    assert list(differences(before, options())) == []
+
+
+if __name__ == "__main__":
+    os.chdir(tempfile.mkdtemp())
+    for found, value in [("options", options()), *everything()]:
+        text = json.dumps(value, indent=1, ensure_ascii=False)
+        # A list of numbers on one line.
+        text = re.sub(r"\[[\s\d.,e\-]+\]", lambda match: re.sub(r"\s+", " ", match[0]), text)
+        (FOLDER / f"{found}.json").write_text(text + "\n", encoding="utf-8")
+        print(found, file=sys.stderr)

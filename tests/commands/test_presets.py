@@ -1,0 +1,405 @@
+"""Recipes, splits, trials and compensation, through the command line on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from command import done, run, save_tiny, write_text
+from fake_discovery import fake_llama, fake_scores
+from llm_pruner import importance
+from llm_pruner.commands import refitter as refitting
+from llm_pruner.commands import stepwise
+from llm_pruner.commands.by_preset import calibration_of
+from llm_pruner.compensation import Refitted, refit_
+from llm_pruner.discovery.groups import discover
+from llm_pruner.errors import UserError
+from llm_pruner.models.consumers import consumers_of
+from llm_pruner.planning import Selection, Survivors, Target, allocate, parse_split
+from llm_pruner.runtime import precision as matmul
+from llm_pruner.search import structure_split as trials
+from llm_pruner.search.per_group import measure_levels
+from llm_pruner.search.structure_split import find_split
+from llm_pruner.settings.presets import NAMES, read_recipe
+from llm_pruner.surgery.removal import count_parameters
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return write_text(tmp_path / "text.txt", 6000)
+
+
+def small(text: Path) -> list[object]:
+    return ["--calibration", text, "--samples", 16, "--seq-len", 24]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_prunes(tiny: Path, text: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    more = ["--protect-first", 1, "--protect-last", 1] if name == "paper" else []
+    result = done(
+        "prune", tiny, "--out", out, "--ratio", 0.2, "--recipe", name, *small(text), *more
+    )
+    plan = json.loads((out / "plan.json").read_text())
+    recipe = read_recipe(name)
+    assert plan["criterion"]["name"] == recipe.criterion
+    assert plan["selection"]["scope"] == recipe.scope
+    assert plan["calibration"]["samples"] == 16
+    assert plan["selection"]["protect_first"] == (1 if name == "paper" else 0)
+    if recipe.split == "auto":
+        assert sum(plan["selection"]["split"].values()) == pytest.approx(1)
+        assert "trial removals" in result.out
+    assert plan.get("compensation") == (
+        "least-squares" if recipe.compensation == "least-squares" else None
+    )
+
+
+def test_options_beside_a_recipe_win(tiny: Path, text: Path, tmp_path: Path) -> None:
+    out, report = tmp_path / "out", tmp_path / "report.json"
+    done(
+        *("prune", tiny, "--out", out, "--ratio", 0.2, "--recipe", "best", *small(text)),
+        *("--criterion", "contribution", "--split", "ffn=1", "--structures", "ffn"),
+        *("--json", report),
+    )
+    plan = json.loads((out / "plan.json").read_text())
+    assert plan["criterion"]["name"] == "contribution"
+    assert plan["selection"]["structures"] == ["ffn"]
+    seen: dict[str, Any] = json.loads(report.read_text())
+    assert seen["trials"] == []
+    assert all(one["after"] <= one["before"] for one in seen["refitted"])
+    assert any(one["ridge"] for one in seen["refitted"])
+
+
+def test_a_replay_with_compensation_gives_the_same_weights(
+    tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    options = ["--compensation", "least-squares", *small(text)]
+    first, second, plain = (tmp_path / name for name in ("first", "second", "plain"))
+    done(
+        *("prune", tiny, "--out", first, "--ratio", 0.2, "--criterion", "fisher", *options),
+    )
+    plan = first / "plan.json"
+    done("prune", tiny, "--out", second, "--plan", plan, *options)
+    done("prune", tiny, "--out", plain, "--plan", plan)
+    one, two, three = (load_file(d / "model.safetensors") for d in (first, second, plain))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert {key.split(".")[-2] for key in one if not torch.equal(one[key], three[key])} <= {
+        "o_proj",
+        "down_proj",
+    }
+    assert any(not torch.equal(one[key], three[key]) for key in one)
+    # What was read is the model on disk, which nothing may change.
+    again = load_file(tiny / "model.safetensors")
+    assert all(torch.isfinite(value).all() for value in again.values())
+
+
+def test_steps_refit_to_the_dense_model_each_time(tiny: Path, text: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    done(
+        *("prune", tiny, "--out", tmp_path / "out", "--ratio", 0.3, "--steps", 2),
+        *("--criterion", "fisher", "--compensation", "least-squares", *small(text)),
+        *("--structures", "heads,ffn,layers", "--scope", "global", "--json", report),
+    )
+    names = [one["module"] for one in json.loads(report.read_text())["refitted"]]
+    assert len(names) > len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--recipe", "bets"], "no recipe 'bets'; did you mean best? known are paper, balanced"),
+        (["--recipe", "best", "--split", "heads=0.3"], "no share is given for ffn"),
+        (["--split", "heads=0.3,ffn=0.3"], "add up to 0.6; they must give 1"),
+        (["--split", "heads=1.3,ffn=0"], "share heads=1.3 is outside 0 to 1"),
+        (["--split", "heads:0.3"], "'heads:0.3' is not a share; write such as heads=0.1,ffn=0.9"),
+        (["--split", "heads=.3,heads=.7"], "heads has two shares; give one"),
+        (["--split", "hidden=1,ffn=0,heads=0"], "given for hidden, which is not pruned"),
+        (["--spread", "0.5"], "spread=0.5 cannot reach the target; use 1"),
+        (["--score-samples", "0"], "score_samples=0 estimates on nothing; use at least 1"),
+        (["--samples", "4", "--score-samples", "5"], "score_samples=5 of 4 samples cannot be read"),
+        (["--compensation", "lsq"], "unknown compensation 'lsq'; choose one of none, least-squ"),
+    ],
+)
+def test_refusals(tiny: Path, tmp_path: Path, options: list[str], message: str) -> None:
+    result = run("prune", tiny, "--out", tmp_path / "out", "--ratio", 0.2, *options)
+    assert result.code == 2
+    assert message in result.err
+    assert result.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("criterion: [", "is not YAML in line 1"),
+        ("- fisher", "holds no settings"),
+        (
+            "critrion: fisher\nsteps: many",
+            "steps: input should be a valid integer.*critrion: extra inputs",
+        ),
+    ],
+)
+def test_broken_recipe_files(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        read_recipe(str(file))
+    with pytest.raises(UserError, match="no recipe"):
+        read_recipe(str(tmp_path / "absent.yaml"))
+
+
+MODEL = fake_llama(5, hidden=60, ffn=160, kv_heads=3, repeat=3, head_dim=8)
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_a_split_is_met(scope: Any) -> None:
+    scores = fake_scores(MODEL)
+    total = count_parameters(MODEL)
+    for heads in (0.0, 0.3, 0.5):
+        split = {"heads": heads, "ffn": 1 - heads}
+        selection = Selection(("heads", "ffn"), scope=scope, split=split)
+        removal = allocate(MODEL, scores, selection, Target(ratio=0.2))
+        assert 1 - count_parameters(MODEL, removal) / total == pytest.approx(0.2, abs=0.005)
+        ffn = {name: units for name, units in removal.items() if name.endswith("ffn")}
+        share = (total - count_parameters(MODEL, ffn)) / (total - count_parameters(MODEL, removal))
+        assert share == pytest.approx(1 - heads, abs=0.06)
+        if not heads:
+            assert removal.keys() == ffn.keys()
+
+
+def test_spread_limits_what_a_layer_loses() -> None:
+    scores = {
+        name: values * (1e-3 if name == "layers.2.ffn" else 1.0)
+        for name, values in fake_scores(MODEL).items()
+    }
+    lost = {}
+    for spread in (None, 2.0, 1.0):
+        selection = Selection(("ffn",), scope="global", spread=spread)
+        removal = allocate(MODEL, scores, selection, Target(ratio=0.15))
+        lost[spread] = {name: len(units) for name, units in removal.items()}
+    assert max(lost[None].values()) > 140
+    average = np.mean([lost[1.0][name] for name in lost[1.0]])
+    assert max(lost[2.0].values()) <= 2 * average + 2
+    deep = allocate(
+        MODEL, scores, Selection(("ffn",), scope="global", spread=2.0), Target(ratio=0.5)
+    )
+    kept = [160 - len(deep.get(f"layers.{layer}.ffn", ())) for layer in range(5)]
+    assert min(kept) >= np.mean(kept) / 2 - 2
+    assert len(lost[1.0]) == 5
+    assert np.ptp(list(lost[1.0].values())) <= 4
+
+
+def test_uniform_layers_load_without_the_package(tiny: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = done(
+        *("prune", tiny, "--out", out, "--ratio", 0.2, "--recipe", "best", "--uniform"),
+        *("--structures", "ffn", "--split", "ffn=1", *small(text)),
+    )
+    assert "loads with from_pretrained anywhere" in result.out
+    config = json.loads((out / "config.json").read_text())
+    assert "quantization_config" not in config
+    shapes = {v.shape for k, v in load_file(out / "model.safetensors").items() if "up_proj" in k}
+    assert len(shapes) == 1
+    refused = run(
+        "prune", tiny, "--out", tmp_path / "x", "--ratio", 0.2, "--uniform", "--protect-first", 2
+    )
+    assert refused.code == 2
+    assert "uniform layers need scope local and no protected layers" in refused.err
+
+
+def test_a_split_says_nothing_of_a_unit_ratio() -> None:
+    selection = Selection(("heads", "ffn"), split=parse_split("heads=0.5,ffn=0.5"))
+    with pytest.raises(UserError, match="give a target in parameters"):
+        allocate(MODEL, fake_scores(MODEL), selection, Target(unit_ratio=0.25))
+
+
+def test_refits_that_make_held_out_text_worse_are_taken_back(
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(model: nn.Module, *args: object) -> list[Refitted]:
+        found = refit_(model, *args)  # type: ignore[arg-type]
+        for one in found:
+            module = model.get_submodule(one.module)
+            noise = torch.Generator().manual_seed(0)
+            shape = module.get_parameter("weight").shape
+            module.weight = nn.Parameter(torch.randn(shape, generator=noise))
+        return found
+
+    options = ("--ratio", 0.2, *small(text))
+    plain, spoiled = tmp_path / "plain", tmp_path / "spoiled"
+    done("prune", tiny, "--out", plain, *options)
+    monkeypatch.setattr(refitting, "refit_", spoil)
+    result = done("prune", tiny, "--out", spoiled, *options, "--compensation", "least-squares")
+    assert "no gain on held-out text" in result.out
+    one, other = (load_file(folder / "model.safetensors") for folder in (plain, spoiled))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_part_of_the_text_scores_and_more_of_it_is_fitted(
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: dict[str, tuple[int, str]] = {}
+
+    def score(*args: Any, input_ids: torch.Tensor, **rest: Any) -> Any:
+        read["score"] = (len(input_ids), torch.get_float32_matmul_precision())
+        return importance.score(*args, input_ids=input_ids, **rest)
+
+    def refit(*args: Any) -> list[Refitted]:
+        read["refit"] = (len(args[-1]), torch.get_float32_matmul_precision())
+        return refit_(*args)
+
+    monkeypatch.setattr(stepwise, "score", score)
+    monkeypatch.setattr(refitting, "refit_", refit)
+    options = ("--criterion", "fisher", "--split", "equal", "--compensation", "least-squares")
+    out = tmp_path / "out"
+    done("prune", tiny, "--out", out, "--ratio", 0.2, *options, *small(text), "--score-samples", 4)
+    # Sums of a refit are not multiplied in short formats. An eighth of the 16 samples judges it.
+    assert read == {"score": (4, "medium"), "refit": (14, "highest")}
+    assert torch.get_float32_matmul_precision() == "highest"
+    calibration = json.loads((out / "plan.json").read_text())["calibration"]
+    assert (calibration["samples"], calibration["score_samples"]) == (16, 4)
+
+
+def test_fewer_samples_than_a_recipe_scores_are_all_scored(
+    tiny: Path, text: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "some.yaml"
+    recipe.write_text("criterion: fisher\nsamples: 32\nscore_samples: 8\n")
+    for samples, scored in ((4, 4), (16, 8)):
+        options = ("--recipe", recipe, "--calibration", text, "--samples", samples)
+        out = tmp_path / f"{samples}.json"
+        done(*("prune", tiny, "--out", out, "--dry-run"), "--ratio", 0.2, *options, "--seq-len", 24)
+        calibration = json.loads(out.read_text())["calibration"]
+        assert (calibration["samples"], calibration["score_samples"]) == (samples, scored)
+    found = calibration_of(read_recipe(str(recipe)), samples=4)
+    assert (found.samples, found.score_samples) == (4, 4)
+
+
+def test_products_in_bfloat16_are_used_where_the_processor_has_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    linear, x = nn.Linear(8, 8), torch.randn(4, 8)
+    for supported, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(matmul, "multiplies_bfloat16", lambda supported=supported: supported)
+        with matmul.mixed_precision():
+            assert linear(x).dtype == dtype
+            gram = torch.zeros(8, 8).addmm_(x.T, x)
+        assert torch.equal(gram, x.T @ x)
+        assert linear(x).dtype == torch.float32
+
+
+def planned(tiny: Path, out: Path, *options: object) -> tuple[dict[str, Any], str]:
+    """Plan without pruning; return the plan and what was printed."""
+    result = done("prune", tiny, "--out", out, "--dry-run", "--overwrite", *options)
+    return dict(json.loads(out.read_text())["selection"]), result.out
+
+
+def test_the_split_is_found_unless_it_is_said(tiny: Path, text: Path, tmp_path: Path) -> None:
+    out, some = tmp_path / "plan.json", small(text)
+    selection, shown = planned(tiny, out, "--ratio", 0.2, *some)
+    assert sum(selection["split"].values()) == pytest.approx(1)
+    assert "split found by" in shown
+    one = ("--calibration", text, "--samples", 1, "--seq-len", 24)
+    for options in (
+        ("--ratio", 0.2, "--split", "equal", *some),
+        ("--ratio", 0.2, "--criterion", "l2"),  # reads no text
+        ("--ratio", 0.2, "--structures", "ffn", *some),
+        ("--ratio", 0.2, *one),  # nothing to hold out
+        ("--unit-ratio", 0.4, *some),
+        ("--ratio", 0.2, "--recipe", "paper", "--protect-first", 1, "--protect-last", 1, *some),
+    ):
+        selection, shown = planned(tiny, out, *options)
+        assert selection.get("split") is None, options
+        assert "trial" not in shown
+
+
+def test_scope_measured(tiny: Path, text: Path, tmp_path: Path) -> None:
+    report, out = tmp_path / "report.json", tmp_path / "out"
+    options = ("--ratio", 0.2, "--scope", "measured", *small(text))
+    result = done("prune", tiny, "--out", out, *options, "--json", report)
+    found = json.loads(report.read_text())
+    assert found["ratio"] == pytest.approx(0.2, abs=0.005)
+    assert found["trials"] == []
+    assert f"ranked by what {len(found['levels'])} trial removals cost" in result.out
+    structures = {level["group"].rpartition(".")[2] for level in found["levels"]}
+    assert structures == {"heads", "ffn"}
+    assert all(level["damage"] >= 0 for level in found["levels"])
+    plan = json.loads((out / "plan.json").read_text())
+    assert plan["selection"]["scope"] == "measured"
+    # Magnitudes read no text and are on no scale of damage, and are ranked by it all the same.
+    planned(tiny, tmp_path / "l2.json", *options, "--criterion", "l2")
+    # The plan that is made is the plan that is replayed.
+    again = tmp_path / "again"
+    done("prune", tiny, "--out", again, "--plan", out / "plan.json")
+    one, other = (load_file(folder / "model.safetensors") for folder in (out, again))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_trials_on_logits_that_are_not_finite_are_refused(tiny: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    discovery = discover(model)
+    scores = {group.name: np.arange(1.0, group.size + 1) for group in discovery.groups}
+    with torch.no_grad():
+        model.get_output_embeddings().weight[5] = torch.nan
+    held_out, survivors = torch.arange(3, 35).reshape(2, 16), Survivors.dense(discovery)
+    chosen = Selection(("heads", "ffn"))
+    with pytest.raises(UserError, match="not finite, so no split can be judged"):
+        find_split(model, discovery, scores, chosen, Target(ratio=0.2), survivors, held_out)
+    ranked = Selection(("heads", "ffn"), scope="measured")
+    with pytest.raises(UserError, match="not finite, so nothing can be measured"):
+        measure_levels(model, discovery, scores, ranked, survivors, held_out)
+
+
+def test_a_mixed_split_must_also_win_after_a_refit(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    discovery = discover(model)
+    text = torch.randint(3, 100, (24, 16), generator=torch.Generator().manual_seed(0))
+    # One head of each layer counts for nothing, so that giving heads a share of the budget helps.
+    with torch.no_grad():
+        for group in discovery.groups:
+            if group.kind == "heads":
+                (consumer,) = consumers_of(model, group)
+                weight = model.get_submodule(consumer.module).weight
+                weight[:, consumer.index[0]] = 0
+    scores = {group.name: np.arange(1.0, group.size + 1) for group in discovery.groups}
+    settings = (Selection(("heads", "ffn")), Target(ratio=0.2), Survivors.dense(discovery))
+    arguments = (model, discovery, scores, *settings, text[:4])
+    _, plain = find_split(*arguments)
+    assert not any(trial.refitted for trial in plain)
+    found, tried = find_split(*arguments, refit_on=text[4:])
+    assert [trial for trial in tried if not trial.refitted] == plain
+    refitted = [trial for trial in tried if trial.refitted]
+    mixed = min(plain, key=lambda trial: trial.divergence).split
+    assert 0 < mixed["heads"] < 1
+    assert [dict(trial.split) for trial in refitted][1] == mixed
+    assert len(refitted) == 2
+    alone, shared = (trial.divergence for trial in refitted)
+    assert shared < (1 - trials.MARGIN) * alone
+    assert found.split == mixed
+    assert [trial.taken for trial in refitted] == [False, True]
+    # A gain that is no clear one is left.
+    monkeypatch.setattr(trials, "MARGIN", 1 - shared / alone)
+    found, tried = find_split(*arguments, refit_on=text[4:])
+    assert found.split == refitted[0].split
+    assert [trial.taken for trial in tried if trial.refitted] == [True, False]
+    assert all(
+        torch.equal(value, before[key])
+        for key, value in model.state_dict().items()
+        if "o_proj" not in key
+    )

@@ -1,0 +1,473 @@
+"""From a saved model to a smaller saved model, through the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import llm_pruner.commands.compress
+import llm_pruner.commands.demo
+import llm_pruner.commands.prune
+import llm_pruner.models.load
+import llm_pruner.surgery.pruner
+import llm_pruner.surgery.verify
+from command import contents, done, run, save_tiny, write_text
+from llm_pruner import discover, read_plan
+from llm_pruner.checkpoints import atomic_directory
+from llm_pruner.evaluation.rounding import Rounding
+from llm_pruner.surgery.cut import prune_
+
+TOKENS = torch.arange(3, 99).reshape(4, 24)
+DENSE = 136_080
+"""Parameters of the tiny model."""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def load(folder: str | Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def prune(tiny: Path, out: str, *options: object) -> dict[str, Any]:
+    """Prune by l2 and unverified unless told otherwise, and return what ``--json`` says."""
+    usual = () if "--criterion" in options or "--plan" in options else ("--criterion", "l2")
+    usual += () if "--verify" in options else ("--no-verify",)
+    return json.loads(done("prune", tiny, "--out", out, *usual, *options, "--json", "-").out)
+
+
+def assert_same_weights(left: str, right: str) -> None:
+    one, other = (load_file(Path(folder) / "model.safetensors") for folder in (left, right))
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def removed(folder: str) -> dict[str, str]:
+    plan = json.loads((Path(folder) / "plan.json").read_text())
+    return {group["name"]: group["removed"] for group in plan["groups"]}
+
+
+@pytest.mark.parametrize(
+    ("structures", "ratio"),
+    [
+        ("heads,ffn", 0.2),
+        ("query_heads,ffn", 0.2),
+        ("hidden", 0.1875),
+        ("head_dim,ffn", 0.15),
+        ("layers", 0.27),
+        ("heads,query_heads,ffn,hidden,head_dim,layers", 0.4),
+        ("layers,head_dim", 0.323),
+    ],
+)
+def test_what_is_saved_is_what_was_pruned(
+    work: Path, tiny: Path, structures: str, ratio: float
+) -> None:
+    found = prune(tiny, "out", "--ratio", ratio, "--structures", structures, "--verify")
+    assert found["ratio"] == pytest.approx(ratio, abs=0.005)
+    assert found["twin_difference"] <= 1e-5
+    assert found["parameters_before"] == DENSE
+    model = load("out")
+    assert sum(p.numel() for p in model.parameters()) == found["parameters_after"]
+    kinds = {name.rsplit(".", 1)[-1] for name in removed("out")}
+    assert kinds - {"value_dim"} <= set(structures.split(","))
+    assert kinds
+    # The same surgery in memory gives the same numbers to the last bit.
+    dense = load(tiny)
+    discovery = discover(dense)
+    prune_(dense, discovery, read_plan("out/plan.json").removal(discovery))
+    assert torch.equal(logits(model), logits(dense))
+    text = "the old bridge"
+    ids = AutoTokenizer.from_pretrained("out")(text)["input_ids"]
+    assert ids == AutoTokenizer.from_pretrained(tiny)(text)["input_ids"]
+    assert found["bytes"] == sum(len(data or b"") for data in contents(Path("out")).values())
+
+
+def test_equal_seeds_give_equal_bytes(work: Path, tiny: Path) -> None:
+    write_text(Path("text.txt"))
+    for source, order in (("self", "first"), ("text.txt", "mixed")):
+        options = ("--ratio", 0.2, "--calibration", source, "--order", order)
+        options += ("--samples", 6, "--seq-len", 24, "--criterion", "taylor", "--dry-run")
+        for file, seed in (("a", 1), ("b", 1), ("c", 2)):
+            prune(tiny, file, *options, "--seed", seed, "--overwrite")
+        assert Path("a").read_bytes() == Path("b").read_bytes()
+        first, other = (json.loads(Path(file).read_text()) for file in "ac")
+        assert first["calibration"]["source"] == source
+        assert first["calibration"]["digest"] != other["calibration"]["digest"]
+        assert first["criterion"]["order"] == order
+
+
+def test_the_plan_does_not_say_where_files_lie(work: Path, tiny: Path, tmp_path: Path) -> None:
+    options = ("--ratio", 0.2, "--samples", 6, "--seq-len", 24, "--criterion", "taylor")
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        file = write_text(tmp_path / name / "text.txt")
+        prune(tiny, name, *options, "--calibration", file, "--dry-run")
+    assert Path("here").read_bytes() == Path("there").read_bytes()
+    assert str(tmp_path) not in Path("here").read_text()
+
+
+def test_a_dry_run_writes_the_plan_alone_and_the_plan_replays(work: Path, tiny: Path) -> None:
+    options = ("--ratio", 0.2, "--criterion", "l1")
+    shown = done("prune", tiny, "--out", "plan.json", *options, "--dry-run").out
+    assert "plan written to plan.json; nothing was pruned" in shown
+    assert list(contents(work)) == ["plan.json"]
+    prune(tiny, "direct", *options)
+    prune(tiny, "replayed", "--plan", "plan.json")
+    plan = Path("plan.json").read_bytes()
+    assert Path("direct/plan.json").read_bytes() == plan
+    assert Path("replayed/plan.json").read_bytes() == plan
+    assert_same_weights("direct", "replayed")
+
+
+def test_an_edited_plan_is_applied(work: Path, tiny: Path) -> None:
+    prune(tiny, "plan.json", "--ratio", 0.2, "--dry-run")
+    plan = json.loads(Path("plan.json").read_text())
+    plan["groups"] = [
+        {"name": "layers.2.ffn", "kind": "ffn", "size": 80, "removed": "7, 0-4"},
+        {"name": "layers.4.heads", "kind": "heads", "size": 3, "removed": "1"},
+    ]
+    Path("plan.json").write_text(json.dumps(plan))
+    prune(tiny, "out", "--plan", "plan.json")
+    dense, pruned = (load_file(Path(f) / "model.safetensors") for f in (tiny, "out"))
+    kept = [5, 6, *range(8, 80)]
+    name = "model.layers.2.mlp.down_proj.weight"
+    assert torch.equal(pruned[name], dense[name][:, kept])
+    name = "model.layers.4.self_attn.k_proj.weight"
+    assert torch.equal(pruned[name], torch.cat([dense[name][:8], dense[name][16:]]))
+    name = "model.layers.3.mlp.down_proj.weight"
+    assert torch.equal(pruned[name], dense[name])
+    assert removed("out") == {"layers.2.ffn": "7, 0-4", "layers.4.heads": "1"}
+
+
+def test_steps_meet_the_ratio_and_replay_in_one(work: Path, tiny: Path) -> None:
+    write_text(Path("text.txt"))
+    options = ("--criterion", "taylor", "--calibration", "text.txt", "--samples", 4)
+    options += ("--seq-len", 24, "--ratio", 0.3, "--structures", "query_heads,ffn,hidden,layers")
+    options += ("--split", "equal")
+    found = prune(tiny, "stepwise", *options, "--steps", 3, "--verify")
+    assert found["ratio"] == pytest.approx(0.3, abs=0.005)
+    assert found["twin_difference"] <= 1e-5
+    prune(tiny, "replayed", "--plan", "stepwise/plan.json")
+    assert_same_weights("stepwise", "replayed")
+    assert json.loads(Path("stepwise/plan.json").read_text())["target"]["steps"] == 3
+    # Later steps saw a pruned model, so the choice is another than in one step.
+    prune(tiny, "at-once", *options, "--dry-run")
+    at_once = {group.name: group.removed for group in read_plan("at-once").groups}
+    assert at_once != removed("stepwise")
+
+
+def planned(tiny: Path, *options: object) -> dict[int, dict[str, int]]:
+    """Make a plan by l2 and return layer -> units kept, by short name of the group."""
+    found = prune(tiny, "plan.json", *options, "--dry-run", "--overwrite")
+    return {
+        row["layer"]: {name: kept for name, (kept, _) in row["sizes"].items()}
+        for row in found["layers"]
+        if row["layer"] is not None
+    }
+
+
+def test_scope(work: Path, tiny: Path) -> None:
+    pruned = range(1, 5)
+    local = planned(tiny, "--ratio", 0.2)
+    assert len({local[layer]["ffn"] for layer in pruned}) == 1
+    ranked = planned(tiny, "--ratio", 0.2, "--scope", "global")
+    assert len({ranked[layer]["ffn"] for layer in pruned}) > 1
+
+
+def test_round_to(work: Path, tiny: Path) -> None:
+    sizes = planned(tiny, "--ratio", 0.2, "--structures", "ffn", "--round-to", 16)
+    widths = {layer["ffn"] for layer in sizes.values()}
+    assert {width % 16 for width in widths} == {0}
+    assert min(widths) < 80
+
+
+def test_round_to_what_is_fast_here(
+    work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--ratio", 0.2, "--criterion", "l2", "--round-to", "auto")
+    monkeypatch.setattr(
+        llm_pruner.commands.prune,
+        "measured_rounding",
+        lambda *_: Rounding(16, {8: 0.9, 16: 0.98, 32: 1.0}),
+    )
+    shown = done("prune", tiny, "--out", "out", *options, "--json", "found.json").out
+    assert "channels kept in multiples of 16 (speed of each here: 8 90%, 16 98%, 32 100%)" in shown
+    found = json.loads(Path("found.json").read_text())
+    assert found["round_to"] == 16
+    assert found["rounding"]["throughput"] == {"8": 0.9, "16": 0.98, "32": 1.0}
+    widths = {row["sizes"]["ffn"][0] for row in found["layers"] if row["layer"] is not None}
+    assert {width % 16 for width in widths} == {0}
+    # The number that was chosen is in the plan, which is replayed without another look.
+    plan = read_plan("out/plan.json")
+    assert plan.selection is not None
+    assert plan.selection.round_to == 16
+    monkeypatch.setattr(llm_pruner.commands.prune, "measured_rounding", None)
+    done("prune", tiny, "--out", "again", "--plan", "out/plan.json")
+    assert load("again").num_parameters() == found["parameters_after"]
+
+
+def test_a_recipe_can_round_to_what_is_fast(work: Path, tiny: Path) -> None:
+    Path("mine.yaml").write_text("criterion: l2\nround_to: auto\n")
+    found = prune(tiny, "plan.json", "--ratio", 0.2, "--recipe", "mine.yaml", "--dry-run")
+    assert found["rounding"] == {"multiple": 1, "throughput": {}, "tolerance": 0.03}
+
+
+def test_a_model_too_small_to_round(work: Path, tiny: Path) -> None:
+    options = ("--ratio", 0.2, "--criterion", "l2", "--round-to", "auto", "--dry-run")
+    shown = done("prune", tiny, "--out", "plan.json", *options).out
+    assert "channels are not rounded: no multiple is fine enough for this model" in shown
+    plan = read_plan("plan.json")
+    assert plan.selection is not None
+    assert plan.selection.round_to == 1
+
+
+def test_number_of_parameters_to_keep(work: Path, tiny: Path) -> None:
+    found = prune(tiny, "plan.json", "--params", "110K", "--dry-run")
+    assert found["parameters_after"] == pytest.approx(110_000, abs=0.005 * DENSE)
+
+
+def test_share_of_units_in_chosen_layers(work: Path, tiny: Path) -> None:
+    sizes = planned(tiny, "--unit-ratio", 0.34, "--layers", "heads=1-2,ffn=3-4")
+    assert [sizes[layer]["heads"] for layer in range(6)] == [3, 2, 2, 3, 3, 3]
+    # floor(80 * 0.34) = 27
+    assert [sizes[layer]["ffn"] for layer in range(6)] == [80, 80, 80, 53, 53, 80]
+
+
+def test_layers_at_both_ends_stay_whole_unless_told_otherwise(work: Path, tiny: Path) -> None:
+    options = ("--unit-ratio", 0.5, "--structures", "ffn")
+    usual = planned(tiny, *options)
+    assert [usual[layer]["ffn"] for layer in range(6)] == [80, 40, 40, 40, 40, 80]
+    told = planned(tiny, *options, "--protect-first", 0, "--protect-last", 2)
+    assert [told[layer]["ffn"] for layer in range(6)] == [40, 40, 40, 40, 80, 80]
+
+
+def test_equal_layers_are_saved_as_a_plain_checkpoint(work: Path, tiny: Path) -> None:
+    whole = ("--protect-first", 0, "--protect-last", 0)
+    options = ("--unit-ratio", 0.5, "--structures", "ffn", "--criterion", "l2", *whole)
+    shown = done("prune", tiny, "--out", "out", *options)
+    assert "loads with from_pretrained anywhere" in shown.out
+    assert " 0-5     40 of 80" in shown.out
+    config = json.loads(Path("out/config.json").read_text())
+    assert config["intermediate_size"] == 40
+    assert "quantization_config" not in config
+
+
+def test_what_is_printed(work: Path, tiny: Path) -> None:
+    result = done("prune", tiny, "--out", "out", "--ratio", 0.2, "--criterion", "l2")
+    assert max(map(len, result.out.splitlines())) <= 80
+    assert "\x1b" not in result.out
+    assert result.err == ""
+    rows = [line.split() for line in result.out.splitlines()]
+    assert ["layer", "heads", "query_heads", "ffn"] in rows
+    assert any(row[:1] == ["1-4"] and row[1:4] == ["2", "of", "3"] for row in rows)
+    assert "loads with from_pretrained after 'import llm_pruner'" in result.out
+    assert "tiny: 136.1K -> 109.0K parameters (19.9% removed)" in result.out
+    assert "equal to its masked twin: largest difference " in result.out
+    quiet = ("--ratio", 0.2, "--criterion", "l2", "--no-verify", "--overwrite")
+    printed = done("prune", tiny, "--out", "out", *quiet).out
+    assert "not compared with its masked twin" in printed
+
+
+def test_removed_layers_and_what_spans_all_layers_are_printed(work: Path, tiny: Path) -> None:
+    options = ("--criterion", "random", "--dry-run", "--overwrite", "--unit-ratio", 0.5)
+    ffn = ("--structures", "layers,ffn,hidden", "--layers", "ffn=5-5")
+    shown = done("prune", tiny, "--out", "plan", *options, *ffn).out
+    plan = read_plan("plan")
+    gone = next(group.removed for group in plan.groups if group.kind == "layers")
+    rows = [" ".join(line.split()) for line in shown.splitlines()]
+    assert "layer ffn" in rows
+    assert f"{gone} removed" in rows or all(f"{layer} removed" in rows for layer in gone.split(","))
+    assert "5 40 of 80" in rows
+    assert "Kept across layers: 24 of 48 hidden, 4 of 6 layers" in rows
+    shown = done("prune", tiny, "--out", "plan", *options, "--structures", "hidden").out
+    assert shown.startswith("Kept across layers: 24 of 48 hidden\n")
+
+
+def test_pruned_models_can_be_pruned_and_evaluated_again(work: Path, tiny: Path) -> None:
+    first = prune(tiny, "first", "--ratio", 0.2)
+    second = prune("first", "second", "--ratio", 0.1)
+    assert second["parameters_before"] == first["parameters_after"]
+    assert second["ratio"] == pytest.approx(0.1, abs=0.005)
+    found = json.loads(
+        done("evaluate", "second", "--perplexity", "demo", "--max-tokens", 1024, "--json", "-").out
+    )
+    assert found["parameters"] == second["parameters_after"]
+    assert found["perplexity"][0]["perplexity"] > 1
+
+
+def test_overwrite_replaces_only_at_the_end(
+    work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with atomic_directory(Path("out"), overwrite=False) as out:
+        (out / "earlier").write_text("earlier")
+    before = contents(work)
+    options = ("prune", tiny, "--out", "out", "--ratio", 0.2, "--criterion", "l2", "--overwrite")
+    options += ("--no-verify",)
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", _raising(OSError("no space left")))
+        failed = run(*options)
+    assert failed.code == 1
+    assert failed.err == (
+        "llm-pruner: no space left; free space or give another place, then run again\n"
+    )
+    assert contents(work) == before
+    done(*options)
+    assert "earlier" not in contents(Path("out"))
+    assert set(contents(work)) == {"out", *(f"out/{name}" for name in contents(Path("out")))}
+
+
+def test_an_interrupted_run_leaves_nothing(
+    work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", _raising(KeyboardInterrupt()))
+    options = ("--ratio", 0.2, "--criterion", "l2")
+    result = run("prune", tiny, "--out", "a/b/out", *options)
+    assert result.code == 130
+    assert result.err == "llm-pruner: interrupted; nothing was written\n"
+    assert contents(work) == {}
+
+
+def _raising(error: BaseException) -> Any:
+    """Return a ``save_pretrained`` that raises once it has written everything."""
+    save_pretrained = PreTrainedModel.save_pretrained
+
+    def save(self: PreTrainedModel, *args: Any, **settings: Any) -> None:
+        save_pretrained(self, *args, **settings)
+        raise error
+
+    return save
+
+
+def test_surgery_that_goes_wrong_names_the_group_and_saves_nothing(
+    work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sabotaged(model: Any, discovery: Any, removal: Any) -> Any:
+        edits = prune_(model, discovery, removal)
+        if "layers.2.ffn" in removal:
+            weight = model.model.layers[2].mlp.down_proj.weight
+            weight.data = weight.data.roll(1, dims=1)
+        return edits
+
+    monkeypatch.setattr(llm_pruner.surgery.verify, "cut_", sabotaged)
+    options = ("--ratio", 0.2, "--criterion", "l2", "--structures", "ffn")
+    result = run("prune", tiny, "--out", "out", *options)
+    assert result.code == 1
+    assert result.out == ""
+    assert len(result.err.splitlines()) == 1
+    assert "the pruned model differs from its masked twin by" in result.err
+    assert "; at fault: layers.2.ffn; nothing was saved." in result.err
+    assert contents(work) == {}
+
+
+def test_a_folder_that_does_not_load_as_it_was_saved_is_not_kept(
+    work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pretrained = PreTrainedModel.save_pretrained
+
+    def save(self: PreTrainedModel, *args: Any, **settings: Any) -> None:
+        weight = self.model.layers[0].mlp.down_proj.weight
+        kept = weight.data
+        weight.data = kept + 1
+        save_pretrained(self, *args, **settings)
+        weight.data = kept
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
+    result = run("prune", tiny, "--out", "out", "--ratio", 0.2, "--criterion", "l2")
+    assert result.code == 1
+    assert "the saved folder gives logits that differ by" in result.err
+    assert contents(work) == {}
+
+
+@pytest.fixture
+def quick(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a demo of seconds: of a tiny model that prefers some tokens, with little text."""
+    tiny = save_tiny(work.parent / "sharp", initializer_range=0.2)
+    recipe = work.parent / "quick.yaml"
+    recipe.write_text("{structures: [ffn], criterion: fisher, samples: 4, seq_len: 24}")
+    monkeypatch.setattr(llm_pruner.models.load, "default_gguf", lambda: tiny)
+    monkeypatch.setattr(llm_pruner.commands.demo, "RECIPE", str(recipe))
+    monkeypatch.setattr(llm_pruner.commands.demo, "SAMPLES", 256)
+
+
+def test_demo(work: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_a_process = subprocess.run
+
+    def start(command: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
+        """Start a process for the pruned model alone: each takes seconds to import PyTorch."""
+        assert command[:4] == [sys.executable, "-m", "llm_pruner", "evaluate"]
+        if command[4].endswith("demo-out.compressing/pruned"):
+            return in_a_process(command, **settings)
+        result = run(*command[3:])
+        return subprocess.CompletedProcess(command, result.code, result.out, result.err)
+
+    monkeypatch.setattr(subprocess, "run", start)
+    result = done("demo", "--json", "found.json")
+    assert result.err == ""
+    assert max(map(len, result.out.splitlines())) <= 80
+    rows = [line.split() for line in result.out.splitlines()]
+    assert ["dense", "pruned", "recovered"] in rows
+    assert ["parameters", "136.1K", "109.0K", "109.0K"] in rows
+    lines = [line.strip() for line in result.out.splitlines()]
+    for row in ("size on disk", "perplexity, demo text", "prefill tokens/s", "decode tokens/s"):
+        assert any(line.startswith(row) for line in lines)
+    assert any(line.startswith("peak memory: ") for line in lines)
+    assert lines[-1] == "report: demo-out/report.html"
+    found = json.loads(Path("found.json").read_text())
+    assert found["path"] == "demo-out"
+    assert found["recovery"]["gained"]
+    assert found["measured"]["dense"]["parameters"] == DENSE
+    assert found["measured"]["pruned"]["parameters"] == found["parameters"]["after"]
+    assert load("demo-out").num_parameters() == found["parameters"]["after"]
+
+
+def test_demo_replaces_its_own_folder_and_no_other(
+    work: Path, tiny: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = {
+        "model": "tiny",
+        "parameters": DENSE,
+        "perplexity": [
+            {"perplexity": 2.0, "stderr": None, "corpus": "text", "tokens": 9, "window": 3}
+        ],
+        "zero_shot": None,
+        "speed": {"prefill_tokens_per_second": 1.0, "decode_tokens_per_second": 1.0},
+        "samples": {},
+    }
+    monkeypatch.setattr(
+        llm_pruner.commands.compress, "measure_apart", lambda *args, **keywords: figures
+    )
+    with atomic_directory(Path("demo-out"), overwrite=False) as earlier:
+        (earlier / "plan.json").write_text("earlier")
+    done("demo")
+    assert read_plan("demo-out/plan.json").model.name == "sharp"
+    refusal = "exists and is not empty, so nothing was written; choose another folder or pass"
+    other = run("demo", "--out", tiny)
+    assert (other.code, refusal in other.err) == (2, True)
+    Path("demo-out/plan.json").unlink()
+    mine = run("demo")
+    assert (mine.code, f"demo-out {refusal}" in mine.err) == (2, True)

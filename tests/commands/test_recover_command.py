@@ -1,0 +1,383 @@
+"""``llm-pruner recover``: what it saves, what it says, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+import llm_pruner.data.selfmade
+import llm_pruner.models.loading
+from command import WORDS, contents, done, run, save_tiny
+from helpers import tiny_tokenizer
+from llm_pruner.commands import recover as recovering
+from llm_pruner.models.load import load_model
+from llm_pruner.report.data import read_report
+
+QUICK = ("--seq-len", 64, "--batch-size", 8, "--max-steps", 4, "--evaluations", 2)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dense model, one pruned to layers of different sizes, and data."""
+    folder = tmp_path_factory.mktemp("recover")
+    save_tiny(folder / "dense", num_hidden_layers=4)
+    options = ("--structures", "ffn", "--layers", "ffn=1-2", "--no-verify", "--criterion", "l2")
+    done("prune", folder / "dense", "--out", folder / "small", "--ratio", 0.1, *options)
+    rows = [{"instruction": WORDS[n:20], "output": WORDS[n:] + WORDS} for n in range(15)]
+    rows += [{"instruction": WORDS[:n], "output": WORDS[::-1]} for n in range(1, 46)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(work: Path, *args: object) -> str:
+    """Run what must be refused in one line and leave nothing; return what it says."""
+    before = contents(work)
+    result = run("recover", *args)
+    assert result.code == 2, result
+    assert result.out == ""
+    assert contents(work) == before
+    assert len(result.err.splitlines()) == 1
+    return result.err.removeprefix("llm-pruner: ").rstrip("\n")
+
+
+def test_layers_that_differ_are_saved_as_they_came(work: Path, made: Path) -> None:
+    small = made / "small"
+    shown = done(
+        *("recover", small, "--out", "better", "--data", made / "rows.jsonl", *QUICK),
+        *("--perplexity", "demo", "--perplexity-seq-len", 512, "--json", "result.json"),
+    )
+    result = json.loads(Path("result.json").read_text())
+    assert result["gained"]
+    assert result["saved_as"] == "recipe"
+    assert result["loss"]["after"] < result["loss"]["before"]
+    assert sorted(path.name for path in work.iterdir()) == ["better", "result.json"]
+    assert Path("better/plan.json").read_bytes() == (small / "plan.json").read_bytes()
+    assert json.loads(Path("better/config.json").read_text()) == json.loads(
+        (small / "config.json").read_text()
+    )
+    before, after = (load_file(path / "model.safetensors") for path in (small, Path("better")))
+    assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
+    # The figures are those of the folder, loaded by nothing but transformers and the package.
+    code = (
+        "import llm_pruner, torch, sys\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "m = AutoModelForCausalLM.from_pretrained('better')\n"
+        "print(m(input_ids=torch.arange(3, 40)[None]).logits.double().square().sum().item())"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    logits = load_model("better").model(input_ids=torch.arange(3, 40)[None]).logits
+    assert float(ran.stdout) == pytest.approx(logits.double().square().sum().item())
+    # Its report carries on that of the pruned model.
+    report = read_report(Path("better/report.json"))
+    assert report.final == "recovered"
+    assert list(report.sizes) == ["dense", "pruned", "recovered"]
+    assert report.layers
+    assert report.recovery is not None
+    assert [one.step for one in report.recovery.loss] == [0, 1, 2, 3, 4]
+    assert [one.validation is None for one in report.recovery.loss] == [False, True] * 2 + [False]
+    (before,), (after,) = (report.evaluations[name].perplexity for name in ("pruned", "recovered"))
+    assert (before.perplexity, after.perplexity) == tuple(
+        result["perplexity"][0][name]["perplexity"] for name in ("before", "after")
+    )
+    assert report.command is not None
+    assert [part.split()[1] for part in report.command.split(" && ")] == ["prune", "recover"]
+    page = Path("better/report.html").read_text()
+    assert "Then it was recovered by LoRA of rank 8 on 57 samples of rows.jsonl, 4" in page
+    assert "Loss of the recovery training by step" in page
+    assert result["report"] == "better/report.html"
+    record = json.loads(Path("better/recovery.json").read_text())
+    assert record["settings"]["method"] == "lora"
+    assert record["sources"] == result["sources"]
+    # What is printed.
+    assert max(map(len, shown.out.splitlines())) <= 80
+    lines = [" ".join(line.split()) for line in shown.out.splitlines()]
+    assert lines[0].startswith("small: 4 steps, ")
+    assert any(line.startswith("rows.jsonl held out, 3 samples ") for line in lines)
+    assert any(line.startswith("demo text windows of 512 11,242 ") for line in lines)
+    assert "loads with from_pretrained, as before, with import llm_pruner" in lines
+    assert [line.split(",")[0] for line in shown.err.splitlines()] == [
+        "step 2 of 4: loss " + shown.err.split("loss ")[1].split(",")[0],
+        "step 4 of 4: loss " + shown.err.split("loss ")[2].split(",")[0],
+    ]
+
+
+def test_the_adapter_and_the_teacher(work: Path, made: Path) -> None:
+    dense, small = made / "dense", made / "small"
+    options = ("--data", made / "rows.jsonl", "--teacher", dense, "--teacher-cache", "cache")
+    result = done(
+        *("recover", small, "--out", "better", *options, *QUICK, "--keep-adapter", "--json", "-")
+    )
+    assert json.loads(result.out)["gained"]
+    assert result.err == ""
+    assert len(list(Path("cache").glob("*/ids.bin"))) == 2  # to train on, and held out
+    adapted = PeftModel.from_pretrained(load_model(str(small)).model, "better/adapter")
+    tokens = torch.arange(3, 60)[None]
+    wanted = adapted.eval()(input_ids=tokens).logits
+    found = load_model("better").model(input_ids=tokens).logits
+    assert torch.allclose(found, wanted, atol=1e-5)
+    # Another teacher says other things, and the student follows.
+    plain = done("recover", small, "--out", "plain", *options[:2], *QUICK)
+    assert plain.code == 0
+    one, two = (load_file(f"{name}/model.safetensors") for name in ("better", "plain"))
+    assert any(not torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--dora", "--gradient-checkpointing"),
+        ("--lora-start", "pissa", "--rslora"),
+        ("--dtype", "bfloat16"),
+        ("--bf16", "--method", "full"),
+    ],
+)
+def test_other_ways_to_train(work: Path, made: Path, options: tuple[object, ...]) -> None:
+    data = ("--data", made / "rows.jsonl")
+    result = done(
+        "recover", made / "small", "--out", "better", *data, *QUICK, *options, "--json", "-"
+    )
+    found = json.loads(result.out)
+    assert found["gained"]
+    # What is said of the merged model is true of the folder.
+    dtype = "bfloat16" if "bfloat16" in options else "float32"
+    model = load_model("better", dtype=dtype).model
+    assert next(model.parameters()).dtype == getattr(torch, dtype)
+    weights = load_file(made / "small" / "model.safetensors")
+    assert any(
+        not torch.equal(one, weights[name].to(one.dtype)) for name, one in model.named_parameters()
+    )
+
+
+@pytest.mark.parametrize(
+    ("fast", "options", "wanted"),
+    [
+        (True, (), True),
+        (False, (), False),
+        (True, ("--no-bf16",), False),
+        (False, ("--bf16",), True),
+        (True, ("--dtype", "bfloat16"), False),
+    ],
+)
+def test_bfloat16_where_the_processor_is_fast_at_it(
+    work: Path,
+    made: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fast: bool,
+    options: tuple[object, ...],
+    wanted: bool,
+) -> None:
+    monkeypatch.setattr(recovering, "multiplies_bfloat16", lambda _: fast)
+    data = ("--data", made / "rows.jsonl", *QUICK, "--max-steps", 1)
+    done("recover", made / "small", "--out", "better", *data, *options)
+    assert json.loads(Path("better/recovery.json").read_text())["settings"]["bf16"] is wanted
+
+
+def test_an_interruption_says_how_to_go_on(
+    work: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llm_pruner.recovery.trainer import RecoveryTrainer
+
+    real = RecoveryTrainer.training_step
+
+    def interrupted(self: RecoveryTrainer, *args: object, **keywords: object) -> object:
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return real(self, *args, **keywords)
+
+    monkeypatch.setattr(RecoveryTrainer, "training_step", interrupted)
+    command = ("recover", made / "small", "--out", "better", "--data", made / "rows.jsonl", *QUICK)
+    result = run(*command)
+    assert result.code == 130
+    assert result.err.splitlines()[-1] == "llm-pruner: interrupted; go on with --resume"
+    monkeypatch.undo()
+    monkeypatch.chdir(work)
+    done(*command, "--resume")
+    assert json.loads(Path("better/recovery.json").read_text())["steps"] == 4
+
+
+def test_no_gain_gives_the_model_back_to_the_bit(work: Path, made: Path) -> None:
+    small = made / "small"
+    options = ("--data", made / "rows.jsonl", *QUICK, "--learning-rate", 50, "--method", "full")
+    result = done("recover", small, "--out", "same", *options)
+    assert "warning: training brought no gain (held-out loss 5." in result.err
+    assert result.err.rstrip().endswith(
+        "so same holds the model as it came; use more data, another --learning-rate or more steps"
+    )
+    before, after = (load_file(path / "model.safetensors") for path in (small, Path("same")))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys()
+    assert Path("same/plan.json").read_bytes() == (small / "plan.json").read_bytes()
+
+
+def test_self_made_text_trains_a_student(work: Path, made: Path) -> None:
+    options = ("--data", "self", "--teacher", made / "dense", "--samples", 30, "--seq-len", 24)
+    result = done(
+        *("recover", made / "small", "--out", "better", *options),
+        *("--batch-size", 8, "--json", "-"),
+    )
+    (source,) = json.loads(result.out)["sources"]
+    assert (source["name"], source["train_samples"], source["held_out_samples"]) == ("self", 29, 1)
+
+
+def test_what_the_teacher_wrote_is_kept_for_other_runs(
+    work: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--data", "self", "--teacher", made / "dense", "--samples", 30, "--seq-len", 24)
+    options = (*options, "--teacher-cache", "cache", "--max-steps", 2)
+    done("recover", made / "small", "--out", "one", *options)
+
+    def write(*_: object, **__: object) -> None:
+        raise AssertionError("it wrote again")
+
+    monkeypatch.setattr(llm_pruner.data.selfmade, "write_windows", write)
+    done("recover", made / "small", "--out", "two", *options, "--distill-weight", 0)
+
+
+def test_an_interrupted_run_is_not_lost_by_accident(work: Path, made: Path) -> None:
+    options = ["--data", made / "rows.jsonl", *QUICK, "--save-every", 1]
+    Path("better.recovering").mkdir()
+    said = refused(work, made / "small", "--out", "better", *options)
+    assert said == (
+        "better.recovering holds a run that was interrupted; go on with --resume, or throw it "
+        "away with --restart"
+    )
+    said = refused(work, made / "small", "--out", "better", *options, "--resume", "--restart")
+    assert said == "--resume and --restart say different things; give one of them"
+    Path("better.recovering/run.json").write_text('{"model": "other"}')
+    said = refused(work, made / "small", "--out", "better", *options, "--resume")
+    assert said == (
+        "the interrupted run has model=other and this one model=small; give the same options, or "
+        "begin anew with --restart"
+    )
+    done("recover", made / "small", "--out", "better", *options, "--restart")
+    assert not Path("better.recovering").exists()
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail if a model is loaded."""
+
+    def load_model(source: str, **settings: object) -> None:
+        raise AssertionError(f"{source} was loaded")
+
+    monkeypatch.setattr(llm_pruner.models.loading, "load_model", load_model)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--preset", "fast"], "preset 'fast' is unknown; use one of paper, quick"),
+        (["--method", "qlora"], "method 'qlora' is unknown; use one of lora, full, norms"),
+        (["--learning-rate", 0], "--learning-rate 0.0 trains nothing; use a number above 0"),
+        (["--epochs", "nan"], "--epochs nan trains nothing; use a number above 0"),
+        (["--max-minutes", -1], "--max-minutes -1.0 trains nothing; use a number above 0"),
+        (["--batch-size", 0], "--batch-size 0 is too small; use 1 or more"),
+        (["--seq-len", 1], "--seq-len 1 is too small; use 2 or more"),
+        (["--schedule", "flat"], "schedule 'flat' is unknown; use one of linear, cosine"),
+        (["--lora-dropout", 1], "--lora-dropout 1.0 is outside [0, 1); use such as 0.05"),
+        (["--lora-start", "svd"], "lora-start 'svd' is unknown; use one of default, pissa, olora"),
+        (["--samples", 1], "--samples 1 leaves nothing to train on or to judge by; use 2 or more"),
+        (["--data", "self"], "--data self is text that the dense model writes; name that model"),
+        (["--data", "absent.jsonl"], "absent.jsonl does not exist; check the path of the text"),
+        (["--method", "full", "--keep-adapter"], "method full has no adapter to keep; leave --ke"),
+        (["--lora-start", "pissa", "--keep-adapter"], "an adapter that started from pissa fits no"),
+        (["--teacher", "x", "--temperature", 0], "--temperature 0.0 is no temperature; use such"),
+        (["--teacher", "x", "--distill-weight", 2], "--distill-weight 2.0 is outside [0, 1]; use"),
+        (["--teacher", "x", "--teacher-top-k", 0], "--teacher-top-k 0 keeps nothing; use 1 or"),
+        (["--report-to", "paper"], "report-to 'paper' is unknown; use one of none, tensorboard"),
+    ],
+)
+def test_settings_are_refused_before_the_model_is_loaded(
+    work: Path, made: Path, unloaded: None, options: list[object], said: str
+) -> None:
+    data = () if "--data" in options else ("--data", made / "rows.jsonl")
+    assert refused(work, "any/model", "--out", "out", *data, *options).startswith(said)
+
+
+def test_what_does_not_fit_the_model_is_refused(work: Path, made: Path) -> None:
+    data = ("--data", made / "rows.jsonl")
+    small = made / "small"
+    said = refused(work, small, "--out", "out", *data, "--seq-len", 513)
+    assert said == "--seq-len 513 is longer than the model's maximum; use 512 or less"
+    said = refused(work, small, "--out", "out", *data, "--template", "chat")
+    assert said == "the tokenizer has no chat template; use --template alpaca"
+    said = refused(work, small, "--out", "out", *data, "--method", "full", "--dtype", "bfloat16")
+    assert said.startswith("method full on half-precision weights loses most of its small steps;")
+    said = refused(work, small, "--out", small, *data, "--overwrite")
+    assert said.endswith("is read by this command, so it is not replaced; give another --out")
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(work: Path, made: Path) -> None:
+    other = save_tiny(work / "other", num_hidden_layers=1, vocab_size=300)
+    tiny_tokenizer().save_pretrained(other)
+    options = ("--data", made / "rows.jsonl", "--teacher", other)
+    said = refused(work, made / "small", "--out", "out", *options)
+    assert said == (
+        "other has another vocabulary (300 tokens) than small (259); name the dense model that "
+        "the student was cut from"
+    )
+
+
+@pytest.mark.parametrize(
+    ("variables", "options", "said"),
+    [
+        ({}, [], "WORLD_SIZE says that 2 processes were started, and they cannot meet ("),
+        ({}, ["--device", "cuda:0"], "--device cuda:0 is one device, and several processes were"),
+        (
+            {"WORLD_SIZE": "1"},
+            ["--shard"],
+            "--shard spreads the model over several processes, and one was started; start ",
+        ),
+        (
+            {"ACCELERATE_USE_FSDP": "true"},
+            ["--dora"],
+            "--dora and --lora-start read whole weights, and --shard (FSDP) spreads them; ",
+        ),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true"},
+            [],
+            "recover trains several processes with DDP or FSDP, and DeepSpeed was asked for; ",
+        ),
+    ],
+)
+def test_processes_that_cannot_train_together_are_refused(
+    work: Path,
+    made: Path,
+    unloaded: None,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    options: list[str],
+    said: str,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    data = ("--data", made / "rows.jsonl")
+    assert refused(work, "any/model", "--out", "out", *data, *options).startswith(said)
+
+
+def test_a_model_that_was_not_pruned_says_so(work: Path, made: Path) -> None:
+    options = ("--data", made / "rows.jsonl", *QUICK, "--perplexity", "demo")
+    done("recover", made / "dense", "--out", "better", *options, "--perplexity-seq-len", 512)
+    report = read_report(Path("better/report.json"))
+    assert list(report.evaluations) == ["dense", "recovered"]
+    page = Path("better/report.html").read_text()
+    assert "<h1>dense,<wbr> recovered</h1>" in page
+    assert "dense was recovered by LoRA of rank 8 on 57 samples of rows.jsonl, 4 steps." in page
+    assert "pruned" not in page.split("<footer>")[0].split("<body>")[1]

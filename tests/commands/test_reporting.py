@@ -1,0 +1,382 @@
+"""Reports of real runs, through the command line: prune, evaluate --report, compare."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from gguf import GGUFWriter
+from safetensors.torch import load_file
+
+import llm_pruner.models.loading
+import llm_pruner.report.facts
+import llm_pruner.report.write
+from command import contents, done, run, save_tiny, write_text
+from llm_pruner.cli.output import command_line
+from llm_pruner.files.outputs import MANIFEST
+from llm_pruner.report.data import read_report
+from llm_pruner.report.facts import source_of
+from llm_pruner.report.measured import as_evaluation
+from llm_pruner.report.render import digest, render_card, render_html
+
+REPORT = ("report.html", "report.json", "README.md")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pruned folder, which tests copy before they change it."""
+    folder = tmp_path_factory.mktemp("pruned") / "small"
+    text = write_text(folder.parent / "text.txt")
+    options = ("--ratio", 0.2, "--calibration", text, "--samples", 4, "--seq-len", 24)
+    done("prune", tiny, "--out", folder, *options)
+    return folder
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pruned: Path) -> Path:
+    """A current folder with a copy of the pruned folder."""
+    shutil.copytree(pruned, tmp_path / "small")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(*args: object) -> str:
+    """Run a command that must be refused and change nothing; return the line that it says."""
+    before = contents(Path())
+    result = run(*args)
+    assert (result.code, result.out) == (2, "")
+    assert len(result.err.splitlines()) == 1
+    assert contents(Path()) == before
+    return result.err.removeprefix("llm-pruner: ").rstrip("\n")
+
+
+def test_every_run_leaves_a_report(tiny: Path, pruned: Path) -> None:
+    assert {path.name for path in pruned.iterdir()} >= set(REPORT)
+    report = read_report(pruned / "report.json")
+    weights = load_file(pruned / "model.safetensors")
+    assert report.sizes["pruned"].total == sum(weight.numel() for weight in weights.values())
+    assert report.sizes["dense"].total == 136_080
+    assert report.sizes["dense"].bytes == 4 * 136_080
+    assert (report.saved_as, report.needs) == ("recipe", ("import llm_pruner",))
+    assert 0 <= report.twin_difference <= 1e-5
+    # What is left, and what was removed, agree with the plan.
+    plan = json.loads((pruned / "plan.json").read_text())
+    removed = {group["name"]: group["removed"] for group in plan["groups"]}
+    for layer in report.layers:
+        if layer.layer is not None:
+            kept, dense = layer.sizes["ffn"]
+            assert (kept < dense) == (f"layers.{layer.layer}.ffn" in removed)
+    maps = {found.kind: found.rows for found in report.importance}
+    assert set(maps) == {"heads", "ffn"}
+    # One layer in six is protected at the start and one at the end.
+    assert [row.layer for row in maps["ffn"]] == [1, 2, 3, 4]
+    for row in maps["ffn"]:
+        kept, dense = report.layers[1 + row.layer].sizes["ffn"]
+        assert (row.units, row.removed) == (dense, dense - kept)
+        assert all(value > 0 for value in row.bins)
+    assert report.criterion.endswith("on 4 × 24 tokens of text.txt")
+    assert report.settings["Calibration"]["samples"] == 4
+    assert report.settings["Selection"]["structures"] == ["heads", "ffn"]
+    assert report.settings["Model"]["dtype"] == "float32"
+    assert report.versions["torch"]
+    assert report.command.startswith(f"llm-pruner prune {tiny} --out {pruned} --ratio 0.2")
+    # What was not measured is not there.
+    assert report.evaluations == {}
+    assert report.recovery is None
+    page, card = ((pruned / name).read_text() for name in ("report.html", "README.md"))
+    assert page == render_html(report)
+    assert card == render_card(report)
+    assert digest(card) == report.card_digest
+    assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "transformers"
+    assert "import llm_pruner" in card
+    modes = {(pruned / name).stat().st_mode & 0o044 for name in REPORT}
+    assert modes == {0o044}
+
+
+def test_prune_says_where_the_report_is(tiny: Path, work: Path) -> None:
+    options = ("--ratio", 0.2, "--criterion", "l1", "--no-verify")
+    assert "\nreport: out/report.html\n" in done("prune", tiny, "--out", "out", *options).out
+    done("prune", tiny, "--out", "plan.json", *options, "--dry-run")
+    assert not Path("report.html").exists()
+    # A plan that is replayed estimates nothing, so there is no importance to show.
+    done("prune", tiny, "--out", "again", "--plan", "plan.json", "--no-verify")
+    report = read_report(Path("again/report.json"))
+    assert report.importance == ()
+    assert report.criterion == "L1 importance (aggregate sum)"
+    # A pruned model can be pruned again, and its old report does not come along.
+    done("prune", "out", "--out", "third", "--ratio", 0.1, "--criterion", "l1", "--no-verify")
+    report = read_report(Path("third/report.json"))
+    assert report.source.name == "out"
+
+
+def test_a_report_that_fails_costs_no_checkpoint(
+    tiny: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def files(report: object) -> dict[str, str]:
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(llm_pruner.report.write, "files", files)
+    options = ("--ratio", 0.2, "--criterion", "l2", "--no-verify")
+    with pytest.warns(UserWarning, match=r"no report was written \(RuntimeError: no fonts\); the"):
+        result = done("prune", tiny, "--out", "out", *options, "--json", "-")
+    assert json.loads(result.out)["report"] is None
+    assert Path("out/model.safetensors").is_file()
+    assert not Path("out/report.html").exists()
+
+
+def test_evaluate_adds_to_the_report(tiny: Path, work: Path) -> None:
+    text = write_text(Path("own.txt"))
+    before = contents(Path())
+    options = ("--perplexity", text, "--seq-len", 100, "--report", "small")
+    shown = done("evaluate", "small", *options, "--prompt", "the old").out
+    assert shown.endswith("added to small/report.html\n")
+    done("evaluate", tiny, *options, "--json", "dense.json")
+    report = read_report(Path("small/report.json"))
+    dense, small = (report.evaluations[name].perplexity[0] for name in ("dense", "pruned"))
+    said = json.loads(Path("dense.json").read_text())
+    assert dense.perplexity == said["perplexity"][0]["perplexity"]
+    assert small.perplexity != dense.perplexity
+    assert list(report.evaluations["pruned"].samples) == ["the old"]
+    page, card = (Path("small", name).read_text() for name in ("report.html", "README.md"))
+    assert page == render_html(report)
+    assert "own.txt" in page
+    assert "own.txt" in card
+    # All else is as it was: measuring leaves the checkpoint alone.
+    after = contents(Path())
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {f"small/{name}" for name in (*REPORT, MANIFEST)}
+
+
+def test_a_card_that_was_edited_is_left_alone(work: Path) -> None:
+    write_text(Path("own.txt"))
+    edited = Path("small/README.md").read_text() + "\nMine.\n"
+    Path("small/README.md").write_text(edited)
+    done("evaluate", "small", "--perplexity", "own.txt", "--seq-len", 64, "--report", "small")
+    assert Path("small/README.md").read_text() == edited
+    assert "own.txt" in Path("small/report.html").read_text()
+
+
+def test_evaluate_refuses_reports_of_other_models(
+    work: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = save_tiny(tmp_path_factory.mktemp("other") / "other", num_hidden_layers=2)
+    said = refused("evaluate", other, "--prompt", "the", "--report", "small")
+    assert said.startswith(f"{other} has 61,968 parameters and is ")
+    assert "neither the model in small nor tiny, of which it was made; nothing was added" in said
+    monkeypatch.setattr(llm_pruner.models.loading, "load_model", None)  # not reached
+    Path("empty").mkdir()
+    said = refused("evaluate", "small", "--prompt", "the", "--report", "empty")
+    assert said == "empty has no report.json; name a folder that llm-pruner prune wrote"
+    Path("small/report.json").write_text("{}")
+    said = refused("evaluate", "small", "--prompt", "the", "--report", "small")
+    assert said.startswith("small/report.json has format_version None")
+
+
+def test_what_is_measured_becomes_a_part() -> None:
+    """In the forms of ``evaluate`` and of ``bench``."""
+    metrics = {
+        "acc": {"value": 0.5, "stderr": 0.1, "higher_is_better": True},
+        "acc_norm": {"value": 0.625, "stderr": None, "higher_is_better": None},
+        "bits": {"value": 0.7, "stderr": None, "higher_is_better": False},
+        "points": {"value": 31.0, "stderr": None, "higher_is_better": True},
+    }
+    task = {"task": "piqa", "metrics": metrics, "paper_metric": "acc", "documents": 20}
+    found = as_evaluation({"bytes": 1000, "zero_shot": {"tasks": [task]}})
+    scores = [(s.task, s.metric, s.value, s.stderr, s.items, s.in_mean) for s in found.tasks]
+    assert scores == [
+        ("piqa", "acc", 0.5, 0.1, 20, True),
+        ("piqa", "acc_norm", 0.625, None, 20, False),
+    ]
+    assert [(m.name, m.value, m.better) for m in found.measurements] == [
+        ("size on disk", 1000, "lower")
+    ]
+    settings = {"prompt_tokens": 64, "new_tokens": 32, "batch_size": 2}
+    speed = {
+        "prefill_tokens_per_second": 128.0,
+        "decode_tokens_per_second": 16.0,
+        "prefill_seconds": [1.0, 0.5, 2.0],
+        "decode_seconds": [4.0],
+        **settings,
+    }
+    memory = {"prefill": 10, "decode": 20, **settings}
+    found = as_evaluation({"macs": 2e9, "memory": [memory], "speed": [speed]})
+    rows = {m.name: (m.unit, m.value, m.low, m.high, m.better) for m in found.measurements}
+    assert rows == {
+        "one forward pass over 64 tokens": ("MACs", 2e9, None, None, "lower"),
+        "peak memory of prefill (64 tokens, batch 2)": ("B", 10, None, None, "lower"),
+        "peak memory of decode (32 tokens, batch 2)": ("B", 20, None, None, "lower"),
+        # 2 x 64 tokens in 2 and in half a second.
+        "prefill (64 tokens, batch 2)": ("tokens/s", 128.0, 64.0, 256.0, "higher"),
+        "decode (32 tokens, batch 2)": ("tokens/s", 16.0, None, None, "higher"),
+    }
+    assert as_evaluation({"speed": speed}).measurements[0].value == 128.0
+
+
+def test_the_licence_comes_along(work: Path) -> None:
+    Path("model").mkdir()
+    assert source_of("model", "model", None, object()).license is None
+    Path("model/README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    found = source_of("model", "model", None, object())
+    assert (found.license, found.hub_id, found.architecture) == ("mit", None, "object")
+    assert source_of("org/model", "org/model", "abc", object()).hub_id == "org/model"
+    for licence in ("apache-2.0", None):
+        writer = GGUFWriter("model.gguf", "llama")
+        writer.add_languages(["en", "de"])
+        writer.add_quantization_version(2)
+        if licence is not None:
+            writer.add_license(licence)
+        writer.add_context_length(64)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        assert source_of("model.gguf", "model", None, object()).license == licence
+    Path("model.gguf").write_bytes(b"GGUF")
+    assert source_of("model.gguf", "model", None, object()).license is None
+
+
+def test_the_command_is_for_a_shell_and_tells_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/anna")
+    given = [
+        "prune",
+        "/home/anna/my model",
+        "--out=/home/anna/x",
+        "/home/annabel/y",
+        "a b",
+        "--z=1",
+    ]
+    monkeypatch.setattr("sys.argv", ["/usr/bin/llm-pruner", *given])
+    assert command_line() == ("llm-pruner prune ~/'my model' --out ~/x /home/annabel/y 'a b' --z=1")
+
+
+# Compare.
+
+
+@pytest.fixture
+def pair(work: Path, tiny: Path) -> Path:
+    """Two pruned models with reports; of both and of the dense one the perplexity is known."""
+    write_text(Path("own.txt"))
+    shutil.copytree("small", "other")
+    for folder, values in (("small", (9.5, 3.25)), ("other", (9.5, 4.0))):
+        report = read_report(Path(folder, "report.json"))
+        for variant, value in zip(("dense", "pruned"), values, strict=True):
+            result: dict[str, Any] = {"corpus": "own.txt", "window": 64, "tokens": 630}
+            data = {"perplexity": [{**result, "perplexity": value, "stderr": 0.25}]}
+            report = report.with_evaluation(variant, as_evaluation(data))
+        Path(folder, "report.json").write_text(report.to_json())
+    return work
+
+
+def test_compare_shows_models_side_by_side(pair: Path) -> None:
+    shown = done("compare", "small", "20% again=other", "--json", "found.json").out
+    assert max(map(len, shown.splitlines())) <= 80
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert "model parameters removed weights" in lines
+    assert "dense 136.1K - 0.5 MB" in lines
+    assert "small 109.0K 19.9% 0.4 MB" in lines
+    assert "dense 9.50 ± 0.25" in lines
+    assert "small 3.25 ± 0.25" in lines
+    assert "20% again 4.00 ± 0.25" in lines
+    assert "own.txt: windows of 64, 630 tokens" in lines
+    found = json.loads(Path("found.json").read_text())
+    models = {model["label"]: model for model in found["models"]}
+    assert list(models) == ["dense", "small", "20% again"]
+    assert models["small"]["removed"] == pytest.approx(0.2, abs=0.005)
+    assert models["20% again"]["perplexity"][0]["perplexity"] == 4.0
+
+
+def test_compare_writes_a_table_for_a_readme(pair: Path) -> None:
+    written = done("compare", "small", "other", "--markdown").out
+    assert written.splitlines()[:4] == [
+        "| model | parameters | removed | weights | perplexity, own.txt |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| dense | 136.1K | – | 0.5 MB | 9.50 ± 0.25 |",
+        "| small | 109.0K | 19.9% | 0.4 MB | 3.25 ± 0.25 |",
+    ]
+    # What is the same for all is said once.
+    assert "- units: heads, FFN channels\n" in written
+    assert "- chosen by: Taylor importance" in written
+
+
+def test_compare_writes_a_page(pair: Path) -> None:
+    shown = done("compare", "small", "other", "--html", "pages/compare.html").out
+    assert shown.endswith("written to pages/compare.html\n")
+    page = Path("pages/compare.html").read_text()
+    assert "3 models compared" in page
+    assert "4.00 ± 0.25" in page
+    assert page.count("<svg") == 2
+
+
+def test_compare_reads_checkpoints_without_reports(pair: Path, tiny: Path) -> None:
+    for name in REPORT:
+        Path("other", name).unlink()
+    shown = done("compare", tiny, "other", "small").out
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    # The dense model that is named is the one that the reports know of.
+    assert [line for line in lines if line.startswith("dense")] == []
+    assert "tiny 136.1K - 0.5 MB" in lines
+    assert "tiny 9.50 ± 0.25" in lines
+    assert any(line.startswith("other 109.0K 19.9%") for line in lines)
+
+
+def test_many_columns_are_split(pair: Path) -> None:
+    report = read_report(Path("small/report.json"))
+    tasks = [
+        {
+            "task": f"a_task_of_number_{n}",
+            "metrics": {"acc": {"value": n / 10, "stderr": 0.01}},
+            "paper_metric": "acc",
+        }
+        for n in range(9)
+    ]
+    report = report.with_evaluation("pruned", as_evaluation({"zero_shot": {"tasks": tasks}}))
+    Path("small/report.json").write_text(report.to_json())
+    shown = done("compare", "small", "other").out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "Zero-shot accuracy, percent (continued)" in shown
+    assert "40.0 ± 1.0" in shown
+    assert "mean: of the tasks above" in shown
+
+
+def test_compare_refuses(pair: Path) -> None:
+    Path("empty").mkdir()
+    Path("config").mkdir()
+    Path("config/config.json").write_text("{}")
+    for args, said in (
+        (("absent",), "absent is no folder; name checkpoints that llm-pruner prune wrote"),
+        (("a=absent",), "absent is no folder; name checkpoints that llm-pruner prune wrote"),
+        (("empty",), "empty has neither report.json nor config.json, so it is no checkpoint; name"),
+        (("config",), "config has no safetensors; name folders that llm-pruner prune wrote"),
+        (("small", "small"), "two models are called 'small'; tell them apart with NAME=DIR"),
+        (("small", "--html", "empty"), "--html empty is a folder; name the file to write"),
+        (
+            ("small", "--markdown", "--json", "-"),
+            "--markdown and --json - both write to stdout; give --json a file",
+        ),
+    ):
+        assert refused("compare", *args).startswith(said)
+    for name in ("report.json", "plan.json"):
+        Path("other", name).unlink()
+    weights = Path("other/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert refused("compare", "other").startswith("other/model.safetensors cannot be read (")
+
+
+def test_names_cannot_steer_the_comparison(pair: Path) -> None:
+    name = "[red]x\x1b[31m|<b>"
+    shown = done("compare", f"{name}=small", "other").out
+    assert "\x1b" not in shown
+    assert "[red]x\N{REPLACEMENT CHARACTER}[31m|<b>" in shown
+    written = done("compare", f"{name}=small", "other", "--markdown").out
+    assert "\x1b" not in written
+    assert "| \\[red\\]x\N{REPLACEMENT CHARACTER}\\[31m\\|\\<b\\> |" in written
+    said = refused("compare", "\x1b[31mabsent")
+    assert "\x1b" not in said

@@ -1,0 +1,214 @@
+"""Least squares: the formula, never worse, and closer to the dense model in many families."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from families import make
+from helpers import tiny_model
+from llm_pruner.compensation import held_out_samples, refit, refit_
+from llm_pruner.compensation.least_squares import Moments, best_refit, refitted
+from llm_pruner.discovery.groups import discover
+from llm_pruner.errors import UserError
+from llm_pruner.surgery.cut import prune_
+from llm_pruner.types import Removal
+
+
+def tokens(samples: int = 24, length: int = 16) -> torch.Tensor:
+    return torch.randint(3, 100, (samples, length), generator=torch.Generator().manual_seed(2))
+
+
+def moments(rows: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> Moments:
+    sums = Moments.zeros(targets.T @ rows)
+    sums.add(rows, targets, weights)
+    return sums
+
+
+def test_the_formula_minimises_fit_and_distance() -> None:
+    torch.manual_seed(0)
+    rows, targets = torch.randn(50, 6).double(), torch.randn(50, 3).double()
+    rows *= torch.tensor([0.5, 1, 1, 2, 5, 10])
+    weights, weight = torch.rand(50).double(), torch.randn(3, 6).double()
+    sums = moments(rows, targets, weights)
+    damping = 0.5 * sums.gram.diagonal()
+    expected = nn.Parameter(weight.clone())
+
+    def loss() -> torch.Tensor:
+        fit = (weights[:, None] * (rows @ expected.T - targets).square()).sum()
+        return fit + (damping * (expected - weight).square()).sum()
+
+    with torch.no_grad():
+        expected.copy_(refitted(weight, sums, 0.5))
+    (gradient,) = torch.autograd.grad(loss(), expected)
+    assert gradient.abs().max() < 1e-10
+    plain = (weights[:, None] * (rows @ weight.T - targets).square()).sum()
+    assert sums.error(weight) == pytest.approx(
+        float(plain / (weights[:, None] * targets.square()).sum())
+    )
+    # An infinite ridge leaves the weight alone; it does not shrink it.
+    torch.testing.assert_close(refitted(weight, sums, 1e12), weight, atol=1e-8, rtol=0)
+
+
+def test_a_fit_to_noise_is_refused() -> None:
+    torch.manual_seed(0)
+    rows, weight = torch.randn(8, 6).double(), torch.randn(3, 6).double()
+    held_rows = torch.randn(400, 6).double()
+    noise = torch.randn(8, 3).double() * 5
+    fit = moments(rows, rows @ weight.T + noise, torch.ones(8))
+    held_out = moments(held_rows, held_rows @ weight.T, torch.ones(400))
+    kept, ridge, before, after = best_refit(weight, fit, held_out)
+    assert ridge is None
+    assert kept is weight
+    assert before == after
+
+
+def removal_of(model: nn.Module, kinds: tuple[str, ...]) -> tuple[object, Removal]:
+    discovery = discover(model)
+    generator = np.random.default_rng(0)
+    removal = {}
+    for group in discovery.groups:
+        if group.kind in kinds and group.frozen is None:
+            count = max(1, group.size // 3)
+            if group.kind == "layers":
+                count = 1
+            count += (group.size - count) % group.multiple
+            removal[group.name] = np.sort(generator.permutation(group.size)[:count])
+    return discovery, removal
+
+
+def divergence(model: nn.Module, dense: nn.Module, ids: torch.Tensor) -> float:
+    with torch.no_grad():
+        p = model(ids, use_cache=False).logits.log_softmax(-1)
+        q = dense(ids, use_cache=False).logits.log_softmax(-1)
+    return float(F.kl_div(p, q, log_target=True, reduction="none").sum(-1).mean())
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("llama", ("heads", "ffn")),
+        ("llama", ("ffn", "hidden")),
+        ("llama", ("layers", "ffn")),
+        ("gpt2", ("heads", "ffn")),
+        ("gpt_neox", ("heads", "ffn")),
+        ("falcon", ("ffn",)),
+        ("gemma3_text", ("ffn",)),
+        ("opt", ("ffn",)),
+        ("mixtral", ("heads",)),
+    ],
+)
+def test_refitted_models_are_closer_to_the_dense_one(name: str, kinds: tuple[str, ...]) -> None:
+    dense = make(name)
+    model = copy.deepcopy(dense)
+    discovery, removal = removal_of(model, kinds)
+    prune_(model, discovery, removal)
+    masked = copy.deepcopy(model)
+    before = {key: value.clone() for key, value in dense.state_dict().items()}
+    ids = tokens()
+    done = refit_(model, dense, discovery, removal, ids)
+    assert all(one.after <= one.before for one in done)
+    assert sum(one.ridge is not None for one in done) >= len(done) / 2
+    assert len({one.module for one in done}) == len(done) > 0
+    fresh = torch.randint(3, 100, (16, 16), generator=torch.Generator().manual_seed(9))
+    assert divergence(model, dense, fresh) < divergence(masked, dense, fresh)
+    assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
+    changed = {
+        key
+        for key, value in model.state_dict().items()
+        if not torch.equal(value, masked.state_dict()[key])
+    }
+    assert changed <= {f"{one.module}.weight" for one in done if one.ridge is not None}
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_what_lost_nothing_is_left_alone() -> None:
+    dense = make("llama")
+    model = copy.deepcopy(dense)
+    discovery = discover(model)
+    removal = {"layers.1.ffn": np.arange(8)}
+    prune_(model, discovery, removal)
+    done = refit_(model, dense, discovery, removal, tokens())
+    assert [one.module for one in done] == ["model.layers.1.mlp.down_proj"]
+
+
+def test_held_out_samples_lie_together_at_the_end() -> None:
+    assert held_out_samples(2, 16).tolist() == [False, True]
+    assert held_out_samples(24, 16).tolist() == [False] * 21 + [True] * 3
+    assert int(held_out_samples(800, 512).sum()) == 8
+
+
+def test_the_first_token_of_a_sample_is_fitted_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most models have their attention sink there, so it may not be one token among many."""
+    dense = make("llama")
+    ids = tokens(32, 64)
+
+    def errors(share: float) -> torch.Tensor:
+        """Return the relative error of the logits by position."""
+        model = copy.deepcopy(dense)
+        discovery, removal = removal_of(model, ("heads", "ffn"))
+        prune_(model, discovery, removal)
+        monkeypatch.setattr(refit, "FIRST", share)
+        refit_(model, dense, discovery, removal, ids)
+        with torch.no_grad():
+            wanted = dense(ids, use_cache=False).logits
+            found = model(ids, use_cache=False).logits
+        gap: torch.Tensor = (found - wanted).square().sum(-1).mean(0)
+        return gap / wanted.square().sum(-1).mean(0)
+
+    usual = refit.FIRST
+    alike, first = errors(0.0), errors(usual)
+    assert first[0] < 0.9 * alike[0]
+    assert first[1:].mean() < 1.2 * alike[1:].mean()
+
+
+def test_a_channel_that_another_can_stand_for_costs_nothing() -> None:
+    dense = make("llama")
+    mlp = dense.model.layers[0].mlp
+    with torch.no_grad():
+        for projection in (mlp.gate_proj, mlp.up_proj):
+            projection.weight[7] = projection.weight[3]
+    model = copy.deepcopy(dense)
+    discovery = discover(model)
+    removal = {"layers.0.ffn": np.array([7])}
+    prune_(model, discovery, removal)
+    masked = copy.deepcopy(model)
+    refit_(model, dense, discovery, removal, tokens(64), ridges=(1e-7,))
+    ids = tokens(4)
+    assert divergence(model, dense, ids) < 1e-4 * divergence(masked, dense, ids)
+
+
+def test_bfloat16_and_refusals() -> None:
+    dense = make("llama").to(torch.bfloat16)
+    model = copy.deepcopy(dense)
+    discovery, removal = removal_of(model, ("ffn",))
+    prune_(model, discovery, removal)
+    done = refit_(model, dense, discovery, removal, tokens())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert any(one.ridge is not None for one in done)
+    with pytest.raises(UserError, match="at least 2 calibration samples and got 1"):
+        refit_(model, dense, discovery, removal, tokens(1))
+
+
+def test_a_model_that_is_no_chain_is_refused() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny_model("llama", num_hidden_layers=1)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            state = self.inner.model(input_ids, use_cache=False).last_hidden_state
+            again = self.inner.model(inputs_embeds=state, use_cache=False).last_hidden_state
+            return self.inner.lm_head(again)
+
+    dense = Twice()
+    model = copy.deepcopy(dense)
+    discovery, removal = removal_of(model, ("ffn",))
+    prune_(model, discovery, removal)
+    with pytest.raises(UserError, match=r"block by block: .*; use --compensation none"):
+        refit_(model, dense, discovery, removal, tokens())

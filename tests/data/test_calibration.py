@@ -1,0 +1,325 @@
+"""Calibration windows from documents and from the model itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+from transformers.modeling_outputs import CausalLMOutput
+
+from helpers import VOCABULARY, tiny_model, tiny_tokenizer
+from llm_pruner.data import selfmade
+from llm_pruner.data.calibration import build_calibration
+from llm_pruner.data.selfmade import write_text, write_windows
+from llm_pruner.errors import UserError
+from llm_pruner.models.special_tokens import added_tokens
+
+BOS, EOS = 1, 2
+
+
+def marking_tokenizer(template: str) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer, adding special tokens around a text as ``template`` says."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    return tokenizer
+
+
+def write_documents(path: Path, lengths: list[int]) -> str:
+    """Documents of one repeated letter each, so that a token tells its document."""
+    rows = [{"text": chr(ord("a") + n) * length} for n, length in enumerate(lengths)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def test_added_tokens() -> None:
+    assert added_tokens(tiny_tokenizer()) == ((), ())
+    assert added_tokens(marking_tokenizer("<s> $A")) == ((BOS,), ())
+    assert added_tokens(marking_tokenizer("<s> $A </s>")) == ((BOS,), (EOS,))
+
+
+def test_packing_without_special_tokens(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    source = write_documents(tmp_path / "d.jsonl", [300, 300, 300])
+    made = build_calibration(source, tokenizer, samples=11, seq_len=80, seed=0)
+    assert made.input_ids.shape == (11, 80)
+    assert made.input_ids.dtype == torch.int64
+    letters = "".join(tokenizer.decode(row) for row in made.input_ids)
+    # Nothing is lost, added or padded: whole documents in a shuffled order, a blank line between.
+    order = [part[0] for part in letters.split("\n\n")]
+    assert sorted(order) == ["a", "b", "c"]
+    assert letters == "\n\n".join(letter * 300 for letter in order)[:880]
+
+
+def test_every_window_starts_with_bos_where_the_tokenizer_adds_it(tmp_path: Path) -> None:
+    source = write_documents(tmp_path / "d.jsonl", [300, 300])
+    made = build_calibration(
+        source, marking_tokenizer("<s> $A </s>"), samples=12, seq_len=51, seed=1
+    )
+    ids = made.input_ids
+    assert bool((ids[:, 0] == BOS).all())
+    assert bool((ids[:, 1] != BOS).all())
+    # 600 letters and two ends in 12 windows of 50: document, EOS, (BOS skipped at a cut or kept).
+    assert int((ids == EOS).sum()) == 1
+    end = int((ids[:, 1:].reshape(-1) == EOS).nonzero()[0])
+    assert end == 300
+    assert ids[6, 1:3].tolist() == [EOS, BOS]
+
+
+def test_several_sources_take_turns_and_give_equal_parts(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    files = [tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "c.txt"]
+    for file in files:
+        file.write_text(file.stem * 400)
+    options: dict[str, Any] = {"seq_len": 20, "seed": 3}
+    made = build_calibration(",".join(map(str, files)), tokenizer, samples=8, **options)
+    assert [tokenizer.decode(row)[0] for row in made.input_ids] == list("abcabcab")
+    assert made.settings["samples"] == 8
+    assert made.settings["name"] == "a.txt, b.txt, c.txt"
+    alone = build_calibration(str(files[0]), tokenizer, samples=8, **options)
+    assert made.settings["fingerprint"] != alone.settings["fingerprint"]
+    with pytest.raises(UserError, match="samples=2 of 3 sources leave some without any"):
+        build_calibration(",".join(map(str, files)), tokenizer, samples=2, **options)
+    files[1].write_text("b" * 40)
+    with pytest.raises(UserError, match=r"70 samples are 23 of each of 3 sources: b\.txt gives 40"):
+        build_calibration(",".join(map(str, files)), tokenizer, samples=70, seed=0, seq_len=16)
+
+
+def test_a_comma_in_the_name_of_a_file(tmp_path: Path) -> None:
+    source = write_documents(tmp_path / "a,b.jsonl", [300, 300])
+    made = build_calibration(source, tiny_tokenizer(), samples=4, seq_len=50, seed=0)
+    assert made.settings["name"] == "a,b.jsonl"
+
+
+def test_a_plain_text_is_cut_in_order_and_drawn_by_seed(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    text = "".join(f"{n:04d}" for n in range(100))
+    (tmp_path / "t.txt").write_text(text)
+
+    def windows(seed: int) -> list[str]:
+        source = str(tmp_path / "t.txt")
+        made = build_calibration(source, tokenizer, samples=8, seq_len=40, seed=seed)
+        return [tokenizer.decode(row) for row in made.input_ids]
+
+    drawn = windows(0)
+    assert len(set(drawn)) == 8
+    assert all(text.index(window) % 40 == 0 for window in drawn)
+    assert drawn == windows(0)
+    assert drawn != windows(1)
+
+
+def test_short_documents_stay_in_order(tmp_path: Path) -> None:
+    source = write_documents(tmp_path / "d.jsonl", [3] * 20)
+    made = build_calibration(source, tiny_tokenizer(), samples=1, seq_len=90, seed=3)
+    assert tiny_tokenizer().decode(made.input_ids[0]).startswith("aaa\n\nbbb\n\nccc\n\nddd")
+
+
+def test_settings_tell_what_was_used(tmp_path: Path) -> None:
+    source = write_documents(tmp_path / "d.jsonl", [300, 300, 300])
+
+    def settings(seed: int) -> dict[str, Any]:
+        return build_calibration(
+            source, tiny_tokenizer(), samples=3, seq_len=50, seed=seed
+        ).settings
+
+    first = settings(0)
+    assert json.loads(json.dumps(first)) == first
+    assert first["source"] == source
+    assert (first["name"], first["samples"], first["seq_len"], first["seed"]) == (
+        "d.jsonl",
+        3,
+        50,
+        0,
+    )
+    assert first == settings(0)
+    prints = {settings(seed)["fingerprint"] for seed in range(8)}
+    assert len(prints) > 1
+
+
+def test_too_short(tmp_path: Path) -> None:
+    source = str(tmp_path / "t.txt")
+    (tmp_path / "t.txt").write_text("x" * 100)
+    message = r"t\.txt gives 100 tokens; 4 samples of 32 tokens need 128; use --samples 3 or"
+    with pytest.raises(UserError, match=message):
+        build_calibration(source, tiny_tokenizer(), samples=4, seq_len=32, seed=0)
+    with pytest.raises(UserError, match="windows of at most 100 tokens"):
+        build_calibration(source, tiny_tokenizer(), samples=1, seq_len=128, seed=0)
+    made = build_calibration(source, tiny_tokenizer(), samples=3, seq_len=32, seed=0)
+    assert made.input_ids.shape == (3, 32)
+
+
+def test_bad_settings(tmp_path: Path) -> None:
+    (tmp_path / "e.txt").write_text("")
+    with pytest.raises(UserError, match=r"e\.txt is empty"):
+        build_calibration(str(tmp_path / "e.txt"), tiny_tokenizer(), samples=1, seq_len=8, seed=0)
+    with pytest.raises(UserError, match="samples=0 calibrates on nothing"):
+        build_calibration("self", tiny_tokenizer(), samples=0, seq_len=8, seed=0)
+    with pytest.raises(UserError, match="seq_len=1 predicts no token"):
+        build_calibration("self", tiny_tokenizer(), samples=1, seq_len=1, seed=0)
+    with pytest.raises(UserError, match="needs the model"):
+        build_calibration("self", tiny_tokenizer(), samples=1, seq_len=8, seed=0)
+    with pytest.raises(UserError, match="longer than the model's maximum; use at most 256"):
+        write_text(tiny_model(), tiny_tokenizer(), samples=1, seq_len=300, seed=0)
+
+
+def test_self_is_seeded_and_leaves_the_global_generator_alone() -> None:
+    model, tokenizer = tiny_model().train(), tiny_tokenizer()
+    state = torch.random.get_rng_state()
+
+    def ids(seed: int) -> torch.Tensor:
+        made = build_calibration("self", tokenizer, samples=5, seq_len=24, seed=seed, model=model)
+        return made.input_ids
+
+    first = ids(0)
+    assert first.shape == (5, 24)
+    assert torch.equal(first, ids(0))
+    assert not torch.equal(first, ids(1))
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert model.training
+    assert int(first.min()) > EOS  # no special token is drawn
+
+
+def test_self_text_does_not_depend_on_batches_or_cache() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    whole = write_text(model, tokenizer, samples=5, seq_len=20, seed=3)
+    assert torch.equal(
+        whole, write_text(model, tokenizer, samples=5, seq_len=20, seed=3, batch_size=2)
+    )
+
+    class NoCache(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.config = model, model.config
+
+        def get_input_embeddings(self) -> nn.Module:
+            return model.get_input_embeddings()
+
+        def forward(self, input_ids: torch.Tensor) -> CausalLMOutput:
+            return CausalLMOutput(logits=model(input_ids=input_ids, use_cache=False).logits)
+
+    assert torch.equal(
+        whole, write_text(NoCache().eval(), tokenizer, samples=5, seq_len=20, seed=3)
+    )
+
+
+def test_as_many_texts_are_written_at_a_time_as_the_cache_has_room_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    config = model.config
+    per_token = 2 * 4 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+    rows: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _module, _args, named: rows.append(len(named["input_ids"])), with_kwargs=True
+    )
+
+    def written(texts: float) -> set[int]:
+        rows.clear()
+        monkeypatch.setattr(selfmade, "CACHE", int(texts * 24 * per_token))
+        write_text(model, tokenizer, samples=9, seq_len=24, seed=0)
+        return set(rows[2:])  # two steps of one text, to see how the cache grows
+
+    monkeypatch.setattr(selfmade, "TOKENS", 48)
+    assert written(5.9) == {5, 4}
+    assert written(0.5) == {2, 1}
+    assert written(1000) == {9}
+
+
+def test_self_starts_with_bos_where_the_tokenizer_adds_it() -> None:
+    ids = write_text(tiny_model(), marking_tokenizer("<s> $A"), samples=3, seq_len=10, seed=0)
+    assert ids[:, 0].tolist() == [BOS] * 3
+    assert int(ids[:, 1:].min()) > EOS
+
+
+class Fixed(nn.Module):
+    """Gives the same logits everywhere."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.config = tiny_model().config
+        self.embedding = nn.Embedding(VOCABULARY, 2)
+        self.logits = logits
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def forward(self, input_ids: torch.Tensor) -> CausalLMOutput:
+        return CausalLMOutput(logits=self.logits.expand(*input_ids.shape, -1))
+
+
+def test_self_draws_from_the_models_distribution() -> None:
+    share = torch.zeros(VOCABULARY)
+    share[[0, 10, 20, 30]] = torch.tensor([0.5, 0.3, 0.19, 0.01])  # 0 is a special token
+
+    def drawn(**cut: float) -> torch.Tensor:
+        ids = write_text(
+            Fixed(share.log()), tiny_tokenizer(), samples=20, seq_len=201, seed=0, **cut
+        )
+        return torch.bincount(ids[:, 1:].reshape(-1), minlength=VOCABULARY)
+
+    counts = drawn()
+    assert set(counts.nonzero()[:, 0].tolist()) == {10, 20, 30}
+    # 4000 draws with probability 0.6: a standard deviation of 0.0077; with 0.02, of 0.0022.
+    assert float(counts[10]) / 4000 == pytest.approx(0.6, abs=0.03)
+    assert float(counts[30]) / 4000 == pytest.approx(0.02, abs=0.01)
+    assert set(drawn(min_p=0.05).nonzero()[:, 0].tolist()) == {10, 20}
+
+
+@pytest.mark.parametrize("template", [None, "<s> $A", "$A </s>", "<s> $A </s>"])
+def test_long_windows_of_self_hold_several_texts(
+    template: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selfmade, "PIECE", 128)
+    tokenizer = tiny_tokenizer() if template is None else marking_tokenizer(template)
+    share = torch.zeros(VOCABULARY)
+    share[40] = 1.0
+    model = Fixed(share.log())
+    windows = write_windows(model, tokenizer, samples=3, seq_len=200, seed=0)
+    assert windows.shape == (3, 200)
+    parting = {None: tokenizer("\n\n")["input_ids"], "<s> $A": []}.get(template, [EOS])
+    texts = write_text(model, tokenizer, samples=6, seq_len=128, seed=0)
+    for number, row in enumerate(windows):
+        first, second = texts[2 * number].tolist(), texts[2 * number + 1].tolist()
+        assert row.tolist() == [*first, *parting, *second][:200]
+    short = write_windows(model, tokenizer, samples=3, seq_len=20, seed=0)
+    assert torch.equal(short, write_text(model, tokenizer, samples=3, seq_len=20, seed=0))
+    with pytest.raises(UserError, match="seq_len=300 is longer than the model's maximum"):
+        write_windows(model, tokenizer, samples=1, seq_len=300, seed=0)
+
+
+def test_self_starts_after_a_blank_line_that_is_no_part_of_the_text() -> None:
+    share = torch.zeros(VOCABULARY)
+    share[40] = 1.0
+    read: list[torch.Tensor] = []
+
+    class Reading(Fixed):
+        def forward(self, input_ids: torch.Tensor) -> CausalLMOutput:
+            read.append(input_ids)
+            return super().forward(input_ids)
+
+    tokenizer = tiny_tokenizer()
+    ids = write_text(Reading(share.log()), tokenizer, samples=3, seq_len=256, seed=0)
+    assert ids.shape == (3, 256)
+    line = tokenizer("\n\n", add_special_tokens=False)["input_ids"][-1]
+    assert torch.equal(read[0], torch.stack([torch.full((3,), line), ids[:, 0]], dim=1))
+    # Never more than the model has positions for, which are as many as the text is long.
+    assert max(part.shape[1] for part in read) == 256
+    assert (ids[:, 1:] == 40).all()
+    # Where the tokenizer adds BOS, it is what a text starts with.
+    read.clear()
+    marked = marking_tokenizer("<s> $A")
+    write_text(Reading(share.log()), marked, samples=3, seq_len=256, seed=0)
+    assert read[0].tolist() == [[BOS]] * 3
+
+
+def test_self_refuses_logits_that_are_not_finite() -> None:
+    logits = torch.full((VOCABULARY,), torch.nan)
+    with pytest.raises(UserError, match="logits are not finite while it writes"):
+        write_text(Fixed(logits), tiny_tokenizer(), samples=1, seq_len=4, seed=0)

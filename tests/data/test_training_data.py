@@ -1,0 +1,206 @@
+"""Training data: schemas, chat templates, windows, and what is held out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llm_pruner.data.hub
+from command import WORDS
+from helpers import tiny_model, tiny_tokenizer
+from llm_pruner.data.examples import Example, Turn, load_examples
+from llm_pruner.data.formatting import encode_examples
+from llm_pruner.data.sequences import TrainingSequence
+from llm_pruner.data.training import fingerprint_samples, self_made_samples, split_samples
+from llm_pruner.errors import UserError
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def write(file: Path, rows: list[Any]) -> str:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(file)
+
+
+def chat_tokenizer(template: str = TEMPLATE) -> Any:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def learned(one: TrainingSequence, tokenizer: Any) -> str:
+    return tokenizer.decode(one.input_ids[one.learned])
+
+
+def whole(one: TrainingSequence, tokenizer: Any) -> str:
+    return tokenizer.decode(one.input_ids)
+
+
+CHAT = Example((Turn("user", "Hi?"), Turn("assistant", "Yes."), Turn("user", "So?")))
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        (
+            {"instruction": "Add", "input": "1, 2", "output": "3"},
+            Example((Turn("user", "Add"), Turn("assistant", "3")), context="1, 2"),
+        ),
+        (
+            {"instruction": "Add", "response": "3", "instruction_source": "x"},
+            Example((Turn("user", "Add"), Turn("assistant", "3"))),
+        ),
+        (
+            {"prompt": "Add", "completion": "3"},
+            Example((Turn("user", "Add"), Turn("assistant", "3"))),
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            Example((Turn("user", "a"), Turn("assistant", "b"))),
+        ),
+        (
+            {
+                "id": "7",
+                "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+            },
+            Example((Turn("user", "a"), Turn("assistant", "b"))),
+        ),
+        ({"text": "a b"}, Example(text="a b")),
+    ],
+)
+def test_schemas(tmp_path: Path, row: dict[str, Any], wanted: Example) -> None:
+    found = load_examples(write(tmp_path / "rows.jsonl", [row]))
+    assert found.examples == (wanted,)
+    assert found.kind == ("chat" if wanted.turns else "text")
+
+
+def test_hub_rows_come_with_all_their_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(*args: object, **settings: object) -> list[dict[str, str]]:
+        asked.append((args, settings))
+        return [{"instruction": "Add", "input": "", "output": str(n)} for n in range(9)]
+
+    monkeypatch.setattr(llm_pruner.data.hub, "_loader", lambda source: load_dataset)
+    found = load_examples("yahma/alpaca-cleaned", limit=4)
+    assert (found.name, found.split) == ("yahma/alpaca-cleaned", "train")
+    assert [one.turns[1].content for one in found.examples] == ["0", "1", "2", "3"]
+    assert asked[0][1]["streaming"] is True
+    load_examples("c4")  # has no end
+    assert asked[1][1]["streaming"] is True
+
+
+def test_records_that_are_not_what_the_first_is(tmp_path: Path) -> None:
+    good = {"instruction": "Add", "input": "", "output": "3"}
+    rows = [good, {"instruction": "Add", "output": None}]
+    with pytest.raises(UserError, match=r"record 2: field 'output' is missing or no string"):
+        load_examples(write(tmp_path / "rows.jsonl", rows))
+    chat = [{"messages": [{"role": "robot", "content": "x"}]}]
+    with pytest.raises(UserError, match="record 1 has a message that is no role of system, user"):
+        load_examples(write(tmp_path / "chat.jsonl", chat))
+    with pytest.raises(UserError, match="holds no text; give a file or dataset with text in it"):
+        load_examples(write(tmp_path / "none.jsonl", [good | {"output": " "}]))
+
+
+def test_the_alpaca_prompt_is_the_papers() -> None:
+    tokenizer = tiny_tokenizer()
+    example = Example((Turn("user", "Add"), Turn("assistant", "3")), context="1, 2")
+    (one,) = encode_examples([example], tokenizer, seq_len=500, mask_prompt=True)
+    assert whole(one, tokenizer) == (
+        "Below is an instruction that describes a task, paired with an input that provides further "
+        "context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd\n\n### Input:\n1, 2\n\n### Response:\n3</s>"
+    )
+    assert learned(one, tokenizer) == "3</s>"
+    (one,) = encode_examples([example], tokenizer, seq_len=500)
+    assert one.targets == len(one) - 1
+
+
+def test_every_answer_of_a_chat_is_learned_and_nothing_else() -> None:
+    tokenizer = chat_tokenizer()
+    turns = (*CHAT.turns, Turn("assistant", "No."))
+    (one,) = encode_examples([Example(turns)], tokenizer, seq_len=500, mask_prompt=True)
+    assert (
+        whole(one, tokenizer) == "<user>Hi?</s><assistant>Yes.</s><user>So?</s><assistant>No.</s>"
+    )
+    assert learned(one, tokenizer) == "Yes.</s>No.</s>"
+    # What follows the last answer teaches nothing.
+    (one,) = encode_examples([CHAT], tokenizer, seq_len=500)
+    assert whole(one, tokenizer) == "<user>Hi?</s><assistant>Yes.</s>"
+
+
+def test_a_template_that_rewrites_earlier_turns() -> None:
+    # Thinking models open a thought for generation, and close it empty in what was said.
+    template = (
+        "{% for m in messages %}<{{ m.role }}>"
+        "{% if m.role == 'assistant' and loop.last %}[]{% endif %}{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>[{% endif %}"
+    )
+    tokenizer = chat_tokenizer(template)
+    turns = (*CHAT.turns, Turn("assistant", "No."))
+    (one,) = encode_examples([Example(turns)], tokenizer, seq_len=500, mask_prompt=True)
+    assert whole(one, tokenizer).endswith("<user>So?</s><assistant>[]No.</s>")
+    assert learned(one, tokenizer).endswith("No.</s>")
+    assert "Yes" not in learned(one, tokenizer)
+
+
+def test_templates_that_are_refused() -> None:
+    with pytest.raises(UserError, match="template 'vicuna' is unknown; use one of auto, chat, alp"):
+        encode_examples([CHAT], tiny_tokenizer(), seq_len=99, template="vicuna")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="has no chat template; use --template alpaca"):
+        encode_examples([CHAT], tiny_tokenizer(), seq_len=99, template="chat")
+    strict = chat_tokenizer("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(UserError, match=r"rejects a chat \(roles must alternate\); use --template"):
+        encode_examples([CHAT], strict, seq_len=99)
+    with pytest.raises(UserError, match="within 8 tokens; use a longer --seq-len or leave --mask"):
+        encode_examples([CHAT], tiny_tokenizer(), seq_len=8, mask_prompt=True)
+
+
+def test_text_is_cut_into_windows_that_miss_nothing() -> None:
+    tokenizer = tiny_tokenizer()
+    text = (WORDS * 4)[:250]
+    found = encode_examples([Example(text=text)], tokenizer, seq_len=64)
+    assert "".join(whole(one, tokenizer) for one in found) == text + "</s>"
+    assert [len(one) for one in found] == [64, 64, 64, 59]
+    assert all(one.targets == len(one) - 1 for one in found)
+
+
+def test_held_out_examples_are_never_trained_on(tmp_path: Path) -> None:
+    rows = [{"text": f"number {n % 60} {WORDS}"} for n in range(100)]  # 40 are there twice
+    examples = load_examples(write(tmp_path / "rows.jsonl", rows))
+    tokenizer = tiny_tokenizer()
+    made = split_samples(examples, tokenizer, seq_len=200, seed=1)
+    assert (len(made.train), len(made.held_out)) == (57, 3)
+    spelled = [{whole(one, tokenizer) for one in part} for part in (made.train, made.held_out)]
+    assert not spelled[0] & spelled[1]
+    again = split_samples(examples, tokenizer, seq_len=200, seed=1)
+    assert fingerprint_samples(again.train) == fingerprint_samples(made.train)
+    other = split_samples(examples, tokenizer, seq_len=200, seed=2)
+    assert fingerprint_samples(other.train) != fingerprint_samples(made.train)
+    few = split_samples(examples, tokenizer, seq_len=200, limit=30, held_out=10)
+    assert (len(few.train), len(few.held_out)) == (20, 10)
+    with pytest.raises(UserError, match="gives 60 samples and 60 of them are to be held out"):
+        split_samples(examples, tokenizer, seq_len=200, held_out=60)
+
+
+def test_text_of_the_model_is_written_once_and_continued(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    first = self_made_samples(model, tokenizer, tmp_path, seq_len=8, limit=70, seed=2)
+    assert (len(first.train), len(first.held_out)) == (67, 3)
+    assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "8-2-00001.safetensors").unlink()  # as if it had been killed while writing it
+    again = self_made_samples(model, tokenizer, tmp_path, seq_len=8, limit=70, seed=2)
+    assert fingerprint_samples(again.train) == fingerprint_samples(first.train)
+
+    def fail(*args: object, **keywords: object) -> None:
+        raise AssertionError("the model wrote again")
+
+    model.forward = fail  # type: ignore[method-assign]
+    kept = self_made_samples(model, tokenizer, tmp_path, seq_len=8, limit=70, seed=2)
+    assert fingerprint_samples(kept.held_out) == fingerprint_samples(first.held_out)

@@ -1,0 +1,80 @@
+"""A part of the sweep over every architecture: one type of each kind of mechanism."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+sys.path.insert(0, str(TOOLS))
+
+import architectures  # noqa: E402
+from tiny_configs import NOT_DECODERS, OVERRIDES, TYPES  # noqa: E402
+
+# Type -> kinds of which some group must be prunable, beside the hidden channels.
+EXPECTED = {
+    "biogpt": {"heads", "head_dim", "ffn"},  # learned positions
+    "blt": {"heads", "query_heads", "ffn"},  # bytes, and patches of them
+    "ctrl": {"heads", "head_dim", "ffn"},
+    "deepseek_v2": {"heads", "value_dim", "other"},  # rotation of complex numbers
+    "deepseek_v32": {"heads", "other", "experts"},  # latent attention with an indexer
+    "dory": {"heads", "query_heads", "head_dim"},
+    "falcon_h1": {"heads", "query_heads"},  # attention beside a state space
+    "gemma3n_text": {"heads", "query_heads", "other"},  # inputs per layer
+    "gpt_bigcode": {"heads", "ffn"},  # one key-value head, fused
+    "gpt_oss": {"heads", "query_heads", "experts"},  # sinks, biases of experts
+    "inkling2_text": {"heads", "query_heads"},  # residuals over earlier layers
+    "jamba": {"heads", "query_heads", "ffn", "experts"},  # attention between state spaces
+    "llama4_text": {"heads", "experts"},  # tokens repeated for each expert
+    "longcat_flash": {"heads", "ffn", "layers"},  # two attentions in a layer
+    "mamba2": {"head_dim"},
+    "minimax": {"heads", "query_heads"},  # linear attention with decay
+    "nemotron_h": {"heads", "ffn", "experts"},
+    "phimoe": {"heads", "query_heads"},
+    "qwen3_5_text": {"heads", "query_heads", "head_dim"},  # gated, partly rotated
+    "recurrent_gemma": {"heads", "ffn"},  # states kept on modules
+    "rwkv": {"ffn", "layers"},  # a norm in the first layer only
+    "xlnet": {"heads", "head_dim", "ffn"},  # einsum
+    "xlstm": {"ffn"},
+}
+
+
+def test_every_registered_type_is_swept() -> None:
+    assert set(TYPES) == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert not set(NOT_DECODERS) & set(OVERRIDES)
+    assert set(NOT_DECODERS) | set(OVERRIDES) <= set(TYPES)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model_type", EXPECTED)
+def test_type(model_type: str, record_property: Any) -> None:
+    row = architectures.examine(model_type)
+    assert row.result in ("passes", "ffn only"), row
+    assert {kind for kind, (groups, _, _) in row.kinds.items() if groups} >= EXPECTED[model_type]
+    assert row.twin["all"] <= architectures.TOLERANCE
+    assert row.reload in ("stock", "recipe")
+    assert row.caught >= row.shifted // 2
+    record_property("twin", (model_type, "all", max(row.twin.values())))
+    record_property("mutations", (model_type, row.shifted, row.shifted - row.caught))
+
+
+def test_what_goes_wrong_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(model_type: str) -> architectures.Row:
+        if model_type == "hangs":
+            architectures.time.sleep(60)
+        if model_type == "dies":
+            raise SystemExit(3)
+        return architectures.Row(model_type, "passes")
+
+    monkeypatch.setattr(architectures, "examine", crash)
+    rows = {row.type: row for row in architectures.sweep(["hangs", "dies", "runs"], limit=1.0)}
+    assert "more than 1 s" in rows["hangs"].reason
+    assert "ended with 3" in rows["dies"].reason
+    assert rows["runs"].result == "passes"
+    page = architectures.markdown(list(rows.values()))
+    assert "| passes | 1 |" in page
+    assert "| CRASH | 2 |" in page

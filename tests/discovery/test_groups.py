@@ -1,0 +1,290 @@
+"""Groups of real and of hand-written models: kinds, names, blocks, companions."""
+
+from __future__ import annotations
+
+import copy
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from families import discovered
+from llm_pruner.discovery.groups import discover
+from llm_pruner.errors import DiscoveryError
+from llm_pruner.surgery.cut import prune_
+from llm_pruner.surgery.removal import count_parameters
+from llm_pruner.surgery.verify import largest_difference, pruned_logits, tolerance, twin_logits
+from llm_pruner.types import Companion
+from nets import Gated, NanoGPT, Net, Settings
+from removals import pick
+
+
+def test_names_follow_the_forward_pass() -> None:
+    _, discovery = discovered("llama")
+    assert [group.name for group in discovery.groups] == [
+        "hidden",
+        "head_dim",
+        *(
+            f"layers.{layer}.{kind}"
+            for layer in range(3)
+            for kind in ("heads", "query_heads", "value_dim", "ffn")
+        ),
+        "layers",
+    ]
+    for group in discovery.groups:
+        expected = int(group.name.split(".")[1]) if "." in group.name else None
+        assert group.layer == expected
+        assert group.name.endswith(group.kind)
+    with pytest.raises(KeyError, match=r"layers\.9\.ffn"):
+        discovery.group("layers.9.ffn")
+
+
+def test_query_heads_in_key_value_groups() -> None:
+    _, discovery = discovered("llama")
+    heads = discovery.group("layers.1.heads")
+    queries = discovery.group("layers.1.query_heads")
+    assert (heads.size, queries.size) == (2, 6)
+    assert heads.blocks is None
+    assert queries.blocks is not None
+    assert queries.blocks.tolist() == [0, 0, 0, 1, 1, 1]
+    at = "model.layers.1.self_attn"
+    index = {(member.tensor, member.dim): member.index for member in heads.members}
+    assert set(index) == {(f"{at}.{name}_proj.weight", 0) for name in "qkv"} | {
+        (f"{at}.o_proj.weight", 1)
+    }
+    assert (index[f"{at}.q_proj.weight", 0] == np.arange(48).reshape(2, 24)).all()
+    assert (index[f"{at}.v_proj.weight", 0] == np.arange(16).reshape(2, 8)).all()
+    for member in queries.members:
+        assert (member.index == np.arange(48).reshape(6, 8)).all()
+
+
+def test_one_head_size_for_keys_and_values() -> None:
+    _, discovery = discovered("llama")
+    # A unit is a rotary pair, positions i and i + 4 of each head; the values lose two channels.
+    pairs = discovery.group("head_dim")
+    assert pairs.size == 4
+    assert pairs.companions == tuple(
+        Companion(f"layers.{layer}.value_dim", Fraction(2)) for layer in range(3)
+    )
+    assert discovery.group("layers.1.value_dim").companions == (
+        Companion("head_dim", Fraction(1, 2)),
+    )
+    keys = next(m for m in pairs.members if m.tensor == "model.layers.0.self_attn.k_proj.weight")
+    assert keys.index[1].tolist() == [1, 5, 9, 13]
+    tables = [member for member in pairs.members if member.buffer]
+    assert {member.tensor for member in tables} == {
+        "model.rotary_emb.inv_freq",
+        "model.rotary_emb.original_inv_freq",
+    }
+    assert tables == list(pairs.members[-len(tables) :])
+
+
+def test_head_size_of_each_layer_on_its_own() -> None:
+    _, discovery = discovered("gpt2")
+    for layer in range(3):
+        group = discovery.group(f"layers.{layer}.head_dim")
+        assert group.companions == (Companion(f"layers.{layer}.value_dim", Fraction(1)),)
+
+
+def test_layers_by_module() -> None:
+    _, discovery = discovered("gpt2")
+    layers = discovery.group("layers")
+    assert (layers.size, layers.members) == (3, ())
+    assert layers.modules == ("transformer.h.0", "transformer.h.1", "transformer.h.2")
+
+
+def test_experts_need_aligned_widths() -> None:
+    _, discovery = discovered("mixtral")
+    assert discovery.group("layers.0.ffn").multiple == 8
+    assert discovery.group("hidden").multiple == 8
+    _, dense = discovered("llama")
+    assert {group.multiple for group in dense.groups} == {1}
+
+
+def test_groups_cover_every_prunable_position_once() -> None:
+    for name in ("llama_biases", "gpt_neox", "olmo2", "deepseek_v3"):
+        _, discovery = discovered(name)
+        for group in discovery.groups:
+            for member in group.members:
+                flat = member.index.ravel()
+                assert len(np.unique(flat)) == len(flat)
+                sizes = {**discovery.shapes, **discovery.buffers}
+                assert flat.max() < sizes[member.tensor][member.dim]
+
+
+def test_single_query_heads_are_frozen_where_a_group_has_one() -> None:
+    _, discovery = discovered("llama_mha")
+    assert "query_heads" not in {group.kind for group in discovery.groups}
+
+
+def test_nothing_of_the_model_changes() -> None:
+    model, _ = discovered("llama_tied")
+    model = copy.deepcopy(model)
+    model.train()
+    model.model.layers[0].mlp.eval()
+    before = copy.deepcopy(model)
+    discover(model)
+    assert [module.training for module in model.modules()] == [
+        module.training for module in before.modules()
+    ]
+    for (name, old), new in zip(
+        before.state_dict().items(), model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(old, new), name
+    for (path, module), old_module in zip(model.named_modules(), before.modules(), strict=True):
+        for key, value in vars(module).items():
+            if isinstance(value, int):
+                assert type(value) is type(vars(old_module)[key]), (path, key)
+        assert not module._forward_hooks, path
+    assert model.model.layers[0].self_attn.config is model.config
+
+
+def test_same_result_every_time() -> None:
+    model, discovery = discovered("qwen3")
+    again = discover(model)
+    assert [group.name for group in again.groups] == [group.name for group in discovery.groups]
+    for one, other in zip(discovery.groups, again.groups, strict=True):
+        for left, right in zip(one.members, other.members, strict=True):
+            assert (left.tensor, left.dim) == (right.tensor, right.dim)
+            assert (left.index == right.index).all()
+
+
+def test_hand_written_model() -> None:
+    model = NanoGPT()
+    discovery = discover(model)
+    assert {group.kind for group in discovery.groups} == {
+        *("hidden", "heads", "head_dim", "value_dim", "ffn", "layers")
+    }
+    assert all(group.frozen is None for group in discovery.groups)
+    removal = pick(discovery)
+    expected = twin_logits(model, discovery, removal)
+    dense = pruned_logits(model, discovery)
+    prune_(model, discovery, removal)
+    actual = pruned_logits(model, discovery)
+    assert largest_difference(expected, actual) <= 1e-5
+    assert largest_difference(dense, actual) > 0.1
+    assert sum(p.numel() for p in model.parameters()) == count_parameters(discovery, removal)
+    assert model.lm_head.weight is model.wte.weight
+    assert len(model.h) == 2
+
+
+def test_hand_written_model_with_one_number_for_two_axes() -> None:
+    model = NanoGPT(literal=True)
+    discovery = discover(model)
+    # view(B, T, C) makes the heads as wide as the residual stream: neither can shrink alone.
+    for name in ("hidden", "layers.0.heads"):
+        assert "positions are left" in str(discovery.group(name).frozen)
+    removal = pick(discovery)
+    assert {discovery.group(name).kind for name in removal} == {"ffn", "layers"}
+    expected = twin_logits(model, discovery, removal)
+    prune_(model, discovery, removal)
+    assert largest_difference(expected, pruned_logits(model, discovery)) <= tolerance(expected)
+
+
+def test_channels_that_nothing_reads_are_frozen() -> None:
+    class Collecting(NanoGPT):
+        """Computes states that a longer run would use, and drops them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.states = nn.Linear(Settings.n_embd, 16)
+
+        def forward(self, idx: torch.Tensor) -> torch.Tensor:
+            self.states(self.ln_f(self.wte(idx)))
+            return super().forward(idx)
+
+    discovery = discover(Collecting())
+    (group,) = [g for g in discovery.groups if any(m.tensor == "states.bias" for m in g.members)]
+    assert {member.tensor for member in group.members} == {"states.weight", "states.bias"}
+    assert group.frozen == "the traced run did not use what it computes"
+    assert discovery.group("hidden").frozen is None
+    assert "states.weight" in {member.tensor for member in discovery.group("hidden").members}
+
+
+def test_unreached_parameters_are_reported() -> None:
+    model = NanoGPT()
+    model.spare = nn.Linear(3, 5)
+    discovery = discover(model)
+    stuck = {(axis.tensor, axis.dim): axis.reason for axis in discovery.frozen}
+    assert stuck["spare.weight", 0] == stuck["spare.bias", 0] == "not reached by the forward pass"
+    assert not [g for g in discovery.groups if any(m.tensor.startswith("spare") for m in g.members)]
+
+
+def test_unreached_sibling_freezes_what_it_would_have_to_fit() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            # An equal one would be run on what the others are given.
+            self.experts = nn.ModuleList([Gated(), Gated(width=6), Gated()])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.experts[0](x) + self.experts[2](x)
+
+    discovery = discover(Net(Experts()))
+    assert not [group for group in discovery.groups if group.frozen is None]
+    stuck = {(axis.tensor, axis.dim): axis.reason for axis in discovery.frozen}
+    reason = stuck["bodies.0.experts.0.up.weight", 1]
+    assert reason.startswith("bodies.0.experts.1.")
+    assert reason.endswith("was not reached by the forward pass")
+
+
+def test_model_without_an_embedding() -> None:
+    with pytest.raises(DiscoveryError, match="the model has no token embedding"):
+        discover(nn.Linear(4, 4))
+
+
+def test_model_that_cannot_run() -> None:
+    model = NanoGPT()
+    model.lm_head = nn.Linear(7, 40)
+    with pytest.raises(DiscoveryError, match=r"NanoGPT cannot be traced: .*\(2, 8\).*RuntimeError"):
+        discover(model)
+    assert type(model.h[0].attn.n_head) is int
+
+
+def test_model_that_returns_no_logits() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(9, 4)
+
+        def forward(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"hidden_states": self.embed(tokens)}
+
+    with pytest.raises(DiscoveryError, match="returns dict, in which no logits are found"):
+        discover(Odd())
+
+
+class Streams(nn.Module):
+    """Layers that mix parallel streams of the hidden state into new ones."""
+
+    def __init__(self, streams: int = 3, width: int = 12) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, width)
+        self.spread = nn.Parameter(torch.randn(streams, 1))
+        self.layers = nn.ModuleList(Mixing(streams, width) for _ in range(3))
+        self.head = nn.Linear(width, 40, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed(tokens).unsqueeze(2) * self.spread
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return self.head(hidden.sum(2))
+
+
+class Mixing(nn.Module):
+    def __init__(self, streams: int, width: int) -> None:
+        super().__init__()
+        self.mix = nn.Linear(streams, streams, bias=False)
+        self.scale = nn.Parameter(torch.randn(width))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.mix(hidden.transpose(2, 3)).transpose(2, 3) * self.scale
+
+
+def test_layers_that_number_streams_anew_stay() -> None:
+    torch.manual_seed(0)
+    discovery = discover(Streams())
+    (layers,) = (group for group in discovery.groups if group.kind == "layers")
+    assert layers.frozen == "each layer numbers the streams of the hidden state anew"

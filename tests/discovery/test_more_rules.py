@@ -1,0 +1,832 @@
+"""Patterns of code beyond the plain ones: the pruned model equals a dense copy with zeros."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from transformers import (
+    AutoModelForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    RwkvConfig,
+    XLNetConfig,
+)
+
+from helpers import tiny_model
+from llm_pruner import Criterion, score
+from llm_pruner.checkpoints.save import save_checkpoint
+from llm_pruner.discovery.groups import discover
+from llm_pruner.discovery.tracing.outputs import logits_of
+from llm_pruner.discovery.tracing.run import vocabulary_size
+from llm_pruner.discovery.tracing.scenes import staged
+from llm_pruner.errors import DiscoveryError, InfeasibleError
+from llm_pruner.surgery.cut import prune_
+from llm_pruner.surgery.removal import removed_positions
+from llm_pruner.surgery.verify import largest_difference, pruned_logits, twin_logits
+from llm_pruner.surgery.verify import prune_ as verified_prune_
+from llm_pruner.types import Discovery, Group, Removal
+from nets import HEADS, HIDDEN, SIZE, VOCABULARY, Attention, Body, Gated, NanoGPT, Net, attend
+from removals import bound_to, pick
+
+LENGTHS = (3, 8, 40)
+
+
+def removals(discovery: Discovery) -> Iterator[Removal]:
+    """Yield one removal for each group with what is bound to it, and one of all groups."""
+    for group in discovery.groups:
+        if group.frozen is None:
+            picked = pick(discovery, (group.kind,), seed=1)
+            removal = {name: picked[name] for name in bound_to(discovery, group) if name in picked}
+            if removal:
+                yield removal
+    yield pick(discovery)
+
+
+def zeroed(model: nn.Module, discovery: Discovery, removal: Removal) -> nn.Module:
+    """Return a dense copy with zeros at the removed positions of every parameter."""
+    dense = copy.deepcopy(model)
+    parameters = dict(dense.named_parameters())
+    for (name, dim), gone in removed_positions(discovery, removal).items():
+        if name in parameters:
+            parameters[name].data.index_fill_(dim, torch.from_numpy(gone), 0.0)
+    return dense
+
+
+def checked(
+    model: nn.Module, *, dense: bool = True, lengths: tuple[int, ...] = LENGTHS
+) -> Discovery:
+    """Discover in float64, and compare what is left of each removal with the masked twin.
+
+    Args:
+        dense: compare with a zeroed dense copy as well, which knows nothing of the trace; only
+            where no norm or softmax sees the removed positions.
+    """
+    model = model.double().eval()
+    discovery = discover(model)
+    for removal in removals(discovery):
+        assert removal
+        smaller = copy.deepcopy(model)
+        prune_(smaller, discovery, removal)
+        for length in lengths:
+            tokens = torch.randint(
+                VOCABULARY, (2, length), generator=torch.Generator().manual_seed(length)
+            )
+            expected = twin_logits(model, discovery, removal, tokens)
+            actual = pruned_logits(smaller, discovery, tokens)
+            assert largest_difference(expected, actual) <= 1e-9, (list(removal), length)
+            if dense and not any(discovery.group(name).modules for name in removal):
+                with staged(model):
+                    plain = [logits_of(zeroed(model, discovery, removal)(tokens))]
+                assert largest_difference(plain, actual) <= 1e-9, (list(removal), length)
+    original = pruned_logits(model, discovery, tokens)
+    assert largest_difference(original, actual) > 1e-6
+    return discovery
+
+
+def of_kind(discovery: Discovery, kind: str) -> list[Group]:
+    return [group for group in discovery.groups if group.kind == kind]
+
+
+def free(discovery: Discovery) -> set[str]:
+    return {group.kind for group in discovery.groups if group.frozen is None}
+
+
+def why(discovery: Discovery, tensor: str, dim: int) -> str:
+    """Return why a part of an axis is frozen."""
+    trace = discovery.graph.trace
+    return str(trace.atoms.reason(trace.tensors[f"bodies.0.{tensor}"][dim]))
+
+
+def member(group: Group, tensor: str, dim: int) -> list[list[int]]:
+    (found,) = [m for m in group.members if m.tensor.endswith(tensor) and m.dim == dim]
+    return found.index.tolist()
+
+
+# --------------------------------------------------------------------------------- convolutions
+
+
+class Mixer(nn.Module):
+    """up, a convolution along the sequence, down."""
+
+    def __init__(self, make: Callable[[], nn.Module], width: int = 8, out: int = 8) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(HIDDEN, width), nn.Linear(out, HIDDEN)
+        self.conv = make()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(F.gelu(self.up(x)).transpose(1, 2))
+        return self.down(F.gelu(y[..., : x.shape[1]].transpose(1, 2)))
+
+
+def test_transposed_convolution() -> None:
+    discovery = checked(Net(Mixer(lambda: nn.ConvTranspose1d(8, 6, 3), out=6)))
+    first, second = of_kind(discovery, "ffn")
+    assert (first.size, second.size) == (8, 6)
+    assert member(first, "conv.weight", 0) == [[i] for i in range(8)]
+    assert member(second, "conv.weight", 1) == [[i] for i in range(6)]
+
+
+GROUPED = {
+    "plain": (lambda: nn.Conv1d(8, 6, 3, padding=2), 6, {8, 6}),
+    "same": (lambda: nn.Conv1d(8, 6, 3, padding="same"), 6, {8, 6}),
+    "circular": (lambda: nn.Conv1d(8, 6, 3, padding=1, padding_mode="circular"), 6, {8, 6}),
+    "replicate": (lambda: nn.Conv1d(8, 6, 3, padding=1, padding_mode="replicate"), 6, {8, 6}),
+    "depthwise": (lambda: nn.Conv1d(8, 8, 3, padding=2, groups=8), 8, {8}),
+    "depthwise with a multiplier": (
+        lambda: nn.Conv1d(8, 16, 3, padding=2, groups=8), 16, {8, 2},
+    ),
+    "groups": (lambda: nn.Conv1d(8, 6, 3, padding=2, groups=2), 6, {2, 4, 3}),
+    "transposed depthwise": (lambda: nn.ConvTranspose1d(8, 8, 3, groups=8), 8, {8}),
+    "transposed multiplier": (lambda: nn.ConvTranspose1d(8, 16, 3, groups=8), 16, {8, 2}),
+    "transposed groups": (lambda: nn.ConvTranspose1d(8, 6, 3, groups=2), 6, {2, 4, 3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups_of_a_convolution(name: str) -> None:
+    make, out, sizes = GROUPED[name]
+    net = Net(Mixer(make, out=out))
+    discovery = checked(net)
+    inner = [group for group in discovery.groups if group.kind != "hidden"]
+    assert {group.size for group in inner} == sizes
+    assert all(group.frozen is None for group in inner)
+    prune_(net, discovery, pick(discovery))
+    conv = net.bodies[0].conv
+    transposed = isinstance(conv, nn.ConvTranspose1d)
+    first, second = conv.weight.shape[:2]
+    grouped = (first, second * conv.groups) if transposed else (second * conv.groups, first)
+    assert (conv.in_channels, conv.out_channels) == grouped
+
+
+class Functional(Mixer):
+    """A causal depthwise convolution as a function, over two dimensions, groups by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Identity)
+        self.kernel = nn.Parameter(torch.zeros(8, 1, 3, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.pad(self.up(x).mT[..., None], (0, 0, 2, 0))
+        y = F.conv2d(y, self.kernel, groups=y.shape[1])
+        return self.down(F.gelu(y[..., 0].mT))
+
+
+def test_groups_given_by_keyword() -> None:
+    ffn = of_kind(checked(Net(Functional())), "ffn")
+    assert [group.size for group in ffn] == [8]
+
+
+# ------------------------------------------------------------------------------ computed weights
+
+
+def test_gated_linear_unit() -> None:
+    ffn = of_kind(checked(Net(Body(F.glu, width=16, inner=8), Body(nn.GLU(), 12, 6))), "ffn")
+    assert [group.size for group in ffn] == [8, 6]
+    assert member(ffn[0], "up.weight", 0) == [[i, i + 8] for i in range(8)]
+
+
+class Wrapped(Body):
+    """A feed-forward network whose weights are computed by a wrapper."""
+
+    def __init__(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__(F.gelu)
+        self.up, self.down = wrap(self.up), wrap(self.down)
+
+
+def test_weight_norm() -> None:
+    net = Net(Wrapped(nn.utils.parametrizations.weight_norm))
+    (ffn,) = of_kind(checked(net, dense=False), "ffn")
+    prune_(net, discover(net), {ffn.name: np.arange(3)})
+    assert (net.bodies[0].up.out_features, net.bodies[0].down.in_features) == (5, 5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+def test_weight_norm_in_a_hook() -> None:
+    net = Net(Wrapped(nn.utils.weight_norm))
+    with torch.no_grad():
+        net(torch.zeros(1, 2, dtype=torch.long))  # so that it can be copied
+    assert {"ffn", "hidden"} <= free(checked(net, dense=False))
+
+
+def test_spectral_norm() -> None:
+    discovery = discover(Net(Wrapped(nn.utils.parametrizations.spectral_norm)))
+    assert free(discovery) == set()
+    assert any("a spectral norm" in axis.reason for axis in discovery.frozen)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+def test_adapters_of_peft(method: str) -> None:
+    from peft import IA3Config, LoraConfig, get_peft_model
+
+    targets = ["gate", "up", "down"]
+    if method == "ia3":
+        config = IA3Config(target_modules=targets, feedforward_modules=["down"])
+    else:
+        config = LoraConfig(r=4, target_modules=targets, use_dora=method == "dora")
+    net = get_peft_model(Net(Gated(), Gated()), config)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in net.named_parameters():
+        if "lora_B" in name or "ia3" in name:
+            parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    assert {"ffn", "hidden"} <= free(checked(net, dense=method == "lora"))
+
+
+# ----------------------------------------------------------------------------- tokens and outputs
+
+
+class Tabled(Net):
+    """Token ids are looked up in one of several ways, and added to positions."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__(Gated())
+        head = {"types": nn.Embedding(2, HIDDEN), "places": nn.Embedding(64, HIDDEN)}
+        parts = dict(self.named_children())
+        for name in parts:
+            delattr(self, name)
+        for name, module in {**head, **parts}.items():
+            setattr(self, name, module)
+        self.way = way
+        if way != "embedding":
+            self.table = nn.Parameter(self.embed.weight.detach().clone())
+            del self.embed
+        self.second = nn.Embedding(VOCABULARY + 3, HIDDEN)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.way == "embedding":
+            x = self.embed(tokens)
+        elif self.way == "function":
+            x = F.embedding(tokens, self.table)
+        elif self.way == "index":
+            x = self.table[tokens]
+        elif self.way == "equal":
+            x = (tokens[..., None] == torch.arange(VOCABULARY)).to(self.table.dtype) @ self.table
+        elif self.way == "gather":
+            x = self.table.gather(0, tokens.reshape(-1, 1).expand(-1, self.table.shape[1]))
+            x = x.view(*tokens.shape, -1)
+        else:
+            x = F.one_hot(tokens, VOCABULARY).to(self.table.dtype) @ self.table
+        x = x + self.second(tokens + 3) + self.types(torch.zeros_like(tokens))
+        x = x + self.places(torch.arange(tokens.shape[1])[None])
+        for body in self.bodies:
+            x = x + body(x)
+        return self.out(x)
+
+
+@pytest.mark.parametrize("way", ["embedding", "function", "index", "one_hot", "equal", "gather"])
+def test_tables_that_tokens_index(way: str) -> None:
+    net = Tabled(way)
+    assert vocabulary_size(net) == VOCABULARY
+    discovery = checked(net)
+    (hidden,) = of_kind(discovery, "hidden")
+    assert hidden.size == HIDDEN
+    table = "embed.weight" if way == "embedding" else "table"
+    (frozen,) = [axis for axis in discovery.frozen if (axis.tensor, axis.dim) == (table, 0)]
+    assert frozen.reason == "the vocabulary" or way in ("one_hot", "equal")
+
+
+def test_no_table_is_said_so() -> None:
+    with pytest.raises(DiscoveryError, match="looks its token ids up in no table"):
+        discover(nn.Linear(8, 8))
+
+
+@dataclass
+class Output:
+    loss: torch.Tensor | None
+    logits: torch.Tensor
+
+
+class Pair(NamedTuple):
+    loss: torch.Tensor
+    scores: torch.Tensor
+
+
+class Plain:
+    def __init__(self, x: torch.Tensor) -> None:
+        self.logits = x
+
+
+OUTPUTS: dict[str, Callable[[torch.Tensor], object]] = {
+    "tuple": lambda x: (x, None),
+    "list": lambda x: [x.sum(), x],
+    "dict": lambda x: {"loss": x.sum(), "logits": x},
+    "other name": lambda x: {"hidden_states": (x * 2,), "lm_scores": x},
+    "dataclass": lambda x: Output(x.sum(), x),
+    "named tuple": lambda x: Pair(x.sum(), x),
+    "object": Plain,
+    "nested": lambda x: (None, {"logits": x}),
+}
+
+
+class Returning(Net):
+    def __init__(self, make: Callable[[torch.Tensor], object]) -> None:
+        super().__init__(Gated())
+        self.make = make
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.make(super().forward(tokens))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_outputs(name: str) -> None:
+    assert {"ffn", "hidden"} <= free(checked(Returning(OUTPUTS[name])))
+
+
+class Published(NanoGPT):
+    """nanoGPT as it is used: a ``generate`` of its own, logits of the last position, a loss."""
+
+    def forward(
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        x = self.wte(idx) + self.wpe(torch.arange(0, idx.shape[1], device=idx.device))
+        for block in self.h:
+            x = block(x)
+        x = self.ln_f(x)
+        if targets is None:
+            return self.lm_head(x[:, [-1], :]), None
+        logits = self.lm_head(x)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    @torch.no_grad()
+    def generate(self, idx: torch.Tensor, count: int) -> torch.Tensor:
+        for _ in range(count):
+            idx = torch.cat([idx, self(idx)[0][:, -1].argmax(-1, keepdim=True)], 1)
+        return idx
+
+
+def test_module_with_a_config_and_generate_of_its_own() -> None:
+    net = Published()
+    discovery = checked(net, dense=False, lengths=(3, 8, 32))
+    assert {"ffn", "hidden", "heads"} <= free(discovery)
+    tokens = torch.randint(40, (2, 16), generator=torch.Generator().manual_seed(0))
+    for name in ("taylor", "fisher"):
+        scores = score(net, discovery, Criterion(name), input_ids=tokens, seed=0)
+        assert all(np.isfinite(values).all() for values in scores.values())
+        assert {"hidden", "layers.0.heads"} <= set(scores)
+
+
+# ------------------------------------------------------------------------------------- kinds
+
+
+class Streams(Net):
+    """Hyper-connections: several copies of the hidden state, mixed anew around every layer."""
+
+    def __init__(self, *, static: bool) -> None:
+        super().__init__(Gated(), Gated())
+        self.count = 3
+        self.mix = nn.ModuleList(nn.Linear(HIDDEN, 3) for _ in range(2))
+        self.read = nn.ParameterList(torch.rand(3) for _ in range(2))
+        self.static = static
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)[:, :, None].repeat(1, 1, self.count, 1)
+        for body, mix, read in zip(self.bodies, self.mix, self.read, strict=True):
+            alpha = torch.tanh(mix(x.mean(2)))
+            weights = read if self.static else alpha.softmax(-1)
+            inside = (weights[..., None, :] @ x).squeeze(2)
+            x = x + torch.sigmoid(alpha)[..., None] * body(inside)[:, :, None]
+        return self.out(x.sum(2))
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_streams_are_no_channels(static: bool) -> None:
+    discovery = checked(Streams(static=static), dense=False)
+    assert [group.size for group in of_kind(discovery, "ffn")] == [8, 8]
+    assert {group.size for group in of_kind(discovery, "other")} <= {3}
+
+
+class Cached(Attention):
+    """Attention over keys and values that lie in buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("past_k", "past_v"):
+            self.register_buffer(name, torch.zeros(2, HEADS, 64, SIZE), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        size = x.shape[1]
+        q, k, v = (
+            p(x).view(x.shape[0], size, self.heads, self.size).transpose(1, 2)
+            for p in (self.q, self.k, self.v)
+        )
+        self.past_k[:, :, :size] = k
+        self.past_v[:, :, :size] = v
+        out = attend(q, self.past_k[:, :, :size], self.past_v[:, :, :size])
+        return self.o(out.transpose(1, 2).flatten(2))
+
+
+def test_heads_over_a_cache_in_buffers() -> None:
+    discovery = checked(Net(Cached()))
+    assert {group.kind for group in discovery.groups} == {
+        "hidden", "heads", "head_dim", "value_dim"
+    }  # fmt: skip
+
+
+class Mixture(nn.Module):
+    """Experts whose weights lie in one tensor, by einsum."""
+
+    def __init__(self, *, batched: bool, top: int | None) -> None:
+        super().__init__()
+        self.router = nn.Linear(HIDDEN, 4, bias=False)
+        self.up = nn.Parameter(torch.zeros(4, HIDDEN, 6))
+        self.down = nn.Parameter(torch.zeros(4, 6, HIDDEN))
+        self.batched, self.top = batched, top
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        probs = self.router(x).softmax(-1)
+        if self.top is not None:
+            values, chosen = probs.topk(self.top, dim=-1)
+            probs = torch.zeros_like(probs).scatter(-1, chosen, values)
+        y = F.gelu(torch.einsum("bth,ehf->btef", x, self.up))
+        if self.batched:
+            y = torch.einsum("btef,efh->bteh", y, self.down)
+            return torch.einsum("bte,bteh->bth", probs, y)
+        return torch.einsum("btef,efh->bth", y * probs[..., None], self.down)
+
+
+@pytest.mark.parametrize("top", [None, 2])
+@pytest.mark.parametrize("batched", [False, True])
+def test_experts_by_einsum(batched: bool, top: int | None) -> None:
+    discovery = checked(Net(Mixture(batched=batched, top=top)), dense=False)
+    (experts,) = of_kind(discovery, "experts")
+    (ffn,) = of_kind(discovery, "ffn")
+    assert (experts.size, experts.least, ffn.size) == (4, top or 1, 6)
+    assert "head_dim" not in {group.kind for group in discovery.groups}
+
+
+# -------------------------------------------------------------------------------- compiled code
+
+
+def _size_as_a_number(x: torch.Tensor) -> torch.Tensor:
+    return x * x.shape[-1]
+
+
+def _in_heads(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x.view(x.shape[0], x.shape[1], 2, 4).flatten(2))
+
+
+def _scripted(function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    return torch.jit.script(function)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning"
+)
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: torch.jit.script(_size_as_a_number), "its size is used as a number"),
+        (lambda: torch.jit.script(_in_heads), "its size 2 is written in the code"),
+        (lambda: torch.jit.trace(F.gelu, torch.zeros(2, 8, 8)), "compiled code of which nothing"),
+        (
+            lambda: torch.jit.trace(nn.Tanh(), torch.zeros(2, 8, 8)),
+            "compiled code of which nothing",
+        ),
+        (lambda: torch.jit.script(nn.GELU()), None),
+        (lambda: torch.jit.script(F.silu), None),
+    ],
+)
+def test_torchscript(make: Callable[[], Any], reason: str | None) -> None:
+    function = make()
+    discovery = checked(Net(Body(lambda x: function(x))))
+    frozen = {(axis.tensor, axis.dim): axis.reason for axis in discovery.frozen}
+    found = frozen.get(("bodies.0.up.weight", 0))
+    assert found is None if reason is None else reason in str(found)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning"
+)
+def test_modules_in_torchscript() -> None:
+    assert {"ffn", "hidden"} <= free(checked(Net(torch.jit.script(Gated()), Gated())))
+
+
+class Flexible(Attention):
+    """Attention by ``flex_attention``, with or without a modification of the scores and a mask."""
+
+    def __init__(self, score: Any = None, mask: Any = None, kv_heads: int = HEADS) -> None:
+        super().__init__(heads=6, kv_heads=kv_heads if kv_heads != HEADS else 6)
+        self.score, self.mask = score, mask
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, size = x.shape[:2]
+        q = self.q(x).view(batch, size, self.heads, self.size).transpose(1, 2)
+        k, v = (
+            p(x).view(batch, size, self.kv_heads, self.size).transpose(1, 2)
+            for p in (self.k, self.v)
+        )
+        mask = None
+        if self.mask is not None:
+            mask = create_block_mask(self.mask, None, None, size, size, device="cpu")
+        out = flex_attention(q, k, v, self.score, mask, scale=0.5, enable_gqa=True)
+        return self.o(out.transpose(1, 2).flatten(2))
+
+
+SLOPES = torch.linspace(0.1, 0.6, 6)
+FLEXIBLE = {
+    "plain": (None, None, True),
+    "causal": (None, lambda b, h, q, k: q >= k, True),
+    "relative": (lambda s, b, h, q, k: torch.tanh(s) - 0.1 * (q - k), None, True),
+    "alibi": (lambda s, b, h, q, k: s - SLOPES[h] * (q - k), lambda b, h, q, k: q >= k, False),
+    "by head": (None, lambda b, h, q, k: q - k < 2 + h, False),
+    "one position at a time": (
+        lambda s, b, h, q, k: s + SLOPES[(q % 6).reshape(1)][0],
+        None,
+        False,
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")
+@pytest.mark.parametrize("name", FLEXIBLE)
+@pytest.mark.parametrize("kv_heads", [HEADS, 2])
+def test_flex_attention(name: str, kv_heads: int) -> None:
+    score, mask, heads = FLEXIBLE[name]
+    discovery = checked(Net(Flexible(score, mask, kv_heads)))
+    assert ("heads" in free(discovery)) == heads
+    assert "hidden" in free(discovery)
+    if not heads:
+        assert why(discovery, "q.weight", 0).partition(" (")[0] in (
+            "computed from positions",
+            "looked up by position",
+            "read by compiled code of which nothing is known",
+        )
+
+
+def test_loss_over_all_routers_keeps_them_equal() -> None:
+    model = tiny_model("mixtral", output_router_logits=True)
+    discovery = discover(model)
+    experts = of_kind(discovery, "experts")
+    assert all(group.frozen is None and len(group.companions) == 2 for group in experts[:1])
+    removal = pick(discovery, ("experts",))
+    expected = twin_logits(model, discovery, removal)
+    prune_(model, discovery, removal)
+    assert largest_difference(expected, pruned_logits(model, discovery)) <= 1e-5
+    tokens = torch.arange(20)[None]
+    assert bool(model(tokens, labels=tokens).aux_loss.isfinite())
+    assert model.num_experts == 4 - len(removal[experts[0].name])
+
+
+# ------------------------------------------------------------------- attention modules of PyTorch
+
+
+class Multihead(nn.Module):
+    """Attention by ``nn.MultiheadAttention``, and a feed-forward network."""
+
+    def __init__(self, *, batch_first: bool, weights: bool, separate: bool = False) -> None:
+        super().__init__()
+        sizes = {"kdim": HIDDEN, "vdim": 8} if separate else {}
+        self.inner = nn.MultiheadAttention(HIDDEN, 3, batch_first=batch_first, **sizes)
+        self.value = nn.Linear(HIDDEN, 8) if separate else nn.Identity()
+        self.ffn = Gated()
+        self.batch_first, self.weights = batch_first, weights
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x if self.batch_first else x.transpose(0, 1)
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        y, _ = self.inner(y, y, self.value(y), attn_mask=mask, need_weights=self.weights)
+        return self.ffn(x + (y if self.batch_first else y.transpose(0, 1)))
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_multihead_attention(batch_first: bool, weights: bool, separate: bool) -> None:
+    net = Net(Multihead(batch_first=batch_first, weights=weights, separate=separate))
+    discovery = checked(net, dense=False)
+    assert free(discovery) == {"ffn"}
+    assert "takes the size of a head from the hidden size" in why(discovery, "ffn.gate.weight", 1)
+
+
+class Transformer(Net):
+    """The encoder of PyTorch with a causal mask, or its decoder over what another layer gave."""
+
+    def __init__(self, *, decoder: bool, norm_first: bool) -> None:
+        super().__init__()
+        kind = nn.TransformerDecoderLayer if decoder else nn.TransformerEncoderLayer
+        self.bodies = nn.ModuleList(
+            kind(HIDDEN, 3, 20, batch_first=True, norm_first=norm_first, dropout=0.1)
+            for _ in range(2)
+        )
+        self.decoder = decoder
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = memory = self.embed(tokens)
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1], dtype=x.dtype)
+        for body in self.bodies:
+            if self.decoder:
+                x = body(x, memory, tgt_mask=mask, tgt_is_causal=True, memory_mask=mask)
+            else:
+                x = body(x, src_mask=mask, is_causal=True)
+        return self.out(x)
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_transformer_layers(decoder: bool, norm_first: bool) -> None:
+    discovery = checked(Transformer(decoder=decoder, norm_first=norm_first), dense=False)
+    assert [group.size for group in of_kind(discovery, "ffn")] == [20, 20]
+
+
+# ------------------------------------------------------------------------ what a run leaves out
+
+
+class Loop(nn.Module):
+    """Experts that are modules; those that no token chose are not called."""
+
+    def __init__(self, experts: nn.ModuleList | nn.ModuleDict, *, always: bool = False) -> None:
+        super().__init__()
+        self.experts, self.always = experts, always
+        self.router = nn.Linear(HIDDEN, len(experts), bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.flatten(0, 1)
+        chosen = self.router(flat).softmax(-1).topk(1, -1)
+        out = torch.zeros_like(flat)
+        experts = self.experts
+        experts = list(experts.values() if isinstance(experts, nn.ModuleDict) else experts)
+        for number, expert in enumerate(experts):
+            rows, _ = torch.where(chosen.indices == number)
+            if len(rows) or self.always:
+                out.index_add_(0, rows, expert(flat[rows]) * chosen.values[rows])
+        return out.view(x.shape)
+
+
+@pytest.mark.parametrize("always", [False, True])
+@pytest.mark.parametrize("keys", [False, True])
+def test_expert_without_a_token(keys: bool, always: bool) -> None:
+    experts = [Gated() for _ in range(6)]
+    if keys:
+        loop = Loop(nn.ModuleDict({f"e{i}": e for i, e in enumerate(experts)}), always=always)
+    else:
+        loop = Loop(nn.ModuleList(experts), always=always)
+    net = Net(loop)
+    with torch.no_grad():
+        # Hardly any token chooses the last.
+        loop.router.weight[-1] *= 0
+        loop.router.weight[-1, 0] = 2
+    discovery = checked(net)
+    inner = of_kind(discovery, "ffn")
+    assert [group.size for group in inner] == [8] * 6
+    assert all(group.frozen is None for group in inner)
+    assert "hidden" in free(discovery)
+
+
+class Forgotten(nn.Module):
+    """A branch that runs in training alone, or never."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(HIDDEN, 8), nn.Linear(8, HIDDEN)
+        self.aside = nn.Linear(*shape, bias=False)
+        self.used = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.gelu(self.up(x))
+        return self.aside(y) if self.used else self.down(y)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kept"), [((8, 5), {"hidden"}), ((5, HIDDEN), {"ffn"}), ((5, 7), {"ffn", "hidden"})]
+)
+def test_modules_that_are_not_reached(shape: tuple[int, int], kept: set[str]) -> None:
+    discovery = checked(Net(Forgotten(shape)))
+    assert free(discovery) == kept
+    for group in discovery.groups:
+        if group.frozen is not None:
+            assert group.frozen == (
+                "bodies.0.aside.weight was not reached by the forward pass and may have to follow"
+            )
+
+
+class Growing(nn.Module):
+    """A table with one row per position, which longer inputs lengthen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Attention()
+        self.register_buffer("grown", torch.ones(4, HIDDEN), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        size = x.shape[1]
+        if size > len(self.grown):
+            more = self.grown[-1:].expand(2 * size - len(self.grown), -1)
+            self.grown = torch.cat([self.grown, more])
+        return self.inner(x * self.grown[:size])
+
+
+def test_buffer_that_has_grown() -> None:
+    discovery = checked(Net(Growing(), Gated()))
+    assert "hidden" in free(discovery)
+
+
+def test_buffer_that_is_another_by_now() -> None:
+    net = Net(Growing(), Gated())
+    discovery = discover(net)
+    net.bodies[0].grown = net.bodies[0].grown[None]
+    with pytest.raises(InfeasibleError, match="run discover again on the model as it is now"):
+        prune_(net, discovery, pick(discovery, ("hidden",)))
+
+
+class Remade(Growing):
+    """The table is made anew in another form."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.grown = self.grown[None] if self.grown.dim() == 2 else self.grown[0]
+        return self.inner(x * self.grown.flatten(0, -2)[:1])
+
+
+def test_buffer_of_another_form_after_the_run() -> None:
+    net = Net(Remade(), Gated())
+    assert vocabulary_size(net) == VOCABULARY
+    discovery = checked(net)
+    assert net.bodies[0].grown.dim() == 2
+    assert "hidden" in free(discovery)
+
+
+# ------------------------------------------------------------------------------- whole models
+
+
+def _saved(model: PreTrainedModel, folder: Path, kinds: tuple[str, ...] | None = None) -> Any:
+    """Prune, check, save, and return the model as it is loaded again."""
+    dense_config = copy.deepcopy(model.config)
+    discovery = discover(model)
+    removal = pick(discovery, kinds)
+    assert removal
+    expected = twin_logits(model, discovery, removal)
+    edits = prune_(model, discovery, removal)
+    assert largest_difference(expected, pruned_logits(model, discovery)) <= 1e-5
+    save_checkpoint(
+        model, folder, edits=edits, plan_json=None, tokenizer=None, dense_config=dense_config
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(loaded(torch.arange(9)[None]).logits, model(torch.arange(9)[None]).logits)
+    return loaded
+
+
+@pytest.mark.parametrize("kind", ["hidden", "ffn"])
+def test_state_that_settings_size(kind: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 48}
+    config = RwkvConfig(vocab_size=40, num_hidden_layers=2, context_length=64, **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    loaded = _saved(model, tmp_path / "out", (kind,))
+    out = loaded.generate(torch.arange(3, 9)[None], max_new_tokens=3, do_sample=False)
+    assert out.shape[1] > 6
+
+
+def test_norms_of_single_heads_are_saved(tmp_path: Path) -> None:
+    _saved(tiny_model("stablelm", qk_layernorm=True), tmp_path / "out")
+
+
+def test_mask_embedding_that_generation_reads() -> None:
+    config = XLNetConfig(vocab_size=40, d_model=32, n_layer=2, n_head=4, d_inner=48)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    discovery = discover(model)
+    (hidden,) = of_kind(discovery, "hidden")
+    assert any(m.tensor.endswith("mask_emb") for m in hidden.members)
+    verified_prune_(copy.deepcopy(model), discovery, pick(discovery, ("hidden", "ffn")))
+    heads = of_kind(discovery, "heads")
+    assert all(group.frozen is None for group in heads)
+    # A bias for segments, which the run is given none of, follows the one for content.
+    assert any(m.tensor.endswith("r_s_bias") for m in heads[0].members)
+
+
+def test_projector_of_images_keeps_the_hidden_size() -> None:
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 40}
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "image_size": 8}
+    heads = {"num_attention_heads": 4}
+    config = LlavaConfig(
+        text_config={"model_type": "llama", "num_key_value_heads": 4, **text, **heads},
+        vision_config={"model_type": "clip_vision_model", "patch_size": 4, **vision, **heads},
+        image_token_index=39,
+    )
+    discovery = discover(LlavaForConditionalGeneration(config).eval())
+    (hidden,) = of_kind(discovery, "hidden")
+    assert "multi_modal_projector" in str(hidden.frozen)
+    assert {"heads", "ffn"} <= free(discovery)
+
+
+def test_flex_attention_of_transformers() -> None:
+    model = tiny_model("llama")
+    usual = discover(model)
+    model.set_attn_implementation("flex_attention")
+    discovery = discover(model)
+    assert model.config._attn_implementation == "flex_attention"
+    assert {g.name: g.frozen for g in discovery.groups} == {g.name: g.frozen for g in usual.groups}
+    removal = pick(discovery)
+    expected = twin_logits(model, discovery, removal)
+    prune_(model, discovery, removal)
+    # As it is called, it needs a compiler.
+    model.set_attn_implementation("eager")
+    assert largest_difference(expected, pruned_logits(model, discovery)) <= 1e-5

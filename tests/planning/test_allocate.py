@@ -1,0 +1,578 @@
+"""Targets and importance give removals that obey the rules and meet the target."""
+
+from __future__ import annotations
+
+import re
+import time
+from itertools import product
+
+import numpy as np
+import pytest
+
+from fake_discovery import fake_llama, fake_pruned, fake_scores, units
+from llm_pruner.errors import UserError
+from llm_pruner.planning import (
+    TOLERANCE,
+    Selection,
+    Survivors,
+    Target,
+    allocate,
+    check,
+    choose_groups,
+    complete,
+    parse_count,
+    parse_layer_ranges,
+    step_targets,
+)
+from llm_pruner.planning.costs import ParameterCounter
+from llm_pruner.surgery.removal import count_parameters
+from llm_pruner.types import Discovery, IntArray, Removal
+
+STRUCTURE_SETS = (
+    ("heads",),
+    ("ffn",),
+    ("hidden",),
+    ("heads", "ffn"),
+    ("query_heads", "ffn"),
+    ("heads", "query_heads", "ffn"),
+    ("ffn", "head_dim"),
+    ("heads", "ffn", "hidden", "head_dim", "layers"),
+    ("heads", "query_heads", "ffn", "hidden", "head_dim", "layers"),
+)
+MODELS = {
+    "gqa": fake_llama(5, hidden=60, ffn=160, kv_heads=3, repeat=3, head_dim=8),
+    "mha": fake_llama(4, hidden=64, ffn=176, kv_heads=8, repeat=1, head_dim=8, tied=False),
+}
+
+
+def share(discovery: Discovery, removal: Removal) -> float:
+    return 1 - count_parameters(discovery, removal) / count_parameters(discovery)
+
+
+def same(left: Removal, right: Removal) -> bool:
+    return left.keys() == right.keys() and all(np.array_equal(left[k], right[k]) for k in left)
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("structures", STRUCTURE_SETS, ids="+".join)
+@pytest.mark.parametrize("model", MODELS)
+def test_ratio_is_met_or_the_nearest_is_named(model, structures, scope):
+    discovery = MODELS[model]
+    if model == "mha" and "query_heads" in structures:
+        structures = tuple(name for name in structures if name != "query_heads")
+    scores = fake_scores(discovery)
+    dense = count_parameters(discovery)
+    met = 0
+    for percent in range(5, 61, 5):
+        selection = Selection(structures, scope=scope)
+        target = Target(ratio=percent / 100)
+        try:
+            removal = allocate(discovery, scores, selection, target)
+        except UserError as error:
+            text = str(error)
+            assert "cannot be reached" in text
+            named = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) parameters", text)]
+            assert named
+            # Nothing named is within the tolerance, and each that is named can be asked for.
+            for count in named:
+                assert abs(count - dense * (1 - percent / 100)) > TOLERANCE * dense
+                got = allocate(discovery, scores, selection, Target(params=count))
+                assert abs(count_parameters(discovery, got) - count) <= TOLERANCE * dense
+            continue
+        met += 1
+        assert check(discovery, removal) == []
+        assert abs(share(discovery, removal) - percent / 100) <= TOLERANCE
+        assert same(removal, allocate(discovery, scores, selection, target))
+    # Fine structures reach every ratio; heads and hidden channels of a model this small do not.
+    assert met >= (8 if "ffn" in structures else 1)
+
+
+def test_all_structures_together_reach_every_ratio():
+    discovery = MODELS["gqa"]
+    for scope, percent in product(("local", "global"), range(5, 61, 5)):
+        removal = allocate(
+            discovery,
+            fake_scores(discovery),
+            Selection(("heads", "ffn", "hidden", "head_dim", "layers"), scope=scope),
+            Target(ratio=percent / 100),
+        )
+        assert abs(share(discovery, removal) - percent / 100) <= TOLERANCE
+
+
+def test_counter_agrees_with_count_parameters():
+    generator = np.random.default_rng(0)
+    discovery = MODELS["gqa"]
+    counter = ParameterCounter(discovery)
+    assert counter.total == counter.count({}) == count_parameters(discovery)
+    for _ in range(60):
+        removal: dict[str, IntArray] = {}
+        for group in discovery.groups:
+            if generator.random() < 0.4:
+                number = int(generator.integers(0, group.size))
+                removal[group.name] = generator.permutation(group.size)[:number].astype(np.int64)
+        assert counter.count(removal) == count_parameters(discovery, removal)
+
+
+def test_llama_7b_at_the_settings_of_the_paper():
+    start = time.perf_counter()
+    discovery = fake_llama(32, 4096, 11008, 32, 1, 128, 32000, tied=False)
+    scores = fake_scores(discovery)
+    assert count_parameters(discovery) == 6_738_415_616
+    structures = ("heads", "ffn")
+    block20 = allocate(
+        discovery, scores, Selection(structures, protect_first=4, protect_last=2),
+        Target(unit_ratio=0.25),
+    )  # fmt: skip
+    assert sorted({int(name.split(".")[1]) for name in block20}) == list(range(4, 30))
+    assert len(block20["layers.4.heads"]) == 8
+    assert len(block20["layers.4.ffn"]) == 2752
+    assert round(count_parameters(discovery, block20) / 1e9, 2) == 5.42
+    ranges = parse_layer_ranges("heads=3-30,ffn=3-30")
+    block50 = allocate(
+        discovery, scores, Selection(structures, layer_ranges=ranges), Target(unit_ratio=0.6)
+    )
+    assert round(count_parameters(discovery, block50) / 1e9, 2) == 3.35
+    for scope in ("local", "global"):
+        everything = Selection(("heads", "ffn", "hidden", "head_dim", "layers"), scope=scope)
+        removal = allocate(discovery, scores, everything, Target(params=parse_count("5.4B")))
+        assert abs(count_parameters(discovery, removal) - 5.4e9) < 5e6
+    assert time.perf_counter() - start < 10
+
+
+def test_unit_ratio_takes_the_least_important_and_ties_go_by_index():
+    discovery = fake_llama(2, ffn=8)
+    scores = {group.name: np.ones(group.size) for group in discovery.groups}
+    scores["layers.1.ffn"] = np.array([5.0, 1, 4, 1, 3, 1, 2, 9])
+    removal = allocate(discovery, scores, Selection(("ffn",)), Target(unit_ratio=0.3))
+    assert removal["layers.0.ffn"].tolist() == [0, 1]
+    assert removal["layers.1.ffn"].tolist() == [1, 3]
+
+
+def test_unit_ratio_counts_in_decimals():
+    # 100 * 0.29 is 28.999999999999996 in binary.
+    discovery = fake_llama(2, ffn=100)
+    removal = allocate(
+        discovery, fake_scores(discovery), Selection(("ffn",)), Target(unit_ratio=0.29)
+    )
+    assert len(removal["layers.0.ffn"]) == 29
+
+
+def test_unit_ratio_of_query_heads_is_that_of_each_block():
+    discovery = fake_llama(3, kv_heads=4, repeat=4)
+    scores = fake_scores(discovery)
+    selection = Selection(("heads", "query_heads"))
+    removal = allocate(discovery, scores, selection, Target(unit_ratio=0.5))
+    heads, queries = removal["layers.0.heads"], removal["layers.0.query_heads"]
+    assert len(heads) == 2
+    live = np.setdiff1d(np.arange(4), heads)
+    assert np.array_equal(np.bincount(queries // 4, minlength=4)[live], [2, 2])
+    assert not np.isin(queries // 4, heads).any()
+
+
+def test_companions_follow_by_their_own_importance():
+    discovery = fake_llama(2, head_dim=8)
+    scores = fake_scores(discovery)
+    removal = allocate(discovery, scores, Selection(("head_dim",)), Target(unit_ratio=0.5))
+    assert len(removal["head_dim"]) == 2
+    least = np.sort(np.argsort(scores["layers.1.value_dim"])[:4])
+    assert np.array_equal(removal["layers.1.value_dim"], least)
+
+
+def test_removed_layers_name_no_other_units():
+    discovery = fake_llama(6, ffn=64)
+    scores = fake_scores(discovery)
+    selection = Selection(("layers", "ffn", "head_dim"), protect_first=2, protect_last=1)
+    removal = allocate(discovery, scores, selection, Target(unit_ratio=0.5))
+    gone = removal["layers"].tolist()
+    assert len(gone) == 1
+    assert 2 <= gone[0] <= 4
+    assert not any(name.startswith(f"layers.{gone[0]}.") for name in removal)
+    assert check(discovery, removal) == []
+
+
+def test_even_widths_come_before_the_last_parameter():
+    discovery = MODELS["gqa"]
+    removal = allocate(
+        discovery, fake_scores(discovery), Selection(("ffn", "heads")), Target(ratio=0.25)
+    )
+    for kind in ("ffn", "heads"):
+        assert len({len(removal[f"layers.{layer}.{kind}"]) for layer in range(5)}) == 1
+
+
+def test_uneven_heads_meet_what_even_ones_cannot():
+    discovery = fake_llama(24, hidden=32, ffn=8, kv_heads=4, repeat=1, head_dim=8, vocab=16)
+    removal = allocate(discovery, fake_scores(discovery), Selection(("heads",)), Target(ratio=0.3))
+    counts = {len(removal.get(f"layers.{layer}.heads", ())) for layer in range(24)}
+    assert len(counts) == 2
+    assert max(counts) - min(counts) == 1
+
+
+def test_global_ranks_by_importance_per_parameter():
+    discovery = fake_llama(2, hidden=16, ffn=32, kv_heads=4, repeat=1, head_dim=8, vocab=8)
+    scores = {group.name: np.ones(group.size) for group in discovery.groups}
+    # A head removes 4 * 8 * 16 parameters, a channel 3 * 16: per parameter the head is the less
+    # important until its score passes 32 / 3 times that of a channel.
+    scores["layers.0.heads"] = np.array([10.5, 99.0, 99.0, 99.0])
+    scores["layers.1.heads"] = np.array([10.8, 99.0, 99.0, 99.0])
+    selection = Selection(("heads", "ffn"), scope="global")
+    kept = count_parameters(discovery) - 512 - 48
+    removal = allocate(discovery, scores, selection, Target(params=kept))
+    assert {name: found.tolist() for name, found in removal.items()} == {
+        "layers.0.heads": [0],
+        "layers.0.ffn": [0],
+    }
+
+
+def test_global_unit_ratio_is_per_kind():
+    discovery = fake_llama(4, ffn=64, kv_heads=4)
+    scores = fake_scores(discovery)
+    scores["layers.2.ffn"] = scores["layers.2.ffn"] / 100
+    removal = allocate(
+        discovery, scores, Selection(("heads", "ffn"), scope="global"), Target(unit_ratio=0.25)
+    )
+    lost = {kind: sum(len(v) for k, v in removal.items() if k.endswith(kind)) for kind in
+            ("heads", "ffn")}  # fmt: skip
+    assert lost == {"heads": 4, "ffn": 64}
+    assert len(removal["layers.2.ffn"]) == 63
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_round_to_rounds_channels_and_not_heads(scope):
+    discovery = fake_llama(4, hidden=64, ffn=100, kv_heads=6, repeat=1)
+    scores = fake_scores(discovery)
+    selection = Selection(("heads", "ffn", "hidden"), scope=scope, round_to=8)
+    removal = allocate(discovery, scores, selection, Target(ratio=0.3))
+    assert abs(share(discovery, removal) - 0.3) <= TOLERANCE
+    for name, lost in removal.items():
+        if not name.endswith("heads"):
+            assert (discovery.group(name).size - len(lost)) % 8 == 0
+    removal = allocate(discovery, scores, Selection(("ffn",), round_to=16), Target(unit_ratio=0.3))
+    assert {100 - len(lost) for lost in removal.values()} == {64}  # 70 lies nearer to 64 than to 80
+
+
+@pytest.mark.parametrize(
+    ("structures", "protect"),
+    [(("heads", "ffn", "head_dim"), 1), (("layers", "heads", "query_heads", "ffn"), 1)],
+)
+def test_steps_with_a_unit_ratio_end_where_one_step_does(structures, protect):
+    dense = fake_llama(7, ffn=90, kv_heads=6, repeat=4, head_dim=16)
+    scores = fake_scores(dense)
+    selection = Selection(structures, protect_first=protect, protect_last=1)
+    target = Target(unit_ratio=0.4)
+    once = allocate(dense, scores, selection, target)
+    survivors, discovery = Survivors.dense(dense), dense
+    for step in step_targets(count_parameters(dense), target, 3):
+        current = {
+            group.name: scores[survivors.dense_name(group.name)][
+                survivors.kept[survivors.dense_name(group.name)]
+            ]
+            for group in discovery.groups
+        }
+        removal = allocate(discovery, current, selection, step, survivors)
+        survivors = survivors.after(removal)
+        discovery = fake_pruned(discovery, removal)
+        assert count_parameters(discovery) == count_parameters(dense, survivors.removal())
+    assert check(dense, survivors.removal()) == []
+    # The scores are the same in all steps here, so the units are too, not only their number.
+    assert same(survivors.removal(), once) or "head_dim" in structures
+    assert {k: len(v) for k, v in survivors.removal().items()} == {
+        k: len(v) for k, v in once.items()
+    }
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_steps_with_a_ratio_end_at_the_ratio(scope):
+    dense = MODELS["gqa"]
+    selection = Selection(("heads", "ffn", "hidden", "layers"), scope=scope, protect_last=1)
+    survivors, discovery = Survivors.dense(dense), dense
+    shares = []
+    for number, step in enumerate(step_targets(count_parameters(dense), Target(ratio=0.4), 4)):
+        scores = fake_scores(discovery, seed=number)
+        removal = allocate(discovery, scores, selection, step, survivors)
+        survivors = survivors.after(removal)
+        discovery = fake_pruned(discovery, removal)
+        shares.append(share(dense, survivors.removal()))
+    assert check(dense, survivors.removal()) == []
+    assert count_parameters(discovery) == count_parameters(dense, survivors.removal())
+    assert np.allclose(shares, [0.1, 0.2, 0.3, 0.4], atol=TOLERANCE)
+
+
+def test_survivors_translate_names_and_units():
+    dense = fake_llama(8, ffn=10, kv_heads=2, repeat=2)
+    survivors = Survivors.dense(dense).after({"layers": units(2, 4), "layers.7.ffn": units(0, 5)})
+    assert survivors.dense_name("layers.5.ffn") == "layers.7.ffn"
+    assert survivors.dense_layer(3) == 5
+    moved = survivors.to_dense({"layers.5.ffn": units(0, 4), "layers": units(2)})
+    assert moved["layers.7.ffn"].tolist() == [1, 6]
+    assert moved["layers"].tolist() == [3]
+    survivors = survivors.after({"layers.5.ffn": units(0, 4), "layers.0.heads": units(1)})
+    assert {name: found.tolist() for name, found in survivors.removal().items()} == {
+        "layers.0.heads": [1],
+        "layers.7.ffn": [0, 1, 5, 6],
+        "layers": [2, 4],
+    }
+    assert survivors.kept["layers.0.query_heads"].tolist() == [0, 1]
+    with pytest.raises(KeyError):
+        survivors.dense_name("layers.7.ffn")
+
+
+def test_step_targets_are_linear_in_what_is_removed():
+    assert [t.params for t in step_targets(1000, Target(params=700), 3)] == [900, 800, 700]
+    targets = step_targets(1000, Target(ratio=0.2), 2)
+    assert (targets[0].params, targets[0].loose, targets[1]) == (900, True, Target(ratio=0.2))
+    assert [t.unit_ratio for t in step_targets(1000, Target(unit_ratio=0.5), 2)] == [0.25, 0.5]
+    with pytest.raises(UserError, match="steps=0 prunes nothing"):
+        step_targets(1000, Target(ratio=0.2), 0)
+
+
+def test_loose_target_takes_the_nearest_even_if_that_is_nothing():
+    discovery = fake_llama(4)
+    scores = fake_scores(discovery)
+    loose = Target(unit_ratio=0.01, loose=True)
+    assert allocate(discovery, scores, Selection(("heads",)), loose) == {}
+    few = Target(params=count_parameters(discovery) - 10, loose=True)
+    assert allocate(discovery, scores, Selection(("layers",)), few) == {}
+
+
+def test_complete_adds_the_least_important():
+    discovery = fake_llama(3, kv_heads=3, repeat=3, head_dim=4)
+    scores = {group.name: np.arange(group.size, 0, -1.0) for group in discovery.groups}
+    done = complete(
+        discovery,
+        {
+            "head_dim": units(0),
+            "layers.0.value_dim": units(0),
+            "layers.0.query_heads": units(0, 1, 3),
+            "layers.0.heads": units(1),
+            "layers": units(2),
+            "layers.2.ffn": units(1),
+        },
+        scores,
+    )
+    assert {name: found.tolist() for name, found in done.items()} == {
+        "head_dim": [0],
+        "layers.0.value_dim": [0, 3],  # what was named stays
+        "layers.1.value_dim": [2, 3],
+        "layers.0.query_heads": [0, 1, 7, 8],  # block 1 is gone, block 2 follows block 0
+        "layers.0.heads": [1],
+        "layers": [2],
+    }
+    assert check(discovery, done) == []
+
+
+CHECKS = [
+    ({"layers.0.fnn": units(1)}, r"layers\.0\.fnn: no such group; did you mean layers\.0\.ffn\?"),
+    ({"layers.0.ffn": units(3, 1)}, "not sorted"),
+    ({"layers.0.ffn": units(3, 3, 5)}, "duplicate units 3"),
+    ({"layers.0.ffn": units(-1, 96)}, r"out of range \(-1, 96\); it has 0 to 95"),
+    ({"layers.0.heads": units(0, 1, 2, 3)}, "removes all 4 units; at least one must stay"),
+    ({"layers.1.ffn": units(1)}, r"layers\.1\.ffn: cannot lose units: shared with a table"),
+    ({"layers.0.query_heads": units(0)}, "same number of units; this removes 1 of block 0, 0 of"),
+    ({"layers.0.query_heads": units(0, 1, 2, 4, 6)}, r"blocks 0; remove units 0 of layers\.0\.h"),
+    ({"head_dim": units(1)}, r"layers\.0\.value_dim: loses 0 units but must lose 2, because head"),
+    ({"layers.0.value_dim": units(1)}, r"which takes 0\.5 of head_dim; remove a multiple of 2"),
+    (
+        {"layers.0.value_dim": units(1, 2)},
+        "head_dim: loses 0 units but must lose 1, because layers",
+    ),
+    ({"layers": units(0), "layers.0.ffn": units(1)}, "layer 0 is removed whole"),
+]
+
+
+@pytest.mark.parametrize(("removal", "message"), CHECKS)
+def test_check_names_the_breach(removal, message):
+    discovery = fake_llama(2, frozen={"layers.1.ffn": "shared with a table"})
+    problems = check(discovery, removal)
+    assert len(problems) == (2 if "head_dim" in removal else 1)
+    assert any(re.search(message, problem) for problem in problems), problems
+
+
+def test_complete_follows_companions_of_companions():
+    discovery = fake_llama(2, head_dim=8)
+    done = complete(discovery, {"layers.1.value_dim": units(3)}, fake_scores(discovery))
+    assert {name: len(found) for name, found in done.items()} == {
+        "head_dim": 1,
+        "layers.0.value_dim": 2,
+        "layers.1.value_dim": 2,
+    }
+    assert 3 in done["layers.1.value_dim"]
+    assert check(discovery, done) == []
+
+
+def test_check_lets_sound_removals_pass():
+    discovery = fake_llama(3)
+    sound = {
+        "layers": units(2),
+        "head_dim": units(1),
+        "layers.0.value_dim": units(0, 5),
+        "layers.1.value_dim": units(1, 2),
+        "layers.0.heads": units(1),
+        "layers.0.query_heads": units(0, 5, 7),
+    }
+    assert check(discovery, sound) == []
+
+
+TARGETS = [
+    ({"ratio": 1.2}, r"ratio=1\.2 is outside \(0, 1\)"),
+    ({"unit_ratio": 0.0}, r"unit_ratio=0\.0 is outside \(0, 1\)"),
+    ({"ratio": float("nan")}, "outside"),
+    ({"ratio": 0.2, "params": 5}, r"exactly one .* got ratio=0\.2, params=5"),
+    ({}, "exactly one of unit_ratio, ratio, params, kv_cache, decode_time; got none"),
+    ({"params": 0}, "params=0 keeps nothing"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), TARGETS)
+def test_target_refuses(values, message):
+    with pytest.raises(UserError, match=message):
+        Target(**values)
+
+
+SELECTIONS = [
+    ({"structures": ("haeds",)}, "unknown structure 'haeds'; did you mean heads.* known are heads"),
+    ({"structures": ("value_dim",)}, "choose head_dim, which it follows"),
+    ({"structures": ()}, "no structures given"),
+    ({"structures": ("ffn", "ffn")}, "given twice"),
+    (
+        {"structures": ("ffn",), "scope": "all"},
+        "scope='all' is unknown; use local, global or measured",
+    ),
+    ({"structures": ("ffn",), "round_to": 0}, "round_to=0"),
+    ({"structures": ("ffn",), "protect_first": -1}, "cannot be negative"),
+    ({"structures": ("ffn",), "layer_ranges": {"heads": (0, 1)}}, "given for heads, which is not"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), SELECTIONS)
+def test_selection_refuses(values, message):
+    with pytest.raises(UserError, match=message):
+        Selection(**values)
+
+
+CHOICES = [
+    ({"structures": ("experts",)}, "has no experts to prune; it has heads, query_heads, ffn, hidd"),
+    ({"structures": ("hidden",)}, "hidden cannot be pruned in this model: is a constant; leave"),
+    ({"structures": ("ffn",), "protect_first": 3, "protect_last": 1}, "cover all 4 layers"),
+    ({"structures": ("ffn",), "layer_ranges": {"ffn": (1, 4)}}, "past the last layer; .* 0 to 3"),
+    ({"structures": ("ffn",), "layer_ranges": {"ffn": (2, 1)}}, "runs backwards"),
+    ({"structures": ("head_dim",), "layer_ranges": {"head_dim": (0, 1)}}, "spans all layers"),
+    ({"structures": ("ffn",), "layer_ranges": {"ffn": (1, 1)}}, "no ffn in layers 1 to 1 can be"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), CHOICES)
+def test_choose_groups_refuses(values, message):
+    discovery = fake_llama(4, frozen={"hidden": "is a constant", "layers.1.ffn": "is odd"})
+    with pytest.raises(UserError, match=message):
+        choose_groups(discovery, Selection(**values))
+
+
+def test_choose_groups_protects_layers_and_lets_ranges_replace_that():
+    discovery = fake_llama(6)
+    ranges = {"heads": (0, 1)}
+    chosen = choose_groups(
+        discovery,
+        Selection(("heads", "ffn", "hidden"), protect_first=2, protect_last=3, layer_ranges=ranges),
+    )
+    names = ["layers.0.heads", "layers.1.heads", "layers.2.ffn", "hidden"]
+    assert [group.name for group in chosen] == names
+
+
+def test_targets_that_cannot_be_reached():
+    discovery = fake_llama(4, ffn=64, kv_heads=32, repeat=1)
+    scores = fake_scores(discovery)
+    total = count_parameters(discovery)
+    message = r"^unit_ratio=0\.01 removes 0 of 32 heads in layers\.0\.heads; use at least 0\.032"
+    with pytest.raises(UserError, match=message):
+        allocate(discovery, scores, Selection(("heads",)), Target(unit_ratio=0.01))
+    assert allocate(discovery, scores, Selection(("heads",)), Target(unit_ratio=0.032))
+    message = r"removes 0 of 64 ffn in layers\.0\.ffn; use at least 0\.141"
+    with pytest.raises(UserError, match=message):
+        allocate(discovery, scores, Selection(("ffn",), round_to=16), Target(unit_ratio=0.12))
+    assert allocate(discovery, scores, Selection(("ffn",), round_to=16), Target(unit_ratio=0.141))
+    with pytest.raises(UserError, match=f"is not below the {total:,} parameters of the model"):
+        allocate(discovery, scores, Selection(("ffn",)), Target(params=total))
+    with pytest.raises(UserError, match=r"pruning ffn to the last unit leaves .*, ratio 0\.\d{4}"):
+        allocate(discovery, scores, Selection(("ffn",)), Target(ratio=0.9))
+    with pytest.raises(UserError, match=r"nearest that can: .* \(less\) and .* \(more\)"):
+        allocate(discovery, scores, Selection(("layers",)), Target(ratio=0.37))
+    with pytest.raises(UserError, match=r"nearest that can: [\d,]+ parameters, [^()]* \(more\)"):
+        allocate(discovery, scores, Selection(("layers",)), Target(ratio=0.004))
+    with pytest.raises(UserError, match=r"round_to=50 leaves no smaller size for the 48 units"):
+        allocate(discovery, scores, Selection(("hidden",), round_to=50), Target(ratio=0.2))
+
+
+def test_a_group_that_cannot_follow_stops_the_one_that_leads():
+    discovery = fake_llama(2, frozen={"layers.1.value_dim": "feeds a sort"})
+    with pytest.raises(UserError, match=r"layers\.1\.value_dim, which follows .* feeds a sort"):
+        allocate(discovery, fake_scores(discovery), Selection(("head_dim",)), Target(ratio=0.05))
+
+
+def test_importance_must_be_there_and_be_numbers():
+    discovery = fake_llama(2)
+    scores = fake_scores(discovery)
+    selection, target = Selection(("layers",)), Target(unit_ratio=0.5)
+    without = {name: values for name, values in scores.items() if name != "layers"}
+    with pytest.raises(UserError, match="no importance for layers; use a criterion that scores"):
+        allocate(discovery, without, selection, target)
+    with pytest.raises(UserError, match="importance of layers is not a number"):
+        allocate(discovery, scores | {"layers": np.array([1, np.nan])}, selection, target)
+    with pytest.raises(UserError, match=r"importance of layers has shape \(3,\)"):
+        allocate(discovery, scores | {"layers": np.ones(3)}, selection, target)
+
+
+def test_infinite_importance_keeps_a_unit():
+    discovery = fake_llama(2, ffn=40)
+    scores = fake_scores(discovery)
+    scores["layers.0.ffn"][3] = np.inf
+    for scope in ("local", "global"):
+        removal = allocate(discovery, scores, Selection(("ffn",), scope=scope), Target(ratio=0.3))
+        assert 3 not in removal["layers.0.ffn"]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("5.4B", 5_400_000_000), ("107.6M", 107_600_000), ("110000000", 110_000_000), ("12k", 12_000),
+     ("1_000,000", 1_000_000), (".5b", 500_000_000)],
+)  # fmt: skip
+def test_parse_count(text, count):
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "much", "-5B", "1.5", "0", "5.4BB", "1e9", "_"])
+def test_parse_count_refuses(text):
+    with pytest.raises(UserError, match=r"is not a number of parameters; write such as 5\.4B"):
+        parse_count(text)
+
+
+def test_parse_layer_ranges():
+    assert parse_layer_ranges("heads=4-26, ffn = 5") == {"heads": (4, 26), "ffn": (5, 5)}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("heads", "'heads' is not a layer range; write such as heads=4-26"),
+        ("heads=4-26,", "'' is not a layer range"),
+        ("heads=4..6", "is not a layer range"),
+        ("heads=6-4", "runs backwards"),
+        ("heads=1-2,heads=3-4", "heads has two layer ranges"),
+        ("head=1-2", "unknown structure 'head'; did you mean heads"),
+    ],
+)
+def test_parse_layer_ranges_refuses(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_layer_ranges(text)
+
+
+def test_completion_leaves_what_no_further_unit_mends():
+    discovery = fake_llama(2, kv_heads=2, repeat=1)
+    assert complete(discovery, {"layers.0.heads": units(0, 1)}, fake_scores(discovery)).keys() == {
+        "layers.0.heads"
+    }
+    discovery = fake_llama(2, kv_heads=3, repeat=3)
+    # Block 0 goes whole, the others follow, and nothing is left.
+    done = complete(discovery, {"layers.0.query_heads": units(0, 1, 2)}, fake_scores(discovery))
+    assert check(discovery, done) == [
+        "layers.0.query_heads: removes all 9 units; at least one must stay"
+    ]

@@ -1,0 +1,185 @@
+"""Losses whose logits are computed a few tokens at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import tiny_model
+from llm_pruner.data.sequences import TrainingSequence, make_sequence
+from llm_pruner.recovery import DistillationSettings, Teacher
+from llm_pruner.recovery.forward import forward, learned_logits, learned_tokens
+from llm_pruner.recovery.kernels import chunked_loss
+from llm_pruner.recovery.kernels.chunked_loss import summed_loss, watch_logits
+from llm_pruner.recovery.objective import (
+    Told,
+    distillation_loss,
+    mixed_loss,
+    mixed_loss_and_gradient_,
+    task_loss,
+    task_loss_and_gradient_,
+    text_objective,
+)
+from llm_pruner.recovery.packing import lay_out
+
+
+@pytest.fixture(autouse=True)
+def few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked_loss, "_LEAST_TOKENS", 7)
+    monkeypatch.setattr(chunked_loss, "_CHUNK_BYTES", {"cpu": 0, "cuda": 0})
+
+
+def samples(count: int = 9) -> list[TrainingSequence]:
+    draw = np.random.default_rng(0)
+    return [
+        make_sequence(draw.integers(3, 259, n).tolist(), [t % 3 > 0 for t in range(n)], 0)
+        for n in draw.integers(4, 20, count).tolist()
+    ]
+
+
+def test_the_gradient_of_the_text_s_loss() -> None:
+    torch.manual_seed(0)
+    logits = (5 * torch.randn(9, 40, dtype=torch.float64)).requires_grad_()
+    tokens = torch.randint(40, (9,))
+    wanted = task_loss(logits, tokens)
+    (slope,) = torch.autograd.grad(wanted, logits)
+    loss, gradient = task_loss_and_gradient_(logits.detach().clone(), tokens)
+    assert torch.allclose(loss, wanted)
+    assert torch.allclose(gradient, slope)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+@pytest.mark.parametrize("k", [4, 40])
+def test_the_gradient_of_the_mixture(temperature: float, weight: float, k: int) -> None:
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(9, 40, dtype=torch.float64)).requires_grad_()
+    tokens = torch.randint(40, (9,))
+    tokens[:3] = 0
+    taught = (3 * torch.randn(9, 40, dtype=torch.float64) / temperature).log_softmax(-1).topk(k)
+    told = Told(tokens, taught.indices, taught.values, temperature, weight)
+    wanted = mixed_loss(logits, told)
+    parts = distillation_loss(logits, taught.indices, taught.values, temperature)
+    assert torch.allclose(wanted, weight * parts + (1 - weight) * task_loss(logits, tokens))
+    (slope,) = torch.autograd.grad(wanted, logits)
+    loss, gradient = mixed_loss_and_gradient_(logits.detach().clone(), told)
+    assert torch.allclose(loss, wanted)
+    assert torch.allclose(gradient, slope, atol=1e-9)
+
+
+def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {
+        name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None
+    }
+
+
+# GPT-2's embeddings are tied, Granite divides its logits, Gemma 2 caps them.
+@pytest.mark.parametrize("family", ["llama", "gpt2", "granite", "gemma2"])
+@pytest.mark.parametrize("trained", ["all", "no output embedding"])
+def test_chunks_give_the_loss_and_gradients_of_all_at_once(family: str, trained: str) -> None:
+    model, data = tiny_model(family), samples()
+    head = model.get_output_embeddings()
+    if trained != "all":
+        head.requires_grad_(False)
+    for batch in lay_out(data, range(9), packed=True, capacity=40, micro_tokens=80):
+        assert batch.targets > 14
+        tokens = learned_tokens(batch)
+        whole = task_loss(learned_logits(model, batch)[0], tokens)
+        wanted = gradients(model, whole / 3)
+        spans = []
+        text = text_objective(tokens)
+
+        def objective(logits: Any, span: slice, gradient: bool, text: Any = text) -> Any:
+            spans.append(span)  # noqa: B023
+            assert len(logits) == span.stop - span.start
+            return text(logits, span, gradient)
+
+        loss, _ = summed_loss(model, batch, objective)
+        found = gradients(model, loss / 3)
+        assert float(loss.detach()) == pytest.approx(float(whole.detach()), rel=1e-5)
+        assert found.keys() == wanted.keys()
+        for name, one in found.items():
+            scale = float(wanted[name].abs().max())
+            assert torch.allclose(one, wanted[name], atol=1e-5 * max(scale, 1)), name
+        chunked = family in ("llama", "gpt2")
+        assert (len(spans) > 1) == chunked
+        assert [*range(batch.targets)] == [n for s in spans for n in range(s.start, s.stop)]
+        with torch.no_grad():
+            assert float(summed_loss(model, batch, text)[0]) == pytest.approx(
+                float(whole.detach()), 1e-5
+            )
+    assert "forward" not in vars(head)
+
+
+def test_logits_that_are_changed_in_place_are_not_taken_for_the_head_s() -> None:
+    model = tiny_model("llama")
+    plain = model.forward
+
+    def doubled(*args: Any, **keywords: Any) -> Any:
+        found = plain(*args, **keywords)
+        found.logits.mul_(2)
+        return found
+
+    model.forward = doubled
+    (batch,) = lay_out(samples(), range(9), packed=True, capacity=200, micro_tokens=200)
+    tokens = learned_tokens(batch)
+    loss, _ = summed_loss(model, batch, text_objective(tokens))
+    model.forward = plain
+    logits, _ = learned_logits(model, batch)
+    assert float(loss.detach()) == pytest.approx(
+        float(task_loss(2 * logits, tokens).detach()), rel=1e-5
+    )
+
+
+def test_weights_that_are_kept_in_half_follow_the_head() -> None:
+    model = tiny_model("llama")
+    head = model.get_output_embeddings().requires_grad_(False)
+    (batch,) = lay_out(samples(), range(9), packed=True, capacity=200, micro_tokens=200)
+
+    def loss() -> tuple[float, float]:
+        tokens = learned_tokens(batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            chunked = summed_loss(model, batch, text_objective(tokens))[0]
+            whole = task_loss(forward(model, batch).logits, tokens)
+            return float(chunked.detach()), float(whole.detach())
+
+    first = loss()
+    assert first[0] == pytest.approx(first[1], rel=1e-3)
+    with torch.no_grad():
+        head.weight.mul_(30)
+    second = loss()
+    assert second[0] == pytest.approx(second[1], rel=1e-3)
+    assert second[0] > 1.01 * first[0]
+
+
+def test_watched_logits_are_those_of_all_learned_tokens() -> None:
+    model = tiny_model("llama")
+    (batch,) = lay_out(samples(), range(9), packed=True, capacity=200, micro_tokens=200)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    watch_logits(model, batch, lambda logits, tokens: seen.append((logits, tokens)))
+    assert len(seen) > 1
+    logits, tokens = learned_logits(model, batch)
+    assert torch.allclose(torch.cat([one for one, _ in seen]), logits, atol=1e-5)
+    assert torch.equal(torch.cat([one for _, one in seen]), tokens)
+
+
+def test_a_teacher_is_asked_in_chunks(tmp_path: Path) -> None:
+    student, dense, data = tiny_model(), tiny_model(seed=5), samples()
+    settings = DistillationSettings(temperature=2.0, weight=0.7, top_k=4)
+    teacher = Teacher(dense, data, settings, tmp_path, identity="dense", seq_len=64)
+    (batch,) = lay_out(data, range(9), packed=True, capacity=200, micro_tokens=200)
+    loss = teacher.loss(student, batch)
+    found = gradients(student, loss)
+    logits, tokens = learned_logits(student, batch)
+    ids, values = teacher.says(batch)
+    whole = mixed_loss(logits, Told(tokens, ids, values, 2.0, 0.7))
+    wanted = gradients(student, whole)
+    assert float(loss.detach()) == pytest.approx(float(whole.detach()), rel=1e-5)
+    for name, one in found.items():
+        assert torch.allclose(one, wanted[name], atol=1e-4), name

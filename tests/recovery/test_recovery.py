@@ -1,0 +1,589 @@
+"""Recovery: layout of samples, losses, guard, resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from command import WORDS, done, save_tiny
+from helpers import tiny_model
+from llm_pruner.checkpoints import atomic_directory
+from llm_pruner.data.sequences import TrainingSequence, make_sequence
+from llm_pruner.errors import UserError
+from llm_pruner.recovery import DistillationSettings, RecoverySettings, Teacher, preset, recover_
+from llm_pruner.recovery import checkpoint as states
+from llm_pruner.recovery import run as recovering
+from llm_pruner.recovery.forward import can_pack, learned_logits
+from llm_pruner.recovery.objective import distillation_loss, task_loss
+from llm_pruner.recovery.pace import Pace
+from llm_pruner.recovery.packing import Batch, lay_out, step_samples
+from llm_pruner.recovery.run import Outcome
+from llm_pruner.recovery.scoring import Evaluation, score
+from llm_pruner.recovery.trainer import RecoveryTrainer, rate
+
+
+def sequences(count: int, *, seed: int = 0, longest: int = 24) -> list[TrainingSequence]:
+    """Return counting tokens, which can be learned; half of them with a prompt to ignore."""
+    draw = np.random.default_rng(seed)
+    made = []
+    for number in range(count):
+        length, first = int(draw.integers(4, longest)), int(draw.integers(3, 200))
+        ids = [first + step % 7 for step in range(length)]
+        made.append(make_sequence(ids, [number % 2 == 0 or t > 1 for t in range(length)], 0))
+    return made
+
+
+def folder(path: Path) -> AbstractContextManager[Path]:
+    return atomic_directory(path, overwrite=False)
+
+
+# Layout.
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_layout_holds_each_sample_once_and_nothing_else(packed: bool) -> None:
+    data = sequences(40)
+    chosen = list(range(3, 37))
+    batches = lay_out(data, chosen, packed=packed, capacity=32, micro_tokens=64)
+    found = sorted(part.sample for batch in batches for part in batch.parts)
+    assert found == chosen
+    for batch in batches:
+        assert batch.input_ids.shape[1] <= 32
+        assert batch.input_ids.numel() <= 64
+        learned = torch.zeros_like(batch.learned)
+        for part in batch.parts:
+            one = data[part.sample]
+            span = slice(part.start, part.start + len(one))
+            assert batch.input_ids[part.row, span].tolist() == one.input_ids.tolist()
+            learned[part.row, span] = torch.from_numpy(one.learned)
+            if batch.position_ids is not None:
+                assert batch.position_ids[part.row, span].tolist() == list(range(len(one)))
+            if batch.attention_mask is not None:
+                assert int(batch.attention_mask[part.row].sum()) == len(one)
+        assert torch.equal(learned, batch.learned)
+        assert batch.tokens == sum(len(data[part.sample]) for part in batch.parts)
+    if packed:
+        rows = sum(len(batch.input_ids) for batch in batches)
+        tokens = sum(len(data[sample]) for sample in chosen)
+        # First fit, longest first, needs at most 11/9 of the fewest rows possible, and one.
+        assert rows <= 11 / 9 * math.ceil(tokens / 32) + 1
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_rows_have_few_lengths_where_each_costs_kernels(packed: bool) -> None:
+    data = sequences(60)
+    layout: dict[str, Any] = {"packed": packed, "capacity": 50, "micro_tokens": 100}
+    plain = lay_out(data, range(60), **layout)
+    batches = lay_out(data, range(60), **layout, multiple=16)
+    widths = {batch.input_ids.shape[1] for batch in batches}
+    assert len({batch.input_ids.shape[1] for batch in plain}) > len(widths) > 1
+    assert widths <= {16, 32, 48, 50}
+    assert sorted(part.sample for one in batches for part in one.parts) == list(range(60))
+    assert sum(batch.targets for batch in batches) == sum(batch.targets for batch in plain)
+    for batch in batches:
+        rows, width = batch.input_ids.shape
+        assert rows * width <= 100
+        for row in range(rows):
+            held = sum(len(data[part.sample]) for part in batch.parts if part.row == row)
+            assert width - 16 < held <= width
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma3_text"])
+def test_packed_samples_do_not_see_each_other(family: str) -> None:
+    model, data = tiny_model(family), sequences(12)
+    assert can_pack(model, 259)
+    results = {}
+    for packed in (True, False):
+        model.zero_grad()
+        batches = lay_out(data, range(12), packed=packed, capacity=48, micro_tokens=96)
+        loss = sum(task_loss(*learned_logits(model, batch)) for batch in batches)
+        loss.backward()
+        results[packed] = {name: one.grad.clone() for name, one in model.named_parameters()}
+        results[packed]["loss"] = loss.detach()
+    for name, gradient in results[True].items():
+        scale = float(gradient.abs().max())
+        assert torch.allclose(gradient, results[False][name], atol=1e-5 * max(scale, 1)), name
+
+
+def test_a_model_that_mixes_packed_samples_is_found_out() -> None:
+    # ALiBi counts distances over the whole row and its mask is built without positions.
+    model = tiny_model("bloom")
+    assert not can_pack(model, 259)
+    rotary = tiny_model("llama")
+    inner = rotary.forward
+
+    def deaf(input_ids: torch.Tensor, position_ids: object = None, **keywords: object) -> object:
+        return inner(input_ids=input_ids, **keywords)
+
+    rotary.forward = deaf
+    assert not can_pack(rotary, 259)
+
+
+def test_the_order_of_the_data_is_a_function_of_the_seed() -> None:
+    steps = step_samples(10, 4, 7, seed=3)
+    assert steps == step_samples(10, 4, 7, seed=3)
+    assert steps[:3] == step_samples(10, 4, 3, seed=3)
+    assert steps != step_samples(10, 4, 7, seed=4)
+    assert sorted(chain.from_iterable(steps[:3])) == list(range(10))
+    assert steps[:3] != steps[3:6]
+
+
+def test_the_rate_warms_up_and_falls_to_zero() -> None:
+    rates = [rate(step, 100, 10, "linear") for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[100] == 0
+    assert rate(0, 5, 100, "linear") == 1  # a tenth of 5 steps is none
+    assert rate(55, 100, 10, "cosine") == pytest.approx(0.5)
+
+
+# Losses.
+
+
+def test_distillation_over_the_whole_vocabulary_is_the_divergence() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(5, 11), torch.randn(5, 11)
+    for temperature in (1.0, 2.5):
+        p = F.log_softmax(teacher / temperature, -1)
+        q = F.log_softmax(student / temperature, -1)
+        wanted = temperature**2 * F.kl_div(q, p, log_target=True, reduction="sum")
+        top = p.topk(11)
+        found = distillation_loss(student, top.indices, top.values, temperature)
+        assert float(found) == pytest.approx(float(wanted), rel=1e-4)
+        few = p.topk(3)
+        part = distillation_loss(student, few.indices, few.values, temperature)
+        assert 0 < float(part) < float(found)
+        same = distillation_loss(teacher, few.indices, few.values, temperature)
+        assert abs(float(same)) < 1e-4
+
+
+def test_the_teacher_runs_once_and_says_what_it_would(tmp_path: Path) -> None:
+    model, data = tiny_model("llama", seed=5), sequences(10)
+    calls = []
+    inner = model.forward
+
+    def counted(*args: object, **keywords: object) -> object:
+        calls.append(1)
+        return inner(*args, **keywords)
+
+    model.forward = counted
+    settings = DistillationSettings(temperature=2.0, top_k=4)
+
+    def open_cache() -> Teacher:
+        return Teacher(model, data, settings, tmp_path, identity="dense", seq_len=32)
+
+    (batch,) = lay_out(data, [7, 2, 5], packed=True, capacity=96, micro_tokens=96)
+    ids, values = open_cache().says(batch)
+    assert calls
+    logits, _ = learned_logits(model, batch)
+    wanted = F.log_softmax(logits / 2.0, -1).topk(4)
+    assert torch.equal(ids, wanted.indices)
+    assert torch.allclose(values, wanted.values, atol=4e-3)  # kept in half precision
+    calls.clear()
+    again = open_cache().says(batch)
+    assert not calls
+    assert torch.equal(again[0], ids)
+    assert torch.equal(again[1], values)
+    # Half of a pair of files is no cache.
+    next(tmp_path.glob("*/ids.bin")).unlink()
+    renewed = open_cache().says(batch)
+    assert calls
+    assert torch.equal(renewed[0], ids)
+
+
+def test_the_output_embedding_runs_on_learned_positions_alone() -> None:
+    model, data = tiny_model("llama"), sequences(9)
+    batches = lay_out(data, range(len(data)), packed=True, capacity=40, micro_tokens=80)
+    assert max(batch.input_ids.shape[0] for batch in batches) > 1
+    head, seen = model.get_output_embeddings(), []
+    count = head.register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape[:-1]))
+    every = [learned_logits(model, batch) for batch in batches]
+    assert seen == [(1, batch.targets) for batch in batches]
+    count.remove()
+
+    def whole(batch: Batch) -> torch.Tensor:
+        rows = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+        logits = model(**rows, use_cache=False).logits
+        return logits[:, :-1][batch.learned[:, 1:]]
+
+    for batch, (logits, tokens) in zip(batches, every, strict=True):
+        assert torch.equal(tokens, batch.input_ids[:, 1:][batch.learned[:, 1:]])
+        assert torch.allclose(logits, whole(batch), atol=1e-5)
+    # A model that looks at the shape of its logits gets those of all positions.
+    plain = model.forward
+
+    def shaped(*args: object, **keywords: torch.Tensor) -> object:
+        found = plain(*args, **keywords)
+        found.logits = found.logits.view(*keywords["input_ids"].shape, -1)
+        return found
+
+    model.forward = shaped
+    for _ in range(2):
+        again = [learned_logits(model, batch)[0] for batch in batches]
+        assert all(torch.allclose(a, b[0], atol=1e-5) for a, b in zip(again, every, strict=True))
+
+
+def test_held_out_samples_are_scored_by_what_is_trained_on(tmp_path: Path) -> None:
+    student, dense, held = tiny_model("llama"), tiny_model("llama", seed=5), sequences(7)
+    held = [replace(one, source=number % 2) for number, one in enumerate(held)]
+    batches = lay_out(held, range(len(held)), packed=True, capacity=64, micro_tokens=64)
+    assert len(batches) > 1
+    settings = DistillationSettings(temperature=2.0, weight=0.7, top_k=4)
+    judge = Teacher(dense, held, settings, tmp_path, identity="dense", seq_len=64)
+    found = score(student, 3, batches, held, 3, judge)
+    mixed, said, tokens = 0.0, [0.0, 0.0], [0, 0]
+    for number, one in enumerate(held):
+        (alone,) = lay_out(held, [number], packed=False, capacity=64, micro_tokens=64)
+        with torch.no_grad():
+            logits, wanted = learned_logits(student, alone)
+            taught, _ = learned_logits(dense, alone)
+        best = F.log_softmax(taught / 2.0, -1).topk(4)
+        nll = task_loss(logits, wanted)
+        kl = distillation_loss(logits, best.indices, best.values, 2.0)
+        mixed += float(0.7 * kl + 0.3 * nll)
+        said[one.source] += float(nll)
+        tokens[one.source] += one.targets
+    assert found.step == 3
+    assert found.loss == pytest.approx(mixed / sum(tokens), rel=1e-3)
+    assert found.by_source[:2] == pytest.approx(
+        [s / n for s, n in zip(said, tokens, strict=True)], rel=1e-5
+    )
+    assert found.by_source[2] is None
+    alone_again = score(student, 3, batches, held, 3)
+    assert alone_again.loss == pytest.approx(sum(said) / sum(tokens), rel=1e-5)
+    # What a teacher says of itself is no distance.
+    whole = DistillationSettings(weight=1.0, top_k=4)
+    own = Teacher(dense, held, whole, tmp_path, identity="dense", seq_len=64)
+    assert abs(score(dense, 0, batches, held, 2, own).loss) < 1e-3
+
+
+# Runs.
+
+
+def test_all_methods_learn_and_only_what_they_should(tmp_path: Path) -> None:
+    train, held = sequences(32), sequences(6, seed=1)
+    random.seed(5)
+    torch.manual_seed(5)
+    drawn = [random.getstate(), torch.random.get_rng_state()]
+    for method in ("lora", "full", "norms"):
+        model = tiny_model("llama")
+        before = {name: one.detach().clone() for name, one in model.named_parameters()}
+        settings = preset("quick", method, batch_size=8, epochs=2, seq_len=64)
+        same, outcome = recover_(
+            model, train, held, settings, work=tmp_path / method, folder=folder
+        )
+        assert same is model
+        assert outcome.gained
+        assert outcome.after.loss < outcome.before.loss
+        assert outcome.steps == len(outcome.losses) == 8
+        moved = {
+            name for name, one in model.named_parameters() if not torch.equal(one, before[name])
+        }
+        norms = {name for name, one in before.items() if one.ndim == 1}
+        head = {"model.embed_tokens.weight", "lm_head.weight"}
+        assert (
+            moved
+            == {
+                "lora": before.keys() - norms - head,
+                "full": before.keys(),
+                "norms": norms,
+            }[method]
+        )
+        assert outcome.run.tokens == 2 * sum(map(len, train))
+    assert random.getstate() == drawn[0]
+    assert torch.equal(torch.random.get_rng_state(), drawn[1])
+
+
+def test_the_gradient_of_a_step_does_not_depend_on_its_layout(tmp_path: Path) -> None:
+    train, held = sequences(16), sequences(4, seed=1)
+    curves = []
+    for tokens in (32, 4096):
+        settings = preset("quick", batch_size=8, epochs=2, seq_len=32, micro_tokens=tokens)
+        _, outcome = recover_(
+            tiny_model("llama"), train, held, settings, work=tmp_path / str(tokens), folder=folder
+        )
+        curves.append(outcome.losses)
+    assert curves[0] == pytest.approx(curves[1], abs=1e-5)
+
+
+def test_what_makes_it_worse_is_not_kept_and_ends_early(tmp_path: Path) -> None:
+    # What is held out are tokens that those to train on never have: they become ever less likely.
+    train = sequences(64)
+    held = [make_sequence(range(250, 200, -1), [True] * 50, 0)]
+    settings = preset(
+        "quick", batch_size=8, epochs=4, seq_len=64, learning_rate=0.02, patience=2, method="full"
+    )
+    _, outcome = recover_(tiny_model("llama"), train, held, settings, work=tmp_path, folder=folder)
+    assert not outcome.gained
+    assert outcome.steps < outcome.run.total == 32
+    assert outcome.steps >= 16  # at the full rate a rise says nothing yet
+    assert "did not improve for 2 evaluations" in str(outcome.run.stopped)
+    assert outcome.after.loss > outcome.before.loss
+
+
+def test_the_best_weights_are_kept(tmp_path: Path) -> None:
+    train, held = sequences(24), sequences(6, seed=1)
+    settings = RecoverySettings(
+        method="full",
+        learning_rate=0.1,  # good for the first steps, too much for the later ones
+        warmup_steps=0,
+        batch_size=8,
+        epochs=4,
+        seq_len=64,
+        evaluations=12,
+        patience=12,
+    )
+    _, outcome = recover_(tiny_model("llama"), train, held, settings, work=tmp_path, folder=folder)
+    losses = [one.loss for one in outcome.run.evaluations]
+    assert outcome.run.best == losses.index(min(losses))
+    assert outcome.after.loss == pytest.approx(min(losses), abs=1e-5)
+
+
+def test_a_time_budget_is_planned_and_kept(tmp_path: Path) -> None:
+    train, held = sequences(64), sequences(4, seed=1)
+    settings = preset("quick", batch_size=4, epochs=1000, seq_len=64, max_minutes=0.03)
+    _, outcome = recover_(tiny_model("llama"), train, held, settings, work=tmp_path, folder=folder)
+    assert outcome.run.planned
+    assert 4 < outcome.steps <= outcome.run.total < 16_000
+    assert outcome.run.seconds < 60 * 0.03 + 2
+    assert outcome.run.evaluations[-1].step == outcome.steps
+
+
+def test_an_estimate_comes_from_the_newer_half_of_the_steps() -> None:
+    pace = Pace()
+    seconds = [99, 9, 9, 9, 3, 3, 3, 2, 2, 2, 1, 1, 1, 7]
+    due, found = [], []
+    for step, took in enumerate(seconds, start=1):
+        if pace.add(took):
+            due.append(step)
+        found.append(pace.estimate())
+    assert due == [4, 7, 13]
+    assert found == [None] * 3 + [9, 7, 5, 3, 8 / 3, 2.5, 2.25, 2, 1.6, 1.5, 14 / 6]
+
+
+def timed_steps(
+    monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int, float], float]
+) -> tuple[list[float], list[float]]:
+    """Let step n, begun at a time, take so long; return the clock and the steps' learning rates."""
+    now, rates = [0.0], []
+    plain = RecoveryTrainer.training_step
+
+    def step(self: Any, *args: Any, **more: Any) -> Any:
+        rates.append(self.lr_scheduler.get_last_lr()[0])
+        now[0] += seconds(len(rates), now[0])
+        return plain(self, *args, **more)
+
+    monkeypatch.setattr(RecoveryTrainer, "training_step", step)
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    for module in ("guard", "recover"):
+        monkeypatch.setattr(f"llm_pruner.recovery.{module}.time", clock)
+    return now, rates
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_slow_first_steps_do_not_shorten_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    def seconds(step: int, _: float) -> float:
+        if killed and step == 6:
+            raise KeyboardInterrupt
+        return 6 if step <= 4 else 2
+
+    timed_steps(monkeypatch, seconds)
+    train, held = sequences(64), sequences(4, seed=1)
+    settings = preset(
+        "quick", batch_size=4, epochs=1000, seq_len=64, max_minutes=5, evaluations=3, patience=9
+    )
+
+    def recovered() -> Outcome:
+        model = tiny_model("llama")
+        return recover_(model, train, held, settings, work=tmp_path, folder=folder)[1]
+
+    if killed:
+        with pytest.raises(KeyboardInterrupt):
+            recovered()
+        assert (tmp_path / "step-000004").is_dir()  # as soon as there was a plan
+    outcome = recovered()
+    assert outcome.run.stopped is None
+    # 6 seconds a step would be 47 steps.
+    assert 130 <= outcome.steps == outcome.run.total <= 142
+    assert 0.95 * 300 <= outcome.run.seconds <= 300
+    assert len(outcome.run.evaluations) == 4
+    assert outcome.run.evaluations[-1].step == outcome.steps
+
+
+@pytest.mark.parametrize("later", [1, 4])
+def test_a_machine_that_changes_its_speed_is_planned_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: int
+) -> None:
+    _, rates = timed_steps(monkeypatch, lambda _, now: 2 if now < 100 else later)
+    train, held = sequences(64), sequences(4, seed=1)
+    settings = preset(
+        "quick", batch_size=4, epochs=1000, seq_len=64, max_minutes=5, evaluations=6, patience=9
+    )
+    _, outcome = recover_(tiny_model("llama"), train, held, settings, work=tmp_path, folder=folder)
+    # Planned once, the 142 steps would be over after 193 seconds, or not before 460.
+    assert outcome.run.stopped is None
+    assert outcome.steps == outcome.run.total == len(rates)
+    assert 0.93 * 300 <= outcome.run.seconds <= 300
+    assert rates[-1] < 0.05 * max(rates)
+
+
+def test_a_run_with_more_time_than_it_needs_is_scored_on_the_way(tmp_path: Path) -> None:
+    train, held = sequences(64), sequences(4, seed=1)
+    settings = preset("quick", batch_size=4, epochs=2, seq_len=64, max_minutes=600)
+    _, outcome = recover_(tiny_model("llama"), train, held, settings, work=tmp_path, folder=folder)
+    assert outcome.run.planned
+    assert outcome.steps == 32
+    steps = [one.step for one in outcome.run.evaluations[1:]]
+    assert steps == [4, 8, 12, 16, 20, 24, 28, 32]
+
+
+def test_scores_leave_the_time_to_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, _ = timed_steps(monkeypatch, lambda *_: 0.02)
+
+    def slow(*args: Any) -> Evaluation:
+        now[0] += 0.1
+        return score(*args)
+
+    monkeypatch.setattr(recovering, "score", slow)
+    train, held = sequences(64), sequences(4, seed=1)
+    for minutes, most in ((0.05, 4), (0.01, 3)):
+        settings = preset("quick", batch_size=4, epochs=1000, seq_len=64, max_minutes=minutes)
+        work = tmp_path / str(minutes)
+        _, outcome = recover_(tiny_model(), train, held, settings, work=work, folder=folder)
+        # One is of the model that came; a tenth of three seconds has room for three more.
+        assert 3 <= len(outcome.run.evaluations) <= most
+        assert outcome.run.evaluations[-1].step == outcome.steps
+        assert outcome.run.seconds <= 60 * minutes
+
+
+def test_a_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.model.embed_tokens.weight.data[5] = math.nan
+    held = [make_sequence(range(10, 30), [True] * 20, 0)]
+    train = [make_sequence(range(3, 30), [True] * 27, 0)] * 4
+    settings = preset("quick", batch_size=4, seq_len=64)
+    with pytest.raises(UserError, match="the loss of step 1 is nan; look at the data, or use"):
+        recover_(model, train, held, settings, work=tmp_path, folder=folder)
+
+
+def test_a_run_that_diverges_ends_with_its_best_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llm_pruner.recovery import objective
+
+    count = []
+    plain = objective.task_loss_and_gradient_
+
+    def overflows(*given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        count.append(1)
+        loss, gradient = plain(*given)
+        return loss * (math.nan if len(count) == 4 else 1), gradient
+
+    monkeypatch.setattr(objective, "task_loss_and_gradient_", overflows)
+    # One forward pass a step.
+    monkeypatch.setattr("llm_pruner.recovery.run.row_multiple", lambda *_: 1)
+    settings = preset("quick", "full", batch_size=8, epochs=2, seq_len=64, micro_tokens=10_000)
+    model, outcome = recover_(
+        tiny_model("llama"),
+        sequences(32),
+        sequences(6, seed=1),
+        settings,
+        work=tmp_path,
+        folder=folder,
+    )
+    assert outcome.steps == 4
+    assert outcome.run.stopped == "the loss of step 4 is nan; a lower --learning-rate goes further"
+    assert outcome.gained
+    assert all(bool(one.isfinite().all()) for one in model.parameters())
+
+
+# Resume.
+
+
+def test_state_survives_without_pickle(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(input_ids=torch.arange(9)[None], labels=torch.arange(9)[None]).loss.backward()
+    optimizer.step()
+    tensors, plain = states.optimizer_values(optimizer)
+    states.write_tensors(tmp_path / "optimizer.safetensors", tensors)
+    rest = json.loads(json.dumps(plain))
+    other = torch.optim.AdamW(model.parameters(), lr=7.0)
+    states.read_optimizer_(tmp_path, rest, other)
+    wanted_state, found_state = (one.state_dict()["state"] for one in (optimizer, other))
+    assert wanted_state.keys() == found_state.keys()
+    for index, values in wanted_state.items():
+        assert all(torch.equal(found_state[index][key], values[key]) for key in values)
+    assert other.param_groups[0]["lr"] == 1e-3
+
+    kept = json.loads(json.dumps(states.write_random(tmp_path)))
+
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    np.random.randn()  # leaves half of a pair behind
+    wanted = draw()
+    states.read_random(tmp_path, kept)
+    np.random.randn()
+    assert draw() == wanted
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}
+
+
+# With dropout random numbers are drawn at each step, and adapters are PEFT's own operations;
+# without, they are one operation on a CPU.
+@pytest.mark.parametrize("dropout", [0.2, 0])
+def test_a_run_killed_at_any_step_ends_as_if_it_had_not_been(
+    tmp_path: Path, dropout: float
+) -> None:
+    model = save_tiny(tmp_path / "tiny", num_hidden_layers=2)
+    rows = [{"text": WORDS[start:] + WORDS[:start]} for start in range(40)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--data", data, "--seq-len", 96, "--batch-size", 4, "--epochs", 2]
+    # Scores and checkpoints fall on different steps.
+    options += ["--lora-dropout", dropout, "--evaluations", 20, "--save-every", 3]
+    done("recover", model, "--out", tmp_path / "whole", *options)
+    at = random.SystemRandom().randint(1, 19)
+    command = [sys.executable, "-m", "llm_pruner", "recover", model, "--out", tmp_path / "cut"]
+    with subprocess.Popen(
+        list(map(str, [*command, *options])), stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith(f"step {at} of 20"):
+                process.send_signal(signal.SIGKILL)
+                break
+    assert not (tmp_path / "cut").exists()
+    assert (tmp_path / "cut.recovering").is_dir()
+    done("recover", model, "--out", tmp_path / "cut", *options, "--resume")
+    assert not (tmp_path / "cut.recovering").exists()
+    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    before = load_file(model / "model.safetensors")
+    assert any(not torch.equal(whole[name], before[name]) for name in whole)
+    for name, tensor in whole.items():
+        assert torch.allclose(cut[name], tensor, rtol=0, atol=1e-6), (at, name)
+    records = [json.loads((tmp_path / n / "recovery.json").read_text()) for n in ("whole", "cut")]
+    assert records[0]["losses"] == pytest.approx(records[1]["losses"], abs=1e-6), at
+    assert len(records[0]["losses"]) == 20
+    scores = [[loss for _, loss in record["evaluations"]] for record in records]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6), at

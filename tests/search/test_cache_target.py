@@ -1,0 +1,104 @@
+"""A share of the key-value cache as the target."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from command import done, run, save_tiny, write_text
+from families import make
+from llm_pruner import Criterion, Selection, Target, allocate, discover, prune_, score
+from llm_pruner.errors import UserError
+from llm_pruner.evaluation.macs import count_work
+from llm_pruner.models.load import load_model
+from llm_pruner.planning import Survivors
+from llm_pruner.search.cache_cost import cache_cost
+
+
+def cache_of(model: Any) -> int:
+    return count_work(model, prompt_tokens=4).cache.bytes_per_token
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("cache") / "dense")
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("structures", [("heads",), ("layers",), ("heads", "layers")])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mixtral"])
+def test_the_cache_is_as_much_smaller(family: str, structures: tuple[str, ...], scope: Any) -> None:
+    model: Any = make(family)
+    discovery = discover(model)
+    if any(g.kind in structures and g.frozen for g in discovery.groups):
+        pytest.skip("frozen in this family")
+    selection = Selection(structures, scope=scope)
+    cost = cache_cost(model, discovery, selection, Survivors.dense(discovery))
+    assert cost.dense == cache_of(model)
+    with pytest.raises(UserError, match="give its cost"):
+        allocate(discovery, {}, selection, Target(kv_cache=0.5))
+    scores = score(model, discovery, Criterion("random"), input_ids=None, seed=0)
+    layers = next(group.size for group in discovery.groups if group.kind == "layers")
+    share = 1 / layers if structures == ("layers",) else 0.5
+    removal = allocate(discovery, scores, selection, Target(kv_cache=share), cost=cost)
+    prune_(model, discovery, removal)
+    assert cache_of(model) == pytest.approx((1 - share) * cost.dense, abs=0.005 * cost.dense)
+
+
+def test_structures_that_leave_the_cache_alone_are_refused() -> None:
+    for family, structures in (("llama", ("heads", "ffn")), ("deepseek_v3", ("heads",))):
+        model = make(family)
+        discovery = discover(model)
+        with pytest.raises(UserError, match=f"{structures[-1]}: the cache of this model is as"):
+            cache_cost(model, discovery, Selection(structures), Survivors.dense(discovery))
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_by_command(dense: Path, tmp_path: Path, steps: int) -> None:
+    given = ("--kv-cache", 0.5, "--criterion", "fisher", "--scope", "global", "--steps", steps)
+    given += ("--calibration", write_text(tmp_path / "text.txt"), "--samples", 4, "--seq-len", 32)
+    given += ("--protect-first", 0, "--protect-last", 0)
+    done("prune", dense, "--out", tmp_path / "out", *given)
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert plan["target"] == {"kv_cache": 0.5, "steps": steps}
+    assert {row["kind"] for row in plan["groups"]} <= {"heads", "value_dim"}
+    before, after = (load_model(str(folder)).model for folder in (dense, tmp_path / "out"))
+    assert cache_of(after) == cache_of(before) / 2
+
+
+def test_what_cannot_be_is_one_line(dense: Path, tmp_path: Path) -> None:
+    tries = {
+        ("--kv-cache", 0.5, "--structures", "ffn"): "is as large without them",
+        ("--kv-cache", 0.5, "--split", "auto"): "a split shares out parameters",
+        ("--kv-cache", 0.5, "--ratio", 0.2): "say different things",
+        ("--kv-cache", 1.5): "outside (0, 1)",
+        ("--kv-cache", 0.97): "cannot be reached",
+        ("--kv-cache", 0.03): "bytes of cache per token",
+    }
+    for given, said in tries.items():
+        result = run(
+            *("prune", dense, "--out", tmp_path / "out", "--criterion", "l2", *given),
+            *("--protect-first", 0, "--protect-last", 0),
+        )
+        assert result.code == 2
+        assert len(result.err.splitlines()) == 1
+        assert said in result.err
+        assert not (tmp_path / "out").exists()
+
+
+def test_prices_are_measured_anew_after_a_step() -> None:
+    model: Any = make("llama")
+    discovery = discover(model)
+    survivors = Survivors.dense(discovery)
+    first = cache_cost(model, discovery, Selection(("heads",)), survivors)
+    removal = {"layers.0.heads": np.array([0])}
+    prune_(model, discovery, removal)
+    second = cache_cost(
+        model, discover(model), Selection(("heads",)), survivors.after(removal), first.dense
+    )
+    assert second.dense == first.dense
+    assert second.counter.total == first.counter.count(removal)

@@ -1,0 +1,426 @@
+"""Commands that are refused before work begins, with what is said.
+
+``python tests/bad_commands.py`` writes ``docs/before-work.md`` from them.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+PAGE = Path(__file__).resolve().parents[2] / "docs/before-work.md"
+
+LONG = "n" * 300
+BASES = {
+    "prune": "prune m --out o --ratio 0.2 --calibration t.txt",
+    "recover": "recover m --out o --data t.txt",
+    "compress": "compress m --out o --calibration t.txt --data t.txt",
+    "evaluate": "evaluate m --perplexity t.txt",
+    "bench": "bench m",
+    "inspect": "inspect m",
+    "compare": "compare m",
+}
+"""The good commands that the options are added to; ``m`` is a checkpoint, ``t.txt`` a text."""
+
+WRITERS, PRUNERS = ("prune", "recover", "compress"), ("prune", "recover")
+LOADERS = (*WRITERS, "evaluate", "bench", "inspect")
+
+
+@dataclass(frozen=True)
+class Bad:
+    """Options that are refused.
+
+    Attributes:
+        commands: that they are given to.
+        options: as they are typed after the good command, whose own they replace.
+        message: what is said; an ellipsis at its end stands for the rest.
+    """
+
+    commands: tuple[str, ...]
+    options: str
+    message: str
+
+    @property
+    def shown(self) -> str:
+        """The options as the page shows them."""
+        return self.options.replace(LONG, "nnn…")
+
+
+def bad(commands: str | tuple[str, ...], *rows: tuple[str, str]) -> list[Bad]:
+    """Return a row for each pair of options and message."""
+    names = (commands,) if isinstance(commands, str) else commands
+    return [Bad(names, options, message) for options, message in rows]
+
+
+def between(name: str, given: object, least: object, most: object) -> str:
+    """Return what is said of a number that is out of bounds."""
+    return f"{name} {given} is outside {least} to {most}; give a number in between"
+
+
+SIZE = "is no size of a file; use a number above 0 with KB, MB, GB or TB, such as 5GB"
+SHARE = "is outside (0, 1); give the share to remove, such as 0.2"
+STRUCTURES = "heads, query_heads, ffn, hidden, head_dim, experts, layers, other"
+CRITERIA = (
+    "random, l1, l2, taylor, gate, fisher, fisher-obs, wanda, fluctuation, contribution, "
+    "influence, obs, leverage, reap"
+)
+NO_TEXT = "nofile.txt does not exist; check the path of the text file"
+COUNT = "is not a number of parameters; write such as 5.4B, 107.6M or 110000000"
+
+TABLE: dict[str, list[Bad]] = {
+    "Where the result goes": [
+        *bad(
+            WRITERS,
+            (f"--out {LONG}", "--out nnnnnnnnnnnnnnnnnnnn... has 300 bytes, and the file system…"),
+            (f"--out x/{LONG}", "--out nnnnnnnnnnnnnnnnnnnn... has 300 bytes, and the file…"),
+            (
+                "--out file/x",
+                "file/x cannot be made, since file is not a folder that may be written; give "
+                "another --out",
+            ),
+            (
+                "--out file",
+                "file is a file, but the output is a folder; choose another name",
+            ),
+            (
+                "--out /proc/x/y",
+                "/proc/x/y cannot be made, since /proc is not a folder that may be written…",
+            ),
+            (
+                "--out m",
+                "m exists and is not empty, so nothing was written; choose another folder or pass "
+                "--overwrite",
+            ),
+        ),
+        *bad(
+            (*LOADERS, "compare"),
+            ("--json m", "--json m is a folder; name the file to write"),
+            ("--json ''", "--json is empty; name the file to write, or - for stdout"),
+            (f"--json {LONG}", "--json nnnnnnnnnnnnnnnnnnnn... has 300 bytes, and the file…"),
+            (
+                "--json file/x",
+                "file/x cannot be made, since file is not a folder that may be written; give "
+                "another --json",
+            ),
+            (
+                "--json /proc/x/y",
+                "/proc/x/y cannot be made, since /proc is not a folder that may be written…",
+            ),
+        ),
+        *bad(
+            "compare",
+            ("--html m", "--html m is a folder; name the file to write"),
+            (f"--html {LONG}", "--html nnnnnnnnnnnnnnnnnnnn... has 300 bytes, and the file…"),
+        ),
+        *bad(
+            "recover",
+            (
+                "--teacher m --teacher-cache file",
+                "file/cache cannot be made, since file is not a folder that may be written; give "
+                "another --teacher-cache",
+            ),
+            (
+                "--teacher-cache c",
+                "--teacher-cache c keeps what a teacher says; name that with --teacher, or leave "
+                "it out",
+            ),
+        ),
+        *bad(
+            PRUNERS,
+            ("--max-shard-size 5XB", f"--max-shard-size '5XB' {SIZE}"),
+            ("--max-shard-size 0", f"--max-shard-size '0' {SIZE}"),
+            ("--max-shard-size 0GB", f"--max-shard-size '0GB' {SIZE}"),
+            ("--max-shard-size -1GB", f"--max-shard-size '-1GB' {SIZE}"),
+            ("--max-shard-size nanGB", f"--max-shard-size 'nanGB' {SIZE}"),
+            ("--max-shard-size infGB", f"--max-shard-size 'infGB' {SIZE}"),
+            ("--max-shard-size 5", f"--max-shard-size '5' {SIZE}"),
+        ),
+    ],
+    "The model": [
+        *bad(
+            LOADERS,
+            (
+                "--dtype float8",
+                "dtype 'float8' is unknown; use one of float32, float64, bfloat16, float16, auto",
+            ),
+            ("--device gpu", "device 'gpu' cannot be used here (RuntimeError: Expected one of…"),
+            (
+                "--device meta",
+                "device 'meta' cannot be used here (RuntimeError: it holds no numbers); use cpu or "
+                "one that is there",
+            ),
+            (
+                "--revision ''",
+                "--revision is empty; name a branch, tag or commit, or leave it out",
+            ),
+        ),
+        *bad(
+            "recover",
+            (
+                "--teacher file",
+                "file is a file that is no .gguf; name a folder, a .gguf file or a hub id",
+            ),
+            ("--teacher 'no model'", "no model does not exist; name a folder with config.json…"),
+            ("--teacher empty", "empty has no config.json, so it is no checkpoint; name a…"),
+        ),
+        *bad(
+            "bench",
+            (
+                "--against file",
+                "file is a file that is no .gguf; name a folder, a .gguf file or a hub id",
+            ),
+            ("--against empty", "empty has no config.json, so it is no checkpoint; name a…"),
+        ),
+    ],
+    "Seeds": bad(
+        WRITERS,
+        *(
+            (f"--seed {seed}", between("--seed", seed, 0, 2**32 - 1))
+            for seed in (-1, 2**32, 2**63, 2**64, 10**30)
+        ),
+    ),
+    "How much is removed, and where": [
+        *bad(
+            "prune",
+            *((f"--ratio {share}", f"ratio={share} {SHARE}") for share in (0.0, 1.0, -0.5, "nan")),
+            ("--params 99T", "params=99,000,000,000,000 is not below the…"),
+            ("--params 0", f"'0' {COUNT}"),
+            ("--structures x", f"unknown structure 'x'; known are {STRUCTURES}"),
+            ("--structures ''", f"no structures given; choose from {STRUCTURES}"),
+            ("--structures heads,heads", "structure 'heads' is given twice; name it once"),
+            ("--scope x", "scope='x' is unknown; use local, global or measured"),
+            ("--allocate x", "unknown --allocate 'x'; known are even, log, owl, search"),
+            (
+                "--allocate search --search-trials 0",
+                "search_trials=0 searches nothing; use 1 or more",
+            ),
+            (
+                "--allocate search --search-minutes nan",
+                "search_minutes=nan searches nothing; give more than 0",
+            ),
+            (
+                "--allocate search --search-minutes 1e9",
+                between("search_minutes", "1e+09", 0, 527040),
+            ),
+            (
+                "--search-trials 5",
+                "search trials and minutes are for --allocate search; drop them or say so",
+            ),
+            ("--round-to 0", "round_to=0 is not a multiple to round to; use 1 or more"),
+            ("--round-to x", "--round-to x is no number; use such as 32, or auto"),
+            (f"--round-to {10**12}", between("round_to", 10**12, 1, 2**20)),
+            (
+                "--protect-first -1",
+                "protect_first=-1, protect_last=0: a number of layers cannot be negative",
+            ),
+            ("--layers heads=9-2", "layer range heads=9-2 runs backwards; swap its ends"),
+            ("--layers x", "'x' is not a layer range; write such as heads=4-26,ffn=4-26"),
+            ("--spread 0", "spread=0.0 cannot reach the target; use 1 (all alike) or more"),
+            ("--scope global --spread inf", between("spread", "inf", 1, 10**9)),
+            ("--split heads=2", "share heads=2.0 is outside 0 to 1; give a part of 1"),
+            ("--split x", "'x' is not a share; write such as heads=0.1,ffn=0.9"),
+            ("--steps 0", "steps=0 prunes nothing; use 1 or more"),
+            (f"--steps {10**9}", between("steps", 10**9, 1, 1000)),
+            (
+                "--recipe x",
+                "no recipe 'x'; known are paper, balanced, best, fast, or give a YAML file",
+            ),
+            (
+                "--recipe file",
+                "recipe file holds no settings; write lines such as 'criterion: fisher'",
+            ),
+        ),
+        *bad(
+            "compress",
+            ("--ratio 1", f"ratio=1.0 {SHARE}"),
+            ("--params x", f"'x' {COUNT}"),
+            (
+                "--recipe x",
+                "no recipe 'x'; known are paper, balanced, best, fast, or give a YAML file",
+            ),
+            ("--time-budget 0", "--time-budget 0 is no time; write such as 90s, 30m or 2h"),
+            (
+                "--time-budget 99999h",
+                "--time-budget 99999h is longer than a year; write such as 30m or 2h",
+            ),
+        ),
+    ],
+    "How importance is estimated": bad(
+        "prune",
+        ("--criterion x", f"unknown criterion 'x': choose one of {CRITERIA}"),
+        ("--order x", "unknown order 'x': choose one of first, second, mixed"),
+        ("--reduction x", "unknown reduction 'x': choose one of element, vector"),
+        ("--aggregate x", "unknown aggregate 'x': choose one of sum, prod, max, last"),
+        (
+            "--compensation x",
+            "unknown compensation 'x'; choose one of none, least-squares, bias",
+        ),
+        ("--samples 0", "samples=0 calibrates on nothing; use at least 1"),
+        (f"--samples {10**12}", between("samples", 10**12, 1, 10**9)),
+        ("--score-samples 0", "score_samples=0 estimates on nothing; use at least 1"),
+        (
+            "--score-samples 999",
+            "score_samples=999 of 128 samples cannot be read; ask for more samples, or for fewer "
+            "of them",
+        ),
+        ("--seq-len 1", "seq_len=1 predicts no token; use at least 2"),
+        (f"--seq-len {10**12}", between("seq_len", 10**12, 2, 2**24)),
+        ("--calibration nofile.txt", NO_TEXT),
+    ),
+    "Training": bad(
+        "recover",
+        ("--method x", "method 'x' is unknown; use one of lora, full, norms"),
+        ("--preset x", "preset 'x' is unknown; use one of paper, quick"),
+        ("--schedule x", "schedule 'x' is unknown; use one of linear, cosine"),
+        ("--template x", "template 'x' is unknown; use one of auto, chat, alpaca"),
+        ("--lora-start x", "lora-start 'x' is unknown; use one of default, pissa, olora"),
+        ("--report-to x", "report-to 'x' is unknown; use one of none, tensorboard, wandb"),
+        *(
+            (
+                f"--report-to {name}",
+                f"--report-to {name} needs the package {name}, which is not installed; run 'pip "
+                f"install {name}', or leave --report-to out",
+            )
+            for name in ("wandb", "tensorboard")
+        ),
+        ("--data nofile.txt", NO_TEXT),
+        (
+            "--data self",
+            "--data self is text that the dense model writes; name that model with --teacher",
+        ),
+        (
+            "--samples 1",
+            "--samples 1 leaves nothing to train on or to judge by; use 2 or more",
+        ),
+        ("--held-out 0", "--held-out 0 leaves nothing to judge by; use at least 1"),
+        *(
+            (f"--{name} {value}", f"--{name} {float(value)} trains nothing; use a number above 0")
+            for name in ("learning-rate", "epochs", "max-minutes", "lora-alpha")
+            for value in ("0", "nan")
+        ),
+        ("--learning-rate 1e9", between("--learning-rate", "1e+09", 0, 1000)),
+        ("--max-minutes 1e12", between("--max-minutes", "1e+12", 0, 527040)),
+        ("--weight-decay -1", between("--weight-decay", "-1", 0, 10)),
+        *(
+            (f"--{name} 0", f"--{name} 0 is too small; use {least} or more")
+            for name, least in (
+                ("batch-size", 1),
+                ("seq-len", 2),
+                ("lora-r", 1),
+                ("max-steps", 1),
+                ("evaluations", 1),
+                ("patience", 1),
+                ("save-every", 1),
+            )
+        ),
+        ("--warmup-steps -1", "--warmup-steps -1 is too small; use 0 or more"),
+        (f"--batch-size {10**12}", between("--batch-size", 10**12, 1, 2**20)),
+        (f"--seq-len {10**12}", between("--seq-len", 10**12, 2, 2**24)),
+        (f"--lora-r {10**9}", between("--lora-r", 10**9, 1, 2**16)),
+        (f"--max-steps {10**15}", between("--max-steps", 10**15, 1, 10**9)),
+        ("--lora-dropout 1", "--lora-dropout 1.0 is outside [0, 1); use such as 0.05"),
+        ("--lora-dropout nan", "--lora-dropout nan is outside [0, 1); use such as 0.05"),
+        ("--teacher m --temperature 0", "--temperature 0.0 is no temperature; use such as 2"),
+        (
+            "--teacher m --distill-weight 2",
+            "--distill-weight 2.0 is outside [0, 1]; use such as 0.9",
+        ),
+        ("--teacher m --teacher-top-k 0", "--teacher-top-k 0 keeps nothing; use 1 or more"),
+        (
+            "--distill-hidden 1",
+            "--distill-hidden 1 goes with a teacher that is learned from; name it with --teacher, "
+            "with a --distill-weight above 0",
+        ),
+        ("--perplexity-seq-len 1", between("--seq-len", 1, 2, 2**24)),
+        ("--perplexity nofile.txt", NO_TEXT),
+    ),
+    "Measuring": [
+        *bad(
+            "evaluate",
+            ("--protocol x", "protocol 'x' is unknown; use paper or standard"),
+            ("--seq-len 0", between("--seq-len", 0, 2, 2**24)),
+            ("--max-tokens -1", between("--max-tokens", -1, 2, 10**9)),
+            (
+                "--batch-size 0",
+                "--batch-size 0 is no number of sequences; use 1 or more, or auto",
+            ),
+            (f"--batch-size {10**12}", between("--batch-size", 10**12, 1, 2**20)),
+            ("--perplexity nofile.txt", NO_TEXT),
+            ("--tasks ''", "--tasks has an empty name; write such as boolq,piqa"),
+            ("--tasks boolq,boolq", "task boolq is named twice; name it once"),
+            ("--tasks boolq --limit 0", "limit=0 leaves no documents; use 1 or more"),
+            ("--limit 5", "--limit 5 is about tasks; add --tasks NAMES or leave it out"),
+            ("--report m", "m has no report.json; name a folder that llm-pruner prune wrote"),
+        ),
+        *bad(
+            "compress",
+            ("--perplexity nofile.txt", NO_TEXT),
+            ("--tasks boolq --limit 0", "limit=0 leaves no documents; use 1 or more"),
+        ),
+        *bad(
+            "bench",
+            ("--prompt-tokens 0", "prompt_tokens=0 measures nothing; use at least 1"),
+            ("--new-tokens -1", "new_tokens=-1 measures nothing; use at least 1"),
+            ("--repeats 0", "repeats=0 measures nothing; use at least 1"),
+            ("--batch-size 1,0", "batch_size=0 measures nothing; use at least 1"),
+            ("--batch-size ''", "no batch size given; name one, such as 1"),
+            ("--batch-size x", "--batch-size x is no list of numbers; use such as 1,8"),
+            (f"--batch-size {10**12}", between("batch_size", 10**12, 1, 2**20)),
+            (f"--repeats {10**12}", between("repeats", 10**12, 1, 2**20)),
+        ),
+        *bad("inspect", ("--layer -1", "--layer -1 is no layer; layers count from 0")),
+    ],
+}
+
+_HEAD = """\
+# What is checked before work begins
+
+Whatever the options alone can tell is checked before weights are read. Each refusal is one line on
+standard error (`llm-pruner: ` and the message) and exit code 2, and nothing is written. From Python
+the same checks raise `UserError`. Below, `m` is a checkpoint, `file` a file that is none and
+`empty` an empty folder; an ellipsis stands for the rest of a message that depends on the machine.
+
+The place of an output is tried: the nearest folder that is there has to take a new entry. `prune`,
+`recover` and `compress` also compare the free space with the bytes of the weights, estimated from
+the headers of the weight files, the share that is kept, and `--dtype`:
+
+    smaller needs about 430.5 MB for weights in float32, and the disk of /data has 12.0 MB free;
+    free some, or give another --out
+
+That is not asked of a model that is only now fetched from the hub, nor of a `--plan`; of a `.gguf`
+file, which packs its weights, the estimate is the least that they can take. What the number or the
+width of a model's layers decides (`--protect-first 99`) is found when the model is there. A word
+where a number is needed is refused by the command line together with its usage.
+
+`tests/bad_commands.py` makes this page, and tests check each line of it.
+"""
+
+
+def page() -> str:
+    """Return the page."""
+    lines = [_HEAD]
+    for heading, rows in TABLE.items():
+        lines += [f"## {heading}", "", "| command | given | said |", "| --- | --- | --- |"]
+        for row in rows:
+            cells = (", ".join(row.commands), f"`{row.shown}`", row.message)
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def arguments(command: str, options: str) -> list[str]:
+    """Return a command line: the good one, in which the options replace its own."""
+    words, given = shlex.split(BASES[command]), shlex.split(options)
+    for option in [word for word in given if word.startswith("--")]:
+        if option in words:
+            at = words.index(option)
+            del words[at : at + 2]
+        if option == "--params":  # instead of the share
+            at = words.index("--ratio") if "--ratio" in words else None
+            words = words if at is None else words[:at] + words[at + 2 :]
+    return words + given
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,221 @@
+"""The check that a pruned model has to pass before it may be saved."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from families import discovered
+from llm_pruner.discovery.groups import discover
+from llm_pruner.errors import VerificationError
+from llm_pruner.surgery import cut as surgery
+from llm_pruner.surgery.cut import prune_
+from llm_pruner.surgery.verify import (
+    cut_verified_,
+    find_culprits,
+    largest_difference,
+    pruned_logits,
+    tolerance,
+    twin_logits,
+)
+from llm_pruner.types import Discovery, Removal
+from nets import Body, Net
+from removals import bound_to, pick
+
+
+def sabotaged(discovery: Discovery, name: str) -> Discovery:
+    """Return a discovery in which the last member of a group holds the wrong positions."""
+    group = discovery.group(name)
+    wrong = replace(group.members[-1], index=group.members[-1].index[::-1])
+    changed = replace(group, members=(*group.members[:-1], wrong))
+    return replace(
+        discovery,
+        groups=tuple(changed if other.name == name else other for other in discovery.groups),
+    )
+
+
+def check(model: nn.Module, removal: Removal, wrong: Discovery) -> float:
+    smaller = copy.deepcopy(model)
+    before = [(name, tensor, tensor.clone()) for name, tensor in smaller.named_parameters()]
+    try:
+        return cut_verified_(smaller, wrong, removal)[1].difference
+    except VerificationError:
+        # What is refused leaves the model as it was, to the same tensors.
+        after = dict(smaller.named_parameters())
+        assert len(after) == len(before)
+        for name, tensor, value in before:
+            assert after[name] is tensor
+            assert torch.equal(tensor, value)
+        raise
+
+
+def test_right_surgery_passes() -> None:
+    model, discovery = discovered("llama")
+    assert 0 < check(model, pick(discovery), discovery) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["hidden", "layers.1.ffn", "layers.2.heads"])
+def test_wrong_surgery_is_refused_and_named(name: str) -> None:
+    model, discovery = discovered("llama")
+    removal = pick(discovery, ("hidden", "ffn", "heads"))
+    wrong = sabotaged(discovery, name)
+    # The twin works from the same wrong members, as if discovery itself
+    # were wrong: surgery still removes other positions than the rest of the group expects.
+    with pytest.raises(VerificationError) as caught:
+        check(model, removal, wrong)
+    message = str(caught.value)
+    assert f"at fault: {name}; nothing was saved" in message
+    assert "--structures" in message
+
+
+def test_bound_groups_are_named_together() -> None:
+    model, discovery = discovered("gpt2")
+    removal = pick(discovery, ("head_dim", "ffn"))
+    name = "layers.1.value_dim"
+    wrong = sabotaged(discovery, name)
+    culprits = find_culprits(model, wrong, removal, discovery.graph.scenes[0])
+    assert sorted(culprits) == sorted(bound_to(discovery, discovery.group(name)))
+
+
+def test_values_that_are_not_finite_never_pass() -> None:
+    for bad in (float("nan"), float("inf")):
+        logits = [torch.tensor([[[1.0, bad]]])]
+        assert largest_difference(logits, [torch.ones(1, 1, 2)]) == float("inf")
+    with pytest.raises(ValueError, match="longer"):
+        largest_difference([torch.ones(1)], [torch.ones(1), torch.ones(1)])
+
+
+def test_tolerance_follows_size_and_precision() -> None:
+    assert tolerance([torch.tensor([0.5])]) == 1e-5
+    assert tolerance([torch.tensor([0.5]), torch.tensor([-300.0])]) == pytest.approx(3e-3)
+    assert tolerance([torch.tensor([0.5], dtype=torch.float64)]) == 1e-5
+    assert tolerance([torch.tensor([2.0], dtype=torch.bfloat16)]) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "qwen3", "mixtral"])
+def test_twin_leaves_the_model_as_it_was(name: str) -> None:
+    model, discovery = discovered(name)
+    before = copy.deepcopy(model.state_dict())
+    buffers = {key: value.clone() for key, value in model.named_buffers()}
+    logits = pruned_logits(model, discovery)
+    for removal in (pick(discovery), pick(discovery, seed=5)):
+        twin_logits(model, discovery, removal)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    for key, value in model.named_buffers():
+        assert torch.equal(value, buffers[key]), key
+    assert not any(module._forward_hooks for module in model.modules())
+    for one, other in zip(logits, pruned_logits(model, discovery), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_twin_leaves_the_model_as_it_was_after_an_error() -> None:
+    model, discovery = discovered("llama")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(IndexError):
+        twin_logits(model, discovery, pick(discovery), tokens=torch.full((1, 4), 1000))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_twin_without_removal_is_the_model() -> None:
+    model, discovery = discovered("llama")
+    assert (
+        largest_difference(twin_logits(model, discovery, {}), pruned_logits(model, discovery))
+        < 1e-5
+    )
+
+
+def test_given_tokens_are_used() -> None:
+    model, discovery = discovered("llama")
+    removal = pick(discovery, ("ffn",))
+    tokens = torch.tensor([[5, 6, 7, 8, 9]])
+    expected = twin_logits(model, discovery, removal, tokens)
+    assert [tensor.shape for tensor in expected] == [(1, 4, 100), (1, 1, 100)]
+    smaller = copy.deepcopy(model)
+    prune_(smaller, discovery, removal)
+    assert largest_difference(expected, pruned_logits(smaller, discovery, tokens)) <= 1e-5
+
+
+def test_in_half_precision() -> None:
+    model, discovery = discovered("llama")
+    model = copy.deepcopy(model).to(torch.bfloat16)
+    discovery = discover(model)
+    assert check(model, pick(discovery), discovery) > 0
+
+
+def test_pruned_model_that_cannot_run() -> None:
+    model, discovery = discovered("llama")
+    broken = copy.deepcopy(model)
+    broken.model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.ones(3, 48))
+    with pytest.raises(VerificationError, match=r"run on 8 tokens \(.*\); nothing was saved"):
+        pruned_logits(broken, discovery)
+
+
+def unseen_factor(x: torch.Tensor) -> torch.Tensor:
+    with torch._C.DisableTorchFunction():
+        size = x.shape[-1]
+    return x * (1.0 / size)
+
+
+def test_use_of_a_size_that_the_trace_cannot_see() -> None:
+    # Where PyTorch is told not to be watched, the comparison is what stops a wrong model.
+    net = Net(Body(unseen_factor))
+    discovery = discover(net)
+    removal = {"layers.0.other": np.array([0, 1])}
+    with pytest.raises(VerificationError, match=r"at fault: layers\.0\.other; nothing was saved"):
+        check(net, removal, discovery)
+
+
+class Windowed(nn.Module):
+    """Attends to a window in code that tracing on a few tokens does not reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Net(Body(lambda x: x))
+        self.window = 60
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        logits = self.inner(tokens)
+        if tokens.shape[1] > self.window:
+            with torch._C.DisableTorchFunction():
+                size = self.inner.bodies[0].up.weight.shape[0]
+            logits = logits / size
+        return logits
+
+
+def test_what_only_long_input_shows_is_compared() -> None:
+    net = Windowed()
+    discovery = discover(net)
+    group = next(g for g in discovery.groups if g.kind == "other" and g.frozen is None)
+    with pytest.raises(VerificationError, match=r"on 128 tokens; at fault"):
+        check(net, {group.name: np.array([0, 1])}, discovery)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_what_is_refused_is_undone(large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if large:  # as of models of which a second one does not fit in memory
+        monkeypatch.setattr(surgery, "_BY_PARTS", 0)
+    model, discovery = discovered("llama_tied")
+    model = copy.deepcopy(model)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    config = copy.deepcopy(model.config.to_dict())
+    removal = pick(discovery)
+    assert "layers" in removal
+    logits = pruned_logits(model, discovery)
+    undo = surgery.Undo(model, discovery, removal)
+    surgery.prune_(model, discovery, removal)
+    assert len(model.model.layers) < config["num_hidden_layers"]
+    undo()
+    assert model.config.to_dict() == config
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.state_dict().keys() == state.keys()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    for one, other in zip(logits, pruned_logits(model, discovery), strict=True):
+        assert torch.equal(one, other)
