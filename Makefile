@@ -7,18 +7,22 @@ BIN := $(VENV)/bin
 BASE := $(VENV)/.installed-base
 DEV := $(VENV)/.installed-dev
 
-.PHONY: help test demo lint format types contracts check clean
+.PHONY: help test test-fast demo lint format types contracts check clean
 
 help:
 	@echo "make demo       make the small default model 20% smaller, compare before and after"
 	@echo "                and leave the report in demo-out/report.html"
 	@echo "make test       run the tests; those of the report's look need Chromium"
+	@echo "make test-fast  run the tests that start no command, no process and not every model"
 	@echo "make check      lint, types and contracts, as CI does"
 	@echo "make format     rewrite the sources in the project's format"
 
 # Two workers with a thread each: threads of several workers on the same cores wait for each other.
 test: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
+
+test-fast: $(DEV)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q -m 'not slow'
 
 demo: $(BASE)
 	$(BIN)/llm-pruner demo

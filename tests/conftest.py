@@ -1,8 +1,37 @@
-"""Prints what the twin tests measured, one line per model family."""
+"""Leaves drawings out of reports that no test looks at, and prints what the twin tests measured."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
+
+DRAWING = {"test_report", "test_report_page", "test_reporting"}
+"""Modules whose tests look at the drawings of reports."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def undrawn(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let commands write reports without drawings, which take longer than most of what is tested.
+
+    Their texts and numbers are as they were; the modules in ``DRAWING`` keep the drawings.
+    """
+    runs_commands = any(
+        getattr(value, "__module__", None) == "command" for value in vars(request.module).values()
+    )
+    if not runs_commands or request.module.__name__ in DRAWING:
+        yield
+        return
+
+    from llm_pruner.report.text import visible
+
+    def draw(name: str, description: str, *_: Any) -> str:
+        return f'<svg class="plot" role="img" aria-label="{visible(description)}"></svg>'
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llm_pruner.report.figures.draw", draw)
+        yield
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -7,46 +7,71 @@ layers differ. The public names are imported when they are first used.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from llm_pruner import hook as _hook
+from llm_pruner.version import __version__
 
 if TYPE_CHECKING:
+    from llm_pruner.api import (
+        Lora,
+        Model,
+        Taylor,
+        calibration,
+        discover,
+        load,
+        perplexity,
+        plan,
+        presets,
+        prune_,
+        recover_,
+        refit_,
+        score,
+    )
     from llm_pruner.checkpoints import save_checkpoint
-    from llm_pruner.discovery.groups import discover
     from llm_pruner.errors import LLMPrunerError, PlanError, UserError, VerificationError
-    from llm_pruner.importance import Criterion, score
+    from llm_pruner.importance import Criterion
     from llm_pruner.planning import Plan, Selection, Target, allocate, read_plan
+    from llm_pruner.settings.prune import PlanSettings, PruneSettings
+    from llm_pruner.settings.recover import RecoverSettings, TrainingSettings
     from llm_pruner.surgery.removal import count_parameters
-    from llm_pruner.surgery.verify import prune_, pruned_logits, twin_logits
+    from llm_pruner.surgery.verify import pruned_logits, twin_logits
     from llm_pruner.types import Discovery, Group, Member
-
-try:
-    __version__ = version("llm-pruner")
-except PackageNotFoundError:  # a source tree that is not installed
-    __version__ = "0.0.0"
 
 _HOMES = {
     "Criterion": "importance",
     "Discovery": "types",
     "Group": "types",
     "LLMPrunerError": "errors",
+    "Lora": "api",
     "Member": "types",
+    "Model": "api",
     "Plan": "planning",
     "PlanError": "errors",
+    "PlanSettings": "settings.prune",
+    "PruneSettings": "settings.prune",
+    "RecoverSettings": "settings.recover",
     "Selection": "planning",
     "Target": "planning",
+    "Taylor": "api",
+    "TrainingSettings": "settings.recover",
     "UserError": "errors",
     "VerificationError": "errors",
     "allocate": "planning",
+    "calibration": "api",
     "count_parameters": "surgery.removal",
-    "discover": "discovery.groups",
-    "prune_": "surgery.verify",
+    "discover": "api",
+    "load": "api",
+    "perplexity": "api",
+    "plan": "api",
+    "presets": "api",
+    "prune_": "api",
     "pruned_logits": "surgery.verify",
     "read_plan": "planning",
+    "recover_": "api",
+    "refit_": "api",
     "save_checkpoint": "checkpoints",
-    "score": "importance",
+    "score": "api",
     "twin_logits": "surgery.verify",
 }
 """Public name -> the module that it comes from."""
@@ -56,20 +81,34 @@ __all__ = [
     "Discovery",
     "Group",
     "LLMPrunerError",
+    "Lora",
     "Member",
+    "Model",
     "Plan",
     "PlanError",
+    "PlanSettings",
+    "PruneSettings",
+    "RecoverSettings",
     "Selection",
     "Target",
+    "Taylor",
+    "TrainingSettings",
     "UserError",
     "VerificationError",
     "__version__",
     "allocate",
+    "calibration",
     "count_parameters",
     "discover",
+    "load",
+    "perplexity",
+    "plan",
+    "presets",
     "prune_",
     "pruned_logits",
     "read_plan",
+    "recover_",
+    "refit_",
     "save_checkpoint",
     "score",
     "twin_logits",

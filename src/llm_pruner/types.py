@@ -83,6 +83,7 @@ class Group:
         least: the number of units that must be kept at least: a router chooses as many of them for
             each token.
         modules: for ``layers`` only, the qualified module name of each unit.
+        owner: name of the group whose units are the blocks (key-value heads), if there is one.
     """
 
     name: str
@@ -96,6 +97,73 @@ class Group:
     multiple: int = 1
     least: int = 1
     modules: tuple[str, ...] = ()
+    owner: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The name without the layer: ``layers.3.ffn`` is ``ffn``."""
+        return self.name.removeprefix(f"layers.{self.layer}.")
+
+    @property
+    def layers(self) -> IntArray:
+        """Shape (size,): for ``layers`` only, the number of the decoder layer that a unit is."""
+        numbers = [name.rpartition(".")[2] for name in self.modules]
+        if not numbers or not all(number.isdigit() for number in numbers):
+            return np.arange(self.size, dtype=np.int64)
+        return np.array(numbers, dtype=np.int64)
+
+    def name_at(self, layer: int) -> str:
+        """Return the name that the group has if its layer has another number."""
+        return self.name if self.layer is None else f"layers.{layer}.{self.label}"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is left of one decoder layer, or of the groups that span all layers.
+
+    Attributes:
+        layer: number in the dense model; None for groups that span all layers.
+        removed: the layer goes whole.
+        sizes: short name of a group (``heads``, ``ffn``) -> (kept, dense) number of units.
+    """
+
+    layer: int | None
+    removed: bool = False
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameter counts of a model, a tied parameter once; None what is not known.
+
+    Attributes:
+        total: all parameters.
+        embedding: input and output embeddings.
+        blocks: the decoder layers.
+        bytes: memory of all parameters in the model's own types.
+    """
+
+    total: int
+    embedding: int | None = None
+    blocks: int | None = None
+    bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class SplitTrial:
+    """A trial removal: how the budget was split between structures, and the damage.
+
+    Attributes:
+        split: structure -> share of the removed parameters.
+        divergence: mean over held-out tokens of KL(dense || pruned), in nats.
+        refitted: whether least squares had repaired it.
+        taken: whether the model was pruned with this split.
+    """
+
+    split: dict[str, float]
+    divergence: float
+    refitted: bool = False
+    taken: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,7 +218,7 @@ class Edits:
         layers: module list -> kept indices, in dense numbering; absent if all are kept.
     """
 
-    shapes: Mapping[str, tuple[int, ...]]
-    buffers: Mapping[str, Mapping[int, tuple[int, ...]]]
-    attributes: Mapping[str, Mapping[str, int]]
-    layers: Mapping[str, tuple[int, ...]]
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    buffers: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
+    attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

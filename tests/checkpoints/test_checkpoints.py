@@ -18,16 +18,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.checkpoints import save_checkpoint, stock_config
-from llm_pruner.checkpoints.quantizer import set_attributes_
 from llm_pruner.checkpoints.reshape import (
     Recipe,
     compose,
-    format_positions,
     from_json,
     parse_positions,
     to_json,
 )
 from llm_pruner.errors import LLMPrunerError, UserError
+from llm_pruner.files.ranges import format_ranges
+from llm_pruner.models.layers import set_attributes_
 from llm_pruner.types import Edits
 
 TOKENS = torch.arange(3, 35).view(2, 16)
@@ -200,6 +200,23 @@ def test_hidden_channels_in_config_values(tied: bool, tmp_path: Path) -> None:
     assert loaded.config.head_dim == HEAD_DIM
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is tied
     assert torch.equal(logits(loaded), logits(knife.model))
+
+
+def test_a_bias_that_the_dense_model_has_not_comes_back(tmp_path: Path) -> None:
+    """Earlier versions gave consumers the mean of what was removed as a bias."""
+    knife = Knife(tiny_model("llama"))
+    knife.ffn(1, range(40))
+    down = knife.model.get_submodule("model.layers.1.mlp.down_proj")
+    assert down.bias is None
+    down.bias = nn.Parameter(torch.arange(48) / 48)
+    knife.shapes["model.layers.1.mlp.down_proj.bias"] = (48,)
+    assert knife.save(tmp_path / "out") == "recipe"
+    loaded = load(tmp_path / "out")
+    assert torch.equal(loaded.get_submodule("model.layers.1.mlp.down_proj").bias, down.bias)
+    assert loaded.get_submodule("model.layers.0.mlp.down_proj").bias is None
+    assert torch.equal(logits(loaded), logits(knife.model))
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again")), logits(knife.model))
 
 
 def test_key_that_the_config_leaves_open_is_set(tmp_path: Path) -> None:
@@ -508,6 +525,7 @@ torch.save(model(torch.arange(3, 35).view(2, 16)).logits.detach(), {result!r})
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cut", "first"),
     [
@@ -574,9 +592,9 @@ def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_positions_as_ranges() -> None:
-    assert format_positions([0, 1, 2, 7, 9, 10]) == "0-2,7,9-10"
+    assert format_ranges([0, 1, 2, 7, 9, 10]) == "0-2,7,9-10"
     assert parse_positions("0-2,7,9-10") == (0, 1, 2, 7, 9, 10)
-    assert parse_positions(format_positions([])) == ()
+    assert parse_positions(format_ranges([])) == ()
     with pytest.raises(ValueError, match="not ascending"):
         parse_positions("3,1")
 

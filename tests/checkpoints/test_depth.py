@@ -20,7 +20,7 @@ from llm_pruner.checkpoints import save_checkpoint
 from llm_pruner.checkpoints.save import SavedCheckpoint
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
-from llm_pruner.surgery.cut import prune_
+from llm_pruner.surgery.cut import cut_
 from llm_pruner.surgery.verify import largest_difference, pruned_logits
 from llm_pruner.types import Discovery
 
@@ -40,7 +40,7 @@ def shortened(
     model: Any = architectures.tiny_model(model_type)
     discovery = discover(model)
     smaller = copy.deepcopy(model)
-    edits = prune_(smaller, discovery, {"layers": np.array(gone)})
+    edits = cut_(smaller, discovery, {"layers": np.array(gone)})
     saved = save_checkpoint(
         smaller, out, edits=edits, plan_json="{}", tokenizer=None, dense_config=model.config
     )

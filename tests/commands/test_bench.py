@@ -12,16 +12,15 @@ import pytest
 import torch
 
 import llm_pruner.commands.bench
-import llm_pruner.models.loading
+import llm_pruner.models.load
 from command import done, run, save_tiny
 from helpers import VOCABULARY, tiny_model
-from llm_pruner.commands.bench import BenchSettings
 from llm_pruner.errors import UserError
-from llm_pruner.evaluation.compiled import compiled, compiling
-from llm_pruner.evaluation.size import folder_bytes
-from llm_pruner.evaluation.speed import compare_speed, speed_up
+from llm_pruner.evaluation.memory import folder_bytes
+from llm_pruner.evaluation.speed import compare_speed, compiled, compiling, speed_up
 from llm_pruner.models.decode import Decoder
 from llm_pruner.models.load import stored_at
+from llm_pruner.settings.evaluate import BenchSettings
 
 QUICK = ("--prompt-tokens", 8, "--new-tokens", 3, "--repeats", 2)
 
@@ -119,6 +118,7 @@ def test_a_compiled_model_decodes_alike() -> None:
     assert torch.equal(first, again)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_weights_that_are_compiled_in_are_those_of_the_model() -> None:
     model, other = tiny_model(num_hidden_layers=1), tiny_model(num_hidden_layers=1)
@@ -167,6 +167,7 @@ def test_what_cannot_be_compiled() -> None:
 # The command.
 
 
+@pytest.mark.slow
 def test_bench_against_another_model(
     dense: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +216,7 @@ def test_bench_against_another_model(
     assert lines[1] == "against: dense"
 
 
+@pytest.mark.slow
 def test_bench_of_one_model(dense: Path) -> None:
     shown = done("bench", dense, *QUICK, "--batch-size", "2").out
     assert "against" not in shown
@@ -233,6 +235,7 @@ def shown_range(shown: str, label: str) -> tuple[float, float]:
     return float(low), float(high)
 
 
+@pytest.mark.slow
 def test_counts_need_a_config_alone(dense: Path, small: Path, tmp_path: Path) -> None:
     config = tmp_path / "dense.json"
     config.write_bytes((dense / "config.json").read_bytes())
@@ -245,6 +248,7 @@ def test_counts_need_a_config_alone(dense: Path, small: Path, tmp_path: Path) ->
     assert "nothing was timed" in done("bench", small, "--against", config, "--counts-only").out
 
 
+@pytest.mark.slow
 def test_compile_is_passed_on(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     capacities: list[int] = []
 
@@ -258,6 +262,7 @@ def test_compile_is_passed_on(dense: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "median of 2 rounds; compiled" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -273,12 +278,13 @@ def test_compile_is_passed_on(dense: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_refused_before_a_model_is_loaded(
     options: list[object], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llm_pruner.models.loading, "load_model", None)
+    monkeypatch.setattr(llm_pruner.models.load, "load_model", None)
     result = run("bench", "any/model", *options)
     assert (result.code, result.out) == (2, "")
     assert result.err == f"llm-pruner: {said}\n"
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_there(dense: Path, tmp_path: Path) -> None:
     result = run("bench", dense, "--against", tmp_path / "absent", *QUICK)
     assert (result.code, result.out) == (2, "")
@@ -286,6 +292,7 @@ def test_a_model_that_is_not_there(dense: Path, tmp_path: Path) -> None:
     assert "absent does not exist; name a folder" in result.err
 
 
+@pytest.mark.slow
 def test_a_text_longer_than_the_model_reads(dense: Path) -> None:
     result = run("bench", dense, "--prompt-tokens", 500, "--new-tokens", 13)
     assert (result.code, result.out) == (2, "")
@@ -302,6 +309,6 @@ def test_where_a_model_is_stored(dense: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_settings_have_no_empty_batch() -> None:
-    assert BenchSettings().batch_sizes == (1, 8)
+    assert BenchSettings(model="m").batch_size == (1, 8)
     with pytest.raises(UserError, match="batch_size=0 measures nothing"):
-        BenchSettings(batch_sizes=(4, 0))
+        BenchSettings(model="m", batch_size=(4, 0)).check()

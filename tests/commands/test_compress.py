@@ -17,20 +17,22 @@ from typing import Any
 import pytest
 
 import llm_pruner.commands.compress as stages
-import llm_pruner.commands.compress_settings as asked
 import llm_pruner.commands.prune
 import llm_pruner.commands.recover
 import llm_pruner.commands.stepwise
-import llm_pruner.models.loading
-from command import contents, done, run, save_tiny, write_text
+import llm_pruner.models.load
+from command import contents, done, measured_here, run, save_tiny, write_text
 from llm_pruner.checkpoints import atomic_directory
-from llm_pruner.commands.time_budget import chunks_in_time, parse_duration, time_to_recover
+from llm_pruner.commands.time_budget import chunks_in_time, time_to_recover
 from llm_pruner.commands.workdir import opened
 from llm_pruner.errors import UserError
 from llm_pruner.files.outputs import MANIFEST
 from llm_pruner.models.load import load_model
 from llm_pruner.recovery.trainer import RecoveryTrainer
 from llm_pruner.report.data import read_report
+from llm_pruner.settings.words import parse_duration
+
+pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
 RECIPE = """
@@ -78,23 +80,6 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield tmp_path
 
 
-class measured_here:  # noqa: N801
-    """Run ``evaluate`` in this process wherever a process of its own is asked for."""
-
-    def __enter__(self) -> None:
-        self._real = subprocess.run
-        subprocess.run = self._start  # type: ignore[assignment]
-
-    def __exit__(self, *_: object) -> None:
-        subprocess.run = self._real
-
-    def _start(self, command: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
-        if command[1:4] != ["-m", "llm_pruner", "evaluate"]:
-            return self._real(command, **settings)
-        result = run(*command[3:])
-        return subprocess.CompletedProcess(command, result.code, result.out, result.err)
-
-
 @pytest.fixture
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail if a model is loaded."""
@@ -102,7 +87,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_model(source: str, **settings: object) -> None:
         raise AssertionError(f"{source} was loaded")
 
-    monkeypatch.setattr(llm_pruner.models.loading, "load_model", load_model)
+    monkeypatch.setattr(llm_pruner.models.load, "load_model", load_model)
 
 
 @pytest.fixture
@@ -126,7 +111,7 @@ def figures(*_: object, **__: object) -> dict[str, Any]:
 
 def command(made: Path, *more: object) -> tuple[object, ...]:
     """Return the command line of the run that nothing disturbs."""
-    options = ("--recipe", made / "tiny.yaml", "--perplexity", made / "text.txt")
+    options = ("--preset", made / "tiny.yaml", "--perplexity", made / "text.txt")
     return ("compress", made / "dense", "--out", "small", *options, *more)
 
 
@@ -191,7 +176,7 @@ def test_the_report_has_all_three_models(made: Path) -> None:
     assert report.recovery.loss[0].validation is not None
     assert report.command is not None
     assert report.command.startswith("llm-pruner compress ")
-    assert report.settings["Run"]["recipe"]["criterion"] == "fisher"
+    assert report.settings["Run"]["preset"]["criterion"] == "fisher"
     assert {"Model", "Plan", "Recovery"} <= report.settings.keys()
     page = (small / "report.html").read_text()
     assert "Loss of the recovery training by step" in page
@@ -260,7 +245,7 @@ def test_a_run_that_is_killed_as_it_trains_ends_the_same(
     process = subprocess.Popen(
         [sys.executable, "-c", code, *args], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     training = work / "small.compressing" / "recovered.recovering"
     while not list(training.glob("step-*")) and process.poll() is None:
         assert time.monotonic() < end
@@ -336,9 +321,9 @@ def test_no_gain_gives_the_pruned_model(
         (small / "old").write_text("old")
     assert "exists and is not empty" in refused(*command(made))
     # Steps that no weight can take in; large ones may by chance find something better.
-    settings = asked.default_recovery(learning_rate=1e-30, max_steps=3)
-    monkeypatch.setattr(asked, "default_recovery", lambda seed: settings)
-    result = done(*command(made, "--overwrite"))
+    Path("still.yaml").write_text("training: {learning_rate: 1.0e-30, max_steps: 3}\n")
+    result = done(*command(made, "--overwrite", "--config", "still.yaml"))
+    Path("still.yaml").unlink()
     assert "warning: training brought no gain (held-out loss " in result.err
     assert "so the pruned model is the result" in result.err
     report = read_report(Path("small/report.json"))
@@ -354,8 +339,7 @@ def test_a_time_budget_is_divided_once(
 ) -> None:
     monkeypatch.setattr(stages, "SHORTEST", 1.0)
     monkeypatch.setattr(stages, "MOST_SAMPLES", 128)
-    patient = asked.default_recovery(patience=100)
-    monkeypatch.setattr(asked, "default_recovery", lambda seed: patient)
+    (made / "patient.yaml").write_text("training: {patience: 100}\n")
     # Steps that take no time: all fit, however busy the machine is.
     ticks = SimpleNamespace(monotonic=count(step=0.001).__next__)
     monkeypatch.setattr("llm_pruner.recovery.callbacks.time", ticks)
@@ -375,9 +359,7 @@ def test_a_time_budget_is_divided_once(
         raise AssertionError("decided again")
 
     monkeypatch.setattr(stages, "time_to_recover", decide)
-    started = time.monotonic()
     done(*command(made, "--time-budget", "60s"))
-    assert time.monotonic() - started < 60
     assert (
         json.loads(Path("small/recovery.json").read_text())["steps"] == planned["total"] == 93
     )  # 3 passes over 122 or more texts
@@ -414,7 +396,7 @@ def test_text_is_written_while_time_lasts() -> None:
     [
         (["--ratio", 0.2, "--params", "1M"], "--ratio and --params say different things; give one"),
         (["--ratio", 2], "ratio=2"),
-        (["--recipe", "bset"], "no recipe 'bset'; did you mean best?"),
+        (["--preset", "bset"], "no preset 'bset'; did you mean best?"),
         (["--time-budget", "soon"], "--time-budget soon is no time; write such as 90s, 30m or 2h"),
         (["--no-recover", "--data", "self"], "--data is about recovery; leave it or --no-recover"),
         (["--data", "absent.jsonl"], "absent.jsonl does not exist; check the path of the text"),

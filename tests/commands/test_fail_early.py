@@ -16,18 +16,16 @@ from command import contents, done, run, save_tiny, write_text
 from helpers import tiny_model
 from llm_pruner.checkpoints import save_checkpoint
 from llm_pruner.commands import space
-from llm_pruner.commands.bench import BenchSettings
-from llm_pruner.commands.evaluate import PerplexitySettings
 from llm_pruner.commands.prune import prune_checkpoint
-from llm_pruner.commands.recover_request import DataSettings, RecoverRequest
+from llm_pruner.commands.recover import work_folder
+from llm_pruner.commands.recover_start import check_run
 from llm_pruner.errors import UserError
-from llm_pruner.files.places import check_place, check_shard_size
-from llm_pruner.importance import Criterion
+from llm_pruner.files.outputs import check_place, check_shard_size
 from llm_pruner.models import load as sources
-from llm_pruner.planning import Selection, Target
-from llm_pruner.recovery import preset
 from llm_pruner.settings import recover as recovery_settings
-from llm_pruner.settings.common import CalibrationSettings, ModelSettings
+from llm_pruner.settings.evaluate import BenchSettings, PerplexitySettings
+from llm_pruner.settings.prune import PruneSettings
+from llm_pruner.settings.recover import RecoverSettings, TrainingSettings
 from llm_pruner.types import Edits
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="messages name /proc")
@@ -70,6 +68,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("row", "command"), CASES)
 def test_refused_before_weights_are_read(row: Bad, command: str, early: Path) -> None:
     if "--tasks boolq" in row.options and find_spec("lm_eval") is None:
@@ -89,6 +88,7 @@ def test_refused_before_weights_are_read(row: Bad, command: str, early: Path) ->
     assert contents(early) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", sorted(BASES.keys() - {"compare", "compress"}))
 def test_the_commands_that_the_options_are_added_to_go_on(command: str, early: Path) -> None:
     before = contents(early)
@@ -103,19 +103,18 @@ def test_the_page_says_what_the_commands_say() -> None:
 
 def pruned(out: Path, **changes: Any) -> Callable[[], object]:
     arguments: dict[str, Any] = {
-        "target": Target(ratio=0.2),
-        "selection": Selection(("ffn",)),
-        "criterion": Criterion("random"),
-        "calibration": CalibrationSettings("t.txt"),
+        "ratio": 0.2,
+        "structures": "ffn",
+        "criterion": "random",
+        "compensation": "none",
+        "calibration": "t.txt",
     }
-    return lambda: prune_checkpoint(ModelSettings("m"), out, **(arguments | changes))
+    return lambda: prune_checkpoint(PruneSettings(model="m", out=out, **(arguments | changes)))
 
 
 def recovered(out: Path, **changes: Any) -> Callable[[], object]:
-    request = RecoverRequest(
-        ModelSettings("m"), out, DataSettings(("t.txt",)), preset("quick"), **changes
-    )
-    return request.check
+    settings = RecoverSettings(model="m", out=out, data="t.txt", **changes)
+    return lambda: check_run(settings, work_folder(out))
 
 
 def saved(size: str) -> None:
@@ -140,8 +139,8 @@ def saved(size: str) -> None:
         (recovered(Path("o"), max_shard_size="0"), "--max-shard-size '0' is no size"),
         (recovered(Path("file/o")), "file is not a folder"),
         (lambda: saved("1"), "--max-shard-size '1' is no size"),
-        (lambda: preset("quick", seed=2**32), "--seed 4294967296 is outside"),
-        (lambda: BenchSettings(repeats=10**9), "repeats 1000000000 is outside"),
+        (lambda: TrainingSettings(seed=2**32).check(), "--seed 4294967296 is outside"),
+        (lambda: BenchSettings(model="m", repeats=10**9).check(), "repeats 1000000000 is outside"),
         (lambda: PerplexitySettings(seq_len=1), "--seq-len 1 is outside"),
         (lambda: check_place(Path("a\0b"), "--out"), "has a zero byte"),
     ],
@@ -159,6 +158,7 @@ def test_sizes_that_a_weight_file_can_have(size: str) -> None:
     check_shard_size(size)
 
 
+@pytest.mark.slow
 def test_names_up_to_the_limit_are_made(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     longest = "n" * 223
@@ -171,6 +171,7 @@ def test_names_up_to_the_limit_are_made(place: Path, monkeypatch: pytest.MonkeyP
         check_place(Path("/".join(["n" * 200] * 20)), "--out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "needed"),
     [
@@ -194,10 +195,10 @@ def test_a_disk_that_is_too_full(
     monkeypatch.setattr(space, "free_bytes", lambda _: int(0.99 * bytes_))
     before = contents(early)
     result = run(*words)
-    dtype = words[words.index("--dtype") + 1] if "--dtype" in words else "float32"
+    kind = " in bfloat16" if "bfloat16" in words else ""
     assert result.code == 2
     assert result.err == (
-        f"llm-pruner: o needs about {bytes_ / 1e6:,.1f} MB for weights in {dtype}, and the disk of "
+        f"llm-pruner: o needs about {bytes_ / 1e6:,.1f} MB for weights{kind}, and the disk of "
         f"{early} has {0.99 * bytes_ / 1e6:,.1f} MB free; free some, or give another --out\n"
     )
     assert contents(early) == before
@@ -207,6 +208,7 @@ def test_a_disk_that_is_too_full(
             run(*words)
 
 
+@pytest.mark.slow
 def test_the_space_of_a_plan_that_is_only_written_is_not_asked_for(
     early: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,6 @@ from fake_discovery import fake_llama, fake_scores
 from llm_pruner import importance
 from llm_pruner.commands import refitter as refitting
 from llm_pruner.commands import stepwise
-from llm_pruner.commands.by_preset import calibration_of
 from llm_pruner.compensation import Refitted, refit_
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
@@ -26,9 +25,8 @@ from llm_pruner.models.consumers import consumers_of
 from llm_pruner.planning import Selection, Survivors, Target, allocate, parse_split
 from llm_pruner.runtime import precision as matmul
 from llm_pruner.search import structure_split as trials
-from llm_pruner.search.per_group import measure_levels
 from llm_pruner.search.structure_split import find_split
-from llm_pruner.settings.presets import NAMES, read_recipe
+from llm_pruner.settings.prune import MethodSettings
 from llm_pruner.surgery.removal import count_parameters
 
 
@@ -46,43 +44,45 @@ def small(text: Path) -> list[object]:
     return ["--calibration", text, "--samples", 16, "--seq-len", 24]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MethodSettings.presets)
 def test_every_recipe_prunes(tiny: Path, text: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"
     more = ["--protect-first", 1, "--protect-last", 1] if name == "paper" else []
     result = done(
-        "prune", tiny, "--out", out, "--ratio", 0.2, "--recipe", name, *small(text), *more
+        "prune", tiny, "--out", out, "--ratio", 0.2, "--preset", name, *small(text), *more
     )
     plan = json.loads((out / "plan.json").read_text())
-    recipe = read_recipe(name)
-    assert plan["criterion"]["name"] == recipe.criterion
-    assert plan["selection"]["scope"] == recipe.scope
-    assert plan["calibration"]["samples"] == 16
-    assert plan["selection"]["protect_first"] == (1 if name == "paper" else 0)
+    recipe = MethodSettings(preset=name)
+    assert plan["settings"]["criterion"] == recipe.criterion
+    assert plan["settings"]["scope"] == recipe.scope
+    assert plan["settings"]["samples"] == 16
+    assert plan["settings"]["protect_first"] == (1 if name == "paper" else 0)
     if recipe.split == "auto":
-        assert sum(plan["selection"]["split"].values()) == pytest.approx(1)
+        assert sum(plan["settings"]["split"].values()) == pytest.approx(1)
         assert "trial removals" in result.out
-    assert plan.get("compensation") == (
-        "least-squares" if recipe.compensation == "least-squares" else None
-    )
+    assert plan["settings"]["compensation"] == recipe.compensation
+    assert plan["settings"]["preset"] == name
 
 
+@pytest.mark.slow
 def test_options_beside_a_recipe_win(tiny: Path, text: Path, tmp_path: Path) -> None:
     out, report = tmp_path / "out", tmp_path / "report.json"
     done(
-        *("prune", tiny, "--out", out, "--ratio", 0.2, "--recipe", "best", *small(text)),
+        *("prune", tiny, "--out", out, "--ratio", 0.2, "--preset", "best", *small(text)),
         *("--criterion", "contribution", "--split", "ffn=1", "--structures", "ffn"),
         *("--json", report),
     )
     plan = json.loads((out / "plan.json").read_text())
-    assert plan["criterion"]["name"] == "contribution"
-    assert plan["selection"]["structures"] == ["ffn"]
+    assert plan["settings"]["criterion"] == "contribution"
+    assert plan["settings"]["structures"] == ["ffn"]
     seen: dict[str, Any] = json.loads(report.read_text())
     assert seen["trials"] == []
     assert all(one["after"] <= one["before"] for one in seen["refitted"])
     assert any(one["ridge"] for one in seen["refitted"])
 
 
+@pytest.mark.slow
 def test_a_replay_with_compensation_gives_the_same_weights(
     tiny: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -106,6 +106,7 @@ def test_a_replay_with_compensation_gives_the_same_weights(
     assert all(torch.isfinite(value).all() for value in again.values())
 
 
+@pytest.mark.slow
 def test_steps_refit_to_the_dense_model_each_time(tiny: Path, text: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     done(
@@ -117,11 +118,12 @@ def test_steps_refit_to_the_dense_model_each_time(tiny: Path, text: Path, tmp_pa
     assert len(names) > len(set(names))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--recipe", "bets"], "no recipe 'bets'; did you mean best? known are paper, balanced"),
-        (["--recipe", "best", "--split", "heads=0.3"], "no share is given for ffn"),
+        (["--preset", "bets"], "no preset 'bets'; did you mean best? known are balanced, best"),
+        (["--preset", "best", "--split", "heads=0.3"], "no share is given for ffn"),
         (["--split", "heads=0.3,ffn=0.3"], "add up to 0.6; they must give 1"),
         (["--split", "heads=1.3,ffn=0"], "share heads=1.3 is outside 0 to 1"),
         (["--split", "heads:0.3"], "'heads:0.3' is not a share; write such as heads=0.1,ffn=0.9"),
@@ -130,7 +132,7 @@ def test_steps_refit_to_the_dense_model_each_time(tiny: Path, text: Path, tmp_pa
         (["--spread", "0.5"], "spread=0.5 cannot reach the target; use 1"),
         (["--score-samples", "0"], "score_samples=0 estimates on nothing; use at least 1"),
         (["--samples", "4", "--score-samples", "5"], "score_samples=5 of 4 samples cannot be read"),
-        (["--compensation", "lsq"], "unknown compensation 'lsq'; choose one of none, least-squ"),
+        (["--compensation", "lsq"], "--compensation lsq is unknown; use one of none, least-squ"),
     ],
 )
 def test_refusals(tiny: Path, tmp_path: Path, options: list[str], message: str) -> None:
@@ -148,17 +150,18 @@ def test_refusals(tiny: Path, tmp_path: Path, options: list[str], message: str) 
         ("- fisher", "holds no settings"),
         (
             "critrion: fisher\nsteps: many",
-            "steps: input should be a valid integer.*critrion: extra inputs",
+            "critrion is no setting; did you mean criterion?",
         ),
+        ("steps: many", "--steps many: input should be a valid integer"),
     ],
 )
 def test_broken_recipe_files(tmp_path: Path, content: str, message: str) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=message):
-        read_recipe(str(file))
-    with pytest.raises(UserError, match="no recipe"):
-        read_recipe(str(tmp_path / "absent.yaml"))
+        MethodSettings(preset=str(file))
+    with pytest.raises(UserError, match="no preset"):
+        MethodSettings(preset=str(tmp_path / "absent.yaml"))
 
 
 MODEL = fake_llama(5, hidden=60, ffn=160, kv_heads=3, repeat=3, head_dim=8)
@@ -202,10 +205,11 @@ def test_spread_limits_what_a_layer_loses() -> None:
     assert np.ptp(list(lost[1.0].values())) <= 4
 
 
+@pytest.mark.slow
 def test_uniform_layers_load_without_the_package(tiny: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = done(
-        *("prune", tiny, "--out", out, "--ratio", 0.2, "--recipe", "best", "--uniform"),
+        *("prune", tiny, "--out", out, "--ratio", 0.2, "--preset", "best", "--uniform"),
         *("--structures", "ffn", "--split", "ffn=1", *small(text)),
     )
     assert "loads with from_pretrained anywhere" in result.out
@@ -226,6 +230,7 @@ def test_a_split_says_nothing_of_a_unit_ratio() -> None:
         allocate(MODEL, fake_scores(MODEL), selection, Target(unit_ratio=0.25))
 
 
+@pytest.mark.slow
 def test_refits_that_make_held_out_text_worse_are_taken_back(
     tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,6 +253,7 @@ def test_refits_that_make_held_out_text_worse_are_taken_back(
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.slow
 def test_a_part_of_the_text_scores_and_more_of_it_is_fitted(
     tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,22 +275,23 @@ def test_a_part_of_the_text_scores_and_more_of_it_is_fitted(
     # Sums of a refit are not multiplied in short formats. An eighth of the 16 samples judges it.
     assert read == {"score": (4, "medium"), "refit": (14, "highest")}
     assert torch.get_float32_matmul_precision() == "highest"
-    calibration = json.loads((out / "plan.json").read_text())["calibration"]
+    calibration = json.loads((out / "plan.json").read_text())["settings"]
     assert (calibration["samples"], calibration["score_samples"]) == (16, 4)
 
 
+@pytest.mark.slow
 def test_fewer_samples_than_a_recipe_scores_are_all_scored(
     tiny: Path, text: Path, tmp_path: Path
 ) -> None:
     recipe = tmp_path / "some.yaml"
     recipe.write_text("criterion: fisher\nsamples: 32\nscore_samples: 8\n")
     for samples, scored in ((4, 4), (16, 8)):
-        options = ("--recipe", recipe, "--calibration", text, "--samples", samples)
+        options = ("--preset", recipe, "--calibration", text, "--samples", samples)
         out = tmp_path / f"{samples}.json"
         done(*("prune", tiny, "--out", out, "--dry-run"), "--ratio", 0.2, *options, "--seq-len", 24)
-        calibration = json.loads(out.read_text())["calibration"]
+        calibration = json.loads(out.read_text())["settings"]
         assert (calibration["samples"], calibration["score_samples"]) == (samples, scored)
-    found = calibration_of(read_recipe(str(recipe)), samples=4)
+    found = MethodSettings(preset=str(recipe), samples=4)
     assert (found.samples, found.score_samples) == (4, 4)
 
 
@@ -304,9 +311,10 @@ def test_products_in_bfloat16_are_used_where_the_processor_has_them(
 def planned(tiny: Path, out: Path, *options: object) -> tuple[dict[str, Any], str]:
     """Plan without pruning; return the plan and what was printed."""
     result = done("prune", tiny, "--out", out, "--dry-run", "--overwrite", *options)
-    return dict(json.loads(out.read_text())["selection"]), result.out
+    return dict(json.loads(out.read_text())["settings"]), result.out
 
 
+@pytest.mark.slow
 def test_the_split_is_found_unless_it_is_said(tiny: Path, text: Path, tmp_path: Path) -> None:
     out, some = tmp_path / "plan.json", small(text)
     selection, shown = planned(tiny, out, "--ratio", 0.2, *some)
@@ -319,33 +327,17 @@ def test_the_split_is_found_unless_it_is_said(tiny: Path, text: Path, tmp_path: 
         ("--ratio", 0.2, "--structures", "ffn", *some),
         ("--ratio", 0.2, *one),  # nothing to hold out
         ("--unit-ratio", 0.4, *some),
-        ("--ratio", 0.2, "--recipe", "paper", "--protect-first", 1, "--protect-last", 1, *some),
+        ("--ratio", 0.2, "--preset", "paper", "--protect-first", 1, "--protect-last", 1, *some),
     ):
         selection, shown = planned(tiny, out, *options)
         assert selection.get("split") is None, options
         assert "trial" not in shown
 
 
-def test_scope_measured(tiny: Path, text: Path, tmp_path: Path) -> None:
-    report, out = tmp_path / "report.json", tmp_path / "out"
-    options = ("--ratio", 0.2, "--scope", "measured", *small(text))
-    result = done("prune", tiny, "--out", out, *options, "--json", report)
-    found = json.loads(report.read_text())
-    assert found["ratio"] == pytest.approx(0.2, abs=0.005)
-    assert found["trials"] == []
-    assert f"ranked by what {len(found['levels'])} trial removals cost" in result.out
-    structures = {level["group"].rpartition(".")[2] for level in found["levels"]}
-    assert structures == {"heads", "ffn"}
-    assert all(level["damage"] >= 0 for level in found["levels"])
-    plan = json.loads((out / "plan.json").read_text())
-    assert plan["selection"]["scope"] == "measured"
-    # Magnitudes read no text and are on no scale of damage, and are ranked by it all the same.
-    planned(tiny, tmp_path / "l2.json", *options, "--criterion", "l2")
-    # The plan that is made is the plan that is replayed.
-    again = tmp_path / "again"
-    done("prune", tiny, "--out", again, "--plan", out / "plan.json")
-    one, other = (load_file(folder / "model.safetensors") for folder in (out, again))
-    assert all(torch.equal(one[key], other[key]) for key in one)
+def test_random_units_are_judged_without_a_cut(tiny: Path, text: Path, tmp_path: Path) -> None:
+    options = ("--ratio", 0.1, "--criterion", "random", "--split", "auto", *small(text))
+    selection, _ = planned(tiny, tmp_path / "plan.json", *options)
+    assert sum(selection["split"].values()) == pytest.approx(1)
 
 
 def test_trials_on_logits_that_are_not_finite_are_refused(tiny: Path, tmp_path: Path) -> None:
@@ -358,9 +350,6 @@ def test_trials_on_logits_that_are_not_finite_are_refused(tiny: Path, tmp_path: 
     chosen = Selection(("heads", "ffn"))
     with pytest.raises(UserError, match="not finite, so no split can be judged"):
         find_split(model, discovery, scores, chosen, Target(ratio=0.2), survivors, held_out)
-    ranked = Selection(("heads", "ffn"), scope="measured")
-    with pytest.raises(UserError, match="not finite, so nothing can be measured"):
-        measure_levels(model, discovery, scores, ranked, survivors, held_out)
 
 
 def test_a_mixed_split_must_also_win_after_a_refit(

@@ -22,8 +22,10 @@ import llm_pruner.surgery.verify
 from command import contents, done, run, save_tiny, write_text
 from llm_pruner import discover, read_plan
 from llm_pruner.checkpoints import atomic_directory
-from llm_pruner.evaluation.rounding import Rounding
-from llm_pruner.surgery.cut import prune_
+from llm_pruner.search.fast_widths import Rounding
+from llm_pruner.surgery.cut import cut_
+
+pytestmark = pytest.mark.slow
 
 TOKENS = torch.arange(3, 99).reshape(4, 24)
 DENSE = 136_080
@@ -99,7 +101,7 @@ def test_what_is_saved_is_what_was_pruned(
     # The same surgery in memory gives the same numbers to the last bit.
     dense = load(tiny)
     discovery = discover(dense)
-    prune_(dense, discovery, read_plan("out/plan.json").removal(discovery))
+    cut_(dense, discovery, read_plan("out/plan.json").removal(discovery))
     assert torch.equal(logits(model), logits(dense))
     text = "the old bridge"
     ids = AutoTokenizer.from_pretrained("out")(text)["input_ids"]
@@ -116,9 +118,9 @@ def test_equal_seeds_give_equal_bytes(work: Path, tiny: Path) -> None:
             prune(tiny, file, *options, "--seed", seed, "--overwrite")
         assert Path("a").read_bytes() == Path("b").read_bytes()
         first, other = (json.loads(Path(file).read_text()) for file in "ac")
-        assert first["calibration"]["source"] == source
-        assert first["calibration"]["digest"] != other["calibration"]["digest"]
-        assert first["criterion"]["order"] == order
+        assert first["settings"]["calibration"] == source
+        assert first["text"] != other["text"]
+        assert first["settings"]["order"] == order
 
 
 def test_the_plan_does_not_say_where_files_lie(work: Path, tiny: Path, tmp_path: Path) -> None:
@@ -174,7 +176,7 @@ def test_steps_meet_the_ratio_and_replay_in_one(work: Path, tiny: Path) -> None:
     assert found["twin_difference"] <= 1e-5
     prune(tiny, "replayed", "--plan", "stepwise/plan.json")
     assert_same_weights("stepwise", "replayed")
-    assert json.loads(Path("stepwise/plan.json").read_text())["target"]["steps"] == 3
+    assert json.loads(Path("stepwise/plan.json").read_text())["settings"]["steps"] == 3
     # Later steps saw a pruned model, so the choice is another than in one step.
     prune(tiny, "at-once", *options, "--dry-run")
     at_once = {group.name: group.removed for group in read_plan("at-once").groups}
@@ -224,8 +226,7 @@ def test_round_to_what_is_fast_here(
     assert {width % 16 for width in widths} == {0}
     # The number that was chosen is in the plan, which is replayed without another look.
     plan = read_plan("out/plan.json")
-    assert plan.selection is not None
-    assert plan.selection.round_to == 16
+    assert plan.settings["round_to"] == 16
     monkeypatch.setattr(llm_pruner.commands.prune, "measured_rounding", None)
     done("prune", tiny, "--out", "again", "--plan", "out/plan.json")
     assert load("again").num_parameters() == found["parameters_after"]
@@ -233,7 +234,7 @@ def test_round_to_what_is_fast_here(
 
 def test_a_recipe_can_round_to_what_is_fast(work: Path, tiny: Path) -> None:
     Path("mine.yaml").write_text("criterion: l2\nround_to: auto\n")
-    found = prune(tiny, "plan.json", "--ratio", 0.2, "--recipe", "mine.yaml", "--dry-run")
+    found = prune(tiny, "plan.json", "--ratio", 0.2, "--preset", "mine.yaml", "--dry-run")
     assert found["rounding"] == {"multiple": 1, "throughput": {}, "tolerance": 0.03}
 
 
@@ -242,8 +243,7 @@ def test_a_model_too_small_to_round(work: Path, tiny: Path) -> None:
     shown = done("prune", tiny, "--out", "plan.json", *options).out
     assert "channels are not rounded: no multiple is fine enough for this model" in shown
     plan = read_plan("plan.json")
-    assert plan.selection is not None
-    assert plan.selection.round_to == 1
+    assert plan.settings["round_to"] == 1
 
 
 def test_number_of_parameters_to_keep(work: Path, tiny: Path) -> None:
@@ -367,7 +367,7 @@ def test_surgery_that_goes_wrong_names_the_group_and_saves_nothing(
     work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def sabotaged(model: Any, discovery: Any, removal: Any) -> Any:
-        edits = prune_(model, discovery, removal)
+        edits = cut_(model, discovery, removal)
         if "layers.2.ffn" in removal:
             weight = model.model.layers[2].mlp.down_proj.weight
             weight.data = weight.data.roll(1, dims=1)
@@ -410,7 +410,7 @@ def quick(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = work.parent / "quick.yaml"
     recipe.write_text("{structures: [ffn], criterion: fisher, samples: 4, seq_len: 24}")
     monkeypatch.setattr(llm_pruner.models.load, "default_gguf", lambda: tiny)
-    monkeypatch.setattr(llm_pruner.commands.demo, "RECIPE", str(recipe))
+    monkeypatch.setattr(llm_pruner.commands.demo, "PRESET", str(recipe))
     monkeypatch.setattr(llm_pruner.commands.demo, "SAMPLES", 256)
 
 

@@ -12,16 +12,17 @@ import yaml
 from gguf import GGUFWriter
 from safetensors.torch import load_file
 
-import llm_pruner.models.loading
+import llm_pruner.models.load
 import llm_pruner.report.facts
 import llm_pruner.report.write
 from command import contents, done, run, save_tiny, write_text
 from llm_pruner.cli.output import command_line
 from llm_pruner.files.outputs import MANIFEST
 from llm_pruner.report.data import read_report
-from llm_pruner.report.facts import source_of
-from llm_pruner.report.measured import as_evaluation
-from llm_pruner.report.render import digest, render_card, render_html
+from llm_pruner.report.facts import as_evaluation, source_of
+from llm_pruner.report.write import digest, render_card, render_html
+
+pytestmark = pytest.mark.slow
 
 REPORT = ("report.html", "report.json", "README.md")
 
@@ -84,9 +85,9 @@ def test_every_run_leaves_a_report(tiny: Path, pruned: Path) -> None:
         assert (row.units, row.removed) == (dense, dense - kept)
         assert all(value > 0 for value in row.bins)
     assert report.criterion.endswith("on 4 × 24 tokens of text.txt")
-    assert report.settings["Calibration"]["samples"] == 4
-    assert report.settings["Selection"]["structures"] == ["heads", "ffn"]
-    assert report.settings["Model"]["dtype"] == "float32"
+    assert report.settings["Calibration text"]["samples"] == 4
+    assert report.settings["Where from"]["structures"] == ["heads", "ffn"]
+    assert report.settings["Model"]["dtype"] == "auto"
     assert report.versions["torch"]
     assert report.command.startswith(f"llm-pruner prune {tiny} --out {pruned} --ratio 0.2")
     # What was not measured is not there.
@@ -172,7 +173,7 @@ def test_evaluate_refuses_reports_of_other_models(
     said = refused("evaluate", other, "--prompt", "the", "--report", "small")
     assert said.startswith(f"{other} has 61,968 parameters and is ")
     assert "neither the model in small nor tiny, of which it was made; nothing was added" in said
-    monkeypatch.setattr(llm_pruner.models.loading, "load_model", None)  # not reached
+    monkeypatch.setattr(llm_pruner.models.load, "load_model", None)  # not reached
     Path("empty").mkdir()
     said = refused("evaluate", "small", "--prompt", "the", "--report", "empty")
     assert said == "empty has no report.json; name a folder that llm-pruner prune wrote"

@@ -16,7 +16,7 @@ from llm_pruner.compensation import held_out_samples, refit, refit_
 from llm_pruner.compensation.least_squares import Moments, best_refit, refitted
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
-from llm_pruner.surgery.cut import prune_
+from llm_pruner.surgery.cut import cut_
 from llm_pruner.types import Removal
 
 
@@ -107,7 +107,7 @@ def test_refitted_models_are_closer_to_the_dense_one(name: str, kinds: tuple[str
     dense = make(name)
     model = copy.deepcopy(dense)
     discovery, removal = removal_of(model, kinds)
-    prune_(model, discovery, removal)
+    cut_(model, discovery, removal)
     masked = copy.deepcopy(model)
     before = {key: value.clone() for key, value in dense.state_dict().items()}
     ids = tokens()
@@ -132,7 +132,7 @@ def test_what_lost_nothing_is_left_alone() -> None:
     model = copy.deepcopy(dense)
     discovery = discover(model)
     removal = {"layers.1.ffn": np.arange(8)}
-    prune_(model, discovery, removal)
+    cut_(model, discovery, removal)
     done = refit_(model, dense, discovery, removal, tokens())
     assert [one.module for one in done] == ["model.layers.1.mlp.down_proj"]
 
@@ -152,7 +152,7 @@ def test_the_first_token_of_a_sample_is_fitted_best(monkeypatch: pytest.MonkeyPa
         """Return the relative error of the logits by position."""
         model = copy.deepcopy(dense)
         discovery, removal = removal_of(model, ("heads", "ffn"))
-        prune_(model, discovery, removal)
+        cut_(model, discovery, removal)
         monkeypatch.setattr(refit, "FIRST", share)
         refit_(model, dense, discovery, removal, ids)
         with torch.no_grad():
@@ -176,7 +176,7 @@ def test_a_channel_that_another_can_stand_for_costs_nothing() -> None:
     model = copy.deepcopy(dense)
     discovery = discover(model)
     removal = {"layers.0.ffn": np.array([7])}
-    prune_(model, discovery, removal)
+    cut_(model, discovery, removal)
     masked = copy.deepcopy(model)
     refit_(model, dense, discovery, removal, tokens(64), ridges=(1e-7,))
     ids = tokens(4)
@@ -187,7 +187,7 @@ def test_bfloat16_and_refusals() -> None:
     dense = make("llama").to(torch.bfloat16)
     model = copy.deepcopy(dense)
     discovery, removal = removal_of(model, ("ffn",))
-    prune_(model, discovery, removal)
+    cut_(model, discovery, removal)
     done = refit_(model, dense, discovery, removal, tokens())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert any(one.ridge is not None for one in done)
@@ -209,6 +209,6 @@ def test_a_model_that_is_no_chain_is_refused() -> None:
     dense = Twice()
     model = copy.deepcopy(dense)
     discovery, removal = removal_of(model, ("ffn",))
-    prune_(model, discovery, removal)
+    cut_(model, discovery, removal)
     with pytest.raises(UserError, match=r"block by block: .*; use --compensation none"):
         refit_(model, dense, discovery, removal, tokens())

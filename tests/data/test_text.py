@@ -12,10 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llm_pruner.data.demo_text import DEMO_PROMPTS, demo_text
-from llm_pruner.data.evaluation import load_evaluation_text
-from llm_pruner.data.records import record_format
-from llm_pruner.data.text import load_documents
+from llm_pruner.data.text import (
+    DEMO_PROMPTS,
+    demo_text,
+    load_documents,
+    load_evaluation_text,
+    record_format,
+)
 from llm_pruner.errors import UserError
 
 

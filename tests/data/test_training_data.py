@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import llm_pruner.data.hub
+import llm_pruner.data.files
 from command import WORDS
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.data.examples import Example, Turn, load_examples
@@ -87,7 +87,7 @@ def test_hub_rows_come_with_all_their_fields(monkeypatch: pytest.MonkeyPatch) ->
         asked.append((args, settings))
         return [{"instruction": "Add", "input": "", "output": str(n)} for n in range(9)]
 
-    monkeypatch.setattr(llm_pruner.data.hub, "_loader", lambda source: load_dataset)
+    monkeypatch.setattr(llm_pruner.data.files, "_loader", lambda source: load_dataset)
     found = load_examples("yahma/alpaca-cleaned", limit=4)
     assert (found.name, found.split) == ("yahma/alpaca-cleaned", "train")
     assert [one.turns[1].content for one in found.examples] == ["0", "1", "2", "3"]

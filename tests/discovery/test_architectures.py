@@ -15,6 +15,8 @@ sys.path.insert(0, str(TOOLS))
 import architectures  # noqa: E402
 from tiny_configs import NOT_DECODERS, OVERRIDES, TYPES  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 # Type -> kinds of which some group must be prunable, beside the hidden channels.
 EXPECTED = {
     "biogpt": {"heads", "head_dim", "ffn"},  # learned positions

@@ -136,6 +136,7 @@ def test_a_config_loads_without_weights(whole: Path, bare: Path) -> None:
     assert_same(discover(load_model(str(whole)).model), discover(loaded.model))
 
 
+@pytest.mark.slow
 def test_weights_that_are_needed(bare: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tiny has no weights \(model.safetensors or"):
         load_model(str(bare))
@@ -152,12 +153,14 @@ def test_weights_that_are_needed(bare: Path, tmp_path: Path) -> None:
         load_model(str(bare / "config.json"), weights=False)
 
 
+@pytest.mark.slow
 def test_inspect_reads_no_weights(whole: Path, bare: Path) -> None:
     texts = [done("inspect", path, "--json", "-").out for path in (whole, bare / "config.json")]
     assert json.loads(texts[0])["model"] == "tiny"
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_a_layered_recipe_is_inspected_as_it_is(whole: Path, tmp_path: Path) -> None:
     """The config of a model with layers of different sizes gives the dense model."""
     out = tmp_path / "pruned"
@@ -167,6 +170,7 @@ def test_a_layered_recipe_is_inspected_as_it_is(whole: Path, tmp_path: Path) -> 
     assert left == sum(parameter.numel() for parameter in load_model(str(out)).model.parameters())
 
 
+@pytest.mark.slow
 def test_a_plan_without_weights_replays_with_them(whole: Path, bare: Path, tmp_path: Path) -> None:
     plan, out = tmp_path / "plan.json", tmp_path / "out"
     random = ("--criterion", "random", "--ratio", 0.2, "--steps", 2)
@@ -179,6 +183,7 @@ def test_a_plan_without_weights_replays_with_them(whole: Path, bare: Path, tmp_p
 # ------------------------------------------------------------------------------ the paper's model
 
 
+@pytest.mark.slow
 def test_llama_7b_has_the_counts_of_the_paper(tmp_path: Path) -> None:
     """Dense 6.74B; 25% of the units of layers 4 to 29 leave 5.42B, 60% of 3 to 30 leave 3.35B."""
     config = {

@@ -13,7 +13,7 @@ from torch import nn
 from families import discovered
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import DiscoveryError
-from llm_pruner.surgery.cut import prune_
+from llm_pruner.surgery.cut import cut_
 from llm_pruner.surgery.removal import count_parameters
 from llm_pruner.surgery.verify import largest_difference, pruned_logits, tolerance, twin_logits
 from llm_pruner.types import Companion
@@ -161,7 +161,7 @@ def test_hand_written_model() -> None:
     removal = pick(discovery)
     expected = twin_logits(model, discovery, removal)
     dense = pruned_logits(model, discovery)
-    prune_(model, discovery, removal)
+    cut_(model, discovery, removal)
     actual = pruned_logits(model, discovery)
     assert largest_difference(expected, actual) <= 1e-5
     assert largest_difference(dense, actual) > 0.1
@@ -179,7 +179,7 @@ def test_hand_written_model_with_one_number_for_two_axes() -> None:
     removal = pick(discovery)
     assert {discovery.group(name).kind for name in removal} == {"ffn", "layers"}
     expected = twin_logits(model, discovery, removal)
-    prune_(model, discovery, removal)
+    cut_(model, discovery, removal)
     assert largest_difference(expected, pruned_logits(model, discovery)) <= tolerance(expected)
 
 

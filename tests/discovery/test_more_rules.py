@@ -27,11 +27,11 @@ from helpers import tiny_model
 from llm_pruner import Criterion, score
 from llm_pruner.checkpoints.save import save_checkpoint
 from llm_pruner.discovery.groups import discover
-from llm_pruner.discovery.tracing.outputs import logits_of
 from llm_pruner.discovery.tracing.run import vocabulary_size
 from llm_pruner.discovery.tracing.scenes import staged
 from llm_pruner.errors import DiscoveryError, InfeasibleError
-from llm_pruner.surgery.cut import prune_
+from llm_pruner.models.forward import logits_of
+from llm_pruner.surgery.cut import cut_
 from llm_pruner.surgery.removal import removed_positions
 from llm_pruner.surgery.verify import largest_difference, pruned_logits, twin_logits
 from llm_pruner.surgery.verify import prune_ as verified_prune_
@@ -77,7 +77,7 @@ def checked(
     for removal in removals(discovery):
         assert removal
         smaller = copy.deepcopy(model)
-        prune_(smaller, discovery, removal)
+        cut_(smaller, discovery, removal)
         for length in lengths:
             tokens = torch.randint(
                 VOCABULARY, (2, length), generator=torch.Generator().manual_seed(length)
@@ -161,7 +161,7 @@ def test_groups_of_a_convolution(name: str) -> None:
     inner = [group for group in discovery.groups if group.kind != "hidden"]
     assert {group.size for group in inner} == sizes
     assert all(group.frozen is None for group in inner)
-    prune_(net, discovery, pick(discovery))
+    cut_(net, discovery, pick(discovery))
     conv = net.bodies[0].conv
     transposed = isinstance(conv, nn.ConvTranspose1d)
     first, second = conv.weight.shape[:2]
@@ -207,7 +207,7 @@ class Wrapped(Body):
 def test_weight_norm() -> None:
     net = Net(Wrapped(nn.utils.parametrizations.weight_norm))
     (ffn,) = of_kind(checked(net, dense=False), "ffn")
-    prune_(net, discover(net), {ffn.name: np.arange(3)})
+    cut_(net, discover(net), {ffn.name: np.arange(3)})
     assert (net.bodies[0].up.out_features, net.bodies[0].down.in_features) == (5, 5)
 
 
@@ -571,7 +571,7 @@ def test_loss_over_all_routers_keeps_them_equal() -> None:
     assert all(group.frozen is None and len(group.companions) == 2 for group in experts[:1])
     removal = pick(discovery, ("experts",))
     expected = twin_logits(model, discovery, removal)
-    prune_(model, discovery, removal)
+    cut_(model, discovery, removal)
     assert largest_difference(expected, pruned_logits(model, discovery)) <= 1e-5
     tokens = torch.arange(20)[None]
     assert bool(model(tokens, labels=tokens).aux_loss.isfinite())
@@ -736,7 +736,7 @@ def test_buffer_that_is_another_by_now() -> None:
     discovery = discover(net)
     net.bodies[0].grown = net.bodies[0].grown[None]
     with pytest.raises(InfeasibleError, match="run discover again on the model as it is now"):
-        prune_(net, discovery, pick(discovery, ("hidden",)))
+        cut_(net, discovery, pick(discovery, ("hidden",)))
 
 
 class Remade(Growing):
@@ -765,7 +765,7 @@ def _saved(model: PreTrainedModel, folder: Path, kinds: tuple[str, ...] | None =
     removal = pick(discovery, kinds)
     assert removal
     expected = twin_logits(model, discovery, removal)
-    edits = prune_(model, discovery, removal)
+    edits = cut_(model, discovery, removal)
     assert largest_difference(expected, pruned_logits(model, discovery)) <= 1e-5
     save_checkpoint(
         model, folder, edits=edits, plan_json=None, tokenizer=None, dense_config=dense_config
@@ -826,7 +826,7 @@ def test_flex_attention_of_transformers() -> None:
     assert {g.name: g.frozen for g in discovery.groups} == {g.name: g.frozen for g in usual.groups}
     removal = pick(discovery)
     expected = twin_logits(model, discovery, removal)
-    prune_(model, discovery, removal)
+    cut_(model, discovery, removal)
     # As it is called, it needs a compiler.
     model.set_attn_implementation("eager")
     assert largest_difference(expected, pruned_logits(model, discovery)) <= 1e-5

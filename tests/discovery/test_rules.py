@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llm_pruner.discovery.groups import discover
-from llm_pruner.surgery.cut import prune_
+from llm_pruner.surgery.cut import cut_
 from llm_pruner.surgery.verify import largest_difference, pruned_logits, twin_logits
 from llm_pruner.types import Discovery, Group
 from nets import HEADS, HIDDEN, SIZE, Attention, Body, Concat, Gated, Net
@@ -27,7 +27,7 @@ def found(net: Net) -> Discovery:
     assert removal
     expected = twin_logits(net, discovery, removal)
     smaller = copy.deepcopy(net)
-    prune_(smaller, discovery, removal)
+    cut_(smaller, discovery, removal)
     actual = pruned_logits(smaller, discovery)
     assert largest_difference(expected, actual) <= 1e-5
     assert largest_difference(actual, pruned_logits(net, discovery)) > 1e-3

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from command import done, save_tiny, write_text
-from llm_pruner.evaluation.contamination import shared_corpora
+from llm_pruner.evaluation.result_cache import shared_corpora
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,7 @@ def test_folders_that_say_nothing(tmp_path: Path, plan: str) -> None:
     assert shared_corpora(str(tmp_path), ["c4"]) == []
 
 
+@pytest.mark.slow
 def test_evaluate_says_so(tmp_path: Path) -> None:
     tiny, text = save_tiny(tmp_path / "tiny"), write_text(tmp_path / "text.txt", 4000)
     other = write_text(tmp_path / "other.txt", 4000)

@@ -20,8 +20,8 @@ from llm_pruner.evaluation.macs import (
     counting,
     paper_macs,
 )
-from llm_pruner.evaluation.size import model_size
-from llm_pruner.models.kv_cache import tensor_bytes
+from llm_pruner.evaluation.memory import model_size
+from llm_pruner.models.decode import tensor_bytes
 
 LAYERS, HIDDEN, FFN, HEADS, KV, HEAD = 3, 48, 80, 6, 3, 8
 ATTENTION = 2 * HIDDEN * HEADS * HEAD + 2 * HIDDEN * KV * HEAD
@@ -115,6 +115,7 @@ def test_recurrent_state_does_not_grow() -> None:
     assert cache.bytes_fixed > 0
 
 
+@pytest.mark.slow
 def test_llama_7b_is_the_papers() -> None:
     """LLM-Pruner, table 1: 424.02G MACs dense; 339.60G with 25% of layers 4 to 29 removed."""
     config = AutoConfig.for_model(

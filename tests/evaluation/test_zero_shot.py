@@ -17,15 +17,22 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 import llm_pruner
-import llm_pruner.models.loading
+import llm_pruner.models.load
 from command import contents, done, run, save_tiny
 from llm_pruner.data.task_files import LOCAL_TASKS, read_task
 from llm_pruner.errors import UserError
-from llm_pruner.evaluation import harness, task_definitions
-from llm_pruner.evaluation.task_definitions import definition_file
-from llm_pruner.evaluation.zero_shot import PAPER_METRICS, MetricResult, TaskResult, means
+from llm_pruner.evaluation import harness, zero_shot
+from llm_pruner.evaluation.zero_shot import (
+    PAPER_METRICS,
+    MetricResult,
+    TaskResult,
+    definition_file,
+    means,
+)
 from llm_pruner.files.outputs import MANIFEST
 from task_data import write_records, write_tasks
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 SOURCES = Path(llm_pruner.__file__).parents[1]
@@ -66,13 +73,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the models that were loaded."""
     names: list[str] = []
-    load_model = llm_pruner.models.loading.load_model
+    load_model = llm_pruner.models.load.load_model
 
     def counted(source: str, **settings: Any) -> Any:
         names.append(source)
         return load_model(source, **settings)
 
-    monkeypatch.setattr(llm_pruner.models.loading, "load_model", counted)
+    monkeypatch.setattr(llm_pruner.models.load, "load_model", counted)
     return names
 
 
@@ -128,7 +135,7 @@ def test_definitions_are_those_of_the_harness(task: str, data: Path, offline: Pa
     splits = {"training_split", "validation_split", "test_split", "fewshot_split"}
     rest = {key: value for key, value in own.items() if key not in taken | splits}
     assert {"doc_to_text", "doc_to_target", "doc_to_choice", "metric_list"} <= rest.keys()
-    inside = task_definitions.local_definition(task, read_task(data, task))
+    inside = zero_shot.local_definition(task, read_task(data, task))
     written = load_yaml(offline / f"{task}.yaml", resolve_func=True)
     for definition in (inside, written):
         assert definition.items() >= rest.items()
@@ -364,7 +371,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_model(source: str, **settings: object) -> None:
         raise AssertionError(f"{source} was loaded")
 
-    monkeypatch.setattr(llm_pruner.models.loading, "load_model", load_model)
+    monkeypatch.setattr(llm_pruner.models.load, "load_model", load_model)
 
 
 def refused(*args: object) -> str:
@@ -419,7 +426,7 @@ def test_what_makes_no_sense_is_refused(options: list[Any], said: str, data: Pat
 
 @pytest.mark.usefixtures("unloaded")
 def test_a_missing_harness_is_named(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(task_definitions, "find_spec", lambda name: None)
+    monkeypatch.setattr(zero_shot, "find_spec", lambda name: None)
     said = refused("--tasks", "piqa", "--tasks-data", data)
     assert "not installed; run: pip install 'llm-pruner[eval]'" in said
 

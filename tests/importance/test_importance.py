@@ -15,7 +15,7 @@ from torch import nn
 from helpers import tiny_model
 from llm_pruner.errors import UserError
 from llm_pruner.importance import Criterion, blockwise, score, scoring
-from llm_pruner.importance.loss import loss_cotangent
+from llm_pruner.importance.gradients import loss_cotangent
 from llm_pruner.models.activation_store import Borders
 from llm_pruner.models.blockwise import NotBlockwise, find_chain
 from llm_pruner.types import Discovery, Group, Member

@@ -37,7 +37,7 @@ from llm_pruner.models.chatglm import (
     register,
 )
 from llm_pruner.models.chatglm.layout import Layout, plain_layout, positions, read_layout, visible
-from llm_pruner.surgery.cut import prune_
+from llm_pruner.surgery.cut import cut_
 from llm_pruner.surgery.removal import count_parameters
 from llm_pruner.surgery.verify import largest_difference, pruned_logits, twin_logits
 from llm_pruner.types import Discovery
@@ -703,7 +703,7 @@ def test_pruned_equals_twin(attention: str, kind: str, record_property: Any) -> 
     dense = pruned_logits(model, discovery)
     expected = twin_logits(model, discovery, removal)
     smaller = copy.deepcopy(model)
-    prune_(smaller, discovery, removal)
+    cut_(smaller, discovery, removal)
     actual = pruned_logits(smaller, discovery)
     parameters = sum(parameter.numel() for parameter in smaller.parameters())
     assert parameters == count_parameters(discovery, removal) < count_parameters(discovery)
@@ -719,7 +719,7 @@ def test_pruned_model_reads_prefixes_as_its_twin() -> None:
     model = copy.deepcopy(dense)
     removal = pick(discovery, ("heads", "ffn"))
     smaller = copy.deepcopy(model)
-    prune_(smaller, discovery, removal)
+    cut_(smaller, discovery, removal)
     for name, units in removal.items():
         for member in discovery.group(name).members:
             axis = model.get_parameter(member.tensor).movedim(member.dim, 0)
@@ -733,7 +733,7 @@ def test_plain_checkpoint_still_needs_the_package(tmp_path: Path) -> None:
     model, discovery = discovered("sdpa")
     smaller = copy.deepcopy(model)
     groups = [group.name for group in discovery.groups if group.kind == "ffn"]
-    edits = prune_(smaller, discovery, {name: np.arange(8) for name in groups})
+    edits = cut_(smaller, discovery, {name: np.arange(8) for name in groups})
     saved = save_checkpoint(
         smaller,
         tmp_path / "out",

@@ -17,8 +17,10 @@ from helpers import VOCABULARY, tiny_tokenizer
 from llm_pruner.discovery.groups import discover
 from llm_pruner.models.load import load_model
 from llm_pruner.planning.plan import read_plan
-from llm_pruner.surgery.cut import prune_
+from llm_pruner.surgery.cut import cut_
 from llm_pruner.surgery.verify import largest_difference, pruned_logits
+
+pytestmark = pytest.mark.slow
 
 CONFIGURATION = """
 from transformers import PreTrainedConfig
@@ -214,7 +216,7 @@ def test_pruned_saved_and_loaded(
     dense = load_model(str(homemade), trust_remote_code=True).model
     discovery = discover(dense)
     expected = copy.deepcopy(dense)
-    prune_(expected, discovery, read_plan(out / "plan.json").removal(discovery))
+    cut_(expected, discovery, read_plan(out / "plan.json").removal(discovery))
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     assert type(loaded).__module__.startswith("transformers_modules.")
     sizes = [sum(p.numel() for p in model.parameters()) for model in (expected, loaded)]

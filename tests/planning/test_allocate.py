@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from itertools import product
 
 import numpy as np
@@ -114,7 +113,6 @@ def test_counter_agrees_with_count_parameters():
 
 
 def test_llama_7b_at_the_settings_of_the_paper():
-    start = time.perf_counter()
     discovery = fake_llama(32, 4096, 11008, 32, 1, 128, 32000, tied=False)
     scores = fake_scores(discovery)
     assert count_parameters(discovery) == 6_738_415_616
@@ -136,7 +134,6 @@ def test_llama_7b_at_the_settings_of_the_paper():
         everything = Selection(("heads", "ffn", "hidden", "head_dim", "layers"), scope=scope)
         removal = allocate(discovery, scores, everything, Target(params=parse_count("5.4B")))
         assert abs(count_parameters(discovery, removal) - 5.4e9) < 5e6
-    assert time.perf_counter() - start < 10
 
 
 def test_unit_ratio_takes_the_least_important_and_ties_go_by_index():
@@ -417,7 +414,7 @@ TARGETS = [
     ({"unit_ratio": 0.0}, r"unit_ratio=0\.0 is outside \(0, 1\)"),
     ({"ratio": float("nan")}, "outside"),
     ({"ratio": 0.2, "params": 5}, r"exactly one .* got ratio=0\.2, params=5"),
-    ({}, "exactly one of unit_ratio, ratio, params, kv_cache, decode_time; got none"),
+    ({}, "exactly one of unit_ratio, ratio, params, kv_cache; got none"),
     ({"params": 0}, "params=0 keeps nothing"),
 ]
 
@@ -435,7 +432,7 @@ SELECTIONS = [
     ({"structures": ("ffn", "ffn")}, "given twice"),
     (
         {"structures": ("ffn",), "scope": "all"},
-        "scope='all' is unknown; use local, global or measured",
+        "scope='all' is unknown; use local or global",
     ),
     ({"structures": ("ffn",), "round_to": 0}, "round_to=0"),
     ({"structures": ("ffn",), "protect_first": -1}, "cannot be negative"),

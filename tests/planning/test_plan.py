@@ -11,8 +11,6 @@ from fake_discovery import fake_llama, fake_scores, units
 from llm_pruner.errors import PlanError, UserError
 from llm_pruner.planning import (
     Plan,
-    PlanCalibration,
-    PlanCriterion,
     Selection,
     Target,
     allocate,
@@ -32,12 +30,8 @@ def make_plan(removal: Removal, discovery: Discovery = DENSE) -> Plan:
         removal,
         package_version="0.1.0",
         model_name="tiny",
-        criterion=PlanCriterion(name="taylor", order="first", aggregate="sum"),
-        calibration=PlanCalibration(source="self", samples=10, seq_len=64, seed=0),
-        seed=0,
-        target=Target(ratio=0.2),
-        steps=2,
-        selection=Selection(("ffn", "heads"), protect_last=1, layer_ranges={"heads": (0, 2)}),
+        settings={"ratio": 0.2, "structures": ["ffn", "heads"], "layers": {"heads": [0, 2]}},
+        text="0123",
     )
 
 
@@ -104,18 +98,16 @@ def test_plan_is_one_line_for_each_group():
     plan = make_plan({"layers.2.heads": units(1), "layers.0.ffn": units(3, 17, 40, 41, 42)})
     assert plan.to_json().splitlines() == [
         "{",
-        '  "format_version": 1,',
+        '  "format_version": 2,',
         '  "package_version": "0.1.0",',
         '  "model": {"name": "tiny", "revision": null, '
         f'"fingerprint": "{plan.model.fingerprint}", "parameters": {plan.model.parameters}}},',
-        '  "criterion": {"name": "taylor", "order": "first", "reduction": null, '
-        '"aggregate": "sum"},',
-        '  "calibration": {"source": "self", "split": null, "samples": 10, "seq_len": 64, '
-        '"seed": 0, "digest": null},',
-        '  "seed": 0,',
-        '  "target": {"ratio": 0.2, "steps": 2},',
-        '  "selection": {"structures": ["ffn", "heads"], "scope": "local", "protect_first": 0, '
-        '"protect_last": 1, "layer_ranges": {"heads": [0, 2]}, "round_to": 1},',
+        '  "text": "0123",',
+        '  "settings": {',
+        '    "ratio": 0.2,',
+        '    "structures": ["ffn", "heads"],',
+        '    "layers": {"heads": [0, 2]}',
+        "  },",
         '  "groups": [',
         '    {"name": "layers.0.ffn", "kind": "ffn", "size": 96, "removed": "3,17,40-42"},',
         '    {"name": "layers.2.heads", "kind": "heads", "size": 4, "removed": "1"}',
@@ -149,11 +141,43 @@ def test_plan_of_nothing_is_json_too():
 def test_edited_units_are_replayed_and_settings_may_be_dropped():
     plan = make_plan({"layers.0.ffn": units(3)})
     data = json.loads(plan.to_json())
-    for key in ("criterion", "calibration", "seed", "target", "selection"):
+    for key in ("settings", "text"):
         del data[key]
     data["groups"] = [row("layers.1.ffn", "ffn", 96, "9, 4-5"), row("hidden", "hidden", 48, "")]
     removal = read_plan(json.dumps(data)).removal(DENSE)
     assert {name: found.tolist() for name, found in removal.items()} == {"layers.1.ffn": [4, 5, 9]}
+
+
+def test_a_plan_of_version_1_is_read_with_its_settings():
+    """Features that chose units may be gone, and the units are there."""
+    now = json.loads(make_plan({"layers.0.ffn": units(3)}).to_json())
+    old = {
+        "format_version": 1,
+        "package_version": "0.1.0",
+        "model": now["model"],
+        "criterion": {"name": "reap", "order": None, "aggregate": "sum"},
+        "calibration": {"source": "t.txt", "split": None, "samples": 8, "digest": "ab"},
+        "seed": 3,
+        "target": {"params": 90_000, "decode_time": 0.2, "steps": 1},
+        "selection": {"structures": ["ffn"], "scope": "measured", "layer_ranges": {"ffn": [0, 2]}},
+        "search_trials": 12,
+        "compensation": "bias",
+        "groups": now["groups"],
+    }
+    plan = read_plan(json.dumps(old))
+    assert {name: found.tolist() for name, found in plan.removal(DENSE).items()} == {
+        "layers.0.ffn": [3]
+    }
+    assert plan.text == "ab"
+    assert plan.settings == {
+        **{"criterion": "reap", "aggregate": "sum", "calibration": "t.txt", "samples": 8},
+        **{"params": 90_000, "decode_time": 0.2, "steps": 1, "structures": ["ffn"]},
+        **{"scope": "measured", "layers": {"ffn": [0, 2]}, "seed": 3, "search_trials": 12},
+        "compensation": "bias",
+    }
+    assert read_plan(plan.to_json()) == plan
+    with pytest.raises(PlanError, match="extra"):
+        read_plan(json.dumps(old | {"extra": 1}))
 
 
 def test_every_problem_is_reported_at_once():
@@ -216,12 +240,12 @@ def test_malformed_json_names_line_and_column(tmp_path):
     broken = text.replace('"removed": "3"}', '"removed": "3",}')
     file = tmp_path / "plan.json"
     file.write_text(broken, encoding="utf-8")
-    with pytest.raises(UserError, match=r"plan\.json is not JSON: line 11, column \d+: "):
+    with pytest.raises(UserError, match=r"plan\.json is not JSON: line 12, column \d+: "):
         read_plan(file)
     with pytest.raises(UserError, match=r"^the plan is not JSON: line 2, column 1"):
         read_plan("{\n")
-    with pytest.raises(UserError, match="the plan has seed twice in one object"):
-        read_plan(text.replace('"seed": 0,\n', '"seed": 0,\n  "seed": 1,\n'))
+    with pytest.raises(UserError, match="the plan has ratio twice in one object"):
+        read_plan(text.replace('"ratio": 0.2,', '"ratio": 0.2, "ratio": 0.3,'))
 
 
 def test_files_that_are_no_plan(tmp_path):
@@ -237,7 +261,7 @@ def test_files_that_are_no_plan(tmp_path):
 
 def test_wrong_fields_are_reported_together():
     data = json.loads(make_plan({"layers.0.ffn": units(3)}).to_json())
-    data["format_version"] = 2
+    data["format_version"] = 3
     data["colour"] = "red"
     del data["model"]["fingerprint"]
     data["groups"][0]["size"] = "many"
@@ -247,7 +271,7 @@ def test_wrong_fields_are_reported_together():
         read_plan(json.dumps(data))
     found = "\n".join(caught.value.problems)
     assert len(caught.value.problems) == 6
-    assert "format_version: 2 is not the 1 that this version of llm-pruner reads" in found
+    assert "format_version: 3 is not 1 or 2, which this version of llm-pruner reads" in found
     assert "colour: Extra inputs are not permitted" in found
     assert "model.fingerprint: Field required" in found
     assert "layers.0.ffn.size: Input should be a valid integer" in found

@@ -12,7 +12,7 @@ import torch
 from helpers import tiny_model
 from llm_pruner.data.sequences import TrainingSequence, make_sequence
 from llm_pruner.recovery import DistillationSettings, Teacher
-from llm_pruner.recovery.forward import forward, learned_logits, learned_tokens
+from llm_pruner.recovery.forward import learned_logits, learned_tokens
 from llm_pruner.recovery.kernels import chunked_loss
 from llm_pruner.recovery.kernels.chunked_loss import summed_loss, watch_logits
 from llm_pruner.recovery.objective import (
@@ -100,7 +100,7 @@ def test_chunks_give_the_loss_and_gradients_of_all_at_once(family: str, trained:
             assert len(logits) == span.stop - span.start
             return text(logits, span, gradient)
 
-        loss, _ = summed_loss(model, batch, objective)
+        loss = summed_loss(model, batch, objective)
         found = gradients(model, loss / 3)
         assert float(loss.detach()) == pytest.approx(float(whole.detach()), rel=1e-5)
         assert found.keys() == wanted.keys()
@@ -111,7 +111,7 @@ def test_chunks_give_the_loss_and_gradients_of_all_at_once(family: str, trained:
         assert (len(spans) > 1) == chunked
         assert [*range(batch.targets)] == [n for s in spans for n in range(s.start, s.stop)]
         with torch.no_grad():
-            assert float(summed_loss(model, batch, text)[0]) == pytest.approx(
+            assert float(summed_loss(model, batch, text)) == pytest.approx(
                 float(whole.detach()), 1e-5
             )
     assert "forward" not in vars(head)
@@ -129,7 +129,7 @@ def test_logits_that_are_changed_in_place_are_not_taken_for_the_head_s() -> None
     model.forward = doubled
     (batch,) = lay_out(samples(), range(9), packed=True, capacity=200, micro_tokens=200)
     tokens = learned_tokens(batch)
-    loss, _ = summed_loss(model, batch, text_objective(tokens))
+    loss = summed_loss(model, batch, text_objective(tokens))
     model.forward = plain
     logits, _ = learned_logits(model, batch)
     assert float(loss.detach()) == pytest.approx(
@@ -145,8 +145,8 @@ def test_weights_that_are_kept_in_half_follow_the_head() -> None:
     def loss() -> tuple[float, float]:
         tokens = learned_tokens(batch)
         with torch.autocast("cpu", torch.bfloat16):
-            chunked = summed_loss(model, batch, text_objective(tokens))[0]
-            whole = task_loss(forward(model, batch).logits, tokens)
+            chunked = summed_loss(model, batch, text_objective(tokens))
+            whole = task_loss(learned_logits(model, batch)[0], tokens)
             return float(chunked.detach()), float(whole.detach())
 
     first = loss()
@@ -171,7 +171,7 @@ def test_watched_logits_are_those_of_all_learned_tokens() -> None:
 
 def test_a_teacher_is_asked_in_chunks(tmp_path: Path) -> None:
     student, dense, data = tiny_model(), tiny_model(seed=5), samples()
-    settings = DistillationSettings(temperature=2.0, weight=0.7, top_k=4)
+    settings = DistillationSettings(temperature=2.0, distill_weight=0.7, teacher_top_k=4)
     teacher = Teacher(dense, data, settings, tmp_path, identity="dense", seq_len=64)
     (batch,) = lay_out(data, range(9), packed=True, capacity=200, micro_tokens=200)
     loss = teacher.loss(student, batch)

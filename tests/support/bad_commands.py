@@ -1,6 +1,6 @@
 """Commands that are refused before work begins, with what is said.
 
-``python tests/bad_commands.py`` writes ``docs/before-work.md`` from them.
+``python tests/support/bad_commands.py`` writes ``docs/before-work.md`` from them.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ SIZE = "is no size of a file; use a number above 0 with KB, MB, GB or TB, such a
 SHARE = "is outside (0, 1); give the share to remove, such as 0.2"
 STRUCTURES = "heads, query_heads, ffn, hidden, head_dim, experts, layers, other"
 CRITERIA = (
-    "random, l1, l2, taylor, gate, fisher, fisher-obs, wanda, fluctuation, contribution, "
-    "influence, obs, leverage, reap"
+    "random, l1, l2, taylor, contribution, fisher, fisher-obs, fluctuation, gate, leverage, obs, "
+    "wanda"
 )
 NO_TEXT = "nofile.txt does not exist; check the path of the text file"
 COUNT = "is not a number of parameters; write such as 5.4B, 107.6M or 110000000"
@@ -189,24 +189,7 @@ TABLE: dict[str, list[Bad]] = {
             ("--structures x", f"unknown structure 'x'; known are {STRUCTURES}"),
             ("--structures ''", f"no structures given; choose from {STRUCTURES}"),
             ("--structures heads,heads", "structure 'heads' is given twice; name it once"),
-            ("--scope x", "scope='x' is unknown; use local, global or measured"),
-            ("--allocate x", "unknown --allocate 'x'; known are even, log, owl, search"),
-            (
-                "--allocate search --search-trials 0",
-                "search_trials=0 searches nothing; use 1 or more",
-            ),
-            (
-                "--allocate search --search-minutes nan",
-                "search_minutes=nan searches nothing; give more than 0",
-            ),
-            (
-                "--allocate search --search-minutes 1e9",
-                between("search_minutes", "1e+09", 0, 527040),
-            ),
-            (
-                "--search-trials 5",
-                "search trials and minutes are for --allocate search; drop them or say so",
-            ),
+            ("--scope x", "--scope x is unknown; use one of local, global"),
             ("--round-to 0", "round_to=0 is not a multiple to round to; use 1 or more"),
             ("--round-to x", "--round-to x is no number; use such as 32, or auto"),
             (f"--round-to {10**12}", between("round_to", 10**12, 1, 2**20)),
@@ -220,15 +203,15 @@ TABLE: dict[str, list[Bad]] = {
             ("--scope global --spread inf", between("spread", "inf", 1, 10**9)),
             ("--split heads=2", "share heads=2.0 is outside 0 to 1; give a part of 1"),
             ("--split x", "'x' is not a share; write such as heads=0.1,ffn=0.9"),
-            ("--steps 0", "steps=0 prunes nothing; use 1 or more"),
+            ("--steps 0", "steps 0 is outside 1 to 1000; give a number in between"),
             (f"--steps {10**9}", between("steps", 10**9, 1, 1000)),
             (
-                "--recipe x",
-                "no recipe 'x'; known are paper, balanced, best, fast, or give a YAML file",
+                "--preset x",
+                "no preset 'x'; known are balanced, best, fast, paper, or give a YAML file",
             ),
             (
-                "--recipe file",
-                "recipe file holds no settings; write lines such as 'criterion: fisher'",
+                "--preset file",
+                "preset file holds no settings; write lines such as 'criterion: fisher'",
             ),
         ),
         *bad(
@@ -236,8 +219,8 @@ TABLE: dict[str, list[Bad]] = {
             ("--ratio 1", f"ratio=1.0 {SHARE}"),
             ("--params x", f"'x' {COUNT}"),
             (
-                "--recipe x",
-                "no recipe 'x'; known are paper, balanced, best, fast, or give a YAML file",
+                "--preset x",
+                "no preset 'x'; known are balanced, best, fast, paper, or give a YAML file",
             ),
             ("--time-budget 0", "--time-budget 0 is no time; write such as 90s, 30m or 2h"),
             (
@@ -248,13 +231,13 @@ TABLE: dict[str, list[Bad]] = {
     ],
     "How importance is estimated": bad(
         "prune",
-        ("--criterion x", f"unknown criterion 'x': choose one of {CRITERIA}"),
+        ("--criterion x", f"--criterion x is unknown; use one of {CRITERIA}"),
         ("--order x", "unknown order 'x': choose one of first, second, mixed"),
         ("--reduction x", "unknown reduction 'x': choose one of element, vector"),
         ("--aggregate x", "unknown aggregate 'x': choose one of sum, prod, max, last"),
         (
             "--compensation x",
-            "unknown compensation 'x'; choose one of none, least-squares, bias",
+            "--compensation x is unknown; use one of none, least-squares",
         ),
         ("--samples 0", "samples=0 calibrates on nothing; use at least 1"),
         (f"--samples {10**12}", between("samples", 10**12, 1, 10**9)),
@@ -270,12 +253,11 @@ TABLE: dict[str, list[Bad]] = {
     ),
     "Training": bad(
         "recover",
-        ("--method x", "method 'x' is unknown; use one of lora, full, norms"),
-        ("--preset x", "preset 'x' is unknown; use one of paper, quick"),
-        ("--schedule x", "schedule 'x' is unknown; use one of linear, cosine"),
-        ("--template x", "template 'x' is unknown; use one of auto, chat, alpaca"),
-        ("--lora-start x", "lora-start 'x' is unknown; use one of default, pissa, olora"),
-        ("--report-to x", "report-to 'x' is unknown; use one of none, tensorboard, wandb"),
+        ("--method x", "--method x is unknown; use one of lora, full"),
+        ("--preset x", "no preset 'x'; known are paper, quick, or give a YAML file"),
+        ("--schedule x", "--schedule x is unknown; use one of linear, cosine"),
+        ("--template x", "--template x is unknown; use one of auto, chat, alpaca"),
+        ("--report-to x", "--report-to x is unknown; use one of none, tensorboard, wandb"),
         *(
             (
                 f"--report-to {name}",
@@ -327,18 +309,13 @@ TABLE: dict[str, list[Bad]] = {
             "--distill-weight 2.0 is outside [0, 1]; use such as 0.9",
         ),
         ("--teacher m --teacher-top-k 0", "--teacher-top-k 0 keeps nothing; use 1 or more"),
-        (
-            "--distill-hidden 1",
-            "--distill-hidden 1 goes with a teacher that is learned from; name it with --teacher, "
-            "with a --distill-weight above 0",
-        ),
         ("--perplexity-seq-len 1", between("--seq-len", 1, 2, 2**24)),
         ("--perplexity nofile.txt", NO_TEXT),
     ),
     "Measuring": [
         *bad(
             "evaluate",
-            ("--protocol x", "protocol 'x' is unknown; use paper or standard"),
+            ("--protocol x", "--protocol x is unknown; use one of standard, paper"),
             ("--seq-len 0", between("--seq-len", 0, 2, 2**24)),
             ("--max-tokens -1", between("--max-tokens", -1, 2, 10**9)),
             (
@@ -378,22 +355,23 @@ _HEAD = """\
 
 Whatever the options alone can tell is checked before weights are read. Each refusal is one line on
 standard error (`llm-pruner: ` and the message) and exit code 2, and nothing is written. From Python
-the same checks raise `UserError`. Below, `m` is a checkpoint, `file` a file that is none and
-`empty` an empty folder; an ellipsis stands for the rest of a message that depends on the machine.
+the same checks raise `UserError`; a value in a `--config` file or a preset is refused in the same
+words. Below, `m` is a checkpoint, `file` a file that is none and `empty` an empty folder; an
+ellipsis stands for the rest of a message that depends on the machine.
 
 The place of an output is tried: the nearest folder that is there has to take a new entry. `prune`,
 `recover` and `compress` also compare the free space with the bytes of the weights, estimated from
 the headers of the weight files, the share that is kept, and `--dtype`:
 
-    smaller needs about 430.5 MB for weights in float32, and the disk of /data has 12.0 MB free;
-    free some, or give another --out
+    smaller needs about 430.5 MB for weights, and the disk of /data has 12.0 MB free; free some, or
+    give another --out
 
 That is not asked of a model that is only now fetched from the hub, nor of a `--plan`; of a `.gguf`
 file, which packs its weights, the estimate is the least that they can take. What the number or the
 width of a model's layers decides (`--protect-first 99`) is found when the model is there. A word
 where a number is needed is refused by the command line together with its usage.
 
-`tests/bad_commands.py` makes this page, and tests check each line of it.
+`tests/support/bad_commands.py` makes this page, and tests check each line of it.
 """
 
 

@@ -86,6 +86,7 @@ def fake_llama(
                 query,
                 members=(member(q, 0, of_query), member(o, 1, of_query)),
                 blocks=np.arange(query, dtype=np.int64) // repeat,
+                owner=f"layers.{layer}.heads",
             )
         pair = np.array(
             [[unit, unit + head_dim // 2] for unit in range(head_dim // 2)], dtype=np.int64
@@ -189,6 +190,7 @@ def fake_pruned(discovery: Discovery, removal: Removal) -> Discovery:
                 size=len(kept),
                 members=tuple(members),
                 blocks=blocks,
+                owner=None if group.owner is None else rename(group.owner, group.layer or 0),
                 companions=tuple(
                     c
                     if c.group == "head_dim"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -22,6 +23,12 @@ def bound_to(discovery: Discovery, group: Group) -> dict[str, Fraction]:
                 ratios[companion.group] = ratios[name] * companion.ratio
                 pending.append(companion.group)
     return ratios
+
+
+def scenes_apart(discovery: Discovery) -> list[Discovery]:
+    """Return the discovery once for each way in which the model was run, with that one alone."""
+    graph = discovery.graph
+    return [replace(discovery, graph=replace(graph, scenes=(one,))) for one in graph.scenes]
 
 
 def pick(

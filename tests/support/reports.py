@@ -8,18 +8,15 @@ from llm_pruner.report.data import (
     Evaluation,
     ImportanceMap,
     ImportanceRow,
-    Layer,
-    LayerSearch,
     LossPoint,
     Measurement,
     Perplexity,
     Recovery,
     Report,
-    Size,
     Source,
-    SplitTrial,
     TaskScore,
 )
+from llm_pruner.types import Layer, Size, SplitTrial
 
 HOSTILE = (
     "<script>alert(1)</script><img src=x onerror=alert(2)> </td></table></style></svg>"
@@ -98,11 +95,6 @@ def full_report(text: str = "", **changes: Any) -> Report:
         "trials": (
             SplitTrial(split={f"heads{text}": 0.25, "ffn": 0.75}, divergence=0.5),
             SplitTrial(split={f"heads{text}": 0.0, "ffn": 1.0}, divergence=0.125),
-        ),
-        "searches": (
-            LayerSearch(
-                trials=12, steps=3, divergence=(0.5, 0.25), confirmed=(0.5, 0.375), taken=True
-            ),
         ),
         "twin_difference": 1.5e-6,
         "saved_as": "recipe",

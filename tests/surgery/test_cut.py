@@ -14,8 +14,8 @@ from torch import nn
 from families import discovered, make
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import InfeasibleError
-from llm_pruner.models.layers import apply_layers, layer_numbers, set_attribute
-from llm_pruner.surgery.cut import plan_edits, prune_
+from llm_pruner.models.layers import apply_layers, layer_numbers, set_own_value
+from llm_pruner.surgery.cut import cut_, plan_edits
 from llm_pruner.surgery.removal import count_parameters, kept_shapes
 from llm_pruner.surgery.verify import pruned_logits
 from llm_pruner.types import Edits
@@ -38,7 +38,7 @@ def test_removing_nothing_changes_nothing(name: str) -> None:
     model, discovery = fresh(name)
     before = copy.deepcopy(model)
     for removal in ({}, {group.name: np.zeros(0, int) for group in discovery.groups}):
-        edits = prune_(model, discovery, removal)
+        edits = cut_(model, discovery, removal)
         assert edits == Edits({}, {}, {}, {})
     assert states_equal(model, before)
     for one, other in zip(
@@ -50,7 +50,7 @@ def test_removing_nothing_changes_nothing(name: str) -> None:
 def test_kept_values_are_the_dense_ones() -> None:
     dense, discovery = discovered("llama_biases")
     model = copy.deepcopy(dense)
-    prune_(model, discovery, {"hidden": np.array([0, 5]), "layers.0.ffn": np.array([39])})
+    cut_(model, discovery, {"hidden": np.array([0, 5]), "layers.0.ffn": np.array([39])})
     mlp, old = model.model.layers[0].mlp, dense.model.layers[0].mlp
     hidden = [i for i in range(48) if i not in (0, 5)]
     assert torch.equal(mlp.up_proj.weight, old.up_proj.weight[:39][:, hidden])
@@ -63,7 +63,7 @@ def test_kept_values_are_the_dense_ones() -> None:
 def test_key_value_group_goes_with_its_query_heads() -> None:
     dense, discovery = discovered("llama")
     model = copy.deepcopy(dense)
-    prune_(model, discovery, {"layers.1.heads": np.array([0])})
+    cut_(model, discovery, {"layers.1.heads": np.array([0])})
     attention, old = model.model.layers[1].self_attn, dense.model.layers[1].self_attn
     assert torch.equal(attention.q_proj.weight, old.q_proj.weight[24:])
     assert torch.equal(attention.k_proj.weight, old.k_proj.weight[8:])
@@ -74,7 +74,7 @@ def test_key_value_group_goes_with_its_query_heads() -> None:
 
 def test_tied_weights_stay_one_object() -> None:
     model, discovery = fresh("llama_tied")
-    prune_(model, discovery, {"hidden": np.arange(10)})
+    cut_(model, discovery, {"hidden": np.arange(10)})
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.lm_head.weight.shape == (100, 38)
     assert sum(1 for name, _ in model.named_parameters() if "lm_head" in name) == 0
@@ -85,7 +85,7 @@ def test_requires_grad_is_kept() -> None:
     model.requires_grad_(False)
     model.model.layers[0].requires_grad_(True)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
-    prune_(model, discovery, pick(discovery, ("hidden", "ffn")))
+    cut_(model, discovery, pick(discovery, ("hidden", "ffn")))
     after = {name: p.requires_grad for name, p in model.named_parameters()}
     assert before == after
     assert len(set(after.values())) == 2
@@ -94,7 +94,7 @@ def test_requires_grad_is_kept() -> None:
 
 def test_pruned_model_can_be_trained() -> None:
     model, discovery = fresh("llama")
-    prune_(model, discovery, pick(discovery))
+    cut_(model, discovery, pick(discovery))
     tokens = torch.randint(3, 100, (2, 6), generator=torch.Generator().manual_seed(0))
     model(input_ids=tokens, labels=tokens).loss.backward()
     for name, parameter in model.named_parameters():
@@ -109,7 +109,7 @@ def test_attributes_that_the_code_reads() -> None:
         **{f"layers.{layer}.value_dim": np.array([0, 7]) for layer in range(3)},
         "layers.0.query_heads": np.array([1, 5]),
     }
-    edits = prune_(model, discovery, removal)
+    edits = cut_(model, discovery, removal)
     first, second = (model.model.layers[i].self_attn for i in (0, 1))
     assert (first.head_dim, second.head_dim) == (6, 6)
     assert (first.num_key_value_groups, second.num_key_value_groups) == (2, 3)
@@ -128,7 +128,7 @@ def test_attributes_that_the_code_reads() -> None:
 
 def test_sizes_that_modules_state() -> None:
     model, discovery = fresh("llama_biases")
-    prune_(model, discovery, pick(discovery))
+    cut_(model, discovery, pick(discovery))
     linears = 0
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -139,7 +139,7 @@ def test_sizes_that_modules_state() -> None:
             assert module.weight.shape == (module.num_embeddings, module.embedding_dim)
     assert linears > 7
     model, discovery = fresh("gpt2")
-    prune_(model, discovery, pick(discovery))
+    cut_(model, discovery, pick(discovery))
     for module in model.modules():
         if type(module).__name__ == "Conv1D":
             assert module.weight.shape == (module.nx, module.nf)
@@ -150,7 +150,7 @@ def test_sizes_that_modules_state() -> None:
 
 def test_every_attribute_is_a_plain_integer() -> None:
     model, discovery = fresh("phi3")
-    edits = prune_(model, discovery, pick(discovery))
+    edits = cut_(model, discovery, pick(discovery))
     for values in edits.attributes.values():
         assert all(type(value) is int for value in values.values())
     # Edits are written to a file.
@@ -170,7 +170,7 @@ def test_shapes_are_those_foretold() -> None:
         model = copy.deepcopy(dense)
         edits = plan_edits(model, discovery, removal)
         assert states_equal(model, dense)
-        assert prune_(model, discovery, removal) == edits
+        assert cut_(model, discovery, removal) == edits
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         assert shapes == kept_shapes(discovery, removal)
         changed = {n: s for n, s in shapes.items() if s != discovery.shapes[n]}
@@ -181,7 +181,7 @@ def test_shapes_are_those_foretold() -> None:
 def test_removed_layers_renumber_the_rest() -> None:
     dense, discovery = discovered("gemma3_text")
     model = copy.deepcopy(dense)
-    edits = prune_(model, discovery, {"layers": np.array([0]), "layers.2.ffn": np.array([3])})
+    edits = cut_(model, discovery, {"layers": np.array([0]), "layers.2.ffn": np.array([3])})
     assert edits.layers == {"model.layers": (1, 2)}
     layers = model.model.layers
     assert len(layers) == 2
@@ -199,7 +199,7 @@ def test_removed_layers_renumber_the_rest() -> None:
 def test_lists_of_token_ids_are_no_lists_of_layers() -> None:
     model = make("llama", eos_token_id=[2, 3, 4])
     discovery = discover(model)
-    prune_(model, discovery, {"layers": np.array([1])})
+    cut_(model, discovery, {"layers": np.array([1])})
     assert model.config.eos_token_id == [2, 3, 4]
 
 
@@ -209,7 +209,7 @@ def test_number_that_one_layer_has_by_chance() -> None:
         block.number = place
     model.h[1].groups = 1
     discovery = discover(model)
-    prune_(model, discovery, {"layers": np.array([0])})
+    cut_(model, discovery, {"layers": np.array([0])})
     assert [block.number for block in model.h] == [0, 1]
     assert model.h[0].groups == 1
 
@@ -224,9 +224,9 @@ def test_settings_of_one_module_are_its_own() -> None:
     for module in model:
         module.config = shared
         module.sizes = (1, 2, 3)
-    set_attribute(model[0], "config.heads", 4)
-    set_attribute(model[0], "sizes.1", 9)
-    set_attribute(model[0], "width", 7)
+    set_own_value(model[0], "config.heads", 4)
+    set_own_value(model[0], "sizes.1", 9)
+    set_own_value(model[0], "width", 7)
     assert (model[0].config.heads, model[1].config.heads, shared.heads) == (4, 6, 6)
     assert (model[0].sizes, model[1].sizes, model[0].width) == ((1, 9, 3), (1, 2, 3), 7)
 
@@ -255,7 +255,7 @@ def test_refused_before_anything_is_touched(removal: dict[str, list[int]], messa
     model, discovery = fresh("llama")
     before = copy.deepcopy(model)
     with pytest.raises(InfeasibleError, match=message):
-        prune_(model, discovery, {name: np.array(units) for name, units in removal.items()})
+        cut_(model, discovery, {name: np.array(units) for name, units in removal.items()})
     assert states_equal(model, before)
     assert model.model.layers[0].self_attn.head_dim == 8
     assert len(model.model.layers) == 3
@@ -264,32 +264,32 @@ def test_refused_before_anything_is_touched(removal: dict[str, list[int]], messa
 def test_frozen_groups_and_uneven_widths_are_refused() -> None:
     model, discovery = fresh("phi")
     with pytest.raises(InfeasibleError, match="head_dim cannot lose units: it stays whole"):
-        prune_(model, discovery, {"head_dim": np.array([0])})
+        cut_(model, discovery, {"head_dim": np.array([0])})
     model, discovery = fresh("mixtral")
     with pytest.raises(InfeasibleError, match=r"would keep 39 of 40 units; .* a multiple of 8"):
-        prune_(model, discovery, {"layers.0.ffn": np.array([0])})
+        cut_(model, discovery, {"layers.0.ffn": np.array([0])})
     with pytest.raises(KeyError, match="nowhere"):
-        prune_(model, discovery, {"nowhere": np.array([0])})
+        cut_(model, discovery, {"nowhere": np.array([0])})
 
 
 def test_another_model_than_the_traced_one_is_refused() -> None:
     model, discovery = fresh("llama")
     removal = {"layers.0.ffn": np.array([0])}
-    prune_(model, discovery, removal)
+    cut_(model, discovery, removal)
     with pytest.raises(InfeasibleError, match=r"gate_proj.weight has shape \(39, 48\), the traced"):
-        prune_(model, discovery, removal)
+        cut_(model, discovery, removal)
 
 
 def test_pruned_model_can_be_traced_and_pruned_again() -> None:
     model, discovery = fresh("llama")
-    prune_(model, discovery, pick(discovery))
+    cut_(model, discovery, pick(discovery))
     again = discover(model)
     assert {group.name for group in again.groups if group.frozen is None} >= {
         "hidden",
         "layers.0.ffn",
     }
     before = count_parameters(again)
-    prune_(model, again, {"hidden": np.array([0]), "layers.0.ffn": np.array([1])})
+    cut_(model, again, {"hidden": np.array([0]), "layers.0.ffn": np.array([1])})
     assert sum(p.numel() for p in model.parameters()) < before
     assert all(bool(logits.isfinite().all()) for logits in pruned_logits(model, again))
 
@@ -308,10 +308,10 @@ class TwoAttentions(nn.Module):
 def test_numbers_of_parts_follow_their_layer() -> None:
     model = nn.Module()
     model.layers = nn.ModuleList([TwoAttentions(i) for i in range(4)])
-    found = sorted(layer_numbers(model, {"layers": 4}, ("layers.1",)))
+    found = sorted(layer_numbers(model, {"layers": (0, 2, 3)}))
     assert found == [
-        ("layers.2.parts.0", "layer_idx", 2),
-        ("layers.2.parts.1", "layer_idx", 3),
-        ("layers.3.parts.0", "layer_idx", 4),
-        ("layers.3.parts.1", "layer_idx", 5),
+        ("layers.1.parts.0", "layer_idx", 2),
+        ("layers.1.parts.1", "layer_idx", 3),
+        ("layers.2.parts.0", "layer_idx", 4),
+        ("layers.2.parts.1", "layer_idx", 5),
     ]

@@ -22,7 +22,7 @@ from llm_pruner import Criterion, Selection, Target, allocate, score
 from llm_pruner.checkpoints import save_checkpoint
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import InfeasibleError
-from llm_pruner.surgery.cut import prune_
+from llm_pruner.surgery.cut import cut_
 from llm_pruner.surgery.verify import largest_difference, pruned_logits, twin_logits
 from llm_pruner.types import Discovery, Removal
 from nets import HIDDEN, Net
@@ -55,13 +55,13 @@ def test_router_rows_go_with_their_experts() -> None:
 def test_numbers_that_only_losses_read_follow_equal_mixtures() -> None:
     model, discovery = discovered("mixtral")
     smaller: Any = copy.deepcopy(model)
-    prune_(smaller, discovery, {name: np.array([1]) for name in experts(discovery)})
+    cut_(smaller, discovery, {name: np.array([1]) for name in experts(discovery)})
     assert smaller.num_experts == 3
     tokens = torch.arange(16).view(2, 8)
     routed = smaller(tokens, labels=tokens, output_router_logits=True)
     assert routed.aux_loss.isfinite()
     uneven: Any = copy.deepcopy(model)
-    prune_(uneven, discovery, {"layers.1.experts": np.array([1])})
+    cut_(uneven, discovery, {"layers.1.experts": np.array([1])})
     assert uneven.num_experts == 4
     assert [layer.mlp.experts.num_experts for layer in uneven.model.layers] == [4, 3]
 
@@ -93,7 +93,7 @@ def test_as_many_stay_as_a_token_is_given() -> None:
     with pytest.raises(
         InfeasibleError, match=r"layers\.0\.experts would keep 1 of 4 .*given 2 of them"
     ):
-        prune_(copy.deepcopy(model), discovery, {"layers.0.experts": np.array([0, 1, 3])})
+        cut_(copy.deepcopy(model), discovery, {"layers.0.experts": np.array([0, 1, 3])})
     every = make("mixtral", num_experts_per_tok=4)
     groups = [group for group in discover(every).groups if group.kind == "experts"]
     assert {group.frozen for group in groups} == {"all of its units are chosen for every token"}
@@ -154,7 +154,7 @@ def test_pruned_equals_a_router_that_never_chooses_them(name: str) -> None:
     assert removal
     expected = pruned_logits(never_chosen(name, model, discovery, removal), discovery)
     smaller = copy.deepcopy(model)
-    prune_(smaller, discovery, removal)
+    cut_(smaller, discovery, removal)
     actual = pruned_logits(smaller, discovery)
     assert largest_difference(pruned_logits(model, discovery), expected) > 0.05
     assert largest_difference(expected, actual) <= 1e-5
@@ -173,7 +173,7 @@ def test_other_implementations_of_experts(record_property: Any) -> None:
         removal = narrow if implementation == "grouped_mm" else whole
         expected = twin_logits(model, discovery, removal)
         smaller = copy.deepcopy(model)
-        prune_(smaller, discovery, removal)
+        cut_(smaller, discovery, removal)
         smaller.set_experts_implementation(implementation)
         difference = largest_difference(expected, pruned_logits(smaller, discovery))
         record_property("twin", (f"qwen3_moe {implementation}", "all", difference))
@@ -195,7 +195,7 @@ def test_saved_and_loaded(
     model, discovery = discovered(name)
     smaller: Any = copy.deepcopy(model)
     removal = {f"layers.{layer}.experts": np.array(units) for layer, units in gone.items()}
-    edits = prune_(smaller, discovery, removal)
+    edits = cut_(smaller, discovery, removal)
     saved = save_checkpoint(
         smaller,
         tmp_path / "out",
@@ -221,6 +221,7 @@ def test_saved_and_loaded(
     assert torch.equal(one, again)
 
 
+@pytest.mark.slow
 def test_by_command(tmp_path: Path) -> None:
     folder, out, report = tmp_path / "dense", tmp_path / "out", tmp_path / "report.json"
     tiny_model("mixtral").save_pretrained(folder)
@@ -302,7 +303,7 @@ def test_tokens_repeated_for_each_expert() -> None:
     removal = {group.name: np.array([0, 2, 4])}
     expected = twin_logits(net, discovery, removal)
     dense = pruned_logits(net, discovery)
-    prune_(net, discovery, removal)
+    cut_(net, discovery, removal)
     actual = pruned_logits(net, discovery)
     assert largest_difference(expected, actual) <= 1e-5
     assert largest_difference(dense, actual) > 1e-3
@@ -343,7 +344,7 @@ def test_weights_taken_by_choice() -> None:
     removal = {group.name: np.array([0, 3])}
     expected = twin_logits(net, discovery, removal)
     dense = pruned_logits(net, discovery)
-    prune_(net, discovery, removal)
+    cut_(net, discovery, removal)
     actual = pruned_logits(net, discovery)
     assert largest_difference(expected, actual) <= 1e-5
     assert largest_difference(dense, actual) > 1e-3
@@ -393,7 +394,7 @@ def test_counts_of_choices() -> None:
     assert (group.size, group.least) == (EXPERTS, CHOSEN)
     removal = {group.name: np.array([1, 2])}
     expected = twin_logits(net, discovery, removal)
-    prune_(net, discovery, removal)
+    cut_(net, discovery, removal)
     assert net.bodies[0].experts == 3
     assert largest_difference(expected, pruned_logits(net, discovery)) <= 1e-5
 

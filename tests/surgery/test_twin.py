@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -16,24 +17,31 @@ from torch.overrides import TorchFunctionMode
 from families import FAMILIES, discovered, make
 from llm_pruner.discovery.groups import discover
 from llm_pruner.discovery.tracing.run import forward_with_cache
-from llm_pruner.surgery.cut import prune_
+from llm_pruner.models.layers import sharing_copy
+from llm_pruner.surgery.cut import cut_
 from llm_pruner.surgery.removal import count_parameters, removed_positions
 from llm_pruner.surgery.verify import largest_difference, pruned_logits, twin_logits
 from llm_pruner.types import Discovery, Removal
-from removals import bound_to, pick
+from removals import bound_to, pick, scenes_apart
 
 CASES = [(name, kind) for name, family in FAMILIES.items() for kind in (*family.kinds, "all")]
 
 Note = Callable[[str, object], None]
 
 
+_dense: WeakKeyDictionary[nn.Module, list[torch.Tensor]] = WeakKeyDictionary()
+"""Logits of dense models, which no test changes."""
+
+
 def compare(model: nn.Module, discovery: Discovery, removal: Removal) -> tuple[float, float]:
     """Return the largest difference of the pruned model from its twin, and from the dense model."""
-    dense = pruned_logits(model, discovery)
+    if model not in _dense:
+        _dense[model] = pruned_logits(model, discovery)
+    dense = _dense[model]
     assert all(bool(logits.isfinite().all()) for logits in dense)
     expected = twin_logits(model, discovery, removal)
     smaller = copy.deepcopy(model)
-    prune_(smaller, discovery, removal)
+    cut_(smaller, discovery, removal)
     actual = pruned_logits(smaller, discovery)
     assert len(actual) == 7, "prefill, a cached step, padding twice, generate twice, training"
     parameters = sum(parameter.numel() for parameter in smaller.parameters())
@@ -69,6 +77,7 @@ def test_what_must_be_frozen_is(name: str) -> None:
         assert reason in found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_pruned_equals_twin(name: str, kind: str, record_property: Note) -> None:
     model, discovery = discovered(name)
@@ -88,6 +97,7 @@ TWO_KINDS_OF_ATTENTION = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", TWO_KINDS_OF_ATTENTION)
 def test_both_kinds_of_attention(name: str, attention: str, record_property: Note) -> None:
@@ -109,7 +119,7 @@ def test_traced_with_one_attention_and_used_with_another(name: str) -> None:
     removal = pick(discovery, seed=3)
     expected = twin_logits(model, discovery, removal)
     smaller = copy.deepcopy(model)
-    prune_(smaller, discovery, removal)
+    cut_(smaller, discovery, removal)
     smaller.set_attn_implementation("eager")
     assert largest_difference(expected, pruned_logits(smaller, discovery)) <= 1e-5
 
@@ -135,6 +145,7 @@ def _in_double(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
         return forward_with_cache(model, tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text"])
 def test_in_double_precision(name: str, record_property: Note) -> None:
     model = make(name).double()
@@ -211,7 +222,7 @@ def test_pruned_equals_zeroed_copy(name: str, kind: str) -> None:
     removal = pick(discovery, (kind,), seed=2)
     expected = pruned_logits(zeroed(model, discovery, removal), discovery)
     smaller = copy.deepcopy(model)
-    prune_(smaller, discovery, removal)
+    cut_(smaller, discovery, removal)
     assert largest_difference(pruned_logits(model, discovery), expected) > 0.1
     assert largest_difference(expected, pruned_logits(smaller, discovery)) <= 1e-5
 
@@ -229,7 +240,7 @@ def test_pruned_equals_model_without_the_layer(name: str) -> None:
 
         shorter.get_submodule(path).register_forward_hook(skip, with_kwargs=True)
         smaller = copy.deepcopy(model)
-        prune_(smaller, discovery, {group.name: np.array([unit])})
+        cut_(smaller, discovery, {group.name: np.array([unit])})
         expected = pruned_logits(shorter, discovery)
         assert largest_difference(expected, pruned_logits(model, discovery)) > 0.1
         assert largest_difference(expected, pruned_logits(smaller, discovery)) <= 1e-5
@@ -252,6 +263,7 @@ def rolled(discovery: Discovery, group_name: str, place: int) -> Discovery:
     return replace(discovery, groups=tuple(groups))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "unseen"),
     [
@@ -269,17 +281,24 @@ def rolled(discovery: Discovery, group_name: str, place: int) -> Discovery:
 )
 def test_shifted_member_is_noticed(name: str, unseen: str | None, record_property: Note) -> None:
     model, discovery = discovered(name)
+    scenes = scenes_apart(discovery)
     missed, expected_misses, tried = [], [], 0
     for group in discovery.groups:
         removal = pick(discovery, (group.kind,))
         removal = {bound: removal[bound] for bound in bound_to(discovery, group)}
-        expected = twin_logits(model, discovery, removal)
+        expected: dict[int, list[torch.Tensor]] = {}
         for place, member in enumerate(group.members):
-            smaller = copy.deepcopy(model)
-            prune_(smaller, rolled(discovery, group.name, place), removal)
-            difference = largest_difference(expected, pruned_logits(smaller, discovery))
+            smaller = sharing_copy(model)
+            cut_(smaller, rolled(discovery, group.name, place), removal)
             tried += 1
-            if difference <= 1e-4:
+            # The first scene that shows it will do.
+            for number, scene in enumerate(scenes):
+                if number not in expected:
+                    expected[number] = twin_logits(model, scene, removal)
+                actual = pruned_logits(smaller, scene)
+                if not largest_difference(expected[number], actual) <= 1e-4:
+                    break
+            else:
                 missed.append((group.name, member.tensor, member.dim))
             if unseen and member.tensor.endswith(unseen):
                 expected_misses.append((group.name, member.tensor, member.dim))

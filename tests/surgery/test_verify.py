@@ -14,11 +14,13 @@ from families import discovered
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import VerificationError
 from llm_pruner.surgery import cut as surgery
-from llm_pruner.surgery.cut import prune_
+from llm_pruner.surgery import verify
+from llm_pruner.surgery.cut import cut_
 from llm_pruner.surgery.verify import (
     cut_verified_,
     find_culprits,
     largest_difference,
+    prune_,
     pruned_logits,
     tolerance,
     twin_logits,
@@ -138,7 +140,7 @@ def test_given_tokens_are_used() -> None:
     expected = twin_logits(model, discovery, removal, tokens)
     assert [tensor.shape for tensor in expected] == [(1, 4, 100), (1, 1, 100)]
     smaller = copy.deepcopy(model)
-    prune_(smaller, discovery, removal)
+    cut_(smaller, discovery, removal)
     assert largest_difference(expected, pruned_logits(smaller, discovery, tokens)) <= 1e-5
 
 
@@ -209,7 +211,7 @@ def test_what_is_refused_is_undone(large: bool, monkeypatch: pytest.MonkeyPatch)
     assert "layers" in removal
     logits = pruned_logits(model, discovery)
     undo = surgery.Undo(model, discovery, removal)
-    surgery.prune_(model, discovery, removal)
+    surgery.cut_(model, discovery, removal)
     assert len(model.model.layers) < config["num_hidden_layers"]
     undo()
     assert model.config.to_dict() == config
@@ -219,3 +221,21 @@ def test_what_is_refused_is_undone(large: bool, monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(value, state[key]), key
     for one, other in zip(logits, pruned_logits(model, discovery), strict=True):
         assert torch.equal(one, other)
+
+
+def test_rounding_is_told_from_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What float32 cannot tell is compared in float64, where only a mistake is left."""
+    model, discovery = discovered("llama_tied")
+    removal = pick(discovery, ("ffn",))
+    name = next(iter(removal))
+    monkeypatch.setattr(verify, "tolerance", lambda *_: 1e-30)
+    with pytest.raises(VerificationError, match="differs from its masked twin"):
+        prune_(copy.deepcopy(model), sabotaged(discovery, name), removal)
+    finer = verify._FINER
+    monkeypatch.setattr(verify, "_FINER", float("inf"))
+    with pytest.raises(VerificationError, match="differs from its masked twin"):
+        prune_(copy.deepcopy(model), discovery, removal)
+    monkeypatch.setattr(verify, "_FINER", finer)
+    smaller = copy.deepcopy(model)
+    prune_(smaller, discovery, removal)
+    assert smaller.num_parameters() < model.num_parameters()

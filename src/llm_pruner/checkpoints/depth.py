@@ -15,8 +15,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from llm_pruner.checkpoints.entries import entries, is_integer, try_sizes
-from llm_pruner.checkpoints.meta import Sizes, build_meta, sizes
+from llm_pruner.checkpoints.meta import Sizes, build_meta, entries, is_integer, sizes, try_sizes
+from llm_pruner.models.layers import Renaming
 
 _NUMBERS_LAYERS = re.compile("layer|idx|index|indices|block")
 
@@ -140,20 +140,15 @@ def _renumbered(
 
 def _without_layers(dense: Sizes, layers: Mapping[str, tuple[int, ...]]) -> Sizes:
     """Return the sizes of the dense model after layers are gone and the rest is renumbered."""
-    result: Sizes = {}
+    rename, result = Renaming(layers), Sizes()
     for (what, name, detail), value in dense.items():
-        new: str | None = name
         for path, kept in layers.items():
             if what == "list" and name == path:
                 value = len(kept)
             elif what == "attribute" and value == dense["list", path, "len"] != len(kept):
                 # Modules may hold the number of layers as well.
                 value = (value, len(kept))
-            match = re.match(re.escape(path) + r"\.(\d+)(?=\.|$)", name)
-            if match:
-                index = int(match.group(1))
-                rest = name[match.end() :]
-                new = f"{path}.{kept.index(index)}{rest}" if index in kept else None
+        new = rename(name)
         if new is not None:
             result[what, new, detail] = value
     return result

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from llm_pruner.checkpoints.entries import is_integer
+from llm_pruner.checkpoints.meta import is_integer
 from llm_pruner.checkpoints.reshape import MOST_LAYERS, Recipe, shown
 from llm_pruner.errors import UserError
 
@@ -139,7 +139,7 @@ def own_value(module: nn.Module, path: str) -> Any:
 
 
 def lacks_bias(module: nn.Module, attribute: str) -> bool:
-    """Whether a linear module has no bias yet and is to have one, from compensation."""
+    """Whether a linear module has no bias yet and is to have one, as earlier versions saved."""
     return isinstance(module, nn.Linear) and attribute == "bias" and module.bias is None
 
 

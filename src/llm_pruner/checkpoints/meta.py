@@ -1,17 +1,59 @@
-"""Models without weights: what sizes, numbers and buffers a config gives."""
+"""What stands in a config, and the models without weights that it gives."""
 
 from __future__ import annotations
 
 import copy
 import logging
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
+
+from llm_pruner.runtime.quiet import quiet
+
+
+def entries(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, value) of a config and, if it nests one, of its text model's config."""
+    for prefix, level in levels(config):
+        for name, value in level.to_dict().items():
+            if not name.startswith("_") and hasattr(level, name):
+                yield prefix + name, value
+
+
+def levels(config: PreTrainedConfig) -> Iterator[tuple[str, PreTrainedConfig]]:
+    """Yield the config and, if it nests one, the config of its text model, with path prefixes."""
+    yield "", config
+    text = config.get_text_config(decoder=True)
+    for name in vars(config):
+        if text is not config and getattr(config, name, None) is text:
+            yield f"{name}.", text
+
+
+def with_values(config: PreTrainedConfig, values: Mapping[str, Any]) -> PreTrainedConfig:
+    """Return a copy of the config with the values at these dotted paths; nothing is validated."""
+    changed = copy.deepcopy(config)
+    for path, value in values.items():
+        set_path(changed, path, value)
+    return changed
+
+
+def try_sizes(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, values: Mapping[str, Any]
+) -> Sizes | None:
+    """Return the sizes of the model that the changed config builds, or None if it builds none."""
+    try:
+        return sizes(build_meta(model_class, with_values(config, values)))
+    except Exception:  # a model may refuse values in any way; then they show nothing
+        return None
+
+
+def is_integer(value: Any) -> TypeGuard[int]:
+    """Whether a config value is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
 
 Sizes = dict[tuple[str, str, Any], Any]
 """(what, name, detail) -> value; see ``sizes``."""
@@ -20,25 +62,16 @@ Sizes = dict[tuple[str, str, Any], Any]
 def build_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """Build the model on the meta device: shapes and attributes, no memory for weights."""
     with ExitStack() as stack:
-        stack.enter_context(quiet())
+        stack.enter_context(quiet_trial())
         stack.enter_context(initialization.no_init_weights())
         stack.enter_context(initialization.meta_device_safe_creation_ops())
         stack.enter_context(torch.device("meta"))
         return model_class._from_config(copy.deepcopy(config))
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
+def quiet_trial() -> AbstractContextManager[None]:
     """Keep what transformers logs and warns about trial configs from the user."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    return quiet("transformers", level=logging.CRITICAL)
 
 
 def sizes(model: nn.Module) -> Sizes:
@@ -85,7 +118,7 @@ def computed_buffers(model: PreTrainedModel) -> Mapping[str, torch.Tensor]:
         model.get_submodule(owner).register_buffer(attribute, empty, persistent=False)
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
-    with quiet():
+    with quiet_trial():
         model.initialize_weights()
     return dict(model.named_non_persistent_buffers())
 
@@ -105,21 +138,3 @@ def set_path(config: Any, path: str, value: Any) -> None:
     """Set the config value at a dotted path."""
     owner, _, name = path.rpartition(".")
     setattr(get_path(config, owner) if owner else config, name, value)
-
-
-def set_own_value(module: nn.Module, path: str, value: Any) -> None:
-    """Set ``name``, ``name.3`` or ``config.name`` of a module, on an own copy of what holds it.
-
-    Modules share configs, so ``config.num_heads`` of one module must not reach the others. What is
-    set lies in the ``__dict__`` of both: no setter of a class runs.
-    """
-    key, _, inner = path.partition(".")
-    if inner:
-        own = copy.copy(vars(module)[key])
-        if isinstance(own, (tuple, list)):
-            index = int(inner)
-            own = type(own)([*own[:index], value, *own[index + 1 :]])
-        else:
-            vars(own)[inner] = value
-        value = own
-    vars(module)[key] = value

@@ -24,9 +24,10 @@ from llm_pruner.checkpoints.fits import (
     require_layers_fit,
     tied_shapes,
 )
-from llm_pruner.checkpoints.meta import get_path, set_own_value, set_path
+from llm_pruner.checkpoints.meta import get_path, set_path
 from llm_pruner.checkpoints.reshape import Recipe, from_json, shown, to_json
 from llm_pruner.errors import UserError
+from llm_pruner.models.layers import keep_children, set_attributes_
 
 QUANT_METHOD = "llm_pruner"
 
@@ -95,12 +96,12 @@ class PrunedQuantizer(HfQuantizer):
         require_fits(model, recipe)
         set_config_(model, self._kept_config)
         reshape_parameters_(model, recipe)
-        reshape_persistent_buffers_(model, recipe)
+        cut_buffers_(model, recipe, saved=True)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         recipe = self.quantization_config.recipe
         # Buffers that no checkpoint holds have just been computed from the config, in dense size.
-        slice_computed_buffers_(model, recipe)
+        cut_buffers_(model, recipe, saved=False)
         set_attributes_(model, recipe)
         # From here on this is a model like any other: it can be cast, trained in full and saved.
         # The recipe stays in its config, which a later ``save_pretrained`` writes.
@@ -141,9 +142,7 @@ def keep_layers_(model: nn.Module, recipe: Recipe) -> None:
     """
     require_layers_fit(model, recipe)
     for path, kept in recipe.layers.items():
-        layers: Any = model.get_submodule(path)
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, type(layers)(layers[index] for index in kept))
+        keep_children(model, path, kept)
 
 
 def set_config_(model: PreTrainedModel, values: dict[str, Any]) -> None:
@@ -182,34 +181,18 @@ def reshape_parameters_(model: PreTrainedModel, recipe: Recipe) -> None:
         setattr(module, attribute, new)
 
 
-def reshape_persistent_buffers_(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Cut the buffers that the checkpoint fills to the kept sizes, before they are filled."""
+def cut_buffers_(model: PreTrainedModel, recipe: Recipe, *, saved: bool) -> None:
+    """Keep the recipe's positions of buffers and tensor attributes.
+
+    Args:
+        saved: those that the checkpoint fills, before they are filled; else all others, computed.
+    """
     computed = {name for name, _ in model.named_non_persistent_buffers()}
     persistent = {name for name, _ in model.named_buffers()} - computed
-    for name in persistent & recipe.buffers.keys():
-        _select_(model, name, recipe)
-
-
-def slice_computed_buffers_(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Keep the recipe's positions of buffers and tensor attributes that no checkpoint holds."""
-    computed = {name for name, _ in model.named_non_persistent_buffers()}
-    persistent = {name for name, _ in model.named_buffers()} - computed
-    for name in recipe.buffers.keys() - persistent:
-        _select_(model, name, recipe)
-
-
-def _select_(model: nn.Module, name: str, recipe: Recipe) -> None:
-    owner, _, attribute = name.rpartition(".")
-    module = model.get_submodule(owner)
-    tensor = getattr(module, attribute)
-    for dim, kept in recipe.buffers[name].items():
-        tensor = tensor.index_select(dim, torch.tensor(kept, device=tensor.device))
-    setattr(module, attribute, tensor)
-
-
-def set_attributes_(model: nn.Module, recipe: Recipe) -> None:
-    """Set module attributes; a dotted one is set on the module's own copy of that object."""
-    for name, values in recipe.attributes.items():
-        module = model.get_submodule(name)
-        for path, value in values.items():
-            set_own_value(module, path, value)
+    for name in recipe.buffers.keys() & persistent if saved else recipe.buffers.keys() - persistent:
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        tensor = getattr(module, attribute)
+        for dim, kept in recipe.buffers[name].items():
+            tensor = tensor.index_select(dim, torch.tensor(kept, device=tensor.device))
+        setattr(module, attribute, tensor)

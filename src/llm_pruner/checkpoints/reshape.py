@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf, isfinite
-from typing import Any
+from typing import Any, TypeVar
 
 from llm_pruner.errors import UserError
+from llm_pruner.files.ranges import format_ranges
+from llm_pruner.models.layers import Renaming
 from llm_pruner.types import Edits
 
 FORMAT_VERSION = 1
+
+E = TypeVar("E", bound=Edits)
 
 MOST_LAYERS = 4096
 """Modules of a list that a recipe can speak of, and entries of a list in a config."""
@@ -38,22 +42,14 @@ _WORD = re.compile(r"[A-Za-z0-9_*+-]{0,64}")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Edits):
     """Edits in the names of the pruned model, and the dense values of config keys that changed.
 
     Attributes:
-        shapes: new shape of every parameter that changes.
-        buffers: buffer -> {dim: kept positions, in dense numbering}.
-        attributes: module -> {attribute: value}; dotted ones belong to the module's own copy.
-        layers: module list -> kept indices, in dense numbering.
         dense_config: dotted config key -> value that the dense model is built with, such as
             ``num_hidden_layers`` or ``layer_types``; config.json itself holds the pruned values.
     """
 
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    buffers: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
-    attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     dense_config: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -63,14 +59,14 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "shapes": {name: "x".join(map(str, shape)) for name, shape in recipe.shapes.items()},
         "buffers": {
-            name: {str(dim): format_positions(kept) for dim, kept in dims.items()}
+            name: {str(dim): format_ranges(kept) for dim, kept in dims.items()}
             for name, dims in recipe.buffers.items()
         },
         "attributes": {
             name: {attribute: _plain(value) for attribute, value in values.items()}
             for name, values in recipe.attributes.items()
         },
-        "layers": {name: format_positions(kept) for name, kept in recipe.layers.items()},
+        "layers": {name: format_ranges(kept) for name, kept in recipe.layers.items()},
         "dense_config": dict(recipe.dense_config),
     }
 
@@ -209,21 +205,10 @@ class _Positions:
         return found
 
 
-def format_positions(positions: Iterable[int]) -> str:
-    """Return sorted positions as ranges: ``(0, 1, 2, 7)`` -> ``"0-2,7"``."""
-    parts: list[list[int]] = []
-    for position in positions:
-        if parts and position == parts[-1][1] + 1:
-            parts[-1][1] = int(position)
-        else:
-            parts.append([int(position), int(position)])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
-
-
 def parse_positions(
     text: str, most: int = _MOST_POSITIONS, end: int = _MOST_POSITIONS
 ) -> tuple[int, ...]:
-    """Return the positions of ``format_positions``: at most ``most``, all below ``end``.
+    """Return the positions of ``format_ranges``: at most ``most``, all below ``end``.
 
     Raises:
         ValueError: they are malformed, not ascending, or more; found before a range is unrolled.
@@ -242,16 +227,11 @@ def parse_positions(
     return tuple(positions)
 
 
-def from_edits(edits: Edits) -> Recipe:
-    """Return the recipe of edits that were made to a model as its config builds it."""
-    return Recipe(edits.shapes, edits.buffers, edits.attributes, edits.layers)
+def compose(first: E, second: Edits) -> E:
+    """Return the edits that do what ``first`` does and then ``second``.
 
-
-def compose(first: Recipe, second: Recipe) -> Recipe:
-    """Return the recipe that does what ``first`` does and then ``second``.
-
-    ``second`` counts positions and layers in the model that ``first`` gives. ``dense_config`` is
-    left to ``first``, whose model is the one that gets built.
+    ``second`` counts positions and layers in the model that ``first`` gives. The ``dense_config``
+    of a recipe stays that of ``first``, whose model is the one that gets built.
     """
     shapes = _rename(first.shapes, second.layers) | dict(second.shapes)
     old = _rename(first.attributes, second.layers)
@@ -268,29 +248,13 @@ def compose(first: Recipe, second: Recipe) -> Recipe:
     layers = dict(first.layers)
     for name, kept in second.layers.items():
         layers[name] = _select(layers[name], kept) if name in layers else kept
-    return Recipe(
-        shapes=shapes,
-        buffers=buffers,
-        attributes=attributes,
-        layers=layers,
-        dense_config=first.dense_config,
-    )
+    return replace(first, shapes=shapes, buffers=buffers, attributes=attributes, layers=layers)
 
 
 def _rename(values: Mapping[str, Any], layers: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Return ``values`` with names as they are once only ``layers`` are kept."""
-    renamed: dict[str, Any] = {}
-    for name, value in values.items():
-        new: str | None = name
-        for path, kept in layers.items():
-            if not name.startswith(f"{path}."):
-                continue
-            index, dot, rest = name[len(path) + 1 :].partition(".")
-            new = f"{path}.{kept.index(int(index))}{dot}{rest}" if int(index) in kept else None
-            break
-        if new is not None:
-            renamed[new] = value
-    return renamed
+    rename = Renaming(layers)
+    return {new: value for name, value in values.items() if (new := rename(name)) is not None}
 
 
 def _select(values: Sequence[int], positions: Iterable[int]) -> tuple[int, ...]:

@@ -15,23 +15,21 @@ from transformers.utils import logging as transformers_logging
 
 from llm_pruner.checkpoints.depth import layer_values
 from llm_pruner.checkpoints.fits import require_attributes_fit, require_config_fits, require_fits
-from llm_pruner.checkpoints.meta import build_meta, get_path, quiet, set_path, sizes
+from llm_pruner.checkpoints.meta import build_meta, get_path, quiet_trial, set_path, sizes
 from llm_pruner.checkpoints.quantizer import (
     QUANT_METHOD,
     PrunedConfig,
+    cut_buffers_,
     keep_layers_,
     reshape_parameters_,
-    reshape_persistent_buffers_,
-    set_attributes_,
     set_config_,
-    slice_computed_buffers_,
 )
-from llm_pruner.checkpoints.reshape import Recipe, compose, from_edits, from_json
+from llm_pruner.checkpoints.reshape import Recipe, compose, from_json
 from llm_pruner.checkpoints.stock_config import stock_config
 from llm_pruner.errors import LLMPrunerError, UserError
-from llm_pruner.files.atomic import atomic_directory
 from llm_pruner.files.disk import umask
-from llm_pruner.files.places import check_shard_size
+from llm_pruner.files.outputs import atomic_directory, check_shard_size
+from llm_pruner.models.layers import set_attributes_
 from llm_pruner.types import Edits
 
 # The package in which transformers puts modelling code that comes with a checkpoint.
@@ -125,8 +123,7 @@ def _pruned_config(
     model: PreTrainedModel, edits: Edits, dense_config: PreTrainedConfig
 ) -> tuple[PreTrainedConfig, Literal["stock", "recipe"]]:
     dense_config, recipe = _dense_and_recipe(dense_config, edits)
-    total = Edits(recipe.shapes, recipe.buffers, recipe.attributes, recipe.layers)
-    stock = stock_config(dense_config, model, total)
+    stock = stock_config(dense_config, model, recipe)
     if stock is not None:
         return stock, "stock"
     depth = layer_values(type(model), dense_config, recipe.layers, sizes(model))
@@ -149,7 +146,7 @@ def _pruned_config(
 def _require_valid(config: PreTrainedConfig) -> None:
     """Raise UserError if transformers refuses to read a config without the removed layers."""
     try:
-        with quiet():
+        with quiet_trial():
             type(config).from_dict(config.to_dict())
     except Exception as error:  # configs check themselves in any way
         said = " ".join(str(error).split())
@@ -162,7 +159,7 @@ def _require_valid(config: PreTrainedConfig) -> None:
 def _dense_and_recipe(config: PreTrainedConfig, edits: Edits) -> tuple[PreTrainedConfig, Recipe]:
     """Return the config of the unpruned model and all edits since; pruned models may come again."""
     config = copy.deepcopy(config)
-    recipe = from_edits(edits)
+    recipe = Recipe(**vars(edits))
     previous = getattr(config, "quantization_config", None)
     if previous is None:
         return config, recipe
@@ -195,8 +192,8 @@ def _checked(
     require_fits(rebuilt, recipe)
     set_config_(rebuilt, kept_config)
     reshape_parameters_(rebuilt, recipe)
-    reshape_persistent_buffers_(rebuilt, recipe)
-    slice_computed_buffers_(rebuilt, recipe)
+    cut_buffers_(rebuilt, recipe, saved=True)
+    cut_buffers_(rebuilt, recipe, saved=False)
     set_attributes_(rebuilt, recipe)
     found, wanted = sizes(rebuilt), sizes(model)
     attributes = {name: dict(values) for name, values in recipe.attributes.items()}

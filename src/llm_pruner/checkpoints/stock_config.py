@@ -18,14 +18,18 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llm_pruner.checkpoints.depth import layer_values
-from llm_pruner.checkpoints.entries import entries, is_integer, levels, try_sizes, with_values
 from llm_pruner.checkpoints.meta import (
     Sizes,
     build_meta,
     computed_buffers,
+    entries,
     get_path,
-    quiet,
+    is_integer,
+    levels,
+    quiet_trial,
     sizes,
+    try_sizes,
+    with_values,
 )
 from llm_pruner.types import Edits
 
@@ -227,7 +231,7 @@ def _accepted(
 ) -> PreTrainedConfig | None:
     """Return the config as loading will read it if it builds exactly the pruned model."""
     try:
-        with quiet():
+        with quiet_trial():
             # Unlike the trials, this validates the config, as loading does.
             found = type(config).from_dict(config.to_dict())
         config = copy.deepcopy(found)
@@ -267,7 +271,7 @@ def _same_function(model: PreTrainedModel, pruned: PreTrainedModel) -> bool:
     tokens = (torch.arange(16, device=pruned.device) * 7919 % vocabulary).view(2, 8)
     training = pruned.training
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet_trial():
             ours, theirs = (
                 m.eval()(input_ids=tokens, use_cache=False).logits for m in (pruned, model)
             )

@@ -1,9 +1,9 @@
-"""The command ``llm-pruner``: parses, calls the pipeline, prints.
+"""The command ``llm-pruner``: parses, calls a command, prints.
 
 Exit codes: 0 done, 2 the user must change something, 1 anything else, 130 interrupted, 143 ended by
 SIGTERM.
 
-The commands import the pipeline when they run: PyTorch and transformers take seconds to import,
+The commands are imported when they run: PyTorch and transformers take seconds to import,
 which help and typing errors should not wait for.
 """
 
@@ -25,7 +25,7 @@ from llm_pruner.cli import (
     recover,
     tasks,
 )
-from llm_pruner.cli.grouped import GroupedCommand
+from llm_pruner.cli.build import GroupedCommand, add
 from llm_pruner.cli.output import fail, one_line
 from llm_pruner.errors import Interrupted, LLMPrunerError, PlanError, UserError
 from llm_pruner.files.disk import placed
@@ -38,6 +38,10 @@ from llm_pruner.runtime.signals import (
     exit_code,
     heard,
 )
+from llm_pruner.settings.compress import CompressSettings
+from llm_pruner.settings.evaluate import BenchSettings, EvaluateSettings, InspectSettings
+from llm_pruner.settings.prune import PruneSettings
+from llm_pruner.settings.recover import RecoverSettings
 
 app = typer.Typer(
     name="llm-pruner",
@@ -49,13 +53,13 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("compress", cls=GroupedCommand, epilog=compress.EXAMPLES)(compress.command)
-app.command("inspect", cls=GroupedCommand, epilog=inspect.EXAMPLES)(inspect.command)
-app.command("prune", cls=GroupedCommand, epilog=prune.EXAMPLES)(prune.command)
-app.command("recover", cls=GroupedCommand, epilog=recover.EXAMPLES)(recover.command)
-app.command("evaluate", cls=GroupedCommand, epilog=evaluate.EXAMPLES)(evaluate.command)
+add(app, "compress", CompressSettings, compress.run, compress.EXAMPLES)
+add(app, "inspect", InspectSettings, inspect.run, inspect.EXAMPLES)
+add(app, "prune", PruneSettings, prune.run, prune.EXAMPLES)
+add(app, "recover", RecoverSettings, recover.run, recover.EXAMPLES)
+add(app, "evaluate", EvaluateSettings, evaluate.run, evaluate.EXAMPLES)
 app.command("compare", cls=GroupedCommand, epilog=compare.EXAMPLES)(compare.command)
-app.command("bench", cls=GroupedCommand, epilog=bench.EXAMPLES)(bench.command)
+add(app, "bench", BenchSettings, bench.run, bench.EXAMPLES)
 app.command("tasks", cls=GroupedCommand, epilog=tasks.EXAMPLES)(tasks.command)
 app.command("demo", cls=GroupedCommand)(demo.command)
 

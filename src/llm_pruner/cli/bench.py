@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from llm_pruner.cli import options
 from llm_pruner.cli.output import (
-    check_json,
     clean,
     console,
     count,
@@ -20,7 +16,7 @@ from llm_pruner.cli.output import (
     table,
     write_json,
 )
-from llm_pruner.errors import UserError
+from llm_pruner.settings.evaluate import BenchSettings
 
 if TYPE_CHECKING:
     from llm_pruner.commands.bench import Bench, Figures
@@ -33,66 +29,15 @@ Examples:
 """
 
 
-def command(
-    model: options.Model,
-    against: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Compare with this model, such as the dense one: both are timed in turns.",
-            show_default=False,
-        ),
-    ] = None,
-    prompt_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of each prompt.")] = 256,
-    new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens decoded after it.")] = 32,
-    batch_size: Annotated[
-        str, typer.Option(metavar="LIST", help="Prompts at once, such as 1 or 1,8.")
-    ] = "1,8",
-    repeats: Annotated[
-        int, typer.Option(metavar="N", help="Rounds; medians and ranges are over them.")
-    ] = 5,
-    compile_: Annotated[
-        bool,
-        typer.Option(
-            "--compile",
-            help="Time the models as torch.compile makes them. Compiling takes minutes.",
-        ),
-    ] = False,
-    counts_only: Annotated[
-        bool,
-        typer.Option(
-            "--counts-only", help="Parameters, MACs and cache alone; needs a config but no weights."
-        ),
-    ] = False,
-    json: options.Json = None,
-    dtype: options.Dtype = "float32",
-    device: options.Device = "cpu",
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-) -> None:
+def run(settings: BenchSettings, json: str | None) -> None:
     """Measure the size, work, memory and speed of a model."""
-    check_json(json, (model, against))
-    batch_sizes = _sizes(batch_size)
+    settings.check()
+    from llm_pruner.commands.bench import bench
 
-    from llm_pruner.commands.bench import BenchSettings, bench
-    from llm_pruner.settings.common import ModelSettings
-
-    settings = BenchSettings(prompt_tokens, new_tokens, batch_sizes, repeats, compile_, counts_only)
-    other = None
-    if against is not None:
-        other = ModelSettings(against, None, dtype, device, trust_remote_code)
-    done = bench(ModelSettings(model, revision, dtype, device, trust_remote_code), other, settings)
+    done = bench(settings)
     write_json(asdict(done), json)
     if json != "-":
         show(done)
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    try:
-        sizes = [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise UserError(f"--batch-size {text} is no list of numbers; use such as 1,8") from None
-    return tuple(dict.fromkeys(sizes))
 
 
 def show(done: Bench) -> None:

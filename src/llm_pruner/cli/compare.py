@@ -12,8 +12,7 @@ import typer
 from llm_pruner.cli import options
 from llm_pruner.cli.output import check_json, clean, console, print_table, table, write_json
 from llm_pruner.errors import UserError
-from llm_pruner.files.outputs import check_file, write_output
-from llm_pruner.files.places import check_place
+from llm_pruner.files.outputs import check_file, check_place, write_output
 
 if TYPE_CHECKING:
     from llm_pruner.report.compare import Column, Comparison

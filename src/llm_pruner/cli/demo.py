@@ -39,19 +39,12 @@ def command(
     check_json(json, out=out)
 
     keep_kernels(BOTH)
-    from llm_pruner.commands.demo import run_demo
+    from llm_pruner.commands.compress import compress
+    from llm_pruner.commands.demo import demo_settings
 
     # The folder that the demo chooses by itself, it may replace by itself: but only a checkpoint
     # that was pruned, nothing else that a user may have called by this name.
     earlier = out == _OUT and (out / "plan.json").is_file()
-    done = watched(
-        lambda **telling: run_demo(
-            out,
-            overwrite=overwrite or earlier,
-            restart=restart,
-            seed=seed,
-            command=command_line(),
-            **telling,
-        )
-    )
+    settings = demo_settings(out, overwrite=overwrite or earlier, restart=restart, seed=seed)
+    done = watched(lambda **telling: compress(settings, command=command_line(), **telling))
     finish(done, json)

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from llm_pruner.cli import options
 from llm_pruner.cli.output import (
-    check_json,
     clean,
     console,
     count,
@@ -18,6 +14,7 @@ from llm_pruner.cli.output import (
     write_json,
 )
 from llm_pruner.errors import UserError
+from llm_pruner.settings.evaluate import InspectSettings
 
 EXAMPLES = """\b
 Examples:
@@ -30,26 +27,12 @@ FOLLOWER = "value_dim"
 _MOST_LINES = 8
 
 
-def command(
-    model: options.Model,
-    layer: Annotated[
-        int | None, typer.Option(metavar="N", help="Layer to show; the middle one by default.")
-    ] = None,
-    json: options.Json = None,
-    dtype: options.Dtype = "float32",
-    device: options.Device = "cpu",
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-) -> None:
+def run(settings: InspectSettings, json: str | None) -> None:
     """Show what of a model can be pruned, and what cannot and why."""
-    check_json(json, (model,))
-    if layer is not None and layer < 0:
-        raise UserError(f"--layer {layer} is no layer; layers count from 0")
-
+    settings.check()
     from llm_pruner.commands.inspect import inspect_model
-    from llm_pruner.settings.common import ModelSettings
 
-    found = inspect_model(ModelSettings(model, revision, dtype, device, trust_remote_code))
+    found, layer = inspect_model(settings), settings.layer
     layers = sorted({g["layer"] for g in found["groups"] if g["layer"] is not None})
     if layer is None:
         layer = layers[len(layers) // 2] if layers else None

@@ -17,8 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llm_pruner.errors import UserError
-from llm_pruner.files.outputs import Source, check_file, write_output
-from llm_pruner.files.places import check_place
+from llm_pruner.files.outputs import Source, check_file, check_place, write_output
 from llm_pruner.report.text import clean, count, megabytes
 from llm_pruner.runtime.signals import INTERRUPTED, TERMINATED
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +9,7 @@ from llm_pruner.cli.output import clean, console, count, megabytes, print_table,
 
 if TYPE_CHECKING:
     from llm_pruner.commands.pruned import Pruned
-    from llm_pruner.evaluation.rounding import Rounding
-    from llm_pruner.search.decode_time import Timed
-    from llm_pruner.search.layer_allocation import Searched
+    from llm_pruner.search.fast_widths import Rounding
     from llm_pruner.surgery.verify import Verified
 
 
@@ -31,14 +28,11 @@ def as_data(done: Pruned) -> dict[str, Any]:
         "twin_difference": None if done.verified is None else done.verified.difference,
         "twin_scenes": [] if done.verified is None else list(done.verified.scenes),
         "twin_skipped": [] if done.verified is None else list(done.verified.skipped),
-        "round_to": None if done.plan.selection is None else done.plan.selection.round_to,
+        "round_to": done.plan.settings.get("round_to"),
         "rounding": None if done.rounding is None else asdict(done.rounding),
-        "timed": [asdict(one) for one in done.timed],
         "seconds": done.seconds,
         "refitted": [asdict(one) for one in done.refitted],
         "trials": [asdict(one) for one in done.trials],
-        "levels": [asdict(one) for one in done.levels],
-        "searched": [asdict(one) for one in done.searched],
         "layers": [asdict(row) for row in done.rows],
     }
 
@@ -64,24 +58,16 @@ def show(done: Pruned) -> None:
         f"{clean(done.plan.model.name)}: {count(before)} -> {count(after)} parameters "
         f"({100 * (1 - after / before):.1f}% removed)"
     )
-    if done.timed:
-        out.print(_timed(done.timed, before))
     if done.rounding is not None:
         out.print(_rounded(done.rounding))
     if done.kind is not None:
         out.print(_verified(done.verified))
     if done.trials:
         out.print(f"split found by {len(done.trials)} trial removals: {_shares(done)}")
-    if done.levels:
-        out.print(f"ranked by what {len(done.levels)} trial removals cost")
-    for one in done.searched:
-        out.print(_moved(one))
     if done.refitted:
         fitted = sum(one.changed for one in done.refitted)
-        biased = any(one.biased for one in done.refitted)
-        how = "biases took up the mean in" if biased else "least squares refitted"
         if fitted:
-            out.print(f"{how} {fitted} of {len(done.refitted)} consumers")
+            out.print(f"least squares refitted {fitted} of {len(done.refitted)} consumers")
         else:
             out.print("compensation was no gain on held-out text; the weights are as they were")
     if done.kind is None:
@@ -95,17 +81,12 @@ def show(done: Pruned) -> None:
     out.print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in done.seconds.items()))
 
 
-def _moved(one: Searched) -> str:
-    before, after = one.divergence
-    said = f"search between layers: divergence {before:.3f} -> {after:.3f} in {one.trials} trials"
-    if one.confirmed is not None:
-        said += ", on other text {:.3f} -> {:.3f}".format(*one.confirmed)
-    return said if one.taken else f"{said}; no gain, so nothing was moved"
-
-
 def _shares(done: Pruned) -> str:
-    split = done.plan.selection.split if done.plan.selection else None
-    return ", ".join(f"{name} {100 * share:g}%" for name, share in (split or {}).items())
+    split = done.plan.settings.get("split")
+    shares = split.items() if isinstance(split, dict) else ()
+    return ", ".join(
+        f"{name} {100 * share:g}%" for name, share in shares if isinstance(share, float)
+    )
 
 
 def _loading(done: Pruned) -> str:
@@ -121,13 +102,6 @@ def _loading(done: Pruned) -> str:
         )
         said += f" after 'import llm_pruner' ({why})"
     return said or " anywhere"
-
-
-def _timed(trials: Sequence[Timed], dense: int) -> str:
-    said = ", ".join(
-        f"{100 * (1 - one.params / dense):.1f}% removed {100 * one.saved:.1f}%" for one in trials
-    )
-    return f"time of a decoding step saved in trials: {said}"
 
 
 def _rounded(rounding: Rounding) -> str:

@@ -37,7 +37,7 @@ def command(
 ) -> None:
     """Write the paper's tasks on local data for lm_eval."""
     from llm_pruner.commands.zero_shot import write_task_files
-    from llm_pruner.data.task_files import LOCAL_TASKS
+    from llm_pruner.settings.words import LOCAL_TASKS
 
     names = LOCAL_TASKS if tasks is None else tuple(name.strip() for name in tasks.split(","))
     files = write_task_files(Path(out), Path(tasks_data), names, overwrite=overwrite)

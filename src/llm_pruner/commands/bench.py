@@ -12,50 +12,16 @@ from typing import Any
 import torch
 
 from llm_pruner.errors import UserError
-from llm_pruner.evaluation.compiled import compiled, compiling
 from llm_pruner.evaluation.macs import Counts, count_work, paper_macs
-from llm_pruner.evaluation.memory import PeakMemory, measure_memory
-from llm_pruner.evaluation.perplexity import maximum_length
-from llm_pruner.evaluation.size import folder_bytes, model_size
-from llm_pruner.evaluation.speed import Speed, SpeedUp, compare_speed, speed_up
+from llm_pruner.evaluation.memory import PeakMemory, folder_bytes, measure_memory, model_size
+from llm_pruner.evaluation.speed import Speed, SpeedUp, compare_speed, compiled, compiling, speed_up
 from llm_pruner.models.decode import Decoder
-from llm_pruner.models.load import LoadedModel, stored_at
-from llm_pruner.models.loading import check, load
+from llm_pruner.models.forward import maximum_length
+from llm_pruner.models.load import LoadedModel, check, load, stored_at
 from llm_pruner.settings.common import ModelSettings
-from llm_pruner.settings.limits import check_number
+from llm_pruner.settings.evaluate import BenchSettings
 
 FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class BenchSettings:
-    """What is measured.
-
-    Attributes:
-        prompt_tokens: length of the prompts, of random tokens.
-        new_tokens: tokens that are decoded after each.
-        batch_sizes: prompts at once.
-        repeats: rounds that are timed.
-        compile: time the models as ``torch.compile`` makes them.
-        counts_only: leave out memory and speed; no weights are needed then.
-    """
-
-    prompt_tokens: int = 256
-    new_tokens: int = 32
-    batch_sizes: tuple[int, ...] = (1, 8)
-    repeats: int = 5
-    compile: bool = False
-    counts_only: bool = False
-
-    def __post_init__(self) -> None:
-        given = [("prompt_tokens", self.prompt_tokens), ("new_tokens", self.new_tokens)]
-        given += [("repeats", self.repeats), *(("batch_size", size) for size in self.batch_sizes)]
-        for name, value in given:
-            if value < 1:
-                raise UserError(f"{name}={value} measures nothing; use at least 1")
-            check_number(name, value, 1, 2**20)
-        if not self.batch_sizes:
-            raise UserError("no batch size given; name one, such as 1")
 
 
 @dataclass(frozen=True)
@@ -79,9 +45,9 @@ class Figures:
 
     model: str
     parameters: int
-    parameters_embedding: int
-    parameters_blocks: int
-    bytes_in_memory: int
+    parameters_embedding: int | None
+    parameters_blocks: int | None
+    bytes_in_memory: int | None
     bytes_on_disk: int | None
     macs: int
     macs_per_token: int
@@ -128,21 +94,19 @@ class Bench:
     format_version: int = FORMAT_VERSION
 
 
-def bench(
-    model: ModelSettings,
-    against: ModelSettings | None = None,
-    settings: BenchSettings | None = None,
-) -> Bench:
+def bench(settings: BenchSettings) -> Bench:
     """Measure a model, and another one in turns with it.
 
     Raises:
         UserError: a model cannot be loaded, or cannot be compiled.
         LLMPrunerError: a model does not run.
     """
-    settings = settings or BenchSettings()
-    if against is not None and not settings.counts_only:
-        check(against)
-    sources = [model] if against is None else [model, against]
+    settings.check()
+    sources = [settings.loading()]
+    if settings.against is not None:
+        sources.append(settings.loading(settings.against))
+        if not settings.counts_only:
+            check(sources[1])
     loaded = [
         load(source, tokenizer_required=False, weights=not settings.counts_only)
         for source in sources
@@ -158,7 +122,7 @@ def bench(
         speeds = _speeds(models, settings)
         for index, speed in enumerate(speeds):
             figures[index] = replace(figures[index], speed=speed)
-        if against is not None:
+        if len(loaded) > 1:
             work = [_work(network, settings) for network in models]
             comparison = [
                 _compared(*pair, *counts)
@@ -167,7 +131,7 @@ def bench(
     return Bench(
         settings=_record(loaded[0].model, settings),
         model=figures[0],
-        against=None if against is None else figures[1],
+        against=figures[1] if len(figures) > 1 else None,
         comparison=tuple(comparison),
     )
 
@@ -186,7 +150,7 @@ def _check_length(loaded: LoadedModel, settings: BenchSettings) -> None:
 def _counted(loaded: LoadedModel, source: ModelSettings) -> Figures:
     size = model_size(loaded.model)
     counts = count_work(loaded.model)
-    path = stored_at(source.source, loaded.revision or source.revision)
+    path = stored_at(source.model, loaded.revision or source.revision)
     return Figures(
         model=loaded.name,
         parameters=size.total,
@@ -212,7 +176,7 @@ def _memory(models: list[Any], settings: BenchSettings) -> list[tuple[PeakMemory
                 prompt_tokens=settings.prompt_tokens,
                 new_tokens=settings.new_tokens,
             )
-            for batch_size in settings.batch_sizes
+            for batch_size in settings.batch_size
         )
         for network in models
     ]
@@ -223,7 +187,7 @@ def _speeds(models: list[Any], settings: BenchSettings) -> list[tuple[Speed, ...
     start: Callable[[Any], Any] = Decoder
     by_batch = []
     on_processor = next(models[0].parameters()).device.type == "cpu"
-    for batch_size in settings.batch_sizes:
+    for batch_size in settings.batch_size:
         with ExitStack() as stack:
             if settings.compile:
                 # Anew for each batch size, so that only its copies of the weights exist.
@@ -245,7 +209,7 @@ def _speeds(models: list[Any], settings: BenchSettings) -> list[tuple[Speed, ...
 def _work(network: Any, settings: BenchSettings) -> list[Counts]:
     return [
         count_work(network, prompt_tokens=settings.prompt_tokens, batch_size=batch_size)
-        for batch_size in settings.batch_sizes
+        for batch_size in settings.batch_size
     ]
 
 
@@ -265,7 +229,7 @@ def _record(network: Any, settings: BenchSettings) -> dict[str, Any]:
     return {
         "prompt_tokens": settings.prompt_tokens,
         "new_tokens": settings.new_tokens,
-        "batch_sizes": list(settings.batch_sizes),
+        "batch_sizes": list(settings.batch_size),
         "repeats": settings.repeats,
         "compile": settings.compile,
         "counts_only": settings.counts_only,

@@ -11,8 +11,14 @@ from safetensors import safe_open
 from llm_pruner.errors import UserError
 from llm_pruner.planning import read_plan
 from llm_pruner.report.compare import Comparison, Entry, compare
-from llm_pruner.report.data import JSON_FILE, Report, Size, Source, read_report
+from llm_pruner.report.data import (
+    JSON_FILE,
+    Report,
+    Source,
+    read_report,
+)
 from llm_pruner.report.facts import criterion_in_words, settings_of
+from llm_pruner.types import Size
 
 _PLAN, _CONFIG, _WEIGHTS = "plan.json", "config.json", "*.safetensors"
 

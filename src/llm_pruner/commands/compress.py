@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
 from llm_pruner.commands.apart import measure_apart, weights_bytes
-from llm_pruner.commands.by_preset import calibration_of, prune_arguments
-from llm_pruner.commands.compress_settings import CompressSettings, about, check_settings, reads_of
-from llm_pruner.commands.prune import prune_checkpoint
+from llm_pruner.commands.compress_settings import about, check_settings, reads_of
+from llm_pruner.commands.prune import prune_checkpoint, target_of
 from llm_pruner.commands.recover import recover_checkpoint
-from llm_pruner.commands.recover_request import DataSettings, RecoverRequest, TeacherSettings
 from llm_pruner.commands.recovered import RECORD
+from llm_pruner.commands.request import REQUEST, request_of
 from llm_pruner.commands.space import check_space
 from llm_pruner.commands.time_budget import (
     SHORTEST,
@@ -25,24 +24,22 @@ from llm_pruner.commands.time_budget import (
     time_to_recover,
 )
 from llm_pruner.commands.workdir import Work, folder_beside, opened
-from llm_pruner.data.demo_text import DEMO_PROMPTS
 from llm_pruner.data.selfmade import CHUNK, write_text_cached
-from llm_pruner.data.text import SELF
+from llm_pruner.data.text import DEMO_PROMPTS, SELF
 from llm_pruner.errors import UserError
-from llm_pruner.evaluation.perplexity import maximum_length
 from llm_pruner.files.disk import put, tidy
 from llm_pruner.files.json import read_json
-from llm_pruner.files.outputs import Source, check_output
-from llm_pruner.files.places import check_place
-from llm_pruner.models.load import check_file_states, file_states
-from llm_pruner.models.loading import load
-from llm_pruner.recovery import Progress, RecoverySettings
+from llm_pruner.files.outputs import Source, check_output, check_place, rewrite
+from llm_pruner.models.forward import maximum_length
+from llm_pruner.models.load import check_file_states, file_states, load
+from llm_pruner.recovery import Progress
 from llm_pruner.recovery.processes import only_one
 from llm_pruner.report.data import Report, Variant
-from llm_pruner.report.measured import as_evaluation
+from llm_pruner.report.facts import as_evaluation
 from llm_pruner.report.write import page_in, report_in, write_report
-from llm_pruner.settings.common import ModelSettings
-from llm_pruner.settings.presets import read_recipe
+from llm_pruner.settings.compress import CompressSettings
+from llm_pruner.settings.evaluate import EvaluateSettings
+from llm_pruner.settings.recover import RecoverSettings
 
 SAMPLES = 256
 """Texts that the dense model writes where there is no time budget; more if importance was estimated
@@ -97,16 +94,13 @@ def work_folder(out: Path) -> Path:
 
 def compress(
     settings: CompressSettings,
-    out: Path,
     *,
-    overwrite: bool = False,
-    restart: bool = False,
     command: str | None = None,
     tell: Callable[[str], None] = lambda _: None,
     say: Callable[[Progress], None] = lambda _: None,
     going_on: Callable[[Path], None] = lambda _: None,
 ) -> Compressed:
-    """Make a smaller model of ``settings.model`` in the folder ``out``.
+    """Make a smaller model of ``settings.model`` in the folder ``settings.out``.
 
     Until it is done all lies in ``work_folder(out)``. A run that was interrupted goes on from there
     with the stages that are missing; without a time budget it ends with the same weights, plan
@@ -115,9 +109,6 @@ def compress(
 
     Args:
         settings: what to do.
-        out: the folder to write.
-        overwrite: replace what ``out`` holds.
-        restart: throw an interrupted run away.
         command: the command line of this run, for the report.
         tell: is told each stage as it begins.
         say: is told each step of training.
@@ -127,18 +118,20 @@ def compress(
         UserError: something that was given must change.
     """
     only_one("compress")
+    settings.check()
+    out, restart = settings.out, settings.restart
     check_place(out, "--out")
     work = work_folder(out)
     tidy(work)
     if not work.is_dir():
-        copies = 1 if settings.recovery is None else 2  # the pruned model and the recovered one
-        check_space(out, settings.model, settings.target, copies=copies)
+        copies = 2 if settings.recover else 1  # the pruned model and the recovered one
+        check_space(out, settings.loading(), target_of(settings.pruning(out)), copies=copies)
     if not (work / f"{_RESULT}.json").is_file() or restart:
-        check_settings(settings, out, overwrite)
+        check_settings(settings)
     with opened(work, about(settings), restart=restart) as run:
         if run.continued:
             going_on(work)
-        stored = file_states(settings.model.source)
+        stored = file_states(settings.model)
         stages = _Stages(settings, run, command, tell, say)
         try:
             result = run.kept(_RESULT, stages.all, "report")
@@ -148,7 +141,7 @@ def compress(
             raise
         check_file_states(stored)
         tell("moving the result into place")
-        _move(run.path(result["folder"]), out, overwrite, reads_of(settings))
+        _move(run.path(result["folder"]), out, settings.overwrite, reads_of(settings))
         seconds, peak = run.seconds, max(run.peak_bytes, result["peak_bytes"])
         run.remove()
     return Compressed(
@@ -177,7 +170,8 @@ class _Stages:
     ) -> None:
         self.settings, self.run, self.command = settings, run, command
         self.tell, self.say = tell, say
-        self.recipe = read_recipe(settings.recipe)
+        self.pruning = settings.pruning(run.path("pruned")).but(kept=run.path("text"))
+        self.training = settings.trains()
         self.notes: list[str] = []
 
     def all(self) -> dict[str, Any]:
@@ -196,22 +190,10 @@ class _Stages:
 
     def prune(self) -> None:
         """Write the folder ``pruned``."""
-        out = self.run.path("pruned")
-        if out.is_dir():
+        if self.pruning.out.is_dir():
             return
         self.tell("pruning")
-        calibration = calibration_of(
-            self.recipe, source=self.settings.calibration, kept=self._text()
-        )
-        prune_checkpoint(
-            self.settings.model,
-            out,
-            target=self.settings.target,
-            calibration=calibration,
-            seed=self.settings.seed,
-            command=self.command,
-            **prune_arguments(self.recipe),
-        )
+        prune_checkpoint(self.pruning, command=self.command)
         self.run.book("prune")
 
     def measure(self, variant: Variant) -> dict[str, Any]:
@@ -220,13 +202,20 @@ class _Stages:
 
         def make() -> dict[str, Any]:
             self.tell(f"measuring the {variant} model")
-            model = self.settings.model if variant == "dense" else self._saved(variant)
+            settings = self.settings
+            model = settings.loading() if variant == "dense" else settings.loading(folder)
             found = measure_apart(
-                model,
-                self.settings.perplexity,
-                seq_len=self._at_most(WINDOW) if self.settings.perplexity else None,
-                zero_shot=self.settings.zero_shot,
-                prompts=DEMO_PROMPTS,
+                EvaluateSettings(
+                    **model.written() | {"dtype": _computed(settings.dtype)},
+                    perplexity=settings.perplexity,
+                    seq_len=self._at_most(WINDOW) if settings.perplexity else None,
+                    tasks=settings.tasks,
+                    tasks_data=settings.tasks_data,
+                    limit=settings.limit,
+                    prompt=DEMO_PROMPTS,
+                    chat=False,
+                    speed=True,
+                )
             )
             if variant == "dense":
                 size = self._pruned_report().sizes.get("dense")
@@ -237,31 +226,29 @@ class _Stages:
 
     def recover(self) -> dict[str, Any] | None:
         """Write the folder ``recovered``; return the course of it, None if nothing is trained."""
-        if self.settings.recovery is None:
+        if not self.settings.recover:
             return None
-        plan = self._amount(self.settings.recovery)
+        plan = self._amount()
         if "skipped" in plan:
             self.notes.append(plan["skipped"])
             return None
         out = self.run.path("recovered")
         if not out.is_dir():
             self.tell("recovering")
-            training = replace(
-                self.settings.recovery,
-                seq_len=self._sample_length(),
-                max_minutes=plan["minutes"],
-                epochs=plan["epochs"],
+            training = self.training.but(
+                seq_len=self._sample_length(), max_minutes=plan["minutes"], epochs=plan["epochs"]
             )
-            request = RecoverRequest(
-                self._saved("pruned"),
-                out,
-                DataSettings(self.settings.data, plan["samples"], kept=self._text()),
-                training,
-                teacher=TeacherSettings(self.settings.model),
+            settings = RecoverSettings(
+                **training.written(),
+                **self.settings.loading(self.run.path("pruned")).written(),
+                out=out,
+                data=self.settings.data,
+                samples=plan["samples"],
+                kept=self._text(),
+                teacher=self.settings.model,
                 resume=True,
-                command=self.command,
             )
-            recover_checkpoint(request, say=self.say)
+            recover_checkpoint(settings, command=self.command, say=self.say)
             self.run.book("recover")
         record = _record(out / RECORD)
         before, after = record["loss"]
@@ -272,14 +259,14 @@ class _Stages:
             )
         return {"before": before, "after": after} | {name: record[name] for name in _RECORDED}
 
-    def _amount(self, recovery: RecoverySettings) -> dict[str, Any]:
+    def _amount(self) -> dict[str, Any]:
         """Return how much is trained; where time decides it, the first decision holds."""
         samples, budget = self.settings.samples, self.settings.time_budget
         writes = SELF in self.settings.data
         if budget is None:
             if samples is None and self.settings.data == (SELF,):
                 samples = max(SAMPLES, self._calibrated() + CHUNK)
-            return {"samples": samples, "minutes": None, "epochs": recovery.epochs}
+            return {"samples": samples, "minutes": None, "epochs": self.training.epochs}
 
         def decide() -> dict[str, Any]:
             left = time_to_recover(
@@ -305,7 +292,7 @@ class _Stages:
 
     def _write(self, seconds: float) -> int:
         """Have the dense model write for a time; return the number of texts."""
-        loaded = load(self.settings.model)
+        loaded = load(self.settings.loading(dtype=_computed(self.settings.dtype)))
         length, folder = self._sample_length(), self._text()
         name = f"{length}-{self.settings.seed}-*.safetensors"
 
@@ -357,7 +344,7 @@ class _Stages:
             report = report.with_evaluation(variant, as_evaluation(found))
         shown = about(self.settings)
         run = {
-            "recipe": shown["recipe"],
+            "preset": shown["preset"],
             "data": shown["data"] if recovery is not None else None,
             "time budget": self.settings.time_budget and f"{self.settings.time_budget:.0f} s",
             "seconds": {name: round(value, 1) for name, value in self.run.seconds.items()},
@@ -366,6 +353,7 @@ class _Stages:
         settings = {"Run": run, **report.settings}
         report = report.model_copy(update={"settings": settings, "command": self.command})
         write_report(self.run.path(folder), report)
+        rewrite(self.run.path(folder), {REQUEST: request_of(self.settings)})
         return result
 
     def _note_higher_perplexity(self, measured: dict[Variant, dict[str, Any]]) -> None:
@@ -380,38 +368,38 @@ class _Stages:
                     "from it gained; train on text more like it, with --data"
                 )
 
-    def _saved(self, name: str) -> ModelSettings:
-        return replace(self.settings.model, source=str(self.run.path(name)), revision=None)
-
     def _pruned_report(self) -> Report:
         try:
             return report_in(self.run.path("pruned"))
         except UserError:
-            return Report.model_validate({"source": {"name": self.settings.model.source}})
+            return Report.model_validate({"source": {"name": self.settings.model}})
 
     def _text(self) -> Path:
         return self.run.path("text")
 
     def _sample_length(self) -> int:
         """Return the tokens in a sample: as in self-made calibration text, which is used again."""
-        assert self.settings.recovery is not None
         if self._calibrated():
-            return calibration_of(self.recipe).seq_len
-        return self._at_most(self.settings.recovery.seq_len)
+            return self.pruning.seq_len
+        return self._at_most(self.training.seq_len)
 
     def _calibrated(self) -> int:
         """Return how many of the texts to train on importance is estimated on, too."""
-        calibration = calibration_of(self.recipe, source=self.settings.calibration)
-        shared = SELF in self.settings.data and calibration.source == SELF
-        return calibration.samples if shared else 0
+        shared = SELF in self.settings.data and self.pruning.calibration == SELF
+        return self.pruning.samples if shared else 0
 
     def _at_most(self, tokens: int) -> int:
         """Return a number of tokens that the model can read at once."""
         config = AutoConfig.from_pretrained(
-            self.run.path("pruned"), trust_remote_code=self.settings.model.trust_remote_code
+            self.run.path("pruned"), trust_remote_code=self.settings.trust_remote_code
         )
         longest = maximum_length(_Configured(config))
         return tokens if longest is None else min(tokens, longest)
+
+
+def _computed(dtype: str) -> str:
+    """Return the type in which is computed what is saved in ``dtype``."""
+    return "float32" if dtype == "auto" else dtype
 
 
 def _record(file: Path) -> dict[str, Any]:

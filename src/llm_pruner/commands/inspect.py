@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from llm_pruner.discovery.groups import discover
-from llm_pruner.models.loading import load
+from llm_pruner.models.load import load
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.surgery.removal import count_parameters
 from llm_pruner.types import Discovery, Group, IntArray

@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm_pruner.errors import UserError
-from llm_pruner.files.outputs import Source, check_file, check_output
-from llm_pruner.files.places import check_place
+from llm_pruner.files.outputs import Source, check_file, check_output, check_place
 from llm_pruner.importance import Criterion
-from llm_pruner.planning import Selection, Target
-from llm_pruner.search.layer_allocation import AllocationSearch
-from llm_pruner.settings.common import CalibrationSettings
+from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.types import Discovery
 
 
@@ -28,54 +25,29 @@ def check_out(out: Path, overwrite: bool, dry_run: bool, reads: Sequence[Source]
         check_file("--out", out, "plan", reads)
 
 
-def check_split(
-    target: Target | None, selection: Selection | None, find_best_split: bool | None
-) -> None:
-    """Raise UserError if a split of parameters is asked for where none are counted."""
-    split = selection is not None and selection.split is not None
-    if target is not None and target.kv_cache is not None and (split or find_best_split):
-        raise UserError(
-            f"a split shares out parameters, and {target} counts the cache; drop one of them"
-        )
+def finds_split(settings: PruneSettings, criterion: Criterion) -> bool:
+    """Return whether the split of the budget is found by trial removals.
 
+    Where it was not asked for by name, it is where there is something to split (several structures,
+    and a number of parameters to remove), and text is there anyway, because the criterion reads it.
 
-def check_search(search: AllocationSearch | None, target: Target, selection: Selection) -> None:
-    """Raise UserError if a search would undo what was asked for."""
-    if search is None:
-        return
-    if selection.uniform:
-        raise UserError(
-            "a search moves units between layers, and uniform layers lose the same; use one of them"
-        )
-    if target.unit_ratio is not None:
-        raise UserError(
-            f"{target} says what each layer loses, and a search moves units between layers; give "
-            "a target in parameters (ratio or params) with it"
-        )
-
-
-def finds_split(
-    target: Target | None,
-    selection: Selection | None,
-    criterion: Criterion,
-    calibration: CalibrationSettings,
-) -> bool:
-    """Return whether a run finds the split of its budget by trial removals unless told otherwise.
-
-    It does where there is something to split (several structures, and a number of parameters to
-    remove that no split was given for, nor a ranking by measured damage), and text is there anyway,
-    because the criterion reads it.
+    Raises:
+        UserError: a split of parameters is asked for where none are counted.
     """
-    return (
-        target is not None
-        and target.unit_ratio is None
-        and target.kv_cache is None
-        and selection is not None
-        and selection.split is None
-        and selection.scope != "measured"
-        and len(selection.structures) > 1
+    asked = "split" in settings.given
+    if settings.kv_cache is not None and asked and settings.split != "equal":
+        raise UserError(
+            f"a split shares out parameters, and kv_cache={settings.kv_cache} counts the cache; "
+            "drop one of them"
+        )
+    if settings.split != "auto":
+        return False
+    return asked or (
+        settings.unit_ratio is None
+        and settings.kv_cache is None
+        and len(settings.structures) > 1
         and criterion.reads_text
-        and calibration.samples > 1
+        and settings.samples > 1
     )
 
 

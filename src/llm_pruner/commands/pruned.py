@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 from llm_pruner.compensation import Refitted
-from llm_pruner.evaluation.rounding import Rounding
-from llm_pruner.planning import Level, Plan, Row
+from llm_pruner.planning import Plan
 from llm_pruner.report.data import ImportanceMap
-from llm_pruner.search.decode_time import Timed
-from llm_pruner.search.layer_allocation import Searched
-from llm_pruner.search.structure_split import Trial
+from llm_pruner.search.fast_widths import Rounding
 from llm_pruner.surgery.verify import Verified
+from llm_pruner.types import Layer, SplitTrial
 
 
 @dataclass(frozen=True)
@@ -31,18 +29,15 @@ class Pruned:
         seconds: by stage.
         refitted: what compensation did to each consumer, all steps.
         trials: splits of the budget that were tried.
-        levels: what trial removals in each group alone cost, all steps.
-        searched: what a search between layers found, in each step.
         needs: what loading the folder needs besides transformers, such as ``import llm_pruner``.
         report: the page that shows all this; None if none was written.
         importance: of the units, as the first estimate on the dense model gave it; empty if none
             was made.
         rounding: what ``round_to`` was chosen by; None if it was given.
-        timed: trials by which a decode time became a number of parameters.
     """
 
     plan: Plan
-    rows: tuple[Row, ...]
+    rows: tuple[Layer, ...]
     parameters: tuple[int, int]
     kind: Literal["stock", "recipe"] | None
     path: Path | None
@@ -50,11 +45,8 @@ class Pruned:
     verified: Verified | None
     seconds: dict[str, float]
     refitted: tuple[Refitted, ...] = ()
-    trials: tuple[Trial, ...] = ()
-    levels: tuple[Level, ...] = ()
-    searched: tuple[Searched, ...] = ()
+    trials: tuple[SplitTrial, ...] = ()
     needs: tuple[str, ...] = ()
     report: Path | None = None
     importance: tuple[ImportanceMap, ...] = ()
     rounding: Rounding | None = None
-    timed: tuple[Timed, ...] = ()

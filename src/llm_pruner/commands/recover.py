@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm_pruner.checkpoints import save_checkpoint
-from llm_pruner.commands.evaluate import PerplexitySettings, read_texts
-from llm_pruner.commands.recover_request import RecoverRequest
+from llm_pruner.commands.evaluate import read_texts
+from llm_pruner.commands.prune import keep_type_
 from llm_pruner.commands.recover_start import (
     begin_or_go_on,
+    check_run,
     facts_of,
     load_teacher,
     make_samples,
@@ -21,27 +22,32 @@ from llm_pruner.commands.recover_start import (
     remove_finished,
 )
 from llm_pruner.commands.recovered import RECORD, Recovered, SourceResult
+from llm_pruner.commands.request import write_request
 from llm_pruner.commands.space import check_space
-from llm_pruner.commands.workdir import RECOVERING, begun, busy, empty, remove_run
+from llm_pruner.commands.workdir import (
+    RECOVERING,
+    begun,
+    busy,
+    empty,
+    folder_beside,
+    remove_run,
+)
 from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.data.training import Samples
 from llm_pruner.errors import UserError
+from llm_pruner.evaluation.memory import model_size
 from llm_pruner.evaluation.perplexity import (
     EvaluationText,
     PerplexityResult,
-    maximum_length,
     perplexity,
 )
 from llm_pruner.files.disk import new_folder
-from llm_pruner.models.load import LoadedModel
-from llm_pruner.models.loading import check, load
-from llm_pruner.planning.plan import read_plan
+from llm_pruner.models.forward import maximum_length
+from llm_pruner.models.load import LoadedModel, check, load
 from llm_pruner.recovery import Outcome, Progress, Teacher, recover_
-from llm_pruner.recovery.hidden import Kept
-from llm_pruner.recovery.processes import Processes, joined, own_device, shards_asked_for
-from llm_pruner.recovery.sharding import fill_, mesh_of, shard_, whole_weights
+from llm_pruner.recovery.processes import Processes, joined, own_device
 from llm_pruner.report.data import Recovery
-from llm_pruner.report.facts import size_of, source_of
+from llm_pruner.report.facts import source_of
 from llm_pruner.report.recovery import (
     course,
     earlier_report,
@@ -51,11 +57,21 @@ from llm_pruner.report.recovery import (
 from llm_pruner.report.write import page_in, write_report
 from llm_pruner.runtime.precision import multiplies_bfloat16
 from llm_pruner.settings.common import ModelSettings
+from llm_pruner.settings.evaluate import PerplexitySettings
+from llm_pruner.settings.recover import RecoverSettings
 from llm_pruner.types import Edits
 
 
+def work_folder(out: Path) -> Path:
+    """Return the folder of a run that will end in ``out``: its name and ``.recovering``."""
+    return folder_beside(out, "recovering")
+
+
 def recover_checkpoint(
-    request: RecoverRequest, *, say: Callable[[Progress], None] = lambda _: None
+    settings: RecoverSettings,
+    *,
+    command: str | None = None,
+    say: Callable[[Progress], None] = lambda _: None,
 ) -> Recovered:
     """Train a checkpoint and save the result as a folder that loads as the input does.
 
@@ -66,20 +82,26 @@ def recover_checkpoint(
     one writes, and the others return the same without perplexities and what the folder is like.
 
     Args:
-        request: what to do.
+        settings: what to do.
+        command: the command line of this run, for the report.
         say: called after each step.
 
     Raises:
         UserError: something that was given must change; ``out`` is as it was.
     """
-    request = _on_this_machine(request)
-    if not request.overwrite:
-        remove_finished(request.work, request.out)
-    request.check()
-    with joined(request.model.device, shard=request.shard) as processes:
+    device = own_device(settings.device)
+    bf16 = settings.bf16
+    if bf16 is None:
+        bf16 = settings.dtype in ("float32", "auto") and multiplies_bfloat16(device)
+    here = settings.but(device=device, bf16=bf16)
+    work = work_folder(settings.out)
+    if not settings.overwrite:
+        remove_finished(work, settings.out)
+    check_run(here, work)
+    with joined(device) as processes:
         processes.barrier()  # from here on, the folders that were looked at may change
-        with _begun(request.work, processes):
-            return _Run(request, processes, say).carry_out()
+        with _begun(work, processes):
+            return _Run(here, settings, command, processes, say).carry_out()
 
 
 @contextmanager
@@ -95,20 +117,6 @@ def _begun(work: Path, processes: Processes) -> Iterator[None]:
         if processes.from_first(float(refused is not None)):
             raise refused or busy(work)
         yield
-
-
-def _on_this_machine(request: RecoverRequest) -> RecoverRequest:
-    """Return the request with this process's device, and how it multiplies, filled in."""
-    model = replace(request.model, device=own_device(request.model.device))
-    settings, teacher = request.settings, request.teacher
-    if settings.bf16 is None:
-        fast = model.dtype == "float32" and multiplies_bfloat16(model.device)
-        settings = replace(settings, bf16=fast)
-    if teacher is not None:
-        device = own_device(teacher.model.device)
-        teacher = replace(teacher, model=replace(teacher.model, device=device))
-    shard = request.shard or shards_asked_for()
-    return replace(request, model=model, settings=settings, teacher=teacher, shard=shard)
 
 
 @dataclass(frozen=True)
@@ -140,29 +148,42 @@ class _Run:
     """One run, in one process."""
 
     def __init__(
-        self, request: RecoverRequest, processes: Processes, say: Callable[[Progress], None]
+        self,
+        settings: RecoverSettings,
+        asked: RecoverSettings,
+        command: str | None,
+        processes: Processes,
+        say: Callable[[Progress], None],
     ) -> None:
-        self._request, self._processes, self._say = request, processes, say
+        self._settings, self._asked, self._command = settings, asked, command
+        self._processes, self._say = processes, say
+        self._work = work_folder(settings.out)
+        dtype = "float32" if settings.dtype == "auto" else settings.dtype
+        self._loading = settings.loading(dtype=dtype)
+        self._measuring = PerplexitySettings(seq_len=settings.perplexity_seq_len)
 
     def carry_out(self) -> Recovered:
-        request, processes = self._request, self._processes
+        settings, processes = self._settings, self._processes
+        teacher = None
+        if settings.teacher is not None:
+            teacher = self._loading.loading(settings.teacher)
         with processes.first():
-            check_space(request.out, request.model)
-            corpora = read_texts(request.texts, request.text_settings)
-            examples = read_examples(request.data)
-        if request.teacher is not None:  # which is loaded after the model
-            check(request.teacher.model)
-        material = self._material(examples)
+            check_space(settings.out, settings.loading())
+            corpora = read_texts(settings.perplexity, self._measuring)
+            examples = read_examples(settings)
+        if teacher is not None:  # which is loaded after the model
+            check(teacher)
+        material = self._material(examples, teacher)
         loaded = material.loaded
-        if not processes.is_first and not processes.sharded:
+        if not processes.is_first:
             corpora = []
-        before = _perplexities(loaded, corpora, request.text_settings)
+        before = _perplexities(loaded, corpora, self._measuring)
         network, outcome = self._train(material)
         after = before
         if outcome.gained:
-            kept = replace(loaded, model=network)
-            after = _perplexities(kept, corpora, request.text_settings)
-        network = self._whole(network, outcome.gained)
+            after = _perplexities(replace(loaded, model=network), corpora, self._measuring)
+        elif processes.is_first:
+            network = load(self._loading).model  # as it came, to the last bit
         perplexities = tuple(zip(before, after, strict=True))
         result = self._result(material, outcome, network, perplexities)
         if processes.is_first:
@@ -170,51 +191,26 @@ class _Run:
         processes.barrier()
         return result
 
-    def _whole(self, network: Any, gained: bool) -> Any:
-        """Return the model to be saved; it matters in the first process alone."""
-        model, processes = self._request.model, self._processes
-        if gained and not processes.sharded:
-            return network
-        weights = whole_weights(network, processes) if gained else None
-        if not processes.is_first:
-            return network
-        device = "cpu" if processes.sharded else model.device
-        plain = load(replace(model, device=device)).model  # as it came, to the last bit
-        if weights is not None:
-            fill_(plain, weights)
-        return plain
-
-    def _load(self) -> LoadedModel:
-        model, processes = self._request.model, self._processes
-        if not processes.sharded:
-            return load(model)
-        mesh = mesh_of(model.device, processes)
-        with processes.in_turn():  # the model is whole in memory once
-            loaded = load(replace(model, device="cpu"))
-            shard_(loaded.model, model.device, mesh)
-        return loaded
-
-    def _material(self, examples: dict[str, Any]) -> _Material:
-        request = self._request
-        loaded = self._load()
+    def _material(self, examples: dict[str, Any], teacher: ModelSettings | None) -> _Material:
+        settings = self._settings
+        loaded = load(self._loading)
         longest = maximum_length(loaded.model)
-        if longest is not None and request.settings.seq_len > longest:
+        if longest is not None and settings.seq_len > longest:
             raise UserError(
-                f"--seq-len {request.settings.seq_len} is longer than the model's maximum; "
+                f"--seq-len {settings.seq_len} is longer than the model's maximum; "
                 f"use {longest} or less"
             )
-        dense = None if request.teacher is None else load_teacher(request.teacher, loaded)
-        if request.restart and self._processes.is_first:
-            empty(request.work, RECOVERING)
+        dense = None if teacher is None else load_teacher(teacher, loaded)
+        if settings.restart and self._processes.is_first:
+            empty(self._work, RECOVERING)
         with self._processes.first():  # it writes what the others read
-            samples = make_samples(request, loaded, dense, examples)
-            facts = facts_of(request, loaded, dense, samples)
+            samples = make_samples(settings, self._work, loaded, dense, examples)
+            facts = facts_of(settings, loaded, dense, samples)
             writes = self._processes.is_first
-            begin_or_go_on(request.work, facts, resume=request.resume, writes=writes)
+            begin_or_go_on(self._work, facts, resume=settings.resume, writes=writes)
         return _Material(loaded, dense, samples, facts)
 
     def _train(self, material: _Material) -> tuple[Any, Outcome]:
-        request = self._request
         with self._processes.first():
             teacher, judge = (
                 self._teacher(material.dense, some) for some in (material.train, material.held_out)
@@ -223,8 +219,8 @@ class _Run:
             material.loaded.model,
             material.train,
             material.held_out,
-            request.settings,
-            work=request.work,
+            self._settings,
+            work=self._work,
             folder=new_folder,
             sources=len(material.samples),
             teacher=teacher,
@@ -237,24 +233,22 @@ class _Run:
     def _teacher(
         self, dense: LoadedModel | None, samples: Sequence[TrainingSequence]
     ) -> Teacher | None:
-        distillation = self._request.distillation
-        if dense is None or distillation is None:
+        settings = self._settings
+        if dense is None or not settings.distils:
             return None
-        assert self._request.teacher is not None
         return Teacher(
             dense.model,
             samples,
-            distillation,
-            self._request.teacher.cache or self._request.work / "teacher",
+            settings,
+            settings.teacher_cache or self._work / "teacher",
             identity=dense.fingerprint,
-            seq_len=self._request.settings.seq_len,
-            kept=_kept(self._request.model) if distillation.hidden else None,
+            seq_len=settings.seq_len,
         )
 
     @property
     def _adapter(self) -> Path | None:
         """Where the adapter waits for the model to be saved."""
-        return self._request.work / "adapter" if self._request.keep_adapter else None
+        return self._work / "adapter" if self._settings.keep_adapter else None
 
     def _result(
         self,
@@ -292,7 +286,7 @@ class _Run:
             losses=outcome.losses,
             evaluations=[(one.step, one.loss) for one in outcome.run.evaluations],
             kind="stock",
-            path=self._request.out,
+            path=self._settings.out,
             bytes=0,
             needs=(),
             settings=material.facts,
@@ -302,26 +296,27 @@ class _Run:
         self, result: Recovered, material: _Material, outcome: Outcome, network: Any
     ) -> Recovered:
         """Write the folder and throw the run's own away."""
-        request, loaded, dense = self._request, material.loaded, material.dense
+        settings, loaded, dense = self._settings, material.loaded, material.dense
         for one in (loaded, dense):
             if one is not None:
                 one.check_stored()
-        plan = _plan_file(request.model)
-        earlier = earlier_report(request.model.source)
+        plan = _plan_file(settings.model)
+        earlier = earlier_report(settings.model)
         samples = [(each.name, each.train_samples) for each in result.sources]
         words = in_words(
             material.facts, samples, result.steps, None if dense is None else dense.name
         )
 
         def beside(folder: Path, kind: Literal["stock", "recipe"], needs: tuple[str, ...]) -> None:
+            write_request(folder, self._asked)
             (folder / RECORD).write_text(result.record(), encoding="utf-8", newline="\n")
             if self._adapter is not None and outcome.gained:
                 shutil.copytree(self._adapter, folder / "adapter")
             report = recovery_report(
                 earlier,
-                source=source_of(request.model.source, loaded.name, loaded.revision, network),
+                source=source_of(settings.model, loaded.name, loaded.revision, network),
                 pruned=plan is not None,
-                size=size_of(network),
+                size=model_size(network),
                 recovery=Recovery(
                     loss=tuple(course(result.losses, result.evaluations)),
                     seconds=result.seconds,
@@ -332,21 +327,23 @@ class _Run:
                 settings=material.facts,
                 saved_as=kind,
                 needs=needs,
-                command=request.command,
+                command=self._command,
             )
             write_report(folder, report)
 
+        if settings.dtype == "auto":
+            keep_type_(network, loaded.stored_dtype)
         saved = save_checkpoint(
             network,
-            request.out,
+            settings.out,
             edits=Edits({}, {}, {}, {}),
             plan_json=None if plan is None else plan.read_text(encoding="utf-8"),
             tokenizer=loaded.tokenizer,
-            overwrite=request.overwrite,
-            max_shard_size=request.max_shard_size,
+            overwrite=settings.overwrite,
+            max_shard_size=settings.max_shard_size,
             beside=beside,
         )
-        remove_run(request.work, RECOVERING)
+        remove_run(self._work, RECOVERING)
         return replace(
             result,
             kind=saved.kind,
@@ -367,21 +364,12 @@ def _perplexities(
             protocol=settings.protocol,
             seq_len=settings.seq_len,
             max_tokens=settings.max_tokens,
-            batch_size=settings.batch_size,
+            batch_size=settings.sequences,
         )
         for text in corpora
     ]
 
 
-def _plan_file(model: ModelSettings) -> Path | None:
-    file = Path(model.source).expanduser() / "plan.json"
+def _plan_file(model: str) -> Path | None:
+    file = Path(model).expanduser() / "plan.json"
     return file if file.is_file() else None
-
-
-def _kept(model: ModelSettings) -> Kept:
-    """Return what a model has of the one that it was cut from, as its plan says."""
-    file = _plan_file(model)
-    if file is None:
-        return Kept()
-    plan = read_plan(file)
-    return Kept(plan.kept("layers"), plan.kept("hidden"))

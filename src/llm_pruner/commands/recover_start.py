@@ -6,14 +6,19 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from llm_pruner.checkpoints import atomic_write_text
-from llm_pruner.commands.recover_request import DataSettings, RecoverRequest, TeacherSettings
 from llm_pruner.commands.recovered import RECORD, finite
-from llm_pruner.commands.workdir import RECOVERING, RUN, is_busy, remove_run
+from llm_pruner.commands.workdir import (
+    RECOVERING,
+    RUN,
+    busy,
+    check_ours,
+    is_busy,
+    remove_run,
+)
 from llm_pruner.data.examples import Examples, load_examples
 from llm_pruner.data.text import SELF
 from llm_pruner.data.training import (
@@ -23,12 +28,81 @@ from llm_pruner.data.training import (
     split_samples,
 )
 from llm_pruner.errors import UserError
+from llm_pruner.files.disk import tidy
 from llm_pruner.files.json import read_json
-from llm_pruner.models.load import LoadedModel
-from llm_pruner.models.loading import load
+from llm_pruner.files.outputs import Source, check_output, check_place, check_shard_size
+from llm_pruner.models.load import LoadedModel, load
+from llm_pruner.settings.common import ModelSettings
+from llm_pruner.settings.limits import MOST, check_number
+from llm_pruner.settings.recover import DataSettings, RecoverSettings, TrainingSettings
 
 _CHANGEABLE = ("save_every", "report_to")
 """Settings that a resumed run may have otherwise."""
+
+
+def check_run(settings: RecoverSettings, work: Path) -> None:
+    """Refuse what can be refused without reading anything.
+
+    Args:
+        settings: what is asked for.
+        work: folder of the run.
+
+    Raises:
+        UserError: says what must change.
+    """
+    settings.check()
+    check_place(settings.out, "--out")
+    check_output(settings.out, settings.overwrite, reads_of(settings))
+    check_shard_size(settings.max_shard_size)
+    if settings.distils:
+        settings.check_teacher()
+    if settings.teacher_cache is not None:
+        if settings.teacher is None:
+            raise UserError(
+                f"--teacher-cache {settings.teacher_cache} keeps what a teacher says; name that "
+                "with --teacher, or leave it out"
+            )
+        check_place(settings.teacher_cache / "cache", "--teacher-cache")
+    _check_data(settings)
+    if settings.keep_adapter and settings.method != "lora":
+        raise UserError(
+            f"method {settings.method} has no adapter to keep; leave --keep-adapter out"
+        )
+    if settings.resume and settings.restart:
+        raise UserError("--resume and --restart say different things; give one of them")
+    tidy(work)
+    check_ours(work, RECOVERING)
+    if is_busy(work):
+        raise busy(work)
+    if work.exists() and not (settings.resume or settings.restart):
+        raise UserError(
+            f"{work.name} holds a run that was interrupted; go on with --resume, or throw "
+            "it away with --restart"
+        )
+
+
+def reads_of(settings: RecoverSettings) -> list[Source]:
+    """Return all that a run reads."""
+    taught = () if settings.teacher is None else (settings.teacher, settings.teacher_cache)
+    return [settings.model, *taught, *settings.data, *settings.perplexity]
+
+
+def _check_data(settings: RecoverSettings) -> None:
+    if not settings.data:
+        raise UserError("no data given; use --data SRC")
+    if settings.held_out is not None and settings.held_out < 1:
+        raise UserError(
+            f"--held-out {settings.held_out} leaves nothing to judge by; use at least 1"
+        )
+    if SELF in settings.data and settings.teacher is None:
+        raise UserError(
+            "--data self is text that the dense model writes; name that model with --teacher"
+        )
+    if settings.samples is not None and settings.samples < 2:
+        raise UserError(
+            f"--samples {settings.samples} leaves nothing to train on or to judge by; use 2 or more"
+        )
+    check_number("--samples", settings.samples, 2, MOST)
 
 
 def read_examples(data: DataSettings) -> dict[str, Examples]:
@@ -40,7 +114,7 @@ def read_examples(data: DataSettings) -> dict[str, Examples]:
             text_field=data.text_field,
             limit=_reading_limit(source, data),
         )
-        for source in data.sources
+        for source in data.data
         if source != SELF
     }
 
@@ -50,13 +124,13 @@ def _reading_limit(source: str, data: DataSettings) -> int | None:
     return None if Path(source).expanduser().exists() else data.samples
 
 
-def load_teacher(teacher: TeacherSettings, student: LoadedModel) -> LoadedModel:
+def load_teacher(teacher: ModelSettings, student: LoadedModel) -> LoadedModel:
     """Load the dense model.
 
     Raises:
         UserError: its vocabulary is not the student's.
     """
-    dense = load(teacher.model)
+    dense = load(teacher)
     assert dense.tokenizer is not None
     assert student.tokenizer is not None
     ours, theirs = (
@@ -71,34 +145,33 @@ def load_teacher(teacher: TeacherSettings, student: LoadedModel) -> LoadedModel:
 
 
 def make_samples(
-    request: RecoverRequest,
+    settings: RecoverSettings,
+    work: Path,
     loaded: LoadedModel,
     dense: LoadedModel | None,
     examples: dict[str, Examples],
 ) -> list[Samples]:
     """Return the samples of each source; the dense model writes those of ``self``."""
-    data, settings = request.data, request.settings
     samples = []
-    for number, source in enumerate(data.sources):
+    for number, source in enumerate(settings.data):
         options: dict[str, Any] = {
             "seq_len": settings.seq_len,
-            "limit": data.samples,
-            "held_out": data.held_out,
+            "limit": settings.samples,
+            "held_out": settings.held_out,
             "seed": settings.seed,
             "source": number,
         }
         if source == SELF:
             assert dense is not None
             writer = hashlib.sha256(dense.fingerprint.encode()).hexdigest()[:16]
-            assert request.teacher is not None
-            kept = data.kept or (request.teacher.cache or request.work) / f"self-{writer}"
+            kept = settings.kept or (settings.teacher_cache or work) / f"self-{writer}"
             made = self_made_samples(dense.model, dense.tokenizer, kept, **options)
         else:
             made = split_samples(
                 examples[source],
                 loaded.tokenizer,
-                template=data.template,
-                mask_prompt=data.mask_prompt,
+                template=settings.template,
+                mask_prompt=settings.mask_prompt,
                 **options,
             )
         samples.append(made)
@@ -106,13 +179,18 @@ def make_samples(
 
 
 def facts_of(
-    request: RecoverRequest,
+    settings: RecoverSettings,
     loaded: LoadedModel,
     dense: LoadedModel | None,
     samples: Sequence[Samples],
 ) -> dict[str, Any]:
     """Return all that decides how a run goes."""
-    data, distillation = request.data, request.distillation
+    training = settings.model_dump(mode="json", include=set(TrainingSettings.model_fields))
+    distillation = {
+        "temperature": settings.temperature,
+        "weight": settings.distill_weight,
+        "top_k": settings.teacher_top_k,
+    }
     train = [one for each in samples for one in each.train]
     held_out = [one for each in samples for one in each.held_out]
     return {
@@ -120,12 +198,12 @@ def facts_of(
         "model_fingerprint": loaded.fingerprint,
         "teacher": None if dense is None else dense.name,
         "teacher_fingerprint": None if dense is None else dense.fingerprint,
-        "distillation": None if distillation is None else asdict(distillation),
-        "data": [source if source == SELF else Path(source).name for source in data.sources],
-        "template": data.template,
-        "mask_prompt": data.mask_prompt,
+        "distillation": distillation if settings.distils else None,
+        "data": [source if source == SELF else Path(source).name for source in settings.data],
+        "template": settings.template,
+        "mask_prompt": settings.mask_prompt,
         "data_fingerprint": fingerprint_samples([*train, *held_out]),
-        **asdict(request.settings),
+        **training,
     }
 
 

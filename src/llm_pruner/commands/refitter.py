@@ -6,18 +6,18 @@ from dataclasses import replace
 
 import torch
 
-from llm_pruner.compensation import Refitted, add_means_, refit_
+from llm_pruner.compensation import Refitted, refit_
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import LoadedModel
 from llm_pruner.runtime.memory import give_back
 from llm_pruner.runtime.precision import mixed_precision
 from llm_pruner.search.calibration import hold_out
 from llm_pruner.search.divergence import divergences
-from llm_pruner.search.per_group import TOKENS as LEVEL_TOKENS
 from llm_pruner.surgery.pruner import Surgeon
 from llm_pruner.types import Discovery, Removal
 
-COMPENSATIONS = ("none", "least-squares", "bias")
+TOKENS = 1024
+"""Held-out tokens that all refits together are judged on."""
 
 
 class Refitter:
@@ -28,12 +28,9 @@ class Refitter:
     further from the dense one than it was, it gets its weights back.
     """
 
-    def __init__(
-        self, loaded: LoadedModel, discovery: Discovery, surgeon: Surgeon, compensation: str
-    ) -> None:
+    def __init__(self, loaded: LoadedModel, discovery: Discovery, surgeon: Surgeon) -> None:
         self._model, self._dense = loaded.model, sharing_copy(loaded.model)
         self._discovery, self._surgeon = discovery, surgeon
-        self.fits = compensation == "least-squares"
         self.done: list[Refitted] = []
 
     def refit(self, removal: Removal, tokens: torch.Tensor) -> None:
@@ -41,22 +38,15 @@ class Refitter:
         before = sharing_copy(self._model)
         # Two samples are the least that can be fitted; then one of them has to judge, too.
         held_out, fitted = hold_out(tokens) if len(tokens) > 2 else (tokens[-1:], tokens)
-        repair = refit_ if self.fits else add_means_
         with mixed_precision():
-            found = repair(self._model, self._dense, self._discovery, removal, fitted)
+            found = refit_(self._model, self._dense, self._discovery, removal, fitted)
         give_back()
-        judging = held_out[: max(1, LEVEL_TOKENS // held_out.shape[1])]
+        judging = held_out[: max(1, TOKENS // held_out.shape[1])]
         after, without = divergences(self._dense, (self._model, before), judging)
         if not after <= without:
             for one in found:
-                module, old = (
-                    self._model.get_submodule(one.module),
-                    before.get_submodule(one.module),
-                )
-                module.weight = old.get_parameter("weight")
-                if one.biased:
-                    module.bias = getattr(old, "bias", None)
-            found = [replace(one, ridge=None, after=one.before, biased=False) for one in found]
-        self._surgeon.has_biases([one.module for one in found if one.biased])
+                module = self._model.get_submodule(one.module)
+                module.weight = before.get_submodule(one.module).get_parameter("weight")
+            found = [replace(one, ridge=None, after=one.before) for one in found]
         self.done.extend(found)
-        self._surgeon.clock.stop("least squares" if self.fits else "bias")
+        self._surgeon.clock.stop("least squares")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llm_pruner.errors import UserError
-from llm_pruner.files.places import free_bytes, nearest
+from llm_pruner.files.outputs import free_bytes, nearest
 from llm_pruner.models.load import stored_size
 from llm_pruner.planning import Target
 from llm_pruner.report.text import megabytes
@@ -31,24 +31,25 @@ def check_space(
         UserError: or a weight file is damaged, or the model has no more parameters than are to be
             kept.
     """
-    stored = stored_size(model.source, model.revision, model.dtype)
+    stored = stored_size(model.model, model.revision, model.dtype)
     if stored is None:
         return
     parameters, bytes_ = stored
     needed = int(bytes_ * _share_kept(target, parameters) * copies)
     free = free_bytes(out)
     if needed > free:
+        kind = "" if model.dtype == "auto" else f" in {model.dtype}"
         raise UserError(
-            f"{out} needs about {megabytes(needed)} for weights in {model.dtype}, and the disk of "
+            f"{out} needs about {megabytes(needed)} for weights{kind}, and the disk of "
             f"{nearest(out)} has {megabytes(free)} free; free some, or give another --out"
         )
 
 
 def _share_kept(target: Target | None, parameters: int | None) -> float:
-    """Return the least share of the weights that is kept; one of units or time may remove less."""
+    """Return the least share of the weights that is kept; one of units may remove less."""
     if target is None:
         return 1.0
     if target.params is not None:
         return 0.0 if parameters is None else target.kept(parameters) / parameters
-    shares = (target.ratio, target.unit_ratio, target.kv_cache, target.decode_time)
+    shares = (target.ratio, target.unit_ratio, target.kv_cache)
     return 1.0 - next(share for share in shares if share is not None)

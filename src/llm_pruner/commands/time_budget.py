@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
-
-from llm_pruner.errors import UserError
-from llm_pruner.settings.limits import MOST_MINUTES
 
 SHORTEST = 60.0
 """Seconds below which training is not begun."""
@@ -15,28 +11,8 @@ SHORTEST = 60.0
 WRITING = 1 / 3
 """Share of the time for recovery in which the dense model may write text to train on."""
 
-_SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 _STARTING = 10.0
 """Seconds for what is not timed: starting Python, and drawing the report."""
-
-
-def parse_duration(text: str) -> float:
-    """Return seconds of ``"90s"``, ``"30m"``, ``"1.5h"`` or ``"1h30m"``.
-
-    Raises:
-        UserError: it is no such time, or none at all.
-    """
-    number = r"(\d+(?:\.\d+)?)"
-    match = re.fullmatch(rf"(?:{number}h)?(?:{number}m)?(?:{number}s)?", text.strip().lower())
-    seconds = 0.0
-    if match is not None:
-        parts = zip(match.groups(default="0"), _SECONDS.values(), strict=True)
-        seconds = sum(float(part) * of for part, of in parts)
-    if seconds <= 0:
-        raise UserError(f"--time-budget {text} is no time; write such as 90s, 30m or 2h")
-    if seconds > 60 * MOST_MINUTES:
-        raise UserError(f"--time-budget {text[:40]} is longer than a year; write such as 30m or 2h")
-    return seconds
 
 
 def time_to_recover(

@@ -11,50 +11,31 @@ from typing import Any
 import torch
 from transformers import __version__ as transformers_version
 
-from llm_pruner import __version__
 from llm_pruner.checkpoints import atomic_directory
-from llm_pruner.data.task_files import LOCAL_TASKS, read_task
+from llm_pruner.data.task_files import read_task
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import result_cache
-from llm_pruner.evaluation.task_definitions import (
+from llm_pruner.evaluation.zero_shot import (
     READER,
     READER_SOURCE,
-    definition_text,
-    require_harness,
-)
-from llm_pruner.evaluation.zero_shot import (
     Mean,
     MetricResult,
     PreparedTask,
     TaskResult,
     TaskRunner,
+    definition_text,
     harness_version,
     means,
     prepare,
+    require_harness,
 )
 from llm_pruner.files.outputs import check_output
 from llm_pruner.models.load import LoadedModel
-from llm_pruner.settings.common import ModelSettings
+from llm_pruner.settings.common import TaskSettings
+from llm_pruner.settings.evaluate import EvaluateSettings
 from llm_pruner.settings.limits import MOST, check_number
-
-
-@dataclass(frozen=True)
-class ZeroShotSettings:
-    """Which tasks are run and how.
-
-    Attributes:
-        tasks: names in lm-evaluation-harness.
-        data: folder with ``<task>.jsonl`` for each task; None for the harness's own datasets.
-        limit: take only this many documents of each task.
-        batch_size: sequences in a forward pass; None for as many as keep a batch small.
-        cache: read and keep results in ``result_cache.folder()``.
-    """
-
-    tasks: tuple[str, ...]
-    data: Path | None = None
-    limit: int | None = None
-    batch_size: int | None = None
-    cache: bool = True
+from llm_pruner.settings.words import LOCAL_TASKS
+from llm_pruner.version import __version__
 
 
 @dataclass(frozen=True)
@@ -82,23 +63,21 @@ class ZeroShot:
     versions: dict[str, str]
 
 
-def check(settings: ZeroShotSettings) -> None:
+def check(settings: TaskSettings) -> None:
     """Raise UserError for what can be refused without reading anything."""
     if settings.limit is not None and settings.limit < 1:
         raise UserError(f"limit={settings.limit} leaves no documents; use 1 or more")
-    if settings.batch_size is not None and settings.batch_size < 1:
-        raise UserError(f"batch_size={settings.batch_size} runs nothing; use 1 or more, or auto")
     check_number("--limit", settings.limit, 1, MOST)
-    check_number("--batch-size", settings.batch_size, 1, 2**20)
-    twice = sorted({task for task in settings.tasks if settings.tasks.count(task) > 1})
+    tasks = settings.tasks or ()
+    twice = sorted({task for task in tasks if tasks.count(task) > 1})
     if twice:
         raise UserError(f"task {twice[0]} is named twice; name it once")
-    if not all(settings.tasks):
+    if not all(tasks):
         raise UserError("--tasks has an empty name; write such as boolq,piqa")
     require_harness()
 
 
-def prepare_tasks(settings: ZeroShotSettings) -> list[PreparedTask]:
+def prepare_tasks(settings: TaskSettings) -> list[PreparedTask]:
     """Return the tasks with their documents; nothing of it needs the model.
 
     Raises:
@@ -106,16 +85,15 @@ def prepare_tasks(settings: ZeroShotSettings) -> list[PreparedTask]:
     """
     check(settings)
     records = {
-        task: None if settings.data is None else read_task(settings.data, task)
-        for task in settings.tasks
+        task: None if settings.tasks_data is None else read_task(settings.tasks_data, task)
+        for task in settings.tasks or ()
     }
     return [prepare(task, found, settings.limit) for task, found in records.items()]
 
 
 def run_tasks(
     tasks: list[PreparedTask],
-    settings: ZeroShotSettings,
-    model: ModelSettings,
+    settings: EvaluateSettings,
     identity: result_cache.ModelIdentity | None,
     load: Callable[[], LoadedModel],
 ) -> ZeroShot:
@@ -124,8 +102,7 @@ def run_tasks(
     Args:
         tasks: what ``prepare_tasks`` returned.
         settings: how they are run.
-        model: what ``load`` loads.
-        identity: of that model; None to read and keep nothing.
+        identity: of the model; None to read and keep nothing.
         load: returns the model; called only if a task has to be run.
     """
     versions = {
@@ -141,7 +118,7 @@ def run_tasks(
         name = None
         if identity is not None:
             name = result_cache.key(
-                identity, model, task=task.identity, lm_eval=versions["lm_eval"]
+                identity, settings, task=task.identity, lm_eval=versions["lm_eval"]
             )
             kept = _from_json(result_cache.read(name))
             if kept is not None:
@@ -150,7 +127,7 @@ def run_tasks(
                 continue
         if runner is None:
             loaded = load()
-            runner = TaskRunner(loaded.model, loaded.tokenizer, settings.batch_size)
+            runner = TaskRunner(loaded.model, loaded.tokenizer, settings.sequences)
         found = runner.run(task, settings.limit)
         results += found
         if name is not None:
@@ -161,9 +138,9 @@ def run_tasks(
         mean=mean,
         mean_without_boolq=without,
         cached=cached,
-        data="harness" if settings.data is None else "local",
+        data="harness" if settings.tasks_data is None else "local",
         limit=settings.limit,
-        dtype=model.dtype,
+        dtype=settings.dtype,
         versions=versions,
     )
 

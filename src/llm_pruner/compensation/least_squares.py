@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from llm_pruner.models.gram import add_gram_
+from llm_pruner.models.consumers import add_gram_
 
 RIDGES = (0.1, 0.3, 1.0, 3.0)
 """Ridges that are tried, as shares of each input's mean square."""

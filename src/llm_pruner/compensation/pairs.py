@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +9,9 @@ import torch
 from torch import nn
 
 from llm_pruner.models.consumers import consumers_of, input_dim, weight_of
+from llm_pruner.models.layers import Renaming, kept_layers
 from llm_pruner.surgery.removal import removed_modules, removed_positions
-from llm_pruner.types import Discovery, IntArray, Removal
+from llm_pruner.types import Discovery, Removal
 
 KINDS = ("heads", "query_heads", "value_dim", "ffn")
 """Kinds of groups whose consumers are repaired."""
@@ -26,19 +26,17 @@ class Refitted:
         ridge: the one that was chosen; None if the weight was left as it was.
         before: squared error over the squared norm of the target, on held-out tokens.
         after: the same after the refit; never larger.
-        biased: whether its bias took up what the removed inputs added on average.
     """
 
     module: str
     ridge: float | None
     before: float
     after: float
-    biased: bool = False
 
     @property
     def changed(self) -> bool:
         """Whether it is not as the cut left it."""
-        return self.biased or self.ridge is not None
+        return self.ridge is not None
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,6 @@ class Pair:
         name: qualified name in the pruned model.
         module, dense: the two.
         out: output features of the dense module that the pruned one has.
-        lost: input features of the dense module that the pruned one has not.
         fitted: whether least squares fits it: where it lost inputs, and everywhere if layers or
             hidden channels went.
     """
@@ -58,7 +55,6 @@ class Pair:
     module: nn.Module
     dense: nn.Module
     out: torch.Tensor
-    lost: IntArray
     fitted: bool
 
 
@@ -73,9 +69,8 @@ def pairs_of(
         discovery: of the dense model.
         removal: what was removed, in its numbering.
     """
-    gone = tuple(f"{name}." for name in removed_modules(discovery, removal))
     removed = removed_positions(discovery, removal)
-    rename = _renaming(dense, discovery, removal)
+    rename = Renaming(kept_layers(dense, removed_modules(discovery, removal)))
     pairs: dict[int, Pair] = {}
     everywhere = any(group.kind not in KINDS for group in discovery.groups if group.name in removal)
     tied = set(discovery.aliases) | set(discovery.aliases.values())
@@ -84,34 +79,14 @@ def pairs_of(
         if group.kind not in KINDS:
             continue
         for consumer in consumers_of(dense, group):
-            weight = f"{consumer.module}.weight"
-            if f"{consumer.module}.".startswith(gone) or weight in tied:
+            weight, name = f"{consumer.module}.weight", rename(consumer.module)
+            if name is None or weight in tied:
                 continue
             before = dense.get_submodule(consumer.module)
             inputs = input_dim(before) or 0
             lost = removed.get((weight, inputs), nothing)
             rows = np.arange(weight_of(before).shape[0])
             kept = torch.from_numpy(np.delete(rows, removed.get((weight, 1 - inputs), nothing)))
-            name = rename(consumer.module)
             fitted = everywhere or len(lost) > 0
-            pairs[id(before)] = Pair(name, model.get_submodule(name), before, kept, lost, fitted)
+            pairs[id(before)] = Pair(name, model.get_submodule(name), before, kept, fitted)
     return pairs
-
-
-def _renaming(dense: nn.Module, discovery: Discovery, removal: Removal) -> Callable[[str], str]:
-    """Return the name in the pruned model of a module of the dense one."""
-    gone = set(removed_modules(discovery, removal))
-    places: dict[str, str] = {}
-    for path, module in dense.named_modules():
-        if isinstance(module, nn.ModuleList):
-            kept = [i for i in range(len(module)) if f"{path}.{i}" not in gone]
-            if len(kept) < len(module):
-                places |= {f"{path}.{old}.": f"{path}.{new}." for new, old in enumerate(kept)}
-
-    def rename(name: str) -> str:
-        for old, new in places.items():
-            if name.startswith(old):
-                return new + name[len(old) :]
-        return name
-
-    return rename

@@ -34,7 +34,7 @@ from llm_pruner.errors import UserError
 from llm_pruner.models.activation_store import Borders
 from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
 from llm_pruner.models.consumers import set_weight, weight_of
-from llm_pruner.models.undisturbed import undisturbed
+from llm_pruner.models.forward import undisturbed
 from llm_pruner.runtime.progress import track
 from llm_pruner.surgery.removal import removed_modules
 from llm_pruner.types import Discovery, Removal

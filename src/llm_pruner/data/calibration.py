@@ -11,11 +11,17 @@ from typing import Any
 
 import torch
 
-from llm_pruner.data.records import join_records, record_format
 from llm_pruner.data.selfmade import write_text_cached, write_windows
-from llm_pruner.data.text import SELF, Documents, load_documents, sources_of
+from llm_pruner.data.sequences import added_tokens
+from llm_pruner.data.text import (
+    SELF,
+    Documents,
+    join_records,
+    load_documents,
+    record_format,
+    sources_of,
+)
 from llm_pruner.errors import UserError
-from llm_pruner.models.special_tokens import added_tokens
 
 SHORT_DOCUMENT = 200
 """Documents with fewer characters than this on average are lines of a running text."""

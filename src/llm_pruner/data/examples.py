@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_pruner.data.files import SUFFIXES, read_rows, texts_of_rows
-from llm_pruner.data.hub import read_hub_rows
-from llm_pruner.data.text import fingerprint
+from llm_pruner.data.files import read_hub_rows, read_rows, texts_of_rows
+from llm_pruner.data.text import fingerprint, is_file_name
 from llm_pruner.errors import UserError
 
 ROLES = ("system", "user", "assistant")
@@ -88,8 +87,7 @@ def load_examples(
             empty.
     """
     path = Path(source).expanduser()
-    local = path.exists() or path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~"))
-    if local:
+    if is_file_name(source, path):
         name, used = path.name, None
         rows: Sequence[Any] = tuple(read_rows(path))
     else:

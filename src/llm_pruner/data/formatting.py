@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from llm_pruner.data.examples import Example
-from llm_pruner.data.sequences import TrainingSequence, make_sequence
+from llm_pruner.data.sequences import TrainingSequence, added_tokens, make_sequence
 from llm_pruner.errors import UserError
-from llm_pruner.models.special_tokens import added_tokens
 
 Template = Literal["auto", "chat", "alpaca"]
 

@@ -10,22 +10,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from llm_pruner.data.sequences import added_tokens
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import new_file, tidy
-from llm_pruner.models.decode import Decoder, cache_argument
-from llm_pruner.models.kv_cache import make_room_, tensor_bytes
-from llm_pruner.models.special_tokens import added_tokens
+from llm_pruner.models.decode import Decoder, make_room_, tensor_bytes
+from llm_pruner.models.forward import cache_argument, embedding_rows, evaluating, maximum_length
 from llm_pruner.runtime.progress import track
 
-TEMPERATURE = 1.0
-MIN_P = 0.0
-"""Tokens less likely than this share of the likeliest one are not drawn (arXiv 2407.01082).
-
-By default all are: text that is drawn from the whole distribution is as varied as what people
-write, and a cut, even of one in five hundred, leaves text so poor in words that other units look
-important. In theory the mean gradient of a model's loss on its own uncut text is zero, so that a
-first-order importance would be noise; over samples as few as these it is not.
-"""
 PIECE = 512
 """Tokens of a text at most. On SmolLM2-135M texts of 512 calibrate better than of 128."""
 TOKENS, TEXTS = 8192, 64
@@ -45,8 +36,6 @@ def write_text(
     seq_len: int,
     seed: int,
     batch_size: int | None = None,
-    temperature: float = TEMPERATURE,
-    min_p: float = MIN_P,
 ) -> torch.Tensor:
     """Sample ``samples`` sequences of ``seq_len`` tokens, int64 of that shape, on the CPU.
 
@@ -67,14 +56,12 @@ def write_text(
     if starts.shape[1] > seq_len:
         raise UserError(f"seq_len={seq_len} holds the tokenizer's BOS alone; use a longer one")
     uniform = torch.rand(samples, seq_len, generator=generator, dtype=torch.float64)
-    barred = _barred(tokenizer, _vocabulary(model))
+    barred = _barred(tokenizer, embedding_rows(model))
     ids = torch.empty(samples, seq_len, dtype=torch.int64)
     ids[:, : starts.shape[1]] = starts
     positions = range(starts.shape[1], seq_len)
-    training = model.training
-    model.eval()
     decoder = Decoder(model)
-    try:
+    with evaluating(model):
         opening = torch.cat([lead, starts[0]])[None].to(device)
         batch_size = batch_size or _texts_at_a_time(model, opening, seq_len)
         batches = range(0, samples, batch_size)
@@ -88,11 +75,7 @@ def write_text(
             logits = decoder.step(fresh.to(device))
             if position == positions.start:
                 make_room_(decoder.cache, len(lead) + seq_len)
-            ids[rows, position] = _draw(
-                logits.float().cpu(), uniform[rows, position], barred, temperature, min_p
-            )
-    finally:
-        model.train(training)
+            ids[rows, position] = _draw(logits.float().cpu(), uniform[rows, position], barred)
     return ids
 
 
@@ -121,8 +104,8 @@ def write_windows(
 
 
 def _check_length(model: Any, seq_len: int) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < seq_len:
+    limit = maximum_length(model)
+    if limit is not None and limit < seq_len:
         raise UserError(
             f"seq_len={seq_len} is longer than the model's maximum; use at most {limit}"
         )
@@ -151,18 +134,20 @@ def _draw(
     logits: torch.Tensor,
     uniform: torch.Tensor,
     barred: torch.Tensor,
-    temperature: float,
-    min_p: float,
 ) -> torch.Tensor:
-    """Return one token a row by inverting the cumulative distribution at ``uniform``."""
-    share = torch.softmax(logits.index_fill(1, barred, -torch.inf).div_(temperature), dim=-1)
-    peak = share.amax(dim=-1, keepdim=True)
-    if not bool(peak.isfinite().all()):
+    """Return one token a row by inverting the cumulative distribution at ``uniform``.
+
+    All of it: a cut at unlikely tokens (arXiv 2407.01082), even of one in five hundred, leaves text
+    so poor in words that other units look important. In theory the mean gradient of a model's loss
+    on its own uncut text is zero, so that a first-order importance would be noise; over samples as
+    few as these it is not.
+    """
+    share = torch.softmax(logits.index_fill(1, barred, -torch.inf), dim=-1)
+    if not bool(share.isfinite().all()):
         raise UserError(
             "the model's logits are not finite while it writes calibration text; load it "
             "in float32 or bfloat16, or give a text as calibration data"
         )
-    share[share < min_p * peak] = 0.0
     cumulative = share.cumsum(dim=-1, dtype=torch.float64)
     target = uniform[:, None] * cumulative[:, -1:]
     # right=True finds the first token whose cumulative share exceeds the target: never one of 0.
@@ -183,7 +168,7 @@ def _starts(
     nothing = torch.empty(0, dtype=torch.int64)
     if prefix:
         return torch.tensor(prefix, dtype=torch.int64).expand(samples, -1), nothing
-    words = torch.tensor(_words(tokenizer, _vocabulary(model)), dtype=torch.int64)
+    words = torch.tensor(_words(tokenizer, embedding_rows(model)), dtype=torch.int64)
     rounds = [
         torch.randperm(len(words), generator=generator) for _ in range(-(-samples // len(words)))
     ]
@@ -224,10 +209,6 @@ def _barred(tokenizer: Any, vocabulary: int) -> torch.Tensor:
 def _special_ids(tokenizer: Any) -> set[int]:
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
-
-
-def _vocabulary(model: Any) -> int:
-    return int(model.get_input_embeddings().weight.shape[0])
 
 
 CHUNK = TEXTS

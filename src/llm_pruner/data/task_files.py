@@ -8,6 +8,7 @@ from typing import Any
 
 from llm_pruner.data.files import json_lines
 from llm_pruner.errors import UserError
+from llm_pruner.settings.words import LOCAL_TASKS
 
 Record = dict[str, Any]
 
@@ -41,17 +42,6 @@ _SCHEMAS: dict[str, dict[str, str]] = {
     },
 }
 _SCHEMAS["arc_challenge"] = _SCHEMAS["arc_easy"]
-
-LOCAL_TASKS = (
-    "boolq",
-    "piqa",
-    "hellaswag",
-    "winogrande",
-    "arc_easy",
-    "arc_challenge",
-    "openbookqa",
-)
-"""Names as lm-evaluation-harness has them, in the order of the paper's tables."""
 
 
 def read_task(folder: Path, task: str) -> list[Record]:

@@ -81,8 +81,8 @@ def discover(
     groups = _kept_for_unreached(groups, trace, tensors, aliases)
     system = SizeSystem(trace)
     groups = _bind(groups, unit_atoms, trace, system)
-    layer_groups, layer_lists, own_numbers = _layer_groups(model, run, lists)
-    graph = Graph(trace, system, unit_atoms, layer_lists, run.scenes, run.left_out, own_numbers)
+    layer_groups, own_numbers = _layer_groups(model, run, lists)
+    graph = Graph(trace, system, unit_atoms, run.scenes, run.left_out, own_numbers)
     return Discovery(
         groups=(*groups, *layer_groups),
         frozen=tuple(builder.frozen_axes()),
@@ -351,14 +351,10 @@ class _Builder:
                 name = f"{stem}_{number}"
             unit_atoms[name] = units
             groups.append(replace(group, name=name))
-        blocks = self._blocks(groups, unit_atoms)
-        return [
-            replace(group, blocks=blocks[group.name]) if group.name in blocks else group
-            for group in groups
-        ], unit_atoms
+        return self._in_blocks(groups, unit_atoms), unit_atoms
 
-    def _blocks(self, groups: list[Group], unit_atoms: dict[str, IntArray]) -> dict[str, IntArray]:
-        """Return for query heads the unit of their key-value group."""
+    def _in_blocks(self, groups: list[Group], unit_atoms: dict[str, IntArray]) -> list[Group]:
+        """Give query heads as blocks the units of their key-value heads."""
         atoms = self.trace.atoms
         block_of = np.full(len(atoms), -1, dtype=np.int64)
         outer_of = np.full(len(atoms), 0, dtype=np.int64)
@@ -369,16 +365,24 @@ class _Builder:
             if outer.shape[1] == 1:
                 outer_of[pairs] = outer
         unit_number = np.full(len(atoms), -1, dtype=np.int64)
-        for group in groups:
+        group_number = np.full(len(atoms), -1, dtype=np.int64)
+        for number, group in enumerate(groups):
             if group.kind == "heads":
                 unit_number[unit_atoms[group.name]] = np.arange(group.size)
-        blocks = {}
+                group_number[unit_atoms[group.name]] = number
+        result = []
         for group in groups:
             if group.kind == "query_heads":
-                units = unit_atoms[group.name]
-                owner = unit_number[outer_of[units]]
-                blocks[group.name] = owner if (owner >= 0).all() else block_of[units]
-        return blocks
+                outer = outer_of[unit_atoms[group.name]]
+                owners = np.unique(group_number[outer])
+                known = bool((owners >= 0).all())
+                group = replace(
+                    group,
+                    blocks=unit_number[outer] if known else block_of[unit_atoms[group.name]],
+                    owner=groups[int(owners[0])].name if known and len(owners) == 1 else None,
+                )
+            result.append(group)
+        return result
 
     def frozen_axes(self) -> list[FrozenAxis]:
         """Return the axes of parameters, or parts of them, that no removal can reach."""
@@ -568,15 +572,14 @@ def _trial(
 
 def _layer_groups(
     model: nn.Module, run: Run, lists: list[str]
-) -> tuple[list[Group], dict[str, int], frozenset[tuple[str, str, str]]]:
+) -> tuple[list[Group], frozenset[tuple[str, str, str]]]:
     """Find module lists whose children map the residual stream onto itself.
 
-    Returns the groups, the length of each list, and ``Graph.own_numbers``.
+    Returns the groups and ``Graph.own_numbers``.
     """
     own: set[tuple[str, str, str]] = set()
     trace, calls, by_place = run.trace, run.calls, run.given.by_place()
     groups: list[Group] = []
-    lengths: dict[str, int] = {}
     nested = [name for name in lists if any(name.startswith(f"{o}.") for o in lists)]
     by_list: dict[str, list[str]] = defaultdict(list)
     for child in calls:
@@ -588,8 +591,6 @@ def _layer_groups(
         passes = all(_passes_through(trace, calls[child]) for child in children)
         if len(children) < 2 or not passes:
             continue
-        places: Any = model.get_submodule(parent)  # some of which may be empty
-        lengths[parent] = len(places)
         reason = _why_fixed(model, trace)
         if not all(_passes_through(trace, calls[child], whole=True) for child in children):
             reason = "each layer numbers the streams of the hidden state anew"
@@ -605,7 +606,7 @@ def _layer_groups(
             reason = "the model needs its first layer, and has one other"
         modules = tuple(children)
         groups.append(Group(name, "layers", None, len(modules), (), frozen=reason, modules=modules))
-    return groups, lengths, frozenset(own)
+    return groups, frozenset(own)
 
 
 def _own_numbers(

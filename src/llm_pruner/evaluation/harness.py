@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-import io
-import logging
 import random
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, redirect_stderr
 from difflib import get_close_matches
 from functools import cache
 from typing import Any, TextIO
@@ -23,7 +20,8 @@ from lm_eval.tasks import TaskManager
 
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.likelihood import log_likelihoods, truncated
-from llm_pruner.evaluation.task_definitions import definition_file
+from llm_pruner.evaluation.zero_shot import definition_file
+from llm_pruner.runtime.quiet import quiet as silenced
 
 Tasks = dict[str, Any]
 """What the harness's task manager returns: ``tasks`` by name, ``groups``, ``group_map``."""
@@ -143,24 +141,9 @@ def run(lm: LoadedLM, tasks: Tasks, limit: int | None) -> dict[str, Any]:
         return evaluator.evaluate(lm, tasks, limit=limit, log_samples=False)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> AbstractContextManager[None]:
     """Hold back what the harness and what it calls print, log and warn about."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers", "datasets")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with (
-            warnings.catch_warnings(),
-            redirect_stdout(io.StringIO()),
-            redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    return silenced("lm_eval", "transformers", "datasets", stdout=True, stderr=True)
 
 
 def _usable(name: str, tasks: Tasks) -> Tasks:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from llm_pruner.errors import UserError
-from llm_pruner.models.decode import cache_argument
+from llm_pruner.models.forward import cache_argument, embedding_rows
 from llm_pruner.runtime.progress import track
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -165,7 +165,7 @@ class _Scorer:
         self.batch_size = batch_size
         kind = "cpu" if self.device.type == "cpu" else "other"
         self.tokens = _TOKENS[kind]
-        vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        vocabulary = embedding_rows(model)
         self.positions = max(1, _LOGITS_BYTES[kind] // (4 * vocabulary))
         parameters = inspect.signature(model.forward).parameters
         self.keeps_logits = "logits_to_keep" in parameters

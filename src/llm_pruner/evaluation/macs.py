@@ -23,14 +23,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from llm_pruner.discovery.tracing.ghosts import GhostRunner, ghosts_of, is_on_meta
-from llm_pruner.discovery.tracing.outputs import logits_of
+from llm_pruner.discovery.tracing.ghosts import GhostRunner, ghosts_of
 from llm_pruner.discovery.tracing.run import example_tokens
 from llm_pruner.discovery.tracing.scenes import staged
 from llm_pruner.discovery.tracing.tracer import tensors_in
 from llm_pruner.errors import LLMPrunerError, UserError
-from llm_pruner.models.decode import Decoder
-from llm_pruner.models.kv_cache import tensor_bytes
+from llm_pruner.models.decode import Decoder, tensor_bytes
+from llm_pruner.models.forward import is_on_meta, logits_of
 
 PAPER_TOKENS = 64
 """Length of the text that LLM-Pruner (arXiv 2305.11627) counts MACs on."""

@@ -1,4 +1,4 @@
-"""Peak memory of prefill and of decoding."""
+"""Parameters and bytes of a model, and peak memory of prefill and of decoding."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llm_pruner.discovery.tracing.run import example_tokens
 from llm_pruner.discovery.tracing.scenes import staged
 from llm_pruner.models.decode import Decoder
+from llm_pruner.models.layers import heaviest
+from llm_pruner.types import Size
 
 
 @dataclass(frozen=True)
@@ -126,3 +130,31 @@ def _has_memory(leaf: Any) -> bool:
 
 def _key(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
+
+
+def model_size(model: Any) -> Size:
+    """Count the parameters of a causal language model.
+
+    The decoder layers are the module list that holds the most parameters.
+    """
+    layers = heaviest(one for one in model.modules() if isinstance(one, nn.ModuleList))
+    heads = (model.get_input_embeddings(), model.get_output_embeddings())
+    return Size(
+        total=_count(model),
+        embedding=_count(*(head for head in heads if head is not None)),
+        blocks=0 if layers is None else _count(layers),
+        bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+    )
+
+
+def folder_bytes(path: str | Path) -> int:
+    """Return the bytes of all files under a folder, or of one file."""
+    path = Path(path)
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _count(*modules: nn.Module) -> int:
+    unique = {id(p): p.numel() for module in modules for p in module.parameters()}
+    return sum(unique.values())

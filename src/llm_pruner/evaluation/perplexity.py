@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import torch
 
+from llm_pruner.data.sequences import added_tokens
 from llm_pruner.errors import UserError
-from llm_pruner.models.special_tokens import added_tokens
+from llm_pruner.models.forward import embedding_rows, evaluating, maximum_length
 from llm_pruner.runtime.progress import track
 
 Protocol = Literal["paper", "standard"]
@@ -120,13 +121,6 @@ def perplexity(
     )
 
 
-def maximum_length(model: Any) -> int | None:
-    """Return the longest input that the model's config allows, None where it sets no limit."""
-    config = model.config.get_text_config()
-    value = getattr(config, "max_position_embeddings", None)
-    return value if isinstance(value, int) and value > 0 else None
-
-
 def _window_length(model: Any, protocol: Protocol, seq_len: int | None) -> int:
     limit = maximum_length(model)
     if seq_len is None:
@@ -168,7 +162,7 @@ def _windows(
 
 
 def _check_ids(model: Any, rows: torch.Tensor) -> None:
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    vocabulary = embedding_rows(model)
     largest = int(rows.max())
     if largest >= vocabulary:
         raise UserError(
@@ -188,9 +182,7 @@ def _losses(
 ) -> Iterator[torch.Tensor]:
     """Yield the summed loss of each window of a batch, float64 on the CPU."""
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         batches = torch.split(rows, batch_size)
         for number, batch in enumerate(track(batches, f"Perplexity on {name}")):
             tokens = batch.to(device)
@@ -209,8 +201,6 @@ def _losses(
                     "try float32 or bfloat16"
                 )
             yield sums
-    finally:
-        model.train(training)
 
 
 def _window_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

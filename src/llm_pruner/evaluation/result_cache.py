@@ -1,10 +1,11 @@
-"""Results on disk under the hash of all that they depend on."""
+"""Results on disk under the hash of all that they depend on, and text that flatters them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ from typing import Any
 from transformers import __version__ as transformers_version
 from transformers.utils.hub import cached_file
 
-from llm_pruner import __version__
 from llm_pruner.checkpoints import atomic_write_text
 from llm_pruner.files.json import read_json
 from llm_pruner.models.load import DEFAULT, default_gguf
 from llm_pruner.settings.common import ModelSettings
+from llm_pruner.version import __version__
 
 _FORMAT = 1
 _CONTENT = (
@@ -49,7 +50,7 @@ class ModelIdentity:
 def identify(model: ModelSettings) -> ModelIdentity | None:
     """Return the identity of a model; None if it cannot be had, which loading it will explain."""
     try:
-        source = str(default_gguf()) if model.source == DEFAULT else model.source
+        source = str(default_gguf()) if model.model == DEFAULT else model.model
         path = Path(source).expanduser()
         if path.is_dir():
             files = [
@@ -113,3 +114,44 @@ def _hash(files: list[Path]) -> str:
             while block := file.read(_BLOCK):
                 digest.update(block)
     return digest.hexdigest()
+
+
+_FAMILIES = (("wikitext",), ("ptb", "penn_treebank", "penn-treebank"), ("c4",), ("bookcorpus",))
+
+
+def calibration_source(model: str) -> str | None:
+    """Return what the plan in a pruned folder was calibrated on; None if nothing says so."""
+    try:
+        plan = read_json(Path(model).expanduser() / "plan.json")
+        settings = plan.get("settings", {})  # of earlier versions: calibration
+        source = settings["calibration"] if settings else plan["calibration"]["source"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return source if isinstance(source, str) else None
+
+
+def shared_corpora(model: str, sources: Iterable[str]) -> list[str]:
+    """Return a warning for each source of the corpus that the model was calibrated on.
+
+    Sources are of one corpus if they have the same file name, or both names are of one family
+    (WikiText, Penn Treebank, C4, BookCorpus), whatever the split.
+    """
+    used = calibration_source(model)
+    if used is None:
+        return []
+    return [
+        f"{model} was calibrated on {part} and is measured on {source}, which is of the same "
+        "corpus: the result flatters it; calibrate on other text to compare"
+        for source in sources
+        for part in used.split(",")
+        if Path(source).name == Path(part).name or _family(source) & _family(part)
+    ]
+
+
+def _family(source: str) -> set[int]:
+    name = Path(source).name.lower() if Path(source).suffix else source.lower()
+    return {
+        number
+        for number, words in enumerate(_FAMILIES)
+        if any(name.startswith(word) or f"/{word}" in name for word in words)
+    }

@@ -14,20 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_pruner.importance.boundary_pass import forward, hidden_form, store_slope
+from llm_pruner.importance.boundary_pass import forward, hidden_form, parts_of, store_slope
 from llm_pruner.importance.criterion import Criterion
-from llm_pruner.importance.gradients import GradientSums, batches, pull_back
-from llm_pruner.importance.loss import loss_cotangent
+from llm_pruner.importance.gradients import GradientSums, loss_cotangent, pull_back
 from llm_pruner.importance.needs import Need, Sums, parameters_by_name
 from llm_pruner.models.activation_store import Borders
 from llm_pruner.models.blockwise import Call, Chain, find_chain, hidden_of
 from llm_pruner.runtime.progress import track
-
-_TOKENS = 2048
-"""Tokens that go through a block together, where samples need not be told apart."""
-
-_LOGIT_BYTES = 2**27
-"""Bytes of logits held at a time; their gradient takes as much again."""
 
 _BUDGET = 2**26
 """Bytes of hidden states and their gradients held in memory; the rest goes to files."""
@@ -55,15 +48,13 @@ def blockwise_sums(
     """
     known = parameters_by_name(model)
     chain = find_chain(model, input_ids, {name: known[name] for name in needs})
-    count, (samples, length) = len(chain.blocks), input_ids.shape
+    count, samples = len(chain.blocks), len(input_ids)
     with_weights = [index for index, owned in enumerate(chain.owned) if owned]
     lowest = 0 if chain.bottom else min(with_weights, default=count)
     wanted = range(lowest, count + 1 if chain.outside else count)
 
     first = criterion.order == "first"
-    together = batches(samples, max(1, _TOKENS // length) if first else 1)
-    logit_bytes = length * chain.vocabulary * 4
-    headed = batches(samples, max(1, min(_TOKENS // length, _LOGIT_BYTES // logit_bytes)))
+    together, headed = parts_of(chain, input_ids, first)
 
     with chain.opened():
         shape, dtype = hidden_form(chain, input_ids)

@@ -7,8 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from llm_pruner.importance.gradients import pull_back
-from llm_pruner.importance.loss import loss_cotangent
+from llm_pruner.importance.gradients import batches, loss_cotangent, pull_back
 from llm_pruner.models.activation_store import Borders
 from llm_pruner.models.blockwise import Call, Chain, hidden_of, output_of, with_output
 
@@ -27,6 +26,29 @@ class Tap(Protocol):
         factor: float,
     ) -> None:
         """Take the gradients of ``tapped``; the true ones are ``factor`` times them."""
+
+
+TOKENS = 2048
+"""Tokens that go through a block together, where samples need not be told apart."""
+
+_LOGIT_BYTES = 2**27
+"""Bytes of logits held at a time; their gradient takes as much again."""
+
+
+def parts_of(
+    chain: Chain, input_ids: torch.Tensor, together: bool
+) -> tuple[list[slice], list[slice]]:
+    """Return the samples that go through a block at a time, and through the head as well.
+
+    Args:
+        together: whether samples need not be told apart.
+    """
+    samples, length = input_ids.shape
+    logits = _LOGIT_BYTES // (length * chain.vocabulary * 4)
+    return (
+        batches(samples, max(1, TOKENS // length) if together else 1),
+        batches(samples, max(1, min(TOKENS // length, logits))),
+    )
 
 
 def hidden_form(chain: Chain, input_ids: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype]:

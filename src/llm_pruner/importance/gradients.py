@@ -1,4 +1,4 @@
-"""Gradients by autograd, safe in float16, and their sums over samples."""
+"""Gradients of the calibration loss by autograd, safe in float16, and their sums over samples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from torch import nn
 
 from llm_pruner.errors import UserError
 from llm_pruner.importance.criterion import Criterion
-from llm_pruner.importance.needs import Need, Sums, reduce_term
+from llm_pruner.importance.needs import Need, Sums, parameters_by_name, reduce_term
+from llm_pruner.models.forward import run_for_logits
+from llm_pruner.runtime.progress import track
 
 _START = 8
 """Power of two that the largest entry of a float16 cotangent is brought to at first."""
@@ -116,3 +118,83 @@ class GradientSums:
 def batches(samples: int, size: int) -> list[slice]:
     """Cut ``samples`` into slices of at most ``size``."""
     return [slice(at, min(at + size, samples)) for at in range(0, samples, size)]
+
+
+_ROWS = 256
+"""Rows of logits that are turned into float32 at a time."""
+
+
+def loss_cotangent(
+    logits: torch.Tensor, input_ids: torch.Tensor, first_sample: int
+) -> tuple[torch.Tensor, float]:
+    """Return the gradient of the loss at the logits, as (cotangent, factor): their product.
+
+    The loss of one sample is the mean over its seq_len - 1 predicted tokens of the cross-entropy,
+    in float32; the gradient is that of the sum over the samples given. For float16 the factor
+    holds the division by the token count, which would underflow in the cotangent.
+
+    Args:
+        logits: shape (samples, seq_len, vocabulary).
+        input_ids: shape (samples, seq_len).
+        first_sample: number of the first sample, for the message.
+
+    Raises:
+        UserError: the loss of a sample is NaN or infinite.
+    """
+    samples, length = input_ids.shape
+    scale = 1.0 / (length - 1)
+    half = logits.dtype == torch.float16
+    targets = input_ids[:, 1:].to(logits.device)
+    cotangent = torch.zeros_like(logits, requires_grad=False)
+    with torch.no_grad():
+        for sample in range(samples):
+            total = 0.0
+            for start in range(0, length - 1, _ROWS):
+                rows = slice(start, min(start + _ROWS, length - 1))
+                target = targets[sample, rows, None]
+                values = logits[sample, rows]
+                values = values.to(torch.promote_types(values.dtype, torch.float32))
+                log_probs = torch.log_softmax(values, -1)
+                total -= float(log_probs.gather(-1, target).sum())
+                gradient = log_probs.exp_()
+                gradient.scatter_add_(-1, target, -torch.ones_like(target, dtype=gradient.dtype))
+                cotangent[sample, rows] = gradient if half else gradient.mul_(scale)
+            if not math.isfinite(total):
+                raise UserError(
+                    f"the loss of calibration sample {first_sample + sample} is {total * scale}, "
+                    "so nothing can be scored; look at this sample, or load the model in float32"
+                )
+    return cotangent, (scale if half else 1.0)
+
+
+_TOKENS_WHOLE = 1024
+"""Tokens that go through the whole model together."""
+
+
+def whole_sums(
+    model: nn.Module, input_ids: torch.Tensor, criterion: Criterion, needs: Mapping[str, Need]
+) -> dict[str, Sums]:
+    """Return the criterion's sums for every tensor of ``needs``.
+
+    Args:
+        model: with no parameter that requires a gradient.
+        input_ids: shape (samples, seq_len), on the model's device.
+        criterion: a taylor criterion.
+        needs: tensor -> sums wanted.
+
+    Raises:
+        UserError: see ``score``.
+    """
+    known = parameters_by_name(model)
+    parameters = {name: known[name] for name in needs}
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    samples, length = input_ids.shape
+    size = max(1, _TOKENS_WHOLE // length) if criterion.order == "first" else 1
+    gradients = GradientSums(parameters, criterion)
+    for part in track(batches(samples, size), "importance"):
+        ids = input_ids[part]
+        logits = run_for_logits(model, ids)
+        cotangent = loss_cotangent(logits, ids, part.start)
+        gradients.add(*pull_back([logits], list(parameters.values()), [cotangent], part))
+    return gradients.sums(needs, samples)

@@ -1,4 +1,4 @@
-"""Which sums of which tensors the chosen groups ask for."""
+"""Which sums of which tensors the chosen groups ask for, and those that need no gradient."""
 
 from __future__ import annotations
 
@@ -77,3 +77,15 @@ def reduce_term(term: torch.Tensor, need: Need) -> Sums:
         vector = term.sum(others) if others else term
         by_dim[dim] = vector.double().cpu().numpy().copy()
     return Sums(by_dim, float(term.sum()) if need.whole else 0.0)
+
+
+def magnitude_sums(model: nn.Module, needs: Mapping[str, Need], name: str) -> dict[str, Sums]:
+    """Return the sums of |w| (``l1``) or w^2 (``l2``; the root follows per unit)."""
+    parameters = parameters_by_name(model)
+    sums: dict[str, Sums] = {}
+    with torch.no_grad():
+        for tensor, need in needs.items():
+            weight = parameters[tensor].detach()
+            weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            sums[tensor] = reduce_term(weight.abs() if name == "l1" else weight.square(), need)
+    return sums

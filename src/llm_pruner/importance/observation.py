@@ -1,7 +1,8 @@
-"""What activation criteria see of a group: gates and the inputs of its consumers."""
+"""A criterion that looks at activations, and what it sees of a group: gates, consumers' inputs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,7 +12,7 @@ import torch
 from llm_pruner.models.consumers import Consumer
 from llm_pruner.types import FloatArray, Group
 
-NEEDS = ("gates", "tokens", "moments", "gram", "influence", "routed")
+NEEDS = ("gates", "tokens", "moments", "gram")
 """What a criterion may ask for."""
 
 
@@ -70,17 +71,26 @@ class Observation:
             sample's loss (mean over its tokens) by a gate of 1 on the unit in that segment. Where
             the tokens cannot be told apart (inside experts) the first segment has it all.
         readings: one for each linear consumer.
-        influence: for ``layers`` alone, shape (layers,): 1 minus the mean over tokens of the cosine
-            between what the layer gets and what it gives.
         token_squares: shape (units,): sum over all tokens of the squared derivative by a gate on
             the unit at this token alone; None where no linear module reads the group.
-        routed: for ``experts`` alone, shape (experts,): mean norm of what an expert adds, its
-            router weight included, over the tokens that are sent to it.
     """
 
     group: Group
     gates: FloatArray | None = None
     readings: tuple[Reading, ...] = ()
-    influence: FloatArray | None = None
     token_squares: FloatArray | None = None
-    routed: FloatArray | None = None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A criterion on one group's observation.
+
+    Attributes:
+        needs: what must be observed, of `NEEDS`.
+        where_linear: what is observed besides, of groups that a linear module reads.
+        formula: observation -> importance per unit, shape (units,); higher means keep.
+    """
+
+    needs: frozenset[str]
+    formula: Callable[[Observation], FloatArray]
+    where_linear: frozenset[str] = frozenset()

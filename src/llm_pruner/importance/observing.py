@@ -20,25 +20,21 @@ import torch
 from torch import nn
 
 from llm_pruner.errors import UserError
-from llm_pruner.importance.boundary_pass import forward, hidden_form, store_slope
-from llm_pruner.importance.gradients import batches, pull_back
-from llm_pruner.importance.loss import loss_cotangent
+from llm_pruner.importance.boundary_pass import TOKENS, forward, hidden_form, parts_of, store_slope
+from llm_pruner.importance.gradients import batches, loss_cotangent, pull_back
 from llm_pruner.importance.needs import parameters_by_name
 from llm_pruner.importance.observation import Observation
-from llm_pruner.importance.routing import observe_routing
 from llm_pruner.importance.taps import ConsumerTap, MixedSamplesError, segments, sum_segments
 from llm_pruner.models.activation_store import Borders
 from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
 from llm_pruner.models.consumers import Consumer, consumers_of
-from llm_pruner.models.logits import run_for_logits
+from llm_pruner.models.forward import run_for_logits
 from llm_pruner.runtime.progress import track
 from llm_pruner.types import FloatArray, Group, Member
 
 Measured = TypeVar("Measured")
 
 _LOG = logging.getLogger(__name__)
-_TOKENS = 2048
-_LOGIT_BYTES = 2**27
 _BUDGET = 2**26
 
 
@@ -70,7 +66,7 @@ def measure(
         model: in eval mode, with no parameter that requires a gradient.
         input_ids: shape (samples, seq_len), on the model's device.
         groups: what to look at.
-        needs: of ``NEEDS``; ``routed`` stands alone, since it takes no gradient.
+        needs: of ``NEEDS``.
         formula: from an observation to what is wanted of it.
         where_linear: more of ``NEEDS``, for groups that a linear module reads.
 
@@ -78,9 +74,6 @@ def measure(
         UserError: a group has no linear consumer and more than gates is asked for; layers are asked
             for in a model whose blocks do not run one after the other; a loss is not finite.
     """
-    if "routed" in needs:
-        routed = observe_routing(model, input_ids, groups)
-        return {g.name: formula(Observation(g, routed=routed[g.name])) for g in groups}
     watch = _Watch(model, groups, needs, where_linear, input_ids, formula)
     try:
         chain = find_chain(model, input_ids, watch.parameters)
@@ -108,7 +101,7 @@ def measure(
 def _look(chain: Chain | None, watch: _Watch[Any], input_ids: torch.Tensor) -> None:
     """Run forward, block by block unless something outside of the blocks is watched."""
     samples, length = input_ids.shape
-    parts = batches(samples, max(1, _TOKENS // length))
+    parts = batches(samples, max(1, TOKENS // length))
     highest = None if chain is None else _highest_block(watch, chain)
     if chain is None or highest is None:
         for part in track(parts, "activations"):
@@ -138,7 +131,7 @@ def _pass(
         if chain is not None:
             _blockwise(chain, watch, input_ids, together)
             return
-        size = max(1, _TOKENS // length) if together else 1
+        size = max(1, TOKENS // length) if together else 1
         for part in track(batches(samples, size), "activations"):
             logits = run_for_logits(watch.model, input_ids[part])
             cotangent = loss_cotangent(logits, input_ids[part], part.start)
@@ -181,10 +174,6 @@ class _Watch(Generic[Measured]):
         self.gates: dict[str, FloatArray] = {
             group.name: np.zeros((samples, segments(length), group.size)) for group in groups
         }
-        self.cosines: dict[str, FloatArray] = {
-            group.name: np.zeros(group.size) for group in groups if group.kind == "layers"
-        }
-        self.samples = samples
 
     @contextmanager
     def gradients(self) -> Iterator[None]:
@@ -201,7 +190,7 @@ class _Watch(Generic[Measured]):
     def looks_only(self) -> bool:
         """Whether the inputs of consumers are all that is asked for."""
         asked = {*self.needs, *self.tap.needs}
-        return not self.weights and not self.cosines and asked <= {"moments", "gram"}
+        return not self.weights and asked <= {"moments", "gram"}
 
     def look(self, part: slice) -> None:
         """Take what a forward pass has shown."""
@@ -245,13 +234,11 @@ class _Watch(Generic[Measured]):
         left = [group for group in groups if group.name not in self.found]
         for group in left:
             gates = self.tap.gates.get(group.name, self.gates[group.name])
-            cosines = self.cosines.get(group.name)
             seen = Observation(
                 group,
                 gates=gates if "gates" in self.needs else None,
                 token_squares=self.tap.token_squares.get(group.name),
                 readings=self.tap.readings(self.consumers.get(group.name, ())),
-                influence=None if cosines is None else 1.0 - cosines / self.samples,
             )
             self.found[group.name] = self.formula(seen)
         for group in left:
@@ -266,13 +253,8 @@ def _last(group: Group) -> list[Member]:
 
 
 def _blockwise(chain: Chain, watch: _Watch[Any], input_ids: torch.Tensor, together: bool) -> None:
-    samples, length = input_ids.shape
-    count = len(chain.blocks)
-    parts = batches(samples, max(1, _TOKENS // length) if together else 1)
-    headed = batches(
-        samples,
-        max(1, min(_TOKENS // length, _LOGIT_BYTES // (length * chain.vocabulary * 4))),
-    )
+    samples, count = len(input_ids), len(chain.blocks)
+    parts, headed = parts_of(chain, input_ids, together)
     layers = [group for group in watch.groups if group.kind == "layers"]
     inside = _groups_inside(watch, chain)
     places = _places(watch.model, chain, layers)
@@ -299,7 +281,6 @@ def _blockwise(chain: Chain, watch: _Watch[Any], input_ids: torch.Tensor, togeth
                 )
                 for group in layers:
                     if index in places[group.name]:
-                        _see_layer(watch, group, places[group.name][index], leaf, output)
                         step = (output.detach() - leaf.detach()).to(slope.dtype) * slope
                         watch.gates[group.name][part, :, places[group.name][index]] = (
                             sum_segments(step).sum(-1).double().cpu().numpy()
@@ -342,13 +323,6 @@ def _groups_inside(watch: _Watch[Any], chain: Chain) -> list[list[Group]]:
             )
         ]
     return found
-
-
-def _see_layer(
-    watch: _Watch[Any], group: Group, unit: int, leaf: torch.Tensor, output: torch.Tensor
-) -> None:
-    cosine = torch.cosine_similarity(leaf.detach().float(), output.detach().float(), dim=-1)
-    watch.cosines[group.name][unit] += float(cosine.flatten(1).mean(1).sum())
 
 
 def _places(

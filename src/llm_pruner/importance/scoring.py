@@ -15,13 +15,12 @@ from llm_pruner.errors import UserError
 from llm_pruner.importance.blockwise import blockwise_sums
 from llm_pruner.importance.criteria import MEASURES
 from llm_pruner.importance.criterion import Criterion
-from llm_pruner.importance.magnitude import magnitude_sums
-from llm_pruner.importance.needs import Need, Sums, collect_needs, layer_parameters
+from llm_pruner.importance.gradients import whole_sums
+from llm_pruner.importance.needs import Need, Sums, collect_needs, layer_parameters, magnitude_sums
 from llm_pruner.importance.observation import Observation
 from llm_pruner.importance.observing import measure as measured
-from llm_pruner.importance.whole import whole_sums
 from llm_pruner.models.blockwise import NotBlockwise
-from llm_pruner.models.undisturbed import undisturbed
+from llm_pruner.models.forward import undisturbed
 from llm_pruner.types import Discovery, FloatArray, Group
 
 _LOG = logging.getLogger(__name__)
@@ -101,12 +100,6 @@ def _measured(
     model: nn.Module, groups: list[Group], name: str, input_ids: torch.Tensor | None
 ) -> dict[str, FloatArray]:
     measure = MEASURES[name]
-    for group in groups:
-        if measure.kinds is not None and group.kind not in measure.kinds:
-            raise UserError(
-                f"criterion {name!r} scores {', '.join(sorted(measure.kinds))} and not "
-                f"{group.kind}; choose another criterion or other structures"
-            )
     text = _require_text(input_ids, name)
 
     def formula(seen: Observation) -> FloatArray:

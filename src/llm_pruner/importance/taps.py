@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from llm_pruner.importance.observation import Reading
-from llm_pruner.models.consumers import Consumer, weight_of
-from llm_pruner.models.gram import add_gram_
+from llm_pruner.models.consumers import Consumer, add_gram_, weight_of
 from llm_pruner.types import FloatArray
 
 SEGMENT = 128

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_pruner.models.logits import run_for_logits
+from llm_pruner.models.forward import run_for_logits
+from llm_pruner.models.layers import heaviest
 
 _PROBE_TOKENS = 16
 
@@ -235,15 +236,14 @@ def _called_in_order(model: nn.Module, ids: torch.Tensor) -> tuple[nn.Module, ..
     finally:
         for handle in handles:
             handle.remove()
-    chains = [
+    blocks = heaviest(
         modules
         for modules, seen in zip(lists, calls, strict=True)
         if len(modules) and seen == list(range(len(modules)))
-    ]
-    if not chains:
+    )
+    if blocks is None:
         raise NotBlockwise("no list of modules is called once each, in order")
-    heaviest = max(chains, key=lambda modules: sum(p.numel() for p in modules.parameters()))
-    return tuple(heaviest)
+    return tuple(blocks)
 
 
 def _probe(chain: Chain, ids: torch.Tensor) -> None:

@@ -1,11 +1,13 @@
-"""One decoding step at a time, with the key-value cache where the model has one."""
+"""One decoding step at a time, with the key-value cache where the model has one, and its size."""
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicLayer
+
+from llm_pruner.models.forward import cache_argument, parameters_of
 
 
 class Decoder:
@@ -24,7 +26,7 @@ class Decoder:
         self.model = model
         self.cache: Any = None
         self._argument = cache_argument(model)
-        self._fixed = {"logits_to_keep": 1} if "logits_to_keep" in _arguments(model) else {}
+        self._fixed = {"logits_to_keep": 1} if "logits_to_keep" in parameters_of(model) else {}
         self._seen: torch.Tensor | None = None
 
     @torch.no_grad()
@@ -45,16 +47,79 @@ class Decoder:
         return self.model(**inputs)
 
 
-def cache_argument(model: Any) -> str | None:
-    """Return the name of the forward argument, and output field, that holds the cache.
+def tensor_bytes(holder: Any) -> int:
+    """Return the bytes of all tensors that an object holds, at any depth; each counts once."""
+    seen: set[int] = set()
+    total = 0
+    pending = [holder]
+    while pending:
+        item = pending.pop()
+        if item is None or isinstance(item, (str, bytes, int, float, type)) or id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            total += item.numel() * item.element_size()
+        elif isinstance(item, dict):
+            pending.extend(item.values())
+        elif isinstance(item, (list, tuple, set)):
+            pending.extend(item)
+        elif hasattr(item, "__dict__") and not isinstance(item, torch.nn.Module):
+            pending.extend(vars(item).values())
+    return total
 
-    transformers calls it ``cache``, and earlier ``past_key_values``. None if there is neither.
+
+def make_room_(cache: Any, tokens: int) -> None:
+    """Have the layers of a cache take the next tokens in place, up to ``tokens`` in all.
+
+    A layer of transformers' ``DynamicCache`` copies its keys and values at each step into tensors
+    with room for one token more. Layers that drop tokens, or keep something else, are left as they
+    are; so is a cache of another kind. For texts that only grow: none may be taken out, reordered
+    or cut.
+
+    Args:
+        cache: as a model returned it.
+        tokens: length to which the texts will grow; beyond it they are copied again.
     """
-    names = _arguments(model)
-    return next((name for name in ("cache", "past_key_values") if name in names), None)
+    layers = getattr(cache, "layers", None)
+    if isinstance(layers, list):
+        layers[:] = [
+            _Roomy(one, tokens) if type(one) is DynamicLayer and one.get_seq_length() else one
+            for one in layers
+        ]
 
 
-def _arguments(model: Any) -> Any:
-    """Return the names of the arguments of the forward pass."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
-    return inspect.signature(base.forward).parameters
+class _Roomy(DynamicLayer):
+    """A layer whose keys and values are the filled part of longer tensors.
+
+    All have the shape (batch, heads, tokens, size of a head).
+    """
+
+    def __init__(self, filled: DynamicLayer, tokens: int) -> None:
+        super().__init__()
+        self.lazy_initialization(filled.keys, filled.values)
+        self._rooms = tuple(
+            one.new_empty(*one.shape[:-2], max(tokens, one.shape[-2]), one.shape[-1])
+            for one in (filled.keys, filled.values)
+        )
+        self.update(filled.keys, filled.values)
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write behind what is there; beyond the room, grow as the layer does otherwise."""
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if end > self._rooms[0].shape[-2]:
+            grown: tuple[torch.Tensor, torch.Tensor] = super().update(
+                key_states, value_states, *args, **kwargs
+            )
+            return grown
+        keys, values = self._rooms
+        keys[..., start:end, :] = key_states
+        values[..., start:end, :] = value_states
+        self.keys, self.values = keys[..., :end, :], values[..., :end, :]
+        return self.keys, self.values

@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+
+from llm_pruner.types import Edits
 
 _NUMBER_NAME = re.compile("idx|index|layer")
 
@@ -27,15 +29,29 @@ def sharing_copy(model: nn.Module) -> nn.Module:
 def without_layers(model: nn.Module, path: str, gone: Sequence[int]) -> nn.Module:
     """Return a copy without some children of a module list; it shares the tensors."""
     smaller = sharing_copy(model)
-    lists = {path: len(model.get_submodule(path))}  # type: ignore[arg-type]
-    names = tuple(f"{path}.{index}" for index in gone)
-    rename = Renaming(lists, names)
-    numbers = [*layer_numbers(model, lists, names)]
-    apply_layers(smaller, rename.kept)
+    kept = kept_layers(model, [f"{path}.{index}" for index in gone])
+    numbers = [*layer_numbers(model, kept)]
+    apply_layers(smaller, kept)
     for module, attribute, value in numbers:
-        if not rename.is_gone(f"{module}."):
-            set_attribute(smaller.get_submodule(rename(f"{module}.")[:-1]), attribute, value)
+        set_own_value(smaller.get_submodule(module), attribute, value)
     return smaller
+
+
+def kept_layers(model: nn.Module, gone: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Return module list -> indices of the children that stay, for each list that loses some.
+
+    Args:
+        model: the model before the removal.
+        gone: qualified names of children of module lists.
+    """
+    lost: dict[str, set[int]] = defaultdict(set)
+    for name in gone:
+        path, _, index = name.rpartition(".")
+        lost[path].add(int(index))
+    return {
+        path: tuple(i for i in range(len(model.get_submodule(path)._modules)) if i not in indices)
+        for path, indices in lost.items()
+    }
 
 
 def apply_layers(model: nn.Module, layers: Mapping[str, Sequence[int]]) -> None:
@@ -45,58 +61,82 @@ def apply_layers(model: nn.Module, layers: Mapping[str, Sequence[int]]) -> None:
     of token ids may have that length by chance and are left alone.
     """
     for path, kept in layers.items():
-        children = model.get_submodule(path)
-        if not isinstance(children, nn.ModuleList):
-            raise TypeError(f"{path} is no module list")
-        count = len(children)
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, nn.ModuleList([children[i] for i in kept]))
+        count = keep_children(model, path, kept)
         for config in configs_of(model):
             _filter_config(config, count, kept)
 
 
-def set_attribute(module: nn.Module, attribute: str, value: int) -> None:
-    """Set an integer that a module's code reads.
+def keep_children(model: nn.Module, path: str, kept: Sequence[int]) -> int:
+    """Keep only the given children of a module list; return how many it had.
 
-    ``name.3`` is an item of a tuple or list; ``config.num_heads`` is set on the module's own copy
-    of its configuration, since modules share one.
+    Raises:
+        TypeError: it is no module list.
     """
-    key, _, inner = attribute.partition(".")
-    if not inner:
-        setattr(module, key, value)
-        return
-    holder = getattr(module, key)
-    if isinstance(holder, tuple | list):
-        items = list(holder)
-        items[int(inner)] = value
-        setattr(module, key, type(holder)(items))
-        return
-    own = copy.copy(holder)
-    vars(own)[inner] = value
-    vars(module)[key] = own
+    children = model.get_submodule(path)
+    if not isinstance(children, nn.ModuleList):
+        raise TypeError(f"{path} is no module list")
+    shorter = copy.copy(children)
+    shorter._modules = {str(new): children._modules[str(old)] for new, old in enumerate(kept)}
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, shorter)
+    return len(children)
+
+
+def heaviest(lists: Iterable[nn.ModuleList]) -> nn.ModuleList | None:
+    """Return the module list with the most parameters: of all in a model, the decoder layers."""
+    return max(lists, key=lambda one: sum(p.numel() for p in one.parameters()), default=None)
+
+
+def set_own_value(module: nn.Module, path: str, value: Any) -> None:
+    """Set ``name``, ``name.3`` or ``config.name`` of a module, on an own copy of what holds it.
+
+    Modules share configs, so ``config.num_heads`` of one module must not reach the others. What is
+    set lies in the ``__dict__`` of both: no setter of a class runs.
+    """
+    key, _, inner = path.partition(".")
+    if inner:
+        own = copy.copy(vars(module)[key])
+        if isinstance(own, (tuple, list)):
+            index = int(inner)
+            own = type(own)([*own[:index], value, *own[index + 1 :]])
+        else:
+            vars(own)[inner] = value
+        value = own
+    vars(module)[key] = value
+
+
+def set_attributes_(model: nn.Module, edits: Edits) -> None:
+    """Set module attributes; a dotted one is set on the module's own copy of that object."""
+    for name, values in edits.attributes.items():
+        module = model.get_submodule(name)
+        for path, value in values.items():
+            set_own_value(module, path, value)
 
 
 class Renaming:
-    """Names of tensors and modules after layers were removed and the rest renumbered."""
+    """Names of tensors and modules after layers were removed and the rest renumbered.
 
-    def __init__(self, lists: Mapping[str, int], gone: tuple[str, ...]) -> None:
-        self._gone = tuple(f"{module}." for module in gone)
-        self.kept: dict[str, tuple[int, ...]] = {}
-        self._places: dict[str, dict[int, int]] = {}
-        for path, count in lists.items():
-            kept = tuple(i for i in range(count) if f"{path}.{i}" not in gone)
-            if len(kept) < count:
-                self.kept[path] = kept
-                self._places[path] = {old: new for new, old in enumerate(kept)}
+    Args:
+        kept: module list -> indices of the children that stay.
+    """
 
-    def is_gone(self, name: str) -> bool:
-        return bool(self._gone) and name.startswith(self._gone)
+    def __init__(self, kept: Mapping[str, Sequence[int]]) -> None:
+        self._places = [
+            (
+                path,
+                re.compile(re.escape(path) + r"\.(\d+)(?=\.|$)"),
+                {old: new for new, old in enumerate(indices)},
+            )
+            for path, indices in kept.items()
+        ]
 
-    def __call__(self, name: str) -> str:
-        for path, places in self._places.items():
-            match = re.match(re.escape(path) + r"\.(\d+)(\.|$)", name)
+    def __call__(self, name: str) -> str | None:
+        """Return the new name; None if what it names is gone with its layer."""
+        for path, pattern, places in self._places:
+            match = pattern.match(name)
             if match:
-                return f"{path}.{places[int(match.group(1))]}{name[match.end(1) :]}"
+                new = places.get(int(match[1]))
+                return None if new is None else f"{path}.{new}{name[match.end() :]}"
         return name
 
 
@@ -120,24 +160,24 @@ def numbering(
 
 def layer_numbers(
     model: nn.Module,
-    lists: Mapping[str, int],
-    gone: tuple[str, ...],
+    layers: Mapping[str, Sequence[int]],
     keep: Collection[tuple[str, str, str]] = (),
 ) -> Iterator[tuple[str, str, int]]:
     """Yield (module, attribute, new value) for attributes that hold the number of their layer.
 
-    Those in ``keep``, (list, module inside a layer, attribute), stay what they are.
+    Args:
+        model: before the removal; modules are named as they will be after it.
+        layers: module list -> indices of the children that stay.
+        keep: (list, module inside a layer, attribute) of numbers that stay what they are.
     """
-    for path, count in lists.items():
-        kept = [i for i in range(count) if f"{path}.{i}" not in gone]
-        if len(kept) == count:
-            continue
+    for path, kept in layers.items():
+        count = len(model.get_submodule(path)._modules)
         for (inner, key), (step, values) in numbering(model, path, count).items():
             if (path, inner, key) in keep:
                 continue
             for new, old in enumerate(kept):
                 if old in values and new != old:
-                    module = f"{path}.{old}.{inner}" if inner else f"{path}.{old}"
+                    module = f"{path}.{new}.{inner}" if inner else f"{path}.{new}"
                     yield module, key, values[old] - step * (old - new)
 
 

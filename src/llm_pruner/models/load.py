@@ -8,16 +8,14 @@ code.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import logging
 import math
 import re
 import struct
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +24,7 @@ from typing import Any, TypeAlias
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -39,6 +38,8 @@ from transformers import (
 
 from llm_pruner.errors import UserError
 from llm_pruner.files.json import parse_json, read_json
+from llm_pruner.runtime.quiet import quiet
+from llm_pruner.settings.common import ModelSettings
 
 DEFAULT = "default"
 """The word for the embedded model, SmolLM2-135M-Instruct."""
@@ -60,6 +61,7 @@ _TOKENIZERS = (
 _VOLATILE = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures")
 _OWN_METHOD = "llm_pruner"
 _SHARD = re.compile(r"(?!.*\.\.)[^/\\\0][^\\\0]*\.safetensors")
+_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _MOST_HEADER = 100_000_000
 """Bytes of a header; the format knows no longer one."""
 
@@ -79,6 +81,7 @@ class LoadedModel:
         revision: commit on the hub, if it came from there.
         fingerprint: short hash of shapes, config and a sample of the weights; see ``fingerprint``.
         stored: what its files looked like when it was loaded; see ``file_states``.
+        stored_dtype: the type of its weights there; float32 for packed ones.
     """
 
     model: PreTrainedModel
@@ -87,6 +90,7 @@ class LoadedModel:
     revision: str | None
     fingerprint: str
     stored: FileStates = ()
+    stored_dtype: torch.dtype = torch.float32
 
     def check_stored(self) -> None:
         """Raise UserError if its files have changed since; weights may be read from them late."""
@@ -135,8 +139,32 @@ def load_model(
             if weights and tokenizer_there
             else None
         )
+        kept = torch.float32 if "gguf_file" in shared else stored_dtype(folder, shared)
     commit = getattr(model.config, "_commit_hash", None)
-    return LoadedModel(model.eval(), tokenizer, name, commit, fingerprint(model), stored)
+    return LoadedModel(model.eval(), tokenizer, name, commit, fingerprint(model), stored, kept)
+
+
+def stored_dtype(folder: str, shared: Mapping[str, Any]) -> torch.dtype:
+    """Return the type of a checkpoint's weights: what its config says, else what most of them have.
+
+    Args:
+        folder: local folder or hub id.
+        shared: what configs are read with.
+    """
+    said = getattr(AutoConfig.from_pretrained(folder, **shared), "dtype", None)
+    if isinstance(said, torch.dtype):
+        return said
+    path = Path(folder)
+    if not any((path / name).is_file() for name in (_WEIGHTS, _INDEX)):
+        return torch.float32
+    sizes: Counter[torch.dtype] = Counter()
+    for file in _weight_files(path):
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                stored = weights.get_slice(name)
+                if stored.get_dtype() in _STORED:
+                    sizes[_STORED[stored.get_dtype()]] += math.prod(stored.get_shape())
+    return sizes.most_common(1)[0][0] if sizes else torch.float32
 
 
 def check_model(
@@ -610,20 +638,43 @@ def _in_short(error: BaseException) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> AbstractContextManager[None]:
     """Hold back transformers' notes, and its bars unless stderr is a terminal.
 
-    What goes wrong is raised. Some of its bars have no switch, so they write to nowhere.
+    Some of its bars have no switch, so they write to nowhere.
     """
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), ExitStack() as stack:
-            warnings.simplefilter("ignore")
-            if not sys.stderr.isatty():
-                stack.enter_context(redirect_stderr(io.StringIO()))
-            yield
-    finally:
-        logger.setLevel(level)
+    return quiet("transformers", stderr=not sys.stderr.isatty())
+
+
+def load(
+    model: ModelSettings, *, tokenizer_required: bool = True, weights: bool = True
+) -> LoadedModel:
+    """Return the model that the settings name; without ``weights``, from its config alone.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    return load_model(
+        model.model,
+        revision=model.revision,
+        dtype=model.dtype,
+        device=model.device,
+        trust_remote_code=model.trust_remote_code,
+        tokenizer_required=tokenizer_required,
+        weights=weights,
+    )
+
+
+def check(model: ModelSettings) -> None:
+    """Refuse what can be refused before weights are read, of a model that is loaded later.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    check_model(
+        model.model,
+        revision=model.revision,
+        dtype=model.dtype,
+        device=model.device,
+        trust_remote_code=model.trust_remote_code,
+    )

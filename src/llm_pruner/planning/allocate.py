@@ -3,8 +3,7 @@
 Scope ``local`` takes the same share of every chosen group. With a target in parameters that share
 is found by bisection on the exact parameter count; groups with few units (heads) take the nearest
 whole number and finely divided ones (FFN channels) take up the rest, equally in all layers if that
-meets the target. Where it does not, groups of one structure differ by one unit. A profile makes the
-share of each layer a multiple of it.
+meets the target. Where it does not, groups of one structure differ by one unit.
 
 Scope ``global`` ranks the units of all chosen groups by
 
@@ -13,16 +12,12 @@ Scope ``global`` ranks the units of all chosen groups by
 with the parameters counted in the model as it is before any removal, and takes them from the
 bottom. The importance is used as it comes: only criteria whose values are comparable across groups,
 such as estimates of the change in loss, rank well this way; norms do not.
-
-Scope ``measured`` ranks in the same way by what trial removals cost (see `levels`): the importance
-says in which order a group loses its units, and the measured levels what that costs. So every
-criterion becomes comparable across groups and structures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -38,46 +33,13 @@ from llm_pruner.planning.match_target import (
     share_after,
     step_prices,
 )
-from llm_pruner.planning.measured import Level, with_measured_damage
 from llm_pruner.planning.numbering import Survivors
-from llm_pruner.planning.profiles import layer_weights
 from llm_pruner.planning.selection import choose_groups
 from llm_pruner.planning.target import Selection, Target, exact
-from llm_pruner.types import Discovery, FloatArray, IntArray, Scores
+from llm_pruner.types import Discovery, IntArray, Scores
 
 TOLERANCE = 0.005
 """How far the removed share of all parameters may lie from the target."""
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """How far each chosen group goes down its ladder.
-
-    Attributes:
-        discovery: the model.
-        ladders: of the chosen groups.
-        steps: group -> steps that are taken.
-        cost: what the target counts.
-    """
-
-    discovery: Discovery
-    ladders: Ladders
-    steps: Mapping[str, int]
-    cost: Cost
-
-    def removal(self) -> dict[str, IntArray]:
-        """Return the units to remove, complete and sorted.
-
-        Raises:
-            PlanError: a breach of the rules that `planning.rules.check` lists.
-        """
-        found = self.ladders.removal(self.steps)
-        removal = {name: np.sort(units) for name, units in found.items() if len(units)}
-        ordered = {g.name: removal[g.name] for g in self.discovery.groups if g.name in removal}
-        problems = check(self.discovery, ordered)
-        if problems:
-            raise PlanError(problems)
-        return ordered
 
 
 def allocate(
@@ -86,17 +48,15 @@ def allocate(
     selection: Selection,
     target: Target,
     survivors: Survivors | None = None,
-    levels: Sequence[Level] = (),
     cost: Cost | None = None,
 ) -> dict[str, IntArray]:
     """Return the units to remove, complete: blocks level, companions included.
 
     A unit ratio removes floor(n * unit_ratio) of a group's n units, rounded to the nearest size
     that ``round_to`` allows; of query heads, that share of each key-value head's; of layers, of
-    those that are not protected. With one ranking over all groups (scope ``global`` or
-    ``measured``) it is the share of each kind over all chosen groups. A target in parameters is met
-    within 0.5 points of the dense model's parameters.
-    Equal inputs give equal results; ties go by unit index.
+    those that are not protected. With one ranking over all groups (scope ``global``) it is the
+    share of each kind over all chosen groups. A target in parameters is met within 0.5 points of
+    the dense model's parameters. Equal inputs give equal results; ties go by unit index.
 
     Args:
         discovery: the model to prune, which may have been pruned before.
@@ -104,49 +64,40 @@ def allocate(
         selection: structures, scope, layers, rounding.
         target: how much to remove, of the dense model and all steps together.
         survivors: what earlier steps left of the dense model; None if this is the dense model.
-        levels: what trial removals cost, for scope ``measured``.
         cost: what the target counts; None for parameters. Needed for ``kv_cache``.
 
     Raises:
         UserError: a target that cannot be reached (naming the nearest that can), a group that
             would lose nothing under a unit ratio, or what `choose_groups` refuses.
+        PlanError: a breach of the rules that `planning.constraints.check` lists.
     """
-    return find_allocation(discovery, scores, selection, target, survivors, levels, cost).removal()
-
-
-def find_allocation(
-    discovery: Discovery,
-    scores: Scores,
-    selection: Selection,
-    target: Target,
-    survivors: Survivors | None = None,
-    levels: Sequence[Level] = (),
-    cost: Cost | None = None,
-) -> Allocation:
-    """Return what `allocate` removes as steps down the ladders; the same arguments and errors."""
     survivors = survivors or Survivors.dense(discovery)
     cost = cost or _parameters(discovery, survivors, target)
     chosen = choose_groups(discovery, selection, survivors)
     ladders = build_ladders(discovery, chosen, scores, selection, survivors)
-    if selection.scope == "measured":
-        ladders = with_measured_damage(ladders, levels)
-    weights = layer_weights(ladders.all, scores, selection.profile)
     if target.unit_ratio is not None:
         if selection.split is not None:
             raise UserError(
                 f"{target} and a split say different things; give a target in parameters "
                 "(ratio or params) with the split"
             )
-        steps = _unit_steps(ladders, cost, selection, target, weights)
+        steps = _unit_steps(ladders, cost, selection, target)
     else:
         ladders = _capped(ladders, cost, selection, target)
-        steps = _cost_steps(ladders, cost, selection, target, weights)
-    return Allocation(discovery, ladders, steps, cost)
+        steps = _cost_steps(ladders, cost, selection, target)
+    found = ladders.removal(steps)
+    removal = {
+        group.name: np.sort(found[group.name])
+        for group in discovery.groups
+        if len(found.get(group.name, ()))
+    }
+    problems = check(discovery, removal)
+    if problems:
+        raise PlanError(problems)
+    return removal
 
 
 def _parameters(discovery: Discovery, survivors: Survivors, target: Target) -> Cost:
-    if target.decode_time is not None:
-        raise UserError(f"{target} has to become a number of parameters by timing; give params")
     if target.kv_cache is not None:
         raise UserError(f"{target} needs to know what each unit adds to the cache; give its cost")
     return Cost(ParameterCounter(discovery), survivors.parameters)
@@ -183,7 +134,6 @@ def _unit_steps(
     cost: Cost,
     selection: Selection,
     target: Target,
-    weights: Mapping[str, float],
 ) -> dict[str, int]:
     assert target.unit_ratio is not None
     ratio = exact(target.unit_ratio)
@@ -192,9 +142,7 @@ def _unit_steps(
             _refuse_nothing(ladder, ratio, target)
     if selection.scope == "local":
         return {
-            ladder.group.name: ladder.nearest(
-                _quota(ladder, ratio * Fraction(weights[ladder.group.name])) - ladder.gone
-            )
+            ladder.group.name: ladder.nearest(_quota(ladder, ratio) - ladder.gone)
             for ladder in ladders.all
         }
     prices = step_prices(ladders, cost.counter)
@@ -245,14 +193,13 @@ def _cost_steps(
     cost: Cost,
     selection: Selection,
     target: Target,
-    weights: Mapping[str, float],
 ) -> dict[str, int]:
     search = _begin_search(ladders, cost, target)
     prices = step_prices(ladders, search.counter)
     if selection.split is None:
-        _search(search, ladders.all, prices, selection, weights)
+        _search(search, ladders.all, prices, selection)
     else:
-        _search_split(search, ladders, prices, selection, selection.split, weights)
+        _search_split(search, ladders, prices, selection, selection.split)
     if search.best is None or (search.error > search.tolerance and not target.loose):
         raise UserError(_unreachable(search, target, cost, ladders))
     return search.best[1]
@@ -264,7 +211,6 @@ def _search_split(
     prices: dict[str, int],
     selection: Selection,
     split: Mapping[str, float],
-    weights: Mapping[str, float],
 ) -> None:
     """Meet each structure's share, the largest last, so that it takes up what the others miss."""
     total, goal = search.counter.total, search.target
@@ -281,7 +227,7 @@ def _search_split(
             allow_nothing=search.allow_nothing or not last,
             best=None,
         )
-        _search(part, same, prices, selection, weights)
+        _search(part, same, prices, selection)
         if part.best is None:
             return
         search.base, search.best = part.best[1], part.best
@@ -292,28 +238,22 @@ def _search(
     ladders: Sequence[Ladder],
     prices: dict[str, int],
     selection: Selection,
-    weights: Mapping[str, float],
 ) -> None:
-    def average(ladder: Ladder) -> FloatArray:
-        """Return the average share of the structure at which each rung is taken."""
-        return share_after(ladder) / max(weights[ladder.group.name], 1e-12)
-
     single = [[ladder] for ladder in ladders]
-    if selection.ranks_together:
+    if selection.scope == "global":
         search.run(make_queue(single, prices, lambda x: (density(x, prices[x.group.name]),)))
     else:
         together: dict[object, list[Ladder]] = {}
         for ladder in ladders:
-            size = (ladder.group.kind, ladder.dense, ladder.gone, ladder.counts.tobytes())
-            shape = (*size, weights[ladder.group.name])
+            shape = (ladder.group.kind, ladder.dense, ladder.gone, ladder.counts.tobytes())
             together.setdefault(shape, []).append(ladder)
-        # Where shares differ, few layers are alike, and these would make up for all the others.
-        owners = list(together.values()) if selection.profile == "even" else single
-        even = make_queue(owners, prices, lambda x: (average(x),))
+        even = make_queue(list(together.values()), prices, lambda x: (share_after(x),))
         search.run(even)
         if search.error > search.tolerance and not selection.uniform:
             search.run(
-                make_queue(single, prices, lambda x: (average(x), density(x, prices[x.group.name])))
+                make_queue(
+                    single, prices, lambda x: (share_after(x), density(x, prices[x.group.name]))
+                )
             )
         if search.error > search.tolerance:
             search.run_all(even)
@@ -326,7 +266,7 @@ def _capped(
     target: Target,
 ) -> Ladders:
     """Return the ladders without the rungs beyond the selection's ``spread``."""
-    if selection.spread is None or not selection.ranks_together:
+    if selection.spread is None or selection.scope != "global":
         return ladders
     search = _begin_search(ladders, cost, target)
     split = selection.split or dict.fromkeys(selection.structures, 1.0)

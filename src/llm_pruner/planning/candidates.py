@@ -22,7 +22,7 @@ from llm_pruner.planning.constraints import (
     scores_of,
 )
 from llm_pruner.planning.numbering import Survivors
-from llm_pruner.planning.selection import dense_removable_layers, removable_layers
+from llm_pruner.planning.selection import choose_groups, dense_removable_layers, removable_layers
 from llm_pruner.planning.target import Selection
 from llm_pruner.types import Discovery, FloatArray, Group, IntArray, Scores
 
@@ -119,6 +119,24 @@ def build_ladders(
         if all(len(ladder.counts) == 1 and not ladder.gone for ladder in same):
             raise UserError(_stuck(same[0].group, groups, selection))
     return Ladders(ladders, groups, orders)
+
+
+def smallest_removals(
+    discovery: Discovery, selection: Selection, survivors: Survivors
+) -> list[tuple[Group, dict[str, IntArray]]]:
+    """Return the smallest removal from each chosen group that can lose something.
+
+    Raises:
+        UserError: as `allocate`.
+    """
+    scores = {group.name: np.zeros(group.size) for group in discovery.groups}
+    chosen = choose_groups(discovery, selection, survivors)
+    ladders = build_ladders(discovery, chosen, scores, selection, survivors)
+    return [
+        (ladder.group, ladders.removal({ladder.group.name: int(ladder.counts[1])}))
+        for ladder in ladders.all
+        if len(ladder.counts) > 1
+    ]
 
 
 def _ladder(

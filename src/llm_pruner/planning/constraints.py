@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Collection, Mapping
 from fractions import Fraction
 
 import numpy as np
 
 from llm_pruner.errors import UserError
-from llm_pruner.planning.ranges import format_ranges
+from llm_pruner.files.ranges import format_ranges
 from llm_pruner.types import Discovery, FloatArray, Group, IntArray, Removal, Scores
 
 NONE: IntArray = np.zeros(0, dtype=np.int64)
-
-
-def layer_numbers(group: Group) -> IntArray:
-    """Return the decoder layer that each unit of a ``layers`` group is, shape (size,)."""
-    numbers = [re.search(r"\.(\d+)$", name) for name in group.modules]
-    if group.modules and all(numbers):
-        return np.array([int(match[1]) for match in numbers if match], dtype=np.int64)
-    return np.arange(group.size, dtype=np.int64)
 
 
 def removed_layers(groups: Mapping[str, Group], removal: Removal) -> set[int]:
@@ -29,21 +20,13 @@ def removed_layers(groups: Mapping[str, Group], removal: Removal) -> set[int]:
     gone: set[int] = set()
     for name, units in removal.items():
         if len(units) and name in groups and groups[name].kind == "layers":
-            gone.update(layer_numbers(groups[name])[units].tolist())
+            gone.update(groups[name].layers[units].tolist())
     return gone
-
-
-def parent_of(group: Group) -> str | None:
-    """Return the name of the group whose units are the blocks of ``group``, if it has one."""
-    if group.blocks is None or group.kind != "query_heads":
-        return None
-    return group.name.replace("query_heads", "heads")
 
 
 def dead_blocks(group: Group, removal: Removal) -> IntArray:
     """Return the blocks that are gone because their own group loses them."""
-    parent = parent_of(group)
-    return NONE if parent is None else removal.get(parent, NONE)
+    return NONE if group.owner is None else removal.get(group.owner, NONE)
 
 
 def check(discovery: Discovery, removal: Removal, unreadable: Collection[str] = ()) -> list[str]:
@@ -129,8 +112,8 @@ def _check_blocks(group: Group, blocks: IntArray, units: IntArray, dead: IntArra
     problems: list[str] = []
     emptied = live[lost[live] == sizes[live]]
     if len(emptied):
-        parent = parent_of(group)
-        way = f"remove units {format_ranges(emptied)} of {parent} instead" if parent else "keep one"
+        way = f"remove units {format_ranges(emptied)} of {group.owner} instead"
+        way = way if group.owner else "keep one"
         problems.append(
             f"{group.name}: removes every unit of blocks {format_ranges(emptied)}; {way}"
         )

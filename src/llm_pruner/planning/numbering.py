@@ -1,4 +1,4 @@
-"""From the numbering of a model that was pruned already to that of the dense model."""
+"""What removals leave of a dense model: its numbering, and the units kept in each layer."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from llm_pruner.planning.constraints import dead_blocks, layer_numbers, parent_of, removed_layers
+from llm_pruner.planning.constraints import (
+    NONE,
+    dead_blocks,
+    removed_layers,
+)
 from llm_pruner.surgery.removal import count_parameters
-from llm_pruner.types import Discovery, Group, IntArray, Removal
+from llm_pruner.types import Discovery, Group, IntArray, Layer, Removal
 
 
 @dataclass(frozen=True)
@@ -84,10 +88,10 @@ class Survivors:
         for name, kept in self.kept.items():
             group = self.groups[name]
             units = np.setdiff1d(np.arange(group.size, dtype=np.int64), kept)
-            parent = parent_of(group)
-            if group.blocks is not None and parent is not None and parent in self.kept:
+            owner = None if group.owner is None else self.kept.get(group.owner)
+            if group.blocks is not None and owner is not None:
                 # Query heads of a key-value head that is gone went with it.
-                units = units[np.isin(group.blocks[units], self.kept[parent])]
+                units = units[np.isin(group.blocks[units], owner)]
             if len(units):
                 total[name] = units
         return total
@@ -95,19 +99,31 @@ class Survivors:
     def _current_name(self, group: Group) -> str:
         if group.layer is None:
             return group.name
-        place = int(np.searchsorted(self.layers, group.layer))
-        parts = group.name.split(".")
-        if str(group.layer) in parts:
-            parts[parts.index(str(group.layer))] = str(place)
-        return ".".join(parts)
+        return group.name_at(int(np.searchsorted(self.layers, group.layer)))
 
 
 def count_layers(groups: Iterable[Group]) -> int:
     """Return the number of decoder layers."""
-    return max((_last_layer(group) + 1 for group in groups), default=0)
+    numbers = [int(g.layers.max(initial=-1)) if g.kind == "layers" else g.layer for g in groups]
+    return max((number + 1 for number in numbers if number is not None), default=0)
 
 
-def _last_layer(group: Group) -> int:
-    if group.kind == "layers":
-        return int(layer_numbers(group).max(initial=-1))
-    return -1 if group.layer is None else group.layer
+def explain(discovery: Discovery, removal: Removal) -> list[Layer]:
+    """Return one row per decoder layer, before them one for the groups that span all layers."""
+    gone = removed_layers({group.name: group for group in discovery.groups}, removal)
+    rows: dict[int | None, Layer] = {
+        layer: Layer(layer, removed=layer in gone)
+        for layer in [None, *range(count_layers(discovery.groups))]
+    }
+    for group in discovery.groups:
+        kept = 0 if group.layer in gone else _kept(group, removal)
+        rows[group.layer].sizes[group.label] = (kept, group.size)
+    return [row for row in rows.values() if row.layer is not None or row.sizes]
+
+
+def _kept(group: Group, removal: Removal) -> int:
+    lost = set(removal.get(group.name, NONE).tolist())
+    if group.blocks is not None:
+        dead = set(dead_blocks(group, removal).tolist())
+        lost.update(unit for unit, block in enumerate(group.blocks.tolist()) if block in dead)
+    return group.size - len(lost)

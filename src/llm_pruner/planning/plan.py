@@ -12,19 +12,18 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llm_pruner.errors import PlanError, UserError
 from llm_pruner.files.json import parse_json, read_text
+from llm_pruner.files.ranges import MOST_UNITS, format_ranges, parse_ranges
 from llm_pruner.planning.constraints import check
-from llm_pruner.planning.ranges import MOST_UNITS, format_ranges, parse_ranges
-from llm_pruner.planning.target import Profile, Scope, Selection, Target
 from llm_pruner.surgery.removal import count_parameters
 from llm_pruner.types import Discovery, IntArray, Removal
 
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2
 
 
 class _Strict(BaseModel):
@@ -49,57 +48,6 @@ class PlanModel(_Strict):
     parameters: Annotated[int, Field(ge=0, lt=2**63)]
 
 
-class PlanCriterion(_Strict):
-    """How importance was estimated."""
-
-    name: str
-    order: str | None = None
-    reduction: str | None = None
-    aggregate: str | None = None
-
-
-class PlanCalibration(_Strict):
-    """The text of a run; ``samples`` sequences of ``seq_len`` tokens.
-
-    Attributes:
-        score_samples: how many of them the importance comes from; None: all.
-    """
-
-    source: str
-    split: str | None = None
-    samples: int
-    seq_len: int
-    score_samples: int | None = None
-    seed: int | None = None
-    digest: str | None = None
-
-
-class PlanTarget(_Strict):
-    """How much was asked for; see `Target`. A decode time has become ``params`` as well."""
-
-    unit_ratio: float | None = None
-    ratio: float | None = None
-    params: int | None = None
-    kv_cache: float | None = None
-    decode_time: float | None = None
-    steps: int = 1
-
-
-class PlanSelection(_Strict):
-    """Where units could be taken from; see `Selection`."""
-
-    structures: tuple[str, ...]
-    scope: Scope = "local"
-    protect_first: int = 0
-    protect_last: int = 0
-    layer_ranges: dict[str, tuple[int, int]] = {}
-    round_to: int = 1
-    split: dict[str, float] | None = None
-    spread: float | None = None
-    uniform: bool = False
-    profile: Profile = "even"
-
-
 class PlanGroup(_Strict):
     """One group that loses units; ``removed`` is text such as ``"3,17,40-44"``."""
 
@@ -109,22 +57,26 @@ class PlanGroup(_Strict):
     removed: str
 
 
+_Scalar: TypeAlias = bool | int | float | str | None
+_Setting: TypeAlias = _Scalar | list[_Scalar] | dict[str, _Scalar | list[_Scalar]]
+"""A value of an option; numbers are finite."""
+
+
 class Plan(_Strict):
     """A removal with all that it came from. Only ``model`` and ``groups`` matter for a replay.
 
-    ``search_trials`` says how many allocations a search between layers judged; None: no search.
+    Attributes:
+        format_version: 2; files of version 1 are read, too.
+        settings: of ``prune``, by the names of its options, with what it decided itself in place of
+            ``auto``: protected layers, the split, the multiple to round to.
+        text: digest of the calibration tokens.
     """
 
-    format_version: Literal[1]
+    format_version: Literal[2]
     package_version: str
     model: PlanModel
-    criterion: PlanCriterion | None = None
-    calibration: PlanCalibration | None = None
-    seed: int | None = None
-    target: PlanTarget | None = None
-    selection: PlanSelection | None = None
-    search_trials: int | None = None
-    compensation: str | None = None
+    settings: dict[str, _Setting] = {}
+    text: str | None = None
     groups: tuple[PlanGroup, ...]
 
     @classmethod
@@ -136,20 +88,10 @@ class Plan(_Strict):
         package_version: str,
         model_name: str,
         revision: str | None = None,
-        criterion: PlanCriterion | None = None,
-        calibration: PlanCalibration | None = None,
-        seed: int | None = None,
-        target: Target | None = None,
-        decode_time: float | None = None,
-        steps: int = 1,
-        selection: Selection | None = None,
-        search_trials: int | None = None,
-        compensation: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        text: str | None = None,
     ) -> Plan:
-        """Return the Plan of a removal in dense numbering; ``discovery`` is the dense model's.
-
-        ``decode_time`` is the share of time that became a ``target`` in parameters.
-        """
+        """Return the Plan of a removal in dense numbering; ``discovery`` is the dense model's."""
         return cls(
             format_version=FORMAT_VERSION,
             package_version=package_version,
@@ -159,35 +101,8 @@ class Plan(_Strict):
                 fingerprint=fingerprint(discovery),
                 parameters=count_parameters(discovery),
             ),
-            criterion=criterion,
-            calibration=calibration,
-            seed=seed,
-            target=None
-            if target is None
-            else PlanTarget(
-                unit_ratio=target.unit_ratio,
-                ratio=target.ratio,
-                params=target.params,
-                kv_cache=target.kv_cache,
-                decode_time=decode_time,
-                steps=steps,
-            ),
-            selection=None
-            if selection is None
-            else PlanSelection(
-                structures=selection.structures,
-                scope=selection.scope,
-                protect_first=selection.protect_first,
-                protect_last=selection.protect_last,
-                layer_ranges=dict(sorted(selection.layer_ranges.items())),
-                round_to=selection.round_to,
-                split=None if selection.split is None else dict(sorted(selection.split.items())),
-                spread=selection.spread,
-                uniform=selection.uniform,
-                profile=selection.profile,
-            ),
-            search_trials=search_trials,
-            compensation=compensation,
+            settings=dict(settings or {}),
+            text=text,
             groups=tuple(
                 PlanGroup(
                     name=group.name,
@@ -203,21 +118,10 @@ class Plan(_Strict):
     def to_json(self) -> str:
         """Return the Plan as JSON: one line for each setting, one for each group."""
         data = self.model_dump(mode="json")
-        if self.target is not None:
-            data["target"] = {k: v for k, v in data["target"].items() if v is not None}
-        for name in ("search_trials", "compensation"):
-            if data[name] is None:
-                del data[name]
-        if self.calibration is not None and self.calibration.score_samples is None:
-            del data["calibration"]["score_samples"]
-        if self.selection is not None:
-            for name in ("split", "spread", "uniform"):
-                if not data["selection"][name]:
-                    del data["selection"][name]
-            if self.selection.profile == "even":
-                del data["selection"]["profile"]
-        rows = data.pop("groups")
+        rows, settings = data.pop("groups"), data.pop("settings")
         lines = [f"  {_text(key)}: {_text(value)}," for key, value in data.items()]
+        said = ",\n".join(f"    {_text(key)}: {_text(value)}" for key, value in settings.items())
+        lines.append(f'  "settings": {{\n{said}\n  }},' if said else '  "settings": {},')
         body = ",\n".join(f"    {_text(row)}" for row in rows)
         groups = f"[\n{body}\n  ]" if rows else "[]"
         return "\n".join(["{", *lines, f'  "groups": {groups}', "}", ""])
@@ -231,7 +135,7 @@ class Plan(_Strict):
         Raises:
             PlanError: with every problem: made for another model, unknown or repeated groups, other
                 kind or size, malformed, duplicate, negative or out-of-range units, or a breach of
-                the rules that `planning.rules.check` lists.
+                the rules that `planning.constraints.check` lists.
         """
         problems = self._model_problems(discovery)
         groups = {group.name: group for group in discovery.groups}
@@ -257,18 +161,6 @@ class Plan(_Strict):
         if problems:
             raise PlanError(problems)
         return {name: found[name] for name in groups if len(found.get(name, ()))}
-
-    def kept(self, kind: str) -> tuple[int, ...] | None:
-        """Return what stays of the first group of a kind that loses units; None if none does.
-
-        Raises:
-            UserError: a removed range is malformed.
-        """
-        for group in self.groups:
-            if group.kind == kind and group.removed.strip():
-                gone = set(parse_ranges(group.removed, group.size).tolist())
-                return tuple(unit for unit in range(group.size) if unit not in gone)
-        return None
 
     def _model_problems(self, discovery: Discovery) -> list[str]:
         parameters = count_parameters(discovery)
@@ -327,9 +219,41 @@ def read_plan(source: str | Path) -> Plan:
     except ValueError as error:
         raise UserError(f"{where} cannot be read: {error}; give a plan.json") from error
     try:
-        return Plan.model_validate(data)
+        return Plan.model_validate(_upgraded(data))
     except ValidationError as error:
         raise PlanError([_problem(dict(item), data) for item in error.errors()]) from error
+
+
+_RENAMED = {"source": "calibration", "layer_ranges": "layers"}
+"""Names in a header of version 1 -> options."""
+
+
+def _upgraded(data: Any) -> Any:
+    """Return a plan of version 1 as one of version 2: its header becomes settings."""
+    if not isinstance(data, dict) or data.get("format_version") != 1:
+        return data
+    data = dict(data)
+    settings: dict[str, Any] = {}
+    criterion = data.pop("criterion", None)
+    if isinstance(criterion, dict):
+        settings["criterion"] = criterion.get("name")
+        settings |= {name: criterion[name] for name in criterion if name != "name"}
+    text = data.pop("calibration", None)
+    if isinstance(text, dict):
+        data["text"] = text.get("digest")
+        text = {**text, "text_split": text.get("split")}
+        gone = ("digest", "split")
+        settings |= {_RENAMED.get(name, name): text[name] for name in text if name not in gone}
+    for part in ("target", "selection"):
+        asked: Any = data.pop(part, None)
+        if isinstance(asked, dict):
+            settings |= {str(_RENAMED.get(name, name)): asked[name] for name in asked}
+    for name in ("seed", "search_trials", "compensation"):
+        if data.get(name) is not None:
+            settings[name] = data.pop(name)
+        data.pop(name, None)
+    settings = {name: value for name, value in settings.items() if value not in (None, {})}
+    return {**data, "format_version": FORMAT_VERSION, "settings": settings}
 
 
 def _problem(item: Mapping[str, Any], data: Any) -> str:
@@ -341,8 +265,8 @@ def _problem(item: Mapping[str, Any], data: Any) -> str:
         path[:2] = [str(name) if name else f"groups[{path[1]}]"]
     if path == ["format_version"] and item["type"] == "literal_error":
         return (
-            f"format_version: {str(item['input'])[:40]} is not the {FORMAT_VERSION} that this "
-            "version of llm-pruner reads"
+            f"format_version: {str(item['input'])[:40]} is not 1 or 2, which this version of "
+            "llm-pruner reads"
         )
     return f"{'.'.join(str(part) for part in path) or 'plan'}: {item['msg']}"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from llm_pruner.errors import UserError
-from llm_pruner.planning.constraints import layer_numbers
 from llm_pruner.planning.numbering import Survivors, count_layers
 from llm_pruner.planning.target import Selection
 from llm_pruner.types import Discovery, Group, IntArray
@@ -67,7 +66,7 @@ def removable_layers(group: Group, selection: Selection, survivors: Survivors) -
 
 def dense_removable_layers(dense: Group, selection: Selection) -> IntArray:
     """Return the same for the ``layers`` group of the dense model."""
-    numbers = layer_numbers(dense)
+    numbers = dense.layers
     first, last = _layers(selection, "layers", int(numbers.max()) + 1)
     return np.flatnonzero((numbers >= first) & (numbers <= last)).astype(np.int64)
 

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from decimal import Decimal
 from fractions import Fraction
 from typing import Literal, get_args
 
 from llm_pruner.errors import UserError
 from llm_pruner.settings.limits import MOST, check_number
+from llm_pruner.settings.words import STRUCTURES, known_structure
 
-STRUCTURES = ("heads", "query_heads", "ffn", "hidden", "head_dim", "experts", "layers", "other")
-"""Kinds that can be chosen. ``value_dim`` cannot: it follows ``head_dim``."""
+Scope = Literal["local", "global"]
 
-Scope = Literal["local", "global", "measured"]
-Profile = Literal["even", "log", "owl"]
-
-_SUFFIX = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
-
-
-_KINDS = ("unit_ratio", "ratio", "params", "kv_cache", "decode_time")
+_KINDS = ("unit_ratio", "ratio", "params", "kv_cache")
 
 
 @dataclass(frozen=True)
 class Target:
-    """How much to remove: exactly one of the first five is set.
+    """How much to remove: exactly one of the first four is set.
 
     Attributes:
         unit_ratio: share of units to remove in each chosen layer, in (0, 1) (LLM-Pruner, arXiv
@@ -36,8 +27,6 @@ class Target:
         params: number of parameters to keep.
         kv_cache: share of what the dense model's cache grows by with each token to remove, in
             (0, 1).
-        decode_time: share of the time of a decoding step to save, in (0, 1); becomes a number of
-            parameters by timing before anything is allocated.
         loose: an intermediate goal of several steps: take the nearest that can be reached
             (removing nothing included) where a final goal would raise.
     """
@@ -46,7 +35,6 @@ class Target:
     ratio: float | None = None
     params: int | None = None
     kv_cache: float | None = None
-    decode_time: float | None = None
     loose: bool = False
 
     def __post_init__(self) -> None:
@@ -71,7 +59,7 @@ class Target:
         return next(f"{name}={value}" for name, value in self._values() if value is not None)
 
     def kept(self, dense: int) -> int:
-        """Return how much to keep of what it counts; not for ``unit_ratio`` and ``decode_time``.
+        """Return how much to keep of what it counts; not for ``unit_ratio``.
 
         Args:
             dense: parameters of the dense model; for ``kv_cache``, bytes of its cache per token.
@@ -98,8 +86,7 @@ class Selection:
     Attributes:
         structures: kinds to prune, of `STRUCTURES`.
         scope: ``local`` ranks inside each group and takes the same share from each; ``global``
-            ranks the units of all chosen groups together by importance per removed parameter;
-            ``measured`` does so by measured damage, see `Level`.
+            ranks the units of all chosen groups together by importance per removed parameter.
         protect_first: decoder layers at the start that stay whole.
         protect_last: decoder layers at the end that stay whole.
         layer_ranges: structure -> (first, last) layer to prune, both included, counted from 0;
@@ -107,15 +94,13 @@ class Selection:
         round_to: the number of units kept in a group of channels (ffn, hidden, head_dim, other)
             is a multiple of this, unless the group is left alone.
         split: structure -> its share of the parameters that are removed; None lets the ranking
-            decide (``global``, ``measured``) or takes the same share of units everywhere
-            (``local``). For targets in parameters alone.
-        spread: with ``global`` and ``measured``, no group loses more than this many times the share
-            of its units that would be lost if all lost the same, nor keeps less than one in this
-            many of what would be kept; None for no limit.
+            decide (``global``) or takes the same share of units everywhere (``local``). For targets
+            in parameters alone.
+        spread: with ``global``, no group loses more than this many times the share of its units
+            that would be lost if all lost the same, nor keeps less than one in this many of what
+            would be kept; None for no limit.
         uniform: groups of one structure keep the same number of units in all layers, so that a
             plain config can say the sizes; with ``local`` and without protection or ranges.
-        profile: with ``local``, how a structure's share is laid over the layers: the same for all
-            (``even``), or as `planning.profiles.layer_weights` says.
     """
 
     structures: tuple[str, ...]
@@ -127,17 +112,16 @@ class Selection:
     split: Mapping[str, float] | None = None
     spread: float | None = None
     uniform: bool = False
-    profile: Profile = "even"
 
     def __post_init__(self) -> None:
         if not self.structures:
             raise UserError(f"no structures given; choose from {', '.join(STRUCTURES)}")
         for name in self.structures:
-            _known_structure(name)
+            known_structure(name)
             if self.structures.count(name) > 1:
                 raise UserError(f"structure {name!r} is given twice; name it once")
         if self.scope not in get_args(Scope):
-            raise UserError(f"scope={self.scope!r} is unknown; use local, global or measured")
+            raise UserError(f"scope={self.scope!r} is unknown; use local or global")
         if self.protect_first < 0 or self.protect_last < 0:
             raise UserError(
                 f"protect_first={self.protect_first}, protect_last={self.protect_last}: "
@@ -159,13 +143,6 @@ class Selection:
                 "uniform layers need scope local and no protected layers or layer ranges; drop "
                 "these or uniform"
             )
-        if self.profile not in get_args(Profile):
-            raise UserError(f"profile={self.profile!r} is unknown; use even, log or owl")
-        if self.profile != "even" and (self.scope != "local" or self.uniform):
-            other = "uniform layers" if self.uniform else f"scope {self.scope}"
-            raise UserError(
-                f"{other} and the profile {self.profile} both say what each layer loses; use one"
-            )
         if self.spread is not None and not self.spread >= 1:
             raise UserError(
                 f"spread={self.spread} cannot reach the target; use 1 (all alike) or more"
@@ -173,11 +150,6 @@ class Selection:
         check_number("spread", self.spread, 1, MOST)
         if self.split is not None:
             self._check_split(self.split)
-
-    @property
-    def ranks_together(self) -> bool:
-        """Whether the units of all chosen groups stand in one ranking."""
-        return self.scope != "local"
 
     @property
     def _protects(self) -> bool:
@@ -208,64 +180,6 @@ def exact(ratio: float) -> Fraction:
     return Fraction(repr(float(ratio)))
 
 
-def parse_count(text: str) -> int:
-    """Return a number of parameters: ``"5.4B"``, ``"107.6M"``, ``"110000000"``.
-
-    Raises:
-        UserError: not a positive whole number.
-    """
-    match = re.fullmatch(r"([\d_,]*\.?\d+)\s*([KMBT]?)", text.strip().upper())
-    number = Decimal(0)
-    if match is not None:
-        number = Decimal(re.sub("[_,]", "", match[1])).scaleb(_SUFFIX[match[2]])
-    if number <= 0 or number != int(number):
-        raise UserError(
-            f"{text!r} is not a number of parameters; write such as 5.4B, 107.6M or 110000000"
-        )
-    return int(number)
-
-
-def parse_layer_ranges(text: str) -> dict[str, tuple[int, int]]:
-    """Return structure -> (first, last) of ``"heads=4-26,ffn=4-26"``, both ends included.
-
-    Raises:
-        UserError: malformed, unknown or repeated structure, or a range that runs backwards.
-    """
-    ranges: dict[str, tuple[int, int]] = {}
-    for item in text.split(","):
-        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)(?:\s*-\s*(\d+))?\s*", item)
-        if match is None:
-            raise UserError(
-                f"{item.strip()!r} is not a layer range; write such as heads=4-26,ffn=4-26"
-            )
-        name, first = _known_structure(match[1]), int(match[2])
-        last = first if match[3] is None else int(match[3])
-        if name in ranges:
-            raise UserError(f"{name} has two layer ranges; give one")
-        if last < first:
-            raise UserError(f"layer range {name}={first}-{last} runs backwards; swap its ends")
-        ranges[name] = (first, last)
-    return ranges
-
-
-def parse_split(text: str) -> dict[str, float]:
-    """Return structure -> share of ``"heads=0.1,ffn=0.9"``.
-
-    Raises:
-        UserError: malformed, unknown or repeated structure.
-    """
-    shares: dict[str, float] = {}
-    for item in text.split(","):
-        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d*\.?\d+)\s*", item)
-        if match is None:
-            raise UserError(f"{item.strip()!r} is not a share; write such as heads=0.1,ffn=0.9")
-        name = _known_structure(match[1])
-        if name in shares:
-            raise UserError(f"{name} has two shares; give one")
-        shares[name] = float(match[2])
-    return shares
-
-
 def step_targets(dense_params: int, target: Target, steps: int) -> list[Target]:
     """Return the cumulative target of each step, linear in what is removed; the last is ``target``.
 
@@ -290,13 +204,3 @@ def step_targets(dense_params: int, target: Target, steps: int) -> list[Target]:
             removed = dense_params - target.kept(dense_params)
             targets.append(Target(params=dense_params - removed * step // steps, loose=True))
     return [*targets, target]
-
-
-def _known_structure(name: str) -> str:
-    if name == "value_dim":
-        raise UserError("value_dim is not pruned by itself; choose head_dim, which it follows")
-    if name not in STRUCTURES:
-        close = difflib.get_close_matches(name, STRUCTURES, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise UserError(f"unknown structure {name!r}; {hint}known are {', '.join(STRUCTURES)}")
-    return name

@@ -1,4 +1,4 @@
-"""When a recovery is scored, which weights it keeps, and when it ends."""
+"""How long a step takes, when a recovery is scored, which weights it keeps, and when it ends."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from transformers import TrainerCallback
 
 from llm_pruner.errors import UserError
 from llm_pruner.recovery.methods import trained_weights
-from llm_pruner.recovery.pace import Pace
 from llm_pruner.recovery.processes import ALONE, Processes
 from llm_pruner.recovery.scoring import Evaluation
 from llm_pruner.recovery.trainer import RecoveryTrainer, RunState
-from llm_pruner.settings.recover import RecoverySettings
+from llm_pruner.settings.recover import TrainingSettings
 
 SCORING = 0.1
 """Share of ``max_minutes`` that scores on the way may take, unless two take more."""
@@ -52,7 +51,7 @@ class Guard(TrainerCallback):
     def __init__(
         self,
         run: RunState,
-        settings: RecoverySettings,
+        settings: TrainingSettings,
         score: Callable[[int], Evaluation],
         say: Callable[[Progress], None],
         processes: Processes = ALONE,
@@ -196,3 +195,36 @@ class Guard(TrainerCallback):
 def evaluation_interval(total: int, evaluations: int) -> int:
     """Return the steps between evaluations; the last step is always evaluated."""
     return max(1, -(-total // evaluations))
+
+
+TIMED_STEPS = 3
+"""Steps that are timed before the first estimate; one before them warms up, and is not counted."""
+
+
+class Pace:
+    """Estimates the seconds of a step.
+
+    The first steps are slower than those to come: each new length of a row has its kernels compiled
+    and its memory allocated; and a machine's speed drifts. So an estimate is the mean of the newer
+    half of the steps, of the first three at least.
+    """
+
+    def __init__(self) -> None:
+        self._warm = False
+        self._seconds: list[float] = []
+
+    def add(self, seconds: float) -> bool:
+        """Take in a step; return whether to estimate anew: after 3 steps, 6, 12, 24 and so on."""
+        if not self._warm:
+            self._warm = True
+            return False
+        self._seconds.append(seconds)
+        rounds, rest = divmod(len(self._seconds), TIMED_STEPS)
+        return not rest and not rounds & (rounds - 1)
+
+    def estimate(self) -> float | None:
+        """Return the seconds of a step; None before enough of them were timed."""
+        if len(self._seconds) < TIMED_STEPS:
+            return None
+        newer = self._seconds[-max(TIMED_STEPS, len(self._seconds) // 2) :]
+        return sum(newer) / len(newer)

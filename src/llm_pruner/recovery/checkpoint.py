@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 
 from llm_pruner.errors import UserError
 from llm_pruner.files.json import read_json
-from llm_pruner.recovery.parts import part_of, spread
 
 Folder = Callable[[Path], AbstractContextManager[Path]]
 """Gives a folder that appears under its name once it is complete and on the disk."""
@@ -100,11 +99,7 @@ def optimizer_values(optimizer: Any) -> tuple[dict[str, torch.Tensor], dict[str,
 
 
 def read_optimizer_(folder: Path, rest: Mapping[str, Any], optimizer: Any) -> None:
-    """Put back what ``optimizer_values`` gave; its tensors are read from ``optimizer.safetensors``.
-
-    Of a tensor with the shape of a weight that is spread, each process takes its part.
-    """
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    """Put back what ``optimizer_values`` gave; the tensors come from ``optimizer.safetensors``."""
     tensors = read_tensors(folder / "optimizer.safetensors")
     try:
         state: dict[int, dict[str, Any]] = {
@@ -112,9 +107,6 @@ def read_optimizer_(folder: Path, rest: Mapping[str, Any], optimizer: Any) -> No
         }
         for name, tensor in tensors.items():
             index, _, key = name.partition(".")
-            weight = weights[int(index)]
-            if tensor.shape == weight.shape:
-                tensor = spread(part_of(tensor, weight), weight)
             state.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
     except _MALFORMED as error:

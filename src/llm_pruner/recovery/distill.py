@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,42 +16,14 @@ import torch.nn.functional as F
 from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import allocate
+from llm_pruner.models.forward import embedding_rows
 from llm_pruner.recovery.forward import can_pack, learned_tokens, micro_tokens
-from llm_pruner.recovery.hidden import Kept, hidden_distance, learned_states, teacher_states
 from llm_pruner.recovery.kernels.chunked_loss import summed_loss
 from llm_pruner.recovery.objective import Told, mixed_loss, mixed_loss_and_gradient_
 from llm_pruner.recovery.packing import Batch, lay_out
+from llm_pruner.settings.recover import DistillationSettings
 
 _FILES = ("ids.bin", "log_probabilities.bin", "done.bin")
-
-
-@dataclass(frozen=True)
-class DistillationSettings:
-    """How a teacher is listened to.
-
-    Attributes:
-        temperature: T of ``distillation_loss``.
-        weight: share of the distillation loss; the task loss has the rest.
-        top_k: tokens whose probability is kept for each learned token.
-        hidden: weight of ``hidden_distance``, which comes on top; above 0 the teacher runs in every
-            step, as its hidden states are too large to be kept.
-    """
-
-    temperature: float = 1.0
-    weight: float = 0.9
-    top_k: int = 64
-    hidden: float = 0.0
-
-    def check(self) -> None:
-        """Raise UserError for a value that cannot be."""
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"--temperature {self.temperature} is no temperature; use such as 2")
-        if not 0 < self.weight <= 1:
-            raise UserError(f"--distill-weight {self.weight} is outside [0, 1]; use such as 0.9")
-        if self.top_k < 1:
-            raise UserError(f"--teacher-top-k {self.top_k} keeps nothing; use 1 or more")
-        if not 0 <= self.hidden < float("inf"):
-            raise UserError(f"--distill-hidden {self.hidden} is no weight; use such as 1")
 
 
 class Teacher:
@@ -73,7 +44,6 @@ class Teacher:
         *,
         identity: str,
         seq_len: int,
-        kept: Kept | None = None,
     ) -> None:
         """Open or make the cache in a subfolder whose name depends on everything it holds.
 
@@ -84,22 +54,21 @@ class Teacher:
             folder: where caches lie.
             identity: fingerprint of the model.
             seq_len: longest sample.
-            kept: what the student has of it.
 
         Raises:
             UserError: the teacher's vocabulary has fewer tokens than the data uses.
         """
         self._model, self._sequences, self.settings = model.eval(), sequences, settings
         model.requires_grad_(False)
-        vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        vocabulary = embedding_rows(model)
         largest = max(int(one.input_ids.max()) for one in sequences)
         if largest >= vocabulary:
             raise UserError(
                 f"the data has token {largest} and the teacher {vocabulary} tokens; "
                 "name the dense model that the student was cut from"
             )
-        self._k = min(settings.top_k, vocabulary)
-        self._seq_len, self._vocabulary, self._kept = seq_len, vocabulary, kept or Kept()
+        self._k = min(settings.teacher_top_k, vocabulary)
+        self._seq_len, self._vocabulary = seq_len, vocabulary
         self._packed: bool | None = None
         targets = np.array([one.targets for one in sequences], dtype=np.int64)
         self._first = np.concatenate([[0], np.cumsum(targets)])
@@ -115,7 +84,8 @@ class Teacher:
         self._ids = _array(self.folder / "ids.bin", "int32", shape)
         self._values = _array(self.folder / "log_probabilities.bin", "float16", shape)
         self._done = _array(self.folder / "done.bin", "uint8", (len(sequences),))
-        about = {"teacher": identity, "samples": len(sequences), **asdict(settings)}
+        taught = settings.model_dump(include=set(DistillationSettings.model_fields))
+        about = {"teacher": identity, "samples": len(sequences), **taught}
         (self.folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
         self.tokens_run = 0
 
@@ -144,9 +114,7 @@ class Teacher:
         batch: Batch,
         watch: Callable[[torch.Tensor, torch.Tensor], None] = lambda _logits, _tokens: None,
     ) -> torch.Tensor:
-        """Return w * distillation loss + (1 - w) * task loss + v * distance of hidden states.
-
-        Each is summed over the learned tokens.
+        """Return w * distillation loss + (1 - w) * task loss, summed over the learned tokens.
 
         Args:
             student: the model that learns.
@@ -154,7 +122,6 @@ class Teacher:
             watch: is shown the student's logits, (n, vocabulary), and the tokens that they predict,
                 a few after the other.
         """
-        weight, deep = self.settings.weight, self.settings.hidden > 0
         every_token = learned_tokens(batch)
         every_id, every_value = self.says(batch)
 
@@ -165,18 +132,13 @@ class Teacher:
                 one[span].to(logits.device) for one in (every_token, every_id, every_value)
             )
             watch(logits, tokens)
-            told = Told(tokens, ids, values, self.settings.temperature, weight)
+            heard = self.settings.temperature, self.settings.distill_weight
+            told = Told(tokens, ids, values, *heard)
             if gradient:
                 return mixed_loss_and_gradient_(logits, told)
             return mixed_loss(logits, told), None
 
-        states = {"output_hidden_states": True} if deep else {}
-        loss, output = summed_loss(student, batch, mixture, **states)
-        if deep:
-            own, wanted = learned_states(output, batch), teacher_states(self._model, batch)
-            distance = hidden_distance(own, wanted, self._kept)
-            loss = loss + self.settings.hidden * distance.to(loss.device)
-        return loss
+        return summed_loss(student, batch, mixture)
 
     @torch.no_grad()
     def _run(self, samples: Sequence[int]) -> None:

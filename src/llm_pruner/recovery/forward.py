@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from llm_pruner.data.sequences import TrainingSequence
+from llm_pruner.models.forward import embedding_rows, parameters_of
 from llm_pruner.recovery.packing import Batch, lay_out
 
 TOLERANCE = 1e-4
@@ -20,32 +20,17 @@ _LOGITS_BYTES = 256 * 2**20
 _POSITIONS = 2048
 
 
-@dataclass(frozen=True)
-class Forward:
-    """What a model says of a batch.
-
-    Attributes:
-        logits: those that predict the learned tokens, float32 (n, vocabulary), in the order of
-            ``Batch.parts``.
-        tokens: the learned tokens, (n,).
-        output: all that the model returned; its own logits may be of some positions only.
-    """
-
-    logits: torch.Tensor
-    tokens: torch.Tensor
-    output: Any
-
-
-def forward(model: Any, batch: Batch, **keywords: Any) -> Forward:
+def learned_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Run a model, which may be wrapped for several processes.
 
     Where the model lets it, the output embedding runs on the positions that predict learned tokens
     alone: logits of a row are by far its largest tensors.
 
-    Args:
-        keywords: further arguments of the model.
+    Returns:
+        The logits that predict the learned tokens, float32 (n, vocabulary), and these tokens, (n,),
+        in the order of ``Batch.parts``.
     """
-    keywords = {**arguments_of(model, batch), **keywords}
+    keywords = arguments_of(model, batch)
     learned = batch.learned[:, 1:]
     output = _narrow_output(model, keywords, learned)
     if output is not None:
@@ -53,18 +38,12 @@ def forward(model: Any, batch: Batch, **keywords: Any) -> Forward:
     else:
         output = model(**keywords)
         logits = output.logits[:, :-1][learned.to(output.logits.device)]
-    return Forward(logits.float(), learned_tokens(batch).to(logits.device), output)
+    return logits.float(), learned_tokens(batch).to(logits.device)
 
 
 def learned_tokens(batch: Batch) -> torch.Tensor:
     """Return the tokens that a batch teaches, int64 (n,), in the order of ``Batch.parts``."""
     return batch.input_ids[:, 1:][batch.learned[:, 1:]]
-
-
-def learned_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``logits`` and ``tokens`` of ``forward``."""
-    found = forward(model, batch)
-    return found.logits, found.tokens
 
 
 def arguments_of(model: Any, batch: Batch) -> dict[str, Any]:
@@ -125,8 +104,7 @@ def can_pack(model: Any, vocabulary: int) -> bool:
     model builds its mask with the shared functions, and other models (learned positions by count,
     recurrences, code of their own) see one long text.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    names = inspect.signature(base.forward).parameters
+    names = parameters_of(model)
     takes_positions = "position_ids" in names or any(
         one.kind is inspect.Parameter.VAR_KEYWORD for one in names.values()
     )
@@ -171,7 +149,7 @@ def micro_tokens(model: Any, seq_len: int) -> int:
     """
     if next(model.parameters()).device.type == "cpu":
         return max(seq_len, _POSITIONS)
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    vocabulary = embedding_rows(model)
     return max(seq_len, _LOGITS_BYTES // (4 * vocabulary))
 
 

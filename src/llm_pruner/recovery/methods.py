@@ -10,34 +10,27 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from llm_pruner.errors import UserError
-from llm_pruner.recovery.parts import own_part
-from llm_pruner.settings.recover import LoraSettings, RecoverySettings
+from llm_pruner.settings.recover import TrainingSettings
 
 
-def make_trainable_(model: Any, settings: RecoverySettings) -> Any:
+def make_trainable_(model: Any, settings: TrainingSettings) -> Any:
     """Prepare a model for the method; returns it, or for ``lora`` the PEFT model around it.
 
     Raises:
-        UserError: the model has nothing that the method trains, or trains it in half precision.
+        UserError: the model has no linear layers to adapt, or is to be trained in half precision.
     """
     if settings.method == "lora":
-        return _with_adapters(model, settings.lora)
+        return _with_adapters(model, settings)
     half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
     if half:
         raise UserError(
             f"method {settings.method} on half-precision weights loses most of its small steps; "
             "use --dtype float32, with --bf16 to compute in bfloat16, or --method lora"
         )
-    found = 0
-    for parameter in model.parameters():
-        parameter.requires_grad_(settings.method == "full" or parameter.ndim == 1)
-        found += int(parameter.requires_grad)
-    if not found:
-        raise UserError("the model has no norm weights or biases to train; use --method lora")
-    return model
+    return model.requires_grad_(True)
 
 
-def _with_adapters(model: Any, lora: LoraSettings) -> Any:
+def _with_adapters(model: Any, settings: TrainingSettings) -> Any:
     from peft import LoraConfig, get_peft_model
 
     names = linear_layers(model)
@@ -45,12 +38,9 @@ def _with_adapters(model: Any, lora: LoraSettings) -> Any:
         raise UserError("the model has no linear layers to adapt; use --method full")
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        use_dora=lora.dora,
-        use_rslora=lora.rslora,
-        init_lora_weights=True if lora.start == "default" else lora.start,
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
         target_modules=names,
     )
     with warnings.catch_warnings():
@@ -69,12 +59,8 @@ def linear_layers(model: Any) -> list[str]:
 
 
 def merge_(trained: Any) -> Any:
-    """Add adapters to the weights and return the plain model."""
-    return unmarked(trained.merge_and_unload() if hasattr(trained, "merge_and_unload") else trained)
-
-
-def unmarked(plain: Any) -> Any:
-    """Return a model as it was before it was prepared for training, in eval mode."""
+    """Add adapters to the weights and return the plain model, in eval mode."""
+    plain = trained.merge_and_unload() if hasattr(trained, "merge_and_unload") else trained
     plain.requires_grad_(True)
     # PEFT leaves marks that a later save would act upon.
     for mark in ("_hf_peft_config_loaded", "peft_config"):
@@ -89,11 +75,8 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return copies, on the CPU, of what this process holds of the weights that are trained."""
-    return {
-        name: own_part(weight.detach()).to("cpu", copy=True)
-        for name, weight in trainable(model).items()
-    }
+    """Return copies, on the CPU, of the weights that are trained."""
+    return {name: weight.detach().to("cpu", copy=True) for name, weight in trainable(model).items()}
 
 
 @torch.no_grad()
@@ -103,10 +86,10 @@ def set_weights_(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     Raises:
         UserError: the names or shapes are other ones.
     """
-    own = {name: own_part(weight.detach()) for name, weight in trainable(model).items()}
+    own = trainable(model)
     if own.keys() != weights.keys() or any(own[n].shape != weights[n].shape for n in own):
         raise UserError(
             "the checkpoint holds other weights than this run trains; begin anew with --restart"
         )
-    for name, part in own.items():
-        part.copy_(weights[name])
+    for name, weight in own.items():
+        weight.copy_(weights[name])

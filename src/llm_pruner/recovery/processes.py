@@ -17,8 +17,8 @@ from llm_pruner.errors import UserError
 _PATIENCE = timedelta(days=7)
 """How long a process waits for another: the first one may be writing text for hours."""
 
-_FSDP = "ACCELERATE_USE_FSDP"
 _OTHER_KINDS = {
+    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
 }
@@ -36,27 +36,19 @@ class Processes:
     Attributes:
         rank: number of this process; the first, 0, writes and speaks.
         count: number of processes.
-        sharded: whether each holds a part of the model only, so that all must run it together.
     """
 
     rank: int = 0
     count: int = 1
-    sharded: bool = False
 
     @property
     def is_first(self) -> bool:
         """Whether this process writes and speaks."""
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> list[T | None]:
-        """Return the items that are this process's to do, at least one.
-
-        None stands for one of another process: the model is to be run there too, for nothing, where
-        all must run it together, or a gradient is awaited.
-        """
-        own: list[T | None] = [*items[self.rank :: self.count]]
-        most = -(-len(items) // self.count) if self.sharded else 1
-        return own + [None] * (most - len(own))
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Return the items that are this process's to do."""
+        return items[self.rank :: self.count]
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """Return the sums over all processes, in float64, the same to the bit in each of them."""
@@ -78,17 +70,6 @@ class Processes:
     def barrier(self) -> None:
         """Wait until all processes are here."""
         self.sums([0.0])
-
-    @contextmanager
-    def in_turn(self) -> Iterator[None]:
-        """Have the processes run the block one after the other, as for what needs much memory."""
-        for _ in range(self.rank):
-            self.barrier()
-        try:
-            yield
-        finally:
-            for _ in range(self.rank + 1, self.count):
-                self.barrier()
 
     @contextmanager
     def first(self) -> Iterator[None]:
@@ -147,44 +128,30 @@ def own_device(device: str) -> str:
     return f"cuda:{number}"
 
 
-def shards_asked_for() -> bool:
-    """Whether accelerate was told to use FSDP."""
-    return _is_set(_FSDP)
-
-
 @contextmanager
-def joined(device: str, *, shard: bool = False) -> Iterator[Processes]:
+def joined(device: str) -> Iterator[Processes]:
     """Join the processes that torchrun or accelerate started; part when the block ends well.
 
     Args:
         device: this process's, as from ``own_device``.
-        shard: each is to hold a part of the model only.
 
     Raises:
         UserError: they were started for something else than data parallel training, or by
             something that did not say where they meet.
     """
     for variable, kind in _OTHER_KINDS.items():
-        if _is_set(variable):
+        if os.environ.get(variable, "").lower() in ("true", "1"):
             raise UserError(
-                f"recover trains several processes with DDP or FSDP, and {kind} was asked for; "
-                "choose FSDP, multi-GPU or multi-CPU in accelerate config, or start with torchrun"
+                f"recover trains several processes with DDP, and {kind} was asked for; "
+                "choose multi-GPU or multi-CPU in accelerate config, or start with torchrun"
             )
     if _started() == 1:
-        if shard:
-            raise UserError(
-                "--shard spreads the model over several processes, and one was started; start "
-                "them with torchrun or accelerate launch, or leave it out"
-            )
         yield Processes()
         return
-    if _is_set(_FSDP):
-        # Read by transformers and accelerate, who would spread it once more in their way.
-        os.environ[_FSDP] = "false"
     alone = not distributed.is_initialized()
     if alone:
         _join(device)
-    yield Processes(distributed.get_rank(), distributed.get_world_size(), shard)
+    yield Processes(distributed.get_rank(), distributed.get_world_size())
     if alone:
         distributed.destroy_process_group()
 
@@ -202,10 +169,6 @@ def _join(device: str) -> None:
             f"WORLD_SIZE says that {_started()} processes were started, and they cannot meet "
             f"({reason}); start them with torchrun or accelerate launch"
         ) from error
-
-
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("true", "1")
 
 
 def _started() -> int:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import random
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from transformers import TrainingArguments
 
 from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.errors import UserError
+from llm_pruner.models.forward import embedding_rows
 from llm_pruner.recovery import checkpoint as state
 from llm_pruner.recovery.callbacks import Guard, Progress, evaluation_interval
 from llm_pruner.recovery.distill import Teacher
@@ -31,9 +30,9 @@ from llm_pruner.recovery.methods import make_trainable_, merge_, set_weights_, t
 from llm_pruner.recovery.packing import lay_out, step_samples
 from llm_pruner.recovery.processes import ALONE, Processes
 from llm_pruner.recovery.scoring import Evaluation, score
-from llm_pruner.recovery.sharding import hide_from_sums_, merge_shards_
 from llm_pruner.recovery.trainer import RecoveryTrainer, RunState, Steps
-from llm_pruner.settings.recover import RecoverySettings
+from llm_pruner.runtime.quiet import quiet
+from llm_pruner.settings.recover import TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def recover_(
     model: Any,
     train: Sequence[TrainingSequence],
     held_out: Sequence[TrainingSequence],
-    settings: RecoverySettings,
+    settings: TrainingSettings,
     *,
     work: Path,
     folder: state.Folder,
@@ -98,8 +97,7 @@ def recover_(
         say: called after each step.
         keep_adapter: with ``lora``, write the adapter there, before it is merged.
         processes: those that train together; ``settings.batch_size`` is that of all of them, the
-            first one writes, and all return the same. Where each holds a part of the model, as
-            ``shard_`` leaves it, so is what is returned.
+            first one writes, and all return the same.
 
     Raises:
         UserError: the model has nothing that the method trains, a loss is not finite, or a
@@ -109,7 +107,7 @@ def recover_(
     if not train or not held_out:
         raise UserError("recovery needs samples to train on and samples to hold out")
     work.mkdir(parents=True, exist_ok=True)
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    vocabulary = embedding_rows(model)
     with by_sample():
         packed = can_pack(model, vocabulary)
     layout: dict[str, Any] = {
@@ -137,7 +135,8 @@ def recover_(
         return score(found, step, scored, held_out, sources, judge, processes)
 
     with (
-        _quiet(),
+        # The name that accelerate and the Trainer use still.
+        quiet("transformers", "accelerate", "peft", warned=".*broadcast_buffers.*"),
         by_sample(),
         _same_config(model),
         _own_random(None if processes == ALONE else model.device),
@@ -147,15 +146,13 @@ def recover_(
             started = time.monotonic()
             run.before = scored_at(0, model)
             run.seconds_to_score = processes.from_first(time.monotonic() - started)
-            if not settings.bf16 and settings.lora.start == "default":
+            if not settings.bf16:
                 run.evaluations.append(run.before)  # training starts from just this
         torch.manual_seed(settings.seed)
         trained = make_trainable_(model, settings)
         count = sum(one.numel() for one in trained.parameters() if one.requires_grad)
         if settings.gradient_checkpointing:
             _checkpoint_activations_(trained)
-        if processes.sharded:
-            hide_from_sums_(trained)
 
         def scored_on_the_way(step: int) -> Evaluation:
             with trainer.accelerator.autocast():
@@ -191,7 +188,7 @@ def recover_(
         set_weights_(trained, initial if trainer.best_weights is None else trainer.best_weights)
         if keep_adapter is not None and settings.method == "lora" and processes.is_first:
             trained.save_pretrained(keep_adapter, save_embedding_layers=False)
-        model = merge_shards_(trained) if processes.sharded else merge_(trained)
+        model = merge_(trained)
         if settings.gradient_checkpointing:
             _keep_activations_(model)
         history = trainer.state.log_history
@@ -244,7 +241,7 @@ def _keep_activations_(model: Any) -> None:
 
 
 def _arguments(
-    model: Any, settings: RecoverySettings, total: int, unused: str, work: Path
+    model: Any, settings: TrainingSettings, total: int, unused: str, work: Path
 ) -> TrainingArguments:
     report = settings.report_to
     args = TrainingArguments(
@@ -303,20 +300,3 @@ def _own_random(device: torch.device | None) -> Iterator[None]:
         finally:
             random.setstate(own)
             np.random.set_state(legacy)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back the notes of the libraries; what goes wrong is raised."""
-    loggers = [logging.getLogger(name) for name in ("transformers", "accelerate", "peft")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            # The name that accelerate and the Trainer use still.
-            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from llm_pruner.data.sequences import TrainingSequence
+from llm_pruner.models.forward import evaluating
 from llm_pruner.recovery.distill import Teacher
 from llm_pruner.recovery.kernels.chunked_loss import watch_logits
 from llm_pruner.recovery.packing import Batch
@@ -61,13 +62,8 @@ def score(
     sums = torch.zeros(sources, dtype=torch.float64)
     counts = [0] * sources
     mixed = 0.0
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in processes.share(batches):
-            if batch is None:
-                watch_logits(model, batches[0], lambda _logits, _tokens: None)
-                continue
             found: list[torch.Tensor] = []
 
             def likelihood(
@@ -86,8 +82,6 @@ def score(
                 sums[one.source] += each[first : first + one.targets].sum()
                 counts[one.source] += one.targets
                 first += one.targets
-    finally:
-        model.train(training)
     mixed, *both = processes.sums([mixed, *sums.tolist(), *counts])
     losses, tokens_of = both[:sources], both[sources:]
     total = sum(losses) if teacher is None else mixed

@@ -24,10 +24,9 @@ from llm_pruner.recovery.kernels.chunked_loss import summed_loss
 from llm_pruner.recovery.methods import set_weights_, trainable
 from llm_pruner.recovery.objective import text_objective
 from llm_pruner.recovery.packing import Batch, lay_out
-from llm_pruner.recovery.parts import parts_of, spread, whole_tensors
 from llm_pruner.recovery.processes import ALONE, Processes
 from llm_pruner.recovery.scoring import Evaluation
-from llm_pruner.settings.recover import RecoverySettings
+from llm_pruner.settings.recover import TrainingSettings
 
 
 @dataclass
@@ -106,7 +105,7 @@ class RecoveryTrainer(Trainer):
         self,
         model: Any,
         args: TrainingArguments,
-        settings: RecoverySettings,
+        settings: TrainingSettings,
         steps: Steps,
         run: RunState,
         teacher: Teacher | None,
@@ -161,7 +160,8 @@ class RecoveryTrainer(Trainer):
         batches: list[Batch] = inputs["batches"]
         count = sum(batch.targets for batch in batches)
         self._run.tokens += sum(batch.tokens for batch in batches)
-        own = self._processes.share(batches)
+        # A process without a batch runs one for nothing: the others await its gradient.
+        own: Sequence[Batch | None] = self._processes.share(batches) or [None]
         total = torch.zeros((), device=self.args.device)
         for number, batch in enumerate(own):
             last = number == len(own) - 1
@@ -200,8 +200,7 @@ class RecoveryTrainer(Trainer):
 
     @staticmethod
     def _task_loss(model: Any, batch: Batch) -> torch.Tensor:
-        loss, _ = summed_loss(model, batch, text_objective(learned_tokens(batch)))
-        return loss
+        return summed_loss(model, batch, text_objective(learned_tokens(batch)))
 
     def compute_loss_context_manager(self) -> Any:
         """Return the precision of a step: accelerate's is that of the model's own forward alone.
@@ -219,34 +218,16 @@ class RecoveryTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002
         """Write all that ``train(resume_from_checkpoint=...)`` reads, whole or not at all."""
         path = state.step_folder(self._work, self.state.global_step)
-        processes = self._processes
-        if not processes.from_first(path.exists()):
-            if processes.is_first or processes.sharded:  # who holds a part, gives it to the first
-                tensors = self._tensors()
-            if processes.is_first:
-                self._write_checkpoint(path, *tensors)
-        processes.barrier()
+        if self._processes.is_first and not path.exists():
+            self._write_checkpoint(path)
+        self._processes.barrier()
 
-    def _tensors(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
-        """Return the files of a checkpoint with their tensors, and the optimizer's plain values.
-
-        Where the weights are spread, all processes must ask for it together, and only the first one
-        is given tensors.
-        """
-        keep = self._processes.is_first
+    def _write_checkpoint(self, path: Path) -> None:
         weights = trainable(self.model)
         files = {"weights": {name: one.detach() for name, one in weights.items()}}
         if self.best_weights is not None:
-            files["best"] = {
-                name: spread(part, weights[name]) for name, part in self.best_weights.items()
-            }
-        files["optimizer"], plain = state.optimizer_values(self.optimizer)
-        gathered = {name: whole_tensors(tensors, keep=keep) for name, tensors in files.items()}
-        return gathered, plain
-
-    def _write_checkpoint(
-        self, path: Path, files: dict[str, dict[str, torch.Tensor]], optimizer: dict[str, Any]
-    ) -> None:
+            files["best"] = self.best_weights
+        files["optimizer"], optimizer = state.optimizer_values(self.optimizer)
         with self._folder(path) as folder:
             for name, tensors in files.items():
                 state.write_tensors(folder / f"{name}.safetensors", tensors)
@@ -268,13 +249,9 @@ class RecoveryTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
         folder = Path(resume_from_checkpoint)
-        set_weights_(self.model, self._read(folder / "weights.safetensors"))
+        set_weights_(self.model, state.read_tensors(folder / "weights.safetensors"))
         best = folder / "best.safetensors"
-        self.best_weights = self._read(best) if best.is_file() else None
-
-    def _read(self, file: Path) -> dict[str, torch.Tensor]:
-        """Return this process's parts of the weights in a file."""
-        return parts_of(state.read_tensors(file), trainable(self.model))
+        self.best_weights = state.read_tensors(best) if best.is_file() else None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from markupsafe import Markup
@@ -13,14 +13,14 @@ from llm_pruner.report import figures, view
 from llm_pruner.report.data import (
     Evaluation,
     Report,
-    Size,
     Variant,
     measurement_key,
     perplexity_key,
     task_key,
 )
-from llm_pruner.report.render import page
 from llm_pruner.report.text import count, markdown, measured, megabytes, percent
+from llm_pruner.report.write import page
+from llm_pruner.types import Size
 
 Subject = Literal["size", "how", "perplexity", "accuracy", "measured"]
 
@@ -157,17 +157,19 @@ def _column(
     entries: Sequence[Entry],
     cell: Callable[[Entry], Any],
     *,
-    settings: str = "",
     text: bool = False,
 ) -> Column:
     cells = tuple(str(cell(entry) or "") for entry in entries)
-    return Column(subject, name, cells, settings, text)
+    return Column(subject, name, cells, text=text)
 
 
 def _structures(entry: Entry) -> str:
     if entry.variant == "dense":
         return ""
-    chosen = entry.report.settings.get("Selection", {}).get("structures") or ()
+    # In reports of earlier versions under another heading.
+    settings = entry.report.settings
+    where = settings.get("Where from") or settings.get("Selection", {})
+    chosen = where.get("structures") or ()
     return ", ".join(view.unit(str(name)) for name in chosen)
 
 
@@ -250,7 +252,7 @@ def as_data(found: Comparison) -> dict[str, Any]:
                 "label": entry.label,
                 "source": entry.report.source.name,
                 "variant": entry.variant,
-                "size": None if entry.size is None else entry.size.model_dump(mode="json"),
+                "size": None if entry.size is None else asdict(entry.size),
                 "removed": entry.removed,
                 "units": _structures(entry) or None,
                 "chosen_by": _criterion(entry) or None,

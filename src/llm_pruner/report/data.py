@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from llm_pruner.errors import UserError
 from llm_pruner.files.json import read_json
 from llm_pruner.report.text import safe_json, visible
+from llm_pruner.types import Layer, Size, SplitTrial
 
 FORMAT_VERSION: Literal[1] = 1
 JSON_FILE, HTML_FILE, CARD_FILE = "report.json", "report.html", "README.md"
@@ -36,6 +37,8 @@ class _Part(BaseModel):
 
 def _each_text(data: Any) -> Any:
     """Return data with all its texts, keys included, made ``visible``."""
+    if isinstance(data, (Layer, Size, SplitTrial)):
+        data = vars(data)
     if isinstance(data, str):
         return visible(data)
     if isinstance(data, dict):
@@ -74,27 +77,6 @@ class Source(_Part):
     license: str | None = None
 
 
-class Size(_Part):
-    """Parameters, a tied one once, and bytes of the weights in the type that they are held in."""
-
-    total: int
-    embedding: int | None = None
-    blocks: int | None = None
-    bytes: int | None = None
-
-
-class Layer(_Part):
-    """What is left of one layer; ``layer`` is None for what spans all layers.
-
-    Attributes:
-        sizes: short name of a group (``heads``, ``ffn``) -> (kept, dense) number of units.
-    """
-
-    layer: int | None
-    removed: bool = False
-    sizes: dict[str, tuple[int, int]] = {}
-
-
 class ImportanceRow(_Part):
     """Importance of the units of one group, sorted and averaged in bins of equally many units.
 
@@ -116,40 +98,6 @@ class ImportanceMap(_Part):
 
     kind: str
     rows: tuple[ImportanceRow, ...]
-
-
-class LayerSearch(_Part):
-    """A search that moved units between layers.
-
-    Attributes:
-        trials: allocations that were judged.
-        steps: gains among them.
-        divergence: before and after, mean over tokens of KL(dense || pruned) in nats.
-        confirmed: the same on tokens that the search did not see.
-        taken: whether the model was pruned so.
-    """
-
-    trials: int
-    steps: int
-    divergence: tuple[float, float]
-    confirmed: tuple[float, float] | None = None
-    taken: bool
-
-
-class SplitTrial(_Part):
-    """A trial removal: how the budget was split, and the damage.
-
-    Attributes:
-        split: structure -> share of the removed parameters.
-        divergence: mean over tokens of KL(dense || pruned), in nats.
-        refitted: whether least squares had repaired it.
-        taken: whether the model was pruned with this split.
-    """
-
-    split: dict[str, float]
-    divergence: float
-    refitted: bool = False
-    taken: bool = False
 
 
 class Perplexity(_Part):
@@ -271,7 +219,6 @@ class Report(_Part):
         criterion: how importance was estimated, in words that follow "chosen by".
         compensation: how the weights that were kept were refitted, such as ``least-squares``.
         trials: splits of the budget between structures that were tried.
-        searches: what searches between layers found, one for each step.
         twin_difference: largest difference of logits from the masked dense model, before kept
             weights were refitted; None if they were not compared.
         twin_scenes: on what both were run.
@@ -297,7 +244,6 @@ class Report(_Part):
     criterion: str | None = None
     compensation: str | None = None
     trials: tuple[SplitTrial, ...] = ()
-    searches: tuple[LayerSearch, ...] = ()
     twin_difference: float | None = None
     twin_scenes: tuple[str, ...] = ()
     twin_skipped: tuple[str, ...] = ()
@@ -346,6 +292,7 @@ def read_report(file: Path) -> Report:
             f"{file} has format_version {ascii(version)[:40]}, and this version of llm-pruner "
             f"reads {FORMAT_VERSION}; use the version that wrote it, or prune again"
         )
+    data.pop("searches", None)  # earlier versions searched between layers
     try:
         return Report.model_validate(data)
     except ValidationError as error:

@@ -16,15 +16,14 @@ from llm_pruner.report.data import (
     LossPoint,
     Recovery,
     Report,
-    Size,
     Source,
     Variant,
     read_report,
 )
-from llm_pruner.report.facts import versions
-from llm_pruner.report.measured import as_evaluation
+from llm_pruner.report.facts import as_evaluation, versions
+from llm_pruner.types import Size
 
-_METHODS = {"full": "training of all weights", "norms": "training of norm weights and biases"}
+_METHODS = {"full": "training of all weights"}
 
 
 def earlier_report(model: str) -> Report | None:
@@ -81,7 +80,7 @@ def recovery_report(
             "settings": {**earlier.settings, "Recovery": _shown(settings)},
             "seconds": {**earlier.seconds, "training": recovery.seconds or 0.0},
             "versions": versions(),
-            "command": " && ".join(part for part in (earlier.command, command) if part) or None,
+            "command": " && ".join(dict.fromkeys(filter(None, (earlier.command, command)))) or None,
             "card_digest": None,
         }
     )
@@ -110,13 +109,13 @@ def in_words(
     """Return how a model was trained, in words that follow "recovered by".
 
     Args:
-        settings: as ``RecoverySettings`` has them, and ``distillation``.
+        settings: as ``TrainingSettings`` has them, and ``distillation``.
         samples: name of each source and its number of training samples.
         steps: that were done.
         teacher: name of the dense model, if it wrote or taught.
     """
     method = str(settings["method"])
-    said = _METHODS.get(method) or f"LoRA of rank {settings['lora']['r']}"
+    said = _METHODS.get(method) or f"LoRA of rank {settings['lora_r']}"
     texts = [
         f"{count:,} texts that {teacher} wrote" if name == SELF else f"{count:,} samples of {name}"
         for name, count in samples

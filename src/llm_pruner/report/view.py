@@ -10,7 +10,6 @@ from typing import Any
 from llm_pruner.report.data import (
     VARIANTS,
     Evaluation,
-    Layer,
     Measurement,
     Perplexity,
     Report,
@@ -21,6 +20,7 @@ from llm_pruner.report.data import (
     task_key,
 )
 from llm_pruner.report.text import count, measured, megabytes, number, percent
+from llm_pruner.types import Layer
 
 UNITS = {
     "heads": "heads",
@@ -139,9 +139,7 @@ def sentence(report: Report) -> str:
         said += f", chosen by {report.criterion}"
     said += ". "
     if report.compensation:
-        bias = report.compensation == "bias"
-        how = "took up the mean of what went" if bias else "was refitted"
-        said += f"What reads the pruned axes {how} ({report.compensation}). "
+        said += f"What reads the pruned axes was refitted ({report.compensation}). "
     return (
         f"{said}Then it was {training}." if training else f"{said}Nothing was trained afterwards."
     )
@@ -203,18 +201,6 @@ def trials(report: Report) -> list[tuple[str, str]]:
         )
         for trial in ordered
     ]
-
-
-def searches(report: Report) -> list[tuple[str, str]]:
-    """Return what searches between layers found."""
-    rows = []
-    for search in report.searches:
-        gains = f"{search.trials} trials, {search.steps} gains"
-        gains += "" if search.taken else "; not taken"
-        rows.append((gains, "{:.4f} → {:.4f}".format(*search.divergence)))
-        if search.confirmed is not None:
-            rows.append(("on other text", "{:.4f} → {:.4f}".format(*search.confirmed)))
-    return rows
 
 
 def models(report: Report) -> tuple[Variant, ...]:

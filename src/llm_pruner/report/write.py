@@ -1,16 +1,35 @@
-"""From what a run did to its report, and from what was measured since."""
+"""A report as a page and as a model card, written after a run and again after a measurement."""
 
 from __future__ import annotations
 
+import hashlib
+import math
+import re
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from llm_pruner.errors import UserError
 from llm_pruner.files.outputs import rewrite
-from llm_pruner.report.data import CARD_FILE, HTML_FILE, JSON_FILE, Report, Variant, read_report
-from llm_pruner.report.measured import Data, as_evaluation
-from llm_pruner.report.render import digest, files
+from llm_pruner.report import figures, view
+from llm_pruner.report.data import (
+    CARD_FILE,
+    HTML_FILE,
+    JSON_FILE,
+    VARIANTS,
+    Evaluation,
+    Report,
+    Variant,
+    read_report,
+)
+from llm_pruner.report.facts import Data, as_evaluation
+from llm_pruner.report.text import breakable, fenced, markdown, number, visible
 
 
 def write_report(folder: Path, report: Report) -> None:
@@ -95,3 +114,166 @@ def variant_of(folder: Path, report: Report, model: str, parameters: int) -> Var
         f"{report.source.name}, of which it was made; nothing was added to the report; "
         "name one of the two, or leave --report out"
     )
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_DATASET = re.compile(r"[A-Za-z0-9][\w./-]*")
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,60}")
+
+
+def files(report: Report, *, card: bool = True) -> dict[str, str]:
+    """Return the files of a report: name -> content; without ``card``, not the model card."""
+    written = {}
+    if card:
+        text = render_card(report)
+        report = report.model_copy(update={"card_digest": digest(text)})
+        written[CARD_FILE] = text
+    return {HTML_FILE: render_html(report), JSON_FILE: report.to_json(), **written}
+
+
+def digest(text: str) -> str:
+    """Return the SHA-256 of a text, by which a model card that was edited is told apart."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def render_html(report: Report) -> str:
+    """Return one page that needs nothing else: no script, no font, no request."""
+    context = _context(report)
+    table = context["measurements"]
+    return page(
+        "report.html",
+        title=view.title(report),
+        spread=table is not None and any("(" in c for row in table.rows for c in row.cells),
+        settings=view.flat_settings(report),
+        seconds=[(stage, f"{value:.1f}") for stage, value in report.seconds.items()],
+        headlines=view.headlines(report),
+        trials=view.trials(report),
+        plots=_plots(report),
+        **context,
+    )
+
+
+def render_card(report: Report) -> str:
+    """Return a model card in Markdown, with metadata that the hub understands."""
+    template = _environment(False).get_template("card.md")
+    text = template.render(metadata=metadata(report), **_context(report))
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def metadata(report: Report) -> str:
+    """Return the front matter of the model card; only what is known, and known to be harmless."""
+    source = report.source
+    known: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["llm-pruner"],
+    }
+    if view.was_pruned(report):
+        known["tags"] += ["pruned", "structural-pruning"]
+    if source.hub_id is not None and _HUB_ID.fullmatch(source.hub_id):
+        known["base_model"] = source.hub_id
+    if source.license is not None and _LICENSE.fullmatch(source.license):
+        known["license"] = source.license
+    results = _hub_results(report)
+    if results:
+        known["model-index"] = [{"name": source.name, "results": results}]
+    return yaml.safe_dump(known, sort_keys=True, allow_unicode=True)
+
+
+def _hub_results(report: Report) -> list[dict[str, Any]]:
+    """Return what was measured on public data sets, as the hub wants it."""
+    found = report.evaluations.get(report.final, Evaluation())
+    results: list[tuple[str, str | None, str, float]] = []
+    results += [
+        (result.corpus, result.split, "perplexity", result.perplexity)
+        for result in found.perplexity
+        if result.split  # a data set with splits, no file of the user's
+    ]
+    results += [(r.task, None, r.metric, r.value) for r in found.tasks if r.in_mean]
+    return [
+        {
+            "task": {"type": "text-generation"},
+            "dataset": {"name": name, "type": name} | ({"split": split} if split else {}),
+            "metrics": [{"type": metric, "value": float(f"{value:.6g}")}],
+        }
+        for name, split, metric, value in results
+        if _DATASET.fullmatch(name) and math.isfinite(value)
+    ]
+
+
+def page(template: str, **context: Any) -> str:
+    """Return a page from a template."""
+    return _environment(True).get_template(template).render(**context)
+
+
+def _context(report: Report) -> dict[str, Any]:
+    return {
+        "report": report,
+        "heading": view.title(report),
+        "pruned": view.was_pruned(report),
+        "sentence": view.sentence(report),
+        "sizes": view.sizes(report),
+        "perplexity": view.perplexity_table(report),
+        "tasks": view.task_table(report),
+        "measurements": view.measurement_table(report),
+        "samples": view.samples(report),
+    }
+
+
+def _plots(report: Report) -> dict[str, Markup]:
+    """Return the drawings that there is data for; they are markup that matplotlib escaped."""
+    drawn = dict.fromkeys(("widths", "importance", "perplexity", "tasks", "loss"), "")
+    layers, units = view.decoder_layers(report), view.changed_units(report)
+    if layers and units:
+        drawn["widths"] = figures.widths(
+            layers, [(name, view.unit(name, report)) for name in units]
+        )
+    maps = [found for found in report.importance if found.rows]
+    if maps:
+        drawn["importance"] = figures.heat(maps, [view.unit(found.kind, report) for found in maps])
+    if report.recovery is not None and report.recovery.loss:
+        drawn["loss"] = figures.loss(report.recovery.loss)
+    for name, title, found, value, label in (
+        ("perplexity", "perplexity", view.perplexities(report), "perplexity", _corpus),
+        ("tasks", "accuracy, %", view.tasks(report), "value", _task),
+    ):
+        rows = [
+            (
+                label(next(iter(by.values()))),
+                [(v, getattr(by[v], value), by[v].stderr) for v in VARIANTS if v in by],
+            )
+            for _, by in found
+        ]
+        if rows:
+            drawn[name] = figures.dots(name, title, rows, share=name == "tasks")
+    return {name: Markup(text) for name, text in drawn.items()}
+
+
+def _corpus(result: Any) -> str:
+    return view.perplexity_label(result)
+
+
+def _task(result: Any) -> str:
+    return f"{result.task}, {result.metric}"
+
+
+@cache
+def _environment(html: bool) -> Environment:
+    """Return templates; those of pages escape all that they show."""
+    made = Environment(
+        loader=PackageLoader("llm_pruner.report"),
+        autoescape=html,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    made.filters |= {
+        "breakable": breakable,
+        "fenced": fenced,
+        "md": markdown,
+        "number": number,
+        "visible": visible,
+    }
+    if html:
+        source = made.loader.get_source(made, "style.css")[0]  # type: ignore[union-attr]
+        made.globals["style"] = Markup(source)
+    return made

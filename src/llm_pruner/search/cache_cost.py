@@ -13,7 +13,7 @@ from llm_pruner.evaluation.macs import count_work
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.planning import Cost, PricedCounter, Selection, Survivors, smallest_removals
 from llm_pruner.runtime.progress import track
-from llm_pruner.surgery.cut import prune_
+from llm_pruner.surgery.cut import cut_
 from llm_pruner.types import Discovery
 
 UNIT = "bytes of cache per token"
@@ -44,7 +44,7 @@ def cache_cost(
     trials = smallest_removals(discovery, selection, survivors)
     for group, removal in track(trials, "cache of every group"):
         copy: Any = sharing_copy(model)
-        prune_(copy, discovery, removal)
+        cut_(copy, discovery, removal)
         price = (total - _bytes(copy)) / len(removal[group.name])
         prices[group.name] = price
         kinds[group.kind] = max(kinds.get(group.kind, 0.0), price)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -11,8 +10,7 @@ from llm_pruner.data.calibration import Calibration, build_calibration
 from llm_pruner.data.text import SELF, load_documents, sources_of
 from llm_pruner.errors import UserError
 from llm_pruner.models.load import LoadedModel
-from llm_pruner.planning import PlanCalibration
-from llm_pruner.runtime.timer import Clock
+from llm_pruner.runtime.progress import Clock
 from llm_pruner.search.structure_split import TOKENS as SPLIT_TOKENS
 from llm_pruner.settings.common import CalibrationSettings
 from llm_pruner.settings.limits import MOST, check_number
@@ -35,14 +33,14 @@ def check_calibration(calibration: CalibrationSettings) -> None:
         raise UserError(f"seq_len={calibration.seq_len} predicts no token; use at least 2")
     check_number("samples", calibration.samples, 1, MOST)
     check_number("seq_len", calibration.seq_len, 2, 2**24)
-    for source in sources_of(calibration.source):
+    for source in sources_of(calibration.calibration):
         if source == SELF:
             continue
         # A local file is read whole, so that a broken line far down shows now. Of a dataset the
         # beginning says whether it is there.
         load_documents(
             source,
-            split=calibration.split,
+            split=calibration.text_split,
             text_field=calibration.text_field,
             limit=None if Path(source).expanduser().exists() else 1000,
         )
@@ -54,14 +52,14 @@ def read_calibration(
     if loaded.tokenizer is None:
         raise UserError(f"{loaded.name} has no tokenizer, so no text can be read; add one")
     text = build_calibration(
-        calibration.source,
+        calibration.calibration,
         loaded.tokenizer,
         samples=calibration.samples,
         seq_len=calibration.seq_len,
         seed=seed,
         model=loaded.model,
         text_field=calibration.text_field,
-        split=calibration.split,
+        split=calibration.text_split,
         kept=calibration.kept,
     )
     clock.stop("calibration text")
@@ -80,16 +78,3 @@ def hold_out(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             "or say the split yourself"
         )
     return tokens[-count:], tokens[:-count]
-
-
-def calibration_record(settings: dict[str, Any], score_samples: int | None) -> PlanCalibration:
-    return PlanCalibration(
-        # No folder: the same text gives the same plan wherever it lies.
-        source=",".join(Path(part).name for part in sources_of(settings["source"])),
-        split=settings["split"],
-        samples=settings["samples"],
-        seq_len=settings["seq_len"],
-        score_samples=score_samples,
-        seed=settings["seed"],
-        digest=settings["fingerprint"],
-    )

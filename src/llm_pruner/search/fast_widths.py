@@ -1,22 +1,203 @@
-"""``round_to`` chosen by what this machine multiplies fast."""
+"""``round_to`` chosen by what this machine multiplies fast: products of several widths, timed."""
 
 from __future__ import annotations
 
 import math
+import random
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import geometric_mean
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from llm_pruner.evaluation.rounding import CANDIDATES, Product, Rounding, fast_multiple
 from llm_pruner.planning import Selection, choose_groups
 from llm_pruner.planning.candidates import CHANNELS
 from llm_pruner.planning.target import Scope
+from llm_pruner.runtime.progress import track
 from llm_pruner.surgery.removal import count_parameters
 from llm_pruner.types import Discovery, Group
+
+CANDIDATES = (8, 16, 32, 64, 128)
+"""Multiples that are tried; kernels work on blocks of these sizes."""
+
+TOLERANCE = 0.03
+"""Share of the best throughput that a smaller multiple may cost."""
+
+_TOKENS = (1, 128)
+"""Rows of the other factor: a decoding step, and a prefill."""
+_KEPT = (0.4, 0.6, 0.8)
+"""Shares of the units that are kept, around which widths are tried."""
+_ROUNDS = 5
+_SHORTEST = 1e-3
+"""Seconds that one timing takes at least; shorter products are repeated."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A weight matrix of which one side shrinks.
+
+    Attributes:
+        rows, columns: its size.
+        dim: the side that shrinks, 0 for rows and 1 for columns.
+        units: how many units that side is pruned by.
+        positions: rows or columns that go with each unit.
+        linear: whether it is stored as ``nn.Linear`` stores it, (outputs, inputs), and not as
+            (inputs, outputs).
+    """
+
+    rows: int
+    columns: int
+    dim: int
+    units: int
+    positions: int
+    linear: bool
+
+    def pruned(self, kept: int) -> tuple[int, int]:
+        """Return rows and columns with ``kept`` units left."""
+        gone = (self.units - kept) * self.positions
+        return (
+            (self.rows - gone, self.columns) if self.dim == 0 else (self.rows, self.columns - gone)
+        )
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A multiple and why.
+
+    Attributes:
+        multiple: for ``round_to``; 1 if no candidate fits the model.
+        throughput: candidate -> MACs per second as a share of the fastest candidate's.
+        tolerance: share of the throughput that the choice may cost.
+    """
+
+    multiple: int
+    throughput: Mapping[int, float]
+    tolerance: float = TOLERANCE
+
+
+def choose_multiple(throughput: Mapping[int, float], tolerance: float = TOLERANCE) -> int:
+    """Return the smallest candidate within ``tolerance`` of the best; 1 if there is none."""
+    best = max(throughput.values(), default=0.0)
+    good = [m for m, value in throughput.items() if value >= (1 - tolerance) * best]
+    return min(good, default=1)
+
+
+def fast_multiple(
+    products: Sequence[Product],
+    candidates: Sequence[int] = CANDIDATES,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+) -> Rounding:
+    """Time products at widths that are multiples of each candidate and of no larger one.
+
+    For each candidate m, widths of an odd number of m near 40, 60 and 80% of the units are timed
+    with 1 token and with 128, all candidates in turns, and the shortest of five timings counts.
+    The throughput of a candidate is the geometric mean, over products and numbers of tokens, of
+    MACs per second.
+
+    Args:
+        products: what is pruned; without any, no candidate is tried.
+        candidates: multiples to try.
+        dtype, device: of the weights.
+        clock: seconds.
+    """
+    if not products or not candidates:
+        return Rounding(1, {})
+    device = torch.device(device)
+    cases = [
+        _Case(candidate, product, kept, tokens)
+        for candidate in candidates
+        for product in products
+        for kept in _widths(product.units, candidate)
+        for tokens in _TOKENS
+    ]
+    size = max(math.prod(case.product.pruned(case.kept)) for case in cases)
+    inputs = max(max(case.product.pruned(case.kept)) for case in cases) * max(_TOKENS)
+    generator = torch.Generator().manual_seed(0)
+    # Both factors are cut out of one stretch of memory each: nothing is allocated between timings.
+    weights, rows = (
+        torch.empty(count).uniform_(-1, 1, generator=generator).to(device, dtype)
+        for count in (size, inputs)
+    )
+    best = dict.fromkeys(cases, math.inf)
+    with torch.inference_mode():
+        order = list(cases)
+        shuffle = random.Random(0)
+        for case in cases:
+            case.time(weights, rows, clock)  # kernels are chosen and compiled at first use
+        for _ in track(range(_ROUNDS), "timing widths"):
+            shuffle.shuffle(order)
+            for case in order:
+                best[case] = min(best[case], case.time(weights, rows, clock))
+    rates = {candidate: _rate(candidate, best) for candidate in candidates}
+    fastest = max(rates.values())
+    throughput = {candidate: rate / fastest for candidate, rate in rates.items()}
+    return Rounding(choose_multiple(throughput), throughput)
+
+
+@dataclass(frozen=True)
+class _Case:
+    candidate: int
+    product: Product
+    kept: int
+    tokens: int
+
+    @property
+    def macs(self) -> int:
+        return self.tokens * math.prod(self.product.pruned(self.kept))
+
+    def time(self, weights: torch.Tensor, rows: torch.Tensor, clock: Callable[[], float]) -> float:
+        """Return the seconds of one product."""
+        shape = self.product.pruned(self.kept)
+        weight = weights[: math.prod(shape)].view(shape)
+        width = shape[1] if self.product.linear else shape[0]
+        factor = rows[: self.tokens * width].view(self.tokens, width)
+        times = 0
+        begin = _now(weights.device, clock)
+        while True:
+            _ = F.linear(factor, weight) if self.product.linear else factor @ weight
+            times += 1
+            seconds = _now(weights.device, clock) - begin
+            if seconds >= _SHORTEST:
+                return seconds / times
+
+
+def _now(device: torch.device, clock: Callable[[], float]) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock()
+
+
+def _rate(candidate: int, best: Mapping[_Case, float]) -> float:
+    """Return the candidate's MACs per second."""
+    sums: dict[tuple[Product, int], list[float]] = {}
+    for case, seconds in best.items():
+        if case.candidate == candidate:
+            total = sums.setdefault((case.product, case.tokens), [0.0, 0.0])
+            total[0] += case.macs
+            total[1] += seconds
+    return geometric_mean([macs / seconds for macs, seconds in sums.values()])
+
+
+def _widths(units: int, multiple: int) -> list[int]:
+    """Return numbers of units to keep that are odd multiples of ``multiple``, below ``units``."""
+    found = []
+    for share in _KEPT:
+        times = round(share * units / multiple)
+        times += 1 - times % 2
+        while times > 1 and times * multiple >= units:
+            times -= 2
+        found.append(times * multiple)
+    return sorted({kept for kept in found if 0 < kept < units})
+
 
 LEEWAY = 0.005
 """Share of all parameters by which a pruned model may miss its target."""

@@ -13,8 +13,8 @@ structure alone stays unless the split does clearly better.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from math import inf, isfinite
 
 import torch
@@ -23,12 +23,12 @@ from torch import nn
 from llm_pruner.compensation import refit_
 from llm_pruner.errors import InfeasibleError, UserError
 from llm_pruner.models.layers import sharing_copy
-from llm_pruner.planning import Level, Selection, Survivors, Target, allocate
+from llm_pruner.planning import Selection, Survivors, Target, allocate
 from llm_pruner.runtime.memory import give_back
 from llm_pruner.runtime.progress import track
 from llm_pruner.search.divergence import Judge
-from llm_pruner.surgery.cut import prune_
-from llm_pruner.types import Discovery, Removal, Scores
+from llm_pruner.surgery.cut import cut_
+from llm_pruner.types import Discovery, Removal, Scores, SplitTrial
 
 _LOG = logging.getLogger(__name__)
 
@@ -54,23 +54,6 @@ REFIT_RIDGE = 1.0
 """The ridge of trials, which so few tokens would choose."""
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One split and the damage that it did.
-
-    Attributes:
-        split: structure -> share of the removed parameters.
-        divergence: mean over held-out tokens of KL(dense || pruned), in nats.
-        refitted: whether least squares had repaired it.
-        taken: whether the model was pruned with this split.
-    """
-
-    split: Mapping[str, float]
-    divergence: float
-    refitted: bool = False
-    taken: bool = False
-
-
 def find_split(
     model: nn.Module,
     discovery: Discovery,
@@ -79,9 +62,8 @@ def find_split(
     target: Target,
     survivors: Survivors,
     held_out: torch.Tensor,
-    levels: Sequence[Level] = (),
     refit_on: torch.Tensor | None = None,
-) -> tuple[Selection, list[Trial]]:
+) -> tuple[Selection, list[SplitTrial]]:
     """Return the selection with the best split that was found, and all trials.
 
     Every structure is tried alone. From the best of these, each other structure is then given
@@ -89,21 +71,20 @@ def find_split(
 
     Args:
         held_out: tokens that the scores did not see, shape (samples, seq_len).
-        levels: measured damage, for scope ``measured``.
         refit_on: tokens to refit trials on, where the pruned model will be; None if it will not.
 
     Raises:
         UserError: no split reaches the target, or none can be judged.
     """
     judge = Judge(model, held_out)
-    trials: list[Trial] = []
+    trials: list[SplitTrial] = []
     failure: UserError | None = None
 
     def attempt(split: Mapping[str, float]) -> float:
         nonlocal failure
         try:
             candidate = replace(selection, split=dict(split))
-            removal = allocate(discovery, scores, candidate, target, survivors, levels)
+            removal = allocate(discovery, scores, candidate, target, survivors)
             divergence = judge.of_removal(discovery, removal)
         except (UserError, InfeasibleError) as error:
             failure = error if isinstance(error, UserError) else failure
@@ -114,7 +95,7 @@ def find_split(
                 "finite, so no split can be judged; load the model in float32, or say the --split"
             )
             return inf
-        trials.append(Trial(dict(split), divergence))
+        trials.append(SplitTrial(dict(split), divergence))
         _LOG.info("split %s: divergence %.4f", split, divergence)
         return divergence
 
@@ -141,9 +122,9 @@ def find_split(
         after: dict[bool, float] = {}
         for candidate in track([alone_best, split], "trials: refitted"):
             chosen = replace(selection, split=candidate)
-            removal = allocate(discovery, scores, chosen, target, survivors, levels)
+            removal = allocate(discovery, scores, chosen, target, survivors)
             divergence = _refitted_divergence(model, discovery, removal, refit_on, judge)
-            trials.append(Trial(dict(candidate), divergence, refitted=True))
+            trials.append(SplitTrial(dict(candidate), divergence, refitted=True))
             after[candidate is alone_best] = divergence
         if after[False] >= (1 - MARGIN) * after[True]:
             split = alone_best
@@ -160,7 +141,7 @@ def _refitted_divergence(
     judge: Judge,
 ) -> float:
     network = sharing_copy(model)
-    prune_(network, discovery, removal)
+    cut_(network, discovery, removal)
     give_back()
     some = tokens[: max(2, REFIT_TOKENS // tokens.shape[1])]
     refit_(network, model, discovery, removal, some, (REFIT_RIDGE,))

@@ -1,50 +1,155 @@
-"""What a run is asked to do, as values that the stages share."""
+"""Settings that several commands share."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+from llm_pruner.errors import UserError
+from llm_pruner.settings.options import Settings, option, option_name
+from llm_pruner.settings.words import LOCAL_TASKS
+
+LOADING, OUTPUT, CALIBRATION = "Loading", "Output", "Calibration text"
+TASKS = "Zero-shot tasks"
+"""Headings in the help."""
 
 
-@dataclass(frozen=True)
-class ModelSettings:
-    """How a model is loaded.
-
-    Attributes:
-        source: hub id, local folder, ``.gguf`` file, or ``default``.
-        revision: branch, tag or commit on the hub.
-        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for what the checkpoint has.
-        device: such as ``cpu``, ``cuda`` or ``auto``.
-        trust_remote_code: run Python code that comes with the model.
-    """
-
-    source: str
-    revision: str | None = None
-    dtype: str = "float32"
-    device: str = "cpu"
-    trust_remote_code: bool = False
+DTYPE = (
+    "Of the saved weights: auto for what the checkpoint has, computed in float32; or float32, "
+    "bfloat16 or float16, computed in it."
+)
 
 
-@dataclass(frozen=True)
-class CalibrationSettings:
-    """Text that importance is estimated on, and that compensation fits.
+def _parts(value: Any) -> Any:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
 
-    Attributes:
-        source: ``self``, a hub dataset, or a local file; several, parted by commas, give equally
-            many samples each.
-        samples: number of sequences.
-        seq_len: tokens of each.
-        split: split of a hub dataset.
-        text_field: field that holds the text.
-        score_samples: the estimate reads this many of the samples; None: all. What is fitted by
-            least squares gains more from text than a ranking does.
-        kept: folder that keeps the text of ``self``, for other stages of the same run.
-    """
 
-    source: str = "self"
-    samples: int = 128
-    seq_len: int = 128
-    split: str | None = None
-    text_field: str | None = None
-    score_samples: int | None = None
-    kept: Path | None = None
+def once(value: Any) -> Any:
+    """Return values without repeats; one alone as the only one."""
+    values = (value,) if isinstance(value, str) else value
+    return tuple(dict.fromkeys(values)) if isinstance(values, list | tuple) else values
+
+
+Sources = Annotated[tuple[str, ...], BeforeValidator(once)]
+"""Corpora or datasets; an option that may be given several times."""
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_parts)]
+"""Names, comma-separated in one option."""
+
+
+class ModelSettings(Settings):
+    """Which model, and how it is loaded."""
+
+    model: str = option(
+        ...,
+        "Hub id, local folder, .gguf file, or 'default' for the embedded SmolLM2-135M.",
+        "MODEL",
+        positional=True,
+        reads=True,
+    )
+    dtype: str = option(
+        "float32",
+        "float32, bfloat16, float16, or auto for what the checkpoint has.",
+        "TYPE",
+        panel=LOADING,
+    )
+    device: str = option(
+        "auto", "Where to run: cpu, cuda, or auto for a GPU if there is one.", "NAME", panel=LOADING
+    )
+    revision: str | None = option(None, "Branch, tag or commit on the hub.", "NAME", panel=LOADING)
+    trust_remote_code: bool = option(
+        False, "Run Python code that comes with the model.", panel=LOADING
+    )
+
+    def loading(self, model: str | Path | None = None, dtype: str | None = None) -> ModelSettings:
+        """Return how a model is loaded: this one, or another one alike, such as a teacher."""
+        return ModelSettings(
+            model=self.model if model is None else str(model),
+            revision=self.revision if model is None else None,
+            dtype=dtype or self.dtype,
+            device=self.device,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+class OutputSettings(Settings):
+    """The folder that is written."""
+
+    out: Path = option(..., "Folder to write.", "DIR", panel=OUTPUT, short="-o")
+    overwrite: bool = option(False, "Replace --out, if llm-pruner wrote all in it.", panel=OUTPUT)
+    max_shard_size: str = option("5GB", "Largest weight file.", "SIZE", panel=OUTPUT)
+
+
+class CalibrationSettings(Settings):
+    """Text that importance is estimated on, and that compensation fits."""
+
+    calibration: str = option(
+        "self",
+        "self (the model writes its own text), a hub dataset, or a .txt, .jsonl, .json or .parquet "
+        "file; several, comma-separated, for equal parts of each.",
+        "SRC",
+        panel=CALIBRATION,
+        reads=True,
+    )
+    samples: int = option(128, "Number of sequences.", "N", panel=CALIBRATION)
+    seq_len: int = option(128, "Tokens of each.", "N", panel=CALIBRATION)
+    score_samples: int | None = option(
+        None, "Estimate importance on only this many of them.", "N", panel=CALIBRATION
+    )
+    text_split: str | None = option(None, "Split of a hub dataset.", "NAME", panel=CALIBRATION)
+    text_field: str | None = option(None, "Field that holds the text.", "NAME", panel=CALIBRATION)
+    kept: Path | None = option(
+        None, "Folder that keeps the text of self, for other stages of a run.", hidden=True
+    )
+
+
+def _tasks(value: Any) -> Any:
+    return LOCAL_TASKS if value in ("paper", ["paper"], ("paper",)) else _names(value)
+
+
+def _names(value: Any) -> Any:
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+class TaskSettings(Settings):
+    """Zero-shot tasks of lm-evaluation-harness."""
+
+    tasks: Annotated[tuple[str, ...], BeforeValidator(_tasks)] | None = option(
+        None,
+        "Tasks of lm-evaluation-harness, such as boolq,piqa; 'paper' for the seven of LLM-Pruner: "
+        "boolq, piqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa.",
+        "NAMES",
+        panel=TASKS,
+    )
+    tasks_data: Path | None = option(
+        None,
+        "Folder with boolq.jsonl and so on, to run the seven without a network.",
+        "DIR",
+        panel=TASKS,
+        shown="the datasets on the hub",
+        reads=True,
+    )
+    limit: int | None = option(
+        None,
+        "Only the first N items of each task.",
+        "N",
+        panel=TASKS,
+        shown="all",
+    )
+
+    def check_tasks(self) -> None:
+        """Refuse what is said about tasks where none are named.
+
+        Raises:
+            UserError: says what must change.
+        """
+        for name in ("tasks_data", "limit"):
+            given = getattr(self, name)
+            if given is not None and self.tasks is None:
+                raise UserError(
+                    f"{option_name(name)} {given} is about tasks; add --tasks NAMES or leave it out"
+                )

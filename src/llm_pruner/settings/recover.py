@@ -1,111 +1,143 @@
-"""How a recovery run trains, and presets for it."""
+"""What ``recover`` can be asked for."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from llm_pruner.errors import UserError
+from llm_pruner.settings.common import (
+    DTYPE,
+    LOADING,
+    OUTPUT,
+    ModelSettings,
+    OutputSettings,
+    Sources,
+)
 from llm_pruner.settings.limits import MOST, MOST_MINUTES, check_number, check_seed
+from llm_pruner.settings.options import Settings, option, presets_in
+from llm_pruner.settings.registry import METHODS
 
-Method = Literal["lora", "full", "norms"]
-Start = Literal["default", "pissa", "olora"]
-Schedule = Literal["linear", "cosine"]
+_DATA, _TRAINING, _BUDGET = "Data", "Training", "Budget"
+_TEACHER, _LORA = "Teacher", "Adapters"
 
 _TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
 """What the Trainer reports to -> packages of which it needs one."""
 
 
-@dataclass(frozen=True)
-class LoraSettings:
-    """Low-rank adapters on all linear layers but the output embedding; see PEFT's ``LoraConfig``.
+class TrainingSettings(Settings):
+    """How a model is trained."""
 
-    Attributes:
-        r: rank.
-        alpha: the update is scaled by alpha / r (alpha / sqrt(r) with ``rslora``).
-        dropout: of the adapter's input.
-        dora: learn magnitudes and directions apart (arXiv 2402.09353).
-        rslora: see alpha (arXiv 2312.03732).
-        start: ``default`` starts from no change; ``pissa`` and ``olora`` from the principal parts
-            of the weights.
-    """
+    presets: ClassVar = presets_in("presets/recover")
+    default_preset: ClassVar = "quick"
 
-    r: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    dora: bool = False
-    rslora: bool = False
-    start: Start = "default"
+    preset: str | None = option(
+        None,
+        "quick: minutes on a CPU; paper: LLM-Pruner's two epochs in batches of 64; or a YAML file. "
+        "Options given beside it win.",
+        "NAME",
+        panel=_TRAINING,
+    )
+    method: str = option(
+        "lora",
+        f"{', '.join(METHODS)} (all weights).",
+        "NAME",
+        panel=_TRAINING,
+        known=METHODS,
+    )
+    learning_rate: float = option(
+        1e-3,
+        "At its peak.",
+        "RATE",
+        panel=_TRAINING,
+        shown="1e-3 for quick, 1e-4 for paper, less for full",
+    )
+    warmup_steps: int = option(
+        10,
+        "Steps to reach it, at most a tenth of the run.",
+        "N",
+        panel=_TRAINING,
+        shown="10; 100 for paper",
+    )
+    schedule: Literal["linear", "cosine"] = option(
+        "cosine",
+        "How it falls to zero: linear or cosine.",
+        "NAME",
+        panel=_TRAINING,
+        shown="cosine; linear for paper",
+    )
+    batch_size: int = option(4, "Samples in a step.", "N", panel=_TRAINING, shown="4; 64 for paper")
+    seq_len: int = option(
+        512,
+        "Longest sample, and length of a packed row, in tokens.",
+        "N",
+        panel=_TRAINING,
+        shown="512; 256 for paper",
+    )
+    weight_decay: float = option(0.0, "Of AdamW.", "X", panel=_TRAINING)
+    max_grad_norm: float = option(
+        1.0, "Gradients are scaled down to this norm.", "X", panel=_TRAINING, hidden=True
+    )
+    bf16: bool | None = option(
+        None,
+        "Compute in bfloat16; weights keep their type.",
+        panel=_TRAINING,
+        shown="where the processor is faster at it",
+    )
+    gradient_checkpointing: bool = option(
+        False, "Compute activations twice instead of keeping them.", panel=_TRAINING
+    )
+    micro_tokens: int | None = option(
+        None,
+        "Tokens in one forward pass.",
+        "N",
+        hidden=True,
+    )
+    report_to: Literal["none", "tensorboard", "wandb"] = option(
+        "none", "none, tensorboard or wandb.", "NAME", panel=_TRAINING
+    )
+    seed: int = option(0, "Of the data's order and the adapters.", "N", panel=_TRAINING)
+    epochs: float = option(1, "Passes over the data.", "X", panel=_BUDGET, shown="1; 2 for paper")
+    max_steps: int | None = option(None, "At most this many.", "N", panel=_BUDGET)
+    max_minutes: float | None = option(
+        None,
+        "End training, evaluated, within this time; the run is planned to fit.",
+        "X",
+        panel=_BUDGET,
+    )
+    evaluations: int = option(
+        10, "Times the held-out examples are scored on the way.", "N", panel=_BUDGET
+    )
+    patience: int = option(3, "Stop when so many scores brought no gain.", "N", panel=_BUDGET)
+    save_every: int | None = option(
+        None, "Steps between checkpoints.", "N", panel=_BUDGET, shown="at each score"
+    )
+    lora_r: int = option(8, "Rank.", "N", panel=_LORA)
+    lora_alpha: float = option(16.0, "Scale times rank.", "X", panel=_LORA)
+    lora_dropout: float = option(
+        0.0, "Of what they read.", "SHARE", panel=_LORA, shown="0; 0.05 for paper"
+    )
 
-
-@dataclass(frozen=True)
-class RecoverySettings:
-    """How to train.
-
-    Attributes:
-        method: ``lora``; ``full`` trains every weight; ``norms`` norm weights and biases alone.
-        learning_rate: at its peak.
-        warmup_steps: steps to reach it, at most a tenth of the run.
-        schedule: how it falls to zero at the end of the run.
-        batch_size: samples in a step.
-        epochs: passes over the training data.
-        seq_len: longest sample, and length of a packed row, in tokens.
-        max_steps: stop after this many steps.
-        max_minutes: stop, evaluated, within this time. Steps are timed and the run is planned to
-            end in it, so that the learning rate reaches zero; anew at each evaluation.
-        evaluations: times the held-out samples are scored during the run; with ``max_minutes``
-            fewer if they would take more than a tenth of it, but two.
-        patience: stop when they did not improve for this many evaluations; before the half of the
-            run only if they had improved at all.
-        save_every: steps between checkpoints; None for one at each evaluation.
-        max_grad_norm: gradients are scaled down to this norm.
-        weight_decay: of AdamW.
-        bf16: compute in bfloat16 (autocast); weights keep their type. None leaves it to
-            ``recover_checkpoint``: where the processor multiplies it faster than float32.
-        gradient_checkpointing: compute activations twice instead of keeping them.
-        micro_tokens: tokens in one forward pass; None for what the logits' memory allows, and on a
-            CPU 2,048.
-        seed: of the order of the data, the adapters and dropout.
-        report_to: ``none``, ``tensorboard`` or ``wandb``.
-    """
-
-    method: Method = "lora"
-    learning_rate: float = 1e-4
-    warmup_steps: int = 100
-    schedule: Schedule = "linear"
-    batch_size: int = 64
-    epochs: float = 2.0
-    seq_len: int = 256
-    lora: LoraSettings = field(default_factory=LoraSettings)
-    max_steps: int | None = None
-    max_minutes: float | None = None
-    evaluations: int = 10
-    patience: int = 3
-    save_every: int | None = None
-    max_grad_norm: float = 1.0
-    weight_decay: float = 0.0
-    bf16: bool | None = None
-    gradient_checkpointing: bool = False
-    micro_tokens: int | None = None
-    seed: int = 0
-    report_to: str = "none"
+    @classmethod
+    def beside(cls, preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """Return a preset with the learning rate of the method that is trained with."""
+        rates = preset.get("learning_rate")
+        if not isinstance(rates, dict):
+            return preset
+        method = str(given.get("method", preset.get("method", "lora")))
+        return {**preset, "learning_rate": rates.get(method, rates["lora"])}
 
     def check(self) -> None:
-        """Raise UserError for a value that cannot be."""
-        known: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-            ("method", self.method, get_args(Method)),
-            ("schedule", self.schedule, get_args(Schedule)),
-            ("lora-start", self.lora.start, get_args(Start)),
-            ("report-to", self.report_to, ("none", "tensorboard", "wandb")),
-        )
-        for name, value, values in known:
-            if value not in values:
-                raise UserError(f"{name} {value!r} is unknown; use one of {', '.join(values)}")
+        """Refuse values that cannot be.
+
+        Raises:
+            UserError: says which, and what to give.
+        """
         whole: tuple[tuple[str, float | None, float, float], ...] = (
             ("batch-size", self.batch_size, 1, 2**20),
             ("seq-len", self.seq_len, 2, 2**24),
-            ("lora-r", self.lora.r, 1, 2**16),
+            ("lora-r", self.lora_r, 1, 2**16),
             ("max-steps", self.max_steps, 1, MOST),
             ("evaluations", self.evaluations, 1, MOST),
             ("patience", self.patience, 1, MOST),
@@ -120,7 +152,7 @@ class RecoverySettings:
             ("learning-rate", self.learning_rate, 1000),
             ("epochs", self.epochs, MOST),
             ("max-minutes", self.max_minutes, MOST_MINUTES),
-            ("lora-alpha", self.lora.alpha, MOST),
+            ("lora-alpha", self.lora_alpha, MOST),
         )
         for name, number, maximum in positive:
             if number is not None and not 0 < number < float("inf"):
@@ -134,42 +166,123 @@ class RecoverySettings:
                 f"--report-to {self.report_to} needs the package {packages[0]}, which is not "
                 f"installed; run 'pip install {packages[0]}', or leave --report-to out"
             )
-        if not 0 <= self.lora.dropout < 1:
+        if not 0 <= self.lora_dropout < 1:
             raise UserError(
-                f"--lora-dropout {self.lora.dropout} is outside [0, 1); use such as 0.05"
+                f"--lora-dropout {self.lora_dropout} is outside [0, 1); use such as 0.05"
             )
 
 
-PRESETS: dict[str, RecoverySettings] = {
-    "paper": RecoverySettings(lora=LoraSettings(dropout=0.05)),
-    "quick": RecoverySettings(
-        learning_rate=1e-3, warmup_steps=10, schedule="cosine", batch_size=4, epochs=1, seq_len=512
-    ),
-}
-"""``paper`` is what LLM-Pruner (arXiv 2305.11627) does; ``quick`` is for minutes on a CPU."""
+class DistillationSettings(Settings):
+    """How a teacher is learned from."""
 
-RATES: dict[str, dict[Method, float]] = {
-    "paper": {"lora": 1e-4, "full": 2e-5, "norms": 1e-3},
-    "quick": {"lora": 1e-3, "full": 1e-4, "norms": 5e-3},
-}
-"""Learning rate by preset and method."""
+    distill_weight: float = option(
+        0.9,
+        "Of the teacher in the loss; the text has the rest. 0: it only writes for self.",
+        "SHARE",
+        panel=_TEACHER,
+    )
+    temperature: float = option(1.0, "Of the teacher.", "T", panel=_TEACHER)
+    teacher_top_k: int = option(64, "Likeliest tokens that are kept.", "N", panel=_TEACHER)
+
+    def check_teacher(self) -> None:
+        """Refuse values that cannot be.
+
+        Raises:
+            UserError: says which, and what to give.
+        """
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(f"--temperature {self.temperature} is no temperature; use such as 2")
+        if not 0 <= self.distill_weight <= 1:
+            raise UserError(
+                f"--distill-weight {self.distill_weight} is outside [0, 1]; use such as 0.9"
+            )
+        if self.teacher_top_k < 1:
+            raise UserError(f"--teacher-top-k {self.teacher_top_k} keeps nothing; use 1 or more")
 
 
-def preset(name: str, method: str | None = None, **changes: Any) -> RecoverySettings:
-    """Return a preset with values that replace its own; those that are None do not.
+class DataSettings(Settings):
+    """Text to train on."""
 
-    Raises:
-        UserError: there is no such preset, or a value cannot be.
-    """
-    if name not in PRESETS:
-        raise UserError(f"preset {name!r} is unknown; use one of {', '.join(PRESETS)}")
-    settings = PRESETS[name]
-    given = {key: value for key, value in changes.items() if value is not None}
-    lora = {key[5:]: given.pop(key) for key in list(given) if key.startswith("lora_")}
-    if method is not None:
-        given["method"] = method
-        rates: dict[Any, float] = RATES[name]
-        given.setdefault("learning_rate", rates.get(method, settings.learning_rate))
-    settings = replace(settings, **given, lora=replace(settings.lora, **lora))
-    settings.check()
-    return settings
+    data: Sources = option(
+        ...,
+        "self (the teacher writes), a hub dataset, or a .txt, .jsonl, .json or .parquet file of "
+        "instructions, chats or text. May be given several times.",
+        "SRC",
+        panel=_DATA,
+        reads=True,
+    )
+    samples: int | None = option(
+        None,
+        "Use at most this many examples of each source.",
+        "N",
+        panel=_DATA,
+        shown="all; 512 of self",
+    )
+    held_out: int | None = option(
+        None,
+        "Examples of each source to judge by.",
+        "N",
+        panel=_DATA,
+        shown="one in 20, at most 256",
+    )
+    template: Literal["auto", "chat", "alpaca"] = option(
+        "auto",
+        "How instructions are written: chat (the tokenizer's template), alpaca, or auto.",
+        "NAME",
+        panel=_DATA,
+    )
+    mask_prompt: bool = option(False, "Learn only what the assistant says.", panel=_DATA)
+    split: str | None = option(None, "Split of a hub dataset.", "NAME", panel=_DATA)
+    text_field: str | None = option(None, "Field that holds a plain text.", "NAME", panel=_DATA)
+    kept: Path | None = option(
+        None, "Folder that keeps the text of self, for other stages of a run.", hidden=True
+    )
+
+
+class RecoverSettings(
+    ModelSettings, OutputSettings, DataSettings, TrainingSettings, DistillationSettings
+):
+    """All that ``recover`` can be asked for."""
+
+    panels: ClassVar = (_DATA, _TRAINING, _BUDGET, _TEACHER, _LORA, OUTPUT, LOADING)
+
+    dtype: str = option("auto", DTYPE, "TYPE", panel=LOADING)
+    resume: bool = option(
+        False,
+        "Go on with a run that was interrupted, from its last checkpoint.",
+        panel=OUTPUT,
+    )
+    restart: bool = option(False, "Throw an interrupted run away.", panel=OUTPUT)
+    keep_adapter: bool = option(
+        False, "Save the adapter too, in --out/adapter; it belongs to MODEL.", panel=OUTPUT
+    )
+    perplexity: Sources = option(
+        (),
+        "Measure perplexity on this corpus before and after. May be given several times.",
+        "SRC",
+        panel=OUTPUT,
+        reads=True,
+    )
+    perplexity_seq_len: int | None = option(
+        None,
+        "Tokens in a window of it.",
+        "N",
+        panel=OUTPUT,
+        shown="2048 or the model's maximum",
+    )
+    teacher: str | None = option(
+        None, "The dense model to learn from.", "MODEL", panel=_TEACHER, reads=True
+    )
+    teacher_cache: Path | None = option(
+        None,
+        "Keep what it wrote and said there, for other runs.",
+        "DIR",
+        panel=_TEACHER,
+        shown="only for this run",
+        reads=True,
+    )
+
+    @property
+    def distils(self) -> bool:
+        """Whether a teacher is learned from, and not only asked to write."""
+        return self.teacher is not None and self.distill_weight > 0

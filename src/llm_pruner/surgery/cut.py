@@ -20,8 +20,9 @@ from llm_pruner.models.layers import (
     Renaming,
     apply_layers,
     configs_of,
+    kept_layers,
     layer_numbers,
-    set_attribute,
+    set_attributes_,
 )
 from llm_pruner.surgery.removal import kept_shapes, removed_modules, removed_positions
 from llm_pruner.types import Discovery, Edits, IntArray, Removal
@@ -43,10 +44,10 @@ def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edit
     _require_shapes(model, discovery)
     _require_buffers(model, discovery, removal)
     graph = discovery.graph
-    gone = removed_modules(discovery, removal)
-    rename = Renaming(graph.layer_lists, gone)
+    layers = kept_layers(model, removed_modules(discovery, removal))
+    rename = Renaming(layers)
     # A removed layer's own sizes need no solution: nothing reads them any more.
-    standing = graph.system.reading_only(lambda module: not rename.is_gone(f"{module}."))
+    standing = graph.system.reading_only(lambda module: rename(module) is not None)
     try:
         attributes = graph.system.attributes(graph.deleted(removal), standing)
     except InfeasibleError as error:
@@ -54,24 +55,21 @@ def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edit
         raise InfeasibleError(f"removing units of {names}: {error}") from error
     _require_choices(discovery, removal)
     shapes = {
-        rename(name): shape
+        new: shape
         for name, shape in kept_shapes(discovery, removal).items()
-        if shape != discovery.shapes[name]
+        if shape != discovery.shapes[name] and (new := rename(name)) is not None
     }
     buffers: dict[str, dict[int, tuple[int, ...]]] = defaultdict(dict)
     for (name, dim), positions in removed_positions(discovery, removal).items():
-        if name in discovery.buffers and not rename.is_gone(name):
+        if name in discovery.buffers and (new := rename(name)) is not None:
             kept = np.delete(np.arange(discovery.buffers[name][dim]), positions)
-            buffers[rename(name)][dim] = tuple(kept.tolist())
+            buffers[new][dim] = tuple(kept.tolist())
     values: dict[str, dict[str, int]] = defaultdict(dict)
     for (module, attribute), value in sorted(attributes.items()):
-        if not rename.is_gone(f"{module}."):
-            values[rename(f"{module}.")[:-1]][attribute] = value
-    for module, attribute, value in layer_numbers(
-        model, graph.layer_lists, gone, graph.own_numbers
-    ):
-        if not rename.is_gone(f"{module}."):
-            values[rename(f"{module}.")[:-1]][attribute] = value
+        if (new := rename(module)) is not None:
+            values[new][attribute] = value
+    for module, attribute, value in layer_numbers(model, layers, graph.own_numbers):
+        values[module][attribute] = value
     numbers = _expert_numbers(model, discovery, removal, rename)
     described = _descriptions(model, shapes, rename, values)
     for module, attribute, value in [*described, *numbers]:
@@ -80,7 +78,7 @@ def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edit
         shapes=shapes,
         buffers={name: dict(dims) for name, dims in sorted(buffers.items())},
         attributes={name: dict(found) for name, found in sorted(values.items()) if found},
-        layers=rename.kept,
+        layers=layers,
     )
 
 
@@ -149,10 +147,10 @@ def _require_buffers(model: nn.Module, discovery: Discovery, removal: Removal) -
             )
 
 
-def prune_(model: nn.Module, discovery: Discovery, removal: Removal) -> Edits:
+def cut_(model: nn.Module, discovery: Discovery, removal: Removal) -> Edits:
     """Remove units from a model in place, compare nothing, and return what was changed.
 
-    ``verification.prune_``, which is the public one, compares the result with the masked model.
+    ``verification.cut_``, which is the public one, compares the result with the masked model.
     Tied weights stay tied, ``requires_grad`` stays as it was, and removed layers are gone with all
     they hold. The new tensors hold exactly the values of the positions that were kept.
 
@@ -162,9 +160,7 @@ def prune_(model: nn.Module, discovery: Discovery, removal: Removal) -> Edits:
     edits = plan_edits(model, discovery, removal)
     _slice_tensors(model, discovery, removal)
     apply_layers(model, edits.layers)
-    for module, values in edits.attributes.items():
-        for attribute, value in values.items():
-            set_attribute(model.get_submodule(module), attribute, value)
+    set_attributes_(model, edits)
     return edits
 
 
@@ -223,12 +219,12 @@ def _expert_numbers(
                 mixtures.add((old, new))
     whole = next(iter(mixtures)) if len(mixtures) == 1 else None
     for path, module in model.named_modules():
-        sizes = changed.get(path, whole)
-        if sizes is None or sizes[0] == sizes[1] or rename.is_gone(f"{path}."):
+        sizes, new_path = changed.get(path, whole), rename(path)
+        if sizes is None or sizes[0] == sizes[1] or new_path is None:
             continue
         for attribute, value in vars(module).items():
             if _NUMBER_OF_EXPERTS.fullmatch(attribute) and value == sizes[0]:
-                yield rename(path), attribute, sizes[1]
+                yield new_path, attribute, sizes[1]
 
 
 def _descriptions(
@@ -243,9 +239,9 @@ def _descriptions(
         values: what is known already of attributes that follow, by the new name of the module.
     """
     for path, module in model.named_modules():
-        if rename.is_gone(f"{path}."):
-            continue
         new_path = rename(path)
+        if new_path is None:
+            continue
         shape = next(
             (shapes[f"{new_path}.{w}"] for w in _WEIGHTS if f"{new_path}.{w}" in shapes), None
         )

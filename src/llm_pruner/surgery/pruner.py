@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from llm_pruner.checkpoints.reshape import compose, from_edits
-from llm_pruner.models.loading import load
-from llm_pruner.runtime.timer import Clock
+from llm_pruner.checkpoints.reshape import compose
+from llm_pruner.models.load import load
+from llm_pruner.runtime.progress import Clock
 from llm_pruner.settings.common import ModelSettings
-from llm_pruner.surgery.cut import prune_
+from llm_pruner.surgery.cut import cut_
 from llm_pruner.surgery.verify import (
     Verified,
     cut_verified_,
@@ -29,7 +29,7 @@ class Surgeon:
         self.model = model
         self.verify = verify
         self.clock = clock
-        self.edits = Edits({}, {}, {}, {})
+        self.edits = Edits()
         self.verified: Verified | None = None
 
     def cut(self, discovery: Discovery, removal: Removal) -> None:
@@ -37,23 +37,14 @@ class Surgeon:
         edits, verified = (
             cut_verified_(self.model, discovery, removal)
             if self.verify
-            else (prune_(self.model, discovery, removal), None)
+            else (cut_(self.model, discovery, removal), None)
         )
-        total = compose(from_edits(self.edits), from_edits(edits))
-        self.edits = Edits(total.shapes, total.buffers, total.attributes, total.layers)
+        self.edits = compose(self.edits, edits)
         self.clock.stop("cut" if verified is None else "verify")
         if verified is not None:
             before = self.verified
             worst = max(verified.difference, 0.0 if before is None else before.difference)
             self.verified = replace(verified, difference=worst)
-
-    def has_biases(self, modules: Sequence[str]) -> None:
-        """Note the biases that modules have now, whether or not they had one."""
-        biases = {
-            f"{name}.bias": tuple(self.model.get_submodule(name).get_parameter("bias").shape)
-            for name in modules
-        }
-        self.edits = replace(self.edits, shapes={**self.edits.shapes, **biases})
 
 
 def reload_check(
@@ -63,8 +54,7 @@ def reload_check(
 
     def check(folder: Path) -> None:
         clock.stop("save")
-        saved = replace(settings, source=str(folder), revision=None)
-        again = load(saved, tokenizer_required=False)
+        again = load(settings.loading(folder), tokenizer_required=False)
         require_same(model, again.model, discovery)
         clock.stop("reload")
 

@@ -8,7 +8,9 @@ not share the surgery's way of being wrong.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -18,7 +20,6 @@ import torch
 from torch import nn
 
 from llm_pruner.discovery.tracing.functions import SizeMode
-from llm_pruner.discovery.tracing.ghosts import is_on_meta
 from llm_pruner.discovery.tracing.given import hidden_in
 from llm_pruner.discovery.tracing.rules import RULES
 from llm_pruner.discovery.tracing.rules.reduction import reduced_dims
@@ -26,9 +27,9 @@ from llm_pruner.discovery.tracing.run import example_tokens, label_model, named_
 from llm_pruner.discovery.tracing.scenes import Scene, few, staged
 from llm_pruner.discovery.tracing.tracer import VIEWS, Trace, Tracer, tensors_in
 from llm_pruner.errors import VerificationError
+from llm_pruner.models.forward import is_on_meta
 from llm_pruner.models.layers import sharing_copy
-from llm_pruner.surgery.cut import Undo, plan_edits
-from llm_pruner.surgery.cut import prune_ as cut_
+from llm_pruner.surgery.cut import Undo, cut_, plan_edits
 from llm_pruner.surgery.removal import removed_modules, removed_positions
 from llm_pruner.types import Discovery, Edits, IntArray, Removal
 
@@ -38,6 +39,13 @@ _OVER_AXES = frozenset(
     {"mean", "sum", "amax", "amin", "max", "min", "var", "std", "prod", "linalg_vector_norm"}
     | {"norm", "logsumexp", "var_mean", "argmax", "argmin"}
 )
+_SMALL = 50_000_000
+"""Parameters up to which a model is compared in float64, too, where float32 is not enough."""
+
+_FINER = 1000
+"""How many times less a model and its twin differ in float64 if rounding is all that they differ
+by; the types have 2^29 between them, and some code computes parts in float32."""
+
 _ALONG_AXIS = frozenset({"_softmax", "_log_softmax", "softmax", "_safe_softmax"})
 
 
@@ -51,12 +59,10 @@ class _Twin(Tracer):
     def dead(self, rows: IntArray) -> Flags:
         """Return by position of an axis whether it is removed."""
         roots = self.atoms.resolve(rows)
+        if not roots.shape[1]:
+            return np.zeros(len(rows), bool)
         known = np.where(roots < len(self._deleted), roots, 0)
-        return (
-            np.asarray(self._deleted[known].any(axis=1))
-            if known.shape[1]
-            else np.zeros(len(rows), bool)
-        )
+        return np.asarray(self._deleted[known].any(axis=1))
 
     def alive(self, rows: IntArray, tensor: torch.Tensor) -> torch.Tensor | None:
         """Return the living positions of an axis of ``tensor``, or None if all live."""
@@ -74,10 +80,12 @@ class _Twin(Tracer):
     ) -> Any:
         """Run an operation; zeros stand where it divides zero by zero at dead positions."""
         out = super().__torch_dispatch__(func, types, args, kwargs)
+        if func._overloadpacket.__name__ in VIEWS:
+            return out
         for result in tensors_in([out]):
-            if func._overloadpacket.__name__ in VIEWS or not result.is_floating_point():
+            if not result.is_floating_point():
                 continue
-            if not result.isfinite().all():
+            if not _is_finite(result):
                 for dim, rows in enumerate(self.label(result)):
                     dead = self.dead(rows)
                     if dead.any():
@@ -154,6 +162,13 @@ class _Twin(Tracer):
             return func(*args, **kwargs)
         values, indices = func(source.index_select(dim, alive), *args[1:], **kwargs)
         return values, alive[indices]
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are finite, as they are if their sum is; it takes one pass and no room."""
+    if tensor.element_size() > 1 and math.isfinite(tensor.sum().item()):
+        return True
+    return bool(tensor.isfinite().all())
 
 
 @contextmanager
@@ -369,6 +384,9 @@ def cut_verified_(
             worst = max(worst, difference)
     except _DiffersError as differs:
         undo()
+        if _is_rounding(model, discovery, removal, scenes, differs.difference):
+            edits = cut_(model, discovery, removal)
+            return edits, Verified(differs.difference, tuple(expected), tuple(skipped))
         names = find_culprits(model, discovery, removal, differs.scene)
         raise VerificationError(
             f"the pruned model differs from its masked twin by {differs.difference:.3g} (limit "
@@ -380,6 +398,34 @@ def cut_verified_(
         undo()
         raise
     return edits, Verified(worst, tuple(expected), tuple(skipped))
+
+
+def _is_rounding(
+    model: nn.Module,
+    discovery: Discovery,
+    removal: Removal,
+    scenes: Sequence[Scene],
+    difference: float,
+) -> bool:
+    """Whether a model and its twin differ by the rounding of float32 alone, for small models.
+
+    Then they differ ``_FINER`` times less in float64. A model that cannot be run in it is not said
+    to round.
+    """
+    weights = list(model.parameters())
+    if sum(weight.numel() for weight in weights) > _SMALL or any(
+        weight.dtype != torch.float32 for weight in weights
+    ):
+        return False
+    fine = copy.deepcopy(model).double()
+    try:
+        twins = [_twin_scene(fine, discovery, removal, s, _tokens(fine, s)) for s in scenes]
+        cut_(fine, discovery, removal)
+        runs = [_pruned_scene(fine, scene, _tokens(fine, scene)) for scene in scenes]
+    except Exception:
+        return False
+    pairs = zip(twins, runs, strict=True)
+    return max(largest_difference(*pair) for pair in pairs) * _FINER <= difference
 
 
 def require_same(model: nn.Module, loaded: nn.Module, discovery: Discovery) -> None:

@@ -18,7 +18,10 @@ Each form is sound: whatever is deleted afterwards, both sides agree. Only freed
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from llm_pruner.types import IntArray
 
@@ -91,11 +94,11 @@ class Atoms:
         """Return the representative of each atom's class."""
         parent = self._parent
         roots = parent[atoms]
-        while True:
-            above = parent[roots]
-            if np.array_equal(above, roots):
-                break
-            roots = above
+        above = parent[roots]
+        if not _any(above != roots):
+            return roots
+        while _any(above != roots):
+            roots, above = above, parent[above]
         parent[atoms] = roots
         parent[NO_ATOM] = NO_ATOM
         return roots
@@ -103,9 +106,11 @@ class Atoms:
     def resolve(self, rows: IntArray) -> IntArray:
         """Return rows in terms of live representatives: no frozen, substituted or repeated atom."""
         rows = self.find(rows)
+        if rows.size == 0:
+            return np.zeros((len(rows), 0), dtype=np.int64)
         while rows.size:
             replaced = self._substitute[rows] >= 0
-            if not replaced.any():
+            if not _any(replaced):
                 break
             columns = []
             for column in range(rows.shape[1]):
@@ -118,7 +123,12 @@ class Atoms:
                 wide[hit] = self._table[self._substitute[rows[hit, column]]]
                 columns.append(wide)
             rows = self.find(np.concatenate(columns, axis=1))
-        rows = np.where(self._frozen[rows] > 0, NO_ATOM, rows)
+        # What ``find`` and ``concatenate`` gave belongs to no one else.
+        frozen = self._frozen[rows] > 0
+        if _any(frozen):
+            rows[frozen] = NO_ATOM
+        if rows.shape[1] == 1:
+            return rows if _any(rows) else rows[:, :0]
         for column in range(1, rows.shape[1]):
             repeated = (rows[:, :column] == rows[:, column : column + 1]).any(axis=1)
             rows[repeated, column] = NO_ATOM
@@ -152,11 +162,12 @@ class Atoms:
 
     def is_replica(self, rows: IntArray) -> bool:
         """Whether every position is one untouched atom of an expanded axis."""
-        if rows.shape[1] != 1 or not rows.all():
+        if rows.shape[1] != 1:
             return False
         flat = rows[:, 0]
-        untouched = (self.find(flat) == flat) & (self._frozen[flat] == 0)
-        return bool((self._replica[flat] & untouched).all())
+        if not _all(self._replica[flat]) or not _all(flat):
+            return False
+        return _all((self.find(flat) == flat) & (self._frozen[flat] == 0))
 
     # ---------------------------------------------------------------- stating
 
@@ -174,7 +185,7 @@ class Atoms:
         while True:
             a, b = self.find(left), self.find(right)
             differ = a != b
-            if not differ.any():
+            if not _any(differ):
                 return
             low, high = np.minimum(a, b)[differ], np.maximum(a, b)[differ]
             frozen = self._frozen[high]
@@ -187,24 +198,26 @@ class Atoms:
         """State that positions of two axes are deleted together; return the resolved rows."""
         if len(left) != len(right):
             raise ValueError(f"cannot unify axes of {len(left)} and {len(right)} positions")
+        if left is right:
+            return left
         raw_left, raw_right = left, right
         left, right = self.find(left), self.find(right)
-        if left.shape == right.shape and np.array_equal(left, right):
+        if left.shape == right.shape and not _any(left != right):
             return raw_left
         while True:
             left, right = self.resolve(left), self.resolve(right)
-            if left.shape == right.shape and np.array_equal(left, right):
+            if left.shape == right.shape and not _any(left != right):
                 return left
             a, b = _without_common(left, right)
             count_a, count_b = (a > 0).sum(axis=1), (b > 0).sum(axis=1)
-            if not (count_a.any() or count_b.any()):
+            if not (_any(count_a) or _any(count_b)):
                 return left if left.shape[1] <= right.shape[1] else right
             single = (count_a == 1) & (count_b == 1)
-            if single.any():
+            if _any(single):
                 self.union(a[single, 0], b[single, 0])
                 continue
             alone_a, alone_b = (count_b == 0) & (count_a > 0), (count_a == 0) & (count_b > 0)
-            if alone_a.any() or alone_b.any():
+            if _any(alone_a) or _any(alone_b):
                 self.freeze(a[alone_a], self._why_tied(raw_right[alone_a], raw_left[alone_a]))
                 self.freeze(b[alone_b], self._why_tied(raw_left[alone_b], raw_right[alone_b]))
                 continue
@@ -212,7 +225,7 @@ class Atoms:
                 (a, b, (count_a == 1) & (count_b > 1)),
                 (b, a, (count_b == 1) & (count_a > 1)),
             ):
-                if rows.any():
+                if _any(rows):
                     self._substitute_by(few[rows, 0], many[rows])
                     break
             else:
@@ -269,6 +282,15 @@ class Atoms:
             self._reason_ids[reason] = len(self.reasons)
             self.reasons.append(reason)
         return self._reason_ids[reason]
+
+
+def _any(values: npt.NDArray[Any]) -> bool:
+    """Whether any value is not zero; counting them is faster than ``any`` where there are few."""
+    return bool(np.count_nonzero(values))
+
+
+def _all(values: npt.NDArray[Any]) -> bool:
+    return int(np.count_nonzero(values)) == values.size
 
 
 def empty_rows(count: int) -> IntArray:

@@ -43,6 +43,10 @@ class Recorder(Protocol):
     def values_read(self, tensor: torch.Tensor, where: str) -> None: ...
 
 
+_SHAPE: Callable[..., torch.Size] = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
+_NBYTES: Callable[..., int] = torch.Tensor.nbytes.__get__  # type: ignore[attr-defined]
+
+
 class SizeMode(TorchFunctionMode):
     """Records which integers size which axes, and gives tensor shapes a memory."""
 
@@ -58,16 +62,16 @@ class SizeMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func == torch.Tensor.shape.__get__:  # type: ignore[attr-defined]
-            return self._shape(args[0])
         name = getattr(func, "__name__", "")
+        if name == "__get__":
+            return self._attribute(func, args)
         if name == "size":
             return self._size(args, kwargs)
         if name in ("numel", "nelement"):
             return math.prod(self._shape(args[0]))
         if name == "__len__":
             self._count(args[0])
-        if name in _MEASURES or func == torch.Tensor.nbytes.__get__:  # type: ignore[attr-defined]
+        if name in _MEASURES:
             for size in self._shape(args[0]):
                 self._number(size)
         if name in _READS:
@@ -89,12 +93,25 @@ class SizeMode(TorchFunctionMode):
                 self._number(value)
         return out
 
+    def _attribute(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Read an attribute of a tensor, which may be made by an operation (``.T``)."""
+        if func == _SHAPE:
+            return self._shape(args[0])
+        if func == _NBYTES:
+            for size in self._shape(args[0]):
+                self._number(size)
+        outer, self.recorder.function = self.recorder.function, "__get__"
+        try:
+            return func(*args)
+        finally:
+            self.recorder.function = outer
+
     def _number(self, value: Any) -> None:
         if type(value) is TracedInt:
             self.recorder.used_as_number(value.expr)
 
     def _shape(self, tensor: torch.Tensor) -> Sequence[Any]:
-        shape = torch.Tensor.shape.__get__(tensor)  # type: ignore[attr-defined]
+        shape = _SHAPE(tensor)
         if self.recorder.axes(tensor) is None:
             return shape
         sizes = [self.recorder.length(tensor, dim) for dim in range(len(shape))]
@@ -125,17 +142,19 @@ def _flatten(values: Sequence[Any]) -> list[Any]:
 
 def _plain_values(value: Any) -> Any:
     """Return arguments with plain integers, as PyTorch's own code takes them."""
-    if type(value) is TracedInt:
-        return value.value
-    if type(value) is TracedShape or type(value) is torch.Size:
-        return torch.Size([plain(size) for size in value])
-    if type(value) is tuple or type(value) is list:
-        return type(value)(_plain_values(item) for item in value)
-    if type(value) is dict:
-        return {key: _plain_values(item) for key, item in value.items()}
-    if type(value) is slice:
-        return slice(plain(value.start), plain(value.stop), plain(value.step))
-    return value
+    make = _PLAIN.get(type(value))
+    return value if make is None else make(value)
+
+
+_PLAIN: dict[type, Callable[[Any], Any]] = {
+    TracedInt: lambda value: value.value,
+    TracedShape: lambda value: torch.Size([plain(size) for size in value]),
+    torch.Size: lambda value: torch.Size([plain(size) for size in value]),
+    tuple: lambda value: tuple([_plain_values(item) for item in value]),
+    list: lambda value: [_plain_values(item) for item in value],
+    dict: lambda value: {key: _plain_values(item) for key, item in value.items()},
+    slice: lambda value: slice(plain(value.start), plain(value.stop), plain(value.step)),
+}
 
 
 def _sizes_of(args: tuple[Any, ...], kwargs: dict[str, Any], key: str = "size") -> list[Any]:

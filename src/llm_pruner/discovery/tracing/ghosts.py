@@ -28,11 +28,6 @@ _PRODUCTS = frozenset(
 )
 
 
-def is_on_meta(model: nn.Module) -> bool:
-    """Whether a model has parameters without values."""
-    return any(parameter.is_meta for parameter in model.parameters())
-
-
 def is_ghost(tensor: torch.Tensor) -> bool:
     """Whether all positions of a tensor share one element."""
     return tensor.numel() > 1 and all(
@@ -140,7 +135,7 @@ class GhostRunner:
             execute: how an operation without ghosts is run; takes ``func``, ``name``, ``args`` and
                 ``kwargs``.
         """
-        inputs = list(tensors_in([*args, *kwargs.values()]))
+        inputs = tensors_in([*args, *kwargs.values()])
         ghosts = any(is_ghost(tensor) for tensor in inputs)
         large = any(tensor.numel() > LARGEST for tensor in inputs)
         if _is_view(func) or not (ghosts or large):
@@ -172,7 +167,7 @@ class GhostRunner:
                 out = func(*on_meta[0], **on_meta[1])
             except (RuntimeError, NotImplementedError):
                 return None
-        results = list(tensors_in([out]))
+        results = tensors_in([out])
         if not results or not all(tensor.is_floating_point() for tensor in results):
             return None
         return tree_map_only(torch.Tensor, self._filled, out)

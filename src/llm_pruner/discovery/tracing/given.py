@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from llm_pruner.discovery.tracing.marks import Marks
 from llm_pruner.discovery.tracing.sizes import plain
 
 _DEPTH = 4
@@ -44,7 +44,7 @@ class GivenValues:
     def __init__(self) -> None:
         self.calls: dict[str, dict[int, list[Given]]] = defaultdict(lambda: defaultdict(list))
         self.where: dict[str, str] = {}
-        self._digests: Any = WeakTensorKeyDictionary()
+        self._digests = Marks()
 
     def note(self, child: str, where: str, args: Any, kwargs: Any, hidden: Any) -> None:
         """Keep what a child is given; ``hidden`` is left out."""

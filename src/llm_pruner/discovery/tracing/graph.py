@@ -21,7 +21,6 @@ class Graph:
         trace: atoms and the axes of every tensor.
         system: solves for attributes.
         unit_atoms: group name -> representative atom of each unit.
-        layer_lists: qualified name of each module list whose children may be removed -> length.
         scenes: the ways in which the model was run.
         left_out: names of those that it could not be run in.
         own_numbers: (module list, module inside a layer, attribute) of numbers of layers that are
@@ -31,7 +30,6 @@ class Graph:
     trace: Trace
     system: SizeSystem
     unit_atoms: Mapping[str, IntArray]
-    layer_lists: Mapping[str, int]
     scenes: tuple[Scene, ...]
     left_out: tuple[str, ...] = ()
     own_numbers: frozenset[tuple[str, str, str]] = frozenset()

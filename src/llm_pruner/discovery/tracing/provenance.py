@@ -1,10 +1,18 @@
-"""Puts traced integers in place of a model's size attributes, and takes them out again."""
+"""Puts traced integers in place of a model's size attributes, and takes them out again.
+
+``functools.lru_cache`` finds a result by the value of its arguments. Two sizes of equal value with
+different origins are one to it, and what was made of the first would stand for the second, in this
+model and in the next one that is traced. So memoised functions compute anew while it is traced.
+"""
 
 from __future__ import annotations
 
 import copy
+import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -87,3 +95,80 @@ def _is_int_sequence(value: object) -> bool:
         and len(value) > 0  # type: ignore[arg-type]
         and all(type(item) is int for item in value)  # type: ignore[attr-defined]
     )
+
+
+_Cached = functools._lru_cache_wrapper
+
+_known: dict[str, tuple[int, list[tuple[Any, str]]]] = {}
+"""Module name -> number of its names when it was looked through, memoised functions in it."""
+
+_standing_in: dict[int, tuple[Any, Callable[..., Any]]] = {}
+"""Identity of a memoised function -> the function, what stands for it during a trace."""
+
+_OTHERS = frozenset(sys.stdlib_module_names) | {"torch", "numpy", __name__.partition(".")[0]}
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Let memoised functions of models and libraries compute anew what they are given sizes for."""
+    undo: list[tuple[Any, str, Any]] = []
+    try:
+        for owner, name in _memoised():
+            cached = vars(owner)[name]
+            if isinstance(cached, _Cached):
+                setattr(owner, name, _asking(cached))
+                undo.append((owner, name, cached))
+        yield
+    finally:
+        for owner, name, cached in undo:
+            setattr(owner, name, cached)
+        wrapped = {id(cached) for _, _, cached in undo}
+        for owner, name in _memoised():
+            # Of modules that were imported meanwhile.
+            if id(vars(owner)[name]) not in wrapped:
+                vars(owner)[name].cache_clear()
+
+
+def _memoised() -> Iterator[tuple[Any, str]]:
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in _OTHERS or not isinstance(module, ModuleType):
+            continue
+        space = vars(module)
+        if name not in _known or _known[name][0] != len(space):
+            _known[name] = (len(space), list(_found_in(module)))
+        yield from _known[name][1]
+
+
+def _found_in(module: ModuleType) -> Iterator[tuple[Any, str]]:
+    for name, value in list(vars(module).items()):
+        if isinstance(value, _Cached):
+            yield module, name
+        elif type(value) is type and value.__module__ == module.__name__:
+            yield from (
+                (value, inner) for inner, item in vars(value).items() if isinstance(item, _Cached)
+            )
+
+
+def _asking(cached: Any) -> Callable[..., Any]:
+    """Return what stands for a memoised function, which is made once."""
+    known = _standing_in.get(id(cached))
+    if known is not None and known[0] is cached:
+        return known[1]
+
+    @functools.wraps(cached)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        traced = _holds_size(args) or _holds_size(kwargs)
+        return (cached.__wrapped__ if traced else cached)(*args, **kwargs)
+
+    for name in ("cache_clear", "cache_info", "cache_parameters"):
+        setattr(call, name, getattr(cached, name))
+    _standing_in[id(cached)] = cached, call
+    return call
+
+
+def _holds_size(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_size, value.values()))
+    if isinstance(value, tuple | list | set | frozenset):
+        return any(map(_holds_size, value))
+    return type(value) is TracedInt

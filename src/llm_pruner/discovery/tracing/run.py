@@ -15,17 +15,14 @@ from torch import nn
 
 from llm_pruner.discovery.tracing.code import code_line
 from llm_pruner.discovery.tracing.functions import SizeMode
-from llm_pruner.discovery.tracing.ghosts import GhostTracer, ghosts_of, is_on_meta
+from llm_pruner.discovery.tracing.ghosts import GhostTracer, ghosts_of
 from llm_pruner.discovery.tracing.given import GivenValues, hidden_in
-from llm_pruner.discovery.tracing.memo import without_memory
-from llm_pruner.discovery.tracing.outputs import logits_of
-from llm_pruner.discovery.tracing.provenance import descriptions, traced_attributes
+from llm_pruner.discovery.tracing.provenance import descriptions, traced_attributes, without_memory
 from llm_pruner.discovery.tracing.rules import RULES
 from llm_pruner.discovery.tracing.scenes import (
     Forward,
     Scene,
     is_of_transformers,
-    parameters_of,
     shorter,
     staged,
 )
@@ -35,6 +32,7 @@ from llm_pruner.discovery.tracing.tracer import Trace, Tracer
 from llm_pruner.discovery.tracing.unreached import Siblings
 from llm_pruner.discovery.tracing.vocabulary import find_vocabulary_size
 from llm_pruner.errors import DiscoveryError, LLMPrunerError
+from llm_pruner.models.forward import cache_argument, is_on_meta, logits_of, parameters_of
 from llm_pruner.types import IntArray
 
 LARGE = 50_000_000
@@ -105,8 +103,7 @@ def forward_with_cache(model: nn.Module, tokens: torch.Tensor) -> list[torch.Ten
     if not is_of_transformers(model):
         return [logits_of(model(tokens))]
     parameters = parameters_of(model)
-    # The name of the cache differs between releases of transformers.
-    name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
+    name = cache_argument(model)
     first = model(input_ids=tokens[:, :-1], use_cache=name is not None)
     cache = getattr(first, name, None) if name is not None else None
     if cache is None:
@@ -168,7 +165,9 @@ class Layers:
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG001
             source = hidden_in(args, kwargs)
-            self.values.note(name, code_line(passing_calls=True), args, kwargs, source)
+            parent = name.rpartition(".")[0]
+            where = self.values.where.get(parent) or code_line(passing_calls=True)
+            self.values.note(name, where, args, kwargs, source)
             result = output[0] if isinstance(output, tuple | list) and output else output
             axes = (self.tracer.axes(source), self.tracer.axes(result))
             shapes_differ = (
@@ -178,7 +177,6 @@ class Layers:
             )
             # Each child must be given what the one before it returned: a caller that adds the
             # input itself would add it twice once the child is gone.
-            parent = name.rpartition(".")[0]
             before = self.last.get(parent)
             chained = self.first.setdefault(parent, name) == name or (
                 before is not None and before() is source

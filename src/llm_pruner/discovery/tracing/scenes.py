@@ -8,11 +8,10 @@ padding, and in training mode with dropout off.
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -22,8 +21,8 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from llm_pruner.discovery.tracing.outputs import logits_of
 from llm_pruner.discovery.tracing.provenance import is_config
+from llm_pruner.models.forward import base_model, logits_of, maximum_length, parameters_of
 
 Forward = Callable[[nn.Module, torch.Tensor], list[torch.Tensor]]
 """Runs the model on token ids (batch, sequence); returns every logits tensor it computes."""
@@ -110,20 +109,9 @@ def given_scene(forward: Forward) -> tuple[Scene, ...]:
 def is_of_transformers(model: nn.Module) -> bool:
     """Whether a model is run as those of ``transformers`` are: by keywords, with a cache."""
     library = sys.modules.get("transformers.modeling_utils")
-    if library is not None and isinstance(_inside(model), library.PreTrainedModel):
+    if library is not None and isinstance(base_model(model), library.PreTrainedModel):
         return True
     return {"input_ids", "use_cache"} <= set(parameters_of(model))
-
-
-def _inside(model: nn.Module) -> nn.Module:
-    """Return the model that a wrapper with adapters hands its arguments to."""
-    unwrap = getattr(model, "get_base_model", None)
-    return unwrap() if callable(unwrap) else model
-
-
-def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """Return the parameters of a model's forward pass by name."""
-    return inspect.signature(_inside(model).forward).parameters
 
 
 def long_length(model: nn.Module, vocabulary: int) -> tuple[int, int | None]:
@@ -135,7 +123,7 @@ def long_length(model: nn.Module, vocabulary: int) -> tuple[int, int | None]:
     held = {size for size in _held(model) if 8 < size != vocabulary}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     bound = int(max(64, min(LONGEST, OPERATIONS / (2 * max(parameters, 1)))))
-    positions = _positions(model)
+    positions = maximum_length(model)
     if positions is not None:
         bound = min(bound, positions)
     wanted = max((size + 1 for size in held), default=0)
@@ -171,17 +159,6 @@ def _windows(model: nn.Module) -> Iterator[int]:
             for name, item in spaces.items():
                 if type(item) is int and "window" in name:
                     yield item
-
-
-def _positions(model: nn.Module) -> int | None:
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found = [
-        value
-        for name in ("max_position_embeddings", "n_positions", "max_seq_len", "block_size")
-        if type(value := getattr(text, name, None)) is int and value > 0
-    ]
-    return min(found, default=None)
 
 
 def few(logits: torch.Tensor) -> torch.Tensor:
@@ -271,11 +248,12 @@ def staged(model: nn.Module, *, training: bool = False) -> Iterator[None]:
         for module, mode in modes:
             module.training = mode
         for space, before in held:
-            for key in space.keys() - before.keys():
-                del space[key]
             for key, value in before.items():
                 if space.get(key) is not value:
                     space[key] = value
+            if len(space) > len(before):
+                for key in space.keys() - before.keys():
+                    del space[key]
         with torch.no_grad():
             for buffer, value in values:
                 buffer.copy_(value)

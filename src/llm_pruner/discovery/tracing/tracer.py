@@ -7,19 +7,20 @@ axes of its inputs. An operation without a rule freezes all that goes in.
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from llm_pruner.discovery.tracing.atoms import Atoms, empty_rows, product_rows
 from llm_pruner.discovery.tracing.code import code_line
 from llm_pruner.discovery.tracing.functions import COMPILED_CODE
+from llm_pruner.discovery.tracing.marks import Marks
 from llm_pruner.discovery.tracing.sizes import Equation, Expr, TracedInt, leaves
 from llm_pruner.types import IntArray
 
@@ -99,22 +100,29 @@ class Tracer(TorchDispatchMode):
         self.trace = trace
         self.atoms = trace.atoms
         self.rules = rules
-        self.labels: Any = WeakTensorKeyDictionary()
-        self.domains: Any = WeakTensorKeyDictionary()
-        self.counts: Any = WeakTensorKeyDictionary()
-        self.weights: Any = WeakTensorKeyDictionary()
-        self.names: Any = WeakTensorKeyDictionary()
-        self.vocabulary: Any = WeakTensorKeyDictionary()
-        self.one_hot: Any = WeakTensorKeyDictionary()
-        self.cut_from: Any = WeakTensorKeyDictionary()
+        self.labels = Marks()
+        self.domains = Marks()
+        self.counts = Marks()
+        self.weights = Marks()
+        self.names = Marks()
+        self.vocabulary = Marks()
+        self.one_hot = Marks()
+        self.cut_from = Marks()
         self.function: str | None = None
         self._shared: dict[str, int] = {}
+        self._frozen_rows: dict[tuple[str, int], IntArray] = {}
+        self._fixed: dict[int, IntArray] = {}
         self._ragged: dict[int, Ragged] = {}
         self._packed: set[int] = set()
         self._lengths: dict[int, int] = {}
         self._written: set[int] = set()
         self._trained: set[int] = set()
         self._clock = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Spare each operation a wrapper against compilation, which is off during a trace."""
+        return False
 
     # ------------------------------------------------------------- labelling
 
@@ -142,7 +150,10 @@ class Tracer(TorchDispatchMode):
             atom = self.atoms.fresh(1)
             self.atoms.freeze(atom, reason)
             self._shared[reason] = int(atom[0, 0])
-        return np.full((count, 1), self._shared[reason], dtype=np.int64)
+        if (reason, count) not in self._frozen_rows:
+            rows = np.full((count, 1), self._shared[reason], dtype=np.int64)
+            self._frozen_rows[reason, count] = rows
+        return self._frozen_rows[reason, count]
 
     def add_input(self, tensor: torch.Tensor, reasons: tuple[str, ...]) -> None:
         """Label an input of the model; its axes cannot be pruned."""
@@ -170,9 +181,11 @@ class Tracer(TorchDispatchMode):
             if size == 1 and rows.size:
                 # Cut out of a longer axis: code that takes this position needs it to stay.
                 self.freeze(rows, "single positions of it are taken")
-        self.labels[tensor] = [
-            empty_rows(1) if size == 1 else rows for rows, size in zip(axes, shape, strict=True)
-        ]
+        if 1 in shape:
+            axes = [_ONE if size == 1 else rows for rows, size in zip(axes, shape, strict=True)]
+        else:
+            axes = list(axes)
+        self.labels[tensor] = axes
 
     def copy_label(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Label a result as its input, including what its values index."""
@@ -309,7 +322,11 @@ class Tracer(TorchDispatchMode):
     def length(self, tensor: torch.Tensor, dim: int) -> Any:
         """Return the size of an axis as an integer that remembers the axis."""
         rows = self.label(tensor)[dim]
-        if len(rows) == 1 or not self.atoms.resolve(rows).size:
+        if len(rows) == 1 or id(rows) in self._fixed:
+            return len(rows)
+        if not self.atoms.resolve(rows).size:
+            # What is frozen stays so. Kept, so that its identity stays its own.
+            self._fixed[id(rows)] = rows
             return len(rows)
         # The trace keeps the rows, so that their identity stays theirs.
         number = self._lengths.setdefault(id(rows), len(self.trace.lengths))
@@ -322,7 +339,7 @@ class Tracer(TorchDispatchMode):
         """Record that an integer is the length of an axis; a literal one freezes it."""
         if len(rows) == 0:
             return
-        if any(True for _ in leaves(expr)):
+        if next(leaves(expr), None) is not None:
             self.trace.equations.append(Equation(expr, rows, where))
         elif len(rows) > 1:
             self.freeze(rows, f"its size {len(rows)} is written in the code ({where})")
@@ -362,18 +379,17 @@ class Tracer(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        name = func._overloadpacket.__name__
-        inputs = list(tensors_in([*args, *kwargs.values()]))
+        name, mutates, pointwise = _about(func)
+        inputs = tensors_in([*args, *kwargs.values()])
         self._clock += 1
         for tensor in inputs:
-            called = self.names.get(tensor)
-            if called is not None:
-                self.trace.order.setdefault(called, self._clock)
-        if func._schema.is_mutable and inputs and inputs[0] in self.weights:
+            if tensor in self.names:
+                self.trace.order.setdefault(self.names[tensor], self._clock)
+        if mutates and inputs and inputs[0] in self.weights:
             self._written |= {_storage(inputs[0])} - self._trained
         out = self.execute(func, name, args, kwargs)
         rule = self.rules.get(name)
-        if rule is None and torch.Tag.pointwise in func.tags:
+        if rule is None and pointwise:
             rule = self.rules["pointwise"]
         try:
             if self.function == COMPILED_CODE:
@@ -402,10 +418,10 @@ class Tracer(TorchDispatchMode):
             # Weights that an index takes, of the expert that a token is given, are weights still.
             moved = inputs[:1] if name == "index" else inputs
             for marked in (self.weights, self.vocabulary, self.one_hot):
-                if all(tensor in marked for tensor in moved):
+                if marked.holds(moved):
                     for tensor in tensors_in([out]):
                         marked[tensor] = True
-        elif name in COMPUTED and all(tensor in self.weights for tensor in inputs):
+        elif name in COMPUTED and self.weights.holds(inputs):
             for tensor in tensors_in([out]):
                 self.weights[tensor] = True
         return out
@@ -443,14 +459,26 @@ DOMAIN_AWARE = frozenset(
 )
 
 
+_ONE = empty_rows(1)
+
+
+@functools.cache
+def _about(func: Any) -> tuple[str, bool, bool]:
+    """Return the name of an operation, whether it writes to an input, and whether pointwise."""
+    name = func._overloadpacket.__name__
+    return name, func._schema.is_mutable, torch.Tag.pointwise in func.tags
+
+
 def _storage(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def tensors_in(values: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors in nested lists and tuples."""
+def tensors_in(values: Any) -> list[torch.Tensor]:
+    """Return the tensors in nested lists and tuples."""
+    found: list[torch.Tensor] = []
     for value in values:
         if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from tensors_in(value)
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found.extend(tensors_in(value))
+    return found

@@ -10,12 +10,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from llm_pruner.discovery.tracing.ghosts import GhostRunner, ghosts_of, is_on_meta
+from llm_pruner.discovery.tracing.ghosts import GhostRunner, ghosts_of
+from llm_pruner.discovery.tracing.marks import Marks
 from llm_pruner.discovery.tracing.stand_ins import in_sight
 from llm_pruner.discovery.tracing.tracer import MOVEMENT, tensors_in
 from llm_pruner.errors import DiscoveryError
+from llm_pruner.models.forward import is_on_meta
 
 _BY_DIM = frozenset({"index_select", "gather", "scatter", "scatter_", "scatter_add", "index_add"})
 
@@ -32,7 +33,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.sizes: list[int] = []
         self._count = tokens.numel()
-        self._ids: Any = WeakTensorKeyDictionary()
+        self._ids = Marks()
         self._ids[tokens] = True
         self._ghosts = GhostRunner() if tokens.device.type == "cpu" else None
 

@@ -1,30 +1,16 @@
-"""Criteria that look at activations: one file each, listed here by name."""
+"""Criteria that look at activations: one file each, found by its name.
+
+A file ``my_rule.py`` that says ``MEASURE = Measure(...)`` is the criterion ``my-rule``: the help,
+``llm-pruner prune --criterion``, the table in the docs and the benchmarks know it then.
+"""
 
 from __future__ import annotations
 
-from llm_pruner.importance.criteria.contribution import CONTRIBUTION
-from llm_pruner.importance.criteria.fisher import FISHER
-from llm_pruner.importance.criteria.fisher_obs import FISHER_OBS
-from llm_pruner.importance.criteria.fluctuation import FLUCTUATION
-from llm_pruner.importance.criteria.gate import GATE
-from llm_pruner.importance.criteria.influence import INFLUENCE
-from llm_pruner.importance.criteria.leverage import LEVERAGE
-from llm_pruner.importance.criteria.measure import Measure
-from llm_pruner.importance.criteria.obs import OBS
-from llm_pruner.importance.criteria.reap import REAP
-from llm_pruner.importance.criteria.wanda import WANDA
+from llm_pruner.importance.observation import Measure
+from llm_pruner.settings.registry import entry, names_in
 
-MEASURES: dict[str, Measure] = {
-    "gate": GATE,
-    "fisher": FISHER,
-    "fisher-obs": FISHER_OBS,
-    "wanda": WANDA,
-    "fluctuation": FLUCTUATION,
-    "contribution": CONTRIBUTION,
-    "influence": INFLUENCE,
-    "obs": OBS,
-    "leverage": LEVERAGE,
-    "reap": REAP,
-}
+_FOLDER = "importance/criteria"
+
+MEASURES: dict[str, Measure] = {name: entry(_FOLDER, name).MEASURE for name in names_in(_FOLDER)}
 
 __all__ = ["MEASURES", "Measure"]

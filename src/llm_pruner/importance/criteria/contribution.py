@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from llm_pruner.importance.criteria.measure import Measure
-from llm_pruner.importance.observation import Observation
+from llm_pruner.importance.observation import Measure, Observation
 from llm_pruner.types import FloatArray
 
 
@@ -19,4 +18,4 @@ def _formula(seen: Observation) -> FloatArray:
     )
 
 
-CONTRIBUTION = Measure(frozenset({"moments"}), _formula)
+MEASURE = Measure(frozenset({"moments"}), _formula)

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from llm_pruner.importance.criteria.measure import Measure
-from llm_pruner.importance.observation import Observation
+from llm_pruner.importance.observation import Measure, Observation
 from llm_pruner.types import FloatArray
 
 
@@ -21,4 +20,4 @@ def _formula(seen: Observation) -> FloatArray:
     return np.asarray(np.square(seen.gates).sum(1).mean(0) / 2)
 
 
-FISHER = Measure(frozenset({"gates"}), _formula)
+MEASURE = Measure(frozenset({"gates"}), _formula)

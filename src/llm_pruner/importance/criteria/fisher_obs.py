@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from llm_pruner.importance.criteria.fisher import FISHER
-from llm_pruner.importance.criteria.measure import Measure
-from llm_pruner.importance.criteria.obs import OBS
-from llm_pruner.importance.observation import Observation
+from llm_pruner.importance.criteria.fisher import MEASURE as FISHER
+from llm_pruner.importance.criteria.obs import MEASURE as OBS
+from llm_pruner.importance.observation import Measure, Observation
 from llm_pruner.types import FloatArray
 
 
@@ -30,6 +29,6 @@ def _formula(seen: Observation) -> FloatArray:
     return scores
 
 
-FISHER_OBS = Measure(
+MEASURE = Measure(
     frozenset({"gates", "tokens"}), _formula, where_linear=frozenset({"moments", "gram"})
 )

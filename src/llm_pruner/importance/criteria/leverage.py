@@ -10,9 +10,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from llm_pruner.importance.criteria.measure import Measure
 from llm_pruner.importance.criteria.obs import regular_inverse
-from llm_pruner.importance.observation import Observation, Reading
+from llm_pruner.importance.observation import Measure, Observation, Reading
 from llm_pruner.types import FloatArray
 
 RIDGE = 1.0
@@ -31,4 +30,4 @@ def _leverage(reading: Reading) -> FloatArray:
     return reading.by_unit(features.cpu().numpy())
 
 
-LEVERAGE = Measure(frozenset({"moments", "gram"}), _formula)
+MEASURE = Measure(frozenset({"moments", "gram"}), _formula)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from llm_pruner.importance.criteria.measure import Measure
-from llm_pruner.importance.observation import Observation, Reading
+from llm_pruner.importance.observation import Measure, Observation, Reading
 from llm_pruner.types import FloatArray
 
 RIDGE = 0.1
@@ -45,4 +44,4 @@ def regular_inverse(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky(matrix + damping * eye))
 
 
-OBS = Measure(frozenset({"moments", "gram"}), _formula)
+MEASURE = Measure(frozenset({"moments", "gram"}), _formula)

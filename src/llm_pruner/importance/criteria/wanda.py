@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from llm_pruner.importance.criteria.measure import Measure
-from llm_pruner.importance.observation import Observation
+from llm_pruner.importance.observation import Measure, Observation
 from llm_pruner.types import FloatArray
 
 
@@ -25,4 +24,4 @@ def _formula(seen: Observation) -> FloatArray:
     )
 
 
-WANDA = Measure(frozenset({"moments"}), _formula)
+MEASURE = Measure(frozenset({"moments"}), _formula)

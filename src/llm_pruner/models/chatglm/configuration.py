@@ -85,7 +85,7 @@ class ChatGLMConfig(PreTrainedConfig):
         if not self.residual_scale:
             self.residual_scale = math.sqrt(2 * self.num_layers)
         # Whoever has a config may ask an Auto class for its model or tokenizer next.
-        import_module("llm_pruner.models.chatglm.registration").register_code()
+        import_module("llm_pruner.models.chatglm").register_code()
 
     def _check_variant(self) -> None:
         if self.quantization_bit:

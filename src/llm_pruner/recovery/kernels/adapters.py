@@ -26,9 +26,8 @@ _SHARE = 0.125
 def fused_adapters(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
     """Have the adapters of a PEFT model computed so until the block ends.
 
-    The result is the same but for rounding. Adapters of other kinds (DoRA, dropout, on other than
-    linear layers, on weights that are spread over processes) and those on GPUs are left as they
-    are.
+    The result is the same but for rounding. Adapters of other kinds (with dropout, on other than
+    linear layers) and those on GPUs are left as they are.
 
     Args:
         model: with its adapters.

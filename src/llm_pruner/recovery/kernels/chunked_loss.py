@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from llm_pruner.recovery.forward import arguments_of, forward, learned_tokens
+from llm_pruner.recovery.forward import arguments_of, learned_logits, learned_tokens
 from llm_pruner.recovery.objective import Objective, WithGradient
 from llm_pruner.recovery.packing import Batch
 
@@ -33,10 +33,8 @@ _halves: WeakKeyDictionary[nn.Module, tuple[Any, dict[str, torch.Tensor]]] = Wea
 """See ``_frozen_in_half``: what the weights were when they were converted, and the result."""
 
 
-def summed_loss(
-    model: Any, batch: Batch, objective: Objective, **keywords: Any
-) -> tuple[torch.Tensor, Any]:
-    """Return the sum of a loss over the learned tokens of a batch, and what else the model said.
+def summed_loss(model: Any, batch: Batch, objective: Objective) -> torch.Tensor:
+    """Return the sum of a loss over the learned tokens of a batch.
 
     Where the model returns just what its output embedding gives, which is seen at each call, the
     logits are computed in chunks; else all at once.
@@ -45,28 +43,26 @@ def summed_loss(
         model: may be wrapped for several processes.
         batch: the samples.
         objective: called once for each chunk, in order.
-        keywords: further arguments of the model.
 
     Returns:
-        A scalar, differentiable in the model's weights, and the model's output; its own logits are
-        of no use.
+        A scalar, differentiable in the model's weights.
     """
-    found = _before_head(model, batch, keywords)
+    found = _before_head(model, batch)
     if found is None:
-        whole = forward(model, batch, **keywords)
-        if whole.logits.requires_grad:
-            return WithGradient.apply(whole.logits, objective), whole.output
-        return objective(whole.logits, slice(0, len(whole.logits)), False)[0], whole.output
-    head, hidden, output = found
+        logits, _ = learned_logits(model, batch)
+        if logits.requires_grad:
+            return WithGradient.apply(logits, objective)
+        return objective(logits, slice(0, len(logits)), False)[0]
+    head, hidden = found
     weights = [one for one in head.parameters() if one.requires_grad]
     rows = _tokens_at_once(head, hidden, trained=bool(weights))
     if torch.is_grad_enabled() and (hidden.requires_grad or weights):
-        return _Chunked.apply(hidden, head, objective, rows, *weights), output
+        return _Chunked.apply(hidden, head, objective, rows, *weights)
     total = torch.zeros((), device=hidden.device)
     run = _as_multiplied(head)
     for span in _spans(len(hidden), rows):
         total += objective(run(hidden[span]).float(), span, False)[0]
-    return total, output
+    return total
 
 
 @torch.no_grad()
@@ -171,14 +167,12 @@ class _NoFitError(Exception):
     """The output embedding was called in another way than expected."""
 
 
-def _before_head(
-    model: Any, batch: Batch, keywords: dict[str, Any]
-) -> tuple[nn.Module, torch.Tensor, Any] | None:
+def _before_head(model: Any, batch: Batch) -> tuple[nn.Module, torch.Tensor] | None:
     """Run a model without its output embedding.
 
     Returns:
-        The output embedding, what enters it at the positions that predict learned tokens, of shape
-        (n, features), and the model's output; None if the logits are more than what it gives.
+        The output embedding, and what enters it at the positions that predict learned tokens, of
+        shape (n, features); None if the logits are more than what it gives.
     """
     head = getattr(model, "module", model).get_output_embeddings()
     rows, length = batch.input_ids.shape
@@ -200,7 +194,7 @@ def _before_head(
     whole = vars(head).get("forward")
     head.forward = stand_in
     try:
-        output = model(**arguments_of(model, batch), **keywords)
+        output = model(**arguments_of(model, batch))
         untouched = len(seen) == 1 and output.logits is seen[0] and seen[0]._version == 0
     except (_NoFitError, RuntimeError, ValueError, IndexError):
         untouched = False  # if this was not the reason, the whole model says so again
@@ -213,4 +207,4 @@ def _before_head(
         if rows != length:
             _otherwise.add(head)
         return None
-    return head, seen[0].squeeze(0), output
+    return head, seen[0].squeeze(0)

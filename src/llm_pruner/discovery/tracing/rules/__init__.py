@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from llm_pruner.discovery.tracing.rules import (
     contraction,
-    creation,
     indexing,
     movement,
     pointwise,
@@ -19,6 +18,5 @@ RULES: dict[str, Callable[..., None]] = {
     **contraction.RULES,
     **reduction.RULES,
     **indexing.RULES,
-    **creation.RULES,
 }
 """Name of the ATen operation -> rule(tracer, func, args, kwargs, out)."""

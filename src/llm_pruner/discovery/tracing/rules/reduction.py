@@ -76,7 +76,7 @@ def layer_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> N
         if isinstance(weight, torch.Tensor):
             for place, rows in enumerate(tracer.label(weight)):
                 axes[place - count] = tracer.unify(axes[place - count], rows)
-    results = list(tensors_in([out]))
+    results = tensors_in([out])
     tracer.set_label(results[0], axes)
     for statistic in results[1:]:
         tracer.set_label(statistic, axes[:-count] + [empty_rows(1)] * count)
@@ -105,7 +105,7 @@ def select_along(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) ->
     dim = int(dim) % len(axes)
     source = axes[dim]
     tracer.require_whole(source)
-    results = list(tensors_in([out]))
+    results = tensors_in([out])
     if name == "topk":
         tracer.note("read", source)
         tracer.choose(args[0], dim, results[0].shape[dim])

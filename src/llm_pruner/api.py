@@ -1,0 +1,385 @@
+"""The steps of ``prune`` and ``recover`` as functions over one model in memory."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llm_pruner.checkpoints import save_checkpoint
+from llm_pruner.commands.prune import PruneRun, keep_type_
+from llm_pruner.commands.recover_start import make_samples, read_examples
+from llm_pruner.commands.refitter import Refitter
+from llm_pruner.data.calibration import Calibration, build_calibration
+from llm_pruner.data.text import load_evaluation_text
+from llm_pruner.discovery.groups import discover as discover_groups
+from llm_pruner.errors import UserError
+from llm_pruner.evaluation.perplexity import EvaluationText, PerplexityResult
+from llm_pruner.evaluation.perplexity import perplexity as measure_perplexity
+from llm_pruner.files.disk import new_folder
+from llm_pruner.importance import Criterion
+from llm_pruner.importance import score as score_groups
+from llm_pruner.models.layers import sharing_copy
+from llm_pruner.models.load import LoadedModel, load_model
+from llm_pruner.planning import Plan
+from llm_pruner.recovery import Outcome
+from llm_pruner.recovery import recover_ as train_
+from llm_pruner.runtime.precision import fast_matmul
+from llm_pruner.runtime.progress import Clock
+from llm_pruner.settings.prune import PlanSettings, PruneSettings
+from llm_pruner.settings.recover import RecoverSettings, TrainingSettings
+from llm_pruner.surgery.pruner import Surgeon
+from llm_pruner.surgery.verify import prune_ as prune_module_
+from llm_pruner.types import Discovery, Edits, FloatArray, Removal
+
+_NEW = Path("new")  # where a path is asked for and nothing is written
+
+
+class Model:
+    """A language model with its tokenizer, and what was done to it since it was loaded.
+
+    Attributes:
+        network: the model of transformers, in eval mode.
+        tokenizer: None where there is none.
+        groups: of the dense model; None before `discover`.
+        plan: what was removed; None before `prune_`.
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.loaded = loaded
+        self.network: Any = loaded.model
+        self.tokenizer = loaded.tokenizer
+        self.groups: Discovery | None = None
+        self.plan: Plan | None = None
+        self._dense_config = copy.deepcopy(self.network.config)
+        self._surgeon: Surgeon | None = None
+        self._refitter: Refitter | None = None
+
+    def save(
+        self, out: str | Path, *, overwrite: bool = False, max_shard_size: str = "5GB"
+    ) -> Path:
+        """Write a folder that ``from_pretrained`` loads; weights in the type they were stored in.
+
+        Raises:
+            UserError: the folder is taken.
+        """
+        network = copy.deepcopy(self.network)
+        keep_type_(network, self.loaded.stored_dtype)
+        save_checkpoint(
+            network,
+            Path(out),
+            edits=Edits({}, {}, {}, {}) if self._surgeon is None else self._surgeon.edits,
+            plan_json=None if self.plan is None else self.plan.to_json(),
+            tokenizer=self.tokenizer,
+            overwrite=overwrite,
+            max_shard_size=max_shard_size,
+            dense_config=self._dense_config,
+        )
+        return Path(out)
+
+    def _cut(self, plan: Plan, verify: bool) -> None:
+        if self.plan is not None:
+            raise UserError("this model was pruned before; load the dense one again")
+        groups = discover(self)
+        removal = plan.removal(groups)
+        self._surgeon = Surgeon(self.network, verify, Clock())
+        self._refitter = Refitter(self.loaded, groups, self._surgeon)
+        self._surgeon.cut(groups, removal)
+        self.plan = plan
+
+    def _refit(self, text: Calibration) -> None:
+        if self.plan is None or self.groups is None or self._refitter is None:
+            raise UserError("there is nothing to refit; prune the model first")
+        self._refitter.refit(self.plan.removal(self.groups), text.input_ids)
+        self._refitter = None  # and with it the dense weights
+
+
+class Scores(dict[str, FloatArray]):
+    """Group name -> importance of its units, shape (size,); higher means keep.
+
+    Attributes:
+        criterion: what was measured.
+        text: on what; None if nothing was read, or bare tokens.
+        seed: of the criterion ``random``.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, FloatArray],
+        criterion: Criterion,
+        text: Calibration | None,
+        seed: int,
+    ) -> None:
+        super().__init__(values)
+        self.criterion, self.text, self.seed = criterion, text, seed
+
+
+class _Presets:
+    """Settings that go together, by the names of ``--preset``; keywords win over theirs."""
+
+    def __call__(self, name: str | Path, **settings: Any) -> PlanSettings:
+        """Return a preset by its name, or a YAML file."""
+        return PlanSettings(preset=str(name), **settings)
+
+    def paper(self, **settings: Any) -> PlanSettings:
+        """LLM-Pruner as published (arXiv 2305.11627)."""
+        return self("paper", **settings)
+
+    def fast(self, **settings: Any) -> PlanSettings:
+        """One pass over little text, no refit."""
+        return self("fast", **settings)
+
+    def balanced(self, **settings: Any) -> PlanSettings:
+        """As fast, with more text and a refit."""
+        return self("balanced", **settings)
+
+    def best(self, **settings: Any) -> PlanSettings:
+        """The least damage for a few minutes."""
+        return self("best", **settings)
+
+
+presets = _Presets()
+
+
+def Taylor(order: str = "first", **how: str) -> Criterion:  # noqa: N802
+    """Return the criterion of the paper; ``how``: ``reduction`` and ``aggregate``."""
+    return Criterion("taylor", order, **how)
+
+
+def Lora(rank: int = 8, **settings: Any) -> TrainingSettings:  # noqa: N802
+    """Return settings of training with low-rank adapters; keywords as the options of recover."""
+    return TrainingSettings(method="lora", lora_r=rank, **settings)
+
+
+def load(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> Model:
+    """Load a model: a hub id, a local folder, a ``.gguf`` file or ``default``.
+
+    Raises:
+        UserError: it cannot be loaded, and why.
+    """
+    return Model(
+        load_model(
+            str(model),
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+    )
+
+
+def calibration(
+    model: Model,
+    source: str = "self",
+    *,
+    samples: int = 128,
+    seq_len: int = 128,
+    seed: int = 0,
+    text_split: str | None = None,
+    text_field: str | None = None,
+) -> Calibration:
+    """Return calibration text: ``self`` (the model writes it), a hub dataset or a local file.
+
+    Raises:
+        UserError: it cannot be read, or holds too few tokens.
+    """
+    if model.tokenizer is None:
+        raise UserError(f"{model.loaded.name} has no tokenizer, so no text can be read; add one")
+    return build_calibration(
+        source,
+        model.tokenizer,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        model=model.network,
+        text_field=text_field,
+        split=text_split,
+    )
+
+
+def discover(model: Model | nn.Module, **how: Any) -> Discovery:
+    """Return the groups of units that must be removed together; see ``discovery.discover``."""
+    if not isinstance(model, Model):
+        return discover_groups(model, **how)
+    if model.groups is None:
+        model.groups = discover_groups(model.network, **how)
+    return model.groups
+
+
+def score(
+    model: Model | nn.Module,
+    discovery: Discovery,
+    criterion: Criterion,
+    text: Calibration | None = None,
+    *,
+    input_ids: torch.Tensor | None = None,
+    seed: int = 0,
+    groups: Collection[str] | None = None,
+) -> Scores:
+    """Return the importance of every unit of the groups; see ``importance.score``.
+
+    Args:
+        model: the dense model.
+        discovery: the groups, from `discover`.
+        criterion: such as ``Taylor()`` or ``Criterion("fisher")``.
+        text: from `calibration`.
+        input_ids: bare token ids in its place, shape (samples, seq_len).
+        seed: of the criterion ``random``.
+        groups: names of those to score; None: all that are not frozen.
+    """
+    network = model.network if isinstance(model, Model) else model
+    tokens = input_ids if text is None else text.input_ids
+    with fast_matmul():
+        found = score_groups(
+            network, discovery, criterion, input_ids=tokens, seed=seed, groups=groups
+        )
+    return Scores(found, criterion, text, seed)
+
+
+def plan(model: Model, groups: Discovery, scores: Scores | None, settings: PlanSettings) -> Plan:
+    """Return which units go; the model stays as it is.
+
+    Args:
+        model: the dense model.
+        groups: from `discover`.
+        scores: from `score`: their criterion and text hold, whatever the settings name; None to
+            estimate as the settings say: anew before each of several steps, and where the split is
+            found by trials, on text that does not judge them.
+        settings: how much, where from, such as ``presets.paper(ratio=0.2)``.
+
+    Raises:
+        UserError: the settings cannot be met, and what can.
+    """
+    said, text, estimate = settings.written(), None, None
+    if scores is not None:
+        if settings.steps > 1:
+            raise UserError("scores hold for one step; give None to estimate before each")
+        how, text = scores.criterion, scores.text
+        said |= {"criterion": how.name, "order": how.order, "reduction": how.reduction}
+        said |= {"aggregate": how.aggregate, "seed": scores.seed}
+        if text is not None:
+            read = text.settings
+            said |= {"calibration": read["source"], "samples": read["samples"]}
+            said |= {"seq_len": read["seq_len"], "text_split": read["split"], "seed": read["seed"]}
+        known = dict(scores)
+        estimate = lambda *_: known  # noqa: E731
+    asked = PruneSettings(**said, model=model.loaded.name, out=_NEW, dry_run=True)
+    loaded = replace(model.loaded, model=sharing_copy(model.network))
+    run = PruneRun(asked, loaded=loaded, discovery=groups, text=text, estimate=estimate)
+    run.check()
+    run.load()
+    run.make_plan()
+    assert run.plan is not None
+    return run.plan
+
+
+def prune_(
+    model: Model | nn.Module,
+    plan: Plan | Discovery,
+    removal: Removal | None = None,
+    *,
+    verify: bool = True,
+) -> Edits | None:
+    """Remove units from a model in place.
+
+    Either ``prune_(model, plan)``, or of any module ``prune_(module, discovery, removal)``, which
+    returns what was changed; see ``surgery.prune_``.
+
+    Raises:
+        PlanError: the plan is for another model, or breaks its rules.
+        VerificationError: the result is not the masked model; it is undone.
+    """
+    if isinstance(plan, Discovery):
+        module = model.network if isinstance(model, Model) else model
+        return prune_module_(module, plan, removal or {}, verify=verify)
+    if not isinstance(model, Model):
+        found = discover_groups(model)
+        return prune_module_(model, found, plan.removal(found), verify=verify)
+    model._cut(plan, verify)
+    return None
+
+
+def refit_(model: Model, text: Calibration) -> None:
+    """Refit by least squares what reads the removed units, where held-out text says it is a gain.
+
+    Args:
+        model: pruned by `prune_`.
+        text: from `calibration`, made before pruning or after.
+    """
+    model._refit(text)
+
+
+def recover_(
+    model: Model, data: str | Path, settings: TrainingSettings, *, teacher: Model | None = None
+) -> Outcome:
+    """Train a model; it keeps its weights if held-out examples did not gain.
+
+    Args:
+        model: pruned or not.
+        data: instructions, chats or text: a hub dataset or a file; ``self``: the teacher writes.
+        settings: such as ``Lora(rank=8)``.
+        teacher: the dense model, for ``self``.
+
+    Raises:
+        UserError: the data cannot be read, or the model has nothing to train.
+    """
+    asked = RecoverSettings(
+        **settings.written(),
+        model=model.loaded.name,
+        out=_NEW,
+        data=(str(data),),
+        teacher=None if teacher is None else teacher.loaded.name,
+    )
+    dense = None if teacher is None else teacher.loaded
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        samples = make_samples(asked, work, model.loaded, dense, read_examples(asked))
+        network, outcome = train_(
+            model.network,
+            [one for each in samples for one in each.train],
+            [one for each in samples for one in each.held_out],
+            asked,
+            work=work,
+            folder=new_folder,
+            sources=len(samples),
+        )
+    model.network = network
+    return outcome
+
+
+def perplexity(
+    model: Model,
+    source: str,
+    *,
+    protocol: str = "standard",
+    seq_len: int | None = None,
+    max_tokens: int | None = None,
+) -> PerplexityResult:
+    """Return the perplexity on a corpus: wikitext2, ptb, c4, another hub dataset or a file.
+
+    Raises:
+        UserError: the corpus cannot be read.
+    """
+    how: Any = protocol
+    name, split, text = load_evaluation_text(source, protocol=how)
+    return measure_perplexity(
+        model.network,
+        model.tokenizer,
+        EvaluationText(name, split, text),
+        protocol=how,
+        seq_len=seq_len,
+        max_tokens=max_tokens,
+    )

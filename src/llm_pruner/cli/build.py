@@ -1,0 +1,153 @@
+"""Commands made of settings: each field is an option, and its declaration the help."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+from typer.core import TyperCommand
+
+from llm_pruner.cli.output import check_json, warn
+from llm_pruner.settings.common import OUTPUT, once
+from llm_pruner.settings.options import Option, Settings, option_name, option_of
+
+_S = TypeVar("_S", bound=Settings)
+_PLAIN = (bool, int, float, Path)
+"""Types that the command line reads itself; all else comes as text, which the settings read."""
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose help lists each option under its ``rich_help_panel``, as plain text."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write one section per heading, in the order in which the headings first occur."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is None:
+                continue
+            usual = "Arguments" if param.param_type_name == "argument" else "Options"
+            heading = getattr(param, "rich_help_panel", None) or usual
+            sections.setdefault(heading, []).append(record)
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+def add(
+    app: typer.Typer,
+    name: str,
+    kind: type[_S],
+    run: Callable[[_S, str | None], None],
+    examples: str = "",
+) -> None:
+    """Add a command that reads its settings from options and from ``--config``.
+
+    Args:
+        app: gets the command.
+        name: of the command.
+        kind: what it can be asked for.
+        run: is called with the settings and the file of ``--json``; its docstring is the help.
+        examples: shown below the options.
+    """
+    shown = [
+        inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=how)
+        for field, how in _parameters(kind)
+    ]
+
+    def command(**values: Any) -> None:
+        config, json = values.pop("config"), values.pop("json")
+        given = {field: value for field, value in values.items() if value not in (None, [])}
+        for field, option in _options(kind).items():
+            old = given.pop(f"was_{field}", None)
+            if old is not None:
+                now = option_name(field)
+                warn(f"{option.was} is called {now} now; write {now}, the old name goes with 0.3")
+                given.setdefault(field, old)
+        settings = kind.read(given, config)
+        out = None if getattr(settings, "dry_run", False) else getattr(settings, "out", None)
+        reads = [config, *settings.reads, None if out else getattr(settings, "out", None)]
+        check_json(json, reads, out or getattr(settings, "report", None))
+        run(settings, json)
+
+    command.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in shown}
+    command.__doc__ = run.__doc__
+    app.command(name, cls=GroupedCommand, epilog=examples or None)(command)
+
+
+def _options(kind: type[Settings]) -> dict[str, Option]:
+    """Return how the fields are shown, in the order of the help."""
+    found = {name: option_of(field) for name, field in kind.model_fields.items()}
+    order = {panel: number for number, panel in enumerate(kind.panels)}
+    names = sorted(found, key=lambda name: order.get(str(found[name].panel), -1))
+    return {name: found[name] for name in names if not found[name].hidden}
+
+
+def _parameters(kind: type[Settings]) -> list[tuple[str, Any]]:
+    preset = kind.of_preset(None)
+    parameters: list[tuple[str, Any]] = []
+    for name, option in _options(kind).items():
+        field = kind.model_fields[name]
+        shape, words = _shape(field), _words(name, field, option, preset)
+        if option.positional:
+            how: Any = typer.Argument(metavar=option.metavar, help=words)
+            parameters.insert(0, (name, Annotated[shape | None, how]))
+            continue
+        flags = [option_name(name), *filter(None, [option.short])]
+        if shape is bool and field.default is not False:
+            flags = [f"{option_name(name)}/--no-{option_name(name)[2:]}"]
+        how = typer.Option(
+            *flags,
+            metavar=option.metavar,
+            help=words,
+            rich_help_panel=option.panel,
+            show_default=False,
+        )
+        parameters.append((name, Annotated[shape | None, how]))
+        if option.was:
+            parameters.append(
+                (f"was_{name}", Annotated[str | None, typer.Option(option.was, hidden=True)])
+            )
+    panel = OUTPUT if "out" in kind.model_fields else None
+    for name, metavar, words in (
+        ("config", "FILE", "YAML file with options; those beside it win."),
+        ("json", "FILE", "Write the results for scripts; - for stdout."),
+    ):
+        shape = Path if name == "config" else str
+        how = typer.Option(
+            f"--{name}", metavar=metavar, help=words, rich_help_panel=panel, show_default=False
+        )
+        parameters.append((name, Annotated[shape | None, how]))
+    return parameters
+
+
+def _shape(field: FieldInfo) -> Any:
+    """Return the type in which the command line takes a field."""
+    kinds = [one for one in _members(field.annotation) if one is not type(None)]
+    if any(getattr(one, "func", None) is once for one in field.metadata):
+        return list[str]
+    return kinds[0] if len(kinds) == 1 and kinds[0] in _PLAIN and not field.metadata else str
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    union = get_origin(annotation) in (Union, types.UnionType)
+    return get_args(annotation) if union else (annotation,)
+
+
+def _words(name: str, field: FieldInfo, option: Option, preset: dict[str, Any]) -> str:
+    words = str(field.description)
+    if field.is_required():
+        return f"{words} [required]"
+    shown: Any = preset.get(name, field.default) if option.shown is None else option.shown
+    if isinstance(shown, tuple | list):
+        shown = ",".join(map(str, shown))
+    if isinstance(shown, float):
+        shown = f"{shown:g}"
+    hidden = shown is None or isinstance(shown, bool) or shown == ""
+    return words if hidden else f"{words} [default: {shown}]"

@@ -1,0 +1,127 @@
+"""What ``compress`` can be asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator
+
+from llm_pruner.errors import UserError
+from llm_pruner.settings.common import (
+    DTYPE,
+    LOADING,
+    OUTPUT,
+    TASKS,
+    ModelSettings,
+    OutputSettings,
+    Sources,
+    TaskSettings,
+)
+from llm_pruner.settings.options import option
+from llm_pruner.settings.prune import HOW_MUCH, AmountSettings, PruneSettings
+from llm_pruner.settings.recover import TrainingSettings
+from llm_pruner.settings.words import parse_duration
+
+_HOW, _MEASURE = "How", "What to measure"
+
+
+def _seconds(value: Any) -> Any:
+    return parse_duration(value) if isinstance(value, str) else value
+
+
+class CompressSettings(ModelSettings, OutputSettings, TaskSettings, AmountSettings):
+    """All that ``compress`` can be asked for: the dense model, and how it becomes smaller."""
+
+    panels: ClassVar = (HOW_MUCH, _HOW, _MEASURE, TASKS, OUTPUT, LOADING)
+
+    restart: bool = option(
+        False,
+        "Throw an interrupted run away, which the same command would go on with.",
+        panel=OUTPUT,
+    )
+    dtype: str = option("auto", DTYPE, "TYPE", panel=LOADING)
+    preset: str = option(
+        "best",
+        "How to prune: paper, fast, balanced, best, or a YAML file.",
+        "NAME",
+        panel=_HOW,
+        was="--recipe",
+        reads=True,
+    )
+    time_budget: Annotated[float | None, BeforeValidator(_seconds)] = option(
+        None,
+        "For everything, such as 30m or 2h; what pruning and measuring leave goes to recovery.",
+        "TIME",
+        panel=_HOW,
+        shown="one pass over the data, or over 256 texts of self",
+    )
+    calibration: str | None = option(
+        None,
+        "Text to estimate importance on, as for prune.",
+        "SRC",
+        panel=_HOW,
+        shown="self, the model's own",
+        reads=True,
+    )
+    data: Sources = option(
+        ("self",),
+        "Text to recover on, as for recover; MODEL is the teacher. May be given several times.",
+        "SRC",
+        panel=_HOW,
+        shown="self, what MODEL writes",
+        reads=True,
+    )
+    recover: bool = option(True, "Train after pruning.", panel=_HOW)
+    seed: int = option(0, "Of all that is drawn.", "N", panel=_HOW)
+    perplexity: Sources = option(
+        ("demo",),
+        "Corpus to measure perplexity on, as for evaluate. May be given several times.",
+        "SRC",
+        panel=_MEASURE,
+        shown="demo, a text that the package ships",
+        reads=True,
+    )
+    samples: int | None = option(
+        None, "Examples of each source, at most.", "N", panel=_HOW, hidden=True
+    )
+    training: dict[str, Any] = option(
+        {}, "Other settings of training, by the names of recover.", hidden=True
+    )
+
+    @classmethod
+    def beside(cls, preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """Return the amount that holds where none is given."""
+        return preset if "params" in given or "ratio" in given else {**preset, "ratio": 0.2}
+
+    def check(self) -> None:
+        """Refuse what contradicts itself.
+
+        Raises:
+            UserError: says what must change.
+        """
+        if self.ratio is not None and self.params is not None:
+            raise UserError("--ratio and --params say different things; give one of them")
+        self.check_tasks()
+        for name in ("data", "time_budget"):
+            if not self.recover and name in self.given and getattr(self, name):
+                option_ = "--" + name.replace("_", "-")
+                raise UserError(f"{option_} is about recovery; leave it or --no-recover out")
+
+    def pruning(self, out: Path) -> PruneSettings:
+        """Return how the model is pruned."""
+        shared: dict[str, Any] = self.loading().written()
+        if self.calibration is not None:
+            shared["calibration"] = self.calibration
+        return PruneSettings(
+            **shared,
+            out=out,
+            ratio=self.ratio,
+            params=self.params,
+            preset=self.preset,
+            seed=self.seed,
+        )
+
+    def trains(self) -> TrainingSettings:
+        """Return how the pruned model is trained."""
+        return TrainingSettings(**{"seed": self.seed, **self.training})

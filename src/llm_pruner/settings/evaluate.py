@@ -1,0 +1,160 @@
+"""What ``evaluate`` and ``bench`` can be asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+
+from llm_pruner.errors import UserError
+from llm_pruner.settings.common import TASKS, ModelSettings, Sources, TaskSettings
+from llm_pruner.settings.limits import MOST, check_number
+from llm_pruner.settings.options import Settings, option
+
+
+def _sequences(value: Any) -> Any:
+    if isinstance(value, str) and value != "auto":
+        if not value.isdecimal() or int(value) < 1:
+            raise UserError(
+                f"--batch-size {value} is no number of sequences; use 1 or more, or auto"
+            )
+        return int(value)
+    return value
+
+
+class PerplexitySettings(Settings):
+    """How perplexity is measured; see ``evaluation.perplexity``."""
+
+    protocol: Literal["standard", "paper"] = option(
+        "standard", "standard: long windows; paper: windows of 128, as LLM-Pruner does.", "NAME"
+    )
+    seq_len: int | None = option(
+        None,
+        "Tokens in a window.",
+        "N",
+        shown="2048 or the model's maximum; 128 for paper",
+    )
+    max_tokens: int | None = option(None, "Read only this many tokens.", "N")
+    batch_size: Annotated[int | Literal["auto"], BeforeValidator(_sequences)] = option(
+        "auto", "Sequences at once, or auto: as fits the memory.", "N"
+    )
+    split: str | None = option(None, "Split of a hub dataset.", "NAME")
+    text_field: str | None = option(None, "Field that holds the text.", "NAME")
+
+    def check_values(self) -> None:
+        """Refuse numbers that cannot be."""
+        super().check_values()
+        check_number("--seq-len", self.seq_len, 2, 2**24)
+        check_number("--max-tokens", self.max_tokens, 2, MOST)
+        check_number("--batch-size", self.sequences, 1, 2**20)
+
+    @property
+    def sequences(self) -> int | None:
+        """Sequences at once; None: as fits the memory."""
+        return None if self.batch_size == "auto" else self.batch_size
+
+
+class EvaluateSettings(ModelSettings, PerplexitySettings, TaskSettings):
+    """All that ``evaluate`` can be asked for."""
+
+    perplexity: Sources = option(
+        (),
+        "Corpus: wikitext2, ptb, c4, another hub dataset, a local file, or 'demo' for the text "
+        "that the package ships. May be given several times.",
+        "SRC",
+        reads=True,
+    )
+    cache: bool = option(
+        True,
+        "Use known results of tasks for this model, and keep new ones.",
+        panel=TASKS,
+    )
+    speed: bool = option(False, "Measure tokens per second.")
+    prompt: Sources = option(
+        (), "Show what the model writes after this text. May be given several times.", "TEXT"
+    )
+    chat: bool = option(
+        True, "Ask the prompt in the tokenizer's chat template, if it has one, or continue it."
+    )
+    report: Path | None = option(
+        None,
+        "Add the results to the report in this folder, which prune wrote; MODEL is this folder, or "
+        "the dense model that it was made of.",
+        "DIR",
+    )
+
+    def check(self) -> None:
+        """Refuse to measure nothing.
+
+        Raises:
+            UserError: says what to give.
+        """
+        if not (self.perplexity or self.tasks is not None or self.speed or self.prompt):
+            raise UserError(
+                "nothing to measure; give --perplexity SRC, --tasks NAMES, --speed or --prompt TEXT"
+            )
+        self.check_tasks()
+
+
+def _sizes(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        sizes = [int(part) for part in value.split(",") if part.strip()]
+    except ValueError:
+        raise UserError(f"--batch-size {value} is no list of numbers; use such as 1,8") from None
+    return tuple(dict.fromkeys(sizes))
+
+
+class BenchSettings(ModelSettings):
+    """All that ``bench`` can be asked for."""
+
+    against: str | None = option(
+        None,
+        "Compare with this model, such as the dense one: both are timed in turns.",
+        "MODEL",
+        reads=True,
+    )
+    prompt_tokens: int = option(256, "Tokens of each prompt.", "N")
+    new_tokens: int = option(32, "Tokens decoded after it.", "N")
+    batch_size: Annotated[tuple[int, ...], BeforeValidator(_sizes)] = option(
+        (1, 8), "Prompts at once, such as 1 or 1,8.", "LIST"
+    )
+    repeats: int = option(5, "Rounds; medians and ranges are over them.", "N")
+    compile: bool = option(
+        False, "Time the models as torch.compile makes them. Compiling takes minutes."
+    )
+    counts_only: bool = option(
+        False, "Parameters, MACs and cache alone; needs a config but no weights."
+    )
+
+    def check(self) -> None:
+        """Refuse numbers that measure nothing.
+
+        Raises:
+            UserError: says what to give.
+        """
+        given = [("prompt_tokens", self.prompt_tokens), ("new_tokens", self.new_tokens)]
+        given += [("repeats", self.repeats), *(("batch_size", size) for size in self.batch_size)]
+        for name, value in given:
+            if value < 1:
+                raise UserError(f"{name}={value} measures nothing; use at least 1")
+            check_number(name, value, 1, 2**20)
+        if not self.batch_size:
+            raise UserError("no batch size given; name one, such as 1")
+
+
+class InspectSettings(ModelSettings):
+    """All that ``inspect`` can be asked for."""
+
+    layer: int | None = option(None, "Layer to show.", "N", shown="the middle one")
+
+    def check(self) -> None:
+        """Refuse a layer that cannot be.
+
+        Raises:
+            UserError: it is negative.
+        """
+        if self.layer is not None and self.layer < 0:
+            raise UserError(f"--layer {self.layer} is no layer; layers count from 0")

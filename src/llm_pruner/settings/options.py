@@ -1,0 +1,262 @@
+"""How an option is declared: once, as a field of a settings class.
+
+The command line, its help, ``--config`` files, presets, the header of a plan, the record of a run
+and the Python API are all read from the fields. Settings come from four places; what is said later
+wins:
+
+    defaults of the fields < a preset < a file given with --config < options on the command line
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic.fields import FieldInfo
+
+from llm_pruner.errors import UserError
+
+_S = TypeVar("_S", bound="Settings")
+
+
+@dataclass(frozen=True)
+class Option:
+    """How a field is shown on the command line.
+
+    Attributes:
+        metavar: stands for the value in the help; None for a switch.
+        panel: heading in the help.
+        shown: words that stand for the default in the help; None for the default itself.
+        short: a letter with its dash.
+        was: earlier name of the option with its dashes, which still works and says so.
+        known: the words that it takes, where they are not in its type.
+        reads: whether it names what is read: a model, a corpus, a file.
+        positional: an argument, without dashes.
+        hidden: for Python and ``--config`` alone.
+    """
+
+    metavar: str | None = None
+    panel: str | None = None
+    shown: str | None = None
+    short: str | None = None
+    was: str | None = None
+    known: tuple[str, ...] = ()
+    reads: bool = False
+    positional: bool = False
+    hidden: bool = False
+
+
+def option(default: Any, words: str, metavar: str | None = None, **how: Any) -> Any:
+    """Declare an option: a field with its default, its line of help and how it is shown.
+
+    Args:
+        default: ``...`` where one must be given.
+        words: what it does, in the help.
+        metavar: see `Option`.
+        how: the other attributes of `Option`.
+    """
+    shown: Any = {"option": Option(metavar, **how)}
+    return Field(default, description=words, json_schema_extra=shown)
+
+
+class Settings(BaseModel):
+    """What a user asks for. Frozen; a name that is not a field is refused with a near one.
+
+    Classes of settings are put together by inheritance: what a command takes is all that its parts
+    take, and can be given wherever one of the parts is asked for.
+
+    Attributes:
+        presets: name -> YAML file with values for some of the fields.
+        default_preset: the one that holds where none is named.
+        panels: headings of the help, in their order.
+        given: the fields that were given by name, not by a preset or default.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    presets: ClassVar[Mapping[str, Path]] = {}
+    default_preset: ClassVar[str | None] = None
+    panels: ClassVar[tuple[str, ...]] = ()
+    _given: frozenset[str] = PrivateAttr(default=frozenset())
+
+    def __init__(self, **values: Any) -> None:
+        values = {name: value for name, value in values.items() if value is not None}
+        preset = self.beside(self.of_preset(values.get("preset")), values)
+        try:
+            super().__init__(**{**preset, **values})
+        except ValidationError as error:
+            raise UserError(_problem(type(self), error)) from None
+        self._given = frozenset(values)
+        for name, field in type(self).model_fields.items():
+            known = option_of(field).known
+            if known and getattr(self, name) not in known:
+                raise UserError(_unknown(name, getattr(self, name), known))
+        self.check_values()
+
+    def check_values(self) -> None:
+        """Refuse numbers that cannot be; each part of a class checks its own.
+
+        Raises:
+            UserError: says which, and what to give.
+        """
+
+    @property
+    def given(self) -> frozenset[str]:
+        return self._given
+
+    @property
+    def reads(self) -> list[str]:
+        """Models, corpora and files that are read; lists with commas whole and in parts."""
+        found: list[str] = []
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name) if option_of(field).reads else None
+            for one in value if isinstance(value, tuple) else (value,):
+                # A preset that the package ships is no file of the user's.
+                if one is not None and (name != "preset" or Path(str(one)).suffix):
+                    found += [str(one), *str(one).split(",")]
+        return list(dict.fromkeys(found))
+
+    @classmethod
+    def beside(cls, preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+        """Return what of a preset, and of the defaults, holds beside what was given."""
+        del given
+        return preset
+
+    @classmethod
+    def read(cls: type[_S], given: Mapping[str, Any], config: Path | None = None) -> _S:
+        """Return the settings of a command.
+
+        Args:
+            given: fields that were given as options, which win.
+            config: YAML file with fields; a folder that a command wrote holds one.
+
+        Raises:
+            UserError: the file cannot be read, or a value cannot be.
+        """
+        filed = {} if config is None else read_yaml(config, f"--config {config}", cls)
+        return cls(**{**filed, **given})
+
+    @classmethod
+    def of_preset(cls, name: str | None) -> dict[str, Any]:
+        """Return the fields that a preset sets: by its name, or by the path of a YAML file.
+
+        Raises:
+            UserError: there is no such preset or file.
+        """
+        name = name or cls.default_preset
+        if name is None or not cls.presets:
+            return {}
+        file = cls.presets.get(name, Path(name).expanduser())
+        if not file.is_file():
+            raise UserError(
+                f"no preset {name!r}; {near(name, cls.presets)}known are {', '.join(cls.presets)}, "
+                "or give a YAML file"
+            )
+        return {**read_yaml(file, f"preset {name}", cls), "preset": name}
+
+    def but(self: _S, **changes: Any) -> _S:
+        """Return the same settings with other values, which are checked."""
+        values = {name: getattr(self, name) for name in self.model_fields_set}
+        changed = type(self)(**{**values, **changes})
+        changed._given = self._given | changes.keys()
+        return changed
+
+    def written(self) -> dict[str, Any]:
+        """Return plain values of which the same settings come: what was given or is no default.
+
+        What was given stands even if it is the default of its field: a preset may say otherwise.
+        """
+        said = self._given | self.model_dump(mode="json", exclude_defaults=True).keys()
+        return self.model_dump(mode="json", include=set(said))
+
+
+def presets_in(folder: str) -> dict[str, Path]:
+    """Return the presets that lie in a folder beside this file: name -> YAML file."""
+    found = sorted((Path(__file__).parent / folder).glob("*.yaml"))
+    return {file.stem: file for file in found}
+
+
+def option_of(field: FieldInfo) -> Option:
+    """Return how a field is shown."""
+    extra = field.json_schema_extra
+    return extra.get("option", Option()) if isinstance(extra, Mapping) else Option()  # type: ignore[return-value]
+
+
+def option_name(name: str) -> str:
+    """Return how the option of a field is written."""
+    return "--" + name.rstrip("_").replace("_", "-")
+
+
+def choices(annotation: Any) -> tuple[str, ...]:
+    """Return the words that a type allows, those of a Literal or of one in a union."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    if get_origin(annotation) in (Union, types.UnionType):
+        return tuple(word for one in get_args(annotation) for word in choices(one))
+    return ()
+
+
+def near(name: str, known: Any) -> str:
+    """Return "did you mean ...? " if a known name is near, else nothing."""
+    close = difflib.get_close_matches(name, [str(one) for one in known], n=1)
+    return f"did you mean {close[0]}? " if close else ""
+
+
+def read_yaml(file: Path, what: str, kind: type[Settings]) -> dict[str, Any]:
+    """Return the settings in a YAML file.
+
+    Raises:
+        UserError: it cannot be read, is not YAML, or names what is no field of ``kind``.
+    """
+    try:
+        data = yaml.safe_load(file.expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} cannot be read as UTF-8 text; give a YAML file") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark is not None else ""
+        raise UserError(f"{what} is not YAML{where}; correct it there") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{what} holds no settings; write lines such as 'criterion: fisher'")
+    unknown = [str(name) for name in data if name not in kind.model_fields]
+    if unknown:
+        raise UserError(
+            f"{what}: {unknown[0]} is no setting; {near(unknown[0], kind.model_fields)}known are "
+            f"{', '.join(kind.model_fields)}"
+        )
+    return {str(name): value for name, value in data.items()}
+
+
+def _unknown(name: str, value: object, known: Sequence[str]) -> str:
+    words = near(str(value), known)
+    return f"{option_name(name)} {value} is unknown; {words}use one of {', '.join(known)}"
+
+
+def _problem(kind: type[Settings], error: ValidationError) -> str:
+    """Say in one line what is wrong with the first field, and how many more there are."""
+    first, *more = error.errors()
+    name = str(first["loc"][0]) if first["loc"] else "settings"
+    shown = option_name(name)
+    if first["type"] == "extra_forbidden":
+        return (
+            f"{name} is no setting of {kind.__name__}; {near(name, kind.model_fields)}known are "
+            f"{', '.join(kind.model_fields)}"
+        )
+    if first["type"] == "missing":
+        how = option_of(kind.model_fields[name])
+        if how.positional:
+            return f"no {how.metavar} given; name one"
+        return f"no {shown} given; add {shown} {how.metavar}"
+    words = choices(kind.model_fields[name].annotation) if name in kind.model_fields else ()
+    value = str(first["input"])[:60]
+    if words:
+        return _unknown(name, value, words)
+    text = first["msg"].removeprefix("Value error, ")
+    tail = f" (and {len(more)} more)" if more else ""
+    return f"{shown} {value}: {text[:1].lower()}{text[1:]}{tail}; correct it"

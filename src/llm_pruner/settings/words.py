@@ -1,0 +1,113 @@
+"""What people write for numbers and lists on the command line."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+from llm_pruner.errors import UserError
+from llm_pruner.settings.limits import MOST_MINUTES
+from llm_pruner.settings.options import near
+
+STRUCTURES = ("heads", "query_heads", "ffn", "hidden", "head_dim", "experts", "layers", "other")
+"""Kinds that can be chosen. ``value_dim`` cannot: it follows ``head_dim``."""
+
+LOCAL_TASKS = (
+    *("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
+)
+"""The paper's tasks as lm-evaluation-harness names them, in the order of its tables."""
+
+_SUFFIX = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
+_SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0}
+
+
+def parse_count(text: str) -> int:
+    """Return a number of parameters: ``"5.4B"``, ``"107.6M"``, ``"110000000"``.
+
+    Raises:
+        UserError: not a positive whole number.
+    """
+    match = re.fullmatch(r"([\d_,]*\.?\d+)\s*([KMBT]?)", text.strip().upper())
+    number = Decimal(0)
+    if match is not None:
+        number = Decimal(re.sub("[_,]", "", match[1])).scaleb(_SUFFIX[match[2]])
+    if number <= 0 or number != int(number):
+        raise UserError(
+            f"{text!r} is not a number of parameters; write such as 5.4B, 107.6M or 110000000"
+        )
+    return int(number)
+
+
+def parse_layer_ranges(text: str) -> dict[str, tuple[int, int]]:
+    """Return structure -> (first, last) of ``"heads=4-26,ffn=4-26"``, both ends included.
+
+    Raises:
+        UserError: malformed, unknown or repeated structure, or a range that runs backwards.
+    """
+    ranges: dict[str, tuple[int, int]] = {}
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)(?:\s*-\s*(\d+))?\s*", item)
+        if match is None:
+            raise UserError(
+                f"{item.strip()!r} is not a layer range; write such as heads=4-26,ffn=4-26"
+            )
+        name, first = known_structure(match[1]), int(match[2])
+        last = first if match[3] is None else int(match[3])
+        if name in ranges:
+            raise UserError(f"{name} has two layer ranges; give one")
+        if last < first:
+            raise UserError(f"layer range {name}={first}-{last} runs backwards; swap its ends")
+        ranges[name] = (first, last)
+    return ranges
+
+
+def parse_split(text: str) -> dict[str, float]:
+    """Return structure -> share of ``"heads=0.1,ffn=0.9"``.
+
+    Raises:
+        UserError: malformed, unknown or repeated structure.
+    """
+    shares: dict[str, float] = {}
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d*\.?\d+)\s*", item)
+        if match is None:
+            raise UserError(f"{item.strip()!r} is not a share; write such as heads=0.1,ffn=0.9")
+        name = known_structure(match[1])
+        if name in shares:
+            raise UserError(f"{name} has two shares; give one")
+        shares[name] = float(match[2])
+    return shares
+
+
+def parse_duration(text: str) -> float:
+    """Return seconds of ``"90s"``, ``"30m"``, ``"1.5h"`` or ``"1h30m"``.
+
+    Raises:
+        UserError: it is no such time, or none at all.
+    """
+    number = r"(\d+(?:\.\d+)?)"
+    match = re.fullmatch(rf"(?:{number}h)?(?:{number}m)?(?:{number}s)?", text.strip().lower())
+    seconds = 0.0
+    if match is not None:
+        parts = zip(match.groups(default="0"), _SECONDS.values(), strict=True)
+        seconds = sum(float(part) * of for part, of in parts)
+    if seconds <= 0:
+        raise UserError(f"--time-budget {text} is no time; write such as 90s, 30m or 2h")
+    if seconds > 60 * MOST_MINUTES:
+        raise UserError(f"--time-budget {text[:40]} is longer than a year; write such as 30m or 2h")
+    return seconds
+
+
+def known_structure(name: str) -> str:
+    """Return the name of a structure.
+
+    Raises:
+        UserError: it is unknown, or cannot be chosen.
+    """
+    if name == "value_dim":
+        raise UserError("value_dim is not pruned by itself; choose head_dim, which it follows")
+    if name not in STRUCTURES:
+        raise UserError(
+            f"unknown structure {name!r}; {near(name, STRUCTURES)}known are {', '.join(STRUCTURES)}"
+        )
+    return name

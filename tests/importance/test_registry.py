@@ -1,0 +1,86 @@
+"""Whatever is in a registry is in the help, in the docs and in the benchmarks."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from command import done
+from llm_pruner.errors import UserError
+from llm_pruner.importance import Criterion
+from llm_pruner.importance.criteria import MEASURES, Measure
+from llm_pruner.settings.prune import PlanSettings
+from llm_pruner.settings.recover import TrainingSettings
+from llm_pruner.settings.registry import COMPENSATIONS, CRITERIA, METHODS, entry, names_in
+
+ROOT = Path(__file__).parents[2]
+FOLDER = "importance/criteria"
+
+
+def helps(command: str) -> set[str]:
+    """Return the words of a command's help; names that were broken at a hyphen are whole."""
+    text = re.sub(r"-\n\s+", "-", done(command, "-h").out)
+    return set(re.findall(r"[\w-]+", text))
+
+
+@pytest.fixture(scope="module")
+def pruning() -> set[str]:
+    return helps("prune")
+
+
+@pytest.fixture(scope="module")
+def recovering() -> set[str]:
+    return helps("recover")
+
+
+@pytest.mark.parametrize("name", sorted({*CRITERIA, *MEASURES, *COMPENSATIONS}))
+def test_prune_tells_of_each_criterion_and_compensation(name, pruning):
+    assert name in pruning
+
+
+@pytest.mark.parametrize("name", PlanSettings.presets)
+def test_prune_tells_of_each_preset(name, pruning):
+    assert name in pruning
+    assert PlanSettings(preset=name).preset == name
+
+
+@pytest.mark.parametrize("name", [*METHODS, *TrainingSettings.presets])
+def test_recover_tells_of_each_method_and_preset(name, recovering):
+    assert name in recovering
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_the_docs_have_a_row_for_each_criterion(name):
+    rows = (ROOT / "docs/criteria.md").read_text(encoding="utf-8").splitlines()
+    cells = [row.split("|")[1] for row in rows if row.startswith("| `")]
+    assert any(f"`{name}`" in cell for cell in cells)
+
+
+def test_the_benchmark_offers_each_criterion_and_preset(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    least_damage = importlib.import_module("least_damage")
+    assert {run.criterion for run in least_damage.runs("table")} == set(CRITERIA)
+    assert {run.preset for run in least_damage.runs("presets")} == set(PlanSettings.presets)
+
+
+def test_a_file_in_the_folder_is_a_criterion():
+    files = (ROOT / "src/llm_pruner" / FOLDER).glob("[!_]*.py")
+    names = {file.stem.replace("_", "-") for file in files}
+    assert names
+    assert set(names_in(FOLDER)) == set(MEASURES) == names
+    for name in names:
+        measure = entry(FOLDER, name).MEASURE
+        assert isinstance(measure, Measure)
+        assert MEASURES[name] is measure
+        assert name in CRITERIA
+        assert Criterion(name).reads_text
+
+
+def test_what_is_in_no_file_is_no_criterion():
+    with pytest.raises(ImportError):
+        entry(FOLDER, "no-such-rule")
+    with pytest.raises(UserError, match="no-such-rule"):
+        PlanSettings(ratio=0.2, criterion="no-such-rule")

@@ -1,0 +1,224 @@
+"""An option is declared once: a field, and the help, files, plans, reports and Python know it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import typer.main
+import yaml
+from typer.testing import CliRunner
+
+import llm_pruner
+from command import PLAIN, done, save_tiny, write_text
+from llm_pruner.cli.build import add
+from llm_pruner.commands.prune import prune_checkpoint
+from llm_pruner.errors import UserError
+from llm_pruner.settings.compress import CompressSettings
+from llm_pruner.settings.evaluate import BenchSettings, EvaluateSettings, InspectSettings
+from llm_pruner.settings.options import Settings, option, option_name, option_of
+from llm_pruner.settings.prune import MethodSettings, PruneSettings
+from llm_pruner.settings.recover import RecoverSettings, TrainingSettings
+
+COMMANDS: dict[str, type[Settings]] = {
+    "prune": PruneSettings,
+    "recover": RecoverSettings,
+    "compress": CompressSettings,
+    "evaluate": EvaluateSettings,
+    "bench": BenchSettings,
+    "inspect": InspectSettings,
+}
+SMALL = ("--calibration", "text.txt", "--samples", 16, "--seq-len", 24)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The current folder, with a dense model and text."""
+    folder = tmp_path_factory.mktemp("place")
+    save_tiny(folder / "dense", initializer_range=0.2)
+    write_text(folder / "text.txt", 6000)
+    write_text(folder / "other.txt", 700)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder
+
+
+def test_a_new_field_is_an_option_everywhere(place: Path) -> None:
+    class More(PruneSettings):
+        flavour: str = option("plain", "How it tastes.", "NAME", panel="Where from")
+
+    def run(settings: More, json: str | None) -> None:
+        """Prune with taste."""
+        prune_checkpoint(settings)
+
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command("other")(lambda: None)
+    add(app, "prune", More, run)
+    shown = CliRunner().invoke(app, ["prune", "--help"], env={"COLUMNS": "80"})
+    assert "--flavour NAME" in shown.output
+    assert "How it tastes. [default: plain]" in shown.output
+    Path("more.yaml").write_text("flavour: sour\nratio: 0.2\nstructures: [ffn]\n")
+    command = ["prune", "dense", "--config", "more.yaml", "--preset", str(PLAIN)]
+    command += ["--criterion", "l2", "--split", "equal"]
+    for out, given, expected in (("sour", [], "sour"), ("sweet", ["--flavour", "sweet"], "sweet")):
+        result = CliRunner().invoke(app, [*command, "--out", out, *given])
+        assert result.exit_code == 0, result.output
+        plan = json.loads(Path(out, "plan.json").read_text())
+        report = json.loads(Path(out, "report.json").read_text())
+        request = yaml.safe_load(Path(out, "request.yaml").read_text())
+        assert plan["settings"]["flavour"] == expected
+        assert request["flavour"] == expected
+        assert expected in json.dumps(report["settings"])
+
+
+@pytest.mark.parametrize("kind", COMMANDS.values())
+def test_every_field_says_what_it_is(kind: type[Settings]) -> None:
+    for name, field in kind.model_fields.items():
+        how = option_of(field)
+        assert field.description, name
+        assert field.description.endswith((".", ").")), name
+        if not (how.hidden or how.positional) and field.annotation is not bool:
+            assert how.metavar or field.annotation == bool | None, name
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_shows_every_field(name: str) -> None:
+    shown = done(name, "--help").out
+    for field, how in ((n, option_of(f)) for n, f in COMMANDS[name].model_fields.items()):
+        if not (how.hidden or how.positional):
+            assert option_name(field) in shown
+
+
+def test_a_request_does_the_same_again(place: Path) -> None:
+    done("prune", "dense", "--out", "one", "--ratio", 0.2, "--preset", "fast", *SMALL)
+    done("prune", "--config", "one/request.yaml", "--out", "two", "--preset", "fast")
+    for file in ("plan.json", "model.safetensors"):
+        assert Path("one", file).read_bytes() == Path("two", file).read_bytes()
+    again = Path("two/request.yaml").read_text()
+    assert again.replace("out: two", "out: one") == Path("one/request.yaml").read_text()
+
+
+def test_python_and_the_command_line_give_the_same_plan(place: Path) -> None:
+    model = llm_pruner.load("dense")
+    text = llm_pruner.calibration(model, "text.txt", samples=10, seq_len=64)
+    groups = llm_pruner.discover(model)
+    settings = llm_pruner.presets.paper(ratio=0.05, protect_first=1)
+    scores = llm_pruner.score(model, groups, llm_pruner.Taylor(order="first"), text)
+    by_steps = llm_pruner.plan(model, groups, scores, settings).to_json()
+    given = ("--ratio", 0.05, "--preset", "paper", "--protect-first", 1, "--dry-run")
+    done("prune", "dense", "--out", "paper.json", *given, "--calibration", "text.txt")
+    assert Path("paper.json").read_text() == by_steps
+    options: dict[str, Any] = {"calibration": "text.txt", "samples": 16, "seq_len": 24}
+    best = llm_pruner.presets.best(ratio=0.2, **options)
+    with_trials = llm_pruner.plan(model, groups, None, best).to_json()
+    done(
+        *("prune", "dense", "--out", "best.json", "--ratio", 0.2, "--dry-run"),
+        *("--preset", "best", *SMALL),
+    )
+    assert Path("best.json").read_text() == with_trials
+
+
+def test_the_steps_from_python(place: Path) -> None:
+    lp = llm_pruner
+    model = lp.load("dense")
+    text = lp.calibration(model, "text.txt", samples=10, seq_len=64)
+    groups = lp.discover(model)
+    scores = lp.score(model, groups, lp.Criterion("fisher"), text)
+    plan = lp.plan(model, groups, scores, lp.presets.balanced(ratio=0.2))
+    assert model.network.num_parameters() == plan.model.parameters
+    lp.prune_(model, plan, verify=True)
+    with pytest.raises(UserError, match="was pruned before"):
+        lp.prune_(model, plan)
+    lp.refit_(model, text)
+    with pytest.raises(UserError, match="nothing to refit"):
+        lp.refit_(model, text)
+    before = lp.perplexity(model, "other.txt").perplexity
+    outcome = lp.recover_(
+        model, "text.txt", lp.Lora(rank=4, max_steps=4, batch_size=2, seq_len=32, bf16=False)
+    )
+    assert outcome.gained
+    assert lp.perplexity(model, "other.txt").perplexity < before
+    model.save("by-hand")
+    again = lp.load("by-hand")
+    assert again.network.num_parameters() < 0.81 * plan.model.parameters
+    assert lp.perplexity(again, "other.txt").perplexity == pytest.approx(
+        lp.perplexity(model, "other.txt").perplexity, rel=1e-5
+    )
+
+
+def test_the_python_of_the_readme(place: Path) -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    code = text.partition("```python\n")[2].partition("```")[0]
+    assert code.count("\n") == 12  # ten lines, the import and a blank one
+    here = {
+        '"HuggingFaceTB/SmolLM2-135M"': '"dense"',
+        '"c4"': '"text.txt"',
+        '"alpaca.jsonl", lp.Lora(': '"text.txt", lp.Lora(max_steps=1, batch_size=2, seq_len=32, ',
+        '"wikitext2"': '"other.txt"',
+        "paper(": "paper(protect_first=1, ",
+        "ratio=0.2": "ratio=0.05",
+    }
+    for there, mine in here.items():
+        assert there in code
+        code = code.replace(there, mine)
+    exec(compile(code, "README.md", "exec"), {})
+    assert llm_pruner.load("small").network.num_parameters() < 136_080
+
+
+def test_a_users_project_is_typed(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import llm_pruner as lp\n\n\n"
+        "def smaller(name: str) -> float:\n"
+        "    model = lp.load(name)\n"
+        '    text = lp.calibration(model, "c4", samples=10, seq_len=64)\n'
+        "    groups = lp.discover(model)\n"
+        '    scores = lp.score(model, groups, lp.Taylor(order="first"), text)\n'
+        "    plan = lp.plan(model, groups, scores, lp.presets.paper(ratio=0.2))\n"
+        "    lp.prune_(model, plan, verify=True)\n"
+        "    lp.refit_(model, text)\n"
+        '    lp.recover_(model, "alpaca.jsonl", lp.Lora(rank=8))\n'
+        '    model.save("small")\n'
+        '    return lp.perplexity(model, "wikitext2").perplexity\n'
+    )
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache")]
+    found = subprocess.run(
+        [*command, str(file)], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_presets() -> None:
+    assert set(MethodSettings.presets) == {"paper", "fast", "balanced", "best"}
+    assert set(TrainingSettings.presets) == {"paper", "quick"}
+    for name in MethodSettings.presets:
+        assert MethodSettings(preset=name).preset == name
+    assert MethodSettings().preset == MethodSettings.default_preset
+    assert TrainingSettings(preset="paper", method="full").learning_rate == 2e-5
+    assert TrainingSettings(preset="paper", method="full", learning_rate=1).learning_rate == 1
+
+
+def test_what_is_said_later_wins(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\nout: o\nratio: 0.2\npreset: paper\nsamples: 20\n")
+    settings = PruneSettings.read({"samples": 30}, file)
+    assert (settings.samples, settings.seq_len, settings.criterion) == (30, 64, "taylor")
+    assert settings.but(seq_len=8).seq_len == 8
+    file.write_text("ration: 1\n")
+    with pytest.raises(UserError, match="ration is no setting; did you mean ratio"):
+        PruneSettings.read({}, file)
+
+
+def test_the_old_name_of_an_option_works_and_says_so(place: Path) -> None:
+    given = ("--out", "p.json", "--ratio", 0.2, "--criterion", "l2", "--split", "equal")
+    found = done("prune", "dense", *given, "--dry-run", "--recipe", PLAIN)
+    assert found.err == (
+        "llm-pruner: warning: --recipe is called --preset now; write --preset, the old name goes "
+        "with 0.3\n"
+    )
