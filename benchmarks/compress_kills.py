@@ -2,11 +2,12 @@
 
     python benchmarks/compress_kills.py --text c4_last_50.jsonl
 
-Makes SmolLM2-135M 20% smaller by the recipe ``fast`` and trains it on a little text, once to its
+Makes SmolLM2-135M 20% smaller by the preset ``fast`` and trains it on a little text, once to its
 end, and once more killed by SIGKILL, with the processes that it started, at a random moment of each
 stage and started again. Compares all files of the two folders; in report.json and recovery.json
 times, speeds and memory are left out, and README.md and report.html, which show them, and the
-digests of all these are not compared. Writes benchmarks/results/compress_kills.json.
+digests of all these are not compared; nor are the folders that request.yaml names. Writes
+benchmarks/results/compress_kills.json.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from commands import llm_pruner
+from llm_pruner.commands.request import REQUEST
 from llm_pruner.files.outputs import MANIFEST
 from machine import machine
 
@@ -38,9 +42,11 @@ STAGES = {
 }
 """Stages in their order, named as in report.json, and what each leaves in the folder of the run."""
 
-SETTINGS = ("--ratio", "0.2", "--recipe", "fast")
+SETTINGS = ("--ratio", "0.2", "--preset", "fast")
 TIMED = {"report.html", "README.md", MANIFEST}
 MEASURED = {"report.json", "recovery.json"}
+FOLDERS = {"out", "model", "kept"}
+"""Settings that name folders of the run."""
 
 
 def command(out: Path, text: Path) -> list[str]:
@@ -81,6 +87,10 @@ def same(one: Path, other: Path) -> bool:
     """Whether two files hold the same."""
     if one.name in MEASURED:
         return bool(untimed(json.loads(one.read_text())) == untimed(json.loads(other.read_text())))
+    if one.name == REQUEST:
+        asked = [yaml.safe_load(file.read_text()) for file in (one, other)]
+        first, second = ({k: v for k, v in each.items() if k not in FOLDERS} for each in asked)
+        return bool(first == second)
     return one.read_bytes() == other.read_bytes()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from llm_pruner.data.evaluation import load_evaluation_text
+from llm_pruner.data.text import load_evaluation_text
 from llm_pruner.evaluation.perplexity import EvaluationText, perplexity
 from llm_pruner.models.load import load_model
 

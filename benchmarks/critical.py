@@ -58,13 +58,14 @@ def replaces_input(folder: Path) -> dict[str, Any]:
     save_tiny(folder / "zoo" / "llama")
     (folder / "zoo" / "notes.txt").write_text("of the user")
     options = ("--ratio", "0.2", "--criterion", "random", "--overwrite")
+    options = (*options, "--compensation", "none")
     done = said("-m", "llm_pruner", "prune", "zoo/llama", "--out", "zoo", *options, cwd=folder)
     kept = (folder / "zoo" / "llama" / "config.json").is_file()
     return {**done, "input kept": kept, "notes kept": (folder / "zoo" / "notes.txt").is_file()}
 
 
 def runs_config(folder: Path) -> dict[str, Any]:
-    """``from_pretrained`` of a checkpoint whose recipe sets attributes of classes."""
+    """``from_pretrained`` of a checkpoint whose reshaping recipe sets attributes of classes."""
     save_tiny(folder / "model")
     file = folder / "model" / "config.json"
     config = json.loads(file.read_text())

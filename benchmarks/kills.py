@@ -48,10 +48,10 @@ COMMANDS = {
     "prune": "prune dense --out out --ratio 0.2 --calibration text.txt --samples 8 --seq-len 32",
     "recover": f"recover small --out out --data text.txt --teacher dense {TRAIN} --save-every 1 "
     "--resume",
-    "compress": "compress dense --out out --recipe tiny.yaml --data text.txt --perplexity text.txt",
+    "compress": "compress dense --out out --preset tiny.yaml --data text.txt --perplexity text.txt",
     "evaluate": "evaluate small --perplexity text.txt --seq-len 64 --json out.json",
 }
-RECIPE = """
+PRESET = """
 structures: [ffn]
 protect_first: 0
 protect_last: 0
@@ -65,11 +65,12 @@ PATIENCE = 5.0
 
 
 def make_inputs(folder: Path) -> None:
-    """Make a dense model, a pruned one, a text and a recipe."""
+    """Make a dense model, a pruned one, a text and a preset."""
     save_tiny(folder / "dense", num_hidden_layers=4, initializer_range=0.2)
     write_text(folder / "text.txt", 6000)
-    (folder / "tiny.yaml").write_text(RECIPE)
+    (folder / "tiny.yaml").write_text(PRESET)
     small = ["--out", "small", "--ratio", "0.2", "--criterion", "l2", "--structures", "ffn"]
+    small += ["--compensation", "none"]
     ended = subprocess.run([*started(), "prune", "dense", *small], cwd=folder, capture_output=True)
     ended.check_returncode()
 

@@ -5,25 +5,25 @@
 
 Prunes SmolLM2-135M through the same functions as ``llm-pruner prune`` and measures perplexity in
 windows of 1,024 tokens on the first 65,536 tokens of WikiText-2 test, on held-out C4, and on Penn
-Treebank, beside the dense model. Rows (``--rows``): ``recipes`` (each recipe at four sizes),
-``table`` (every criterion, uniform and global, without and with least squares, at 20% and 50% of
-the block parameters, on ``--screen`` tokens of each text), ``text`` (calibrated on each of
-``--texts``; self-made without), ``uniform`` (equal layers). ``--sizes`` and ``--only`` take some of
-them, ``--seeds`` repeats them. Writes benchmarks/results/least_damage.json after each row, and goes
-on from there when it is run again; a row that was measured on fewer texts is made again.
+Treebank, beside the dense model. Rows (``--rows``): ``presets`` (``best`` and ``paper`` at four
+sizes, the others at one), ``table`` (every criterion, uniform and global, without and with least
+squares, at 20% and 50% of the block parameters, on ``--screen`` tokens of each text), ``text``
+(calibrated on each of ``--texts``; self-made without), ``uniform`` (equal layers). ``--sizes`` and
+``--only`` take some of them, ``--seeds`` repeats them. Writes
+benchmarks/results/least_damage.json after each row, and goes on from there when it is run again; a
+row that was measured on fewer texts is made again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import platform
 import resource
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -31,19 +31,20 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch import nn
 
+from commands import apart
 from corpora import TOKENS, WINDOW, perplexities, read_texts
-from llm_pruner import Target
-from llm_pruner.commands import stepwise
-from llm_pruner.commands.by_preset import calibration_of, prune_arguments
+from llm_pruner import Criterion, Discovery, PlanSettings, PruneSettings, UserError
 from llm_pruner.commands.prune import prune_checkpoint
-from llm_pruner.errors import UserError
 from llm_pruner.evaluation.perplexity import EvaluationText
+from llm_pruner.importance import score
 from llm_pruner.runtime.memory import PRUNING, keep_kernels, keep_large_blocks
-from llm_pruner.settings.common import ModelSettings
-from llm_pruner.settings.presets import NAMES, Recipe, read_recipe
+from llm_pruner.runtime.precision import fast_matmul
+from llm_pruner.settings.registry import CRITERIA
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+RESULTS, TABLE = HERE / "results", HERE / "criteria_table.yaml"
 SIZES = {
     "20% of the blocks": 113_300_000,
     "10% of all": 121_063_000,
@@ -52,31 +53,23 @@ SIZES = {
 }
 """Parameters left, of 134.5M; the blocks hold 106.2M."""
 
-CRITERIA = (
-    *("random", "l1", "l2", "taylor", "gate", "fisher", "wanda", "fluctuation", "contribution"),
-    *("obs", "leverage", "fisher-obs"),
-)
+PRESETS = tuple(PlanSettings.presets)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One row: a recipe, or what the table varies."""
+    """One row: a preset, or what the table varies."""
 
     rows: str
     size: str
-    recipe: str
+    preset: str | None = None
     seed: int = 0
     calibration: str | None = None
     criterion: str | None = None
     scope: str | None = None
     compensation: str | None = None
-    structures: tuple[str, ...] | None = None
-    split: Mapping[str, float] | None = None
-    spread: float | None = None
-    steps: int | None = None
     samples: int | None = None
     score_samples: int | None = None
-    seq_len: int | None = None
 
 
 def runs(
@@ -91,98 +84,120 @@ def runs(
     """
     sizes = list(SIZES)
     if samples is not None and scored is None:
-        scored = min(samples, read_recipe("best").samples)
-    if rows == "recipes":
+        scored = min(samples, PlanSettings(preset="best").samples)
+    if rows == "presets":
         return [Run(rows, size, name) for size, name in product(sizes, ("best", "paper"))] + [
-            Run(rows, "20% of the blocks", name) for name in NAMES if name not in ("best", "paper")
+            Run(rows, sizes[0], name) for name in PRESETS if name not in ("best", "paper")
         ]
     if rows == "text":
         return [
             Run(rows, size, "best", calibration=text, samples=samples, score_samples=scored)
             for size, text in product(sizes, texts)
         ]
+    ends = ("20% of the blocks", "50% of the blocks")
     if rows == "uniform":
-        return [
-            Run(rows, size, "best", scope="uniform")
-            for size in ("20% of the blocks", "50% of the blocks")
-        ]
+        return [Run(rows, size, "best", scope="uniform") for size in ends]
     return [
-        Run(rows, size, "balanced", 0, None, name, scope, repair, ("ffn",), {"ffn": 1.0}, None)
+        Run(rows, size, criterion=name, scope=scope, compensation=repair)
         for size, name, scope, repair in product(
-            ("20% of the blocks", "50% of the blocks"),
-            CRITERIA,
-            ("local", "global"),
-            ("none", "least-squares"),
+            ends, CRITERIA, ("local", "global"), ("none", "least-squares")
         )
     ]
 
 
-def _keep_scores(file: Path) -> bool:
-    """Have the pruning of this process read scores from a file, or write them; if it is there."""
-    known, estimate = file.is_file(), stepwise.score
+def key_of(run: Run) -> dict[str, Any]:
+    """Return what tells a row from the others in the file of results."""
+    key = {name: value for name, value in asdict(run).items() if value is not None}
+    if run.calibration is not None:
+        key["calibration"] = ",".join(Path(part).name for part in run.calibration.split(","))
+    return key
 
-    def score(*arguments: Any, **keywords: Any) -> dict[str, Any]:
-        if known:
-            with np.load(file) as arrays:
+
+def known_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows as they are written now; they called presets recipes once."""
+    found = []
+    for row in rows:
+        key = dict(row["run"])
+        if "recipe" in key:
+            preset = key.pop("recipe")
+            key = {**key, "rows": {"recipes": "presets"}.get(key["rows"], key["rows"])}
+            if key["rows"] == "table":
+                key = {k: v for k, v in key.items() if k not in ("structures", "split")}
+            else:
+                key["preset"] = preset
+        found.append({**row, "run": key})
+    return found
+
+
+def settings_of(model: str, run: Run, calibration: str, out: Path) -> PruneSettings:
+    """Return how a run prunes."""
+    names = ("criterion", "compensation", "samples", "score_samples")
+    scope: dict[str, Any] = {"uniform": True} if run.scope == "uniform" else {"scope": run.scope}
+    return PruneSettings(
+        model=model,
+        dtype="float32",
+        out=out,
+        overwrite=True,
+        verify=False,
+        preset=run.preset or str(TABLE),
+        params=SIZES[run.size],
+        calibration=run.calibration or calibration,
+        seed=run.seed,
+        **{name: getattr(run, name) for name in names},
+        **scope,
+    )
+
+
+class Kept:
+    """Estimates importance once, and reads it from a file from then on.
+
+    Attributes:
+        known: whether it was there before.
+    """
+
+    def __init__(self, folder: Path, settings: PruneSettings) -> None:
+        self.settings = settings
+        self.file = folder / f"{scores_name(settings)}.npz"
+        self.known = self.file.is_file()
+
+    def __call__(
+        self, model: nn.Module, groups: Discovery, names: Set[str], tokens: torch.Tensor | None
+    ) -> dict[str, Any]:
+        """Return the importance of the units; presets take one step, so there is one of each."""
+        if self.known:
+            with np.load(self.file) as arrays:
                 return dict(arrays)
-        found = estimate(*arguments, **keywords)
-        np.savez(file, **found)
+        how = self.settings
+        criterion = Criterion(how.criterion, how.order, how.reduction, how.aggregate)
+        with fast_matmul():
+            found = score(model, groups, criterion, input_ids=tokens, seed=how.seed, groups=names)
+        np.savez(self.file, **found)
         return found
 
-    stepwise.score = score
-    return known
+
+def scores_name(settings: PruneSettings) -> str:
+    """Return what tells apart the scores of runs that take one step."""
+    criterion = (settings.criterion, settings.order, settings.reduction, settings.aggregate)
+    text = "+".join(Path(part).stem for part in settings.calibration.split(","))
+    scored = settings.score_samples or settings.samples
+    read = f"{scored}-of-{settings.samples}x{settings.seq_len}"
+    return "-".join((*criterion, *settings.structures, text, read, f"seed-{settings.seed}"))
 
 
-def scores_name(recipe: Recipe, source: str, seed: int) -> str:
-    """Return what tells apart the scores of runs whose recipes take one step."""
-    criterion = (recipe.criterion, recipe.order, recipe.reduction, recipe.aggregate)
-    text = "+".join(Path(part).stem for part in source.split(","))
-    read = f"{recipe.score_samples or recipe.samples}-of-{recipe.samples}x{recipe.seq_len}"
-    parts = (*criterion, *(recipe.structures or ()), text, read, f"seed-{seed}")
-    return "-".join(part for part in parts if part is not None)
-
-
-def prune(
-    model: str, run: Run, calibration: str, out: Path, kept: Path | None = None
-) -> dict[str, Any]:
+def prune(settings: PruneSettings, kept: Path | None = None) -> dict[str, Any]:
     """Carry out one run; return what it cost and found.
 
     Args:
+        settings: of the run.
         kept: folder of scores, for runs in which a criterion finds the same scores.
     """
-    said = {
-        **{name: getattr(run, name) for name in ("criterion", "compensation", "structures")},
-        **{name: getattr(run, name) for name in ("steps", "samples", "score_samples", "seq_len")},
-        "scope": None if run.scope == "uniform" else run.scope,
-        "split": run.split,
-    }
-    changes: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
-    if run.criterion is not None:
-        changes["spread"] = None
-    recipe = read_recipe(run.recipe).model_copy(update=changes)
-    arguments = prune_arguments(recipe)
-    if run.scope == "uniform":
-        arguments["selection"] = replace(
-            arguments["selection"], scope="local", spread=None, uniform=True
-        )
-    source = run.calibration or calibration
-    known = kept is not None and _keep_scores(kept / f"{scores_name(recipe, source, run.seed)}.npz")
+    estimate = None if kept is None else Kept(kept, settings)
     begin = time.perf_counter()
-    done = prune_checkpoint(
-        ModelSettings(model),
-        out,
-        target=Target(params=SIZES[run.size]),
-        calibration=calibration_of(recipe, source=source),
-        seed=run.seed,
-        verify=False,
-        overwrite=True,
-        **arguments,
-    )
-    selection = done.plan.selection
+    done = prune_checkpoint(settings, estimate=estimate)
     return {
         "parameters": done.parameters[1],
-        **({"scores_known": True} if known else {}),
-        "split": selection.split if selection else None,
+        **({"scores_known": True} if estimate is not None and estimate.known else {}),
+        "split": done.plan.settings.get("split"),
         "saved_as": done.kind,
         "seconds": {name: round(value, 2) for name, value in done.seconds.items()},
         "total_seconds": round(time.perf_counter() - begin, 1),
@@ -201,7 +216,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "pruned"
         try:
-            found = prune(model, run, calibration, out, kept)
+            found = prune(settings_of(model, run, calibration, out), kept)
         except UserError as error:
             return {"error": str(error)}
         used = resource.getrusage(resource.RUSAGE_SELF)
@@ -209,15 +224,6 @@ def measure(
         found["peak_bytes"] = used.ru_maxrss * 1024
         found["perplexity"] = perplexities(str(out), texts, tokens)
     return found
-
-
-def apart(function: Any, *arguments: Any) -> Any:
-    """Call a function in a process of its own, whose peak memory is nobody else's.
-
-    Forked: this process has imported everything and computed nothing, so it has no threads.
-    """
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        return pool.apply(function, arguments)
 
 
 def main() -> None:
@@ -228,17 +234,17 @@ def main() -> None:
     parser.add_argument("--c4", required=True)
     parser.add_argument("--ptb")
     parser.add_argument("--model", default="default")
-    parser.add_argument("--rows", default="recipes", help="comma-separated sets of rows")
+    parser.add_argument("--rows", default="presets", help="comma-separated sets of rows")
     parser.add_argument(
         "--texts", nargs="+", default=["self"], help="calibration texts; a,b: equal parts of both"
     )
     parser.add_argument("--samples", type=int, help="of each of --texts")
     parser.add_argument(
-        "--score-samples", type=int, help="of --samples; as many as the recipe has unless given"
+        "--score-samples", type=int, help="of --samples; as many as the preset has unless given"
     )
     parser.add_argument("--sizes", default=",".join(SIZES), help="comma-separated")
     parser.add_argument("--seeds", default="0", help="comma-separated")
-    parser.add_argument("--only", help="comma-separated recipes, of those in the rows")
+    parser.add_argument("--only", help="comma-separated presets, of those in the rows")
     parser.add_argument(
         "--screen", type=int, default=8192, help="tokens of each text for the table"
     )
@@ -255,6 +261,7 @@ def main() -> None:
     results: dict[str, Any] = {"settings": {}, "dense": {}, "rows": []}
     if options.out.exists():
         results = json.loads(options.out.read_text())
+        results["rows"] = known_rows(results["rows"])
     results["settings"] = {
         "model": "SmolLM2-135M-Instruct, float32",
         "calibration": Path(options.calibration).name,
@@ -281,11 +288,8 @@ def main() -> None:
         chosen = runs(rows, options.texts, options.samples, options.score_samples)
         for seed, one in product(options.seeds.split(","), chosen):
             run = replace(one, seed=int(seed))
-            key = {k: v for k, v in json.loads(json.dumps(run.__dict__)).items() if v is not None}
-            if "calibration" in key:
-                parts = key["calibration"].split(",")
-                key["calibration"] = ",".join(Path(part).name for part in parts)
-            left_out = options.only is not None and run.recipe not in options.only.split(",")
+            key = key_of(run)
+            left_out = options.only is not None and run.preset not in options.only.split(",")
             if (
                 run.size not in options.sizes.split(",")
                 or left_out
@@ -308,7 +312,7 @@ def main() -> None:
             results["rows"].append({"run": key, **found})
             save()
             ratios = ", ".join(f"{k} x{v:.3f}" for k, v in found["ratio"].items())
-            print(f"{run.recipe} {run.size} {key}: {ratios}", flush=True)
+            print(f"{key}: {ratios}", flush=True)
 
 
 if __name__ == "__main__":

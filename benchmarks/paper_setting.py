@@ -15,7 +15,7 @@ import argparse
 import copy
 import json
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,18 @@ from typing import Any
 import torch
 import transformers
 
-from llm_pruner import Criterion, Selection, Target, allocate, discover, prune_, score
-from llm_pruner.data.calibration import build_calibration
-from llm_pruner.data.evaluation import load_evaluation_text
-from llm_pruner.evaluation.perplexity import EvaluationText, perplexity
-from llm_pruner.models.load import LoadedModel, load_model
-from llm_pruner.planning import Survivors, step_targets
-from llm_pruner.search.structure_split import find_split
+from llm_pruner import (
+    Criterion,
+    Model,
+    PlanSettings,
+    discover,
+    load,
+    perplexity,
+    plan,
+    presets,
+    prune_,
+)
+from llm_pruner.models.load import LoadedModel
 
 RESULTS = Path(__file__).parent / "results"
 RATIO, LAYERS, SAMPLES, SEQ_LEN, TOKENS = 0.2, (4, 26), 10, 64, 8192
@@ -68,26 +73,30 @@ def runs() -> list[Run]:
     return [*found, Run(taylor, ("query_heads", "ffn"))]
 
 
-def prune(loaded: LoadedModel, calibration: str, run: Run) -> Any:
-    """Return a pruned copy of the model."""
-    text = build_calibration(
-        calibration, loaded.tokenizer, samples=SAMPLES, seq_len=SEQ_LEN, seed=run.seed
+def settings_of(run: Run, calibration: str) -> PlanSettings:
+    """Return how a row is pruned."""
+    how = run.criterion
+    return presets.paper(
+        ratio=RATIO,
+        structures=run.structures,
+        layers=dict.fromkeys(run.structures, LAYERS),
+        split=run.split,
+        criterion=how.name,
+        order=how.order,
+        reduction=how.reduction,
+        aggregate=how.aggregate,
+        steps=run.steps,
+        seed=run.seed,
+        calibration=calibration,
+        samples=SAMPLES,
+        seq_len=SEQ_LEN,
     )
-    model = copy.deepcopy(loaded.model)
-    discovery = discover(model)
-    survivors = Survivors.dense(discovery)
-    selection = Selection(run.structures, layer_ranges=dict.fromkeys(run.structures, LAYERS))
-    for target in step_targets(survivors.parameters, Target(ratio=RATIO), run.steps):
-        tokens = text.input_ids if run.split is None else text.input_ids[:-1]
-        scores = score(model, discovery, run.criterion, input_ids=tokens, seed=run.seed)
-        if run.split is not None:
-            selection, _ = find_split(
-                model, discovery, scores, selection, target, survivors, text.input_ids[-1:]
-            )
-        removal = allocate(discovery, scores, selection, target, survivors)
-        survivors = survivors.after(removal)
-        prune_(model, discovery, removal)
-        discovery = discover(model) if run.steps > 1 else discovery
+
+
+def prune(dense: LoadedModel, calibration: str, run: Run) -> Model:
+    """Return a pruned copy of the model."""
+    model = Model(replace(dense, model=copy.deepcopy(dense.model)))
+    prune_(model, plan(model, discover(model), None, settings_of(run, calibration)), verify=False)
     return model
 
 
@@ -100,10 +109,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "paper_setting.json")
     options = parser.parse_args()
 
-    loaded = load_model(options.model)
-    text = EvaluationText(*load_evaluation_text(options.text, protocol="paper"))
+    dense = load(options.model)
     settings = {
-        "model": loaded.name,
+        "model": dense.loaded.name,
         "ratio": RATIO,
         "layers": list(LAYERS),
         "scope": "local",
@@ -119,12 +127,12 @@ def main() -> None:
         rows = old["rows"] if old["settings"] == settings else []
     done = {json.dumps(row["run"], sort_keys=True) for row in rows}
 
-    def add(run: dict[str, Any] | None, model: Any) -> None:
-        found = perplexity(model, loaded.tokenizer, text, protocol="paper", max_tokens=TOKENS)
+    def add(run: dict[str, Any] | None, model: Model) -> None:
+        found = perplexity(model, options.text, protocol="paper", max_tokens=TOKENS)
         rows.append(
             {
                 "run": run,
-                "parameters": sum(p.numel() for p in model.parameters()),
+                "parameters": sum(p.numel() for p in model.network.parameters()),
                 "perplexity": round(found.perplexity, 2),
             }
         )
@@ -135,11 +143,11 @@ def main() -> None:
 
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if not rows:
-        add(None, loaded.model)
+        add(None, dense)
     for run in runs():
         key = json.loads(json.dumps({k: v for k, v in asdict(run).items() if v is not None}))
         if json.dumps(key, sort_keys=True) not in done:
-            add(key, prune(loaded, options.calibration, run))
+            add(key, prune(dense.loaded, options.calibration, run))
 
 
 if __name__ == "__main__":

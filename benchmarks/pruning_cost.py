@@ -75,7 +75,8 @@ def main() -> None:
         options.plain.write_text(json.dumps(plain(options.model, options.calibration)))
         return
     prune = [sys.executable, "-m", "llm_pruner", "prune", options.model, "--out", "{out}/pruned"]
-    prune += ["--ratio", "0.2", "--order", "mixed", "--calibration", options.calibration]
+    prune += ["--ratio", "0.2", "--preset", "paper", "--order", "mixed"]
+    prune += ["--calibration", options.calibration]
     prune += ["--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN), "--json", "{json}"]
     pruned, pruned_peak = run(prune)
     base = [sys.executable, __file__, "--calibration", options.calibration]

@@ -3,7 +3,7 @@
     python benchmarks/recovery.py --calibration c4_first_100.jsonl --c4 c4_last_50.jsonl \
         --wikitext wikitext2_test.txt --data alpaca.jsonl,c4_first_100.jsonl --minutes 25
 
-Prunes SmolLM2-135M by two recipes, trains each result with ``llm-pruner recover`` for ``--minutes``
+Prunes SmolLM2-135M by two presets, trains each result with ``llm-pruner recover`` for ``--minutes``
 and measures perplexity in windows of 1,024 tokens on the first 65,536 tokens of WikiText-2 test and
 on held-out C4, beside the dense model. ``--plans``, ``--sizes`` and ``--methods`` choose the rows;
 ``distil`` is LoRA with the dense model as teacher, ``written`` LoRA on what the dense model writes
@@ -94,7 +94,7 @@ def main() -> None:
     for size, plan in product(options.sizes.split(","), options.plans.split(",")):
         pruned = options.work / f"{plan}-{SIZES[size]}"
         if not pruned.exists():
-            settings = ["--recipe", plan, "--calibration", options.calibration]
+            settings = ["--preset", plan, "--calibration", options.calibration]
             llm_pruner("prune", "default", "--out", pruned, "--params", SIZES[size], *settings)
         name = f"{plan}, {size}"
         if name not in results["pruned"]:

@@ -16,10 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-PAPER = (
-    *("--layers", "heads=4-26,ffn=4-26", "--samples", "10", "--seq-len", "64"),
-    *("--split", "equal"),
-)
+PAPER = ("--preset", "paper", "--layers", "heads=4-26,ffn=4-26")
 MEASURED = ("--protocol", "paper", "--max-tokens", "8192")
 """Of SmolLM2-135M, in the paper's setting."""
 
@@ -28,10 +25,10 @@ ROWS: dict[str, Sequence[str]] = {
     "L2": (*PAPER, "--criterion", "l2"),
     "Taylor": PAPER,
     "Taylor, split by trials": (*PAPER, "--split", "auto"),
-    "recipe fast": ("--recipe", "fast"),
-    "recipe best": ("--recipe", "best"),
+    "preset fast": ("--preset", "fast"),
+    "preset best": ("--preset", "best"),
 }
-"""Name -> options of ``prune --ratio 0.2``; the last of two that say the same thing holds."""
+"""Name -> options of ``prune --ratio 0.2``."""
 
 
 def main() -> None:

@@ -13,36 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from commands import found_by, save_dense
+
 RESULTS = Path(__file__).parent / "results"
-
-
-def run(*arguments: object) -> dict[str, Any]:
-    """Run a command of llm-pruner in a new process and return its JSON."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "llm_pruner", *arguments, "--json", result]
-        done = subprocess.run(list(map(str, command)), stdout=subprocess.DEVNULL, check=False)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(map(str, arguments))} failed")
-        return json.loads(result.read_text())
-
-
-def save_dense(model: str, folder: Path) -> None:
-    """Save the dense model as the pruned ones are saved."""
-    from llm_pruner.checkpoints.save import silent_writing
-    from llm_pruner.models.load import load_model
-
-    with silent_writing():
-        loaded = load_model(model)
-        loaded.model.save_pretrained(folder)
-        assert loaded.tokenizer is not None
-        loaded.tokenizer.save_pretrained(folder)
 
 
 def row(compared: dict[str, Any], found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -96,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="default")
     parser.add_argument("--ratio", type=float, action="append", help="0.2 and 0.5 if not given")
-    parser.add_argument("--recipe", default="fast", help="as for llm-pruner prune")
+    parser.add_argument("--preset", default="fast", help="as for llm-pruner prune")
     parser.add_argument("--calibration", default="self", help="as for llm-pruner prune")
     parser.add_argument("--batch-size", default="1,8")
     parser.add_argument("--repeats", type=int, default=7)
@@ -113,9 +90,9 @@ def main() -> None:
         save_dense(options.model, dense)
         for ratio in options.ratio or (0.2, 0.5):
             small = Path(folder) / f"small-{ratio}"
-            estimation = ["--recipe", options.recipe, "--calibration", options.calibration]
+            estimation = ["--preset", options.preset, "--calibration", options.calibration]
             target = ["--out", small, "--ratio", ratio, "--round-to", "auto"]
-            pruned = run("prune", dense, *target, *estimation)
+            pruned = found_by("prune", dense, *target, *estimation)
             result = {
                 "ratio": ratio,
                 "round_to": pruned["round_to"],
@@ -123,7 +100,7 @@ def main() -> None:
                 "throughput_by_multiple": pruned["rounding"]["throughput"],
             }
             for way, arguments in ways:
-                found = run("bench", small, "--against", dense, *arguments)
+                found = found_by("bench", small, "--against", dense, *arguments)
                 settings = found["settings"]
                 result |= {"dense": size(found["against"]), "pruned": size(found["model"])}
                 result[way] = [line for each in found["comparison"] for line in row(each, found)]
@@ -132,7 +109,7 @@ def main() -> None:
             result["fastest"] = fastest([result[way] for way, _ in ways])
             results.append(result)
     del settings["compile"], settings["counts_only"]
-    settings |= {"model": options.model, "recipe": options.recipe}
+    settings |= {"model": options.model, "preset": options.preset}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
 

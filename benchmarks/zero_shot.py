@@ -119,7 +119,7 @@ def main() -> None:
         dense, pruned, tasks = (Path(name) / part for part in ("dense", "pruned", "tasks"))
         run("-c", SAVE, options.model, dense)
         prune = ["-m", "llm_pruner", "prune", dense, "--out", pruned, "--ratio", options.ratio]
-        run(*prune, "--criterion", "l2")
+        run(*prune, "--preset", "paper", "--criterion", "l2")
         config = json.loads((pruned / "config.json").read_text())
         if "quantization_config" not in config:
             raise SystemExit("the pruned layers are equal; this is about layers that differ")

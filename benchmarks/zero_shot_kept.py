@@ -3,7 +3,7 @@
     python benchmarks/zero_shot_kept.py --data DIR --calibration c4_first_100.jsonl \
         [--recovered "best, recovered for 6 minutes=FOLDER"]
 
-DIR holds boolq.jsonl and so on. SmolLM2-135M is evaluated dense, pruned by the recipes `paper` and
+DIR holds boolq.jsonl and so on. SmolLM2-135M is evaluated dense, pruned by the presets `paper` and
 `best` to 113.3M parameters (a fifth of the blocks gone), and recovered: each ``--recovered`` is a
 name and a folder that `recover` wrote. Beside the mean of the seven and of the six without BoolQ it
 gives the share of accuracy above chance that is kept: mean over tasks of accuracy minus chance,
@@ -108,8 +108,8 @@ def main() -> None:
         "machine": machine(),
     }
     models: dict[str, Any] = {"dense": options.model}
-    for recipe in ("paper", "best"):
-        models[recipe] = options.work / recipe
+    for preset in ("paper", "best"):
+        models[preset] = options.work / preset
     for given in options.recovered:
         name, _, folder = given.partition("=")
         models[name] = Path(folder)
@@ -117,7 +117,7 @@ def main() -> None:
         if name in results["models"]:
             continue
         if name in ("paper", "best") and not model.exists():
-            size = ("--params", PARAMETERS, "--recipe", name)
+            size = ("--params", PARAMETERS, "--preset", name)
             llm_pruner(
                 *("prune", options.model, "--out", model, *size),
                 *("--calibration", options.calibration),

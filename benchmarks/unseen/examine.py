@@ -26,7 +26,7 @@ from llm_pruner import (
     prune_,
     score,
 )
-from llm_pruner.surgery import cut as surgery
+from llm_pruner.surgery.cut import cut_
 from llm_pruner.surgery.removal import removed_modules, removed_positions
 from llm_pruner.surgery.verify import largest_difference, pruned_logits, tolerance, twin_logits
 from llm_pruner.types import Discovery, IntArray, Removal
@@ -326,7 +326,7 @@ def _control(
     smaller = copy.deepcopy(model)
     try:
         # Not compared with its twin, which would refuse it before the oracle sees it.
-        surgery.prune_(smaller, replace(discovery, groups=tuple(groups)), removal)
+        cut_(smaller, replace(discovery, groups=tuple(groups)), removal)
         with torch.no_grad():
             wanted, _ = expected(run, dense, silent, ())
             given = computed(run, to_double(smaller))
