@@ -138,7 +138,7 @@ def test_evaluate_adds_to_the_report(tiny: Path, work: Path) -> None:
     text = write_text(Path("own.txt"))
     before = contents(Path())
     options = ("--perplexity", text, "--seq-len", 100, "--report", "small")
-    shown = done("evaluate", "small", *options, "--prompt", "the old").out
+    shown = done("evaluate", "small", *options, "--prompt", "the old", "--new-tokens", 3).out
     assert shown.endswith("added to small/report.html\n")
     done("evaluate", tiny, *options, "--json", "dense.json")
     report = read_report(Path("small/report.json"))
@@ -147,6 +147,7 @@ def test_evaluate_adds_to_the_report(tiny: Path, work: Path) -> None:
     assert dense.perplexity == said["perplexity"][0]["perplexity"]
     assert small.perplexity != dense.perplexity
     assert list(report.evaluations["pruned"].samples) == ["the old"]
+    assert len(report.evaluations["pruned"].samples["the old"]) <= 3  # a character is a token
     page, card = (Path("small", name).read_text() for name in ("report.html", "README.md"))
     assert page == render_html(report)
     assert "own.txt" in page

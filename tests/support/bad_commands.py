@@ -323,6 +323,7 @@ TABLE: dict[str, list[Bad]] = {
                 "--batch-size 0 is no number of sequences; use 1 or more, or auto",
             ),
             (f"--batch-size {10**12}", between("--batch-size", 10**12, 1, 2**20)),
+            ("--prompt a --new-tokens 0", between("--new-tokens", 0, 1, 2**20)),
             ("--perplexity nofile.txt", NO_TEXT),
             ("--tasks ''", "--tasks has an empty name; write such as boolq,piqa"),
             ("--tasks boolq,boolq", "task boolq is named twice; name it once"),

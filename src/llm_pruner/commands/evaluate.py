@@ -55,7 +55,7 @@ class Measured:
     samples: dict[str, str]
 
 
-def measure(settings: EvaluateSettings, *, new_tokens: int = 40) -> Measured:
+def measure(settings: EvaluateSettings) -> Measured:
     """Load a model and measure what is asked for.
 
     With ``chat`` a model whose tokenizer has a chat template is asked the prompts as a user would.
@@ -96,7 +96,11 @@ def measure(settings: EvaluateSettings, *, new_tokens: int = 40) -> Measured:
         speed=measure_speed(late.loaded.model) if settings.speed else None,
         samples={
             prompt: sample_continuation(
-                late.loaded.model, late.loaded.tokenizer, prompt, new_tokens, chat=settings.chat
+                late.loaded.model,
+                late.loaded.tokenizer,
+                prompt,
+                settings.new_tokens,
+                chat=settings.chat,
             )
             for prompt in settings.prompt
         },

@@ -74,6 +74,7 @@ class EvaluateSettings(ModelSettings, PerplexitySettings, TaskSettings):
     prompt: Sources = option(
         (), "Show what the model writes after this text. May be given several times.", "TEXT"
     )
+    new_tokens: int = option(40, "Tokens that it writes after a prompt.", "N")
     chat: bool = option(
         True, "Ask the prompt in the tokenizer's chat template, if it has one, or continue it."
     )
@@ -95,6 +96,7 @@ class EvaluateSettings(ModelSettings, PerplexitySettings, TaskSettings):
                 "nothing to measure; give --perplexity SRC, --tasks NAMES, --speed or --prompt TEXT"
             )
         self.check_tasks()
+        check_number("--new-tokens", self.new_tokens, 1, 2**20)
 
 
 def _sizes(value: Any) -> Any:
