@@ -7,14 +7,13 @@ import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from llm_pruner.checkpoints import save_checkpoint
 from llm_pruner.commands.prune import PruneRun, keep_type_
-from llm_pruner.commands.recover_start import make_samples, read_examples
 from llm_pruner.commands.refitter import Refitter
 from llm_pruner.data.calibration import Calibration, build_calibration
 from llm_pruner.data.text import load_evaluation_text
@@ -28,8 +27,6 @@ from llm_pruner.importance import score as score_groups
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import LoadedModel, load_model
 from llm_pruner.planning import Plan
-from llm_pruner.recovery import Outcome
-from llm_pruner.recovery import recover_ as train_
 from llm_pruner.runtime.precision import fast_matmul
 from llm_pruner.runtime.progress import Clock
 from llm_pruner.settings.prune import PlanSettings, PruneSettings
@@ -37,6 +34,9 @@ from llm_pruner.settings.recover import RecoverSettings, TrainingSettings
 from llm_pruner.surgery.pruner import Surgeon
 from llm_pruner.surgery.verify import prune_ as prune_module_
 from llm_pruner.types import Discovery, Edits, FloatArray, Removal
+
+if TYPE_CHECKING:
+    from llm_pruner.recovery import Outcome
 
 _NEW = Path("new")  # where a path is asked for and nothing is written
 
@@ -336,6 +336,10 @@ def recover_(
     Raises:
         UserError: the data cannot be read, or the model has nothing to train.
     """
+    # What trains is imported when it is used: other steps do without peft.
+    from llm_pruner.commands.recover_start import make_samples, read_examples
+    from llm_pruner.recovery import recover_ as train_
+
     asked = RecoverSettings(
         **settings.written(),
         model=model.loaded.name,
