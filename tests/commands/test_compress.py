@@ -339,13 +339,14 @@ def test_a_time_budget_is_divided_once(
 ) -> None:
     monkeypatch.setattr(stages, "SHORTEST", 1.0)
     monkeypatch.setattr(stages, "MOST_SAMPLES", 128)
+    patient = ("--time-budget", "60s", "--config", made / "patient.yaml")
     (made / "patient.yaml").write_text("training: {patience: 100}\n")
     # Steps that take no time: all fit, however busy the machine is.
     ticks = SimpleNamespace(monotonic=count(step=0.001).__next__)
     monkeypatch.setattr("llm_pruner.recovery.callbacks.time", ticks)
     with monkeypatch.context() as patch:
         interrupt(patch, RecoveryTrainer, "training_step", 6)
-        assert run(*command(made, "--time-budget", "60s")).code == 130
+        assert run(*command(made, *patient)).code == 130
     progress = Path("small.compressing/progress.json")
     decided = json.loads(progress.read_text())["decided"]["recovery"]
     assert decided["samples"] == 128
@@ -359,7 +360,7 @@ def test_a_time_budget_is_divided_once(
         raise AssertionError("decided again")
 
     monkeypatch.setattr(stages, "time_to_recover", decide)
-    done(*command(made, "--time-budget", "60s"))
+    done(*command(made, *patient))
     assert (
         json.loads(Path("small/recovery.json").read_text())["steps"] == planned["total"] == 93
     )  # 3 passes over 122 or more texts
