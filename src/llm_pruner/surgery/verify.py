@@ -39,7 +39,7 @@ _OVER_AXES = frozenset(
     {"mean", "sum", "amax", "amin", "max", "min", "var", "std", "prod", "linalg_vector_norm"}
     | {"norm", "logsumexp", "var_mean", "argmax", "argmin"}
 )
-_SMALL = 50_000_000
+_SMALL = 500_000_000
 """Parameters up to which a model is compared in float64, too, where float32 is not enough."""
 
 _FINER = 1000
