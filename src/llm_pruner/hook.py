@@ -1,96 +1,104 @@
-"""Registers what the package adds to ``transformers`` once ``transformers`` is there.
+"""Has ``transformers`` know what this package adds: the loader of pruned checkpoints, and ChatGLM.
 
-That is the loader of pruned checkpoints, and the models that ``transformers`` lacks. Importing
-``transformers`` takes seconds, which ``llm-pruner --help``, or a program that only reads plans,
-should not have to wait for. So each registration waits for the module that it registers with.
+Whatever imports PyTorch runs ``register``, so it must cost nothing and break nothing. What it puts
+into the tables of ``transformers`` are stand-ins: the code behind them is imported, and fails if it
+does, when a checkpoint asks for it. This module needs the standard library alone.
 """
 
 from __future__ import annotations
 
 import sys
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
-_REGISTRATIONS = {
-    "transformers.modeling_utils": "llm_pruner.checkpoints",
-    "transformers.quantizers": "llm_pruner.checkpoints",
-    "transformers.models.auto.configuration_auto": "llm_pruner.models.chatglm",
+
+class StandIn:
+    """Stands in a table for a class of this package until that is used."""
+
+    def __init__(self, home: str, name: str) -> None:
+        self._home, self.__name__ = home, name
+
+    def _original(self) -> Any:
+        return getattr(import_module(self._home), self.__name__)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # asked of every object, as by ``copy``
+            raise AttributeError(name)
+        return getattr(self._original(), name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._original()(*args, **kwargs)
+
+
+def _add_loader(auto: ModuleType) -> None:
+    home = "llm_pruner.checkpoints.quantizer"
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["llm_pruner"] = StandIn(home, "PrunedConfig")
+    auto.AUTO_QUANTIZER_MAPPING["llm_pruner"] = StandIn(home, "PrunedQuantizer")
+
+
+def _add_chatglm(auto: ModuleType) -> None:
+    stand_in = StandIn("llm_pruner.models.chatglm", "ChatGLMConfig")
+    auto.CONFIG_MAPPING.register("chatglm", stand_in, exist_ok=True)
+
+
+_ADDITIONS: dict[str, Callable[[ModuleType], None]] = {
+    "transformers.quantizers.auto": _add_loader,
+    "transformers.models.auto.configuration_auto": _add_chatglm,
 }
-"""Module of transformers -> module that registers with it on import.
-
-Whatever loads a model imports the first. The second is all that some programs import before they
-read what a config says of quantization. Every Auto class imports the third.
-"""
+"""Module of transformers that holds a table -> what adds to it."""
 
 
-class _Watcher(MetaPathFinder):
-    """Lets others find one module, and adds the registration to its execution."""
+class _Finder(MetaPathFinder):
+    """Lets others find the modules that hold tables, and adds to these once they are there."""
 
-    def __init__(self, trigger: str, registration: str) -> None:
-        self.trigger, self.registration = trigger, registration
+    def __init__(self, awaited: Sequence[str]) -> None:
+        self._awaited = set(awaited)
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != self.trigger:
-            return None
-        for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(name, path, target)
-            if spec is not None:
-                self._extend(spec)
-                return spec
+        if name in self._awaited:
+            with suppress(Exception):  # which the one that raised it will raise again
+                for finder in sys.meta_path:
+                    spec = None if finder is self else finder.find_spec(name, path, target)
+                    if spec is not None:
+                        self._extend(spec)
+                        return spec
         return None
 
     def _extend(self, spec: ModuleSpec) -> None:
-        loader = spec.loader
-        if loader is None:
-            return
+        loader: Any = spec.loader
         execute = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            if self in sys.meta_path:
+            with suppress(Exception):  # another release of transformers may have no such table
+                _ADDITIONS[spec.name](module)
+            self._awaited.discard(spec.name)
+            if not self._awaited and self in sys.meta_path:
                 sys.meta_path.remove(self)
-            if _unfinished(self.registration, self.trigger):
-                return  # that one imports this one, and registers when it is done
-            try:
-                import_module(self.registration)
-            except Exception as error:  # a program that loads no pruned model must not suffer
-                warnings.warn(
-                    f"llm-pruner could not register with transformers ({error}), so checkpoints "
-                    "whose layers differ will not load; install versions that fit each other",
-                    stacklevel=2,
-                )
 
-        loader.exec_module = exec_module  # type: ignore[method-assign]
+        loader.exec_module = exec_module
 
 
 def register() -> None:
-    """Register now where ``transformers`` is ready for it, elsewhere as soon as it is.
+    """Add to the tables of ``transformers`` now, or as soon as they are there; raises nothing.
 
-    Importing ``llm_pruner`` calls this, and so does PyTorch: it runs the entry points of the group
-    ``torch.backends``, of which the package has one. So every program in whose environment the
-    package is installed loads pruned checkpoints, whether or not it knows of the package;
-    ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` switches that off.
+    Importing ``llm_pruner`` calls this, and so does PyTorch, as an entry point of the group
+    ``torch.backends``. So every program in whose environment the package is installed loads pruned
+    checkpoints, whether or not it knows of the package. ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` in the
+    environment keeps PyTorch from it.
     """
-    watched = {finder.trigger for finder in sys.meta_path if isinstance(finder, _Watcher)}
-    for trigger, registration in _REGISTRATIONS.items():
-        if trigger in sys.modules:
-            if not _unfinished(registration):
-                import_module(registration)
-        elif trigger not in watched:
-            sys.meta_path.insert(0, _Watcher(trigger, registration))
-
-
-def _unfinished(registration: str, finished: str | None = None) -> bool:
-    """Whether a module that this registers with is being imported right now."""
-    modules = [
-        sys.modules[trigger]
-        for trigger, other in _REGISTRATIONS.items()
-        if other == registration and trigger != finished and trigger in sys.modules
-    ]
-    return any(getattr(module.__spec__, "_initializing", False) for module in modules)
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    awaited = [name for name in _ADDITIONS if name not in sys.modules]
+    for name in _ADDITIONS.keys() - awaited:
+        with suppress(Exception):
+            _ADDITIONS[name](sys.modules[name])
+    if awaited:
+        sys.meta_path.insert(0, _Finder(awaited))

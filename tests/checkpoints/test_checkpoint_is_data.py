@@ -38,7 +38,7 @@ from llm_pruner.commands import apart
 from llm_pruner.data.selfmade import write_text_cached
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import PlanError, UserError
-from llm_pruner.files.json import MOST_BYTES
+from llm_pruner.files.disk import MOST_BYTES
 from llm_pruner.models.load import load_model
 from llm_pruner.planning import parse_ranges, read_plan
 from llm_pruner.recovery import checkpoint as state

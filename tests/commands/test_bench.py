@@ -18,7 +18,7 @@ from helpers import VOCABULARY, tiny_model
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.memory import folder_bytes
 from llm_pruner.evaluation.speed import compare_speed, compiled, compiling, speed_up
-from llm_pruner.models.decode import Decoder
+from llm_pruner.models.forward import Decoder
 from llm_pruner.models.load import stored_at
 from llm_pruner.settings.evaluate import BenchSettings
 

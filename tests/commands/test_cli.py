@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import llm_pruner.data.files
 import llm_pruner.models.load
 from command import contents, done, run, save_tiny, write_text
 from helpers import tiny_tokenizer
@@ -147,7 +146,7 @@ def test_an_unknown_dataset_is_named_with_what_was_tried(
     def load_dataset(*args: object, **settings: object) -> None:
         raise FileNotFoundError("Dataset 'no-such-text' doesn't exist on the Hub\nmore")
 
-    monkeypatch.setattr(llm_pruner.data.files, "_loader", lambda source: load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     options = ("--out", "out", "--ratio", 0.2, "--calibration", "no-such-text")
     said = refused(work, "prune", "any/model", *options)
     assert said.startswith("dataset 'no-such-text': tried hub dataset no-such-text, split train")

@@ -8,12 +8,10 @@ from typing import Any
 
 import pytest
 
-import llm_pruner.data.files
 from command import WORDS
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.data.examples import Example, Turn, load_examples
-from llm_pruner.data.formatting import encode_examples
-from llm_pruner.data.sequences import TrainingSequence
+from llm_pruner.data.sequences import TrainingSequence, encode_examples
 from llm_pruner.data.training import fingerprint_samples, self_made_samples, split_samples
 from llm_pruner.errors import UserError
 
@@ -87,7 +85,7 @@ def test_hub_rows_come_with_all_their_fields(monkeypatch: pytest.MonkeyPatch) ->
         asked.append((args, settings))
         return [{"instruction": "Add", "input": "", "output": str(n)} for n in range(9)]
 
-    monkeypatch.setattr(llm_pruner.data.files, "_loader", lambda source: load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     found = load_examples("yahma/alpaca-cleaned", limit=4)
     assert (found.name, found.split) == ("yahma/alpaca-cleaned", "train")
     assert [one.turns[1].content for one in found.examples] == ["0", "1", "2", "3"]

@@ -21,7 +21,7 @@ from llm_pruner.evaluation.macs import (
     paper_macs,
 )
 from llm_pruner.evaluation.memory import model_size
-from llm_pruner.models.decode import tensor_bytes
+from llm_pruner.models.forward import tensor_bytes
 
 LAYERS, HIDDEN, FFN, HEADS, KV, HEAD = 3, 48, 80, 6, 3, 8
 ATTENTION = 2 * HIDDEN * HEADS * HEAD + 2 * HIDDEN * KV * HEAD

@@ -18,7 +18,7 @@ from llm_pruner.evaluation.memory import folder_bytes, model_size
 from llm_pruner.evaluation.perplexity import EvaluationText, perplexity
 from llm_pruner.evaluation.samples import sample_continuation, strip_control
 from llm_pruner.evaluation.speed import measure_speed
-from llm_pruner.models.decode import Decoder
+from llm_pruner.models.forward import Decoder
 
 BOS = 1
 TEXT = EvaluationText("words", "test", "The quick brown fox jumps over the lazy dog, twice. " * 20)

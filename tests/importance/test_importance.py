@@ -16,8 +16,7 @@ from helpers import tiny_model
 from llm_pruner.errors import UserError
 from llm_pruner.importance import Criterion, blockwise, score, scoring
 from llm_pruner.importance.gradients import loss_cotangent
-from llm_pruner.models.activation_store import Borders
-from llm_pruner.models.blockwise import NotBlockwise, find_chain
+from llm_pruner.models.blockwise import Borders, NotBlockwise, find_chain
 from llm_pruner.types import Discovery, Group, Member
 
 TAYLORS = [

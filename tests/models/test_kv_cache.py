@@ -7,7 +7,7 @@ import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from helpers import VOCABULARY, tiny_model
-from llm_pruner.models.decode import Decoder, make_room_
+from llm_pruner.models.forward import Decoder, make_room_
 
 
 def decoded(model_type: str, room: int | None, steps: int = 9) -> tuple[torch.Tensor, Decoder]:

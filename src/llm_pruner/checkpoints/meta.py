@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
-from llm_pruner.runtime.quiet import quiet
+from llm_pruner.runtime.progress import quiet
 
 
 def entries(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:

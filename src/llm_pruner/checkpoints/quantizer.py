@@ -2,7 +2,8 @@
 
 transformers lets a *quantizer* change a model between building it on the meta device and loading
 its weights. Nothing is quantized here: the hook drops layers and reshapes parameters, the weights
-load as they are, and what results is an ordinary model. Importing this module registers the hook.
+load as they are, and what results is an ordinary model. ``llm_pruner.hook`` says so to
+transformers.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llm_pruner.checkpoints.fits import (
@@ -32,7 +33,6 @@ from llm_pruner.models.layers import keep_children, set_attributes_
 QUANT_METHOD = "llm_pruner"
 
 
-@register_quantization_config(QUANT_METHOD)
 class PrunedConfig(QuantizationConfigMixin):
     """``quantization_config`` of a pruned checkpoint; holds a recipe.
 
@@ -57,7 +57,6 @@ class PrunedConfig(QuantizationConfigMixin):
         yield from self.to_dict().items()
 
 
-@register_quantizer(QUANT_METHOD)
 class PrunedQuantizer(HfQuantizer):
     """Builds the dense skeleton, cuts it to the recipe's sizes, and leaves an ordinary model."""
 

@@ -27,8 +27,7 @@ from llm_pruner.commands.workdir import Work, folder_beside, opened
 from llm_pruner.data.selfmade import CHUNK, write_text_cached
 from llm_pruner.data.text import DEMO_PROMPTS, SELF
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import put, tidy
-from llm_pruner.files.json import read_json
+from llm_pruner.files.disk import put, read_json, tidy
 from llm_pruner.files.outputs import Source, check_output, check_place, rewrite
 from llm_pruner.models.forward import maximum_length
 from llm_pruner.models.load import check_file_states, file_states, load

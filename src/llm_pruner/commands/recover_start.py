@@ -28,8 +28,7 @@ from llm_pruner.data.training import (
     split_samples,
 )
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import tidy
-from llm_pruner.files.json import read_json
+from llm_pruner.files.disk import read_json, tidy
 from llm_pruner.files.outputs import Source, check_output, check_place, check_shard_size
 from llm_pruner.models.load import LoadedModel, load
 from llm_pruner.settings.common import ModelSettings

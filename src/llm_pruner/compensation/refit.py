@@ -31,8 +31,7 @@ from torch import nn
 from llm_pruner.compensation.least_squares import RIDGES, Moments, best_refit
 from llm_pruner.compensation.pairs import Pair, Refitted, pairs_of
 from llm_pruner.errors import UserError
-from llm_pruner.models.activation_store import Borders
-from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
+from llm_pruner.models.blockwise import Borders, Chain, NotBlockwise, find_chain
 from llm_pruner.models.consumers import set_weight, weight_of
 from llm_pruner.models.forward import undisturbed
 from llm_pruner.runtime.progress import track

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from llm_pruner.data.files import read_hub_rows, read_rows, texts_of_rows
+from llm_pruner.data.files import is_endless, read_hub, read_rows, texts_of_rows
 from llm_pruner.data.text import fingerprint, is_file_name
 from llm_pruner.errors import UserError
 
@@ -16,9 +18,12 @@ ROLES = ("system", "user", "assistant")
 _ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 """Roles as ShareGPT and its relatives call them."""
 
-_QUESTIONS = (("instruction",), ("prompt",), ("question",))
+_QUESTIONS = ("instruction", "prompt", "question")
 _CONTEXTS = ("input", "context")
 _ANSWERS = ("output", "response", "completion", "answer")
+
+STREAMED = 10_000
+"""Rows that are read of a dataset without an end, where nobody says how many."""
 
 
 @dataclass(frozen=True)
@@ -91,16 +96,17 @@ def load_examples(
         name, used = path.name, None
         rows: Sequence[Any] = tuple(read_rows(path))
     else:
-        name, used, rows = read_hub_rows(source, split=split, limit=limit)
+        most = STREAMED if limit is None and is_endless(source) else limit
+        name, used, rows = read_hub(source, lambda rows, _: rows, split=split, limit=most)
     rows = rows[:limit]
-    shape = _shape(rows[0], text_field) if rows else None
-    if shape is None:
+    read = _reader(rows[0], text_field) if rows else None
+    if read is None:
         examples = [Example(text=text) for text in texts_of_rows(rows, name, text_field)]
         kept = tuple(one for one in examples if one.text.strip())
         kind = "text"
     else:
-        read = [shape.read(row, f"{name}: record {n}") for n, row in enumerate(rows, start=1)]
-        kept = tuple(one for one in read if one is not None)
+        found = [read(row, f"{name}: record {n}") for n, row in enumerate(rows, start=1)]
+        kept = tuple(one for one in found if one is not None)
         kind = "chat"
     if not kept:
         raise UserError(f"{name} holds no text; give a file or dataset with text in it")
@@ -114,20 +120,29 @@ def _spelled(examples: Sequence[Example]) -> list[str]:
     ]
 
 
-@dataclass(frozen=True)
-class _Chat:
-    """Records that hold a list of messages."""
+def _reader(row: Any, text_field: str | None) -> Callable[[Any, str], Example | None] | None:
+    """Return what reads records like this one, None if they are plain text."""
+    if text_field is not None or not isinstance(row, Mapping):
+        return None
+    for field in ("messages", "conversations"):
+        if isinstance(row.get(field), (list, tuple)):
+            return partial(_chat, field)
+    for question, answer in product(_QUESTIONS, _ANSWERS):
+        if isinstance(row.get(question), str) and isinstance(row.get(answer), str):
+            context = next((name for name in _CONTEXTS if name in row), None)
+            return partial(_instruction, question, context, answer)
+    return None
 
-    field: str
 
-    def read(self, row: Any, where: str) -> Example | None:
-        messages = row.get(self.field) if isinstance(row, Mapping) else None
-        if not isinstance(messages, (list, tuple)):
-            raise UserError(f"{where} has no list {self.field!r}; repair or remove the record")
-        turns = tuple(_turn(message, where) for message in messages)
-        if not any(turn.role == "assistant" and turn.content.strip() for turn in turns):
-            return None
-        return Example(turns)
+def _chat(field: str, row: Any, where: str) -> Example | None:
+    """Read a record that holds a list of messages; None if there is nothing to learn."""
+    messages = row.get(field) if isinstance(row, Mapping) else None
+    if not isinstance(messages, (list, tuple)):
+        raise UserError(f"{where} has no list {field!r}; repair or remove the record")
+    turns = tuple(_turn(message, where) for message in messages)
+    if not any(turn.role == "assistant" and turn.content.strip() for turn in turns):
+        return None
+    return Example(turns)
 
 
 def _turn(message: Any, where: str) -> Turn:
@@ -143,40 +158,21 @@ def _turn(message: Any, where: str) -> Turn:
     )
 
 
-@dataclass(frozen=True)
-class _Instruction:
-    """Records in the Alpaca schema, under one of its names."""
-
-    question: str
-    context: str | None
-    answer: str
-
-    def read(self, row: Any, where: str) -> Example | None:
-        values = []
-        for field in (self.question, self.context, self.answer):
-            value = row.get(field) if isinstance(row, Mapping) and field is not None else ""
-            if field == self.context and value is None:
-                value = ""
-            if not isinstance(value, str):
-                raise UserError(
-                    f"{where}: field {field!r} is missing or no string; repair or remove the record"
-                )
-            values.append(value)
-        question, context, answer = values
-        if not (question.strip() and answer.strip()):
-            return None
-        return Example((Turn("user", question), Turn("assistant", answer)), context=context)
-
-
-def _shape(row: Any, text_field: str | None) -> _Chat | _Instruction | None:
-    if text_field is not None or not isinstance(row, Mapping):
+def _instruction(
+    question: str, context: str | None, answer: str, row: Any, where: str
+) -> Example | None:
+    """Read a record in the Alpaca schema, under one of its names."""
+    values = []
+    for field in (question, context, answer):
+        value = row.get(field) if isinstance(row, Mapping) and field is not None else ""
+        if field == context and value is None:
+            value = ""
+        if not isinstance(value, str):
+            raise UserError(
+                f"{where}: field {field!r} is missing or no string; repair or remove the record"
+            )
+        values.append(value)
+    asked, given, answered = values
+    if not (asked.strip() and answered.strip()):
         return None
-    for field in ("messages", "conversations"):
-        if isinstance(row.get(field), (list, tuple)):
-            return _Chat(field)
-    for (question,) in _QUESTIONS:
-        for answer in _ANSWERS:
-            if isinstance(row.get(question), str) and isinstance(row.get(answer), str):
-                context = next((name for name in _CONTEXTS if name in row), None)
-                return _Instruction(question, context, answer)
-    return None
+    return Example((Turn("user", asked), Turn("assistant", answered)), context=given)

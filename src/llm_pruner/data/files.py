@@ -11,24 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llm_pruner.errors import UserError
-from llm_pruner.runtime.quiet import quiet
+from llm_pruner.runtime.progress import quiet
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 _ALPACA = ("instruction", "input", "output")
-
-
-def read_file(
-    path: Path, *, text_field: str | None = None, limit: int | None = None
-) -> tuple[str, ...]:
-    """Return the documents of a file; a ``.txt`` file is one document, whatever ``limit`` says.
-
-    Raises:
-        UserError: as ``load_documents`` says.
-    """
-    rows = read_rows(path)
-    if path.suffix.lower() == ".txt":
-        return tuple(str(row) for row in rows)
-    return tuple(islice(texts_of_rows(rows, str(path), text_field), limit))
 
 
 def read_rows(path: Path) -> Iterator[Any]:
@@ -188,9 +174,6 @@ def _suffixes() -> str:
 
 T = TypeVar("T")
 
-STREAMED = 10_000
-"""Rows that are read of a dataset without an end, where nobody says how many."""
-
 
 @dataclass(frozen=True)
 class _Alias:
@@ -216,14 +199,20 @@ ALIASES = {
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 
 
+def is_endless(source: str) -> bool:
+    """Whether a hub dataset is too large to be read whole."""
+    alias = ALIASES.get(source.partition(":")[0])
+    return alias is not None and alias.stream
+
+
 def read_hub(
     source: str,
+    take: Callable[[Iterable[Any], str], Iterable[T]],
     *,
     split: str | None = None,
-    text_field: str | None = None,
     limit: int | None = None,
-) -> tuple[str, str, tuple[str, ...]]:
-    """Return (name, split, documents) of a hub dataset.
+) -> tuple[str, str, tuple[T, ...]]:
+    """Return (name, split, what ``take`` makes of the rows and the name) of a hub dataset.
 
     With a limit the dataset is streamed, so that only its beginning is downloaded.
 
@@ -231,62 +220,29 @@ def read_hub(
         UserError: the name is malformed, or the dataset cannot be loaded (no network, no such
             name, config or split).
     """
-
-    def texts(rows: Iterable[Any], name: str) -> tuple[str, ...]:
-        return tuple(islice(texts_of_rows(rows, name, text_field), limit))
-
-    return _read(source, split, limit, texts)
-
-
-def read_hub_rows(
-    source: str, *, split: str | None = None, limit: int | None = None
-) -> tuple[str, str, tuple[Any, ...]]:
-    """Return (name, split, rows) of a hub dataset, the rows as they are.
-
-    Without a limit a dataset that is too large to read whole gives its first ``STREAMED`` rows.
-
-    Raises:
-        UserError: as ``read_hub``.
-    """
-    alias = ALIASES.get(source.partition(":")[0])
-    if limit is None and alias is not None and alias.stream:
-        limit = STREAMED
-
-    def as_they_are(rows: Iterable[Any], name: str) -> tuple[Any, ...]:  # noqa: ARG001
-        return tuple(islice(rows, limit))
-
-    return _read(source, split, limit, as_they_are)
-
-
-def _read(
-    source: str,
-    split: str | None,
-    limit: int | None,
-    take: Callable[[Iterable[Any], str], tuple[T, ...]],
-) -> tuple[str, str, tuple[T, ...]]:
-    """Return (name, split, what ``take`` makes of the rows)."""
     if not _NAME.fullmatch(source):
         raise UserError(
             f"{source!r} is neither a local file nor a dataset name; use the path of a .txt, "
             f".jsonl, .json or .parquet file, a hub name, or one of {', '.join(ALIASES)}"
         )
+    if limit is None and is_endless(source):
+        raise UserError(f"dataset {source!r} is too large to read whole; set a limit")
+    from datasets import load_dataset  # takes a second
+
     split = split or "train"
     path, _, config = source.partition(":")
     alias = ALIASES.get(path, _Alias(path))
-    if alias.stream and limit is None:
-        raise UserError(f"dataset {source!r} is too large to read whole; set a limit")
     name = " ".join(filter(None, (alias.path, config or alias.config)))
-    stream = limit is not None
-    loader = _loader(source)
+    options: dict[str, Any] = {"split": split, "streaming": limit is not None}
     try:
         # Its retries are said line by line; the error below says it all.
         with quiet("huggingface_hub", warned=None):
             if alias.files is not None:
                 files = {split: alias.files.format(split=split)}
-                rows = loader("parquet", data_files=files, split=split, streaming=stream)
+                rows = load_dataset("parquet", data_files=files, **options)
             else:
-                rows = loader(alias.path, config or alias.config, split=split, streaming=stream)
-            return name, split, take(rows, name)
+                rows = load_dataset(alias.path, config or alias.config, **options)
+            return name, split, tuple(islice(take(rows, name), limit))
     except UserError:
         raise
     except Exception as error:  # hub, network and dataset errors share no base class
@@ -296,14 +252,3 @@ def _read(
             f"({type(error).__name__}: {reason}); check the name and the network, "
             "or give a local .txt, .jsonl, .json or .parquet file"
         ) from error
-
-
-def _loader(source: str) -> Callable[..., Any]:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise UserError(
-            f"{source!r} is no local file, and reading it from the hub needs the package "
-            "datasets; install it or give a local .txt, .jsonl, .json or .parquet file"
-        ) from None
-    return load_dataset

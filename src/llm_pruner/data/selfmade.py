@@ -13,8 +13,15 @@ from safetensors.torch import load_file, save_file
 from llm_pruner.data.sequences import added_tokens
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import new_file, tidy
-from llm_pruner.models.decode import Decoder, make_room_, tensor_bytes
-from llm_pruner.models.forward import cache_argument, embedding_rows, evaluating, maximum_length
+from llm_pruner.models.forward import (
+    Decoder,
+    cache_argument,
+    embedding_rows,
+    evaluating,
+    make_room_,
+    maximum_length,
+    tensor_bytes,
+)
 from llm_pruner.runtime.progress import track
 
 PIECE = 512

@@ -1,13 +1,18 @@
-"""Token sequences to train on, and what a tokenizer puts around a text or a message by itself."""
+"""Token sequences to train on: how examples become them by chat template, Alpaca prompt or plain
+text in windows, and what a tokenizer puts around a text or a message by itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+
+from llm_pruner.data.examples import Example
+from llm_pruner.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -77,3 +82,170 @@ def chat_ids(tokenizer: Any, message: str) -> list[int] | None:
         messages, add_generation_prompt=True, tokenize=True, return_dict=False
     )
     return ids
+
+
+Template = Literal["auto", "chat", "alpaca"]
+
+_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+SHORTEST = 8
+"""Windows of text that are shorter than this teach little and are left out."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Text of a chat; ``answer`` says whether the assistant wrote it."""
+
+    text: str
+    answer: bool
+
+
+def encode_examples(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    template: Template = "auto",
+    mask_prompt: bool = False,
+    source: int = 0,
+) -> list[TrainingSequence]:
+    """Return the token sequences of examples, each at most ``seq_len`` long.
+
+    A chat is written with the tokenizer's chat template (``chat``), or as the Alpaca prompt and
+    its answer (``alpaca``; later turns follow under the same headings); ``auto`` takes the
+    template where the tokenizer has one. It ends with the end token. What is longer than
+    ``seq_len`` is cut off; an example that has no answer left is dropped.
+
+    A text is cut into windows of ``seq_len``, each with the tokens that the tokenizer adds before a
+    text, and ends with the end token.
+
+    Args:
+        mask_prompt: learn only what the assistant wrote.
+        source: what ``TrainingSequence.source`` says.
+
+    Raises:
+        UserError: the template is unknown, the tokenizer has none, it rejects an example, or no
+            sequence is left.
+    """
+    if template not in get_args(Template):
+        raise UserError(
+            f"template {template!r} is unknown; use one of {', '.join(get_args(Template))}"
+        )
+    if template == "chat" and not getattr(tokenizer, "chat_template", None):
+        raise UserError("the tokenizer has no chat template; use --template alpaca")
+    chat = template == "chat" or (
+        template == "auto" and bool(getattr(tokenizer, "chat_template", None))
+    )
+    prefix, suffix = added_tokens(tokenizer)
+    ending = suffix or ((tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ())
+    sequences: list[TrainingSequence] = []
+    for example in examples:
+        if not example.turns:
+            sequences.extend(_windows(example.text, tokenizer, prefix, ending, seq_len, source))
+            continue
+        pieces = _templated(example, tokenizer) if chat else _alpaca(example)
+        ids: list[int] = [] if chat else list(prefix)
+        learned: list[bool] = [False] * len(ids)
+        for piece in pieces:
+            new = tokenizer(piece.text, add_special_tokens=False, verbose=False)["input_ids"]
+            ids += new
+            learned += [piece.answer or not mask_prompt] * len(new)
+        if not chat:
+            ids += ending
+            learned += [True] * len(ending)
+        one = make_sequence(ids[:seq_len], learned[:seq_len], source)
+        if one.targets:
+            sequences.append(one)
+    if not sequences:
+        raise UserError(
+            f"no example has anything to learn within {seq_len} tokens; use a longer --seq-len"
+            + (" or leave --mask-prompt out" if mask_prompt else "")
+        )
+    return sequences
+
+
+def _windows(
+    text: str,
+    tokenizer: Any,
+    prefix: tuple[int, ...],
+    ending: tuple[int, ...],
+    seq_len: int,
+    source: int,
+) -> Iterator[TrainingSequence]:
+    ids = [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], *ending]
+    fresh = seq_len - len(prefix)
+    if fresh < 1:
+        raise UserError(f"seq_len={seq_len} holds the tokenizer's BOS alone; use a longer one")
+    for start in range(0, len(ids), fresh):
+        window = ids[start : start + fresh]
+        if start and len(window) < SHORTEST:
+            return
+        known = [False] * len(prefix)
+        one = make_sequence([*prefix, *window], [*known, *([True] * len(window))], source)
+        if one.targets:
+            yield one
+
+
+def _alpaca(example: Example) -> list[_Piece]:
+    pieces: list[_Piece] = []
+    system = "".join(f"{turn.content}\n\n" for turn in example.turns if turn.role == "system")
+    asked = False
+    for turn in example.turns:
+        if turn.role == "assistant":
+            pieces.append(_Piece(turn.content, True))
+        elif turn.role == "user" and not asked:
+            form = _WITH_INPUT if example.context.strip() else _WITHOUT_INPUT
+            prompt = form.format(instruction=turn.content, input=example.context)
+            pieces.append(_Piece(system + prompt, False))
+            asked = True
+        elif turn.role == "user":
+            text = f"\n\n### Instruction:\n{turn.content}\n\n### Response:\n"
+            pieces.append(_Piece(text, False))
+    return pieces
+
+
+def _templated(example: Example, tokenizer: Any) -> list[_Piece]:
+    """Cut what the template writes where the assistant's turns begin and end."""
+    messages = [{"role": turn.role, "content": turn.content} for turn in example.turns]
+    if example.context.strip():
+        messages[0]["content"] += f"\n\n{example.context}"
+    pieces: list[_Piece] = []
+    written = ""
+    for position, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = _render(tokenizer, messages[:position], True)
+        answered = _render(tokenizer, messages[: position + 1], False)
+        if not answered.startswith(prompt):  # what a template adds for generation may vanish
+            place = answered.rfind(message["content"].strip())
+            if place < 0:
+                raise UserError(
+                    "the tokenizer's chat template changes what the assistant says; "
+                    "use --template alpaca"
+                )
+            prompt = answered[:place]
+        if not prompt.startswith(written):  # earlier turns are rewritten: learn the last alone
+            written, pieces = "", []
+        pieces.append(_Piece(prompt[len(written) :], False))
+        pieces.append(_Piece(answered[len(prompt) :], True))
+        written = answered
+    return pieces
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]], prompting: bool) -> str:
+    try:
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompting)
+        )
+    except Exception as error:  # templates raise what their authors chose
+        raise UserError(
+            f"the tokenizer's chat template rejects a chat ({error}); "
+            "use --template alpaca or repair the data"
+        ) from error

@@ -87,49 +87,29 @@ def _checked(record: Any, task: str, path: Path, line: int) -> Record:
     return kept
 
 
-def _is_text(value: Any, _: Mapping[str, Any]) -> bool:
-    return isinstance(value, str)
-
-
-def _is_binary(value: Any, _: Mapping[str, Any]) -> bool:
-    return type(value) is int and value in (0, 1)
-
-
-def _is_texts(value: Any, _: Mapping[str, Any]) -> bool:
+def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+
+
+def _are_choices(value: Any, _: Mapping[str, Any]) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    texts, labels = value.get("text"), value.get("label")
+    return _are_texts(texts) and _are_texts(labels) and len(texts) == len(labels)
 
 
 def _is_position(value: Any, record: Mapping[str, Any]) -> bool:
     return not isinstance(value, bool) and str(value) in map(str, range(len(record["endings"])))
 
 
-def _has_gap(value: Any, _: Mapping[str, Any]) -> bool:
-    return isinstance(value, str) and value.count("_") == 1
-
-
-def _is_option(value: Any, _: Mapping[str, Any]) -> bool:
-    return value in ("1", "2")
-
-
-def _is_choices(value: Any, _: Mapping[str, Any]) -> bool:
-    if not isinstance(value, Mapping):
-        return False
-    texts, labels = value.get("text", ()), value.get("label", ())
-    return _is_texts(texts, value) and _is_texts(labels, value) and len(texts) == len(labels)
-
-
-def _is_label(value: Any, record: Mapping[str, Any]) -> bool:
-    return value in record["choices"]["label"]
-
-
 _CHECKS: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
-    _TEXT: _is_text,
-    _BINARY: _is_binary,
-    "a list of strings": _is_texts,
+    _TEXT: lambda value, _: isinstance(value, str),
+    _BINARY: lambda value, _: type(value) is int and value in (0, 1),
+    "a list of strings": lambda value, _: _are_texts(value),
     "the position of the right ending": _is_position,
-    "a string with one _": _has_gap,
-    '"1" or "2"': _is_option,
-    "an object of two lists, text and label": _is_choices,
-    "one of the labels": _is_label,
+    "a string with one _": lambda value, _: isinstance(value, str) and value.count("_") == 1,
+    '"1" or "2"': lambda value, _: value in ("1", "2"),
+    "an object of two lists, text and label": _are_choices,
+    "one of the labels": lambda value, record: value in record["choices"]["label"],
 }
 """What a field must be -> (value, record) -> whether it is; fields are checked in order."""

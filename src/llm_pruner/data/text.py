@@ -6,11 +6,13 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from llm_pruner.data.files import SUFFIXES, read_file, read_hub
+from llm_pruner.data.files import SUFFIXES, read_hub, read_rows, texts_of_rows
 from llm_pruner.errors import UserError
 
 DEMO_PROMPTS = (
@@ -101,15 +103,18 @@ def load_documents(
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit} reads no documents; use at least 1")
     path = Path(source).expanduser()
+    take = partial(texts_of_rows, text_field=text_field)
     plain = False
-    if is_file_name(source, path):
-        texts = read_file(path, text_field=text_field, limit=limit)
-        plain = path.suffix.lower() == ".txt"
-        name, used_split = path.name, None
-        if plain and limit is not None:
-            texts = ("".join(_lines(texts[0])[:limit]),)
+    if not is_file_name(source, path):
+        name, used_split, texts = read_hub(source, take, split=split, limit=limit)
     else:
-        name, used_split, texts = read_hub(source, split=split, text_field=text_field, limit=limit)
+        name, used_split = path.name, None
+        plain = path.suffix.lower() == ".txt"
+        rows = read_rows(path)
+        if plain:
+            texts = ("".join(line for row in rows for line in _lines(row)[:limit]),)
+        else:
+            texts = tuple(islice(take(rows, str(path)), limit))
     if not any(text.strip() for text in texts):
         raise UserError(f"{name} holds no text; give a file or dataset with text in it")
     return Documents(texts, name, used_split, fingerprint(texts), plain)

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from llm_pruner.data.examples import Example, Examples
-from llm_pruner.data.formatting import Template, encode_examples
 from llm_pruner.data.selfmade import write_text_cached
-from llm_pruner.data.sequences import TrainingSequence, make_sequence
+from llm_pruner.data.sequences import Template, TrainingSequence, encode_examples, make_sequence
 from llm_pruner.data.text import SELF
 from llm_pruner.errors import UserError
 

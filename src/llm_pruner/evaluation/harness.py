@@ -21,7 +21,7 @@ from lm_eval.tasks import TaskManager
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.likelihood import log_likelihoods, truncated
 from llm_pruner.evaluation.zero_shot import definition_file
-from llm_pruner.runtime.quiet import quiet as silenced
+from llm_pruner.runtime.progress import quiet as silenced
 
 Tasks = dict[str, Any]
 """What the harness's task manager returns: ``tasks`` by name, ``groups``, ``group_map``."""

@@ -28,8 +28,7 @@ from llm_pruner.discovery.tracing.run import example_tokens
 from llm_pruner.discovery.tracing.scenes import staged
 from llm_pruner.discovery.tracing.tracer import tensors_in
 from llm_pruner.errors import LLMPrunerError, UserError
-from llm_pruner.models.decode import Decoder, tensor_bytes
-from llm_pruner.models.forward import is_on_meta, logits_of
+from llm_pruner.models.forward import Decoder, is_on_meta, logits_of, tensor_bytes
 
 PAPER_TOKENS = 64
 """Length of the text that LLM-Pruner (arXiv 2305.11627) counts MACs on."""

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from llm_pruner.discovery.tracing.run import example_tokens
 from llm_pruner.discovery.tracing.scenes import staged
-from llm_pruner.models.decode import Decoder
+from llm_pruner.models.forward import Decoder
 from llm_pruner.models.layers import heaviest
 from llm_pruner.types import Size
 

@@ -14,7 +14,7 @@ from transformers import __version__ as transformers_version
 from transformers.utils.hub import cached_file
 
 from llm_pruner.checkpoints import atomic_write_text
-from llm_pruner.files.json import read_json
+from llm_pruner.files.disk import read_json
 from llm_pruner.models.load import DEFAULT, default_gguf
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.version import __version__

@@ -9,8 +9,7 @@ import torch
 
 from llm_pruner.data.sequences import chat_ids
 from llm_pruner.errors import UserError
-from llm_pruner.models.decode import Decoder
-from llm_pruner.models.forward import evaluating
+from llm_pruner.models.forward import Decoder, evaluating
 
 
 def sample_continuation(

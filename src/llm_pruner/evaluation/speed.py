@@ -23,10 +23,8 @@ from transformers import StaticCache
 from llm_pruner.discovery.tracing.run import example_tokens
 from llm_pruner.discovery.tracing.scenes import staged
 from llm_pruner.errors import UserError
-from llm_pruner.models.decode import Decoder
-from llm_pruner.models.forward import cache_argument
-from llm_pruner.runtime.progress import track
-from llm_pruner.runtime.quiet import quiet
+from llm_pruner.models.forward import Decoder, cache_argument
+from llm_pruner.runtime.progress import quiet, track
 
 
 class Stepper(Protocol):

@@ -2,11 +2,13 @@
 
 What is being made lies beside its place as ``.NAME.partial-XXXXXXXX``, and a folder that gives way
 to a new one as ``.NAME.old-XXXXXXXX``. Both are locked for as long as their process lives, so that
-the next process that writes there can tell what a dead one left.
+the next process that writes there can tell what a dead one left. JSON that anybody may have
+written is read within bounds.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -14,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 _RUST_CODE = re.compile(r"\(os error (\d+)\)")
 
@@ -236,3 +238,43 @@ def umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
+
+
+MOST_BYTES = 64 * 2**20
+"""A larger file is none that this package wrote."""
+
+
+def read_text(file: Path) -> str:
+    """Return the text of a file of at most ``MOST_BYTES``.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is larger, or not UTF-8.
+    """
+    # The size that the system states says nothing of a device or a pipe.
+    with file.open("rb") as stream:
+        data = stream.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"larger than {MOST_BYTES // 2**20} MiB")
+    return data.decode("utf-8")
+
+
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """Return what a JSON text says; ``options`` are those of ``json.loads``.
+
+    Raises:
+        ValueError: it is no JSON, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(file: Path) -> Any:
+    """Return what a JSON file says.
+
+    Raises:
+        OSError, ValueError: as ``read_text`` and ``parse_json``.
+    """
+    return parse_json(read_text(file))

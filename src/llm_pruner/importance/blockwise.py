@@ -18,8 +18,7 @@ from llm_pruner.importance.boundary_pass import forward, hidden_form, parts_of, 
 from llm_pruner.importance.criterion import Criterion
 from llm_pruner.importance.gradients import GradientSums, loss_cotangent, pull_back
 from llm_pruner.importance.needs import Need, Sums, parameters_by_name
-from llm_pruner.models.activation_store import Borders
-from llm_pruner.models.blockwise import Call, Chain, find_chain, hidden_of
+from llm_pruner.models.blockwise import Borders, Call, Chain, find_chain, hidden_of
 from llm_pruner.runtime.progress import track
 
 _BUDGET = 2**26

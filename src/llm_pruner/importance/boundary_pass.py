@@ -8,8 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from llm_pruner.importance.gradients import batches, loss_cotangent, pull_back
-from llm_pruner.models.activation_store import Borders
-from llm_pruner.models.blockwise import Call, Chain, hidden_of, output_of, with_output
+from llm_pruner.models.blockwise import Borders, Call, Chain, hidden_of, output_of, with_output
 
 
 class Tap(Protocol):

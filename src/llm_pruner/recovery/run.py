@@ -31,7 +31,7 @@ from llm_pruner.recovery.packing import lay_out, step_samples
 from llm_pruner.recovery.processes import ALONE, Processes
 from llm_pruner.recovery.scoring import Evaluation, score
 from llm_pruner.recovery.trainer import RecoveryTrainer, RunState, Steps
-from llm_pruner.runtime.quiet import quiet
+from llm_pruner.runtime.progress import quiet
 from llm_pruner.settings.recover import TrainingSettings
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from llm_pruner.errors import UserError
-from llm_pruner.files.json import read_json
+from llm_pruner.files.disk import read_json
 from llm_pruner.report.text import safe_json, visible
 from llm_pruner.types import Layer, Size, SplitTrial
 

@@ -1,10 +1,14 @@
-"""Progress bars on stderr, silent when it is not a terminal, and the time of each stage."""
+"""What a run shows and what it keeps back: progress bars, time of stages, what libraries say."""
 
 from __future__ import annotations
 
+import io
+import logging
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import TypeVar
 
 from rich.console import Console
@@ -66,3 +70,38 @@ class Clock:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
         self._last = now
         give_back()
+
+
+@contextmanager
+def quiet(
+    *loggers: str,
+    level: int = logging.ERROR,
+    warned: str | None = "",
+    stdout: bool = False,
+    stderr: bool = False,
+) -> Iterator[None]:
+    """Hold back warnings and what some loggers say below a level; what goes wrong is raised.
+
+    Args:
+        loggers: names, such as ``transformers``.
+        level: the least that they still say.
+        warned: regular expression of the warnings that are held back, by default all; None for
+            none.
+        stdout, stderr: hold back what is printed there.
+    """
+    found = [logging.getLogger(name) for name in loggers]
+    levels = [logger.level for logger in found]
+    for logger in found:
+        logger.setLevel(level)
+    try:
+        with warnings.catch_warnings(), ExitStack() as stack:
+            if warned is not None:
+                warnings.filterwarnings("ignore", message=warned)
+            if stdout:
+                stack.enter_context(redirect_stdout(io.StringIO()))
+            if stderr:
+                stack.enter_context(redirect_stderr(io.StringIO()))
+            yield
+    finally:
+        for logger, before in zip(found, levels, strict=True):
+            logger.setLevel(before)

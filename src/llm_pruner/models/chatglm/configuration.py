@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from importlib import import_module
 from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
@@ -46,6 +45,7 @@ class ChatGLMConfig(PreTrainedConfig):
         "intermediate_size": "inner_hidden_size",
         "max_position_embeddings": "max_sequence_length",
     }
+    hidden_act: ClassVar[str] = "gelu_pytorch_tanh"
 
     vocab_size: int = 130528
     hidden_size: int = 4096
@@ -84,8 +84,6 @@ class ChatGLMConfig(PreTrainedConfig):
         self._set_head_dim()
         if not self.residual_scale:
             self.residual_scale = math.sqrt(2 * self.num_layers)
-        # Whoever has a config may ask an Auto class for its model or tokenizer next.
-        import_module("llm_pruner.models.chatglm").register_code()
 
     def _check_variant(self) -> None:
         if self.quantization_bit:

@@ -1,0 +1,125 @@
+"""The entry point that PyTorch runs: it costs nothing, breaks nothing, and fails late."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+import llm_pruner
+from llm_pruner import hook
+from llm_pruner.checkpoints.quantizer import PrunedConfig, PrunedQuantizer
+from llm_pruner.checkpoints.reshape import Recipe
+from llm_pruner.models.chatglm import ChatGLMConfig
+
+PACKAGE = Path(llm_pruner.__file__).parent
+
+ORDINARY = """
+import sys
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+config = AutoConfig.for_model("llama", num_hidden_layers=1, hidden_size=16, vocab_size=8,
+    intermediate_size=16, num_attention_heads=2)
+AutoModelForCausalLM.from_config(config)(torch.tensor([[1, 2]]))
+ours = sorted(name for name in sys.modules if name.startswith("llm_pruner"))
+assert ours in (["llm_pruner", "llm_pruner.hook"], []), ours
+assert not [one for one in sys.meta_path if type(one).__module__.startswith("llm_pruner")]
+from transformers.quantizers import AutoQuantizationConfig
+try:
+    AutoQuantizationConfig.from_dict({"quant_method": "llm_pruner", "format_version": 1})
+except (ImportError, ValueError) as error:
+    print(error)
+else:
+    print("loaded")
+"""
+
+
+def in_a_program(site: Path, **environment: str) -> str:
+    """Run a program that does not know the package, with an installation of it in ``site``."""
+    installed = site / "entry-1.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: entry\nVersion: 1\n")
+    (installed / "entry_points.txt").write_text("[torch.backends]\nus = llm_pruner.hook:register\n")
+    autoload = {"PYTHONPATH": str(site), "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-W", "error:::llm_pruner", "-c", ORDINARY],
+        env={**os.environ, **autoload, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "llm_pruner" not in ran.stderr
+    return ran.stdout.strip()
+
+
+@pytest.mark.slow
+def test_a_program_that_loads_no_pruned_model_imports_nothing_of_it(tmp_path: Path) -> None:
+    (tmp_path / "llm_pruner").symlink_to(PACKAGE)
+    assert in_a_program(tmp_path) == "loaded"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("state", ["broken", "half removed"])
+def test_a_damaged_installation_breaks_no_program(state: str, tmp_path: Path) -> None:
+    package = tmp_path / "llm_pruner"
+    package.mkdir()
+    for name in ("__init__.py", "hook.py"):
+        (package / name).write_bytes((PACKAGE / name).read_bytes())
+    if state == "broken":
+        for room in ("checkpoints", "models", "version", "errors"):
+            (package / f"{room}.py").write_text("raise ImportError('llm_pruner is broken')")
+    said = in_a_program(tmp_path)
+    assert said in ("llm_pruner is broken", "No module named 'llm_pruner.checkpoints'")
+
+
+@pytest.mark.slow
+def test_it_can_be_switched_off(tmp_path: Path) -> None:
+    (tmp_path / "llm_pruner").symlink_to(PACKAGE)
+    said = in_a_program(tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert said.startswith("Unknown quantization type, got llm_pruner")
+
+
+def test_stand_ins_are_what_they_stand_for() -> None:
+    config = AUTO_QUANTIZATION_CONFIG_MAPPING["llm_pruner"].from_dict({"format_version": 1})
+    assert type(config) is PrunedConfig
+    assert config.recipe == Recipe()
+    assert type(AUTO_QUANTIZER_MAPPING["llm_pruner"](config)) is PrunedQuantizer
+    stand_in = hook.StandIn("llm_pruner.models.chatglm", "ChatGLMConfig")
+    assert stand_in.model_type == ChatGLMConfig.model_type
+    assert type(copy.deepcopy(stand_in)(num_layers=2)) is ChatGLMConfig
+    assert stand_in.__name__ == "ChatGLMConfig"
+    assert "chatglm" in CONFIG_MAPPING
+
+
+def test_what_goes_wrong_is_kept_from_the_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "holds_no_table.py").write_text("VALUE = 3")
+    added: list[str] = []
+
+    def fail(module: object) -> None:
+        added.append(str(module.__name__))  # type: ignore[attr-defined]
+        raise AttributeError("no such table")
+
+    monkeypatch.setattr(hook, "_ADDITIONS", {"holds_no_table": fail})
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    hook.register()
+    hook.register()  # a second time is nothing
+    before = len(sys.meta_path)
+    import holds_no_table  # type: ignore[import-not-found]
+
+    assert holds_no_table.VALUE == 3
+    assert added == ["holds_no_table"]
+    assert len(sys.meta_path) == before - 1
+    hook.register()  # what is there already
+    assert added == ["holds_no_table"] * 2
+    assert len(sys.meta_path) == before - 1
