@@ -1,4 +1,4 @@
-"""Exception types.
+"""Exception types, and how errors of libraries are quoted.
 
 Every message says what was given, what follows and what to change, in one line.
 """
@@ -43,3 +43,9 @@ class InfeasibleError(LLMPrunerError):
 
 class VerificationError(LLMPrunerError):
     """The pruned model differs from its masked twin; nothing may be saved."""
+
+
+def in_short(error: BaseException) -> str:
+    """Return type and text of an error that a library raised, in one line of bounded length."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 200 else f"{text[:197]}..."

@@ -13,13 +13,14 @@ import torch
 
 import llm_pruner.commands.bench
 import llm_pruner.models.load
+import llm_pruner.models.stored
 from command import done, run, save_tiny
 from helpers import VOCABULARY, tiny_model
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.memory import folder_bytes
 from llm_pruner.evaluation.speed import compare_speed, compiled, compiling, speed_up
 from llm_pruner.models.forward import Decoder
-from llm_pruner.models.load import stored_at
+from llm_pruner.models.stored import stored_at
 from llm_pruner.settings.evaluate import BenchSettings
 
 QUICK = ("--prompt-tokens", 8, "--new-tokens", 3, "--repeats", 2)
@@ -304,7 +305,7 @@ def test_where_a_model_is_stored(dense: Path, monkeypatch: pytest.MonkeyPatch) -
     assert stored_at(str(dense)) == dense
     assert stored_at(str(dense / "config.json")) == dense / "config.json"
     assert stored_at("nobody/no-such-model-here") is None
-    monkeypatch.setattr(llm_pruner.models.load, "default_gguf", lambda: dense / "model.gguf")
+    monkeypatch.setattr(llm_pruner.models.stored, "default_gguf", lambda: dense / "model.gguf")
     assert stored_at("default") == dense / "model.gguf"
 
 

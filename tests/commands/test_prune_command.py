@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import llm_pruner.commands.compress
 import llm_pruner.commands.demo
 import llm_pruner.commands.prune
-import llm_pruner.models.load
+import llm_pruner.models.stored
 import llm_pruner.surgery.pruner
 import llm_pruner.surgery.verify
 from command import contents, done, run, save_tiny, write_text
@@ -409,7 +409,7 @@ def quick(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = save_tiny(work.parent / "sharp", initializer_range=0.2)
     recipe = work.parent / "quick.yaml"
     recipe.write_text("{structures: [ffn], criterion: fisher, samples: 4, seq_len: 24}")
-    monkeypatch.setattr(llm_pruner.models.load, "default_gguf", lambda: tiny)
+    monkeypatch.setattr(llm_pruner.models.stored, "default_gguf", lambda: tiny)
     monkeypatch.setattr(llm_pruner.commands.demo, "PRESET", str(recipe))
     monkeypatch.setattr(llm_pruner.commands.demo, "SAMPLES", 256)
 

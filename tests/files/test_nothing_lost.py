@@ -31,7 +31,7 @@ from llm_pruner.commands.workdir import RECOVERING, begun, folder_beside, opened
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import allocate, discard, new_file, new_folder, put
 from llm_pruner.files.outputs import MANIFEST, check_output, not_ours, write_output
-from llm_pruner.models.load import check_file_states, file_states
+from llm_pruner.models.stored import check_file_states, file_states
 from llm_pruner.runtime.signals import end_with_parent
 from llm_pruner.settings.evaluate import EvaluateSettings
 

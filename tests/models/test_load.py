@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.errors import UserError
-from llm_pruner.models import load as sources
+from llm_pruner.models import stored as sources
 from llm_pruner.models.load import fingerprint, load_model
 
 

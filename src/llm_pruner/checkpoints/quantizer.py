@@ -9,7 +9,7 @@ transformers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from llm_pruner.checkpoints.fits import (
 from llm_pruner.checkpoints.meta import get_path, set_path
 from llm_pruner.checkpoints.reshape import Recipe, from_json, shown, to_json
 from llm_pruner.errors import UserError
-from llm_pruner.models.layers import keep_children, set_attributes_
+from llm_pruner.models.layers import configs_of, keep_children, set_attributes_
 
 QUANT_METHOD = "llm_pruner"
 
@@ -89,19 +89,10 @@ class PrunedQuantizer(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        recipe = self.quantization_config.recipe
-        keep_layers_(model, recipe)
-        # Names are those of a model without the removed layers, which nobody has seen yet.
-        require_fits(model, recipe)
-        set_config_(model, self._kept_config)
-        reshape_parameters_(model, recipe)
-        cut_buffers_(model, recipe, saved=True)
+        cut_skeleton_(model, self.quantization_config.recipe, self._kept_config)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        recipe = self.quantization_config.recipe
-        # Buffers that no checkpoint holds have just been computed from the config, in dense size.
-        cut_buffers_(model, recipe, saved=False)
-        set_attributes_(model, recipe)
+        finish_(model, self.quantization_config.recipe)
         # From here on this is a model like any other: it can be cast, trained in full and saved.
         # The recipe stays in its config, which a later ``save_pretrained`` writes.
         model.is_quantized = False
@@ -133,38 +124,46 @@ class PrunedQuantizer(HfQuantizer):
         return True
 
 
-def keep_layers_(model: nn.Module, recipe: Recipe) -> None:
-    """Drop the layers that the recipe does not keep.
+def cut_skeleton_(model: PreTrainedModel, recipe: Recipe, kept_config: Mapping[str, Any]) -> None:
+    """Cut a dense model without weights to the sizes of the recipe, so that its weights can load.
+
+    Args:
+        kept_config: dotted path -> value of the config values that the recipe made dense.
 
     Raises:
-        UserError: a module list that the model does not have, or an index that it does not have.
+        UserError: the recipe does not fit the model.
     """
     require_layers_fit(model, recipe)
     for path, kept in recipe.layers.items():
         keep_children(model, path, kept)
+    # Names are those of a model without the removed layers, which nobody has seen yet.
+    require_fits(model, recipe)
+    _set_config_(model, kept_config)
+    _reshape_parameters_(model, recipe)
+    _cut_buffers_(model, recipe, saved=True)
 
 
-def set_config_(model: PreTrainedModel, values: dict[str, Any]) -> None:
+def finish_(model: nn.Module, recipe: Recipe) -> None:
+    """Cut and set what depends on no weights, once these are loaded."""
+    # Buffers that no checkpoint holds have just been computed from the config, in dense size.
+    _cut_buffers_(model, recipe, saved=False)
+    set_attributes_(model, recipe)
+
+
+def _set_config_(model: PreTrainedModel, values: Mapping[str, Any]) -> None:
     """Set config values in every config object of the model; submodels may hold copies."""
     dense = {path: get_path(model.config, path) for path in values}
-    configs = {id(config): config for config in _configs(model.modules())}
     for path, value in values.items():
         set_path(model.config, path, value)
         name = path.rpartition(".")[2]
-        for config in configs.values():
+        for config in configs_of(model):
             # A copy is one that still says what the dense config said.
-            if config is not model.config and getattr(config, name, None) == dense[path]:
+            copied = isinstance(config, PreTrainedConfig) and config is not model.config
+            if copied and getattr(config, name, None) == dense[path]:
                 setattr(config, name, value)
 
 
-def _configs(modules: Iterable[nn.Module]) -> Iterable[PreTrainedConfig]:
-    for module in modules:
-        config = getattr(module, "config", None)
-        if isinstance(config, PreTrainedConfig):
-            yield config
-
-
-def reshape_parameters_(model: PreTrainedModel, recipe: Recipe) -> None:
+def _reshape_parameters_(model: PreTrainedModel, recipe: Recipe) -> None:
     """Give meta parameters the shapes of the recipe, tied ones under each of their names.
 
     A bias of a linear module that has none is added. The recipe fits, as ``require_fits`` says.
@@ -180,7 +179,7 @@ def reshape_parameters_(model: PreTrainedModel, recipe: Recipe) -> None:
         setattr(module, attribute, new)
 
 
-def cut_buffers_(model: PreTrainedModel, recipe: Recipe, *, saved: bool) -> None:
+def _cut_buffers_(model: PreTrainedModel, recipe: Recipe, *, saved: bool) -> None:
     """Keep the recipe's positions of buffers and tensor attributes.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,22 +13,15 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging as transformers_logging
 
 from llm_pruner.checkpoints.depth import layer_values
-from llm_pruner.checkpoints.fits import require_attributes_fit, require_config_fits, require_fits
+from llm_pruner.checkpoints.fits import require_attributes_fit, require_config_fits
 from llm_pruner.checkpoints.meta import build_meta, get_path, quiet_trial, set_path, sizes
-from llm_pruner.checkpoints.quantizer import (
-    QUANT_METHOD,
-    PrunedConfig,
-    cut_buffers_,
-    keep_layers_,
-    reshape_parameters_,
-    set_config_,
-)
+from llm_pruner.checkpoints.quantizer import QUANT_METHOD, PrunedConfig, cut_skeleton_, finish_
 from llm_pruner.checkpoints.reshape import Recipe, compose, from_json
 from llm_pruner.checkpoints.stock_config import stock_config
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.files.disk import umask
 from llm_pruner.files.outputs import atomic_directory, check_shard_size
-from llm_pruner.models.layers import set_attributes_
+from llm_pruner.runtime.progress import quiet
 from llm_pruner.types import Edits
 
 # The package in which transformers puts modelling code that comes with a checkpoint.
@@ -188,13 +180,8 @@ def _checked(
     what loads is what was verified.
     """
     rebuilt = build_meta(type(model), dense_config)
-    keep_layers_(rebuilt, recipe)
-    require_fits(rebuilt, recipe)
-    set_config_(rebuilt, kept_config)
-    reshape_parameters_(rebuilt, recipe)
-    cut_buffers_(rebuilt, recipe, saved=True)
-    cut_buffers_(rebuilt, recipe, saved=False)
-    set_attributes_(rebuilt, recipe)
+    cut_skeleton_(rebuilt, recipe, kept_config)
+    finish_(rebuilt, recipe)
     found, wanted = sizes(rebuilt), sizes(model)
     attributes = {name: dict(values) for name, values in recipe.attributes.items()}
     wrong = []
@@ -233,9 +220,8 @@ def silent_writing() -> Iterator[None]:
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            # Said of every model that a device map has put on the CPU.
-            warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded")
+        # Said of every model that a device map has put on the CPU.
+        with quiet(warned="Attempting to save a model with offloaded"):
             yield
     finally:
         if shown:

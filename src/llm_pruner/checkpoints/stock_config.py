@@ -31,6 +31,7 @@ from llm_pruner.checkpoints.meta import (
     try_sizes,
     with_values,
 )
+from llm_pruner.models.forward import embedding_rows, evaluating
 from llm_pruner.types import Edits
 
 _OPTIONAL_TRIALS = (64, 128)
@@ -267,16 +268,9 @@ def _same_function(model: PreTrainedModel, pruned: PreTrainedModel) -> bool:
     for name, _ in list(model.named_non_persistent_buffers()):
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, present[name])
-    vocabulary = pruned.get_input_embeddings().weight.shape[0]
-    tokens = (torch.arange(16, device=pruned.device) * 7919 % vocabulary).view(2, 8)
-    training = pruned.training
-    try:
-        with torch.no_grad(), quiet_trial():
-            ours, theirs = (
-                m.eval()(input_ids=tokens, use_cache=False).logits for m in (pruned, model)
-            )
-    finally:
-        pruned.train(training)
+    tokens = (torch.arange(16, device=pruned.device) * 7919 % embedding_rows(pruned)).view(2, 8)
+    with evaluating(pruned), evaluating(model), torch.no_grad(), quiet_trial():
+        ours, theirs = (m(input_ids=tokens, use_cache=False).logits for m in (pruned, model))
     return torch.equal(ours, theirs)
 
 

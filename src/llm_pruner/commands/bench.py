@@ -16,7 +16,8 @@ from llm_pruner.evaluation.macs import Counts, count_work, paper_macs
 from llm_pruner.evaluation.memory import PeakMemory, folder_bytes, measure_memory, model_size
 from llm_pruner.evaluation.speed import Speed, SpeedUp, compare_speed, compiled, compiling, speed_up
 from llm_pruner.models.forward import Decoder, maximum_length
-from llm_pruner.models.load import LoadedModel, check, load, stored_at
+from llm_pruner.models.load import LoadedModel, check, load
+from llm_pruner.models.stored import stored_at
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.evaluate import BenchSettings
 

@@ -30,7 +30,8 @@ from llm_pruner.errors import UserError
 from llm_pruner.files.disk import put, read_json, tidy
 from llm_pruner.files.outputs import Source, check_output, check_place, rewrite
 from llm_pruner.models.forward import maximum_length
-from llm_pruner.models.load import check_file_states, file_states, load
+from llm_pruner.models.load import load
+from llm_pruner.models.stored import check_file_states, file_states
 from llm_pruner.recovery import Progress
 from llm_pruner.recovery.processes import only_one
 from llm_pruner.report.data import Report, Variant

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llm_pruner.errors import UserError
 from llm_pruner.files.outputs import free_bytes, nearest
-from llm_pruner.models.load import stored_size
+from llm_pruner.models.stored import stored_size
 from llm_pruner.planning import Target
 from llm_pruner.report.text import megabytes
 from llm_pruner.settings.common import ModelSettings

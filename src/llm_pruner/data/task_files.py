@@ -94,7 +94,7 @@ def _are_texts(value: Any) -> bool:
 def _are_choices(value: Any, _: Mapping[str, Any]) -> bool:
     if not isinstance(value, Mapping):
         return False
-    texts, labels = value.get("text"), value.get("label")
+    texts, labels = value.get("text", ()), value.get("label", ())
     return _are_texts(texts) and _are_texts(labels) and len(texts) == len(labels)
 
 

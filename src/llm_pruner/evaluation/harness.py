@@ -18,7 +18,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from llm_pruner.errors import UserError
+from llm_pruner.errors import UserError, in_short
 from llm_pruner.evaluation.likelihood import log_likelihoods, truncated
 from llm_pruner.evaluation.zero_shot import definition_file
 from llm_pruner.runtime.progress import quiet as silenced
@@ -110,7 +110,7 @@ def load_named(name: str) -> Tasks:
         except Exception as error:  # tasks run code of their own and fetch data
             offline = "or give --tasks-data" if file is not None else "and what the task needs"
             raise UserError(
-                f"task {name} cannot be prepared ({_in_short(error)}); check the connection "
+                f"task {name} cannot be prepared ({in_short(error)}); check the connection "
                 f"{offline}"
             ) from error
 
@@ -156,8 +156,3 @@ def _usable(name: str, tasks: Tasks) -> Tasks:
         if getattr(each, "MULTIMODAL", False):
             raise UserError(f"task {name} needs images or sound; name a task of text")
     return tasks
-
-
-def _in_short(error: BaseException) -> str:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= 200 else f"{text[:197]}..."

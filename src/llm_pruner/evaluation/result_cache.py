@@ -15,7 +15,7 @@ from transformers.utils.hub import cached_file
 
 from llm_pruner.checkpoints import atomic_write_text
 from llm_pruner.files.disk import read_json
-from llm_pruner.models.load import DEFAULT, default_gguf
+from llm_pruner.models.stored import local_path
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.version import __version__
 
@@ -50,8 +50,7 @@ class ModelIdentity:
 def identify(model: ModelSettings) -> ModelIdentity | None:
     """Return the identity of a model; None if it cannot be had, which loading it will explain."""
     try:
-        source = str(default_gguf()) if model.model == DEFAULT else model.model
-        path = Path(source).expanduser()
+        path = local_path(model.model)
         if path.is_dir():
             files = [
                 file
@@ -61,10 +60,10 @@ def identify(model: ModelSettings) -> ModelIdentity | None:
             return ModelIdentity(path.resolve().name, _hash(files))
         if path.is_file():
             return ModelIdentity(path.stem, _hash([path]))
-        config = cached_file(source, "config.json", revision=model.revision)
+        config = cached_file(model.model, "config.json", revision=model.revision)
         if config is None:
             return None
-        return ModelIdentity(source, f"{source}@{Path(config).parent.name}")
+        return ModelIdentity(model.model, f"{model.model}@{Path(config).parent.name}")
     except Exception:  # the hub, its client and file systems raise anything; loading says it better
         return None
 

@@ -245,9 +245,7 @@ def _places(reads: Iterable[Source]) -> Iterator[tuple[Source, Path]]:
 
 
 def _check_parent(what: str, place: Path) -> None:
-    parent = place.parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = nearest(place.parent)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(
             f"{what} cannot be made, since {parent} is not a folder that may be written"

