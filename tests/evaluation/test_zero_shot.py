@@ -19,7 +19,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 import llm_pruner
 import llm_pruner.models.load
 from command import contents, done, run, save_tiny
-from llm_pruner.data.task_files import LOCAL_TASKS, read_task
+from llm_pruner.data.files import LOCAL_TASKS, read_task
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import harness, zero_shot
 from llm_pruner.evaluation.zero_shot import (

@@ -12,7 +12,7 @@ import torch
 from transformers import __version__ as transformers_version
 
 from llm_pruner.checkpoints import atomic_directory
-from llm_pruner.data.task_files import read_task
+from llm_pruner.data.files import read_task
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import result_cache
 from llm_pruner.evaluation.zero_shot import (
