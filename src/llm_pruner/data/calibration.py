@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -27,6 +26,7 @@ SHORT_DOCUMENT = 200
 """Documents with fewer characters than this on average are lines of a running text."""
 MAX_TEXT_CHARACTERS = 4_000_000
 """Of a longer running text only the beginning is tokenised, unless more is needed."""
+_SELF_NAME = "text sampled from the model"
 
 
 @dataclass(frozen=True)
@@ -84,94 +84,59 @@ def build_calibration(
     if seq_len < 2:
         raise UserError(f"seq_len={seq_len} predicts no token; use at least 2")
     sources = sources_of(source)
-    if len(sources) > 1:
-        return _mixture(
-            sources,
-            tokenizer,
-            samples=samples,
-            seq_len=seq_len,
-            seed=seed,
-            model=model,
-            text_field=text_field,
-            split=split,
-            kept=kept,
+    if samples < len(sources):
+        raise UserError(
+            f"samples={samples} of {len(sources)} sources leave some without any; use at least "
+            f"{len(sources)}"
         )
-    (source,) = sources
-    name, used_split = source, None
-    if source == SELF:
-        if model is None:
-            raise UserError("source 'self' needs the model that writes the text")
-        size = {"samples": samples, "seq_len": seq_len, "seed": seed}
-        input_ids = (
-            write_windows(model, tokenizer, **size)
-            if kept is None
-            else write_text_cached(model, tokenizer, kept, **size)
-        )
-        name = "text sampled from the model"
-    else:
-        # Enough documents even where each is one short sentence; a local file is read whole.
-        streamed = max(1000, samples * seq_len // 4)
-        documents = load_documents(
-            source,
-            split=split,
-            text_field=text_field,
-            limit=None if _is_local(source) else streamed,
-        )
-        name, used_split = documents.name, documents.split
-        input_ids = pack(documents, tokenizer, samples=samples, seq_len=seq_len, seed=seed)
-    return _calibration(input_ids, source, name, used_split, text_field, seed)
-
-
-def _calibration(
-    input_ids: torch.Tensor,
-    source: str,
-    name: str,
-    split: str | None,
-    text_field: str | None,
-    seed: int,
-) -> Calibration:
-    samples, seq_len = input_ids.shape
+    parts: list[tuple[torch.Tensor, str, str | None]] = []
+    for number, one in enumerate(sources):
+        share = -(-(samples - number) // len(sources))
+        size = {"samples": share, "seq_len": seq_len, "seed": seed}
+        try:
+            if one == SELF:
+                parts.append((_written(model, tokenizer, kept, size), _SELF_NAME, None))
+            else:
+                parts.append(_read(one, tokenizer, split, text_field, size))
+        except UserError as error:
+            if len(sources) == 1:
+                raise
+            raise UserError(
+                f"{samples} samples are {share} of each of {len(sources)} sources: {error}"
+            ) from error
+    turns = zip_longest(*(windows for windows, _, _ in parts))
+    input_ids = torch.stack([row for turn in turns for row in turn if row is not None])
     settings = {
-        "source": source,
-        "name": name,
-        "split": split,
+        "source": ",".join(sources),
+        "name": ", ".join(name for _, name, _ in parts),
+        "split": ",".join(sorted({used for _, _, used in parts if used})) or None,
         "text_field": text_field,
         "samples": samples,
         "seq_len": seq_len,
         "seed": seed,
         "fingerprint": hashlib.sha256(input_ids.numpy().tobytes()).hexdigest()[:16],
     }
-    return Calibration(input_ids, source, settings)
+    return Calibration(input_ids, settings["source"], settings)
 
 
-def _mixture(
-    sources: Sequence[str], tokenizer: Any, *, samples: int, **options: Any
-) -> Calibration:
-    """Return equally many windows of each source, in turn; see ``build_calibration``."""
-    if samples < len(sources):
-        raise UserError(
-            f"samples={samples} of {len(sources)} sources leave some without any; use at least "
-            f"{len(sources)}"
-        )
-    parts: list[Calibration] = []
-    for number, source in enumerate(sources):
-        share = -(-(samples - number) // len(sources))
-        try:
-            parts.append(build_calibration(source, tokenizer, samples=share, **options))
-        except UserError as error:
-            raise UserError(
-                f"{samples} samples are {share} of each of {len(sources)} sources: {error}"
-            ) from error
-    rows = [row for turn in zip_longest(*(part.input_ids for part in parts)) for row in turn]
-    splits = {part.settings["split"] for part in parts} - {None}
-    return _calibration(
-        torch.stack([row for row in rows if row is not None]),
-        ",".join(sources),
-        ", ".join(part.settings["name"] for part in parts),
-        ",".join(sorted(splits)) or None,
-        options["text_field"],
-        options["seed"],
-    )
+def _written(model: Any, tokenizer: Any, kept: Path | None, size: dict[str, int]) -> torch.Tensor:
+    """Return windows that the model writes."""
+    if model is None:
+        raise UserError("source 'self' needs the model that writes the text")
+    if kept is None:
+        return write_windows(model, tokenizer, **size)
+    return write_text_cached(model, tokenizer, kept, **size)
+
+
+def _read(
+    source: str, tokenizer: Any, split: str | None, text_field: str | None, size: dict[str, int]
+) -> tuple[torch.Tensor, str, str | None]:
+    """Return windows of a text, its name and its split."""
+    # Enough documents even where each is one short sentence; a local file is read whole.
+    local = Path(source).expanduser().exists()
+    streamed = None if local else max(1000, size["samples"] * size["seq_len"] // 4)
+    documents = load_documents(source, split=split, text_field=text_field, limit=streamed)
+    return pack(documents, tokenizer, **size), documents.name, documents.split
 
 
 def pack(
@@ -247,7 +212,3 @@ def _too_short(name: str, tokens: int, samples: int, seq_len: int, fresh: int) -
         f"{name} gives {tokens} tokens; {samples} samples of {seq_len} tokens need "
         f"{samples * fresh}; {advice}"
     )
-
-
-def _is_local(source: str) -> bool:
-    return Path(source).expanduser().exists()
