@@ -106,8 +106,9 @@ def build_calibration(
             ) from error
     turns = zip_longest(*(windows for windows, _, _ in parts))
     input_ids = torch.stack([row for turn in turns for row in turn if row is not None])
+    named = ",".join(sources)
     settings = {
-        "source": ",".join(sources),
+        "source": named,
         "name": ", ".join(name for _, name, _ in parts),
         "split": ",".join(sorted({used for _, _, used in parts if used})) or None,
         "text_field": text_field,
@@ -116,7 +117,7 @@ def build_calibration(
         "seed": seed,
         "fingerprint": hashlib.sha256(input_ids.numpy().tobytes()).hexdigest()[:16],
     }
-    return Calibration(input_ids, settings["source"], settings)
+    return Calibration(input_ids, named, settings)
 
 
 def _written(model: Any, tokenizer: Any, kept: Path | None, size: dict[str, int]) -> torch.Tensor:
