@@ -22,11 +22,12 @@ from llm_pruner.compensation import Refitted, refit_
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
 from llm_pruner.models.consumers import consumers_of
-from llm_pruner.planning import Selection, Survivors, Target, allocate, parse_split
+from llm_pruner.planning import Selection, Survivors, Target, allocate
 from llm_pruner.runtime import precision as matmul
 from llm_pruner.search import structure_split as trials
 from llm_pruner.search.structure_split import find_split
 from llm_pruner.settings.prune import MethodSettings
+from llm_pruner.settings.words import parse_split
 from llm_pruner.surgery.removal import count_parameters
 
 

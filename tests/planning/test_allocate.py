@@ -19,11 +19,10 @@ from llm_pruner.planning import (
     check,
     choose_groups,
     complete,
-    parse_count,
-    parse_layer_ranges,
     step_targets,
 )
 from llm_pruner.planning.costs import ParameterCounter
+from llm_pruner.settings.words import parse_count, parse_layer_ranges
 from llm_pruner.surgery.removal import count_parameters
 from llm_pruner.types import Discovery, IntArray, Removal
 

@@ -13,7 +13,7 @@ from command import done, run, save_tiny, write_text
 from families import make
 from llm_pruner import Criterion, Selection, Target, allocate, discover, prune_, score
 from llm_pruner.errors import UserError
-from llm_pruner.evaluation.macs import count_work
+from llm_pruner.evaluation.footprint import count_work
 from llm_pruner.models.load import load_model
 from llm_pruner.planning import Survivors
 from llm_pruner.search.cache_cost import cache_cost
@@ -103,4 +103,4 @@ def test_prices_are_measured_anew_after_a_step() -> None:
         model, discover(model), Selection(("heads",)), survivors.after(removal), first.dense
     )
     assert second.dense == first.dense
-    assert second.counter.total == first.counter.count(removal)
+    assert second.total == first.left(removal)

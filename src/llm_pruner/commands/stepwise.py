@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from llm_pruner.commands.refitter import Refitter
-from llm_pruner.data.calibration import Calibration
+from llm_pruner.data.calibration import Calibration, read_calibration
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
 from llm_pruner.importance import Criterion, score
@@ -25,8 +25,7 @@ from llm_pruner.planning import (
 )
 from llm_pruner.runtime.precision import fast_matmul, mixed_precision
 from llm_pruner.search.cache_cost import cache_cost
-from llm_pruner.search.calibration import hold_out, read_calibration
-from llm_pruner.search.structure_split import find_split
+from llm_pruner.search.structure_split import find_split, hold_out
 from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.surgery.pruner import Surgeon
 from llm_pruner.types import Discovery, FloatArray, IntArray, Scores, SplitTrial

@@ -24,20 +24,26 @@ Only two hidden states per token are held at a time, in memory or in files.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
 from llm_pruner.compensation.least_squares import RIDGES, Moments, best_refit
-from llm_pruner.compensation.pairs import Pair, Refitted, pairs_of
 from llm_pruner.errors import UserError
-from llm_pruner.models.activation_store import Borders
+from llm_pruner.models.activation_store import ActivationStore
 from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
-from llm_pruner.models.consumers import set_weight, weight_of
+from llm_pruner.models.consumers import consumers_of, input_dim, set_weight, weight_of
 from llm_pruner.models.forward import undisturbed
+from llm_pruner.models.layers import Renaming, kept_layers
 from llm_pruner.runtime.progress import track
-from llm_pruner.surgery.removal import removed_modules
+from llm_pruner.surgery.removal import removed_modules, removed_positions
 from llm_pruner.types import Discovery, Removal
+
+KINDS = ("heads", "query_heads", "value_dim", "ffn")
+"""Kinds of groups whose consumers are repaired."""
+
 
 FIRST = 0.25
 """Weight of a sample's first token, in weights of all its tokens."""
@@ -51,6 +57,28 @@ HELD_OUT_TOKENS = 4096
 _TOKENS = 2048
 _MEMORY = 2**26
 """Bytes up to which the pruned model's hidden states, the most used, stay in memory."""
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """What became of one consumer.
+
+    Attributes:
+        module: qualified name in the pruned model.
+        ridge: the one that was chosen; None if the weight was left as it was.
+        before: squared error over the squared norm of the target, on held-out tokens.
+        after: the same after the refit; never larger.
+    """
+
+    module: str
+    ridge: float | None
+    before: float
+    after: float
+
+    @property
+    def changed(self) -> bool:
+        """Whether it is not as the cut left it."""
+        return self.ridge is not None
 
 
 def refit_(
@@ -82,7 +110,7 @@ def refit_(
             f"least squares needs at least 2 calibration samples and got {len(input_ids)}; "
             "give more, or use --compensation none"
         )
-    pairs = pairs_of(model, dense, discovery, removal)
+    pairs = _pairs_of(model, dense, discovery, removal)
     with undisturbed(model), undisturbed(dense), torch.no_grad():
         ids = input_ids.detach().to(next(model.parameters()).device, torch.long)
         try:
@@ -106,6 +134,59 @@ def held_out_samples(samples: int, seq_len: int) -> torch.Tensor:
     return torch.arange(samples) >= samples - count
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """A consumer in the pruned model and the same in the dense one.
+
+    Attributes:
+        name: qualified name in the pruned model.
+        module, dense: the two.
+        out: output features of the dense module that the pruned one has.
+        fitted: whether least squares fits it: where it lost inputs, and everywhere if layers or
+            hidden channels went.
+    """
+
+    name: str
+    module: nn.Module
+    dense: nn.Module
+    out: torch.Tensor
+    fitted: bool
+
+
+def _pairs_of(
+    model: nn.Module, dense: nn.Module, discovery: Discovery, removal: Removal
+) -> dict[int, _Pair]:
+    """Return id of the dense module -> pair, for the consumers that are left.
+
+    Args:
+        model: the pruned model.
+        dense: the model before the removal.
+        discovery: of the dense model.
+        removal: what was removed, in its numbering.
+    """
+    removed = removed_positions(discovery, removal)
+    rename = Renaming(kept_layers(dense, removed_modules(discovery, removal)))
+    pairs: dict[int, _Pair] = {}
+    everywhere = any(group.kind not in KINDS for group in discovery.groups if group.name in removal)
+    tied = set(discovery.aliases) | set(discovery.aliases.values())
+    nothing = np.zeros(0, dtype=np.int64)
+    for group in discovery.groups:
+        if group.kind not in KINDS:
+            continue
+        for consumer in consumers_of(dense, group):
+            weight, name = f"{consumer.module}.weight", rename(consumer.module)
+            if name is None or weight in tied:
+                continue
+            before = dense.get_submodule(consumer.module)
+            inputs = input_dim(before) or 0
+            lost = removed.get((weight, inputs), nothing)
+            rows = np.arange(weight_of(before).shape[0])
+            kept = torch.from_numpy(np.delete(rows, removed.get((weight, 1 - inputs), nothing)))
+            fitted = everywhere or len(lost) > 0
+            pairs[id(before)] = _Pair(name, model.get_submodule(name), before, kept, fitted)
+    return pairs
+
+
 class _Reached(Exception):  # noqa: N818 - a signal, not an error
     """Ends a forward pass at the tensor of interest."""
 
@@ -119,21 +200,21 @@ class _Rows:
 
     def __init__(self, samples: int, budget: int = _MEMORY // 4) -> None:
         self._samples, self._budget = samples, budget
-        self._borders: Borders | None = None
+        self._store: ActivationStore | None = None
 
     def write(self, part: slice, values: torch.Tensor) -> None:
-        if self._borders is None:
+        if self._store is None:
             shape = (self._samples, *values.shape[1:])
-            self._borders = Borders(range(1), shape, values.dtype, self._budget)
-        self._borders.write(0, part, values)
+            self._store = ActivationStore(range(1), shape, values.dtype, self._budget)
+        self._store.write(0, part, values)
 
     def read(self, part: slice) -> torch.Tensor:
-        assert self._borders is not None
-        return self._borders.read(0, part)
+        assert self._store is not None
+        return self._store.read(0, part)
 
     def close(self) -> None:
-        if self._borders is not None:
-            self._borders.close()
+        if self._store is not None:
+            self._store.close()
 
 
 class _Refit:
@@ -143,7 +224,7 @@ class _Refit:
         self,
         pruned: Chain,
         dense: Chain,
-        pairs: Mapping[int, Pair],
+        pairs: Mapping[int, _Pair],
         gone: Collection[str],
         ids: torch.Tensor,
         ridges: Sequence[float],
@@ -250,7 +331,7 @@ class _Refit:
 
     def _dense_outputs(
         self, at: int, target: _Rows
-    ) -> tuple[list[Pair], dict[int, _Rows], bool, _Rows]:
+    ) -> tuple[list[_Pair], dict[int, _Rows], bool, _Rows]:
         """Run a dense block.
 
         Returns:
@@ -258,10 +339,10 @@ class _Refit:
             this is the hidden state behind them (else their output); and the block's output, which
             is also what the last of them is to give if it is a hidden state.
         """
-        order: list[Pair] = []
+        order: list[_Pair] = []
         references: dict[int, _Rows] = {}
         direct = False
-        calls: list[tuple[Pair, torch.Tensor]] = []
+        calls: list[tuple[_Pair, torch.Tensor]] = []
 
         def run(part: slice) -> torch.Tensor:
             nonlocal direct
@@ -308,7 +389,7 @@ class _Refit:
         return order, references, direct, following
 
     def _reach(
-        self, index: int, part: slice, states: torch.Tensor, order: Sequence[Pair]
+        self, index: int, part: slice, states: torch.Tensor, order: Sequence[_Pair]
     ) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Return the last consumer's input and the sum of the outputs of those before it."""
         before: list[torch.Tensor] = []

@@ -78,22 +78,20 @@ def log_likelihoods(
     Raises:
         UserError: a continuation is longer than ``max_length``, or a result is not a number.
     """
-    rows = _rows(pairs, max_length)
     scorer = _Scorer(model, batch_size)
     families: dict[tuple[int, ...], list[_Row]] = defaultdict(list)
-    for row in rows:
+    for row in _rows(pairs, max_length):
         families[row.tokens[: row.first + 1]].append(row)
     shared = [family for family in families.values() if _worth_sharing(family)]
     single = [row for family in families.values() if not _worth_sharing(family) for row in family]
-    scores: dict[int, Score] = {}
-    batches: list[tuple[bool, list[list[_Row]]]] = [
-        (True, batch) for batch in scorer.similar_contexts(shared)
-    ]
-    batches += [(False, [batch]) for batch in scorer.padded(single)]
-    total = sum(len(family) for _, batch in batches for family in batch)
-    done = _advance(batches, total, description)
-    for continued, batch in done:
-        scores.update(scorer.continued(batch) if continued else scorer.whole(batch[0]))
+
+    def run() -> Iterator[tuple[int, Score]]:
+        for batch in scorer.similar_contexts(shared):
+            yield from scorer.continued(batch).items()
+        for rows in scorer.padded(single):
+            yield from scorer.whole(rows).items()
+
+    scores = dict(track(run(), description, len(pairs)))
     for number, (value, _) in sorted(scores.items()):
         if math.isnan(value):
             raise UserError(
@@ -112,22 +110,6 @@ def _worth_sharing(family: list[_Row]) -> bool:
     """Whether running the context once saves a third of the tokens, which two steps must."""
     saved = (len(family) - 1) * (family[0].first + 1)
     return 3 * saved >= sum(len(row.tokens) for row in family)
-
-
-def _advance(
-    batches: list[tuple[bool, list[list[_Row]]]], total: int, description: str
-) -> Iterator[tuple[bool, list[list[_Row]]]]:
-    """Yield batches under a bar that counts sequences."""
-
-    def each() -> Iterator[tuple[bool, list[list[_Row]]] | None]:
-        for continued, batch in batches:
-            yield continued, batch
-            for _ in range(sum(len(family) for family in batch) - 1):
-                yield None
-
-    for item in track(each(), description, total):
-        if item is not None:
-            yield item
 
 
 def _rows(pairs: Sequence[Pair], max_length: int) -> list[_Row]:

@@ -94,3 +94,8 @@ class Measure:
     needs: frozenset[str]
     formula: Callable[[Observation], FloatArray]
     where_linear: frozenset[str] = frozenset()
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether nothing can be said without the inputs of linear modules."""
+        return bool(self.needs & {"moments", "gram"})

@@ -1,4 +1,4 @@
-"""Hidden states at the borders between blocks, in memory up to a budget, then in files."""
+"""Hidden states at the boundaries between blocks, in memory up to a budget, then in files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from llm_pruner.errors import UserError
 
 
-class Borders:
+class ActivationStore:
     """Arrays of one shape, written and read by ranges of samples.
 
     Files are plain bytes that are read into fresh memory, not mapped, so that what is on disk does
@@ -54,7 +54,7 @@ class Borders:
         """Bytes held in memory."""
         return len(self._arrays) * self._bytes
 
-    def __enter__(self) -> Borders:
+    def __enter__(self) -> ActivationStore:
         return self
 
     def __exit__(

@@ -10,7 +10,7 @@ import numpy as np
 
 from llm_pruner.errors import UserError
 from llm_pruner.files.ranges import format_ranges
-from llm_pruner.types import Discovery, FloatArray, Group, IntArray, Removal, Scores
+from llm_pruner.types import Companion, Discovery, FloatArray, Group, IntArray, Removal, Scores
 
 NONE: IntArray = np.zeros(0, dtype=np.int64)
 
@@ -27,6 +27,11 @@ def removed_layers(groups: Mapping[str, Group], removal: Removal) -> set[int]:
 def dead_blocks(group: Group, removal: Removal) -> IntArray:
     """Return the blocks that are gone because their own group loses them."""
     return NONE if group.owner is None else removal.get(group.owner, NONE)
+
+
+def followers(group: Group, groups: Mapping[str, Group]) -> list[tuple[Companion, Group]]:
+    """Return what must lose units when a group does, with the group, of what there is."""
+    return [(one, groups[one.group]) for one in group.companions if one.group in groups]
 
 
 def check(discovery: Discovery, removal: Removal, unreadable: Collection[str] = ()) -> list[str]:
@@ -138,9 +143,8 @@ def _check_companions(
 ) -> list[str]:
     problems: list[str] = []
     lost = len(sound.get(group.name, NONE))
-    for companion in group.companions:
-        other = groups.get(companion.group)
-        if other is None or other.layer in gone or other.name in broken:
+    for companion, other in followers(group, groups):
+        if other.layer in gone or other.name in broken:
             continue
         need = companion.ratio * lost
         have = len(sound.get(other.name, NONE))
@@ -237,9 +241,8 @@ def add_companions(
     waiting = [name for name in removal if groups[name].companions]
     while waiting:
         group = groups[waiting.pop()]
-        for companion in group.companions:
-            other = groups.get(companion.group)
-            if other is None or other.layer in gone:
+        for companion, other in followers(group, groups):
+            if other.layer in gone:
                 continue
             have = removal.get(other.name, NONE)
             missing = whole(companion.ratio * len(removal[group.name])) - len(have)

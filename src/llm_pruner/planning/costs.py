@@ -7,44 +7,12 @@ every axis each time, which is too slow for a search.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from llm_pruner.types import Discovery, IntArray, Removal
-
-
-class Counter(Protocol):
-    """Counts what is left of a cost."""
-
-    @property
-    def total(self) -> int:
-        """The cost of the model as it is."""
-        ...
-
-    def count(self, removal: Removal) -> int:
-        """Return the cost that a removal leaves; units need not be sorted."""
-        ...
-
-
-@dataclass(frozen=True)
-class PricedCounter:
-    """A cost to which every unit of a group adds the same, whatever else is removed.
-
-    Attributes:
-        total: the cost of the model as it is.
-        prices: group -> cost of one unit; groups that are not named cost nothing.
-    """
-
-    total: int
-    prices: Mapping[str, float]
-
-    def count(self, removal: Removal) -> int:
-        """Return the cost that a removal leaves."""
-        gone = sum(self.prices.get(name, 0.0) * len(units) for name, units in removal.items())
-        return self.total - round(gone)
 
 
 @dataclass(frozen=True)
@@ -52,14 +20,36 @@ class Cost:
     """What a target counts.
 
     Attributes:
-        counter: of the model as it is.
+        total: the cost of the model as it is.
+        left: removal -> the cost that it leaves; units need not be sorted.
         dense: the cost of the dense model.
         unit: what it is, in words, such as ``parameters``.
     """
 
-    counter: Counter
+    total: int
+    left: Callable[[Removal], int]
     dense: int
     unit: str = "parameters"
+
+    @classmethod
+    def of_parameters(cls, discovery: Discovery, dense: int) -> Cost:
+        """Count parameters, of which the dense model has ``dense``."""
+        counter = ParameterCounter(discovery)
+        return cls(counter.total, counter.count, dense)
+
+    @classmethod
+    def by_unit(cls, total: int, prices: Mapping[str, float], dense: int, unit: str) -> Cost:
+        """Count what each unit of a group adds the same to, whatever else is removed.
+
+        Args:
+            prices: group -> cost of one unit; groups that are not named cost nothing.
+        """
+
+        def left(removal: Removal) -> int:
+            gone = sum(prices.get(name, 0.0) * len(units) for name, units in removal.items())
+            return total - round(gone)
+
+        return cls(total, left, dense, unit)
 
 
 @dataclass(frozen=True)

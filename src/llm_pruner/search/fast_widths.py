@@ -18,7 +18,7 @@ from torch import nn
 
 from llm_pruner.planning import Selection, choose_groups
 from llm_pruner.planning.candidates import CHANNELS
-from llm_pruner.planning.target import Scope
+from llm_pruner.planning.selection import Scope
 from llm_pruner.runtime.progress import track
 from llm_pruner.surgery.removal import count_parameters
 from llm_pruner.types import Discovery, Group

@@ -23,6 +23,7 @@ from llm_pruner.models.layers import (
     kept_layers,
     layer_numbers,
     set_attributes_,
+    sharing_copy,
 )
 from llm_pruner.surgery.removal import kept_shapes, removed_modules, removed_positions
 from llm_pruner.types import Discovery, Edits, IntArray, Removal
@@ -150,7 +151,7 @@ def _require_buffers(model: nn.Module, discovery: Discovery, removal: Removal) -
 def cut_(model: nn.Module, discovery: Discovery, removal: Removal) -> Edits:
     """Remove units from a model in place, compare nothing, and return what was changed.
 
-    ``verification.cut_``, which is the public one, compares the result with the masked model.
+    ``verify.prune_``, which is the public one, compares the result with the masked model.
     Tied weights stay tied, ``requires_grad`` stays as it was, and removed layers are gone with all
     they hold. The new tensors hold exactly the values of the positions that were kept.
 
@@ -162,6 +163,17 @@ def cut_(model: nn.Module, discovery: Discovery, removal: Removal) -> Edits:
     apply_layers(model, edits.layers)
     set_attributes_(model, edits)
     return edits
+
+
+def cut_copy(model: nn.Module, discovery: Discovery, removal: Removal) -> nn.Module:
+    """Return a pruned copy that shares all tensors that lose nothing; the model stays as it is.
+
+    Raises:
+        InfeasibleError: see ``cut_``.
+    """
+    copy = sharing_copy(model)
+    cut_(copy, discovery, removal)
+    return copy
 
 
 def _cuts(discovery: Discovery, removal: Removal) -> dict[str, dict[int, IntArray]]:
