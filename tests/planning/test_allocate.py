@@ -18,9 +18,9 @@ from llm_pruner.planning import (
     allocate,
     check,
     choose_groups,
-    complete,
     step_targets,
 )
+from llm_pruner.planning.constraints import add_companions, ascending
 from llm_pruner.planning.costs import ParameterCounter
 from llm_pruner.settings.words import parse_count, parse_layer_ranges
 from llm_pruner.surgery.removal import count_parameters
@@ -330,32 +330,6 @@ def test_loose_target_takes_the_nearest_even_if_that_is_nothing():
     assert allocate(discovery, scores, Selection(("layers",)), few) == {}
 
 
-def test_complete_adds_the_least_important():
-    discovery = fake_llama(3, kv_heads=3, repeat=3, head_dim=4)
-    scores = {group.name: np.arange(group.size, 0, -1.0) for group in discovery.groups}
-    done = complete(
-        discovery,
-        {
-            "head_dim": units(0),
-            "layers.0.value_dim": units(0),
-            "layers.0.query_heads": units(0, 1, 3),
-            "layers.0.heads": units(1),
-            "layers": units(2),
-            "layers.2.ffn": units(1),
-        },
-        scores,
-    )
-    assert {name: found.tolist() for name, found in done.items()} == {
-        "head_dim": [0],
-        "layers.0.value_dim": [0, 3],  # what was named stays
-        "layers.1.value_dim": [2, 3],
-        "layers.0.query_heads": [0, 1, 7, 8],  # block 1 is gone, block 2 follows block 0
-        "layers.0.heads": [1],
-        "layers": [2],
-    }
-    assert check(discovery, done) == []
-
-
 CHECKS = [
     ({"layers.0.fnn": units(1)}, r"layers\.0\.fnn: no such group; did you mean layers\.0\.ffn\?"),
     ({"layers.0.ffn": units(3, 1)}, "not sorted"),
@@ -383,9 +357,12 @@ def test_check_names_the_breach(removal, message):
     assert any(re.search(message, problem) for problem in problems), problems
 
 
-def test_complete_follows_companions_of_companions():
+def test_companions_of_companions_follow():
     discovery = fake_llama(2, head_dim=8)
-    done = complete(discovery, {"layers.1.value_dim": units(3)}, fake_scores(discovery))
+    scores, done = fake_scores(discovery), {"layers.1.value_dim": units(3)}
+    groups = {group.name: group for group in discovery.groups}
+    add_companions(groups, done, set(), lambda group: ascending(group, scores))
+    done = {name: np.sort(found) for name, found in done.items()}
     assert {name: len(found) for name, found in done.items()} == {
         "head_dim": 1,
         "layers.0.value_dim": 2,
@@ -559,16 +536,3 @@ def test_parse_layer_ranges():
 def test_parse_layer_ranges_refuses(text, message):
     with pytest.raises(UserError, match=message):
         parse_layer_ranges(text)
-
-
-def test_completion_leaves_what_no_further_unit_mends():
-    discovery = fake_llama(2, kv_heads=2, repeat=1)
-    assert complete(discovery, {"layers.0.heads": units(0, 1)}, fake_scores(discovery)).keys() == {
-        "layers.0.heads"
-    }
-    discovery = fake_llama(2, kv_heads=3, repeat=3)
-    # Block 0 goes whole, the others follow, and nothing is left.
-    done = complete(discovery, {"layers.0.query_heads": units(0, 1, 2)}, fake_scores(discovery))
-    assert check(discovery, done) == [
-        "layers.0.query_heads: removes all 9 units; at least one must stay"
-    ]

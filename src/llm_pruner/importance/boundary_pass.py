@@ -119,10 +119,7 @@ class Collector:
 
 
 def run_backward(
-    model: nn.Module,
-    chain: Chain | None,
-    input_ids: torch.Tensor,
-    collector: Collector,
+    model: nn.Module, chain: Chain | None, input_ids: torch.Tensor, collector: Collector
 ) -> None:
     """Run all samples and have ``collector`` take their gradients.
 
@@ -137,7 +134,7 @@ def run_backward(
         UserError: see ``score``.
     """
     if chain is not None:
-        _by_block(chain, input_ids, collector)
+        _BlockPass(chain, input_ids, collector).run()
         return
     samples, length = input_ids.shape
     size = max(1, _TOKENS_WHOLE // length) if collector.together else 1
@@ -149,53 +146,125 @@ def run_backward(
     collector.finished(None, collector.parameters)
 
 
-def _by_block(chain: Chain, input_ids: torch.Tensor, collector: Collector) -> None:
-    samples, length = input_ids.shape
-    count = len(chain.blocks)
-    lowest = 0 if chain.bottom else _lowest(chain, collector)
-    wanted = range(lowest, count + 1 if chain.outside else count)
-    logits = _LOGIT_BYTES // (length * chain.vocabulary * 4)
-    parts = batches(samples, max(1, TOKENS // length) if collector.together else 1)
-    headed = batches(samples, max(1, min(TOKENS // length, logits)))
-    with chain.opened():
-        shape, dtype = hidden_form(chain, input_ids)
-        collector.seen()  # by the chain's probes
-        wide = torch.promote_types(dtype, torch.float32)
-        with (
-            ActivationStore(range(1), (samples, *shape), wide, MEMORY) as gradients,
-            ActivationStore(
-                wanted, (samples, *shape), dtype, max(0, MEMORY - gradients.resident)
-            ) as states,
-        ):
-            for part in track(headed, f"{collector.label}: forward"):
-                _forward(chain, input_ids, part, collector, states, gradients, wanted)
-            steps = [(i, part) for i in range(count - 1, lowest - 1, -1) for part in parts]
-            for index, part in track(steps, f"{collector.label}: blocks"):
-                owned = chain.owned[index]
-                with _requiring_gradients(owned):
-                    hidden, output = chain.run_block(
-                        index, input_ids[part], states.read(index, part)
-                    )
-                    gradient = gradients.read(0, part).to(output.device)
-                    below, factor = collector.pull([output], [(gradient, 1.0)], part, owned, hidden)
-                collector.passed(index, part, hidden, output, gradient)
-                _store(gradients, part, below, factor)
-                if part is parts[-1]:
-                    states.drop(index)
-                    collector.finished(index, owned)
-            if chain.outside:
-                among = headed if collector.together else parts
-                for part in track(among, f"{collector.label}: embedding and head"):
-                    _outside(chain, input_ids, part, collector, states, gradients)
-                collector.finished(None, chain.outside)
+class _BlockPass:
+    """The hidden states and gradients at the boundaries, and how they come about."""
 
+    states: ActivationStore
+    gradients: ActivationStore
 
-def _lowest(chain: Chain, collector: Collector) -> int:
-    """Return the first block that holds something wanted."""
-    for index, block in enumerate(chain.blocks):
-        if chain.owned[index] or any(id(module) in collector.modules for module in block.modules()):
-            return index
-    return len(chain.blocks)
+    def __init__(self, chain: Chain, input_ids: torch.Tensor, collector: Collector) -> None:
+        self.chain, self.ids, self.collector = chain, input_ids, collector
+        samples, length = input_ids.shape
+        self.count = len(chain.blocks)
+        self.lowest = 0 if chain.bottom else self._lowest()
+        self.stored = range(self.lowest, self.count + 1 if chain.outside else self.count)
+        logits = _LOGIT_BYTES // (length * chain.vocabulary * 4)
+        self.parts = batches(samples, max(1, TOKENS // length) if collector.together else 1)
+        self.headed = batches(samples, max(1, min(TOKENS // length, logits)))
+
+    def _lowest(self) -> int:
+        """Return the first block that holds something wanted."""
+        for index, block in enumerate(self.chain.blocks):
+            watched = any(id(module) in self.collector.modules for module in block.modules())
+            if self.chain.owned[index] or watched:
+                return index
+        return self.count
+
+    def run(self) -> None:
+        """Pull the gradient back through every block down to the lowest, then to the rest."""
+        chain, collector = self.chain, self.collector
+        with chain.opened():
+            shape, dtype = hidden_form(chain, self.ids)
+            shape = (len(self.ids), *shape)
+            collector.seen()  # by the chain's probes
+            wide = torch.promote_types(dtype, torch.float32)
+            with (
+                ActivationStore(range(1), shape, wide, MEMORY) as self.gradients,
+                ActivationStore(
+                    self.stored, shape, dtype, max(0, MEMORY - self.gradients.resident)
+                ) as self.states,
+            ):
+                for part in track(self.headed, f"{collector.label}: forward"):
+                    self._forward(part)
+                order = range(self.count - 1, self.lowest - 1, -1)
+                steps = [(index, part) for index in order for part in self.parts]
+                for index, part in track(steps, f"{collector.label}: blocks"):
+                    self._block(index, part)
+                    if part is self.parts[-1]:
+                        self.states.drop(index)
+                        collector.finished(index, chain.owned[index])
+                if chain.outside:
+                    parts = self.headed if collector.together else self.parts
+                    for part in track(parts, f"{collector.label}: embedding and head"):
+                        self._outside(part)
+                    collector.finished(None, chain.outside)
+
+    def _forward(self, part: slice) -> None:
+        """Store the hidden states of a few samples and the gradient at the last boundary.
+
+        Inputs that the collector has seen above the last block get their gradient as well.
+        """
+        leaves: list[torch.Tensor] = []
+
+        def handler(at: int, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if at in self.stored:
+                self.states.write(at, part, hidden_of(args, kwargs))
+            with torch.no_grad():
+                output = original(*args, **kwargs)
+            if at + 1 < self.count:
+                return output
+            if self.count in self.stored:
+                self.states.write(self.count, part, output_of(output))
+            leaves.append(output_of(output).detach().requires_grad_())
+            return with_output(output, leaves[0])
+
+        logits = self.chain.run(self.ids[part], handler)
+        cotangent = loss_cotangent(logits, self.ids[part], part.start)
+        self._store(part, *self.collector.pull([logits], [cotangent], part, (), leaves[0]))
+
+    def _block(self, index: int, part: slice) -> None:
+        """Pull the gradient back through one block."""
+        owned = self.chain.owned[index]
+        with _requiring_gradients(owned):
+            hidden, output = self.chain.run_block(
+                index, self.ids[part], self.states.read(index, part)
+            )
+            gradient = self.gradients.read(0, part).to(output.device)
+            below = self.collector.pull([output], [(gradient, 1.0)], part, owned, hidden)
+        self.collector.passed(index, part, hidden, output, gradient)
+        self._store(part, *below)
+
+    def _store(self, part: slice, gradient: torch.Tensor | None, factor: float) -> None:
+        """Store the gradient at a boundary, in float32 or wider."""
+        if gradient is None:
+            raise AssertionError("a boundary without a gradient passed the probe")
+        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        self.gradients.write(0, part, wide if factor == 1.0 else wide * factor)
+
+    def _outside(self, part: slice) -> None:
+        """Pull back to the parameters outside the blocks (embedding, last norm, head).
+
+        Bottom and top run together, so that a tensor that is used in both, as a tied embedding,
+        gets the sum of both gradients before it is squared.
+        """
+        entries: list[torch.Tensor] = []
+        top = self.states.read(self.count, part)
+
+        def handler(at: int, _: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            given = hidden_of(args, kwargs)
+            if at == 0:
+                entries.append(given)
+            return self.chain.as_output(at, top.to(given.device) if at + 1 == self.count else given)
+
+        with _requiring_gradients(self.chain.outside):
+            logits = self.chain.run(self.ids[part], handler)
+            pairs = [(logits, loss_cotangent(logits, self.ids[part], part.start))]
+            if self.chain.bottom:
+                gradient = self.gradients.read(0, part).to(entries[0].device)
+                pairs.append((entries[0], (gradient, 1.0)))
+            outputs, cotangents = zip(*(one for one in pairs if one[0].requires_grad), strict=True)
+            self.collector.seen()  # in the forward pass already
+            self.collector.pull(outputs, cotangents, part, self.chain.outside)
 
 
 def hidden_form(chain: Chain, input_ids: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype]:
@@ -203,72 +272,6 @@ def hidden_form(chain: Chain, input_ids: torch.Tensor) -> tuple[tuple[int, ...],
     with torch.no_grad():
         entry = chain.entry(input_ids[:1])
     return tuple(entry.shape[1:]), entry.dtype
-
-
-def _forward(
-    chain: Chain,
-    input_ids: torch.Tensor,
-    part: slice,
-    collector: Collector,
-    states: ActivationStore,
-    gradients: ActivationStore,
-    wanted: range,
-) -> None:
-    """Store the hidden states of a few samples and the gradient at the last boundary.
-
-    Inputs that the collector has seen above the last block get their gradient as well.
-    """
-    last = len(chain.blocks) - 1
-    leaves: list[torch.Tensor] = []
-
-    def handler(at: int, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if at in wanted:
-            states.write(at, part, hidden_of(args, kwargs))
-        with torch.no_grad():
-            output = original(*args, **kwargs)
-        if at < last:
-            return output
-        if last + 1 in wanted:
-            states.write(last + 1, part, output_of(output))
-        leaves.append(output_of(output).detach().requires_grad_())
-        return with_output(output, leaves[0])
-
-    logits = chain.run(input_ids[part], handler)
-    cotangent = loss_cotangent(logits, input_ids[part], part.start)
-    _store(gradients, part, *collector.pull([logits], [cotangent], part, (), leaves[0]))
-
-
-def _outside(
-    chain: Chain,
-    input_ids: torch.Tensor,
-    part: slice,
-    collector: Collector,
-    states: ActivationStore,
-    gradients: ActivationStore,
-) -> None:
-    """Pull back to the parameters outside the blocks (embedding, last norm, head).
-
-    Bottom and top run together, so that a tensor that is used in both, as a tied embedding, gets
-    the sum of both gradients before it is squared.
-    """
-    last = len(chain.blocks) - 1
-    entries: list[torch.Tensor] = []
-    top = states.read(last + 1, part)
-
-    def handler(at: int, _: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = hidden_of(args, kwargs)
-        if at == 0:
-            entries.append(given)
-        return chain.as_output(at, top.to(given.device) if at == last else given)
-
-    with _requiring_gradients(chain.outside):
-        logits = chain.run(input_ids[part], handler)
-        pairs = [(logits, loss_cotangent(logits, input_ids[part], part.start))]
-        if chain.bottom:
-            pairs.append((entries[0], (gradients.read(0, part).to(entries[0].device), 1.0)))
-        outputs, cotangents = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
-        collector.seen()  # in the forward pass already
-        collector.pull(outputs, cotangents, part, chain.outside)
 
 
 @contextmanager
@@ -280,16 +283,6 @@ def _requiring_gradients(parameters: Mapping[str, nn.Parameter]) -> Iterator[Non
     finally:
         for parameter in parameters.values():
             parameter.requires_grad_(False)
-
-
-def _store(
-    gradients: ActivationStore, part: slice, gradient: torch.Tensor | None, factor: float
-) -> None:
-    """Store the gradient at a boundary, in float32 or wider."""
-    if gradient is None:
-        raise AssertionError("a boundary without a gradient passed the probe")
-    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    gradients.write(0, part, wide if factor == 1.0 else wide * factor)
 
 
 def pull_back(

@@ -65,9 +65,9 @@ def measure(
         model: in eval mode, with no parameter that requires a gradient.
         input_ids: shape (samples, seq_len), on the model's device.
         groups: what to look at.
-        needs: of ``NEEDS``.
+        needs: as `Measure` has it.
         formula: from an observation to what is wanted of it.
-        where_linear: more of ``NEEDS``, for groups that a linear module reads.
+        where_linear: more of it, for groups that a linear module reads.
 
     Raises:
         UserError: a group has no linear consumer and more than gates is asked for; layers are asked

@@ -2,7 +2,7 @@
 
 from llm_pruner.planning.allocate import allocate, check_reachable
 from llm_pruner.planning.candidates import smallest_removals
-from llm_pruner.planning.constraints import check, complete
+from llm_pruner.planning.constraints import check
 from llm_pruner.planning.costs import Cost
 from llm_pruner.planning.match_target import TOLERANCE
 from llm_pruner.planning.numbering import Survivors, explain
@@ -20,7 +20,6 @@ __all__ = [
     "check",
     "check_reachable",
     "choose_groups",
-    "complete",
     "explain",
     "fingerprint",
     "read_plan",

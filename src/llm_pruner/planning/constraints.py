@@ -1,4 +1,4 @@
-"""What makes a removal possible: `check` finds every breach, `complete` adds what must follow."""
+"""What makes a removal possible: `check` finds every breach, companions are added."""
 
 from __future__ import annotations
 
@@ -189,43 +189,6 @@ def scores_of(group: Group, scores: Scores) -> FloatArray:
 def ascending(group: Group, scores: Scores) -> IntArray:
     """Return the units of a group, least important first; ties go by unit index."""
     return np.argsort(scores_of(group, scores), kind="stable").astype(np.int64)
-
-
-def complete(discovery: Discovery, removal: Removal, scores: Scores) -> dict[str, IntArray]:
-    """Return the removal with all that must go along; the units already named stay named.
-
-    Blocks are brought to the number that the block with the most loses, and companions to their
-    ratio, by adding their least important units. Units that are gone anyway, with a whole layer or
-    a whole block, are dropped. The result can still break a rule that adding units does not mend;
-    `check` says so.
-    """
-    groups = {group.name: group for group in discovery.groups}
-    gone = removed_layers(groups, removal)
-    done: dict[str, IntArray] = {}
-    for name, units in removal.items():
-        if len(units) and groups[name].layer not in gone:
-            done[name] = np.unique(np.asarray(units, dtype=np.int64))
-    for name in list(done):
-        group = groups[name]
-        if group.blocks is not None:
-            done[name] = _level(
-                group.blocks, done[name], dead_blocks(group, done), ascending(group, scores)
-            )
-            if len(done[name]) == 0:
-                del done[name]
-    add_companions(groups, done, gone, lambda group: ascending(group, scores))
-    return {name: np.sort(units) for name, units in done.items()}
-
-
-def _level(blocks: IntArray, units: IntArray, dead: IntArray, order: IntArray) -> IntArray:
-    """Drop units of dead blocks and bring the others to the highest number lost."""
-    units = units[~np.isin(blocks[units], dead)]
-    live = np.setdiff1d(np.unique(blocks), dead)
-    lost = np.bincount(blocks[units], minlength=int(blocks.max()) + 1)
-    target = int(lost[live].max(initial=0))
-    free = order[~np.isin(order, units)]
-    extra = [free[blocks[free] == block][: target - lost[block]] for block in live]
-    return np.concatenate([units, *extra])
 
 
 def add_companions(
