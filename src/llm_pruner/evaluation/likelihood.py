@@ -164,18 +164,15 @@ class _Scorer:
     def similar_contexts(self, families: list[list[_Row]]) -> list[list[list[_Row]]]:
         """Return batches of families whose contexts are about equally long, the longest first."""
         batches: list[list[list[_Row]]] = []
-        batch: list[list[_Row]] = []
         for family in sorted(families, key=lambda family: (-family[0].first, family[0].tokens)):
             length = family[0].first + 1
-            if batch:
-                longest = batch[0][0].first + 1
-                # What a longer context has beyond the shortest is run once per answer.
-                uneven = longest - length > max(length // _SLACK, _SHORT_SLACK)
-                if uneven or self._full(len(batch), longest, 1):
-                    batches.append(batch)
-                    batch = []
-            batch.append(family)
-        return [*batches, batch] if batch else batches
+            longest = batches[-1][0][0].first + 1 if batches else 0
+            # What a longer context has beyond the shortest is run once per answer.
+            uneven = longest - length > max(length // _SLACK, _SHORT_SLACK)
+            if not batches or uneven or self._full(len(batches[-1]), longest, 1):
+                batches.append([])
+            batches[-1].append(family)
+        return batches
 
     def _parts(self, lengths: list[int], kept: list[int], before: int = 0) -> Iterator[slice]:
         """Yield consecutive parts of sequences, the longest first, that run at once.

@@ -187,26 +187,24 @@ def _cuts(discovery: Discovery, removal: Removal) -> dict[str, dict[int, IntArra
 
 
 def _slice_tensors(model: nn.Module, discovery: Discovery, removal: Removal) -> None:
-    names: dict[str, list[str]] = defaultdict(list)
-    for alias, first in discovery.aliases.items():
-        names[first].append(alias)
     for name, dims in _cuts(discovery, removal).items():
-        owner, key = _owner(model, name)
-        old = getattr(owner, key)
+        places = _places(model, discovery, name)
+        old = getattr(*places[0])
         data = old.detach()
         for dim, positions in dims.items():
             data = _take(data, dim, np.delete(np.arange(data.shape[dim]), positions))
         new: torch.Tensor = data.contiguous()
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
-        for one in (name, *names[name]):
-            target, place = _owner(model, one)
-            setattr(target, place, new)
+        for owner, key in places:
+            setattr(owner, key, new)
 
 
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, key = name.rpartition(".")
-    return model.get_submodule(path), key
+def _places(model: nn.Module, discovery: Discovery, name: str) -> list[tuple[nn.Module, str]]:
+    """Return (module, attribute) of a tensor, and of all that is tied to it."""
+    names = [name, *(alias for alias, first in discovery.aliases.items() if first == name)]
+    paths = [one.rpartition(".") for one in names]
+    return [(model.get_submodule(path), key) for path, _, key in paths]
 
 
 def _expert_numbers(
@@ -299,11 +297,8 @@ class Undo:
 
     def _keep_parts(self, model: nn.Module, discovery: Discovery, removal: Removal) -> None:
         held = {id(space): before for space, before in self._held}
-        names: dict[str, list[str]] = defaultdict(list)
-        for alias, first in discovery.aliases.items():
-            names[first].append(alias)
         for name, dims in _cuts(discovery, removal).items():
-            places = [_owner(model, one) for one in (name, *names[name])]
+            places = _places(model, discovery, name)
             tensor = getattr(*places[0])
             if not isinstance(tensor, nn.Parameter):
                 continue
