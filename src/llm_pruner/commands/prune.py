@@ -28,9 +28,9 @@ from llm_pruner.importance.criteria import MEASURES
 from llm_pruner.models.load import LoadedModel, load
 from llm_pruner.planning import (
     Cost,
+    Numbering,
     Plan,
     Selection,
-    Survivors,
     Target,
     check_reachable,
     explain,
@@ -234,7 +234,7 @@ class PruneRun:
         selection = self._decided(self.selection)
         cost: Cost | None = None
         if target.kv_cache is not None:
-            dense = Survivors.dense(self.discovery)
+            dense = Numbering.dense(self.discovery)
             cost = cache_cost(self.network, self.discovery, selection, dense)
         check_reachable(self.discovery, selection, target, cost)
         self.done = prune_in_steps(

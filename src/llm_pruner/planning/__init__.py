@@ -5,16 +5,16 @@ from llm_pruner.planning.candidates import smallest_removals
 from llm_pruner.planning.constraints import check
 from llm_pruner.planning.costs import Cost
 from llm_pruner.planning.match_target import TOLERANCE
-from llm_pruner.planning.numbering import Survivors, explain
+from llm_pruner.planning.numbering import Numbering, explain
 from llm_pruner.planning.plan import Plan, fingerprint, read_plan
 from llm_pruner.planning.selection import Selection, Target, choose_groups, step_targets
 
 __all__ = [
     "TOLERANCE",
     "Cost",
+    "Numbering",
     "Plan",
     "Selection",
-    "Survivors",
     "Target",
     "allocate",
     "check",

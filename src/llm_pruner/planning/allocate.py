@@ -35,7 +35,7 @@ from llm_pruner.planning.match_target import (
     share_after,
     step_prices,
 )
-from llm_pruner.planning.numbering import Survivors
+from llm_pruner.planning.numbering import Numbering
 from llm_pruner.planning.selection import Selection, Target, exact
 from llm_pruner.types import Discovery, FloatArray, IntArray, Scores
 
@@ -45,7 +45,7 @@ def allocate(
     scores: Scores,
     selection: Selection,
     target: Target,
-    survivors: Survivors | None = None,
+    numbering: Numbering | None = None,
     cost: Cost | None = None,
 ) -> dict[str, IntArray]:
     """Return the units to remove, complete: blocks level, companions included.
@@ -61,7 +61,7 @@ def allocate(
         scores: importance per unit of every chosen group and of what follows it.
         selection: structures, scope, layers, rounding.
         target: how much to remove, of the dense model and all steps together.
-        survivors: what earlier steps left of the dense model; None if this is the dense model.
+        numbering: what earlier steps left of the dense model; None if this is the dense model.
         cost: what the target counts; None for parameters. Needed for ``kv_cache``.
 
     Raises:
@@ -69,9 +69,9 @@ def allocate(
             would lose nothing under a unit ratio, or what `choose_groups` refuses.
         PlanError: a breach of the rules that `planning.constraints.check` lists.
     """
-    survivors = survivors or Survivors.dense(discovery)
-    cost = cost or _parameters(discovery, survivors, target)
-    candidates = find_candidates(discovery, scores, selection, survivors)
+    numbering = numbering or Numbering.dense(discovery)
+    cost = cost or _parameters(discovery, numbering, target)
+    candidates = find_candidates(discovery, scores, selection, numbering)
     if target.unit_ratio is None:
         steps = _cost_steps(candidates, cost, selection, target)
     elif selection.split is not None:
@@ -93,10 +93,10 @@ def allocate(
     return removal
 
 
-def _parameters(discovery: Discovery, survivors: Survivors, target: Target) -> Cost:
+def _parameters(discovery: Discovery, numbering: Numbering, target: Target) -> Cost:
     if target.kv_cache is not None:
         raise UserError(f"{target} needs to know what each unit adds to the cache; give its cost")
-    return Cost.of_parameters(discovery, survivors.parameters)
+    return Cost.of_parameters(discovery, numbering.parameters)
 
 
 def check_reachable(
@@ -115,10 +115,10 @@ def check_reachable(
     if selection.scope == "local":
         allocate(discovery, scores, selection, target, cost=cost)
         return
-    survivors = Survivors.dense(discovery)
-    candidates = find_candidates(discovery, scores, selection, survivors)
+    numbering = Numbering.dense(discovery)
+    candidates = find_candidates(discovery, scores, selection, numbering)
     if target.unit_ratio is None:
-        _begin_search(candidates, cost or _parameters(discovery, survivors, target), target)
+        _begin_search(candidates, cost or _parameters(discovery, numbering, target), target)
         return
     for one in candidates.all:
         _refuse_nothing(one, exact(target.unit_ratio), target)

@@ -22,7 +22,7 @@ from llm_pruner.planning.constraints import (
     removed_layers,
     scores_of,
 )
-from llm_pruner.planning.numbering import Survivors
+from llm_pruner.planning.numbering import Numbering
 from llm_pruner.planning.selection import Selection, choose_groups, removable_layers
 from llm_pruner.types import Discovery, FloatArray, Group, IntArray, Scores
 
@@ -88,27 +88,25 @@ class AllCandidates:
         not named. Units are not sorted.
         """
         removal: dict[str, IntArray] = {}
+        gone: set[int] = set()
         taken = [one for one in self.all if steps.get(one.group.name, 0)]
+        # Layers say which groups are gone anyway, and the other groups which blocks are.
+        taken.sort(key=lambda one: (one.group.kind != "layers", one.group.blocks is not None))
         for one in taken:
+            if one.group.layer in gone:
+                continue
+            count = steps[one.group.name]
+            dead = set(dead_blocks(one.group, removal).tolist())
+            parts = [units[:count] for block, units in one.order.items() if block not in dead]
+            removal[one.group.name] = np.concatenate(parts)
             if one.group.kind == "layers":
-                removal[one.group.name] = one.order[-1][: steps[one.group.name]]
-        gone = removed_layers(self.groups, removal)
-        alive = [one for one in taken if one.group.layer not in gone]
-        for one in alive:
-            if one.group.blocks is None and one.group.kind != "layers":
-                removal[one.group.name] = one.order[-1][: steps[one.group.name]]
-        for one in alive:
-            if one.group.blocks is not None:
-                count = steps[one.group.name]
-                dead = set(dead_blocks(one.group, removal).tolist())
-                parts = [o[:count] for block, o in one.order.items() if block not in dead]
-                removal[one.group.name] = np.concatenate(parts)
+                gone = removed_layers(self.groups, removal)
         add_companions(self.groups, removal, gone, lambda group: self.orders[group.name])
         return removal
 
 
 def find_candidates(
-    discovery: Discovery, scores: Scores, selection: Selection, survivors: Survivors
+    discovery: Discovery, scores: Scores, selection: Selection, numbering: Numbering
 ) -> AllCandidates:
     """Return what the groups that a selection prunes may lose.
 
@@ -116,7 +114,7 @@ def find_candidates(
         UserError: importance is missing, no group of a structure can lose anything (because of
             ``round_to``, companions, or a single unit), or what `choose_groups` refuses.
     """
-    chosen = choose_groups(discovery, selection, survivors)
+    chosen = choose_groups(discovery, selection, numbering)
     groups = {group.name: group for group in discovery.groups}
     orders: dict[str, IntArray] = {}
     waiting = list(chosen)
@@ -126,7 +124,7 @@ def find_candidates(
             orders[group.name] = ascending(group, scores)
             waiting.extend(other for _, other in followers(group, groups))
     found = AllCandidates(
-        tuple(_candidates(group, groups, orders, scores, selection, survivors) for group in chosen),
+        tuple(_candidates(group, groups, orders, scores, selection, numbering) for group in chosen),
         groups,
         orders,
     )
@@ -138,7 +136,7 @@ def find_candidates(
 
 
 def smallest_removals(
-    discovery: Discovery, selection: Selection, survivors: Survivors
+    discovery: Discovery, selection: Selection, numbering: Numbering
 ) -> list[tuple[Group, dict[str, IntArray]]]:
     """Return the smallest removal from each chosen group that can lose something.
 
@@ -146,7 +144,7 @@ def smallest_removals(
         UserError: as `allocate`.
     """
     scores = {group.name: np.zeros(group.size) for group in discovery.groups}
-    found = find_candidates(discovery, scores, selection, survivors)
+    found = find_candidates(discovery, scores, selection, numbering)
     return [
         (one.group, found.removal({one.group.name: int(one.counts[1])}))
         for one in found.all
@@ -160,10 +158,10 @@ def _candidates(
     orders: Mapping[str, IntArray],
     scores: Scores,
     selection: Selection,
-    survivors: Survivors,
+    numbering: Numbering,
 ) -> Candidates:
     units = orders[group.name]
-    dense_group = survivors.groups[survivors.dense_name(group.name)]
+    dense_group = numbering.groups[numbering.dense_name(group.name)]
     if group.blocks is not None:
         blocks = group.blocks
         order = {int(block): units[blocks[units] == block] for block in np.unique(blocks)}
@@ -173,7 +171,7 @@ def _candidates(
         gone, limit = dense - most, most - 1
     elif group.kind == "layers":
         removable = removable_layers(dense_group, selection)
-        free = units[np.isin(survivors.kept[dense_group.name][units], removable)]
+        free = units[np.isin(numbering.kept[dense_group.name][units], removable)]
         order, dense = {-1: free}, len(removable)
         gone, limit = dense - len(free), min(len(free), group.size - 1)
     else:

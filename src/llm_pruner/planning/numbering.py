@@ -13,8 +13,8 @@ from llm_pruner.types import Discovery, Group, IntArray, Layer, Removal
 
 
 @dataclass(frozen=True)
-class Survivors:
-    """What is left of a dense model after some steps.
+class Numbering:
+    """What is left of a dense model after some steps, by its numbers there and here.
 
     Attributes:
         groups: the groups of the dense model, by name.
@@ -31,7 +31,7 @@ class Survivors:
     parameters: int
 
     @classmethod
-    def dense(cls, discovery: Discovery) -> Survivors:
+    def dense(cls, discovery: Discovery) -> Numbering:
         """Start from the dense model, of which everything is left."""
         groups = {group.name: group for group in discovery.groups}
         return cls(
@@ -61,7 +61,7 @@ class Survivors:
         names = {self._current_name(self.groups[dense]): dense for dense in self.kept}
         return {names[name]: self.kept[names[name]][units] for name, units in removal.items()}
 
-    def after(self, removal: Removal) -> Survivors:
+    def after(self, removal: Removal) -> Numbering:
         """Return what is left once ``removal``, in the numbering of the pruned model, is done."""
         lost = self.to_dense(removal)
         gone = removed_layers(self.groups, lost)
@@ -106,7 +106,7 @@ def count_layers(groups: Iterable[Group]) -> int:
 
 def explain(discovery: Discovery, removal: Removal) -> list[Layer]:
     """Return one row per decoder layer, before them one for the groups that span all layers."""
-    left = Survivors.dense(discovery).after(removal)
+    left = Numbering.dense(discovery).after(removal)
     rows: dict[int | None, Layer] = {None: Layer(None)}
     for layer in range(count_layers(discovery.groups)):
         rows[layer] = Layer(layer, removed=layer not in left.layers)

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from llm_pruner.errors import UserError
-from llm_pruner.planning.numbering import Survivors, count_layers
+from llm_pruner.planning.numbering import Numbering, count_layers
 from llm_pruner.settings.limits import MOST, check_number
 from llm_pruner.settings.words import STRUCTURES, known_structure
 from llm_pruner.types import Discovery, Group, IntArray
@@ -184,7 +184,7 @@ def exact(ratio: float) -> Fraction:
 def step_targets(dense_params: int, target: Target, steps: int) -> list[Target]:
     """Return the cumulative target of each step, linear in what is removed; the last is ``target``.
 
-    A unit ratio stays a share of the dense units, so `allocate` needs the `Survivors` of the
+    A unit ratio stays a share of the dense units, so `allocate` needs the `Numbering` of the
     steps before, and a share of the cache a share of the dense cache. The other targets become
     numbers of parameters to keep.
 
@@ -206,7 +206,7 @@ def step_targets(dense_params: int, target: Target, steps: int) -> list[Target]:
 
 
 def choose_groups(
-    discovery: Discovery, selection: Selection, survivors: Survivors | None = None
+    discovery: Discovery, selection: Selection, numbering: Numbering | None = None
 ) -> tuple[Group, ...]:
     """Return the groups that may lose units, in the order of the discovery.
 
@@ -217,8 +217,8 @@ def choose_groups(
         UserError: a structure that the model lacks or that is frozen everywhere (with the reason),
             no layer left to prune, a range beyond the last layer or for what spans all layers.
     """
-    survivors = survivors or Survivors.dense(discovery)
-    total = count_layers(survivors.groups.values())
+    numbering = numbering or Numbering.dense(discovery)
+    total = count_layers(numbering.groups.values())
     chosen: set[str] = set()
     for structure in selection.structures:
         first, last = _layers(selection, structure, total)
@@ -242,7 +242,7 @@ def choose_groups(
         inside = [
             group
             for group in free
-            if group.layer is None or first <= survivors.dense_layer(group.layer) <= last
+            if group.layer is None or first <= numbering.dense_layer(group.layer) <= last
         ]
         if not inside:
             raise UserError(

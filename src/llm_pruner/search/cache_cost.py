@@ -10,7 +10,7 @@ from typing import Any
 
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.footprint import count_work
-from llm_pruner.planning import Cost, Selection, Survivors, smallest_removals
+from llm_pruner.planning import Cost, Numbering, Selection, smallest_removals
 from llm_pruner.runtime.progress import track
 from llm_pruner.surgery.cut import cut_copy
 from llm_pruner.types import Discovery
@@ -22,7 +22,7 @@ def cache_cost(
     model: Any,
     discovery: Discovery,
     selection: Selection,
-    survivors: Survivors,
+    numbering: Numbering,
     dense: int | None = None,
 ) -> Cost:
     """Return the cost of the units that the selection may remove, in bytes of cache per token.
@@ -40,7 +40,7 @@ def cache_cost(
         )
     prices: dict[str, float] = {}
     kinds: dict[str, float] = {}
-    trials = smallest_removals(discovery, selection, survivors)
+    trials = smallest_removals(discovery, selection, numbering)
     for group, removal in track(trials, "cache of every group"):
         price = (total - _bytes(cut_copy(model, discovery, removal))) / len(removal[group.name])
         prices[group.name] = price

@@ -22,7 +22,7 @@ from torch import nn
 
 from llm_pruner.compensation import refit_
 from llm_pruner.errors import InfeasibleError, UserError
-from llm_pruner.planning import Selection, Survivors, Target, allocate
+from llm_pruner.planning import Numbering, Selection, Target, allocate
 from llm_pruner.runtime.memory import give_back
 from llm_pruner.runtime.progress import track
 from llm_pruner.search.divergence import DivergenceMeter
@@ -59,7 +59,7 @@ def find_split(
     scores: Scores,
     selection: Selection,
     target: Target,
-    survivors: Survivors,
+    numbering: Numbering,
     held_out: torch.Tensor,
     refit_on: torch.Tensor | None = None,
 ) -> tuple[Selection, list[SplitTrial]]:
@@ -83,7 +83,7 @@ def find_split(
         nonlocal failure
         try:
             candidate = replace(selection, split=dict(split))
-            removal = allocate(discovery, scores, candidate, target, survivors)
+            removal = allocate(discovery, scores, candidate, target, numbering)
             divergence = meter.of(cut_copy(model, discovery, removal))
         except (UserError, InfeasibleError) as error:
             failure = error if isinstance(error, UserError) else failure
@@ -121,7 +121,7 @@ def find_split(
         after: dict[bool, float] = {}
         for candidate in track([alone_best, split], "trials: refitted"):
             chosen = replace(selection, split=candidate)
-            removal = allocate(discovery, scores, chosen, target, survivors)
+            removal = allocate(discovery, scores, chosen, target, numbering)
             divergence = _refitted_divergence(model, discovery, removal, refit_on, meter)
             trials.append(SplitTrial(dict(candidate), divergence, refitted=True))
             after[candidate is alone_best] = divergence
