@@ -505,7 +505,7 @@ def test_hidden_states_on_disk_give_the_same_scores(
 def test_stored_activations_keep_bfloat16_and_the_order_of_samples() -> None:
     values = torch.randn(5, 2, 3).bfloat16()
     for budget in (0, 70, 1 << 20):
-        with ActivationStore(range(2, 4), (5, 2, 3), torch.bfloat16, budget) as store:
+        with ActivationStore(range(2, 4), 5, budget) as store:
             for key, start in itertools.product((2, 3), (4, 0, 2)):
                 part = slice(start, min(start + 2, 5))
                 store.write(key, part, values[part] * key)
@@ -521,7 +521,7 @@ def test_stored_activations_keep_bfloat16_and_the_order_of_samples() -> None:
 def test_no_room_for_hidden_states_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
     with pytest.raises(UserError, match=r"hidden states of 5 samples.*set TMPDIR to a larger disk"):
-        ActivationStore(range(2), (5, 8, 8), torch.float32, 0)
+        ActivationStore(range(2), 5, 0).write(0, slice(0, 1), torch.ones(1, 8, 8))
 
 
 def state_of(model: Any) -> tuple[Any, ...]:

@@ -195,28 +195,6 @@ class _Reached(Exception):  # noqa: N818 - a signal, not an error
         self.value = value
 
 
-class _Rows:
-    """A tensor per token, for all samples, in memory or in a file; made when first written."""
-
-    def __init__(self, samples: int, budget: int = _MEMORY // 4) -> None:
-        self._samples, self._budget = samples, budget
-        self._store: ActivationStore | None = None
-
-    def write(self, part: slice, values: torch.Tensor) -> None:
-        if self._store is None:
-            shape = (self._samples, *values.shape[1:])
-            self._store = ActivationStore(range(1), shape, values.dtype, self._budget)
-        self._store.write(0, part, values)
-
-    def read(self, part: slice) -> torch.Tensor:
-        assert self._store is not None
-        return self._store.read(0, part)
-
-    def close(self) -> None:
-        if self._store is not None:
-            self._store.close()
-
-
 class _Refit:
     """The state of a walk through both models."""
 
@@ -242,40 +220,42 @@ class _Refit:
         size = max(1, _TOKENS // length)
         self.parts = [slice(at, min(at + size, samples)) for at in range(0, samples, size)]
         self.held_out = held_out_samples(samples, length)
+        self.hidden = self._rows(_MEMORY)
+        self.found: list[Refitted] = []
 
     def run(self) -> list[Refitted]:
         """Walk through all blocks and return what became of each consumer."""
-        found: list[Refitted] = []
-        with self.pruned.opened(), self.dense.opened():
-            hidden, target = _Rows(len(self.ids), _MEMORY), _Rows(len(self.ids))
+        with self.pruned.opened(), self.dense.opened(), self.hidden:
+            target = self._rows()
             for part in self.parts:
-                hidden.write(part, self.pruned.entry(self.ids[part]))
-                target.write(part, self.dense.entry(self.ids[part]))
+                self.hidden.write(0, part, self.pruned.entry(self.ids[part]))
+                target.write(0, part, self.dense.entry(self.ids[part]))
             at = 0
             for index in track(range(len(self.pruned.blocks)), "least squares"):
                 while at < self.twins[index]:
                     self._advance(self.dense, at, target)
                     at += 1
-                target = self._block(index, at, hidden, target, found)
+                target = self._block(index, at, target)
                 at += 1
-            hidden.close()
             target.close()
-        return found
+        return self.found
 
-    def _advance(self, chain: Chain, index: int, hidden: _Rows) -> None:
+    def _rows(self, memory: int = _MEMORY // 4) -> ActivationStore:
+        """Return room for a tensor per token of all samples."""
+        return ActivationStore(range(1), len(self.ids), memory)
+
+    def _advance(self, chain: Chain, index: int, hidden: ActivationStore) -> None:
         """Replace the hidden states before a block by those behind it."""
         for part in self.parts:
-            _, output = chain.run_block(index, self.ids[part], hidden.read(part))
-            hidden.write(part, output)
+            _, output = chain.run_block(index, self.ids[part], hidden.read(0, part))
+            hidden.write(0, part, output)
 
-    def _block(
-        self, index: int, at: int, hidden: _Rows, target: _Rows, found: list[Refitted]
-    ) -> _Rows:
+    def _block(self, index: int, at: int, target: ActivationStore) -> ActivationStore:
         """Refit one block's consumers and go past it; return the dense hidden states behind it."""
         inside = {id(module) for module in self.dense.blocks[at].modules()}
         if not any(pair.fitted for key, pair in self.pairs.items() if key in inside):
             self._advance(self.dense, at, target)
-            self._advance(self.pruned, index, hidden)
+            self._advance(self.pruned, index, self.hidden)
             return target
         order, references, direct, following = self._dense_outputs(at, target)
         target.close()
@@ -286,22 +266,22 @@ class _Refit:
             wished = references.get(number, following)
             fit, held_out = (Moments.zeros(weight) for _ in range(2))
             final = direct and number + 1 == len(order)
-            read = _Rows(len(self.ids)) if final else None
+            read = self._rows() if final else None
             for part in self.parts:
-                states = hidden.read(part)
+                states = self.hidden.read(0, part)
                 inputs, before = self._reach(index, part, states, order[: number + 1])
-                reference = wished.read(part)
+                reference = wished.read(0, part)
                 wanted = reference[..., pair.out]
                 if direct:
                     wanted = wanted.float() - states.float() - before
                 else:
-                    reference = following.read(part)
+                    reference = following.read(0, part)
                 if isinstance(bias := getattr(pair.module, "bias", None), torch.Tensor):
                     wanted = wanted - bias.to(wanted.device)
                 if read is not None:
                     # What the block adds to, and what is left to multiply: no need to run it again.
-                    read.write(part, inputs)
-                    hidden.write(part, states.float() + before)
+                    read.write(0, part, inputs)
+                    self.hidden.write(0, part, states.float() + before)
                 importance = 1 / reference.float().square().mean(-1).clamp_min(1e-12)
                 importance[:, 0] *= max(1.0, FIRST * importance.shape[1])
                 for chosen, moments in ((~self.held_out, fit), (self.held_out, held_out)):
@@ -316,22 +296,22 @@ class _Refit:
             new, ridge, error, after = best_refit(weight, fit, held_out, self.ridges)
             if ridge is not None:
                 set_weight(pair.module, new)
-            found.append(Refitted(pair.name, ridge, error, after))
+            self.found.append(Refitted(pair.name, ridge, error, after))
             if read is not None:
                 for part in self.parts:
-                    base = hidden.read(part)
-                    output = pair.module(read.read(part).to(weight.device))
-                    hidden.write(part, base.to(output.device) + output)
+                    base = self.hidden.read(0, part)
+                    output = pair.module(read.read(0, part).to(weight.device))
+                    self.hidden.write(0, part, base.to(output.device) + output)
                 read.close()
         if not (direct and order and order[-1].fitted):
-            self._advance(self.pruned, index, hidden)
+            self._advance(self.pruned, index, self.hidden)
         for rest in references.values():
             rest.close()
         return following
 
     def _dense_outputs(
-        self, at: int, target: _Rows
-    ) -> tuple[list[_Pair], dict[int, _Rows], bool, _Rows]:
+        self, at: int, target: ActivationStore
+    ) -> tuple[list[_Pair], dict[int, ActivationStore], bool, ActivationStore]:
         """Run a dense block.
 
         Returns:
@@ -340,14 +320,14 @@ class _Refit:
             is also what the last of them is to give if it is a hidden state.
         """
         order: list[_Pair] = []
-        references: dict[int, _Rows] = {}
+        references: dict[int, ActivationStore] = {}
         direct = False
         calls: list[tuple[_Pair, torch.Tensor]] = []
 
         def run(part: slice) -> torch.Tensor:
             nonlocal direct
             calls.clear()
-            states = target.read(part)
+            states = target.read(0, part)
             _, output = self.dense.run_block(at, self.ids[part], states)
             if part is self.parts[0]:
                 names = [pair.name for pair, _ in calls]
@@ -361,15 +341,13 @@ class _Refit:
             if part is self.parts[0]:
                 direct = _adds_up(states, values, output)
                 stored = order[:-1] if direct else order
-                references.update(
-                    (n, _Rows(len(self.ids))) for n, pair in enumerate(stored) if pair.fitted
-                )
+                references.update((n, self._rows()) for n, pair in enumerate(stored) if pair.fitted)
             behind = states.float()
             for number, value in enumerate(values if references else ()):
                 if direct:
                     behind = behind + value
                 if number in references:
-                    references[number].write(part, behind if direct else value)
+                    references[number].write(0, part, behind if direct else value)
             return output
 
         handles = [
@@ -380,9 +358,9 @@ class _Refit:
             if id(module) in self.pairs
         ]
         try:
-            following = _Rows(len(self.ids))
+            following = self._rows()
             for part in self.parts:
-                following.write(part, run(part))
+                following.write(0, part, run(part))
         finally:
             for handle in handles:
                 handle.remove()

@@ -174,15 +174,11 @@ class _BlockPass:
         """Pull the gradient back through every block down to the lowest, then to the rest."""
         chain, collector = self.chain, self.collector
         with chain.opened():
-            shape, dtype = hidden_form(chain, self.ids)
-            shape = (len(self.ids), *shape)
+            samples = len(self.ids)
             collector.seen()  # by the chain's probes
-            wide = torch.promote_types(dtype, torch.float32)
             with (
-                ActivationStore(range(1), shape, wide, MEMORY) as self.gradients,
-                ActivationStore(
-                    self.stored, shape, dtype, max(0, MEMORY - self.gradients.resident)
-                ) as self.states,
+                ActivationStore(range(1), samples, MEMORY * 3 // 4) as self.gradients,
+                ActivationStore(self.stored, samples, MEMORY // 4) as self.states,
             ):
                 for part in track(self.headed, f"{collector.label}: forward"):
                     self._forward(part)
@@ -265,13 +261,6 @@ class _BlockPass:
             outputs, cotangents = zip(*(one for one in pairs if one[0].requires_grad), strict=True)
             self.collector.seen()  # in the forward pass already
             self.collector.pull(outputs, cotangents, part, self.chain.outside)
-
-
-def hidden_form(chain: Chain, input_ids: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype]:
-    """Return the shape, without samples, and type of the hidden state of one full sample."""
-    with torch.no_grad():
-        entry = chain.entry(input_ids[:1])
-    return tuple(entry.shape[1:]), entry.dtype
 
 
 @contextmanager

@@ -26,7 +26,6 @@ from llm_pruner.importance.boundary_pass import (
     TOKENS,
     Collector,
     batches,
-    hidden_form,
     run_backward,
 )
 from llm_pruner.importance.observation import Observation, Reading
@@ -227,18 +226,16 @@ class _Watch(Collector, Generic[Measured]):
                 self._take(part)
             return
         highest = max((at for at, block in enumerate(blocks) if block & self.modules), default=-1)
-        with chain.opened():
-            shape, dtype = hidden_form(chain, input_ids)
-            with ActivationStore(range(1), (samples, *shape), dtype, MEMORY) as hidden:
-                for part in parts:
-                    hidden.write(0, part, chain.entry(input_ids[part]))
-                steps = [(index, part) for index in range(highest + 1) for part in parts]
-                for index, part in track(steps, f"{self.label}: blocks"):
-                    _, output = chain.run_block(index, input_ids[part], hidden.read(0, part))
-                    hidden.write(0, part, output)
-                    self._take(part)
-                    if part is parts[-1]:
-                        self._finish(self._inside[index])
+        with chain.opened(), ActivationStore(range(1), samples, MEMORY) as hidden:
+            for part in parts:
+                hidden.write(0, part, chain.entry(input_ids[part]))
+            steps = [(index, part) for index in range(highest + 1) for part in parts]
+            for index, part in track(steps, f"{self.label}: blocks"):
+                _, output = chain.run_block(index, input_ids[part], hidden.read(0, part))
+                hidden.write(0, part, output)
+                self._take(part)
+                if part is parts[-1]:
+                    self._finish(self._inside[index])
 
     def _take(self, part: slice) -> None:
         """Take what a forward pass has shown."""

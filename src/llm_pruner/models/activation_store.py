@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable
+from io import FileIO
 from types import TracebackType
 from typing import Any
 
@@ -14,45 +15,39 @@ from llm_pruner.errors import UserError
 
 
 class ActivationStore:
-    """Arrays of one shape, written and read by ranges of samples.
+    """Arrays of one shape, written and read by ranges of samples; made when first written to.
 
     Files are plain bytes that are read into fresh memory, not mapped, so that what is on disk does
     not count as resident memory.
 
     Args:
-        wanted: keys of the arrays.
-        shape: (samples, ...) of every array.
-        dtype: of every array.
-        budget: bytes that may stay in memory.
-
-    Raises:
-        UserError: the temporary folder has no room for the rest.
+        keys: of the arrays.
+        samples: in each array.
+        memory: bytes that may stay in memory.
     """
 
-    def __init__(
-        self, wanted: range, shape: tuple[int, ...], dtype: torch.dtype, budget: int
-    ) -> None:
-        self._shape, self._dtype = shape, dtype
-        self._bytes = torch.empty(shape, dtype=dtype, device="meta").nbytes
-        in_memory = budget // self._bytes if self._bytes else len(wanted)
-        self._arrays = {
-            key: torch.empty(shape, dtype=dtype) for key in wanted[: min(in_memory, len(wanted))]
-        }
-        filed = wanted[len(self._arrays) :]
-        need, folder = len(filed) * self._bytes, tempfile.gettempdir()
+    def __init__(self, keys: range, samples: int, memory: int) -> None:
+        self._keys, self._samples, self._memory = keys, samples, memory
+        self._form = torch.empty(0)  # one sample
+        self._arrays: dict[int, torch.Tensor] = {}
+        self._files: dict[int, FileIO] = {}
+
+    def _make(self, values: torch.Tensor) -> None:
+        self._form = torch.empty_like(values[0], device="meta")
+        size = self._samples * self._form.nbytes
+        in_memory = self._memory // size if size else len(self._keys)
+        for key in self._keys[: min(in_memory, len(self._keys))]:
+            self._arrays[key] = values.new_empty((self._samples, *values.shape[1:]), device="cpu")
+        filed = self._keys[len(self._arrays) :]
+        need, folder = len(filed) * size, tempfile.gettempdir()
         if filed and (free := shutil.disk_usage(folder).free) < need:
             raise UserError(
-                f"the hidden states of {shape[0]} samples need {need / 2**30:.1f} GiB on disk and "
-                f"{folder} has {free / 2**30:.1f} GiB free; set TMPDIR to a larger disk, or use "
-                "fewer or shorter samples"
+                f"the hidden states of {self._samples} samples need {need / 2**30:.1f} GiB on disk "
+                f"and {folder} has {free / 2**30:.1f} GiB free; set TMPDIR to a larger disk, or "
+                "use fewer or shorter samples"
             )
         # Without a name, so that a killed process leaves nothing behind.
         self._files = {key: tempfile.TemporaryFile(buffering=0) for key in filed}  # noqa: SIM115
-
-    @property
-    def resident(self) -> int:
-        """Bytes held in memory."""
-        return len(self._arrays) * self._bytes
 
     def __enter__(self) -> ActivationStore:
         return self
@@ -71,8 +66,15 @@ class ActivationStore:
             self.drop(key)
 
     def write(self, key: int, samples: slice, values: torch.Tensor) -> None:
-        """Store ``values``, shape (samples in the slice, ...)."""
-        values = values.detach().to("cpu", self._dtype).contiguous()
+        """Store ``values``, shape (samples in the slice, ...), in the type of the first ones.
+
+        Raises:
+            UserError: the temporary folder has no room for the arrays.
+        """
+        values = values.detach()
+        if not self._arrays and not self._files:
+            self._make(values)
+        values = values.to("cpu", self._form.dtype).contiguous()
         if key in self._arrays:
             self._arrays[key][samples] = values
             return
@@ -84,7 +86,8 @@ class ActivationStore:
         """Return the stored values of a range of samples; not to be changed in place."""
         if key in self._arrays:
             return self._arrays[key][samples]
-        values = torch.empty((samples.stop - samples.start, *self._shape[1:]), dtype=self._dtype)
+        shape = (samples.stop - samples.start, *self._form.shape)
+        values = torch.empty(shape, dtype=self._form.dtype)
         file = self._files[key]
         file.seek(self._offset(samples))
         _all_bytes(values, file.readinto)
@@ -97,7 +100,7 @@ class ActivationStore:
             self._files.pop(key).close()
 
     def _offset(self, samples: slice) -> int:
-        return int(samples.start) * (self._bytes // self._shape[0])
+        return int(samples.start) * self._form.nbytes
 
 
 def _all_bytes(values: torch.Tensor, move: Callable[[memoryview], int | None]) -> None:
