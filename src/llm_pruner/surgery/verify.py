@@ -28,7 +28,8 @@ from llm_pruner.discovery.tracing.scenes import Scene, few, staged
 from llm_pruner.discovery.tracing.tracer import VIEWS, Trace, Tracer, tensors_in
 from llm_pruner.errors import VerificationError
 from llm_pruner.models.forward import is_on_meta
-from llm_pruner.surgery.cut import Undo, cut_, cut_copy, plan_edits
+from llm_pruner.models.layers import sharing_copy
+from llm_pruner.surgery.cut import Undo, cut_, plan_edits
 from llm_pruner.surgery.removal import removed_modules, removed_positions
 from llm_pruner.types import Discovery, Edits, IntArray, Removal
 
@@ -246,8 +247,12 @@ def twin_logits(
     Returns:
         One tensor (batch, tokens of the call, vocabulary) per call of the model.
     """
-    scenes = discovery.graph.scenes[: None if tokens is None else 1]
-    runs = [_twin_scene(model, discovery, removal, scene, tokens) for scene in scenes]
+    scenes = discovery.graph.scenes
+    if tokens is not None:
+        return _twin_scene(model, discovery, removal, scenes[0], tokens)
+    runs = [
+        _twin_scene(model, discovery, removal, scene, _tokens(model, scene)) for scene in scenes
+    ]
     return [logits for run in runs for logits in run]
 
 
@@ -259,8 +264,11 @@ def pruned_logits(
     Raises:
         VerificationError: the model cannot run.
     """
-    scenes = discovery.graph.scenes[: None if tokens is None else 1]
-    return [logits for scene in scenes for logits in _pruned_scene(model, scene, tokens)]
+    scenes = discovery.graph.scenes
+    if tokens is not None:
+        return _pruned_scene(model, scenes[0], tokens)
+    runs = [_pruned_scene(model, scene, _tokens(model, scene)) for scene in scenes]
+    return [logits for run in runs for logits in run]
 
 
 def _tokens(model: nn.Module, scene: Scene) -> torch.Tensor:
@@ -268,13 +276,8 @@ def _tokens(model: nn.Module, scene: Scene) -> torch.Tensor:
 
 
 def _twin_scene(
-    model: nn.Module,
-    discovery: Discovery,
-    removal: Removal,
-    scene: Scene,
-    tokens: torch.Tensor | None = None,
+    model: nn.Module, discovery: Discovery, removal: Removal, scene: Scene, tokens: torch.Tensor
 ) -> list[torch.Tensor]:
-    tokens = _tokens(model, scene) if tokens is None else tokens
     graph = discovery.graph
     trace = Trace(atoms=graph.trace.atoms.copy(), tensors=dict(graph.trace.tensors))
     deleted = graph.system.with_replicas(graph.deleted(removal))
@@ -295,10 +298,7 @@ def _twin_scene(
     return [few(tensor.detach()).clone() for tensor in logits]
 
 
-def _pruned_scene(
-    model: nn.Module, scene: Scene, tokens: torch.Tensor | None = None
-) -> list[torch.Tensor]:
-    tokens = _tokens(model, scene) if tokens is None else tokens
+def _pruned_scene(model: nn.Module, scene: Scene, tokens: torch.Tensor) -> list[torch.Tensor]:
     try:
         with staged(model, training=scene.training):
             logits = scene.run(model, tokens)
@@ -354,7 +354,7 @@ def cut_verified_(
     skipped = list(discovery.graph.left_out)
     for scene in discovery.graph.scenes:
         try:
-            found = _twin_scene(model, discovery, removal, scene)
+            found = _twin_scene(model, discovery, removal, scene, _tokens(model, scene))
         except Exception as error:  # a model may refuse a way of running it in any way
             if scene.needed:
                 raise VerificationError(
@@ -376,7 +376,7 @@ def cut_verified_(
     worst = 0.0
     try:
         for scene in scenes:
-            actual = _pruned_scene(model, scene)
+            actual = _pruned_scene(model, scene, _tokens(model, scene))
             difference = largest_difference(expected[scene.name], actual)
             limit = tolerance(expected[scene.name], model, scene.shape[1])
             if difference > limit:
@@ -419,9 +419,9 @@ def _is_rounding(
         return False
     fine = copy.deepcopy(model).double()
     try:
-        twins = [_twin_scene(fine, discovery, removal, scene) for scene in scenes]
+        twins = [_twin_scene(fine, discovery, removal, s, _tokens(fine, s)) for s in scenes]
         cut_(fine, discovery, removal)
-        runs = [_pruned_scene(fine, scene) for scene in scenes]
+        runs = [_pruned_scene(fine, scene, _tokens(fine, scene)) for scene in scenes]
     except Exception:
         return False
     pairs = zip(twins, runs, strict=True)
@@ -506,7 +506,8 @@ def find_culprits(
         done |= set(together)
         part = {other: removal[other] for other in together}
         expected = _twin_scene(model, discovery, part, scene, tokens)
-        smaller = cut_copy(model, discovery, part)
+        smaller = sharing_copy(model)
+        cut_(smaller, discovery, part)
         try:
             difference = largest_difference(expected, _pruned_scene(smaller, scene, tokens))
         except VerificationError:
