@@ -22,7 +22,7 @@ import transformers
 from commands import found_by, save_dense
 from corpora import TOKENS, WINDOW
 from llm_pruner.commands.apart import weights_bytes
-from llm_pruner.evaluation.memory import folder_bytes
+from llm_pruner.evaluation.footprint import folder_bytes
 from machine import machine
 
 RESULTS = Path(__file__).parent / "results"

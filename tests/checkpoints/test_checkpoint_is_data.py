@@ -39,8 +39,9 @@ from llm_pruner.data.selfmade import write_text_cached
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import PlanError, UserError
 from llm_pruner.files.disk import MOST_BYTES
+from llm_pruner.files.ranges import parse_ranges
 from llm_pruner.models.load import load_model
-from llm_pruner.planning import parse_ranges, read_plan
+from llm_pruner.planning import read_plan
 from llm_pruner.recovery import checkpoint as state
 from llm_pruner.report.data import read_report
 from llm_pruner.settings.evaluate import EvaluateSettings

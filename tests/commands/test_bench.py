@@ -17,8 +17,8 @@ import llm_pruner.models.stored
 from command import done, run, save_tiny
 from helpers import VOCABULARY, tiny_model
 from llm_pruner.errors import UserError
-from llm_pruner.evaluation.memory import folder_bytes
-from llm_pruner.evaluation.speed import compare_speed, compiled, compiling, speed_up
+from llm_pruner.evaluation.footprint import folder_bytes
+from llm_pruner.evaluation.speed import compiled, compiling, measure_speed, speed_up
 from llm_pruner.models.forward import Decoder
 from llm_pruner.models.stored import stored_at
 from llm_pruner.settings.evaluate import BenchSettings
@@ -67,7 +67,7 @@ class Recorder:
 def test_models_take_turns() -> None:
     models = [tiny_model(num_hidden_layers=1).train(), tiny_model(num_hidden_layers=1)]
     recorder = Recorder(models)
-    found = compare_speed(
+    found = measure_speed(
         models, prompt_tokens=5, new_tokens=2, repeats=3, batch_size=4, start=recorder.start
     )
     text = [(4, 5), (4, 1), (4, 1)]

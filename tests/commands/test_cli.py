@@ -296,12 +296,12 @@ def test_ratios_out_of_reach_name_the_nearest(work: Path, tiny: Path) -> None:
 def test_an_unreachable_ratio_is_refused_before_text_is_written(
     work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import llm_pruner.search.calibration
+    import llm_pruner.data.calibration
 
     def build_calibration(*args: object, **settings: object) -> None:
         raise AssertionError("the model wrote text")
 
-    monkeypatch.setattr(llm_pruner.search.calibration, "build_calibration", build_calibration)
+    monkeypatch.setattr(llm_pruner.data.calibration, "build_calibration", build_calibration)
     for scope in ("local", "global"):
         options = ("--ratio", 0.9, "--scope", scope)
         assert "cannot be reached" in refused(work, "prune", tiny, "--out", "out", *options)

@@ -22,11 +22,12 @@ from llm_pruner.compensation import Refitted, refit_
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
 from llm_pruner.models.consumers import consumers_of
-from llm_pruner.planning import Selection, Survivors, Target, allocate, parse_split
+from llm_pruner.planning import Numbering, Selection, Target, allocate
 from llm_pruner.runtime import precision as matmul
 from llm_pruner.search import structure_split as trials
 from llm_pruner.search.structure_split import find_split
 from llm_pruner.settings.prune import MethodSettings
+from llm_pruner.settings.words import parse_split
 from llm_pruner.surgery.removal import count_parameters
 
 
@@ -346,10 +347,10 @@ def test_trials_on_logits_that_are_not_finite_are_refused(tiny: Path, tmp_path: 
     scores = {group.name: np.arange(1.0, group.size + 1) for group in discovery.groups}
     with torch.no_grad():
         model.get_output_embeddings().weight[5] = torch.nan
-    held_out, survivors = torch.arange(3, 35).reshape(2, 16), Survivors.dense(discovery)
+    held_out, numbering = torch.arange(3, 35).reshape(2, 16), Numbering.dense(discovery)
     chosen = Selection(("heads", "ffn"))
     with pytest.raises(UserError, match="not finite, so no split can be judged"):
-        find_split(model, discovery, scores, chosen, Target(ratio=0.2), survivors, held_out)
+        find_split(model, discovery, scores, chosen, Target(ratio=0.2), numbering, held_out)
 
 
 def test_a_mixed_split_must_also_win_after_a_refit(
@@ -367,7 +368,7 @@ def test_a_mixed_split_must_also_win_after_a_refit(
                 weight = model.get_submodule(consumer.module).weight
                 weight[:, consumer.index[0]] = 0
     scores = {group.name: np.arange(1.0, group.size + 1) for group in discovery.groups}
-    settings = (Selection(("heads", "ffn")), Target(ratio=0.2), Survivors.dense(discovery))
+    settings = (Selection(("heads", "ffn")), Target(ratio=0.2), Numbering.dense(discovery))
     arguments = (model, discovery, scores, *settings, text[:4])
     _, plain = find_split(*arguments)
     assert not any(trial.refitted for trial in plain)

@@ -14,13 +14,13 @@ from families import make
 from helpers import VOCABULARY, tiny_model
 from llm_pruner import Selection, Target, allocate, discover, prune_
 from llm_pruner.errors import LLMPrunerError, UserError
-from llm_pruner.evaluation.macs import (
+from llm_pruner.evaluation.footprint import (
+    Counter,
     attention_macs,
     count_work,
-    counting,
+    model_size,
     paper_macs,
 )
-from llm_pruner.evaluation.memory import model_size
 from llm_pruner.models.forward import tensor_bytes
 
 LAYERS, HIDDEN, FFN, HEADS, KV, HEAD = 3, 48, 80, 6, 3, 8
@@ -148,10 +148,10 @@ def test_products() -> None:
     assert attention_macs(
         torch.Size((1, 2, 5, 4)), torch.Size((1, 1, 7, 4)), torch.Size((1, 1, 7, 6))
     ) == 2 * 5 * 7 * (4 + 6)
-    with torch.no_grad(), counting() as counter:
+    with torch.no_grad(), Counter() as counter:
         nn.functional.conv1d(torch.ones(1, 6, 9), torch.ones(6, 1, 4), groups=6)
     assert counter.work().macs == 6 * 6 * 4
-    with torch.no_grad(), counting() as counter:
+    with torch.no_grad(), Counter() as counter:
         torch.ones(3, 4) @ torch.ones(4)
         torch.ones(3, 4) + 1
     assert counter.work().macs == 12

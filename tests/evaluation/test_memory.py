@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from helpers import tiny_model
-from llm_pruner.evaluation.memory import _by_operation, measure_memory
+from llm_pruner.evaluation.footprint import _by_operation, measure_memory
 
 MATRIX = 100 * 100 * 4
 CACHE = 3 * 2 * 3 * 8 * 4

@@ -14,7 +14,7 @@ from helpers import VOCABULARY, tiny_model, tiny_tokenizer
 from llm_pruner.data.sequences import chat_ids
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import perplexity as module
-from llm_pruner.evaluation.memory import folder_bytes, model_size
+from llm_pruner.evaluation.footprint import folder_bytes, model_size
 from llm_pruner.evaluation.perplexity import EvaluationText, perplexity
 from llm_pruner.evaluation.samples import sample_continuation, strip_control
 from llm_pruner.evaluation.speed import measure_speed
@@ -172,13 +172,13 @@ def test_decoder_with_and_without_a_cache() -> None:
 
 def test_speed() -> None:
     model = tiny_model().train()
-    speed = measure_speed(model, prompt_tokens=8, new_tokens=4, repeats=2)
+    (speed,) = measure_speed([model], prompt_tokens=8, new_tokens=4, repeats=2)
     assert speed.prefill_tokens_per_second > 0
     assert speed.decode_tokens_per_second > 0
     assert (speed.prompt_tokens, speed.new_tokens, speed.repeats) == (8, 4, 2)
     assert model.training
     with pytest.raises(UserError, match="new_tokens=0 measures nothing"):
-        measure_speed(model, new_tokens=0)
+        measure_speed([model], new_tokens=0)
 
 
 def test_size(tmp_path: Path) -> None:

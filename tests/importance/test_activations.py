@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from llm_pruner.errors import UserError
 from llm_pruner.importance import Criterion, score
 from llm_pruner.importance.criteria import MEASURES, obs
 from llm_pruner.importance.observation import Observation, Reading
-from llm_pruner.importance.observing import observe
+from llm_pruner.importance.observing import measure
 from llm_pruner.models.consumers import Consumer, consumers_of, weight_of
 from llm_pruner.models.forward import undisturbed
 from llm_pruner.types import Group, Member
@@ -28,6 +29,12 @@ ALL = ("gates", "moments", "gram")
 
 def tokens(samples: int = 3, length: int = 9) -> torch.Tensor:
     return torch.randint(3, 100, (samples, length), generator=torch.Generator().manual_seed(1))
+
+
+def observe(
+    model: Any, ids: torch.Tensor, groups: list[Group], needs: Any
+) -> dict[str, Observation]:
+    return measure(model, ids, groups, needs, lambda seen: seen)
 
 
 def gated(model: Any, group: Group, ids: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -302,6 +309,23 @@ def test_every_criterion_scores_a_real_discovery_and_leaves_the_model_alone(name
         assert values.std() > 0
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("name", sorted(MEASURES))
+def test_whole_layers_are_scored_or_refused(name: str) -> None:
+    model, discovery = discovered("llama")
+    criterion = Criterion(name)
+    if criterion.scores_layers:
+        scores = score(model, discovery, criterion, input_ids=tokens(), seed=0, groups=["layers"])
+        assert (scores["layers"] > 0).all()
+        return
+    with pytest.raises(
+        UserError, match=rf"criterion '{name}' .* whole layers; use random, .*fisher"
+    ):
+        score(model, discovery, criterion, input_ids=tokens(), seed=0, groups=["layers"])
+    groups = tuple(group for group in discovery.groups if group.kind in ("ffn", "layers"))
+    scores = score(model, replace(discovery, groups=groups), criterion, input_ids=tokens(), seed=0)
+    assert list(scores) == [group.name for group in groups if group.kind == "ffn"]
 
 
 def test_token_squares_are_squared_derivatives_of_single_tokens() -> None:

@@ -14,9 +14,10 @@ from torch import nn
 
 from helpers import tiny_model
 from llm_pruner.errors import UserError
-from llm_pruner.importance import Criterion, blockwise, score, scoring
-from llm_pruner.importance.gradients import loss_cotangent
-from llm_pruner.models.blockwise import Borders, NotBlockwise, find_chain
+from llm_pruner.importance import Criterion, boundary_pass, score, scoring
+from llm_pruner.importance.boundary_pass import loss_cotangent
+from llm_pruner.models.activation_store import ActivationStore
+from llm_pruner.models.blockwise import NotBlockwise, find_chain
 from llm_pruner.types import Discovery, Group, Member
 
 TAYLORS = [
@@ -25,6 +26,11 @@ TAYLORS = [
         ("first", "second", "mixed"), ("element", "vector"), ("sum", "prod", "max", "last")
     )
 ]
+
+
+def refuse(*args: Any, **kwargs: Any) -> Any:
+    """Stand in for ``find_chain``: the model is run as a whole."""
+    raise NotBlockwise("asked to")
 
 
 def rows(count: int, width: int = 1, start: int = 0) -> np.ndarray:
@@ -304,14 +310,12 @@ def test_both_paths_in_float64(
     llama: Any, order: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, discovery, ids, double, gradients = llama
-    other = {"blockwise": "whole_sums", "whole": "blockwise_sums"}[path]
-
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        if path == "blockwise":
-            pytest.fail("fell back to the whole model")
-        raise NotBlockwise("asked to")
-
-    monkeypatch.setattr(scoring, other, refuse)
+    if path == "whole":
+        monkeypatch.setattr(scoring, "find_chain", refuse)
+    else:
+        monkeypatch.setattr(
+            boundary_pass, "run_for_logits", lambda *_: pytest.fail("ran as a whole")
+        )
     criterion = Criterion(order=order, reduction="vector")
     got = score(double, discovery, criterion, input_ids=ids, seed=0)
     for group in discovery.groups:
@@ -352,11 +356,7 @@ def test_stock_architectures_run_block_by_block(
     chain = find_chain(model.requires_grad_(False), tokens(), {})
     assert len(chain.blocks) == 2
     got = score(model, discovery, criterion, input_ids=tokens(), seed=0)
-
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise NotBlockwise("asked to")
-
-    monkeypatch.setattr(scoring, "blockwise_sums", refuse)
+    monkeypatch.setattr(scoring, "find_chain", refuse)
     whole = score(model, discovery, criterion, input_ids=tokens(), seed=0)
     for name in names:
         scale = max(whole[name].mean(), 1e-12)
@@ -437,7 +437,7 @@ class Doubling(nn.Module):
     ],
 )
 @pytest.mark.parametrize("order", ["first", "mixed"])
-def test_gradients_past_the_borders_are_not_lost(skip: str, chain: bool, order: str) -> None:
+def test_gradients_past_the_boundaries_are_not_lost(skip: str, chain: bool, order: str) -> None:
     model = Skipping(skip)
     members = [("embedding.weight", 1), ("layers.0.linear.weight", 1), ("head.weight", 1)]
     groups = [
@@ -488,42 +488,40 @@ def test_hidden_states_on_disk_give_the_same_scores(
     model, discovery, ids, _, _ = llama
     want = score(model, discovery, Criterion(order="mixed"), input_ids=ids, seed=0)
     made = []
-    real = blockwise.Borders.write
+    real = ActivationStore.write
 
-    def write(self: Borders, *args: Any) -> None:
+    def write(self: ActivationStore, *args: Any) -> None:
         real(self, *args)
         made.append(len(self._files) * (not self._arrays))
 
-    monkeypatch.setattr(blockwise.Borders, "write", write)
-    monkeypatch.setattr(
-        scoring, "blockwise_sums", lambda *args: blockwise.blockwise_sums(*args, budget=0)
-    )
+    monkeypatch.setattr(ActivationStore, "write", write)
+    monkeypatch.setattr(boundary_pass, "MEMORY", 0)
     got = score(model, discovery, Criterion(order="mixed"), input_ids=ids, seed=0)
-    assert set(made) == {1, 3}  # the gradient, and three borders of two blocks
+    assert set(made) == {1, 3}  # the gradient, and three boundaries of two blocks
     for name in want:
         np.testing.assert_array_equal(got[name], want[name])
 
 
-def test_borders_keep_bfloat16_and_the_order_of_samples() -> None:
+def test_stored_activations_keep_bfloat16_and_the_order_of_samples() -> None:
     values = torch.randn(5, 2, 3).bfloat16()
     for budget in (0, 70, 1 << 20):
-        with Borders(range(2, 4), (5, 2, 3), torch.bfloat16, budget) as borders:
+        with ActivationStore(range(2, 4), 5, budget) as store:
             for key, start in itertools.product((2, 3), (4, 0, 2)):
                 part = slice(start, min(start + 2, 5))
-                borders.write(key, part, values[part] * key)
-            assert torch.equal(borders.read(2, slice(0, 5)), values * 2)
-            assert torch.equal(borders.read(3, slice(3, 5)), values[3:] * 3)
-            borders.drop(2)
+                store.write(key, part, values[part] * key)
+            assert torch.equal(store.read(2, slice(0, 5)), values * 2)
+            assert torch.equal(store.read(3, slice(3, 5)), values[3:] * 3)
+            store.drop(2)
             with pytest.raises(KeyError):
-                borders.read(2, slice(0, 1))
+                store.read(2, slice(0, 1))
         with pytest.raises(KeyError):
-            borders.read(3, slice(0, 1))
+            store.read(3, slice(0, 1))
 
 
 def test_no_room_for_hidden_states_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
     with pytest.raises(UserError, match=r"hidden states of 5 samples.*set TMPDIR to a larger disk"):
-        Borders(range(2), (5, 8, 8), torch.float32, 0)
+        ActivationStore(range(2), 5, 0).write(0, slice(0, 1), torch.ones(1, 8, 8))
 
 
 def state_of(model: Any) -> tuple[Any, ...]:
@@ -574,12 +572,8 @@ def test_sample_without_a_finite_loss_is_named(path: str, monkeypatch: pytest.Mo
     model.model.embed_tokens.weight.data[258] = torch.nan
     ids = tokens(5, 6).clamp(max=257)
     ids[3, 2] = 258
-
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise NotBlockwise("asked to")
-
     if path == "whole":
-        monkeypatch.setattr(scoring, "blockwise_sums", refuse)
+        monkeypatch.setattr(scoring, "find_chain", refuse)
     with pytest.raises(UserError, match=r"loss of calibration sample 3 is nan.*float32"):
         score(model, llama_discovery(model), Criterion(), input_ids=ids, seed=0)
 

@@ -12,18 +12,17 @@ from fake_discovery import fake_llama, fake_pruned, fake_scores, units
 from llm_pruner.errors import UserError
 from llm_pruner.planning import (
     TOLERANCE,
+    Numbering,
     Selection,
-    Survivors,
     Target,
     allocate,
     check,
     choose_groups,
-    complete,
-    parse_count,
-    parse_layer_ranges,
     step_targets,
 )
+from llm_pruner.planning.constraints import add_companions, ascending
 from llm_pruner.planning.costs import ParameterCounter
+from llm_pruner.settings.words import parse_count, parse_layer_ranges
 from llm_pruner.surgery.removal import count_parameters
 from llm_pruner.types import Discovery, IntArray, Removal
 
@@ -257,22 +256,22 @@ def test_steps_with_a_unit_ratio_end_where_one_step_does(structures, protect):
     selection = Selection(structures, protect_first=protect, protect_last=1)
     target = Target(unit_ratio=0.4)
     once = allocate(dense, scores, selection, target)
-    survivors, discovery = Survivors.dense(dense), dense
+    numbering, discovery = Numbering.dense(dense), dense
     for step in step_targets(count_parameters(dense), target, 3):
         current = {
-            group.name: scores[survivors.dense_name(group.name)][
-                survivors.kept[survivors.dense_name(group.name)]
+            group.name: scores[numbering.dense_name(group.name)][
+                numbering.kept[numbering.dense_name(group.name)]
             ]
             for group in discovery.groups
         }
-        removal = allocate(discovery, current, selection, step, survivors)
-        survivors = survivors.after(removal)
+        removal = allocate(discovery, current, selection, step, numbering)
+        numbering = numbering.after(removal)
         discovery = fake_pruned(discovery, removal)
-        assert count_parameters(discovery) == count_parameters(dense, survivors.removal())
-    assert check(dense, survivors.removal()) == []
+        assert count_parameters(discovery) == count_parameters(dense, numbering.removal())
+    assert check(dense, numbering.removal()) == []
     # The scores are the same in all steps here, so the units are too, not only their number.
-    assert same(survivors.removal(), once) or "head_dim" in structures
-    assert {k: len(v) for k, v in survivors.removal().items()} == {
+    assert same(numbering.removal(), once) or "head_dim" in structures
+    assert {k: len(v) for k, v in numbering.removal().items()} == {
         k: len(v) for k, v in once.items()
     }
 
@@ -281,36 +280,36 @@ def test_steps_with_a_unit_ratio_end_where_one_step_does(structures, protect):
 def test_steps_with_a_ratio_end_at_the_ratio(scope):
     dense = MODELS["gqa"]
     selection = Selection(("heads", "ffn", "hidden", "layers"), scope=scope, protect_last=1)
-    survivors, discovery = Survivors.dense(dense), dense
+    numbering, discovery = Numbering.dense(dense), dense
     shares = []
     for number, step in enumerate(step_targets(count_parameters(dense), Target(ratio=0.4), 4)):
         scores = fake_scores(discovery, seed=number)
-        removal = allocate(discovery, scores, selection, step, survivors)
-        survivors = survivors.after(removal)
+        removal = allocate(discovery, scores, selection, step, numbering)
+        numbering = numbering.after(removal)
         discovery = fake_pruned(discovery, removal)
-        shares.append(share(dense, survivors.removal()))
-    assert check(dense, survivors.removal()) == []
-    assert count_parameters(discovery) == count_parameters(dense, survivors.removal())
+        shares.append(share(dense, numbering.removal()))
+    assert check(dense, numbering.removal()) == []
+    assert count_parameters(discovery) == count_parameters(dense, numbering.removal())
     assert np.allclose(shares, [0.1, 0.2, 0.3, 0.4], atol=TOLERANCE)
 
 
 def test_survivors_translate_names_and_units():
     dense = fake_llama(8, ffn=10, kv_heads=2, repeat=2)
-    survivors = Survivors.dense(dense).after({"layers": units(2, 4), "layers.7.ffn": units(0, 5)})
-    assert survivors.dense_name("layers.5.ffn") == "layers.7.ffn"
-    assert survivors.dense_layer(3) == 5
-    moved = survivors.to_dense({"layers.5.ffn": units(0, 4), "layers": units(2)})
+    numbering = Numbering.dense(dense).after({"layers": units(2, 4), "layers.7.ffn": units(0, 5)})
+    assert numbering.dense_name("layers.5.ffn") == "layers.7.ffn"
+    assert numbering.dense_layer(3) == 5
+    moved = numbering.to_dense({"layers.5.ffn": units(0, 4), "layers": units(2)})
     assert moved["layers.7.ffn"].tolist() == [1, 6]
     assert moved["layers"].tolist() == [3]
-    survivors = survivors.after({"layers.5.ffn": units(0, 4), "layers.0.heads": units(1)})
-    assert {name: found.tolist() for name, found in survivors.removal().items()} == {
+    numbering = numbering.after({"layers.5.ffn": units(0, 4), "layers.0.heads": units(1)})
+    assert {name: found.tolist() for name, found in numbering.removal().items()} == {
         "layers.0.heads": [1],
         "layers.7.ffn": [0, 1, 5, 6],
         "layers": [2, 4],
     }
-    assert survivors.kept["layers.0.query_heads"].tolist() == [0, 1]
+    assert numbering.kept["layers.0.query_heads"].tolist() == [0, 1]
     with pytest.raises(KeyError):
-        survivors.dense_name("layers.7.ffn")
+        numbering.dense_name("layers.7.ffn")
 
 
 def test_step_targets_are_linear_in_what_is_removed():
@@ -329,32 +328,6 @@ def test_loose_target_takes_the_nearest_even_if_that_is_nothing():
     assert allocate(discovery, scores, Selection(("heads",)), loose) == {}
     few = Target(params=count_parameters(discovery) - 10, loose=True)
     assert allocate(discovery, scores, Selection(("layers",)), few) == {}
-
-
-def test_complete_adds_the_least_important():
-    discovery = fake_llama(3, kv_heads=3, repeat=3, head_dim=4)
-    scores = {group.name: np.arange(group.size, 0, -1.0) for group in discovery.groups}
-    done = complete(
-        discovery,
-        {
-            "head_dim": units(0),
-            "layers.0.value_dim": units(0),
-            "layers.0.query_heads": units(0, 1, 3),
-            "layers.0.heads": units(1),
-            "layers": units(2),
-            "layers.2.ffn": units(1),
-        },
-        scores,
-    )
-    assert {name: found.tolist() for name, found in done.items()} == {
-        "head_dim": [0],
-        "layers.0.value_dim": [0, 3],  # what was named stays
-        "layers.1.value_dim": [2, 3],
-        "layers.0.query_heads": [0, 1, 7, 8],  # block 1 is gone, block 2 follows block 0
-        "layers.0.heads": [1],
-        "layers": [2],
-    }
-    assert check(discovery, done) == []
 
 
 CHECKS = [
@@ -384,9 +357,12 @@ def test_check_names_the_breach(removal, message):
     assert any(re.search(message, problem) for problem in problems), problems
 
 
-def test_complete_follows_companions_of_companions():
+def test_companions_of_companions_follow():
     discovery = fake_llama(2, head_dim=8)
-    done = complete(discovery, {"layers.1.value_dim": units(3)}, fake_scores(discovery))
+    scores, done = fake_scores(discovery), {"layers.1.value_dim": units(3)}
+    groups = {group.name: group for group in discovery.groups}
+    add_companions(groups, done, set(), lambda group: ascending(group, scores))
+    done = {name: np.sort(found) for name, found in done.items()}
     assert {name: len(found) for name, found in done.items()} == {
         "head_dim": 1,
         "layers.0.value_dim": 2,
@@ -560,16 +536,3 @@ def test_parse_layer_ranges():
 def test_parse_layer_ranges_refuses(text, message):
     with pytest.raises(UserError, match=message):
         parse_layer_ranges(text)
-
-
-def test_completion_leaves_what_no_further_unit_mends():
-    discovery = fake_llama(2, kv_heads=2, repeat=1)
-    assert complete(discovery, {"layers.0.heads": units(0, 1)}, fake_scores(discovery)).keys() == {
-        "layers.0.heads"
-    }
-    discovery = fake_llama(2, kv_heads=3, repeat=3)
-    # Block 0 goes whole, the others follow, and nothing is left.
-    done = complete(discovery, {"layers.0.query_heads": units(0, 1, 2)}, fake_scores(discovery))
-    assert check(discovery, done) == [
-        "layers.0.query_heads: removes all 9 units; at least one must stay"
-    ]

@@ -9,14 +9,13 @@ import pytest
 
 from fake_discovery import fake_llama, fake_scores, units
 from llm_pruner.errors import PlanError, UserError
+from llm_pruner.files.ranges import format_ranges, parse_ranges
 from llm_pruner.planning import (
     Plan,
     Selection,
     Target,
     allocate,
     explain,
-    format_ranges,
-    parse_ranges,
     read_plan,
 )
 from llm_pruner.types import Discovery, Removal

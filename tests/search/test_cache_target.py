@@ -13,9 +13,9 @@ from command import done, run, save_tiny, write_text
 from families import make
 from llm_pruner import Criterion, Selection, Target, allocate, discover, prune_, score
 from llm_pruner.errors import UserError
-from llm_pruner.evaluation.macs import count_work
+from llm_pruner.evaluation.footprint import count_work
 from llm_pruner.models.load import load_model
-from llm_pruner.planning import Survivors
+from llm_pruner.planning import Numbering
 from llm_pruner.search.cache_cost import cache_cost
 
 
@@ -37,7 +37,7 @@ def test_the_cache_is_as_much_smaller(family: str, structures: tuple[str, ...], 
     if any(g.kind in structures and g.frozen for g in discovery.groups):
         pytest.skip("frozen in this family")
     selection = Selection(structures, scope=scope)
-    cost = cache_cost(model, discovery, selection, Survivors.dense(discovery))
+    cost = cache_cost(model, discovery, selection, Numbering.dense(discovery))
     assert cost.dense == cache_of(model)
     with pytest.raises(UserError, match="give its cost"):
         allocate(discovery, {}, selection, Target(kv_cache=0.5))
@@ -54,7 +54,7 @@ def test_structures_that_leave_the_cache_alone_are_refused() -> None:
         model = make(family)
         discovery = discover(model)
         with pytest.raises(UserError, match=f"{structures[-1]}: the cache of this model is as"):
-            cache_cost(model, discovery, Selection(structures), Survivors.dense(discovery))
+            cache_cost(model, discovery, Selection(structures), Numbering.dense(discovery))
 
 
 @pytest.mark.slow
@@ -95,12 +95,12 @@ def test_what_cannot_be_is_one_line(dense: Path, tmp_path: Path) -> None:
 def test_prices_are_measured_anew_after_a_step() -> None:
     model: Any = make("llama")
     discovery = discover(model)
-    survivors = Survivors.dense(discovery)
-    first = cache_cost(model, discovery, Selection(("heads",)), survivors)
+    numbering = Numbering.dense(discovery)
+    first = cache_cost(model, discovery, Selection(("heads",)), numbering)
     removal = {"layers.0.heads": np.array([0])}
     prune_(model, discovery, removal)
     second = cache_cost(
-        model, discover(model), Selection(("heads",)), survivors.after(removal), first.dense
+        model, discover(model), Selection(("heads",)), numbering.after(removal), first.dense
     )
     assert second.dense == first.dense
-    assert second.counter.total == first.counter.count(removal)
+    assert second.total == first.left(removal)

@@ -10,8 +10,8 @@ import torch
 
 from families import make
 from llm_pruner import discover
-from llm_pruner.search.divergence import Judge, divergences
-from llm_pruner.surgery.cut import cut_
+from llm_pruner.search.divergence import DivergenceMeter, divergences
+from llm_pruner.surgery.cut import cut_, cut_copy
 
 
 def tokens(samples: int, length: int = 16) -> torch.Tensor:
@@ -20,9 +20,9 @@ def tokens(samples: int, length: int = 16) -> torch.Tensor:
 
 def test_sample_by_sample_the_divergence_is_the_same() -> None:
     dense, other, held_out = make("llama"), make("llama", seed=1), tokens(3)
-    judge = Judge(dense, held_out)
+    meter = DivergenceMeter(dense, held_out)
     found = divergences(dense, (dense, other), held_out)
-    assert found == pytest.approx([judge.of(dense), judge.of(other)], rel=1e-5, abs=1e-7)
+    assert found == pytest.approx([meter.of(dense), meter.of(other)], rel=1e-5, abs=1e-7)
     assert found[1] > 10 * abs(found[0])
 
 
@@ -31,12 +31,12 @@ def test_a_trial_is_the_pruned_model_and_leaves_the_dense_one(family: str) -> No
     model = make(family)
     discovery = discover(model)
     before = copy.deepcopy(model.state_dict())
-    judge = Judge(model, tokens(2))
+    meter = DivergenceMeter(model, tokens(2))
     group = next(g for g in discovery.groups if g.kind == "ffn" and g.frozen is None)
     removal = {group.name: np.arange(group.multiple)}
-    found = judge.of_removal(discovery, removal)
+    found = meter.of(cut_copy(model, discovery, removal))
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     pruned = copy.deepcopy(model)
     cut_(pruned, discovery, removal)
-    assert found == pytest.approx(judge.of(pruned), rel=1e-5)
+    assert found == pytest.approx(meter.of(pruned), rel=1e-5)
     assert found > 0

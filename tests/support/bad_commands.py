@@ -232,6 +232,12 @@ TABLE: dict[str, list[Bad]] = {
     "How importance is estimated": bad(
         "prune",
         ("--criterion x", f"--criterion x is unknown; use one of {CRITERIA}"),
+        (
+            "--criterion wanda --structures ffn,layers",
+            "criterion 'wanda' reads the inputs of linear modules, which say nothing of whole "
+            "layers; use random, l1, l2, taylor, fisher, fisher-obs, gate, or leave layers out of "
+            "the structures",
+        ),
         ("--order x", "unknown order 'x': choose one of first, second, mixed"),
         ("--reduction x", "unknown reduction 'x': choose one of element, vector"),
         ("--aggregate x", "unknown aggregate 'x': choose one of sum, prod, max, last"),

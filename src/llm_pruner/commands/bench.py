@@ -12,9 +12,16 @@ from typing import Any
 import torch
 
 from llm_pruner.errors import UserError
-from llm_pruner.evaluation.macs import Counts, count_work, paper_macs
-from llm_pruner.evaluation.memory import PeakMemory, folder_bytes, measure_memory, model_size
-from llm_pruner.evaluation.speed import Speed, SpeedUp, compare_speed, compiled, compiling, speed_up
+from llm_pruner.evaluation.footprint import (
+    Counts,
+    PeakMemory,
+    count_work,
+    folder_bytes,
+    measure_memory,
+    model_size,
+    paper_macs,
+)
+from llm_pruner.evaluation.speed import Speed, SpeedUp, compiled, compiling, measure_speed, speed_up
 from llm_pruner.models.forward import Decoder, maximum_length
 from llm_pruner.models.load import LoadedModel, check, load
 from llm_pruner.models.stored import stored_at
@@ -26,7 +33,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Figures:
-    """One model. Counts of MACs and bytes leave out what is no product; see `evaluation.macs`.
+    """One model. Counts of MACs and bytes leave out what is no product; see `evaluation.footprint`.
 
     Attributes:
         model: its name.
@@ -194,7 +201,7 @@ def _speeds(models: list[Any], settings: BenchSettings) -> list[tuple[Speed, ...
                 stack.enter_context(compiling(constant_weights=on_processor))
                 start = compiled(settings.prompt_tokens + settings.new_tokens)
             by_batch.append(
-                compare_speed(
+                measure_speed(
                     models,
                     prompt_tokens=settings.prompt_tokens,
                     new_tokens=settings.new_tokens,

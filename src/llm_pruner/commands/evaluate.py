@@ -9,7 +9,7 @@ from functools import cached_property
 from llm_pruner.commands.zero_shot import ZeroShot, prepare_tasks, run_tasks
 from llm_pruner.data.text import load_evaluation_text
 from llm_pruner.evaluation import result_cache
-from llm_pruner.evaluation.memory import model_size
+from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.evaluation.perplexity import (
     EvaluationText,
     PerplexityResult,
@@ -93,7 +93,7 @@ def measure(settings: EvaluateSettings) -> Measured:
         parameters_blocks=size.blocks,
         perplexity=perplexities,
         zero_shot=found,
-        speed=measure_speed(late.loaded.model) if settings.speed else None,
+        speed=measure_speed([late.loaded.model])[0] if settings.speed else None,
         samples={
             prompt: sample_continuation(
                 late.loaded.model,

@@ -18,19 +18,19 @@ from llm_pruner.commands.refitter import Refitter
 from llm_pruner.commands.request import write_request
 from llm_pruner.commands.space import check_space
 from llm_pruner.commands.stepwise import Estimator, Steps, prune_in_steps
-from llm_pruner.data.calibration import Calibration
+from llm_pruner.data.calibration import Calibration, check_calibration, read_calibration
 from llm_pruner.data.text import sources_of
 from llm_pruner.discovery.groups import discover
-from llm_pruner.evaluation.memory import model_size
+from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.files.outputs import Source, check_shard_size
 from llm_pruner.importance import Criterion
 from llm_pruner.importance.criteria import MEASURES
 from llm_pruner.models.load import LoadedModel, load
 from llm_pruner.planning import (
     Cost,
+    Numbering,
     Plan,
     Selection,
-    Survivors,
     Target,
     check_reachable,
     explain,
@@ -49,7 +49,6 @@ from llm_pruner.report.write import page_in, write_report
 from llm_pruner.runtime.memory import give_back
 from llm_pruner.runtime.progress import Clock
 from llm_pruner.search.cache_cost import cache_cost
-from llm_pruner.search.calibration import check_calibration, read_calibration
 from llm_pruner.search.fast_widths import Rounding, measured_rounding
 from llm_pruner.settings.common import CalibrationSettings, ModelSettings, OutputSettings
 from llm_pruner.settings.limits import check_number, check_seed
@@ -170,6 +169,8 @@ class PruneRun:
         self.plan = None if settings.plan is None else read_plan(settings.plan)
         self.target, self.selection = target_of(settings), selection_of(settings)
         self.criterion = criterion_of(settings)
+        if self.plan is None and self.estimate is None:
+            self.criterion.require_scores_of(settings.structures)
         self.refits = settings.compensation != "none"
         self.splits = self.plan is None and finds_split(settings, self.criterion)
         if self.target is not None:
@@ -233,7 +234,7 @@ class PruneRun:
         selection = self._decided(self.selection)
         cost: Cost | None = None
         if target.kv_cache is not None:
-            dense = Survivors.dense(self.discovery)
+            dense = Numbering.dense(self.discovery)
             cost = cache_cost(self.network, self.discovery, selection, dense)
         check_reachable(self.discovery, selection, target, cost)
         self.done = prune_in_steps(

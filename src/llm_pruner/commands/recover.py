@@ -35,7 +35,7 @@ from llm_pruner.commands.workdir import (
 from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.data.training import Samples
 from llm_pruner.errors import UserError
-from llm_pruner.evaluation.memory import model_size
+from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.evaluation.perplexity import (
     EvaluationText,
     PerplexityResult,

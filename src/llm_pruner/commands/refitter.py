@@ -11,8 +11,8 @@ from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import LoadedModel
 from llm_pruner.runtime.memory import give_back
 from llm_pruner.runtime.precision import mixed_precision
-from llm_pruner.search.calibration import hold_out
 from llm_pruner.search.divergence import divergences
+from llm_pruner.search.structure_split import hold_out
 from llm_pruner.surgery.pruner import Surgeon
 from llm_pruner.types import Discovery, Removal
 

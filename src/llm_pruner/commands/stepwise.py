@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from llm_pruner.commands.refitter import Refitter
-from llm_pruner.data.calibration import Calibration
+from llm_pruner.data.calibration import Calibration, read_calibration
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
 from llm_pruner.importance import Criterion, score
 from llm_pruner.models.load import LoadedModel
 from llm_pruner.planning import (
     Cost,
+    Numbering,
     Selection,
-    Survivors,
     Target,
     allocate,
     choose_groups,
@@ -25,8 +25,7 @@ from llm_pruner.planning import (
 )
 from llm_pruner.runtime.precision import fast_matmul, mixed_precision
 from llm_pruner.search.cache_cost import cache_cost
-from llm_pruner.search.calibration import hold_out, read_calibration
-from llm_pruner.search.structure_split import find_split
+from llm_pruner.search.structure_split import find_split, hold_out
 from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.surgery.pruner import Surgeon
 from llm_pruner.types import Discovery, FloatArray, IntArray, Scores, SplitTrial
@@ -90,8 +89,8 @@ def prune_in_steps(
     """
     clock = surgeon.clock
     done = Steps(selection)
-    survivors = Survivors.dense(dense)
-    targets = step_targets(survivors.parameters, target, settings.steps)
+    numbering = Numbering.dense(dense)
+    targets = step_targets(numbering.parameters, target, settings.steps)
     if criterion.name != "random":
         _require_weights(loaded.model)
     tokens = scored = held_out = None
@@ -113,7 +112,7 @@ def prune_in_steps(
     estimate = estimate or by_criterion
     discovery = dense
     for number, step in enumerate(targets):
-        names = _scored(discovery, done.selection, survivors)
+        names = _scored(discovery, done.selection, numbering)
         seen = None if scored is None else scored[: settings.score_samples]
         scores = estimate(loaded.model, discovery, names, seen)
         done.scores = done.scores or dict(scores)
@@ -126,7 +125,7 @@ def prune_in_steps(
                     scores,
                     done.selection,
                     step,
-                    survivors,
+                    numbering,
                     held_out,
                     refit_on=None if refitter is None else scored,
                 )
@@ -134,25 +133,25 @@ def prune_in_steps(
             clock.stop("trials")
         selection = done.selection
         if cost is not None and number > 0:
-            cost = cache_cost(loaded.model, discovery, selection, survivors, cost.dense)
-        removal = allocate(discovery, scores, selection, step, survivors, cost=cost)
-        survivors = survivors.after(removal)
+            cost = cache_cost(loaded.model, discovery, selection, numbering, cost.dense)
+        removal = allocate(discovery, scores, selection, step, numbering, cost=cost)
+        numbering = numbering.after(removal)
         clock.stop("plan")
         last = number + 1 == len(targets)
         if not last or not settings.dry_run:
             surgeon.cut(discovery, removal)
             if refitter is not None and tokens is not None:
-                refitter.refit(survivors.removal(), tokens)
+                refitter.refit(numbering.removal(), tokens)
         if not last:
             discovery = discover(loaded.model)
             clock.stop("discover")
-    done.removal = survivors.removal()
+    done.removal = numbering.removal()
     return done
 
 
-def _scored(discovery: Discovery, selection: Selection, survivors: Survivors) -> set[str]:
+def _scored(discovery: Discovery, selection: Selection, numbering: Numbering) -> set[str]:
     """Return the names of all groups that may lose units and of those that go with them."""
-    chosen = choose_groups(discovery, selection, survivors)
+    chosen = choose_groups(discovery, selection, numbering)
     names = {group.name for group in chosen}
     return names | {companion.group for group in chosen for companion in group.companions}
 

@@ -24,19 +24,26 @@ Only two hidden states per token are held at a time, in memory or in files.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
 from llm_pruner.compensation.least_squares import RIDGES, Moments, best_refit
-from llm_pruner.compensation.pairs import Pair, Refitted, pairs_of
 from llm_pruner.errors import UserError
-from llm_pruner.models.blockwise import Borders, Chain, NotBlockwise, find_chain
-from llm_pruner.models.consumers import set_weight, weight_of
+from llm_pruner.models.activation_store import ActivationStore
+from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
+from llm_pruner.models.consumers import consumers_of, input_dim, set_weight, weight_of
 from llm_pruner.models.forward import undisturbed
+from llm_pruner.models.layers import Renaming, kept_layers
 from llm_pruner.runtime.progress import track
-from llm_pruner.surgery.removal import removed_modules
+from llm_pruner.surgery.removal import removed_modules, removed_positions
 from llm_pruner.types import Discovery, Removal
+
+KINDS = ("heads", "query_heads", "value_dim", "ffn")
+"""Kinds of groups whose consumers are repaired."""
+
 
 FIRST = 0.25
 """Weight of a sample's first token, in weights of all its tokens."""
@@ -50,6 +57,28 @@ HELD_OUT_TOKENS = 4096
 _TOKENS = 2048
 _MEMORY = 2**26
 """Bytes up to which the pruned model's hidden states, the most used, stay in memory."""
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """What became of one consumer.
+
+    Attributes:
+        module: qualified name in the pruned model.
+        ridge: the one that was chosen; None if the weight was left as it was.
+        before: squared error over the squared norm of the target, on held-out tokens.
+        after: the same after the refit; never larger.
+    """
+
+    module: str
+    ridge: float | None
+    before: float
+    after: float
+
+    @property
+    def changed(self) -> bool:
+        """Whether it is not as the cut left it."""
+        return self.ridge is not None
 
 
 def refit_(
@@ -81,7 +110,7 @@ def refit_(
             f"least squares needs at least 2 calibration samples and got {len(input_ids)}; "
             "give more, or use --compensation none"
         )
-    pairs = pairs_of(model, dense, discovery, removal)
+    pairs = _pairs_of(model, dense, discovery, removal)
     with undisturbed(model), undisturbed(dense), torch.no_grad():
         ids = input_ids.detach().to(next(model.parameters()).device, torch.long)
         try:
@@ -105,34 +134,65 @@ def held_out_samples(samples: int, seq_len: int) -> torch.Tensor:
     return torch.arange(samples) >= samples - count
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """A consumer in the pruned model and the same in the dense one.
+
+    Attributes:
+        name: qualified name in the pruned model.
+        module, dense: the two.
+        out: output features of the dense module that the pruned one has.
+        fitted: whether least squares fits it: where it lost inputs, and everywhere if layers or
+            hidden channels went.
+    """
+
+    name: str
+    module: nn.Module
+    dense: nn.Module
+    out: torch.Tensor
+    fitted: bool
+
+
+def _pairs_of(
+    model: nn.Module, dense: nn.Module, discovery: Discovery, removal: Removal
+) -> dict[int, _Pair]:
+    """Return id of the dense module -> pair, for the consumers that are left.
+
+    Args:
+        model: the pruned model.
+        dense: the model before the removal.
+        discovery: of the dense model.
+        removal: what was removed, in its numbering.
+    """
+    removed = removed_positions(discovery, removal)
+    rename = Renaming(kept_layers(dense, removed_modules(discovery, removal)))
+    pairs: dict[int, _Pair] = {}
+    everywhere = any(group.kind not in KINDS for group in discovery.groups if group.name in removal)
+    tied = set(discovery.aliases) | set(discovery.aliases.values())
+    nothing = np.zeros(0, dtype=np.int64)
+    for group in discovery.groups:
+        if group.kind not in KINDS:
+            continue
+        for consumer in consumers_of(dense, group):
+            weight, name = f"{consumer.module}.weight", rename(consumer.module)
+            if name is None or weight in tied:
+                continue
+            before = dense.get_submodule(consumer.module)
+            inputs = input_dim(before) or 0
+            lost = removed.get((weight, inputs), nothing)
+            rows = np.arange(weight_of(before).shape[0])
+            kept = torch.from_numpy(np.delete(rows, removed.get((weight, 1 - inputs), nothing)))
+            fitted = everywhere or len(lost) > 0
+            pairs[id(before)] = _Pair(name, model.get_submodule(name), before, kept, fitted)
+    return pairs
+
+
 class _Reached(Exception):  # noqa: N818 - a signal, not an error
     """Ends a forward pass at the tensor of interest."""
 
     def __init__(self, value: torch.Tensor) -> None:
         super().__init__()
         self.value = value
-
-
-class _Rows:
-    """A tensor per token, for all samples, in memory or in a file; made when first written."""
-
-    def __init__(self, samples: int, budget: int = _MEMORY // 4) -> None:
-        self._samples, self._budget = samples, budget
-        self._borders: Borders | None = None
-
-    def write(self, part: slice, values: torch.Tensor) -> None:
-        if self._borders is None:
-            shape = (self._samples, *values.shape[1:])
-            self._borders = Borders(range(1), shape, values.dtype, self._budget)
-        self._borders.write(0, part, values)
-
-    def read(self, part: slice) -> torch.Tensor:
-        assert self._borders is not None
-        return self._borders.read(0, part)
-
-    def close(self) -> None:
-        if self._borders is not None:
-            self._borders.close()
 
 
 class _Refit:
@@ -142,7 +202,7 @@ class _Refit:
         self,
         pruned: Chain,
         dense: Chain,
-        pairs: Mapping[int, Pair],
+        pairs: Mapping[int, _Pair],
         gone: Collection[str],
         ids: torch.Tensor,
         ridges: Sequence[float],
@@ -160,40 +220,42 @@ class _Refit:
         size = max(1, _TOKENS // length)
         self.parts = [slice(at, min(at + size, samples)) for at in range(0, samples, size)]
         self.held_out = held_out_samples(samples, length)
+        self.hidden = self._rows(_MEMORY)
+        self.found: list[Refitted] = []
 
     def run(self) -> list[Refitted]:
         """Walk through all blocks and return what became of each consumer."""
-        found: list[Refitted] = []
-        with self.pruned.opened(), self.dense.opened():
-            hidden, target = _Rows(len(self.ids), _MEMORY), _Rows(len(self.ids))
+        with self.pruned.opened(), self.dense.opened(), self.hidden:
+            target = self._rows()
             for part in self.parts:
-                hidden.write(part, self.pruned.entry(self.ids[part]))
-                target.write(part, self.dense.entry(self.ids[part]))
+                self.hidden.write(0, part, self.pruned.entry(self.ids[part]))
+                target.write(0, part, self.dense.entry(self.ids[part]))
             at = 0
             for index in track(range(len(self.pruned.blocks)), "least squares"):
                 while at < self.twins[index]:
                     self._advance(self.dense, at, target)
                     at += 1
-                target = self._block(index, at, hidden, target, found)
+                target = self._block(index, at, target)
                 at += 1
-            hidden.close()
             target.close()
-        return found
+        return self.found
 
-    def _advance(self, chain: Chain, index: int, hidden: _Rows) -> None:
+    def _rows(self, memory: int = _MEMORY // 4) -> ActivationStore:
+        """Return room for a tensor per token of all samples."""
+        return ActivationStore(range(1), len(self.ids), memory)
+
+    def _advance(self, chain: Chain, index: int, hidden: ActivationStore) -> None:
         """Replace the hidden states before a block by those behind it."""
         for part in self.parts:
-            _, output = chain.run_block(index, self.ids[part], hidden.read(part))
-            hidden.write(part, output)
+            _, output = chain.run_block(index, self.ids[part], hidden.read(0, part))
+            hidden.write(0, part, output)
 
-    def _block(
-        self, index: int, at: int, hidden: _Rows, target: _Rows, found: list[Refitted]
-    ) -> _Rows:
+    def _block(self, index: int, at: int, target: ActivationStore) -> ActivationStore:
         """Refit one block's consumers and go past it; return the dense hidden states behind it."""
         inside = {id(module) for module in self.dense.blocks[at].modules()}
         if not any(pair.fitted for key, pair in self.pairs.items() if key in inside):
             self._advance(self.dense, at, target)
-            self._advance(self.pruned, index, hidden)
+            self._advance(self.pruned, index, self.hidden)
             return target
         order, references, direct, following = self._dense_outputs(at, target)
         target.close()
@@ -204,22 +266,22 @@ class _Refit:
             wished = references.get(number, following)
             fit, held_out = (Moments.zeros(weight) for _ in range(2))
             final = direct and number + 1 == len(order)
-            read = _Rows(len(self.ids)) if final else None
+            read = self._rows() if final else None
             for part in self.parts:
-                states = hidden.read(part)
+                states = self.hidden.read(0, part)
                 inputs, before = self._reach(index, part, states, order[: number + 1])
-                reference = wished.read(part)
+                reference = wished.read(0, part)
                 wanted = reference[..., pair.out]
                 if direct:
                     wanted = wanted.float() - states.float() - before
                 else:
-                    reference = following.read(part)
+                    reference = following.read(0, part)
                 if isinstance(bias := getattr(pair.module, "bias", None), torch.Tensor):
                     wanted = wanted - bias.to(wanted.device)
                 if read is not None:
                     # What the block adds to, and what is left to multiply: no need to run it again.
-                    read.write(part, inputs)
-                    hidden.write(part, states.float() + before)
+                    read.write(0, part, inputs)
+                    self.hidden.write(0, part, states.float() + before)
                 importance = 1 / reference.float().square().mean(-1).clamp_min(1e-12)
                 importance[:, 0] *= max(1.0, FIRST * importance.shape[1])
                 for chosen, moments in ((~self.held_out, fit), (self.held_out, held_out)):
@@ -234,22 +296,22 @@ class _Refit:
             new, ridge, error, after = best_refit(weight, fit, held_out, self.ridges)
             if ridge is not None:
                 set_weight(pair.module, new)
-            found.append(Refitted(pair.name, ridge, error, after))
+            self.found.append(Refitted(pair.name, ridge, error, after))
             if read is not None:
                 for part in self.parts:
-                    base = hidden.read(part)
-                    output = pair.module(read.read(part).to(weight.device))
-                    hidden.write(part, base.to(output.device) + output)
+                    base = self.hidden.read(0, part)
+                    output = pair.module(read.read(0, part).to(weight.device))
+                    self.hidden.write(0, part, base.to(output.device) + output)
                 read.close()
         if not (direct and order and order[-1].fitted):
-            self._advance(self.pruned, index, hidden)
+            self._advance(self.pruned, index, self.hidden)
         for rest in references.values():
             rest.close()
         return following
 
     def _dense_outputs(
-        self, at: int, target: _Rows
-    ) -> tuple[list[Pair], dict[int, _Rows], bool, _Rows]:
+        self, at: int, target: ActivationStore
+    ) -> tuple[list[_Pair], dict[int, ActivationStore], bool, ActivationStore]:
         """Run a dense block.
 
         Returns:
@@ -257,15 +319,15 @@ class _Refit:
             this is the hidden state behind them (else their output); and the block's output, which
             is also what the last of them is to give if it is a hidden state.
         """
-        order: list[Pair] = []
-        references: dict[int, _Rows] = {}
+        order: list[_Pair] = []
+        references: dict[int, ActivationStore] = {}
         direct = False
-        calls: list[tuple[Pair, torch.Tensor]] = []
+        calls: list[tuple[_Pair, torch.Tensor]] = []
 
         def run(part: slice) -> torch.Tensor:
             nonlocal direct
             calls.clear()
-            states = target.read(part)
+            states = target.read(0, part)
             _, output = self.dense.run_block(at, self.ids[part], states)
             if part is self.parts[0]:
                 names = [pair.name for pair, _ in calls]
@@ -279,15 +341,13 @@ class _Refit:
             if part is self.parts[0]:
                 direct = _adds_up(states, values, output)
                 stored = order[:-1] if direct else order
-                references.update(
-                    (n, _Rows(len(self.ids))) for n, pair in enumerate(stored) if pair.fitted
-                )
+                references.update((n, self._rows()) for n, pair in enumerate(stored) if pair.fitted)
             behind = states.float()
             for number, value in enumerate(values if references else ()):
                 if direct:
                     behind = behind + value
                 if number in references:
-                    references[number].write(part, behind if direct else value)
+                    references[number].write(0, part, behind if direct else value)
             return output
 
         handles = [
@@ -298,16 +358,16 @@ class _Refit:
             if id(module) in self.pairs
         ]
         try:
-            following = _Rows(len(self.ids))
+            following = self._rows()
             for part in self.parts:
-                following.write(part, run(part))
+                following.write(0, part, run(part))
         finally:
             for handle in handles:
                 handle.remove()
         return order, references, direct, following
 
     def _reach(
-        self, index: int, part: slice, states: torch.Tensor, order: Sequence[Pair]
+        self, index: int, part: slice, states: torch.Tensor, order: Sequence[_Pair]
     ) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Return the last consumer's input and the sum of the outputs of those before it."""
         before: list[torch.Tensor] = []

@@ -21,6 +21,10 @@ from llm_pruner.data.text import (
     sources_of,
 )
 from llm_pruner.errors import UserError
+from llm_pruner.models.load import LoadedModel
+from llm_pruner.runtime.progress import Clock
+from llm_pruner.settings.common import CalibrationSettings
+from llm_pruner.settings.limits import MOST, check_number
 
 SHORT_DOCUMENT = 200
 """Documents with fewer characters than this on average are lines of a running text."""
@@ -213,3 +217,58 @@ def _too_short(name: str, tokens: int, samples: int, seq_len: int, fresh: int) -
         f"{name} gives {tokens} tokens; {samples} samples of {seq_len} tokens need "
         f"{samples * fresh}; {advice}"
     )
+
+
+def check_calibration(calibration: CalibrationSettings) -> None:
+    """Raise UserError if the calibration text cannot be read."""
+    if calibration.samples < 1:
+        raise UserError(f"samples={calibration.samples} calibrates on nothing; use at least 1")
+    if calibration.score_samples is not None and calibration.score_samples < 1:
+        raise UserError(
+            f"score_samples={calibration.score_samples} estimates on nothing; use at least 1"
+        )
+    if (calibration.score_samples or 0) > calibration.samples:
+        raise UserError(
+            f"score_samples={calibration.score_samples} of {calibration.samples} samples cannot be "
+            "read; ask for more samples, or for fewer of them"
+        )
+    if calibration.seq_len < 2:
+        raise UserError(f"seq_len={calibration.seq_len} predicts no token; use at least 2")
+    check_number("samples", calibration.samples, 1, MOST)
+    check_number("seq_len", calibration.seq_len, 2, 2**24)
+    for source in sources_of(calibration.calibration):
+        if source == SELF:
+            continue
+        # A local file is read whole, so that a broken line far down shows now. Of a dataset the
+        # beginning says whether it is there.
+        load_documents(
+            source,
+            split=calibration.text_split,
+            text_field=calibration.text_field,
+            limit=None if Path(source).expanduser().exists() else 1000,
+        )
+
+
+def read_calibration(
+    loaded: LoadedModel, calibration: CalibrationSettings, seed: int, clock: Clock
+) -> Calibration:
+    """Return the calibration text of a run.
+
+    Raises:
+        UserError: the model has no tokenizer, or what `build_calibration` refuses.
+    """
+    if loaded.tokenizer is None:
+        raise UserError(f"{loaded.name} has no tokenizer, so no text can be read; add one")
+    text = build_calibration(
+        calibration.calibration,
+        loaded.tokenizer,
+        samples=calibration.samples,
+        seq_len=calibration.seq_len,
+        seed=seed,
+        model=loaded.model,
+        text_field=calibration.text_field,
+        split=calibration.text_split,
+        kept=calibration.kept,
+    )
+    clock.stop("calibration text")
+    return text

@@ -7,7 +7,6 @@ import random
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, redirect_stderr
-from difflib import get_close_matches
 from functools import cache
 from typing import Any, TextIO
 
@@ -22,6 +21,7 @@ from llm_pruner.errors import UserError, in_short
 from llm_pruner.evaluation.likelihood import log_likelihoods, truncated
 from llm_pruner.evaluation.zero_shot import definition_file
 from llm_pruner.runtime.progress import quiet as silenced
+from llm_pruner.settings.options import near
 
 Tasks = dict[str, Any]
 """What the harness's task manager returns: ``tasks`` by name, ``groups``, ``group_map``."""
@@ -97,10 +97,8 @@ def load_named(name: str) -> Tasks:
         else:
             manager, spec = all_tasks(), name
             if name not in manager.task_index:
-                near = get_close_matches(name, manager.all_tasks, n=1)
-                hint = f"did you mean {near[0]}? " if near else ""
                 raise UserError(
-                    f"lm-evaluation-harness has no task {name!r}; {hint}"
+                    f"lm-evaluation-harness has no task {name!r}; {near(name, manager.all_tasks)}"
                     "'lm_eval ls tasks' lists all"
                 )
         try:

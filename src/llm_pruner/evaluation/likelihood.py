@@ -78,22 +78,20 @@ def log_likelihoods(
     Raises:
         UserError: a continuation is longer than ``max_length``, or a result is not a number.
     """
-    rows = _rows(pairs, max_length)
     scorer = _Scorer(model, batch_size)
     families: dict[tuple[int, ...], list[_Row]] = defaultdict(list)
-    for row in rows:
+    for row in _rows(pairs, max_length):
         families[row.tokens[: row.first + 1]].append(row)
     shared = [family for family in families.values() if _worth_sharing(family)]
     single = [row for family in families.values() if not _worth_sharing(family) for row in family]
-    scores: dict[int, Score] = {}
-    batches: list[tuple[bool, list[list[_Row]]]] = [
-        (True, batch) for batch in scorer.similar_contexts(shared)
-    ]
-    batches += [(False, [batch]) for batch in scorer.padded(single)]
-    total = sum(len(family) for _, batch in batches for family in batch)
-    done = _advance(batches, total, description)
-    for continued, batch in done:
-        scores.update(scorer.continued(batch) if continued else scorer.whole(batch[0]))
+
+    def run() -> Iterator[tuple[int, Score]]:
+        for batch in scorer.similar_contexts(shared):
+            yield from scorer.continued(batch).items()
+        for rows in scorer.padded(single):
+            yield from scorer.whole(rows).items()
+
+    scores = dict(track(run(), description, len(pairs)))
     for number, (value, _) in sorted(scores.items()):
         if math.isnan(value):
             raise UserError(
@@ -112,22 +110,6 @@ def _worth_sharing(family: list[_Row]) -> bool:
     """Whether running the context once saves a third of the tokens, which two steps must."""
     saved = (len(family) - 1) * (family[0].first + 1)
     return 3 * saved >= sum(len(row.tokens) for row in family)
-
-
-def _advance(
-    batches: list[tuple[bool, list[list[_Row]]]], total: int, description: str
-) -> Iterator[tuple[bool, list[list[_Row]]]]:
-    """Yield batches under a bar that counts sequences."""
-
-    def each() -> Iterator[tuple[bool, list[list[_Row]]] | None]:
-        for continued, batch in batches:
-            yield continued, batch
-            for _ in range(sum(len(family) for family in batch) - 1):
-                yield None
-
-    for item in track(each(), description, total):
-        if item is not None:
-            yield item
 
 
 def _rows(pairs: Sequence[Pair], max_length: int) -> list[_Row]:
@@ -182,18 +164,15 @@ class _Scorer:
     def similar_contexts(self, families: list[list[_Row]]) -> list[list[list[_Row]]]:
         """Return batches of families whose contexts are about equally long, the longest first."""
         batches: list[list[list[_Row]]] = []
-        batch: list[list[_Row]] = []
         for family in sorted(families, key=lambda family: (-family[0].first, family[0].tokens)):
             length = family[0].first + 1
-            if batch:
-                longest = batch[0][0].first + 1
-                # What a longer context has beyond the shortest is run once per answer.
-                uneven = longest - length > max(length // _SLACK, _SHORT_SLACK)
-                if uneven or self._full(len(batch), longest, 1):
-                    batches.append(batch)
-                    batch = []
-            batch.append(family)
-        return [*batches, batch] if batch else batches
+            longest = batches[-1][0][0].first + 1 if batches else 0
+            # What a longer context has beyond the shortest is run once per answer.
+            uneven = longest - length > max(length // _SLACK, _SHORT_SLACK)
+            if not batches or uneven or self._full(len(batches[-1]), longest, 1):
+                batches.append([])
+            batches[-1].append(family)
+        return batches
 
     def _parts(self, lengths: list[int], kept: list[int], before: int = 0) -> Iterator[slice]:
         """Yield consecutive parts of sequences, the longest first, that run at once.

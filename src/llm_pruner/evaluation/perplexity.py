@@ -172,8 +172,8 @@ def _check_ids(model: Any, rows: torch.Tensor) -> None:
 
 
 def _batch_size(model: Any, window: int) -> int:
-    weight: torch.Tensor = model.get_input_embeddings().weight
-    return max(1, _LOGITS_BYTES // (window * weight.shape[0] * weight.element_size()))
+    size = model.get_input_embeddings().weight.element_size()
+    return max(1, _LOGITS_BYTES // (window * embedding_rows(model) * size))
 
 
 @torch.no_grad()

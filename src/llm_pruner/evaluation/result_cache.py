@@ -20,18 +20,8 @@ from llm_pruner.settings.common import ModelSettings
 from llm_pruner.version import __version__
 
 _FORMAT = 1
-_CONTENT = (
-    ".safetensors",
-    ".gguf",
-    ".json",
-    ".jinja",
-    ".model",
-    ".py",
-    ".tiktoken",
-    ".txt",
-)
+_CONTENT = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
 _RECORDS = ("plan.json", "report.json")
-_BLOCK = 2**20
 
 
 @dataclass(frozen=True)
@@ -110,7 +100,7 @@ def _hash(files: list[Path]) -> str:
     for path in files:
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         with path.open("rb") as file:
-            while block := file.read(_BLOCK):
+            while block := file.read(2**20):
                 digest.update(block)
     return digest.hexdigest()
 

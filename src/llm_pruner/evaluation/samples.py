@@ -74,11 +74,7 @@ def strip_control(text: str) -> str:
 
 
 def _end_ids(model: Any, tokenizer: Any) -> set[int]:
-    ends: set[int] = set()
     generation = getattr(model, "generation_config", None)
-    for value in (tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)):
-        if isinstance(value, int):
-            ends.add(value)
-        elif isinstance(value, (list, tuple)):
-            ends.update(value)
-    return ends
+    ends = (tokenizer.eos_token_id, getattr(generation, "eos_token_id", None))
+    lists = [each if isinstance(each, list | tuple) else [each] for each in ends]
+    return {each for some in lists for each in some if isinstance(each, int)}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Protocol
@@ -73,25 +73,6 @@ class SpeedUp:
 
 
 def measure_speed(
-    model: Any,
-    *,
-    prompt_tokens: int = 64,
-    new_tokens: int = 32,
-    repeats: int = 3,
-    batch_size: int = 1,
-) -> Speed:
-    """Time greedy decoding after a prompt of random tokens; see ``compare_speed``."""
-    found = compare_speed(
-        [model],
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        repeats=repeats,
-        batch_size=batch_size,
-    )
-    return found[0]
-
-
-def compare_speed(
     models: Sequence[Any],
     *,
     prompt_tokens: int = 64,
@@ -100,7 +81,7 @@ def compare_speed(
     batch_size: int = 1,
     start: Callable[[Any], Stepper] = Decoder,
 ) -> list[Speed]:
-    """Time greedy decoding after a prompt of random tokens.
+    """Time greedy decoding after a prompt of random tokens, of one model or several in turns.
 
     A first round warms up. In each round that counts every model runs once, in an order that turns
     round from one to the next, so that what the machine does besides hits all alike.
@@ -158,33 +139,28 @@ def _undisturbed(models: Sequence[Any]) -> Iterator[None]:
     gc.collect()
     gc.disable()
     try:
-        with _evaluating_all(models), torch.inference_mode():
+        with ExitStack() as stack:
+            for model in models:
+                stack.enter_context(staged(model))
+            stack.enter_context(torch.inference_mode())
             yield
     finally:
         if collecting:
             gc.enable()
 
 
-@contextmanager
-def _evaluating_all(models: Sequence[Any]) -> Iterator[None]:
-    if not models:
-        yield
-        return
-    with staged(models[0]), _evaluating_all(models[1:]):
-        yield
-
-
 def _once(stepper: Stepper, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
     """Return the seconds of the prefill and of decoding ``new_tokens``."""
-    begin = _now(prompt.device)
+    begin = now(prompt.device)
     token = stepper.step(prompt).argmax(dim=-1, keepdim=True)
-    middle = _now(prompt.device)
+    middle = now(prompt.device)
     for _ in range(new_tokens):
         token = stepper.step(token).argmax(dim=-1, keepdim=True)
-    return middle - begin, _now(prompt.device) - middle
+    return middle - begin, now(prompt.device) - middle
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Return the time in seconds, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

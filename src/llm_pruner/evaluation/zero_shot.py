@@ -19,16 +19,19 @@ from typing import Any
 
 from llm_pruner.errors import LLMPrunerError, UserError
 
-_FILES = {
-    "boolq": "super_glue/boolq/default.yaml",
-    "piqa": "piqa/piqa.yaml",
-    "hellaswag": "hellaswag/hellaswag.yaml",
-    "winogrande": "winogrande/default.yaml",
-    "arc_easy": "arc/arc_easy.yaml",
-    "arc_challenge": "arc/arc_challenge.yaml",
-    "openbookqa": "openbookqa/openbookqa.yaml",
+_TASKS = {
+    "boolq": ("acc", "super_glue/boolq/default.yaml"),
+    "piqa": ("acc", "piqa/piqa.yaml"),
+    "hellaswag": ("acc_norm", "hellaswag/hellaswag.yaml"),
+    "winogrande": ("acc", "winogrande/default.yaml"),
+    "arc_easy": ("acc", "arc/arc_easy.yaml"),
+    "arc_challenge": ("acc_norm", "arc/arc_challenge.yaml"),
+    "openbookqa": ("acc_norm", "openbookqa/openbookqa.yaml"),
 }
-"""Where the harness keeps the seven tasks; its index of all tasks takes ten seconds to build."""
+"""The seven tasks of LLM-Pruner (arXiv 2305.11627): the metric that reproduces its tables, and the
+harness's file, because its index of all tasks takes ten seconds to build."""
+
+PAPER_METRICS = {task: metric for task, (metric, _) in _TASKS.items()}
 
 _DATA = ("dataset_path", "dataset_name", "dataset_kwargs", "tag")
 _SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
@@ -65,8 +68,10 @@ def require_harness() -> None:
 
 def definition_file(task: str) -> Path | None:
     """Return the harness's file that defines one of the seven tasks; None for any other task."""
-    file = _tasks_folder() / _FILES[task] if task in _FILES else None
-    return file if file is not None and file.is_file() else None
+    if task not in _TASKS:
+        return None
+    file = _tasks_folder() / _TASKS[task][1]
+    return file if file.is_file() else None
 
 
 def local_definition(task: str, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -96,7 +101,14 @@ def definition_text(task: str, records_file: str) -> str:
     definition, split = _without_data(task, resolve=False)
     definition["custom_dataset"] = _Function(f"{READER}.load")
     definition["dataset_kwargs"] = {"local_file": records_file, "local_split": split}
-    return yaml.dump(definition, Dumper=_dumper(), sort_keys=False, allow_unicode=True, width=100)
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    Dumper.add_representer(
+        _Function, lambda dumper, value: dumper.represent_scalar("!function", str(value))
+    )
+    return yaml.dump(definition, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def _without_data(task: str, *, resolve: bool) -> tuple[dict[str, Any], str]:
@@ -106,7 +118,7 @@ def _without_data(task: str, *, resolve: bool) -> tuple[dict[str, Any], str]:
     file = definition_file(task)
     if file is None:
         raise LLMPrunerError(
-            f"the installed lm-eval has no {_FILES[task]}, which defines {task}; "
+            f"the installed lm-eval has no {_TASKS[task][1]}, which defines {task}; "
             "install the version that llm-pruner asks for: pip install 'llm-pruner[eval]'"
         )
     definition = load_yaml(file, resolve_func=resolve)
@@ -132,35 +144,11 @@ def _as_function(value: Any) -> Any:
     return value
 
 
-def _dumper() -> type[Any]:
-    import yaml
-
-    class Dumper(yaml.SafeDumper):
-        pass
-
-    Dumper.add_representer(
-        _Function, lambda dumper, value: dumper.represent_scalar("!function", str(value))
-    )
-    return Dumper
-
-
 def _tasks_folder() -> Path:
     spec = find_spec("lm_eval")
     if spec is None or spec.origin is None:
         raise UserError("lm-evaluation-harness is not installed")
     return Path(spec.origin).parent / "tasks"
-
-
-PAPER_METRICS = {
-    "boolq": "acc",
-    "piqa": "acc",
-    "hellaswag": "acc_norm",
-    "winogrande": "acc",
-    "arc_easy": "acc",
-    "arc_challenge": "acc_norm",
-    "openbookqa": "acc_norm",
-}
-"""The metric of each task that reproduces the tables of LLM-Pruner (arXiv 2305.11627)."""
 
 
 @dataclass(frozen=True)
@@ -292,19 +280,18 @@ def means(results: Sequence[TaskResult]) -> tuple[Mean | None, Mean | None]:
     unless all its tasks are there.
     """
     by_name = {result.task: result for result in results}
-    return _mean(by_name, tuple(PAPER_METRICS)), _mean(by_name, tuple(PAPER_METRICS)[1:])
+    without = {task: metric for task, metric in PAPER_METRICS.items() if task != "boolq"}
+    return _mean(by_name, PAPER_METRICS), _mean(by_name, without)
 
 
-def _mean(results: Mapping[str, TaskResult], tasks: Sequence[str]) -> Mean | None:
-    if not all(task in results for task in tasks):
+def _mean(results: Mapping[str, TaskResult], metrics: dict[str, str]) -> Mean | None:
+    if not metrics.keys() <= results.keys():
         return None
-    metrics = {task: PAPER_METRICS[task] for task in tasks}
     chosen = [results[task].metrics[metric] for task, metric in metrics.items()]
-    errors = [each.stderr for each in chosen]
-    known = [error for error in errors if error is not None]
-    whole = len(known) == len(errors)
-    stderr = math.sqrt(sum(error**2 for error in known)) / len(tasks) if whole else None
-    return Mean(sum(each.value for each in chosen) / len(tasks), stderr, metrics)
+    errors = [each.stderr for each in chosen if each.stderr is not None]
+    whole = len(errors) == len(chosen)
+    stderr = math.sqrt(sum(error**2 for error in errors)) / len(chosen) if whole else None
+    return Mean(sum(each.value for each in chosen) / len(chosen), stderr, dict(metrics))
 
 
 def _result(name: str, found: dict[str, Any]) -> TaskResult:

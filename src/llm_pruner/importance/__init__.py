@@ -1,6 +1,6 @@
 """Estimation: how much the loss would rise without a unit."""
 
-from llm_pruner.importance.criterion import Criterion
+from llm_pruner.importance.criteria import Criterion
 from llm_pruner.importance.scoring import score
 
 __all__ = ["Criterion", "score"]

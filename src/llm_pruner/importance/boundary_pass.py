@@ -1,103 +1,360 @@
-"""The forward pass that keeps hidden states at the borders and starts the gradient."""
+"""The backward pass of the calibration loss, block by block, for one who collects its gradients.
+
+One forward pass keeps the hidden states at the boundaries between blocks and yields the gradient of
+the loss at the last boundary. Then, from the last block to the first, each block is run again on
+its stored input and the gradient is pulled back through it: no more than one block's activations
+and weight gradients exist at a time. A model that is no chain of blocks runs as a whole.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import nn
 
-from llm_pruner.importance.gradients import batches, loss_cotangent, pull_back
-from llm_pruner.models.blockwise import Borders, Call, Chain, hidden_of, output_of, with_output
+from llm_pruner.errors import UserError
+from llm_pruner.models.activation_store import ActivationStore
+from llm_pruner.models.blockwise import Call, Chain, hidden_of, output_of, with_output
+from llm_pruner.models.forward import run_for_logits
+from llm_pruner.runtime.progress import track
 
-
-class Tap(Protocol):
-    """Sees inputs of modules during a forward pass and takes their gradients afterwards."""
-
-    def taken(self) -> list[tuple[str, torch.Tensor]]:
-        """Return what was seen since the last call: (module, input), with a gradient each."""
-
-    def give(
-        self,
-        part: slice,
-        tapped: Sequence[tuple[str, torch.Tensor]],
-        gradients: Sequence[torch.Tensor | None],
-        factor: float,
-    ) -> None:
-        """Take the gradients of ``tapped``; the true ones are ``factor`` times them."""
-
+MEMORY = 2**26
+"""Bytes of hidden states and their gradients held in memory; the rest goes to files."""
 
 TOKENS = 2048
 """Tokens that go through a block together, where samples need not be told apart."""
 
+_TOKENS_WHOLE = 1024
+"""Tokens that go through the whole model together, with all its activations held."""
+
 _LOGIT_BYTES = 2**27
 """Bytes of logits held at a time; their gradient takes as much again."""
 
+_ROWS = 256
+"""Rows of logits that are turned into float32 at a time."""
 
-def parts_of(
-    chain: Chain, input_ids: torch.Tensor, together: bool
-) -> tuple[list[slice], list[slice]]:
-    """Return the samples that go through a block at a time, and through the head as well.
+_START = 8
+"""Power of two that the largest entry of a float16 cotangent is brought to at first."""
+
+_BACKOFF = 2.0**-8
+_ATTEMPTS = 5
+
+
+class Collector:
+    """Takes the gradients of a backward pass as it comes to them.
+
+    Attributes:
+        parameters: those whose gradients are wanted, by name.
+        together: whether several samples may be pulled back at once, so that what is collected is
+            their sum.
+        label: what the progress bar says.
+        modules: ids of the modules besides that the pass has to reach.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        together: bool,
+        label: str,
+        modules: Iterable[int] = (),
+    ) -> None:
+        self.parameters, self.together, self.label = dict(parameters), together, label
+        self.modules = frozenset(modules)
+
+    def seen(self) -> list[tuple[str, torch.Tensor]]:
+        """Return (module, input) noted since the last call, to get a gradient each."""
+        return []
+
+    def add_inputs(
+        self,
+        part: slice,
+        seen: Sequence[tuple[str, torch.Tensor]],
+        gradients: Sequence[torch.Tensor | None],
+        factor: float,
+    ) -> None:
+        """Take the gradients of what `seen` returned; the true ones are ``factor`` times them."""
+
+    def add_weight(self, name: str, part: slice, gradient: torch.Tensor, factor: float) -> None:
+        """Take the gradient of a parameter, summed over the samples of ``part``."""
+
+    def passed(
+        self,
+        block: int,
+        part: slice,
+        hidden: torch.Tensor,
+        output: torch.Tensor,
+        gradient: torch.Tensor,
+    ) -> None:
+        """See a block's input and output, and the gradient at its output."""
+
+    def finished(self, block: int | None, names: Iterable[str]) -> None:
+        """No more gradients come from a block (None: from outside of them), nor for ``names``."""
+
+    def pull(
+        self,
+        outputs: Sequence[torch.Tensor],
+        cotangents: Sequence[tuple[torch.Tensor, float]],
+        part: slice,
+        names: Iterable[str],
+        hidden: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor | None, float]:
+        """Pull a gradient back to all that is wanted; return that of ``hidden`` and its factor."""
+        seen, names = self.seen(), list(names)
+        inputs = [tensor for _, tensor in seen] + [self.parameters[name] for name in names]
+        if hidden is not None:
+            inputs.append(hidden)
+        if not inputs:
+            return None, 1.0
+        found, factor = pull_back(outputs, inputs, cotangents, part)
+        self.add_inputs(part, seen, found[: len(seen)], factor)
+        for name, gradient in zip(names, found[len(seen) :], strict=False):
+            if gradient is not None:
+                self.add_weight(name, part, gradient, factor)
+        return (None if hidden is None else found[-1]), factor
+
+
+def run_backward(
+    model: nn.Module, chain: Chain | None, input_ids: torch.Tensor, collector: Collector
+) -> None:
+    """Run all samples and have ``collector`` take their gradients.
 
     Args:
-        together: whether samples need not be told apart.
+        model: with no parameter that requires a gradient.
+        chain: the blocks of this model, found with the collector's parameters; None to run it as a
+            whole.
+        input_ids: shape (samples, seq_len), on the model's device.
+        collector: what is wanted.
+
+    Raises:
+        UserError: see ``score``.
     """
+    if chain is not None:
+        _BlockPass(chain, input_ids, collector).run()
+        return
     samples, length = input_ids.shape
-    logits = _LOGIT_BYTES // (length * chain.vocabulary * 4)
-    return (
-        batches(samples, max(1, TOKENS // length) if together else 1),
-        batches(samples, max(1, min(TOKENS // length, logits))),
+    size = max(1, _TOKENS_WHOLE // length) if collector.together else 1
+    with _requiring_gradients(collector.parameters):
+        for part in track(batches(samples, size), collector.label):
+            logits = run_for_logits(model, input_ids[part])
+            cotangent = loss_cotangent(logits, input_ids[part], part.start)
+            collector.pull([logits], [cotangent], part, collector.parameters)
+    collector.finished(None, collector.parameters)
+
+
+class _BlockPass:
+    """The hidden states and gradients at the boundaries, and how they come about."""
+
+    states: ActivationStore
+    gradients: ActivationStore
+
+    def __init__(self, chain: Chain, input_ids: torch.Tensor, collector: Collector) -> None:
+        self.chain, self.ids, self.collector = chain, input_ids, collector
+        samples, length = input_ids.shape
+        self.count = len(chain.blocks)
+        self.lowest = 0 if chain.bottom else self._lowest()
+        self.stored = range(self.lowest, self.count + 1 if chain.outside else self.count)
+        logits = _LOGIT_BYTES // (length * chain.vocabulary * 4)
+        self.parts = batches(samples, max(1, TOKENS // length) if collector.together else 1)
+        self.headed = batches(samples, max(1, min(TOKENS // length, logits)))
+
+    def _lowest(self) -> int:
+        """Return the first block that holds something wanted."""
+        for index, block in enumerate(self.chain.blocks):
+            watched = any(id(module) in self.collector.modules for module in block.modules())
+            if self.chain.owned[index] or watched:
+                return index
+        return self.count
+
+    def run(self) -> None:
+        """Pull the gradient back through every block down to the lowest, then to the rest."""
+        chain, collector = self.chain, self.collector
+        with chain.opened():
+            samples = len(self.ids)
+            collector.seen()  # by the chain's probes
+            with (
+                ActivationStore(range(1), samples, MEMORY * 3 // 4) as self.gradients,
+                ActivationStore(self.stored, samples, MEMORY // 4) as self.states,
+            ):
+                for part in track(self.headed, f"{collector.label}: forward"):
+                    self._forward(part)
+                order = range(self.count - 1, self.lowest - 1, -1)
+                steps = [(index, part) for index in order for part in self.parts]
+                for index, part in track(steps, f"{collector.label}: blocks"):
+                    self._block(index, part)
+                    if part is self.parts[-1]:
+                        self.states.drop(index)
+                        collector.finished(index, chain.owned[index])
+                if chain.outside:
+                    parts = self.headed if collector.together else self.parts
+                    for part in track(parts, f"{collector.label}: embedding and head"):
+                        self._outside(part)
+                    collector.finished(None, chain.outside)
+
+    def _forward(self, part: slice) -> None:
+        """Store the hidden states of a few samples and the gradient at the last boundary.
+
+        Inputs that the collector has seen above the last block get their gradient as well.
+        """
+        leaves: list[torch.Tensor] = []
+
+        def handler(at: int, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if at in self.stored:
+                self.states.write(at, part, hidden_of(args, kwargs))
+            with torch.no_grad():
+                output = original(*args, **kwargs)
+            if at + 1 < self.count:
+                return output
+            if self.count in self.stored:
+                self.states.write(self.count, part, output_of(output))
+            leaves.append(output_of(output).detach().requires_grad_())
+            return with_output(output, leaves[0])
+
+        logits = self.chain.run(self.ids[part], handler)
+        cotangent = loss_cotangent(logits, self.ids[part], part.start)
+        self._store(part, *self.collector.pull([logits], [cotangent], part, (), leaves[0]))
+
+    def _block(self, index: int, part: slice) -> None:
+        """Pull the gradient back through one block."""
+        owned = self.chain.owned[index]
+        with _requiring_gradients(owned):
+            hidden, output = self.chain.run_block(
+                index, self.ids[part], self.states.read(index, part)
+            )
+            gradient = self.gradients.read(0, part).to(output.device)
+            below = self.collector.pull([output], [(gradient, 1.0)], part, owned, hidden)
+        self.collector.passed(index, part, hidden, output, gradient)
+        self._store(part, *below)
+
+    def _store(self, part: slice, gradient: torch.Tensor | None, factor: float) -> None:
+        """Store the gradient at a boundary, in float32 or wider."""
+        if gradient is None:
+            raise AssertionError("a boundary without a gradient passed the probe")
+        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        self.gradients.write(0, part, wide if factor == 1.0 else wide * factor)
+
+    def _outside(self, part: slice) -> None:
+        """Pull back to the parameters outside the blocks (embedding, last norm, head).
+
+        Bottom and top run together, so that a tensor that is used in both, as a tied embedding,
+        gets the sum of both gradients before it is squared.
+        """
+        entries: list[torch.Tensor] = []
+        top = self.states.read(self.count, part)
+
+        def handler(at: int, _: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            given = hidden_of(args, kwargs)
+            if at == 0:
+                entries.append(given)
+            return self.chain.as_output(at, top.to(given.device) if at + 1 == self.count else given)
+
+        with _requiring_gradients(self.chain.outside):
+            logits = self.chain.run(self.ids[part], handler)
+            pairs = [(logits, loss_cotangent(logits, self.ids[part], part.start))]
+            if self.chain.bottom:
+                gradient = self.gradients.read(0, part).to(entries[0].device)
+                pairs.append((entries[0], (gradient, 1.0)))
+            outputs, cotangents = zip(*(one for one in pairs if one[0].requires_grad), strict=True)
+            self.collector.seen()  # in the forward pass already
+            self.collector.pull(outputs, cotangents, part, self.chain.outside)
+
+
+@contextmanager
+def _requiring_gradients(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+
+
+def pull_back(
+    outputs: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    cotangents: Sequence[tuple[torch.Tensor, float]],
+    samples: slice,
+) -> tuple[list[torch.Tensor | None], float]:
+    """Return vector-Jacobian products as (gradients, factor): the true ones are their product.
+
+    In float16 the cotangents, (tensor, factor) for each output, are first multiplied by a power of
+    two that makes the largest entry large, because gradients of a language model lie around the
+    smallest float16 number; if that overflows on the way, by smaller ones.
+
+    Raises:
+        UserError: the gradient overflows float16 with every multiplier; names the ``samples``.
+    """
+    half = any(tensor.dtype == torch.float16 for tensor in (*outputs, *inputs))
+    scale = 1.0
+    if half:
+        largest = max(float(tensor.abs().max()) * factor for tensor, factor in cotangents)
+        if largest > 0.0 and math.isfinite(largest):
+            scale = 2.0 ** (_START - math.frexp(largest)[1])
+    for _ in range(_ATTEMPTS if half else 1):
+        vectors = [
+            (tensor if factor * scale == 1.0 else tensor * (factor * scale)).to(output.dtype)
+            for output, (tensor, factor) in zip(outputs, cotangents, strict=True)
+        ]
+        gradients: list[torch.Tensor | None] = list(
+            torch.autograd.grad(outputs, inputs, vectors, retain_graph=half, allow_unused=True)
+        )
+        if not half or all(bool(g.isfinite().all()) for g in gradients if g is not None):
+            return gradients, 1.0 / scale
+        scale *= _BACKOFF
+    raise UserError(
+        f"the gradient of calibration samples {samples.start} to {samples.stop - 1} overflows "
+        "float16; load the model in bfloat16 or float32"
     )
 
 
-def hidden_form(chain: Chain, input_ids: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype]:
-    """Return the shape, without samples, and type of the hidden state of one full sample."""
-    with torch.no_grad():
-        entry = chain.entry(input_ids[:1])
-    return tuple(entry.shape[1:]), entry.dtype
+def batches(samples: int, size: int) -> list[slice]:
+    """Cut ``samples`` into slices of at most ``size``."""
+    return [slice(at, min(at + size, samples)) for at in range(0, samples, size)]
 
 
-def forward(
-    chain: Chain,
-    input_ids: torch.Tensor,
-    part: slice,
-    borders: Borders,
-    slopes: Borders,
-    wanted: range,
-    tap: Tap | None = None,
-) -> None:
-    """Store the hidden states of a few samples and the gradient at the last border.
+def loss_cotangent(
+    logits: torch.Tensor, input_ids: torch.Tensor, first_sample: int
+) -> tuple[torch.Tensor, float]:
+    """Return the gradient of the loss at the logits, as (cotangent, factor): their product.
 
-    Inputs that ``tap`` has seen above the last block get their gradient as well.
+    The loss of one sample is the mean over its seq_len - 1 predicted tokens of the cross-entropy,
+    in float32; the gradient is that of the sum over the samples given. For float16 the factor
+    holds the division by the token count, which would underflow in the cotangent.
+
+    Args:
+        logits: shape (samples, seq_len, vocabulary).
+        input_ids: shape (samples, seq_len).
+        first_sample: number of the first sample, for the message.
+
+    Raises:
+        UserError: the loss of a sample is NaN or infinite.
     """
-    last = len(chain.blocks) - 1
-    leaves: list[torch.Tensor] = []
-
-    def handler(at: int, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if at in wanted:
-            borders.write(at, part, hidden_of(args, kwargs))
-        with torch.no_grad():
-            output = original(*args, **kwargs)
-        if at < last:
-            return output
-        if last + 1 in wanted:
-            borders.write(last + 1, part, output_of(output))
-        leaves.append(output_of(output).detach().requires_grad_())
-        return with_output(output, leaves[0])
-
-    logits = chain.run(input_ids[part], handler)
-    cotangent = loss_cotangent(logits, input_ids[part], part.start)
-    tapped = [] if tap is None else tap.taken()
-    inputs = [*leaves, *(tensor for _, tensor in tapped)]
-    (slope, *above), factor = pull_back([logits], inputs, [cotangent], part)
-    store_slope(slopes, part, slope, factor)
-    if tap is not None:
-        tap.give(part, tapped, above, factor)
-
-
-def store_slope(slopes: Borders, part: slice, slope: torch.Tensor | None, factor: float) -> None:
-    """Store the gradient at a border, in float32 or wider."""
-    if slope is None:
-        raise AssertionError("a border without a gradient passed the probe")
-    wide = slope.to(torch.promote_types(slope.dtype, torch.float32))
-    slopes.write(0, part, wide if factor == 1.0 else wide * factor)
+    samples, length = input_ids.shape
+    scale = 1.0 / (length - 1)
+    half = logits.dtype == torch.float16
+    targets = input_ids[:, 1:].to(logits.device)
+    cotangent = torch.zeros_like(logits, requires_grad=False)
+    with torch.no_grad():
+        for sample in range(samples):
+            total = 0.0
+            for start in range(0, length - 1, _ROWS):
+                rows = slice(start, min(start + _ROWS, length - 1))
+                target = targets[sample, rows, None]
+                values = logits[sample, rows]
+                values = values.to(torch.promote_types(values.dtype, torch.float32))
+                log_probs = torch.log_softmax(values, -1)
+                total -= float(log_probs.gather(-1, target).sum())
+                gradient = log_probs.exp_()
+                gradient.scatter_add_(-1, target, -torch.ones_like(target, dtype=gradient.dtype))
+                cotangent[sample, rows] = gradient if half else gradient.mul_(scale)
+            if not math.isfinite(total):
+                raise UserError(
+                    f"the loss of calibration sample {first_sample + sample} is {total * scale}, "
+                    "so nothing can be scored; look at this sample, or load the model in float32"
+                )
+    return cotangent, (scale if half else 1.0)

@@ -12,9 +12,6 @@ import torch
 from llm_pruner.models.consumers import Consumer
 from llm_pruner.types import FloatArray, Group
 
-NEEDS = ("gates", "tokens", "moments", "gram")
-"""What a criterion may ask for."""
-
 
 @dataclass
 class Reading:
@@ -86,7 +83,7 @@ class Measure:
     """A criterion on one group's observation.
 
     Attributes:
-        needs: what must be observed, of `NEEDS`.
+        needs: what must be observed, of ``gates``, ``tokens``, ``moments`` and ``gram``.
         where_linear: what is observed besides, of groups that a linear module reads.
         formula: observation -> importance per unit, shape (units,); higher means keep.
     """
@@ -94,3 +91,13 @@ class Measure:
     needs: frozenset[str]
     formula: Callable[[Observation], FloatArray]
     where_linear: frozenset[str] = frozenset()
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether nothing can be said without the inputs of linear modules."""
+        return bool(self.needs & {"moments", "gram"})
+
+
+def over_readings(value: Callable[[Reading], FloatArray]) -> Callable[[Observation], FloatArray]:
+    """Return the formula that sums a value for each unit, shape (units,), over the consumers."""
+    return lambda seen: np.sum([value(reading) for reading in seen.readings], axis=0)

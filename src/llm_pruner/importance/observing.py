@@ -1,51 +1,50 @@
-"""A forward and, for gates, a backward pass for activation criteria, block by block where possible.
+"""What criteria on activations see: inputs of linear modules, and derivatives by gates.
 
-Where the inputs of consumers are enough, each block runs once, and nothing above the last that is
-watched. Else the loss is pulled back as well; no weight gradient is formed where a group's consumer
-is a linear module: its input and the gradient of that input are enough. For other consumers (the
-fused tensors of a mixture of experts) the gate's derivative is taken from the gradient of the
-tensor, one sample at a time: the sum over a unit's slice of weight times gradient is the same
-number.
+Where the inputs of consumers are enough, each block runs forward once, and nothing above the last
+that is watched. Else the loss is pulled back as well; no weight gradient is formed where a group's
+consumer is a linear module: its input and the gradient of that input are enough. For other
+consumers (the fused tensors of a mixture of experts) the gate's derivative is taken from the
+gradient of the tensor, one sample at a time: the sum over a unit's slice of weight times gradient
+is the same number.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
 from llm_pruner.errors import UserError
-from llm_pruner.importance.boundary_pass import TOKENS, forward, hidden_form, parts_of, store_slope
-from llm_pruner.importance.gradients import batches, loss_cotangent, pull_back
-from llm_pruner.importance.needs import parameters_by_name
-from llm_pruner.importance.observation import Observation
-from llm_pruner.importance.taps import ConsumerTap, MixedSamplesError, segments, sum_segments
-from llm_pruner.models.blockwise import Borders, Chain, NotBlockwise, find_chain
-from llm_pruner.models.consumers import Consumer, consumers_of
-from llm_pruner.models.forward import run_for_logits
+from llm_pruner.importance.boundary_pass import (
+    MEMORY,
+    TOKENS,
+    Collector,
+    batches,
+    run_backward,
+)
+from llm_pruner.importance.observation import Observation, Reading
+from llm_pruner.models.activation_store import ActivationStore
+from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
+from llm_pruner.models.consumers import Consumer, add_gram_, consumers_of, weight_of
 from llm_pruner.runtime.progress import track
 from llm_pruner.types import FloatArray, Group, Member
 
 Measured = TypeVar("Measured")
 
+SEGMENT = 128
+"""Tokens whose contributions to a gate's derivative are summed before they are squared."""
+
 _LOG = logging.getLogger(__name__)
-_BUDGET = 2**26
 
 
-def observe(
-    model: nn.Module,
-    input_ids: torch.Tensor,
-    groups: Sequence[Group],
-    needs: Collection[str],
-    where_linear: Collection[str] = (),
-) -> dict[str, Observation]:
-    """Return what ``needs`` names of every group; see `measure`."""
-    return measure(model, input_ids, groups, needs, lambda seen: seen, where_linear)
+class _MixedSamplesError(Exception):
+    """A module gets the tokens of several samples in one row: take samples one at a time."""
 
 
 def measure(
@@ -65,9 +64,9 @@ def measure(
         model: in eval mode, with no parameter that requires a gradient.
         input_ids: shape (samples, seq_len), on the model's device.
         groups: what to look at.
-        needs: of ``NEEDS``.
+        needs: as `Measure` has it.
         formula: from an observation to what is wanted of it.
-        where_linear: more of ``NEEDS``, for groups that a linear module reads.
+        where_linear: more of it, for groups that a linear module reads.
 
     Raises:
         UserError: a group has no linear consumer and more than gates is asked for; layers are asked
@@ -84,61 +83,40 @@ def measure(
             ) from reason
         _LOG.info("activations of the whole model at once: %s", reason)
         chain = None
-    if watch.looks_only:
-        with watch.tap.listening(to_all=True), torch.no_grad():
-            _look(chain, watch, input_ids)
-    else:
-        try:
-            _pass(chain, watch, input_ids, together=not watch.weights)
-        except MixedSamplesError:
-            watch = _Watch(model, groups, needs, where_linear, input_ids, formula)
-            _pass(chain, watch, input_ids, together=False)
-    watch.finish(groups)
+    try:
+        watch.run(chain, input_ids)
+    except _MixedSamplesError:
+        watch = _Watch(model, groups, needs, where_linear, input_ids, formula)
+        watch.together = False
+        watch.run(chain, input_ids)
     return {group.name: watch.found[group.name] for group in groups}
 
 
-def _look(chain: Chain | None, watch: _Watch[Any], input_ids: torch.Tensor) -> None:
-    """Run forward, block by block unless something outside of the blocks is watched."""
-    samples, length = input_ids.shape
-    parts = batches(samples, max(1, TOKENS // length))
-    highest = None if chain is None else _highest_block(watch, chain)
-    if chain is None or highest is None:
-        for part in track(parts, "activations"):
-            watch.model(input_ids[part])
-            watch.look(part)
-        return
-    inside = _groups_inside(watch, chain)
-    with chain.opened():
-        shape, dtype = hidden_form(chain, input_ids)
-        with Borders(range(1), (samples, *shape), dtype, _BUDGET) as hidden:
-            for part in parts:
-                hidden.write(0, part, chain.entry(input_ids[part]))
-            steps = [(index, part) for index in range(highest + 1) for part in parts]
-            for index, part in track(steps, "activations: blocks"):
-                _, output = chain.run_block(index, input_ids[part], hidden.read(0, part))
-                hidden.write(0, part, output)
-                watch.look(part)
-                if part is parts[-1]:
-                    watch.finish(inside[index])
+@dataclass
+class _Moments:
+    """Sums over the inputs of one module, as `Reading` has them."""
+
+    tokens: int = 0
+    total: torch.Tensor | int = 0
+    square: torch.Tensor | int = 0
+    gram: torch.Tensor | None = None
+
+    def add(self, rows: torch.Tensor, with_gram: bool) -> None:
+        self.tokens += len(rows)
+        self.total = self.total + rows.sum(0).double()
+        self.square = self.square + rows.square().sum(0).double()
+        if with_gram:
+            if self.gram is None:
+                self.gram = rows.new_zeros(rows.shape[1], rows.shape[1])
+            add_gram_(self.gram, rows)
 
 
-def _pass(
-    chain: Chain | None, watch: _Watch[Any], input_ids: torch.Tensor, *, together: bool
-) -> None:
-    samples, length = input_ids.shape
-    with watch.tap.listening(), watch.gradients():
-        if chain is not None:
-            _blockwise(chain, watch, input_ids, together)
-            return
-        size = max(1, TOKENS // length) if together else 1
-        for part in track(batches(samples, size), "activations"):
-            logits = run_for_logits(watch.model, input_ids[part])
-            cotangent = loss_cotangent(logits, input_ids[part], part.start)
-            watch.pull([logits], [cotangent], part, list(watch.weights))
+class _Watch(Collector, Generic[Measured]):
+    """What is looked at, and the sums so far.
 
-
-class _Watch(Generic[Measured]):
-    """What is looked at, and the sums so far."""
+    Attributes:
+        found: group name -> the formula's value, once the group has seen all tokens.
+    """
 
     def __init__(
         self,
@@ -149,99 +127,254 @@ class _Watch(Generic[Measured]):
         input_ids: torch.Tensor,
         formula: Callable[[Observation], Measured],
     ) -> None:
-        samples, length = input_ids.shape
-        self.model, self.groups, self.needs, self.formula = model, groups, needs, formula
-        self.found: dict[str, Measured] = {}
-        self.consumers: dict[str, tuple[Consumer, ...]] = {}
-        self.weights: dict[str, list[tuple[Group, Member]]] = {}
-        known = parameters_by_name(model)
+        samples, self._length = input_ids.shape
+        self._model, self._groups, self._formula = model, groups, formula
+        self._needs, self._where_linear = set(needs), {*needs, *where_linear}
+        self._layers = [group for group in groups if group.kind == "layers"]
+        self._consumers: dict[str, tuple[Consumer, ...]] = {}
+        self._members: dict[str, list[tuple[Group, Member]]] = {}
         for group in groups:
             if group.kind == "layers":
                 continue
-            self.consumers[group.name] = consumers_of(model, group)
-            if self.consumers[group.name]:
+            self._consumers[group.name] = consumers_of(model, group)
+            if self._consumers[group.name]:
                 continue
-            if set(needs) - {"gates", "tokens"}:
+            if self._needs - {"gates", "tokens"}:
                 raise UserError(
                     f"no linear module reads {group.name}, so its activations are unknown; use "
                     "the criterion fisher, gate or taylor"
                 )
             for member in _last(group):
-                self.weights.setdefault(member.tensor, []).append((group, member))
-        self.parameters = {name: known[name] for name in self.weights}
-        self.tap = ConsumerTap(model, self.consumers, (samples, length), {*needs, *where_linear})
-        self.gates: dict[str, FloatArray] = {
-            group.name: np.zeros((samples, segments(length), group.size)) for group in groups
-        }
+                self._members.setdefault(member.tensor, []).append((group, member))
+        self._readers: dict[str, list[Consumer]] = {}
+        for consumer in (one for found in self._consumers.values() for one in found):
+            self._readers.setdefault(consumer.module, []).append(consumer)
+        names = [*self._readers, *(name for group in self._layers for name in group.modules)]
+        known = dict(model.named_parameters(remove_duplicate=False))
+        super().__init__(
+            {name: known[name] for name in self._members},
+            together=not self._members,
+            label="activations",
+            modules=(id(model.get_submodule(name)) for name in names),
+        )
+        # What a forward pass shows is all that is asked for.
+        self._forward_only = not self._members and self._where_linear <= {"moments", "gram"}
+        self._seen: list[tuple[str, torch.Tensor]] = []
+        segments = -(-self._length // SEGMENT)
+        self._gates = {group.name: np.zeros((samples, segments, group.size)) for group in groups}
+        self._token_squares: dict[str, FloatArray] = {}
+        self._moments: dict[str, _Moments] = {}
+        self._inside: Sequence[Sequence[Group]] = ()
+        self._places: Mapping[str, Mapping[int, int]] = {}
+        self.found: dict[str, Measured] = {}
+
+    def run(self, chain: Chain | None, input_ids: torch.Tensor) -> None:
+        """See all tokens and apply the formula to every group."""
+        if chain is not None:
+            self._inside = self._groups_inside(chain)
+            if not self._forward_only:
+                self._places = _places(self._model, chain, self._layers)
+        with self._listening():
+            if self._forward_only:
+                self._look(chain, input_ids)
+            else:
+                run_backward(self._model, chain, input_ids, self)
+        self._finish(self._groups)
 
     @contextmanager
-    def gradients(self) -> Iterator[None]:
-        """Inside, the tensors that are read without a linear module require a gradient."""
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(True)
+    def _listening(self) -> Iterator[None]:
+        handles = [
+            self._model.get_submodule(path).register_forward_pre_hook(
+                lambda _module, args, path=path: self._note(path, args)
+            )
+            for path in self._readers
+        ]
         try:
             yield
         finally:
-            for parameter in self.parameters.values():
-                parameter.requires_grad_(False)
+            for handle in handles:
+                handle.remove()
 
-    @property
-    def looks_only(self) -> bool:
-        """Whether the inputs of consumers are all that is asked for."""
-        asked = {*self.needs, *self.tap.needs}
-        return not self.weights and asked <= {"moments", "gram"}
+    def _note(self, path: str, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        """Note an input, which becomes a leaf if nothing below it takes a gradient."""
+        value, *rest = args
+        if self._forward_only:
+            self._seen.append((path, value))
+            return None
+        if not torch.is_grad_enabled():
+            return None
+        fresh = not value.requires_grad
+        if fresh:
+            value = value.detach().requires_grad_()
+        self._seen.append((path, value))
+        return (value, *rest) if fresh else None
 
-    def look(self, part: slice) -> None:
+    def seen(self) -> list[tuple[str, torch.Tensor]]:
+        """Return (module, input) noted since the last call, and forget them."""
+        seen, self._seen = self._seen, []
+        return seen
+
+    @torch.no_grad()
+    def _look(self, chain: Chain | None, input_ids: torch.Tensor) -> None:
+        """Run forward, block by block unless something outside of the blocks is watched."""
+        samples, length = input_ids.shape
+        parts = batches(samples, max(1, TOKENS // length))
+        blocks = [] if chain is None else [{id(m) for m in one.modules()} for one in chain.blocks]
+        if chain is None or self.modules - set().union(*blocks):
+            for part in track(parts, self.label):
+                self._model(input_ids[part])
+                self._take(part)
+            return
+        highest = max((at for at, block in enumerate(blocks) if block & self.modules), default=-1)
+        with chain.opened(), ActivationStore(range(1), samples, MEMORY) as hidden:
+            for part in parts:
+                hidden.write(0, part, chain.entry(input_ids[part]))
+            steps = [(index, part) for index in range(highest + 1) for part in parts]
+            for index, part in track(steps, f"{self.label}: blocks"):
+                _, output = chain.run_block(index, input_ids[part], hidden.read(0, part))
+                hidden.write(0, part, output)
+                self._take(part)
+                if part is parts[-1]:
+                    self._finish(self._inside[index])
+
+    def _take(self, part: slice) -> None:
         """Take what a forward pass has shown."""
-        seen = self.tap.taken()
-        self.tap.give(part, seen, [None] * len(seen), 1.0)
+        seen = self.seen()
+        self.add_inputs(part, seen, [None] * len(seen), 1.0)
 
-    def pull(
+    @torch.no_grad()
+    def add_inputs(
         self,
-        outputs: Sequence[torch.Tensor],
-        cotangents: Sequence[tuple[torch.Tensor, float]],
         part: slice,
-        names: Sequence[str],
-        leaf: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor | None, float]:
-        """Pull a gradient back to all that is watched; return that of ``leaf`` and its factor."""
-        tapped = self.tap.taken()
-        inputs = [tensor for _, tensor in tapped] + [self.parameters[name] for name in names]
-        if leaf is not None:
-            inputs.append(leaf)
-        if not inputs:
-            return None, 1.0
-        found, factor = pull_back(outputs, inputs, cotangents, part)
-        self.tap.give(part, tapped, found[: len(tapped)], factor)
-        for name, gradient in zip(names, found[len(tapped) :], strict=False):
-            if gradient is not None:
-                self._add_weight(name, part, gradient, factor)
-        return (found[-1] if leaf is not None else None), factor
+        seen: Sequence[tuple[str, torch.Tensor]],
+        gradients: Sequence[torch.Tensor | None],
+        factor: float,
+    ) -> None:
+        """Add inputs and their gradients, which are ``factor`` times those given."""
+        for (path, value), gradient in zip(seen, gradients, strict=True):
+            value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
+            if gradient is not None and {"gates", "tokens"} & self._needs:
+                product = value * gradient
+                self._add_gates(path, part, product, factor)
+                if "tokens" in self._needs:
+                    self._add_tokens(path, product.flatten(0, -2), factor)
+            if {"moments", "gram"} & self._where_linear:
+                moments = self._moments.setdefault(path, _Moments())
+                moments.add(value.flatten(0, -2), "gram" in self._where_linear)
 
-    def _add_weight(self, name: str, part: slice, gradient: torch.Tensor, factor: float) -> None:
+    def _add_gates(self, path: str, part: slice, product: torch.Tensor, factor: float) -> None:
+        count = part.stop - part.start
+        if product.shape[:-1] == (count, self._length):
+            rows = _sum_segments(product)
+        elif count == 1:
+            # Which token a row belongs to is unknown: the whole sample is one segment.
+            rows = product.flatten(0, -2).sum(0)[None, None]
+        else:
+            raise _MixedSamplesError(path)
+        features = rows.double().mul_(factor).cpu().numpy()
+        for consumer in self._readers[path]:
+            units = features[:, :, consumer.index].sum(3)
+            self._gates[consumer.group][part, : rows.shape[1]] += units
+
+    def _add_tokens(self, path: str, rows: torch.Tensor, factor: float) -> None:
+        for consumer in self._readers[path]:
+            index = torch.from_numpy(consumer.index).to(rows.device)
+            if index.shape[1] == 1:
+                squares = rows.square().sum(0)[index[:, 0]]
+            else:
+                squares = rows[:, index].sum(2).square().sum(0)
+            found = squares.double().mul(factor**2).cpu().numpy()
+            self._token_squares[consumer.group] = self._token_squares.get(consumer.group, 0) + found
+
+    def add_weight(self, name: str, part: slice, gradient: torch.Tensor, factor: float) -> None:
+        """Add the gates of groups that no linear module reads."""
         weight = self.parameters[name].detach()
         product = weight.to(torch.promote_types(weight.dtype, torch.float32)) * gradient
-        for group, member in self.weights[name]:
+        for group, member in self._members[name]:
             others = [axis for axis in range(product.ndim) if axis != member.dim]
             # A sum over no axes at all would be one over all of them.
             summed = product.sum(others) if others else product
             features = summed.double().mul(factor).cpu().numpy()
-            self.gates[group.name][part, 0] += features[member.index].sum(1)
+            self._gates[group.name][part, 0] += features[member.index].sum(1)
 
-    def finish(self, groups: Sequence[Group]) -> None:
-        """Apply the formula to groups that will see no more tokens."""
+    def passed(
+        self,
+        block: int,
+        part: slice,
+        hidden: torch.Tensor,
+        output: torch.Tensor,
+        gradient: torch.Tensor,
+    ) -> None:
+        """Add the gate of a whole layer: what it adds to the hidden state times the gradient."""
+        for group in self._layers:
+            if (unit := self._places[group.name].get(block)) is not None:
+                step = (output.detach() - hidden.detach()).to(gradient.dtype) * gradient
+                sums = _sum_segments(step).sum(-1).double().cpu().numpy()
+                self._gates[group.name][part, :, unit] = sums
+
+    def finished(self, block: int | None, names: Iterable[str]) -> None:  # noqa: ARG002
+        """Apply the formula to the groups of a block."""
+        if block is not None:
+            self._finish(self._inside[block])
+
+    def _finish(self, groups: Sequence[Group]) -> None:
+        """Apply the formula to groups that will see no more tokens, and drop what they saw."""
         left = [group for group in groups if group.name not in self.found]
+        consumers = {group.name: self._consumers.get(group.name, ()) for group in left}
         for group in left:
-            gates = self.tap.gates.get(group.name, self.gates[group.name])
             seen = Observation(
                 group,
-                gates=gates if "gates" in self.needs else None,
-                token_squares=self.tap.token_squares.get(group.name),
-                readings=self.tap.readings(self.consumers.get(group.name, ())),
+                gates=self._gates.pop(group.name) if "gates" in self._needs else None,
+                token_squares=self._token_squares.get(group.name),
+                readings=tuple(
+                    self._reading(one)
+                    for one in consumers[group.name]
+                    if one.module in self._moments
+                ),
             )
-            self.found[group.name] = self.formula(seen)
-        for group in left:
-            self.tap.forget(self.consumers.get(group.name, ()))
+            self.found[group.name] = self._formula(seen)
+        for module in {one.module for found in consumers.values() for one in found}:
+            self._moments.pop(module, None)
+
+    def _reading(self, consumer: Consumer) -> Reading:
+        moments = self._moments[consumer.module]
+        assert isinstance(moments.total, torch.Tensor)
+        assert isinstance(moments.square, torch.Tensor)
+        return Reading(
+            consumer,
+            weight_of(self._model.get_submodule(consumer.module)).float(),
+            moments.tokens,
+            moments.total.cpu().numpy(),
+            moments.square.cpu().numpy(),
+            moments.gram,
+        )
+
+    def _groups_inside(self, chain: Chain) -> list[list[Group]]:
+        """Return, for each block, the groups that only modules of this block read."""
+        # Seen from the last block to the first, a module of several blocks ends with the first.
+        places = {
+            id(module): index
+            for index, block in reversed(list(enumerate(chain.blocks)))
+            for module in block.modules()
+        }
+        whole: dict[str, int | None] = {}
+        for name, consumers in self._consumers.items():
+            at = {places.get(id(self._model.get_submodule(one.module))) for one in consumers}
+            whole[name] = at.pop() if len(at) == 1 else None
+        found: list[list[Group]] = [[] for _ in chain.blocks]
+        for group in self._groups:
+            block = whole.get(group.name)
+            # A module's sums are dropped with a group, so its other groups must end here too.
+            modules = {consumer.module for consumer in self._consumers.get(group.name, ())}
+            others = [reader.group for module in modules for reader in self._readers[module]]
+            if block is not None and all(whole[other] == block for other in others):
+                found[block].append(group)
+        return found
+
+
+def _sum_segments(values: torch.Tensor) -> torch.Tensor:
+    """Sum over each segment: (samples, tokens, features) -> (samples, segments, features)."""
+    return torch.stack([part.sum(1) for part in values.split(SEGMENT, dim=1)], dim=1)
 
 
 def _last(group: Group) -> list[Member]:
@@ -249,79 +382,6 @@ def _last(group: Group) -> list[Member]:
     members = [member for member in group.members if not member.buffer]
     last = max((member.order for member in members), default=0)
     return [member for member in members if member.order == last]
-
-
-def _blockwise(chain: Chain, watch: _Watch[Any], input_ids: torch.Tensor, together: bool) -> None:
-    samples, count = len(input_ids), len(chain.blocks)
-    parts, headed = parts_of(chain, input_ids, together)
-    layers = [group for group in watch.groups if group.kind == "layers"]
-    inside = _groups_inside(watch, chain)
-    places = _places(watch.model, chain, layers)
-    lowest = 0 if layers else _lowest_block(watch, chain)
-    with chain.opened():
-        shape, dtype = hidden_form(chain, input_ids)
-        watch.tap.taken()
-        full = (samples, *shape)
-        slope_type = torch.promote_types(dtype, torch.float32)
-        with (
-            Borders(range(1), full, slope_type, _BUDGET) as slopes,
-            Borders(range(lowest, count), full, dtype, _BUDGET) as borders,
-        ):
-            for part in track(headed, "activations: forward"):
-                forward(
-                    chain, input_ids, part, borders, slopes, range(lowest, count), tap=watch.tap
-                )
-            steps = [(i, part) for i in range(count - 1, lowest - 1, -1) for part in parts]
-            for index, part in track(steps, "activations: blocks"):
-                leaf, output = chain.run_block(index, input_ids[part], borders.read(index, part))
-                slope = slopes.read(0, part).to(output.device)
-                below, factor = watch.pull(
-                    [output], [(slope, 1.0)], part, list(chain.owned[index]), leaf
-                )
-                for group in layers:
-                    if index in places[group.name]:
-                        step = (output.detach() - leaf.detach()).to(slope.dtype) * slope
-                        watch.gates[group.name][part, :, places[group.name][index]] = (
-                            sum_segments(step).sum(-1).double().cpu().numpy()
-                        )
-                store_slope(slopes, part, below, factor)
-                if part is parts[-1]:
-                    borders.drop(index)
-                    watch.finish(inside[index])
-
-
-def _groups_inside(watch: _Watch[Any], chain: Chain) -> list[list[Group]]:
-    """Return, for each block, the groups that only modules of this block read."""
-    found: list[list[Group]] = [[] for _ in chain.blocks]
-    # Blocks are seen from the last to the first: a module of several blocks ends with the first.
-    places = {
-        id(module): index
-        for index, block in reversed(list(enumerate(chain.blocks)))
-        for module in block.modules()
-    }
-    readers: dict[str, set[str]] = {}
-    for name, consumers in watch.consumers.items():
-        for consumer in consumers:
-            readers.setdefault(consumer.module, set()).add(name)
-    for group in watch.groups:
-        modules = [c.module for c in watch.consumers.get(group.name, ())]
-        blocks = {places.get(id(watch.model.get_submodule(path))) for path in modules}
-        (at,) = blocks if len(blocks) == 1 else (None,)
-        # A module's sums are dropped with a group, so its other groups must end here too.
-        if at is not None:
-            found[at].append(group)
-    whole = {group.name: at for at, groups in enumerate(found) for group in groups}
-    for groups in found:
-        groups[:] = [
-            group
-            for group in groups
-            if all(
-                whole.get(other) == whole[group.name]
-                for consumer in watch.consumers[group.name]
-                for other in readers[consumer.module]
-            )
-        ]
-    return found
 
 
 def _places(
@@ -343,26 +403,3 @@ def _places(
             )
         found[group.name] = places
     return found
-
-
-def _watched(watch: _Watch[Any]) -> set[int]:
-    modules = {c.module for found in watch.consumers.values() for c in found}
-    return {id(watch.model.get_submodule(path)) for path in modules}
-
-
-def _highest_block(watch: _Watch[Any], chain: Chain) -> int | None:
-    """Return the last block that holds something watched; None if something is in no block."""
-    watched = _watched(watch)
-    blocks = [{id(module) for module in block.modules()} & watched for block in chain.blocks]
-    if watched - set().union(*blocks):
-        return None
-    return max((index for index, found in enumerate(blocks) if found), default=-1)
-
-
-def _lowest_block(watch: _Watch[Any], chain: Chain) -> int:
-    """Return the first block that holds something watched."""
-    watched = _watched(watch)
-    for index, block in enumerate(chain.blocks):
-        if chain.owned[index] or any(id(module) in watched for module in block.modules()):
-            return index
-    return len(chain.blocks)

@@ -1,25 +1,24 @@
-"""From sums per tensor to one importance per unit."""
+"""One importance per unit: from sums over tensors, or from what a criterion sees of activations."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
 from llm_pruner.errors import UserError
-from llm_pruner.importance.blockwise import blockwise_sums
-from llm_pruner.importance.criteria import MEASURES
-from llm_pruner.importance.criterion import Criterion
-from llm_pruner.importance.gradients import whole_sums
-from llm_pruner.importance.needs import Need, Sums, collect_needs, layer_parameters, magnitude_sums
+from llm_pruner.importance.boundary_pass import Collector, run_backward
+from llm_pruner.importance.criteria import MEASURES, Criterion
 from llm_pruner.importance.observation import Observation
-from llm_pruner.importance.observing import measure as measured
-from llm_pruner.models.blockwise import NotBlockwise
+from llm_pruner.importance.observing import measure
+from llm_pruner.models.blockwise import NotBlockwise, find_chain
 from llm_pruner.models.forward import undisturbed
 from llm_pruner.types import Discovery, FloatArray, Group
 
@@ -56,39 +55,46 @@ def score(
         groups: names of the groups to score; None scores all that are not frozen.
 
     The criteria in ``criteria.MEASURES`` have their formulas there. A group without a linear module
-    that reads it, which follows others, weighs nothing in those that need moments of its input.
+    that reads it, which follows others, weighs nothing in those that need moments of its input;
+    whole layers have no such input, and are left out unless they are named.
 
     Returns:
         Group name -> finite float64 scores of shape (size,), in the order of ``discovery``.
 
     Raises:
-        UserError: an unknown group; no, or unusable, calibration tokens; a sample whose loss is NaN
+        UserError: an unknown group; layers that are named, by a criterion on inputs of linear
+            modules; no, or unusable, calibration tokens; a sample whose loss is NaN
             or infinite (named); a tensor whose weights or gradients are not finite (named).
     """
-    chosen = _choose(discovery, groups)
+    chosen = _choose(discovery, criterion, groups)
     if criterion.name == "random":
         return {group.name: _random(group, seed) for group in chosen}
     if criterion.name in MEASURES:
         return _measured(model, chosen, criterion.name, input_ids)
-    needs = collect_needs(model, chosen)
+    parameters = _scored_parameters(model, chosen)
     if criterion.name == "taylor":
-        sums = _taylor_sums(model, needs, criterion, input_ids)
+        sums = _taylor_sums(model, parameters, criterion, input_ids)
     else:
-        sums = magnitude_sums(model, needs, criterion.name)
+        sums = _magnitude_sums(parameters, criterion.name)
     _require_finite(sums, criterion)
     return {group.name: _group_scores(model, group, sums, criterion) for group in chosen}
 
 
-def _choose(discovery: Discovery, names: Collection[str] | None) -> list[Group]:
+def _choose(
+    discovery: Discovery, criterion: Criterion, names: Collection[str] | None
+) -> list[Group]:
     if names is None:
-        return [group for group in discovery.groups if group.frozen is None]
+        scored = [group for group in discovery.groups if group.frozen is None]
+        return [group for group in scored if criterion.scores_layers or not group.modules]
     known = [group.name for group in discovery.groups]
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "list them with inspect"
             raise UserError(f"unknown group {name!r}: the model has {len(known)} groups; {hint}")
-    return [group for group in discovery.groups if group.name in names]
+    chosen = [group for group in discovery.groups if group.name in names]
+    criterion.require_scores_of({group.kind for group in chosen})
+    return chosen
 
 
 def _random(group: Group, seed: int) -> FloatArray:
@@ -99,18 +105,16 @@ def _random(group: Group, seed: int) -> FloatArray:
 def _measured(
     model: nn.Module, groups: list[Group], name: str, input_ids: torch.Tensor | None
 ) -> dict[str, FloatArray]:
-    measure = MEASURES[name]
-    text = _require_text(input_ids, name)
+    how = MEASURES[name]
 
     def formula(seen: Observation) -> FloatArray:
-        if measure.needs & {"moments", "gram"} and not seen.readings:
+        if how.reads_inputs and not seen.readings:
             # A follower without a consumer of its own weighs nothing.
             return np.zeros(seen.group.size)
-        return measure.formula(seen)
+        return how.formula(seen)
 
-    with undisturbed(model), torch.inference_mode(False), torch.enable_grad():
-        ids = text.detach().to(next(model.parameters()).device, torch.long)
-        scores = measured(model, ids, groups, measure.needs, formula, measure.where_linear)
+    with _seen(model, input_ids, name) as ids:
+        scores = measure(model, ids, groups, how.needs, formula, how.where_linear)
     for group in groups:
         if not np.isfinite(scores[group.name]).all():
             raise UserError(
@@ -122,21 +126,147 @@ def _measured(
 
 def _taylor_sums(
     model: nn.Module,
-    needs: Mapping[str, Need],
+    parameters: Mapping[str, nn.Parameter],
     criterion: Criterion,
     input_ids: torch.Tensor | None,
-) -> dict[str, Sums]:
-    text = _require_text(input_ids, criterion.name)
-    if not needs:
-        return {}
+) -> dict[str, _Sums]:
+    with _seen(model, input_ids, criterion.name) as ids:
+        sums = _TaylorSums(parameters, criterion, len(ids))
+        if parameters:
+            try:
+                chain = find_chain(model, ids, parameters)
+            except NotBlockwise as reason:
+                _LOG.info("gradients of the whole model at once: %s", reason)
+                chain = None
+            run_backward(model, chain, ids, sums)
+    return {name: sums.found[name] for name in parameters}
+
+
+@contextmanager
+def _seen(model: nn.Module, input_ids: torch.Tensor | None, name: str) -> Iterator[torch.Tensor]:
+    """Yield calibration tokens beside the model, which gives gradients and is left as it was."""
+    text = _require_text(input_ids, name)
     with undisturbed(model), torch.inference_mode(False), torch.enable_grad():
-        device = next(model.parameters()).device
-        ids = text.detach().to(device, torch.long)
-        try:
-            return blockwise_sums(model, ids, criterion, needs)
-        except NotBlockwise as reason:
-            _LOG.info("gradients of the whole model at once: %s", reason)
-        return whole_sums(model, ids, criterion, needs)
+        yield text.detach().to(next(model.parameters()).device, torch.long)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums of a term over one tensor, in float64.
+
+    Attributes:
+        by_dim: for each axis, shape (size of the axis,), the term summed over all other axes.
+        total: sum over the whole tensor.
+    """
+
+    by_dim: tuple[FloatArray, ...]
+    total: float
+
+
+def _reduced(term: torch.Tensor) -> _Sums:
+    vectors = []
+    for dim in range(term.ndim):
+        others = [axis for axis in range(term.ndim) if axis != dim]
+        vector = term.sum(others) if others else term
+        vectors.append(vector.double().cpu().numpy().copy())
+    return _Sums(tuple(vectors), float(term.sum()))
+
+
+def _layer_parameters(model: nn.Module, module: str) -> list[str]:
+    """Return the first names of the parameters of one module."""
+    inside = {id(parameter) for parameter in model.get_submodule(module).parameters()}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in inside]
+
+
+def _scored_parameters(model: nn.Module, groups: Iterable[Group]) -> dict[str, nn.Parameter]:
+    """Return the parameters that carry the importance of ``groups``, by name.
+
+    Raises:
+        UserError: a member names a tensor that the model does not have.
+    """
+    known = dict(model.named_parameters(remove_duplicate=False))
+    members: dict[str, None] = {}
+    whole: set[str] = set()
+    for group in groups:
+        for member in group.members:
+            if member.buffer:
+                continue
+            if member.tensor not in known:
+                raise UserError(
+                    f"group {group.name} names the tensor {member.tensor}, which the model does "
+                    "not have; discover the groups of this very model"
+                )
+            members[member.tensor] = None
+        for module in group.modules:
+            whole.update(_layer_parameters(model, module))
+    return {name: known[name] for name in dict.fromkeys([*members, *sorted(whole)])}
+
+
+def _magnitude_sums(parameters: Mapping[str, nn.Parameter], name: str) -> dict[str, _Sums]:
+    """Return the sums of |w| (``l1``) or w^2 (``l2``; the root follows per unit)."""
+    sums: dict[str, _Sums] = {}
+    with torch.no_grad():
+        for tensor, parameter in parameters.items():
+            weight = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
+            sums[tensor] = _reduced(weight.abs() if name == "l1" else weight.square())
+    return sums
+
+
+class _TaylorSums(Collector):
+    """The terms of ``Criterion``: sums over samples of the gradient g and of its square, times w.
+
+    They are float32, or float64 for float64 weights: squares of gradients do not fit narrower
+    types. A block's are reduced and forgotten once its last sample is through.
+
+    Attributes:
+        found: tensor -> sums of its term.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], criterion: Criterion, samples: int
+    ) -> None:
+        # The first order adds gradients up; a square is of one sample.
+        super().__init__(parameters, together=criterion.order == "first", label="importance")
+        self._criterion, self._samples = criterion, samples
+        self._first: dict[str, torch.Tensor] = {}
+        self._second: dict[str, torch.Tensor] = {}
+        self.found: dict[str, _Sums] = {}
+
+    def _so_far(self, sums: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+        if name not in sums:
+            weight = self.parameters[name].detach()
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            sums[name] = torch.zeros_like(weight, dtype=wide, memory_format=torch.contiguous_format)
+        return sums[name]
+
+    def add_weight(self, name: str, part: slice, gradient: torch.Tensor, factor: float) -> None:  # noqa: ARG002
+        """Add a gradient, and its square."""
+        if self._criterion.order != "second":
+            self._so_far(self._first, name).add_(gradient, alpha=factor)
+        if self._criterion.order != "first":
+            square = self._so_far(self._second, name)
+            wide = gradient.to(square.dtype)
+            square.addcmul_(wide, wide, value=factor * factor)
+
+    @torch.no_grad()
+    def finished(self, block: int | None, names: Iterable[str]) -> None:  # noqa: ARG002
+        """Reduce the terms of these tensors."""
+        for name in names:
+            term = self._term(name, self.parameters[name].detach()).div_(self._samples)
+            if self._criterion.reduction == "element":
+                term.abs_()
+            self.found[name] = _reduced(term)
+            self._first.pop(name, None)
+            self._second.pop(name, None)
+
+    def _term(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """Return g w, F w^2 / 2, or their difference, times the number of samples; in place."""
+        if self._criterion.order == "first":
+            return self._so_far(self._first, name).mul_(weight)
+        square = self._so_far(self._second, name)
+        if self._criterion.order == "second":
+            return square.mul_(weight).mul_(weight).mul_(0.5)
+        return square.mul_(weight).mul_(-0.5).add_(self._so_far(self._first, name)).mul_(weight)
 
 
 def _require_text(input_ids: torch.Tensor | None, name: str) -> torch.Tensor:
@@ -155,10 +285,9 @@ def _require_text(input_ids: torch.Tensor | None, name: str) -> torch.Tensor:
     return input_ids
 
 
-def _require_finite(sums: Mapping[str, Sums], criterion: Criterion) -> None:
+def _require_finite(sums: Mapping[str, _Sums], criterion: Criterion) -> None:
     for tensor, found in sums.items():
-        parts = [*found.by_dim.values(), np.array([found.total])]
-        if all(np.isfinite(part).all() for part in parts):
+        if all(np.isfinite(part).all() for part in (*found.by_dim, np.array(found.total))):
             continue
         if criterion.name == "taylor":
             raise UserError(
@@ -172,10 +301,10 @@ def _require_finite(sums: Mapping[str, Sums], criterion: Criterion) -> None:
 
 
 def _group_scores(
-    model: nn.Module, group: Group, sums: Mapping[str, Sums], criterion: Criterion
+    model: nn.Module, group: Group, sums: Mapping[str, _Sums], criterion: Criterion
 ) -> FloatArray:
     if group.modules:
-        layers = [layer_parameters(model, module) for module in group.modules]
+        layers = [_layer_parameters(model, module) for module in group.modules]
         return np.array([_layer(names, sums, criterion) for names in layers], dtype=np.float64)
     members = [member for member in group.members if not member.buffer]
     if not members:
@@ -199,7 +328,7 @@ def _slices(totals: FloatArray, criterion: Criterion) -> FloatArray:
     return np.abs(totals)  # changes vector-wise taylor only: all else is a sum of magnitudes
 
 
-def _layer(names: list[str], sums: Mapping[str, Sums], criterion: Criterion) -> float:
+def _layer(names: list[str], sums: Mapping[str, _Sums], criterion: Criterion) -> float:
     totals = np.array([sums[name].total for name in names], dtype=np.float64)
     if criterion.name == "l2":
         return float(np.sqrt(totals.sum()))

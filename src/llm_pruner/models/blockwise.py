@@ -9,8 +9,6 @@ architectures is needed.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm_pruner.errors import UserError
 from llm_pruner.models.forward import run_for_logits
 from llm_pruner.models.layers import heaviest
 
@@ -309,92 +306,3 @@ def _depends(output: torch.Tensor, inputs: Sequence[torch.Tensor]) -> bool:
         output, list(inputs), torch.ones_like(output), retain_graph=True, allow_unused=True
     )
     return any(gradient is not None for gradient in gradients)
-
-
-class Borders:
-    """Arrays of one shape, written and read by ranges of samples.
-
-    Files are plain bytes that are read into fresh memory, not mapped, so that what is on disk does
-    not count as resident memory.
-
-    Args:
-        wanted: keys of the arrays.
-        shape: (samples, ...) of every array.
-        dtype: of every array.
-        budget: bytes that may stay in memory.
-
-    Raises:
-        UserError: the temporary folder has no room for the rest.
-    """
-
-    def __init__(
-        self, wanted: range, shape: tuple[int, ...], dtype: torch.dtype, budget: int
-    ) -> None:
-        self._shape, self._dtype = shape, dtype
-        self._bytes = torch.empty(shape, dtype=dtype, device="meta").nbytes
-        in_memory = budget // self._bytes if self._bytes else len(wanted)
-        self._arrays = {
-            key: torch.empty(shape, dtype=dtype) for key in wanted[: min(in_memory, len(wanted))]
-        }
-        filed = wanted[len(self._arrays) :]
-        need, folder = len(filed) * self._bytes, tempfile.gettempdir()
-        if filed and (free := shutil.disk_usage(folder).free) < need:
-            raise UserError(
-                f"the hidden states of {shape[0]} samples need {need / 2**30:.1f} GiB on disk and "
-                f"{folder} has {free / 2**30:.1f} GiB free; set TMPDIR to a larger disk, or use "
-                "fewer or shorter samples"
-            )
-        # Without a name, so that a killed process leaves nothing behind.
-        self._files = {key: tempfile.TemporaryFile() for key in filed}  # noqa: SIM115
-
-    @property
-    def resident(self) -> int:
-        """Bytes held in memory."""
-        return len(self._arrays) * self._bytes
-
-    def __enter__(self) -> Borders:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Delete everything."""
-        for key in (*self._arrays, *self._files):
-            self.drop(key)
-
-    def write(self, key: int, samples: slice, values: torch.Tensor) -> None:
-        """Store ``values``, shape (samples in the slice, ...)."""
-        values = values.detach().to("cpu", self._dtype).contiguous()
-        if key in self._arrays:
-            self._arrays[key][samples] = values
-            return
-        file = self._files[key]
-        file.seek(self._offset(samples))
-        file.write(_bytes(values))
-
-    def read(self, key: int, samples: slice) -> torch.Tensor:
-        """Return the stored values of a range of samples; not to be changed in place."""
-        if key in self._arrays:
-            return self._arrays[key][samples]
-        values = torch.empty((samples.stop - samples.start, *self._shape[1:]), dtype=self._dtype)
-        file = self._files[key]
-        file.seek(self._offset(samples))
-        if file.readinto(_bytes(values)) != values.nbytes:
-            raise OSError("a temporary file ended early")
-        return values
-
-    def drop(self, key: int) -> None:
-        """Forget one array."""
-        self._arrays.pop(key, None)
-        if key in self._files:
-            self._files.pop(key).close()
-
-    def _offset(self, samples: slice) -> int:
-        return int(samples.start) * (self._bytes // self._shape[0])
-
-
-def _bytes(values: torch.Tensor) -> memoryview:
-    """Return the memory of a contiguous tensor."""
-    array: Any = values.view(-1).view(torch.uint8).numpy()  # not every numpy says: a buffer
-    return memoryview(array)

@@ -23,23 +23,21 @@ from fractions import Fraction
 import numpy as np
 
 from llm_pruner.errors import PlanError, UserError
-from llm_pruner.planning.candidates import Ladder, Ladders, build_ladders
+from llm_pruner.planning.candidates import AllCandidates, Candidates, find_candidates
 from llm_pruner.planning.constraints import check, whole
-from llm_pruner.planning.costs import Cost, ParameterCounter
+from llm_pruner.planning.costs import Cost
 from llm_pruner.planning.match_target import (
+    TOLERANCE,
+    Prices,
     Search,
     density,
     make_queue,
     share_after,
     step_prices,
 )
-from llm_pruner.planning.numbering import Survivors
-from llm_pruner.planning.selection import choose_groups
-from llm_pruner.planning.target import Selection, Target, exact
-from llm_pruner.types import Discovery, IntArray, Scores
-
-TOLERANCE = 0.005
-"""How far the removed share of all parameters may lie from the target."""
+from llm_pruner.planning.numbering import Numbering
+from llm_pruner.planning.selection import Selection, Target, exact
+from llm_pruner.types import Discovery, FloatArray, IntArray, Scores
 
 
 def allocate(
@@ -47,7 +45,7 @@ def allocate(
     scores: Scores,
     selection: Selection,
     target: Target,
-    survivors: Survivors | None = None,
+    numbering: Numbering | None = None,
     cost: Cost | None = None,
 ) -> dict[str, IntArray]:
     """Return the units to remove, complete: blocks level, companions included.
@@ -63,7 +61,7 @@ def allocate(
         scores: importance per unit of every chosen group and of what follows it.
         selection: structures, scope, layers, rounding.
         target: how much to remove, of the dense model and all steps together.
-        survivors: what earlier steps left of the dense model; None if this is the dense model.
+        numbering: what earlier steps left of the dense model; None if this is the dense model.
         cost: what the target counts; None for parameters. Needed for ``kv_cache``.
 
     Raises:
@@ -71,21 +69,19 @@ def allocate(
             would lose nothing under a unit ratio, or what `choose_groups` refuses.
         PlanError: a breach of the rules that `planning.constraints.check` lists.
     """
-    survivors = survivors or Survivors.dense(discovery)
-    cost = cost or _parameters(discovery, survivors, target)
-    chosen = choose_groups(discovery, selection, survivors)
-    ladders = build_ladders(discovery, chosen, scores, selection, survivors)
-    if target.unit_ratio is not None:
-        if selection.split is not None:
-            raise UserError(
-                f"{target} and a split say different things; give a target in parameters "
-                "(ratio or params) with the split"
-            )
-        steps = _unit_steps(ladders, cost, selection, target)
+    numbering = numbering or Numbering.dense(discovery)
+    cost = cost or _parameters(discovery, numbering, target)
+    candidates = find_candidates(discovery, scores, selection, numbering)
+    if target.unit_ratio is None:
+        steps = _cost_steps(candidates, cost, selection, target)
+    elif selection.split is not None:
+        raise UserError(
+            f"{target} and a split say different things; give a target in parameters "
+            "(ratio or params) with the split"
+        )
     else:
-        ladders = _capped(ladders, cost, selection, target)
-        steps = _cost_steps(ladders, cost, selection, target)
-    found = ladders.removal(steps)
+        steps = _unit_steps(candidates, cost, selection, target)
+    found = candidates.removal(steps)
     removal = {
         group.name: np.sort(found[group.name])
         for group in discovery.groups
@@ -97,10 +93,10 @@ def allocate(
     return removal
 
 
-def _parameters(discovery: Discovery, survivors: Survivors, target: Target) -> Cost:
+def _parameters(discovery: Discovery, numbering: Numbering, target: Target) -> Cost:
     if target.kv_cache is not None:
         raise UserError(f"{target} needs to know what each unit adds to the cache; give its cost")
-    return Cost(ParameterCounter(discovery), survivors.parameters)
+    return Cost.of_parameters(discovery, numbering.parameters)
 
 
 def check_reachable(
@@ -119,106 +115,89 @@ def check_reachable(
     if selection.scope == "local":
         allocate(discovery, scores, selection, target, cost=cost)
         return
-    survivors = Survivors.dense(discovery)
-    chosen = choose_groups(discovery, selection, survivors)
-    ladders = build_ladders(discovery, chosen, scores, selection, survivors)
+    numbering = Numbering.dense(discovery)
+    candidates = find_candidates(discovery, scores, selection, numbering)
     if target.unit_ratio is None:
-        _begin_search(ladders, cost or _parameters(discovery, survivors, target), target)
+        _begin_search(candidates, cost or _parameters(discovery, numbering, target), target)
         return
-    for ladder in ladders.all:
-        _refuse_nothing(ladder, exact(target.unit_ratio), target)
+    for one in candidates.all:
+        _refuse_nothing(one, exact(target.unit_ratio), target)
 
 
 def _unit_steps(
-    ladders: Ladders,
-    cost: Cost,
-    selection: Selection,
-    target: Target,
+    candidates: AllCandidates, cost: Cost, selection: Selection, target: Target
 ) -> dict[str, int]:
     assert target.unit_ratio is not None
     ratio = exact(target.unit_ratio)
     if not target.loose:
-        for ladder in ladders.all:
-            _refuse_nothing(ladder, ratio, target)
+        for one in candidates.all:
+            _refuse_nothing(one, ratio, target)
     if selection.scope == "local":
         return {
-            ladder.group.name: ladder.nearest(_quota(ladder, ratio) - ladder.gone)
-            for ladder in ladders.all
+            one.group.name: one.nearest(_quota(one, ratio) - one.gone) for one in candidates.all
         }
-    prices = step_prices(ladders, cost.counter)
+    prices = step_prices(candidates, cost)
     steps: dict[str, int] = {}
-    for kind in dict.fromkeys(ladder.group.kind for ladder in ladders.all):
-        same = [ladder for ladder in ladders.all if ladder.group.kind == kind]
-        quota = int(sum(ladder.dense for ladder in same) * ratio)
-        quota -= sum(ladder.gone for ladder in same)
-        queue = make_queue(
-            [[ladder] for ladder in same],
-            prices,
-            lambda ladder: (density(ladder, prices[ladder.group.name]),),
-        )
-        levels = np.zeros(len(same), dtype=np.int64)
+    for same in candidates.by_kind().values():
+        quota = int(sum(one.dense for one in same) * ratio) - sum(one.gone for one in same)
+        queue = make_queue([[one] for one in same], prices, lambda one: density(one, prices))
+        places = [0] * len(same)
         for owner in queue.sequence:
-            rung = np.diff(same[owner].counts)[levels[owner]]
-            if rung > quota:
+            increment = int(np.diff(same[owner].counts)[places[owner]])
+            if increment > quota:
                 break
-            levels[owner] += 1
-            quota -= int(rung)
-        for ladder, level in zip(same, levels, strict=True):
-            steps[ladder.group.name] = int(ladder.counts[level])
+            places[owner] += 1
+            quota -= increment
+        for one, place in zip(same, places, strict=True):
+            steps[one.group.name] = int(one.counts[place])
     return steps
 
 
-def _quota(ladder: Ladder, ratio: Fraction) -> int:
-    return int(ladder.dense * ratio)
+def _quota(one: Candidates, ratio: Fraction) -> int:
+    return int(one.dense * ratio)
 
 
-def _refuse_nothing(ladder: Ladder, ratio: Fraction, target: Target) -> None:
+def _refuse_nothing(one: Candidates, ratio: Fraction, target: Target) -> None:
     """Raise if a unit ratio, over all steps, leaves a group whole: the user asked to prune it."""
-    if ladder.gone or ladder.nearest(_quota(ladder, ratio)):
+    if one.gone or one.nearest(_quota(one, ratio)):
         return
-    group = ladder.group
-    of = f"{ladder.dense} {group.kind}" + (" per block" if group.blocks is not None else "")
+    group = one.group
+    of = f"{one.dense} {group.kind}" + (" per block" if group.blocks is not None else "")
     head = f"{target} removes 0 of {of} in {group.name}"
-    if len(ladder.counts) == 1:
+    if len(one.counts) == 1:
         raise UserError(
             f"{head}: nothing can be removed there; choose other layers or leave {group.kind} out"
         )
-    least = int(ladder.counts[1]) // 2 + 1 if ladder.counts[1] > 1 else 1
-    share = whole(Fraction(least, ladder.dense) * 1000) / 1000
+    least = int(one.counts[1]) // 2 + 1 if one.counts[1] > 1 else 1
+    share = whole(Fraction(least, one.dense) * 1000) / 1000
     raise UserError(f"{head}; use at least {share:.3f}, or leave {group.kind} out")
 
 
 def _cost_steps(
-    ladders: Ladders,
-    cost: Cost,
-    selection: Selection,
-    target: Target,
+    candidates: AllCandidates, cost: Cost, selection: Selection, target: Target
 ) -> dict[str, int]:
-    search = _begin_search(ladders, cost, target)
-    prices = step_prices(ladders, search.counter)
+    search = _begin_search(candidates, cost, target)
+    if selection.spread is not None and selection.scope == "global":
+        search = _begin_search(_capped(search, selection, selection.spread), cost, target)
+    prices = step_prices(search.candidates, cost)
     if selection.split is None:
-        _search(search, ladders.all, prices, selection)
+        _search(search, search.candidates.all, prices, selection)
     else:
-        _search_split(search, ladders, prices, selection, selection.split)
-    if search.best is None or (search.error > search.tolerance and not target.loose):
-        raise UserError(_unreachable(search, target, cost, ladders))
+        _search_split(search, prices, selection, selection.split)
+    if search.best is None or not (search.met or target.loose):
+        raise UserError(_unreachable(search, target))
     return search.best[1]
 
 
 def _search_split(
-    search: Search,
-    ladders: Ladders,
-    prices: dict[str, int],
-    selection: Selection,
-    split: Mapping[str, float],
+    search: Search, prices: Prices, selection: Selection, split: Mapping[str, float]
 ) -> None:
     """Meet each structure's share, the largest last, so that it takes up what the others miss."""
-    total, goal = search.counter.total, search.target
+    total, goal, kinds = search.cost.total, search.target, search.candidates.by_kind()
     order = sorted((name for name in split if split[name] > 0), key=lambda name: split[name])
-    search.best, search.base = None, {ladder.group.name: 0 for ladder in ladders.all}
+    search.best, search.base = None, dict.fromkeys(search.candidates.most, 0)
     removed = 0.0
     for name in order:
-        same = tuple(ladder for ladder in ladders.all if ladder.group.kind == name)
         removed += split[name] * (total - goal)
         last = name == order[-1]
         part = replace(
@@ -227,96 +206,78 @@ def _search_split(
             allow_nothing=search.allow_nothing or not last,
             best=None,
         )
-        _search(part, same, prices, selection)
+        _search(part, kinds[name], prices, selection)
         if part.best is None:
             return
         search.base, search.best = part.best[1], part.best
 
 
 def _search(
-    search: Search,
-    ladders: Sequence[Ladder],
-    prices: dict[str, int],
-    selection: Selection,
+    search: Search, candidates: Sequence[Candidates], prices: Prices, selection: Selection
 ) -> None:
-    single = [[ladder] for ladder in ladders]
+    def by_density(one: Candidates) -> FloatArray:
+        return density(one, prices)
+
+    single = [[one] for one in candidates]
     if selection.scope == "global":
-        search.run(make_queue(single, prices, lambda x: (density(x, prices[x.group.name]),)))
-    else:
-        together: dict[object, list[Ladder]] = {}
-        for ladder in ladders:
-            shape = (ladder.group.kind, ladder.dense, ladder.gone, ladder.counts.tobytes())
-            together.setdefault(shape, []).append(ladder)
-        even = make_queue(list(together.values()), prices, lambda x: (share_after(x),))
-        search.run(even)
-        if search.error > search.tolerance and not selection.uniform:
-            search.run(
-                make_queue(
-                    single, prices, lambda x: (share_after(x), density(x, prices[x.group.name]))
-                )
-            )
-        if search.error > search.tolerance:
-            search.run_all(even)
+        search.run(make_queue(single, prices, by_density))
+        return
+    together: dict[object, list[Candidates]] = {}
+    for one in candidates:
+        shape = (one.group.kind, one.dense, one.gone, one.counts.tobytes())
+        together.setdefault(shape, []).append(one)
+    even = make_queue(list(together.values()), prices, share_after)
+    search.run(even)
+    if not search.met and not selection.uniform:
+        search.run(make_queue(single, prices, share_after, by_density))
+    if not search.met:
+        search.run_all(even)
 
 
-def _capped(
-    ladders: Ladders,
-    cost: Cost,
-    selection: Selection,
-    target: Target,
-) -> Ladders:
-    """Return the ladders without the rungs beyond the selection's ``spread``."""
-    if selection.spread is None or selection.scope != "global":
-        return ladders
-    search = _begin_search(ladders, cost, target)
-    split = selection.split or dict.fromkeys(selection.structures, 1.0)
-    counter, capped = search.counter, []
+def _capped(search: Search, selection: Selection, spread: float) -> AllCandidates:
+    """Return the candidates without those beyond the selection's ``spread``."""
+    candidates, cost, split = search.candidates, search.cost, selection.split
     spans: dict[str, int] = {}
-    for kind in dict.fromkeys(ladder.group.kind for ladder in ladders.all):
-        last = {x.group.name: int(x.counts[-1]) for x in ladders.all if x.group.kind == kind}
-        spans[kind] = counter.total - counter.count(ladders.removal(last))
-    reach = sum(span for kind, span in spans.items() if split.get(kind, 0) > 0)
-    for ladder in ladders.all:
-        kind = ladder.group.kind
-        part, span = (1.0, reach) if selection.split is None else (split[kind], spans[kind])
-        share = part * (counter.total - search.target) / max(span, 1)
-        spread = selection.spread
+    for kind, same in candidates.by_kind().items():
+        last = {one.group.name: int(one.counts[-1]) for one in same}
+        spans[kind] = cost.total - cost.left(candidates.removal(last))
+    everywhere = sum(spans[kind] for kind in spans if split is None or split.get(kind, 0) > 0)
+    capped = []
+    for one in candidates.all:
+        kind = one.group.kind
+        part, span = (1.0, everywhere) if split is None else (split[kind], spans[kind])
+        share = part * (cost.total - search.target) / max(span, 1)
         limit = max(share, min(spread * share, 1 - (1 - share) / spread))
-        most = np.ceil(limit * ladder.counts[-1])
-        counts = ladder.counts[ladder.counts <= most]
-        capped.append(
-            replace(ladder, counts=counts, importance=ladder.importance[: int(counts[-1])])
-        )
-    return replace(ladders, all=tuple(capped))
+        counts = one.counts[one.counts <= np.ceil(limit * one.counts[-1])]
+        capped.append(replace(one, counts=counts, importance=one.importance[: int(counts[-1])]))
+    return replace(candidates, all=tuple(capped))
 
 
-def _begin_search(ladders: Ladders, cost: Cost, target: Target) -> Search:
+def _begin_search(candidates: AllCandidates, cost: Cost, target: Target) -> Search:
     """Return a search that knows the largest removal, after checking that it is large enough."""
     search = Search(
-        ladders,
-        cost.counter,
+        candidates,
+        cost,
         target=target.kept(cost.dense),
-        tolerance=TOLERANCE * cost.dense,
-        allow_nothing=target.loose or cost.counter.total < cost.dense,
+        allow_nothing=target.loose or cost.total < cost.dense,
     )
-    everything = {ladder.group.name: int(ladder.counts[-1]) for ladder in ladders.all}
-    least = search.try_steps(everything)
-    if least - search.target > search.tolerance and not target.loose:
+    least = search.try_steps(candidates.most)
+    if least - search.target > TOLERANCE * cost.dense and not target.loose:
         raise UserError(
-            f"{target} cannot be reached: pruning {_words(ladders)} to the last unit leaves "
+            f"{target} cannot be reached: pruning {_words(candidates)} to the last unit leaves "
             f"{_size(least, cost)}; ask for less, protect fewer layers or add structures"
         )
     return search
 
 
-def _unreachable(search: Search, target: Target, cost: Cost, ladders: Ladders) -> str:
+def _unreachable(search: Search, target: Target) -> str:
     more = [count for count in search.counts if count > search.target]
     less = [count for count in search.counts if count <= search.target]
-    nearest = [f"{_size(min(more), cost)} (less)"] if more else []
-    nearest += [f"{_size(max(less), cost)} (more)"] if less else []
+    nearest = [f"{_size(min(more), search.cost)} (less)"] if more else []
+    nearest += [f"{_size(max(less), search.cost)} (more)"] if less else []
     return (
         f"{target} cannot be reached within {100 * TOLERANCE:g} points by pruning "
-        f"{_words(ladders)}; the nearest that can: {' and '.join(nearest)}; "
+        f"{_words(search.candidates)}; the nearest that can: {' and '.join(nearest)}; "
         "ask for one of these or add structures"
     )
 
@@ -325,5 +286,5 @@ def _size(count: int, cost: Cost) -> str:
     return f"{count:,} {cost.unit}, ratio {1 - count / cost.dense:.4f}"
 
 
-def _words(ladders: Ladders) -> str:
-    return ", ".join(dict.fromkeys(ladder.group.kind for ladder in ladders.all))
+def _words(candidates: AllCandidates) -> str:
+    return ", ".join(candidates.by_kind())

@@ -1,12 +1,12 @@
 """How far each group can be pruned, and at what price.
 
-A *step* removes one unit, or, in a group with blocks, one unit of every block that stays. A
-*ladder* lists the numbers of steps that are allowed.
+A *step* removes one unit, or, in a group with blocks, one unit of every block that stays. The
+*candidates* of a group are the numbers of steps that are allowed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import lcm
@@ -18,12 +18,12 @@ from llm_pruner.planning.constraints import (
     add_companions,
     ascending,
     dead_blocks,
+    followers,
     removed_layers,
     scores_of,
 )
-from llm_pruner.planning.numbering import Survivors
-from llm_pruner.planning.selection import choose_groups, dense_removable_layers, removable_layers
-from llm_pruner.planning.target import Selection
+from llm_pruner.planning.numbering import Numbering
+from llm_pruner.planning.selection import Selection, choose_groups, removable_layers
 from llm_pruner.types import Discovery, FloatArray, Group, IntArray, Scores
 
 CHANNELS = ("ffn", "hidden", "head_dim", "other")
@@ -31,8 +31,8 @@ CHANNELS = ("ffn", "hidden", "head_dim", "other")
 
 
 @dataclass(frozen=True)
-class Ladder:
-    """One group's way down.
+class Candidates:
+    """The numbers of steps that one group may lose.
 
     Attributes:
         group: the group.
@@ -56,12 +56,30 @@ class Ladder:
 
 
 @dataclass(frozen=True)
-class Ladders:
-    """The ladders of all chosen groups, and how to climb down them."""
+class AllCandidates:
+    """The candidates of all chosen groups, and the removal that a choice among them is.
 
-    all: tuple[Ladder, ...]
+    Attributes:
+        all: in the order of the discovery.
+        groups: all groups of the model, by name.
+        orders: units of the chosen groups and of what follows them, least important first.
+    """
+
+    all: tuple[Candidates, ...]
     groups: Mapping[str, Group]
     orders: Mapping[str, IntArray]
+
+    @property
+    def most(self) -> dict[str, int]:
+        """The largest number of steps of each group, by its name."""
+        return {one.group.name: int(one.counts[-1]) for one in self.all}
+
+    def by_kind(self) -> dict[str, list[Candidates]]:
+        """Return the candidates of each structure."""
+        found: dict[str, list[Candidates]] = {}
+        for one in self.all:
+            found.setdefault(one.group.kind, []).append(one)
+        return found
 
     def removal(self, steps: Mapping[str, int]) -> dict[str, IntArray]:
         """Return the removal, companions included, that takes ``steps[group name]`` steps.
@@ -70,38 +88,33 @@ class Ladders:
         not named. Units are not sorted.
         """
         removal: dict[str, IntArray] = {}
-        taken = [ladder for ladder in self.all if steps.get(ladder.group.name, 0)]
-        for ladder in taken:
-            if ladder.group.kind == "layers":
-                removal[ladder.group.name] = ladder.order[-1][: steps[ladder.group.name]]
-        gone = removed_layers(self.groups, removal)
-        alive = [ladder for ladder in taken if ladder.group.layer not in gone]
-        for ladder in alive:
-            if ladder.group.blocks is None and ladder.group.kind != "layers":
-                removal[ladder.group.name] = ladder.order[-1][: steps[ladder.group.name]]
-        for ladder in alive:
-            if ladder.group.blocks is not None:
-                count = steps[ladder.group.name]
-                dead = set(dead_blocks(ladder.group, removal).tolist())
-                parts = [o[:count] for block, o in ladder.order.items() if block not in dead]
-                removal[ladder.group.name] = np.concatenate(parts)
+        gone: set[int] = set()
+        taken = [one for one in self.all if steps.get(one.group.name, 0)]
+        # Layers say which groups are gone anyway, and the other groups which blocks are.
+        taken.sort(key=lambda one: (one.group.kind != "layers", one.group.blocks is not None))
+        for one in taken:
+            if one.group.layer in gone:
+                continue
+            count = steps[one.group.name]
+            dead = set(dead_blocks(one.group, removal).tolist())
+            parts = [units[:count] for block, units in one.order.items() if block not in dead]
+            removal[one.group.name] = np.concatenate(parts)
+            if one.group.kind == "layers":
+                gone = removed_layers(self.groups, removal)
         add_companions(self.groups, removal, gone, lambda group: self.orders[group.name])
         return removal
 
 
-def build_ladders(
-    discovery: Discovery,
-    chosen: Sequence[Group],
-    scores: Scores,
-    selection: Selection,
-    survivors: Survivors,
-) -> Ladders:
-    """Return the ladders of the chosen groups.
+def find_candidates(
+    discovery: Discovery, scores: Scores, selection: Selection, numbering: Numbering
+) -> AllCandidates:
+    """Return what the groups that a selection prunes may lose.
 
     Raises:
-        UserError: importance is missing, or no group of a structure can lose anything (because of
-            ``round_to``, companions, or a single unit).
+        UserError: importance is missing, no group of a structure can lose anything (because of
+            ``round_to``, companions, or a single unit), or what `choose_groups` refuses.
     """
+    chosen = choose_groups(discovery, selection, numbering)
     groups = {group.name: group for group in discovery.groups}
     orders: dict[str, IntArray] = {}
     waiting = list(chosen)
@@ -109,20 +122,21 @@ def build_ladders(
         group = waiting.pop()
         if group.name not in orders:
             orders[group.name] = ascending(group, scores)
-            waiting.extend(groups[c.group] for c in group.companions if c.group in groups)
-    ladders = tuple(
-        _ladder(group, groups, orders, scores, selection, survivors) for group in chosen
+            waiting.extend(other for _, other in followers(group, groups))
+    found = AllCandidates(
+        tuple(_candidates(group, groups, orders, scores, selection, numbering) for group in chosen),
+        groups,
+        orders,
     )
-    for kind in dict.fromkeys(group.kind for group in chosen):
-        same = [ladder for ladder in ladders if ladder.group.kind == kind]
+    for same in found.by_kind().values():
         # In a later step, a group that has nothing left to lose has done its part.
-        if all(len(ladder.counts) == 1 and not ladder.gone for ladder in same):
+        if all(len(one.counts) == 1 and not one.gone for one in same):
             raise UserError(_stuck(same[0].group, groups, selection))
-    return Ladders(ladders, groups, orders)
+    return found
 
 
 def smallest_removals(
-    discovery: Discovery, selection: Selection, survivors: Survivors
+    discovery: Discovery, selection: Selection, numbering: Numbering
 ) -> list[tuple[Group, dict[str, IntArray]]]:
     """Return the smallest removal from each chosen group that can lose something.
 
@@ -130,25 +144,24 @@ def smallest_removals(
         UserError: as `allocate`.
     """
     scores = {group.name: np.zeros(group.size) for group in discovery.groups}
-    chosen = choose_groups(discovery, selection, survivors)
-    ladders = build_ladders(discovery, chosen, scores, selection, survivors)
+    found = find_candidates(discovery, scores, selection, numbering)
     return [
-        (ladder.group, ladders.removal({ladder.group.name: int(ladder.counts[1])}))
-        for ladder in ladders.all
-        if len(ladder.counts) > 1
+        (one.group, found.removal({one.group.name: int(one.counts[1])}))
+        for one in found.all
+        if len(one.counts) > 1
     ]
 
 
-def _ladder(
+def _candidates(
     group: Group,
     groups: Mapping[str, Group],
     orders: Mapping[str, IntArray],
     scores: Scores,
     selection: Selection,
-    survivors: Survivors,
-) -> Ladder:
+    numbering: Numbering,
+) -> Candidates:
     units = orders[group.name]
-    dense_group = survivors.groups[survivors.dense_name(group.name)]
+    dense_group = numbering.groups[numbering.dense_name(group.name)]
     if group.blocks is not None:
         blocks = group.blocks
         order = {int(block): units[blocks[units] == block] for block in np.unique(blocks)}
@@ -157,9 +170,9 @@ def _ladder(
         dense = int(np.unique(dense_group.blocks, return_counts=True)[1].min())
         gone, limit = dense - most, most - 1
     elif group.kind == "layers":
-        free = removable_layers(group, selection, survivors)
-        order = {-1: units[np.isin(units, free)]}
-        dense = len(dense_removable_layers(dense_group, selection))
+        removable = removable_layers(dense_group, selection)
+        free = units[np.isin(numbering.kept[dense_group.name][units], removable)]
+        order, dense = {-1: free}, len(removable)
         gone, limit = dense - len(free), min(len(free), group.size - 1)
     else:
         order = {-1: units}
@@ -169,13 +182,11 @@ def _ladder(
     importance = np.sum(
         [scores_of(group, scores)[part[: counts[-1]]] for part in order.values()], axis=0
     )
-    for companion in group.companions:
-        other = groups.get(companion.group)
-        if other is not None:
-            ends = [int(companion.ratio * step) for step in range(int(counts[-1]) + 1)]
-            values = scores_of(other, scores)[orders[other.name]]
-            importance = importance + np.array([values[a:b].sum() for a, b in pairwise(ends)])
-    return Ladder(group, order, counts, dense, gone, importance)
+    for companion, other in followers(group, groups):
+        ends = [int(companion.ratio * step) for step in range(int(counts[-1]) + 1)]
+        values = scores_of(other, scores)[orders[other.name]]
+        importance = importance + np.array([values[a:b].sum() for a, b in pairwise(ends)])
+    return Candidates(group, order, counts, dense, gone, importance)
 
 
 def _allowed(
@@ -183,10 +194,7 @@ def _allowed(
 ) -> IntArray:
     """Return the numbers of steps that rounding and companions allow."""
     multiple = 1
-    for companion in group.companions:
-        other = groups.get(companion.group)
-        if other is None:
-            continue
+    for companion, other in followers(group, groups):
         multiple = lcm(multiple, companion.ratio.denominator)
         most = 0 if other.frozen is not None else other.size - other.least
         limit = min(limit, int(most / companion.ratio))
@@ -200,9 +208,8 @@ def _allowed(
 
 
 def _stuck(group: Group, groups: Mapping[str, Group], selection: Selection) -> str:
-    for companion in group.companions:
-        other = groups.get(companion.group)
-        if other is not None and other.frozen is not None:
+    for _, other in followers(group, groups):
+        if other.frozen is not None:
             return (
                 f"{group.name} cannot lose units, because {other.name}, which follows it, cannot: "
                 f"{other.frozen}; leave {group.kind} out of the structures"

@@ -1,4 +1,4 @@
-"""What makes a removal possible: `check` finds every breach, `complete` adds what must follow."""
+"""What makes a removal possible: `check` finds every breach, companions are added."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from llm_pruner.errors import UserError
 from llm_pruner.files.ranges import format_ranges
-from llm_pruner.types import Discovery, FloatArray, Group, IntArray, Removal, Scores
+from llm_pruner.types import Companion, Discovery, FloatArray, Group, IntArray, Removal, Scores
 
 NONE: IntArray = np.zeros(0, dtype=np.int64)
 
@@ -27,6 +27,11 @@ def removed_layers(groups: Mapping[str, Group], removal: Removal) -> set[int]:
 def dead_blocks(group: Group, removal: Removal) -> IntArray:
     """Return the blocks that are gone because their own group loses them."""
     return NONE if group.owner is None else removal.get(group.owner, NONE)
+
+
+def followers(group: Group, groups: Mapping[str, Group]) -> list[tuple[Companion, Group]]:
+    """Return what must lose units when a group does, with the group, of what there is."""
+    return [(one, groups[one.group]) for one in group.companions if one.group in groups]
 
 
 def check(discovery: Discovery, removal: Removal, unreadable: Collection[str] = ()) -> list[str]:
@@ -138,9 +143,8 @@ def _check_companions(
 ) -> list[str]:
     problems: list[str] = []
     lost = len(sound.get(group.name, NONE))
-    for companion in group.companions:
-        other = groups.get(companion.group)
-        if other is None or other.layer in gone or other.name in broken:
+    for companion, other in followers(group, groups):
+        if other.layer in gone or other.name in broken:
             continue
         need = companion.ratio * lost
         have = len(sound.get(other.name, NONE))
@@ -187,43 +191,6 @@ def ascending(group: Group, scores: Scores) -> IntArray:
     return np.argsort(scores_of(group, scores), kind="stable").astype(np.int64)
 
 
-def complete(discovery: Discovery, removal: Removal, scores: Scores) -> dict[str, IntArray]:
-    """Return the removal with all that must go along; the units already named stay named.
-
-    Blocks are brought to the number that the block with the most loses, and companions to their
-    ratio, by adding their least important units. Units that are gone anyway, with a whole layer or
-    a whole block, are dropped. The result can still break a rule that adding units does not mend;
-    `check` says so.
-    """
-    groups = {group.name: group for group in discovery.groups}
-    gone = removed_layers(groups, removal)
-    done: dict[str, IntArray] = {}
-    for name, units in removal.items():
-        if len(units) and groups[name].layer not in gone:
-            done[name] = np.unique(np.asarray(units, dtype=np.int64))
-    for name in list(done):
-        group = groups[name]
-        if group.blocks is not None:
-            done[name] = _level(
-                group.blocks, done[name], dead_blocks(group, done), ascending(group, scores)
-            )
-            if len(done[name]) == 0:
-                del done[name]
-    add_companions(groups, done, gone, lambda group: ascending(group, scores))
-    return {name: np.sort(units) for name, units in done.items()}
-
-
-def _level(blocks: IntArray, units: IntArray, dead: IntArray, order: IntArray) -> IntArray:
-    """Drop units of dead blocks and bring the others to the highest number lost."""
-    units = units[~np.isin(blocks[units], dead)]
-    live = np.setdiff1d(np.unique(blocks), dead)
-    lost = np.bincount(blocks[units], minlength=int(blocks.max()) + 1)
-    target = int(lost[live].max(initial=0))
-    free = order[~np.isin(order, units)]
-    extra = [free[blocks[free] == block][: target - lost[block]] for block in live]
-    return np.concatenate([units, *extra])
-
-
 def add_companions(
     groups: Mapping[str, Group],
     removal: dict[str, IntArray],
@@ -237,9 +204,8 @@ def add_companions(
     waiting = [name for name in removal if groups[name].companions]
     while waiting:
         group = groups[waiting.pop()]
-        for companion in group.companions:
-            other = groups.get(companion.group)
-            if other is None or other.layer in gone:
+        for companion, other in followers(group, groups):
+            if other.layer in gone:
                 continue
             have = removal.get(other.name, NONE)
             missing = whole(companion.ratio * len(removal[group.name])) - len(have)

@@ -7,44 +7,12 @@ every axis each time, which is too slow for a search.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from llm_pruner.types import Discovery, IntArray, Removal
-
-
-class Counter(Protocol):
-    """Counts what is left of a cost."""
-
-    @property
-    def total(self) -> int:
-        """The cost of the model as it is."""
-        ...
-
-    def count(self, removal: Removal) -> int:
-        """Return the cost that a removal leaves; units need not be sorted."""
-        ...
-
-
-@dataclass(frozen=True)
-class PricedCounter:
-    """A cost to which every unit of a group adds the same, whatever else is removed.
-
-    Attributes:
-        total: the cost of the model as it is.
-        prices: group -> cost of one unit; groups that are not named cost nothing.
-    """
-
-    total: int
-    prices: Mapping[str, float]
-
-    def count(self, removal: Removal) -> int:
-        """Return the cost that a removal leaves."""
-        gone = sum(self.prices.get(name, 0.0) * len(units) for name, units in removal.items())
-        return self.total - round(gone)
 
 
 @dataclass(frozen=True)
@@ -52,35 +20,47 @@ class Cost:
     """What a target counts.
 
     Attributes:
-        counter: of the model as it is.
+        total: the cost of the model as it is.
+        left: removal -> the cost that it leaves; units need not be sorted.
         dense: the cost of the dense model.
         unit: what it is, in words, such as ``parameters``.
     """
 
-    counter: Counter
+    total: int
+    left: Callable[[Removal], int]
     dense: int
     unit: str = "parameters"
 
+    @classmethod
+    def of_parameters(cls, discovery: Discovery, dense: int) -> Cost:
+        """Count parameters, of which the dense model has ``dense``."""
+        counter = ParameterCounter(discovery)
+        return cls(counter.total, counter.count, dense)
 
-@dataclass(frozen=True)
-class _Part:
-    """The positions of one axis that the units of one group own."""
+    @classmethod
+    def by_unit(cls, total: int, prices: Mapping[str, float], dense: int, unit: str) -> Cost:
+        """Count what each unit of a group adds the same to, whatever else is removed.
 
-    group: str
-    index: IntArray  # (units, k)
-    disjoint: bool  # no position belongs to two units
+        Args:
+            prices: group -> cost of one unit; groups that are not named cost nothing.
+        """
+
+        def left(removal: Removal) -> int:
+            gone = sum(prices.get(name, 0.0) * len(units) for name, units in removal.items())
+            return total - round(gone)
+
+        return cls(total, left, dense, unit)
 
 
 class ParameterCounter:
     """Counts the parameters that removals leave, tied weights once.
 
     An axis that one group prunes loses units * k positions. Only where several groups prune the
-    same axis (heads and head_dim) are the positions themselves looked at.
+    same axis (heads and head_dim), or units share positions, are the positions looked at.
     """
 
     def __init__(self, discovery: Discovery) -> None:
         self._shapes = discovery.shapes
-        self._sizes = {group.name: group.size for group in discovery.groups}
         self.total = sum(math.prod(shape) for shape in discovery.shapes.values())
         self._modules = {g.name: g.modules for g in discovery.groups if g.modules}
         self._inside: dict[str, tuple[str, ...]] = {}
@@ -88,18 +68,22 @@ class ParameterCounter:
             prefix = f"{module}."
             self._inside[module] = tuple(n for n in discovery.shapes if n.startswith(prefix))
         found: dict[tuple[str, int], dict[str, list[IntArray]]] = {}
+        self._touches: dict[str, set[str]] = {}
         for group in discovery.groups:
             for member in group.members:
                 if member.tensor in discovery.shapes:
                     axis = found.setdefault((member.tensor, member.dim), {})
                     axis.setdefault(group.name, []).append(member.index)
-        self._axes: dict[str, list[tuple[int, list[_Part]]]] = {}
-        self._touches: dict[str, set[str]] = {}
+                    self._touches.setdefault(group.name, set()).add(member.tensor)
+        # Tensor -> of each axis that is pruned, group -> positions of its units, (units, k).
+        self._axes: dict[str, dict[int, dict[str, IntArray]]] = {}
+        self._overlapping: set[tuple[str, int, str]] = set()
         for (tensor, dim), owners in found.items():
-            parts = [_part(name, indices) for name, indices in owners.items()]
-            self._axes.setdefault(tensor, []).append((dim, parts))
-            for part in parts:
-                self._touches.setdefault(part.group, set()).add(tensor)
+            indices = {name: np.hstack(parts) for name, parts in owners.items()}
+            self._axes.setdefault(tensor, {})[dim] = indices
+            for name, index in indices.items():
+                if index.size and np.bincount(index.ravel()).max() > 1:
+                    self._overlapping.add((tensor, dim, name))
 
     def count(self, removal: Removal) -> int:
         """Return the number of parameters left; units need not be sorted."""
@@ -113,25 +97,17 @@ class ParameterCounter:
         for tensor in touched:
             shape = list(self._shapes[tensor])
             dense = math.prod(shape)
-            for dim, parts in self._axes[tensor]:
-                shape[dim] -= self._deleted([p for p in parts if p.group in removal], removal)
+            for dim in self._axes[tensor]:
+                shape[dim] -= self._deleted(tensor, dim, removal)
             left -= dense - math.prod(shape)
         return left
 
-    @staticmethod
-    def _deleted(parts: list[_Part], removal: Removal) -> int:
-        if not parts:
+    def _deleted(self, tensor: str, dim: int, removal: Removal) -> int:
+        indices = self._axes[tensor][dim]
+        names = [name for name in indices if name in removal]
+        if not names:
             return 0
-        if len(parts) == 1 and parts[0].disjoint:
-            return len(removal[parts[0].group]) * parts[0].index.shape[1]
-        positions = [part.index[removal[part.group]].ravel() for part in parts]
-        mask = np.zeros(1 + max(int(p.max(initial=0)) for p in positions), dtype=bool)
-        for place in positions:
-            mask[place] = True
-        return int(np.count_nonzero(mask))
-
-
-def _part(group: str, indices: list[IntArray]) -> _Part:
-    index = indices[0] if len(indices) == 1 else np.hstack(indices)
-    seen = np.bincount(index.ravel()) if index.size else np.zeros(0, dtype=np.int64)
-    return _Part(group, index, disjoint=bool(np.all(seen <= 1)))
+        if len(names) == 1 and (tensor, dim, names[0]) not in self._overlapping:
+            return len(removal[names[0]]) * indices[names[0]].shape[1]
+        positions = np.concatenate([indices[name][removal[name]].ravel() for name in names])
+        return int(np.count_nonzero(np.bincount(positions)))

@@ -1,9 +1,9 @@
-"""Find the removal whose exact parameter count is nearest to a target.
+"""Find the removal whose exact cost is nearest to a target.
 
-All rungs (allowed steps) of all ladders stand in one *queue*. Taking the first m rungs removes more
-the larger m is, so bisection finds the m around the target. Where the rung at the crossing is a
-coarse one (a head of a small model), its ladder is held just above or below it and the others are
-bisected again: the fine ladders take up the rest.
+The *increments* from each candidate of a group to its next stand in one *queue*. Taking the first m
+of them removes more the larger m is, so bisection finds the m around the target. Where the
+increment at the crossing is a coarse one (a head of a small model), its group is held just above or
+below it and the others are bisected again: the finely divided groups take up the rest.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from itertools import product
 
 import numpy as np
 
-from llm_pruner.planning.candidates import Ladder, Ladders
-from llm_pruner.planning.costs import Counter
+from llm_pruner.planning.candidates import AllCandidates, Candidates
+from llm_pruner.planning.costs import Cost
 from llm_pruner.types import FloatArray, IntArray
+
+TOLERANCE = 0.005
+"""How far the removed share of all parameters may lie from the target."""
 
 _MOST_BISECTIONS = 64  # enough for every structure at once; bounds the time of a hopeless search
 _MOST_COMBINATIONS = 256
@@ -24,27 +27,35 @@ _MOST_COMBINATIONS = 256
 
 @dataclass(frozen=True)
 class Queue:
-    """Rungs in the order in which they are taken.
+    """Increments in the order in which they are taken.
 
     Attributes:
-        owners: ladders that move together, rung by rung; they have the same ``counts``.
-        sequence: owner index of each rung, in order.
-        price: shape (owners,), parameters that one step of the owner removes from the dense model.
+        owners: groups that move together, increment by increment; they have the same ``counts``.
+        sequence: owner index of each increment, in order.
+        price: shape (owners,), parameters that the largest increment of an owner removes.
     """
 
-    owners: tuple[tuple[Ladder, ...], ...]
+    owners: tuple[tuple[Candidates, ...], ...]
     sequence: IntArray
     price: FloatArray
 
 
 @dataclass
 class Search:
-    """Candidates around a target; ``best`` is the nearest, ``below``/``above`` its neighbours."""
+    """Removals around a target.
 
-    ladders: Ladders
-    counter: Counter
+    Attributes:
+        candidates, cost: what may be removed, and what is counted.
+        target: the cost to keep.
+        allow_nothing: whether removing nothing counts as a removal.
+        base: steps that are taken in any case.
+        counts: costs of all removals that were tried.
+        best: the nearest so far, as (cost, steps).
+    """
+
+    candidates: AllCandidates
+    cost: Cost
     target: int
-    tolerance: float
     allow_nothing: bool
     counts: set[int] = field(default_factory=set)
     best: tuple[int, dict[str, int]] | None = None
@@ -53,8 +64,13 @@ class Search:
 
     @property
     def error(self) -> float:
-        """Distance of the best candidate from the target, in parameters."""
+        """Distance of the best removal from the target."""
         return float("inf") if self.best is None else abs(self.best[0] - self.target)
+
+    @property
+    def met(self) -> bool:
+        """Whether the best removal is near enough."""
+        return self.error <= TOLERANCE * self.cost.dense
 
     def try_steps(self, steps: Mapping[str, int]) -> int:
         """Count what is left after ``steps`` and remember it if it is the nearest so far.
@@ -62,7 +78,7 @@ class Search:
         Steps in ``base`` are taken as well.
         """
         steps = {**self.base, **steps}
-        count = self.counter.count(self.ladders.removal(steps))
+        count = self.cost.left(self.candidates.removal(steps))
         if any(steps.values()) or self.allow_nothing:
             self.counts.add(count)
             if abs(count - self.target) < self.error:
@@ -70,24 +86,25 @@ class Search:
         return count
 
     def run(self, queue: Queue) -> None:
-        """Search one queue, holding coarse ladders as needed."""
+        """Search one queue, holding coarse groups as needed."""
         self._budget = _MOST_BISECTIONS
         self._explore(queue, {})
 
     def run_all(self, queue: Queue) -> None:
-        """Try every level of all ladders but the finest, if these are few."""
+        """Try every candidate of all groups but the finest, if these are few."""
         finest = int(np.argmin(queue.price))
         others = [owner for owner in range(len(queue.owners)) if owner != finest]
-        levels = [range(len(queue.owners[owner][0].counts)) for owner in others]
-        if np.prod([float(len(level)) for level in levels]) > _MOST_COMBINATIONS:
+        places = [range(len(queue.owners[owner][0].counts)) for owner in others]
+        if np.prod([float(len(place)) for place in places]) > _MOST_COMBINATIONS:
             return
-        for combination in product(*levels):
+        for combination in product(*places):
             self._budget = 1
             self._explore(queue, dict(zip(others, combination, strict=True)))
-            if self.error <= self.tolerance:
+            if self.met:
                 return
 
     def _explore(self, queue: Queue, held: dict[int, int]) -> None:
+        """Bisect with some owners held at a candidate: owner index -> its place in ``counts``."""
         if self._budget <= 0:
             return
         self._budget -= 1
@@ -97,28 +114,26 @@ class Search:
             return
         crossing = int(free[place])
         prices = [p for owner, p in enumerate(queue.price) if owner not in held]
-        # Nothing finer than the rung at the crossing: this is as close as it gets here.
+        # Nothing finer than the increment at the crossing: this is as close as it gets here.
         if self.error <= min(queue.price) / 2 or queue.price[crossing] <= min(prices):
             return
-        level = int(np.count_nonzero(free[:place] == crossing))
-        sides = (
-            (level, level + 1) if low - self.target <= self.target - high else (level + 1, level)
-        )
-        for side in sides:
+        before = int(np.count_nonzero(free[:place] == crossing))
+        nearer_before = low - self.target <= self.target - high
+        for side in (before, before + 1) if nearer_before else (before + 1, before):
             self._explore(queue, {**held, crossing: side})
-            if self.error <= self.tolerance:
+            if self.met:
                 return
 
     def _bisect(
         self, queue: Queue, held: Mapping[int, int], free: IntArray
     ) -> tuple[int | None, int, int]:
-        """Return the place of the rung that crosses the target and the counts around it.
+        """Return the place of the increment that crosses the target and the costs around it.
 
         The place is None where the whole queue lies on one side of the target.
         """
 
-        def count(rungs: int) -> int:
-            return self.try_steps(_steps(queue, held, free[:rungs]))
+        def count(taken: int) -> int:
+            return self.try_steps(_steps(queue, held, free[:taken]))
 
         low, high = 0, len(free)
         above, below = count(low), count(high)
@@ -137,68 +152,70 @@ class Search:
 
 
 def _steps(queue: Queue, held: Mapping[int, int], taken: IntArray) -> dict[str, int]:
-    levels = np.bincount(taken, minlength=len(queue.owners))
-    for owner, level in held.items():
-        levels[owner] = level
+    places = np.bincount(taken, minlength=len(queue.owners))
+    for owner, place in held.items():
+        places[owner] = place
     return {
-        ladder.group.name: int(ladder.counts[level])
-        for owner, level in zip(queue.owners, levels, strict=True)
-        for ladder in owner
+        one.group.name: int(one.counts[place])
+        for owner, place in zip(queue.owners, places, strict=True)
+        for one in owner
     }
 
 
-def step_prices(ladders: Ladders, counter: Counter) -> dict[str, int]:
-    """Return how much of a cost one step of each group removes from the unpruned model."""
+Prices = Mapping[str, int]
+"""Group name -> how much of a cost one step of it removes from the unpruned model."""
+
+
+def step_prices(candidates: AllCandidates, cost: Cost) -> Prices:
+    """Return what one step of each group removes."""
     prices: dict[str, int] = {}
-    for ladder in ladders.all:
-        # The first rung, since companions may forbid a single step.
-        step = int(ladder.counts[1]) if len(ladder.counts) > 1 else 0
-        left = counter.count(ladders.removal({ladder.group.name: step}))
-        prices[ladder.group.name] = max((counter.total - left) // max(step, 1), 1)
+    for one in candidates.all:
+        # The smallest removal, since companions may forbid a single step.
+        step = int(one.counts[1]) if len(one.counts) > 1 else 0
+        left = cost.left(candidates.removal({one.group.name: step}))
+        prices[one.group.name] = max((cost.total - left) // max(step, 1), 1)
     return prices
 
 
-def density(ladder: Ladder, price: int) -> FloatArray:
-    """Return importance per removed parameter of each rung, shape (rungs,), not decreasing."""
-    if len(ladder.counts) == 1:
+def density(one: Candidates, prices: Prices) -> FloatArray:
+    """Return importance per removed parameter of each increment, not decreasing."""
+    if len(one.counts) == 1:
         return np.zeros(0)
-    sums = np.add.reduceat(ladder.importance, ladder.counts[:-1])
-    values = sums / (np.diff(ladder.counts) * price)
+    sums = np.add.reduceat(one.importance, one.counts[:-1])
+    values = sums / (np.diff(one.counts) * prices[one.group.name])
     # An infinite importance minus another is no number; such a unit goes last.
     return np.maximum.accumulate(np.nan_to_num(values, nan=np.inf, posinf=np.inf, neginf=-np.inf))
 
 
-def share_after(ladder: Ladder) -> FloatArray:
-    """Return, for each rung, the share of the dense group at which taking it is nearest.
+def share_after(one: Candidates) -> FloatArray:
+    """Return, for each increment, the share of the dense group at which taking it is nearest.
 
-    That is the share in the middle between before and after the rung, shape (rungs,).
+    That is the share in the middle between before and after the increment.
     """
-    middle = (ladder.counts[:-1] + ladder.counts[1:]) / 2
-    return np.asarray((ladder.gone + middle) / max(ladder.dense, 1), dtype=np.float64)
+    middle = (one.counts[:-1] + one.counts[1:]) / 2
+    return np.asarray((one.gone + middle) / max(one.dense, 1), dtype=np.float64)
 
 
 def make_queue(
-    owners: Sequence[Sequence[Ladder]],
-    prices: Mapping[str, int],
-    keys: Callable[[Ladder], tuple[FloatArray, ...]],
+    owners: Sequence[Sequence[Candidates]],
+    prices: Prices,
+    *keys: Callable[[Candidates], FloatArray],
 ) -> Queue:
-    """Return the rungs of all owners sorted by ``keys``, then by owner, then by rung.
+    """Return the increments of all owners sorted by ``keys``, then by owner, then as they come.
 
     Args:
-        owners: ladders that move together; the keys of the first are taken.
-        prices: parameters per step, by group name.
-        keys: ladder -> sort keys of its rungs, the most significant first.
+        owners: groups that move together; the keys of the first are taken.
+        prices: of a step of each group.
+        keys: candidates -> a sort key for each increment; the most significant first.
     """
-    rows = [keys(owner[0]) for owner in owners]
-    index = np.concatenate([np.full(len(row[0]), i, dtype=np.int64) for i, row in enumerate(rows)])
-    columns = [np.concatenate(column) for column in zip(*rows, strict=True)]
+    columns = [np.concatenate([key(owner[0]) for owner in owners]) for key in keys]
+    index = np.concatenate(
+        [np.full(len(owner[0].counts) - 1, i, dtype=np.int64) for i, owner in enumerate(owners)]
+    )
     sequence = index[np.lexsort((index, *reversed(columns)))]
     price = [
-        float(sum(prices[ladder.group.name] for ladder in owner)) * _first_rung(owner[0])
+        float(sum(prices[one.group.name] for one in owner))
+        * int(np.diff(owner[0].counts).max(initial=1))
         for owner in owners
     ]
-    return Queue(tuple(tuple(owner) for owner in owners), sequence, np.array(price))
-
-
-def _first_rung(ladder: Ladder) -> int:
-    return int(np.diff(ladder.counts).max(initial=1))
+    return Queue(tuple(map(tuple, owners)), sequence, np.array(price))

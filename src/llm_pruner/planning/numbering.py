@@ -7,18 +7,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from llm_pruner.planning.constraints import (
-    NONE,
-    dead_blocks,
-    removed_layers,
-)
+from llm_pruner.planning.constraints import dead_blocks, removed_layers
 from llm_pruner.surgery.removal import count_parameters
 from llm_pruner.types import Discovery, Group, IntArray, Layer, Removal
 
 
 @dataclass(frozen=True)
-class Survivors:
-    """What is left of a dense model after some steps.
+class Numbering:
+    """What is left of a dense model after some steps, by its numbers there and here.
 
     Attributes:
         groups: the groups of the dense model, by name.
@@ -35,7 +31,7 @@ class Survivors:
     parameters: int
 
     @classmethod
-    def dense(cls, discovery: Discovery) -> Survivors:
+    def dense(cls, discovery: Discovery) -> Numbering:
         """Start from the dense model, of which everything is left."""
         groups = {group.name: group for group in discovery.groups}
         return cls(
@@ -65,7 +61,7 @@ class Survivors:
         names = {self._current_name(self.groups[dense]): dense for dense in self.kept}
         return {names[name]: self.kept[names[name]][units] for name, units in removal.items()}
 
-    def after(self, removal: Removal) -> Survivors:
+    def after(self, removal: Removal) -> Numbering:
         """Return what is left once ``removal``, in the numbering of the pruned model, is done."""
         lost = self.to_dense(removal)
         gone = removed_layers(self.groups, lost)
@@ -110,20 +106,10 @@ def count_layers(groups: Iterable[Group]) -> int:
 
 def explain(discovery: Discovery, removal: Removal) -> list[Layer]:
     """Return one row per decoder layer, before them one for the groups that span all layers."""
-    gone = removed_layers({group.name: group for group in discovery.groups}, removal)
-    rows: dict[int | None, Layer] = {
-        layer: Layer(layer, removed=layer in gone)
-        for layer in [None, *range(count_layers(discovery.groups))]
-    }
+    left = Numbering.dense(discovery).after(removal)
+    rows: dict[int | None, Layer] = {None: Layer(None)}
+    for layer in range(count_layers(discovery.groups)):
+        rows[layer] = Layer(layer, removed=layer not in left.layers)
     for group in discovery.groups:
-        kept = 0 if group.layer in gone else _kept(group, removal)
-        rows[group.layer].sizes[group.label] = (kept, group.size)
+        rows[group.layer].sizes[group.label] = (len(left.kept.get(group.name, ())), group.size)
     return [row for row in rows.values() if row.layer is not None or row.sizes]
-
-
-def _kept(group: Group, removal: Removal) -> int:
-    lost = set(removal.get(group.name, NONE).tolist())
-    if group.blocks is not None:
-        dead = set(dead_blocks(group, removal).tolist())
-        lost.update(unit for unit, block in enumerate(group.blocks.tolist()) if block in dead)
-    return group.size - len(lost)

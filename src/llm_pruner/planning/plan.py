@@ -196,28 +196,21 @@ def read_plan(source: str | Path) -> Plan:
         UserError: no such file, not UTF-8, or not JSON (with line and column).
         PlanError: fields that are missing, unknown or of the wrong type; all of them.
     """
-    if isinstance(source, str) and source.lstrip().startswith("{"):
-        text, where = source, "the plan"
-    else:
-        where = f"plan {source}"
-        try:
-            text = read_text(Path(source))
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{where} cannot be read: not a UTF-8 text; give a plan.json"
-            ) from error
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise UserError(f"{where} cannot be read: {reason}; give a plan.json") from error
+    written = isinstance(source, str) and source.lstrip().startswith("{")
+    where = "the plan" if written else f"plan {source}"
     try:
+        text = str(source) if written else read_text(Path(source))
         data = parse_json(text, object_pairs_hook=_no_repeats)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{where} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}; "
             "correct it there"
         ) from error
-    except ValueError as error:
-        raise UserError(f"{where} cannot be read: {error}; give a plan.json") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        if isinstance(error, UnicodeDecodeError):
+            reason = "not a UTF-8 text"
+        raise UserError(f"{where} cannot be read: {reason}; give a plan.json") from error
     try:
         return Plan.model_validate(_upgraded(data))
     except ValidationError as error:

@@ -1,17 +1,212 @@
-"""Which groups a selection prunes, and which layers may go."""
+"""What is asked for: how much to remove (`Target`), where from (`Selection`), and which groups."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Literal, get_args
 
 import numpy as np
 
 from llm_pruner.errors import UserError
-from llm_pruner.planning.numbering import Survivors, count_layers
-from llm_pruner.planning.target import Selection
+from llm_pruner.planning.numbering import Numbering, count_layers
+from llm_pruner.settings.limits import MOST, check_number
+from llm_pruner.settings.words import STRUCTURES, known_structure
 from llm_pruner.types import Discovery, Group, IntArray
+
+Scope = Literal["local", "global"]
+
+_KINDS = ("unit_ratio", "ratio", "params", "kv_cache")
+
+
+@dataclass(frozen=True)
+class Target:
+    """How much to remove: exactly one of the first four is set.
+
+    Attributes:
+        unit_ratio: share of units to remove in each chosen layer, in (0, 1) (LLM-Pruner, arXiv
+            2305.11627). A group of n units loses floor(n * unit_ratio).
+        ratio: share of all parameters of the dense model to remove, in (0, 1).
+        params: number of parameters to keep.
+        kv_cache: share of what the dense model's cache grows by with each token to remove, in
+            (0, 1).
+        loose: an intermediate goal of several steps: take the nearest that can be reached
+            (removing nothing included) where a final goal would raise.
+    """
+
+    unit_ratio: float | None = None
+    ratio: float | None = None
+    params: int | None = None
+    kv_cache: float | None = None
+    loose: bool = False
+
+    def __post_init__(self) -> None:
+        given = [f"{name}={value}" for name, value in self._values() if value is not None]
+        if len(given) != 1:
+            raise UserError(
+                f"the target needs exactly one of {', '.join(_KINDS)}; got "
+                + (", ".join(given) if given else "none")
+            )
+        for name, value in self._values():
+            if name != "params" and value is not None and not 0 < value < 1:
+                raise UserError(
+                    f"{name}={value} is outside (0, 1); give the share to remove, such as 0.2"
+                )
+        if self.params is not None and self.params < 1:
+            raise UserError(f"params={self.params} keeps nothing; give the number to keep")
+
+    def _values(self) -> tuple[tuple[str, float | int | None], ...]:
+        return tuple((name, getattr(self, name)) for name in _KINDS)
+
+    def __str__(self) -> str:
+        return next(f"{name}={value}" for name, value in self._values() if value is not None)
+
+    def kept(self, dense: int) -> int:
+        """Return how much to keep of what it counts; not for ``unit_ratio``.
+
+        Args:
+            dense: parameters of the dense model; for ``kv_cache``, bytes of its cache per token.
+
+        Raises:
+            UserError: ``params`` is not below ``dense``.
+        """
+        share = self.ratio if self.kv_cache is None else self.kv_cache
+        if share is not None:
+            return dense - round(dense * exact(share))
+        assert self.params is not None
+        if self.params >= dense:
+            raise UserError(
+                f"params={self.params:,} is not below the {dense:,} parameters of the "
+                "model; give the smaller number to keep"
+            )
+        return self.params
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which units compete, and how.
+
+    Attributes:
+        structures: kinds to prune, of `STRUCTURES`.
+        scope: ``local`` ranks inside each group and takes the same share from each; ``global``
+            ranks the units of all chosen groups together by importance per removed parameter.
+        protect_first: decoder layers at the start that stay whole.
+        protect_last: decoder layers at the end that stay whole.
+        layer_ranges: structure -> (first, last) layer to prune, both included, counted from 0;
+            replaces the protection for that structure.
+        round_to: the number of units kept in a group of channels (ffn, hidden, head_dim, other)
+            is a multiple of this, unless the group is left alone.
+        split: structure -> its share of the parameters that are removed; None lets the ranking
+            decide (``global``) or takes the same share of units everywhere (``local``). For targets
+            in parameters alone.
+        spread: with ``global``, no group loses more than this many times the share of its units
+            that would be lost if all lost the same, nor keeps less than one in this many of what
+            would be kept; None for no limit.
+        uniform: groups of one structure keep the same number of units in all layers, so that a
+            plain config can say the sizes; with ``local`` and without protection or ranges.
+    """
+
+    structures: tuple[str, ...]
+    scope: Scope = "local"
+    protect_first: int = 0
+    protect_last: int = 0
+    layer_ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    round_to: int = 1
+    split: Mapping[str, float] | None = None
+    spread: float | None = None
+    uniform: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.structures:
+            raise UserError(f"no structures given; choose from {', '.join(STRUCTURES)}")
+        for name in self.structures:
+            known_structure(name)
+            if self.structures.count(name) > 1:
+                raise UserError(f"structure {name!r} is given twice; name it once")
+        if self.scope not in get_args(Scope):
+            raise UserError(f"scope={self.scope!r} is unknown; use local or global")
+        if self.protect_first < 0 or self.protect_last < 0:
+            raise UserError(
+                f"protect_first={self.protect_first}, protect_last={self.protect_last}: "
+                "a number of layers cannot be negative"
+            )
+        if self.round_to < 1:
+            raise UserError(
+                f"round_to={self.round_to} is not a multiple to round to; use 1 or more"
+            )
+        check_number("round_to", self.round_to, 1, 2**20)
+        for name in self.layer_ranges:
+            if name not in self.structures:
+                raise UserError(
+                    f"a layer range is given for {name}, which is not pruned; add it to the "
+                    f"structures ({', '.join(self.structures)}) or drop the range"
+                )
+        protects = self.protect_first > 0 or self.protect_last > 0
+        if self.uniform and (self.scope != "local" or self.layer_ranges or protects):
+            raise UserError(
+                "uniform layers need scope local and no protected layers or layer ranges; drop "
+                "these or uniform"
+            )
+        if self.spread is not None and not self.spread >= 1:
+            raise UserError(
+                f"spread={self.spread} cannot reach the target; use 1 (all alike) or more"
+            )
+        check_number("spread", self.spread, 1, MOST)
+        if self.split is not None:
+            self._check_split(self.split)
+
+    def _check_split(self, split: Mapping[str, float]) -> None:
+        for name, share in split.items():
+            if name not in self.structures:
+                raise UserError(
+                    f"a share is given for {name}, which is not pruned; add it to the structures "
+                    f"({', '.join(self.structures)}) or drop the share"
+                )
+            if not 0 <= share <= 1:
+                raise UserError(f"share {name}={share} is outside 0 to 1; give a part of 1")
+        missing = [name for name in self.structures if name not in split]
+        if missing:
+            raise UserError(
+                f"no share is given for {', '.join(missing)}; name every structure in the split"
+            )
+        if abs(sum(split.values()) - 1) > 1e-6:
+            raise UserError(
+                f"the shares of the split add up to {sum(split.values()):g}; they must give 1"
+            )
+
+
+def exact(ratio: float) -> Fraction:
+    """Return the decimal number that a user wrote: 0.29 is 29/100, not the nearest double."""
+    return Fraction(repr(float(ratio)))
+
+
+def step_targets(dense_params: int, target: Target, steps: int) -> list[Target]:
+    """Return the cumulative target of each step, linear in what is removed; the last is ``target``.
+
+    A unit ratio stays a share of the dense units, so `allocate` needs the `Numbering` of the
+    steps before, and a share of the cache a share of the dense cache. The other targets become
+    numbers of parameters to keep.
+
+    Raises:
+        UserError: fewer than one step.
+    """
+    if steps < 1:
+        raise UserError(f"steps={steps} prunes nothing; use 1 or more")
+
+    def part(step: int) -> Target:
+        if target.unit_ratio is not None:
+            return Target(unit_ratio=float(exact(target.unit_ratio) * step / steps), loose=True)
+        if target.kv_cache is not None:
+            return Target(kv_cache=float(exact(target.kv_cache) * step / steps), loose=True)
+        removed = dense_params - target.kept(dense_params)
+        return Target(params=dense_params - removed * step // steps, loose=True)
+
+    return [*map(part, range(1, steps)), target]
 
 
 def choose_groups(
-    discovery: Discovery, selection: Selection, survivors: Survivors | None = None
+    discovery: Discovery, selection: Selection, numbering: Numbering | None = None
 ) -> tuple[Group, ...]:
     """Return the groups that may lose units, in the order of the discovery.
 
@@ -22,8 +217,8 @@ def choose_groups(
         UserError: a structure that the model lacks or that is frozen everywhere (with the reason),
             no layer left to prune, a range beyond the last layer or for what spans all layers.
     """
-    survivors = survivors or Survivors.dense(discovery)
-    total = count_layers(survivors.groups.values())
+    numbering = numbering or Numbering.dense(discovery)
+    total = count_layers(numbering.groups.values())
     chosen: set[str] = set()
     for structure in selection.structures:
         first, last = _layers(selection, structure, total)
@@ -47,7 +242,7 @@ def choose_groups(
         inside = [
             group
             for group in free
-            if group.layer is None or first <= survivors.dense_layer(group.layer) <= last
+            if group.layer is None or first <= numbering.dense_layer(group.layer) <= last
         ]
         if not inside:
             raise UserError(
@@ -57,15 +252,8 @@ def choose_groups(
     return tuple(group for group in discovery.groups if group.name in chosen)
 
 
-def removable_layers(group: Group, selection: Selection, survivors: Survivors) -> IntArray:
-    """Return the units of a ``layers`` group that are neither protected nor out of range."""
-    dense = survivors.groups[survivors.dense_name(group.name)]
-    kept = survivors.kept[dense.name]
-    return np.flatnonzero(np.isin(kept, dense_removable_layers(dense, selection))).astype(np.int64)
-
-
-def dense_removable_layers(dense: Group, selection: Selection) -> IntArray:
-    """Return the same for the ``layers`` group of the dense model."""
+def removable_layers(dense: Group, selection: Selection) -> IntArray:
+    """Return the units of the dense ``layers`` that are neither protected nor out of range."""
     numbers = dense.layers
     first, last = _layers(selection, "layers", int(numbers.max()) + 1)
     return np.flatnonzero((numbers >= first) & (numbers <= last)).astype(np.int64)

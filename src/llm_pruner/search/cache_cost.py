@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from llm_pruner.errors import UserError
-from llm_pruner.evaluation.macs import count_work
-from llm_pruner.models.layers import sharing_copy
-from llm_pruner.planning import Cost, PricedCounter, Selection, Survivors, smallest_removals
+from llm_pruner.evaluation.footprint import count_work
+from llm_pruner.planning import Cost, Numbering, Selection, smallest_removals
 from llm_pruner.runtime.progress import track
-from llm_pruner.surgery.cut import cut_
+from llm_pruner.surgery.cut import cut_copy
 from llm_pruner.types import Discovery
 
 UNIT = "bytes of cache per token"
@@ -23,7 +22,7 @@ def cache_cost(
     model: Any,
     discovery: Discovery,
     selection: Selection,
-    survivors: Survivors,
+    numbering: Numbering,
     dense: int | None = None,
 ) -> Cost:
     """Return the cost of the units that the selection may remove, in bytes of cache per token.
@@ -41,11 +40,9 @@ def cache_cost(
         )
     prices: dict[str, float] = {}
     kinds: dict[str, float] = {}
-    trials = smallest_removals(discovery, selection, survivors)
+    trials = smallest_removals(discovery, selection, numbering)
     for group, removal in track(trials, "cache of every group"):
-        copy: Any = sharing_copy(model)
-        cut_(copy, discovery, removal)
-        price = (total - _bytes(copy)) / len(removal[group.name])
+        price = (total - _bytes(cut_copy(model, discovery, removal))) / len(removal[group.name])
         prices[group.name] = price
         kinds[group.kind] = max(kinds.get(group.kind, 0.0), price)
     idle = [kind for kind, price in kinds.items() if price <= 0]
@@ -54,7 +51,7 @@ def cache_cost(
             f"{', '.join(idle)}: the cache of this model is as large without them; leave them out "
             "of the structures"
         )
-    return Cost(PricedCounter(total, prices), dense or total, UNIT)
+    return Cost.by_unit(total, prices, dense or total, UNIT)
 
 
 def _bytes(model: Any) -> int:

@@ -9,9 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from llm_pruner.models.forward import run_for_logits, undisturbed
-from llm_pruner.models.layers import sharing_copy
-from llm_pruner.surgery.cut import cut_
-from llm_pruner.types import Discovery, Removal
 
 _ROWS = 64
 """Tokens whose logits are compared at a time."""
@@ -34,13 +31,13 @@ def divergences(
     """
     totals = [0.0] * len(networks)
     for ids in held_out.split(1):
-        judge = Judge(dense, ids)
-        totals = [total + judge.of(one) for total, one in zip(totals, networks, strict=True)]
+        meter = DivergenceMeter(dense, ids)
+        totals = [total + meter.of(one) for total, one in zip(totals, networks, strict=True)]
     return [total / len(held_out) for total in totals]
 
 
-class Judge:
-    """Measures the divergence from a dense model, also of removals carried out on copies of it.
+class DivergenceMeter:
+    """Measures the divergence of models from a dense one.
 
     Args:
         model: the dense model; left as it was.
@@ -48,7 +45,6 @@ class Judge:
     """
 
     def __init__(self, model: nn.Module, held_out: torch.Tensor) -> None:
-        self._model = model
         self._ids = held_out.to(next(model.parameters()).device, torch.long)
         with undisturbed(model), torch.no_grad():
             # Half the memory of float32; what is lost is far below any damage of interest.
@@ -68,13 +64,3 @@ class Judge:
                     before = dense[rows].float()
                     total += float(F.kl_div(after, before, log_target=True, reduction="sum"))
         return total / self._ids.numel()
-
-    def of_removal(self, discovery: Discovery, removal: Removal) -> float:
-        """Return the same of a copy that shares the weights and is pruned."""
-        network = sharing_copy(self._model)
-        cut_(network, discovery, removal)
-        return self.of(network)
-
-    def close(self) -> None:
-        """Forget the dense logits; nothing can be judged any more."""
-        self._dense.clear()

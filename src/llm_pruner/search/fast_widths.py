@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
 from typing import Any
@@ -16,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from llm_pruner.evaluation.speed import now
 from llm_pruner.planning import Selection, choose_groups
 from llm_pruner.planning.candidates import CHANNELS
-from llm_pruner.planning.target import Scope
+from llm_pruner.planning.selection import Scope
 from llm_pruner.runtime.progress import track
 from llm_pruner.surgery.removal import count_parameters
 from llm_pruner.types import Discovery, Group
@@ -60,10 +60,9 @@ class Product:
 
     def pruned(self, kept: int) -> tuple[int, int]:
         """Return rows and columns with ``kept`` units left."""
-        gone = (self.units - kept) * self.positions
-        return (
-            (self.rows - gone, self.columns) if self.dim == 0 else (self.rows, self.columns - gone)
-        )
+        shape = [self.rows, self.columns]
+        shape[self.dim] -= (self.units - kept) * self.positions
+        return shape[0], shape[1]
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,6 @@ def fast_multiple(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    clock: Callable[[], float] = time.perf_counter,
 ) -> Rounding:
     """Time products at widths that are multiples of each candidate and of no larger one.
 
@@ -107,11 +105,9 @@ def fast_multiple(
         products: what is pruned; without any, no candidate is tried.
         candidates: multiples to try.
         dtype, device: of the weights.
-        clock: seconds.
     """
     if not products or not candidates:
         return Rounding(1, {})
-    device = torch.device(device)
     cases = [
         _Case(candidate, product, kept, tokens)
         for candidate in candidates
@@ -129,14 +125,12 @@ def fast_multiple(
     )
     best = dict.fromkeys(cases, math.inf)
     with torch.inference_mode():
-        order = list(cases)
-        shuffle = random.Random(0)
         for case in cases:
-            case.time(weights, rows, clock)  # kernels are chosen and compiled at first use
+            case.time(weights, rows)  # kernels are chosen and compiled at first use
+        shuffle = random.Random(0)
         for _ in track(range(_ROUNDS), "timing widths"):
-            shuffle.shuffle(order)
-            for case in order:
-                best[case] = min(best[case], case.time(weights, rows, clock))
+            for case in shuffle.sample(cases, len(cases)):
+                best[case] = min(best[case], case.time(weights, rows))
     rates = {candidate: _rate(candidate, best) for candidate in candidates}
     fastest = max(rates.values())
     throughput = {candidate: rate / fastest for candidate, rate in rates.items()}
@@ -154,26 +148,20 @@ class _Case:
     def macs(self) -> int:
         return self.tokens * math.prod(self.product.pruned(self.kept))
 
-    def time(self, weights: torch.Tensor, rows: torch.Tensor, clock: Callable[[], float]) -> float:
+    def time(self, weights: torch.Tensor, rows: torch.Tensor) -> float:
         """Return the seconds of one product."""
         shape = self.product.pruned(self.kept)
         weight = weights[: math.prod(shape)].view(shape)
         width = shape[1] if self.product.linear else shape[0]
         factor = rows[: self.tokens * width].view(self.tokens, width)
         times = 0
-        begin = _now(weights.device, clock)
+        begin = now(weights.device)
         while True:
             _ = F.linear(factor, weight) if self.product.linear else factor @ weight
             times += 1
-            seconds = _now(weights.device, clock) - begin
+            seconds = now(weights.device) - begin
             if seconds >= _SHORTEST:
                 return seconds / times
-
-
-def _now(device: torch.device, clock: Callable[[], float]) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return clock()
 
 
 def _rate(candidate: int, best: Mapping[_Case, float]) -> float:

@@ -22,12 +22,11 @@ from torch import nn
 
 from llm_pruner.compensation import refit_
 from llm_pruner.errors import InfeasibleError, UserError
-from llm_pruner.models.layers import sharing_copy
-from llm_pruner.planning import Selection, Survivors, Target, allocate
+from llm_pruner.planning import Numbering, Selection, Target, allocate
 from llm_pruner.runtime.memory import give_back
 from llm_pruner.runtime.progress import track
-from llm_pruner.search.divergence import Judge
-from llm_pruner.surgery.cut import cut_
+from llm_pruner.search.divergence import DivergenceMeter
+from llm_pruner.surgery.cut import cut_copy
 from llm_pruner.types import Discovery, Removal, Scores, SplitTrial
 
 _LOG = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ def find_split(
     scores: Scores,
     selection: Selection,
     target: Target,
-    survivors: Survivors,
+    numbering: Numbering,
     held_out: torch.Tensor,
     refit_on: torch.Tensor | None = None,
 ) -> tuple[Selection, list[SplitTrial]]:
@@ -76,7 +75,7 @@ def find_split(
     Raises:
         UserError: no split reaches the target, or none can be judged.
     """
-    judge = Judge(model, held_out)
+    meter = DivergenceMeter(model, held_out)
     trials: list[SplitTrial] = []
     failure: UserError | None = None
 
@@ -84,8 +83,8 @@ def find_split(
         nonlocal failure
         try:
             candidate = replace(selection, split=dict(split))
-            removal = allocate(discovery, scores, candidate, target, survivors)
-            divergence = judge.of_removal(discovery, removal)
+            removal = allocate(discovery, scores, candidate, target, numbering)
+            divergence = meter.of(cut_copy(model, discovery, removal))
         except (UserError, InfeasibleError) as error:
             failure = error if isinstance(error, UserError) else failure
             return inf
@@ -122,13 +121,12 @@ def find_split(
         after: dict[bool, float] = {}
         for candidate in track([alone_best, split], "trials: refitted"):
             chosen = replace(selection, split=candidate)
-            removal = allocate(discovery, scores, chosen, target, survivors)
-            divergence = _refitted_divergence(model, discovery, removal, refit_on, judge)
+            removal = allocate(discovery, scores, chosen, target, numbering)
+            divergence = _refitted_divergence(model, discovery, removal, refit_on, meter)
             trials.append(SplitTrial(dict(candidate), divergence, refitted=True))
             after[candidate is alone_best] = divergence
         if after[False] >= (1 - MARGIN) * after[True]:
             split = alone_best
-    judge.close()
     marked = [replace(trial, taken=trial.split == split) for trial in trials]
     return replace(selection, split=split), marked
 
@@ -138,12 +136,25 @@ def _refitted_divergence(
     discovery: Discovery,
     removal: Removal,
     tokens: torch.Tensor,
-    judge: Judge,
+    meter: DivergenceMeter,
 ) -> float:
-    network = sharing_copy(model)
-    cut_(network, discovery, removal)
+    network = cut_copy(model, discovery, removal)
     give_back()
     some = tokens[: max(2, REFIT_TOKENS // tokens.shape[1])]
     refit_(network, model, discovery, removal, some, (REFIT_RIDGE,))
     give_back()
-    return judge.of(network)
+    return meter.of(network)
+
+
+def hold_out(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return samples for trials and the rest: an eighth of all, at most ``TOKENS`` tokens.
+
+    They are the last ones, because packed samples share documents with their neighbours.
+    """
+    count = max(1, min(len(tokens) // 8, TOKENS // tokens.shape[1]))
+    if len(tokens) < 2:
+        raise UserError(
+            "trials need text of their own and there is 1 calibration sample; give more samples, "
+            "or say the split yourself"
+        )
+    return tokens[-count:], tokens[:-count]

@@ -23,6 +23,7 @@ from llm_pruner.models.layers import (
     kept_layers,
     layer_numbers,
     set_attributes_,
+    sharing_copy,
 )
 from llm_pruner.surgery.removal import kept_shapes, removed_modules, removed_positions
 from llm_pruner.types import Discovery, Edits, IntArray, Removal
@@ -150,7 +151,7 @@ def _require_buffers(model: nn.Module, discovery: Discovery, removal: Removal) -
 def cut_(model: nn.Module, discovery: Discovery, removal: Removal) -> Edits:
     """Remove units from a model in place, compare nothing, and return what was changed.
 
-    ``verification.cut_``, which is the public one, compares the result with the masked model.
+    ``verify.prune_``, which is the public one, compares the result with the masked model.
     Tied weights stay tied, ``requires_grad`` stays as it was, and removed layers are gone with all
     they hold. The new tensors hold exactly the values of the positions that were kept.
 
@@ -164,6 +165,17 @@ def cut_(model: nn.Module, discovery: Discovery, removal: Removal) -> Edits:
     return edits
 
 
+def cut_copy(model: nn.Module, discovery: Discovery, removal: Removal) -> nn.Module:
+    """Return a pruned copy that shares all tensors that lose nothing; the model stays as it is.
+
+    Raises:
+        InfeasibleError: see ``cut_``.
+    """
+    copy = sharing_copy(model)
+    cut_(copy, discovery, removal)
+    return copy
+
+
 def _cuts(discovery: Discovery, removal: Removal) -> dict[str, dict[int, IntArray]]:
     """Return tensor -> axis -> positions that go, of the tensors that stay."""
     gone = tuple(f"{module}." for module in removed_modules(discovery, removal))
@@ -175,26 +187,24 @@ def _cuts(discovery: Discovery, removal: Removal) -> dict[str, dict[int, IntArra
 
 
 def _slice_tensors(model: nn.Module, discovery: Discovery, removal: Removal) -> None:
-    names: dict[str, list[str]] = defaultdict(list)
-    for alias, first in discovery.aliases.items():
-        names[first].append(alias)
     for name, dims in _cuts(discovery, removal).items():
-        owner, key = _owner(model, name)
-        old = getattr(owner, key)
+        places = _places(model, discovery, name)
+        old = getattr(*places[0])
         data = old.detach()
         for dim, positions in dims.items():
             data = _take(data, dim, np.delete(np.arange(data.shape[dim]), positions))
         new: torch.Tensor = data.contiguous()
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
-        for one in (name, *names[name]):
-            target, place = _owner(model, one)
-            setattr(target, place, new)
+        for owner, key in places:
+            setattr(owner, key, new)
 
 
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, key = name.rpartition(".")
-    return model.get_submodule(path), key
+def _places(model: nn.Module, discovery: Discovery, name: str) -> list[tuple[nn.Module, str]]:
+    """Return (module, attribute) of a tensor, and of all that is tied to it."""
+    names = [name, *(alias for alias, first in discovery.aliases.items() if first == name)]
+    paths = [one.rpartition(".") for one in names]
+    return [(model.get_submodule(path), key) for path, _, key in paths]
 
 
 def _expert_numbers(
@@ -287,11 +297,8 @@ class Undo:
 
     def _keep_parts(self, model: nn.Module, discovery: Discovery, removal: Removal) -> None:
         held = {id(space): before for space, before in self._held}
-        names: dict[str, list[str]] = defaultdict(list)
-        for alias, first in discovery.aliases.items():
-            names[first].append(alias)
         for name, dims in _cuts(discovery, removal).items():
-            places = [_owner(model, one) for one in (name, *names[name])]
+            places = _places(model, discovery, name)
             tensor = getattr(*places[0])
             if not isinstance(tensor, nn.Parameter):
                 continue

@@ -5,17 +5,12 @@ S_j = E[x_j^2] * ||W_:j||^2, summed over the features of a unit, as if these wer
 
 from __future__ import annotations
 
-import numpy as np
-
-from llm_pruner.importance.observation import Measure, Observation
+from llm_pruner.importance.observation import Measure, Reading, over_readings
 from llm_pruner.types import FloatArray
 
 
-def _formula(seen: Observation) -> FloatArray:
-    return np.sum(
-        [reading.by_unit(reading.mean_square * reading.weight_norms) for reading in seen.readings],
-        axis=0,
-    )
+def _energy(reading: Reading) -> FloatArray:
+    return reading.by_unit(reading.mean_square * reading.weight_norms)
 
 
-MEASURE = Measure(frozenset({"moments"}), _formula)
+MEASURE = Measure(frozenset({"moments"}), over_readings(_energy))

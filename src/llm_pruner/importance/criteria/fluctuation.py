@@ -6,17 +6,12 @@ arXiv 2312.11983, equation 4).
 
 from __future__ import annotations
 
-import numpy as np
-
-from llm_pruner.importance.observation import Measure, Observation
+from llm_pruner.importance.observation import Measure, Reading, over_readings
 from llm_pruner.types import FloatArray
 
 
-def _formula(seen: Observation) -> FloatArray:
-    return np.sum(
-        [reading.by_unit(reading.variance * reading.weight_norms) for reading in seen.readings],
-        axis=0,
-    )
+def _fluctuation(reading: Reading) -> FloatArray:
+    return reading.by_unit(reading.variance * reading.weight_norms)
 
 
-MEASURE = Measure(frozenset({"moments"}), _formula)
+MEASURE = Measure(frozenset({"moments"}), over_readings(_fluctuation))

@@ -7,19 +7,14 @@ its features.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from llm_pruner.importance.criteria.obs import regular_inverse
-from llm_pruner.importance.observation import Measure, Observation, Reading
+from llm_pruner.importance.observation import Measure, Reading, over_readings
 from llm_pruner.types import FloatArray
 
 RIDGE = 1.0
 """Share of the mean diagonal of C that is added to the diagonal."""
-
-
-def _formula(seen: Observation) -> FloatArray:
-    return np.sum([_leverage(reading) for reading in seen.readings], axis=0)
 
 
 def _leverage(reading: Reading) -> FloatArray:
@@ -30,4 +25,4 @@ def _leverage(reading: Reading) -> FloatArray:
     return reading.by_unit(features.cpu().numpy())
 
 
-MEASURE = Measure(frozenset({"moments", "gram"}), _formula)
+MEASURE = Measure(frozenset({"moments", "gram"}), over_readings(_leverage))

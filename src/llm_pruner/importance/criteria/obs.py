@@ -7,18 +7,13 @@ Frantar and Alistarh, arXiv 2208.11580, for blocks). A ridge keeps C invertible.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
-from llm_pruner.importance.observation import Measure, Observation, Reading
+from llm_pruner.importance.observation import Measure, Reading, over_readings
 from llm_pruner.types import FloatArray
 
 RIDGE = 0.1
 """Share of the mean diagonal of C that is added to the diagonal."""
-
-
-def _formula(seen: Observation) -> FloatArray:
-    return np.sum([_cost(reading) for reading in seen.readings], axis=0)
 
 
 def _cost(reading: Reading) -> FloatArray:
@@ -44,4 +39,4 @@ def regular_inverse(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky(matrix + damping * eye))
 
 
-MEASURE = Measure(frozenset({"moments", "gram"}), _formula)
+MEASURE = Measure(frozenset({"moments", "gram"}), over_readings(_cost))

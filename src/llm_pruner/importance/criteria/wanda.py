@@ -8,20 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from llm_pruner.importance.observation import Measure, Observation
+from llm_pruner.importance.observation import Measure, Reading, over_readings
 from llm_pruner.types import FloatArray
 
 
-def _formula(seen: Observation) -> FloatArray:
-    return np.sum(
-        [
-            reading.by_unit(
-                np.sqrt(reading.square) * reading.weight.double().abs().sum(0).cpu().numpy()
-            )
-            for reading in seen.readings
-        ],
-        axis=0,
-    )
+def _magnitude(reading: Reading) -> FloatArray:
+    weight = reading.weight.double().abs().sum(0).cpu().numpy()
+    return reading.by_unit(np.sqrt(reading.square) * weight)
 
 
-MEASURE = Measure(frozenset({"moments"}), _formula)
+MEASURE = Measure(frozenset({"moments"}), over_readings(_magnitude))

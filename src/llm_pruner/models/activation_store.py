@@ -1,0 +1,114 @@
+"""Hidden states at the boundaries between blocks, in memory up to a budget, then in files."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from io import FileIO
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from llm_pruner.errors import UserError
+
+
+class ActivationStore:
+    """Arrays of one shape, written and read by ranges of samples; made when first written to.
+
+    Files are plain bytes that are read into fresh memory, not mapped, so that what is on disk does
+    not count as resident memory.
+
+    Args:
+        keys: of the arrays.
+        samples: in each array.
+        memory: bytes that may stay in memory.
+    """
+
+    def __init__(self, keys: range, samples: int, memory: int) -> None:
+        self._keys, self._samples, self._memory = keys, samples, memory
+        self._form = torch.empty(0)  # one sample
+        self._arrays: dict[int, torch.Tensor] = {}
+        self._files: dict[int, FileIO] = {}
+
+    def _make(self, values: torch.Tensor) -> None:
+        self._form = torch.empty_like(values[0], device="meta")
+        size = self._samples * self._form.nbytes
+        in_memory = self._memory // size if size else len(self._keys)
+        for key in self._keys[: min(in_memory, len(self._keys))]:
+            self._arrays[key] = values.new_empty((self._samples, *values.shape[1:]), device="cpu")
+        filed = self._keys[len(self._arrays) :]
+        need, folder = len(filed) * size, tempfile.gettempdir()
+        if filed and (free := shutil.disk_usage(folder).free) < need:
+            raise UserError(
+                f"the hidden states of {self._samples} samples need {need / 2**30:.1f} GiB on disk "
+                f"and {folder} has {free / 2**30:.1f} GiB free; set TMPDIR to a larger disk, or "
+                "use fewer or shorter samples"
+            )
+        # Without a name, so that a killed process leaves nothing behind.
+        self._files = {key: tempfile.TemporaryFile(buffering=0) for key in filed}  # noqa: SIM115
+
+    def __enter__(self) -> ActivationStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Delete everything."""
+        for key in (*self._arrays, *self._files):
+            self.drop(key)
+
+    def write(self, key: int, samples: slice, values: torch.Tensor) -> None:
+        """Store ``values``, shape (samples in the slice, ...), in the type of the first ones.
+
+        Raises:
+            UserError: the temporary folder has no room for the arrays.
+        """
+        values = values.detach()
+        if not self._arrays and not self._files:
+            self._make(values)
+        values = values.to("cpu", self._form.dtype).contiguous()
+        if key in self._arrays:
+            self._arrays[key][samples] = values
+            return
+        file = self._files[key]
+        file.seek(self._offset(samples))
+        _all_bytes(values, file.write)
+
+    def read(self, key: int, samples: slice) -> torch.Tensor:
+        """Return the stored values of a range of samples; not to be changed in place."""
+        if key in self._arrays:
+            return self._arrays[key][samples]
+        shape = (samples.stop - samples.start, *self._form.shape)
+        values = torch.empty(shape, dtype=self._form.dtype)
+        file = self._files[key]
+        file.seek(self._offset(samples))
+        _all_bytes(values, file.readinto)
+        return values
+
+    def drop(self, key: int) -> None:
+        """Forget one array."""
+        self._arrays.pop(key, None)
+        if key in self._files:
+            self._files.pop(key).close()
+
+    def _offset(self, samples: slice) -> int:
+        return int(samples.start) * self._form.nbytes
+
+
+def _all_bytes(values: torch.Tensor, move: Callable[[memoryview], int | None]) -> None:
+    """Pass every byte of a contiguous tensor to ``move``, which may take a part at a time."""
+    array: Any = values.view(-1).view(torch.uint8).numpy()  # not every numpy says: a buffer
+    rest = memoryview(array)
+    while len(rest):
+        moved = move(rest)
+        if not moved:
+            raise OSError("a temporary file ended early")
+        rest = rest[moved:]
