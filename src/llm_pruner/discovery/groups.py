@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from llm_pruner.discovery.tracing.given import different
-from llm_pruner.discovery.tracing.graph import Graph
-from llm_pruner.discovery.tracing.lengths import SizeSystem, reduce_constraints
+from llm_pruner.discovery.tracing.calls import different
+from llm_pruner.discovery.tracing.lengths import Graph, SizeSystem, reduce_constraints
 from llm_pruner.discovery.tracing.run import (
     Run,
     forward_with_cache,
@@ -26,7 +25,7 @@ from llm_pruner.discovery.tracing.run import (
 )
 from llm_pruner.discovery.tracing.scenes import Forward, given_scene, is_of_transformers, scenes_of
 from llm_pruner.discovery.tracing.sizes import COMPARISONS, PLACE, Expr, leaves
-from llm_pruner.discovery.tracing.tracer import Role, Trace
+from llm_pruner.discovery.tracing.trace import Role, Trace
 from llm_pruner.errors import DiscoveryError, InfeasibleError
 from llm_pruner.models.layers import numbering, without_layers
 from llm_pruner.types import (
@@ -578,7 +577,7 @@ def _layer_groups(
     Returns the groups and ``Graph.own_numbers``.
     """
     own: set[tuple[str, str, str]] = set()
-    trace, calls, by_place = run.trace, run.calls, run.given.by_place()
+    trace, calls, by_place = run.trace, run.layers.axes, run.layers.by_place()
     groups: list[Group] = []
     nested = [name for name in lists if any(name.startswith(f"{o}.") for o in lists)]
     by_list: dict[str, list[str]] = defaultdict(list)
@@ -650,16 +649,16 @@ def _depends_on_place(
     what they were given before.
     """
     numbers = [int(child.rpartition(".")[2]) for child in children]
-    dense = run.given.calls[parent]
+    dense = run.layers.given[parent]
     for gone in (numbers[: (len(numbers) + 1) // 2], [numbers[(len(numbers) - 1) // 2]]):
         kept = [number for number in dense if number not in gone]
         if not kept:
             continue
-        again = run_trace(without_layers(model, parent, gone), run.scenes).given
+        again = run_trace(without_layers(model, parent, gone), run.scenes).layers
         for number in kept:
             place = number - sum(other < number for other in gone)
-            for name in different(dense[number], again.calls[parent][place]):
-                where = run.given.where[parent]
+            for name in different(dense[number], again.given[parent][place]):
+                where = run.layers.where[parent]
                 return f"{name} of a layer depends on its place in the list ({where})"
     return None
 

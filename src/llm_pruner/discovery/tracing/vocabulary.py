@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,16 +12,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_pruner.discovery.tracing.ghosts import GhostRunner, ghosts_of
-from llm_pruner.discovery.tracing.marks import Marks
+from llm_pruner.discovery.tracing.ops import operation, tensors_in
+from llm_pruner.discovery.tracing.scenes import staged
 from llm_pruner.discovery.tracing.stand_ins import in_sight
-from llm_pruner.discovery.tracing.tracer import MOVEMENT, tensors_in
+from llm_pruner.discovery.tracing.tracer import Marks
 from llm_pruner.errors import DiscoveryError
 from llm_pruner.models.forward import is_on_meta
-
-_BY_DIM = frozenset({"index_select", "gather", "scatter", "scatter_", "scatter_add", "index_add"})
-
-_FOLLOWED = MOVEMENT | {"add", "sub", "clamp", "clamp_min", "clamp_max", "remainder", "where"}
-"""Operations whose result still holds token ids, where it is of integers and as many."""
 
 _known: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
@@ -45,62 +41,38 @@ class _Watch(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        name = func._overloadpacket.__name__
-        for size, index in _lookups(name, args):
+        known = operation(func)
+        for size, index in _lookups(known.name, known.given(args, kwargs)):
             if index in self._ids:
                 # The ids are 0 and 1, so a larger index tells of an offset.
                 self.sizes.append(size - int(index.max()) + 1)
         if self._ghosts is None:
             out = func(*args, **kwargs)
         else:
-            out = self._ghosts.run(func, name, args, kwargs, lambda f, _, a, k: f(*a, **k))
-        if name in _FOLLOWED and any(tensor in self._ids for tensor in tensors_in(args)):
+            out = self._ghosts.run(func, args, kwargs, lambda f, a, k: f(*a, **k))
+        followed = known.op.moves or known.op.keeps_ids
+        if followed and any(tensor in self._ids for tensor in tensors_in(args)):
             for result in tensors_in([out]):
-                alike = name in MOVEMENT or result.numel() == self._count
+                alike = known.op.moves or result.numel() == self._count
                 if result.dtype in (torch.int64, torch.int32) and alike:
                     self._ids[result] = True
         return out
 
 
-def _lookups(name: str, args: tuple[Any, ...]) -> Iterator[tuple[int, torch.Tensor]]:
+def _lookups(name: str, given: Mapping[str, Any]) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (size of the axis that is indexed, index)."""
-    if name == "embedding":
-        yield args[0].shape[0], args[1]
+    table: Any = given.get("self")
+    if "weight" in given and "indices" in given:  # embedding, _embedding_bag and the like
+        yield given["weight"].shape[0], given["indices"]
     elif name == "index":
-        for size, index in zip(args[0].shape, args[1], strict=False):
+        for size, index in zip(table.shape, given["indices"], strict=False):
             if index is not None:
                 yield size, index
-    elif name in _BY_DIM and args[0].dim():
-        yield args[0].shape[args[1]], args[2]
-    elif name.startswith("_embedding_bag"):
-        yield args[0].shape[0], args[1]
-    elif name == "eq" and isinstance(args[1], torch.Tensor) and args[1].dim():
+    elif "dim" in given and isinstance(given.get("index"), torch.Tensor) and table.dim():
+        yield table.shape[given["dim"]], given["index"]
+    elif name == "eq" and isinstance(given["other"], torch.Tensor) and given["other"].dim():
         # Compared with all ids there are, as one_hot does.
-        yield args[1].shape[-1], args[0]
-
-
-@contextmanager
-def _states_restored(model: nn.Module) -> Iterator[None]:
-    """Put back what modules keep from one call to the next: buffers, tensors and numbers."""
-    spaces: list[dict[str, Any]] = [
-        space for module in model.modules() for space in (module._buffers, vars(module))
-    ]
-    before = [
-        (space, key, value)
-        for space in spaces
-        for key, value in space.items()
-        if value is None or isinstance(value, torch.Tensor | int | float)
-    ]
-    copies = [(value, value.clone()) for _, _, value in before if isinstance(value, torch.Tensor)]
-    try:
-        yield
-    finally:
-        for space, key, value in before:
-            space[key] = value
-        with torch.no_grad():
-            for tensor, content in copies:
-                if not tensor.is_meta and not torch.equal(tensor, content):
-                    tensor.copy_(content)
+        yield given["other"].shape[-1], table
 
 
 def find_vocabulary_size(
@@ -125,7 +97,7 @@ def find_vocabulary_size(
         tokens = tokens if device.type == "meta" else tokens.to(device)
         watch = _Watch(tokens)
         try:
-            with _states_restored(model), in_sight(model), watch:
+            with staged(model, contents=True), in_sight(model), watch:
                 run(model, tokens)
         except Exception as error:  # what was seen until then may be enough
             failure = error
