@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from llm_pruner.discovery.tracing.ghosts import GhostRunner, ghosts_of
-from llm_pruner.discovery.tracing.ops import tensors_in
+from llm_pruner.discovery.tracing.ops import operation, tensors_in
 from llm_pruner.discovery.tracing.run import example_tokens
 from llm_pruner.discovery.tracing.scenes import staged
 from llm_pruner.errors import LLMPrunerError, UserError
@@ -182,13 +182,9 @@ class _OnGhosts(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        return self._ghosts.run(func, args, kwargs or {}, _execute)
-
-
-def _execute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return func(*args, **kwargs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return self._ghosts.run(operation(func), args, kwargs or {})
 
 
 class Counter(TorchDispatchMode):

@@ -21,7 +21,7 @@ from torch import nn
 
 from llm_pruner.discovery.tracing.calls import hidden_in
 from llm_pruner.discovery.tracing.functions import SizeMode
-from llm_pruner.discovery.tracing.ops import operation, tensors_in
+from llm_pruner.discovery.tracing.ops import Operation, operation, tensors_in
 from llm_pruner.discovery.tracing.run import example_tokens, label_model, named_tensors, traced
 from llm_pruner.discovery.tracing.scenes import Scene, few, staged
 from llm_pruner.discovery.tracing.trace import Trace
@@ -88,13 +88,12 @@ class _Twin(Tracer):
                         result.masked_fill_(mask & ~result.isfinite(), 0)
         return out
 
-    def execute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        known = operation(func)
+    def execute(self, known: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if known.op.alive is None:
-            return super().execute(func, args, kwargs)
+            return super().execute(known, args, kwargs)
 
         def run(**changed: Any) -> Any:
-            return func(**{**known.given(args, kwargs), **changed})
+            return known.func(**{**known.given(args, kwargs), **changed})
 
         return known.op.alive(self.alive, run, **known.asked(known.op.alive, args, kwargs))
 

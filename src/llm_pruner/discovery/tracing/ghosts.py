@@ -17,9 +17,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from llm_pruner.discovery.tracing.ops import operation, tensors_in
-from llm_pruner.discovery.tracing.trace import Trace
-from llm_pruner.discovery.tracing.tracer import Tracer
+from llm_pruner.discovery.tracing.ops import Operation, tensors_in
 
 LARGEST = 1 << 22
 """Elements of the largest result that is held in memory; larger ones are ghosts too."""
@@ -118,20 +116,13 @@ class GhostRunner:
     def __init__(self) -> None:
         self._generator = torch.Generator().manual_seed(0)
 
-    def run(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], execute: Callable[..., Any]
-    ) -> Any:
-        """Return the result of an operation, or one of its shape.
-
-        Args:
-            execute: how an operation without ghosts is run; takes ``func``, ``args``, ``kwargs``.
-        """
-        known = operation(func)
+    def run(self, known: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the result of an operation, or one of its shape."""
         inputs = tensors_in([*args, *kwargs.values()])
         ghosts = any(is_ghost(tensor) for tensor in inputs)
         large = any(tensor.numel() > LARGEST for tensor in inputs)
         if known.view or not (ghosts or large):
-            return execute(func, args, kwargs)
+            return known.func(*args, **kwargs)
         if known.mutates:
             target = kwargs.get("out", args[0] if args else None)
             # A ghost holds no values that could change.
@@ -140,10 +131,10 @@ class GhostRunner:
             ):
                 return target
         elif large or known.op.product:
-            shaped = self._shaped(func, args, kwargs)
+            shaped = self._shaped(known.func, args, kwargs)
             if shaped is not None:
                 return shaped
-        return execute(func, args, kwargs)
+        return known.func(*args, **kwargs)
 
     def _shaped(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return random results of the right shapes; None where values are asked for."""
@@ -169,18 +160,6 @@ class GhostRunner:
             return _ghost(tensor.shape, tensor.dtype)
         real = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
         return real.uniform_(-1, 1, generator=self._generator)
-
-
-class GhostTracer(Tracer):
-    """A tracer that does not compute with ghosts."""
-
-    def __init__(self, trace: Trace) -> None:
-        super().__init__(trace)
-        self._ghosts = GhostRunner()
-
-    def execute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the operation, or only shape its result."""
-        return self._ghosts.run(func, args, kwargs, super().execute)
 
 
 def _to_meta(tensor: torch.Tensor) -> torch.Tensor:

@@ -97,6 +97,7 @@ class Operation:
     """One overload of an operation.
 
     Attributes:
+        func: runs it.
         name: without overload.
         op: its row; an empty one if there is none.
         mutates: it writes to an input.
@@ -105,6 +106,7 @@ class Operation:
         defaults: argument -> default, of those that have one.
     """
 
+    func: Any
     name: str
     op: Op
     mutates: bool
@@ -120,8 +122,9 @@ class Operation:
         self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Return those arguments of a call that a function of the row has parameters for."""
-        given = self.given(args, kwargs)
-        return {name: given[name] for name in parameters(function) if name in given}
+        names = parameters(function)
+        given = self.given(args, kwargs) if names else {}
+        return {name: given[name] for name in names if name in given}
 
 
 @functools.cache
@@ -130,6 +133,7 @@ def operation(func: Any) -> Operation:
     name, schema = func._overloadpacket.__name__, func._schema
     tagged = OPS.get("pointwise", Op()) if torch.Tag.pointwise in func.tags else Op()
     return Operation(
+        func=func,
         name=name,
         op=OPS.get(name, tagged),
         mutates=schema.is_mutable,

@@ -7,7 +7,6 @@ An operation without a rule freezes all that goes in.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_pruner.discovery.tracing.atoms import empty_rows, product_rows
+from llm_pruner.discovery.tracing.ghosts import GhostRunner
 from llm_pruner.discovery.tracing.ops import (
     Call,
     Operation,
@@ -92,10 +92,16 @@ class Marks:
 
 
 class Tracer(TorchDispatchMode):
-    """Labels the axes of all tensors while a model runs."""
+    """Labels the axes of all tensors while a model runs.
 
-    def __init__(self, trace: Trace) -> None:
+    Args:
+        trace: what is stated goes there.
+        ghosts: runs the operations, where weights have stand-ins.
+    """
+
+    def __init__(self, trace: Trace, ghosts: GhostRunner | None = None) -> None:
         super().__init__()
+        self._ghosts = ghosts
         self.trace = trace
         self.atoms = trace.atoms
         self.labels = Marks()
@@ -208,16 +214,10 @@ class Tracer(TorchDispatchMode):
                 continue
             pairs = self._pairs(first, second)
             if transposed:
-                pairs = pairs.T
-            return np.concatenate(
-                [
-                    product_rows(outer, inner[:, :0])
-                    if not transposed
-                    else product_rows(outer[:, :0], inner),
-                    pairs.reshape(-1, 1),
-                ],
-                axis=1,
-            )
+                pairs, rest = pairs.T, product_rows(outer[:, :0], inner)
+            else:
+                rest = product_rows(outer, inner[:, :0])
+            return np.concatenate([rest, pairs.reshape(-1, 1)], axis=1)
         return product_rows(outer, inner)
 
     def _pairs(self, outer: IntArray, inner: IntArray) -> IntArray:
@@ -377,7 +377,7 @@ class Tracer(TorchDispatchMode):
                 self.trace.order.setdefault(self.names[tensor], self._clock)
         if known.mutates and inputs and inputs[0] in self.weights:
             self._written |= {_storage(inputs[0])} - self._trained
-        call = Call(known.name, inputs, self.execute(func, args, kwargs))
+        call = Call(known.name, inputs, self.execute(known, args, kwargs))
         try:
             if self.function == COMPILED_CODE:
                 raise UnplacedError("read by compiled code of which nothing is known")
@@ -397,7 +397,7 @@ class Tracer(TorchDispatchMode):
             if known.op.domain == "kept" and inputs[0] in self.domains:
                 for tensor in call.results:
                     self.domains[tensor] = self.domains[inputs[0]]
-        self._follow(known, call, tensors_in(args[:1]))
+        self._follow(known, call, args)
         return call.out
 
     def _freeze_domains(self, tensors: list[torch.Tensor], reason: str) -> None:
@@ -414,17 +414,14 @@ class Tracer(TorchDispatchMode):
         for tensor in call.results:
             self.set_label(tensor, [self.frozen_rows(size, reason) for size in tensor.shape])
 
-    def _follow(self, known: Operation, call: Call, first: list[torch.Tensor]) -> None:
-        """Let results be weights, token ids or parts of an axis, as what they are made of.
-
-        Args:
-            first: what is moved, where values are: the tensors in the first argument. Weights that
-                an index takes, of the expert that a token is given, are weights still.
-        """
+    def _follow(self, known: Operation, call: Call, args: tuple[Any, ...]) -> None:
+        """Let results be weights, token ids or parts of an axis, as what they are made of."""
         if known.view and call.inputs[0] in self.cut_from:
             for tensor in call.results:
                 self.cut_from.setdefault(tensor, self.cut_from[call.inputs[0]])
-        if known.op.moves and first:
+        if known.op.moves:
+            # Weights that an index takes, of the expert that a token is given, are weights still.
+            first = tensors_in(args[:1])
             marks = [m for m in (self.weights, self.vocabulary, self.one_hot) if m.holds(first)]
         elif known.op.makes_weights and self.weights.holds(call.inputs):
             marks = [self.weights]
@@ -434,11 +431,11 @@ class Tracer(TorchDispatchMode):
             for tensor in call.results:
                 mark[tensor] = True
 
-    def execute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def execute(self, known: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the operation; the twin overrides this."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return func(*args, **kwargs)
+        if self._ghosts is not None:
+            return self._ghosts.run(known, args, kwargs)
+        return known.func(*args, **kwargs)
 
 
 _ONE = empty_rows(1)

@@ -33,14 +33,19 @@ def _note_read(tracer: Tracer, left: Tensor, right: Tensor, rows: IntArray) -> N
         tracer.note("weighed", rows)
 
 
+def _multiply(tracer: Tracer, call: Call, left: Tensor, right: Tensor) -> None:
+    """Sum over the last axis of one factor and the first of the other."""
+    rows, columns = tracer.label(left), tracer.label(right)
+    tracer.unify(rows[-1], columns[0])
+    _note_read(tracer, left, right, rows[-1])
+    tracer.set_label(call.out, rows[:-1] + columns[1:])
+
+
 @rule("mm", product=True, makes_weights=True)
 def mm(tracer: Tracer, call: Call, self: Tensor, mat2: Tensor) -> None:
-    left, right = tracer.label(self), tracer.label(mat2)
-    tracer.unify(left[1], right[0])
-    _note_read(tracer, self, mat2, left[1])
-    tracer.set_label(call.out, [left[0], right[1]])
+    _multiply(tracer, call, self, mat2)
     if self in tracer.one_hot and tracer.trace.residual is None:
-        tracer.trace.residual = right[1]
+        tracer.trace.residual = tracer.label(mat2)[1]
 
 
 def _living_product(alive: Alive, run: Run, self: Tensor, mat2: Tensor) -> Any:
@@ -75,10 +80,7 @@ def baddbmm(tracer: Tracer, call: Call, self: Tensor, batch1: Tensor, batch2: Te
 
 @rule("mv", product=True, makes_weights=True)
 def mv(tracer: Tracer, call: Call, self: Tensor, vec: Tensor) -> None:
-    left, right = tracer.label(self), tracer.label(vec)
-    tracer.unify(left[-1], right[0])
-    _note_read(tracer, self, vec, left[-1])
-    tracer.set_label(call.out, left[:-1])
+    _multiply(tracer, call, self, vec)
 
 
 @rule("dot", "vdot", product=True)
@@ -87,7 +89,7 @@ def dot(tracer: Tracer, call: Call) -> None:
     left, right = call.inputs
     if tracer.is_weight(left) and tracer.is_weight(right):
         raise UnplacedError("one number is made of the whole weight (a spectral norm)")
-    mv(tracer, call, left, right)
+    _multiply(tracer, call, left, right)
 
 
 @rule("_grouped_mm", product=True)
