@@ -25,8 +25,11 @@ LARGEST = 1 << 22
 
 def is_ghost(tensor: torch.Tensor) -> bool:
     """Whether all positions of a tensor share one element."""
-    return tensor.numel() > 1 and all(
-        stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1
+    strides = tensor.stride()
+    return (
+        0 in strides
+        and tensor.numel() > 1
+        and all(stride == 0 for size, stride in zip(tensor.shape, strides, strict=True) if size > 1)
     )
 
 
@@ -143,23 +146,32 @@ class GhostRunner:
             left, right = args[0], args[1]
             out = torch.empty(left.shape[0], right.shape[-1], dtype=left.dtype, device="meta")
         else:
-            on_meta = tree_map_only(torch.Tensor, _to_meta, (args, kwargs))
+            named = {key: _mapped(_to_meta, value) for key, value in kwargs.items()}
             if kwargs.get("device") is not None:
-                on_meta[1]["device"] = torch.device("meta")
+                named["device"] = torch.device("meta")
             try:
-                out = func(*on_meta[0], **on_meta[1])
+                out = func(*(_mapped(_to_meta, value) for value in args), **named)
             except (RuntimeError, NotImplementedError):
                 return None
         results = tensors_in([out])
         if not results or not all(tensor.is_floating_point() for tensor in results):
             return None
-        return tree_map_only(torch.Tensor, self._filled, out)
+        return _mapped(self._filled, out)
 
     def _filled(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.numel() > LARGEST:
             return _ghost(tensor.shape, tensor.dtype)
         real = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
         return real.uniform_(-1, 1, generator=self._generator)
+
+
+def _mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """Return a value with the tensors in it replaced; single ones, the most, without a search."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, tuple | list):
+        return tree_map_only(torch.Tensor, function, value)
+    return value
 
 
 def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
