@@ -419,9 +419,8 @@ class Tracer(TorchDispatchMode):
         if known.view and call.inputs[0] in self.cut_from:
             for tensor in call.results:
                 self.cut_from.setdefault(tensor, self.cut_from[call.inputs[0]])
-        if known.op.moves:
-            # Weights that an index takes, of the expert that a token is given, are weights still.
-            first = tensors_in(args[:1])
+        # Weights that an index takes, of the expert that a token is given, are weights still.
+        if known.op.moves and (first := tensors_in(args[:1])):
             marks = [m for m in (self.weights, self.vocabulary, self.one_hot) if m.holds(first)]
         elif known.op.makes_weights and self.weights.holds(call.inputs):
             marks = [self.weights]
