@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import re
+import textwrap
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llm_pruner.discovery.groups import discover
+from llm_pruner.discovery.tracing.ops import OPS, operation
 from llm_pruner.surgery.cut import cut_
 from llm_pruner.surgery.verify import largest_difference, pruned_logits, twin_logits
 from llm_pruner.types import Discovery, Group
@@ -301,6 +305,29 @@ def test_frozen_with_a_reason(name: str) -> None:
     stuck = {(axis.tensor, axis.dim): axis for axis in discovery.frozen}
     axis = stuck["bodies.0.up.weight", 0]
     assert reason in axis.reason
+
+
+def _in_range(x: torch.Tensor) -> torch.Tensor:
+    x = x.square()  # a removed channel, which is zero, would be the lowest
+    low, high = x.aminmax(dim=-1, keepdim=True)
+    return (x - low) / (high - low)
+
+
+def test_a_rule_is_one_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parents[2] / "docs" / "writing-a-rule.md"
+    blocks = re.findall(r"(?m)(?:^    .*\n|^\n)+", page.read_text())
+    (example,) = [block for block in blocks if "@rule" in block]
+    (tmp_path / "rule_of_a_user.py").write_text(textwrap.dedent(example))
+    net = Net(Body(_in_range))
+    stuck = {(axis.tensor, axis.dim): axis.reason for axis in discover(net).frozen}
+    assert stuck["bodies.0.up.weight", 0] == "no rule for the operation aminmax"
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("rule_of_a_user")
+    try:
+        assert members(of_kind(found(net), "other"))["down.weight", 1] == column(8)
+    finally:
+        del OPS["aminmax"]
+        operation.cache_clear()
 
 
 def test_largest_activations_leave_as_many_as_are_taken() -> None:

@@ -34,8 +34,8 @@ class Uses:
 
     def __init__(self) -> None:
         self.seen: list[Expr] = []
-        self.heads = TracedInt.of(6, HEADS, self.seen.append)
-        self.size = TracedInt.of(8, SIZE, self.seen.append)
+        self.heads = TracedInt(6, HEADS, self.seen.append)
+        self.size = TracedInt(8, SIZE, self.seen.append)
 
 
 def test_arithmetic_keeps_value_and_origin() -> None:
@@ -130,7 +130,7 @@ def test_use_as_a_number_is_reported(use: object) -> None:
 
 def test_comparison_with_another_size_is_reported() -> None:
     uses = Uses()
-    length = TracedInt.of(8, ("len", 0), uses.seen.append)
+    length = TracedInt(8, ("len", 0), uses.seen.append)
     assert length == uses.size
     assert (length != uses.size) is False
     assert uses.seen == [("==", ("len", 0), SIZE), ("!=", ("len", 0), SIZE)]

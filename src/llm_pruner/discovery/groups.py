@@ -7,15 +7,14 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from llm_pruner.discovery.tracing.given import different
-from llm_pruner.discovery.tracing.graph import Graph
-from llm_pruner.discovery.tracing.lengths import SizeSystem, reduce_constraints
+from llm_pruner.discovery.tracing.calls import different
+from llm_pruner.discovery.tracing.lengths import Graph, SizeSystem, reduce_constraints
 from llm_pruner.discovery.tracing.run import (
     Run,
     forward_with_cache,
@@ -26,7 +25,7 @@ from llm_pruner.discovery.tracing.run import (
 )
 from llm_pruner.discovery.tracing.scenes import Forward, given_scene, is_of_transformers, scenes_of
 from llm_pruner.discovery.tracing.sizes import COMPARISONS, PLACE, Expr, leaves
-from llm_pruner.discovery.tracing.tracer import Role, Trace
+from llm_pruner.discovery.tracing.trace import Role, Trace
 from llm_pruner.errors import DiscoveryError, InfeasibleError
 from llm_pruner.models.layers import numbering, without_layers
 from llm_pruner.types import (
@@ -96,6 +95,9 @@ def discover(
 # Elements of 16 bytes in bfloat16 and float16, and twice that in float32.
 _ALIGNMENT = 8
 
+# What is true of a group if it is of any of its units.
+_OF_ANY: tuple[Role, ...] = ("aligned", "even", "read")
+
 # Code that collects states until there are enough does not use them in a short run.
 _UNUSED = "the traced run did not use what it computes"
 
@@ -149,38 +151,36 @@ class _Builder:
         order = np.argsort(atoms, kind="stable")
         atoms, axes, positions = atoms[order], axes[order], positions[order]
         starts = np.flatnonzero(np.r_[True, (atoms[1:] != atoms[:-1]) | (axes[1:] != axes[:-1])])
-        counts = np.diff(np.r_[starts, len(atoms)])
-        run_atoms, run_axes = atoms[starts], axes[starts]
+        run_atoms = atoms[starts]
         heads = np.flatnonzero(np.r_[True, run_atoms[1:] != run_atoms[:-1]])
+        counts = np.diff(np.r_[starts, len(atoms)])
+        runs = _Runs(axes[starts], counts, starts, heads, positions)
         # Atoms with equal counts on equal axes are units of one group.
-        signature = np.add.reduceat(_mix(run_axes, counts), heads)
+        signature = np.add.reduceat(_mix(runs.axes, counts), heads)
         unit_of = run_atoms[heads]
         for bit, role in enumerate(sorted(self.roles)):
             signature = signature + _mix(
                 np.full(len(unit_of), -1 - bit), self.roles[role][unit_of].astype(np.int64)
             )
         result: list[tuple[int, Group, IntArray]] = []
-        tails = np.r_[heads[1:], len(run_atoms)]
         by_signature: dict[int, list[int]] = defaultdict(list)
         for place, value in enumerate(signature.tolist()):
             by_signature[value].append(place)
         apart = [
-            part
-            for places in by_signature.values()
-            for part in _factors(np.array(places), starts, counts, heads, positions)
+            part for places in by_signature.values() for part in _factors(np.array(places), runs)
         ]
         for places in apart:
-            built = self._group(places, heads, tails, starts, counts, run_axes, positions)
+            built = self._members(places, runs)
             if built is not None:
                 members, order_of_units = built
                 units = unit_of[places][order_of_units]
                 kind = self._kind(units, members)
                 first = min(member.order for member in members if not member.buffer)
                 layer = self._layer(members)
-                aligned = "aligned" in self.roles and bool(self.roles["aligned"][units].any())
-                even = "even" in self.roles and bool(self.roles["even"][units].any())
+                aligned, even, read = (
+                    role in self.roles and bool(self.roles[role][units].any()) for role in _OF_ANY
+                )
                 multiple = _ALIGNMENT if aligned else 2 if even else 1
-                read = "read" in self.roles and bool(self.roles["read"][units].any())
                 frozen = None if read and not _alone(members) else _UNUSED
                 least = self._least(units)
                 if least >= len(units):
@@ -234,24 +234,13 @@ class _Builder:
                 positions.append(place)
         return np.concatenate(atoms), np.concatenate(axes), np.concatenate(positions)
 
-    def _group(
-        self,
-        places: IntArray,
-        heads: IntArray,
-        tails: IntArray,
-        starts: IntArray,
-        counts: IntArray,
-        run_axes: IntArray,
-        positions: IntArray,
-    ) -> tuple[tuple[Member, ...], IntArray] | None:
-        first = places[0]
-        axes = run_axes[heads[first] : tails[first]]
+    def _members(self, places: IntArray, runs: _Runs) -> tuple[tuple[Member, ...], IntArray] | None:
+        """Return the members of a group and the order of its units; None if it has no weights."""
+        first, last = np.r_[runs.heads, len(runs.axes)][places[0] : places[0] + 2]
         members = []
         order: IntArray | None = None
-        for offset, axis in enumerate(axes.tolist()):
-            runs = heads[places] + offset
-            count = int(counts[runs[0]])
-            index = positions[starts[runs][:, None] + np.arange(count)]
+        for offset, axis in enumerate(runs.axes[first:last].tolist()):
+            index = runs.positions_of(places, offset)
             name = self.names[axis // 16]
             if order is None:
                 order = np.argsort(index[:, 0], kind="stable")
@@ -403,17 +392,36 @@ class _Builder:
         return result
 
 
-def _factors(
-    places: IntArray, starts: IntArray, counts: IntArray, heads: IntArray, positions: IntArray
-) -> list[IntArray]:
+class _Runs(NamedTuple):
+    """Where atoms lie: one run for each atom and each axis that it is on, by atom and then by axis.
+
+    Attributes:
+        axes: number of the axis, by run.
+        counts: at how many positions of it, by run.
+        starts: where these are in ``positions``, by run.
+        heads: number of an atom -> its first run.
+        positions: along the axes.
+    """
+
+    axes: IntArray
+    counts: IntArray
+    starts: IntArray
+    heads: IntArray
+    positions: IntArray
+
+    def positions_of(self, places: IntArray, offset: int = 0) -> IntArray:
+        """Return where some atoms, which are alike, lie on one of their axes; (atoms, count)."""
+        runs = self.heads[places] + offset
+        return self.positions[self.starts[runs][:, None] + np.arange(self.counts[runs[0]])]
+
+
+def _factors(places: IntArray, runs: _Runs) -> list[IntArray]:
     """Divide atoms with equal counts on equal axes where they share positions.
 
     A product of two axes of equal length (two groups of two experts) gives the atoms of both the
     same counts. Atoms of one factor never meet at a position, and meet all those of the other.
     """
-    runs = heads[places]
-    count = int(counts[runs[0]])
-    index = positions[starts[runs][:, None] + np.arange(count)]
+    index = runs.positions_of(places)
     if len(np.unique(index)) == index.size:
         return [places]
     there = np.zeros((len(places), int(index.max()) + 1), dtype=bool)
@@ -578,7 +586,7 @@ def _layer_groups(
     Returns the groups and ``Graph.own_numbers``.
     """
     own: set[tuple[str, str, str]] = set()
-    trace, calls, by_place = run.trace, run.calls, run.given.by_place()
+    trace, calls, by_place = run.trace, run.layers.axes, run.layers.by_place()
     groups: list[Group] = []
     nested = [name for name in lists if any(name.startswith(f"{o}.") for o in lists)]
     by_list: dict[str, list[str]] = defaultdict(list)
@@ -650,16 +658,16 @@ def _depends_on_place(
     what they were given before.
     """
     numbers = [int(child.rpartition(".")[2]) for child in children]
-    dense = run.given.calls[parent]
+    dense = run.layers.given[parent]
     for gone in (numbers[: (len(numbers) + 1) // 2], [numbers[(len(numbers) - 1) // 2]]):
         kept = [number for number in dense if number not in gone]
         if not kept:
             continue
-        again = run_trace(without_layers(model, parent, gone), run.scenes).given
+        again = run_trace(without_layers(model, parent, gone), run.scenes).layers
         for number in kept:
             place = number - sum(other < number for other in gone)
-            for name in different(dense[number], again.calls[parent][place]):
-                where = run.given.where[parent]
+            for name in different(dense[number], again.given[parent][place]):
+                where = run.layers.where[parent]
                 return f"{name} of a layer depends on its place in the list ({where})"
     return None
 

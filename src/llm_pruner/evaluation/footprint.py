@@ -29,9 +29,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from llm_pruner.discovery.tracing.ghosts import GhostRunner, ghosts_of
+from llm_pruner.discovery.tracing.ops import operation, tensors_in
 from llm_pruner.discovery.tracing.run import example_tokens
 from llm_pruner.discovery.tracing.scenes import staged
-from llm_pruner.discovery.tracing.tracer import tensors_in
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.models.forward import Decoder, is_on_meta, logits_of, tensor_bytes
 from llm_pruner.models.layers import heaviest
@@ -182,14 +182,9 @@ class _OnGhosts(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        name = func._overloadpacket.__name__
-        return self._ghosts.run(func, name, args, kwargs or {}, _execute)
-
-
-def _execute(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG001
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return func(*args, **kwargs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return self._ghosts.run(operation(func), args, kwargs or {})
 
 
 class Counter(TorchDispatchMode):

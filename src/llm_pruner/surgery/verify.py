@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from llm_pruner.discovery.tracing.calls import hidden_in
 from llm_pruner.discovery.tracing.functions import SizeMode
-from llm_pruner.discovery.tracing.given import hidden_in
-from llm_pruner.discovery.tracing.rules import RULES
-from llm_pruner.discovery.tracing.rules.reduction import reduced_dims
+from llm_pruner.discovery.tracing.ops import Operation, operation, tensors_in
 from llm_pruner.discovery.tracing.run import example_tokens, label_model, named_tensors, traced
 from llm_pruner.discovery.tracing.scenes import Scene, few, staged
-from llm_pruner.discovery.tracing.tracer import VIEWS, Trace, Tracer, tensors_in
+from llm_pruner.discovery.tracing.trace import Trace
+from llm_pruner.discovery.tracing.tracer import Tracer
 from llm_pruner.errors import VerificationError
 from llm_pruner.models.forward import is_on_meta
 from llm_pruner.models.layers import sharing_copy
@@ -35,10 +35,6 @@ from llm_pruner.types import Discovery, Edits, IntArray, Removal
 
 Flags: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
 
-_OVER_AXES = frozenset(
-    {"mean", "sum", "amax", "amin", "max", "min", "var", "std", "prod", "linalg_vector_norm"}
-    | {"norm", "logsumexp", "var_mean", "argmax", "argmin"}
-)
 _SMALL = 500_000_000
 """Parameters up to which a model is compared in float64, too, where float32 is not enough."""
 
@@ -46,14 +42,12 @@ _FINER = 1000
 """How many times less a model and its twin differ in float64 if rounding is all that they differ
 by; the types have 2^29 between them, and some code computes parts in float32."""
 
-_ALONG_AXIS = frozenset({"_softmax", "_log_softmax", "softmax", "_safe_softmax"})
-
 
 class _Twin(Tracer):
     """A tracer that computes reductions on living positions only."""
 
     def __init__(self, trace: Trace, deleted: Flags) -> None:
-        super().__init__(trace, RULES)
+        super().__init__(trace)
         self._deleted = deleted
 
     def dead(self, rows: IntArray) -> Flags:
@@ -64,9 +58,9 @@ class _Twin(Tracer):
         known = np.where(roots < len(self._deleted), roots, 0)
         return np.asarray(self._deleted[known].any(axis=1))
 
-    def alive(self, rows: IntArray, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Return the living positions of an axis of ``tensor``, or None if all live."""
-        dead = self.dead(rows)
+    def alive(self, tensor: torch.Tensor, dim: int) -> torch.Tensor | None:
+        """Return the living positions of an axis of a tensor, or None if all live."""
+        dead = self.dead(self.label(tensor)[dim])
         if not dead.any():
             return None
         return torch.from_numpy(np.flatnonzero(~dead)).to(tensor.device)
@@ -80,7 +74,7 @@ class _Twin(Tracer):
     ) -> Any:
         """Run an operation; zeros stand where it divides zero by zero at dead positions."""
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        if func._overloadpacket.__name__ in VIEWS:
+        if operation(func).view:
             return out
         for result in tensors_in([out]):
             if not result.is_floating_point():
@@ -94,74 +88,14 @@ class _Twin(Tracer):
                         result.masked_fill_(mask & ~result.isfinite(), 0)
         return out
 
-    def execute(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if name in _OVER_AXES:
-            return self._reduce(func, name, args, kwargs)
-        if name in _ALONG_AXIS:
-            return self._along(func, args, kwargs, args[1])
-        if name in ("native_layer_norm", "_fused_rms_norm"):
-            return self._norm(func, args, kwargs)
-        if name == "bmm":
-            return self._product(func, args)
-        if name in ("topk", "sort"):
-            return self._select(func, name, args, kwargs)
-        return super().execute(func, name, args, kwargs)
+    def execute(self, known: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if known.op.alive is None:
+            return super().execute(known, args, kwargs)
 
-    def _reduce(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        source = args[0]
-        axes = self.label(source)
-        chosen: torch.Tensor | None = None
-        for dim in reduced_dims(name, args, kwargs, source.dim()):
-            alive = self.alive(axes[dim], source)
-            if alive is not None:
-                if name.startswith("arg"):
-                    return alive[func(source.index_select(dim, alive), *args[1:], **kwargs)]
-                source = source.index_select(dim, alive)
-                chosen = alive
-        out = func(source, *args[1:], **kwargs)
-        if chosen is not None and name in ("max", "min") and isinstance(out, tuple):
-            return type(out)((out[0], chosen[out[1]]))
-        return out
+        def run(**changed: Any) -> Any:
+            return known.func(**{**known.given(args, kwargs), **changed})
 
-    def _along(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dim: int) -> Any:
-        source = args[0]
-        alive = self.alive(self.label(source)[dim], source)
-        if alive is None:
-            return func(*args, **kwargs)
-        part = func(source.index_select(dim, alive), *args[1:], **kwargs)
-        return part.new_zeros(source.shape).index_copy(dim % source.dim(), alive, part)
-
-    def _product(self, func: Any, args: tuple[Any, ...]) -> Any:
-        """Products of two activations: neither side need be zero at the dead positions."""
-        left, right = args
-        alive = self.alive(self.label(left)[2], left)
-        if alive is not None:
-            left, right = left.index_select(2, alive), right.index_select(1, alive)
-        return func(left, right)
-
-    def _norm(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        source, shape = args[0], args[1]
-        alive = self.alive(self.label(source)[-1], source) if len(shape) == 1 else None
-        if alive is None:
-            return func(*args, **kwargs)
-        weights = [
-            value.index_select(0, alive) if isinstance(value, torch.Tensor) else value
-            for value in args[2:]
-        ]
-        part, *rest = func(source.index_select(-1, alive), [len(alive)], *weights, **kwargs)
-        whole = part.new_zeros(source.shape).index_copy(source.dim() - 1, alive, part)
-        return (whole, *rest)
-
-    def _select(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        source = args[0]
-        if name != "topk":
-            return func(*args, **kwargs)
-        dim = args[2] if len(args) > 2 else kwargs.get("dim", -1)
-        alive = self.alive(self.label(source)[dim], source)
-        if alive is None:
-            return func(*args, **kwargs)
-        values, indices = func(source.index_select(dim, alive), *args[1:], **kwargs)
-        return values, alive[indices]
+        return known.op.alive(self.alive, run, **known.asked(known.op.alive, args, kwargs))
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

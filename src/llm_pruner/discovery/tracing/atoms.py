@@ -18,6 +18,7 @@ Each form is sound: whatever is deleted afterwards, both sides agree. Only freed
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -47,17 +48,7 @@ class Atoms:
 
     def copy(self) -> Atoms:
         """Return an independent copy."""
-        other = Atoms.__new__(Atoms)
-        other._size = self._size
-        other._parent = self._parent.copy()
-        other._substitute = self._substitute.copy()
-        other._frozen = self._frozen.copy()
-        other._replica = self._replica.copy()
-        other._table = self._table.copy()
-        other._table_size = self._table_size
-        other.reasons = list(self.reasons)
-        other._reason_ids = dict(self._reason_ids)
-        return other
+        return copy.deepcopy(self)
 
     def __len__(self) -> int:
         return self._size
@@ -70,19 +61,10 @@ class Atoms:
         """
         start, stop = self._size, self._size + count
         if stop > len(self._parent):
-            room = max(stop, 2 * len(self._parent))
-            self._parent = np.concatenate(
-                [self._parent, np.zeros(room - len(self._parent), dtype=np.int64)]
-            )
-            self._substitute = np.concatenate(
-                [self._substitute, np.full(room - len(self._substitute), -1, dtype=np.int64)]
-            )
-            self._frozen = np.concatenate(
-                [self._frozen, np.zeros(room - len(self._frozen), dtype=np.int64)]
-            )
-            self._replica = np.concatenate(
-                [self._replica, np.zeros(room - len(self._replica), dtype=bool)]
-            )
+            more = (0, max(stop, 2 * len(self._parent)) - len(self._parent))
+            self._parent, self._frozen = np.pad(self._parent, more), np.pad(self._frozen, more)
+            self._substitute = np.pad(self._substitute, more, constant_values=-1)
+            self._replica = np.pad(self._replica, more)
         self._parent[start:stop] = np.arange(start, stop)
         self._replica[start:stop] = replica
         self._size = stop
@@ -243,10 +225,8 @@ class Atoms:
         width = max(self._table.shape[1], sets.shape[1])
         start = self._table_size
         if start + len(sets) > len(self._table) or width > self._table.shape[1]:
-            room = max(start + len(sets), 2 * len(self._table))
-            table = np.zeros((room, width), dtype=np.int64)
-            table[:start, : self._table.shape[1]] = self._table[:start]
-            self._table = table
+            more = max(start + len(sets), 2 * len(self._table)) - len(self._table)
+            self._table = np.pad(self._table, ((0, more), (0, width - self._table.shape[1])))
         self._table[start : start + len(sets), : sets.shape[1]] = sets
         self._table_size = start + len(sets)
         self._substitute[first] = np.arange(start, start + len(sets))

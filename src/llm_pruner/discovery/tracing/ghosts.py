@@ -17,21 +17,19 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from llm_pruner.discovery.tracing.tracer import Trace, Tracer, tensors_in
+from llm_pruner.discovery.tracing.ops import Operation, tensors_in
 
 LARGEST = 1 << 22
 """Elements of the largest result that is held in memory; larger ones are ghosts too."""
 
-_PRODUCTS = frozenset(
-    {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "_grouped_mm", "grouped_mm_fallback"}
-    | {"convolution", "embedding", "linear", "matmul"}
-)
-
 
 def is_ghost(tensor: torch.Tensor) -> bool:
     """Whether all positions of a tensor share one element."""
-    return tensor.numel() > 1 and all(
-        stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1
+    strides = tensor.stride()
+    return (
+        0 in strides
+        and tensor.numel() > 1
+        and all(stride == 0 for size, stride in zip(tensor.shape, strides, strict=True) if size > 1)
     )
 
 
@@ -121,56 +119,44 @@ class GhostRunner:
     def __init__(self) -> None:
         self._generator = torch.Generator().manual_seed(0)
 
-    def run(
-        self,
-        func: Any,
-        name: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        execute: Callable[..., Any],
-    ) -> Any:
-        """Return the result of an operation, or one of its shape.
-
-        Args:
-            execute: how an operation without ghosts is run; takes ``func``, ``name``, ``args`` and
-                ``kwargs``.
-        """
+    def run(self, known: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the result of an operation, or one of its shape."""
         inputs = tensors_in([*args, *kwargs.values()])
         ghosts = any(is_ghost(tensor) for tensor in inputs)
         large = any(tensor.numel() > LARGEST for tensor in inputs)
-        if _is_view(func) or not (ghosts or large):
-            return execute(func, name, args, kwargs)
-        if func._schema.is_mutable:
+        if known.view or not (ghosts or large):
+            return known.func(*args, **kwargs)
+        if known.mutates:
             target = kwargs.get("out", args[0] if args else None)
             # A ghost holds no values that could change.
             if isinstance(target, torch.Tensor) and (
                 is_ghost(target) or (large and target.is_floating_point())
             ):
                 return target
-        elif large or name in _PRODUCTS:
-            shaped = self._shaped(func, name, args, kwargs)
+        elif large or known.op.product:
+            shaped = self._shaped(known.func, args, kwargs)
             if shaped is not None:
                 return shaped
-        return execute(func, name, args, kwargs)
+        return known.func(*args, **kwargs)
 
-    def _shaped(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _shaped(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return random results of the right shapes; None where values are asked for."""
-        if name == "_grouped_mm":
+        if func is torch.ops.aten._grouped_mm.default:
             # On meta it asks for strides that only the weights themselves have.
             left, right = args[0], args[1]
             out = torch.empty(left.shape[0], right.shape[-1], dtype=left.dtype, device="meta")
         else:
-            on_meta = tree_map_only(torch.Tensor, _to_meta, (args, kwargs))
+            named = {key: _mapped(_to_meta, value) for key, value in kwargs.items()}
             if kwargs.get("device") is not None:
-                on_meta[1]["device"] = torch.device("meta")
+                named["device"] = torch.device("meta")
             try:
-                out = func(*on_meta[0], **on_meta[1])
+                out = func(*(_mapped(_to_meta, value) for value in args), **named)
             except (RuntimeError, NotImplementedError):
                 return None
         results = tensors_in([out])
         if not results or not all(tensor.is_floating_point() for tensor in results):
             return None
-        return tree_map_only(torch.Tensor, self._filled, out)
+        return _mapped(self._filled, out)
 
     def _filled(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.numel() > LARGEST:
@@ -179,24 +165,13 @@ class GhostRunner:
         return real.uniform_(-1, 1, generator=self._generator)
 
 
-class GhostTracer(Tracer):
-    """A tracer that does not compute with ghosts."""
-
-    def __init__(self, trace: Trace, rules: dict[str, Callable[..., None]]) -> None:
-        super().__init__(trace, rules)
-        self._ghosts = GhostRunner()
-
-    def execute(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the operation, or only shape its result."""
-        return self._ghosts.run(func, name, args, kwargs, super().execute)
-
-
-def _is_view(func: Any) -> bool:
-    """Whether the results of an operation share the memory of its input."""
-    return any(
-        result.alias_info is not None and not result.alias_info.is_write
-        for result in func._schema.returns
-    )
+def _mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """Return a value with the tensors in it replaced; single ones, the most, without a search."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, tuple | list):
+        return tree_map_only(torch.Tensor, function, value)
+    return value
 
 
 def _to_meta(tensor: torch.Tensor) -> torch.Tensor:

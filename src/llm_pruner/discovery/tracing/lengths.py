@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
 
+from llm_pruner.discovery.tracing.scenes import Scene
 from llm_pruner.discovery.tracing.sizes import (
     COMPARISONS,
     Attribute,
@@ -22,9 +24,9 @@ from llm_pruner.discovery.tracing.sizes import (
     leaves,
     solve,
 )
-from llm_pruner.discovery.tracing.tracer import Trace
+from llm_pruner.discovery.tracing.trace import Trace
 from llm_pruner.errors import InfeasibleError
-from llm_pruner.types import IntArray
+from llm_pruner.types import IntArray, Removal
 
 Deleted = npt.NDArray[np.bool_]
 Form = dict[int, Fraction]
@@ -320,6 +322,36 @@ def _subtract(left: Form, right: Form, factor: Fraction = Fraction(1)) -> Form:
     for group, value in right.items():
         result[group] = result.get(group, Fraction(0)) - factor * value
     return {group: value for group, value in result.items() if value}
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A settled trace.
+
+    Attributes:
+        trace: atoms and the axes of every tensor.
+        system: solves for attributes.
+        unit_atoms: group name -> representative atom of each unit.
+        scenes: the ways in which the model was run.
+        left_out: names of those that it could not be run in.
+        own_numbers: (module list, module inside a layer, attribute) of numbers of layers that are
+            calculated with, so that a layer keeps its own.
+    """
+
+    trace: Trace
+    system: SizeSystem
+    unit_atoms: Mapping[str, IntArray]
+    scenes: tuple[Scene, ...]
+    left_out: tuple[str, ...] = ()
+    own_numbers: frozenset[tuple[str, str, str]] = frozenset()
+
+    def deleted(self, removal: Removal) -> Deleted:
+        """Return by atom whether the removal deletes it."""
+        flags = np.zeros(len(self.trace.atoms), dtype=bool)
+        for name, units in removal.items():
+            if name in self.unit_atoms and len(units):
+                flags[self.unit_atoms[name][units]] = True
+        return flags
 
 
 def reduce_constraints(

@@ -52,7 +52,7 @@ def traced_attributes(
     def traced(value: int, module: str, name: str) -> TracedInt:
         expr = ("attr", module, name)
         found[expr] = value
-        return TracedInt.of(value, expr, on_value)
+        return TracedInt(value, expr, on_value)
 
     try:
         for path, module in model.named_modules():

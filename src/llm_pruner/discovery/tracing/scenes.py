@@ -120,7 +120,7 @@ def long_length(model: nn.Module, vocabulary: int) -> tuple[int, int | None]:
     Longer than every window, table and number that the model holds, as far as ``LONGEST`` and
     ``OPERATIONS`` and the positions that the model knows allow.
     """
-    held = {size for size in _held(model) if 8 < size != vocabulary}
+    held = {size for size in _numbers(model) if 8 < size != vocabulary}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     bound = int(max(64, min(LONGEST, OPERATIONS / (2 * max(parameters, 1)))))
     positions = maximum_length(model)
@@ -129,36 +129,35 @@ def long_length(model: nn.Module, vocabulary: int) -> tuple[int, int | None]:
     wanted = max((size + 1 for size in held), default=0)
     length = max((size + 1 for size in held if size < bound), default=0)
     length = min(bound, max(length, 128))
-    windows = [size for size in _windows(model) if size >= length]
+    windows = [
+        size
+        for _, name, size in _held(model)
+        if type(size) is int and "window" in name and size >= length
+    ]
     return length, (max(windows) + 1 if windows and wanted > length else None)
 
 
-def _held(model: nn.Module) -> Iterator[int]:
-    """Yield the integers that modules and their settings hold, and the sizes of their tables."""
+def _held(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
+    """Yield (module or settings, name, value) of all that modules and their settings hold."""
     for module in model.modules():
-        for key, value in vars(module).items():
+        for key, value in [*vars(module).items()]:
+            yield module, key, value
             if is_config(key, value):
-                yield from (item for item in vars(value).values() if type(item) is int)
-            elif type(value) is int:
-                yield value
-            elif isinstance(value, tuple | list):
-                yield from (item for item in value if type(item) is int)
-            elif isinstance(value, torch.Tensor):
-                yield from value.shape
-        for _, buffer in module.named_buffers(recurse=False):
-            yield from buffer.shape
-        if isinstance(module, nn.Embedding):
-            yield module.num_embeddings
+                yield from ((value, inner, item) for inner, item in [*vars(value).items()])
 
 
-def _windows(model: nn.Module) -> Iterator[int]:
-    """Yield the lengths that settings name as windows."""
-    for module in model.modules():
-        for key, value in vars(module).items():
-            spaces = vars(value) if is_config(key, value) else {key: value}
-            for name, item in spaces.items():
-                if type(item) is int and "window" in name:
-                    yield item
+def _numbers(model: nn.Module) -> Iterator[int]:
+    """Yield the integers that modules and their settings hold, and the sizes of their tables."""
+    for owner, _, value in _held(model):
+        if type(value) is int:
+            yield value
+        elif isinstance(owner, nn.Module) and isinstance(value, tuple | list):
+            yield from (item for item in value if type(item) is int)
+        elif isinstance(owner, nn.Module) and isinstance(value, torch.Tensor):
+            yield from value.shape
+    for buffer in model.buffers():
+        yield from buffer.shape
+    yield from (one.num_embeddings for one in model.modules() if isinstance(one, nn.Embedding))
 
 
 def few(logits: torch.Tensor) -> torch.Tensor:
@@ -223,21 +222,32 @@ def generated(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
 
 
 @contextmanager
-def staged(model: nn.Module, *, training: bool = False) -> Iterator[None]:
+def staged(model: nn.Module, *, training: bool = False, contents: bool = False) -> Iterator[None]:
     """Switch to evaluation or to training without dropout, and back, without gradients.
 
     What modules hold is put back: states that they keep, and tables that they made anew.
+
+    Args:
+        training: whether to training.
+        contents: put back what tensors that are no parameters hold, too; in training it is always.
     """
     modes = [(module, module.training) for module in model.modules()]
-    held = [
-        (space, dict(space))
+    spaces = [
+        space
         for module in model.modules()
         for space in (vars(module), module._buffers, module._parameters)
         if isinstance(space, dict)
     ]
-    values = [(buffer, buffer.clone()) for buffer in model.buffers()] if training else []
     random = list(_random_parts(model)) if training else []
-    held += [(space, dict(space)) for space, _ in random]
+    held = [(space, dict(space)) for space in (*spaces, *(space for space, _ in random))]
+    values = [
+        (value, value.clone())
+        for _, before in held
+        for value in before.values()
+        if (contents or training)
+        and isinstance(value, torch.Tensor)
+        and not isinstance(value, nn.Parameter)
+    ]
     try:
         for space, key in random:
             space[key] = 0.0
@@ -248,27 +258,19 @@ def staged(model: nn.Module, *, training: bool = False) -> Iterator[None]:
         for module, mode in modes:
             module.training = mode
         for space, before in held:
-            for key, value in before.items():
-                if space.get(key) is not value:
-                    space[key] = value
-            if len(space) > len(before):
-                for key in space.keys() - before.keys():
-                    del space[key]
+            space.update(before)
+            for key in space.keys() - before.keys():
+                del space[key]
         with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)
+            for tensor, value in values:
+                if not (tensor.is_meta or torch.equal(tensor, value)):
+                    tensor.copy_(value)
 
 
 def _random_parts(model: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield where modules and their settings hold how much is dropped or how strong noise is."""
-    for module in model.modules():
-        for key, value in vars(module).items():
-            drops = key == "p" and _RANDOM.search(type(module).__name__)
-            if is_config(key, value):
-                yield from (
-                    (vars(value), name)
-                    for name, item in vars(value).items()
-                    if type(item) is float and _RANDOM.search(name)
-                )
-            elif type(value) is float and (drops or _RANDOM.search(key)):
-                yield vars(module), key
+    for owner, key, value in _held(model):
+        # The rate of a dropout module is its ``p``.
+        name = type(owner).__name__ if key == "p" and isinstance(owner, nn.Module) else key
+        if type(value) is float and _RANDOM.search(name):
+            yield vars(owner), key

@@ -8,10 +8,15 @@ lengths are known, and the equations are solved for the attributes.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
 import math
 import operator
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -50,6 +55,46 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 }
 
 
+def _counted(size: TracedInt, symbol: str, other: Any, swap: bool = False) -> Any:
+    """Return the sum, product and so on of a size and an integer, which is a size again."""
+    plain_other = plain(other)
+    if isinstance(plain_other, torch.Tensor):
+        return NotImplemented  # the function that takes both is watched
+    if type(plain_other) is not int:
+        # A bool is no size; a float, a list or an array is not counted with but calculated.
+        return _calculated(size, ARITHMETIC[symbol], other, swap)
+    left, right = (other, size) if swap else (size, other)
+    value = ARITHMETIC[symbol](plain(left), plain(right))
+    return TracedInt(value, (symbol, expr_of(left), expr_of(right)), size.on_value)
+
+
+def _calculated(
+    size: TracedInt, function: Callable[[Any, Any], Any], other: Any, swap: bool = False
+) -> Any:
+    """Return what a function makes of the value of a size, which is used as a number so."""
+    if isinstance(other, torch.Tensor):
+        return NotImplemented
+    left, right = (_read(other), _read(size)) if swap else (_read(size), _read(other))
+    return function(left, right)
+
+
+def _compared(size: TracedInt, symbol: str, other: Any) -> Any:
+    value = plain(other)
+    if isinstance(value, torch.Tensor):
+        return NotImplemented
+    if isinstance(value, int | float):
+        size.on_value((symbol, size.expr, expr_of(other)))
+    return COMPARISONS[symbol](size.value, value)
+
+
+def _operators(how: Callable[..., Any], what: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return an operator between a size and something else, and its reflected form."""
+    return (
+        lambda self, other: how(self, what, other),
+        lambda self, other: how(self, what, other, swap=True),
+    )
+
+
 class TracedInt(torch.SymInt):
     """An integer with its origin.
 
@@ -68,11 +113,6 @@ class TracedInt(torch.SymInt):
         self.expr = expr
         self.on_value = on_value
 
-    @classmethod
-    def of(cls, value: int, expr: Expr, on_value: Callable[[Expr], None]) -> TracedInt:
-        """Return ``value`` with the origin ``expr``; ``on_value`` hears of uses as a number."""
-        return cls(int(value), expr, on_value)
-
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         return int
@@ -87,49 +127,16 @@ class TracedInt(torch.SymInt):
         self.on_value((PLACE, self.expr))
         return self.value
 
-    def _binary(self, symbol: str, other: Any, *, swap: bool = False) -> Any:
-        plain_other = plain(other)
-        if type(plain_other) is not int:
-            # A bool is no size; a float, a list or an array is not counted with but calculated.
-            if isinstance(plain_other, torch.Tensor):
-                return NotImplemented  # the function that takes both is watched
-            left, right = (plain_other, self._read()) if swap else (self._read(), plain_other)
-            return ARITHMETIC[symbol](left, right)
-        left, right = (other, self) if swap else (self, other)
-        value = ARITHMETIC[symbol](plain(left), plain(right))
-        return TracedInt(value, (symbol, expr_of(left), expr_of(right)), self.on_value)
-
-    def __add__(self, other: Any) -> Any:
-        return self._binary("+", other)
-
-    def __radd__(self, other: Any) -> Any:
-        return self._binary("+", other, swap=True)
-
-    def __sub__(self, other: Any) -> Any:
-        return self._binary("-", other)
-
-    def __rsub__(self, other: Any) -> Any:
-        return self._binary("-", other, swap=True)
-
-    def __mul__(self, other: Any) -> Any:
-        return self._binary("*", other)
-
-    def __rmul__(self, other: Any) -> Any:
-        return self._binary("*", other, swap=True)
-
-    def __floordiv__(self, other: Any) -> Any:
-        return self._binary("//", other)
-
-    def __rfloordiv__(self, other: Any) -> Any:
-        return self._binary("//", other, swap=True)
-
-    def __mod__(self, other: Any) -> Any:
-        return self._binary("%", other)
+    __add__, __radd__ = _operators(_counted, "+")
+    __sub__, __rsub__ = _operators(_counted, "-")
+    __mul__, __rmul__ = _operators(_counted, "*")
+    __floordiv__, __rfloordiv__ = _operators(_counted, "//")
+    __mod__ = _operators(_counted, "%")[0]
 
     def __rmod__(self, other: Any) -> Any:
         if isinstance(other, str):
             return other % self._read()
-        return self._binary("%", other, swap=True)
+        return _counted(self, "%", other, swap=True)
 
     def __divmod__(self, other: Any) -> Any:
         return self // other, self % other
@@ -144,7 +151,7 @@ class TracedInt(torch.SymInt):
         return self // (1 << plain(other)) if type(other) is int else self._read() >> other
 
     def __neg__(self) -> Any:
-        return self._binary("-", 0, swap=True)
+        return _counted(self, "-", 0, swap=True)
 
     def __pos__(self) -> TracedInt:
         return self
@@ -174,47 +181,21 @@ class TracedInt(torch.SymInt):
     def __complex__(self) -> complex:
         return complex(self._read())
 
-    def __truediv__(self, other: Any) -> Any:
-        return self._calculated(operator.truediv, other)
-
-    def __rtruediv__(self, other: Any) -> Any:
-        return self._calculated(operator.truediv, other, swap=True)
+    __truediv__, __rtruediv__ = _operators(_calculated, operator.truediv)
+    __and__, __rand__ = _operators(_calculated, operator.and_)
+    __or__, __ror__ = _operators(_calculated, operator.or_)
+    __xor__, __rxor__ = _operators(_calculated, operator.xor)
+    __rlshift__ = _operators(_calculated, operator.lshift)[1]
+    __rrshift__ = _operators(_calculated, operator.rshift)[1]
 
     def __pow__(self, other: Any, modulo: Any = None) -> Any:
-        if isinstance(other, torch.Tensor):
-            return NotImplemented
-        return pow(self._read(), _read(other), modulo)
+        return _calculated(self, lambda left, right: pow(left, right, modulo), other)
 
     def __rpow__(self, other: Any, modulo: Any = None) -> Any:
-        return pow(_read(other), self._read(), modulo)
-
-    def __and__(self, other: Any) -> Any:
-        return self._calculated(operator.and_, other)
-
-    def __or__(self, other: Any) -> Any:
-        return self._calculated(operator.or_, other)
-
-    def __xor__(self, other: Any) -> Any:
-        return self._calculated(operator.xor, other)
-
-    __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
+        return _calculated(self, lambda left, right: pow(left, right, modulo), other, swap=True)
 
     def __invert__(self) -> int:
         return ~self._read()
-
-    def __rlshift__(self, other: Any) -> Any:
-        return self._calculated(operator.lshift, other, swap=True)
-
-    def __rrshift__(self, other: Any) -> Any:
-        return self._calculated(operator.rshift, other, swap=True)
-
-    def _calculated(
-        self, function: Callable[[Any, Any], Any], other: Any, *, swap: bool = False
-    ) -> Any:
-        if isinstance(other, torch.Tensor):
-            return NotImplemented
-        left, right = (_read(other), self._read()) if swap else (self._read(), _read(other))
-        return function(left, right)
 
     def __getattr__(self, name: str) -> Any:
         """Return what ``int`` has under this name (``real``, ``bit_length``)."""
@@ -243,33 +224,12 @@ class TracedInt(torch.SymInt):
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
         return getattr(ufunc, method)(*map(_read, inputs), **kwargs)
 
-    # --------------------------------------------------------------- comparisons
-
-    def _compare(self, symbol: str, other: Any) -> Any:
-        value = plain(other)
-        if isinstance(value, torch.Tensor):
-            return NotImplemented
-        if isinstance(value, int | float):
-            self.on_value((symbol, self.expr, expr_of(other)))
-        return COMPARISONS[symbol](self.value, value)
-
-    def __eq__(self, other: object) -> Any:
-        return self._compare("==", other)
-
-    def __ne__(self, other: object) -> Any:
-        return self._compare("!=", other)
-
-    def __lt__(self, other: Any) -> Any:
-        return self._compare("<", other)
-
-    def __le__(self, other: Any) -> Any:
-        return self._compare("<=", other)
-
-    def __gt__(self, other: Any) -> Any:
-        return self._compare(">", other)
-
-    def __ge__(self, other: Any) -> Any:
-        return self._compare(">=", other)
+    __eq__ = _operators(_compared, "==")[0]
+    __ne__ = _operators(_compared, "!=")[0]
+    __lt__ = _operators(_compared, "<")[0]
+    __le__ = _operators(_compared, "<=")[0]
+    __gt__ = _operators(_compared, ">")[0]
+    __ge__ = _operators(_compared, ">=")[0]
 
     def __copy__(self) -> TracedInt:
         return self
@@ -450,3 +410,28 @@ def _invert(expr: Expr, leaf: Expr, target: int, values: Mapping[Expr, int]) -> 
     else:
         outer = known // target if target else known + 1
     return _invert(inner, leaf, outer, values)
+
+
+def code_line(*, passing_calls: bool = False) -> str:
+    """Return the file and line of the model's code that runs, such as ``modeling_llama.py:98``.
+
+    Frames of this package's tracing and of PyTorch are passed over; with ``passing_calls`` those of
+    ``__call__``, by which a module is called, too.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        name = frame.f_code.co_filename
+        calls = passing_calls and frame.f_code.co_name == "__call__"
+        if not (calls or name.startswith(_NOT_THE_MODELS)):
+            return f"{Path(name).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "PyTorch"
+
+
+_NOT_THE_MODELS = (
+    f"{Path(__file__).resolve().parent.parent}{os.sep}",
+    f"{Path(torch.__file__).resolve().parent}{os.sep}",
+    contextlib.__file__,
+    functools.__file__,
+    "<frozen",
+)

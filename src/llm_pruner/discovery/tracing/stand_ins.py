@@ -2,11 +2,13 @@
 
 TorchScript, compiled functions and ``flex_attention`` run below the level at which sizes are
 watched. While a context is open, the Python originals run in their place, whoever holds them; what
-has no original is run as it is and freezes all that goes in.
+has no original is run as it is and freezes all that goes in. ``REWRITES`` does the same for
+functions of PyTorch that are watched.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,9 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.jit._script import RecursiveScriptModule
-from torch.overrides import handle_torch_function
+from torch.overrides import _get_current_function_mode, handle_torch_function
+from torch.utils._python_dispatch import _disable_current_modes
 
-from llm_pruner.discovery.tracing.functions import COMPILED_CODE, flex_attention, is_watched
+from llm_pruner.discovery.tracing.sizes import plain
+
+COMPILED_CODE = "compiled code"
+"""Name of the function under which code runs of which nothing is known."""
 
 
 @contextmanager
@@ -59,12 +65,10 @@ def _replace_code(stack: ExitStack, function: Any, other: Any) -> None:
 
 def _flex_attention(*args: Any, **kwargs: Any) -> Any:
     # Runs with the globals of another module, so all that it needs is imported here.
-    from llm_pruner.discovery.tracing.stand_ins import visible_flex_attention
+    from llm_pruner.discovery.tracing.stand_ins import flex_attention
 
-    return visible_flex_attention(*args, **kwargs)
+    return flex_attention(*args, **kwargs)
 
-
-visible_flex_attention = flex_attention
 
 _CALL_FUNCTION = torch._C.ScriptFunction.__call__
 _CALL_METHOD = torch._C.ScriptMethod.__call__
@@ -93,7 +97,7 @@ def _script_module(module: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _unseen(call: Callable[..., Any], code: Any, args: Any, kwargs: Any) -> Any:
-    if not is_watched():
+    if _get_current_function_mode() is None:
         return call(code, *args, **kwargs)
     return handle_torch_function(
         _compiled_code, (), call, code, args, tuple(kwargs), tuple(kwargs.values())
@@ -127,3 +131,143 @@ def _router_losses(gate_logits: Any, num_experts: Any) -> torch.Tensor:  # noqa:
 
 
 _router_losses.__name__ = "load_balancing_loss_func"
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    scale: float | None,
+    enable_gqa: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return attention written out, so that every axis and number in it is seen, and its scores.
+
+    Without ``scale`` the function divides by the square root of the head size; the division below
+    reads that size from the shape, which records the use.
+
+    Args:
+        change: what is done to the scores before the softmax.
+    """
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[-1])
+    if enable_gqa and plain(query.shape[-3]) != plain(key.shape[-3]):
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = (_repeat_interleave(x, groups, dim=-3) for x in (key, value))
+    scores = change((query * scale) @ key.transpose(-2, -1))
+    # A row that may look nowhere gives zeros, as the fused kernels do.
+    return torch.nan_to_num(torch.softmax(scores, dim=-1)) @ value, scores
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,  # noqa: ARG001
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """``scaled_dot_product_attention`` written out."""
+
+    def masked(scores: torch.Tensor) -> torch.Tensor:
+        if is_causal:
+            rows, columns = int(query.shape[-2]), int(key.shape[-2])
+            mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril()
+            scores = scores.masked_fill(~mask, float("-inf"))
+        if attn_mask is None:
+            return scores
+        if attn_mask.dtype == torch.bool:
+            return scores.masked_fill(~attn_mask, float("-inf"))
+        return scores + attn_mask
+
+    return _attend(query, key, value, masked, scale, enable_gqa)[0]
+
+
+def flex_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    score_mod: Callable[..., torch.Tensor] | None = None,
+    block_mask: Any = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    kernel_options: Any = None,  # noqa: ARG001
+    *,
+    return_aux: Any = None,
+) -> Any:
+    """``torch.nn.attention.flex_attention`` written out.
+
+    What ``score_mod`` and the mask do with the number of a head freezes the heads, as numbers of
+    positions are fixed.
+    """
+
+    def changed(scores: torch.Tensor) -> torch.Tensor:
+        with torch._C.DisableTorchFunction():
+            shape = tuple(scores.shape)
+        places = [torch.arange(size, device=query.device) for size in shape]
+        if score_mod is not None:
+            scores = _by_position(score_mod, places, scores).to(scores.dtype)
+        if block_mask is not None:
+            scores = scores.masked_fill(~_by_position(block_mask.mask_mod, places), float("-inf"))
+        return scores
+
+    out, scores = _attend(query, key, value, changed, scale, enable_gqa)
+    out = out.to(query.dtype)
+    if return_aux is not None:
+        return out, type("Aux", (), {"lse": scores.logsumexp(-1), "max_scores": scores.amax(-1)})()
+    return (out, scores.logsumexp(-1)) if return_lse else out
+
+
+def _by_position(
+    function: Callable[..., torch.Tensor], places: list[torch.Tensor], *scores: torch.Tensor
+) -> torch.Tensor:
+    """Call a function of (scores,) batch, head, query and key of single positions on all at once.
+
+    It is made for ``vmap``. Most such functions do the same by broadcasting, where axes can be
+    followed; any other runs as code of which nothing is known.
+    """
+    columns = [
+        place.view([-1 if i == dim else 1 for i in range(4)]) for dim, place in enumerate(places)
+    ]
+
+    def single(*given: torch.Tensor) -> torch.Tensor:
+        mapped = function
+        for dim in (3, 2, 1, 0):
+            dims = [0 if dim == place else None for place in range(4)]
+            mapped = torch.vmap(mapped, in_dims=(*[0] * len(scores), *dims))
+        return mapped(*given)
+
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        expected = single(*scores, *places)
+    try:
+        found = function(*scores, *columns)
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            same = torch.equal(found.expand(expected.shape), expected)
+    except (RuntimeError, IndexError, TypeError):
+        same = False
+    if same:
+        return found
+    single.__name__ = COMPILED_CODE
+    return handle_torch_function(single, (), *scores, *places)
+
+
+def _repeat_interleave(
+    tensor: torch.Tensor, repeats: int | torch.Tensor, dim: int | None = None, **_: Any
+) -> Any:
+    """``repeat_interleave`` by a number, as ``expand`` and ``flatten``; None if not applicable."""
+    if isinstance(repeats, torch.Tensor) or dim is None:
+        return None
+    dim = dim % tensor.dim()
+    sizes = [-1] * (tensor.dim() + 1)
+    sizes[dim + 1] = repeats
+    return tensor.unsqueeze(dim + 1).expand(sizes).flatten(dim, dim + 1)
+
+
+REWRITES: dict[str, Callable[..., Any]] = {
+    "scaled_dot_product_attention": _attention,
+    "repeat_interleave": _repeat_interleave,
+}
+"""Name of a function of PyTorch -> the same in functions that are watched, or None if it cannot."""

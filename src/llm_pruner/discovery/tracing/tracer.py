@@ -1,105 +1,109 @@
 """Runs a model once and keeps, for every tensor, which deletion removes which position.
 
 Every ATen operation passes through ``Tracer`` (a ``TorchDispatchMode``), whatever Python code
-called it; the rule of its family (``rules``) states how the axes of its result follow from the
-axes of its inputs. An operation without a rule freezes all that goes in.
+called it; its rule (``ops``) states how the axes of its result follow from the axes of its inputs.
+An operation without a rule freezes all that goes in.
 """
 
 from __future__ import annotations
 
-import functools
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import weakref
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llm_pruner.discovery.tracing.atoms import Atoms, empty_rows, product_rows
-from llm_pruner.discovery.tracing.code import code_line
-from llm_pruner.discovery.tracing.functions import COMPILED_CODE
-from llm_pruner.discovery.tracing.marks import Marks
-from llm_pruner.discovery.tracing.sizes import Equation, Expr, TracedInt, leaves
+from llm_pruner.discovery.tracing.atoms import empty_rows, product_rows
+from llm_pruner.discovery.tracing.ghosts import GhostRunner
+from llm_pruner.discovery.tracing.ops import (
+    Call,
+    Operation,
+    UnplacedError,
+    operation,
+    tensors_in,
+)
+from llm_pruner.discovery.tracing.sizes import Equation, Expr, TracedInt, code_line, leaves
+from llm_pruner.discovery.tracing.stand_ins import COMPILED_CODE
+from llm_pruner.discovery.tracing.trace import Axes, Choice, Ragged, Role, Trace
 from llm_pruner.types import IntArray
 
-Axes = list[IntArray]
-Role = Literal[
-    "head",
-    "query_key",
-    "value",
-    "activation",
-    "routing",
-    "aligned",
-    "even",
-    "read",
-    "filter",
-    "weighed",
-    "normalised",
-]
+
+class _Key(weakref.ref[torch.Tensor]):
+    __slots__ = ("number",)
+    number: int
 
 
-@dataclass
-class Ragged:
-    """An expanded axis merged with a live one: replica (i, j) may go for each i on its own.
+class Marks:
+    """A dictionary by the identity of tensors, which it does not keep alive.
 
-    All copies hold the same values, so what matters is only how many stay, and that it is equally
-    many for every i that stays.
-
-    Attributes:
-        outer: rows of the live axis, shape (a, k).
-        pairs: atoms of the replicas, shape (a, b).
-        inner: rows of the expanded axis, shape (b, 1); its length is what the model's code reads.
+    A run looks tensors up many times for each operation, so nothing is made to look one up:
+    entries are kept by ``id``, and go with their tensor, before another can have it.
     """
 
-    outer: IntArray
-    pairs: IntArray
-    inner: IntArray
+    def __init__(self) -> None:
+        found: dict[int, tuple[_Key, Any]] = {}
 
+        def forget(key: _Key) -> None:
+            found.pop(key.number, None)
 
-@dataclass
-class Choice:
-    """An axis from which a fixed number of positions is chosen by value, as a router does.
+        self._found = found
+        self._forget: Any = forget
 
-    Attributes:
-        rows: rows of the axis, shape (n, k).
-        count: how many are chosen.
-        available: how many of the n could be chosen; the others were masked.
-    """
+    def __contains__(self, tensor: object) -> bool:
+        return id(tensor) in self._found
 
-    rows: IntArray
-    count: int
-    available: int
+    def __getitem__(self, tensor: torch.Tensor) -> Any:
+        return self._found[id(tensor)][1]
 
+    def __setitem__(self, tensor: torch.Tensor, value: Any) -> None:
+        number = id(tensor)
+        known = self._found.get(number)
+        if known is not None:
+            self._found[number] = known[0], value
+            return
+        key = _Key(tensor, self._forget)
+        key.number = number
+        self._found[number] = key, value
 
-@dataclass
-class Trace:
-    """What a run states about a model, before it is made into groups."""
+    def get(self, tensor: torch.Tensor) -> Any:
+        """Return the value of a tensor, or None."""
+        known = self._found.get(id(tensor))
+        if known is not None:
+            return known[1]
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{type(tensor).__name__} is no tensor")
+        return None
 
-    atoms: Atoms = field(default_factory=Atoms)
-    tensors: dict[str, Axes] = field(default_factory=dict)
-    order: dict[str, int] = field(default_factory=dict)
-    equations: list[Equation] = field(default_factory=list)
-    ragged: list[Ragged] = field(default_factory=list)
-    numbers: dict[Expr, str] = field(default_factory=dict)
-    checks: list[tuple[Expr, str]] = field(default_factory=list)
-    lengths: list[IntArray] = field(default_factory=list)
-    attributes: dict[Expr, int] = field(default_factory=dict)
-    roles: dict[Role, list[IntArray]] = field(default_factory=dict)
-    choices: list[Choice] = field(default_factory=list)
-    residual: IntArray | None = None
-    unknown: dict[str, int] = field(default_factory=dict)
+    def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether all of these tensors are in it."""
+        found = self._found
+        for tensor in tensors:  # noqa: SIM110
+            if id(tensor) not in found:
+                return False
+        return True
+
+    def setdefault(self, tensor: torch.Tensor, value: Any) -> Any:
+        """Give a tensor a value unless it has one; return what it has."""
+        if tensor not in self:
+            self[tensor] = value
+        return self[tensor]
 
 
 class Tracer(TorchDispatchMode):
-    """Labels the axes of all tensors while a model runs."""
+    """Labels the axes of all tensors while a model runs.
 
-    def __init__(self, trace: Trace, rules: dict[str, Callable[..., None]]) -> None:
+    Args:
+        trace: what is stated goes there.
+        ghosts: runs the operations, where weights have stand-ins.
+    """
+
+    def __init__(self, trace: Trace, ghosts: GhostRunner | None = None) -> None:
         super().__init__()
+        self._ghosts = ghosts
         self.trace = trace
         self.atoms = trace.atoms
-        self.rules = rules
         self.labels = Marks()
         self.domains = Marks()
         self.counts = Marks()
@@ -187,13 +191,6 @@ class Tracer(TorchDispatchMode):
             axes = list(axes)
         self.labels[tensor] = axes
 
-    def copy_label(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Label a result as its input, including what its values index."""
-        self.set_label(target, self.label(source))
-        for marked in (self.domains, self.counts):
-            if source in marked:
-                marked[target] = marked[source]
-
     def unify(self, left: IntArray, right: IntArray) -> IntArray:
         """State that two axes shrink together."""
         self.atoms.unify(left, right)
@@ -217,16 +214,10 @@ class Tracer(TorchDispatchMode):
                 continue
             pairs = self._pairs(first, second)
             if transposed:
-                pairs = pairs.T
-            return np.concatenate(
-                [
-                    product_rows(outer, inner[:, :0])
-                    if not transposed
-                    else product_rows(outer[:, :0], inner),
-                    pairs.reshape(-1, 1),
-                ],
-                axis=1,
-            )
+                pairs, rest = pairs.T, product_rows(outer[:, :0], inner)
+            else:
+                rest = product_rows(outer, inner[:, :0])
+            return np.concatenate([rest, pairs.reshape(-1, 1)], axis=1)
         return product_rows(outer, inner)
 
     def _pairs(self, outer: IntArray, inner: IntArray) -> IntArray:
@@ -333,7 +324,7 @@ class Tracer(TorchDispatchMode):
         if number == len(self.trace.lengths):
             self.trace.lengths.append(rows)
         expr = ("len", number)
-        return TracedInt.of(len(rows), expr, self.used_as_number)
+        return TracedInt(len(rows), expr, self.used_as_number)
 
     def sized(self, expr: Expr, rows: IntArray, where: str) -> None:
         """Record that an integer is the length of an axis; a literal one freezes it."""
@@ -363,11 +354,10 @@ class Tracer(TorchDispatchMode):
 
     def values_read(self, tensor: torch.Tensor, where: str) -> None:
         """Freeze a tensor whose values the code reads; what it does with them is unknown."""
-        for rows in (
-            *self.label(tensor),
-            *([self.domains[tensor]] if tensor in self.domains else []),
-        ):
-            self.freeze(rows, f"the code follows its values ({where})")
+        reason = f"the code follows its values ({where})"
+        for rows in self.label(tensor):
+            self.freeze(rows, reason)
+        self._freeze_domains([tensor], reason)
 
     # ---------------------------------------------------------------- running
 
@@ -379,106 +369,76 @@ class Tracer(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        name, mutates, pointwise = _about(func)
+        known = operation(func)
         inputs = tensors_in([*args, *kwargs.values()])
         self._clock += 1
         for tensor in inputs:
             if tensor in self.names:
                 self.trace.order.setdefault(self.names[tensor], self._clock)
-        if mutates and inputs and inputs[0] in self.weights:
+        if known.mutates and inputs and inputs[0] in self.weights:
             self._written |= {_storage(inputs[0])} - self._trained
-        out = self.execute(func, name, args, kwargs)
-        rule = self.rules.get(name)
-        if rule is None and pointwise:
-            rule = self.rules["pointwise"]
+        call = Call(known.name, inputs, self.execute(known, args, kwargs))
         try:
             if self.function == COMPILED_CODE:
                 raise UnplacedError("read by compiled code of which nothing is known")
-            if rule is None:
-                raise UnplacedError(f"no rule for the operation {name}")
-            if name not in DOMAIN_AWARE:
-                for tensor in inputs:
-                    if tensor in self.domains:
-                        self.freeze(self.domains[tensor], f"its positions are chosen by {name}")
-            rule(self, func, args, kwargs, out)
+            if known.op.rule is None:
+                raise UnplacedError(f"no rule for the operation {call.name}")
+            if known.op.domain == "read":
+                self._freeze_domains(inputs, f"its positions are chosen by {call.name}")
+            known.op.rule(self, call, **known.asked(known.op.rule, args, kwargs))
         except (UnplacedError, ValueError, AssertionError, LookupError, TypeError) as error:
             # A call in a form that the rule was not made for is as good as one without a rule.
-            known = isinstance(error, UnplacedError)
-            reason = str(error) if known else f"no rule for this form of the operation {name}"
-            self.trace.unknown[name] = self.trace.unknown.get(name, 0) + 1
-            for tensor in inputs:
-                for rows in self.label(tensor):
-                    self.freeze(rows, reason)
-            for tensor in tensors_in([out]):
-                self.set_label(tensor, [self.frozen_rows(size, reason) for size in tensor.shape])
-        if name in VIEWS and inputs[0] in self.cut_from:
-            for tensor in tensors_in([out]):
-                self.cut_from.setdefault(tensor, self.cut_from[inputs[0]])
-        if name in MOVEMENT and inputs:
-            # Weights that an index takes, of the expert that a token is given, are weights still.
-            moved = inputs[:1] if name == "index" else inputs
-            for marked in (self.weights, self.vocabulary, self.one_hot):
-                if marked.holds(moved):
-                    for tensor in tensors_in([out]):
-                        marked[tensor] = True
-        elif name in COMPUTED and self.weights.holds(inputs):
-            for tensor in tensors_in([out]):
-                self.weights[tensor] = True
-        return out
+            form = f"no rule for this form of the operation {call.name}"
+            reason = str(error) if isinstance(error, UnplacedError) else form
+            self._give_up(call, reason)
+            if known.op.domain != "read":
+                self._freeze_domains(inputs, reason)
+        else:
+            if known.op.domain == "kept" and inputs[0] in self.domains:
+                for tensor in call.results:
+                    self.domains[tensor] = self.domains[inputs[0]]
+        self._follow(known, call, args)
+        return call.out
 
-    def execute(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
+    def _freeze_domains(self, tensors: list[torch.Tensor], reason: str) -> None:
+        for tensor in tensors:
+            if tensor in self.domains:
+                self.freeze(self.domains[tensor], reason)
+
+    def _give_up(self, call: Call, reason: str) -> None:
+        """Freeze all that went into a call and all that came out."""
+        self.trace.unknown[call.name] = self.trace.unknown.get(call.name, 0) + 1
+        for tensor in call.inputs:
+            for rows in self.label(tensor):
+                self.freeze(rows, reason)
+        for tensor in call.results:
+            self.set_label(tensor, [self.frozen_rows(size, reason) for size in tensor.shape])
+
+    def _follow(self, known: Operation, call: Call, args: tuple[Any, ...]) -> None:
+        """Let results be weights, token ids or parts of an axis, as what they are made of."""
+        if known.view and call.inputs[0] in self.cut_from:
+            for tensor in call.results:
+                self.cut_from.setdefault(tensor, self.cut_from[call.inputs[0]])
+        # Weights that an index takes, of the expert that a token is given, are weights still.
+        if known.op.moves and (first := tensors_in(args[:1])):
+            marks = [m for m in (self.weights, self.vocabulary, self.one_hot) if m.holds(first)]
+        elif known.op.makes_weights and self.weights.holds(call.inputs):
+            marks = [self.weights]
+        else:
+            return
+        for mark in marks:
+            for tensor in call.results:
+                mark[tensor] = True
+
+    def execute(self, known: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the operation; the twin overrides this."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return func(*args, **kwargs)
-
-
-class UnplacedError(Exception):
-    """A rule that cannot place its result; what went in is frozen with this reason."""
-
-
-MOVEMENT = frozenset(
-    {"view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "unsqueeze"}
-    | {"squeeze", "slice", "select", "split", "split_with_sizes", "unbind", "detach", "alias"}
-    | {"clone", "_to_copy", "cat", "index"}
-)
-
-COMPUTED = frozenset({"add", "sub", "mul", "div", "mm", "mv", "_weight_norm_interface"})
-"""Operations that make a weight of nothing but weights, as a low-rank update or a norm does."""
-
-VIEWS = frozenset(
-    {"view", "reshape", "_reshape_alias", "transpose", "permute", "t", "expand", "unsqueeze"}
-    | {"squeeze", "slice", "select", "split", "split_with_sizes", "alias", "detach"}
-)
-"""Operations whose result shares the memory of the input, and with it the strides."""
-
-DOMAIN_AWARE = frozenset(
-    {"view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze"}
-    | {"slice", "detach", "alias", "clone", "_to_copy", "gather", "embedding", "index"}
-    | {"index_select", "select", "scatter", "scatter_", "sort", "histc", "bincount"}
-)
+        if self._ghosts is not None:
+            return self._ghosts.run(known, args, kwargs)
+        return known.func(*args, **kwargs)
 
 
 _ONE = empty_rows(1)
 
 
-@functools.cache
-def _about(func: Any) -> tuple[str, bool, bool]:
-    """Return the name of an operation, whether it writes to an input, and whether pointwise."""
-    name = func._overloadpacket.__name__
-    return name, func._schema.is_mutable, torch.Tag.pointwise in func.tags
-
-
 def _storage(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
-
-
-def tensors_in(values: Any) -> list[torch.Tensor]:
-    """Return the tensors in nested lists and tuples."""
-    found: list[torch.Tensor] = []
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found.extend(tensors_in(value))
-    return found

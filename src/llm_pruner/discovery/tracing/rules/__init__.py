@@ -1,8 +1,4 @@
-"""Rules: how the axes of an operation's result follow from those of its inputs, by family."""
-
-from __future__ import annotations
-
-from collections.abc import Callable
+"""The rows of the table of operations (``ops``), by family; importing this fills it."""
 
 from llm_pruner.discovery.tracing.rules import (
     contraction,
@@ -12,11 +8,4 @@ from llm_pruner.discovery.tracing.rules import (
     reduction,
 )
 
-RULES: dict[str, Callable[..., None]] = {
-    **pointwise.RULES,
-    **movement.RULES,
-    **contraction.RULES,
-    **reduction.RULES,
-    **indexing.RULES,
-}
-"""Name of the ATen operation -> rule(tracer, func, args, kwargs, out)."""
+__all__ = ["contraction", "indexing", "movement", "pointwise", "reduction"]

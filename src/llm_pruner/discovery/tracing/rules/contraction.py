@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from llm_pruner.discovery.tracing.atoms import product_rows
+from llm_pruner.discovery.tracing.ops import OPS, Alive, Call, Op, Run, UnplacedError, rule
 from llm_pruner.discovery.tracing.rules.pointwise import broadcast
-from llm_pruner.discovery.tracing.tracer import Tracer, UnplacedError
+from llm_pruner.discovery.tracing.tracer import Tracer
 from llm_pruner.types import IntArray
 
 
-def _note_attention(tracer: Tracer, left: torch.Tensor, right: torch.Tensor) -> None:
+def _note_attention(tracer: Tracer, left: Tensor, right: Tensor) -> None:
     """Name the axes of a product of two activations: scores, or weights times values."""
     if tracer.is_weight(left) or tracer.is_weight(right):
         return
@@ -25,115 +26,133 @@ def _note_attention(tracer: Tracer, left: torch.Tensor, right: torch.Tensor) -> 
         tracer.note("value", outer)
 
 
-def _note_read(tracer: Tracer, left: torch.Tensor, right: torch.Tensor, rows: IntArray) -> None:
+def _note_read(tracer: Tracer, left: Tensor, right: Tensor, rows: IntArray) -> None:
     """Remember that an axis is summed over, and whether by a weight."""
     tracer.note("read", rows)
     if tracer.is_weight(left) != tracer.is_weight(right):
         tracer.note("weighed", rows)
 
 
-def mm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
-    left, right = tracer.label(args[0]), tracer.label(args[1])
-    tracer.unify(left[1], right[0])
-    _note_read(tracer, args[0], args[1], left[1])
-    tracer.set_label(out, [left[0], right[1]])
-    if args[0] in tracer.one_hot and tracer.trace.residual is None:
-        tracer.trace.residual = right[1]
+def _multiply(tracer: Tracer, call: Call, left: Tensor, right: Tensor) -> None:
+    """Sum over the last axis of one factor and the first of the other."""
+    rows, columns = tracer.label(left), tracer.label(right)
+    tracer.unify(rows[-1], columns[0])
+    _note_read(tracer, left, right, rows[-1])
+    tracer.set_label(call.out, rows[:-1] + columns[1:])
 
 
-def bmm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
-    left, right = tracer.label(args[0]), tracer.label(args[1])
+@rule("mm", product=True, makes_weights=True)
+def mm(tracer: Tracer, call: Call, self: Tensor, mat2: Tensor) -> None:
+    _multiply(tracer, call, self, mat2)
+    if self in tracer.one_hot and tracer.trace.residual is None:
+        tracer.trace.residual = tracer.label(mat2)[1]
+
+
+def _living_product(alive: Alive, run: Run, self: Tensor, mat2: Tensor) -> Any:
+    """Of two activations neither need be zero at the removed positions."""
+    living = alive(self, 2)
+    if living is None:
+        return run()
+    return run(self=self.index_select(2, living), mat2=mat2.index_select(1, living))
+
+
+@rule("bmm", product=True, alive=_living_product)
+def bmm(tracer: Tracer, call: Call, self: Tensor, mat2: Tensor) -> None:
+    left, right = tracer.label(self), tracer.label(mat2)
     batch = tracer.unify(left[0], right[0])
     tracer.unify(left[2], right[1])
-    _note_read(tracer, args[0], args[1], left[2])
-    tracer.set_label(out, [batch, left[1], right[2]])
-    _note_attention(tracer, args[0], args[1])
+    _note_read(tracer, self, mat2, left[2])
+    tracer.set_label(call.out, [batch, left[1], right[2]])
+    _note_attention(tracer, self, mat2)
 
 
-def addmm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:
-    mm(tracer, func, args[1:3], kwargs, out)
-    tracer.set_label(out, broadcast(tracer, [out, args[0]], 2))
+@rule("addmm", product=True)
+def addmm(tracer: Tracer, call: Call, self: Tensor, mat1: Tensor, mat2: Tensor) -> None:
+    mm(tracer, call, mat1, mat2)
+    tracer.set_label(call.out, broadcast(tracer, [call.out, self], 2))
 
 
-def baddbmm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:
-    bmm(tracer, func, args[1:3], kwargs, out)
-    tracer.set_label(out, broadcast(tracer, [out, args[0]], 3))
+@rule("baddbmm", product=True)
+def baddbmm(tracer: Tracer, call: Call, self: Tensor, batch1: Tensor, batch2: Tensor) -> None:
+    bmm(tracer, call, batch1, batch2)
+    tracer.set_label(call.out, broadcast(tracer, [call.out, self], 3))
 
 
-def mv(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
-    left, right = tracer.label(args[0]), tracer.label(args[1])
-    tracer.unify(left[-1], right[0])
-    _note_read(tracer, args[0], args[1], left[-1])
-    tracer.set_label(out, left[:-1])
+@rule("mv", product=True, makes_weights=True)
+def mv(tracer: Tracer, call: Call, self: Tensor, vec: Tensor) -> None:
+    _multiply(tracer, call, self, vec)
 
 
-def dot(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:
+@rule("dot", "vdot", product=True)
+def dot(tracer: Tracer, call: Call) -> None:
     """A number; one of nothing but weights divides them, as in a spectral norm."""
-    if tracer.is_weight(args[0]) and tracer.is_weight(args[1]):
+    left, right = call.inputs
+    if tracer.is_weight(left) and tracer.is_weight(right):
         raise UnplacedError("one number is made of the whole weight (a spectral norm)")
-    mv(tracer, func, args, kwargs, out)
+    _multiply(tracer, call, left, right)
 
 
-def grouped_mm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
+@rule("_grouped_mm", product=True)
+def grouped_mm(tracer: Tracer, call: Call, self: Tensor, mat2: Tensor, offs: Tensor | None) -> None:
     """Rows sorted by expert times the weights of their expert: (t, k) x (experts, k, n).
 
     Where the rows of each expert end is given by running sums over counts. An expert that is never
     chosen has no rows, so that the others do not notice when it goes.
     """
-    left, right = tracer.label(args[0]), tracer.label(args[1])
+    left, right = tracer.label(self), tracer.label(mat2)
     if len(left) != 2 or len(right) != 3:
         raise UnplacedError("a grouped product of another form")
-    ends = args[2] if len(args) > 2 else kwargs.get("offs")
-    if isinstance(ends, torch.Tensor) and ends in tracer.counts:
-        tracer.unify(right[0], tracer.label(ends)[0])
+    if offs is not None and offs in tracer.counts:
+        tracer.unify(right[0], tracer.label(offs)[0])
         tracer.note("routing", right[0])
     else:
         tracer.freeze(right[0], "experts run as one grouped product")
     tracer.unify(left[1], right[1])
-    _note_read(tracer, args[0], args[1], left[1])
-    tracer.set_label(out, [left[0], right[2]])
+    _note_read(tracer, self, mat2, left[1])
+    tracer.set_label(call.out, [left[0], right[2]])
     for rows in (right[1], right[2]):
         tracer.note("aligned", rows)
 
 
-def convolution(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
+@rule("convolution", product=True)
+def convolution(
+    tracer: Tracer,
+    call: Call,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    transposed: bool,
+    groups: int,
+) -> None:
     """Convolutions of any number of dimensions, transposed ones and ones in groups.
 
     The first axis of the weight is divided into groups: it holds the output channels, shape
     (out, in / groups, ...), of a transposed one the input channels, (in, out / groups, ...). Input
     and output channels are (group, channel of it): whole groups can go, or the same of each.
     """
-    weight, bias, transposed, groups = args[1], args[2], args[6], args[8]
-    axes, filters = tracer.label(args[0]), tracer.label(weight)
+    axes, filters = tracer.label(input), tracer.label(weight)
     for rows in (*axes[2:], *filters[2:]):
         tracer.freeze(rows, "a convolution runs along it")
     first, second = filters[:2]
     if groups == 1:
         source, channels = (first, second) if transposed else (second, first)
         tracer.unify(axes[1], source)
-        _note_read(tracer, args[0], weight, axes[1])
+        _note_read(tracer, input, weight, axes[1])
     else:
         outer, _ = tracer.split(first, groups, len(first) // groups)
         joined = product_rows(outer, second)
         source, channels = (first, joined) if transposed else (joined, first)
         tracer.unify(axes[1], source)
         if weight.shape[0 if transposed else 1] != (groups if transposed else 1):
-            _note_read(tracer, args[0], weight, axes[1])
+            _note_read(tracer, input, weight, axes[1])
     for rows in (source, channels):
         tracer.note("filter", rows)
     if bias is not None:
         channels = tracer.unify(channels, tracer.label(bias)[0])
-    tail = [tracer.frozen_rows(size, "a convolution runs along it") for size in out.shape[2:]]
-    tracer.set_label(out, [axes[0], channels, *tail])
+    sizes = call.out.shape[2:]
+    tail = [tracer.frozen_rows(size, "a convolution runs along it") for size in sizes]
+    tracer.set_label(call.out, [axes[0], channels, *tail])
 
 
-RULES = {
-    "mm": mm,
-    "bmm": bmm,
-    "addmm": addmm,
-    "baddbmm": baddbmm,
-    "mv": mv,
-    **dict.fromkeys(("dot", "vdot"), dot),
-    "_grouped_mm": grouped_mm,
-    "convolution": convolution,
-}
+# Products of which no rule is known, but that need not be computed with stand-ins.
+OPS |= dict.fromkeys(("addmv", "linear", "matmul", "grouped_mm_fallback"), Op(product=True))

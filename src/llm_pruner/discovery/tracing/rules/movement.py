@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from llm_pruner.discovery.tracing.atoms import empty_rows, product_rows, stack_rows
 from llm_pruner.discovery.tracing.functions import SHAPED_IN_SIGHT
-from llm_pruner.discovery.tracing.tracer import Axes, Tracer, UnplacedError
+from llm_pruner.discovery.tracing.ops import Call, UnplacedError, rule
+from llm_pruner.discovery.tracing.trace import Axes
+from llm_pruner.discovery.tracing.tracer import Tracer
 
 _WHY_FIXED = {
     "multi_head_attention_forward": ", which takes the size of a head from the hidden size",
@@ -62,11 +65,15 @@ def view_axes(tracer: Tracer, axes: Axes, shape: tuple[int, ...]) -> Axes:
     return result
 
 
-def view(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
-    source = args[0]
-    if source.numel() == 0:
+_MOVED: dict[str, Any] = {"moves": True, "domain": "kept"}
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", **_MOVED)
+def view(tracer: Tracer, call: Call, self: Tensor) -> None:
+    out = call.out
+    if self.numel() == 0:
         # No tokens: what axes there are beside theirs is known where there are as many without any.
-        axes, shape = tracer.label(source), tuple(out.shape)
+        axes, shape = tracer.label(self), tuple(out.shape)
         kept = [rows for rows in axes if len(rows)]
         if shape.count(0) != len(axes) - len(kept) or math.prod(map(len, kept)) != math.prod(
             filter(None, shape)
@@ -74,72 +81,77 @@ def view(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -
             raise UnplacedError("a view of an empty tensor")
         placed = iter(view_axes(tracer, kept, tuple(filter(None, shape))))
         tracer.set_label(out, [next(placed) if size else empty_rows(0) for size in shape])
-        return
-    if source.dtype != out.dtype and source.shape == out.shape:
-        tracer.copy_label(source, out)
-        return
-    if _plain_sizes(source) != _plain_sizes(out):
-        require_sight(tracer)
-    tracer.set_label(out, view_axes(tracer, tracer.label(source), tuple(out.shape)))
-    if source in tracer.domains:
-        tracer.domains[out] = tracer.domains[source]
+    elif self.dtype != out.dtype and self.shape == out.shape:
+        same(tracer, call, self)
+    else:
+        if _plain_sizes(self) != _plain_sizes(out):
+            require_sight(tracer)
+        tracer.set_label(out, view_axes(tracer, tracer.label(self), tuple(out.shape)))
 
 
-def _plain_sizes(tensor: torch.Tensor) -> list[int]:
+def _plain_sizes(tensor: Tensor) -> list[int]:
     return [size for size in tensor.shape if size != 1]
 
 
-def same(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
-    tracer.copy_label(args[0], out)
+@rule("clone", "detach", "alias", "_to_copy", "contiguous", "lift_fresh", **_MOVED)
+@rule("lift_fresh_copy", "detach_", "view_as", "positive", "resolve_conj", **_MOVED)
+def same(tracer: Tracer, call: Call, self: Tensor) -> None:
+    tracer.set_label(call.out, tracer.label(self))
+    if self in tracer.counts:
+        tracer.counts[call.out] = True
 
 
-def transpose(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:
-    name = func._overloadpacket.__name__
-    axes = tracer.label(args[0])
-    if name == "t":
-        order = list(range(len(axes)))[::-1]
-    elif name == "permute":
-        order = [dim % len(axes) for dim in args[1]]
-    else:
-        order = list(range(len(axes)))
-        first, second = args[1] % len(axes), args[2] % len(axes)
-        order[first], order[second] = second, first
-    tracer.set_label(out, [axes[place] for place in order])
-    if args[0] in tracer.domains:
-        tracer.domains[out] = tracer.domains[args[0]]
-    del kwargs
+@rule("t", **_MOVED)
+def turn(tracer: Tracer, call: Call, self: Tensor) -> None:
+    tracer.set_label(call.out, tracer.label(self)[::-1])
 
 
-def squeeze(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
-    kept = [rows for rows in tracer.label(args[0]) if len(rows) != 1]
-    tracer.set_label(out, view_axes(tracer, kept, tuple(out.shape)))
-    if args[0] in tracer.domains:
-        tracer.domains[out] = tracer.domains[args[0]]
+@rule("permute", **_MOVED)
+def permute(tracer: Tracer, call: Call, self: Tensor, dims: Sequence[int]) -> None:
+    axes = tracer.label(self)
+    tracer.set_label(call.out, [axes[dim] for dim in dims])
 
 
-def expand(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
+@rule("transpose", **_MOVED)
+def transpose(tracer: Tracer, call: Call, self: Tensor, dim0: int, dim1: int) -> None:
+    axes = tracer.label(self)
+    axes[dim0], axes[dim1] = axes[dim1], axes[dim0]
+    tracer.set_label(call.out, axes)
+
+
+@rule("squeeze", "unsqueeze", "squeeze_", "unsqueeze_", **_MOVED)
+def squeeze(tracer: Tracer, call: Call, self: Tensor) -> None:
+    kept = [rows for rows in tracer.label(self) if len(rows) != 1]
+    tracer.set_label(call.out, view_axes(tracer, kept, tuple(call.out.shape)))
+
+
+def _in_front(tracer: Tracer, tensor: Tensor, dims: int) -> Axes:
+    """Return the axes of a tensor behind new ones of one position, ``dims`` in all."""
+    axes = tracer.label(tensor)
+    return [empty_rows(1)] * (dims - len(axes)) + axes
+
+
+@rule("expand", **_MOVED)
+def expand(tracer: Tracer, call: Call, self: Tensor) -> None:
     """New positions are replicas: they all hold the same values."""
-    axes = tracer.label(args[0])
-    axes = [empty_rows(1)] * (out.dim() - len(axes)) + axes
-    if [len(rows) for rows in axes] != list(out.shape):
+    axes, sizes = _in_front(tracer, self, call.out.dim()), list(call.out.shape)
+    if [len(rows) for rows in axes] != sizes:
         require_sight(tracer)
     tracer.set_label(
-        out,
+        call.out,
         [
             rows if len(rows) == size else tracer.atoms.fresh(size, replica=True)
-            for rows, size in zip(axes, out.shape, strict=True)
+            for rows, size in zip(axes, sizes, strict=True)
         ],
     )
-    if args[0] in tracer.domains:
-        tracer.domains[out] = tracer.domains[args[0]]
 
 
-def repeat(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
+@rule("repeat")
+def repeat(tracer: Tracer, call: Call, self: Tensor) -> None:
     require_sight(tracer)
-    axes = tracer.label(args[0])
-    axes = [empty_rows(1)] * (out.dim() - len(axes)) + axes
+    axes = _in_front(tracer, self, call.out.dim())
     result = []
-    for rows, size in zip(axes, out.shape, strict=True):
+    for rows, size in zip(axes, call.out.shape, strict=True):
         if len(rows) == size:
             result.append(rows)
         elif len(rows) == 1:
@@ -151,159 +163,130 @@ def repeat(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor)
             else:
                 times = tracer.atoms.fresh(size // len(rows), replica=True)
             result.append(product_rows(times, rows))
-    tracer.set_label(out, result)
+    tracer.set_label(call.out, result)
 
 
-def slice_(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
-    dim = args[1] if len(args) > 1 else 0
-    start = args[2] if len(args) > 2 else None
-    stop = args[3] if len(args) > 3 else None
-    step = args[4] if len(args) > 4 else 1
-    axes = tracer.label(args[0])
-    if args[0].shape != out.shape:
+@rule("slice", **_MOVED)
+def slice_(
+    tracer: Tracer,
+    call: Call,
+    self: Tensor,
+    dim: int,
+    start: int | None,
+    end: int | None,
+    step: int,
+) -> None:
+    axes = tracer.label(self)
+    if self.shape != call.out.shape:
         require_sight(tracer)
-    if axes[dim].shape[0] != out.shape[dim]:
-        tracer.cut_from[out] = axes[dim]
-    axes[dim] = axes[dim][slice(start, stop, step)]
-    tracer.set_label(out, axes)
-    if args[0] in tracer.domains:
-        tracer.domains[out] = tracer.domains[args[0]]
+        tracer.cut_from[call.out] = axes[dim]
+    axes[dim] = axes[dim][start:end:step]
+    tracer.set_label(call.out, axes)
 
 
-def select(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
-    axes = tracer.label(args[0])
-    dim = args[1] % len(axes)
-    tracer.freeze(axes[dim], "single positions of it are taken")
-    tracer.set_label(out, axes[:dim] + axes[dim + 1 :])
-    if args[0] in tracer.domains:
-        tracer.domains[out] = tracer.domains[args[0]]
+@rule("select", **_MOVED)
+@rule("unbind", moves=True)
+def select(tracer: Tracer, call: Call, self: Tensor, dim: int) -> None:
+    axes = tracer.label(self)
+    tracer.freeze(axes.pop(dim), "single positions of it are taken")
+    for piece in call.results:
+        tracer.set_label(piece, axes)
 
 
-def split(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ARG001
+@rule("split", "split_with_sizes", moves=True)
+@rule("chunk", "unsafe_split")
+def split(tracer: Tracer, call: Call, self: Tensor, dim: int) -> None:
     require_sight(tracer)
-    axes = tracer.label(args[0])
-    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % len(axes)
-    start = 0
-    for piece in out:
+    axes = tracer.label(self)
+    whole, start = axes[dim], 0
+    for piece in call.results:
         stop = start + piece.shape[dim]
-        tracer.set_label(piece, [*axes[:dim], axes[dim][start:stop], *axes[dim + 1 :]])
-        tracer.cut_from[piece] = axes[dim]
+        axes[dim] = whole[start:stop]
+        tracer.set_label(piece, axes)
+        tracer.cut_from[piece] = whole
         start = stop
 
 
-def unbind(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ARG001
-    axes = tracer.label(args[0])
-    dim = (args[1] if len(args) > 1 else 0) % len(axes)
-    tracer.freeze(axes[dim], "single positions of it are taken")
-    for piece in out:
-        tracer.set_label(piece, axes[:dim] + axes[dim + 1 :])
-
-
-def cat(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
-    parts = [part for part in args[0] if part.numel() or part.dim() == out.dim()]
-    parts = [part for part in parts if part.dim() == out.dim()]
-    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
-    labels = [tracer.label(part) for part in parts]
+@rule("cat", moves=True)
+def cat(tracer: Tracer, call: Call, tensors: Sequence[Tensor], dim: int) -> None:
+    # An empty tensor of one axis goes with any others.
+    labels = [tracer.label(part) for part in tensors if part.dim() == call.out.dim()]
+    dim = dim % call.out.dim()
     axes: Axes = []
-    for place in range(out.dim()):
-        rows = [label[place] for label in labels]
+    for place, rows in enumerate(zip(*labels, strict=True)):
         if place == dim:
-            axes.append(stack_rows(rows))
+            axes.append(stack_rows(list(rows)))
             continue
         joined = rows[0]
         for other in rows[1:]:
             joined = tracer.unify(joined, other)
         axes.append(joined)
-    if len(axes[dim]) == 1:
-        axes[dim] = empty_rows(1)
-    tracer.set_label(out, axes)
+    tracer.set_label(call.out, axes)
 
 
-def stack(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
-    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
-    labels = [tracer.label(part) for part in args[0]]
-    axes = labels[0]
-    for label in labels[1:]:
+@rule("stack")
+def stack(tracer: Tracer, call: Call, tensors: Sequence[Tensor], dim: int) -> None:
+    axes, *others = [tracer.label(part) for part in tensors]
+    for label in others:
         axes = [tracer.unify(a, b) for a, b in zip(axes, label, strict=True)]
-    new = tracer.frozen_rows(out.shape[dim], "stacked in the code")
-    tracer.set_label(out, [*axes[:dim], new, *axes[dim:]])
+    dim = dim % call.out.dim()
+    axes.insert(dim, tracer.frozen_rows(call.out.shape[dim], "stacked in the code"))
+    tracer.set_label(call.out, axes)
 
 
-def pad(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
-    axes = tracer.label(args[0])
-    for place, size in enumerate(out.shape):
+@rule("constant_pad_nd", *(f"reflection_pad{n}d" for n in (1, 2, 3)))
+@rule(*(f"replication_pad{n}d" for n in (1, 2, 3)))
+def pad(tracer: Tracer, call: Call, self: Tensor) -> None:
+    axes = tracer.label(self)
+    for place, size in enumerate(call.out.shape):
         if len(axes[place]) != size:
             tracer.freeze(axes[place], "padded in the code")
             axes[place] = tracer.frozen_rows(size, "padded in the code")
-    tracer.set_label(out, axes)
+    tracer.set_label(call.out, axes)
 
 
-def reorder(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
-    """``roll`` and ``flip``: the axes that move keep their length only when nothing is deleted."""
-    axes = tracer.label(args[0])
-    name = func._overloadpacket.__name__
-    dims = args[1] if name == "flip" else (args[2] if len(args) > 2 else [])
-    dims = dims if isinstance(dims, list | tuple) else [dims]
+@rule("roll", "flip")
+def reorder(tracer: Tracer, call: Call, self: Tensor, dims: Sequence[int]) -> None:
+    """The axes that move keep their length only when nothing is deleted."""
+    axes = tracer.label(self)
     for dim in dims or range(len(axes)):
-        tracer.freeze(axes[dim], f"reordered by {name}")
-    tracer.set_label(out, axes)
+        tracer.freeze(axes[dim], f"reordered by {call.name}")
+    tracer.set_label(call.out, axes)
 
 
-def triangle(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
-    axes = tracer.label(args[0])
+@rule("tril", "triu", "tril_", "triu_")
+def triangle(tracer: Tracer, call: Call, self: Tensor) -> None:
+    axes = tracer.label(self)
     for rows in axes[-2:]:
         tracer.freeze(rows, "a triangular mask covers it")
-    tracer.set_label(out, axes)
+    tracer.set_label(call.out, axes)
 
 
-def unfold(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
-    axes = tracer.label(args[0])
-    dim = args[1] % len(axes)
-    tracer.freeze(axes[dim], "cut into overlapping windows")
-    axes[dim] = tracer.frozen_rows(out.shape[dim], "windows")
-    axes.append(tracer.frozen_rows(out.shape[-1], "windows"))
-    tracer.set_label(out, axes)
+@rule("unfold")
+def unfold(tracer: Tracer, call: Call, self: Tensor, dimension: int) -> None:
+    axes = tracer.label(self)
+    tracer.freeze(axes[dimension], "cut into overlapping windows")
+    axes[dimension] = tracer.frozen_rows(call.out.shape[dimension], "windows")
+    axes.append(tracer.frozen_rows(call.out.shape[-1], "windows"))
+    tracer.set_label(call.out, axes)
 
 
-def diagonal(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
+@rule("diagonal")
+def diagonal(tracer: Tracer, call: Call) -> None:  # noqa: ARG001
     raise UnplacedError("a diagonal is taken")
 
 
-def as_complex(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
+@rule("view_as_complex")
+def as_complex(tracer: Tracer, call: Call, self: Tensor) -> None:
     """Pairs of neighbours become complex numbers; an axis that they were cut from stays even."""
-    if args[0] in tracer.cut_from:
-        tracer.note("even", tracer.cut_from[args[0]])
-    axes = tracer.label(args[0])
+    if self in tracer.cut_from:
+        tracer.note("even", tracer.cut_from[self])
+    axes = tracer.label(self)
     tracer.freeze(axes[-1], "pairs are read as complex numbers")
-    tracer.set_label(out, axes[:-1])
+    tracer.set_label(call.out, axes[:-1])
 
 
-def as_real(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
+@rule("view_as_real")
+def as_real(tracer: Tracer, call: Call, self: Tensor) -> None:
     pair = tracer.frozen_rows(2, "pairs are read as complex numbers")
-    tracer.set_label(out, [*tracer.label(args[0]), pair])
-
-
-RULES = {
-    "view_as_complex": as_complex,
-    "view_as_real": as_real,
-    **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten"), view),
-    **dict.fromkeys(("clone", "detach", "alias", "_to_copy", "contiguous", "lift_fresh"), same),
-    **dict.fromkeys(("lift_fresh_copy", "detach_", "view_as", "positive", "resolve_conj"), same),
-    **dict.fromkeys(("t", "transpose", "permute"), transpose),
-    **dict.fromkeys(("squeeze", "unsqueeze", "squeeze_", "unsqueeze_"), squeeze),
-    "expand": expand,
-    "repeat": repeat,
-    "slice": slice_,
-    "select": select,
-    **dict.fromkeys(("split", "split_with_sizes", "chunk", "unsafe_split"), split),
-    "unbind": unbind,
-    "cat": cat,
-    "stack": stack,
-    "constant_pad_nd": pad,
-    **dict.fromkeys((f"reflection_pad{n}d" for n in (1, 2, 3)), pad),
-    **dict.fromkeys((f"replication_pad{n}d" for n in (1, 2, 3)), pad),
-    **dict.fromkeys(("roll", "flip"), reorder),
-    **dict.fromkeys(("tril", "triu", "tril_", "triu_"), triangle),
-    "unfold": unfold,
-    "diagonal": diagonal,
-}
+    tracer.set_label(call.out, [*tracer.label(self), pair])

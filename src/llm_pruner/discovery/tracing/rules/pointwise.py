@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
+from torch import Tensor
 
 from llm_pruner.discovery.tracing.atoms import empty_rows
-from llm_pruner.discovery.tracing.code import code_line
 from llm_pruner.discovery.tracing.functions import SHAPED_IN_SIGHT
-from llm_pruner.discovery.tracing.tracer import Axes, Tracer, UnplacedError, tensors_in
+from llm_pruner.discovery.tracing.ops import Call, UnplacedError, rule
+from llm_pruner.discovery.tracing.sizes import code_line
+from llm_pruner.discovery.tracing.trace import Axes
+from llm_pruner.discovery.tracing.tracer import Tracer
 from llm_pruner.types import IntArray
 
-NONLINEAR = frozenset(
-    {"silu", "gelu", "relu", "sigmoid", "tanh", "leaky_relu", "elu", "softplus", "mish"}
-    | {"hardswish", "expm1", "exp", "threshold", "clamp_min", "log_sigmoid_forward"}
-)
 
-
-def broadcast(tracer: Tracer, inputs: list[torch.Tensor], dims: int) -> Axes:
+def broadcast(tracer: Tracer, inputs: list[Tensor], dims: int) -> Axes:
     """Unify the axes of all inputs, aligned from the right, and return those of the result."""
     axes: Axes = []
     shapes = [tensor.shape for tensor in inputs]
@@ -37,11 +32,15 @@ def broadcast(tracer: Tracer, inputs: list[torch.Tensor], dims: int) -> Axes:
     return axes
 
 
-def pointwise(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+@rule("pointwise", "copy", "copy_", "fill_", "zero_", "masked_fill", "masked_fill_", "floor_divide")
+@rule("dropout", "native_dropout", "bernoulli")
+@rule("mul", "div", makes_weights=True)
+@rule("add", "sub", makes_weights=True, keeps_ids=True)
+@rule("clamp", "clamp_max", "remainder", "where", keeps_ids=True)
+def pointwise(tracer: Tracer, call: Call) -> None:
     """Unify everything that meets; an operation in place labels its target anew."""
-    inputs = tensors_in([*args, *kwargs.values()])
-    for result in tensors_in([out]):
-        axes = broadcast(tracer, inputs, result.dim())
+    for result in call.results:
+        axes = broadcast(tracer, call.inputs, result.dim())
         if [len(rows) for rows in axes] != list(result.shape):
             # All inputs have one position where the result has several: it was resized in place.
             axes = [
@@ -49,69 +48,67 @@ def pointwise(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> No
                 for rows, size in zip(axes, result.shape, strict=True)
             ]
         tracer.set_label(result, axes)
-    name = func._overloadpacket.__name__.rstrip("_")
-    if name in NONLINEAR and isinstance(out, torch.Tensor) and out.dim():
-        tracer.note("activation", tracer.label(out)[-1])
-    if name == "eq" and args[0] in tracer.vocabulary and isinstance(args[1], torch.Tensor):
-        tracer.one_hot[out] = True
 
 
-def glu(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: torch.Tensor) -> None:  # noqa: ARG001
+@rule("silu", "gelu", "relu", "sigmoid", "tanh", "leaky_relu", "elu", "softplus", "mish")
+@rule("silu_", "gelu_", "relu_", "sigmoid_", "tanh_", "leaky_relu_", "elu_", "mish_")
+@rule("hardswish", "hardswish_", "expm1", "expm1_", "exp", "exp_", "threshold", "threshold_")
+@rule("log_sigmoid_forward")
+@rule("clamp_min", "clamp_min_", keeps_ids=True)
+def activation(tracer: Tracer, call: Call) -> None:
+    """What bends: the axis in front of it is one of a feed-forward network."""
+    pointwise(tracer, call)
+    if isinstance(call.out, Tensor) and call.out.dim():
+        tracer.note("activation", tracer.label(call.out)[-1])
+
+
+@rule("eq", "eq_")
+def equal(tracer: Tracer, call: Call, self: Tensor, other: object) -> None:
+    """Token ids compared with all ids there are make one-hot rows."""
+    pointwise(tracer, call)
+    if self in tracer.vocabulary and isinstance(other, Tensor):
+        tracer.one_hot[call.out] = True
+
+
+@rule("glu")
+def glu(tracer: Tracer, call: Call, self: Tensor, dim: int) -> None:
     """First half times the sigmoid of the second: both halves shrink together."""
-    axes = tracer.label(args[0])
-    dim = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) % len(axes)
-    half = out.shape[dim]
+    axes = tracer.label(self)
+    half = call.out.shape[dim]
     axes[dim] = tracer.unify(axes[dim][:half], axes[dim][half:])
-    tracer.set_label(out, axes)
+    tracer.set_label(call.out, axes)
     tracer.note("activation", axes[dim])
 
 
-_OTHERS = """
-    copy copy_ fill_ zero_ masked_fill masked_fill_ floor_divide lerp nan_to_num where clamp clamp_
-    dropout native_dropout bernoulli threshold glu_pointwise addcmul addcdiv log_sigmoid_forward
-    logaddexp softplus mish hardtanh elu relu_ silu_
-"""
-
-
-def uniform(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ARG001
+@rule("zeros", "ones", "full", "empty", "scalar_tensor", "empty_strided")
+@rule("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided")
+def uniform(tracer: Tracer, call: Call) -> None:
     """``zeros`` and the like hold one value everywhere: their axes adapt to what they meet."""
     if tracer.function not in SHAPED_IN_SIGHT:
         raise UnplacedError(f"created inside {tracer.function or 'compiled code'}")
-    for result in tensors_in([out]):
-        tracer.set_label(result, [tracer.atoms.fresh(size) for size in result.shape])
+    tracer.set_label(call.out, [tracer.atoms.fresh(size) for size in call.out.shape])
 
 
-def like(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ARG001
-    """``zeros_like`` and the like: shaped as their input."""
-    tracer.set_label(out, tracer.label(args[0]))
+@rule("zeros_like", "ones_like", "full_like", "empty_like")
+def like(tracer: Tracer, call: Call, self: Tensor) -> None:
+    """Shaped as their input."""
+    tracer.set_label(call.out, tracer.label(self))
 
 
-def counting(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ARG001
+@rule("arange", "linspace", "logspace", "tril_indices")
+@rule("rand", "randn", "randint", "randperm", "rand_like", "randn_like")
+def counting(tracer: Tracer, call: Call) -> None:
     """``arange`` and the like: the values depend on the position."""
     reason = f"computed from positions ({code_line()})"
-    for result in tensors_in([out]):
-        tracer.set_label(result, [tracer.frozen_rows(size, reason) for size in result.shape])
+    tracer.set_label(call.out, [tracer.frozen_rows(size, reason) for size in call.out.shape])
 
 
-def identity(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+@rule("eye")
+def identity(tracer: Tracer, call: Call) -> None:
     """``eye`` stays one when the same rows and columns go."""
-    if out.shape[0] != out.shape[1]:
-        counting(tracer, func, args, kwargs, out)
+    if call.out.shape[0] != call.out.shape[1]:
+        counting(tracer, call)
         return
     if tracer.function not in SHAPED_IN_SIGHT:
         raise UnplacedError(f"created inside {tracer.function or 'compiled code'}")
-    tracer.set_label(out, [tracer.atoms.fresh(out.shape[0])] * 2)
-
-
-RULES = {
-    "glu": glu,
-    **dict.fromkeys(("pointwise", *_OTHERS.split()), pointwise),
-    "eye": identity,
-    **dict.fromkeys(("zeros", "ones", "full", "empty", "scalar_tensor", "empty_strided"), uniform),
-    **dict.fromkeys(
-        ("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"), uniform
-    ),
-    **dict.fromkeys(("zeros_like", "ones_like", "full_like", "empty_like"), like),
-    **dict.fromkeys(("arange", "linspace", "logspace", "tril_indices"), counting),
-    **dict.fromkeys(("rand", "randn", "randint", "randperm", "rand_like", "randn_like"), counting),
-}
+    tracer.set_label(call.out, [tracer.atoms.fresh(call.out.shape[0])] * 2)

@@ -1,137 +1,212 @@
-"""Sums, norms and softmax: an axis is summed over or normalised along."""
+"""Sums, norms and softmax: an axis is summed over or normalised along.
+
+Beside each rule stands how the masked twin computes the same on the positions that stay.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from llm_pruner.discovery.tracing.atoms import empty_rows
-from llm_pruner.discovery.tracing.tracer import Axes, Tracer, tensors_in
+from llm_pruner.discovery.tracing.ops import Alive, Call, Run, rule
+from llm_pruner.discovery.tracing.trace import Axes
+from llm_pruner.discovery.tracing.tracer import Tracer
+
+Dims = int | Sequence[int] | None
+"""Axes that are reduced over; None or none for all."""
 
 
-def reduced_dims(name: str, args: Any, kwargs: Any, dims: int) -> list[int]:
-    """Return the axes that an operation reduces over, counted from the left."""
-    position = 2 if name in ("linalg_vector_norm", "norm") else 1
-    given = args[position] if len(args) > position else kwargs.get("dim")
-    if name in ("var", "std") and isinstance(given, bool):
-        given = None
-    if given is None or (isinstance(given, list | tuple) and not given):
+def _places(dim: Dims, dims: int) -> list[int]:
+    """Return the axes that are reduced over, counted from the left."""
+    if dim is None or (isinstance(dim, Sequence) and not dim):
         return list(range(dims))
-    given = given if isinstance(given, list | tuple) else [given]
-    return [int(dim) % max(dims, 1) for dim in given]
+    given = dim if isinstance(dim, Sequence) else [dim]
+    return [int(one) % max(dims, 1) for one in given]
 
 
-def reduce(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+def _over_living(
+    alive: Alive, run: Run, self: Tensor, dim: Dims = None
+) -> tuple[Any, Tensor | None]:
+    """Return what a reduction gives over living positions, and these, where some are removed."""
+    source, last = self, None
+    for place in _places(dim, self.dim()):
+        living = alive(self, place)
+        if living is not None:
+            source, last = source.index_select(place, living), living
+    return run(self=source), last
+
+
+def reduce_living(alive: Alive, run: Run, self: Tensor, dim: Dims = None) -> Any:
+    """Reduce over the living positions alone."""
+    return _over_living(alive, run, self, dim)[0]
+
+
+@rule("sum", "mean", "amax", "amin", "var", "std", "prod", "logsumexp", alive=reduce_living)
+@rule("linalg_vector_norm", "norm", "var_mean", alive=reduce_living)
+@rule("any", "all")
+def reduce(tracer: Tracer, call: Call, self: Tensor, dim: Dims = None) -> None:
     """Drop the reduced axes, or keep them with one position."""
-    name = func._overloadpacket.__name__
-    axes = tracer.label(args[0])
-    gone = reduced_dims(name, args, kwargs, len(axes))
-    for dim in gone if axes else ():
-        tracer.require_whole(axes[dim])
-        if name == "sum":
-            tracer.note("read", axes[dim])
-    for result in tensors_in([out]):
+    axes = tracer.label(self)
+    gone = _places(dim, len(axes))
+    for place in gone if axes else ():
+        tracer.require_whole(axes[place])
+        if call.name == "sum":
+            tracer.note("read", axes[place])
+    for result in call.results:
         if result.dim() == len(axes):
             kept: Axes = [empty_rows(1) if i in gone else rows for i, rows in enumerate(axes)]
         else:
             kept = [rows for i, rows in enumerate(axes) if i not in gone]
         tracer.set_label(result, kept)
-        if not result.dtype.is_floating_point and name in ("argmax", "argmin", "max", "min"):
-            tracer.domains[result] = axes[gone[0]]
 
 
-def along(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ARG001
+def _extreme_living(alive: Alive, run: Run, self: Tensor, dim: Dims = None) -> Any:
+    """Reduce over the living positions; positions that it gives are those of the whole axis."""
+    out, living = _over_living(alive, run, self, dim)
+    if living is None or isinstance(out, Tensor):
+        return out
+    return type(out)((out[0], living[out[1]]))
+
+
+def _place_living(alive: Alive, run: Run, self: Tensor, dim: Dims = None) -> Any:
+    out, living = _over_living(alive, run, self, dim)
+    return out if living is None else living[out]
+
+
+@rule("max", "min", alive=_extreme_living)
+@rule("argmax", "argmin", alive=_place_living)
+def extreme(tracer: Tracer, call: Call, self: Tensor, dim: Dims = None) -> None:
+    """The result holds values, or their positions, or both."""
+    reduce(tracer, call, self, dim)
+    if call.name.startswith("arg") or len(call.results) > 1:
+        tracer.domains[call.results[-1]] = tracer.label(self)[_places(dim, self.dim())[0]]
+
+
+def _along_living(alive: Alive, run: Run, self: Tensor, dim: int) -> Any:
+    living = alive(self, dim)
+    if living is None:
+        return run()
+    part = run(self=self.index_select(dim, living))
+    return part.new_zeros(self.shape).index_copy(dim % self.dim(), living, part)
+
+
+@rule("_softmax", "_log_softmax", "softmax", "_safe_softmax", alive=_along_living)
+def along(tracer: Tracer, call: Call, self: Tensor, dim: int) -> None:
     """Softmax and the like: every axis stays."""
-    axes = tracer.label(args[0])
+    axes = tracer.label(self)
     if axes:
-        tracer.require_whole(axes[args[1]])
-        tracer.note("normalised", axes[args[1]])
-    for result in tensors_in([out]):
-        tracer.set_label(result, axes)
+        tracer.require_whole(axes[dim])
+        tracer.note("normalised", axes[dim])
+    tracer.set_label(call.out, axes)
 
 
-def running(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ARG001
+@rule("cumsum", "cumprod", "cummax", "logcumsumexp")
+def running(tracer: Tracer, call: Call, self: Tensor, dim: int) -> None:
     """Running sums: a position depends on all before it.
 
     Counts of choices are zero where something is deleted, so that the other sums stay.
     """
-    axes = tracer.label(args[0])
-    counted = args[0] in tracer.counts and func._overloadpacket.__name__ == "cumsum"
+    axes = tracer.label(self)
+    counted = self in tracer.counts and call.name == "cumsum"
     if not counted:
-        tracer.freeze(axes[args[1]], "summed position after position")
-    for result in tensors_in([out]):
+        tracer.freeze(axes[dim], "summed position after position")
+    for result in call.results:
         tracer.set_label(result, axes)
         if counted:
             tracer.counts[result] = True
 
 
-def layer_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ARG001
-    """``native_layer_norm`` and ``_fused_rms_norm``: weight and bias follow the last axes."""
-    axes = tracer.label(args[0])
-    count = len(args[1])
+def _norm_living(
+    alive: Alive,
+    run: Run,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None = None,
+) -> Any:
+    living = alive(input, -1) if len(normalized_shape) == 1 else None
+    if living is None:
+        return run()
+    given = {"weight": weight, "bias": bias}
+    cut = {name: one.index_select(0, living) for name, one in given.items() if one is not None}
+    source = input.index_select(-1, living)
+    part, *rest = run(input=source, normalized_shape=[len(living)], **cut)
+    whole = part.new_zeros(input.shape).index_copy(input.dim() - 1, living, part)
+    return (whole, *rest)
+
+
+@rule("native_layer_norm", "_fused_rms_norm", alive=_norm_living)
+def layer_norm(
+    tracer: Tracer,
+    call: Call,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None = None,
+) -> None:
+    """Weight and bias follow the last axes."""
+    axes = tracer.label(input)
+    count = len(normalized_shape)
     for rows in axes[-count:]:
         tracer.require_whole(rows)
-    for weight in args[2:4]:
-        if isinstance(weight, torch.Tensor):
-            for place, rows in enumerate(tracer.label(weight)):
+    for given in (weight, bias):
+        if given is not None:
+            for place, rows in enumerate(tracer.label(given)):
                 axes[place - count] = tracer.unify(axes[place - count], rows)
-    results = tensors_in([out])
-    tracer.set_label(results[0], axes)
-    for statistic in results[1:]:
+    whole, *statistics = call.results
+    tracer.set_label(whole, axes)
+    for statistic in statistics:
         tracer.set_label(statistic, axes[:-count] + [empty_rows(1)] * count)
 
 
-def weight_norm(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ARG001
+@rule("_weight_norm_interface", makes_weights=True)
+def weight_norm(tracer: Tracer, call: Call, v: Tensor, g: Tensor, dim: int) -> None:
     """v * g / |v|, the norm taken over all axes of v but one."""
-    axes, scale = tracer.label(args[0]), tracer.label(args[1])
-    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % len(axes)
+    axes, scale = tracer.label(v), tracer.label(g)
+    dim = dim % len(axes)
     for place, rows in enumerate(axes):
         if place != dim:
             tracer.require_whole(rows)
     axes[dim] = tracer.unify(axes[dim], scale[dim])
-    tracer.set_label(out[0], axes)
-    tracer.set_label(out[1], scale)
+    tracer.set_label(call.out[0], axes)
+    tracer.set_label(call.out[1], scale)
 
 
-def select_along(tracer: Tracer, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """``topk`` and ``sort``: the positions of the result are chosen by value."""
-    name = func._overloadpacket.__name__
-    axes = tracer.label(args[0])
-    if name == "topk":
-        dim = args[2] if len(args) > 2 else kwargs.get("dim", -1)
-    else:
-        dim = kwargs.get("dim", args[-2] if len(args) > 2 else (args[1] if len(args) > 1 else -1))
-    dim = int(dim) % len(axes)
+def _chosen_living(alive: Alive, run: Run, self: Tensor, dim: int) -> Any:
+    living = alive(self, dim)
+    if living is None:
+        return run()
+    values, indices = run(self=self.index_select(dim, living))
+    return values, living[indices]
+
+
+@rule("topk", alive=_chosen_living)
+def topk(tracer: Tracer, call: Call, self: Tensor, dim: int) -> None:
+    source = _by_value(tracer, call, self, dim)
+    tracer.note("read", source)
+    tracer.choose(self, dim % self.dim(), call.results[0].shape[dim])
+
+
+@rule("sort", domain="tied")
+@rule("argsort")
+def sort(tracer: Tracer, call: Call, self: Tensor, dim: int) -> None:
+    tracer.freeze(_by_value(tracer, call, self, dim), f"ordered by {call.name}")
+    if call.name == "sort" and self in tracer.domains:
+        # Positions in order are in order as well once some are deleted and the rest renumbered.
+        tracer.domains[call.results[0]] = tracer.domains[self]
+
+
+def _by_value(tracer: Tracer, call: Call, self: Tensor, dim: int) -> Any:
+    """Label what is chosen along an axis by value, and its positions; return that axis."""
+    axes = tracer.label(self)
     source = axes[dim]
     tracer.require_whole(source)
-    results = tensors_in([out])
-    if name == "topk":
-        tracer.note("read", source)
-        tracer.choose(args[0], dim, results[0].shape[dim])
-    else:
-        tracer.freeze(source, f"ordered by {name}")
-    axes[dim] = empty_rows(1) if len(axes[dim]) == 1 else axes[dim]
-    for result in results:
-        rows = tracer.frozen_rows(result.shape[dim], f"chosen by {name}")
-        tracer.set_label(result, [*axes[:dim], rows, *axes[dim + 1 :]])
+    for result in call.results:
+        axes[dim] = tracer.frozen_rows(result.shape[dim], f"chosen by {call.name}")
+        tracer.set_label(result, axes)
     # The first result holds values, the second their positions; argsort gives positions alone.
-    tracer.domains[results[-1]] = source
-    if len(results) > 1 and args[0] in tracer.domains:
-        # Positions in order are in order as well once some are deleted and the rest renumbered.
-        tracer.domains[results[0]] = tracer.domains[args[0]]
-
-
-RULES = {
-    **dict.fromkeys(
-        ("sum", "mean", "amax", "amin", "max", "min", "var", "std", "prod", "any", "all"), reduce
-    ),
-    **dict.fromkeys(
-        ("argmax", "argmin", "logsumexp", "linalg_vector_norm", "norm", "var_mean"), reduce
-    ),
-    **dict.fromkeys(("_softmax", "_log_softmax", "softmax", "_safe_softmax"), along),
-    **dict.fromkeys(("cumsum", "cumprod", "cummax", "logcumsumexp"), running),
-    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), layer_norm),
-    "_weight_norm_interface": weight_norm,
-    **dict.fromkeys(("topk", "sort", "argsort"), select_along),
-}
+    tracer.domains[call.results[-1]] = source
+    return source

@@ -1,0 +1,258 @@
+"""What the children of module lists are given and return.
+
+``Layers`` sees whether a child could be left out. One that is given something by its place in the
+list (a mask by parity, a scale by index) is given something else once children before it are gone,
+so all that is given is compared by value. ``Siblings`` runs what no token reached.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from llm_pruner.discovery.tracing.sizes import code_line, plain
+from llm_pruner.discovery.tracing.trace import Axes
+from llm_pruner.discovery.tracing.tracer import Marks, Tracer
+
+_DEPTH = 4
+_MANY = 1 << 22
+
+Given = dict[str, Any]
+"""Where in the arguments -> a value that is equal if what was given is."""
+
+
+def hidden_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return the hidden states among a module's arguments: the first, or the first of floats."""
+    if args:
+        return args[0]
+    named = kwargs.get("hidden_states")
+    others = (v for v in kwargs.values() if isinstance(v, torch.Tensor) and v.is_floating_point())
+    return next(others, None) if named is None else named
+
+
+class Layers:
+    """Notes for each child of each module list what it was given, and if it could be left out.
+
+    Attributes:
+        axes: child -> at each call the rows of the axes of its input and of its output, the last
+            first, without batch and sequence; None for both where its output cannot replace its
+            input.
+        given: module list -> number of the child -> what it was given, call by call.
+        where: module list -> the line of code that calls its children.
+    """
+
+    def __init__(self, model: nn.Module, tracer: Tracer) -> None:
+        self.axes: dict[str, list[tuple[Axes | None, Axes | None]]] = defaultdict(list)
+        self.given: dict[str, dict[int, list[Given]]] = defaultdict(lambda: defaultdict(list))
+        self.where: dict[str, str] = {}
+        self._tracer = tracer
+        self._digests = Marks()
+        self._first: dict[str, str] = {}
+        # Weak references: holding a tensor would change the operations of the run.
+        self._last: dict[str, weakref.ref[torch.Tensor]] = {}
+        self._beside: dict[str, list[weakref.ref[torch.Tensor]]] = {}
+        self._arguments: dict[tuple[str, int | str], weakref.ref[torch.Tensor]] = {}
+        self._handles = [
+            child.register_forward_hook(self._hook(path, index), with_kwargs=True)
+            for path, module in model.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) > 1
+            for index, child in module._modules.items()
+            # A place may be empty, and TorchScript takes no hooks. What has a name was added.
+            if _takes_hooks(child) and index.isdigit()
+        ]
+
+    def _hook(self, parent: str, index: str) -> Callable[..., None]:
+        name = f"{parent}.{index}"
+
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG001
+            source = hidden_in(args, kwargs)
+            if parent not in self.where:
+                self.where[parent] = code_line(passing_calls=True)
+            self.given[parent][int(index)].append(
+                {
+                    key: self._value(value)
+                    for key, value in _parts({**dict(enumerate(args)), **kwargs}, "", 0)
+                    if value is not source
+                }
+            )
+            several = isinstance(output, tuple | list)
+            result, *rest = output if several and output else [output]
+            # Each child must be given what the one before it returned: a caller that adds the
+            # input itself would add it twice once the child is gone.
+            before = self._last.get(parent)
+            first = self._first.setdefault(parent, name) == name
+            chained = first or (before is not None and before() is source)
+            chained = self._stands_alone(parent, source, args, kwargs) and chained
+            if isinstance(result, torch.Tensor):
+                self._last[parent] = weakref.ref(result)
+            self._beside[parent] = [weakref.ref(t) for t in rest if isinstance(t, torch.Tensor)]
+            axes = self._tracer.axes(source), self._tracer.axes(result)
+            if not chained or not axes[0] or not axes[1] or _lengths(axes[0]) != _lengths(axes[1]):
+                self.axes[name].append((None, None))
+            else:
+                # Batch and sequence aside: the last axis first, then what lies between (streams).
+                source_axes, result_axes = ([each[-1], *each[2:-1]] for each in axes)  # type: ignore[index]
+                self.axes[name].append((source_axes, result_axes))
+
+        return hook
+
+    def _stands_alone(self, parent: str, source: Any, args: Any, kwargs: Any) -> bool:
+        """Whether a child is given nothing of the ones before it but the hidden states.
+
+        Not so if it is given what the last one returned beside them, or another tensor of the
+        hidden size that is not the same for all children (the states of earlier layers).
+        """
+        alone = True
+        made = self._beside.get(parent, [])
+        for key, value in [*enumerate(args), *kwargs.items()]:
+            if not isinstance(value, torch.Tensor) or value is source:
+                continue
+            if any(other() is value for other in made):
+                alone = False
+            before = self._arguments.get((parent, key))
+            self._arguments[parent, key] = weakref.ref(value)
+            axes, hidden = self._tracer.axes(value), self._tracer.axes(source)
+            if before is None or before() is value or not axes or not hidden:
+                continue
+            a, b = (self._tracer.atoms.resolve(rows[-1]) for rows in (axes, hidden))
+            if a.size and a.shape == b.shape and bool((a == b).all()):
+                alone = False
+        return alone
+
+    def _value(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return plain(value)
+        if value not in self._digests:
+            with torch._C.DisableTorchFunction(), _disable_current_modes():
+                self._digests[value] = _digest(value)
+        return self._digests[value]
+
+    def by_place(self) -> dict[str, str]:
+        """Return the module lists whose children are given different things -> what and where."""
+        found = {}
+        for path, children in self.given.items():
+            first, *others = children.values()
+            names = [name for other in others for name in different(first, other)]
+            if names:
+                found[path] = f"{names[0]} differs from layer to layer ({self.where[path]})"
+        return found
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def _takes_hooks(module: nn.Module | None) -> bool:
+    return module is not None and not isinstance(module, torch.jit.ScriptModule)
+
+
+def _lengths(axes: Axes) -> list[int]:
+    return [len(rows) for rows in axes]
+
+
+def different(left: list[Given], right: list[Given]) -> Iterator[str]:
+    """Yield what two children were given differently, call by call."""
+    for one, other in zip(left, right, strict=False):
+        for name in {**one, **other}:
+            if one.get(name) != other.get(name):
+                yield f"argument {name}"
+
+
+def _parts(value: Any, name: str, depth: int) -> Iterator[tuple[str, Any]]:
+    """Yield (place, value) of what can be compared; objects that hold states are passed over."""
+    if isinstance(value, torch.Tensor) or value is None or isinstance(value, int | float | str):
+        yield name, value
+    elif depth < _DEPTH and isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _parts(item, f"{name}.{key}" if name else str(key), depth + 1)
+    elif depth < _DEPTH and isinstance(value, tuple | list):
+        for place, item in enumerate(value):
+            yield from _parts(item, f"{name}.{place}", depth + 1)
+
+
+def _digest(tensor: torch.Tensor) -> tuple[Any, ...]:
+    kind = (str(tensor.dtype), tuple(tensor.shape))
+    values = tensor.detach()
+    if values.is_meta:
+        return kind
+    if values.numel() > _MANY:
+        values = values[(slice(0, 8),) * values.dim()]
+    if values.is_complex():
+        values = torch.view_as_real(values)
+    data = values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return (*kind, hashlib.blake2b(data, digest_size=16).hexdigest())
+
+
+class Siblings:
+    """Remembers which children of lists and dictionaries of modules ran, and on what."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parents = [
+            module
+            for module in model.modules()
+            if isinstance(module, nn.ModuleList | nn.ModuleDict)
+        ]
+        self._calls: dict[nn.Module, tuple[Any, Any, Any]] = {}
+        self._handles = [
+            child.register_forward_hook(self._hook, with_kwargs=True)
+            for parent in self._parents
+            for child in parent.children()
+            if _takes_hooks(child)
+        ]
+
+    def _hook(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        # A call on no tokens at all shows nothing.
+        if all(tensor.numel() for tensor in _tensors((args, kwargs))):
+            self._calls.setdefault(module, (args, kwargs, output))
+
+    def run_rest(self, tracer: Tracer) -> None:
+        """Run each child that was not called on what its first equal sibling was given.
+
+        Whatever calls it would treat both alike, so the results are taken to shrink together.
+        """
+        for parent in self._parents:
+            children = list(parent.children())
+            called = [child for child in children if child in self._calls]
+            for child in children:
+                if child in self._calls:
+                    continue
+                like = next((other for other in called if _alike(child, other)), None)
+                if like is None:
+                    continue
+                args, kwargs, expected = self._calls[like]
+                try:
+                    output = child(*args, **kwargs)
+                except Exception:  # it stays one that was not reached
+                    continue
+                for one, other in zip(_tensors(output), _tensors(expected), strict=False):
+                    axes = tracer.label(one), tracer.label(other)
+                    if _lengths(axes[0]) == _lengths(axes[1]):
+                        for left, right in zip(*axes, strict=True):
+                            tracer.unify(left, right)
+
+    def close(self) -> None:
+        """Remove the hooks, and let go of what the modules were given."""
+        for handle in self._handles:
+            handle.remove()
+        self._calls.clear()
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _alike(left: nn.Module, right: nn.Module) -> bool:
+    def shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
+        return [(name, parameter.shape) for name, parameter in module.named_parameters()]
+
+    with torch._C.DisableTorchFunction():  # it is not the model that compares
+        return type(left) is type(right) and shapes(left) == shapes(right)
