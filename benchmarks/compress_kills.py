@@ -27,8 +27,8 @@ from typing import Any
 import yaml
 
 from commands import llm_pruner
-from llm_pruner.commands.request import REQUEST
 from llm_pruner.files.outputs import MANIFEST
+from llm_pruner.report.write import REQUEST_FILE
 from machine import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -87,7 +87,7 @@ def same(one: Path, other: Path) -> bool:
     """Whether two files hold the same."""
     if one.name in MEASURED:
         return bool(untimed(json.loads(one.read_text())) == untimed(json.loads(other.read_text())))
-    if one.name == REQUEST:
+    if one.name == REQUEST_FILE:
         asked = [yaml.safe_load(file.read_text()) for file in (one, other)]
         first, second = ({k: v for k, v in each.items() if k not in FOLDERS} for each in asked)
         return bool(first == second)

@@ -25,7 +25,7 @@ import transformers
 
 from commands import apart
 from corpora import TOKENS, WINDOW, perplexities, read_texts
-from llm_pruner import PlanSettings, PruneSettings, UserError
+from llm_pruner import PlanSettings, PruneSettings, UserError, read_plan
 from llm_pruner.commands.prune import prune_checkpoint
 from llm_pruner.evaluation.perplexity import EvaluationText
 from llm_pruner.runtime.memory import PRUNING, keep_kernels, keep_large_blocks
@@ -45,9 +45,9 @@ def prune(settings: PruneSettings) -> dict[str, Any]:
     done = prune_checkpoint(settings)
     seconds = time.perf_counter() - begin
     return {
-        "parameters": done.parameters,
-        "split": done.plan.settings.get("split"),
-        "saved_as": done.kind,
+        "parameters": [done.parameters_before, done.parameters_after],
+        "split": read_plan(settings.out / "plan.json").settings.get("split"),
+        "saved_as": done.saved_as,
         "refitted": sum(one.changed for one in done.refitted),
         "seconds": {name: round(value, 2) for name, value in done.seconds.items()},
         "total_seconds": round(seconds, 1),

@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 import transformers
+from llm_pruner.evaluation.memory import folder_bytes
 
 from commands import found_by, save_dense
 from corpora import TOKENS, WINDOW
-from llm_pruner.commands.apart import weights_bytes
-from llm_pruner.evaluation.footprint import folder_bytes
 from machine import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,7 +52,7 @@ def main() -> None:
             measured = found_by("evaluate", folder, "--perplexity", options.text, *how)
             found[kind] |= {
                 "folder_bytes": folder_bytes(folder),
-                "weights_bytes": weights_bytes(folder),
+                "weights_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
                 "perplexity": measured["perplexity"][0]["perplexity"],
             }
             print(kind, json.dumps(found[kind]), flush=True)

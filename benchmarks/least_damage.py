@@ -35,7 +35,7 @@ from torch import nn
 
 from commands import apart
 from corpora import TOKENS, WINDOW, perplexities, read_texts
-from llm_pruner import Criterion, Discovery, PlanSettings, PruneSettings, UserError
+from llm_pruner import Criterion, Discovery, PlanSettings, PruneSettings, UserError, read_plan
 from llm_pruner.commands.prune import prune_checkpoint
 from llm_pruner.evaluation.perplexity import EvaluationText
 from llm_pruner.importance import score
@@ -195,10 +195,10 @@ def prune(settings: PruneSettings, kept: Path | None = None) -> dict[str, Any]:
     begin = time.perf_counter()
     done = prune_checkpoint(settings, estimate=estimate)
     return {
-        "parameters": done.parameters[1],
+        "parameters": done.parameters_after,
         **({"scores_known": True} if estimate is not None and estimate.known else {}),
-        "split": done.plan.settings.get("split"),
-        "saved_as": done.kind,
+        "split": read_plan(settings.out / "plan.json").settings.get("split"),
+        "saved_as": done.saved_as,
         "seconds": {name: round(value, 2) for name, value in done.seconds.items()},
         "total_seconds": round(time.perf_counter() - begin, 1),
     }

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from llm_pruner.checkpoints import save_checkpoint
-from llm_pruner.commands.prune import PruneRun, keep_type_
-from llm_pruner.commands.refitter import Refitter
+from llm_pruner.commands.prune import PruneRun, Refitter, keep_type_
 from llm_pruner.data.calibration import Calibration, build_calibration
 from llm_pruner.data.text import load_evaluation_text
 from llm_pruner.discovery.groups import discover as discover_groups

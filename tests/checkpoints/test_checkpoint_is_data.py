@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import random
 import resource
-import subprocess
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -34,7 +33,7 @@ from helpers import tiny_model
 from llm_pruner.checkpoints import save_checkpoint
 from llm_pruner.checkpoints.quantizer import PrunedQuantizer
 from llm_pruner.checkpoints.reshape import Recipe, parse_positions
-from llm_pruner.commands import apart
+from llm_pruner.commands import evaluate
 from llm_pruner.data.selfmade import write_text_cached
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import PlanError, UserError
@@ -44,6 +43,7 @@ from llm_pruner.models.load import load_model
 from llm_pruner.planning import read_plan
 from llm_pruner.recovery import checkpoint as state
 from llm_pruner.report.data import read_report
+from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.evaluate import EvaluateSettings
 from llm_pruner.surgery.cut import cut_
 
@@ -609,13 +609,14 @@ def test_code_of_a_model_runs_in_another_process_only_if_it_was_allowed(
 ) -> None:
     requests: list[bool] = []
 
-    def run(command: list[str], **_: object) -> Any:
-        asked = yaml.safe_load(Path(command[-3]).read_text())
-        requests.append(asked.get("trust_remote_code", False))
-        return subprocess.CompletedProcess(command, 0, "{}", "")
+    def load(asked: ModelSettings) -> None:
+        requests.append(asked.trust_remote_code)
+        raise UserError("seen")
 
-    monkeypatch.setattr(apart.subprocess, "run", run)
-    apart.measure_apart(EvaluateSettings(model="m", trust_remote_code=allowed, perplexity="t.txt"))
+    monkeypatch.setattr(evaluate, "load", load)
+    sent = pickle.dumps(EvaluateSettings(model="m", trust_remote_code=allowed, speed=True))
+    with pytest.raises(UserError, match="seen"):
+        evaluate.measure(pickle.loads(sent))
     assert requests == [allowed]
 
 

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 import llm_pruner.models.load
 from command import contents, done, run, save_tiny, write_text
 from helpers import tiny_tokenizer
-from llm_pruner.cli.output import clean, count, megabytes
 from llm_pruner.data.calibration import build_calibration
+from llm_pruner.report.text import clean, count, megabytes
+from llm_pruner.version import __version__
 
 pytestmark = pytest.mark.slow
 
@@ -439,6 +440,11 @@ def test_slips_of_the_pen_exit_with_2_and_a_hint() -> None:
         assert result.err.isascii()
     assert run().code == 2
     assert "Commands:" in run().out + run().err
+
+
+def test_the_version() -> None:
+    result = done("--version")
+    assert (result.out, result.err) == (f"llm-pruner {__version__}\n", "")
 
 
 def test_help_waits_for_no_library() -> None:

@@ -19,17 +19,19 @@ import pytest
 import llm_pruner.commands.compress as stages
 import llm_pruner.commands.prune
 import llm_pruner.commands.recover
-import llm_pruner.commands.stepwise
 import llm_pruner.models.load
 from command import contents, done, measured_here, run, save_tiny, write_text
 from llm_pruner.checkpoints import atomic_directory
-from llm_pruner.commands.time_budget import chunks_in_time, time_to_recover
+from llm_pruner.commands.compress_start import chunks_in_time, time_to_recover
 from llm_pruner.commands.workdir import opened
 from llm_pruner.errors import UserError
+from llm_pruner.evaluation.perplexity import PerplexityResult
+from llm_pruner.evaluation.speed import Speed
 from llm_pruner.files.outputs import MANIFEST
 from llm_pruner.models.load import load_model
 from llm_pruner.recovery.trainer import RecoveryTrainer
 from llm_pruner.report.data import read_report
+from llm_pruner.report.records import Measured
 from llm_pruner.settings.words import parse_duration
 
 pytestmark = pytest.mark.slow
@@ -96,17 +98,11 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "measure_apart", figures)
 
 
-def figures(*_: object, **__: object) -> dict[str, Any]:
+def figures(*_: object, **__: object) -> Measured:
     """Return what is said of a model that is not measured."""
-    text = {"perplexity": 2.0, "stderr": None, "corpus": "text", "tokens": 9, "window": 3}
-    return {
-        "model": "dense",
-        "parameters": 100,
-        "perplexity": [text],
-        "zero_shot": None,
-        "speed": {"prefill_tokens_per_second": 1.0, "decode_tokens_per_second": 1.0},
-        "samples": {},
-    }
+    text = PerplexityResult(2.0, 0.7, 9, "text", None, 3, 3, "standard", None)
+    speed = Speed(1.0, 1.0, 1.0, (1.0,), (1.0,), 1, 1, 1, 1)
+    return Measured("dense", 100, None, None, [text], None, speed, {})
 
 
 def command(made: Path, *more: object) -> tuple[object, ...]:
@@ -174,8 +170,8 @@ def test_the_report_has_all_three_models(made: Path) -> None:
         len([one for one in report.recovery.loss if one.train is not None]) == 61
     )  # 244 texts, 4 a step
     assert report.recovery.loss[0].validation is not None
-    assert report.command is not None
-    assert report.command.startswith("llm-pruner compress ")
+    said = " ".join(map(str, command(made, "--json", "result.json")))
+    assert report.command == f"llm-pruner {said}"
     assert report.settings["Run"]["preset"]["criterion"] == "fisher"
     assert {"Model", "Plan", "Recovery"} <= report.settings.keys()
     page = (small / "report.html").read_text()
@@ -200,7 +196,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, call: int 
 
 
 PLACES: tuple[tuple[Any, str, int], ...] = (
-    (llm_pruner.commands.stepwise, "score", 1),
+    (llm_pruner.commands.prune, "score", 1),
     (llm_pruner.commands.prune, "save_checkpoint", 1),
     (stages, "measure_apart", 1),
     (stages, "measure_apart", 1),

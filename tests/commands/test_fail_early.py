@@ -15,7 +15,7 @@ from bad_commands import BASES, LONG, TABLE, Bad
 from command import contents, done, run, save_tiny, write_text
 from helpers import tiny_model
 from llm_pruner.checkpoints import save_checkpoint
-from llm_pruner.commands import space
+from llm_pruner.commands import checks
 from llm_pruner.commands.prune import prune_checkpoint
 from llm_pruner.commands.recover import work_folder
 from llm_pruner.commands.recover_start import check_run
@@ -192,7 +192,7 @@ def test_a_disk_that_is_too_full(
     words = bad_commands.arguments(name, options)
     parameters = sum(p.numel() for p in tiny_model(num_hidden_layers=6).parameters())
     bytes_ = needed * 4 * parameters
-    monkeypatch.setattr(space, "free_bytes", lambda _: int(0.99 * bytes_))
+    monkeypatch.setattr(checks, "free_bytes", lambda _: int(0.99 * bytes_))
     before = contents(early)
     result = run(*words)
     kind = " in bfloat16" if "bfloat16" in words else ""
@@ -203,7 +203,7 @@ def test_a_disk_that_is_too_full(
     )
     assert contents(early) == before
     if name != "compress":  # which measures in a process of its own
-        monkeypatch.setattr(space, "free_bytes", lambda _: int(1.01 * bytes_))
+        monkeypatch.setattr(checks, "free_bytes", lambda _: int(1.01 * bytes_))
         with pytest.raises(ReachedError):
             run(*words)
 
@@ -212,7 +212,7 @@ def test_a_disk_that_is_too_full(
 def test_the_space_of_a_plan_that_is_only_written_is_not_asked_for(
     early: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(space, "free_bytes", lambda _: 0)
+    monkeypatch.setattr(checks, "free_bytes", lambda _: 0)
     with pytest.raises(ReachedError):
         run(*bad_commands.arguments("prune", "--criterion l2 --dry-run"))
 

@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM
 from command import done, run, save_tiny, write_text
 from fake_discovery import fake_llama, fake_scores
 from llm_pruner import importance
-from llm_pruner.commands import refitter as refitting
-from llm_pruner.commands import stepwise
+from llm_pruner.commands import prune as pruning
 from llm_pruner.compensation import Refitted, refit_
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
@@ -247,7 +246,7 @@ def test_refits_that_make_held_out_text_worse_are_taken_back(
     options = ("--ratio", 0.2, *small(text))
     plain, spoiled = tmp_path / "plain", tmp_path / "spoiled"
     done("prune", tiny, "--out", plain, *options)
-    monkeypatch.setattr(refitting, "refit_", spoil)
+    monkeypatch.setattr(pruning, "refit_", spoil)
     result = done("prune", tiny, "--out", spoiled, *options, "--compensation", "least-squares")
     assert "no gain on held-out text" in result.out
     one, other = (load_file(folder / "model.safetensors") for folder in (plain, spoiled))
@@ -268,8 +267,8 @@ def test_a_part_of_the_text_scores_and_more_of_it_is_fitted(
         read["refit"] = (len(args[-1]), torch.get_float32_matmul_precision())
         return refit_(*args)
 
-    monkeypatch.setattr(stepwise, "score", score)
-    monkeypatch.setattr(refitting, "refit_", refit)
+    monkeypatch.setattr(pruning, "score", score)
+    monkeypatch.setattr(pruning, "refit_", refit)
     options = ("--criterion", "fisher", "--split", "equal", "--compensation", "least-squares")
     out = tmp_path / "out"
     done("prune", tiny, "--out", out, "--ratio", 0.2, *options, *small(text), "--score-samples", 4)

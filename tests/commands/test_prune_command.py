@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+import llm_pruner.cli.compress
 import llm_pruner.commands.compress
-import llm_pruner.commands.demo
 import llm_pruner.commands.prune
 import llm_pruner.models.stored
 import llm_pruner.surgery.pruner
@@ -22,7 +21,14 @@ import llm_pruner.surgery.verify
 from command import contents, done, run, save_tiny, write_text
 from llm_pruner import discover, read_plan
 from llm_pruner.checkpoints import atomic_directory
+from llm_pruner.commands.evaluate import measure
+from llm_pruner.commands.prune import PruneRun
+from llm_pruner.evaluation.perplexity import PerplexityResult
+from llm_pruner.evaluation.speed import Speed
+from llm_pruner.report.data import read_report
+from llm_pruner.report.records import Measured
 from llm_pruner.search.fast_widths import Rounding
+from llm_pruner.settings.evaluate import EvaluateSettings
 from llm_pruner.surgery.cut import cut_
 
 pytestmark = pytest.mark.slow
@@ -410,23 +416,34 @@ def quick(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = work.parent / "quick.yaml"
     recipe.write_text("{structures: [ffn], criterion: fisher, samples: 4, seq_len: 24}")
     monkeypatch.setattr(llm_pruner.models.stored, "default_gguf", lambda: tiny)
-    monkeypatch.setattr(llm_pruner.commands.demo, "PRESET", str(recipe))
-    monkeypatch.setattr(llm_pruner.commands.demo, "SAMPLES", 256)
+    monkeypatch.setattr(llm_pruner.cli.compress, "_DEMO_PRESET", str(recipe))
+    monkeypatch.setattr(llm_pruner.cli.compress, "_DEMO_SAMPLES", 256)
 
 
 def test_demo(work: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_a_process = subprocess.run
+    dense = llm_pruner.models.stored.default_gguf()
+    apart, load_model = llm_pruner.commands.compress.measure_apart, PruneRun.load
+    began: list[str] = []
 
-    def start(command: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
-        """Start a process for the pruned model alone: each takes seconds to import PyTorch."""
-        assert command[:4] == [sys.executable, "-m", "llm_pruner", "evaluate"]
-        if command[4].endswith("demo-out.compressing/pruned"):
-            return in_a_process(command, **settings)
-        result = run(*command[3:])
-        return subprocess.CompletedProcess(command, result.code, result.out, result.err)
+    def measured(settings: EvaluateSettings, *how: Any) -> Measured:
+        """Start a process for the dense model alone: each takes seconds to import PyTorch."""
+        began.append(Path(settings.model).name)
+        if began[-1] != "default":
+            return measure(settings, *how)
+        return apart(settings.but(model=str(dense)), *how)
 
-    monkeypatch.setattr(subprocess, "run", start)
+    def load_shown(run: PruneRun) -> None:
+        shown = sys.stdout.getvalue().split()  # type: ignore[attr-defined]
+        assert shown[:2] == ["Before", "dense"]
+        assert "perplexity," in shown
+        began.append("pruning")
+        load_model(run)
+
+    monkeypatch.setattr(llm_pruner.commands.compress, "measure_apart", measured)
+    monkeypatch.setattr(PruneRun, "load", load_shown)
     result = done("demo", "--json", "found.json")
+    # The first figures are there before pruning begins, and nothing is measured twice.
+    assert began == ["default", "pruning", "pruned", "recovered"]
     assert result.err == ""
     assert max(map(len, result.out.splitlines())) <= 80
     rows = [line.split() for line in result.out.splitlines()]
@@ -439,6 +456,7 @@ def test_demo(work: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines[-1] == "report: demo-out/report.html"
     found = json.loads(Path("found.json").read_text())
     assert found["path"] == "demo-out"
+    assert read_report(Path("demo-out/report.json")).command == "llm-pruner demo --json found.json"
     assert found["recovery"]["gained"]
     assert found["measured"]["dense"]["parameters"] == DENSE
     assert found["measured"]["pruned"]["parameters"] == found["parameters"]["after"]
@@ -448,19 +466,10 @@ def test_demo(work: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_demo_replaces_its_own_folder_and_no_other(
     work: Path, tiny: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    figures = {
-        "model": "tiny",
-        "parameters": DENSE,
-        "perplexity": [
-            {"perplexity": 2.0, "stderr": None, "corpus": "text", "tokens": 9, "window": 3}
-        ],
-        "zero_shot": None,
-        "speed": {"prefill_tokens_per_second": 1.0, "decode_tokens_per_second": 1.0},
-        "samples": {},
-    }
-    monkeypatch.setattr(
-        llm_pruner.commands.compress, "measure_apart", lambda *args, **keywords: figures
-    )
+    text = PerplexityResult(2.0, 0.7, 9, "text", None, 3, 3, "standard", None)
+    speed = Speed(1.0, 1.0, 1.0, (1.0,), (1.0,), 1, 1, 1, 1)
+    figures = Measured("tiny", DENSE, None, None, [text], None, speed, {})
+    monkeypatch.setattr(llm_pruner.commands.compress, "measure_apart", lambda *_: figures)
     with atomic_directory(Path("demo-out"), overwrite=False) as earlier:
         (earlier / "plan.json").write_text("earlier")
     done("demo")

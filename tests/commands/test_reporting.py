@@ -17,9 +17,13 @@ import llm_pruner.report.facts
 import llm_pruner.report.write
 from command import contents, done, run, save_tiny, write_text
 from llm_pruner.cli.output import command_line
+from llm_pruner.evaluation.perplexity import PerplexityResult
+from llm_pruner.evaluation.speed import Speed
+from llm_pruner.evaluation.zero_shot import MetricResult, TaskResult
 from llm_pruner.files.outputs import MANIFEST
 from llm_pruner.report.data import read_report
-from llm_pruner.report.facts import as_evaluation, source_of
+from llm_pruner.report.facts import evaluation_of, source_of
+from llm_pruner.report.records import Measured, Weighed, ZeroShot
 from llm_pruner.report.write import digest, render_card, render_html
 
 pytestmark = pytest.mark.slow
@@ -183,44 +187,50 @@ def test_evaluate_refuses_reports_of_other_models(
     assert said.startswith("small/report.json has format_version None")
 
 
+def measured(**found: Any) -> Measured:
+    """Return what was measured of a model, empty where nothing is given."""
+    empty: dict[str, Any] = {"perplexity": [], "zero_shot": None, "speed": None, "samples": {}}
+    sizes = {"parameters": 9, "parameters_embedding": None, "parameters_blocks": None}
+    return Measured(model="m", **sizes, **empty | found)
+
+
+def tasks_of(*results: TaskResult) -> ZeroShot:
+    """Return the results of tasks with nothing else."""
+    return ZeroShot([*results], None, None, [], "local", None, "float32", {})
+
+
+def task_of(name: str, metrics: dict[str, MetricResult], documents: int = 20) -> TaskResult:
+    """Return the result of one task, of which ``acc`` is the metric of the paper."""
+    return TaskResult(name, metrics, "acc", documents, documents, 0, "1", 0)
+
+
+def perplexity_of(value: float) -> PerplexityResult:
+    """Return a perplexity on ``own.txt``."""
+    return PerplexityResult(value, 1.0, 630, "own.txt", None, 64, 10, "standard", 0.25)
+
+
 def test_what_is_measured_becomes_a_part() -> None:
-    """In the forms of ``evaluate`` and of ``bench``."""
     metrics = {
-        "acc": {"value": 0.5, "stderr": 0.1, "higher_is_better": True},
-        "acc_norm": {"value": 0.625, "stderr": None, "higher_is_better": None},
-        "bits": {"value": 0.7, "stderr": None, "higher_is_better": False},
-        "points": {"value": 31.0, "stderr": None, "higher_is_better": True},
+        "acc": MetricResult(0.5, 0.1, True),
+        "acc_norm": MetricResult(0.625, None, None),
+        "bits": MetricResult(0.7, None, False),
+        "points": MetricResult(31.0, None, True),
     }
-    task = {"task": "piqa", "metrics": metrics, "paper_metric": "acc", "documents": 20}
-    found = as_evaluation({"bytes": 1000, "zero_shot": {"tasks": [task]}})
+    found = evaluation_of(measured(zero_shot=tasks_of(task_of("piqa", metrics))))
     scores = [(s.task, s.metric, s.value, s.stderr, s.items, s.in_mean) for s in found.tasks]
     assert scores == [
         ("piqa", "acc", 0.5, 0.1, 20, True),
         ("piqa", "acc_norm", 0.625, None, 20, False),
     ]
-    assert [(m.name, m.value, m.better) for m in found.measurements] == [
-        ("size on disk", 1000, "lower")
-    ]
-    settings = {"prompt_tokens": 64, "new_tokens": 32, "batch_size": 2}
-    speed = {
-        "prefill_tokens_per_second": 128.0,
-        "decode_tokens_per_second": 16.0,
-        "prefill_seconds": [1.0, 0.5, 2.0],
-        "decode_seconds": [4.0],
-        **settings,
-    }
-    memory = {"prefill": 10, "decode": 20, **settings}
-    found = as_evaluation({"macs": 2e9, "memory": [memory], "speed": [speed]})
+    speed = Speed(128.0, 16.0, 0.1, (1.0, 0.5, 2.0), (4.0,), 64, 32, 2, 3)
+    found = evaluation_of(Weighed(**vars(measured(speed=speed)), bytes=1000))
     rows = {m.name: (m.unit, m.value, m.low, m.high, m.better) for m in found.measurements}
     assert rows == {
-        "one forward pass over 64 tokens": ("MACs", 2e9, None, None, "lower"),
-        "peak memory of prefill (64 tokens, batch 2)": ("B", 10, None, None, "lower"),
-        "peak memory of decode (32 tokens, batch 2)": ("B", 20, None, None, "lower"),
+        "size on disk": ("B", 1000, None, None, "lower"),
         # 2 x 64 tokens in 2 and in half a second.
         "prefill (64 tokens, batch 2)": ("tokens/s", 128.0, 64.0, 256.0, "higher"),
         "decode (32 tokens, batch 2)": ("tokens/s", 16.0, None, None, "higher"),
     }
-    assert as_evaluation({"speed": speed}).measurements[0].value == 128.0
 
 
 def test_the_licence_comes_along(work: Path) -> None:
@@ -270,9 +280,8 @@ def pair(work: Path, tiny: Path) -> Path:
     for folder, values in (("small", (9.5, 3.25)), ("other", (9.5, 4.0))):
         report = read_report(Path(folder, "report.json"))
         for variant, value in zip(("dense", "pruned"), values, strict=True):
-            result: dict[str, Any] = {"corpus": "own.txt", "window": 64, "tokens": 630}
-            data = {"perplexity": [{**result, "perplexity": value, "stderr": 0.25}]}
-            report = report.with_evaluation(variant, as_evaluation(data))
+            found = evaluation_of(measured(perplexity=[perplexity_of(value)]))
+            report = report.with_evaluation(variant, found)
         Path(folder, "report.json").write_text(report.to_json())
     return work
 
@@ -287,7 +296,7 @@ def test_compare_shows_models_side_by_side(pair: Path) -> None:
     assert "dense 9.50 ± 0.25" in lines
     assert "small 3.25 ± 0.25" in lines
     assert "20% again 4.00 ± 0.25" in lines
-    assert "own.txt: windows of 64, 630 tokens" in lines
+    assert "own.txt: standard protocol, windows of 64, 630 tokens" in lines
     found = json.loads(Path("found.json").read_text())
     models = {model["label"]: model for model in found["models"]}
     assert list(models) == ["dense", "small", "20% again"]
@@ -332,14 +341,11 @@ def test_compare_reads_checkpoints_without_reports(pair: Path, tiny: Path) -> No
 def test_many_columns_are_split(pair: Path) -> None:
     report = read_report(Path("small/report.json"))
     tasks = [
-        {
-            "task": f"a_task_of_number_{n}",
-            "metrics": {"acc": {"value": n / 10, "stderr": 0.01}},
-            "paper_metric": "acc",
-        }
+        task_of(f"a_task_of_number_{n}", {"acc": MetricResult(n / 10, 0.01, None)})
         for n in range(9)
     ]
-    report = report.with_evaluation("pruned", as_evaluation({"zero_shot": {"tasks": tasks}}))
+    found = evaluation_of(measured(zero_shot=tasks_of(*tasks)))
+    report = report.with_evaluation("pruned", found)
     Path("small/report.json").write_text(report.to_json())
     shown = done("compare", "small", "other").out
     assert max(map(len, shown.splitlines())) <= 80
@@ -369,7 +375,7 @@ def test_compare_refuses(pair: Path) -> None:
         Path("other", name).unlink()
     weights = Path("other/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:100])
-    assert refused("compare", "other").startswith("other/model.safetensors cannot be read (")
+    assert refused("compare", "other").startswith("other/model.safetensors is truncated: ")
 
 
 def test_names_cannot_steer_the_comparison(pair: Path) -> None:

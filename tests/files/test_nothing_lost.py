@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -20,19 +22,18 @@ from typing import Any
 import pytest
 
 import llm_pruner.__main__ as entry
-import llm_pruner.commands.apart as apart
 import llm_pruner.commands.compress as compressing
+import llm_pruner.commands.evaluate as evaluating
 import llm_pruner.commands.prune as pruning
 import llm_pruner.commands.recover as recovering
 import llm_pruner.models.load
 from command import contents, done, run, save_tiny, write_text
 from llm_pruner.checkpoints import atomic_directory
 from llm_pruner.commands.workdir import RECOVERING, begun, folder_beside, opened, remove_run
-from llm_pruner.errors import UserError
+from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.files.disk import allocate, discard, new_file, new_folder, put
 from llm_pruner.files.outputs import MANIFEST, check_output, not_ours, write_output
 from llm_pruner.models.stored import check_file_states, file_states
-from llm_pruner.runtime.signals import end_with_parent
 from llm_pruner.settings.evaluate import EvaluateSettings
 
 pytestmark = pytest.mark.slow
@@ -589,11 +590,11 @@ def test_a_process_that_is_interrupted_ends_with_its_code(monkeypatch: pytest.Mo
 
 
 PARENT = """
-import subprocess, sys, time
-from llm_pruner.runtime.signals import for_child
-child = "from llm_pruner.runtime.signals import *; end_with_parent(); print('up', flush=True);"
-child += "import time; time.sleep(60)"
-process = subprocess.Popen([sys.executable, "-c", child], env=for_child(), stdout=subprocess.PIPE)
+import os, subprocess, sys, time
+child = "import sys, time; from llm_pruner.runtime.signals import end_with_parent;"
+child += "end_with_parent(int(sys.argv[1])); print('up', flush=True); time.sleep(60)"
+command = [sys.executable, "-c", child, str(os.getpid())]
+process = subprocess.Popen(command, stdout=subprocess.PIPE)
 process.stdout.readline()
 print(process.pid, flush=True)
 time.sleep(60)
@@ -613,25 +614,30 @@ def test_a_child_ends_with_its_parent() -> None:
 
 
 def test_models_are_measured_in_such_children(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[Any] = []
-
-    def start(command: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
-        started.append(settings["env"])
-        return subprocess.CompletedProcess(command, 0, "{}", "")
-
-    monkeypatch.setattr(subprocess, "run", start)
-    apart.measure_apart(EvaluateSettings(model="any"))
-    monkeypatch.setattr(os, "environ", started[0])
-
     def ended(code: int) -> None:
         raise SystemExit(code)
 
     monkeypatch.setattr(os, "_exit", ended)
     monkeypatch.setattr("ctypes.CDLL", lambda _: pytest.MonkeyPatch)  # this process is to live on
     monkeypatch.setattr(pytest.MonkeyPatch, "prctl", lambda *_: 0, raising=False)
+    sent = pickle.dumps((os.getpid(), EvaluateSettings(model="any"), None))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(sent)))
     with pytest.raises(SystemExit):  # this process is not its own parent
-        end_with_parent()
-    assert not any("PARENT" in name for name in started[0])  # nor are its children's children
+        evaluating._measure_there()
+
+
+def test_a_measurement_that_fails_elsewhere_is_told_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"absent\.txt does not exist; check the path"):
+        evaluating.measure_apart(EvaluateSettings(model="any", perplexity="absent.txt"))
+    # As if the system had killed it.
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    (tmp_path / "sitecustomize.py").write_text("import os, signal; os.kill(os.getpid(), 9)\n")
+    said = r"^any could not be measured: its process was ended by signal 9; if memory was short, u"
+    with pytest.raises(LLMPrunerError, match=said):
+        evaluating.measure_apart(EvaluateSettings(model="any", perplexity="absent.txt"))
 
 
 # Inputs that change.

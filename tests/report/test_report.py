@@ -136,7 +136,7 @@ def test_tables_by_hand() -> None:
     assert rows["key-value heads"] == (("18", "14", "14"), "−22.2%")
     # Query heads that go with their key-value heads are not said twice.
     assert "query heads" not in rows
-    perplexity = view.perplexity_table(report)
+    perplexity = view.compared(report, "perplexity")
     assert perplexity is not None
     label = "wikitext, test (standard protocol, windows of 512, 1,022 tokens)"
     first = perplexity.rows[0]
@@ -150,7 +150,7 @@ def test_tables_by_hand() -> None:
     assert tasks.rows[-1].cells == ("70.0", "17.5", "35.0")
     assert tasks.rows[-1].change == "−35.0 points"
     assert tasks.note.endswith("The mean takes acc of boolq, acc_norm of piqa.")
-    speed = view.measurement_table(report)
+    speed = view.compared(report, "measurements", lambda found: found.spread)
     assert speed is not None
     assert speed.rows[0].label == "decode, tokens/s"
     assert (speed.rows[0].cells, speed.rows[0].change) == (("8", "2", "4"), "× 0.50")
@@ -168,7 +168,7 @@ def test_only_equal_settings_are_compared() -> None:
     report = Report(source=Source(name="m"))
     for variant, tokens in (("dense", 100), ("pruned", 200)):
         report = report.with_evaluation(variant, one(tokens))
-    table = view.perplexity_table(report)
+    table = view.compared(report, "perplexity")
     assert table is not None
     assert [(row.cells, row.change) for row in table.rows] == [
         (("9.00", ""), ""),

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import io
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.cli import main
+from llm_pruner.commands.evaluate import measure
 
 WORDS = "the old bridge over the river was built by people who lived near the water and sang "
 
@@ -63,16 +62,8 @@ def done(*args: object) -> Result:
 
 @contextmanager
 def measured_here() -> Iterator[None]:
-    """Run ``evaluate`` in this process wherever a process of its own is asked for."""
-    real = subprocess.run
-
-    def start(command: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
-        if command[1:4] != ["-m", "llm_pruner", "evaluate"]:
-            return real(command, **settings)
-        result = run(*command[3:])
-        return subprocess.CompletedProcess(command, result.code, result.out, result.err)
-
-    with mock.patch.object(subprocess, "run", start):
+    """Measure models in this process wherever a process of its own is asked for."""
+    with mock.patch("llm_pruner.commands.compress.measure_apart", measure):
         yield
 
 

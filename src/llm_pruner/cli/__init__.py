@@ -11,37 +11,22 @@ from __future__ import annotations
 
 import os
 from errno import ENAMETOOLONG
+from typing import Annotated
 
 import typer
 
-from llm_pruner.cli import (
-    bench,
-    compare,
-    compress,
-    demo,
-    evaluate,
-    inspect,
-    prune,
-    recover,
-    tasks,
-)
+from llm_pruner.cli import bench, compare, compress, evaluate, inspect, prune, recover
 from llm_pruner.cli.build import GroupedCommand, add
 from llm_pruner.cli.output import fail, one_line
 from llm_pruner.errors import Interrupted, LLMPrunerError, PlanError, UserError
 from llm_pruner.files.disk import placed
 from llm_pruner.runtime.memory import keep_large_blocks
-from llm_pruner.runtime.signals import (
-    INTERRUPTED,
-    deaf_at_the_end,
-    end_with_parent,
-    ended_alike,
-    exit_code,
-    heard,
-)
+from llm_pruner.runtime.signals import INTERRUPTED, deaf_at_the_end, ended_alike, exit_code, heard
 from llm_pruner.settings.compress import CompressSettings
 from llm_pruner.settings.evaluate import BenchSettings, EvaluateSettings, InspectSettings
 from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.settings.recover import RecoverSettings
+from llm_pruner.version import __version__
 
 app = typer.Typer(
     name="llm-pruner",
@@ -60,18 +45,28 @@ add(app, "recover", RecoverSettings, recover.run, recover.EXAMPLES)
 add(app, "evaluate", EvaluateSettings, evaluate.run, evaluate.EXAMPLES)
 app.command("compare", cls=GroupedCommand, epilog=compare.EXAMPLES)(compare.command)
 add(app, "bench", BenchSettings, bench.run, bench.EXAMPLES)
-app.command("tasks", cls=GroupedCommand, epilog=tasks.EXAMPLES)(tasks.command)
-app.command("demo", cls=GroupedCommand)(demo.command)
+app.command("tasks", cls=GroupedCommand, epilog=evaluate.TASKS_EXAMPLES)(evaluate.write_tasks)
+app.command("demo", cls=GroupedCommand)(compress.demo)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"llm-pruner {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
     """Make large language models smaller by removing whole structures."""
 
 
 def main() -> None:
     """Run the command line and exit."""
-    end_with_parent()
     with ended_alike():
         try:
             _run()

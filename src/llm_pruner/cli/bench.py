@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
+from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from llm_pruner.cli.output import (
-    clean,
-    console,
-    count,
-    megabytes,
-    print_table,
-    table,
-    write_json,
-)
+from llm_pruner.cli.output import console, print_table, table, write_json
+from llm_pruner.report.text import clean, count, megabytes
 from llm_pruner.settings.evaluate import BenchSettings
 
 if TYPE_CHECKING:
     from llm_pruner.commands.bench import Bench, Figures
     from llm_pruner.evaluation.speed import Speed, SpeedUp
+
+_Read: TypeAlias = "Callable[[Figures], Any]"
 
 EXAMPLES = """\b
 Examples:
@@ -35,7 +30,7 @@ def run(settings: BenchSettings, json: str | None) -> None:
     from llm_pruner.commands.bench import bench
 
     done = bench(settings)
-    write_json(asdict(done), json)
+    write_json(done, json)
     if json != "-":
         show(done)
 
@@ -70,49 +65,46 @@ def show(done: Bench) -> None:
         )
 
 
-def _columns(done: Bench) -> tuple[str, ...]:
-    return ("", "model") if done.against is None else ("", "model", "against", "ratio")
-
-
-def _row(
-    done: Bench, label: str, read: Callable[[Figures], Any], form: Callable[[Any], str]
-) -> Any:
-    values = [read(figures) for figures in (done.model, done.against) if figures is not None]
-    cells = [label, *("-" if value is None else form(value) for value in values)]
-    if len(values) == 2:
-        known = all(values)
-        cells.append(f"{values[0] / values[1]:.3f}" if known else "-")
-    return cells
+def _table(title: str, done: Bench, rows: Iterable[tuple[str, _Read, Callable[[Any], str]]]) -> Any:
+    """Return rows of (label, what of a model, how it is written): one model, or two and a ratio."""
+    models = [figures for figures in (done.model, done.against) if figures is not None]
+    lines = []
+    for label, read, form in rows:
+        values = [read(figures) for figures in models]
+        cells = [label, *("-" if value is None else form(value) for value in values)]
+        if len(values) == 2:
+            cells.append(f"{values[0] / values[1]:.3f}" if all(values) else "-")
+        lines.append(cells)
+    return table(title, ("", "model", "against", "ratio")[: 2 * len(models)], lines)
 
 
 def _size_table(done: Bench) -> Any:
-    rows = [
-        _row(done, "parameters", lambda f: f.parameters, count),
-        _row(done, "  in embeddings", lambda f: f.parameters_embedding, count),
-        _row(done, "  in blocks", lambda f: f.parameters_blocks, count),
-        _row(done, "on disk", lambda f: f.bytes_on_disk, megabytes),
-        _row(done, "in memory", lambda f: f.bytes_in_memory, megabytes),
-        _row(done, "MACs of 64 tokens", lambda f: f.macs, _billions),
-        _row(done, "MACs per new token", lambda f: f.macs_per_token, _billions),
-        _row(done, "read per new token", lambda f: f.bytes_read_per_token, megabytes),
-        _row(done, "cache per token", lambda f: f.kv_cache_bytes_per_token, _kilobytes),
+    rows: list[tuple[str, _Read, Callable[[Any], str]]] = [
+        ("parameters", lambda f: f.parameters, count),
+        ("  in embeddings", lambda f: f.parameters_embedding, count),
+        ("  in blocks", lambda f: f.parameters_blocks, count),
+        ("on disk", lambda f: f.bytes_on_disk, megabytes),
+        ("in memory", lambda f: f.bytes_in_memory, megabytes),
+        ("MACs of 64 tokens", lambda f: f.macs, _billions),
+        ("MACs per new token", lambda f: f.macs_per_token, _billions),
+        ("read per new token", lambda f: f.bytes_read_per_token, megabytes),
+        ("cache per token", lambda f: f.kv_cache_bytes_per_token, _kilobytes),
     ]
     if any(f is not None and f.cache_bytes_fixed for f in (done.model, done.against)):
-        rows.append(_row(done, "cache besides", lambda f: f.cache_bytes_fixed, _kilobytes))
-    return table("Size", _columns(done), rows)
+        rows.append(("cache besides", lambda f: f.cache_bytes_fixed, _kilobytes))
+    return _table("Size", done, rows)
 
 
 def _memory_table(done: Bench) -> Any:
-    rows = []
-    for index, memory in enumerate(done.model.memory):
-        for stage in ("prefill", "decode"):
-            label = f"{stage}, batch {memory.batch_size}"
+    def read(figures: Figures, number: int, stage: str) -> int:
+        return int(getattr(figures.memory[number], stage))
 
-            def read(figures: Figures, index: int = index, stage: str = stage) -> int:
-                return int(getattr(figures.memory[index], stage))
-
-            rows.append(_row(done, label, read, megabytes))
-    return table("Peak memory", _columns(done), rows)
+    rows = [
+        (f"{stage}, batch {peak.batch_size}", partial(read, number=number, stage=stage), megabytes)
+        for number, peak in enumerate(done.model.memory)
+        for stage in ("prefill", "decode")
+    ]
+    return _table("Peak memory", done, rows)
 
 
 def _speed_table(done: Bench) -> Any:

@@ -21,6 +21,22 @@ _PLAIN = (bool, int, float, Path)
 """Types that the command line reads itself; all else comes as text, which the settings read."""
 
 
+_STDOUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+_JSON_HELP = "Write the results for scripts; - for stdout."
+
+Json = Annotated[
+    str | None,
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        help=_JSON_HELP,
+        # The names that systems have for standard output mean it, too.
+        callback=lambda file: "-" if file in _STDOUT else file,
+    ),
+]
+"""The option that every command has."""
+
+
 class GroupedCommand(TyperCommand):
     """A command whose help lists each option under its ``rich_help_panel``, as plain text."""
 
@@ -117,7 +133,7 @@ def _parameters(kind: type[Settings]) -> list[tuple[str, Any]]:
     panel = OUTPUT if "out" in kind.model_fields else None
     for name, metavar, words in (
         ("config", "FILE", "YAML file with options; those beside it win."),
-        ("json", "FILE", "Write the results for scripts; - for stdout."),
+        ("json", "FILE", _JSON_HELP),
     ):
         shape = Path if name == "config" else str
         how = typer.Option(

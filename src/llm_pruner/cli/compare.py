@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llm_pruner.cli import options
-from llm_pruner.cli.output import check_json, clean, console, print_table, table, write_json
+from llm_pruner.cli.build import Json
+from llm_pruner.cli.output import check_json, console, print_table, table, write_json
 from llm_pruner.errors import UserError
 from llm_pruner.files.outputs import check_file, check_place, write_output
+from llm_pruner.report.text import clean
 
 if TYPE_CHECKING:
     from llm_pruner.report.compare import Column, Comparison
@@ -48,7 +49,7 @@ def command(
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print one table in Markdown.")
     ] = False,
-    json: options.Json = None,
+    json: Json = None,
 ) -> None:
     """Put several pruned models side by side."""
     reads = [*folders, *(folder.partition("=")[2] for folder in folders)]
@@ -60,12 +61,12 @@ def command(
         check_file("--html", html, "page", reads)
 
     from llm_pruner.commands.compare import compare_folders
-    from llm_pruner.report.compare import as_data, render_html, render_markdown
+    from llm_pruner.report.compare import render_html, render_markdown
 
     found = compare_folders(folders)
     if html is not None:
         write_output(html, render_html(found))
-    write_json(as_data(found), json)
+    write_json(found, json)
     if markdown:
         sys.stdout.write(render_markdown(found))
     elif json != "-":

@@ -1,31 +1,37 @@
-"""``llm-pruner compress``: prune, recover, evaluate and report, in one command that can go on."""
+"""``llm-pruner compress``: prune, recover, evaluate and report, in one command that can go on.
+
+``llm-pruner demo`` is the same of the embedded model, in minutes.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+from llm_pruner.cli.build import Json
 from llm_pruner.cli.output import (
-    clean,
+    check_json,
     command_line,
     console,
-    count,
-    megabytes,
+    print_model,
+    print_places,
     print_table,
     table,
     warn,
     write_json,
 )
-from llm_pruner.cli.training_lines import Narrator
+from llm_pruner.cli.recover import Narrator
 from llm_pruner.errors import Interrupted
+from llm_pruner.report.text import clean, count, megabytes
 from llm_pruner.runtime.memory import BOTH, keep_kernels
 from llm_pruner.settings.compress import CompressSettings
 
 if TYPE_CHECKING:
-    from llm_pruner.commands.compress import Compressed
+    from llm_pruner.evaluation.perplexity import PerplexityResult
+    from llm_pruner.report.records import Compressed, Measured, Weighed
 
 EXAMPLES = """\b
 Examples:
@@ -43,16 +49,59 @@ def run(settings: CompressSettings, json: str | None) -> None:
     """
     keep_kernels(BOTH)
     settings.check()
+    _compress(settings, json)
+
+
+_DEMO = Path("demo-out")
+_DEMO_PRESET = "balanced"
+_DEMO_SAMPLES = 160
+"""Texts for training: those that importance is estimated on, and a quarter as many more. The amount
+is fixed, so that a demo can be repeated."""
+
+
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.")
+    ] = _DEMO,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace --out, if llm-pruner wrote all in it; an earlier demo-out always is.",
+        ),
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw an interrupted demo away.")
+    ] = False,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of all that is drawn.")] = 0,
+    json: Json = None,
+) -> None:
+    """Compress the embedded model by 20%: prune, recover, compare.
+
+    An interrupted demo goes on when it is started again.
+    """
+    check_json(json, out=out)
+    # The folder that the demo chooses by itself, it may replace by itself: but only a checkpoint
+    # that was pruned, nothing else that a user may have called by this name.
+    earlier = out == _DEMO and (out / "plan.json").is_file()
+    keep_kernels(BOTH)
+    settings = CompressSettings(
+        model="default",
+        out=out,
+        overwrite=overwrite or earlier,
+        restart=restart,
+        ratio=0.2,
+        preset=_DEMO_PRESET,
+        samples=_DEMO_SAMPLES,
+        seed=seed,
+    )
+    _compress(settings, json, first=None if json == "-" else _show_dense)
+
+
+def _compress(settings: CompressSettings, json: str | None, **more: Any) -> None:
+    """Run, tell standard error how it goes, and print or write what came out."""
     from llm_pruner.commands.compress import compress
-    from llm_pruner.evaluation.result_cache import shared_corpora
 
-    done = watched(lambda **telling: compress(settings, command=command_line(), **telling))
-    done.notes.extend(shared_corpora(str(settings.out), settings.perplexity))
-    finish(done, json)
-
-
-def watched(run: Callable[..., Compressed]) -> Compressed:
-    """Run and tell standard error how it goes; say how to go on if it is interrupted."""
     live = sys.stderr.isatty()
 
     def tell(stage: str) -> None:
@@ -64,61 +113,57 @@ def watched(run: Callable[..., Compressed]) -> Compressed:
         print(f"llm-pruner: going on with the run in {name}", file=sys.stderr, flush=True)
 
     try:
-        return run(tell=tell, say=Narrator(quiet=True), going_on=going_on)
+        done = compress(
+            settings,
+            command=command_line(),
+            tell=tell,
+            say=Narrator(quiet=True),
+            going_on=going_on,
+            **more,
+        )
     except KeyboardInterrupt:
         raise Interrupted("interrupted; the same command goes on from here") from None
-
-
-def finish(done: Compressed, json: str | None) -> None:
-    """Print or write what a run did."""
-    write_json(as_data(done), json)
+    write_json(done, json)
     if json != "-":
         show(done)
     for note in done.notes:
         warn(note)
 
 
-def as_data(done: Compressed) -> dict[str, Any]:
-    """Return the outcome of a run for scripts."""
-    data = asdict(done)
-    data["path"] = str(done.path)
-    data["report"] = None if done.report is None else str(done.report)
-    data["parameters"] = {"before": done.parameters[0], "after": done.parameters[1]}
-    data["ratio"] = 1 - done.parameters[1] / done.parameters[0]
-    return data
+def _show_dense(found: Measured) -> None:
+    """Print the figures of the dense model, while it is being pruned."""
+    rows = [("parameters", count(found.parameters))]
+    rows += [(f"perplexity, {text.corpus}", _perplexity(text)) for text in found.perplexity]
+    print_table(console(), table("Before", ("", "dense"), rows))
+    sys.stdout.flush()
 
 
 def show(done: Compressed) -> None:
     """Print the models beside each other, and what it took."""
     out = console()
-    before, after = done.parameters
-    out.print(
-        f"{clean(done.model)}: {count(before)} -> {count(after)} parameters "
-        f"({100 * (1 - after / before):.1f}% removed)"
-    )
+    print_model(out, done.model, done.parameters.before, done.parameters.after)
     found = list(done.measured.values())
     rows = [
-        ("parameters", *(count(one["parameters"]) for one in found)),
-        ("size on disk", *(megabytes(one["bytes"]) if one["bytes"] else "-" for one in found)),
+        ("parameters", *(count(one.parameters) for one in found)),
+        ("size on disk", *(megabytes(one.bytes) if one.bytes else "-" for one in found)),
     ]
-    for number, text in enumerate(found[0]["perplexity"]):
-        values = (one["perplexity"][number] for one in found)
-        rows.append((f"perplexity, {text['corpus']}", *map(_perplexity, values)))
+    for texts in zip(*(one.perplexity for one in found), strict=True):
+        rows.append((f"perplexity, {texts[0].corpus}", *map(_perplexity, texts)))
     rows += _tasks(found)
-    for stage in ("prefill", "decode"):
-        speeds = (one["speed"][f"{stage}_tokens_per_second"] for one in found)
-        rows.append((f"{stage} tokens/s", *(f"{speed:.1f}" for speed in speeds)))
+    speeds = [one.speed for one in found if one.speed is not None]
+    rows += [
+        ("prefill tokens/s", *(f"{one.prefill_tokens_per_second:.1f}" for one in speeds)),
+        ("decode tokens/s", *(f"{one.decode_tokens_per_second:.1f}" for one in speeds)),
+    ]
     print_table(out, table("Before and after", ("", *done.measured), rows))
-    for text in found[0]["perplexity"]:
-        out.print(f"{text['corpus']}: {text['tokens']:,} tokens in windows of {text['window']}")
+    for text in found[0].perplexity:
+        out.print(f"{text.corpus}: {text.tokens:,} tokens in windows of {text.window}")
     times = {name: seconds for name, seconds in done.seconds.items() if seconds >= 0.5}
     took = ", ".join(f"{_STAGES.get(name, name)} {seconds:.0f}" for name, seconds in times.items())
     out.print(f"seconds: {took}; {sum(done.seconds.values()):.0f} in all", soft_wrap=False)
     if done.peak_bytes:
         out.print(f"peak memory: {megabytes(done.peak_bytes)}")
-    out.print(f"saved to {clean(str(done.path))}", soft_wrap=True)
-    if done.report is not None:
-        out.print(f"report: {clean(str(done.report))}", soft_wrap=True)
+    print_places(out, done.path, done.report)
 
 
 _STAGES = {
@@ -131,21 +176,21 @@ _STAGES = {
 }
 
 
-def _perplexity(found: dict[str, Any]) -> str:
-    spread = found["stderr"]
-    return f"{found['perplexity']:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
+def _perplexity(found: PerplexityResult) -> str:
+    spread = "" if found.stderr is None else f" ± {found.stderr:.2f}"
+    return f"{found.perplexity:.2f}{spread}"
 
 
-def _tasks(found: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+def _tasks(found: list[Weighed]) -> list[tuple[str, ...]]:
     """Return a row for the chosen metric of each task."""
     rows = []
     shown = [
-        {one["task"]: one for one in (each["zero_shot"] or {"tasks": []})["tasks"]}
+        {one.task: one for one in each.zero_shot.tasks} if each.zero_shot is not None else {}
         for each in found
     ]
     for task, first in shown[0].items():
-        metric = first["paper_metric"] or next(iter(first["metrics"]), None)
+        metric = first.paper_metric or next(iter(first.metrics), None)
         if metric is not None:
-            values = (each[task]["metrics"][metric]["value"] for each in shown)
+            values = (each[task].metrics[metric].value for each in shown)
             rows.append((f"{task}, {metric}", *(f"{value:.4f}" for value in values)))
     return rows

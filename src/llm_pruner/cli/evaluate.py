@@ -1,20 +1,18 @@
-"""``llm-pruner evaluate``: perplexity and zero-shot tasks, with what a comparison needs."""
+"""``llm-pruner evaluate``: perplexity and zero-shot tasks; ``tasks``: those as files."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from llm_pruner.cli.output import (
-    clean,
-    console,
-    count,
-    print_table,
-    table,
-    warn,
-    write_json,
-)
+import typer
+
+from llm_pruner.cli.output import console, print_table, table, warn, write_json
+from llm_pruner.report.text import clean, count
 from llm_pruner.settings.evaluate import EvaluateSettings
+
+if TYPE_CHECKING:
+    from llm_pruner.report.records import Measured, ZeroShot
 
 EXAMPLES = """\b
 Examples:
@@ -41,77 +39,113 @@ def run(settings: EvaluateSettings, json: str | None) -> None:
     for warning in shared_corpora(settings.model, settings.perplexity):
         warn(warning)
     found = measure(settings)
-    data = asdict(found)
-    write_json(data, json)
+    write_json(found, json)
     if report is not None:
-        from llm_pruner.report.write import add_evaluations, report_in, variant_of
+        from llm_pruner.report.write import add_evaluation
 
-        variant = variant_of(report, report_in(report), settings.model, found.parameters)
-        add_evaluations(report, {variant: data})
+        add_evaluation(report, found, settings.model)
     if json != "-":
-        show(data)
+        show(found)
         if report is not None:
             page = clean(str(report / "report.html"))
             console().print(f"added to {page}", soft_wrap=True)
 
 
-def show(found: dict[str, Any]) -> None:
+def show(found: Measured) -> None:
     """Print what was measured."""
     out = console()
-    out.print(f"{clean(found['model'])}: {count(found['parameters'])} parameters")
-    if found["perplexity"]:
+    out.print(f"{clean(found.model)}: {count(found.parameters)} parameters")
+    if found.perplexity:
         rows = [
             (
-                result["corpus"],
-                result["split"] or "-",
-                result["protocol"],
-                result["window"],
-                f"{result['tokens']:,}",
-                f"{result['perplexity']:.2f}",
-                "-" if result["stderr"] is None else f"{result['stderr']:.2f}",
+                result.corpus,
+                result.split or "-",
+                result.protocol,
+                result.window,
+                f"{result.tokens:,}",
+                f"{result.perplexity:.2f}",
+                "-" if result.stderr is None else f"{result.stderr:.2f}",
             )
-            for result in found["perplexity"]
+            for result in found.perplexity
         ]
         columns = ("corpus", "split", "protocol", "window", "tokens", "perplexity", "stderr")
         print_table(out, table("Perplexity", columns, rows))
-    if found["zero_shot"]:
-        show_tasks(found["zero_shot"])
-    if found["speed"]:
+    if found.zero_shot is not None:
+        show_tasks(found.zero_shot)
+    if found.speed is not None:
         out.print(
-            f"prefill {found['speed']['prefill_tokens_per_second']:.1f} tokens/s, "
-            f"decode {found['speed']['decode_tokens_per_second']:.1f} tokens/s"
+            f"prefill {found.speed.prefill_tokens_per_second:.1f} tokens/s, "
+            f"decode {found.speed.decode_tokens_per_second:.1f} tokens/s"
         )
-    for text, continuation in found["samples"].items():
+    for text, continuation in found.samples.items():
         out.print(f"> {clean(text)}{clean(continuation)}")
 
 
-def show_tasks(found: dict[str, Any]) -> None:
+def show_tasks(found: ZeroShot) -> None:
     """Print a line for each metric of each task, and the means."""
     out = console()
     rows = [
         (
-            result["task"] if number == 0 else "",
-            f"{result['documents']:,}" if number == 0 else "",
-            f"{name} *" if name == result["paper_metric"] else name,
-            f"{metric['value']:.4f}",
-            "-" if metric["stderr"] is None else f"{metric['stderr']:.4f}",
+            result.task if number == 0 else "",
+            f"{result.documents:,}" if number == 0 else "",
+            f"{name} *" if name == result.paper_metric else name,
+            f"{metric.value:.4f}",
+            "-" if metric.stderr is None else f"{metric.stderr:.4f}",
         )
-        for result in found["tasks"]
-        for number, (name, metric) in enumerate(result["metrics"].items())
+        for result in found.tasks
+        for number, (name, metric) in enumerate(result.metrics.items())
     ]
-    title = f"Zero-shot (lm-evaluation-harness {found['versions']['lm_eval']})"
+    title = f"Zero-shot (lm-evaluation-harness {found.versions['lm_eval']})"
     columns = ("task", "items", "metric", "value", "stderr")
     print_table(out, table(title, columns, rows, text=("metric",)))
-    for key, words in (("mean", "seven tasks"), ("mean_without_boolq", "six without boolq")):
-        mean = found[key]
+    means = {"seven tasks": found.mean, "six without boolq": found.mean_without_boolq}
+    for words, mean in means.items():
         if mean is not None:
-            spread = "" if mean["stderr"] is None else f" +- {mean['stderr']:.4f}"
-            out.print(f"mean of the {words}: {mean['value']:.4f}{spread}")
-    if any(result["paper_metric"] for result in found["tasks"]):
+            spread = "" if mean.stderr is None else f" +- {mean.stderr:.4f}"
+            out.print(f"mean of the {words}: {mean.value:.4f}{spread}")
+    if any(result.paper_metric for result in found.tasks):
         out.print("* the metric that LLM-Pruner reports, and that a mean takes")
-    cut = {result["task"]: result["truncated"] for result in found["tasks"] if result["truncated"]}
+    cut = [f"{result.truncated:,} of {result.task}" for result in found.tasks if result.truncated]
     if cut:
-        names = ", ".join(f"{count:,} of {task}" for task, count in cut.items())
-        out.print(f"longer than the model reads, so their start was cut: {clean(names)}")
-    if found["cached"]:
-        out.print(f"known from an earlier run: {clean(', '.join(found['cached']))}")
+        out.print(f"longer than the model reads, so their start was cut: {clean(', '.join(cut))}")
+    if found.cached:
+        out.print(f"known from an earlier run: {clean(', '.join(found.cached))}")
+
+
+TASKS_EXAMPLES = """\b
+Examples:
+  llm-pruner tasks --tasks-data tasks/ --out offline
+  lm_eval --model_args pretrained=small --include_path offline --tasks piqa
+"""
+
+
+def write_tasks(
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder to write.", show_default=False)],
+    tasks_data: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR",
+            help="Folder with boolq.jsonl, piqa.jsonl, hellaswag.jsonl, winogrande.jsonl, "
+            "arc_easy.jsonl, arc_challenge.jsonl and openbookqa.jsonl.",
+            show_default=False,
+        ),
+    ],
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Only these, such as boolq,piqa. [default: all seven]"),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace --out, if llm-pruner wrote all in it.")
+    ] = False,
+) -> None:
+    """Write the paper's tasks on local data for lm_eval."""
+    from llm_pruner.commands.evaluate import write_task_files
+    from llm_pruner.settings.words import LOCAL_TASKS
+
+    names = LOCAL_TASKS if tasks is None else tuple(name.strip() for name in tasks.split(","))
+    files = write_task_files(Path(out), Path(tasks_data), names, overwrite=overwrite)
+    shown = console()
+    shown.print(f"{clean(out)}: {', '.join(file.stem for file in files)}")
+    shown.print(
+        "Give it to lm-evaluation-harness with --include_path, and name the tasks with --tasks."
+    )

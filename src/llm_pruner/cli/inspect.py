@@ -5,15 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from llm_pruner.cli.output import (
-    clean,
-    console,
-    count,
-    print_table,
-    table,
-    write_json,
-)
+from llm_pruner.cli.output import console, print_table, table, write_json
 from llm_pruner.errors import UserError
+from llm_pruner.report.text import clean, count
 from llm_pruner.settings.evaluate import InspectSettings
 
 EXAMPLES = """\b

@@ -21,21 +21,6 @@ from llm_pruner.files.outputs import Source, check_file, check_place, write_outp
 from llm_pruner.report.text import clean, count, megabytes
 from llm_pruner.runtime.signals import INTERRUPTED, TERMINATED
 
-__all__ = [
-    "check_json",
-    "clean",
-    "command_line",
-    "console",
-    "count",
-    "fail",
-    "megabytes",
-    "one_line",
-    "print_table",
-    "speaks",
-    "table",
-    "write_json",
-]
-
 _PATIENCE = 5.0
 """Seconds in which the first process says what went wrong, if it went wrong there, too."""
 
@@ -82,6 +67,20 @@ def table(
     return result
 
 
+def print_model(out: Console, name: str, before: int, after: int) -> None:
+    """Say how many parameters a model had and has."""
+    removed = f"{100 * (1 - after / before):.1f}% removed"
+    out.print(f"{clean(name)}: {count(before)} -> {count(after)} parameters ({removed})")
+
+
+def print_places(out: Console, folder: Path, report: Path | None, size: int | None = None) -> None:
+    """Say where a model was saved, and where its report is."""
+    bytes_ = "" if size is None else f" ({megabytes(size)})"
+    out.print(f"saved to {clean(str(folder))}{bytes_}", soft_wrap=True)
+    if report is not None:
+        out.print(f"report: {clean(str(report))}", soft_wrap=True)
+
+
 def check_json(file: str | None, reads: Iterable[Source] = (), out: Path | None = None) -> None:
     """Raise UserError if results cannot be written to ``file``; see ``outputs.check_file``."""
     if file == "":
@@ -91,11 +90,13 @@ def check_json(file: str | None, reads: Iterable[Source] = (), out: Path | None 
         check_file("--json", Path(file), "results", reads, out)
 
 
-def write_json(data: dict[str, Any], file: str | None) -> None:
-    """Write results for scripts to a file, or to standard output for ``-``."""
+def write_json(record: Any, file: str | None) -> None:
+    """Write what a command returned to a file for scripts, or to standard output for ``-``."""
     if file is None:
         return
-    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    from llm_pruner.report.records import as_json
+
+    text = json.dumps(as_json(record), indent=2, ensure_ascii=False) + "\n"
     if file == "-":
         sys.stdout.write(text)
     else:

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from llm_pruner.cli.output import command_line, write_json
-from llm_pruner.cli.pruned import as_data, show
+from typing import TYPE_CHECKING, Any
+
+from llm_pruner.cli.output import (
+    command_line,
+    console,
+    print_model,
+    print_places,
+    print_table,
+    table,
+    write_json,
+)
+from llm_pruner.report.text import clean
 from llm_pruner.runtime.memory import PRUNING, keep_kernels
 from llm_pruner.settings.prune import PruneSettings
+
+if TYPE_CHECKING:
+    from llm_pruner.report.records import Pruned
+    from llm_pruner.search.fast_widths import Rounding
 
 EXAMPLES = """\b
 Examples:
@@ -24,6 +38,107 @@ def run(settings: PruneSettings, json: str | None) -> None:
     from llm_pruner.commands.prune import prune_checkpoint
 
     done = prune_checkpoint(settings, command=command_line())
-    write_json(as_data(done), json)
+    write_json(done, json)
     if json != "-":
         show(done)
+
+
+def _verified(done: Pruned) -> str:
+    if done.twin_difference is None:
+        return "not compared with its masked twin"
+    text = f"equal to its masked twin: largest difference {done.twin_difference:.1e} on "
+    text += ", ".join(done.twin_scenes)
+    return text + (f"; not run: {', '.join(done.twin_skipped)}" if done.twin_skipped else "")
+
+
+def show(done: Pruned) -> None:
+    """Print what was done."""
+    out = console()
+    widths = _widths(done)
+    if widths is not None:
+        print_table(out, widths)
+    if across := _across(done):
+        out.print(f"Kept across layers: {across}")
+    print_model(out, done.model, done.parameters_before, done.parameters_after)
+    if done.rounding is not None:
+        out.print(_rounded(done.rounding))
+    if done.saved_as is not None:
+        out.print(_verified(done))
+    if done.trials:
+        out.print(f"split found by {len(done.trials)} trial removals: {_shares(done)}")
+    if done.refitted:
+        fitted = sum(one.changed for one in done.refitted)
+        if fitted:
+            out.print(f"least squares refitted {fitted} of {len(done.refitted)} consumers")
+        else:
+            out.print("compensation was no gain on held-out text; the weights are as they were")
+    if done.saved_as is None:
+        out.print(f"plan written to {clean(str(done.path))}; nothing was pruned", soft_wrap=True)
+        return
+    print_places(out, done.path, done.report, done.bytes)
+    out.print(f"loads with from_pretrained{_loading(done)}")
+    out.print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in done.seconds.items()))
+
+
+def _shares(done: Pruned) -> str:
+    taken = next((trial.split for trial in done.trials if trial.taken), {})
+    return ", ".join(f"{name} {100 * share:g}%" for name, share in sorted(taken.items()))
+
+
+def _loading(done: Pruned) -> str:
+    """Return what ``from_pretrained`` needs to load the folder, and why."""
+    said = ""
+    if "trust_remote_code=True" in done.needs:
+        said += " and trust_remote_code=True"
+    if "import llm_pruner" in done.needs:
+        why = (
+            "transformers does not have the model"
+            if done.saved_as == "stock"
+            else "sizes differ from what a plain config can say"
+        )
+        said += f" after 'import llm_pruner' ({why})"
+    return said or " anywhere"
+
+
+def _rounded(rounding: Rounding) -> str:
+    if not rounding.throughput:
+        return "channels are not rounded: no multiple is fine enough for this model"
+    speeds = ", ".join(f"{m} {100 * share:.0f}%" for m, share in rounding.throughput.items())
+    return f"channels kept in multiples of {rounding.multiple} (speed of each here: {speeds})"
+
+
+def _across(done: Pruned) -> str:
+    """Return what is kept of groups that span all layers, where something was removed."""
+    sizes = [size for row in done.layers if row.layer is None for size in row.sizes.items()]
+    return ", ".join(
+        f"{kept:,} of {dense:,} {name}" for name, (kept, dense) in sizes if kept != dense
+    )
+
+
+def _widths(done: Pruned) -> Any:
+    """Return kept widths, with runs of equal layers in one row; None if no layer changed."""
+    layers = [row for row in done.layers if row.layer is not None]
+    changed = dict.fromkeys(
+        name
+        for row in layers
+        for name, (kept, dense) in row.sizes.items()
+        if kept != dense and not row.removed
+    )
+    if not changed and not any(row.removed for row in layers):
+        return None
+    runs: list[tuple[list[int], tuple[str, ...]]] = []
+    for row in layers:
+        if row.removed:
+            cells = ("removed", *("" for _ in changed))[: max(len(changed), 1)]
+        else:
+            cells = tuple(_cell(row.sizes.get(name)) for name in changed) or ("whole",)
+        if runs and runs[-1][1] == cells:
+            runs[-1][0].append(row.layer or 0)
+        else:
+            runs.append(([row.layer or 0], cells))
+    rows = [(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]), *cells) for run, cells in runs]
+    return table("Units kept", ("layer", *(changed or ("",))), rows)
+
+
+def _cell(sizes: tuple[int, int] | None) -> str:
+    return "" if sizes is None else "{} of {}".format(*sizes)

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import sys
+from math import exp, inf
+from typing import TYPE_CHECKING
 
-from llm_pruner.cli.output import command_line, speaks, write_json
-from llm_pruner.cli.recovered import as_data, no_gain, show
-from llm_pruner.cli.training_lines import Narrator
+from llm_pruner.cli.output import (
+    command_line,
+    console,
+    print_places,
+    print_table,
+    speaks,
+    table,
+    write_json,
+)
 from llm_pruner.errors import Interrupted
 from llm_pruner.files.disk import placed
+from llm_pruner.report.text import clean, count
 from llm_pruner.runtime.memory import TRAINING, keep_kernels
 from llm_pruner.settings.recover import RecoverSettings
+
+if TYPE_CHECKING:
+    from llm_pruner.recovery import Progress
+    from llm_pruner.report.records import Recovered
 
 EXAMPLES = """\b
 Examples:
@@ -35,8 +48,91 @@ def run(settings: RecoverSettings, json: str | None) -> None:
         raise Interrupted("interrupted; go on with --resume") from None
     if not speaks():
         return
-    write_json(as_data(done), json)
+    write_json(done, json)
     if json != "-":
         show(done)
     if not done.gained:
         print(f"llm-pruner: {no_gain(done)}", file=sys.stderr)
+
+
+class Narrator:
+    """Tells standard error how training goes: a line that is rewritten, and one for each score."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._live = sys.stderr.isatty()
+        self._silent = quiet and not self._live
+        self._first: tuple[int, float, int] | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        if self._silent:
+            return
+        run, step = progress.run, progress.step
+        if self._first is None:
+            self._first = (step, run.seconds, run.tokens)
+        steps, seconds, tokens = (
+            now - then
+            for now, then in zip((step, run.seconds, run.tokens), self._first, strict=True)
+        )
+        line = f"step {step} of {run.total}: loss {progress.loss:.3f}"
+        line += f", held-out {run.evaluations[-1].loss:.3f}" if run.evaluations else ""
+        if steps and seconds > 0:
+            left = (run.total - step) * seconds / steps
+            line += f", {tokens / seconds:,.0f} tokens/s, {duration(left)} left"
+        if self._live:
+            end = "\n" if progress.evaluated else ""
+            print(f"\r\x1b[2K{line}", end=end, file=sys.stderr, flush=True)
+        elif progress.evaluated:
+            print(line, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def show(done: Recovered) -> None:
+    """Print what was won, and on which data."""
+    out = console()
+    out.print(
+        f"{clean(done.model)}: {done.steps:,} steps, {done.tokens:,} tokens, "
+        f"{duration(done.seconds)}; {count(done.trained)} of {count(done.parameters)} "
+        "parameters trained"
+    )
+    rows = []
+    for source in done.sources:
+        before, after = source.loss_before, source.loss_after
+        if before is not None and after is not None:
+            note = f"held out, {source.held_out_samples} samples"
+            tokens = f"{source.held_out_tokens:,}"
+            rows.append((source.name, note, tokens, *_change(_exp(before), _exp(after))))
+    for text in done.perplexity:
+        old, new = text.before, text.after
+        note = f"windows of {old.window}"
+        tokens = f"{old.tokens:,}"
+        rows.append((old.corpus, note, tokens, *_change(old.perplexity, new.perplexity)))
+    columns = ("text", "", "tokens", "before", "after", "change")
+    print_table(out, table("Perplexity", columns, rows, text=("",)))
+    if done.stopped is not None:
+        out.print(f"ended early: {done.stopped}")
+    if done.gained and done.best_step != done.steps:
+        out.print(f"the weights of step {done.best_step} were the best and are kept")
+    print_places(out, done.path, done.report, done.bytes)
+    if done.needs:
+        out.print(f"loads with from_pretrained, as before, with {' and '.join(done.needs)}")
+
+
+def no_gain(done: Recovered) -> str:
+    """Return the warning that the result is the model as it came."""
+    return (
+        f"warning: training brought no gain (held-out loss {done.loss.before:.4f} before, "
+        f"{done.loss.after:.4f} after), so {clean(str(done.path))} holds the model as it came; use "
+        "more data, another --learning-rate or more steps"
+    )
+
+
+def _change(before: float, after: float) -> tuple[str, str, str]:
+    return f"{before:.2f}", f"{after:.2f}", f"{100 * (after / before - 1):+.1f}%"
+
+
+def _exp(loss: float) -> float:
+    return exp(loss) if loss < 700 else inf

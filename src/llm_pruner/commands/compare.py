@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import safe_open
-
 from llm_pruner.errors import UserError
+from llm_pruner.models.stored import stored_size
 from llm_pruner.planning import read_plan
 from llm_pruner.report.compare import Comparison, Entry, compare
-from llm_pruner.report.data import (
-    JSON_FILE,
-    Report,
-    Source,
-    read_report,
-)
+from llm_pruner.report.data import JSON_FILE, Report, Source, read_report
 from llm_pruner.report.facts import criterion_in_words, settings_of
 from llm_pruner.types import Size
 
-_PLAN, _CONFIG, _WEIGHTS = "plan.json", "config.json", "*.safetensors"
+_PLAN, _CONFIG = "plan.json", "config.json"
 
 
 def compare_folders(named: Sequence[str]) -> Comparison:
@@ -65,7 +58,10 @@ def _entry(label: str, folder: Path) -> Entry:
             f"{folder} has neither {JSON_FILE} nor {_CONFIG}, so it is no checkpoint; "
             "name folders that llm-pruner prune wrote"
         )
-    size = _size(folder)
+    stored = stored_size(str(folder), None, "auto")
+    if stored is None:
+        raise UserError(f"{folder} has no safetensors; name folders that llm-pruner prune wrote")
+    size = Size(total=stored[0] or 0, bytes=stored[1])
     if not (folder / _PLAN).is_file():
         name = folder.resolve().name
         return Entry(label, Report(source=Source(name=name), sizes={"dense": size}), "dense")
@@ -77,28 +73,3 @@ def _entry(label: str, folder: Path) -> Entry:
         settings=settings_of(plan, {}),
     )
     return Entry(label, report, "pruned")
-
-
-def _size(folder: Path) -> Size:
-    """Count parameters in the headers of weight files; a tied one is stored once."""
-    files = sorted(folder.glob(_WEIGHTS))
-    if not files:
-        raise UserError(f"{folder} has no safetensors; name folders that llm-pruner prune wrote")
-    total = 0
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as weights:
-                total += sum(
-                    math.prod(weights.get_slice(name).get_shape())
-                    for name in weights.keys()  # noqa: SIM118 (no dict)
-                )
-        except Exception as error:  # the reader raises an exception type of its own
-            raise UserError(f"{file} cannot be read ({error}); copy it again") from error
-    return Size(total=total, bytes=sum(_tensor_bytes(file) for file in files))
-
-
-def _tensor_bytes(file: Path) -> int:
-    """Return the bytes that follow the header; the format starts with the header's length."""
-    with file.open("rb") as opened:
-        header = int.from_bytes(opened.read(8), "little")
-    return file.stat().st_size - 8 - header

@@ -4,42 +4,47 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from pydantic import TypeAdapter
 from transformers import AutoConfig
 
-from llm_pruner.commands.apart import measure_apart, weights_bytes
-from llm_pruner.commands.compress_settings import about, check_settings, reads_of
-from llm_pruner.commands.prune import prune_checkpoint, target_of
-from llm_pruner.commands.recover import recover_checkpoint
-from llm_pruner.commands.recovered import RECORD
-from llm_pruner.commands.request import REQUEST, request_of
-from llm_pruner.commands.space import check_space
-from llm_pruner.commands.time_budget import (
+from llm_pruner.commands.checks import check_space
+from llm_pruner.commands.compress_start import (
     SHORTEST,
     WRITING,
+    about,
+    check_settings,
     chunks_in_time,
     time_to_recover,
 )
-from llm_pruner.commands.workdir import Work, folder_beside, opened
+from llm_pruner.commands.evaluate import measure_apart
+from llm_pruner.commands.prune import prune_checkpoint
+from llm_pruner.commands.prune_start import target_of
+from llm_pruner.commands.recover import recover_checkpoint
+from llm_pruner.commands.workdir import Work, folder_beside, opened, read_values
 from llm_pruner.data.selfmade import CHUNK, write_text_cached
 from llm_pruner.data.text import DEMO_PROMPTS, SELF
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import put, read_json, tidy
-from llm_pruner.files.outputs import Source, check_output, check_place, rewrite
+from llm_pruner.evaluation.result_cache import shared_corpora
+from llm_pruner.files.disk import put, tidy
+from llm_pruner.files.outputs import Source, check_output, check_place
 from llm_pruner.models.forward import maximum_length
 from llm_pruner.models.load import load
 from llm_pruner.models.stored import check_file_states, file_states
 from llm_pruner.recovery import Progress
 from llm_pruner.recovery.processes import only_one
 from llm_pruner.report.data import Report, Variant
-from llm_pruner.report.facts import as_evaluation
-from llm_pruner.report.write import page_in, report_in, write_report
+from llm_pruner.report.facts import evaluation_of
+from llm_pruner.report.records import RECOVERY_FILE, Change, Compressed, Measured, Training, Weighed
+from llm_pruner.report.write import page_in, report_in, write_report, write_request
 from llm_pruner.settings.compress import CompressSettings
 from llm_pruner.settings.evaluate import EvaluateSettings
 from llm_pruner.settings.recover import RecoverSettings
+from llm_pruner.types import Size
 
 SAMPLES = 256
 """Texts that the dense model writes where there is no time budget; more if importance was estimated
@@ -56,35 +61,7 @@ WINDOW = 512
 so that short texts have a standard error."""
 
 _RESULT = "result"
-_RECORDED = ("gained", "steps", "best_step", "stopped", "tokens", "seconds")
-
-
-@dataclass(frozen=True)
-class Compressed:
-    """What a run did.
-
-    Attributes:
-        path: the folder.
-        report: the page in it; None if none could be drawn.
-        model: name of the dense model.
-        parameters: of the dense and of the compressed model.
-        measured: model -> what ``evaluate --json`` says, and ``bytes`` of its weights.
-        recovery: held-out loss ``before`` and ``after``, ``steps``, ``tokens``, ``best_step`` and
-            whether it ``gained``; None if nothing was trained.
-        notes: what the user should know.
-        seconds: by stage.
-        peak_bytes: most memory that one process held; 0 if not known.
-    """
-
-    path: Path
-    report: Path | None
-    model: str
-    parameters: tuple[int, int]
-    measured: dict[Variant, dict[str, Any]]
-    recovery: dict[str, Any] | None
-    notes: list[str]
-    seconds: dict[str, float]
-    peak_bytes: int
+_TRAINING = TypeAdapter(Training)
 
 
 def work_folder(out: Path) -> Path:
@@ -99,6 +76,7 @@ def compress(
     tell: Callable[[str], None] = lambda _: None,
     say: Callable[[Progress], None] = lambda _: None,
     going_on: Callable[[Path], None] = lambda _: None,
+    first: Callable[[Measured], None] | None = None,
 ) -> Compressed:
     """Make a smaller model of ``settings.model`` in the folder ``settings.out``.
 
@@ -113,6 +91,9 @@ def compress(
         tell: is told each stage as it begins.
         say: is told each step of training.
         going_on: is told the folder of an interrupted run that goes on.
+        first: is told the size and the perplexities of the dense model before anything is pruned;
+            without it they are measured after pruning, which may find that the settings cannot be
+            met.
 
     Raises:
         UserError: something that was given must change.
@@ -132,29 +113,21 @@ def compress(
         if run.continued:
             going_on(work)
         stored = file_states(settings.model)
-        stages = _Stages(settings, run, command, tell, say)
+        stages = _Stages(settings, run, command, tell, say, first)
         try:
-            result = run.kept(_RESULT, stages.all, "report")
+            done = run.once(_RESULT, Compressed, stages.all, "report")
         except UserError:
             if not any(run.path(name).exists() for name in ("pruned", "dense.json")):
                 run.remove()  # nothing was done that is worth going on with
             raise
         check_file_states(stored)
         tell("moving the result into place")
-        _move(run.path(result["folder"]), out, settings.overwrite, reads_of(settings))
-        seconds, peak = run.seconds, max(run.peak_bytes, result["peak_bytes"])
+        folder = run.path("pruned" if done.recovery is None else "recovered")
+        _move(folder, out, settings.overwrite, settings.reads)
+        seconds, peak = run.seconds, max(run.peak_bytes, done.peak_bytes)
         run.remove()
-    return Compressed(
-        path=out,
-        report=page_in(out),
-        model=result["model"],
-        parameters=(result["parameters"][0], result["parameters"][1]),
-        measured=result["measured"],
-        recovery=result["recovery"],
-        notes=result["notes"],
-        seconds=seconds,
-        peak_bytes=peak,
-    )
+    notes = [*done.notes, *shared_corpora(str(out), settings.perplexity)]
+    return replace(done, report=page_in(out), notes=notes, seconds=seconds, peak_bytes=peak)
 
 
 class _Stages:
@@ -167,26 +140,29 @@ class _Stages:
         command: str | None,
         tell: Callable[[str], None],
         say: Callable[[Progress], None],
+        first: Callable[[Measured], None] | None,
     ) -> None:
         self.settings, self.run, self.command = settings, run, command
-        self.tell, self.say = tell, say
+        self.tell, self.say, self.first = tell, say, first
         self.pruning = settings.pruning(run.path("pruned")).but(kept=run.path("text"))
         self.training = settings.trains()
         self.notes: list[str] = []
 
-    def all(self) -> dict[str, Any]:
+    def all(self) -> Compressed:
         """Do what is missing; return what is known of the result."""
+        if self.first is not None:
+            self.measure("dense", self.first)
         self.prune()
-        measured: dict[Variant, dict[str, Any]] = {
-            "dense": self.measure("dense"),
-            "pruned": self.measure("pruned"),
+        dense = self._pruned_report().sizes.get("dense", Size(0))
+        measured: dict[Variant, Weighed] = {
+            "dense": Weighed(**vars(self.measure("dense")), bytes=dense.bytes),
+            "pruned": self._weighed("pruned"),
         }
         recovery = self.recover()
-        if recovery is not None and recovery["gained"]:
-            measured["recovered"] = self.measure("recovered")
+        if recovery is not None and recovery.gained:
+            measured["recovered"] = self._weighed("recovered")
             self._note_higher_perplexity(measured)
-        folder = "pruned" if recovery is None else "recovered"
-        return self.report(folder, measured, recovery)
+        return self.report(measured, recovery)
 
     def prune(self) -> None:
         """Write the folder ``pruned``."""
@@ -194,37 +170,38 @@ class _Stages:
             return
         self.tell("pruning")
         prune_checkpoint(self.pruning, command=self.command)
-        self.run.book("prune")
+        self.run.record_time("prune")
 
-    def measure(self, variant: Variant) -> dict[str, Any]:
-        """Return what was measured of a model, in a process of its own."""
-        folder = self.run.path(variant)
+    def measure(
+        self, variant: Variant, first: Callable[[Measured], None] = lambda _: None
+    ) -> Measured:
+        """Return what was measured of a model, in its own process; tell what is known first."""
 
-        def make() -> dict[str, Any]:
+        def make() -> Measured:
             self.tell(f"measuring the {variant} model")
-            settings = self.settings
-            model = settings.loading() if variant == "dense" else settings.loading(folder)
-            found = measure_apart(
-                EvaluateSettings(
-                    **model.written() | {"dtype": _computed(settings.dtype)},
-                    perplexity=settings.perplexity,
-                    seq_len=self._at_most(WINDOW) if settings.perplexity else None,
-                    tasks=settings.tasks,
-                    tasks_data=settings.tasks_data,
-                    limit=settings.limit,
-                    prompt=DEMO_PROMPTS,
-                    chat=False,
-                    speed=True,
-                )
+            settings, folder = self.settings, self.run.path(variant)
+            asked = EvaluateSettings(
+                **settings.computing(None if variant == "dense" else folder).written(),
+                perplexity=settings.perplexity,
+                tasks=settings.tasks,
+                tasks_data=settings.tasks_data,
+                limit=settings.limit,
+                prompt=DEMO_PROMPTS,
+                chat=False,
+                speed=True,
             )
-            if variant == "dense":
-                size = self._pruned_report().sizes.get("dense")
-                return {**found, "bytes": None if size is None else size.bytes}
-            return {**found, "bytes": weights_bytes(folder)}
+            return measure_apart(asked, WINDOW, first)
 
-        return self.run.kept(variant, make)
+        return self.run.once(variant, Measured, make)
 
-    def recover(self) -> dict[str, Any] | None:
+    def _weighed(self, variant: Variant) -> Weighed:
+        """Return the same with the bytes of the weight files."""
+        files = self.run.path(variant).glob("*.safetensors")
+        return Weighed(
+            **vars(self.measure(variant)), bytes=sum(file.stat().st_size for file in files)
+        )
+
+    def recover(self) -> Training | None:
         """Write the folder ``recovered``; return the course of it, None if nothing is trained."""
         if not self.settings.recover:
             return None
@@ -249,15 +226,15 @@ class _Stages:
                 resume=True,
             )
             recover_checkpoint(settings, command=self.command, say=self.say)
-            self.run.book("recover")
-        record = _record(out / RECORD)
-        before, after = record["loss"]
-        if not record["gained"]:
+            self.run.record_time("recover")
+        found = _training(out / RECOVERY_FILE)
+        if not found.gained:
             self.notes.append(
-                f"training brought no gain (held-out loss {before:.4f} before, {after:.4f} after), "
-                "so the pruned model is the result; use more data or a longer --time-budget"
+                f"training brought no gain (held-out loss {found.before:.4f} before, "
+                f"{found.after:.4f} after), so the pruned model is the result; use more data or a "
+                "longer --time-budget"
             )
-        return {"before": before, "after": after} | {name: record[name] for name in _RECORDED}
+        return found
 
     def _amount(self) -> dict[str, Any]:
         """Return how much is trained; where time decides it, the first decision holds."""
@@ -285,14 +262,14 @@ class _Stages:
             minutes = max(end - self.run.spent, SHORTEST / 2) / 60
             return {"samples": count, "minutes": minutes, "epochs": float(EPOCHS_IN_TIME)}
 
-        found: dict[str, Any] = self.run.decided("recovery", decide)
+        found: dict[str, Any] = self.run.decide_once("recovery", decide)
         if writes:
-            self.run.book("text")
+            self.run.record_time("text")
         return found
 
     def _write(self, seconds: float) -> int:
         """Have the dense model write for a time; return the number of texts."""
-        loaded = load(self.settings.loading(dtype=_computed(self.settings.dtype)))
+        loaded = load(self.settings.computing())
         length, folder = self._sample_length(), self._text()
         name = f"{length}-{self.settings.seed}-*.safetensors"
 
@@ -318,53 +295,48 @@ class _Stages:
             longest=took / chunks if chunks else 0.0,
         )
 
-    def report(
-        self,
-        folder: str,
-        measured: dict[Variant, dict[str, Any]],
-        recovery: dict[str, Any] | None,
-    ) -> dict[str, Any]:
+    def report(self, measured: dict[Variant, Weighed], recovery: Training | None) -> Compressed:
         """Write the report of all stages beside the weights."""
         self.tell("writing the report")
-        sizes = {variant: found["parameters"] for variant, found in measured.items()}
-        result = {
-            "folder": folder,
-            "model": measured["dense"]["model"],
-            "parameters": [sizes["dense"], list(sizes.values())[-1]],
-            "measured": measured,
-            "recovery": recovery,
-            "notes": self.notes,
-            "peak_bytes": self.run.peak_bytes,
-        }
+        before, *_, after = (found.parameters for found in measured.values())
+        result = Compressed(
+            path=self.settings.out,
+            model=measured["dense"].model,
+            parameters=Change(before, after),
+            ratio=1 - after / before,
+            measured=measured,
+            recovery=recovery,
+            notes=self.notes,
+            peak_bytes=self.run.peak_bytes,
+        )
+        folder = self.run.path("pruned" if recovery is None else "recovered")
         try:
-            report = report_in(self.run.path(folder))
+            report = report_in(folder)
         except UserError:
             return result  # it could not be drawn before, which was said
         for variant, found in measured.items():
-            report = report.with_evaluation(variant, as_evaluation(found))
-        shown = about(self.settings)
+            report = report.with_evaluation(variant, evaluation_of(found))
+        shown, budget, peak = about(self.settings), self.settings.time_budget, result.peak_bytes
         run = {
             "preset": shown["preset"],
             "data": shown["data"] if recovery is not None else None,
-            "time budget": self.settings.time_budget and f"{self.settings.time_budget:.0f} s",
+            "time budget": budget and f"{budget:.0f} s",
             "seconds": {name: round(value, 1) for name, value in self.run.seconds.items()},
-            "peak memory": f"{self.run.peak_bytes / 1e6:,.0f} MB" if self.run.peak_bytes else None,
+            "peak memory": f"{peak / 1e6:,.0f} MB" if peak else None,
         }
         settings = {"Run": run, **report.settings}
         report = report.model_copy(update={"settings": settings, "command": self.command})
-        write_report(self.run.path(folder), report)
-        rewrite(self.run.path(folder), {REQUEST: request_of(self.settings)})
+        write_report(folder, report)
+        write_request(folder, self.settings)
         return result
 
-    def _note_higher_perplexity(self, measured: dict[Variant, dict[str, Any]]) -> None:
-        pairs = zip(
-            measured["pruned"]["perplexity"], measured["recovered"]["perplexity"], strict=True
-        )
+    def _note_higher_perplexity(self, measured: dict[Variant, Weighed]) -> None:
+        pairs = zip(measured["pruned"].perplexity, measured["recovered"].perplexity, strict=True)
         for before, after in pairs:
-            if after["perplexity"] > before["perplexity"]:
+            if after.perplexity > before.perplexity:
                 self.notes.append(
-                    f"perplexity on {after['corpus']} rose from {before['perplexity']:.2f} to "
-                    f"{after['perplexity']:.2f} by training, though the text that was held out "
+                    f"perplexity on {after.corpus} rose from {before.perplexity:.2f} to "
+                    f"{after.perplexity:.2f} by training, though the text that was held out "
                     "from it gained; train on text more like it, with --data"
                 )
 
@@ -393,34 +365,22 @@ class _Stages:
         config = AutoConfig.from_pretrained(
             self.run.path("pruned"), trust_remote_code=self.settings.trust_remote_code
         )
-        longest = maximum_length(_Configured(config))
+        longest = maximum_length(SimpleNamespace(config=config))
         return tokens if longest is None else min(tokens, longest)
 
 
-def _computed(dtype: str) -> str:
-    """Return the type in which is computed what is saved in ``dtype``."""
-    return "float32" if dtype == "auto" else dtype
-
-
-def _record(file: Path) -> dict[str, Any]:
-    """Return what a finished recovery wrote.
+def _training(file: Path) -> Training:
+    """Return how a finished recovery went.
 
     Raises:
-        UserError: it is damaged.
+        UserError: what it wrote is damaged.
     """
+    record = read_values(file)
     try:
-        record = read_json(file)
         before, after = record["loss"]
-        return {name: record[name] for name in _RECORDED} | {"loss": (before, after)}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return _TRAINING.validate_python({**record, "before": before, "after": after})
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} is damaged; begin anew with --restart") from error
-
-
-@dataclass(frozen=True)
-class _Configured:
-    """A config where a model is asked for."""
-
-    config: Any
 
 
 def _move(folder: Path, out: Path, overwrite: bool, reads: Iterable[Source]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -32,27 +33,15 @@ def inspect_model(model: ModelSettings) -> dict[str, Any]:
 def describe(name: str, discovery: Discovery) -> dict[str, Any]:
     """Return a discovery as plain data; shares are of all parameters of the model."""
     total = count_parameters(discovery)
+    kinds = dict.fromkeys(group.kind for group in discovery.groups)
     return {
         "format_version": FORMAT_VERSION,
         "model": name,
         "parameters": total,
-        "kinds": [_kind(kind, discovery, total) for kind in _kinds(discovery)],
+        "kinds": [_kind(kind, discovery, total) for kind in kinds],
         "groups": [_group(group, discovery, total) for group in discovery.groups],
-        "frozen": [
-            {
-                "tensor": axis.tensor,
-                "dim": axis.dim,
-                "positions": axis.positions,
-                "size": axis.size,
-                "reason": axis.reason,
-            }
-            for axis in discovery.frozen
-        ],
+        "frozen": [asdict(axis) for axis in discovery.frozen],
     }
-
-
-def _kinds(discovery: Discovery) -> list[str]:
-    return list(dict.fromkeys(group.kind for group in discovery.groups))
 
 
 def _kind(kind: str, discovery: Discovery, total: int) -> dict[str, Any]:

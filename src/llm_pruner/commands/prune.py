@@ -3,40 +3,46 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Set
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from torch import nn
 
 from llm_pruner.checkpoints import SavedCheckpoint, atomic_write_text, save_checkpoint
-from llm_pruner.commands.prune_checks import check_out, default_protection, finds_split
-from llm_pruner.commands.pruned import Pruned
-from llm_pruner.commands.refitter import Refitter
-from llm_pruner.commands.request import write_request
-from llm_pruner.commands.space import check_space
-from llm_pruner.commands.stepwise import Estimator, Steps, prune_in_steps
+from llm_pruner.commands.checks import check_out, check_space
+from llm_pruner.commands.prune_start import (
+    criterion_of,
+    default_protection,
+    finds_split,
+    planned,
+    selection_of,
+    target_of,
+)
+from llm_pruner.compensation import Refitted, refit_
 from llm_pruner.data.calibration import Calibration, check_calibration, read_calibration
-from llm_pruner.data.text import sources_of
 from llm_pruner.discovery.groups import discover
+from llm_pruner.errors import UserError
 from llm_pruner.evaluation.footprint import model_size
-from llm_pruner.files.outputs import Source, check_shard_size
-from llm_pruner.importance import Criterion
-from llm_pruner.importance.criteria import MEASURES
+from llm_pruner.files.outputs import check_shard_size
+from llm_pruner.importance import score
+from llm_pruner.models.forward import is_on_meta
+from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import LoadedModel, load
 from llm_pruner.planning import (
-    Cost,
     Numbering,
     Plan,
-    Selection,
-    Target,
+    allocate,
     check_reachable,
+    choose_groups,
     explain,
     read_plan,
+    step_targets,
 )
-from llm_pruner.report.data import Report
+from llm_pruner.report.data import Report, SavedAs
 from llm_pruner.report.facts import (
     criterion_in_words,
     importance_maps,
@@ -45,31 +51,37 @@ from llm_pruner.report.facts import (
     source_of,
     versions,
 )
-from llm_pruner.report.write import page_in, write_report
+from llm_pruner.report.records import Pruned
+from llm_pruner.report.write import page_in, write_report, write_request
 from llm_pruner.runtime.memory import give_back
+from llm_pruner.runtime.precision import fast_matmul, mixed_precision
 from llm_pruner.runtime.progress import Clock
 from llm_pruner.search.cache_cost import cache_cost
+from llm_pruner.search.divergence import divergences
 from llm_pruner.search.fast_widths import Rounding, measured_rounding
-from llm_pruner.settings.common import CalibrationSettings, ModelSettings, OutputSettings
+from llm_pruner.search.structure_split import find_split, hold_out
 from llm_pruner.settings.limits import check_number, check_seed
 from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.surgery.pruner import Surgeon, reload_check
 from llm_pruner.surgery.removal import count_parameters
-from llm_pruner.types import Discovery, IntArray
+from llm_pruner.types import Discovery, FloatArray, IntArray, Removal, Scores, SplitTrial
 from llm_pruner.version import __version__
 
-_RUN = {"plan", "dry_run", "verify", "kept"}
-"""Settings of a run that say nothing about what goes; so do those of the model and the output."""
+JUDGED = 1024
+"""Held-out tokens that all refits together are judged on."""
 
 RELOAD_LIMIT = 2_000_000_000
 """Parameters up to which a saved model is loaded beside the one in memory."""
+
+
+Estimator = Callable[[nn.Module, Discovery, Set[str], torch.Tensor | None], Scores]
+"""Model, its groups, the names of those to score, tokens (samples, length) -> importance."""
 
 
 def prune_checkpoint(
     settings: PruneSettings,
     *,
     command: str | None = None,
-    reads: Sequence[Source] = (),
     estimate: Estimator | None = None,
 ) -> Pruned:
     """Prune a checkpoint and save the result as a folder that ``from_pretrained`` loads.
@@ -77,53 +89,26 @@ def prune_checkpoint(
     Args:
         settings: what to do.
         command: the command line of this run, for the report.
-        reads: files that were read besides, which ``out`` must not touch.
         estimate: gives the importance of the units in place of the criterion.
 
     Raises:
         UserError: something that was given must change; nothing is written.
         VerificationError: the pruned model is not its twin; nothing is written.
     """
-    return PruneRun(settings, command=command, reads=reads, estimate=estimate).carry_out()
-
-
-def target_of(settings: PruneSettings) -> Target | None:
-    """Return how much is removed; None if a plan says what."""
-    if settings.plan is not None:
-        return None
-    return Target(
-        unit_ratio=settings.unit_ratio,
-        ratio=settings.ratio,
-        params=settings.params,
-        kv_cache=settings.kv_cache,
-    )
-
-
-def selection_of(settings: PruneSettings) -> Selection:
-    """Return where from; what is ``auto`` is not decided yet."""
-    first, last, multiple = settings.protect_first, settings.protect_last, settings.round_to
-    return Selection(
-        structures=settings.structures,
-        scope=settings.scope,
-        protect_first=0 if first == "auto" else first,
-        protect_last=0 if last == "auto" else last,
-        layer_ranges=settings.layers or {},
-        round_to=1 if multiple == "auto" else multiple,
-        split=settings.split if isinstance(settings.split, dict) else None,
-        spread=settings.spread,
-        uniform=settings.uniform,
-    )
-
-
-def criterion_of(settings: PruneSettings) -> Criterion:
-    """Return how importance is estimated."""
-    return Criterion(settings.criterion, settings.order, settings.reduction, settings.aggregate)
+    return PruneRun(settings, command=command, estimate=estimate).carry_out()
 
 
 class PruneRun:
     """One run: the stages in their order, and what they have made so far.
 
     What is there already can be handed in: a model and its groups, calibration text, importance.
+
+    Attributes:
+        plan: what goes, in the numbering of the dense model; None until it is made.
+        selection: where from, with what the run decided.
+        text: what was read; None if nothing was.
+        scores: of the first estimate, which are the dense model's.
+        trials: splits of the budget that were tried.
     """
 
     def __init__(
@@ -131,16 +116,17 @@ class PruneRun:
         settings: PruneSettings,
         *,
         command: str | None = None,
-        reads: Sequence[Source] = (),
         estimate: Estimator | None = None,
         loaded: LoadedModel | None = None,
         discovery: Discovery | None = None,
         text: Calibration | None = None,
     ) -> None:
-        self.settings, self.command, self.reads, self.estimate = settings, command, reads, estimate
+        self.settings, self.command, self.estimate = settings, command, estimate
         self.given = (loaded, discovery, text)
         self.clock = Clock()
-        self.done: Steps | None = None
+        self.text: Calibration | None = None
+        self.scores: dict[str, FloatArray] = {}
+        self.trials: list[SplitTrial] = []
         self.rounding: Rounding | None = None
 
     def carry_out(self) -> Pruned:
@@ -155,7 +141,8 @@ class PruneRun:
         result = self.result()
         self.loaded.check_stored()
         if self.settings.dry_run:
-            atomic_write_text(self.settings.out, result.plan.to_json())
+            assert self.plan is not None
+            atomic_write_text(self.settings.out, self.plan.to_json())
             return result
         return self.save(result)
 
@@ -182,26 +169,19 @@ class PruneRun:
     def check_files(self) -> None:
         """Refuse what files and disks can tell, since loading a model may take minutes."""
         settings = self.settings
-        reads = (*settings.reads, *self.reads)
-        check_out(settings.out, settings.overwrite, settings.dry_run, reads)
+        check_out(settings.out, settings.overwrite, settings.dry_run, settings.reads)
         check_shard_size(settings.max_shard_size)
         if self.target is not None and not settings.dry_run:
             check_space(settings.out, settings.loading(), self.target)
         if self.refits or (self.plan is None and (self.criterion.reads_text or self.splits)):
             check_calibration(settings)
 
-    def loading(self) -> ModelSettings:
-        """Return how the model is loaded: what is saved as it was stored is computed in float32."""
-        settings = self.settings
-        dtype = "float32" if settings.dtype == "auto" else settings.dtype
-        return settings.loading(dtype=dtype)
-
     # ------------------------------------------------------------------------------ what is found
 
     def load(self) -> None:
         """Load the model and find its groups."""
         loaded, discovery, _ = self.given
-        self.loaded = loaded or load(self.loading(), weights=not self.weightless)
+        self.loaded = loaded or load(self.settings.computing(), weights=not self.weightless)
         self.network = self.loaded.model
         self.clock.stop("load")
         self.dense_config = copy.deepcopy(self.network.config)
@@ -220,127 +200,151 @@ class PruneRun:
         self.removal: dict[str, IntArray] = plan.removal(self.discovery)
         if self.settings.dry_run:
             return
-        text = None
         if self.refitter is not None:
-            text = read_calibration(self.loaded, self.settings, self.settings.seed, self.clock)
-        self.surgeon.cut(self.discovery, self.removal)
-        if self.refitter is not None and text is not None:
-            self.refitter.refit(self.removal, text.input_ids)
+            self.text = read_calibration(self.loaded, self.settings, self.settings.seed, self.clock)
+        self._cut(self.discovery, self.removal, self.removal)
 
     def make_plan(self) -> None:
-        """Decide what goes, and remove it unless this is a dry run."""
-        settings, target = self.settings, self.target
+        """Decide what goes, round by round, and remove it; the last round not in a dry run."""
+        settings, clock, target, cost = self.settings, self.clock, self.target, None
         assert target is not None
-        selection = self._decided(self.selection)
-        cost: Cost | None = None
+        self._decide()
+        discovery, numbering = self.discovery, Numbering.dense(self.discovery)
         if target.kv_cache is not None:
-            dense = Numbering.dense(self.discovery)
-            cost = cache_cost(self.network, self.discovery, selection, dense)
-        check_reachable(self.discovery, selection, target, cost)
-        self.done = prune_in_steps(
-            self.loaded,
-            self.discovery,
-            self.surgeon,
-            settings,
-            target=target,
-            selection=selection,
-            cost=cost,
-            criterion=self.criterion,
-            find_best_split=self.splits,
-            refitter=self.refitter,
-            estimate=self.estimate,
-            text=self.given[2],
-        )
-        self.removal = self.done.removal
+            cost = cache_cost(self.network, discovery, self.selection, numbering)
+        check_reachable(discovery, self.selection, target, cost)
+        scored, held_out = self._read_text()
+        targets = step_targets(numbering.parameters, target, settings.steps)
+        for number, step in enumerate(targets):
+            scores = self._scores_of(discovery, numbering, scored)
+            self.scores = self.scores or dict(scores)
+            if held_out is not None and number == 0:
+                with mixed_precision():
+                    self.selection, self.trials = find_split(
+                        self.network,
+                        discovery,
+                        scores,
+                        self.selection,
+                        step,
+                        numbering,
+                        held_out,
+                        refit_on=None if self.refitter is None else scored,
+                    )
+                clock.stop("trials")
+            if cost is not None and number > 0:
+                cost = cache_cost(self.network, discovery, self.selection, numbering, cost.dense)
+            removal = allocate(discovery, scores, self.selection, step, numbering, cost=cost)
+            numbering = numbering.after(removal)
+            clock.stop("plan")
+            last = number + 1 == len(targets)
+            if not last or not settings.dry_run:
+                self._cut(discovery, removal, numbering.removal())
+            if not last:
+                discovery = discover(self.network)
+                clock.stop("discover")
+        self.removal = numbering.removal()
         self.plan = Plan.from_removal(
             self.discovery,
             self.removal,
             package_version=__version__,
             model_name=self.loaded.name,
             revision=self.loaded.revision,
-            settings=self._planned(self.done),
-            text=None if self.done.text is None else self.done.text.settings["fingerprint"],
+            settings=planned(settings, self.selection, self.criterion, read=self.text is not None),
+            text=None if self.text is None else self.text.settings["fingerprint"],
         )
 
-    def _planned(self, done: Steps) -> dict[str, Any]:
-        """Return all settings that decide about a plan, as they were used."""
-        settings, selection = self.settings, done.selection
-        unread = set() if done.text is not None else set(CalibrationSettings.model_fields)
-        if self.criterion.name != "taylor":
-            unread |= {"order", "reduction"}
-            if self.criterion.name in ("random", *MEASURES):
-                unread.add("aggregate")
-        decided = {
-            # No folders: the same text gives the same plan wherever it lies.
-            "preset": None if settings.preset is None else Path(settings.preset).name,
-            "calibration": ",".join(Path(one).name for one in sources_of(settings.calibration)),
-            "protect_first": selection.protect_first,
-            "protect_last": selection.protect_last,
-            "round_to": selection.round_to,
-            "split": None if selection.split is None else dict(sorted(selection.split.items())),
-            "spread": selection.spread,
-        }
-        run = {*ModelSettings.model_fields, *OutputSettings.model_fields, *_RUN}
-        values = settings.model_dump(mode="json", exclude=run | unread) | decided
-        return {
-            name: values[name]
-            for name in type(settings).model_fields
-            if name not in run | unread and values[name] is not None
-        }
+    def _read_text(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return the tokens to score on, and those to judge trials by; None where none are read."""
+        if self.criterion.name != "random" and is_on_meta(self.network):
+            raise UserError("the model has no weights here; only --criterion random works without")
+        if not (self.criterion.reads_text or self.refitter is not None or self.splits):
+            return None, None
+        self.text = self.given[2] or read_calibration(
+            self.loaded, self.settings, self.settings.seed, self.clock
+        )
+        if not self.splits:
+            return self.text.input_ids, None
+        held_out, scored = hold_out(self.text.input_ids)
+        return scored, held_out
 
-    def _decided(self, selection: Selection) -> Selection:
-        """Return the selection with what was left to be decided by the model and the machine."""
+    def _scores_of(
+        self, discovery: Discovery, numbering: Numbering, tokens: torch.Tensor | None
+    ) -> Scores:
+        """Return the importance in all groups that may lose units and those that go with them."""
+        chosen = choose_groups(discovery, self.selection, numbering)
+        names = {group.name for group in chosen}
+        names |= {companion.group for group in chosen for companion in group.companions}
+        seen = None if tokens is None else tokens[: self.settings.score_samples]
+        if self.estimate is not None:
+            scores = self.estimate(self.network, discovery, names, seen)
+        else:
+            seed = self.settings.seed
+            with fast_matmul():
+                scores = score(
+                    self.network, discovery, self.criterion, input_ids=seen, seed=seed, groups=names
+                )
+        self.clock.stop("estimate")
+        return scores
+
+    def _cut(self, discovery: Discovery, removal: Removal, all_gone: Removal) -> None:
+        """Remove units of the model as it is, and refit after all that is gone of the dense one."""
+        self.surgeon.cut(discovery, removal)
+        if self.refitter is not None and self.text is not None:
+            self.refitter.refit(all_gone, self.text.input_ids)
+
+    def _decide(self) -> None:
+        """Complete the selection with what was left to the model and the machine."""
         settings = self.settings
         first, last = default_protection(self.discovery)
         if settings.protect_first == "auto" and not settings.uniform:
-            selection = replace(selection, protect_first=first)
+            self.selection = replace(self.selection, protect_first=first)
         if settings.protect_last == "auto" and not settings.uniform:
-            selection = replace(selection, protect_last=last)
+            self.selection = replace(self.selection, protect_last=last)
         if settings.round_to == "auto":
-            self.rounding = measured_rounding(self.network, self.discovery, selection)
-            selection = replace(selection, round_to=self.rounding.multiple)
+            self.rounding = measured_rounding(self.network, self.discovery, self.selection)
+            self.selection = replace(self.selection, round_to=self.rounding.multiple)
             self.clock.stop("round")
-        return selection
 
     # ------------------------------------------------------------------------------ what is made
 
     def result(self) -> Pruned:
         """Return what was done so far."""
         assert self.plan is not None
-        rows = tuple(explain(self.discovery, self.removal))
-        scores = {} if self.done is None else self.done.scores
+        before = count_parameters(self.discovery)
+        after = count_parameters(self.discovery, self.removal)
+        verified, round_to = self.surgeon.verified, self.plan.settings.get("round_to")
         return Pruned(
-            plan=self.plan,
-            rows=rows,
-            parameters=(
-                count_parameters(self.discovery),
-                count_parameters(self.discovery, self.removal),
-            ),
-            kind=None,
-            path=self.settings.out,
-            bytes=None,
-            verified=self.surgeon.verified,
-            seconds=self.clock.seconds,
-            refitted=() if self.refitter is None else tuple(self.refitter.done),
-            trials=() if self.done is None else tuple(self.done.trials),
-            importance=importance_maps(self.discovery, scores, self.removal, rows),
+            model=self.plan.model.name,
+            parameters_before=before,
+            parameters_after=after,
+            ratio=1 - after / before,
+            layers=tuple(explain(self.discovery, self.removal)),
+            twin_difference=None if verified is None else verified.difference,
+            twin_scenes=() if verified is None else verified.scenes,
+            twin_skipped=() if verified is None else verified.skipped,
+            round_to=round_to if isinstance(round_to, int) else None,
             rounding=self.rounding,
+            refitted=() if self.refitter is None else tuple(self.refitter.done),
+            trials=tuple(self.trials),
+            seconds=self.clock.seconds,
+            path=self.settings.out,
         )
 
     def save(self, result: Pruned) -> Pruned:
         """Write the folder."""
-        settings, network = self.settings, self.network
+        settings, network, plan = self.settings, self.network, self.plan
+        assert plan is not None
         self.refitter = None  # and with it the dense weights
         give_back()
         if settings.dtype == "auto":
             keep_type_(network, self.loaded.stored_dtype)
-        reloads = settings.verify and result.parameters[0] <= RELOAD_LIMIT
+        reloads = settings.verify and result.parameters_before <= RELOAD_LIMIT
         again = settings.loading(settings.out, dtype="auto")
         saved: SavedCheckpoint = save_checkpoint(
             network,
             settings.out,
             edits=self.surgeon.edits,
-            plan_json=result.plan.to_json(),
+            plan_json=plan.to_json(),
             tokenizer=self.loaded.tokenizer,
             overwrite=settings.overwrite,
             max_shard_size=settings.max_shard_size,
@@ -351,11 +355,10 @@ class PruneRun:
         self.clock.stop("save")
         return replace(
             result,
-            kind=saved.kind,
             path=saved.path,
-            bytes=saved.bytes,
-            seconds=self.clock.seconds,
+            saved_as=saved.kind,
             needs=saved.needs,
+            bytes=saved.bytes,
             report=page_in(saved.path),
         )
 
@@ -363,32 +366,60 @@ class PruneRun:
         self,
         result: Pruned,
         folder: Path,
-        kind: Literal["stock", "recipe"],
+        kind: SavedAs,
         needs: tuple[str, ...],
     ) -> None:
         """Write what was asked for and the report beside the weights."""
-        settings, plan, verified = self.settings, result.plan, self.surgeon.verified
+        settings, loaded, plan = self.settings, self.loaded, self.plan
+        assert plan is not None
         write_request(folder, settings)
-        loaded = {"dtype": settings.dtype, "device": settings.device}
+        done = replace(result, saved_as=kind, needs=needs)
+        # What a report has of the run, it has by the same names.
+        shared = {name: of for name, of in vars(done).items() if name in Report.model_fields}
         report = Report(
-            source=source_of(settings.model, self.loaded.name, self.loaded.revision, self.network),
+            **shared | {"layers": layers_of(done.layers)},
+            source=source_of(settings.model, loaded.name, loaded.revision, self.network),
             sizes={"dense": self.dense_size, "pruned": model_size(self.network)},
-            layers=layers_of(result.rows),
-            importance=result.importance,
+            importance=importance_maps(self.discovery, self.scores, self.removal, done.layers),
             criterion=criterion_in_words(plan),
-            compensation=self.settings.compensation if self.refits else None,
-            trials=result.trials,
-            twin_difference=None if verified is None else verified.difference,
-            twin_scenes=() if verified is None else verified.scenes,
-            twin_skipped=() if verified is None else verified.skipped,
-            saved_as=kind,
-            needs=needs,
-            seconds=self.clock.seconds,
-            settings=settings_of(plan, loaded),
+            compensation=settings.compensation if self.refits else None,
+            settings=settings_of(plan, {"dtype": settings.dtype, "device": settings.device}),
             versions=versions(),
             command=self.command,
         )
         write_report(folder, report)
+
+
+class Refitter:
+    """Brings the pruned model nearer to the dense one after each cut, if that is a gain.
+
+    Each consumer is judged by its own error on held-out tokens, and all of them together by the
+    divergence from the dense model on samples that no fit has seen: if the repaired model is
+    further from the dense one than it was, it gets its weights back.
+    """
+
+    def __init__(self, loaded: LoadedModel, discovery: Discovery, surgeon: Surgeon) -> None:
+        self._model, self._dense = loaded.model, sharing_copy(loaded.model)
+        self._discovery, self._surgeon = discovery, surgeon
+        self.done: list[Refitted] = []
+
+    def refit(self, removal: Removal, tokens: torch.Tensor) -> None:
+        """Refit after ``removal``, all that was removed so far in dense numbering."""
+        before = sharing_copy(self._model)
+        # Two samples are the least that can be fitted; then one of them has to judge, too.
+        held_out, fitted = hold_out(tokens) if len(tokens) > 2 else (tokens[-1:], tokens)
+        with mixed_precision():
+            found = refit_(self._model, self._dense, self._discovery, removal, fitted)
+        give_back()
+        judging = held_out[: max(1, JUDGED // held_out.shape[1])]
+        after, without = divergences(self._dense, (self._model, before), judging)
+        if not after <= without:
+            for one in found:
+                module = self._model.get_submodule(one.module)
+                module.weight = before.get_submodule(one.module).get_parameter("weight")
+            found = [replace(one, ridge=None, after=one.before) for one in found]
+        self.done.extend(found)
+        self._surgeon.clock.stop("least squares")
 
 
 def keep_type_(network: Any, dtype: torch.dtype) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from llm_pruner.checkpoints import save_checkpoint
-from llm_pruner.commands.evaluate import read_texts
+from llm_pruner.checkpoints import atomic_write_text, save_checkpoint
+from llm_pruner.commands.checks import check_space
+from llm_pruner.commands.evaluate import measure_perplexities, read_texts
 from llm_pruner.commands.prune import keep_type_
 from llm_pruner.commands.recover_start import (
     begin_or_go_on,
@@ -21,42 +22,23 @@ from llm_pruner.commands.recover_start import (
     read_examples,
     remove_finished,
 )
-from llm_pruner.commands.recovered import RECORD, Recovered, SourceResult
-from llm_pruner.commands.request import write_request
-from llm_pruner.commands.space import check_space
-from llm_pruner.commands.workdir import (
-    RECOVERING,
-    begun,
-    busy,
-    empty,
-    folder_beside,
-    remove_run,
-)
+from llm_pruner.commands.workdir import RECOVERING, begun, busy, empty, folder_beside, remove_run
+from llm_pruner.data.examples import Examples
 from llm_pruner.data.sequences import TrainingSequence
-from llm_pruner.data.training import Samples
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.footprint import model_size
-from llm_pruner.evaluation.perplexity import (
-    EvaluationText,
-    PerplexityResult,
-    perplexity,
-)
+from llm_pruner.evaluation.perplexity import PerplexityResult
 from llm_pruner.files.disk import new_folder
 from llm_pruner.models.forward import maximum_length
-from llm_pruner.models.load import LoadedModel, check, load
+from llm_pruner.models.load import check, load
 from llm_pruner.recovery import Outcome, Progress, Teacher, recover_
 from llm_pruner.recovery.processes import Processes, joined, own_device
-from llm_pruner.report.data import Recovery
+from llm_pruner.report.data import SavedAs
 from llm_pruner.report.facts import source_of
-from llm_pruner.report.recovery import (
-    course,
-    earlier_report,
-    in_words,
-    recovery_report,
-)
-from llm_pruner.report.write import page_in, write_report
+from llm_pruner.report.records import RECOVERY_FILE, Change, Recovered, SourceResult, StepLoss
+from llm_pruner.report.recovery import earlier_report, recovery_report
+from llm_pruner.report.write import page_in, write_report, write_request
 from llm_pruner.runtime.precision import multiplies_bfloat16
-from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.evaluate import PerplexitySettings
 from llm_pruner.settings.recover import RecoverSettings
 from llm_pruner.types import Edits
@@ -119,33 +101,15 @@ def _begun(work: Path, processes: Processes) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class _Material:
-    """What a run has loaded and read.
+class _Run:
+    """One run, in one process: what it was asked for, and what it has loaded and read.
 
     Attributes:
         loaded: the model that is trained.
-        dense: the teacher.
+        dense: the teacher; None without one.
         samples: of each source.
         facts: all that decides how the run goes.
     """
-
-    loaded: LoadedModel
-    dense: LoadedModel | None
-    samples: list[Samples]
-    facts: dict[str, Any]
-
-    @property
-    def train(self) -> list[TrainingSequence]:
-        return [one for each in self.samples for one in each.train]
-
-    @property
-    def held_out(self) -> list[TrainingSequence]:
-        return [one for each in self.samples for one in each.held_out]
-
-
-class _Run:
-    """One run, in one process."""
 
     def __init__(
         self,
@@ -155,179 +119,149 @@ class _Run:
         processes: Processes,
         say: Callable[[Progress], None],
     ) -> None:
-        self._settings, self._asked, self._command = settings, asked, command
-        self._processes, self._say = processes, say
-        self._work = work_folder(settings.out)
-        dtype = "float32" if settings.dtype == "auto" else settings.dtype
-        self._loading = settings.loading(dtype=dtype)
-        self._measuring = PerplexitySettings(seq_len=settings.perplexity_seq_len)
+        self.settings, self.asked, self.command = settings, asked, command
+        self.processes, self.say = processes, say
+        self.work = work_folder(settings.out)
+        # Where the adapter waits for the model to be saved.
+        self.adapter = self.work / "adapter" if settings.keep_adapter else None
+        self.loading = settings.computing()
+        self.measuring = PerplexitySettings(seq_len=settings.perplexity_seq_len)
 
     def carry_out(self) -> Recovered:
-        settings, processes = self._settings, self._processes
-        teacher = None
-        if settings.teacher is not None:
-            teacher = self._loading.loading(settings.teacher)
-        with processes.first():
+        settings, first = self.settings, self.processes.is_first
+        with self.processes.first():
             check_space(settings.out, settings.loading())
-            corpora = read_texts(settings.perplexity, self._measuring)
+            corpora = read_texts(settings.perplexity, self.measuring)
             examples = read_examples(settings)
-        if teacher is not None:  # which is loaded after the model
-            check(teacher)
-        material = self._material(examples, teacher)
-        loaded = material.loaded
-        if not processes.is_first:
+        self._load(examples)
+        if not first:
             corpora = []
-        before = _perplexities(loaded, corpora, self._measuring)
-        network, outcome = self._train(material)
+        before = measure_perplexities(self.loaded, corpora, self.measuring)
+        network, outcome = self._train()
         after = before
         if outcome.gained:
-            after = _perplexities(replace(loaded, model=network), corpora, self._measuring)
-        elif processes.is_first:
-            network = load(self._loading).model  # as it came, to the last bit
-        perplexities = tuple(zip(before, after, strict=True))
-        result = self._result(material, outcome, network, perplexities)
-        if processes.is_first:
-            result = self._save(result, material, outcome, network)
-        processes.barrier()
+            trained = replace(self.loaded, model=network)
+            after = measure_perplexities(trained, corpora, self.measuring)
+        elif first:
+            network = load(self.loading).model  # as it came, to the last bit
+        changes = tuple(Change(old, new) for old, new in zip(before, after, strict=True))
+        result = self._result(outcome, network, changes)
+        if first:
+            result = self._save(result, network)
+        self.processes.barrier()
         return result
 
-    def _material(self, examples: dict[str, Any], teacher: ModelSettings | None) -> _Material:
-        settings = self._settings
-        loaded = load(self._loading)
-        longest = maximum_length(loaded.model)
+    def _load(self, examples: dict[str, Examples]) -> None:
+        """Load the models and make the samples, or find that an interrupted run had others."""
+        settings, teacher = self.settings, None
+        if settings.teacher is not None:
+            teacher = self.loading.loading(settings.teacher)
+            check(teacher)  # which is loaded after the model
+        self.loaded = load(self.loading)
+        longest = maximum_length(self.loaded.model)
         if longest is not None and settings.seq_len > longest:
             raise UserError(
                 f"--seq-len {settings.seq_len} is longer than the model's maximum; "
                 f"use {longest} or less"
             )
-        dense = None if teacher is None else load_teacher(teacher, loaded)
-        if settings.restart and self._processes.is_first:
-            empty(self._work, RECOVERING)
-        with self._processes.first():  # it writes what the others read
-            samples = make_samples(settings, self._work, loaded, dense, examples)
-            facts = facts_of(settings, loaded, dense, samples)
-            writes = self._processes.is_first
-            begin_or_go_on(self._work, facts, resume=settings.resume, writes=writes)
-        return _Material(loaded, dense, samples, facts)
+        self.dense = None if teacher is None else load_teacher(teacher, self.loaded)
+        writes = self.processes.is_first
+        if settings.restart and writes:
+            empty(self.work, RECOVERING)
+        with self.processes.first():  # it writes what the others read
+            self.samples = make_samples(settings, self.work, self.loaded, self.dense, examples)
+            self.facts = facts_of(settings, self.loaded, self.dense, self.samples)
+            begin_or_go_on(self.work, self.facts, resume=settings.resume, writes=writes)
 
-    def _train(self, material: _Material) -> tuple[Any, Outcome]:
-        with self._processes.first():
-            teacher, judge = (
-                self._teacher(material.dense, some) for some in (material.train, material.held_out)
-            )
+    def _train(self) -> tuple[Any, Outcome]:
+        train = [one for each in self.samples for one in each.train]
+        held_out = [one for each in self.samples for one in each.held_out]
+        with self.processes.first():
+            teacher, judge = self._teacher(train), self._teacher(held_out)
         return recover_(
-            material.loaded.model,
-            material.train,
-            material.held_out,
-            self._settings,
-            work=self._work,
+            self.loaded.model,
+            train,
+            held_out,
+            self.settings,
+            work=self.work,
             folder=new_folder,
-            sources=len(material.samples),
+            sources=len(self.samples),
             teacher=teacher,
             judge=judge,
-            say=self._say,
-            keep_adapter=self._adapter,
-            processes=self._processes,
+            say=self.say,
+            keep_adapter=self.adapter,
+            processes=self.processes,
         )
 
-    def _teacher(
-        self, dense: LoadedModel | None, samples: Sequence[TrainingSequence]
-    ) -> Teacher | None:
-        settings = self._settings
+    def _teacher(self, samples: Sequence[TrainingSequence]) -> Teacher | None:
+        settings, dense = self.settings, self.dense
         if dense is None or not settings.distils:
             return None
         return Teacher(
             dense.model,
             samples,
             settings,
-            settings.teacher_cache or self._work / "teacher",
+            settings.teacher_cache or self.work / "teacher",
             identity=dense.fingerprint,
             seq_len=settings.seq_len,
         )
 
-    @property
-    def _adapter(self) -> Path | None:
-        """Where the adapter waits for the model to be saved."""
-        return self._work / "adapter" if self._settings.keep_adapter else None
-
     def _result(
-        self,
-        material: _Material,
-        outcome: Outcome,
-        network: Any,
-        perplexities: tuple[tuple[PerplexityResult, PerplexityResult], ...],
+        self, outcome: Outcome, network: Any, perplexity: tuple[Change[PerplexityResult], ...]
     ) -> Recovered:
-        best = outcome.after if outcome.gained else outcome.before
+        run, best = outcome.run, outcome.after if outcome.gained else outcome.before
         return Recovered(
-            model=material.loaded.name,
+            model=self.loaded.name,
             gained=outcome.gained,
-            loss=(outcome.before.loss, outcome.after.loss),
+            loss=Change(outcome.before.loss, outcome.after.loss),
             sources=tuple(
                 SourceResult(
-                    each.name,
-                    each.split,
-                    len(each.train),
-                    len(each.held_out),
-                    sum(one.targets for one in each.held_out),
-                    outcome.before.by_source[number],
-                    best.by_source[number],
+                    name=each.name,
+                    split=each.split,
+                    train_samples=len(each.train),
+                    held_out_samples=len(each.held_out),
+                    held_out_tokens=sum(one.targets for one in each.held_out),
+                    loss_before=outcome.before.by_source[number],
+                    loss_after=best.by_source[number],
                 )
-                for number, each in enumerate(material.samples)
+                for number, each in enumerate(self.samples)
             ),
-            perplexity=perplexities,
+            perplexity=perplexity,
             steps=outcome.steps,
-            best_step=outcome.run.evaluations[outcome.run.best].step,
-            stopped=outcome.run.stopped,
-            tokens=outcome.run.tokens,
-            seconds=outcome.run.seconds,
+            best_step=run.evaluations[run.best].step,
+            stopped=run.stopped,
+            tokens=run.tokens,
+            seconds=run.seconds,
             trained=outcome.trained,
             parameters=sum(one.numel() for one in network.parameters()),
             packed=outcome.packed,
             losses=outcome.losses,
-            evaluations=[(one.step, one.loss) for one in outcome.run.evaluations],
-            kind="stock",
-            path=self._settings.out,
-            bytes=0,
-            needs=(),
-            settings=material.facts,
+            evaluations=[StepLoss(one.step, one.loss) for one in run.evaluations],
+            settings=self.facts,
+            path=self.settings.out,
         )
 
-    def _save(
-        self, result: Recovered, material: _Material, outcome: Outcome, network: Any
-    ) -> Recovered:
+    def _save(self, result: Recovered, network: Any) -> Recovered:
         """Write the folder and throw the run's own away."""
-        settings, loaded, dense = self._settings, material.loaded, material.dense
-        for one in (loaded, dense):
+        settings, loaded = self.settings, self.loaded
+        for one in (loaded, self.dense):
             if one is not None:
                 one.check_stored()
         plan = _plan_file(settings.model)
         earlier = earlier_report(settings.model)
-        samples = [(each.name, each.train_samples) for each in result.sources]
-        words = in_words(
-            material.facts, samples, result.steps, None if dense is None else dense.name
-        )
 
-        def beside(folder: Path, kind: Literal["stock", "recipe"], needs: tuple[str, ...]) -> None:
-            write_request(folder, self._asked)
-            (folder / RECORD).write_text(result.record(), encoding="utf-8", newline="\n")
-            if self._adapter is not None and outcome.gained:
-                shutil.copytree(self._adapter, folder / "adapter")
+        def beside(folder: Path, kind: SavedAs, needs: tuple[str, ...]) -> None:
+            write_request(folder, self.asked)
+            atomic_write_text(folder / RECOVERY_FILE, result.lasting())
+            if self.adapter is not None and result.gained:
+                shutil.copytree(self.adapter, folder / "adapter")
             report = recovery_report(
+                replace(result, saved_as=kind, needs=needs),
                 earlier,
                 source=source_of(settings.model, loaded.name, loaded.revision, network),
                 pruned=plan is not None,
                 size=model_size(network),
-                recovery=Recovery(
-                    loss=tuple(course(result.losses, result.evaluations)),
-                    seconds=result.seconds,
-                    summary=words,
-                    gained=result.gained,
-                ),
-                perplexity=result.perplexity,
-                settings=material.facts,
-                saved_as=kind,
-                needs=needs,
-                command=self._command,
+                command=self.command,
             )
             write_report(folder, report)
 
@@ -343,31 +277,14 @@ class _Run:
             max_shard_size=settings.max_shard_size,
             beside=beside,
         )
-        remove_run(self._work, RECOVERING)
+        remove_run(self.work, RECOVERING)
         return replace(
             result,
-            kind=saved.kind,
+            saved_as=saved.kind,
             bytes=saved.bytes,
             needs=saved.needs,
             report=page_in(saved.path),
         )
-
-
-def _perplexities(
-    loaded: LoadedModel, corpora: Sequence[EvaluationText], settings: PerplexitySettings
-) -> list[PerplexityResult]:
-    return [
-        perplexity(
-            loaded.model,
-            loaded.tokenizer,
-            text,
-            protocol=settings.protocol,
-            seq_len=settings.seq_len,
-            max_tokens=settings.max_tokens,
-            batch_size=settings.sequences,
-        )
-        for text in corpora
-    ]
 
 
 def _plan_file(model: str) -> Path | None:

@@ -9,28 +9,26 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
 from llm_pruner.checkpoints import atomic_write_text
-from llm_pruner.commands.recovered import RECORD, finite
 from llm_pruner.commands.workdir import (
     RECOVERING,
     RUN,
     busy,
     check_ours,
     is_busy,
+    read_values,
     remove_run,
 )
 from llm_pruner.data.examples import Examples, load_examples
 from llm_pruner.data.text import SELF
-from llm_pruner.data.training import (
-    Samples,
-    fingerprint_samples,
-    self_made_samples,
-    split_samples,
-)
+from llm_pruner.data.training import Samples, fingerprint_samples, self_made_samples, split_samples
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import read_json, tidy
-from llm_pruner.files.outputs import Source, check_output, check_place, check_shard_size
+from llm_pruner.files.disk import tidy
+from llm_pruner.files.outputs import check_output, check_place, check_shard_size
 from llm_pruner.models.load import LoadedModel, load
+from llm_pruner.report.records import RECOVERY_FILE
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.limits import MOST, check_number
 from llm_pruner.settings.recover import DataSettings, RecoverSettings, TrainingSettings
@@ -51,7 +49,7 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
     """
     settings.check()
     check_place(settings.out, "--out")
-    check_output(settings.out, settings.overwrite, reads_of(settings))
+    check_output(settings.out, settings.overwrite, settings.reads)
     check_shard_size(settings.max_shard_size)
     if settings.distils:
         settings.check_teacher()
@@ -78,12 +76,6 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
             f"{work.name} holds a run that was interrupted; go on with --resume, or throw "
             "it away with --restart"
         )
-
-
-def reads_of(settings: RecoverSettings) -> list[Source]:
-    """Return all that a run reads."""
-    taught = () if settings.teacher is None else (settings.teacher, settings.teacher_cache)
-    return [settings.model, *taught, *settings.data, *settings.perplexity]
 
 
 def _check_data(settings: RecoverSettings) -> None:
@@ -223,10 +215,7 @@ def begin_or_go_on(work: Path, facts: dict[str, Any], *, resume: bool, writes: b
         if writes:
             atomic_write_text(file, json.dumps(facts, indent=2) + "\n")
         return
-    try:
-        old = dict(read_json(file))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{file} is damaged; begin anew with --restart") from error
+    old = read_values(file)
     for key, value in facts.items():
         if key not in _CHANGEABLE and old.get(key) != json.loads(json.dumps(value)):
             raise UserError(
@@ -239,8 +228,8 @@ def remove_finished(work: Path, out: Path) -> None:
     """Remove a run that was killed after its result took its place."""
     try:
         asked = json.loads((work / RUN).read_text(encoding="utf-8"))
-        result = json.loads((out / RECORD).read_text(encoding="utf-8"))
-        finished = result["settings"] == finite(asked)
+        result = json.loads((out / RECOVERY_FILE).read_text(encoding="utf-8"))
+        finished = result["settings"] == to_jsonable_python(asked, inf_nan_mode="null")
     except (OSError, ValueError, TypeError, KeyError):
         return
     if finished and not is_busy(work):

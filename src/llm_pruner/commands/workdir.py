@@ -11,11 +11,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
 
 from llm_pruner.checkpoints import atomic_write_text
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import discard, make_parents, remove, remove_empty, tidy
+from llm_pruner.files.disk import discard, make_parents, read_json, remove, remove_empty, tidy
+from llm_pruner.report.records import as_json
+
+_T = TypeVar("_T")
 
 _SETTINGS, _PROGRESS, _LOCK = "settings.json", "progress.json", "lock"
 
@@ -148,7 +153,7 @@ class Work:
 
     def __init__(self, folder: Path, continued: bool) -> None:
         self.folder, self.continued = folder, continued
-        progress = self._read(_PROGRESS) or {}
+        progress = read_values(self.path(_PROGRESS)) or {}
         self.seconds: dict[str, float] = dict(progress.get("seconds", {}))
         self._peak = int(progress.get("peak_bytes", 0))
         self._decided: dict[str, Any] = dict(progress.get("decided", {}))
@@ -169,26 +174,34 @@ class Work:
         """Return the place of an output."""
         return self.folder / name
 
-    def book(self, stage: str) -> None:
-        """Book the time since the last call on a stage."""
+    def record_time(self, stage: str) -> None:
+        """Add the time since the last call to a stage."""
         now = time.monotonic()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
         self._last = now
         self._keep()
 
-    def kept(
-        self, name: str, make: Callable[[], dict[str, Any]], stage: str | None = None
-    ) -> dict[str, Any]:
-        """Return values that are made once; the time goes to the stage, by default of that name."""
-        found = self._read(f"{name}.json")
-        if found is None:
-            found = make()
-            atomic_write_text(self.path(f"{name}.json"), json.dumps(found, indent=1) + "\n")
-            self.book(stage or name)
-        return found
+    def once(
+        self, name: str, kind: type[_T], make: Callable[[], _T], stage: str | None = None
+    ) -> _T:
+        """Return a record that is made once; the time goes to the stage, by default of that name.
 
-    def decided(self, name: str, decide: Callable[[], Any]) -> Any:
-        """Return what was decided by measured speed; it is decided once."""
+        Args:
+            name: of its file, without the ending.
+            kind: its dataclass.
+            make: makes it.
+            stage: see ``seconds``.
+        """
+        file = self.path(f"{name}.json")
+        if (found := read_values(file, kind)) is not None:
+            return found
+        made = make()
+        atomic_write_text(file, json.dumps(as_json(made), indent=1) + "\n")
+        self.record_time(stage or name)
+        return made
+
+    def decide_once(self, name: str, decide: Callable[[], Any]) -> Any:
+        """Return what is decided by measured speed; it is decided once."""
         if name not in self._decided:
             self._decided[name] = decide()
             self._keep()
@@ -197,9 +210,6 @@ class Work:
     def _keep(self) -> None:
         data = {"seconds": self.seconds, "peak_bytes": self.peak_bytes, "decided": self._decided}
         atomic_write_text(self.path(_PROGRESS), json.dumps(data, indent=1) + "\n")
-
-    def _read(self, name: str) -> dict[str, Any] | None:
-        return read_values(self.path(name))
 
     def remove(self) -> None:
         """Remove the folder."""
@@ -238,14 +248,14 @@ def opened(folder: Path, settings: Mapping[str, Any], *, restart: bool) -> Itera
         yield Work(folder, continued=found is not None)
 
 
-def read_values(file: Path) -> dict[str, Any] | None:
-    """Return the values in a file of the folder; None if it is not there.
+def read_values(file: Path, kind: Any = dict[str, Any]) -> Any:
+    """Return the values in a file of the folder, as a record of this kind; None if it is not there.
 
     Raises:
         UserError: it is damaged.
     """
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return TypeAdapter(kind).validate_python(read_json(file))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:

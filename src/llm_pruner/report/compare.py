@@ -4,60 +4,50 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from markupsafe import Markup
+from pydantic import BaseModel
 
 from llm_pruner.report import figures, view
-from llm_pruner.report.data import (
-    Evaluation,
-    Report,
-    Variant,
-    measurement_key,
-    perplexity_key,
-    task_key,
-)
-from llm_pruner.report.text import count, markdown, measured, megabytes, percent
+from llm_pruner.report.data import Evaluation, Report, Variant
+from llm_pruner.report.text import count, markdown, megabytes, percent
 from llm_pruner.report.write import page
 from llm_pruner.types import Size
 
 Subject = Literal["size", "how", "perplexity", "accuracy", "measured"]
 
-FORMAT_VERSION = 1
-
 
 @dataclass(frozen=True)
 class Entry:
-    """One model.
-
-    Attributes:
-        label: what it is called in the comparison.
-        report: where its numbers are.
-        variant: which model of the report it is.
-    """
+    """One model that is to be compared: its label, a report, and which model of it is meant."""
 
     label: str
     report: Report
     variant: Variant
 
-    @property
-    def size(self) -> Size | None:
-        """Return its size, if known."""
-        return self.report.sizes.get(self.variant)
 
-    @property
-    def evaluation(self) -> Evaluation:
-        """Return what was measured of it."""
-        return self.report.evaluations.get(self.variant, Evaluation())
+class Compared(Evaluation):
+    """One model of a comparison, with all that was measured of it.
 
-    @property
-    def removed(self) -> float | None:
-        """Return the share of parameters that was removed, if known."""
-        dense, own = self.report.sizes.get("dense"), self.size
-        if self.variant == "dense" or dense is None or own is None:
-            return None
-        return 1 - own.total / dense.total
+    Attributes:
+        label: what it is called in the comparison.
+        source: name of the dense model.
+        variant: which model of its report it is.
+        size: None if it is not known.
+        removed: share of the parameters that was removed, if known.
+        units: what was removed, in words; None of the dense model.
+        chosen_by: how units were chosen, in words; None of the dense model.
+    """
+
+    label: str
+    source: str
+    variant: Variant
+    size: Size | None
+    removed: float | None
+    units: str | None
+    chosen_by: str | None
 
 
 @dataclass(frozen=True)
@@ -67,7 +57,7 @@ class Column:
     Attributes:
         subject: columns of one subject stand together.
         name: heading.
-        cells: one text per entry, empty where it is not known.
+        cells: one text per model, empty where it is not known.
         settings: what a reader needs to compare the numbers, empty if nothing.
         text: whether the cells are words.
     """
@@ -79,46 +69,71 @@ class Column:
     text: bool = False
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Entries and columns; of the columns, only those that hold something."""
+class Comparison(BaseModel):
+    """Models beside each other."""
 
-    entries: tuple[Entry, ...]
-    columns: tuple[Column, ...]
+    format_version: Literal[1] = 1
+    models: tuple[Compared, ...]
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Return the labels of the rows."""
-        return tuple(entry.label for entry in self.entries)
+        """The labels of the rows."""
+        return tuple(model.label for model in self.models)
+
+    @property
+    def columns(self) -> list[Column]:
+        """The columns that hold something."""
+        models = self.models
+
+        def column(
+            subject: Subject, name: str, cell: Callable[[Compared], Any], *, text: bool = False
+        ) -> Column:
+            return Column(subject, name, tuple(cell(one) or "" for one in models), text=text)
+
+        columns = [
+            column("size", "parameters", lambda m: m.size and count(m.size.total)),
+            column("size", "removed", lambda m: m.removed is not None and percent(m.removed)),
+            column(
+                "size", "weights", lambda m: m.size and m.size.bytes and megabytes(m.size.bytes)
+            ),
+            column("how", "units", lambda m: m.units, text=True),
+            column("how", "chosen by", lambda m: m.chosen_by, text=True),
+            *_perplexities(models),
+            *_tasks(models),
+            *(
+                Column("measured", first.label, _cells(row))
+                for first, row in _aligned(models, "measurements")
+            ),
+        ]
+        return [column for column in columns if any(column.cells)]
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Return the settings of the columns, each once."""
+        """The settings of the columns, each once."""
         lines = [f"{column.name}: {column.settings}" for column in self.columns if column.settings]
         return tuple(dict.fromkeys(lines))
 
 
 def compare(entries: Sequence[Entry]) -> Comparison:
     """Put models beside each other; the dense models that reports know of come first."""
-    entries = _with_dense(entries)
+    return Comparison(models=tuple(_compared(entry) for entry in _with_dense(entries)))
 
-    def removed(entry: Entry) -> str | None:
-        return None if entry.removed is None else percent(entry.removed)
 
-    def weights(entry: Entry) -> str | None:
-        return megabytes(entry.size.bytes) if entry.size and entry.size.bytes else None
-
-    columns = [
-        _column("size", "parameters", entries, lambda e: e.size and count(e.size.total)),
-        _column("size", "removed", entries, removed),
-        _column("size", "weights", entries, weights),
-        _column("how", "units", entries, _structures, text=True),
-        _column("how", "chosen by", entries, _criterion, text=True),
-        *_perplexities(entries),
-        *_tasks(entries),
-        *_measurements(entries),
-    ]
-    return Comparison(entries, tuple(column for column in columns if any(column.cells)))
+def _compared(entry: Entry) -> Compared:
+    report, variant = entry.report, entry.variant
+    dense, own, pruned = report.sizes.get("dense"), report.sizes.get(variant), variant != "dense"
+    structures = report.settings.get("Where from", {}).get("structures") or ()
+    units = ", ".join(view.unit(str(name)) for name in structures)
+    return Compared(
+        label=entry.label,
+        source=report.source.name,
+        variant=variant,
+        size=own,
+        removed=1 - own.total / dense.total if pruned and own and dense else None,
+        units=units or None if pruned else None,
+        chosen_by=report.criterion if pruned else None,
+        **dict(report.evaluations.get(variant, Evaluation())),
+    )
 
 
 def _with_dense(entries: Sequence[Entry]) -> tuple[Entry, ...]:
@@ -151,76 +166,36 @@ def _identity(report: Report) -> tuple[str, int]:
     return report.source.name, report.sizes["dense"].total
 
 
-def _column(
-    subject: Subject,
-    name: str,
-    entries: Sequence[Entry],
-    cell: Callable[[Entry], Any],
-    *,
-    text: bool = False,
-) -> Column:
-    cells = tuple(str(cell(entry) or "") for entry in entries)
-    return Column(subject, name, cells, text=text)
+def _aligned(models: Sequence[Compared], part: str) -> list[tuple[Any, list[Any]]]:
+    """Return (one of the results, result of each model or None) for all that may be compared."""
+    found = view.aligned(dict(enumerate(models)), part)
+    return [(view.first(by), [by.get(place) for place in range(len(models))]) for by in found]
 
 
-def _structures(entry: Entry) -> str:
-    if entry.variant == "dense":
-        return ""
-    # In reports of earlier versions under another heading.
-    settings = entry.report.settings
-    where = settings.get("Where from") or settings.get("Selection", {})
-    chosen = where.get("structures") or ()
-    return ", ".join(view.unit(str(name)) for name in chosen)
+def _cells(row: Sequence[Any]) -> tuple[str, ...]:
+    return tuple("" if result is None else str(result) for result in row)
 
 
-def _criterion(entry: Entry) -> str:
-    return "" if entry.variant == "dense" else entry.report.criterion or ""
+def _perplexities(models: Sequence[Compared]) -> list[Column]:
+    found = _aligned(models, "perplexity")
+    names = [first.name for first, _ in found]
+    return [
+        Column("perplexity", first.name, _cells(row), first.settings)
+        if names.count(first.name) == 1
+        else Column("perplexity", first.label, _cells(row))
+        for first, row in found
+    ]
 
 
-def _results(
-    entries: Sequence[Entry], part: str, key: Callable[[Any], Any]
-) -> list[tuple[Any, list[Any]]]:
-    """Return (one of the results, result of each entry or None) for all that may be compared."""
-    tables = [{key(r): r for r in getattr(entry.evaluation, part)} for entry in entries]
-    keys = dict.fromkeys(key for table in tables for key in table)
-    rows = [[table.get(key) for table in tables] for key in keys]
-    return [(next(r for r in row if r is not None), row) for row in rows]
-
-
-def _perplexities(entries: Sequence[Entry]) -> list[Column]:
-    found = _results(entries, "perplexity", perplexity_key)
-    corpora = [view.perplexity_label(first) for first, _ in found]
-    columns = []
-    for corpus, (first, row) in zip(corpora, found, strict=True):
-        settings = view.perplexity_settings(first)
-        alone = corpora.count(corpus) == 1
-        columns.append(
-            Column(
-                "perplexity",
-                corpus if alone else f"{corpus} ({settings})",
-                tuple("" if r is None else measured(r.perplexity, r.stderr) for r in row),
-                settings if alone else "",
-            )
-        )
-    return columns
-
-
-def _tasks(entries: Sequence[Entry]) -> list[Column]:
-    found = [(first, row) for first, row in _results(entries, "tasks", task_key) if first.in_mean]
+def _tasks(models: Sequence[Compared]) -> list[Column]:
+    found = [(first, row) for first, row in _aligned(models, "tasks") if first.in_mean]
     columns = []
     for first, row in found:
-        cells = [
-            ""
-            if r is None
-            else measured(100 * r.value, None if r.stderr is None else 100 * r.stderr, ".1f")
-            for r in row
-        ]
         items = "" if first.items is None else f", {first.items:,} items"
-        columns.append(
-            Column("accuracy", first.task, tuple(cells), f"{first.metric} in percent{items}")
-        )
+        settings = f"{first.metric} in percent{items}"
+        columns.append(Column("accuracy", first.task, _cells(row), settings))
     if found:
-        means = [_mean([row[place] for _, row in found]) for place in range(len(entries))]
+        means = [_mean([row[place] for _, row in found]) for place in range(len(models))]
         columns.append(Column("accuracy", "mean", tuple(means), "of the tasks above"))
     return columns
 
@@ -230,37 +205,6 @@ def _mean(scores: Sequence[Any]) -> str:
     if any(score is None for score in scores):
         return ""
     return f"{100 * sum(score.value for score in scores) / len(scores):.1f}"
-
-
-def _measurements(entries: Sequence[Entry]) -> list[Column]:
-    return [
-        Column(
-            "measured",
-            view.measurement_label(first),
-            tuple("" if r is None else view.quantity(r) for r in row),
-        )
-        for first, row in _results(entries, "measurements", measurement_key)
-    ]
-
-
-def as_data(found: Comparison) -> dict[str, Any]:
-    """Return the numbers for scripts."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "models": [
-            {
-                "label": entry.label,
-                "source": entry.report.source.name,
-                "variant": entry.variant,
-                "size": None if entry.size is None else asdict(entry.size),
-                "removed": entry.removed,
-                "units": _structures(entry) or None,
-                "chosen_by": _criterion(entry) or None,
-                **entry.evaluation.model_dump(mode="json"),
-            }
-            for entry in found.entries
-        ],
-    }
 
 
 def render_markdown(found: Comparison) -> str:
@@ -292,14 +236,14 @@ def _heading(column: Column) -> str:
 def render_html(found: Comparison) -> str:
     """Return one page that needs nothing else."""
     plots = []
-    for number, (first, row) in enumerate(_results(found.entries, "perplexity", perplexity_key)):
+    for number, (first, row) in enumerate(_aligned(found.models, "perplexity")):
         rows: list[tuple[str, figures.Series]] = [
-            (entry.label, [(entry.variant, r.perplexity, r.stderr)])
-            for entry, r in zip(found.entries, row, strict=True)
+            (model.label, [(model.variant, r.perplexity, r.stderr)])
+            for model, r in zip(found.models, row, strict=True)
             if r is not None and math.isfinite(r.perplexity)
         ]
         if rows:
-            title = f"perplexity, {view.perplexity_label(first)}"
+            title = f"perplexity, {first.name}"
             drawing = figures.dots(f"perplexity{number}", title, rows, share=False)
             plots.append((title, Markup(drawing)))
     subjects: dict[str, list[Column]] = {}
@@ -307,7 +251,7 @@ def render_html(found: Comparison) -> str:
         subjects.setdefault(column.subject, []).append(column)
     return page(
         "compare.html",
-        title=f"{len(found.entries)} models compared",
+        title=f"{len(found.models)} models compared",
         labels=found.labels,
         subjects=subjects,
         plots=plots,

@@ -6,7 +6,9 @@ and no text made from it, so that pages of a later version can be drawn from an 
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import read_json
-from llm_pruner.report.text import safe_json, visible
+from llm_pruner.report.text import count, measured, megabytes, number, points, safe_json, visible
 from llm_pruner.types import Layer, Size, SplitTrial
 
 FORMAT_VERSION: Literal[1] = 1
@@ -23,11 +25,14 @@ JSON_FILE, HTML_FILE, CARD_FILE = "report.json", "report.html", "README.md"
 Variant = Literal["dense", "pruned", "recovered"]
 """The model before, after removing, and after training what was left."""
 
+SavedAs = Literal["stock", "recipe"]
+"""``stock`` if a plain config describes a checkpoint, else ``recipe``."""
+
 VARIANTS: tuple[Variant, ...] = ("dense", "pruned", "recovered")
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
     @model_validator(mode="before")
     @classmethod
@@ -37,7 +42,7 @@ class _Part(BaseModel):
 
 def _each_text(data: Any) -> Any:
     """Return data with all its texts, keys included, made ``visible``."""
-    if isinstance(data, (Layer, Size, SplitTrial)):
+    if is_dataclass(data):
         data = vars(data)
     if isinstance(data, str):
         return visible(data)
@@ -45,17 +50,6 @@ def _each_text(data: Any) -> Any:
         return {_each_text(key): _each_text(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
         return [_each_text(item) for item in data]
-    return data
-
-
-def _finite(data: Any) -> Any:
-    """Return data that JSON can hold: infinities and NaN as the texts that pydantic reads."""
-    if isinstance(data, float) and not math.isfinite(data):
-        return str(data)
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list):
-        return [_finite(item) for item in data]
     return data
 
 
@@ -101,7 +95,9 @@ class ImportanceMap(_Part):
 
 
 class Perplexity(_Part):
-    """Perplexity with its settings; see ``evaluation.perplexity``."""
+    """Perplexity with its settings: what is shown of ``evaluation.perplexity.PerplexityResult``."""
+
+    model_config = ConfigDict(extra="ignore")
 
     perplexity: float
     stderr: float | None = None
@@ -110,6 +106,40 @@ class Perplexity(_Part):
     protocol: str | None = None
     window: int | None = None
     tokens: int | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What must agree before two perplexities may be compared."""
+        return self.corpus, self.split, self.protocol, self.window, self.tokens
+
+    @property
+    def name(self) -> str:
+        """The corpus with its split."""
+        return self.corpus if self.split is None else f"{self.corpus}, {self.split}"
+
+    @property
+    def settings(self) -> str:
+        """What a reader needs to compare it, in words."""
+        parts = [
+            None if self.protocol is None else f"{self.protocol} protocol",
+            None if self.window is None else f"windows of {self.window:,}",
+            None if self.tokens is None else f"{self.tokens:,} tokens",
+        ]
+        return ", ".join(part for part in parts if part)
+
+    @property
+    def label(self) -> str:
+        """The row of a table."""
+        return f"{self.name} ({self.settings})" if self.settings else self.name
+
+    def __str__(self) -> str:
+        return measured(self.perplexity, self.stderr)
+
+    def since(self, dense: Perplexity) -> tuple[str, bool | None]:
+        """Return the change from the dense model, and whether it is for the better."""
+        if not dense.perplexity or not math.isfinite(self.perplexity / dense.perplexity):
+            return "", None
+        return f"× {self.perplexity / dense.perplexity:.2f}", self.perplexity <= dense.perplexity
 
 
 class TaskScore(_Part):
@@ -126,6 +156,26 @@ class TaskScore(_Part):
     stderr: float | None = None
     items: int | None = None
     in_mean: bool = True
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What must agree before two scores may be compared."""
+        return self.task, self.metric, self.items
+
+    @property
+    def label(self) -> str:
+        """The row of a table."""
+        items = "" if self.items is None else f" ({self.items:,} items)"
+        return f"{self.task}, {self.metric}{items}"
+
+    def __str__(self) -> str:
+        """Return it in percent."""
+        stderr = None if self.stderr is None else 100 * self.stderr
+        return measured(100 * self.value, stderr, ".1f")
+
+    def since(self, dense: TaskScore) -> tuple[str, bool | None]:
+        """Return the change from the dense model, and whether it is for the better."""
+        return points(self.value - dense.value)
 
 
 class Measurement(_Part):
@@ -145,6 +195,40 @@ class Measurement(_Part):
     high: float | None = None
     better: Literal["higher", "lower"] | None = None
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What must agree before two measurements may be compared."""
+        return self.name, self.unit
+
+    @property
+    def label(self) -> str:
+        """The name with the unit, where the number does not bring its own."""
+        return self.name if self.unit in ("", "B", "MACs") else f"{self.name}, {self.unit}"
+
+    def __str__(self) -> str:
+        """Return the value in units of a fitting size."""
+        return self._shown(self.value)
+
+    @property
+    def spread(self) -> str:
+        """The value with the spread around it, where it is known."""
+        if self.low is None or self.high is None:
+            return str(self)
+        return f"{self} ({self._shown(self.low)} to {self._shown(self.high)})"
+
+    def _shown(self, value: float) -> str:
+        if self.unit == "B":
+            return megabytes(value) if value >= 1e5 else f"{value:,.0f} B"
+        return f"{count(value)} MACs" if self.unit == "MACs" else number(value)
+
+    def since(self, dense: Measurement) -> tuple[str, bool | None]:
+        """Return the change from the dense model, and whether it is for the better."""
+        if not dense.value:
+            return "", None
+        ratio = self.value / dense.value
+        neither = dense.better is None or ratio == 1
+        return f"× {ratio:.2f}", None if neither else (ratio > 1) == (dense.better == "higher")
+
 
 class Evaluation(_Part):
     """All that was measured of one model; ``samples`` maps prompts to what it wrote after them."""
@@ -156,31 +240,12 @@ class Evaluation(_Part):
 
     def with_newer(self, newer: Evaluation) -> Evaluation:
         """Return both; of what was measured twice with the same settings, the newer."""
-        return Evaluation(
-            perplexity=_joined(self.perplexity, newer.perplexity, perplexity_key),
-            tasks=_joined(self.tasks, newer.tasks, task_key),
-            measurements=_joined(self.measurements, newer.measurements, measurement_key),
-            samples=self.samples | newer.samples,
-        )
-
-
-def perplexity_key(result: Perplexity) -> tuple[Any, ...]:
-    """Return what must agree before two perplexities may be compared."""
-    return result.corpus, result.split, result.protocol, result.window, result.tokens
-
-
-def task_key(result: TaskScore) -> tuple[Any, ...]:
-    """Return what must agree before two scores may be compared."""
-    return result.task, result.metric, result.items
-
-
-def measurement_key(result: Measurement) -> tuple[Any, ...]:
-    """Return what must agree before two measurements may be compared."""
-    return result.name, result.unit
-
-
-def _joined(old: Any, new: Any, key: Any) -> Any:
-    return tuple({key(item): item for item in (*old, *new)}.values())
+        both = {
+            part: {one.key: one for one in (*getattr(self, part), *getattr(newer, part))}
+            for part in ("perplexity", "tasks", "measurements")
+        }
+        lists = {part: tuple(found.values()) for part, found in both.items()}
+        return Evaluation(**lists, samples=self.samples | newer.samples)
 
 
 class LossPoint(_Part):
@@ -223,7 +288,7 @@ class Report(_Part):
             weights were refitted; None if they were not compared.
         twin_scenes: on what both were run.
         twin_skipped: on what the dense model could not be run, or gave no result to compare.
-        saved_as: ``stock`` if a plain config describes the model, else ``recipe``.
+        saved_as: how the checkpoint loads; None if it is not known.
         needs: what ``from_pretrained`` needs besides transformers to load the folder:
             ``import llm_pruner``, ``trust_remote_code=True``.
         seconds: by stage.
@@ -247,7 +312,7 @@ class Report(_Part):
     twin_difference: float | None = None
     twin_scenes: tuple[str, ...] = ()
     twin_skipped: tuple[str, ...] = ()
-    saved_as: Literal["stock", "recipe"] | None = None
+    saved_as: SavedAs | None = None
     needs: tuple[str, ...] = ()
     seconds: dict[str, float] = {}
     evaluations: dict[Variant, Evaluation] = {}
@@ -272,7 +337,7 @@ class Report(_Part):
 
     def to_json(self) -> str:
         """Return the content of ``report.json``."""
-        return safe_json(_finite(self.model_dump(mode="json")))
+        return safe_json(json.loads(self.model_dump_json()))
 
 
 def read_report(file: Path) -> Report:
@@ -292,9 +357,8 @@ def read_report(file: Path) -> Report:
             f"{file} has format_version {ascii(version)[:40]}, and this version of llm-pruner "
             f"reads {FORMAT_VERSION}; use the version that wrote it, or prune again"
         )
-    data.pop("searches", None)  # earlier versions searched between layers
     try:
-        return Report.model_validate(data)
+        return Report.model_validate(_upgraded(data))
     except ValidationError as error:
         first = error.errors()[0]
         where = " ".join(".".join(str(part) for part in first["loc"]).split())[:200]
@@ -305,3 +369,16 @@ def read_report(file: Path) -> Report:
         raise UserError(
             f"{file} is no report: it is nested too deeply; prune again to write it anew"
         ) from None
+
+
+_HEADINGS = {"Selection": "Where from"}
+"""Heading of settings in reports of earlier versions -> its name now."""
+
+
+def _upgraded(data: dict[str, Any]) -> dict[str, Any]:
+    """Return the data of a report of an earlier version as this one writes it."""
+    data.pop("searches", None)  # between layers
+    settings = data.get("settings")
+    if isinstance(settings, dict):
+        data["settings"] = {_HEADINGS.get(name, name): of for name, of in settings.items()}
+    return data

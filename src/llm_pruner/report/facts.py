@@ -1,4 +1,4 @@
-"""Facts about a run, its model and what was measured of it, as parts of its report."""
+"""What a report says of a run, its model and what was measured of it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 
+from llm_pruner.evaluation.zero_shot import TaskResult
 from llm_pruner.models.stored import DEFAULT, local_path
 from llm_pruner.planning import Plan
 from llm_pruner.report.data import (
@@ -22,10 +23,10 @@ from llm_pruner.report.data import (
     ImportanceMap,
     ImportanceRow,
     Measurement,
-    Perplexity,
     Source,
     TaskScore,
 )
+from llm_pruner.report.records import Measured, Weighed
 from llm_pruner.settings.common import CALIBRATION
 from llm_pruner.settings.options import option_of
 from llm_pruner.settings.prune import PruneSettings
@@ -154,10 +155,12 @@ def settings_of(plan: Plan, model: Mapping[str, Any]) -> dict[str, dict[str, Any
         sections.setdefault(heading, {})[name] = value
     if plan.text is not None:
         sections.setdefault(CALIBRATION, {})["digest"] = plan.text
-    return {
-        heading: {name.replace("_", " "): value for name, value in values.items()}
-        for heading, values in sections.items()
-    }
+    return {heading: spaced(values) for heading, values in sections.items()}
+
+
+def spaced(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with their names as people write them."""
+    return {name.replace("_", " "): value for name, value in settings.items()}
 
 
 def versions() -> dict[str, str]:
@@ -175,10 +178,9 @@ def _version(name: str) -> str:
         return "unknown"
 
 
-_KEY = "general.license"
-_STRING, _ARRAY = 8, 9
-_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""Type of a value in GGUF -> its bytes, where they are fixed."""
+_LICENCE = re.compile(rb"\x0f\0{7}general\.license\x08\0{3}(.{8})", re.DOTALL)
+_GENERAL = 2**16
+"""Bytes at the start of a GGUF file in which its general entries lie."""
 
 
 def licence_of(model: str, revision: str | None) -> str | None:
@@ -212,122 +214,62 @@ def card_licence(file: Path) -> str | None:
 def gguf_licence(file: Path) -> str | None:
     """Return what a GGUF file says among its general entries, which come first.
 
-    The reader of the ``gguf`` package reads the whole vocabulary before, which takes seconds.
+    An entry is the length of its key, the key, a type and a value; that of a string is its length
+    and bytes, all numbers little-endian. The reader of the ``gguf`` package reads the whole
+    vocabulary as well, which takes seconds.
     """
     with file.open("rb") as stream:
-        stream.seek(16)  # magic, version, number of tensors
-        (entries,) = struct.unpack("<Q", stream.read(8))
-        for _ in range(entries):
-            key, kind = _string(stream), _number(stream)
-            if key == _KEY and kind == _STRING:
-                return _string(stream)
-            if not key.startswith("general."):
-                return None
-            _skip(stream, kind)
-    return None
+        found = _LICENCE.search(stream.read(_GENERAL))
+    if found is None:
+        return None
+    (length,) = struct.unpack("<Q", found[1])
+    return found.string[found.end() : found.end() + length].decode("utf-8", "replace")
 
 
-def _string(stream: BinaryIO) -> str:
-    (length,) = struct.unpack("<Q", stream.read(8))
-    return stream.read(min(length, 1 << 16)).decode("utf-8", "replace")
-
-
-def _number(stream: BinaryIO) -> int:
-    return int(struct.unpack("<I", stream.read(4))[0])
-
-
-def _skip(stream: BinaryIO, kind: int) -> None:
-    if kind == _STRING:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        stream.seek(length, 1)
-    elif kind == _ARRAY:
-        inner = _number(stream)
-        (length,) = struct.unpack("<Q", stream.read(8))
-        for _ in range(length):
-            _skip(stream, inner)
-    else:
-        stream.seek(_BYTES[kind], 1)
-
-
-Data = Mapping[str, Any]
-
-_COUNTS = {
-    "bytes": ("size on disk", "B"),
-    "bytes_on_disk": ("size on disk", "B"),
-    "macs": ("one forward pass over 64 tokens", "MACs"),
-    "macs_per_token": ("one token after 64 others", "MACs"),
-    "bytes_read_per_token": ("read for one token after 64 others", "B"),
-    "kv_cache_bytes_per_token": ("cache per token", "B"),
-}
-"""Field -> name and unit of what it counts; less is better."""
-
-
-def as_evaluation(data: Data) -> Evaluation:
-    """Return what was measured of one model.
-
-    Args:
-        data: of one model, as ``evaluate --json`` or ``bench --json`` writes it; what is absent was
-            not measured.
-    """
-    fields = Perplexity.model_fields.keys()
-    return Evaluation(
-        perplexity=tuple(
-            Perplexity(**{key: value for key, value in result.items() if key in fields})
-            for result in data.get("perplexity") or ()
-        ),
-        tasks=tuple(_tasks((data.get("zero_shot") or {}).get("tasks") or ())),
-        measurements=tuple(_measurements(data)),
-        samples=data.get("samples") or {},
+def evaluation_of(found: Measured) -> Evaluation:
+    """Return what was measured of one model as a part of its report."""
+    return Evaluation.model_validate(
+        {
+            "perplexity": found.perplexity,
+            "tasks": [] if found.zero_shot is None else [*_scores(found.zero_shot.tasks)],
+            "measurements": [*_measurements(found)],
+            "samples": found.samples,
+        }
     )
 
 
-def _tasks(results: Any) -> Iterator[TaskScore]:
+def _scores(results: Sequence[TaskResult]) -> Iterator[TaskScore]:
     """Yield the metrics of each task that are shares of which more is better, such as ``acc``."""
     for result in results:
-        for name, metric in result["metrics"].items():
-            if metric.get("higher_is_better") is not False and 0 <= metric["value"] <= 1:
+        for name, metric in result.metrics.items():
+            if metric.higher_is_better is not False and 0 <= metric.value <= 1:
                 yield TaskScore(
-                    task=result["task"],
+                    task=result.task,
                     metric=name,
-                    value=metric["value"],
-                    stderr=metric.get("stderr"),
-                    items=result.get("documents"),
-                    in_mean=name == result.get("paper_metric"),
+                    value=metric.value,
+                    stderr=metric.stderr,
+                    items=result.documents,
+                    in_mean=name == result.paper_metric,
                 )
 
 
-def _measurements(data: Data) -> Iterator[Measurement]:
-    for field, (name, unit) in _COUNTS.items():
-        if data.get(field):
-            yield Measurement(name=name, unit=unit, value=data[field], better="lower")
-    for peak in data.get("memory") or ():
-        for stage in ("prefill", "decode"):
-            name = f"peak memory of {stage} ({_settings(peak, stage)})"
-            yield Measurement(name=name, unit="B", value=peak[stage], better="lower")
-    speeds = data.get("speed") or ()
-    for speed in [speeds] if isinstance(speeds, Mapping) else speeds:
-        for stage in ("prefill", "decode"):
-            if f"{stage}_tokens_per_second" in speed:
-                yield _speed(speed, stage)
-
-
-def _speed(speed: Data, stage: str) -> Measurement:
-    """Return tokens per second, with the slowest and the fastest round where rounds are known."""
-    rate = speed[f"{stage}_tokens_per_second"]
-    rounds = speed.get(f"{stage}_seconds") or ()
-    tokens = speed.get(_TOKENS[stage], 0) * speed.get("batch_size", 1)
-    return Measurement(
-        name=f"{stage} ({_settings(speed, stage)})",
-        unit="tokens/s",
-        value=rate,
-        low=tokens / max(rounds) if len(rounds) > 1 else None,
-        high=tokens / min(rounds) if len(rounds) > 1 else None,
-        better="higher",
-    )
-
-
-_TOKENS = {"prefill": "prompt_tokens", "decode": "new_tokens"}
-
-
-def _settings(found: Data, stage: str) -> str:
-    return f"{found.get(_TOKENS[stage], '?')} tokens, batch {found.get('batch_size', '?')}"
+def _measurements(found: Measured) -> Iterator[Measurement]:
+    """Yield the size of the weights, and the speeds with their slowest and fastest round."""
+    if isinstance(found, Weighed) and found.bytes:
+        yield Measurement(name="size on disk", unit="B", value=found.bytes, better="lower")
+    speed = found.speed
+    if speed is None:
+        return
+    for stage, tokens, rate, rounds in (
+        ("prefill", speed.prompt_tokens, speed.prefill_tokens_per_second, speed.prefill_seconds),
+        ("decode", speed.new_tokens, speed.decode_tokens_per_second, speed.decode_seconds),
+    ):
+        read = tokens * speed.batch_size
+        yield Measurement(
+            name=f"{stage} ({tokens} tokens, batch {speed.batch_size})",
+            unit="tokens/s",
+            value=rate,
+            low=read / max(rounds) if len(rounds) > 1 else None,
+            high=read / min(rounds) if len(rounds) > 1 else None,
+            better="higher",
+        )

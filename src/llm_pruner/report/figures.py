@@ -11,10 +11,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from llm_pruner.report.data import (
-    ImportanceMap,
-    LossPoint,
-)
+from llm_pruner.report.data import ImportanceMap, LossPoint
 from llm_pruner.report.text import number, visible
 from llm_pruner.types import FloatArray, Layer
 
@@ -271,9 +268,6 @@ def _cut(text: str, room: int) -> str:
     return line if len(line) <= room else f"{line[: room - 1]}…"
 
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 WIDE, NARROW = 840, 340
 """Widths in CSS pixels: for a screen and for a phone. Text is as large in both."""
 
@@ -288,6 +282,9 @@ COLORS = {
     "track": "#010107",
 }
 _VARIABLES = {value: f"var(--{name})" for name, value in COLORS.items()}
+_UNSAID = ("Creator", "Date", "Format", "Type")
+"""What a file says about itself, which is left out."""
+
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",  # letters stay letters
@@ -345,7 +342,7 @@ def draw(
             figure = Figure(figsize=size, dpi=72, layout="constrained")
             fill(figure, narrow)
             written = io.StringIO()
-            figure.savefig(written, format="svg", metadata={"Date": None})
+            figure.savefig(written, format="svg", metadata=dict.fromkeys(_UNSAID))
         prefix = f"{name}-{'n' if narrow else 'w'}"
         classes = f"plot {'narrow' if narrow else 'wide'}"
         drawings.append(_for_page(written.getvalue(), prefix, classes, description))
@@ -361,10 +358,6 @@ def _for_page(drawing: str, prefix: str, classes: str, description: str) -> str:
         for value in element.attrib.values()
         if value.startswith(("#", "url(#"))
     }
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag.rpartition("}")[2] == "metadata":
-                parent.remove(child)
     for element in root.iter():
         for key, value in list(element.attrib.items()):
             if key == "id":

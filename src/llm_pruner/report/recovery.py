@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
 
 from llm_pruner.data.text import SELF
 from llm_pruner.errors import UserError
-from llm_pruner.evaluation.perplexity import PerplexityResult
 from llm_pruner.report.data import (
     JSON_FILE,
+    Evaluation,
     LossPoint,
     Recovery,
     Report,
@@ -20,7 +17,8 @@ from llm_pruner.report.data import (
     Variant,
     read_report,
 )
-from llm_pruner.report.facts import as_evaluation, versions
+from llm_pruner.report.facts import spaced, versions
+from llm_pruner.report.records import Recovered
 from llm_pruner.types import Size
 
 _METHODS = {"full": "training of all weights"}
@@ -36,30 +34,22 @@ def earlier_report(model: str) -> Report | None:
 
 
 def recovery_report(
+    done: Recovered,
     earlier: Report | None,
     *,
     source: Source,
     pruned: bool,
     size: Size,
-    recovery: Recovery,
-    perplexity: Sequence[tuple[PerplexityResult, PerplexityResult]],
-    settings: Mapping[str, Any],
-    saved_as: Literal["stock", "recipe"],
-    needs: tuple[str, ...],
     command: str | None,
 ) -> Report:
     """Return the report of a recovered model.
 
     Args:
+        done: what the run did.
         earlier: of the model that came in, which is carried on.
         source: of the model that came in; read where nothing is known of it.
         pruned: the same: whether it was pruned.
         size: of the model, which recovery leaves as it is.
-        recovery: the course of the training.
-        perplexity: of each corpus, before and after.
-        settings: all that decided how the run went.
-        saved_as: how the folder loads.
-        needs: what loading it needs.
         command: the command line of this run.
     """
     if earlier is None:
@@ -70,66 +60,59 @@ def recovery_report(
         before = None if earlier.final == "recovered" else earlier.final
     evaluations = {name: of for name, of in earlier.evaluations.items() if name != "recovered"}
     sizes = {name: of for name, of in earlier.sizes.items() if name != "recovered"}
+    recovery = Recovery(
+        loss=_course(done), seconds=done.seconds, summary=_in_words(done), gained=done.gained
+    )
     report = earlier.model_copy(
         update={
-            "sizes": sizes | ({"recovered": size} if recovery.gained else {}),
+            "sizes": sizes | ({"recovered": size} if done.gained else {}),
             "evaluations": evaluations,
             "recovery": recovery,
-            "saved_as": saved_as,
-            "needs": needs,
-            "settings": {**earlier.settings, "Recovery": _shown(settings)},
-            "seconds": {**earlier.seconds, "training": recovery.seconds or 0.0},
+            "saved_as": done.saved_as,
+            "needs": done.needs,
+            "settings": {**earlier.settings, "Recovery": spaced(done.settings)},
+            "seconds": {**earlier.seconds, "training": done.seconds},
             "versions": versions(),
             "command": " && ".join(dict.fromkeys(filter(None, (earlier.command, command)))) or None,
             "card_digest": None,
         }
     )
-    if perplexity:
-        old, new = zip(*perplexity, strict=True)
+    if done.perplexity:
+        old, new = zip(*((one.before, one.after) for one in done.perplexity), strict=True)
         for variant, found in ((before, old), (report.final, new)):
             if variant is not None:
-                data = {"perplexity": [asdict(one) for one in found]}
-                report = report.with_evaluation(variant, as_evaluation(data))
+                measured = Evaluation.model_validate({"perplexity": found})
+                report = report.with_evaluation(variant, measured)
     return report
 
 
-def course(losses: Sequence[float], evaluations: Sequence[tuple[int, float]]) -> list[LossPoint]:
+def _course(done: Recovered) -> tuple[LossPoint, ...]:
     """Return the loss of each step and each score of the held-out samples, by step."""
-    train: dict[int, float] = dict(enumerate(losses, start=1))
-    held_out = dict(evaluations)
-    return [
+    train = dict(enumerate(done.losses, start=1))
+    held_out = {one.step: one.loss for one in done.evaluations}
+    return tuple(
         LossPoint(step=step, train=_known(train.get(step)), validation=_known(held_out.get(step)))
         for step in sorted({*train, *held_out})
-    ]
+    )
 
 
-def in_words(
-    settings: Mapping[str, Any], samples: Sequence[tuple[str, int]], steps: int, teacher: str | None
-) -> str:
-    """Return how a model was trained, in words that follow "recovered by".
-
-    Args:
-        settings: as ``TrainingSettings`` has them, and ``distillation``.
-        samples: name of each source and its number of training samples.
-        steps: that were done.
-        teacher: name of the dense model, if it wrote or taught.
-    """
-    method = str(settings["method"])
-    said = _METHODS.get(method) or f"LoRA of rank {settings['lora_r']}"
+def _in_words(done: Recovered) -> str:
+    """Return how a model was trained, in words that follow "recovered by"."""
+    settings = done.settings
+    teacher = settings["teacher"]
+    said = _METHODS.get(settings["method"]) or f"LoRA of rank {settings['lora_r']}"
     texts = [
-        f"{count:,} texts that {teacher} wrote" if name == SELF else f"{count:,} samples of {name}"
-        for name, count in samples
+        f"{one.train_samples:,} texts that {teacher} wrote"
+        if one.name == SELF
+        else f"{one.train_samples:,} samples of {one.name}"
+        for one in done.sources
     ]
-    said += f" on {' and '.join(texts)}, {steps:,} steps"
-    if settings.get("distillation") and teacher is not None:
-        whose = "its" if SELF in dict(samples) else f"{teacher}'s"
+    said += f" on {' and '.join(texts)}, {done.steps:,} steps"
+    if settings["distillation"] and teacher is not None:
+        whose = "its" if SELF in {one.name for one in done.sources} else f"{teacher}'s"
         said += f", with {whose} predictions as the aim"
     return said
 
 
 def _known(loss: float | None) -> float | None:
     return loss if loss is not None and math.isfinite(loss) else None
-
-
-def _shown(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name.replace("_", " "): value for name, value in settings.items()}

@@ -108,3 +108,9 @@ def measured(value: float, stderr: float | None, form: str = "") -> str:
     form = form or _form(value)
     shown = format(value, form)
     return shown if stderr is None else f"{shown} ± {format(stderr, form)}"
+
+
+def points(difference: float) -> tuple[str, bool | None]:
+    """Return a difference of shares in points of percent, and whether it is for the better."""
+    text = f"{100 * difference:+.1f} points".replace("-", "−")
+    return text, None if difference == 0 else difference > 0

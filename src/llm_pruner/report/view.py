@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from llm_pruner.report.data import (
     VARIANTS,
     Evaluation,
-    Measurement,
-    Perplexity,
     Report,
-    TaskScore,
     Variant,
-    measurement_key,
-    perplexity_key,
-    task_key,
 )
-from llm_pruner.report.text import count, measured, megabytes, number, percent
+from llm_pruner.report.text import count, measured, megabytes, percent, points
 from llm_pruner.types import Layer
+
+_K = TypeVar("_K")
 
 UNITS = {
     "heads": "heads",
@@ -203,11 +198,6 @@ def trials(report: Report) -> list[tuple[str, str]]:
     ]
 
 
-def models(report: Report) -> tuple[Variant, ...]:
-    """Return the models that something is known of."""
-    return tuple(v for v in VARIANTS if v in report.sizes or v in report.evaluations)
-
-
 def sizes(report: Report) -> Table | None:
     """Return the table of before and after."""
     names = tuple(v for v in VARIANTS if v in report.sizes)
@@ -246,166 +236,73 @@ def _row(label: str, values: Sequence[float | None], form: Callable[[float], str
     return Row(label, cells, change)
 
 
-Pairs = list[tuple[Any, dict[Variant, Any]]]
+def aligned(evaluations: Mapping[_K, Evaluation], part: str) -> list[dict[_K, Any]]:
+    """Return what may be compared: for each thing measured, whose result -> result.
+
+    Args:
+        evaluations: by whose they are.
+        part: of an evaluation: ``perplexity``, ``tasks`` or ``measurements``.
+    """
+    found: dict[Any, dict[_K, Any]] = {}
+    for whose, evaluation in evaluations.items():
+        for result in getattr(evaluation, part):
+            found.setdefault(result.key, {})[whose] = result
+    return list(found.values())
 
 
-def _by_key(report: Report, part: str, key: Callable[[Any], Any]) -> Pairs:
-    """Return results that may be compared, by model, with the key that they share."""
-    found: dict[Any, dict[Variant, Any]] = {}
-    for variant in VARIANTS:
-        for result in getattr(report.evaluations.get(variant, Evaluation()), part):
-            found.setdefault(key(result), {})[variant] = result
-    return list(found.items())
+def by_model(report: Report, part: str) -> list[dict[Variant, Any]]:
+    """Return the results of a part of the evaluations that may be compared, by model."""
+    evaluations = report.evaluations
+    return aligned({name: evaluations[name] for name in VARIANTS if name in evaluations}, part)
 
 
-def perplexities(report: Report) -> Pairs:
-    """Return perplexities of one corpus with one setting, by model."""
-    return _by_key(report, "perplexity", perplexity_key)
+def first(results: Mapping[Any, Any]) -> Any:
+    """Return one of the results that may be compared, to say what they have in common."""
+    return next(iter(results.values()))
 
 
-def tasks(report: Report) -> Pairs:
-    """Return scores of one metric of one task, by model."""
-    return _by_key(report, "tasks", task_key)
+def compared(report: Report, part: str, cell: Callable[[Any], str] = str) -> Table | None:
+    """Return a part of the evaluations as rows; the change is that of the last model.
 
-
-def measurements(report: Report) -> Pairs:
-    """Return measurements of one thing, by model."""
-    return _by_key(report, "measurements", measurement_key)
-
-
-def perplexity_label(result: Perplexity) -> str:
-    """Return the corpus with its split."""
-    return result.corpus if result.split is None else f"{result.corpus}, {result.split}"
-
-
-def perplexity_settings(result: Perplexity) -> str:
-    """Return what a reader needs to compare a perplexity."""
-    parts = [
-        None if result.protocol is None else f"{result.protocol} protocol",
-        None if result.window is None else f"windows of {result.window:,}",
-        None if result.tokens is None else f"{result.tokens:,} tokens",
-    ]
-    return ", ".join(part for part in parts if part)
-
-
-def perplexity_table(report: Report) -> Table | None:
-    """Return perplexities with standard errors."""
-
-    def change(dense: Perplexity, final: Perplexity) -> tuple[str, bool | None]:
-        if not dense.perplexity or not math.isfinite(final.perplexity / dense.perplexity):
-            return "", None
-        return f"× {final.perplexity / dense.perplexity:.2f}", final.perplexity <= dense.perplexity
-
-    def label(result: Perplexity) -> str:
-        settings = perplexity_settings(result)
-        return f"{perplexity_label(result)} ({settings})" if settings else perplexity_label(result)
-
-    return _table(perplexities(report), label, lambda r: measured(r.perplexity, r.stderr), change)
+    Args:
+        report: what was measured.
+        part: ``perplexity``, ``tasks`` or ``measurements``.
+        cell: what is shown of a result.
+    """
+    found = by_model(report, part)
+    names = tuple(name for name in VARIANTS if any(name in by for by in found))
+    rows = []
+    for by in found:
+        change: tuple[str, bool | None] = ("", None)
+        if "dense" in by and names[-1] in by and names[-1] != "dense":
+            change = by[names[-1]].since(by["dense"])
+        cells = tuple(cell(by[name]) if name in by else "" for name in names)
+        rows.append(Row(first(by).label, cells, *change))
+    return Table(names, tuple(rows)) if rows else None
 
 
 def task_table(report: Report) -> Table | None:
     """Return task scores in percent with standard errors, and their means."""
-
-    def change(dense: TaskScore, final: TaskScore) -> tuple[str, bool | None]:
-        return _points(final.value - dense.value)
-
-    found = tasks(report)
-    table = _table(
-        found,
-        lambda r: f"{r.task}, {r.metric}" + ("" if r.items is None else f" ({r.items:,} items)"),
-        lambda r: measured(100 * r.value, None if r.stderr is None else 100 * r.stderr, ".1f"),
-        change,
-    )
-    if table is None:
-        return None
-    means = task_means(report)
-    if len(means) < len(table.models):
+    table, means = compared(report, "tasks"), task_means(report)
+    if table is None or len(means) < len(table.models):
         return table
-    change_, better = _points(means[table.models[-1]] - means[table.models[0]])
-    only = len(table.models) == 1
-    row = Row(
-        "mean",
-        tuple(f"{100 * means[name]:.1f}" for name in table.models),
-        "" if only else change_,
-        None if only else better,
-    )
-    counted = [next(iter(by.values())) for _, by in found]
-    counted = [r for r in counted if r.in_mean]
-    note = "Percent, with standard errors. The mean takes " + ", ".join(
-        f"{r.metric} of {r.task}" for r in counted
-    )
-    return Table(table.models, (*table.rows, row), f"{note}.")
+    start, last = table.models[0], table.models[-1]
+    change = points(means[last] - means[start]) if start != last else ("", None)
+    row = Row("mean", tuple(f"{100 * means[name]:.1f}" for name in table.models), *change)
+    scores = map(first, by_model(report, "tasks"))
+    counted = ", ".join(f"{score.metric} of {score.task}" for score in scores if score.in_mean)
+    note = f"Percent, with standard errors. The mean takes {counted}."
+    return Table(table.models, (*table.rows, row), note)
 
 
 def task_means(report: Report) -> dict[Variant, float]:
     """Return the mean over the tasks for each model that was measured on all of them."""
-    counted = [by for _, by in tasks(report) if next(iter(by.values())).in_mean]
+    counted = [by for by in by_model(report, "tasks") if first(by).in_mean]
     return {
         variant: sum(by[variant].value for by in counted) / len(counted)
         for variant in VARIANTS
         if counted and all(variant in by for by in counted)
     }
-
-
-def _points(difference: float) -> tuple[str, bool | None]:
-    text = f"{100 * difference:+.1f} points".replace("-", "−")
-    return text, None if difference == 0 else difference > 0
-
-
-def measurement_table(report: Report) -> Table | None:
-    """Return sizes and speeds with their spread."""
-
-    def change(dense: Measurement, final: Measurement) -> tuple[str, bool | None]:
-        if not dense.value:
-            return "", None
-        ratio = final.value / dense.value
-        if dense.better is None or ratio == 1:
-            return f"× {ratio:.2f}", None
-        return f"× {ratio:.2f}", (ratio > 1) == (dense.better == "higher")
-
-    def cell(result: Measurement) -> str:
-        text = quantity(result)
-        if result.low is None or result.high is None:
-            return text
-        low, high = (
-            quantity(result.model_copy(update={"value": value}))
-            for value in (result.low, result.high)
-        )
-        return f"{text} ({low} to {high})"
-
-    return _table(measurements(report), measurement_label, cell, change)
-
-
-def measurement_label(result: Measurement) -> str:
-    """Return the name with the unit, where the number does not bring its own."""
-    own = result.unit in ("", "B", "MACs")
-    return result.name if own else f"{result.name}, {result.unit}"
-
-
-def quantity(result: Measurement) -> str:
-    """Return the value of a measurement as text, in units of a fitting size."""
-    if result.unit == "B":
-        return megabytes(result.value) if result.value >= 1e5 else f"{result.value:,.0f} B"
-    if result.unit == "MACs":
-        return f"{count(result.value)} MACs"
-    return number(result.value)
-
-
-def _table(
-    found: Pairs,
-    label: Callable[[Any], str],
-    cell: Callable[[Any], str],
-    change: Callable[[Any, Any], tuple[str, bool | None]],
-) -> Table | None:
-    names = tuple(v for v in VARIANTS if any(v in by for _, by in found))
-    rows = []
-    for _, by in found:
-        cells = tuple(cell(by[name]) if name in by else "" for name in names)
-        text, better = "", None
-        if "dense" in by and names[-1] in by and names[-1] != "dense":
-            text, better = change(by["dense"], by[names[-1]])
-        rows.append(Row(label(next(iter(by.values()))), cells, text, better))
-    return Table(names, tuple(rows)) if rows else None
 
 
 def samples(report: Report) -> list[tuple[str, list[tuple[Variant, str]]]]:
@@ -425,21 +322,21 @@ def headlines(report: Report) -> list[tuple[str, str, str]]:
     if dense is not None and after is not None:
         label = f"{percent(1 - after.total / dense.total)} removed"
         shown.append(("parameters", count(after.total), f"of {count(dense.total)}, {label}"))
-    for _, by in perplexities(report)[:1]:
+    for by in by_model(report, "perplexity")[:1]:
         if final in by:
-            text = f"perplexity, {perplexity_label(by[final])}"
+            text = f"perplexity, {by[final].name}"
             before = f"dense {measured(by['dense'].perplexity, None)}" if "dense" in by else ""
             shown.append((text, measured(by[final].perplexity, None), before))
     means = task_means(report)
     if final in means:
         before = f"dense {100 * means['dense']:.1f}%" if "dense" in means else ""
         shown.append(("mean accuracy", f"{100 * means[final]:.1f}%", before))
-    for _, by in measurements(report):
+    for by in by_model(report, "measurements"):
         found = by.get(final)
         if found is not None and found.better == "higher" and len(shown) < 4:
             dense_speed = by.get("dense")
-            before = "" if dense_speed is None else f"dense {quantity(dense_speed)}"
-            shown.append((measurement_label(found), quantity(found), before))
+            before = "" if dense_speed is None else f"dense {dense_speed}"
+            shown.append((found.label, str(found), before))
     return shown
 
 

@@ -6,7 +6,6 @@ import hashlib
 import math
 import re
 import warnings
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,15 @@ from llm_pruner.report.data import (
     CARD_FILE,
     HTML_FILE,
     JSON_FILE,
-    VARIANTS,
     Evaluation,
     Report,
     Variant,
     read_report,
 )
-from llm_pruner.report.facts import Data, as_evaluation
+from llm_pruner.report.facts import evaluation_of
+from llm_pruner.report.records import Measured
 from llm_pruner.report.text import breakable, fenced, markdown, number, visible
+from llm_pruner.settings.options import Settings
 
 
 def write_report(folder: Path, report: Report) -> None:
@@ -49,21 +49,22 @@ def write_report(folder: Path, report: Report) -> None:
     rewrite(folder, written)
 
 
-def add_evaluations(folder: Path, found: Mapping[Variant, Data]) -> None:
-    """Add what was measured to the report of a folder, and draw it anew.
+def add_evaluation(folder: Path, found: Measured, model: str) -> None:
+    """Add what was measured of one model to the report of a folder, and draw it anew.
 
     A model card that was edited since it was written stays as it is.
 
     Args:
         folder: output of ``prune``.
-        found: model -> data; see ``as_evaluation``.
+        found: what was measured.
+        model: what was named for measuring.
 
     Raises:
-        UserError: the folder has no report that can be read.
+        UserError: the folder has no report that can be read, or it is of another model.
     """
     report = report_in(folder)
-    for variant, data in found.items():
-        report = report.with_evaluation(variant, as_evaluation(data))
+    variant = _variant_of(folder, report, model, found.parameters)
+    report = report.with_evaluation(variant, evaluation_of(found))
     card = folder / CARD_FILE
     try:
         ours = not card.exists() or digest(card.read_text(encoding="utf-8")) == report.card_digest
@@ -72,6 +73,16 @@ def add_evaluations(folder: Path, found: Mapping[Variant, Data]) -> None:
     # The data comes last: what was drawn can be drawn again from it.
     drawn = files(report, card=ours).items()
     rewrite(folder, dict(sorted(drawn, key=lambda file: file[0] == JSON_FILE)))
+
+
+def write_request(folder: Path, settings: Settings) -> None:
+    """Write beside the weights what was asked for, as a file that ``--config`` reads.
+
+    The home folder is written as ``~``: checkpoints are published, and the name of a user's account
+    is nobody's business.
+    """
+    said = yaml.safe_dump(settings.written(), sort_keys=False, allow_unicode=True)
+    rewrite(folder, {REQUEST_FILE: said.replace(f"{Path.home()}/", "~/")})
 
 
 def report_in(folder: Path) -> Report:
@@ -92,14 +103,8 @@ def page_in(folder: Path) -> Path | None:
     return page if page.is_file() else None
 
 
-def variant_of(folder: Path, report: Report, model: str, parameters: int) -> Variant:
+def _variant_of(folder: Path, report: Report, model: str, parameters: int) -> Variant:
     """Return which model of the report was measured.
-
-    Args:
-        folder: where the report is.
-        report: the report there.
-        model: what was named for measuring.
-        parameters: how many the measured model has.
 
     Raises:
         UserError: it is neither the model in the folder nor of the size of the dense one.
@@ -115,6 +120,9 @@ def variant_of(folder: Path, report: Report, model: str, parameters: int) -> Var
         "name one of the two, or leave --report out"
     )
 
+
+REQUEST_FILE = "request.yaml"
+"""What a run was asked for."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _DATASET = re.compile(r"[A-Za-z0-9][\w./-]*")
@@ -213,9 +221,9 @@ def _context(report: Report) -> dict[str, Any]:
         "pruned": view.was_pruned(report),
         "sentence": view.sentence(report),
         "sizes": view.sizes(report),
-        "perplexity": view.perplexity_table(report),
+        "perplexity": view.compared(report, "perplexity"),
         "tasks": view.task_table(report),
-        "measurements": view.measurement_table(report),
+        "measurements": view.compared(report, "measurements", lambda found: found.spread),
         "samples": view.samples(report),
     }
 
@@ -233,28 +241,17 @@ def _plots(report: Report) -> dict[str, Markup]:
         drawn["importance"] = figures.heat(maps, [view.unit(found.kind, report) for found in maps])
     if report.recovery is not None and report.recovery.loss:
         drawn["loss"] = figures.loss(report.recovery.loss)
-    for name, title, found, value, label in (
-        ("perplexity", "perplexity", view.perplexities(report), "perplexity", _corpus),
-        ("tasks", "accuracy, %", view.tasks(report), "value", _task),
+    for name, title, value, label in (
+        ("perplexity", "perplexity", "perplexity", lambda result: result.name),
+        ("tasks", "accuracy, %", "value", lambda result: f"{result.task}, {result.metric}"),
     ):
         rows = [
-            (
-                label(next(iter(by.values()))),
-                [(v, getattr(by[v], value), by[v].stderr) for v in VARIANTS if v in by],
-            )
-            for _, by in found
+            (label(view.first(by)), [(v, getattr(one, value), one.stderr) for v, one in by.items()])
+            for by in view.by_model(report, name)
         ]
         if rows:
             drawn[name] = figures.dots(name, title, rows, share=name == "tasks")
     return {name: Markup(text) for name, text in drawn.items()}
-
-
-def _corpus(result: Any) -> str:
-    return view.perplexity_label(result)
-
-
-def _task(result: Any) -> str:
-    return f"{result.task}, {result.metric}"
 
 
 @cache

@@ -17,7 +17,6 @@ from typing import Any
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes after Ctrl-C, which is Typer's too, and after SIGTERM."""
 
-_PARENT = "LLM_PRUNER_PARENT"
 _PR_SET_PDEATHSIG = 1
 _SOON = 0.02
 """Seconds, in which Python is out of what it was in."""
@@ -92,19 +91,14 @@ def _ignore() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def for_child() -> dict[str, str]:
-    """Return the environment of a process that is to end with this one."""
-    return {**os.environ, _PARENT: str(os.getpid())}
+def end_with_parent(parent: int) -> None:
+    """Have the system kill this process when its parent ends; only Linux can.
 
-
-def end_with_parent() -> None:
-    """Have the system kill this process when the one that asked for that by ``for_child`` ends.
-
-    Only Linux can.
+    Args:
+        parent: the id of the process that started this one.
     """
-    parent = os.environ.pop(_PARENT, None)
-    if parent is None or not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it has ended already
+    if os.getppid() != parent:  # it has ended already
         os._exit(1)

@@ -75,6 +75,10 @@ class ModelSettings(Settings):
             trust_remote_code=self.trust_remote_code,
         )
 
+    def computing(self, model: str | Path | None = None) -> ModelSettings:
+        """Return the same for computing: what is saved as it was stored is loaded in float32."""
+        return self.loading(model, "float32" if self.dtype == "auto" else self.dtype)
+
 
 class OutputSettings(Settings):
     """The folder that is written."""

@@ -1,15 +1,36 @@
-"""Whether the disk can hold what a run will write."""
+"""What files and disks can tell before a model is loaded, which may take minutes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from llm_pruner.errors import UserError
-from llm_pruner.files.outputs import free_bytes, nearest
+from llm_pruner.files.outputs import (
+    Source,
+    check_file,
+    check_output,
+    check_place,
+    free_bytes,
+    nearest,
+)
 from llm_pruner.models.stored import stored_size
 from llm_pruner.planning import Target
 from llm_pruner.report.text import megabytes
 from llm_pruner.settings.common import ModelSettings
+
+
+def check_out(out: Path, overwrite: bool, dry_run: bool, reads: Sequence[Source]) -> None:
+    """Raise UserError if a run cannot write to ``out``: a folder, or with ``dry_run`` a file."""
+    check_place(out, "--out")
+    if not dry_run:
+        check_output(out, overwrite, reads)
+    elif out.is_dir():
+        raise UserError(f"{out} is a folder; with --dry-run, --out names the plan file to write")
+    elif out.is_file() and not overwrite:
+        raise UserError(f"{out} exists; give another --out, or --overwrite to replace it")
+    else:
+        check_file("--out", out, "plan", reads)
 
 
 def check_space(

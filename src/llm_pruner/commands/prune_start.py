@@ -1,0 +1,124 @@
+"""What a run of ``prune`` starts from: how much goes, where from, and by what it is chosen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llm_pruner.data.text import sources_of
+from llm_pruner.errors import UserError
+from llm_pruner.importance import Criterion
+from llm_pruner.importance.criteria import MEASURES
+from llm_pruner.planning import Selection, Target
+from llm_pruner.settings.common import CalibrationSettings, ModelSettings, OutputSettings
+from llm_pruner.settings.prune import PruneSettings
+from llm_pruner.types import Discovery
+
+_RUN = {"plan", "dry_run", "verify", "kept"}
+"""Settings of a run that say nothing about what goes; so do those of the model and the output."""
+
+
+def target_of(settings: PruneSettings) -> Target | None:
+    """Return how much is removed; None if a plan says what."""
+    if settings.plan is not None:
+        return None
+    return Target(
+        unit_ratio=settings.unit_ratio,
+        ratio=settings.ratio,
+        params=settings.params,
+        kv_cache=settings.kv_cache,
+    )
+
+
+def selection_of(settings: PruneSettings) -> Selection:
+    """Return where from; what is ``auto`` is not decided yet."""
+    first, last, multiple = settings.protect_first, settings.protect_last, settings.round_to
+    return Selection(
+        structures=settings.structures,
+        scope=settings.scope,
+        protect_first=0 if first == "auto" else first,
+        protect_last=0 if last == "auto" else last,
+        layer_ranges=settings.layers or {},
+        round_to=1 if multiple == "auto" else multiple,
+        split=settings.split if isinstance(settings.split, dict) else None,
+        spread=settings.spread,
+        uniform=settings.uniform,
+    )
+
+
+def criterion_of(settings: PruneSettings) -> Criterion:
+    """Return how importance is estimated."""
+    return Criterion(settings.criterion, settings.order, settings.reduction, settings.aggregate)
+
+
+def finds_split(settings: PruneSettings, criterion: Criterion) -> bool:
+    """Return whether the split of the budget is found by trial removals.
+
+    Where it was not asked for by name, it is where there is something to split (several structures,
+    and a number of parameters to remove), and text is there anyway, because the criterion reads it.
+
+    Raises:
+        UserError: a split of parameters is asked for where none are counted.
+    """
+    asked = "split" in settings.given
+    if settings.kv_cache is not None and asked and settings.split != "equal":
+        raise UserError(
+            f"a split shares out parameters, and kv_cache={settings.kv_cache} counts the cache; "
+            "drop one of them"
+        )
+    if settings.split != "auto":
+        return False
+    return asked or (
+        settings.unit_ratio is None
+        and settings.kv_cache is None
+        and len(settings.structures) > 1
+        and criterion.reads_text
+        and settings.samples > 1
+    )
+
+
+def default_protection(discovery: Discovery) -> tuple[int, int]:
+    """Return how many layers stay whole at the start and at the end.
+
+    The first and the last layers are the costliest to prune (arXiv 2305.11627, section 4.1): a
+    quarter and a fifth of the layers, at most 4 and 3.
+    """
+    layers = max(
+        (group.layer + 1 for group in discovery.groups if group.layer is not None), default=0
+    )
+    return min(4, layers // 4), min(3, layers // 5)
+
+
+def planned(
+    settings: PruneSettings, selection: Selection, criterion: Criterion, *, read: bool
+) -> dict[str, Any]:
+    """Return all settings that decide about a plan, as they were used.
+
+    Args:
+        settings: as they were asked for.
+        selection: with what was decided.
+        criterion: as it was used.
+        read: whether text was read.
+    """
+    unread = set() if read else set(CalibrationSettings.model_fields)
+    if criterion.name != "taylor":
+        unread |= {"order", "reduction"}
+        if criterion.name in ("random", *MEASURES):
+            unread.add("aggregate")
+    decided = {
+        # No folders: the same text gives the same plan wherever it lies.
+        "preset": None if settings.preset is None else Path(settings.preset).name,
+        "calibration": ",".join(Path(one).name for one in sources_of(settings.calibration)),
+        "protect_first": selection.protect_first,
+        "protect_last": selection.protect_last,
+        "round_to": selection.round_to,
+        "split": None if selection.split is None else dict(sorted(selection.split.items())),
+        "spread": selection.spread,
+    }
+    run = {*ModelSettings.model_fields, *OutputSettings.model_fields, *_RUN}
+    values = settings.model_dump(mode="json", exclude=run | unread) | decided
+    return {
+        name: values[name]
+        for name in type(settings).model_fields
+        if name not in run | unread and values[name] is not None
+    }

@@ -1,0 +1,273 @@
+"""What the commands return: one type for each result, whose fields are what ``--json`` writes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pydantic_core import to_jsonable_python
+
+from llm_pruner.compensation import Refitted
+from llm_pruner.evaluation.perplexity import PerplexityResult
+from llm_pruner.evaluation.speed import Speed
+from llm_pruner.evaluation.zero_shot import Mean, TaskResult
+from llm_pruner.report.data import SavedAs, Variant
+from llm_pruner.search.fast_widths import Rounding
+from llm_pruner.types import Layer, SplitTrial
+
+T = TypeVar("T")
+
+RECOVERY_FILE = "recovery.json"
+"""What a recovered checkpoint says about its recovery."""
+
+_OF_THE_FOLDER = {"saved_as", "path", "bytes", "needs", "report"}
+
+
+@dataclass(frozen=True)
+class Change(Generic[T]):
+    """The same of the model that came in and of the one that was made."""
+
+    before: T
+    after: T
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a run of ``prune`` did.
+
+    Attributes:
+        model: name of the dense model.
+        parameters_before, parameters_after: all of them, tied ones once.
+        ratio: share that was removed.
+        layers: what is left of every layer.
+        twin_difference: largest difference of logits from the masked dense model; None if they were
+            not compared.
+        twin_scenes: on what both were run.
+        twin_skipped: on what the dense model gives no result to compare.
+        round_to: channels are kept in multiples of this.
+        rounding: what ``round_to`` was chosen by; None if it was given.
+        refitted: what compensation did to each consumer, all steps.
+        trials: splits of the budget that were tried.
+        seconds: by stage.
+        path: the folder or the plan file that was written.
+        saved_as: how the checkpoint loads; None if nothing was saved.
+        needs: what loading the folder needs besides transformers, such as ``import llm_pruner``.
+        bytes: size of the folder.
+        report: the page that shows all this; None if none was written.
+    """
+
+    model: str
+    parameters_before: int
+    parameters_after: int
+    ratio: float
+    layers: tuple[Layer, ...]
+    twin_difference: float | None
+    twin_scenes: tuple[str, ...]
+    twin_skipped: tuple[str, ...]
+    round_to: int | None
+    rounding: Rounding | None
+    refitted: tuple[Refitted, ...]
+    trials: tuple[SplitTrial, ...]
+    seconds: dict[str, float]
+    path: Path
+    saved_as: SavedAs | None = None
+    needs: tuple[str, ...] = ()
+    bytes: int | None = None
+    report: Path | None = None
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """Results of all tasks with what a reader needs to compare them.
+
+    Attributes:
+        tasks: one for each task, and for each group with a result of its own.
+        mean: over the paper's seven tasks, or None if one is missing.
+        mean_without_boolq: over the other six, or None if one is missing.
+        cached: names of the tasks whose results were there from an earlier run.
+        data: ``local`` or ``harness``.
+        limit: largest number of documents of a task, or None for all.
+        dtype: as it was asked for.
+        versions: of the packages that a result depends on.
+    """
+
+    tasks: list[TaskResult]
+    mean: Mean | None
+    mean_without_boolq: Mean | None
+    cached: list[str]
+    data: str
+    limit: int | None
+    dtype: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one model; what was not asked for is empty.
+
+    Attributes:
+        model: its name.
+        parameters: all, tied ones once; ``parameters_embedding`` and ``parameters_blocks`` are
+            those of the embeddings and of the decoder layers.
+        perplexity: of each corpus.
+        zero_shot: tasks.
+        speed: tokens per second.
+        samples: prompt -> what the model wrote after it.
+    """
+
+    model: str
+    parameters: int
+    parameters_embedding: int | None
+    parameters_blocks: int | None
+    perplexity: list[PerplexityResult]
+    zero_shot: ZeroShot | None
+    speed: Speed | None
+    samples: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Weighed(Measured):
+    """The same of a stage of ``compress``, and the bytes of its weights; None if not known."""
+
+    bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class SourceResult:
+    """One source; negative log-likelihood of what is held out of it, in nats a target token.
+
+    ``loss_before`` is that of the model that came and ``loss_after`` of the one that is saved.
+    """
+
+    name: str
+    split: str | None
+    train_samples: int
+    held_out_samples: int
+    held_out_tokens: int
+    loss_before: float | None
+    loss_after: float | None
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """Loss in nats per target token after a step of training."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What a run of ``recover`` did.
+
+    Attributes:
+        model: name of the model.
+        gained: whether the held-out loss fell; if not, the saved model is the one that came in.
+        loss: held-out loss, in nats for each target token, by what training minimizes: with a
+            teacher, mixed with the distance to it. After is that of the model that was trained,
+            whether it was kept or not.
+        sources: what each source gave, and how well the text that was held out is predicted.
+        perplexity: the same of each corpus asked for.
+        steps: steps that were done.
+        best_step: the one whose weights were kept.
+        stopped: why it ended early, if it did.
+        tokens: tokens trained on.
+        seconds: of training, evaluations included, earlier processes too.
+        trained: number of parameters that were trained.
+        parameters: all parameters.
+        packed: whether samples shared rows; else they were padded in buckets of like length.
+        losses: training loss of each step.
+        evaluations: held-out losses, in order.
+        settings: all that decided how the run went.
+        path: the folder.
+        saved_as: how the checkpoint loads.
+        needs: what loading it needs besides transformers, such as ``import llm_pruner``.
+        bytes: its size.
+        report: the page that shows all this; None if none was written.
+    """
+
+    model: str
+    gained: bool
+    loss: Change[float]
+    sources: tuple[SourceResult, ...]
+    perplexity: tuple[Change[PerplexityResult], ...]
+    steps: int
+    best_step: int
+    stopped: str | None
+    tokens: int
+    seconds: float
+    trained: int
+    parameters: int
+    packed: bool
+    losses: list[float]
+    evaluations: list[StepLoss]
+    settings: dict[str, Any]
+    path: Path
+    saved_as: SavedAs = "stock"
+    needs: tuple[str, ...] = ()
+    bytes: int = 0
+    report: Path | None = None
+
+    def lasting(self) -> str:
+        """Return the text of ``RECOVERY_FILE``: all but what the folder is like, pairs as lists."""
+        values = as_json(self, exclude=_OF_THE_FOLDER)
+        values["loss"] = list(values["loss"].values())
+        for name in ("perplexity", "evaluations"):
+            values[name] = [list(pair.values()) for pair in values[name]]
+        return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+@dataclass(frozen=True)
+class Training:
+    """What recovery gave within ``compress``; see ``Recovered`` for the fields."""
+
+    before: float
+    after: float
+    gained: bool
+    steps: int
+    best_step: int
+    stopped: str | None
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What a run of ``compress`` did.
+
+    Attributes:
+        path: the folder.
+        model: name of the dense model.
+        parameters: of the dense and of the compressed model.
+        ratio: share that was removed.
+        measured: what was measured of each model.
+        recovery: held-out loss before and after, and how training went; None if nothing was
+            trained.
+        notes: what the user should know.
+        peak_bytes: most memory that one process held; 0 if not known.
+        seconds: by stage.
+        report: the page in the folder; None if none could be drawn.
+    """
+
+    path: Path
+    model: str
+    parameters: Change[int]
+    ratio: float
+    measured: dict[Variant, Weighed]
+    recovery: Training | None
+    notes: list[str]
+    peak_bytes: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    report: Path | None = None
+
+
+def as_json(record: Any, **options: Any) -> Any:
+    """Return a record as plain values for JSON.
+
+    What is infinite or no number, which JSON has no number for, is None in what training gave: a
+    loss may be. In what was measured it stays as it is.
+    """
+    mode: Any = "null" if isinstance(record, Recovered) else "constants"
+    return to_jsonable_python(record, inf_nan_mode=mode, **options)
