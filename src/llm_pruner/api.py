@@ -322,7 +322,12 @@ def refit_(model: Model, text: Calibration) -> None:
 
 
 def recover_(
-    model: Model, data: str | Path, settings: TrainingSettings, *, teacher: Model | None = None
+    model: Model,
+    data: str | Path,
+    settings: TrainingSettings,
+    *,
+    teacher: Model | None = None,
+    **trainer: Any,
 ) -> Outcome:
     """Train a model; it keeps its weights if held-out examples did not gain.
 
@@ -331,6 +336,7 @@ def recover_(
         data: instructions, chats or text: a hub dataset or a file; ``self``: the teacher writes.
         settings: such as ``Lora(rank=8)``.
         teacher: the dense model, for ``self``.
+        trainer: ``callbacks``, ``optimizers`` and others that transformers' Trainer takes.
 
     Raises:
         UserError: the data cannot be read, or the model has nothing to train.
@@ -358,6 +364,7 @@ def recover_(
             work=work,
             folder=new_folder,
             sources=len(samples),
+            **trainer,
         )
     model.network = network
     return outcome

@@ -337,14 +337,19 @@ def test_a_teacher_of_another_vocabulary_is_refused(work: Path, made: Path) -> N
         ({}, [], "WORLD_SIZE says that 2 processes were started, and they cannot meet ("),
         ({}, ["--device", "cuda:0"], "--device cuda:0 is one device, and several processes were"),
         (
-            {"ACCELERATE_USE_FSDP": "true"},
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"},
             [],
-            "recover trains several processes with DDP, and FSDP was asked for; ",
+            "recover trains with FSDP version 2; add --fsdp_version 2",
+        ),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+            [],
+            "FSDP2 needs a GPU for each process; without, start with torchrun",
         ),
         (
             {"ACCELERATE_USE_DEEPSPEED": "true"},
             [],
-            "recover trains several processes with DDP, and DeepSpeed was asked for; ",
+            "recover trains several processes with DDP or FSDP2, and DeepSpeed was asked for; ",
         ),
     ],
 )

@@ -12,11 +12,11 @@ import torch
 from helpers import tiny_model
 from llm_pruner.data.sequences import TrainingSequence, make_sequence
 from llm_pruner.recovery import DistillationSettings, Teacher
-from llm_pruner.recovery.forward import learned_logits, learned_tokens
+from llm_pruner.recovery.forward import target_logits, target_tokens
 from llm_pruner.recovery.kernels import chunked_loss
 from llm_pruner.recovery.kernels.chunked_loss import summed_loss, watch_logits
 from llm_pruner.recovery.objective import (
-    Told,
+    Targets,
     distillation_loss,
     mixed_loss,
     mixed_loss_and_gradient_,
@@ -61,7 +61,7 @@ def test_the_gradient_of_the_mixture(temperature: float, weight: float, k: int) 
     tokens = torch.randint(40, (9,))
     tokens[:3] = 0
     taught = (3 * torch.randn(9, 40, dtype=torch.float64) / temperature).log_softmax(-1).topk(k)
-    told = Told(tokens, taught.indices, taught.values, temperature, weight)
+    told = Targets(tokens, taught.indices, taught.values, temperature, weight)
     wanted = mixed_loss(logits, told)
     parts = distillation_loss(logits, taught.indices, taught.values, temperature)
     assert torch.allclose(wanted, weight * parts + (1 - weight) * task_loss(logits, tokens))
@@ -89,8 +89,8 @@ def test_chunks_give_the_loss_and_gradients_of_all_at_once(family: str, trained:
         head.requires_grad_(False)
     for batch in lay_out(data, range(9), packed=True, capacity=40, micro_tokens=80):
         assert batch.targets > 14
-        tokens = learned_tokens(batch)
-        whole = task_loss(learned_logits(model, batch)[0], tokens)
+        tokens = target_tokens(batch)
+        whole = task_loss(target_logits(model, batch)[0], tokens)
         wanted = gradients(model, whole / 3)
         spans = []
         text = text_objective(tokens)
@@ -128,10 +128,10 @@ def test_logits_that_are_changed_in_place_are_not_taken_for_the_head_s() -> None
 
     model.forward = doubled
     (batch,) = lay_out(samples(), range(9), packed=True, capacity=200, micro_tokens=200)
-    tokens = learned_tokens(batch)
+    tokens = target_tokens(batch)
     loss = summed_loss(model, batch, text_objective(tokens))
     model.forward = plain
-    logits, _ = learned_logits(model, batch)
+    logits, _ = target_logits(model, batch)
     assert float(loss.detach()) == pytest.approx(
         float(task_loss(2 * logits, tokens).detach()), rel=1e-5
     )
@@ -143,10 +143,10 @@ def test_weights_that_are_kept_in_half_follow_the_head() -> None:
     (batch,) = lay_out(samples(), range(9), packed=True, capacity=200, micro_tokens=200)
 
     def loss() -> tuple[float, float]:
-        tokens = learned_tokens(batch)
+        tokens = target_tokens(batch)
         with torch.autocast("cpu", torch.bfloat16):
             chunked = summed_loss(model, batch, text_objective(tokens))
-            whole = task_loss(learned_logits(model, batch)[0], tokens)
+            whole = task_loss(target_logits(model, batch)[0], tokens)
             return float(chunked.detach()), float(whole.detach())
 
     first = loss()
@@ -164,7 +164,7 @@ def test_watched_logits_are_those_of_all_learned_tokens() -> None:
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     watch_logits(model, batch, lambda logits, tokens: seen.append((logits, tokens)))
     assert len(seen) > 1
-    logits, tokens = learned_logits(model, batch)
+    logits, tokens = target_logits(model, batch)
     assert torch.allclose(torch.cat([one for one, _ in seen]), logits, atol=1e-5)
     assert torch.equal(torch.cat([one for _, one in seen]), tokens)
 
@@ -176,9 +176,9 @@ def test_a_teacher_is_asked_in_chunks(tmp_path: Path) -> None:
     (batch,) = lay_out(data, range(9), packed=True, capacity=200, micro_tokens=200)
     loss = teacher.loss(student, batch)
     found = gradients(student, loss)
-    logits, tokens = learned_logits(student, batch)
+    logits, tokens = target_logits(student, batch)
     ids, values = teacher.says(batch)
-    whole = mixed_loss(logits, Told(tokens, ids, values, 2.0, 0.7))
+    whole = mixed_loss(logits, Targets(tokens, ids, values, 2.0, 0.7))
     wanted = gradients(student, whole)
     assert float(loss.detach()) == pytest.approx(float(whole.detach()), rel=1e-5)
     for name, one in found.items():

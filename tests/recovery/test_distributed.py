@@ -7,8 +7,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,18 +38,111 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def started(*command: object) -> subprocess.CompletedProcess[str]:
-    """Start two processes of ``python`` with these arguments, and wait for them."""
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+import llm_pruner.recovery.run as recovery
+from llm_pruner.cli import main, output
+from llm_pruner.recovery import processes
+from llm_pruner.recovery.trainer import RecoveryTrainer
+
+output._PATIENCE = 0
+here, plain = Path(sys.argv[1]), PartialState._prepare_backend
+place = PartialState.set_device
+PartialState(cpu=True)
+step, micro_tokens = RecoveryTrainer.training_step, recovery.micro_tokens
+for command in json.loads((here / "commands.json").read_text()):
+    kinds, count = set(), 0
+
+    def watched(self, model, *args, **keywords):
+        kinds.update(type(one).__name__ for one in model.parameters())
+        if self.state.global_step == command.get("stop"):
+            raise KeyboardInterrupt
+        return step(self, model, *args, **keywords)
+
+    RecoveryTrainer.training_step = watched
+    recovery.micro_tokens = (lambda *_: 64) if command.get("small") else micro_tokens
+    sharded = command.get("sharded", False)
+    os.environ["ACCELERATE_USE_FSDP"] = str(sharded).lower()
+    # accelerate gives parts of the weights to GPUs alone: it is told that these have some.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._prepare_backend = (
+        (lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)) if sharded else plain
+    )
+    PartialState.set_device = (
+        (lambda self: setattr(self, "device", torch.device("cpu"))) if sharded else place
+    )
+    processes.gpus = lambda: 2
+    sys.argv, code = ["llm-pruner", *command["words"]], 0
+    try:
+        main()
+    except SystemExit as stopped:
+        code = stopped.code or 0
+    with open(here / f"ends-{os.environ['RANK']}", "a") as file:
+        print(json.dumps([code, "DTensor" in kinds]), file=file)
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(0)
+"""
+
+
+Options = tuple[object, ...]
+
+
+@pytest.fixture(scope="module")
+def runs(made: Path) -> dict[str, Options]:
+    """The options of each run that two processes are asked for, by its name."""
+    data: Options = ("--data", made / "rows.jsonl", *QUICK, "--no-bf16")
+    taught = (*data, "--save-every", 1, "--teacher", made / "dense", "--epochs", 2)
+    return {
+        "plain": (*data, "--keep-adapter", "--perplexity", "demo", "--perplexity-seq-len", 512),
+        "lora": (*taught, "--method", "lora"),
+        "full": (*taught, "--method", "full"),
+        "parts": (*data, "--save-every", 2),
+    }
+
+
+@pytest.fixture(scope="module")
+def two(made: Path, runs: dict[str, Options]) -> SimpleNamespace:
+    """What became of runs in two processes: their output, and how each command ended in each."""
+
+    def command(name: str, *more: object, **how: object) -> dict[str, object]:
+        words = ("recover", made / "small", "--out", made / f"two-{name}", *runs[name], *more)
+        return {"words": list(map(str, words)), **how}
+
+    commands = [command("plain", "--json", "-")]
+    for name in ("lora", "full"):
+        # Interrupted after three steps, and then gone on with; refused in both processes.
+        commands.append(command(name, stop=3, small=True))
+        commands.append(command(name, "--resume", small=True))
+    commands.append(command("plain", "--seq-len", 513, "--overwrite"))
+    commands.append(command("parts", stop=3, sharded=True))
+    commands.append(command("parts", "--resume", sharded=True))
+    (made / "commands.json").write_text(json.dumps(commands))
+    (made / "script.py").write_text(SCRIPT)
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    }
     with tempfile.TemporaryDirectory() as logs:
-        return subprocess.run(
-            [sys.executable, "-m", *launcher, "--log-dir", logs, *map(str, command)],
+        result = subprocess.run(
+            [sys.executable, "-m", *launcher, "--log-dir", logs, made / "script.py", made],
             capture_output=True,
             text=True,
             env=environment,
-            timeout=300,
+            timeout=600,
         )
+    assert result.returncode == 0, result.stderr
+    ends = [(made / f"ends-{rank}").read_text().splitlines() for rank in (0, 1)]
+    return SimpleNamespace(out=result.stdout, err=result.stderr, ends=ends)
 
 
 def check_same(two: Path, one: Path) -> dict[str, Any]:
@@ -71,84 +164,45 @@ def check_same(two: Path, one: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def test_two_processes_train_as_one(tmp_path: Path, made: Path) -> None:
-    options: Sequence[object] = (
-        "--data",
-        made / "rows.jsonl",
-        *QUICK,
-        "--no-bf16",
-        "--keep-adapter",
-    )
-    options = (*options, "--perplexity", "demo", "--perplexity-seq-len", 512)
-    command = ("recover", made / "small", "--out")
-    result = started("-m", "llm_pruner", *command, tmp_path / "two", *options, "--json", "-")
-    assert result.returncode == 0, result.stderr
-    said = json.loads(result.stdout)  # one process speaks
+def test_every_command_ends_alike_in_both_processes(two: SimpleNamespace, made: Path) -> None:
+    first, second = ([json.loads(line) for line in lines] for lines in two.ends)
+    assert first == second
+    assert [code for code, _ in first] == [0, 130, 0, 130, 0, 2, 130, 0]
+    assert [spread for _, spread in first] == [False] * 6 + [True] * 2
+    assert two.err.count("interrupted; go on with --resume") == 3
+    assert not list(made.glob("*.recovering"))
+
+
+def test_two_processes_train_as_one(
+    two: SimpleNamespace, made: Path, runs: dict[str, Options]
+) -> None:
+    said, _ = json.JSONDecoder().raw_decode(two.out)
+    assert two.out.count('"saved_as"') == 1  # one process speaks
+    assert two.out.count("saved to ") == 3
     assert said["saved_as"] == "stock"
-    done(*command, tmp_path / "one", *options)
-    found = check_same(tmp_path / "two", tmp_path / "one")
-    assert found["perplexity"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+    done("recover", made / "small", "--out", made / "one-plain", *runs["plain"])
+    assert check_same(made / "two-plain", made / "one-plain")["perplexity"]
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_teacher_small_batches_and_resume(
-    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    two: SimpleNamespace,
+    made: Path,
+    runs: dict[str, Options],
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
 ) -> None:
-    options: Sequence[object] = (
-        "--data",
-        made / "rows.jsonl",
-        *QUICK,
-        "--no-bf16",
-        "--save-every",
-        "1",
-    )
-    options = (*options, "--teacher", made / "dense", "--epochs", "2", "--method", method)
-    two = ["recover", made / "small", "--out", tmp_path / "two", *options]
-    commands = [
-        # Interrupted after three steps, and then gone on with.
-        two,
-        [*two, "--resume"],
-        # Refused in both processes.
-        ["recover", made / "small", "--out", tmp_path / "no", *options, "--seq-len", "513"],
-    ]
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import json, os, sys\n"
-        "import llm_pruner.recovery.run as recovery\n"
-        "from llm_pruner.cli import main, output\n"
-        "from llm_pruner.recovery.trainer import RecoveryTrainer\n"
-        "recovery.micro_tokens = lambda *_: 64\n"
-        "output._PATIENCE = 0\n"
-        "real = RecoveryTrainer.training_step\n"
-        "def interrupted(self, *args, **keywords):\n"
-        "    if self.state.global_step == 3:\n"
-        "        raise KeyboardInterrupt\n"
-        "    return real(self, *args, **keywords)\n"
-        "RecoveryTrainer.training_step = interrupted\n"
-        f"for command in json.loads({json.dumps(json.dumps(commands, default=str))}):\n"
-        "    sys.argv = ['llm-pruner', *command]\n"
-        "    code = 0\n"
-        "    try:\n"
-        "        main()\n"
-        "    except SystemExit as stopped:\n"
-        "        code = stopped.code or 0\n"
-        "    RecoveryTrainer.training_step = real\n"
-        f"    with open({str(tmp_path)!r} + '/ends-' + os.environ['RANK'], 'a') as file:\n"
-        "        print(code, file=file)\n"
-        "sys.stderr.flush()\n"
-        "os._exit(0)\n"
-    )
-    result = started(script)
-    assert result.returncode == 0, result.stderr
-    for rank in (0, 1):
-        assert (tmp_path / f"ends-{rank}").read_text().split() == ["130", "0", "2"]
-    assert result.stderr.count("interrupted; go on with --resume") == 1
-    assert not (tmp_path / "no.recovering").exists()
     monkeypatch.setattr(llm_pruner.recovery.run, "micro_tokens", lambda *_: 64)
-    done("recover", made / "small", "--out", tmp_path / "one", *options)
-    found = check_same(tmp_path / "two", tmp_path / "one")
+    done("recover", made / "small", "--out", made / f"one-{method}", *runs[method])
+    found = check_same(made / f"two-{method}", made / f"one-{method}")
     assert found["settings"]["teacher"] == "dense"
+
+
+def test_weights_in_parts_train_as_whole_ones(
+    two: SimpleNamespace, made: Path, runs: dict[str, Options]
+) -> None:
+    done("recover", made / "small", "--out", made / "one-parts", *runs["parts"])
+    check_same(made / "two-parts", made / "one-parts")
 
 
 def test_each_process_gets_a_share_of_a_step() -> None:
@@ -164,4 +218,6 @@ def test_each_process_gets_a_share_of_a_step() -> None:
             dealt = [Processes(rank, shares).share(batches) for rank in range(shares)]
             assert sum(map(len, dealt)) == len(batches)
     (only,) = lay_out(sequences, [5], packed=True, capacity=20, micro_tokens=20, shares=3)
-    assert [len(Processes(rank, 3).share([only])) for rank in range(3)] == [1, 0, 0]
+    assert [Processes(rank, 3).share([only]) for rank in range(3)] == [[only], [None], [None]]
+    parts = [Processes(rank, 2, sharded=True).share([1, 2, 3]) for rank in (0, 1)]
+    assert parts == [[1, 3], [2, None]]

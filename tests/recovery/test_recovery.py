@@ -13,30 +13,34 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
+from textwrap import dedent
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from command import WORDS, done, save_tiny
 from helpers import tiny_model
 from llm_pruner.checkpoints import atomic_directory
 from llm_pruner.data.sequences import TrainingSequence, make_sequence
 from llm_pruner.errors import UserError
-from llm_pruner.recovery import DistillationSettings, Teacher, TrainingSettings, recover_
+from llm_pruner.recovery import DistillationSettings, Teacher, TrainingSettings, methods, recover_
 from llm_pruner.recovery import checkpoint as states
 from llm_pruner.recovery import run as recovering
 from llm_pruner.recovery.callbacks import Pace
-from llm_pruner.recovery.forward import can_pack, learned_logits
+from llm_pruner.recovery.forward import can_pack, target_logits
 from llm_pruner.recovery.objective import distillation_loss, task_loss
-from llm_pruner.recovery.packing import Batch, lay_out, step_samples
+from llm_pruner.recovery.packing import lay_out, step_samples
 from llm_pruner.recovery.run import Outcome
 from llm_pruner.recovery.scoring import Evaluation, score
 from llm_pruner.recovery.trainer import RecoveryTrainer, rate
+from llm_pruner.settings.recover import KERNELS
+from llm_pruner.settings.registry import names_in
 
 
 def sequences(count: int, *, seed: int = 0, longest: int = 24) -> list[TrainingSequence]:
@@ -113,7 +117,7 @@ def test_packed_samples_do_not_see_each_other(family: str) -> None:
     for packed in (True, False):
         model.zero_grad()
         batches = lay_out(data, range(12), packed=packed, capacity=48, micro_tokens=96)
-        loss = sum(task_loss(*learned_logits(model, batch)) for batch in batches)
+        loss = sum(task_loss(*target_logits(model, batch)) for batch in batches)
         loss.backward()
         results[packed] = {name: one.grad.clone() for name, one in model.named_parameters()}
         results[packed]["loss"] = loss.detach()
@@ -193,7 +197,7 @@ def test_the_teacher_runs_once_and_says_what_it_would(tmp_path: Path) -> None:
     (batch,) = lay_out(data, [7, 2, 5], packed=True, capacity=96, micro_tokens=96)
     ids, values = open_cache().says(batch)
     assert calls
-    logits, _ = learned_logits(model, batch)
+    logits, _ = target_logits(model, batch)
     wanted = F.log_softmax(logits / 2.0, -1).topk(4)
     assert torch.equal(ids, wanted.indices)
     assert torch.allclose(values, wanted.values, atol=4e-3)  # kept in half precision
@@ -209,38 +213,6 @@ def test_the_teacher_runs_once_and_says_what_it_would(tmp_path: Path) -> None:
     assert torch.equal(renewed[0], ids)
 
 
-def test_the_output_embedding_runs_on_learned_positions_alone() -> None:
-    model, data = tiny_model("llama"), sequences(9)
-    batches = lay_out(data, range(len(data)), packed=True, capacity=40, micro_tokens=80)
-    assert max(batch.input_ids.shape[0] for batch in batches) > 1
-    head, seen = model.get_output_embeddings(), []
-    count = head.register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape[:-1]))
-    every = [learned_logits(model, batch) for batch in batches]
-    assert seen == [(1, batch.targets) for batch in batches]
-    count.remove()
-
-    def whole(batch: Batch) -> torch.Tensor:
-        rows = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
-        logits = model(**rows, use_cache=False).logits
-        return logits[:, :-1][batch.learned[:, 1:]]
-
-    for batch, (logits, tokens) in zip(batches, every, strict=True):
-        assert torch.equal(tokens, batch.input_ids[:, 1:][batch.learned[:, 1:]])
-        assert torch.allclose(logits, whole(batch), atol=1e-5)
-    # A model that looks at the shape of its logits gets those of all positions.
-    plain = model.forward
-
-    def shaped(*args: object, **keywords: torch.Tensor) -> object:
-        found = plain(*args, **keywords)
-        found.logits = found.logits.view(*keywords["input_ids"].shape, -1)
-        return found
-
-    model.forward = shaped
-    for _ in range(2):
-        again = [learned_logits(model, batch)[0] for batch in batches]
-        assert all(torch.allclose(a, b[0], atol=1e-5) for a, b in zip(again, every, strict=True))
-
-
 def test_held_out_samples_are_scored_by_what_is_trained_on(tmp_path: Path) -> None:
     student, dense, held = tiny_model("llama"), tiny_model("llama", seed=5), sequences(7)
     held = [replace(one, source=number % 2) for number, one in enumerate(held)]
@@ -253,8 +225,8 @@ def test_held_out_samples_are_scored_by_what_is_trained_on(tmp_path: Path) -> No
     for number, one in enumerate(held):
         (alone,) = lay_out(held, [number], packed=False, capacity=64, micro_tokens=64)
         with torch.no_grad():
-            logits, wanted = learned_logits(student, alone)
-            taught, _ = learned_logits(dense, alone)
+            logits, wanted = target_logits(student, alone)
+            taught, _ = target_logits(dense, alone)
         best = F.log_softmax(taught / 2.0, -1).topk(4)
         nll = task_loss(logits, wanted)
         kl = distillation_loss(logits, best.indices, best.values, 2.0)
@@ -303,6 +275,123 @@ def test_all_methods_learn_and_only_what_they_should(tmp_path: Path) -> None:
         assert outcome.run.tokens == 2 * sum(map(len, train))
     assert random.getstate() == drawn[0]
     assert torch.equal(torch.random.get_rng_state(), drawn[1])
+
+
+@pytest.mark.parametrize(("kind", "package"), [("int8", "torchao"), ("nf4", "bitsandbytes")])
+def test_what_is_learned_beside_quantized_weights_is_merged_into_whole_ones(
+    tmp_path: Path, kind: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(package)
+    kinds: set[str] = set()
+    real = RecoveryTrainer.training_step
+
+    def step(self: Any, model: Any, *args: Any, **keywords: Any) -> Any:
+        layer = self.model.base_model.model.model.layers[0].mlp.up_proj.base_layer
+        kinds.add(type(layer.weight).__name__)
+        return real(self, model, *args, **keywords)
+
+    monkeypatch.setattr(RecoveryTrainer, "training_step", step)
+    model = tiny_model("llama")
+    before = {name: one.detach().clone() for name, one in model.named_parameters()}
+    settings = TrainingSettings(
+        quantize=kind, batch_size=8, epochs=3, seq_len=64, learning_rate=0.01
+    )
+    found, outcome = recover_(
+        model, sequences(32), sequences(6, seed=1), settings, work=tmp_path, folder=folder
+    )
+    assert kinds == {{"int8": "Int8Tensor", "nf4": "Params4bit"}[kind]}
+    assert outcome.gained
+    after = dict(found.named_parameters())
+    assert after.keys() == before.keys()
+    for name, weight in after.items():
+        assert weight.dtype == torch.float32
+        # What was learned has rank 8; what quantizing loses would have any.
+        if not torch.equal(weight, before[name]):
+            values = torch.linalg.svdvals(weight.detach() - before[name])
+            assert values[8] < 1e-5 * values[0] + 1e-6
+
+
+def test_what_the_trainer_takes_reaches_it(tmp_path: Path) -> None:
+    class Watch(TrainerCallback):
+        seen: ClassVar[list[Any]] = []
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+            rate = others["lr_scheduler"].get_last_lr()[0]
+            self.seen.append((type(others["optimizer"].optimizer).__name__, args.optim, rate))
+
+    given = ("optim=adagrad", "lr_scheduler_type=constant", "warmup_steps=0")
+    settings = TrainingSettings(batch_size=8, seq_len=64, learning_rate=0.02, trainer=given)
+    recover_(
+        tiny_model("llama"),
+        sequences(32),
+        sequences(6, seed=1),
+        settings,
+        work=tmp_path / "a",
+        folder=folder,
+        callbacks=[Watch()],
+    )
+    assert Watch.seen == [("Adagrad", "adagrad", 0.02)] * 4
+    Watch.seen.clear()
+    model = tiny_model("llama")
+    own = torch.optim.SGD(model.parameters(), lr=0.5)
+    recover_(
+        model,
+        sequences(32),
+        sequences(6, seed=1),
+        settings.but(method="full", learning_rate=0.5),
+        work=tmp_path / "b",
+        folder=folder,
+        callbacks=[Watch()],
+        optimizers=(own, None),
+    )
+    assert [name for name, *_ in Watch.seen] == ["SGD"] * 4
+    with pytest.raises(UserError, match=r"--trainer lr_scheduler_type=x: .*; correct it"):
+        recover_(
+            tiny_model("llama"),
+            sequences(32),
+            sequences(6, seed=1),
+            settings.but(trainer=("lr_scheduler_type=x",)),
+            work=tmp_path / "c",
+            folder=folder,
+        )
+
+
+def test_a_file_in_the_folder_is_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = """
+        def prepare_(model, settings):
+            model.requires_grad_(False)
+            for name, weight in model.named_parameters():
+                weight.requires_grad_("norm" in name)
+            return model
+    """
+    (tmp_path / "only_norms.py").write_text(dedent(rule))
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    monkeypatch.setattr("llm_pruner.settings.registry.files", lambda _: tmp_path)
+    assert names_in(".") == ("only-norms",)
+    settings = TrainingSettings(batch_size=8, seq_len=64)
+    settings = settings.model_copy(update={"method": "only-norms"})
+    model = tiny_model("llama")
+    before = {name: one.detach().clone() for name, one in model.named_parameters()}
+    recover_(
+        model, sequences(16), sequences(4, seed=1), settings, work=tmp_path / "w", folder=folder
+    )
+    moved = {n for n, one in model.named_parameters() if not torch.equal(one, before[n])}
+    assert moved == {name for name in before if "norm" in name}
+
+
+@pytest.mark.parametrize("without", KERNELS)
+def test_each_kernel_can_be_switched_off(tmp_path: Path, without: str) -> None:
+    curves = []
+    for kernels in (KERNELS, tuple(name for name in KERNELS if name != without)):
+        settings = TrainingSettings(
+            batch_size=8, epochs=1, seq_len=64, kernels=kernels, bf16=False, packing=True
+        )
+        work = tmp_path / str(len(kernels))
+        _, outcome = recover_(
+            tiny_model("llama"), sequences(32), sequences(4), settings, work=work, folder=folder
+        )
+        curves.append(outcome.losses)
+    assert curves[0] == pytest.approx(curves[1], abs=1e-5)
 
 
 def test_the_gradient_of_a_step_does_not_depend_on_its_layout(tmp_path: Path) -> None:

@@ -259,11 +259,29 @@ TABLE: dict[str, list[Bad]] = {
     ),
     "Training": bad(
         "recover",
-        ("--method x", "--method x is unknown; use one of lora, full"),
+        ("--method x", "--method x is unknown; use one of full, lora"),
         ("--preset x", "no preset 'x'; known are paper, quick, or give a YAML file"),
         ("--schedule x", "--schedule x is unknown; use one of linear, cosine"),
         ("--template x", "--template x is unknown; use one of auto, chat, alpaca"),
-        ("--report-to x", "--report-to x is unknown; use one of none, tensorboard, wandb"),
+        (
+            "--report-to x",
+            "--report-to x is unknown; use one of none, tensorboard, wandb, mlflow, ",
+        ),
+        ("--trainer optim", "--trainer optim has no value; write it as NAME=VALUE"),
+        (
+            "--trainer optin=x",
+            "--trainer optin=x: TrainingArguments has no optin; did you mean optim? look at its ",
+        ),
+        (
+            "--trainer max_steps=3",
+            "--trainer max_steps=3: recover sets max_steps itself; use its own option",
+        ),
+        ("--quantize x", "--quantize x is unknown; use one of none, int8, nf4"),
+        (
+            "--quantize int8 --method full",
+            "--quantize int8 holds the weights that are not trained, and method full trains all of "
+            "them; use --method lora",
+        ),
         *(
             (
                 f"--report-to {name}",

@@ -32,7 +32,7 @@ from llm_pruner.files.disk import new_folder
 from llm_pruner.models.forward import maximum_length
 from llm_pruner.models.load import check, load
 from llm_pruner.recovery import Outcome, Progress, Teacher, recover_
-from llm_pruner.recovery.processes import Processes, joined, own_device
+from llm_pruner.recovery.processes import Processes, is_sharded, joined, own_device
 from llm_pruner.report.data import SavedAs
 from llm_pruner.report.facts import source_of
 from llm_pruner.report.records import RECOVERY_FILE, Change, Recovered, SourceResult, StepLoss
@@ -74,7 +74,8 @@ def recover_checkpoint(
     device = own_device(settings.device)
     bf16 = settings.bf16
     if bf16 is None:
-        bf16 = settings.dtype in ("float32", "auto") and multiplies_bfloat16(device)
+        where = "cuda" if is_sharded() else device
+        bf16 = settings.dtype in ("float32", "auto") and multiplies_bfloat16(where)
     here = settings.but(device=device, bf16=bf16)
     work = work_folder(settings.out)
     if not settings.overwrite:
@@ -191,6 +192,7 @@ class _Run:
             say=self.say,
             keep_adapter=self.adapter,
             processes=self.processes,
+            again=lambda: load(self.loading).model,
         )
 
     def _teacher(self, samples: Sequence[TrainingSequence]) -> Teacher | None:

@@ -28,6 +28,7 @@ from llm_pruner.errors import UserError
 from llm_pruner.files.disk import tidy
 from llm_pruner.files.outputs import check_output, check_place, check_shard_size
 from llm_pruner.models.load import LoadedModel, load
+from llm_pruner.recovery.trainer import trainer_arguments
 from llm_pruner.report.records import RECOVERY_FILE
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.limits import MOST, check_number
@@ -35,6 +36,10 @@ from llm_pruner.settings.recover import DataSettings, RecoverSettings, TrainingS
 
 _CHANGEABLE = ("save_every", "report_to")
 """Settings that a resumed run may have otherwise."""
+
+
+_HOW_FAST = ("packing", "kernels")
+"""Settings of which the result does not depend but for rounding."""
 
 
 def check_run(settings: RecoverSettings, work: Path) -> None:
@@ -48,6 +53,7 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
         UserError: says what must change.
     """
     settings.check()
+    trainer_arguments(settings)
     check_place(settings.out, "--out")
     check_output(settings.out, settings.overwrite, settings.reads)
     check_shard_size(settings.max_shard_size)
@@ -176,7 +182,8 @@ def facts_of(
     samples: Sequence[Samples],
 ) -> dict[str, Any]:
     """Return all that decides how a run goes."""
-    training = settings.model_dump(mode="json", include=set(TrainingSettings.model_fields))
+    decides = set(TrainingSettings.model_fields) - set(_HOW_FAST)
+    training = settings.model_dump(mode="json", include=decides)
     distillation = {
         "temperature": settings.temperature,
         "weight": settings.distill_weight,

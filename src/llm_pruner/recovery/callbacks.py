@@ -11,10 +11,10 @@ from typing import Any
 from transformers import TrainerCallback
 
 from llm_pruner.errors import UserError
-from llm_pruner.recovery.methods import trained_weights
 from llm_pruner.recovery.processes import ALONE, Processes
 from llm_pruner.recovery.scoring import Evaluation
 from llm_pruner.recovery.trainer import RecoveryTrainer, RunState
+from llm_pruner.recovery.weights import trained_weights
 from llm_pruner.settings.recover import TrainingSettings
 
 SCORING = 0.1
@@ -45,6 +45,7 @@ class Guard(TrainerCallback):
         settings: the limits.
         score: gives an evaluation at a step.
         say: is told the step, the last loss and whether it was evaluated.
+        trainer: whose weights are kept.
         processes: those that train; all go by the clock of the first.
     """
 
@@ -54,14 +55,15 @@ class Guard(TrainerCallback):
         settings: TrainingSettings,
         score: Callable[[int], Evaluation],
         say: Callable[[Progress], None],
+        trainer: RecoveryTrainer,
         processes: Processes = ALONE,
     ) -> None:
         self._run, self._settings, self._score, self._say = run, settings, score, say
+        self._trainer = trainer
         self._processes = processes
         self._clock = time.monotonic()
         self._pace = Pace()
         self._seconds_to_step = 0.0
-        self.trainer: RecoveryTrainer | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Score the model as it came, unless an earlier process did."""
@@ -74,7 +76,6 @@ class Guard(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Plan, evaluate, keep, stop."""
         run, step = self._run, state.global_step
-        assert self.trainer is not None
         before = run.seconds
         self._tick()
         self._seconds_to_step = run.seconds - before
@@ -103,18 +104,17 @@ class Guard(TrainerCallback):
         save = step % save_every == 0 if save_every else evaluated
         # What was chosen by the clock is kept at once: an interrupted run goes on with it.
         control.should_save = save or replanned or control.should_training_stop
-        self._say(Progress(step, run, self.trainer.last_loss, evaluated))
+        self._say(Progress(step, run, self._trainer.last_loss, evaluated))
 
     def _improves(self, step: int) -> bool:
         """Evaluate, keep the weights if they are the best so far, and return whether they are."""
-        assert self.trainer is not None
         run = self._run
         found = self._evaluate(step)
         run.evaluations.append(found)
         if found.loss >= run.evaluations[run.best].loss:
             return False
         run.best = len(run.evaluations) - 1
-        self.trainer.best_weights = trained_weights(self.trainer.model)
+        self._trainer.best_weights = trained_weights(self._trainer.model)
         return True
 
     def _hopeless(self, step: int) -> bool:
@@ -177,12 +177,11 @@ class Guard(TrainerCallback):
 
     def _plan(self, step: int, evaluations: int) -> bool:
         """Choose how many steps fit in the time left, with evaluations; return whether all fit."""
-        assert self.trainer is not None
         run, each = self._run, self._pace.estimate()
         assert each is not None
         left = (1 - SPARE) * self._left() - evaluations * run.seconds_to_score
         fitting = step + int(left / max(each, 1e-9))
-        most = self.trainer.most_steps
+        most = self._trainer.most_steps
         run.total = max(step, min(most, fitting))
         run.every = evaluation_interval(run.total - run.evaluations[-1].step, evaluations)
         return fitting >= most

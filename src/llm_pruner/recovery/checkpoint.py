@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import read_json
+from llm_pruner.recovery.weights import spread_like, whole
 
 Folder = Callable[[Path], AbstractContextManager[Path]]
 """Gives a folder that appears under its name once it is complete and on the disk."""
@@ -85,16 +86,25 @@ def read_values(folder: Path) -> dict[str, Any]:
 
 
 def optimizer_values(optimizer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return an optimizer's tensors by name, and the rest of its state, plain values."""
+    """Return an optimizer's tensors by name, and the rest of its state, plain values.
+
+    Raises:
+        UserError: its state is more than tensors and numbers.
+    """
     state = optimizer.state_dict()
     tensors: dict[str, torch.Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
     for index, values in state["state"].items():
         for key, value in values.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{key}"] = value
-            else:
+                tensors[f"{index}.{key}"] = whole(value)
+            elif isinstance(value, int | float | bool | None):
                 plain.setdefault(str(index), {})[key] = value
+            else:
+                raise UserError(
+                    f"the optimizer keeps a {type(value).__name__}, which no checkpoint holds; "
+                    "give --trainer another optim"
+                )
     return tensors, {"plain": plain, "groups": state["param_groups"]}
 
 
@@ -105,9 +115,14 @@ def read_optimizer_(folder: Path, rest: Mapping[str, Any], optimizer: Any) -> No
         state: dict[int, dict[str, Any]] = {
             int(index): dict(values) for index, values in rest["plain"].items()
         }
+        weights = [one for group in optimizer.param_groups for one in group["params"]]
         for name, tensor in tensors.items():
             index, _, key = name.partition(".")
-            state.setdefault(int(index), {})[key] = tensor
+            weight = weights[int(index)]
+            spread = tensor.shape == weight.shape
+            state.setdefault(int(index), {})[key] = (
+                spread_like(tensor, weight) if spread else tensor
+            )
         optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
     except _MALFORMED as error:
         raise _damaged(folder / _VALUES, error) from error

@@ -17,9 +17,9 @@ from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import allocate
 from llm_pruner.models.forward import embedding_rows
-from llm_pruner.recovery.forward import can_pack, learned_tokens, micro_tokens
+from llm_pruner.recovery.forward import can_pack, micro_tokens, target_tokens
 from llm_pruner.recovery.kernels.chunked_loss import summed_loss
-from llm_pruner.recovery.objective import Told, mixed_loss, mixed_loss_and_gradient_
+from llm_pruner.recovery.objective import Targets, mixed_loss, mixed_loss_and_gradient_
 from llm_pruner.recovery.packing import Batch, lay_out
 from llm_pruner.settings.recover import DistillationSettings
 
@@ -122,7 +122,7 @@ class Teacher:
             watch: is shown the student's logits, (n, vocabulary), and the tokens that they predict,
                 a few after the other.
         """
-        every_token = learned_tokens(batch)
+        every_token = target_tokens(batch)
         every_id, every_value = self.says(batch)
 
         def mixture(
@@ -133,10 +133,10 @@ class Teacher:
             )
             watch(logits, tokens)
             heard = self.settings.temperature, self.settings.distill_weight
-            told = Told(tokens, ids, values, *heard)
+            targets = Targets(tokens, ids, values, *heard)
             if gradient:
-                return mixed_loss_and_gradient_(logits, told)
-            return mixed_loss(logits, told), None
+                return mixed_loss_and_gradient_(logits, targets)
+            return mixed_loss(logits, targets), None
 
         return summed_loss(student, batch, mixture)
 

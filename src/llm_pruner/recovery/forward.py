@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -20,28 +19,19 @@ _LOGITS_BYTES = 256 * 2**20
 _POSITIONS = 2048
 
 
-def learned_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def target_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Run a model, which may be wrapped for several processes.
 
-    Where the model lets it, the output embedding runs on the positions that predict learned tokens
-    alone: logits of a row are by far its largest tensors.
-
     Returns:
-        The logits that predict the learned tokens, float32 (n, vocabulary), and these tokens, (n,),
+        The logits that predict the target tokens, float32 (n, vocabulary), and these tokens, (n,),
         in the order of ``Batch.parts``.
     """
-    keywords = arguments_of(model, batch)
-    learned = batch.learned[:, 1:]
-    output = _narrow_output(model, keywords, learned)
-    if output is not None:
-        logits = output.logits[0]
-    else:
-        output = model(**keywords)
-        logits = output.logits[:, :-1][learned.to(output.logits.device)]
-    return logits.float(), learned_tokens(batch).to(logits.device)
+    logits = model(**arguments_of(model, batch)).logits[:, :-1]
+    logits = logits[batch.learned[:, 1:].to(logits.device)].float()
+    return logits, target_tokens(batch).to(logits.device)
 
 
-def learned_tokens(batch: Batch) -> torch.Tensor:
+def target_tokens(batch: Batch) -> torch.Tensor:
     """Return the tokens that a batch teaches, int64 (n,), in the order of ``Batch.parts``."""
     return batch.input_ids[:, 1:][batch.learned[:, 1:]]
 
@@ -55,46 +45,6 @@ def arguments_of(model: Any, batch: Batch) -> dict[str, Any]:
     if batch.attention_mask is not None:
         keywords["attention_mask"] = batch.attention_mask.to(device)
     return keywords
-
-
-_whole: WeakSet[torch.nn.Module] = WeakSet()
-"""Output embeddings whose models need the logits of all positions."""
-
-
-def _narrow_output(model: Any, keywords: dict[str, Any], learned: torch.Tensor) -> Any:
-    """Return the output of a model whose output embedding is given n positions; None if it cannot.
-
-    Its logits have shape (1, n, vocabulary).
-
-    Args:
-        model: may be wrapped for several processes.
-        keywords: its arguments.
-        learned: bool (rows, length - 1), which positions, counted without each row's first token.
-    """
-    head = getattr(model, "module", model).get_output_embeddings()
-    rows, length = keywords["input_ids"].shape
-    # A hidden state of (length, rows, features) would look alike.
-    if head is None or head in _whole or rows == length:
-        return None
-    count = int(learned.sum())
-
-    def pick(_: Any, args: tuple[Any, ...]) -> Any:
-        hidden = args[0] if args else None
-        if isinstance(hidden, torch.Tensor) and hidden.shape[:-1] == (rows, length):
-            return (hidden[:, :-1][learned.to(hidden.device)][None], *args[1:])
-        return None
-
-    handle = head.register_forward_pre_hook(pick)
-    try:
-        output = model(**keywords)
-    except (RuntimeError, ValueError, IndexError):
-        output = None  # if the shape was not the reason, the whole model says so again
-    finally:
-        handle.remove()
-    if output is None or output.logits.shape[:-1] != (1, count):
-        _whole.add(head)
-        return None
-    return output
 
 
 def can_pack(model: Any, vocabulary: int) -> bool:
@@ -120,13 +70,13 @@ def can_pack(model: Any, vocabulary: int) -> bool:
     try:
         with torch.no_grad():
             alone = [
-                learned_logits(model, lay_out(sequences, [number], packed=False, **layout)[0])[0]
+                target_logits(model, lay_out(sequences, [number], packed=False, **layout)[0])[0]
                 for number in everything
             ]
             if not takes_positions:
                 return False
             for batch in lay_out(sequences, everything, packed=True, **layout):
-                found, _ = learned_logits(model, batch)
+                found, _ = target_logits(model, batch)
                 wanted = torch.cat([alone[part.sample] for part in batch.parts])
                 scale = max(float(wanted.abs().max()), 1e-6)
                 # Half precision rounds more; a leak changes logits by far more than either.

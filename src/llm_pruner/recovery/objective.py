@@ -60,7 +60,7 @@ def distillation_loss(
     return temperature**2 * _divergence(log_q, teacher_log_probabilities)
 
 
-class Told(NamedTuple):
+class Targets(NamedTuple):
     """What some tokens' loss is made of.
 
     Attributes:
@@ -78,14 +78,16 @@ class Told(NamedTuple):
     weight: float
 
 
-def mixed_loss(logits: torch.Tensor, told: Told) -> torch.Tensor:
+def mixed_loss(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
     """Return w * ``distillation_loss`` + (1 - w) * ``task_loss``; logits (n, vocabulary)."""
-    tokens, ids, log_probabilities, temperature, weight = told
+    tokens, ids, log_probabilities, temperature, weight = targets
     loss = weight * distillation_loss(logits, ids, log_probabilities, temperature)
     return loss if weight == 1 else loss + (1 - weight) * task_loss(logits, tokens)
 
 
-def mixed_loss_and_gradient_(logits: torch.Tensor, told: Told) -> tuple[torch.Tensor, torch.Tensor]:
+def mixed_loss_and_gradient_(
+    logits: torch.Tensor, targets: Targets
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``mixed_loss`` and its gradient in the logits, in their place.
 
     With P the sum of p_i, a = p_rest / q_rest (0 where q_rest is nothing but rounding) and q over
@@ -93,7 +95,7 @@ def mixed_loss_and_gradient_(logits: torch.Tensor, told: Told) -> tuple[torch.Te
 
         (P - a (1 - q_rest)) q_j  +  (a q_j - p_j  where j is among the teacher's likeliest).
     """
-    tokens, teacher_ids, teacher_log_probabilities, temperature, weight = told
+    tokens, teacher_ids, teacher_log_probabilities, temperature, weight = targets
     task, task_gradient = None, None
     if weight < 1 and temperature != 1:
         task, task_gradient = task_loss_and_gradient_(logits.clone(), tokens)

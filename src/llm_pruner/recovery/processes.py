@@ -10,6 +10,9 @@ from datetime import timedelta
 from typing import TypeVar
 
 import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast, gather
 from torch import distributed
 
 from llm_pruner.errors import UserError
@@ -17,11 +20,10 @@ from llm_pruner.errors import UserError
 _PATIENCE = timedelta(days=7)
 """How long a process waits for another: the first one may be writing text for hours."""
 
-_OTHER_KINDS = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-}
+_MEETING = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher puts into the environment, beside ``WORLD_SIZE``."""
+
+_REFUSED = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 
 T = TypeVar("T")
 
@@ -36,36 +38,40 @@ class Processes:
     Attributes:
         rank: number of this process; the first, 0, writes and speaks.
         count: number of processes.
+        sharded: whether each holds a part of every weight (FSDP2), and not the whole model.
     """
 
     rank: int = 0
     count: int = 1
+    sharded: bool = False
 
     @property
     def is_first(self) -> bool:
         """Whether this process writes and speaks."""
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Return the items that are this process's to do."""
-        return items[self.rank :: self.count]
+    def share(self, items: Sequence[T]) -> list[T | None]:
+        """Return the items that are this process's to do, at least one; None: one for nothing.
+
+        Processes that hold parts of each weight run the model equally often.
+        """
+        own: list[T | None] = list(items[self.rank :: self.count])
+        least = -(-len(items) // self.count) if self.sharded else 1
+        return own + [None] * (least - len(own))
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """Return the sums over all processes, in float64, the same to the bit in each of them."""
         if self.count == 1:
             return list(values)
-        own = torch.tensor(values, dtype=torch.float64)
-        every = [torch.empty_like(own) for _ in range(self.count)]
-        distributed.all_gather(every, own)
-        return [float(value) for value in torch.stack(every).sum(0)]
+        own = torch.tensor([values], dtype=torch.float64, device=PartialState().device)
+        return [float(value) for value in gather(own).sum(0)]
 
     def from_first(self, value: float) -> float:
         """Return the first process's value."""
         if self.count == 1:
             return value
-        shared = torch.tensor([value], dtype=torch.float64)
-        distributed.broadcast(shared, src=0)
-        return float(shared)
+        own = torch.tensor([value], dtype=torch.float64, device=PartialState().device)
+        return float(broadcast(own))
 
     def barrier(self) -> None:
         """Wait until all processes are here."""
@@ -105,6 +111,8 @@ def only_one(command: str) -> None:
 def own_device(device: str) -> str:
     """Return the device of this process: of several, each has the GPU of its own number.
 
+    Where each is to hold a part of every weight, the model begins on the CPU.
+
     Raises:
         UserError: there is no such device, or it is one for all.
     """
@@ -112,14 +120,14 @@ def own_device(device: str) -> str:
         return device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        return device
+    if device == "cpu" or is_sharded():
+        return "cpu"
     if device != "cuda":
         raise UserError(
             f"--device {device} is one device, and several processes were started; use cuda, "
             "which gives each process its own GPU, or cpu"
         )
-    number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    number, there = int(os.environ.get("LOCAL_RANK", "0")), gpus()
     if number >= there:
         raise UserError(
             f"--device cuda: this machine has {there} GPUs and more processes were started; "
@@ -136,39 +144,55 @@ def joined(device: str) -> Iterator[Processes]:
         device: this process's, as from ``own_device``.
 
     Raises:
-        UserError: they were started for something else than data parallel training, or by
-            something that did not say where they meet.
+        UserError: they were started for what recovery does not do, or by something that did not
+            say where they meet.
     """
-    for variable, kind in _OTHER_KINDS.items():
-        if os.environ.get(variable, "").lower() in ("true", "1"):
+    for variable, kind in _REFUSED.items():
+        if _asked(variable):
             raise UserError(
-                f"recover trains several processes with DDP, and {kind} was asked for; "
-                "choose multi-GPU or multi-CPU in accelerate config, or start with torchrun"
+                f"recover trains several processes with DDP or FSDP2, and {kind} was asked for; "
+                "choose one of these in accelerate config, or start with torchrun"
             )
+    sharded = is_sharded()
+    if sharded and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("recover trains with FSDP version 2; add --fsdp_version 2")
     if _started() == 1:
         yield Processes()
         return
+    if sharded and int(os.environ.get("LOCAL_RANK", "0")) >= gpus():
+        raise UserError("FSDP2 needs a GPU for each process; without, start with torchrun")
+    on_cpu = not device.startswith("cuda") and not sharded
     alone = not distributed.is_initialized()
-    if alone:
-        _join(device)
-    yield Processes(distributed.get_rank(), distributed.get_world_size())
-    if alone:
-        distributed.destroy_process_group()
-
-
-def _join(device: str) -> None:
-    on_gpus = device.startswith("cuda")
     try:
-        if on_gpus:
-            torch.cuda.set_device(device)
-        # What this module sends lies on the CPU; gradients lie where the model does.
-        distributed.init_process_group("cuda:nccl,cpu:gloo" if on_gpus else "gloo", None, _PATIENCE)
+        missing = [name for name in _MEETING if name not in os.environ]
+        if missing:  # accelerate would make up what is missing, and wait
+            raise ValueError(f"{' and '.join(missing)} not set")
+        state = PartialState(cpu=on_cpu, timeout=_PATIENCE)
     except (ValueError, RuntimeError) as error:
+        AcceleratorState._reset_state(reset_partial_state=True)
         reason = " ".join(str(error).split())
         raise UserError(
             f"WORLD_SIZE says that {_started()} processes were started, and they cannot meet "
             f"({reason}); start them with torchrun or accelerate launch"
         ) from error
+    yield Processes(state.process_index, state.num_processes, sharded)
+    if alone:
+        state.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def gpus() -> int:
+    """Return the number of GPUs of this machine."""
+    return torch.cuda.device_count()
+
+
+def is_sharded() -> bool:
+    """Whether each process is to hold a part of every weight."""
+    return _started() > 1 and _asked("ACCELERATE_USE_FSDP")
+
+
+def _asked(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("true", "1")
 
 
 def _started() -> int:

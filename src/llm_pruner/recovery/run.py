@@ -8,14 +8,14 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainingArguments
 
 from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.errors import UserError
@@ -24,15 +24,16 @@ from llm_pruner.recovery import checkpoint as state
 from llm_pruner.recovery.callbacks import Guard, Progress, evaluation_interval
 from llm_pruner.recovery.distill import Teacher
 from llm_pruner.recovery.forward import can_pack, micro_tokens, row_multiple
+from llm_pruner.recovery.kernels import kernels
 from llm_pruner.recovery.kernels.adapters import fused_adapters
-from llm_pruner.recovery.kernels.attention import by_sample
-from llm_pruner.recovery.methods import make_trainable_, merge_, set_weights_, trained_weights
 from llm_pruner.recovery.packing import lay_out, step_samples
 from llm_pruner.recovery.processes import ALONE, Processes
 from llm_pruner.recovery.scoring import Evaluation, score
-from llm_pruner.recovery.trainer import RecoveryTrainer, RunState, Steps
+from llm_pruner.recovery.trainer import RecoveryTrainer, RunState, Steps, training_arguments
+from llm_pruner.recovery.weights import merge_, set_weights_, trained_weights
 from llm_pruner.runtime.progress import quiet
 from llm_pruner.settings.recover import TrainingSettings
+from llm_pruner.settings.registry import entry
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ def recover_(
     say: Callable[[Progress], None] = lambda _: None,
     keep_adapter: Path | None = None,
     processes: Processes = ALONE,
+    again: Callable[[], Any] | None = None,
+    **own: Any,
 ) -> tuple[Any, Outcome]:
     """Train ``model`` in place; return it with its best weights, merged, in eval mode.
 
@@ -98,6 +101,9 @@ def recover_(
         keep_adapter: with ``lora``, write the adapter there, before it is merged.
         processes: those that train together; ``settings.batch_size`` is that of all of them, the
             first one writes, and all return the same.
+        again: gives the model as it came; what was learned is merged into it where the one that was
+            trained is quantized, or held in parts. By default a copy that is made before.
+        own: ``callbacks``, ``optimizers`` and others that transformers' Trainer takes.
 
     Raises:
         UserError: the model has nothing that the method trains, a loss is not finite, or a
@@ -107,106 +113,126 @@ def recover_(
     if not train or not held_out:
         raise UserError("recovery needs samples to train on and samples to hold out")
     work.mkdir(parents=True, exist_ok=True)
-    vocabulary = embedding_rows(model)
-    with by_sample():
-        packed = can_pack(model, vocabulary)
-    layout: dict[str, Any] = {
-        "packed": packed,
-        "capacity": settings.seq_len,
-        "micro_tokens": settings.micro_tokens or micro_tokens(model, settings.seq_len),
-        "shares": processes.count,
-        "multiple": row_multiple(model, settings.seq_len),
-    }
+    merges = settings.quantize == "none" and not processes.sharded
+    if not merges and again is None:
+        again = partial(copy.deepcopy, copy.deepcopy(model))
     steps = -(-len(train) // settings.batch_size)
     total = max(1, math.ceil(settings.epochs * steps))
     total = min(total, settings.max_steps or total)
-    run = RunState(
-        total,
-        evaluation_interval(total, settings.evaluations),
-        planned=settings.max_minutes is None,
-    )
     with processes.first():
         checkpoint = state.last_checkpoint(work)
-    if checkpoint is not None:
+    if checkpoint is None:
+        every = evaluation_interval(total, settings.evaluations)
+        run = RunState(total, every, planned=settings.max_minutes is None)
+    else:
         run = RunState.from_json(state.read_values(checkpoint)["run"])
-    scored = lay_out(held_out, range(len(held_out)), **layout)
-
-    def scored_at(step: int, found: Any) -> Evaluation:
-        return score(found, step, scored, held_out, sources, judge, processes)
-
     with (
         # The name that accelerate and the Trainer use still.
         quiet("transformers", "accelerate", "peft", warned=".*broadcast_buffers.*"),
-        by_sample(),
+        kernels(settings, processes),
         _same_config(model),
         _own_random(None if processes == ALONE else model.device),
         tempfile.TemporaryDirectory() as unused,
     ):
-        if run.before is None:
+        layout = _layout(model, settings, processes)
+        scored = lay_out(held_out, range(len(held_out)), **layout)
+
+        def scored_at(step: int, found: Any) -> Evaluation:
+            return score(found, step, scored, held_out, sources, judge, processes)
+
+        if run.before is None and not processes.sharded:
             started = time.monotonic()
             run.before = scored_at(0, model)
             run.seconds_to_score = processes.from_first(time.monotonic() - started)
-            if not settings.bf16:
+            if not settings.bf16 and merges:
                 run.evaluations.append(run.before)  # training starts from just this
         torch.manual_seed(settings.seed)
-        trained = make_trainable_(model, settings)
+        trained = prepare_(model, settings)
         count = sum(one.numel() for one in trained.parameters() if one.requires_grad)
         if settings.gradient_checkpointing:
             _checkpoint_activations_(trained)
-
-        def scored_on_the_way(step: int) -> Evaluation:
-            with trainer.accelerator.autocast():
-                return scored_at(step, trained)
-
-        guard = Guard(run, settings, scored_on_the_way, say, processes)
+        on_cpu = next(model.parameters()).device.type == "cpu" and not processes.sharded
+        order = step_samples(len(train), settings.batch_size, total, settings.seed)
         trainer = RecoveryTrainer(
             trained,
-            _arguments(model, settings, total, unused, work),
+            training_arguments(settings, total, unused, work, on_cpu=on_cpu),
             settings,
-            Steps(
-                train, step_samples(len(train), settings.batch_size, total, settings.seed), **layout
-            ),
+            Steps(train, order, **layout),
             run,
             teacher,
             folder,
             work,
             processes,
+            **own,
         )
-        guard.trainer = trainer
-        trainer.add_callback(guard)
+
+        def scored_on_the_way(step: int) -> Evaluation:
+            with trainer.accelerator.autocast():
+                return scored_at(step, trainer.model)
+
+        trainer.add_callback(Guard(run, settings, scored_on_the_way, say, trainer, processes))
         initial = trained_weights(trained)
-        done = checkpoint is not None and _is_done(checkpoint, run)
-        if done:
-            assert checkpoint is not None
+        if checkpoint is not None and _is_done(checkpoint, run):
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
         else:
-            with fused_adapters(trained, torch.bfloat16 if settings.bf16 else None):
+            half = torch.bfloat16 if settings.bf16 else None
+            fused = settings.uses("adapters") and not processes.sharded
+            with fused_adapters(trained, half) if fused else nullcontext():
                 trainer.train(
                     resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
                 )
-        set_weights_(trained, initial if trainer.best_weights is None else trainer.best_weights)
+        before = run.evaluations[0] if run.before is None else run.before
+        best = initial if trainer.best_weights is None else trainer.best_weights
+        if not merges:
+            del trained, model
+            trainer.model = trainer.model_wrapped = None
+            assert again is not None
+            model = again()
+            trained = prepare_(model, settings.but(quantize="none"))
+        set_weights_(trained, best)
         if keep_adapter is not None and settings.method == "lora" and processes.is_first:
             trained.save_pretrained(keep_adapter, save_embedding_layers=False)
         model = merge_(trained)
         if settings.gradient_checkpointing:
             _keep_activations_(model)
         history = trainer.state.log_history
-        after = (
-            scored_at(trainer.state.global_step, model)
-            if run.best
-            else min(run.evaluations[1:], key=lambda one: one.loss, default=run.before)
-        )
+        if processes.sharded:
+            after = run.evaluations[run.best]
+        elif run.best:
+            after = scored_at(trainer.state.global_step, model)
+        else:
+            after = min(run.evaluations[1:], key=lambda one: one.loss, default=before)
     return model, Outcome(
-        gained=run.best > 0 and after.loss < run.before.loss,
-        before=run.before,
+        gained=run.best > 0 and after.loss < before.loss,
+        before=before,
         after=after,
         run=run,
         steps=trainer.state.global_step,
         losses=[entry["loss"] for entry in history if "loss" in entry],
         trained=count,
-        packed=packed,
+        packed=layout["packed"],
     )
+
+
+def prepare_(model: Any, settings: TrainingSettings) -> Any:
+    """Prepare a model for ``settings.method``; see ``llm_pruner.recovery.methods``.
+
+    Raises:
+        UserError: it has nothing that the method trains.
+    """
+    return entry("recovery/methods", settings.method).prepare_(model, settings)
+
+
+def _layout(model: Any, settings: TrainingSettings, processes: Processes) -> dict[str, Any]:
+    """Return how samples are laid out, as arguments of ``lay_out``."""
+    return {
+        "packed": settings.packing and can_pack(model, embedding_rows(model)),
+        "capacity": settings.seq_len,
+        "micro_tokens": settings.micro_tokens or micro_tokens(model, settings.seq_len),
+        "shares": processes.count,
+        "multiple": row_multiple(model, settings.seq_len) if settings.uses("rows") else 1,
+    }
 
 
 def _is_done(checkpoint: Path, run: RunState) -> bool:
@@ -238,38 +264,6 @@ def _keep_activations_(model: Any) -> None:
         model.activation_checkpointing_disable()
     else:
         model.gradient_checkpointing_disable()
-
-
-def _arguments(
-    model: Any, settings: TrainingSettings, total: int, unused: str, work: Path
-) -> TrainingArguments:
-    report = settings.report_to
-    args = TrainingArguments(
-        # Checkpoints are written by the trainer's own methods; TensorBoard writes where it runs.
-        output_dir=unused if report == "none" else str(Path("runs") / work.name),
-        per_device_train_batch_size=1,  # a batch is a whole step
-        max_steps=total,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        optim="adamw_torch_fused",
-        logging_strategy="steps",
-        logging_steps=1,
-        eval_strategy="no",
-        save_strategy="no",
-        report_to=[] if report == "none" else [report],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        dataloader_pin_memory=False,
-        use_cpu=next(model.parameters()).device.type == "cpu",
-        bf16=bool(settings.bf16),
-        seed=settings.seed,
-        data_seed=settings.seed,
-        ddp_broadcast_buffers=False,  # they do not change
-    )
-    args._n_gpu = min(args.n_gpu, 1)  # one model, one device
-    return args
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.models.forward import evaluating
 from llm_pruner.recovery.distill import Teacher
+from llm_pruner.recovery.forward import target_logits
 from llm_pruner.recovery.kernels.chunked_loss import watch_logits
 from llm_pruner.recovery.packing import Batch
 from llm_pruner.recovery.processes import ALONE, Processes
@@ -64,6 +65,10 @@ def score(
     mixed = 0.0
     with evaluating(model):
         for batch in processes.share(batches):
+            if batch is None:
+                if processes.sharded:
+                    target_logits(model, batches[0])
+                continue
             found: list[torch.Tensor] = []
 
             def likelihood(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
+import yaml
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -19,13 +19,14 @@ from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.errors import UserError
 from llm_pruner.recovery import checkpoint as state
 from llm_pruner.recovery.distill import Teacher
-from llm_pruner.recovery.forward import learned_tokens
+from llm_pruner.recovery.forward import target_tokens
 from llm_pruner.recovery.kernels.chunked_loss import summed_loss
-from llm_pruner.recovery.methods import set_weights_, trainable
 from llm_pruner.recovery.objective import text_objective
 from llm_pruner.recovery.packing import Batch, lay_out
 from llm_pruner.recovery.processes import ALONE, Processes
 from llm_pruner.recovery.scoring import Evaluation
+from llm_pruner.recovery.weights import set_weights_, trained_weights
+from llm_pruner.settings.options import near
 from llm_pruner.settings.recover import TrainingSettings
 
 
@@ -112,13 +113,14 @@ class RecoveryTrainer(Trainer):
         folder: state.Folder,
         work: Path,
         processes: Processes = ALONE,
+        **own: Any,
     ) -> None:
         self._settings, self._run, self._teacher = settings, run, teacher
         self._folder, self._work, self._processes = folder, work, processes
         self._steps = steps
         self.best_weights: dict[str, torch.Tensor] | None = None
         self.last_loss = math.nan
-        super().__init__(model=model, args=args, train_dataset=steps, data_collator=_only)
+        super().__init__(model=model, args=args, train_dataset=steps, data_collator=_only, **own)
         self.remove_callback(PrinterCallback)
 
     # Data and schedule.
@@ -133,10 +135,15 @@ class RecoveryTrainer(Trainer):
 
     def create_scheduler(
         self,
-        num_training_steps: int,  # noqa: ARG002
+        num_training_steps: int,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> Any:
-        """Warm up, then fall to zero at the run's last step, which may come to be known later."""
+        """Warm up, then fall to zero at the run's last step, which may come to be known later.
+
+        A schedule that the user named is the Trainer's.
+        """
+        if "lr_scheduler_type" in trainer_arguments(self._settings):
+            return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:  # type: ignore[has-type]
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer, self._rate
@@ -161,7 +168,7 @@ class RecoveryTrainer(Trainer):
         count = sum(batch.targets for batch in batches)
         self._run.tokens += sum(batch.tokens for batch in batches)
         # A process without a batch runs one for nothing: the others await its gradient.
-        own: Sequence[Batch | None] = self._processes.share(batches) or [None]
+        own = self._processes.share(batches)
         total = torch.zeros((), device=self.args.device)
         for number, batch in enumerate(own):
             last = number == len(own) - 1
@@ -183,15 +190,13 @@ class RecoveryTrainer(Trainer):
         return torch.tensor(self.last_loss, device=self.args.device)
 
     def _backward(self, loss: torch.Tensor) -> None:
-        # DDP divides the sum of the gradients by the number of processes.
+        # DDP and FSDP divide the sum of the gradients by the number of processes.
         self.accelerator.backward(loss * self._processes.count)
 
-    @staticmethod
-    def _gradients_stay(model: Any, stay: bool) -> AbstractContextManager[None]:
+    def _gradients_stay(self, model: Any, stay: bool) -> AbstractContextManager[None]:
         """Keep gradients from being summed over the processes, as more will be added."""
-        if stay and isinstance(model, DistributedDataParallel):
-            return model.no_sync()
-        return nullcontext()
+        wanted = stay and not self._processes.sharded  # whose gradients are sums of parts
+        return self.accelerator.no_sync(model) if wanted else nullcontext()
 
     def _loss(self, model: Any, batch: Batch) -> torch.Tensor:
         if self._teacher is None:
@@ -200,7 +205,7 @@ class RecoveryTrainer(Trainer):
 
     @staticmethod
     def _task_loss(model: Any, batch: Batch) -> torch.Tensor:
-        return summed_loss(model, batch, text_objective(learned_tokens(batch)))
+        return summed_loss(model, batch, text_objective(target_tokens(batch)))
 
     def compute_loss_context_manager(self) -> Any:
         """Return the precision of a step: accelerate's is that of the model's own forward alone.
@@ -218,16 +223,17 @@ class RecoveryTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002
         """Write all that ``train(resume_from_checkpoint=...)`` reads, whole or not at all."""
         path = state.step_folder(self._work, self.state.global_step)
-        if self._processes.is_first and not path.exists():
-            self._write_checkpoint(path)
-        self._processes.barrier()
-
-    def _write_checkpoint(self, path: Path) -> None:
-        weights = trainable(self.model)
-        files = {"weights": {name: one.detach() for name, one in weights.items()}}
+        files = {"weights": trained_weights(self.model)}
         if self.best_weights is not None:
             files["best"] = self.best_weights
         files["optimizer"], optimizer = state.optimizer_values(self.optimizer)
+        if self._processes.is_first and not path.exists():
+            self._write_checkpoint(path, files, optimizer)
+        self._processes.barrier()
+
+    def _write_checkpoint(
+        self, path: Path, files: dict[str, dict[str, torch.Tensor]], optimizer: dict[str, Any]
+    ) -> None:
         with self._folder(path) as folder:
             for name, tensors in files.items():
                 state.write_tensors(folder / f"{name}.safetensors", tensors)
@@ -264,6 +270,100 @@ class RecoveryTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             state.read_random(Path(checkpoint), state.read_values(Path(checkpoint))["random"])
+
+
+_SET_HERE = (
+    "output_dir",
+    "per_device_train_batch_size",
+    "max_steps",
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "logging_strategy",
+    "logging_steps",
+    "eval_strategy",
+    "save_strategy",
+    "report_to",
+    "remove_unused_columns",
+    "label_names",
+    "use_cpu",
+    "bf16",
+    "seed",
+    "data_seed",
+)
+"""Arguments of the Trainer that follow from the settings."""
+
+
+def trainer_arguments(settings: TrainingSettings) -> dict[str, Any]:
+    """Return what ``--trainer`` gives: name -> value, read as YAML.
+
+    Raises:
+        UserError: a name is none of the Trainer's, or follows from another option.
+    """
+    given: dict[str, Any] = {}
+    known = [field.name for field in fields(TrainingArguments)]
+    for one in settings.trainer:
+        name, _, value = one.partition("=")
+        if name not in known:
+            raise UserError(
+                f"--trainer {one}: TrainingArguments has no {name}; {near(name, known)}"
+                "look at its page in transformers' documentation"
+            )
+        if name in _SET_HERE:
+            raise UserError(f"--trainer {one}: recover sets {name} itself; use its own option")
+        given[name] = yaml.safe_load(value)
+    return given
+
+
+def training_arguments(
+    settings: TrainingSettings, total: int, unused: str, work: Path, *, on_cpu: bool
+) -> TrainingArguments:
+    """Return the Trainer's arguments.
+
+    Args:
+        settings: what was asked for.
+        total: steps.
+        unused: an empty folder; checkpoints are written by the trainer's own methods.
+        work: folder of the run; TensorBoard writes to ``runs`` and its name, where it runs.
+        on_cpu: whether it trains there.
+
+    Raises:
+        UserError: the Trainer does not take an argument.
+    """
+    report = settings.report_to
+    values: dict[str, Any] = {
+        "optim": "adamw_torch_fused",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "ddp_broadcast_buffers": False,  # they do not change
+        **trainer_arguments(settings),
+    }
+    try:
+        args = TrainingArguments(
+            output_dir=unused if report == "none" else str(Path("runs") / work.name),
+            per_device_train_batch_size=1,  # a batch is a whole step
+            max_steps=total,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            logging_strategy="steps",
+            logging_steps=1,
+            eval_strategy="no",
+            save_strategy="no",
+            report_to=[] if report == "none" else [report],
+            remove_unused_columns=False,
+            label_names=["labels"],
+            use_cpu=on_cpu,
+            bf16=bool(settings.bf16),
+            seed=settings.seed,
+            data_seed=settings.seed,
+            **values,
+        )
+    except (ImportError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"--trainer {' '.join(settings.trainer)}: {said}; correct it") from error
+    args._n_gpu = min(args.n_gpu, 1)  # one model, one device
+    return args
 
 
 def rate(step: int, total: int, warmup: int, schedule: str) -> float:

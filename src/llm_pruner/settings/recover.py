@@ -12,6 +12,7 @@ from llm_pruner.settings.common import (
     LOADING,
     OUTPUT,
     ModelSettings,
+    Names,
     OutputSettings,
     Sources,
 )
@@ -22,8 +23,18 @@ from llm_pruner.settings.registry import METHODS
 _DATA, _TRAINING, _BUDGET = "Data", "Training", "Budget"
 _TEACHER, _LORA = "Teacher", "Adapters"
 
-_TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+_TRACKERS = {
+    "none": (),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    **{name: (name,) for name in ("wandb", "mlflow", "trackio", "comet_ml", "clearml", "swanlab")},
+}
 """What the Trainer reports to -> packages of which it needs one."""
+
+_QUANTIZERS = {"int8": "torchao", "nf4": "bitsandbytes"}
+"""Type of weights that are not trained -> package that multiplies by them."""
+
+KERNELS = ("attention", "loss", "adapters", "rows")
+"""Parts of training that have a faster arithmetic, each with a switch of its own."""
 
 
 class TrainingSettings(Settings):
@@ -41,7 +52,7 @@ class TrainingSettings(Settings):
     )
     method: str = option(
         "lora",
-        f"{', '.join(METHODS)} (all weights).",
+        f"{' or '.join(METHODS)}: all weights, or adapters beside the linear layers.",
         "NAME",
         panel=_TRAINING,
         known=METHODS,
@@ -88,14 +99,38 @@ class TrainingSettings(Settings):
     gradient_checkpointing: bool = option(
         False, "Compute activations twice instead of keeping them.", panel=_TRAINING
     )
+    quantize: Literal["none", "int8", "nf4"] = option(
+        "none",
+        "Hold the weights that are not trained in int8 (torchao) or nf4 (bitsandbytes, QLoRA). "
+        "What was learned is merged into the weights as they came.",
+        "TYPE",
+        panel=_TRAINING,
+    )
     micro_tokens: int | None = option(
         None,
         "Tokens in one forward pass.",
         "N",
         hidden=True,
     )
-    report_to: Literal["none", "tensorboard", "wandb"] = option(
-        "none", "none, tensorboard or wandb.", "NAME", panel=_TRAINING
+    packing: bool = option(
+        True, "Several samples in a row, where the model keeps them apart.", hidden=True
+    )
+    kernels: Names = option(
+        KERNELS, f"Faster arithmetic: {', '.join(KERNELS)}.", "NAME", hidden=True
+    )
+    report_to: str = option(
+        "none",
+        f"{', '.join(_TRACKERS)}.",
+        "NAME",
+        panel=_TRAINING,
+        known=tuple(_TRACKERS),
+    )
+    trainer: Sources = option(
+        (),
+        "Any other argument of transformers' TrainingArguments, such as optim=adamw_8bit or "
+        "lr_scheduler_type=constant. May be given several times.",
+        "NAME=VALUE",
+        panel=_TRAINING,
     )
     seed: int = option(0, "Of the data's order and the adapters.", "N", panel=_TRAINING)
     epochs: float = option(1, "Passes over the data.", "X", panel=_BUDGET, shown="1; 2 for paper")
@@ -118,6 +153,10 @@ class TrainingSettings(Settings):
     lora_dropout: float = option(
         0.0, "Of what they read.", "SHARE", panel=_LORA, shown="0; 0.05 for paper"
     )
+
+    def uses(self, kernel: str) -> bool:
+        """Whether a part of training has its faster arithmetic."""
+        return kernel in self.kernels
 
     @classmethod
     def beside(cls, preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -160,6 +199,25 @@ class TrainingSettings(Settings):
             check_number(f"--{name}", number, 0, maximum)
         check_number("--weight-decay", self.weight_decay, 0, 10)
         check_seed(self.seed)
+        for name in self.kernels:
+            if name not in (*KERNELS, "none"):
+                raise UserError(
+                    f"--kernels {name} is unknown; use some of {', '.join(KERNELS)}, or none"
+                )
+        for one in self.trainer:
+            if "=" not in one:
+                raise UserError(f"--trainer {one} has no value; write it as NAME=VALUE")
+        needed = _QUANTIZERS.get(self.quantize)
+        if needed is not None and self.method != "lora":
+            raise UserError(
+                f"--quantize {self.quantize} holds the weights that are not trained, and method "
+                f"{self.method} trains all of them; use --method lora"
+            )
+        if needed is not None and not find_spec(needed):
+            raise UserError(
+                f"--quantize {self.quantize} needs the package {needed}, which is not installed; "
+                f"run 'pip install {needed}', or leave --quantize out"
+            )
         packages = _TRACKERS.get(self.report_to, ())
         if packages and not any(find_spec(package) for package in packages):
             raise UserError(

@@ -30,5 +30,5 @@ def entry(folder: str, name: str) -> Any:
 
 
 CRITERIA = ("random", "l1", "l2", "taylor", *names_in("importance/criteria"))
-METHODS = ("lora", "full")
+METHODS = names_in("recovery/methods")
 COMPENSATIONS = ("none", "least-squares")

@@ -9,6 +9,7 @@ what enters the output embedding is kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from llm_pruner.recovery.forward import arguments_of, learned_logits, learned_tokens
+from llm_pruner.recovery.forward import arguments_of, target_logits, target_tokens
 from llm_pruner.recovery.objective import Objective, WithGradient
 from llm_pruner.recovery.packing import Batch
 
@@ -28,6 +29,19 @@ _LEAST_TOKENS = 64
 
 _otherwise: WeakSet[nn.Module] = WeakSet()
 """Output embeddings of models that do more to the logits than these give, or cannot do without."""
+
+_switched = {"on": True}
+
+
+@contextmanager
+def logits_at_once() -> Iterator[None]:
+    """Have the logits of a batch made all at once until the block ends."""
+    _switched["on"] = False
+    try:
+        yield
+    finally:
+        _switched["on"] = True
+
 
 _halves: WeakKeyDictionary[nn.Module, tuple[Any, dict[str, torch.Tensor]]] = WeakKeyDictionary()
 """See ``_frozen_in_half``: what the weights were when they were converted, and the result."""
@@ -49,7 +63,7 @@ def summed_loss(model: Any, batch: Batch, objective: Objective) -> torch.Tensor:
     """
     found = _before_head(model, batch)
     if found is None:
-        logits, _ = learned_logits(model, batch)
+        logits, _ = target_logits(model, batch)
         if logits.requires_grad:
             return WithGradient.apply(logits, objective)
         return objective(logits, slice(0, len(logits)), False)[0]
@@ -70,7 +84,7 @@ def watch_logits(
     model: Any, batch: Batch, watch: Callable[[torch.Tensor, torch.Tensor], None]
 ) -> None:
     """Show logits of learned tokens, (n, vocabulary), and those tokens, a few after the other."""
-    tokens = learned_tokens(batch)
+    tokens = target_tokens(batch)
 
     def nothing(logits: torch.Tensor, span: slice, _: bool) -> tuple[torch.Tensor, None]:
         watch(logits, tokens[span].to(logits.device))
@@ -177,7 +191,12 @@ def _before_head(model: Any, batch: Batch) -> tuple[nn.Module, torch.Tensor] | N
     head = getattr(model, "module", model).get_output_embeddings()
     rows, length = batch.input_ids.shape
     # Hooks of the module would not be called, and accelerate's bring its weights.
-    if head is None or head in _otherwise or not any(True for _ in head.parameters()):
+    if (
+        not _switched["on"]
+        or head is None
+        or head in _otherwise
+        or not any(True for _ in head.parameters())
+    ):
         return None
     if head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"):
         return None
