@@ -22,6 +22,7 @@ from llm_pruner.commands.recover_start import check_run
 from llm_pruner.errors import UserError
 from llm_pruner.files.outputs import check_place, check_shard_size
 from llm_pruner.models import load as sources
+from llm_pruner.models.stored import stored_size
 from llm_pruner.settings import recover as recovery_settings
 from llm_pruner.settings.evaluate import BenchSettings, PerplexitySettings
 from llm_pruner.settings.prune import PruneSettings
@@ -31,8 +32,8 @@ from llm_pruner.types import Edits
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="messages name /proc")
 
 
-class ReachedError(Exception):
-    """Weights would have been loaded."""
+class ReachedError(BaseException):
+    """Weights would have been loaded; nothing explains it away."""
 
 
 @pytest.fixture(scope="module")
@@ -221,8 +222,8 @@ def test_what_is_known_of_a_size_without_reading_weights(place: Path, tmp_path: 
     parameters = sum(p.numel() for p in tiny_model(num_hidden_layers=6).parameters())
     model = str(place / "m")
     for dtype, width in (("float32", 4), ("bfloat16", 2), ("float64", 8), ("auto", 4)):
-        assert sources.stored_size(model, None, dtype) == (parameters, width * parameters)
+        assert stored_size(model, None, dtype) == (parameters, width * parameters)
     packed = tmp_path / "m.gguf"
     packed.write_bytes(b"GGUF" + b"x" * 396)
-    assert sources.stored_size(str(packed), None, "float32") == (None, 400)
-    assert sources.stored_size("nobody/nothing", None, "float32") is None
+    assert stored_size(str(packed), None, "float32") == (None, 400)
+    assert stored_size("nobody/nothing", None, "float32") is None

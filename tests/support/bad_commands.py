@@ -265,12 +265,14 @@ TABLE: dict[str, list[Bad]] = {
         ("--template x", "--template x is unknown; use one of auto, chat, alpaca"),
         (
             "--report-to x",
-            "--report-to x is unknown; use one of none, tensorboard, wandb, mlflow, ",
+            "--report-to x is unknown; use one of none, tensorboard, wandb, mlflow, trackio, "
+            "comet_ml, clearml, swanlab",
         ),
         ("--trainer optim", "--trainer optim has no value; write it as NAME=VALUE"),
         (
             "--trainer optin=x",
-            "--trainer optin=x: TrainingArguments has no optin; did you mean optim? look at its ",
+            "--trainer optin=x: TrainingArguments has no optin; did you mean optim? look at its "
+            "page in transformers' documentation",
         ),
         (
             "--trainer max_steps=3",
