@@ -33,7 +33,7 @@ from machine import machine
 
 RESULTS = Path(__file__).parent / "results"
 BATCH, SEQ_LEN, HELD_OUT, RATE = 16, 512, 64, 1e-3
-KERNELS = ("attention", "loss", "adapters", "rows")
+KERNELS = ("attention", "loss")
 LAYOUTS = ("padding", "group_by_length", "packing")
 ROWS = (
     *(f"script, {layout}, {kind}" for layout in LAYOUTS for kind in ("float32", "autocast")),

@@ -6,7 +6,6 @@ import errno
 import io
 import json
 import os
-import pickle
 import resource
 import shutil
 import signal
@@ -620,8 +619,8 @@ def test_models_are_measured_in_such_children(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(os, "_exit", ended)
     monkeypatch.setattr("ctypes.CDLL", lambda _: pytest.MonkeyPatch)  # this process is to live on
     monkeypatch.setattr(pytest.MonkeyPatch, "prctl", lambda *_: 0, raising=False)
-    sent = pickle.dumps((os.getpid(), EvaluateSettings(model="any"), None))
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(sent)))
+    sent = json.dumps({"parent": os.getpid(), "settings": {"model": "any"}, "window": None})
+    monkeypatch.setattr(sys, "stdin", io.StringIO(sent))
     with pytest.raises(SystemExit):  # this process is not its own parent
         evaluating._measure_there()
 

@@ -90,25 +90,6 @@ def test_a_layout_holds_each_sample_once_and_nothing_else(packed: bool) -> None:
         assert rows <= 11 / 9 * math.ceil(tokens / 32) + 1
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_rows_have_few_lengths_where_each_costs_kernels(packed: bool) -> None:
-    data = sequences(60)
-    layout: dict[str, Any] = {"packed": packed, "capacity": 50, "micro_tokens": 100}
-    plain = lay_out(data, range(60), **layout)
-    batches = lay_out(data, range(60), **layout, multiple=16)
-    widths = {batch.input_ids.shape[1] for batch in batches}
-    assert len({batch.input_ids.shape[1] for batch in plain}) > len(widths) > 1
-    assert widths <= {16, 32, 48, 50}
-    assert sorted(part.sample for one in batches for part in one.parts) == list(range(60))
-    assert sum(batch.targets for batch in batches) == sum(batch.targets for batch in plain)
-    for batch in batches:
-        rows, width = batch.input_ids.shape
-        assert rows * width <= 100
-        for row in range(rows):
-            held = sum(len(data[part.sample]) for part in batch.parts if part.row == row)
-            assert width - 16 < held <= width
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma3_text"])
 def test_packed_samples_do_not_see_each_other(family: str) -> None:
     model, data = tiny_model(family), sequences(12)
@@ -608,7 +589,6 @@ def test_a_run_that_diverges_ends_with_its_best_weights(
 
     monkeypatch.setattr(objective, "task_loss_and_gradient_", overflows)
     # One forward pass a step.
-    monkeypatch.setattr("llm_pruner.recovery.run.row_multiple", lambda *_: 1)
     settings = TrainingSettings(
         method="full", batch_size=8, epochs=2, seq_len=64, micro_tokens=10_000
     )

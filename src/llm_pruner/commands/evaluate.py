@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -54,6 +53,7 @@ from llm_pruner.version import __version__
 
 _RESULTS = TypeAdapter(list[TaskResult])
 _SIZE = TypeAdapter(Size)
+_MEASURED = TypeAdapter(Measured)
 
 
 def measure(
@@ -127,57 +127,62 @@ def measure_apart(
         LLMPrunerError: the process failed.
     """
     command = [sys.executable, "-c", f"from {__name__} import _measure_there; _measure_there()"]
-    found: object = None
+    answer: dict[str, Any] = {}
+    asked = {"parent": os.getpid(), "settings": settings.written(), "window": window}
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        encoding="utf-8",
     ) as child:
         assert child.stdin is not None
         assert child.stdout is not None
         try:
-            with suppress(BrokenPipeError, EOFError):  # it ended, which its exit code tells of
-                with child.stdin:
-                    pickle.dump((os.getpid(), settings, window), child.stdin)
-                found = pickle.load(child.stdout)
-                if isinstance(found, Measured):
-                    first(found)
-                    found = None
-                    found = pickle.load(child.stdout)
+            with suppress(BrokenPipeError), child.stdin:  # it ended, which its exit code tells of
+                json.dump(asked, child.stdin)
+            for line in child.stdout:
+                answer = json.loads(line)
+                if "begun" in answer:
+                    first(_MEASURED.validate_python(answer.pop("begun")))
         except BaseException:
             child.kill()
             raise
-    if isinstance(found, UserError):
-        raise found
-    if not isinstance(found, Measured):
-        said = found or f"its process ended with {child.returncode}"
+    if "refused" in answer:
+        raise UserError(answer["refused"])
+    if "measured" not in answer:
+        said = answer.get("failed", f"its process ended with {child.returncode}")
         if child.returncode < 0:
             said = (
                 f"its process was ended by signal {-child.returncode}; if memory was short, use a "
                 "smaller --dtype"
             )
         raise LLMPrunerError(f"{settings.model} could not be measured: {said}")
+    found: Measured = _MEASURED.validate_python(answer["measured"])
     return found
 
 
 def _measure_there() -> None:
-    """Answer ``measure_apart``: what is known first, then all of it or what went wrong."""
-    parent, settings, window = pickle.load(sys.stdin.buffer)
-    end_with_parent(parent)
-    answers = os.fdopen(os.dup(1), "wb")
+    """Answer ``measure_apart`` in lines: what is known first, then all or what went wrong."""
+    asked = json.load(sys.stdin)
+    end_with_parent(asked["parent"])
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints is no answer
     keep_large_blocks()
 
-    def answer(found: object) -> None:
-        pickle.dump(found, answers)
-        answers.flush()
+    def answer(what: str, found: object) -> None:
+        print(json.dumps({what: found}), file=answers, flush=True)
 
     try:
-        answer(measure(settings, window, answer))
+        settings = EvaluateSettings(**asked["settings"])
+        found = measure(settings, asked["window"], lambda begun: answer("begun", asdict(begun)))
+        answer("measured", asdict(found))
     except UserError as error:
-        answer(UserError(str(error)))
+        answer("refused", str(error))
     except LLMPrunerError as error:
-        answer(str(error))
+        answer("failed", str(error))
     except Exception as error:  # a library's, which says what the parent is to say
-        answer(f"{type(error).__name__}: {error}")
+        answer("failed", f"{type(error).__name__}: {error}")
 
 
 class _Late:

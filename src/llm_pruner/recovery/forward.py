@@ -101,12 +101,3 @@ def micro_tokens(model: Any, seq_len: int) -> int:
         return max(seq_len, _POSITIONS)
     vocabulary = embedding_rows(model)
     return max(seq_len, _LOGITS_BYTES // (4 * vocabulary))
-
-
-def row_multiple(model: Any, seq_len: int) -> int:
-    """Return the number of tokens whose multiples are the lengths of rows.
-
-    On a CPU a quarter of ``seq_len``: for each length that a matrix product meets, oneDNN compiles
-    a kernel, and a model whose layers have widths of their own has hundreds of products.
-    """
-    return -(-seq_len // 4) if next(model.parameters()).device.type == "cpu" else 1

@@ -58,7 +58,6 @@ def lay_out(
     capacity: int,
     micro_tokens: int,
     shares: int = 1,
-    multiple: int = 1,
 ) -> list[Batch]:
     """Return batches that together hold these samples once each.
 
@@ -70,8 +69,6 @@ def lay_out(
         micro_tokens: positions in a batch, at least one row.
         shares: make at least so many batches where the samples allow it, so that as many processes
             have something to do.
-        multiple: rows are padded to a multiple of so many tokens, to ``capacity`` at most; with
-            more than one, only rows of one length share a batch.
     """
     # Ties keep their order, so that the layout is a function of the samples alone.
     order = sorted(samples, key=lambda sample: -len(sequences[sample]))
@@ -87,24 +84,11 @@ def lay_out(
     most = max(1, len(rows) // shares)
     start = 0
     while start < len(rows):
-        width = _padded(sequences, rows[start], capacity, multiple)
-        alike = 1
-        while start + alike < len(rows) and (
-            multiple == 1 or _padded(sequences, rows[start + alike], capacity, multiple) == width
-        ):
-            alike += 1
-        count = max(1, min(micro_tokens // width, most, alike))
+        width = sum(len(sequences[sample]) for sample in rows[start])
+        count = max(1, min(micro_tokens // width, most))
         batches.append(_batch(sequences, rows[start : start + count], width, packed))
         start += count
     return batches
-
-
-def _padded(
-    sequences: Sequence[TrainingSequence], row: Sequence[int], capacity: int, multiple: int
-) -> int:
-    """Return the length of a row with its padding."""
-    length = sum(len(sequences[sample]) for sample in row)
-    return max(length, min(capacity, -(-length // multiple) * multiple))
 
 
 def _first_fit(

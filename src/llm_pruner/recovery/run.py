@@ -8,7 +8,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,9 +23,8 @@ from llm_pruner.models.forward import embedding_rows
 from llm_pruner.recovery import checkpoint as state
 from llm_pruner.recovery.callbacks import Guard, Progress, evaluation_interval
 from llm_pruner.recovery.distill import Teacher
-from llm_pruner.recovery.forward import can_pack, micro_tokens, row_multiple
+from llm_pruner.recovery.forward import can_pack, micro_tokens
 from llm_pruner.recovery.kernels import kernels
-from llm_pruner.recovery.kernels.adapters import fused_adapters
 from llm_pruner.recovery.packing import lay_out, step_samples
 from llm_pruner.recovery.processes import ALONE, Processes
 from llm_pruner.recovery.scoring import Evaluation, score
@@ -176,12 +175,7 @@ def recover_(
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
         else:
-            half = torch.bfloat16 if settings.bf16 else None
-            fused = settings.uses("adapters") and not processes.sharded
-            with fused_adapters(trained, half) if fused else nullcontext():
-                trainer.train(
-                    resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
-                )
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         before = run.evaluations[0] if run.before is None else run.before
         best = initial if trainer.best_weights is None else trainer.best_weights
         if not merges:
@@ -231,7 +225,6 @@ def _layout(model: Any, settings: TrainingSettings, processes: Processes) -> dic
         "capacity": settings.seq_len,
         "micro_tokens": settings.micro_tokens or micro_tokens(model, settings.seq_len),
         "shares": processes.count,
-        "multiple": row_multiple(model, settings.seq_len) if settings.uses("rows") else 1,
     }
 
 

@@ -33,7 +33,7 @@ _TRACKERS = {
 _QUANTIZERS = {"int8": "torchao", "nf4": "bitsandbytes"}
 """Type of weights that are not trained -> package that multiplies by them."""
 
-KERNELS = ("attention", "loss", "adapters", "rows")
+KERNELS = ("attention", "loss")
 """Parts of training that have a faster arithmetic, each with a switch of its own."""
 
 
