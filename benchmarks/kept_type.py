@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 import transformers
-from llm_pruner.evaluation.memory import folder_bytes
 
 from commands import found_by, save_dense
 from corpora import TOKENS, WINDOW
+from llm_pruner.evaluation.footprint import folder_bytes
 from machine import machine
 
 RESULTS = Path(__file__).parent / "results"
