@@ -21,6 +21,7 @@ from llm_pruner.checkpoints.stock_config import stock_config
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.files.disk import umask
 from llm_pruner.files.outputs import atomic_directory, check_shard_size
+from llm_pruner.models.streaming import saved_by_shard
 from llm_pruner.runtime.progress import quiet
 from llm_pruner.types import Edits
 
@@ -87,8 +88,8 @@ def save_checkpoint(
     dense_config = dense_config or model.config
     config, kind = _pruned_config(model, edits, dense_config)
     with atomic_directory(out, overwrite) as folder:
-        with _config_in_place(model, config), silent_writing():
-            model.save_pretrained(folder, max_shard_size=max_shard_size)
+        with _config_in_place(model, config), silent_writing(), saved_by_shard(model) as state:
+            model.save_pretrained(folder, max_shard_size=max_shard_size, state_dict=state)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
         if plan_json is not None:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -32,6 +33,7 @@ from llm_pruner.importance import score
 from llm_pruner.models.forward import is_on_meta
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import LoadedModel, load
+from llm_pruner.models.streaming import keep_dtype_
 from llm_pruner.planning import (
     Numbering,
     Plan,
@@ -181,7 +183,11 @@ class PruneRun:
     def load(self) -> None:
         """Load the model and find its groups."""
         loaded, discovery, _ = self.given
-        self.loaded = loaded or load(self.settings.computing(), weights=not self.weightless)
+        free = psutil.virtual_memory().available * 4 // 5
+        self.room = free if isinstance(self.settings.memory, str) else self.settings.memory
+        self.loaded = loaded or load(
+            self.settings.computing(), weights=not self.weightless, memory=self.room
+        )
         self.network = self.loaded.model
         self.clock.stop("load")
         self.dense_config = copy.deepcopy(self.network.config)
@@ -350,7 +356,9 @@ class PruneRun:
             max_shard_size=settings.max_shard_size,
             dense_config=self.dense_config,
             beside=partial(self._write_beside, result),
-            check=reload_check(network, self.discovery, again, self.clock) if reloads else None,
+            check=reload_check(network, self.discovery, again, self.room, self.clock)
+            if reloads
+            else None,
         )
         self.clock.stop("save")
         return replace(
@@ -429,6 +437,6 @@ def keep_type_(network: Any, dtype: torch.dtype) -> None:
     """
     kept = {name for name, _ in network.named_buffers()} - set(network.state_dict())
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
-        if name not in kept and tensor.is_floating_point():
+        if name not in kept and tensor.is_floating_point() and not keep_dtype_(tensor, dtype):
             tensor.data = tensor.data.to(dtype)
     network.config.dtype = dtype

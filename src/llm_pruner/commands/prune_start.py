@@ -14,7 +14,7 @@ from llm_pruner.settings.common import CalibrationSettings, ModelSettings, Outpu
 from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.types import Discovery
 
-_RUN = {"plan", "dry_run", "verify", "kept"}
+_RUN = {"plan", "dry_run", "verify", "kept", "memory"}
 """Settings of a run that say nothing about what goes; so do those of the model and the output."""
 
 

@@ -37,6 +37,7 @@ from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
 from llm_pruner.models.consumers import consumers_of, input_dim, set_weight, weight_of
 from llm_pruner.models.forward import undisturbed
 from llm_pruner.models.layers import Renaming, kept_layers
+from llm_pruner.models.streaming import turn
 from llm_pruner.runtime.progress import track
 from llm_pruner.surgery.removal import removed_modules, removed_positions
 from llm_pruner.types import Discovery, Removal
@@ -235,7 +236,8 @@ class _Refit:
                 while at < self.twins[index]:
                     self._advance(self.dense, at, target)
                     at += 1
-                target = self._block(index, at, target)
+                with turn(self.dense.blocks[at], self.pruned.blocks[index]):
+                    target = self._block(index, at, target)
                 at += 1
             target.close()
         return self.found
@@ -246,9 +248,10 @@ class _Refit:
 
     def _advance(self, chain: Chain, index: int, hidden: ActivationStore) -> None:
         """Replace the hidden states before a block by those behind it."""
-        for part in self.parts:
-            _, output = chain.run_block(index, self.ids[part], hidden.read(0, part))
-            hidden.write(0, part, output)
+        with turn(chain.blocks[index]):
+            for part in self.parts:
+                _, output = chain.run_block(index, self.ids[part], hidden.read(0, part))
+                hidden.write(0, part, output)
 
     def _block(self, index: int, at: int, target: ActivationStore) -> ActivationStore:
         """Refit one block's consumers and go past it; return the dense hidden states behind it."""

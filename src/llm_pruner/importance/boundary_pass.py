@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from torch import nn
 
 from llm_pruner.errors import UserError
 from llm_pruner.models.activation_store import ActivationStore
-from llm_pruner.models.blockwise import Call, Chain, hidden_of, output_of, with_output
+from llm_pruner.models.blockwise import Call, Chain, hidden_of
 from llm_pruner.models.forward import run_for_logits
+from llm_pruner.models.streaming import is_model_streamed, turn
 from llm_pruner.runtime.progress import track
 
 MEMORY = 2**26
@@ -136,6 +137,11 @@ def run_backward(
     if chain is not None:
         _BlockPass(chain, input_ids, collector).run()
         return
+    if is_model_streamed(model):
+        raise UserError(
+            "the model is no chain of blocks, so no gradients can be taken with its weights read "
+            "block by block; leave --memory out, or use a machine with more"
+        )
     samples, length = input_ids.shape
     size = max(1, _TOKENS_WHOLE // length) if collector.together else 1
     with _requiring_gradients(collector.parameters):
@@ -157,9 +163,9 @@ class _BlockPass:
         samples, length = input_ids.shape
         self.count = len(chain.blocks)
         self.lowest = 0 if chain.bottom else self._lowest()
-        self.stored = range(self.lowest, self.count + 1 if chain.outside else self.count)
         logits = _LOGIT_BYTES // (length * chain.vocabulary * 4)
         self.parts = batches(samples, max(1, TOKENS // length) if collector.together else 1)
+        self.wide = batches(samples, max(1, TOKENS // length))
         self.headed = batches(samples, max(1, min(TOKENS // length, logits)))
 
     def _lowest(self) -> int:
@@ -178,41 +184,60 @@ class _BlockPass:
             collector.seen()  # by the chain's probes
             with (
                 ActivationStore(range(1), samples, MEMORY * 3 // 4) as self.gradients,
-                ActivationStore(self.stored, samples, MEMORY // 4) as self.states,
+                ActivationStore(range(self.count + 1), samples, MEMORY // 4) as self.states,
             ):
-                for part in track(self.headed, f"{collector.label}: forward"):
-                    self._forward(part)
+                self._forward()
+                for part in self.headed:
+                    self._head(part)
                 order = range(self.count - 1, self.lowest - 1, -1)
                 steps = [(index, part) for index in order for part in self.parts]
-                for index, part in track(steps, f"{collector.label}: blocks"):
-                    self._block(index, part)
-                    if part is self.parts[-1]:
-                        self.states.drop(index)
-                        collector.finished(index, chain.owned[index])
+                with ExitStack() as held:
+                    for index, part in track(steps, f"{collector.label}: blocks"):
+                        if part is self.parts[0]:
+                            held.enter_context(turn(chain.blocks[index]))
+                        self._block(index, part)
+                        if part is self.parts[-1]:
+                            self.states.drop(index)
+                            collector.finished(index, chain.owned[index])
+                            held.close()
                 if chain.outside:
                     parts = self.headed if collector.together else self.parts
                     for part in track(parts, f"{collector.label}: embedding and head"):
                         self._outside(part)
                     collector.finished(None, chain.outside)
 
-    def _forward(self, part: slice) -> None:
-        """Store the hidden states of a few samples and the gradient at the last boundary.
+    @torch.no_grad()
+    def _forward(self) -> None:
+        """Store the hidden states of all samples, block after block."""
+        for part in self.wide:
+            self.states.write(0, part, self.chain.entry(self.ids[part]))
+        steps = [(index, part) for index in range(self.count) for part in self.wide]
+        with ExitStack() as held:
+            for index, part in track(steps, f"{self.collector.label}: forward"):
+                if part is self.wide[0]:
+                    held.enter_context(turn(self.chain.blocks[index]))
+                before = self.states.read(index, part)
+                _, output = self.chain.run_block(index, self.ids[part], before)
+                self.states.write(index + 1, part, output)
+                if part is self.wide[-1]:
+                    held.close()
+                    if index < self.lowest:
+                        self.states.drop(index)
+
+    def _head(self, part: slice) -> None:
+        """Store the gradient at the last boundary.
 
         Inputs that the collector has seen above the last block get their gradient as well.
         """
+        leaf = self.states.read(self.count, part)
         leaves: list[torch.Tensor] = []
 
-        def handler(at: int, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if at in self.stored:
-                self.states.write(at, part, hidden_of(args, kwargs))
-            with torch.no_grad():
-                output = original(*args, **kwargs)
-            if at + 1 < self.count:
-                return output
-            if self.count in self.stored:
-                self.states.write(self.count, part, output_of(output))
-            leaves.append(output_of(output).detach().requires_grad_())
-            return with_output(output, leaves[0])
+        def handler(at: int, _: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            given = hidden_of(args, kwargs)
+            if at + 1 == self.count:
+                given = leaf.to(given.device).detach().requires_grad_()
+                leaves.append(given)
+            return self.chain.as_output(at, given)
 
         logits = self.chain.run(self.ids[part], handler)
         cotangent = loss_cotangent(logits, self.ids[part], part.start)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -31,6 +31,7 @@ from llm_pruner.importance.boundary_pass import (
 from llm_pruner.importance.observation import Observation, Reading
 from llm_pruner.models.activation_store import ActivationStore
 from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
+from llm_pruner.models.streaming import turn
 from llm_pruner.models.consumers import Consumer, add_gram_, consumers_of, weight_of
 from llm_pruner.runtime.progress import track
 from llm_pruner.types import FloatArray, Group, Member
@@ -230,12 +231,16 @@ class _Watch(Collector, Generic[Measured]):
             for part in parts:
                 hidden.write(0, part, chain.entry(input_ids[part]))
             steps = [(index, part) for index in range(highest + 1) for part in parts]
-            for index, part in track(steps, f"{self.label}: blocks"):
-                _, output = chain.run_block(index, input_ids[part], hidden.read(0, part))
-                hidden.write(0, part, output)
-                self._take(part)
-                if part is parts[-1]:
-                    self._finish(self._inside[index])
+            with ExitStack() as held:
+                for index, part in track(steps, f"{self.label}: blocks"):
+                    if part is parts[0]:
+                        held.enter_context(turn(chain.blocks[index]))
+                    _, output = chain.run_block(index, input_ids[part], hidden.read(0, part))
+                    hidden.write(0, part, output)
+                    self._take(part)
+                    if part is parts[-1]:
+                        self._finish(self._inside[index])
+                        held.close()
 
     def _take(self, part: slice) -> None:
         """Take what a forward pass has shown."""

@@ -20,6 +20,7 @@ from llm_pruner.importance.observation import Observation
 from llm_pruner.importance.observing import measure
 from llm_pruner.models.blockwise import NotBlockwise, find_chain
 from llm_pruner.models.forward import undisturbed
+from llm_pruner.models.streaming import values_of
 from llm_pruner.types import Discovery, FloatArray, Group
 
 _LOG = logging.getLogger(__name__)
@@ -207,7 +208,7 @@ def _magnitude_sums(parameters: Mapping[str, nn.Parameter], name: str) -> dict[s
     sums: dict[str, _Sums] = {}
     with torch.no_grad():
         for tensor, parameter in parameters.items():
-            weight = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
+            weight = values_of(parameter).to(torch.promote_types(parameter.dtype, torch.float32))
             sums[tensor] = _reduced(weight.abs() if name == "l1" else weight.square())
     return sums
 

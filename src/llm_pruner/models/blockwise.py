@@ -19,6 +19,7 @@ from torch import nn
 
 from llm_pruner.models.forward import run_for_logits
 from llm_pruner.models.layers import heaviest
+from llm_pruner.models.streaming import turn
 
 _PROBE_TOKENS = 16
 
@@ -254,10 +255,12 @@ def _probe(chain: Chain, ids: torch.Tensor) -> None:
         NotBlockwise: a gradient crosses a border elsewhere than in the hidden state, or a block
             does not repeat its output.
     """
-    entries: list[torch.Tensor] = []  # what block i was given, graph included
+    entries: list[torch.Tensor] = []  # what block i was given; that of the first with its graph
     inputs: list[torch.Tensor] = []  # what it really ran on: a leaf
-    outputs: list[torch.Tensor] = []  # what it returned, graph included
+    outputs: list[torch.Tensor] = []  # what it returned
     leaves: list[torch.Tensor] = []  # what was passed on: a leaf
+    parameters = [list(owned.values()) for owned in chain.owned]
+    outside = list(chain.outside.values())
 
     def handler(at: int, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = hidden_of(args, kwargs)
@@ -265,27 +268,24 @@ def _probe(chain: Chain, ids: torch.Tensor) -> None:
             raise NotBlockwise(f"block {at} does not run on the output of the block before it")
         leaf = given.detach().requires_grad_()
         args, kwargs = with_hidden(args, kwargs, leaf)
-        output = original(*args, **kwargs)
-        hidden = output_of(output)
-        if hidden.shape != given.shape or hidden.dtype != given.dtype:
-            raise NotBlockwise(f"block {at} changes the shape or type of the hidden state")
+        with turn(chain.blocks[at]):
+            output = original(*args, **kwargs)
+            hidden = output_of(output)
+            if hidden.shape != given.shape or hidden.dtype != given.dtype:
+                raise NotBlockwise(f"block {at} changes the shape or type of the hidden state")
+            others = [p for index, own in enumerate(parameters) if index != at for p in own]
+            others += [*inputs, *leaves, *outside]
+            if not _depends(hidden, [leaf]) or _depends(hidden, others):
+                raise NotBlockwise(f"block {at} depends on more than its hidden state and weights")
         entries.append(given)
         inputs.append(leaf)
-        outputs.append(hidden)
+        outputs.append(hidden.detach())
         chain.forms.append(_form_of(output))
         leaves.append(hidden.detach().requires_grad_())
         return with_output(output, leaves[-1])
 
     logits = chain.run(ids, handler)
     chain.vocabulary = logits.shape[-1]
-    parameters = [list(owned.values()) for owned in chain.owned]
-    outside = list(chain.outside.values())
-    everything = [*inputs, *leaves, *outside, *(p for own in parameters for p in own)]
-    for index, output in enumerate(outputs):
-        own = {id(tensor) for tensor in (inputs[index], *parameters[index])}
-        others = [tensor for tensor in everything if id(tensor) not in own]
-        if not _depends(output, [inputs[index]]) or _depends(output, others):
-            raise NotBlockwise(f"block {index} depends on more than its hidden state and weights")
     above = [*inputs, *leaves[:-1], *(p for own in parameters for p in own)]
     if not _depends(logits, [leaves[-1]]) or _depends(logits, above):
         raise NotBlockwise("the logits depend on more than the last block's output")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from llm_pruner.models.streaming import values_of
 from llm_pruner.types import Group, IntArray
 
 
@@ -50,7 +51,7 @@ def input_dim(module: nn.Module) -> int | None:
 
 def weight_of(module: nn.Module) -> torch.Tensor:
     """Return a linear module's weight as a view of shape (out_features, in_features)."""
-    weight = module.get_parameter("weight").detach()
+    weight = values_of(module.get_parameter("weight"))
     return weight if input_dim(module) == 1 else weight.T
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import sys
 from collections.abc import Iterator
@@ -39,10 +40,14 @@ from llm_pruner.models.stored import (
     dtype_named,
     file_states,
     local_path,
+    stored_size,
     stored_tensors,
 )
+from llm_pruner.models.streaming import stream_
 from llm_pruner.runtime.progress import quiet
 from llm_pruner.settings.common import ModelSettings
+
+_LOG = logging.getLogger(__name__)
 
 _ADAPTER = "adapter_config.json"
 _TOKENIZERS = (
@@ -94,6 +99,7 @@ def load_model(
     trust_remote_code: bool = False,
     tokenizer_required: bool = True,
     weights: bool = True,
+    memory: int | None = None,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
@@ -108,12 +114,17 @@ def load_model(
         weights: if false, the model is built on the meta device from its config alone, in seconds
             whatever its size, and there is no tokenizer. Models that were pruned to layers of
             different sizes have their weights read all the same.
+        memory: bytes that the weights may take; where they do not fit in, those of safetensors are
+            read block by block, see ``stream_``.
 
     Raises:
         UserError: anything that is wrong with what was given, in one line.
     """
     options: dict[str, Any] = {"dtype": dtype_named(dtype), "device_map": _device(device)}
     found = _find(source, revision, trust_remote_code, tokenizer_required, weights)
+    streams = weights and memory is not None and _exceeds(memory, source, found, dtype)
+    if streams:
+        options = {"dtype": "auto", "device_map": "cpu"}
     stored = file_states(source)
     with _quiet():
         with _explained(source):
@@ -124,15 +135,39 @@ def load_model(
                 kept = commonest_type(Path(found.folder))
             model = _load_model(source, found, config, options, weights)
         tokenizer = _load_tokenizer(source, found, tokenizer_required) if weights else None
+    print_of_weights = fingerprint(model)
+    if streams:
+        kind = dtype_named(dtype)
+        on = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        stream_(model, kind if isinstance(kind, torch.dtype) else model.dtype, on)
     return LoadedModel(
         model=model.eval(),
         tokenizer=tokenizer,
         name=found.name,
         revision=getattr(model.config, "_commit_hash", None),
-        fingerprint=fingerprint(model),
+        fingerprint=print_of_weights,
         stored=stored,
         stored_dtype=kept,
     )
+
+
+def _exceeds(memory: int, source: str, found: _Found, dtype: str) -> bool:
+    """Whether the weights of a model need more memory than that, and can be read block by block.
+
+    Raises:
+        UserError: a weight file is damaged.
+    """
+    size = None if found.is_gguf else stored_size(source, found.shared["revision"], dtype)
+    if size is None or size[1] <= memory:
+        return False
+    _LOG.warning(
+        "the weights take %.1f GB in %s and %.1f GB of memory are for them: they are read block by "
+        "block",
+        size[1] / 1e9,
+        dtype,
+        memory / 1e9,
+    )
+    return True
 
 
 @dataclass(frozen=True)
@@ -424,9 +459,16 @@ def _quiet() -> AbstractContextManager[None]:
 
 
 def load(
-    model: ModelSettings, *, tokenizer_required: bool = True, weights: bool = True
+    model: ModelSettings,
+    *,
+    tokenizer_required: bool = True,
+    weights: bool = True,
+    memory: int | None = None,
 ) -> LoadedModel:
     """Return the model that the settings name; without ``weights``, from its config alone.
+
+    Args:
+        memory: see ``load_model``.
 
     Raises:
         UserError: it cannot be loaded.
@@ -435,6 +477,7 @@ def load(
         model.model,
         tokenizer_required=tokenizer_required,
         weights=weights,
+        memory=memory,
         **model.model_dump(include={"revision", "dtype", "device", "trust_remote_code"}),
     )
 

@@ -20,7 +20,7 @@ from llm_pruner.settings.common import (
 )
 from llm_pruner.settings.options import Settings, option, option_name, presets_in
 from llm_pruner.settings.registry import COMPENSATIONS, CRITERIA
-from llm_pruner.settings.words import parse_count, parse_layer_ranges, parse_split
+from llm_pruner.settings.words import parse_bytes, parse_count, parse_layer_ranges, parse_split
 
 HOW_MUCH, _WHERE = "How much (one of these)", "Where from"
 _IMPORTANCE, _PLAN = "Importance", "Plan"
@@ -202,6 +202,13 @@ class PruneSettings(ModelSettings, OutputSettings, PlanSettings):
         short="-o",
     )
     dtype: str = option("auto", DTYPE, "TYPE", panel=LOADING)
+    memory: Annotated[int | str, _written(parse_bytes, "auto")] = option(
+        "auto",
+        "Room for the weights, such as 8GB; where they need more, they are read block by block.",
+        "SIZE",
+        panel=LOADING,
+        shown="four fifths of what is free",
+    )
 
     def check(self) -> None:
         """Refuse amounts and a plan that say different things.

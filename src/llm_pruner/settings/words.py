@@ -18,6 +18,7 @@ LOCAL_TASKS = (
 """The paper's tasks as lm-evaluation-harness names them, in the order of its tables."""
 
 _SUFFIX = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
+_BYTES = {"K": 3, "M": 6, "G": 9, "T": 12}
 _SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 
 
@@ -36,6 +37,19 @@ def parse_count(text: str) -> int:
             f"{text!r} is not a number of parameters; write such as 5.4B, 107.6M or 110000000"
         )
     return int(number)
+
+
+def parse_bytes(text: str) -> int:
+    """Return a number of bytes: ``"8GB"``, ``"512MB"``; a thousand to the step, as of disks.
+
+    Raises:
+        UserError: it is none, or of no bytes.
+    """
+    match = re.fullmatch(r"(\d*\.?\d+)\s*([KMGT])I?B", text.strip().upper())
+    number = 0 if match is None else int(Decimal(match[1]).scaleb(_BYTES[match[2]]))
+    if number < 1:
+        raise UserError(f"{text!r} is no size; write such as 8GB or 512MB")
+    return number
 
 
 def parse_layer_ranges(text: str) -> dict[str, tuple[int, int]]:

@@ -25,6 +25,7 @@ from llm_pruner.models.layers import (
     set_attributes_,
     sharing_copy,
 )
+from llm_pruner.models.streaming import cut_parameter, is_model_streamed, is_streamed
 from llm_pruner.surgery.removal import kept_shapes, removed_modules, removed_positions
 from llm_pruner.types import Discovery, Edits, IntArray, Removal
 
@@ -190,12 +191,16 @@ def _slice_tensors(model: nn.Module, discovery: Discovery, removal: Removal) -> 
     for name, dims in _cuts(discovery, removal).items():
         places = _places(model, discovery, name)
         old = getattr(*places[0])
-        data = old.detach()
-        for dim, positions in dims.items():
-            data = _take(data, dim, np.delete(np.arange(data.shape[dim]), positions))
-        new: torch.Tensor = data.contiguous()
-        if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        kept = {dim: np.delete(np.arange(old.shape[dim]), gone) for dim, gone in dims.items()}
+        if is_streamed(old):
+            new: torch.Tensor = cut_parameter(old, kept)
+        else:
+            data = old.detach()
+            for dim, positions in kept.items():
+                data = _take(data, dim, positions)
+            new = data.contiguous()
+            if isinstance(old, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=old.requires_grad)
         for owner, key in places:
             setattr(owner, key, new)
 
@@ -292,7 +297,8 @@ class Undo:
             spaces[id(vars(config))] = vars(config)
         self._held = [(space, dict(space)) for space in spaces.values()]
         self._parts: list[_Parts] = []
-        if sum(parameter.numel() for parameter in model.parameters()) > _BY_PARTS:
+        large = sum(parameter.numel() for parameter in model.parameters()) > _BY_PARTS
+        if large and not is_model_streamed(model):  # then what was there is in its files
             self._keep_parts(model, discovery, removal)
 
     def _keep_parts(self, model: nn.Module, discovery: Discovery, removal: Removal) -> None:

@@ -48,13 +48,13 @@ class Surgeon:
 
 
 def reload_check(
-    model: Any, discovery: Discovery, settings: ModelSettings, clock: Clock
+    model: Any, discovery: Discovery, settings: ModelSettings, memory: int, clock: Clock
 ) -> Callable[[Path], None]:
     """Return a check that a saved folder gives the logits of the model in memory."""
 
     def check(folder: Path) -> None:
         clock.stop("save")
-        again = load(settings.loading(folder), tokenizer_required=False)
+        again = load(settings.loading(folder), tokenizer_required=False, memory=memory)
         require_same(model, again.model, discovery)
         clock.stop("reload")
 

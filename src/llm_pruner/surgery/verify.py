@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -29,6 +29,7 @@ from llm_pruner.discovery.tracing.tracer import Tracer
 from llm_pruner.errors import VerificationError
 from llm_pruner.models.forward import is_on_meta
 from llm_pruner.models.layers import sharing_copy
+from llm_pruner.models.streaming import is_model_streamed, is_streamed, zeroed
 from llm_pruner.surgery.cut import Undo, cut_, plan_edits
 from llm_pruner.surgery.removal import removed_modules, removed_positions
 from llm_pruner.types import Discovery, Edits, IntArray, Removal
@@ -110,8 +111,13 @@ def _silenced(model: nn.Module, discovery: Discovery, removal: Removal) -> Itera
     """Set the slices of the removed units to zero for the time of the context."""
     saved: list[tuple[torch.Tensor, Any, torch.Tensor]] = []
     tensors = {name: tensor for name, tensor, _ in named_tensors(model)}
+    streamed = ExitStack()
     try:
         for (name, dim), positions in removed_positions(discovery, removal).items():
+            if is_streamed(tensors[name]):
+                gone = torch.from_numpy(positions)
+                streamed.enter_context(zeroed(tensors[name], dim, gone))
+                continue
             tensor = tensors[name].detach()
             if not tensor.is_floating_point():
                 continue
@@ -120,6 +126,7 @@ def _silenced(model: nn.Module, discovery: Discovery, removal: Removal) -> Itera
             tensor[index] = 0
         yield
     finally:
+        streamed.close()
         # Slices along two axes overlap: the first one saved holds the original values.
         for tensor, index, part in reversed(saved):
             tensor[index] = part
@@ -347,7 +354,7 @@ def _is_rounding(
     to round.
     """
     weights = list(model.parameters())
-    if sum(weight.numel() for weight in weights) > _SMALL or any(
+    if is_model_streamed(model) or sum(weight.numel() for weight in weights) > _SMALL or any(
         weight.dtype != torch.float32 for weight in weights
     ):
         return False

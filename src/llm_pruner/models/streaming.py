@@ -1,0 +1,299 @@
+"""Weights that stay in the checkpoint's files and are read for their block's turn.
+
+safetensors maps weight files into memory, so a model that keeps the type of its checkpoint occupies
+no memory until its weights are read. ``stream_`` puts an empty stand-in in place of every weight
+inside the blocks; when a block runs, and for as long as ``turn`` holds it, its weights are there in
+the type of computation, cut as surgery said, and afterwards their pages are given back. Whatever
+runs the model, one block's weights exist at a time beside embeddings and head.
+
+A stand-in is one NaN in the shape of the weight: what is read out of turn does not pass unnoticed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial, update_wrapper
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.weak import WeakIdKeyDictionary
+
+from llm_pruner.errors import UserError
+from llm_pruner.models.layers import heaviest
+from llm_pruner.types import IntArray
+
+_DONT_NEED = 4  # MADV_DONTNEED: drop the pages; those of a file are read again when needed
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a weight's values come from.
+
+    Attributes:
+        stored: as it lies in the file.
+        dtype, device: of computation.
+        mapped: whether ``stored`` is a view of a file that nobody writes to.
+        changes: (axis, positions, whether these alone stay; else they are zero), in order.
+    """
+
+    stored: torch.Tensor
+    dtype: torch.dtype
+    device: torch.device
+    mapped: bool
+    changes: tuple[tuple[int, torch.Tensor, bool], ...] = ()
+
+    def read(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return the values, on fresh memory or as they are stored."""
+        value = self.stored
+        for dim, positions, stay in self.changes:
+            if stay:
+                value = value.index_select(dim, positions)
+            else:
+                value = value.index_fill(dim, positions, 0)
+        return value.to(self.device, dtype or self.dtype)
+
+    def stand_in(self) -> torch.Tensor:
+        shape = list(self.stored.shape)
+        for dim, positions, stay in self.changes:
+            if stay:
+                shape[dim] = len(positions)
+        return torch.full((), torch.nan, dtype=self.dtype, device=self.device).expand(shape)
+
+    def forget(self) -> None:
+        """Give the pages of the file back."""
+        if self.mapped:
+            start = self.stored.data_ptr()
+            first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+            last = (start + self.stored.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            if last > first:
+                _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONT_NEED)
+
+
+_SOURCES: Any = WeakIdKeyDictionary()
+_held: Any = WeakIdKeyDictionary()
+
+
+def is_streamed(tensor: torch.Tensor) -> bool:
+    """Whether a parameter's values are there only in its block's turn."""
+    return tensor in _SOURCES
+
+
+def is_model_streamed(model: nn.Module) -> bool:
+    """Whether a model has such parameters."""
+    return any(is_streamed(parameter) for parameter in model.parameters())
+
+
+def values_of(parameter: torch.Tensor) -> torch.Tensor:
+    """Return a parameter's values, detached, whether or not it is its turn."""
+    source = _SOURCES.get(parameter)
+    if source is None or parameter in _held:
+        return parameter.detach()
+    value = source.read()
+    if value.data_ptr() != source.stored.data_ptr():
+        source.forget()
+    return value
+
+
+def stream_(model: nn.Module, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    """Have the weights in a model's blocks read for each turn; turn all others to ``dtype``.
+
+    Args:
+        model: loaded on the CPU in the type of its files, so that its weights are mapped.
+        dtype: of computation.
+        device: where it is computed.
+
+    Raises:
+        UserError: the model has no list of blocks, or holds computed numbers that the stored type
+            has rounded.
+    """
+    device = torch.device(device)
+    blocks = heaviest(one for one in model.modules() if isinstance(one, nn.ModuleList))
+    if blocks is None:
+        raise UserError(
+            f"{type(model).__name__} has no list of blocks, so its weights cannot be read block by "
+            "block; leave --memory out, or use a machine with more"
+        )
+    saved = set(model.state_dict())
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and buffer.dtype != torch.float32 and name not in saved:
+            raise UserError(
+                f"{name} of {type(model).__name__} is computed in {buffer.dtype} when the weights "
+                "keep their type, so they cannot be read block by block; leave --memory out, or "
+                "use a machine with more"
+            )
+    uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
+    ranges = _mapped_files()
+    for block in blocks:
+        inside = [one for _, one in block.named_parameters(remove_duplicate=False)]
+        within = Counter(map(id, inside))
+        for parameter in {id(one): one for one in inside}.values():
+            if within[id(parameter)] == uses[id(parameter)] and parameter.is_floating_point():
+                stored = parameter.detach()
+                end = stored.data_ptr() + stored.nbytes
+                mapped = any(first <= stored.data_ptr() and end <= last for first, last in ranges)
+                _adopt(parameter, _Source(stored, dtype, device, mapped))
+        run = partial(_in_turn, block, block.forward)
+        block.forward = update_wrapper(run, block.forward)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not is_streamed(tensor):
+            kind = dtype if tensor.is_floating_point() else tensor.dtype
+            tensor.data = tensor.data.to(device, kind)
+    config: Any = getattr(model, "config", None)
+    if config is not None:
+        config.dtype = dtype
+
+
+def _in_turn(block: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    with turn(block):
+        return forward(*args, **kwargs)
+
+
+def _adopt(parameter: nn.Parameter, source: _Source) -> None:
+    _SOURCES[parameter] = source
+    parameter.data = source.stand_in()
+
+
+@contextmanager
+def turn(*blocks: nn.Module) -> Iterator[None]:
+    """Inside, the weights of these blocks are there, for a backward pass too.
+
+    A weight that is replaced inside is kept in the type of the one before it.
+    """
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(_turn(block))
+        yield
+
+
+@contextmanager
+def _turn(block: nn.Module) -> Iterator[None]:
+    places = [
+        (module, key, parameter)
+        for module in block.modules()
+        for key, parameter in module._parameters.items()
+        if parameter is not None and parameter in _SOURCES and parameter not in _held
+    ]
+    stand_ins = []
+    with _undisturbed_by_modes():
+        for _, _, parameter in places:
+            if parameter not in _held:
+                _held[parameter] = True
+                stand_ins.append((parameter, parameter.data))
+                parameter.data = _SOURCES[parameter].read()
+    try:
+        yield
+    finally:
+        with _undisturbed_by_modes():
+            for parameter, stand_in in stand_ins:
+                del _held[parameter]
+                parameter.data = stand_in
+                _SOURCES[parameter].forget()
+            for module, key, before in places:
+                now = module._parameters.get(key)
+                if now is not None and now is not before and now not in _SOURCES:
+                    source = _SOURCES[before]
+                    stored = now.data.to("cpu", source.stored.dtype)
+                    _adopt(now, replace(source, stored=stored, mapped=False, changes=()))
+
+
+@contextmanager
+def _undisturbed_by_modes() -> Iterator[None]:
+    """Reading weights is nothing that a trace is to see, nor a gradient to pass."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+        yield
+
+
+def cut_parameter(parameter: torch.Tensor, kept: Mapping[int, IntArray]) -> nn.Parameter:
+    """Return a streamed parameter with only the ``kept`` positions of its axes."""
+    source = _SOURCES[parameter]
+    changes = tuple((dim, torch.from_numpy(positions), True) for dim, positions in kept.items())
+    new = nn.Parameter(torch.empty(0, dtype=source.dtype), requires_grad=parameter.requires_grad)
+    _adopt(new, replace(source, changes=source.changes + changes))
+    return new
+
+
+@contextmanager
+def zeroed(parameter: torch.Tensor, dim: int, positions: torch.Tensor) -> Iterator[None]:
+    """Inside, positions of a streamed parameter are read as zero."""
+    source = _SOURCES[parameter]
+    _SOURCES[parameter] = replace(source, changes=(*source.changes, (dim, positions, False)))
+    try:
+        yield
+    finally:
+        _SOURCES[parameter] = source
+
+
+def keep_dtype_(parameter: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Have a streamed parameter computed in ``dtype``; return whether it is streamed."""
+    source = _SOURCES.get(parameter)
+    if source is None:
+        return False
+    _SOURCES[parameter] = replace(source, dtype=dtype)
+    parameter.data = _SOURCES[parameter].stand_in()
+    return True
+
+
+@contextmanager
+def saved_by_shard(model: Any) -> Iterator[dict[str, torch.Tensor] | None]:
+    """Yield a state dict from which ``save_pretrained`` reads one shard's weights at a time.
+
+    None if the model is not streamed. It has the form of a model whose weights a device map has put
+    on the disk, which ``save_pretrained`` asks for each of them when it comes to its shard.
+    """
+    state = model.state_dict(keep_vars=True)
+    if not any(is_streamed(tensor) for tensor in state.values()):
+        yield None
+        return
+    before = vars(model).get("hf_device_map"), vars(model).get("_hf_hook")
+    model.hf_device_map, model._hf_hook = {"": "disk"}, _Reader(state)
+    try:
+        yield {
+            name: torch.empty_like(tensor, device="meta", memory_format=torch.contiguous_format)
+            if is_streamed(tensor)
+            else tensor.detach()
+            for name, tensor in state.items()
+        }
+    finally:
+        for name, value in zip(("hf_device_map", "_hf_hook"), before, strict=True):
+            if value is None:
+                delattr(model, name)
+            else:
+                setattr(model, name, value)
+
+
+class _Reader:
+    """What ``save_pretrained`` takes for the hook of an offloaded model."""
+
+    def __init__(self, state: Mapping[str, torch.Tensor]) -> None:
+        self._state = state
+        self.weights_map = self
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return values_of(self._state[name]).cpu().contiguous()
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """Return the ranges of addresses at which weight files are mapped; none but on Linux."""
+    maps = Path("/proc/self/maps")
+    if not sys.platform.startswith("linux") or not maps.is_file():
+        return []
+    found = []
+    for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[4] != "0" and fields[5].endswith(".safetensors"):
+            first, last = (int(number, 16) for number in fields[0].split("-"))
+            found.append((first, last))
+    return found
+
+
+def _libc() -> Any:
+    return ctypes.CDLL(None)
