@@ -20,10 +20,12 @@ from llm_pruner.checkpoints.reshape import Recipe, compose, from_json
 from llm_pruner.checkpoints.stock_config import stock_config
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.files.disk import umask
-from llm_pruner.files.outputs import atomic_directory, check_shard_size
+from llm_pruner.files.outputs import atomic_directory, check_shard_size, shard_bytes
 from llm_pruner.models.streaming import saved_by_shard
 from llm_pruner.runtime.progress import quiet
 from llm_pruner.types import Edits
+
+_SHARD = "1GB"
 
 # The package in which transformers puts modelling code that comes with a checkpoint.
 _REMOTE_PACKAGE = "transformers_modules"
@@ -89,7 +91,11 @@ def save_checkpoint(
     config, kind = _pruned_config(model, edits, dense_config)
     with atomic_directory(out, overwrite) as folder:
         with _config_in_place(model, config), silent_writing(), saved_by_shard(model) as state:
-            model.save_pretrained(folder, max_shard_size=max_shard_size, state_dict=state)
+            # A shard of a model that is read block by block is in memory when it is written.
+            shard = (
+                max_shard_size if state is None else min(max_shard_size, _SHARD, key=shard_bytes)
+            )
+            model.save_pretrained(folder, max_shard_size=shard, state_dict=state)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
         if plan_json is not None:

@@ -377,16 +377,20 @@ def free_bytes(path: Path) -> int:
 
 def check_shard_size(size: str) -> None:
     """Raise UserError unless ``size`` is one such as ``5GB`` that a weight file can have."""
-    number, unit = size.strip()[:-2], size.strip()[-2:].upper()
-    try:
-        bytes_ = int(float(number) * _SIZES[unit])
-    except (KeyError, ValueError, OverflowError):
-        bytes_ = 0
-    if bytes_ < 1:
+    if shard_bytes(size) < 1:
         raise UserError(
             f"--max-shard-size {size[:40]!r} is no size of a file; use a number above 0 with KB, "
             "MB, GB or TB, such as 5GB"
         )
+
+
+def shard_bytes(size: str) -> int:
+    """Return the bytes of a size such as ``5GB``; 0 if it is none."""
+    number, unit = size.strip()[:-2], size.strip()[-2:].upper()
+    try:
+        return int(float(number) * _SIZES[unit])
+    except (KeyError, ValueError, OverflowError):
+        return 0
 
 
 def _check_length(name: str, longest: int, option: str) -> None:

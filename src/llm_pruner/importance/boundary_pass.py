@@ -200,6 +200,7 @@ class _BlockPass:
                             self.states.drop(index)
                             collector.finished(index, chain.owned[index])
                             held.close()
+                            torch.clear_autocast_cache()
                 if chain.outside:
                     parts = self.headed if collector.together else self.parts
                     for part in track(parts, f"{collector.label}: embedding and head"):

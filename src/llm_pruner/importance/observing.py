@@ -31,8 +31,8 @@ from llm_pruner.importance.boundary_pass import (
 from llm_pruner.importance.observation import Observation, Reading
 from llm_pruner.models.activation_store import ActivationStore
 from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
-from llm_pruner.models.streaming import turn
 from llm_pruner.models.consumers import Consumer, add_gram_, consumers_of, weight_of
+from llm_pruner.models.streaming import turn
 from llm_pruner.runtime.progress import track
 from llm_pruner.types import FloatArray, Group, Member
 

@@ -273,8 +273,8 @@ def _probe(chain: Chain, ids: torch.Tensor) -> None:
             hidden = output_of(output)
             if hidden.shape != given.shape or hidden.dtype != given.dtype:
                 raise NotBlockwise(f"block {at} changes the shape or type of the hidden state")
-            others = [p for index, own in enumerate(parameters) if index != at for p in own]
-            others += [*inputs, *leaves, *outside]
+            rest = [p for index, own in enumerate(parameters) if index != at for p in own]
+            others = [*inputs, *leaves, *outside, *rest]
             if not _depends(hidden, [leaf]) or _depends(hidden, others):
                 raise NotBlockwise(f"block {at} depends on more than its hidden state and weights")
         entries.append(given)

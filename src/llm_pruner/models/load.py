@@ -43,7 +43,7 @@ from llm_pruner.models.stored import (
     stored_size,
     stored_tensors,
 )
-from llm_pruner.models.streaming import stream_
+from llm_pruner.models.streaming import stored, stream_
 from llm_pruner.runtime.progress import quiet
 from llm_pruner.settings.common import ModelSettings
 
@@ -125,7 +125,7 @@ def load_model(
     streams = weights and memory is not None and _exceeds(memory, source, found, dtype)
     if streams:
         options = {"dtype": "auto", "device_map": "cpu"}
-    stored = file_states(source)
+    states = file_states(source)
     with _quiet():
         with _explained(source):
             config = AutoConfig.from_pretrained(found.folder, **found.shared)
@@ -135,7 +135,6 @@ def load_model(
                 kept = commonest_type(Path(found.folder))
             model = _load_model(source, found, config, options, weights)
         tokenizer = _load_tokenizer(source, found, tokenizer_required) if weights else None
-    print_of_weights = fingerprint(model)
     if streams:
         kind = dtype_named(dtype)
         on = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -145,8 +144,8 @@ def load_model(
         tokenizer=tokenizer,
         name=found.name,
         revision=getattr(model.config, "_commit_hash", None),
-        fingerprint=print_of_weights,
-        stored=stored,
+        fingerprint=fingerprint(model),
+        stored=states,
         stored_dtype=kept,
     )
 
@@ -244,8 +243,9 @@ def fingerprint(model: PreTrainedModel) -> str:
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         if parameter.device.type != "meta":
-            flat = parameter.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 8)][:8].to("cpu", torch.bfloat16)
+            with stored(parameter) as values:
+                flat = values.reshape(-1)
+                sample = flat[:: max(1, flat.numel() // 8)][:8].to("cpu", torch.bfloat16)
             digest.update(sample.view(torch.int16).numpy().tobytes())
     config = _without_volatile(model.config.to_dict())
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())

@@ -103,6 +103,15 @@ def values_of(parameter: torch.Tensor) -> torch.Tensor:
     return value
 
 
+@contextmanager
+def stored(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield a parameter's values in the type in which they are stored, for a look at a few."""
+    source = _SOURCES.get(parameter)
+    yield parameter.detach() if source is None else source.stored
+    if source is not None:
+        source.forget()
+
+
 def stream_(model: nn.Module, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
     """Have the weights in a model's blocks read for each turn; turn all others to ``dtype``.
 
@@ -122,14 +131,7 @@ def stream_(model: nn.Module, dtype: torch.dtype, device: torch.device | str = "
             f"{type(model).__name__} has no list of blocks, so its weights cannot be read block by "
             "block; leave --memory out, or use a machine with more"
         )
-    saved = set(model.state_dict())
-    for name, buffer in model.named_buffers():
-        if buffer.is_floating_point() and buffer.dtype != torch.float32 and name not in saved:
-            raise UserError(
-                f"{name} of {type(model).__name__} is computed in {buffer.dtype} when the weights "
-                "keep their type, so they cannot be read block by block; leave --memory out, or "
-                "use a machine with more"
-            )
+    _compute_anew_(model, dtype)
     uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
     ranges = _mapped_files()
     for block in blocks:
@@ -144,12 +146,47 @@ def stream_(model: nn.Module, dtype: torch.dtype, device: torch.device | str = "
         run = partial(_in_turn, block, block.forward)
         block.forward = update_wrapper(run, block.forward)
     for tensor in (*model.parameters(), *model.buffers()):
-        if not is_streamed(tensor):
+        if is_streamed(tensor):
+            _SOURCES[tensor].forget()
+        else:
             kind = dtype if tensor.is_floating_point() else tensor.dtype
             tensor.data = tensor.data.to(device, kind)
     config: Any = getattr(model, "config", None)
     if config is not None:
         config.dtype = dtype
+
+
+def _compute_anew_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give buffers that no file holds the values that they have in a model of type ``dtype``.
+
+    Raises:
+        UserError: the model does not say how one is computed.
+    """
+    compute: Any = getattr(model, "_init_weights", lambda _: None)
+    for path, module in model.named_modules():
+        narrow = [
+            name
+            for name in module._non_persistent_buffers_set
+            if (buffer := module._buffers.get(name)) is not None
+            and torch.promote_types(buffer.dtype, dtype) != buffer.dtype
+            and buffer.is_floating_point()
+        ]
+        if not narrow:
+            continue
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            tensor._is_hf_initialized = True
+        for name in narrow:
+            module._buffers[name] = torch.full_like(module._buffers[name], torch.nan, dtype=dtype)
+        with torch.no_grad():
+            compute(module)
+        for name in narrow:
+            if module.get_buffer(name).isnan().any():
+                where = f"{path}.{name}".removeprefix(".")
+                raise UserError(
+                    f"{where} of {type(model).__name__} is computed in the type of the weights, "
+                    "so they cannot be read block by block; leave --memory out, or use a machine "
+                    "with more"
+                )
 
 
 def _in_turn(block: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
@@ -186,12 +223,14 @@ def _turn(block: nn.Module) -> Iterator[None]:
     with _undisturbed_by_modes():
         for _, _, parameter in places:
             if parameter not in _held:
-                _held[parameter] = True
                 stand_ins.append((parameter, parameter.data))
-                parameter.data = _SOURCES[parameter].read()
+                parameter.data = values_of(parameter)
+                _held[parameter] = True
     try:
         yield
     finally:
+        if stand_ins:
+            torch.clear_autocast_cache()  # of the weights in bfloat16
         with _undisturbed_by_modes():
             for parameter, stand_in in stand_ins:
                 del _held[parameter]

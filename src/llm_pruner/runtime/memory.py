@@ -26,6 +26,9 @@ it is trained on rows of several."""
 
 _KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
+_HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+"""Has PyTorch ask for them on Linux."""
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _SAID = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 
@@ -34,8 +37,9 @@ def keep_large_blocks() -> bool:
     """Set this process's malloc so; return whether it was.
 
     Nothing is set where the C library is not glibc, or where the user said otherwise in the
-    environment.
+    environment. Has to come before PyTorch's first large tensor.
     """
+    os.environ.setdefault(_HUGE_PAGES, "1")
     mallopt = _glibc("mallopt")
     if mallopt is None or any(name in os.environ for name in _SAID):
         return False

@@ -1,0 +1,93 @@
+"""Write a checkpoint of a real model's shape with random weights, for measures of time and memory.
+
+    python benchmarks/random_checkpoint.py SHAPE --text FILE --out DIR
+
+SHAPE is one of those below. Weights are bfloat16, drawn from a normal distribution, layer by layer,
+so no more than one layer is in memory; the tokenizer is trained on FILE. The folder is what
+``save_pretrained`` writes for such a model: shards, their index, the config, the tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+SHAPES = {
+    "1B": (2048, 5632, 22, 32, 4),
+    "3B": (3200, 8640, 26, 32, 32),
+    "7B": (4096, 11008, 32, 32, 32),
+    "13B": (5120, 13824, 40, 40, 40),
+}
+"""Hidden size, FFN size, layers, heads and key-value heads of TinyLlama, OpenLLaMA and LLaMA."""
+
+DEVIATION = 0.02
+
+
+def config_of(shape: str) -> LlamaConfig:
+    """Return the config of a shape."""
+    hidden, ffn, layers, heads, kv_heads = SHAPES[shape]
+    return LlamaConfig(
+        vocab_size=32000,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=2048,
+        dtype="bfloat16",
+    )
+
+
+def write(shape: str, text: Path, out: Path, seed: int = 0) -> None:
+    """Write the folder."""
+    out.mkdir(parents=True)
+    config = config_of(shape)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    shards = defaultdict(list)
+    for name, tensor in model.state_dict().items():
+        layer = re.search(r"layers\.(\d+)\.", name)
+        shards[int(layer[1]) + 1 if layer else 0].append((name, tensor.shape))
+    torch.manual_seed(seed)
+    places = {}
+    for number, tensors in sorted(shards.items()):
+        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        values = {
+            name: torch.empty(shape, dtype=torch.bfloat16).normal_(0, DEVIATION)
+            if len(shape) > 1
+            else torch.ones(shape, dtype=torch.bfloat16)
+            for name, shape in tensors
+        }
+        save_file(values, out / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(values, file)
+    index = {"metadata": {}, "weight_map": places}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(out)
+    trained = ByteLevelBPETokenizer()
+    trained.train([str(text)], vocab_size=config.vocab_size, special_tokens=["<s>", "</s>"])
+    PreTrainedTokenizerFast(
+        tokenizer_object=trained._tokenizer, bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(out)
+
+
+def main() -> None:
+    """Write what is asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    write(options.shape, options.text, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""Weights that are read block by block give the plan, weights and verdict of those in memory."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from command import save_tiny, write_text
+from helpers import tiny_model, tiny_tokenizer
+from llm_pruner.commands.prune import prune_checkpoint
+from llm_pruner.discovery.groups import discover
+from llm_pruner.errors import UserError
+from llm_pruner.importance import Criterion, score
+from llm_pruner.models.layers import sharing_copy
+from llm_pruner.models.load import load_model
+from llm_pruner.models.streaming import is_streamed, stream_, turn, values_of
+from llm_pruner.settings.prune import PruneSettings
+from llm_pruner.surgery.cut import cut_copy
+from llm_pruner.surgery.verify import cut_verified_
+
+TINY = 1000
+"""Bytes into which no weights fit."""
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    return str(write_text(tmp_path / "text.txt", 6000))
+
+
+def save(folder: Path, model_type: str, dtype: torch.dtype = torch.bfloat16) -> Path:
+    tiny_model(model_type, num_hidden_layers=4).to(dtype).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            found |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    return found
+
+
+def pruned(model: Path, out: Path, text: str, **options: Any) -> tuple[str, dict[str, Any]]:
+    asked = {"samples": 8, "seq_len": 32, "protect_first": 0, "protect_last": 0} | options
+    done = prune_checkpoint(PruneSettings(model=str(model), out=out, calibration=text, **asked))
+    assert done.twin_difference is not None
+    return (out / "plan.json").read_text(), weights(out)
+
+
+def require_alike(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype, name
+        assert torch.equal(tensor, right[name]), name
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "qwen3", "gemma3_text", "gpt2", "opt"])
+def test_a_streamed_model_gives_the_plan_and_the_weights_of_a_resident_one(
+    tmp_path: Path, text: str, model_type: str
+) -> None:
+    model = save(tmp_path / "model", model_type)
+    options = {"preset": "paper", "ratio": 0.15}
+    plan, kept = pruned(model, tmp_path / "a", text, **options)
+    streamed, same = pruned(model, tmp_path / "b", text, memory=TINY, **options)
+    assert plan == streamed
+    require_alike(kept, same)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"preset": "fast"},
+        {"preset": "balanced"},
+        {"preset": "best"},
+        {"preset": "paper", "steps": 2},
+        {"preset": "fast", "criterion": "wanda", "scope": "local"},
+        {"preset": "fast", "criterion": "l2", "structures": ("heads", "ffn", "hidden", "layers")},
+        {"preset": "fast", "structures": ("hidden",), "ratio": 0.1875},
+    ],
+    ids=["fast", "balanced", "best", "steps", "wanda", "l2", "hidden"],
+)
+def test_so_does_every_way_of_choosing_and_refitting(
+    tmp_path: Path, text: str, options: dict[str, Any]
+) -> None:
+    model = save(tmp_path / "model", "llama")
+    asked = {"ratio": 0.2} | options
+    plan, kept = pruned(model, tmp_path / "a", text, **asked)
+    streamed, same = pruned(model, tmp_path / "b", text, memory=TINY, **asked)
+    assert plan == streamed
+    require_alike(kept, same)
+
+
+def test_shards_of_experts_are_written_as_the_model_was_stored(tmp_path: Path, text: str) -> None:
+    model = save(tmp_path / "model", "mixtral", torch.float32)
+    options = {
+        "preset": "paper",
+        "ratio": 0.1,
+        "max_shard_size": "60KB",
+        "structures": ("experts",),
+    }
+    plan, kept = pruned(model, tmp_path / "a", text, **options)
+    streamed, same = pruned(model, tmp_path / "b", text, memory=TINY, **options)
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) > 1
+    assert plan == streamed
+    require_alike(kept, same)
+    index = json.loads((tmp_path / "b" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == same.keys()
+
+
+@pytest.fixture
+def streamed(tmp_path: Path) -> Any:
+    return load_model(str(save_tiny(tmp_path / "model")), memory=TINY).model
+
+
+def test_weights_are_there_in_their_turn_and_nan_out_of_it(streamed: Any) -> None:
+    block = streamed.model.layers[1]
+    weight = block.mlp.down_proj.weight
+    assert is_streamed(weight)
+    assert not is_streamed(streamed.get_input_embeddings().weight)
+    assert weight.isnan().all()
+    with turn(block):
+        held = weight.detach().clone()
+        with turn(block):
+            pass
+        assert torch.equal(weight, held)
+    assert weight.isnan().all()
+    assert torch.equal(values_of(weight), held)
+
+
+def test_a_streamed_model_takes_no_memory_for_its_blocks(streamed: Any) -> None:
+    inside = [*streamed.model.layers.parameters()]
+    assert all(one.untyped_storage().nbytes() <= 8 for one in inside)
+
+
+def test_copies_run_on_their_own_cuts(tmp_path: Path) -> None:
+    folder = str(save_tiny(tmp_path / "model"))
+    resident, streamed = load_model(folder).model, load_model(folder, memory=TINY).model
+    discovery = discover(streamed)
+    scores = score(streamed, discovery, Criterion("l2"), input_ids=None, seed=0)
+    same = score(resident, discover(resident), Criterion("l2"), input_ids=None, seed=0)
+    assert all((scores[name] == same[name]).all() for name in same)
+    removal = {name: scores[name].argsort()[:2] for name in scores if "ffn" in name}
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        before = resident(tokens).logits
+        cut = cut_copy(streamed, discovery, removal)
+        expected = cut_copy(resident, discover(resident), removal)(tokens).logits
+        assert torch.equal(cut(tokens).logits, expected)
+        assert torch.equal(sharing_copy(streamed)(tokens).logits, before)
+        assert torch.equal(streamed(tokens).logits, before)
+        assert not torch.equal(expected, before)
+
+
+def test_a_wrong_cut_is_noticed_and_undone(tmp_path: Path, monkeypatch: Any) -> None:
+    streamed = load_model(str(save_tiny(tmp_path / "model")), memory=TINY).model
+    discovery = discover(streamed)
+    name = next(group.name for group in discovery.groups if group.kind == "ffn")
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        before = streamed(tokens).logits
+    from llm_pruner.models import streaming
+    from llm_pruner.surgery import cut
+
+    def shifted(parameter: torch.Tensor, kept: dict[int, Any]) -> nn.Parameter:
+        moved = {dim: (places + dim) % parameter.shape[dim] for dim, places in kept.items()}
+        return streaming.cut_parameter(parameter, moved)
+
+    monkeypatch.setattr(cut, "cut_parameter", shifted)
+    with pytest.raises(Exception, match="differs from its masked twin") as caught:
+        cut_verified_(streamed, discovery, {name: discovery.group(name).members[0].index[:2, 0]})
+    assert name in str(caught.value)
+    with torch.no_grad():
+        assert torch.equal(streamed(tokens).logits, before)
+
+
+def test_a_file_that_changes_while_it_is_read_stops_the_run(
+    tmp_path: Path, text: str, monkeypatch: Any
+) -> None:
+    model = save(tmp_path / "model", "llama")
+    from llm_pruner.commands import prune
+
+    def then(self: Any) -> None:
+        file = model / "model.safetensors"
+        file.write_bytes(file.read_bytes())
+        make(self)
+
+    make = prune.PruneRun.make_plan
+    monkeypatch.setattr(prune.PruneRun, "make_plan", then)
+    with pytest.raises(UserError, match="was changed while it was in use"):
+        pruned(model, tmp_path / "out", text, preset="paper", ratio=0.2, memory=TINY)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_cannot_be_read_block_by_block_are_refused() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(10, 4)
+
+    with pytest.raises(UserError, match="Flat has no list of blocks"):
+        stream_(Flat(), torch.float32)
+
+    class Rounded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(2, 2)])
+            self.register_buffer("scale", torch.ones(2, dtype=torch.bfloat16), persistent=False)
+
+    with pytest.raises(UserError, match="scale of Rounded is computed in the type"):
+        stream_(Rounded(), torch.float32)
+
+
+def test_a_deep_copy_does_not_run_on_the_original(streamed: Any) -> None:
+    twin = copy.deepcopy(streamed.model.layers[0])
+    assert twin.forward.args[0] is twin
