@@ -184,6 +184,7 @@ TABLE: dict[str, list[Bad]] = {
         *bad(
             "prune",
             *((f"--ratio {share}", f"ratio={share} {SHARE}") for share in (0.0, 1.0, -0.5, "nan")),
+            ("--memory lots", "--memory 'lots' is no size; write such as 8GB or 512MB"),
             ("--params 99T", "params=99,000,000,000,000 is not below the…"),
             ("--params 0", f"'0' {COUNT}"),
             ("--structures x", f"unknown structure 'x'; known are {STRUCTURES}"),

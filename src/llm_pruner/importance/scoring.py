@@ -243,11 +243,17 @@ class _TaylorSums(Collector):
     def add_weight(self, name: str, part: slice, gradient: torch.Tensor, factor: float) -> None:  # noqa: ARG002
         """Add a gradient, and its square."""
         if self._criterion.order != "second":
-            self._so_far(self._first, name).add_(gradient, alpha=factor)
+            if name not in self._first and factor == 1.0:
+                wide = torch.promote_types(gradient.dtype, torch.float32)
+                self._first[name] = gradient.to(
+                    wide, memory_format=torch.contiguous_format, copy=True
+                )
+            else:
+                self._so_far(self._first, name).add_(gradient, alpha=factor)
         if self._criterion.order != "first":
             square = self._so_far(self._second, name)
-            wide = gradient.to(square.dtype)
-            square.addcmul_(wide, wide, value=factor * factor)
+            exact = gradient.to(square.dtype)
+            square.addcmul_(exact, exact, value=factor * factor)
 
     @torch.no_grad()
     def finished(self, block: int | None, names: Iterable[str]) -> None:  # noqa: ARG002

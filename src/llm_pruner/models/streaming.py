@@ -92,12 +92,16 @@ def is_model_streamed(model: nn.Module) -> bool:
     return any(is_streamed(parameter) for parameter in model.parameters())
 
 
-def values_of(parameter: torch.Tensor) -> torch.Tensor:
-    """Return a parameter's values, detached, whether or not it is its turn."""
+def values_of(parameter: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return a parameter's values, detached, whether or not it is its turn.
+
+    Args:
+        dtype: of what is read; by default that of computation.
+    """
     source = _SOURCES.get(parameter)
     if source is None or parameter in _held:
         return parameter.detach()
-    value = source.read()
+    value = source.read(dtype)
     if value.data_ptr() != source.stored.data_ptr():
         source.forget()
     return value
@@ -221,10 +225,12 @@ def _turn(block: nn.Module) -> Iterator[None]:
     ]
     stand_ins = []
     with _undisturbed_by_modes():
-        for _, _, parameter in places:
+        for module, _, parameter in places:
             if parameter not in _held:
                 stand_ins.append((parameter, parameter.data))
-                parameter.data = values_of(parameter)
+                source = _SOURCES[parameter]
+                kind = source.stored.dtype if _would_narrow(module, source) else source.dtype
+                parameter.data = values_of(parameter, kind)
                 _held[parameter] = True
     try:
         yield
@@ -242,6 +248,19 @@ def _turn(block: nn.Module) -> Iterator[None]:
                     source = _SOURCES[before]
                     stored = now.data.to("cpu", source.stored.dtype)
                     _adopt(now, replace(source, stored=stored, mapped=False, changes=()))
+
+
+def _would_narrow(module: nn.Module, source: _Source) -> bool:
+    """Whether autocast would bring a module's weights to the very type in which they are stored.
+
+    Then the products are the same and neither copy is made.
+    """
+    on = source.device.type
+    return (
+        type(module) is nn.Linear
+        and torch.is_autocast_enabled(on)
+        and torch.get_autocast_dtype(on) == source.stored.dtype
+    )
 
 
 @contextmanager

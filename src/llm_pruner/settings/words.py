@@ -48,7 +48,7 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"(\d*\.?\d+)\s*([KMGT])I?B", text.strip().upper())
     number = 0 if match is None else int(Decimal(match[1]).scaleb(_BYTES[match[2]]))
     if number < 1:
-        raise UserError(f"{text!r} is no size; write such as 8GB or 512MB")
+        raise UserError(f"--memory {text!r} is no size; write such as 8GB or 512MB")
     return number
 
 
