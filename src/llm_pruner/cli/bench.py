@@ -26,7 +26,6 @@ Examples:
 
 def run(settings: BenchSettings, json: str | None) -> None:
     """Measure the size, work, memory and speed of a model."""
-    settings.check()
     from llm_pruner.commands.bench import bench
 
     done = bench(settings)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import typer
+from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
@@ -146,9 +147,11 @@ def _parameters(kind: type[Settings]) -> list[tuple[str, Any]]:
 def _shape(field: FieldInfo) -> Any:
     """Return the type in which the command line takes a field."""
     kinds = [one for one in _members(field.annotation) if one is not type(None)]
-    if any(getattr(one, "func", None) is once for one in field.metadata):
+    kind, *how = get_args(kinds[0]) if get_origin(kinds[0]) is Annotated else (kinds[0],)
+    readers = [one.func for one in (*field.metadata, *how) if isinstance(one, BeforeValidator)]
+    if once in readers:
         return list[str]
-    return kinds[0] if len(kinds) == 1 and kinds[0] in _PLAIN and not field.metadata else str
+    return kind if len(kinds) == 1 and kind in _PLAIN and not readers else str
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:

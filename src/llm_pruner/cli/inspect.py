@@ -23,7 +23,6 @@ _MOST_LINES = 8
 
 def run(settings: InspectSettings, json: str | None) -> None:
     """Show what of a model can be pruned, and what cannot and why."""
-    settings.check()
     from llm_pruner.commands.inspect import inspect_model
 
     found, layer = inspect_model(settings), settings.layer

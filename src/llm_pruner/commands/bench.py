@@ -108,7 +108,6 @@ def bench(settings: BenchSettings) -> Bench:
         UserError: a model cannot be loaded, or cannot be compiled.
         LLMPrunerError: a model does not run.
     """
-    settings.check()
     sources = [settings.loading()]
     if settings.against is not None:
         sources.append(settings.loading(settings.against))

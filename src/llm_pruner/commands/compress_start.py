@@ -16,7 +16,6 @@ from llm_pruner.models.load import check
 from llm_pruner.settings.common import OutputSettings
 from llm_pruner.settings.compress import CompressSettings
 from llm_pruner.settings.evaluate import PerplexitySettings
-from llm_pruner.settings.limits import check_seed
 from llm_pruner.settings.prune import MethodSettings
 from llm_pruner.version import __version__
 
@@ -37,7 +36,6 @@ def check_settings(settings: CompressSettings) -> None:
         UserError: says what must change.
     """
     check_output(settings.out, settings.overwrite, settings.reads)
-    check_seed(settings.seed)
     pruning = settings.pruning(settings.out)
     selection_of(pruning)
     criterion_of(pruning)

@@ -46,7 +46,6 @@ from llm_pruner.runtime.memory import keep_large_blocks
 from llm_pruner.runtime.signals import end_with_parent
 from llm_pruner.settings.common import ModelSettings, TaskSettings
 from llm_pruner.settings.evaluate import EvaluateSettings, PerplexitySettings
-from llm_pruner.settings.limits import MOST, check_number
 from llm_pruner.settings.words import LOCAL_TASKS
 from llm_pruner.types import Size
 from llm_pruner.version import __version__
@@ -267,9 +266,6 @@ def measure_perplexities(
 
 def check_tasks(settings: TaskSettings) -> None:
     """Raise UserError for what can be refused without reading anything."""
-    if settings.limit is not None and settings.limit < 1:
-        raise UserError(f"limit={settings.limit} leaves no documents; use 1 or more")
-    check_number("--limit", settings.limit, 1, MOST)
     tasks = settings.tasks or ()
     twice = sorted({task for task in tasks if tasks.count(task) > 1})
     if twice:

@@ -62,7 +62,6 @@ from llm_pruner.search.cache_cost import cache_cost
 from llm_pruner.search.divergence import divergences
 from llm_pruner.search.fast_widths import Rounding, measured_rounding
 from llm_pruner.search.structure_split import find_split, hold_out
-from llm_pruner.settings.limits import check_number, check_seed
 from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.surgery.pruner import Surgeon, reload_check
 from llm_pruner.surgery.removal import count_parameters
@@ -154,7 +153,6 @@ class PruneRun:
         """Refuse what cannot be, and see what is to be done."""
         settings = self.settings
         settings.check()
-        check_seed(settings.seed)
         self.plan = None if settings.plan is None else read_plan(settings.plan)
         self.target, self.selection = target_of(settings), selection_of(settings)
         self.criterion = criterion_of(settings)
@@ -162,8 +160,6 @@ class PruneRun:
             self.criterion.require_scores_of(settings.structures)
         self.refits = settings.compensation != "none"
         self.splits = self.plan is None and finds_split(settings, self.criterion)
-        if self.target is not None:
-            check_number("steps", settings.steps, 1, 1000)
         # A plan of random units that nothing judges, or a plan that is there, needs no weights.
         chance = self.criterion.name == "random" and not self.splits
         self.weightless = settings.dry_run and (self.plan is not None or chance)

@@ -31,7 +31,6 @@ from llm_pruner.models.load import LoadedModel, load
 from llm_pruner.recovery.trainer import trainer_arguments
 from llm_pruner.report.records import RECOVERY_FILE
 from llm_pruner.settings.common import ModelSettings
-from llm_pruner.settings.limits import MOST, check_number
 from llm_pruner.settings.recover import DataSettings, RecoverSettings, TrainingSettings
 
 _CHANGEABLE = ("save_every", "report_to")
@@ -57,8 +56,6 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
     check_place(settings.out, "--out")
     check_output(settings.out, settings.overwrite, settings.reads)
     check_shard_size(settings.max_shard_size)
-    if settings.distils:
-        settings.check_teacher()
     if settings.teacher_cache is not None:
         if settings.teacher is None:
             raise UserError(
@@ -87,19 +84,10 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
 def _check_data(settings: RecoverSettings) -> None:
     if not settings.data:
         raise UserError("no data given; use --data SRC")
-    if settings.held_out is not None and settings.held_out < 1:
-        raise UserError(
-            f"--held-out {settings.held_out} leaves nothing to judge by; use at least 1"
-        )
     if SELF in settings.data and settings.teacher is None:
         raise UserError(
             "--data self is text that the dense model writes; name that model with --teacher"
         )
-    if settings.samples is not None and settings.samples < 2:
-        raise UserError(
-            f"--samples {settings.samples} leaves nothing to train on or to judge by; use 2 or more"
-        )
-    check_number("--samples", settings.samples, 2, MOST)
 
 
 def read_examples(data: DataSettings) -> dict[str, Examples]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import logging
 import math
+import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+from markupsafe import escape
 
 from llm_pruner.report.data import ImportanceMap, LossPoint
 from llm_pruner.report.text import number, visible
@@ -43,10 +45,9 @@ def widths(layers: Sequence[Layer], units: Sequence[tuple[str, str]]) -> str:
             axes.set_title(_title(heading, narrow))
             axes.set_ylim(0, 100)
             axes.set_yticks([0, 50, 100], ["0", "50", "100%"])
-            axes.tick_params(length=0)
-            axes.spines["left"].set_visible(False)
-        panels[-1].set_xlabel("layer")
-        _whole_numbers(panels[-1], numbers, narrow)
+        axes.set_xlabel("layer")
+        axes.set_xticks(numbers[:: _step(len(numbers), narrow)])
+        axes.set_xlim(min(numbers) - 0.6, max(numbers) + 0.6)
 
     said = ", ".join(heading for _, heading in units)
     return draw(
@@ -96,9 +97,7 @@ def heat(maps: Sequence[ImportanceMap], headings: Sequence[str]) -> str:
             axes.set_title(_title(heading, narrow))
             axes.set_ylim(0, 1)
             axes.set_yticks([0, 1], ["lowest", "highest"])
-            axes.tick_params(length=0)
-            for spine in axes.spines.values():
-                spine.set_visible(False)
+            axes.spines["bottom"].set_visible(False)
             labels = ["all" if row.layer is None else str(row.layer) for row in found.rows]
             step = _step(len(labels), narrow)
             axes.set_xticks(range(0, len(labels), step), labels[::step])
@@ -107,7 +106,6 @@ def heat(maps: Sequence[ImportanceMap], headings: Sequence[str]) -> str:
             bar.ax.minorticks_off()
             ticks = np.geomspace(low, high, 3) if positive else np.linspace(low, high, 3)
             bar.set_ticks(list(ticks), labels=_distinct(ticks))
-            bar.ax.tick_params(length=0)
         panels[-1].set_xlabel("layer")
 
     return draw(
@@ -157,30 +155,19 @@ def dots(name: str, title: str, rows: Sequence[tuple[str, Series]], *, share: bo
         axes = figure.subplots()
         names = list(dict.fromkeys(model for _, series in rows for model, *_ in series))
         beside = any(len(series) > 1 for _, series in rows)
-        for place, (_, series) in enumerate(rows):
-            for model, value, stderr in series:
-                offset = (names.index(model) - (len(names) - 1) / 2) * 0.26 if beside else 0
-                if not math.isfinite(value):
-                    continue
-                axes.errorbar(
-                    [scale * value],
-                    [place + offset],
-                    xerr=None if stderr is None else [scale * stderr],
-                    fmt="os^"[names.index(model) % 3],
-                    markersize=6,
-                    color=COLORS.get(model, COLORS["ink"]),
-                    elinewidth=2,
-                    capsize=3,
-                )
-        for model in names:
-            marker = "os^"[names.index(model) % 3]
-            color = COLORS.get(model, COLORS["ink"])
+        for order, model in enumerate(names):
+            marker, color = "os^"[order % 3], COLORS.get(model, COLORS["ink"])
+            offset = (order - (len(names) - 1) / 2) * 0.26 if beside else 0
             axes.plot([], [], marker, color=color, label=model)
+            for place, (_, series) in enumerate(rows):
+                for whose, value, stderr in series:
+                    if whose == model and math.isfinite(value):
+                        spread = None if stderr is None else scale * stderr
+                        x, y = scale * value, place + offset
+                        axes.errorbar(x, y, None, spread, marker, color=color, elinewidth=2)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_yticks(range(len(rows)), [_short(label, narrow) for label, _ in rows])
-        axes.tick_params(length=0)
         axes.tick_params(axis="y", labelcolor=COLORS["ink"])
-        axes.spines["left"].set_visible(False)
         axes.grid(axis="x")
         axes.margins(x=0.08)
         if not share:
@@ -208,9 +195,7 @@ def loss(points: Sequence[LossPoint]) -> str:
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("loss, nats per token")
-        axes.tick_params(length=0)
         axes.grid(axis="y")
-        axes.spines["left"].set_visible(False)
         figure.legend(loc="outside upper left", ncols=2)
 
     return draw("loss", "Loss of the recovery training by step", fill, lambda _: 260)
@@ -240,12 +225,6 @@ def _logarithmic(axes: Axes, values: Sequence[float]) -> None:
     axes.minorticks_off()
 
 
-def _whole_numbers(axes: Axes, numbers: Sequence[int], narrow: bool) -> None:
-    step = _step(len(numbers), narrow)
-    axes.set_xticks(list(numbers)[::step])
-    axes.set_xlim(min(numbers) - 0.6, max(numbers) + 0.6)
-
-
 def _step(count: int, narrow: bool) -> int:
     """Return every how many-th label has room."""
     room = 9 if narrow else 32
@@ -271,49 +250,17 @@ def _cut(text: str, room: int) -> str:
 WIDE, NARROW = 840, 340
 """Widths in CSS pixels: for a screen and for a phone. Text is as large in both."""
 
-# Colours that stand in a drawing for variables of the page's style sheet.
 COLORS = {
-    "ink": "#010101",
-    "muted": "#010102",
-    "line": "#010103",
-    "dense": "#010104",
-    "pruned": "#010105",
-    "recovered": "#010106",
-    "track": "#010107",
+    name: f"#01010{number}"
+    for number, name in enumerate(
+        ("ink", "muted", "line", "dense", "pruned", "recovered", "track"), start=1
+    )
 }
-_VARIABLES = {value: f"var(--{name})" for name, value in COLORS.items()}
+"""Variables of the page's style sheet -> colours that stand for them in a drawing."""
+
+_STYLE = Path(__file__).with_name("templates") / "figures.mplstyle"
 _UNSAID = ("Creator", "Date", "Format", "Type")
 """What a file says about itself, which is left out."""
-
-_SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-_SETTINGS: dict[str, Any] = {
-    "svg.fonttype": "none",  # letters stay letters
-    "svg.hashsalt": "llm-pruner",  # equal drawings are equal bytes
-    "font.family": "DejaVu Sans",  # measured with; the page shows its own
-    "font.size": 11,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.edgecolor": COLORS["line"],
-    "axes.labelcolor": COLORS["muted"],
-    "axes.titlecolor": COLORS["ink"],
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "xtick.color": COLORS["line"],
-    "ytick.color": COLORS["line"],
-    "xtick.labelcolor": COLORS["muted"],
-    "ytick.labelcolor": COLORS["muted"],
-    "text.color": COLORS["ink"],
-    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
-    "grid.color": COLORS["line"],
-    "grid.linewidth": 0.5,
-    "legend.frameon": False,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-}
 
 
 def draw(
@@ -327,17 +274,14 @@ def draw(
         fill: draws into a figure, the second argument being whether it is the narrow one.
         height: in CSS pixels, by whether it is narrow.
     """
-    from matplotlib import rc_context, rcdefaults, rcParams
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     # It announces that it looks for fonts, once on each machine.
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     drawings = []
     for narrow in (False, True):
-        # Whatever the user has set for own plots stays out of this.
-        with rc_context():
-            rcdefaults()
-            rcParams.update(_SETTINGS)
+        with rc_context(fname=_STYLE):  # whatever the user has set for own plots stays out of this
             size = (NARROW if narrow else WIDE) / 72, height(narrow) / 72
             figure = Figure(figsize=size, dpi=72, layout="constrained")
             fill(figure, narrow)
@@ -351,45 +295,26 @@ def draw(
 
 def _for_page(drawing: str, prefix: str, classes: str, description: str) -> str:
     """Return the SVG element, named, without fixed colours, fonts and sizes or idle ids."""
-    root = ElementTree.fromstring(drawing)
-    used = {
-        value.split("#", 1)[1].rstrip(")")
-        for element in root.iter()
-        for value in element.attrib.values()
-        if value.startswith(("#", "url(#"))
-    }
-    for element in root.iter():
-        for key, value in list(element.attrib.items()):
-            if key == "id":
-                if value in used:
-                    element.set(key, f"{prefix}-{value}")
-                else:
-                    del element.attrib[key]
-            elif value.startswith("#") and key.endswith("href"):
-                element.set(key, f"#{prefix}-{value[1:]}")
-            elif value.startswith("url(#"):
-                element.set(key, f"url(#{prefix}-{value[5:]}")
-            elif key == "style":
-                element.set(key, _themed(value))
-    for key in ("width", "height", "version"):
-        root.attrib.pop(key, None)
-    root.set("class", classes)
-    root.set("role", "img")
-    root.set("aria-label", visible(description))
-    ElementTree.register_namespace("", _SVG)
-    ElementTree.register_namespace("xlink", _XLINK)
-    return ElementTree.tostring(root, encoding="unicode")
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', drawing))
+
+    def themed(tag: re.Match[str]) -> str:
+        text = re.sub(r'(href="|url\()#', rf"\1#{prefix}-", tag[0])
+        text = re.sub(
+            r' id="([^"]*)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", text
+        )
+        # Such as: font: bold 11px 'DejaVu Sans', sans-serif; the family is left to the page.
+        text = re.sub(r"font: (?:(bold|700) )?(\S+px) [^;\"]*", _font, text)
+        text = re.sub(r'font-family: [^;"]*(; )?', "", text)
+        for name, color in COLORS.items():
+            text = text.replace(color, f"var(--{name})")
+        return text
+
+    # Letters and signs in texts are escaped, so that what looks like a tag is one.
+    root, rest = re.sub(r"<[^>]+>", themed, drawing[drawing.index("<svg") :]).split(">", 1)
+    root = re.sub(r' (width|height|version)="[^"]*"', "", root)
+    said = f'role="img" aria-label="{escape(visible(description))}"'
+    return f'{root} class="{classes}" {said}>{rest}'
 
 
-def _themed(style: str) -> str:
-    """Replace colours by variables, and leave the font to the page."""
-    kept = []
-    for rule in style.split(";"):
-        key, _, value = (part.strip() for part in rule.partition(":"))
-        if key == "font":  # such as: bold 11px 'DejaVu Sans', sans-serif
-            weight = "600" if "bold" in value.split() or "700" in value.split() else "400"
-            size = next((part for part in value.split() if part.endswith("px")), "11px")
-            kept.append(f"font-weight: {weight}; font-size: {size}")
-        elif key and key != "font-family":
-            kept.append(f"{key}: {_VARIABLES.get(value, value)}")
-    return "; ".join(kept)
+def _font(found: re.Match[str]) -> str:
+    return f"font-weight: {600 if found[1] else 400}; font-size: {found[2]}"

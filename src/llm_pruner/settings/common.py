@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
 from llm_pruner.errors import UserError
-from llm_pruner.settings.options import Settings, option, option_name
+from llm_pruner.settings.limits import MOST, must, within
+from llm_pruner.settings.options import Settings, option, option_name, written
 from llm_pruner.settings.words import LOCAL_TASKS
 
 LOADING, OUTPUT, CALIBRATION = "Loading", "Output", "Calibration text"
@@ -22,10 +24,13 @@ DTYPE = (
 )
 
 
-def _parts(value: Any) -> Any:
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return value
+_loading, _output, _text, _task = (
+    partial(option, panel=panel) for panel in (LOADING, OUTPUT, CALIBRATION, TASKS)
+)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
 
 
 def once(value: Any) -> Any:
@@ -37,7 +42,7 @@ def once(value: Any) -> Any:
 Sources = Annotated[tuple[str, ...], BeforeValidator(once)]
 """Corpora or datasets; an option that may be given several times."""
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_parts)]
+Names = Annotated[tuple[str, ...], written(lambda text: tuple(filter(None, _names(text))))]
 """Names, comma-separated in one option."""
 
 
@@ -51,19 +56,14 @@ class ModelSettings(Settings):
         positional=True,
         reads=True,
     )
-    dtype: str = option(
-        "float32",
-        "float32, bfloat16, float16, or auto for what the checkpoint has.",
-        "TYPE",
-        panel=LOADING,
+    dtype: str = _loading(
+        "float32", "float32, bfloat16, float16, or auto for what the checkpoint has.", "TYPE"
     )
-    device: str = option(
-        "auto", "Where to run: cpu, cuda, or auto for a GPU if there is one.", "NAME", panel=LOADING
+    device: str = _loading(
+        "auto", "Where to run: cpu, cuda, or auto for a GPU if there is one.", "NAME"
     )
-    revision: str | None = option(None, "Branch, tag or commit on the hub.", "NAME", panel=LOADING)
-    trust_remote_code: bool = option(
-        False, "Run Python code that comes with the model.", panel=LOADING
-    )
+    revision: str | None = _loading(None, "Branch, tag or commit on the hub.", "NAME")
+    trust_remote_code: bool = _loading(False, "Run Python code that comes with the model.")
 
     def loading(self, model: str | Path | None = None, dtype: str | None = None) -> ModelSettings:
         """Return how a model is loaded: this one, or another one alike, such as a teacher."""
@@ -83,66 +83,57 @@ class ModelSettings(Settings):
 class OutputSettings(Settings):
     """The folder that is written."""
 
-    out: Path = option(..., "Folder to write.", "DIR", panel=OUTPUT, short="-o")
-    overwrite: bool = option(False, "Replace --out, if llm-pruner wrote all in it.", panel=OUTPUT)
-    max_shard_size: str = option("5GB", "Largest weight file.", "SIZE", panel=OUTPUT)
+    out: Path = _output(..., "Folder to write.", "DIR", short="-o")
+    overwrite: bool = _output(False, "Replace --out, if llm-pruner wrote all in it.")
+    max_shard_size: str = _output("5GB", "Largest weight file.", "SIZE")
 
 
 class CalibrationSettings(Settings):
     """Text that importance is estimated on, and that compensation fits."""
 
-    calibration: str = option(
+    calibration: str = _text(
         "self",
         "self (the model writes its own text), a hub dataset, or a .txt, .jsonl, .json or .parquet "
         "file; several, comma-separated, for equal parts of each.",
         "SRC",
-        panel=CALIBRATION,
         reads=True,
     )
-    samples: int = option(128, "Number of sequences.", "N", panel=CALIBRATION)
-    seq_len: int = option(128, "Tokens of each.", "N", panel=CALIBRATION)
-    score_samples: int | None = option(
-        None, "Estimate importance on only this many of them.", "N", panel=CALIBRATION
-    )
-    text_split: str | None = option(None, "Split of a hub dataset.", "NAME", panel=CALIBRATION)
-    text_field: str | None = option(None, "Field that holds the text.", "NAME", panel=CALIBRATION)
+    samples: int = _text(128, "Number of sequences.", "N")
+    seq_len: int = _text(128, "Tokens of each.", "N")
+    score_samples: int | None = _text(None, "Estimate importance on only this many of them.", "N")
+    text_split: str | None = _text(None, "Split of a hub dataset.", "NAME")
+    text_field: str | None = _text(None, "Field that holds the text.", "NAME")
     kept: Path | None = option(
         None, "Folder that keeps the text of self, for other stages of a run.", hidden=True
     )
 
 
 def _tasks(value: Any) -> Any:
-    return LOCAL_TASKS if value in ("paper", ["paper"], ("paper",)) else _names(value)
+    names = _names(value) if isinstance(value, str) else value
+    return LOCAL_TASKS if names in (("paper",), ["paper"]) else names
 
 
-def _names(value: Any) -> Any:
-    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+_SOME = must(lambda limit: limit >= 1, "{name}={value} leaves no documents; use 1 or more")
 
 
 class TaskSettings(Settings):
     """Zero-shot tasks of lm-evaluation-harness."""
 
-    tasks: Annotated[tuple[str, ...], BeforeValidator(_tasks)] | None = option(
+    tasks: Annotated[tuple[str, ...], BeforeValidator(_tasks)] | None = _task(
         None,
         "Tasks of lm-evaluation-harness, such as boolq,piqa; 'paper' for the seven of LLM-Pruner: "
         "boolq, piqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa.",
         "NAMES",
-        panel=TASKS,
     )
-    tasks_data: Path | None = option(
+    tasks_data: Path | None = _task(
         None,
         "Folder with boolq.jsonl and so on, to run the seven without a network.",
         "DIR",
-        panel=TASKS,
         shown="the datasets on the hub",
         reads=True,
     )
-    limit: int | None = option(
-        None,
-        "Only the first N items of each task.",
-        "N",
-        panel=TASKS,
-        shown="all",
+    limit: Annotated[int, _SOME, within(1, MOST)] | None = _task(
+        None, "Only the first N items of each task.", "N", shown="all"
     )
 
     def check_tasks(self) -> None:

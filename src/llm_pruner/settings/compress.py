@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
-
-from pydantic import BeforeValidator
 
 from llm_pruner.errors import UserError
 from llm_pruner.settings.common import (
@@ -18,16 +17,14 @@ from llm_pruner.settings.common import (
     Sources,
     TaskSettings,
 )
-from llm_pruner.settings.options import option
+from llm_pruner.settings.limits import Seed
+from llm_pruner.settings.options import option, option_name, written
 from llm_pruner.settings.prune import HOW_MUCH, AmountSettings, PruneSettings
 from llm_pruner.settings.recover import TrainingSettings
 from llm_pruner.settings.words import parse_duration
 
 _HOW, _MEASURE = "How", "What to measure"
-
-
-def _seconds(value: Any) -> Any:
-    return parse_duration(value) if isinstance(value, str) else value
+_how = partial(option, panel=_HOW)
 
 
 class CompressSettings(ModelSettings, OutputSettings, TaskSettings, AmountSettings):
@@ -41,39 +38,35 @@ class CompressSettings(ModelSettings, OutputSettings, TaskSettings, AmountSettin
         panel=OUTPUT,
     )
     dtype: str = option("auto", DTYPE, "TYPE", panel=LOADING)
-    preset: str = option(
+    preset: str = _how(
         "best",
         "How to prune: paper, fast, balanced, best, or a YAML file.",
         "NAME",
-        panel=_HOW,
         was="--recipe",
         reads=True,
     )
-    time_budget: Annotated[float | None, BeforeValidator(_seconds)] = option(
+    time_budget: Annotated[float | None, written(parse_duration)] = _how(
         None,
         "For everything, such as 30m or 2h; what pruning and measuring leave goes to recovery.",
         "TIME",
-        panel=_HOW,
         shown="one pass over the data, or over 256 texts of self",
     )
-    calibration: str | None = option(
+    calibration: str | None = _how(
         None,
         "Text to estimate importance on, as for prune.",
         "SRC",
-        panel=_HOW,
         shown="self, the model's own",
         reads=True,
     )
-    data: Sources = option(
+    data: Sources = _how(
         ("self",),
         "Text to recover on, as for recover; MODEL is the teacher. May be given several times.",
         "SRC",
-        panel=_HOW,
         shown="self, what MODEL writes",
         reads=True,
     )
-    recover: bool = option(True, "Train after pruning.", panel=_HOW)
-    seed: int = option(0, "Of all that is drawn.", "N", panel=_HOW)
+    recover: bool = _how(True, "Train after pruning.")
+    seed: Seed = _how(0, "Of all that is drawn.", "N")
     perplexity: Sources = option(
         ("demo",),
         "Corpus to measure perplexity on, as for evaluate. May be given several times.",
@@ -82,9 +75,7 @@ class CompressSettings(ModelSettings, OutputSettings, TaskSettings, AmountSettin
         shown="demo, a text that the package ships",
         reads=True,
     )
-    samples: int | None = option(
-        None, "Examples of each source, at most.", "N", panel=_HOW, hidden=True
-    )
+    samples: int | None = _how(None, "Examples of each source, at most.", "N", hidden=True)
     training: dict[str, Any] = option(
         {}, "Other settings of training, by the names of recover.", hidden=True
     )
@@ -105,8 +96,9 @@ class CompressSettings(ModelSettings, OutputSettings, TaskSettings, AmountSettin
         self.check_tasks()
         for name in ("data", "time_budget"):
             if not self.recover and name in self.given and getattr(self, name):
-                option_ = "--" + name.replace("_", "-")
-                raise UserError(f"{option_} is about recovery; leave it or --no-recover out")
+                raise UserError(
+                    f"{option_name(name)} is about recovery; leave it or --no-recover out"
+                )
 
     def pruning(self, out: Path) -> PruneSettings:
         """Return how the model is pruned."""

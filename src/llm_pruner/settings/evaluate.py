@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import BeforeValidator
+from typing import Annotated, Literal
 
 from llm_pruner.errors import UserError
 from llm_pruner.settings.common import TASKS, ModelSettings, Sources, TaskSettings
-from llm_pruner.settings.limits import MOST, check_number
-from llm_pruner.settings.options import Settings, option
+from llm_pruner.settings.limits import MOST, must, within
+from llm_pruner.settings.options import Settings, option, written
 
 
-def _sequences(value: Any) -> Any:
-    if isinstance(value, str) and value != "auto":
-        if not value.isdecimal() or int(value) < 1:
-            raise UserError(
-                f"--batch-size {value} is no number of sequences; use 1 or more, or auto"
-            )
-        return int(value)
-    return value
+def _sequences(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--batch-size {text} is no number of sequences; use 1 or more, or auto")
+    return int(text)
+
+
+_AtOnce = Annotated[int, within(1, 2**20)] | Literal["auto"]
 
 
 class PerplexitySettings(Settings):
@@ -29,25 +26,17 @@ class PerplexitySettings(Settings):
     protocol: Literal["standard", "paper"] = option(
         "standard", "standard: long windows; paper: windows of 128, as LLM-Pruner does.", "NAME"
     )
-    seq_len: int | None = option(
-        None,
-        "Tokens in a window.",
-        "N",
-        shown="2048 or the model's maximum; 128 for paper",
+    seq_len: Annotated[int, within(2, 2**24)] | None = option(
+        None, "Tokens in a window.", "N", shown="2048 or the model's maximum; 128 for paper"
     )
-    max_tokens: int | None = option(None, "Read only this many tokens.", "N")
-    batch_size: Annotated[int | Literal["auto"], BeforeValidator(_sequences)] = option(
+    max_tokens: Annotated[int, within(2, MOST)] | None = option(
+        None, "Read only this many tokens.", "N"
+    )
+    batch_size: Annotated[_AtOnce, written(_sequences, "auto")] = option(
         "auto", "Sequences at once, or auto: as fits the memory.", "N"
     )
     split: str | None = option(None, "Split of a hub dataset.", "NAME")
     text_field: str | None = option(None, "Field that holds the text.", "NAME")
-
-    def check_values(self) -> None:
-        """Refuse numbers that cannot be."""
-        super().check_values()
-        check_number("--seq-len", self.seq_len, 2, 2**24)
-        check_number("--max-tokens", self.max_tokens, 2, MOST)
-        check_number("--batch-size", self.sequences, 1, 2**20)
 
     @property
     def sequences(self) -> int | None:
@@ -66,15 +55,15 @@ class EvaluateSettings(ModelSettings, PerplexitySettings, TaskSettings):
         reads=True,
     )
     cache: bool = option(
-        True,
-        "Use known results of tasks for this model, and keep new ones.",
-        panel=TASKS,
+        True, "Use known results of tasks for this model, and keep new ones.", panel=TASKS
     )
     speed: bool = option(False, "Measure tokens per second.")
     prompt: Sources = option(
         (), "Show what the model writes after this text. May be given several times.", "TEXT"
     )
-    new_tokens: int = option(40, "Tokens that it writes after a prompt.", "N")
+    new_tokens: Annotated[int, within(1, 2**20)] = option(
+        40, "Tokens that it writes after a prompt.", "N"
+    )
     chat: bool = option(
         True, "Ask the prompt in the tokenizer's chat template, if it has one, or continue it."
     )
@@ -96,17 +85,22 @@ class EvaluateSettings(ModelSettings, PerplexitySettings, TaskSettings):
                 "nothing to measure; give --perplexity SRC, --tasks NAMES, --speed or --prompt TEXT"
             )
         self.check_tasks()
-        check_number("--new-tokens", self.new_tokens, 1, 2**20)
 
 
-def _sizes(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
+def _sizes(text: str) -> tuple[int, ...]:
     try:
-        sizes = [int(part) for part in value.split(",") if part.strip()]
+        sizes = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise UserError(f"--batch-size {value} is no list of numbers; use such as 1,8") from None
+        raise UserError(f"--batch-size {text} is no list of numbers; use such as 1,8") from None
     return tuple(dict.fromkeys(sizes))
+
+
+_Count = Annotated[
+    int,
+    must(lambda count: count >= 1, "{name}={value} measures nothing; use at least 1"),
+    within(1, 2**20, "{name}"),
+]
+_Sizes = Annotated[tuple[_Count, ...], must(bool, "no batch size given; name one, such as 1")]
 
 
 class BenchSettings(ModelSettings):
@@ -118,12 +112,12 @@ class BenchSettings(ModelSettings):
         "MODEL",
         reads=True,
     )
-    prompt_tokens: int = option(256, "Tokens of each prompt.", "N")
-    new_tokens: int = option(32, "Tokens decoded after it.", "N")
-    batch_size: Annotated[tuple[int, ...], BeforeValidator(_sizes)] = option(
+    prompt_tokens: _Count = option(256, "Tokens of each prompt.", "N")
+    new_tokens: _Count = option(32, "Tokens decoded after it.", "N")
+    batch_size: Annotated[_Sizes, written(_sizes)] = option(
         (1, 8), "Prompts at once, such as 1 or 1,8.", "LIST"
     )
-    repeats: int = option(5, "Rounds; medians and ranges are over them.", "N")
+    repeats: _Count = option(5, "Rounds; medians and ranges are over them.", "N")
     compile: bool = option(
         False, "Time the models as torch.compile makes them. Compiling takes minutes."
     )
@@ -131,32 +125,13 @@ class BenchSettings(ModelSettings):
         False, "Parameters, MACs and cache alone; needs a config but no weights."
     )
 
-    def check(self) -> None:
-        """Refuse numbers that measure nothing.
 
-        Raises:
-            UserError: says what to give.
-        """
-        given = [("prompt_tokens", self.prompt_tokens), ("new_tokens", self.new_tokens)]
-        given += [("repeats", self.repeats), *(("batch_size", size) for size in self.batch_size)]
-        for name, value in given:
-            if value < 1:
-                raise UserError(f"{name}={value} measures nothing; use at least 1")
-            check_number(name, value, 1, 2**20)
-        if not self.batch_size:
-            raise UserError("no batch size given; name one, such as 1")
+_Layer = Annotated[
+    int, must(lambda layer: layer >= 0, "{option} {value} is no layer; layers count from 0")
+]
 
 
 class InspectSettings(ModelSettings):
     """All that ``inspect`` can be asked for."""
 
-    layer: int | None = option(None, "Layer to show.", "N", shown="the middle one")
-
-    def check(self) -> None:
-        """Refuse a layer that cannot be.
-
-        Raises:
-            UserError: it is negative.
-        """
-        if self.layer is not None and self.layer < 0:
-            raise UserError(f"--layer {self.layer} is no layer; layers count from 0")
+    layer: _Layer | None = option(None, "Layer to show.", "N", shown="the middle one")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ValidationInfo
+
 from llm_pruner.errors import UserError
+from llm_pruner.settings.options import option_name
 
 MOST = 10**9
 """Of steps, samples, tokens and the like: more is a slip of the pen."""
 
 MOST_MINUTES = 366 * 24 * 60.0
-
-_MOST_SEED = 2**32 - 1
-"""What numpy takes, by which the Trainer seeds it; PyTorch would take more."""
 
 
 def check_number(name: str, value: float | None, least: float, most: float) -> None:
@@ -27,11 +30,41 @@ def check_number(name: str, value: float | None, least: float, most: float) -> N
         )
 
 
-def check_seed(seed: int) -> None:
-    """Raise UserError for a seed that some random generator does not take."""
-    check_number("--seed", seed, 0, _MOST_SEED)
+def within(least: float, most: float, name: str = "{option}") -> AfterValidator:
+    """Return a validator of a field: see `check_number`; the name is written as in `must`."""
+
+    def checked(value: Any, info: ValidationInfo) -> Any:
+        check_number(_filled(name, value, info), value, least, most)
+        return value
+
+    return AfterValidator(checked)
+
+
+def must(holds: Callable[[Any], bool], words: str) -> AfterValidator:
+    """Return a validator of a field that raises UserError with these words for other values.
+
+    Args:
+        holds: tells whether a value can be.
+        words: with ``{option}``, ``{name}`` and ``{value}`` for those of the field.
+    """
+
+    def checked(value: Any, info: ValidationInfo) -> Any:
+        if not holds(value):
+            raise UserError(_filled(words, value, info))
+        return value
+
+    return AfterValidator(checked)
+
+
+def _filled(words: str, value: Any, info: ValidationInfo) -> str:
+    name = str(info.field_name)
+    return words.format(option=option_name(name), name=name, value=value)
 
 
 def _shown(value: float) -> str:
     text = str(value) if isinstance(value, int) else f"{value:g}"
     return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+Seed = Annotated[int, within(0, 2**32 - 1)]
+"""What numpy takes, by which the Trainer seeds it; PyTorch would take more."""

@@ -11,13 +11,20 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+)
 from pydantic.fields import FieldInfo
 
 from llm_pruner.errors import UserError
@@ -65,6 +72,11 @@ def option(default: Any, words: str, metavar: str | None = None, **how: Any) -> 
     return Field(default, description=words, json_schema_extra=shown)
 
 
+def written(parse: Callable[[str], Any], *words: str) -> BeforeValidator:
+    """Return a validator of a field that reads text, other than these words, with ``parse``."""
+    return BeforeValidator(lambda v: parse(v) if isinstance(v, str) and v not in words else v)
+
+
 class Settings(BaseModel):
     """What a user asks for. Frozen; a name that is not a field is refused with a near one.
 
@@ -97,14 +109,6 @@ class Settings(BaseModel):
             known = option_of(field).known
             if known and getattr(self, name) not in known:
                 raise UserError(_unknown(name, getattr(self, name), known))
-        self.check_values()
-
-    def check_values(self) -> None:
-        """Refuse numbers that cannot be; each part of a class checks its own.
-
-        Raises:
-            UserError: says which, and what to give.
-        """
 
     @property
     def given(self) -> frozenset[str]:

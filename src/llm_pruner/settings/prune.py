@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
-
-from pydantic import BeforeValidator
 
 from llm_pruner.errors import UserError
 from llm_pruner.settings.common import (
@@ -18,20 +17,19 @@ from llm_pruner.settings.common import (
     Names,
     OutputSettings,
 )
-from llm_pruner.settings.options import Settings, option, option_name, presets_in
+from llm_pruner.settings.limits import Seed, within
+from llm_pruner.settings.options import Settings, option, option_name, presets_in, written
 from llm_pruner.settings.registry import COMPENSATIONS, CRITERIA
 from llm_pruner.settings.words import parse_bytes, parse_count, parse_layer_ranges, parse_split
 
 HOW_MUCH, _WHERE = "How much (one of these)", "Where from"
 _IMPORTANCE, _PLAN = "Importance", "Plan"
+_how_much, _where, _importance, _plan, _output = (
+    partial(option, panel=panel) for panel in (HOW_MUCH, _WHERE, _IMPORTANCE, _PLAN, OUTPUT)
+)
 
 AMOUNTS = ("ratio", "params", "unit_ratio", "kv_cache")
 """Fields of which one says how much is removed."""
-
-
-def _written(parse: Any, *words: str) -> BeforeValidator:
-    """Return a validator that reads what was written with ``parse``, other than ``words``."""
-    return BeforeValidator(lambda v: parse(v) if isinstance(v, str) and v not in words else v)
 
 
 def _multiple(text: str) -> int:
@@ -44,11 +42,11 @@ def _multiple(text: str) -> int:
 class AmountSettings(Settings):
     """How much is removed: exactly one of the fields is given."""
 
-    ratio: float | None = option(
-        None, "Share of all parameters to remove, such as 0.2.", "SHARE", panel=HOW_MUCH
+    ratio: float | None = _how_much(
+        None, "Share of all parameters to remove, such as 0.2.", "SHARE"
     )
-    params: Annotated[int, _written(parse_count)] | None = option(
-        None, "Parameters to keep, such as 5.4B or 107.6M.", "COUNT", panel=HOW_MUCH
+    params: Annotated[int, written(parse_count)] | None = _how_much(
+        None, "Parameters to keep, such as 5.4B or 107.6M.", "COUNT"
     )
 
 
@@ -58,85 +56,73 @@ class MethodSettings(CalibrationSettings):
     presets: ClassVar = presets_in("presets")
     default_preset: ClassVar = "best"
 
-    preset: str | None = option(
+    preset: str | None = _how_much(
         None,
         "Settings that go together: paper, fast, balanced, best, or a YAML file; options given "
         "beside it win.",
         "NAME",
-        panel=HOW_MUCH,
         was="--recipe",
         reads=True,
     )
-    structures: Names = option(
+    structures: Names = _where(
         ("heads", "ffn"),
         "What to remove: heads, query_heads, ffn, hidden, head_dim, experts, layers.",
         "LIST",
-        panel=_WHERE,
     )
-    scope: Literal["local", "global"] = option(
+    scope: Literal["local", "global"] = _where(
         "local",
         "local: the same share of each group; global: one ranking by importance per removed "
         "parameter.",
         "NAME",
-        panel=_WHERE,
     )
     split: Annotated[
-        Literal["auto", "equal"] | dict[str, float], _written(parse_split, "auto", "equal")
-    ] = option(
+        Literal["auto", "equal"] | dict[str, float], written(parse_split, "auto", "equal")
+    ] = _where(
         "auto",
         "Of the removed parameters by structure, such as heads=0.1,ffn=0.9; auto: found by trial "
         "removals where the criterion reads text; equal: the same share of each structure.",
         "SHARES",
-        panel=_WHERE,
     )
-    spread: float | None = option(
+    spread: float | None = _where(
         None,
         "With --scope global, let no layer lose more than this times the average share.",
         "FACTOR",
-        panel=_WHERE,
     )
-    uniform: bool = option(
+    uniform: bool = _where(
         False,
         "Keep the same number of units in all layers, so that the result usually loads without "
         "this package.",
-        panel=_WHERE,
     )
-    protect_first: int | Literal["auto"] = option(
-        "auto",
-        "Layers to keep whole at the start; auto: a quarter, at most 4.",
-        "N",
-        panel=_WHERE,
+    protect_first: int | Literal["auto"] = _where(
+        "auto", "Layers to keep whole at the start; auto: a quarter, at most 4.", "N"
     )
-    protect_last: int | Literal["auto"] = option(
-        "auto", "Layers to keep whole at the end; auto: a fifth, at most 3.", "N", panel=_WHERE
+    protect_last: int | Literal["auto"] = _where(
+        "auto", "Layers to keep whole at the end; auto: a fifth, at most 3.", "N"
     )
-    layers: Annotated[dict[str, tuple[int, int]], _written(parse_layer_ranges)] | None = option(
+    layers: Annotated[dict[str, tuple[int, int]], written(parse_layer_ranges)] | None = _where(
         None,
         "Layers to prune by structure, such as heads=4-26,ffn=2-28; replaces the protection.",
         "RANGES",
-        panel=_WHERE,
     )
-    round_to: Annotated[int | Literal["auto"], _written(_multiple, "auto")] = option(
+    round_to: Annotated[int | Literal["auto"], written(_multiple, "auto")] = _where(
         1,
         "Keep a multiple of this many channels; auto: the smallest that this machine multiplies at "
         "full speed.",
         "N",
-        panel=_WHERE,
     )
-    criterion: str = option(
-        "taylor", f"{', '.join(CRITERIA)}.", "NAME", panel=_IMPORTANCE, known=CRITERIA
+    criterion: str = _importance("taylor", f"{', '.join(CRITERIA)}.", "NAME", known=CRITERIA)
+    order: str = _importance("first", "Of taylor: first, second or mixed.", "NAME")
+    reduction: str = _importance("element", "Of taylor: element or vector.", "NAME")
+    aggregate: str = _importance(
+        "sum", "Over the members of a group: sum, prod, max or last.", "NAME"
     )
-    order: str = option("first", "Of taylor: first, second or mixed.", "NAME", panel=_IMPORTANCE)
-    reduction: str = option("element", "Of taylor: element or vector.", "NAME", panel=_IMPORTANCE)
-    aggregate: str = option(
-        "sum", "Over the members of a group: sum, prod, max or last.", "NAME", panel=_IMPORTANCE
+    steps: Annotated[int, within(1, 1000, "{name}")] = _importance(
+        1, "Prune in steps, estimating anew before each.", "N"
     )
-    steps: int = option(1, "Prune in steps, estimating anew before each.", "N", panel=_IMPORTANCE)
-    compensation: str = option(
+    compensation: str = _importance(
         "none",
         "least-squares: refit what reads the removed units, on the calibration text; or none.",
         "NAME",
-        panel=_IMPORTANCE,
         known=COMPENSATIONS,
     )
 
@@ -164,20 +150,16 @@ class MethodSettings(CalibrationSettings):
 class PlanSettings(MethodSettings, AmountSettings):
     """All that decides which units a plan removes."""
 
-    unit_ratio: float | None = option(
-        None,
-        "Share of units to remove in each chosen layer, as in the paper.",
-        "SHARE",
-        panel=HOW_MUCH,
+    unit_ratio: float | None = _how_much(
+        None, "Share of units to remove in each chosen layer, as in the paper.", "SHARE"
     )
-    kv_cache: float | None = option(
+    kv_cache: float | None = _how_much(
         None,
         "Share of the key-value cache per token to remove, by pruning heads (or what --structures "
         "says).",
         "SHARE",
-        panel=HOW_MUCH,
     )
-    seed: int = option(0, "Of calibration text and random choice.", "N", panel=_PLAN)
+    seed: Seed = _plan(0, "Of calibration text and random choice.", "N")
 
 
 class PruneSettings(ModelSettings, OutputSettings, PlanSettings):
@@ -185,10 +167,8 @@ class PruneSettings(ModelSettings, OutputSettings, PlanSettings):
 
     panels: ClassVar = (HOW_MUCH, _WHERE, _IMPORTANCE, CALIBRATION, _PLAN, OUTPUT, LOADING)
 
-    plan: Path | None = option(
-        None, "Replay this plan instead of making one.", "FILE", panel=_PLAN, reads=True
-    )
-    dry_run: bool = option(False, "Write the plan to --out and stop.", panel=_PLAN)
+    plan: Path | None = _plan(None, "Replay this plan instead of making one.", "FILE", reads=True)
+    dry_run: bool = _plan(False, "Write the plan to --out and stop.")
     verify: bool = option(
         True,
         "Compare with the masked twin, and the saved folder with the model in memory.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from decimal import Decimal
 
 from llm_pruner.errors import UserError
@@ -59,16 +60,9 @@ def parse_layer_ranges(text: str) -> dict[str, tuple[int, int]]:
         UserError: malformed, unknown or repeated structure, or a range that runs backwards.
     """
     ranges: dict[str, tuple[int, int]] = {}
-    for item in text.split(","):
-        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)(?:\s*-\s*(\d+))?\s*", item)
-        if match is None:
-            raise UserError(
-                f"{item.strip()!r} is not a layer range; write such as heads=4-26,ffn=4-26"
-            )
-        name, first = known_structure(match[1]), int(match[2])
-        last = first if match[3] is None else int(match[3])
-        if name in ranges:
-            raise UserError(f"{name} has two layer ranges; give one")
+    value = r"(\d+)(?:\s*-\s*(\d+))?"
+    for name, match in _by_structure(text, value, "layer range", "heads=4-26,ffn=4-26"):
+        first, last = int(match[2]), int(match[3] or match[2])
         if last < first:
             raise UserError(f"layer range {name}={first}-{last} runs backwards; swap its ends")
         ranges[name] = (first, last)
@@ -81,16 +75,24 @@ def parse_split(text: str) -> dict[str, float]:
     Raises:
         UserError: malformed, unknown or repeated structure.
     """
-    shares: dict[str, float] = {}
+    found = _by_structure(text, r"(\d*\.?\d+)", "share", "heads=0.1,ffn=0.9")
+    return {name: float(match[2]) for name, match in found}
+
+
+def _by_structure(
+    text: str, value: str, what: str, such: str
+) -> Iterator[tuple[str, re.Match[str]]]:
+    """Yield each structure of ``"heads=...,ffn=..."`` with its match, value from group 2."""
+    names = set()
     for item in text.split(","):
-        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d*\.?\d+)\s*", item)
+        match = re.fullmatch(rf"\s*(\w+)\s*=\s*{value}\s*", item)
         if match is None:
-            raise UserError(f"{item.strip()!r} is not a share; write such as heads=0.1,ffn=0.9")
+            raise UserError(f"{item.strip()!r} is not a {what}; write such as {such}")
         name = known_structure(match[1])
-        if name in shares:
-            raise UserError(f"{name} has two shares; give one")
-        shares[name] = float(match[2])
-    return shares
+        if name in names:
+            raise UserError(f"{name} has two {what}s; give one")
+        names.add(name)
+        yield name, match
 
 
 def parse_duration(text: str) -> float:
