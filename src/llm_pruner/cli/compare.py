@@ -60,8 +60,7 @@ def command(
         check_place(html, "--html")
         check_file("--html", html, "page", reads)
 
-    from llm_pruner.commands.compare import compare_folders
-    from llm_pruner.report.compare import render_html, render_markdown
+    from llm_pruner.report.compare import compare_folders, render_html, render_markdown
 
     found = compare_folders(folders)
     if html is not None:

@@ -29,7 +29,7 @@ def run(settings: EvaluateSettings, json: str | None) -> None:
     settings.check()
     report = settings.report
     if report is not None:
-        from llm_pruner.report.write import report_in
+        from llm_pruner.report.data import report_in
 
         report_in(report)  # what cannot be read is said before the model is loaded
 

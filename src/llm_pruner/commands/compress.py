@@ -31,16 +31,16 @@ from llm_pruner.data.text import DEMO_PROMPTS, SELF
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.result_cache import shared_corpora
 from llm_pruner.files.disk import put, tidy
-from llm_pruner.files.outputs import Source, check_output, check_place
+from llm_pruner.files.outputs import check_output, check_place
 from llm_pruner.models.forward import maximum_length
 from llm_pruner.models.load import load
 from llm_pruner.models.stored import check_file_states, file_states
 from llm_pruner.recovery import Progress
 from llm_pruner.recovery.processes import only_one
-from llm_pruner.report.data import Report, Variant
+from llm_pruner.report.data import Report, Source, Variant, known_report
 from llm_pruner.report.facts import evaluation_of
 from llm_pruner.report.records import RECOVERY_FILE, Change, Compressed, Measured, Training, Weighed
-from llm_pruner.report.write import page_in, report_in, write_report, write_request
+from llm_pruner.report.write import page_in, write_report, write_request
 from llm_pruner.settings.compress import CompressSettings
 from llm_pruner.settings.evaluate import EvaluateSettings
 from llm_pruner.settings.recover import RecoverSettings
@@ -310,9 +310,8 @@ class _Stages:
             peak_bytes=self.run.peak_bytes,
         )
         folder = self.run.path("pruned" if recovery is None else "recovered")
-        try:
-            report = report_in(folder)
-        except UserError:
+        report = known_report(folder)
+        if report is None:
             return result  # it could not be drawn before, which was said
         for variant, found in measured.items():
             report = report.with_evaluation(variant, evaluation_of(found))
@@ -341,10 +340,8 @@ class _Stages:
                 )
 
     def _pruned_report(self) -> Report:
-        try:
-            return report_in(self.run.path("pruned"))
-        except UserError:
-            return Report.model_validate({"source": {"name": self.settings.model}})
+        drawn = known_report(self.run.path("pruned"))
+        return drawn or Report(source=Source(name=self.settings.model))
 
     def _text(self) -> Path:
         return self.run.path("text")
@@ -383,7 +380,7 @@ def _training(file: Path) -> Training:
         raise UserError(f"{file} is damaged; begin anew with --restart") from error
 
 
-def _move(folder: Path, out: Path, overwrite: bool, reads: Iterable[Source]) -> None:
+def _move(folder: Path, out: Path, overwrite: bool, reads: Iterable[str]) -> None:
     """Put a complete folder in its place.
 
     After a kill it goes on where it was: a folder that is gone was moved.

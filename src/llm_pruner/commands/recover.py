@@ -33,10 +33,9 @@ from llm_pruner.models.forward import maximum_length
 from llm_pruner.models.load import check, load
 from llm_pruner.recovery import Outcome, Progress, Teacher, recover_
 from llm_pruner.recovery.processes import Processes, is_sharded, joined, own_device
-from llm_pruner.report.data import SavedAs
-from llm_pruner.report.facts import source_of
+from llm_pruner.report.data import SavedAs, known_report
+from llm_pruner.report.facts import recovery_report, source_of
 from llm_pruner.report.records import RECOVERY_FILE, Change, Recovered, SourceResult, StepLoss
-from llm_pruner.report.recovery import earlier_report, recovery_report
 from llm_pruner.report.write import page_in, write_report, write_request
 from llm_pruner.runtime.precision import multiplies_bfloat16
 from llm_pruner.settings.evaluate import PerplexitySettings
@@ -250,7 +249,7 @@ class _Run:
             if one is not None:
                 one.check_stored()
         plan = _plan_file(settings.model)
-        earlier = earlier_report(settings.model)
+        earlier = known_report(Path(settings.model).expanduser())
 
         def beside(folder: Path, kind: SavedAs, needs: tuple[str, ...]) -> None:
             write_request(folder, self.asked)

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from markupsafe import Markup
 from pydantic import BaseModel
 
+from llm_pruner.errors import UserError
+from llm_pruner.models.stored import stored_size
+from llm_pruner.planning import read_plan
 from llm_pruner.report import figures, view
-from llm_pruner.report.data import Evaluation, Report, Variant
+from llm_pruner.report.data import JSON_FILE, Evaluation, Report, Source, Variant, read_report
+from llm_pruner.report.facts import criterion_in_words, settings_of
 from llm_pruner.report.text import count, markdown, megabytes, percent
 from llm_pruner.report.write import page
 from llm_pruner.types import Size
 
 Subject = Literal["size", "how", "perplexity", "accuracy", "measured"]
+
+_PLAN, _CONFIG = "plan.json", "config.json"
 
 
 @dataclass(frozen=True)
@@ -83,28 +90,7 @@ class Comparison(BaseModel):
     @property
     def columns(self) -> list[Column]:
         """The columns that hold something."""
-        models = self.models
-
-        def column(
-            subject: Subject, name: str, cell: Callable[[Compared], Any], *, text: bool = False
-        ) -> Column:
-            return Column(subject, name, tuple(cell(one) or "" for one in models), text=text)
-
-        columns = [
-            column("size", "parameters", lambda m: m.size and count(m.size.total)),
-            column("size", "removed", lambda m: m.removed is not None and percent(m.removed)),
-            column(
-                "size", "weights", lambda m: m.size and m.size.bytes and megabytes(m.size.bytes)
-            ),
-            column("how", "units", lambda m: m.units, text=True),
-            column("how", "chosen by", lambda m: m.chosen_by, text=True),
-            *_perplexities(models),
-            *_tasks(models),
-            *(
-                Column("measured", first.label, _cells(row))
-                for first, row in _aligned(models, "measurements")
-            ),
-        ]
+        columns = [*_of_the_models(self.models), *_measured(self.models)]
         return [column for column in columns if any(column.cells)]
 
     @property
@@ -112,6 +98,65 @@ class Comparison(BaseModel):
         """The settings of the columns, each once."""
         lines = [f"{column.name}: {column.settings}" for column in self.columns if column.settings]
         return tuple(dict.fromkeys(lines))
+
+
+def compare_folders(named: Sequence[str]) -> Comparison:
+    """Return a comparison of checkpoints.
+
+    A folder that ``prune`` wrote brings its report. Of any other checkpoint the size is read from
+    the headers of its weights, and how it was pruned from ``plan.json``, if there is one.
+
+    Args:
+        named: folders, each as ``DIR`` or ``NAME=DIR``.
+
+    Raises:
+        UserError: one is no checkpoint, or two have the same name.
+    """
+    entries = [_entry(*_label(text)) for text in named]
+    labels = [entry.label for entry in entries]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise UserError(f"two models are called {twice!r}; tell them apart with NAME=DIR")
+    return compare(entries)
+
+
+def _label(text: str) -> tuple[str, Path]:
+    """Return the name and the folder; a folder whose own name has an equals sign is a folder."""
+    name, sign, folder = text.partition("=")
+    path = Path(text).expanduser()
+    if sign and name and not path.is_dir():
+        path = Path(folder).expanduser()
+    else:
+        name = path.resolve().name
+    if not path.is_dir():
+        raise UserError(f"{path} is no folder; name checkpoints that llm-pruner prune wrote")
+    return name, path
+
+
+def _entry(label: str, folder: Path) -> Entry:
+    if (folder / JSON_FILE).is_file():
+        report = read_report(folder / JSON_FILE)
+        return Entry(label, report, report.final)
+    if not (folder / _CONFIG).is_file():
+        raise UserError(
+            f"{folder} has neither {JSON_FILE} nor {_CONFIG}, so it is no checkpoint; "
+            "name folders that llm-pruner prune wrote"
+        )
+    stored = stored_size(str(folder), None, "auto")
+    if stored is None:
+        raise UserError(f"{folder} has no safetensors; name folders that llm-pruner prune wrote")
+    size = Size(total=stored[0] or 0, bytes=stored[1])
+    if not (folder / _PLAN).is_file():
+        name = folder.resolve().name
+        return Entry(label, Report(source=Source(name=name), sizes={"dense": size}), "dense")
+    plan = read_plan(folder / _PLAN)
+    report = Report(
+        source=Source(name=plan.model.name, revision=plan.model.revision),
+        sizes={"dense": Size(total=plan.model.parameters), "pruned": size},
+        criterion=criterion_in_words(plan),
+        settings=settings_of(plan, {}),
+    )
+    return Entry(label, report, "pruned")
 
 
 def compare(entries: Sequence[Entry]) -> Comparison:
@@ -136,29 +181,24 @@ def _compared(entry: Entry) -> Compared:
     )
 
 
-def _with_dense(entries: Sequence[Entry]) -> tuple[Entry, ...]:
+def _with_dense(entries: Sequence[Entry]) -> list[Entry]:
     """Add the dense models of the reports, with all that the reports know of each."""
     found: dict[tuple[str, int], Report] = {}
     for report in (entry.report for entry in entries if "dense" in entry.report.sizes):
         known = found.setdefault(_identity(report), report)
-        if known is not report and "dense" in report.evaluations:
-            known = known.with_evaluation("dense", report.evaluations["dense"])
-            found[_identity(report)] = known
-    asked = {_identity(entry.report) for entry in entries if entry.variant == "dense"}
+        of_dense = report.evaluations.get("dense", Evaluation())
+        found[_identity(report)] = known.with_evaluation("dense", of_dense)
+    named = [
+        replace(one, report=found[_identity(one.report)]) if one.variant == "dense" else one
+        for one in entries
+    ]
+    asked = {_identity(one.report) for one in named if one.variant == "dense"}
     added = [
         Entry("dense" if len(found) == 1 else f"{report.source.name}, dense", report, "dense")
         for identity, report in found.items()
         if identity not in asked
     ]
-    return (
-        *added,
-        *(
-            replace(entry, report=found[_identity(entry.report)])
-            if entry.variant == "dense"
-            else entry
-            for entry in entries
-        ),
-    )
+    return [*added, *named]
 
 
 def _identity(report: Report) -> tuple[str, int]:
@@ -166,45 +206,43 @@ def _identity(report: Report) -> tuple[str, int]:
     return report.source.name, report.sizes["dense"].total
 
 
-def _aligned(models: Sequence[Compared], part: str) -> list[tuple[Any, list[Any]]]:
-    """Return (one of the results, result of each model or None) for all that may be compared."""
-    found = view.aligned(dict(enumerate(models)), part)
-    return [(view.first(by), [by.get(place) for place in range(len(models))]) for by in found]
+def _of_the_models(models: Sequence[Compared]) -> Iterator[Column]:
+    def column(
+        subject: Subject, name: str, cell: Callable[[Compared], Any], *, text: bool = False
+    ) -> Column:
+        return Column(subject, name, tuple(cell(one) or "" for one in models), text=text)
+
+    yield column("size", "parameters", lambda m: m.size and count(m.size.total))
+    yield column("size", "removed", lambda m: m.removed is not None and percent(m.removed))
+    yield column("size", "weights", lambda m: m.size and m.size.bytes and megabytes(m.size.bytes))
+    yield column("how", "units", lambda m: m.units, text=True)
+    yield column("how", "chosen by", lambda m: m.chosen_by, text=True)
 
 
-def _cells(row: Sequence[Any]) -> tuple[str, ...]:
-    return tuple("" if result is None else str(result) for result in row)
+def _measured(models: Sequence[Compared]) -> Iterator[Column]:
+    by_place = dict(enumerate(models))
 
+    def aligned(part: str) -> list[tuple[Any, tuple[str, ...]]]:
+        return [
+            (view.first(by), tuple(str(by.get(place, "")) for place in by_place))
+            for by in view.aligned(by_place, part)
+        ]
 
-def _perplexities(models: Sequence[Compared]) -> list[Column]:
-    found = _aligned(models, "perplexity")
-    names = [first.name for first, _ in found]
-    return [
-        Column("perplexity", first.name, _cells(row), first.settings)
-        if names.count(first.name) == 1
-        else Column("perplexity", first.label, _cells(row))
-        for first, row in found
-    ]
-
-
-def _tasks(models: Sequence[Compared]) -> list[Column]:
-    found = [(first, row) for first, row in _aligned(models, "tasks") if first.in_mean]
-    columns = []
-    for first, row in found:
-        items = "" if first.items is None else f", {first.items:,} items"
-        settings = f"{first.metric} in percent{items}"
-        columns.append(Column("accuracy", first.task, _cells(row), settings))
-    if found:
-        means = [_mean([row[place] for _, row in found]) for place in range(len(models))]
-        columns.append(Column("accuracy", "mean", tuple(means), "of the tasks above"))
-    return columns
-
-
-def _mean(scores: Sequence[Any]) -> str:
-    """Return the mean in percent; nothing if a task is missing, since means would not compare."""
-    if any(score is None for score in scores):
-        return ""
-    return f"{100 * sum(score.value for score in scores) / len(scores):.1f}"
+    found = aligned("perplexity")
+    names = [text.name for text, _ in found]
+    for text, cells in found:
+        alone = names.count(text.name) == 1
+        name, settings = (text.name, text.settings) if alone else (text.label, "")
+        yield Column("perplexity", name, cells, settings)
+    for score, cells in aligned("tasks"):
+        if score.in_mean:
+            items = "" if score.items is None else f", {score.items:,} items"
+            yield Column("accuracy", score.task, cells, f"{score.metric} in percent{items}")
+    means = view.task_means(by_place)
+    cells = tuple(f"{100 * means[place]:.1f}" if place in means else "" for place in by_place)
+    yield Column("accuracy", "mean", cells, "of the tasks above")
+    for measurement, cells in aligned("measurements"):
+        yield Column("measured", measurement.label, cells)
 
 
 def render_markdown(found: Comparison) -> str:
@@ -235,15 +273,15 @@ def _heading(column: Column) -> str:
 
 def render_html(found: Comparison) -> str:
     """Return one page that needs nothing else."""
-    plots = []
-    for number, (first, row) in enumerate(_aligned(found.models, "perplexity")):
+    plots, models = [], found.models
+    for number, by in enumerate(view.aligned(dict(enumerate(models)), "perplexity")):
         rows: list[tuple[str, figures.Series]] = [
-            (model.label, [(model.variant, r.perplexity, r.stderr)])
-            for model, r in zip(found.models, row, strict=True)
-            if r is not None and math.isfinite(r.perplexity)
+            (models[place].label, [(models[place].variant, text.perplexity, text.stderr)])
+            for place, text in by.items()
+            if math.isfinite(text.perplexity)
         ]
         if rows:
-            title = f"perplexity, {first.name}"
+            title = f"perplexity, {view.first(by).name}"
             drawing = figures.dots(f"perplexity{number}", title, rows, share=False)
             plots.append((title, Markup(drawing)))
     subjects: dict[str, list[Column]] = {}
@@ -251,7 +289,7 @@ def render_html(found: Comparison) -> str:
         subjects.setdefault(column.subject, []).append(column)
     return page(
         "compare.html",
-        title=f"{len(found.models)} models compared",
+        title=f"{len(models)} models compared",
         labels=found.labels,
         subjects=subjects,
         plots=plots,

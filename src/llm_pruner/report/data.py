@@ -371,6 +371,26 @@ def read_report(file: Path) -> Report:
         ) from None
 
 
+def report_in(folder: Path) -> Report:
+    """Return the report of a folder.
+
+    Raises:
+        UserError: there is none that can be read.
+    """
+    file = folder / JSON_FILE
+    if not file.is_file():
+        raise UserError(f"{folder} has no {JSON_FILE}; name a folder that llm-pruner prune wrote")
+    return read_report(file)
+
+
+def known_report(folder: Path) -> Report | None:
+    """Return the report of a folder; None if there is none that can be read."""
+    try:
+        return report_in(folder)
+    except UserError:
+        return None
+
+
 _HEADINGS = {"Selection": "Where from"}
 """Heading of settings in reports of earlier versions -> its name now."""
 

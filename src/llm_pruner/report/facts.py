@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from llm_pruner.data.text import SELF
 from llm_pruner.evaluation.zero_shot import TaskResult
 from llm_pruner.models.stored import DEFAULT, local_path
 from llm_pruner.planning import Plan
@@ -22,20 +24,27 @@ from llm_pruner.report.data import (
     Evaluation,
     ImportanceMap,
     ImportanceRow,
+    LossPoint,
     Measurement,
+    Recovery,
+    Report,
     Source,
     TaskScore,
+    Variant,
 )
-from llm_pruner.report.records import Measured, Weighed
+from llm_pruner.report.records import Measured, Recovered, Weighed
 from llm_pruner.settings.common import CALIBRATION
 from llm_pruner.settings.options import option_of
 from llm_pruner.settings.prune import PruneSettings
-from llm_pruner.types import Discovery, FloatArray, Group, Layer, Removal, Scores
+from llm_pruner.types import Discovery, FloatArray, Group, Layer, Removal, Scores, Size
 
 BINS = 24
 """Most bins of an importance map; a group with fewer units has a bin for each."""
 
 _NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.)")
+_METHODS = {"full": "training of all weights"}
+"""Method of recovery -> its words; of all others: LoRA."""
+
 _NAMES = {"fisher": "Fisher", "taylor": "Taylor", "wanda": "Wanda"}
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -190,28 +199,22 @@ def licence_of(model: str, revision: str | None) -> str | None:
         model: hub id, local folder, ``.gguf`` file, or ``default``.
         revision: commit on the hub, if it came from there.
     """
+    from huggingface_hub import ModelCard, try_to_load_from_cache
+
     try:
         if model == DEFAULT or model.endswith(".gguf"):
-            return gguf_licence(local_path(model))
-        if Path(model).expanduser().exists():
-            return card_licence(Path(model).expanduser() / CARD_FILE)
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(model, CARD_FILE, revision=revision)
-        return card_licence(Path(cached)) if isinstance(cached, str) else None
+            return _gguf_licence(local_path(model))
+        folder = Path(model).expanduser()
+        card: Any = folder / CARD_FILE
+        if not folder.exists():
+            card = try_to_load_from_cache(model, CARD_FILE, revision=revision)
+        found = ModelCard.load(Path(card)).data.license
+        return found if isinstance(found, str) else None
     except Exception:  # readers raise anything, and what cannot be read is not known
         return None
 
 
-def card_licence(file: Path) -> str | None:
-    """Return what the front matter of a model card says."""
-    from huggingface_hub import ModelCard
-
-    found = ModelCard.load(file).data.license if file.is_file() else None
-    return found if isinstance(found, str) else None
-
-
-def gguf_licence(file: Path) -> str | None:
+def _gguf_licence(file: Path) -> str | None:
     """Return what a GGUF file says among its general entries, which come first.
 
     An entry is the length of its key, the key, a type and a value; that of a string is its length
@@ -273,3 +276,88 @@ def _measurements(found: Measured) -> Iterator[Measurement]:
             high=read / min(rounds) if len(rounds) > 1 else None,
             better="higher",
         )
+
+
+def recovery_report(
+    done: Recovered,
+    earlier: Report | None,
+    *,
+    source: Source,
+    pruned: bool,
+    size: Size,
+    command: str | None,
+) -> Report:
+    """Return the report of a recovered model.
+
+    Args:
+        done: what the run did.
+        earlier: of the model that came in, which is carried on.
+        source: of the model that came in; read where nothing is known of it.
+        pruned: the same: whether it was pruned.
+        size: of the model, which recovery leaves as it is.
+        command: the command line of this run.
+    """
+    if earlier is None:
+        before: Variant | None = "pruned" if pruned else "dense"
+        earlier = Report(source=source)
+    else:
+        # What trained a model that was trained already starts from no model of the three.
+        before = None if earlier.final == "recovered" else earlier.final
+    evaluations = {name: of for name, of in earlier.evaluations.items() if name != "recovered"}
+    sizes = {name: of for name, of in earlier.sizes.items() if name != "recovered"}
+    recovery = Recovery(
+        loss=_course(done), seconds=done.seconds, summary=_in_words(done), gained=done.gained
+    )
+    report = earlier.model_copy(
+        update={
+            "sizes": sizes | ({"recovered": size} if done.gained else {}),
+            "evaluations": evaluations,
+            "recovery": recovery,
+            "saved_as": done.saved_as,
+            "needs": done.needs,
+            "settings": {**earlier.settings, "Recovery": spaced(done.settings)},
+            "seconds": {**earlier.seconds, "training": done.seconds},
+            "versions": versions(),
+            "command": " && ".join(dict.fromkeys(filter(None, (earlier.command, command)))) or None,
+            "card_digest": None,
+        }
+    )
+    if done.perplexity:
+        old, new = zip(*((one.before, one.after) for one in done.perplexity), strict=True)
+        for variant, found in ((before, old), (report.final, new)):
+            if variant is not None:
+                measured = Evaluation.model_validate({"perplexity": found})
+                report = report.with_evaluation(variant, measured)
+    return report
+
+
+def _course(done: Recovered) -> tuple[LossPoint, ...]:
+    """Return the loss of each step and each score of the held-out samples, by step."""
+    train = dict(enumerate(done.losses, start=1))
+    held_out = {one.step: one.loss for one in done.evaluations}
+    return tuple(
+        LossPoint(step=step, train=_known(train.get(step)), validation=_known(held_out.get(step)))
+        for step in sorted({*train, *held_out})
+    )
+
+
+def _in_words(done: Recovered) -> str:
+    """Return how a model was trained, in words that follow "recovered by"."""
+    settings = done.settings
+    teacher = settings["teacher"]
+    said = _METHODS.get(settings["method"]) or f"LoRA of rank {settings['lora_r']}"
+    texts = [
+        f"{one.train_samples:,} texts that {teacher} wrote"
+        if one.name == SELF
+        else f"{one.train_samples:,} samples of {one.name}"
+        for one in done.sources
+    ]
+    said += f" on {' and '.join(texts)}, {done.steps:,} steps"
+    if settings["distillation"] and teacher is not None:
+        whose = "its" if SELF in {one.name for one in done.sources} else f"{teacher}'s"
+        said += f", with {whose} predictions as the aim"
+    return said
+
+
+def _known(loss: float | None) -> float | None:
+    return loss if loss is not None and math.isfinite(loss) else None

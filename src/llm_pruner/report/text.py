@@ -114,3 +114,14 @@ def points(difference: float) -> tuple[str, bool | None]:
     """Return a difference of shares in points of percent, and whether it is for the better."""
     text = f"{100 * difference:+.1f} points".replace("-", "−")
     return text, None if difference == 0 else difference > 0
+
+
+def said(value: Any) -> str:
+    """Return a setting as people say it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(said, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {said(item)}" for key, item in value.items()) or "none"
+    return str(value)

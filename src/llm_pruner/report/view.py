@@ -283,7 +283,7 @@ def compared(report: Report, part: str, cell: Callable[[Any], str] = str) -> Tab
 
 def task_table(report: Report) -> Table | None:
     """Return task scores in percent with standard errors, and their means."""
-    table, means = compared(report, "tasks"), task_means(report)
+    table, means = compared(report, "tasks"), task_means(report.evaluations)
     if table is None or len(means) < len(table.models):
         return table
     start, last = table.models[0], table.models[-1]
@@ -295,14 +295,19 @@ def task_table(report: Report) -> Table | None:
     return Table(table.models, (*table.rows, row), note)
 
 
-def task_means(report: Report) -> dict[Variant, float]:
+def task_means(evaluations: Mapping[_K, Evaluation]) -> dict[_K, float]:
     """Return the mean over the tasks for each model that was measured on all of them."""
-    counted = [by for by in by_model(report, "tasks") if first(by).in_mean]
+    counted = [by for by in aligned(evaluations, "tasks") if first(by).in_mean]
     return {
-        variant: sum(by[variant].value for by in counted) / len(counted)
-        for variant in VARIANTS
-        if counted and all(variant in by for by in counted)
+        whose: sum(by[whose].value for by in counted) / len(counted)
+        for whose in evaluations
+        if counted and all(whose in by for by in counted)
     }
+
+
+def measurements(report: Report) -> Table | None:
+    """Return sizes and speeds with their spread."""
+    return compared(report, "measurements", lambda found: found.spread)
 
 
 def samples(report: Report) -> list[tuple[str, list[tuple[Variant, str]]]]:
@@ -327,7 +332,7 @@ def headlines(report: Report) -> list[tuple[str, str, str]]:
             text = f"perplexity, {by[final].name}"
             before = f"dense {measured(by['dense'].perplexity, None)}" if "dense" in by else ""
             shown.append((text, measured(by[final].perplexity, None), before))
-    means = task_means(report)
+    means = task_means(report.evaluations)
     if final in means:
         before = f"dense {100 * means['dense']:.1f}%" if "dense" in means else ""
         shown.append(("mean accuracy", f"{100 * means[final]:.1f}%", before))
@@ -338,23 +343,3 @@ def headlines(report: Report) -> list[tuple[str, str, str]]:
             before = "" if dense_speed is None else f"dense {dense_speed}"
             shown.append((found.label, str(found), before))
     return shown
-
-
-def flat_settings(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return settings by heading, each value as text; settings without a value are left out."""
-    sections = []
-    for heading, settings in report.settings.items():
-        rows = [(name, _value(value)) for name, value in settings.items() if value is not None]
-        if rows:
-            sections.append((heading, rows))
-    return sections
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_value(item) for item in value) or "none"
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {_value(item)}" for key, item in value.items()) or "none"
-    return str(value)

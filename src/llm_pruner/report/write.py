@@ -24,11 +24,11 @@ from llm_pruner.report.data import (
     Evaluation,
     Report,
     Variant,
-    read_report,
+    report_in,
 )
 from llm_pruner.report.facts import evaluation_of
 from llm_pruner.report.records import Measured
-from llm_pruner.report.text import breakable, fenced, markdown, number, visible
+from llm_pruner.report.text import breakable, fenced, markdown, number, said, visible
 from llm_pruner.settings.options import Settings
 
 
@@ -85,18 +85,6 @@ def write_request(folder: Path, settings: Settings) -> None:
     rewrite(folder, {REQUEST_FILE: said.replace(f"{Path.home()}/", "~/")})
 
 
-def report_in(folder: Path) -> Report:
-    """Return the report of a folder.
-
-    Raises:
-        UserError: there is none that can be read.
-    """
-    file = folder / JSON_FILE
-    if not file.is_file():
-        raise UserError(f"{folder} has no {JSON_FILE}; name a folder that llm-pruner prune wrote")
-    return read_report(file)
-
-
 def page_in(folder: Path) -> Path | None:
     """Return the page in a folder; None if none could be drawn."""
     page = folder / HTML_FILE
@@ -146,86 +134,58 @@ def digest(text: str) -> str:
 
 def render_html(report: Report) -> str:
     """Return one page that needs nothing else: no script, no font, no request."""
-    context = _context(report)
-    table = context["measurements"]
-    return page(
-        "report.html",
-        title=view.title(report),
-        spread=table is not None and any("(" in c for row in table.rows for c in row.cells),
-        settings=view.flat_settings(report),
-        seconds=[(stage, f"{value:.1f}") for stage, value in report.seconds.items()],
-        headlines=view.headlines(report),
-        trials=view.trials(report),
-        plots=_plots(report),
-        **context,
-    )
+    return page("report.html", title=view.title(report), report=report, plots=_plots(report))
 
 
 def render_card(report: Report) -> str:
     """Return a model card in Markdown, with metadata that the hub understands."""
     template = _environment(False).get_template("card.md")
-    text = template.render(metadata=metadata(report), **_context(report))
+    text = template.render(metadata=_metadata(report), report=report)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def metadata(report: Report) -> str:
+def _metadata(report: Report) -> str:
     """Return the front matter of the model card; only what is known, and known to be harmless."""
-    source = report.source
-    known: dict[str, Any] = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["llm-pruner"],
-    }
-    if view.was_pruned(report):
-        known["tags"] += ["pruned", "structural-pruning"]
-    if source.hub_id is not None and _HUB_ID.fullmatch(source.hub_id):
-        known["base_model"] = source.hub_id
-    if source.license is not None and _LICENSE.fullmatch(source.license):
-        known["license"] = source.license
-    results = _hub_results(report)
-    if results:
-        known["model-index"] = [{"name": source.name, "results": results}]
-    return yaml.safe_dump(known, sort_keys=True, allow_unicode=True)
+    from huggingface_hub import EvalResult, ModelCardData
 
-
-def _hub_results(report: Report) -> list[dict[str, Any]]:
-    """Return what was measured on public data sets, as the hub wants it."""
-    found = report.evaluations.get(report.final, Evaluation())
-    results: list[tuple[str, str | None, str, float]] = []
-    results += [
-        (result.corpus, result.split, "perplexity", result.perplexity)
-        for result in found.perplexity
-        if result.split  # a data set with splits, no file of the user's
+    source, final = report.source, report.evaluations.get(report.final, Evaluation())
+    found: list[tuple[str, str | None, str, float]] = [
+        (one.corpus, one.split, "perplexity", one.perplexity)
+        for one in final.perplexity
+        if one.split  # a data set with splits, no file of the user's
     ]
-    results += [(r.task, None, r.metric, r.value) for r in found.tasks if r.in_mean]
-    return [
-        {
-            "task": {"type": "text-generation"},
-            "dataset": {"name": name, "type": name} | ({"split": split} if split else {}),
-            "metrics": [{"type": metric, "value": float(f"{value:.6g}")}],
-        }
-        for name, split, metric, value in results
+    found += [(one.task, None, one.metric, one.value) for one in final.tasks if one.in_mean]
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=name,
+            dataset_name=name,
+            dataset_split=split,
+            metric_type=metric,
+            metric_value=float(f"{value:.6g}"),
+        )
+        for name, split, metric, value in found
         if _DATASET.fullmatch(name) and math.isfinite(value)
     ]
+    known = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["llm-pruner", *(("pruned", "structural-pruning") if view.was_pruned(report) else ())],
+        base_model=_known(_HUB_ID, source.hub_id),
+        license=_known(_LICENSE, source.license),
+        eval_results=results or None,
+        model_name=source.name if results else None,
+    )
+    return yaml.safe_dump(known.to_dict(), sort_keys=True, allow_unicode=True)
+
+
+def _known(pattern: re.Pattern[str], name: str | None) -> str | None:
+    return name if name is not None and pattern.fullmatch(name) else None
 
 
 def page(template: str, **context: Any) -> str:
     """Return a page from a template."""
     return _environment(True).get_template(template).render(**context)
-
-
-def _context(report: Report) -> dict[str, Any]:
-    return {
-        "report": report,
-        "heading": view.title(report),
-        "pruned": view.was_pruned(report),
-        "sentence": view.sentence(report),
-        "sizes": view.sizes(report),
-        "perplexity": view.compared(report, "perplexity"),
-        "tasks": view.task_table(report),
-        "measurements": view.compared(report, "measurements", lambda found: found.spread),
-        "samples": view.samples(report),
-    }
 
 
 def _plots(report: Report) -> dict[str, Markup]:
@@ -268,8 +228,10 @@ def _environment(html: bool) -> Environment:
         "fenced": fenced,
         "md": markdown,
         "number": number,
+        "said": said,
         "visible": visible,
     }
+    made.globals["view"] = view
     if html:
         source = made.loader.get_source(made, "style.css")[0]  # type: ignore[union-attr]
         made.globals["style"] = Markup(source)
