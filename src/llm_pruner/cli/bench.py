@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from statistics import median
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from llm_pruner.cli.output import console, print_table, table, write_json
+from llm_pruner.cli.output import Screen, write_json
 from llm_pruner.report.text import clean, count, megabytes
 from llm_pruner.settings.evaluate import BenchSettings
 
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from llm_pruner.commands.bench import Bench, Figures
     from llm_pruner.evaluation.speed import Speed, SpeedUp
 
-_Read: TypeAlias = "Callable[[Figures], Any]"
+_Row: TypeAlias = "tuple[str, Callable[[Figures], Any], Callable[[Any], str]]"
 
 EXAMPLES = """\b
 Examples:
@@ -36,16 +35,19 @@ def run(settings: BenchSettings, json: str | None) -> None:
 
 def show(done: Bench) -> None:
     """Print what was measured."""
-    out = console()
+    out = Screen()
     out.print(f"model: {clean(done.model.model)}")
     if done.against is not None:
         out.print(f"against: {clean(done.against.model)}")
-    print_table(out, _size_table(done))
+    _show(out, "Size", done, _sizes(done))
     if done.model.memory:
-        print_table(out, _memory_table(done))
+        _show(out, "Peak memory", done, _memory(done))
     settings = done.settings
     if done.model.speed:
-        print_table(out, _speed_table(done))
+        columns = ("", "model", "range")
+        if done.comparison:
+            columns = ("", "model", "against", "speed-up", "range", "limit", "reached")
+        out.table("Speed", columns, _speeds(done))
         out.print(
             f"Tokens per second; {settings['prompt_tokens']} prompt tokens, "
             f"{settings['new_tokens']} new ones; median of {settings['repeats']} rounds"
@@ -56,16 +58,13 @@ def show(done: Bench) -> None:
                 "Limit: the ratio of MACs for prefill, and of the bytes that a step reads for "
                 "decode"
             )
-    if settings["counts_only"]:
-        out.print(f"{settings['dtype']}; nothing was timed")
-    else:
-        out.print(
-            f"{settings['dtype']}, {clean(settings['device'])}, {settings['threads']} threads"
-        )
+    where = f", {clean(settings['device'])}, {settings['threads']} threads"
+    timed = "; nothing was timed" if settings["counts_only"] else where
+    out.print(f"{settings['dtype']}{timed}")
 
 
-def _table(title: str, done: Bench, rows: Iterable[tuple[str, _Read, Callable[[Any], str]]]) -> Any:
-    """Return rows of (label, what of a model, how it is written): one model, or two and a ratio."""
+def _show(out: Screen, title: str, done: Bench, rows: Iterable[_Row]) -> None:
+    """Print rows of (label, what of a model, how it is written): one model, or two and a ratio."""
     models = [figures for figures in (done.model, done.against) if figures is not None]
     lines = []
     for label, read, form in rows:
@@ -74,11 +73,11 @@ def _table(title: str, done: Bench, rows: Iterable[tuple[str, _Read, Callable[[A
         if len(values) == 2:
             cells.append(f"{values[0] / values[1]:.3f}" if all(values) else "-")
         lines.append(cells)
-    return table(title, ("", "model", "against", "ratio")[: 2 * len(models)], lines)
+    out.table(title, ("", "model", "against", "ratio")[: 2 * len(models)], lines)
 
 
-def _size_table(done: Bench) -> Any:
-    rows: list[tuple[str, _Read, Callable[[Any], str]]] = [
+def _sizes(done: Bench) -> list[_Row]:
+    rows: list[_Row] = [
         ("parameters", lambda f: f.parameters, count),
         ("  in embeddings", lambda f: f.parameters_embedding, count),
         ("  in blocks", lambda f: f.parameters_blocks, count),
@@ -91,23 +90,21 @@ def _size_table(done: Bench) -> Any:
     ]
     if any(f is not None and f.cache_bytes_fixed for f in (done.model, done.against)):
         rows.append(("cache besides", lambda f: f.cache_bytes_fixed, _kilobytes))
-    return _table("Size", done, rows)
+    return rows
 
 
-def _memory_table(done: Bench) -> Any:
-    def read(figures: Figures, number: int, stage: str) -> int:
-        return int(getattr(figures.memory[number], stage))
+def _memory(done: Bench) -> list[_Row]:
+    def read(number: int, stage: str) -> Callable[[Figures], Any]:
+        return lambda figures: getattr(figures.memory[number], stage)
 
-    rows = [
-        (f"{stage}, batch {peak.batch_size}", partial(read, number=number, stage=stage), megabytes)
+    return [
+        (f"{stage}, batch {peak.batch_size}", read(number, stage), megabytes)
         for number, peak in enumerate(done.model.memory)
         for stage in ("prefill", "decode")
     ]
-    return _table("Peak memory", done, rows)
 
 
-def _speed_table(done: Bench) -> Any:
-    rows: list[list[str]] = []
+def _speeds(done: Bench) -> Iterator[list[str]]:
     for index, speed in enumerate(done.model.speed):
         other = None if done.against is None else done.against.speed[index]
         compared = done.comparison[index] if done.comparison else None
@@ -121,14 +118,10 @@ def _speed_table(done: Bench) -> Any:
                 limit: float = getattr(compared, f"{stage}_limit")
                 cells += [f"{gain.median:.2f}x", f"{gain.low:.2f}-{gain.high:.2f}"]
                 cells += [f"{limit:.2f}x", f"{100 * gain.median / limit:.0f}%"]
-            rows.append(cells)
+            yield cells
         cells = ["  first token, ms"]
         cells += [f"{1e3 * s.first_token_seconds:,.0f}" for s in (speed, other) if s is not None]
-        rows.append(cells + [""] * (1 if compared is None else 4))
-    columns: tuple[str, ...] = ("", "model", "range")
-    if done.comparison:
-        columns = ("", "model", "against", "speed-up", "range", "limit", "reached")
-    return table("Speed", columns, rows)
+        yield cells + [""] * (1 if compared is None else 4)
 
 
 def _rate(speed: Speed, stage: str) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llm_pruner.cli.build import Json
-from llm_pruner.cli.output import check_json, console, print_table, table, write_json
+from llm_pruner.cli.output import Screen, check_json, write_json
 from llm_pruner.errors import UserError
 from llm_pruner.files.outputs import check_file, check_place, write_output
 from llm_pruner.report.text import clean
@@ -71,12 +71,12 @@ def command(
     elif json != "-":
         show(found)
         if html is not None:
-            console().print(f"written to {clean(str(html))}", soft_wrap=True)
+            Screen().print(f"written to {clean(str(html))}", soft_wrap=True)
 
 
 def show(found: Comparison) -> None:
     """Print one table per subject, or several where one would not fit."""
-    out = console()
+    out = Screen()
     for subject in dict.fromkeys(column.subject for column in found.columns):
         columns = [column for column in found.columns if column.subject == subject]
         title = _HEADINGS[subject]
@@ -88,7 +88,7 @@ def show(found: Comparison) -> None:
             ]
             names = ("model", *(column.name for column in part))
             words = tuple(column.name for column in part if column.text)
-            print_table(out, table(title, names, rows, text=words))
+            out.table(title, names, rows, text=words)
             title = f"{_HEADINGS[subject]} (continued)"
     for note in found.notes:
         out.print(clean(note))

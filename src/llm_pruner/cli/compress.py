@@ -12,17 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llm_pruner.cli.build import Json
-from llm_pruner.cli.output import (
-    check_json,
-    command_line,
-    console,
-    print_model,
-    print_places,
-    print_table,
-    table,
-    warn,
-    write_json,
-)
+from llm_pruner.cli.output import Screen, check_json, command_line, warn, write_json
 from llm_pruner.cli.recover import Narrator
 from llm_pruner.errors import Interrupted
 from llm_pruner.report.text import clean, count, megabytes
@@ -134,14 +124,14 @@ def _show_dense(found: Measured) -> None:
     """Print the figures of the dense model, while it is being pruned."""
     rows = [("parameters", count(found.parameters))]
     rows += [(f"perplexity, {text.corpus}", _perplexity(text)) for text in found.perplexity]
-    print_table(console(), table("Before", ("", "dense"), rows))
+    Screen().table("Before", ("", "dense"), rows)
     sys.stdout.flush()
 
 
 def show(done: Compressed) -> None:
     """Print the models beside each other, and what it took."""
-    out = console()
-    print_model(out, done.model, done.parameters.before, done.parameters.after)
+    out = Screen()
+    out.model(done.model, done.parameters.before, done.parameters.after)
     found = list(done.measured.values())
     rows = [
         ("parameters", *(count(one.parameters) for one in found)),
@@ -155,7 +145,7 @@ def show(done: Compressed) -> None:
         ("prefill tokens/s", *(f"{one.prefill_tokens_per_second:.1f}" for one in speeds)),
         ("decode tokens/s", *(f"{one.decode_tokens_per_second:.1f}" for one in speeds)),
     ]
-    print_table(out, table("Before and after", ("", *done.measured), rows))
+    out.table("Before and after", ("", *done.measured), rows)
     for text in found[0].perplexity:
         out.print(f"{text.corpus}: {text.tokens:,} tokens in windows of {text.window}")
     times = {name: seconds for name, seconds in done.seconds.items() if seconds >= 0.5}
@@ -163,7 +153,7 @@ def show(done: Compressed) -> None:
     out.print(f"seconds: {took}; {sum(done.seconds.values()):.0f} in all", soft_wrap=False)
     if done.peak_bytes:
         out.print(f"peak memory: {megabytes(done.peak_bytes)}")
-    print_places(out, done.path, done.report)
+    out.places(done.path, done.report)
 
 
 _STAGES = {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llm_pruner.cli.output import console, print_table, table, warn, write_json
+from llm_pruner.cli.output import Screen, warn, write_json
 from llm_pruner.report.text import clean, count
 from llm_pruner.settings.evaluate import EvaluateSettings
 
@@ -48,12 +48,12 @@ def run(settings: EvaluateSettings, json: str | None) -> None:
         show(found)
         if report is not None:
             page = clean(str(report / "report.html"))
-            console().print(f"added to {page}", soft_wrap=True)
+            Screen().print(f"added to {page}", soft_wrap=True)
 
 
 def show(found: Measured) -> None:
     """Print what was measured."""
-    out = console()
+    out = Screen()
     out.print(f"{clean(found.model)}: {count(found.parameters)} parameters")
     if found.perplexity:
         rows = [
@@ -69,9 +69,9 @@ def show(found: Measured) -> None:
             for result in found.perplexity
         ]
         columns = ("corpus", "split", "protocol", "window", "tokens", "perplexity", "stderr")
-        print_table(out, table("Perplexity", columns, rows))
+        out.table("Perplexity", columns, rows)
     if found.zero_shot is not None:
-        show_tasks(found.zero_shot)
+        _show_tasks(out, found.zero_shot)
     if found.speed is not None:
         out.print(
             f"prefill {found.speed.prefill_tokens_per_second:.1f} tokens/s, "
@@ -81,9 +81,8 @@ def show(found: Measured) -> None:
         out.print(f"> {clean(text)}{clean(continuation)}")
 
 
-def show_tasks(found: ZeroShot) -> None:
+def _show_tasks(out: Screen, found: ZeroShot) -> None:
     """Print a line for each metric of each task, and the means."""
-    out = console()
     rows = [
         (
             result.task if number == 0 else "",
@@ -97,7 +96,7 @@ def show_tasks(found: ZeroShot) -> None:
     ]
     title = f"Zero-shot (lm-evaluation-harness {found.versions['lm_eval']})"
     columns = ("task", "items", "metric", "value", "stderr")
-    print_table(out, table(title, columns, rows, text=("metric",)))
+    out.table(title, columns, rows, text=("metric",))
     means = {"seven tasks": found.mean, "six without boolq": found.mean_without_boolq}
     for words, mean in means.items():
         if mean is not None:
@@ -144,7 +143,7 @@ def write_tasks(
 
     names = LOCAL_TASKS if tasks is None else tuple(name.strip() for name in tasks.split(","))
     files = write_task_files(Path(out), Path(tasks_data), names, overwrite=overwrite)
-    shown = console()
+    shown = Screen()
     shown.print(f"{clean(out)}: {', '.join(file.stem for file in files)}")
     shown.print(
         "Give it to lm-evaluation-harness with --include_path, and name the tasks with --tasks."

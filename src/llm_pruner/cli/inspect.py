@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from llm_pruner.cli.output import console, print_table, table, write_json
+from llm_pruner.cli.output import Screen, write_json
 from llm_pruner.errors import UserError
 from llm_pruner.report.text import clean, count
 from llm_pruner.settings.evaluate import InspectSettings
@@ -38,28 +38,26 @@ def run(settings: InspectSettings, json: str | None) -> None:
     write_json(found, json)
     if json == "-":
         return
-    out = console()
+    out = Screen()
     out.print(f"{clean(found['model'])}: {count(found['parameters'])} parameters")
     here = [g for g in found["groups"] if g["layer"] == layer and layer is not None]
     across = [g for g in found["groups"] if g["layer"] is None]
     if here:
-        print_table(out, _groups(f"Layer {layer} of {len(layers)}", here))
+        _show_groups(out, f"Layer {layer} of {len(layers)}", here)
     if across:
-        print_table(out, _groups("Across layers", across))
-    print_table(out, _kinds(found))
+        _show_groups(out, "Across layers", across)
+    _show_kinds(out, found)
     out.print("A parameter can belong to several kinds, so their shares do not add up.\n")
-    frozen = _frozen(found)
-    if frozen is not None:
-        print_table(out, frozen)
+    _show_frozen(out, found)
 
 
-def _groups(title: str, groups: list[dict[str, Any]]) -> Any:
+def _show_groups(out: Screen, title: str, groups: list[dict[str, Any]]) -> None:
     rows = [
         (group["name"], _units(group), _touches(group), f"{100 * group['share']:.2f}%")
         for group in groups
     ]
     columns = ("group", "units", "parameters touched", "of model")
-    return table(title, columns, rows, text=("parameters touched",))
+    out.table(title, columns, rows, text=("parameters touched",))
 
 
 def _units(group: dict[str, Any]) -> str:
@@ -90,7 +88,7 @@ def _short(tensor: str) -> str:
     return ".".join(tensor.split(".")[-2:])
 
 
-def _kinds(found: dict[str, Any]) -> Any:
+def _show_kinds(out: Screen, found: dict[str, Any]) -> None:
     rows = [
         (
             kind["kind"],
@@ -100,10 +98,10 @@ def _kinds(found: dict[str, Any]) -> Any:
         )
         for kind in found["kinds"]
     ]
-    return table("By kind", ("kind", "groups", "prunable units", "of model"), rows)
+    out.table("By kind", ("kind", "groups", "prunable units", "of model"), rows)
 
 
-def _frozen(found: dict[str, Any]) -> Any:
+def _show_frozen(out: Screen, found: dict[str, Any]) -> None:
     reasons: Counter[str] = Counter()
     example: dict[str, str] = {}
     for axis in found["frozen"]:
@@ -113,7 +111,6 @@ def _frozen(found: dict[str, Any]) -> Any:
         if group["frozen"] is not None:
             reasons[group["frozen"]] += 1
             example.setdefault(group["frozen"], group["name"])
-    if not reasons:
-        return None
     rows = [(why, number, example[why]) for why, number in reasons.most_common()]
-    return table("Frozen", ("why", "axes or groups", "such as"), rows, text=("such as",))
+    if rows:
+        out.table("Frozen", ("why", "axes or groups", "such as"), rows, text=("such as",))

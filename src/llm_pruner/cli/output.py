@@ -25,60 +25,51 @@ _PATIENCE = 5.0
 """Seconds in which the first process says what went wrong, if it went wrong there, too."""
 
 
-def console() -> Console:
-    """Return standard output; at least 80 columns, so that piped tables are not cut."""
-    plain = Console(highlight=False, markup=False)
-    if plain.is_terminal:
-        return plain
-    return Console(highlight=False, markup=False, width=max(80, plain.width), color_system=None)
+class Screen(Console):
+    """Standard output; at least 80 columns, so that piped tables are not cut."""
 
+    def __init__(self) -> None:
+        super().__init__(highlight=False, markup=False)
+        if not self.is_terminal:
+            width = max(80, self.width)
+            super().__init__(highlight=False, markup=False, width=width, color_system=None)
 
-def print_table(out: Console, shown: Table) -> None:
-    """Print a table; without the spaces that fill its lines, unless to a terminal."""
-    if out.is_terminal:
-        out.print(shown)
-        return
-    with out.capture() as captured:
-        out.print(shown)
-    for line in captured.get().splitlines():
-        out.file.write(f"{line.rstrip()}\n")
+    def table(
+        self,
+        title: str,
+        columns: Sequence[str],
+        rows: Iterable[Sequence[object]],
+        text: Sequence[str] = (),
+    ) -> None:
+        """Print a table; the first column and those named in ``text`` stand to the left.
 
+        Nothing in a cell is markup. Unless to a terminal, the spaces that fill lines are left out.
+        """
+        shown = Table(title=Text(title), title_justify="left", box=SIMPLE, pad_edge=False)
+        for number, name in enumerate(columns):
+            justify: Any = "left" if number == 0 or name in text else "right"
+            shown.add_column(Text(name), justify=justify, overflow="fold", no_wrap=False)
+        for row in rows:
+            shown.add_row(*(Text(clean(str(cell))) for cell in row))
+        if self.is_terminal:
+            self.print(shown)
+            return
+        with self.capture() as captured:
+            self.print(shown)
+        for line in captured.get().splitlines():
+            self.file.write(f"{line.rstrip()}\n")
 
-def table(
-    title: str,
-    columns: Sequence[str],
-    rows: Sequence[Sequence[object]],
-    text: Sequence[str] = (),
-) -> Table:
-    """Return a table; the first column and those named in ``text`` stand to the left.
+    def model(self, name: str, before: int, after: int) -> None:
+        """Say how many parameters a model had and has."""
+        removed = f"{100 * (1 - after / before):.1f}% removed"
+        self.print(f"{clean(name)}: {count(before)} -> {count(after)} parameters ({removed})")
 
-    Nothing in a cell is markup.
-    """
-    result = Table(title=Text(title), title_justify="left", box=SIMPLE, pad_edge=False)
-    for number, name in enumerate(columns):
-        result.add_column(
-            Text(name),
-            justify="left" if number == 0 or name in text else "right",
-            overflow="fold",
-            no_wrap=False,
-        )
-    for row in rows:
-        result.add_row(*(Text(clean(str(cell))) for cell in row))
-    return result
-
-
-def print_model(out: Console, name: str, before: int, after: int) -> None:
-    """Say how many parameters a model had and has."""
-    removed = f"{100 * (1 - after / before):.1f}% removed"
-    out.print(f"{clean(name)}: {count(before)} -> {count(after)} parameters ({removed})")
-
-
-def print_places(out: Console, folder: Path, report: Path | None, size: int | None = None) -> None:
-    """Say where a model was saved, and where its report is."""
-    bytes_ = "" if size is None else f" ({megabytes(size)})"
-    out.print(f"saved to {clean(str(folder))}{bytes_}", soft_wrap=True)
-    if report is not None:
-        out.print(f"report: {clean(str(report))}", soft_wrap=True)
+    def places(self, folder: Path, report: Path | None, size: int | None = None) -> None:
+        """Say where a model was saved, and where its report is."""
+        bytes_ = "" if size is None else f" ({megabytes(size)})"
+        self.print(f"saved to {clean(str(folder))}{bytes_}", soft_wrap=True)
+        if report is not None:
+            self.print(f"report: {clean(str(report))}", soft_wrap=True)
 
 
 def check_json(file: str | None, reads: Iterable[Source] = (), out: Path | None = None) -> None:

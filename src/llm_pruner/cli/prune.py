@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
 
-from llm_pruner.cli.output import (
-    command_line,
-    console,
-    print_model,
-    print_places,
-    print_table,
-    table,
-    write_json,
-)
+from llm_pruner.cli.output import Screen, command_line, write_json
 from llm_pruner.report.text import clean
 from llm_pruner.runtime.memory import PRUNING, keep_kernels
 from llm_pruner.settings.prune import PruneSettings
@@ -20,6 +14,7 @@ from llm_pruner.settings.prune import PruneSettings
 if TYPE_CHECKING:
     from llm_pruner.report.records import Pruned
     from llm_pruner.search.fast_widths import Rounding
+    from llm_pruner.types import Layer
 
 EXAMPLES = """\b
 Examples:
@@ -53,13 +48,11 @@ def _verified(done: Pruned) -> str:
 
 def show(done: Pruned) -> None:
     """Print what was done."""
-    out = console()
-    widths = _widths(done)
-    if widths is not None:
-        print_table(out, widths)
+    out = Screen()
+    _show_widths(out, done.layers)
     if across := _across(done):
         out.print(f"Kept across layers: {across}")
-    print_model(out, done.model, done.parameters_before, done.parameters_after)
+    out.model(done.model, done.parameters_before, done.parameters_after)
     if done.rounding is not None:
         out.print(_rounded(done.rounding))
     if done.saved_as is not None:
@@ -75,7 +68,7 @@ def show(done: Pruned) -> None:
     if done.saved_as is None:
         out.print(f"plan written to {clean(str(done.path))}; nothing was pruned", soft_wrap=True)
         return
-    print_places(out, done.path, done.report, done.bytes)
+    out.places(done.path, done.report, done.bytes)
     out.print(f"loads with from_pretrained{_loading(done)}")
     out.print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in done.seconds.items()))
 
@@ -115,9 +108,9 @@ def _across(done: Pruned) -> str:
     )
 
 
-def _widths(done: Pruned) -> Any:
-    """Return kept widths, with runs of equal layers in one row; None if no layer changed."""
-    layers = [row for row in done.layers if row.layer is not None]
+def _show_widths(out: Screen, rows: Sequence[Layer]) -> None:
+    """Print kept widths, with runs of equal layers in one row; nothing if no layer changed."""
+    layers = [row for row in rows if row.layer is not None]
     changed = dict.fromkeys(
         name
         for row in layers
@@ -125,20 +118,17 @@ def _widths(done: Pruned) -> Any:
         if kept != dense and not row.removed
     )
     if not changed and not any(row.removed for row in layers):
-        return None
-    runs: list[tuple[list[int], tuple[str, ...]]] = []
-    for row in layers:
+        return
+
+    def cells(row: Layer) -> tuple[str, ...]:
         if row.removed:
-            cells = ("removed", *("" for _ in changed))[: max(len(changed), 1)]
-        else:
-            cells = tuple(_cell(row.sizes.get(name)) for name in changed) or ("whole",)
-        if runs and runs[-1][1] == cells:
-            runs[-1][0].append(row.layer or 0)
-        else:
-            runs.append(([row.layer or 0], cells))
-    rows = [(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]), *cells) for run, cells in runs]
-    return table("Units kept", ("layer", *(changed or ("",))), rows)
+            return ("removed", *("" for _ in changed))[: max(len(changed), 1)]
+        sizes = (row.sizes.get(name) for name in changed)
+        return tuple("{} of {}".format(*size) if size else "" for size in sizes) or ("whole",)
 
-
-def _cell(sizes: tuple[int, int] | None) -> str:
-    return "" if sizes is None else "{} of {}".format(*sizes)
+    lines = []
+    for shown, run in groupby(layers, cells):
+        numbers = [row.layer for row in run]
+        last = f"-{numbers[-1]}" if len(numbers) > 1 else ""
+        lines.append((f"{numbers[0]}{last}", *shown))
+    out.table("Units kept", ("layer", *(changed or ("",))), lines)

@@ -6,15 +6,7 @@ import sys
 from math import exp, inf
 from typing import TYPE_CHECKING
 
-from llm_pruner.cli.output import (
-    command_line,
-    console,
-    print_places,
-    print_table,
-    speaks,
-    table,
-    write_json,
-)
+from llm_pruner.cli.output import Screen, command_line, speaks, write_json
 from llm_pruner.errors import Interrupted
 from llm_pruner.files.disk import placed
 from llm_pruner.report.text import clean, count
@@ -92,7 +84,7 @@ def duration(seconds: float) -> str:
 
 def show(done: Recovered) -> None:
     """Print what was won, and on which data."""
-    out = console()
+    out = Screen()
     out.print(
         f"{clean(done.model)}: {done.steps:,} steps, {done.tokens:,} tokens, "
         f"{duration(done.seconds)}; {count(done.trained)} of {count(done.parameters)} "
@@ -111,12 +103,12 @@ def show(done: Recovered) -> None:
         tokens = f"{old.tokens:,}"
         rows.append((old.corpus, note, tokens, *_change(old.perplexity, new.perplexity)))
     columns = ("text", "", "tokens", "before", "after", "change")
-    print_table(out, table("Perplexity", columns, rows, text=("",)))
+    out.table("Perplexity", columns, rows, text=("",))
     if done.stopped is not None:
         out.print(f"ended early: {done.stopped}")
     if done.gained and done.best_step != done.steps:
         out.print(f"the weights of step {done.best_step} were the best and are kept")
-    print_places(out, done.path, done.report, done.bytes)
+    out.places(done.path, done.report, done.bytes)
     if done.needs:
         out.print(f"loads with from_pretrained, as before, with {' and '.join(done.needs)}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -130,23 +130,22 @@ def compress(
     return replace(done, report=page_in(out), notes=notes, seconds=seconds, peak_bytes=peak)
 
 
+@dataclass
 class _Stages:
     """The stages of one run; each looks for its output first."""
 
-    def __init__(
-        self,
-        settings: CompressSettings,
-        run: Work,
-        command: str | None,
-        tell: Callable[[str], None],
-        say: Callable[[Progress], None],
-        first: Callable[[Measured], None] | None,
-    ) -> None:
-        self.settings, self.run, self.command = settings, run, command
-        self.tell, self.say, self.first = tell, say, first
-        self.pruning = settings.pruning(run.path("pruned")).but(kept=run.path("text"))
-        self.training = settings.trains()
-        self.notes: list[str] = []
+    settings: CompressSettings
+    run: Work
+    command: str | None
+    tell: Callable[[str], None]
+    say: Callable[[Progress], None]
+    first: Callable[[Measured], None] | None
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.text = self.run.path("text")  # that the dense model wrote
+        self.pruning = self.settings.pruning(self.run.path("pruned")).but(kept=self.text)
+        self.training = self.settings.trains()
 
     def all(self) -> Compressed:
         """Do what is missing; return what is known of the result."""
@@ -221,7 +220,7 @@ class _Stages:
                 out=out,
                 data=self.settings.data,
                 samples=plan["samples"],
-                kept=self._text(),
+                kept=self.text,
                 teacher=self.settings.model,
                 resume=True,
             )
@@ -270,30 +269,17 @@ class _Stages:
     def _write(self, seconds: float) -> int:
         """Have the dense model write for a time; return the number of texts."""
         loaded = load(self.settings.computing())
-        length, folder = self._sample_length(), self._text()
-        name = f"{length}-{self.settings.seed}-*.safetensors"
+        how = {"seq_len": self._sample_length(), "seed": self.settings.seed}
 
         def write(number: int) -> None:
-            write_text_cached(
-                loaded.model,
-                loaded.tokenizer,
-                folder,
-                samples=CHUNK * (number + 1),
-                seq_len=length,
-                seed=self.settings.seed,
-            )
+            samples = CHUNK * (number + 1)
+            write_text_cached(loaded.model, loaded.tokenizer, self.text, samples=samples, **how)
 
-        there = len(list(folder.glob(name)))
+        there = len(list(self.text.glob("{seq_len}-{seed}-*.safetensors".format(**how))))
         chunks = -(-self._calibrated() // CHUNK)
         took = self._pruned_report().seconds.get("calibration text", 0.0)
-        return CHUNK * chunks_in_time(
-            there,
-            MOST_SAMPLES // CHUNK,
-            seconds,
-            write,
-            time.monotonic,
-            longest=took / chunks if chunks else 0.0,
-        )
+        longest, most = took / chunks if chunks else 0.0, MOST_SAMPLES // CHUNK
+        return CHUNK * chunks_in_time(there, most, seconds, write, time.monotonic, longest=longest)
 
     def report(self, measured: dict[Variant, Weighed], recovery: Training | None) -> Compressed:
         """Write the report of all stages beside the weights."""
@@ -343,27 +329,20 @@ class _Stages:
         drawn = known_report(self.run.path("pruned"))
         return drawn or Report(source=Source(name=self.settings.model))
 
-    def _text(self) -> Path:
-        return self.run.path("text")
-
     def _sample_length(self) -> int:
         """Return the tokens in a sample: as in self-made calibration text, which is used again."""
         if self._calibrated():
             return self.pruning.seq_len
-        return self._at_most(self.training.seq_len)
+        config = AutoConfig.from_pretrained(
+            self.run.path("pruned"), trust_remote_code=self.settings.trust_remote_code
+        )
+        longest, wanted = maximum_length(SimpleNamespace(config=config)), self.training.seq_len
+        return wanted if longest is None else min(wanted, longest)
 
     def _calibrated(self) -> int:
         """Return how many of the texts to train on importance is estimated on, too."""
         shared = SELF in self.settings.data and self.pruning.calibration == SELF
         return self.pruning.samples if shared else 0
-
-    def _at_most(self, tokens: int) -> int:
-        """Return a number of tokens that the model can read at once."""
-        config = AutoConfig.from_pretrained(
-            self.run.path("pruned"), trust_remote_code=self.settings.trust_remote_code
-        )
-        longest = maximum_length(SimpleNamespace(config=config))
-        return tokens if longest is None else min(tokens, longest)
 
 
 def _training(file: Path) -> Training:

@@ -30,11 +30,7 @@ _STARTING = 10.0
 
 
 def check_settings(settings: CompressSettings) -> None:
-    """Refuse what can be refused before a model is loaded.
-
-    Raises:
-        UserError: says what must change.
-    """
+    """Raise UserError for what can be refused before a model is loaded."""
     check_output(settings.out, settings.overwrite, settings.reads)
     pruning = settings.pruning(settings.out)
     selection_of(pruning)

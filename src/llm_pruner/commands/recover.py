@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,31 +101,31 @@ def _begun(work: Path, processes: Processes) -> Iterator[None]:
         yield
 
 
+@dataclass
 class _Run:
     """One run, in one process: what it was asked for, and what it has loaded and read.
 
     Attributes:
+        settings: as they hold on this machine.
+        asked: as they were given.
         loaded: the model that is trained.
         dense: the teacher; None without one.
         samples: of each source.
         facts: all that decides how the run goes.
     """
 
-    def __init__(
-        self,
-        settings: RecoverSettings,
-        asked: RecoverSettings,
-        command: str | None,
-        processes: Processes,
-        say: Callable[[Progress], None],
-    ) -> None:
-        self.settings, self.asked, self.command = settings, asked, command
-        self.processes, self.say = processes, say
-        self.work = work_folder(settings.out)
+    settings: RecoverSettings
+    asked: RecoverSettings
+    command: str | None
+    processes: Processes
+    say: Callable[[Progress], None]
+
+    def __post_init__(self) -> None:
+        self.work = work_folder(self.settings.out)
         # Where the adapter waits for the model to be saved.
-        self.adapter = self.work / "adapter" if settings.keep_adapter else None
-        self.loading = settings.computing()
-        self.measuring = PerplexitySettings(seq_len=settings.perplexity_seq_len)
+        self.adapter = self.work / "adapter" if self.settings.keep_adapter else None
+        self.loading = self.settings.computing()
+        self.measuring = PerplexitySettings(seq_len=self.settings.perplexity_seq_len)
 
     def carry_out(self) -> Recovered:
         settings, first = self.settings, self.processes.is_first
@@ -248,7 +248,7 @@ class _Run:
         for one in (loaded, self.dense):
             if one is not None:
                 one.check_stored()
-        plan = _plan_file(settings.model)
+        plan = Path(settings.model).expanduser() / "plan.json"
         earlier = known_report(Path(settings.model).expanduser())
 
         def beside(folder: Path, kind: SavedAs, needs: tuple[str, ...]) -> None:
@@ -260,7 +260,7 @@ class _Run:
                 replace(result, saved_as=kind, needs=needs),
                 earlier,
                 source=source_of(settings.model, loaded.name, loaded.revision, network),
-                pruned=plan is not None,
+                pruned=plan.is_file(),
                 size=model_size(network),
                 command=self.command,
             )
@@ -272,7 +272,7 @@ class _Run:
             network,
             settings.out,
             edits=Edits({}, {}, {}, {}),
-            plan_json=None if plan is None else plan.read_text(encoding="utf-8"),
+            plan_json=plan.read_text(encoding="utf-8") if plan.is_file() else None,
             tokenizer=loaded.tokenizer,
             overwrite=settings.overwrite,
             max_shard_size=settings.max_shard_size,
@@ -286,8 +286,3 @@ class _Run:
             needs=saved.needs,
             report=page_in(saved.path),
         )
-
-
-def _plan_file(model: str) -> Path | None:
-    file = Path(model).expanduser() / "plan.json"
-    return file if file.is_file() else None

@@ -36,21 +36,12 @@ from llm_pruner.settings.recover import DataSettings, RecoverSettings, TrainingS
 _CHANGEABLE = ("save_every", "report_to")
 """Settings that a resumed run may have otherwise."""
 
-
 _HOW_FAST = ("packing", "kernels")
 """Settings of which the result does not depend but for rounding."""
 
 
 def check_run(settings: RecoverSettings, work: Path) -> None:
-    """Refuse what can be refused without reading anything.
-
-    Args:
-        settings: what is asked for.
-        work: folder of the run.
-
-    Raises:
-        UserError: says what must change.
-    """
+    """Raise UserError for what can be refused without reading anything; the run is in ``work``."""
     settings.check()
     trainer_arguments(settings)
     check_place(settings.out, "--out")
@@ -63,7 +54,12 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
                 "with --teacher, or leave it out"
             )
         check_place(settings.teacher_cache / "cache", "--teacher-cache")
-    _check_data(settings)
+    if not settings.data:
+        raise UserError("no data given; use --data SRC")
+    if SELF in settings.data and settings.teacher is None:
+        raise UserError(
+            "--data self is text that the dense model writes; name that model with --teacher"
+        )
     if settings.keep_adapter and settings.method != "lora":
         raise UserError(
             f"method {settings.method} has no adapter to keep; leave --keep-adapter out"
@@ -81,40 +77,21 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
         )
 
 
-def _check_data(settings: RecoverSettings) -> None:
-    if not settings.data:
-        raise UserError("no data given; use --data SRC")
-    if SELF in settings.data and settings.teacher is None:
-        raise UserError(
-            "--data self is text that the dense model writes; name that model with --teacher"
-        )
-
-
 def read_examples(data: DataSettings) -> dict[str, Examples]:
     """Return the examples of each source but ``self``."""
-    return {
-        source: load_examples(
-            source,
-            split=data.split,
-            text_field=data.text_field,
-            limit=_reading_limit(source, data),
-        )
-        for source in data.data
-        if source != SELF
-    }
-
-
-def _reading_limit(source: str, data: DataSettings) -> int | None:
-    # A local file is read whole and drawn from; of a dataset the beginning is fetched.
-    return None if Path(source).expanduser().exists() else data.samples
+    read = {}
+    for source in data.data:
+        if source != SELF:
+            # A local file is read whole and drawn from; of a dataset the beginning is fetched.
+            limit = None if Path(source).expanduser().exists() else data.samples
+            read[source] = load_examples(
+                source, split=data.split, text_field=data.text_field, limit=limit
+            )
+    return read
 
 
 def load_teacher(teacher: ModelSettings, student: LoadedModel) -> LoadedModel:
-    """Load the dense model.
-
-    Raises:
-        UserError: its vocabulary is not the student's.
-    """
+    """Load the dense model; raise UserError if its vocabulary is not the student's."""
     dense = load(teacher)
     assert dense.tokenizer is not None
     assert student.tokenizer is not None
@@ -171,7 +148,6 @@ def facts_of(
 ) -> dict[str, Any]:
     """Return all that decides how a run goes."""
     decides = set(TrainingSettings.model_fields) - set(_HOW_FAST)
-    training = settings.model_dump(mode="json", include=decides)
     distillation = {
         "temperature": settings.temperature,
         "weight": settings.distill_weight,
@@ -189,7 +165,7 @@ def facts_of(
         "template": settings.template,
         "mask_prompt": settings.mask_prompt,
         "data_fingerprint": fingerprint_samples([*train, *held_out]),
-        **training,
+        **settings.model_dump(mode="json", include=decides),
     }
 
 
@@ -199,11 +175,8 @@ def begin_or_go_on(work: Path, facts: dict[str, Any], *, resume: bool, writes: b
     Args:
         work: folder of the run.
         facts: as from ``facts_of``.
-        resume: go on with what is there.
+        resume: go on with what is there, or raise UserError if it was asked for something else.
         writes: whether this process does.
-
-    Raises:
-        UserError: the interrupted run was asked for something else.
     """
     file = work / RUN
     if not (resume and file.is_file()):
