@@ -13,13 +13,12 @@ import torch
 from torch import nn
 
 from llm_pruner.checkpoints import save_checkpoint
+from llm_pruner.commands.evaluate import measure_perplexities, read_texts
 from llm_pruner.commands.prune import PruneRun, Refitter, keep_type_
 from llm_pruner.data.calibration import Calibration, build_calibration
-from llm_pruner.data.text import load_evaluation_text
 from llm_pruner.discovery.groups import discover as discover_groups
 from llm_pruner.errors import UserError
-from llm_pruner.evaluation.perplexity import EvaluationText, PerplexityResult
-from llm_pruner.evaluation.perplexity import perplexity as measure_perplexity
+from llm_pruner.evaluation.perplexity import PerplexityResult
 from llm_pruner.files.disk import new_folder
 from llm_pruner.importance import Criterion
 from llm_pruner.importance import score as score_groups
@@ -28,6 +27,7 @@ from llm_pruner.models.load import LoadedModel, load_model
 from llm_pruner.planning import Plan
 from llm_pruner.runtime.precision import fast_matmul
 from llm_pruner.runtime.progress import Clock
+from llm_pruner.settings.evaluate import PerplexitySettings
 from llm_pruner.settings.prune import PlanSettings, PruneSettings
 from llm_pruner.settings.recover import RecoverSettings, TrainingSettings
 from llm_pruner.surgery.pruner import Surgeon
@@ -81,22 +81,6 @@ class Model:
             dense_config=self._dense_config,
         )
         return Path(out)
-
-    def _cut(self, plan: Plan, verify: bool) -> None:
-        if self.plan is not None:
-            raise UserError("this model was pruned before; load the dense one again")
-        groups = discover(self)
-        removal = plan.removal(groups)
-        self._surgeon = Surgeon(self.network, verify, Clock())
-        self._refitter = Refitter(self.loaded, groups, self._surgeon)
-        self._surgeon.cut(groups, removal)
-        self.plan = plan
-
-    def _refit(self, text: Calibration) -> None:
-        if self.plan is None or self.groups is None or self._refitter is None:
-            raise UserError("there is nothing to refit; prune the model first")
-        self._refitter.refit(self.plan.removal(self.groups), text.input_ids)
-        self._refitter = None  # and with it the dense weights
 
 
 class Scores(dict[str, FloatArray]):
@@ -307,7 +291,14 @@ def prune_(
     if not isinstance(model, Model):
         found = discover_groups(model)
         return prune_module_(model, found, plan.removal(found), verify=verify)
-    model._cut(plan, verify)
+    if model.plan is not None:
+        raise UserError("this model was pruned before; load the dense one again")
+    groups = discover(model)
+    gone = plan.removal(groups)
+    model._surgeon = Surgeon(model.network, verify, Clock())
+    model._refitter = Refitter(model.loaded, groups, model._surgeon)
+    model._surgeon.cut(groups, gone)
+    model.plan = plan
     return None
 
 
@@ -318,7 +309,10 @@ def refit_(model: Model, text: Calibration) -> None:
         model: pruned by `prune_`.
         text: from `calibration`, made before pruning or after.
     """
-    model._refit(text)
+    if model.plan is None or model.groups is None or model._refitter is None:
+        raise UserError("there is nothing to refit; prune the model first")
+    model._refitter.refit(model.plan.removal(model.groups), text.input_ids)
+    model._refitter = None  # and with it the dense weights
 
 
 def recover_(
@@ -383,13 +377,6 @@ def perplexity(
     Raises:
         UserError: the corpus cannot be read.
     """
-    how: Any = protocol
-    name, split, text = load_evaluation_text(source, protocol=how)
-    return measure_perplexity(
-        model.network,
-        model.tokenizer,
-        EvaluationText(name, split, text),
-        protocol=how,
-        seq_len=seq_len,
-        max_tokens=max_tokens,
-    )
+    how = PerplexitySettings(protocol=protocol, seq_len=seq_len, max_tokens=max_tokens)
+    loaded = replace(model.loaded, model=model.network)
+    return measure_perplexities(loaded, read_texts([source], how), how)[0]

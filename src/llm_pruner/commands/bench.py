@@ -13,7 +13,6 @@ import torch
 
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.footprint import (
-    Counts,
     PeakMemory,
     count_work,
     folder_bytes,
@@ -120,22 +119,23 @@ def bench(settings: BenchSettings) -> Bench:
     for one in loaded:
         _check_length(one, settings)
     figures = [_counted(one, source) for one, source in zip(loaded, sources, strict=True)]
-    comparison = []
+    models, comparison = [one.model for one in loaded], []
     if not settings.counts_only:
-        models = [one.model for one in loaded]
-        for index, memory in enumerate(_memory(models, settings)):
-            figures[index] = replace(figures[index], memory=memory)
-        speeds = _speeds(models, settings)
-        for index, speed in enumerate(speeds):
-            figures[index] = replace(figures[index], speed=speed)
-        if len(loaded) > 1:
-            work = [_work(network, settings) for network in models]
-            comparison = [
-                _compared(*pair, *counts)
-                for *pair, counts in zip(*speeds, zip(*work, strict=True), strict=True)
-            ]
+        text = {"prompt_tokens": settings.prompt_tokens, "new_tokens": settings.new_tokens}
+        memory = [
+            tuple(measure_memory(one, batch_size=size, **text) for size in settings.batch_size)
+            for one in models
+        ]
+        by_batch = [_speeds(models, size, settings) for size in settings.batch_size]
+        speeds = list(zip(*by_batch, strict=True))
+        figures = [
+            replace(one, memory=peaks, speed=rates)
+            for one, peaks, rates in zip(figures, memory, speeds, strict=True)
+        ]
+        if len(models) > 1:
+            comparison = [_compared(models, *pair) for pair in zip(*speeds, strict=True)]
     return Bench(
-        settings=_record(loaded[0].model, settings),
+        settings=_record(models[0], settings),
         model=figures[0],
         against=figures[1] if len(figures) > 1 else None,
         comparison=tuple(comparison),
@@ -173,53 +173,30 @@ def _counted(loaded: LoadedModel, source: ModelSettings) -> Figures:
     )
 
 
-def _memory(models: list[Any], settings: BenchSettings) -> list[tuple[PeakMemory, ...]]:
-    return [
-        tuple(
-            measure_memory(
-                network,
-                batch_size=batch_size,
-                prompt_tokens=settings.prompt_tokens,
-                new_tokens=settings.new_tokens,
-            )
-            for batch_size in settings.batch_size
-        )
-        for network in models
-    ]
-
-
-def _speeds(models: list[Any], settings: BenchSettings) -> list[tuple[Speed, ...]]:
-    """Return the speeds of each model, for each batch size."""
+def _speeds(models: list[Any], batch_size: int, settings: BenchSettings) -> list[Speed]:
+    """Return the speed of each model at one batch size."""
     start: Callable[[Any], Any] = Decoder
-    by_batch = []
-    on_processor = next(models[0].parameters()).device.type == "cpu"
-    for batch_size in settings.batch_size:
-        with ExitStack() as stack:
-            if settings.compile:
-                # Anew for each batch size, so that only its copies of the weights exist.
-                stack.enter_context(compiling(constant_weights=on_processor))
-                start = compiled(settings.prompt_tokens + settings.new_tokens)
-            by_batch.append(
-                measure_speed(
-                    models,
-                    prompt_tokens=settings.prompt_tokens,
-                    new_tokens=settings.new_tokens,
-                    repeats=settings.repeats,
-                    batch_size=batch_size,
-                    start=start,
-                )
-            )
-    return [tuple(speeds) for speeds in zip(*by_batch, strict=True)]
+    with ExitStack() as stack:
+        if settings.compile:
+            # Anew for each batch size, so that only its copies of the weights exist.
+            on_processor = next(models[0].parameters()).device.type == "cpu"
+            stack.enter_context(compiling(constant_weights=on_processor))
+            start = compiled(settings.prompt_tokens + settings.new_tokens)
+        return measure_speed(
+            models,
+            prompt_tokens=settings.prompt_tokens,
+            new_tokens=settings.new_tokens,
+            repeats=settings.repeats,
+            batch_size=batch_size,
+            start=start,
+        )
 
 
-def _work(network: Any, settings: BenchSettings) -> list[Counts]:
-    return [
-        count_work(network, prompt_tokens=settings.prompt_tokens, batch_size=batch_size)
-        for batch_size in settings.batch_size
-    ]
-
-
-def _compared(fast: Speed, slow: Speed, small: Counts, large: Counts) -> Comparison:
+def _compared(models: list[Any], fast: Speed, slow: Speed) -> Comparison:
+    small, large = (
+        count_work(one, prompt_tokens=fast.prompt_tokens, batch_size=fast.batch_size)
+        for one in models
+    )
     return Comparison(
         batch_size=fast.batch_size,
         prefill=speed_up(slow.prefill_seconds, fast.prefill_seconds),

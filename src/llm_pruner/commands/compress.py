@@ -346,11 +346,7 @@ class _Stages:
 
 
 def _training(file: Path) -> Training:
-    """Return how a finished recovery went.
-
-    Raises:
-        UserError: what it wrote is damaged.
-    """
+    """Return how a finished recovery went; raise UserError if what it wrote is damaged."""
     record = read_values(file)
     try:
         before, after = record["loss"]

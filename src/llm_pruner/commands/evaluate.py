@@ -225,11 +225,7 @@ def _stored(kind: TypeAdapter[Any], data: Any) -> Any:
 
 
 def read_texts(sources: Sequence[str], settings: PerplexitySettings) -> list[EvaluationText]:
-    """Return the corpora.
-
-    Raises:
-        UserError: a corpus cannot be read.
-    """
+    """Return the corpora; raise UserError if one cannot be read."""
     return [
         EvaluationText(
             *load_evaluation_text(
@@ -276,11 +272,7 @@ def check_tasks(settings: TaskSettings) -> None:
 
 
 def prepare_tasks(settings: TaskSettings) -> list[PreparedTask]:
-    """Return the tasks with their documents; nothing of it needs the model.
-
-    Raises:
-        UserError: the settings are wrong, a task is unknown, or its data cannot be read.
-    """
+    """Return the tasks with their documents; raise UserError if one is unknown or has no data."""
     check_tasks(settings)
     records = {
         task: None if settings.tasks_data is None else read_task(settings.tasks_data, task)

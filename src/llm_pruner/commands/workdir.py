@@ -249,10 +249,9 @@ def opened(folder: Path, settings: Mapping[str, Any], *, restart: bool) -> Itera
 
 
 def read_values(file: Path, kind: Any = dict[str, Any]) -> Any:
-    """Return the values in a file of the folder, as a record of this kind; None if it is not there.
+    """Return the values in a file, as a record of this kind; None if there is no file.
 
-    Raises:
-        UserError: it is damaged.
+    Raises UserError if they are damaged.
     """
     try:
         return TypeAdapter(kind).validate_python(read_json(file))

@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -94,10 +94,22 @@ class ImportanceMap(_Part):
     rows: tuple[ImportanceRow, ...]
 
 
-class Perplexity(_Part):
+class _Result(_Part):
+    """One number that was measured; ``same`` names the fields that tell what it is of."""
+
+    same: ClassVar[tuple[str, ...]]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What must agree before two results may be compared."""
+        return tuple(getattr(self, name) for name in self.same)
+
+
+class Perplexity(_Result):
     """Perplexity with its settings: what is shown of ``evaluation.perplexity.PerplexityResult``."""
 
     model_config = ConfigDict(extra="ignore")
+    same: ClassVar = ("corpus", "split", "protocol", "window", "tokens")
 
     perplexity: float
     stderr: float | None = None
@@ -106,11 +118,6 @@ class Perplexity(_Part):
     protocol: str | None = None
     window: int | None = None
     tokens: int | None = None
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What must agree before two perplexities may be compared."""
-        return self.corpus, self.split, self.protocol, self.window, self.tokens
 
     @property
     def name(self) -> str:
@@ -142,7 +149,7 @@ class Perplexity(_Part):
         return f"× {self.perplexity / dense.perplexity:.2f}", self.perplexity <= dense.perplexity
 
 
-class TaskScore(_Part):
+class TaskScore(_Result):
     """One metric of one task, between 0 and 1.
 
     Attributes:
@@ -150,17 +157,14 @@ class TaskScore(_Part):
         items: number of items, None if not known.
     """
 
+    same: ClassVar = ("task", "metric", "items")
+
     task: str
     metric: str
     value: float
     stderr: float | None = None
     items: int | None = None
     in_mean: bool = True
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What must agree before two scores may be compared."""
-        return self.task, self.metric, self.items
 
     @property
     def label(self) -> str:
@@ -178,7 +182,7 @@ class TaskScore(_Part):
         return points(self.value - dense.value)
 
 
-class Measurement(_Part):
+class Measurement(_Result):
     """A size or a speed: a median, and the spread around it.
 
     Attributes:
@@ -188,17 +192,14 @@ class Measurement(_Part):
         better: whether more is better; None if neither.
     """
 
+    same: ClassVar = ("name", "unit")
+
     name: str
     unit: str = ""
     value: float
     low: float | None = None
     high: float | None = None
     better: Literal["higher", "lower"] | None = None
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What must agree before two measurements may be compared."""
-        return self.name, self.unit
 
     @property
     def label(self) -> str:
@@ -283,15 +284,8 @@ class Report(_Part):
         importance: one map per kind of unit; scores of the first estimate, on the dense model.
         criterion: how importance was estimated, in words that follow "chosen by".
         compensation: how the weights that were kept were refitted, such as ``least-squares``.
-        trials: splits of the budget between structures that were tried.
-        twin_difference: largest difference of logits from the masked dense model, before kept
-            weights were refitted; None if they were not compared.
-        twin_scenes: on what both were run.
-        twin_skipped: on what the dense model could not be run, or gave no result to compare.
-        saved_as: how the checkpoint loads; None if it is not known.
-        needs: what ``from_pretrained`` needs besides transformers to load the folder:
-            ``import llm_pruner``, ``trust_remote_code=True``.
-        seconds: by stage.
+        trials, twin_difference, twin_scenes, twin_skipped, saved_as, needs, seconds: as in
+            `report.records.Pruned`.
         evaluations: what was measured of each model.
         recovery: training after the removal.
         settings: heading -> setting -> value.
@@ -372,11 +366,7 @@ def read_report(file: Path) -> Report:
 
 
 def report_in(folder: Path) -> Report:
-    """Return the report of a folder.
-
-    Raises:
-        UserError: there is none that can be read.
-    """
+    """Return the report of a folder; raise UserError if there is none that can be read."""
     file = folder / JSON_FILE
     if not file.is_file():
         raise UserError(f"{folder} has no {JSON_FILE}; name a folder that llm-pruner prune wrote")

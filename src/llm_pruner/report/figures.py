@@ -25,11 +25,9 @@ _MOST_PANELS = 6
 
 
 def widths(layers: Sequence[Layer], units: Sequence[tuple[str, str]]) -> str:
-    """Draw the share of units that each layer keeps; a removed layer keeps none.
+    """Draw the share of units that each decoder layer keeps; a removed layer keeps none.
 
-    Args:
-        layers: decoder layers, in order.
-        units: name in ``Layer.sizes`` and heading, one panel each.
+    Each of ``units``, the name in ``Layer.sizes`` and a heading, has a panel.
     """
     units = units[:_MOST_PANELS]
 
@@ -143,11 +141,8 @@ Series = Sequence[tuple[str, float, float | None]]
 def dots(name: str, title: str, rows: Sequence[tuple[str, Series]], *, share: bool) -> str:
     """Draw values with error bars of one standard error, models beside each other.
 
-    Args:
-        name: of the drawing.
-        title: what is measured.
-        rows: label and one value per model.
-        share: the values are shares and shown in percent; else on a logarithmic axis.
+    A row is a label and one value per model. Values that are a ``share`` are shown in percent,
+    others on a logarithmic axis.
     """
     scale = 100 if share else 1
 

@@ -6,12 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from llm_pruner.report.data import (
-    VARIANTS,
-    Evaluation,
-    Report,
-    Variant,
-)
+from llm_pruner.report.data import VARIANTS, Evaluation, Report, Variant
 from llm_pruner.report.text import count, measured, megabytes, percent, points
 from llm_pruner.types import Layer
 
@@ -239,9 +234,7 @@ def _row(label: str, values: Sequence[float | None], form: Callable[[float], str
 def aligned(evaluations: Mapping[_K, Evaluation], part: str) -> list[dict[_K, Any]]:
     """Return what may be compared: for each thing measured, whose result -> result.
 
-    Args:
-        evaluations: by whose they are.
-        part: of an evaluation: ``perplexity``, ``tasks`` or ``measurements``.
+    The part of an evaluation is ``perplexity``, ``tasks`` or ``measurements``.
     """
     found: dict[Any, dict[_K, Any]] = {}
     for whose, evaluation in evaluations.items():
@@ -262,13 +255,7 @@ def first(results: Mapping[Any, Any]) -> Any:
 
 
 def compared(report: Report, part: str, cell: Callable[[Any], str] = str) -> Table | None:
-    """Return a part of the evaluations as rows; the change is that of the last model.
-
-    Args:
-        report: what was measured.
-        part: ``perplexity``, ``tasks`` or ``measurements``.
-        cell: what is shown of a result.
-    """
+    """Return a part of the evaluations as rows; the change is that of the last model."""
     found = by_model(report, part)
     names = tuple(name for name in VARIANTS if any(name in by for by in found))
     rows = []

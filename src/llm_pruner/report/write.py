@@ -92,11 +92,7 @@ def page_in(folder: Path) -> Path | None:
 
 
 def _variant_of(folder: Path, report: Report, model: str, parameters: int) -> Variant:
-    """Return which model of the report was measured.
-
-    Raises:
-        UserError: it is neither the model in the folder nor of the size of the dense one.
-    """
+    """Return which model of the report was measured; raise UserError if it is none of them."""
     if Path(model).expanduser().exists() and Path(model).expanduser().resolve() == folder.resolve():
         return report.final
     dense = report.sizes.get("dense")

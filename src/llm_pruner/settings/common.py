@@ -137,11 +137,7 @@ class TaskSettings(Settings):
     )
 
     def check_tasks(self) -> None:
-        """Refuse what is said about tasks where none are named.
-
-        Raises:
-            UserError: says what must change.
-        """
+        """Raise UserError for what is said about tasks where none are named."""
         for name in ("tasks_data", "limit"):
             given = getattr(self, name)
             if given is not None and self.tasks is None:

@@ -86,11 +86,7 @@ class CompressSettings(ModelSettings, OutputSettings, TaskSettings, AmountSettin
         return preset if "params" in given or "ratio" in given else {**preset, "ratio": 0.2}
 
     def check(self) -> None:
-        """Refuse what contradicts itself.
-
-        Raises:
-            UserError: says what must change.
-        """
+        """Raise UserError for what contradicts itself."""
         if self.ratio is not None and self.params is not None:
             raise UserError("--ratio and --params say different things; give one of them")
         self.check_tasks()

@@ -75,11 +75,7 @@ class EvaluateSettings(ModelSettings, PerplexitySettings, TaskSettings):
     )
 
     def check(self) -> None:
-        """Refuse to measure nothing.
-
-        Raises:
-            UserError: says what to give.
-        """
+        """Raise UserError where nothing would be measured."""
         if not (self.perplexity or self.tasks is not None or self.speed or self.prompt):
             raise UserError(
                 "nothing to measure; give --perplexity SRC, --tasks NAMES, --speed or --prompt TEXT"

@@ -148,11 +148,7 @@ class Settings(BaseModel):
 
     @classmethod
     def of_preset(cls, name: str | None) -> dict[str, Any]:
-        """Return the fields that a preset sets: by its name, or by the path of a YAML file.
-
-        Raises:
-            UserError: there is no such preset or file.
-        """
+        """Return the fields that a preset sets: by its name, or by the path of a YAML file."""
         name = name or cls.default_preset
         if name is None or not cls.presets:
             return {}

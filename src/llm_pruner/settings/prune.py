@@ -191,11 +191,7 @@ class PruneSettings(ModelSettings, OutputSettings, PlanSettings):
     )
 
     def check(self) -> None:
-        """Refuse amounts and a plan that say different things.
-
-        Raises:
-            UserError: says what must change.
-        """
+        """Raise UserError for amounts and a plan that say different things."""
         asked = [name for name in AMOUNTS if getattr(self, name) is not None]
         if self.plan is not None:
             text = CalibrationSettings.model_fields.keys() | {"seed"}

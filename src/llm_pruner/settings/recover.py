@@ -170,11 +170,7 @@ class TrainingSettings(Settings):
         return {**preset, "learning_rate": rates.get(method, rates["lora"])}
 
     def check(self) -> None:
-        """Refuse what cannot be done together, or not on this machine.
-
-        Raises:
-            UserError: says what, and what to give.
-        """
+        """Raise UserError for what cannot be done together, or not on this machine."""
         for name in self.kernels:
             if name not in (*KERNELS, "none"):
                 raise UserError(

@@ -24,11 +24,7 @@ _SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 
 
 def parse_count(text: str) -> int:
-    """Return a number of parameters: ``"5.4B"``, ``"107.6M"``, ``"110000000"``.
-
-    Raises:
-        UserError: not a positive whole number.
-    """
+    """Return a number of parameters, such as ``"5.4B"``; raise UserError unless it is above 0."""
     match = re.fullmatch(r"([\d_,]*\.?\d+)\s*([KMBT]?)", text.strip().upper())
     number = Decimal(0)
     if match is not None:
@@ -56,8 +52,7 @@ def parse_bytes(text: str) -> int:
 def parse_layer_ranges(text: str) -> dict[str, tuple[int, int]]:
     """Return structure -> (first, last) of ``"heads=4-26,ffn=4-26"``, both ends included.
 
-    Raises:
-        UserError: malformed, unknown or repeated structure, or a range that runs backwards.
+    Raises UserError for what is malformed, unknown or repeated, or runs backwards.
     """
     ranges: dict[str, tuple[int, int]] = {}
     value = r"(\d+)(?:\s*-\s*(\d+))?"
@@ -70,11 +65,7 @@ def parse_layer_ranges(text: str) -> dict[str, tuple[int, int]]:
 
 
 def parse_split(text: str) -> dict[str, float]:
-    """Return structure -> share of ``"heads=0.1,ffn=0.9"``.
-
-    Raises:
-        UserError: malformed, unknown or repeated structure.
-    """
+    """Return structure -> share of ``"heads=0.1,ffn=0.9"``; raise UserError if it is malformed."""
     found = _by_structure(text, r"(\d*\.?\d+)", "share", "heads=0.1,ffn=0.9")
     return {name: float(match[2]) for name, match in found}
 
@@ -96,11 +87,7 @@ def _by_structure(
 
 
 def parse_duration(text: str) -> float:
-    """Return seconds of ``"90s"``, ``"30m"``, ``"1.5h"`` or ``"1h30m"``.
-
-    Raises:
-        UserError: it is no such time, or none at all.
-    """
+    """Return seconds of ``"90s"``, ``"30m"``, ``"1.5h"`` or ``"1h30m"``; UserError for others."""
     number = r"(\d+(?:\.\d+)?)"
     match = re.fullmatch(rf"(?:{number}h)?(?:{number}m)?(?:{number}s)?", text.strip().lower())
     seconds = 0.0
@@ -115,11 +102,7 @@ def parse_duration(text: str) -> float:
 
 
 def known_structure(name: str) -> str:
-    """Return the name of a structure.
-
-    Raises:
-        UserError: it is unknown, or cannot be chosen.
-    """
+    """Return the name of a structure; raise UserError if it is unknown, or cannot be chosen."""
     if name == "value_dim":
         raise UserError("value_dim is not pruned by itself; choose head_dim, which it follows")
     if name not in STRUCTURES:
