@@ -8,10 +8,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -21,27 +21,15 @@ from llm_pruner.checkpoints import atomic_directory
 from llm_pruner.data.files import read_task
 from llm_pruner.data.text import load_evaluation_text
 from llm_pruner.errors import LLMPrunerError, UserError
-from llm_pruner.evaluation import result_cache
+from llm_pruner.evaluation import result_cache, zero_shot
 from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.evaluation.perplexity import EvaluationText, PerplexityResult, perplexity
 from llm_pruner.evaluation.samples import sample_continuation
 from llm_pruner.evaluation.speed import measure_speed
-from llm_pruner.evaluation.zero_shot import (
-    READER,
-    READER_SOURCE,
-    PreparedTask,
-    TaskResult,
-    TaskRunner,
-    definition_text,
-    harness_version,
-    means,
-    prepare,
-    require_harness,
-)
 from llm_pruner.files.outputs import check_output
 from llm_pruner.models.forward import maximum_length
 from llm_pruner.models.load import LoadedModel, load
-from llm_pruner.report.records import Measured, ZeroShot
+from llm_pruner.report.records import Measured, ZeroShot, as_json
 from llm_pruner.runtime.memory import keep_large_blocks
 from llm_pruner.runtime.signals import end_with_parent
 from llm_pruner.settings.common import ModelSettings, TaskSettings
@@ -50,7 +38,7 @@ from llm_pruner.settings.words import LOCAL_TASKS
 from llm_pruner.types import Size
 from llm_pruner.version import __version__
 
-_RESULTS = TypeAdapter(list[TaskResult])
+_RESULTS = TypeAdapter(dict[Literal["results"], list[zero_shot.TaskResult]])
 _SIZE = TypeAdapter(Size)
 _MEASURED = TypeAdapter(Measured)
 
@@ -184,39 +172,33 @@ def _measure_there() -> None:
         answer("failed", f"{type(error).__name__}: {error}")
 
 
+@dataclass
 class _Late:
     """A model that is loaded when it is first needed."""
 
-    def __init__(self, settings: ModelSettings) -> None:
-        self.settings = settings
+    settings: ModelSettings
 
     @cached_property
     def loaded(self) -> LoadedModel:
         return load(self.settings)
 
-    @property
-    def is_loaded(self) -> bool:
-        return "loaded" in vars(self)
-
 
 def _name_and_size(late: _Late, identity: result_cache.ModelIdentity | None) -> tuple[str, Size]:
     """Return name and size; of a model that is not loaded, from an earlier run if there was one."""
-    key = None
-    if identity is not None:
-        key = result_cache.key(identity, late.settings, what="size")
-        known = _stored(_SIZE, None if late.is_loaded else result_cache.read(key))
-        if known is not None:
-            return identity.name, known
+    key = None if identity is None else result_cache.key(identity, late.settings, what="size")
+    known = None if "loaded" in vars(late) else _stored(_SIZE, key)
+    if known is not None and identity is not None:
+        return identity.name, known
     size = model_size(late.loaded.model)
     if key is not None:
         result_cache.write(key, asdict(size))
     return late.loaded.name, size
 
 
-def _stored(kind: TypeAdapter[Any], data: Any) -> Any:
+def _stored(kind: TypeAdapter[Any], key: str | None) -> Any:
     """Return what an earlier run stored; None if there is nothing that can be used."""
     try:
-        return kind.validate_python(data)
+        return None if key is None else kind.validate_python(result_cache.read(key))
     except ValidationError:
         return None
 
@@ -268,21 +250,21 @@ def check_tasks(settings: TaskSettings) -> None:
         raise UserError(f"task {twice[0]} is named twice; name it once")
     if not all(tasks):
         raise UserError("--tasks has an empty name; write such as boolq,piqa")
-    require_harness()
+    zero_shot.require_harness()
 
 
-def prepare_tasks(settings: TaskSettings) -> list[PreparedTask]:
+def prepare_tasks(settings: TaskSettings) -> list[zero_shot.PreparedTask]:
     """Return the tasks with their documents; raise UserError if one is unknown or has no data."""
     check_tasks(settings)
     records = {
         task: None if settings.tasks_data is None else read_task(settings.tasks_data, task)
         for task in settings.tasks or ()
     }
-    return [prepare(task, found, settings.limit) for task, found in records.items()]
+    return [zero_shot.prepare(task, found, settings.limit) for task, found in records.items()]
 
 
 def run_tasks(
-    tasks: list[PreparedTask],
+    tasks: list[zero_shot.PreparedTask],
     settings: EvaluateSettings,
     identity: result_cache.ModelIdentity | None,
     load: Callable[[], LoadedModel],
@@ -296,33 +278,31 @@ def run_tasks(
         load: returns the model; called only if a task has to be run.
     """
     versions = {
-        "lm_eval": harness_version(),
+        "lm_eval": zero_shot.harness_version(),
         "llm_pruner": __version__,
         "torch": str(torch.__version__),
         "transformers": transformers_version,
     }
-    runner: TaskRunner | None = None
-    results: list[TaskResult] = []
+    runner: zero_shot.TaskRunner | None = None
+    results: list[zero_shot.TaskResult] = []
     cached = []
     for task in tasks:
-        name = None
+        key = None
         if identity is not None:
-            name = result_cache.key(
-                identity, settings, task=task.identity, lm_eval=versions["lm_eval"]
-            )
-            kept = _stored(_RESULTS, (result_cache.read(name) or {}).get("results"))
-            if kept is not None:
-                results += kept
-                cached.append(task.name)
-                continue
-        if runner is None:
-            loaded = load()
-            runner = TaskRunner(loaded.model, loaded.tokenizer, settings.sequences)
-        found = runner.run(task, settings.limit)
-        results += found
-        if name is not None:
-            result_cache.write(name, {"results": [asdict(result) for result in found]})
-    mean, without = means(results)
+            about = {"task": task.identity, "lm_eval": versions["lm_eval"]}
+            key = result_cache.key(identity, settings, **about)
+        found = _stored(_RESULTS, key)
+        if found:
+            cached.append(task.name)
+        else:
+            if runner is None:
+                loaded = load()
+                runner = zero_shot.TaskRunner(loaded.model, loaded.tokenizer, settings.sequences)
+            found = {"results": runner.run(task, settings.limit)}
+            if key is not None:
+                result_cache.write(key, as_json(found))
+        results += found["results"]
+    mean, without = zero_shot.means(results)
     return ZeroShot(
         tasks=results,
         mean=mean,
@@ -344,20 +324,14 @@ def write_task_files(
         UserError: the harness is missing, the data is not sound, or ``out`` is taken.
     """
     check_output(out, overwrite, [data])
-    require_harness()
+    zero_shot.require_harness()
     records = {task: read_task(data, task) for task in tasks}
     with atomic_directory(out, overwrite) as folder:
+        files = {f"{zero_shot.READER}.py": zero_shot.READER_SOURCE}
         for task, found in records.items():
-            lines = "".join(f"{_line(record)}\n" for record in found)
-            _write(folder / f"{task}.jsonl", lines)
-            _write(folder / f"{task}.yaml", definition_text(task, f"{task}.jsonl"))
-        _write(folder / f"{READER}.py", READER_SOURCE)
+            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in found)
+            files[f"{task}.jsonl"] = "".join(lines)
+            files[f"{task}.yaml"] = zero_shot.definition_text(task, f"{task}.jsonl")
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8", newline="\n")
     return [out / f"{task}.yaml" for task in tasks]
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
-
-
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False)
