@@ -18,12 +18,6 @@ TASKS = "Zero-shot tasks"
 """Headings in the help."""
 
 
-DTYPE = (
-    "Of the saved weights: auto for what the checkpoint has, computed in float32; or float32, "
-    "bfloat16 or float16, computed in it."
-)
-
-
 _loading, _output, _text, _task = (
     partial(option, panel=panel) for panel in (LOADING, OUTPUT, CALIBRATION, TASKS)
 )
@@ -86,6 +80,17 @@ class OutputSettings(Settings):
     out: Path = _output(..., "Folder to write.", "DIR", short="-o")
     overwrite: bool = _output(False, "Replace --out, if llm-pruner wrote all in it.")
     max_shard_size: str = _output("5GB", "Largest weight file.", "SIZE")
+
+
+class WriterSettings(ModelSettings, OutputSettings):
+    """A model that is read, and the folder that is made of it."""
+
+    dtype: str = _loading(
+        "auto",
+        "Of the saved weights: auto for what the checkpoint has, computed in float32; or float32, "
+        "bfloat16 or float16, computed in it.",
+        "TYPE",
+    )
 
 
 class CalibrationSettings(Settings):

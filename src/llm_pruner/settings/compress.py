@@ -7,16 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from llm_pruner.errors import UserError
-from llm_pruner.settings.common import (
-    DTYPE,
-    LOADING,
-    OUTPUT,
-    TASKS,
-    ModelSettings,
-    OutputSettings,
-    Sources,
-    TaskSettings,
-)
+from llm_pruner.settings.common import LOADING, OUTPUT, TASKS, Sources, TaskSettings, WriterSettings
 from llm_pruner.settings.limits import Seed
 from llm_pruner.settings.options import option, option_name, written
 from llm_pruner.settings.prune import HOW_MUCH, AmountSettings, PruneSettings
@@ -27,7 +18,7 @@ _HOW, _MEASURE = "How", "What to measure"
 _how = partial(option, panel=_HOW)
 
 
-class CompressSettings(ModelSettings, OutputSettings, TaskSettings, AmountSettings):
+class CompressSettings(WriterSettings, TaskSettings, AmountSettings):
     """All that ``compress`` can be asked for: the dense model, and how it becomes smaller."""
 
     panels: ClassVar = (HOW_MUCH, _HOW, _MEASURE, TASKS, OUTPUT, LOADING)
@@ -37,7 +28,6 @@ class CompressSettings(ModelSettings, OutputSettings, TaskSettings, AmountSettin
         "Throw an interrupted run away, which the same command would go on with.",
         panel=OUTPUT,
     )
-    dtype: str = option("auto", DTYPE, "TYPE", panel=LOADING)
     preset: str = _how(
         "best",
         "How to prune: paper, fast, balanced, best, or a YAML file.",

@@ -9,13 +9,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from llm_pruner.errors import UserError
 from llm_pruner.settings.common import (
     CALIBRATION,
-    DTYPE,
     LOADING,
     OUTPUT,
     CalibrationSettings,
-    ModelSettings,
     Names,
-    OutputSettings,
+    WriterSettings,
 )
 from llm_pruner.settings.limits import Seed, within
 from llm_pruner.settings.options import Settings, option, option_name, presets_in, written
@@ -162,7 +160,7 @@ class PlanSettings(MethodSettings, AmountSettings):
     seed: Seed = _plan(0, "Of calibration text and random choice.", "N")
 
 
-class PruneSettings(ModelSettings, OutputSettings, PlanSettings):
+class PruneSettings(WriterSettings, PlanSettings):
     """All that ``prune`` can be asked for."""
 
     panels: ClassVar = (HOW_MUCH, _WHERE, _IMPORTANCE, CALIBRATION, _PLAN, OUTPUT, LOADING)
@@ -181,8 +179,7 @@ class PruneSettings(ModelSettings, OutputSettings, PlanSettings):
         panel=OUTPUT,
         short="-o",
     )
-    dtype: str = option("auto", DTYPE, "TYPE", panel=LOADING)
-    memory: Annotated[int | str, _written(parse_bytes, "auto")] = option(
+    memory: Annotated[int | str, written(parse_bytes, "auto")] = option(
         "auto",
         "Room for the weights, such as 8GB; where they need more, they are read block by block.",
         "SIZE",

@@ -11,15 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator
 
 from llm_pruner.errors import UserError
-from llm_pruner.settings.common import (
-    DTYPE,
-    LOADING,
-    OUTPUT,
-    ModelSettings,
-    Names,
-    OutputSettings,
-    Sources,
-)
+from llm_pruner.settings.common import LOADING, OUTPUT, Names, Sources, WriterSettings
 from llm_pruner.settings.limits import MOST, MOST_MINUTES, Seed, must, within
 from llm_pruner.settings.options import Settings, option, presets_in
 from llm_pruner.settings.registry import METHODS
@@ -241,14 +233,11 @@ class DataSettings(Settings):
     )
 
 
-class RecoverSettings(
-    ModelSettings, OutputSettings, DataSettings, TrainingSettings, DistillationSettings
-):
+class RecoverSettings(WriterSettings, DataSettings, TrainingSettings, DistillationSettings):
     """All that ``recover`` can be asked for."""
 
     panels: ClassVar = (_DATA, _TRAINING, _BUDGET, _TEACHER, _LORA, OUTPUT, LOADING)
 
-    dtype: str = option("auto", DTYPE, "TYPE", panel=LOADING)
     resume: bool = _output(
         False, "Go on with a run that was interrupted, from its last checkpoint."
     )
