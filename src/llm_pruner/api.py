@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,27 +105,22 @@ class Scores(dict[str, FloatArray]):
 
 
 class _Presets:
-    """Settings that go together, by the names of ``--preset``; keywords win over theirs."""
+    """Settings that go together, by the names of ``--preset``; keywords win over theirs.
+
+    ``presets.paper(ratio=0.2)`` is ``presets("paper", ratio=0.2)``.
+    """
 
     def __call__(self, name: str | Path, **settings: Any) -> PlanSettings:
         """Return a preset by its name, or a YAML file."""
         return PlanSettings(preset=str(name), **settings)
 
-    def paper(self, **settings: Any) -> PlanSettings:
-        """LLM-Pruner as published (arXiv 2305.11627)."""
-        return self("paper", **settings)
+    def __getattr__(self, name: str) -> Callable[..., PlanSettings]:
+        if name not in PlanSettings.presets:
+            raise AttributeError(f"no preset {name!r}; known are {', '.join(PlanSettings.presets)}")
+        return partial(self, name)
 
-    def fast(self, **settings: Any) -> PlanSettings:
-        """One pass over little text, no refit."""
-        return self("fast", **settings)
-
-    def balanced(self, **settings: Any) -> PlanSettings:
-        """As fast, with more text and a refit."""
-        return self("balanced", **settings)
-
-    def best(self, **settings: Any) -> PlanSettings:
-        """The least damage for a few minutes."""
-        return self("best", **settings)
+    def __dir__(self) -> list[str]:
+        return list(PlanSettings.presets)
 
 
 presets = _Presets()

@@ -88,7 +88,8 @@ def _run() -> None:
         _call()
     except PlanError as error:
         problems = [one_line(problem) for problem in error.problems]
-        head, *more = problems if len(problems) == 1 else [_first(error), *problems]
+        first = str(error).splitlines()[0]
+        head, *more = problems if len(problems) == 1 else [first, *problems]
         fail("\n  - ".join([head, *more]), 2)
     except UserError as error:
         fail(one_line(str(error)), 2)
@@ -122,7 +123,3 @@ def _interrupted() -> str:
     if not placed:
         return "interrupted; nothing was written"
     return f"interrupted; {one_line(str(placed[-1]))} is complete"
-
-
-def _first(error: PlanError) -> str:
-    return str(error).splitlines()[0]

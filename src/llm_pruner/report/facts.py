@@ -8,7 +8,7 @@ import platform
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from llm_pruner.settings.common import CALIBRATION
 from llm_pruner.settings.options import option_of
 from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.types import Discovery, FloatArray, Group, Layer, Removal, Scores, Size
+from llm_pruner.version import __version__
 
 BINS = 24
 """Most bins of an importance map; a group with fewer units has a bin for each."""
@@ -50,7 +51,7 @@ _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
 def importance_maps(
-    discovery: Discovery, scores: Scores, removal: Removal, rows: Sequence[Layer] = ()
+    discovery: Discovery, scores: Scores, removal: Removal, left: Sequence[Layer] = ()
 ) -> tuple[ImportanceMap, ...]:
     """Return the importance of all scored groups by kind, in the order of the layers.
 
@@ -60,32 +61,25 @@ def importance_maps(
         discovery: of the dense model.
         scores: the first estimate, on the dense model.
         removal: all that was removed.
-        rows: what is left; says which layers went whole, with all units in them.
+        left: what is left; says which layers went whole, with all units in them.
     """
-    gone = {row.layer for row in rows if row.removed}
+    gone = {row.layer for row in left if row.removed}
     found: dict[str, dict[int | None, list[Group]]] = {}
     for group in discovery.groups:
         # What follows another kind is removed with it, whatever its own importance.
         if group.name in scores and group.frozen is None and group.kind != "value_dim":
             found.setdefault(group.kind, {}).setdefault(group.layer, []).append(group)
-    return tuple(
-        ImportanceMap(
-            kind=kind,
-            rows=tuple(
-                ImportanceRow(
-                    layer=layer,
-                    units=sum(group.size for group in groups),
-                    removed=sum(
-                        group.size if layer in gone else len(removal.get(group.name, ()))
-                        for group in groups
-                    ),
-                    bins=_bins(np.concatenate([scores[group.name] for group in groups])),
-                )
-                for layer, groups in layers.items()
-            ),
-        )
-        for kind, layers in found.items()
-    )
+    maps = []
+    for kind, layers in found.items():
+        rows = []
+        for layer, groups in layers.items():
+            units = sum(group.size for group in groups)
+            lost = sum(len(removal.get(group.name, ())) for group in groups)
+            removed = units if layer in gone else lost
+            bins = _bins(np.concatenate([scores[group.name] for group in groups]))
+            rows.append(ImportanceRow(layer=layer, units=units, removed=removed, bins=bins))
+        maps.append(ImportanceMap(kind=kind, rows=tuple(rows)))
+    return tuple(maps)
 
 
 def _bins(scores: FloatArray) -> tuple[float | None, ...]:
@@ -174,17 +168,13 @@ def spaced(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return versions of the package, of libraries and of the machine."""
-    found = {"llm-pruner": _version("llm-pruner"), "Python": platform.python_version()}
-    found |= {name: _version(name) for name in _LIBRARIES}
     cores = f"{os.cpu_count()} cores, PyTorch with {torch.get_num_threads()} threads"
-    return {**found, "machine": f"{platform.system()} {platform.machine()}, {cores}"}
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "unknown"
+    return {
+        "llm-pruner": __version__,
+        "Python": platform.python_version(),
+        **{name: version(name) for name in _LIBRARIES},
+        "machine": f"{platform.system()} {platform.machine()}, {cores}",
+    }
 
 
 _LICENCE = re.compile(rb"\x0f\0{7}general\.license\x08\0{3}(.{8})", re.DOTALL)
