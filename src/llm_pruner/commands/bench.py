@@ -12,14 +12,7 @@ from typing import Any
 import torch
 
 from llm_pruner.errors import UserError
-from llm_pruner.evaluation.footprint import (
-    PeakMemory,
-    count_work,
-    folder_bytes,
-    measure_memory,
-    model_size,
-    paper_macs,
-)
+from llm_pruner.evaluation import footprint
 from llm_pruner.evaluation.speed import Speed, SpeedUp, compiled, compiling, measure_speed, speed_up
 from llm_pruner.models.forward import Decoder, maximum_length
 from llm_pruner.models.load import LoadedModel, check, load
@@ -35,7 +28,6 @@ class Figures:
     """One model. Counts of MACs and bytes leave out what is no product; see `evaluation.footprint`.
 
     Attributes:
-        model: its name.
         parameters: all, tied ones once; ``parameters_embedding`` and ``parameters_blocks`` are
             those of the embeddings and of the decoder layers.
         bytes_in_memory: of the parameters, in the type in which the model was loaded.
@@ -45,8 +37,6 @@ class Figures:
         bytes_read_per_token: weights and cache that this token reads.
         kv_cache_bytes_per_token: growth of the cache with each token.
         cache_bytes_fixed: the part of the cache that does not grow.
-        memory: for each batch size.
-        speed: for each batch size.
     """
 
     model: str
@@ -60,7 +50,7 @@ class Figures:
     bytes_read_per_token: int
     kv_cache_bytes_per_token: int
     cache_bytes_fixed: int
-    memory: tuple[PeakMemory, ...] = ()
+    memory: tuple[footprint.PeakMemory, ...] = ()
     speed: tuple[Speed, ...] = ()
 
 
@@ -69,8 +59,6 @@ class Comparison:
     """How much faster the first model is at one batch size, beside what its size allows.
 
     Attributes:
-        batch_size: prompts at once.
-        prefill, decode: speed-ups.
         prefill_limit: ratio of the MACs of the prefill; what it takes if nothing else counts.
         decode_limit: ratio of the bytes that a decoding step reads.
     """
@@ -88,8 +76,6 @@ class Bench:
 
     Attributes:
         settings: as given, with type, device, threads and versions.
-        model: the model.
-        against: the other one, if there is one.
         comparison: for each batch size; empty without another model.
     """
 
@@ -123,7 +109,7 @@ def bench(settings: BenchSettings) -> Bench:
     if not settings.counts_only:
         text = {"prompt_tokens": settings.prompt_tokens, "new_tokens": settings.new_tokens}
         memory = [
-            tuple(measure_memory(one, batch_size=size, **text) for size in settings.batch_size)
+            tuple(footprint.measure_memory(one, batch_size=n, **text) for n in settings.batch_size)
             for one in models
         ]
         by_batch = [_speeds(models, size, settings) for size in settings.batch_size]
@@ -154,18 +140,19 @@ def _check_length(loaded: LoadedModel, settings: BenchSettings) -> None:
 
 
 def _counted(loaded: LoadedModel, source: ModelSettings) -> Figures:
-    size = model_size(loaded.model)
-    counts = count_work(loaded.model)
+    size = footprint.model_size(loaded.model)
+    counts = footprint.count_work(loaded.model)
     path = stored_at(source.model, loaded.revision or source.revision)
+    if path is not None and path.suffix == ".json":
+        path = None  # a config alone is no model
     return Figures(
         model=loaded.name,
         parameters=size.total,
         parameters_embedding=size.embedding,
         parameters_blocks=size.blocks,
         bytes_in_memory=size.bytes,
-        # A config alone is no model.
-        bytes_on_disk=None if path is None or path.suffix == ".json" else folder_bytes(path),
-        macs=paper_macs(loaded.model),
+        bytes_on_disk=None if path is None else footprint.folder_bytes(path),
+        macs=footprint.paper_macs(loaded.model),
         macs_per_token=counts.token.macs,
         bytes_read_per_token=counts.token.bytes_read,
         kv_cache_bytes_per_token=counts.cache.bytes_per_token,
@@ -194,7 +181,7 @@ def _speeds(models: list[Any], batch_size: int, settings: BenchSettings) -> list
 
 def _compared(models: list[Any], fast: Speed, slow: Speed) -> Comparison:
     small, large = (
-        count_work(one, prompt_tokens=fast.prompt_tokens, batch_size=fast.batch_size)
+        footprint.count_work(one, prompt_tokens=fast.prompt_tokens, batch_size=fast.batch_size)
         for one in models
     )
     return Comparison(

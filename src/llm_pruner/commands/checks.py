@@ -6,31 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm_pruner.errors import UserError
-from llm_pruner.files.outputs import (
-    Source,
-    check_file,
-    check_output,
-    check_place,
-    free_bytes,
-    nearest,
-)
+from llm_pruner.files import outputs
 from llm_pruner.models.stored import stored_size
 from llm_pruner.planning import Target
 from llm_pruner.report.text import megabytes
 from llm_pruner.settings.common import ModelSettings
 
 
-def check_out(out: Path, overwrite: bool, dry_run: bool, reads: Sequence[Source]) -> None:
+def check_out(out: Path, overwrite: bool, dry_run: bool, reads: Sequence[outputs.Source]) -> None:
     """Raise UserError if a run cannot write to ``out``: a folder, or with ``dry_run`` a file."""
-    check_place(out, "--out")
+    outputs.check_place(out, "--out")
     if not dry_run:
-        check_output(out, overwrite, reads)
+        outputs.check_output(out, overwrite, reads)
     elif out.is_dir():
         raise UserError(f"{out} is a folder; with --dry-run, --out names the plan file to write")
     elif out.is_file() and not overwrite:
         raise UserError(f"{out} exists; give another --out, or --overwrite to replace it")
     else:
-        check_file("--out", out, "plan", reads)
+        outputs.check_file("--out", out, "plan", reads)
 
 
 def check_space(
@@ -57,12 +50,12 @@ def check_space(
         return
     parameters, bytes_ = stored
     needed = int(bytes_ * _share_kept(target, parameters) * copies)
-    free = free_bytes(out)
+    free = outputs.free_bytes(out)
     if needed > free:
         kind = "" if model.dtype == "auto" else f" in {model.dtype}"
         raise UserError(
             f"{out} needs about {megabytes(needed)} for weights{kind}, and the disk of "
-            f"{nearest(out)} has {megabytes(free)} free; free some, or give another --out"
+            f"{outputs.nearest(out)} has {megabytes(free)} free; free some, or give another --out"
         )
 
 

@@ -12,15 +12,8 @@ from typing import Any
 from pydantic import TypeAdapter
 from transformers import AutoConfig
 
+from llm_pruner.commands import compress_start as start
 from llm_pruner.commands.checks import check_space
-from llm_pruner.commands.compress_start import (
-    SHORTEST,
-    WRITING,
-    about,
-    check_settings,
-    chunks_in_time,
-    time_to_recover,
-)
 from llm_pruner.commands.evaluate import measure_apart
 from llm_pruner.commands.prune import prune_checkpoint
 from llm_pruner.commands.prune_start import target_of
@@ -108,8 +101,8 @@ def compress(
         copies = 2 if settings.recover else 1  # the pruned model and the recovered one
         check_space(out, settings.loading(), target_of(settings.pruning(out)), copies=copies)
     if not (work / f"{_RESULT}.json").is_file() or restart:
-        check_settings(settings)
-    with opened(work, about(settings), restart=restart) as run:
+        start.check_settings(settings)
+    with opened(work, start.about(settings), restart=restart) as run:
         if run.continued:
             going_on(work)
         stored = file_states(settings.model)
@@ -245,20 +238,20 @@ class _Stages:
             return {"samples": samples, "minutes": None, "epochs": self.training.epochs}
 
         def decide() -> dict[str, Any]:
-            left = time_to_recover(
+            left = start.time_to_recover(
                 budget, self.run.spent, self.run.seconds, self._pruned_report().seconds
             )
-            if left < SHORTEST:
+            if left < start.SHORTEST:
                 return {
                     "skipped": f"the time budget leaves {max(left, 0):.0f} s for recovery, and less"
-                    f" than {SHORTEST:.0f} s are not worth it: the pruned model is the result"
+                    f" than {start.SHORTEST:.0f} s are not worth it: the pruned model is the result"
                 }
             end = self.run.spent + left
             count = samples
             if writes and count is None:
                 self.tell("writing text to train on")
-                count = self._write(WRITING * left)
-            minutes = max(end - self.run.spent, SHORTEST / 2) / 60
+                count = self._write(start.WRITING * left)
+            minutes = max(end - self.run.spent, start.SHORTEST / 2) / 60
             return {"samples": count, "minutes": minutes, "epochs": float(EPOCHS_IN_TIME)}
 
         found: dict[str, Any] = self.run.decide_once("recovery", decide)
@@ -279,7 +272,9 @@ class _Stages:
         chunks = -(-self._calibrated() // CHUNK)
         took = self._pruned_report().seconds.get("calibration text", 0.0)
         longest, most = took / chunks if chunks else 0.0, MOST_SAMPLES // CHUNK
-        return CHUNK * chunks_in_time(there, most, seconds, write, time.monotonic, longest=longest)
+        return CHUNK * start.chunks_in_time(
+            there, most, seconds, write, time.monotonic, longest=longest
+        )
 
     def report(self, measured: dict[Variant, Weighed], recovery: Training | None) -> Compressed:
         """Write the report of all stages beside the weights."""
@@ -301,7 +296,8 @@ class _Stages:
             return result  # it could not be drawn before, which was said
         for variant, found in measured.items():
             report = report.with_evaluation(variant, evaluation_of(found))
-        shown, budget, peak = about(self.settings), self.settings.time_budget, result.peak_bytes
+        shown = start.about(self.settings)
+        budget, peak = self.settings.time_budget, result.peak_bytes
         run = {
             "preset": shown["preset"],
             "data": shown["data"] if recovery is not None else None,

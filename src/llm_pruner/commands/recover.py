@@ -10,18 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from llm_pruner.checkpoints import atomic_write_text, save_checkpoint
+from llm_pruner.commands import recover_start as start
 from llm_pruner.commands.checks import check_space
 from llm_pruner.commands.evaluate import measure_perplexities, read_texts
 from llm_pruner.commands.prune import keep_type_
-from llm_pruner.commands.recover_start import (
-    begin_or_go_on,
-    check_run,
-    facts_of,
-    load_teacher,
-    make_samples,
-    read_examples,
-    remove_finished,
-)
 from llm_pruner.commands.workdir import RECOVERING, begun, busy, empty, folder_beside, remove_run
 from llm_pruner.data.examples import Examples
 from llm_pruner.data.sequences import TrainingSequence
@@ -78,8 +70,8 @@ def recover_checkpoint(
     here = settings.but(device=device, bf16=bf16)
     work = work_folder(settings.out)
     if not settings.overwrite:
-        remove_finished(work, settings.out)
-    check_run(here, work)
+        start.remove_finished(work, settings.out)
+    start.check_run(here, work)
     with joined(device) as processes:
         processes.barrier()  # from here on, the folders that were looked at may change
         with _begun(work, processes):
@@ -132,7 +124,7 @@ class _Run:
         with self.processes.first():
             check_space(settings.out, settings.loading())
             corpora = read_texts(settings.perplexity, self.measuring)
-            examples = read_examples(settings)
+            examples = start.read_examples(settings)
         self._load(examples)
         if not first:
             corpora = []
@@ -164,14 +156,16 @@ class _Run:
                 f"--seq-len {settings.seq_len} is longer than the model's maximum; "
                 f"use {longest} or less"
             )
-        self.dense = None if teacher is None else load_teacher(teacher, self.loaded)
+        self.dense = None if teacher is None else start.load_teacher(teacher, self.loaded)
         writes = self.processes.is_first
         if settings.restart and writes:
             empty(self.work, RECOVERING)
         with self.processes.first():  # it writes what the others read
-            self.samples = make_samples(settings, self.work, self.loaded, self.dense, examples)
-            self.facts = facts_of(settings, self.loaded, self.dense, self.samples)
-            begin_or_go_on(self.work, self.facts, resume=settings.resume, writes=writes)
+            self.samples = start.make_samples(
+                settings, self.work, self.loaded, self.dense, examples
+            )
+            self.facts = start.facts_of(settings, self.loaded, self.dense, self.samples)
+            start.begin_or_go_on(self.work, self.facts, resume=settings.resume, writes=writes)
 
     def _train(self) -> tuple[Any, Outcome]:
         train = [one for each in self.samples for one in each.train]

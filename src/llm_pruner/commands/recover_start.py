@@ -12,15 +12,7 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from llm_pruner.checkpoints import atomic_write_text
-from llm_pruner.commands.workdir import (
-    RECOVERING,
-    RUN,
-    busy,
-    check_ours,
-    is_busy,
-    read_values,
-    remove_run,
-)
+from llm_pruner.commands import workdir
 from llm_pruner.data.examples import Examples, load_examples
 from llm_pruner.data.text import SELF
 from llm_pruner.data.training import Samples, fingerprint_samples, self_made_samples, split_samples
@@ -67,9 +59,9 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
     if settings.resume and settings.restart:
         raise UserError("--resume and --restart say different things; give one of them")
     tidy(work)
-    check_ours(work, RECOVERING)
-    if is_busy(work):
-        raise busy(work)
+    workdir.check_ours(work, workdir.RECOVERING)
+    if workdir.is_busy(work):
+        raise workdir.busy(work)
     if work.exists() and not (settings.resume or settings.restart):
         raise UserError(
             f"{work.name} holds a run that was interrupted; go on with --resume, or throw "
@@ -178,12 +170,12 @@ def begin_or_go_on(work: Path, facts: dict[str, Any], *, resume: bool, writes: b
         resume: go on with what is there, or raise UserError if it was asked for something else.
         writes: whether this process does.
     """
-    file = work / RUN
+    file = work / workdir.RUN
     if not (resume and file.is_file()):
         if writes:
             atomic_write_text(file, json.dumps(facts, indent=2) + "\n")
         return
-    old = read_values(file)
+    old = workdir.read_values(file)
     for key, value in facts.items():
         if key not in _CHANGEABLE and old.get(key) != json.loads(json.dumps(value)):
             raise UserError(
@@ -195,11 +187,11 @@ def begin_or_go_on(work: Path, facts: dict[str, Any], *, resume: bool, writes: b
 def remove_finished(work: Path, out: Path) -> None:
     """Remove a run that was killed after its result took its place."""
     try:
-        asked = json.loads((work / RUN).read_text(encoding="utf-8"))
+        asked = json.loads((work / workdir.RUN).read_text(encoding="utf-8"))
         result = json.loads((out / RECOVERY_FILE).read_text(encoding="utf-8"))
         finished = result["settings"] == to_jsonable_python(asked, inf_nan_mode="null")
     except (OSError, ValueError, TypeError, KeyError):
         return
-    if finished and not is_busy(work):
+    if finished and not workdir.is_busy(work):
         with suppress(FileNotFoundError):  # of several processes, one is the first
-            remove_run(work, RECOVERING)
+            workdir.remove_run(work, workdir.RECOVERING)

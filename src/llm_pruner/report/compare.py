@@ -39,10 +39,8 @@ class Compared(Evaluation):
     """One model of a comparison, with all that was measured of it.
 
     Attributes:
-        label: what it is called in the comparison.
         source: name of the dense model.
         variant: which model of its report it is.
-        size: None if it is not known.
         removed: share of the parameters that was removed, if known.
         units: what was removed, in words; None of the dense model.
         chosen_by: how units were chosen, in words; None of the dense model.
@@ -63,7 +61,6 @@ class Column:
 
     Attributes:
         subject: columns of one subject stand together.
-        name: heading.
         cells: one text per model, empty where it is not known.
         settings: what a reader needs to compare the numbers, empty if nothing.
         text: whether the cells are words.

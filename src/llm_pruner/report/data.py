@@ -60,7 +60,6 @@ class Source(_Part):
         name: hub id, or name of the folder or file.
         hub_id: the same where the model came from the hub, else None.
         revision: commit on the hub, if known.
-        architecture: name of its class.
         license: identifier of its licence as the hub spells it, if known.
     """
 
@@ -76,8 +75,6 @@ class ImportanceRow(_Part):
 
     Attributes:
         layer: number of the layer, or None.
-        units: number of units.
-        removed: how many were removed.
         bins: mean importance in each bin, ascending; None where it is not finite.
     """
 
@@ -261,8 +258,6 @@ class Recovery(_Part):
     """Training after the removal.
 
     Attributes:
-        loss: by step.
-        seconds: time that it took.
         summary: method and data in words that follow "recovered by", such as
             ``LoRA of rank 8 on 2,000 examples of alpaca``.
         gained: whether its result was kept; if not, the model is as it came.
@@ -278,16 +273,11 @@ class Report(_Part):
     """All that a run did and measured.
 
     Attributes:
-        source: the dense model.
-        sizes: of the dense, pruned and recovered model.
         layers: what is left of each layer.
         importance: one map per kind of unit; scores of the first estimate, on the dense model.
         criterion: how importance was estimated, in words that follow "chosen by".
         compensation: how the weights that were kept were refitted, such as ``least-squares``.
-        trials, twin_difference, twin_scenes, twin_skipped, saved_as, needs, seconds: as in
-            `report.records.Pruned`.
-        evaluations: what was measured of each model.
-        recovery: training after the removal.
+        twin_difference, twin_scenes, twin_skipped, saved_as, needs: as in `records.Pruned`.
         settings: heading -> setting -> value.
         versions: of the package, of libraries and of the machine.
         command: the command line that does it again.

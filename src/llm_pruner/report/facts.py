@@ -19,19 +19,7 @@ from llm_pruner.data.text import SELF
 from llm_pruner.evaluation.zero_shot import TaskResult
 from llm_pruner.models.stored import DEFAULT, local_path
 from llm_pruner.planning import Plan
-from llm_pruner.report.data import (
-    CARD_FILE,
-    Evaluation,
-    ImportanceMap,
-    ImportanceRow,
-    LossPoint,
-    Measurement,
-    Recovery,
-    Report,
-    Source,
-    TaskScore,
-    Variant,
-)
+from llm_pruner.report import data
 from llm_pruner.report.records import Measured, Recovered, Weighed
 from llm_pruner.settings.common import CALIBRATION
 from llm_pruner.settings.options import option_of
@@ -52,7 +40,7 @@ _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 def importance_maps(
     discovery: Discovery, scores: Scores, removal: Removal, left: Sequence[Layer] = ()
-) -> tuple[ImportanceMap, ...]:
+) -> tuple[data.ImportanceMap, ...]:
     """Return the importance of all scored groups by kind, in the order of the layers.
 
     Groups of one kind in one layer, such as those of its experts, are taken together.
@@ -77,8 +65,8 @@ def importance_maps(
             lost = sum(len(removal.get(group.name, ())) for group in groups)
             removed = units if layer in gone else lost
             bins = _bins(np.concatenate([scores[group.name] for group in groups]))
-            rows.append(ImportanceRow(layer=layer, units=units, removed=removed, bins=bins))
-        maps.append(ImportanceMap(kind=kind, rows=tuple(rows)))
+            rows.append(data.ImportanceRow(layer=layer, units=units, removed=removed, bins=bins))
+        maps.append(data.ImportanceMap(kind=kind, rows=tuple(rows)))
     return tuple(maps)
 
 
@@ -104,17 +92,10 @@ def layers_of(rows: Sequence[Layer]) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
-def source_of(model: str, name: str, revision: str | None, network: Any) -> Source:
-    """Return where a model came from.
-
-    Args:
-        model: what the user named.
-        name: its short name.
-        revision: commit on the hub, if it came from there.
-        network: the model.
-    """
+def source_of(model: str, name: str, revision: str | None, network: Any) -> data.Source:
+    """Return where a model came from, of which the user gave ``model`` and ``name`` is short."""
     local = model == DEFAULT or model.endswith(".gguf") or Path(model).expanduser().exists()
-    return Source(
+    return data.Source(
         name=name,
         hub_id=None if local else model,
         revision=revision,
@@ -144,12 +125,7 @@ def criterion_in_words(plan: Plan) -> str | None:
 
 
 def settings_of(plan: Plan, model: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return all settings of a run by heading: that of the option in the help.
-
-    Args:
-        plan: what was made or replayed.
-        model: how the model was loaded.
-    """
+    """Return all settings of a run, and how its model was loaded, by the headings of the help."""
     sections: dict[str, dict[str, Any]] = {"Model": {**plan.model.model_dump(), **model}}
     for name, value in plan.settings.items():
         field = PruneSettings.model_fields.get(name)
@@ -183,21 +159,16 @@ _GENERAL = 2**16
 
 
 def licence_of(model: str, revision: str | None) -> str | None:
-    """Return the identifier of a model's licence, or None if no file at hand states it.
-
-    Args:
-        model: hub id, local folder, ``.gguf`` file, or ``default``.
-        revision: commit on the hub, if it came from there.
-    """
+    """Return the identifier of a model's licence, or None if no file at hand states it."""
     from huggingface_hub import ModelCard, try_to_load_from_cache
 
     try:
         if model == DEFAULT or model.endswith(".gguf"):
             return _gguf_licence(local_path(model))
         folder = Path(model).expanduser()
-        card: Any = folder / CARD_FILE
+        card: Any = folder / data.CARD_FILE
         if not folder.exists():
-            card = try_to_load_from_cache(model, CARD_FILE, revision=revision)
+            card = try_to_load_from_cache(model, data.CARD_FILE, revision=revision)
         found = ModelCard.load(Path(card)).data.license
         return found if isinstance(found, str) else None
     except Exception:  # readers raise anything, and what cannot be read is not known
@@ -219,9 +190,9 @@ def _gguf_licence(file: Path) -> str | None:
     return found.string[found.end() : found.end() + length].decode("utf-8", "replace")
 
 
-def evaluation_of(found: Measured) -> Evaluation:
+def evaluation_of(found: Measured) -> data.Evaluation:
     """Return what was measured of one model as a part of its report."""
-    return Evaluation.model_validate(
+    return data.Evaluation.model_validate(
         {
             "perplexity": found.perplexity,
             "tasks": [] if found.zero_shot is None else [*_scores(found.zero_shot.tasks)],
@@ -231,12 +202,12 @@ def evaluation_of(found: Measured) -> Evaluation:
     )
 
 
-def _scores(results: Sequence[TaskResult]) -> Iterator[TaskScore]:
+def _scores(results: Sequence[TaskResult]) -> Iterator[data.TaskScore]:
     """Yield the metrics of each task that are shares of which more is better, such as ``acc``."""
     for result in results:
         for name, metric in result.metrics.items():
             if metric.higher_is_better is not False and 0 <= metric.value <= 1:
-                yield TaskScore(
+                yield data.TaskScore(
                     task=result.task,
                     metric=name,
                     value=metric.value,
@@ -246,10 +217,10 @@ def _scores(results: Sequence[TaskResult]) -> Iterator[TaskScore]:
                 )
 
 
-def _measurements(found: Measured) -> Iterator[Measurement]:
+def _measurements(found: Measured) -> Iterator[data.Measurement]:
     """Yield the size of the weights, and the speeds with their slowest and fastest round."""
     if isinstance(found, Weighed) and found.bytes:
-        yield Measurement(name="size on disk", unit="B", value=found.bytes, better="lower")
+        yield data.Measurement(name="size on disk", unit="B", value=found.bytes, better="lower")
     speed = found.speed
     if speed is None:
         return
@@ -258,7 +229,7 @@ def _measurements(found: Measured) -> Iterator[Measurement]:
         ("decode", speed.new_tokens, speed.decode_tokens_per_second, speed.decode_seconds),
     ):
         read = tokens * speed.batch_size
-        yield Measurement(
+        yield data.Measurement(
             name=f"{stage} ({tokens} tokens, batch {speed.batch_size})",
             unit="tokens/s",
             value=rate,
@@ -270,32 +241,30 @@ def _measurements(found: Measured) -> Iterator[Measurement]:
 
 def recovery_report(
     done: Recovered,
-    earlier: Report | None,
+    earlier: data.Report | None,
     *,
-    source: Source,
+    source: data.Source,
     pruned: bool,
     size: Size,
     command: str | None,
-) -> Report:
+) -> data.Report:
     """Return the report of a recovered model.
 
     Args:
-        done: what the run did.
         earlier: of the model that came in, which is carried on.
         source: of the model that came in; read where nothing is known of it.
         pruned: the same: whether it was pruned.
         size: of the model, which recovery leaves as it is.
-        command: the command line of this run.
     """
     if earlier is None:
-        before: Variant | None = "pruned" if pruned else "dense"
-        earlier = Report(source=source)
+        before: data.Variant | None = "pruned" if pruned else "dense"
+        earlier = data.Report(source=source)
     else:
         # What trained a model that was trained already starts from no model of the three.
         before = None if earlier.final == "recovered" else earlier.final
     evaluations = {name: of for name, of in earlier.evaluations.items() if name != "recovered"}
     sizes = {name: of for name, of in earlier.sizes.items() if name != "recovered"}
-    recovery = Recovery(
+    recovery = data.Recovery(
         loss=_course(done), seconds=done.seconds, summary=_in_words(done), gained=done.gained
     )
     report = earlier.model_copy(
@@ -316,17 +285,19 @@ def recovery_report(
         old, new = zip(*((one.before, one.after) for one in done.perplexity), strict=True)
         for variant, found in ((before, old), (report.final, new)):
             if variant is not None:
-                measured = Evaluation.model_validate({"perplexity": found})
+                measured = data.Evaluation.model_validate({"perplexity": found})
                 report = report.with_evaluation(variant, measured)
     return report
 
 
-def _course(done: Recovered) -> tuple[LossPoint, ...]:
+def _course(done: Recovered) -> tuple[data.LossPoint, ...]:
     """Return the loss of each step and each score of the held-out samples, by step."""
     train = dict(enumerate(done.losses, start=1))
     held_out = {one.step: one.loss for one in done.evaluations}
     return tuple(
-        LossPoint(step=step, train=_known(train.get(step)), validation=_known(held_out.get(step)))
+        data.LossPoint(
+            step=step, train=_known(train.get(step)), validation=_known(held_out.get(step))
+        )
         for step in sorted({*train, *held_out})
     )
 

@@ -38,23 +38,19 @@ class Pruned:
     """What a run of ``prune`` did.
 
     Attributes:
-        model: name of the dense model.
         parameters_before, parameters_after: all of them, tied ones once.
         ratio: share that was removed.
-        layers: what is left of every layer.
         twin_difference: largest difference of logits from the masked dense model; None if they were
             not compared.
         twin_scenes: on what both were run.
         twin_skipped: on what the dense model gives no result to compare.
+        seconds: by stage.
         round_to: channels are kept in multiples of this.
         rounding: what ``round_to`` was chosen by; None if it was given.
         refitted: what compensation did to each consumer, all steps.
-        trials: splits of the budget that were tried.
-        seconds: by stage.
         path: the folder or the plan file that was written.
         saved_as: how the checkpoint loads; None if nothing was saved.
         needs: what loading the folder needs besides transformers, such as ``import llm_pruner``.
-        bytes: size of the folder.
         report: the page that shows all this; None if none was written.
     """
 
@@ -88,8 +84,6 @@ class ZeroShot:
         mean_without_boolq: over the other six, or None if one is missing.
         cached: names of the tasks whose results were there from an earlier run.
         data: ``local`` or ``harness``.
-        limit: largest number of documents of a task, or None for all.
-        dtype: as it was asked for.
         versions: of the packages that a result depends on.
     """
 
@@ -108,11 +102,8 @@ class Measured:
     """What was measured of one model; what was not asked for is empty.
 
     Attributes:
-        model: its name.
         parameters: all, tied ones once; ``parameters_embedding`` and ``parameters_blocks`` are
             those of the embeddings and of the decoder layers.
-        perplexity: of each corpus.
-        zero_shot: tasks.
         speed: tokens per second.
         samples: prompt -> what the model wrote after it.
     """
@@ -163,28 +154,19 @@ class Recovered:
     """What a run of ``recover`` did.
 
     Attributes:
-        model: name of the model.
         gained: whether the held-out loss fell; if not, the saved model is the one that came in.
         loss: held-out loss, in nats for each target token, by what training minimizes: with a
             teacher, mixed with the distance to it. After is that of the model that was trained,
             whether it was kept or not.
         sources: what each source gave, and how well the text that was held out is predicted.
         perplexity: the same of each corpus asked for.
-        steps: steps that were done.
         best_step: the one whose weights were kept.
         stopped: why it ended early, if it did.
-        tokens: tokens trained on.
         seconds: of training, evaluations included, earlier processes too.
-        trained: number of parameters that were trained.
-        parameters: all parameters.
         packed: whether samples shared rows; else they were padded in buckets of like length.
-        losses: training loss of each step.
         evaluations: held-out losses, in order.
         settings: all that decided how the run went.
-        path: the folder.
-        saved_as: how the checkpoint loads.
         needs: what loading it needs besides transformers, such as ``import llm_pruner``.
-        bytes: its size.
         report: the page that shows all this; None if none was written.
     """
 
@@ -238,16 +220,11 @@ class Compressed:
     """What a run of ``compress`` did.
 
     Attributes:
-        path: the folder.
-        model: name of the dense model.
         parameters: of the dense and of the compressed model.
         ratio: share that was removed.
-        measured: what was measured of each model.
         recovery: held-out loss before and after, and how training went; None if nothing was
             trained.
-        notes: what the user should know.
         peak_bytes: most memory that one process held; 0 if not known.
-        seconds: by stage.
         report: the page in the folder; None if none could be drawn.
     """
 

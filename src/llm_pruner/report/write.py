@@ -54,13 +54,8 @@ def add_evaluation(folder: Path, found: Measured, model: str) -> None:
 
     A model card that was edited since it was written stays as it is.
 
-    Args:
-        folder: output of ``prune``.
-        found: what was measured.
-        model: what was named for measuring.
-
     Raises:
-        UserError: the folder has no report that can be read, or it is of another model.
+        UserError: the folder has no report that can be read, or it is not of the ``model`` named.
     """
     report = report_in(folder)
     variant = _variant_of(folder, report, model, found.parameters)

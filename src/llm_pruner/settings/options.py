@@ -31,7 +31,6 @@ class Option:
 
     Attributes:
         metavar: stands for the value in the help; None for a switch.
-        panel: heading in the help.
         shown: words that stand for the default in the help; None for the default itself.
         short: a letter with its dash.
         was: earlier name of the option with its dashes, which still works and says so.
