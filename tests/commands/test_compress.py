@@ -333,7 +333,7 @@ def test_no_gain_gives_the_pruned_model(
 def test_a_time_budget_is_divided_once(
     work: Path, made: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "SHORTEST", 1.0)
+    monkeypatch.setattr(stages.start, "SHORTEST", 1.0)
     monkeypatch.setattr(stages, "MOST_SAMPLES", 128)
     patient = ("--time-budget", "60s", "--config", made / "patient.yaml")
     (made / "patient.yaml").write_text("training: {patience: 100}\n")
@@ -343,8 +343,7 @@ def test_a_time_budget_is_divided_once(
     with monkeypatch.context() as patch:
         interrupt(patch, RecoveryTrainer, "training_step", 6)
         assert run(*command(made, *patient)).code == 130
-    progress = Path("small.compressing/progress.json")
-    decided = json.loads(progress.read_text())["decided"]["recovery"]
+    decided = json.loads(Path("small.compressing/amount.json").read_text())
     assert decided["samples"] == 128
     assert 0 < decided["minutes"] < 0.95
     # The number of steps was chosen after a few of them, and kept at once.
@@ -355,7 +354,7 @@ def test_a_time_budget_is_divided_once(
     def decide(*_: object) -> float:
         raise AssertionError("decided again")
 
-    monkeypatch.setattr(stages, "time_to_recover", decide)
+    monkeypatch.setattr(stages.start, "time_to_recover", decide)
     done(*command(made, *patient))
     assert (
         json.loads(Path("small/recovery.json").read_text())["steps"] == planned["total"] == 93

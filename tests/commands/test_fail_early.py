@@ -15,11 +15,11 @@ from bad_commands import BASES, LONG, TABLE, Bad
 from command import contents, done, run, save_tiny, write_text
 from helpers import tiny_model
 from llm_pruner.checkpoints import save_checkpoint
-from llm_pruner.commands import checks
 from llm_pruner.commands.prune import prune_checkpoint
 from llm_pruner.commands.recover import work_folder
 from llm_pruner.commands.recover_start import check_run
 from llm_pruner.errors import UserError
+from llm_pruner.files import outputs
 from llm_pruner.files.outputs import check_place, check_shard_size
 from llm_pruner.models import load as sources
 from llm_pruner.models.stored import stored_size
@@ -193,7 +193,7 @@ def test_a_disk_that_is_too_full(
     words = bad_commands.arguments(name, options)
     parameters = sum(p.numel() for p in tiny_model(num_hidden_layers=6).parameters())
     bytes_ = needed * 4 * parameters
-    monkeypatch.setattr(checks, "free_bytes", lambda _: int(0.99 * bytes_))
+    monkeypatch.setattr(outputs, "free_bytes", lambda _: int(0.99 * bytes_))
     before = contents(early)
     result = run(*words)
     kind = " in bfloat16" if "bfloat16" in words else ""
@@ -204,7 +204,7 @@ def test_a_disk_that_is_too_full(
     )
     assert contents(early) == before
     if name != "compress":  # which measures in a process of its own
-        monkeypatch.setattr(checks, "free_bytes", lambda _: int(1.01 * bytes_))
+        monkeypatch.setattr(outputs, "free_bytes", lambda _: int(1.01 * bytes_))
         with pytest.raises(ReachedError):
             run(*words)
 
@@ -213,7 +213,7 @@ def test_a_disk_that_is_too_full(
 def test_the_space_of_a_plan_that_is_only_written_is_not_asked_for(
     early: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "free_bytes", lambda _: 0)
+    monkeypatch.setattr(outputs, "free_bytes", lambda _: 0)
     with pytest.raises(ReachedError):
         run(*bad_commands.arguments("prune", "--criterion l2 --dry-run"))
 

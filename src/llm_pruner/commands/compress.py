@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter
+from pydantic import BeforeValidator
 from transformers import AutoConfig
 
 from llm_pruner.commands import compress_start as start
@@ -54,7 +53,11 @@ WINDOW = 512
 so that short texts have a standard error."""
 
 _RESULT = "result"
-_TRAINING = TypeAdapter(Training)
+_TRAINING = Annotated[
+    Training,
+    BeforeValidator(lambda of: {**of, "before": of["loss"][0], "after": of["loss"][1]}),
+]
+"""What a finished recovery wrote of itself."""
 
 
 def work_folder(out: Path) -> Path:
@@ -219,7 +222,7 @@ class _Stages:
             )
             recover_checkpoint(settings, command=self.command, say=self.say)
             self.run.record_time("recover")
-        found = _training(out / RECOVERY_FILE)
+        found: Training = read_values(out / RECOVERY_FILE, _TRAINING)
         if not found.gained:
             self.notes.append(
                 f"training brought no gain (held-out loss {found.before:.4f} before, "
@@ -254,10 +257,7 @@ class _Stages:
             minutes = max(end - self.run.spent, start.SHORTEST / 2) / 60
             return {"samples": count, "minutes": minutes, "epochs": float(EPOCHS_IN_TIME)}
 
-        found: dict[str, Any] = self.run.decide_once("recovery", decide)
-        if writes:
-            self.run.record_time("text")
-        return found
+        return self.run.once("amount", dict[str, Any], decide, "text" if writes else "recover")
 
     def _write(self, seconds: float) -> int:
         """Have the dense model write for a time; return the number of texts."""
@@ -272,9 +272,7 @@ class _Stages:
         chunks = -(-self._calibrated() // CHUNK)
         took = self._pruned_report().seconds.get("calibration text", 0.0)
         longest, most = took / chunks if chunks else 0.0, MOST_SAMPLES // CHUNK
-        return CHUNK * start.chunks_in_time(
-            there, most, seconds, write, time.monotonic, longest=longest
-        )
+        return CHUNK * start.chunks_in_time(there, most, seconds, write, longest=longest)
 
     def report(self, measured: dict[Variant, Weighed], recovery: Training | None) -> Compressed:
         """Write the report of all stages beside the weights."""
@@ -339,16 +337,6 @@ class _Stages:
         """Return how many of the texts to train on importance is estimated on, too."""
         shared = SELF in self.settings.data and self.pruning.calibration == SELF
         return self.pruning.samples if shared else 0
-
-
-def _training(file: Path) -> Training:
-    """Return how a finished recovery went; raise UserError if what it wrote is damaged."""
-    record = read_values(file)
-    try:
-        before, after = record["loss"]
-        return _TRAINING.validate_python({**record, "before": before, "after": after})
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{file} is damaged; begin anew with --restart") from error
 
 
 def _move(folder: Path, out: Path, overwrite: bool, reads: Iterable[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -76,14 +77,8 @@ def time_to_recover(
 ) -> float:
     """Return the seconds that writing text and training may take; negative if none are left.
 
-    What is kept back: measuring the recovered model as long as the pruned one took; loading it with
-    its teacher and reading it again if there was no gain; saving.
-
-    Args:
-        budget: for the whole run.
-        spent: until now.
-        stages: seconds of the stages until now.
-        pruning: seconds of the parts of pruning.
+    What is kept back of the budget of the whole run: measuring the recovered model as long as the
+    pruned one took; loading it with its teacher and reading it again if there was no gain; saving.
     """
     around = 3 * pruning.get("load", 0.0) + pruning.get("save", 0.0)
     return budget - spent - 1.1 * stages.get("pruned", 0.0) - around - _STARTING
@@ -94,19 +89,14 @@ def chunks_in_time(
     most: int,
     seconds: float,
     write: Callable[[int], Any],
-    clock: Callable[[], float],
+    clock: Callable[[], float] = time.monotonic,
     *,
     longest: float = 0.0,
 ) -> int:
     """Write chunks of text while time lasts, the first in any case; return how many there are then.
 
-    Args:
-        there: chunks that exist.
-        most: chunks that are enough.
-        seconds: time to write more.
-        write: makes the chunk of this number.
-        clock: seconds since some beginning.
-        longest: seconds that a chunk takes, as far as that is known before.
+    Of ``most`` that are enough some are ``there``; ``write`` makes the chunk of a number, and
+    ``longest`` is what one takes, as far as that is known before.
     """
     begin = last = clock()
     while there < most and (there == 0 or last - begin + longest <= seconds):

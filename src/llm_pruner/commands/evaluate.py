@@ -271,11 +271,7 @@ def run_tasks(
 ) -> ZeroShot:
     """Run the tasks that no earlier run has a result of; each is kept as soon as it is there.
 
-    Args:
-        tasks: what ``prepare_tasks`` returned.
-        settings: how they are run.
-        identity: of the model; None to read and keep nothing.
-        load: returns the model; called only if a task has to be run.
+    Without the identity of the model nothing is known or kept. It is loaded only to run a task.
     """
     versions = {
         "lm_eval": zero_shot.harness_version(),

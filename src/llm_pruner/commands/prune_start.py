@@ -92,14 +92,7 @@ def default_protection(discovery: Discovery) -> tuple[int, int]:
 def planned(
     settings: PruneSettings, selection: Selection, criterion: Criterion, *, read: bool
 ) -> dict[str, Any]:
-    """Return all settings that decide about a plan, as they were used.
-
-    Args:
-        settings: as they were asked for.
-        selection: with what was decided.
-        criterion: as it was used.
-        read: whether text was read.
-    """
+    """Return all settings that decide about a plan, as they were used; ``read``: text was."""
     unread = set() if read else set(CalibrationSettings.model_fields)
     if criterion.name != "taylor":
         unread |= {"order", "reduction"}

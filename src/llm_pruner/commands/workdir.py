@@ -46,7 +46,7 @@ _PARTIAL = r"\..+\.(partial|old)-[a-z0-9_]{8}"
 COMPRESSING = Kind(
     re.compile(rf"{_SETTINGS}|{_LOCK}"),
     re.compile(
-        rf"{_SETTINGS}|{_PROGRESS}|{_LOCK}|{_PARTIAL}|(dense|pruned|recovered|result)\.json"
+        rf"{_SETTINGS}|{_PROGRESS}|{_LOCK}|{_PARTIAL}|(dense|pruned|amount|recovered|result)\.json"
         r"|pruned|recovered|recovered\.recovering|replaced|text"
     ),
 )
@@ -156,7 +156,6 @@ class Work:
         progress = read_values(self.path(_PROGRESS)) or {}
         self.seconds: dict[str, float] = dict(progress.get("seconds", {}))
         self._peak = int(progress.get("peak_bytes", 0))
-        self._decided: dict[str, Any] = dict(progress.get("decided", {}))
         self._last = time.monotonic()
 
     @property
@@ -179,18 +178,15 @@ class Work:
         now = time.monotonic()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
         self._last = now
-        self._keep()
+        data = {"seconds": self.seconds, "peak_bytes": self.peak_bytes}
+        atomic_write_text(self.path(_PROGRESS), json.dumps(data, indent=1) + "\n")
 
     def once(
         self, name: str, kind: type[_T], make: Callable[[], _T], stage: str | None = None
     ) -> _T:
-        """Return a record that is made once; the time goes to the stage, by default of that name.
+        """Return a record of this kind that is made once, in a file of this name.
 
-        Args:
-            name: of its file, without the ending.
-            kind: its dataclass.
-            make: makes it.
-            stage: see ``seconds``.
+        The time goes to the stage, by default of the same name.
         """
         file = self.path(f"{name}.json")
         if (found := read_values(file, kind)) is not None:
@@ -200,30 +196,16 @@ class Work:
         self.record_time(stage or name)
         return made
 
-    def decide_once(self, name: str, decide: Callable[[], Any]) -> Any:
-        """Return what is decided by measured speed; it is decided once."""
-        if name not in self._decided:
-            self._decided[name] = decide()
-            self._keep()
-        return self._decided[name]
-
-    def _keep(self) -> None:
-        data = {"seconds": self.seconds, "peak_bytes": self.peak_bytes, "decided": self._decided}
-        atomic_write_text(self.path(_PROGRESS), json.dumps(data, indent=1) + "\n")
-
     def remove(self) -> None:
-        """Remove the folder."""
         remove_run(self.folder, COMPRESSING)
 
 
 @contextmanager
 def opened(folder: Path, settings: Mapping[str, Any], *, restart: bool) -> Iterator[Work]:
-    """Yield the run in ``folder``, a new one if there is none.
+    """Yield the run in ``folder``; a new one if there is none, or it is to be thrown away.
 
     Args:
-        folder: where it is kept.
         settings: all that decides how the run goes, as plain values.
-        restart: throw away what is there.
 
     Raises:
         UserError: the run there has other settings, another process is at it, or the folder holds
@@ -257,7 +239,7 @@ def read_values(file: Path, kind: Any = dict[str, Any]) -> Any:
         return TypeAdapter(kind).validate_python(read_json(file))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, LookupError) as error:
         raise UserError(f"{file} is damaged; begin anew with --restart") from error
 
 

@@ -261,13 +261,12 @@ _UNSAID = ("Creator", "Date", "Format", "Type")
 def draw(
     name: str, description: str, fill: Callable[[Figure, bool], None], height: Callable[[bool], int]
 ) -> str:
-    """Return a drawing for screens and one for phones, of which the style sheet shows one.
+    """Return a drawing for screens and a narrow one for phones; the style sheet shows one of them.
 
     Args:
         name: unique in the page; prefix of the ids in it.
         description: what a reader who cannot see it is told.
-        fill: draws into a figure, the second argument being whether it is the narrow one.
-        height: in CSS pixels, by whether it is narrow.
+        fill, height: draws into a figure, and its height in CSS pixels, by whether it is narrow.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure

@@ -126,11 +126,7 @@ class Settings(BaseModel):
 
     @classmethod
     def read(cls: type[_S], given: Mapping[str, Any], config: Path | None = None) -> _S:
-        """Return the settings of a command.
-
-        Args:
-            given: fields that were given as options, which win.
-            config: YAML file with fields; a folder that a command wrote holds one.
+        """Return the settings of a command: those given as options win over those in a YAML file.
 
         Raises:
             UserError: the file cannot be read, or a value cannot be.
