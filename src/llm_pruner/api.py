@@ -373,6 +373,7 @@ def perplexity(
     Raises:
         UserError: the corpus cannot be read.
     """
-    how = PerplexitySettings(protocol=protocol, seq_len=seq_len, max_tokens=max_tokens)
+    asked: dict[str, Any] = {"protocol": protocol, "seq_len": seq_len, "max_tokens": max_tokens}
+    how = PerplexitySettings(**asked)
     loaded = replace(model.loaded, model=model.network)
     return measure_perplexities(loaded, read_texts([source], how), how)[0]

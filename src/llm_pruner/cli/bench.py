@@ -44,7 +44,7 @@ def show(done: Bench) -> None:
         _show(out, "Peak memory", done, _memory(done))
     settings = done.settings
     if done.model.speed:
-        columns = ("", "model", "range")
+        columns: tuple[str, ...] = ("", "model", "range")
         if done.comparison:
             columns = ("", "model", "against", "speed-up", "range", "limit", "reached")
         out.table("Speed", columns, _speeds(done))

@@ -132,13 +132,10 @@ def _parameters(kind: type[Settings]) -> list[tuple[str, Any]]:
                 (f"was_{name}", Annotated[str | None, typer.Option(option.was, hidden=True)])
             )
     panel = OUTPUT if "out" in kind.model_fields else None
-    for name, metavar, words in (
-        ("config", "FILE", "YAML file with options; those beside it win."),
-        ("json", "FILE", _JSON_HELP),
-    ):
-        shape = Path if name == "config" else str
+    of_config = "YAML file with options; those beside it win."
+    for name, shape, words in (("config", Path, of_config), ("json", str, _JSON_HELP)):
         how = typer.Option(
-            f"--{name}", metavar=metavar, help=words, rich_help_panel=panel, show_default=False
+            f"--{name}", metavar="FILE", help=words, rich_help_panel=panel, show_default=False
         )
         parameters.append((name, Annotated[shape | None, how]))
     return parameters
@@ -146,17 +143,14 @@ def _parameters(kind: type[Settings]) -> list[tuple[str, Any]]:
 
 def _shape(field: FieldInfo) -> Any:
     """Return the type in which the command line takes a field."""
-    kinds = [one for one in _members(field.annotation) if one is not type(None)]
+    union = get_origin(field.annotation) in (Union, types.UnionType)
+    kinds = list(get_args(field.annotation)) if union else [field.annotation]
+    kinds = [one for one in kinds if one is not type(None)]
     kind, *how = get_args(kinds[0]) if get_origin(kinds[0]) is Annotated else (kinds[0],)
     readers = [one.func for one in (*field.metadata, *how) if isinstance(one, BeforeValidator)]
     if once in readers:
         return list[str]
     return kind if len(kinds) == 1 and kind in _PLAIN and not readers else str
-
-
-def _members(annotation: Any) -> tuple[Any, ...]:
-    union = get_origin(annotation) in (Union, types.UnionType)
-    return get_args(annotation) if union else (annotation,)
 
 
 def _words(name: str, field: FieldInfo, option: Option, preset: dict[str, Any]) -> str:

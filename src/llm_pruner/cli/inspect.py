@@ -102,15 +102,13 @@ def _show_kinds(out: Screen, found: dict[str, Any]) -> None:
 
 
 def _show_frozen(out: Screen, found: dict[str, Any]) -> None:
-    reasons: Counter[str] = Counter()
-    example: dict[str, str] = {}
+    places: dict[str, list[str]] = {}
     for axis in found["frozen"]:
-        reasons[axis["reason"]] += 1
-        example.setdefault(axis["reason"], f"{axis['tensor']}[{axis['dim']}]")
+        places.setdefault(axis["reason"], []).append(f"{axis['tensor']}[{axis['dim']}]")
     for group in found["groups"]:
         if group["frozen"] is not None:
-            reasons[group["frozen"]] += 1
-            example.setdefault(group["frozen"], group["name"])
-    rows = [(why, number, example[why]) for why, number in reasons.most_common()]
+            places.setdefault(group["frozen"], []).append(group["name"])
+    rows = [(why, len(where), where[0]) for why, where in places.items()]
+    rows.sort(key=lambda row: -row[1])
     if rows:
         out.table("Frozen", ("why", "axes or groups", "such as"), rows, text=("such as",))

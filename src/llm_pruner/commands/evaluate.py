@@ -164,12 +164,10 @@ def _measure_there() -> None:
         settings = EvaluateSettings(**asked["settings"])
         found = measure(settings, asked["window"], lambda begun: answer("begun", asdict(begun)))
         answer("measured", asdict(found))
-    except UserError as error:
-        answer("refused", str(error))
-    except LLMPrunerError as error:
-        answer("failed", str(error))
-    except Exception as error:  # a library's, which says what the parent is to say
-        answer("failed", f"{type(error).__name__}: {error}")
+    except Exception as error:  # also a library's, which says what the parent is to say
+        ours = isinstance(error, LLMPrunerError)
+        said = str(error) if ours else f"{type(error).__name__}: {error}"
+        answer("refused" if isinstance(error, UserError) else "failed", said)
 
 
 @dataclass

@@ -22,21 +22,19 @@ FORMAT_VERSION = 1
 def inspect_model(model: ModelSettings) -> dict[str, Any]:
     """Return all groups of a model and all that is frozen, ready for JSON; no weights are read.
 
+    Shares are of all parameters of the model.
+
     Raises:
         UserError: the model cannot be loaded.
         DiscoveryError: it cannot be run.
     """
     loaded = load(model, weights=False)
-    return describe(loaded.name, discover(loaded.model))
-
-
-def describe(name: str, discovery: Discovery) -> dict[str, Any]:
-    """Return a discovery as plain data; shares are of all parameters of the model."""
+    discovery = discover(loaded.model)
     total = count_parameters(discovery)
     kinds = dict.fromkeys(group.kind for group in discovery.groups)
     return {
         "format_version": FORMAT_VERSION,
-        "model": name,
+        "model": loaded.name,
         "parameters": total,
         "kinds": [_kind(kind, discovery, total) for kind in kinds],
         "groups": [_group(group, discovery, total) for group in discovery.groups],
@@ -48,7 +46,7 @@ def _kind(kind: str, discovery: Discovery, total: int) -> dict[str, Any]:
     """Sum up the groups of one kind; other kinds may hold the same parameters."""
     groups = [group for group in discovery.groups if group.kind == kind]
     free = [group for group in groups if group.frozen is None]
-    parameters = touched(free, discovery)
+    parameters = _touched(free, discovery)
     return {
         "kind": kind,
         "groups": len(groups),
@@ -59,7 +57,7 @@ def _kind(kind: str, discovery: Discovery, total: int) -> dict[str, Any]:
 
 
 def _group(group: Group, discovery: Discovery, total: int) -> dict[str, Any]:
-    parameters = touched([group], discovery)
+    parameters = _touched([group], discovery)
     return {
         "name": group.name,
         "kind": group.kind,
@@ -85,7 +83,7 @@ def _group(group: Group, discovery: Discovery, total: int) -> dict[str, Any]:
     }
 
 
-def touched(groups: Iterable[Group], discovery: Discovery) -> int:
+def _touched(groups: Iterable[Group], discovery: Discovery) -> int:
     """Return how many parameters lie in some unit of the groups; each counts once."""
     inside: set[str] = set()
     axes: dict[str, dict[int, list[IntArray]]] = {}

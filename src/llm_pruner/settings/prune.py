@@ -194,8 +194,8 @@ class PruneSettings(WriterSettings, PlanSettings):
             text = CalibrationSettings.model_fields.keys() | {"seed"}
             spoken = set(PlanSettings.model_fields) - {"seed"}
             spoken -= {"compensation"} | (text if self.compensation != "none" else set())
+            spoken &= self.given
             given = [option_name(name) for name in type(self).model_fields if name in spoken]
-            given = [name for name in given if name[2:].replace("-", "_") in self.given]
             if given:
                 raise UserError(f"--plan already says what to remove; drop {', '.join(given)}")
             return

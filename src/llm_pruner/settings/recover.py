@@ -13,7 +13,7 @@ from pydantic import AfterValidator
 from llm_pruner.errors import UserError
 from llm_pruner.settings.common import LOADING, OUTPUT, Names, Sources, WriterSettings
 from llm_pruner.settings.limits import MOST, MOST_MINUTES, Seed, must, within
-from llm_pruner.settings.options import Settings, option, presets_in
+from llm_pruner.settings.options import Settings, option, option_name, presets_in
 from llm_pruner.settings.registry import METHODS
 
 _DATA, _TRAINING, _BUDGET = "Data", "Training", "Budget"
@@ -29,7 +29,7 @@ _TRACKERS = {
 }
 """What the Trainer reports to -> packages of which it needs one."""
 
-_QUANTIZERS = {"int8": "torchao", "nf4": "bitsandbytes"}
+_QUANTIZERS = {"none": (), "int8": ("torchao",), "nf4": ("bitsandbytes",)}
 """Type of weights that are not trained -> package that multiplies by them."""
 
 KERNELS = ("attention", "loss")
@@ -171,23 +171,19 @@ class TrainingSettings(Settings):
         for one in self.trainer:
             if "=" not in one:
                 raise UserError(f"--trainer {one} has no value; write it as NAME=VALUE")
-        needed = _QUANTIZERS.get(self.quantize)
-        if needed is not None and self.method != "lora":
+        if self.quantize != "none" and self.method != "lora":
             raise UserError(
                 f"--quantize {self.quantize} holds the weights that are not trained, and method "
                 f"{self.method} trains all of them; use --method lora"
             )
-        if needed is not None and not find_spec(needed):
-            raise UserError(
-                f"--quantize {self.quantize} needs the package {needed}, which is not installed; "
-                f"run 'pip install {needed}', or leave --quantize out"
-            )
-        packages = _TRACKERS.get(self.report_to, ())
-        if packages and not any(find_spec(package) for package in packages):
-            raise UserError(
-                f"--report-to {self.report_to} needs the package {packages[0]}, which is not "
-                f"installed; run 'pip install {packages[0]}', or leave --report-to out"
-            )
+        for name, known in (("quantize", _QUANTIZERS), ("report_to", _TRACKERS)):
+            value, flag = getattr(self, name), option_name(name)
+            packages = known[value]
+            if packages and not any(map(find_spec, packages)):
+                raise UserError(
+                    f"{flag} {value} needs the package {packages[0]}, which is not installed; run "
+                    f"'pip install {packages[0]}', or leave {flag} out"
+                )
 
 
 class DistillationSettings(Settings):
