@@ -332,7 +332,7 @@ def recover_(
         UserError: the data cannot be read, or the model has nothing to train.
     """
     # What trains is imported when it is used: other steps do without peft.
-    from llm_pruner.commands.recover_start import make_samples, read_examples
+    from llm_pruner.commands.recover import make_samples, read_examples
     from llm_pruner.recovery import recover_ as train_
 
     asked = RecoverSettings(

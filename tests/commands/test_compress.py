@@ -22,7 +22,7 @@ import llm_pruner.commands.recover
 import llm_pruner.models.load
 from command import contents, done, measured_here, run, save_tiny, write_text
 from llm_pruner.checkpoints import atomic_directory
-from llm_pruner.commands.compress_start import chunks_in_time, time_to_recover
+from llm_pruner.commands.compress import chunks_in_time, time_to_recover
 from llm_pruner.commands.workdir import opened
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.perplexity import PerplexityResult
@@ -333,7 +333,7 @@ def test_no_gain_gives_the_pruned_model(
 def test_a_time_budget_is_divided_once(
     work: Path, made: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages.start, "SHORTEST", 1.0)
+    monkeypatch.setattr(stages, "SHORTEST", 1.0)
     monkeypatch.setattr(stages, "MOST_SAMPLES", 128)
     patient = ("--time-budget", "60s", "--config", made / "patient.yaml")
     (made / "patient.yaml").write_text("training: {patience: 100}\n")
@@ -354,7 +354,7 @@ def test_a_time_budget_is_divided_once(
     def decide(*_: object) -> float:
         raise AssertionError("decided again")
 
-    monkeypatch.setattr(stages.start, "time_to_recover", decide)
+    monkeypatch.setattr(stages, "time_to_recover", decide)
     done(*command(made, *patient))
     assert (
         json.loads(Path("small/recovery.json").read_text())["steps"] == planned["total"] == 93

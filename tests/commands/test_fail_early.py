@@ -16,8 +16,7 @@ from command import contents, done, run, save_tiny, write_text
 from helpers import tiny_model
 from llm_pruner.checkpoints import save_checkpoint
 from llm_pruner.commands.prune import prune_checkpoint
-from llm_pruner.commands.recover import work_folder
-from llm_pruner.commands.recover_start import check_run
+from llm_pruner.commands.recover import check_run, work_folder
 from llm_pruner.errors import UserError
 from llm_pruner.files import outputs
 from llm_pruner.files.outputs import check_place, check_shard_size

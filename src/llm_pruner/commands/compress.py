@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,21 +12,21 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 from transformers import AutoConfig
 
-from llm_pruner.commands import compress_start as start
 from llm_pruner.commands.checks import check_space
-from llm_pruner.commands.evaluate import measure_apart
+from llm_pruner.commands.evaluate import check_tasks, measure_apart, read_texts
 from llm_pruner.commands.prune import prune_checkpoint
-from llm_pruner.commands.prune_start import target_of
+from llm_pruner.commands.prune_start import criterion_of, selection_of, target_of
 from llm_pruner.commands.recover import recover_checkpoint
 from llm_pruner.commands.workdir import Work, folder_beside, opened, read_values
+from llm_pruner.data.examples import load_examples
 from llm_pruner.data.selfmade import CHUNK, write_text_cached
-from llm_pruner.data.text import DEMO_PROMPTS, SELF
+from llm_pruner.data.text import DEMO_PROMPTS, SELF, load_documents, sources_of
 from llm_pruner.errors import UserError
-from llm_pruner.evaluation.result_cache import shared_corpora
+from llm_pruner.evaluation import result_cache
 from llm_pruner.files.disk import put, tidy
 from llm_pruner.files.outputs import check_output, check_place
 from llm_pruner.models.forward import maximum_length
-from llm_pruner.models.load import load
+from llm_pruner.models.load import check, load
 from llm_pruner.models.stored import check_file_states, file_states
 from llm_pruner.recovery import Progress
 from llm_pruner.recovery.processes import only_one
@@ -33,10 +34,13 @@ from llm_pruner.report.data import Report, Source, Variant, known_report
 from llm_pruner.report.facts import evaluation_of
 from llm_pruner.report.records import RECOVERY_FILE, Change, Compressed, Measured, Training, Weighed
 from llm_pruner.report.write import page_in, write_report, write_request
+from llm_pruner.settings.common import OutputSettings
 from llm_pruner.settings.compress import CompressSettings
-from llm_pruner.settings.evaluate import EvaluateSettings
+from llm_pruner.settings.evaluate import EvaluateSettings, PerplexitySettings
+from llm_pruner.settings.prune import MethodSettings
 from llm_pruner.settings.recover import RecoverSettings
 from llm_pruner.types import Size
+from llm_pruner.version import __version__
 
 SAMPLES = 256
 """Texts that the dense model writes where there is no time budget; more if importance was estimated
@@ -51,6 +55,15 @@ EPOCHS_IN_TIME = 3
 WINDOW = 512
 """Tokens in a window for perplexity, if the model reads so many: more windows than of its maximum,
 so that short texts have a standard error."""
+
+SHORTEST = 60.0
+"""Seconds below which training is not begun."""
+
+WRITING = 1 / 3
+"""Share of the time for recovery in which the dense model may write text to train on."""
+
+_STARTING = 10.0
+"""Seconds for what is not timed: starting Python, and drawing the report."""
 
 _RESULT = "result"
 _TRAINING = Annotated[
@@ -104,8 +117,8 @@ def compress(
         copies = 2 if settings.recover else 1  # the pruned model and the recovered one
         check_space(out, settings.loading(), target_of(settings.pruning(out)), copies=copies)
     if not (work / f"{_RESULT}.json").is_file() or restart:
-        start.check_settings(settings)
-    with opened(work, start.about(settings), restart=restart) as run:
+        check_settings(settings)
+    with opened(work, about(settings), restart=restart) as run:
         if run.continued:
             going_on(work)
         stored = file_states(settings.model)
@@ -122,8 +135,50 @@ def compress(
         _move(folder, out, settings.overwrite, settings.reads)
         seconds, peak = run.seconds, max(run.peak_bytes, done.peak_bytes)
         run.remove()
-    notes = [*done.notes, *shared_corpora(str(out), settings.perplexity)]
+    notes = [*done.notes, *result_cache.shared_corpora(str(out), settings.perplexity)]
     return replace(done, report=page_in(out), notes=notes, seconds=seconds, peak_bytes=peak)
+
+
+def check_settings(settings: CompressSettings) -> None:
+    """Raise UserError for what can be refused before a model is loaded."""
+    check_output(settings.out, settings.overwrite, settings.reads)
+    pruning = settings.pruning(settings.out)
+    selection_of(pruning)
+    criterion_of(pruning)
+    if settings.recover:
+        settings.trains().check()
+        for source in settings.data:
+            if source != SELF:
+                load_examples(source, limit=_beginning(source))
+    for source in sources_of(pruning.calibration):
+        if source != SELF:
+            load_documents(source, limit=_beginning(source))
+    read_texts(settings.perplexity, PerplexitySettings())
+    if settings.tasks is not None:
+        check_tasks(settings)
+    check(settings.loading())
+
+
+def _beginning(source: str) -> int | None:
+    """Return how much of a source is read to see that it is there: local files are read whole."""
+    return None if Path(source).expanduser().exists() else 1000
+
+
+def about(settings: CompressSettings) -> dict[str, Any]:
+    """Return all that decides how a run goes, as plain values by the names of the options."""
+    identity = result_cache.identify(settings.loading())
+    placed = {*OutputSettings.model_fields, "restart", "revision", "trust_remote_code"}
+    method = settings.pruning(settings.out).model_dump(
+        mode="json", include=set(MethodSettings.model_fields), exclude={"kept", "preset"}
+    )
+    return settings.model_dump(mode="json", exclude=placed) | {
+        "model": Path(settings.model).name,
+        "model content": None if identity is None else identity.content,
+        "preset": {"name": Path(settings.preset).name, **method},
+        "data": [source if source == SELF else Path(source).name for source in settings.data],
+        "training": settings.trains().model_dump(mode="json") if settings.recover else None,
+        "llm_pruner": __version__,
+    }
 
 
 @dataclass
@@ -241,20 +296,20 @@ class _Stages:
             return {"samples": samples, "minutes": None, "epochs": self.training.epochs}
 
         def decide() -> dict[str, Any]:
-            left = start.time_to_recover(
+            left = time_to_recover(
                 budget, self.run.spent, self.run.seconds, self._pruned_report().seconds
             )
-            if left < start.SHORTEST:
+            if left < SHORTEST:
                 return {
                     "skipped": f"the time budget leaves {max(left, 0):.0f} s for recovery, and less"
-                    f" than {start.SHORTEST:.0f} s are not worth it: the pruned model is the result"
+                    f" than {SHORTEST:.0f} s are not worth it: the pruned model is the result"
                 }
             end = self.run.spent + left
             count = samples
             if writes and count is None:
                 self.tell("writing text to train on")
-                count = self._write(start.WRITING * left)
-            minutes = max(end - self.run.spent, start.SHORTEST / 2) / 60
+                count = self._write(WRITING * left)
+            minutes = max(end - self.run.spent, SHORTEST / 2) / 60
             return {"samples": count, "minutes": minutes, "epochs": float(EPOCHS_IN_TIME)}
 
         return self.run.once("amount", dict[str, Any], decide, "text" if writes else "recover")
@@ -272,7 +327,7 @@ class _Stages:
         chunks = -(-self._calibrated() // CHUNK)
         took = self._pruned_report().seconds.get("calibration text", 0.0)
         longest, most = took / chunks if chunks else 0.0, MOST_SAMPLES // CHUNK
-        return CHUNK * start.chunks_in_time(there, most, seconds, write, longest=longest)
+        return CHUNK * chunks_in_time(there, most, seconds, write, longest=longest)
 
     def report(self, measured: dict[Variant, Weighed], recovery: Training | None) -> Compressed:
         """Write the report of all stages beside the weights."""
@@ -294,7 +349,7 @@ class _Stages:
             return result  # it could not be drawn before, which was said
         for variant, found in measured.items():
             report = report.with_evaluation(variant, evaluation_of(found))
-        shown = start.about(self.settings)
+        shown = about(self.settings)
         budget, peak = self.settings.time_budget, result.peak_bytes
         run = {
             "preset": shown["preset"],
@@ -337,6 +392,41 @@ class _Stages:
         """Return how many of the texts to train on importance is estimated on, too."""
         shared = SELF in self.settings.data and self.pruning.calibration == SELF
         return self.pruning.samples if shared else 0
+
+
+def time_to_recover(
+    budget: float, spent: float, stages: Mapping[str, float], pruning: Mapping[str, float]
+) -> float:
+    """Return the seconds that writing text and training may take; negative if none are left.
+
+    What is kept back of the budget of the whole run: measuring the recovered model as long as the
+    pruned one took; loading it with its teacher and reading it again if there was no gain; saving.
+    """
+    around = 3 * pruning.get("load", 0.0) + pruning.get("save", 0.0)
+    return budget - spent - 1.1 * stages.get("pruned", 0.0) - around - _STARTING
+
+
+def chunks_in_time(
+    there: int,
+    most: int,
+    seconds: float,
+    write: Callable[[int], Any],
+    clock: Callable[[], float] = time.monotonic,
+    *,
+    longest: float = 0.0,
+) -> int:
+    """Write chunks of text while time lasts, the first in any case; return how many there are then.
+
+    Of ``most`` that are enough some are ``there``; ``write`` makes the chunk of a number, and
+    ``longest`` is what one takes, as far as that is known before.
+    """
+    begin = last = clock()
+    while there < most and (there == 0 or last - begin + longest <= seconds):
+        write(there)
+        there += 1
+        now = clock()
+        longest, last = max(longest, now - last), now
+    return there
 
 
 def _move(folder: Path, out: Path, overwrite: bool, reads: Iterable[str]) -> None:

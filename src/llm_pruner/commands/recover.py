@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -10,34 +11,41 @@ from pathlib import Path
 from typing import Any
 
 from llm_pruner.checkpoints import atomic_write_text, save_checkpoint
-from llm_pruner.commands import recover_start as start
+from llm_pruner.commands import workdir
 from llm_pruner.commands.checks import check_space
 from llm_pruner.commands.evaluate import measure_perplexities, read_texts
 from llm_pruner.commands.prune import keep_type_
-from llm_pruner.commands.workdir import RECOVERING, begun, busy, empty, folder_beside, remove_run
-from llm_pruner.data.examples import Examples
+from llm_pruner.data.examples import Examples, load_examples
 from llm_pruner.data.sequences import TrainingSequence
+from llm_pruner.data.text import SELF
+from llm_pruner.data.training import Samples, fingerprint_samples, self_made_samples, split_samples
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.evaluation.perplexity import PerplexityResult
-from llm_pruner.files.disk import new_folder
+from llm_pruner.files.disk import new_folder, tidy
+from llm_pruner.files.outputs import check_output, check_place, check_shard_size
 from llm_pruner.models.forward import maximum_length
-from llm_pruner.models.load import check, load
+from llm_pruner.models.load import LoadedModel, check, load
 from llm_pruner.recovery import Outcome, Progress, Teacher, recover_
 from llm_pruner.recovery.processes import Processes, is_sharded, joined, own_device
+from llm_pruner.recovery.trainer import trainer_arguments
 from llm_pruner.report.data import SavedAs, known_report
 from llm_pruner.report.facts import recovery_report, source_of
 from llm_pruner.report.records import RECOVERY_FILE, Change, Recovered, SourceResult, StepLoss
 from llm_pruner.report.write import page_in, write_report, write_request
 from llm_pruner.runtime.precision import multiplies_bfloat16
+from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.evaluate import PerplexitySettings
-from llm_pruner.settings.recover import RecoverSettings
+from llm_pruner.settings.recover import DataSettings, RecoverSettings, TrainingSettings
 from llm_pruner.types import Edits
+
+_HOW_FAST = ("packing", "kernels")
+"""Settings of which the result does not depend but for rounding."""
 
 
 def work_folder(out: Path) -> Path:
     """Return the folder of a run that will end in ``out``: its name and ``.recovering``."""
-    return folder_beside(out, "recovering")
+    return workdir.folder_beside(out, "recovering")
 
 
 def recover_checkpoint(
@@ -70,8 +78,8 @@ def recover_checkpoint(
     here = settings.but(device=device, bf16=bf16)
     work = work_folder(settings.out)
     if not settings.overwrite:
-        start.remove_finished(work, settings.out)
-    start.check_run(here, work)
+        workdir.remove_finished(work, settings.out)
+    check_run(here, work)
     with joined(device) as processes:
         processes.barrier()  # from here on, the folders that were looked at may change
         with _begun(work, processes):
@@ -85,11 +93,11 @@ def _begun(work: Path, processes: Processes) -> Iterator[None]:
         refused = None
         if processes.is_first:
             try:
-                held.enter_context(begun(work, RECOVERING))
+                held.enter_context(workdir.begun(work, workdir.RECOVERING))
             except UserError as error:
                 refused = error
         if processes.from_first(float(refused is not None)):
-            raise refused or busy(work)
+            raise refused or workdir.busy(work)
         yield
 
 
@@ -124,7 +132,7 @@ class _Run:
         with self.processes.first():
             check_space(settings.out, settings.loading())
             corpora = read_texts(settings.perplexity, self.measuring)
-            examples = start.read_examples(settings)
+            examples = read_examples(settings)
         self._load(examples)
         if not first:
             corpora = []
@@ -156,16 +164,14 @@ class _Run:
                 f"--seq-len {settings.seq_len} is longer than the model's maximum; "
                 f"use {longest} or less"
             )
-        self.dense = None if teacher is None else start.load_teacher(teacher, self.loaded)
+        self.dense = None if teacher is None else load_teacher(teacher, self.loaded)
         writes = self.processes.is_first
         if settings.restart and writes:
-            empty(self.work, RECOVERING)
+            workdir.empty(self.work, workdir.RECOVERING)
         with self.processes.first():  # it writes what the others read
-            self.samples = start.make_samples(
-                settings, self.work, self.loaded, self.dense, examples
-            )
-            self.facts = start.facts_of(settings, self.loaded, self.dense, self.samples)
-            start.begin_or_go_on(self.work, self.facts, resume=settings.resume, writes=writes)
+            self.samples = make_samples(settings, self.work, self.loaded, self.dense, examples)
+            self.facts = facts_of(settings, self.loaded, self.dense, self.samples)
+            workdir.begin_or_go_on(self.work, self.facts, resume=settings.resume, writes=writes)
 
     def _train(self) -> tuple[Any, Outcome]:
         train = [one for each in self.samples for one in each.train]
@@ -272,7 +278,7 @@ class _Run:
             max_shard_size=settings.max_shard_size,
             beside=beside,
         )
-        remove_run(self.work, RECOVERING)
+        workdir.remove_run(self.work, workdir.RECOVERING)
         return replace(
             result,
             saved_as=saved.kind,
@@ -280,3 +286,132 @@ class _Run:
             needs=saved.needs,
             report=page_in(saved.path),
         )
+
+
+def check_run(settings: RecoverSettings, work: Path) -> None:
+    """Raise UserError for what can be refused without reading anything; the run is in ``work``."""
+    settings.check()
+    trainer_arguments(settings)
+    check_place(settings.out, "--out")
+    check_output(settings.out, settings.overwrite, settings.reads)
+    check_shard_size(settings.max_shard_size)
+    if settings.teacher_cache is not None:
+        if settings.teacher is None:
+            raise UserError(
+                f"--teacher-cache {settings.teacher_cache} keeps what a teacher says; name that "
+                "with --teacher, or leave it out"
+            )
+        check_place(settings.teacher_cache / "cache", "--teacher-cache")
+    if not settings.data:
+        raise UserError("no data given; use --data SRC")
+    if SELF in settings.data and settings.teacher is None:
+        raise UserError(
+            "--data self is text that the dense model writes; name that model with --teacher"
+        )
+    if settings.keep_adapter and settings.method != "lora":
+        raise UserError(
+            f"method {settings.method} has no adapter to keep; leave --keep-adapter out"
+        )
+    if settings.resume and settings.restart:
+        raise UserError("--resume and --restart say different things; give one of them")
+    tidy(work)
+    workdir.check_ours(work, workdir.RECOVERING)
+    if workdir.is_busy(work):
+        raise workdir.busy(work)
+    if work.exists() and not (settings.resume or settings.restart):
+        raise UserError(
+            f"{work.name} holds a run that was interrupted; go on with --resume, or throw "
+            "it away with --restart"
+        )
+
+
+def read_examples(data: DataSettings) -> dict[str, Examples]:
+    """Return the examples of each source but ``self``."""
+    read = {}
+    for source in data.data:
+        if source != SELF:
+            # A local file is read whole and drawn from; of a dataset the beginning is fetched.
+            limit = None if Path(source).expanduser().exists() else data.samples
+            read[source] = load_examples(
+                source, split=data.split, text_field=data.text_field, limit=limit
+            )
+    return read
+
+
+def load_teacher(teacher: ModelSettings, student: LoadedModel) -> LoadedModel:
+    """Load the dense model; raise UserError if its vocabulary is not the student's."""
+    dense = load(teacher)
+    assert dense.tokenizer is not None
+    assert student.tokenizer is not None
+    ours, theirs = (
+        int(one.model.get_input_embeddings().weight.shape[0]) for one in (student, dense)
+    )
+    if ours != theirs or student.tokenizer.get_vocab() != dense.tokenizer.get_vocab():
+        raise UserError(
+            f"{dense.name} has another vocabulary ({theirs} tokens) than {student.name} ({ours}); "
+            "name the dense model that the student was cut from"
+        )
+    return dense
+
+
+def make_samples(
+    settings: RecoverSettings,
+    work: Path,
+    loaded: LoadedModel,
+    dense: LoadedModel | None,
+    examples: dict[str, Examples],
+) -> list[Samples]:
+    """Return the samples of each source; the dense model writes those of ``self``."""
+    samples = []
+    for number, source in enumerate(settings.data):
+        options: dict[str, Any] = {
+            "seq_len": settings.seq_len,
+            "limit": settings.samples,
+            "held_out": settings.held_out,
+            "seed": settings.seed,
+            "source": number,
+        }
+        if source == SELF:
+            assert dense is not None
+            writer = hashlib.sha256(dense.fingerprint.encode()).hexdigest()[:16]
+            kept = settings.kept or (settings.teacher_cache or work) / f"self-{writer}"
+            made = self_made_samples(dense.model, dense.tokenizer, kept, **options)
+        else:
+            made = split_samples(
+                examples[source],
+                loaded.tokenizer,
+                template=settings.template,
+                mask_prompt=settings.mask_prompt,
+                **options,
+            )
+        samples.append(made)
+    return samples
+
+
+def facts_of(
+    settings: RecoverSettings,
+    loaded: LoadedModel,
+    dense: LoadedModel | None,
+    samples: Sequence[Samples],
+) -> dict[str, Any]:
+    """Return all that decides how a run goes."""
+    decides = set(TrainingSettings.model_fields) - set(_HOW_FAST)
+    distillation = {
+        "temperature": settings.temperature,
+        "weight": settings.distill_weight,
+        "top_k": settings.teacher_top_k,
+    }
+    train = [one for each in samples for one in each.train]
+    held_out = [one for each in samples for one in each.held_out]
+    return {
+        "model": loaded.name,
+        "model_fingerprint": loaded.fingerprint,
+        "teacher": None if dense is None else dense.name,
+        "teacher_fingerprint": None if dense is None else dense.fingerprint,
+        "distillation": distillation if settings.distils else None,
+        "data": [source if source == SELF else Path(source).name for source in settings.data],
+        "template": settings.template,
+        "mask_prompt": settings.mask_prompt,
+        "data_fingerprint": fingerprint_samples([*train, *held_out]),
+        **settings.model_dump(mode="json", include=decides),
+    }

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
+from pydantic_core import to_jsonable_python
 
 from llm_pruner.checkpoints import atomic_write_text
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import discard, make_parents, read_json, remove, remove_empty, tidy
-from llm_pruner.report.records import as_json
+from llm_pruner.report.records import RECOVERY_FILE, as_json
 
 _T = TypeVar("_T")
 
@@ -26,6 +27,10 @@ _SETTINGS, _PROGRESS, _LOCK = "settings.json", "progress.json", "lock"
 
 RUN = "run.json"
 """What a recovery in progress was asked to do."""
+
+
+_CHANGEABLE = ("save_every", "report_to")
+"""Settings that a resumed run may have otherwise."""
 
 
 @dataclass(frozen=True)
@@ -228,6 +233,42 @@ def opened(folder: Path, settings: Mapping[str, Any], *, restart: bool) -> Itera
         else:
             _require_same(folder, found, asked)
         yield Work(folder, continued=found is not None)
+
+
+def begin_or_go_on(work: Path, facts: dict[str, Any], *, resume: bool, writes: bool) -> None:
+    """Write what a run is asked to do, or compare it with what the interrupted one was.
+
+    Args:
+        work: folder of the run.
+        facts: as from ``facts_of``.
+        resume: go on with what is there, or raise UserError if it was asked for something else.
+        writes: whether this process does.
+    """
+    file = work / RUN
+    if not (resume and file.is_file()):
+        if writes:
+            atomic_write_text(file, json.dumps(facts, indent=2) + "\n")
+        return
+    old = read_values(file)
+    for key, value in facts.items():
+        if key not in _CHANGEABLE and old.get(key) != json.loads(json.dumps(value)):
+            raise UserError(
+                f"the interrupted run has {key}={old.get(key)} and this one {key}={value}; give "
+                "the same options, or begin anew with --restart"
+            )
+
+
+def remove_finished(work: Path, out: Path) -> None:
+    """Remove a run that was killed after its result took its place."""
+    try:
+        asked = json.loads((work / RUN).read_text(encoding="utf-8"))
+        result = json.loads((out / RECOVERY_FILE).read_text(encoding="utf-8"))
+        finished = result["settings"] == to_jsonable_python(asked, inf_nan_mode="null")
+    except (OSError, ValueError, TypeError, KeyError):
+        return
+    if finished and not is_busy(work):
+        with suppress(FileNotFoundError):  # of several processes, one is the first
+            remove_run(work, RECOVERING)
 
 
 def read_values(file: Path, kind: Any = dict[str, Any]) -> Any:

@@ -238,12 +238,13 @@ class Evaluation(_Part):
 
     def with_newer(self, newer: Evaluation) -> Evaluation:
         """Return both; of what was measured twice with the same settings, the newer."""
-        both = {
-            part: {one.key: one for one in (*getattr(self, part), *getattr(newer, part))}
-            for part in ("perplexity", "tasks", "measurements")
-        }
-        lists = {part: tuple(found.values()) for part, found in both.items()}
-        return Evaluation(**lists, samples=self.samples | newer.samples)
+
+        def both(part: str) -> tuple[Any, ...]:
+            results = (*getattr(self, part), *getattr(newer, part))
+            return tuple({one.key: one for one in results}.values())
+
+        parts = {part: both(part) for part in ("perplexity", "tasks", "measurements")}
+        return Evaluation(**parts, samples=self.samples | newer.samples)
 
 
 class LossPoint(_Part):

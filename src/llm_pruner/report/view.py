@@ -310,23 +310,20 @@ def headlines(report: Report) -> list[tuple[str, str, str]]:
     """Return the few numbers to read first: label, number, and what it was before."""
     final = report.final
     shown = []
+
+    def add(label: str, by: Mapping[Variant, Any], form: Callable[[Any], str]) -> None:
+        if final in by:
+            before = f"dense {form(by['dense'])}" if "dense" in by else ""
+            shown.append((label, form(by[final]), before))
+
     dense, after = report.sizes.get("dense"), report.sizes.get(final)
     if dense is not None and after is not None:
         label = f"{percent(1 - after.total / dense.total)} removed"
         shown.append(("parameters", count(after.total), f"of {count(dense.total)}, {label}"))
     for by in by_model(report, "perplexity")[:1]:
-        if final in by:
-            text = f"perplexity, {by[final].name}"
-            before = f"dense {measured(by['dense'].perplexity, None)}" if "dense" in by else ""
-            shown.append((text, measured(by[final].perplexity, None), before))
-    means = task_means(report.evaluations)
-    if final in means:
-        before = f"dense {100 * means['dense']:.1f}%" if "dense" in means else ""
-        shown.append(("mean accuracy", f"{100 * means[final]:.1f}%", before))
+        add(f"perplexity, {first(by).name}", by, lambda one: measured(one.perplexity, None))
+    add("mean accuracy", task_means(report.evaluations), lambda mean: f"{100 * mean:.1f}%")
     for by in by_model(report, "measurements"):
-        found = by.get(final)
-        if found is not None and found.better == "higher" and len(shown) < 4:
-            dense_speed = by.get("dense")
-            before = "" if dense_speed is None else f"dense {dense_speed}"
-            shown.append((found.label, str(found), before))
+        if first(by).better == "higher" and len(shown) < 4:
+            add(first(by).label, by, str)
     return shown

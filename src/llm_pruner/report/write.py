@@ -16,23 +16,14 @@ from markupsafe import Markup
 
 from llm_pruner.errors import UserError
 from llm_pruner.files.outputs import rewrite
-from llm_pruner.report import figures, view
-from llm_pruner.report.data import (
-    CARD_FILE,
-    HTML_FILE,
-    JSON_FILE,
-    Evaluation,
-    Report,
-    Variant,
-    report_in,
-)
+from llm_pruner.report import data, figures, view
 from llm_pruner.report.facts import evaluation_of
 from llm_pruner.report.records import Measured
 from llm_pruner.report.text import breakable, fenced, markdown, number, said, visible
 from llm_pruner.settings.options import Settings
 
 
-def write_report(folder: Path, report: Report) -> None:
+def write_report(folder: Path, report: data.Report) -> None:
     """Write page, data and model card into a folder.
 
     A drawing that fails costs the report, never the checkpoint, which may be hours of work: what
@@ -57,17 +48,17 @@ def add_evaluation(folder: Path, found: Measured, model: str) -> None:
     Raises:
         UserError: the folder has no report that can be read, or it is not of the ``model`` named.
     """
-    report = report_in(folder)
+    report = data.report_in(folder)
     variant = _variant_of(folder, report, model, found.parameters)
     report = report.with_evaluation(variant, evaluation_of(found))
-    card = folder / CARD_FILE
+    card = folder / data.CARD_FILE
     try:
         ours = not card.exists() or digest(card.read_text(encoding="utf-8")) == report.card_digest
     except ValueError:  # not UTF-8, so not ours
         ours = False
     # The data comes last: what was drawn can be drawn again from it.
     drawn = files(report, card=ours).items()
-    rewrite(folder, dict(sorted(drawn, key=lambda file: file[0] == JSON_FILE)))
+    rewrite(folder, dict(sorted(drawn, key=lambda file: file[0] == data.JSON_FILE)))
 
 
 def write_request(folder: Path, settings: Settings) -> None:
@@ -82,11 +73,11 @@ def write_request(folder: Path, settings: Settings) -> None:
 
 def page_in(folder: Path) -> Path | None:
     """Return the page in a folder; None if none could be drawn."""
-    page = folder / HTML_FILE
+    page = folder / data.HTML_FILE
     return page if page.is_file() else None
 
 
-def _variant_of(folder: Path, report: Report, model: str, parameters: int) -> Variant:
+def _variant_of(folder: Path, report: data.Report, model: str, parameters: int) -> data.Variant:
     """Return which model of the report was measured; raise UserError if it is none of them."""
     if Path(model).expanduser().exists() and Path(model).expanduser().resolve() == folder.resolve():
         return report.final
@@ -108,14 +99,14 @@ _DATASET = re.compile(r"[A-Za-z0-9][\w./-]*")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,60}")
 
 
-def files(report: Report, *, card: bool = True) -> dict[str, str]:
+def files(report: data.Report, *, card: bool = True) -> dict[str, str]:
     """Return the files of a report: name -> content; without ``card``, not the model card."""
     written = {}
     if card:
         text = render_card(report)
         report = report.model_copy(update={"card_digest": digest(text)})
-        written[CARD_FILE] = text
-    return {HTML_FILE: render_html(report), JSON_FILE: report.to_json(), **written}
+        written[data.CARD_FILE] = text
+    return {data.HTML_FILE: render_html(report), data.JSON_FILE: report.to_json(), **written}
 
 
 def digest(text: str) -> str:
@@ -123,23 +114,23 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def render_html(report: Report) -> str:
+def render_html(report: data.Report) -> str:
     """Return one page that needs nothing else: no script, no font, no request."""
     return page("report.html", title=view.title(report), report=report, plots=_plots(report))
 
 
-def render_card(report: Report) -> str:
+def render_card(report: data.Report) -> str:
     """Return a model card in Markdown, with metadata that the hub understands."""
     template = _environment(False).get_template("card.md")
     text = template.render(metadata=_metadata(report), report=report)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def _metadata(report: Report) -> str:
+def _metadata(report: data.Report) -> str:
     """Return the front matter of the model card; only what is known, and known to be harmless."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    source, final = report.source, report.evaluations.get(report.final, Evaluation())
+    source, final = report.source, report.evaluations.get(report.final, data.Evaluation())
     found: list[tuple[str, str | None, str, float]] = [
         (one.corpus, one.split, "perplexity", one.perplexity)
         for one in final.perplexity
@@ -179,7 +170,7 @@ def page(template: str, **context: Any) -> str:
     return _environment(True).get_template(template).render(**context)
 
 
-def _plots(report: Report) -> dict[str, Markup]:
+def _plots(report: data.Report) -> dict[str, Markup]:
     """Return the drawings that there is data for; they are markup that matplotlib escaped."""
     drawn = dict.fromkeys(("widths", "importance", "perplexity", "tasks", "loss"), "")
     layers, units = view.decoder_layers(report), view.changed_units(report)
@@ -214,14 +205,8 @@ def _environment(html: bool) -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    made.filters |= {
-        "breakable": breakable,
-        "fenced": fenced,
-        "md": markdown,
-        "number": number,
-        "said": said,
-        "visible": visible,
-    }
+    filters = (breakable, fenced, number, said, visible)
+    made.filters |= {"md": markdown} | {one.__name__: one for one in filters}
     made.globals["view"] = view
     if html:
         source = made.loader.get_source(made, "style.css")[0]  # type: ignore[union-attr]
