@@ -43,8 +43,7 @@ def command(
         ),
     ],
     html: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write a page.", show_default=False),
+        Path | None, typer.Option(metavar="FILE", help="Write a page.", show_default=False)
     ] = None,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print one table in Markdown.")

@@ -6,7 +6,7 @@ import sys
 from math import exp, inf
 from typing import TYPE_CHECKING
 
-from llm_pruner.cli.output import Screen, command_line, speaks, write_json
+from llm_pruner.cli.output import Screen, command_line, speaks, warn, write_json
 from llm_pruner.errors import Interrupted
 from llm_pruner.files.disk import placed
 from llm_pruner.report.text import clean, count
@@ -44,7 +44,11 @@ def run(settings: RecoverSettings, json: str | None) -> None:
     if json != "-":
         show(done)
     if not done.gained:
-        print(f"llm-pruner: {no_gain(done)}", file=sys.stderr)
+        warn(
+            f"training brought no gain (held-out loss {done.loss.before:.4f} before, "
+            f"{done.loss.after:.4f} after), so {done.path} holds the model as it came; use more "
+            "data, another --learning-rate or more steps"
+        )
 
 
 class Narrator:
@@ -111,15 +115,6 @@ def show(done: Recovered) -> None:
     out.places(done.path, done.report, done.bytes)
     if done.needs:
         out.print(f"loads with from_pretrained, as before, with {' and '.join(done.needs)}")
-
-
-def no_gain(done: Recovered) -> str:
-    """Return the warning that the result is the model as it came."""
-    return (
-        f"warning: training brought no gain (held-out loss {done.loss.before:.4f} before, "
-        f"{done.loss.after:.4f} after), so {clean(str(done.path))} holds the model as it came; use "
-        "more data, another --learning-rate or more steps"
-    )
 
 
 def _change(before: float, after: float) -> tuple[str, str, str]:

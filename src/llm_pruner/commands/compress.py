@@ -67,8 +67,7 @@ _STARTING = 10.0
 
 _RESULT = "result"
 _TRAINING = Annotated[
-    Training,
-    BeforeValidator(lambda of: {**of, "before": of["loss"][0], "after": of["loss"][1]}),
+    Training, BeforeValidator(lambda of: {**of, "before": of["loss"][0], "after": of["loss"][1]})
 ]
 """What a finished recovery wrote of itself."""
 

@@ -28,7 +28,6 @@ _SETTINGS, _PROGRESS, _LOCK = "settings.json", "progress.json", "lock"
 RUN = "run.json"
 """What a recovery in progress was asked to do."""
 
-
 _CHANGEABLE = ("save_every", "report_to")
 """Settings that a resumed run may have otherwise."""
 
@@ -236,13 +235,9 @@ def opened(folder: Path, settings: Mapping[str, Any], *, restart: bool) -> Itera
 
 
 def begin_or_go_on(work: Path, facts: dict[str, Any], *, resume: bool, writes: bool) -> None:
-    """Write what a run is asked to do, or compare it with what the interrupted one was.
+    """Write all that decides how a recovery goes, if this process writes.
 
-    Args:
-        work: folder of the run.
-        facts: as from ``facts_of``.
-        resume: go on with what is there, or raise UserError if it was asked for something else.
-        writes: whether this process does.
+    If it resumes one that was interrupted, raise UserError if that was asked for something else.
     """
     file = work / RUN
     if not (resume and file.is_file()):

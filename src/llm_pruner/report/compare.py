@@ -251,21 +251,16 @@ def render_markdown(found: Comparison) -> str:
             notes.append(f"{column.name}: {values.pop()}")
         else:
             columns.append(column)
-    head = ["model", *(markdown(_heading(column)) for column in columns)]
+    names = [("perplexity, " if c.subject == "perplexity" else "") + c.name for c in columns]
+    head = ["model", *map(markdown, names)]
     marks = ["---", *("---" if column.text else "---:" for column in columns)]
-    lines = [head, marks]
-    for place, label in enumerate(found.labels):
-        lines.append(
-            [markdown(label), *(markdown(column.cells[place]) or "–" for column in columns)]
-        )
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rows = [
+        [markdown(label), *(markdown(column.cells[place]) or "–" for column in columns)]
+        for place, label in enumerate(found.labels)
+    ]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in (head, marks, *rows))
     below = "\n".join(f"- {markdown(note)}" for note in notes)
     return f"{table}\n\n{below}\n" if below else f"{table}\n"
-
-
-def _heading(column: Column) -> str:
-    """Return a heading that stands alone."""
-    return f"perplexity, {column.name}" if column.subject == "perplexity" else column.name
 
 
 def render_html(found: Comparison) -> str:

@@ -347,13 +347,10 @@ def read_report(file: Path) -> Report:
     except ValidationError as error:
         first = error.errors()[0]
         where = " ".join(".".join(str(part) for part in first["loc"]).split())[:200]
-        raise UserError(
-            f"{file} is no report: {where}: {first['msg']}; prune again to write it anew"
-        ) from error
+        wrong = f"{where}: {first['msg']}"
     except RecursionError:
-        raise UserError(
-            f"{file} is no report: it is nested too deeply; prune again to write it anew"
-        ) from None
+        wrong = "it is nested too deeply"
+    raise UserError(f"{file} is no report: {wrong}; prune again to write it anew")
 
 
 def report_in(folder: Path) -> Report:

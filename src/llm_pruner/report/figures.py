@@ -204,13 +204,8 @@ def _logarithmic(axes: Axes, values: Sequence[float]) -> None:
     axes.set_xscale("log")
     low, high = min(known) / 1.25, max(known) * 1.25
     ticks: list[float] = []
-    for marks in (
-        (1,),
-        (1, 3),
-        (1, 2, 5),
-        (1, 1.5, 2, 3, 4, 5, 7),
-        [m / 10 for m in range(10, 100)],
-    ):
+    fine = tuple(m / 10 for m in range(10, 100))
+    for marks in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), fine):
         ticks = [m * 10.0**e for e in range(-3, 13) for m in marks if low <= m * 10.0**e <= high]
         if len(ticks) >= 3:
             break

@@ -167,18 +167,10 @@ class PruneSettings(WriterSettings, PlanSettings):
 
     plan: Path | None = _plan(None, "Replay this plan instead of making one.", "FILE", reads=True)
     dry_run: bool = _plan(False, "Write the plan to --out and stop.")
-    verify: bool = option(
-        True,
-        "Compare with the masked twin, and the saved folder with the model in memory.",
-        panel=OUTPUT,
+    verify: bool = _output(
+        True, "Compare with the masked twin, and the saved folder with the model in memory."
     )
-    out: Path = option(
-        ...,
-        "Folder to write; with --dry-run the plan file.",
-        "DIR",
-        panel=OUTPUT,
-        short="-o",
-    )
+    out: Path = _output(..., "Folder to write; with --dry-run the plan file.", "DIR", short="-o")
     memory: Annotated[int | str, written(parse_bytes, "auto")] = option(
         "auto",
         "Room for the weights, such as 8GB; where they need more, they are read block by block.",
