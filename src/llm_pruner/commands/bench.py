@@ -196,13 +196,10 @@ def _compared(models: list[Any], fast: Speed, slow: Speed) -> Comparison:
 def _record(network: Any, settings: BenchSettings) -> dict[str, Any]:
     weight = next(network.parameters())
     on_gpu = weight.device.type == "cuda"
+    asked = {"prompt_tokens", "new_tokens", "repeats", "compile", "counts_only"}
     return {
-        "prompt_tokens": settings.prompt_tokens,
-        "new_tokens": settings.new_tokens,
+        **settings.model_dump(include=asked),
         "batch_sizes": list(settings.batch_size),
-        "repeats": settings.repeats,
-        "compile": settings.compile,
-        "counts_only": settings.counts_only,
         "dtype": str(weight.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(weight.device) if on_gpu else platform.machine(),
         "threads": torch.get_num_threads(),

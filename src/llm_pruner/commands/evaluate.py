@@ -206,35 +206,17 @@ def _stored(kind: TypeAdapter[Any], key: str | None) -> Any:
 
 def read_texts(sources: Sequence[str], settings: PerplexitySettings) -> list[EvaluationText]:
     """Return the corpora; raise UserError if one cannot be read."""
-    return [
-        EvaluationText(
-            *load_evaluation_text(
-                source,
-                protocol=settings.protocol,
-                split=settings.split,
-                text_field=settings.text_field,
-            )
-        )
-        for source in sources
-    ]
+    how: Any = settings.model_dump(include={"protocol", "split", "text_field"})
+    return [EvaluationText(*load_evaluation_text(source, **how)) for source in sources]
 
 
 def measure_perplexities(
     loaded: LoadedModel, texts: Sequence[EvaluationText], settings: PerplexitySettings
 ) -> list[PerplexityResult]:
     """Return the perplexity on each text."""
-    return [
-        perplexity(
-            loaded.model,
-            loaded.tokenizer,
-            text,
-            protocol=settings.protocol,
-            seq_len=settings.seq_len,
-            max_tokens=settings.max_tokens,
-            batch_size=settings.sequences,
-        )
-        for text in texts
-    ]
+    how: Any = settings.model_dump(include={"protocol", "seq_len", "max_tokens"})
+    how["batch_size"] = settings.sequences
+    return [perplexity(loaded.model, loaded.tokenizer, text, **how) for text in texts]
 
 
 # ---------------------------------------------------------------------------------- zero-shot tasks
@@ -254,11 +236,12 @@ def check_tasks(settings: TaskSettings) -> None:
 def prepare_tasks(settings: TaskSettings) -> list[zero_shot.PreparedTask]:
     """Return the tasks with their documents; raise UserError if one is unknown or has no data."""
     check_tasks(settings)
-    records = {
-        task: None if settings.tasks_data is None else read_task(settings.tasks_data, task)
-        for task in settings.tasks or ()
-    }
-    return [zero_shot.prepare(task, found, settings.limit) for task, found in records.items()]
+    tasks, data = settings.tasks or (), settings.tasks_data
+    records = [None if data is None else read_task(data, task) for task in tasks]
+    return [
+        zero_shot.prepare(task, found, settings.limit)
+        for task, found in zip(tasks, records, strict=True)
+    ]
 
 
 def run_tasks(
