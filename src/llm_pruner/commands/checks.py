@@ -36,8 +36,6 @@ def check_space(
     model that is not on this machine yet is not asked about.
 
     Args:
-        out: where the result will lie.
-        model: what it is made of.
         target: what is removed; None: nothing.
         copies: how many such results lie there at one time.
 

@@ -94,7 +94,6 @@ def compress(
     speed is decided once.
 
     Args:
-        settings: what to do.
         command: the command line of this run, for the report.
         tell: is told each stage as it begins.
         say: is told each step of training.

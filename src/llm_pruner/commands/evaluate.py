@@ -54,7 +54,6 @@ def measure(
     If only zero-shot tasks are asked for and all their results are known, no model is loaded.
 
     Args:
-        settings: what to measure.
         window: tokens in a window of text in place of what the settings say; fewer if the model
             does not read so many.
         first: is told the size and the perplexities, before the rest is measured.

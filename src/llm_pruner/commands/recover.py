@@ -63,7 +63,6 @@ def recover_checkpoint(
     one writes, and the others return the same without perplexities and what the folder is like.
 
     Args:
-        settings: what to do.
         command: the command line of this run, for the report.
         say: called after each step.
 

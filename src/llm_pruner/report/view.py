@@ -68,19 +68,16 @@ def changed_units(report: Report) -> list[str]:
     names = dict.fromkeys(name for layer in layers for name in layer.sizes)
     names.pop("value_dim", None)  # follows head_dim
     usual = [name for name in ("heads", "ffn") if name in names]
-    lost = [
-        name
-        for name in names
-        if any(
-            not layer.removed
-            and name in layer.sizes
-            and layer.sizes[name][0] < layer.sizes[name][1]
-            for layer in layers
-        )
-    ]
+    lost = [name for name in names if _narrowed(layers, name)]
     if "query_heads" in lost and "heads" in names and _in_step(layers, "query_heads", "heads"):
         lost.remove("query_heads")  # gone with their key-value heads, which say it already
     return list(dict.fromkeys([*usual, *lost]))
+
+
+def _narrowed(layers: Sequence[Layer], name: str) -> bool:
+    """Return whether a layer that stays keeps fewer units."""
+    sizes = [layer.sizes.get(name, (0, 0)) for layer in layers if not layer.removed]
+    return any(kept < dense for kept, dense in sizes)
 
 
 def _in_step(layers: Sequence[Layer], one: str, other: str) -> bool:
@@ -153,7 +150,7 @@ def _kept(report: Report) -> list[str]:
         parts.append(f"{len(layers) - gone} of {len(layers)} layers")
     for name in changed_units(report):
         kept, dense = _total(layers, name)
-        if kept < dense and not all(layer.removed or _whole(layer, name) for layer in layers):
+        if _narrowed(layers, name):
             parts.append(f"{kept:,} of {dense:,} {unit(name, report)}")
     for layer in report.layers:
         if layer.layer is None:
@@ -163,11 +160,6 @@ def _kept(report: Report) -> list[str]:
                 if kept < dense and not (gone and name == "layers")
             ]
     return parts
-
-
-def _whole(layer: Layer, name: str) -> bool:
-    kept, dense = layer.sizes.get(name, (0, 0))
-    return kept == dense
 
 
 def _total(layers: Sequence[Layer], name: str) -> tuple[int, int]:
