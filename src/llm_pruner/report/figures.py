@@ -286,7 +286,7 @@ def _for_page(drawing: str, prefix: str, classes: str, description: str) -> str:
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', drawing))
 
     def themed(tag: re.Match[str]) -> str:
-        text = re.sub(r'(href="|url\()#', rf"\1#{prefix}-", tag[0])
+        text = re.sub(r'(href="|url\()#', rf"\1#{prefix}-", tag[0].replace("\n", " "))
         text = re.sub(
             r' id="([^"]*)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", text
         )

@@ -17,7 +17,6 @@ LOADING, OUTPUT, CALIBRATION = "Loading", "Output", "Calibration text"
 TASKS = "Zero-shot tasks"
 """Headings in the help."""
 
-
 _loading, _output, _text, _task = (
     partial(option, panel=panel) for panel in (LOADING, OUTPUT, CALIBRATION, TASKS)
 )
