@@ -12,10 +12,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 from transformers import AutoConfig
 
-from llm_pruner.commands.checks import check_space
 from llm_pruner.commands.evaluate import check_tasks, measure_apart, read_texts
 from llm_pruner.commands.prune import prune_checkpoint
-from llm_pruner.commands.prune_start import criterion_of, selection_of, target_of
+from llm_pruner.commands.prune_start import check_space, criterion_of, selection_of, target_of
 from llm_pruner.commands.recover import recover_checkpoint
 from llm_pruner.commands.workdir import Work, folder_beside, opened, read_values
 from llm_pruner.data.examples import load_examples
@@ -245,9 +244,8 @@ class _Stages:
     def _weighed(self, variant: Variant) -> Weighed:
         """Return the same with the bytes of the weight files."""
         files = self.run.path(variant).glob("*.safetensors")
-        return Weighed(
-            **vars(self.measure(variant)), bytes=sum(file.stat().st_size for file in files)
-        )
+        size = sum(file.stat().st_size for file in files)
+        return Weighed(**vars(self.measure(variant)), bytes=size)
 
     def recover(self) -> Training | None:
         """Write the folder ``recovered``; return the course of it, None if nothing is trained."""

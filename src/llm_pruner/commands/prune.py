@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from llm_pruner.checkpoints import SavedCheckpoint, atomic_write_text, save_checkpoint
-from llm_pruner.commands.checks import check_out, check_space
 from llm_pruner.commands.prune_start import (
+    check_out,
+    check_space,
     criterion_of,
     default_protection,
     finds_split,

@@ -1,15 +1,19 @@
-"""What a run of ``prune`` starts from: how much goes, where from, and by what it is chosen."""
+"""What a run starts from: how much goes, where from and by what; and whether there is room."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llm_pruner.data.text import sources_of
 from llm_pruner.errors import UserError
+from llm_pruner.files import outputs
 from llm_pruner.importance import Criterion
 from llm_pruner.importance.criteria import MEASURES
+from llm_pruner.models.stored import stored_size
 from llm_pruner.planning import Selection, Target
+from llm_pruner.report.text import megabytes
 from llm_pruner.settings.common import CalibrationSettings, ModelSettings, OutputSettings
 from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.types import Discovery
@@ -115,3 +119,57 @@ def planned(
         for name in type(settings).model_fields
         if name not in run | unread and values[name] is not None
     }
+
+
+def check_out(out: Path, overwrite: bool, dry_run: bool, reads: Sequence[outputs.Source]) -> None:
+    """Raise UserError if a run cannot write to ``out``: a folder, or with ``dry_run`` a file."""
+    outputs.check_place(out, "--out")
+    if not dry_run:
+        outputs.check_output(out, overwrite, reads)
+    elif out.is_dir():
+        raise UserError(f"{out} is a folder; with --dry-run, --out names the plan file to write")
+    elif out.is_file() and not overwrite:
+        raise UserError(f"{out} exists; give another --out, or --overwrite to replace it")
+    else:
+        outputs.check_file("--out", out, "plan", reads)
+
+
+def check_space(
+    out: Path, model: ModelSettings, target: Target | None = None, *, copies: float = 1
+) -> None:
+    """Raise UserError if the disk is too full for the weights of a result.
+
+    They are estimated from the headers of the model's weight files, the type in which the model is
+    loaded and saved, and the share that is kept; the rest of a checkpoint is small beside them. A
+    model that is not on this machine yet is not asked about.
+
+    Args:
+        target: what is removed; None: nothing.
+        copies: how many such results lie there at one time.
+
+    Raises:
+        UserError: or a weight file is damaged, or the model has no more parameters than are to be
+            kept.
+    """
+    stored = stored_size(model.model, model.revision, model.dtype)
+    if stored is None:
+        return
+    parameters, bytes_ = stored
+    needed = int(bytes_ * _share_kept(target, parameters) * copies)
+    free = outputs.free_bytes(out)
+    if needed > free:
+        kind = "" if model.dtype == "auto" else f" in {model.dtype}"
+        raise UserError(
+            f"{out} needs about {megabytes(needed)} for weights{kind}, and the disk of "
+            f"{outputs.nearest(out)} has {megabytes(free)} free; free some, or give another --out"
+        )
+
+
+def _share_kept(target: Target | None, parameters: int | None) -> float:
+    """Return the least share of the weights that is kept; one of units may remove less."""
+    if target is None:
+        return 1.0
+    if target.params is not None:
+        return 0.0 if parameters is None else target.kept(parameters) / parameters
+    shares = (target.ratio, target.unit_ratio, target.kv_cache)
+    return 1.0 - next(share for share in shares if share is not None)

@@ -12,9 +12,9 @@ from typing import Any
 
 from llm_pruner.checkpoints import atomic_write_text, save_checkpoint
 from llm_pruner.commands import workdir
-from llm_pruner.commands.checks import check_space
 from llm_pruner.commands.evaluate import measure_perplexities, read_texts
 from llm_pruner.commands.prune import keep_type_
+from llm_pruner.commands.prune_start import check_space
 from llm_pruner.data.examples import Examples, load_examples
 from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.data.text import SELF

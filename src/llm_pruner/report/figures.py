@@ -239,12 +239,8 @@ def _cut(text: str, room: int) -> str:
 WIDE, NARROW = 840, 340
 """Widths in CSS pixels: for a screen and for a phone. Text is as large in both."""
 
-COLORS = {
-    name: f"#01010{number}"
-    for number, name in enumerate(
-        ("ink", "muted", "line", "dense", "pruned", "recovered", "track"), start=1
-    )
-}
+_NAMES = ("ink", "muted", "line", "dense", "pruned", "recovered", "track")
+COLORS = {name: f"#01010{number}" for number, name in enumerate(_NAMES, start=1)}
 """Variables of the page's style sheet -> colours that stand for them in a drawing."""
 
 _STYLE = Path(__file__).with_name("templates") / "figures.mplstyle"

@@ -121,7 +121,8 @@ def sentence(report: Report) -> str:
         )
     kept = _kept(report)
     if kept:
-        said += f"; it keeps {_listed(kept)}"
+        listed = [", ".join(kept[:-1]), kept[-1]] if len(kept) > 1 else kept
+        said += f"; it keeps {' and '.join(listed)}"
     if report.criterion:
         said += f", chosen by {report.criterion}"
     said += ". "
@@ -165,10 +166,6 @@ def _kept(report: Report) -> list[str]:
 def _total(layers: Sequence[Layer], name: str) -> tuple[int, int]:
     sizes = [layer.sizes.get(name, (0, 0)) for layer in layers]
     return sum(kept for kept, _ in sizes), sum(dense for _, dense in sizes)
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def trials(report: Report) -> list[tuple[str, str]]:

@@ -22,8 +22,8 @@ from llm_pruner.settings.words import parse_bytes, parse_count, parse_layer_rang
 
 HOW_MUCH, _WHERE = "How much (one of these)", "Where from"
 _IMPORTANCE, _PLAN = "Importance", "Plan"
-_how_much, _where, _importance, _plan, _output = (
-    partial(option, panel=panel) for panel in (HOW_MUCH, _WHERE, _IMPORTANCE, _PLAN, OUTPUT)
+_how_much, _where, _importance, _plan, _output, _loading = (
+    partial(option, panel=of) for of in (HOW_MUCH, _WHERE, _IMPORTANCE, _PLAN, OUTPUT, LOADING)
 )
 
 AMOUNTS = ("ratio", "params", "unit_ratio", "kv_cache")
@@ -171,11 +171,10 @@ class PruneSettings(WriterSettings, PlanSettings):
         True, "Compare with the masked twin, and the saved folder with the model in memory."
     )
     out: Path = _output(..., "Folder to write; with --dry-run the plan file.", "DIR", short="-o")
-    memory: Annotated[int | str, written(parse_bytes, "auto")] = option(
+    memory: Annotated[int | str, written(parse_bytes, "auto")] = _loading(
         "auto",
         "Room for the weights, such as 8GB; where they need more, they are read block by block.",
         "SIZE",
-        panel=LOADING,
         shown="four fifths of what is free",
     )
 

@@ -37,11 +37,7 @@ def parse_count(text: str) -> int:
 
 
 def parse_bytes(text: str) -> int:
-    """Return a number of bytes: ``"8GB"``, ``"512MB"``; a thousand to the step, as of disks.
-
-    Raises:
-        UserError: it is none, or of no bytes.
-    """
+    """Return bytes of ``"8GB"`` or ``"512MB"``, a thousand to the step; UserError if it is none."""
     match = re.fullmatch(r"(\d*\.?\d+)\s*([KMGT])I?B", text.strip().upper())
     number = 0 if match is None else int(Decimal(match[1]).scaleb(_BYTES[match[2]]))
     if number < 1:
