@@ -200,9 +200,6 @@ def _stored(kind: TypeAdapter[Any], key: str | None) -> Any:
         return None
 
 
-# ------------------------------------------------------------------------------------- perplexity
-
-
 def read_texts(sources: Sequence[str], settings: PerplexitySettings) -> list[EvaluationText]:
     """Return the corpora; raise UserError if one cannot be read."""
     how: Any = settings.model_dump(include={"protocol", "split", "text_field"})
@@ -216,9 +213,6 @@ def measure_perplexities(
     how: Any = settings.model_dump(include={"protocol", "seq_len", "max_tokens"})
     how["batch_size"] = settings.sequences
     return [perplexity(loaded.model, loaded.tokenizer, text, **how) for text in texts]
-
-
-# ---------------------------------------------------------------------------------- zero-shot tasks
 
 
 def check_tasks(settings: TaskSettings) -> None:
