@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from llm_pruner.data.text import load_evaluation_text
-from llm_pruner.evaluation.perplexity import EvaluationText, perplexity
+from llm_pruner.data.text import EvaluationText, load_evaluation_text
+from llm_pruner.evaluation.perplexity import perplexity
 from llm_pruner.models.load import load_model
 
 WINDOW, TOKENS = 1024, 65_536
@@ -14,11 +14,7 @@ WINDOW, TOKENS = 1024, 65_536
 
 def read_texts(sources: Mapping[str, str | None]) -> dict[str, EvaluationText]:
     """Return name -> text, of those sources that were given."""
-    return {
-        name: EvaluationText(*load_evaluation_text(source))
-        for name, source in sources.items()
-        if source
-    }
+    return {name: load_evaluation_text(source) for name, source in sources.items() if source}
 
 
 def perplexities(

@@ -18,7 +18,7 @@ from llm_pruner.data.calibration import Calibration, build_calibration
 from llm_pruner.data.text import load_evaluation_text
 from llm_pruner.discovery.groups import discover as discover_groups
 from llm_pruner.errors import UserError
-from llm_pruner.evaluation.perplexity import EvaluationText, PerplexityResult
+from llm_pruner.evaluation.perplexity import PerplexityResult
 from llm_pruner.evaluation.perplexity import perplexity as measure_perplexity
 from llm_pruner.files.disk import new_folder
 from llm_pruner.importance import Criterion
@@ -384,11 +384,10 @@ def perplexity(
         UserError: the corpus cannot be read.
     """
     how: Any = protocol
-    name, split, text = load_evaluation_text(source, protocol=how)
     return measure_perplexity(
         model.network,
         model.tokenizer,
-        EvaluationText(name, split, text),
+        load_evaluation_text(source, protocol=how),
         protocol=how,
         seq_len=seq_len,
         max_tokens=max_tokens,

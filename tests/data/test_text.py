@@ -67,12 +67,6 @@ def test_other_json_shapes(tmp_path: Path) -> None:
     assert load_documents(lines).texts == ("x", "y")
 
 
-def test_fingerprint_follows_the_texts(tmp_path: Path) -> None:
-    one = load_documents(write(tmp_path / "a.json", '["ab", "c"]')).fingerprint
-    assert one == load_documents(write(tmp_path / "b.jsonl", '{"text":"ab"}\n"c"')).fingerprint
-    assert one != load_documents(write(tmp_path / "c.json", '["a", "bc"]')).fingerprint
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -9,6 +9,7 @@ from typing import Any
 from llm_pruner.commands.evaluate import check_tasks, read_texts
 from llm_pruner.commands.prune_start import criterion_of, selection_of
 from llm_pruner.data.examples import load_examples
+from llm_pruner.data.files import BEGINNING, unless_local
 from llm_pruner.data.text import SELF, load_documents, sources_of
 from llm_pruner.evaluation import result_cache
 from llm_pruner.files.outputs import check_output
@@ -45,19 +46,14 @@ def check_settings(settings: CompressSettings) -> None:
         settings.trains().check()
         for source in settings.data:
             if source != SELF:
-                load_examples(source, limit=_beginning(source))
+                load_examples(source, limit=unless_local(source, BEGINNING))
     for source in sources_of(pruning.calibration):
         if source != SELF:
-            load_documents(source, limit=_beginning(source))
+            load_documents(source, limit=unless_local(source, BEGINNING))
     read_texts(settings.perplexity, PerplexitySettings())
     if settings.tasks is not None:
         check_tasks(settings)
     check(settings.loading())
-
-
-def _beginning(source: str) -> int | None:
-    """Return how much of a source is read to see that it is there: local files are read whole."""
-    return None if Path(source).expanduser().exists() else 1000
 
 
 def about(settings: CompressSettings) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -19,23 +20,19 @@ from transformers import __version__ as transformers_version
 
 from llm_pruner.checkpoints import atomic_directory
 from llm_pruner.data.files import read_task
-from llm_pruner.data.text import load_evaluation_text
+from llm_pruner.data.text import EvaluationText, load_evaluation_text
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.evaluation import result_cache
 from llm_pruner.evaluation.footprint import model_size
-from llm_pruner.evaluation.perplexity import EvaluationText, PerplexityResult, perplexity
+from llm_pruner.evaluation.perplexity import PerplexityResult, perplexity
 from llm_pruner.evaluation.samples import sample_continuation
 from llm_pruner.evaluation.speed import measure_speed
 from llm_pruner.evaluation.zero_shot import (
     READER,
     READER_SOURCE,
-    PreparedTask,
     TaskResult,
-    TaskRunner,
     definition_text,
-    harness_version,
     means,
-    prepare,
     require_harness,
 )
 from llm_pruner.files.outputs import check_output
@@ -50,6 +47,9 @@ from llm_pruner.settings.limits import MOST, check_number
 from llm_pruner.settings.words import LOCAL_TASKS
 from llm_pruner.types import Size
 from llm_pruner.version import __version__
+
+if TYPE_CHECKING:
+    from llm_pruner.evaluation.harness import PreparedTask
 
 _RESULTS = TypeAdapter(list[TaskResult])
 _SIZE = TypeAdapter(Size)
@@ -232,13 +232,11 @@ def read_texts(sources: Sequence[str], settings: PerplexitySettings) -> list[Eva
         UserError: a corpus cannot be read.
     """
     return [
-        EvaluationText(
-            *load_evaluation_text(
-                source,
-                protocol=settings.protocol,
-                split=settings.split,
-                text_field=settings.text_field,
-            )
+        load_evaluation_text(
+            source,
+            protocol=settings.protocol,
+            split=settings.split,
+            text_field=settings.text_field,
         )
         for source in sources
     ]
@@ -290,6 +288,8 @@ def prepare_tasks(settings: TaskSettings) -> list[PreparedTask]:
         task: None if settings.tasks_data is None else read_task(settings.tasks_data, task)
         for task in settings.tasks or ()
     }
+    from llm_pruner.evaluation.harness import prepare  # imports the harness, which takes seconds
+
     return [prepare(task, found, settings.limit) for task, found in records.items()]
 
 
@@ -307,13 +307,15 @@ def run_tasks(
         identity: of the model; None to read and keep nothing.
         load: returns the model; called only if a task has to be run.
     """
+    from llm_pruner.evaluation.harness import LoadedLM, run
+
     versions = {
-        "lm_eval": harness_version(),
+        "lm_eval": version("lm-eval"),
         "llm_pruner": __version__,
         "torch": str(torch.__version__),
         "transformers": transformers_version,
     }
-    runner: TaskRunner | None = None
+    lm: LoadedLM | None = None
     results: list[TaskResult] = []
     cached = []
     for task in tasks:
@@ -327,10 +329,10 @@ def run_tasks(
                 results += kept
                 cached.append(task.name)
                 continue
-        if runner is None:
+        if lm is None:
             loaded = load()
-            runner = TaskRunner(loaded.model, loaded.tokenizer, settings.sequences)
-        found = runner.run(task, settings.limit)
+            lm = LoadedLM(loaded.model, loaded.tokenizer, settings.sequences)
+        found = run(lm, task, settings.limit)
         results += found
         if name is not None:
             result_cache.write(name, {"results": [asdict(result) for result in found]})

@@ -22,6 +22,7 @@ from llm_pruner.commands.workdir import (
     remove_run,
 )
 from llm_pruner.data.examples import Examples, load_examples
+from llm_pruner.data.files import unless_local
 from llm_pruner.data.text import SELF
 from llm_pruner.data.training import Samples, fingerprint_samples, self_made_samples, split_samples
 from llm_pruner.errors import UserError
@@ -109,16 +110,11 @@ def read_examples(data: DataSettings) -> dict[str, Examples]:
             source,
             split=data.split,
             text_field=data.text_field,
-            limit=_reading_limit(source, data),
+            limit=unless_local(source, data.samples),
         )
         for source in data.data
         if source != SELF
     }
-
-
-def _reading_limit(source: str, data: DataSettings) -> int | None:
-    # A local file is read whole and drawn from; of a dataset the beginning is fetched.
-    return None if Path(source).expanduser().exists() else data.samples
 
 
 def load_teacher(teacher: ModelSettings, student: LoadedModel) -> LoadedModel:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from llm_pruner.errors import UserError
 from llm_pruner.runtime.progress import quiet
@@ -64,9 +64,16 @@ def texts_of_rows(rows: Iterable[Any], name: str, text_field: str | None) -> Ite
                 f"{name}: record {number} is {_kind(row)}; each record must be an object with a "
                 "string field"
             )
-        if fields is None:
-            fields = _text_fields(row, name, text_field)
-        yield "\n\n".join(_values(row, fields, name, number))
+        fields = fields or _text_fields(row, name, text_field)
+        # The "input" of an instruction may be empty or left out.
+        values = {field: row.get(field) for field in fields if fields != _ALPACA or row.get(field)}
+        for field, value in values.items():
+            if not isinstance(value, str):
+                raise UserError(
+                    f"{name}: field {field!r} of record {number} is {_kind(value)}, not a string; "
+                    "repair the record or name another field with --text-field"
+                )
+        yield "\n\n".join(map(str, values.values()))
 
 
 def _text_fields(row: Mapping[str, Any], name: str, text_field: str | None) -> tuple[str, ...]:
@@ -76,32 +83,15 @@ def _text_fields(row: Mapping[str, Any], name: str, text_field: str | None) -> t
                 f"{name} has no field {text_field!r}; its fields are {', '.join(map(str, row))}"
             )
         return (text_field,)
-    if isinstance(row.get("text"), str):
-        return ("text",)
-    if isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
+    texts = [field for field, value in row.items() if isinstance(value, str)]
+    if "text" not in texts and {"instruction", "output"} <= {*texts}:
         return _ALPACA
-    for field, value in row.items():
-        if isinstance(value, str):
-            return (field,)
-    raise UserError(
-        f"{name} has no string field (fields: {', '.join(map(str, row)) or 'none'}); "
-        "name the text field with --text-field or give a file with text"
-    )
-
-
-def _values(
-    row: Mapping[str, Any], fields: tuple[str, ...], name: str, number: int
-) -> Iterator[str]:
-    for field in fields:
-        value = row.get(field)
-        if fields is _ALPACA and not value:  # "input" may be empty or left out
-            continue
-        if not isinstance(value, str):
-            raise UserError(
-                f"{name}: field {field!r} of record {number} is {_kind(value)}, not a string; "
-                "repair the record or name another field with --text-field"
-            )
-        yield value
+    if not texts:
+        raise UserError(
+            f"{name} has no string field (fields: {', '.join(map(str, row)) or 'none'}); "
+            "name the text field with --text-field or give a file with text"
+        )
+    return ("text",) if "text" in texts else (texts[0],)
 
 
 def _decode(path: Path) -> str:
@@ -176,9 +166,6 @@ def _suffixes() -> str:
     return ", ".join(SUFFIXES[:-1]) + f" or {SUFFIXES[-1]}"
 
 
-T = TypeVar("T")
-
-
 @dataclass(frozen=True)
 class _Alias:
     """Where a dataset of the literature is found today, without a loading script."""
@@ -186,10 +173,10 @@ class _Alias:
     path: str
     config: str | None = None
     files: str | None = None
-    stream: bool = False
+    endless: bool = False
 
 
-ALIASES = {
+_ALIASES = {
     "wikitext2": _Alias("Salesforce/wikitext", "wikitext-2-raw-v1"),
     # The repository holds a script, which datasets no longer runs; its Parquet copy is read.
     "ptb": _Alias(
@@ -197,37 +184,60 @@ ALIASES = {
         files="hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet/"
         "penn_treebank/{split}/0000.parquet",
     ),
-    "c4": _Alias("allenai/c4", "en", stream=True),
-    "bookcorpus": _Alias("rojagtap/bookcorpus", stream=True),
+    "c4": _Alias("allenai/c4", "en", endless=True),
+    "bookcorpus": _Alias("rojagtap/bookcorpus", endless=True),
 }
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 
 
+def is_file_name(source: str) -> bool:
+    """Whether a source is a file: a name such as ``owner/data`` may also be a local folder."""
+    path = Path(source).expanduser()
+    return (
+        path.exists()
+        or path.suffix.lower() in SUFFIXES
+        or source.startswith((".", "/", "~"))
+        or "\\" in source
+    )
+
+
 def is_endless(source: str) -> bool:
     """Whether a hub dataset is too large to be read whole."""
-    alias = ALIASES.get(source.partition(":")[0])
-    return alias is not None and alias.stream
+    alias = _ALIASES.get(source.partition(":")[0])
+    return alias is not None and alias.endless
 
 
-def read_hub(
-    source: str,
-    take: Callable[[Iterable[Any], str], Iterable[T]],
-    *,
-    split: str | None = None,
-    limit: int | None = None,
-) -> tuple[str, str, tuple[T, ...]]:
-    """Return (name, split, what ``take`` makes of the rows and the name) of a hub dataset.
+BEGINNING = 1000
+"""Rows that say whether a dataset can be read."""
 
-    With a limit the dataset is streamed, so that only its beginning is downloaded.
+
+def unless_local(source: str, rows: int | None) -> int | None:
+    """Return how many rows are read: of a dataset so many, of a local file all.
+
+    So a broken line far down in a file shows before any work.
+    """
+    return None if Path(source).expanduser().exists() else rows
+
+
+def read_source(
+    source: str, *, split: str | None = None, limit: int | None = None
+) -> tuple[str, str | None, Iterable[Any]]:
+    """Return (name, split, at most ``limit`` rows) of a file, see ``read_rows``, or a hub dataset.
+
+    With a limit a dataset is streamed, so that only its beginning is downloaded. The split of a
+    dataset is by default ``train``, that of a file None.
 
     Raises:
-        UserError: the name is malformed, or the dataset cannot be loaded (no network, no such
-            name, config or split).
+        UserError: as ``read_rows``; the name of a dataset is malformed, or it cannot be loaded (no
+            network, no such name, config or split).
     """
+    if is_file_name(source):
+        file = Path(source).expanduser()
+        return file.name, None, islice(read_rows(file), limit)
     if not _NAME.fullmatch(source):
         raise UserError(
             f"{source!r} is neither a local file nor a dataset name; use the path of a .txt, "
-            f".jsonl, .json or .parquet file, a hub name, or one of {', '.join(ALIASES)}"
+            f".jsonl, .json or .parquet file, a hub name, or one of {', '.join(_ALIASES)}"
         )
     if limit is None and is_endless(source):
         raise UserError(f"dataset {source!r} is too large to read whole; set a limit")
@@ -235,20 +245,16 @@ def read_hub(
 
     split = split or "train"
     path, _, config = source.partition(":")
-    alias = ALIASES.get(path, _Alias(path))
-    name = " ".join(filter(None, (alias.path, config or alias.config)))
+    alias = _ALIASES.get(path, _Alias(path))
+    where = [alias.path, config or alias.config]
+    name = " ".join(filter(None, where))
     options: dict[str, Any] = {"split": split, "streaming": limit is not None}
+    if alias.files is not None:
+        where, options["data_files"] = ["parquet"], {split: alias.files.format(split=split)}
     try:
         # Its retries are said line by line; the error below says it all.
         with quiet("huggingface_hub", warned=None):
-            if alias.files is not None:
-                files = {split: alias.files.format(split=split)}
-                rows = load_dataset("parquet", data_files=files, **options)
-            else:
-                rows = load_dataset(alias.path, config or alias.config, **options)
-            return name, split, tuple(islice(take(rows, name), limit))
-    except UserError:
-        raise
+            return name, split, tuple(islice(load_dataset(*where, **options), limit))
     except Exception as error:  # hub, network and dataset errors share no base class
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise UserError(

@@ -67,7 +67,6 @@ def write_text(
     ids = torch.empty(samples, seq_len, dtype=torch.int64)
     ids[:, : starts.shape[1]] = starts
     positions = range(starts.shape[1], seq_len)
-    decoder = Decoder(model)
     with evaluating(model):
         opening = torch.cat([lead, starts[0]])[None].to(device)
         batch_size = batch_size or _texts_at_a_time(model, opening, seq_len)
@@ -101,9 +100,7 @@ def write_windows(
     if seq_len <= PIECE:
         return write_text(model, tokenizer, samples=samples, seq_len=seq_len, seed=seed)
     prefix, suffix = added_tokens(tokenizer)
-    parting = list(suffix)
-    if not prefix and not suffix:
-        parting = _blank_line(tokenizer)
+    parting = [*suffix] if prefix or suffix else _blank_line(tokenizer)
     count = -(-seq_len // (PIECE + len(parting)))
     texts = write_text(model, tokenizer, samples=samples * count, seq_len=PIECE, seed=seed)
     parted = torch.tensor(parting, dtype=torch.int64).expand(len(texts), -1)
@@ -137,11 +134,7 @@ def _texts_at_a_time(model: Any, opening: torch.Tensor, seq_len: int) -> int:
     return max(fewest, min(TEXTS, CACHE // (before + (after - before) * seq_len)))
 
 
-def _draw(
-    logits: torch.Tensor,
-    uniform: torch.Tensor,
-    barred: torch.Tensor,
-) -> torch.Tensor:
+def _draw(logits: torch.Tensor, uniform: torch.Tensor, barred: torch.Tensor) -> torch.Tensor:
     """Return one token a row by inverting the cumulative distribution at ``uniform``.
 
     All of it: a cut at unlikely tokens (arXiv 2407.01082), even of one in five hundred, leaves text
@@ -185,7 +178,11 @@ def _starts(
 
 def _blank_line(tokenizer: Any) -> list[int]:
     """Return what parts documents where the tokenizer adds nothing of its own."""
-    ids: list[int] = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+    return _bare(tokenizer, "\n\n")
+
+
+def _bare(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
 
@@ -193,24 +190,20 @@ def _words(tokenizer: Any, vocabulary: int) -> list[int]:
     """Return tokens that stand for a capitalised word; any plain token where there is none."""
     special = _special_ids(tokenizer)
     plain = [index for index in range(min(vocabulary, len(tokenizer))) if index not in special]
-    found = []
-    for index in plain:
+
+    def is_word(index: int) -> bool:
         text = tokenizer.decode([index])
         # Encoding it again keeps pieces from inside words away.
-        if _WORD.fullmatch(text) and tokenizer(text, add_special_tokens=False)["input_ids"] == [
-            index
-        ]:
-            found.append(index)
-    return found or plain or [0]
+        return bool(_WORD.fullmatch(text)) and _bare(tokenizer, text) == [index]
+
+    return [index for index in plain if is_word(index)] or plain or [0]
 
 
 def _barred(tokenizer: Any, vocabulary: int) -> torch.Tensor:
     """Return ids that are never drawn: special tokens, and rows that stand for no token."""
-    ids = {index for index in _special_ids(tokenizer) if index < vocabulary}
-    ids.update(range(len(tokenizer), vocabulary))
-    if len(ids) >= vocabulary:
-        ids = set()
-    return torch.tensor(sorted(ids), dtype=torch.int64)
+    special = {index for index in _special_ids(tokenizer) if index < vocabulary}
+    ids = sorted(special.union(range(len(tokenizer), vocabulary)))
+    return torch.tensor(ids if len(ids) < vocabulary else [], dtype=torch.int64)
 
 
 def _special_ids(tokenizer: Any) -> set[int]:

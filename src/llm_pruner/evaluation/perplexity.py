@@ -5,30 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from llm_pruner.data.sequences import added_tokens
+from llm_pruner.data.text import EvaluationText, Protocol
 from llm_pruner.errors import UserError
 from llm_pruner.models.forward import embedding_rows, evaluating, maximum_length
 from llm_pruner.runtime.progress import track
-
-Protocol = Literal["paper", "standard"]
 
 PAPER_WINDOW = 128
 STANDARD_WINDOW = 2048
 _LOGITS_BYTES = 256 * 2**20  # logits of one batch, in the model's own type
 _CHUNK_BYTES = 64 * 2**20  # float32 logits in the loss
-
-
-@dataclass(frozen=True)
-class EvaluationText:
-    """A corpus as one text: its name, the split (None where there is none) and the text."""
-
-    name: str
-    split: str | None
-    text: str
 
 
 @dataclass(frozen=True)
