@@ -21,7 +21,6 @@ from llm_pruner.checkpoints.meta import is_integer
 from llm_pruner.checkpoints.reshape import MOST_LAYERS, Recipe, shown
 from llm_pruner.errors import UserError
 
-_ABSENT = object()
 _NEVER_DENSE = re.compile(r"_.*|auto_map|architectures|.*dtype|.*quantization.*|trust_remote_code")
 """Keys of a config that say what is loaded, not how large it is."""
 
@@ -41,10 +40,8 @@ def require_config_fits(config: PreTrainedConfig, recipe: Recipe) -> None:
         *inner, name = path.split(".")
         level: Any = config
         for part in inner:
-            level = vars(level).get(part)
-            if not isinstance(level, PreTrainedConfig):
-                break
-        old = vars(level).get(name, _ABSENT) if isinstance(level, PreTrainedConfig) else _ABSENT
+            level = vars(level).get(part) if isinstance(level, PreTrainedConfig) else None
+        old = vars(level).get(name) if isinstance(level, PreTrainedConfig) else None
         if _NEVER_DENSE.fullmatch(name):
             fits = False
         elif is_integer(old) and is_integer(value):
@@ -53,7 +50,7 @@ def require_config_fits(config: PreTrainedConfig, recipe: Recipe) -> None:
             fits = isinstance(old, (list, tuple)) and isinstance(value, (list, tuple))
         if not fits:
             raise _mismatch(
-                type(config),
+                config,
                 f"sets {shown(path)} of the config to {shown(value)}, which can be no earlier "
                 "value of what is there",
             )
@@ -65,13 +62,11 @@ def require_layers_fit(model: nn.Module, recipe: Recipe) -> None:
     for path, kept in recipe.layers.items():
         layers = submodule(model, path)
         if not isinstance(layers, nn.ModuleList):
-            raise _mismatch(type(model), f"keeps layers of {shown(path)}, which is no module list")
+            raise _mismatch(model, f"keeps layers of {shown(path)}, which is no module list")
         if not kept or kept[-1] >= len(layers):
-            raise _mismatch(
-                type(model), f"keeps layers {shown(kept)} of {path}, which has {len(layers)}"
-            )
+            raise _mismatch(model, f"keeps layers {shown(kept)} of {path}, which has {len(layers)}")
         if seen & {id(module) for module in layers.modules()}:
-            raise _mismatch(type(model), f"keeps layers of {shown(path)} twice")
+            raise _mismatch(model, f"keeps layers of {shown(path)} twice")
         seen |= {id(module) for module in layers.modules()}
 
 
@@ -83,11 +78,11 @@ def require_fits(model: PreTrainedModel, recipe: Recipe) -> None:
     for name, dims in recipe.buffers.items():
         tensor = own_tensor(model, name)
         if tensor is None:
-            raise _mismatch(type(model), f"slices a buffer {shown(name)} that it does not have")
+            raise _mismatch(model, f"slices a buffer {shown(name)} that it does not have")
         for dim, kept in dims.items():
             if dim >= tensor.ndim or not kept or kept[-1] >= tensor.shape[dim]:
                 raise _mismatch(
-                    type(model),
+                    model,
                     f"keeps positions of {name} that its shape {tuple(tensor.shape)} lacks",
                 )
     require_attributes_fit(model, recipe)
@@ -98,11 +93,11 @@ def require_attributes_fit(model: nn.Module, recipe: Recipe) -> None:
     for name, values in recipe.attributes.items():
         module = submodule(model, name)
         if module is None:
-            raise _mismatch(type(model), f"sets attributes of {shown(name)}, which it lacks")
+            raise _mismatch(model, f"sets attributes of {shown(name)}, which it lacks")
         for path, value in values.items():
             if not _replaces(module, path, value):
                 raise _mismatch(
-                    type(model),
+                    model,
                     f"sets {shown(path)} of {shown(name)} to {shown(value)}, and there is no such "
                     "number to be replaced",
                 )
@@ -153,9 +148,7 @@ def tied_shapes(model: PreTrainedModel, recipe: Recipe) -> dict[str, tuple[int, 
     for target, source in getattr(model, "all_tied_weights_keys", {}).items():
         for name, other in ((target, source), (source, target)):
             if other in shapes and shapes.setdefault(name, shapes[other]) != shapes[other]:
-                raise _mismatch(
-                    type(model), f"gives {name} and {other}, which are one, different shapes"
-                )
+                raise _mismatch(model, f"gives {name} and {other}, which are one, different shapes")
     return shapes
 
 
@@ -168,14 +161,12 @@ def _require_shape(
     if module is not None and old is None and lacks_bias(module, attribute):
         rows = shapes.get(f"{owner}.weight", tuple(module.get_parameter("weight").shape))[0]
         if shape != (rows,):
-            raise _mismatch(
-                type(model), f"gives {name} the shape {shape}, and there are {rows} rows"
-            )
+            raise _mismatch(model, f"gives {name} the shape {shape}, and there are {rows} rows")
     elif old is None:
-        raise _mismatch(type(model), f"shapes a parameter {shown(name)} that it does not have")
+        raise _mismatch(model, f"shapes a parameter {shown(name)} that it does not have")
     elif len(shape) != old.ndim or any(a < b for a, b in zip(old.shape, shape, strict=True)):
         raise _mismatch(
-            type(model),
+            model,
             f"gives {name} the shape {shape}, and the dense model has {tuple(old.shape)}",
         )
 
@@ -203,8 +194,8 @@ def _is_settings(key: str, value: Any) -> bool:
     )
 
 
-def _mismatch(model: type, what: str) -> UserError:
+def _mismatch(owner: nn.Module | PreTrainedConfig, what: str) -> UserError:
     return UserError(
-        f"the pruning recipe in config.json {what}, so it does not fit {model.__name__} "
+        f"the pruning recipe in config.json {what}, so it does not fit {type(owner).__name__} "
         "as this transformers builds it; use the config.json that belongs to these weights"
     )

@@ -55,7 +55,6 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
     """
     settings.check()
     trainer_arguments(settings)
-    check_place(settings.out, "--out")
     check_output(settings.out, settings.overwrite, settings.reads)
     check_shard_size(settings.max_shard_size)
     if settings.distils:

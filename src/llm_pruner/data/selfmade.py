@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from llm_pruner.data.sequences import added_tokens
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import new_file, tidy
+from llm_pruner.files.disk import new_file
 from llm_pruner.models.forward import (
     Decoder,
     cache_argument,
@@ -235,7 +235,6 @@ def write_text_cached(
             ids = write_windows(
                 model, tokenizer, samples=CHUNK, seq_len=seq_len, seed=seed + 1_000_003 * number
             )
-            tidy(file)
             with new_file(file) as partial:
                 save_file({"input_ids": ids}, partial)
         chunks.append(_chunk(file, seq_len))

@@ -47,8 +47,9 @@ def new_folder(place: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(place: Path) -> Iterator[Path]:
-    """Yield an empty file beside ``place``, as ``new_folder``."""
+    """Yield an empty file beside ``place``, as ``new_folder``; what dead processes left goes."""
     place.parent.mkdir(parents=True, exist_ok=True)
+    tidy(place)
     with _beside(place, "partial", folder=False) as partial, _system_errors():
         yield partial
         partial.chmod(0o666 & ~umask())
