@@ -15,10 +15,11 @@ from llm_pruner.data.sequences import chat_ids
 from llm_pruner.data.text import EvaluationText
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import perplexity as module
-from llm_pruner.evaluation.footprint import folder_bytes, model_size
+from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.evaluation.perplexity import perplexity
 from llm_pruner.evaluation.samples import sample_continuation, strip_control
 from llm_pruner.evaluation.speed import measure_speed
+from llm_pruner.files.disk import folder_bytes
 from llm_pruner.models.forward import Decoder
 
 BOS = 1

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from math import inf
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llm_pruner.checkpoints.meta import Sizes, build_meta, entries, is_integer, sizes, try_sizes
-from llm_pruner.models.layers import Renaming
+from llm_pruner.models.layers import keep_children
 
 _NUMBERS_LAYERS = re.compile("layer|idx|index|indices|block")
 
 
-@dataclass(frozen=True)
-class Depth:
+class Depth(NamedTuple):
     """Config values for the layers that were kept.
 
     Attributes:
@@ -54,17 +53,32 @@ def layer_values(
     """
     if not layers:
         return Depth({}, exact=True)
-    dense = sizes(build_meta(model_class, dense_config))
+    skeleton = build_meta(model_class, dense_config)
+    dense = sizes(skeleton)
     values: dict[str, Any] = {}
     for name, kept in layers.items():
         shorter = _shorter(model_class, dense_config, values, name, kept, dense)
         if shorter is None:
             return None
         values = shorter
-    wanted = _without_layers(dense, layers)
+        keep_children(skeleton, name, kept)
+    wanted = sizes(skeleton)
+    counts = {(dense["list", name, "len"], len(kept)) for name, kept in layers.items()}
+
+    def agrees(key: tuple[str, str, Any], found: Sizes) -> bool:
+        one, other = found.get(key), wanted.get(key)
+        # A layer may number itself as the pruned model does; modules may hold how many there are.
+        return one == other or (
+            key[0] == "attribute"
+            and one is not None
+            and (one == target.get(key) or (other, one) in counts)
+        )
 
     def count_wrong(values: Mapping[str, Any]) -> float:
-        return _mismatches(try_sizes(model_class, dense_config, values), wanted, target)
+        found = try_sizes(model_class, dense_config, values)
+        if found is None:
+            return inf
+        return sum(not agrees(key, found) for key in found.keys() | wanted.keys())
 
     wrong = count_wrong(values)
     taken = []
@@ -136,35 +150,3 @@ def _renumbered(
             for new in dict.fromkeys((before, through)):
                 if new != value and new >= 0:
                     yield path, new, False
-
-
-def _without_layers(dense: Sizes, layers: Mapping[str, tuple[int, ...]]) -> Sizes:
-    """Return the sizes of the dense model after layers are gone and the rest is renumbered."""
-    rename, result = Renaming(layers), Sizes()
-    for (what, name, detail), value in dense.items():
-        for path, kept in layers.items():
-            if what == "list" and name == path:
-                value = len(kept)
-            elif what == "attribute" and value == dense["list", path, "len"] != len(kept):
-                # Modules may hold the number of layers as well.
-                value = (value, len(kept))
-        new = rename(name)
-        if new is not None:
-            result[what, new, detail] = value
-    return result
-
-
-def _mismatches(found: Sizes | None, wanted: Sizes, target: Sizes) -> float:
-    """Count the sizes that differ; a layer may number itself as the pruned model does."""
-    if found is None:
-        return float("inf")
-
-    def agrees(key: tuple[str, str, Any]) -> bool:
-        one, other = found.get(key), wanted.get(key)
-        return one == other or (
-            key[0] == "attribute"
-            and one is not None
-            and (one == target.get(key) or one in (other if isinstance(other, tuple) else ()))
-        )
-
-    return sum(not agrees(key) for key in found.keys() | wanted.keys())

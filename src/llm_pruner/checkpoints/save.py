@@ -14,12 +14,12 @@ from transformers.utils import logging as transformers_logging
 
 from llm_pruner.checkpoints.depth import layer_values
 from llm_pruner.checkpoints.fits import require_attributes_fit, require_config_fits
-from llm_pruner.checkpoints.meta import build_meta, get_path, quiet_trial, set_path, sizes
+from llm_pruner.checkpoints.meta import build_meta, get_path, quiet_trial, sizes, with_values
 from llm_pruner.checkpoints.quantizer import QUANT_METHOD, PrunedConfig, cut_skeleton_, finish_
 from llm_pruner.checkpoints.reshape import Recipe, compose, from_json
 from llm_pruner.checkpoints.stock_config import stock_config
 from llm_pruner.errors import LLMPrunerError, UserError
-from llm_pruner.files.disk import umask
+from llm_pruner.files.disk import folder_bytes, umask
 from llm_pruner.files.outputs import atomic_directory, check_shard_size, shard_bytes
 from llm_pruner.models.streaming import saved_by_shard
 from llm_pruner.runtime.progress import quiet
@@ -90,14 +90,18 @@ def save_checkpoint(
     dense_config = dense_config or model.config
     config, kind = _pruned_config(model, edits, dense_config)
     with atomic_directory(out, overwrite) as folder:
-        with _config_in_place(model, config), silent_writing(), saved_by_shard(model) as state:
-            # A shard of a model that is read block by block is in memory when it is written.
-            shard = (
-                max_shard_size if state is None else min(max_shard_size, _SHARD, key=shard_bytes)
-            )
-            model.save_pretrained(folder, max_shard_size=shard, state_dict=state)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
+        own = model.config
+        try:
+            model.config = config
+            with silent_writing(), saved_by_shard(model) as state:
+                # A shard of a model that is read block by block is in memory when it is written.
+                most = (max_shard_size, *(() if state is None else (_SHARD,)))
+                shard = min(most, key=shard_bytes)
+                model.save_pretrained(folder, max_shard_size=shard, state_dict=state)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(folder)
+        finally:
+            model.config = own
         if plan_json is not None:
             (folder / "plan.json").write_text(plan_json, encoding="utf-8", newline="\n")
         if beside is not None:
@@ -107,8 +111,7 @@ def save_checkpoint(
                 file.chmod(0o666 & ~umask())
         if check is not None:
             check(folder)
-    size = sum(file.stat().st_size for file in Path(out).rglob("*") if file.is_file())
-    return SavedCheckpoint(kind, Path(out), size, _needs(model, kind))
+    return SavedCheckpoint(kind, Path(out), folder_bytes(out), _needs(model, kind))
 
 
 def _needs(model: PreTrainedModel, kind: Literal["stock", "recipe"]) -> tuple[str, ...]:
@@ -132,9 +135,7 @@ def _pruned_config(
     rooted = [path for holder, path in own if holder == "config"]
     before = {path: get_path(dense_config, path) for path in [*changed, *rooted]}
     recipe = _checked(model, dense_config, replace(recipe, dense_config=before), changed)
-    config = copy.deepcopy(dense_config)
-    for path, value in changed.items():
-        set_path(config, path, value)
+    config = with_values(dense_config, changed)
     require_config_fits(config, recipe)
     if changed:
         _require_valid(config)
@@ -157,8 +158,7 @@ def _require_valid(config: PreTrainedConfig) -> None:
 
 def _dense_and_recipe(config: PreTrainedConfig, edits: Edits) -> tuple[PreTrainedConfig, Recipe]:
     """Return the config of the unpruned model and all edits since; pruned models may come again."""
-    config = copy.deepcopy(config)
-    recipe = Recipe(**vars(edits))
+    config, recipe = copy.deepcopy(config), Recipe(**vars(edits))
     previous = getattr(config, "quantization_config", None)
     if previous is None:
         return config, recipe
@@ -170,9 +170,7 @@ def _dense_and_recipe(config: PreTrainedConfig, edits: Edits) -> tuple[PreTraine
         )
     first = from_json(data)
     del config.quantization_config
-    for path, value in first.dense_config.items():
-        set_path(config, path, value)
-    return config, compose(first, recipe)
+    return with_values(config, first.dense_config), compose(first, recipe)
 
 
 def _checked(
@@ -208,17 +206,6 @@ def _checked(
     recipe = replace(recipe, attributes=attributes)
     require_attributes_fit(rebuilt, recipe)
     return recipe
-
-
-@contextmanager
-def _config_in_place(model: PreTrainedModel, config: PreTrainedConfig) -> Iterator[None]:
-    """Let ``model`` be saved with another config."""
-    own = model.config
-    model.config = config
-    try:
-        yield
-    finally:
-        model.config = own
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ def stock_config(
         return None
     found = _accepted(solver.config(values), pruned_model, target, edits)
     # Keys that the dense config leaves open stay open where the result is the same.
-    for path in [path for path in values if solver.is_open(path)]:
+    for path in solver.opened:
         fewer = {other: value for other, value in values.items() if other != path}
         if config := _accepted(solver.config(fewer), pruned_model, target, edits):
             values, found = fewer, config
@@ -76,7 +76,11 @@ def stock_config(
 
 
 class _Solver:
-    """Finds the value that every integer key needs for given sizes."""
+    """Finds the value that every integer key needs for given sizes.
+
+    Attributes:
+        opened: keys that the dense config leaves unset, and that got a value.
+    """
 
     def __init__(
         self,
@@ -87,12 +91,8 @@ class _Solver:
         self._model_class = model_class
         self._dense = dense_config
         self._start = dict(start)
-        self._open: set[str] = set()
+        self.opened: list[str] = []
         self._cache: dict[tuple[tuple[str, int], ...], Sizes | None] = {}
-
-    def is_open(self, path: str) -> bool:
-        """Say whether the dense config leaves the key unset."""
-        return path in self._open
 
     def config(self, values: Mapping[str, int]) -> PreTrainedConfig:
         """Return the dense config with layer values and ``values`` set; nothing is validated."""
@@ -118,16 +118,16 @@ class _Solver:
         if base is None:
             return None
         keys = [path for path, value in entries(self.config(values)) if _is_size(value)]
-        effects = {path: effect for path in keys if (effect := self._effect(path, values, base))}
-        changed = {key for key in base if key in target and base[key] != target[key]}
-        if not changed:
-            return values
+        trials = {path: next(self._trials(path, values), None) for path in keys}
+        effects = {path: _moved(base, trial[2]) for path, trial in trials.items() if trial}
+        changed = _moved(base, target)
         origin = dict(values)
         unsettled = [path for path in effects if effects[path] & changed]
         while unsettled:
-            path, deciding = self._next(unsettled, effects)
+            alone = {path: _alone(path, unsettled, effects) for path in unsettled}
+            path = next((path for path in unsettled if alone[path]), unsettled[-1])
             unsettled.remove(path)
-            value = self._value(path, values, deciding, target)
+            value = self._value(path, values, alone[path], target)
             if value is None:
                 # Values on the way may be refused (heads that no longer divide the hidden size);
                 # the dense ones are not, and do for sizes that no other key takes part in.
@@ -159,50 +159,44 @@ class _Solver:
             first, second = (self.sizes({path: trial}) for trial in _OPTIONAL_TRIALS)
             if first is None or second is None:
                 continue
-            moved = {key for key in first if key in second and first[key] != second[key]}
-            votes = _votes(moved, first, second, base, _OPTIONAL_TRIALS)
-            for value, _ in votes.most_common(3):
-                if self.sizes({path: value}) == base:
-                    values[path] = value
-                    self._open.add(path)
-                    break
+            votes = _votes(_moved(first, second), first, second, base, _OPTIONAL_TRIALS)
+            value = next((value for value in votes if self.sizes({path: value}) == base), None)
+            if value is not None:
+                values[path] = value
+                self.opened.append(path)
         return values
 
-    def _effect(self, path: str, values: dict[str, int], base: Sizes) -> set[Any]:
-        """Return the sizes that the key governs: those that differ once it is changed."""
+    def _trials(self, path: str, values: dict[str, int]) -> Iterator[tuple[int, int, Sizes]]:
+        """Yield (value, another that can be built, the sizes that it gives) of one key."""
         current = values.get(path) or get_path(self._dense, path)
-        for trial in _trials(current):
-            other = self.sizes(values | {path: trial})
-            if other is not None:
-                return {key for key in base if key in other and base[key] != other[key]}
-        return set()
-
-    def _next(self, unsettled: list[str], effects: Mapping[str, set[Any]]) -> tuple[str, set[Any]]:
-        for path in unsettled:
-            if alone := _alone(path, unsettled, effects):
-                return path, alone
-        return unsettled[-1], set()
+        # Doubling keeps divisibility, the others avoid other limits.
+        for trial in (2 * current, current + 1, current // 2):
+            found = self.sizes(values | {path: trial}) if trial >= 1 else None
+            if found is not None:
+                yield current, trial, found
 
     def _value(
         self, path: str, values: dict[str, int], deciding: set[Any], target: Sizes
     ) -> int | None:
         """Return the value of one key that brings the deciding sizes to the target."""
-        current = values.get(path) or get_path(self._dense, path)
         base = self.sizes(values)
-        for trial in _trials(current):
-            other = self.sizes(values | {path: trial})
-            if base is None or other is None:
-                continue
+        if base is None:
+            return None
+
+        def hits(value: int) -> int:
+            found = self.sizes(values | {path: value}) or {}
+            return sum(found.get(key) == target.get(key) for key in deciding)
+
+        for current, trial, other in self._trials(path, values):
             votes = _votes(deciding, base, other, target, (current, trial))
-            best, matches = None, -1
-            for value, _ in votes.most_common(3):
-                found = self.sizes(values | {path: value})
-                hits = 0 if found is None else sum(found.get(k) == target.get(k) for k in deciding)
-                if hits > matches:
-                    best, matches = value, hits
-            if best is not None:
-                return best
+            if votes:
+                return max(votes, key=hits)
         return None
+
+
+def _moved(one: Sizes, other: Sizes) -> set[Any]:
+    """Return the sizes that both have, and that differ."""
+    return {key for key in one if key in other and one[key] != other[key]}
 
 
 def _alone(path: str, paths: Iterable[str], effects: Mapping[str, set[Any]]) -> set[Any]:
@@ -212,8 +206,11 @@ def _alone(path: str, paths: Iterable[str], effects: Mapping[str, set[Any]]) -> 
 
 def _votes(
     keys: Iterable[Any], first: Sizes, second: Sizes, target: Sizes, at: tuple[int, int]
-) -> Counter[int]:
-    """Count the integers that linear sizes, known at two values of a key, need for the target."""
+) -> list[int]:
+    """Return the three integers that most sizes need for the target.
+
+    They are linear in a key, and known at two values of it.
+    """
     votes: Counter[int] = Counter()
     for key in keys:
         a, b, t = first.get(key), second.get(key), target.get(key)
@@ -224,7 +221,7 @@ def _votes(
         if rest == 0 and at[0] + value >= 1:
             # Sizes of parameters are worth more: attributes may be quotients.
             votes[at[0] + value] += 3 if key[0] == "parameter" else 1
-    return votes
+    return [value for value, _ in votes.most_common(3)]
 
 
 def _accepted(
@@ -286,8 +283,3 @@ def _agree(model: nn.Module, edits: Edits) -> bool:
 def _is_size(value: Any) -> bool:
     """Say whether a config value can be a size that shrinks: an integer of at least 2."""
     return is_integer(value) and value >= 2
-
-
-def _trials(value: int) -> tuple[int, ...]:
-    """Return values to try instead: doubling keeps divisibility, the others avoid other limits."""
-    return tuple(trial for trial in (2 * value, value + 1, value // 2) if trial >= 1)

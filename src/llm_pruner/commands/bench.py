@@ -16,12 +16,12 @@ from llm_pruner.evaluation.footprint import (
     Counts,
     PeakMemory,
     count_work,
-    folder_bytes,
     measure_memory,
     model_size,
     paper_macs,
 )
 from llm_pruner.evaluation.speed import Speed, SpeedUp, compiled, compiling, measure_speed, speed_up
+from llm_pruner.files.disk import folder_bytes
 from llm_pruner.models.forward import Decoder, maximum_length
 from llm_pruner.models.load import LoadedModel, check, load
 from llm_pruner.models.stored import stored_at

@@ -19,7 +19,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,16 +51,8 @@ def model_size(model: Any) -> Size:
         total=_count(model),
         embedding=_count(*(head for head in heads if head is not None)),
         blocks=0 if layers is None else _count(layers),
-        bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        bytes=tensor_bytes([*model.parameters()]),
     )
-
-
-def folder_bytes(path: str | Path) -> int:
-    """Return the bytes of all files under a folder, or of one file."""
-    path = Path(path)
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def _count(*modules: nn.Module) -> int:
@@ -286,9 +277,7 @@ def measure_memory(
     makes it to its end: unlike the memory of the process, the sum does not depend on what ran
     before, and leaves out what an operation uses inside.
     """
-    weights = sum(
-        tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()]
-    )
+    weights = tensor_bytes([*model.parameters(), *model.buffers()])
     tokens = example_tokens(model, (batch_size, prompt_tokens + new_tokens))
     follow = _on_cuda(tokens.device) if tokens.device.type == "cuda" else _by_operation()
     with staged(model), follow as peak:

@@ -95,14 +95,15 @@ def measure_speed(
         if value < 1:
             raise UserError(f"{name}={value} measures nothing; use at least 1")
     prompts = [example_tokens(model, (batch_size, prompt_tokens)) for model in models]
-    turns = list(zip(models, prompts, [[] for _ in models], strict=True))
+    times: list[list[tuple[float, float]]] = [[] for _ in models]
+    turns = list(zip(models, prompts, times, strict=True))
     with _undisturbed(models):
         for model, prompt, _ in turns:
             _once(start(model), prompt, new_tokens)
         for number in track(range(repeats), f"timing, batch {batch_size}"):
-            for model, prompt, times in turns if number % 2 == 0 else reversed(turns):
-                times.append(_once(start(model), prompt, new_tokens))
-    return [_speed(times, settings) for _, _, times in turns]
+            for model, prompt, own in turns if number % 2 == 0 else reversed(turns):
+                own.append(_once(start(model), prompt, new_tokens))
+    return [_speed(own, settings) for own in times]
 
 
 def speed_up(slow: Sequence[float], fast: Sequence[float]) -> SpeedUp:

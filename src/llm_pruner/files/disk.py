@@ -153,6 +153,13 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def folder_bytes(path: str | Path) -> int:
+    """Return the bytes of all files under a folder, or of one file."""
+    path = Path(path)
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def make_parents(parent: Path) -> list[Path]:
     """Make the folder and its parents; return those that were missing, outermost first."""
     missing: list[Path] = []
