@@ -76,7 +76,7 @@ def from_json(data: Mapping[str, Any]) -> Recipe:
 
     Anybody may have written the file, so all of it is bounded before anything is made of it:
     numbers of entries, lengths of names, numbers, shapes and ranges. Whether the names are there
-    is for ``fits`` to say, which knows the model.
+    is for ``quantizer`` to say, which knows the model.
 
     Raises:
         UserError: another format version, or a value that is not what the format says.

@@ -13,10 +13,16 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging as transformers_logging
 
 from llm_pruner.checkpoints.depth import layer_values
-from llm_pruner.checkpoints.fits import require_attributes_fit, require_config_fits
 from llm_pruner.checkpoints.meta import build_meta, get_path, quiet_trial, sizes, with_values
-from llm_pruner.checkpoints.quantizer import QUANT_METHOD, PrunedConfig, cut_skeleton_, finish_
-from llm_pruner.checkpoints.reshape import Recipe, compose, from_json
+from llm_pruner.checkpoints.quantizer import (
+    QUANT_METHOD,
+    PrunedConfig,
+    cut_skeleton_,
+    finish_,
+    require_attributes_fit,
+    require_config_fits,
+)
+from llm_pruner.checkpoints.reshape import Recipe, compose, from_json, to_json
 from llm_pruner.checkpoints.stock_config import stock_config
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.files.disk import folder_bytes, umask
@@ -139,7 +145,7 @@ def _pruned_config(
     require_config_fits(config, recipe)
     if changed:
         _require_valid(config)
-    config.quantization_config = PrunedConfig.from_recipe(recipe)
+    config.quantization_config = PrunedConfig(**to_json(recipe))
     return config, "recipe"
 
 
