@@ -33,7 +33,6 @@ def test_plain_text_is_one_document_and_lines_are_its_records(tmp_path: Path) ->
     assert documents.raw == "one\x85still\n\ntwo"
     assert documents.records == ("one\x85still\n", "\n", "two")
     assert documents.split is None
-    assert load_documents(str(tmp_path / "a.txt"), limit=2).raw == "one\x85still\n\n"
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])

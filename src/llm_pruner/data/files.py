@@ -266,36 +266,51 @@ def read_source(
 
 Record = dict[str, Any]
 
-_TEXT = "a string"
-_BINARY = "0 or 1"
-_SCHEMAS: dict[str, dict[str, str]] = {
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+
+
+def _are_choices(value: Any, _: Record) -> bool:
+    parts = [value.get(name) for name in ("text", "label")] if isinstance(value, dict) else [None]
+    return all(map(_are_texts, parts)) and len(parts[0]) == len(parts[-1])
+
+
+def _is_position(value: Any, record: Record) -> bool:
+    return not isinstance(value, bool) and str(value) in map(str, range(len(record["endings"])))
+
+
+Field = tuple[str, Callable[[Any, Record], bool]]
+"""What a field must be, in words, and (value, record) -> whether it is."""
+
+_TEXT: Field = ("a string", lambda value, _: isinstance(value, str))
+_BINARY: Field = ("0 or 1", lambda value, _: type(value) is int and value in (0, 1))
+_CHOICES: Field = ("an object of two lists, text and label", _are_choices)
+_LABEL: Field = ("one of the labels", lambda value, record: value in record["choices"]["label"])
+_SCHEMAS: dict[str, dict[str, Field]] = {
     "boolq": {"passage": _TEXT, "question": _TEXT, "label": _BINARY},
     "piqa": {"goal": _TEXT, "sol1": _TEXT, "sol2": _TEXT, "label": _BINARY},
     "hellaswag": {
         "activity_label": _TEXT,
         "ctx_a": _TEXT,
         "ctx_b": _TEXT,
-        "endings": "a list of strings",
-        "label": "the position of the right ending",
+        "endings": ("a list of strings", lambda value, _: _are_texts(value)),
+        "label": ("the position of the right ending", _is_position),
     },
     "winogrande": {
-        "sentence": "a string with one _",
+        "sentence": (
+            "a string with one _",
+            lambda value, _: isinstance(value, str) and value.count("_") == 1,
+        ),
         "option1": _TEXT,
         "option2": _TEXT,
-        "answer": '"1" or "2"',
+        "answer": ('"1" or "2"', lambda value, _: value in ("1", "2")),
     },
-    "arc_easy": {
-        "question": _TEXT,
-        "choices": "an object of two lists, text and label",
-        "answerKey": "one of the labels",
-    },
-    "openbookqa": {
-        "question_stem": _TEXT,
-        "choices": "an object of two lists, text and label",
-        "answerKey": "one of the labels",
-    },
+    "arc_easy": {"question": _TEXT, "choices": _CHOICES, "answerKey": _LABEL},
+    "arc_challenge": {"question": _TEXT, "choices": _CHOICES, "answerKey": _LABEL},
+    "openbookqa": {"question_stem": _TEXT, "choices": _CHOICES, "answerKey": _LABEL},
 }
-_SCHEMAS["arc_challenge"] = _SCHEMAS["arc_easy"]
+"""Fields of the local forms of the tasks; they are checked in order."""
 
 
 def read_task(folder: Path, task: str) -> list[Record]:
@@ -327,43 +342,16 @@ def read_task(folder: Path, task: str) -> list[Record]:
 def _checked(record: Any, task: str, path: Path, line: int) -> Record:
     schema = _SCHEMAS[task]
     where = f"{path}: line {line}"
-    if not isinstance(record, Mapping):
+    if not isinstance(record, dict):
         raise UserError(f"{where} is no JSON object; write one with {', '.join(schema)}")
     for field in schema:
         if field not in record:
             raise UserError(f"{where} has no {field!r}; a {task} record has {', '.join(schema)}")
-    for field, meaning in schema.items():
-        if not _CHECKS[meaning](record[field], record):
+    for field, (meaning, is_such) in schema.items():
+        if not is_such(record[field], record):
             raise UserError(f"{where}: {field!r} is not {meaning}; repair the record")
-    kept = {field: record[field] for field in schema}
-    if task == "hellaswag":
-        kept["label"] = str(kept["label"])  # copies of the dataset have either
-    return kept
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
-
-
-def _are_choices(value: Any, _: Mapping[str, Any]) -> bool:
-    if not isinstance(value, Mapping):
-        return False
-    texts, labels = value.get("text", ()), value.get("label", ())
-    return _are_texts(texts) and _are_texts(labels) and len(texts) == len(labels)
-
-
-def _is_position(value: Any, record: Mapping[str, Any]) -> bool:
-    return not isinstance(value, bool) and str(value) in map(str, range(len(record["endings"])))
-
-
-_CHECKS: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
-    _TEXT: lambda value, _: isinstance(value, str),
-    _BINARY: lambda value, _: type(value) is int and value in (0, 1),
-    "a list of strings": lambda value, _: _are_texts(value),
-    "the position of the right ending": _is_position,
-    "a string with one _": lambda value, _: isinstance(value, str) and value.count("_") == 1,
-    '"1" or "2"': lambda value, _: value in ("1", "2"),
-    "an object of two lists, text and label": _are_choices,
-    "one of the labels": lambda value, record: value in record["choices"]["label"],
-}
-"""What a field must be -> (value, record) -> whether it is; fields are checked in order."""
+    # Copies of HellaSwag have numbers or texts.
+    return {
+        field: str(record[field]) if field == "label" and task == "hellaswag" else record[field]
+        for field in schema
+    }

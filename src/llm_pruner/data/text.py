@@ -59,7 +59,7 @@ class Documents:
         """
         if not self.plain:
             return self.texts
-        return tuple(line for text in self.texts for line in _lines(text))
+        return tuple(io.StringIO(self.raw, newline="\n"))
 
 
 def sources_of(source: str) -> tuple[str, ...]:
@@ -85,7 +85,7 @@ def load_documents(
         text_field: the field that holds the text. By default ``text``; else the Alpaca fields
             ``instruction``, ``input`` and ``output`` joined by blank lines; else the first field
             whose value is a string.
-        limit: read at most this many documents; of a ``.txt`` file, this many lines.
+        limit: read at most this many documents.
 
     Raises:
         UserError: the file is missing, empty, of an unknown type, broken or without text; or the
@@ -96,23 +96,14 @@ def load_documents(
             "source 'self' is text that the model writes itself, for calibration only; "
             "give a text file or a dataset name here"
         )
-    if limit is not None and limit < 1:
-        raise UserError(f"limit={limit} reads no documents; use at least 1")
     path = Path(source).expanduser()
     plain = path.suffix.lower() == ".txt"
     name, used_split, rows = read_source(source, split=split, limit=limit)
-    if plain:
-        texts: tuple[str, ...] = tuple("".join(_lines(text)[:limit]) for text in rows)
-    else:
-        texts = tuple(texts_of_rows(rows, str(path) if used_split is None else name, text_field))
+    where = str(path) if used_split is None else name
+    texts: tuple[str, ...] = tuple(rows if plain else texts_of_rows(rows, where, text_field))
     if not any(text.strip() for text in texts):
         raise UserError(f"{name} holds no text; give a file or dataset with text in it")
     return Documents(texts, name, used_split, plain)
-
-
-def _lines(text: str) -> list[str]:
-    """Return the lines with their ends, which are line feeds alone."""
-    return list(io.StringIO(text, newline="\n"))
 
 
 Protocol = Literal["paper", "standard"]
