@@ -88,11 +88,17 @@ def perplexity(
         )
     prefix = added_tokens(tokenizer)[0] if protocol == "standard" else ()
     rows = _windows(tokenizer, text, window, max_tokens, prefix, protocol)
-    _check_ids(model, rows)
+    vocabulary, largest = embedding_rows(model), int(rows.max())
+    if largest >= vocabulary:
+        raise UserError(
+            f"the tokenizer gives token {largest} and the model has {vocabulary} tokens; "
+            "use the tokenizer that belongs to the model"
+        )
     # The tokens of a prefix are never predicted, and without one the first token is not.
     skipped = max(len(prefix), 1)
     if batch_size is None:
-        batch_size = _batch_size(model, window)
+        size = model.get_input_embeddings().weight.element_size()
+        batch_size = max(1, _LOGITS_BYTES // (window * vocabulary * size))
     sums = torch.cat(list(_losses(model, rows, text.name, skipped, batch_size)))
     predicted = window - skipped
     nll = float(sums.sum()) / (len(rows) * predicted)
@@ -149,21 +155,6 @@ def _windows(
         )
     head = torch.tensor(prefix, dtype=torch.int64).expand(count, len(prefix))
     return torch.cat([head, ids[: count * fresh].view(count, fresh)], dim=1)
-
-
-def _check_ids(model: Any, rows: torch.Tensor) -> None:
-    vocabulary = embedding_rows(model)
-    largest = int(rows.max())
-    if largest >= vocabulary:
-        raise UserError(
-            f"the tokenizer gives token {largest} and the model has {vocabulary} tokens; "
-            "use the tokenizer that belongs to the model"
-        )
-
-
-def _batch_size(model: Any, window: int) -> int:
-    size = model.get_input_embeddings().weight.element_size()
-    return max(1, _LOGITS_BYTES // (window * embedding_rows(model) * size))
 
 
 @torch.no_grad()
