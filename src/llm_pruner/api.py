@@ -14,7 +14,7 @@ from torch import nn
 
 from llm_pruner.checkpoints import save_checkpoint
 from llm_pruner.commands.prune import PruneRun, Refitter, keep_type_
-from llm_pruner.data.calibration import Calibration, build_calibration
+from llm_pruner.data.calibration import Calibration, read_calibration
 from llm_pruner.data.text import load_evaluation_text
 from llm_pruner.discovery.groups import discover as discover_groups
 from llm_pruner.errors import UserError
@@ -28,6 +28,7 @@ from llm_pruner.models.load import LoadedModel, load_model
 from llm_pruner.planning import Plan
 from llm_pruner.runtime.precision import fast_matmul
 from llm_pruner.runtime.progress import Clock
+from llm_pruner.settings.common import CalibrationSettings
 from llm_pruner.settings.prune import PlanSettings, PruneSettings
 from llm_pruner.settings.recover import RecoverSettings, TrainingSettings
 from llm_pruner.surgery.pruner import Surgeon
@@ -195,18 +196,15 @@ def calibration(
     Raises:
         UserError: it cannot be read, or holds too few tokens.
     """
-    if model.tokenizer is None:
-        raise UserError(f"{model.loaded.name} has no tokenizer, so no text can be read; add one")
-    return build_calibration(
-        source,
-        model.tokenizer,
+    asked = CalibrationSettings(
+        calibration=source,
         samples=samples,
         seq_len=seq_len,
-        seed=seed,
-        model=model.network,
+        text_split=text_split,
         text_field=text_field,
-        split=text_split,
     )
+    loaded = replace(model.loaded, model=model.network, tokenizer=model.tokenizer)
+    return read_calibration(loaded, asked, seed, Clock())
 
 
 def discover(model: Model | nn.Module, **how: Any) -> Discovery:

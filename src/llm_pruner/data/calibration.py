@@ -43,16 +43,7 @@ class Calibration:
 
 
 def build_calibration(
-    source: str,
-    tokenizer: Any,
-    *,
-    samples: int,
-    seq_len: int,
-    seed: int,
-    model: Any = None,
-    text_field: str | None = None,
-    split: str | None = None,
-    kept: Path | None = None,
+    asked: CalibrationSettings, tokenizer: Any, model: Any = None, *, seed: int
 ) -> Calibration:
     """Return ``samples`` windows of exactly ``seq_len`` tokens.
 
@@ -66,18 +57,18 @@ def build_calibration(
 
     Where the tokenizer adds BOS, every window starts with it.
 
+    Of several sources each gives equally many windows (the first ones one more where it does not
+    come out even), in turn.
+
     Args:
-        source: see ``load_documents``; of ``self`` the model writes it, see ``write_windows``.
-            Of several, parted by commas, each gives equally many windows (the first ones one more
-            where it does not come out even), in turn.
+        asked: what is read, and how much; see ``load_documents``, ``write_windows`` for ``self``.
         model: needed for ``self`` alone.
-        kept: folder that keeps what the model wrote, see ``write_text_cached``; ``self`` alone.
 
     Raises:
         UserError: the source cannot be read, or holds too few tokens.
     """
-    _check_size(samples, seq_len)
-    sources = sources_of(source)
+    _check_size(asked)
+    samples, sources = asked.samples, sources_of(asked.calibration)
     if samples < len(sources):
         raise UserError(
             f"samples={samples} of {len(sources)} sources leave some without any; use at least "
@@ -88,15 +79,14 @@ def build_calibration(
     splits: set[str] = set()
     for number, one in enumerate(sources):
         share = -(-(samples - number) // len(sources))
-        size = {"samples": share, "seq_len": seq_len, "seed": seed}
+        size = {"samples": share, "seq_len": asked.seq_len, "seed": seed}
         try:
             if one == SELF:
-                parts.append(_written(model, tokenizer, kept, size))
+                parts.append(_written(model, tokenizer, asked.kept, size))
                 names.append("text sampled from the model")
                 continue
             # Enough documents even where each is one short sentence.
-            limit = unless_local(one, max(1000, share * seq_len // 4))
-            documents = load_documents(one, split=split, text_field=text_field, limit=limit)
+            documents = _documents(one, asked, max(1000, share * asked.seq_len // 4))
             parts.append(pack(documents, tokenizer, **size))
             names.append(documents.name)
             if documents.split:
@@ -113,20 +103,26 @@ def build_calibration(
         "source": ",".join(sources),
         "name": ", ".join(names),
         "split": ",".join(sorted(splits)) or None,
-        "text_field": text_field,
+        "text_field": asked.text_field,
         "samples": samples,
-        "seq_len": seq_len,
+        "seq_len": asked.seq_len,
         "seed": seed,
         "fingerprint": hashlib.sha256(input_ids.numpy().tobytes()).hexdigest()[:16],
     }
     return Calibration(input_ids, ",".join(sources), settings)
 
 
-def _check_size(samples: int, seq_len: int) -> None:
-    if samples < 1:
-        raise UserError(f"samples={samples} calibrates on nothing; use at least 1")
-    if seq_len < 2:
-        raise UserError(f"seq_len={seq_len} predicts no token; use at least 2")
+def _check_size(asked: CalibrationSettings) -> None:
+    if asked.samples < 1:
+        raise UserError(f"samples={asked.samples} calibrates on nothing; use at least 1")
+    if asked.seq_len < 2:
+        raise UserError(f"seq_len={asked.seq_len} predicts no token; use at least 2")
+
+
+def _documents(source: str, asked: CalibrationSettings, rows: int) -> Documents:
+    """Return a text; of a dataset its first rows."""
+    limit = unless_local(source, rows)
+    return load_documents(source, split=asked.text_split, text_field=asked.text_field, limit=limit)
 
 
 def _written(model: Any, tokenizer: Any, kept: Path | None, size: dict[str, int]) -> torch.Tensor:
@@ -193,10 +189,10 @@ def pack(
     return torch.tensor(windows, dtype=torch.int64)
 
 
-def check_calibration(calibration: CalibrationSettings) -> None:
+def check_calibration(asked: CalibrationSettings) -> None:
     """Raise UserError if the calibration text cannot be read."""
-    samples, scored = calibration.samples, calibration.score_samples
-    _check_size(samples, calibration.seq_len)
+    samples, scored = asked.samples, asked.score_samples
+    _check_size(asked)
     if scored is not None and scored < 1:
         raise UserError(f"score_samples={scored} estimates on nothing; use at least 1")
     if scored is not None and scored > samples:
@@ -205,19 +201,14 @@ def check_calibration(calibration: CalibrationSettings) -> None:
             "for fewer of them"
         )
     check_number("samples", samples, 1, MOST)
-    check_number("seq_len", calibration.seq_len, 2, 2**24)
-    for source in sources_of(calibration.calibration):
+    check_number("seq_len", asked.seq_len, 2, 2**24)
+    for source in sources_of(asked.calibration):
         if source != SELF:
-            load_documents(
-                source,
-                split=calibration.text_split,
-                text_field=calibration.text_field,
-                limit=unless_local(source, BEGINNING),
-            )
+            _documents(source, asked, BEGINNING)
 
 
 def read_calibration(
-    loaded: LoadedModel, calibration: CalibrationSettings, seed: int, clock: Clock
+    loaded: LoadedModel, asked: CalibrationSettings, seed: int, clock: Clock
 ) -> Calibration:
     """Return the calibration text of a run.
 
@@ -226,16 +217,6 @@ def read_calibration(
     """
     if loaded.tokenizer is None:
         raise UserError(f"{loaded.name} has no tokenizer, so no text can be read; add one")
-    text = build_calibration(
-        calibration.calibration,
-        loaded.tokenizer,
-        samples=calibration.samples,
-        seq_len=calibration.seq_len,
-        seed=seed,
-        model=loaded.model,
-        text_field=calibration.text_field,
-        split=calibration.text_split,
-        kept=calibration.kept,
-    )
+    text = build_calibration(asked, loaded.tokenizer, loaded.model, seed=seed)
     clock.stop("calibration text")
     return text

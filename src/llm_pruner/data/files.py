@@ -272,8 +272,10 @@ def _are_texts(value: Any) -> bool:
 
 
 def _are_choices(value: Any, _: Record) -> bool:
-    parts = [value.get(name) for name in ("text", "label")] if isinstance(value, dict) else [None]
-    return all(map(_are_texts, parts)) and len(parts[0]) == len(parts[-1])
+    if not isinstance(value, dict):
+        return False
+    texts, labels = value.get("text", ()), value.get("label", ())
+    return _are_texts(texts) and _are_texts(labels) and len(texts) == len(labels)
 
 
 def _is_position(value: Any, record: Record) -> bool:
