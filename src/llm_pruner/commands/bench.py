@@ -167,10 +167,10 @@ def _counted(loaded: LoadedModel, source: ModelSettings) -> Figures:
         # A config alone is no model.
         bytes_on_disk=None if path is None or path.suffix == ".json" else folder_bytes(path),
         macs=paper_macs(loaded.model),
-        macs_per_token=counts.token.macs,
-        bytes_read_per_token=counts.token.bytes_read,
-        kv_cache_bytes_per_token=counts.cache.bytes_per_token,
-        cache_bytes_fixed=counts.cache.bytes_fixed,
+        macs_per_token=counts.token_macs,
+        bytes_read_per_token=counts.token_bytes_read,
+        kv_cache_bytes_per_token=counts.cache_bytes_per_token,
+        cache_bytes_fixed=counts.cache_bytes_fixed,
     )
 
 
@@ -225,8 +225,8 @@ def _compared(fast: Speed, slow: Speed, small: Counts, large: Counts) -> Compari
         batch_size=fast.batch_size,
         prefill=speed_up(slow.prefill_seconds, fast.prefill_seconds),
         decode=speed_up(slow.decode_seconds, fast.decode_seconds),
-        prefill_limit=large.prefill.macs / small.prefill.macs,
-        decode_limit=large.token.bytes_read / small.token.bytes_read,
+        prefill_limit=large.prefill_macs / small.prefill_macs,
+        decode_limit=large.token_bytes_read / small.token_bytes_read,
     )
 
 
