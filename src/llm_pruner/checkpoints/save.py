@@ -12,8 +12,14 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from llm_pruner.checkpoints.depth import layer_values
-from llm_pruner.checkpoints.meta import build_meta, get_path, quiet_trial, sizes, with_values
+from llm_pruner.checkpoints.meta import (
+    Trials,
+    build_meta,
+    get_path,
+    quiet_trial,
+    sizes,
+    with_values,
+)
 from llm_pruner.checkpoints.quantizer import (
     QUANT_METHOD,
     PrunedConfig,
@@ -23,7 +29,7 @@ from llm_pruner.checkpoints.quantizer import (
     require_config_fits,
 )
 from llm_pruner.checkpoints.reshape import Recipe, compose, from_json, to_json
-from llm_pruner.checkpoints.stock_config import stock_config
+from llm_pruner.checkpoints.stock_config import layer_values, stock_config
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.files.disk import folder_bytes, umask
 from llm_pruner.files.outputs import atomic_directory, check_shard_size, shard_bytes
@@ -134,7 +140,7 @@ def _pruned_config(
     stock = stock_config(dense_config, model, recipe)
     if stock is not None:
         return stock, "stock"
-    depth = layer_values(type(model), dense_config, recipe.layers, sizes(model))
+    depth = layer_values(Trials(type(model), dense_config), recipe.layers, sizes(model))
     changed = {} if depth is None else dict(depth.values)
     # The config of the outermost module is the one that later saves write.
     own = (path.split(".", 1) for path in recipe.attributes.get("", ()) if "." in path)

@@ -1,25 +1,30 @@
 """Config values that give a pruned model's sizes, where there are any.
 
-No key is known by name. Each integer of the config is changed on a model without weights, which
-shows the sizes that it governs; from them follows the value that each key needs. What counts is the
-last step: the config found must build exactly the pruned model, in every shape, every number that a
-module's code reads and every buffer that loading computes.
+No key is known by name. First the layers: besides their number these are lists with one entry a
+layer (``layer_types``), lists of layer numbers (``mlp_only_layers``) and numbers that divide the
+layers into those before and after (``first_k_dense_replace``); a change is taken if it brings the
+model that the config builds closer to the layers that were kept. Then each integer is changed on a
+model without weights, which shows the sizes that it governs; from them follows the value that each
+key needs. What counts is the last step: the config found must build exactly the pruned model, in
+every shape, every number that a module's code reads and every buffer that loading computes.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import inf
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from llm_pruner.checkpoints.depth import layer_values
 from llm_pruner.checkpoints.meta import (
     Sizes,
+    Trials,
     build_meta,
     computed_buffers,
     entries,
@@ -28,12 +33,13 @@ from llm_pruner.checkpoints.meta import (
     levels,
     quiet_trial,
     sizes,
-    try_sizes,
     with_values,
 )
 from llm_pruner.models.forward import embedding_rows, evaluating
+from llm_pruner.models.layers import keep_children
 from llm_pruner.types import Edits
 
+_NUMBERS_LAYERS = re.compile("layer|idx|index|indices|block")
 _OPTIONAL_TRIALS = (64, 128)
 _CONVENTIONAL_KEYS = ("head_dim",)
 """Keys that models read from any config that has them, though their config class names none."""
@@ -56,13 +62,11 @@ def stock_config(
     dense_config = copy.deepcopy(dense_config)
     if hasattr(dense_config, "quantization_config"):
         del dense_config.quantization_config
-    model_class = type(pruned_model)
-    target = sizes(pruned_model)
-    depth = layer_values(model_class, dense_config, edits.layers, target)
+    trials, target = Trials(type(pruned_model), dense_config), sizes(pruned_model)
+    depth = layer_values(trials, edits.layers, target)
     if depth is None or not depth.exact:
         return None
-    start = depth.values
-    solver = _Solver(model_class, dense_config, start)
+    solver = _Solver(trials, depth.values)
     values = solver.solve(target)
     if values is None:
         return None
@@ -75,6 +79,131 @@ def stock_config(
     return found
 
 
+# ------------------------------------------------------------------------------------ layers
+
+
+class Depth(NamedTuple):
+    """Config values for the layers that were kept.
+
+    Attributes:
+        values: dotted path -> value.
+        exact: whether the dense model with these values has just the kept layers, in every size
+            and every number that their code reads.
+    """
+
+    values: Mapping[str, Any]
+    exact: bool
+
+
+def layer_values(
+    trials: Trials, layers: Mapping[str, tuple[int, ...]], target: Sizes
+) -> Depth | None:
+    """Return the config values that change with removed layers.
+
+    Args:
+        trials: of the dense config.
+        layers: module list -> kept indices.
+        target: sizes of the pruned model; says how its layers number themselves.
+
+    Returns:
+        None if no integer of the config sets the length of one of the lists.
+    """
+    if not layers:
+        return Depth({}, exact=True)
+    skeleton = build_meta(trials.model_class, trials.config)
+    dense = sizes(skeleton)
+    values: dict[str, Any] = {}
+    for name, kept in layers.items():
+        shorter = _shorter(trials, values, name, kept, dense["list", name, "len"])
+        if shorter is None:
+            return None
+        values = shorter
+        keep_children(skeleton, name, kept)
+    wanted = sizes(skeleton)
+    counts = {(dense["list", name, "len"], len(kept)) for name, kept in layers.items()}
+
+    def agrees(key: tuple[str, str, Any], found: Sizes) -> bool:
+        one, other = found.get(key), wanted.get(key)
+        # A layer may number itself as the pruned model does; modules may hold how many there are.
+        return one == other or (
+            key[0] == "attribute"
+            and one is not None
+            and (one == target.get(key) or (other, one) in counts)
+        )
+
+    def count_wrong(values: Mapping[str, Any]) -> float:
+        found = trials.sizes(values)
+        if found is None:
+            return inf
+        return sum(not agrees(key, found) for key in found.keys() | wanted.keys())
+
+    wrong = count_wrong(values)
+    taken = []
+    for name, kept in layers.items():
+        count = dense["list", name, "len"]
+        for path, value, silent in _renumbered(trials.config, values, count, kept):
+            if wrong == 0 and not silent:
+                continue
+            trial = values | {path: value}
+            found = count_wrong(trial)
+            # Which layers attend to a window, say, shows in no size of the model.
+            if found < wrong or (silent and found == wrong):
+                values, wrong = trial, found
+                taken += [] if silent else [path]
+    for path in taken:
+        # What helped as long as another value was wrong may be wrong now.
+        trial = {other: value for other, value in values.items() if other != path}
+        found = count_wrong(trial)
+        if found <= wrong:
+            values, wrong = trial, found
+    return Depth(values, exact=wrong == 0)
+
+
+def _shorter(
+    trials: Trials, values: Mapping[str, Any], name: str, kept: Sequence[int], count: int
+) -> dict[str, Any] | None:
+    """Return ``values`` with the length of one module list and the lists of that length."""
+    lists = {
+        path: [value[index] for index in kept]
+        for path, value in entries(trials.config)
+        if isinstance(value, list) and len(value) == count and not _names_all(value)
+    }
+    for path, value in entries(trials.config):
+        if is_integer(value) and value == count >= 2:
+            shorter = {**values, path: len(kept), **lists}
+            if (trials.sizes(shorter) or {}).get(("list", name, "len")) == len(kept):
+                return shorter
+    return None
+
+
+def _names_all(values: Sequence[Any]) -> bool:
+    """Whether a list holds the number of every layer; two numbers may be flags as well."""
+    return len(values) > 2 and all(map(is_integer, values)) and {*values} == {*range(len(values))}
+
+
+def _renumbered(
+    config: PreTrainedConfig, values: Mapping[str, Any], count: int, kept: Sequence[int]
+) -> Iterator[tuple[str, Any, bool]]:
+    """Yield (path, value, whether it may change nothing that is countable) to try."""
+    place = {old: new for new, old in enumerate(kept)}
+    for path, value in entries(config):
+        if path in values:
+            continue
+        if isinstance(value, list) and value and all(map(is_integer, value)):
+            named = _NUMBERS_LAYERS.search(path.rpartition(".")[2]) is not None
+            if named and len(set(value)) == len(value) and 0 <= min(value) <= max(value) < count:
+                yield path, [place[index] for index in value if index in place], True
+        elif is_integer(value) and 0 < value <= count:
+            before = sum(index < value for index in kept)
+            through = sum(index <= value for index in kept) - 1
+            for new in dict.fromkeys((before, through)):
+                if new != value and new >= 0:
+                    yield path, new, False
+
+
+# ---------------------------------------------------------------------------------- integers
+
+
 class _Solver:
     """Finds the value that every integer key needs for given sizes.
 
@@ -82,17 +211,9 @@ class _Solver:
         opened: keys that the dense config leaves unset, and that got a value.
     """
 
-    def __init__(
-        self,
-        model_class: type[PreTrainedModel],
-        dense_config: PreTrainedConfig,
-        start: Mapping[str, Any],
-    ) -> None:
-        self._model_class = model_class
-        self._dense = dense_config
-        self._start = dict(start)
+    def __init__(self, trials: Trials, start: Mapping[str, Any]) -> None:
+        self._built, self._dense, self._start = trials, trials.config, dict(start)
         self.opened: list[str] = []
-        self._cache: dict[tuple[tuple[str, int], ...], Sizes | None] = {}
 
     def config(self, values: Mapping[str, int]) -> PreTrainedConfig:
         """Return the dense config with layer values and ``values`` set; nothing is validated."""
@@ -100,11 +221,7 @@ class _Solver:
 
     def sizes(self, values: Mapping[str, int]) -> Sizes | None:
         """Return the sizes that ``values`` give, or None if no model can be built with them."""
-        key = tuple(sorted(values.items()))
-        if key not in self._cache:
-            all_values = self._start | dict(values)
-            self._cache[key] = try_sizes(self._model_class, self._dense, all_values)
-        return self._cache[key]
+        return self._built.sizes(self._start | dict(values))
 
     def solve(self, target: Sizes) -> dict[str, int] | None:
         """Return key -> value for all keys that govern a size that must change, or None.
