@@ -83,12 +83,10 @@ def stock_config(
 
 
 class Depth(NamedTuple):
-    """Config values for the layers that were kept.
+    """Config values for the layers that were kept, by dotted paths.
 
-    Attributes:
-        values: dotted path -> value.
-        exact: whether the dense model with these values has just the kept layers, in every size
-            and every number that their code reads.
+    They are exact if the dense model with them has just the kept layers, in every size and every
+    number that their code reads.
     """
 
     values: Mapping[str, Any]
@@ -205,15 +203,11 @@ def _renumbered(
 
 
 class _Solver:
-    """Finds the value that every integer key needs for given sizes.
-
-    Attributes:
-        opened: keys that the dense config leaves unset, and that got a value.
-    """
+    """Finds the value that every integer key needs for given sizes."""
 
     def __init__(self, trials: Trials, start: Mapping[str, Any]) -> None:
         self._built, self._dense, self._start = trials, trials.config, dict(start)
-        self.opened: list[str] = []
+        self.opened: list[str] = []  # keys that the dense config leaves unset, and that got a value
 
     def config(self, values: Mapping[str, int]) -> PreTrainedConfig:
         """Return the dense config with layer values and ``values`` set; nothing is validated."""

@@ -36,10 +36,7 @@ class Turn:
 class Example:
     """Turns of a chat, an instruction being a chat of two turns; or a text of its own.
 
-    Attributes:
-        turns: empty for a text.
-        text: empty for a chat.
-        context: the ``input`` of an instruction, which formats place apart from it.
+    ``context`` is the ``input`` of an instruction, which formats place apart from it.
     """
 
     turns: tuple[Turn, ...] = ()
@@ -49,13 +46,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """The examples of one source.
-
-    Attributes:
-        examples: in the order of the source.
-        name: file name, or hub name with config.
-        split: split of a hub dataset; None for a local file.
-    """
+    """The examples of one source; name and split as of ``text.Documents``."""
 
     examples: tuple[Example, ...]
     name: str

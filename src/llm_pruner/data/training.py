@@ -25,14 +25,7 @@ _SHARE, _MOST = 20, 256
 
 @dataclass(frozen=True)
 class Samples:
-    """What one source gives.
-
-    Attributes:
-        name: as ``Examples.name``.
-        split: as ``Examples.split``.
-        train: samples to train on.
-        held_out: samples that are scored, never trained on.
-    """
+    """What one source gives: samples to train on, and others that are only scored."""
 
     name: str
     split: str | None

@@ -161,12 +161,7 @@ class _OnGhosts(TorchDispatchMode):
 
 
 class Counter(TorchDispatchMode):
-    """Adds up the work of every product that is dispatched inside of it.
-
-    Attributes:
-        macs: multiply-accumulates until now.
-        bytes_read: bytes of all operands.
-    """
+    """Adds up the MACs, and the bytes of the operands, of every product dispatched inside of it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -237,10 +232,7 @@ _OWN: dict[str, Callable[[tuple[Any, ...], dict[str, Any]], tuple[int, list[torc
 class PeakMemory:
     """Bytes of the weights and, on top, of all tensors that are alive at once.
 
-    Attributes:
-        prefill: while the prompt is read.
-        decode: while tokens are added one by one.
-        batch_size, prompt_tokens, new_tokens: the settings.
+    They are those of the prefill, and of decoding tokens one by one.
     """
 
     prefill: int

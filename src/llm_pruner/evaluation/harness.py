@@ -41,7 +41,6 @@ class PreparedTask:
     """A task with its documents, before it is run.
 
     Attributes:
-        name: as the user wrote it.
         tasks: what the harness's task manager returns: ``tasks`` by name, ``group_map`` and so on.
         identity: hash of definition and documents.
     """

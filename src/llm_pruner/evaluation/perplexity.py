@@ -29,11 +29,7 @@ class PerplexityResult:
         perplexity: exp(nll).
         nll: mean negative log-likelihood in nats over the predicted tokens.
         tokens: number of predicted tokens.
-        corpus: name of the text.
-        split: its split, or None.
         window: tokens in a window, a leading BOS included.
-        windows: number of windows.
-        protocol: ``paper`` or ``standard``.
         stderr: standard error of the perplexity from the spread between windows (perplexity times
             the standard error of the windows' mean loss); None for a single window.
     """

@@ -26,12 +26,7 @@ _RECORDS = ("plan.json", "report.json")
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What a model is, without loading it.
-
-    Attributes:
-        name: as ``sources.LoadedModel`` has it.
-        content: hash of its files, or its commit on the hub.
-    """
+    """What a model is, without loading it: its name, and a hash of its files or its commit."""
 
     name: str
     content: str

@@ -37,7 +37,6 @@ class Speed:
         first_token_seconds: from the prompt to the first token.
         prefill_seconds: of each round.
         decode_seconds: of each round, for all new tokens.
-        prompt_tokens, new_tokens, batch_size, repeats: the settings.
     """
 
     prefill_tokens_per_second: float
@@ -53,11 +52,9 @@ class Speed:
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """How many times faster one model is than another.
+    """How many times faster one model is than another: median, smallest and largest of the rounds.
 
-    Attributes:
-        median: of the rounds' ratios; in each round both run directly after each other.
-        low, high: the smallest and the largest ratio of a round.
+    In each round both run directly after each other.
     """
 
     median: float
