@@ -12,7 +12,7 @@ import torch
 
 from llm_pruner.data.files import BEGINNING, unless_local
 from llm_pruner.data.selfmade import write_text_cached, write_windows
-from llm_pruner.data.sequences import added_tokens
+from llm_pruner.data.sequences import added_tokens, bare_ids
 from llm_pruner.data.text import SELF, Documents, load_documents, running_text, sources_of
 from llm_pruner.errors import UserError
 from llm_pruner.models.load import LoadedModel
@@ -159,8 +159,7 @@ def pack(
     stream: list[int] = []
     order = torch.randperm(len(texts), generator=generator).tolist()
     for read, position in enumerate(order, start=1):
-        ids = tokenizer(texts[position] + parting, add_special_tokens=False, verbose=False)
-        stream.extend((*prefix, *ids["input_ids"], *suffix))
+        stream.extend((*prefix, *bare_ids(tokenizer, texts[position] + parting), *suffix))
         if read >= 2 * samples and len(stream) >= 4 * samples * seq_len and running is None:
             break
     starts, end = [], 0

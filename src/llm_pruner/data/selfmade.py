@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from llm_pruner.data.sequences import added_tokens
+from llm_pruner.data.sequences import added_tokens, bare_ids
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import new_file
 from llm_pruner.models.forward import (
@@ -178,12 +178,7 @@ def _starts(
 
 def _blank_line(tokenizer: Any) -> list[int]:
     """Return what parts documents where the tokenizer adds nothing of its own."""
-    return _bare(tokenizer, "\n\n")
-
-
-def _bare(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    return bare_ids(tokenizer, "\n\n")
 
 
 def _words(tokenizer: Any, vocabulary: int) -> list[int]:
@@ -194,7 +189,7 @@ def _words(tokenizer: Any, vocabulary: int) -> list[int]:
     def is_word(index: int) -> bool:
         text = tokenizer.decode([index])
         # Encoding it again keeps pieces from inside words away.
-        return bool(_WORD.fullmatch(text)) and _bare(tokenizer, text) == [index]
+        return bool(_WORD.fullmatch(text)) and bare_ids(tokenizer, text) == [index]
 
     return [index for index in plain if is_word(index)] or plain or [0]
 

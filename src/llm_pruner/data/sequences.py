@@ -50,6 +50,12 @@ def make_sequence(ids: Sequence[int], learned: Sequence[bool], source: int) -> T
 _PROBE = "a b"
 
 
+def bare_ids(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a text without any that the tokenizer would add."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
 def added_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the token ids that the tokenizer adds before and after a text.
 
@@ -60,7 +66,7 @@ def added_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     ``add_bos_token`` are missing or wrong for many tokenizers.
     """
     whole = list(tokenizer(_PROBE)["input_ids"])
-    bare = list(tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
+    bare = list(bare_ids(tokenizer, _PROBE))
     for start in range(len(whole) - len(bare) + 1):
         if whole[start : start + len(bare)] == bare:
             before, after = tuple(whole[:start]), tuple(whole[start + len(bare) :])
@@ -139,22 +145,18 @@ def encode_examples(
     if template == "chat" and not getattr(tokenizer, "chat_template", None):
         raise UserError("the tokenizer has no chat template; use --template alpaca")
     chat = template != "alpaca" and bool(getattr(tokenizer, "chat_template", None))
-
-    def encode(text: str) -> Sequence[int]:
-        ids: Sequence[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
-
     prefix, suffix = added_tokens(tokenizer)
     ending = suffix or ((tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ())
     made: list[TrainingSequence] = []
     for example in examples:
         if not example.turns:
-            made += _windows([*encode(example.text), *ending], prefix, seq_len, source)
+            ids = [*bare_ids(tokenizer, example.text), *ending]
+            made += _windows(ids, prefix, seq_len, source)
             continue
         pieces = _templated(example, tokenizer) if chat else _alpaca(example)
-        parts = [(encode(text), answer or not mask_prompt) for text, answer in pieces]
+        parts = [(bare_ids(tokenizer, text), answer or not mask_prompt) for text, answer in pieces]
         if not chat:
-            parts = [(prefix, False), *parts, (ending, True)]
+            parts = [([*prefix], False), *parts, ([*ending], True)]
         ids = [token for part, _ in parts for token in part]
         learned = [each for part, each in parts for _ in part]
         made.append(make_sequence(ids[:seq_len], learned[:seq_len], source))
