@@ -210,8 +210,7 @@ def parse_positions(
 ) -> tuple[int, ...]:
     """Return the positions of ``format_ranges``: at most ``most``, all below ``end``.
 
-    Raises:
-        ValueError: they are malformed, not ascending, or more; found before a range is unrolled.
+    ValueErrors say what else is there, before a range is unrolled.
     """
     positions: list[int] = []
     for part in filter(None, text.split(",")):

@@ -96,15 +96,10 @@ class Depth(NamedTuple):
 def layer_values(
     trials: Trials, layers: Mapping[str, tuple[int, ...]], target: Sizes
 ) -> Depth | None:
-    """Return the config values that change with removed layers.
+    """Return the values of the dense config that change with removed layers.
 
-    Args:
-        trials: of the dense config.
-        layers: module list -> kept indices.
-        target: sizes of the pruned model; says how its layers number themselves.
-
-    Returns:
-        None if no integer of the config sets the length of one of the lists.
+    None if no integer of the config sets the length of one of the lists. The sizes of the pruned
+    model say how its layers number themselves.
     """
     if not layers:
         return Depth({}, exact=True)

@@ -137,11 +137,7 @@ def _written(model: Any, tokenizer: Any, kept: Path | None, size: dict[str, int]
 def pack(
     documents: Documents, tokenizer: Any, *, samples: int, seq_len: int, seed: int
 ) -> torch.Tensor:
-    """Cut documents into windows, int64 of shape (samples, seq_len); see ``build_calibration``.
-
-    Raises:
-        UserError: there are too few tokens; says how many, and what would fit.
-    """
+    """Cut documents into windows, int64 of shape (samples, seq_len); see ``build_calibration``."""
     prefix, suffix = added_tokens(tokenizer)
     fresh = seq_len - len(prefix)  # tokens of text in a window
     if fresh < 1:
@@ -209,11 +205,7 @@ def check_calibration(asked: CalibrationSettings) -> None:
 def read_calibration(
     loaded: LoadedModel, asked: CalibrationSettings, seed: int, clock: Clock
 ) -> Calibration:
-    """Return the calibration text of a run.
-
-    Raises:
-        UserError: the model has no tokenizer, or what `build_calibration` refuses.
-    """
+    """Return the calibration text of a run; raises UserError as ``build_calibration``."""
     if loaded.tokenizer is None:
         raise UserError(f"{loaded.name} has no tokenizer, so no text can be read; add one")
     text = build_calibration(asked, loaded.tokenizer, loaded.model, seed=seed)

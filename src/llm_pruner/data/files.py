@@ -22,12 +22,7 @@ _ALPACA = ("instruction", "input", "output")
 
 
 def read_rows(path: Path) -> Iterator[Any]:
-    """Return the records of a file as they are; a ``.txt`` file is one record, its text.
-
-    Raises:
-        UserError: the file is missing, empty, a folder or of an unknown type; while iterating: a
-            record cannot be read.
-    """
+    """Return the records of a file as they are; a ``.txt`` file is one record, its text."""
     suffix = path.suffix.lower()
     if path.is_dir():
         raise UserError(f"{path} is a folder; give one text file in it ({_suffixes()})")
@@ -50,9 +45,6 @@ def texts_of_rows(rows: Iterable[Any], name: str, text_field: str | None) -> Ite
     """Yield the text of each row; a row is a string or a mapping from field to value.
 
     The first row decides which field is read, see ``load_documents``.
-
-    Raises:
-        UserError: a row has no such field, or its value is not a string.
     """
     fields: tuple[str, ...] | None = None
     for number, row in enumerate(rows, start=1):
@@ -110,11 +102,7 @@ def _decode(path: Path) -> str:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (line number, value) of each line of a file that is not blank.
-
-    Raises:
-        UserError: the file is no UTF-8 text, or a line is no JSON.
-    """
+    """Yield (line number, value) of each line of a file that is not blank."""
     for number, line in enumerate(_decode(path).split("\n"), start=1):
         if not line.strip():
             continue

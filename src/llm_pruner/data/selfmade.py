@@ -92,9 +92,6 @@ def write_windows(
 
     Texts have ``PIECE`` tokens; in a longer window they are parted as documents are, by the special
     tokens that the tokenizer adds, or by a blank line if it adds none, and the last one is cut.
-
-    Raises:
-        UserError: as ``write_text``.
     """
     _check_length(model, seq_len)
     if seq_len <= PIECE:
@@ -116,11 +113,7 @@ def _check_length(model: Any, seq_len: int) -> None:
 
 
 def _texts_at_a_time(model: Any, opening: torch.Tensor, seq_len: int) -> int:
-    """Return how many texts fit in ``CACHE``, within ``TOKENS`` and ``TEXTS``.
-
-    Args:
-        opening: beginning of a text, (1, tokens), on the model's device.
-    """
+    """Return how many texts that open so, (1, tokens), fit in ``CACHE``, up to ``TEXTS``."""
     fewest = max(1, TOKENS // seq_len)
     if fewest >= TEXTS or cache_argument(model) is None:
         return fewest

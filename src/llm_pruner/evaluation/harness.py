@@ -53,10 +53,7 @@ class PreparedTask:
 class LoadedLM(HFLM):
     """A loaded model for the harness; scores answers with ``likelihood.log_likelihoods``.
 
-    Args:
-        model: a causal language model in eval mode.
-        tokenizer: its tokenizer; is not changed.
-        batch_size: sequences in a forward pass; None for as many as keep a batch small.
+    ``batch_size`` is of sequences in a forward pass; None for as many as keep a batch small.
     """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int | None) -> None:
@@ -184,12 +181,7 @@ def _stable(value: Any) -> str:
 def run(lm: LoadedLM, task: PreparedTask, limit: int | None) -> list[TaskResult]:
     """Return the results of a task; several if its name stands for a group of tasks.
 
-    They are computed as the harness's own command line computes them.
-
-    Args:
-        lm: the model.
-        task: what ``prepare`` returned; cannot be run twice.
-        limit: take only this many documents of each task, as for ``prepare``.
+    They are computed as the harness's own command line computes them. A task cannot be run twice.
     """
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)

@@ -74,7 +74,6 @@ def log_likelihoods(
         max_length: tokens that the model can read at once.
         batch_size: sequences in a forward pass; by default as many as keep a batch small, and half
             as many where memory runs out.
-        description: what the progress bar says.
 
     Raises:
         UserError: a continuation is longer than ``max_length``, or a result is not a number.

@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from llm_pruner.errors import LLMPrunerError, UserError
 
 _TASKS = {
@@ -92,19 +94,10 @@ def definition_text(task: str, records_file: str) -> str:
     Raises:
         LLMPrunerError: the installed harness does not define the task where it used to.
     """
-    import yaml
-
     definition, split = _without_data(task, resolve=False)
     definition["custom_dataset"] = _Function(f"{READER}.load")
     definition["dataset_kwargs"] = {"local_file": records_file, "local_split": split}
-
-    class Dumper(yaml.SafeDumper):
-        pass
-
-    Dumper.add_representer(
-        _Function, lambda dumper, value: dumper.represent_scalar("!function", str(value))
-    )
-    return yaml.dump(definition, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return yaml.safe_dump(definition, sort_keys=False, allow_unicode=True, width=100)
 
 
 def _without_data(task: str, *, resolve: bool) -> tuple[dict[str, Any], str]:
@@ -130,6 +123,11 @@ class _Function(str):
     """A dotted name that YAML marks with ``!function``."""
 
     __slots__ = ()
+
+
+yaml.SafeDumper.add_representer(
+    _Function, lambda dumper, value: dumper.represent_scalar("!function", str(value))
+)
 
 
 def _as_function(value: Any) -> Any:

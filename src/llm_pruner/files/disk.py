@@ -162,14 +162,9 @@ def folder_bytes(path: str | Path) -> int:
 
 def make_parents(parent: Path) -> list[Path]:
     """Make the folder and its parents; return those that were missing, outermost first."""
-    missing: list[Path] = []
-    folder = parent
-    while not folder.exists():
-        missing.insert(0, folder)
-        folder = folder.parent
-    for folder in missing:
-        folder.mkdir(exist_ok=True)
-    return missing
+    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    parent.mkdir(parents=True, exist_ok=True)
+    return missing[::-1]
 
 
 def remove_empty(folders: list[Path]) -> None:
@@ -181,17 +176,16 @@ def remove_empty(folders: list[Path]) -> None:
 
 def flush(path: Path) -> None:
     """Have the system write a file, or the names in a folder, to the disk."""
-    handle = None
     try:
         # Windows flushes what may be written, Linux also what is shared read-only.
         handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-        os.fsync(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
     except OSError:
         if not path.is_dir():  # some systems cannot do it for a folder
             raise
-    finally:
-        if handle is not None:
-            os.close(handle)
 
 
 def flush_tree(folder: Path) -> None:
