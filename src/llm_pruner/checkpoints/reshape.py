@@ -191,17 +191,17 @@ def _is_bounded(value: object) -> bool:
     return type(value) is float and isfinite(value)
 
 
+@dataclass
 class _Positions:
     """Reads positions, so many in all and no more."""
 
-    def __init__(self) -> None:
-        self._left = _MOST_POSITIONS
+    left: int = _MOST_POSITIONS
 
     def read(self, name: str, text: object, end: int = _MOST_POSITIONS) -> tuple[int, ...]:
         if not isinstance(text, str):
             raise ValueError(f"{shown(name)} has the positions {shown(text)}")
-        found = parse_positions(text, min(self._left, end), end)
-        self._left -= len(found)
+        found = parse_positions(text, min(self.left, end), end)
+        self.left -= len(found)
         return found
 
 

@@ -206,16 +206,15 @@ def means(results: Sequence[TaskResult]) -> tuple[Mean | None, Mean | None]:
     BoolQ is often left out, since its majority answer is right in 62% of cases. A mean is None
     unless all its tasks are there.
     """
-    by_name = {result.task: result for result in results}
+    by_name = {result.task: result.metrics for result in results}
+
+    def mean(metrics: dict[str, str]) -> Mean | None:
+        if not metrics.keys() <= by_name.keys():
+            return None
+        chosen = [by_name[task][metric] for task, metric in metrics.items()]
+        errors = [each.stderr for each in chosen if each.stderr is not None]
+        stderr = math.hypot(*errors) / len(chosen) if len(errors) == len(chosen) else None
+        return Mean(sum(each.value for each in chosen) / len(chosen), stderr, metrics)
+
     without = {task: metric for task, metric in PAPER_METRICS.items() if task != "boolq"}
-    return _mean(by_name, PAPER_METRICS), _mean(by_name, without)
-
-
-def _mean(results: Mapping[str, TaskResult], metrics: dict[str, str]) -> Mean | None:
-    if not metrics.keys() <= results.keys():
-        return None
-    chosen = [results[task].metrics[metric] for task, metric in metrics.items()]
-    errors = [each.stderr for each in chosen if each.stderr is not None]
-    whole = len(errors) == len(chosen)
-    stderr = math.sqrt(sum(error**2 for error in errors)) / len(chosen) if whole else None
-    return Mean(sum(each.value for each in chosen) / len(chosen), stderr, dict(metrics))
+    return mean(PAPER_METRICS), mean(without)

@@ -136,7 +136,7 @@ def check_file(
     if ((there or in_out) and model and not lone_plan) or (beside_model and record):
         raise UserError(f"{what} would replace a file of a model; name another file")
     if there and not _holds(place, kind):
-        noun = {"results": "results", "page": "a page", "plan": "a plan"}[kind]
+        noun = kind if kind == "results" else f"a {kind}"
         raise UserError(
             f"{what} exists and does not hold {noun}, so it is not replaced; name another file"
         )
@@ -212,16 +212,12 @@ def _check_replaceable(out: Path, place: Path, reads: Iterable[Source]) -> None:
     if place == Path.home():
         raise UserError(f"{out} is your home folder, which is not replaced; name another folder")
     for source, read in _places(reads):
-        if not read.exists():
-            continue
-        what = None
-        if read == place:
-            what = "is"
-        elif place in read.parents:
+        what = "is" if read == place else None
+        if place in read.parents:
             what = f"holds {source}, which is"
         elif read in place.parents:
             what = f"lies in {source}, which is"
-        if what is not None:
+        if what is not None and read.exists():
             raise UserError(
                 f"{out} {what} read by this command, so it is not replaced; give another --out"
             )

@@ -78,19 +78,14 @@ def quiet(
             none.
         stdout, stderr: hold back what is printed there.
     """
-    found = [logging.getLogger(name) for name in loggers]
-    levels = [logger.level for logger in found]
-    for logger in found:
-        logger.setLevel(level)
-    try:
-        with warnings.catch_warnings(), ExitStack() as stack:
-            if warned is not None:
-                warnings.filterwarnings("ignore", message=warned)
-            if stdout:
-                stack.enter_context(redirect_stdout(io.StringIO()))
-            if stderr:
-                stack.enter_context(redirect_stderr(io.StringIO()))
-            yield
-    finally:
-        for logger, before in zip(found, levels, strict=True):
-            logger.setLevel(before)
+    with warnings.catch_warnings(), ExitStack() as stack:
+        for logger in map(logging.getLogger, loggers):
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(level)
+        if warned is not None:
+            warnings.filterwarnings("ignore", message=warned)
+        if stdout:
+            stack.enter_context(redirect_stdout(io.StringIO()))
+        if stderr:
+            stack.enter_context(redirect_stderr(io.StringIO()))
+        yield
