@@ -155,20 +155,13 @@ def _named(name: str) -> dict[str, Any]:
 
 def _identity(tasks: dict[str, Any], limit: int | None) -> str:
     """Hash all that decides a result but the model and the harness's version."""
-    digest = hashlib.sha256()
+    data = {"metadata", "custom_dataset", "dataset_kwargs"}
+    parts: list[Any] = [limit, tasks.get("group_map")]
     for name, task in sorted(tasks["tasks"].items()):
-        definition = dict(task.dump_config())
-        for key in ("metadata", "custom_dataset", "dataset_kwargs"):
-            definition.pop(key, None)
-        digest.update(_json([name, str(task.VERSION), limit, definition]))
-        for document in islice(task.eval_docs, limit):
-            digest.update(_json(document))
-    digest.update(_json(tasks.get("group_map")))
-    return digest.hexdigest()
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, default=_stable).encode()
+        definition = {key: said for key, said in task.dump_config().items() if key not in data}
+        parts.append([name, str(task.VERSION), definition, list(islice(task.eval_docs, limit))])
+    text = json.dumps(parts, sort_keys=True, default=_stable)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _stable(value: Any) -> str:

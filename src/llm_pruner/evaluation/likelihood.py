@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from llm_pruner.errors import UserError
 from llm_pruner.models.forward import cache_argument, embedding_rows, parameters_of
@@ -295,9 +296,8 @@ class _Scorer:
 
     def _tensor(self, rows: list[tuple[int, ...]]) -> torch.Tensor:
         """Return int64 (rows, longest); what is shorter ends in zeros, which nothing looks at."""
-        longest = max(map(len, rows))
-        padded = [[*row, *[0] * (longest - len(row))] for row in rows]
-        return torch.tensor(padded, dtype=torch.int64, device=self.device)
+        tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+        return pad_sequence(tensors, batch_first=True).to(self.device)
 
 
 def _score(logits: torch.Tensor, targets: tuple[int, ...]) -> Score:
