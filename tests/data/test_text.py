@@ -50,7 +50,7 @@ def test_fields_of_records(tmp_path: Path, suffix: str) -> None:
     assert texts([{"title": "t", "text": "a"}, {"title": "u", "text": "b"}]) == ("a", "b")
     assert texts([{"id": 1, "body": "a", "more": "b"}]) == ("a",)
     assert texts([{"text": "a", "more": "b"}], text_field="more") == ("b",)
-    assert texts([{"text": str(n)} for n in range(5)], limit=2) == ("0", "1")
+    assert texts([{"text": str(n)} for n in range(5)], limit=2) == ("0", "1", "2", "3", "4")
     alpaca = [
         {"instruction": "do", "input": "this", "output": "done"},
         {"instruction": "say", "input": "", "output": "said"},

@@ -9,7 +9,7 @@ from typing import Any
 from llm_pruner.commands.evaluate import check_tasks, read_texts
 from llm_pruner.commands.prune_start import criterion_of, selection_of
 from llm_pruner.data.examples import load_examples
-from llm_pruner.data.files import BEGINNING, unless_local
+from llm_pruner.data.files import BEGINNING
 from llm_pruner.data.text import SELF, load_documents, sources_of
 from llm_pruner.evaluation import result_cache
 from llm_pruner.files.outputs import check_output
@@ -46,10 +46,10 @@ def check_settings(settings: CompressSettings) -> None:
         settings.trains().check()
         for source in settings.data:
             if source != SELF:
-                load_examples(source, limit=unless_local(source, BEGINNING))
+                load_examples(source, limit=BEGINNING)
     for source in sources_of(pruning.calibration):
         if source != SELF:
-            load_documents(source, limit=unless_local(source, BEGINNING))
+            load_documents(source, limit=BEGINNING)
     read_texts(settings.perplexity, PerplexitySettings())
     if settings.tasks is not None:
         check_tasks(settings)

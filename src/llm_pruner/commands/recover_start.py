@@ -22,7 +22,6 @@ from llm_pruner.commands.workdir import (
     remove_run,
 )
 from llm_pruner.data.examples import Examples, load_examples
-from llm_pruner.data.files import unless_local
 from llm_pruner.data.text import SELF
 from llm_pruner.data.training import Samples, fingerprint_samples, self_made_samples, split_samples
 from llm_pruner.errors import UserError
@@ -109,7 +108,7 @@ def read_examples(data: DataSettings) -> dict[str, Examples]:
             source,
             split=data.split,
             text_field=data.text_field,
-            limit=unless_local(source, data.samples),
+            limit=data.samples,
         )
         for source in data.data
         if source != SELF

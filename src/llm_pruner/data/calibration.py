@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llm_pruner.data.files import BEGINNING, unless_local
+from llm_pruner.data.files import BEGINNING
 from llm_pruner.data.selfmade import write_text_cached, write_windows
 from llm_pruner.data.sequences import added_tokens, bare_ids
 from llm_pruner.data.text import SELF, Documents, load_documents, running_text, sources_of
@@ -86,7 +86,7 @@ def build_calibration(
                 names.append("text sampled from the model")
                 continue
             # Enough documents even where each is one short sentence.
-            documents = _documents(one, asked, max(1000, share * asked.seq_len // 4))
+            documents = _documents(one, asked, max(BEGINNING, share * asked.seq_len // 4))
             parts.append(pack(documents, tokenizer, **size))
             names.append(documents.name)
             if documents.split:
@@ -119,9 +119,7 @@ def _check_size(asked: CalibrationSettings) -> None:
         raise UserError(f"seq_len={asked.seq_len} predicts no token; use at least 2")
 
 
-def _documents(source: str, asked: CalibrationSettings, rows: int) -> Documents:
-    """Return a text; of a dataset its first rows."""
-    limit = unless_local(source, rows)
+def _documents(source: str, asked: CalibrationSettings, limit: int) -> Documents:
     return load_documents(source, split=asked.text_split, text_field=asked.text_field, limit=limit)
 
 

@@ -70,7 +70,7 @@ def load_examples(
     Args:
         source: a ``.txt``, ``.jsonl``, ``.json`` or ``.parquet`` file, or a hub dataset.
         split: of a hub dataset, by default ``train``.
-        limit: read at most this many records.
+        limit: read at most this many records of a hub dataset.
 
     Raises:
         UserError: the source cannot be read, a record is not what the first one is, or all are

@@ -18,6 +18,7 @@ from llm_pruner.runtime.progress import quiet
 from llm_pruner.settings.words import LOCAL_TASKS
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+_KNOWN = ".txt, .jsonl, .json or .parquet"
 _ALPACA = ("instruction", "input", "output")
 
 
@@ -25,11 +26,11 @@ def read_rows(path: Path) -> Iterator[Any]:
     """Return the records of a file as they are; a ``.txt`` file is one record, its text."""
     suffix = path.suffix.lower()
     if path.is_dir():
-        raise UserError(f"{path} is a folder; give one text file in it ({_suffixes()})")
+        raise UserError(f"{path} is a folder; give one text file in it ({_KNOWN})")
     if not path.exists():
         raise UserError(f"{path} does not exist; check the path of the text file")
     if suffix not in SUFFIXES:
-        raise UserError(f"{path} has the unknown type {suffix!r}; use {_suffixes()}")
+        raise UserError(f"{path} has the unknown type {suffix!r}; use {_KNOWN}")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty; give a file with text in it")
     if suffix == ".txt":
@@ -150,10 +151,6 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _suffixes() -> str:
-    return ", ".join(SUFFIXES[:-1]) + f" or {SUFFIXES[-1]}"
-
-
 @dataclass(frozen=True)
 class _Alias:
     """Where a dataset of the literature is found today, without a loading script."""
@@ -199,21 +196,14 @@ BEGINNING = 1000
 """Rows that say whether a dataset can be read."""
 
 
-def unless_local(source: str, rows: int | None) -> int | None:
-    """Return how many rows are read: of a dataset so many, of a local file all.
-
-    So a broken line far down in a file shows before any work.
-    """
-    return None if Path(source).expanduser().exists() else rows
-
-
 def read_source(
     source: str, *, split: str | None = None, limit: int | None = None
 ) -> tuple[str, str | None, Iterable[Any]]:
-    """Return (name, split, at most ``limit`` rows) of a file, see ``read_rows``, or a hub dataset.
+    """Return (name, split, rows) of a local file, see ``read_rows``, or of a hub dataset.
 
-    With a limit a dataset is streamed, so that only its beginning is downloaded. The split of a
-    dataset is by default ``train``, that of a file None.
+    With a limit a dataset is streamed, so that only its beginning is downloaded; a local file is
+    read whole, so that a broken line far down shows before any work. The split of a dataset is by
+    default ``train``, that of a file None.
 
     Raises:
         UserError: as ``read_rows``; the name of a dataset is malformed, or it cannot be loaded (no
@@ -221,11 +211,11 @@ def read_source(
     """
     if is_file_name(source):
         file = Path(source).expanduser()
-        return file.name, None, islice(read_rows(file), limit)
+        return file.name, None, read_rows(file)
     if not _NAME.fullmatch(source):
         raise UserError(
-            f"{source!r} is neither a local file nor a dataset name; use the path of a .txt, "
-            f".jsonl, .json or .parquet file, a hub name, or one of {', '.join(_ALIASES)}"
+            f"{source!r} is neither a local file nor a dataset name; use the path of a {_KNOWN} "
+            f"file, a hub name, or one of {', '.join(_ALIASES)}"
         )
     if limit is None and is_endless(source):
         raise UserError(f"dataset {source!r} is too large to read whole; set a limit")
@@ -247,8 +237,8 @@ def read_source(
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise UserError(
             f"dataset {source!r}: tried hub dataset {name}, split {split}, and failed "
-            f"({type(error).__name__}: {reason}); check the name and the network, "
-            "or give a local .txt, .jsonl, .json or .parquet file"
+            f"({type(error).__name__}: {reason}); check the name and the network, or give a local "
+            f"{_KNOWN} file"
         ) from error
 
 

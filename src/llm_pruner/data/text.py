@@ -85,7 +85,7 @@ def load_documents(
         text_field: the field that holds the text. By default ``text``; else the Alpaca fields
             ``instruction``, ``input`` and ``output`` joined by blank lines; else the first field
             whose value is a string.
-        limit: read at most this many documents.
+        limit: read at most this many documents of a hub dataset.
 
     Raises:
         UserError: the file is missing, empty, of an unknown type, broken or without text; or the
@@ -123,7 +123,8 @@ def record_format(records: Sequence[str]) -> Literal["wikitext", "ptb"] | None:
         return None
     if all(row.startswith(" ") for row in rows) and any(map(_HEADING.fullmatch, rows)):
         return "wikitext"
-    if any("<unk>" in row for row in rows) and all(_is_ptb(row) for row in rows):
+    words = [word for row in rows for word in row.split() if word != "N"]
+    if any("<unk>" in row for row in rows) and all(word == word.lower() for word in words):
         return "ptb"
     return None
 
@@ -140,10 +141,6 @@ def running_text(documents: Documents, protocol: Protocol) -> str | None:
     if form == "ptb":
         return ("\n\n" if protocol == "paper" else " ").join(row.strip() for row in rows)
     return documents.raw if documents.plain else None
-
-
-def _is_ptb(row: str) -> bool:
-    return all(word == word.lower() or word == "N" for word in row.split())
 
 
 DEMO = "demo"
