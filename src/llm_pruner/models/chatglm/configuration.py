@@ -80,12 +80,6 @@ class ChatGLMConfig(PreTrainedConfig):
         # The code that a published checkpoint points to is replaced by this package.
         kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
-        self._check_variant()
-        self._set_head_dim()
-        if not self.residual_scale:
-            self.residual_scale = math.sqrt(2 * self.num_layers)
-
-    def _check_variant(self) -> None:
         if self.quantization_bit:
             raise UserError(
                 f"quantization_bit={self.quantization_bit}: the weights are packed integers, which "
@@ -96,8 +90,6 @@ class ChatGLMConfig(PreTrainedConfig):
                 f"pre_seq_len={self.pre_seq_len}: the checkpoint has a tuned prefix, which cannot "
                 "be read here; name the checkpoint without it"
             )
-
-    def _set_head_dim(self) -> None:
         if not self.head_dim:
             if self.hidden_size % self.num_attention_heads:
                 raise UserError(
@@ -111,3 +103,5 @@ class ChatGLMConfig(PreTrainedConfig):
                 f"head_dim={self.head_dim} is no multiple of {pairs}, so its channels cannot be "
                 "rotated in pairs; change it, hidden_size or num_attention_heads"
             )
+        if not self.residual_scale:
+            self.residual_scale = math.sqrt(2 * self.num_layers)
