@@ -66,14 +66,6 @@ class LoadedLM(HFLM):
         self.title = ""
         self.truncated = 0
 
-    def loglikelihood(
-        self,
-        requests: list[Any],
-        disable_tqdm: bool = True,  # noqa: ARG002
-    ) -> list[tuple[float, bool]]:
-        """Score answers under this package's own progress bar."""
-        return super().loglikelihood(requests, disable_tqdm=True)
-
     def _loglikelihood_tokens(
         self,
         requests: Sequence[tuple[Any, list[int], list[int]]],
