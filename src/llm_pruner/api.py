@@ -15,7 +15,7 @@ from torch import nn
 from llm_pruner.checkpoints import save_checkpoint
 from llm_pruner.commands.prune import PruneRun, Refitter, keep_type_
 from llm_pruner.data.calibration import Calibration, read_calibration
-from llm_pruner.data.text import load_evaluation_text
+from llm_pruner.data.text import Protocol, load_evaluation_text
 from llm_pruner.discovery.groups import discover as discover_groups
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.perplexity import PerplexityResult
@@ -29,6 +29,7 @@ from llm_pruner.planning import Plan
 from llm_pruner.runtime.precision import fast_matmul
 from llm_pruner.runtime.progress import Clock
 from llm_pruner.settings.common import CalibrationSettings
+from llm_pruner.settings.evaluate import PerplexitySettings
 from llm_pruner.settings.prune import PlanSettings, PruneSettings
 from llm_pruner.settings.recover import RecoverSettings, TrainingSettings
 from llm_pruner.surgery.pruner import Surgeon
@@ -372,7 +373,7 @@ def perplexity(
     model: Model,
     source: str,
     *,
-    protocol: str = "standard",
+    protocol: Protocol = "standard",
     seq_len: int | None = None,
     max_tokens: int | None = None,
 ) -> PerplexityResult:
@@ -381,12 +382,6 @@ def perplexity(
     Raises:
         UserError: the corpus cannot be read.
     """
-    how: Any = protocol
-    return measure_perplexity(
-        model.network,
-        model.tokenizer,
-        load_evaluation_text(source, protocol=how),
-        protocol=how,
-        seq_len=seq_len,
-        max_tokens=max_tokens,
-    )
+    asked = PerplexitySettings(protocol=protocol, seq_len=seq_len, max_tokens=max_tokens)
+    text = load_evaluation_text(source, asked)
+    return measure_perplexity(model.network, model.tokenizer, text, asked)

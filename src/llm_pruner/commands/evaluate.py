@@ -231,33 +231,14 @@ def read_texts(sources: Sequence[str], settings: PerplexitySettings) -> list[Eva
     Raises:
         UserError: a corpus cannot be read.
     """
-    return [
-        load_evaluation_text(
-            source,
-            protocol=settings.protocol,
-            split=settings.split,
-            text_field=settings.text_field,
-        )
-        for source in sources
-    ]
+    return [load_evaluation_text(source, settings) for source in sources]
 
 
 def measure_perplexities(
     loaded: LoadedModel, texts: Sequence[EvaluationText], settings: PerplexitySettings
 ) -> list[PerplexityResult]:
     """Return the perplexity on each text."""
-    return [
-        perplexity(
-            loaded.model,
-            loaded.tokenizer,
-            text,
-            protocol=settings.protocol,
-            seq_len=settings.seq_len,
-            max_tokens=settings.max_tokens,
-            batch_size=settings.sequences,
-        )
-        for text in texts
-    ]
+    return [perplexity(loaded.model, loaded.tokenizer, text, settings) for text in texts]
 
 
 # ---------------------------------------------------------------------------------- zero-shot tasks

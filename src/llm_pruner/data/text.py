@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 from llm_pruner.data.files import read_source, texts_of_rows
 from llm_pruner.errors import UserError
+from llm_pruner.settings.evaluate import PerplexitySettings
 
 DEMO_PROMPTS = (
     "The old bridge over the river was built",
@@ -146,7 +147,7 @@ def running_text(documents: Documents, protocol: Protocol) -> str | None:
 DEMO = "demo"
 """The source name of the text that this package ships."""
 
-_SPLITS = {"wikitext2": "test", "c4": "validation", "bookcorpus": "train"}
+_SPLITS = {"c4": "validation", "bookcorpus": "train"}
 _C4_DOCUMENTS = 1100  # what GPTQ and SparseGPT join for their C4 figures
 
 
@@ -158,13 +159,7 @@ class EvaluationText(NamedTuple):
     text: str
 
 
-def load_evaluation_text(
-    source: str,
-    *,
-    protocol: Protocol = "standard",
-    split: str | None = None,
-    text_field: str | None = None,
-) -> EvaluationText:
+def load_evaluation_text(source: str, asked: PerplexitySettings) -> EvaluationText:
     """Return an evaluation corpus.
 
     How records become one text, after LLM-Pruner (``paper``) and GPTQ (``standard``):
@@ -182,7 +177,8 @@ def load_evaluation_text(
 
     Args:
         source: ``demo`` for the text that this package ships; else as for ``load_documents``.
-        split: split of a hub dataset; by default the one that the protocol reads, else ``test``.
+        asked: names the protocol, and what ``load_documents`` is told; the split is by default the
+            one that the protocol reads, else ``test``.
 
     Raises:
         UserError: as ``load_documents``.
@@ -190,9 +186,9 @@ def load_evaluation_text(
     if source == DEMO:
         return EvaluationText("demo text", None, demo_text())
     alias = source.partition(":")[0]
-    usual = ("validation" if protocol == "paper" else "test") if alias == "ptb" else None
-    chosen = split or usual or _SPLITS.get(alias, "test")
+    usual = "validation" if alias == "ptb" and asked.protocol == "paper" else "test"
+    split = asked.split or _SPLITS.get(alias, usual)
     limit = {"c4": _C4_DOCUMENTS, "bookcorpus": 10_000}.get(alias)
-    documents = load_documents(source, split=chosen, text_field=text_field, limit=limit)
-    text = running_text(documents, protocol)
+    documents = load_documents(source, split=split, text_field=asked.text_field, limit=limit)
+    text = running_text(documents, asked.protocol)
     return EvaluationText(documents.name, documents.split, documents.raw if text is None else text)
