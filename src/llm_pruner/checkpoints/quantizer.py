@@ -76,7 +76,7 @@ class PrunedQuantizer(HfQuantizer):
         the model is built with all of them and loses the removed ones afterwards.
         """
         recipe = self.quantization_config.recipe
-        require_config_fits(config, recipe)
+        require_none(config, config_misfits(config, recipe))
         # What only the outermost module reads differently is set on its own copy at the end.
         own = {path.partition(".")[2] for path in recipe.attributes.get("", ())}
         self._kept_config = {
@@ -124,12 +124,12 @@ def cut_skeleton_(model: PreTrainedModel, recipe: Recipe, kept_config: Mapping[s
     Raises:
         UserError: the recipe does not fit the model.
     """
-    _require_none(model, _layer_misfits(model, recipe))
+    require_none(model, _layer_misfits(model, recipe))
     for path, kept in recipe.layers.items():
         keep_children(model, path, kept)
     # Names are those of a model without the removed layers, which nobody has seen yet.
-    find = (_shape_misfits, _buffer_misfits, _attribute_misfits)
-    _require_none(model, chain.from_iterable(misfits(model, recipe) for misfits in find))
+    find = (_shape_misfits, _buffer_misfits, attribute_misfits)
+    require_none(model, chain.from_iterable(misfits(model, recipe) for misfits in find))
     _set_config_(model, kept_config)
     _reshape_parameters_(model, recipe)
     _cut_buffers_(model, recipe, saved=True)
@@ -191,21 +191,8 @@ def _cut_buffers_(model: PreTrainedModel, recipe: Recipe, *, saved: bool) -> Non
 # ----------------------------------------------------------------------- whether a recipe fits
 
 
-def require_config_fits(config: PreTrainedConfig, recipe: Recipe) -> None:
-    """Raise UserError unless every dense value replaces one of its kind in the config.
-
-    That is a whole number, which may not be larger without bounds, since the dense model is built
-    with it, or a list.
-    """
-    _require_none(config, _config_misfits(config, recipe))
-
-
-def require_attributes_fit(model: nn.Module, recipe: Recipe) -> None:
-    """Raise UserError unless every attribute is a number that replaces one."""
-    _require_none(model, _attribute_misfits(model, recipe))
-
-
-def _require_none(owner: nn.Module | PreTrainedConfig, misfits: Iterator[str]) -> None:
+def require_none(owner: nn.Module | PreTrainedConfig, misfits: Iterator[str]) -> None:
+    """Raise UserError for the first thing that a recipe asks of a model or config and cannot be."""
     for what in misfits:
         raise UserError(
             f"the pruning recipe in config.json {what}, so it does not fit {type(owner).__name__} "
@@ -213,7 +200,12 @@ def _require_none(owner: nn.Module | PreTrainedConfig, misfits: Iterator[str]) -
         )
 
 
-def _config_misfits(config: PreTrainedConfig, recipe: Recipe) -> Iterator[str]:
+def config_misfits(config: PreTrainedConfig, recipe: Recipe) -> Iterator[str]:
+    """Yield dense values that replace none of their kind in the config.
+
+    That is a whole number, which may not be larger without bounds, since the dense model is built
+    with it, or a list.
+    """
     for path, value in recipe.dense_config.items():
         *inner, name = path.split(".")
         level: Any = config
@@ -280,7 +272,8 @@ def _buffer_misfits(model: nn.Module, recipe: Recipe) -> Iterator[str]:
                 yield f"keeps positions of {name} that its shape {tuple(tensor.shape)} lacks"
 
 
-def _attribute_misfits(model: nn.Module, recipe: Recipe) -> Iterator[str]:
+def attribute_misfits(model: nn.Module, recipe: Recipe) -> Iterator[str]:
+    """Yield attributes that are no number which replaces one."""
     for name, values in recipe.attributes.items():
         module = _submodule(model, name)
         if module is None:

@@ -23,10 +23,11 @@ from llm_pruner.checkpoints.meta import (
 from llm_pruner.checkpoints.quantizer import (
     QUANT_METHOD,
     PrunedConfig,
+    attribute_misfits,
+    config_misfits,
     cut_skeleton_,
     finish_,
-    require_attributes_fit,
-    require_config_fits,
+    require_none,
 )
 from llm_pruner.checkpoints.reshape import Recipe, compose, from_json, to_json
 from llm_pruner.checkpoints.stock_config import layer_values, stock_config
@@ -148,7 +149,7 @@ def _pruned_config(
     before = {path: get_path(dense_config, path) for path in [*changed, *rooted]}
     recipe = _checked(model, dense_config, replace(recipe, dense_config=before), changed)
     config = with_values(dense_config, changed)
-    require_config_fits(config, recipe)
+    require_none(config, config_misfits(config, recipe))
     if changed:
         _require_valid(config)
     config.quantization_config = PrunedConfig(**to_json(recipe))
@@ -216,7 +217,7 @@ def _checked(
             f"{len(wrong)} sizes differ: {'; '.join(sorted(wrong)[:3])}"
         )
     recipe = replace(recipe, attributes=attributes)
-    require_attributes_fit(rebuilt, recipe)
+    require_none(rebuilt, attribute_misfits(rebuilt, recipe))
     return recipe
 
 

@@ -66,15 +66,16 @@ def stock_config(
     depth = layer_values(trials, edits.layers, target)
     if depth is None or not depth.exact:
         return None
-    solver = _Solver(trials, depth.values)
+    trials = Trials(type(pruned_model), with_values(dense_config, depth.values))
+    solver = _Solver(trials)
     values = solver.solve(target)
     if values is None:
         return None
-    found = _accepted(solver.config(values), pruned_model, target, edits)
+    found = _accepted(with_values(trials.config, values), pruned_model, target, edits)
     # Keys that the dense config leaves open stay open where the result is the same.
     for path in solver.opened:
         fewer = {other: value for other, value in values.items() if other != path}
-        if config := _accepted(solver.config(fewer), pruned_model, target, edits):
+        if config := _accepted(with_values(trials.config, fewer), pruned_model, target, edits):
             values, found = fewer, config
     return found
 
@@ -200,17 +201,9 @@ def _renumbered(
 class _Solver:
     """Finds the value that every integer key needs for given sizes."""
 
-    def __init__(self, trials: Trials, start: Mapping[str, Any]) -> None:
-        self._built, self._dense, self._start = trials, trials.config, dict(start)
+    def __init__(self, trials: Trials) -> None:
+        self._config, self._sizes = trials.config, trials.sizes
         self.opened: list[str] = []  # keys that the dense config leaves unset, and that got a value
-
-    def config(self, values: Mapping[str, int]) -> PreTrainedConfig:
-        """Return the dense config with layer values and ``values`` set; nothing is validated."""
-        return with_values(self._dense, self._start | dict(values))
-
-    def sizes(self, values: Mapping[str, int]) -> Sizes | None:
-        """Return the sizes that ``values`` give, or None if no model can be built with them."""
-        return self._built.sizes(self._start | dict(values))
 
     def solve(self, target: Sizes) -> dict[str, int] | None:
         """Return key -> value for all keys that govern a size that must change, or None.
@@ -220,10 +213,12 @@ class _Solver:
         key, one stays as it is.
         """
         values = self._settle_open()
-        base = self.sizes(values)
+        base = self._sizes(values)
         if base is None:
             return None
-        keys = [path for path, value in entries(self.config(values)) if _is_size(value)]
+        keys = [
+            path for path, value in entries(with_values(self._config, values)) if _is_size(value)
+        ]
         trials = {path: next(self._trials(path, values), None) for path in keys}
         effects = {path: _moved(base, trial[2]) for path, trial in trials.items() if trial}
         changed = _moved(base, target)
@@ -249,24 +244,24 @@ class _Solver:
         pruned model may have to set by itself.
         """
         values: dict[str, int] = {}
-        base = self.sizes({})
+        base = self._sizes({})
         if base is None:
             return values
-        candidates = [path for path, value in entries(self._dense) if value is None]
+        candidates = [path for path, value in entries(self._config) if value is None]
         candidates += [
             prefix + name
-            for prefix, config in levels(self._dense)
+            for prefix, config in levels(self._config)
             for name in _CONVENTIONAL_KEYS
             if not hasattr(config, name)
         ]
         for path in candidates:
             if path.endswith("_id"):
                 continue
-            first, second = (self.sizes({path: trial}) for trial in _OPTIONAL_TRIALS)
+            first, second = (self._sizes({path: trial}) for trial in _OPTIONAL_TRIALS)
             if first is None or second is None:
                 continue
             votes = _votes(_moved(first, second), first, second, base, _OPTIONAL_TRIALS)
-            value = next((value for value in votes if self.sizes({path: value}) == base), None)
+            value = next((value for value in votes if self._sizes({path: value}) == base), None)
             if value is not None:
                 values[path] = value
                 self.opened.append(path)
@@ -274,10 +269,10 @@ class _Solver:
 
     def _trials(self, path: str, values: dict[str, int]) -> Iterator[tuple[int, int, Sizes]]:
         """Yield (value, another that can be built, the sizes that it gives) of one key."""
-        current = values.get(path) or get_path(self._dense, path)
+        current = values.get(path) or get_path(self._config, path)
         # Doubling keeps divisibility, the others avoid other limits.
         for trial in (2 * current, current + 1, current // 2):
-            found = self.sizes(values | {path: trial}) if trial >= 1 else None
+            found = self._sizes(values | {path: trial}) if trial >= 1 else None
             if found is not None:
                 yield current, trial, found
 
@@ -285,12 +280,12 @@ class _Solver:
         self, path: str, values: dict[str, int], deciding: set[Any], target: Sizes
     ) -> int | None:
         """Return the value of one key that brings the deciding sizes to the target."""
-        base = self.sizes(values)
+        base = self._sizes(values)
         if base is None:
             return None
 
         def hits(value: int) -> int:
-            found = self.sizes(values | {path: value}) or {}
+            found = self._sizes(values | {path: value}) or {}
             return sum(found.get(key) == target.get(key) for key in deciding)
 
         for current, trial, other in self._trials(path, values):

@@ -24,8 +24,6 @@ def sample_continuation(
     Raises:
         UserError: the prompt encodes to nothing, or the logits are not finite.
     """
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens} writes nothing; use at least 1")
     asked = chat_ids(tokenizer, prompt) if chat else None
     given: list[int] = tokenizer(prompt, verbose=False)["input_ids"] if asked is None else asked
     if not given:
