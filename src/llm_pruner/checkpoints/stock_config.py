@@ -19,7 +19,6 @@ from math import inf
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llm_pruner.checkpoints.meta import (
@@ -216,9 +215,8 @@ class _Solver:
         base = self._sizes(values)
         if base is None:
             return None
-        keys = [
-            path for path, value in entries(with_values(self._config, values)) if _is_size(value)
-        ]
+        found = entries(with_values(self._config, values))
+        keys = [path for path, value in found if is_integer(value) and value >= 2]
         trials = {path: next(self._trials(path, values), None) for path in keys}
         effects = {path: _moved(base, trial[2]) for path, trial in trials.items() if trial}
         changed = _moved(base, target)
@@ -338,8 +336,12 @@ def _accepted(
         model = build_meta(type(pruned), config)
         built = sizes(model)
         differing = {key for key in built | target if built.get(key) != target.get(key)}
-        if any(key[0] != "attribute" for key in differing) or not _agree(model, edits):
+        if any(key[0] != "attribute" for key in differing):
             return None
+        for name, values in edits.attributes.items():
+            module = model.get_submodule(name)
+            if any(get_path(module, path) != value for path, value in values.items()):
+                return None
         computed = computed_buffers(model)
         # A cast model has cast its buffers too, so the comparison is in the model's precision.
         present = dict(pruned.named_buffers())
@@ -370,17 +372,3 @@ def _same_function(model: PreTrainedModel, pruned: PreTrainedModel) -> bool:
     with evaluating(pruned), evaluating(model), torch.no_grad(), quiet_trial():
         ours, theirs = (m(input_ids=tokens, use_cache=False).logits for m in (pruned, model))
     return torch.equal(ours, theirs)
-
-
-def _agree(model: nn.Module, edits: Edits) -> bool:
-    """Say whether every edited attribute, dotted ones too, already has its value."""
-    for name, values in edits.attributes.items():
-        module = model.get_submodule(name)
-        if any(get_path(module, path) != value for path, value in values.items()):
-            return False
-    return True
-
-
-def _is_size(value: Any) -> bool:
-    """Say whether a config value can be a size that shrinks: an integer of at least 2."""
-    return is_integer(value) and value >= 2

@@ -63,7 +63,11 @@ def write_text(
     if starts.shape[1] > seq_len:
         raise UserError(f"seq_len={seq_len} holds the tokenizer's BOS alone; use a longer one")
     uniform = torch.rand(samples, seq_len, generator=generator, dtype=torch.float64)
-    barred = _barred(tokenizer, embedding_rows(model))
+    vocabulary = embedding_rows(model)
+    # Never drawn: special tokens, and rows that stand for no token.
+    special = {index for index in _special_ids(tokenizer) if index < vocabulary}
+    barred = sorted(special.union(range(len(tokenizer), vocabulary)))
+    never = torch.tensor(barred if len(barred) < vocabulary else [], dtype=torch.int64)
     ids = torch.empty(samples, seq_len, dtype=torch.int64)
     ids[:, : starts.shape[1]] = starts
     positions = range(starts.shape[1], seq_len)
@@ -81,7 +85,7 @@ def write_text(
             logits = decoder.step(fresh.to(device))
             if position == positions.start:
                 make_room_(decoder.cache, len(lead) + seq_len)
-            ids[rows, position] = _draw(logits.float().cpu(), uniform[rows, position], barred)
+            ids[rows, position] = _draw(logits.float().cpu(), uniform[rows, position], never)
     return ids
 
 
@@ -185,13 +189,6 @@ def _words(tokenizer: Any, vocabulary: int) -> list[int]:
         return bool(_WORD.fullmatch(text)) and bare_ids(tokenizer, text) == [index]
 
     return [index for index in plain if is_word(index)] or plain or [0]
-
-
-def _barred(tokenizer: Any, vocabulary: int) -> torch.Tensor:
-    """Return ids that are never drawn: special tokens, and rows that stand for no token."""
-    special = {index for index in _special_ids(tokenizer) if index < vocabulary}
-    ids = sorted(special.union(range(len(tokenizer), vocabulary)))
-    return torch.tensor(ids if len(ids) < vocabulary else [], dtype=torch.int64)
 
 
 def _special_ids(tokenizer: Any) -> set[int]:

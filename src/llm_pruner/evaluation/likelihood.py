@@ -84,16 +84,15 @@ def log_likelihoods(
     for row in _rows(pairs, max_length):
         by_context[row.tokens[: row.first + 1]].append(row)
     families = sorted(by_context.values(), key=lambda family: (-family[0].first, family[0].tokens))
-    worth = [_worth_sharing(family) for family in families]
-    if any(worth) and not scorer._can_continue(families[worth.index(True)]):
-        worth = [False] * len(families)
-    shared = [family for family, yes in zip(families, worth, strict=True) if yes]
-    single = [row for family, yes in zip(families, worth, strict=True) if not yes for row in family]
+    shared = [family for family in families if _worth_sharing(family)]
+    alone = [family for family in families if not _worth_sharing(family)]
+    if shared and not scorer._can_continue(shared[0]):
+        shared, alone = [], families
 
     def run() -> Iterator[tuple[int, Score]]:
         for batch in scorer.similar_contexts(shared):
             yield from _in_halves(scorer._continued, batch, scorer.whole).items()
-        for rows in scorer.padded(single):
+        for rows in scorer.padded([row for family in alone for row in family]):
             yield from scorer.whole(rows).items()
 
     scores = dict(track(run(), description, len(pairs)))

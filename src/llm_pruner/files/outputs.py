@@ -169,12 +169,6 @@ def rewrite(folder: Path, texts: Mapping[str, str]) -> None:
         _write_manifest(folder, written | {name: [value] for name, value in new.items()})
 
 
-def write_manifest(folder: Path) -> None:
-    """List the files of a complete folder in its ``MANIFEST``."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    _write_manifest(folder, {name: [_digest(folder / name)] for name in sorted(_names(folder))})
-
-
 def not_ours(folder: Path) -> str | None:
     """Return what a folder holds that this package did not write, in words; None if nothing."""
     written = _manifest(folder)
@@ -406,4 +400,5 @@ def atomic_directory(out: Path, overwrite: bool) -> Iterator[Path]:
     with new_folder(Path(out).resolve()) as folder:
         yield folder
         check_output(Path(out), overwrite)  # it may have come into being during the work
-        write_manifest(folder)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        _write_manifest(folder, {name: [_digest(folder / name)] for name in sorted(_names(folder))})

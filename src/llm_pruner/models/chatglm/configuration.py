@@ -17,9 +17,6 @@ class ChatGLMConfig(PreTrainedConfig):
     """Sizes and token ids; the defaults are those of ChatGLM-6B.
 
     Attributes:
-        hidden_size: width of the residual stream.
-        num_layers: number of blocks.
-        num_attention_heads: number of heads of a block.
         inner_hidden_size: width of a feed-forward network.
         max_sequence_length: longest input that the model was trained on.
         position_encoding_2d: half of a head's channels are rotated by the position in the context,
