@@ -100,26 +100,23 @@ def measure_speed(
         for number in track(range(repeats), f"timing, batch {batch_size}"):
             for model, prompt, own in turns if number % 2 == 0 else reversed(turns):
                 own.append(_once(start(model), prompt, new_tokens))
-    return [_speed(own, settings) for own in times]
+    return [
+        Speed(
+            prefill_tokens_per_second=batch_size * prompt_tokens / median(prefill),
+            decode_tokens_per_second=batch_size * new_tokens / median(decode),
+            first_token_seconds=median(prefill),
+            prefill_seconds=prefill,
+            decode_seconds=decode,
+            **settings,
+        )
+        for prefill, decode in (tuple(zip(*own, strict=True)) for own in times)
+    ]
 
 
 def speed_up(slow: Sequence[float], fast: Sequence[float]) -> SpeedUp:
     """Return how many times faster the second was, from the seconds of each round."""
     ratios = [before / after for before, after in zip(slow, fast, strict=True)]
     return SpeedUp(median(ratios), min(ratios), max(ratios))
-
-
-def _speed(times: list[tuple[float, float]], settings: dict[str, int]) -> Speed:
-    prefill, decode = zip(*times, strict=True)
-    batch = settings["batch_size"]
-    return Speed(
-        prefill_tokens_per_second=batch * settings["prompt_tokens"] / median(prefill),
-        decode_tokens_per_second=batch * settings["new_tokens"] / median(decode),
-        first_token_seconds=median(prefill),
-        prefill_seconds=prefill,
-        decode_seconds=decode,
-        **settings,
-    )
 
 
 @contextmanager

@@ -60,7 +60,9 @@ def new_file(place: Path) -> Iterator[Path]:
 
 def put(folder: Path, place: Path) -> None:
     """Give a complete folder its place; on return it is on the disk, and what was there is gone."""
-    flush_tree(folder)
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink():
+            flush(path)
     if not place.exists():
         folder.rename(place)
         flush(place.parent)
@@ -188,13 +190,6 @@ def flush(path: Path) -> None:
             raise
 
 
-def flush_tree(folder: Path) -> None:
-    """Have the system write a folder with all that it holds to the disk."""
-    for path in (*folder.rglob("*"), folder):
-        if not path.is_symlink():
-            flush(path)
-
-
 def allocate(file: Path, size: int) -> None:
     """Make a file of ``size`` bytes, zeros where it had none, whose room on the disk is its own.
 
@@ -208,11 +203,8 @@ def allocate(file: Path, size: int) -> None:
         with file.open("ab") as stream:
             if stream.tell() != size:
                 stream.truncate(0)
-            if not size:
-                return
-            if hasattr(os, "posix_fallocate"):
+            if size and hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(stream.fileno(), 0, size)
-                return
             for written in range(stream.seek(0, os.SEEK_END), size, 2**20):
                 stream.write(bytes(min(2**20, size - written)))
     except OSError:
@@ -226,8 +218,6 @@ def _system_errors() -> Iterator[None]:
     """Raise what libraries written in Rust raise for an error of the system as OSError."""
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:
         code = _RUST_CODE.search(str(error))
         if code is None:
