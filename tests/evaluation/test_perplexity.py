@@ -11,7 +11,6 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from helpers import VOCABULARY, tiny_model, tiny_tokenizer
-from llm_pruner.data.sequences import chat_ids
 from llm_pruner.data.text import EvaluationText
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import perplexity as module
@@ -227,14 +226,12 @@ def test_prompt_of_a_chat_model_is_asked_in_its_template() -> None:
     tokenizer.chat_template = VICUNA
     asked = "<s>USER: Why? ASSISTANT:"
     ids = tokenizer(asked, add_special_tokens=False)["input_ids"]
-    assert chat_ids(tokenizer, "Why?") == ids
     assert ids[0] == tokenizer.bos_token_id
     answer = sample_continuation(model, tokenizer, "Why?", 8, chat=True)
     continued = sample_continuation(model, tokenizer, asked, 8)
     assert answer == continued.lstrip() != ""
     assert answer != sample_continuation(model, tokenizer, "Why?", 8).lstrip()
     tokenizer.chat_template = None
-    assert chat_ids(tokenizer, "Why?") is None
     assert sample_continuation(model, tokenizer, "Why?", 8, chat=True) == sample_continuation(
         model, tokenizer, "Why?", 8
     )

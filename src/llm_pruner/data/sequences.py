@@ -76,20 +76,6 @@ def added_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (), ()
 
 
-def chat_ids(tokenizer: Any, message: str) -> list[int] | None:
-    """Return the token ids that put a user's message to a chat model, up to its answer.
-
-    None if the tokenizer has no chat template: the model continues text.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    messages = [{"role": "user", "content": message}]
-    ids: list[int] = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
-    return ids
-
-
 Template = Literal["auto", "chat", "alpaca"]
 
 _WITH_INPUT = (

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from llm_pruner.data.sequences import chat_ids
 from llm_pruner.errors import UserError
 from llm_pruner.models.forward import Decoder, evaluating
 
@@ -24,8 +23,13 @@ def sample_continuation(
     Raises:
         UserError: the prompt encodes to nothing, or the logits are not finite.
     """
-    asked = chat_ids(tokenizer, prompt) if chat else None
-    given: list[int] = tokenizer(prompt, verbose=False)["input_ids"] if asked is None else asked
+    asked = chat and bool(getattr(tokenizer, "chat_template", None))
+    given: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
+    if asked:
+        messages = [{"role": "user", "content": prompt}]
+        given = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
     if not given:
         raise UserError("the prompt is empty and the tokenizer adds no start token; give a prompt")
     device = next(model.parameters()).device
@@ -42,7 +46,7 @@ def sample_continuation(
             if token in ends:
                 break
             written.append(token)
-    if asked is not None:
+    if asked:
         return strip_control(tokenizer.decode(written, skip_special_tokens=True).lstrip())
     # Decoding the whole text and cutting the prompt off keeps the space between them.
     text = tokenizer.decode([*given, *written], skip_special_tokens=True)
