@@ -12,6 +12,7 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from llm_pruner.checkpoints import quantizer
 from llm_pruner.checkpoints.meta import (
     Trials,
     build_meta,
@@ -19,15 +20,6 @@ from llm_pruner.checkpoints.meta import (
     quiet_trial,
     sizes,
     with_values,
-)
-from llm_pruner.checkpoints.quantizer import (
-    QUANT_METHOD,
-    PrunedConfig,
-    attribute_misfits,
-    config_misfits,
-    cut_skeleton_,
-    finish_,
-    require_none,
 )
 from llm_pruner.checkpoints.reshape import Recipe, compose, from_json, to_json
 from llm_pruner.checkpoints.stock_config import layer_values, stock_config
@@ -108,7 +100,7 @@ def save_checkpoint(
             model.config = config
             with silent_writing(), saved_by_shard(model) as state:
                 # A shard of a model that is read block by block is in memory when it is written.
-                most = (max_shard_size, *(() if state is None else (_SHARD,)))
+                most = (max_shard_size,) if state is None else (max_shard_size, _SHARD)
                 shard = min(most, key=shard_bytes)
                 model.save_pretrained(folder, max_shard_size=shard, state_dict=state)
                 if tokenizer is not None:
@@ -149,10 +141,10 @@ def _pruned_config(
     before = {path: get_path(dense_config, path) for path in [*changed, *rooted]}
     recipe = _checked(model, dense_config, replace(recipe, dense_config=before), changed)
     config = with_values(dense_config, changed)
-    require_none(config, config_misfits(config, recipe))
+    quantizer.require_none(config, quantizer.config_misfits(config, recipe))
     if changed:
         _require_valid(config)
-    config.quantization_config = PrunedConfig(**to_json(recipe))
+    config.quantization_config = quantizer.PrunedConfig(**to_json(recipe))
     return config, "recipe"
 
 
@@ -176,7 +168,7 @@ def _dense_and_recipe(config: PreTrainedConfig, edits: Edits) -> tuple[PreTraine
     if previous is None:
         return config, recipe
     data = previous if isinstance(previous, dict) else previous.to_dict()
-    if data.get("quant_method") != QUANT_METHOD:
+    if data.get("quant_method") != quantizer.QUANT_METHOD:
         raise UserError(
             f"the model is quantized with {data.get('quant_method')}, and pruned weights cannot be "
             "saved in that form; load it without quantization"
@@ -198,8 +190,8 @@ def _checked(
     what loads is what was verified.
     """
     rebuilt = build_meta(type(model), dense_config)
-    cut_skeleton_(rebuilt, recipe, kept_config)
-    finish_(rebuilt, recipe)
+    quantizer.cut_skeleton_(rebuilt, recipe, kept_config)
+    quantizer.finish_(rebuilt, recipe)
     found, wanted = sizes(rebuilt), sizes(model)
     attributes = {name: dict(values) for name, values in recipe.attributes.items()}
     wrong = []
@@ -217,7 +209,7 @@ def _checked(
             f"{len(wrong)} sizes differ: {'; '.join(sorted(wrong)[:3])}"
         )
     recipe = replace(recipe, attributes=attributes)
-    require_none(rebuilt, attribute_misfits(rebuilt, recipe))
+    quantizer.require_none(rebuilt, quantizer.attribute_misfits(rebuilt, recipe))
     return recipe
 
 

@@ -22,14 +22,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from llm_pruner.errors import UserError, in_short
+from llm_pruner.evaluation import zero_shot
 from llm_pruner.evaluation.likelihood import log_likelihoods, truncated
-from llm_pruner.evaluation.zero_shot import (
-    PAPER_METRICS,
-    MetricResult,
-    TaskResult,
-    definition_file,
-    local_definition,
-)
 from llm_pruner.runtime.progress import quiet as silenced
 from llm_pruner.settings.options import near
 
@@ -111,13 +105,13 @@ def prepare(
         if records is None:
             tasks = _named(name)
         else:
-            definition = local_definition(name, records)
+            definition = zero_shot.local_definition(name, records)
             tasks = TaskManager(include_defaults=False).load([definition])
         return PreparedTask(name, tasks, _identity(tasks, limit))
 
 
 def _named(name: str) -> dict[str, Any]:
-    file = definition_file(name)
+    file = zero_shot.definition_file(name)
     if file is not None:
         manager, spec = TaskManager(include_defaults=False), str(file)
     else:
@@ -163,7 +157,7 @@ def _stable(value: Any) -> str:
     return str(value)
 
 
-def run(lm: LoadedLM, task: PreparedTask, limit: int | None) -> list[TaskResult]:
+def run(lm: LoadedLM, task: PreparedTask, limit: int | None) -> list[zero_shot.TaskResult]:
     """Return the results of a task; several if its name stands for a group of tasks.
 
     They are computed as the harness's own command line computes them. A task cannot be run twice.
@@ -181,7 +175,7 @@ def run(lm: LoadedLM, task: PreparedTask, limit: int | None) -> list[TaskResult]
     return [_result(name, found, lm.truncated) for name in found["results"]]
 
 
-def _result(name: str, found: dict[str, Any], truncated: int) -> TaskResult:
+def _result(name: str, found: dict[str, Any], truncated: int) -> zero_shot.TaskResult:
     values = found["results"][name]
     better = found["higher_is_better"].get(name) or {}
     metrics = {}
@@ -190,17 +184,17 @@ def _result(name: str, found: dict[str, Any], truncated: int) -> TaskResult:
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
         stderr = values.get(f"{metric}_stderr,{filtered}")
-        metrics[metric if filtered == "none" else key] = MetricResult(
+        metrics[metric if filtered == "none" else key] = zero_shot.MetricResult(
             float(value),
             float(stderr) if isinstance(stderr, int | float) else None,
             better.get(metric),
         )
     members = found["n-samples"]
     counts = [members[name]] if name in members else list(members.values())
-    return TaskResult(
+    return zero_shot.TaskResult(
         task=name,
         metrics=metrics,
-        paper_metric=PAPER_METRICS.get(name),
+        paper_metric=zero_shot.PAPER_METRICS.get(name),
         documents=sum(count["effective"] for count in counts),
         documents_total=sum(count["original"] for count in counts),
         num_fewshot=found["n-shot"].get(name) or 0,

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from statistics import median
 from typing import Any
 
@@ -172,7 +173,10 @@ def compiled(capacity: int, backend: str = "inductor") -> Callable[[Any], Decode
         capacity: the most tokens of a text.
         backend: of ``torch.compile``.
     """
-    forwards: dict[int, Callable[..., Any]] = {}
+
+    @cache
+    def compiled_forward(model: Any) -> Any:
+        return torch.compile(_own(model), dynamic=False, backend=backend, options=_UNCHECKED)
 
     def start(model: Any) -> Decoder:
         if cache_argument(model) is None:
@@ -180,12 +184,8 @@ def compiled(capacity: int, backend: str = "inductor") -> Callable[[Any], Decode
                 f"{type(model).__name__} has no cache, so it cannot be compiled for decoding; "
                 "leave out --compile"
             )
-        if id(model) not in forwards:
-            forwards[id(model)] = torch.compile(
-                _own(model), dynamic=False, backend=backend, options=_UNCHECKED
-            )
         decoder = Decoder(model)
-        decoder.model = forwards[id(model)]
+        decoder.model = compiled_forward(model)
         decoder.cache = StaticCache(config=model.config, max_cache_len=capacity)
         return decoder
 
