@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from llm_pruner.data.text import load_evaluation_text
-from llm_pruner.evaluation.perplexity import EvaluationText, perplexity
+from llm_pruner.data.text import EvaluationText, load_evaluation_text
+from llm_pruner.evaluation.perplexity import perplexity
 from llm_pruner.models.load import load_model
+from llm_pruner.settings.evaluate import PerplexitySettings
 
 WINDOW, TOKENS = 1024, 65_536
 """Tokens of a window, and the first tokens of a corpus that are read."""
@@ -14,11 +15,8 @@ WINDOW, TOKENS = 1024, 65_536
 
 def read_texts(sources: Mapping[str, str | None]) -> dict[str, EvaluationText]:
     """Return name -> text, of those sources that were given."""
-    return {
-        name: EvaluationText(*load_evaluation_text(source))
-        for name, source in sources.items()
-        if source
-    }
+    asked = PerplexitySettings()
+    return {name: load_evaluation_text(source, asked) for name, source in sources.items() if source}
 
 
 def perplexities(
@@ -27,9 +25,8 @@ def perplexities(
     """Return name -> perplexity of a model that is loaded from ``model``."""
     loaded = load_model(model)
     assert loaded.tokenizer is not None
+    asked = PerplexitySettings(seq_len=WINDOW, max_tokens=tokens)
     return {
-        name: perplexity(
-            loaded.model, loaded.tokenizer, text, seq_len=WINDOW, max_tokens=tokens
-        ).perplexity
+        name: perplexity(loaded.model, loaded.tokenizer, text, asked).perplexity
         for name, text in texts.items()
     }

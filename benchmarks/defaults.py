@@ -27,7 +27,7 @@ from commands import apart
 from corpora import TOKENS, WINDOW, perplexities, read_texts
 from llm_pruner import PlanSettings, PruneSettings, UserError, read_plan
 from llm_pruner.commands.prune import prune_checkpoint
-from llm_pruner.evaluation.perplexity import EvaluationText
+from llm_pruner.data.text import EvaluationText
 from llm_pruner.runtime.memory import PRUNING, keep_kernels, keep_large_blocks
 from machine import machine
 

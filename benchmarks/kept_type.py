@@ -21,7 +21,7 @@ import transformers
 
 from commands import found_by, save_dense
 from corpora import TOKENS, WINDOW
-from llm_pruner.evaluation.footprint import folder_bytes
+from llm_pruner.files.disk import folder_bytes
 from machine import machine
 
 RESULTS = Path(__file__).parent / "results"

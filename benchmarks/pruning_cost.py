@@ -30,11 +30,11 @@ def plain(model: str, calibration: str) -> dict[str, float]:
 
     from llm_pruner.data.calibration import build_calibration
     from llm_pruner.models.load import load_model
+    from llm_pruner.settings.common import CalibrationSettings
 
     loaded = load_model(model)
-    tokens = build_calibration(
-        calibration, loaded.tokenizer, samples=SAMPLES, seq_len=SEQ_LEN, seed=0
-    ).input_ids
+    asked = CalibrationSettings(calibration=calibration, samples=SAMPLES, seq_len=SEQ_LEN)
+    tokens = build_calibration(asked, loaded.tokenizer, seed=0).input_ids
     begin = time.perf_counter()
     for batch in tokens.split(BATCH):
         logits = loaded.model(input_ids=batch, use_cache=False).logits

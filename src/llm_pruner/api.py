@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from llm_pruner.checkpoints import save_checkpoint
-from llm_pruner.commands.evaluate import measure_perplexities, read_texts
 from llm_pruner.commands.prune import PruneRun, Refitter, keep_type_
-from llm_pruner.data.calibration import Calibration, build_calibration
+from llm_pruner.data.calibration import Calibration, read_calibration
+from llm_pruner.data.text import Protocol, load_evaluation_text
 from llm_pruner.discovery.groups import discover as discover_groups
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.perplexity import PerplexityResult
+from llm_pruner.evaluation.perplexity import perplexity as measure_perplexity
 from llm_pruner.files.disk import new_folder
 from llm_pruner.importance import Criterion
 from llm_pruner.importance import score as score_groups
@@ -28,6 +29,7 @@ from llm_pruner.models.load import LoadedModel, load_model
 from llm_pruner.planning import Plan
 from llm_pruner.runtime.precision import fast_matmul
 from llm_pruner.runtime.progress import Clock
+from llm_pruner.settings.common import CalibrationSettings
 from llm_pruner.settings.evaluate import PerplexitySettings
 from llm_pruner.settings.prune import PlanSettings, PruneSettings
 from llm_pruner.settings.recover import RecoverSettings, TrainingSettings
@@ -175,18 +177,15 @@ def calibration(
     Raises:
         UserError: it cannot be read, or holds too few tokens.
     """
-    if model.tokenizer is None:
-        raise UserError(f"{model.loaded.name} has no tokenizer, so no text can be read; add one")
-    return build_calibration(
-        source,
-        model.tokenizer,
+    asked = CalibrationSettings(
+        calibration=source,
         samples=samples,
         seq_len=seq_len,
-        seed=seed,
-        model=model.network,
+        text_split=text_split,
         text_field=text_field,
-        split=text_split,
     )
+    loaded = replace(model.loaded, model=model.network, tokenizer=model.tokenizer)
+    return read_calibration(loaded, asked, seed, Clock())
 
 
 def discover(model: Model | nn.Module, **how: Any) -> Discovery:
@@ -364,7 +363,7 @@ def perplexity(
     model: Model,
     source: str,
     *,
-    protocol: str = "standard",
+    protocol: Protocol = "standard",
     seq_len: int | None = None,
     max_tokens: int | None = None,
 ) -> PerplexityResult:
@@ -373,7 +372,6 @@ def perplexity(
     Raises:
         UserError: the corpus cannot be read.
     """
-    asked: dict[str, Any] = {"protocol": protocol, "seq_len": seq_len, "max_tokens": max_tokens}
-    how = PerplexitySettings(**asked)
-    loaded = replace(model.loaded, model=model.network)
-    return measure_perplexities(loaded, read_texts([source], how), how)[0]
+    asked = PerplexitySettings(protocol=protocol, seq_len=seq_len, max_tokens=max_tokens)
+    text = load_evaluation_text(source, asked)
+    return measure_perplexity(model.network, model.tokenizer, text, asked)

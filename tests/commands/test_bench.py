@@ -17,8 +17,8 @@ import llm_pruner.models.stored
 from command import done, run, save_tiny
 from helpers import VOCABULARY, tiny_model
 from llm_pruner.errors import UserError
-from llm_pruner.evaluation.footprint import folder_bytes
 from llm_pruner.evaluation.speed import compiled, compiling, measure_speed, speed_up
+from llm_pruner.files.disk import folder_bytes
 from llm_pruner.models.forward import Decoder
 from llm_pruner.models.stored import stored_at
 from llm_pruner.settings.evaluate import BenchSettings

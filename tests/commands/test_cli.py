@@ -17,6 +17,7 @@ from command import contents, done, run, save_tiny, write_text
 from helpers import tiny_tokenizer
 from llm_pruner.data.calibration import build_calibration
 from llm_pruner.report.text import clean, count, megabytes
+from llm_pruner.settings.common import CalibrationSettings
 from llm_pruner.version import __version__
 
 pytestmark = pytest.mark.slow
@@ -342,7 +343,8 @@ def test_a_loss_that_is_not_finite_names_the_sample(work: Path, tiny: Path) -> N
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     text = write_text(Path("text.txt"), characters=8 * 64 + 1).read_text()
     Path("text.txt").write_text(f"{text[:170]}q{text[171:]}")
-    samples = build_calibration("text.txt", tiny_tokenizer(), samples=8, seq_len=64, seed=3)
+    asked = CalibrationSettings(calibration="text.txt", samples=8, seq_len=64)
+    samples = build_calibration(asked, tiny_tokenizer(), seed=3)
     number = int((samples.input_ids == letter).any(1).nonzero())
     options = ("--ratio", 0.2, "--calibration", "text.txt", "--samples", 8, "--seq-len", 64)
     for extra in ((), ("--order", "mixed")):

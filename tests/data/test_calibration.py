@@ -15,12 +15,20 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from helpers import VOCABULARY, tiny_model, tiny_tokenizer
 from llm_pruner.data import selfmade
-from llm_pruner.data.calibration import build_calibration
+from llm_pruner.data.calibration import Calibration, build_calibration
 from llm_pruner.data.selfmade import write_text, write_windows
 from llm_pruner.data.sequences import added_tokens
 from llm_pruner.errors import UserError
+from llm_pruner.settings.common import CalibrationSettings
 
 BOS, EOS = 1, 2
+
+
+def build(
+    source: str, tokenizer: Any, *, seed: int, model: Any = None, **asked: Any
+) -> Calibration:
+    settings = CalibrationSettings(calibration=source, **asked)
+    return build_calibration(settings, tokenizer, model, seed=seed)
 
 
 def marking_tokenizer(template: str) -> PreTrainedTokenizerFast:
@@ -48,7 +56,7 @@ def test_added_tokens() -> None:
 def test_packing_without_special_tokens(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     source = write_documents(tmp_path / "d.jsonl", [300, 300, 300])
-    made = build_calibration(source, tokenizer, samples=11, seq_len=80, seed=0)
+    made = build(source, tokenizer, samples=11, seq_len=80, seed=0)
     assert made.input_ids.shape == (11, 80)
     assert made.input_ids.dtype == torch.int64
     letters = "".join(tokenizer.decode(row) for row in made.input_ids)
@@ -60,9 +68,7 @@ def test_packing_without_special_tokens(tmp_path: Path) -> None:
 
 def test_every_window_starts_with_bos_where_the_tokenizer_adds_it(tmp_path: Path) -> None:
     source = write_documents(tmp_path / "d.jsonl", [300, 300])
-    made = build_calibration(
-        source, marking_tokenizer("<s> $A </s>"), samples=12, seq_len=51, seed=1
-    )
+    made = build(source, marking_tokenizer("<s> $A </s>"), samples=12, seq_len=51, seed=1)
     ids = made.input_ids
     assert bool((ids[:, 0] == BOS).all())
     assert bool((ids[:, 1] != BOS).all())
@@ -79,22 +85,22 @@ def test_several_sources_take_turns_and_give_equal_parts(tmp_path: Path) -> None
     for file in files:
         file.write_text(file.stem * 400)
     options: dict[str, Any] = {"seq_len": 20, "seed": 3}
-    made = build_calibration(",".join(map(str, files)), tokenizer, samples=8, **options)
+    made = build(",".join(map(str, files)), tokenizer, samples=8, **options)
     assert [tokenizer.decode(row)[0] for row in made.input_ids] == list("abcabcab")
     assert made.settings["samples"] == 8
     assert made.settings["name"] == "a.txt, b.txt, c.txt"
-    alone = build_calibration(str(files[0]), tokenizer, samples=8, **options)
+    alone = build(str(files[0]), tokenizer, samples=8, **options)
     assert made.settings["fingerprint"] != alone.settings["fingerprint"]
     with pytest.raises(UserError, match="samples=2 of 3 sources leave some without any"):
-        build_calibration(",".join(map(str, files)), tokenizer, samples=2, **options)
+        build(",".join(map(str, files)), tokenizer, samples=2, **options)
     files[1].write_text("b" * 40)
     with pytest.raises(UserError, match=r"70 samples are 23 of each of 3 sources: b\.txt gives 40"):
-        build_calibration(",".join(map(str, files)), tokenizer, samples=70, seed=0, seq_len=16)
+        build(",".join(map(str, files)), tokenizer, samples=70, seed=0, seq_len=16)
 
 
 def test_a_comma_in_the_name_of_a_file(tmp_path: Path) -> None:
     source = write_documents(tmp_path / "a,b.jsonl", [300, 300])
-    made = build_calibration(source, tiny_tokenizer(), samples=4, seq_len=50, seed=0)
+    made = build(source, tiny_tokenizer(), samples=4, seq_len=50, seed=0)
     assert made.settings["name"] == "a,b.jsonl"
 
 
@@ -105,7 +111,7 @@ def test_a_plain_text_is_cut_in_order_and_drawn_by_seed(tmp_path: Path) -> None:
 
     def windows(seed: int) -> list[str]:
         source = str(tmp_path / "t.txt")
-        made = build_calibration(source, tokenizer, samples=8, seq_len=40, seed=seed)
+        made = build(source, tokenizer, samples=8, seq_len=40, seed=seed)
         return [tokenizer.decode(row) for row in made.input_ids]
 
     drawn = windows(0)
@@ -117,7 +123,7 @@ def test_a_plain_text_is_cut_in_order_and_drawn_by_seed(tmp_path: Path) -> None:
 
 def test_short_documents_stay_in_order(tmp_path: Path) -> None:
     source = write_documents(tmp_path / "d.jsonl", [3] * 20)
-    made = build_calibration(source, tiny_tokenizer(), samples=1, seq_len=90, seed=3)
+    made = build(source, tiny_tokenizer(), samples=1, seq_len=90, seed=3)
     assert tiny_tokenizer().decode(made.input_ids[0]).startswith("aaa\n\nbbb\n\nccc\n\nddd")
 
 
@@ -125,9 +131,7 @@ def test_settings_tell_what_was_used(tmp_path: Path) -> None:
     source = write_documents(tmp_path / "d.jsonl", [300, 300, 300])
 
     def settings(seed: int) -> dict[str, Any]:
-        return build_calibration(
-            source, tiny_tokenizer(), samples=3, seq_len=50, seed=seed
-        ).settings
+        return build(source, tiny_tokenizer(), samples=3, seq_len=50, seed=seed).settings
 
     first = settings(0)
     assert json.loads(json.dumps(first)) == first
@@ -148,23 +152,23 @@ def test_too_short(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("x" * 100)
     message = r"t\.txt gives 100 tokens; 4 samples of 32 tokens need 128; use --samples 3 or"
     with pytest.raises(UserError, match=message):
-        build_calibration(source, tiny_tokenizer(), samples=4, seq_len=32, seed=0)
+        build(source, tiny_tokenizer(), samples=4, seq_len=32, seed=0)
     with pytest.raises(UserError, match="windows of at most 100 tokens"):
-        build_calibration(source, tiny_tokenizer(), samples=1, seq_len=128, seed=0)
-    made = build_calibration(source, tiny_tokenizer(), samples=3, seq_len=32, seed=0)
+        build(source, tiny_tokenizer(), samples=1, seq_len=128, seed=0)
+    made = build(source, tiny_tokenizer(), samples=3, seq_len=32, seed=0)
     assert made.input_ids.shape == (3, 32)
 
 
 def test_bad_settings(tmp_path: Path) -> None:
     (tmp_path / "e.txt").write_text("")
     with pytest.raises(UserError, match=r"e\.txt is empty"):
-        build_calibration(str(tmp_path / "e.txt"), tiny_tokenizer(), samples=1, seq_len=8, seed=0)
+        build(str(tmp_path / "e.txt"), tiny_tokenizer(), samples=1, seq_len=8, seed=0)
     with pytest.raises(UserError, match="samples=0 calibrates on nothing"):
-        build_calibration("self", tiny_tokenizer(), samples=0, seq_len=8, seed=0)
+        build("self", tiny_tokenizer(), samples=0, seq_len=8, seed=0)
     with pytest.raises(UserError, match="seq_len=1 predicts no token"):
-        build_calibration("self", tiny_tokenizer(), samples=1, seq_len=1, seed=0)
+        build("self", tiny_tokenizer(), samples=1, seq_len=1, seed=0)
     with pytest.raises(UserError, match="needs the model"):
-        build_calibration("self", tiny_tokenizer(), samples=1, seq_len=8, seed=0)
+        build("self", tiny_tokenizer(), samples=1, seq_len=8, seed=0)
     with pytest.raises(UserError, match="longer than the model's maximum; use at most 256"):
         write_text(tiny_model(), tiny_tokenizer(), samples=1, seq_len=300, seed=0)
 
@@ -174,7 +178,7 @@ def test_self_is_seeded_and_leaves_the_global_generator_alone() -> None:
     state = torch.random.get_rng_state()
 
     def ids(seed: int) -> torch.Tensor:
-        made = build_calibration("self", tokenizer, samples=5, seq_len=24, seed=seed, model=model)
+        made = build("self", tokenizer, samples=5, seq_len=24, seed=seed, model=model)
         return made.input_ids
 
     first = ids(0)

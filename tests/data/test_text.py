@@ -14,12 +14,18 @@ import pytest
 
 from llm_pruner.data.text import (
     DEMO_PROMPTS,
+    EvaluationText,
     demo_text,
     load_documents,
     load_evaluation_text,
     record_format,
 )
 from llm_pruner.errors import UserError
+from llm_pruner.settings.evaluate import PerplexitySettings
+
+
+def evaluation_text(source: str, **asked: Any) -> EvaluationText:
+    return load_evaluation_text(source, PerplexitySettings(**asked))
 
 
 def write(path: Path, content: str) -> str:
@@ -33,7 +39,6 @@ def test_plain_text_is_one_document_and_lines_are_its_records(tmp_path: Path) ->
     assert documents.raw == "one\x85still\n\ntwo"
     assert documents.records == ("one\x85still\n", "\n", "two")
     assert documents.split is None
-    assert load_documents(str(tmp_path / "a.txt"), limit=2).raw == "one\x85still\n\n"
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
@@ -51,7 +56,7 @@ def test_fields_of_records(tmp_path: Path, suffix: str) -> None:
     assert texts([{"title": "t", "text": "a"}, {"title": "u", "text": "b"}]) == ("a", "b")
     assert texts([{"id": 1, "body": "a", "more": "b"}]) == ("a",)
     assert texts([{"text": "a", "more": "b"}], text_field="more") == ("b",)
-    assert texts([{"text": str(n)} for n in range(5)], limit=2) == ("0", "1")
+    assert texts([{"text": str(n)} for n in range(5)], limit=2) == ("0", "1", "2", "3", "4")
     alpaca = [
         {"instruction": "do", "input": "this", "output": "done"},
         {"instruction": "say", "input": "", "output": "said"},
@@ -65,12 +70,6 @@ def test_other_json_shapes(tmp_path: Path) -> None:
     assert load_documents(wrapped).texts == ("x",)
     lines = write(tmp_path / "c.json", '{"text": "x"}\n{"text": "y"}\n')
     assert load_documents(lines).texts == ("x", "y")
-
-
-def test_fingerprint_follows_the_texts(tmp_path: Path) -> None:
-    one = load_documents(write(tmp_path / "a.json", '["ab", "c"]')).fingerprint
-    assert one == load_documents(write(tmp_path / "b.jsonl", '{"text":"ab"}\n"c"')).fingerprint
-    assert one != load_documents(write(tmp_path / "c.json", '["a", "bc"]')).fingerprint
 
 
 @pytest.mark.parametrize(
@@ -108,7 +107,7 @@ def test_bad_sources(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither a local file nor a dataset name"):
         load_documents("two words")
     with pytest.raises(UserError, match="for calibration only"):
-        load_evaluation_text("self")
+        evaluation_text("self")
     with pytest.raises(UserError, match="too large to read whole"):
         load_documents("c4")
 
@@ -139,8 +138,8 @@ def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert documents.texts == ("a",)
     assert (documents.name, documents.split) == ("owner/data part", "dev")
     load_documents("wikitext2")
-    load_evaluation_text("ptb", protocol="paper")
-    load_evaluation_text("ptb", protocol="standard")
+    evaluation_text("ptb", protocol="paper")
+    evaluation_text("ptb", protocol="standard")
     first, second, third, fourth = hub.calls
     assert first == (("owner/data", "part"), {"split": "dev", "streaming": True})
     assert second[0] == ("Salesforce/wikitext", "wikitext-2-raw-v1")
@@ -166,25 +165,25 @@ def test_wikitext_file_gives_the_text_of_the_hub_rows(
     expected = "\n\n = Title = \n\n\n\n\n A first paragraph . \n\n\n = = Part = = \n"
     rows = ["", " = Title = \n", "", " A first paragraph . \n", " = = Part = = \n"]
     assert "\n\n".join(rows) == expected
-    name, split, text = load_evaluation_text(write(tmp_path / "any.txt", raw))
+    name, split, text = evaluation_text(write(tmp_path / "any.txt", raw))
     assert (name, split, text) == ("any.txt", None, expected)
     install(monkeypatch, FakeHub([{"text": row} for row in rows]))
-    assert load_evaluation_text("wikitext2")[1:] == ("test", expected)
+    assert evaluation_text("wikitext2")[1:] == ("test", expected)
 
 
 def test_penn_treebank_joins_by_protocol(tmp_path: Path) -> None:
     path = write(tmp_path / "p.txt", " the <unk> fell N points \n it was n't black monday \n")
-    paper = load_evaluation_text(path, protocol="paper")[2]
+    paper = evaluation_text(path, protocol="paper")[2]
     assert paper == "the <unk> fell N points\n\nit was n't black monday"
-    standard = load_evaluation_text(path, protocol="standard")[2]
+    standard = evaluation_text(path, protocol="standard")[2]
     assert standard == "the <unk> fell N points it was n't black monday"
 
 
 def test_other_text_stays_as_it_is(tmp_path: Path) -> None:
     content = "A line.\n\n  Another = line =\n"
-    assert load_evaluation_text(write(tmp_path / "t.txt", content))[2] == content
+    assert evaluation_text(write(tmp_path / "t.txt", content))[2] == content
     rows = write(tmp_path / "t.jsonl", '{"text": "One."}\n{"text": "Two."}')
-    assert load_evaluation_text(rows)[2] == "One.\n\nTwo."
+    assert evaluation_text(rows)[2] == "One.\n\nTwo."
     assert record_format(["all lower case\n", "and no mark\n"]) is None
 
 
@@ -192,5 +191,5 @@ def test_demo_text() -> None:
     text = demo_text()
     assert 1500 <= len(text.split()) <= 2500
     assert text.isascii()
-    assert load_evaluation_text("demo") == ("demo text", None, text)
+    assert evaluation_text("demo") == ("demo text", None, text)
     assert all(prompt not in text for prompt in DEMO_PROMPTS)

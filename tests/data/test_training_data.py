@@ -75,7 +75,6 @@ CHAT = Example((Turn("user", "Hi?"), Turn("assistant", "Yes."), Turn("user", "So
 def test_schemas(tmp_path: Path, row: dict[str, Any], wanted: Example) -> None:
     found = load_examples(write(tmp_path / "rows.jsonl", [row]))
     assert found.examples == (wanted,)
-    assert found.kind == ("chat" if wanted.turns else "text")
 
 
 def test_hub_rows_come_with_all_their_fields(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from helpers import tiny_model
-from llm_pruner.evaluation.footprint import _by_operation, measure_memory
+from llm_pruner.evaluation.footprint import Follower, measure_memory
 
 MATRIX = 100 * 100 * 4
 CACHE = 3 * 2 * 3 * 8 * 4
@@ -14,7 +14,7 @@ CACHE = 3 * 2 * 3 * 8 * 4
 
 def test_tensors_count_while_they_live() -> None:
     outside = torch.ones(100, 100)
-    with torch.no_grad(), _by_operation() as peak:
+    with torch.no_grad(), Follower() as peak:
         a = outside + 1
         b = outside @ a
         assert peak() == 2 * MATRIX

@@ -20,7 +20,7 @@ from llm_pruner.search.cache_cost import cache_cost
 
 
 def cache_of(model: Any) -> int:
-    return count_work(model, prompt_tokens=4).cache.bytes_per_token
+    return count_work(model, prompt_tokens=4).cache_bytes_per_token
 
 
 @pytest.fixture(scope="module")

@@ -40,16 +40,6 @@ def with_values(config: PreTrainedConfig, values: Mapping[str, Any]) -> PreTrain
     return changed
 
 
-def try_sizes(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, values: Mapping[str, Any]
-) -> Sizes | None:
-    """Return the sizes of the model that the changed config builds, or None if it builds none."""
-    try:
-        return sizes(build_meta(model_class, with_values(config, values)))
-    except Exception:  # a model may refuse values in any way; then they show nothing
-        return None
-
-
 def is_integer(value: Any) -> TypeGuard[int]:
     """Whether a config value is a whole number."""
     return isinstance(value, int) and not isinstance(value, bool)
@@ -57,6 +47,25 @@ def is_integer(value: Any) -> TypeGuard[int]:
 
 Sizes = dict[tuple[str, str, Any], Any]
 """(what, name, detail) -> value; see ``sizes``."""
+
+
+class Trials:
+    """The models that a config gives with other values; each is built once."""
+
+    def __init__(self, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
+        self.model_class, self.config = model_class, config
+        self._found: dict[str, Sizes | None] = {}
+
+    def sizes(self, values: Mapping[str, Any]) -> Sizes | None:
+        """Return the sizes of the model, or None if none can be built."""
+        key = repr(sorted(values.items()))
+        if key not in self._found:
+            try:
+                changed = with_values(self.config, values)
+                self._found[key] = sizes(build_meta(self.model_class, changed))
+            except Exception:  # a model may refuse values in any way; then they show nothing
+                self._found[key] = None
+        return self._found[key]
 
 
 def build_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

@@ -4,12 +4,21 @@ transformers lets a *quantizer* change a model between building it on the meta d
 its weights. Nothing is quantized here: the hook drops layers and reshapes parameters, the weights
 load as they are, and what results is an ordinary model. ``llm_pruner.hook`` says so to
 transformers.
+
+A recipe comes with a checkpoint, and a checkpoint is data: it may cut what the model has, and set
+numbers where the model holds numbers. What it names is looked up among registered submodules,
+parameters and buffers, and in the ``__dict__`` of a module or of its settings; attributes of
+classes and functions are out of its reach. All of it is looked at before anything of the model is
+changed.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,19 +27,20 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llm_pruner.checkpoints.fits import (
-    lacks_bias,
-    require_config_fits,
-    require_fits,
-    require_layers_fit,
-    tied_shapes,
-)
-from llm_pruner.checkpoints.meta import get_path, set_path
-from llm_pruner.checkpoints.reshape import Recipe, from_json, shown, to_json
+from llm_pruner.checkpoints.meta import get_path, is_integer, set_path
+from llm_pruner.checkpoints.reshape import MOST_LAYERS, Recipe, from_json, shown, to_json
 from llm_pruner.errors import UserError
 from llm_pruner.models.layers import configs_of, keep_children, set_attributes_
 
 QUANT_METHOD = "llm_pruner"
+
+_NEVER_DENSE = re.compile(r"_.*|auto_map|architectures|.*dtype|.*quantization.*|trust_remote_code")
+"""Keys of a config that say what is loaded, not how large it is."""
+
+_MOST_GROWTH = 64
+"""A model was this many times as large before pruning at most, or of few thousands."""
+
+_MOST_NUMBER = 2**24
 
 
 class PrunedConfig(QuantizationConfigMixin):
@@ -44,11 +54,6 @@ class PrunedConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD
         self.recipe = from_json(data)
 
-    @classmethod
-    def from_recipe(cls, recipe: Recipe) -> PrunedConfig:
-        """Wrap a recipe."""
-        return cls(**to_json(recipe))
-
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json holds."""
         return {"quant_method": QUANT_METHOD, **to_json(self.recipe)}
@@ -61,6 +66,7 @@ class PrunedQuantizer(HfQuantizer):
     """Builds the dense skeleton, cuts it to the recipe's sizes, and leaves an ordinary model."""
 
     requires_calibration = False
+    is_trainable = True  # never asked of a model that is loaded: nothing of this is left on it
     quantization_config: PrunedConfig
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
@@ -70,7 +76,7 @@ class PrunedQuantizer(HfQuantizer):
         the model is built with all of them and loses the removed ones afterwards.
         """
         recipe = self.quantization_config.recipe
-        require_config_fits(config, recipe)
+        require_none(config, config_misfits(config, recipe))
         # What only the outermost module reads differently is set on its own copy at the end.
         own = {path.partition(".")[2] for path in recipe.attributes.get("", ())}
         self._kept_config = {
@@ -108,21 +114,6 @@ class PrunedQuantizer(HfQuantizer):
         """Saving again is fine."""
         return True
 
-    @property
-    def is_trainable(self) -> bool:
-        """Training is fine, with and without adapters."""
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        """Training every weight is fine."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """Compiling is fine."""
-        return True
-
 
 def cut_skeleton_(model: PreTrainedModel, recipe: Recipe, kept_config: Mapping[str, Any]) -> None:
     """Cut a dense model without weights to the sizes of the recipe, so that its weights can load.
@@ -133,11 +124,12 @@ def cut_skeleton_(model: PreTrainedModel, recipe: Recipe, kept_config: Mapping[s
     Raises:
         UserError: the recipe does not fit the model.
     """
-    require_layers_fit(model, recipe)
+    require_none(model, _layer_misfits(model, recipe))
     for path, kept in recipe.layers.items():
         keep_children(model, path, kept)
     # Names are those of a model without the removed layers, which nobody has seen yet.
-    require_fits(model, recipe)
+    find = (_shape_misfits, _buffer_misfits, attribute_misfits)
+    require_none(model, chain.from_iterable(misfits(model, recipe) for misfits in find))
     _set_config_(model, kept_config)
     _reshape_parameters_(model, recipe)
     _cut_buffers_(model, recipe, saved=True)
@@ -166,12 +158,12 @@ def _set_config_(model: PreTrainedModel, values: Mapping[str, Any]) -> None:
 def _reshape_parameters_(model: PreTrainedModel, recipe: Recipe) -> None:
     """Give meta parameters the shapes of the recipe, tied ones under each of their names.
 
-    A bias of a linear module that has none is added. The recipe fits, as ``require_fits`` says.
+    A bias of a linear module that has none is added. The recipe fits, as was asked before.
     """
-    for name, shape in tied_shapes(model, recipe).items():
+    for name, shape in _tied_shapes(model, recipe).items():
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
-        added = lacks_bias(module, attribute)
+        added = _lacks_bias(module, attribute)
         old = module.get_parameter("weight" if added else attribute)
         new = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
         if not added:
@@ -194,3 +186,166 @@ def _cut_buffers_(model: PreTrainedModel, recipe: Recipe, *, saved: bool) -> Non
         for dim, kept in recipe.buffers[name].items():
             tensor = tensor.index_select(dim, torch.tensor(kept, device=tensor.device))
         setattr(module, attribute, tensor)
+
+
+# ----------------------------------------------------------------------- whether a recipe fits
+
+
+def require_none(owner: nn.Module | PreTrainedConfig, misfits: Iterator[str]) -> None:
+    """Raise UserError for the first thing that a recipe asks of a model or config and cannot be."""
+    for what in misfits:
+        raise UserError(
+            f"the pruning recipe in config.json {what}, so it does not fit {type(owner).__name__} "
+            "as this transformers builds it; use the config.json that belongs to these weights"
+        )
+
+
+def config_misfits(config: PreTrainedConfig, recipe: Recipe) -> Iterator[str]:
+    """Yield dense values that replace none of their kind in the config.
+
+    That is a whole number, which may not be larger without bounds, since the dense model is built
+    with it, or a list.
+    """
+    for path, value in recipe.dense_config.items():
+        *inner, name = path.split(".")
+        level: Any = config
+        for part in inner:
+            level = vars(level).get(part) if isinstance(level, PreTrainedConfig) else None
+        old = vars(level).get(name) if isinstance(level, PreTrainedConfig) else None
+        if is_integer(old) and is_integer(value):
+            fits = 0 <= value <= max(MOST_LAYERS, _MOST_GROWTH * old)
+        else:
+            fits = isinstance(old, (list, tuple)) and isinstance(value, (list, tuple))
+        if not fits or _NEVER_DENSE.fullmatch(name):
+            yield (
+                f"sets {shown(path)} of the config to {shown(value)}, which can be no earlier "
+                "value of what is there"
+            )
+
+
+def _layer_misfits(model: nn.Module, recipe: Recipe) -> Iterator[str]:
+    seen: set[int] = set()
+    for path, kept in recipe.layers.items():
+        layers = _submodule(model, path)
+        if not isinstance(layers, nn.ModuleList):
+            yield f"keeps layers of {shown(path)}, which is no module list"
+            return
+        if not kept or kept[-1] >= len(layers):
+            yield f"keeps layers {shown(kept)} of {path}, which has {len(layers)}"
+        inside = {id(module) for module in layers.modules()}
+        if seen & inside:
+            yield f"keeps layers of {shown(path)} twice"
+        seen |= inside
+
+
+def _shape_misfits(model: PreTrainedModel, recipe: Recipe) -> Iterator[str]:
+    shapes = _tied_shapes(model, recipe)
+    for name, other in _tied(model):
+        if {name, other} <= shapes.keys() and shapes[name] != shapes[other]:
+            yield f"gives {name} and {other}, which are one, different shapes"
+    for name, shape in shapes.items():
+        owner, _, attribute = name.rpartition(".")
+        module = _submodule(model, owner)
+        old = None if module is None else module._parameters.get(attribute)
+        if module is not None and _lacks_bias(module, attribute):
+            rows = shapes.get(f"{owner}.weight", tuple(module.get_parameter("weight").shape))[0]
+            if shape != (rows,):
+                yield f"gives {name} the shape {shape}, and there are {rows} rows"
+        elif old is None:
+            yield f"shapes a parameter {shown(name)} that it does not have"
+        elif len(shape) != old.ndim or any(a < b for a, b in zip(old.shape, shape, strict=True)):
+            yield f"gives {name} the shape {shape}, and the dense model has {tuple(old.shape)}"
+
+
+def _buffer_misfits(model: nn.Module, recipe: Recipe) -> Iterator[str]:
+    for name, dims in recipe.buffers.items():
+        owner, _, attribute = name.rpartition(".")
+        module = _submodule(model, owner)
+        # A tensor may also be a plain attribute.
+        places = {} if module is None else vars(module) | module._buffers
+        tensor = places.get(attribute)
+        if not isinstance(tensor, torch.Tensor):
+            yield f"slices a buffer {shown(name)} that it does not have"
+            return
+        for dim, kept in dims.items():
+            if dim >= tensor.ndim or not kept or kept[-1] >= tensor.shape[dim]:
+                yield f"keeps positions of {name} that its shape {tuple(tensor.shape)} lacks"
+
+
+def attribute_misfits(model: nn.Module, recipe: Recipe) -> Iterator[str]:
+    """Yield attributes that are no number which replaces one."""
+    for name, values in recipe.attributes.items():
+        module = _submodule(model, name)
+        if module is None:
+            yield f"sets attributes of {shown(name)}, which it lacks"
+            return
+        for path, value in values.items():
+            if not _replaces(module, path, value):
+                yield (
+                    f"sets {shown(path)} of {shown(name)} to {shown(value)}, and there is no such "
+                    "number to be replaced"
+                )
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    """Return a submodule by its registered name; None if there is none."""
+    module: nn.Module | None = model
+    for part in path.split(".") if path else ():
+        module = None if module is None else module._modules.get(part)
+    return module
+
+
+def _tied(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
+    """Yield each two names of one parameter, both ways round."""
+    for pair in getattr(model, "all_tied_weights_keys", {}).items():
+        yield pair
+        yield pair[::-1]
+
+
+def _tied_shapes(model: PreTrainedModel, recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    """Return the shapes with those of tied parameters under each of their names."""
+    shapes = dict(recipe.shapes)
+    for name, other in _tied(model):
+        if other in shapes:
+            shapes.setdefault(name, shapes[other])
+    return shapes
+
+
+def _lacks_bias(module: nn.Module, attribute: str) -> bool:
+    """Whether a linear module has no bias yet and is to have one, as earlier versions saved."""
+    return isinstance(module, nn.Linear) and attribute == "bias" and module.bias is None
+
+
+def _replaces(module: nn.Module, path: str, value: Any) -> bool:
+    """Whether a value may take the place of what a module holds: numbers for numbers."""
+    old = _own_value(module, path)
+    olds, values = (one if isinstance(one, tuple) else (one,) for one in (old, value))
+    return len(olds) == len(values) and all(
+        abs(value) <= max(_MOST_NUMBER, abs(old))
+        if is_integer(old) and is_integer(value)
+        else isinstance(old, float) and not isinstance(value, bool)
+        for old, value in zip(olds, values, strict=True)
+    )
+
+
+def _own_value(module: nn.Module, path: str) -> Any:
+    """Return a value of a module's own: ``name``, ``name.3`` or ``config.name``; None if none."""
+    key, dot, inner = path.partition(".")
+    value = vars(module).get(key)
+    if not dot:
+        return value
+    if isinstance(value, (tuple, list)):
+        index = int(inner) if re.fullmatch("0|[1-9][0-9]{0,3}", inner) else len(value)
+        return value[index] if index < len(value) else None
+    return vars(value).get(inner) if _is_settings(key, value) else None
+
+
+def _is_settings(key: str, value: Any) -> bool:
+    """Whether a module attribute is a bag of settings: what surgery sets numbers of."""
+    return (
+        hasattr(value, "__dict__")
+        and not isinstance(value, (nn.Module, torch.Tensor, type, ModuleType))
+        and not callable(value)
+        and key.lower().strip("_").endswith(("config", "cfg", "args", "hparams"))
+        and key != "generation_config"
+    )

@@ -76,7 +76,7 @@ def from_json(data: Mapping[str, Any]) -> Recipe:
 
     Anybody may have written the file, so all of it is bounded before anything is made of it:
     numbers of entries, lengths of names, numbers, shapes and ranges. Whether the names are there
-    is for ``fits`` to say, which knows the model.
+    is for ``quantizer`` to say, which knows the model.
 
     Raises:
         UserError: another format version, or a value that is not what the format says.
@@ -191,17 +191,17 @@ def _is_bounded(value: object) -> bool:
     return type(value) is float and isfinite(value)
 
 
+@dataclass
 class _Positions:
     """Reads positions, so many in all and no more."""
 
-    def __init__(self) -> None:
-        self._left = _MOST_POSITIONS
+    left: int = _MOST_POSITIONS
 
     def read(self, name: str, text: object, end: int = _MOST_POSITIONS) -> tuple[int, ...]:
         if not isinstance(text, str):
             raise ValueError(f"{shown(name)} has the positions {shown(text)}")
-        found = parse_positions(text, min(self._left, end), end)
-        self._left -= len(found)
+        found = parse_positions(text, min(self.left, end), end)
+        self.left -= len(found)
         return found
 
 
@@ -210,8 +210,7 @@ def parse_positions(
 ) -> tuple[int, ...]:
     """Return the positions of ``format_ranges``: at most ``most``, all below ``end``.
 
-    Raises:
-        ValueError: they are malformed, not ascending, or more; found before a range is unrolled.
+    ValueErrors say what else is there, before a range is unrolled.
     """
     positions: list[int] = []
     for part in filter(None, text.split(",")):

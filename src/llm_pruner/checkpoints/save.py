@@ -12,14 +12,19 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from llm_pruner.checkpoints.depth import layer_values
-from llm_pruner.checkpoints.fits import require_attributes_fit, require_config_fits
-from llm_pruner.checkpoints.meta import build_meta, get_path, quiet_trial, set_path, sizes
-from llm_pruner.checkpoints.quantizer import QUANT_METHOD, PrunedConfig, cut_skeleton_, finish_
-from llm_pruner.checkpoints.reshape import Recipe, compose, from_json
-from llm_pruner.checkpoints.stock_config import stock_config
+from llm_pruner.checkpoints import quantizer
+from llm_pruner.checkpoints.meta import (
+    Trials,
+    build_meta,
+    get_path,
+    quiet_trial,
+    sizes,
+    with_values,
+)
+from llm_pruner.checkpoints.reshape import Recipe, compose, from_json, to_json
+from llm_pruner.checkpoints.stock_config import layer_values, stock_config
 from llm_pruner.errors import LLMPrunerError, UserError
-from llm_pruner.files.disk import umask
+from llm_pruner.files.disk import folder_bytes, umask
 from llm_pruner.files.outputs import atomic_directory, check_shard_size, shard_bytes
 from llm_pruner.models.streaming import saved_by_shard
 from llm_pruner.runtime.progress import quiet
@@ -90,14 +95,18 @@ def save_checkpoint(
     dense_config = dense_config or model.config
     config, kind = _pruned_config(model, edits, dense_config)
     with atomic_directory(out, overwrite) as folder:
-        with _config_in_place(model, config), silent_writing(), saved_by_shard(model) as state:
-            # A shard of a model that is read block by block is in memory when it is written.
-            shard = (
-                max_shard_size if state is None else min(max_shard_size, _SHARD, key=shard_bytes)
-            )
-            model.save_pretrained(folder, max_shard_size=shard, state_dict=state)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
+        own = model.config
+        try:
+            model.config = config
+            with silent_writing(), saved_by_shard(model) as state:
+                # A shard of a model that is read block by block is in memory when it is written.
+                most = (max_shard_size,) if state is None else (max_shard_size, _SHARD)
+                shard = min(most, key=shard_bytes)
+                model.save_pretrained(folder, max_shard_size=shard, state_dict=state)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(folder)
+        finally:
+            model.config = own
         if plan_json is not None:
             (folder / "plan.json").write_text(plan_json, encoding="utf-8", newline="\n")
         if beside is not None:
@@ -107,8 +116,7 @@ def save_checkpoint(
                 file.chmod(0o666 & ~umask())
         if check is not None:
             check(folder)
-    size = sum(file.stat().st_size for file in Path(out).rglob("*") if file.is_file())
-    return SavedCheckpoint(kind, Path(out), size, _needs(model, kind))
+    return SavedCheckpoint(kind, Path(out), folder_bytes(out), _needs(model, kind))
 
 
 def _needs(model: PreTrainedModel, kind: Literal["stock", "recipe"]) -> tuple[str, ...]:
@@ -125,20 +133,18 @@ def _pruned_config(
     stock = stock_config(dense_config, model, recipe)
     if stock is not None:
         return stock, "stock"
-    depth = layer_values(type(model), dense_config, recipe.layers, sizes(model))
+    depth = layer_values(Trials(type(model), dense_config), recipe.layers, sizes(model))
     changed = {} if depth is None else dict(depth.values)
     # The config of the outermost module is the one that later saves write.
     own = (path.split(".", 1) for path in recipe.attributes.get("", ()) if "." in path)
     rooted = [path for holder, path in own if holder == "config"]
     before = {path: get_path(dense_config, path) for path in [*changed, *rooted]}
     recipe = _checked(model, dense_config, replace(recipe, dense_config=before), changed)
-    config = copy.deepcopy(dense_config)
-    for path, value in changed.items():
-        set_path(config, path, value)
-    require_config_fits(config, recipe)
+    config = with_values(dense_config, changed)
+    quantizer.require_none(config, quantizer.config_misfits(config, recipe))
     if changed:
         _require_valid(config)
-    config.quantization_config = PrunedConfig.from_recipe(recipe)
+    config.quantization_config = quantizer.PrunedConfig(**to_json(recipe))
     return config, "recipe"
 
 
@@ -157,22 +163,19 @@ def _require_valid(config: PreTrainedConfig) -> None:
 
 def _dense_and_recipe(config: PreTrainedConfig, edits: Edits) -> tuple[PreTrainedConfig, Recipe]:
     """Return the config of the unpruned model and all edits since; pruned models may come again."""
-    config = copy.deepcopy(config)
-    recipe = Recipe(**vars(edits))
+    config, recipe = copy.deepcopy(config), Recipe(**vars(edits))
     previous = getattr(config, "quantization_config", None)
     if previous is None:
         return config, recipe
     data = previous if isinstance(previous, dict) else previous.to_dict()
-    if data.get("quant_method") != QUANT_METHOD:
+    if data.get("quant_method") != quantizer.QUANT_METHOD:
         raise UserError(
             f"the model is quantized with {data.get('quant_method')}, and pruned weights cannot be "
             "saved in that form; load it without quantization"
         )
     first = from_json(data)
     del config.quantization_config
-    for path, value in first.dense_config.items():
-        set_path(config, path, value)
-    return config, compose(first, recipe)
+    return with_values(config, first.dense_config), compose(first, recipe)
 
 
 def _checked(
@@ -187,8 +190,8 @@ def _checked(
     what loads is what was verified.
     """
     rebuilt = build_meta(type(model), dense_config)
-    cut_skeleton_(rebuilt, recipe, kept_config)
-    finish_(rebuilt, recipe)
+    quantizer.cut_skeleton_(rebuilt, recipe, kept_config)
+    quantizer.finish_(rebuilt, recipe)
     found, wanted = sizes(rebuilt), sizes(model)
     attributes = {name: dict(values) for name, values in recipe.attributes.items()}
     wrong = []
@@ -206,19 +209,8 @@ def _checked(
             f"{len(wrong)} sizes differ: {'; '.join(sorted(wrong)[:3])}"
         )
     recipe = replace(recipe, attributes=attributes)
-    require_attributes_fit(rebuilt, recipe)
+    quantizer.require_none(rebuilt, quantizer.attribute_misfits(rebuilt, recipe))
     return recipe
-
-
-@contextmanager
-def _config_in_place(model: PreTrainedModel, config: PreTrainedConfig) -> Iterator[None]:
-    """Let ``model`` be saved with another config."""
-    own = model.config
-    model.config = config
-    try:
-        yield
-    finally:
-        model.config = own
 
 
 @contextmanager

@@ -1,25 +1,29 @@
 """Config values that give a pruned model's sizes, where there are any.
 
-No key is known by name. Each integer of the config is changed on a model without weights, which
-shows the sizes that it governs; from them follows the value that each key needs. What counts is the
-last step: the config found must build exactly the pruned model, in every shape, every number that a
-module's code reads and every buffer that loading computes.
+No key is known by name. First the layers: besides their number these are lists with one entry a
+layer (``layer_types``), lists of layer numbers (``mlp_only_layers``) and numbers that divide the
+layers into those before and after (``first_k_dense_replace``); a change is taken if it brings the
+model that the config builds closer to the layers that were kept. Then each integer is changed on a
+model without weights, which shows the sizes that it governs; from them follows the value that each
+key needs. What counts is the last step: the config found must build exactly the pruned model, in
+every shape, every number that a module's code reads and every buffer that loading computes.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import inf
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from llm_pruner.checkpoints.depth import layer_values
 from llm_pruner.checkpoints.meta import (
     Sizes,
+    Trials,
     build_meta,
     computed_buffers,
     entries,
@@ -28,12 +32,13 @@ from llm_pruner.checkpoints.meta import (
     levels,
     quiet_trial,
     sizes,
-    try_sizes,
     with_values,
 )
 from llm_pruner.models.forward import embedding_rows, evaluating
+from llm_pruner.models.layers import keep_children
 from llm_pruner.types import Edits
 
+_NUMBERS_LAYERS = re.compile("layer|idx|index|indices|block")
 _OPTIONAL_TRIALS = (64, 128)
 _CONVENTIONAL_KEYS = ("head_dim",)
 """Keys that models read from any config that has them, though their config class names none."""
@@ -56,55 +61,148 @@ def stock_config(
     dense_config = copy.deepcopy(dense_config)
     if hasattr(dense_config, "quantization_config"):
         del dense_config.quantization_config
-    model_class = type(pruned_model)
-    target = sizes(pruned_model)
-    depth = layer_values(model_class, dense_config, edits.layers, target)
+    trials, target = Trials(type(pruned_model), dense_config), sizes(pruned_model)
+    depth = layer_values(trials, edits.layers, target)
     if depth is None or not depth.exact:
         return None
-    start = depth.values
-    solver = _Solver(model_class, dense_config, start)
+    trials = Trials(type(pruned_model), with_values(dense_config, depth.values))
+    solver = _Solver(trials)
     values = solver.solve(target)
     if values is None:
         return None
-    found = _accepted(solver.config(values), pruned_model, target, edits)
+    found = _accepted(with_values(trials.config, values), pruned_model, target, edits)
     # Keys that the dense config leaves open stay open where the result is the same.
-    for path in [path for path in values if solver.is_open(path)]:
+    for path in solver.opened:
         fewer = {other: value for other, value in values.items() if other != path}
-        if config := _accepted(solver.config(fewer), pruned_model, target, edits):
+        if config := _accepted(with_values(trials.config, fewer), pruned_model, target, edits):
             values, found = fewer, config
     return found
+
+
+# ------------------------------------------------------------------------------------ layers
+
+
+class Depth(NamedTuple):
+    """Config values for the layers that were kept, by dotted paths.
+
+    They are exact if the dense model with them has just the kept layers, in every size and every
+    number that their code reads.
+    """
+
+    values: Mapping[str, Any]
+    exact: bool
+
+
+def layer_values(
+    trials: Trials, layers: Mapping[str, tuple[int, ...]], target: Sizes
+) -> Depth | None:
+    """Return the values of the dense config that change with removed layers.
+
+    None if no integer of the config sets the length of one of the lists. The sizes of the pruned
+    model say how its layers number themselves.
+    """
+    if not layers:
+        return Depth({}, exact=True)
+    skeleton = build_meta(trials.model_class, trials.config)
+    dense = sizes(skeleton)
+    values: dict[str, Any] = {}
+    for name, kept in layers.items():
+        shorter = _shorter(trials, values, name, kept, dense["list", name, "len"])
+        if shorter is None:
+            return None
+        values = shorter
+        keep_children(skeleton, name, kept)
+    wanted = sizes(skeleton)
+    counts = {(dense["list", name, "len"], len(kept)) for name, kept in layers.items()}
+
+    def agrees(key: tuple[str, str, Any], found: Sizes) -> bool:
+        one, other = found.get(key), wanted.get(key)
+        # A layer may number itself as the pruned model does; modules may hold how many there are.
+        return one == other or (
+            key[0] == "attribute"
+            and one is not None
+            and (one == target.get(key) or (other, one) in counts)
+        )
+
+    def count_wrong(values: Mapping[str, Any]) -> float:
+        found = trials.sizes(values)
+        if found is None:
+            return inf
+        return sum(not agrees(key, found) for key in found.keys() | wanted.keys())
+
+    wrong = count_wrong(values)
+    taken = []
+    for name, kept in layers.items():
+        count = dense["list", name, "len"]
+        for path, value, silent in _renumbered(trials.config, values, count, kept):
+            if wrong == 0 and not silent:
+                continue
+            trial = values | {path: value}
+            found = count_wrong(trial)
+            # Which layers attend to a window, say, shows in no size of the model.
+            if found < wrong or (silent and found == wrong):
+                values, wrong = trial, found
+                taken += [] if silent else [path]
+    for path in taken:
+        # What helped as long as another value was wrong may be wrong now.
+        trial = {other: value for other, value in values.items() if other != path}
+        found = count_wrong(trial)
+        if found <= wrong:
+            values, wrong = trial, found
+    return Depth(values, exact=wrong == 0)
+
+
+def _shorter(
+    trials: Trials, values: Mapping[str, Any], name: str, kept: Sequence[int], count: int
+) -> dict[str, Any] | None:
+    """Return ``values`` with the length of one module list and the lists of that length."""
+    lists = {
+        path: [value[index] for index in kept]
+        for path, value in entries(trials.config)
+        if isinstance(value, list) and len(value) == count and not _names_all(value)
+    }
+    for path, value in entries(trials.config):
+        if is_integer(value) and value == count >= 2:
+            shorter = {**values, path: len(kept), **lists}
+            if (trials.sizes(shorter) or {}).get(("list", name, "len")) == len(kept):
+                return shorter
+    return None
+
+
+def _names_all(values: Sequence[Any]) -> bool:
+    """Whether a list holds the number of every layer; two numbers may be flags as well."""
+    return len(values) > 2 and all(map(is_integer, values)) and {*values} == {*range(len(values))}
+
+
+def _renumbered(
+    config: PreTrainedConfig, values: Mapping[str, Any], count: int, kept: Sequence[int]
+) -> Iterator[tuple[str, Any, bool]]:
+    """Yield (path, value, whether it may change nothing that is countable) to try."""
+    place = {old: new for new, old in enumerate(kept)}
+    for path, value in entries(config):
+        if path in values:
+            continue
+        if isinstance(value, list) and value and all(map(is_integer, value)):
+            named = _NUMBERS_LAYERS.search(path.rpartition(".")[2]) is not None
+            if named and len(set(value)) == len(value) and 0 <= min(value) <= max(value) < count:
+                yield path, [place[index] for index in value if index in place], True
+        elif is_integer(value) and 0 < value <= count:
+            before = sum(index < value for index in kept)
+            through = sum(index <= value for index in kept) - 1
+            for new in dict.fromkeys((before, through)):
+                if new != value and new >= 0:
+                    yield path, new, False
+
+
+# ---------------------------------------------------------------------------------- integers
 
 
 class _Solver:
     """Finds the value that every integer key needs for given sizes."""
 
-    def __init__(
-        self,
-        model_class: type[PreTrainedModel],
-        dense_config: PreTrainedConfig,
-        start: Mapping[str, Any],
-    ) -> None:
-        self._model_class = model_class
-        self._dense = dense_config
-        self._start = dict(start)
-        self._open: set[str] = set()
-        self._cache: dict[tuple[tuple[str, int], ...], Sizes | None] = {}
-
-    def is_open(self, path: str) -> bool:
-        """Say whether the dense config leaves the key unset."""
-        return path in self._open
-
-    def config(self, values: Mapping[str, int]) -> PreTrainedConfig:
-        """Return the dense config with layer values and ``values`` set; nothing is validated."""
-        return with_values(self._dense, self._start | dict(values))
-
-    def sizes(self, values: Mapping[str, int]) -> Sizes | None:
-        """Return the sizes that ``values`` give, or None if no model can be built with them."""
-        key = tuple(sorted(values.items()))
-        if key not in self._cache:
-            all_values = self._start | dict(values)
-            self._cache[key] = try_sizes(self._model_class, self._dense, all_values)
-        return self._cache[key]
+    def __init__(self, trials: Trials) -> None:
+        self._config, self._sizes = trials.config, trials.sizes
+        self.opened: list[str] = []  # keys that the dense config leaves unset, and that got a value
 
     def solve(self, target: Sizes) -> dict[str, int] | None:
         """Return key -> value for all keys that govern a size that must change, or None.
@@ -114,20 +212,21 @@ class _Solver:
         key, one stays as it is.
         """
         values = self._settle_open()
-        base = self.sizes(values)
+        base = self._sizes(values)
         if base is None:
             return None
-        keys = [path for path, value in entries(self.config(values)) if _is_size(value)]
-        effects = {path: effect for path in keys if (effect := self._effect(path, values, base))}
-        changed = {key for key in base if key in target and base[key] != target[key]}
-        if not changed:
-            return values
+        found = entries(with_values(self._config, values))
+        keys = [path for path, value in found if is_integer(value) and value >= 2]
+        trials = {path: next(self._trials(path, values), None) for path in keys}
+        effects = {path: _moved(base, trial[2]) for path, trial in trials.items() if trial}
+        changed = _moved(base, target)
         origin = dict(values)
         unsettled = [path for path in effects if effects[path] & changed]
         while unsettled:
-            path, deciding = self._next(unsettled, effects)
+            alone = {path: _alone(path, unsettled, effects) for path in unsettled}
+            path = next((path for path in unsettled if alone[path]), unsettled[-1])
             unsettled.remove(path)
-            value = self._value(path, values, deciding, target)
+            value = self._value(path, values, alone[path], target)
             if value is None:
                 # Values on the way may be refused (heads that no longer divide the hidden size);
                 # the dense ones are not, and do for sizes that no other key takes part in.
@@ -143,66 +242,60 @@ class _Solver:
         pruned model may have to set by itself.
         """
         values: dict[str, int] = {}
-        base = self.sizes({})
+        base = self._sizes({})
         if base is None:
             return values
-        candidates = [path for path, value in entries(self._dense) if value is None]
+        candidates = [path for path, value in entries(self._config) if value is None]
         candidates += [
             prefix + name
-            for prefix, config in levels(self._dense)
+            for prefix, config in levels(self._config)
             for name in _CONVENTIONAL_KEYS
             if not hasattr(config, name)
         ]
         for path in candidates:
             if path.endswith("_id"):
                 continue
-            first, second = (self.sizes({path: trial}) for trial in _OPTIONAL_TRIALS)
+            first, second = (self._sizes({path: trial}) for trial in _OPTIONAL_TRIALS)
             if first is None or second is None:
                 continue
-            moved = {key for key in first if key in second and first[key] != second[key]}
-            votes = _votes(moved, first, second, base, _OPTIONAL_TRIALS)
-            for value, _ in votes.most_common(3):
-                if self.sizes({path: value}) == base:
-                    values[path] = value
-                    self._open.add(path)
-                    break
+            votes = _votes(_moved(first, second), first, second, base, _OPTIONAL_TRIALS)
+            value = next((value for value in votes if self._sizes({path: value}) == base), None)
+            if value is not None:
+                values[path] = value
+                self.opened.append(path)
         return values
 
-    def _effect(self, path: str, values: dict[str, int], base: Sizes) -> set[Any]:
-        """Return the sizes that the key governs: those that differ once it is changed."""
-        current = values.get(path) or get_path(self._dense, path)
-        for trial in _trials(current):
-            other = self.sizes(values | {path: trial})
-            if other is not None:
-                return {key for key in base if key in other and base[key] != other[key]}
-        return set()
-
-    def _next(self, unsettled: list[str], effects: Mapping[str, set[Any]]) -> tuple[str, set[Any]]:
-        for path in unsettled:
-            if alone := _alone(path, unsettled, effects):
-                return path, alone
-        return unsettled[-1], set()
+    def _trials(self, path: str, values: dict[str, int]) -> Iterator[tuple[int, int, Sizes]]:
+        """Yield (value, another that can be built, the sizes that it gives) of one key."""
+        current = values.get(path) or get_path(self._config, path)
+        # Doubling keeps divisibility, the others avoid other limits.
+        for trial in (2 * current, current + 1, current // 2):
+            found = self._sizes(values | {path: trial}) if trial >= 1 else None
+            if found is not None:
+                yield current, trial, found
 
     def _value(
         self, path: str, values: dict[str, int], deciding: set[Any], target: Sizes
     ) -> int | None:
         """Return the value of one key that brings the deciding sizes to the target."""
-        current = values.get(path) or get_path(self._dense, path)
-        base = self.sizes(values)
-        for trial in _trials(current):
-            other = self.sizes(values | {path: trial})
-            if base is None or other is None:
-                continue
+        base = self._sizes(values)
+        if base is None:
+            return None
+
+        def hits(value: int) -> int:
+            found = self._sizes(values | {path: value}) or {}
+            return sum(found.get(key) == target.get(key) for key in deciding)
+
+        for current, trial, other in self._trials(path, values):
             votes = _votes(deciding, base, other, target, (current, trial))
-            best, matches = None, -1
-            for value, _ in votes.most_common(3):
-                found = self.sizes(values | {path: value})
-                hits = 0 if found is None else sum(found.get(k) == target.get(k) for k in deciding)
-                if hits > matches:
-                    best, matches = value, hits
-            if best is not None:
-                return best
+            if votes:
+                return max(votes, key=hits)
         return None
+
+
+def _moved(one: Sizes, other: Sizes) -> set[Any]:
+    """Return the sizes that both have, and that differ."""
+    return {key for key in one if key in other and one[key] != other[key]}
 
 
 def _alone(path: str, paths: Iterable[str], effects: Mapping[str, set[Any]]) -> set[Any]:
@@ -212,8 +305,11 @@ def _alone(path: str, paths: Iterable[str], effects: Mapping[str, set[Any]]) -> 
 
 def _votes(
     keys: Iterable[Any], first: Sizes, second: Sizes, target: Sizes, at: tuple[int, int]
-) -> Counter[int]:
-    """Count the integers that linear sizes, known at two values of a key, need for the target."""
+) -> list[int]:
+    """Return the three integers that most sizes need for the target.
+
+    They are linear in a key, and known at two values of it.
+    """
     votes: Counter[int] = Counter()
     for key in keys:
         a, b, t = first.get(key), second.get(key), target.get(key)
@@ -224,7 +320,7 @@ def _votes(
         if rest == 0 and at[0] + value >= 1:
             # Sizes of parameters are worth more: attributes may be quotients.
             votes[at[0] + value] += 3 if key[0] == "parameter" else 1
-    return votes
+    return [value for value, _ in votes.most_common(3)]
 
 
 def _accepted(
@@ -240,8 +336,12 @@ def _accepted(
         model = build_meta(type(pruned), config)
         built = sizes(model)
         differing = {key for key in built | target if built.get(key) != target.get(key)}
-        if any(key[0] != "attribute" for key in differing) or not _agree(model, edits):
+        if any(key[0] != "attribute" for key in differing):
             return None
+        for name, values in edits.attributes.items():
+            module = model.get_submodule(name)
+            if any(get_path(module, path) != value for path, value in values.items()):
+                return None
         computed = computed_buffers(model)
         # A cast model has cast its buffers too, so the comparison is in the model's precision.
         present = dict(pruned.named_buffers())
@@ -272,22 +372,3 @@ def _same_function(model: PreTrainedModel, pruned: PreTrainedModel) -> bool:
     with evaluating(pruned), evaluating(model), torch.no_grad(), quiet_trial():
         ours, theirs = (m(input_ids=tokens, use_cache=False).logits for m in (pruned, model))
     return torch.equal(ours, theirs)
-
-
-def _agree(model: nn.Module, edits: Edits) -> bool:
-    """Say whether every edited attribute, dotted ones too, already has its value."""
-    for name, values in edits.attributes.items():
-        module = model.get_submodule(name)
-        if any(get_path(module, path) != value for path, value in values.items()):
-            return False
-    return True
-
-
-def _is_size(value: Any) -> bool:
-    """Say whether a config value can be a size that shrinks: an integer of at least 2."""
-    return is_integer(value) and value >= 2
-
-
-def _trials(value: int) -> tuple[int, ...]:
-    """Return values to try instead: doubling keeps divisibility, the others avoid other limits."""
-    return tuple(trial for trial in (2 * value, value + 1, value // 2) if trial >= 1)

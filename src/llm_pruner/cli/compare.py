@@ -12,7 +12,7 @@ import typer
 from llm_pruner.cli.build import Json
 from llm_pruner.cli.output import Screen, check_json, write_json
 from llm_pruner.errors import UserError
-from llm_pruner.files.outputs import check_file, check_place, write_output
+from llm_pruner.files.outputs import check_file, write_output
 from llm_pruner.report.text import clean
 
 if TYPE_CHECKING:
@@ -56,7 +56,6 @@ def command(
     if markdown and json == "-":
         raise UserError("--markdown and --json - both write to stdout; give --json a file")
     if html is not None:
-        check_place(html, "--html")
         check_file("--html", html, "page", reads)
 
     from llm_pruner.report.compare import compare_folders, render_html, render_markdown

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llm_pruner.errors import UserError
-from llm_pruner.files.outputs import Source, check_file, check_place, write_output
+from llm_pruner.files.outputs import Source, check_file, write_output
 from llm_pruner.report.text import clean, count, megabytes
 from llm_pruner.runtime.signals import INTERRUPTED, TERMINATED
 
@@ -77,7 +77,6 @@ def check_json(file: str | None, reads: Iterable[Source] = (), out: Path | None 
     if file == "":
         raise UserError("--json is empty; name the file to write, or - for stdout")
     if file not in (None, "-"):
-        check_place(Path(file), "--json")
         check_file("--json", Path(file), "results", reads, out)
 
 

@@ -14,6 +14,7 @@ import torch
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import footprint
 from llm_pruner.evaluation.speed import Speed, SpeedUp, compiled, compiling, measure_speed, speed_up
+from llm_pruner.files.disk import folder_bytes
 from llm_pruner.models.forward import Decoder, maximum_length
 from llm_pruner.models.load import LoadedModel, check, load
 from llm_pruner.models.stored import stored_at
@@ -151,12 +152,12 @@ def _counted(loaded: LoadedModel, source: ModelSettings) -> Figures:
         parameters_embedding=size.embedding,
         parameters_blocks=size.blocks,
         bytes_in_memory=size.bytes,
-        bytes_on_disk=None if path is None else footprint.folder_bytes(path),
+        bytes_on_disk=None if path is None else folder_bytes(path),
         macs=footprint.paper_macs(loaded.model),
-        macs_per_token=counts.token.macs,
-        bytes_read_per_token=counts.token.bytes_read,
-        kv_cache_bytes_per_token=counts.cache.bytes_per_token,
-        cache_bytes_fixed=counts.cache.bytes_fixed,
+        macs_per_token=counts.token_macs,
+        bytes_read_per_token=counts.token_bytes_read,
+        kv_cache_bytes_per_token=counts.cache_bytes_per_token,
+        cache_bytes_fixed=counts.cache_bytes_fixed,
     )
 
 
@@ -188,8 +189,8 @@ def _compared(models: list[Any], fast: Speed, slow: Speed) -> Comparison:
         batch_size=fast.batch_size,
         prefill=speed_up(slow.prefill_seconds, fast.prefill_seconds),
         decode=speed_up(slow.decode_seconds, fast.decode_seconds),
-        prefill_limit=large.prefill.macs / small.prefill.macs,
-        decode_limit=large.token.bytes_read / small.token.bytes_read,
+        prefill_limit=large.prefill_macs / small.prefill_macs,
+        decode_limit=large.token_bytes_read / small.token_bytes_read,
     )
 
 

@@ -18,6 +18,7 @@ from llm_pruner.commands.prune_start import check_space, criterion_of, selection
 from llm_pruner.commands.recover import recover_checkpoint
 from llm_pruner.commands.workdir import Work, folder_beside, opened, read_values
 from llm_pruner.data.examples import load_examples
+from llm_pruner.data.files import BEGINNING
 from llm_pruner.data.selfmade import CHUNK, write_text_cached
 from llm_pruner.data.text import DEMO_PROMPTS, SELF, load_documents, sources_of
 from llm_pruner.errors import UserError
@@ -146,19 +147,14 @@ def check_settings(settings: CompressSettings) -> None:
         settings.trains().check()
         for source in settings.data:
             if source != SELF:
-                load_examples(source, limit=_beginning(source))
+                load_examples(source, limit=BEGINNING)
     for source in sources_of(pruning.calibration):
         if source != SELF:
-            load_documents(source, limit=_beginning(source))
+            load_documents(source, limit=BEGINNING)
     read_texts(settings.perplexity, PerplexitySettings())
     if settings.tasks is not None:
         check_tasks(settings)
     check(settings.loading())
-
-
-def _beginning(source: str) -> int | None:
-    """Return how much of a source is read to see that it is there: local files are read whole."""
-    return None if Path(source).expanduser().exists() else 1000
 
 
 def about(settings: CompressSettings) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -19,11 +20,11 @@ from transformers import __version__ as transformers_version
 
 from llm_pruner.checkpoints import atomic_directory
 from llm_pruner.data.files import read_task
-from llm_pruner.data.text import load_evaluation_text
+from llm_pruner.data.text import EvaluationText, load_evaluation_text
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.evaluation import result_cache, zero_shot
 from llm_pruner.evaluation.footprint import model_size
-from llm_pruner.evaluation.perplexity import EvaluationText, PerplexityResult, perplexity
+from llm_pruner.evaluation.perplexity import PerplexityResult, perplexity
 from llm_pruner.evaluation.samples import sample_continuation
 from llm_pruner.evaluation.speed import measure_speed
 from llm_pruner.files.outputs import check_output
@@ -37,6 +38,9 @@ from llm_pruner.settings.evaluate import EvaluateSettings, PerplexitySettings
 from llm_pruner.settings.words import LOCAL_TASKS
 from llm_pruner.types import Size
 from llm_pruner.version import __version__
+
+if TYPE_CHECKING:
+    from llm_pruner.evaluation.harness import PreparedTask
 
 _RESULTS = TypeAdapter(dict[Literal["results"], list[zero_shot.TaskResult]])
 _SIZE = TypeAdapter(Size)
@@ -202,17 +206,14 @@ def _stored(kind: TypeAdapter[Any], key: str | None) -> Any:
 
 def read_texts(sources: Sequence[str], settings: PerplexitySettings) -> list[EvaluationText]:
     """Return the corpora; raise UserError if one cannot be read."""
-    how: Any = settings.model_dump(include={"protocol", "split", "text_field"})
-    return [EvaluationText(*load_evaluation_text(source, **how)) for source in sources]
+    return [load_evaluation_text(source, settings) for source in sources]
 
 
 def measure_perplexities(
     loaded: LoadedModel, texts: Sequence[EvaluationText], settings: PerplexitySettings
 ) -> list[PerplexityResult]:
     """Return the perplexity on each text."""
-    how: Any = settings.model_dump(include={"protocol", "seq_len", "max_tokens"})
-    how["batch_size"] = settings.sequences
-    return [perplexity(loaded.model, loaded.tokenizer, text, **how) for text in texts]
+    return [perplexity(loaded.model, loaded.tokenizer, text, settings) for text in texts]
 
 
 def check_tasks(settings: TaskSettings) -> None:
@@ -226,19 +227,20 @@ def check_tasks(settings: TaskSettings) -> None:
     zero_shot.require_harness()
 
 
-def prepare_tasks(settings: TaskSettings) -> list[zero_shot.PreparedTask]:
+def prepare_tasks(settings: TaskSettings) -> list[PreparedTask]:
     """Return the tasks with their documents; raise UserError if one is unknown or has no data."""
     check_tasks(settings)
+    from llm_pruner.evaluation.harness import prepare  # imports the harness, which takes seconds
+
     tasks, data = settings.tasks or (), settings.tasks_data
     records = [None if data is None else read_task(data, task) for task in tasks]
     return [
-        zero_shot.prepare(task, found, settings.limit)
-        for task, found in zip(tasks, records, strict=True)
+        prepare(task, found, settings.limit) for task, found in zip(tasks, records, strict=True)
     ]
 
 
 def run_tasks(
-    tasks: list[zero_shot.PreparedTask],
+    tasks: list[PreparedTask],
     settings: EvaluateSettings,
     identity: result_cache.ModelIdentity | None,
     load: Callable[[], LoadedModel],
@@ -247,13 +249,15 @@ def run_tasks(
 
     Without the identity of the model nothing is known or kept. It is loaded only to run a task.
     """
+    from llm_pruner.evaluation.harness import LoadedLM, run
+
     versions = {
-        "lm_eval": zero_shot.harness_version(),
+        "lm_eval": version("lm-eval"),
         "llm_pruner": __version__,
         "torch": str(torch.__version__),
         "transformers": transformers_version,
     }
-    runner: zero_shot.TaskRunner | None = None
+    lm: LoadedLM | None = None
     results: list[zero_shot.TaskResult] = []
     cached = []
     for task in tasks:
@@ -265,10 +269,10 @@ def run_tasks(
         if found:
             cached.append(task.name)
         else:
-            if runner is None:
+            if lm is None:
                 loaded = load()
-                runner = zero_shot.TaskRunner(loaded.model, loaded.tokenizer, settings.sequences)
-            found = {"results": runner.run(task, settings.limit)}
+                lm = LoadedLM(loaded.model, loaded.tokenizer, settings.sequences)
+            found = {"results": run(lm, task, settings.limit)}
             if key is not None:
                 result_cache.write(key, as_json(found))
         results += found["results"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -123,12 +124,11 @@ def planned(
 
 def check_out(out: Path, overwrite: bool, dry_run: bool, reads: Sequence[outputs.Source]) -> None:
     """Raise UserError if a run cannot write to ``out``: a folder, or with ``dry_run`` a file."""
-    outputs.check_place(out, "--out")
     if not dry_run:
         outputs.check_output(out, overwrite, reads)
-    elif out.is_dir():
+    elif os.path.isdir(out):
         raise UserError(f"{out} is a folder; with --dry-run, --out names the plan file to write")
-    elif out.is_file() and not overwrite:
+    elif os.path.isfile(out) and not overwrite:
         raise UserError(f"{out} exists; give another --out, or --overwrite to replace it")
     else:
         outputs.check_file("--out", out, "plan", reads)

@@ -291,7 +291,6 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
     """Raise UserError for what can be refused without reading anything; the run is in ``work``."""
     settings.check()
     trainer_arguments(settings)
-    check_place(settings.out, "--out")
     check_output(settings.out, settings.overwrite, settings.reads)
     check_shard_size(settings.max_shard_size)
     if settings.teacher_cache is not None:
@@ -326,15 +325,8 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
 
 def read_examples(data: DataSettings) -> dict[str, Examples]:
     """Return the examples of each source but ``self``."""
-    read = {}
-    for source in data.data:
-        if source != SELF:
-            # A local file is read whole and drawn from; of a dataset the beginning is fetched.
-            limit = None if Path(source).expanduser().exists() else data.samples
-            read[source] = load_examples(
-                source, split=data.split, text_field=data.text_field, limit=limit
-            )
-    return read
+    how: Any = {"split": data.split, "text_field": data.text_field, "limit": data.samples}
+    return {source: load_examples(source, **how) for source in data.data if source != SELF}
 
 
 def load_teacher(teacher: ModelSettings, student: LoadedModel) -> LoadedModel:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-from llm_pruner.data.files import is_endless, read_hub, read_rows, texts_of_rows
-from llm_pruner.data.text import fingerprint, is_file_name
+from llm_pruner.data.files import is_endless, read_source, texts_of_rows
 from llm_pruner.errors import UserError
 
 ROLES = ("system", "user", "assistant")
@@ -38,10 +36,7 @@ class Turn:
 class Example:
     """Turns of a chat, an instruction being a chat of two turns; or a text of its own.
 
-    Attributes:
-        turns: empty for a text.
-        text: empty for a chat.
-        context: the ``input`` of an instruction, which formats place apart from it.
+    ``context`` is the ``input`` of an instruction, which formats place apart from it.
     """
 
     turns: tuple[Turn, ...] = ()
@@ -51,21 +46,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """The examples of one source.
-
-    Attributes:
-        examples: in the order of the source.
-        name: file name, or hub name with config.
-        split: split of a hub dataset; None for a local file.
-        kind: ``chat`` or ``text``.
-        fingerprint: first 16 hex digits of a SHA-256 over their content.
-    """
+    """The examples of one source; name and split as of ``text.Documents``."""
 
     examples: tuple[Example, ...]
     name: str
     split: str | None
-    kind: str
-    fingerprint: str
 
 
 def load_examples(
@@ -85,42 +70,32 @@ def load_examples(
     Args:
         source: a ``.txt``, ``.jsonl``, ``.json`` or ``.parquet`` file, or a hub dataset.
         split: of a hub dataset, by default ``train``.
-        limit: read at most this many records.
+        limit: read at most this many records of a hub dataset.
 
     Raises:
         UserError: the source cannot be read, a record is not what the first one is, or all are
             empty.
     """
-    path = Path(source).expanduser()
-    if is_file_name(source, path):
-        name, used = path.name, None
-        rows: Sequence[Any] = tuple(read_rows(path))
-    else:
-        most = STREAMED if limit is None and is_endless(source) else limit
-        name, used, rows = read_hub(source, lambda rows, _: rows, split=split, limit=most)
-    rows = rows[:limit]
+    if limit is None and is_endless(source):
+        limit = STREAMED
+    name, used, found = read_source(source, split=split, limit=limit)
+    rows = tuple(found)
     read = _reader(rows[0], text_field) if rows else None
     if read is None:
         examples = [Example(text=text) for text in texts_of_rows(rows, name, text_field)]
-        kept = tuple(one for one in examples if one.text.strip())
-        kind = "text"
     else:
-        found = [read(row, f"{name}: record {n}") for n, row in enumerate(rows, start=1)]
-        kept = tuple(one for one in found if one is not None)
-        kind = "chat"
+        examples = [read(row, f"{name}: record {n}") for n, row in enumerate(rows, start=1)]
+    kept = tuple(
+        one
+        for one in examples
+        if one.text.strip() or any(t.role == "assistant" and t.content.strip() for t in one.turns)
+    )
     if not kept:
         raise UserError(f"{name} holds no text; give a file or dataset with text in it")
-    return Examples(kept, name, used, kind, fingerprint(_spelled(kept)))
+    return Examples(kept, name, used)
 
 
-def _spelled(examples: Sequence[Example]) -> list[str]:
-    return [
-        "\0".join([one.text, one.context, *(f"{turn.role}\0{turn.content}" for turn in one.turns)])
-        for one in examples
-    ]
-
-
-def _reader(row: Any, text_field: str | None) -> Callable[[Any, str], Example | None] | None:
+def _reader(row: Any, text_field: str | None) -> Callable[[Any, str], Example] | None:
     """Return what reads records like this one, None if they are plain text."""
     if text_field is not None or not isinstance(row, Mapping):
         return None
@@ -134,15 +109,12 @@ def _reader(row: Any, text_field: str | None) -> Callable[[Any, str], Example | 
     return None
 
 
-def _chat(field: str, row: Any, where: str) -> Example | None:
-    """Read a record that holds a list of messages; None if there is nothing to learn."""
+def _chat(field: str, row: Any, where: str) -> Example:
+    """Read a record that holds a list of messages."""
     messages = row.get(field) if isinstance(row, Mapping) else None
     if not isinstance(messages, (list, tuple)):
         raise UserError(f"{where} has no list {field!r}; repair or remove the record")
-    turns = tuple(_turn(message, where) for message in messages)
-    if not any(turn.role == "assistant" and turn.content.strip() for turn in turns):
-        return None
-    return Example(turns)
+    return Example(tuple(_turn(message, where) for message in messages))
 
 
 def _turn(message: Any, where: str) -> Turn:
@@ -158,21 +130,15 @@ def _turn(message: Any, where: str) -> Turn:
     )
 
 
-def _instruction(
-    question: str, context: str | None, answer: str, row: Any, where: str
-) -> Example | None:
-    """Read a record in the Alpaca schema, under one of its names."""
-    values = []
-    for field in (question, context, answer):
-        value = row.get(field) if isinstance(row, Mapping) and field is not None else ""
-        if field == context and value is None:
-            value = ""
+def _instruction(question: str, context: str | None, answer: str, row: Any, where: str) -> Example:
+    """Read a record in the Alpaca schema, under one of its names; empty if nothing is asked."""
+    row = row if isinstance(row, Mapping) else {question: "", answer: ""}
+    given = "" if row.get(context) is None else row[context]
+    asked, answered = row.get(question), row.get(answer)
+    for field, value in ((question, asked), (context, given), (answer, answered)):
         if not isinstance(value, str):
             raise UserError(
                 f"{where}: field {field!r} is missing or no string; repair or remove the record"
             )
-        values.append(value)
-    asked, given, answered = values
-    if not (asked.strip() and answered.strip()):
-        return None
-    return Example((Turn("user", asked), Turn("assistant", answered)), context=given)
+    turns = (Turn("user", asked), Turn("assistant", answered)) if asked.strip() else ()
+    return Example(turns, context=given)

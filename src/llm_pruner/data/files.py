@@ -11,30 +11,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from llm_pruner.errors import UserError
 from llm_pruner.runtime.progress import quiet
 from llm_pruner.settings.words import LOCAL_TASKS
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+_KNOWN = ".txt, .jsonl, .json or .parquet"
 _ALPACA = ("instruction", "input", "output")
 
 
 def read_rows(path: Path) -> Iterator[Any]:
-    """Return the records of a file as they are; a ``.txt`` file is one record, its text.
-
-    Raises:
-        UserError: the file is missing, empty, a folder or of an unknown type; while iterating: a
-            record cannot be read.
-    """
+    """Return the records of a file as they are; a ``.txt`` file is one record, its text."""
     suffix = path.suffix.lower()
     if path.is_dir():
-        raise UserError(f"{path} is a folder; give one text file in it ({_suffixes()})")
+        raise UserError(f"{path} is a folder; give one text file in it ({_KNOWN})")
     if not path.exists():
         raise UserError(f"{path} does not exist; check the path of the text file")
     if suffix not in SUFFIXES:
-        raise UserError(f"{path} has the unknown type {suffix!r}; use {_suffixes()}")
+        raise UserError(f"{path} has the unknown type {suffix!r}; use {_KNOWN}")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty; give a file with text in it")
     if suffix == ".txt":
@@ -50,9 +46,6 @@ def texts_of_rows(rows: Iterable[Any], name: str, text_field: str | None) -> Ite
     """Yield the text of each row; a row is a string or a mapping from field to value.
 
     The first row decides which field is read, see ``load_documents``.
-
-    Raises:
-        UserError: a row has no such field, or its value is not a string.
     """
     fields: tuple[str, ...] | None = None
     for number, row in enumerate(rows, start=1):
@@ -64,9 +57,16 @@ def texts_of_rows(rows: Iterable[Any], name: str, text_field: str | None) -> Ite
                 f"{name}: record {number} is {_kind(row)}; each record must be an object with a "
                 "string field"
             )
-        if fields is None:
-            fields = _text_fields(row, name, text_field)
-        yield "\n\n".join(_values(row, fields, name, number))
+        fields = fields or _text_fields(row, name, text_field)
+        # The "input" of an instruction may be empty or left out.
+        values = {field: row.get(field) for field in fields if fields != _ALPACA or row.get(field)}
+        for field, value in values.items():
+            if not isinstance(value, str):
+                raise UserError(
+                    f"{name}: field {field!r} of record {number} is {_kind(value)}, not a string; "
+                    "repair the record or name another field with --text-field"
+                )
+        yield "\n\n".join(map(str, values.values()))
 
 
 def _text_fields(row: Mapping[str, Any], name: str, text_field: str | None) -> tuple[str, ...]:
@@ -76,32 +76,15 @@ def _text_fields(row: Mapping[str, Any], name: str, text_field: str | None) -> t
                 f"{name} has no field {text_field!r}; its fields are {', '.join(map(str, row))}"
             )
         return (text_field,)
-    if isinstance(row.get("text"), str):
-        return ("text",)
-    if isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
+    texts = [field for field, value in row.items() if isinstance(value, str)]
+    if "text" not in texts and {"instruction", "output"} <= {*texts}:
         return _ALPACA
-    for field, value in row.items():
-        if isinstance(value, str):
-            return (field,)
-    raise UserError(
-        f"{name} has no string field (fields: {', '.join(map(str, row)) or 'none'}); "
-        "name the text field with --text-field or give a file with text"
-    )
-
-
-def _values(
-    row: Mapping[str, Any], fields: tuple[str, ...], name: str, number: int
-) -> Iterator[str]:
-    for field in fields:
-        value = row.get(field)
-        if fields is _ALPACA and not value:  # "input" may be empty or left out
-            continue
-        if not isinstance(value, str):
-            raise UserError(
-                f"{name}: field {field!r} of record {number} is {_kind(value)}, not a string; "
-                "repair the record or name another field with --text-field"
-            )
-        yield value
+    if not texts:
+        raise UserError(
+            f"{name} has no string field (fields: {', '.join(map(str, row)) or 'none'}); "
+            "name the text field with --text-field or give a file with text"
+        )
+    return ("text",) if "text" in texts else (texts[0],)
 
 
 def _decode(path: Path) -> str:
@@ -120,11 +103,7 @@ def _decode(path: Path) -> str:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (line number, value) of each line of a file that is not blank.
-
-    Raises:
-        UserError: the file is no UTF-8 text, or a line is no JSON.
-    """
+    """Yield (line number, value) of each line of a file that is not blank."""
     for number, line in enumerate(_decode(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -172,13 +151,6 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _suffixes() -> str:
-    return ", ".join(SUFFIXES[:-1]) + f" or {SUFFIXES[-1]}"
-
-
-T = TypeVar("T")
-
-
 @dataclass(frozen=True)
 class _Alias:
     """Where a dataset of the literature is found today, without a loading script."""
@@ -186,10 +158,10 @@ class _Alias:
     path: str
     config: str | None = None
     files: str | None = None
-    stream: bool = False
+    endless: bool = False
 
 
-ALIASES = {
+_ALIASES = {
     "wikitext2": _Alias("Salesforce/wikitext", "wikitext-2-raw-v1"),
     # The repository holds a script, which datasets no longer runs; its Parquet copy is read.
     "ptb": _Alias(
@@ -197,37 +169,53 @@ ALIASES = {
         files="hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet/"
         "penn_treebank/{split}/0000.parquet",
     ),
-    "c4": _Alias("allenai/c4", "en", stream=True),
-    "bookcorpus": _Alias("rojagtap/bookcorpus", stream=True),
+    "c4": _Alias("allenai/c4", "en", endless=True),
+    "bookcorpus": _Alias("rojagtap/bookcorpus", endless=True),
 }
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 
 
+def is_file_name(source: str) -> bool:
+    """Whether a source is a file: a name such as ``owner/data`` may also be a local folder."""
+    path = Path(source).expanduser()
+    return (
+        path.exists()
+        or path.suffix.lower() in SUFFIXES
+        or source.startswith((".", "/", "~"))
+        or "\\" in source
+    )
+
+
 def is_endless(source: str) -> bool:
     """Whether a hub dataset is too large to be read whole."""
-    alias = ALIASES.get(source.partition(":")[0])
-    return alias is not None and alias.stream
+    alias = _ALIASES.get(source.partition(":")[0])
+    return alias is not None and alias.endless
 
 
-def read_hub(
-    source: str,
-    take: Callable[[Iterable[Any], str], Iterable[T]],
-    *,
-    split: str | None = None,
-    limit: int | None = None,
-) -> tuple[str, str, tuple[T, ...]]:
-    """Return (name, split, what ``take`` makes of the rows and the name) of a hub dataset.
+BEGINNING = 1000
+"""Rows that say whether a dataset can be read."""
 
-    With a limit the dataset is streamed, so that only its beginning is downloaded.
+
+def read_source(
+    source: str, *, split: str | None = None, limit: int | None = None
+) -> tuple[str, str | None, Iterable[Any]]:
+    """Return (name, split, rows) of a local file, see ``read_rows``, or of a hub dataset.
+
+    With a limit a dataset is streamed, so that only its beginning is downloaded; a local file is
+    read whole, so that a broken line far down shows before any work. The split of a dataset is by
+    default ``train``, that of a file None.
 
     Raises:
-        UserError: the name is malformed, or the dataset cannot be loaded (no network, no such
-            name, config or split).
+        UserError: as ``read_rows``; the name of a dataset is malformed, or it cannot be loaded (no
+            network, no such name, config or split).
     """
+    if is_file_name(source):
+        file = Path(source).expanduser()
+        return file.name, None, read_rows(file)
     if not _NAME.fullmatch(source):
         raise UserError(
-            f"{source!r} is neither a local file nor a dataset name; use the path of a .txt, "
-            f".jsonl, .json or .parquet file, a hub name, or one of {', '.join(ALIASES)}"
+            f"{source!r} is neither a local file nor a dataset name; use the path of a {_KNOWN} "
+            f"file, a hub name, or one of {', '.join(_ALIASES)}"
         )
     if limit is None and is_endless(source):
         raise UserError(f"dataset {source!r} is too large to read whole; set a limit")
@@ -235,61 +223,74 @@ def read_hub(
 
     split = split or "train"
     path, _, config = source.partition(":")
-    alias = ALIASES.get(path, _Alias(path))
-    name = " ".join(filter(None, (alias.path, config or alias.config)))
+    alias = _ALIASES.get(path, _Alias(path))
+    where = [alias.path, config or alias.config]
+    name = " ".join(filter(None, where))
     options: dict[str, Any] = {"split": split, "streaming": limit is not None}
+    if alias.files is not None:
+        where, options["data_files"] = ["parquet"], {split: alias.files.format(split=split)}
     try:
         # Its retries are said line by line; the error below says it all.
         with quiet("huggingface_hub", warned=None):
-            if alias.files is not None:
-                files = {split: alias.files.format(split=split)}
-                rows = load_dataset("parquet", data_files=files, **options)
-            else:
-                rows = load_dataset(alias.path, config or alias.config, **options)
-            return name, split, tuple(islice(take(rows, name), limit))
-    except UserError:
-        raise
+            return name, split, tuple(islice(load_dataset(*where, **options), limit))
     except Exception as error:  # hub, network and dataset errors share no base class
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise UserError(
             f"dataset {source!r}: tried hub dataset {name}, split {split}, and failed "
-            f"({type(error).__name__}: {reason}); check the name and the network, "
-            "or give a local .txt, .jsonl, .json or .parquet file"
+            f"({type(error).__name__}: {reason}); check the name and the network, or give a local "
+            f"{_KNOWN} file"
         ) from error
 
 
 Record = dict[str, Any]
 
-_TEXT = "a string"
-_BINARY = "0 or 1"
-_SCHEMAS: dict[str, dict[str, str]] = {
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+
+
+def _are_choices(value: Any, _: Record) -> bool:
+    if not isinstance(value, dict):
+        return False
+    texts, labels = value.get("text", ()), value.get("label", ())
+    return _are_texts(texts) and _are_texts(labels) and len(texts) == len(labels)
+
+
+def _is_position(value: Any, record: Record) -> bool:
+    return not isinstance(value, bool) and str(value) in map(str, range(len(record["endings"])))
+
+
+Field = tuple[str, Callable[[Any, Record], bool]]
+"""What a field must be, in words, and (value, record) -> whether it is."""
+
+_TEXT: Field = ("a string", lambda value, _: isinstance(value, str))
+_BINARY: Field = ("0 or 1", lambda value, _: type(value) is int and value in (0, 1))
+_CHOICES: Field = ("an object of two lists, text and label", _are_choices)
+_LABEL: Field = ("one of the labels", lambda value, record: value in record["choices"]["label"])
+_SCHEMAS: dict[str, dict[str, Field]] = {
     "boolq": {"passage": _TEXT, "question": _TEXT, "label": _BINARY},
     "piqa": {"goal": _TEXT, "sol1": _TEXT, "sol2": _TEXT, "label": _BINARY},
     "hellaswag": {
         "activity_label": _TEXT,
         "ctx_a": _TEXT,
         "ctx_b": _TEXT,
-        "endings": "a list of strings",
-        "label": "the position of the right ending",
+        "endings": ("a list of strings", lambda value, _: _are_texts(value)),
+        "label": ("the position of the right ending", _is_position),
     },
     "winogrande": {
-        "sentence": "a string with one _",
+        "sentence": (
+            "a string with one _",
+            lambda value, _: isinstance(value, str) and value.count("_") == 1,
+        ),
         "option1": _TEXT,
         "option2": _TEXT,
-        "answer": '"1" or "2"',
+        "answer": ('"1" or "2"', lambda value, _: value in ("1", "2")),
     },
-    "arc_easy": {
-        "question": _TEXT,
-        "choices": "an object of two lists, text and label",
-        "answerKey": "one of the labels",
-    },
-    "openbookqa": {
-        "question_stem": _TEXT,
-        "choices": "an object of two lists, text and label",
-        "answerKey": "one of the labels",
-    },
+    "arc_easy": {"question": _TEXT, "choices": _CHOICES, "answerKey": _LABEL},
+    "arc_challenge": {"question": _TEXT, "choices": _CHOICES, "answerKey": _LABEL},
+    "openbookqa": {"question_stem": _TEXT, "choices": _CHOICES, "answerKey": _LABEL},
 }
-_SCHEMAS["arc_challenge"] = _SCHEMAS["arc_easy"]
+"""Fields of the local forms of the tasks; they are checked in order."""
 
 
 def read_task(folder: Path, task: str) -> list[Record]:
@@ -321,43 +322,16 @@ def read_task(folder: Path, task: str) -> list[Record]:
 def _checked(record: Any, task: str, path: Path, line: int) -> Record:
     schema = _SCHEMAS[task]
     where = f"{path}: line {line}"
-    if not isinstance(record, Mapping):
+    if not isinstance(record, dict):
         raise UserError(f"{where} is no JSON object; write one with {', '.join(schema)}")
     for field in schema:
         if field not in record:
             raise UserError(f"{where} has no {field!r}; a {task} record has {', '.join(schema)}")
-    for field, meaning in schema.items():
-        if not _CHECKS[meaning](record[field], record):
+    for field, (meaning, is_such) in schema.items():
+        if not is_such(record[field], record):
             raise UserError(f"{where}: {field!r} is not {meaning}; repair the record")
-    kept = {field: record[field] for field in schema}
-    if task == "hellaswag":
-        kept["label"] = str(kept["label"])  # copies of the dataset have either
-    return kept
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
-
-
-def _are_choices(value: Any, _: Mapping[str, Any]) -> bool:
-    if not isinstance(value, Mapping):
-        return False
-    texts, labels = value.get("text", ()), value.get("label", ())
-    return _are_texts(texts) and _are_texts(labels) and len(texts) == len(labels)
-
-
-def _is_position(value: Any, record: Mapping[str, Any]) -> bool:
-    return not isinstance(value, bool) and str(value) in map(str, range(len(record["endings"])))
-
-
-_CHECKS: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
-    _TEXT: lambda value, _: isinstance(value, str),
-    _BINARY: lambda value, _: type(value) is int and value in (0, 1),
-    "a list of strings": lambda value, _: _are_texts(value),
-    "the position of the right ending": _is_position,
-    "a string with one _": lambda value, _: isinstance(value, str) and value.count("_") == 1,
-    '"1" or "2"': lambda value, _: value in ("1", "2"),
-    "an object of two lists, text and label": _are_choices,
-    "one of the labels": lambda value, record: value in record["choices"]["label"],
-}
-"""What a field must be -> (value, record) -> whether it is; fields are checked in order."""
+    # Copies of HellaSwag have numbers or texts.
+    return {
+        field: str(record[field]) if field == "label" and task == "hellaswag" else record[field]
+        for field in schema
+    }

@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from llm_pruner.data.sequences import added_tokens
+from llm_pruner.data.sequences import added_tokens, bare_ids
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import new_file, tidy
+from llm_pruner.files.disk import new_file
 from llm_pruner.models.forward import (
     Decoder,
     cache_argument,
@@ -63,11 +63,14 @@ def write_text(
     if starts.shape[1] > seq_len:
         raise UserError(f"seq_len={seq_len} holds the tokenizer's BOS alone; use a longer one")
     uniform = torch.rand(samples, seq_len, generator=generator, dtype=torch.float64)
-    barred = _barred(tokenizer, embedding_rows(model))
+    vocabulary = embedding_rows(model)
+    # Never drawn: special tokens, and rows that stand for no token.
+    special = {index for index in _special_ids(tokenizer) if index < vocabulary}
+    barred = sorted(special.union(range(len(tokenizer), vocabulary)))
+    never = torch.tensor(barred if len(barred) < vocabulary else [], dtype=torch.int64)
     ids = torch.empty(samples, seq_len, dtype=torch.int64)
     ids[:, : starts.shape[1]] = starts
     positions = range(starts.shape[1], seq_len)
-    decoder = Decoder(model)
     with evaluating(model):
         opening = torch.cat([lead, starts[0]])[None].to(device)
         batch_size = batch_size or _texts_at_a_time(model, opening, seq_len)
@@ -82,7 +85,7 @@ def write_text(
             logits = decoder.step(fresh.to(device))
             if position == positions.start:
                 make_room_(decoder.cache, len(lead) + seq_len)
-            ids[rows, position] = _draw(logits.float().cpu(), uniform[rows, position], barred)
+            ids[rows, position] = _draw(logits.float().cpu(), uniform[rows, position], never)
     return ids
 
 
@@ -93,17 +96,12 @@ def write_windows(
 
     Texts have ``PIECE`` tokens; in a longer window they are parted as documents are, by the special
     tokens that the tokenizer adds, or by a blank line if it adds none, and the last one is cut.
-
-    Raises:
-        UserError: as ``write_text``.
     """
     _check_length(model, seq_len)
     if seq_len <= PIECE:
         return write_text(model, tokenizer, samples=samples, seq_len=seq_len, seed=seed)
     prefix, suffix = added_tokens(tokenizer)
-    parting = list(suffix)
-    if not prefix and not suffix:
-        parting = _blank_line(tokenizer)
+    parting = [*suffix] if prefix or suffix else _blank_line(tokenizer)
     count = -(-seq_len // (PIECE + len(parting)))
     texts = write_text(model, tokenizer, samples=samples * count, seq_len=PIECE, seed=seed)
     parted = torch.tensor(parting, dtype=torch.int64).expand(len(texts), -1)
@@ -119,11 +117,7 @@ def _check_length(model: Any, seq_len: int) -> None:
 
 
 def _texts_at_a_time(model: Any, opening: torch.Tensor, seq_len: int) -> int:
-    """Return how many texts fit in ``CACHE``, within ``TOKENS`` and ``TEXTS``.
-
-    Args:
-        opening: beginning of a text, (1, tokens), on the model's device.
-    """
+    """Return how many texts that open so, (1, tokens), fit in ``CACHE``, up to ``TEXTS``."""
     fewest = max(1, TOKENS // seq_len)
     if fewest >= TEXTS or cache_argument(model) is None:
         return fewest
@@ -137,11 +131,7 @@ def _texts_at_a_time(model: Any, opening: torch.Tensor, seq_len: int) -> int:
     return max(fewest, min(TEXTS, CACHE // (before + (after - before) * seq_len)))
 
 
-def _draw(
-    logits: torch.Tensor,
-    uniform: torch.Tensor,
-    barred: torch.Tensor,
-) -> torch.Tensor:
+def _draw(logits: torch.Tensor, uniform: torch.Tensor, barred: torch.Tensor) -> torch.Tensor:
     """Return one token a row by inverting the cumulative distribution at ``uniform``.
 
     All of it: a cut at unlikely tokens (arXiv 2407.01082), even of one in five hundred, leaves text
@@ -185,32 +175,20 @@ def _starts(
 
 def _blank_line(tokenizer: Any) -> list[int]:
     """Return what parts documents where the tokenizer adds nothing of its own."""
-    ids: list[int] = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
-    return ids
+    return bare_ids(tokenizer, "\n\n")
 
 
 def _words(tokenizer: Any, vocabulary: int) -> list[int]:
     """Return tokens that stand for a capitalised word; any plain token where there is none."""
     special = _special_ids(tokenizer)
     plain = [index for index in range(min(vocabulary, len(tokenizer))) if index not in special]
-    found = []
-    for index in plain:
+
+    def is_word(index: int) -> bool:
         text = tokenizer.decode([index])
         # Encoding it again keeps pieces from inside words away.
-        if _WORD.fullmatch(text) and tokenizer(text, add_special_tokens=False)["input_ids"] == [
-            index
-        ]:
-            found.append(index)
-    return found or plain or [0]
+        return bool(_WORD.fullmatch(text)) and bare_ids(tokenizer, text) == [index]
 
-
-def _barred(tokenizer: Any, vocabulary: int) -> torch.Tensor:
-    """Return ids that are never drawn: special tokens, and rows that stand for no token."""
-    ids = {index for index in _special_ids(tokenizer) if index < vocabulary}
-    ids.update(range(len(tokenizer), vocabulary))
-    if len(ids) >= vocabulary:
-        ids = set()
-    return torch.tensor(sorted(ids), dtype=torch.int64)
+    return [index for index in plain if is_word(index)] or plain or [0]
 
 
 def _special_ids(tokenizer: Any) -> set[int]:
@@ -242,7 +220,6 @@ def write_text_cached(
             ids = write_windows(
                 model, tokenizer, samples=CHUNK, seq_len=seq_len, seed=seed + 1_000_003 * number
             )
-            tidy(file)
             with new_file(file) as partial:
                 save_file({"input_ids": ids}, partial)
         chunks.append(_chunk(file, seq_len))

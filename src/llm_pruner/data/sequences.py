@@ -50,6 +50,12 @@ def make_sequence(ids: Sequence[int], learned: Sequence[bool], source: int) -> T
 _PROBE = "a b"
 
 
+def bare_ids(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a text without any that the tokenizer would add."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
 def added_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the token ids that the tokenizer adds before and after a text.
 
@@ -60,7 +66,7 @@ def added_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     ``add_bos_token`` are missing or wrong for many tokenizers.
     """
     whole = list(tokenizer(_PROBE)["input_ids"])
-    bare = list(tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
+    bare = list(bare_ids(tokenizer, _PROBE))
     for start in range(len(whole) - len(bare) + 1):
         if whole[start : start + len(bare)] == bare:
             before, after = tuple(whole[:start]), tuple(whole[start + len(bare) :])
@@ -68,20 +74,6 @@ def added_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
                 return before + after, ()
             return before, after
     return (), ()
-
-
-def chat_ids(tokenizer: Any, message: str) -> list[int] | None:
-    """Return the token ids that put a user's message to a chat model, up to its answer.
-
-    None if the tokenizer has no chat template: the model continues text.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    messages = [{"role": "user", "content": message}]
-    ids: list[int] = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
-    return ids
 
 
 Template = Literal["auto", "chat", "alpaca"]
@@ -95,16 +87,14 @@ _WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
 )
+_LATER = "\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+
 SHORTEST = 8
 """Windows of text that are shorter than this teach little and are left out."""
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Text of a chat; ``answer`` says whether the assistant wrote it."""
-
-    text: str
-    answer: bool
+Piece = tuple[str, bool]
+"""Text of a chat, and whether the assistant wrote it."""
 
 
 def encode_examples(
@@ -140,29 +130,23 @@ def encode_examples(
         )
     if template == "chat" and not getattr(tokenizer, "chat_template", None):
         raise UserError("the tokenizer has no chat template; use --template alpaca")
-    chat = template == "chat" or (
-        template == "auto" and bool(getattr(tokenizer, "chat_template", None))
-    )
+    chat = template != "alpaca" and bool(getattr(tokenizer, "chat_template", None))
     prefix, suffix = added_tokens(tokenizer)
     ending = suffix or ((tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ())
-    sequences: list[TrainingSequence] = []
+    made: list[TrainingSequence] = []
     for example in examples:
         if not example.turns:
-            sequences.extend(_windows(example.text, tokenizer, prefix, ending, seq_len, source))
+            ids = [*bare_ids(tokenizer, example.text), *ending]
+            made += _windows(ids, prefix, seq_len, source)
             continue
         pieces = _templated(example, tokenizer) if chat else _alpaca(example)
-        ids: list[int] = [] if chat else list(prefix)
-        learned: list[bool] = [False] * len(ids)
-        for piece in pieces:
-            new = tokenizer(piece.text, add_special_tokens=False, verbose=False)["input_ids"]
-            ids += new
-            learned += [piece.answer or not mask_prompt] * len(new)
+        parts = [(bare_ids(tokenizer, text), answer or not mask_prompt) for text, answer in pieces]
         if not chat:
-            ids += ending
-            learned += [True] * len(ending)
-        one = make_sequence(ids[:seq_len], learned[:seq_len], source)
-        if one.targets:
-            sequences.append(one)
+            parts = [([*prefix], False), *parts, ([*ending], True)]
+        ids = [token for part, _ in parts for token in part]
+        learned = [each for part, each in parts for _ in part]
+        made.append(make_sequence(ids[:seq_len], learned[:seq_len], source))
+    sequences = [one for one in made if one.targets]
     if not sequences:
         raise UserError(
             f"no example has anything to learn within {seq_len} tokens; use a longer --seq-len"
@@ -172,51 +156,35 @@ def encode_examples(
 
 
 def _windows(
-    text: str,
-    tokenizer: Any,
-    prefix: tuple[int, ...],
-    ending: tuple[int, ...],
-    seq_len: int,
-    source: int,
+    ids: Sequence[int], prefix: tuple[int, ...], seq_len: int, source: int
 ) -> Iterator[TrainingSequence]:
-    ids = [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], *ending]
     fresh = seq_len - len(prefix)
     if fresh < 1:
         raise UserError(f"seq_len={seq_len} holds the tokenizer's BOS alone; use a longer one")
+    known = [False] * len(prefix)
     for start in range(0, len(ids), fresh):
         window = ids[start : start + fresh]
-        if start and len(window) < SHORTEST:
-            return
-        known = [False] * len(prefix)
-        one = make_sequence([*prefix, *window], [*known, *([True] * len(window))], source)
-        if one.targets:
-            yield one
+        if not start or len(window) >= SHORTEST:
+            yield make_sequence([*prefix, *window], known + [True] * len(window), source)
 
 
-def _alpaca(example: Example) -> list[_Piece]:
-    pieces: list[_Piece] = []
-    system = "".join(f"{turn.content}\n\n" for turn in example.turns if turn.role == "system")
-    asked = False
+def _alpaca(example: Example) -> Iterator[Piece]:
+    before = "".join(f"{turn.content}\n\n" for turn in example.turns if turn.role == "system")
+    form = _WITH_INPUT if example.context.strip() else _WITHOUT_INPUT
     for turn in example.turns:
         if turn.role == "assistant":
-            pieces.append(_Piece(turn.content, True))
-        elif turn.role == "user" and not asked:
-            form = _WITH_INPUT if example.context.strip() else _WITHOUT_INPUT
-            prompt = form.format(instruction=turn.content, input=example.context)
-            pieces.append(_Piece(system + prompt, False))
-            asked = True
+            yield turn.content, True
         elif turn.role == "user":
-            text = f"\n\n### Instruction:\n{turn.content}\n\n### Response:\n"
-            pieces.append(_Piece(text, False))
-    return pieces
+            yield before + form.format(instruction=turn.content, input=example.context), False
+            before, form = "", _LATER
 
 
-def _templated(example: Example, tokenizer: Any) -> list[_Piece]:
+def _templated(example: Example, tokenizer: Any) -> list[Piece]:
     """Cut what the template writes where the assistant's turns begin and end."""
     messages = [{"role": turn.role, "content": turn.content} for turn in example.turns]
     if example.context.strip():
         messages[0]["content"] += f"\n\n{example.context}"
-    pieces: list[_Piece] = []
+    pieces: list[Piece] = []
     written = ""
     for position, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -233,8 +201,7 @@ def _templated(example: Example, tokenizer: Any) -> list[_Piece]:
             prompt = answered[:place]
         if not prompt.startswith(written):  # earlier turns are rewritten: learn the last alone
             written, pieces = "", []
-        pieces.append(_Piece(prompt[len(written) :], False))
-        pieces.append(_Piece(answered[len(prompt) :], True))
+        pieces += [(prompt[len(written) :], False), (answered[len(prompt) :], True)]
         written = answered
     return pieces
 

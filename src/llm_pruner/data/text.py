@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
+import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.resources import files
-from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from llm_pruner.data.files import SUFFIXES, read_hub, read_rows, texts_of_rows
+from llm_pruner.data.files import read_source, texts_of_rows
 from llm_pruner.errors import UserError
+from llm_pruner.settings.evaluate import PerplexitySettings
 
 DEMO_PROMPTS = (
     "The old bridge over the river was built",
@@ -40,15 +39,13 @@ class Documents:
             document, its whole content.
         name: file name, or hub name with config.
         split: split of a hub dataset; None for a local file.
-        fingerprint: first 16 hex digits of the SHA-256 over ``texts``.
         plain: true for a ``.txt`` file, whose lines can be read as records.
     """
 
     texts: tuple[str, ...]
     name: str
     split: str | None
-    fingerprint: str
-    plain: bool = False
+    plain: bool
 
     @property
     def raw(self) -> str:
@@ -63,7 +60,7 @@ class Documents:
         """
         if not self.plain:
             return self.texts
-        return tuple(line for text in self.texts for line in _lines(text))
+        return tuple(io.StringIO(self.raw, newline="\n"))
 
 
 def sources_of(source: str) -> tuple[str, ...]:
@@ -89,7 +86,7 @@ def load_documents(
         text_field: the field that holds the text. By default ``text``; else the Alpaca fields
             ``instruction``, ``input`` and ``output`` joined by blank lines; else the first field
             whose value is a string.
-        limit: read at most this many documents; of a ``.txt`` file, this many lines.
+        limit: read at most this many documents of a hub dataset.
 
     Raises:
         UserError: the file is missing, empty, of an unknown type, broken or without text; or the
@@ -100,59 +97,22 @@ def load_documents(
             "source 'self' is text that the model writes itself, for calibration only; "
             "give a text file or a dataset name here"
         )
-    if limit is not None and limit < 1:
-        raise UserError(f"limit={limit} reads no documents; use at least 1")
     path = Path(source).expanduser()
-    take = partial(texts_of_rows, text_field=text_field)
-    plain = False
-    if not is_file_name(source, path):
-        name, used_split, texts = read_hub(source, take, split=split, limit=limit)
-    else:
-        name, used_split = path.name, None
-        plain = path.suffix.lower() == ".txt"
-        rows = read_rows(path)
-        if plain:
-            texts = ("".join(line for row in rows for line in _lines(row)[:limit]),)
-        else:
-            texts = tuple(islice(take(rows, str(path)), limit))
+    plain = path.suffix.lower() == ".txt"
+    name, used_split, rows = read_source(source, split=split, limit=limit)
+    where = str(path) if used_split is None else name
+    texts: tuple[str, ...] = tuple(rows if plain else texts_of_rows(rows, where, text_field))
     if not any(text.strip() for text in texts):
         raise UserError(f"{name} holds no text; give a file or dataset with text in it")
-    return Documents(texts, name, used_split, fingerprint(texts), plain)
-
-
-def fingerprint(texts: Iterable[str]) -> str:
-    """Return 16 hex digits of the SHA-256 over the texts and their lengths."""
-    digest = hashlib.sha256()
-    for text in texts:
-        data = text.encode("utf-8", "surrogatepass")
-        digest.update(len(data).to_bytes(8, "big"))
-        digest.update(data)
-    return digest.hexdigest()[:16]
-
-
-def is_file_name(source: str, path: Path) -> bool:
-    """Whether a source is a file: a name such as ``owner/data`` may also be a local folder."""
-    return (
-        path.exists()
-        or path.suffix.lower() in SUFFIXES
-        or source.startswith((".", "/", "~"))
-        or "\\" in source
-    )
-
-
-def _lines(text: str) -> list[str]:
-    lines = text.split("\n")
-    ended = [line + "\n" for line in lines[:-1]]
-    return [*ended, lines[-1]] if lines[-1] else ended
+    return Documents(texts, name, used_split, plain)
 
 
 Protocol = Literal["paper", "standard"]
-Format = Literal["wikitext", "ptb"]
 
 _HEADING = re.compile(r" = [^=].* = ?\n?")
 
 
-def record_format(records: Sequence[str]) -> Format | None:
+def record_format(records: Sequence[str]) -> Literal["wikitext", "ptb"] | None:
     """Return the corpus whose raw rows these look like, or None.
 
     WikiText rows start with a space or are blank, and some are headings between ``=`` signs. Penn
@@ -164,42 +124,43 @@ def record_format(records: Sequence[str]) -> Format | None:
         return None
     if all(row.startswith(" ") for row in rows) and any(map(_HEADING.fullmatch, rows)):
         return "wikitext"
-    if any("<unk>" in row for row in rows) and all(_is_ptb(row) for row in rows):
+    words = [word for row in rows for word in row.split() if word != "N"]
+    if any("<unk>" in row for row in rows) and all(word == word.lower() for word in words):
         return "ptb"
     return None
 
 
-def join_records(records: Sequence[str], form: Format, protocol: Protocol) -> str:
-    """Join the rows of WikiText or Penn Treebank, see ``load_evaluation_text``."""
+def running_text(documents: Documents, protocol: Protocol) -> str | None:
+    """Return the one text that documents are parts of, see ``load_evaluation_text``.
+
+    None unless they are one file, or rows of WikiText or Penn Treebank.
+    """
+    rows = documents.records
+    form = record_format(rows)
     if form == "wikitext":
-        return "\n\n".join(_with_line_end(row) if row.strip() else "" for row in records)
-    separator = "\n\n" if protocol == "paper" else " "
-    return separator.join(row.strip() for row in records)
-
-
-def _with_line_end(row: str) -> str:
-    return row if row.endswith("\n") else row + "\n"
-
-
-def _is_ptb(row: str) -> bool:
-    return all(word == word.lower() or word == "N" for word in row.split())
+        return "\n\n".join(row.removesuffix("\n") + "\n" if row.strip() else "" for row in rows)
+    if form == "ptb":
+        return ("\n\n" if protocol == "paper" else " ").join(row.strip() for row in rows)
+    return documents.raw if documents.plain else None
 
 
 DEMO = "demo"
 """The source name of the text that this package ships."""
 
-_SPLITS = {"wikitext2": "test", "c4": "validation", "bookcorpus": "train"}
+_SPLITS = {"c4": "validation", "bookcorpus": "train"}
 _C4_DOCUMENTS = 1100  # what GPTQ and SparseGPT join for their C4 figures
 
 
-def load_evaluation_text(
-    source: str,
-    *,
-    protocol: Protocol = "standard",
-    split: str | None = None,
-    text_field: str | None = None,
-) -> tuple[str, str | None, str]:
-    """Return (name, split, text) of an evaluation corpus.
+class EvaluationText(NamedTuple):
+    """A corpus as one text: its name, the split (None where there is none) and the text."""
+
+    name: str
+    split: str | None
+    text: str
+
+
+def load_evaluation_text(source: str, asked: PerplexitySettings) -> EvaluationText:
+    """Return an evaluation corpus.
 
     How records become one text, after LLM-Pruner (``paper``) and GPTQ (``standard``):
 
@@ -216,18 +177,18 @@ def load_evaluation_text(
 
     Args:
         source: ``demo`` for the text that this package ships; else as for ``load_documents``.
-        split: split of a hub dataset; by default the one that the protocol reads, else ``test``.
+        asked: names the protocol, and what ``load_documents`` is told; the split is by default the
+            one that the protocol reads, else ``test``.
 
     Raises:
         UserError: as ``load_documents``.
     """
     if source == DEMO:
-        return "demo text", None, demo_text()
+        return EvaluationText("demo text", None, demo_text())
     alias = source.partition(":")[0]
-    usual = ("validation" if protocol == "paper" else "test") if alias == "ptb" else None
-    chosen = split or usual or _SPLITS.get(alias, "test")
+    usual = "validation" if alias == "ptb" and asked.protocol == "paper" else "test"
+    split = asked.split or _SPLITS.get(alias, usual)
     limit = {"c4": _C4_DOCUMENTS, "bookcorpus": 10_000}.get(alias)
-    documents = load_documents(source, split=chosen, text_field=text_field, limit=limit)
-    form = record_format(documents.records)
-    text = documents.raw if form is None else join_records(documents.records, form, protocol)
-    return documents.name, documents.split, text
+    documents = load_documents(source, split=split, text_field=asked.text_field, limit=limit)
+    text = running_text(documents, asked.protocol)
+    return EvaluationText(documents.name, documents.split, documents.raw if text is None else text)

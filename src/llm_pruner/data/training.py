@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from llm_pruner.data.examples import Example, Examples
+from llm_pruner.data.examples import Examples
 from llm_pruner.data.selfmade import write_text_cached
-from llm_pruner.data.sequences import Template, TrainingSequence, encode_examples, make_sequence
+from llm_pruner.data.sequences import TrainingSequence, encode_examples, make_sequence
 from llm_pruner.data.text import SELF
 from llm_pruner.errors import UserError
 
@@ -25,14 +25,7 @@ _SHARE, _MOST = 20, 256
 
 @dataclass(frozen=True)
 class Samples:
-    """What one source gives.
-
-    Attributes:
-        name: as ``Examples.name``.
-        split: as ``Examples.split``.
-        train: samples to train on.
-        held_out: samples that are scored, never trained on.
-    """
+    """What one source gives: samples to train on, and others that are only scored."""
 
     name: str
     split: str | None
@@ -44,13 +37,10 @@ def split_samples(
     examples: Examples,
     tokenizer: Any,
     *,
-    seq_len: int,
-    template: Template = "auto",
-    mask_prompt: bool = False,
     limit: int | None = None,
     held_out: int | None = None,
     seed: int = 0,
-    source: int = 0,
+    **encoding: Any,
 ) -> Samples:
     """Return the samples of a source, a random part of its examples held out.
 
@@ -61,33 +51,21 @@ def split_samples(
         limit: use at most this many examples, drawn at random.
         held_out: examples to hold out; by default one in 20, at most 256.
         seed: of the draw.
+        encoding: the length and what else ``encode_examples`` takes.
 
     Raises:
         UserError: there are too few, or as ``encode_examples``.
     """
-    options: dict[str, Any] = {
-        "seq_len": seq_len,
-        "template": template,
-        "mask_prompt": mask_prompt,
-        "source": source,
-    }
     unique = list(dict.fromkeys(examples.examples))
     if len(unique) < _SHARE:
-        return Samples(
-            examples.name,
-            examples.split,
-            *_last(encode_examples(unique, tokenizer, **options)[:limit], held_out, examples.name),
-        )
+        encoded = encode_examples(unique, tokenizer, **encoding)[:limit]
+        return _last_held_out(encoded, examples.name, examples.split, held_out)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(unique), generator=generator)[:limit].tolist()
-    count = _count(len(order), held_out, examples.name)
-    drawn: list[Example] = [unique[index] for index in order]
-    return Samples(
-        examples.name,
-        examples.split,
-        encode_examples(drawn[count:], tokenizer, **options),
-        encode_examples(drawn[:count], tokenizer, **options),
-    )
+    drawn = [unique[i] for i in torch.randperm(len(unique), generator=generator)[:limit].tolist()]
+    count = _count(len(drawn), held_out, examples.name)
+    parts = (drawn[count:], drawn[:count])
+    encoded_parts = [encode_examples(part, tokenizer, **encoding) for part in parts]
+    return Samples(examples.name, examples.split, *encoded_parts)
 
 
 def self_made_samples(
@@ -109,7 +87,7 @@ def self_made_samples(
     count = SELF_SAMPLES if limit is None else limit
     ids = write_text_cached(writer, tokenizer, folder, samples=count, seq_len=seq_len, seed=seed)
     sequences = [make_sequence(row, [True] * len(row), source) for row in ids.tolist()]
-    return Samples(SELF, None, *_last(sequences, held_out, "self-made text"))
+    return _last_held_out(sequences, SELF, None, held_out)
 
 
 def fingerprint_samples(sequences: Sequence[TrainingSequence]) -> str:
@@ -122,11 +100,11 @@ def fingerprint_samples(sequences: Sequence[TrainingSequence]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _last(
-    sequences: list[TrainingSequence], held_out: int | None, name: str
-) -> tuple[list[TrainingSequence], list[TrainingSequence]]:
-    count = _count(len(sequences), held_out, name)
-    return sequences[:-count], sequences[-count:]
+def _last_held_out(
+    sequences: list[TrainingSequence], name: str, split: str | None, held_out: int | None
+) -> Samples:
+    count = _count(len(sequences), held_out, "self-made text" if name == SELF else name)
+    return Samples(name, split, sequences[:-count], sequences[-count:])
 
 
 def _count(samples: int, held_out: int | None, name: str) -> int:

@@ -19,7 +19,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,16 +51,8 @@ def model_size(model: Any) -> Size:
         total=_count(model),
         embedding=_count(*(head for head in heads if head is not None)),
         blocks=0 if layers is None else _count(layers),
-        bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        bytes=tensor_bytes([*model.parameters()]),
     )
-
-
-def folder_bytes(path: str | Path) -> int:
-    """Return the bytes of all files under a folder, or of one file."""
-    path = Path(path)
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def _count(*modules: nn.Module) -> int:
@@ -70,47 +61,25 @@ def _count(*modules: nn.Module) -> int:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a run took.
-
-    Attributes:
-        macs: multiply-accumulates.
-        bytes_read: bytes of all operands of its products: weights, cache, activations. Decoding
-            one token reads each weight once, which is what limits its speed.
-    """
-
-    macs: int
-    bytes_read: int
-
-
-@dataclass(frozen=True)
-class Cache:
-    """What a model keeps of each text while it decodes.
-
-    Attributes:
-        bytes_per_token: growth with each token, over all layers. Layers with a sliding window stop
-            growing when it is full.
-        bytes_fixed: size that does not depend on the length (states of recurrent layers).
-    """
-
-    bytes_per_token: int
-    bytes_fixed: int
-
-
-@dataclass(frozen=True)
 class Counts:
     """What a generation takes; see ``count_work``.
 
     Attributes:
-        prefill: the prompts as they are read before decoding, for which the logits of the last
-            position are enough.
-        token: one more token for each text, with the cache.
-        cache: of one text.
+        prefill_macs: multiply-accumulates of the prompts as they are read before decoding, for
+            which the logits of the last position are enough.
+        token_macs: of one more token for each text, with the cache.
+        token_bytes_read: bytes of all operands of that token's products: weights, cache,
+            activations. It reads each weight once, which is what limits its speed.
+        cache_bytes_per_token: growth of one text's cache with each token, over all layers. Layers
+            with a sliding window stop growing when it is full.
+        cache_bytes_fixed: what of it does not depend on the length (states of recurrent layers).
     """
 
-    prefill: Work
-    token: Work
-    cache: Cache
+    prefill_macs: int
+    token_macs: int
+    token_bytes_read: int
+    cache_bytes_per_token: int
+    cache_bytes_fixed: int
 
 
 def paper_macs(model: Any, tokens: int = PAPER_TOKENS) -> int:
@@ -123,7 +92,7 @@ def paper_macs(model: Any, tokens: int = PAPER_TOKENS) -> int:
     """
     with _runnable(model), Counter() as counter:
         logits_of(model(input_ids=example_tokens(model, (1, tokens)), use_cache=False))
-    return counter.work().macs
+    return counter.macs
 
 
 def count_work(model: Any, *, prompt_tokens: int = PAPER_TOKENS, batch_size: int = 1) -> Counts:
@@ -150,9 +119,13 @@ def count_work(model: Any, *, prompt_tokens: int = PAPER_TOKENS, batch_size: int
         with Counter() as token:
             decoder.step(tokens[:, -1:])
         grown = tensor_bytes(decoder.cache) - before
-    fixed = max(before - grown * prompt_tokens, 0)
-    cache = Cache(grown // batch_size, fixed // batch_size)
-    return Counts(prefill.work(), token.work(), cache)
+    return Counts(
+        prefill_macs=prefill.macs,
+        token_macs=token.macs,
+        token_bytes_read=token.bytes_read,
+        cache_bytes_per_token=grown // batch_size,
+        cache_bytes_fixed=max(before - grown * prompt_tokens, 0) // batch_size,
+    )
 
 
 @contextmanager
@@ -188,16 +161,11 @@ class _OnGhosts(TorchDispatchMode):
 
 
 class Counter(TorchDispatchMode):
-    """Adds up the work of every product that is dispatched inside of it."""
+    """Adds up the MACs, and the bytes of the operands, of every product dispatched inside of it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._macs = 0
-        self._bytes = 0
-
-    def work(self) -> Work:
-        """Return what was counted so far."""
-        return Work(self._macs, self._bytes)
+        self.macs = self.bytes_read = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -207,17 +175,17 @@ class Counter(TorchDispatchMode):
         name = func._overloadpacket.__name__
         operands = [t for t in tensors_in([*args, *kwargs.values()]) if t.dim() > 1]
         if "scaled_dot_product" in name and "backward" not in name:
-            self._macs += attention_macs(*(tensor.shape for tensor in args[:3]))
+            self.macs += attention_macs(*(tensor.shape for tensor in args[:3]))
         elif name in _OWN:
             macs, operands = _OWN[name](args, kwargs)
-            self._macs += macs
+            self.macs += macs
         elif func._overloadpacket in flop_registry:
             formula = flop_registry[func._overloadpacket]
             # PyTorch counts a multiplication and an addition as two.
-            self._macs += formula(*args, **kwargs, out_val=out) // 2
+            self.macs += formula(*args, **kwargs, out_val=out) // 2
         else:
             return out
-        self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in operands)
+        self.bytes_read += sum(tensor.numel() * tensor.element_size() for tensor in operands)
         return out
 
 
@@ -264,10 +232,7 @@ _OWN: dict[str, Callable[[tuple[Any, ...], dict[str, Any]], tuple[int, list[torc
 class PeakMemory:
     """Bytes of the weights and, on top, of all tensors that are alive at once.
 
-    Attributes:
-        prefill: while the prompt is read.
-        decode: while tokens are added one by one.
-        batch_size, prompt_tokens, new_tokens: the settings.
+    They are those of the prefill, and of decoding tokens one by one.
     """
 
     prefill: int
@@ -286,11 +251,9 @@ def measure_memory(
     makes it to its end: unlike the memory of the process, the sum does not depend on what ran
     before, and leaves out what an operation uses inside.
     """
-    weights = sum(
-        tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()]
-    )
+    weights = tensor_bytes([*model.parameters(), *model.buffers()])
     tokens = example_tokens(model, (batch_size, prompt_tokens + new_tokens))
-    follow = _on_cuda(tokens.device) if tokens.device.type == "cuda" else _by_operation()
+    follow = _on_cuda(tokens.device) if tokens.device.type == "cuda" else Follower()
     with staged(model), follow as peak:
         decoder = Decoder(model)
         decoder.step(tokens[:, :prompt_tokens])
@@ -301,12 +264,9 @@ def measure_memory(
     return PeakMemory(weights + prefill, weights + decode, batch_size, prompt_tokens, new_tokens)
 
 
-Peak = Callable[[], int]
-"""Returns the most bytes that were alive at once since it was last called."""
-
-
 @contextmanager
-def _on_cuda(device: torch.device) -> Iterator[Peak]:
+def _on_cuda(device: torch.device) -> Iterator[Callable[[], int]]:
+    """Yield what returns the most bytes that were alive at once since it was last called."""
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
 
@@ -318,14 +278,11 @@ def _on_cuda(device: torch.device) -> Iterator[Peak]:
     yield peak
 
 
-@contextmanager
-def _by_operation() -> Iterator[Peak]:
-    with _Follower() as follower:
-        yield follower.peak
+class Follower(TorchDispatchMode):
+    """Adds up the memory of the results of all operations while they live.
 
-
-class _Follower(TorchDispatchMode):
-    """Adds up the memory of the results of all operations while they live."""
+    A call returns the most bytes that were alive at once since the last one.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -333,7 +290,7 @@ class _Follower(TorchDispatchMode):
         self._now = 0
         self._most = 0
 
-    def peak(self) -> int:
+    def __call__(self) -> int:
         found, self._most = self._most, self._now
         return found
 

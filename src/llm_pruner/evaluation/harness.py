@@ -1,13 +1,17 @@
-"""The bridge to lm-evaluation-harness: a loaded model as it wants one, tasks, and silence."""
+"""Runs tasks of lm-evaluation-harness on a loaded model; importing it imports the harness."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, redirect_stderr
+from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import Any, TextIO
 
 import numpy as np
@@ -18,39 +22,43 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from llm_pruner.errors import UserError, in_short
+from llm_pruner.evaluation import zero_shot
 from llm_pruner.evaluation.likelihood import log_likelihoods, truncated
-from llm_pruner.evaluation.zero_shot import definition_file
 from llm_pruner.runtime.progress import quiet as silenced
 from llm_pruner.settings.options import near
-
-Tasks = dict[str, Any]
-"""What the harness's task manager returns: ``tasks`` by name, ``groups``, ``group_map``."""
 
 _GENERATION_BATCH = 8
 
 
+@dataclass(frozen=True)
+class PreparedTask:
+    """A task with its documents, before it is run.
+
+    Attributes:
+        tasks: what the harness's task manager returns: ``tasks`` by name, ``group_map`` and so on.
+        identity: hash of definition and documents.
+    """
+
+    name: str
+    tasks: dict[str, Any]
+    identity: str
+
+
 class LoadedLM(HFLM):
-    """A loaded model for the harness; scores answers with ``likelihood.log_likelihoods``."""
+    """A loaded model for the harness; scores answers with ``likelihood.log_likelihoods``.
+
+    ``batch_size`` is of sequences in a forward pass; None for as many as keep a batch small.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int | None) -> None:
         # The harness may give the tokenizer a padding token.
-        super().__init__(
-            pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),
-            batch_size=batch_size or _GENERATION_BATCH,
-        )
+        own, size = copy.deepcopy(tokenizer), batch_size or _GENERATION_BATCH
+        with quiet():
+            super().__init__(pretrained=model, tokenizer=own, batch_size=size)
         self.sequences = batch_size
         self.terminal: TextIO = sys.stderr
         self.title = ""
         self.truncated = 0
-
-    def loglikelihood(
-        self,
-        requests: list[Any],
-        disable_tqdm: bool = True,  # noqa: ARG002
-    ) -> list[tuple[float, bool]]:
-        """Score answers under this package's own progress bar."""
-        return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
         self,
@@ -84,67 +92,42 @@ def all_tasks() -> TaskManager:
     return TaskManager()
 
 
-def load_named(name: str) -> Tasks:
-    """Return a task, group or tag of the harness, its dataset fetched.
+def prepare(
+    name: str, records: Sequence[Mapping[str, Any]] | None, limit: int | None
+) -> PreparedTask:
+    """Return a task, group or tag of the harness, on these records or on its own dataset.
 
     Raises:
-        UserError: the harness has no such task, or its data cannot be had.
+        UserError: the harness has no such task, or cannot fetch its data.
+        LLMPrunerError: the installed harness does not define the task where it used to.
     """
     with quiet():
-        file = definition_file(name)
-        if file is not None:
-            manager, spec = TaskManager(include_defaults=False), str(file)
+        if records is None:
+            tasks = _named(name)
         else:
-            manager, spec = all_tasks(), name
-            if name not in manager.task_index:
-                raise UserError(
-                    f"lm-evaluation-harness has no task {name!r}; {near(name, manager.all_tasks)}"
-                    "'lm_eval ls tasks' lists all"
-                )
-        try:
-            return _usable(name, manager.load([spec]))
-        except UserError:
-            raise
-        except Exception as error:  # tasks run code of their own and fetch data
-            offline = "or give --tasks-data" if file is not None else "and what the task needs"
+            definition = zero_shot.local_definition(name, records)
+            tasks = TaskManager(include_defaults=False).load([definition])
+        return PreparedTask(name, tasks, _identity(tasks, limit))
+
+
+def _named(name: str) -> dict[str, Any]:
+    file = zero_shot.definition_file(name)
+    if file is not None:
+        manager, spec = TaskManager(include_defaults=False), str(file)
+    else:
+        manager, spec = all_tasks(), name
+        if name not in manager.task_index:
             raise UserError(
-                f"task {name} cannot be prepared ({in_short(error)}); check the connection "
-                f"{offline}"
-            ) from error
-
-
-def load_defined(definition: dict[str, Any]) -> Tasks:
-    """Return the task that a definition makes."""
-    with quiet():
-        return TaskManager(include_defaults=False).load([definition])
-
-
-def run(lm: LoadedLM, tasks: Tasks, limit: int | None) -> dict[str, Any]:
-    """Return the harness's results for these tasks, as its own command line computes them.
-
-    Args:
-        lm: the model.
-        tasks: what one of the loaders returned; used up by this.
-        limit: take only this many documents of each task.
-    """
-    random.seed(DEFAULT_RANDOM_SEED)
-    np.random.seed(DEFAULT_OTHER_SEED)
-    torch.manual_seed(DEFAULT_OTHER_SEED)
-    for task in tasks["tasks"].values():
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-    lm.terminal = sys.stderr
-    with quiet():
-        return evaluator.evaluate(lm, tasks, limit=limit, log_samples=False)
-
-
-def quiet() -> AbstractContextManager[None]:
-    """Hold back what the harness and what it calls print, log and warn about."""
-    return silenced("lm_eval", "transformers", "datasets", stdout=True, stderr=True)
-
-
-def _usable(name: str, tasks: Tasks) -> Tasks:
+                f"lm-evaluation-harness has no task {name!r}; {near(name, manager.all_tasks)}"
+                "'lm_eval ls tasks' lists all"
+            )
+    try:
+        tasks: dict[str, Any] = manager.load([spec])
+    except Exception as error:  # tasks run code of their own and fetch data
+        offline = "or give --tasks-data" if file is not None else "and what the task needs"
+        raise UserError(
+            f"task {name} cannot be prepared ({in_short(error)}); check the connection {offline}"
+        ) from error
     for each in tasks["tasks"].values():
         if getattr(each, "UNSAFE_CODE", False):
             raise UserError(
@@ -154,3 +137,72 @@ def _usable(name: str, tasks: Tasks) -> Tasks:
         if getattr(each, "MULTIMODAL", False):
             raise UserError(f"task {name} needs images or sound; name a task of text")
     return tasks
+
+
+def _identity(tasks: dict[str, Any], limit: int | None) -> str:
+    """Hash all that decides a result but the model and the harness's version."""
+    data = {"metadata", "custom_dataset", "dataset_kwargs"}
+    parts: list[Any] = [limit, tasks.get("group_map")]
+    for name, task in sorted(tasks["tasks"].items()):
+        definition = {key: said for key, said in task.dump_config().items() if key not in data}
+        parts.append([name, str(task.VERSION), definition, list(islice(task.eval_docs, limit))])
+    text = json.dumps(parts, sort_keys=True, default=_stable)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _stable(value: Any) -> str:
+    """Return a text that says the same in the next process, which an address does not."""
+    if callable(value):
+        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
+    return str(value)
+
+
+def run(lm: LoadedLM, task: PreparedTask, limit: int | None) -> list[zero_shot.TaskResult]:
+    """Return the results of a task; several if its name stands for a group of tasks.
+
+    They are computed as the harness's own command line computes them. A task cannot be run twice.
+    """
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
+    for each in task.tasks["tasks"].values():
+        if each.get_config("num_fewshot") is None:
+            each.set_config(key="num_fewshot", value=0)
+        each.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    lm.terminal, lm.title, lm.truncated = sys.stderr, task.name, 0
+    with quiet():
+        found = evaluator.evaluate(lm, task.tasks, limit=limit, log_samples=False)
+    return [_result(name, found, lm.truncated) for name in found["results"]]
+
+
+def _result(name: str, found: dict[str, Any], truncated: int) -> zero_shot.TaskResult:
+    values = found["results"][name]
+    better = found["higher_is_better"].get(name) or {}
+    metrics = {}
+    for key, value in values.items():
+        metric, comma, filtered = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        stderr = values.get(f"{metric}_stderr,{filtered}")
+        metrics[metric if filtered == "none" else key] = zero_shot.MetricResult(
+            float(value),
+            float(stderr) if isinstance(stderr, int | float) else None,
+            better.get(metric),
+        )
+    members = found["n-samples"]
+    counts = [members[name]] if name in members else list(members.values())
+    return zero_shot.TaskResult(
+        task=name,
+        metrics=metrics,
+        paper_metric=zero_shot.PAPER_METRICS.get(name),
+        documents=sum(count["effective"] for count in counts),
+        documents_total=sum(count["original"] for count in counts),
+        num_fewshot=found["n-shot"].get(name) or 0,
+        version=str(found["versions"].get(name)),
+        truncated=truncated,
+    )
+
+
+def quiet() -> AbstractContextManager[None]:
+    """Hold back what the harness and what it calls print, log and warn about."""
+    return silenced("lm_eval", "transformers", "datasets", stdout=True, stderr=True)

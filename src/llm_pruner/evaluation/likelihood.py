@@ -9,18 +9,20 @@ logits are formed for answers only.
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from llm_pruner.errors import UserError
-from llm_pruner.models.forward import cache_argument, embedding_rows
+from llm_pruner.models.forward import cache_argument, embedding_rows, parameters_of
 from llm_pruner.runtime.progress import track
+
+T = TypeVar("T")
 
 Pair = tuple[Sequence[int], Sequence[int]]
 """Token ids of a context and of a continuation, neither of them empty."""
@@ -73,22 +75,24 @@ def log_likelihoods(
         max_length: tokens that the model can read at once.
         batch_size: sequences in a forward pass; by default as many as keep a batch small, and half
             as many where memory runs out.
-        description: what the progress bar says.
 
     Raises:
         UserError: a continuation is longer than ``max_length``, or a result is not a number.
     """
     scorer = _Scorer(model, batch_size)
-    families: dict[tuple[int, ...], list[_Row]] = defaultdict(list)
+    by_context: dict[tuple[int, ...], list[_Row]] = defaultdict(list)
     for row in _rows(pairs, max_length):
-        families[row.tokens[: row.first + 1]].append(row)
-    shared = [family for family in families.values() if _worth_sharing(family)]
-    single = [row for family in families.values() if not _worth_sharing(family) for row in family]
+        by_context[row.tokens[: row.first + 1]].append(row)
+    families = sorted(by_context.values(), key=lambda family: (-family[0].first, family[0].tokens))
+    shared = [family for family in families if _worth_sharing(family)]
+    alone = [family for family in families if not _worth_sharing(family)]
+    if shared and not scorer._can_continue(shared[0]):
+        shared, alone = [], families
 
     def run() -> Iterator[tuple[int, Score]]:
         for batch in scorer.similar_contexts(shared):
-            yield from scorer.continued(batch).items()
-        for rows in scorer.padded(single):
+            yield from _in_halves(scorer._continued, batch, scorer.whole).items()
+        for rows in scorer.padded([row for family in alone for row in family]):
             yield from scorer.whole(rows).items()
 
     scores = dict(track(run(), description, len(pairs)))
@@ -138,6 +142,23 @@ def _rows(pairs: Sequence[Pair], max_length: int) -> list[_Row]:
     return rows
 
 
+def _in_halves(
+    run: Callable[[list[T]], dict[int, Score]],
+    items: list[T],
+    alone: Callable[[T], dict[int, Score]] | None = None,
+) -> dict[int, Score]:
+    """Run items at once, or where memory runs out half of them; the last one ``alone``."""
+    try:
+        return run(items)
+    except torch.OutOfMemoryError:
+        if len(items) == 1 and alone is None:
+            raise
+    if len(items) == 1 and alone is not None:
+        return alone(items[0])
+    half = len(items) // 2
+    return _in_halves(run, items[:half], alone) | _in_halves(run, items[half:], alone)
+
+
 class _Scorer:
     """Runs batches of rows through one model."""
 
@@ -149,10 +170,8 @@ class _Scorer:
         self.tokens = _TOKENS[kind]
         vocabulary = embedding_rows(model)
         self.positions = max(1, _LOGITS_BYTES[kind] // (4 * vocabulary))
-        parameters = inspect.signature(model.forward).parameters
-        self.keeps_logits = "logits_to_keep" in parameters
+        self.keeps_logits = "logits_to_keep" in parameters_of(model)
         self.cache = cache_argument(model)
-        self.continues: bool | None = None if self.cache else False
 
     def padded(self, rows: list[_Row]) -> list[list[_Row]]:
         """Return batches of rows of similar length, the longest first."""
@@ -162,9 +181,9 @@ class _Scorer:
         return [ordered[part] for part in self._parts(lengths, kept)]
 
     def similar_contexts(self, families: list[list[_Row]]) -> list[list[list[_Row]]]:
-        """Return batches of families whose contexts are about equally long, the longest first."""
+        """Return batches of families, the longest contexts first, that are about equally long."""
         batches: list[list[list[_Row]]] = []
-        for family in sorted(families, key=lambda family: (-family[0].first, family[0].tokens)):
+        for family in families:
             length = family[0].first + 1
             longest = batches[-1][0][0].first + 1 if batches else 0
             # What a longer context has beyond the shortest is run once per answer.
@@ -207,43 +226,18 @@ class _Scorer:
 
     def whole(self, rows: list[_Row]) -> dict[int, Score]:
         """Score rows by running all of them from their first token."""
-        try:
-            return self._whole(rows)
-        except torch.OutOfMemoryError:
-            if len(rows) == 1:
-                raise
-        half = len(rows) // 2
-        return self.whole(rows[:half]) | self.whole(rows[half:])
-
-    def continued(self, families: list[list[_Row]]) -> dict[int, Score]:
-        """Score families of rows by running each context once."""
-        rows = [row for family in families for row in family]
-        if self.continues is None:
-            self.continues = self._can_continue(families[0])
-        if not self.continues:
-            return {
-                number: score
-                for batch in self.padded(rows)
-                for number, score in self.whole(batch).items()
-            }
-        try:
-            return self._continued(families)
-        except torch.OutOfMemoryError:
-            if len(families) == 1:
-                return self.whole(rows)
-        half = len(families) // 2
-        return self.continued(families[:half]) | self.continued(families[half:])
+        return _in_halves(self._whole, rows)
 
     def _can_continue(self, family: list[_Row]) -> bool:
-        """Whether the model gives the same scores from a cache; it is tried on the longest context.
+        """Whether the model gives the same scores from a cache.
 
         Some models read a cache one token at a time only, and say nothing when given more.
         """
+        if self.cache is None:
+            return False
         wanted = self.whole(family)
         try:
-            found = self._continued([family])
-        except torch.OutOfMemoryError:
-            raise
+            found = _in_halves(self._continued, [family], self.whole)
         except Exception:  # whatever a model raises that cannot do it
             return False
         tolerance = _TOLERANCE.get(self.model.dtype, _LOW_PRECISION_TOLERANCE)
@@ -301,9 +295,8 @@ class _Scorer:
 
     def _tensor(self, rows: list[tuple[int, ...]]) -> torch.Tensor:
         """Return int64 (rows, longest); what is shorter ends in zeros, which nothing looks at."""
-        longest = max(map(len, rows))
-        padded = [[*row, *[0] * (longest - len(row))] for row in rows]
-        return torch.tensor(padded, dtype=torch.int64, device=self.device)
+        tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+        return pad_sequence(tensors, batch_first=True).to(self.device)
 
 
 def _score(logits: torch.Tensor, targets: tuple[int, ...]) -> Score:

@@ -5,30 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from llm_pruner.data.sequences import added_tokens
+from llm_pruner.data.text import EvaluationText, Protocol
 from llm_pruner.errors import UserError
 from llm_pruner.models.forward import embedding_rows, evaluating, maximum_length
 from llm_pruner.runtime.progress import track
-
-Protocol = Literal["paper", "standard"]
+from llm_pruner.settings.evaluate import PerplexitySettings
 
 PAPER_WINDOW = 128
 STANDARD_WINDOW = 2048
 _LOGITS_BYTES = 256 * 2**20  # logits of one batch, in the model's own type
 _CHUNK_BYTES = 64 * 2**20  # float32 logits in the loss
-
-
-@dataclass(frozen=True)
-class EvaluationText:
-    """A corpus as one text: its name, the split (None where there is none) and the text."""
-
-    name: str
-    split: str | None
-    text: str
 
 
 @dataclass(frozen=True)
@@ -39,11 +30,7 @@ class PerplexityResult:
         perplexity: exp(nll).
         nll: mean negative log-likelihood in nats over the predicted tokens.
         tokens: number of predicted tokens.
-        corpus: name of the text.
-        split: its split, or None.
         window: tokens in a window, a leading BOS included.
-        windows: number of windows.
-        protocol: ``paper`` or ``standard``.
         stderr: standard error of the perplexity from the spread between windows (perplexity times
             the standard error of the windows' mean loss); None for a single window.
     """
@@ -60,14 +47,7 @@ class PerplexityResult:
 
 
 def perplexity(
-    model: Any,
-    tokenizer: Any,
-    text: EvaluationText,
-    *,
-    protocol: Protocol = "standard",
-    seq_len: int | None = None,
-    max_tokens: int | None = None,
-    batch_size: int | None = None,
+    model: Any, tokenizer: Any, text: EvaluationText, asked: PerplexitySettings
 ) -> PerplexityResult:
     """Return the perplexity over windows that do not overlap; an incomplete last one is dropped.
 
@@ -78,31 +58,26 @@ def perplexity(
       tokenizer adds BOS, each window is BOS and ``seq_len - 1`` tokens of text, all of which are
       predicted; else a window is ``seq_len`` tokens, of which the first is not predicted.
 
-    The loss is computed in float32 and summed in float64, whatever the model's type.
-
-    Args:
-        seq_len: length of a window, in place of the protocol's.
-        max_tokens: read only this many tokens of the encoded text.
-        batch_size: windows in a forward pass; by default as many as keep the logits under 256 MiB.
+    The loss is computed in float32 and summed in float64, whatever the model's type. By default as
+    many windows are in a forward pass as keep the logits under 256 MiB.
 
     Raises:
         UserError: the text is shorter than a window, a window is longer than the model's maximum,
             the tokenizer has ids that the model lacks, or a loss is not finite (names the window).
     """
-    if protocol not in ("paper", "standard"):
-        raise UserError(f"protocol={protocol!r} is unknown; use 'paper' or 'standard'")
-    window = _window_length(model, protocol, seq_len)
-    if max_tokens is not None and max_tokens < 1:
+    window = _window_length(model, asked)
+    prefix = added_tokens(tokenizer)[0] if asked.protocol == "standard" else ()
+    rows = _windows(tokenizer, text, window, prefix, asked)
+    vocabulary, largest = embedding_rows(model), int(rows.max())
+    if largest >= vocabulary:
         raise UserError(
-            f"max_tokens={max_tokens} leaves nothing to evaluate; use at least {window}"
+            f"the tokenizer gives token {largest} and the model has {vocabulary} tokens; "
+            "use the tokenizer that belongs to the model"
         )
-    prefix = added_tokens(tokenizer)[0] if protocol == "standard" else ()
-    rows = _windows(tokenizer, text, window, max_tokens, prefix, protocol)
-    _check_ids(model, rows)
     # The tokens of a prefix are never predicted, and without one the first token is not.
     skipped = max(len(prefix), 1)
-    if batch_size is None:
-        batch_size = _batch_size(model, window)
+    size = model.get_input_embeddings().weight.element_size()
+    batch_size = asked.sequences or max(1, _LOGITS_BYTES // (window * vocabulary * size))
     sums = torch.cat(list(_losses(model, rows, text.name, skipped, batch_size)))
     predicted = window - skipped
     nll = float(sums.sum()) / (len(rows) * predicted)
@@ -116,19 +91,17 @@ def perplexity(
         split=text.split,
         window=window,
         windows=len(rows),
-        protocol=protocol,
+        protocol=asked.protocol,
         stderr=None if spread is None else value * spread,
     )
 
 
-def _window_length(model: Any, protocol: Protocol, seq_len: int | None) -> int:
-    limit = maximum_length(model)
+def _window_length(model: Any, asked: PerplexitySettings) -> int:
+    limit, seq_len = maximum_length(model), asked.seq_len
     if seq_len is None:
-        if protocol == "standard":
+        if asked.protocol == "standard":
             return STANDARD_WINDOW if limit is None else min(STANDARD_WINDOW, limit)
         seq_len = PAPER_WINDOW
-    if seq_len < 2:
-        raise UserError(f"seq_len={seq_len} predicts no token; use at least 2")
     if limit is not None and seq_len > limit:
         raise UserError(
             f"a window of {seq_len} tokens is longer than the model's maximum; "
@@ -141,14 +114,13 @@ def _windows(
     tokenizer: Any,
     text: EvaluationText,
     window: int,
-    max_tokens: int | None,
     prefix: tuple[int, ...],
-    protocol: Protocol,
+    asked: PerplexitySettings,
 ) -> torch.Tensor:
     """Return the windows, int64 of shape (windows, window)."""
-    special = protocol == "paper"
+    special = asked.protocol == "paper"
     encoded = tokenizer(text.text, add_special_tokens=special, verbose=False)["input_ids"]
-    ids = torch.tensor(encoded[:max_tokens], dtype=torch.int64)
+    ids = torch.tensor(encoded[: asked.max_tokens], dtype=torch.int64)
     fresh = window - len(prefix)
     count = len(ids) // fresh if fresh > 0 else 0
     if count == 0:
@@ -159,21 +131,6 @@ def _windows(
         )
     head = torch.tensor(prefix, dtype=torch.int64).expand(count, len(prefix))
     return torch.cat([head, ids[: count * fresh].view(count, fresh)], dim=1)
-
-
-def _check_ids(model: Any, rows: torch.Tensor) -> None:
-    vocabulary = embedding_rows(model)
-    largest = int(rows.max())
-    if largest >= vocabulary:
-        raise UserError(
-            f"the tokenizer gives token {largest} and the model has {vocabulary} tokens; "
-            "use the tokenizer that belongs to the model"
-        )
-
-
-def _batch_size(model: Any, window: int) -> int:
-    size = model.get_input_embeddings().weight.element_size()
-    return max(1, _LOGITS_BYTES // (window * embedding_rows(model) * size))
 
 
 @torch.no_grad()

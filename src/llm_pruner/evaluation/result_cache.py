@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,7 @@ _RECORDS = ("plan.json", "report.json")
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What a model is, without loading it.
-
-    Attributes:
-        name: as ``sources.LoadedModel`` has it.
-        content: hash of its files, or its commit on the hub.
-    """
+    """What a model is, without loading it: its name, and a hash of its files or its commit."""
 
     name: str
     content: str
@@ -51,8 +47,6 @@ def identify(model: ModelSettings) -> ModelIdentity | None:
         if path.is_file():
             return ModelIdentity(path.stem, _hash([path]))
         config = cached_file(model.model, "config.json", revision=model.revision)
-        if config is None:
-            return None
         return ModelIdentity(model.model, f"{model.model}@{Path(config).parent.name}")
     except Exception:  # the hub, its client and file systems raise anything; loading says it better
         return None
@@ -105,7 +99,7 @@ def _hash(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-_FAMILIES = (("wikitext",), ("ptb", "penn_treebank", "penn-treebank"), ("c4",), ("bookcorpus",))
+_FAMILY = re.compile("(?:^|/)(wikitext|ptb|penn[_-]treebank|c4|bookcorpus)")
 
 
 def calibration_source(model: str) -> str | None:
@@ -137,10 +131,6 @@ def shared_corpora(model: str, sources: Iterable[str]) -> list[str]:
     ]
 
 
-def _family(source: str) -> set[int]:
+def _family(source: str) -> set[str]:
     name = Path(source).name.lower() if Path(source).suffix else source.lower()
-    return {
-        number
-        for number, words in enumerate(_FAMILIES)
-        if any(name.startswith(word) or f"/{word}" in name for word in words)
-    }
+    return {"ptb" if found.startswith("penn") else found for found in _FAMILY.findall(name)}

@@ -7,18 +7,12 @@ from typing import Any
 
 import torch
 
-from llm_pruner.data.sequences import chat_ids
 from llm_pruner.errors import UserError
 from llm_pruner.models.forward import Decoder, evaluating
 
 
 def sample_continuation(
-    model: Any,
-    tokenizer: Any,
-    prompt: str,
-    max_new_tokens: int,
-    *,
-    chat: bool = False,
+    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, *, chat: bool = False
 ) -> str:
     """Return the likeliest text after the prompt, without control characters, up to its end token.
 
@@ -29,35 +23,34 @@ def sample_continuation(
     Raises:
         UserError: the prompt encodes to nothing, or the logits are not finite.
     """
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens} writes nothing; use at least 1")
-    asked = chat_ids(tokenizer, prompt) if chat else None
-    if asked is None:
-        ids = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"]
-    else:
-        ids = torch.tensor([asked])
-    if ids.numel() == 0:
+    asked = chat and bool(getattr(tokenizer, "chat_template", None))
+    given: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
+    if asked:
+        messages = [{"role": "user", "content": prompt}]
+        given = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    if not given:
         raise UserError("the prompt is empty and the tokenizer adds no start token; give a prompt")
     device = next(model.parameters()).device
     ends = _end_ids(model, tokenizer)
     decoder = Decoder(model)
     written: list[int] = []
     with evaluating(model):
-        tokens = ids.to(torch.int64)
         for _ in range(max_new_tokens):
-            logits = decoder.step(tokens.to(device))[0].float().cpu()
+            fresh = torch.tensor([written[-1:] or given], device=device)
+            logits = decoder.step(fresh)[0].float().cpu()
             if not bool(logits.isfinite().all()):
                 raise UserError("the model's logits are not finite; load it in float32 or bfloat16")
             token = int(logits.argmax())
             if token in ends:
                 break
             written.append(token)
-            tokens = torch.tensor([[token]])
-    if asked is not None:
+    if asked:
         return strip_control(tokenizer.decode(written, skip_special_tokens=True).lstrip())
     # Decoding the whole text and cutting the prompt off keeps the space between them.
-    text = tokenizer.decode([*ids[0].tolist(), *written], skip_special_tokens=True)
-    start = tokenizer.decode(ids[0].tolist(), skip_special_tokens=True)
+    text = tokenizer.decode([*given, *written], skip_special_tokens=True)
+    start = tokenizer.decode(given, skip_special_tokens=True)
     return strip_control(text[len(start) :])
 
 

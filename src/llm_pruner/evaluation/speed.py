@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import StaticCache
@@ -25,13 +26,6 @@ from llm_pruner.discovery.tracing.scenes import staged
 from llm_pruner.errors import UserError
 from llm_pruner.models.forward import Decoder, cache_argument
 from llm_pruner.runtime.progress import quiet, track
-
-
-class Stepper(Protocol):
-    """Reads text step by step, as `Decoder` does."""
-
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Append tokens, shape (batch, T), and return the logits of the last one, (batch, V)."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +38,6 @@ class Speed:
         first_token_seconds: from the prompt to the first token.
         prefill_seconds: of each round.
         decode_seconds: of each round, for all new tokens.
-        prompt_tokens, new_tokens, batch_size, repeats: the settings.
     """
 
     prefill_tokens_per_second: float
@@ -60,11 +53,9 @@ class Speed:
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """How many times faster one model is than another.
+    """How many times faster one model is than another: median, smallest and largest of the rounds.
 
-    Attributes:
-        median: of the rounds' ratios; in each round both run directly after each other.
-        low, high: the smallest and the largest ratio of a round.
+    In each round both run directly after each other.
     """
 
     median: float
@@ -79,7 +70,7 @@ def measure_speed(
     new_tokens: int = 32,
     repeats: int = 3,
     batch_size: int = 1,
-    start: Callable[[Any], Stepper] = Decoder,
+    start: Callable[[Any], Decoder] = Decoder,
 ) -> list[Speed]:
     """Time greedy decoding after a prompt of random tokens, of one model or several in turns.
 
@@ -103,33 +94,30 @@ def measure_speed(
             raise UserError(f"{name}={value} measures nothing; use at least 1")
     prompts = [example_tokens(model, (batch_size, prompt_tokens)) for model in models]
     times: list[list[tuple[float, float]]] = [[] for _ in models]
+    turns = list(zip(models, prompts, times, strict=True))
     with _undisturbed(models):
-        for model, prompt in zip(models, prompts, strict=True):
+        for model, prompt, _ in turns:
             _once(start(model), prompt, new_tokens)
         for number in track(range(repeats), f"timing, batch {batch_size}"):
-            order = list(range(len(models)))
-            for index in order if number % 2 == 0 else reversed(order):
-                times[index].append(_once(start(models[index]), prompts[index], new_tokens))
-    return [_speed(found, settings) for found in times]
+            for model, prompt, own in turns if number % 2 == 0 else reversed(turns):
+                own.append(_once(start(model), prompt, new_tokens))
+    return [
+        Speed(
+            prefill_tokens_per_second=batch_size * prompt_tokens / median(prefill),
+            decode_tokens_per_second=batch_size * new_tokens / median(decode),
+            first_token_seconds=median(prefill),
+            prefill_seconds=prefill,
+            decode_seconds=decode,
+            **settings,
+        )
+        for prefill, decode in (tuple(zip(*own, strict=True)) for own in times)
+    ]
 
 
 def speed_up(slow: Sequence[float], fast: Sequence[float]) -> SpeedUp:
     """Return how many times faster the second was, from the seconds of each round."""
     ratios = [before / after for before, after in zip(slow, fast, strict=True)]
     return SpeedUp(median(ratios), min(ratios), max(ratios))
-
-
-def _speed(times: list[tuple[float, float]], settings: dict[str, int]) -> Speed:
-    prefill, decode = zip(*times, strict=True)
-    batch = settings["batch_size"]
-    return Speed(
-        prefill_tokens_per_second=batch * settings["prompt_tokens"] / median(prefill),
-        decode_tokens_per_second=batch * settings["new_tokens"] / median(decode),
-        first_token_seconds=median(prefill),
-        prefill_seconds=prefill,
-        decode_seconds=decode,
-        **settings,
-    )
 
 
 @contextmanager
@@ -149,13 +137,13 @@ def _undisturbed(models: Sequence[Any]) -> Iterator[None]:
             gc.enable()
 
 
-def _once(stepper: Stepper, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+def _once(decoder: Decoder, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
     """Return the seconds of the prefill and of decoding ``new_tokens``."""
     begin = now(prompt.device)
-    token = stepper.step(prompt).argmax(dim=-1, keepdim=True)
+    token = decoder.step(prompt).argmax(dim=-1, keepdim=True)
     middle = now(prompt.device)
     for _ in range(new_tokens):
-        token = stepper.step(token).argmax(dim=-1, keepdim=True)
+        token = decoder.step(token).argmax(dim=-1, keepdim=True)
     return middle - begin, now(prompt.device) - middle
 
 
@@ -176,39 +164,30 @@ None where PyTorch is too old to leave such checks out; steps are a little slowe
 """
 
 
-class CompiledDecoder(Decoder):
-    """A `Decoder` whose forward pass is compiled and whose cache has a fixed size."""
+def compiled(capacity: int, backend: str = "inductor") -> Callable[[Any], Decoder]:
+    """Return what starts a text with a model, with a cache of fixed size.
 
-    def __init__(self, model: Any, forward: Callable[..., Any], capacity: int) -> None:
-        super().__init__(model)
-        self.cache = StaticCache(config=model.config, max_cache_len=capacity)
-        self._forward = forward
-
-    def forward(self, **inputs: Any) -> Any:
-        """Run the compiled model."""
-        return self._forward(**inputs)
-
-
-def compiled(capacity: int, backend: str = "inductor") -> Callable[[Any], CompiledDecoder]:
-    """Return what starts a text with a model; a model is compiled when it first runs.
+    A model is compiled when it first runs.
 
     Args:
         capacity: the most tokens of a text.
         backend: of ``torch.compile``.
     """
-    forwards: dict[int, Callable[..., Any]] = {}
 
-    def start(model: Any) -> CompiledDecoder:
+    @cache
+    def compiled_forward(model: Any) -> Any:
+        return torch.compile(_own(model), dynamic=False, backend=backend, options=_UNCHECKED)
+
+    def start(model: Any) -> Decoder:
         if cache_argument(model) is None:
             raise UserError(
                 f"{type(model).__name__} has no cache, so it cannot be compiled for decoding; "
                 "leave out --compile"
             )
-        if id(model) not in forwards:
-            forwards[id(model)] = torch.compile(
-                _own(model), dynamic=False, backend=backend, options=_UNCHECKED
-            )
-        return CompiledDecoder(model, forwards[id(model)], capacity)
+        decoder = Decoder(model)
+        decoder.model = compiled_forward(model)
+        decoder.cache = StaticCache(config=model.config, max_cache_len=capacity)
+        return decoder
 
     return start
 

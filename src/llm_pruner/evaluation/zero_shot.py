@@ -6,16 +6,14 @@ files, so they are those of whatever version is installed.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from llm_pruner.errors import LLMPrunerError, UserError
 
@@ -96,19 +94,10 @@ def definition_text(task: str, records_file: str) -> str:
     Raises:
         LLMPrunerError: the installed harness does not define the task where it used to.
     """
-    import yaml
-
     definition, split = _without_data(task, resolve=False)
     definition["custom_dataset"] = _Function(f"{READER}.load")
     definition["dataset_kwargs"] = {"local_file": records_file, "local_split": split}
-
-    class Dumper(yaml.SafeDumper):
-        pass
-
-    Dumper.add_representer(
-        _Function, lambda dumper, value: dumper.represent_scalar("!function", str(value))
-    )
-    return yaml.dump(definition, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return yaml.safe_dump(definition, sort_keys=False, allow_unicode=True, width=100)
 
 
 def _without_data(task: str, *, resolve: bool) -> tuple[dict[str, Any], str]:
@@ -134,6 +123,11 @@ class _Function(str):
     """A dotted name that YAML marks with ``!function``."""
 
     __slots__ = ()
+
+
+yaml.SafeDumper.add_representer(
+    _Function, lambda dumper, value: dumper.represent_scalar("!function", str(value))
+)
 
 
 def _as_function(value: Any) -> Any:
@@ -206,142 +200,21 @@ class Mean:
     metrics: dict[str, str]
 
 
-@dataclass(frozen=True)
-class PreparedTask:
-    """A task with its documents, before it is run.
-
-    Attributes:
-        name: as the user wrote it.
-        tasks: the harness's objects.
-        identity: hash of definition and documents.
-    """
-
-    name: str
-    tasks: dict[str, Any]
-    identity: str
-
-
-def harness_version() -> str:
-    """Return the version of lm-evaluation-harness."""
-    return version("lm-eval")
-
-
-def prepare(
-    name: str, records: Sequence[Mapping[str, Any]] | None, limit: int | None
-) -> PreparedTask:
-    """Return a task of the harness, on these records or on the harness's own dataset.
-
-    Raises:
-        UserError: the harness is missing, has no such task, or cannot fetch its data.
-    """
-    require_harness()
-    from llm_pruner.evaluation.harness import load_defined, load_named, quiet
-
-    loaded = load_named(name) if records is None else load_defined(local_definition(name, records))
-    with quiet():
-        return PreparedTask(name, loaded, _identity(loaded, limit))
-
-
-class TaskRunner:
-    """Runs tasks on one model."""
-
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int | None) -> None:
-        """Wrap a causal language model in eval mode.
-
-        Args:
-            model: the model.
-            tokenizer: its tokenizer; is not changed.
-            batch_size: sequences in a forward pass; None for as many as keep a batch small.
-        """
-        from llm_pruner.evaluation.harness import LoadedLM, quiet
-
-        with quiet():
-            self._lm = LoadedLM(model, tokenizer, batch_size)
-
-    def run(self, task: PreparedTask, limit: int | None) -> list[TaskResult]:
-        """Return the results of a task; several if its name stands for a group of tasks.
-
-        Args:
-            task: what ``prepare`` returned; cannot be run twice.
-            limit: take only this many documents of each task, as for ``prepare``.
-        """
-        from llm_pruner.evaluation.harness import run
-
-        self._lm.title, self._lm.truncated = task.name, 0
-        found = run(self._lm, task.tasks, limit)
-        results = [_result(name, found) for name in found["results"]]
-        return [replace(result, truncated=self._lm.truncated) for result in results]
-
-
 def means(results: Sequence[TaskResult]) -> tuple[Mean | None, Mean | None]:
     """Return the mean over the paper's seven tasks, and over the six without BoolQ.
 
     BoolQ is often left out, since its majority answer is right in 62% of cases. A mean is None
     unless all its tasks are there.
     """
-    by_name = {result.task: result for result in results}
+    by_name = {result.task: result.metrics for result in results}
+
+    def mean(metrics: dict[str, str]) -> Mean | None:
+        if not metrics.keys() <= by_name.keys():
+            return None
+        chosen = [by_name[task][metric] for task, metric in metrics.items()]
+        errors = [each.stderr for each in chosen if each.stderr is not None]
+        stderr = math.hypot(*errors) / len(chosen) if len(errors) == len(chosen) else None
+        return Mean(sum(each.value for each in chosen) / len(chosen), stderr, metrics)
+
     without = {task: metric for task, metric in PAPER_METRICS.items() if task != "boolq"}
-    return _mean(by_name, PAPER_METRICS), _mean(by_name, without)
-
-
-def _mean(results: Mapping[str, TaskResult], metrics: dict[str, str]) -> Mean | None:
-    if not metrics.keys() <= results.keys():
-        return None
-    chosen = [results[task].metrics[metric] for task, metric in metrics.items()]
-    errors = [each.stderr for each in chosen if each.stderr is not None]
-    whole = len(errors) == len(chosen)
-    stderr = math.sqrt(sum(error**2 for error in errors)) / len(chosen) if whole else None
-    return Mean(sum(each.value for each in chosen) / len(chosen), stderr, dict(metrics))
-
-
-def _result(name: str, found: dict[str, Any]) -> TaskResult:
-    values = found["results"][name]
-    better = found["higher_is_better"].get(name) or {}
-    metrics = {}
-    for key, value in values.items():
-        metric, comma, filtered = key.partition(",")
-        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
-            continue
-        stderr = values.get(f"{metric}_stderr,{filtered}")
-        metrics[metric if filtered == "none" else key] = MetricResult(
-            float(value),
-            float(stderr) if isinstance(stderr, int | float) else None,
-            better.get(metric),
-        )
-    members = found["n-samples"]
-    counts = [members[name]] if name in members else list(members.values())
-    return TaskResult(
-        task=name,
-        metrics=metrics,
-        paper_metric=PAPER_METRICS.get(name),
-        documents=sum(count["effective"] for count in counts),
-        documents_total=sum(count["original"] for count in counts),
-        num_fewshot=found["n-shot"].get(name) or 0,
-        version=str(found["versions"].get(name)),
-        truncated=0,
-    )
-
-
-def _identity(tasks: dict[str, Any], limit: int | None) -> str:
-    """Hash all that decides a result but the model and the harness's version."""
-    digest = hashlib.sha256()
-    for name, task in sorted(tasks["tasks"].items()):
-        definition = dict(task.dump_config())
-        for key in ("metadata", "custom_dataset", "dataset_kwargs"):
-            definition.pop(key, None)
-        digest.update(_json([name, str(task.VERSION), limit, definition]))
-        for document in islice(task.eval_docs, limit):
-            digest.update(_json(document))
-    digest.update(_json(tasks.get("group_map")))
-    return digest.hexdigest()
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, default=_stable).encode()
-
-
-def _stable(value: Any) -> str:
-    """Return a text that says the same in the next process, which an address does not."""
-    if callable(value):
-        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
-    return str(value)
+    return mean(PAPER_METRICS), mean(without)

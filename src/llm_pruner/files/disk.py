@@ -47,8 +47,9 @@ def new_folder(place: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(place: Path) -> Iterator[Path]:
-    """Yield an empty file beside ``place``, as ``new_folder``."""
+    """Yield an empty file beside ``place``, as ``new_folder``; what dead processes left goes."""
     place.parent.mkdir(parents=True, exist_ok=True)
+    tidy(place)
     with _beside(place, "partial", folder=False) as partial, _system_errors():
         yield partial
         partial.chmod(0o666 & ~umask())
@@ -59,7 +60,9 @@ def new_file(place: Path) -> Iterator[Path]:
 
 def put(folder: Path, place: Path) -> None:
     """Give a complete folder its place; on return it is on the disk, and what was there is gone."""
-    flush_tree(folder)
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink():
+            flush(path)
     if not place.exists():
         folder.rename(place)
         flush(place.parent)
@@ -152,16 +155,18 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def folder_bytes(path: str | Path) -> int:
+    """Return the bytes of all files under a folder, or of one file."""
+    path = Path(path)
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def make_parents(parent: Path) -> list[Path]:
     """Make the folder and its parents; return those that were missing, outermost first."""
-    missing: list[Path] = []
-    folder = parent
-    while not folder.exists():
-        missing.insert(0, folder)
-        folder = folder.parent
-    for folder in missing:
-        folder.mkdir(exist_ok=True)
-    return missing
+    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    parent.mkdir(parents=True, exist_ok=True)
+    return missing[::-1]
 
 
 def remove_empty(folders: list[Path]) -> None:
@@ -173,24 +178,16 @@ def remove_empty(folders: list[Path]) -> None:
 
 def flush(path: Path) -> None:
     """Have the system write a file, or the names in a folder, to the disk."""
-    handle = None
     try:
         # Windows flushes what may be written, Linux also what is shared read-only.
         handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-        os.fsync(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
     except OSError:
         if not path.is_dir():  # some systems cannot do it for a folder
             raise
-    finally:
-        if handle is not None:
-            os.close(handle)
-
-
-def flush_tree(folder: Path) -> None:
-    """Have the system write a folder with all that it holds to the disk."""
-    for path in (*folder.rglob("*"), folder):
-        if not path.is_symlink():
-            flush(path)
 
 
 def allocate(file: Path, size: int) -> None:
@@ -206,11 +203,8 @@ def allocate(file: Path, size: int) -> None:
         with file.open("ab") as stream:
             if stream.tell() != size:
                 stream.truncate(0)
-            if not size:
-                return
-            if hasattr(os, "posix_fallocate"):
+            if size and hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(stream.fileno(), 0, size)
-                return
             for written in range(stream.seek(0, os.SEEK_END), size, 2**20):
                 stream.write(bytes(min(2**20, size - written)))
     except OSError:
@@ -224,8 +218,6 @@ def _system_errors() -> Iterator[None]:
     """Raise what libraries written in Rust raise for an error of the system as OSError."""
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:
         code = _RUST_CODE.search(str(error))
         if code is None:

@@ -20,16 +20,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import new_file, new_folder, tidy
+from llm_pruner.files.disk import new_file, new_folder, read_json, tidy
 
 MANIFEST = ".written-by-llm-pruner"
 """A name without an ending, so that nothing takes it for a part of the model."""
 
 _WHOLE, _BLOCK = 2**24, 2**16
 """Bytes up to which a file is read whole to know it again, and of a sample of a larger one."""
-
-_LARGEST_RESULT = 2**28
-"""Bytes of a file of results, at most."""
 
 _MODEL = re.compile(
     r"plan\.json|config\.json|generation_config\.json|.*\.safetensors|.*\.gguf|.*\.bin|.*\.index\.json"
@@ -77,6 +74,7 @@ def check_output(out: Path, overwrite: bool, reads: Iterable[Source] = ()) -> No
         overwrite: replace what it holds.
         reads: all that the command reads; names that are no files here do not matter.
     """
+    check_place(out, "--out")
     if out.is_symlink() and not out.exists():
         raise UserError(f"{out} is a link to something that is not there; choose another name")
     place = out.resolve()
@@ -96,7 +94,6 @@ def check_output(out: Path, overwrite: bool, reads: Iterable[Source] = ()) -> No
             _check_replaceable(out, place, reads)
     elif place.exists():
         raise UserError(f"{out} is a file, but the output is a folder; choose another name")
-    _check_parent(str(out), place)
 
 
 def check_file(
@@ -119,13 +116,14 @@ def check_file(
         reads: all that the command reads, and other files that it writes.
         out: the folder that the command writes, whose files are not to be replaced either.
     """
-    what = f"{option} {file}".lstrip()
-    if file.is_dir():
+    what = f"{option} {file}"
+    if os.path.isdir(file):
         raise UserError(f"{what} is a folder; name the file to write")
     if _is_written_into(file):
         if not os.access(file, os.W_OK):
             raise UserError(f"{what} may not be written; name another file")
         return
+    check_place(file, option)
     place = file.resolve()
     tidy(place)
     if any(place == read for _, read in _places(reads)):
@@ -138,11 +136,10 @@ def check_file(
     if ((there or in_out) and model and not lone_plan) or (beside_model and record):
         raise UserError(f"{what} would replace a file of a model; name another file")
     if there and not _holds(place, kind):
-        noun = {"results": "results", "page": "a page", "plan": "a plan"}[kind]
+        noun = kind if kind == "results" else f"a {kind}"
         raise UserError(
             f"{what} exists and does not hold {noun}, so it is not replaced; name another file"
         )
-    _check_parent(what, place)
 
 
 def write_output(file: Path, text: str) -> None:
@@ -167,17 +164,9 @@ def rewrite(folder: Path, texts: Mapping[str, str]) -> None:
         either = {name: sorted({*written.get(name, ()), value}) for name, value in new.items()}
         _write_manifest(folder, written | either)
     for name, text in texts.items():
-        tidy(folder / name)
-        with new_file(folder / name) as partial:
-            partial.write_text(text, encoding="utf-8", newline="\n")
+        _write(folder / name, text)
     if written is not None:
         _write_manifest(folder, written | {name: [value] for name, value in new.items()})
-
-
-def write_manifest(folder: Path) -> None:
-    """List the files of a complete folder in its ``MANIFEST``."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    _write_manifest(folder, {name: [_digest(folder / name)] for name in sorted(_names(folder))})
 
 
 def not_ours(folder: Path) -> str | None:
@@ -217,16 +206,12 @@ def _check_replaceable(out: Path, place: Path, reads: Iterable[Source]) -> None:
     if place == Path.home():
         raise UserError(f"{out} is your home folder, which is not replaced; name another folder")
     for source, read in _places(reads):
-        if not read.exists():
-            continue
-        what = None
-        if read == place:
-            what = "is"
-        elif place in read.parents:
+        what = "is" if read == place else None
+        if place in read.parents:
             what = f"holds {source}, which is"
         elif read in place.parents:
             what = f"lies in {source}, which is"
-        if what is not None:
+        if what is not None and read.exists():
             raise UserError(
                 f"{out} {what} read by this command, so it is not replaced; give another --out"
             )
@@ -244,31 +229,20 @@ def _places(reads: Iterable[Source]) -> Iterator[tuple[Source, Path]]:
             yield source, Path(str(source)).expanduser().resolve()
 
 
-def _check_parent(what: str, place: Path) -> None:
-    parent = nearest(place.parent)
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(
-            f"{what} cannot be made, since {parent} is not a folder that may be written"
-        )
-
-
 def _is_written_into(file: Path) -> bool:
     """Whether a path names a device, a pipe, or a file that a process has open."""
     try:
         if not stat.S_ISREG(file.stat().st_mode):
             return True
-    except OSError:
+    except (OSError, ValueError):  # no such file, or no name of one
         return False
     return file.absolute().parts[1:2] in (("dev",), ("proc",))
 
 
 def _holds(file: Path, kind: Kind) -> bool:
     """Whether a file that is there holds what is to be written, or nothing."""
-    size = file.stat().st_size
-    if size == 0:
+    if file.stat().st_size == 0:
         return True
-    if size > _LARGEST_RESULT:
-        return False
     if kind == "page":
         with file.open("rb") as stream:
             return stream.read(9).lower() == b"<!doctype"
@@ -279,7 +253,7 @@ def _holds(file: Path, kind: Kind) -> bool:
 def _json_in(file: Path) -> dict[str, Any]:
     """Return the JSON object in a file; empty if there is none."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -299,9 +273,12 @@ def _manifest(folder: Path) -> dict[str, list[str]] | None:
 
 
 def _write_manifest(folder: Path, files: Mapping[str, list[str]]) -> None:
-    tidy(folder / MANIFEST)
-    with new_file(folder / MANIFEST) as partial:
-        partial.write_text(json.dumps({"files": dict(files)}, indent=1) + "\n", encoding="utf-8")
+    _write(folder / MANIFEST, json.dumps({"files": dict(files)}, indent=1) + "\n")
+
+
+def _write(file: Path, text: str) -> None:
+    with new_file(file) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _digest_of(content: BinaryIO) -> str:
@@ -337,29 +314,28 @@ _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 def check_place(path: Path, option: str) -> None:
     """Raise UserError unless a file or folder can be made at ``path``; whether it may is not asked.
 
-    Folders that are missing would be made, so the nearest one that is there is tried: permissions
-    say nothing of a file system that is mounted for reading.
+    A link stands for what it leads to. Folders that are missing would be made, so the nearest one
+    that is there is tried: permissions say nothing of a file system that is mounted for reading.
     """
-    path = Path(path).absolute()
     if "\0" in str(path):
         raise UserError(f"{option} {path.name!a} has a zero byte; give another name")
-    there = nearest(path.parent)
-    if not there.is_dir():
-        raise UserError(
-            f"{path} cannot be made, since {there} is not a folder that may be written; "
-            f"give another {option}"
-        )
-    for part in path.relative_to(there).parts:
-        longest = _limit(there, "PC_NAME_MAX", 255) - (_BESIDE if part == path.name else 0)
-        _check_length(part, longest, option)
-    _check_length(str(path), _limit(there, "PC_PATH_MAX", 4096) - _BESIDE - _INSIDE, option)
-    try:
-        tempfile.TemporaryDirectory(prefix=".llm-pruner-", dir=there).cleanup()
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be made, since {there} is not a folder that may be written "
-            f"({error.strerror}); give another {option}"
-        ) from error
+    path = Path(os.path.realpath(path))  # a loop of links is for others to refuse
+    there, reason = nearest(path.parent), ""
+    if there.is_dir():
+        for part in path.relative_to(there).parts:
+            longest = _limit(there, "PC_NAME_MAX", 255) - (_BESIDE if part == path.name else 0)
+            _check_length(part, longest, option)
+        _check_length(str(path), _limit(there, "PC_PATH_MAX", 4096) - _BESIDE - _INSIDE, option)
+        try:
+            tempfile.TemporaryDirectory(prefix=".llm-pruner-", dir=there).cleanup()
+        except OSError as error:
+            reason = f" ({error.strerror})"
+        else:
+            return
+    raise UserError(
+        f"{path} cannot be made, since {there} is not a folder that may be written{reason}; "
+        f"give another {option}"
+    )
 
 
 def nearest(path: Path) -> Path:
@@ -424,4 +400,5 @@ def atomic_directory(out: Path, overwrite: bool) -> Iterator[Path]:
     with new_folder(Path(out).resolve()) as folder:
         yield folder
         check_output(Path(out), overwrite)  # it may have come into being during the work
-        write_manifest(folder)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        _write_manifest(folder, {name: [_digest(folder / name)] for name in sorted(_names(folder))})

@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import TypeVar
 
@@ -18,7 +18,6 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
-    TextColumn,
     TimeRemainingColumn,
 )
 from rich.text import Text
@@ -38,23 +37,13 @@ class _RateColumn(ProgressColumn):
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Yield ``items`` while a bar shows how many are done, the rate and the time left."""
-    if total is None and isinstance(items, Sized):
-        total = len(items)
     if not sys.stderr.isatty():
         yield from items
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _RateColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(description, total=total)
-        for item in items:
-            yield item
-            progress.advance(task)
+    columns = (BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress("{task.description}", *columns, console=console, transient=True) as progress:
+        yield from progress.track(items, total, description=description)
 
 
 class Clock:
@@ -89,19 +78,14 @@ def quiet(
             none.
         stdout, stderr: hold back what is printed there.
     """
-    found = [logging.getLogger(name) for name in loggers]
-    levels = [logger.level for logger in found]
-    for logger in found:
-        logger.setLevel(level)
-    try:
-        with warnings.catch_warnings(), ExitStack() as stack:
-            if warned is not None:
-                warnings.filterwarnings("ignore", message=warned)
-            if stdout:
-                stack.enter_context(redirect_stdout(io.StringIO()))
-            if stderr:
-                stack.enter_context(redirect_stderr(io.StringIO()))
-            yield
-    finally:
-        for logger, before in zip(found, levels, strict=True):
-            logger.setLevel(before)
+    with warnings.catch_warnings(), ExitStack() as stack:
+        for logger in map(logging.getLogger, loggers):
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(level)
+        if warned is not None:
+            warnings.filterwarnings("ignore", message=warned)
+        if stdout:
+            stack.enter_context(redirect_stdout(io.StringIO()))
+        if stderr:
+            stack.enter_context(redirect_stderr(io.StringIO()))
+        yield

@@ -83,12 +83,8 @@ def _heard_again(others: Callable[[Any], object], unraisable: Any) -> None:
 
 def deaf_at_the_end() -> None:
     """Have an interpreter that is taken down ignore signals: it would print a traceback."""
-    atexit.register(_ignore)
-
-
-def _ignore() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+        atexit.register(signal.signal, number, signal.SIG_IGN)
 
 
 def end_with_parent(parent: int) -> None:

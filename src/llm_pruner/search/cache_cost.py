@@ -55,4 +55,4 @@ def cache_cost(
 
 
 def _bytes(model: Any) -> int:
-    return count_work(model, prompt_tokens=4).cache.bytes_per_token
+    return count_work(model, prompt_tokens=4).cache_bytes_per_token

@@ -17,9 +17,6 @@ class ChatGLMConfig(PreTrainedConfig):
     """Sizes and token ids; the defaults are those of ChatGLM-6B.
 
     Attributes:
-        hidden_size: width of the residual stream.
-        num_layers: number of blocks.
-        num_attention_heads: number of heads of a block.
         inner_hidden_size: width of a feed-forward network.
         max_sequence_length: longest input that the model was trained on.
         position_encoding_2d: half of a head's channels are rotated by the position in the context,
@@ -80,12 +77,6 @@ class ChatGLMConfig(PreTrainedConfig):
         # The code that a published checkpoint points to is replaced by this package.
         kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
-        self._check_variant()
-        self._set_head_dim()
-        if not self.residual_scale:
-            self.residual_scale = math.sqrt(2 * self.num_layers)
-
-    def _check_variant(self) -> None:
         if self.quantization_bit:
             raise UserError(
                 f"quantization_bit={self.quantization_bit}: the weights are packed integers, which "
@@ -96,8 +87,6 @@ class ChatGLMConfig(PreTrainedConfig):
                 f"pre_seq_len={self.pre_seq_len}: the checkpoint has a tuned prefix, which cannot "
                 "be read here; name the checkpoint without it"
             )
-
-    def _set_head_dim(self) -> None:
         if not self.head_dim:
             if self.hidden_size % self.num_attention_heads:
                 raise UserError(
@@ -111,3 +100,5 @@ class ChatGLMConfig(PreTrainedConfig):
                 f"head_dim={self.head_dim} is no multiple of {pairs}, so its channels cannot be "
                 "rotated in pairs; change it, hidden_size or num_attention_heads"
             )
+        if not self.residual_scale:
+            self.residual_scale = math.sqrt(2 * self.num_layers)

@@ -165,12 +165,11 @@ class ChatGLMBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: ChatGLMConfig, layer_idx: int) -> None:
         super().__init__()
+        size, epsilon = config.hidden_size, config.layernorm_epsilon
         self.residual_scale = config.residual_scale
-        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.input_layernorm = nn.LayerNorm(size, eps=epsilon)
         self.attention = ChatGLMAttention(config, layer_idx)
-        self.post_attention_layernorm = nn.LayerNorm(
-            config.hidden_size, eps=config.layernorm_epsilon
-        )
+        self.post_attention_layernorm = nn.LayerNorm(size, eps=epsilon)
         self.mlp = GPTNeoXMLP(config)
 
     def forward(
@@ -267,7 +266,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         past = 0 if cache is None else int(cache.get_seq_length())
-        layout = self._layout(input_ids, inputs_embeds, attention_mask, cache, past)
+        tokens = inputs_embeds if input_ids is None else input_ids
+        layout = self._layout(tokens, attention_mask, cache, past)
         length = inputs_embeds.shape[1]
         keys = past + length if cache is None else cache.get_mask_sizes(length, 0)[0]
         places = positions(layout, past, length, two_dimensional=self.config.position_encoding_2d)
@@ -281,26 +281,22 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         )
 
     def _layout(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        cache: Cache | None,
-        past: int,
+        self, tokens: torch.Tensor, attention_mask: torch.Tensor | None, cache: Any, past: int
     ) -> Layout:
+        """Return how rows are read, of ids or embeddings, shape (batch, sequence, ...)."""
         if past:
-            layout = getattr(cache, "chatglm_layout", None)
-            if layout is None or len(layout.padding) != len(inputs_embeds):
+            layout: Layout | None = getattr(cache, "chatglm_layout", None)
+            if layout is None or len(layout.padding) != len(tokens):
                 raise ValueError(
-                    f"the cache holds {past} tokens and not how ChatGLM reads these "
-                    f"{len(inputs_embeds)} rows; use one that this model filled with them"
+                    f"the cache holds {past} tokens and not how ChatGLM reads these {len(tokens)} "
+                    "rows; use one that this model filled with them"
                 )
             return layout
-        if input_ids is None:
-            layout = plain_layout(inputs_embeds, attention_mask)
+        if tokens.dim() > 2:
+            layout = plain_layout(tokens, attention_mask)
         else:
             layout = read_layout(
-                input_ids,
+                tokens,
                 attention_mask,
                 bos_token_id=self.config.bos_token_id,
                 mask_token_id=self.config.mask_token_id,

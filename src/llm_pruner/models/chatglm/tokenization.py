@@ -16,6 +16,16 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from llm_pruner.errors import UserError
 
+_PIECES = {
+    "bos_token": "<sop>",
+    "eos_token": "<eop>",
+    "mask_token": "[MASK]",
+    "gmask_token": "[gMASK]",
+    "pad_token": "<pad>",
+}
+_TOKENS = _PIECES | {"end_token": "</s>", "unk_token": "<unk>"}
+"""Names of the special tokens; those of the first table are pieces of the model's file."""
+
 _LONGEST_BLANK = 80
 _SPACES = re.compile(rf" {{2,{_LONGEST_BLANK}}}")
 _BLANK = re.compile(r"<\|blank_(\d+)\|>")
@@ -29,8 +39,8 @@ class ChatGLMTokenizer(SentencePieceBackend):
 
     Args:
         vocab_file: path of ``ice_text.model``.
-        remove_space: collapse whitespace before encoding.
         do_lower_case: lower the text before encoding.
+        remove_space: collapse whitespace before encoding.
         num_image_tokens: 0; ids of older checkpoints started behind those of image tokens.
 
     Raises:
@@ -46,13 +56,6 @@ class ChatGLMTokenizer(SentencePieceBackend):
         vocab_file: str,
         do_lower_case: bool = False,
         remove_space: bool = False,
-        bos_token: str = "<sop>",
-        eos_token: str = "<eop>",
-        end_token: str = "</s>",
-        mask_token: str = "[MASK]",
-        gmask_token: str = "[gMASK]",
-        pad_token: str = "<pad>",
-        unk_token: str = "<unk>",
         num_image_tokens: int = 0,
         **kwargs: Any,
     ) -> None:
@@ -69,28 +72,17 @@ class ChatGLMTokenizer(SentencePieceBackend):
             vocab_file=vocab_file,
             do_lower_case=do_lower_case,
             remove_space=remove_space,
-            bos_token=bos_token,
-            eos_token=eos_token,
-            end_token=end_token,
-            mask_token=mask_token,
-            gmask_token=gmask_token,
-            pad_token=pad_token,
-            unk_token=unk_token,
             num_image_tokens=num_image_tokens,
-            **kwargs,
+            **_TOKENS | kwargs,
         )
         # A token that the file lacks would get an id behind the last piece, which the model may
         # not even have a row for.
-        named = (bos_token, eos_token, mask_token, gmask_token, pad_token)
-        absent = [str(token) for token in named if not self._is_piece(str(token))]
-        if absent:
-            raise UserError(
-                f"{Path(vocab_file).name} has no piece {absent[0]}, so it is no tokenizer of "
-                "ChatGLM-6B; use the ice_text.model that belongs to the checkpoint"
-            )
-
-    def _is_piece(self, token: str) -> bool:
-        return self.sp_model.IdToPiece(self.sp_model.piece_to_id(token)) == token
+        for token in (str(getattr(self, name)) for name in _PIECES):
+            if self.sp_model.IdToPiece(self.sp_model.piece_to_id(token)) != token:
+                raise UserError(
+                    f"{Path(vocab_file).name} has no piece {token}, so it is no tokenizer of "
+                    "ChatGLM-6B; use the ice_text.model that belongs to the checkpoint"
+                )
 
     def _tokenize(self, text: str, **_: Any) -> list[str]:
         if self.remove_space:
