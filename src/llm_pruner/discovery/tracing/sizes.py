@@ -54,6 +54,8 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,
 }
 
+_OPERATORS = ARITHMETIC | COMPARISONS
+
 
 def _counted(size: TracedInt, symbol: str, other: Any, swap: bool = False) -> Any:
     """Return the sum, product and so on of a size and an integer, which is a size again."""
@@ -285,18 +287,18 @@ def leaves(expr: Expr) -> Iterator[Expr]:
         yield expr
     elif expr[0] == PLACE:
         yield from leaves(expr[1])
-    elif expr[0] in ARITHMETIC or expr[0] in COMPARISONS:
+    elif expr[0] in _OPERATORS:
         yield from leaves(expr[1])
         yield from leaves(expr[2])
 
 
 def evaluate(expr: Expr, values: Mapping[Expr, int]) -> int:
-    """Return the value of an expression; KeyError if a leaf has none."""
+    """Return the value of an expression, or whether a comparison holds; KeyError without a leaf."""
     if expr[0] == "const":
         return expr[1]
     if expr[0] in ("attr", "len"):
         return values[expr]
-    return ARITHMETIC[expr[0]](evaluate(expr[1], values), evaluate(expr[2], values))
+    return _OPERATORS[expr[0]](evaluate(expr[1], values), evaluate(expr[2], values))
 
 
 def describe(expr: Expr) -> str:
