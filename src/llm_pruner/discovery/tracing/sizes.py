@@ -171,11 +171,7 @@ class TracedInt(torch.SymInt):
 
     # ---------------------------------------------------------- used as a number
 
-    def __index__(self) -> int:
-        return self._place()
-
-    def __int__(self) -> int:
-        return self._read()
+    __index__, __int__ = _place, _read
 
     def __float__(self) -> float:
         return float(self._read())
@@ -207,11 +203,10 @@ class TracedInt(torch.SymInt):
         self.on_value(self.expr)
         return value
 
-    def __str__(self) -> str:
-        return str(self._read())
-
     def __repr__(self) -> str:
         return repr(self._read())
+
+    __str__ = __repr__
 
     def __format__(self, spec: str) -> str:
         return format(self._read(), spec)
@@ -233,8 +228,7 @@ class TracedInt(torch.SymInt):
     __gt__ = _operators(_compared, ">")[0]
     __ge__ = _operators(_compared, ">=")[0]
 
-    def __copy__(self) -> TracedInt:
-        return self
+    __copy__ = __pos__
 
     def __deepcopy__(self, memo: Any) -> TracedInt:
         return self
