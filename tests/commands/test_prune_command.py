@@ -372,8 +372,8 @@ def _raising(error: BaseException) -> Any:
 def test_surgery_that_goes_wrong_names_the_group_and_saves_nothing(
     work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def sabotaged(model: Any, discovery: Any, removal: Any) -> Any:
-        edits = cut_(model, discovery, removal)
+    def sabotaged(model: Any, discovery: Any, removal: Any, *undo: Any) -> Any:
+        edits = cut_(model, discovery, removal, *undo)
         if "layers.2.ffn" in removal:
             weight = model.model.layers[2].mlp.down_proj.weight
             weight.data = weight.data.roll(1, dims=1)

@@ -141,6 +141,21 @@ def test_nothing_of_the_model_changes() -> None:
     assert model.model.layers[0].self_attn.config is model.config
 
 
+class Swapping(Net):
+    """Replaces a part of itself when it is run, as BigBird does its attention on short input."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.out = copy.copy(self.out)
+        return super().forward(tokens)
+
+
+def test_a_part_that_a_run_replaces_is_put_back() -> None:
+    net = Swapping(Gated())
+    out = net.out
+    discover(net)
+    assert net.out is out
+
+
 def test_same_result_every_time() -> None:
     model, discovery = discovered("qwen3")
     again = discover(model)

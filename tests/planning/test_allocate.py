@@ -259,8 +259,8 @@ def test_steps_with_a_unit_ratio_end_where_one_step_does(structures, protect):
     numbering, discovery = Numbering.dense(dense), dense
     for step in step_targets(count_parameters(dense), target, 3):
         current = {
-            group.name: scores[numbering.dense_name(group.name)][
-                numbering.kept[numbering.dense_name(group.name)]
+            group.name: scores[numbering.names[group.name]][
+                numbering.kept[numbering.names[group.name]]
             ]
             for group in discovery.groups
         }
@@ -296,8 +296,8 @@ def test_steps_with_a_ratio_end_at_the_ratio(scope):
 def test_survivors_translate_names_and_units():
     dense = fake_llama(8, ffn=10, kv_heads=2, repeat=2)
     numbering = Numbering.dense(dense).after({"layers": units(2, 4), "layers.7.ffn": units(0, 5)})
-    assert numbering.dense_name("layers.5.ffn") == "layers.7.ffn"
-    assert numbering.dense_layer(3) == 5
+    assert numbering.names["layers.5.ffn"] == "layers.7.ffn"
+    assert numbering.layers[3] == 5
     moved = numbering.to_dense({"layers.5.ffn": units(0, 4), "layers": units(2)})
     assert moved["layers.7.ffn"].tolist() == [1, 6]
     assert moved["layers"].tolist() == [3]
@@ -309,7 +309,7 @@ def test_survivors_translate_names_and_units():
     }
     assert numbering.kept["layers.0.query_heads"].tolist() == [0, 1]
     with pytest.raises(KeyError):
-        numbering.dense_name("layers.7.ffn")
+        numbering.names["layers.7.ffn"]
 
 
 def test_step_targets_are_linear_in_what_is_removed():

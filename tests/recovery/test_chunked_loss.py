@@ -12,9 +12,8 @@ import torch
 from helpers import tiny_model
 from llm_pruner.data.sequences import TrainingSequence, make_sequence
 from llm_pruner.recovery import DistillationSettings, Teacher
-from llm_pruner.recovery.forward import target_logits, target_tokens
 from llm_pruner.recovery.kernels import chunked_loss
-from llm_pruner.recovery.kernels.chunked_loss import summed_loss, watch_logits
+from llm_pruner.recovery.kernels.chunked_loss import summed_loss
 from llm_pruner.recovery.objective import (
     Targets,
     distillation_loss,
@@ -24,7 +23,7 @@ from llm_pruner.recovery.objective import (
     task_loss_and_gradient_,
     text_objective,
 )
-from llm_pruner.recovery.packing import lay_out
+from llm_pruner.recovery.packing import lay_out, target_logits, target_tokens
 
 
 @pytest.fixture(autouse=True)
@@ -158,15 +157,19 @@ def test_weights_that_are_kept_in_half_follow_the_head() -> None:
     assert second[0] > 1.01 * first[0]
 
 
-def test_watched_logits_are_those_of_all_learned_tokens() -> None:
+def test_an_objective_is_shown_the_logits_of_all_learned_tokens() -> None:
     model = tiny_model("llama")
     (batch,) = lay_out(samples(), range(9), packed=True, capacity=200, micro_tokens=200)
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    watch_logits(model, batch, lambda logits, tokens: seen.append((logits, tokens)))
+    seen: list[torch.Tensor] = []
+
+    def objective(logits: torch.Tensor, _: slice, __: bool) -> tuple[torch.Tensor, None]:
+        seen.append(logits)
+        return logits.new_zeros(()), None
+
+    with torch.no_grad():
+        summed_loss(model, batch, objective)
     assert len(seen) > 1
-    logits, tokens = target_logits(model, batch)
-    assert torch.allclose(torch.cat([one for one, _ in seen]), logits, atol=1e-5)
-    assert torch.equal(torch.cat([one for _, one in seen]), tokens)
+    assert torch.allclose(torch.cat(seen), target_logits(model, batch)[0], atol=1e-5)
 
 
 def test_a_teacher_is_asked_in_chunks(tmp_path: Path) -> None:
@@ -174,7 +177,7 @@ def test_a_teacher_is_asked_in_chunks(tmp_path: Path) -> None:
     settings = DistillationSettings(temperature=2.0, distill_weight=0.7, teacher_top_k=4)
     teacher = Teacher(dense, data, settings, tmp_path, identity="dense", seq_len=64)
     (batch,) = lay_out(data, range(9), packed=True, capacity=200, micro_tokens=200)
-    loss = teacher.loss(student, batch)
+    loss = summed_loss(student, batch, teacher.objective(batch))
     found = gradients(student, loss)
     logits, tokens = target_logits(student, batch)
     ids, values = teacher.says(batch)

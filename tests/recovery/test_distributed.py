@@ -214,7 +214,7 @@ def test_each_process_gets_a_share_of_a_step() -> None:
                 sequences, chosen, packed=packed, capacity=200, micro_tokens=400, shares=shares
             )
             assert len(batches) >= shares
-            assert sorted(part.sample for one in batches for part in one.parts) == list(chosen)
+            assert sorted(sample for one in batches for sample in one.samples) == list(chosen)
             dealt = [Processes(rank, shares).share(batches) for rank in range(shares)]
             assert sum(map(len, dealt)) == len(batches)
     (only,) = lay_out(sequences, [5], packed=True, capacity=20, micro_tokens=20, shares=3)

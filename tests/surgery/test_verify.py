@@ -210,8 +210,8 @@ def test_what_is_refused_is_undone(large: bool, monkeypatch: pytest.MonkeyPatch)
     removal = pick(discovery)
     assert "layers" in removal
     logits = pruned_logits(model, discovery)
-    undo = surgery.Undo(model, discovery, removal)
-    surgery.cut_(model, discovery, removal)
+    undo = surgery.Undo(model)
+    surgery.cut_(model, discovery, removal, undo)
     assert len(model.model.layers) < config["num_hidden_layers"]
     undo()
     assert model.config.to_dict() == config

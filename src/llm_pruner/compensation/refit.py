@@ -24,6 +24,7 @@ Only two hidden states per token are held at a time, in memory or in files.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,7 +112,7 @@ def refit_(
             f"least squares needs at least 2 calibration samples and got {len(input_ids)}; "
             "give more, or use --compensation none"
         )
-    pairs = _pairs_of(model, dense, discovery, removal)
+    consumers = _consumers_left(model, dense, discovery, removal)
     with undisturbed(model), undisturbed(dense), torch.no_grad():
         ids = input_ids.detach().to(next(model.parameters()).device, torch.long)
         try:
@@ -122,7 +123,7 @@ def refit_(
                 f"the model cannot be refitted block by block: {reason}; use --compensation none"
             ) from reason
         gone = removed_modules(discovery, removal)
-        return _Refit(*chains, pairs, gone, ids, ridges).run()
+        return _Refit(*chains, consumers, gone, ids, ridges).run()
 
 
 def held_out_samples(samples: int, seq_len: int) -> torch.Tensor:
@@ -136,12 +137,12 @@ def held_out_samples(samples: int, seq_len: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class _Pair:
-    """A consumer in the pruned model and the same in the dense one.
+class _Consumer:
+    """A consumer that is left.
 
     Attributes:
         name: qualified name in the pruned model.
-        module, dense: the two.
+        module: there.
         out: output features of the dense module that the pruned one has.
         fitted: whether least squares fits it: where it lost inputs, and everywhere if layers or
             hidden channels went.
@@ -149,25 +150,17 @@ class _Pair:
 
     name: str
     module: nn.Module
-    dense: nn.Module
     out: torch.Tensor
     fitted: bool
 
 
-def _pairs_of(
+def _consumers_left(
     model: nn.Module, dense: nn.Module, discovery: Discovery, removal: Removal
-) -> dict[int, _Pair]:
-    """Return id of the dense module -> pair, for the consumers that are left.
-
-    Args:
-        model: the pruned model.
-        dense: the model before the removal.
-        discovery: of the dense model.
-        removal: what was removed, in its numbering.
-    """
+) -> dict[int, _Consumer]:
+    """Return id of the dense module -> consumer, for the consumers that are left."""
     removed = removed_positions(discovery, removal)
     rename = Renaming(kept_layers(dense, removed_modules(discovery, removal)))
-    pairs: dict[int, _Pair] = {}
+    consumers: dict[int, _Consumer] = {}
     everywhere = any(group.kind not in KINDS for group in discovery.groups if group.name in removal)
     tied = set(discovery.aliases) | set(discovery.aliases.values())
     nothing = np.zeros(0, dtype=np.int64)
@@ -184,8 +177,8 @@ def _pairs_of(
             rows = np.arange(weight_of(before).shape[0])
             kept = torch.from_numpy(np.delete(rows, removed.get((weight, 1 - inputs), nothing)))
             fitted = everywhere or len(lost) > 0
-            pairs[id(before)] = _Pair(name, model.get_submodule(name), before, kept, fitted)
-    return pairs
+            consumers[id(before)] = _Consumer(name, model.get_submodule(name), kept, fitted)
+    return consumers
 
 
 class _Reached(Exception):  # noqa: N818 - a signal, not an error
@@ -203,13 +196,13 @@ class _Refit:
         self,
         pruned: Chain,
         dense: Chain,
-        pairs: Mapping[int, _Pair],
+        consumers: Mapping[int, _Consumer],
         gone: Collection[str],
         ids: torch.Tensor,
         ridges: Sequence[float],
     ) -> None:
         self.ridges = ridges
-        self.pruned, self.dense, self.pairs, self.ids = pruned, dense, pairs, ids
+        self.pruned, self.dense, self.consumers, self.ids = pruned, dense, consumers, ids
         names = {id(module): name for name, module in dense.model.named_modules()}
         self.twins = [i for i, block in enumerate(dense.blocks) if names[id(block)] not in gone]
         if len(self.twins) != len(pruned.blocks):
@@ -219,8 +212,13 @@ class _Refit:
             )
         samples, length = ids.shape
         size = max(1, _TOKENS // length)
-        self.parts = [slice(at, min(at + size, samples)) for at in range(0, samples, size)]
-        self.held_out = held_out_samples(samples, length)
+        # The samples from here on choose the ridge.
+        self.split = samples - int(held_out_samples(samples, length).sum())
+        self.parts = [
+            slice(at, min(at + size, end))
+            for begin, end in ((0, self.split), (self.split, samples))
+            for at in range(begin, end, size)
+        ]
         self.hidden = self._rows(_MEMORY)
         self.found: list[Refitted] = []
 
@@ -256,16 +254,16 @@ class _Refit:
     def _block(self, index: int, at: int, target: ActivationStore) -> ActivationStore:
         """Refit one block's consumers and go past it; return the dense hidden states behind it."""
         inside = {id(module) for module in self.dense.blocks[at].modules()}
-        if not any(pair.fitted for key, pair in self.pairs.items() if key in inside):
+        if not any(consumer.fitted for key, consumer in self.consumers.items() if key in inside):
             self._advance(self.dense, at, target)
             self._advance(self.pruned, index, self.hidden)
             return target
         order, references, direct, following = self._dense_outputs(at, target)
         target.close()
-        for number, pair in enumerate(order):
-            if not pair.fitted:
+        for number, consumer in enumerate(order):
+            if not consumer.fitted:
                 continue
-            weight = weight_of(pair.module)
+            weight = weight_of(consumer.module)
             wished = references.get(number, following)
             fit, held_out = (Moments.zeros(weight) for _ in range(2))
             final = direct and number + 1 == len(order)
@@ -274,12 +272,12 @@ class _Refit:
                 states = self.hidden.read(0, part)
                 inputs, before = self._reach(index, part, states, order[: number + 1])
                 reference = wished.read(0, part)
-                wanted = reference[..., pair.out]
+                wanted = reference[..., consumer.out]
                 if direct:
                     wanted = wanted.float() - states.float() - before
                 else:
                     reference = following.read(0, part)
-                if isinstance(bias := getattr(pair.module, "bias", None), torch.Tensor):
+                if isinstance(bias := getattr(consumer.module, "bias", None), torch.Tensor):
                     wanted = wanted - bias.to(wanted.device)
                 if read is not None:
                     # What the block adds to, and what is left to multiply: no need to run it again.
@@ -287,23 +285,19 @@ class _Refit:
                     self.hidden.write(0, part, states.float() + before)
                 importance = 1 / reference.float().square().mean(-1).clamp_min(1e-12)
                 importance[:, 0] *= max(1.0, FIRST * importance.shape[1])
-                for chosen, moments in ((~self.held_out, fit), (self.held_out, held_out)):
-                    rows = chosen[part]
-                    if not rows.any():
-                        continue
-                    moments.add(
-                        inputs[rows].flatten(0, 1),
-                        wanted[rows].flatten(0, 1).to(inputs.device),
-                        importance[rows].flatten().to(inputs.device),
-                    )
+                (fit if part.stop <= self.split else held_out).add(
+                    inputs.flatten(0, 1),
+                    wanted.flatten(0, 1).to(inputs.device),
+                    importance.flatten().to(inputs.device),
+                )
             new, ridge, error, after = best_refit(weight, fit, held_out, self.ridges)
             if ridge is not None:
-                set_weight(pair.module, new)
-            self.found.append(Refitted(pair.name, ridge, error, after))
+                set_weight(consumer.module, new)
+            self.found.append(Refitted(consumer.name, ridge, error, after))
             if read is not None:
                 for part in self.parts:
                     base = self.hidden.read(0, part)
-                    output = pair.module(read.read(0, part).to(weight.device))
+                    output = consumer.module(read.read(0, part).to(weight.device))
                     self.hidden.write(0, part, base.to(output.device) + output)
                 read.close()
         if not (direct and order and order[-1].fitted):
@@ -314,7 +308,7 @@ class _Refit:
 
     def _dense_outputs(
         self, at: int, target: ActivationStore
-    ) -> tuple[list[_Pair], dict[int, ActivationStore], bool, ActivationStore]:
+    ) -> tuple[list[_Consumer], dict[int, ActivationStore], bool, ActivationStore]:
         """Run a dense block.
 
         Returns:
@@ -322,55 +316,50 @@ class _Refit:
             this is the hidden state behind them (else their output); and the block's output, which
             is also what the last of them is to give if it is a hidden state.
         """
-        order: list[_Pair] = []
+        order: list[_Consumer] = []
         references: dict[int, ActivationStore] = {}
         direct = False
-        calls: list[tuple[_Pair, torch.Tensor]] = []
-
-        def run(part: slice) -> torch.Tensor:
-            nonlocal direct
-            calls.clear()
-            states = target.read(0, part)
-            _, output = self.dense.run_block(at, self.ids[part], states)
-            if part is self.parts[0]:
-                names = [pair.name for pair, _ in calls]
-                order.extend(
-                    pair
-                    for pair, value in calls
-                    if names.count(pair.name) == 1 and _sees_all(value, states)
-                )
-            found = {pair.name: value for pair, value in calls}
-            values = [_by_token(found[pair.name], states) for pair in order]
-            if part is self.parts[0]:
-                direct = _adds_up(states, values, output)
-                stored = order[:-1] if direct else order
-                references.update((n, self._rows()) for n, pair in enumerate(stored) if pair.fitted)
-            behind = states.float()
-            for number, value in enumerate(values if references else ()):
-                if direct:
-                    behind = behind + value
-                if number in references:
-                    references[number].write(0, part, behind if direct else value)
-            return output
-
-        handles = [
-            module.register_forward_hook(
-                lambda called, _a, output: calls.append((self.pairs[id(called)], output))
-            )
-            for module in self.dense.blocks[at].modules()
-            if id(module) in self.pairs
-        ]
-        try:
-            following = self._rows()
+        calls: list[tuple[_Consumer, torch.Tensor]] = []
+        following = self._rows()
+        with ExitStack() as hooks:
+            for module in self.dense.blocks[at].modules():
+                if id(module) in self.consumers:
+                    hooks.enter_context(
+                        module.register_forward_hook(
+                            lambda called, _a, output: calls.append(
+                                (self.consumers[id(called)], output)
+                            )
+                        )
+                    )
             for part in self.parts:
-                following.write(0, part, run(part))
-        finally:
-            for handle in handles:
-                handle.remove()
+                calls.clear()
+                states = target.read(0, part)
+                _, output = self.dense.run_block(at, self.ids[part], states)
+                following.write(0, part, output)
+                if part is self.parts[0]:
+                    names = [consumer.name for consumer, _ in calls]
+                    order = [
+                        consumer
+                        for consumer, value in calls
+                        if names.count(consumer.name) == 1 and _sees_all(value, states)
+                    ]
+                found = {consumer.name: value for consumer, value in calls}
+                values = [_by_token(found[consumer.name], states) for consumer in order]
+                if part is self.parts[0]:
+                    direct = _adds_up(states, values, output)
+                    stored = order[:-1] if direct else order
+                    references = {
+                        n: self._rows() for n, consumer in enumerate(stored) if consumer.fitted
+                    }
+                behind = states.float()
+                for number, value in enumerate(values if references else ()):
+                    behind = behind + value if direct else value
+                    if number in references:
+                        references[number].write(0, part, behind)
         return order, references, direct, following
 
     def _reach(
-        self, index: int, part: slice, states: torch.Tensor, order: Sequence[_Pair]
+        self, index: int, part: slice, states: torch.Tensor, order: Sequence[_Consumer]
     ) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Return the last consumer's input and the sum of the outputs of those before it."""
         before: list[torch.Tensor] = []
@@ -378,20 +367,18 @@ class _Refit:
         def stop(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             raise _Reached(args[0])
 
-        handles = [
-            pair.module.register_forward_hook(
-                lambda _m, _a, output: before.append(_by_token(output, states).float())
-            )
-            for pair in order[:-1]
-        ]
-        handles.append(order[-1].module.register_forward_pre_hook(stop))
-        try:
-            self.pruned.run_block(index, self.ids[part], states)
-        except _Reached as reached:
-            return _by_token(reached.value, states), sum(before) if before else 0.0
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as hooks:
+            for consumer in order[:-1]:
+                hooks.enter_context(
+                    consumer.module.register_forward_hook(
+                        lambda _m, _a, output: before.append(_by_token(output, states).float())
+                    )
+                )
+            hooks.enter_context(order[-1].module.register_forward_pre_hook(stop))
+            try:
+                self.pruned.run_block(index, self.ids[part], states)
+            except _Reached as reached:
+                return _by_token(reached.value, states), sum(before) if before else 0.0
         raise AssertionError(f"{order[-1].name} was not called")
 
 

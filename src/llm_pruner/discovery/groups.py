@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import nn
 
-from llm_pruner.discovery.tracing.calls import different
+from llm_pruner.discovery.layers import layer_groups, outer_lists
 from llm_pruner.discovery.tracing.lengths import Graph, SizeSystem, reduce_constraints
 from llm_pruner.discovery.tracing.run import (
     Run,
@@ -23,20 +23,10 @@ from llm_pruner.discovery.tracing.run import (
     run_trace,
     vocabulary_size,
 )
-from llm_pruner.discovery.tracing.scenes import Forward, given_scene, is_of_transformers, scenes_of
-from llm_pruner.discovery.tracing.sizes import COMPARISONS, PLACE, Expr, leaves
-from llm_pruner.discovery.tracing.trace import Role, Trace
+from llm_pruner.discovery.tracing.scenes import Forward, Scene, is_of_transformers, scenes_of
+from llm_pruner.discovery.tracing.trace import Role
 from llm_pruner.errors import DiscoveryError, InfeasibleError
-from llm_pruner.models.layers import numbering, without_layers
-from llm_pruner.types import (
-    Companion,
-    Discovery,
-    FrozenAxis,
-    Group,
-    IntArray,
-    Kind,
-    Member,
-)
+from llm_pruner.types import Companion, Discovery, FrozenAxis, Group, IntArray, Kind, Member
 
 
 def discover(
@@ -54,7 +44,8 @@ def discover(
     """
     plain = forward is forward_with_cache
     vocabulary = vocabulary_size(model, None if plain else forward)
-    scenes = scenes_of(model, forward, vocabulary) if tokens is None else given_scene(forward)
+    given = Scene("the given tokens", (2, 8), forward, needed=True)
+    scenes = scenes_of(model, forward, vocabulary) if tokens is None else (given,)
     try:
         run = run_trace(model, scenes, tokens)
     except DiscoveryError:
@@ -74,16 +65,12 @@ def discover(
         for dim, rows in enumerate(rows_of_axes):
             if len(rows_of_axes) != len(shape) or len(rows) != shape[dim]:
                 trace.atoms.freeze(rows, "its length changed during the run")
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    builder = _Builder(trace, tensors, lists)
-    groups, unit_atoms = builder.groups()
-    groups = _kept_for_unreached(groups, trace, tensors, aliases)
-    system = SizeSystem(trace)
-    groups = _bind(groups, unit_atoms, trace, system)
-    layer_groups, own_numbers = _layer_groups(model, run, lists)
-    graph = Graph(trace, system, unit_atoms, run.scenes, run.left_out, own_numbers)
+    builder = _Builder(run, tensors, outer_lists(model))
+    groups = builder.groups()
+    layers, own_numbers = layer_groups(model, run)
+    graph = Graph(trace, builder.system, builder.unit_atoms, run.scenes, run.left_out, own_numbers)
     return Discovery(
-        groups=(*groups, *layer_groups),
+        groups=(*groups, *layers),
         frozen=tuple(builder.frozen_axes()),
         shapes={name: shape for name, (shape, buffer) in tensors.items() if not buffer},
         buffers={name: shape for name, (shape, buffer) in tensors.items() if buffer},
@@ -95,8 +82,7 @@ def discover(
 # Elements of 16 bytes in bfloat16 and float16, and twice that in float32.
 _ALIGNMENT = 8
 
-# What is true of a group if it is of any of its units.
-_OF_ANY: tuple[Role, ...] = ("aligned", "even", "read")
+_ROUTED: tuple[Role, ...] = ("normalised", "query_key", "activation")
 
 # Code that collects states until there are enough does not use them in a short run.
 _UNUSED = "the traced run did not use what it computes"
@@ -106,34 +92,43 @@ class _Builder:
     """Collects the atoms of all tensors and sorts them into groups."""
 
     def __init__(
-        self, trace: Trace, tensors: Mapping[str, tuple[tuple[int, ...], bool]], lists: list[str]
+        self, run: Run, tensors: Mapping[str, tuple[tuple[int, ...], bool]], lists: list[str]
     ) -> None:
-        self.trace = trace
+        self.trace = trace = run.trace
+        self.atoms = trace.atoms
+        self.system = SizeSystem(trace)
+        self.unit_atoms: dict[str, IntArray] = {}
+        self.aliases = run.aliases
         self.tensors = tensors
         self.names = list(tensors)
-        self.outer_lists = [
-            name for name in lists if not any(name.startswith(f"{other}.") for other in lists)
-        ]
-        pairs = [ragged.pairs.ravel() for ragged in trace.ragged]
-        self.replicas = np.unique(trace.atoms.find(np.concatenate([np.zeros(1, int), *pairs])))
-        self.roles = {role: self._flags(role) for role in trace.roles}
+        self.outer_lists = lists
+        self.replicas = self._flags(trace.atoms.find(ragged.pairs) for ragged in trace.ragged)
+        self.roles = {
+            role: self._flags(trace.atoms.resolve(rows) for rows in trace.roles.get(role, []))
+            for role in sorted(get_args(Role))
+        }
         self.choices = list(self._choices())
-        self.chosen_from = np.zeros(len(trace.atoms), dtype=bool)
-        for atoms, _, _ in self.choices:
-            self.chosen_from[atoms] = True
+        self.chosen_from = self._flags(atoms for atoms, _, _ in self.choices)
 
-    def _flags(self, role: Role) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        flags = np.zeros(len(self.trace.atoms), dtype=bool)
-        for rows in self.trace.roles.get(role, []):
-            flags[self.trace.atoms.resolve(rows)] = True
+    def _flags(self, parts: Iterable[IntArray]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Return by atom whether it is in any of these arrays."""
+        flags = np.zeros(len(self.atoms), dtype=bool)
+        for part in parts:
+            flags[part] = True
         flags[0] = False
         return flags
+
+    def _all(self, role: Role, units: IntArray) -> bool:
+        return bool(self.roles[role][units].all())
+
+    def _any(self, role: Role, units: IntArray) -> bool:
+        return bool(self.roles[role][units].any())
 
     def _choices(self) -> Iterator[tuple[IntArray, int, int]]:
         """Yield (atoms of the axis, how many are chosen, how many could be) once each."""
         found: dict[tuple[bytes, int], tuple[IntArray, int]] = {}
         for choice in self.trace.choices:
-            atoms = np.unique(self.trace.atoms.resolve(choice.rows))
+            atoms = np.unique(self.atoms.resolve(choice.rows))
             atoms = atoms[atoms > 0]
             key = (atoms.tobytes(), choice.count)
             available = min(choice.available, found.get(key, (atoms, choice.available))[1])
@@ -142,100 +137,94 @@ class _Builder:
             if atoms.size:
                 yield atoms, count, available
 
-    def groups(self) -> tuple[list[Group], dict[str, IntArray]]:
-        """Return the groups in the order of the forward pass, and the atom of each unit."""
-        atoms, axes, positions = self._incidence()
-        if not atoms.size:
-            return [], {}
-        # Within an atom, axes and positions are in order already.
-        order = np.argsort(atoms, kind="stable")
-        atoms, axes, positions = atoms[order], axes[order], positions[order]
-        starts = np.flatnonzero(np.r_[True, (atoms[1:] != atoms[:-1]) | (axes[1:] != axes[:-1])])
-        run_atoms = atoms[starts]
-        heads = np.flatnonzero(np.r_[True, run_atoms[1:] != run_atoms[:-1]])
-        counts = np.diff(np.r_[starts, len(atoms)])
-        runs = _Runs(axes[starts], counts, starts, heads, positions)
+    def groups(self) -> list[Group]:
+        """Return the groups in the order of the forward pass."""
+        return self._bind(self._kept_for_unreached(self._in_blocks(self._named(self._found()))))
+
+    def _found(self) -> list[tuple[Group, IntArray]]:
+        """Return the groups without names, and the atoms of their units."""
+        runs = self._runs()
+        if not runs.atoms.size:
+            return []
         # Atoms with equal counts on equal axes are units of one group.
-        signature = np.add.reduceat(_mix(runs.axes, counts), heads)
-        unit_of = run_atoms[heads]
-        for bit, role in enumerate(sorted(self.roles)):
-            signature = signature + _mix(
-                np.full(len(unit_of), -1 - bit), self.roles[role][unit_of].astype(np.int64)
-            )
-        result: list[tuple[int, Group, IntArray]] = []
+        signature = np.add.reduceat(_mix(runs.axes, runs.counts), runs.heads)
+        for bit, flags in enumerate(self.roles.values()):
+            known = flags[runs.atoms].astype(np.int64)
+            signature = signature + _mix(np.full(len(known), -1 - bit), known)
         by_signature: dict[int, list[int]] = defaultdict(list)
         for place, value in enumerate(signature.tolist()):
             by_signature[value].append(place)
-        apart = [
-            part for places in by_signature.values() for part in _factors(np.array(places), runs)
+        found = [
+            group
+            for places in by_signature.values()
+            for part in _factors(np.array(places), runs)
+            if (group := self._group(part, runs)) is not None
         ]
-        for places in apart:
-            built = self._members(places, runs)
-            if built is not None:
-                members, order_of_units = built
-                units = unit_of[places][order_of_units]
-                kind = self._kind(units, members)
-                first = min(member.order for member in members if not member.buffer)
-                layer = self._layer(members)
-                aligned, even, read = (
-                    role in self.roles and bool(self.roles[role][units].any()) for role in _OF_ANY
-                )
-                multiple = _ALIGNMENT if aligned else 2 if even else 1
-                frozen = None if read and not _alone(members) else _UNUSED
-                least = self._least(units)
-                if least >= len(units):
-                    frozen = frozen or "all of its units are chosen for every token"
-                group = Group(
-                    *("", kind, layer, len(units), members),
-                    multiple=multiple,
-                    least=least,
-                    frozen=frozen,
-                )
-                result.append((first, group, units))
-        result = self._one_factor(result)
+        found = self._one_factor(found)
         # Of two groups of one place, the one that can shrink is named first.
-        result.sort(
-            key=lambda item: (item[0], item[1].members[0].tensor, item[1].frozen is not None)
-        )
-        return self._named(result)
+        found.sort(key=lambda one: (_first(one[0]), one[0].members[0].tensor, bool(one[0].frozen)))
+        return found
 
-    def _one_factor(
-        self, found: list[tuple[int, Group, IntArray]]
-    ) -> list[tuple[int, Group, IntArray]]:
+    def _runs(self) -> _Runs:
+        """Return where the atoms lie."""
+        parts = [np.zeros((3, 0), dtype=np.int64)]
+        for number, name in enumerate(self.names):
+            for dim, rows in enumerate(self.trace.tensors[name]):
+                resolved = self.atoms.resolve(rows)
+                place, column = np.nonzero(resolved)
+                axis = np.full(len(place), number * 16 + dim, dtype=np.int64)
+                parts.append(np.stack([resolved[place, column], axis, place]))
+        # Within an atom, axes and positions are in order already.
+        every = np.concatenate(parts, axis=1)
+        atoms, axes, positions = every[:, np.argsort(every[0], kind="stable")]
+        new = (np.diff(atoms, prepend=-1) != 0) | (np.diff(axes, prepend=-1) != 0)
+        starts = np.flatnonzero(new)
+        heads = np.flatnonzero(np.diff(atoms[starts], prepend=-1))
+        counts = np.diff(starts, append=len(atoms))
+        return _Runs(atoms[starts][heads], axes[starts], counts, starts, heads, positions)
+
+    def _group(self, places: IntArray, runs: _Runs) -> tuple[Group, IntArray] | None:
+        """Return a group without a name, and the atoms of its units; None if it has no weights."""
+        built = self._members(places, runs)
+        if built is None:
+            return None
+        members, units = built
+        aligned, even = self._any("aligned", units), self._any("even", units)
+        frozen = None if self._any("read", units) and not _alone(members) else _UNUSED
+        least = self._least(units)
+        if least >= len(units):
+            frozen = frozen or "all of its units are chosen for every token"
+        group = Group(
+            *("", self._kind(units, members), self._layer(members), len(units), members),
+            multiple=_ALIGNMENT if aligned else 2 if even else 1,
+            least=least,
+            frozen=frozen,
+        )
+        return group, units
+
+    def _one_factor(self, found: list[tuple[Group, IntArray]]) -> list[tuple[Group, IntArray]]:
         """Let only one factor shrink of an axis from which a fixed number is chosen.
 
         Of experts in groups either whole groups could go, or some of each group. Each alone leaves
         enough to choose from; both together may not.
         """
-        owner = np.full(len(self.trace.atoms), -1, dtype=np.int64)
-        for place, (_, _, units) in enumerate(found):
+        owner = np.full(len(self.atoms), -1, dtype=np.int64)
+        for place, (_, units) in enumerate(found):
             owner[units] = place
         fixed: set[int] = set()
         for atoms, _, _ in self.choices:
             places = {*owner[atoms].tolist()} - {-1}
-            free = [place for place in places if found[place][1].frozen is None]
+            free = [place for place in places if found[place][0].frozen is None]
             if len(free) > 1:
-                fixed |= {*free} - {max(free, key=lambda place: found[place][1].size)}
+                fixed |= {*free} - {max(free, key=lambda place: found[place][0].size)}
         reason = "it stays whole so that others can shrink, and enough are left to choose from"
         return [
-            (first, replace(group, frozen=reason), units) if place in fixed else item
-            for place, item in enumerate(found)
-            for first, group, units in [item]
+            (replace(group, frozen=reason) if place in fixed else group, units)
+            for place, (group, units) in enumerate(found)
         ]
 
-    def _incidence(self) -> tuple[IntArray, IntArray, IntArray]:
-        atoms, axes, positions = [], [], []
-        for number, name in enumerate(self.names):
-            for dim, rows in enumerate(self.trace.tensors[name]):
-                resolved = self.trace.atoms.resolve(rows)
-                place, column = np.nonzero(resolved)
-                atoms.append(resolved[place, column])
-                axes.append(np.full(len(place), number * 16 + dim, dtype=np.int64))
-                positions.append(place)
-        return np.concatenate(atoms), np.concatenate(axes), np.concatenate(positions)
-
     def _members(self, places: IntArray, runs: _Runs) -> tuple[tuple[Member, ...], IntArray] | None:
-        """Return the members of a group and the order of its units; None if it has no weights."""
+        """Return the members of a group and the atoms of its units; None if it has no weights."""
         first, last = np.r_[runs.heads, len(runs.axes)][places[0] : places[0] + 2]
         members = []
         order: IntArray | None = None
@@ -256,46 +245,34 @@ class _Builder:
         members.sort(key=lambda member: (member.buffer, member.order, member.dim))
         if order is None or members[0].buffer:
             return None
-        return tuple(members), order
+        return tuple(members), runs.atoms[places][order]
 
     def _kind(self, units: IntArray, members: tuple[Member, ...]) -> Kind:
-        def has(role: Role) -> bool:
-            return role in self.roles and bool(self.roles[role][units].all())
-
-        atoms = self.trace.atoms
-        if (
-            self.trace.residual is not None
-            and np.isin(units, atoms.resolve(self.trace.residual)).all()
-        ):
+        residual = self.trace.residual
+        if residual is not None and np.isin(units, self.atoms.resolve(residual)).all():
             return "hidden"
-        if has("head"):
-            if np.isin(units, self.replicas).all():
-                return "query_heads"
-            return "heads"
+        if self._all("head", units):
+            return "query_heads" if self.replicas[units].all() else "heads"
         matrices = [m for m in members if not m.buffer and len(self.tensors[m.tensor][0]) > 1]
         stacked = [m for m in matrices if m.dim == 0 and len(self.tensors[m.tensor][0]) > 2]
         routed = bool(self.chosen_from[units].all()) or any(
-            has(role) for role in ("normalised", "query_key", "activation")
+            self._all(role, units) for role in _ROUTED
         )
         several = len({m.tensor for m in stacked}) > 1
-        if has("routing") or (stacked and not has("filter") and (routed or several)):
+        in_stacks = stacked and not self._all("filter", units) and (routed or several)
+        if self._all("routing", units) or in_stacks:
             return "experts"
-        if has("query_key"):
+        if self._all("query_key", units):
             return "head_dim"
-        if has("value"):
+        if self._all("value", units):
             return "value_dim"
-        if has("activation") and has("weighed") and len(matrices) > 1 and not self._spread(members):
-            return "ffn"
-        return "other"
+        bent = self._all("activation", units) and self._all("weighed", units)
+        return "ffn" if bent and len(matrices) > 1 and not self._spread(members) else "other"
 
     def _spread(self, members: tuple[Member, ...]) -> bool:
         """Whether a unit lies in several layers, as a stream of hidden states does."""
-        layers = defaultdict(set)
-        for member in members:
-            place = self._layer_of(member.tensor)
-            if place is not None:
-                layers[place[0]].add(place[1])
-        return any(len(numbers) > 1 for numbers in layers.values())
+        places = {self._layer_of(member.tensor) for member in members} - {None}
+        return len(places) > len({place[0] for place in places if place is not None})
 
     def _least(self, units: IntArray) -> int:
         """Return how many units must stay so that as many can be chosen as the code chooses.
@@ -314,11 +291,8 @@ class _Builder:
         return least
 
     def _layer(self, members: tuple[Member, ...]) -> int | None:
-        found = {self._layer_of(member.tensor) for member in members}
-        if len(found) != 1:
-            return None
-        place = found.pop()
-        return None if place is None else place[1]
+        place, *others = {self._layer_of(member.tensor) for member in members}
+        return None if place is None or others else place[1]
 
     def _layer_of(self, tensor: str) -> tuple[str, int] | None:
         for path in self.outer_lists:
@@ -327,68 +301,158 @@ class _Builder:
                 return path, int(match.group(1))
         return None
 
-    def _named(
-        self, found: list[tuple[int, Group, IntArray]]
-    ) -> tuple[list[Group], dict[str, IntArray]]:
+    def _named(self, found: list[tuple[Group, IntArray]]) -> list[Group]:
         groups: list[Group] = []
-        unit_atoms: dict[str, IntArray] = {}
-        for _, group, units in found:
+        for group, units in found:
             stem = group.kind if group.layer is None else f"layers.{group.layer}.{group.kind}"
             name, number = stem, 1
-            while name in unit_atoms:
+            while name in self.unit_atoms:
                 number += 1
                 name = f"{stem}_{number}"
-            unit_atoms[name] = units
+            self.unit_atoms[name] = units
             groups.append(replace(group, name=name))
-        return self._in_blocks(groups, unit_atoms), unit_atoms
+        return groups
 
-    def _in_blocks(self, groups: list[Group], unit_atoms: dict[str, IntArray]) -> list[Group]:
+    def _in_blocks(self, groups: list[Group]) -> list[Group]:
         """Give query heads as blocks the units of their key-value heads."""
-        atoms = self.trace.atoms
-        block_of = np.full(len(atoms), -1, dtype=np.int64)
-        outer_of = np.full(len(atoms), 0, dtype=np.int64)
+        block_of, unit_of, group_of = np.full((3, len(self.atoms)), -1, dtype=np.int64)
+        outer_of = np.zeros(len(self.atoms), dtype=np.int64)
         for ragged in self.trace.ragged:
-            pairs = atoms.find(ragged.pairs)
-            outer = atoms.resolve(ragged.outer)
+            pairs, outer = self.atoms.find(ragged.pairs), self.atoms.resolve(ragged.outer)
             block_of[pairs] = np.arange(len(pairs))[:, None]
             if outer.shape[1] == 1:
                 outer_of[pairs] = outer
-        unit_number = np.full(len(atoms), -1, dtype=np.int64)
-        group_number = np.full(len(atoms), -1, dtype=np.int64)
         for number, group in enumerate(groups):
             if group.kind == "heads":
-                unit_number[unit_atoms[group.name]] = np.arange(group.size)
-                group_number[unit_atoms[group.name]] = number
+                unit_of[self.unit_atoms[group.name]] = np.arange(group.size)
+                group_of[self.unit_atoms[group.name]] = number
         result = []
         for group in groups:
             if group.kind == "query_heads":
-                outer = outer_of[unit_atoms[group.name]]
-                owners = np.unique(group_number[outer])
+                units = self.unit_atoms[group.name]
+                owners = np.unique(group_of[outer_of[units]])
                 known = bool((owners >= 0).all())
                 group = replace(
                     group,
-                    blocks=unit_number[outer] if known else block_of[unit_atoms[group.name]],
+                    blocks=unit_of[outer_of[units]] if known else block_of[units],
                     owner=groups[int(owners[0])].name if known and len(owners) == 1 else None,
                 )
             result.append(group)
         return result
 
+    def _kept_for_unreached(self, groups: list[Group]) -> list[Group]:
+        """Freeze groups that a parameter may read which the run did not reach.
+
+        That is one of a module used in training alone, or for images: it may, if it has an axis of
+        that length, and lies where activations of the group are at hand.
+        """
+        order = self.trace.order
+        reached = {*order, *(name for name, first in self.aliases.items() if first in order)}
+        used = {path for name in reached for path in _paths(name)}
+        missed: dict[int, dict[str, str]] = defaultdict(dict)
+        for name, (shape, buffer) in self.tensors.items():
+            if name not in reached and not buffer:
+                caller = next(path for path in reversed(_paths(name)) if path in used or not path)
+                for size in shape:
+                    missed[size].setdefault(caller, name)
+        result = []
+        for group in groups:
+            places = [_paths(member.tensor) for member in group.members if not member.buffer]
+            common = [path for path in places[0] if all(path in other for other in places)][-1]
+            sizes = {self.tensors[member.tensor][0][member.dim] for member in group.members}
+            missing = next(
+                (
+                    name
+                    for size in sorted(sizes - {1})
+                    for caller, name in missed[size].items()
+                    if common in _paths(f"{caller}.")
+                ),
+                None,
+            )
+            why = (
+                missing and f"{missing} was not reached by the forward pass and may have to follow"
+            )
+            result.append(replace(group, frozen=group.frozen or why))
+        return result
+
+    def _bind(self, groups: list[Group]) -> list[Group]:
+        """Add companions, and freeze groups that no size of the model's code can express."""
+        # Query-key channels lead: value channels follow them where one attribute sizes both.
+        ranked = sorted(groups, key=lambda group: group.kind != "head_dim")
+        group_of = np.full(len(self.atoms), -1, dtype=np.int64)
+        for number, group in enumerate(ranked):
+            group_of[self.unit_atoms[group.name]] = number
+        sizes = [group.size for group in ranked]
+        follows, stuck = reduce_constraints(self.system.constraints(group_of, sizes))
+        companions: dict[str, list[Companion]] = defaultdict(list)
+        for follower, (leader, ratio) in follows.items():
+            one, other = ranked[leader].name, ranked[follower].name
+            companions[one].append(Companion(other, ratio))
+            companions[other].append(Companion(one, 1 / ratio))
+        why = {ranked[number].name: reason for number, reason in stuck.items()}
+        bound = {
+            group.name: replace(
+                group,
+                companions=tuple(companions[group.name]),
+                frozen=group.frozen or why.get(group.name),
+            )
+            for group in groups
+        }
+        return [
+            replace(group, frozen=group.frozen or self._trial(group, bound))
+            for group in bound.values()
+        ]
+
+    def _trial(self, group: Group, by_name: dict[str, Group]) -> str | None:
+        """Remove the fewest units that go together; return why the sizes cannot follow, or None.
+
+        The first ones and the last ones: code that cuts an axis in half needs as many of both.
+        """
+        ratios = {group.name: Fraction(1)}
+        pending = [group.name]
+        while pending:
+            name = pending.pop()
+            for companion in by_name[name].companions:
+                if companion.group not in ratios:
+                    ratios[companion.group] = ratios[name] * companion.ratio
+                    pending.append(companion.group)
+        unit = int(np.lcm.reduce([ratio.denominator for ratio in ratios.values()]))
+        chosen = []
+        for name, ratio in ratios.items():
+            bound, count = by_name[name], int(unit * ratio)
+            if bound.frozen is not None:
+                return f"{name} must shrink with it: {bound.frozen}"
+            if bound.size <= count:
+                return f"{name} has only {bound.size} unit{'s' * (bound.size > 1)}"
+            if bound.size - count < bound.least:
+                return f"{name} must keep {bound.least} of its {bound.size} units"
+            chosen.append((self.unit_atoms[name], count))
+        if group.blocks is not None:
+            _, first = np.unique(group.blocks, return_index=True)
+            if group.size <= len(first):
+                return "every key-value group has only one query head"
+            chosen[0] = (self.unit_atoms[group.name][first], len(first))
+        for last in (False, True):
+            atoms = np.concatenate(
+                [units[-count:] if last else units[:count] for units, count in chosen]
+            )
+            deleted = np.zeros(len(self.atoms), dtype=bool)
+            deleted[atoms] = True
+            try:
+                self.system.attributes(deleted, self.system.equations_of(atoms))
+            except InfeasibleError as error:
+                return str(error)
+        return None
+
     def frozen_axes(self) -> list[FrozenAxis]:
         """Return the axes of parameters, or parts of them, that no removal can reach."""
-        atoms = self.trace.atoms
         result = []
-        for name in self.names:
-            if self.tensors[name][1]:
-                continue
-            for dim, rows in enumerate(self.trace.tensors[name]):
-                if len(rows) == 1:
-                    continue
-                resolved = atoms.resolve(rows)
-                stuck = ~resolved.any(axis=1) if resolved.shape[1] else np.ones(len(rows), bool)
-                if not stuck.any():
-                    continue
-                reason = atoms.reason(rows[stuck]) or "not reached by the forward pass"
-                result.append(FrozenAxis(name, dim, int(stuck.sum()), len(rows), reason))
+        for name, (_, buffer) in self.tensors.items():
+            for dim, rows in enumerate(() if buffer else self.trace.tensors[name]):
+                stuck = ~self.atoms.resolve(rows).any(axis=1)
+                if len(rows) > 1 and stuck.any():
+                    reason = self.atoms.reason(rows[stuck]) or "not reached by the forward pass"
+                    result.append(FrozenAxis(name, dim, int(stuck.sum()), len(rows), reason))
         return result
 
 
@@ -396,6 +460,7 @@ class _Runs(NamedTuple):
     """Where atoms lie: one run for each atom and each axis that it is on, by atom and then by axis.
 
     Attributes:
+        atoms: each once, in order; its place here is its number.
         axes: number of the axis, by run.
         counts: at how many positions of it, by run.
         starts: where these are in ``positions``, by run.
@@ -403,6 +468,7 @@ class _Runs(NamedTuple):
         positions: along the axes.
     """
 
+    atoms: IntArray
     axes: IntArray
     counts: IntArray
     starts: IntArray
@@ -441,6 +507,11 @@ def _factors(places: IntArray, runs: _Runs) -> list[IntArray]:
     return parts
 
 
+def _first(group: Group) -> int:
+    """Return when the first weight of a group is used."""
+    return min(member.order for member in group.members if not member.buffer)
+
+
 def _alone(members: tuple[Member, ...]) -> bool:
     """Whether a single position of a single weight is all that a unit has: no weight reads it."""
     weights = [member for member in members if not member.buffer]
@@ -456,272 +527,7 @@ def _mix(axes: IntArray, counts: IntArray) -> np.ndarray[Any, np.dtype[np.uint64
         return x ^ (x >> np.uint64(31))
 
 
-def _kept_for_unreached(
-    groups: list[Group],
-    trace: Trace,
-    tensors: Mapping[str, tuple[tuple[int, ...], bool]],
-    aliases: Mapping[str, str],
-) -> list[Group]:
-    """Freeze groups that a parameter may read which the run did not reach.
-
-    That is one of a module used in training alone, or for images: it may, if it has an axis of that
-    length, and lies where activations of the group are at hand.
-    """
-    reached = {*trace.order, *(name for name, first in aliases.items() if first in trace.order)}
-    used = {path for name in reached for path in _paths(name)}
-    missed: dict[int, dict[str, str]] = defaultdict(dict)
-    for name, (shape, buffer) in tensors.items():
-        if name not in reached and not buffer:
-            caller = next(path for path in reversed(_paths(name)) if path in used or not path)
-            for size in shape:
-                missed[size].setdefault(caller, name)
-    result = []
-    for group in groups:
-        places = [_paths(member.tensor) for member in group.members if not member.buffer]
-        common = [path for path in places[0] if all(path in other for other in places)][-1]
-        sizes = {tensors[member.tensor][0][member.dim] for member in group.members}
-        missing = next(
-            (
-                name
-                for size in sorted(sizes - {1})
-                for caller, name in missed[size].items()
-                if common in _paths(f"{caller}.")
-            ),
-            None,
-        )
-        if missing is not None and group.frozen is None:
-            reason = f"{missing} was not reached by the forward pass and may have to follow"
-            group = replace(group, frozen=reason)
-        result.append(group)
-    return result
-
-
 def _paths(name: str) -> list[str]:
     """Return the modules around a tensor, the whole model first."""
     parts = name.split(".")[:-1]
     return [".".join(parts[:count]) for count in range(len(parts) + 1)]
-
-
-def _bind(
-    groups: list[Group], unit_atoms: dict[str, IntArray], trace: Trace, system: SizeSystem
-) -> list[Group]:
-    """Add companions, and freeze groups that no size of the model's code can express."""
-    # Query-key channels lead: value channels follow them where one attribute sizes both.
-    ranking = sorted(range(len(groups)), key=lambda i: (groups[i].kind != "head_dim", i))
-    group_of = np.full(len(trace.atoms), -1, dtype=np.int64)
-    sizes = {}
-    for number, place in enumerate(ranking):
-        group_of[unit_atoms[groups[place].name]] = number
-        sizes[number] = groups[place].size
-    follows, stuck = reduce_constraints(system.constraints(group_of, sizes))
-    companions: dict[int, list[Companion]] = defaultdict(list)
-    for follower, (leader, ratio) in follows.items():
-        names = groups[ranking[leader]].name, groups[ranking[follower]].name
-        companions[leader].append(Companion(names[1], ratio))
-        companions[follower].append(Companion(names[0], 1 / ratio))
-    result = list(groups)
-    for number, place in enumerate(ranking):
-        group = replace(groups[place], companions=tuple(companions[number]))
-        result[place] = replace(group, frozen=group.frozen or stuck.get(number))
-    by_name = {group.name: group for group in result}
-    for place, group in enumerate(result):
-        if group.frozen is None:
-            result[place] = replace(group, frozen=_trial(group, by_name, unit_atoms, trace, system))
-    return result
-
-
-def _trial(
-    group: Group,
-    by_name: dict[str, Group],
-    unit_atoms: dict[str, IntArray],
-    trace: Trace,
-    system: SizeSystem,
-) -> str | None:
-    """Remove the fewest units that go together; return why the sizes cannot follow, or None.
-
-    The first ones and the last ones: code that cuts an axis in half needs as many of both halves.
-    """
-    ratios = {group.name: Fraction(1)}
-    pending = [group.name]
-    while pending:
-        name = pending.pop()
-        for companion in by_name[name].companions:
-            if companion.group not in ratios:
-                ratios[companion.group] = ratios[name] * companion.ratio
-                pending.append(companion.group)
-    unit = int(np.lcm.reduce([ratio.denominator for ratio in ratios.values()]))
-    chosen = []
-    for name, ratio in ratios.items():
-        bound, count = by_name[name], int(unit * ratio)
-        if bound.frozen is not None:
-            return f"{name} must shrink with it: {bound.frozen}"
-        if bound.size <= count:
-            return f"{name} has only {bound.size} unit{'s' * (bound.size > 1)}"
-        if bound.size - count < bound.least:
-            return f"{name} must keep {bound.least} of its {bound.size} units"
-        chosen.append((unit_atoms[name], count))
-    if group.blocks is not None:
-        _, first = np.unique(group.blocks, return_index=True)
-        if group.size <= len(first):
-            return "every key-value group has only one query head"
-        chosen[0] = (unit_atoms[group.name][first], len(first))
-    for last in (False, True):
-        atoms = np.concatenate(
-            [units[-count:] if last else units[:count] for units, count in chosen]
-        )
-        deleted = np.zeros(len(trace.atoms), dtype=bool)
-        deleted[atoms] = True
-        try:
-            system.attributes(deleted, system.equations_of(atoms))
-        except InfeasibleError as error:
-            return str(error)
-    return None
-
-
-def _layer_groups(
-    model: nn.Module, run: Run, lists: list[str]
-) -> tuple[list[Group], frozenset[tuple[str, str, str]]]:
-    """Find module lists whose children map the residual stream onto itself.
-
-    Returns the groups and ``Graph.own_numbers``.
-    """
-    own: set[tuple[str, str, str]] = set()
-    trace, calls, by_place = run.trace, run.layers.axes, run.layers.by_place()
-    groups: list[Group] = []
-    nested = [name for name in lists if any(name.startswith(f"{o}.") for o in lists)]
-    by_list: dict[str, list[str]] = defaultdict(list)
-    for child in calls:
-        parent = child.rsplit(".", 1)[0]
-        if parent not in nested:
-            by_list[parent].append(child)
-    for parent in sorted(by_list, key=lambda name: -len(by_list[name])):
-        children = sorted(by_list[parent], key=lambda name: int(name.rsplit(".", 1)[1]))
-        passes = all(_passes_through(trace, calls[child]) for child in children)
-        if len(children) < 2 or not passes:
-            continue
-        reason = _why_fixed(model, trace)
-        if not all(_passes_through(trace, calls[child], whole=True) for child in children):
-            reason = "each layer numbers the streams of the hidden state anew"
-        if _opens(model, children):
-            children = children[1:]
-        name = "layers" if not groups else f"layers_{len(groups) + 1}"
-        numbers, clash = _own_numbers(model, trace, parent)
-        own |= numbers
-        reason = reason or clash
-        if reason is None and parent in by_place:
-            reason = _depends_on_place(model, run, parent, children)
-        if len(children) < 2:
-            reason = "the model needs its first layer, and has one other"
-        modules = tuple(children)
-        groups.append(Group(name, "layers", None, len(modules), (), frozen=reason, modules=modules))
-    return groups, frozenset(own)
-
-
-def _own_numbers(
-    model: nn.Module, trace: Trace, parent: str
-) -> tuple[set[tuple[str, str, str]], str | None]:
-    """Return the numbers of layers that are calculated with, and why layers must stay, or None.
-
-    A number that a layer finds its cache by must follow when layers before it go, one that it
-    calculates with must not; one that does both can do neither.
-    """
-    looked_up: set[Expr] = set()
-    calculated: dict[Expr, str] = {}
-    for expr, where in trace.numbers.items():
-        # A cache compares the number of a layer with how many it holds.
-        if expr[0] == PLACE or (expr[0] in COMPARISONS and where.startswith("cache")):
-            looked_up |= {*leaves(expr)}
-        else:
-            calculated |= dict.fromkeys(leaves(expr), where)
-    own: set[tuple[str, str, str]] = set()
-    children: Any = model.get_submodule(parent)
-    for inner, key in numbering(model, parent, len(children)):
-        suffix = f".{inner}" if inner else ""
-        held = [("attr", f"{parent}.{i}{suffix}", key) for i in range(len(children))]
-        lines = [calculated[leaf] for leaf in held if leaf in calculated]
-        if not lines:
-            continue
-        if any(leaf in looked_up for leaf in held):
-            reason = f"layers are told apart by {key} ({lines[0]}), which must follow their places"
-            return own, reason
-        own.add((parent, inner, key))
-    return own, None
-
-
-def _depends_on_place(
-    model: nn.Module, run: Run, parent: str, children: Sequence[str]
-) -> str | None:
-    """Return what layers are given by their place in the list, or None.
-
-    Layers may be given different things by name: by what they say of themselves, or by a list in
-    the settings that is cut with them. So some are taken out, and those that stay must be given
-    what they were given before.
-    """
-    numbers = [int(child.rpartition(".")[2]) for child in children]
-    dense = run.layers.given[parent]
-    for gone in (numbers[: (len(numbers) + 1) // 2], [numbers[(len(numbers) - 1) // 2]]):
-        kept = [number for number in dense if number not in gone]
-        if not kept:
-            continue
-        again = run_trace(without_layers(model, parent, gone), run.scenes).layers
-        for number in kept:
-            place = number - sum(other < number for other in gone)
-            for name in different(dense[number], again.given[parent][place]):
-                where = run.layers.where[parent]
-                return f"{name} of a layer depends on its place in the list ({where})"
-    return None
-
-
-def _why_fixed(model: nn.Module, trace: Trace) -> str | None:
-    """Return why the number of layers cannot change, or None."""
-    held = [rows.ravel() for axes in trace.tensors.values() for rows in axes]
-    atoms = trace.atoms.find(np.concatenate([np.zeros(0, np.int64), *held]))
-    for equation in trace.equations:
-        # A state that is made anew in each run has as many entries as there are layers by then.
-        rows = trace.atoms.find(equation.rows)
-        if equation.where == "new tensor" and not np.isin(rows, atoms[atoms > 0]).any():
-            continue
-        for leaf in leaves(equation.expr):
-            name = str(leaf[2]) if leaf[0] == "attr" else ""
-            if name.endswith(("num_hidden_layers", "n_layer", "n_layers", "num_layers")):
-                return f"{name} sizes an axis as well ({equation.where})"
-    config = getattr(model, "config", None)
-    for settings in (config, getattr(config, "text_config", None)):
-        for name in ("layer_types", "layers_block_type"):
-            # A property, without a value of its own, follows from the number of each layer.
-            if settings is None:
-                continue
-            kinds = getattr(settings, name, None)
-            stored = {name, *getattr(settings, "attribute_map", {}).values()} & set(vars(settings))
-            if (
-                isinstance(kinds, list | tuple)
-                and len(set(kinds)) > 1
-                and not any(vars(settings)[key] == kinds for key in stored)
-            ):
-                return f"the kind of each layer follows from its number ({name})"
-    return None
-
-
-def _opens(model: nn.Module, children: list[str]) -> bool:
-    """Whether the first layer holds a part that no other has (a norm of the embeddings).
-
-    Its code runs that part by the number of the layer, so whatever comes first must have it.
-    """
-    parts = [{name for name, _ in model.get_submodule(c).named_children()} for c in children]
-    return parts[0] > set().union(*parts[1:])
-
-
-def _passes_through(trace: Trace, calls: list[tuple[Any, Any]], *, whole: bool = False) -> bool:
-    """Whether the last axis of a layer's output is that of its input; with ``whole``, all axes.
-
-    Behind a layer that numbers another axis anew, such as parallel streams, other units would be
-    removed than before it; without the layer the two would meet.
-    """
-    for source, result in calls:
-        if source is None or result is None:
-            return False
-        for before, after in list(zip(source, result, strict=True))[: None if whole else 1]:
-            a, b = trace.atoms.resolve(before), trace.atoms.resolve(after)
-            if a.shape != b.shape or not bool((a == b).all()):
-                return False
-    return True

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 
@@ -37,7 +38,7 @@ from llm_pruner.planning.match_target import (
 )
 from llm_pruner.planning.numbering import Numbering
 from llm_pruner.planning.selection import Selection, Target, exact
-from llm_pruner.types import Discovery, FloatArray, IntArray, Scores
+from llm_pruner.types import Discovery, IntArray, Scores
 
 
 def allocate(
@@ -140,7 +141,7 @@ def _unit_steps(
     steps: dict[str, int] = {}
     for same in candidates.by_kind().values():
         quota = int(sum(one.dense for one in same) * ratio) - sum(one.gone for one in same)
-        queue = make_queue([[one] for one in same], prices, lambda one: density(one, prices))
+        queue = make_queue([[one] for one in same], prices, partial(density, prices=prices))
         places = [0] * len(same)
         for owner in queue.sequence:
             increment = int(np.diff(same[owner].counts)[places[owner]])
@@ -215,10 +216,8 @@ def _search_split(
 def _search(
     search: Search, candidates: Sequence[Candidates], prices: Prices, selection: Selection
 ) -> None:
-    def by_density(one: Candidates) -> FloatArray:
-        return density(one, prices)
-
     single = [[one] for one in candidates]
+    by_density = partial(density, prices=prices)
     if selection.scope == "global":
         search.run(make_queue(single, prices, by_density))
         return

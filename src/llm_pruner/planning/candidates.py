@@ -161,7 +161,7 @@ def _candidates(
     numbering: Numbering,
 ) -> Candidates:
     units = orders[group.name]
-    dense_group = numbering.groups[numbering.dense_name(group.name)]
+    dense_group = numbering.groups[numbering.names[group.name]]
     if group.blocks is not None:
         blocks = group.blocks
         order = {int(block): units[blocks[units] == block] for block in np.unique(blocks)}

@@ -17,11 +17,12 @@ NONE: IntArray = np.zeros(0, dtype=np.int64)
 
 def removed_layers(groups: Mapping[str, Group], removal: Removal) -> set[int]:
     """Return the decoder layers that the removal takes whole."""
-    gone: set[int] = set()
-    for name, units in removal.items():
-        if len(units) and name in groups and groups[name].kind == "layers":
-            gone.update(groups[name].layers[units].tolist())
-    return gone
+    return {
+        layer
+        for name, units in removal.items()
+        if len(units) and name in groups and groups[name].kind == "layers"
+        for layer in groups[name].layers[units].tolist()
+    }
 
 
 def dead_blocks(group: Group, removal: Removal) -> IntArray:

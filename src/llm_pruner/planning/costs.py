@@ -63,10 +63,6 @@ class ParameterCounter:
         self._shapes = discovery.shapes
         self.total = sum(math.prod(shape) for shape in discovery.shapes.values())
         self._modules = {g.name: g.modules for g in discovery.groups if g.modules}
-        self._inside: dict[str, tuple[str, ...]] = {}
-        for module in {name for names in self._modules.values() for name in names}:
-            prefix = f"{module}."
-            self._inside[module] = tuple(n for n in discovery.shapes if n.startswith(prefix))
         found: dict[tuple[str, int], dict[str, list[IntArray]]] = {}
         self._touches: dict[str, set[str]] = {}
         for group in discovery.groups:
@@ -88,10 +84,12 @@ class ParameterCounter:
     def count(self, removal: Removal) -> int:
         """Return the number of parameters left; units need not be sorted."""
         removal = {name: units for name, units in removal.items() if len(units)}
-        gone: set[str] = set()
-        for name in removal:
-            for unit in removal[name] if name in self._modules else ():
-                gone.update(self._inside[self._modules[name][int(unit)]])
+        whole = tuple(
+            f"{modules[int(unit)]}."
+            for name, modules in self._modules.items()
+            for unit in removal.get(name, ())
+        )
+        gone = {tensor for tensor in self._shapes if tensor.startswith(whole)}
         left: int = self.total - sum(math.prod(self._shapes[tensor]) for tensor in gone)
         touched = set().union(*(self._touches.get(name, set()) for name in removal)) - gone
         for tensor in touched:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -41,25 +42,19 @@ class Numbering:
             parameters=count_parameters(discovery),
         )
 
-    def dense_name(self, name: str) -> str:
-        """Return the dense name of a group: layers are renumbered once some are gone.
-
-        Raises:
-            KeyError: no group of the dense model is left under that name.
-        """
-        for dense in self.kept:
-            if self._current_name(self.groups[dense]) == name:
-                return dense
-        raise KeyError(name)
-
-    def dense_layer(self, layer: int) -> int:
-        """Return the dense number of a decoder layer of the pruned model."""
-        return int(self.layers[layer])
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """Name of each group that is left -> its dense name: layers are renumbered by then."""
+        return {
+            group.name_at(int(np.searchsorted(self.layers, group.layer or 0))): dense
+            for dense, group in ((name, self.groups[name]) for name in self.kept)
+        }
 
     def to_dense(self, removal: Removal) -> dict[str, IntArray]:
         """Return the same removal in the names and numbers of the dense model."""
-        names = {self._current_name(self.groups[dense]): dense for dense in self.kept}
-        return {names[name]: self.kept[names[name]][units] for name, units in removal.items()}
+        return {
+            self.names[name]: self.kept[self.names[name]][units] for name, units in removal.items()
+        }
 
     def after(self, removal: Removal) -> Numbering:
         """Return what is left once ``removal``, in the numbering of the pruned model, is done."""
@@ -91,11 +86,6 @@ class Numbering:
             if len(units):
                 total[name] = units
         return total
-
-    def _current_name(self, group: Group) -> str:
-        if group.layer is None:
-            return group.name
-        return group.name_at(int(np.searchsorted(self.layers, group.layer)))
 
 
 def count_layers(groups: Iterable[Group]) -> int:

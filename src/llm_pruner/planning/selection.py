@@ -42,25 +42,25 @@ class Target:
     loose: bool = False
 
     def __post_init__(self) -> None:
-        given = [f"{name}={value}" for name, value in self._values() if value is not None]
+        given = self._given()
         if len(given) != 1:
             raise UserError(
-                f"the target needs exactly one of {', '.join(_KINDS)}; got "
-                + (", ".join(given) if given else "none")
+                f"the target needs exactly one of {', '.join(_KINDS)}; got {str(self) or 'none'}"
             )
-        for name, value in self._values():
-            if name != "params" and value is not None and not 0 < value < 1:
-                raise UserError(
-                    f"{name}={value} is outside (0, 1); give the share to remove, such as 0.2"
-                )
-        if self.params is not None and self.params < 1:
-            raise UserError(f"params={self.params} keeps nothing; give the number to keep")
+        ((name, value),) = given.items()
+        if name != "params" and not 0 < value < 1:
+            raise UserError(
+                f"{name}={value} is outside (0, 1); give the share to remove, such as 0.2"
+            )
+        if name == "params" and value < 1:
+            raise UserError(f"params={value} keeps nothing; give the number to keep")
 
-    def _values(self) -> tuple[tuple[str, float | int | None], ...]:
-        return tuple((name, getattr(self, name)) for name in _KINDS)
+    def _given(self) -> dict[str, float]:
+        values = {name: getattr(self, name) for name in _KINDS}
+        return {name: value for name, value in values.items() if value is not None}
 
     def __str__(self) -> str:
-        return next(f"{name}={value}" for name, value in self._values() if value is not None)
+        return ", ".join(f"{name}={value}" for name, value in self._given().items())
 
     def kept(self, dense: int) -> int:
         """Return how much to keep of what it counts; not for ``unit_ratio``.
@@ -242,7 +242,7 @@ def choose_groups(
         inside = [
             group
             for group in free
-            if group.layer is None or first <= numbering.dense_layer(group.layer) <= last
+            if group.layer is None or first <= numbering.layers[group.layer] <= last
         ]
         if not inside:
             raise UserError(

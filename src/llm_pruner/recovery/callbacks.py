@@ -11,11 +11,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from llm_pruner.errors import UserError
-from llm_pruner.recovery.processes import ALONE, Processes
+from llm_pruner.recovery.checkpoint import trained_weights
 from llm_pruner.recovery.scoring import Evaluation
 from llm_pruner.recovery.trainer import RecoveryTrainer, RunState
-from llm_pruner.recovery.weights import trained_weights
-from llm_pruner.settings.recover import TrainingSettings
 
 SCORING = 0.1
 """Share of ``max_minutes`` that scores on the way may take, unless two take more."""
@@ -41,26 +39,19 @@ class Guard(TrainerCallback):
     """Scores the held-out samples, keeps the best weights, and ends the run when it should.
 
     Args:
-        run: the state that it changes.
-        settings: the limits.
+        trainer: whose run is guarded; all its processes go by the clock of the first.
         score: gives an evaluation at a step.
         say: is told the step, the last loss and whether it was evaluated.
-        trainer: whose weights are kept.
-        processes: those that train; all go by the clock of the first.
     """
 
     def __init__(
         self,
-        run: RunState,
-        settings: TrainingSettings,
+        trainer: RecoveryTrainer,
         score: Callable[[int], Evaluation],
         say: Callable[[Progress], None],
-        trainer: RecoveryTrainer,
-        processes: Processes = ALONE,
     ) -> None:
-        self._run, self._settings, self._score, self._say = run, settings, score, say
-        self._trainer = trainer
-        self._processes = processes
+        self._trainer, self._score, self._say = trainer, score, say
+        self._run, self._settings = trainer.run, trainer.settings
         self._clock = time.monotonic()
         self._pace = Pace()
         self._seconds_to_step = 0.0
@@ -137,12 +128,12 @@ class Guard(TrainerCallback):
                     "data, or load the model in float32"
                 )
             found.loss = math.inf
-        self._run.seconds_to_score = self._processes.from_first(time.monotonic() - started)
+        self._run.seconds_to_score = self._trainer.processes.from_first(time.monotonic() - started)
         return found
 
     def _tick(self) -> None:
         now = time.monotonic()
-        self._run.seconds += self._processes.from_first(now - self._clock)
+        self._run.seconds += self._trainer.processes.from_first(now - self._clock)
         self._clock = now
 
     def _late(self) -> bool:
@@ -181,7 +172,7 @@ class Guard(TrainerCallback):
         assert each is not None
         left = (1 - SPARE) * self._left() - evaluations * run.seconds_to_score
         fitting = step + int(left / max(each, 1e-9))
-        most = self._trainer.most_steps
+        most = len(self._trainer.train_dataset)
         run.total = max(step, min(most, fitting))
         run.every = evaluation_interval(run.total - run.evaluations[-1].step, evaluations)
         return fitting >= most

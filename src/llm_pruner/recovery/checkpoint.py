@@ -1,4 +1,7 @@
-"""Everything a run needs to go on, as safetensors and JSON: nothing is pickled or unpickled."""
+"""Everything a run needs to go on, as safetensors and JSON: nothing is pickled or unpickled.
+
+And how the weights that are trained come off the model and on it.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +18,30 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import read_json
-from llm_pruner.recovery.weights import spread_like, whole
 
 Folder = Callable[[Path], AbstractContextManager[Path]]
 """Gives a folder that appears under its name once it is complete and on the disk."""
 
 _STEP = re.compile(r"step-(\d+)")
 _RANDOM, _VALUES = "random.safetensors", "state.json"
-_MALFORMED = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+_MALFORMED = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What values that are not as they were written raise where they are used."""
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Refuse a file that is missing or damaged."""
+    try:
+        yield
+    except (OSError, SafetensorError, *_MALFORMED) as error:
+        raise UserError(
+            f"{file} is missing or damaged ({type(error).__name__}); begin anew with --restart"
+        ) from error
 
 
 def step_folder(work: Path, step: int) -> Path:
@@ -62,10 +77,8 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: it is not there or damaged.
     """
-    try:
+    with _reading(file):
         return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise _damaged(file, error) from error
 
 
 def write_values(folder: Path, values: Mapping[str, Any]) -> None:
@@ -79,10 +92,8 @@ def read_values(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it is not there or damaged.
     """
-    try:
+    with _reading(folder / _VALUES):
         return dict(read_json(folder / _VALUES))
-    except (OSError, ValueError, TypeError) as error:
-        raise _damaged(folder / _VALUES, error) from error
 
 
 def optimizer_values(optimizer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -111,7 +122,7 @@ def optimizer_values(optimizer: Any) -> tuple[dict[str, torch.Tensor], dict[str,
 def read_optimizer_(folder: Path, rest: Mapping[str, Any], optimizer: Any) -> None:
     """Put back what ``optimizer_values`` gave; the tensors come from ``optimizer.safetensors``."""
     tensors = read_tensors(folder / "optimizer.safetensors")
-    try:
+    with _reading(folder / _VALUES):
         state: dict[int, dict[str, Any]] = {
             int(index): dict(values) for index, values in rest["plain"].items()
         }
@@ -124,8 +135,6 @@ def read_optimizer_(folder: Path, rest: Mapping[str, Any], optimizer: Any) -> No
                 spread_like(tensor, weight) if spread else tensor
             )
         optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
-    except _MALFORMED as error:
-        raise _damaged(folder / _VALUES, error) from error
 
 
 def write_random(folder: Path) -> dict[str, Any]:
@@ -146,7 +155,7 @@ def write_random(folder: Path) -> dict[str, Any]:
 def read_random(folder: Path, rest: Mapping[str, Any]) -> None:
     """Put back what ``write_random`` wrote and returned."""
     tensors = read_tensors(folder / _RANDOM)
-    try:
+    with _reading(folder / _VALUES):
         torch.random.set_rng_state(tensors["cpu"])
         devices = [tensors[name] for name in sorted(tensors) if name.startswith("cuda.")]
         if devices and len(devices) == torch.cuda.device_count():
@@ -156,11 +165,55 @@ def read_random(folder: Path, rest: Mapping[str, Any]) -> None:
         np.random.set_state(("MT19937", words, position, has_gauss, gauss))
         version, own_words, own_gauss = rest["python"]
         random.setstate((version, tuple(own_words), own_gauss))
-    except _MALFORMED as error:
-        raise _damaged(folder / _VALUES, error) from error
 
 
-def _damaged(file: Path, error: Exception) -> UserError:
-    return UserError(
-        f"{file} is missing or damaged ({type(error).__name__}); begin anew with --restart"
-    )
+def merge_(trained: Any) -> Any:
+    """Add adapters to the weights and return the plain model, in eval mode."""
+    plain = trained.merge_and_unload() if hasattr(trained, "merge_and_unload") else trained
+    plain.requires_grad_(True)
+    # PEFT leaves marks that a later save would act upon.
+    for mark in ("_hf_peft_config_loaded", "peft_config"):
+        if mark in vars(plain):
+            delattr(plain, mark)
+    return plain.eval()
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the weights that are trained."""
+    return {name: one for name, one in model.named_parameters() if one.requires_grad}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor whose parts lie with several processes; each must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return this process's part of a tensor, if ``other`` has such parts; else the tensor."""
+    if not isinstance(other, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
+
+
+def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return copies, on the CPU, of the weights that are trained."""
+    return {
+        name: whole(weight.detach()).to("cpu", copy=True)
+        for name, weight in trainable(model).items()
+    }
+
+
+@torch.no_grad()
+def set_weights_(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Put back what ``trained_weights`` gave.
+
+    Raises:
+        UserError: the names or shapes are other ones.
+    """
+    own = trainable(model)
+    if own.keys() != weights.keys() or any(own[n].shape != weights[n].shape for n in own):
+        raise UserError(
+            "the checkpoint holds other weights than this run trains; begin anew with --restart"
+        )
+    for name, weight in own.items():
+        weight.copy_(spread_like(weights[name], weight))

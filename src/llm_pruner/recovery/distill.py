@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
@@ -17,10 +17,9 @@ from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import allocate
 from llm_pruner.models.forward import embedding_rows
-from llm_pruner.recovery.forward import can_pack, micro_tokens, target_tokens
 from llm_pruner.recovery.kernels.chunked_loss import summed_loss
-from llm_pruner.recovery.objective import Targets, mixed_loss, mixed_loss_and_gradient_
-from llm_pruner.recovery.packing import Batch, lay_out
+from llm_pruner.recovery.objective import Objective, Targets, mixed_loss, mixed_loss_and_gradient_
+from llm_pruner.recovery.packing import Batch, can_pack, lay_out, micro_tokens, target_tokens
 from llm_pruner.settings.recover import DistillationSettings
 
 _FILES = ("ids.bin", "log_probabilities.bin", "done.bin")
@@ -87,7 +86,6 @@ class Teacher:
         taught = settings.model_dump(include=set(DistillationSettings.model_fields))
         about = {"teacher": identity, "samples": len(sequences), **taught}
         (self.folder / "about.json").write_text(json.dumps(about, indent=2) + "\n")
-        self.tokens_run = 0
 
     def says(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return token ids, int64, and log probabilities, float32: (learned tokens of batch, k).
@@ -95,50 +93,38 @@ class Teacher:
         Raises:
             UserError: the cache is damaged.
         """
-        missing = [part.sample for part in batch.parts if not self._done[part.sample]]
+        missing = [sample for sample in batch.samples if not self._done[sample]]
         if missing:
             self._run(missing)
-        spans = [slice(self._first[p.sample], self._first[p.sample + 1]) for p in batch.parts]
-        ids = np.concatenate([self._ids[span] for span in spans])
+        rows = self._rows(batch)
+        ids = self._ids[rows]
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocabulary:
             raise UserError(
                 f"{self.folder} holds tokens that the teacher does not have, so it is damaged; "
                 "remove it"
             )
-        values = np.concatenate([self._values[span] for span in spans])
-        return torch.from_numpy(ids).long(), torch.from_numpy(values).float()
+        return torch.from_numpy(ids).long(), torch.from_numpy(self._values[rows]).float()
 
-    def loss(
-        self,
-        student: Any,
-        batch: Batch,
-        watch: Callable[[torch.Tensor, torch.Tensor], None] = lambda _logits, _tokens: None,
-    ) -> torch.Tensor:
-        """Return w * distillation loss + (1 - w) * task loss, summed over the learned tokens.
+    def _rows(self, batch: Batch) -> npt.NDArray[np.int64]:
+        """Return where in the cache the learned tokens of a batch are."""
+        first = self._first
+        return np.concatenate([np.arange(first[one], first[one + 1]) for one in batch.samples])
 
-        Args:
-            student: the model that learns.
-            batch: samples of this teacher.
-            watch: is shown the student's logits, (n, vocabulary), and the tokens that they predict,
-                a few after the other.
-        """
-        every_token = target_tokens(batch)
-        every_id, every_value = self.says(batch)
+    def objective(self, batch: Batch) -> Objective:
+        """Return w * distillation loss + (1 - w) * task loss of a batch of its samples."""
+        heard = self.settings.temperature, self.settings.distill_weight
+        every = (target_tokens(batch), *self.says(batch))
 
-        def mixture(
+        def objective(
             logits: torch.Tensor, span: slice, gradient: bool
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
-            tokens, ids, values = (
-                one[span].to(logits.device) for one in (every_token, every_id, every_value)
-            )
-            watch(logits, tokens)
-            heard = self.settings.temperature, self.settings.distill_weight
+            tokens, ids, values = (one[span].to(logits.device) for one in every)
             targets = Targets(tokens, ids, values, *heard)
             if gradient:
                 return mixed_loss_and_gradient_(logits, targets)
             return mixed_loss(logits, targets), None
 
-        return summed_loss(student, batch, mixture)
+        return objective
 
     @torch.no_grad()
     def _run(self, samples: Sequence[int]) -> None:
@@ -151,36 +137,27 @@ class Teacher:
             capacity=self._seq_len,
             micro_tokens=micro_tokens(self._model, self._seq_len),
         )
+        found: list[tuple[Any, Any]] = []
+
+        def likeliest(logits: torch.Tensor, _: slice, __: bool) -> tuple[torch.Tensor, None]:
+            """Add arrays of token ids, int32, and log probabilities, float16: (n, k)."""
+            values, ids = F.log_softmax(logits / self.settings.temperature, -1).topk(self._k)
+            if not bool(values.isfinite().all()):
+                raise UserError("the teacher's logits are not finite; load it in float32")
+            found.append((ids.int().cpu().numpy(), values.half().cpu().numpy()))
+            return logits.new_zeros(()), None
+
         for batch in batches:
-            found: list[tuple[Any, Any]] = []
-            summed_loss(self._model, batch, partial(self._likeliest, found))
+            found.clear()
+            summed_loss(self._model, batch, likeliest)
             ids, values = (np.concatenate(each) for each in zip(*found, strict=True))
-            first = 0
-            for part in batch.parts:
-                begin, end = self._first[part.sample], self._first[part.sample + 1]
-                last = first + int(end - begin)
-                self._ids[begin:end], self._values[begin:end] = ids[first:last], values[first:last]
-                first = last
-            self.tokens_run += batch.tokens
+            rows = self._rows(batch)
+            self._ids[rows], self._values[rows] = ids, values
         # What says that values are there comes to the disk after them.
         self._ids.flush()
         self._values.flush()
         self._done[list(samples)] = 1
         self._done.flush()
-
-    def _likeliest(
-        self,
-        found: list[tuple[Any, Any]],
-        logits: torch.Tensor,
-        _span: slice,
-        _gradient: bool,
-    ) -> tuple[torch.Tensor, None]:
-        """Add arrays of token ids, int32, and log probabilities, float16: (n, k)."""
-        likeliest = F.log_softmax(logits / self.settings.temperature, -1).topk(self._k)
-        if not bool(likeliest.values.isfinite().all()):
-            raise UserError("the teacher's logits are not finite; load it in float32")
-        found.append((likeliest.indices.int().cpu().numpy(), likeliest.values.half().cpu().numpy()))
-        return logits.new_zeros(()), None
 
 
 def _array(file: Path, dtype: str, shape: tuple[int, ...]) -> Any:

@@ -1,4 +1,5 @@
-"""Samples laid out for the model: packed into rows, or padded in buckets of like length.
+"""Samples laid out for the model: packed into rows, or padded in buckets of like length; how a
+model is run on them, and whether it keeps packed samples apart.
 
 A step's gradient does not depend on the layout: it is that of the mean loss over the learned tokens
 of the step's samples.
@@ -6,21 +7,22 @@ of the step's samples.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from llm_pruner.data.sequences import TrainingSequence
+from llm_pruner.models.forward import embedding_rows, parameters_of
 
+TOLERANCE = 1e-4
+"""Largest difference of logits, relative to their largest, that counts as rounding in float32."""
 
-@dataclass(frozen=True)
-class Part:
-    """Where a sample lies in a batch: its row, its first column, its index in the data."""
-
-    row: int
-    start: int
-    sample: int
+_LOGITS_BYTES = 256 * 2**20
+_POSITIONS = 2048
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Batch:
             transformers keeps their attention apart; None where each row is one sample.
         attention_mask: same shape, 1 at tokens of a sample; None where samples are packed.
         learned: bool, same shape.
-        parts: the samples, row by row and from left to right: the order of ``learned`` positions.
+        samples: indices into the data, row by row and from left to right: the order of ``learned``
+            positions.
         tokens: number of positions that are not padding.
     """
 
@@ -41,7 +44,7 @@ class Batch:
     position_ids: torch.Tensor | None
     attention_mask: torch.Tensor | None
     learned: torch.Tensor
-    parts: tuple[Part, ...]
+    samples: tuple[int, ...]
     tokens: int
 
     @property
@@ -127,10 +130,7 @@ def _batch(
     shape = (len(rows), width)
     input_ids = torch.zeros(shape, dtype=torch.int64)
     learned = torch.zeros(shape, dtype=torch.bool)
-    # Padding after packed samples counts as a sample of its own, so nothing attends to it.
-    position_ids = torch.arange(width).expand(shape).clone() if packed else None
-    mask = None if packed else torch.zeros(shape, dtype=torch.int64)
-    parts = []
+    position_ids, mask = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
     for row, members in enumerate(rows):
         start = 0
         for sample in members:
@@ -138,16 +138,19 @@ def _batch(
             end = start + len(one)
             input_ids[row, start:end] = torch.from_numpy(one.input_ids)
             learned[row, start:end] = torch.from_numpy(one.learned)
-            if position_ids is not None:
-                position_ids[row, start:end] = torch.arange(len(one))
-            if mask is not None:
-                mask[row, start:end] = 1
-            parts.append(Part(row, start, sample))
+            position_ids[row, start:end] = torch.arange(len(one))
+            mask[row, start:end] = 1
             start = end
-        if position_ids is not None:
-            position_ids[row, start:] = torch.arange(width - start)
-    tokens = sum(len(sequences[part.sample]) for part in parts)
-    return Batch(input_ids, position_ids, mask, learned, tuple(parts), tokens)
+        # Padding after packed samples counts as a sample of its own, so nothing attends to it.
+        position_ids[row, start:] = torch.arange(width - start)
+    return Batch(
+        input_ids,
+        position_ids=position_ids if packed else None,
+        attention_mask=None if packed else mask,
+        learned=learned,
+        samples=tuple(sample for members in rows for sample in members),
+        tokens=int(mask.sum()),
+    )
 
 
 def step_samples(count: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
@@ -162,3 +165,87 @@ def step_samples(count: int, batch_size: int, steps: int, seed: int) -> list[lis
         order = torch.randperm(count, generator=generator).tolist()
         chosen.extend(order[i : i + batch_size] for i in range(0, count, batch_size))
     return chosen[:steps]
+
+
+def target_logits(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a model, which may be wrapped for several processes.
+
+    Returns:
+        The logits that predict the target tokens, float32 (n, vocabulary), and these tokens, (n,),
+        in the order of ``Batch.samples``.
+    """
+    logits = model(**arguments_of(model, batch)).logits[:, :-1]
+    logits = logits[batch.learned[:, 1:].to(logits.device)].float()
+    return logits, target_tokens(batch).to(logits.device)
+
+
+def target_tokens(batch: Batch) -> torch.Tensor:
+    """Return the tokens that a batch teaches, int64 (n,), in the order of ``Batch.samples``."""
+    return batch.input_ids[:, 1:][batch.learned[:, 1:]]
+
+
+def arguments_of(model: Any, batch: Batch) -> dict[str, Any]:
+    """Return the arguments that a model takes a batch in, on its device."""
+    device = next(model.parameters()).device
+    keywords: dict[str, Any] = {"input_ids": batch.input_ids.to(device), "use_cache": False}
+    if batch.position_ids is not None:
+        keywords["position_ids"] = batch.position_ids.to(device)
+    if batch.attention_mask is not None:
+        keywords["attention_mask"] = batch.attention_mask.to(device)
+    return keywords
+
+
+def can_pack(model: Any, vocabulary: int) -> bool:
+    """Whether the model gives samples in one row the logits that each has alone.
+
+    Tried on random tokens: transformers tells packed samples apart by their positions where the
+    model builds its mask with the shared functions, and other models (learned positions by count,
+    recurrences, code of their own) see one long text.
+    """
+    names = parameters_of(model)
+    takes_positions = "position_ids" in names or any(
+        one.kind is inspect.Parameter.VAR_KEYWORD for one in names.values()
+    )
+    random = np.random.default_rng(0)
+    lengths = (5, 9, 7, 6)
+    sequences = [
+        TrainingSequence(random.integers(0, vocabulary, n), np.arange(n) > 0) for n in lengths
+    ]
+    layout = {"capacity": 14, "micro_tokens": 28}
+    everything = range(len(sequences))
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            alone = [
+                target_logits(model, lay_out(sequences, [number], packed=False, **layout)[0])[0]
+                for number in everything
+            ]
+            if not takes_positions:
+                return False
+            for batch in lay_out(sequences, everything, packed=True, **layout):
+                found, _ = target_logits(model, batch)
+                wanted = torch.cat([alone[sample] for sample in batch.samples])
+                scale = max(float(wanted.abs().max()), 1e-6)
+                # Half precision rounds more; a leak changes logits by far more than either.
+                half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
+                if not float((found - wanted).abs().max()) <= (50 if half else 1) * (
+                    TOLERANCE * scale
+                ):
+                    return False
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return False  # whatever a model says to positions that start again, it does not take them
+    finally:
+        model.train(training)
+    return True
+
+
+def micro_tokens(model: Any, seq_len: int) -> int:
+    """Return how many positions one forward pass may have: float32 logits of at most 256 MiB.
+
+    On a CPU, where logits are made a few at a time, 2,048.
+    """
+    if next(model.parameters()).device.type == "cpu":
+        return max(seq_len, _POSITIONS)
+    vocabulary = embedding_rows(model)
+    return max(seq_len, _LOGITS_BYTES // (4 * vocabulary))

@@ -23,13 +23,11 @@ from llm_pruner.models.forward import embedding_rows
 from llm_pruner.recovery import checkpoint as state
 from llm_pruner.recovery.callbacks import Guard, Progress, evaluation_interval
 from llm_pruner.recovery.distill import Teacher
-from llm_pruner.recovery.forward import can_pack, micro_tokens
 from llm_pruner.recovery.kernels import kernels
-from llm_pruner.recovery.packing import lay_out, step_samples
+from llm_pruner.recovery.packing import can_pack, lay_out, micro_tokens, step_samples
 from llm_pruner.recovery.processes import ALONE, Processes
 from llm_pruner.recovery.scoring import Evaluation, score
 from llm_pruner.recovery.trainer import RecoveryTrainer, RunState, Steps, training_arguments
-from llm_pruner.recovery.weights import merge_, set_weights_, trained_weights
 from llm_pruner.runtime.progress import quiet
 from llm_pruner.settings.recover import TrainingSettings
 from llm_pruner.settings.registry import entry
@@ -169,8 +167,8 @@ def recover_(
             with trainer.accelerator.autocast():
                 return scored_at(step, trainer.model)
 
-        trainer.add_callback(Guard(run, settings, scored_on_the_way, say, trainer, processes))
-        initial = trained_weights(trained)
+        trainer.add_callback(Guard(trainer, scored_on_the_way, say))
+        initial = state.trained_weights(trained)
         if checkpoint is not None and _is_done(checkpoint, run):
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -184,10 +182,10 @@ def recover_(
             assert again is not None
             model = again()
             trained = prepare_(model, settings.but(quantize="none"))
-        set_weights_(trained, best)
+        state.set_weights_(trained, best)
         if keep_adapter is not None and settings.method == "lora" and processes.is_first:
             trained.save_pretrained(keep_adapter, save_embedding_layers=False)
-        model = merge_(trained)
+        model = state.merge_(trained)
         if settings.gradient_checkpointing:
             _keep_activations_(model)
         history = trainer.state.log_history
@@ -262,12 +260,12 @@ def _keep_activations_(model: Any) -> None:
 @contextmanager
 def _same_config(model: Any) -> Iterator[None]:
     """Undo what the Trainer sets in the model's config for training, such as ``use_cache``."""
-    held = [model.config, getattr(model, "generation_config", None)]
-    values = [copy.deepcopy(vars(one)) for one in held if one is not None]
+    configs = (model.config, getattr(model, "generation_config", None))
+    held = [(one, copy.deepcopy(vars(one))) for one in configs if one is not None]
     try:
         yield
     finally:
-        for one, old in zip((one for one in held if one is not None), values, strict=True):
+        for one, old in held:
             vars(one).clear()
             vars(one).update(old)
 

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.models.forward import evaluating
 from llm_pruner.recovery.distill import Teacher
-from llm_pruner.recovery.forward import target_logits
-from llm_pruner.recovery.kernels.chunked_loss import watch_logits
-from llm_pruner.recovery.packing import Batch
+from llm_pruner.recovery.kernels.chunked_loss import summed_loss
+from llm_pruner.recovery.packing import Batch, target_logits, target_tokens
 from llm_pruner.recovery.processes import ALONE, Processes
 
 
@@ -52,13 +51,9 @@ def score(
     Each process scores its share of the batches, and all return the score over all of them.
 
     Args:
-        model: left in the mode that it came in.
-        step: goes into the result.
-        batches: of ``sequences``.
-        sequences: the held-out samples.
+        batches: of ``sequences``, the held-out samples.
         sources: number of different ``TrainingSequence.source``.
         teacher: of these same samples.
-        processes: those that share the work.
     """
     sums = torch.zeros(sources, dtype=torch.float64)
     counts = [0] * sources
@@ -69,26 +64,31 @@ def score(
                 if processes.sharded:
                     target_logits(model, batches[0])
                 continue
-            found: list[torch.Tensor] = []
-
-            def likelihood(
-                logits: torch.Tensor, tokens: torch.Tensor, found: list[torch.Tensor] = found
-            ) -> None:
-                found.append(F.cross_entropy(logits, tokens, reduction="none").double().cpu())
-
-            if teacher is None:
-                watch_logits(model, batch, likelihood)
-            else:
-                mixed += float(teacher.loss(model, batch, likelihood))
-            each = torch.cat(found)
-            first = 0
-            for part in batch.parts:
-                one = sequences[part.sample]
-                sums[one.source] += each[first : first + one.targets].sum()
+            each, total = _losses(model, batch, teacher)
+            mixed += total
+            own = [sequences[sample] for sample in batch.samples]
+            for one, found in zip(own, each.split([one.targets for one in own]), strict=True):
+                sums[one.source] += found.sum()
                 counts[one.source] += one.targets
-                first += one.targets
     mixed, *both = processes.sums([mixed, *sums.tolist(), *counts])
     losses, tokens_of = both[:sources], both[sources:]
     total = sum(losses) if teacher is None else mixed
     by_source = [loss / n if n else None for loss, n in zip(losses, tokens_of, strict=True)]
     return Evaluation(step, total / sum(tokens_of), by_source)
+
+
+def _losses(model: Any, batch: Batch, teacher: Teacher | None) -> tuple[torch.Tensor, float]:
+    """Return the negative log-likelihood of each learned token, and the sum that is minimized."""
+    found: list[torch.Tensor] = []
+    tokens = target_tokens(batch)
+    mixture = None if teacher is None else teacher.objective(batch)
+
+    def objective(
+        logits: torch.Tensor, span: slice, gradient: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        each = F.cross_entropy(logits, tokens[span].to(logits.device), reduction="none")
+        found.append(each.double().cpu())
+        return (each.sum(), None) if mixture is None else mixture(logits, span, gradient)
+
+    total = float(summed_loss(model, batch, objective))
+    return torch.cat(found), total

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import TypeAdapter, ValidationError
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -19,13 +20,11 @@ from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.errors import UserError
 from llm_pruner.recovery import checkpoint as state
 from llm_pruner.recovery.distill import Teacher
-from llm_pruner.recovery.forward import target_tokens
 from llm_pruner.recovery.kernels.chunked_loss import summed_loss
 from llm_pruner.recovery.objective import text_objective
-from llm_pruner.recovery.packing import Batch, lay_out
+from llm_pruner.recovery.packing import Batch, lay_out, target_tokens
 from llm_pruner.recovery.processes import ALONE, Processes
 from llm_pruner.recovery.scoring import Evaluation
-from llm_pruner.recovery.weights import set_weights_, trained_weights
 from llm_pruner.settings.options import near
 from llm_pruner.settings.recover import TrainingSettings
 
@@ -59,22 +58,16 @@ class RunState:
     before: Evaluation | None = None
     seconds_to_score: float = 0.0
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> RunState:
-        """Read what ``to_json`` gave.
+        """Read what ``asdict`` gave.
 
         Raises:
             UserError: it is something else.
         """
         try:
-            evaluations = [Evaluation(**one) for one in data["evaluations"]]
-            before = None if data["before"] is None else Evaluation(**data["before"])
-            return cls(**{**data, "evaluations": evaluations, "before": before})
-        except (KeyError, TypeError) as error:
+            return TypeAdapter(cls).validate_python(data)
+        except ValidationError as error:
             raise UserError(
                 "the state of the interrupted run is damaged; begin anew with --restart"
             ) from error
@@ -115,9 +108,8 @@ class RecoveryTrainer(Trainer):
         processes: Processes = ALONE,
         **own: Any,
     ) -> None:
-        self._settings, self._run, self._teacher = settings, run, teacher
-        self._folder, self._work, self._processes = folder, work, processes
-        self._steps = steps
+        self.settings, self.run, self.processes = settings, run, processes
+        self._teacher, self._folder, self._work = teacher, folder, work
         self.best_weights: dict[str, torch.Tensor] | None = None
         self.last_loss = math.nan
         super().__init__(model=model, args=args, train_dataset=steps, data_collator=_only, **own)
@@ -134,30 +126,22 @@ class RecoveryTrainer(Trainer):
         return DataLoader(steps, batch_size=1, collate_fn=_only)
 
     def create_scheduler(
-        self,
-        num_training_steps: int,
-        optimizer: torch.optim.Optimizer | None = None,
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
         """Warm up, then fall to zero at the run's last step, which may come to be known later.
 
         A schedule that the user named is the Trainer's.
         """
-        if "lr_scheduler_type" in trainer_arguments(self._settings):
+        if "lr_scheduler_type" in trainer_arguments(self.settings):
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:  # type: ignore[has-type]
+            warmup, schedule = self.settings.warmup_steps, self.settings.schedule
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer, self._rate
+                optimizer or self.optimizer,
+                lambda step: rate(step, self.run.total, warmup, schedule),
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
-
-    @property
-    def most_steps(self) -> int:
-        """Steps for which there are samples: all epochs, or ``max_steps`` of them."""
-        return len(self._steps)
-
-    def _rate(self, step: int) -> float:
-        return rate(step, self._run.total, self._settings.warmup_steps, self._settings.schedule)
 
     # One step.
 
@@ -166,46 +150,39 @@ class RecoveryTrainer(Trainer):
         model.train()
         batches: list[Batch] = inputs["batches"]
         count = sum(batch.targets for batch in batches)
-        self._run.tokens += sum(batch.tokens for batch in batches)
+        self.run.tokens += sum(batch.tokens for batch in batches)
         # A process without a batch runs one for nothing: the others await its gradient.
-        own = self._processes.share(batches)
+        own = self.processes.share(batches)
         total = torch.zeros((), device=self.args.device)
         for number, batch in enumerate(own):
             last = number == len(own) - 1
             with self._gradients_stay(model, not last):
                 with self.compute_loss_context_manager():
                     if batch is None:
-                        loss = 0 * self._task_loss(model, batches[0])
+                        loss = 0 * self._loss(model, batches[0], None)
                     else:
-                        loss = self._loss(model, batch) / count
-                self._backward(loss)
+                        loss = self._loss(model, batch, self._teacher) / count
+                # DDP and FSDP divide the sum of the gradients by the number of processes.
+                self.accelerator.backward(loss * self.processes.count)
             total += loss.detach().to(total.device)
-        (self.last_loss,) = self._processes.sums([float(total)])
+        (self.last_loss,) = self.processes.sums([float(total)])
         if not math.isfinite(self.last_loss):
             said = f"the loss of step {self.state.global_step + 1} is {self.last_loss}"
             if self.state.global_step == 0:
                 raise UserError(f"{said}; look at the data, or use --dtype float32")
             # The weights from here on are lost; the best before may still be a gain.
-            self._run.stopped = f"{said}; a lower --learning-rate goes further"
+            self.run.stopped = f"{said}; a lower --learning-rate goes further"
         return torch.tensor(self.last_loss, device=self.args.device)
-
-    def _backward(self, loss: torch.Tensor) -> None:
-        # DDP and FSDP divide the sum of the gradients by the number of processes.
-        self.accelerator.backward(loss * self._processes.count)
 
     def _gradients_stay(self, model: Any, stay: bool) -> AbstractContextManager[None]:
         """Keep gradients from being summed over the processes, as more will be added."""
-        wanted = stay and not self._processes.sharded  # whose gradients are sums of parts
+        wanted = stay and not self.processes.sharded  # whose gradients are sums of parts
         return self.accelerator.no_sync(model) if wanted else nullcontext()
 
-    def _loss(self, model: Any, batch: Batch) -> torch.Tensor:
-        if self._teacher is None:
-            return self._task_loss(model, batch)
-        return self._teacher.loss(model, batch)
-
     @staticmethod
-    def _task_loss(model: Any, batch: Batch) -> torch.Tensor:
-        return summed_loss(model, batch, text_objective(target_tokens(batch)))
+    def _loss(model: Any, batch: Batch, teacher: Teacher | None) -> torch.Tensor:
+        by_text = text_objective(target_tokens(batch))
+        return summed_loss(model, batch, teacher.objective(batch) if teacher else by_text)
 
     def compute_loss_context_manager(self) -> Any:
         """Return the precision of a step: accelerate's is that of the model's own forward alone.
@@ -223,13 +200,13 @@ class RecoveryTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002
         """Write all that ``train(resume_from_checkpoint=...)`` reads, whole or not at all."""
         path = state.step_folder(self._work, self.state.global_step)
-        files = {"weights": trained_weights(self.model)}
+        files = {"weights": state.trained_weights(self.model)}
         if self.best_weights is not None:
             files["best"] = self.best_weights
         files["optimizer"], optimizer = state.optimizer_values(self.optimizer)
-        if self._processes.is_first and not path.exists():
+        if self.processes.is_first and not path.exists():
             self._write_checkpoint(path, files, optimizer)
-        self._processes.barrier()
+        self.processes.barrier()
 
     def _write_checkpoint(
         self, path: Path, files: dict[str, dict[str, torch.Tensor]], optimizer: dict[str, Any]
@@ -244,7 +221,7 @@ class RecoveryTrainer(Trainer):
                 if key != "lr_lambdas"
             }
             values = {
-                "run": self._run.to_json(),
+                "run": asdict(self.run),
                 "optimizer": optimizer,
                 "schedule": schedule,
                 "random": state.write_random(folder),
@@ -255,7 +232,7 @@ class RecoveryTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
         folder = Path(resume_from_checkpoint)
-        set_weights_(self.model, state.read_tensors(folder / "weights.safetensors"))
+        state.set_weights_(self.model, state.read_tensors(folder / "weights.safetensors"))
         best = folder / "best.safetensors"
         self.best_weights = state.read_tensors(best) if best.is_file() else None
 
@@ -272,26 +249,29 @@ class RecoveryTrainer(Trainer):
             state.read_random(Path(checkpoint), state.read_values(Path(checkpoint))["random"])
 
 
-_SET_HERE = (
-    "output_dir",
-    "per_device_train_batch_size",
-    "max_steps",
-    "learning_rate",
-    "weight_decay",
-    "max_grad_norm",
-    "logging_strategy",
-    "logging_steps",
-    "eval_strategy",
-    "save_strategy",
-    "report_to",
-    "remove_unused_columns",
-    "label_names",
-    "use_cpu",
-    "bf16",
-    "seed",
-    "data_seed",
-)
-"""Arguments of the Trainer that follow from the settings."""
+def _set_here(
+    settings: TrainingSettings, total: int = 1, output: str = "", on_cpu: bool = True
+) -> dict[str, Any]:
+    """Return the Trainer's arguments that follow from the settings."""
+    return {
+        "output_dir": output,
+        "per_device_train_batch_size": 1,  # a batch is a whole step
+        "max_steps": total,
+        "learning_rate": settings.learning_rate,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "report_to": [] if settings.report_to == "none" else [settings.report_to],
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "use_cpu": on_cpu,
+        "bf16": bool(settings.bf16),
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+    }
 
 
 def trainer_arguments(settings: TrainingSettings) -> dict[str, Any]:
@@ -309,7 +289,7 @@ def trainer_arguments(settings: TrainingSettings) -> dict[str, Any]:
                 f"--trainer {one}: TrainingArguments has no {name}; {near(name, known)}"
                 "look at its page in transformers' documentation"
             )
-        if name in _SET_HERE:
+        if name in _set_here(settings):
             raise UserError(f"--trainer {one}: recover sets {name} itself; use its own option")
         given[name] = yaml.safe_load(value)
     return given
@@ -318,47 +298,26 @@ def trainer_arguments(settings: TrainingSettings) -> dict[str, Any]:
 def training_arguments(
     settings: TrainingSettings, total: int, unused: str, work: Path, *, on_cpu: bool
 ) -> TrainingArguments:
-    """Return the Trainer's arguments.
+    """Return the Trainer's arguments for a run of ``total`` steps.
 
     Args:
-        settings: what was asked for.
-        total: steps.
         unused: an empty folder; checkpoints are written by the trainer's own methods.
         work: folder of the run; TensorBoard writes to ``runs`` and its name, where it runs.
-        on_cpu: whether it trains there.
 
     Raises:
         UserError: the Trainer does not take an argument.
     """
-    report = settings.report_to
-    values: dict[str, Any] = {
+    output = unused if settings.report_to == "none" else str(Path("runs") / work.name)
+    values = {
         "optim": "adamw_torch_fused",
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "ddp_broadcast_buffers": False,  # they do not change
         **trainer_arguments(settings),
+        **_set_here(settings, total, output, on_cpu),
     }
     try:
-        args = TrainingArguments(
-            output_dir=unused if report == "none" else str(Path("runs") / work.name),
-            per_device_train_batch_size=1,  # a batch is a whole step
-            max_steps=total,
-            learning_rate=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-            logging_strategy="steps",
-            logging_steps=1,
-            eval_strategy="no",
-            save_strategy="no",
-            report_to=[] if report == "none" else [report],
-            remove_unused_columns=False,
-            label_names=["labels"],
-            use_cpu=on_cpu,
-            bf16=bool(settings.bf16),
-            seed=settings.seed,
-            data_seed=settings.seed,
-            **values,
-        )
+        args = TrainingArguments(**values)
     except (ImportError, TypeError, ValueError) as error:
         said = " ".join(str(error).split())
         raise UserError(f"--trainer {' '.join(settings.trainer)}: {said}; correct it") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llm_pruner.evaluation.speed import now
+from llm_pruner.planning import TOLERANCE as LEEWAY
 from llm_pruner.planning import Selection, choose_groups
 from llm_pruner.planning.candidates import CHANNELS
 from llm_pruner.planning.selection import Scope
@@ -166,13 +167,13 @@ class _Case:
 
 def _rate(candidate: int, best: Mapping[_Case, float]) -> float:
     """Return the candidate's MACs per second."""
-    sums: dict[tuple[Product, int], list[float]] = {}
-    for case, seconds in best.items():
+    macs: Counter[tuple[Product, int]] = Counter()
+    seconds: dict[tuple[Product, int], float] = defaultdict(float)
+    for case, took in best.items():
         if case.candidate == candidate:
-            total = sums.setdefault((case.product, case.tokens), [0.0, 0.0])
-            total[0] += case.macs
-            total[1] += seconds
-    return geometric_mean([macs / seconds for macs, seconds in sums.values()])
+            macs[case.product, case.tokens] += case.macs
+            seconds[case.product, case.tokens] += took
+    return geometric_mean([macs[one] / seconds[one] for one in macs])
 
 
 def _widths(units: int, multiple: int) -> list[int]:
@@ -186,9 +187,6 @@ def _widths(units: int, multiple: int) -> list[int]:
         found.append(times * multiple)
     return sorted({kept for kept in found if 0 < kept < units})
 
-
-LEEWAY = 0.005
-"""Share of all parameters by which a pruned model may miss its target."""
 
 _FINEST = 4
 """Sizes, at least, that a multiple must leave a group to choose from."""

@@ -118,14 +118,12 @@ def find_split(
     alone_best = {name: float(name == main) for name in names}
     tried = any(trial.split == alone_best for trial in trials)
     if refit_on is not None and tried and split != alone_best:
-        after: dict[bool, float] = {}
         for candidate in track([alone_best, split], "trials: refitted"):
             chosen = replace(selection, split=candidate)
             removal = allocate(discovery, scores, chosen, target, numbering)
             divergence = _refitted_divergence(model, discovery, removal, refit_on, meter)
             trials.append(SplitTrial(dict(candidate), divergence, refitted=True))
-            after[candidate is alone_best] = divergence
-        if after[False] >= (1 - MARGIN) * after[True]:
+        if trials[-1].divergence >= (1 - MARGIN) * trials[-2].divergence:
             split = alone_best
     marked = [replace(trial, taken=trial.split == split) for trial in trials]
     return replace(selection, split=split), marked

@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from llm_pruner.discovery.tracing.provenance import descriptions
+from llm_pruner.discovery.tracing.provenance import descriptions, spaces_of
 from llm_pruner.discovery.tracing.run import named_tensors
 from llm_pruner.errors import InfeasibleError
 from llm_pruner.models.layers import (
@@ -31,6 +30,12 @@ from llm_pruner.types import Discovery, Edits, IntArray, Removal
 
 _WEIGHTS = ("weight", "parametrizations.weight.original1", "weight_v")
 """Names of a module's weight, as it is or as the direction that a weight norm keeps."""
+
+Places: TypeAlias = list[tuple[nn.Module, str]]
+"""Modules, and the attributes of theirs that hold a tensor."""
+
+Taken: TypeAlias = tuple[int, IntArray, torch.Tensor]
+"""(axis, positions, values) that a cut takes from a tensor."""
 
 _NUMBER_OF_EXPERTS = re.compile("(num_|n_)(local_|routed_)?experts")
 
@@ -64,7 +69,7 @@ def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edit
     buffers: dict[str, dict[int, tuple[int, ...]]] = defaultdict(dict)
     for (name, dim), positions in removed_positions(discovery, removal).items():
         if name in discovery.buffers and (new := rename(name)) is not None:
-            kept = np.delete(np.arange(discovery.buffers[name][dim]), positions)
+            kept = _others(discovery.buffers[name][dim], positions)
             buffers[new][dim] = tuple(kept.tolist())
     values: dict[str, dict[str, int]] = defaultdict(dict)
     for (module, attribute), value in sorted(attributes.items()):
@@ -149,18 +154,37 @@ def _require_buffers(model: nn.Module, discovery: Discovery, removal: Removal) -
             )
 
 
-def cut_(model: nn.Module, discovery: Discovery, removal: Removal) -> Edits:
-    """Remove units from a model in place, compare nothing, and return what was changed.
+def cut_(
+    model: nn.Module, discovery: Discovery, removal: Removal, undo: Undo | None = None
+) -> Edits:
+    """Remove units as ``verify.prune_`` does, which is the public one, but compare nothing.
 
-    ``verify.prune_``, which is the public one, compares the result with the masked model.
-    Tied weights stay tied, ``requires_grad`` stays as it was, and removed layers are gone with all
-    they hold. The new tensors hold exactly the values of the positions that were kept.
+    Args:
+        undo: learns what is taken away.
 
     Raises:
         InfeasibleError: before anything is touched.
     """
     edits = plan_edits(model, discovery, removal)
-    _slice_tensors(model, discovery, removal)
+    for name, dims in _cuts(discovery, removal).items():
+        places = _places(model, discovery, name)
+        old = getattr(*places[0])
+        if is_streamed(old):
+            kept = {dim: _others(old.shape[dim], gone) for dim, gone in dims.items()}
+            new: torch.Tensor = cut_parameter(old, kept)
+        else:
+            data, taken = old.detach(), []
+            for dim, positions in dims.items():
+                if undo is not None:
+                    taken.append((dim, positions, _take(data, dim, positions)))
+                data = _take(data, dim, _others(data.shape[dim], positions))
+            new = data.contiguous()
+            if isinstance(old, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=old.requires_grad)
+                if undo is not None:
+                    undo.keep(places, taken)
+        for owner, key in places:
+            setattr(owner, key, new)
     apply_layers(model, edits.layers)
     set_attributes_(model, edits)
     return edits
@@ -182,30 +206,12 @@ def _cuts(discovery: Discovery, removal: Removal) -> dict[str, dict[int, IntArra
     gone = tuple(f"{module}." for module in removed_modules(discovery, removal))
     deleted: dict[str, dict[int, IntArray]] = defaultdict(dict)
     for (name, dim), positions in removed_positions(discovery, removal).items():
-        if not (gone and name.startswith(gone)):
+        if not name.startswith(gone):
             deleted[name][dim] = positions
     return deleted
 
 
-def _slice_tensors(model: nn.Module, discovery: Discovery, removal: Removal) -> None:
-    for name, dims in _cuts(discovery, removal).items():
-        places = _places(model, discovery, name)
-        old = getattr(*places[0])
-        kept = {dim: np.delete(np.arange(old.shape[dim]), gone) for dim, gone in dims.items()}
-        if is_streamed(old):
-            new: torch.Tensor = cut_parameter(old, kept)
-        else:
-            data = old.detach()
-            for dim, positions in kept.items():
-                data = _take(data, dim, positions)
-            new = data.contiguous()
-            if isinstance(old, nn.Parameter):
-                new = nn.Parameter(new, requires_grad=old.requires_grad)
-        for owner, key in places:
-            setattr(owner, key, new)
-
-
-def _places(model: nn.Module, discovery: Discovery, name: str) -> list[tuple[nn.Module, str]]:
+def _places(model: nn.Module, discovery: Discovery, name: str) -> Places:
     """Return (module, attribute) of a tensor, and of all that is tied to it."""
     names = [name, *(alias for alias, first in discovery.aliases.items() if first == name)]
     paths = [one.rpartition(".") for one in names]
@@ -221,17 +227,14 @@ def _expert_numbers(
     whole model; it follows where all mixtures keep equally many.
     """
     kept = kept_shapes(discovery, removal)
-    changed: dict[str, tuple[int, int]] = {}
-    mixtures: set[tuple[int, int]] = set()
-    for group in discovery.groups:
-        if group.kind != "experts":
-            continue
-        for member in group.members:
-            if not member.buffer and member.tensor in kept:
-                old = discovery.shapes[member.tensor][member.dim]
-                new = kept[member.tensor][member.dim]
-                changed[member.tensor.rpartition(".")[0]] = (old, new)
-                mixtures.add((old, new))
+    sizes_of = [
+        (name.rpartition(".")[0], (discovery.shapes[name][dim], kept[name][dim]))
+        for group in discovery.groups
+        if group.kind == "experts"
+        for name, dim in ((one.tensor, one.dim) for one in group.members if not one.buffer)
+        if name in kept
+    ]
+    changed, mixtures = dict(sizes_of), {sizes for _, sizes in sizes_of}
     whole = next(iter(mixtures)) if len(mixtures) == 1 else None
     for path, module in model.named_modules():
         sizes, new_path = changed.get(path, whole), rename(path)
@@ -248,11 +251,7 @@ def _descriptions(
     rename: Renaming,
     values: Mapping[str, Mapping[str, int]],
 ) -> Iterator[tuple[str, str, int]]:
-    """Yield the sizes that standard modules state of themselves (``in_features`` and the like).
-
-    Args:
-        values: what is known already of attributes that follow, by the new name of the module.
-    """
+    """Yield the sizes that standard modules state of themselves (``in_features`` and the like)."""
     for path, module in model.named_modules():
         new_path = rename(path)
         if new_path is None:
@@ -262,18 +261,15 @@ def _descriptions(
         )
         if shape is None:
             continue
+        stated: list[tuple[str, int]] = []
         if isinstance(module, _ConvNd):
             groups = values.get(new_path, {}).get("groups", module.groups)
-            channels = (shape[0], shape[1] * groups)
-            names = ("in_channels", "out_channels")
-            for attribute, size in zip(
-                names, channels[:: 1 if module.transposed else -1], strict=True
-            ):
-                if getattr(module, attribute) != size:
-                    yield new_path, attribute, size
-        for attribute, dim in descriptions(module):
-            if getattr(module, attribute, shape[dim]) != shape[dim]:
-                yield new_path, attribute, shape[dim]
+            inputs, outputs = (shape[0], shape[1] * groups)[:: 1 if module.transposed else -1]
+            stated += [("in_channels", inputs), ("out_channels", outputs)]
+        stated += [(attribute, shape[dim]) for attribute, dim in descriptions(module)]
+        for attribute, size in stated:
+            if getattr(module, attribute, size) != size:
+                yield new_path, attribute, size
 
 
 _BY_PARTS = 2_000_000_000
@@ -281,67 +277,49 @@ _BY_PARTS = 2_000_000_000
 
 
 class Undo:
-    """Puts a model back as it was before a cut.
+    """Puts a model back as it was before a cut, which it must be given to.
 
     Small models are kept as they were. Of large ones only what the cut takes away is kept, so that
     there is never a second model in memory; their tensors are then put together again.
     """
 
-    def __init__(self, model: nn.Module, discovery: Discovery, removal: Removal) -> None:
-        spaces: dict[int, dict[str, Any]] = {}
-        for module in model.modules():
-            for space in (vars(module), module._parameters, module._buffers, module._modules):
-                if isinstance(space, dict):  # TorchScript has others, which nothing can change
-                    spaces[id(space)] = space
-        for config in configs_of(model):
-            spaces[id(vars(config))] = vars(config)
-        self._held = [(space, dict(space)) for space in spaces.values()]
-        self._parts: list[_Parts] = []
+    def __init__(self, model: nn.Module) -> None:
+        spaces = [*spaces_of(model), *(vars(config) for config in configs_of(model))]
+        self._held = {id(space): (space, dict(space)) for space in spaces}
         large = sum(parameter.numel() for parameter in model.parameters()) > _BY_PARTS
-        if large and not is_model_streamed(model):  # then what was there is in its files
-            self._keep_parts(model, discovery, removal)
+        # What was there of a streamed model is in its files.
+        self._by_parts = large and not is_model_streamed(model)
+        self._parts: list[tuple[Places, list[Taken]]] = []
 
-    def _keep_parts(self, model: nn.Module, discovery: Discovery, removal: Removal) -> None:
-        held = {id(space): before for space, before in self._held}
-        for name, dims in _cuts(discovery, removal).items():
-            places = _places(model, discovery, name)
-            tensor = getattr(*places[0])
-            if not isinstance(tensor, nn.Parameter):
-                continue
-            data, taken = tensor.detach(), []
-            for dim, positions in dims.items():
-                taken.append((dim, positions, _take(data, dim, positions)))
-                data = _take(data, dim, np.delete(np.arange(data.shape[dim]), positions))
-            self._parts.append(_Parts(places, tensor.requires_grad, taken))
+    def keep(self, places: Places, taken: list[Taken]) -> None:
+        """Keep what is taken from the parameter at some places, of a large model in its stead."""
+        if self._by_parts:
+            self._parts.append((places, taken))
             for owner, key in places:
-                held[id(owner._parameters)][key] = None
+                self._held[id(owner._parameters)][1][key] = None
 
     def __call__(self) -> None:
         """Put the model back."""
-        kept = [getattr(*parts.places[0]).detach() for parts in self._parts]
-        for space, before in self._held:
+        kept = [getattr(*places[0]) for places, _ in self._parts]
+        for space, before in self._held.values():
             space.clear()
             space.update(before)
-        for parts, data in zip(self._parts, kept, strict=True):
-            for dim, positions, part in reversed(parts.taken):
+        for (places, taken), left in zip(self._parts, kept, strict=True):
+            data = left.detach()
+            for dim, positions, part in reversed(taken):
                 size = data.shape[dim] + len(positions)
-                stayed = np.delete(np.arange(size), positions)
                 whole = data.new_empty((*data.shape[:dim], size, *data.shape[dim + 1 :]))
-                for index, values in ((stayed, data), (positions, part)):
+                for index, values in ((_others(size, positions), data), (positions, part)):
                     whole.index_copy_(dim, torch.from_numpy(index).to(data.device), values)
                 data = whole
-            new = nn.Parameter(data, requires_grad=parts.trained)
-            for owner, key in parts.places:
+            new = nn.Parameter(data, requires_grad=left.requires_grad)
+            for owner, key in places:
                 setattr(owner, key, new)
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """What a cut takes from one parameter: (axis, positions, values), in the order of the cuts."""
-
-    places: list[tuple[nn.Module, str]]
-    trained: bool
-    taken: list[tuple[int, IntArray, torch.Tensor]]
+def _others(size: int, positions: IntArray) -> IntArray:
+    """Return the positions of an axis that are not among these."""
+    return np.delete(np.arange(size), positions)
 
 
 def _take(tensor: torch.Tensor, dim: int, positions: IntArray) -> torch.Tensor:

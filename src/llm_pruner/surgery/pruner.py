@@ -14,11 +14,7 @@ from llm_pruner.models.load import load
 from llm_pruner.runtime.progress import Clock
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.surgery.cut import cut_
-from llm_pruner.surgery.verify import (
-    Verified,
-    cut_verified_,
-    require_same,
-)
+from llm_pruner.surgery.verify import Verified, cut_verified_, require_same
 from llm_pruner.types import Discovery, Edits, Removal
 
 

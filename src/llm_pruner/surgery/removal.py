@@ -22,12 +22,11 @@ def removed_positions(discovery: Discovery, removal: Removal) -> dict[tuple[str,
 
 def removed_modules(discovery: Discovery, removal: Removal) -> tuple[str, ...]:
     """Return the qualified names of the modules that are removed whole (layers)."""
-    names: list[str] = []
-    for name, units in removal.items():
-        group = discovery.group(name)
-        if group.modules:
-            names.extend(group.modules[int(unit)] for unit in units)
-    return tuple(names)
+    return tuple(
+        group.modules[int(unit)]
+        for group, units in ((discovery.group(name), units) for name, units in removal.items())
+        for unit in (units if group.modules else ())
+    )
 
 
 def kept_shapes(discovery: Discovery, removal: Removal) -> dict[str, tuple[int, ...]]:
@@ -39,11 +38,10 @@ def kept_shapes(discovery: Discovery, removal: Removal) -> dict[str, tuple[int, 
     deleted = removed_positions(discovery, removal)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in discovery.shapes.items():
-        if gone and name.startswith(gone):
-            continue
-        shapes[name] = tuple(
-            size - len(deleted.get((name, dim), ())) for dim, size in enumerate(shape)
-        )
+        if not name.startswith(gone):
+            shapes[name] = tuple(
+                size - len(deleted.get((name, dim), ())) for dim, size in enumerate(shape)
+            )
     return shapes
 
 

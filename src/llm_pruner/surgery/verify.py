@@ -20,9 +20,14 @@ import torch
 from torch import nn
 
 from llm_pruner.discovery.tracing.calls import hidden_in
-from llm_pruner.discovery.tracing.functions import SizeMode
-from llm_pruner.discovery.tracing.ops import Operation, operation, tensors_in
-from llm_pruner.discovery.tracing.run import example_tokens, label_model, named_tensors, traced
+from llm_pruner.discovery.tracing.ops import Call, Operation
+from llm_pruner.discovery.tracing.run import (
+    example_tokens,
+    label_model,
+    named_tensors,
+    traced,
+    watched,
+)
 from llm_pruner.discovery.tracing.scenes import Scene, few, staged
 from llm_pruner.discovery.tracing.trace import Trace
 from llm_pruner.discovery.tracing.tracer import Tracer
@@ -66,28 +71,18 @@ class _Twin(Tracer):
             return None
         return torch.from_numpy(np.flatnonzero(~dead)).to(tensor.device)
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run an operation; zeros stand where it divides zero by zero at dead positions."""
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        if operation(func).view:
-            return out
-        for result in tensors_in([out]):
-            if not result.is_floating_point():
+    def follow(self, known: Operation, call: Call, args: tuple[Any, ...]) -> None:
+        """Put zeros where an operation divided zero by zero at dead positions."""
+        super().follow(known, call, args)
+        for result in () if known.view else call.results:
+            if not result.is_floating_point() or _is_finite(result):
                 continue
-            if not _is_finite(result):
-                for dim, rows in enumerate(self.label(result)):
-                    dead = self.dead(rows)
-                    if dead.any():
-                        shape = [-1 if place == dim else 1 for place in range(result.dim())]
-                        mask = torch.from_numpy(dead).to(result.device).view(shape)
-                        result.masked_fill_(mask & ~result.isfinite(), 0)
-        return out
+            for dim, rows in enumerate(self.label(result)):
+                dead = self.dead(rows)
+                if dead.any():
+                    shape = [-1 if place == dim else 1 for place in range(result.dim())]
+                    mask = torch.from_numpy(dead).to(result.device).view(shape)
+                    result.masked_fill_(mask & ~result.isfinite(), 0)
 
     def execute(self, known: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if known.op.alive is None:
@@ -148,16 +143,12 @@ def _bypassed(model: nn.Module, modules: tuple[str, ...]) -> Iterator[None]:
             return type(output)([source, *output[1:]])
         return source
 
-    handles = []
-    for name in modules:
-        module = model.get_submodule(name)
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after))
-    try:
+    with ExitStack() as hooks:
+        for name in modules:
+            module = model.get_submodule(name)
+            hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(after))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -188,12 +179,8 @@ def twin_logits(
     Returns:
         One tensor (batch, tokens of the call, vocabulary) per call of the model.
     """
-    scenes = discovery.graph.scenes
-    if tokens is not None:
-        return _twin_scene(model, discovery, removal, scenes[0], tokens)
-    runs = [
-        _twin_scene(model, discovery, removal, scene, _tokens(model, scene)) for scene in scenes
-    ]
+    scenes = discovery.graph.scenes[: None if tokens is None else 1]
+    runs = [_twin_scene(model, discovery, removal, scene, tokens) for scene in scenes]
     return [logits for run in runs for logits in run]
 
 
@@ -205,41 +192,37 @@ def pruned_logits(
     Raises:
         VerificationError: the model cannot run.
     """
-    scenes = discovery.graph.scenes
-    if tokens is not None:
-        return _pruned_scene(model, scenes[0], tokens)
-    runs = [_pruned_scene(model, scene, _tokens(model, scene)) for scene in scenes]
+    scenes = discovery.graph.scenes[: None if tokens is None else 1]
+    runs = [_pruned_scene(model, scene, tokens) for scene in scenes]
     return [logits for run in runs for logits in run]
 
 
-def _tokens(model: nn.Module, scene: Scene) -> torch.Tensor:
-    return example_tokens(model, scene.shape, seed=1)
-
-
 def _twin_scene(
-    model: nn.Module, discovery: Discovery, removal: Removal, scene: Scene, tokens: torch.Tensor
+    model: nn.Module,
+    discovery: Discovery,
+    removal: Removal,
+    scene: Scene,
+    tokens: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
+    """Run a scene, on seeded random tokens by default, with the removed units silenced."""
+    tokens = example_tokens(model, scene.shape, seed=1) if tokens is None else tokens
     graph = discovery.graph
     trace = Trace(atoms=graph.trace.atoms.copy(), tensors=dict(graph.trace.tensors))
     deleted = graph.system.with_replicas(graph.deleted(removal))
     twin = _Twin(trace, deleted)
     gone = removed_modules(discovery, removal)
     # Sizes keep their origin as in the trace, so that the same axes are fixed.
-    with traced(model, twin):
+    with traced(model, twin), _silenced(model, discovery, removal), _bypassed(model, gone):
         label_model(twin, model)
-        twin.add_input(tokens, ("the batch", "the sequence"))
-        with (
-            staged(model, training=scene.training),
-            _silenced(model, discovery, removal),
-            _bypassed(model, gone),
-            twin,
-            SizeMode(twin),
-        ):
-            logits = scene.run(model, tokens)
+        logits = watched(model, scene, tokens, twin)
     return [few(tensor.detach()).clone() for tensor in logits]
 
 
-def _pruned_scene(model: nn.Module, scene: Scene, tokens: torch.Tensor) -> list[torch.Tensor]:
+def _pruned_scene(
+    model: nn.Module, scene: Scene, tokens: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """Run a scene, on the same tokens by default."""
+    tokens = example_tokens(model, scene.shape, seed=1) if tokens is None else tokens
     try:
         with staged(model, training=scene.training):
             logits = scene.run(model, tokens)
@@ -295,7 +278,7 @@ def cut_verified_(
     skipped = list(discovery.graph.left_out)
     for scene in discovery.graph.scenes:
         try:
-            found = _twin_scene(model, discovery, removal, scene, _tokens(model, scene))
+            found = _twin_scene(model, discovery, removal, scene)
         except Exception as error:  # a model may refuse a way of running it in any way
             if scene.needed:
                 raise VerificationError(
@@ -310,37 +293,42 @@ def cut_verified_(
         else:
             expected[scene.name] = found
     scenes = [scene for scene in discovery.graph.scenes if scene.name in expected]
-    undo = Undo(model, discovery, removal)
-    edits = cut_(model, discovery, removal)
-    worst = 0.0
+    undo = Undo(model)
+    edits = cut_(model, discovery, removal, undo)
+    worst, limit = 0.0, 0.0
+    differs: Scene | None = None
     try:
         for scene in scenes:
-            actual = _pruned_scene(model, scene, _tokens(model, scene))
-            difference = largest_difference(expected[scene.name], actual)
-            limit = tolerance(expected[scene.name], model, scene.shape[1])
+            difference, limit = _compared(expected[scene.name], model, scene)
             if difference > limit and scene.training and not _repeats(model, scene):
                 skipped.append(f"{scene.name} (random)")
                 del expected[scene.name]
                 continue
             if difference > limit:
-                raise _DiffersError(scene, difference, limit)
+                worst, differs = difference, scene
+                break
             worst = max(worst, difference)
-    except _DiffersError as differs:
-        undo()
-        if _is_rounding(model, discovery, removal, scenes, differs.difference):
-            edits = cut_(model, discovery, removal)
-            return edits, Verified(differs.difference, tuple(expected), tuple(skipped))
-        names = find_culprits(model, discovery, removal, differs.scene)
-        raise VerificationError(
-            f"the pruned model differs from its masked twin by {differs.difference:.3g} (limit "
-            f"{differs.limit:.1g}) on {differs.scene.name}; at fault: "
-            f"{', '.join(names) or 'only groups in combination'}; nothing was saved. "
-            "Leave the structure out with --structures, and please report the model."
-        ) from None
     except BaseException:
         undo()
         raise
+    if differs is not None:
+        undo()
+        if not _is_rounding(model, discovery, removal, scenes, worst):
+            names = find_culprits(model, discovery, removal, differs)
+            raise VerificationError(
+                f"the pruned model differs from its masked twin by {worst:.3g} (limit {limit:.1g}) "
+                f"on {differs.name}; at fault: "
+                f"{', '.join(names) or 'only groups in combination'}; nothing was saved. "
+                "Leave the structure out with --structures, and please report the model."
+            )
+        edits = cut_(model, discovery, removal)
     return edits, Verified(worst, tuple(expected), tuple(skipped))
+
+
+def _compared(expected: list[torch.Tensor], model: nn.Module, scene: Scene) -> tuple[float, float]:
+    """Return by how much a model differs from what is expected of it, and by how much it may."""
+    difference = largest_difference(expected, _pruned_scene(model, scene))
+    return difference, tolerance(expected, model, scene.shape[1])
 
 
 def _is_rounding(
@@ -364,13 +352,13 @@ def _is_rounding(
         return False
     fine = copy.deepcopy(model).double()
     try:
-        twins = [_twin_scene(fine, discovery, removal, s, _tokens(fine, s)) for s in scenes]
+        twins = [_twin_scene(fine, discovery, removal, scene) for scene in scenes]
         cut_(fine, discovery, removal)
-        runs = [_pruned_scene(fine, scene, _tokens(fine, scene)) for scene in scenes]
+        pairs = [*zip(twins, scenes, strict=True)]
+        left = max(largest_difference(twin, _pruned_scene(fine, scene)) for twin, scene in pairs)
     except Exception:
         return False
-    pairs = zip(twins, runs, strict=True)
-    return max(largest_difference(*pair) for pair in pairs) * _FINER <= difference
+    return left * _FINER <= difference
 
 
 def require_same(model: nn.Module, loaded: nn.Module, discovery: Discovery) -> None:
@@ -380,33 +368,21 @@ def require_same(model: nn.Module, loaded: nn.Module, discovery: Discovery) -> N
     """
     for scene in discovery.graph.scenes:
         if scene.needed or scene.shape[1] > discovery.graph.scenes[0].shape[1]:
-            tokens = _tokens(model, scene)
-            expected = _pruned_scene(model, scene, tokens)
-            difference = largest_difference(expected, _pruned_scene(loaded, scene, tokens))
-            if difference > tolerance(expected, model, scene.shape[1]):
+            difference, limit = _compared(_pruned_scene(model, scene), loaded, scene)
+            if difference > limit:
                 raise VerificationError(
                     f"the saved folder gives logits that differ by {difference:.3g} from the model "
                     f"that was saved, on {scene.name}; nothing was kept; please report the model"
                 )
 
 
-class _DiffersError(Exception):
-    """The pruned model is not its twin in a scene."""
-
-    def __init__(self, scene: Scene, difference: float, limit: float) -> None:
-        super().__init__(scene.name)
-        self.scene, self.difference, self.limit = scene, difference, limit
-
-
 def _repeats(model: nn.Module, scene: Scene) -> bool:
     """Whether a model gives the same twice; what is random in training cannot be compared."""
-    tokens = _tokens(model, scene)
     runs = []
     with torch.random.fork_rng(devices=[]):
         for seed in (0, 1):
             torch.manual_seed(seed)
-            with staged(model, training=scene.training):
-                runs.append([tensor.detach().clone() for tensor in scene.run(model, tokens)])
+            runs.append(_pruned_scene(model, scene))
     return largest_difference(*runs) <= tolerance(runs[0], model)
 
 
@@ -443,21 +419,20 @@ def find_culprits(
     """
     found = []
     done: set[str] = set()
-    tokens = _tokens(model, scene)
     for name, units in removal.items():
         if name in done or not len(units):
             continue
         together = _bound(discovery, removal, name)
         done |= set(together)
         part = {other: removal[other] for other in together}
-        expected = _twin_scene(model, discovery, part, scene, tokens)
+        expected = _twin_scene(model, discovery, part, scene)
         smaller = sharing_copy(model)
         cut_(smaller, discovery, part)
         try:
-            difference = largest_difference(expected, _pruned_scene(smaller, scene, tokens))
+            difference, limit = _compared(expected, smaller, scene)
         except VerificationError:
-            difference = float("inf")
-        if difference > tolerance(expected, model, scene.shape[1]):
+            difference, limit = math.inf, 0.0
+        if difference > limit:
             found.extend(together)
     return found
 

@@ -116,6 +116,10 @@ class Atoms:
             rows[repeated, column] = NO_ATOM
         return rows[:, rows.any(axis=0)]
 
+    def same(self, left: IntArray, right: IntArray) -> bool:
+        """Whether the same atoms delete the same positions of two axes."""
+        return np.array_equal(self.resolve(left), self.resolve(right))
+
     def reason(self, rows: IntArray) -> str | None:
         """Return why the first frozen atom among ``rows`` is frozen, or None."""
         return self._first_reason(self._frozen_in(rows))

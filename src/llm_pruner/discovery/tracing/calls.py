@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from llm_pruner.discovery.tracing.sizes import code_line, plain
 from llm_pruner.discovery.tracing.trace import Axes
 from llm_pruner.discovery.tracing.tracer import Marks, Tracer
+from llm_pruner.types import IntArray
 
 _DEPTH = 4
 _MANY = 1 << 22
@@ -42,15 +44,15 @@ class Layers:
     """Notes for each child of each module list what it was given, and if it could be left out.
 
     Attributes:
-        axes: child -> at each call the rows of the axes of its input and of its output, the last
-            first, without batch and sequence; None for both where its output cannot replace its
-            input.
+        axes: child -> at each call pairs of rows, of an axis of its input and the same of its
+            output: the last one first, then what lies between (streams), without batch and
+            sequence; None where its output cannot replace its input.
         given: module list -> number of the child -> what it was given, call by call.
         where: module list -> the line of code that calls its children.
     """
 
     def __init__(self, model: nn.Module, tracer: Tracer) -> None:
-        self.axes: dict[str, list[tuple[Axes | None, Axes | None]]] = defaultdict(list)
+        self.axes: dict[str, list[list[tuple[IntArray, IntArray]] | None]] = defaultdict(list)
         self.given: dict[str, dict[int, list[Given]]] = defaultdict(lambda: defaultdict(list))
         self.where: dict[str, str] = {}
         self._tracer = tracer
@@ -61,7 +63,7 @@ class Layers:
         self._beside: dict[str, list[weakref.ref[torch.Tensor]]] = {}
         self._arguments: dict[tuple[str, int | str], weakref.ref[torch.Tensor]] = {}
         self._handles = [
-            child.register_forward_hook(self._hook(path, index), with_kwargs=True)
+            child.register_forward_hook(partial(self._note, path, index), with_kwargs=True)
             for path, module in model.named_modules()
             if isinstance(module, nn.ModuleList) and len(module) > 1
             for index, child in module._modules.items()
@@ -69,40 +71,36 @@ class Layers:
             if _takes_hooks(child) and index.isdigit()
         ]
 
-    def _hook(self, parent: str, index: str) -> Callable[..., None]:
-        name = f"{parent}.{index}"
-
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG001
-            source = hidden_in(args, kwargs)
-            if parent not in self.where:
-                self.where[parent] = code_line(passing_calls=True)
-            self.given[parent][int(index)].append(
-                {
-                    key: self._value(value)
-                    for key, value in _parts({**dict(enumerate(args)), **kwargs}, "", 0)
-                    if value is not source
-                }
-            )
-            several = isinstance(output, tuple | list)
-            result, *rest = output if several and output else [output]
-            # Each child must be given what the one before it returned: a caller that adds the
-            # input itself would add it twice once the child is gone.
-            before = self._last.get(parent)
-            first = self._first.setdefault(parent, name) == name
-            chained = first or (before is not None and before() is source)
-            chained = self._stands_alone(parent, source, args, kwargs) and chained
-            if isinstance(result, torch.Tensor):
-                self._last[parent] = weakref.ref(result)
-            self._beside[parent] = [weakref.ref(t) for t in rest if isinstance(t, torch.Tensor)]
-            axes = self._tracer.axes(source), self._tracer.axes(result)
-            if not chained or not axes[0] or not axes[1] or _lengths(axes[0]) != _lengths(axes[1]):
-                self.axes[name].append((None, None))
-            else:
-                # Batch and sequence aside: the last axis first, then what lies between (streams).
-                source_axes, result_axes = ([each[-1], *each[2:-1]] for each in axes)  # type: ignore[index]
-                self.axes[name].append((source_axes, result_axes))
-
-        return hook
+    def _note(
+        self, parent: str, index: str, _: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> None:
+        source = hidden_in(args, kwargs)
+        if parent not in self.where:
+            self.where[parent] = code_line(passing_calls=True)
+        self.given[parent][int(index)].append(
+            {
+                key: self._value(value)
+                for key, value in _parts({**dict(enumerate(args)), **kwargs}, "", 0)
+                if value is not source
+            }
+        )
+        several = isinstance(output, tuple | list)
+        result, *rest = output if several and output else [output]
+        # Each child must be given what the one before it returned: a caller that adds the
+        # input itself would add it twice once the child is gone.
+        before = self._last.get(parent)
+        first = self._first.setdefault(parent, index) == index
+        chained = first or (before is not None and before() is source)
+        chained = self._stands_alone(parent, source, args, kwargs) and chained
+        if isinstance(result, torch.Tensor):
+            self._last[parent] = weakref.ref(result)
+        self._beside[parent] = [weakref.ref(t) for t in rest if isinstance(t, torch.Tensor)]
+        before_it, behind_it = self._tracer.axes(source), self._tracer.axes(result)
+        pairs = None
+        if chained and before_it and behind_it and _lengths(before_it) == _lengths(behind_it):
+            every = list(zip(before_it, behind_it, strict=True))
+            pairs = [every[-1], *every[2:-1]]
+        self.axes[f"{parent}.{index}"].append(pairs)
 
     def _stands_alone(self, parent: str, source: Any, args: Any, kwargs: Any) -> bool:
         """Whether a child is given nothing of the ones before it but the hidden states.
@@ -122,8 +120,8 @@ class Layers:
             axes, hidden = self._tracer.axes(value), self._tracer.axes(source)
             if before is None or before() is value or not axes or not hidden:
                 continue
-            a, b = (self._tracer.atoms.resolve(rows[-1]) for rows in (axes, hidden))
-            if a.size and a.shape == b.shape and bool((a == b).all()):
+            atoms = self._tracer.atoms
+            if atoms.resolve(axes[-1]).size and atoms.same(axes[-1], hidden[-1]):
                 alone = False
         return alone
 
@@ -220,11 +218,8 @@ class Siblings:
         Whatever calls it would treat both alike, so the results are taken to shrink together.
         """
         for parent in self._parents:
-            children = list(parent.children())
-            called = [child for child in children if child in self._calls]
-            for child in children:
-                if child in self._calls:
-                    continue
+            called = [child for child in parent.children() if child in self._calls]
+            for child in [child for child in parent.children() if child not in self._calls]:
                 like = next((other for other in called if _alike(child, other)), None)
                 if like is None:
                     continue

@@ -10,21 +10,15 @@ What is known of a function is said by ``sized``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from llm_pruner.discovery.tracing.ops import parameters
-from llm_pruner.discovery.tracing.sizes import (
-    Expr,
-    TracedInt,
-    TracedShape,
-    code_line,
-    expr_of,
-    plain,
-)
+from llm_pruner.discovery.tracing.ops import UnplacedError, parameters
+from llm_pruner.discovery.tracing.sizes import TracedInt, TracedShape, code_line, plain
 from llm_pruner.discovery.tracing.stand_ins import REWRITES
 from llm_pruner.types import IntArray
 
@@ -172,25 +166,26 @@ def _asked(
     return {name: given[name] for name in parameters(record) if name in given}
 
 
-def _record_sizes(tracer: Tracer, given: Sequence[Any], out: Any, where: str) -> None:
-    """Record the sizes of a result, which are given one by one or as one sequence."""
-    sizes = [size for size in _flatten(given) if isinstance(size, int)]
-    axes = tracer.axes(out)
-    if axes is None or len(sizes) != len(axes):
-        return
-    for size, rows in zip(sizes, axes, strict=True):
-        if plain(size) >= 0:
-            tracer.sized(expr_of(size), rows, where)
+def _state(tracer: Tracer, tensor: Any, where: str, sizes: Mapping[int, Any]) -> None:
+    """Record axis of a tensor -> the integer that sized it; a negative one is what is left over."""
+    axes = tracer.axes(tensor)
+    if axes is not None:
+        for dim, size in sizes.items():
+            if isinstance(size, int) and plain(size) >= 0:
+                tracer.sized(size, axes[dim], where)
 
 
-@sized("view", "reshape", takes="input *size")
-def _view(tracer: Tracer, out: Any, size: Any = (), shape: Any = ()) -> None:
-    _record_sizes(tracer, size or shape, out, "view")
+def _shaped(
+    tracer: Tracer, out: Any, size: Any = (), shape: Any = (), *, where: str = "new tensor"
+) -> None:
+    """The sizes of the result are given one by one or as one sequence."""
+    sizes = [one for one in _flatten(size or shape) if isinstance(one, int)]
+    if len(sizes) == len(tracer.axes(out) or ()):
+        _state(tracer, out, where, dict(enumerate(sizes)))
 
 
-@sized("expand", "broadcast_to", takes="input *size")
-def _expand(tracer: Tracer, out: Any, size: Any = (), shape: Any = ()) -> None:
-    _record_sizes(tracer, size or shape, out, "expand")
+sized("view", "reshape", takes="input *size")(partial(_shaped, where="view"))
+sized("expand", "broadcast_to", takes="input *size")(partial(_shaped, where="expand"))
 
 
 @sized("zeros", "ones", "empty", "rand", "randn", takes="*size")
@@ -198,13 +193,13 @@ def _expand(tracer: Tracer, out: Any, size: Any = (), shape: Any = ()) -> None:
 @sized("full", takes="size fill_value")
 @sized("new_full", takes="input size fill_value")
 def _create(tracer: Tracer, out: Any, size: Any = (), fill_value: Any = None) -> None:
-    _record_sizes(tracer, size, out, "new tensor")
+    _shaped(tracer, out, size)
     _numbers(tracer, [fill_value])
 
 
 @sized("eye", takes="n m")
 def _eye(tracer: Tracer, out: Any, n: Any, m: Any = None) -> None:
-    _record_sizes(tracer, [n, n if m is None else m], out, "new tensor")
+    _shaped(tracer, out, [n, n if m is None else m])
 
 
 @sized("repeat", takes="input *repeats")
@@ -214,24 +209,20 @@ def _repeat(tracer: Tracer, out: Any, input: Any, repeats: Any = (), dims: Any =
     times = _flatten(repeats or dims)
     if source is None or axes is None:
         return
-    old = [1] * (len(axes) - len(source)) + [len(rows) for rows in source]
+    new = len(axes) - len(source)
     times = [1] * (len(axes) - len(times)) + times
-    for dim, (size, count, rows) in enumerate(zip(old, times, axes, strict=True)):
-        if size == 1:
-            tracer.sized(expr_of(count), rows, "repeat")
+    for dim, (count, rows) in enumerate(zip(times, axes, strict=True)):
+        if dim < new or len(source[dim - new]) == 1:
+            tracer.sized(count, rows, "repeat")
         elif plain(count) > 1:
-            one = tracer.length(input, dim - len(axes) + len(source))
-            tracer.sized(("*", expr_of(count), expr_of(one)), rows, "repeat")
+            tracer.sized(count * tracer.length(input, dim - new), rows, "repeat")
 
 
 @sized("expand_as", "view_as", "reshape_as", takes="input other")
 def _as_other(tracer: Tracer, out: Any, other: Any) -> None:
-    axes = tracer.axes(out)
-    if axes is None or tracer.axes(other) is None:
-        return
-    for dim, rows in enumerate(axes):
-        if len(rows) != 1:
-            tracer.sized(expr_of(tracer.length(other, dim)), rows, "expand_as")
+    if tracer.axes(other) is not None:
+        sizes = {dim: tracer.length(other, dim) for dim in range(other.dim())}
+        _state(tracer, out, "expand_as", sizes)
 
 
 @sized("arange", takes="*bounds")
@@ -243,12 +234,9 @@ def _arange(
     end: Any = None,
     step: Any = None,
 ) -> None:
-    axes = tracer.axes(out)
-    if axes is None:
-        return
     bounds = [*bounds, *(bound for bound in (start, end, step) if bound is not None)]
     if len(bounds) == 1 and type(bounds[0]) is TracedInt:
-        tracer.sized(bounds[0].expr, axes[0], f"arange ({code_line()})")
+        _state(tracer, out, f"arange ({code_line()})", {0: bounds[0]})
     else:
         _numbers(tracer, bounds)
 
@@ -265,37 +253,29 @@ def _split(
 ) -> None:
     """The argument has a name for each form of the function."""
     named = (split_size_or_sections, split_size, split_sizes)
-    sizes = next((given for given in named if given is not None), None)
-    if tracer.axes(tensor) is None or sizes is None:
-        return
+    sizes = next((given for given in named if given is not None), ())
     if isinstance(sizes, int):
         sizes = [sizes for _ in out]
-    for size, piece in zip(sizes, out, strict=True):
-        axes = tracer.axes(piece)
+    for size, piece in zip(sizes, out if tracer.axes(tensor) is not None else (), strict=False):
         # The last piece of an uneven split is shorter: its size follows from the others.
-        if axes is not None and plain(size) == piece.size(dim):
-            tracer.sized(expr_of(size), axes[dim], "split")
+        if plain(size) == piece.size(dim):
+            _state(tracer, piece, "split", {dim: size})
 
 
 @sized("chunk", takes="input chunks dim")
 def _chunk(tracer: Tracer, out: Any, input: Any, chunks: Any, dim: Any = 0) -> None:
-    if tracer.axes(input) is None or len(out) < 2:
-        return
-    whole = expr_of(tracer.length(input, dim))
-    for piece in out:
-        axes = tracer.axes(piece)
-        if axes is not None:
-            tracer.sized(("//", whole, expr_of(chunks)), axes[dim], "chunk")
+    if tracer.axes(input) is not None and len(out) > 1:
+        size = tracer.length(input, dim) // chunks
+        for piece in out:
+            _state(tracer, piece, "chunk", {dim: size})
 
 
 @sized("narrow", takes="input dim start length")
 def _narrow(tracer: Tracer, out: Any, input: Any, dim: Any, start: Any, length: Any) -> None:
-    axes, whole = tracer.axes(out), tracer.axes(input)
-    if axes is None or whole is None:
-        return
-    if isinstance(start, int):
-        tracer.sized(expr_of(start), whole[dim][: plain(start)], "narrow")
-    tracer.sized(expr_of(length), axes[dim], "narrow")
+    whole = tracer.axes(input)
+    if whole is not None and isinstance(start, int):
+        tracer.sized(start, whole[dim][: plain(start)], "narrow")
+    _state(tracer, out, "narrow", {dim: length})
 
 
 @sized("__getitem__", "__setitem__", takes="input index value")
@@ -330,48 +310,31 @@ def _record_slice(tracer: Tracer, rows: IntArray, item: slice) -> None:
     size = len(rows)
     if size == 1:
         return
-    start, stop, step = item.start, item.stop, item.step
-    for bound in (start, stop):
+    for bound in (item.start, item.stop):
         place = plain(bound)
         if type(place) is not int:
             continue
-        if type(bound) is TracedInt:
-            if place < 0 and size + place >= 0:
-                expr: Expr = ("-", ("const", 0), bound.expr)
-                tracer.sized(expr, rows[size + place :], "slice")
-            elif 0 <= place <= size:
-                tracer.sized(bound.expr, rows[:place], "slice")
-            else:
-                tracer.used_as_number(bound.expr)
+        if type(bound) is TracedInt and not -size <= place <= size:
+            tracer.used_as_number(bound.expr)
         elif place < 0:
-            tracer.sized(("const", min(-place, size)), rows[max(size + place, 0) :], "slice")
-        elif 0 < place < size:
-            tracer.sized(("const", place), rows[:place], "slice")
-    step, start = plain(step), plain(start)
+            tracer.sized(-bound, rows[max(size + place, 0) :], "slice")
+        elif type(bound) is TracedInt or place < size:
+            tracer.sized(bound, rows[:place], "slice")
+    step, first = plain(item.step), plain(item.start) or 0
     if isinstance(step, int) and step > 1:
-        first = start or 0
-        if first < 0:
-            first += size
+        first += size if first < 0 else 0
         tracer.tie_windows(rows[first - first % step :], step, "strided slice")
 
 
 @sized("layer_norm", "rms_norm", takes="input normalized_shape")
 def _norm(tracer: Tracer, out: Any, normalized_shape: Sequence[Any]) -> None:
-    axes = tracer.axes(out)
-    if axes is not None:
-        for size, rows in zip(normalized_shape, axes[-len(normalized_shape) :], strict=True):
-            tracer.sized(expr_of(size), rows, "norm")
+    _state(tracer, out, "norm", dict(enumerate(normalized_shape, -len(normalized_shape))))
 
 
 @sized("unflatten", takes="input dim sizes")
 def _unflatten(tracer: Tracer, out: Any, dim: Any, sizes: Sequence[Any]) -> None:
-    axes = tracer.axes(out)
-    if axes is None:
-        return
-    dim = dim % (len(axes) - len(sizes) + 1)
-    for size, rows in zip(sizes, axes[dim : dim + len(sizes)], strict=True):
-        if plain(size) >= 0:
-            tracer.sized(expr_of(size), rows, "unflatten")
+    first = dim % (out.dim() - len(sizes) + 1)
+    _state(tracer, out, "unflatten", dict(enumerate(sizes, first)))
 
 
 @sized(*(f"conv{n}d" for n in (1, 2, 3)), takes="input weight bias stride padding dilation groups")
@@ -393,7 +356,7 @@ def _convolution(
     axes, count = tracer.axes(weight), plain(groups)
     if axes is not None and count > 1:
         outer, _ = tracer.split(axes[0], count, len(axes[0]) // count)
-        tracer.sized(expr_of(groups), outer, "groups of a convolution")
+        tracer.sized(groups, outer, "groups of a convolution")
     _numbers(tracer, [stride, padding, dilation, output_padding])
 
 
@@ -403,49 +366,36 @@ def _pad(tracer: Tracer, out: Any, input: Any, pad: Any, value: Any = None) -> N
     for before, after in zip(tracer.axes(input) or (), tracer.axes(out) or (), strict=False):
         if len(before) != len(after):
             for rows in (before, after):
-                tracer.sized(("const", len(rows)), rows, "pad")
+                tracer.sized(len(rows), rows, "pad")
     _numbers(tracer, [pad, value])
 
 
 @sized("load_balancing_loss_func", takes="gate_logits num_experts")
 def _router_losses(tracer: Tracer, _: Any, gate_logits: Any, num_experts: Any) -> None:
     for logits in gate_logits:
-        axes = tracer.axes(logits)
-        if axes is not None and isinstance(num_experts, int):
-            tracer.sized(expr_of(num_experts), axes[-1], "the load-balancing loss")
+        _state(tracer, logits, "the load-balancing loss", {-1: num_experts})
 
 
 @sized("one_hot", takes="input num_classes")
 def _one_hot(tracer: Tracer, out: Any, num_classes: Any = -1) -> None:
-    axes = tracer.axes(out)
-    if axes is not None and plain(num_classes) >= 0:
-        tracer.sized(expr_of(num_classes), axes[-1], "one_hot")
+    _state(tracer, out, "one_hot", {-1: num_classes})
 
 
 @sized("topk", takes="input k dim")
 def _topk(tracer: Tracer, out: Any, k: Any, dim: Any = -1) -> None:
-    axes = tracer.axes(out[0])
-    if axes is not None:
-        tracer.sized(expr_of(k), axes[dim], "topk")
+    _state(tracer, out[0], "topk", {dim: k})
 
 
 @sized("histc", takes="input bins min max")
 def _histc(tracer: Tracer, out: Any, bins: Any = None, min: Any = None, max: Any = None) -> None:
-    axes = tracer.axes(out)
-    if axes is None:
-        return
-    if isinstance(bins, int):
-        tracer.sized(expr_of(bins), axes[0], "histc")
-    if isinstance(max, int):
-        tracer.sized(("+", expr_of(max), ("const", 1)), axes[0], "histc")
+    _state(tracer, out, "histc", {0: bins})
+    _state(tracer, out, "histc", {0: max + 1 if isinstance(max, int) else None})
     _numbers(tracer, [min])
 
 
 @sized("bincount", takes="input weights minlength")
 def _bincount(tracer: Tracer, out: Any, minlength: Any = 0) -> None:
-    axes = tracer.axes(out)
-    if axes is not None and plain(minlength) > 0:
-        tracer.sized(expr_of(minlength), axes[0], "bincount")
+    _state(tracer, out, "bincount", {0: minlength or None})
 
 
 _READS = frozenset({"tolist", "numpy", "__array__", "__dlpack__", "data_ptr"})
@@ -461,6 +411,27 @@ SHAPED_IN_SIGHT = frozenset(_SIZED) | frozenset(
     | {"where", "masked_fill", "to", "type", "float", "contiguous", "__get__"}
 )
 """Functions inside which sizes may change: they are recorded here, or follow the inputs."""
+
+_WHY_FIXED = {
+    "resized inside multi_head_attention_forward": (
+        ", which takes the size of a head from the hidden size"
+    )
+}
+
+
+def require_sight(tracer: Tracer, what: str = "resized") -> None:
+    """Refuse a change of sizes inside a function whose arithmetic is not watched.
+
+    A function that is written in C++, or in Python inside PyTorch, may compute sizes from plain
+    numbers (``tensor_split``, ``multi_head_attention_forward``); those would not follow a removal.
+
+    Raises:
+        UnplacedError: always in such a function.
+    """
+    if tracer.function not in SHAPED_IN_SIGHT:
+        reason = f"{what} inside {tracer.function or 'compiled code'}"
+        raise UnplacedError(reason + _WHY_FIXED.get(reason, ""))
+
 
 _DIMENSIONS_ONLY = frozenset(
     {"embedding", "unsqueeze", "squeeze", "transpose", "permute", "softmax", "cat", "stack"}

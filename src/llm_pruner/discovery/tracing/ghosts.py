@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from llm_pruner.discovery.tracing.ops import Operation, tensors_in
+from llm_pruner.discovery.tracing.provenance import put_back, spaces_of
 
 LARGEST = 1 << 22
 """Elements of the largest result that is held in memory; larger ones are ghosts too."""
@@ -42,24 +43,21 @@ def ghosts_of(model: nn.Module, *, weights: bool = False) -> Iterator[None]:
     Buffers get the values that the model's own initialisation gives them, where it does: positions
     and masks are followed by the code. Tied parameters stay tied.
     """
-    undo: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     stand_ins: dict[int, torch.Tensor] = {}
 
     def replace(
         space: dict[str, Any], make: Callable[[torch.Tensor], torch.Tensor], every: bool = False
     ) -> bool:
-        found = [
-            k for k, v in space.items() if isinstance(v, torch.Tensor) and (v.is_meta or every)
-        ]
-        for key in found:
-            tensor = space[key]
+        found = {
+            k: v for k, v in space.items() if isinstance(v, torch.Tensor) and (v.is_meta or every)
+        }
+        for key, tensor in found.items():
             if id(tensor) not in stand_ins:
                 stand_ins[id(tensor)] = make(tensor)
-            undo.append((space, key, tensor))
             space[key] = stand_ins[id(tensor)]
         return bool(found)
 
-    try:
+    with put_back(spaces_of(model)):
         for owner, module in _with_owners(model):
             has_buffers = replace(module._buffers, _zeros)
             if replace(vars(module), _zeros) or has_buffers:
@@ -67,9 +65,6 @@ def ghosts_of(model: nn.Module, *, weights: bool = False) -> Iterator[None]:
         for module in model.modules():
             replace(module._parameters, _ghost_parameter, weights)
         yield
-    finally:
-        for space, key, tensor in reversed(undo):
-            space[key] = tensor
 
 
 def _with_owners(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:

@@ -10,27 +10,21 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from llm_pruner.discovery.tracing.scenes import Scene
-from llm_pruner.discovery.tracing.sizes import (
-    COMPARISONS,
-    Attribute,
-    Expr,
-    describe,
-    evaluate,
-    leaves,
-    solve,
-)
+from llm_pruner.discovery.tracing.sizes import Attribute, Expr, describe, evaluate, leaves, solve
 from llm_pruner.discovery.tracing.trace import Trace
 from llm_pruner.errors import InfeasibleError
 from llm_pruner.types import IntArray, Removal
 
 Deleted = npt.NDArray[np.bool_]
-Form = dict[int, Fraction]
-"""Positions lost per unit lost of each group, by group number."""
+Form = dict[Any, Fraction]
+"""What a size loses for each unit lost of a group, by its number, and for each that an attribute
+loses, by its expression."""
 
 
 class SizeSystem:
@@ -38,7 +32,7 @@ class SizeSystem:
 
     def __init__(self, trace: Trace) -> None:
         self._atoms = trace.atoms
-        self._old = trace.attributes
+        self._old = trace.values
         self._ragged = [
             (
                 trace.atoms.resolve(r.outer),
@@ -52,9 +46,7 @@ class SizeSystem:
         ]
         self._axes: dict[bytes, int] = {}
         self._rows: list[IntArray] = []
-        self._sizes: list[int] = []
-        axis_of_length = [self._axis(rows) for rows in trace.lengths]
-        self._lengths = axis_of_length
+        self._lengths = [self._axis(rows) for rows in trace.lengths]
         seen: dict[tuple[Expr, int], str] = {}
         for equation in trace.equations:
             seen.setdefault((equation.expr, self._axis(equation.rows)), equation.where)
@@ -72,7 +64,7 @@ class SizeSystem:
             for leaf in read:
                 self._by_leaf[leaf].append(number)
         self._lengths_of_axis: dict[int, list[int]] = defaultdict(list)
-        for number, axis in enumerate(axis_of_length):
+        for number, axis in enumerate(self._lengths):
             self._lengths_of_axis[axis].append(number)
         # Atom -> axes and atom -> expanded axes, sorted by atom to look them up without a loop.
         self._axes_of_atom = _Lookup(self._rows)
@@ -84,7 +76,6 @@ class SizeSystem:
         if key not in self._axes:
             self._axes[key] = len(self._rows)
             self._rows.append(resolved)
-            self._sizes.append(len(resolved))
         return self._axes[key]
 
     # ---------------------------------------------------------------- solving
@@ -105,12 +96,12 @@ class SizeSystem:
             deleted[inner[int(kept[0]) :]] = True
         return deleted
 
-    def attributes(self, deleted: Deleted, touched: set[int] | None = None) -> dict[Attribute, int]:
+    def attributes(self, deleted: Deleted, touched: set[int]) -> dict[Attribute, int]:
         """Return the attributes that change, with their new values.
 
         Args:
             deleted: by atom.
-            touched: only the equations of these numbers; all by default.
+            touched: numbers of the equations and comparisons that are to hold.
 
         Raises:
             InfeasibleError: the model's code cannot express the sizes that are left.
@@ -124,7 +115,7 @@ class SizeSystem:
                 left[axis] = int(len(rows) - deleted[rows].any(axis=1).sum())
             return left[axis]
 
-        chosen = range(len(self._leaves)) if touched is None else sorted(touched)
+        chosen = sorted(touched)
         count = len(self.equations)
         system = [
             (expr, length(axis), where)
@@ -138,26 +129,14 @@ class SizeSystem:
         }
         found = solve(system, self._old, lengths)
         new = {**self._old, **lengths, **{("attr", *name): value for name, value in found.items()}}
-        for number in chosen:
-            if number >= count:
-                self._require_same_outcome(*self.checks[number - count], new)
+        for expr, where in (self.checks[number - count] for number in chosen if number >= count):
+            if evaluate(expr, self._old) != evaluate(expr, new):
+                symbol, left, right = expr
+                raise InfeasibleError(
+                    f"the code asks whether {describe(left)} {symbol} {describe(right)} ({where}), "
+                    "and the answer would change"
+                )
         return found
-
-    def _require_same_outcome(self, expr: Expr, where: str, new: Mapping[Expr, int]) -> None:
-        symbol, left, right = expr
-        old = {
-            leaf: self._old[leaf] if leaf[0] == "attr" else self._sizes[self._lengths[leaf[1]]]
-            for leaf in leaves(expr)
-        }
-        before, after = (
-            COMPARISONS[symbol](evaluate(left, values), evaluate(right, values))
-            for values in (old, new)
-        )
-        if before != after:
-            raise InfeasibleError(
-                f"the code asks whether {describe(left)} {symbol} {describe(right)} ({where}), and "
-                "the answer would change"
-            )
 
     def reading_only(self, stands: Callable[[str], bool]) -> set[int]:
         """Return the equations and comparisons that read attributes of modules that stand."""
@@ -182,9 +161,7 @@ class SizeSystem:
 
     # -------------------------------------------------------------- companions
 
-    def constraints(
-        self, group_of: IntArray, group_sizes: dict[int, int]
-    ) -> list[tuple[Form, str]]:
+    def constraints(self, group_of: IntArray, group_sizes: Sequence[int]) -> list[tuple[Form, str]]:
         """Return linear equations between the groups' removed counts: sum of form = 0.
 
         Only axes whose positions hold at most one atom give one; products of axes follow from their
@@ -198,22 +175,18 @@ class SizeSystem:
         by_attribute: dict[Expr, list[tuple[Form, str]]] = defaultdict(list)
         result: list[tuple[Form, str]] = []
         for expr, axis, where in self.equations:
-            axis_form = forms[axis]
-            if axis_form is None:
+            lost, wanted = forms[axis], self._linear(expr, forms)
+            if lost is None or wanted is None:
                 continue
-            linear = self._linear(expr, forms)
-            if linear is None:
-                continue
-            coefficients, known = linear
-            difference = _subtract(axis_form, known)
-            if not coefficients:
-                if difference:
-                    result.append((difference, f"{describe(expr)} in {where}"))
-            elif len(coefficients) == 1:
-                leaf, factor = next(iter(coefficients.items()))
-                by_attribute[leaf].append(
-                    ({g: c / factor for g, c in difference.items()}, f"{describe(leaf)} in {where}")
-                )
+            form = _subtract(lost, wanted)
+            attributes = [key for key in form if isinstance(key, tuple)]
+            if len(attributes) == 1:
+                leaf = attributes[0]
+                factor = -form.pop(leaf)
+                form = {group: value / factor for group, value in form.items()}
+                by_attribute[leaf].append((form, f"{describe(leaf)} in {where}"))
+            elif form and not attributes:
+                result.append((form, f"{describe(expr)} in {where}"))
         for uses in by_attribute.values():
             # An axis that does shrink is the better one to compare the others with.
             reference = uses[0][0]
@@ -223,7 +196,7 @@ class SizeSystem:
                     result.append((difference, where))
         return result
 
-    def _forms(self, group_of: IntArray, group_sizes: dict[int, int]) -> list[Form | None]:
+    def _forms(self, group_of: IntArray, group_sizes: Sequence[int]) -> list[Form | None]:
         replica_of: dict[int, tuple[int, int]] = {}
         for _, pairs, inner in self._ragged:
             groups = np.unique(group_of[pairs])
@@ -232,9 +205,6 @@ class SizeSystem:
                     replica_of[int(atom)] = (int(groups[0]), pairs.shape[0])
         forms: list[Form | None] = []
         for rows in self._rows:
-            if rows.shape[1] == 0:
-                forms.append({})
-                continue
             if ((rows > 0).sum(axis=1) > 1).any():
                 forms.append(None)
                 continue
@@ -252,44 +222,26 @@ class SizeSystem:
             forms.append(form)
         return forms
 
-    def _linear(
-        self, expr: Expr, forms: list[Form | None]
-    ) -> tuple[dict[Expr, Fraction], Form] | None:
-        """Return (attribute -> factor, form) of the change of an expression, or None."""
+    def _linear(self, expr: Expr, forms: list[Form | None]) -> Form | None:
+        """Return what an expression loses; None if it is no sum of multiples."""
         kind = expr[0]
         if kind == "const":
-            return {}, {}
+            return {}
         if kind == "attr":
-            return {expr: Fraction(1)}, {}
+            return {expr: Fraction(1)}
         if kind == "len":
-            form = forms[self._lengths[expr[1]]]
-            return None if form is None else ({}, form)
-        left, right = self._linear(expr[1], forms), self._linear(expr[2], forms)
+            return forms[self._lengths[expr[1]]]
+        left, right = (self._linear(side, forms) for side in expr[1:])
         if left is None or right is None:
             return None
         if kind in ("+", "-"):
-            sign = Fraction(1 if kind == "+" else -1)
-            attributes = dict(left[0])
-            for leaf, factor in right[0].items():
-                attributes[leaf] = attributes.get(leaf, Fraction(0)) + sign * factor
-            attributes = {leaf: factor for leaf, factor in attributes.items() if factor}
-            return attributes, _subtract(left[1], right[1], -sign)
-        scale = self._constant(expr[1]), self._constant(expr[2])
-        if kind == "*" and scale[1] is not None:
-            factor = Fraction(scale[1])
-        elif kind == "*" and scale[0] is not None:
-            factor, left = Fraction(scale[0]), right
-        elif kind == "//" and scale[1]:
-            factor = Fraction(1, scale[1])
-        else:
-            return None
-        return (
-            {leaf: value * factor for leaf, value in left[0].items()},
-            {group: value * factor for group, value in left[1].items()},
-        )
-
-    def _constant(self, expr: Expr) -> int | None:
-        return int(expr[1]) if expr[0] == "const" else None
+            return _subtract(left, right, Fraction(-1 if kind == "+" else 1))
+        first, second = (side[1] if side[0] == "const" else None for side in expr[1:])
+        if kind == "*" and second is not None:
+            return _subtract({}, left, Fraction(-second))
+        if kind == "*" and first is not None:
+            return _subtract({}, right, Fraction(-first))
+        return _subtract({}, left, Fraction(-1, second)) if kind == "//" and second else None
 
 
 class _Lookup:
@@ -386,14 +338,11 @@ def reduce_constraints(
             stuck.setdefault(
                 group, f"its size is bound to others that cannot follow ({why[group]})"
             )
-    changed = True
-    while changed:
-        changed = False
+    for _ in range(2):  # a leader follows no one: from a follower to it, and from it to the others
         for follower, (leader, _) in follows.items():
             for one, other in ((follower, leader), (leader, follower)):
-                if one in stuck and other not in stuck:
-                    stuck[other] = stuck[one]
-                    changed = True
+                if one in stuck:
+                    stuck.setdefault(other, stuck[one])
     return follows, stuck
 
 

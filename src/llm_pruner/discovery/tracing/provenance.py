@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -36,46 +36,58 @@ def descriptions(module: nn.Module) -> tuple[tuple[str, int], ...]:
     return tuple(pair for kind, pairs in _DESCRIPTIVE.items() if kind in names for pair in pairs)
 
 
-@contextmanager
-def traced_attributes(
-    model: nn.Module, on_value: Callable[[Expr], None]
-) -> Iterator[dict[Expr, int]]:
-    """Replace the integer attributes of all modules for the time of the context.
+def trace_attributes_(model: nn.Module, on_value: Callable[[Expr], None]) -> dict[Expr, int]:
+    """Replace the integer attributes of all modules; return attribute -> value.
 
     Integers in tuples and lists, and those of configuration objects, are replaced as well; every
-    module gets its own copy of its configuration, so that the origin names one module. Yields
-    attribute -> value.
+    module gets its own copy of its configuration, so that the origin names one module.
     """
     found: dict[Expr, int] = {}
-    undo: list[tuple[dict[str, Any], str, Any]] = []
 
     def traced(value: int, module: str, name: str) -> TracedInt:
         expr = ("attr", module, name)
         found[expr] = value
         return TracedInt(value, expr, on_value)
 
+    for path, module in model.named_modules():
+        space = vars(module)
+        for key, value in list(space.items()):
+            if type(value) is int:
+                space[key] = traced(value, path, key)
+            elif _is_int_sequence(value):
+                parts = [traced(item, path, f"{key}.{i}") for i, item in enumerate(value)]
+                space[key] = type(value)(parts)
+            elif is_config(key, value):
+                space[key] = copy.copy(value)
+                for inner, item in list(vars(value).items()):
+                    if type(item) is int:
+                        vars(space[key])[inner] = traced(item, path, f"{key}.{inner}")
+    return found
+
+
+def spaces_of(model: nn.Module) -> list[dict[str, Any]]:
+    """Return where the modules of a model hold what they have.
+
+    Those of TorchScript have other places too, in which nothing can be changed.
+    """
+    return [
+        space
+        for module in model.modules()
+        for space in (vars(module), module._parameters, module._buffers, module._modules)
+        if isinstance(space, dict)
+    ]
+
+
+@contextmanager
+def put_back(spaces: Iterable[dict[str, Any]]) -> Iterator[None]:
+    """Give dictionaries what they hold now again, once the context ends."""
+    held = [(space, dict(space)) for space in spaces]
     try:
-        for path, module in model.named_modules():
-            space = vars(module)
-            for key, value in list(space.items()):
-                replaced: Any = None
-                if type(value) is int:
-                    replaced = traced(value, path, key)
-                elif _is_int_sequence(value):
-                    parts = [traced(item, path, f"{key}.{i}") for i, item in enumerate(value)]
-                    replaced = type(value)(parts)
-                elif is_config(key, value):
-                    replaced = copy.copy(value)
-                    for inner, item in list(vars(replaced).items()):
-                        if type(item) is int:
-                            vars(replaced)[inner] = traced(item, path, f"{key}.{inner}")
-                if replaced is not None:
-                    undo.append((space, key, value))
-                    space[key] = replaced
-        yield found
+        yield
     finally:
-        for space, key, value in reversed(undo):
-            space[key] = value
+        for space, before in held:
+            space.clear()
+            space.update(before)
 
 
 def is_config(key: str, value: object) -> bool:
@@ -98,12 +110,6 @@ def _is_int_sequence(value: object) -> bool:
 
 
 _Cached = functools._lru_cache_wrapper
-
-_known: dict[str, tuple[int, list[tuple[Any, str]]]] = {}
-"""Module name -> number of its names when it was looked through, memoised functions in it."""
-
-_standing_in: dict[int, tuple[Any, Callable[..., Any]]] = {}
-"""Identity of a memoised function -> the function, what stands for it during a trace."""
 
 _OTHERS = frozenset(sys.stdlib_module_names) | {"torch", "numpy", __name__.partition(".")[0]}
 
@@ -131,29 +137,28 @@ def without_memory() -> Iterator[None]:
 
 def _memoised() -> Iterator[tuple[Any, str]]:
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] in _OTHERS or not isinstance(module, ModuleType):
-            continue
-        space = vars(module)
-        if name not in _known or _known[name][0] != len(space):
-            _known[name] = (len(space), list(_found_in(module)))
-        yield from _known[name][1]
+        if name.partition(".")[0] not in _OTHERS and isinstance(module, ModuleType):
+            yield from _memoised_in(name, len(vars(module)))
 
 
-def _found_in(module: ModuleType) -> Iterator[tuple[Any, str]]:
+@functools.cache
+def _memoised_in(module_name: str, names: int) -> list[tuple[Any, str]]:  # noqa: ARG001
+    """Return (owner, name) of memoised functions; a module is looked through when it has grown."""
+    module = sys.modules[module_name]
+    found: list[tuple[Any, str]] = []
     for name, value in list(vars(module).items()):
         if isinstance(value, _Cached):
-            yield module, name
+            found.append((module, name))
         elif type(value) is type and value.__module__ == module.__name__:
-            yield from (
-                (value, inner) for inner, item in vars(value).items() if isinstance(item, _Cached)
-            )
+            found += [
+                (value, key) for key, item in vars(value).items() if isinstance(item, _Cached)
+            ]
+    return found
 
 
+@functools.cache
 def _asking(cached: Any) -> Callable[..., Any]:
     """Return what stands for a memoised function, which is made once."""
-    known = _standing_in.get(id(cached))
-    if known is not None and known[0] is cached:
-        return known[1]
 
     @functools.wraps(cached)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -162,7 +167,6 @@ def _asking(cached: Any) -> Callable[..., Any]:
 
     for name in ("cache_clear", "cache_info", "cache_parameters"):
         setattr(call, name, getattr(cached, name))
-    _standing_in[id(cached)] = cached, call
     return call
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from llm_pruner.discovery.tracing.provenance import is_config
+from llm_pruner.discovery.tracing.provenance import is_config, put_back, spaces_of
 from llm_pruner.models.forward import base_model, logits_of, maximum_length, parameters_of
 
 Forward = Callable[[nn.Module, torch.Tensor], list[torch.Tensor]]
@@ -63,32 +63,21 @@ class Scene:
 
 
 def scenes_of(model: nn.Module, forward: Forward, vocabulary: int) -> tuple[Scene, ...]:
-    """Return the scenes of a model.
-
-    Args:
-        model: any language model.
-        forward: how to run it on a few tokens.
-        vocabulary: number of token ids, which is no length.
-    """
-    short = Scene("8 tokens", (2, 8), forward, needed=True)
-    parameters = parameters_of(model)
+    """Return the scenes of a model; ``forward`` runs it on a few tokens."""
     length, beyond = long_length(model, vocabulary)
     said = f"{length:,} tokens" + (f" (not {beyond:,})" if beyond else "")
-    if not is_of_transformers(model):
-        return (
-            short,
-            Scene(said, (1, length), _plain),
-            Scene("training", (2, 8), _plain, training=True),
-        )
-    scenes = [short]
-    if "attention_mask" in parameters:
-        scenes.append(Scene("padding left and right", (2, 8), _padded))
-    if hasattr(model, "generate"):
-        scenes.append(Scene(f"{said} and generate", (1, length), generated))
-    else:
-        scenes.append(Scene(said, (1, length), _by_name))
-    scenes.append(Scene("training", (2, 8), _by_name, training=True))
-    return tuple(scenes)
+    named = is_of_transformers(model)
+    run = _by_name if named else _plain
+    padded = Scene("padding left and right", (2, 8), _padded)
+    long = Scene(said, (1, length), run)
+    if named and hasattr(model, "generate"):
+        long = Scene(f"{said} and generate", (1, length), generated)
+    return (
+        Scene("8 tokens", (2, 8), forward, needed=True),
+        *([padded] if named and "attention_mask" in parameters_of(model) else []),
+        long,
+        Scene("training", (2, 8), run, training=True),
+    )
 
 
 def shorter(scene: Scene) -> Iterator[Scene]:
@@ -99,11 +88,6 @@ def shorter(scene: Scene) -> Iterator[Scene]:
     for fewer in dict.fromkeys((length - 1, length // 2, length // 4, _LONG)):
         name = scene.name.replace(f"{length:,} tokens", f"{fewer:,} tokens", 1)
         yield replace(scene, name=name, shape=(scene.shape[0], fewer))
-
-
-def given_scene(forward: Forward) -> tuple[Scene, ...]:
-    """Return the one scene of a model that is run on given tokens."""
-    return (Scene("the given tokens", (2, 8), forward, needed=True),)
 
 
 def is_of_transformers(model: nn.Module) -> bool:
@@ -232,35 +216,23 @@ def staged(model: nn.Module, *, training: bool = False, contents: bool = False) 
         contents: put back what tensors that are no parameters hold, too; in training it is always.
     """
     modes = [(module, module.training) for module in model.modules()]
-    spaces = [
-        space
-        for module in model.modules()
-        for space in (vars(module), module._buffers, module._parameters)
-        if isinstance(space, dict)
-    ]
     random = list(_random_parts(model)) if training else []
-    held = [(space, dict(space)) for space in (*spaces, *(space for space, _ in random))]
+    spaces = [*spaces_of(model), *(space for space, _ in random)]
     values = [
         (value, value.clone())
-        for _, before in held
-        for value in before.values()
-        if (contents or training)
-        and isinstance(value, torch.Tensor)
-        and not isinstance(value, nn.Parameter)
+        for space in (spaces if contents or training else ())
+        for value in space.values()
+        if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
     ]
     try:
-        for space, key in random:
-            space[key] = 0.0
-        model.train(training)
-        with torch.no_grad():
+        with put_back(spaces), torch.no_grad():
+            for space, key in random:
+                space[key] = 0.0
+            model.train(training)
             yield
     finally:
         for module, mode in modes:
             module.training = mode
-        for space, before in held:
-            space.update(before)
-            for key in space.keys() - before.keys():
-                del space[key]
         with torch.no_grad():
             for tensor, value in values:
                 if not (tensor.is_meta or torch.equal(tensor, value)):

@@ -54,6 +54,8 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,
 }
 
+_OPERATORS = ARITHMETIC | COMPARISONS
+
 
 def _counted(size: TracedInt, symbol: str, other: Any, swap: bool = False) -> Any:
     """Return the sum, product and so on of a size and an integer, which is a size again."""
@@ -169,11 +171,7 @@ class TracedInt(torch.SymInt):
 
     # ---------------------------------------------------------- used as a number
 
-    def __index__(self) -> int:
-        return self._place()
-
-    def __int__(self) -> int:
-        return self._read()
+    __index__, __int__ = _place, _read
 
     def __float__(self) -> float:
         return float(self._read())
@@ -205,11 +203,10 @@ class TracedInt(torch.SymInt):
         self.on_value(self.expr)
         return value
 
-    def __str__(self) -> str:
-        return str(self._read())
-
     def __repr__(self) -> str:
         return repr(self._read())
+
+    __str__ = __repr__
 
     def __format__(self, spec: str) -> str:
         return format(self._read(), spec)
@@ -231,8 +228,7 @@ class TracedInt(torch.SymInt):
     __gt__ = _operators(_compared, ">")[0]
     __ge__ = _operators(_compared, ">=")[0]
 
-    def __copy__(self) -> TracedInt:
-        return self
+    __copy__ = __pos__
 
     def __deepcopy__(self, memo: Any) -> TracedInt:
         return self
@@ -285,18 +281,18 @@ def leaves(expr: Expr) -> Iterator[Expr]:
         yield expr
     elif expr[0] == PLACE:
         yield from leaves(expr[1])
-    elif expr[0] in ARITHMETIC or expr[0] in COMPARISONS:
+    elif expr[0] in _OPERATORS:
         yield from leaves(expr[1])
         yield from leaves(expr[2])
 
 
 def evaluate(expr: Expr, values: Mapping[Expr, int]) -> int:
-    """Return the value of an expression; KeyError if a leaf has none."""
+    """Return the value of an expression, or whether a comparison holds; KeyError without a leaf."""
     if expr[0] == "const":
         return expr[1]
     if expr[0] in ("attr", "len"):
         return values[expr]
-    return ARITHMETIC[expr[0]](evaluate(expr[1], values), evaluate(expr[2], values))
+    return _OPERATORS[expr[0]](evaluate(expr[1], values), evaluate(expr[2], values))
 
 
 def describe(expr: Expr) -> str:

@@ -111,12 +111,7 @@ def _compiled_code(call: Any, code: Any, args: Any, keys: Any, values: Any) -> A
 _compiled_code.__name__ = COMPILED_CODE
 
 
-def _load_balancing_loss(
-    gate_logits: Any,
-    num_experts: Any = None,
-    *args: Any,  # noqa: ARG001
-    **kwargs: Any,  # noqa: ARG001
-) -> Any:
+def _load_balancing_loss(gate_logits: Any, num_experts: Any = None, *_: Any, **__: Any) -> Any:
     """No loss; its code takes each router's number of experts from one attribute.
 
     That it also multiplies with the number changes the loss alone, not what the model says.

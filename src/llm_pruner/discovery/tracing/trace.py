@@ -8,19 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import nn
 
 from llm_pruner.discovery.tracing.atoms import Atoms
 from llm_pruner.discovery.tracing.provenance import descriptions
-from llm_pruner.discovery.tracing.sizes import (
-    COMPARISONS,
-    PLACE,
-    Equation,
-    Expr,
-    evaluate,
-    leaves,
-)
+from llm_pruner.discovery.tracing.sizes import COMPARISONS, PLACE, Equation, Expr, evaluate, leaves
 from llm_pruner.types import IntArray
 
 Axes = list[IntArray]
@@ -88,17 +82,16 @@ class Trace:
     roles: dict[Role, list[IntArray]] = field(default_factory=dict)
     choices: list[Choice] = field(default_factory=list)
     residual: IntArray | None = None
-    unknown: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def values(self) -> dict[Expr, int]:
+        """The value of each attribute and each length, as the model is."""
+        lengths = {("len", number): len(rows) for number, rows in enumerate(self.lengths)}
+        return {**self.attributes, **lengths}
 
 
 def settle(trace: Trace, model: nn.Module, aliases: Mapping[str, str]) -> None:
-    """Draw the conclusions that need the whole trace.
-
-    Args:
-        trace: what the run stated.
-        model: that was run.
-        aliases: names of tied tensors -> first name.
-    """
+    """Draw the conclusions that need the whole trace; aliases: other names -> first name."""
     _follow_read(trace, model)
     _freeze_unreached(trace, aliases)
     _pin_sizes(trace, _described(trace, model), _used_as_numbers(trace))
@@ -184,20 +177,14 @@ def _may_turn(expr: Expr, old: Mapping[Expr, int]) -> bool:
     Whether there is more than one is asked everywhere, and answered right either way: code that
     repeats or loops does so once.
     """
-    symbol, left, right = expr
     (leaf,) = set(leaves(expr))
-
-    def holds(value: int) -> bool:
-        one = {leaf: value}
-        return COMPARISONS[symbol](evaluate(left, one), evaluate(right, one))
-
-    now = holds(old[leaf])
-    return any(holds(value) != now for value in range(2, old[leaf]))
+    now = evaluate(expr, old)
+    return any(evaluate(expr, {leaf: value}) != now for value in range(2, old[leaf]))
 
 
 def _used_as_numbers(trace: Trace) -> dict[Expr, str]:
     """Freeze axes whose length is used as a number; return attribute -> why it is a number, too."""
-    old = {**trace.attributes, **{("len", i): len(rows) for i, rows in enumerate(trace.lengths)}}
+    old = trace.values
     found: dict[Expr, str] = {}
     for expr, where in trace.numbers.items():
         how = "used as a number"
@@ -231,12 +218,7 @@ def _used_as_numbers(trace: Trace) -> dict[Expr, str]:
 def _pin_sizes(
     trace: Trace, described: Mapping[Expr, IntArray], as_number: Mapping[Expr, str]
 ) -> None:
-    """Freeze axes that are sized by attributes that are used as numbers.
-
-    Args:
-        described: attribute of a standard module -> rows of the axis whose size it states.
-        as_number: attribute -> why it is a number, too.
-    """
+    """Freeze axes that are sized by attributes that are used as numbers, which say why."""
     for leaf, reason in as_number.items():
         if leaf in described:
             trace.atoms.freeze(described[leaf], reason)
@@ -269,5 +251,4 @@ def _settle_copies(trace: Trace) -> None:
                 before = atoms.resolve(flat)
                 for pairs in ragged.pairs:
                     atoms.unify(pairs[:, None], ragged.inner)
-                after = atoms.resolve(flat)
-                changed |= before.shape != after.shape or not bool((before == after).all())
+                changed |= not np.array_equal(before, atoms.resolve(flat))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,22 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_pruner.discovery.tracing.atoms import empty_rows, product_rows
 from llm_pruner.discovery.tracing.ghosts import GhostRunner
-from llm_pruner.discovery.tracing.ops import (
-    Call,
-    Operation,
-    UnplacedError,
-    operation,
-    tensors_in,
-)
-from llm_pruner.discovery.tracing.sizes import Equation, Expr, TracedInt, code_line, leaves
+from llm_pruner.discovery.tracing.ops import Call, Operation, UnplacedError, operation, tensors_in
+from llm_pruner.discovery.tracing.sizes import Equation, Expr, TracedInt, code_line, expr_of, leaves
 from llm_pruner.discovery.tracing.stand_ins import COMPILED_CODE
 from llm_pruner.discovery.tracing.trace import Axes, Choice, Ragged, Role, Trace
 from llm_pruner.types import IntArray
-
-
-class _Key(weakref.ref[torch.Tensor]):
-    __slots__ = ("number",)
-    number: int
 
 
 class Marks:
@@ -43,13 +33,7 @@ class Marks:
     """
 
     def __init__(self) -> None:
-        found: dict[int, tuple[_Key, Any]] = {}
-
-        def forget(key: _Key) -> None:
-            found.pop(key.number, None)
-
-        self._found = found
-        self._forget: Any = forget
+        self._found: dict[int, list[Any]] = {}
 
     def __contains__(self, tensor: object) -> bool:
         return id(tensor) in self._found
@@ -58,14 +42,12 @@ class Marks:
         return self._found[id(tensor)][1]
 
     def __setitem__(self, tensor: torch.Tensor, value: Any) -> None:
-        number = id(tensor)
-        known = self._found.get(number)
+        known = self._found.get(id(tensor))
         if known is not None:
-            self._found[number] = known[0], value
-            return
-        key = _Key(tensor, self._forget)
-        key.number = number
-        self._found[number] = key, value
+            known[1] = value
+        else:
+            forget = partial(self._found.pop, id(tensor))
+            self._found[id(tensor)] = [weakref.ref(tensor, forget), value]
 
     def get(self, tensor: torch.Tensor) -> Any:
         """Return the value of a tensor, or None."""
@@ -78,17 +60,7 @@ class Marks:
 
     def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether all of these tensors are in it."""
-        found = self._found
-        for tensor in tensors:  # noqa: SIM110
-            if id(tensor) not in found:
-                return False
-        return True
-
-    def setdefault(self, tensor: torch.Tensor, value: Any) -> Any:
-        """Give a tensor a value unless it has one; return what it has."""
-        if tensor not in self:
-            self[tensor] = value
-        return self[tensor]
+        return all(map(self.__contains__, tensors))
 
 
 class Tracer(TorchDispatchMode):
@@ -159,37 +131,40 @@ class Tracer(TorchDispatchMode):
             self._frozen_rows[reason, count] = rows
         return self._frozen_rows[reason, count]
 
-    def add_input(self, tensor: torch.Tensor, reasons: tuple[str, ...]) -> None:
-        """Label an input of the model; its axes cannot be pruned."""
-        self.labels[tensor] = [
-            self.frozen_rows(size, reason)
-            for size, reason in zip(tensor.shape, reasons, strict=True)
+    def add_tokens(self, tokens: torch.Tensor) -> None:
+        """Label token ids (batch, sequence), the input of a model."""
+        batch, sequence = tokens.shape
+        self.labels[tokens] = [
+            self.frozen_rows(batch, "the batch"),
+            self.frozen_rows(sequence, "the sequence"),
         ]
+        self.vocabulary[tokens] = True
 
     def label(self, tensor: torch.Tensor) -> Axes:
         """Return the rows of every axis; tensors from outside the trace are constants."""
         axes = self.labels.get(tensor)
         if axes is None or len(axes) != tensor.dim():
-            axes = [self.frozen_rows(size, "a constant in the code") for size in tensor.shape]
-            self.labels[tensor] = axes
+            axes = self.labels[tensor] = self.frozen_axes(tensor, "a constant in the code")
         return list(axes)
+
+    def frozen_axes(self, tensor: torch.Tensor, reason: str) -> Axes:
+        """Return rows that are never deleted for every axis of a tensor."""
+        return [self.frozen_rows(size, reason) for size in tensor.shape]
+
+    def freeze_axes(self, tensor: torch.Tensor, reason: str) -> None:
+        """State that no axis of a tensor can shrink."""
+        for rows in self.label(tensor):
+            self.freeze(rows, reason)
 
     def set_label(self, tensor: torch.Tensor, axes: Axes) -> None:
         """Label a result; axes of one position carry nothing."""
-        shape = tensor.shape
-        if len(axes) != len(shape):
-            raise AssertionError(f"label of {len(axes)} axes for a tensor of {len(shape)}")
-        for rows, size in zip(axes, shape, strict=True):
+        for rows, size in zip(axes, tensor.shape, strict=True):  # ValueError: of other dimensions
             if len(rows) != size:
-                raise AssertionError(f"label {[len(r) for r in axes]} for shape {tuple(shape)}")
+                raise ValueError(f"label {[len(r) for r in axes]} for shape {tuple(tensor.shape)}")
             if size == 1 and rows.size:
                 # Cut out of a longer axis: code that takes this position needs it to stay.
                 self.freeze(rows, "single positions of it are taken")
-        if 1 in shape:
-            axes = [_ONE if size == 1 else rows for rows, size in zip(axes, shape, strict=True)]
-        else:
-            axes = list(axes)
-        self.labels[tensor] = axes
+        self.labels[tensor] = [_ONE if len(rows) == 1 else rows for rows in axes]
 
     def unify(self, left: IntArray, right: IntArray) -> IntArray:
         """State that two axes shrink together."""
@@ -222,11 +197,10 @@ class Tracer(TorchDispatchMode):
 
     def _pairs(self, outer: IntArray, inner: IntArray) -> IntArray:
         known = self._ragged.get(int(inner[0, 0]))
-        if known is not None and known.pairs.shape == (len(outer), len(inner)):
-            same = self.atoms.resolve(known.outer), self.atoms.resolve(outer)
-            if same[0].shape == same[1].shape and (same[0] == same[1]).all():
-                return known.pairs
-        pairs = self.atoms.fresh(len(outer) * len(inner)).reshape(len(outer), len(inner))
+        shape = len(outer), len(inner)
+        if known is not None and known.pairs.shape == shape and self.atoms.same(known.outer, outer):
+            return known.pairs
+        pairs = self.atoms.fresh(len(outer) * len(inner)).reshape(shape)
         self._add_ragged(Ragged(outer, pairs, inner))
         return pairs
 
@@ -297,6 +271,9 @@ class Tracer(TorchDispatchMode):
             available -= int(masked.sum(dim).max())
         self.trace.choices.append(Choice(rows, count, max(available, count)))
 
+    def look_up(self, rows: IntArray, index: torch.Tensor) -> None:
+        """Hear of an axis that is read or written by an index; who follows token ids asks."""
+
     def is_weight(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is a parameter or buffer, or a mere view or cast of one.
 
@@ -326,10 +303,11 @@ class Tracer(TorchDispatchMode):
         expr = ("len", number)
         return TracedInt(len(rows), expr, self.used_as_number)
 
-    def sized(self, expr: Expr, rows: IntArray, where: str) -> None:
+    def sized(self, size: int | TracedInt, rows: IntArray, where: str) -> None:
         """Record that an integer is the length of an axis; a literal one freezes it."""
         if len(rows) == 0:
             return
+        expr = expr_of(size)
         if next(leaves(expr), None) is not None:
             self.trace.equations.append(Equation(expr, rows, where))
         elif len(rows) > 1:
@@ -355,8 +333,7 @@ class Tracer(TorchDispatchMode):
     def values_read(self, tensor: torch.Tensor, where: str) -> None:
         """Freeze a tensor whose values the code reads; what it does with them is unknown."""
         reason = f"the code follows its values ({where})"
-        for rows in self.label(tensor):
-            self.freeze(rows, reason)
+        self.freeze_axes(tensor, reason)
         self._freeze_domains([tensor], reason)
 
     # ---------------------------------------------------------------- running
@@ -386,7 +363,7 @@ class Tracer(TorchDispatchMode):
             if known.op.domain == "read":
                 self._freeze_domains(inputs, f"its positions are chosen by {call.name}")
             known.op.rule(self, call, **known.asked(known.op.rule, args, kwargs))
-        except (UnplacedError, ValueError, AssertionError, LookupError, TypeError) as error:
+        except (UnplacedError, ValueError, LookupError, TypeError) as error:
             # A call in a form that the rule was not made for is as good as one without a rule.
             form = f"no rule for this form of the operation {call.name}"
             reason = str(error) if isinstance(error, UnplacedError) else form
@@ -397,7 +374,7 @@ class Tracer(TorchDispatchMode):
             if known.op.domain == "kept" and inputs[0] in self.domains:
                 for tensor in call.results:
                     self.domains[tensor] = self.domains[inputs[0]]
-        self._follow(known, call, args)
+        self.follow(known, call, args)
         return call.out
 
     def _freeze_domains(self, tensors: list[torch.Tensor], reason: str) -> None:
@@ -407,18 +384,17 @@ class Tracer(TorchDispatchMode):
 
     def _give_up(self, call: Call, reason: str) -> None:
         """Freeze all that went into a call and all that came out."""
-        self.trace.unknown[call.name] = self.trace.unknown.get(call.name, 0) + 1
         for tensor in call.inputs:
-            for rows in self.label(tensor):
-                self.freeze(rows, reason)
+            self.freeze_axes(tensor, reason)
         for tensor in call.results:
-            self.set_label(tensor, [self.frozen_rows(size, reason) for size in tensor.shape])
+            self.set_label(tensor, self.frozen_axes(tensor, reason))
 
-    def _follow(self, known: Operation, call: Call, args: tuple[Any, ...]) -> None:
+    def follow(self, known: Operation, call: Call, args: tuple[Any, ...]) -> None:
         """Let results be weights, token ids or parts of an axis, as what they are made of."""
         if known.view and call.inputs[0] in self.cut_from:
             for tensor in call.results:
-                self.cut_from.setdefault(tensor, self.cut_from[call.inputs[0]])
+                if tensor not in self.cut_from:
+                    self.cut_from[tensor] = self.cut_from[call.inputs[0]]
         # Weights that an index takes, of the expert that a token is given, are weights still.
         if known.op.moves and (first := tensors_in(args[:1])):
             marks = [m for m in (self.weights, self.vocabulary, self.one_hot) if m.holds(first)]

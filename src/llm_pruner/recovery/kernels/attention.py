@@ -226,10 +226,7 @@ def _tiles(query: torch.Tensor) -> Iterator[slice]:
 def _shares(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
     """Return how much of each value a query takes, (n, g * queries, keys).
 
-    Args:
-        queries: (n, g, queries, d), of the last places that keys are of.
-        keys: (n, keys, d).
-        scale: of the products.
+    The queries (n, g, queries, d) are of the last places that keys (n, keys, d) are of.
     """
     count = queries.shape[2]
     scores = _times(queries.flatten(1, 2), keys.transpose(1, 2), scale)

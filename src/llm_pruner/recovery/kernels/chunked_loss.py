@@ -17,9 +17,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from llm_pruner.recovery.forward import arguments_of, target_logits, target_tokens
 from llm_pruner.recovery.objective import Objective, WithGradient
-from llm_pruner.recovery.packing import Batch
+from llm_pruner.recovery.packing import Batch, arguments_of, target_logits
 
 _CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}
 """Float32 logits at a time. On a CPU below what malloc keeps, see ``llm_pruner.runtime.memory``."""
@@ -54,12 +53,9 @@ def summed_loss(model: Any, batch: Batch, objective: Objective) -> torch.Tensor:
     logits are computed in chunks; else all at once.
 
     Args:
-        model: may be wrapped for several processes.
+        model: may be wrapped for several processes; the result is differentiable in its weights.
         batch: the samples.
         objective: called once for each chunk, in order.
-
-    Returns:
-        A scalar, differentiable in the model's weights.
     """
     found = _before_head(model, batch)
     if found is None:
@@ -77,20 +73,6 @@ def summed_loss(model: Any, batch: Batch, objective: Objective) -> torch.Tensor:
     for span in _spans(len(hidden), rows):
         total += objective(run(hidden[span]).float(), span, False)[0]
     return total
-
-
-@torch.no_grad()
-def watch_logits(
-    model: Any, batch: Batch, watch: Callable[[torch.Tensor, torch.Tensor], None]
-) -> None:
-    """Show logits of learned tokens, (n, vocabulary), and those tokens, a few after the other."""
-    tokens = target_tokens(batch)
-
-    def nothing(logits: torch.Tensor, span: slice, _: bool) -> tuple[torch.Tensor, None]:
-        watch(logits, tokens[span].to(logits.device))
-        return logits.new_zeros(()), None
-
-    summed_loss(model, batch, nothing)
 
 
 class _Chunked(torch.autograd.Function):
@@ -177,10 +159,6 @@ def _tokens_at_once(head: nn.Module, hidden: torch.Tensor, *, trained: bool) -> 
     return 4 * rows if trained else rows
 
 
-class _NoFitError(Exception):
-    """The output embedding was called in another way than expected."""
-
-
 def _before_head(model: Any, batch: Batch) -> tuple[nn.Module, torch.Tensor] | None:
     """Run a model without its output embedding.
 
@@ -190,22 +168,23 @@ def _before_head(model: Any, batch: Batch) -> tuple[nn.Module, torch.Tensor] | N
     """
     head = getattr(model, "module", model).get_output_embeddings()
     rows, length = batch.input_ids.shape
-    # Hooks of the module would not be called, and accelerate's bring its weights.
     if (
         not _switched["on"]
         or head is None
         or head in _otherwise
-        or not any(True for _ in head.parameters())
+        or next(head.parameters(), None) is None
+        # Hooks of the module would not be called, and accelerate's bring its weights.
+        or head._forward_hooks
+        or head._forward_pre_hooks
+        or hasattr(head, "_hf_hook")
     ):
-        return None
-    if head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"):
         return None
     seen: list[torch.Tensor] = []
 
     def stand_in(*args: Any, **others: Any) -> torch.Tensor:
         fits = len(args) == 1 and not others and isinstance(args[0], torch.Tensor)
         if not fits or args[0].shape[:-1] != (rows, length) or rows == length or seen:
-            raise _NoFitError
+            raise ValueError("the output embedding was called in another way than expected")
         learned = batch.learned[:, 1:].to(args[0].device)
         seen.append(args[0][:, :-1][learned][None])
         return seen[0]
@@ -215,7 +194,7 @@ def _before_head(model: Any, batch: Batch) -> tuple[nn.Module, torch.Tensor] | N
     try:
         output = model(**arguments_of(model, batch))
         untouched = len(seen) == 1 and output.logits is seen[0] and seen[0]._version == 0
-    except (_NoFitError, RuntimeError, ValueError, IndexError):
+    except (RuntimeError, ValueError, IndexError):
         untouched = False  # if this was not the reason, the whole model says so again
     finally:
         if whole is None:

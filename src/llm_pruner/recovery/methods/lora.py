@@ -53,10 +53,8 @@ def linear_layers(model: Any) -> list[str]:
 def quantize_(model: Any, names: list[str], kind: str) -> None:
     """Hold the weights of linear layers in int8, a scale for each output, or in 4-bit NormalFloat.
 
-    Args:
-        model: in place.
-        names: of the layers; others than ``nn.Linear`` stay as they are.
-        kind: ``int8`` by torchao, or ``nf4`` by bitsandbytes.
+    Layers of other types than ``nn.Linear`` stay as they are; ``int8`` is torchao's, ``nf4``
+    bitsandbytes's.
     """
     chosen = {name for name in names if type(model.get_submodule(name)) is nn.Linear}
     if kind == "int8":

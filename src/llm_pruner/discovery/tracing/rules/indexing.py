@@ -6,8 +6,7 @@ together: what is deleted is never chosen. Any other index freezes the axis that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ Indices = Sequence[Tensor | None]
 
 def _tie_indexed(tracer: Tracer, rows: IntArray, index: Tensor, what: str) -> None:
     """State what an index does to the axis that it reads or writes."""
+    tracer.look_up(rows, index)
     domain = tracer.domains.get(index)
     if domain is not None and len(domain) == len(rows):
         tracer.unify(domain, rows)
@@ -30,6 +30,14 @@ def _tie_indexed(tracer: Tracer, rows: IntArray, index: Tensor, what: str) -> No
     if domain is not None:
         tracer.freeze(domain, what)
     tracer.freeze(rows, "the vocabulary" if index in tracer.vocabulary else what)
+
+
+def _indexed(tracer: Tracer, self: Tensor, dim: int, index: Tensor, what: str) -> tuple[Axes, int]:
+    """Tie an axis to the index along it; return all axes, and which it is, from the left."""
+    axes = tracer.label(self)
+    dim = dim % max(len(axes), 1)
+    _tie_indexed(tracer, axes[dim], index, what)
+    return axes, dim
 
 
 def _note_tokens(tracer: Tracer, index: Tensor, tail: Axes) -> None:
@@ -63,8 +71,7 @@ def index(tracer: Tracer, call: Call, self: Tensor, indices: Indices) -> None:
             tracer.note("routing", axes[place])
     if any(map(_selects, items)):
         for item in items:
-            for rows in tracer.label(item):
-                tracer.freeze(rows, "selected by a mask")
+            tracer.freeze_axes(item, "selected by a mask")
         dims = sum(item.dim() for item in items)
         if dims == len(places) == 1:
             axes[places[0]] = tracer.frozen_rows(call.out.shape[places[0]], "selected by a mask")
@@ -86,9 +93,7 @@ def index(tracer: Tracer, call: Call, self: Tensor, indices: Indices) -> None:
 
 @rule("index_select", domain="kept")
 def index_select(tracer: Tracer, call: Call, self: Tensor, dim: int, index: Tensor) -> None:
-    axes = tracer.label(self)
-    dim = dim % len(axes)
-    _tie_indexed(tracer, axes[dim], index, "looked up by position")
+    axes, dim = _indexed(tracer, self, dim, index, "looked up by position")
     axes[dim] = tracer.label(index)[0] if index.dim() else axes[dim][:1]
     tracer.set_label(call.out, axes)
     if dim == 0 and tracer.is_weight(self):
@@ -108,9 +113,8 @@ def _align(tracer: Tracer, axes: Axes, others: Axes, skip: int) -> None:
 
 @rule("gather", domain="kept")
 def gather(tracer: Tracer, call: Call, self: Tensor, dim: int, index: Tensor) -> None:
-    axes, chosen = tracer.label(self), tracer.label(index)
-    dim = dim % max(len(axes), 1)
-    _tie_indexed(tracer, axes[dim], index, "looked up by position")
+    chosen = tracer.label(index)
+    axes, dim = _indexed(tracer, self, dim, index, "looked up by position")
     _align(tracer, axes, chosen, dim)
     tracer.set_label(call.out, chosen)
     if dim == 0 and tracer.is_weight(self):
@@ -122,9 +126,7 @@ def gather(tracer: Tracer, call: Call, self: Tensor, dim: int, index: Tensor) ->
 def scatter(
     tracer: Tracer, call: Call, self: Tensor, dim: int, index: Tensor, src: Tensor | None = None
 ) -> None:
-    axes = tracer.label(self)
-    dim = dim % max(len(axes), 1)
-    _tie_indexed(tracer, axes[dim], index, "written by position")
+    axes, dim = _indexed(tracer, self, dim, index, "written by position")
     _align(tracer, axes, tracer.label(index), dim)
     if src is not None and src.dim() == len(axes):
         _align(tracer, axes, tracer.label(src), dim)
@@ -137,9 +139,7 @@ def scatter(
 def index_add(
     tracer: Tracer, call: Call, self: Tensor, dim: int, index: Tensor, source: Tensor
 ) -> None:
-    axes = tracer.label(self)
-    dim = dim % max(len(axes), 1)
-    _tie_indexed(tracer, axes[dim], index, "written by position")
+    axes, dim = _indexed(tracer, self, dim, index, "written by position")
     if source.dim() == len(axes):
         values = tracer.label(source)
         tracer.freeze(values[dim], "written by position")
@@ -179,36 +179,31 @@ def index_put(tracer: Tracer, call: Call, self: Tensor, indices: Indices, values
 def found(tracer: Tracer, call: Call) -> None:
     """``nonzero``, ``.item()`` and the like: the code follows the values."""
     for tensor in call.inputs:
-        for rows in tracer.label(tensor):
-            tracer.freeze(rows, f"the code follows its values ({call.name})")
+        tracer.freeze_axes(tensor, f"the code follows its values ({call.name})")
     for result in call.results:
-        rows_of_axes = [tracer.frozen_rows(size, "found by value") for size in result.shape]
-        tracer.set_label(result, rows_of_axes)
+        tracer.set_label(result, tracer.frozen_axes(result, "found by value"))
 
 
 @rule("bincount", domain="tied")
 def bincount(
     tracer: Tracer, call: Call, self: Tensor, weights: Tensor | None, minlength: int
 ) -> None:
-    domain = tracer.domains.get(self)
-    _count(
-        tracer, call, domain, weights is None and domain is not None and minlength == len(domain)
-    )
+    _count(tracer, call, self, lambda size: weights is None and minlength == size)
 
 
 @rule("histc", domain="tied")
 def histc(tracer: Tracer, call: Call, self: Tensor, bins: int, min: float, max: float) -> None:
-    domain = tracer.domains.get(self)
-    sizes = (bins, min, max)
-    _count(tracer, call, domain, domain is not None and sizes == (len(domain), 0, len(domain) - 1))
+    _count(tracer, call, self, lambda size: (bins, min, max) == (size, 0, size - 1))
 
 
-def _count(tracer: Tracer, call: Call, domain: Any, complete: bool) -> None:
+def _count(tracer: Tracer, call: Call, counted: Tensor, complete: Callable[[int], bool]) -> None:
     """How often each position was chosen, if there is one bin for each of them."""
-    if complete:
+    domain = tracer.domains.get(counted)
+    if domain is None:
+        found(tracer, call)
+    elif complete(len(domain)):
         tracer.set_label(call.out, [domain])
         tracer.counts[call.out] = True
-        return
-    if domain is not None:
+    else:
         tracer.freeze(domain, "counted in other bins than its positions")
-    found(tracer, call)
+        found(tracer, call)

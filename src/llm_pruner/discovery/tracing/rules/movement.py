@@ -9,28 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from llm_pruner.discovery.tracing.atoms import empty_rows, product_rows, stack_rows
-from llm_pruner.discovery.tracing.functions import SHAPED_IN_SIGHT
+from llm_pruner.discovery.tracing.functions import require_sight
 from llm_pruner.discovery.tracing.ops import Call, UnplacedError, rule
 from llm_pruner.discovery.tracing.trace import Axes
 from llm_pruner.discovery.tracing.tracer import Tracer
-
-_WHY_FIXED = {
-    "multi_head_attention_forward": ", which takes the size of a head from the hidden size",
-}
-
-
-def require_sight(tracer: Tracer) -> None:
-    """Refuse a change of sizes inside a function whose arithmetic is not watched.
-
-    A function that is written in C++, or in Python inside PyTorch, may compute sizes from plain
-    numbers (``tensor_split``, ``multi_head_attention_forward``); those would not follow a removal.
-
-    Raises:
-        UnplacedError: always in such a function.
-    """
-    if tracer.function not in SHAPED_IN_SIGHT:
-        why = _WHY_FIXED.get(str(tracer.function), "")
-        raise UnplacedError(f"resized inside {tracer.function or 'compiled code'}{why}")
 
 
 def view_axes(tracer: Tracer, axes: Axes, shape: tuple[int, ...]) -> Axes:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from llm_pruner.discovery.tracing.atoms import empty_rows
-from llm_pruner.discovery.tracing.functions import SHAPED_IN_SIGHT
-from llm_pruner.discovery.tracing.ops import Call, UnplacedError, rule
+from llm_pruner.discovery.tracing.functions import require_sight
+from llm_pruner.discovery.tracing.ops import Call, rule
 from llm_pruner.discovery.tracing.sizes import code_line
 from llm_pruner.discovery.tracing.trace import Axes
 from llm_pruner.discovery.tracing.tracer import Tracer
@@ -68,6 +68,8 @@ def equal(tracer: Tracer, call: Call, self: Tensor, other: object) -> None:
     pointwise(tracer, call)
     if self in tracer.vocabulary and isinstance(other, Tensor):
         tracer.one_hot[call.out] = True
+        if other.dim():
+            tracer.look_up(tracer.label(other)[-1], self)
 
 
 @rule("glu")
@@ -84,8 +86,7 @@ def glu(tracer: Tracer, call: Call, self: Tensor, dim: int) -> None:
 @rule("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided")
 def uniform(tracer: Tracer, call: Call) -> None:
     """``zeros`` and the like hold one value everywhere: their axes adapt to what they meet."""
-    if tracer.function not in SHAPED_IN_SIGHT:
-        raise UnplacedError(f"created inside {tracer.function or 'compiled code'}")
+    require_sight(tracer, "created")
     tracer.set_label(call.out, [tracer.atoms.fresh(size) for size in call.out.shape])
 
 
@@ -100,7 +101,7 @@ def like(tracer: Tracer, call: Call, self: Tensor) -> None:
 def counting(tracer: Tracer, call: Call) -> None:
     """``arange`` and the like: the values depend on the position."""
     reason = f"computed from positions ({code_line()})"
-    tracer.set_label(call.out, [tracer.frozen_rows(size, reason) for size in call.out.shape])
+    tracer.set_label(call.out, tracer.frozen_axes(call.out, reason))
 
 
 @rule("eye")
@@ -109,6 +110,5 @@ def identity(tracer: Tracer, call: Call) -> None:
     if call.out.shape[0] != call.out.shape[1]:
         counting(tracer, call)
         return
-    if tracer.function not in SHAPED_IN_SIGHT:
-        raise UnplacedError(f"created inside {tracer.function or 'compiled code'}")
+    require_sight(tracer, "created")
     tracer.set_label(call.out, [tracer.atoms.fresh(call.out.shape[0])] * 2)

@@ -1,0 +1,162 @@
+"""Which layers can go whole: those that map the residual stream onto itself."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from llm_pruner.discovery.tracing.calls import different
+from llm_pruner.discovery.tracing.run import Run, run_trace
+from llm_pruner.discovery.tracing.sizes import COMPARISONS, PLACE, Expr, leaves
+from llm_pruner.discovery.tracing.trace import Trace
+from llm_pruner.models.layers import numbering, without_layers
+from llm_pruner.types import Group
+
+
+def outer_lists(model: nn.Module) -> list[str]:
+    """Return the names of the module lists that lie in no other."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    return [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+
+
+def layer_groups(model: nn.Module, run: Run) -> tuple[list[Group], frozenset[tuple[str, str, str]]]:
+    """Find module lists whose children map the residual stream onto itself.
+
+    Returns the groups and ``Graph.own_numbers``.
+    """
+    own: set[tuple[str, str, str]] = set()
+    trace, calls, by_place = run.trace, run.layers.axes, run.layers.by_place()
+    groups: list[Group] = []
+    outer = outer_lists(model)
+    by_list: dict[str, list[str]] = defaultdict(list)
+    for child in calls:
+        parent = child.rsplit(".", 1)[0]
+        if parent in outer:
+            by_list[parent].append(child)
+    for parent in sorted(by_list, key=lambda name: -len(by_list[name])):
+        children = sorted(by_list[parent], key=lambda name: int(name.rsplit(".", 1)[1]))
+        passes = all(_passes_through(trace, calls[child]) for child in children)
+        if len(children) < 2 or not passes:
+            continue
+        reason = _why_fixed(model, trace)
+        if not all(_passes_through(trace, calls[child], whole=True) for child in children):
+            reason = "each layer numbers the streams of the hidden state anew"
+        if _opens(model, children):
+            children = children[1:]
+        name = "layers" if not groups else f"layers_{len(groups) + 1}"
+        numbers, clash = _own_numbers(model, trace, parent)
+        own |= numbers
+        reason = reason or clash
+        if reason is None and parent in by_place:
+            reason = _depends_on_place(model, run, parent, children)
+        if len(children) < 2:
+            reason = "the model needs its first layer, and has one other"
+        modules = tuple(children)
+        groups.append(Group(name, "layers", None, len(modules), (), frozen=reason, modules=modules))
+    return groups, frozenset(own)
+
+
+def _own_numbers(
+    model: nn.Module, trace: Trace, parent: str
+) -> tuple[set[tuple[str, str, str]], str | None]:
+    """Return the numbers of layers that are calculated with, and why layers must stay, or None.
+
+    A number that a layer finds its cache by must follow when layers before it go, one that it
+    calculates with must not; one that does both can do neither.
+    """
+    looked_up: set[Expr] = set()
+    calculated: dict[Expr, str] = {}
+    for expr, where in trace.numbers.items():
+        # A cache compares the number of a layer with how many it holds.
+        if expr[0] == PLACE or (expr[0] in COMPARISONS and where.startswith("cache")):
+            looked_up |= {*leaves(expr)}
+        else:
+            calculated |= dict.fromkeys(leaves(expr), where)
+    own: set[tuple[str, str, str]] = set()
+    children: Any = model.get_submodule(parent)
+    for inner, key in numbering(model, parent, len(children)):
+        suffix = f".{inner}" if inner else ""
+        held = [("attr", f"{parent}.{i}{suffix}", key) for i in range(len(children))]
+        lines = [calculated[leaf] for leaf in held if leaf in calculated]
+        if not lines:
+            continue
+        if any(leaf in looked_up for leaf in held):
+            reason = f"layers are told apart by {key} ({lines[0]}), which must follow their places"
+            return own, reason
+        own.add((parent, inner, key))
+    return own, None
+
+
+def _depends_on_place(
+    model: nn.Module, run: Run, parent: str, children: Sequence[str]
+) -> str | None:
+    """Return what layers are given by their place in the list, or None.
+
+    Layers may be given different things by name: by what they say of themselves, or by a list in
+    the settings that is cut with them. So some are taken out, and those that stay must be given
+    what they were given before.
+    """
+    numbers = [int(child.rpartition(".")[2]) for child in children]
+    dense = run.layers.given[parent]
+    for gone in (numbers[: (len(numbers) + 1) // 2], [numbers[(len(numbers) - 1) // 2]]):
+        kept = [number for number in dense if number not in gone]
+        if not kept:
+            continue
+        again = run_trace(without_layers(model, parent, gone), run.scenes).layers
+        for number in kept:
+            place = number - sum(other < number for other in gone)
+            for name in different(dense[number], again.given[parent][place]):
+                where = run.layers.where[parent]
+                return f"{name} of a layer depends on its place in the list ({where})"
+    return None
+
+
+def _why_fixed(model: nn.Module, trace: Trace) -> str | None:
+    """Return why the number of layers cannot change, or None."""
+    held = [rows.ravel() for axes in trace.tensors.values() for rows in axes]
+    atoms = trace.atoms.find(np.concatenate([np.zeros(0, np.int64), *held]))
+    for equation in trace.equations:
+        # A state that is made anew in each run has as many entries as there are layers by then.
+        rows = trace.atoms.find(equation.rows)
+        if equation.where == "new tensor" and not np.isin(rows, atoms[atoms > 0]).any():
+            continue
+        for leaf in leaves(equation.expr):
+            name = str(leaf[2]) if leaf[0] == "attr" else ""
+            if name.endswith(("num_hidden_layers", "n_layer", "n_layers", "num_layers")):
+                return f"{name} sizes an axis as well ({equation.where})"
+    config = getattr(model, "config", None)
+    both = (config, getattr(config, "text_config", None))
+    for settings in (one for one in both if one is not None):
+        for name in ("layer_types", "layers_block_type"):
+            kinds = getattr(settings, name, None)
+            keys = {name, *getattr(settings, "attribute_map", {}).values()}
+            # A property, without a value of its own, follows from the number of each layer.
+            stored = any(value == kinds for key, value in vars(settings).items() if key in keys)
+            if isinstance(kinds, list | tuple) and len(set(kinds)) > 1 and not stored:
+                return f"the kind of each layer follows from its number ({name})"
+    return None
+
+
+def _opens(model: nn.Module, children: list[str]) -> bool:
+    """Whether the first layer holds a part that no other has (a norm of the embeddings).
+
+    Its code runs that part by the number of the layer, so whatever comes first must have it.
+    """
+    parts = [{name for name, _ in model.get_submodule(c).named_children()} for c in children]
+    return parts[0] > set().union(*parts[1:])
+
+
+def _passes_through(trace: Trace, calls: list[Any], *, whole: bool = False) -> bool:
+    """Whether the last axis of a layer's output is that of its input; with ``whole``, all axes.
+
+    Behind a layer that numbers another axis anew, such as parallel streams, other units would be
+    removed than before it; without the layer the two would meet.
+    """
+    return all(
+        pairs is not None and all(trace.atoms.same(*pair) for pair in pairs[: None if whole else 1])
+        for pairs in calls
+    )
