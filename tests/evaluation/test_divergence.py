@@ -2,54 +2,93 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from helpers import tiny_model
+from command import done, run, save_tiny, write_text
+from helpers import tiny_model, tiny_tokenizer
+from llm_pruner.data.text import EvaluationText
 from llm_pruner.errors import UserError
-from llm_pruner.evaluation.divergence import divergence
+from llm_pruner.evaluation.divergence import Divergence
+from llm_pruner.evaluation.perplexity import perplexity
+from llm_pruner.models.load import LoadedModel
+from llm_pruner.settings.evaluate import PerplexitySettings
 
-ROWS = torch.randint(3, 250, (5, 24), generator=torch.Generator().manual_seed(0))
+LENGTH = 24
+TEXT = EvaluationText("text", None, "The quick brown fox jumps over the lazy dog, twice. " * 3)
+
+
+def found(model: torch.nn.Module, dense: torch.nn.Module, max_tokens: int = 120) -> Divergence:
+    tokenizer = tiny_tokenizer()
+    asked = PerplexitySettings(seq_len=LENGTH, max_tokens=max_tokens, batch_size=2)
+    other = LoadedModel(dense, tokenizer, "dense", None, "")
+    result = perplexity(model, tokenizer, TEXT, asked, other)
+    assert result.divergence is not None
+    assert result == perplexity(model, tokenizer, TEXT, asked, other)
+    assert result.perplexity == perplexity(model, tokenizer, TEXT, asked).perplexity
+    return result.divergence
 
 
 def test_a_model_is_no_distance_from_itself() -> None:
     model = tiny_model()
-    found = divergence(model, model, "dense", ROWS, 1, 2, "text")
-    assert (found.kl, found.kl_stderr, found.changed, found.changed_stderr) == (0, 0, 0, 0)
+    far = found(model, model)
+    assert (far.kl, far.kl_stderr, far.changed, far.changed_stderr) == (0, 0, 0, 0)
 
 
 @torch.no_grad()
 def test_it_is_the_mean_over_predicted_tokens_with_the_spread_of_windows() -> None:
     dense, model = tiny_model(), tiny_model(seed=1)
-    found = divergence(model, dense, "dense", ROWS, 3, 2, "text")
-    p, q = (one(ROWS).logits[:, 2:-1].double().log_softmax(-1) for one in (dense, model))
+    far = found(model, dense)
+    rows = torch.tensor(tiny_tokenizer()(TEXT.text)["input_ids"][:120]).view(5, LENGTH)
+    p, q = (one(rows).logits[:, :-1].double().log_softmax(-1) for one in (dense, model))
     kl = (p.exp() * (p - q)).sum(-1).mean(1)
     changed = (p.argmax(-1) != q.argmax(-1)).double().mean(1)
-    nll = -p.gather(-1, ROWS[:, 3:, None]).mean()
-    assert found.kl == pytest.approx(float(kl.mean()), rel=1e-4)
-    assert found.kl_stderr == pytest.approx(float(kl.std()) / math.sqrt(5), rel=1e-4)
-    assert found.changed == pytest.approx(float(changed.mean()))
-    assert found.changed_stderr == pytest.approx(float(changed.std()) / math.sqrt(5))
-    assert found.perplexity == pytest.approx(math.exp(float(nll)), rel=1e-4)
-    assert found.kl > 0
+    nll = -p.gather(-1, rows[:, 1:, None]).mean()
+    assert far.kl == pytest.approx(float(kl.mean()), rel=1e-4)
+    assert far.kl_stderr == pytest.approx(float(kl.std()) / math.sqrt(5), rel=1e-4)
+    assert far.changed == pytest.approx(float(changed.mean()))
+    assert far.changed_stderr == pytest.approx(float(changed.std()) / math.sqrt(5))
+    assert far.perplexity == pytest.approx(math.exp(float(nll)), rel=1e-5)
+    assert far.kl > 0
 
 
 def test_one_window_has_no_spread() -> None:
-    found = divergence(tiny_model(seed=1), tiny_model(), "dense", ROWS[:1], 1, 1, "text")
-    assert found.kl_stderr is None
-    assert found.changed_stderr is None
+    far = found(tiny_model(seed=1), tiny_model(), LENGTH)
+    assert far.kl_stderr is None
+    assert far.changed_stderr is None
 
 
 def test_models_with_other_tokens_are_refused() -> None:
     with pytest.raises(UserError, match="dense predicts 259 tokens and the model 300"):
-        divergence(tiny_model(vocab_size=300), tiny_model(), "dense", ROWS, 1, 1, "text")
+        found(tiny_model(vocab_size=300), tiny_model())
 
 
 def test_what_is_not_finite_is_said() -> None:
     broken = tiny_model()
     with torch.no_grad():
         broken.lm_head.weight.fill_(math.inf)
-    with pytest.raises(UserError, match="divergence from dense on text is not finite"):
-        divergence(broken, tiny_model(), "dense", ROWS, 1, 1, "text")
+    with pytest.raises(UserError, match="divergence from dense is not finite"):
+        found(tiny_model(), broken)
+
+
+def test_the_command_and_the_report_say_it(tmp_path: Path) -> None:
+    dense, text = save_tiny(tmp_path / "dense"), write_text(tmp_path / "text.txt")
+    small, file = tmp_path / "small", tmp_path / "found.json"
+    cut = ("--ratio", 0.1, "--criterion", "l2", "--compensation", "none")
+    done("prune", dense, "--out", small, *cut)
+    asked = ("--perplexity", text, "--seq-len", 64, "--against", dense)
+    said = done("evaluate", small, *asked, "--json", file, "--report", small)
+    (result,) = json.loads(file.read_text())["perplexity"]
+    far = result["divergence"]
+    assert far["against"] == "dense"
+    assert far["kl"] > 0
+    assert "Against dense" in said.out
+    assert f"{far['kl']:.4f}" in said.out
+    assert "KL against dense, text.txt" in (small / "report.html").read_text()
+    refused = run("evaluate", small, "--speed", "--against", dense)
+    assert refused.code == 2
+    assert "is about text; add --perplexity SRC or leave it out" in refused.err

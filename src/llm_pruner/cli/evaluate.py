@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\b
 Examples:
   llm-pruner evaluate ./small --perplexity wikitext2 --perplexity c4
+  llm-pruner evaluate ./small --perplexity c4 --against MODEL
   llm-pruner evaluate ./small --perplexity text.txt --protocol paper
   llm-pruner evaluate ./small --perplexity c4 --report ./small
   llm-pruner evaluate ./small --tasks paper
@@ -70,6 +71,21 @@ def show(found: Measured) -> None:
         ]
         columns = ("corpus", "split", "protocol", "window", "tokens", "perplexity", "stderr")
         out.table("Perplexity", columns, rows)
+    compared = [(one.corpus, one.divergence) for one in found.perplexity if one.divergence]
+    if compared:
+        rows = [
+            (
+                corpus,
+                f"{far.kl:.4f}",
+                "-" if far.kl_stderr is None else f"{far.kl_stderr:.4f}",
+                f"{100 * far.changed:.2f}%",
+                "-" if far.changed_stderr is None else f"{100 * far.changed_stderr:.2f}%",
+                f"{far.perplexity:.2f}",
+            )
+            for corpus, far in compared
+        ]
+        columns = ("corpus", "KL, nats", "stderr", "other token", "stderr", "its perplexity")
+        out.table(f"Against {compared[0][1].against}", columns, rows)
     if found.zero_shot is not None:
         _show_tasks(out, found.zero_shot)
     if found.speed is not None:

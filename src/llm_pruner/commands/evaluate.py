@@ -72,7 +72,11 @@ def measure(
     if texts and window is not None:
         longest = maximum_length(late.loaded.model)
         settings = settings.but(seq_len=window if longest is None else min(window, longest))
-    perplexities = measure_perplexities(late.loaded, texts, settings) if texts else []
+    perplexities = []
+    if texts:
+        dense = None if settings.against is None else load(settings.loading(settings.against))
+        perplexities = measure_perplexities(late.loaded, texts, settings, dense)
+        del dense
     asks, identity = settings.tasks is not None, None
     if asks and settings.cache:
         identity = result_cache.identify(late.settings)
@@ -210,10 +214,13 @@ def read_texts(sources: Sequence[str], settings: PerplexitySettings) -> list[Eva
 
 
 def measure_perplexities(
-    loaded: LoadedModel, texts: Sequence[EvaluationText], settings: PerplexitySettings
+    loaded: LoadedModel,
+    texts: Sequence[EvaluationText],
+    settings: PerplexitySettings,
+    dense: LoadedModel | None = None,
 ) -> list[PerplexityResult]:
-    """Return the perplexity on each text."""
-    return [perplexity(loaded.model, loaded.tokenizer, text, settings) for text in texts]
+    """Return the perplexity on each text, and how far the model is from the dense one there."""
+    return [perplexity(loaded.model, loaded.tokenizer, text, settings, dense) for text in texts]
 
 
 def check_tasks(settings: TaskSettings) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from llm_pruner.data.sequences import added_tokens
 from llm_pruner.data.text import EvaluationText, Protocol
 from llm_pruner.errors import UserError
+from llm_pruner.evaluation.divergence import Divergence, compare, divergence
 from llm_pruner.models.forward import embedding_rows, evaluating, maximum_length
+from llm_pruner.models.load import LoadedModel
 from llm_pruner.runtime.progress import track
 from llm_pruner.settings.evaluate import PerplexitySettings
 
@@ -31,6 +34,7 @@ class PerplexityResult:
         nll: mean negative log-likelihood in nats over the predicted tokens.
         tokens: number of predicted tokens.
         window: tokens in a window, a leading BOS included.
+        divergence: from the dense model on the same windows, if one was given.
         stderr: standard error of the perplexity from the spread between windows (perplexity times
             the standard error of the windows' mean loss); None for a single window.
     """
@@ -44,10 +48,15 @@ class PerplexityResult:
     windows: int
     protocol: Protocol
     stderr: float | None
+    divergence: Divergence | None = None
 
 
 def perplexity(
-    model: Any, tokenizer: Any, text: EvaluationText, asked: PerplexitySettings
+    model: Any,
+    tokenizer: Any,
+    text: EvaluationText,
+    asked: PerplexitySettings,
+    dense: LoadedModel | None = None,
 ) -> PerplexityResult:
     """Return the perplexity over windows that do not overlap; an incomplete last one is dropped.
 
@@ -78,8 +87,9 @@ def perplexity(
     skipped = max(len(prefix), 1)
     size = model.get_input_embeddings().weight.element_size()
     batch_size = asked.sequences or max(1, _LOGITS_BYTES // (window * vocabulary * size))
-    sums = torch.cat(list(_losses(model, rows, text.name, skipped, batch_size)))
     predicted = window - skipped
+    found = torch.cat(list(_losses(model, dense, rows, text.name, skipped, batch_size)))
+    sums, compared = found[:, 0], found[:, 1:]
     nll = float(sums.sum()) / (len(rows) * predicted)
     value = math.exp(nll) if nll < 700 else math.inf
     spread = float((sums / predicted).std()) / math.sqrt(len(rows)) if len(rows) > 1 else None
@@ -93,6 +103,7 @@ def perplexity(
         windows=len(rows),
         protocol=asked.protocol,
         stderr=None if spread is None else value * spread,
+        divergence=None if dense is None else divergence(dense.name, compared, predicted),
     )
 
 
@@ -135,29 +146,47 @@ def _windows(
 
 @torch.no_grad()
 def _losses(
-    model: Any, rows: torch.Tensor, name: str, skipped: int, batch_size: int
+    model: Any,
+    dense: LoadedModel | None,
+    rows: torch.Tensor,
+    name: str,
+    skipped: int,
+    batch_size: int,
 ) -> Iterator[torch.Tensor]:
-    """Yield the summed loss of each window of a batch, float64 on the CPU."""
-    device = next(model.parameters()).device
-    with evaluating(model):
+    """Yield, of each window of a batch, the summed loss and what ``compare`` finds; on the CPU."""
+    networks = [model] if dense is None else [model, dense.model]
+    with ExitStack() as stack:
+        for network in networks:
+            stack.enter_context(evaluating(network))
         batches = torch.split(rows, batch_size)
         for number, batch in enumerate(track(batches, f"Perplexity on {name}")):
-            tokens = batch.to(device)
-            logits = model(input_ids=tokens, use_cache=False).logits
-            sums = torch.stack(
-                [
-                    _window_loss(row[skipped - 1 : -1], target[skipped:])
-                    for row, target in zip(logits, tokens, strict=True)
-                ]
-            ).cpu()
-            if not bool(sums.isfinite().all()):
-                bad = int((~sums.isfinite()).nonzero()[0])
+            logits = [_logits(network, batch) for network in networks]
+            if dense is not None and logits[0].shape != logits[1].shape:
                 raise UserError(
-                    f"the loss of window {number * batch_size + bad} of {len(rows)} of {name} is "
-                    f"{float(sums[bad])}; the model is broken or overflows in {logits.dtype}: "
-                    "try float32 or bfloat16"
+                    f"{dense.name} predicts {logits[1].shape[-1]} tokens and the model "
+                    f"{logits[0].shape[-1]}, so they cannot be compared; give --against the model "
+                    "that it was made of"
                 )
-            yield sums
+            found = []
+            for index, target in enumerate(batch.to(logits[0].device)):
+                seen = [one[index, skipped - 1 : -1].to(logits[0].device) for one in logits]
+                sums = _window_loss(seen[0], target[skipped:])[None]
+                if not bool(sums.isfinite().all()):
+                    raise UserError(
+                        f"the loss of window {number * batch_size + index} of {len(rows)} of "
+                        f"{name} is {float(sums)}; the model is broken or overflows in "
+                        f"{logits[0].dtype}: try float32 or bfloat16"
+                    )
+                if dense is not None:
+                    sums = torch.cat([sums, compare(seen[1], seen[0], target[skipped:])])
+                found.append(sums)
+            yield torch.stack(found)
+
+
+def _logits(network: Any, batch: torch.Tensor) -> torch.Tensor:
+    device = next(network.parameters()).device
+    logits: torch.Tensor = network(input_ids=batch.to(device), use_cache=False).logits
+    return logits
 
 
 def _window_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -218,9 +218,26 @@ def _scores(results: Sequence[TaskResult]) -> Iterator[data.TaskScore]:
 
 
 def _measurements(found: Measured) -> Iterator[data.Measurement]:
-    """Yield the size of the weights, and the speeds with their slowest and fastest round."""
+    """Yield the size of the weights, the divergence with its standard error around it, and the
+    speeds with their slowest and fastest round.
+    """
     if isinstance(found, Weighed) and found.bytes:
         yield data.Measurement(name="size on disk", unit="B", value=found.bytes, better="lower")
+    for text in found.perplexity:
+        if (far := text.divergence) is not None:
+            on = text.corpus if text.split is None else f"{text.corpus}, {text.split}"
+            for name, unit, value, error in (
+                ("KL", "nats", far.kl, far.kl_stderr),
+                ("likeliest token changed", "share", far.changed, far.changed_stderr),
+            ):
+                yield data.Measurement(
+                    name=f"{name} against {far.against}, {on}",
+                    unit=unit,
+                    value=value,
+                    low=None if error is None else value - error,
+                    high=None if error is None else value + error,
+                    better="lower",
+                )
     speed = found.speed
     if speed is None:
         return

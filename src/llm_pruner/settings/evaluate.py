@@ -54,6 +54,13 @@ class EvaluateSettings(ModelSettings, PerplexitySettings, TaskSettings):
         "SRC",
         reads=True,
     )
+    against: str | None = option(
+        None,
+        "Say beside each perplexity how far the predictions are from those of this model, the "
+        "dense one: KL divergence, and the share of tokens whose likeliest continuation is another.",
+        "MODEL",
+        reads=True,
+    )
     cache: bool = option(
         True, "Use known results of tasks for this model, and keep new ones.", panel=TASKS
     )
@@ -79,6 +86,10 @@ class EvaluateSettings(ModelSettings, PerplexitySettings, TaskSettings):
         if not (self.perplexity or self.tasks is not None or self.speed or self.prompt):
             raise UserError(
                 "nothing to measure; give --perplexity SRC, --tasks NAMES, --speed or --prompt TEXT"
+            )
+        if self.against is not None and not self.perplexity:
+            raise UserError(
+                f"--against {self.against} is about text; add --perplexity SRC or leave it out"
             )
         self.check_tasks()
 
