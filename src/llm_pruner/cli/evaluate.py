@@ -73,7 +73,7 @@ def show(found: Measured) -> None:
         out.table("Perplexity", columns, rows)
     compared = [(one.corpus, one.divergence) for one in found.perplexity if one.divergence]
     if compared:
-        rows = [
+        kept = [
             (
                 corpus,
                 f"{far.kl:.4f}",
@@ -84,8 +84,8 @@ def show(found: Measured) -> None:
             )
             for corpus, far in compared
         ]
-        columns = ("corpus", "KL, nats", "stderr", "other token", "stderr", "its perplexity")
-        out.table(f"Against {compared[0][1].against}", columns, rows)
+        headings = ("corpus", "KL, nats", "stderr", "other token", "stderr", "its perplexity")
+        out.table(f"Against {compared[0][1].against}", headings, kept)
     if found.zero_shot is not None:
         _show_tasks(out, found.zero_shot)
     if found.speed is not None:

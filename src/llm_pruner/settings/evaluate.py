@@ -57,7 +57,7 @@ class EvaluateSettings(ModelSettings, PerplexitySettings, TaskSettings):
     against: str | None = option(
         None,
         "Say beside each perplexity how far the predictions are from those of this model, the "
-        "dense one: KL divergence, and the share of tokens whose likeliest continuation is another.",
+        "dense one: KL divergence, and how many likeliest tokens changed.",
         "MODEL",
         reads=True,
     )
