@@ -16,7 +16,7 @@ import mmap
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial, update_wrapper
@@ -150,22 +150,35 @@ def stream_(model: nn.Module, dtype: torch.dtype, device: torch.device | str = "
         within = Counter(map(id, inside))
         for parameter in {id(one): one for one in inside}.values():
             if within[id(parameter)] == uses[id(parameter)] and parameter.is_floating_point():
-                stored = parameter.detach()
-                end = stored.data_ptr() + stored.nbytes
-                mapped = any(first <= stored.data_ptr() and end <= last for first, last in ranges)
-                _adopt(parameter, _Source(stored, dtype, device, mapped))
+                _adopt(parameter, _source_of(parameter, dtype, device, ranges))
         _order[block] = (weakref.ref(blocks), number)
         run = partial(_in_turn, block, block.forward)
         block.forward = update_wrapper(run, block.forward)
     for tensor in (*model.parameters(), *model.buffers()):
         if is_streamed(tensor):
             _SOURCES[tensor].advise(_DONT_NEED)
+        elif tensor.is_floating_point():
+            source = _source_of(tensor, dtype, device, ranges)
+            tensor.data = source.read()
+            if tensor.data_ptr() != source.stored.data_ptr():
+                source.advise(_DONT_NEED)
         else:
-            kind = dtype if tensor.is_floating_point() else tensor.dtype
-            tensor.data = tensor.data.to(device, kind)
+            tensor.data = tensor.data.to(device)
     config: Any = getattr(model, "config", None)
     if config is not None:
         config.dtype = dtype
+
+
+def _source_of(
+    tensor: torch.Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    ranges: Sequence[tuple[int, int]],
+) -> _Source:
+    stored = tensor.detach()
+    end = stored.data_ptr() + stored.nbytes
+    mapped = any(first <= stored.data_ptr() and end <= last for first, last in ranges)
+    return _Source(stored, dtype, device, mapped)
 
 
 def _compute_anew_(model: nn.Module, dtype: torch.dtype) -> None:
