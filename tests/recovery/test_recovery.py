@@ -26,9 +26,9 @@ from transformers import TrainerCallback
 
 from command import WORDS, done, save_tiny
 from helpers import tiny_model
-from llm_pruner.checkpoints import atomic_directory
 from llm_pruner.data.sequences import TrainingSequence, make_sequence
 from llm_pruner.errors import UserError
+from llm_pruner.files.outputs import atomic_directory
 from llm_pruner.recovery import DistillationSettings, Teacher, TrainingSettings, methods, recover_
 from llm_pruner.recovery import checkpoint as states
 from llm_pruner.recovery import run as recovering
