@@ -24,7 +24,7 @@ from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.evaluation.perplexity import PerplexityResult
 from llm_pruner.files.disk import new_folder, tidy
 from llm_pruner.files.outputs import check_output, check_place, check_shard_size, write_output
-from llm_pruner.models.forward import maximum_length
+from llm_pruner.models.forward import embedding_rows, maximum_length
 from llm_pruner.models.load import LoadedModel, check, load
 from llm_pruner.recovery import Outcome, Progress, Teacher, recover_
 from llm_pruner.recovery.processes import Processes, is_sharded, joined, own_device
@@ -334,9 +334,7 @@ def load_teacher(teacher: ModelSettings, student: LoadedModel) -> LoadedModel:
     dense = load(teacher)
     assert dense.tokenizer is not None
     assert student.tokenizer is not None
-    ours, theirs = (
-        int(one.model.get_input_embeddings().weight.shape[0]) for one in (student, dense)
-    )
+    ours, theirs = (embedding_rows(one.model) for one in (student, dense))
     if ours != theirs or student.tokenizer.get_vocab() != dense.tokenizer.get_vocab():
         raise UserError(
             f"{dense.name} has another vocabulary ({theirs} tokens) than {student.name} ({ours}); "

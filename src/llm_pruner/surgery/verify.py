@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -33,9 +34,8 @@ from llm_pruner.discovery.tracing.trace import Trace
 from llm_pruner.discovery.tracing.tracer import Tracer
 from llm_pruner.errors import VerificationError
 from llm_pruner.models.forward import is_on_meta
-from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.streaming import is_model_streamed, is_streamed, zeroed
-from llm_pruner.surgery.cut import Undo, cut_, plan_edits
+from llm_pruner.surgery.cut import Undo, cut_, cut_copy, plan_edits
 from llm_pruner.surgery.removal import removed_modules, removed_positions
 from llm_pruner.types import Discovery, Edits, IntArray, Removal
 
@@ -180,8 +180,8 @@ def twin_logits(
         One tensor (batch, tokens of the call, vocabulary) per call of the model.
     """
     scenes = discovery.graph.scenes[: None if tokens is None else 1]
-    runs = [_twin_scene(model, discovery, removal, scene, tokens) for scene in scenes]
-    return [logits for run in runs for logits in run]
+    runs = (_twin_scene(model, discovery, removal, scene, tokens) for scene in scenes)
+    return [*chain.from_iterable(runs)]
 
 
 def pruned_logits(
@@ -193,8 +193,7 @@ def pruned_logits(
         VerificationError: the model cannot run.
     """
     scenes = discovery.graph.scenes[: None if tokens is None else 1]
-    runs = [_pruned_scene(model, scene, tokens) for scene in scenes]
-    return [logits for run in runs for logits in run]
+    return [*chain.from_iterable(_pruned_scene(model, scene, tokens) for scene in scenes)]
 
 
 def _twin_scene(
@@ -426,8 +425,7 @@ def find_culprits(
         done |= set(together)
         part = {other: removal[other] for other in together}
         expected = _twin_scene(model, discovery, part, scene)
-        smaller = sharing_copy(model)
-        cut_(smaller, discovery, part)
+        smaller = cut_copy(model, discovery, part)
         try:
             difference, limit = _compared(expected, smaller, scene)
         except VerificationError:
