@@ -34,7 +34,7 @@ from torch import nn
 from llm_pruner.compensation.least_squares import RIDGES, Moments, best_refit
 from llm_pruner.errors import UserError
 from llm_pruner.models.activation_store import ActivationStore
-from llm_pruner.models.blockwise import Chain, NotBlockwise, Stop, find_chain
+from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
 from llm_pruner.models.consumers import consumers_of, input_dim, set_weight, weight_of
 from llm_pruner.models.forward import undisturbed
 from llm_pruner.models.layers import Renaming, kept_layers
@@ -179,6 +179,14 @@ def _consumers_left(
             fitted = everywhere or len(lost) > 0
             consumers[id(before)] = _Consumer(name, model.get_submodule(name), kept, fitted)
     return consumers
+
+
+class _Reached(Exception):  # noqa: N818 - a signal, not an error
+    """Ends a forward pass at the tensor of interest."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        super().__init__()
+        self.value = value
 
 
 class _Refit:
@@ -357,7 +365,7 @@ class _Refit:
         before: list[torch.Tensor] = []
 
         def stop(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            raise Stop(args[0])
+            raise _Reached(args[0])
 
         with ExitStack() as hooks:
             for consumer in order[:-1]:
@@ -369,8 +377,8 @@ class _Refit:
             hooks.enter_context(order[-1].module.register_forward_pre_hook(stop))
             try:
                 self.pruned.run_block(index, self.ids[part], states)
-            except Stop as reached:
-                return _by_token(reached.output, states), sum(before) if before else 0.0
+            except _Reached as reached:
+                return _by_token(reached.value, states), sum(before) if before else 0.0
         raise AssertionError(f"{order[-1].name} was not called")
 
 

@@ -28,8 +28,8 @@ class NotBlockwise(Exception):  # noqa: N818 - a finding, not an error
     """The model is not a chain of blocks; says why."""
 
 
-class Stop(Exception):  # noqa: N818 - a signal, not an error
-    """Ends a forward pass at the tensor of interest."""
+class _Stop(Exception):  # noqa: N818 - a signal, not an error
+    """Ends a forward pass before or after the block of interest."""
 
     def __init__(self, output: torch.Tensor) -> None:
         super().__init__()
@@ -98,11 +98,11 @@ class Chain:
         """Return the hidden state that enters the first block; nothing after it runs."""
 
         def handler(_: int, _o: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            raise Stop(hidden_of(args, kwargs))
+            raise _Stop(hidden_of(args, kwargs))
 
         try:
             self.run(input_ids, handler)
-        except Stop as stop:
+        except _Stop as stop:
             return stop.output
         raise NotBlockwise("no block was called")
 
@@ -122,12 +122,12 @@ class Chain:
             leaf = hidden.to(given.device).detach().requires_grad_()
             leaves.append(leaf)
             args, kwargs = with_hidden(args, kwargs, leaf)
-            raise Stop(output_of(original(*args, **kwargs)))
+            raise _Stop(output_of(original(*args, **kwargs)))
 
         leaves: list[torch.Tensor] = []
         try:
             self.run(input_ids, handler)
-        except Stop as stop:
+        except _Stop as stop:
             return leaves[0], stop.output
         raise NotBlockwise(f"block {index} was not called")
 
