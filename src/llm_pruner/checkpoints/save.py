@@ -17,7 +17,7 @@ from llm_pruner.checkpoints.reshape import Recipe, compose, from_json, to_json
 from llm_pruner.checkpoints.stock_config import layer_values, stock_config
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.files.disk import folder_bytes, umask
-from llm_pruner.files.outputs import atomic_directory, check_shard_size, shard_bytes
+from llm_pruner.files.outputs import atomic_directory, bytes_of, check_shard_size
 from llm_pruner.models.streaming import saved_by_shard
 from llm_pruner.runtime.progress import quiet
 from llm_pruner.types import Edits
@@ -93,7 +93,7 @@ def save_checkpoint(
             with silent_writing(), saved_by_shard(model) as state:
                 # A shard of a model that is read block by block is in memory when it is written.
                 most = (max_shard_size,) if state is None else (max_shard_size, _SHARD)
-                shard = min(most, key=shard_bytes)
+                shard = min(most, key=bytes_of)
                 model.save_pretrained(folder, max_shard_size=shard, state_dict=state)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(folder)

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator
 from transformers import AutoConfig
 
 from llm_pruner.commands.evaluate import check_tasks, measure_apart, read_texts
-from llm_pruner.commands.prune import prune_checkpoint
+from llm_pruner.commands.prune import PruneRun
 from llm_pruner.commands.prune_start import check_space, criterion_of, selection_of, target_of
 from llm_pruner.commands.recover import recover_checkpoint
 from llm_pruner.commands.workdir import Work, folder_beside, opened, read_values
@@ -211,7 +211,7 @@ class _Stages:
         if self.pruning.out.is_dir():
             return
         self.tell("pruning")
-        prune_checkpoint(self.pruning, command=self.command)
+        PruneRun(self.pruning, command=self.command).carry_out()
         self.run.record_time("prune")
 
     def measure(

@@ -55,30 +55,15 @@ Estimator = Callable[[nn.Module, Discovery, Set[str], torch.Tensor | None], Scor
 """Model, its groups, the names of those to score, tokens (samples, length) -> importance."""
 
 
-def prune_checkpoint(
-    settings: PruneSettings,
-    *,
-    command: str | None = None,
-    estimate: Estimator | None = None,
-) -> Pruned:
-    """Prune a checkpoint and save the result as a folder that ``from_pretrained`` loads.
+class PruneRun:
+    """One run: the stages in their order, and what they have made so far.
+
+    What is there already can be handed in: a model and its groups, calibration text, importance.
 
     Args:
         settings: what to do.
         command: the command line of this run, for the report.
         estimate: gives the importance of the units in place of the criterion.
-
-    Raises:
-        UserError: something that was given must change; nothing is written.
-        VerificationError: the pruned model is not its twin; nothing is written.
-    """
-    return PruneRun(settings, command=command, estimate=estimate).carry_out()
-
-
-class PruneRun:
-    """One run: the stages in their order, and what they have made so far.
-
-    What is there already can be handed in: a model and its groups, calibration text, importance.
 
     Attributes:
         plan: what goes, in the numbering of the dense model; None until it is made.
@@ -107,7 +92,12 @@ class PruneRun:
         self.rounding: Rounding | None = None
 
     def carry_out(self) -> Pruned:
-        """Go through all stages; a dry run ends with the plan."""
+        """Go through all stages: save a folder that ``from_pretrained`` loads, or the plan alone.
+
+        Raises:
+            UserError: something that was given must change; nothing is written.
+            VerificationError: the pruned model is not its twin; nothing is written.
+        """
         self.check()
         self.check_files()
         self.load()
