@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from llm_pruner.discovery.groups import bound_to
 from llm_pruner.discovery.tracing.calls import hidden_in
 from llm_pruner.discovery.tracing.ops import Call, Operation
 from llm_pruner.discovery.tracing.run import (
@@ -418,10 +419,11 @@ def find_culprits(
     """
     found = []
     done: set[str] = set()
+    losing = {group.name: group for group in discovery.groups if group.name in removal}
     for name, units in removal.items():
         if name in done or not len(units):
             continue
-        together = _bound(discovery, removal, name)
+        together = [*bound_to(name, losing)]
         done |= set(together)
         part = {other: removal[other] for other in together}
         expected = _twin_scene(model, discovery, part, scene)
@@ -433,13 +435,3 @@ def find_culprits(
         if difference > limit:
             found.extend(together)
     return found
-
-
-def _bound(discovery: Discovery, removal: Removal, name: str) -> list[str]:
-    together, pending = [name], [name]
-    while pending:
-        for companion in discovery.group(pending.pop()).companions:
-            if companion.group in removal and companion.group not in together:
-                together.append(companion.group)
-                pending.append(companion.group)
-    return together
