@@ -19,7 +19,7 @@ from llm_pruner.files.disk import allocate
 from llm_pruner.models.forward import embedding_rows
 from llm_pruner.recovery.kernels.chunked_loss import summed_loss
 from llm_pruner.recovery.objective import (
-    Found,
+    LossAndGradient,
     Objective,
     Targets,
     mixed_loss,
@@ -121,7 +121,7 @@ class Teacher:
         heard = self.settings.temperature, self.settings.distill_weight
         every = (target_tokens(batch), *self.says(batch))
 
-        def objective(logits: torch.Tensor, span: slice, gradient: bool) -> Found:
+        def objective(logits: torch.Tensor, span: slice, gradient: bool) -> LossAndGradient:
             tokens, ids, values = (one[span].to(logits.device) for one in every)
             targets = Targets(tokens, ids, values, *heard)
             if gradient:
@@ -143,7 +143,7 @@ class Teacher:
         )
         found: list[tuple[Any, Any]] = []
 
-        def likeliest(logits: torch.Tensor, _: slice, __: bool) -> Found:
+        def likeliest(logits: torch.Tensor, _: slice, __: bool) -> LossAndGradient:
             """Add arrays of token ids, int32, and log probabilities, float16: (n, k)."""
             values, ids = F.log_softmax(logits / self.settings.temperature, -1).topk(self._k)
             if not bool(values.isfinite().all()):
