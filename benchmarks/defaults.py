@@ -26,7 +26,7 @@ import transformers
 from commands import apart
 from corpora import TOKENS, WINDOW, perplexities, read_texts
 from llm_pruner import PlanSettings, PruneSettings, UserError, read_plan
-from llm_pruner.commands.prune import prune_checkpoint
+from llm_pruner.commands.prune import PruneRun
 from llm_pruner.data.text import EvaluationText
 from llm_pruner.runtime.memory import PRUNING, keep_kernels, keep_large_blocks
 from machine import machine
@@ -42,7 +42,7 @@ def code_text(file: Path) -> EvaluationText:
 def prune(settings: PruneSettings) -> dict[str, Any]:
     """Prune; return what it cost, and what was found."""
     begin = time.perf_counter()
-    done = prune_checkpoint(settings)
+    done = PruneRun(settings).carry_out()
     seconds = time.perf_counter() - begin
     return {
         "parameters": [done.parameters_before, done.parameters_after],

@@ -36,7 +36,7 @@ from torch import nn
 from commands import apart
 from corpora import TOKENS, WINDOW, perplexities, read_texts
 from llm_pruner import Criterion, Discovery, PlanSettings, PruneSettings, UserError, read_plan
-from llm_pruner.commands.prune import prune_checkpoint
+from llm_pruner.commands.prune import PruneRun
 from llm_pruner.data.text import EvaluationText
 from llm_pruner.importance import score
 from llm_pruner.runtime.memory import PRUNING, keep_kernels, keep_large_blocks
@@ -193,7 +193,7 @@ def prune(settings: PruneSettings, kept: Path | None = None) -> dict[str, Any]:
     """
     estimate = None if kept is None else Kept(kept, settings)
     begin = time.perf_counter()
-    done = prune_checkpoint(settings, estimate=estimate)
+    done = PruneRun(settings, estimate=estimate).carry_out()
     return {
         "parameters": done.parameters_after,
         **({"scores_known": True} if estimate is not None and estimate.known else {}),

@@ -21,13 +21,12 @@ import llm_pruner.commands.prune
 import llm_pruner.commands.recover
 import llm_pruner.models.load
 from command import contents, done, measured_here, run, save_tiny, write_text
-from llm_pruner.checkpoints import atomic_directory
 from llm_pruner.commands.compress import chunks_in_time, time_to_recover
 from llm_pruner.commands.workdir import opened
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.perplexity import PerplexityResult
 from llm_pruner.evaluation.speed import Speed
-from llm_pruner.files.outputs import MANIFEST
+from llm_pruner.files.outputs import MANIFEST, atomic_directory
 from llm_pruner.models.load import load_model
 from llm_pruner.recovery.trainer import RecoveryTrainer
 from llm_pruner.report.data import read_report

@@ -15,7 +15,7 @@ from bad_commands import BASES, LONG, TABLE, Bad
 from command import contents, done, run, save_tiny, write_text
 from helpers import tiny_model
 from llm_pruner.checkpoints import save_checkpoint
-from llm_pruner.commands.prune import prune_checkpoint
+from llm_pruner.commands.prune import PruneRun
 from llm_pruner.commands.recover import check_run, work_folder
 from llm_pruner.errors import UserError
 from llm_pruner.files import outputs
@@ -109,7 +109,7 @@ def pruned(out: Path, **changes: Any) -> Callable[[], object]:
         "compensation": "none",
         "calibration": "t.txt",
     }
-    return lambda: prune_checkpoint(PruneSettings(model="m", out=out, **(arguments | changes)))
+    return lambda: PruneRun(PruneSettings(model="m", out=out, **(arguments | changes))).carry_out()
 
 
 def recovered(out: Path, **changes: Any) -> Callable[[], object]:

@@ -20,11 +20,11 @@ import llm_pruner.surgery.pruner
 import llm_pruner.surgery.verify
 from command import contents, done, run, save_tiny, write_text
 from llm_pruner import discover, read_plan
-from llm_pruner.checkpoints import atomic_directory
 from llm_pruner.commands.evaluate import measure
 from llm_pruner.commands.prune import PruneRun
 from llm_pruner.evaluation.perplexity import PerplexityResult
 from llm_pruner.evaluation.speed import Speed
+from llm_pruner.files.outputs import atomic_directory
 from llm_pruner.report.data import read_report
 from llm_pruner.report.records import Measured
 from llm_pruner.search.fast_widths import Rounding

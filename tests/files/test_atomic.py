@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_pruner.checkpoints import atomic_directory, atomic_write_text, check_output
 from llm_pruner.errors import UserError
-from llm_pruner.files.outputs import MANIFEST
+from llm_pruner.files.outputs import MANIFEST, atomic_directory, check_output, write_output
 
 
 def test_folder_appears_at_the_end(tmp_path: Path) -> None:
@@ -92,10 +91,10 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
 
 def test_text_is_written_whole(tmp_path: Path) -> None:
     path = tmp_path / "a/plan.json"
-    atomic_write_text(path, "ü\n")
-    atomic_write_text(path, "two\n")
+    write_output(path, "ü\n")
+    write_output(path, "two\n")
     assert path.read_bytes() == b"two\n"
     with pytest.raises(UnicodeEncodeError):
-        atomic_write_text(path, "\ud800")
+        write_output(path, "\ud800")
     assert path.read_bytes() == b"two\n"
     assert [file.name for file in path.parent.iterdir()] == ["plan.json"]

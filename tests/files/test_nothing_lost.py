@@ -27,11 +27,16 @@ import llm_pruner.commands.prune as pruning
 import llm_pruner.commands.recover as recovering
 import llm_pruner.models.load
 from command import contents, done, run, save_tiny, write_text
-from llm_pruner.checkpoints import atomic_directory
 from llm_pruner.commands.workdir import RECOVERING, begun, folder_beside, opened, remove_run
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.files.disk import allocate, discard, new_file, new_folder, put
-from llm_pruner.files.outputs import MANIFEST, check_output, not_ours, write_output
+from llm_pruner.files.outputs import (
+    MANIFEST,
+    atomic_directory,
+    check_output,
+    not_ours,
+    write_output,
+)
 from llm_pruner.models.stored import check_file_states, file_states
 from llm_pruner.settings.evaluate import EvaluateSettings
 

@@ -36,7 +36,7 @@ from llm_pruner.models.chatglm import (
     ChatGLMTokenizer,
     register,
 )
-from llm_pruner.models.chatglm.layout import Layout, plain_layout, positions, read_layout, visible
+from llm_pruner.models.chatglm.layout import Layout, positions, read_layout, visible
 from llm_pruner.surgery.cut import cut_
 from llm_pruner.surgery.removal import count_parameters
 from llm_pruner.surgery.verify import largest_difference, pruned_logits, twin_logits
@@ -82,10 +82,10 @@ def tiny(attention: str = "sdpa", **changes: Any) -> ChatGLMForConditionalGenera
     return model.eval().requires_grad_(False)
 
 
-def layout_of(rows: list[list[int]], mask: list[list[int]] | None = None) -> Layout:
-    """Read the layout of rows with the token ids of this file."""
+def layout_of(rows: list[list[int]] | torch.Tensor, mask: list[list[int]] | None = None) -> Layout:
+    """Read the layout of rows with the token ids of this file, or of embeddings."""
     return read_layout(
-        torch.tensor(rows),
+        torch.as_tensor(rows),
         None if mask is None else torch.tensor(mask),
         bos_token_id=SOP,
         mask_token_id=MASK,
@@ -155,7 +155,7 @@ def test_plain_text_is_an_answer_to_nothing() -> None:
         assert block.tolist() == [1, 2, 3, 4]
     for row in range(2):
         assert picture(visible(layout, 0, 4, 4, None)[row, 0]) == ["x...", "xx..", "xxx.", "xxxx"]
-    same = plain_layout(torch.zeros(2, 4, 48), None)
+    same = layout_of(torch.zeros(2, 4, 48))
     assert [same.context.tolist(), same.mask_position.tolist()] == [[0, 0], [0, 0]]
 
 

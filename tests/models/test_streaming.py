@@ -14,7 +14,7 @@ from torch import nn
 
 from command import save_tiny, write_text
 from helpers import tiny_model, tiny_tokenizer
-from llm_pruner.commands.prune import prune_checkpoint
+from llm_pruner.commands.prune import PruneRun
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
 from llm_pruner.importance import Criterion, score
@@ -50,7 +50,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def pruned(model: Path, out: Path, text: str, **options: Any) -> tuple[str, dict[str, Any]]:
     asked = {"samples": 8, "seq_len": 32, "protect_first": 0, "protect_last": 0} | options
-    done = prune_checkpoint(PruneSettings(model=str(model), out=out, calibration=text, **asked))
+    settings = PruneSettings(model=str(model), out=out, calibration=text, **asked)
+    done = PruneRun(settings).carry_out()
     assert done.twin_difference is not None
     return (out / "plan.json").read_text(), weights(out)
 

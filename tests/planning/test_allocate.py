@@ -16,11 +16,10 @@ from llm_pruner.planning import (
     Selection,
     Target,
     allocate,
-    check,
     choose_groups,
     step_targets,
 )
-from llm_pruner.planning.constraints import add_companions, ascending
+from llm_pruner.planning.constraints import add_companions, ascending, check
 from llm_pruner.planning.costs import ParameterCounter
 from llm_pruner.settings.words import parse_count, parse_layer_ranges
 from llm_pruner.surgery.removal import count_parameters

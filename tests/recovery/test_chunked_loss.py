@@ -11,7 +11,7 @@ import torch
 
 from helpers import tiny_model
 from llm_pruner.data.sequences import TrainingSequence, make_sequence
-from llm_pruner.recovery import DistillationSettings, Teacher
+from llm_pruner.recovery import Teacher
 from llm_pruner.recovery.kernels import chunked_loss
 from llm_pruner.recovery.kernels.chunked_loss import summed_loss
 from llm_pruner.recovery.objective import (
@@ -24,6 +24,7 @@ from llm_pruner.recovery.objective import (
     text_objective,
 )
 from llm_pruner.recovery.packing import lay_out, target_logits, target_tokens
+from llm_pruner.settings.recover import DistillationSettings
 
 
 @pytest.fixture(autouse=True)

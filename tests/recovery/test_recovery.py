@@ -26,10 +26,10 @@ from transformers import TrainerCallback
 
 from command import WORDS, done, save_tiny
 from helpers import tiny_model
-from llm_pruner.checkpoints import atomic_directory
 from llm_pruner.data.sequences import TrainingSequence, make_sequence
 from llm_pruner.errors import UserError
-from llm_pruner.recovery import DistillationSettings, Teacher, TrainingSettings, methods, recover_
+from llm_pruner.files.outputs import atomic_directory
+from llm_pruner.recovery import Teacher, methods, recover_
 from llm_pruner.recovery import checkpoint as states
 from llm_pruner.recovery import run as recovering
 from llm_pruner.recovery.callbacks import Pace
@@ -38,7 +38,7 @@ from llm_pruner.recovery.packing import can_pack, lay_out, step_samples, target_
 from llm_pruner.recovery.run import Outcome
 from llm_pruner.recovery.scoring import Evaluation, score
 from llm_pruner.recovery.trainer import RecoveryTrainer, rate
-from llm_pruner.settings.recover import KERNELS
+from llm_pruner.settings.recover import KERNELS, DistillationSettings, TrainingSettings
 from llm_pruner.settings.registry import names_in
 
 

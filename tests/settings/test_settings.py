@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import llm_pruner
 from command import PLAIN, done, save_tiny, write_text
 from llm_pruner.cli.build import add
-from llm_pruner.commands.prune import prune_checkpoint
+from llm_pruner.commands.prune import PruneRun
 from llm_pruner.errors import UserError
 from llm_pruner.settings.compress import CompressSettings
 from llm_pruner.settings.evaluate import BenchSettings, EvaluateSettings, InspectSettings
@@ -55,7 +55,7 @@ def test_a_new_field_is_an_option_everywhere(place: Path) -> None:
 
     def run(settings: More, json: str | None) -> None:
         """Prune with taste."""
-        prune_checkpoint(settings)
+        PruneRun(settings).carry_out()
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command("other")(lambda: None)

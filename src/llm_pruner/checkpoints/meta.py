@@ -91,12 +91,10 @@ def sizes(model: nn.Module) -> Sizes:
     tuples of numbers that modules hold. Tied parameters appear under each of their names.
     """
     found: Sizes = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        for dim, size in enumerate(parameter.shape):
-            found["parameter", name, dim] = size
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        for dim, size in enumerate(buffer.shape):
-            found["buffer", name, dim] = size
+    for what, named in (("parameter", model.named_parameters), ("buffer", model.named_buffers)):
+        for name, tensor in named(remove_duplicate=False):
+            for dim, size in enumerate(tensor.shape):
+                found[what, name, dim] = size
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
             found["list", name, "len"] = len(module)

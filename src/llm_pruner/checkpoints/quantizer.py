@@ -18,7 +18,6 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from itertools import chain
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llm_pruner.checkpoints.meta import get_path, is_integer, set_path
 from llm_pruner.checkpoints.reshape import MOST_LAYERS, Recipe, from_json, shown, to_json
 from llm_pruner.errors import UserError
-from llm_pruner.models.layers import configs_of, keep_children, set_attributes_
+from llm_pruner.models.layers import configs_of, is_settings, keep_children, set_attributes_
 
 QUANT_METHOD = "llm_pruner"
 
@@ -337,15 +336,4 @@ def _own_value(module: nn.Module, path: str) -> Any:
     if isinstance(value, (tuple, list)):
         index = int(inner) if re.fullmatch("0|[1-9][0-9]{0,3}", inner) else len(value)
         return value[index] if index < len(value) else None
-    return vars(value).get(inner) if _is_settings(key, value) else None
-
-
-def _is_settings(key: str, value: Any) -> bool:
-    """Whether a module attribute is a bag of settings: what surgery sets numbers of."""
-    return (
-        hasattr(value, "__dict__")
-        and not isinstance(value, (nn.Module, torch.Tensor, type, ModuleType))
-        and not callable(value)
-        and key.lower().strip("_").endswith(("config", "cfg", "args", "hparams"))
-        and key != "generation_config"
-    )
+    return vars(value).get(inner) if is_settings(key, value) else None

@@ -12,20 +12,12 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from llm_pruner.checkpoints import quantizer
-from llm_pruner.checkpoints.meta import (
-    Trials,
-    build_meta,
-    get_path,
-    quiet_trial,
-    sizes,
-    with_values,
-)
+from llm_pruner.checkpoints import meta, quantizer
 from llm_pruner.checkpoints.reshape import Recipe, compose, from_json, to_json
 from llm_pruner.checkpoints.stock_config import layer_values, stock_config
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.files.disk import folder_bytes, umask
-from llm_pruner.files.outputs import atomic_directory, check_shard_size, shard_bytes
+from llm_pruner.files.outputs import atomic_directory, bytes_of, check_shard_size
 from llm_pruner.models.streaming import saved_by_shard
 from llm_pruner.runtime.progress import quiet
 from llm_pruner.types import Edits
@@ -101,7 +93,7 @@ def save_checkpoint(
             with silent_writing(), saved_by_shard(model) as state:
                 # A shard of a model that is read block by block is in memory when it is written.
                 most = (max_shard_size,) if state is None else (max_shard_size, _SHARD)
-                shard = min(most, key=shard_bytes)
+                shard = min(most, key=bytes_of)
                 model.save_pretrained(folder, max_shard_size=shard, state_dict=state)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(folder)
@@ -133,14 +125,14 @@ def _pruned_config(
     stock = stock_config(dense_config, model, recipe)
     if stock is not None:
         return stock, "stock"
-    depth = layer_values(Trials(type(model), dense_config), recipe.layers, sizes(model))
+    depth = layer_values(meta.Trials(type(model), dense_config), recipe.layers, meta.sizes(model))
     changed = {} if depth is None else dict(depth.values)
     # The config of the outermost module is the one that later saves write.
     own = (path.split(".", 1) for path in recipe.attributes.get("", ()) if "." in path)
     rooted = [path for holder, path in own if holder == "config"]
-    before = {path: get_path(dense_config, path) for path in [*changed, *rooted]}
+    before = {path: meta.get_path(dense_config, path) for path in [*changed, *rooted]}
     recipe = _checked(model, dense_config, replace(recipe, dense_config=before), changed)
-    config = with_values(dense_config, changed)
+    config = meta.with_values(dense_config, changed)
     quantizer.require_none(config, quantizer.config_misfits(config, recipe))
     if changed:
         _require_valid(config)
@@ -151,7 +143,7 @@ def _pruned_config(
 def _require_valid(config: PreTrainedConfig) -> None:
     """Raise UserError if transformers refuses to read a config without the removed layers."""
     try:
-        with quiet_trial():
+        with meta.quiet_trial():
             type(config).from_dict(config.to_dict())
     except Exception as error:  # configs check themselves in any way
         said = " ".join(str(error).split())
@@ -175,7 +167,7 @@ def _dense_and_recipe(config: PreTrainedConfig, edits: Edits) -> tuple[PreTraine
         )
     first = from_json(data)
     del config.quantization_config
-    return with_values(config, first.dense_config), compose(first, recipe)
+    return meta.with_values(config, first.dense_config), compose(first, recipe)
 
 
 def _checked(
@@ -189,10 +181,10 @@ def _checked(
     Numbers that modules of ``model`` hold and the recipe does not give are added to it, so that
     what loads is what was verified.
     """
-    rebuilt = build_meta(type(model), dense_config)
+    rebuilt = meta.build_meta(type(model), dense_config)
     quantizer.cut_skeleton_(rebuilt, recipe, kept_config)
     quantizer.finish_(rebuilt, recipe)
-    found, wanted = sizes(rebuilt), sizes(model)
+    found, wanted = meta.sizes(rebuilt), meta.sizes(model)
     attributes = {name: dict(values) for name, values in recipe.attributes.items()}
     wrong = []
     for key in found.keys() | wanted.keys():

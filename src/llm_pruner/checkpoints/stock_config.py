@@ -21,19 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from llm_pruner.checkpoints.meta import (
-    Sizes,
-    Trials,
-    build_meta,
-    computed_buffers,
-    entries,
-    get_path,
-    is_integer,
-    levels,
-    quiet_trial,
-    sizes,
-    with_values,
-)
+from llm_pruner.checkpoints import meta
 from llm_pruner.models.forward import embedding_rows, evaluating
 from llm_pruner.models.layers import keep_children
 from llm_pruner.types import Edits
@@ -61,20 +49,20 @@ def stock_config(
     dense_config = copy.deepcopy(dense_config)
     if hasattr(dense_config, "quantization_config"):
         del dense_config.quantization_config
-    trials, target = Trials(type(pruned_model), dense_config), sizes(pruned_model)
+    trials, target = meta.Trials(type(pruned_model), dense_config), meta.sizes(pruned_model)
     depth = layer_values(trials, edits.layers, target)
     if depth is None or not depth.exact:
         return None
-    trials = Trials(type(pruned_model), with_values(dense_config, depth.values))
+    trials = meta.Trials(type(pruned_model), meta.with_values(dense_config, depth.values))
     solver = _Solver(trials)
     values = solver.solve(target)
     if values is None:
         return None
-    found = _accepted(with_values(trials.config, values), pruned_model, target, edits)
+    found = _accepted(meta.with_values(trials.config, values), pruned_model, target, edits)
     # Keys that the dense config leaves open stay open where the result is the same.
     for path in solver.opened:
         fewer = {other: value for other, value in values.items() if other != path}
-        if config := _accepted(with_values(trials.config, fewer), pruned_model, target, edits):
+        if config := _accepted(meta.with_values(trials.config, fewer), pruned_model, target, edits):
             values, found = fewer, config
     return found
 
@@ -94,7 +82,7 @@ class Depth(NamedTuple):
 
 
 def layer_values(
-    trials: Trials, layers: Mapping[str, tuple[int, ...]], target: Sizes
+    trials: meta.Trials, layers: Mapping[str, tuple[int, ...]], target: meta.Sizes
 ) -> Depth | None:
     """Return the values of the dense config that change with removed layers.
 
@@ -103,8 +91,8 @@ def layer_values(
     """
     if not layers:
         return Depth({}, exact=True)
-    skeleton = build_meta(trials.model_class, trials.config)
-    dense = sizes(skeleton)
+    skeleton = meta.build_meta(trials.model_class, trials.config)
+    dense = meta.sizes(skeleton)
     values: dict[str, Any] = {}
     for name, kept in layers.items():
         shorter = _shorter(trials, values, name, kept, dense["list", name, "len"])
@@ -112,10 +100,10 @@ def layer_values(
             return None
         values = shorter
         keep_children(skeleton, name, kept)
-    wanted = sizes(skeleton)
+    wanted = meta.sizes(skeleton)
     counts = {(dense["list", name, "len"], len(kept)) for name, kept in layers.items()}
 
-    def agrees(key: tuple[str, str, Any], found: Sizes) -> bool:
+    def agrees(key: tuple[str, str, Any], found: meta.Sizes) -> bool:
         one, other = found.get(key), wanted.get(key)
         # A layer may number itself as the pruned model does; modules may hold how many there are.
         return one == other or (
@@ -153,16 +141,16 @@ def layer_values(
 
 
 def _shorter(
-    trials: Trials, values: Mapping[str, Any], name: str, kept: Sequence[int], count: int
+    trials: meta.Trials, values: Mapping[str, Any], name: str, kept: Sequence[int], count: int
 ) -> dict[str, Any] | None:
     """Return ``values`` with the length of one module list and the lists of that length."""
     lists = {
         path: [value[index] for index in kept]
-        for path, value in entries(trials.config)
+        for path, value in meta.entries(trials.config)
         if isinstance(value, list) and len(value) == count and not _names_all(value)
     }
-    for path, value in entries(trials.config):
-        if is_integer(value) and value == count >= 2:
+    for path, value in meta.entries(trials.config):
+        if meta.is_integer(value) and value == count >= 2:
             shorter = {**values, path: len(kept), **lists}
             if (trials.sizes(shorter) or {}).get(("list", name, "len")) == len(kept):
                 return shorter
@@ -171,7 +159,9 @@ def _shorter(
 
 def _names_all(values: Sequence[Any]) -> bool:
     """Whether a list holds the number of every layer; two numbers may be flags as well."""
-    return len(values) > 2 and all(map(is_integer, values)) and {*values} == {*range(len(values))}
+    return (
+        len(values) > 2 and all(map(meta.is_integer, values)) and {*values} == {*range(len(values))}
+    )
 
 
 def _renumbered(
@@ -179,14 +169,14 @@ def _renumbered(
 ) -> Iterator[tuple[str, Any, bool]]:
     """Yield (path, value, whether it may change nothing that is countable) to try."""
     place = {old: new for new, old in enumerate(kept)}
-    for path, value in entries(config):
+    for path, value in meta.entries(config):
         if path in values:
             continue
-        if isinstance(value, list) and value and all(map(is_integer, value)):
+        if isinstance(value, list) and value and all(map(meta.is_integer, value)):
             named = _NUMBERS_LAYERS.search(path.rpartition(".")[2]) is not None
             if named and len(set(value)) == len(value) and 0 <= min(value) <= max(value) < count:
                 yield path, [place[index] for index in value if index in place], True
-        elif is_integer(value) and 0 < value <= count:
+        elif meta.is_integer(value) and 0 < value <= count:
             before = sum(index < value for index in kept)
             through = sum(index <= value for index in kept) - 1
             for new in dict.fromkeys((before, through)):
@@ -200,11 +190,11 @@ def _renumbered(
 class _Solver:
     """Finds the value that every integer key needs for given sizes."""
 
-    def __init__(self, trials: Trials) -> None:
+    def __init__(self, trials: meta.Trials) -> None:
         self._config, self._sizes = trials.config, trials.sizes
         self.opened: list[str] = []  # keys that the dense config leaves unset, and that got a value
 
-    def solve(self, target: Sizes) -> dict[str, int] | None:
+    def solve(self, target: meta.Sizes) -> dict[str, int] | None:
         """Return key -> value for all keys that govern a size that must change, or None.
 
         A size may depend on several keys (heads times head size). Keys are settled one after
@@ -215,8 +205,8 @@ class _Solver:
         base = self._sizes(values)
         if base is None:
             return None
-        found = entries(with_values(self._config, values))
-        keys = [path for path, value in found if is_integer(value) and value >= 2]
+        found = meta.entries(meta.with_values(self._config, values))
+        keys = [path for path, value in found if meta.is_integer(value) and value >= 2]
         trials = {path: next(self._trials(path, values), None) for path in keys}
         effects = {path: _moved(base, trial[2]) for path, trial in trials.items() if trial}
         changed = _moved(base, target)
@@ -245,10 +235,10 @@ class _Solver:
         base = self._sizes({})
         if base is None:
             return values
-        candidates = [path for path, value in entries(self._config) if value is None]
+        candidates = [path for path, value in meta.entries(self._config) if value is None]
         candidates += [
             prefix + name
-            for prefix, config in levels(self._config)
+            for prefix, config in meta.levels(self._config)
             for name in _CONVENTIONAL_KEYS
             if not hasattr(config, name)
         ]
@@ -265,9 +255,9 @@ class _Solver:
                 self.opened.append(path)
         return values
 
-    def _trials(self, path: str, values: dict[str, int]) -> Iterator[tuple[int, int, Sizes]]:
+    def _trials(self, path: str, values: dict[str, int]) -> Iterator[tuple[int, int, meta.Sizes]]:
         """Yield (value, another that can be built, the sizes that it gives) of one key."""
-        current = values.get(path) or get_path(self._config, path)
+        current = values.get(path) or meta.get_path(self._config, path)
         # Doubling keeps divisibility, the others avoid other limits.
         for trial in (2 * current, current + 1, current // 2):
             found = self._sizes(values | {path: trial}) if trial >= 1 else None
@@ -275,7 +265,7 @@ class _Solver:
                 yield current, trial, found
 
     def _value(
-        self, path: str, values: dict[str, int], deciding: set[Any], target: Sizes
+        self, path: str, values: dict[str, int], deciding: set[Any], target: meta.Sizes
     ) -> int | None:
         """Return the value of one key that brings the deciding sizes to the target."""
         base = self._sizes(values)
@@ -293,7 +283,7 @@ class _Solver:
         return None
 
 
-def _moved(one: Sizes, other: Sizes) -> set[Any]:
+def _moved(one: meta.Sizes, other: meta.Sizes) -> set[Any]:
     """Return the sizes that both have, and that differ."""
     return {key for key in one if key in other and one[key] != other[key]}
 
@@ -304,7 +294,11 @@ def _alone(path: str, paths: Iterable[str], effects: Mapping[str, set[Any]]) -> 
 
 
 def _votes(
-    keys: Iterable[Any], first: Sizes, second: Sizes, target: Sizes, at: tuple[int, int]
+    keys: Iterable[Any],
+    first: meta.Sizes,
+    second: meta.Sizes,
+    target: meta.Sizes,
+    at: tuple[int, int],
 ) -> list[int]:
     """Return the three integers that most sizes need for the target.
 
@@ -313,7 +307,7 @@ def _votes(
     votes: Counter[int] = Counter()
     for key in keys:
         a, b, t = first.get(key), second.get(key), target.get(key)
-        if not (is_integer(a) and is_integer(b) and is_integer(t)) or a == b:
+        if not (meta.is_integer(a) and meta.is_integer(b) and meta.is_integer(t)) or a == b:
             continue
         steps = (t - a) * (at[1] - at[0])
         value, rest = divmod(steps, b - a)
@@ -324,25 +318,25 @@ def _votes(
 
 
 def _accepted(
-    config: PreTrainedConfig, pruned: PreTrainedModel, target: Sizes, edits: Edits
+    config: PreTrainedConfig, pruned: PreTrainedModel, target: meta.Sizes, edits: Edits
 ) -> PreTrainedConfig | None:
     """Return the config as loading will read it if it builds exactly the pruned model."""
     try:
-        with quiet_trial():
+        with meta.quiet_trial():
             # Unlike the trials, this validates the config, as loading does.
             found = type(config).from_dict(config.to_dict())
         config = copy.deepcopy(found)
         config._attn_implementation = pruned.config._attn_implementation
-        model = build_meta(type(pruned), config)
-        built = sizes(model)
+        model = meta.build_meta(type(pruned), config)
+        built = meta.sizes(model)
         differing = {key for key in built | target if built.get(key) != target.get(key)}
         if any(key[0] != "attribute" for key in differing):
             return None
         for name, values in edits.attributes.items():
             module = model.get_submodule(name)
-            if any(get_path(module, path) != value for path, value in values.items()):
+            if any(meta.get_path(module, path) != value for path, value in values.items()):
                 return None
-        computed = computed_buffers(model)
+        computed = meta.computed_buffers(model)
         # A cast model has cast its buffers too, so the comparison is in the model's precision.
         present = dict(pruned.named_buffers())
         for name, buffer in computed.items():
@@ -369,6 +363,6 @@ def _same_function(model: PreTrainedModel, pruned: PreTrainedModel) -> bool:
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, present[name])
     tokens = (torch.arange(16, device=pruned.device) * 7919 % embedding_rows(pruned)).view(2, 8)
-    with evaluating(pruned), evaluating(model), torch.no_grad(), quiet_trial():
+    with evaluating(pruned), evaluating(model), torch.no_grad(), meta.quiet_trial():
         ours, theirs = (m(input_ids=tokens, use_cache=False).logits for m in (pruned, model))
     return torch.equal(ours, theirs)

@@ -30,9 +30,9 @@ def run(settings: PruneSettings, json: str | None) -> None:
     """Remove the least important structures and save a smaller model."""
     keep_kernels(PRUNING)
     settings.check()
-    from llm_pruner.commands.prune import prune_checkpoint
+    from llm_pruner.commands.prune import PruneRun
 
-    done = prune_checkpoint(settings, command=command_line())
+    done = PruneRun(settings, command=command_line()).carry_out()
     write_json(done, json)
     if json != "-":
         show(done)

@@ -13,14 +13,15 @@ from pydantic import BeforeValidator
 from transformers import AutoConfig
 
 from llm_pruner.commands.evaluate import check_tasks, measure_apart, read_texts
-from llm_pruner.commands.prune import prune_checkpoint
+from llm_pruner.commands.prune import PruneRun
 from llm_pruner.commands.prune_start import check_space, criterion_of, selection_of, target_of
 from llm_pruner.commands.recover import recover_checkpoint
 from llm_pruner.commands.workdir import Work, folder_beside, opened, read_values
+from llm_pruner.data.calibration import check_calibration
 from llm_pruner.data.examples import load_examples
 from llm_pruner.data.files import BEGINNING
 from llm_pruner.data.selfmade import CHUNK, write_text_cached
-from llm_pruner.data.text import DEMO_PROMPTS, SELF, load_documents, sources_of
+from llm_pruner.data.text import DEMO_PROMPTS, SELF
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import result_cache
 from llm_pruner.files.disk import put, tidy
@@ -148,9 +149,7 @@ def check_settings(settings: CompressSettings) -> None:
         for source in settings.data:
             if source != SELF:
                 load_examples(source, limit=BEGINNING)
-    for source in sources_of(pruning.calibration):
-        if source != SELF:
-            load_documents(source, limit=BEGINNING)
+    check_calibration(pruning)
     read_texts(settings.perplexity, PerplexitySettings())
     if settings.tasks is not None:
         check_tasks(settings)
@@ -212,7 +211,7 @@ class _Stages:
         if self.pruning.out.is_dir():
             return
         self.tell("pruning")
-        prune_checkpoint(self.pruning, command=self.command)
+        PruneRun(self.pruning, command=self.command).carry_out()
         self.run.record_time("prune")
 
     def measure(

@@ -18,7 +18,6 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from transformers import __version__ as transformers_version
 
-from llm_pruner.checkpoints import atomic_directory
 from llm_pruner.data.files import read_task
 from llm_pruner.data.text import EvaluationText, load_evaluation_text
 from llm_pruner.errors import LLMPrunerError, UserError
@@ -27,7 +26,7 @@ from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.evaluation.perplexity import PerplexityResult, perplexity
 from llm_pruner.evaluation.samples import sample_continuation
 from llm_pruner.evaluation.speed import measure_speed
-from llm_pruner.files.outputs import check_output
+from llm_pruner.files.outputs import atomic_directory, check_output
 from llm_pruner.models.forward import maximum_length
 from llm_pruner.models.load import LoadedModel, load
 from llm_pruner.report.records import Measured, ZeroShot, as_json

@@ -13,47 +13,22 @@ import psutil
 import torch
 from torch import nn
 
-from llm_pruner.checkpoints import SavedCheckpoint, atomic_write_text, save_checkpoint
-from llm_pruner.commands.prune_start import (
-    check_out,
-    check_space,
-    criterion_of,
-    default_protection,
-    finds_split,
-    planned,
-    selection_of,
-    target_of,
-)
+from llm_pruner import planning
+from llm_pruner.checkpoints import SavedCheckpoint, save_checkpoint
+from llm_pruner.commands import prune_start as start
 from llm_pruner.compensation import Refitted, refit_
 from llm_pruner.data.calibration import Calibration, check_calibration, read_calibration
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.footprint import model_size
-from llm_pruner.files.outputs import check_shard_size
+from llm_pruner.files.outputs import check_shard_size, write_output
 from llm_pruner.importance import score
 from llm_pruner.models.forward import is_on_meta
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import LoadedModel, load
 from llm_pruner.models.streaming import keep_dtype_
-from llm_pruner.planning import (
-    Numbering,
-    Plan,
-    allocate,
-    check_reachable,
-    choose_groups,
-    explain,
-    read_plan,
-    step_targets,
-)
+from llm_pruner.report import facts
 from llm_pruner.report.data import Report, SavedAs
-from llm_pruner.report.facts import (
-    criterion_in_words,
-    importance_maps,
-    layers_of,
-    settings_of,
-    source_of,
-    versions,
-)
 from llm_pruner.report.records import Pruned
 from llm_pruner.report.write import page_in, write_report, write_request
 from llm_pruner.runtime.memory import give_back
@@ -80,30 +55,15 @@ Estimator = Callable[[nn.Module, Discovery, Set[str], torch.Tensor | None], Scor
 """Model, its groups, the names of those to score, tokens (samples, length) -> importance."""
 
 
-def prune_checkpoint(
-    settings: PruneSettings,
-    *,
-    command: str | None = None,
-    estimate: Estimator | None = None,
-) -> Pruned:
-    """Prune a checkpoint and save the result as a folder that ``from_pretrained`` loads.
+class PruneRun:
+    """One run: the stages in their order, and what they have made so far.
+
+    What is there already can be handed in: a model and its groups, calibration text, importance.
 
     Args:
         settings: what to do.
         command: the command line of this run, for the report.
         estimate: gives the importance of the units in place of the criterion.
-
-    Raises:
-        UserError: something that was given must change; nothing is written.
-        VerificationError: the pruned model is not its twin; nothing is written.
-    """
-    return PruneRun(settings, command=command, estimate=estimate).carry_out()
-
-
-class PruneRun:
-    """One run: the stages in their order, and what they have made so far.
-
-    What is there already can be handed in: a model and its groups, calibration text, importance.
 
     Attributes:
         plan: what goes, in the numbering of the dense model; None until it is made.
@@ -132,7 +92,12 @@ class PruneRun:
         self.rounding: Rounding | None = None
 
     def carry_out(self) -> Pruned:
-        """Go through all stages; a dry run ends with the plan."""
+        """Go through all stages: save a folder that ``from_pretrained`` loads, or the plan alone.
+
+        Raises:
+            UserError: something that was given must change; nothing is written.
+            VerificationError: the pruned model is not its twin; nothing is written.
+        """
         self.check()
         self.check_files()
         self.load()
@@ -144,7 +109,7 @@ class PruneRun:
         self.loaded.check_stored()
         if self.settings.dry_run:
             assert self.plan is not None
-            atomic_write_text(self.settings.out, self.plan.to_json())
+            write_output(self.settings.out, self.plan.to_json())
             return result
         return self.save(result)
 
@@ -154,13 +119,13 @@ class PruneRun:
         """Refuse what cannot be, and see what is to be done."""
         settings = self.settings
         settings.check()
-        self.plan = None if settings.plan is None else read_plan(settings.plan)
-        self.target, self.selection = target_of(settings), selection_of(settings)
-        self.criterion = criterion_of(settings)
+        self.plan = None if settings.plan is None else planning.read_plan(settings.plan)
+        self.target, self.selection = start.target_of(settings), start.selection_of(settings)
+        self.criterion = start.criterion_of(settings)
         if self.plan is None and self.estimate is None:
             self.criterion.require_scores_of(settings.structures)
         self.refits = settings.compensation != "none"
-        self.splits = self.plan is None and finds_split(settings, self.criterion)
+        self.splits = self.plan is None and start.finds_split(settings, self.criterion)
         # A plan of random units that nothing judges, or a plan that is there, needs no weights.
         chance = self.criterion.name == "random" and not self.splits
         self.weightless = settings.dry_run and (self.plan is not None or chance)
@@ -168,10 +133,10 @@ class PruneRun:
     def check_files(self) -> None:
         """Refuse what files and disks can tell, since loading a model may take minutes."""
         settings = self.settings
-        check_out(settings.out, settings.overwrite, settings.dry_run, settings.reads)
+        start.check_out(settings.out, settings.overwrite, settings.dry_run, settings.reads)
         check_shard_size(settings.max_shard_size)
         if self.target is not None and not settings.dry_run:
-            check_space(settings.out, settings.loading(), self.target)
+            start.check_space(settings.out, settings.loading(), self.target)
         if self.refits or (self.plan is None and (self.criterion.reads_text or self.splits)):
             check_calibration(settings)
 
@@ -198,7 +163,7 @@ class PruneRun:
         if self.refits and not self.weightless:
             self.refitter = Refitter(self.loaded, self.discovery, self.surgeon)
 
-    def replay(self, plan: Plan) -> None:
+    def replay(self, plan: planning.Plan) -> None:
         """Remove what a plan says."""
         self.removal: dict[str, IntArray] = plan.removal(self.discovery)
         if self.settings.dry_run:
@@ -212,12 +177,12 @@ class PruneRun:
         settings, clock, target, cost = self.settings, self.clock, self.target, None
         assert target is not None
         self._decide()
-        discovery, numbering = self.discovery, Numbering.dense(self.discovery)
+        discovery, numbering = self.discovery, planning.Numbering.dense(self.discovery)
         if target.kv_cache is not None:
             cost = cache_cost(self.network, discovery, self.selection, numbering)
-        check_reachable(discovery, self.selection, target, cost)
+        planning.check_reachable(discovery, self.selection, target, cost)
         scored, held_out = self._read_text()
-        targets = step_targets(numbering.parameters, target, settings.steps)
+        targets = planning.step_targets(numbering.parameters, target, settings.steps)
         for number, step in enumerate(targets):
             scores = self._scores_of(discovery, numbering, scored)
             self.scores = self.scores or dict(scores)
@@ -236,7 +201,9 @@ class PruneRun:
                 clock.stop("trials")
             if cost is not None and number > 0:
                 cost = cache_cost(self.network, discovery, self.selection, numbering, cost.dense)
-            removal = allocate(discovery, scores, self.selection, step, numbering, cost=cost)
+            removal = planning.allocate(
+                discovery, scores, self.selection, step, numbering, cost=cost
+            )
             numbering = numbering.after(removal)
             clock.stop("plan")
             last = number + 1 == len(targets)
@@ -246,13 +213,15 @@ class PruneRun:
                 discovery = discover(self.network)
                 clock.stop("discover")
         self.removal = numbering.removal()
-        self.plan = Plan.from_removal(
+        self.plan = planning.Plan.from_removal(
             self.discovery,
             self.removal,
             package_version=__version__,
             model_name=self.loaded.name,
             revision=self.loaded.revision,
-            settings=planned(settings, self.selection, self.criterion, read=self.text is not None),
+            settings=start.planned(
+                settings, self.selection, self.criterion, read=self.text is not None
+            ),
             text=None if self.text is None else self.text.settings["fingerprint"],
         )
 
@@ -271,10 +240,10 @@ class PruneRun:
         return scored, held_out
 
     def _scores_of(
-        self, discovery: Discovery, numbering: Numbering, tokens: torch.Tensor | None
+        self, discovery: Discovery, numbering: planning.Numbering, tokens: torch.Tensor | None
     ) -> Scores:
         """Return the importance in all groups that may lose units and those that go with them."""
-        chosen = choose_groups(discovery, self.selection, numbering)
+        chosen = planning.choose_groups(discovery, self.selection, numbering)
         names = {group.name for group in chosen}
         names |= {companion.group for group in chosen for companion in group.companions}
         seen = None if tokens is None else tokens[: self.settings.score_samples]
@@ -298,7 +267,7 @@ class PruneRun:
     def _decide(self) -> None:
         """Complete the selection with what was left to the model and the machine."""
         settings = self.settings
-        first, last = default_protection(self.discovery)
+        first, last = start.default_protection(self.discovery)
         if settings.protect_first == "auto" and not settings.uniform:
             self.selection = replace(self.selection, protect_first=first)
         if settings.protect_last == "auto" and not settings.uniform:
@@ -321,7 +290,7 @@ class PruneRun:
             parameters_before=before,
             parameters_after=after,
             ratio=1 - after / before,
-            layers=tuple(explain(self.discovery, self.removal)),
+            layers=tuple(planning.explain(self.discovery, self.removal)),
             twin_difference=None if verified is None else verified.difference,
             twin_scenes=() if verified is None else verified.scenes,
             twin_skipped=() if verified is None else verified.skipped,
@@ -382,14 +351,16 @@ class PruneRun:
         # What a report has of the run, it has by the same names.
         shared = {name: of for name, of in vars(done).items() if name in Report.model_fields}
         report = Report(
-            **shared | {"layers": layers_of(done.layers)},
-            source=source_of(settings.model, loaded.name, loaded.revision, self.network),
+            **shared | {"layers": facts.layers_of(done.layers)},
+            source=facts.source_of(settings.model, loaded.name, loaded.revision, self.network),
             sizes={"dense": self.dense_size, "pruned": model_size(self.network)},
-            importance=importance_maps(self.discovery, self.scores, self.removal, done.layers),
-            criterion=criterion_in_words(plan),
+            importance=facts.importance_maps(
+                self.discovery, self.scores, self.removal, done.layers
+            ),
+            criterion=facts.criterion_in_words(plan),
             compensation=settings.compensation if self.refits else None,
-            settings=settings_of(plan, {"dtype": settings.dtype, "device": settings.device}),
-            versions=versions(),
+            settings=facts.settings_of(plan, {"dtype": settings.dtype, "device": settings.device}),
+            versions=facts.versions(),
             command=self.command,
         )
         write_report(folder, report)

@@ -16,7 +16,7 @@ from llm_pruner.models.stored import stored_size
 from llm_pruner.planning import Selection, Target
 from llm_pruner.report.text import megabytes
 from llm_pruner.settings.common import CalibrationSettings, ModelSettings, OutputSettings
-from llm_pruner.settings.prune import PruneSettings
+from llm_pruner.settings.prune import AMOUNTS, PruneSettings
 from llm_pruner.types import Discovery
 
 _RUN = {"plan", "dry_run", "verify", "kept", "memory"}
@@ -27,12 +27,7 @@ def target_of(settings: PruneSettings) -> Target | None:
     """Return how much is removed; None if a plan says what."""
     if settings.plan is not None:
         return None
-    return Target(
-        unit_ratio=settings.unit_ratio,
-        ratio=settings.ratio,
-        params=settings.params,
-        kv_cache=settings.kv_cache,
-    )
+    return Target(**settings.model_dump(include={*AMOUNTS}))
 
 
 def selection_of(settings: PruneSettings) -> Selection:

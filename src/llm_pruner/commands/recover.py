@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llm_pruner.checkpoints import atomic_write_text, save_checkpoint
+from llm_pruner.checkpoints import save_checkpoint
 from llm_pruner.commands import workdir
 from llm_pruner.commands.evaluate import measure_perplexities, read_texts
 from llm_pruner.commands.prune import keep_type_
@@ -23,8 +23,8 @@ from llm_pruner.errors import UserError
 from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.evaluation.perplexity import PerplexityResult
 from llm_pruner.files.disk import new_folder, tidy
-from llm_pruner.files.outputs import check_output, check_place, check_shard_size
-from llm_pruner.models.forward import maximum_length
+from llm_pruner.files.outputs import check_output, check_place, check_shard_size, write_output
+from llm_pruner.models.forward import embedding_rows, maximum_length
 from llm_pruner.models.load import LoadedModel, check, load
 from llm_pruner.recovery import Outcome, Progress, Teacher, recover_
 from llm_pruner.recovery.processes import Processes, is_sharded, joined, own_device
@@ -252,7 +252,7 @@ class _Run:
 
         def beside(folder: Path, kind: SavedAs, needs: tuple[str, ...]) -> None:
             write_request(folder, self.asked)
-            atomic_write_text(folder / RECOVERY_FILE, result.lasting())
+            write_output(folder / RECOVERY_FILE, result.lasting())
             if self.adapter is not None and result.gained:
                 shutil.copytree(self.adapter, folder / "adapter")
             report = recovery_report(
@@ -334,9 +334,7 @@ def load_teacher(teacher: ModelSettings, student: LoadedModel) -> LoadedModel:
     dense = load(teacher)
     assert dense.tokenizer is not None
     assert student.tokenizer is not None
-    ours, theirs = (
-        int(one.model.get_input_embeddings().weight.shape[0]) for one in (student, dense)
-    )
+    ours, theirs = (embedding_rows(one.model) for one in (student, dense))
     if ours != theirs or student.tokenizer.get_vocab() != dense.tokenizer.get_vocab():
         raise UserError(
             f"{dense.name} has another vocabulary ({theirs} tokens) than {student.name} ({ours}); "

@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 from pydantic_core import to_jsonable_python
 
-from llm_pruner.checkpoints import atomic_write_text
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import discard, make_parents, read_json, remove, remove_empty, tidy
+from llm_pruner.files.outputs import write_output
 from llm_pruner.report.records import RECOVERY_FILE, as_json
 
 _T = TypeVar("_T")
@@ -183,7 +183,7 @@ class Work:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
         self._last = now
         data = {"seconds": self.seconds, "peak_bytes": self.peak_bytes}
-        atomic_write_text(self.path(_PROGRESS), json.dumps(data, indent=1) + "\n")
+        write_output(self.path(_PROGRESS), json.dumps(data, indent=1) + "\n")
 
     def once(
         self, name: str, kind: type[_T], make: Callable[[], _T], stage: str | None = None
@@ -196,7 +196,7 @@ class Work:
         if (found := read_values(file, kind)) is not None:
             return found
         made = make()
-        atomic_write_text(file, json.dumps(as_json(made), indent=1) + "\n")
+        write_output(file, json.dumps(as_json(made), indent=1) + "\n")
         self.record_time(stage or name)
         return made
 
@@ -228,7 +228,7 @@ def opened(folder: Path, settings: Mapping[str, Any], *, restart: bool) -> Itera
                 raise UserError(
                     f"{folder.name} holds no run that can go on; remove it, or pass --restart"
                 )
-            atomic_write_text(folder / _SETTINGS, json.dumps(asked, indent=1) + "\n")
+            write_output(folder / _SETTINGS, json.dumps(asked, indent=1) + "\n")
         else:
             _require_same(folder, found, asked)
         yield Work(folder, continued=found is not None)
@@ -242,7 +242,7 @@ def begin_or_go_on(work: Path, facts: dict[str, Any], *, resume: bool, writes: b
     file = work / RUN
     if not (resume and file.is_file()):
         if writes:
-            atomic_write_text(file, json.dumps(facts, indent=2) + "\n")
+            write_output(file, json.dumps(facts, indent=2) + "\n")
         return
     old = read_values(file)
     for key, value in facts.items():

@@ -12,13 +12,12 @@ import torch
 
 from llm_pruner.data.files import BEGINNING
 from llm_pruner.data.selfmade import write_text_cached, write_windows
-from llm_pruner.data.sequences import added_tokens, bare_ids
+from llm_pruner.data.sequences import added_tokens, bare_ids, room_for_text
 from llm_pruner.data.text import SELF, Documents, load_documents, running_text, sources_of
 from llm_pruner.errors import UserError
 from llm_pruner.models.load import LoadedModel
 from llm_pruner.runtime.progress import Clock
 from llm_pruner.settings.common import CalibrationSettings
-from llm_pruner.settings.limits import MOST, check_number
 
 SHORT_DOCUMENT = 200
 """Documents with fewer characters than this on average are lines of a running text."""
@@ -67,7 +66,6 @@ def build_calibration(
     Raises:
         UserError: the source cannot be read, or holds too few tokens.
     """
-    _check_size(asked)
     samples, sources = asked.samples, sources_of(asked.calibration)
     if samples < len(sources):
         raise UserError(
@@ -112,13 +110,6 @@ def build_calibration(
     return Calibration(input_ids, ",".join(sources), settings)
 
 
-def _check_size(asked: CalibrationSettings) -> None:
-    if asked.samples < 1:
-        raise UserError(f"samples={asked.samples} calibrates on nothing; use at least 1")
-    if asked.seq_len < 2:
-        raise UserError(f"seq_len={asked.seq_len} predicts no token; use at least 2")
-
-
 def _documents(source: str, asked: CalibrationSettings, limit: int) -> Documents:
     return load_documents(source, split=asked.text_split, text_field=asked.text_field, limit=limit)
 
@@ -137,9 +128,7 @@ def pack(
 ) -> torch.Tensor:
     """Cut documents into windows, int64 of shape (samples, seq_len); see ``build_calibration``."""
     prefix, suffix = added_tokens(tokenizer)
-    fresh = seq_len - len(prefix)  # tokens of text in a window
-    if fresh < 1:
-        raise UserError(f"seq_len={seq_len} holds the tokenizer's BOS alone; use a longer one")
+    fresh = room_for_text(seq_len, prefix)
     generator = torch.Generator().manual_seed(seed)
     needed = samples * fresh
     running = running_text(documents, "standard")
@@ -185,16 +174,11 @@ def pack(
 def check_calibration(asked: CalibrationSettings) -> None:
     """Raise UserError if the calibration text cannot be read."""
     samples, scored = asked.samples, asked.score_samples
-    _check_size(asked)
-    if scored is not None and scored < 1:
-        raise UserError(f"score_samples={scored} estimates on nothing; use at least 1")
     if scored is not None and scored > samples:
         raise UserError(
             f"score_samples={scored} of {samples} samples cannot be read; ask for more samples, or "
             "for fewer of them"
         )
-    check_number("samples", samples, 1, MOST)
-    check_number("seq_len", asked.seq_len, 2, 2**24)
     for source in sources_of(asked.calibration):
         if source != SELF:
             _documents(source, asked, BEGINNING)

@@ -76,6 +76,13 @@ def added_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (), ()
 
 
+def room_for_text(seq_len: int, prefix: tuple[int, ...]) -> int:
+    """Return how many tokens of text a window has beside ``prefix``; UserError if none."""
+    if seq_len <= len(prefix):
+        raise UserError(f"seq_len={seq_len} holds the tokenizer's BOS alone; use a longer one")
+    return seq_len - len(prefix)
+
+
 Template = Literal["auto", "chat", "alpaca"]
 
 _WITH_INPUT = (
@@ -158,9 +165,7 @@ def encode_examples(
 def _windows(
     ids: Sequence[int], prefix: tuple[int, ...], seq_len: int, source: int
 ) -> Iterator[TrainingSequence]:
-    fresh = seq_len - len(prefix)
-    if fresh < 1:
-        raise UserError(f"seq_len={seq_len} holds the tokenizer's BOS alone; use a longer one")
+    fresh = room_for_text(seq_len, prefix)
     known = [False] * len(prefix)
     for start in range(0, len(ids), fresh):
         window = ids[start : start + fresh]

@@ -408,14 +408,7 @@ class _Builder:
 
         The first ones and the last ones: code that cuts an axis in half needs as many of both.
         """
-        ratios = {group.name: Fraction(1)}
-        pending = [group.name]
-        while pending:
-            name = pending.pop()
-            for companion in by_name[name].companions:
-                if companion.group not in ratios:
-                    ratios[companion.group] = ratios[name] * companion.ratio
-                    pending.append(companion.group)
+        ratios = bound_to(group.name, by_name)
         unit = int(np.lcm.reduce([ratio.denominator for ratio in ratios.values()]))
         chosen = []
         for name, ratio in ratios.items():
@@ -454,6 +447,19 @@ class _Builder:
                     reason = self.atoms.reason(rows[stuck]) or "not reached by the forward pass"
                     result.append(FrozenAxis(name, dim, int(stuck.sum()), len(rows), reason))
         return result
+
+
+def bound_to(name: str, groups: Mapping[str, Group]) -> dict[str, Fraction]:
+    """Return the groups that lose units with one, itself first -> units for each of its own."""
+    ratios = {name: Fraction(1)}
+    pending = [name]
+    while pending:
+        leader = pending.pop()
+        for companion in groups[leader].companions:
+            if companion.group in groups and companion.group not in ratios:
+                ratios[companion.group] = ratios[leader] * companion.ratio
+                pending.append(companion.group)
+    return ratios
 
 
 class _Runs(NamedTuple):

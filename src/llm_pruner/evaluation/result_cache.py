@@ -14,8 +14,8 @@ from typing import Any
 from transformers import __version__ as transformers_version
 from transformers.utils.hub import cached_file
 
-from llm_pruner.checkpoints import atomic_write_text
 from llm_pruner.files.disk import read_json
+from llm_pruner.files.outputs import write_output
 from llm_pruner.models.stored import local_path
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.version import __version__
@@ -84,7 +84,7 @@ def read(name: str) -> dict[str, Any] | None:
 def write(name: str, data: dict[str, Any]) -> None:
     """Store a result; where the folder cannot be written, the result is not kept."""
     try:
-        atomic_write_text(folder() / f"{name}.json", json.dumps(data, ensure_ascii=False))
+        write_output(folder() / f"{name}.json", json.dumps(data, ensure_ascii=False))
     except OSError:
         return
 

@@ -16,6 +16,7 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -308,7 +309,7 @@ _BESIDE = 32
 _INSIDE = 128
 """Bytes of the longest path inside a checkpoint or a run."""
 
-_SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZES = {"K": 3, "M": 6, "G": 9, "T": 12}
 
 
 def check_place(path: Path, option: str) -> None:
@@ -353,20 +354,17 @@ def free_bytes(path: Path) -> int:
 
 def check_shard_size(size: str) -> None:
     """Raise UserError unless ``size`` is one such as ``5GB`` that a weight file can have."""
-    if shard_bytes(size) < 1:
+    if bytes_of(size) < 1:
         raise UserError(
             f"--max-shard-size {size[:40]!r} is no size of a file; use a number above 0 with KB, "
             "MB, GB or TB, such as 5GB"
         )
 
 
-def shard_bytes(size: str) -> int:
-    """Return the bytes of a size such as ``5GB``; 0 if it is none."""
-    number, unit = size.strip()[:-2], size.strip()[-2:].upper()
-    try:
-        return int(float(number) * _SIZES[unit])
-    except (KeyError, ValueError, OverflowError):
-        return 0
+def bytes_of(size: str) -> int:
+    """Return the bytes of a size such as ``5GB``, a thousand to the step; 0 if it is none."""
+    match = re.fullmatch(r"(\d*\.?\d+)\s*([KMGT])B", size.strip().upper())
+    return 0 if match is None else int(Decimal(match[1]).scaleb(_SIZES[match[2]]))
 
 
 def _check_length(name: str, longest: int, option: str) -> None:

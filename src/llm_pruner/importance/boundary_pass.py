@@ -9,16 +9,16 @@ and weight gradients exist at a time. A model that is no chain of blocks runs as
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from llm_pruner.errors import UserError
 from llm_pruner.models.activation_store import ActivationStore
-from llm_pruner.models.blockwise import Call, Chain, hidden_of
+from llm_pruner.models.blockwise import Call, Chain, hidden_of, requiring_gradients
 from llm_pruner.models.forward import run_for_logits
 from llm_pruner.models.streaming import is_model_streamed, turn
 from llm_pruner.runtime.progress import track
@@ -43,6 +43,10 @@ _START = 8
 
 _BACKOFF = 2.0**-8
 _ATTEMPTS = 5
+
+
+Seen: TypeAlias = tuple[str, torch.Tensor, torch.Tensor | None]
+"""A module, what it was given, and the gradient of that."""
 
 
 class Collector:
@@ -71,13 +75,7 @@ class Collector:
         """Return (module, input) noted since the last call, to get a gradient each."""
         return []
 
-    def add_inputs(
-        self,
-        part: slice,
-        seen: Sequence[tuple[str, torch.Tensor]],
-        gradients: Sequence[torch.Tensor | None],
-        factor: float,
-    ) -> None:
+    def add_inputs(self, part: slice, seen: Iterable[Seen], factor: float) -> None:
         """Take the gradients of what `seen` returned; the true ones are ``factor`` times them."""
 
     def add_weight(self, name: str, part: slice, gradient: torch.Tensor, factor: float) -> None:
@@ -112,7 +110,7 @@ class Collector:
         if not inputs:
             return None, 1.0
         found, factor = pull_back(outputs, inputs, cotangents, part)
-        self.add_inputs(part, seen, found[: len(seen)], factor)
+        self.add_inputs(part, [(*one, at) for one, at in zip(seen, found, strict=False)], factor)
         for name, gradient in zip(names, found[len(seen) :], strict=False):
             if gradient is not None:
                 self.add_weight(name, part, gradient, factor)
@@ -144,7 +142,7 @@ def run_backward(
         )
     samples, length = input_ids.shape
     size = max(1, _TOKENS_WHOLE // length) if collector.together else 1
-    with _requiring_gradients(collector.parameters):
+    with requiring_gradients(collector.parameters):
         for part in track(batches(samples, size), collector.label):
             logits = run_for_logits(model, input_ids[part])
             cotangent = loss_cotangent(logits, input_ids[part], part.start)
@@ -247,7 +245,7 @@ class _BlockPass:
     def _block(self, index: int, part: slice) -> None:
         """Pull the gradient back through one block."""
         owned = self.chain.owned[index]
-        with _requiring_gradients(owned):
+        with requiring_gradients(owned):
             hidden, output = self.chain.run_block(
                 index, self.ids[part], self.states.read(index, part)
             )
@@ -278,7 +276,7 @@ class _BlockPass:
                 entries.append(given)
             return self.chain.as_output(at, top.to(given.device) if at + 1 == self.count else given)
 
-        with _requiring_gradients(self.chain.outside):
+        with requiring_gradients(self.chain.outside):
             logits = self.chain.run(self.ids[part], handler)
             pairs = [(logits, loss_cotangent(logits, self.ids[part], part.start))]
             if self.chain.bottom:
@@ -287,17 +285,6 @@ class _BlockPass:
             outputs, cotangents = zip(*(one for one in pairs if one[0].requires_grad), strict=True)
             self.collector.seen()  # in the forward pass already
             self.collector.pull(outputs, cotangents, part, self.chain.outside)
-
-
-@contextmanager
-def _requiring_gradients(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in parameters.values():
-            parameter.requires_grad_(False)
 
 
 def pull_back(

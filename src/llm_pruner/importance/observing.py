@@ -11,9 +11,10 @@ is the same number.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -25,6 +26,7 @@ from llm_pruner.importance.boundary_pass import (
     MEMORY,
     TOKENS,
     Collector,
+    Seen,
     batches,
     run_backward,
 )
@@ -93,13 +95,16 @@ def measure(
     return {group.name: watch.found[group.name] for group in groups}
 
 
+_NOTHING = torch.zeros((), dtype=torch.float64)
+
+
 @dataclass
 class _Moments:
     """Sums over the inputs of one module, as `Reading` has them."""
 
     tokens: int = 0
-    total: torch.Tensor | int = 0
-    square: torch.Tensor | int = 0
+    total: torch.Tensor = _NOTHING
+    square: torch.Tensor = _NOTHING
     gram: torch.Tensor | None = None
 
     def add(self, rows: torch.Tensor, with_gram: bool) -> None:
@@ -175,28 +180,19 @@ class _Watch(Collector, Generic[Measured]):
             self._inside = self._groups_inside(chain)
             if not self._forward_only:
                 self._places = _places(self._model, chain, self._layers)
-        with self._listening():
+        with ExitStack() as hooks:
+            for path in self._readers:
+                reader = self._model.get_submodule(path)
+                hooks.enter_context(reader.register_forward_pre_hook(partial(self._note, path)))
             if self._forward_only:
                 self._look(chain, input_ids)
             else:
                 run_backward(self._model, chain, input_ids, self)
         self._finish(self._groups)
 
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        handles = [
-            self._model.get_submodule(path).register_forward_pre_hook(
-                lambda _module, args, path=path: self._note(path, args)
-            )
-            for path in self._readers
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _note(self, path: str, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+    def _note(
+        self, path: str, _: nn.Module, args: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...] | None:
         """Note an input, which becomes a leaf if nothing below it takes a gradient."""
         value, *rest = args
         if self._forward_only:
@@ -244,19 +240,12 @@ class _Watch(Collector, Generic[Measured]):
 
     def _take(self, part: slice) -> None:
         """Take what a forward pass has shown."""
-        seen = self.seen()
-        self.add_inputs(part, seen, [None] * len(seen), 1.0)
+        self.add_inputs(part, [(*one, None) for one in self.seen()], 1.0)
 
     @torch.no_grad()
-    def add_inputs(
-        self,
-        part: slice,
-        seen: Sequence[tuple[str, torch.Tensor]],
-        gradients: Sequence[torch.Tensor | None],
-        factor: float,
-    ) -> None:
+    def add_inputs(self, part: slice, seen: Iterable[Seen], factor: float) -> None:
         """Add inputs and their gradients, which are ``factor`` times those given."""
-        for (path, value), gradient in zip(seen, gradients, strict=True):
+        for path, value, gradient in seen:
             value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
             if gradient is not None and {"gates", "tokens"} & self._needs:
                 product = value * gradient
@@ -343,8 +332,6 @@ class _Watch(Collector, Generic[Measured]):
 
     def _reading(self, consumer: Consumer) -> Reading:
         moments = self._moments[consumer.module]
-        assert isinstance(moments.total, torch.Tensor)
-        assert isinstance(moments.square, torch.Tensor)
         return Reading(
             consumer,
             weight_of(self._model.get_submodule(consumer.module)).float(),

@@ -311,8 +311,12 @@ def _group_scores(
     model: nn.Module, group: Group, sums: Mapping[str, _Sums], criterion: Criterion
 ) -> FloatArray:
     if group.modules:
-        layers = [_layer_parameters(model, module) for module in group.modules]
-        return np.array([_layer(names, sums, criterion) for names in layers], dtype=np.float64)
+        layers = [
+            np.array([sums[name].total for name in _layer_parameters(model, module)])
+            for module in group.modules
+        ]
+        wholes = [one.sum() if criterion.name == "l2" else np.abs(one).sum() for one in layers]
+        return _slices(np.array(wholes, dtype=np.float64), criterion)
     members = [member for member in group.members if not member.buffer]
     if not members:
         return np.zeros(group.size)
@@ -333,13 +337,6 @@ def _slices(totals: FloatArray, criterion: Criterion) -> FloatArray:
     if criterion.name == "l2":
         return np.sqrt(totals)
     return np.abs(totals)  # changes vector-wise taylor only: all else is a sum of magnitudes
-
-
-def _layer(names: list[str], sums: Mapping[str, _Sums], criterion: Criterion) -> float:
-    totals = np.array([sums[name].total for name in names], dtype=np.float64)
-    if criterion.name == "l2":
-        return float(np.sqrt(totals.sum()))
-    return float(np.abs(totals).sum())
 
 
 def _aggregate(scores: FloatArray, aggregate: str) -> FloatArray:

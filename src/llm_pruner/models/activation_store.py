@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
-from io import FileIO
-from types import TracebackType
+from io import BufferedRandom
 from typing import Any
 
 import torch
@@ -30,7 +28,7 @@ class ActivationStore:
         self._keys, self._samples, self._memory = keys, samples, memory
         self._form = torch.empty(0)  # one sample
         self._arrays: dict[int, torch.Tensor] = {}
-        self._files: dict[int, FileIO] = {}
+        self._files: dict[int, BufferedRandom] = {}
 
     def _make(self, values: torch.Tensor) -> None:
         self._form = torch.empty_like(values[0], device="meta")
@@ -47,17 +45,12 @@ class ActivationStore:
                 "use fewer or shorter samples"
             )
         # Without a name, so that a killed process leaves nothing behind.
-        self._files = {key: tempfile.TemporaryFile(buffering=0) for key in filed}  # noqa: SIM115
+        self._files = {key: tempfile.TemporaryFile() for key in filed}  # noqa: SIM115
 
     def __enter__(self) -> ActivationStore:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -80,7 +73,7 @@ class ActivationStore:
             return
         file = self._files[key]
         file.seek(self._offset(samples))
-        _all_bytes(values, file.write)
+        file.write(_bytes_of(values))
 
     def read(self, key: int, samples: slice) -> torch.Tensor:
         """Return the stored values of a range of samples; not to be changed in place."""
@@ -90,7 +83,8 @@ class ActivationStore:
         values = torch.empty(shape, dtype=self._form.dtype)
         file = self._files[key]
         file.seek(self._offset(samples))
-        _all_bytes(values, file.readinto)
+        if file.readinto(_bytes_of(values)) != values.nbytes:
+            raise OSError("a temporary file ended early")
         return values
 
     def drop(self, key: int) -> None:
@@ -103,12 +97,6 @@ class ActivationStore:
         return int(samples.start) * self._form.nbytes
 
 
-def _all_bytes(values: torch.Tensor, move: Callable[[memoryview], int | None]) -> None:
-    """Pass every byte of a contiguous tensor to ``move``, which may take a part at a time."""
-    array: Any = values.view(-1).view(torch.uint8).numpy()  # not every numpy says: a buffer
-    rest = memoryview(array)
-    while len(rest):
-        moved = move(rest)
-        if not moved:
-            raise OSError("a temporary file ended early")
-        rest = rest[moved:]
+def _bytes_of(values: torch.Tensor) -> Any:
+    """Return the memory of a contiguous tensor, to be read or written as it is."""
+    return values.view(-1).view(torch.uint8).numpy()

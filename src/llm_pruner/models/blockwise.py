@@ -10,7 +10,7 @@ architectures is needed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -211,33 +211,36 @@ def find_chain(
         (outside if owner is None else owned[owner])[name] = parameter
     chain = Chain(model, blocks, owned, outside)
     try:
-        for parameter in scored.values():
-            parameter.requires_grad_(True)
-        with chain.opened():
+        with requiring_gradients(scored), chain.opened():
             _probe(chain, ids)
     except RuntimeError as error:  # autograd's: a block writes into its input, for instance
         raise NotBlockwise(f"a block does not run on its own: {error}") from error
-    finally:
-        for parameter in scored.values():
-            parameter.requires_grad_(False)
     return chain
+
+
+@contextmanager
+def requiring_gradients(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Inside, these parameters require a gradient; after it, they do not."""
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
 
 
 def _called_in_order(model: nn.Module, ids: torch.Tensor) -> tuple[nn.Module, ...]:
     """Return the entries of the heaviest ModuleList whose entries run once each, in order."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     calls: list[list[int]] = [[] for _ in lists]
-    handles = [
-        entry.register_forward_pre_hook(lambda _m, _a, seen=seen, at=at: seen.append(at))
-        for modules, seen in zip(lists, calls, strict=True)
-        for at, entry in enumerate(modules)
-    ]
-    try:
-        with torch.no_grad():
-            run_for_logits(model, ids)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for modules, seen in zip(lists, calls, strict=True):
+            for at, entry in enumerate(modules):
+                hooks.enter_context(
+                    entry.register_forward_pre_hook(lambda _m, _a, at=at, to=seen: to.append(at))
+                )
+        run_for_logits(model, ids)
     blocks = heaviest(
         modules
         for modules, seen in zip(lists, calls, strict=True)

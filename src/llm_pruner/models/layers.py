@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -192,6 +193,17 @@ def _step(key: str, values: Mapping[int, int], count: int) -> int | None:
     step = values[1] - values[0]
     even = all(value == values[0] + step * i for i, value in values.items())
     return step if 0 <= values[0] < step and even else None
+
+
+def is_settings(key: str, value: object) -> bool:
+    """Whether a module attribute is a bag of settings: what surgery sets numbers of."""
+    return (
+        hasattr(value, "__dict__")
+        and not isinstance(value, nn.Module | torch.Tensor | type | ModuleType)
+        and not callable(value)
+        and key.lower().strip("_").endswith(("config", "cfg", "args", "hparams"))
+        and key != "generation_config"
+    )
 
 
 def configs_of(model: nn.Module) -> list[Any]:

@@ -32,17 +32,7 @@ from transformers import (
 
 from llm_pruner.errors import UserError, in_short
 from llm_pruner.files.disk import read_json
-from llm_pruner.models.stored import (
-    CONFIG,
-    FileStates,
-    check_file_states,
-    commonest_type,
-    dtype_named,
-    file_states,
-    local_path,
-    stored_size,
-    stored_tensors,
-)
+from llm_pruner.models import stored as on_disk
 from llm_pruner.models.streaming import stored, stream_
 from llm_pruner.runtime.progress import quiet
 from llm_pruner.settings.common import ModelSettings
@@ -82,12 +72,12 @@ class LoadedModel:
     name: str
     revision: str | None
     fingerprint: str
-    stored: FileStates = ()
+    stored: on_disk.FileStates = ()
     stored_dtype: torch.dtype = torch.float32
 
     def check_stored(self) -> None:
         """Raise UserError if its files have changed since; weights may be read from them late."""
-        check_file_states(self.stored)
+        on_disk.check_file_states(self.stored)
 
 
 def load_model(
@@ -120,23 +110,23 @@ def load_model(
     Raises:
         UserError: anything that is wrong with what was given, in one line.
     """
-    options: dict[str, Any] = {"dtype": dtype_named(dtype), "device_map": _device(device)}
+    options: dict[str, Any] = {"dtype": on_disk.dtype_named(dtype), "device_map": _device(device)}
     found = _find(source, revision, trust_remote_code, tokenizer_required, weights)
     streams = weights and memory is not None and _exceeds(memory, source, found, dtype)
     if streams:
         options = {"dtype": "auto", "device_map": "cpu"}
-    states = file_states(source)
+    states = on_disk.file_states(source)
     with _quiet():
         with _explained(source):
             config = AutoConfig.from_pretrained(found.folder, **found.shared)
             _check_quantization(source, config)
             kept = torch.float32 if found.is_gguf else getattr(config, "dtype", None)
             if not isinstance(kept, torch.dtype):
-                kept = commonest_type(Path(found.folder))
+                kept = on_disk.commonest_type(Path(found.folder))
             model = _load_model(source, found, config, options, weights)
         tokenizer = _load_tokenizer(source, found, tokenizer_required) if weights else None
     if streams:
-        kind = dtype_named(dtype)
+        kind = on_disk.dtype_named(dtype)
         on = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         stream_(model, kind if isinstance(kind, torch.dtype) else model.dtype, on)
     return LoadedModel(
@@ -156,7 +146,7 @@ def _exceeds(memory: int, source: str, found: _Found, dtype: str) -> bool:
     Raises:
         UserError: a weight file is damaged.
     """
-    size = None if found.is_gguf else stored_size(source, found.shared["revision"], dtype)
+    size = None if found.is_gguf else on_disk.stored_size(source, found.shared["revision"], dtype)
     if size is None or size[1] <= memory:
         return False
     _LOG.warning(
@@ -204,7 +194,7 @@ def _find(
     """
     if revision == "":
         raise UserError("--revision is empty; name a branch, tag or commit, or leave it out")
-    path = local_path(source)
+    path = on_disk.local_path(source)
     shared = {"revision": revision, "trust_remote_code": trust_remote_code}
     if path.suffix == ".gguf":
         _check_gguf(path)
@@ -226,7 +216,7 @@ def _find(
                 f"{source} is a config without weights; name the folder of a checkpoint"
             )
         _check_json(path)
-        name = path.resolve().parent.name if path.name == CONFIG else path.stem
+        name = path.resolve().parent.name if path.name == on_disk.CONFIG else path.stem
         return _Found(str(path), name, shared, has_tokenizer=False)
     _check_hub_id(source, path)
     return _Found(source, source, shared)
@@ -267,7 +257,7 @@ def _load_model(
         if _config_suffices(config, found.shared):
             return _on_meta(config, options["dtype"], found.shared.get("trust_remote_code"))
         if Path(found.folder).is_dir():
-            stored_tensors(Path(found.folder))
+            on_disk.stored_tensors(Path(found.folder))
     if found.is_gguf:
         options["quantization_config"] = GgufConfig(dequantize=True)
     else:
@@ -353,15 +343,15 @@ def _check_hub_id(source: str, path: Path) -> None:
 
 def _check_folder(path: Path, weights: bool) -> None:
     """Raise UserError unless a folder has a readable config and, if asked, complete weights."""
-    if not (path / CONFIG).is_file():
+    if not (path / on_disk.CONFIG).is_file():
         raise UserError(
             f"{path} has no config.json, so it is no checkpoint; name a folder that "
             "save_pretrained wrote"
         )
-    _check_json(path / CONFIG)
+    _check_json(path / on_disk.CONFIG)
     if not weights:
         return
-    stored_tensors(path)
+    on_disk.stored_tensors(path)
     if (path / _ADAPTER).is_file():  # transformers would load it too, from wherever it says
         raise UserError(
             f"{path} has an adapter beside its weights ({_ADAPTER}); merge it into them with "
@@ -490,7 +480,7 @@ def check(model: ModelSettings) -> None:
     Raises:
         UserError: it cannot be loaded.
     """
-    dtype_named(model.dtype)
+    on_disk.dtype_named(model.dtype)
     _device(model.device)
     found = _find(model.model, model.revision, model.trust_remote_code)
     if found.is_gguf:

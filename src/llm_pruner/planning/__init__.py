@@ -2,11 +2,10 @@
 
 from llm_pruner.planning.allocate import allocate, check_reachable
 from llm_pruner.planning.candidates import smallest_removals
-from llm_pruner.planning.constraints import check
 from llm_pruner.planning.costs import Cost
 from llm_pruner.planning.match_target import TOLERANCE
 from llm_pruner.planning.numbering import Numbering, explain
-from llm_pruner.planning.plan import Plan, fingerprint, read_plan
+from llm_pruner.planning.plan import Plan, read_plan
 from llm_pruner.planning.selection import Selection, Target, choose_groups, step_targets
 
 __all__ = [
@@ -17,11 +16,9 @@ __all__ = [
     "Selection",
     "Target",
     "allocate",
-    "check",
     "check_reachable",
     "choose_groups",
     "explain",
-    "fingerprint",
     "read_plan",
     "smallest_removals",
     "step_targets",

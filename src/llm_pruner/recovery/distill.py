@@ -18,7 +18,13 @@ from llm_pruner.errors import UserError
 from llm_pruner.files.disk import allocate
 from llm_pruner.models.forward import embedding_rows
 from llm_pruner.recovery.kernels.chunked_loss import summed_loss
-from llm_pruner.recovery.objective import Objective, Targets, mixed_loss, mixed_loss_and_gradient_
+from llm_pruner.recovery.objective import (
+    LossAndGradient,
+    Objective,
+    Targets,
+    mixed_loss,
+    mixed_loss_and_gradient_,
+)
 from llm_pruner.recovery.packing import Batch, can_pack, lay_out, micro_tokens, target_tokens
 from llm_pruner.settings.recover import DistillationSettings
 
@@ -115,9 +121,7 @@ class Teacher:
         heard = self.settings.temperature, self.settings.distill_weight
         every = (target_tokens(batch), *self.says(batch))
 
-        def objective(
-            logits: torch.Tensor, span: slice, gradient: bool
-        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def objective(logits: torch.Tensor, span: slice, gradient: bool) -> LossAndGradient:
             tokens, ids, values = (one[span].to(logits.device) for one in every)
             targets = Targets(tokens, ids, values, *heard)
             if gradient:
@@ -139,7 +143,7 @@ class Teacher:
         )
         found: list[tuple[Any, Any]] = []
 
-        def likeliest(logits: torch.Tensor, _: slice, __: bool) -> tuple[torch.Tensor, None]:
+        def likeliest(logits: torch.Tensor, _: slice, __: bool) -> LossAndGradient:
             """Add arrays of token ids, int32, and log probabilities, float16: (n, k)."""
             values, ids = F.log_softmax(logits / self.settings.temperature, -1).topk(self._k)
             if not bool(values.isfinite().all()):

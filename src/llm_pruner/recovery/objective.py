@@ -7,12 +7,15 @@ size of the logits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 
-Objective = Callable[[torch.Tensor, slice, bool], tuple[torch.Tensor, torch.Tensor | None]]
+LossAndGradient: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
+"""A loss, and its gradient where that is wanted."""
+
+Objective = Callable[[torch.Tensor, slice, bool], LossAndGradient]
 """Takes float32 logits (n, vocabulary), which learned tokens of a batch they predict, and whether
 the gradient is wanted; returns the sum of the tokens' losses and its gradient in the logits, which
 may take their place in memory."""
@@ -144,9 +147,7 @@ def _divergence(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
 def text_objective(tokens: torch.Tensor) -> Objective:
     """Return the objective of what a text says next; tokens (learned tokens of a batch,)."""
 
-    def objective(
-        logits: torch.Tensor, span: slice, gradient: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def objective(logits: torch.Tensor, span: slice, gradient: bool) -> LossAndGradient:
         wanted = tokens[span].to(logits.device)
         if gradient:
             return task_loss_and_gradient_(logits, wanted)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from llm_pruner.data.sequences import TrainingSequence
-from llm_pruner.models.forward import embedding_rows, parameters_of
+from llm_pruner.models.forward import embedding_rows, evaluating, parameters_of
 
 TOLERANCE = 1e-4
 """Largest difference of logits, relative to their largest, that counts as rounding in float32."""
@@ -213,10 +213,8 @@ def can_pack(model: Any, vocabulary: int) -> bool:
     ]
     layout = {"capacity": 14, "micro_tokens": 28}
     everything = range(len(sequences))
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             alone = [
                 target_logits(model, lay_out(sequences, [number], packed=False, **layout)[0])[0]
                 for number in everything
@@ -235,8 +233,6 @@ def can_pack(model: Any, vocabulary: int) -> bool:
                     return False
     except (RuntimeError, ValueError, TypeError, IndexError):
         return False  # whatever a model says to positions that start again, it does not take them
-    finally:
-        model.train(training)
     return True
 
 

@@ -13,6 +13,7 @@ from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.models.forward import evaluating
 from llm_pruner.recovery.distill import Teacher
 from llm_pruner.recovery.kernels.chunked_loss import summed_loss
+from llm_pruner.recovery.objective import LossAndGradient
 from llm_pruner.recovery.packing import Batch, target_logits, target_tokens
 from llm_pruner.recovery.processes import ALONE, Processes
 
@@ -83,9 +84,7 @@ def _losses(model: Any, batch: Batch, teacher: Teacher | None) -> tuple[torch.Te
     tokens = target_tokens(batch)
     mixture = None if teacher is None else teacher.objective(batch)
 
-    def objective(
-        logits: torch.Tensor, span: slice, gradient: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def objective(logits: torch.Tensor, span: slice, gradient: bool) -> LossAndGradient:
         each = F.cross_entropy(logits, tokens[span].to(logits.device), reduction="none")
         found.append(each.double().cpu())
         return (each.sum(), None) if mixture is None else mixture(logits, span, gradient)

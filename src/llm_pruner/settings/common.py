@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from llm_pruner.errors import UserError
 from llm_pruner.settings.limits import MOST, must, within
@@ -92,6 +92,10 @@ class WriterSettings(ModelSettings, OutputSettings):
     )
 
 
+def _least(words: str, least: int = 1) -> AfterValidator:
+    return must(lambda n: n >= least, f"{{name}}={{value}} {words}; use at least {least}")
+
+
 class CalibrationSettings(Settings):
     """Text that importance is estimated on, and that compensation fits."""
 
@@ -102,9 +106,15 @@ class CalibrationSettings(Settings):
         "SRC",
         reads=True,
     )
-    samples: int = _text(128, "Number of sequences.", "N")
-    seq_len: int = _text(128, "Tokens of each.", "N")
-    score_samples: int | None = _text(None, "Estimate importance on only this many of them.", "N")
+    samples: Annotated[int, _least("calibrates on nothing"), within(1, MOST, "{name}")] = _text(
+        128, "Number of sequences.", "N"
+    )
+    seq_len: Annotated[int, _least("predicts no token", 2), within(2, 2**24, "{name}")] = _text(
+        128, "Tokens of each.", "N"
+    )
+    score_samples: Annotated[int, _least("estimates on nothing")] | None = _text(
+        None, "Estimate importance on only this many of them.", "N"
+    )
     text_split: str | None = _text(None, "Split of a hub dataset.", "NAME")
     text_field: str | None = _text(None, "Field that holds the text.", "NAME")
     kept: Path | None = option(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from decimal import Decimal
 
 from llm_pruner.errors import UserError
+from llm_pruner.files.outputs import bytes_of
 from llm_pruner.settings.limits import MOST_MINUTES
 from llm_pruner.settings.options import near
 
@@ -19,7 +20,6 @@ LOCAL_TASKS = (
 """The paper's tasks as lm-evaluation-harness names them, in the order of its tables."""
 
 _SUFFIX = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
-_BYTES = {"K": 3, "M": 6, "G": 9, "T": 12}
 _SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 
 
@@ -37,9 +37,8 @@ def parse_count(text: str) -> int:
 
 
 def parse_bytes(text: str) -> int:
-    """Return bytes of ``"8GB"`` or ``"512MB"``, a thousand to the step; UserError if it is none."""
-    match = re.fullmatch(r"(\d*\.?\d+)\s*([KMGT])I?B", text.strip().upper())
-    number = 0 if match is None else int(Decimal(match[1]).scaleb(_BYTES[match[2]]))
+    """Return bytes of ``"8GB"``, ``"8GiB"`` or ``"512MB"``, all of thousands; or UserError."""
+    number = bytes_of(re.sub("(?i)ib$", "B", text.strip()))
     if number < 1:
         raise UserError(f"--memory {text!r} is no size; write such as 8GB or 512MB")
     return number

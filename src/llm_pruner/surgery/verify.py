@@ -13,12 +13,14 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import nn
 
+from llm_pruner.discovery.groups import bound_to
 from llm_pruner.discovery.tracing.calls import hidden_in
 from llm_pruner.discovery.tracing.ops import Call, Operation
 from llm_pruner.discovery.tracing.run import (
@@ -33,9 +35,8 @@ from llm_pruner.discovery.tracing.trace import Trace
 from llm_pruner.discovery.tracing.tracer import Tracer
 from llm_pruner.errors import VerificationError
 from llm_pruner.models.forward import is_on_meta
-from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.streaming import is_model_streamed, is_streamed, zeroed
-from llm_pruner.surgery.cut import Undo, cut_, plan_edits
+from llm_pruner.surgery.cut import Undo, cut_, cut_copy, plan_edits
 from llm_pruner.surgery.removal import removed_modules, removed_positions
 from llm_pruner.types import Discovery, Edits, IntArray, Removal
 
@@ -180,8 +181,8 @@ def twin_logits(
         One tensor (batch, tokens of the call, vocabulary) per call of the model.
     """
     scenes = discovery.graph.scenes[: None if tokens is None else 1]
-    runs = [_twin_scene(model, discovery, removal, scene, tokens) for scene in scenes]
-    return [logits for run in runs for logits in run]
+    runs = (_twin_scene(model, discovery, removal, scene, tokens) for scene in scenes)
+    return [*chain.from_iterable(runs)]
 
 
 def pruned_logits(
@@ -193,8 +194,7 @@ def pruned_logits(
         VerificationError: the model cannot run.
     """
     scenes = discovery.graph.scenes[: None if tokens is None else 1]
-    runs = [_pruned_scene(model, scene, tokens) for scene in scenes]
-    return [logits for run in runs for logits in run]
+    return [*chain.from_iterable(_pruned_scene(model, scene, tokens) for scene in scenes)]
 
 
 def _twin_scene(
@@ -419,15 +419,15 @@ def find_culprits(
     """
     found = []
     done: set[str] = set()
+    losing = {group.name: group for group in discovery.groups if group.name in removal}
     for name, units in removal.items():
         if name in done or not len(units):
             continue
-        together = _bound(discovery, removal, name)
+        together = [*bound_to(name, losing)]
         done |= set(together)
         part = {other: removal[other] for other in together}
         expected = _twin_scene(model, discovery, part, scene)
-        smaller = sharing_copy(model)
-        cut_(smaller, discovery, part)
+        smaller = cut_copy(model, discovery, part)
         try:
             difference, limit = _compared(expected, smaller, scene)
         except VerificationError:
@@ -435,13 +435,3 @@ def find_culprits(
         if difference > limit:
             found.extend(together)
     return found
-
-
-def _bound(discovery: Discovery, removal: Removal, name: str) -> list[str]:
-    together, pending = [name], [name]
-    while pending:
-        for companion in discovery.group(pending.pop()).companions:
-            if companion.group in removal and companion.group not in together:
-                together.append(companion.group)
-                pending.append(companion.group)
-    return together

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from llm_pruner.discovery.tracing.sizes import Expr, TracedInt
+from llm_pruner.models.layers import is_settings
 
 _DESCRIPTIVE: dict[str, tuple[tuple[str, int], ...]] = {
     "Linear": (("in_features", 1), ("out_features", 0)),
@@ -57,7 +58,7 @@ def trace_attributes_(model: nn.Module, on_value: Callable[[Expr], None]) -> dic
             elif _is_int_sequence(value):
                 parts = [traced(item, path, f"{key}.{i}") for i, item in enumerate(value)]
                 space[key] = type(value)(parts)
-            elif is_config(key, value):
+            elif is_settings(key, value):
                 space[key] = copy.copy(value)
                 for inner, item in list(vars(value).items()):
                     if type(item) is int:
@@ -88,17 +89,6 @@ def put_back(spaces: Iterable[dict[str, Any]]) -> Iterator[None]:
         for space, before in held:
             space.clear()
             space.update(before)
-
-
-def is_config(key: str, value: object) -> bool:
-    """Whether a module attribute is a bag of settings."""
-    return (
-        hasattr(value, "__dict__")
-        and not isinstance(value, nn.Module | torch.Tensor | type)
-        and not callable(value)
-        and key.lower().strip("_").endswith(("config", "cfg", "args", "hparams"))
-        and key != "generation_config"
-    )
 
 
 def _is_int_sequence(value: object) -> bool:

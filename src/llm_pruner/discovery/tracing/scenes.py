@@ -21,8 +21,9 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from llm_pruner.discovery.tracing.provenance import is_config, put_back, spaces_of
+from llm_pruner.discovery.tracing.provenance import put_back, spaces_of
 from llm_pruner.models.forward import base_model, logits_of, maximum_length, parameters_of
+from llm_pruner.models.layers import is_settings
 
 Forward = Callable[[nn.Module, torch.Tensor], list[torch.Tensor]]
 """Runs the model on token ids (batch, sequence); returns every logits tensor it computes."""
@@ -126,7 +127,7 @@ def _held(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
     for module in model.modules():
         for key, value in [*vars(module).items()]:
             yield module, key, value
-            if is_config(key, value):
+            if is_settings(key, value):
                 yield from ((value, inner, item) for inner, item in [*vars(value).items()])
 
 

@@ -33,7 +33,7 @@ class Layout:
 
 
 def read_layout(
-    input_ids: torch.Tensor,
+    tokens: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
     bos_token_id: int | None,
@@ -48,12 +48,15 @@ def read_layout(
     the last token of its context were one.
 
     Args:
-        input_ids: shape (batch, sequence).
+        tokens: ids, shape (batch, sequence); or embeddings, (batch, sequence, ...): plain text.
         attention_mask: shape (batch, sequence), 0 at padding; none if None.
     """
-    padding = _leading_zeros(attention_mask, input_ids)
-    starts = input_ids == (-1 if bos_token_id is None else bos_token_id)
-    gmasks, masks = input_ids == gmask_token_id, input_ids == mask_token_id
+    padding = _leading_zeros(attention_mask, tokens)
+    if tokens.dim() > 2:
+        zero = torch.zeros_like(padding)
+        return Layout(padding, zero, zero, zero.bool())
+    starts = tokens == (-1 if bos_token_id is None else bos_token_id)
+    gmasks, masks = tokens == gmask_token_id, tokens == mask_token_id
     has_start, has_gmask, has_mask = (hit.any(dim=1) for hit in (starts, gmasks, masks))
     context = torch.where(has_start, _first(starts) - padding, 0)
     mask_position = torch.where(
@@ -63,13 +66,6 @@ def read_layout(
     )
     mask_position = torch.where(has_start, mask_position, 0)
     return Layout(padding, context, mask_position, has_start & has_mask & ~has_gmask)
-
-
-def plain_layout(batch: torch.Tensor, attention_mask: torch.Tensor | None) -> Layout:
-    """Return the layout of plain text; ``batch`` is any tensor of shape (batch, sequence, ...)."""
-    padding = _leading_zeros(attention_mask, batch)
-    zero = torch.zeros_like(padding)
-    return Layout(padding, zero, zero, zero.bool())
 
 
 def positions(

@@ -26,13 +26,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from llm_pruner.models.chatglm.configuration import ChatGLMConfig
-from llm_pruner.models.chatglm.layout import (
-    Layout,
-    plain_layout,
-    positions,
-    read_layout,
-    visible,
-)
+from llm_pruner.models.chatglm.layout import Layout, positions, read_layout, visible
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -292,16 +286,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                     "rows; use one that this model filled with them"
                 )
             return layout
-        if tokens.dim() > 2:
-            layout = plain_layout(tokens, attention_mask)
-        else:
-            layout = read_layout(
-                tokens,
-                attention_mask,
-                bos_token_id=self.config.bos_token_id,
-                mask_token_id=self.config.mask_token_id,
-                gmask_token_id=self.config.gmask_token_id,
-            )
+        layout = read_layout(
+            tokens,
+            attention_mask,
+            bos_token_id=self.config.bos_token_id,
+            mask_token_id=self.config.mask_token_id,
+            gmask_token_id=self.config.gmask_token_id,
+        )
         if cache is not None:
             cache.chatglm_layout = layout
         return layout
