@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,7 +31,7 @@ from llm_pruner.errors import UserError
 from llm_pruner.models.layers import heaviest
 from llm_pruner.types import IntArray
 
-_WILL_NEED, _DONT_NEED = 3, 4  # of madvise: read the pages ahead; drop them
+_DONT_NEED = 4  # MADV_DONTNEED: drop the pages; those of a file are read again when needed
 
 
 @dataclass(frozen=True)
@@ -69,24 +68,18 @@ class _Source:
                 shape[dim] = len(positions)
         return torch.full((), torch.nan, dtype=self.dtype, device=self.device).expand(shape)
 
-    def advise(self, what: int) -> None:
-        """Have the pages of the file read ahead, or dropped."""
+    def forget(self) -> None:
+        """Give the pages of the file back."""
         if self.mapped:
             start = self.stored.data_ptr()
             first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
             last = (start + self.stored.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
             if last > first:
-                _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), what)
+                _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONT_NEED)
 
 
 _SOURCES: Any = WeakIdKeyDictionary()
 _held: Any = WeakIdKeyDictionary()
-
-_order: Any = WeakIdKeyDictionary()
-"""Block -> all blocks, in order, and its number."""
-
-_last = 0
-"""The number of the block that was read last, by which the direction of a pass is known."""
 
 
 def is_streamed(tensor: torch.Tensor) -> bool:
@@ -110,7 +103,7 @@ def values_of(parameter: torch.Tensor, dtype: torch.dtype | None = None) -> torc
         return parameter.detach()
     value = source.read(dtype)
     if value.data_ptr() != source.stored.data_ptr():
-        source.advise(_DONT_NEED)
+        source.forget()
     return value
 
 
@@ -120,7 +113,7 @@ def stored(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
     source = _SOURCES.get(parameter)
     yield parameter.detach() if source is None else source.stored
     if source is not None:
-        source.advise(_DONT_NEED)
+        source.forget()
 
 
 def stream_(model: nn.Module, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
@@ -145,23 +138,22 @@ def stream_(model: nn.Module, dtype: torch.dtype, device: torch.device | str = "
     _compute_anew_(model, dtype)
     uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
     ranges = _mapped_files()
-    for number, block in enumerate(blocks):
+    for block in blocks:
         inside = [one for _, one in block.named_parameters(remove_duplicate=False)]
         within = Counter(map(id, inside))
         for parameter in {id(one): one for one in inside}.values():
             if within[id(parameter)] == uses[id(parameter)] and parameter.is_floating_point():
                 _adopt(parameter, _source_of(parameter, dtype, device, ranges))
-        _order[block] = (weakref.ref(blocks), number)
         run = partial(_in_turn, block, block.forward)
         block.forward = update_wrapper(run, block.forward)
     for tensor in (*model.parameters(), *model.buffers()):
         if is_streamed(tensor):
-            _SOURCES[tensor].advise(_DONT_NEED)
+            _SOURCES[tensor].forget()
         elif tensor.is_floating_point():
             source = _source_of(tensor, dtype, device, ranges)
             tensor.data = source.read()
             if tensor.data_ptr() != source.stored.data_ptr():
-                source.advise(_DONT_NEED)
+                source.forget()
         else:
             tensor.data = tensor.data.to(device)
     config: Any = getattr(model, "config", None)
@@ -245,8 +237,6 @@ def _turn(block: nn.Module) -> Iterator[None]:
         if parameter is not None and parameter in _SOURCES and parameter not in _held
     ]
     stand_ins = []
-    if places:
-        _read_ahead(block)
     with _undisturbed_by_modes():
         for module, _, parameter in places:
             if parameter not in _held:
@@ -264,28 +254,13 @@ def _turn(block: nn.Module) -> Iterator[None]:
             for parameter, stand_in in stand_ins:
                 del _held[parameter]
                 parameter.data = stand_in
-                _SOURCES[parameter].advise(_DONT_NEED)
+                _SOURCES[parameter].forget()
             for module, key, before in places:
                 now = module._parameters.get(key)
                 if now is not None and now is not before and now not in _SOURCES:
                     source = _SOURCES[before]
                     stored = now.data.to("cpu", source.stored.dtype)
                     _adopt(now, replace(source, stored=stored, mapped=False, changes=()))
-
-
-def _read_ahead(block: nn.Module) -> None:
-    """Start reading a block's weights and those of the one that comes next."""
-    global _last
-    found, number = _order.get(block, (lambda: None, 0))
-    blocks = found()
-    if blocks is None or number >= len(blocks):
-        return
-    following = number - 1 if number < _last else number + 1
-    _last = number
-    for one in (number, following):
-        for parameter in blocks[one].parameters() if 0 <= one < len(blocks) else ():
-            if parameter in _SOURCES:
-                _SOURCES[parameter].advise(_WILL_NEED)
 
 
 def _would_narrow(module: nn.Module, source: _Source) -> bool:
