@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from llm_pruner.files.outputs import bytes_of
 from llm_pruner.runtime.precision import multiplies_bfloat16
 from machine import machine
 from random_checkpoint import SHAPES, write
@@ -132,26 +133,35 @@ def row_of(name: str, model: Path, memory: str | None, calibration: Path, work: 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
     """Draw seconds and peak memory against the number of parameters."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     rows = sorted(rows, key=lambda row: row["parameters"])
-    sizes = [row["parameters"] / 1e9 for row in rows]
+    kinds: dict[str, list[dict[str, Any]]] = {"block by block": [], "all in memory": []}
+    for row in rows:
+        fits = row["memory"] is None or bytes_of(row["memory"]) >= 4 * row["parameters"]
+        kinds["all in memory" if fits else "block by block"].append(row)
+    sizes = {row["parameters"] / 1e9: f"{row['parameters'] / 1e9:.2g}B" for row in rows}
     figure, (time_axes, memory_axes) = plt.subplots(1, 2, figsize=(9, 3.5))
-    time_axes.loglog(sizes, [row["seconds"] for row in rows], "o-", label="prune, start to saved")
-    time_axes.loglog(sizes, [sum(row["floor"].values()) for row in rows], "--", label="floor")
-    time_axes.set_ylabel("seconds")
-    memory_axes.loglog(
-        sizes, [row["peak_bytes"] / 1e9 for row in rows], "o-", label="peak, resident"
-    )
-    memory_axes.loglog(
-        sizes, [row["bytes_in"] / 1e9 for row in rows], "--", label="weights on disk"
-    )
-    memory_axes.set_ylabel("GB")
+    for kind, found in kinds.items():
+        at = [row["parameters"] / 1e9 for row in found]
+        time_axes.plot(at, [row["seconds"] for row in found], "o-", label=kind)
+        memory_axes.plot(at, [row["peak_bytes"] / 1e9 for row in found], "o-", label=kind)
+    last = kinds["block by block"]
+    at = [row["parameters"] / 1e9 for row in last]
+    time_axes.plot(at, [sum(row["floor"].values()) for row in last], "--", label="floor")
+    memory_axes.plot(at, [row["bytes_in"] / 1e9 for row in last], "--", label="weights on disk")
+    time_axes.set_ylabel("seconds, start to saved")
+    memory_axes.set_ylabel("GB, peak of resident memory")
     for axes in (time_axes, memory_axes):
-        axes.set_xlabel("parameters, billions")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks([*sizes], [*sizes.values()])
+        axes.set_xlabel("parameters")
         axes.grid(visible=True, which="major", alpha=0.3)
         axes.legend()
     figure.tight_layout()
-    figure.savefig(file)
+    figure.savefig(file, dpi=120)
 
 
 def main() -> None:
