@@ -16,7 +16,6 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -309,7 +308,7 @@ _BESIDE = 32
 _INSIDE = 128
 """Bytes of the longest path inside a checkpoint or a run."""
 
-_SIZES = {"K": 3, "M": 6, "G": 9, "T": 12}
+_SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def check_place(path: Path, option: str) -> None:
@@ -363,8 +362,11 @@ def check_shard_size(size: str) -> None:
 
 def bytes_of(size: str) -> int:
     """Return the bytes of a size such as ``5GB``, a thousand to the step; 0 if it is none."""
-    match = re.fullmatch(r"(\d*\.?\d+)\s*([KMGT])B", size.strip().upper())
-    return 0 if match is None else int(Decimal(match[1]).scaleb(_SIZES[match[2]]))
+    number, unit = size.strip()[:-2], size.strip()[-2:].upper()
+    try:
+        return int(float(number) * _SIZES[unit])
+    except (KeyError, ValueError, OverflowError):
+        return 0
 
 
 def _check_length(name: str, longest: int, option: str) -> None:

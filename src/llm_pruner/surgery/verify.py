@@ -35,8 +35,9 @@ from llm_pruner.discovery.tracing.trace import Trace
 from llm_pruner.discovery.tracing.tracer import Tracer
 from llm_pruner.errors import VerificationError
 from llm_pruner.models.forward import is_on_meta
+from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.streaming import is_model_streamed, is_streamed, zeroed
-from llm_pruner.surgery.cut import Undo, cut_, cut_copy, plan_edits
+from llm_pruner.surgery.cut import Undo, cut_, plan_edits
 from llm_pruner.surgery.removal import removed_modules, removed_positions
 from llm_pruner.types import Discovery, Edits, IntArray, Removal
 
@@ -427,7 +428,8 @@ def find_culprits(
         done |= set(together)
         part = {other: removal[other] for other in together}
         expected = _twin_scene(model, discovery, part, scene)
-        smaller = cut_copy(model, discovery, part)
+        smaller = sharing_copy(model)
+        cut_(smaller, discovery, part)
         try:
             difference, limit = _compared(expected, smaller, scene)
         except VerificationError:
