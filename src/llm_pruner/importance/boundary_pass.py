@@ -138,7 +138,7 @@ def run_backward(
     if is_model_streamed(model):
         raise UserError(
             "the model is no chain of blocks, so no gradients can be taken with its weights read "
-            "block by block; leave --memory out, or use a machine with more"
+            "block by block; give a --memory that holds all of them"
         )
     samples, length = input_ids.shape
     size = max(1, _TOKENS_WHOLE // length) if collector.together else 1

@@ -153,7 +153,7 @@ def _exceeds(memory: int, source: str, found: _Found, dtype: str) -> bool:
         "the weights take %.1f GB in %s and %.1f GB of memory are for them: they are read block by "
         "block",
         size[1] / 1e9,
-        dtype,
+        "their own type" if dtype == "auto" else dtype,
         memory / 1e9,
     )
     return True

@@ -133,7 +133,7 @@ def stream_(model: nn.Module, dtype: torch.dtype, device: torch.device | str = "
     if blocks is None:
         raise UserError(
             f"{type(model).__name__} has no list of blocks, so its weights cannot be read block by "
-            "block; leave --memory out, or use a machine with more"
+            "block; give a --memory that holds all of them"
         )
     _compute_anew_(model, dtype)
     uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
@@ -201,8 +201,7 @@ def _compute_anew_(model: nn.Module, dtype: torch.dtype) -> None:
                 where = f"{path}.{name}".removeprefix(".")
                 raise UserError(
                     f"{where} of {type(model).__name__} is computed in the type of the weights, "
-                    "so they cannot be read block by block; leave --memory out, or use a machine "
-                    "with more"
+                    "so they cannot be read block by block; give a --memory that holds all of them"
                 )
 
 
