@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,15 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from helpers import VOCABULARY, tiny_model, tiny_tokenizer
 from llm_pruner.data import selfmade
-from llm_pruner.data.calibration import Calibration, build_calibration
+from llm_pruner.data.calibration import (
+    FURTHER,
+    Calibration,
+    build_calibration,
+    further_text,
+)
 from llm_pruner.data.selfmade import write_text, write_windows
 from llm_pruner.data.sequences import added_tokens
+from llm_pruner.data.text import shares_of
 from llm_pruner.errors import UserError
 from llm_pruner.settings.common import CalibrationSettings
 
@@ -94,8 +101,75 @@ def test_several_sources_take_turns_and_give_equal_parts(tmp_path: Path) -> None
     with pytest.raises(UserError, match="samples=2 of 3 sources leave some without any"):
         build(",".join(map(str, files)), tokenizer, samples=2, **options)
     files[1].write_text("b" * 40)
-    with pytest.raises(UserError, match=r"70 samples are 23 of each of 3 sources: b\.txt gives 40"):
+    with pytest.raises(UserError, match=r"70 samples are 23 of \S*b\.txt: b\.txt gives 40"):
         build(",".join(map(str, files)), tokenizer, samples=70, seed=0, seq_len=16)
+
+
+def test_sources_give_their_shares_spread_evenly(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name * 400)
+    options: dict[str, Any] = {"samples": 10, "seq_len": 20, "seed": 3}
+
+    def first_letters(*shares: str) -> str:
+        parts = zip("ab", shares, strict=True)
+        source = ",".join(f"{tmp_path}/{name}.txt{share}" for name, share in parts)
+        rows = build(source, tokenizer, **options).input_ids
+        return "".join(tokenizer.decode(row)[0] for row in rows)
+
+    assert first_letters(":0.8", ":0.2") == "aabaaaabaa"
+    assert first_letters(":3", ":7").count("a") == 3
+    assert first_letters(":0.5", ":.5") == first_letters("", "") == "ab" * 5
+    with pytest.raises(UserError, match=r"samples=10 .* use at least 100$"):
+        first_letters(":0.99", ":0.01")
+    with pytest.raises(
+        UserError, match=r"b\.txt has no share in .*; give each source one, or none"
+    ):
+        first_letters(":0.8", "")
+    with pytest.raises(UserError, match=r"b\.txt has the share 0 in .*; leave it out"):
+        first_letters(":1", ":0")
+    with pytest.raises(UserError, match="a.txt stands twice"):
+        build(f"{tmp_path}/a.txt,{tmp_path}/a.txt", tokenizer, **options)
+
+
+def test_a_file_may_be_named_like_a_share(tmp_path: Path) -> None:
+    source = write_documents(tmp_path / "d.jsonl", [300, 300]).replace("d.jsonl", "d:0.5")
+    (tmp_path / "d.jsonl").rename(source)
+    assert shares_of(source) == {source: 1.0}
+    assert shares_of("c4:0.75,wikitext:wikitext-2-v1:0.25") == {
+        "c4": 0.75,
+        "wikitext:wikitext-2-v1": 0.25,
+    }
+
+
+def test_a_text_too_short_for_a_preset_gives_what_it_has(tmp_path: Path) -> None:
+    source, tokenizer = write_documents(tmp_path / "d.jsonl", [300, 300]), tiny_tokenizer()
+    short = CalibrationSettings(calibration=source, seq_len=15)
+    assert len(build_calibration(short, tokenizer, seed=0, exact=False).input_ids) == 40
+    # 128 samples are asked for where nobody says how many, and a quarter of them is the least.
+    assert build_calibration(short, tokenizer, seed=0).settings["samples"] == 40
+    with pytest.raises(UserError, match="gives 604 tokens; 128 samples of 40 tokens need"):
+        build_calibration(short.but(seq_len=40), tokenizer, seed=0)
+    with pytest.raises(UserError, match="128 samples of 15 tokens need"):
+        build_calibration(short.but(samples=128), tokenizer, seed=0)
+
+
+def test_text_to_train_on_goes_past_what_was_read_and_leaves_out_what_judges(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "t.txt").write_text("".join(f"{n:04d}" for n in range(1000)))
+    source, tokenizer = str(tmp_path / "t.txt"), tiny_tokenizer()
+    asked = CalibrationSettings(calibration=source, samples=8, seq_len=20)
+    loaded = SimpleNamespace(tokenizer=tokenizer)
+    known = torch.arange(40).reshape(2, 20) % 7  # such as a model writes
+    every = build_calibration(asked.but(samples=FURTHER), tokenizer, seed=0, exact=False).input_ids
+    apart = every[3:5]
+    rows = [*map(tuple, further_text(loaded, asked, known, apart, 0).tolist())]  # type: ignore[arg-type]
+    assert rows[:2] == [*map(tuple, known.tolist())]
+    assert not {*rows} & {*map(tuple, apart.tolist())}
+    assert {*rows} > {*map(tuple, every[:3].tolist())}
+    written = asked.but(calibration="self")
+    assert torch.equal(further_text(loaded, written, known, apart, 0), known)  # type: ignore[arg-type]
 
 
 def test_a_comma_in_the_name_of_a_file(tmp_path: Path) -> None:

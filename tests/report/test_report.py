@@ -94,8 +94,8 @@ def test_every_part_is_shown(page: str) -> None:
     assert (
         "org/model was pruned from 1.0K to 800 parameters (20.0% removed); it keeps 14 of 18 "
         "key-value heads, 320 of 480 FFN channels and 30 of 42 odd, chosen by taylor importance. "
-        "What reads the pruned axes was refitted (least-squares). Then it was recovered by LoRA of "
-        "rank 8."
+        "What reads the pruned axes was refitted (least-squares). Its weights were repaired by 7 "
+        "steps. Then it was recovered by LoRA of rank 8."
     ) in text
     # The best split is the first.
     assert "heads 0.0%, FFN channels 100.0%0.1250 heads 25.0%, FFN channels 75.0%0.5000" in text

@@ -92,6 +92,7 @@ def full_report(text: str = "", **changes: Any) -> Report:
         ),
         "criterion": f"taylor importance{text}",
         "compensation": f"least-squares{text}",
+        "repair": f"7 steps{text}",
         "trials": (
             SplitTrial(split={f"heads{text}": 0.25, "ffn": 0.75}, divergence=0.5),
             SplitTrial(split={f"heads{text}": 0.0, "ffn": 1.0}, divergence=0.125),

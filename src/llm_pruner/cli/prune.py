@@ -12,7 +12,7 @@ from llm_pruner.runtime.memory import PRUNING, keep_kernels
 from llm_pruner.settings.prune import PruneSettings
 
 if TYPE_CHECKING:
-    from llm_pruner.report.records import Pruned
+    from llm_pruner.report.records import Pruned, Training
     from llm_pruner.search.fast_widths import Rounding
     from llm_pruner.types import Layer
 
@@ -65,12 +65,23 @@ def show(done: Pruned) -> None:
             out.print(f"least squares refitted {fitted} of {len(done.refitted)} consumers")
         else:
             out.print("compensation was no gain on held-out text; the weights are as they were")
+    if done.repair is not None:
+        out.print(_repaired(done.repair))
     if done.saved_as is None:
         out.print(f"plan written to {clean(str(done.path))}; nothing was pruned", soft_wrap=True)
         return
     out.places(done.path, done.report, done.bytes)
     out.print(f"loads with from_pretrained{_loading(done)}")
     out.print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in done.seconds.items()))
+
+
+def _repaired(repair: Training) -> str:
+    if not repair.gained:
+        return "repair was no gain on held-out text; the weights are as they were"
+    return (
+        f"repaired in {repair.best_step} steps: divergence from the dense model on held-out text "
+        f"{repair.before:.4f} -> {repair.after:.4f}"
+    )
 
 
 def _shares(done: Pruned) -> str:

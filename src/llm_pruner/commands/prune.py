@@ -17,7 +17,12 @@ from llm_pruner import planning
 from llm_pruner.checkpoints import SavedCheckpoint, save_checkpoint
 from llm_pruner.commands import prune_start as start
 from llm_pruner.compensation import Refitted, refit_
-from llm_pruner.data.calibration import Calibration, check_calibration, read_calibration
+from llm_pruner.data.calibration import (
+    Calibration,
+    check_calibration,
+    further_text,
+    read_calibration,
+)
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.footprint import model_size
@@ -26,10 +31,10 @@ from llm_pruner.importance import score
 from llm_pruner.models.forward import is_on_meta
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import LoadedModel, load
-from llm_pruner.models.streaming import keep_dtype_
+from llm_pruner.models.streaming import is_model_streamed, keep_dtype_
 from llm_pruner.report import facts
 from llm_pruner.report.data import Report, SavedAs
-from llm_pruner.report.records import Pruned
+from llm_pruner.report.records import Pruned, Training
 from llm_pruner.report.write import page_in, write_report, write_request
 from llm_pruner.runtime.memory import give_back
 from llm_pruner.runtime.precision import fast_matmul, mixed_precision
@@ -105,6 +110,7 @@ class PruneRun:
             self.make_plan()
         else:
             self.replay(self.plan)
+        self.repair()
         result = self.result()
         self.loaded.check_stored()
         if self.settings.dry_run:
@@ -125,6 +131,7 @@ class PruneRun:
         if self.plan is None and self.estimate is None:
             self.criterion.require_scores_of(settings.structures)
         self.refits = settings.compensation != "none"
+        self.repairs = settings.repair_minutes > 0 and not settings.dry_run
         self.splits = self.plan is None and start.finds_split(settings, self.criterion)
         # A plan of random units that nothing judges, or a plan that is there, needs no weights.
         chance = self.criterion.name == "random" and not self.splits
@@ -137,7 +144,11 @@ class PruneRun:
         check_shard_size(settings.max_shard_size)
         if self.target is not None and not settings.dry_run:
             start.check_space(settings.out, settings.loading(), self.target)
-        if self.refits or (self.plan is None and (self.criterion.reads_text or self.splits)):
+        if (
+            self.refits
+            or self.repairs
+            or (self.plan is None and (self.criterion.reads_text or self.splits))
+        ):
             check_calibration(settings)
 
     # ------------------------------------------------------------------------------ what is found
@@ -162,6 +173,20 @@ class PruneRun:
         self.refitter: Refitter | None = None
         if self.refits and not self.weightless:
             self.refitter = Refitter(self.loaded, self.discovery, self.surgeon)
+        self._begin_repair()
+
+    def _begin_repair(self) -> None:
+        """Keep the dense weights, which the repair learns from."""
+        if self.repairs and is_model_streamed(self.network):
+            if "repair_minutes" in self.settings.given:
+                raise UserError(
+                    f"--repair-minutes {self.settings.repair_minutes:g} trains weights that are "
+                    "held in memory, and those of this model are read block by block; leave it "
+                    "out, or give more --memory, or train the result with recover"
+                )
+            self.repairs = False
+        self.dense = sharing_copy(self.network) if self.repairs else None
+        self.training: Training | None = None
 
     def replay(self, plan: planning.Plan) -> None:
         """Remove what a plan says."""
@@ -220,7 +245,10 @@ class PruneRun:
             model_name=self.loaded.name,
             revision=self.loaded.revision,
             settings=start.planned(
-                settings, self.selection, self.criterion, read=self.text is not None
+                settings,
+                self.selection,
+                self.criterion,
+                samples=None if self.text is None else len(self.text.input_ids),
             ),
             text=None if self.text is None else self.text.settings["fingerprint"],
         )
@@ -264,6 +292,39 @@ class PruneRun:
         if self.refitter is not None and self.text is not None:
             self.refitter.refit(all_gone, self.text.input_ids)
 
+    def repair(self) -> None:
+        """Train the pruned model by what the dense one says, for as long as was asked."""
+        if self.dense is None:
+            return
+        from llm_pruner.recovery import repair_  # what trains takes a second to import
+
+        settings, seed = self.settings, self.settings.seed
+        self.text = self.text or read_calibration(self.loaded, settings, seed, self.clock)
+        held_out, fitted = hold_out(self.text.input_ids)
+        text = further_text(self.loaded, settings, fitted, held_out, seed)
+        self.refitter = None
+        done = repair_(
+            self.network,
+            self.dense,
+            text,
+            held_out,
+            minutes=settings.repair_minutes,
+            seed=seed,
+            identity=self.loaded.fingerprint,
+        )
+        self.dense = None
+        self.training = Training(
+            before=done.before.loss,
+            after=done.after.loss,
+            gained=done.gained,
+            steps=done.steps,
+            best_step=done.run.evaluations[done.run.best].step,
+            stopped=done.run.stopped,
+            tokens=done.run.tokens,
+            seconds=done.run.seconds,
+        )
+        self.clock.stop("repair")
+
     def _decide(self) -> None:
         """Complete the selection with what was left to the model and the machine."""
         settings = self.settings
@@ -297,6 +358,7 @@ class PruneRun:
             round_to=round_to if isinstance(round_to, int) else None,
             rounding=self.rounding,
             refitted=() if self.refitter is None else tuple(self.refitter.done),
+            repair=self.training,
             trials=tuple(self.trials),
             seconds=self.clock.seconds,
             path=self.settings.out,
@@ -351,7 +413,7 @@ class PruneRun:
         # What a report has of the run, it has by the same names.
         shared = {name: of for name, of in vars(done).items() if name in Report.model_fields}
         report = Report(
-            **shared | {"layers": facts.layers_of(done.layers)},
+            **shared | {"layers": facts.layers_of(done.layers), "repair": facts.repair_of(done)},
             source=facts.source_of(settings.model, loaded.name, loaded.revision, self.network),
             sizes={"dense": self.dense_size, "pruned": model_size(self.network)},
             importance=facts.importance_maps(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_pruner.data.text import sources_of
+from llm_pruner.data.text import shares_of
 from llm_pruner.errors import UserError
 from llm_pruner.files import outputs
 from llm_pruner.importance import Criterion
@@ -19,7 +19,7 @@ from llm_pruner.settings.common import CalibrationSettings, ModelSettings, Outpu
 from llm_pruner.settings.prune import AMOUNTS, PruneSettings
 from llm_pruner.types import Discovery
 
-_RUN = {"plan", "dry_run", "verify", "kept", "memory"}
+_RUN = {"plan", "dry_run", "verify", "kept", "memory", "repair_minutes"}
 """Settings of a run that say nothing about what goes; so do those of the model and the output."""
 
 
@@ -90,10 +90,10 @@ def default_protection(discovery: Discovery) -> tuple[int, int]:
 
 
 def planned(
-    settings: PruneSettings, selection: Selection, criterion: Criterion, *, read: bool
+    settings: PruneSettings, selection: Selection, criterion: Criterion, *, samples: int | None
 ) -> dict[str, Any]:
-    """Return all settings that decide about a plan, as they were used; ``read``: text was."""
-    unread = set() if read else set(CalibrationSettings.model_fields)
+    """Return all settings that decide about a plan, as they were used; ``samples`` were read."""
+    unread = set() if samples else set(CalibrationSettings.model_fields)
     if criterion.name != "taylor":
         unread |= {"order", "reduction"}
         if criterion.name in ("random", *MEASURES):
@@ -101,7 +101,8 @@ def planned(
     decided = {
         # No folders: the same text gives the same plan wherever it lies.
         "preset": None if settings.preset is None else Path(settings.preset).name,
-        "calibration": ",".join(Path(one).name for one in sources_of(settings.calibration)),
+        "calibration": _named(settings.calibration),
+        "samples": samples,
         "protect_first": selection.protect_first,
         "protect_last": selection.protect_last,
         "round_to": selection.round_to,
@@ -115,6 +116,14 @@ def planned(
         for name in type(settings).model_fields
         if name not in run | unread and values[name] is not None
     }
+
+
+def _named(mixture: str) -> str:
+    """Return a mixture of texts without the folders of files."""
+    shares = shares_of(mixture)
+    equal = len({*shares.values()}) == 1
+    parts = (f"{Path(one).name}{'' if equal else f':{n:g}'}" for one, n in shares.items())
+    return ",".join(parts)
 
 
 def check_out(out: Path, overwrite: bool, dry_run: bool, reads: Sequence[outputs.Source]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from llm_pruner.data.files import BEGINNING
 from llm_pruner.data.selfmade import write_text_cached, write_windows
 from llm_pruner.data.sequences import added_tokens, bare_ids, room_for_text
-from llm_pruner.data.text import SELF, Documents, load_documents, running_text, sources_of
+from llm_pruner.data.text import SELF, Documents, load_documents, running_text, shares_of
 from llm_pruner.errors import UserError
 from llm_pruner.models.load import LoadedModel
 from llm_pruner.runtime.progress import Clock
@@ -42,7 +42,12 @@ class Calibration:
 
 
 def build_calibration(
-    asked: CalibrationSettings, tokenizer: Any, model: Any = None, *, seed: int
+    asked: CalibrationSettings,
+    tokenizer: Any,
+    model: Any = None,
+    *,
+    seed: int,
+    exact: bool | None = None,
 ) -> Calibration:
     """Return ``samples`` windows of exactly ``seq_len`` tokens.
 
@@ -56,27 +61,31 @@ def build_calibration(
 
     Where the tokenizer adds BOS, every window starts with it.
 
-    Of several sources each gives equally many windows (the first ones one more where it does not
-    come out even), in turn.
+    Of several sources each gives its share of the windows, see ``shares_of``, all spread evenly
+    over the order. Where the number of windows is not to be exact, a source that is too short gives
+    what it has, if that is a quarter at least.
 
     Args:
         asked: what is read, and how much; see ``load_documents``, ``write_windows`` for ``self``.
         model: needed for ``self`` alone.
+        exact: whether a source that is too short is refused; by default where the number is the
+            user's and not a preset's.
 
     Raises:
         UserError: the source cannot be read, or holds too few tokens.
     """
-    samples, sources = asked.samples, sources_of(asked.calibration)
-    if samples < len(sources):
+    samples, shares = asked.samples, shares_of(asked.calibration)
+    counts = _counts(samples, [*shares.values()])
+    if not all(counts):
         raise UserError(
-            f"samples={samples} of {len(sources)} sources leave some without any; use at least "
-            f"{len(sources)}"
+            f"samples={samples} of {len(shares)} sources leave some without any; use at least "
+            f"{ceil(sum(shares.values()) / min(shares.values()))}"
         )
+    exact = "samples" in asked.given if exact is None else exact
     parts: list[torch.Tensor] = []
     names: list[str] = []
     splits: set[str] = set()
-    for number, one in enumerate(sources):
-        share = -(-(samples - number) // len(sources))
+    for one, share in zip(shares, counts, strict=True):
         size = {"samples": share, "seq_len": asked.seq_len, "seed": seed}
         try:
             if one == SELF:
@@ -85,29 +94,37 @@ def build_calibration(
                 continue
             # Enough documents even where each is one short sentence.
             documents = _documents(one, asked, max(BEGINNING, share * asked.seq_len // 4))
-            parts.append(pack(documents, tokenizer, **size))
+            least = share if exact else max(1, share // 4)
+            parts.append(pack(documents, tokenizer, least=least, **size))
             names.append(documents.name)
             if documents.split:
                 splits.add(documents.split)
         except UserError as error:
-            if len(sources) == 1:
+            if len(shares) == 1:
                 raise
-            raise UserError(
-                f"{samples} samples are {share} of each of {len(sources)} sources: {error}"
-            ) from error
-    turns = zip_longest(*parts)
-    input_ids = torch.stack([row for turn in turns for row in turn if row is not None])
+            raise UserError(f"{samples} samples are {share} of {one}: {error}") from error
+    spread = [((row + 0.5) / len(part), part[row]) for part in parts for row in range(len(part))]
+    input_ids = torch.stack([row for _, row in sorted(spread, key=lambda placed: placed[0])])
     settings = {
-        "source": ",".join(sources),
+        "source": asked.calibration,
         "name": ", ".join(names),
         "split": ",".join(sorted(splits)) or None,
         "text_field": asked.text_field,
-        "samples": samples,
+        "samples": len(input_ids),
         "seq_len": asked.seq_len,
         "seed": seed,
         "fingerprint": hashlib.sha256(input_ids.numpy().tobytes()).hexdigest()[:16],
     }
-    return Calibration(input_ids, ",".join(sources), settings)
+    return Calibration(input_ids, asked.calibration, settings)
+
+
+def _counts(samples: int, shares: list[float]) -> list[int]:
+    """Return how many of the samples each source gives; the first ones more if that is not even."""
+    counts: list[int] = []
+    for number, share in enumerate(shares):
+        left = samples - sum(counts)
+        counts.append(ceil(left * share / sum(shares[number:]) - 1e-9))
+    return counts
 
 
 def _documents(source: str, asked: CalibrationSettings, limit: int) -> Documents:
@@ -124,9 +141,18 @@ def _written(model: Any, tokenizer: Any, kept: Path | None, size: dict[str, int]
 
 
 def pack(
-    documents: Documents, tokenizer: Any, *, samples: int, seq_len: int, seed: int
+    documents: Documents,
+    tokenizer: Any,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    least: int | None = None,
 ) -> torch.Tensor:
-    """Cut documents into windows, int64 of shape (samples, seq_len); see ``build_calibration``."""
+    """Cut documents into windows, int64 of shape (samples, seq_len); see ``build_calibration``.
+
+    Where the documents have fewer windows, it is these, if they are ``least``, by default all.
+    """
     prefix, suffix = added_tokens(tokenizer)
     fresh = room_for_text(seq_len, prefix)
     generator = torch.Generator().manual_seed(seed)
@@ -153,7 +179,7 @@ def pack(
             break
         starts.append(end)
         end += fresh
-    if len(starts) < samples:
+    if len(starts) < (samples if least is None else least):
         tokens = len(starts) * fresh + len(stream) - end
         fit = tokens // fresh
         advice = (
@@ -179,9 +205,41 @@ def check_calibration(asked: CalibrationSettings) -> None:
             f"score_samples={scored} of {samples} samples cannot be read; ask for more samples, or "
             "for fewer of them"
         )
-    for source in sources_of(asked.calibration):
+    for source in shares_of(asked.calibration):
         if source != SELF:
             _documents(source, asked, BEGINNING)
+
+
+FURTHER = 384
+"""Windows that training may read beyond those that importance is estimated on."""
+
+
+def further_text(
+    loaded: LoadedModel,
+    asked: CalibrationSettings,
+    known: torch.Tensor,
+    apart: torch.Tensor,
+    seed: int,
+) -> torch.Tensor:
+    """Return windows to train on: those that are known, and further ones of files and datasets.
+
+    What the model would have to write takes longer than training on what it has written.
+
+    Args:
+        known: token ids, shape (samples, seq_len).
+        apart: windows that are left out, of the same length.
+    """
+    read = {one: share for one, share in shares_of(asked.calibration).items() if one != SELF}
+    rows = [*known]
+    if read:
+        mixture = ",".join(f"{one}:{share}" for one, share in read.items())
+        mixture = next(iter(read)) if len(read) == 1 else mixture
+        more = asked.but(calibration=mixture, samples=FURTHER, score_samples=None, kept=None)
+        text = build_calibration(more, loaded.tokenizer, seed=seed, exact=False)
+        rows += [*text.input_ids]
+    left_out = {tuple(row.tolist()) for row in apart}
+    different = dict.fromkeys(tuple(row.tolist()) for row in rows)
+    return torch.tensor([row for row in different if row not in left_out])
 
 
 def read_calibration(

@@ -159,6 +159,7 @@ class _Alias:
     config: str | None = None
     files: str | None = None
     endless: bool = False
+    field: str | None = None
 
 
 _ALIASES = {
@@ -171,6 +172,8 @@ _ALIASES = {
     ),
     "c4": _Alias("allenai/c4", "en", endless=True),
     "bookcorpus": _Alias("rojagtap/bookcorpus", endless=True),
+    "wikipedia": _Alias("wikimedia/wikipedia", "20231101.en", endless=True),
+    "code": _Alias("codeparrot/codeparrot-clean-valid", endless=True, field="content"),
 }
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 
@@ -184,6 +187,12 @@ def is_file_name(source: str) -> bool:
         or source.startswith((".", "/", "~"))
         or "\\" in source
     )
+
+
+def field_of(source: str) -> str | None:
+    """Return the field of a known hub dataset that holds its text; None where that shows."""
+    alias = _ALIASES.get(source.partition(":")[0])
+    return None if alias is None or is_file_name(source) else alias.field
 
 
 def is_endless(source: str) -> bool:

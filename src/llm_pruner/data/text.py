@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from llm_pruner.data.files import read_source, texts_of_rows
+from llm_pruner.data.files import field_of, read_source, texts_of_rows
 from llm_pruner.errors import UserError
 from llm_pruner.settings.evaluate import PerplexitySettings
 
@@ -63,11 +63,31 @@ class Documents:
         return tuple(io.StringIO(self.raw, newline="\n"))
 
 
-def sources_of(source: str) -> tuple[str, ...]:
-    """Return the parts of a mixture, which are parted by commas; a file's name may hold commas."""
-    if Path(source).expanduser().exists():
-        return (source,)
-    return tuple(part for part in source.split(",") if part) or (source,)
+_SHARE = re.compile(r"(.+):(\d*\.?\d+)")
+
+
+def shares_of(mixture: str) -> dict[str, float]:
+    """Return source -> share of a mixture such as ``c4:0.6,code.jsonl:0.4``, equal without shares.
+
+    Parts stand between commas; a file's name may hold commas, and what a share looks like.
+
+    Raises:
+        UserError: a source stands twice, some have a share and some do not, or one is nothing.
+    """
+    if Path(mixture).expanduser().exists():
+        return {mixture: 1.0}
+    parts = [part.strip() for part in mixture.split(",") if part.strip()] or [mixture]
+    found = [None if Path(one).expanduser().exists() else _SHARE.fullmatch(one) for one in parts]
+    names = [one if match is None else match[1] for one, match in zip(parts, found, strict=True)]
+    shares = [None if match is None else float(match[2]) for match in found]
+    for name, share in zip(names, shares, strict=True):
+        if names.count(name) > 1:
+            raise UserError(f"{name} stands twice in {mixture}; name it once, with its share")
+        if share is None and any(shares):
+            raise UserError(f"{name} has no share in {mixture}; give each source one, or none")
+        if share == 0:
+            raise UserError(f"{name} has the share 0 in {mixture}; leave it out, or give it one")
+    return {name: share or 1.0 for name, share in zip(names, shares, strict=True)}
 
 
 def load_documents(
@@ -81,7 +101,8 @@ def load_documents(
 
     Args:
         source: a ``.txt``, ``.jsonl``, ``.json`` or ``.parquet`` file; else a hub dataset, one of
-            the short names ``wikitext2``, ``ptb``, ``c4`` and ``bookcorpus``, or ``name:config``.
+            the short names ``wikitext2``, ``ptb``, ``c4``, ``bookcorpus``, ``wikipedia`` and
+            ``code`` (Python), or ``name:config``.
         split: split of a hub dataset, by default ``train``.
         text_field: the field that holds the text. By default ``text``; else the Alpaca fields
             ``instruction``, ``input`` and ``output`` joined by blank lines; else the first field
@@ -100,6 +121,7 @@ def load_documents(
     path = Path(source).expanduser()
     plain = path.suffix.lower() == ".txt"
     name, used_split, rows = read_source(source, split=split, limit=limit)
+    text_field = text_field or field_of(source)
     where = str(path) if used_split is None else name
     texts: tuple[str, ...] = tuple(rows if plain else texts_of_rows(rows, where, text_field))
     if not any(text.strip() for text in texts):

@@ -67,7 +67,7 @@ def recover_(
     settings: TrainingSettings,
     *,
     work: Path,
-    folder: state.Folder,
+    folder: state.Folder | None,
     sources: int = 1,
     teacher: Teacher | None = None,
     judge: Teacher | None = None,
@@ -89,7 +89,8 @@ def recover_(
         held_out: samples that decide which weights are kept; none of them is trained on.
         settings: see there.
         work: folder for checkpoints.
-        folder: gives a folder that appears under its name once it is complete.
+        folder: gives a folder that appears under its name once it is complete; None: no
+            checkpoints are written.
         sources: number of different ``TrainingSequence.source``.
         teacher: mixes in what a dense model would say of ``train``.
         judge: the same of ``held_out``, which is then scored as it is trained on; without, by what

@@ -103,7 +103,7 @@ class RecoveryTrainer(Trainer):
         steps: Steps,
         run: RunState,
         teacher: Teacher | None,
-        folder: state.Folder,
+        folder: state.Folder | None,
         work: Path,
         processes: Processes = ALONE,
         **own: Any,
@@ -199,6 +199,8 @@ class RecoveryTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002
         """Write all that ``train(resume_from_checkpoint=...)`` reads, whole or not at all."""
+        if self._folder is None:
+            return
         path = state.step_folder(self._work, self.state.global_step)
         files = {"weights": state.trained_weights(self.model)}
         if self.best_weights is not None:
@@ -211,6 +213,7 @@ class RecoveryTrainer(Trainer):
     def _write_checkpoint(
         self, path: Path, files: dict[str, dict[str, torch.Tensor]], optimizer: dict[str, Any]
     ) -> None:
+        assert self._folder is not None
         with self._folder(path) as folder:
             for name, tensors in files.items():
                 state.write_tensors(folder / f"{name}.safetensors", tensors)

@@ -278,6 +278,8 @@ class Report(_Part):
         importance: one map per kind of unit; scores of the first estimate, on the dense model.
         criterion: how importance was estimated, in words that follow "chosen by".
         compensation: how the weights that were kept were refitted, such as ``least-squares``.
+        repair: how they were trained by what the dense model says, in words that follow "repaired
+            by"; None if they were not, or without a gain.
         twin_difference, twin_scenes, twin_skipped, saved_as, needs: as in `records.Pruned`.
         settings: heading -> setting -> value.
         versions: of the package, of libraries and of the machine.
@@ -293,6 +295,7 @@ class Report(_Part):
     importance: tuple[ImportanceMap, ...] = ()
     criterion: str | None = None
     compensation: str | None = None
+    repair: str | None = None
     trials: tuple[SplitTrial, ...] = ()
     twin_difference: float | None = None
     twin_scenes: tuple[str, ...] = ()

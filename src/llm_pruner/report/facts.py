@@ -20,7 +20,7 @@ from llm_pruner.evaluation.zero_shot import TaskResult
 from llm_pruner.models.stored import DEFAULT, local_path
 from llm_pruner.planning import Plan
 from llm_pruner.report import data
-from llm_pruner.report.records import Measured, Recovered, Weighed
+from llm_pruner.report.records import Measured, Pruned, Recovered, Weighed
 from llm_pruner.settings.common import CALIBRATION
 from llm_pruner.settings.options import option_of
 from llm_pruner.settings.prune import PruneSettings
@@ -31,7 +31,10 @@ BINS = 24
 """Most bins of an importance map; a group with fewer units has a bin for each."""
 
 _NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.)")
-_METHODS = {"full": "training of all weights"}
+_METHODS = {
+    "full": "training of all weights",
+    "blocks": "training of all weights but the embeddings",
+}
 """Method of recovery -> its words; of all others: LoRA."""
 
 _NAMES = {"fisher": "Fisher", "taylor": "Taylor", "wanda": "Wanda"}
@@ -122,6 +125,16 @@ def criterion_in_words(plan: Plan) -> str | None:
         where = " and ".join(own if part == "self" else part for part in sources)
         said += f" on {said_by['samples']:,} × {said_by['seq_len']:,} tokens of {where}"
     return said
+
+
+def repair_of(done: Pruned) -> str | None:
+    """Return how the pruned weights were trained, in words that follow "repaired by"."""
+    if done.repair is None or not done.repair.gained:
+        return None
+    return (
+        f"{done.repair.best_step:,} steps of training ({done.repair.seconds / 60:.1f} minutes) with "
+        "the dense model's predictions as the aim"
+    )
 
 
 def settings_of(plan: Plan, model: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

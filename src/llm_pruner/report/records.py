@@ -48,6 +48,8 @@ class Pruned:
         round_to: channels are kept in multiples of this.
         rounding: what ``round_to`` was chosen by; None if it was given.
         refitted: what compensation did to each consumer, all steps.
+        repair: how training by what the dense model says went, with the divergence from it on
+            held-out text before and after, in nats; None without.
         path: the folder or the plan file that was written.
         saved_as: how the checkpoint loads; None if nothing was saved.
         needs: what loading the folder needs besides transformers, such as ``import llm_pruner``.
@@ -65,6 +67,7 @@ class Pruned:
     round_to: int | None
     rounding: Rounding | None
     refitted: tuple[Refitted, ...]
+    repair: Training | None
     trials: tuple[SplitTrial, ...]
     seconds: dict[str, float]
     path: Path
@@ -203,7 +206,7 @@ class Recovered:
 
 @dataclass(frozen=True)
 class Training:
-    """What recovery gave within ``compress``; see ``Recovered`` for the fields."""
+    """What training gave within another command; see ``Recovered`` for the fields."""
 
     before: float
     after: float

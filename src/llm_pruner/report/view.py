@@ -128,9 +128,11 @@ def sentence(report: Report) -> str:
     said += ". "
     if report.compensation:
         said += f"What reads the pruned axes was refitted ({report.compensation}). "
-    return (
-        f"{said}Then it was {training}." if training else f"{said}Nothing was trained afterwards."
-    )
+    if report.repair:
+        said += f"Its weights were repaired by {report.repair}. "
+    if training:
+        return f"{said}Then it was {training}."
+    return said.strip() if report.repair else f"{said}Nothing was trained afterwards."
 
 
 def _training(report: Report) -> str:

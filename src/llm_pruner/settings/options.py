@@ -10,6 +10,7 @@ wins:
 from __future__ import annotations
 
 import difflib
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from pydantic.fields import FieldInfo
 from llm_pruner.errors import UserError
 
 _S = TypeVar("_S", bound="Settings")
+
+_SHARE = re.compile(r":\d*\.?\d+$")
+"""What a text of a mixture may end in."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,8 @@ class Settings(BaseModel):
             for one in value if isinstance(value, tuple) else (value,):
                 # A preset that the package ships is no file of the user's.
                 if one is not None and (name != "preset" or Path(str(one)).suffix):
-                    found += [str(one), *str(one).split(",")]
+                    parts = str(one).split(",")
+                    found += [str(one), *parts, *(_SHARE.sub("", part) for part in parts)]
         return list(dict.fromkeys(found))
 
     @classmethod

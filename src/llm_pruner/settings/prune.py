@@ -15,7 +15,7 @@ from llm_pruner.settings.common import (
     Names,
     WriterSettings,
 )
-from llm_pruner.settings.limits import Seed, within
+from llm_pruner.settings.limits import MOST_MINUTES, Seed, within
 from llm_pruner.settings.options import Settings, option, option_name, presets_in, written
 from llm_pruner.settings.registry import COMPENSATIONS, CRITERIA
 from llm_pruner.settings.words import parse_bytes, parse_count, parse_layer_ranges, parse_split
@@ -123,6 +123,11 @@ class MethodSettings(CalibrationSettings):
         "NAME",
         known=COMPENSATIONS,
     )
+    repair_minutes: Annotated[float, within(0, MOST_MINUTES)] = _importance(
+        0.0,
+        "Minutes of training, by what the dense model says of the calibration text; 0: none.",
+        "X",
+    )
 
     @classmethod
     def beside(cls, preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +137,7 @@ class MethodSettings(CalibrationSettings):
             # Their ranges replace the protection; other structures keep what the model suggests.
             left |= {"protect_first": "auto", "protect_last": "auto"}
         if given.get("plan") is not None:
-            left["compensation"] = "none"
+            left |= {"compensation": "none", "repair_minutes": 0.0}
         if given.get("uniform"):
             left |= {"scope": "local", "spread": None, "protect_first": 0, "protect_last": 0}
         if given.get("kv_cache") is not None:
@@ -184,7 +189,8 @@ class PruneSettings(WriterSettings, PlanSettings):
         if self.plan is not None:
             text = CalibrationSettings.model_fields.keys() | {"seed"}
             spoken = set(PlanSettings.model_fields) - {"seed"}
-            spoken -= {"compensation"} | (text if self.compensation != "none" else set())
+            spoken -= {"compensation", "repair_minutes"}
+            spoken -= text if self.compensation != "none" or self.repair_minutes else set()
             spoken &= self.given
             given = [option_name(name) for name in type(self).model_fields if name in spoken]
             if given:

@@ -72,12 +72,13 @@ class TrainingSettings(Settings):
     )
     method: str = _training(
         "lora",
-        f"{' or '.join(METHODS)}: all weights, or adapters beside the linear layers.",
+        f"{', '.join(METHODS)}: all weights but the embeddings, all weights, or adapters beside the "
+        "linear layers.",
         "NAME",
         known=METHODS,
     )
     learning_rate: Annotated[float, _TRAINS, within(0, 1000)] = _training(
-        1e-3, "At its peak.", "RATE", shown="1e-3 for quick, 1e-4 for paper, less for full"
+        1e-3, "At its peak.", "RATE", shown="1e-3 for quick, 1e-4 for paper, less for weights"
     )
     warmup_steps: Annotated[int, _at_least(0), within(0, MOST)] = _training(
         10, "Steps to reach it, at most a tenth of the run.", "N", shown="10; 100 for paper"

@@ -1,0 +1,115 @@
+"""What a model loses by each way of making it smaller, by how far it is from the dense model.
+
+    python benchmarks/yardstick.py MODEL ROWS.yaml --text FILE [--text FILE] --out FILE
+
+ROWS.yaml maps the name of a row to the commands that make its folder, one after the other, each a
+list of arguments of ``llm-pruner`` without model and ``--out``: ``[prune, --ratio, 0.2]``, then
+such as ``[recover, --data, FILE]``. A command reads the folder of the one before, the first one
+MODEL; ``MODEL`` among the arguments stands for the dense model. No command: the dense model.
+
+Each row is measured by ``evaluate --against MODEL`` on the first ``--max-tokens`` of each text,
+which no row may be fitted to: KL to the dense model, share of changed first choices, perplexity as
+a multiple of the dense model's, with standard errors; beside it parameters and seconds.
+``--seeds`` makes each row that many times. OUT is written after each row, and goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+
+from commands import found_by, llm_pruner
+from machine import machine
+
+
+def made(model: str, commands: list[list[Any]], seed: int, folder: Path) -> tuple[str, list[float]]:
+    """Carry out the commands of a row; return the folder of the last, and the seconds of each."""
+    last, seconds = model, []
+    for number, (name, *arguments) in enumerate(commands):
+        out = folder / str(number)
+        said = [model if one == "MODEL" else one for one in arguments]
+        begin = time.perf_counter()
+        llm_pruner(name, last, "--out", out, "--seed", seed, *said)
+        seconds.append(round(time.perf_counter() - begin, 1))
+        last = str(out)
+    return last, seconds
+
+
+def measured(folder: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return what is left of the dense model in a folder."""
+    texts = [word for text in options.text for word in ("--perplexity", text)]
+    found = found_by(
+        *("evaluate", folder, *texts, "--against", options.model, "--dtype", options.dtype),
+        *("--max-tokens", options.max_tokens, "--seq-len", options.window),
+    )
+    rows = {}
+    for one in found["perplexity"]:
+        far = one["divergence"]
+        rows[Path(one["corpus"]).stem] = {
+            "kl": [round(far["kl"], 4), round(far["kl_stderr"], 4)],
+            "changed": [round(far["changed"], 4), round(far["changed_stderr"], 4)],
+            "perplexity": [round(one["perplexity"], 3), round(far["perplexity"], 3)],
+            "ratio": round(one["perplexity"] / far["perplexity"], 4),
+        }
+    return {"parameters": found["parameters"], "texts": rows}
+
+
+def main() -> None:
+    """Make the rows that are missing."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("rows", type=Path, help="YAML: name -> list of commands")
+    parser.add_argument("--text", action="append", required=True, help="to judge by; nothing else")
+    parser.add_argument("--max-tokens", type=int, default=16_384)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--dtype", default="float32", help="of the measurement")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--only", help="names of rows, comma-separated")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    asked = yaml.safe_load(options.rows.read_text(encoding="utf-8"))
+    settings = {
+        "model": Path(options.model).name,
+        "texts": [Path(text).name for text in options.text],
+        "max_tokens": options.max_tokens,
+        "window": options.window,
+        "dtype": options.dtype,
+    }
+    results: dict[str, Any] = {"settings": settings, "rows": []}
+    if options.out.exists():
+        results = json.loads(options.out.read_text())
+        if results["settings"] != settings:
+            parser.error(f"{options.out} holds rows of other settings; give another --out")
+    wanted = options.only.split(",") if options.only else [*asked]
+    for name in wanted:
+        for seed in range(options.seeds):
+            if any(row["name"] == name and row["seed"] == seed for row in results["rows"]):
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                last, seconds = made(options.model, asked[name], seed, Path(folder))
+                found = measured(last, options)
+            shown = [[Path(str(word)).name for word in command] for command in asked[name]]
+            row = {
+                "name": name,
+                "seed": seed,
+                "commands": [" ".join(words) for words in shown],
+                "seconds": seconds,
+                **found,
+                "machine": machine(),
+                "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+            }
+            results["rows"].append(row)
+            options.out.write_text(json.dumps(results, indent=1) + "\n")
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Train a pruned model to say what the dense one says: no labels, and no more than some minutes.
+
+The loss is KL(dense || pruned) over the dense model's likeliest tokens, at every token of plain
+text (arXiv 1503.02531). All weights of the blocks are trained where the memory holds their
+gradients and what AdamW keeps of them, else adapters (LoRA), which are merged.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from llm_pruner.data.sequences import TrainingSequence, make_sequence
+from llm_pruner.models.forward import undisturbed
+from llm_pruner.recovery.callbacks import Progress
+from llm_pruner.recovery.distill import Teacher
+from llm_pruner.recovery.run import Outcome, recover_
+from llm_pruner.runtime.precision import multiplies_bfloat16
+from llm_pruner.runtime.progress import track
+from llm_pruner.settings.recover import DistillationSettings, TrainingSettings
+
+STEP = 2048
+"""Tokens of a step."""
+
+EPOCHS = 100
+"""Passes over the text at most; the time ends a run before."""
+
+EVALUATIONS = 4
+"""Times that the held-out text is scored on the way."""
+
+TRAINED_BYTES = 28
+"""Memory that a trained weight takes: itself and what it was, its gradient, two moments, the best
+one so far and the first one, all float32."""
+
+
+def repair_(
+    model: Any,
+    dense: Any,
+    input_ids: torch.Tensor,
+    held_out: torch.Tensor,
+    *,
+    minutes: float,
+    seed: int,
+    identity: str = "dense",
+) -> Outcome:
+    """Train ``model`` for some minutes; it has its weights back if ``held_out`` says so.
+
+    Args:
+        model: the pruned model; may share weights with ``dense``.
+        dense: the model before the removal; left as it was.
+        input_ids: text to train on, (samples, seq_len).
+        held_out: text that decides which weights are kept, (samples, seq_len); not trained on.
+        minutes: of training, with all scores on the way.
+        seed: of the order of the text.
+        identity: fingerprint of the dense model.
+
+    Raises:
+        UserError: as ``recover_``.
+    """
+    length = input_ids.shape[1]
+    trained = _own_copy(model)
+    device = next(model.parameters()).device.type
+    settings = TrainingSettings(
+        method=method_for(trained),
+        batch_size=max(1, STEP // length),
+        seq_len=length,
+        epochs=EPOCHS,
+        max_minutes=minutes,
+        evaluations=EVALUATIONS,
+        patience=EVALUATIONS,
+        bf16=multiplies_bfloat16(device) and model.dtype == torch.float32,
+        seed=seed,
+        trainer=("adam_beta2=0.95",),
+    )
+    taught = DistillationSettings(distill_weight=1.0)
+    train, judged = _sequences(input_ids), _sequences(held_out)
+    with undisturbed(dense), undisturbed(model), tempfile.TemporaryDirectory() as folder:
+        teachers = [
+            Teacher(dense, of, taught, Path(folder), identity=identity, seq_len=length)
+            for of in (train, judged)
+        ]
+        bar = track(range(int(60 * minutes)), "repair, seconds")
+        shown = 0
+
+        def say(progress: Progress) -> None:
+            nonlocal shown
+            while shown < progress.run.seconds and next(bar, None) is not None:
+                shown += 1
+
+        found, outcome = recover_(
+            trained,
+            train,
+            judged,
+            settings,
+            work=Path(folder),
+            folder=None,
+            teacher=teachers[0],
+            judge=teachers[1],
+            say=say,
+        )
+        bar.close()
+    if outcome.gained:
+        for name, weight in found.named_parameters():
+            owner, _, key = name.rpartition(".")
+            kept = model.get_submodule(owner)._parameters
+            old = kept[key]
+            if old is not None and weight is not old:
+                kept[key] = nn.Parameter(weight.detach(), requires_grad=old.requires_grad)
+    return outcome
+
+
+def _own_copy(model: Any) -> Any:
+    """Return a copy with weights of its own, but for the embeddings, which are not trained."""
+    shared = [model.get_input_embeddings(), model.get_output_embeddings()]
+    weights = [weight for one in shared if one is not None for weight in one.parameters()]
+    return copy.deepcopy(model, {id(weight): weight for weight in weights})
+
+
+def method_for(model: nn.Module) -> str:
+    weights = [*model.parameters()]
+    count = sum(one.numel() for one in weights)
+    if any(one.dtype != torch.float32 for one in weights):
+        return "lora"
+    if weights[0].device.type == "cpu":
+        free = psutil.virtual_memory().available
+    else:
+        free = torch.cuda.mem_get_info(weights[0].device)[0]
+    return "blocks" if TRAINED_BYTES * count < free else "lora"
+
+
+def _sequences(input_ids: torch.Tensor) -> list[TrainingSequence]:
+    return [make_sequence(row, [True] * len(row), 0) for row in input_ids.tolist()]
