@@ -128,7 +128,7 @@ def test_sources_give_their_shares_spread_evenly(tmp_path: Path) -> None:
         first_letters(":0.8", "")
     with pytest.raises(UserError, match=r"b\.txt has the share 0 in .*; leave it out"):
         first_letters(":1", ":0")
-    with pytest.raises(UserError, match="a.txt stands twice"):
+    with pytest.raises(UserError, match=r"a\.txt stands twice"):
         build(f"{tmp_path}/a.txt,{tmp_path}/a.txt", tokenizer, **options)
 
 

@@ -15,7 +15,9 @@ from helpers import tiny_model
 from llm_pruner.errors import UserError
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.recovery import repair, repair_
+from llm_pruner.recovery.methods import blocks
 from llm_pruner.search.divergence import divergences
+from llm_pruner.settings.recover import TrainingSettings
 
 
 def text(samples: int, seed: int) -> torch.Tensor:
@@ -94,8 +96,6 @@ def test_a_model_in_half_precision_gets_adapters(pair: tuple[Any, Any]) -> None:
     dense, _ = pair
     assert repair.method_for(dense) == "blocks"
     assert repair.method_for(copy.deepcopy(dense).bfloat16()) == "lora"
+    half = copy.deepcopy(dense).bfloat16()
     with pytest.raises(UserError, match="half-precision"):
-        blocks = repair.TrainingSettings(method="blocks")
-        from llm_pruner.recovery.methods.blocks import prepare_
-
-        prepare_(copy.deepcopy(dense).bfloat16(), blocks)
+        blocks.prepare_(half, TrainingSettings(method="blocks"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,17 @@ def repair_(
     )
     taught = DistillationSettings(distill_weight=1.0)
     train, judged = _sequences(input_ids), _sequences(held_out)
-    with undisturbed(dense), undisturbed(model), tempfile.TemporaryDirectory() as folder:
+    bar = track(range(int(60 * minutes)), "repair, seconds")
+    with (
+        undisturbed(dense),
+        undisturbed(model),
+        closing(bar),
+        tempfile.TemporaryDirectory() as folder,
+    ):
         teachers = [
             Teacher(dense, of, taught, Path(folder), identity=identity, seq_len=length)
             for of in (train, judged)
         ]
-        bar = track(range(int(60 * minutes)), "repair, seconds")
         shown = 0
 
         def say(progress: Progress) -> None:
@@ -104,7 +110,6 @@ def repair_(
             judge=teachers[1],
             say=say,
         )
-        bar.close()
     if outcome.gained:
         for name, weight in found.named_parameters():
             owner, _, key = name.rpartition(".")

@@ -131,9 +131,10 @@ def repair_of(done: Pruned) -> str | None:
     """Return how the pruned weights were trained, in words that follow "repaired by"."""
     if done.repair is None or not done.repair.gained:
         return None
+    minutes = f"{done.repair.seconds / 60:.1f} minutes"
     return (
-        f"{done.repair.best_step:,} steps of training ({done.repair.seconds / 60:.1f} minutes) with "
-        "the dense model's predictions as the aim"
+        f"{done.repair.best_step:,} steps of training in {minutes}, with the dense model's "
+        "predictions as the aim"
     )
 
 

@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import TypeVar
 
@@ -35,7 +35,9 @@ class _RateColumn(ProgressColumn):
         return Text("- it/s" if speed is None else f"{speed:.1f} it/s")
 
 
-def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+def track(
+    items: Iterable[T], description: str, total: int | None = None
+) -> Generator[T, None, None]:
     """Yield ``items`` while a bar shows how many are done, the rate and the time left."""
     if not sys.stderr.isatty():
         yield from items

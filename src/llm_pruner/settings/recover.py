@@ -72,8 +72,8 @@ class TrainingSettings(Settings):
     )
     method: str = _training(
         "lora",
-        f"{', '.join(METHODS)}: all weights but the embeddings, all weights, or adapters beside the "
-        "linear layers.",
+        f"{', '.join(METHODS)}: all weights but the embeddings, all weights, or adapters beside "
+        "the linear layers.",
         "NAME",
         known=METHODS,
     )
