@@ -246,6 +246,7 @@ TABLE: dict[str, list[Bad]] = {
             "--compensation x",
             "--compensation x is unknown; use one of none, least-squares",
         ),
+        ("--repair-minutes -1", between("--repair-minutes", -1, 0, 527040)),
         ("--samples 0", "samples=0 calibrates on nothing; use at least 1"),
         (f"--samples {10**12}", between("samples", 10**12, 1, 10**9)),
         ("--score-samples 0", "score_samples=0 estimates on nothing; use at least 1"),
@@ -257,10 +258,14 @@ TABLE: dict[str, list[Bad]] = {
         ("--seq-len 1", "seq_len=1 predicts no token; use at least 2"),
         (f"--seq-len {10**12}", between("seq_len", 10**12, 2, 2**24)),
         ("--calibration nofile.txt", NO_TEXT),
+        (
+            "--calibration t.txt:0.5,c4",
+            "c4 has no share in t.txt:0.5,c4; give each source one, or none",
+        ),
     ),
     "Training": bad(
         "recover",
-        ("--method x", "--method x is unknown; use one of full, lora"),
+        ("--method x", "--method x is unknown; use one of blocks, full, lora"),
         ("--preset x", "no preset 'x'; known are paper, quick, or give a YAML file"),
         ("--schedule x", "--schedule x is unknown; use one of linear, cosine"),
         ("--template x", "--template x is unknown; use one of auto, chat, alpaca"),
