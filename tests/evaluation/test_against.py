@@ -91,4 +91,7 @@ def test_the_command_and_the_report_say_it(tmp_path: Path) -> None:
     assert "KL against dense, text.txt" in (small / "report.html").read_text()
     refused = run("evaluate", small, "--speed", "--against", dense)
     assert refused.code == 2
-    assert "is about text; add --perplexity SRC or leave it out" in refused.err
+    assert (
+        "has nothing to compare; add --perplexity SRC, --tasks NAMES, --skills NAMES or --health"
+        in refused.err
+    )

@@ -361,6 +361,33 @@ TABLE: dict[str, list[Bad]] = {
             ("--tasks boolq,boolq", "task boolq is named twice; name it once"),
             ("--tasks boolq --limit 0", "limit=0 leaves no documents; use 1 or more"),
             ("--limit 5", "--limit 5 is about tasks; add --tasks NAMES or leave it out"),
+            (
+                "--skills ''",
+                "--skills has an empty or unknown name; use one or several of humaneval, gsm8k",
+            ),
+            (
+                "--skills mmlu",
+                "--skills has an empty or unknown name; use one or several of humaneval, gsm8k",
+            ),
+            (
+                "--skills humaneval",
+                "humaneval runs programs that the model writes; add --run-code if they may run "
+                "here, with limits and without a network, or leave humaneval out",
+            ),
+            ("--run-code", "--run-code is about programs; add --skills humaneval or leave it out"),
+            (
+                "--skills-data d",
+                "--skills-data is about skills; add --skills NAMES or leave it out",
+            ),
+            (
+                "--skills gsm8k --skills-data nofolder",
+                "nofolder is no folder; give the one that holds gsm8k.jsonl",
+            ),
+            (
+                "--health-prompts t.txt",
+                "--health-prompts is about long answers; add --health or leave it out",
+            ),
+            ("--health --health-prompts nofile.txt", NO_TEXT),
             ("--report m", "m has no report.json; name a folder that llm-pruner prune wrote"),
         ),
         *bad(

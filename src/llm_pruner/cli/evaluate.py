@@ -1,4 +1,4 @@
-"""``llm-pruner evaluate``: perplexity and zero-shot tasks; ``tasks``: those as files."""
+"""``llm-pruner evaluate``: perplexity, tasks, skills and health; ``tasks``: tasks as files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llm_pruner.cli.output import Screen, warn, write_json
-from llm_pruner.report.text import clean, count
+from llm_pruner.report.text import clean, count, measured
 from llm_pruner.settings.evaluate import EvaluateSettings
 
 if TYPE_CHECKING:
@@ -22,11 +22,12 @@ Examples:
   llm-pruner evaluate ./small --perplexity c4 --report ./small
   llm-pruner evaluate ./small --tasks paper
   llm-pruner evaluate ./small --tasks paper --tasks-data tasks/ --limit 200
+  llm-pruner evaluate ./small --skills humaneval --run-code --health --against MODEL
 """
 
 
 def run(settings: EvaluateSettings, json: str | None) -> None:
-    """Measure perplexity, zero-shot tasks, speed, samples."""
+    """Measure perplexity, zero-shot tasks, skills, speed, samples."""
     settings.check()
     report = settings.report
     if report is not None:
@@ -88,6 +89,10 @@ def show(found: Measured) -> None:
         out.table(f"Against {compared[0][1].against}", headings, kept)
     if found.zero_shot is not None:
         _show_tasks(out, found.zero_shot)
+    if found.kept is not None and found.kept.value is not None:
+        shown = measured(100 * found.kept.value, 100 * (found.kept.stderr or 0), ".1f")
+        out.print(f"accuracy above chance kept of {clean(found.kept.against)}: {shown}%")
+    _show_abilities(out, found)
     if found.speed is not None:
         out.print(
             f"prefill {found.speed.prefill_tokens_per_second:.1f} tokens/s, "
@@ -95,6 +100,25 @@ def show(found: Measured) -> None:
         )
     for text, continuation in found.samples.items():
         out.print(f"> {clean(text)}{clean(continuation)}")
+
+
+def _show_abilities(out: Screen, found: Measured) -> None:
+    """Print skills and health, with the dense model's beside them if one was named."""
+    if not (found.skills or found.health):
+        return
+    from llm_pruner.report.facts import shares  # imports torch
+
+    names = [clean(one.model) for one in (found, found.dense) if one]
+    each = [shares(one) for one in (found, found.dense) if one]
+    rows = [
+        (name, *(measured(100 * one[name].value, 100 * one[name].stderr, ".1f") for one in each))
+        for name in each[0]
+    ]
+    out.table("Skills and long answers, %", ("share of", *names), rows, text=("share of",))
+    for skill in found.skills:
+        if skill.endings:
+            ended = ", ".join(f"{count} {name}" for name, count in skill.endings.items())
+            out.print(f"{skill.name}: {clean(ended)}; programs ran behind {skill.shut_off}")
 
 
 def _show_tasks(out: Screen, found: ZeroShot) -> None:

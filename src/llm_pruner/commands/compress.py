@@ -12,7 +12,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 from transformers import AutoConfig
 
-from llm_pruner.commands.evaluate import check_tasks, measure_apart, read_texts
+from llm_pruner.commands.abilities import check_tasks
+from llm_pruner.commands.evaluate import measure_apart, read_texts
 from llm_pruner.commands.prune import PruneRun
 from llm_pruner.commands.prune_start import check_space, criterion_of, selection_of, target_of
 from llm_pruner.commands.recover import recover_checkpoint

@@ -1,4 +1,4 @@
-"""Measure a model: perplexity, zero-shot tasks, speed, samples; here or in a process of its own."""
+"""Measure a model: perplexity, what it can do, speed, samples; here or in a process of its own."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
-from importlib.metadata import version
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-import torch
-from pydantic import TypeAdapter, ValidationError
-from transformers import __version__ as transformers_version
+from pydantic import TypeAdapter
 
+from llm_pruner.commands.abilities import Late, Prepared, abilities, prepare, stored
 from llm_pruner.data.files import read_task
 from llm_pruner.data.text import EvaluationText, load_evaluation_text
 from llm_pruner.errors import LLMPrunerError, UserError
@@ -28,20 +25,14 @@ from llm_pruner.evaluation.samples import sample_continuation
 from llm_pruner.evaluation.speed import measure_speed
 from llm_pruner.files.outputs import atomic_directory, check_output
 from llm_pruner.models.forward import maximum_length
-from llm_pruner.models.load import LoadedModel, load
-from llm_pruner.report.records import Measured, ZeroShot, as_json
+from llm_pruner.models.load import LoadedModel
+from llm_pruner.report.records import Abilities, Measured
 from llm_pruner.runtime.memory import keep_large_blocks
 from llm_pruner.runtime.signals import end_with_parent
-from llm_pruner.settings.common import ModelSettings, TaskSettings
 from llm_pruner.settings.evaluate import EvaluateSettings, PerplexitySettings
 from llm_pruner.settings.words import LOCAL_TASKS
 from llm_pruner.types import Size
-from llm_pruner.version import __version__
 
-if TYPE_CHECKING:
-    from llm_pruner.evaluation.harness import PreparedTask
-
-_RESULTS = TypeAdapter(dict[Literal["results"], list[zero_shot.TaskResult]])
 _SIZE = TypeAdapter(Size)
 _MEASURED = TypeAdapter(Measured)
 
@@ -66,20 +57,19 @@ def measure(
     """
     # First what takes less time than to load a model.
     texts = read_texts(settings.perplexity, settings)
-    tasks = prepare_tasks(settings) if settings.tasks is not None else []
-    late = _Late(settings.loading())
+    prepared = prepare(settings)
+    asks = prepared != Prepared()
+    late = Late(settings.loading(), keeps=asks and settings.cache)
+    dense = settings.against and Late(settings.loading(settings.against), keeps=late.keeps)
     if texts and window is not None:
         longest = maximum_length(late.loaded.model)
         settings = settings.but(seq_len=window if longest is None else min(window, longest))
     perplexities = []
     if texts:
-        dense = None if settings.against is None else load(settings.loading(settings.against))
-        perplexities = measure_perplexities(late.loaded, texts, settings, dense)
-        del dense
-    asks, identity = settings.tasks is not None, None
-    if asks and settings.cache:
-        identity = result_cache.identify(late.settings)
-    name, size = _name_and_size(late, identity)
+        beside = dense.loaded if dense else None
+        perplexities = measure_perplexities(late.loaded, texts, settings, beside)
+        del beside
+    name, size = _name_and_size(late)
     begun = Measured(
         model=name,
         parameters=size.total,
@@ -91,9 +81,13 @@ def measure(
         samples={},
     )
     first(begun)
+    if asks:
+        # A task runs once, so they are prepared again. The dense model goes before the other runs.
+        of_dense = abilities(settings, prepare(settings), dense) if dense else None
+        dense = None
+        begun = _joined(begun, abilities(settings, prepared, late), of_dense)
     return replace(
         begun,
-        zero_shot=run_tasks(tasks, settings, identity, lambda: late.loaded) if asks else None,
         speed=measure_speed([late.loaded.model])[0] if settings.speed else None,
         samples={
             prompt: sample_continuation(
@@ -105,6 +99,20 @@ def measure(
             )
             for prompt in settings.prompt
         },
+    )
+
+
+def _joined(begun: Measured, found: Abilities, dense: Abilities | None) -> Measured:
+    tasks, kept = found.zero_shot, None
+    if dense and dense.zero_shot and tasks:
+        kept = zero_shot.kept(tasks.tasks, dense.zero_shot.tasks, dense.model)
+    return replace(
+        begun,
+        zero_shot=tasks,
+        skills=found.skills,
+        health=found.health,
+        dense=dense,
+        kept=kept,
     )
 
 
@@ -176,35 +184,17 @@ def _measure_there() -> None:
         answer("refused" if isinstance(error, UserError) else "failed", said)
 
 
-@dataclass
-class _Late:
-    """A model that is loaded when it is first needed."""
-
-    settings: ModelSettings
-
-    @cached_property
-    def loaded(self) -> LoadedModel:
-        return load(self.settings)
-
-
-def _name_and_size(late: _Late, identity: result_cache.ModelIdentity | None) -> tuple[str, Size]:
+def _name_and_size(late: Late) -> tuple[str, Size]:
     """Return name and size; of a model that is not loaded, from an earlier run if there was one."""
+    identity = late.identity
     key = None if identity is None else result_cache.key(identity, late.settings, what="size")
-    known = None if "loaded" in vars(late) else _stored(_SIZE, key)
+    known = None if "loaded" in vars(late) else stored(_SIZE, key)
     if known is not None and identity is not None:
         return identity.name, known
     size = model_size(late.loaded.model)
     if key is not None:
         result_cache.write(key, asdict(size))
     return late.loaded.name, size
-
-
-def _stored(kind: TypeAdapter[Any], key: str | None) -> Any:
-    """Return what an earlier run stored; None if there is nothing that can be used."""
-    try:
-        return None if key is None else kind.validate_python(result_cache.read(key))
-    except ValidationError:
-        return None
 
 
 def read_texts(sources: Sequence[str], settings: PerplexitySettings) -> list[EvaluationText]:
@@ -220,79 +210,6 @@ def measure_perplexities(
 ) -> list[PerplexityResult]:
     """Return the perplexity on each text, and how far the model is from the dense one there."""
     return [perplexity(loaded.model, loaded.tokenizer, text, settings, dense) for text in texts]
-
-
-def check_tasks(settings: TaskSettings) -> None:
-    """Raise UserError for what can be refused without reading anything."""
-    tasks = settings.tasks or ()
-    twice = sorted({task for task in tasks if tasks.count(task) > 1})
-    if twice:
-        raise UserError(f"task {twice[0]} is named twice; name it once")
-    if not all(tasks):
-        raise UserError("--tasks has an empty name; write such as boolq,piqa")
-    zero_shot.require_harness()
-
-
-def prepare_tasks(settings: TaskSettings) -> list[PreparedTask]:
-    """Return the tasks with their documents; raise UserError if one is unknown or has no data."""
-    check_tasks(settings)
-    from llm_pruner.evaluation.harness import prepare  # imports the harness, which takes seconds
-
-    tasks, data = settings.tasks or (), settings.tasks_data
-    records = [None if data is None else read_task(data, task) for task in tasks]
-    return [
-        prepare(task, found, settings.limit) for task, found in zip(tasks, records, strict=True)
-    ]
-
-
-def run_tasks(
-    tasks: list[PreparedTask],
-    settings: EvaluateSettings,
-    identity: result_cache.ModelIdentity | None,
-    load: Callable[[], LoadedModel],
-) -> ZeroShot:
-    """Run the tasks that no earlier run has a result of; each is kept as soon as it is there.
-
-    Without the identity of the model nothing is known or kept. It is loaded only to run a task.
-    """
-    from llm_pruner.evaluation.harness import LoadedLM, run
-
-    versions = {
-        "lm_eval": version("lm-eval"),
-        "llm_pruner": __version__,
-        "torch": str(torch.__version__),
-        "transformers": transformers_version,
-    }
-    lm: LoadedLM | None = None
-    results: list[zero_shot.TaskResult] = []
-    cached = []
-    for task in tasks:
-        key = None
-        if identity is not None:
-            about = {"task": task.identity, "lm_eval": versions["lm_eval"]}
-            key = result_cache.key(identity, settings, **about)
-        found = _stored(_RESULTS, key)
-        if found:
-            cached.append(task.name)
-        else:
-            if lm is None:
-                loaded = load()
-                lm = LoadedLM(loaded.model, loaded.tokenizer, settings.sequences)
-            found = {"results": run(lm, task, settings.limit)}
-            if key is not None:
-                result_cache.write(key, as_json(found))
-        results += found["results"]
-    mean, without = zero_shot.means(results)
-    return ZeroShot(
-        tasks=results,
-        mean=mean,
-        mean_without_boolq=without,
-        cached=cached,
-        data="harness" if settings.tasks_data is None else "local",
-        limit=settings.limit,
-        dtype=settings.dtype,
-        versions=versions,
-    )
 
 
 def write_task_files(

@@ -301,6 +301,15 @@ _SCHEMAS: dict[str, dict[str, Field]] = {
 }
 """Fields of the local forms of the tasks; they are checked in order."""
 
+_SKILLS: dict[str, tuple[str, dict[str, Field]]] = {
+    "humaneval": (
+        "human_eval",
+        {"task_id": _TEXT, "prompt": _TEXT, "entry_point": _TEXT, "test": _TEXT},
+    ),
+    "gsm8k": ("gsm8k", {"question": _TEXT, "answer": _TEXT}),
+}
+"""Names of the files of the skills, and their fields."""
+
 
 def read_task(folder: Path, task: str) -> list[Record]:
     """Return the records of ``<task>.jsonl`` in a folder, with the fields of the task and no other.
@@ -316,20 +325,33 @@ def read_task(folder: Path, task: str) -> list[Record]:
             f"task {task!r} has no local form; offline there are {', '.join(LOCAL_TASKS)}; "
             "leave --tasks-data out to fetch its data"
         )
+    return _records(folder, task, task, _SCHEMAS[task])
+
+
+def read_skill(folder: Path, skill: str) -> list[Record]:
+    """Return the records of ``human_eval.jsonl`` or ``gsm8k.jsonl`` in a folder, by the skill.
+
+    Raises:
+        UserError: as ``read_task``.
+    """
+    name, schema = _SKILLS[skill]
+    return _records(folder, name, skill, schema)
+
+
+def _records(folder: Path, name: str, task: str, schema: dict[str, Field]) -> list[Record]:
     folder = folder.expanduser()
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; give the one that holds {task}.jsonl")
-    path = folder / f"{task}.jsonl"
+        raise UserError(f"{folder} is no folder; give the one that holds {name}.jsonl")
+    path = folder / f"{name}.jsonl"
     if not path.is_file():
         raise UserError(f"{path} does not exist; put the task's records there or leave {task} out")
-    records = [_checked(record, task, path, line) for line, record in json_lines(path)]
+    records = [_checked(record, task, schema, path, line) for line, record in json_lines(path)]
     if not records:
         raise UserError(f"{path} is empty; write one JSON object per line")
     return records
 
 
-def _checked(record: Any, task: str, path: Path, line: int) -> Record:
-    schema = _SCHEMAS[task]
+def _checked(record: Any, task: str, schema: dict[str, Field], path: Path, line: int) -> Record:
     where = f"{path}: line {line}"
     if not isinstance(record, dict):
         raise UserError(f"{where} is no JSON object; write one with {', '.join(schema)}")

@@ -24,16 +24,11 @@ def sample_continuation(
         UserError: the prompt encodes to nothing, or the logits are not finite.
     """
     asked = chat and bool(getattr(tokenizer, "chat_template", None))
-    given: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
-    if asked:
-        messages = [{"role": "user", "content": prompt}]
-        given = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+    given = encoded(tokenizer, prompt, chat=asked)
     if not given:
         raise UserError("the prompt is empty and the tokenizer adds no start token; give a prompt")
     device = next(model.parameters()).device
-    ends = _end_ids(model, tokenizer)
+    ends = end_ids(model, tokenizer)
     decoder = Decoder(model)
     written: list[int] = []
     with evaluating(model):
@@ -54,6 +49,17 @@ def sample_continuation(
     return strip_control(text[len(start) :])
 
 
+def encoded(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
+    """Return the tokens of a prompt; of a chat, as a user's message if there is a template."""
+    if not (chat and getattr(tokenizer, "chat_template", None)):
+        return list(tokenizer(prompt, verbose=False)["input_ids"])
+    messages = [{"role": "user", "content": prompt}]
+    asked: list[int] = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    return asked
+
+
 def strip_control(text: str) -> str:
     """Drop control and formatting characters, so that text cannot steer a terminal.
 
@@ -66,7 +72,8 @@ def strip_control(text: str) -> str:
     )
 
 
-def _end_ids(model: Any, tokenizer: Any) -> set[int]:
+def end_ids(model: Any, tokenizer: Any) -> set[int]:
+    """Return the tokens that end a text, of the tokenizer and of the generation config."""
     generation = getattr(model, "generation_config", None)
     ends = (tokenizer.eos_token_id, getattr(generation, "eos_token_id", None))
     lists = [each if isinstance(each, list | tuple) else [each] for each in ends]

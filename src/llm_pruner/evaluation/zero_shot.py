@@ -30,6 +30,10 @@ _TASKS = {
 harness's file, because its index of all tasks takes ten seconds to build."""
 
 PAPER_METRICS = {task: metric for task, (metric, _) in _TASKS.items()}
+CHANCE = dict.fromkeys(_TASKS, 0.25) | dict.fromkeys(("boolq", "piqa", "winogrande"), 0.5)
+"""Accuracy of guessing; a few items of ARC have three answers or five."""
+
+_FILES = {task: file for task, (_, file) in _TASKS.items()} | {"gsm8k_cot": "gsm8k/gsm8k-cot.yaml"}
 
 _DATA = ("dataset_path", "dataset_name", "dataset_kwargs", "tag")
 _SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
@@ -65,10 +69,10 @@ def require_harness() -> None:
 
 
 def definition_file(task: str) -> Path | None:
-    """Return the harness's file that defines one of the seven tasks; None for any other task."""
-    if task not in _TASKS:
+    """Return the harness's file that defines one of the tasks known here; None for any other."""
+    if task not in _FILES:
         return None
-    file = _tasks_folder() / _TASKS[task][1]
+    file = _tasks_folder() / _FILES[task]
     return file if file.is_file() else None
 
 
@@ -107,7 +111,7 @@ def _without_data(task: str, *, resolve: bool) -> tuple[dict[str, Any], str]:
     file = definition_file(task)
     if file is None:
         raise LLMPrunerError(
-            f"the installed lm-eval has no {_TASKS[task][1]}, which defines {task}; "
+            f"the installed lm-eval has no {_FILES[task]}, which defines {task}; "
             "install the version that llm-pruner asks for: pip install 'llm-pruner[eval]'"
         )
     definition = load_yaml(file, resolve_func=resolve)
@@ -218,3 +222,46 @@ def means(results: Sequence[TaskResult]) -> tuple[Mean | None, Mean | None]:
 
     without = {task: metric for task, metric in PAPER_METRICS.items() if task != "boolq"}
     return mean(PAPER_METRICS), mean(without)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a model keeps of the dense model's accuracy above chance.
+
+    Attributes:
+        against: name of the dense model.
+        tasks: task -> (a - chance) / (d - chance), for accuracies a and d by the paper's metric;
+            None where the dense model is no better than chance.
+        value: the same of the means over these tasks; None likewise.
+        stderr: its standard error, for errors of a and d that are independent. On the same items
+            they go together, so it is more than the true one.
+    """
+
+    against: str
+    tasks: dict[str, float | None]
+    value: float | None
+    stderr: float | None
+
+
+def kept(model: Sequence[TaskResult], dense: Sequence[TaskResult], against: str) -> Kept | None:
+    """Return what is kept on those of the paper's tasks that both were put to; None without any."""
+    found = [
+        {r.task: r.metrics[r.paper_metric] for r in results if r.task in CHANCE and r.paper_metric}
+        for results in (model, dense)
+    ]
+    tasks = [task for task in found[0] if task in found[1]]
+    if not tasks:
+        return None
+    above = [[one[task].value - CHANCE[task] for task in tasks] for one in found]
+    errors = [math.hypot(*(one[task].stderr or 0.0 for task in tasks)) for one in found]
+    value = _quotient(sum(above[0]), sum(above[1]))
+    return Kept(
+        against=against,
+        tasks={t: _quotient(a, d) for t, a, d in zip(tasks, *above, strict=True)},
+        value=value,
+        stderr=None if value is None else math.hypot(errors[0], value * errors[1]) / sum(above[1]),
+    )
+
+
+def _quotient(part: float, whole: float) -> float | None:
+    return part / whole if whole > 0 else None

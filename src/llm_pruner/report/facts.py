@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from llm_pruner.data.text import SELF
+from llm_pruner.evaluation.skills import Share
 from llm_pruner.evaluation.zero_shot import TaskResult
 from llm_pruner.models.stored import DEFAULT, local_path
 from llm_pruner.planning import Plan
 from llm_pruner.report import data
-from llm_pruner.report.records import Measured, Pruned, Recovered, Weighed
+from llm_pruner.report.records import Abilities, Measured, Pruned, Recovered, Weighed
 from llm_pruner.settings.common import CALIBRATION
 from llm_pruner.settings.options import option_of
 from llm_pruner.settings.prune import PruneSettings
@@ -204,15 +205,48 @@ def _gguf_licence(file: Path) -> str | None:
     return found.string[found.end() : found.end() + length].decode("utf-8", "replace")
 
 
-def evaluation_of(found: Measured) -> data.Evaluation:
+def evaluation_of(found: Measured | Abilities) -> data.Evaluation:
     """Return what was measured of one model as a part of its report."""
-    return data.Evaluation.model_validate(
-        {
-            "perplexity": found.perplexity,
-            "tasks": [] if found.zero_shot is None else [*_scores(found.zero_shot.tasks)],
-            "measurements": [*_measurements(found)],
-            "samples": found.samples,
-        }
+    tasks = [] if found.zero_shot is None else [*_scores(found.zero_shot.tasks)]
+    parts: dict[str, Any] = {"tasks": tasks, "measurements": [*_shares(found)]}
+    if isinstance(found, Measured):
+        parts["measurements"] += _measurements(found)
+        parts |= {"perplexity": found.perplexity, "samples": found.samples}
+    return data.Evaluation.model_validate(parts)
+
+
+def shares(found: Measured | Abilities) -> dict[str, Share]:
+    """Return the shares that tell of skills and of long answers, by what they are of."""
+    named = {
+        f"{skill.name} {skill.metric}, {skill.solved.count} of {skill.total} problems": skill.solved
+        for skill in found.skills
+    }
+    if (long := found.health) is not None:
+        of = f"answers of {long.new_tokens} tokens, {long.looping.count} prompts, {long.prompts}"
+        named |= {f"looping {of}": long.looping, f"endless {of}": long.endless}
+    return named
+
+
+def _shares(found: Measured | Abilities) -> Iterator[data.Measurement]:
+    """Yield skills, health and what is kept above chance, each with its standard error around."""
+    skills = len(found.skills)
+    for number, (name, one) in enumerate(shares(found).items()):
+        yield _between(name, "share", one.value, one.stderr, number < skills)
+    if isinstance(found, Measured) and (kept := found.kept) and kept.value is not None:
+        name = f"accuracy above chance kept against {kept.against}, {len(kept.tasks)} tasks"
+        yield _between(name, "share", kept.value, kept.stderr, True)
+
+
+def _between(
+    name: str, unit: str, value: float, error: float | None, higher: bool
+) -> data.Measurement:
+    return data.Measurement(
+        name=name,
+        unit=unit,
+        value=value,
+        low=None if error is None else value - error,
+        high=None if error is None else value + error,
+        better="higher" if higher else "lower",
     )
 
 
@@ -244,14 +278,7 @@ def _measurements(found: Measured) -> Iterator[data.Measurement]:
                 ("KL", "nats", far.kl, far.kl_stderr),
                 ("likeliest token changed", "share", far.changed, far.changed_stderr),
             ):
-                yield data.Measurement(
-                    name=f"{name} against {far.against}, {on}",
-                    unit=unit,
-                    value=value,
-                    low=None if error is None else value - error,
-                    high=None if error is None else value + error,
-                    better="lower",
-                )
+                yield _between(f"{name} against {far.against}, {on}", unit, value, error, False)
     speed = found.speed
     if speed is None:
         return

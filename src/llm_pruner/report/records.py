@@ -10,9 +10,11 @@ from typing import Any, Generic, TypeVar
 from pydantic_core import to_jsonable_python
 
 from llm_pruner.compensation import Refitted
+from llm_pruner.evaluation.health import Health
 from llm_pruner.evaluation.perplexity import PerplexityResult
+from llm_pruner.evaluation.skills import Skill
 from llm_pruner.evaluation.speed import Speed
-from llm_pruner.evaluation.zero_shot import Mean, TaskResult
+from llm_pruner.evaluation.zero_shot import Kept, Mean, TaskResult
 from llm_pruner.report.data import SavedAs, Variant
 from llm_pruner.search.fast_widths import Rounding
 from llm_pruner.types import Layer, SplitTrial
@@ -101,6 +103,16 @@ class ZeroShot:
 
 
 @dataclass(frozen=True)
+class Abilities:
+    """What a model can do; of what was not asked for there is nothing."""
+
+    model: str
+    zero_shot: ZeroShot | None
+    skills: list[Skill]
+    health: Health | None
+
+
+@dataclass(frozen=True)
 class Measured:
     """What was measured of one model; what was not asked for is empty.
 
@@ -109,6 +121,8 @@ class Measured:
             those of the embeddings and of the decoder layers.
         speed: tokens per second.
         samples: prompt -> what the model wrote after it.
+        dense: the same tasks, skills and long answers of the dense model, if one was named.
+        kept: accuracy above chance beside the dense model's.
     """
 
     model: str
@@ -119,6 +133,10 @@ class Measured:
     zero_shot: ZeroShot | None
     speed: Speed | None
     samples: dict[str, str]
+    skills: list[Skill] = field(default_factory=list)
+    health: Health | None = None
+    dense: Abilities | None = None
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ def add_evaluation(folder: Path, found: Measured, model: str) -> None:
     report = data.report_in(folder)
     variant = _variant_of(folder, report, model, found.parameters)
     report = report.with_evaluation(variant, evaluation_of(found))
+    if found.dense is not None and found.dense.model == report.source.name:
+        report = report.with_evaluation("dense", evaluation_of(found.dense))
     card = folder / data.CARD_FILE
     try:
         ours = not card.exists() or digest(card.read_text(encoding="utf-8")) == report.card_digest

@@ -150,9 +150,13 @@ class TaskSettings(Settings):
         None, "Only the first N items of each task.", "N", shown="all"
     )
 
-    def check_tasks(self) -> None:
-        """Raise UserError for what is said about tasks where none are named."""
-        for name in ("tasks_data", "limit"):
+    def check_tasks(self, *, limited: bool = False) -> None:
+        """Raise UserError for what is said about tasks where none are named.
+
+        Args:
+            limited: something else is asked for that a limit is about.
+        """
+        for name in ("tasks_data",) if limited else ("tasks_data", "limit"):
             given = getattr(self, name)
             if given is not None and self.tasks is None:
                 raise UserError(

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 from llm_pruner.errors import UserError
-from llm_pruner.settings.common import TASKS, ModelSettings, Sources, TaskSettings
+from llm_pruner.settings.common import TASKS, ModelSettings, Names, Sources, TaskSettings
 from llm_pruner.settings.limits import MOST, must, within
-from llm_pruner.settings.options import Settings, option, written
+from llm_pruner.settings.options import Settings, option, option_name, written
+
+SKILLS = ("humaneval", "gsm8k")
+ANSWER_TOKENS = 256
+"""Tokens of a long answer."""
+_skill = partial(option, panel="Skills and long answers")
 
 
 def _sequences(text: str) -> int:
@@ -44,7 +50,60 @@ class PerplexitySettings(Settings):
         return None if self.batch_size == "auto" else self.batch_size
 
 
-class EvaluateSettings(ModelSettings, PerplexitySettings, TaskSettings):
+_KNOWN = must(
+    lambda skills: bool(skills) and set(skills) <= set(SKILLS),
+    "{option} has an empty or unknown name; use one or several of " + ", ".join(SKILLS),
+)
+
+
+class SkillSettings(Settings):
+    """What a user asks a model to do, rather than to predict."""
+
+    skills: Annotated[Names, _KNOWN] | None = _skill(
+        None,
+        "humaneval: share of problems whose program passes its tests; gsm8k: share of sums whose "
+        "last number is right. Comma-separated.",
+        "NAMES",
+    )
+    skills_data: Path | None = _skill(
+        None,
+        "Folder with human_eval.jsonl and gsm8k.jsonl.",
+        "DIR",
+        shown="the datasets on the hub",
+        reads=True,
+    )
+    run_code: bool = _skill(
+        False,
+        "Run the programs that the model writes, each for itself, without network, and with limits "
+        "of time, memory and files. humaneval needs it.",
+    )
+    health: bool = _skill(
+        False,
+        f"Let it write {ANSWER_TOKENS} tokens after each of 40 prompts, and say how many answers "
+        "loop and how many never end.",
+    )
+    health_prompts: Path | None = _skill(
+        None, "Other prompts: a .txt file with one a line, or .jsonl.", "FILE", reads=True
+    )
+
+    def check_skills(self) -> None:
+        """Raise UserError for what does not go together."""
+        code = "humaneval" in (self.skills or ())
+        if code and not self.run_code:
+            raise UserError(
+                "humaneval runs programs that the model writes; add --run-code if they may run "
+                "here, with limits and without a network, or leave humaneval out"
+            )
+        for given, holds, words in (
+            ("run_code", code, "programs; add --skills humaneval"),
+            ("skills_data", self.skills, "skills; add --skills NAMES"),
+            ("health_prompts", self.health, "long answers; add --health"),
+        ):
+            if getattr(self, given) and not holds:
+                raise UserError(f"{option_name(given)} is about {words} or leave it out")
+
+
+class EvaluateSettings(ModelSettings, PerplexitySettings, TaskSettings, SkillSettings):
     """All that ``evaluate`` can be asked for."""
 
     perplexity: Sources = option(
@@ -56,13 +115,15 @@ class EvaluateSettings(ModelSettings, PerplexitySettings, TaskSettings):
     )
     against: str | None = option(
         None,
-        "Say beside each perplexity how far the predictions are from those of this model, the "
-        "dense one: KL divergence, and how many likeliest tokens changed.",
+        "Compare with this model, the dense one: KL divergence and how many likeliest tokens "
+        "changed on each text, accuracy above chance kept, skills and health.",
         "MODEL",
         reads=True,
     )
     cache: bool = option(
-        True, "Use known results of tasks for this model, and keep new ones.", panel=TASKS
+        True,
+        "Use known results of tasks and known answers of this model, and keep new ones.",
+        panel=TASKS,
     )
     speed: bool = option(False, "Measure tokens per second.")
     prompt: Sources = option(
@@ -83,15 +144,19 @@ class EvaluateSettings(ModelSettings, PerplexitySettings, TaskSettings):
 
     def check(self) -> None:
         """Raise UserError where nothing would be measured."""
-        if not (self.perplexity or self.tasks is not None or self.speed or self.prompt):
+        compared = self.perplexity or self.tasks is not None or self.skills or self.health
+        if not (compared or self.speed or self.prompt):
             raise UserError(
-                "nothing to measure; give --perplexity SRC, --tasks NAMES, --speed or --prompt TEXT"
+                "nothing to measure; give --perplexity SRC, --tasks NAMES, --skills NAMES, "
+                "--health, --speed or --prompt TEXT"
             )
-        if self.against is not None and not self.perplexity:
+        if self.against is not None and not compared:
             raise UserError(
-                f"--against {self.against} is about text; add --perplexity SRC or leave it out"
+                f"--against {self.against} has nothing to compare; add --perplexity SRC, --tasks "
+                "NAMES, --skills NAMES or --health, or leave it out"
             )
-        self.check_tasks()
+        self.check_tasks(limited=bool(self.skills or self.health))
+        self.check_skills()
 
 
 def _sizes(text: str) -> tuple[int, ...]:

@@ -1,0 +1,75 @@
+"""What models do rather than predict: HumanEval pass@1 and the health of long answers.
+
+    python benchmarks/skills.py --skills-data DIR --row "SmolLM2-135M=default" \
+        --row "Qwen2.5-Coder-1.5B=DIR" [--limit 20] [--against default]
+
+DIR holds human_eval.jsonl. Each row is ``evaluate MODEL --skills humaneval --run-code --health``
+in bfloat16 on the first ``--limit`` problems and all built-in prompts; ``--only`` takes one of the
+two. Writes benchmarks/results/skills.json after each row, and goes on from there when it is run
+again; ``evaluate`` keeps every batch of answers, so a row that was interrupted goes on as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from commands import found_by
+from machine import machine
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    """Make the rows that are missing."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--row", action="append", required=True, metavar="NAME=MODEL")
+    parser.add_argument("--skills-data", required=True)
+    parser.add_argument("--limit", type=int, default=20)
+    parser.add_argument("--against")
+    parser.add_argument("--only", choices=("humaneval", "health"))
+    parser.add_argument("--batch-size", default="20")
+    parser.add_argument("--out", type=Path, default=RESULTS / "skills.json")
+    given = parser.parse_args()
+    results: dict[str, Any] = {"rows": []}
+    if given.out.exists():
+        results = json.loads(given.out.read_text())
+    there = {(row["name"], row["of"]) for row in results["rows"]}
+    asked = {
+        "humaneval": (
+            *("--skills", "humaneval", "--run-code", "--skills-data", given.skills_data),
+            *("--limit", given.limit),
+        ),
+        "health": ("--health",),
+    }
+    against = ("--against", given.against) if given.against else ()
+    for name, _, model in (row.partition("=") for row in given.row):
+        for of, options in asked.items():
+            if (name, of) in there or given.only not in (None, of):
+                continue
+            begun = time.perf_counter()
+            found = found_by(
+                *("evaluate", model, *options, *against),
+                *("--dtype", "bfloat16", "--batch-size", given.batch_size),
+            )
+            row = {
+                **{"name": name, "of": of, "parameters": found["parameters"]},
+                **{key: found[key] for key in ("skills", "health", "dense")},
+                "seconds": round(time.perf_counter() - begun, 1),
+                "batch_size": given.batch_size,
+                "machine": machine(),
+                "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+            }
+            results["rows"].append(row)
+            given.out.write_text(json.dumps(results, indent=1) + "\n")
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""What a model can do: zero-shot tasks, skills, long answers; what is known is not done again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from transformers import __version__ as transformers_version
+
+from llm_pruner.data.files import read_skill, read_source, read_task
+from llm_pruner.data.text import load_documents
+from llm_pruner.errors import UserError
+from llm_pruner.evaluation import health, result_cache, skills, zero_shot
+from llm_pruner.evaluation.answers import Asked, written
+from llm_pruner.evaluation.programs import require_sandbox
+from llm_pruner.models.load import LoadedModel, load
+from llm_pruner.report.records import Abilities, ZeroShot, as_json
+from llm_pruner.settings.common import ModelSettings, TaskSettings
+from llm_pruner.settings.evaluate import EvaluateSettings
+from llm_pruner.version import __version__
+
+if TYPE_CHECKING:
+    from llm_pruner.evaluation.harness import LoadedLM, PreparedTask
+
+HUMAN_EVAL = "openai/openai_humaneval"
+_RESULTS = TypeAdapter(dict[Literal["results"], list[zero_shot.TaskResult]])
+
+
+@dataclass
+class Late:
+    """A model that is loaded when it is first needed.
+
+    Attributes:
+        identity: by which its results are kept; None where nothing is.
+    """
+
+    settings: ModelSettings
+    keeps: bool
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        return load(self.settings)
+
+    @cached_property
+    def identity(self) -> result_cache.ModelIdentity | None:
+        return result_cache.identify(self.settings) if self.keeps else None
+
+    @property
+    def name(self) -> str:
+        return self.loaded.name if self.identity is None else self.identity.name
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What models are asked, read before one is loaded.
+
+    Attributes:
+        problems: of HumanEval, those that are put to the model.
+        total: problems that there are.
+        prompts: of long answers; ``prompts_name`` says whose they are.
+        sums: GSM8K as lm-evaluation-harness runs it.
+    """
+
+    tasks: list[PreparedTask] | None = None
+    sums: PreparedTask | None = None
+    problems: tuple[Mapping[str, str], ...] = ()
+    total: int = 0
+    prompts: Asked | None = None
+    prompts_name: str = "built in"
+
+
+def prepare(settings: EvaluateSettings) -> Prepared:
+    """Read what is asked for; raise UserError for what cannot be read or run."""
+    named, data, limit = settings.skills or (), settings.skills_data, settings.limit
+    tasks = None if settings.tasks is None else prepare_tasks(settings)
+    sums, prompts, name = None, None, "built in"
+    problems = _problems(data) if "humaneval" in named else []
+    if "gsm8k" in named:
+        zero_shot.require_harness()
+        from llm_pruner.evaluation.harness import prepare as prepare_task
+
+        records = None if data is None else read_skill(data, "gsm8k")
+        sums = prepare_task(skills.GSM8K_TASK, records, limit)
+    if settings.health:
+        said = health.own_prompts()
+        if settings.health_prompts is not None:
+            documents = load_documents(str(settings.health_prompts))
+            name, said = documents.name, tuple(filter(str.strip, documents.records))
+        prompts = health.health_prompts(said, limit)
+    first = tuple(islice(problems, limit))
+    return Prepared(tasks, sums, first, len(problems), prompts, name)
+
+
+def _problems(data: Path | None) -> list[Mapping[str, str]]:
+    require_sandbox()
+    if data is not None:
+        return [*read_skill(data, "humaneval")]
+    return [*read_source(HUMAN_EVAL, split="test")[2]]
+
+
+def abilities(settings: EvaluateSettings, prepared: Prepared, late: Late) -> Abilities:
+    """Return what a model can do of what is asked for.
+
+    Without the identity of the model nothing is known or kept. It is loaded only for what is not.
+    """
+    harness, found = _Harness(settings, late), []
+    tasks = None if prepared.tasks is None else run_tasks(prepared.tasks, settings, harness)
+
+    def answers(asked: Asked) -> Any:
+        batch = settings.sequences
+        return written(asked, late.settings, late.identity, lambda: late.loaded, batch)
+
+    if prepared.problems:
+        programs = answers(skills.human_eval_prompts(prepared.problems))
+        found.append(skills.human_eval(prepared.problems, programs, prepared.total))
+    if prepared.sums is not None:
+        found.append(skills.gsm8k(harness.results(prepared.sums)[0]))
+    long = None
+    if prepared.prompts is not None:
+        asked = prepared.prompts
+        long = health.health(prepared.prompts_name, answers(asked), asked.new_tokens)
+    return Abilities(late.name, tasks, found, long)
+
+
+def check_tasks(settings: TaskSettings) -> None:
+    """Raise UserError for what can be refused without reading anything."""
+    tasks = settings.tasks or ()
+    twice = sorted({task for task in tasks if tasks.count(task) > 1})
+    if twice:
+        raise UserError(f"task {twice[0]} is named twice; name it once")
+    if not all(tasks):
+        raise UserError("--tasks has an empty name; write such as boolq,piqa")
+    zero_shot.require_harness()
+
+
+def prepare_tasks(settings: TaskSettings) -> list[PreparedTask]:
+    """Return the tasks with their documents; raise UserError if one is unknown or has no data."""
+    check_tasks(settings)
+    from llm_pruner.evaluation.harness import prepare  # imports the harness, which takes seconds
+
+    tasks, data = settings.tasks or (), settings.tasks_data
+    records = [None if data is None else read_task(data, task) for task in tasks]
+    return [
+        prepare(task, found, settings.limit) for task, found in zip(tasks, records, strict=True)
+    ]
+
+
+@dataclass
+class _Harness:
+    """Runs tasks that no earlier run has a result of; each is kept as soon as it is there."""
+
+    settings: EvaluateSettings
+    late: Late
+    cached: list[str] = field(default_factory=list)
+
+    @cached_property
+    def lm(self) -> LoadedLM:
+        from llm_pruner.evaluation.harness import LoadedLM
+
+        loaded = self.late.loaded
+        return LoadedLM(loaded.model, loaded.tokenizer, self.settings.sequences)
+
+    def results(self, task: PreparedTask) -> list[zero_shot.TaskResult]:
+        from llm_pruner.evaluation.harness import run
+
+        key = None
+        if self.late.identity is not None:
+            about = {"task": task.identity, "lm_eval": version("lm-eval")}
+            key = result_cache.key(self.late.identity, self.late.settings, **about)
+        found = stored(_RESULTS, key)
+        if found:
+            self.cached.append(task.name)
+        else:
+            found = {"results": run(self.lm, task, self.settings.limit)}
+            if key is not None:
+                result_cache.write(key, as_json(found))
+        known: list[zero_shot.TaskResult] = found["results"]
+        return known
+
+
+def run_tasks(tasks: list[PreparedTask], settings: EvaluateSettings, harness: _Harness) -> ZeroShot:
+    """Return the results of tasks with what a reader needs to compare them."""
+    results = [result for task in tasks for result in harness.results(task)]
+    mean, without = zero_shot.means(results)
+    return ZeroShot(
+        tasks=results,
+        mean=mean,
+        mean_without_boolq=without,
+        cached=[*harness.cached],
+        data="harness" if settings.tasks_data is None else "local",
+        limit=settings.limit,
+        dtype=settings.dtype,
+        versions={
+            "lm_eval": version("lm-eval"),
+            "llm_pruner": __version__,
+            "torch": str(torch.__version__),
+            "transformers": transformers_version,
+        },
+    )
+
+
+def stored(kind: TypeAdapter[Any], key: str | None) -> Any:
+    """Return what an earlier run stored; None if there is nothing that can be used."""
+    try:
+        return None if key is None else kind.validate_python(result_cache.read(key))
+    except ValidationError:
+        return None

@@ -1,0 +1,171 @@
+"""What a model writes after many prompts: greedy, in batches, each batch kept when it is there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from llm_pruner.errors import UserError
+from llm_pruner.evaluation import result_cache
+from llm_pruner.evaluation.samples import encoded, end_ids
+from llm_pruner.models.forward import evaluating, maximum_length
+from llm_pruner.models.load import LoadedModel
+from llm_pruner.runtime.progress import quiet, track
+from llm_pruner.settings.common import ModelSettings
+
+BATCH = 16
+"""Prompts at once, where nobody says how many."""
+_TAIL = 12  # tokens in which a text that stops a program is looked for
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was written after a prompt.
+
+    Attributes:
+        tokens: without the end token.
+        text: decoded.
+        ended: whether the model wrote an end token.
+    """
+
+    tokens: tuple[int, ...]
+    text: str
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Prompts, and how long an answer may be.
+
+    Attributes:
+        prompts: in plain text.
+        new_tokens: at most so many are written.
+        chat: put a prompt as a user's message, in the tokenizer's template if it has one.
+        stops: texts after which nothing more is needed.
+        title: of the bar.
+    """
+
+    prompts: tuple[str, ...]
+    new_tokens: int
+    title: str
+    chat: bool = False
+    stops: tuple[str, ...] = ()
+
+
+def written(
+    asked: Asked,
+    model: ModelSettings,
+    identity: result_cache.ModelIdentity | None,
+    load: Callable[[], LoadedModel],
+    batch_size: int | None = None,
+) -> list[Answer]:
+    """Return an answer to each prompt; the model is loaded only to write what is not kept yet.
+
+    Greedy: at each step the likeliest token, whatever the checkpoint's own generation config says.
+    Prompts of a batch are padded on the left.
+
+    Args:
+        identity: without one nothing is known or kept.
+        batch_size: prompts at once; by default ``BATCH``.
+
+    Raises:
+        UserError: a prompt leaves no room for an answer.
+    """
+    size = batch_size or BATCH
+    batches = [asked.prompts[start : start + size] for start in range(0, len(asked.prompts), size)]
+
+    def answers() -> Iterator[Answer]:
+        for batch in batches:
+            key = None
+            if identity is not None:
+                about = {"prompts": batch, "tokens": asked.new_tokens, "stops": asked.stops}
+                text = json.dumps(about | {"chat": asked.chat})
+                digest = hashlib.sha256(text.encode()).hexdigest()
+                key = result_cache.key(identity, model, what="answers", asked=digest)
+            found = _kept(key, len(batch))
+            if found is None:
+                loaded = load()
+                found = write_batch(loaded.model, loaded.tokenizer, batch, asked)
+                if key is not None:
+                    kept = [[one.tokens, one.text, one.ended] for one in found]
+                    result_cache.write(key, {"answers": kept})
+            yield from found
+
+    return list(track(answers(), asked.title, len(asked.prompts)))
+
+
+def _kept(key: str | None, count: int) -> list[Answer] | None:
+    kept: Mapping[str, Any] = (key and result_cache.read(key)) or {}
+    try:
+        found = [Answer(tuple(tokens), text, ended) for tokens, text, ended in kept["answers"]]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return found if len(found) == count else None
+
+
+@torch.no_grad()
+def write_batch(model: Any, tokenizer: Any, prompts: Sequence[str], asked: Asked) -> list[Answer]:
+    """Return an answer to each prompt of a batch; see ``written``."""
+    rows = [encoded(tokenizer, prompt, chat=asked.chat) for prompt in prompts]
+    longest = max(map(len, rows))
+    limit, ends = maximum_length(model), end_ids(model, tokenizer)
+    room = asked.new_tokens if limit is None else min(asked.new_tokens, limit - longest)
+    if not min(map(len, rows)) or room < 1:
+        raise UserError(
+            f"a prompt of {longest} tokens leaves no room for an answer: the model reads {limit}; "
+            "use shorter prompts"
+        )
+    padding = min(ends, default=0)
+    ids = torch.tensor([[padding] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    device = next(model.parameters()).device
+    stops = [_Stops(tokenizer, asked.stops, longest)] if asked.stops else []
+    with evaluating(model), _plainly(model), quiet("transformers"):
+        out = model.generate(
+            ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=room,
+            do_sample=False,
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=padding,
+            stopping_criteria=StoppingCriteriaList(stops),
+        )
+    return [_answer(tokenizer, row, ends) for row in out[:, longest:].tolist()]
+
+
+def _answer(tokenizer: Any, tokens: list[int], ends: set[int]) -> Answer:
+    length = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    text = tokenizer.decode(tokens[:length], skip_special_tokens=True)
+    return Answer(tuple(tokens[:length]), text, length < len(tokens))
+
+
+@contextmanager
+def _plainly(model: Any) -> Iterator[None]:
+    """Let ``generate`` know nothing of the checkpoint's generation config, such as penalties."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+class _Stops(StoppingCriteria):
+    """Ends a row in whose last tokens one of the texts stands."""
+
+    def __init__(self, tokenizer: Any, texts: Sequence[str], start: int) -> None:
+        self.tokenizer, self.texts, self.start = tokenizer, texts, start
+
+    def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        tails = self.tokenizer.batch_decode(
+            input_ids[:, max(self.start, len(input_ids[0]) - _TAIL) :]
+        )
+        done = [any(text in tail for text in self.texts) for tail in tails]
+        return torch.tensor(done, device=input_ids.device)

@@ -1,0 +1,66 @@
+"""Health of long answers: how many loop, and how many never end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+
+from llm_pruner.evaluation.answers import Answer, Asked
+from llm_pruner.evaluation.skills import Share, share
+from llm_pruner.settings.evaluate import ANSWER_TOKENS
+
+PERIOD, REPEATS, TOKENS = 64, 3, 32
+"""An answer loops if its last tokens, ``TOKENS`` at least, are a piece of ``PERIOD`` tokens at most
+said ``REPEATS`` times or more."""
+
+
+@dataclass(frozen=True)
+class Health:
+    """Answers to plain prompts, each the likeliest text.
+
+    Attributes:
+        prompts: name of the file, or ``built in``.
+        new_tokens: that an answer may have.
+        looping: share of the answers that end in a piece said over and over, see ``loops``.
+        endless: share of the answers without an end token in ``new_tokens``.
+    """
+
+    prompts: str
+    new_tokens: int
+    looping: Share
+    endless: Share
+
+
+def own_prompts() -> tuple[str, ...]:
+    """Return the prompts that the package ships: questions and tasks of daily life."""
+    file = files("llm_pruner.data").joinpath("texts/prompts.txt")
+    return tuple(file.read_text(encoding="utf-8").splitlines())
+
+
+def health_prompts(prompts: Sequence[str], limit: int | None) -> Asked:
+    """Return the first prompts, put as a user's message where the model has a chat template."""
+    return Asked(tuple(prompts[:limit]), ANSWER_TOKENS, "Writing long answers", chat=True)
+
+
+def health(name: str, answers: Sequence[Answer], new_tokens: int) -> Health:
+    """Return how many answers loop, and how many never end."""
+    return Health(
+        prompts=name,
+        new_tokens=new_tokens,
+        looping=share([loops(answer.tokens) for answer in answers]),
+        endless=share([not answer.ended for answer in answers]),
+    )
+
+
+def loops(tokens: Sequence[int]) -> bool:
+    """Whether a text ends in a loop.
+
+    It does if for a period p of at most ``PERIOD`` x[t] = x[t - p] over the last
+    max(``REPEATS`` p, ``TOKENS``) tokens. A loop that the text came out of again is not counted.
+    """
+    for period in range(1, PERIOD + 1):
+        end = tokens[-max(REPEATS * period, TOKENS) :]
+        if len(end) >= max(REPEATS * period, TOKENS) and end[period:] == end[:-period]:
+            return True
+    return False

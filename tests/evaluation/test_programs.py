@@ -1,0 +1,90 @@
+"""What a program that a model wrote may not do, and what counts as passing."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from llm_pruner.evaluation import programs
+from llm_pruner.evaluation.programs import ProgramRun, run_program
+
+
+def without(monkeypatch: pytest.MonkeyPatch, folder: Path, part: str, other: str) -> None:
+    """Run programs by a script in which a part is another one."""
+    script = Path(programs.__file__).with_name("sandbox.py").read_text()
+    assert part in script
+    (folder / "sandbox.py").write_text(script.replace(part, other))
+    monkeypatch.setattr(programs, "__file__", str(folder / "programs.py"))
+
+
+@pytest.fixture(params=["namespaces", "hook alone"])
+def shut_off(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> bool:
+    """Run programs as here, and as where the system permits no namespaces."""
+    if request.param == "namespaces":
+        if not run_program("").namespaces:
+            pytest.skip("this system permits no namespaces")
+        return True
+    without(monkeypatch, tmp_path, "libc.unshare(_NAMESPACES)", "1")
+    return False
+
+
+def test_a_program_passes_if_its_end_is_reached(shut_off: bool) -> None:
+    found = run_program("import math\nopen('note', 'w').write('x')\nassert math.gcd(4, 6) == 2")
+    assert found == ProgramRun("passed", None, shut_off, shut_off)
+
+
+@pytest.mark.parametrize(
+    ("source", "error"),
+    [
+        ("assert False", "AssertionError"),
+        ("def (", "SyntaxError"),
+        ("import sys\nsys.exit(0)\nassert False", "SystemExit"),
+        ("import os\nos._exit(0)", None),
+        ("input()", "EOFError"),
+        ("x = bytearray(3 * 2**30)", "MemoryError"),
+        ("while True:\n    __import__('os').fork()", "PermissionError"),
+        ("open('large', 'w').write('x' * 2**25)", "OSError"),
+        ("import os\nos.kill(os.getppid(), 9)", "PermissionError"),
+        ("import socket\nsocket.create_connection(('127.0.0.1', 9), 1)", "PermissionError"),
+        ("__import__('subprocess').run(['true'])", "PermissionError"),
+        ("import shutil\nshutil.rmtree('/tmp/nothing-here')", "PermissionError"),
+    ],
+)
+def test_what_does_not_pass(source: str, error: str | None) -> None:
+    found = run_program(source)
+    assert (found.ending, found.error) == ("failed", error)
+
+
+def test_nothing_outside_its_folder_is_written(shut_off: bool, tmp_path: Path) -> None:
+    place = tmp_path / "outside"
+    found = run_program(f"open({str(place)!r}, 'w').write('x')")
+    assert (found.ending, found.error) == ("failed", "PermissionError")
+    assert not place.exists()
+
+
+def test_an_endless_program_is_stopped_with_all_it_started() -> None:
+    begun = time.monotonic()
+    threads = (
+        "import threading\nthreading.Thread(target=lambda: [0 for _ in iter(int, 1)]).start()\n"
+    )
+    assert run_program(f"{threads}while True: pass", seconds=0.7).ending == "timed out"
+    assert time.monotonic() - begun < 10
+
+
+def test_namespaces_hold_where_the_hook_does_not_see(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What code in C would do, of which the hook does not hear."""
+    if not run_program("").read_only:
+        pytest.skip("this system permits no namespaces")
+    without(monkeypatch, tmp_path, "    _watch(folder)\n", "")
+    outside = run_program(f"open({str(tmp_path / 'x')!r}, 'w')")
+    network = run_program("import socket\nsocket.create_connection(('127.0.0.1', 9), 1)")
+    others = run_program("import os\nassert os.getpid() == 1 and os.getppid() == 0")
+    assert outside.error == "OSError"  # a file system that is read-only
+    assert network.error == "OSError"  # unreachable
+    assert others.ending == "passed"  # it sees no process above it

@@ -1,0 +1,198 @@
+"""Skills and health: how programs are put together, what a loop is, what the command says."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llm_pruner.evaluation.health as health_module
+import llm_pruner.models.load
+from command import done, run, save_tiny, write_text
+from helpers import tiny_model, tiny_tokenizer
+from llm_pruner.evaluation import skills
+from llm_pruner.evaluation.answers import Answer, Asked, write_batch
+from llm_pruner.evaluation.health import PERIOD, REPEATS, TOKENS, health, loops
+from llm_pruner.evaluation.samples import sample_continuation, strip_control
+from llm_pruner.evaluation.skills import human_eval, human_eval_prompts, share
+from llm_pruner.evaluation.zero_shot import MetricResult, TaskResult, kept
+
+PROBLEM = {
+    "task_id": "t/0",
+    "prompt": 'def twice(x):\n    """Return 2 x."""\n',
+    "entry_point": "twice",
+    "test": "def check(candidate):\n    assert candidate(2) == 4\n",
+}
+
+
+def answer(text: str) -> Answer:
+    return Answer((), text, False)
+
+
+def test_a_program_is_prompt_answer_up_to_the_stop_and_tests() -> None:
+    good = "    return 2 * x\n\nprint(1 / 0)\n"
+    exits = "    return 2 * x\nimport sys; sys.exit(0)\n"
+    written = [answer(good), answer("    return x\n"), answer(exits)]
+    found = human_eval([PROBLEM] * 3, written, total=100)
+    assert found.solved == share([True, False, False])
+    assert found.endings == {"passed": 1, "AssertionError": 1, "SystemExit": 1}
+    assert (found.total, found.shots, found.metric) == (100, 0, "pass@1")
+
+
+def test_a_share_has_the_error_of_a_binomial_one() -> None:
+    found = share([True] * 3 + [False])
+    assert (found.value, found.count) == (0.75, 4)
+    assert found.stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
+
+
+@pytest.mark.parametrize("period", [1, 3, PERIOD])
+def test_a_loop_is_a_piece_said_over_and_over(period: int) -> None:
+    piece = list(range(1000, 1000 + period))
+    times = max(REPEATS, -(-TOKENS // period))
+    assert loops([1, 2, 3, *piece * times])
+    assert not loops([1, 2, 3, *piece * times, 7])  # it came out again
+    assert not loops([*piece * (times - 1)])
+
+
+def test_what_is_no_loop() -> None:
+    assert not loops([])
+    assert not loops(list(range(256)))
+    long = list(range(PERIOD + 1))
+    assert not loops(long * 3)
+
+
+def test_health_counts_what_loops_and_what_does_not_end() -> None:
+    answers = [Answer((5,) * TOKENS, "", False), Answer((1, 2), "", True), Answer((1,), "", False)]
+    found = health("built in", answers, 256)
+    assert (found.looping, found.endless) == (share([True, False, False]), share([1, 0, 1]))
+
+
+def test_a_batch_writes_what_each_prompt_alone_is_given() -> None:
+    """Left padding changes nothing; penalties of the checkpoint are no part of a measurement."""
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    prompts = ["The old bridge over the river", "A compiler", "To make soup, first"]
+    model.generation_config.repetition_penalty = 5.0
+    found = write_batch(model, tokenizer, prompts, Asked(tuple(prompts), 12, ""))
+    assert model.generation_config.repetition_penalty == 5.0
+    for one, prompt in zip(found, prompts, strict=True):
+        assert strip_control(one.text) == sample_continuation(model, tokenizer, prompt, 12)
+
+
+def test_an_end_token_ends_an_answer_and_a_stop_ends_the_writing() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    whole = write_batch(model, tokenizer, ["A bridge"], Asked((), 12, ""))[0]
+    assert len(whole.tokens) == 12
+    assert not whole.ended
+    model.generation_config.eos_token_id = whole.tokens[4]
+    first = whole.tokens.index(whole.tokens[4])
+    ended = write_batch(model, tokenizer, ["A bridge", "x"], Asked((), 12, ""))[0]
+    assert (ended.tokens, ended.ended) == (whole.tokens[:first], True)
+    model.generation_config.eos_token_id = None
+    stop = whole.text[2:4]
+    stopped = write_batch(model, tokenizer, ["A bridge"], Asked((), 12, "", stops=(stop,)))[0]
+    assert stop in stopped.text
+    assert len(stopped.tokens) < 12
+
+
+def test_prompts_of_programs_are_plain_text() -> None:
+    asked = human_eval_prompts([PROBLEM])
+    assert asked.prompts == (PROBLEM["prompt"],)
+    assert not asked.chat
+
+
+def result(task: str, value: float, stderr: float = 0.0) -> TaskResult:
+    metric = "acc"
+    return TaskResult(task, {metric: MetricResult(value, stderr, True)}, metric, 9, 9, 0, "1", 0)
+
+
+def test_what_is_kept_is_above_chance() -> None:
+    own = [result("boolq", 0.6, 0.01), result("arc_easy", 0.35, 0.02), result("other", 0.1)]
+    dense = [result("boolq", 0.7, 0.01), result("arc_easy", 0.65, 0.02)]
+    found = kept(own, dense, "dense")
+    assert found is not None
+    assert found.tasks == {"boolq": pytest.approx(0.5), "arc_easy": pytest.approx(0.25)}
+    assert found.value == pytest.approx(0.2 / 0.6)
+    error = math.hypot(0.01, 0.02)
+    assert found.stderr == pytest.approx(math.hypot(error, error * 0.2 / 0.6) / 0.6)
+    guessing = kept(own[:1], [result("boolq", 0.5)], "dense")
+    assert guessing is not None
+    assert guessing.value is None
+    assert kept(own[2:], dense, "dense") is None
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> tuple[Path, Path]:
+    """A dense checkpoint and a pruned one, and problems beside them."""
+    dense, small = save_tiny(tmp_path / "dense"), tmp_path / "small"
+    cut = ("--ratio", 0.1, "--criterion", "l2", "--compensation", "none")
+    done("prune", dense, "--out", small, *cut)
+    lines = "\n".join(json.dumps(PROBLEM | {"task_id": f"t/{n}"}) for n in range(3))
+    (tmp_path / "human_eval.jsonl").write_text(lines)
+    (tmp_path / "prompts.txt").write_text("Tell me of the bridge.\n\nWhy do people sing?\n")
+    return dense, small
+
+
+def test_the_command_the_report_and_what_is_known_already(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, small = models
+    loaded: list[str] = []
+    load = llm_pruner.models.load.load_model
+
+    def counted(source: str, **settings: Any) -> Any:
+        loaded.append(Path(source).name)
+        return load(source, **settings)
+
+    monkeypatch.setattr(llm_pruner.models.load, "load_model", counted)
+    monkeypatch.setattr(health_module, "ANSWER_TOKENS", 12)
+    monkeypatch.setattr(skills, "_PROGRAM_TOKENS", 12)
+    asked = ("--skills", "humaneval", "--run-code", "--skills-data", tmp_path, "--limit", 2)
+    asked = (*asked, "--health", "--health-prompts", tmp_path / "prompts.txt", "--against", dense)
+    file = tmp_path / "found.json"
+    said = done("evaluate", small, *asked, "--json", file, "--report", small)
+    found = json.loads(file.read_text())
+    assert sorted(loaded) == ["dense", "small"]
+    for one in (found, found["dense"]):
+        (skill,) = one["skills"]
+        assert (skill["name"], skill["solved"]["count"], skill["total"]) == ("humaneval", 2, 3)
+        assert one["health"]["endless"]["count"] == 2
+    assert found["dense"]["model"] == "dense"
+    assert "humaneval pass@1, 2 of 3 problems" in said.out
+    assert "programs ran behind" in said.out
+    page = (small / "report.html").read_text()
+    assert "humaneval pass@1, 2 of 3 problems" in page
+    compared = done("compare", small).out
+    assert "looping answers" in compared
+    loaded.clear()
+    again = done("evaluate", small, *asked, "--json", "-")
+    assert loaded == []
+    assert json.loads(again.out) == found
+
+
+def test_sums_are_those_of_the_harness(tmp_path: Path) -> None:
+    sums = [
+        {"question": f"What is {n} and 1?", "answer": f"It is so.\n#### {n + 1}"} for n in (1, 2)
+    ]
+    (tmp_path / "gsm8k.jsonl").write_text("\n".join(map(json.dumps, sums)))
+    longer = save_tiny(tmp_path / "longer", max_position_embeddings=8192)
+    asked = ("--skills", "gsm8k", "--skills-data", tmp_path, "--limit", 1)
+    (skill,) = json.loads(done("evaluate", longer, *asked, "--json", "-").out)["skills"]
+    assert (skill["name"], skill["metric"], skill["shots"]) == ("gsm8k", "exact_match", 8)
+    assert (skill["solved"]["count"], skill["total"]) == (1, 2)
+
+
+def test_programs_run_on_the_users_word_alone(tmp_path: Path) -> None:
+    text = write_text(tmp_path / "t.txt")
+    refused = run("evaluate", "nowhere", "--perplexity", text, "--skills", "humaneval")
+    assert refused.code == 2
+    assert refused.err.startswith("llm-pruner: humaneval runs programs that the model writes; ")
+    assert len(refused.err.splitlines()) == 1
