@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llm_pruner.api import Taylor as Taylor
     from llm_pruner.api import calibration as calibration
     from llm_pruner.api import discover as discover
+    from llm_pruner.api import health as health
     from llm_pruner.api import load as load
     from llm_pruner.api import perplexity as perplexity
     from llm_pruner.api import plan as plan
@@ -49,8 +50,8 @@ if TYPE_CHECKING:
     from llm_pruner.version import __version__ as __version__
 
 _NAMES = {
-    "api": "Lora Model Taylor calibration discover load perplexity plan presets prune_ recover_ "
-    "refit_ score",
+    "api": "Lora Model Taylor calibration discover health load perplexity plan presets prune_ "
+    "recover_ refit_ score",
     "checkpoints": "save_checkpoint",
     "errors": "LLMPrunerError PlanError UserError VerificationError",
     "importance": "Criterion",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,9 @@ from llm_pruner.data.calibration import Calibration, read_calibration
 from llm_pruner.data.text import Protocol, load_evaluation_text
 from llm_pruner.discovery.groups import discover as discover_groups
 from llm_pruner.errors import UserError
+from llm_pruner.evaluation.answers import written
+from llm_pruner.evaluation.health import Health, health_prompts, own_prompts
+from llm_pruner.evaluation.health import health as measure_health
 from llm_pruner.evaluation.perplexity import PerplexityResult
 from llm_pruner.evaluation.perplexity import perplexity as measure_perplexity
 from llm_pruner.files.disk import new_folder
@@ -357,6 +360,19 @@ def recover_(
         )
     model.network = network
     return outcome
+
+
+def health(model: Model, prompts: Sequence[str] | None = None) -> Health:
+    """Return how many of the model's long answers loop, and how many never end.
+
+    Args:
+        prompts: put as a user's message where there is a chat template; None for the 40 of
+            ``evaluate --health``.
+    """
+    asked = health_prompts(prompts or own_prompts(), None)
+    loaded = replace(model.loaded, model=model.network, tokenizer=model.tokenizer)
+    name = "built in" if prompts is None else "given"
+    return measure_health(name, written(asked, lambda: loaded), asked.new_tokens)
 
 
 def perplexity(

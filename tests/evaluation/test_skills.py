@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import llm_pruner as lp
 import llm_pruner.evaluation.health as health_module
 import llm_pruner.models.load
 from command import done, run, save_tiny, write_text
@@ -176,6 +177,12 @@ def test_the_command_the_report_and_what_is_known_already(
     again = done("evaluate", small, *asked, "--json", "-")
     assert loaded == []
     assert json.loads(again.out) == found
+
+
+def test_health_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health_module, "ANSWER_TOKENS", 40)
+    found = lp.health(lp.load(save_tiny(tmp_path / "m")), ["Why do people sing?"])
+    assert (found.prompts, found.new_tokens, found.endless.count) == ("given", 40, 1)
 
 
 def test_sums_are_those_of_the_harness(tmp_path: Path) -> None:

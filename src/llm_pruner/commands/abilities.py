@@ -52,6 +52,12 @@ class Late:
     def identity(self) -> result_cache.ModelIdentity | None:
         return result_cache.identify(self.settings) if self.keeps else None
 
+    def key(self, **about: Any) -> str | None:
+        """Return the name under which a result is kept; None where nothing is."""
+        if self.identity is None:
+            return None
+        return result_cache.key(self.identity, self.settings, **about)
+
     @property
     def name(self) -> str:
         return self.loaded.name if self.identity is None else self.identity.name
@@ -114,8 +120,7 @@ def abilities(settings: EvaluateSettings, prepared: Prepared, late: Late) -> Abi
     tasks = None if prepared.tasks is None else run_tasks(prepared.tasks, settings, harness)
 
     def answers(asked: Asked) -> Any:
-        batch = settings.sequences
-        return written(asked, late.settings, late.identity, lambda: late.loaded, batch)
+        return written(asked, lambda: late.loaded, settings.sequences, late.key)
 
     if prepared.problems:
         programs = answers(skills.human_eval_prompts(prepared.problems))
@@ -170,10 +175,7 @@ class _Harness:
     def results(self, task: PreparedTask) -> list[zero_shot.TaskResult]:
         from llm_pruner.evaluation.harness import run
 
-        key = None
-        if self.late.identity is not None:
-            about = {"task": task.identity, "lm_eval": version("lm-eval")}
-            key = result_cache.key(self.late.identity, self.late.settings, **about)
+        key = self.late.key(task=task.identity, lm_eval=version("lm-eval"))
         found = stored(_RESULTS, key)
         if found:
             self.cached.append(task.name)

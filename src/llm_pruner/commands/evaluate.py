@@ -186,11 +186,10 @@ def _measure_there() -> None:
 
 def _name_and_size(late: Late) -> tuple[str, Size]:
     """Return name and size; of a model that is not loaded, from an earlier run if there was one."""
-    identity = late.identity
-    key = None if identity is None else result_cache.key(identity, late.settings, what="size")
+    key = late.key(what="size")
     known = None if "loaded" in vars(late) else stored(_SIZE, key)
-    if known is not None and identity is not None:
-        return identity.name, known
+    if known is not None:
+        return late.name, known
     size = model_size(late.loaded.model)
     if key is not None:
         result_cache.write(key, asdict(size))

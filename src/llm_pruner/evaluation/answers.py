@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +16,6 @@ from llm_pruner.evaluation.samples import encoded, end_ids
 from llm_pruner.models.forward import evaluating, maximum_length
 from llm_pruner.models.load import LoadedModel
 from llm_pruner.runtime.progress import quiet, track
-from llm_pruner.settings.common import ModelSettings
 
 BATCH = 16
 """Prompts at once, where nobody says how many."""
@@ -61,10 +58,9 @@ class Asked:
 
 def written(
     asked: Asked,
-    model: ModelSettings,
-    identity: result_cache.ModelIdentity | None,
     load: Callable[[], LoadedModel],
     batch_size: int | None = None,
+    key: Callable[..., str | None] = lambda **_: None,
 ) -> list[Answer]:
     """Return an answer to each prompt; the model is loaded only to write what is not kept yet.
 
@@ -72,8 +68,9 @@ def written(
     Prompts of a batch are padded on the left.
 
     Args:
-        identity: without one nothing is known or kept.
         batch_size: prompts at once; by default ``BATCH``.
+        key: gives the name under which answers are kept, of what they depend on beside the model;
+            None where nothing is kept.
 
     Raises:
         UserError: a prompt leaves no room for an answer.
@@ -83,26 +80,21 @@ def written(
 
     def answers() -> Iterator[Answer]:
         for batch in batches:
-            key = None
-            if identity is not None:
-                about = {"prompts": batch, "tokens": asked.new_tokens, "stops": asked.stops}
-                text = json.dumps(about | {"chat": asked.chat})
-                digest = hashlib.sha256(text.encode()).hexdigest()
-                key = result_cache.key(identity, model, what="answers", asked=digest)
-            found = _kept(key, len(batch))
+            name = key(what="answers", **asdict(replace(asked, prompts=batch)))
+            found = _kept(name, len(batch))
             if found is None:
                 loaded = load()
                 found = write_batch(loaded.model, loaded.tokenizer, batch, asked)
-                if key is not None:
+                if name is not None:
                     kept = [[one.tokens, one.text, one.ended] for one in found]
-                    result_cache.write(key, {"answers": kept})
+                    result_cache.write(name, {"answers": kept})
             yield from found
 
     return list(track(answers(), asked.title, len(asked.prompts)))
 
 
-def _kept(key: str | None, count: int) -> list[Answer] | None:
-    kept: Mapping[str, Any] = (key and result_cache.read(key)) or {}
+def _kept(name: str | None, count: int) -> list[Answer] | None:
+    kept: Mapping[str, Any] = (name and result_cache.read(name)) or {}
     try:
         found = [Answer(tuple(tokens), text, ended) for tokens, text, ended in kept["answers"]]
     except (KeyError, TypeError, ValueError):
