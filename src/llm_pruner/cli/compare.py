@@ -31,7 +31,7 @@ _HEADINGS = {
     "how": "How they were made",
     "perplexity": "Perplexity",
     "accuracy": "Zero-shot accuracy, percent",
-    "measured": "Size and speed, measured",
+    "measured": "Size, speed and skills, measured",
 }
 
 

@@ -38,7 +38,8 @@ class Late:
     """A model that is loaded when it is first needed.
 
     Attributes:
-        identity: by which its results are kept; None where nothing is.
+        keeps: whether results are kept, and known ones used.
+        identity: by which they are kept; None where nothing is.
     """
 
     settings: ModelSettings

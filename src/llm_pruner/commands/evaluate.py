@@ -45,7 +45,7 @@ def measure(
     """Load a model and measure what is asked for.
 
     With ``chat`` a model whose tokenizer has a chat template is asked the prompts as a user would.
-    If only zero-shot tasks are asked for and all their results are known, no model is loaded.
+    If only tasks, skills or health are asked for and all is known, no model is loaded.
 
     Args:
         window: tokens in a window of text in place of what the settings say; fewer if the model
@@ -59,8 +59,10 @@ def measure(
     texts = read_texts(settings.perplexity, settings)
     prepared = prepare(settings)
     asks = prepared != Prepared()
-    late = Late(settings.loading(), keeps=asks and settings.cache)
-    dense = settings.against and Late(settings.loading(settings.against), keeps=late.keeps)
+    late = Late(settings.loading(), asks and settings.cache)
+    dense = None
+    if settings.against is not None:
+        dense = Late(settings.loading(settings.against), late.keeps)
     if texts and window is not None:
         longest = maximum_length(late.loaded.model)
         settings = settings.but(seq_len=window if longest is None else min(window, longest))
@@ -81,10 +83,10 @@ def measure(
         samples={},
     )
     first(begun)
+    # A task runs once, so they are prepared again. The dense model goes before the other one runs.
+    of_dense = abilities(settings, prepare(settings), dense) if asks and dense else None
+    dense = None
     if asks:
-        # A task runs once, so they are prepared again. The dense model goes before the other runs.
-        of_dense = abilities(settings, prepare(settings), dense) if dense else None
-        dense = None
         begun = _joined(begun, abilities(settings, prepared, late), of_dense)
     return replace(
         begun,
