@@ -187,6 +187,7 @@ def main() -> None:
     parser.add_argument("--source", type=Path)
     given = parser.parse_args()
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("medium")  # as llm_pruner computes its estimates
     dense = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     windows = read_windows(tokenizer, given.text, SAMPLES, LENGTH)

@@ -100,7 +100,7 @@ def judged(model: Path, given: argparse.Namespace) -> dict[str, Any]:
     found = found_by(
         *("evaluate", model, "--against", given.work / "dense", "--seq-len", WINDOW),
         *("--perplexity", given.c4, "--perplexity", given.wikitext),
-        *("--max-tokens", given.max_tokens),
+        *("--max-tokens", given.max_tokens, "--dtype", given.dtype),
     )
     texts = {}
     for name, one in zip(("c4", "wikitext2"), found["perplexity"], strict=True):
@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--sizes", default=",".join(SIZES))
     parser.add_argument("--rows", default=",".join((*PEERS, *PRESETS)), help="comma-separated")
     parser.add_argument("--max-tokens", type=int, default=16_384)
+    parser.add_argument("--dtype", default="bfloat16", help="in which models are judged")
     parser.add_argument("--minutes", type=float, default=15, help="of one row's pruning")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "peers-work")
     parser.add_argument("--out", type=Path, default=HERE / "results/peers.json")
@@ -142,6 +143,7 @@ def main() -> None:
         "texts": [given.c4.name, given.wikitext.name],
         "window": WINDOW,
         "max_tokens": given.max_tokens,
+        "dtype": given.dtype,
         "machine": machine(),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
