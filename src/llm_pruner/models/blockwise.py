@@ -198,7 +198,24 @@ def find_chain(
         NotBlockwise: the model is no such chain.
     """
     ids = input_ids[:1, :_PROBE_TOKENS]
-    blocks = _called_in_order(model, ids)
+    likely = tuple(heaviest(_lists(model)) or ())
+    try:
+        return _proven(model, likely, ids, scored)
+    except NotBlockwise:
+        # To see whether it is another list takes one more pass over all weights.
+        blocks = _called_in_order(model, ids)
+        if blocks == likely:
+            raise
+    return _proven(model, blocks, ids, scored)
+
+
+def _proven(
+    model: nn.Module,
+    blocks: tuple[nn.Module, ...],
+    ids: torch.Tensor,
+    scored: Mapping[str, nn.Parameter],
+) -> Chain:
+    """Return the chain of these blocks, or raise NotBlockwise."""
     owners: dict[int, int] = {}
     for index, block in enumerate(blocks):
         for parameter in block.parameters():
@@ -230,9 +247,13 @@ def requiring_gradients(parameters: Mapping[str, nn.Parameter]) -> Iterator[None
             parameter.requires_grad_(False)
 
 
+def _lists(model: nn.Module) -> list[nn.ModuleList]:
+    return [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+
+
 def _called_in_order(model: nn.Module, ids: torch.Tensor) -> tuple[nn.Module, ...]:
     """Return the entries of the heaviest ModuleList whose entries run once each, in order."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    lists = _lists(model)
     calls: list[list[int]] = [[] for _ in lists]
     with ExitStack() as hooks, torch.no_grad():
         for modules, seen in zip(lists, calls, strict=True):
@@ -288,6 +309,8 @@ def _probe(chain: Chain, ids: torch.Tensor) -> None:
         return with_output(output, leaves[-1])
 
     logits = chain.run(ids, handler)
+    if len(outputs) < max(1, len(chain.blocks)):
+        raise NotBlockwise(f"only {len(outputs)} of {len(chain.blocks)} blocks are called")
     chain.vocabulary = logits.shape[-1]
     above = [*inputs, *leaves[:-1], *(p for own in parameters for p in own)]
     if not _depends(logits, [leaves[-1]]) or _depends(logits, above):

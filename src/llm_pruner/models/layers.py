@@ -19,12 +19,16 @@ from llm_pruner.types import Edits
 _NUMBER_NAME = re.compile("idx|index|layer")
 
 
-def sharing_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a model whose tensors are those of the original until surgery."""
+def sharing_copy(model: nn.Module, *, buffers: bool = True) -> nn.Module:
+    """Return a copy of a model whose tensors are those of the original until surgery.
+
+    Args:
+        buffers: whether those that are no parameters are, too; else the copy has its own.
+    """
     held = [value for module in model.modules() for value in vars(module).values()]
-    tensors = [*model.parameters(), *model.buffers()]
-    tensors += [value for value in held if isinstance(value, torch.Tensor)]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    others = [*model.buffers(), *(value for value in held if isinstance(value, torch.Tensor))]
+    memo = {id(one): one if buffers else one.detach().clone() for one in others}
+    return copy.deepcopy(model, memo | {id(one): one for one in model.parameters()})
 
 
 def without_layers(model: nn.Module, path: str, gone: Sequence[int]) -> nn.Module:

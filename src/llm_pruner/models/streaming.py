@@ -15,8 +15,9 @@ import ctypes
 import mmap
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial, update_wrapper
 from pathlib import Path
@@ -81,6 +82,10 @@ class _Source:
 _SOURCES: Any = WeakIdKeyDictionary()
 _held: Any = WeakIdKeyDictionary()
 
+before_turn: ContextVar[Callable[[nn.Module, int], None] | None]
+before_turn = ContextVar("before_turn", default=None)
+"""What a thread does before a block's weights are read; it is given the block and its number."""
+
 
 def is_streamed(tensor: torch.Tensor) -> bool:
     """Whether a parameter's values are there only in its block's turn."""
@@ -138,13 +143,13 @@ def stream_(model: nn.Module, dtype: torch.dtype, device: torch.device | str = "
     _compute_anew_(model, dtype)
     uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
     ranges = _mapped_files()
-    for block in blocks:
+    for number, block in enumerate(blocks):
         inside = [one for _, one in block.named_parameters(remove_duplicate=False)]
         within = Counter(map(id, inside))
         for parameter in {id(one): one for one in inside}.values():
             if within[id(parameter)] == uses[id(parameter)] and parameter.is_floating_point():
                 _adopt(parameter, _source_of(parameter, dtype, device, ranges))
-        run = partial(_in_turn, block, block.forward)
+        run = partial(_in_turn, block, number, block.forward)
         block.forward = update_wrapper(run, block.forward)
     for tensor in (*model.parameters(), *model.buffers()):
         if is_streamed(tensor):
@@ -205,9 +210,16 @@ def _compute_anew_(model: nn.Module, dtype: torch.dtype) -> None:
                 )
 
 
-def _in_turn(block: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
-    with turn(block):
-        return forward(*args, **kwargs)
+def _in_turn(block: nn.Module, number: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    waits = before_turn.get()
+    if waits is not None:
+        waits(block, number)
+    token = before_turn.set(None)  # for a block in a block
+    try:
+        with turn(block):
+            return forward(*args, **kwargs)
+    finally:
+        before_turn.reset(token)
 
 
 def _adopt(parameter: nn.Parameter, source: _Source) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from llm_pruner.models.forward import run_for_logits, undisturbed
+from llm_pruner.models.lockstep import in_step, result_of
+from llm_pruner.models.streaming import is_model_streamed
 
 _ROWS = 64
 """Tokens whose logits are compared at a time."""
@@ -27,12 +30,13 @@ def divergences(
 ) -> list[float]:
     """Return for each network the mean over tokens of KL(dense || network) in nats.
 
-    The logits of one sample at a time are held.
+    The logits of one sample at a time are held; of all, if each pass has to read the weights.
     """
     totals = [0.0] * len(networks)
-    for ids in held_out.split(1):
+    for ids in held_out.split(len(held_out) if is_model_streamed(dense) else 1):
         meter = DivergenceMeter(dense, ids)
-        totals = [total + meter.of(one) for total, one in zip(totals, networks, strict=True)]
+        found = [meter.of(one) * len(ids) for one in networks]
+        totals = [total + one for total, one in zip(totals, found, strict=True)]
     return [total / len(held_out) for total in totals]
 
 
@@ -46,21 +50,30 @@ class DivergenceMeter:
 
     def __init__(self, model: nn.Module, held_out: torch.Tensor) -> None:
         self._ids = held_out.to(next(model.parameters()).device, torch.long)
-        with undisturbed(model), torch.no_grad():
-            # Half the memory of float32; what is lost is far below any damage of interest.
-            self._dense = [
-                _log_probabilities(run_for_logits(model, ids)[0]) for ids in self._ids.split(1)
-            ]
+        jobs = [partial(_log_probabilities_of, ids) for ids in self._ids.split(1)]
+        with undisturbed(model):
+            self._dense = [*map(result_of, in_step(model, jobs, "dense logits"))]
 
     def of(self, network: nn.Module) -> float:
         """Return the mean over tokens of KL(dense || network) in nats."""
-        total = 0.0
-        with undisturbed(network), torch.no_grad():
-            for ids, dense in zip(self._ids.split(1), self._dense, strict=True):
-                logits = run_for_logits(network, ids)[0]
-                for start in range(0, len(logits), _ROWS):
-                    rows = slice(start, start + _ROWS)
-                    after = logits[rows].float().log_softmax(-1).cpu()
-                    before = dense[rows].float()
-                    total += float(F.kl_div(after, before, log_target=True, reduction="sum"))
+        pairs = zip(self._ids.split(1), self._dense, strict=True)
+        jobs = [partial(_divergence, *pair) for pair in pairs]
+        with undisturbed(network):
+            total = sum(map(result_of, in_step(network, jobs, "divergence")))
         return total / self._ids.numel()
+
+
+@torch.no_grad()
+def _log_probabilities_of(ids: torch.Tensor, model: nn.Module) -> torch.Tensor:
+    """Return half the memory of float32; what is lost is far below any damage of interest."""
+    return _log_probabilities(run_for_logits(model, ids)[0])
+
+
+@torch.no_grad()
+def _divergence(ids: torch.Tensor, dense: torch.Tensor, network: nn.Module) -> float:
+    """Return the sum over the tokens of a sample."""
+    logits, total = run_for_logits(network, ids)[0], 0.0
+    for rows, before in zip(logits.split(_ROWS), dense.split(_ROWS), strict=True):
+        after = rows.float().log_softmax(-1).cpu()
+        total += float(F.kl_div(after, before.float(), log_target=True, reduction="sum"))
+    return total

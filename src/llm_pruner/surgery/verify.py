@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -25,6 +26,7 @@ from llm_pruner.discovery.tracing.calls import hidden_in
 from llm_pruner.discovery.tracing.ops import Call, Operation
 from llm_pruner.discovery.tracing.run import (
     example_tokens,
+    in_view,
     label_model,
     named_tensors,
     traced,
@@ -36,12 +38,16 @@ from llm_pruner.discovery.tracing.tracer import Tracer
 from llm_pruner.errors import VerificationError
 from llm_pruner.models.forward import is_on_meta
 from llm_pruner.models.layers import sharing_copy
+from llm_pruner.models.lockstep import Outcome, in_step, result_of
 from llm_pruner.models.streaming import is_model_streamed, is_streamed, zeroed
 from llm_pruner.surgery.cut import Undo, cut_, plan_edits
 from llm_pruner.surgery.removal import removed_modules, removed_positions
 from llm_pruner.types import Discovery, Edits, IntArray, Removal
 
 Flags: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
+
+Logits: TypeAlias = list[torch.Tensor]
+"""Of each call of the model in a scene."""
 
 _SMALL = 500_000_000
 """Parameters up to which a model is compared in float64, too, where float32 is not enough."""
@@ -182,8 +188,7 @@ def twin_logits(
         One tensor (batch, tokens of the call, vocabulary) per call of the model.
     """
     scenes = discovery.graph.scenes[: None if tokens is None else 1]
-    runs = (_twin_scene(model, discovery, removal, scene, tokens) for scene in scenes)
-    return [*chain.from_iterable(runs)]
+    return _joined(_run_twin(model, discovery, removal, scenes, tokens))
 
 
 def pruned_logits(
@@ -195,35 +200,63 @@ def pruned_logits(
         VerificationError: the model cannot run.
     """
     scenes = discovery.graph.scenes[: None if tokens is None else 1]
-    return [*chain.from_iterable(_pruned_scene(model, scene, tokens) for scene in scenes)]
+    return _joined(_run_pruned(model, scenes, tokens))
 
 
-def _twin_scene(
+def _joined(outcomes: Iterable[Outcome[Logits]]) -> Logits:
+    return [*chain.from_iterable(map(result_of, outcomes))]
+
+
+def _run_twin(
     model: nn.Module,
     discovery: Discovery,
     removal: Removal,
-    scene: Scene,
+    scenes: Sequence[Scene],
     tokens: torch.Tensor | None = None,
+) -> list[Outcome[Logits]]:
+    """Run scenes, on seeded random tokens by default, with the removed units silenced."""
+    given = _tokens(model, scenes, tokens)
+    jobs = [
+        partial(_twin_scene, discovery, removal, *one) for one in zip(scenes, given, strict=True)
+    ]
+    with in_view(model), _silenced(model, discovery, removal):
+        return [*in_step(model, jobs, "verify: twin")]
+
+
+def _run_pruned(
+    model: nn.Module, scenes: Sequence[Scene], tokens: torch.Tensor | None = None
+) -> Iterator[Outcome[Logits]]:
+    """Run scenes, on the same tokens by default."""
+    given = _tokens(model, scenes, tokens)
+    jobs = [partial(_pruned_scene, *one) for one in zip(scenes, given, strict=True)]
+    return in_step(model, jobs, "verify: pruned")
+
+
+def _tokens(
+    model: nn.Module, scenes: Sequence[Scene], tokens: torch.Tensor | None
 ) -> list[torch.Tensor]:
-    """Run a scene, on seeded random tokens by default, with the removed units silenced."""
-    tokens = example_tokens(model, scene.shape, seed=1) if tokens is None else tokens
+    return [
+        example_tokens(model, one.shape, seed=1) if tokens is None else tokens for one in scenes
+    ]
+
+
+def _twin_scene(
+    discovery: Discovery, removal: Removal, scene: Scene, tokens: torch.Tensor, model: nn.Module
+) -> Logits:
+    """Run a scene of a model in view whose removed units are silenced."""
     graph = discovery.graph
     trace = Trace(atoms=graph.trace.atoms.copy(), tensors=dict(graph.trace.tensors))
     deleted = graph.system.with_replicas(graph.deleted(removal))
     twin = _Twin(trace, deleted)
     gone = removed_modules(discovery, removal)
     # Sizes keep their origin as in the trace, so that the same axes are fixed.
-    with traced(model, twin), _silenced(model, discovery, removal), _bypassed(model, gone):
+    with traced(model, twin), _bypassed(model, gone):
         label_model(twin, model)
         logits = watched(model, scene, tokens, twin)
     return [few(tensor.detach()).clone() for tensor in logits]
 
 
-def _pruned_scene(
-    model: nn.Module, scene: Scene, tokens: torch.Tensor | None = None
-) -> list[torch.Tensor]:
-    """Run a scene, on the same tokens by default."""
-    tokens = example_tokens(model, scene.shape, seed=1) if tokens is None else tokens
+def _pruned_scene(scene: Scene, tokens: torch.Tensor, model: nn.Module) -> Logits:
     try:
         with staged(model, training=scene.training):
             logits = scene.run(model, tokens)
@@ -275,32 +308,15 @@ def cut_verified_(
         VerificationError: they differ; names the groups at fault.
     """
     plan_edits(model, discovery, removal)
-    expected: dict[str, list[torch.Tensor]] = {}
-    skipped = list(discovery.graph.left_out)
-    for scene in discovery.graph.scenes:
-        try:
-            found = _twin_scene(model, discovery, removal, scene)
-        except Exception as error:  # a model may refuse a way of running it in any way
-            if scene.needed:
-                raise VerificationError(
-                    f"the masked dense model cannot run on {scene.name} ({type(error).__name__}: "
-                    f"{' '.join(str(error).split())[:200]}), so nothing was pruned; please report "
-                    "the model, and use --no-verify to prune it all the same"
-                ) from error
-            skipped.append(scene.name)
-            continue
-        if not scene.needed and not all(bool(one.isfinite().all()) for one in found):
-            skipped.append(f"{scene.name} (not finite)")
-        else:
-            expected[scene.name] = found
+    expected, skipped = _expected(model, discovery, removal)
     scenes = [scene for scene in discovery.graph.scenes if scene.name in expected]
     undo = Undo(model)
     edits = cut_(model, discovery, removal, undo)
     worst, limit = 0.0, 0.0
     differs: Scene | None = None
     try:
-        for scene in scenes:
-            difference, limit = _compared(expected[scene.name], model, scene)
+        for scene, found in zip(scenes, _run_pruned(model, scenes), strict=True):
+            difference, limit = _compared(expected[scene.name], result_of(found), model, scene)
             if difference > limit and scene.training and not _repeats(model, scene):
                 skipped.append(f"{scene.name} (random)")
                 del expected[scene.name]
@@ -326,10 +342,39 @@ def cut_verified_(
     return edits, Verified(worst, tuple(expected), tuple(skipped))
 
 
-def _compared(expected: list[torch.Tensor], model: nn.Module, scene: Scene) -> tuple[float, float]:
-    """Return by how much a model differs from what is expected of it, and by how much it may."""
-    difference = largest_difference(expected, _pruned_scene(model, scene))
-    return difference, tolerance(expected, model, scene.shape[1])
+def _expected(
+    model: nn.Module, discovery: Discovery, removal: Removal
+) -> tuple[dict[str, Logits], list[str]]:
+    """Return scene -> logits of the twin, and the scenes that cannot be compared.
+
+    Raises:
+        VerificationError: it cannot run in a scene that is needed.
+    """
+    expected: dict[str, Logits] = {}
+    skipped = list(discovery.graph.left_out)
+    scenes = discovery.graph.scenes
+    for scene, found in zip(scenes, _run_twin(model, discovery, removal, scenes), strict=True):
+        # A model may refuse a way of running it in any way.
+        if isinstance(found, BaseException):
+            if scene.needed:
+                raise VerificationError(
+                    f"the masked dense model cannot run on {scene.name} ({type(found).__name__}: "
+                    f"{' '.join(str(found).split())[:200]}), so nothing was pruned; please report "
+                    "the model, and use --no-verify to prune it all the same"
+                ) from found
+            skipped.append(scene.name)
+        elif not scene.needed and not all(bool(one.isfinite().all()) for one in found):
+            skipped.append(f"{scene.name} (not finite)")
+        else:
+            expected[scene.name] = found
+    return expected, skipped
+
+
+def _compared(
+    expected: Logits, found: Logits, model: nn.Module, scene: Scene
+) -> tuple[float, float]:
+    """Return by how much a run differs from what is expected of it, and by how much it may."""
+    return largest_difference(expected, found), tolerance(expected, model, scene.shape[1])
 
 
 def _is_rounding(
@@ -353,10 +398,9 @@ def _is_rounding(
         return False
     fine = copy.deepcopy(model).double()
     try:
-        twins = [_twin_scene(fine, discovery, removal, scene) for scene in scenes]
+        twin = _joined(_run_twin(fine, discovery, removal, scenes))
         cut_(fine, discovery, removal)
-        pairs = [*zip(twins, scenes, strict=True)]
-        left = max(largest_difference(twin, _pruned_scene(fine, scene)) for twin, scene in pairs)
+        left = largest_difference(twin, _joined(_run_pruned(fine, scenes)))
     except Exception:
         return False
     return left * _FINER <= difference
@@ -367,14 +411,16 @@ def require_same(model: nn.Module, loaded: nn.Module, discovery: Discovery) -> N
 
     It is as it was in training mode if it is in the others, and with padding.
     """
-    for scene in discovery.graph.scenes:
-        if scene.needed or scene.shape[1] > discovery.graph.scenes[0].shape[1]:
-            difference, limit = _compared(_pruned_scene(model, scene), loaded, scene)
-            if difference > limit:
-                raise VerificationError(
-                    f"the saved folder gives logits that differ by {difference:.3g} from the model "
-                    f"that was saved, on {scene.name}; nothing was kept; please report the model"
-                )
+    short = discovery.graph.scenes[0].shape[1]
+    scenes = [one for one in discovery.graph.scenes if one.needed or one.shape[1] > short]
+    runs = zip(scenes, _run_pruned(model, scenes), _run_pruned(loaded, scenes), strict=True)
+    for scene, expected, found in runs:
+        difference, limit = _compared(result_of(expected), result_of(found), loaded, scene)
+        if difference > limit:
+            raise VerificationError(
+                f"the saved folder gives logits that differ by {difference:.3g} from the model "
+                f"that was saved, on {scene.name}; nothing was kept; please report the model"
+            )
 
 
 def _repeats(model: nn.Module, scene: Scene) -> bool:
@@ -383,7 +429,7 @@ def _repeats(model: nn.Module, scene: Scene) -> bool:
     with torch.random.fork_rng(devices=[]):
         for seed in (0, 1):
             torch.manual_seed(seed)
-            runs.append(_pruned_scene(model, scene))
+            runs.append(_joined(_run_pruned(model, [scene])))
     return largest_difference(*runs) <= tolerance(runs[0], model)
 
 
@@ -427,11 +473,12 @@ def find_culprits(
         together = [*bound_to(name, losing)]
         done |= set(together)
         part = {other: removal[other] for other in together}
-        expected = _twin_scene(model, discovery, part, scene)
+        expected = _joined(_run_twin(model, discovery, part, [scene]))
         smaller = sharing_copy(model)
         cut_(smaller, discovery, part)
         try:
-            difference, limit = _compared(expected, smaller, scene)
+            actual = _joined(_run_pruned(smaller, [scene]))
+            difference, limit = _compared(expected, actual, smaller, scene)
         except VerificationError:
             difference, limit = math.inf, 0.0
         if difference > limit:

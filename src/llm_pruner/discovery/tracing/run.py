@@ -218,6 +218,7 @@ def run_trace(model: nn.Module, scenes: Sequence[Scene], tokens: torch.Tensor | 
         with (
             closing(Layers(model, tracer)) as layers,
             closing(Siblings(model)) as siblings,
+            in_view(model),
             traced(model, tracer) as trace.attributes,
         ):
             done = [_perform(model, scene, tokens, tracer) for scene in scenes]
@@ -237,26 +238,30 @@ def _is_large(model: nn.Module) -> bool:
 
 
 @contextmanager
+def in_view(model: nn.Module) -> Iterator[None]:
+    """Let all that a model does be seen for the time of the context, without warnings.
+
+    In every thread: there can be one such context at a time.
+    """
+    with in_sight(model), warnings.catch_warnings(), without_memory():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
 def traced(model: nn.Module, tracer: Tracer) -> Iterator[dict[Expr, int]]:
-    """Give the sizes that a model holds an origin for the time of the context, without warnings.
+    """Give the sizes that a model holds an origin for the time of the context.
 
     Yields attribute -> value.
     """
-    with (
-        staged(model),
-        in_sight(model),
-        warnings.catch_warnings(),
-        put_back(spaces_of(model)),
-        without_memory(),
-    ):
-        warnings.simplefilter("ignore")
+    with staged(model), put_back(spaces_of(model)):
         yield trace_attributes_(model, tracer.used_as_number)
 
 
 def watched(
     model: nn.Module, scene: Scene, tokens: torch.Tensor, tracer: Tracer
 ) -> list[torch.Tensor]:
-    """Run a scene, inside ``traced``, with all operations passing through a tracer."""
+    """Run a scene, in view and traced, with all operations passing through the tracer."""
     tracer.add_tokens(tokens)
     with staged(model, training=scene.training), tracer, SizeMode(tracer):
         return scene.run(model, tokens)

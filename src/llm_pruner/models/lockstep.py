@@ -1,0 +1,172 @@
+"""Several runs of streamed models in step, so that a block's weights are read once for all of them.
+
+Every run is a thread of its own, so that a model's code runs as it is, ``generate`` and all, and
+what PyTorch keeps by thread (modes, gradients, autocast) is each run's own. One thread goes at a
+time. Before a block it waits until no other run has an earlier block to come to; then the weights
+of that block are read, and all that wait for it go through it, one after the other. So there are as
+many passes over the weights as the longest run has, and never more than one block in memory.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, redirect_stdout
+from functools import partial
+from itertools import groupby
+from threading import Condition, Thread
+from typing import Generic, TypeAlias, TypeVar
+
+import torch
+from torch import nn
+
+from llm_pruner.models.layers import sharing_copy
+from llm_pruner.models.streaming import before_turn, is_model_streamed, turn
+from llm_pruner.runtime.progress import track
+
+T = TypeVar("T")
+
+Job: TypeAlias = Callable[[nn.Module], T]
+
+Outcome: TypeAlias = T | BaseException
+"""What a job returned, or raised."""
+
+
+def in_step(model: nn.Module, jobs: Sequence[Job[T]], label: str) -> Iterator[Outcome[T]]:
+    """Yield the outcome of each job, which is given a model to run.
+
+    A streamed model runs in step for all of them: each gets a copy, because a model holds its mode,
+    hooks and buffers that a run changes. Any other model runs when the outcome is asked for.
+
+    Args:
+        jobs: in threads of their own, if the model is streamed, which begin with gradients on.
+        label: what the progress bar says.
+    """
+    if is_model_streamed(model):
+        copies = [sharing_copy(model, buffers=False) for _ in jobs]
+        given = zip(jobs, copies, strict=True)
+        yield from _in_step([partial(job, one) for job, one in given], label)
+        return
+    for job in jobs:
+        try:
+            yield job(model)
+        except Exception as error:
+            yield error
+
+
+def result_of(outcome: Outcome[T]) -> T:
+    """Return what a job returned, or raise what it raised."""
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return outcome
+
+
+class _Stopped(BaseException):
+    """Ends a run that nobody waits for any more."""
+
+
+class _Run(Thread, Generic[T]):
+    """A job in a thread that goes when it is told to, as far as its next block.
+
+    Attributes:
+        block, number: what it waits for, and its place among the blocks; None if for nothing.
+        done: whether it has come to its end.
+        outcome: what the job returned or raised.
+    """
+
+    def __init__(self, job: Callable[[], T]) -> None:
+        super().__init__(daemon=True)
+        self.block: nn.Module | None = None
+        self.number = 0
+        self.done = False
+        self.outcome: Outcome[T] = _Stopped()
+        self._job = job
+        self._changed = Condition()
+        self._goes = self._stopped = False
+        self._autocast = [
+            torch.autocast(kind, torch.get_autocast_dtype(kind))
+            for kind in ("cpu", "cuda")
+            if torch.is_autocast_enabled(kind)
+        ]
+        self.start()
+
+    def go_on(self) -> None:
+        """Let it go as far as its next block, or its end; return when it is there."""
+        try:
+            self._set(True)
+            self._wait(False)
+        finally:
+            # Interrupted here, it still works with weights that must not be taken away.
+            self._wait(False)
+
+    def stop(self) -> None:
+        """End it where it is."""
+        self._stopped = True
+        if not self.done:
+            self.go_on()
+        self.join()
+
+    def run(self) -> None:
+        """Do the job, in the thread."""
+        self._wait(True)
+        before_turn.set(self._pause)
+        try:
+            with ExitStack() as stack:
+                for context in self._autocast:
+                    stack.enter_context(context)
+                if not self._stopped:
+                    self.outcome = self._job()
+        except BaseException as error:
+            self.outcome = error
+        self.block, self.done = None, True
+        self._set(False)
+
+    def _pause(self, block: nn.Module, number: int) -> None:
+        self.block, self.number = block, number
+        self._set(False)
+        self._wait(True)
+        if self._stopped:
+            raise _Stopped
+
+    def _set(self, goes: bool) -> None:
+        with self._changed:
+            self._goes = goes
+            self._changed.notify_all()
+
+    def _wait(self, goes: bool) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._goes is goes)
+
+
+def _in_step(jobs: Sequence[Callable[[], T]], label: str) -> list[Outcome[T]]:
+    runs: list[_Run[T]] = []
+    # What they put in its place may be put back in any order.
+    with redirect_stdout(sys.stdout):
+        try:
+            for job in jobs:
+                runs.append(_Run(job))
+                runs[-1].go_on()
+            for block, together in track(_meetings(runs), label):
+                with turn(block):
+                    for run in together:
+                        run.go_on()
+        finally:
+            for run in runs:
+                run.stop()
+    return [run.outcome for run in runs]
+
+
+def _meetings(runs: Sequence[_Run[T]]) -> Iterator[tuple[nn.Module, list[_Run[T]]]]:
+    """Yield the next block to be read and those that wait for it, while there are any."""
+    while waiting := [run for run in runs if run.block is not None]:
+        number = min(run.number for run in waiting)
+        there = [run for run in waiting if run.number == number]
+        for _, together in groupby(there, key=_weights_of):
+            first, *others = together
+            assert first.block is not None
+            yield first.block, [first, *others]
+
+
+def _weights_of(run: _Run[T]) -> list[int]:
+    assert run.block is not None
+    return [id(parameter) for parameter in run.block.parameters()]

@@ -1,0 +1,235 @@
+"""Runs in step: weights are read once for all of them, and each run is as it is alone."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from command import save_tiny
+from helpers import tiny_model, tiny_tokenizer
+from llm_pruner.discovery.groups import discover
+from llm_pruner.discovery.tracing.scenes import generated
+from llm_pruner.errors import VerificationError
+from llm_pruner.models import streaming
+from llm_pruner.models.blockwise import find_chain
+from llm_pruner.models.load import load_model
+from llm_pruner.models.lockstep import in_step, result_of
+from llm_pruner.search.divergence import DivergenceMeter, divergences
+from llm_pruner.surgery import verify
+from llm_pruner.surgery.verify import cut_verified_, pruned_logits, require_same, twin_logits
+from llm_pruner.types import Discovery, IntArray
+
+TINY = 1000
+"""Bytes into which no weights fit."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    return str(save_tiny(tmp_path / "model", num_hidden_layers=4))
+
+
+@pytest.fixture
+def streamed(folder: str) -> Any:
+    return load_model(folder, memory=TINY).model
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
+    """Count how often each stored tensor is read, by its address in the file."""
+    found: Counter[int] = Counter()
+    read = streaming._Source.read
+
+    def counted(self: Any, *args: Any) -> torch.Tensor:
+        found[self.stored.data_ptr()] += 1
+        return read(self, *args)
+
+    monkeypatch.setattr(streaming._Source, "read", counted)
+    return found
+
+
+def ffn_and_heads(discovery: Discovery) -> dict[str, IntArray]:
+    return {
+        group.name: torch.arange(2 if group.kind == "ffn" else 1).numpy()
+        for group in discovery.groups
+        if group.kind in ("ffn", "heads")
+    }
+
+
+def tokens(*lengths: int) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randint(3, 259, (1, length)) for length in lengths]
+
+
+def test_the_twin_reads_each_weight_once_for_prefills_and_once_for_steps(
+    streamed: Any, reads: Counter[int]
+) -> None:
+    discovery = discover(streamed)
+    reads.clear()
+    twin_logits(streamed, discovery, ffn_and_heads(discovery))
+    # Of six forward passes, two are the longest of one way of running it: with the cache.
+    assert len(discovery.graph.scenes) == 4
+    assert set(reads.values()) == {2}
+    reads.clear()
+    _, verified = cut_verified_(streamed, discovery, ffn_and_heads(discovery))
+    assert set(reads.values()) == {4}
+    assert len(verified.scenes) == 4
+    reads.clear()
+    require_same(streamed, streamed, discovery)
+    assert set(reads.values()) == {4}
+
+
+def test_probes_and_divergences_read_each_weight_once_a_pass(
+    streamed: Any, folder: str, reads: Counter[int]
+) -> None:
+    ids = torch.cat(tokens(24, 24, 24))
+    reads.clear()
+    find_chain(streamed.requires_grad_(False), ids, {})
+    assert set(reads.values()) == {2}
+    reads.clear()
+    found = divergences(streamed, (streamed, streamed), ids)
+    assert set(reads.values()) == {3}
+    assert found == pytest.approx([0, 0], abs=1e-4)
+    resident, other = load_model(folder).model, tiny_model(num_hidden_layers=4, seed=3)
+    assert DivergenceMeter(streamed, ids).of(other) == DivergenceMeter(resident, ids).of(other)
+    assert divergences(streamed, [other], ids) == pytest.approx(divergences(resident, [other], ids))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "mixtral", "gpt2", "bloom"])
+def test_all_ways_of_running_a_model_give_what_they_give_one_by_one(
+    tmp_path: Path, model_type: str
+) -> None:
+    tiny_model(model_type).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    resident, streamed = (load_model(str(tmp_path), memory=m).model for m in (2**30, TINY))
+    discovery = discover(resident)
+    removal = ffn_and_heads(discovery)
+    for run in (partial(twin_logits, removal=removal), pruned_logits):
+        expected, found = (run(model, discovery=discovery) for model in (resident, streamed))
+        assert len(expected) == len(found) > 6
+        assert all(map(torch.equal, expected, found))
+
+
+def test_runs_of_any_length_are_each_as_alone(streamed: Any) -> None:
+    def fails(model: Any) -> None:
+        model(tokens(5)[0])
+        raise ValueError("after a pass")
+
+    def by_name(ids: torch.Tensor, model: Any) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [model(ids).logits]
+
+    before, running = sys.stdout, threading.active_count()
+    short, long = tokens(9, 30)
+    jobs = [partial(generated, tokens=long), fails, partial(by_name, short)]
+    jobs += [partial(generated, tokens=short), lambda _: []]
+    found = [*in_step(streamed, jobs, "")]
+    assert isinstance(found[1], ValueError)
+    with pytest.raises(ValueError, match="after a pass"):
+        result_of(found[1])
+    for job, outcome in zip([jobs[0], *jobs[2:]], [found[0], *found[2:]], strict=True):
+        assert all(map(torch.equal, job(streamed), result_of(outcome)))
+    assert sys.stdout is before
+    assert threading.active_count() == running
+    assert streamed.model.layers[0].mlp.up_proj.weight.isnan().all()
+
+
+def test_an_interrupt_ends_all_runs(streamed: Any) -> None:
+    ended = []
+
+    def run(model: Any) -> None:
+        try:
+            model(tokens(5)[0])
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            model(tokens(5)[0])
+        finally:
+            ended.append(model)
+
+    running = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        [*in_step(streamed, [run, run, run], "")]
+    assert len(ended) == 3
+    assert threading.active_count() == running
+    assert streamed.model.layers[2].mlp.up_proj.weight.isnan().all()
+
+
+def test_runs_are_under_the_autocast_of_the_caller(streamed: Any) -> None:
+    def kind(model: Any) -> torch.dtype:
+        with torch.no_grad():
+            model(tokens(5)[0])
+            return model.lm_head(torch.zeros(1, 48)).dtype
+
+    assert [*in_step(streamed, [kind, kind], "")] == [torch.float32] * 2
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [*in_step(streamed, [kind, kind], "")] == [torch.bfloat16] * 2
+
+
+def test_what_a_run_writes_is_its_own(streamed: Any) -> None:
+    streamed.register_buffer("counter", torch.zeros(1))
+    streamed.seen = torch.zeros(1)
+
+    def count(model: Any) -> float:
+        model(tokens(5)[0])
+        model.counter += 1
+        model.seen += 1
+        return float(model.counter + model.seen)
+
+    assert [*in_step(streamed, [count, count], "")] == [2.0, 2.0]
+    assert not streamed.counter
+    assert not streamed.seen
+
+
+def padded(length: int, past: int, mask: torch.Tensor | None, training: bool) -> bool:
+    return mask is not None and length == 8 and bool((mask != mask[:1]).any())
+
+
+WRONG = {
+    "padding left and right": padded,
+    "128 tokens and generate": lambda length, *_: length > 100,
+    "8 tokens": lambda length, past, *_: length == 1 and past < 8,
+    "training": lambda _, __, ___, training: training,
+}
+"""Way of running a model -> when a block is wrong; (new tokens, earlier ones, mask, training)."""
+
+
+@pytest.mark.parametrize("scene", [*WRONG, "steps of generate"])
+def test_what_is_wrong_in_one_way_only_is_noticed_and_undone(
+    streamed: Any, monkeypatch: pytest.MonkeyPatch, scene: str
+) -> None:
+    wrong = WRONG.get(scene, lambda length, past, *_: length == 1 and past > 100)
+    discovery = discover(streamed)
+    ids = tokens(20)[0]
+    with torch.no_grad():
+        before = streamed(ids).logits
+    handles = []
+
+    def shift(module: nn.Module, _: Any, given: dict[str, Any], output: torch.Tensor) -> Any:
+        past = int(given["position_ids"].max()) + 1 - output.shape[1]
+        here = (output.shape[1], past, given.get("attention_mask"), module.training)
+        return output + 0.5 if wrong(*here) else output
+
+    def cut_wrongly(model: Any, *args: Any) -> Any:
+        edits = cut(model, *args)
+        block = model.model.layers[1]
+        handles.append(block.register_forward_hook(shift, with_kwargs=True))
+        return edits
+
+    cut = verify.cut_
+    monkeypatch.setattr(verify, "cut_", cut_wrongly)
+    name = next(group.name for group in discovery.groups if group.kind == "ffn")
+    with pytest.raises(VerificationError, match="differs from its masked twin") as caught:
+        cut_verified_(streamed, discovery, {name: torch.arange(2).numpy()})
+    assert f"on {scene if scene in WRONG else '128 tokens and generate'};" in str(caught.value)
+    assert name in str(caught.value)
+    for handle in handles:
+        handle.remove()
+    with torch.no_grad():
+        assert torch.equal(streamed(ids).logits, before)
