@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, nullcontext, redirect_stdout
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from threading import Condition, Thread
@@ -32,6 +33,19 @@ Outcome: TypeAlias = T | BaseException
 """What a job returned, or raised."""
 
 
+@dataclass(frozen=True)
+class Side(Generic[T]):
+    """A streamed model and the jobs that run it.
+
+    Attributes:
+        around: made anew whenever they go, and left while others do.
+    """
+
+    model: nn.Module
+    jobs: Sequence[Job[T]]
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
 def in_step(model: nn.Module, jobs: Sequence[Job[T]], label: str) -> Iterator[Outcome[T]]:
     """Yield the outcome of each job, which is given a model to run.
 
@@ -43,9 +57,7 @@ def in_step(model: nn.Module, jobs: Sequence[Job[T]], label: str) -> Iterator[Ou
         label: what the progress bar says.
     """
     if is_model_streamed(model):
-        copies = [sharing_copy(model, buffers=False) for _ in jobs]
-        given = zip(jobs, copies, strict=True)
-        yield from _in_step([partial(job, one) for job, one in given], label)
+        yield from together([Side(model, jobs)], label)
         return
     for job in jobs:
         try:
@@ -74,8 +86,9 @@ class _Run(Thread, Generic[T]):
         outcome: what the job returned or raised.
     """
 
-    def __init__(self, job: Callable[[], T]) -> None:
+    def __init__(self, job: Callable[[], T], side: Side[T]) -> None:
         super().__init__(daemon=True)
+        self.side = side
         self.block: nn.Module | None = None
         self.number = 0
         self.done = False
@@ -138,17 +151,25 @@ class _Run(Thread, Generic[T]):
             self._changed.wait_for(lambda: self._goes is goes)
 
 
-def _in_step(jobs: Sequence[Callable[[], T]], label: str) -> list[Outcome[T]]:
+def together(sides: Sequence[Side[T]], label: str) -> list[Outcome[T]]:
+    """Return the outcomes of all jobs of all sides, whose models have the same blocks in step.
+
+    They may share weights, and have lost blocks.
+    """
     runs: list[_Run[T]] = []
     # What they put in its place may be put back in any order.
     with redirect_stdout(sys.stdout):
         try:
-            for job in jobs:
-                runs.append(_Run(job))
-                runs[-1].go_on()
-            for block, together in track(_meetings(runs), label):
-                with turn(block):
-                    for run in together:
+            for side in sides:
+                with side.around():
+                    for job in side.jobs:
+                        # Its mode, hooks and buffers are its own.
+                        model = sharing_copy(side.model, buffers=False)
+                        runs.append(_Run(partial(job, model), side))
+                        runs[-1].go_on()
+            for block, there in track(_meetings(runs), label):
+                with there[0].side.around(), turn(block):
+                    for run in there:
                         run.go_on()
         finally:
             for run in runs:
@@ -161,12 +182,7 @@ def _meetings(runs: Sequence[_Run[T]]) -> Iterator[tuple[nn.Module, list[_Run[T]
     while waiting := [run for run in runs if run.block is not None]:
         number = min(run.number for run in waiting)
         there = [run for run in waiting if run.number == number]
-        for _, together in groupby(there, key=_weights_of):
-            first, *others = together
+        for _, alike in groupby(there, key=lambda run: id(run.side)):
+            first, *others = alike
             assert first.block is not None
             yield first.block, [first, *others]
-
-
-def _weights_of(run: _Run[T]) -> list[int]:
-    assert run.block is not None
-    return [id(parameter) for parameter in run.block.parameters()]

@@ -38,7 +38,7 @@ from llm_pruner.discovery.tracing.tracer import Tracer
 from llm_pruner.errors import VerificationError
 from llm_pruner.models.forward import is_on_meta
 from llm_pruner.models.layers import sharing_copy
-from llm_pruner.models.lockstep import Outcome, in_step, result_of
+from llm_pruner.models.lockstep import Job, Outcome, Side, in_step, result_of, together
 from llm_pruner.models.streaming import is_model_streamed, is_streamed, zeroed
 from llm_pruner.surgery.cut import Undo, cut_, plan_edits
 from llm_pruner.surgery.removal import removed_modules, removed_positions
@@ -215,10 +215,7 @@ def _run_twin(
     tokens: torch.Tensor | None = None,
 ) -> list[Outcome[Logits]]:
     """Run scenes, on seeded random tokens by default, with the removed units silenced."""
-    given = _tokens(model, scenes, tokens)
-    jobs = [
-        partial(_twin_scene, discovery, removal, *one) for one in zip(scenes, given, strict=True)
-    ]
+    jobs = _twin_jobs(model, discovery, removal, scenes, tokens)
     with in_view(model), _silenced(model, discovery, removal):
         return [*in_step(model, jobs, "verify: twin")]
 
@@ -227,9 +224,42 @@ def _run_pruned(
     model: nn.Module, scenes: Sequence[Scene], tokens: torch.Tensor | None = None
 ) -> Iterator[Outcome[Logits]]:
     """Run scenes, on the same tokens by default."""
-    given = _tokens(model, scenes, tokens)
-    jobs = [partial(_pruned_scene, *one) for one in zip(scenes, given, strict=True)]
-    return in_step(model, jobs, "verify: pruned")
+    return in_step(model, _pruned_jobs(model, scenes, tokens), "verify: pruned")
+
+
+def _run_both(
+    dense: nn.Module,
+    model: nn.Module,
+    discovery: Discovery,
+    removal: Removal,
+    scenes: Sequence[Scene],
+) -> tuple[list[Outcome[Logits]], list[Outcome[Logits]]]:
+    """Run streamed models as ``_run_twin`` and ``_run_pruned`` do, with half the reads."""
+    twin = _twin_jobs(dense, discovery, removal, scenes)
+    pruned = _pruned_jobs(model, scenes)
+    # Only the twin is to be in view.
+    sides = [Side(dense, twin, partial(in_view, dense)), Side(model, pruned)]
+    with _silenced(dense, discovery, removal):
+        found = together(sides, "verify: blocks")
+    return found[: len(scenes)], found[len(scenes) :]
+
+
+def _twin_jobs(
+    model: nn.Module,
+    discovery: Discovery,
+    removal: Removal,
+    scenes: Sequence[Scene],
+    tokens: torch.Tensor | None = None,
+) -> list[Job[Logits]]:
+    given = zip(scenes, _tokens(model, scenes, tokens), strict=True)
+    return [partial(_twin_scene, discovery, removal, *one) for one in given]
+
+
+def _pruned_jobs(
+    model: nn.Module, scenes: Sequence[Scene], tokens: torch.Tensor | None = None
+) -> list[Job[Logits]]:
+    given = zip(scenes, _tokens(model, scenes, tokens), strict=True)
+    return [partial(_pruned_scene, *one) for one in given]
 
 
 def _tokens(
@@ -301,22 +331,21 @@ def cut_verified_(
 
     Both are run as the model was traced: on short and on long input, with padding, through
     ``generate`` and in training mode. The dense model is run before the cut, so that there is one
-    model in memory, and what the cut took.
+    model in memory, and what the cut took; a streamed one beside the pruned model, block by block.
 
     Raises:
         InfeasibleError: before anything is touched.
         VerificationError: they differ; names the groups at fault.
     """
     plan_edits(model, discovery, removal)
-    expected, skipped = _expected(model, discovery, removal)
-    scenes = [scene for scene in discovery.graph.scenes if scene.name in expected]
     undo = Undo(model)
-    edits = cut_(model, discovery, removal, undo)
     worst, limit = 0.0, 0.0
     differs: Scene | None = None
     try:
-        for scene, found in zip(scenes, _run_pruned(model, scenes), strict=True):
-            difference, limit = _compared(expected[scene.name], result_of(found), model, scene)
+        edits, expected, outcomes, skipped = _cut_and_run(model, discovery, removal, undo)
+        scenes = [scene for scene in discovery.graph.scenes if scene.name in expected]
+        for scene, outcome in zip(scenes, outcomes, strict=True):
+            difference, limit = _compared(expected[scene.name], result_of(outcome), model, scene)
             if difference > limit and scene.training and not _repeats(model, scene):
                 skipped.append(f"{scene.name} (random)")
                 del expected[scene.name]
@@ -342,8 +371,30 @@ def cut_verified_(
     return edits, Verified(worst, tuple(expected), tuple(skipped))
 
 
+def _cut_and_run(
+    model: nn.Module, discovery: Discovery, removal: Removal, undo: Undo
+) -> tuple[Edits, dict[str, Logits], Iterable[Outcome[Logits]], list[str]]:
+    """Return what was changed, what is expected in each scene, what comes out, and what is skipped.
+
+    Raises:
+        VerificationError: the twin cannot run in a scene that is needed.
+    """
+    scenes = discovery.graph.scenes
+    if is_model_streamed(model):
+        dense = sharing_copy(model)
+        edits = cut_(model, discovery, removal, undo)
+        twin, pruned = _run_both(dense, model, discovery, removal, scenes)
+        expected, skipped = _expected(discovery, twin)
+        pairs = zip(scenes, pruned, strict=True)
+        return edits, expected, [one for scene, one in pairs if scene.name in expected], skipped
+    expected, skipped = _expected(discovery, _run_twin(model, discovery, removal, scenes))
+    edits = cut_(model, discovery, removal, undo)
+    left = [scene for scene in scenes if scene.name in expected]
+    return edits, expected, _run_pruned(model, left), skipped
+
+
 def _expected(
-    model: nn.Module, discovery: Discovery, removal: Removal
+    discovery: Discovery, outcomes: Sequence[Outcome[Logits]]
 ) -> tuple[dict[str, Logits], list[str]]:
     """Return scene -> logits of the twin, and the scenes that cannot be compared.
 
@@ -352,8 +403,7 @@ def _expected(
     """
     expected: dict[str, Logits] = {}
     skipped = list(discovery.graph.left_out)
-    scenes = discovery.graph.scenes
-    for scene, found in zip(scenes, _run_twin(model, discovery, removal, scenes), strict=True):
+    for scene, found in zip(discovery.graph.scenes, outcomes, strict=True):
         # A model may refuse a way of running it in any way.
         if isinstance(found, BaseException):
             if scene.needed:
