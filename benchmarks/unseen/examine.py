@@ -28,7 +28,8 @@ from llm_pruner import (
 )
 from llm_pruner.surgery.cut import cut_
 from llm_pruner.surgery.removal import removed_modules, removed_positions
-from llm_pruner.surgery.verify import largest_difference, pruned_logits, tolerance, twin_logits
+from llm_pruner.surgery.twin import pruned_logits, twin_logits
+from llm_pruner.surgery.verify import largest_difference, tolerance
 from llm_pruner.types import Discovery, IntArray, Removal
 from removals import pick
 from unseen.oracle import Run, computed, difference, expected, to_double, zeroed

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from llm_pruner.settings.recover import RecoverSettings as RecoverSettings
     from llm_pruner.settings.recover import TrainingSettings as TrainingSettings
     from llm_pruner.surgery.removal import count_parameters as count_parameters
-    from llm_pruner.surgery.verify import pruned_logits as pruned_logits
-    from llm_pruner.surgery.verify import twin_logits as twin_logits
+    from llm_pruner.surgery.twin import pruned_logits as pruned_logits
+    from llm_pruner.surgery.twin import twin_logits as twin_logits
     from llm_pruner.types import Discovery as Discovery
     from llm_pruner.types import Group as Group
     from llm_pruner.types import Member as Member
@@ -59,7 +59,7 @@ _NAMES = {
     "settings.prune": "PlanSettings PruneSettings",
     "settings.recover": "RecoverSettings TrainingSettings",
     "surgery.removal": "count_parameters",
-    "surgery.verify": "pruned_logits twin_logits",
+    "surgery.twin": "pruned_logits twin_logits",
     "types": "Discovery Group Member",
     "version": "__version__",
 }

@@ -21,7 +21,8 @@ from llm_pruner.checkpoints.save import SavedCheckpoint
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
 from llm_pruner.surgery.cut import cut_
-from llm_pruner.surgery.verify import largest_difference, pruned_logits
+from llm_pruner.surgery.twin import pruned_logits
+from llm_pruner.surgery.verify import largest_difference
 from llm_pruner.types import Discovery
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"

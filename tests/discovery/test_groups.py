@@ -15,7 +15,8 @@ from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import DiscoveryError
 from llm_pruner.surgery.cut import cut_
 from llm_pruner.surgery.removal import count_parameters
-from llm_pruner.surgery.verify import largest_difference, pruned_logits, tolerance, twin_logits
+from llm_pruner.surgery.twin import pruned_logits, twin_logits
+from llm_pruner.surgery.verify import largest_difference, tolerance
 from llm_pruner.types import Companion
 from nets import Gated, NanoGPT, Net, Settings
 from removals import pick

@@ -33,7 +33,8 @@ from llm_pruner.errors import DiscoveryError, InfeasibleError
 from llm_pruner.models.forward import logits_of
 from llm_pruner.surgery.cut import cut_
 from llm_pruner.surgery.removal import removed_positions
-from llm_pruner.surgery.verify import largest_difference, pruned_logits, twin_logits
+from llm_pruner.surgery.twin import pruned_logits, twin_logits
+from llm_pruner.surgery.verify import largest_difference
 from llm_pruner.surgery.verify import prune_ as verified_prune_
 from llm_pruner.types import Discovery, Group, Removal
 from nets import HEADS, HIDDEN, SIZE, VOCABULARY, Attention, Body, Gated, NanoGPT, Net, attend

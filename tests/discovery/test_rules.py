@@ -18,7 +18,8 @@ from torch import nn
 from llm_pruner.discovery.groups import discover
 from llm_pruner.discovery.tracing.ops import OPS, operation
 from llm_pruner.surgery.cut import cut_
-from llm_pruner.surgery.verify import largest_difference, pruned_logits, twin_logits
+from llm_pruner.surgery.twin import pruned_logits, twin_logits
+from llm_pruner.surgery.verify import largest_difference
 from llm_pruner.types import Discovery, Group
 from nets import HEADS, HIDDEN, SIZE, Attention, Body, Concat, Gated, Net
 from removals import pick

@@ -39,7 +39,8 @@ from llm_pruner.models.chatglm import (
 from llm_pruner.models.chatglm.layout import Layout, positions, read_layout, visible
 from llm_pruner.surgery.cut import cut_
 from llm_pruner.surgery.removal import count_parameters
-from llm_pruner.surgery.verify import largest_difference, pruned_logits, twin_logits
+from llm_pruner.surgery.twin import pruned_logits, twin_logits
+from llm_pruner.surgery.verify import largest_difference
 from llm_pruner.types import Discovery
 from removals import pick
 

@@ -25,7 +25,8 @@ from llm_pruner.models.load import load_model
 from llm_pruner.models.lockstep import in_step, result_of
 from llm_pruner.search.divergence import DivergenceMeter, divergences
 from llm_pruner.surgery import verify
-from llm_pruner.surgery.verify import cut_verified_, pruned_logits, require_same, twin_logits
+from llm_pruner.surgery.twin import pruned_logits, twin_logits
+from llm_pruner.surgery.verify import cut_verified_, require_same
 from llm_pruner.types import Discovery, IntArray
 
 TINY = 1000

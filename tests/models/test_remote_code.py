@@ -18,7 +18,8 @@ from llm_pruner.discovery.groups import discover
 from llm_pruner.models.load import load_model
 from llm_pruner.planning.plan import read_plan
 from llm_pruner.surgery.cut import cut_
-from llm_pruner.surgery.verify import largest_difference, pruned_logits
+from llm_pruner.surgery.twin import pruned_logits
+from llm_pruner.surgery.verify import largest_difference
 
 pytestmark = pytest.mark.slow
 

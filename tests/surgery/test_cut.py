@@ -17,7 +17,7 @@ from llm_pruner.errors import InfeasibleError
 from llm_pruner.models.layers import apply_layers, layer_numbers, set_own_value
 from llm_pruner.surgery.cut import cut_, plan_edits
 from llm_pruner.surgery.removal import count_parameters, kept_shapes
-from llm_pruner.surgery.verify import pruned_logits
+from llm_pruner.surgery.twin import pruned_logits
 from llm_pruner.types import Edits
 from nets import NanoGPT
 from removals import pick

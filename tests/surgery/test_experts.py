@@ -23,7 +23,8 @@ from llm_pruner.checkpoints import save_checkpoint
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import InfeasibleError
 from llm_pruner.surgery.cut import cut_
-from llm_pruner.surgery.verify import largest_difference, pruned_logits, twin_logits
+from llm_pruner.surgery.twin import pruned_logits, twin_logits
+from llm_pruner.surgery.verify import largest_difference
 from llm_pruner.types import Discovery, Removal
 from nets import HIDDEN, Net
 from removals import pick

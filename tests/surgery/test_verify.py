@@ -16,14 +16,13 @@ from llm_pruner.errors import VerificationError
 from llm_pruner.surgery import cut as surgery
 from llm_pruner.surgery import verify
 from llm_pruner.surgery.cut import cut_
+from llm_pruner.surgery.twin import pruned_logits, twin_logits
 from llm_pruner.surgery.verify import (
     cut_verified_,
     find_culprits,
     largest_difference,
     prune_,
-    pruned_logits,
     tolerance,
-    twin_logits,
 )
 from llm_pruner.types import Discovery, Removal
 from nets import Body, Net

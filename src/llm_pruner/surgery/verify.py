@@ -1,53 +1,26 @@
-"""The twin: the dense model with the removed units silenced must equal the pruned model.
-
-The twin runs the dense model with every slice of the removed units set to zero. Where an operation
-would still see the dead positions (a mean, a norm, a softmax, a top-k over the axis they lie on),
-it is computed on the living positions only. Nothing is sliced and no size changes, so the twin does
-not share the surgery's way of being wrong.
-"""
+"""The twin: the dense model with the removed units silenced must equal the pruned model."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain
-from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import nn
 
 from llm_pruner.discovery.groups import bound_to
-from llm_pruner.discovery.tracing.calls import hidden_in
-from llm_pruner.discovery.tracing.ops import Call, Operation
-from llm_pruner.discovery.tracing.run import (
-    example_tokens,
-    in_view,
-    label_model,
-    named_tensors,
-    traced,
-    watched,
-)
-from llm_pruner.discovery.tracing.scenes import Scene, few, staged
-from llm_pruner.discovery.tracing.trace import Trace
-from llm_pruner.discovery.tracing.tracer import Tracer
+from llm_pruner.discovery.tracing.scenes import Scene
 from llm_pruner.errors import VerificationError
 from llm_pruner.models.forward import is_on_meta
 from llm_pruner.models.layers import sharing_copy
-from llm_pruner.models.lockstep import Job, Outcome, Side, in_step, result_of, together
-from llm_pruner.models.streaming import is_model_streamed, is_streamed, zeroed
+from llm_pruner.models.lockstep import Outcome, result_of
+from llm_pruner.models.streaming import is_model_streamed
 from llm_pruner.surgery.cut import Undo, cut_, plan_edits
-from llm_pruner.surgery.removal import removed_modules, removed_positions
-from llm_pruner.types import Discovery, Edits, IntArray, Removal
-
-Flags: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
-
-Logits: TypeAlias = list[torch.Tensor]
-"""Of each call of the model in a scene."""
+from llm_pruner.surgery.twin import Logits, joined, run_both, run_pruned, run_twin
+from llm_pruner.types import Discovery, Edits, Removal
 
 _SMALL = 500_000_000
 """Parameters up to which a model is compared in float64, too, where float32 is not enough."""
@@ -55,108 +28,6 @@ _SMALL = 500_000_000
 _FINER = 1000
 """How many times less a model and its twin differ in float64 if rounding is all that they differ
 by; the types have 2^29 between them, and some code computes parts in float32."""
-
-
-class _Twin(Tracer):
-    """A tracer that computes reductions on living positions only."""
-
-    def __init__(self, trace: Trace, deleted: Flags) -> None:
-        super().__init__(trace)
-        self._deleted = deleted
-
-    def dead(self, rows: IntArray) -> Flags:
-        """Return by position of an axis whether it is removed."""
-        roots = self.atoms.resolve(rows)
-        if not roots.shape[1]:
-            return np.zeros(len(rows), bool)
-        known = np.where(roots < len(self._deleted), roots, 0)
-        return np.asarray(self._deleted[known].any(axis=1))
-
-    def alive(self, tensor: torch.Tensor, dim: int) -> torch.Tensor | None:
-        """Return the living positions of an axis of a tensor, or None if all live."""
-        dead = self.dead(self.label(tensor)[dim])
-        if not dead.any():
-            return None
-        return torch.from_numpy(np.flatnonzero(~dead)).to(tensor.device)
-
-    def follow(self, known: Operation, call: Call, args: tuple[Any, ...]) -> None:
-        """Put zeros where an operation divided zero by zero at dead positions."""
-        super().follow(known, call, args)
-        for result in () if known.view else call.results:
-            if not result.is_floating_point() or _is_finite(result):
-                continue
-            for dim, rows in enumerate(self.label(result)):
-                dead = self.dead(rows)
-                if dead.any():
-                    shape = [-1 if place == dim else 1 for place in range(result.dim())]
-                    mask = torch.from_numpy(dead).to(result.device).view(shape)
-                    result.masked_fill_(mask & ~result.isfinite(), 0)
-
-    def execute(self, known: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if known.op.alive is None:
-            return super().execute(known, args, kwargs)
-
-        def run(**changed: Any) -> Any:
-            return known.func(**{**known.given(args, kwargs), **changed})
-
-        return known.op.alive(self.alive, run, **known.asked(known.op.alive, args, kwargs))
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all values are finite, as they are if their sum is; it takes one pass and no room."""
-    if tensor.element_size() > 1 and math.isfinite(tensor.sum().item()):
-        return True
-    return bool(tensor.isfinite().all())
-
-
-@contextmanager
-def _silenced(model: nn.Module, discovery: Discovery, removal: Removal) -> Iterator[None]:
-    """Set the slices of the removed units to zero for the time of the context."""
-    saved: list[tuple[torch.Tensor, Any, torch.Tensor]] = []
-    tensors = {name: tensor for name, tensor, _ in named_tensors(model)}
-    streamed = ExitStack()
-    try:
-        for (name, dim), positions in removed_positions(discovery, removal).items():
-            if is_streamed(tensors[name]):
-                gone = torch.from_numpy(positions)
-                streamed.enter_context(zeroed(tensors[name], dim, gone))
-                continue
-            tensor = tensors[name].detach()
-            if not tensor.is_floating_point():
-                continue
-            index: Any = (*[slice(None)] * dim, torch.from_numpy(positions).to(tensor.device))
-            saved.append((tensor, index, tensor[index].clone()))
-            tensor[index] = 0
-        yield
-    finally:
-        streamed.close()
-        # Slices along two axes overlap: the first one saved holds the original values.
-        for tensor, index, part in reversed(saved):
-            tensor[index] = part
-
-
-@contextmanager
-def _bypassed(model: nn.Module, modules: tuple[str, ...]) -> Iterator[None]:
-    """Let the given layers hand on what they were given."""
-
-    given: dict[nn.Module, torch.Tensor] = {}
-
-    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        # A layer may write into what it is given.
-        given[module] = hidden_in(args, kwargs).clone()
-
-    def after(module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001
-        source = given.pop(module)
-        if isinstance(output, tuple | list):
-            return type(output)([source, *output[1:]])
-        return source
-
-    with ExitStack() as hooks:
-        for name in modules:
-            module = model.get_submodule(name)
-            hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
-            hooks.enter_context(module.register_forward_hook(after))
-        yield
 
 
 @dataclass(frozen=True)
@@ -172,132 +43,6 @@ class Verified:
     difference: float
     scenes: tuple[str, ...]
     skipped: tuple[str, ...] = ()
-
-
-def twin_logits(
-    model: nn.Module, discovery: Discovery, removal: Removal, tokens: torch.Tensor | None = None
-) -> list[torch.Tensor]:
-    """Return the logits of the dense model with the removed units silenced.
-
-    Args:
-        model: the dense model that was traced; it comes back unchanged.
-        tokens: token ids (batch, sequence) for the first way in which the model was traced; by
-            default it is run in all of them, on seeded random ones.
-
-    Returns:
-        One tensor (batch, tokens of the call, vocabulary) per call of the model.
-    """
-    scenes = discovery.graph.scenes[: None if tokens is None else 1]
-    return _joined(_run_twin(model, discovery, removal, scenes, tokens))
-
-
-def pruned_logits(
-    model: nn.Module, discovery: Discovery, tokens: torch.Tensor | None = None
-) -> list[torch.Tensor]:
-    """Return the logits of the pruned model on the tokens that ``twin_logits`` uses.
-
-    Raises:
-        VerificationError: the model cannot run.
-    """
-    scenes = discovery.graph.scenes[: None if tokens is None else 1]
-    return _joined(_run_pruned(model, scenes, tokens))
-
-
-def _joined(outcomes: Iterable[Outcome[Logits]]) -> Logits:
-    return [*chain.from_iterable(map(result_of, outcomes))]
-
-
-def _run_twin(
-    model: nn.Module,
-    discovery: Discovery,
-    removal: Removal,
-    scenes: Sequence[Scene],
-    tokens: torch.Tensor | None = None,
-) -> list[Outcome[Logits]]:
-    """Run scenes, on seeded random tokens by default, with the removed units silenced."""
-    jobs = _twin_jobs(model, discovery, removal, scenes, tokens)
-    with in_view(model), _silenced(model, discovery, removal):
-        return [*in_step(model, jobs, "verify: twin")]
-
-
-def _run_pruned(
-    model: nn.Module, scenes: Sequence[Scene], tokens: torch.Tensor | None = None
-) -> Iterator[Outcome[Logits]]:
-    """Run scenes, on the same tokens by default."""
-    return in_step(model, _pruned_jobs(model, scenes, tokens), "verify: pruned")
-
-
-def _run_both(
-    dense: nn.Module,
-    model: nn.Module,
-    discovery: Discovery,
-    removal: Removal,
-    scenes: Sequence[Scene],
-) -> tuple[list[Outcome[Logits]], list[Outcome[Logits]]]:
-    """Run streamed models as ``_run_twin`` and ``_run_pruned`` do, with half the reads."""
-    twin = _twin_jobs(dense, discovery, removal, scenes)
-    pruned = _pruned_jobs(model, scenes)
-    # Only the twin is to be in view.
-    sides = [Side(dense, twin, partial(in_view, dense)), Side(model, pruned)]
-    with _silenced(dense, discovery, removal):
-        found = together(sides, "verify: blocks")
-    return found[: len(scenes)], found[len(scenes) :]
-
-
-def _twin_jobs(
-    model: nn.Module,
-    discovery: Discovery,
-    removal: Removal,
-    scenes: Sequence[Scene],
-    tokens: torch.Tensor | None = None,
-) -> list[Job[Logits]]:
-    given = zip(scenes, _tokens(model, scenes, tokens), strict=True)
-    return [partial(_twin_scene, discovery, removal, *one) for one in given]
-
-
-def _pruned_jobs(
-    model: nn.Module, scenes: Sequence[Scene], tokens: torch.Tensor | None = None
-) -> list[Job[Logits]]:
-    given = zip(scenes, _tokens(model, scenes, tokens), strict=True)
-    return [partial(_pruned_scene, *one) for one in given]
-
-
-def _tokens(
-    model: nn.Module, scenes: Sequence[Scene], tokens: torch.Tensor | None
-) -> list[torch.Tensor]:
-    return [
-        example_tokens(model, one.shape, seed=1) if tokens is None else tokens for one in scenes
-    ]
-
-
-def _twin_scene(
-    discovery: Discovery, removal: Removal, scene: Scene, tokens: torch.Tensor, model: nn.Module
-) -> Logits:
-    """Run a scene of a model in view whose removed units are silenced."""
-    graph = discovery.graph
-    trace = Trace(atoms=graph.trace.atoms.copy(), tensors=dict(graph.trace.tensors))
-    deleted = graph.system.with_replicas(graph.deleted(removal))
-    twin = _Twin(trace, deleted)
-    gone = removed_modules(discovery, removal)
-    # Sizes keep their origin as in the trace, so that the same axes are fixed.
-    with traced(model, twin), _bypassed(model, gone):
-        label_model(twin, model)
-        logits = watched(model, scene, tokens, twin)
-    return [few(tensor.detach()).clone() for tensor in logits]
-
-
-def _pruned_scene(scene: Scene, tokens: torch.Tensor, model: nn.Module) -> Logits:
-    try:
-        with staged(model, training=scene.training):
-            logits = scene.run(model, tokens)
-    except (RuntimeError, ValueError, LookupError, TypeError, AssertionError) as error:
-        text = str(error).strip()
-        cause = text.splitlines()[0] if text else type(error).__name__
-        raise VerificationError(
-            f"the pruned model cannot run on {scene.name} ({cause}); nothing was saved. "
-            "Leave the structure out with --structures, and please report the model."
-        ) from error
-    return [few(tensor.detach()).clone() for tensor in logits]
 
 
 def prune_(
@@ -383,14 +128,14 @@ def _cut_and_run(
     if is_model_streamed(model):
         dense = sharing_copy(model)
         edits = cut_(model, discovery, removal, undo)
-        twin, pruned = _run_both(dense, model, discovery, removal, scenes)
+        twin, pruned = run_both(dense, model, discovery, removal, scenes)
         expected, skipped = _expected(discovery, twin)
         pairs = zip(scenes, pruned, strict=True)
         return edits, expected, [one for scene, one in pairs if scene.name in expected], skipped
-    expected, skipped = _expected(discovery, _run_twin(model, discovery, removal, scenes))
+    expected, skipped = _expected(discovery, run_twin(model, discovery, removal, scenes))
     edits = cut_(model, discovery, removal, undo)
     left = [scene for scene in scenes if scene.name in expected]
-    return edits, expected, _run_pruned(model, left), skipped
+    return edits, expected, run_pruned(model, left), skipped
 
 
 def _expected(
@@ -448,9 +193,9 @@ def _is_rounding(
         return False
     fine = copy.deepcopy(model).double()
     try:
-        twin = _joined(_run_twin(fine, discovery, removal, scenes))
+        twin = joined(run_twin(fine, discovery, removal, scenes))
         cut_(fine, discovery, removal)
-        left = largest_difference(twin, _joined(_run_pruned(fine, scenes)))
+        left = largest_difference(twin, joined(run_pruned(fine, scenes)))
     except Exception:
         return False
     return left * _FINER <= difference
@@ -463,7 +208,7 @@ def require_same(model: nn.Module, loaded: nn.Module, discovery: Discovery) -> N
     """
     short = discovery.graph.scenes[0].shape[1]
     scenes = [one for one in discovery.graph.scenes if one.needed or one.shape[1] > short]
-    runs = zip(scenes, _run_pruned(model, scenes), _run_pruned(loaded, scenes), strict=True)
+    runs = zip(scenes, run_pruned(model, scenes), run_pruned(loaded, scenes), strict=True)
     for scene, expected, found in runs:
         difference, limit = _compared(result_of(expected), result_of(found), loaded, scene)
         if difference > limit:
@@ -479,7 +224,7 @@ def _repeats(model: nn.Module, scene: Scene) -> bool:
     with torch.random.fork_rng(devices=[]):
         for seed in (0, 1):
             torch.manual_seed(seed)
-            runs.append(_joined(_run_pruned(model, [scene])))
+            runs.append(joined(run_pruned(model, [scene])))
     return largest_difference(*runs) <= tolerance(runs[0], model)
 
 
@@ -523,11 +268,11 @@ def find_culprits(
         together = [*bound_to(name, losing)]
         done |= set(together)
         part = {other: removal[other] for other in together}
-        expected = _joined(_run_twin(model, discovery, part, [scene]))
+        expected = joined(run_twin(model, discovery, part, [scene]))
         smaller = sharing_copy(model)
         cut_(smaller, discovery, part)
         try:
-            actual = _joined(_run_pruned(smaller, [scene]))
+            actual = joined(run_pruned(smaller, [scene]))
             difference, limit = _compared(expected, actual, smaller, scene)
         except VerificationError:
             difference, limit = math.inf, 0.0
