@@ -112,7 +112,8 @@ def copy(model: Path, folder: Path) -> Path:
         (["--ratio", 0.2, "--round-to", 0], "round_to=0 is not a multiple to round to; use 1"),
         (
             ["--ratio", 0.2, "--round-to", "fast"],
-            "--round-to fast is no number; use such as 32, or auto",
+            "--round-to fast is no number; use such as 32, or auto, blocks, gguf, gptq, marlin, or "
+            "tp4",
         ),
         (
             ["--ratio", 0.2, "--layers", "heads:1-3"],

@@ -214,6 +214,15 @@ def test_round_to(work: Path, tiny: Path) -> None:
     assert min(widths) < 80
 
 
+def test_round_to_a_purpose(work: Path, tiny: Path) -> None:
+    options = ("--ratio", 0.05, "--criterion", "l2", "--structures", "ffn", "--dry-run")
+    found = prune(tiny, "plan.json", *options, "--round-to", "marlin")
+    assert found["round_to"] == read_plan("plan.json").settings["round_to"] == 64
+    refused = run("prune", tiny, "--out", "p.json", *options, "--round-to", "tp3")
+    assert refused.code == 2
+    assert "layers.0.ffn has 80 units, which do not divide by 3" in refused.err
+
+
 def test_round_to_what_is_fast_here(
     work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,11 +11,11 @@ import llm_pruner.search.fast_widths as rounding
 from families import discovered
 from helpers import tiny_model
 from llm_pruner import Selection, discover
+from llm_pruner.planning.rounding import largest_multiple
 from llm_pruner.search.fast_widths import (
     Product,
     Rounding,
     _Case,
-    _largest,
     _products,
     _widths,
     choose_multiple,
@@ -122,9 +122,9 @@ def test_candidates_must_be_fine_enough(monkeypatch: pytest.MonkeyPatch) -> None
     ffn = [g for g in discovery.groups if g.kind == "ffn"]
     total = sum(p.numel() for p in model.parameters())
     # A channel of all four layers is 4 x 3 x 24 parameters; a multiple may be off by half.
-    assert _largest(discovery, ffn, "local") == pytest.approx(0.01 * total / (4 * 3 * 24))
-    assert _largest(discovery, ffn, "global") == pytest.approx(0.01 * total / (3 * 24))
-    assert _largest(discovery, [], "local") == 0
+    assert largest_multiple(discovery, ffn, "local") == pytest.approx(0.01 * total / (4 * 3 * 24))
+    assert largest_multiple(discovery, ffn, "global") == pytest.approx(0.01 * total / (3 * 24))
+    assert largest_multiple(discovery, [], "local") == 0
     clocked(128, monkeypatch)
     found = measured_rounding(model, discovery, Selection(("heads", "ffn")))
     # 32 would be faster, but leaves no size near enough to a target.

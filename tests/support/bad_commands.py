@@ -18,6 +18,7 @@ BASES = {
     "compress": "compress m --out o --calibration t.txt --data t.txt",
     "evaluate": "evaluate m --perplexity t.txt",
     "bench": "bench m",
+    "export": "export m --out o.gguf",
     "inspect": "inspect m",
     "compare": "compare m",
 }
@@ -66,6 +67,7 @@ CRITERIA = (
     "wanda"
 )
 NO_TEXT = "nofile.txt does not exist; check the path of the text file"
+NO_MULTIPLE = "is no number; use such as 32, or auto, blocks, gguf, gptq, marlin, or tp4"
 COUNT = "is not a number of parameters; write such as 5.4B, 107.6M or 110000000"
 
 TABLE: dict[str, list[Bad]] = {
@@ -173,6 +175,20 @@ TABLE: dict[str, list[Bad]] = {
             ("--against empty", "empty has no config.json, so it is no checkpoint; name a…"),
         ),
     ],
+    "Files of other programs": bad(
+        "export",
+        ("--to onnx", "--to onnx is unknown; use one of gguf"),
+        ("--type q3", "--type q3 is unknown; use one of f32, f16, bf16, q8_0, q4_k_m"),
+        ("--like file", "--like file is no GGUF file; name one of the model that it was made of"),
+        ("--like no.gguf", "--like no.gguf is no GGUF file; name one of the model that it was…"),
+        ("--out empty", "empty is a folder; --out names the file to write"),
+        ("--out file", "file exists; give another --out, or --overwrite to replace it"),
+        (
+            "--out file --overwrite",
+            "file is no GGUF file, so it is not replaced; give another --out",
+        ),
+        ("--out file --like file", "--like file is no GGUF file; name one of the model that it…"),
+    ),
     "Seeds": bad(
         WRITERS,
         *(
@@ -192,7 +208,8 @@ TABLE: dict[str, list[Bad]] = {
             ("--structures heads,heads", "structure 'heads' is given twice; name it once"),
             ("--scope x", "--scope x is unknown; use one of local, global"),
             ("--round-to 0", "round_to=0 is not a multiple to round to; use 1 or more"),
-            ("--round-to x", "--round-to x is no number; use such as 32, or auto"),
+            ("--round-to x", f"--round-to x {NO_MULTIPLE}"),
+            ("--round-to tp0", f"--round-to tp0 {NO_MULTIPLE}"),
             (f"--round-to {10**12}", between("round_to", 10**12, 1, 2**20)),
             (
                 "--protect-first -1",

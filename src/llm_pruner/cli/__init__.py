@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from llm_pruner.cli import bench, compare, compress, evaluate, inspect, prune, recover
+from llm_pruner.cli import bench, compare, compress, evaluate, export, inspect, prune, recover
 from llm_pruner.cli.build import GroupedCommand, add
 from llm_pruner.cli.output import fail, one_line
 from llm_pruner.errors import Interrupted, LLMPrunerError, PlanError, UserError
@@ -24,6 +24,7 @@ from llm_pruner.runtime.memory import keep_large_blocks
 from llm_pruner.runtime.signals import INTERRUPTED, deaf_at_the_end, ended_alike, exit_code, heard
 from llm_pruner.settings.compress import CompressSettings
 from llm_pruner.settings.evaluate import BenchSettings, EvaluateSettings, InspectSettings
+from llm_pruner.settings.export import ExportSettings
 from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.settings.recover import RecoverSettings
 from llm_pruner.version import __version__
@@ -45,6 +46,7 @@ add(app, "recover", RecoverSettings, recover.run, recover.EXAMPLES)
 add(app, "evaluate", EvaluateSettings, evaluate.run, evaluate.EXAMPLES)
 app.command("compare", cls=GroupedCommand, epilog=compare.EXAMPLES)(compare.command)
 add(app, "bench", BenchSettings, bench.run, bench.EXAMPLES)
+add(app, "export", ExportSettings, export.run, export.EXAMPLES)
 app.command("tasks", cls=GroupedCommand, epilog=evaluate.TASKS_EXAMPLES)(evaluate.write_tasks)
 app.command("demo", cls=GroupedCommand)(compress.demo)
 

@@ -55,6 +55,8 @@ def show(done: Pruned) -> None:
     out.model(done.model, done.parameters_before, done.parameters_after)
     if done.rounding is not None:
         out.print(_rounded(done.rounding))
+    elif done.round_to is not None and done.round_to > 1:
+        out.print(f"channels kept in multiples of {done.round_to}")
     if done.saved_as is not None:
         out.print(_verified(done))
     if done.trials:

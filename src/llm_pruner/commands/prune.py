@@ -32,6 +32,7 @@ from llm_pruner.models.forward import is_on_meta
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import LoadedModel, load
 from llm_pruner.models.streaming import is_model_streamed, keep_dtype_
+from llm_pruner.planning.rounding import rounded_for
 from llm_pruner.report import facts
 from llm_pruner.report.data import Report, SavedAs
 from llm_pruner.report.records import Pruned, Training
@@ -337,6 +338,8 @@ class PruneRun:
             self.rounding = measured_rounding(self.network, self.discovery, self.selection)
             self.selection = replace(self.selection, round_to=self.rounding.multiple)
             self.clock.stop("round")
+        elif isinstance(settings.round_to, str):
+            self.selection = rounded_for(settings.round_to, self.discovery, self.selection)
 
     # ------------------------------------------------------------------------------ what is made
 

@@ -39,7 +39,7 @@ def selection_of(settings: PruneSettings) -> Selection:
         protect_first=0 if first == "auto" else first,
         protect_last=0 if last == "auto" else last,
         layer_ranges=settings.layers or {},
-        round_to=1 if multiple == "auto" else multiple,
+        round_to=1 if isinstance(multiple, str) else multiple,  # named: decided later
         split=settings.split if isinstance(settings.split, dict) else None,
         spread=settings.spread,
         uniform=settings.uniform,

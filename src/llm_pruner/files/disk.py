@@ -58,6 +58,13 @@ def new_file(place: Path) -> Iterator[Path]:
         flush(place.parent)
 
 
+@contextmanager
+def scratch_file(place: Path) -> Iterator[Path]:
+    """Yield an empty file beside ``place``, which is gone at the end."""
+    with _beside(place, "partial", folder=False) as partial, _system_errors():
+        yield partial
+
+
 def put(folder: Path, place: Path) -> None:
     """Give a complete folder its place; on return it is on the disk, and what was there is gone."""
     for path in (*folder.rglob("*"), folder):
@@ -160,6 +167,12 @@ def folder_bytes(path: str | Path) -> int:
     path = Path(path)
     files = [path] if path.is_file() else path.rglob("*")
     return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def starts_with(file: Path, start: bytes) -> bool:
+    """Whether a file begins with these bytes."""
+    with file.open("rb") as stream:
+        return stream.read(len(start)) == start
 
 
 def make_parents(parent: Path) -> list[Path]:

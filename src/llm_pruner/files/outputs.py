@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import new_file, new_folder, read_json, tidy
+from llm_pruner.files.disk import new_file, new_folder, read_json, starts_with, tidy
 
 MANIFEST = ".written-by-llm-pruner"
 """A name without an ending, so that nothing takes it for a part of the model."""
@@ -139,6 +139,32 @@ def check_file(
         noun = kind if kind == "results" else f"a {kind}"
         raise UserError(
             f"{what} exists and does not hold {noun}, so it is not replaced; name another file"
+        )
+
+
+def check_new_file(out: Path, magic: bytes, overwrite: bool, reads: Iterable[Source]) -> None:
+    """Raise UserError if ``out`` cannot become a binary file; meant to run before long work.
+
+    Args:
+        out: the file; a link stands for what it leads to.
+        magic: how such files begin; no other is replaced.
+        overwrite: replace one.
+        reads: all that the command reads.
+    """
+    if os.path.isdir(out):
+        raise UserError(f"{out} is a folder; --out names the file to write")
+    check_place(out, "--out")
+    place = out.resolve()
+    tidy(place)
+    if any(place == read for _, read in _places(reads)):
+        raise UserError(f"{out} is read by this command, so it is not replaced; give another --out")
+    if not place.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{out} exists; give another --out, or --overwrite to replace it")
+    if not starts_with(place, magic):
+        raise UserError(
+            f"{out} is no {magic.decode()} file, so it is not replaced; give another --out"
         )
 
 

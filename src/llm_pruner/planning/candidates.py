@@ -200,7 +200,9 @@ def _allowed(
         limit = min(limit, int(most / companion.ratio))
     counts = np.arange(0, max(limit, 0) + 1, dtype=np.int64)
     good = counts % multiple == 0
-    kept_multiple = lcm(selection.round_to if group.kind in CHANNELS else 1, group.multiple)
+    wanted = selection.round_to if group.kind in CHANNELS else 1
+    wanted = selection.heads_to if group.kind == "heads" else wanted
+    kept_multiple = lcm(wanted, group.multiple)
     good &= (group.size - counts) % kept_multiple == 0
     good[0] = True
     allowed: IntArray = counts[good]
@@ -218,6 +220,11 @@ def _stuck(group: Group, groups: Mapping[str, Group], selection: Selection) -> s
         return (
             f"round_to={selection.round_to} leaves no smaller size for the {group.size} units of "
             f"{group.name}; round to less or leave {group.kind} out of the structures"
+        )
+    if group.kind == "heads" and selection.heads_to > 1:
+        return (
+            f"{group.name} has {group.size} key-value heads and keeps a multiple of "
+            f"{selection.heads_to}; leave heads out of the structures, or round for less"
         )
     return (
         f"{group.name} can lose nothing of its {group.size} units; "

@@ -97,6 +97,7 @@ class Selection:
             replaces the protection for that structure.
         round_to: the number of units kept in a group of channels (ffn, hidden, head_dim, other)
             is a multiple of this, unless the group is left alone.
+        heads_to: the same of key-value heads.
         split: structure -> its share of the parameters that are removed; None lets the ranking
             decide (``global``) or takes the same share of units everywhere (``local``). For targets
             in parameters alone.
@@ -113,6 +114,7 @@ class Selection:
     protect_last: int = 0
     layer_ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     round_to: int = 1
+    heads_to: int = 1
     split: Mapping[str, float] | None = None
     spread: float | None = None
     uniform: bool = False

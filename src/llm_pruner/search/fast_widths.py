@@ -10,18 +10,15 @@ from dataclasses import dataclass
 from statistics import geometric_mean
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from llm_pruner.evaluation.speed import now
-from llm_pruner.planning import TOLERANCE as LEEWAY
 from llm_pruner.planning import Selection, choose_groups
 from llm_pruner.planning.candidates import CHANNELS
-from llm_pruner.planning.selection import Scope
+from llm_pruner.planning.rounding import largest_multiple
 from llm_pruner.runtime.progress import track
-from llm_pruner.surgery.removal import count_parameters
 from llm_pruner.types import Discovery, Group
 
 CANDIDATES = (8, 16, 32, 64, 128)
@@ -188,8 +185,6 @@ def _widths(units: int, multiple: int) -> list[int]:
     return sorted({kept for kept in found if 0 < kept < units})
 
 
-_FINEST = 4
-"""Sizes, at least, that a multiple must leave a group to choose from."""
 _MOST_PRODUCTS = 4
 
 
@@ -205,28 +200,14 @@ def measured_rounding(model: nn.Module, discovery: Discovery, selection: Selecti
     """
     chosen = choose_groups(discovery, selection)
     groups = [group for group in chosen if group.kind in CHANNELS]
-    candidates = [m for m in CANDIDATES if m <= _largest(discovery, groups, selection.scope)]
+    candidates = [
+        m for m in CANDIDATES if m <= largest_multiple(discovery, groups, selection.scope)
+    ]
     weight = next(model.parameters())
     # Without weights (on meta) the processor stands in.
     device = torch.device("cpu") if weight.is_meta else weight.device
     products = _products(model, discovery, groups)
     return fast_multiple(products, candidates, dtype=weight.dtype, device=device)
-
-
-def _largest(discovery: Discovery, groups: Sequence[Group], scope: Scope) -> float:
-    """Return the largest multiple that leaves enough sizes."""
-    if not groups:
-        return 0
-    total = count_parameters(discovery)
-    steps = []
-    for kind in {group.kind for group in groups}:
-        same = [group for group in groups if group.kind == kind]
-        moving = same if scope == "local" else same[:1]
-        one = {group.name: np.zeros(1, np.int64) for group in moving}
-        steps.append(total - count_parameters(discovery, one))
-    # Rounding is off by half a multiple at most; the finest kind makes up for the others.
-    fine = 2 * LEEWAY * total / max(1, min(steps))
-    return min(fine, min(group.size for group in groups) / _FINEST)
 
 
 def _products(model: Any, discovery: Discovery, groups: Sequence[Group]) -> list[Product]:

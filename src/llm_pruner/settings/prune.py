@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -30,11 +31,20 @@ AMOUNTS = ("ratio", "params", "unit_ratio", "kv_cache")
 """Fields of which one says how much is removed."""
 
 
-def _multiple(text: str) -> int:
+PURPOSES = {"blocks": 32, "gguf": 256, "gptq": 128, "marlin": 64}
+"""What is to run the model -> the multiple that it wants."""
+
+
+def _multiple(text: str) -> int | str:
+    if re.fullmatch(r"auto|tp[1-9]\d{0,3}", text) or text in PURPOSES:
+        return text
     try:
         return int(text)
     except ValueError:
-        raise UserError(f"--round-to {text} is no number; use such as 32, or auto") from None
+        names = ", ".join(("auto", *PURPOSES))
+        raise UserError(
+            f"--round-to {text} is no number; use such as 32, or {names}, or tp4"
+        ) from None
 
 
 class AmountSettings(Settings):
@@ -102,10 +112,11 @@ class MethodSettings(CalibrationSettings):
         "Layers to prune by structure, such as heads=4-26,ffn=2-28; replaces the protection.",
         "RANGES",
     )
-    round_to: Annotated[int | Literal["auto"], written(_multiple, "auto")] = _where(
+    round_to: Annotated[int | str, written(_multiple)] = _where(
         1,
         "Keep a multiple of this many channels; auto: the smallest that this machine multiplies at "
-        "full speed.",
+        "full speed; blocks: 32 where that is a small step; gguf, gptq, marlin: as these want it; "
+        "tp4: heads and channels that 4 devices share.",
         "N",
     )
     criterion: str = _importance("taylor", f"{', '.join(CRITERIA)}.", "NAME", known=CRITERIA)

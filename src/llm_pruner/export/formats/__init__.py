@@ -1,0 +1,1 @@
+"""Each module here is a format of ``export``: ``TYPES``, ``require`` and ``convert``."""

@@ -1,0 +1,210 @@
+"""A tokenizer as llama.cpp reads it: from ``tokenizer.json``, or from another GGUF file.
+
+llama.cpp has the rules by which text is split before merging built in, under names. The name is
+told by the rules that ``tokenizer.json`` states, so that one with other tokens is known as well.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from llm_pruner.errors import UserError
+from llm_pruner.files.disk import read_json
+from llm_pruner.runtime.progress import quiet
+
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_LINES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s|"
+)
+_WORDS = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _LINES
+_TAIL = r"%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _LINES
+
+_RULES: dict[tuple[object, ...], str] = {
+    (False, "ByteLevel"): "gpt-2",
+    (False, "Digits", "ByteLevel"): "smollm",
+    (False, _WORDS % r"\p{N}"): "qwen2",
+    (False, _WORDS % r"\p{N}{1,3}"): "smaug-bpe",
+    (True, _WORDS % r"\p{N}{1,3}"): "llama-bpe",
+    (True, _CASED % ("", "") + _TAIL % r"\p{N}"): "tekken",
+    (False, _CASED % ((f"{_CONTRACTIONS}?",) * 2) + _TAIL % r"\p{N}{1,3}"): "gpt-4o",
+}
+"""(Whether whole tokens need no merges, the rules in order) -> llama.cpp's name.
+
+A rule is ``ByteLevel`` for GPT-2's own expression, ``Digits`` for single digits, or an expression.
+"""
+
+
+_UNICODE = ("NFC", "NFD", "NFKC", "NFKD")
+"""Normalisers that llama.cpp leaves out: most text is normal already."""
+
+_OF_ANOTHER = (
+    "give a GGUF file of the model that it was made of with --like, and its tokenizer is copied"
+)
+
+
+def read_tokenizer(folder: Path, rows: int) -> dict[str, gguf.GGUFValue]:
+    """Return all keys of a GGUF file that tell of the tokenizer in a folder.
+
+    Args:
+        folder: with ``tokenizer.json``, and the special tokens and chat template beside it.
+        rows: of the embedding; there is a token for each.
+
+    Raises:
+        UserError: it has no ``tokenizer.json``, or one that llama.cpp cannot follow.
+    """
+    try:
+        data = read_json(folder / "tokenizer.json")
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} has no tokenizer.json; {_OF_ANOTHER}") from error
+    except ValueError as error:
+        raise UserError(
+            f"{folder / 'tokenizer.json'} cannot be read ({error}); {_OF_ANOTHER}"
+        ) from error
+    bytewise = not data["model"].get("byte_fallback")
+    if data["model"]["type"] != "BPE":
+        raise UserError(
+            f"the tokenizer in {folder} is a {data['model']['type']}, which is not exported to "
+            f"GGUF; {_OF_ANOTHER}"
+        )
+    steps = {step["type"] for step in _all_steps(data)}
+    if not bytewise and not steps <= {"Prepend", "Replace", "Metaspace"}:
+        raise _unknown(folder)
+    writer = gguf.GGUFWriter(None, "")
+    writer.add_tokenizer_model("gpt2" if bytewise else "llama")
+    writer.add_tokenizer_pre(_pre_tokenizer(data, folder) if bytewise else "default")
+    texts, types = _tokens(data, rows, folder)
+    writer.add_token_list(texts)
+    writer.add_token_types(types)
+    if not bytewise:
+        writer.add_token_scores(_scores(data, texts))
+        writer.add_add_space_prefix(_adds_space(data))
+    with quiet("gguf"):
+        special = gguf.SpecialVocab(folder, load_merges=bytewise, n_vocab=rows)
+        special.add_special_token.setdefault("bos", False)
+        special.add_to_gguf(writer, quiet=True)
+    return _of_tokenizer(writer.kv_data[0])
+
+
+def copy_tokenizer(file: Path, rows: int) -> dict[str, gguf.GGUFValue]:
+    """Return the same keys of a GGUF file.
+
+    Raises:
+        UserError: it is no GGUF file, or its tokenizer has another number of tokens.
+    """
+    try:
+        fields = gguf.GGUFReader(file).fields
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(f"{file} is no GGUF file that can be read; name another") from error
+    found = {
+        name: gguf.GGUFValue(
+            one.contents(), one.types[0], one.types[1:][0] if one.types[1:] else None
+        )
+        for name, one in fields.items()
+    }
+    found = _of_tokenizer(found)
+    tokens = len(found["tokenizer.ggml.tokens"].value) if "tokenizer.ggml.tokens" in found else 0
+    if tokens != rows:
+        raise UserError(
+            f"the tokenizer in {file} has {tokens:,} tokens, and the model has {rows:,}; name a "
+            "GGUF file of the model that it was made of"
+        )
+    return found
+
+
+def _of_tokenizer(found: dict[str, gguf.GGUFValue]) -> dict[str, gguf.GGUFValue]:
+    return {name: value for name, value in found.items() if name.startswith("tokenizer.")}
+
+
+def _tokens(data: dict[str, Any], rows: int, folder: Path) -> tuple[list[str], list[int]]:
+    """Return text and type of each token; rows that no token has are unused ones."""
+    vocabulary = {number: text for text, number in data["model"]["vocab"].items()}
+    added = {one["id"]: one for one in data.get("added_tokens") or ()}
+    most = max((*vocabulary, *added), default=-1)
+    if most >= rows:
+        raise UserError(
+            f"the tokenizer in {folder} has tokens up to {most:,}, and the model embeds {rows:,}; "
+            "put the tokenizer of the model into the folder"
+        )
+    texts, types = [], []
+    for number in range(rows):
+        text, kind = vocabulary.get(number), gguf.TokenType.NORMAL
+        if number in added:
+            text, special = added[number]["content"], added[number].get("special")
+            kind = gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED
+        elif text is None:
+            text, kind = f"[PAD{number}]", gguf.TokenType.UNUSED
+        elif re.fullmatch("<0x[0-9A-F]{2}>", text) and data["model"].get("byte_fallback"):
+            kind = gguf.TokenType.BYTE
+        if text == data["model"].get("unk_token"):
+            kind = gguf.TokenType.UNKNOWN
+        texts.append(text)
+        types.append(kind)
+    return texts, types
+
+
+def _scores(data: dict[str, Any], texts: list[str]) -> list[float]:
+    """Return a score for each token: what is merged first has the highest one."""
+    pairs = (one.split(" ", 1) if isinstance(one, str) else one for one in data["model"]["merges"])
+    ranks: dict[str, int] = {}
+    for rank, pair in enumerate(pairs):
+        ranks.setdefault("".join(pair), rank)
+    return [-float(ranks.get(text, len(ranks))) for text in texts]
+
+
+def _adds_space(data: dict[str, Any]) -> bool:
+    """Whether text gets a space before its first word."""
+    return any(
+        step["type"] == "Prepend" or step.get("prepend_scheme") in ("always", "first")
+        for step in _all_steps(data)
+    )
+
+
+def _all_steps(data: dict[str, Any]) -> list[dict[str, Any]]:
+    normal = _steps(data.get("normalizer"), "normalizers")
+    return [*normal, *_steps(data.get("pre_tokenizer"))]
+
+
+def _unknown(folder: Path) -> UserError:
+    return UserError(
+        f"llama.cpp has no name that is known here for how the tokenizer in {folder} splits text; "
+        f"{_OF_ANOTHER}"
+    )
+
+
+def _steps(one: dict[str, Any] | None, inside: str = "pretokenizers") -> Iterator[dict[str, Any]]:
+    if one is not None and one["type"] == "Sequence":
+        for step in one[inside]:
+            yield from _steps(step, inside)
+    elif one is not None:
+        yield one
+
+
+def _pre_tokenizer(data: dict[str, Any], folder: Path) -> str:
+    """Return llama.cpp's name for the rules by which text is split before merging."""
+    rules: list[object] = [bool(data["model"].get("ignore_merges"))]
+    for step in _steps(data.get("pre_tokenizer")):
+        rules.append(_rule(step))
+    normal = {step["type"] for step in _steps(data.get("normalizer"), "normalizers")}
+    name = _RULES.get(tuple(rule for rule in rules if rule is not None))
+    if name is None or not normal <= set(_UNICODE):
+        raise _unknown(folder)
+    return name
+
+
+def _rule(step: dict[str, Any]) -> str | None:
+    """Return a step as `_RULES` has it; None for the one that only writes bytes as letters."""
+    if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+        return str(step["pattern"].get("Regex"))
+    if step["type"] == "Digits" and step["individual_digits"]:
+        return "Digits"
+    if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
+        return "ByteLevel" if step.get("use_regex", True) else None
+    return json.dumps(step, sort_keys=True)

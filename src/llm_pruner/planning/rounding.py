@@ -1,0 +1,92 @@
+"""Widths by purpose: multiples that what runs the model wants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import gcd
+
+import numpy as np
+
+from llm_pruner.errors import UserError
+from llm_pruner.planning.candidates import CHANNELS
+from llm_pruner.planning.match_target import TOLERANCE
+from llm_pruner.planning.selection import Scope, Selection, choose_groups
+from llm_pruner.settings.prune import PURPOSES
+from llm_pruner.surgery.removal import count_parameters
+from llm_pruner.types import Discovery, Group
+
+_FINEST = 4
+"""Sizes, at least, that a multiple must leave a group to choose from."""
+
+_SMALL = 8
+"""A multiple that nobody asked for is at most this part of the largest one that would do."""
+
+
+def largest_multiple(discovery: Discovery, groups: Sequence[Group], scope: Scope) -> float:
+    """Return the largest multiple that leaves enough sizes."""
+    if not groups:
+        return 0
+    total = count_parameters(discovery)
+    steps = []
+    for kind in {group.kind for group in groups}:
+        same = [group for group in groups if group.kind == kind]
+        moving = same if scope == "local" else same[:1]
+        one = {group.name: np.zeros(1, np.int64) for group in moving}
+        steps.append(total - count_parameters(discovery, one))
+    # Rounding is off by half a multiple at most; the finest kind makes up for the others.
+    fine = 2 * TOLERANCE * total / max(1, min(steps))
+    return min(fine, min(group.size for group in groups) / _FINEST)
+
+
+def rounded_for(purpose: str, discovery: Discovery, selection: Selection) -> Selection:
+    """Return a selection that keeps widths as a purpose wants them.
+
+    ``blocks`` is 32 where all groups that may be pruned have such sizes and it is a small step,
+    else 1.
+    ``gguf`` is 256 where all of them have such sizes and enough are left to choose from, else 32.
+    Matrices that read heads keep a multiple of gguf, gptq or marlin, too, if they have one.
+
+    Args:
+        purpose: one of ``PURPOSES``, or ``tp`` and the number of devices.
+
+    Raises:
+        UserError: the dense model does not divide by the number of devices; nothing can be pruned.
+    """
+    chosen = choose_groups(discovery, selection)
+    if purpose.startswith("tp"):
+        devices = int(purpose[2:])
+        _check_divides(discovery, chosen, devices)
+        return replace(selection, round_to=devices, heads_to=devices)
+    channels = [group for group in chosen if group.kind in CHANNELS]
+    most = largest_multiple(discovery, channels, selection.scope)
+
+    def fits(multiple: int, part: int = 1) -> bool:
+        return part * multiple <= most and all(group.size % multiple == 0 for group in channels)
+
+    multiple = PURPOSES[purpose]
+    if purpose == "blocks":
+        return replace(selection, round_to=multiple if fits(multiple, _SMALL) else 1)
+    if purpose == "gguf" and not fits(multiple):
+        multiple = PURPOSES["blocks"]
+    heads = [_heads_to(group, multiple) for group in chosen if group.kind == "heads"]
+    return replace(selection, round_to=multiple, heads_to=max(heads, default=1))
+
+
+def _heads_to(group: Group, multiple: int) -> int:
+    """Return how many heads make a multiple of what reads them; 1 if all of them make none."""
+    widths = [member.index.shape[1] for member in group.members if member.dim == 1]
+    inputs = max(widths, default=multiple)
+    step = multiple // gcd(multiple, inputs)
+    return step if group.size % step == 0 else 1
+
+
+def _check_divides(discovery: Discovery, chosen: Sequence[Group], devices: int) -> None:
+    """Raise UserError unless channels of all layers, and heads that may go, divide."""
+    heads = [group for group in chosen if group.kind == "heads"]
+    for group in (*(one for one in discovery.groups if one.kind == "ffn"), *heads):
+        if group.size % devices:
+            raise UserError(
+                f"{group.name} has {group.size} units, which do not divide by {devices}; leave "
+                f"{group.kind} out of the structures, or round for another number of devices"
+            )
