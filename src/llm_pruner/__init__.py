@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from llm_pruner.api import Model as Model
     from llm_pruner.api import Taylor as Taylor
     from llm_pruner.api import calibration as calibration
+    from llm_pruner.api import curve as curve
     from llm_pruner.api import discover as discover
     from llm_pruner.api import health as health
     from llm_pruner.api import load as load
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from llm_pruner.version import __version__ as __version__
 
 _NAMES = {
-    "api": "Lora Model Taylor calibration discover health load perplexity plan presets prune_ "
+    "api": "Lora Model Taylor calibration curve discover health load perplexity plan presets prune_ "
     "recover_ refit_ score",
     "checkpoints": "save_checkpoint",
     "errors": "LLMPrunerError PlanError UserError VerificationError",

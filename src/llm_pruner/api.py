@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from llm_pruner.checkpoints import save_checkpoint
+from llm_pruner.commands.curve import CurveRun
 from llm_pruner.commands.prune import PruneRun, Refitter, keep_type_
 from llm_pruner.data.calibration import Calibration, read_calibration
 from llm_pruner.data.text import Protocol, load_evaluation_text
@@ -30,9 +31,11 @@ from llm_pruner.importance import score as score_groups
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import LoadedModel, load_model
 from llm_pruner.planning import Plan
+from llm_pruner.report.records import CurvePoint
 from llm_pruner.runtime.precision import fast_matmul
 from llm_pruner.runtime.progress import Clock
 from llm_pruner.settings.common import CalibrationSettings
+from llm_pruner.settings.curve import RATIOS, CurveSettings
 from llm_pruner.settings.evaluate import PerplexitySettings
 from llm_pruner.settings.prune import PlanSettings, PruneSettings
 from llm_pruner.settings.recover import RecoverSettings, TrainingSettings
@@ -265,6 +268,41 @@ def plan(model: Model, groups: Discovery, scores: Scores | None, settings: PlanS
     run.make_plan()
     assert run.plan is not None
     return run.plan
+
+
+def curve(
+    model: Model,
+    settings: PlanSettings | None = None,
+    *,
+    ratios: Sequence[float] = RATIOS,
+    text: str | None = None,
+    measured_tokens: int = 8192,
+) -> list[tuple[Plan, CurvePoint]]:
+    """Return a plan and what it costs for each size; the model stays as it is.
+
+    Args:
+        model: the dense model.
+        settings: how it is pruned, such as ``presets.balanced(calibration="c4")``; by default
+            ``presets.best()``.
+        ratios: shares of all parameters to remove.
+        text: a corpus to measure on, as for `perplexity`; None for what calibration leaves of its
+            source.
+        measured_tokens: of it, at most.
+
+    Raises:
+        UserError: a size cannot be reached, or there is no text to measure on.
+    """
+    said = {} if settings is None else settings.written()
+    asked = CurveSettings(
+        **said,
+        model=model.loaded.name,
+        out=_NEW,
+        ratios=tuple(ratios),
+        text=text,
+        measured_tokens=measured_tokens,
+    )
+    run = CurveRun(asked, loaded=model.loaded, discovery=discover(model))
+    return [run.point(ratio) for ratio in asked.ratios]
 
 
 def prune_(

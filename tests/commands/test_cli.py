@@ -23,7 +23,8 @@ from llm_pruner.version import __version__
 pytestmark = pytest.mark.slow
 
 COMMANDS = (
-    *("compress", "inspect", "prune", "recover", "evaluate", "compare", "bench", "tasks", "demo"),
+    *("compress", "inspect", "prune", "curve", "recover", "evaluate", "compare", "bench", "tasks"),
+    "demo",
 )
 
 

@@ -205,7 +205,7 @@ PLACES: tuple[tuple[Any, str, int], ...] = (
     (llm_pruner.commands.recover, "save_checkpoint", 1),
     (stages, "measure_apart", 1),
     (stages, "write_report", 1),
-    (stages, "_move", 1),
+    (stages, "move_result", 1),
 )
 """Where the run is interrupted, in the order in which it gets there."""
 

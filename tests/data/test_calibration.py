@@ -73,6 +73,39 @@ def test_packing_without_special_tokens(tmp_path: Path) -> None:
     assert letters == "\n\n".join(letter * 300 for letter in order)[:880]
 
 
+def test_windows_to_measure_on_are_no_calibration_windows(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("".join(chr(65 + n) * 20 for n in range(60)))
+    tokenizer, options = tiny_tokenizer(), {"samples": 5, "seq_len": 20, "seed": 0}
+    source = str(tmp_path / "a.txt")
+    made = build_calibration(
+        CalibrationSettings(calibration=source, samples=5, seq_len=20), tokenizer, seed=0, unseen=9
+    )
+    plain = build(source, tokenizer, **options)
+    assert torch.equal(made.input_ids, plain.input_ids)
+    assert made.settings == plain.settings
+    assert plain.unseen.shape == (0, 0)
+    assert made.unseen.shape == (9, 20)
+    # The text has 60 windows, each of one character, in the order of the characters.
+    drawn, rest = ({row.tolist()[0] for row in one} for one in (made.input_ids, made.unseen))
+    assert len(rest) == 9
+    assert not drawn & rest
+    mine, his = ({int(one) for one in letters} for letters in (drawn, rest))
+    assert min(abs(a - b) for a in mine for b in his) > 1
+    everything = build_calibration(
+        CalibrationSettings(calibration=source, samples=5, seq_len=20), tokenizer, seed=0, unseen=99
+    )
+    assert len(everything.unseen) == 55
+    written = build_calibration(
+        CalibrationSettings(calibration="self", samples=3, seq_len=16),
+        tokenizer,
+        tiny_model("llama"),
+        seed=0,
+        unseen=2,
+    )
+    assert written.unseen.shape == (2, 16)
+    assert not (written.unseen[:, None] == written.input_ids).all(-1).any()
+
+
 def test_every_window_starts_with_bos_where_the_tokenizer_adds_it(tmp_path: Path) -> None:
     source = write_documents(tmp_path / "d.jsonl", [300, 300])
     made = build(source, marking_tokenizer("<s> $A </s>"), samples=12, seq_len=51, seed=1)

@@ -11,8 +11,14 @@ import pytest
 from command import WORDS
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.data.examples import Example, Turn, load_examples
-from llm_pruner.data.sequences import TrainingSequence, encode_examples
-from llm_pruner.data.training import fingerprint_samples, self_made_samples, split_samples
+from llm_pruner.data.sequences import TrainingSequence, encode_examples, make_sequence
+from llm_pruner.data.training import (
+    Samples,
+    fingerprint_samples,
+    held_out_windows,
+    self_made_samples,
+    split_samples,
+)
 from llm_pruner.errors import UserError
 
 TEMPLATE = (
@@ -184,6 +190,20 @@ def test_held_out_examples_are_never_trained_on(tmp_path: Path) -> None:
     assert (len(few.train), len(few.held_out)) == (20, 10)
     with pytest.raises(UserError, match="gives 60 samples and 60 of them are to be held out"):
         split_samples(examples, tokenizer, seq_len=200, held_out=60)
+
+
+def test_held_out_samples_as_windows() -> None:
+    def samples(*lengths: int) -> Samples:
+        held_out = [make_sequence([n] * n, [True] * n, 0) for n in lengths]
+        return Samples("text", None, [], held_out)
+
+    assert held_out_windows([samples(3, 5), samples(4)], 4).tolist() == [
+        [3, 3, 3, 5],
+        [5, 5, 5, 5],
+        [4, 4, 4, 4],
+    ]
+    assert held_out_windows([samples(3)], 512).tolist() == [[3, 3, 3]]
+    assert held_out_windows([samples(30_000), samples(9)], 4096).shape == (2, 4096)
 
 
 def test_text_of_the_model_is_written_once_and_continued(tmp_path: Path) -> None:

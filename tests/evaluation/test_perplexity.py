@@ -124,6 +124,33 @@ def test_chunks_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(state, torch.random.get_rng_state())
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_model_that_others_are_compared_with_runs_once(scale: float) -> None:
+    """Not where its logits are something else than what its output embedding gives."""
+    model, runs = tiny_model("llama"), []
+    batch = torch.arange(3, 43).view(2, 20)
+    with torch.no_grad():
+        wanted = scale * model(input_ids=batch).logits
+
+    def count(_: Any, __: Any, found: Any) -> Any:
+        runs.append(found)
+        if scale != 1:
+            found.logits = scale * found.logits
+        return found
+
+    remembered = module.Remembered(model)
+    model.register_forward_hook(count)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(remembered(input_ids=batch).logits, wanted)
+        other = remembered(input_ids=batch[:1]).logits
+    assert torch.allclose(other, wanted[:1], atol=1e-5)
+    assert len(runs) == (2 if scale == 1 else 4)
+    with module.evaluating(remembered):
+        pass
+    assert not any(part.training for part in model.modules())
+
+
 def test_the_loss_is_float32_in_a_half_precision_model() -> None:
     model = tiny_model().to(torch.bfloat16)
     ids = torch.tensor(bytes_of(TEXT.text)[:128])

@@ -432,7 +432,7 @@ def test_compress_puts_its_result_in_place_like_any(work: Path) -> None:
     run_folder = work / "out.compressing"
     pruned = written(run_folder / "pruned", file="new")
     written(work / ".out.old-abcd_123/out", file="old")  # killed between the two renames
-    compressing._move(pruned, work / "out", True, ())
+    compressing.move_result(pruned, work / "out", True, ())
     assert (work / "out/file").read_text() == "new"
     assert not list(work.glob(".*"))
     discard(run_folder)

@@ -21,6 +21,7 @@ from llm_pruner.cli.build import add
 from llm_pruner.commands.prune import PruneRun
 from llm_pruner.errors import UserError
 from llm_pruner.settings.compress import CompressSettings
+from llm_pruner.settings.curve import CurveSettings
 from llm_pruner.settings.evaluate import BenchSettings, EvaluateSettings, InspectSettings
 from llm_pruner.settings.options import Settings, option, option_name, option_of
 from llm_pruner.settings.prune import MethodSettings, PruneSettings
@@ -28,6 +29,7 @@ from llm_pruner.settings.recover import RecoverSettings, TrainingSettings
 
 COMMANDS: dict[str, type[Settings]] = {
     "prune": PruneSettings,
+    "curve": CurveSettings,
     "recover": RecoverSettings,
     "compress": CompressSettings,
     "evaluate": EvaluateSettings,

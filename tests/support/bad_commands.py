@@ -14,6 +14,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs/before-work.md"
 LONG = "n" * 300
 BASES = {
     "prune": "prune m --out o --ratio 0.2 --calibration t.txt",
+    "curve": "curve m --out o --calibration t.txt",
     "recover": "recover m --out o --data t.txt",
     "compress": "compress m --out o --calibration t.txt --data t.txt",
     "evaluate": "evaluate m --perplexity t.txt",
@@ -24,7 +25,7 @@ BASES = {
 }
 """The good commands that the options are added to; ``m`` is a checkpoint, ``t.txt`` a text."""
 
-WRITERS, PRUNERS = ("prune", "recover", "compress"), ("prune", "recover")
+WRITERS, PRUNERS = ("prune", "curve", "recover", "compress"), ("prune", "recover")
 LOADERS = (*WRITERS, "evaluate", "bench", "inspect")
 
 
@@ -66,6 +67,11 @@ CRITERIA = (
     "random, l1, l2, taylor, contribution, fisher, fisher-obs, fluctuation, gate, leverage, obs, "
     "wanda"
 )
+DAMAGE = (
+    "is no damage; write such as 1.2x, for the dense model's perplexity times 1.2, or 0.3, for a "
+    "KL divergence of 0.3 nats"
+)
+LITTLE = ("1x", "0.9x", "0", "-1", "nan", "little")
 NO_TEXT = "nofile.txt does not exist; check the path of the text file"
 NO_MULTIPLE = "is no number; use such as 32, or auto, blocks, gguf, gptq, marlin, or tp4"
 COUNT = "is not a number of parameters; write such as 5.4B, 107.6M or 110000000"
@@ -163,6 +169,12 @@ TABLE: dict[str, list[Bad]] = {
                 "--teacher file",
                 "file is a file that is no .gguf; name a folder, a .gguf file or a hub id",
             ),
+            (
+                "--control m",
+                "--control m is the model that is recovered; name the dense model that it was cut "
+                "from",
+            ),
+            ("--control empty", "empty has no config.json, so it is no checkpoint; name a…"),
             ("--teacher 'no model'", "no model does not exist; name a folder with config.json…"),
             ("--teacher empty", "empty has no config.json, so it is no checkpoint; name a…"),
         ),
@@ -231,6 +243,16 @@ TABLE: dict[str, list[Bad]] = {
                 "--preset file",
                 "preset file holds no settings; write lines such as 'criterion: fisher'",
             ),
+        ),
+        *bad(
+            "curve",
+            (
+                "--ratios 0.2,1",
+                "ratios=(0.2, 1.0): each is a share to remove, in (0, 1); give such as 0.1,0.2,0.3",
+            ),
+            ("--ratios x", "--ratios x is no list of shares; write such as 0.1,0.2,0.3"),
+            ("--structures x", f"unknown structure 'x'; known are {STRUCTURES}"),
+            *((f"--max-damage {damage}", f"--max-damage {damage} {DAMAGE}") for damage in LITTLE),
         ),
         *bad(
             "compress",
@@ -406,6 +428,16 @@ TABLE: dict[str, list[Bad]] = {
             ),
             ("--health --health-prompts nofile.txt", NO_TEXT),
             ("--report m", "m has no report.json; name a folder that llm-pruner prune wrote"),
+        ),
+        *bad(
+            "curve",
+            ("--text nofile.txt", NO_TEXT),
+            (
+                "--text t.txt",
+                "--text t.txt is the calibration text, which the models are fitted to; leave "
+                "--text out to measure on the rest of it, or give another",
+            ),
+            ("--measured-tokens 1", between("--measured-tokens", 1, 2, 10**9)),
         ),
         *bad(
             "compress",

@@ -15,7 +15,17 @@ from typing import Annotated
 
 import typer
 
-from llm_pruner.cli import bench, compare, compress, evaluate, export, inspect, prune, recover
+from llm_pruner.cli import (
+    bench,
+    compare,
+    compress,
+    curve,
+    evaluate,
+    export,
+    inspect,
+    prune,
+    recover,
+)
 from llm_pruner.cli.build import GroupedCommand, add
 from llm_pruner.cli.output import fail, one_line
 from llm_pruner.errors import Interrupted, LLMPrunerError, PlanError, UserError
@@ -23,6 +33,7 @@ from llm_pruner.files.disk import placed
 from llm_pruner.runtime.memory import keep_large_blocks
 from llm_pruner.runtime.signals import INTERRUPTED, deaf_at_the_end, ended_alike, exit_code, heard
 from llm_pruner.settings.compress import CompressSettings
+from llm_pruner.settings.curve import CurveSettings
 from llm_pruner.settings.evaluate import BenchSettings, EvaluateSettings, InspectSettings
 from llm_pruner.settings.export import ExportSettings
 from llm_pruner.settings.prune import PruneSettings
@@ -42,6 +53,7 @@ app = typer.Typer(
 add(app, "compress", CompressSettings, compress.run, compress.EXAMPLES)
 add(app, "inspect", InspectSettings, inspect.run, inspect.EXAMPLES)
 add(app, "prune", PruneSettings, prune.run, prune.EXAMPLES)
+add(app, "curve", CurveSettings, curve.run, curve.EXAMPLES)
 add(app, "recover", RecoverSettings, recover.run, recover.EXAMPLES)
 add(app, "evaluate", EvaluateSettings, evaluate.run, evaluate.EXAMPLES)
 app.command("compare", cls=GroupedCommand, epilog=compare.EXAMPLES)(compare.command)

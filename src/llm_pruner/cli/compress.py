@@ -12,10 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llm_pruner.cli.build import Json
-from llm_pruner.cli.output import Screen, check_json, command_line, warn, write_json
+from llm_pruner.cli.output import (
+    Screen,
+    check_json,
+    command_line,
+    tell_going_on,
+    tell_stage,
+    warn,
+    write_json,
+)
 from llm_pruner.cli.recover import Narrator
 from llm_pruner.errors import Interrupted
-from llm_pruner.report.text import clean, count, megabytes
+from llm_pruner.report.text import count, megabytes
 from llm_pruner.runtime.memory import BOTH, keep_kernels
 from llm_pruner.settings.compress import CompressSettings
 
@@ -92,23 +100,13 @@ def _compress(settings: CompressSettings, json: str | None, **more: Any) -> None
     """Run, tell standard error how it goes, and print or write what came out."""
     from llm_pruner.commands.compress import compress
 
-    live = sys.stderr.isatty()
-
-    def tell(stage: str) -> None:
-        if live:
-            print(f"llm-pruner: {stage}", file=sys.stderr, flush=True)
-
-    def going_on(folder: Path) -> None:
-        name = clean(folder.name)
-        print(f"llm-pruner: going on with the run in {name}", file=sys.stderr, flush=True)
-
     try:
         done = compress(
             settings,
             command=command_line(),
-            tell=tell,
+            tell=tell_stage,
             say=Narrator(quiet=True),
-            going_on=going_on,
+            going_on=tell_going_on,
             **more,
         )
     except KeyboardInterrupt:

@@ -122,6 +122,18 @@ def one_line(message: str) -> str:
     return " ".join(message.splitlines())
 
 
+def tell_stage(stage: str) -> None:
+    """Say on a terminal which stage of a long run begins."""
+    if sys.stderr.isatty():
+        print(f"llm-pruner: {stage}", file=sys.stderr, flush=True)
+
+
+def tell_going_on(folder: Path) -> None:
+    """Say that the run in a folder, which was interrupted, goes on."""
+    name = clean(folder.name)
+    print(f"llm-pruner: going on with the run in {name}", file=sys.stderr, flush=True)
+
+
 def warn(message: str) -> None:
     """Print a warning to standard error and go on."""
     print(f"llm-pruner: warning: {clean(one_line(message))}", file=sys.stderr)

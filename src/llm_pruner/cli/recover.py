@@ -57,19 +57,17 @@ class Narrator:
     def __init__(self, quiet: bool) -> None:
         self._live = sys.stderr.isatty()
         self._silent = quiet and not self._live
-        self._first: tuple[int, float, int] | None = None
+        self._first: dict[bool, tuple[int, float, int]] = {}
 
     def __call__(self, progress: Progress) -> None:
         if self._silent:
             return
         run, step = progress.run, progress.step
-        if self._first is None:
-            self._first = (step, run.seconds, run.tokens)
-        steps, seconds, tokens = (
-            now - then
-            for now, then in zip((step, run.seconds, run.tokens), self._first, strict=True)
-        )
-        line = f"step {step} of {run.total}: loss {progress.loss:.3f}"
+        here = (step, run.seconds, run.tokens)
+        first = self._first.setdefault(progress.control, here)
+        steps, seconds, tokens = (now - then for now, then in zip(here, first, strict=True))
+        line = "control: " if progress.control else ""
+        line += f"step {step} of {run.total}: loss {progress.loss:.3f}"
         line += f", held-out {run.evaluations[-1].loss:.3f}" if run.evaluations else ""
         if steps and seconds > 0:
             left = (run.total - step) * seconds / steps
@@ -88,6 +86,8 @@ def duration(seconds: float) -> str:
 
 def show(done: Recovered) -> None:
     """Print what was won, and on which data."""
+    from llm_pruner.report.facts import control_of
+
     out = Screen()
     out.print(
         f"{clean(done.model)}: {done.steps:,} steps, {done.tokens:,} tokens, "
@@ -108,6 +108,10 @@ def show(done: Recovered) -> None:
         rows.append((old.corpus, note, tokens, *_change(old.perplexity, new.perplexity)))
     columns = ("text", "", "tokens", "before", "after", "change")
     out.table("Perplexity", columns, rows, text=("",))
+    for four in control_of(done):
+        models = [(row.model, *row.cells) for row in four.rows]
+        out.table(four.text, ("model", "perplexity", "KL, nats", "changed"), models)
+        out.print(f"pruned + training is {four.damage:.3f} times dense + training in perplexity")
     if done.stopped is not None:
         out.print(f"ended early: {done.stopped}")
     if done.gained and done.best_step != done.steps:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from llm_pruner.commands.evaluate import measure_apart, read_texts
 from llm_pruner.commands.prune import PruneRun
 from llm_pruner.commands.prune_start import check_space, criterion_of, selection_of, target_of
 from llm_pruner.commands.recover import recover_checkpoint
-from llm_pruner.commands.workdir import Work, folder_beside, opened, read_values
+from llm_pruner.commands.workdir import Work, folder_beside, move_result, opened, read_values
 from llm_pruner.data.calibration import check_calibration
 from llm_pruner.data.examples import load_examples
 from llm_pruner.data.files import BEGINNING
@@ -25,7 +25,7 @@ from llm_pruner.data.selfmade import CHUNK, write_text_cached
 from llm_pruner.data.text import DEMO_PROMPTS, SELF
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import result_cache
-from llm_pruner.files.disk import put, tidy
+from llm_pruner.files.disk import tidy
 from llm_pruner.files.outputs import check_output, check_place
 from llm_pruner.models.forward import maximum_length
 from llm_pruner.models.load import check, load
@@ -132,7 +132,7 @@ def compress(
         check_file_states(stored)
         tell("moving the result into place")
         folder = run.path("pruned" if done.recovery is None else "recovered")
-        _move(folder, out, settings.overwrite, settings.reads)
+        move_result(folder, out, settings.overwrite, settings.reads)
         seconds, peak = run.seconds, max(run.peak_bytes, done.peak_bytes)
         run.remove()
     notes = [*done.notes, *result_cache.shared_corpora(str(out), settings.perplexity)]
@@ -419,15 +419,3 @@ def chunks_in_time(
         now = clock()
         longest, last = max(longest, now - last), now
     return there
-
-
-def _move(folder: Path, out: Path, overwrite: bool, reads: Iterable[str]) -> None:
-    """Put a complete folder in its place.
-
-    After a kill it goes on where it was: a folder that is gone was moved.
-    """
-    tidy(out.resolve())
-    if not folder.is_dir():
-        return
-    check_output(out, overwrite, reads)
-    put(folder, out.resolve())

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
@@ -70,6 +69,7 @@ class PruneRun:
         settings: what to do.
         command: the command line of this run, for the report.
         estimate: gives the importance of the units in place of the criterion.
+        scores: the first estimate, which is the dense model's, where another run made it.
 
     Attributes:
         plan: what goes, in the numbering of the dense model; None until it is made.
@@ -88,12 +88,13 @@ class PruneRun:
         loaded: LoadedModel | None = None,
         discovery: Discovery | None = None,
         text: Calibration | None = None,
+        scores: Scores | None = None,
     ) -> None:
         self.settings, self.command, self.estimate = settings, command, estimate
         self.given = (loaded, discovery, text)
         self.clock = Clock()
         self.text: Calibration | None = None
-        self.scores: dict[str, FloatArray] = {}
+        self.scores: dict[str, FloatArray] = dict(scores or {})
         self.trials: list[SplitTrial] = []
         self.rounding: Rounding | None = None
 
@@ -138,6 +139,11 @@ class PruneRun:
         chance = self.criterion.name == "random" and not self.splits
         self.weightless = settings.dry_run and (self.plan is not None or chance)
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether a plan is made, or its cut repaired, by what the model does with text."""
+        return self.criterion.reads_text or self.splits or self.refits
+
     def check_files(self) -> None:
         """Refuse what files and disks can tell, since loading a model may take minutes."""
         settings = self.settings
@@ -145,11 +151,7 @@ class PruneRun:
         check_shard_size(settings.max_shard_size)
         if self.target is not None and not settings.dry_run:
             start.check_space(settings.out, settings.loading(), self.target)
-        if (
-            self.refits
-            or self.repairs
-            or (self.plan is None and (self.criterion.reads_text or self.splits))
-        ):
+        if self.refits or self.repairs or (self.plan is None and self.reads_text):
             check_calibration(settings)
 
     # ------------------------------------------------------------------------------ what is found
@@ -157,8 +159,7 @@ class PruneRun:
     def load(self) -> None:
         """Load the model and find its groups."""
         loaded, discovery, _ = self.given
-        free = psutil.virtual_memory().available * 4 // 5
-        self.room = free if isinstance(self.settings.memory, str) else self.settings.memory
+        self.room = self.settings.room
         self.loaded = loaded or load(
             self.settings.computing(), weights=not self.weightless, memory=self.room
         )
@@ -198,19 +199,35 @@ class PruneRun:
             self.text = read_calibration(self.loaded, self.settings, self.settings.seed, self.clock)
         self._cut(self.discovery, self.removal, self.removal)
 
+    def reach(self) -> planning.Cost | None:
+        """Decide what was left to the model, and refuse a target that no importance can reach.
+
+        Returns:
+            What the target counts; None for parameters.
+
+        Raises:
+            UserError: see ``planning.check_reachable``.
+        """
+        assert self.target is not None
+        self._decide()
+        cost = None
+        if self.target.kv_cache is not None:
+            dense = planning.Numbering.dense(self.discovery)
+            cost = cache_cost(self.network, self.discovery, self.selection, dense)
+        planning.check_reachable(self.discovery, self.selection, self.target, cost)
+        return cost
+
     def make_plan(self) -> None:
         """Decide what goes, round by round, and remove it; the last round not in a dry run."""
-        settings, clock, target, cost = self.settings, self.clock, self.target, None
+        settings, clock, target, cost = self.settings, self.clock, self.target, self.reach()
         assert target is not None
-        self._decide()
         discovery, numbering = self.discovery, planning.Numbering.dense(self.discovery)
-        if target.kv_cache is not None:
-            cost = cache_cost(self.network, discovery, self.selection, numbering)
-        planning.check_reachable(discovery, self.selection, target, cost)
         scored, held_out = self._read_text()
         targets = planning.step_targets(numbering.parameters, target, settings.steps)
         for number, step in enumerate(targets):
-            scores = self._scores_of(discovery, numbering, scored)
+            scores: Scores = self.scores
+            if number or not scores:
+                scores = self._scores_of(discovery, numbering, scored)
             self.scores = self.scores or dict(scores)
             if held_out is not None and number == 0:
                 with mixed_precision():
@@ -300,9 +317,12 @@ class PruneRun:
         from llm_pruner.recovery import repair_  # what trains takes a second to import
 
         settings, seed = self.settings, self.settings.seed
-        self.text = self.text or read_calibration(self.loaded, settings, seed, self.clock)
+        self.text = (
+            self.text or self.given[2] or read_calibration(self.loaded, settings, seed, self.clock)
+        )
         held_out, fitted = hold_out(self.text.input_ids)
-        text = further_text(self.loaded, settings, fitted, held_out, seed)
+        apart = [*held_out, *self.text.unseen]
+        text = further_text(self.loaded, settings, fitted, torch.stack(apart), seed)
         self.refitter = None
         done = repair_(
             self.network,

@@ -17,11 +17,17 @@ from llm_pruner.commands.prune import keep_type_
 from llm_pruner.commands.prune_start import check_space
 from llm_pruner.data.examples import Examples, load_examples
 from llm_pruner.data.sequences import TrainingSequence
-from llm_pruner.data.text import SELF
-from llm_pruner.data.training import Samples, fingerprint_samples, self_made_samples, split_samples
+from llm_pruner.data.text import SELF, EvaluationText
+from llm_pruner.data.training import (
+    Samples,
+    fingerprint_samples,
+    held_out_windows,
+    self_made_samples,
+    split_samples,
+)
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.footprint import model_size
-from llm_pruner.evaluation.perplexity import PerplexityResult
+from llm_pruner.evaluation.perplexity import PerplexityResult, perplexity_of_windows
 from llm_pruner.files.disk import new_folder, tidy
 from llm_pruner.files.outputs import check_output, check_place, check_shard_size, write_output
 from llm_pruner.models.forward import embedding_rows, maximum_length
@@ -31,7 +37,15 @@ from llm_pruner.recovery.processes import Processes, is_sharded, joined, own_dev
 from llm_pruner.recovery.trainer import trainer_arguments
 from llm_pruner.report.data import SavedAs, known_report
 from llm_pruner.report.facts import recovery_report, source_of
-from llm_pruner.report.records import RECOVERY_FILE, Change, Recovered, SourceResult, StepLoss
+from llm_pruner.report.records import (
+    RECOVERY_FILE,
+    Change,
+    Control,
+    ControlText,
+    Recovered,
+    SourceResult,
+    StepLoss,
+)
 from llm_pruner.report.write import page_in, write_report, write_request
 from llm_pruner.runtime.precision import multiplies_bfloat16
 from llm_pruner.settings.common import ModelSettings
@@ -109,6 +123,7 @@ class _Run:
         asked: as they were given.
         loaded: the model that is trained.
         dense: the teacher; None without one.
+        controlling: how the dense model is loaded that is trained, too; None if none is.
         samples: of each source.
         facts: all that decides how the run goes.
     """
@@ -124,38 +139,48 @@ class _Run:
         # Where the adapter waits for the model to be saved.
         self.adapter = self.work / "adapter" if self.settings.keep_adapter else None
         self.loading = self.settings.computing()
+        control = self.settings.control
+        self.controlling = None if control is None else self.loading.loading(control)
         self.measuring = PerplexitySettings(seq_len=self.settings.perplexity_seq_len)
 
     def carry_out(self) -> Recovered:
         settings, first = self.settings, self.processes.is_first
         with self.processes.first():
             check_space(settings.out, settings.loading())
-            corpora = read_texts(settings.perplexity, self.measuring)
+            self.corpora = read_texts(settings.perplexity, self.measuring)
             examples = read_examples(settings)
-        self._load(examples)
-        if not first:
-            corpora = []
-        before = measure_perplexities(self.loaded, corpora, self.measuring)
-        network, outcome = self._train()
+        dense = self._load(examples)
+        before = self._measure(self.loaded, dense)
+        del dense  # no other model is in memory while one trains, but for a teacher
+        network, outcome = self._train(self.loaded.model, self.loading, settings, self.work)
         after = before
         if outcome.gained:
-            trained = replace(self.loaded, model=network)
-            after = measure_perplexities(trained, corpora, self.measuring)
+            dense = None if self.controlling is None else load(self.controlling)
+            after = self._measure(replace(self.loaded, model=network), dense)
+            del dense
         elif first:
             network = load(self.loading).model  # as it came, to the last bit
-        changes = tuple(Change(old, new) for old, new in zip(before, after, strict=True))
-        result = self._result(outcome, network, changes)
+        pairs = list(zip(before, after, strict=True))[: len(self.corpora)]
+        result = self._result(outcome, network, tuple(Change(old, new) for old, new in pairs))
+        if self.controlling is not None:
+            control = self._control(self.controlling, outcome.steps, before, after)
+            result = replace(result, control=control)
         if first:
             result = self._save(result, network)
         self.processes.barrier()
         return result
 
-    def _load(self, examples: dict[str, Examples]) -> None:
-        """Load the models and make the samples, or find that an interrupted run had others."""
+    def _load(self, examples: dict[str, Examples]) -> LoadedModel | None:
+        """Load the models and make the samples, or find that an interrupted run had others.
+
+        Returns:
+            The control, which is kept in memory by nothing else.
+        """
         settings, teacher = self.settings, None
         if settings.teacher is not None:
             teacher = self.loading.loading(settings.teacher)
-            check(teacher)  # which is loaded after the model
+        for later in filter(None, (teacher, self.controlling)):
+            check(later)  # which is loaded after the model
         self.loaded = load(self.loading)
         longest = maximum_length(self.loaded.model)
         if longest is not None and settings.seq_len > longest:
@@ -164,33 +189,90 @@ class _Run:
                 f"use {longest} or less"
             )
         self.dense = None if teacher is None else load_teacher(teacher, self.loaded)
+        control = None
+        if self.controlling is not None:
+            control = load_teacher(self.controlling, self.loaded)
         writes = self.processes.is_first
         if settings.restart and writes:
             workdir.empty(self.work, workdir.RECOVERING)
         with self.processes.first():  # it writes what the others read
             self.samples = make_samples(settings, self.work, self.loaded, self.dense, examples)
             self.facts = facts_of(settings, self.loaded, self.dense, self.samples)
+            if control is not None:
+                self.facts |= {"control": control.name, "control_fingerprint": control.fingerprint}
             workdir.begin_or_go_on(self.work, self.facts, resume=settings.resume, writes=writes)
+        return control
 
-    def _train(self) -> tuple[Any, Outcome]:
+    def _measure(self, loaded: LoadedModel, dense: LoadedModel | None) -> list[PerplexityResult]:
+        """Return perplexities, and how far the model is from the dense one; the first process does.
+
+        They are those on the corpora, and with a control on the samples that are held out.
+        """
+        if not self.processes.is_first:
+            return []
+        found = measure_perplexities(loaded, self.corpora, self.measuring, dense)
+        if self.controlling is not None:
+            rows = held_out_windows(self.samples, self.settings.seq_len)
+            text = EvaluationText("held-out samples", None, "")
+            found.append(perplexity_of_windows(loaded.model, rows, text, self.measuring, dense))
+        return found
+
+    def _control(
+        self,
+        loading: ModelSettings,
+        steps: int,
+        before: Sequence[PerplexityResult],
+        after: Sequence[PerplexityResult],
+    ) -> Control:
+        """Train the dense model as the pruned one was; it is measured and thrown away.
+
+        Args:
+            steps: of the pruned model, which hold where a clock decided them.
+            before, after: what was measured of the pruned model.
+        """
+        settings = self.settings
+        if settings.max_minutes is not None:
+            settings = settings.but(max_minutes=None, max_steps=max(steps, 1))
+        dense = load(loading)
+        alone = self._measure(dense, None)
+        work = self.work / f"control-{digest(dense.fingerprint)}"
+        network, outcome = self._train(dense.model, loading, settings, work)
+        trained = self._measure(replace(dense, model=network), load(loading))
+        return Control(
+            model=dense.name,
+            gained=outcome.gained,
+            loss=Change(outcome.before.loss, outcome.after.loss),
+            steps=outcome.steps,
+            best_step=outcome.run.evaluations[outcome.run.best].step,
+            texts=tuple(
+                ControlText(*models, damage=models[3].perplexity / models[1].perplexity)
+                for models in zip(alone, trained, before, after, strict=True)
+            ),
+        )
+
+    def _train(
+        self, model: Any, loading: ModelSettings, settings: RecoverSettings, work: Path
+    ) -> tuple[Any, Outcome]:
+        """Train a model; the adapter of the pruned one is kept where that was asked for."""
+        control = loading is not self.loading
         train = [one for each in self.samples for one in each.train]
         held_out = [one for each in self.samples for one in each.held_out]
         with self.processes.first():
             teacher, judge = self._teacher(train), self._teacher(held_out)
         return recover_(
-            self.loaded.model,
+            model,
             train,
             held_out,
-            self.settings,
-            work=self.work,
+            settings,
+            work=work,
             folder=new_folder,
             sources=len(self.samples),
             teacher=teacher,
             judge=judge,
-            say=self.say,
-            keep_adapter=self.adapter,
+            say=lambda progress: self.say(replace(progress, control=control)),
+            keep_adapter=None if control else self.adapter,
             processes=self.processes,
-            again=lambda: load(self.loading).model,
+            again=lambda: load(loading).model,
         )
 
     def _teacher(self, samples: Sequence[TrainingSequence]) -> Teacher | None:
@@ -306,6 +388,11 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
         raise UserError(
             "--data self is text that the dense model writes; name that model with --teacher"
         )
+    if settings.control is not None and settings.control == settings.model:
+        raise UserError(
+            f"--control {settings.control} is the model that is recovered; name the dense model "
+            "that it was cut from"
+        )
     if settings.keep_adapter and settings.method != "lora":
         raise UserError(
             f"method {settings.method} has no adapter to keep; leave --keep-adapter out"
@@ -362,8 +449,8 @@ def make_samples(
         }
         if source == SELF:
             assert dense is not None
-            writer = hashlib.sha256(dense.fingerprint.encode()).hexdigest()[:16]
-            kept = settings.kept or (settings.teacher_cache or work) / f"self-{writer}"
+            writer = f"self-{digest(dense.fingerprint)}"
+            kept = settings.kept or (settings.teacher_cache or work) / writer
             made = self_made_samples(dense.model, dense.tokenizer, kept, **options)
         else:
             made = split_samples(
@@ -375,6 +462,11 @@ def make_samples(
             )
         samples.append(made)
     return samples
+
+
+def digest(fingerprint: str) -> str:
+    """Return 16 hex digits of the SHA-256 of what identifies a model, for the name of a folder."""
+    return hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
 
 
 def facts_of(

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,16 @@ from pydantic import TypeAdapter
 from pydantic_core import to_jsonable_python
 
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import discard, make_parents, read_json, remove, remove_empty, tidy
-from llm_pruner.files.outputs import write_output
+from llm_pruner.files.disk import (
+    discard,
+    make_parents,
+    put,
+    read_json,
+    remove,
+    remove_empty,
+    tidy,
+)
+from llm_pruner.files.outputs import check_output, write_output
 from llm_pruner.report.records import RECOVERY_FILE, as_json
 
 _T = TypeVar("_T")
@@ -28,7 +36,7 @@ _SETTINGS, _PROGRESS, _LOCK = "settings.json", "progress.json", "lock"
 RUN = "run.json"
 """What a recovery in progress was asked to do."""
 
-_CHANGEABLE = ("save_every", "report_to")
+_CHANGEABLE = ("save_every", "report_to", "control", "control_fingerprint")
 """Settings that a resumed run may have otherwise."""
 
 
@@ -54,9 +62,18 @@ COMPRESSING = Kind(
         r"|pruned|recovered|recovered\.recovering|replaced|text"
     ),
 )
+MEASURING = Kind(
+    re.compile(rf"{_SETTINGS}|{_LOCK}"),
+    re.compile(
+        rf"{_SETTINGS}|{_PROGRESS}|{_LOCK}|{_PARTIAL}|(plan|point)-[\d.e-]+\.json|result\.json"
+        r"|shared\.safetensors|curve"
+    ),
+)
 RECOVERING = Kind(
     re.compile(rf"{RUN}|{_LOCK}|self-[0-9a-f]{{16}}"),
-    re.compile(rf"{RUN}|{_LOCK}|{_PARTIAL}|self-[0-9a-f]{{16}}|step-\d+|teacher|adapter"),
+    re.compile(
+        rf"{RUN}|{_LOCK}|{_PARTIAL}|self-[0-9a-f]{{16}}|step-\d+|teacher|adapter|control-[0-9a-f]{{16}}"
+    ),
 )
 
 
@@ -151,12 +168,13 @@ class Work:
 
     Attributes:
         folder: where all of it lies.
+        kind: how it is known.
         continued: whether an earlier process began the run.
         seconds: by stage, of all processes, as far as they finished it.
     """
 
-    def __init__(self, folder: Path, continued: bool) -> None:
-        self.folder, self.continued = folder, continued
+    def __init__(self, folder: Path, kind: Kind, continued: bool) -> None:
+        self.folder, self.kind, self.continued = folder, kind, continued
         progress = read_values(self.path(_PROGRESS)) or {}
         self.seconds: dict[str, float] = dict(progress.get("seconds", {}))
         self._peak = int(progress.get("peak_bytes", 0))
@@ -201,23 +219,38 @@ class Work:
         return made
 
     def remove(self) -> None:
-        remove_run(self.folder, COMPRESSING)
+        remove_run(self.folder, self.kind)
+
+
+def move_result(folder: Path, out: Path, overwrite: bool, reads: Iterable[str]) -> None:
+    """Put a complete folder in its place.
+
+    After a kill it goes on where it was: a folder that is gone was moved.
+    """
+    tidy(out.resolve())
+    if not folder.is_dir():
+        return
+    check_output(out, overwrite, reads)
+    put(folder, out.resolve())
 
 
 @contextmanager
-def opened(folder: Path, settings: Mapping[str, Any], *, restart: bool) -> Iterator[Work]:
+def opened(
+    folder: Path, settings: Mapping[str, Any], *, restart: bool, kind: Kind = COMPRESSING
+) -> Iterator[Work]:
     """Yield the run in ``folder``; a new one if there is none, or it is to be thrown away.
 
     Args:
         settings: all that decides how the run goes, as plain values.
+        kind: whose run it is.
 
     Raises:
         UserError: the run there has other settings, another process is at it, or the folder holds
             something else.
     """
-    with begun(folder, COMPRESSING):
+    with begun(folder, kind):
         if restart:
-            empty(folder, COMPRESSING)
+            empty(folder, kind)
         for left in folder.glob(".*.partial-*"):  # of a process that was killed as it wrote
             remove(left)
         asked = _flat(json.loads(json.dumps(settings)))
@@ -231,7 +264,7 @@ def opened(folder: Path, settings: Mapping[str, Any], *, restart: bool) -> Itera
             write_output(folder / _SETTINGS, json.dumps(asked, indent=1) + "\n")
         else:
             _require_same(folder, found, asked)
-        yield Work(folder, continued=found is not None)
+        yield Work(folder, kind, continued=found is not None)
 
 
 def begin_or_go_on(work: Path, facts: dict[str, Any], *, resume: bool, writes: bool) -> None:

@@ -34,11 +34,14 @@ class Calibration:
         source: what the user named.
         settings: what a plan records: source, name, split, text_field, samples, seq_len, seed and
             the fingerprint of ``input_ids``.
+        unseen: other windows of the same sources, shape (windows, seq_len), to measure on; none
+            unless they were asked for.
     """
 
     input_ids: torch.Tensor
     source: str
     settings: dict[str, Any] = field(repr=False)
+    unseen: torch.Tensor = field(repr=False, default_factory=lambda: torch.empty(0, 0).long())
 
 
 def build_calibration(
@@ -48,6 +51,7 @@ def build_calibration(
     *,
     seed: int,
     exact: bool | None = None,
+    unseen: int = 0,
 ) -> Calibration:
     """Return ``samples`` windows of exactly ``seq_len`` tokens.
 
@@ -70,6 +74,8 @@ def build_calibration(
         model: needed for ``self`` alone.
         exact: whether a source that is too short is refused; by default where the number is the
             user's and not a preset's.
+        unseen: so many more windows at most that are not among them, see ``pack``. The model
+            writes those of ``self`` apart.
 
     Raises:
         UserError: the source cannot be read, or holds too few tokens.
@@ -83,19 +89,26 @@ def build_calibration(
         )
     exact = "samples" in asked.given if exact is None else exact
     parts: list[torch.Tensor] = []
+    others: list[torch.Tensor] = []
     names: list[str] = []
     splits: set[str] = set()
-    for one, share in zip(shares, counts, strict=True):
+    rests = _counts(unseen, [*shares.values()])
+    for one, share, rest in zip(shares, counts, rests, strict=True):
         size = {"samples": share, "seq_len": asked.seq_len, "seed": seed}
         try:
             if one == SELF:
                 parts.append(_written(model, tokenizer, asked.kept, size))
                 names.append("text sampled from the model")
+                if rest:
+                    other = size | {"samples": rest, "seed": (seed + 1) % 2**32}
+                    others.append(_written(model, tokenizer, None, other))
                 continue
             # Enough documents even where each is one short sentence.
             documents = _documents(one, asked, max(BEGINNING, share * asked.seq_len // 4))
             least = share if exact else max(1, share // 4)
-            parts.append(pack(documents, tokenizer, least=least, **size))
+            drawn, left = pack(documents, tokenizer, least=least, rest=rest, **size)
+            parts.append(drawn)
+            others.append(left)
             names.append(documents.name)
             if documents.split:
                 splits.add(documents.split)
@@ -103,8 +116,7 @@ def build_calibration(
             if len(shares) == 1:
                 raise
             raise UserError(f"{samples} samples are {share} of {one}: {error}") from error
-    spread = [((row + 0.5) / len(part), part[row]) for part in parts for row in range(len(part))]
-    input_ids = torch.stack([row for _, row in sorted(spread, key=lambda placed: placed[0])])
+    input_ids = _spread(parts)
     settings = {
         "source": asked.calibration,
         "name": ", ".join(names),
@@ -115,7 +127,14 @@ def build_calibration(
         "seed": seed,
         "fingerprint": hashlib.sha256(input_ids.numpy().tobytes()).hexdigest()[:16],
     }
-    return Calibration(input_ids, asked.calibration, settings)
+    return Calibration(input_ids, asked.calibration, settings, _spread(others))
+
+
+def _spread(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Return the rows of all parts, those of each spread evenly over the whole."""
+    spread = [((row + 0.5) / len(part), part[row]) for part in parts for row in range(len(part))]
+    rows = [row for _, row in sorted(spread, key=lambda placed: placed[0])]
+    return torch.stack(rows) if rows else torch.empty(0, 0).long()
 
 
 def _counts(samples: int, shares: list[float]) -> list[int]:
@@ -148,10 +167,14 @@ def pack(
     seq_len: int,
     seed: int,
     least: int | None = None,
-) -> torch.Tensor:
-    """Cut documents into windows, int64 of shape (samples, seq_len); see ``build_calibration``.
+    rest: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut documents into windows; see ``build_calibration``.
 
-    Where the documents have fewer windows, it is these, if they are ``least``, by default all.
+    Returns:
+        Windows, int64 of shape (samples, seq_len), and at most ``rest`` others: those that stand
+        furthest from a window that was drawn, since neighbours may share a document. Where the
+        documents have fewer than ``samples``, it is these, if they are ``least``, by default all.
     """
     prefix, suffix = added_tokens(tokenizer)
     fresh = room_for_text(seq_len, prefix)
@@ -193,8 +216,14 @@ def pack(
         )
     # A few windows in a row would come from one or two documents.
     drawn = sorted(torch.randperm(len(starts), generator=generator)[:samples].tolist())
-    windows = [[*prefix, *stream[starts[i] : starts[i] + fresh]] for i in drawn]
-    return torch.tensor(windows, dtype=torch.int64)
+
+    def windows(places: list[int]) -> torch.Tensor:
+        rows = [[*prefix, *stream[starts[i] : starts[i] + fresh]] for i in places]
+        return torch.tensor(rows, dtype=torch.int64).view(len(rows), seq_len)
+
+    distance = {i: min(abs(i - one) for one in drawn) for i in range(len(starts))} if rest else {}
+    others = sorted((i for i in distance if distance[i]), key=lambda i: -distance[i])[:rest]
+    return windows(drawn), windows(sorted(others))
 
 
 def check_calibration(asked: CalibrationSettings) -> None:
@@ -243,11 +272,11 @@ def further_text(
 
 
 def read_calibration(
-    loaded: LoadedModel, asked: CalibrationSettings, seed: int, clock: Clock
+    loaded: LoadedModel, asked: CalibrationSettings, seed: int, clock: Clock, unseen: int = 0
 ) -> Calibration:
-    """Return the calibration text of a run; raises UserError as ``build_calibration``."""
+    """Return the calibration text of a run; arguments and errors as ``build_calibration``."""
     if loaded.tokenizer is None:
         raise UserError(f"{loaded.name} has no tokenizer, so no text can be read; add one")
-    text = build_calibration(asked, loaded.tokenizer, loaded.model, seed=seed)
+    text = build_calibration(asked, loaded.tokenizer, loaded.model, seed=seed, unseen=unseen)
     clock.stop("calibration text")
     return text

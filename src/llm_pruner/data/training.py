@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from llm_pruner.data.examples import Examples
@@ -18,6 +19,9 @@ from llm_pruner.errors import UserError
 
 SELF_SAMPLES = 512
 """Texts that a model writes where nobody says how many."""
+
+HELD_OUT_TOKENS = 16_384
+"""Held-out tokens that perplexity and divergence are measured on."""
 
 _SHARE, _MOST = 20, 256
 """One of this many samples is held out, and at most this many of a source."""
@@ -88,6 +92,19 @@ def self_made_samples(
     ids = write_text_cached(writer, tokenizer, folder, samples=count, seq_len=seq_len, seed=seed)
     sequences = [make_sequence(row, [True] * len(row), source) for row in ids.tolist()]
     return _last_held_out(sequences, SELF, None, held_out)
+
+
+def held_out_windows(samples: Sequence[Samples], seq_len: int) -> torch.Tensor:
+    """Return what is held out as windows for perplexity, int64 of shape (windows, window).
+
+    The samples of a source stand one behind the other, equally many tokens of each source, and
+    ``HELD_OUT_TOKENS`` at most in all. A window has ``seq_len`` tokens, or all if they are fewer.
+    """
+    most = HELD_OUT_TOKENS // len(samples)
+    parts = [np.concatenate([one.input_ids for one in each.held_out])[:most] for each in samples]
+    stream = torch.from_numpy(np.concatenate(parts))
+    window = min(seq_len, len(stream))
+    return stream[: len(stream) // window * window].view(-1, window)
 
 
 def fingerprint_samples(sequences: Sequence[TrainingSequence]) -> str:

@@ -6,9 +6,11 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
 from llm_pruner.data.sequences import added_tokens
 from llm_pruner.data.text import EvaluationText, Protocol
@@ -77,14 +79,32 @@ def perplexity(
     window = _window_length(model, asked)
     prefix = added_tokens(tokenizer)[0] if asked.protocol == "standard" else ()
     rows = _windows(tokenizer, text, window, prefix, asked)
+    # The tokens of a prefix are never predicted, and without one the first token is not.
+    return perplexity_of_windows(model, rows, text, asked, dense, skipped=max(len(prefix), 1))
+
+
+def perplexity_of_windows(
+    model: Any,
+    rows: torch.Tensor,
+    text: EvaluationText,
+    asked: PerplexitySettings,
+    dense: LoadedModel | None = None,
+    *,
+    skipped: int = 1,
+) -> PerplexityResult:
+    """Return the perplexity on token windows, int64 of shape (windows, window); see `perplexity`.
+
+    Args:
+        text: names where they are from.
+        skipped: tokens at the start of a window that are not predicted.
+    """
+    window = rows.shape[1]
     vocabulary, largest = embedding_rows(model), int(rows.max())
     if largest >= vocabulary:
         raise UserError(
             f"the tokenizer gives token {largest} and the model has {vocabulary} tokens; "
             "use the tokenizer that belongs to the model"
         )
-    # The tokens of a prefix are never predicted, and without one the first token is not.
-    skipped = max(len(prefix), 1)
     size = model.get_input_embeddings().weight.element_size()
     batch_size = asked.sequences or max(1, _LOGITS_BYTES // (window * vocabulary * size))
     predicted = window - skipped
@@ -105,6 +125,38 @@ def perplexity(
         stderr=None if spread is None else value * spread,
         divergence=None if dense is None else divergence(dense.name, compared, predicted),
     )
+
+
+class Remembered(nn.Module):
+    """A model that runs once on each batch, to compare several models with it.
+
+    Of a batch that it has seen, its output embedding gives the logits of the hidden states, which
+    are kept: the same to the last bit. A model that does something else with what its output
+    embedding gives, such as to cap it, runs anew.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+        self._hidden: dict[bytes, torch.Tensor] = {}
+
+    def forward(self, input_ids: torch.Tensor, **how: Any) -> Any:
+        """Return an output with ``logits``, shape (samples, seq_len, vocabulary)."""
+        key, head = input_ids.cpu().numpy().tobytes(), self.model.get_output_embeddings()
+        if key in self._hidden:
+            return SimpleNamespace(logits=head(self._hidden[key]))
+        if head is None:
+            return self.model(input_ids=input_ids, **how)
+        calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+        hook = head.register_forward_hook(lambda _, read, gave: calls.append((read[0], gave)))
+        try:
+            found = self.model(input_ids=input_ids, **how)
+        finally:
+            hook.remove()
+        if len(calls) == 1 and calls[0][1] is found.logits:
+            self._hidden[key] = calls[0][0]
+        return found
 
 
 def _window_length(model: Any, asked: PerplexitySettings) -> int:

@@ -27,12 +27,16 @@ SPARE = 0.05
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: steps done, its state, the last step's loss, if it was just scored."""
+    """Where a run stands: steps done, its state, the last step's loss, if it was just scored.
+
+    ``control``: it is the dense model that trains, to compare with.
+    """
 
     step: int
     run: RunState
     loss: float
     evaluated: bool
+    control: bool = False
 
 
 class Guard(TrainerCallback):

@@ -16,7 +16,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import read_json
-from llm_pruner.report.text import count, measured, megabytes, number, points, safe_json, visible
+from llm_pruner.report.text import (
+    count,
+    measured,
+    megabytes,
+    number,
+    percent,
+    points,
+    safe_json,
+    visible,
+)
 from llm_pruner.types import Layer, Size, SplitTrial
 
 FORMAT_VERSION: Literal[1] = 1
@@ -255,6 +264,37 @@ class LossPoint(_Part):
     validation: float | None = None
 
 
+class ControlRow(_Part):
+    """One model of a control on one text; KL in nats from the dense model, which has none."""
+
+    model: str
+    perplexity: float
+    stderr: float | None = None
+    kl: float | None = None
+    kl_stderr: float | None = None
+    changed: float | None = None
+
+    @property
+    def cells(self) -> tuple[str, str, str]:
+        """Perplexity, KL and share of changed first choices as a table shows them."""
+        kl = "-" if self.kl is None else measured(self.kl, self.kl_stderr, ".3f")
+        changed = "-" if self.changed is None else percent(self.changed)
+        return measured(self.perplexity, self.stderr), kl, changed
+
+
+class ControlText(_Part):
+    """The dense and the pruned model, each with and without the same training, on one text.
+
+    Attributes:
+        text: what was measured on.
+        damage: perplexity of pruned + training as a ratio to dense + training.
+    """
+
+    text: str
+    rows: tuple[ControlRow, ...]
+    damage: float
+
+
 class Recovery(_Part):
     """Training after the removal.
 
@@ -262,12 +302,14 @@ class Recovery(_Part):
         summary: method and data in words that follow "recovered by", such as
             ``LoRA of rank 8 on 2,000 examples of alpaca``.
         gained: whether its result was kept; if not, the model is as it came.
+        control: the dense model with the same training beside it, on each text.
     """
 
     loss: tuple[LossPoint, ...] = ()
     seconds: float | None = None
     summary: str | None = None
     gained: bool = True
+    control: tuple[ControlText, ...] = ()
 
 
 class Report(_Part):

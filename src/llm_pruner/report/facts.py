@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from llm_pruner.data.text import SELF
+from llm_pruner.evaluation.perplexity import PerplexityResult
 from llm_pruner.evaluation.skills import Share
 from llm_pruner.evaluation.zero_shot import TaskResult
 from llm_pruner.models.stored import DEFAULT, local_path
@@ -323,7 +324,11 @@ def recovery_report(
     evaluations = {name: of for name, of in earlier.evaluations.items() if name != "recovered"}
     sizes = {name: of for name, of in earlier.sizes.items() if name != "recovered"}
     recovery = data.Recovery(
-        loss=_course(done), seconds=done.seconds, summary=_in_words(done), gained=done.gained
+        loss=_course(done),
+        seconds=done.seconds,
+        summary=_in_words(done),
+        gained=done.gained,
+        control=control_of(done),
     )
     report = earlier.model_copy(
         update={
@@ -346,6 +351,25 @@ def recovery_report(
                 measured = data.Evaluation.model_validate({"perplexity": found})
                 report = report.with_evaluation(variant, measured)
     return report
+
+
+def control_of(done: Recovered) -> tuple[data.ControlText, ...]:
+    """Return the control on each text, for a page or a table."""
+    texts = () if done.control is None else done.control.texts
+    return tuple(
+        data.ControlText(
+            text=f"{text.dense.corpus}, {text.dense.tokens:,} tokens",
+            rows=tuple(_control_row(name, found) for name, found in text.rows.items()),
+            damage=text.damage,
+        )
+        for text in texts
+    )
+
+
+def _control_row(name: str, found: PerplexityResult) -> data.ControlRow:
+    far = found.divergence
+    of = {} if far is None else {"kl": far.kl, "kl_stderr": far.kl_stderr, "changed": far.changed}
+    return data.ControlRow(model=name, perplexity=found.perplexity, stderr=found.stderr, **of)
 
 
 def _course(done: Recovered) -> tuple[data.LossPoint, ...]:

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from markupsafe import escape
@@ -20,6 +20,8 @@ from llm_pruner.types import FloatArray, Layer
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from llm_pruner.report.records import CurvePoint
 
 _MOST_PANELS = 6
 
@@ -195,12 +197,45 @@ def loss(points: Sequence[LossPoint]) -> str:
     return draw("loss", "Loss of the recovery training by step", fill, lambda _: 260)
 
 
-def _logarithmic(axes: Axes, values: Sequence[float]) -> None:
+_STEEP = 3.0
+"""Times the dense perplexity from which on small damage shows only on a logarithmic axis."""
+
+
+def curve(points: Sequence[CurvePoint], smallest: CurvePoint | None) -> str:
+    """Draw divergence and perplexity, as a ratio to the dense model's, by the share removed."""
+
+    def fill(figure: Figure, _: bool) -> None:
+        panels = figure.subplots(2, 1, sharex=True)
+        shares = [0.0, *(100 * point.removed for point in points)]
+        for axes, title, dense, value in (
+            (panels[0], "KL divergence from the dense model, nats a token", 0.0, lambda p: p.kl),
+            (panels[1], "perplexity, times the dense model's", 1.0, lambda p: p.perplexity_ratio),
+        ):
+            line = [dense, *(value(point) for point in points)]
+            axes.plot(shares, line, "o-", color=COLORS["dense"], ms=5)
+            if smallest is not None:
+                at = 100 * smallest.removed, value(smallest)
+                axes.plot(*at, "D", color=COLORS["recovered"], ms=7)
+            axes.set_title(title)
+            axes.grid(axis="y")
+        ratios = [1.0, *(point.perplexity_ratio for point in points)]
+        if max(ratios) > _STEEP:
+            _logarithmic(panels[1], ratios, "y")
+        panels[1].set_xlabel("parameters removed, %")
+
+    said = "; ".join(
+        f"{100 * p.removed:.1f}%: KL {number(p.kl)}, perplexity {number(p.perplexity_ratio)} times"
+        for p in points
+    )
+    return draw("curve", f"Damage by the share of parameters removed. {said}", fill, lambda _: 440)
+
+
+def _logarithmic(axes: Axes, values: Sequence[float], name: Literal["x", "y"] = "x") -> None:
     """Use a logarithmic axis with a few plain numbers on it."""
     known = [value for value in values if math.isfinite(value) and value > 0]
     if not known:
         return
-    axes.set_xscale("log")
+    getattr(axes, f"set_{name}scale")("log")
     low, high = min(known) / 1.25, max(known) * 1.25
     ticks: list[float] = []
     fine = tuple(m / 10 for m in range(10, 100))
@@ -209,8 +244,8 @@ def _logarithmic(axes: Axes, values: Sequence[float]) -> None:
         if len(ticks) >= 3:
             break
     ticks = ticks[:: math.ceil(len(ticks) / 6) or 1]
-    axes.set_xlim(low, high)
-    axes.set_xticks(ticks, [number(tick) for tick in ticks])
+    getattr(axes, f"set_{name}lim")(low, high)
+    getattr(axes, f"set_{name}ticks")(ticks, [number(tick) for tick in ticks])
     axes.minorticks_off()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic_core import to_jsonable_python
 
@@ -171,6 +171,51 @@ class StepLoss:
 
 
 @dataclass(frozen=True)
+class ControlText:
+    """Four models on one text that none of them was trained on.
+
+    All but the dense one are compared with it.
+
+    Attributes:
+        damage: perplexity of the pruned model that was trained, as a ratio to that of the dense
+            model that was trained.
+    """
+
+    dense: PerplexityResult
+    dense_trained: PerplexityResult
+    pruned: PerplexityResult
+    pruned_trained: PerplexityResult
+    damage: float
+
+    @property
+    def rows(self) -> dict[str, PerplexityResult]:
+        """What a table calls each model -> what was measured of it."""
+        return {
+            "dense": self.dense,
+            "dense + training": self.dense_trained,
+            "pruned": self.pruned,
+            "pruned + training": self.pruned_trained,
+        }
+
+
+@dataclass(frozen=True)
+class Control:
+    """The dense model with the training of the pruned one, which was measured and thrown away.
+
+    Attributes:
+        gained, loss, steps, best_step: of its training, as in ``Recovered``.
+        texts: the held-out samples, and each corpus asked for.
+    """
+
+    model: str
+    gained: bool
+    loss: Change[float]
+    steps: int
+    best_step: int
+    texts: tuple[ControlText, ...]
+
+
+@dataclass(frozen=True)
 class Recovered:
     """What a run of ``recover`` did.
 
@@ -187,6 +232,7 @@ class Recovered:
         packed: whether samples shared rows; else they were padded in buckets of like length.
         evaluations: held-out losses, in order.
         settings: all that decided how the run went.
+        control: the dense model with the same training; None if it was not asked for.
         needs: what loading it needs besides transformers, such as ``import llm_pruner``.
         report: the page that shows all this; None if none was written.
     """
@@ -208,6 +254,7 @@ class Recovered:
     evaluations: list[StepLoss]
     settings: dict[str, Any]
     path: Path
+    control: Control | None = None
     saved_as: SavedAs = "stock"
     needs: tuple[str, ...] = ()
     bytes: int = 0
@@ -259,6 +306,91 @@ class Compressed:
     peak_bytes: int
     seconds: dict[str, float] = field(default_factory=dict)
     report: Path | None = None
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One size of a curve: what ``prune`` would leave, and how far it is from the dense model.
+
+    Attributes:
+        asked: share of all parameters that was to be removed.
+        removed: share that was.
+        parameters: that are left.
+        plan: name of its file in the folder.
+        measured: on the text of the curve, with the divergence from the dense model.
+        perplexity_ratio: to the dense model's on the same windows.
+        split: shares of the removed parameters that trials found; None if none were made.
+        refitted: consumers whose weights a refit changed.
+        seconds: by stage; the estimate stands at the point that made it.
+    """
+
+    asked: float
+    removed: float
+    parameters: int
+    plan: str
+    measured: PerplexityResult
+    perplexity_ratio: float
+    split: dict[str, float] | None
+    refitted: int
+    seconds: dict[str, float]
+
+    @property
+    def kl(self) -> float:
+        """KL divergence from the dense model, nats a token."""
+        assert self.measured.divergence is not None
+        return self.measured.divergence.kl
+
+
+@dataclass(frozen=True)
+class Smallest:
+    """How small a model may be for a damage that was bounded.
+
+    Attributes:
+        of: what was bounded.
+        limit: by how much: times the dense model's perplexity, or nats a token.
+        removed: share of all parameters, by interpolation between measured points; None outside of
+            them.
+        point: the point of that size, measured like the others; None if there is none.
+        outside: why there is no answer, or no point; None if there is.
+    """
+
+    of: Literal["perplexity", "kl"]
+    limit: float
+    removed: float | None = None
+    point: CurvePoint | None = None
+    outside: str | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Damage against size.
+
+    Attributes:
+        parameters: of the dense model.
+        points: by the share that is removed, ascending.
+        missed: share that was asked for -> why it has no point.
+        smallest: the answer to ``--max-damage``; None if it was not asked.
+        preset: that says how the points are pruned.
+        calibration: what they are fitted to.
+        seconds: by stage, all points together.
+        report: the page that shows all this; None if none was written.
+    """
+
+    model: str
+    parameters: int
+    points: tuple[CurvePoint, ...]
+    missed: dict[str, str]
+    smallest: Smallest | None
+    preset: str | None
+    calibration: str
+    seconds: dict[str, float]
+    path: Path
+    report: Path | None = None
+
+    def lasting(self) -> str:
+        """Return the text of ``curve.json``: all but where the folder is."""
+        values = as_json(self, exclude=_OF_THE_FOLDER)
+        return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
 def as_json(record: Any, **options: Any) -> Any:

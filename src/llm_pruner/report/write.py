@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,22 @@ from llm_pruner.settings.options import Settings
 
 
 def write_report(folder: Path, report: data.Report) -> None:
-    """Write page, data and model card into a folder.
+    """Write page, data and model card into a folder, see ``write_drawn``."""
+    write_drawn(folder, lambda: files(report), "the checkpoint")
 
-    A drawing that fails costs the report, never the checkpoint, which may be hours of work: what
-    went wrong becomes a warning.
+
+def write_drawn(folder: Path, draw: Callable[[], dict[str, str]], rest: str) -> None:
+    """Write files into a folder that are drawn: name -> content.
+
+    A drawing that fails costs the report, never the ``rest``, which may be hours of work: what went
+    wrong becomes a warning.
     """
     try:
-        written = files(report)
+        written = draw()
     except Exception as error:  # whatever a drawing library may raise
         warnings.warn(
-            f"no report was written ({type(error).__name__}: {error}); the checkpoint is complete",
-            stacklevel=2,
+            f"no report was written ({type(error).__name__}: {error}); {rest} is complete",
+            stacklevel=3,
         )
         return
     rewrite(folder, written)

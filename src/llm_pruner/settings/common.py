@@ -73,11 +73,16 @@ class ModelSettings(Settings):
         return self.loading(model, "float32" if self.dtype == "auto" else self.dtype)
 
 
-class OutputSettings(Settings):
+class FolderSettings(Settings):
     """The folder that is written."""
 
     out: Path = _output(..., "Folder to write.", "DIR", short="-o")
     overwrite: bool = _output(False, "Replace --out, if llm-pruner wrote all in it.")
+
+
+class OutputSettings(FolderSettings):
+    """The folder of a model that is written."""
+
     max_shard_size: str = _output("5GB", "Largest weight file.", "SIZE")
 
 

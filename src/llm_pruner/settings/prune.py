@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import psutil
+
 from llm_pruner.errors import UserError
 from llm_pruner.settings.common import (
     CALIBRATION,
@@ -21,10 +23,12 @@ from llm_pruner.settings.options import Settings, option, option_name, presets_i
 from llm_pruner.settings.registry import COMPENSATIONS, CRITERIA
 from llm_pruner.settings.words import parse_bytes, parse_count, parse_layer_ranges, parse_split
 
-HOW_MUCH, _WHERE = "How much (one of these)", "Where from"
-_IMPORTANCE, _PLAN = "Importance", "Plan"
+HOW_MUCH, WHERE = "How much (one of these)", "Where from"
+IMPORTANCE, PLAN = "Importance", "Plan"
+"""Headings in the help."""
+
 _how_much, _where, _importance, _plan, _output, _loading = (
-    partial(option, panel=of) for of in (HOW_MUCH, _WHERE, _IMPORTANCE, _PLAN, OUTPUT, LOADING)
+    partial(option, panel=of) for of in (HOW_MUCH, WHERE, IMPORTANCE, PLAN, OUTPUT, LOADING)
 )
 
 AMOUNTS = ("ratio", "params", "unit_ratio", "kv_cache")
@@ -161,7 +165,13 @@ class MethodSettings(CalibrationSettings):
         return left
 
 
-class PlanSettings(MethodSettings, AmountSettings):
+class ChoiceSettings(MethodSettings):
+    """All that decides which units go, but how many."""
+
+    seed: Seed = _plan(0, "Of calibration text and random choice.", "N")
+
+
+class PlanSettings(ChoiceSettings, AmountSettings):
     """All that decides which units a plan removes."""
 
     unit_ratio: float | None = _how_much(
@@ -173,13 +183,29 @@ class PlanSettings(MethodSettings, AmountSettings):
         "says).",
         "SHARE",
     )
-    seed: Seed = _plan(0, "Of calibration text and random choice.", "N")
 
 
-class PruneSettings(WriterSettings, PlanSettings):
+class MemorySettings(Settings):
+    """How much of the memory the weights may take."""
+
+    memory: Annotated[int | str, written(parse_bytes, "auto")] = _loading(
+        "auto",
+        "Room for the weights, such as 8GB; where they need more, they are read block by block.",
+        "SIZE",
+        shown="four fifths of what is free",
+    )
+
+    @property
+    def room(self) -> int:
+        """Bytes that the weights may take."""
+        free = psutil.virtual_memory().available * 4 // 5
+        return free if isinstance(self.memory, str) else self.memory
+
+
+class PruneSettings(MemorySettings, WriterSettings, PlanSettings):
     """All that ``prune`` can be asked for."""
 
-    panels: ClassVar = (HOW_MUCH, _WHERE, _IMPORTANCE, CALIBRATION, _PLAN, OUTPUT, LOADING)
+    panels: ClassVar = (HOW_MUCH, WHERE, IMPORTANCE, CALIBRATION, PLAN, OUTPUT, LOADING)
 
     plan: Path | None = _plan(None, "Replay this plan instead of making one.", "FILE", reads=True)
     dry_run: bool = _plan(False, "Write the plan to --out and stop.")
@@ -187,12 +213,6 @@ class PruneSettings(WriterSettings, PlanSettings):
         True, "Compare with the masked twin, and the saved folder with the model in memory."
     )
     out: Path = _output(..., "Folder to write; with --dry-run the plan file.", "DIR", short="-o")
-    memory: Annotated[int | str, written(parse_bytes, "auto")] = _loading(
-        "auto",
-        "Room for the weights, such as 8GB; where they need more, they are read block by block.",
-        "SIZE",
-        shown="four fifths of what is free",
-    )
 
     def check(self) -> None:
         """Raise UserError for amounts and a plan that say different things."""

@@ -251,6 +251,13 @@ class RecoverSettings(WriterSettings, DataSettings, TrainingSettings, Distillati
     perplexity_seq_len: int | None = _output(
         None, "Tokens in a window of it.", "N", shown="2048 or the model's maximum"
     )
+    control: str | None = _output(
+        None,
+        "Train this model, the dense one, with the same text, steps and rate as well, and show "
+        "what is left of the damage beside it.",
+        "MODEL",
+        reads=True,
+    )
     teacher: str | None = _teacher(None, "The dense model to learn from.", "MODEL", reads=True)
     teacher_cache: Path | None = _teacher(
         None,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from decimal import Decimal
+from typing import Literal
 
 from llm_pruner.errors import UserError
 from llm_pruner.files.outputs import bytes_of
@@ -63,6 +65,40 @@ def parse_split(text: str) -> dict[str, float]:
     """Return structure -> share of ``"heads=0.1,ffn=0.9"``; raise UserError if it is malformed."""
     found = _by_structure(text, r"(\d*\.?\d+)", "share", "heads=0.1,ffn=0.9")
     return {name: float(match[2]) for name, match in found}
+
+
+def parse_shares(text: str) -> tuple[float, ...]:
+    """Return the numbers of ``"0.1,0.2"``, ascending, each once; raise UserError for others."""
+    try:
+        return tuple(sorted({float(part) for part in text.split(",")}))
+    except ValueError:
+        raise UserError(
+            f"--ratios {text} is no list of shares; write such as 0.1,0.2,0.3"
+        ) from None
+
+
+def parse_damage(text: str) -> tuple[Literal["perplexity", "kl"], float]:
+    """Return what is bounded, and by how much.
+
+    Args:
+        text: ``"1.2x"`` for the dense model's perplexity times 1.2, ``"0.3"`` for a KL divergence
+            in nats.
+
+    Raises:
+        UserError: it is neither, or leaves no room for any damage.
+    """
+    number = text.strip().removesuffix("x")
+    ratio = number != text.strip()
+    try:
+        limit = float(number)
+    except ValueError:
+        limit = math.nan
+    if not (1 if ratio else 0) < limit < math.inf:
+        raise UserError(
+            f"--max-damage {text} is no damage; write such as 1.2x, for the dense model's "
+            "perplexity times 1.2, or 0.3, for a KL divergence of 0.3 nats"
+        )
+    return ("perplexity" if ratio else "kl"), limit
 
 
 def _by_structure(
