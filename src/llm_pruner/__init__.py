@@ -51,8 +51,8 @@ if TYPE_CHECKING:
     from llm_pruner.version import __version__ as __version__
 
 _NAMES = {
-    "api": "Lora Model Taylor calibration curve discover health load perplexity plan presets prune_ "
-    "recover_ refit_ score",
+    "api": "Lora Model Taylor calibration curve discover health load perplexity plan presets "
+    "prune_ recover_ refit_ score",
     "checkpoints": "save_checkpoint",
     "errors": "LLMPrunerError PlanError UserError VerificationError",
     "importance": "Criterion",

@@ -12,13 +12,16 @@ import pytest
 import torch
 
 import llm_pruner as lp
+import llm_pruner.recovery as recovery
 from command import Result, contents, done, run, save_tiny
 from llm_pruner.commands import curve as curves
 from llm_pruner.commands import prune as pruning
 from llm_pruner.commands.curve import CurveRun, smallest_for
+from llm_pruner.errors import UserError
 from llm_pruner.evaluation.divergence import Divergence
 from llm_pruner.evaluation.perplexity import PerplexityResult
 from llm_pruner.report.records import CurvePoint, Smallest
+from llm_pruner.settings.curve import CurveSettings
 
 pytestmark = pytest.mark.slow
 
@@ -205,6 +208,26 @@ def test_from_python(made: tuple[dict[str, Any], Result]) -> None:
     assert point.kl == pytest.approx(made[0]["points"][0]["measured"]["divergence"]["kl"])
     after = model.network.state_dict()
     assert all(torch.equal(after[name], one) for name, one in before.items())
+
+
+def test_a_repair_does_not_see_what_is_measured_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+
+    def repair_(network: Any, dense: Any, text: torch.Tensor, *_: Any, **__: Any) -> None:
+        seen.append(text)
+        raise UserError("enough")
+
+    monkeypatch.setattr(recovery, "repair_", repair_)
+    how = lp.presets.fast(calibration="text.txt", samples=16, seq_len=24, repair_minutes=1)
+    asked = {"model": "dense", "out": Path("x"), "measured_tokens": 480}
+    run = CurveRun(CurveSettings(**how.written(), **asked))
+    with pytest.raises(UserError, match="enough"):
+        run.point(0.1)
+    assert run.text is not None
+    assert len(run.text.unseen) == 20
+    trained = {tuple(row) for row in seen[0].tolist()}
+    assert len(trained) > 16
+    assert not trained & {tuple(row) for row in run.text.unseen.tolist()}
 
 
 def points(*damage: tuple[float, float, float]) -> list[CurvePoint]:
