@@ -410,6 +410,6 @@ def test_what_is_refused_before_a_model_is_loaded(
 def test_what_the_model_refuses_leaves_nothing(work: Path, made: Path) -> None:
     said = refused(*command(made, "--ratio", 0.95))
     assert "0.95" in said
-    text = write_text(work / "short.txt", 100)
+    text = write_text(work / "short.txt", 40)
     said = refused(*command(made, "--calibration", text))
     assert said.startswith("short.txt gives ")
