@@ -46,11 +46,29 @@ def _add_chatglm(auto: ModuleType) -> None:
     auto.CONFIG_MAPPING.register("chatglm", stand_in, exist_ok=True)
 
 
+def has_recipe(config: Any) -> bool:
+    """Whether a config is that of a pruned model that brings modelling code of this package."""
+    return isinstance(getattr(config, "pruned", None), dict)
+
+
+def _add_pruned_models(modeling: ModuleType) -> None:
+    """Have a config with a recipe build the class that cuts, whichever class of its is called."""
+    base = modeling.PreTrainedModel
+
+    def build(cls: Any, config: Any = None, *_: Any, **__: Any) -> Any:
+        if has_recipe(config):
+            cls = import_module("llm_pruner.checkpoints.remote_code").pruned_class(cls)
+        return super(base, cls).__new__(cls)
+
+    base.__new__ = build
+
+
 _ADDITIONS: dict[str, Callable[[ModuleType], None]] = {
     "transformers.quantizers.auto": _add_loader,
     "transformers.models.auto.configuration_auto": _add_chatglm,
+    "transformers.modeling_utils": _add_pruned_models,
 }
-"""Module of transformers that holds a table -> what adds to it."""
+"""Module of transformers that holds a table or a class -> what adds to it."""
 
 
 class _Finder(MetaPathFinder):

@@ -29,9 +29,9 @@ from transformers import (
 )
 from transformers.models.qwen2 import modeling_qwen2
 
-from helpers import tiny_model
-from llm_pruner.checkpoints import save_checkpoint
-from llm_pruner.checkpoints.quantizer import PrunedQuantizer
+from helpers import in_old_form, tiny_model
+from llm_pruner.checkpoints import quantizer, remote_code, save_checkpoint
+from llm_pruner.checkpoints.quantizer import PrunedQuantizer, cut_skeleton_
 from llm_pruner.checkpoints.reshape import Recipe, parse_positions
 from llm_pruner.commands import evaluate
 from llm_pruner.data.selfmade import write_text_cached
@@ -59,6 +59,7 @@ WATCHED = (
     PreTrainedConfig,
     GenerationConfig,
     PrunedQuantizer,
+    remote_code.Checked,
     AutoModelForCausalLM,
     nn.Module,
     nn.Linear,
@@ -66,9 +67,9 @@ WATCHED = (
 )
 
 
-@pytest.fixture(scope="module")
-def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose recipe has entries of every kind."""
+@pytest.fixture(scope="module", params=["pruned", "quantization_config"])
+def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose recipe has entries of every kind, under the key of its form."""
     sizes = {"num_hidden_layers": 4, "layer_types": TYPES}
     windows = {"use_sliding_window": True, "sliding_window": 64}
     model = tiny_model("qwen2", tie_word_embeddings=True, **windows, **sizes)
@@ -85,14 +86,19 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saved = save_checkpoint(
         model, out, edits=edits, plan_json=None, tokenizer=None, dense_config=dense
     )
-    assert saved.kind == "recipe"
+    assert saved.kind == "remote_code"
     with torch.no_grad():
         torch.save(model(TOKENS).logits, out.parent / "logits.pt")
-    return out
+    return out if request.param == "pruned" else in_old_form(out)
+
+
+def key_of(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text())
+    return "pruned" if "pruned" in config else "quantization_config"
 
 
 def recipe_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())["quantization_config"]
+    return json.loads((folder / "config.json").read_text())[key_of(folder)]
 
 
 def with_recipe(folder: Path, recipe: Any, out: Path) -> Path:
@@ -102,7 +108,7 @@ def with_recipe(folder: Path, recipe: Any, out: Path) -> Path:
         if file.name != "config.json" and not (out / file.name).exists():
             (out / file.name).symlink_to(file)
     config = json.loads((folder / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | {"quantization_config": recipe}))
+    (out / "config.json").write_text(json.dumps(config | {key_of(folder): recipe}))
     return out
 
 
@@ -337,14 +343,14 @@ def test_an_attack_beside_good_entries_sets_none_of_them(pruned: Path, tmp_path:
     recipe = recipe_of(pruned)
     attribute("model.layers.2.self_attn", "forward")(recipe)
     seen: list[nn.Module] = []
-    before = PrunedQuantizer._process_model_before_weight_loading
 
-    def keep(self: PrunedQuantizer, model: Any, **options: Any) -> None:
+    def keep(model: Any, recipe: Recipe, kept: dict[str, Any]) -> None:
         seen.append(model)
-        before(self, model, **options)
+        cut_skeleton_(model, recipe, kept)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PrunedQuantizer, "_process_model_before_weight_loading", keep)
+        patch.setattr(quantizer, "cut_skeleton_", keep)
+        patch.setattr(remote_code, "cut_skeleton_", keep)
         with pytest.raises(UserError, match="'forward'"):
             AutoModelForCausalLM.from_pretrained(with_recipe(pruned, recipe, tmp_path / "out"))
     (model,) = seen

@@ -6,7 +6,7 @@ import copy
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from helpers import tiny_model, tiny_tokenizer
+from helpers import in_old_form, modules_of_checkpoints_in, tiny_model, tiny_tokenizer
 from llm_pruner.checkpoints import save_checkpoint, stock_config
+from llm_pruner.checkpoints.meta import sizes
 from llm_pruner.checkpoints.reshape import (
     Recipe,
     compose,
@@ -33,6 +34,12 @@ from llm_pruner.types import Edits
 TOKENS = torch.arange(3, 35).view(2, 16)
 PLAN = '{"format_version": 1}\n'
 HEAD_DIM = 8
+
+
+@pytest.fixture(autouse=True, scope="module")
+def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with modules_of_checkpoints_in(tmp_path_factory.mktemp("modules")):
+        yield
 
 
 class Knife:
@@ -150,12 +157,20 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def load(path: Path, **options: Any) -> PreTrainedModel:
-    model, info = AutoModelForCausalLM.from_pretrained(
-        path, output_loading_info=True, **{"dtype": torch.float32, **options}
+    """Load a folder as its reader does who has the package; its own code has to give the same."""
+    model, *others = (
+        AutoModelForCausalLM.from_pretrained(
+            path, output_loading_info=True, **{"dtype": torch.float32, **options, **trust}
+        )
+        for trust in ({}, {"trust_remote_code": True})[: 1 + (path / "modeling_pruned.py").is_file()]
     )
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    return model
+    for other, info in (model, *others):
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        assert torch.equal(logits(other), logits(model[0]))
+        assert sizes(other) == sizes(model[0])
+        assert type(other).__module__.startswith("transformers_modules.") is (other is not model[0])
+    return model[0]
 
 
 def equal_layers(model: PreTrainedModel) -> Knife:
@@ -210,7 +225,7 @@ def test_a_bias_that_the_dense_model_has_not_comes_back(tmp_path: Path) -> None:
     assert down.bias is None
     down.bias = nn.Parameter(torch.arange(48) / 48)
     knife.shapes["model.layers.1.mlp.down_proj.bias"] = (48,)
-    assert knife.save(tmp_path / "out") == "recipe"
+    assert knife.save(tmp_path / "out") == "remote_code"
     loaded = load(tmp_path / "out")
     assert torch.equal(loaded.get_submodule("model.layers.1.mlp.down_proj").bias, down.bias)
     assert loaded.get_submodule("model.layers.0.mlp.down_proj").bias is None
@@ -298,7 +313,7 @@ def test_a_factor_that_config_values_would_change_needs_a_recipe(tmp_path: Path)
         knife.attribute(attention, "head_dim", 6)
     for name in ("inv_freq", "original_inv_freq"):
         knife.buffer(f"model.rotary_emb.{name}", (0, 1, 2))
-    assert knife.save(tmp_path / "out") == "recipe"
+    assert knife.save(tmp_path / "out") == "remote_code"
     loaded = load(tmp_path / "out")
     assert torch.equal(loaded.model.rotary_emb.inv_freq, knife.model.model.rotary_emb.inv_freq)
     assert torch.equal(logits(loaded), logits(knife.model))
@@ -311,7 +326,7 @@ def test_a_factor_that_config_values_would_change_needs_a_recipe(tmp_path: Path)
 @pytest.mark.parametrize("options", [{}, {"device_map": "auto"}, {"device_map": "cpu"}])
 def test_differing_layers(model_type: str, options: dict[str, Any], tmp_path: Path) -> None:
     knife = differing_layers(tiny_model(model_type))
-    assert knife.save(tmp_path / "out", max_shard_size="50KB") == "recipe"
+    assert knife.save(tmp_path / "out", max_shard_size="50KB") == "remote_code"
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 3
     loaded = load(tmp_path / "out", **options)
     assert torch.equal(logits(loaded), logits(knife.model))
@@ -340,7 +355,7 @@ def test_tied_weights_stay_tied_in_a_recipe(tmp_path: Path) -> None:
     knife = Knife(tiny_model("llama", tie_word_embeddings=True))
     knife.hidden(range(32))
     knife.ffn(0, range(20))
-    assert knife.save(tmp_path / "out") == "recipe"
+    assert knife.save(tmp_path / "out") == "remote_code"
     loaded = load(tmp_path / "out")
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert torch.equal(logits(loaded), logits(knife.model))
@@ -352,7 +367,7 @@ def test_layers_that_differ_and_go(tmp_path: Path) -> None:
     knife = Knife(model)
     knife.drop_layers([1, 2])
     knife.ffn(0, range(30))
-    assert knife.save(tmp_path / "out") == "recipe"
+    assert knife.save(tmp_path / "out") == "remote_code"
     loaded = load(tmp_path / "out")
     assert loaded.config.num_hidden_layers == len(loaded.model.layers) == 2
     assert loaded.config.layer_types == types[1:]
@@ -384,7 +399,7 @@ def test_number_that_code_reads_rules_a_plain_config_out(tmp_path: Path) -> None
         layer.self_attn.scaling *= 2
     assert stock_config(knife.dense_config, knife.model, knife.edits) is None
     # The recipe takes along what the edits do not tell.
-    assert knife.save(tmp_path / "out") == "recipe"
+    assert knife.save(tmp_path / "out") == "remote_code"
     assert torch.equal(logits(load(tmp_path / "out")), logits(knife.model))
 
 
@@ -443,7 +458,7 @@ def test_pruned_again(tmp_path: Path) -> None:
     knife = Knife(load(tmp_path / "once"))
     knife.drop_layers([1, 2])
     knife.ffn(1, range(50))
-    assert knife.save(tmp_path / "twice") == "recipe"
+    assert knife.save(tmp_path / "twice") == "remote_code"
     loaded = load(tmp_path / "twice")
     assert loaded.config.num_hidden_layers == 2
     assert torch.equal(logits(loaded), logits(knife.model))
@@ -481,7 +496,7 @@ def test_the_folder_holds_plan_and_tokenizer(tmp_path: Path) -> None:
     saved = save_checkpoint(
         model, tmp_path / "out", edits=knife.edits, plan_json=PLAN, tokenizer=tokenizer
     )
-    assert saved.kind == "recipe"
+    assert saved.kind == "remote_code"
     assert (saved.path / "plan.json").read_text() == PLAN
     assert AutoTokenizer.from_pretrained(saved.path)("abc") == tokenizer("abc")
     assert load(saved.path).generation_config.max_length == 77
@@ -544,14 +559,17 @@ def test_in_a_new_process(
     assert torch.equal(torch.load(result, weights_only=True), logits(knife.model))
 
 
-def broken(path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+def broken(path: Path, key: str, change: Callable[[dict[str, Any]], Any]) -> Path:
     differing_layers(tiny_model("llama")).save(path)
+    if key != "pruned":
+        in_old_form(path)
     config = json.loads((path / "config.json").read_text())
-    change(config["quantization_config"])
+    change(config[key])
     (path / "config.json").write_text(json.dumps(config))
     return path
 
 
+@pytest.mark.parametrize("key", ["pruned", "quantization_config"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -569,9 +587,9 @@ def broken(path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
     ],
 )
 def test_broken_recipes(
-    change: Callable[[dict[str, Any]], Any], message: str, tmp_path: Path
+    change: Callable[[dict[str, Any]], Any], message: str, key: str, tmp_path: Path
 ) -> None:
-    path = broken(tmp_path / "out", change)
+    path = broken(tmp_path / "out", key, change)
     with pytest.raises(UserError, match=message):
         AutoModelForCausalLM.from_pretrained(path)
 

@@ -300,7 +300,8 @@ def test_what_is_printed(work: Path, tiny: Path) -> None:
     rows = [line.split() for line in result.out.splitlines()]
     assert ["layer", "heads", "query_heads", "ffn"] in rows
     assert any(row[:1] == ["1-4"] and row[1:4] == ["2", "of", "3"] for row in rows)
-    assert "loads with from_pretrained after 'import llm_pruner'" in result.out
+    said = " ".join(result.out.split())
+    assert "loads with from_pretrained and trust_remote_code=True; where llm-pruner is" in said
     assert "tiny: 136.1K -> 109.0K parameters (19.9% removed)" in result.out
     assert "equal to its masked twin: largest difference " in result.out
     quiet = ("--ratio", 0.2, "--criterion", "l2", "--no-verify", "--overwrite")

@@ -71,7 +71,7 @@ def test_every_run_leaves_a_report(tiny: Path, pruned: Path) -> None:
     assert report.sizes["pruned"].total == sum(weight.numel() for weight in weights.values())
     assert report.sizes["dense"].total == 136_080
     assert report.sizes["dense"].bytes == 4 * 136_080
-    assert (report.saved_as, report.needs) == ("recipe", ("import llm_pruner",))
+    assert (report.saved_as, report.needs) == ("remote_code", ("trust_remote_code=True",))
     assert 0 <= report.twin_difference <= 1e-5
     # What is left, and what was removed, agree with the plan.
     plan = json.loads((pruned / "plan.json").read_text())
@@ -102,7 +102,8 @@ def test_every_run_leaves_a_report(tiny: Path, pruned: Path) -> None:
     assert card == render_card(report)
     assert digest(card) == report.card_digest
     assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "transformers"
-    assert "import llm_pruner" in card
+    assert "import llm_pruner" not in card
+    assert card.count("trust_remote_code=True)") == 2
     modes = {(pruned / name).stat().st_mode & 0o044 for name in REPORT}
     assert modes == {0o044}
 

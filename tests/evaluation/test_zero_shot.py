@@ -49,7 +49,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     dense, pruned = save_tiny(folder / "dense"), folder / "pruned"
     done("prune", dense, "--out", pruned, "--ratio", 0.2, "--criterion", "l2")
-    assert "quantization_config" in json.loads((pruned / "config.json").read_text())
+    assert "pruned" in json.loads((pruned / "config.json").read_text())
     return {"dense": dense, "pruned": pruned}
 
 

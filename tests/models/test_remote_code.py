@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, dynamic_module_utils
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from command import contents, done, run
-from helpers import VOCABULARY, tiny_tokenizer
+from helpers import VOCABULARY, modules_of_checkpoints_in, tiny_tokenizer
 from llm_pruner.discovery.groups import discover
 from llm_pruner.models.load import load_model
 from llm_pruner.planning.plan import read_plan
@@ -142,10 +141,7 @@ def homemade(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     }
     (folder / "config.json").write_text(json.dumps(settings))
     tiny_tokenizer().save_pretrained(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        cache = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", cache)
-        patch.syspath_prepend(cache)
+    with modules_of_checkpoints_in(tmp_path_factory.mktemp("modules")):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -155,8 +151,6 @@ def homemade(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                     parameter.add_(0.15 * torch.randn_like(parameter))
         model.save_pretrained(folder)
         yield folder
-        for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
-            del sys.modules[name]
 
 
 def test_refused_unless_allowed(

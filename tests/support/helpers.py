@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    dynamic_module_utils,
+)
 
 VOCABULARY = 259
 """Three special tokens and the 256 bytes."""
@@ -79,3 +91,27 @@ def tiny_model(model_type: str = "llama", *, seed: int = 0, **config: Any) -> Pr
                     parameter.add_(0.1 * torch.randn_like(parameter))
     model.requires_grad_(True)
     return model
+
+
+@contextmanager
+def modules_of_checkpoints_in(cache: Path) -> Iterator[None]:
+    """Have transformers keep the code of checkpoints in a folder, and forget it afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(cache))
+        patch.syspath_prepend(cache)
+        yield
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        del sys.modules[name]
+
+
+def in_old_form(folder: Path) -> Path:
+    """Rewrite a folder with modelling code as versions before 0.3 wrote it; return it."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"] = {"quant_method": "llm_pruner", **config.pop("pruned")}
+    config["architectures"] = [name.removeprefix("Pruned") for name in config["architectures"]]
+    for key in ("auto_map", "per_layer_config", "allow_global_per_layer_attribute_access"):
+        config.pop(key, None)
+    file.write_text(json.dumps(config))
+    (folder / "modeling_pruned.py").unlink()
+    return folder

@@ -185,9 +185,9 @@ def test_other_implementations_of_experts(record_property: Any) -> None:
     ("name", "gone", "kind", "key", "left"),
     [
         ("mixtral", {0: [1], 1: [3]}, "stock", "num_local_experts", 3),
-        ("mixtral", {0: [1]}, "recipe", "num_local_experts", 4),
+        ("mixtral", {0: [1]}, "remote_code", "num_local_experts", 4),
         ("deepseek_v3", {1: [0, 2], 2: [1, 3]}, "stock", "num_local_experts", 4),
-        ("deepseek_v3", {1: [0], 2: [1, 3]}, "recipe", "num_local_experts", 8),
+        ("deepseek_v3", {1: [0], 2: [1, 3]}, "remote_code", "num_local_experts", 8),
     ],
 )
 def test_saved_and_loaded(

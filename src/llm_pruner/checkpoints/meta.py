@@ -106,6 +106,14 @@ def sizes(model: nn.Module) -> Sizes:
     return found
 
 
+def differing(found: Sizes, wanted: Sizes) -> Iterator[tuple[str, str, Any]]:
+    """Yield what has another size; a number that modules of one model alone hold is none."""
+    for key in found.keys() | wanted.keys():
+        either = key in found and key in wanted
+        if found.get(key) != wanted.get(key) and (either or key[0] != "attribute"):
+            yield key
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 

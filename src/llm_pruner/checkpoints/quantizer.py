@@ -27,9 +27,10 @@ from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llm_pruner.checkpoints.meta import get_path, is_integer, set_path
+from llm_pruner.checkpoints.modeling_pruned import cut_buffers_, reshape_parameters_, set_config_
 from llm_pruner.checkpoints.reshape import MOST_LAYERS, Recipe, from_json, shown, to_json
 from llm_pruner.errors import UserError
-from llm_pruner.models.layers import configs_of, is_settings, keep_children, set_attributes_
+from llm_pruner.models.layers import is_settings, keep_children, set_attributes_
 
 QUANT_METHOD = "llm_pruner"
 
@@ -81,17 +82,7 @@ class PrunedQuantizer(HfQuantizer):
         self._kept_config = {
             path: get_path(config, path) for path in recipe.dense_config if path not in own
         }
-        config = copy.deepcopy(config)
-        for path, value in recipe.dense_config.items():
-            try:
-                set_path(config, path, value)
-            except Exception as error:  # configs check themselves in any way
-                raise UserError(
-                    f"{type(config).__name__} refuses the {shown(path)} of the pruning recipe in "
-                    f"config.json ({' '.join(str(error).split())[:200]}); use the config.json that "
-                    "belongs to these weights"
-                ) from error
-        return config
+        return dense_copy(config, recipe)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         cut_skeleton_(model, self.quantization_config.recipe, self._kept_config)
@@ -114,6 +105,25 @@ class PrunedQuantizer(HfQuantizer):
         return True
 
 
+def dense_copy(config: PreTrainedConfig, recipe: Recipe) -> PreTrainedConfig:
+    """Return the config that builds the dense model.
+
+    Raises:
+        UserError: it refuses a value of the recipe.
+    """
+    config = copy.deepcopy(config)
+    for path, value in recipe.dense_config.items():
+        try:
+            set_path(config, path, value)
+        except Exception as error:  # configs check themselves in any way
+            raise UserError(
+                f"{type(config).__name__} refuses the {shown(path)} of the pruning recipe in "
+                f"config.json ({' '.join(str(error).split())[:200]}); use the config.json that "
+                "belongs to these weights"
+            ) from error
+    return config
+
+
 def cut_skeleton_(model: PreTrainedModel, recipe: Recipe, kept_config: Mapping[str, Any]) -> None:
     """Cut a dense model without weights to the sizes of the recipe, so that its weights can load.
 
@@ -129,62 +139,16 @@ def cut_skeleton_(model: PreTrainedModel, recipe: Recipe, kept_config: Mapping[s
     # Names are those of a model without the removed layers, which nobody has seen yet.
     find = (_shape_misfits, _buffer_misfits, attribute_misfits)
     require_none(model, chain.from_iterable(misfits(model, recipe) for misfits in find))
-    _set_config_(model, kept_config)
-    _reshape_parameters_(model, recipe)
-    _cut_buffers_(model, recipe, saved=True)
+    set_config_(model, kept_config)
+    reshape_parameters_(model, tied_shapes(model, recipe))
+    cut_buffers_(model, recipe.buffers, saved=True)
 
 
 def finish_(model: nn.Module, recipe: Recipe) -> None:
     """Cut and set what depends on no weights, once these are loaded."""
     # Buffers that no checkpoint holds have just been computed from the config, in dense size.
-    _cut_buffers_(model, recipe, saved=False)
+    cut_buffers_(model, recipe.buffers, saved=False)
     set_attributes_(model, recipe)
-
-
-def _set_config_(model: PreTrainedModel, values: Mapping[str, Any]) -> None:
-    """Set config values in every config object of the model; submodels may hold copies."""
-    dense = {path: get_path(model.config, path) for path in values}
-    for path, value in values.items():
-        set_path(model.config, path, value)
-        name = path.rpartition(".")[2]
-        for config in configs_of(model):
-            # A copy is one that still says what the dense config said.
-            copied = isinstance(config, PreTrainedConfig) and config is not model.config
-            if copied and getattr(config, name, None) == dense[path]:
-                setattr(config, name, value)
-
-
-def _reshape_parameters_(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Give meta parameters the shapes of the recipe, tied ones under each of their names.
-
-    A bias of a linear module that has none is added. The recipe fits, as was asked before.
-    """
-    for name, shape in _tied_shapes(model, recipe).items():
-        owner, _, attribute = name.rpartition(".")
-        module = model.get_submodule(owner)
-        added = _lacks_bias(module, attribute)
-        old = module.get_parameter("weight" if added else attribute)
-        new = nn.Parameter(old.new_empty(shape), requires_grad=old.requires_grad)
-        if not added:
-            new.__dict__.update(vars(old))  # marks that loaders leave on parameters
-        setattr(module, attribute, new)
-
-
-def _cut_buffers_(model: PreTrainedModel, recipe: Recipe, *, saved: bool) -> None:
-    """Keep the recipe's positions of buffers and tensor attributes.
-
-    Args:
-        saved: those that the checkpoint fills, before they are filled; else all others, computed.
-    """
-    computed = {name for name, _ in model.named_non_persistent_buffers()}
-    persistent = {name for name, _ in model.named_buffers()} - computed
-    for name in recipe.buffers.keys() & persistent if saved else recipe.buffers.keys() - persistent:
-        owner, _, attribute = name.rpartition(".")
-        module = model.get_submodule(owner)
-        tensor = getattr(module, attribute)
-        for dim, kept in recipe.buffers[name].items():
-            tensor = tensor.index_select(dim, torch.tensor(kept, device=tensor.device))
-        setattr(module, attribute, tensor)
 
 
 # ----------------------------------------------------------------------- whether a recipe fits
@@ -238,7 +202,7 @@ def _layer_misfits(model: nn.Module, recipe: Recipe) -> Iterator[str]:
 
 
 def _shape_misfits(model: PreTrainedModel, recipe: Recipe) -> Iterator[str]:
-    shapes = _tied_shapes(model, recipe)
+    shapes = tied_shapes(model, recipe)
     for name, other in _tied(model):
         if {name, other} <= shapes.keys() and shapes[name] != shapes[other]:
             yield f"gives {name} and {other}, which are one, different shapes"
@@ -301,7 +265,7 @@ def _tied(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
         yield pair[::-1]
 
 
-def _tied_shapes(model: PreTrainedModel, recipe: Recipe) -> dict[str, tuple[int, ...]]:
+def tied_shapes(model: PreTrainedModel, recipe: Recipe) -> dict[str, tuple[int, ...]]:
     """Return the shapes with those of tied parameters under each of their names."""
     shapes = dict(recipe.shapes)
     for name, other in _tied(model):

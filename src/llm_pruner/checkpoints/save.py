@@ -12,7 +12,7 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from llm_pruner.checkpoints import meta, quantizer
+from llm_pruner.checkpoints import meta, quantizer, remote_code
 from llm_pruner.checkpoints.reshape import Recipe, compose, from_json, to_json
 from llm_pruner.checkpoints.stock_config import layer_values, stock_config
 from llm_pruner.errors import LLMPrunerError, UserError
@@ -21,6 +21,8 @@ from llm_pruner.files.outputs import atomic_directory, bytes_of, check_shard_siz
 from llm_pruner.models.streaming import saved_by_shard
 from llm_pruner.runtime.progress import quiet
 from llm_pruner.types import Edits
+
+Kind = Literal["stock", "remote_code", "recipe"]
 
 _SHARD = "1GB"
 
@@ -33,15 +35,16 @@ class SavedCheckpoint:
     """A folder that ``from_pretrained`` loads.
 
     Attributes:
-        kind: ``stock`` has a plain config; ``recipe`` one that the quantizer of this package reads.
+        kind: ``stock`` has a plain config, ``remote_code`` modelling code beside it, ``recipe`` a
+            config that only the quantizer of this package reads.
         path: the folder.
         bytes: size of all files in it.
         needs: what ``from_pretrained`` needs besides transformers: ``import llm_pruner`` for a
-            recipe and for models that transformers lacks, ``trust_remote_code=True`` for models
-            with code of their own.
+            recipe and for models that transformers lacks, ``trust_remote_code=True`` for folders
+            with code. Of the kind ``remote_code`` they need it only without this package.
     """
 
-    kind: Literal["stock", "recipe"]
+    kind: Kind
     path: Path
     bytes: int
     needs: tuple[str, ...]
@@ -57,7 +60,7 @@ def save_checkpoint(
     overwrite: bool = False,
     max_shard_size: str = "5GB",
     dense_config: PreTrainedConfig | None = None,
-    beside: Callable[[Path, Literal["stock", "recipe"], tuple[str, ...]], None] | None = None,
+    beside: Callable[[Path, Kind, tuple[str, ...]], None] | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> SavedCheckpoint:
     """Write safetensors, config.json, generation config, tokenizer and plan.json to ``out``.
@@ -85,11 +88,13 @@ def save_checkpoint(
     """
     check_shard_size(max_shard_size)
     dense_config = dense_config or model.config
-    config, kind = _pruned_config(model, edits, dense_config)
+    own, own_class = model.config, type(model)
     with atomic_directory(out, overwrite) as folder:
-        own = model.config
         try:
-            model.config = config
+            model.__class__ = remote_code.stock_class(own_class)
+            model.config, kind = _pruned_config(model, edits, dense_config)
+            if kind == "remote_code":
+                model.__class__ = remote_code.pruned_class(type(model))
             with silent_writing(), saved_by_shard(model) as state:
                 # A shard of a model that is read block by block is in memory when it is written.
                 most = (max_shard_size,) if state is None else (max_shard_size, _SHARD)
@@ -98,7 +103,7 @@ def save_checkpoint(
                 if tokenizer is not None:
                     tokenizer.save_pretrained(folder)
         finally:
-            model.config = own
+            model.config, model.__class__ = own, own_class
         if plan_json is not None:
             (folder / "plan.json").write_text(plan_json, encoding="utf-8", newline="\n")
         if beside is not None:
@@ -111,16 +116,17 @@ def save_checkpoint(
     return SavedCheckpoint(kind, Path(out), folder_bytes(out), _needs(model, kind))
 
 
-def _needs(model: PreTrainedModel, kind: Literal["stock", "recipe"]) -> tuple[str, ...]:
-    origin = type(model).__module__.partition(".")[0]
+def _needs(model: PreTrainedModel, kind: Kind) -> tuple[str, ...]:
+    origin = remote_code.stock_class(type(model)).__module__.partition(".")[0]
     own = kind == "recipe" or origin == __name__.partition(".")[0]
-    needs = (("import llm_pruner", own), ("trust_remote_code=True", origin == _REMOTE_PACKAGE))
+    code = kind == "remote_code" or origin == _REMOTE_PACKAGE
+    needs = (("import llm_pruner", own), ("trust_remote_code=True", code))
     return tuple(what for what, needed in needs if needed)
 
 
 def _pruned_config(
     model: PreTrainedModel, edits: Edits, dense_config: PreTrainedConfig
-) -> tuple[PreTrainedConfig, Literal["stock", "recipe"]]:
+) -> tuple[PreTrainedConfig, Kind]:
     dense_config, recipe = _dense_and_recipe(dense_config, edits)
     stock = stock_config(dense_config, model, recipe)
     if stock is not None:
@@ -136,6 +142,9 @@ def _pruned_config(
     quantizer.require_none(config, quantizer.config_misfits(config, recipe))
     if changed:
         _require_valid(config)
+    with_code = remote_code.with_code(config, recipe, model)
+    if with_code is not None:
+        return with_code, "remote_code"
     config.quantization_config = quantizer.PrunedConfig(**to_json(recipe))
     return config, "recipe"
 
@@ -156,17 +165,19 @@ def _require_valid(config: PreTrainedConfig) -> None:
 def _dense_and_recipe(config: PreTrainedConfig, edits: Edits) -> tuple[PreTrainedConfig, Recipe]:
     """Return the config of the unpruned model and all edits since; pruned models may come again."""
     config, recipe = copy.deepcopy(config), Recipe(**vars(edits))
+    data = remote_code.without_code_(config)
     previous = getattr(config, "quantization_config", None)
-    if previous is None:
+    if previous is not None:
+        data = previous if isinstance(previous, dict) else previous.to_dict()
+        if data.get("quant_method") != quantizer.QUANT_METHOD:
+            raise UserError(
+                f"the model is quantized with {data.get('quant_method')}, and pruned weights "
+                "cannot be saved in that form; load it without quantization"
+            )
+        del config.quantization_config
+    if data is None:
         return config, recipe
-    data = previous if isinstance(previous, dict) else previous.to_dict()
-    if data.get("quant_method") != quantizer.QUANT_METHOD:
-        raise UserError(
-            f"the model is quantized with {data.get('quant_method')}, and pruned weights cannot be "
-            "saved in that form; load it without quantization"
-        )
     first = from_json(data)
-    del config.quantization_config
     return meta.with_values(config, first.dense_config), compose(first, recipe)
 
 
@@ -187,14 +198,12 @@ def _checked(
     found, wanted = meta.sizes(rebuilt), meta.sizes(model)
     attributes = {name: dict(values) for name, values in recipe.attributes.items()}
     wrong = []
-    for key in found.keys() | wanted.keys():
+    for key in meta.differing(found, wanted):
         what, name, detail = key
-        if found.get(key) == wanted.get(key):
-            continue
-        if what != "attribute":
-            wrong.append(f"{name} dimension {detail}: {found.get(key)} for {wanted.get(key)}")
-        elif key in found and key in wanted:
+        if what == "attribute":
             attributes.setdefault(name, {})[detail] = wanted[key]
+        else:
+            wrong.append(f"{name} dimension {detail}: {found.get(key)} for {wanted.get(key)}")
     if wrong:
         raise LLMPrunerError(
             f"the recorded edits do not rebuild the pruned model, so nothing was saved; "

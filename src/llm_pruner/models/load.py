@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from transformers import (
 
 from llm_pruner.errors import UserError, in_short
 from llm_pruner.files.disk import read_json
+from llm_pruner.hook import has_recipe
 from llm_pruner.models import stored as on_disk
 from llm_pruner.models.streaming import stored, stream_
 from llm_pruner.runtime.progress import quiet
@@ -120,6 +121,9 @@ def load_model(
         with _explained(source):
             config = AutoConfig.from_pretrained(found.folder, **found.shared)
             _check_quantization(source, config)
+            if has_recipe(config) and type(config).__module__.startswith("transformers."):
+                # The class of this package does what the code of the folder does.
+                found = replace(found, shared=found.shared | {"trust_remote_code": False})
             kept = torch.float32 if found.is_gguf else getattr(config, "dtype", None)
             if not isinstance(kept, torch.dtype):
                 kept = on_disk.commonest_type(Path(found.folder))
@@ -279,8 +283,8 @@ def _load_model(
 
 def _config_suffices(config: Any, shared: dict[str, Any]) -> bool:
     """Whether a config alone builds the model that ``from_pretrained`` would."""
-    # The sizes of a pruned model that a config cannot express are in the marks of its quantizer.
-    if getattr(config, "quantization_config", None) is not None:
+    # The sizes of a pruned model that a config cannot express are in its recipe.
+    if getattr(config, "quantization_config", None) is not None or has_recipe(config):
         return False
     # Without weights, code from the hub would come from its newest revision.
     own_code = shared.get("trust_remote_code") and hasattr(config, "auto_map")

@@ -34,8 +34,9 @@ JSON_FILE, HTML_FILE, CARD_FILE = "report.json", "report.html", "README.md"
 Variant = Literal["dense", "pruned", "recovered"]
 """The model before, after removing, and after training what was left."""
 
-SavedAs = Literal["stock", "recipe"]
-"""``stock`` if a plain config describes a checkpoint, else ``recipe``."""
+SavedAs = Literal["stock", "remote_code", "recipe"]
+"""``stock`` if a plain config describes a checkpoint, ``remote_code`` if code lies beside it, and
+``recipe`` if only this package reads it."""
 
 VARIANTS: tuple[Variant, ...] = ("dense", "pruned", "recovered")
 

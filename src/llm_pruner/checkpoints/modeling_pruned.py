@@ -1,0 +1,153 @@
+"""A model of transformers whose layers have sizes of their own.
+
+Its code is that of transformers, which builds it as large as it was before pruning. Then the layers
+that were removed are taken out, and each tensor gets the size that it has in this folder. Which
+these are is in config.json under ``pruned``: text and numbers, read here and nowhere else.
+"""
+
+import copy
+from functools import reduce
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+
+class Pruned:
+    """Stands before a class of transformers and gives it other sizes."""
+
+    def __init__(self, config, *inputs, **options):
+        recipe = config.pruned
+        # Models inside read this config too, and are to be dense like all else at first.
+        hidden = {key: vars(config).pop(key, None) for key in ("pruned", "_heterogeneity_spec")}
+        kept = {path: get(config, path) for path in recipe["dense_config"]}
+        for path, value in recipe["dense_config"].items():
+            put(config, path, value)
+        super().__init__(config, *inputs, **options)
+        # What this module alone reads differently is set on a copy of its own, by ``_finish``.
+        own = recipe["attributes"].get("", {})
+        set_config_(self, {path: kept[path] for path in kept if f"config.{path}" not in own})
+        vars(config).update({key: value for key, value in hidden.items() if value is not None})
+        self._cut()
+        self._unfinished = True
+        if not any(buffer.is_meta for buffer in self.buffers()):
+            self._finish()
+
+    def initialize_weights(self):
+        """Fill what no checkpoint holds: loading comes here once it has the weights."""
+        super().initialize_weights()
+        if vars(self).get("_unfinished"):
+            self._finish()
+
+    @classmethod
+    def is_custom_code(cls):
+        """Weights are named and arranged as those of the model of transformers."""
+        return False
+
+    def _recipe(self):
+        """Return what is to be changed, by the names that it has in this model."""
+        recipe = self.config.pruned
+        buffers = {
+            name: {int(dim): positions(kept) for dim, kept in dims.items()}
+            for name, dims in recipe["buffers"].items()
+        }
+        layers = {name: positions(kept) for name, kept in recipe["layers"].items()}
+        shapes = {name: [*map(int, text.split("x"))] for name, text in recipe["shapes"].items()}
+        parts = {"layers": layers, "shapes": shapes, "buffers": buffers}
+        return within(self, parts | {"attributes": recipe["attributes"]})
+
+    def _cut(self):
+        recipe = self._recipe()
+        for path, kept in recipe["layers"].items():
+            children = self.get_submodule(path)
+            put(self, path, nn.ModuleList(children[index] for index in kept))
+        reshape_parameters_(self, recipe["shapes"])
+        cut_buffers_(self, recipe["buffers"], saved=True)
+
+    def _finish(self):
+        recipe, self._unfinished = self._recipe(), False
+        cut_buffers_(self, recipe["buffers"], saved=False)  # just computed, in dense size
+        for name, values in recipe["attributes"].items():
+            for path, value in values.items():
+                set_own_(self.get_submodule(name), path, value)
+
+
+def positions(text):
+    """Return the numbers of ranges such as ``0-31,40``."""
+    ends = [part.split("-") for part in text.split(",")]
+    return [i for part in ends for i in range(int(part[0]), int(part[-1]) + 1)]
+
+
+def within(model, parts):
+    """Return the same by the names of the model without its head, if that is what ``model`` is."""
+    prefix = f"{model.base_model_prefix}."
+    if model.base_model is not model or not any(n.startswith(prefix) for n in parts["shapes"]):
+        return parts
+    return {
+        part: {n.removeprefix(prefix): value for n, value in of.items() if n.startswith(prefix)}
+        for part, of in parts.items()
+    }
+
+
+def get(holder, path):
+    """Return the value at a dotted path."""
+    return reduce(getattr, path.split("."), holder)
+
+
+def put(holder, path, value):
+    """Set the value at a dotted path."""
+    *inner, name = path.split(".")
+    setattr(reduce(getattr, inner, holder), name, value)
+
+
+def set_config_(model, values):
+    """Set config values, also in the copies that modules hold of the config."""
+    for path, value in values.items():
+        old, name = get(model.config, path), path.split(".")[-1]
+        put(model.config, path, value)
+        for module in model.modules():
+            config = vars(module).get("config")
+            if isinstance(config, PreTrainedConfig) and getattr(config, name, None) == old:
+                setattr(config, name, value)
+
+
+def reshape_parameters_(model, shapes):
+    """Keep the first entries of parameters along each dimension; the weights are loaded later."""
+    for path, shape in shapes.items():
+        owner, _, name = path.rpartition(".")
+        module = model.get_submodule(owner)
+        old = getattr(module, name)
+        if old is None:  # a linear module that was given a bias
+            new = nn.Parameter(module.weight.new_zeros(shape), module.weight.requires_grad)
+        else:
+            new = nn.Parameter(old.data[tuple(map(slice, shape))].clone(), old.requires_grad)
+            vars(new).update(vars(old))  # marks that loaders leave on parameters
+        setattr(module, name, new)
+
+
+def cut_buffers_(model, buffers, saved):
+    """Keep some positions of the buffers that files hold, or of all others."""
+    held = model.state_dict().keys()
+    for path, dims in buffers.items():
+        owner, _, name = path.rpartition(".")
+        module = model.get_submodule(owner)
+        if (path in held) == saved:
+            tensor = getattr(module, name)
+            for dim, kept in dims.items():
+                tensor = tensor.index_select(dim, torch.tensor(kept, device=tensor.device))
+            setattr(module, name, tensor)
+
+
+def set_own_(module, path, value):
+    """Set ``name``, ``name.3`` or ``config.name`` on the module's own copy of what holds it."""
+    key, _, inner = path.partition(".")
+    value = tuple(value) if isinstance(value, list) else value
+    if inner:
+        holder = copy.copy(vars(module)[key])
+        if isinstance(holder, (tuple, list)):
+            index = int(inner)
+            holder = type(holder)([*holder[:index], value, *holder[index + 1 :]])
+        else:
+            vars(holder)[inner] = value
+        value = holder
+    vars(module)[key] = value

@@ -1,0 +1,230 @@
+"""Folders that load without this package: modelling code of their own, and a recipe beside it.
+
+``modeling_pruned.py`` is that code. It lies here as it lies in the folders, which add the classes of
+their model to it. Where this package is installed no code of a folder runs: ``llm_pruner.hook`` has
+each model whose config holds a recipe built by the class that is made here, which looks at the
+recipe as ``quantizer`` says before it does what the code does.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from llm_pruner.checkpoints import meta, modeling_pruned
+from llm_pruner.checkpoints.modeling_pruned import Pruned, within
+from llm_pruner.checkpoints.quantizer import (
+    config_misfits,
+    cut_skeleton_,
+    dense_copy,
+    require_none,
+    tied_shapes,
+)
+from llm_pruner.checkpoints.reshape import Recipe, from_json, to_json
+from llm_pruner.hook import has_recipe
+from llm_pruner.models.layers import configs_of
+
+KEY, CODE = "pruned", "modeling_pruned"
+
+_PLACE = "from transformers import PreTrainedConfig\n"
+"""The line of the code below which the classes of the model are imported."""
+
+_HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
+_READABLE = "allow_global_per_layer_attribute_access"
+_RECORDING = "llm_pruner_heads"
+
+
+class Checked(Pruned):
+    """The same for a recipe that anybody may have written.
+
+    Raises:
+        UserError: the recipe is of another format version, cannot be read or does not fit.
+    """
+
+    def __init__(self, config: Any, *inputs: Any, **options: Any) -> None:
+        recipe = from_json(config.pruned)
+        require_none(config, config_misfits(config, recipe))
+        dense_copy(config, recipe)  # says what the config refuses
+        config.pruned = to_json(recipe)
+        super().__init__(config, *inputs, **options)
+
+    def _recipe(self) -> dict[str, Any]:
+        parts = dict(vars(from_json(self.config.pruned)))
+        del parts["dense_config"]
+        return within(self, parts)
+
+    def _cut(self) -> None:
+        cut_skeleton_(self, Recipe(**self._recipe()), {})
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
+        """Save as any model, with the code beside the weights."""
+        if options.get("is_main_process", True) and not vars(self).get("_hf_peft_config_loaded"):
+            self.config.auto_map = auto_map(self)
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            (Path(save_directory) / f"{CODE}.py").write_text(_code(self), encoding="utf-8")
+        super().save_pretrained(save_directory, *args, **options)
+
+
+@cache
+def pruned_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return the class whose objects are what a recipe makes of those of another class."""
+    if stock_class(model_class) is not model_class:
+        return model_class
+    # In the module of its base, since transformers looks into the source of a class.
+    place = {"__module__": model_class.__module__}
+    return type(f"Pruned{model_class.__name__}", (Checked, model_class), place)
+
+
+def stock_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return the class that a class of pruned models stands before; another one as it is."""
+    return next(
+        one
+        for one in model_class.__mro__
+        if issubclass(one, PreTrainedModel)
+        and not any(base.__name__ == Pruned.__name__ for base in one.__mro__)
+    )
+
+
+# ------------------------------------------------------------------------------- what is written
+
+
+def with_code(
+    config: PreTrainedConfig, recipe: Recipe, model: PreTrainedModel
+) -> PreTrainedConfig | None:
+    """Return the config of a folder with this code, or None if none would give the model.
+
+    The code changes models of transformers; one that comes with a checkpoint or that this package
+    adds has code elsewhere.
+
+    Args:
+        config: says of the layers what the config of such a model can say.
+        recipe: what turns the dense model into this one.
+        model: as surgery left it.
+    """
+    model_class = stock_class(type(model))
+    if not model_class.__module__.startswith("transformers."):
+        return None
+    config = copy.deepcopy(config)
+    config.pruned = to_json(replace(recipe, shapes=tied_shapes(model, recipe)))
+    config.auto_map = auto_map(model)
+    built = {one: _built(type(one), config) for one in (model, model.base_model)}
+    for wanted, one in built.items():
+        if one is None or any(meta.differing(meta.sizes(one), meta.sizes(wanted))):
+            return None
+    return _with_heads(config, per_layer_config(built[model]))
+
+
+def _with_heads(config: PreTrainedConfig, heads: dict[int, dict[str, int]]) -> PreTrainedConfig:
+    """Return the config with heads per layer, if transformers accepts that of its kind."""
+    said = copy.deepcopy(config)
+    try:
+        with meta.quiet_trial():
+            setattr(said, _READABLE, True)
+            said.per_layer_config = heads
+            type(said).from_dict(said.to_dict())
+    except Exception:  # configs check themselves in any way
+        return config
+    return said if heads else config
+
+
+def without_code_(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """Remove from a config what ``with_code`` added; return the recipe, None if it has none."""
+    if not has_recipe(config):
+        return None
+    recipe: dict[str, Any] = config.pruned
+    for key in (KEY, "auto_map", _READABLE, "per_layer_config", "_heterogeneity_spec"):
+        vars(config).pop(key, None)
+    return recipe
+
+
+def _built(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Pruned | None:
+    """Return what the code builds, on the meta device; None if it cannot."""
+    try:
+        model = meta.build_meta(pruned_class(stock_class(model_class)), config)
+        model._finish()
+    except Exception:  # models check themselves in any way
+        return None
+    return model
+
+
+def auto_map(model: PreTrainedModel) -> dict[str, str]:
+    """Return what config.json says of the classes in the code of a folder."""
+    return {auto: f"{CODE}.Pruned{one.__name__}" for auto, one in _classes(model).items()}
+
+
+def _classes(model: PreTrainedModel) -> dict[str, type[PreTrainedModel]]:
+    """Return loader in transformers -> class of the dense model that it gives."""
+    whole, base = stock_class(type(model)), stock_class(type(model.base_model))
+    known = AutoModelForCausalLM._model_mapping.get(type(model.config), None)
+    causal = whole in (known if isinstance(known, tuple) else (known,))
+    return ({"AutoModelForCausalLM": whole} if causal else {}) | (
+        {"AutoModel": base} if base is not whole or not causal else {}
+    )
+
+
+def _code(model: PreTrainedModel) -> str:
+    """Return the text of the file."""
+    imports = classes = ""
+    for auto, one in _classes(model).items():
+        public = getattr(transformers, one.__name__, None) is one
+        imports += f"from {'transformers' if public else one.__module__} import {one.__name__}\n"
+        classes += f"\n\nclass Pruned{one.__name__}(Pruned, {one.__name__}):\n"
+        classes += f'    _auto_class = "{auto}"  # saving takes this file along\n'
+    text = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
+    return text.replace(_PLACE, _PLACE + imports) + classes
+
+
+# ------------------------------------------------------------------------------- heads per layer
+
+
+def per_layer_config(model: PreTrainedModel) -> dict[int, dict[str, int]]:
+    """Return layer -> heads, key-value heads and width of a head, where they are not the config's.
+
+    That is how transformers has a config say it, for what plans a cache without building a model.
+    Empty if nothing differs, or if the model attends in a way of its own.
+
+    Args:
+        model: on the meta device; is of no use afterwards.
+    """
+    found: dict[int, dict[str, int]] = {}
+
+    def attend(module: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
+        sizes = (query.shape[1], key.shape[1], query.shape[-1])
+        found[module.layer_idx] = dict(zip(_HEADS, sizes, strict=True))
+        batch, heads, length, _width = query.shape
+        return query.new_empty(batch, length, heads, value.shape[-1]), None
+
+    for config in configs_of(model):
+        config._attn_implementation_internal = _RECORDING
+        config._experts_implementation_internal = "batched_mm"  # runs on the meta device
+    AttentionInterface.register(_RECORDING, attend)
+    try:
+        with meta.quiet_trial(), torch.no_grad(), torch.device("meta"):
+            model(torch.zeros(1, 2, dtype=torch.long))
+    except Exception:  # models do what they like
+        return {}
+    finally:
+        AttentionInterface._global_mapping.pop(_RECORDING)
+    config = model.config
+    heads = getattr(config, "num_attention_heads", None)
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)
+    dense = dict(zip(_HEADS, (heads, shared, width), strict=True))
+    differing = {layer: sizes for layer, sizes in found.items() if sizes != dense}
+    if heads is None or config.get_text_config() is not config:
+        return {}
+    stated = all(getattr(config, key, None) is not None for key in _HEADS)
+    # What a config does not say for all layers it has to say for each.
+    return differing if stated or not differing else found
