@@ -37,10 +37,10 @@ RESULTS = Path(__file__).parent / "results"
 OLDEST = "5.5.4"
 
 WAYS: dict[str, tuple[object, ...]] = {
-    "unequal FFN": ("--structures", "ffn", "--ratio", 0.15),
-    "unequal KV heads": ("--structures", "heads", "--ratio", 0.05),
+    "unequal FFN": ("--structures", "ffn", "--ratio", 0.15, "--scope", "global"),
+    "unequal KV heads": ("--structures", "heads", "--ratio", 0.05, "--scope", "global"),
     "all unequal, layers dropped": (
-        *("--structures", "heads,query_heads,ffn,layers", "--ratio", 0.2),
+        *("--structures", "heads,query_heads,ffn,layers", "--ratio", 0.2, "--scope", "global"),
         *("--split", "heads=0.2,query_heads=0.1,ffn=0.4,layers=0.3"),
     ),
     "equal": ("--structures", "heads,ffn", "--ratio", 0.2, "--uniform"),
@@ -139,8 +139,9 @@ def folders(work: Path) -> Iterator[Path]:
     for way, arguments in WAYS.items():
         out = work / f"SmolLM2 {way}"
         if not out.exists():
-            command = ["prune", "default", "--out", out, "--preset", "paper", "--criterion", "l2"]
-            llm_pruner(*command, *arguments)
+            whole = ("--protect-first", 0, "--protect-last", 0)
+            common = ("--out", out, "--preset", "paper", "--criterion", "l2", *whole)
+            llm_pruner("prune", "default", *common, *arguments)
         yield referred(out)
     for family in FAMILIES:
         out = work / family

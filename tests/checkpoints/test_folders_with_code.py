@@ -35,7 +35,11 @@ UNEQUAL: dict[str, tuple[str, dict[str, Any], dict[str, list[int]]]] = {
         {"num_hidden_layers": 4, "tie_word_embeddings": True},
         {"layers": [1], "layers.0.ffn": [0, 1, 2], "layers.2.heads": [1]},
     ),
-    "rotary pairs": ("qwen3", {}, {"head_dim": [2], "layers.0.ffn": [4]}),
+    "rotary pairs": (
+        "qwen3",
+        {},
+        {"head_dim": [2], **{f"layers.{layer}.value_dim": [1, 5] for layer in range(3)}},
+    ),
     "experts": ("mixtral", {}, {"layers.0.experts": [1], "layers.2.heads": [0, 2]}),
     "fused projections": ("phi3", {"head_dim": 8}, {"layers.1.heads": [0], "layers.2.ffn": [3]}),
 }
