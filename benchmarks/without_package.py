@@ -37,14 +37,14 @@ RESULTS = Path(__file__).parent / "results"
 OLDEST = "5.5.4"
 
 WAYS: dict[str, tuple[object, ...]] = {
-    "unequal FFN": ("--structures", "ffn", "--ratio", 0.15, "--scope", "global"),
-    "unequal KV heads": ("--structures", "heads", "--ratio", 0.05, "--scope", "global"),
-    "all unequal, layers dropped": (
+    "SmolLM2 unequal FFN": ("--structures", "ffn", "--ratio", 0.15, "--scope", "global"),
+    "SmolLM2 unequal KV heads": ("--structures", "heads", "--ratio", 0.05, "--scope", "global"),
+    "SmolLM2 all unequal, layers dropped": (
         *("--structures", "heads,query_heads,ffn,layers", "--ratio", 0.2, "--scope", "global"),
         *("--split", "heads=0.2,query_heads=0.1,ffn=0.4,layers=0.3"),
     ),
-    "equal": ("--structures", "heads,ffn", "--ratio", 0.2, "--uniform"),
-    "26 of 30 layers": ("--structures", "layers", "--params", "120.4M"),
+    "SmolLM2 equal": ("--structures", "heads,ffn", "--ratio", 0.2, "--uniform"),
+    "SmolLM2 26 of 30 layers": ("--structures", "layers", "--params", "120.4M"),
 }
 """Ways in which SmolLM2 is pruned."""
 
@@ -117,12 +117,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--transformers", default=f"{OLDEST},{transformers.__version__}")
+    parser.add_argument("--only", help="names of folders, parted by semicolons; default: all")
     options = parser.parse_args()
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     kept = work / "rows.json"
     rows = json.loads(kept.read_text()) if kept.exists() else {}
-    for folder in folders(work):
+    for folder in folders(work, options.only):
         for release in options.transformers.split(","):
             name = f"{folder.name}, transformers {release}"
             if name not in rows:
@@ -134,19 +135,20 @@ def main() -> None:
     (RESULTS / "without_package.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-def folders(work: Path) -> Iterator[Path]:
-    """Yield a pruned folder for each way and each family, with its reference beside it."""
-    for way, arguments in WAYS.items():
-        out = work / f"SmolLM2 {way}"
-        if not out.exists():
+def folders(work: Path, only: str | None = None) -> Iterator[Path]:
+    """Yield a pruned folder for each way and each family, with its reference beside it.
+
+    Args:
+        only: the names of some, parted by semicolons.
+    """
+    for name in [*WAYS, *FAMILIES] if only is None else only.split(";"):
+        out = work / name
+        if name in FAMILIES and not out.exists():
+            prune_family(name, out)
+        elif not out.exists():
             whole = ("--protect-first", 0, "--protect-last", 0)
             common = ("--out", out, "--preset", "paper", "--criterion", "l2", *whole)
-            llm_pruner("prune", "default", *common, *arguments)
-        yield referred(out)
-    for family in FAMILIES:
-        out = work / family
-        if not out.exists():
-            prune_family(family, out)
+            llm_pruner("prune", "default", *common, *WAYS[name])
         yield referred(out)
 
 
@@ -165,7 +167,7 @@ def prune_family(family: str, out: Path) -> None:
             parameter.copy_(0.15 * torch.randn_like(parameter) + (parameter.ndim == 1))
     dense, discovery = copy.deepcopy(model.config), discover(model)
     removal = {
-        group.name: np.arange(GONE[group.kind][group.layer])
+        group.name: np.arange(min(GONE[group.kind][group.layer], group.size // 2))
         for group in discovery.groups
         if not group.frozen and group.layer in GONE.get(group.kind, ())
     }

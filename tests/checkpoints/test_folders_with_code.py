@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from helpers import in_old_form, modules_of_checkpoints_in, tiny_model, tiny_tokenizer
 from llm_pruner.checkpoints import save_checkpoint
+from llm_pruner.checkpoints.meta import sizes
 from llm_pruner.checkpoints.save import SavedCheckpoint
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
@@ -146,6 +148,22 @@ def test_with_the_package(name: str, folders: dict[str, Path], tmp_path: Path) -
     base = AutoModel.from_pretrained(folder)
     with torch.no_grad():
         assert torch.equal(base(TOKENS)[0], model.base_model(TOKENS)[0])
+
+
+def test_built_and_copied_without_weights_of_a_folder(folders: dict[str, Path]) -> None:
+    """As servers build a model, and programs hand it to their other processes."""
+    folder = folders["heads, channels and layers"]
+    wanted = AutoModelForCausalLM.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
+    for trust in (False, True):
+        built = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+        assert sizes(built) == sizes(wanted)
+        assert built.lm_head.weight is built.model.embed_tokens.weight
+        built.load_state_dict(wanted.state_dict())
+        assert torch.equal(logits(built), logits(wanted))
+    copied = pickle.loads(pickle.dumps(wanted))
+    assert type(copied) is type(wanted)
+    assert torch.equal(logits(copied), logits(wanted))
 
 
 def test_no_code_of_a_folder_runs_with_the_package(

@@ -32,6 +32,7 @@ class Pruned:
         self._unfinished = True
         if not any(buffer.is_meta for buffer in self.buffers()):
             self._finish()
+            self.tie_weights()
 
     def initialize_weights(self):
         """Fill what no checkpoint holds: loading comes here once it has the weights."""

@@ -9,8 +9,8 @@ what the code does.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ class Checked(Pruned):
         UserError: the recipe is of another format version, cannot be read or does not fit.
     """
 
+    config: Any
+
     def __init__(self, config: Any, *inputs: Any, **options: Any) -> None:
         recipe = from_json(config.pruned)
         require_none(config, config_misfits(config, recipe))
@@ -71,20 +73,35 @@ class Checked(Pruned):
     def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
         """Save as any model, with the code beside the weights."""
         if options.get("is_main_process", True) and not vars(self).get("_hf_peft_config_loaded"):
-            self.config.auto_map = auto_map(self)
+            classes = _classes(self)
+            self.config.auto_map = _auto_map(classes)
             Path(save_directory).mkdir(parents=True, exist_ok=True)
-            (Path(save_directory) / f"{CODE}.py").write_text(_code(self), encoding="utf-8")
-        super().save_pretrained(save_directory, *args, **options)
+            (Path(save_directory) / f"{CODE}.py").write_text(_code(classes), encoding="utf-8")
+        super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Let copies be made, also in other processes, where the class is made anew."""
+        return _new, (stock_class(type(self)),), *super().__reduce_ex__(protocol)[2:]
 
 
-@cache
-def pruned_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _new(model_class: type[PreTrainedModel]) -> PreTrainedModel:
+    made = pruned_class(model_class)
+    return made.__new__(made)
+
+
+_MADE: dict[type[PreTrainedModel], Any] = {}
+
+
+def pruned_class(model_class: type[PreTrainedModel]) -> Any:
     """Return the class whose objects are what a recipe makes of those of another class."""
     if stock_class(model_class) is not model_class:
         return model_class
-    # In the module of its base, since transformers looks into the source of a class.
-    place = {"__module__": model_class.__module__}
-    return type(f"Pruned{model_class.__name__}", (Checked, model_class), place)
+    if model_class not in _MADE:
+        # In the module of its base, since transformers looks into the source of a class.
+        place = {"__module__": model_class.__module__}
+        name = f"Pruned{model_class.__name__}"
+        _MADE[model_class] = type(name, (Checked, model_class), place)
+    return _MADE[model_class]
 
 
 def stock_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -118,12 +135,15 @@ def with_code(
         return None
     config = copy.deepcopy(config)
     config.pruned = to_json(replace(recipe, shapes=tied_shapes(model, recipe)))
-    config.auto_map = auto_map(model)
-    built = {one: _built(type(one), config) for one in (model, model.base_model)}
-    for wanted, one in built.items():
-        if one is None or any(meta.differing(meta.sizes(one), meta.sizes(wanted))):
-            return None
-    return _with_heads(config, per_layer_config(built[model]))
+    classes = _classes(model)
+    whole = _built(model_class, config)
+    if whole is None or any(meta.differing(meta.sizes(whole), meta.sizes(model))):
+        return None
+    base = _built(stock_class(type(model.base_model)), config)
+    if base is None or any(meta.differing(meta.sizes(base), meta.sizes(model.base_model))):
+        classes.pop("AutoModel", None)
+    config.auto_map = _auto_map(classes)
+    return _with_heads(config, per_layer_config(whole))
 
 
 def _with_heads(config: PreTrainedConfig, heads: dict[int, dict[str, int]]) -> PreTrainedConfig:
@@ -149,41 +169,44 @@ def without_code_(config: PreTrainedConfig) -> dict[str, Any] | None:
     return recipe
 
 
-def _built(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Pruned | None:
+def _built(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
     """Return what the code builds, on the meta device; None if it cannot."""
     try:
-        model = meta.build_meta(pruned_class(stock_class(model_class)), config)
+        model: Any = meta.build_meta(pruned_class(model_class), config)
         model._finish()
     except Exception:  # models check themselves in any way
         return None
     return model
 
 
-def auto_map(model: PreTrainedModel) -> dict[str, str]:
-    """Return what config.json says of the classes in the code of a folder."""
-    return {auto: f"{CODE}.Pruned{one.__name__}" for auto, one in _classes(model).items()}
-
-
 def _classes(model: PreTrainedModel) -> dict[str, type[PreTrainedModel]]:
-    """Return loader in transformers -> class of the dense model that it gives."""
+    """Return what loads in transformers -> class of the dense model that it gives.
+
+    Of a model with code in its folder, what its config names.
+    """
     whole, base = stock_class(type(model)), stock_class(type(model.base_model))
-    known = AutoModelForCausalLM._model_mapping.get(type(model.config), None)
-    causal = whole in (known if isinstance(known, tuple) else (known,))
-    return ({"AutoModelForCausalLM": whole} if causal else {}) | (
-        {"AutoModel": base} if base is not whole or not causal else {}
-    )
+    causal = AutoModelForCausalLM._model_mapping.get(type(model.config), None)
+    found = {"AutoModel": base}
+    if whole in (causal if isinstance(causal, tuple) else (causal,)):
+        found = {"AutoModelForCausalLM": whole} | (found if base is not whole else {})
+    named = model.config.auto_map if has_recipe(model.config) else found
+    return {auto: one for auto, one in found.items() if auto in named}
 
 
-def _code(model: PreTrainedModel) -> str:
+def _auto_map(classes: Mapping[str, type[PreTrainedModel]]) -> dict[str, str]:
+    return {auto: f"{CODE}.Pruned{one.__name__}" for auto, one in classes.items()}
+
+
+def _code(classes: Mapping[str, type[PreTrainedModel]]) -> str:
     """Return the text of the file."""
-    imports = classes = ""
-    for auto, one in _classes(model).items():
+    imports = text = ""
+    for auto, one in classes.items():
         public = getattr(transformers, one.__name__, None) is one
         imports += f"from {'transformers' if public else one.__module__} import {one.__name__}\n"
-        classes += f"\n\nclass Pruned{one.__name__}(Pruned, {one.__name__}):\n"
-        classes += f'    _auto_class = "{auto}"  # saving takes this file along\n'
-    text = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
-    return text.replace(_PLACE, _PLACE + imports) + classes
+        text += f"\n\nclass Pruned{one.__name__}(Pruned, {one.__name__}):\n"
+        text += f'    _auto_class = "{auto}"  # saving takes this file along\n'
+    shared = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
+    return shared.replace(_PLACE, _PLACE + imports) + text
 
 
 # ------------------------------------------------------------------------------- heads per layer

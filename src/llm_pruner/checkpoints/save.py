@@ -169,10 +169,11 @@ def _dense_and_recipe(config: PreTrainedConfig, edits: Edits) -> tuple[PreTraine
     previous = getattr(config, "quantization_config", None)
     if previous is not None:
         data = previous if isinstance(previous, dict) else previous.to_dict()
-        if data.get("quant_method") != quantizer.QUANT_METHOD:
+        method = data.get("quant_method")
+        if method != quantizer.QUANT_METHOD:
             raise UserError(
-                f"the model is quantized with {data.get('quant_method')}, and pruned weights "
-                "cannot be saved in that form; load it without quantization"
+                f"the model is quantized with {getattr(method, 'value', method)}, and pruned "
+                "weights cannot be saved in that form; load it without quantization"
             )
         del config.quantization_config
     if data is None:
