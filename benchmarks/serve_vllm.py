@@ -33,8 +33,9 @@ def main():
     folder, reference = sys.argv[1:3]
     wanted = load_file(reference)
     served = LLM(folder, dtype="float32", max_model_len=128, max_num_seqs=8, seed=0,
-        enforce_eager=True, trust_remote_code=True)
-    settings = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, prompt_logprobs=1)
+        enforce_eager=True, trust_remote_code=True, skip_tokenizer_init=True)
+    settings = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, prompt_logprobs=1,
+        detokenize=False)
     same, worst = 0, 0.0
     for number in range(5):
         logits = wanted[f"logits.{number}"][0].log_softmax(-1)
