@@ -27,6 +27,7 @@ from importlib.util import find_spec
 assert find_spec("llm_pruner") is None
 
 def main():
+    import torch
     from safetensors.torch import load_file
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
@@ -36,7 +37,7 @@ def main():
         enforce_eager=True, trust_remote_code=True, skip_tokenizer_init=True)
     settings = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, prompt_logprobs=1,
         detokenize=False)
-    same, worst = 0, 0.0
+    same, differences = 0, []
     for number in range(5):
         logits = wanted[f"logits.{number}"][0].log_softmax(-1)
         tokens = wanted[f"tokens.{number}"][0].tolist()
@@ -45,7 +46,8 @@ def main():
         same += list(out.outputs[0].token_ids) == tokens[len(ids) :]
         for place, token in enumerate(ids[1:]):
             found = out.prompt_logprobs[place + 1][token].logprob
-            worst = max(worst, abs(found - logits[place, token].item()))
+            differences.append(abs(found - logits[place, token].item()))
+    worst = torch.tensor(differences).max().item()  # not a number where one is none
     print(json.dumps({"same_greedy": same, "of": 5, "largest_logprob_difference": worst}))
 
 if __name__ == "__main__":
