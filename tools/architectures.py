@@ -55,6 +55,8 @@ TIME_LIMIT = 90.0
 TOLERANCE = 1e-5
 """Largest difference from the twin, relative to the largest logit or 1."""
 
+_KINDS = ("stock", "remote_code", "recipe")
+
 VISIBLE = TOLERANCE
 """A shifted member is noticed if it moves a logit by more than this, on the same scale."""
 
@@ -74,7 +76,8 @@ class Row:
         twin: kind (or "all") -> largest difference relative to the logits.
         unseen: kinds whose removal left the logits as they were, so that the twin shows nothing.
         frozen: [reason, positions] of what cannot be pruned, the largest first.
-        reload: ``stock`` or ``recipe`` if the saved model gives the same bits, else what is wrong.
+        reload: ``stock``, ``remote_code`` or ``recipe`` if the saved model gives the same bits,
+            also by the code in its folder, else what is wrong.
         shifted: members that were shifted by one unit.
         caught: those whose shift was noticed.
         missed: tensors of the others.
@@ -226,9 +229,14 @@ def _reload(
                 tokenizer=None,
                 dense_config=model.config,  # type: ignore[arg-type]
             )
-            again = type(model).from_pretrained(out, dtype=torch.float32)  # type: ignore[attr-defined]
-            difference = largest_difference(list(actual), pruned_logits(again, discovery))
-            same = _same_weights(smaller, again)
+            loads: list[tuple[Any, dict[str, Any]]] = [(type(model), {})]
+            if saved.kind == "remote_code":
+                loads.append((AutoModelForCausalLM, {"trust_remote_code": True}))
+            difference, same = 0.0, True
+            for loader, trust in loads:
+                again = loader.from_pretrained(out, dtype=torch.float32, **trust)
+                found = largest_difference(list(actual), pruned_logits(again, discovery))
+                difference, same = max(difference, found), same and _same_weights(smaller, again)
     except Exception as error:
         return f"fails: {_line(error)}{_place(error)}"
     # Weights that were read from a file lie elsewhere in memory, which moves the last bit of sums.
@@ -449,9 +457,9 @@ def markdown(rows: Sequence[Row]) -> str:
         *(f"| {result} | {count[result]} |" for result in _ORDER if count[result]),
         "",
         f"- Largest difference from the twin: {worst:.1e}.",
-        f"- Saved and loaded with the same bits: {reloads['stock'] + reloads['recipe']} of "
+        f"- Saved and loaded with the same bits: {sum(reloads[kind] for kind in _KINDS)} of "
         f"{sum(reloads.values())} ({reloads['stock']} as plain checkpoints, "
-        f"{reloads['recipe']} with a recipe).",
+        f"{reloads['remote_code']} with code beside them, {reloads['recipe']} with a recipe).",
         f"- Mutation control: one random member of every group takes its neighbour's positions; "
         f"{caught} of {shifted} shifts "
         f"({100 * caught / max(shifted, 1):.1f}%) show in the logits.",

@@ -114,7 +114,7 @@ def test_pattern_that_no_setting_can_follow_needs_a_recipe(
     """Every second layer is sparse: without the first two of five, the wrong ones would be."""
     settings = {"num_hidden_layers": 5, "decoder_sparse_step": 2}
     smaller, discovery, saved = shortened("qwen3_moe", settings, [0], tmp_path / "out", monkeypatch)
-    assert (saved.kind, saved.needs) == ("recipe", ("import llm_pruner",))
+    assert (saved.kind, saved.needs) == ("remote_code", ("trust_remote_code=True",))
     loaded = type(smaller).from_pretrained(saved.path, dtype=torch.float32)
     ours, theirs = pruned_logits(smaller, discovery), pruned_logits(loaded, discovery)
     # Weights that were read from a file lie elsewhere in memory, which moves the last bit.

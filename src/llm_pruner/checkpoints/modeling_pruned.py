@@ -19,7 +19,9 @@ class Pruned:
     def __init__(self, config, *inputs, **options):
         recipe = config.pruned
         # Models inside read this config too, and are to be dense like all else at first.
-        hidden = {key: vars(config).pop(key, None) for key in ("pruned", "_heterogeneity_spec")}
+        hidden = {"pruned": vars(config).pop("pruned")}
+        if vars(config).get("allow_global_per_layer_attribute_access"):  # heads per layer are ours
+            hidden["_heterogeneity_spec"] = vars(config).pop("_heterogeneity_spec", None)
         kept = {path: get(config, path) for path in recipe["dense_config"]}
         for path, value in recipe["dense_config"].items():
             put(config, path, value)

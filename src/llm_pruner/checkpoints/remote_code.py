@@ -143,6 +143,8 @@ def with_code(
     if base is None or any(meta.differing(meta.sizes(base), meta.sizes(model.base_model))):
         classes.pop("AutoModel", None)
     config.auto_map = _auto_map(classes)
+    if getattr(config, "is_heterogeneous", False):
+        return config  # it says the heads of layers that the dense model has
     return _with_heads(config, per_layer_config(whole))
 
 
@@ -164,7 +166,8 @@ def without_code_(config: PreTrainedConfig) -> dict[str, Any] | None:
     if not has_recipe(config):
         return None
     recipe: dict[str, Any] = config.pruned
-    for key in (KEY, "auto_map", _READABLE, "per_layer_config", "_heterogeneity_spec"):
+    added = ("per_layer_config", "_heterogeneity_spec") if _READABLE in vars(config) else ()
+    for key in (KEY, "auto_map", _READABLE, *added):
         vars(config).pop(key, None)
     return recipe
 
