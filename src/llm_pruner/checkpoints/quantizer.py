@@ -68,7 +68,6 @@ class PrunedQuantizer(HfQuantizer):
     requires_calibration = False
     is_trainable = True  # never asked of a model that is loaded: nothing of this is left on it
     quantization_config: PrunedConfig
-    _kept_config: Mapping[str, Any] | None = None
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """Return the config that builds the dense skeleton; the last hook before it is built.
@@ -76,8 +75,6 @@ class PrunedQuantizer(HfQuantizer):
         Layers may depend on their index (``layer_types``, dense layers before sparse ones), so
         the model is built with all of them and loses the removed ones afterwards.
         """
-        if self._kept_config is not None:
-            return config
         recipe = self.quantization_config.recipe
         require_none(config, config_misfits(config, recipe))
         # What only the outermost module reads differently is set on its own copy at the end.
@@ -87,12 +84,8 @@ class PrunedQuantizer(HfQuantizer):
         }
         return dense_copy(config, recipe)
 
-    def update_ep_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """Do the same: the last hook before releases of transformers had the other one."""
-        return self.update_attn_implementation(config)
-
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        cut_skeleton_(model, self.quantization_config.recipe, self._kept_config or {})
+        cut_skeleton_(model, self.quantization_config.recipe, self._kept_config)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         finish_(model, self.quantization_config.recipe)

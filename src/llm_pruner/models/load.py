@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     __version__,
@@ -263,8 +263,7 @@ def _load_model(
         if Path(found.folder).is_dir():
             on_disk.stored_tensors(Path(found.folder))
     if found.is_gguf:
-        if hasattr(transformers, "GgufConfig"):  # before that, transformers unpacked all of them
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        options["quantization_config"] = GgufConfig(dequantize=True)
     else:
         options["use_safetensors"] = True
     # The config goes along, since parsing the header of a GGUF file takes seconds.
