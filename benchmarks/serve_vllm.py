@@ -47,7 +47,8 @@ def main():
         for place, token in enumerate(ids[1:]):
             found = out.prompt_logprobs[place + 1][token].logprob
             differences.append(abs(found - logits[place, token].item()))
-    worst = torch.tensor(differences).max().item()  # not a number where one is none
+    worst = torch.tensor(differences).max().item()
+    worst = worst if worst == worst else None  # the model wrote what is no number
     print(json.dumps({"same_greedy": same, "of": 5, "largest_logprob_difference": worst}))
 
 if __name__ == "__main__":
