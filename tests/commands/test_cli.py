@@ -536,7 +536,7 @@ def test_evaluate_says_what_was_measured(work: Path, tiny: Path) -> None:
 
 def test_evaluate_refuses_what_it_cannot_measure(work: Path, unloaded: None) -> None:
     for options, said in (
-        ((), "nothing to measure; give --perplexity SRC, --tasks NAMES, --speed or"),
+        ((), "nothing to measure; give --perplexity SRC, --tasks NAMES, --skills"),
         (("--perplexity", "absent.txt"), "absent.txt does not exist; check the path of the text"),
         (("--perplexity", "self"), "source 'self' is text that the model writes itself, for cal"),
         (

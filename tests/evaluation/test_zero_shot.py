@@ -417,7 +417,7 @@ def test_a_task_whose_data_cannot_be_fetched_is_refused(monkeypatch: pytest.Monk
         ),
         (["--tasks", "piqa", "--batch-size", 0], "--batch-size 0 is no number of sequences; use 1"),
         (["--speed", "--limit", 5], "--limit 5 is about tasks; add --tasks NAMES or leave it out"),
-        (["--limit", 5], "nothing to measure; give --perplexity SRC, --tasks NAMES, --skills NAMES, --health, --speed"),
+        (["--limit", 5], "nothing to measure; give --perplexity SRC, --tasks NAMES, --skills"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options: list[Any], said: str, data: Path) -> None:
