@@ -34,9 +34,9 @@ def answer(text: str) -> Answer:
 
 
 def test_a_program_is_prompt_answer_up_to_the_stop_and_tests() -> None:
-    good = "    return 2 * x\n\nprint(1 / 0)\n"
-    exits = "    return 2 * x\nimport sys; sys.exit(0)\n"
-    written = [answer(good), answer("    return x\n"), answer(exits)]
+    good = "\n    return 2 * x\n\nprint(1 / 0)\n"
+    exits = "\n    return 2 * x\nimport sys; sys.exit(0)\n"
+    written = [answer(good), answer("\n    return x\n"), answer(exits)]
     found = human_eval([PROBLEM] * 3, written, total=100)
     assert found.solved == share([True, False, False])
     assert found.endings == {"passed": 1, "AssertionError": 1, "SystemExit": 1}
@@ -100,7 +100,7 @@ def test_an_end_token_ends_an_answer_and_a_stop_ends_the_writing() -> None:
 
 def test_prompts_of_programs_are_plain_text() -> None:
     asked = human_eval_prompts([PROBLEM])
-    assert asked.prompts == (PROBLEM["prompt"],)
+    assert asked.prompts == (PROBLEM["prompt"].rstrip(),)
     assert not asked.chat
 
 

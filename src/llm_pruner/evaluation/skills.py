@@ -59,8 +59,11 @@ class Skill:
 
 
 def human_eval_prompts(problems: Sequence[Mapping[str, str]]) -> Asked:
-    """Return the problems as plain text to be continued, also of a model that was made to chat."""
-    prompts = tuple(problem["prompt"] for problem in problems)
+    """Return the problems as plain text to be continued, also of a model that was made to chat.
+
+    Without the line end: many tokenizers join it with the indentation of the line that follows.
+    """
+    prompts = tuple(problem["prompt"].rstrip() for problem in problems)
     return Asked(prompts, _PROGRAM_TOKENS, "Writing programs", stops=_STOPS)
 
 
@@ -79,7 +82,7 @@ def human_eval(
     programs = [
         "\n".join(
             (
-                problem["prompt"] + _until_stop(answer.text),
+                problem["prompt"].rstrip() + _until_stop(answer.text),
                 problem["test"],
                 f"check({problem['entry_point']})",
             )
