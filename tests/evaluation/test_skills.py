@@ -23,7 +23,7 @@ from llm_pruner.evaluation.zero_shot import MetricResult, TaskResult, kept
 
 PROBLEM = {
     "task_id": "t/0",
-    "prompt": 'def twice(x):\n    """Return 2 x."""\n',
+    "prompt": '\n\ndef twice(x):\n    """Return 2 x."""\n',
     "entry_point": "twice",
     "test": "def check(candidate):\n    assert candidate(2) == 4\n",
 }
@@ -34,9 +34,9 @@ def answer(text: str) -> Answer:
 
 
 def test_a_program_is_prompt_answer_up_to_the_stop_and_tests() -> None:
-    good = "\n    return 2 * x\n\nprint(1 / 0)\n"
-    exits = "\n    return 2 * x\nimport sys; sys.exit(0)\n"
-    written = [answer(good), answer("\n    return x\n"), answer(exits)]
+    good = "    return 2 * x\n\nprint(1 / 0)\n"
+    exits = "    return 2 * x\nimport sys; sys.exit(0)\n"
+    written = [answer(good), answer("    return x\n"), answer(exits)]
     found = human_eval([PROBLEM] * 3, written, total=100)
     assert found.solved == share([True, False, False])
     assert found.endings == {"passed": 1, "AssertionError": 1, "SystemExit": 1}
@@ -100,7 +100,7 @@ def test_an_end_token_ends_an_answer_and_a_stop_ends_the_writing() -> None:
 
 def test_prompts_of_programs_are_plain_text() -> None:
     asked = human_eval_prompts([PROBLEM])
-    assert asked.prompts == (PROBLEM["prompt"].rstrip(),)
+    assert asked.prompts == (PROBLEM["prompt"].lstrip(),)
     assert not asked.chat
 
 

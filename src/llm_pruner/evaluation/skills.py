@@ -61,9 +61,9 @@ class Skill:
 def human_eval_prompts(problems: Sequence[Mapping[str, str]]) -> Asked:
     """Return the problems as plain text to be continued, also of a model that was made to chat.
 
-    Without the line end: many tokenizers join it with the indentation of the line that follows.
+    Blank lines around them are taken away, as EvalPlus does.
     """
-    prompts = tuple(problem["prompt"].rstrip() for problem in problems)
+    prompts = tuple(map(_stripped, problems))
     return Asked(prompts, _PROGRAM_TOKENS, "Writing programs", stops=_STOPS)
 
 
@@ -82,7 +82,7 @@ def human_eval(
     programs = [
         "\n".join(
             (
-                problem["prompt"].rstrip() + _until_stop(answer.text),
+                _stripped(problem) + _until_stop(answer.text),
                 problem["test"],
                 f"check({problem['entry_point']})",
             )
@@ -102,6 +102,10 @@ def human_eval(
         if held
         else "limits and an audit hook alone: this system permits no namespaces",
     )
+
+
+def _stripped(problem: Mapping[str, str]) -> str:
+    return problem["prompt"].strip() + "\n"
 
 
 def _until_stop(text: str) -> str:
