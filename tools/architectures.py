@@ -45,7 +45,8 @@ from llm_pruner.discovery.tracing.run import named_tensors  # noqa: E402
 from llm_pruner.errors import DiscoveryError  # noqa: E402
 from llm_pruner.models.layers import sharing_copy  # noqa: E402
 from llm_pruner.surgery.cut import cut_  # noqa: E402
-from llm_pruner.surgery.verify import largest_difference, pruned_logits, twin_logits  # noqa: E402
+from llm_pruner.surgery.twin import pruned_logits, twin_logits  # noqa: E402
+from llm_pruner.surgery.verify import largest_difference  # noqa: E402
 from llm_pruner.types import Discovery, Removal  # noqa: E402
 from removals import bound_to, pick, scenes_apart  # noqa: E402
 

@@ -33,7 +33,7 @@ from helpers import in_old_form, tiny_model
 from llm_pruner.checkpoints import quantizer, remote_code, save_checkpoint
 from llm_pruner.checkpoints.quantizer import PrunedQuantizer, cut_skeleton_
 from llm_pruner.checkpoints.reshape import Recipe, parse_positions
-from llm_pruner.commands import evaluate
+from llm_pruner.commands import abilities, evaluate
 from llm_pruner.data.selfmade import write_text_cached
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import PlanError, UserError
@@ -619,7 +619,7 @@ def test_code_of_a_model_runs_in_another_process_only_if_it_was_allowed(
         requests.append(asked.trust_remote_code)
         raise UserError("seen")
 
-    monkeypatch.setattr(evaluate, "load", load)
+    monkeypatch.setattr(abilities, "load", load)
     sent = pickle.dumps(EvaluateSettings(model="m", trust_remote_code=allowed, speed=True))
     with pytest.raises(UserError, match="seen"):
         evaluate.measure(pickle.loads(sent))

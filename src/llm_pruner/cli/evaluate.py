@@ -22,7 +22,8 @@ Examples:
   llm-pruner evaluate ./small --perplexity c4 --report ./small
   llm-pruner evaluate ./small --tasks paper
   llm-pruner evaluate ./small --tasks paper --tasks-data tasks/ --limit 200
-  llm-pruner evaluate ./small --skills humaneval --run-code --health --against MODEL
+  llm-pruner evaluate ./small --skills humaneval --run-code --against MODEL
+  llm-pruner evaluate ./small --health
 """
 
 
