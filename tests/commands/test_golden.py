@@ -58,7 +58,7 @@ PRUNED: dict[str, tuple[object, ...]] = {
     "prune": ("--ratio", 0.2, *PLAIN, *TEXT),
     "prune-paper": ("--ratio", 0.05, "--recipe", "paper", *TEXT[:2]),
     "prune-balanced": ("--ratio", 0.2, "--recipe", "balanced", *TEXT),
-    "prune-best": ("--ratio", 0.2, "--recipe", "best", *TEXT),
+    "prune-best": ("--ratio", 0.2, "--recipe", "best", "--repair-minutes", 0, *TEXT),
     "prune-fast": ("--ratio", 0.2, "--recipe", "fast", *TEXT),
     "prune-random-hidden": (
         *("--params", "130K", "--structures", "hidden,layers,ffn", "--criterion", "random", *PLAIN),

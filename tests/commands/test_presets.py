@@ -48,7 +48,11 @@ def small(text: Path) -> list[object]:
 @pytest.mark.parametrize("name", MethodSettings.presets)
 def test_every_recipe_prunes(tiny: Path, text: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"
-    more = ["--protect-first", 1, "--protect-last", 1] if name == "paper" else []
+    options: dict[str, list[object]] = {
+        "paper": ["--protect-first", 1, "--protect-last", 1],
+        "best": ["--repair-minutes", 0.02],
+    }
+    more = options.get(name, [])
     result = done(
         "prune", tiny, "--out", out, "--ratio", 0.2, "--preset", name, *small(text), *more
     )
@@ -70,7 +74,16 @@ def test_options_beside_a_recipe_win(tiny: Path, text: Path, tmp_path: Path) -> 
     out, report = tmp_path / "out", tmp_path / "report.json"
     done(
         *("prune", tiny, "--out", out, "--ratio", 0.2, "--preset", "best", *small(text)),
-        *("--criterion", "contribution", "--split", "ffn=1", "--structures", "ffn"),
+        *(
+            "--repair-minutes",
+            0,
+            "--criterion",
+            "contribution",
+            "--split",
+            "ffn=1",
+            "--structures",
+            "ffn",
+        ),
         *("--json", report),
     )
     plan = json.loads((out / "plan.json").read_text())
@@ -210,7 +223,7 @@ def test_uniform_layers_load_without_the_package(tiny: Path, text: Path, tmp_pat
     out = tmp_path / "out"
     result = done(
         *("prune", tiny, "--out", out, "--ratio", 0.2, "--preset", "best", "--uniform"),
-        *("--structures", "ffn", "--split", "ffn=1", *small(text)),
+        *("--structures", "ffn", "--split", "ffn=1", "--repair-minutes", 0, *small(text)),
     )
     assert "loads with from_pretrained anywhere" in result.out
     config = json.loads((out / "config.json").read_text())

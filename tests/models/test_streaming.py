@@ -80,7 +80,7 @@ def test_a_streamed_model_gives_the_plan_and_the_weights_of_a_resident_one(
     [
         {"preset": "fast"},
         {"preset": "balanced"},
-        {"preset": "best"},
+        {"preset": "best", "repair_minutes": 0.0},
         {"preset": "paper", "steps": 2},
         {"preset": "fast", "criterion": "wanda", "scope": "local"},
         {"preset": "fast", "criterion": "l2", "structures": ("heads", "ffn", "hidden", "layers")},

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -88,46 +88,33 @@ def build_calibration(
             f"{ceil(sum(shares.values()) / min(shares.values()))}"
         )
     exact = "samples" in asked.given if exact is None else exact
-    parts: list[torch.Tensor] = []
-    others: list[torch.Tensor] = []
-    names: list[str] = []
-    splits: set[str] = set()
+    parts: list[_Part] = []
     rests = _counts(unseen, [*shares.values()])
     for one, share, rest in zip(shares, counts, rests, strict=True):
         size = {"samples": share, "seq_len": asked.seq_len, "seed": seed}
         try:
             if one == SELF:
-                parts.append(_written(model, tokenizer, asked.kept, size))
-                names.append("text sampled from the model")
-                if rest:
-                    other = size | {"samples": rest, "seed": (seed + 1) % 2**32}
-                    others.append(_written(model, tokenizer, None, other))
-                continue
-            # Enough documents even where each is one short sentence.
-            documents = _documents(one, asked, max(BEGINNING, share * asked.seq_len // 4))
-            least = share if exact else max(1, share // 4)
-            drawn, left = pack(documents, tokenizer, least=least, rest=rest, **size)
-            parts.append(drawn)
-            others.append(left)
-            names.append(documents.name)
-            if documents.split:
-                splits.add(documents.split)
+                parts.append(_self_written(model, tokenizer, asked.kept, size, rest))
+            else:
+                least = share if exact else max(1, share // 4)
+                parts.append(_read(one, asked, tokenizer, size, least, rest))
         except UserError as error:
             if len(shares) == 1:
                 raise
             raise UserError(f"{samples} samples are {share} of {one}: {error}") from error
-    input_ids = _spread(parts)
+    input_ids = _spread([one.windows for one in parts])
     settings = {
         "source": asked.calibration,
-        "name": ", ".join(names),
-        "split": ",".join(sorted(splits)) or None,
+        "name": ", ".join(one.name for one in parts),
+        "split": ",".join(sorted({one.split for one in parts if one.split})) or None,
         "text_field": asked.text_field,
         "samples": len(input_ids),
         "seq_len": asked.seq_len,
         "seed": seed,
         "fingerprint": hashlib.sha256(input_ids.numpy().tobytes()).hexdigest()[:16],
     }
-    return Calibration(input_ids, asked.calibration, settings, _spread(others))
+    rest_of_all = _spread([one.unseen for one in parts])
+    return Calibration(input_ids, asked.calibration, settings, rest_of_all)
 
 
 def _spread(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -150,13 +137,43 @@ def _documents(source: str, asked: CalibrationSettings, limit: int) -> Documents
     return load_documents(source, split=asked.text_split, text_field=asked.text_field, limit=limit)
 
 
-def _written(model: Any, tokenizer: Any, kept: Path | None, size: dict[str, int]) -> torch.Tensor:
-    """Return windows that the model writes."""
+class _Part(NamedTuple):
+    """What one source gives: windows to read, others that are not among them, and its name."""
+
+    windows: torch.Tensor
+    unseen: torch.Tensor
+    name: str
+    split: str | None = None
+
+
+def _read(
+    source: str,
+    asked: CalibrationSettings,
+    tokenizer: Any,
+    size: dict[str, int],
+    least: int,
+    rest: int,
+) -> _Part:
+    # Enough documents even where each is one short sentence.
+    documents = _documents(source, asked, max(BEGINNING, size["samples"] * asked.seq_len // 4))
+    windows, unseen = pack(documents, tokenizer, least=least, rest=rest, **size)
+    return _Part(windows, unseen, documents.name, documents.split)
+
+
+def _self_written(
+    model: Any, tokenizer: Any, kept: Path | None, size: dict[str, int], rest: int
+) -> _Part:
     if model is None:
         raise UserError("source 'self' needs the model that writes the text")
     if kept is None:
-        return write_windows(model, tokenizer, **size)
-    return write_text_cached(model, tokenizer, kept, **size)
+        windows = write_windows(model, tokenizer, **size)
+    else:
+        windows = write_text_cached(model, tokenizer, kept, **size)
+    unseen = windows[:0]
+    if rest:
+        other = size | {"samples": rest, "seed": (size["seed"] + 1) % 2**32}
+        unseen = write_windows(model, tokenizer, **other)
+    return _Part(windows, unseen, "text sampled from the model")
 
 
 def pack(

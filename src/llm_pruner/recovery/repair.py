@@ -64,60 +64,66 @@ def repair_(
     Raises:
         UserError: as ``recover_``.
     """
-    length = input_ids.shape[1]
-    trained = _own_copy(model)
-    device = next(model.parameters()).device.type
-    settings = TrainingSettings(
-        method=method_for(trained),
-        batch_size=max(1, STEP // length),
-        seq_len=length,
-        epochs=EPOCHS,
-        max_minutes=minutes,
-        evaluations=EVALUATIONS,
-        patience=EVALUATIONS,
-        bf16=multiplies_bfloat16(device) and model.dtype == torch.float32,
-        seed=seed,
-        trainer=("adam_beta2=0.95",),
-    )
+    trained, length = _own_copy(model), input_ids.shape[1]
     taught = DistillationSettings(distill_weight=1.0)
     train, judged = _sequences(input_ids), _sequences(held_out)
-    bar = track(range(int(60 * minutes)), "repair, seconds")
+    bar, shown = track(range(int(60 * minutes)), "repair, seconds"), 0
+
+    def say(progress: Progress) -> None:
+        nonlocal shown
+        while shown < progress.run.seconds and next(bar, None) is not None:
+            shown += 1
+
     with (
         undisturbed(dense),
         undisturbed(model),
         closing(bar),
         tempfile.TemporaryDirectory() as folder,
     ):
-        teachers = [
+        teacher, judge = (
             Teacher(dense, of, taught, Path(folder), identity=identity, seq_len=length)
             for of in (train, judged)
-        ]
-        shown = 0
-
-        def say(progress: Progress) -> None:
-            nonlocal shown
-            while shown < progress.run.seconds and next(bar, None) is not None:
-                shown += 1
-
+        )
         found, outcome = recover_(
             trained,
             train,
             judged,
-            settings,
+            _settings(trained, length, minutes, seed),
             work=Path(folder),
             folder=None,
-            teacher=teachers[0],
-            judge=teachers[1],
+            teacher=teacher,
+            judge=judge,
             say=say,
         )
     if outcome.gained:
-        for name, weight in found.named_parameters():
-            owner, _, key = name.rpartition(".")
-            kept = model.get_submodule(owner)._parameters
-            old = kept[key]
-            if old is not None and weight is not old:
-                kept[key] = nn.Parameter(weight.detach(), requires_grad=old.requires_grad)
+        _take_(model, found)
     return outcome
+
+
+def _settings(model: Any, length: int, minutes: float, seed: int) -> TrainingSettings:
+    full = model.dtype == torch.float32
+    return TrainingSettings(
+        method=method_for(model),
+        batch_size=max(1, STEP // length),
+        seq_len=length,
+        epochs=EPOCHS,
+        max_minutes=minutes,
+        evaluations=EVALUATIONS,
+        patience=EVALUATIONS,
+        bf16=full and multiplies_bfloat16(next(model.parameters()).device.type),
+        seed=seed,
+        trainer=("adam_beta2=0.95",),
+    )
+
+
+def _take_(model: nn.Module, trained: nn.Module) -> None:
+    """Give a model the weights of a trained copy."""
+    for name, weight in trained.named_parameters():
+        owner, _, key = name.rpartition(".")
+        weights = model.get_submodule(owner)._parameters
+        old = weights[key]
+        if old is not None and weight is not old:
+            weights[key] = nn.Parameter(weight.detach(), requires_grad=old.requires_grad)
 
 
 def _own_copy(model: Any) -> Any:

@@ -91,8 +91,7 @@ class CompressSettings(WriterSettings, TaskSettings, AmountSettings):
         shared: dict[str, Any] = self.loading().written()
         if self.calibration is not None:
             shared["calibration"] = self.calibration
-        if self.recover:
-            shared["repair_minutes"] = 0.0  # training follows, with the same aim
+        shared["repair_minutes"] = 0.0  # training is what ``recover`` is about
         return PruneSettings(
             **shared,
             out=out,

@@ -66,7 +66,7 @@ class MethodSettings(CalibrationSettings):
     """How it is chosen what is removed: what a preset says."""
 
     presets: ClassVar = presets_in("presets")
-    default_preset: ClassVar = "best"
+    default_preset: ClassVar = "balanced"
 
     preset: str | None = _how_much(
         None,
