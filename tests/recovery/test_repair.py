@@ -74,10 +74,12 @@ def test_prune_repairs_what_it_saves(tmp_path: Path) -> None:
     dense = save_tiny(tmp_path / "dense")
     source = write_text(tmp_path / "t.txt", 20_000)
     read = ("--calibration", source, "--samples", 16, "--seq-len", 32)
-    asked = ("--ratio", 0.2, "--preset", "fast", *read, "--repair-minutes", 0.02)
+    refit = ("--preset", "fast", "--compensation", "least-squares")
+    asked = ("--ratio", 0.2, *refit, *read, "--repair-minutes", 0.02)
     out = done("prune", dense, "--out", tmp_path / "small", *asked, "--json", tmp_path / "j").out
     found = json.loads((tmp_path / "j").read_text())
     assert found["repair"]["steps"] >= 1
+    assert found["refitted"]  # what came before is told as well
     assert "repair" in found["seconds"]
     assert "on held-out text" in out
     plan = tmp_path / "small" / "plan.json"

@@ -285,6 +285,11 @@ TABLE: dict[str, list[Bad]] = {
             "--compensation x",
             "--compensation x is unknown; use one of none, least-squares",
         ),
+        (
+            "--repair-minutes 5 --samples 1",
+            "--repair-minutes 5 is judged by a sample that it is not trained on, and there is 1; "
+            "use --samples 2 or more",
+        ),
         ("--repair-minutes -1", between("--repair-minutes", -1, 0, 527040)),
         ("--samples 0", "samples=0 calibrates on nothing; use at least 1"),
         (f"--samples {10**12}", between("samples", 10**12, 1, 10**9)),

@@ -323,7 +323,6 @@ class PruneRun:
         held_out, fitted = hold_out(self.text.input_ids)
         apart = [*held_out, *self.text.unseen]
         text = further_text(self.loaded, settings, fitted, torch.stack(apart), seed)
-        self.refitter = None
         done = repair_(
             self.network,
             self.dense,

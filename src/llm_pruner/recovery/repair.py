@@ -134,6 +134,7 @@ def _own_copy(model: Any) -> Any:
 
 
 def method_for(model: nn.Module) -> str:
+    """Return the recovery method that the free memory of the model's device has room for."""
     weights = [*model.parameters()]
     count = sum(one.numel() for one in weights)
     if any(one.dtype != torch.float32 for one in weights):

@@ -140,8 +140,9 @@ class MethodSettings(CalibrationSettings):
     )
     repair_minutes: Annotated[float, within(0, MOST_MINUTES)] = _importance(
         0.0,
-        "Minutes of training, by what the dense model says of the calibration text; 0: none.",
+        "Minutes of training, by what the dense model says of the calibration text.",
         "X",
+        shown="0, none; 8 for best",
     )
 
     @classmethod
@@ -215,7 +216,12 @@ class PruneSettings(MemorySettings, WriterSettings, PlanSettings):
     out: Path = _output(..., "Folder to write; with --dry-run the plan file.", "DIR", short="-o")
 
     def check(self) -> None:
-        """Raise UserError for amounts and a plan that say different things."""
+        """Raise UserError for what says different things, or leaves nothing to judge by."""
+        if self.repair_minutes and self.samples < 2:
+            raise UserError(
+                f"--repair-minutes {self.repair_minutes:g} is judged by a sample that it is not "
+                f"trained on, and there is {self.samples}; use --samples 2 or more"
+            )
         asked = [name for name in AMOUNTS if getattr(self, name) is not None]
         if self.plan is not None:
             text = CalibrationSettings.model_fields.keys() | {"seed"}
