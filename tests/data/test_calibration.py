@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,9 +24,10 @@ from llm_pruner.data.calibration import (
     build_calibration,
     further_text,
 )
-from llm_pruner.data.selfmade import write_text, write_windows
-from llm_pruner.data.sequences import added_tokens
+from llm_pruner.data.selfmade import WRITERS, write_text, write_windows
+from llm_pruner.data.sequences import added_tokens, bare_ids
 from llm_pruner.data.text import shares_of
+from llm_pruner.data.turns import QUESTION
 from llm_pruner.errors import UserError
 from llm_pruner.settings.common import CalibrationSettings
 
@@ -422,6 +425,73 @@ def test_self_starts_after_a_blank_line_that_is_no_part_of_the_text() -> None:
     marked = marking_tokenizer("<s> $A")
     write_text(Reading(share.log()), marked, samples=3, seq_len=256, seed=0)
     assert read[0].tolist() == [[BOS]] * 3
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def drawing(**shares: float) -> Fixed:
+    """A model that draws letters, and the end of a turn as ``end``, with these probabilities."""
+    tokenizer, logits = tiny_tokenizer(), torch.full((VOCABULARY,), -torch.inf)
+    for name, share in shares.items():
+        token = EOS if name == "end" else bare_ids(tokenizer, name)[0]
+        logits[token] = math.log(share)
+    return Fixed(logits)
+
+
+def test_chats_take_turns_as_the_template_has_it() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    model = drawing(a=0.8, b=0.1, end=0.1)
+    windows = WRITERS["chat"](model, tokenizer, samples=6, seq_len=128, seed=0)
+    assert windows.shape == (6, 128)
+    # Windows of one chat stand one behind the other.
+    chats = [tokenizer.decode(windows[i : i + 2].flatten()) for i in (0, 2, 4)]
+    for chat in chats:
+        said = chat.split("</s>")
+        assert len(said) > 4
+        for number, turn in enumerate(said[:-1]):
+            role = "<assistant>" if number % 2 else "<user>"
+            assert re.fullmatch(f"{role}[ab]*", turn)
+    assert len({*chats}) == 3
+    again = WRITERS["chat"](model, tokenizer, samples=6, seq_len=128, seed=0)
+    assert torch.equal(windows, again)
+
+
+def test_a_question_without_end_is_answered_all_the_same() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    (ids,) = WRITERS["chat"](drawing(a=1.0), tokenizer, samples=1, seq_len=256, seed=0)
+    said = tokenizer.decode(ids)
+    assert said == f"<user>{'a' * QUESTION}</s><assistant>" + "a" * (len(said) - QUESTION - 21)
+
+
+def test_chats_stand_beside_other_text(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    (tmp_path / "t.txt").write_text("z" * 4000)
+    source, model = f"{tmp_path}/t.txt:0.75,chat:0.25", drawing(a=0.9, end=0.1)
+    asked = {"samples": 8, "seq_len": 64}
+    windows = build(source, tokenizer, seed=0, model=model, **asked).input_ids
+    assert sum(tokenizer.decode(row) == "z" * 64 for row in windows) == 6
+    kept = tmp_path / "kept"
+    chats = [build("chat", tokenizer, seed=0, model=model, kept=kept, **asked) for _ in range(2)]
+    assert torch.equal(chats[0].input_ids, chats[1].input_ids)
+    assert [file.name for file in kept.iterdir()] == ["chat-64-0-00000.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [(None, "has none"), (CHAT_TEMPLATE.replace("</s>", "!"), "end with special tokens")],
+)
+def test_chats_need_a_template_that_ends_turns(template: str | None, said: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=said):
+        build("chat", tokenizer, seed=0, model=drawing(a=1.0), samples=1, seq_len=64)
 
 
 def test_self_refuses_logits_that_are_not_finite() -> None:

@@ -309,13 +309,13 @@ class _Stages:
     def _write(self, seconds: float) -> int:
         """Have the dense model write for a time; return the number of texts."""
         loaded = load(self.settings.computing())
-        how = {"seq_len": self._sample_length(), "seed": self.settings.seed}
+        seq_len, seed = self._sample_length(), self.settings.seed
 
         def write(number: int) -> None:
-            samples = CHUNK * (number + 1)
-            write_text_cached(loaded.model, loaded.tokenizer, self.text, samples=samples, **how)
+            size = {"samples": CHUNK * (number + 1), "seq_len": seq_len, "seed": seed}
+            write_text_cached(loaded.model, loaded.tokenizer, self.text, source=SELF, **size)
 
-        there = len(list(self.text.glob("{seq_len}-{seed}-*.safetensors".format(**how))))
+        there = len(list(self.text.glob(f"{seq_len}-{seed}-*.safetensors")))
         chunks = -(-self._calibrated() // CHUNK)
         took = self._pruned_report().seconds.get("calibration text", 0.0)
         longest, most = took / chunks if chunks else 0.0, MOST_SAMPLES // CHUNK

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from llm_pruner.data.files import BEGINNING
-from llm_pruner.data.selfmade import write_text_cached, write_windows
+from llm_pruner.data.selfmade import WRITERS, write_text_cached
 from llm_pruner.data.sequences import added_tokens, bare_ids, room_for_text
 from llm_pruner.data.text import SELF, Documents, load_documents, running_text, shares_of
 from llm_pruner.errors import UserError
@@ -70,12 +70,13 @@ def build_calibration(
     what it has, if that is a quarter at least.
 
     Args:
-        asked: what is read, and how much; see ``load_documents``, ``write_windows`` for ``self``.
-        model: needed for ``self`` alone.
+        asked: what is read, and how much; see ``load_documents``, and ``WRITERS`` for what
+            the model writes.
+        model: needed for ``self`` and ``chat`` alone.
         exact: whether a source that is too short is refused; by default where the number is the
             user's and not a preset's.
         unseen: so many more windows at most that are not among them, see ``pack``. The model
-            writes those of ``self`` apart.
+            writes its own apart.
 
     Raises:
         UserError: the source cannot be read, or holds too few tokens.
@@ -93,8 +94,8 @@ def build_calibration(
     for one, share, rest in zip(shares, counts, rests, strict=True):
         size = {"samples": share, "seq_len": asked.seq_len, "seed": seed}
         try:
-            if one == SELF:
-                parts.append(_self_written(model, tokenizer, asked.kept, size, rest))
+            if one in WRITERS:
+                parts.append(_self_written(one, model, tokenizer, asked.kept, size, rest))
             else:
                 least = share if exact else max(1, share // 4)
                 parts.append(_read(one, asked, tokenizer, size, least, rest))
@@ -161,19 +162,21 @@ def _read(
 
 
 def _self_written(
-    model: Any, tokenizer: Any, kept: Path | None, size: dict[str, int], rest: int
+    source: str, model: Any, tokenizer: Any, kept: Path | None, size: dict[str, int], rest: int
 ) -> _Part:
     if model is None:
-        raise UserError("source 'self' needs the model that writes the text")
+        raise UserError(f"source '{source}' needs the model that writes the text")
+    write = WRITERS[source]
     if kept is None:
-        windows = write_windows(model, tokenizer, **size)
+        windows = write(model, tokenizer, **size)
     else:
-        windows = write_text_cached(model, tokenizer, kept, **size)
+        windows = write_text_cached(model, tokenizer, kept, source=source, **size)
     unseen = windows[:0]
     if rest:
         other = size | {"samples": rest, "seed": (size["seed"] + 1) % 2**32}
-        unseen = write_windows(model, tokenizer, **other)
-    return _Part(windows, unseen, "text sampled from the model")
+        unseen = write(model, tokenizer, **other)
+    what = "text" if source == SELF else "chats"
+    return _Part(windows, unseen, f"{what} sampled from the model")
 
 
 def pack(
@@ -252,7 +255,7 @@ def check_calibration(asked: CalibrationSettings) -> None:
             "for fewer of them"
         )
     for source in shares_of(asked.calibration):
-        if source != SELF:
+        if source not in WRITERS:
             _documents(source, asked, BEGINNING)
 
 
@@ -275,7 +278,8 @@ def further_text(
         known: token ids, shape (samples, seq_len).
         apart: windows that are left out, of the same length.
     """
-    read = {one: share for one, share in shares_of(asked.calibration).items() if one != SELF}
+    shares = shares_of(asked.calibration)
+    read = {one: share for one, share in shares.items() if one not in WRITERS}
     rows = [*known]
     if read:
         mixture = ",".join(f"{one}:{share}" for one, share in read.items())

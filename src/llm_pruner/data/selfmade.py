@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from llm_pruner.data.sequences import added_tokens, bare_ids
+from llm_pruner.data.text import CHAT, SELF
+from llm_pruner.data.turns import Turns
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import new_file
 from llm_pruner.models.forward import (
@@ -37,6 +39,7 @@ CACHE = 2**31
 little more than one of few, as the weights are read once for all."""
 LARGE = 50_000_000
 """Parameters from which on a copy in bfloat16 writes faster than it is made."""
+_NOTHING = torch.empty(0, dtype=torch.int64)
 _WORD = re.compile(r"[A-Z][a-z]+")
 
 
@@ -49,6 +52,7 @@ def write_text(
     seq_len: int,
     seed: int,
     batch_size: int | None = None,
+    turns: Turns | None = None,
 ) -> torch.Tensor:
     """Sample ``samples`` sequences of ``seq_len`` tokens, int64 of that shape, on the CPU.
 
@@ -59,20 +63,28 @@ def write_text(
     one generator, so that the batch size does not change them, but for rounding, and the global
     random state is not touched. By default as many are written at a time as ``CACHE`` has room for.
 
+    With ``turns`` a sequence is a chat instead: what stands before a question, the question, its
+    answer, and so on. The tokens that end a turn are drawn as others are.
+
     Raises:
         UserError: the model's logits are not finite, or ``seq_len`` is beyond its positions.
     """
     _check_length(model, seq_len)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    starts, lead = _starts(model, tokenizer, samples, generator)
+    if turns is None:
+        starts, lead = _starts(model, tokenizer, samples, generator)
+    else:
+        starts, lead = turns.opening.expand(samples, -1), _NOTHING
     if starts.shape[1] > seq_len:
-        raise UserError(f"seq_len={seq_len} holds the tokenizer's BOS alone; use a longer one")
+        what = "tokenizer's BOS" if turns is None else "opening of a chat"
+        raise UserError(f"seq_len={seq_len} holds the {what} alone; use a longer one")
     uniform = torch.rand(samples, seq_len, generator=generator, dtype=torch.float64)
     vocabulary = embedding_rows(model)
     # Never drawn: special tokens, and rows that stand for no token.
     special = {index for index in _special_ids(tokenizer) if index < vocabulary}
-    barred = sorted(special.union(range(len(tokenizer), vocabulary)))
+    special |= {*range(len(tokenizer), vocabulary)}
+    barred = sorted(special if turns is None else special - turns.ends)
     never = torch.tensor(barred if len(barred) < vocabulary else [], dtype=torch.int64)
     ids = torch.empty(samples, seq_len, dtype=torch.int64)
     ids[:, : starts.shape[1]] = starts
@@ -92,7 +104,10 @@ def write_text(
             logits = decoder.step(fresh.to(device))
             if position == positions.start:
                 make_room_(decoder.cache, len(lead) + seq_len)
-            ids[rows, position] = _draw(logits.float().cpu(), uniform[rows, position], never)
+                if turns is not None:
+                    turns.start(len(fresh))
+            drawn = _draw(logits.float().cpu(), uniform[rows, position], never)
+            ids[rows, position] = drawn if turns is None else turns.follow(drawn)
     return ids
 
 
@@ -113,6 +128,22 @@ def write_windows(
     texts = write_text(model, tokenizer, samples=samples * count, seq_len=PIECE, seed=seed)
     parted = torch.tensor(parting, dtype=torch.int64).expand(len(texts), -1)
     return torch.cat([texts, parted], dim=1).reshape(samples, -1)[:, :seq_len].contiguous()
+
+
+def write_chats(
+    model: Any, tokenizer: Any, *, samples: int, seq_len: int, seed: int
+) -> torch.Tensor:
+    """Return windows of chats, int64 of shape (samples, seq_len); see ``write_text``, ``Turns``.
+
+    Chats have ``PIECE`` tokens where windows are shorter, so that answers are in them as well.
+
+    Raises:
+        UserError: as ``write_text``; the tokenizer has no chat template that says where turns end.
+    """
+    windows = max(1, min(PIECE, maximum_length(model) or PIECE) // seq_len)
+    how = {"samples": -(-samples // windows), "seq_len": windows * seq_len, "seed": seed}
+    chats = write_text(model, tokenizer, turns=Turns(tokenizer), **how)
+    return chats.reshape(-1, seq_len)[:samples].contiguous()
 
 
 def _fast(model: Any) -> Any:
@@ -186,9 +217,8 @@ def _starts(
     there would say nothing about what follows.
     """
     prefix, _ = added_tokens(tokenizer)
-    nothing = torch.empty(0, dtype=torch.int64)
     if prefix:
-        return torch.tensor(prefix, dtype=torch.int64).expand(samples, -1), nothing
+        return torch.tensor(prefix, dtype=torch.int64).expand(samples, -1), _NOTHING
     words = torch.tensor(_words(tokenizer, embedding_rows(model)), dtype=torch.int64)
     rounds = [
         torch.randperm(len(words), generator=generator) for _ in range(-(-samples // len(words)))
@@ -224,24 +254,36 @@ CHUNK = TEXTS
 """Sequences that are written, and kept, at a time."""
 
 
+WRITERS = {SELF: write_windows, CHAT: write_chats}
+"""By the name of the source."""
+
+
 def write_text_cached(
-    model: Any, tokenizer: Any, folder: Path, *, samples: int, seq_len: int, seed: int
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    source: str = SELF,
 ) -> torch.Tensor:
-    """Return what ``write_windows`` does, ``CHUNK`` windows at a time, each kept in ``folder``.
+    """Return what the source's writer does, ``CHUNK`` windows at a time, each kept in ``folder``.
 
     What was written before an interruption is read again. The folder belongs to one model, length
     and seed; more samples continue what is there.
 
     Raises:
-        UserError: as ``write_windows``, or a file is damaged.
+        UserError: as the writer, or a file is damaged.
     """
+    name = "" if source == SELF else f"{source}-"
     folder.mkdir(parents=True, exist_ok=True)
     chunks = []
     for number in range(-(-samples // CHUNK)):
-        file = folder / f"{seq_len}-{seed}-{number:05d}.safetensors"
+        file = folder / f"{name}{seq_len}-{seed}-{number:05d}.safetensors"
         if not file.is_file():
             # Whole chunks, so that they do not depend on how many samples are asked for.
-            ids = write_windows(
+            ids = WRITERS[source](
                 model, tokenizer, samples=CHUNK, seq_len=seq_len, seed=seed + 1_000_003 * number
             )
             with new_file(file) as partial:

@@ -194,8 +194,8 @@ def _templated(example: Example, tokenizer: Any) -> list[Piece]:
     for position, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = _render(tokenizer, messages[:position], True)
-        answered = _render(tokenizer, messages[: position + 1], False)
+        prompt = render_chat(tokenizer, messages[:position], True)
+        answered = render_chat(tokenizer, messages[: position + 1], False)
         if not answered.startswith(prompt):  # what a template adds for generation may vanish
             place = answered.rfind(message["content"].strip())
             if place < 0:
@@ -211,7 +211,12 @@ def _templated(example: Example, tokenizer: Any) -> list[Piece]:
     return pieces
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]], prompting: bool) -> str:
+def render_chat(tokenizer: Any, messages: list[dict[str, str]], prompting: bool) -> str:
+    """Return what the chat template makes of messages; if ``prompting``, up to the next answer.
+
+    Raises:
+        UserError: the template rejects them.
+    """
     try:
         return str(
             tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompting)

@@ -28,6 +28,8 @@ def demo_text() -> str:
 
 SELF = "self"
 """The source name under which the model writes its own text."""
+CHAT = "chat"
+"""The source name under which the model writes questions and answers by its chat template."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,9 @@ def load_documents(
         UserError: the file is missing, empty, of an unknown type, broken or without text; or the
             dataset cannot be loaded.
     """
-    if source == SELF:
+    if source in (SELF, CHAT):
         raise UserError(
-            "source 'self' is text that the model writes itself, for calibration only; "
+            f"source '{source}' is text that the model writes itself, for calibration only; "
             "give a text file or a dataset name here"
         )
     path = Path(source).expanduser()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm_pruner.data.text import SELF
+from llm_pruner.data.text import CHAT, SELF
 from llm_pruner.evaluation.perplexity import PerplexityResult
 from llm_pruner.evaluation.skills import Share
 from llm_pruner.evaluation.zero_shot import TaskResult
@@ -122,9 +122,9 @@ def criterion_in_words(plan: Plan) -> str | None:
     if chosen:
         said += f" ({', '.join(f'{key} {value}' for key, value in chosen.items())})"
     if "samples" in said_by:
-        own = "text that it wrote itself"
+        own = {SELF: "text that it wrote itself", CHAT: "chats that it wrote itself"}
         sources = str(said_by["calibration"]).split(",")
-        where = " and ".join(own if part == "self" else part for part in sources)
+        where = " and ".join(own.get(part, part) for part in sources)
         said += f" on {said_by['samples']:,} × {said_by['seq_len']:,} tokens of {where}"
     return said
 

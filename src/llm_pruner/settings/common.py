@@ -106,8 +106,9 @@ class CalibrationSettings(Settings):
 
     calibration: str = _text(
         "self",
-        "self (the model writes its own text), a hub dataset, or a .txt, .jsonl, .json or .parquet "
-        "file; several, comma-separated, for equal parts, or for such as c4:0.6,code:0.4.",
+        "self (the model writes its own text), chat (it writes questions and answers), a hub "
+        "dataset, or a .txt, .jsonl, .json or .parquet file; several, comma-separated, for equal "
+        "parts, or for such as c4:0.6,code:0.4.",
         "SRC",
         reads=True,
     )

@@ -1,0 +1,71 @@
+"""Chats that a model writes, both the questions and the answers (arXiv 2406.08464)."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+
+from llm_pruner.data.sequences import bare_ids, render_chat
+from llm_pruner.errors import UserError
+
+QUESTION = 128
+"""Tokens of a question at most; what is longer is cut off there and answered."""
+_SAID = ("Alpha", "Beta", "Gamma")
+
+
+class Turns:
+    """The tokens that the chat template puts between what is said.
+
+    Attributes:
+        opening: what stands before the first question, shape (tokens,).
+        ends: the special tokens that end a question or an answer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Read the template.
+
+        Raises:
+            UserError: there is none, it refuses a plain chat, or no special token ends a turn.
+        """
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserError(
+                "source 'chat' is what the model writes by its chat template, and the tokenizer "
+                "has none; use self, or a text"
+            )
+        roles = ("user", "assistant", "user")
+        chat = [{"role": r, "content": said} for r, said in zip(roles, _SAID, strict=True)]
+        asked, talked = render_chat(tokenizer, chat[:1], True), render_chat(tokenizer, chat, True)
+        before, _, answering = asked.partition(_SAID[0])
+        _, _, asking = talked.partition(_SAID[1])
+        asking = asking.partition(_SAID[2])[0]
+        self.opening = torch.tensor(bare_ids(tokenizer, before), dtype=torch.int64)
+        self._parts = [bare_ids(tokenizer, text) for text in (answering, asking)]
+        special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        if not (len(self.opening) and all(part and part[0] in special for part in self._parts)):
+            raise UserError(
+                "source 'chat' needs a chat template whose turns end with special tokens, and "
+                "this one's do not; use self, or a text"
+            )
+        self.ends = {part[0] for part in self._parts}
+
+    def start(self, count: int) -> None:
+        """Begin so many chats."""
+        self._forced: list[deque[int]] = [deque() for _ in range(count)]
+        self._answering, self._said = [False] * count, [0] * count
+
+    def follow(self, drawn: torch.Tensor) -> torch.Tensor:
+        """Return the next token of each chat, (chats,): the one drawn, or what must stand there."""
+        return torch.tensor([self._next(row, token) for row, token in enumerate(drawn.tolist())])
+
+    def _next(self, row: int, token: int) -> int:
+        forced = self._forced[row]
+        if not forced:
+            self._said[row] += 1
+            answering = self._answering[row]
+            if token not in self.ends and (answering or self._said[row] <= QUESTION):
+                return int(token)
+            forced.extend(self._parts[answering])
+            self._answering[row], self._said[row] = not answering, 0
+        return forced.popleft()
