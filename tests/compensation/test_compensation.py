@@ -12,8 +12,8 @@ from torch import nn
 
 from families import make
 from helpers import tiny_model
-from llm_pruner.compensation import held_out_samples, refit, refit_
-from llm_pruner.compensation.least_squares import Moments, best_refit, refitted
+from llm_pruner.compensation import RIDGES, held_out_samples, refit, refit_
+from llm_pruner.compensation.least_squares import Equations, Rows, Sums, best_refit, equations
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
 from llm_pruner.surgery.cut import cut_
@@ -24,48 +24,114 @@ def tokens(samples: int = 24, length: int = 16) -> torch.Tensor:
     return torch.randint(3, 100, (samples, length), generator=torch.Generator().manual_seed(2))
 
 
-def moments(rows: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> Moments:
-    sums = Moments.zeros(targets.T @ rows)
-    sums.add(rows, targets, weights)
-    return sums
+def filled(
+    kind: type[Equations],
+    weight: torch.Tensor,
+    rows: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+) -> Equations:
+    made = kind(weight)
+    for part in (slice(0, 3), slice(3, None)):
+        made.add(rows[part], targets[part], weights[part])
+    return made
 
 
-def test_the_formula_minimises_fit_and_distance() -> None:
+@pytest.mark.parametrize("kind", [Rows, Sums])
+@pytest.mark.parametrize("count", [4, 50])
+def test_the_formula_minimises_fit_and_distance(kind: type[Equations], count: int) -> None:
     torch.manual_seed(0)
-    rows, targets = torch.randn(50, 6).double(), torch.randn(50, 3).double()
+    rows, targets = torch.randn(count, 6).double(), torch.randn(count, 3).double()
     rows *= torch.tensor([0.5, 1, 1, 2, 5, 10])
-    weights, weight = torch.rand(50).double(), torch.randn(3, 6).double()
-    sums = moments(rows, targets, weights)
-    damping = 0.5 * sums.gram.diagonal()
-    expected = nn.Parameter(weight.clone())
-
-    def loss() -> torch.Tensor:
-        fit = (weights[:, None] * (rows @ expected.T - targets).square()).sum()
-        return fit + (damping * (expected - weight).square()).sum()
-
-    with torch.no_grad():
-        expected.copy_(refitted(weight, sums, 0.5))
-    (gradient,) = torch.autograd.grad(loss(), expected)
+    weights, weight = torch.rand(count).double(), torch.randn(3, 6).double()
+    system = filled(kind, weight, rows, targets, weights).system()
+    damping = 0.5 * (weights[:, None] * rows.square()).sum(0)
+    step = system.step(0.5)
+    assert step is not None
+    expected = nn.Parameter(weight + step)
+    fit = (weights[:, None] * (rows @ expected.T - targets).square()).sum()
+    loss = fit + (damping * (expected - weight).square()).sum()
+    (gradient,) = torch.autograd.grad(loss, expected)
     assert gradient.abs().max() < 1e-10
-    plain = (weights[:, None] * (rows @ weight.T - targets).square()).sum()
-    assert sums.error(weight) == pytest.approx(
-        float(plain / (weights[:, None] * targets.square()).sum())
-    )
+    # Some outputs alone are as they are among all.
+    torch.testing.assert_close(system.step(0.5, torch.tensor([0, 2])), step[[0, 2]])
     # An infinite ridge leaves the weight alone; it does not shrink it.
-    torch.testing.assert_close(refitted(weight, sums, 1e12), weight, atol=1e-8, rtol=0)
+    torch.testing.assert_close(system.step(1e12), torch.zeros_like(weight), atol=1e-8, rtol=0)
 
 
-def test_a_fit_to_noise_is_refused() -> None:
+def test_the_error_is_that_of_the_weighted_tokens() -> None:
+    torch.manual_seed(0)
+    rows, targets, weights = torch.randn(50, 6), torch.randn(50, 3), torch.rand(50)
+    weight = torch.randn(3, 6)
+    made = filled(Rows, weight, rows, targets, weights)
+    assert isinstance(made, Rows)
+    for outputs in (torch.arange(3), torch.tensor([1])):
+        off = (rows @ weight.T - targets)[:, outputs]
+        plain = (weights[:, None] * off.square()).sum()
+        whole = (weights[:, None] * targets[:, outputs].square()).sum()
+        error = made.error(weight[outputs], outputs)
+        assert error == pytest.approx(float(plain / whole), rel=1e-2)
+
+
+def test_the_smaller_system_is_solved() -> None:
+    weight = torch.zeros(2, 10)
+    assert isinstance(equations(weight, 10), Rows)
+    assert isinstance(equations(weight, 11), Sums)
+
+
+@pytest.mark.parametrize("count", [200, 5000])
+def test_float32_is_enough(count: int) -> None:
+    """Inputs whose sizes differ a hundredfold and that are much alike, as in a layer."""
+    torch.manual_seed(0)
+    mixing = torch.randn(40, 300)
+    rows = (torch.randn(count, 40) @ mixing + 0.3 * torch.randn(count, 300)).relu()
+    rows *= torch.logspace(-1, 1, 300)
+    weight = torch.randn(20, 300)
+    targets = rows @ (weight + 0.1 * torch.randn(20, 300)).T
+    steps = []
+    for kind, dtype in ((Rows, torch.float32), (Sums, torch.float32), (Sums, torch.float64)):
+        made = filled(kind, weight.to(dtype), rows, targets, torch.ones(count))
+        steps.append(made.system().step(0.1))
+    for step in steps[:2]:
+        assert step is not None
+        off = rows.double() @ (step - steps[2]).double().T
+        assert off.norm() < 0.02 * (rows.double() @ steps[2].double().T).norm()
+
+
+@pytest.mark.parametrize("kind", [Rows, Sums])
+def test_a_fit_to_noise_is_refused(kind: type[Equations]) -> None:
     torch.manual_seed(0)
     rows, weight = torch.randn(8, 6).double(), torch.randn(3, 6).double()
     held_rows = torch.randn(400, 6).double()
     noise = torch.randn(8, 3).double() * 5
-    fit = moments(rows, rows @ weight.T + noise, torch.ones(8))
-    held_out = moments(held_rows, held_rows @ weight.T, torch.ones(400))
-    kept, ridge, before, after = best_refit(weight, fit, held_out)
-    assert ridge is None
-    assert kept is weight
-    assert before == after
+    fit = filled(kind, weight, rows, rows @ weight.T + noise, torch.ones(8))
+    held_out = filled(Rows, weight, held_rows, held_rows @ weight.T, torch.ones(400))
+    found = best_refit(fit, held_out)
+    assert found.ridge is None
+    assert found.weight is weight
+    assert found.before == found.after
+
+
+@pytest.mark.parametrize("start", [None, 0.1, 3.0])
+def test_the_search_ends_at_the_best_ridge(start: float | None) -> None:
+    torch.manual_seed(0)
+    rows, weight = torch.randn(60, 20).double(), torch.randn(4, 20).double()
+    true = weight + 0.3 * torch.randn(4, 20)
+    held_rows = torch.randn(400, 20).double()
+    held_targets = held_rows @ true.T
+    tokens = rows, rows @ true.T + 2 * torch.randn(60, 4), torch.ones(60)
+    held_out = filled(Rows, weight, held_rows, held_targets, torch.ones(400))
+    assert isinstance(held_out, Rows)
+    errors = {}
+    for ridge in RIDGES:
+        step = filled(Sums, weight, *tokens).system().step(ridge)
+        errors[ridge] = held_out.error(weight + step)
+    best = min(errors, key=lambda ridge: errors[ridge])
+    fit = filled(Sums, weight, *tokens)
+    found = best_refit(fit, held_out, start=start)
+    assert 0.1 < best < 3.0
+    assert found.ridge == best
+    assert found.after == pytest.approx(errors[best])
 
 
 def removal_of(model: nn.Module, kinds: tuple[str, ...]) -> tuple[object, Removal]:

@@ -25,6 +25,7 @@ from llm_pruner.cli import (
     inspect,
     prune,
     recover,
+    vocab,
 )
 from llm_pruner.cli.build import GroupedCommand, add
 from llm_pruner.cli.output import fail, one_line
@@ -38,6 +39,7 @@ from llm_pruner.settings.evaluate import BenchSettings, EvaluateSettings, Inspec
 from llm_pruner.settings.export import ExportSettings
 from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.settings.recover import RecoverSettings
+from llm_pruner.settings.vocab import VocabSettings
 from llm_pruner.version import __version__
 
 app = typer.Typer(
@@ -54,6 +56,7 @@ add(app, "compress", CompressSettings, compress.run, compress.EXAMPLES)
 add(app, "inspect", InspectSettings, inspect.run, inspect.EXAMPLES)
 add(app, "prune", PruneSettings, prune.run, prune.EXAMPLES)
 add(app, "curve", CurveSettings, curve.run, curve.EXAMPLES)
+add(app, "vocab", VocabSettings, vocab.run, vocab.EXAMPLES)
 add(app, "recover", RecoverSettings, recover.run, recover.EXAMPLES)
 add(app, "evaluate", EvaluateSettings, evaluate.run, evaluate.EXAMPLES)
 app.command("compare", cls=GroupedCommand, epilog=compare.EXAMPLES)(compare.command)

@@ -1,45 +1,54 @@
-"""Least squares around the weights that are there, with the ridge chosen on held-out tokens."""
+"""Least squares around the weights that are there, with the ridge chosen on held-out tokens.
+
+    W' = argmin sum_t |W' x_t - z_t|^2 + ridge * sum_i C_ii |W'_i - W_i|^2,  C = sum_t x_t x_t^T
+
+over tokens t with inputs x and targets z. An infinite ridge leaves W; a ridge towards zero would
+shrink the layer's output, which costs far more than the fit gains. Each input is held by its own
+mean square, since the inputs of one layer differ by orders of magnitude: a ridge that is the same
+for all holds the small ones and lets the large ones follow the noise of the sample.
+
+With D the diagonal of C, S = D^-1/2 C D^-1/2, X the matrix of inputs by token and R = Z - X W^T
+what is left to explain, two forms of the solution are equal, and the smaller system is solved:
+
+    W' = W + (R^T X D^-1/2) (S + ridge I)^-1 D^-1/2               `Sums`, in_features unknowns
+    W' = W + R^T (X D^-1 X^T + ridge I)^-1 X D^-1                 `Rows`, as many as tokens
+
+Both systems have a diagonal near one, so float32 is enough, with factors that may be rounded to
+bfloat16 in the products that make them.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from math import inf
 
 import torch
 
 from llm_pruner.models.consumers import add_gram_
+from llm_pruner.runtime.precision import fast_products
 
 RIDGES = (0.1, 0.3, 1.0, 3.0)
 """Ridges that are tried, as shares of each input's mean square."""
+
+OUTPUTS = 256
+"""Output features at most that choose the ridge."""
 
 _FLOOR = 1e-4
 """Least mean square of an input for the ridge, as a share of the mean over all inputs."""
 
 
-@dataclass
-class Moments:
-    """Weighted sums over tokens of inputs x and targets t.
+class Equations(ABC):
+    """Weighted tokens that a weight is fitted to."""
 
-    Attributes:
-        gram: sum of x x^T, shape (in_features, in_features), float32 or wider.
-        cross: sum of t x^T, shape (out_features, in_features).
-        energy: sum of |t|^2.
-    """
+    def __init__(self, weight: torch.Tensor) -> None:
+        """Begin without tokens, in at least float32.
 
-    gram: torch.Tensor
-    cross: torch.Tensor
-    energy: float = 0.0
-    tokens: int = field(default=0)
-
-    @classmethod
-    def zeros(cls, weight: torch.Tensor) -> Moments:
-        """Return sums over no token for a weight, in at least float32, on its device."""
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        outputs, inputs = weight.shape
-        return cls(
-            torch.zeros(inputs, inputs, dtype=dtype, device=weight.device),
-            torch.zeros(outputs, inputs, dtype=dtype, device=weight.device),
-        )
+        Args:
+            weight: as the cut left it, shape (out_features, in_features).
+        """
+        self.weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> None:
         """Add tokens.
@@ -49,81 +58,203 @@ class Moments:
             targets: shape (tokens, out_features).
             weights: shape (tokens,), of each token's squared error.
         """
-        root = weights.to(self.gram.dtype).sqrt()[:, None]
-        x, t = inputs.to(self.gram.dtype) * root, targets.to(self.gram.dtype) * root
-        add_gram_(self.gram, x)
-        self.cross.addmm_(t.T, x)
-        self.energy += float(t.double().square().sum())
-        self.tokens += len(x)
+        dtype = self.weight.dtype
+        root = weights.to(dtype).sqrt()[:, None]
+        with fast_products():
+            self._add(inputs.to(dtype) * root, targets.to(dtype) * root)
 
-    def __add__(self, other: Moments) -> Moments:
-        """Return the sums over the tokens of both."""
-        return Moments(
-            self.gram + other.gram,
-            self.cross + other.cross,
-            self.energy + other.energy,
-            self.tokens + other.tokens,
+    @abstractmethod
+    def _add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        """Add tokens that are weighted already."""
+
+    @abstractmethod
+    def system(self) -> System:
+        """Return what is to be solved for all tokens so far."""
+
+
+class Rows(Equations):
+    """The tokens themselves."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__(weight)
+        self._inputs: list[torch.Tensor] = []
+        self._targets: list[torch.Tensor] = []
+
+    @property
+    def inputs(self) -> torch.Tensor:
+        """Weighted inputs, shape (tokens, in_features)."""
+        return torch.cat(self._inputs)
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """Weighted targets, shape (tokens, out_features)."""
+        return torch.cat(self._targets)
+
+    def _add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        self._inputs.append(inputs)
+        self._targets.append(targets)
+
+    def include(self, other: Rows) -> None:
+        """Add the tokens of another one."""
+        self._inputs += other._inputs
+        self._targets += other._targets
+
+    def error(self, weight: torch.Tensor, outputs: torch.Tensor | None = None) -> float:
+        """Return the squared error of a weight over the squared norm of the targets.
+
+        Args:
+            weight: shape (out_features, in_features), or the rows of some outputs.
+            outputs: their numbers.
+        """
+        targets = self.targets if outputs is None else self.targets[:, outputs]
+        with fast_products():
+            left = targets - self.inputs @ weight.to(targets.dtype).T
+        return float(
+            left.double().square().sum() / targets.double().square().sum().clamp_min(1e-30)
         )
 
-    def error(self, weight: torch.Tensor) -> float:
-        """Return the squared error of ``weight`` over the squared norm of the targets."""
-        W = weight.double()
-        value = (W @ self.gram.double() * W).sum() - 2 * (W * self.cross.double()).sum()
-        return max(0.0, float(value) + self.energy) / max(self.energy, 1e-30)
+    def system(self) -> System:
+        """Return a system with as many unknowns as tokens."""
+        x = self.inputs
+        scale = _scale(x.square().sum(0))
+        with fast_products():
+            z = x * scale
+            return System(z @ z.T, (self.targets - x @ self.weight.T).T, z * scale)
 
 
-def refitted(
-    weight: torch.Tensor, moments: Moments, ridge: float, gap: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Return the weight that fits the targets best while it stays near what it was.
+class Sums(Equations):
+    """Sums over tokens.
 
-    W' = argmin sum_t |W' x - t|^2 + ridge * sum_i C_ii |W'_i - W_i|^2
-       = W + (X - W C) (C + ridge * diag(C))^-1, with C the Gram matrix and X the cross moments.
-
-    An infinite ridge leaves W; a ridge towards zero would shrink the layer's output, which costs
-    far more than the fit gains. Each input is held by its own mean square, since the inputs of one
-    layer differ by orders of magnitude: a ridge that is the same for all holds the small ones and
-    lets the large ones follow the noise of the sample.
-
-    Args:
-        weight: shape (out_features, in_features).
-        moments: of the same features.
-        ridge: positive.
-        gap: X - W C if it is known.
-
-    Returns:
-        float64, shape (out_features, in_features).
+    Attributes:
+        gram: sum of x x^T, shape (in_features, in_features).
+        cross: sum of z x^T, shape (out_features, in_features).
     """
-    W, C = weight.double(), moments.gram.double()
-    energy = C.diagonal()
-    least = (_FLOOR * energy.mean()).clamp_min(torch.finfo(C.dtype).tiny)
-    A = C + torch.diag(ridge * energy.clamp_min(least))
-    gap = _gap(W, moments) if gap is None else gap
-    step: torch.Tensor = torch.cholesky_solve(gap.T, torch.linalg.cholesky(A)).T
-    return W + step
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__(weight)
+        self.gram = self.weight.new_zeros(self.weight.shape[1], self.weight.shape[1])
+        self.cross = torch.zeros_like(self.weight)
+
+    def _add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        add_gram_(self.gram, inputs)
+        self.cross.addmm_(targets.T, inputs)
+
+    def include(self, other: Rows) -> None:
+        """Add the tokens of another one."""
+        with fast_products():
+            self._add(other.inputs, other.targets)
+
+    def system(self) -> System:
+        """Return a system with as many unknowns as input features."""
+        scale = _scale(self.gram.diagonal())
+        with fast_products():
+            gap = self.cross - self.weight @ self.gram
+        return System(self.gram * scale * scale[:, None], gap * scale, scale)
 
 
-def _gap(weight: torch.Tensor, moments: Moments) -> torch.Tensor:
-    return moments.cross.double() - weight.double() @ moments.gram.double()
+@dataclass
+class System:
+    """What `ridge` is added to the diagonal of, and what it is solved for.
+
+    Attributes:
+        matrix: symmetric, shape (unknowns, unknowns).
+        right: shape (out_features, unknowns).
+        back: from a solution to a change of the weight: a matrix (unknowns, in_features) that it is
+            multiplied with, or a factor of each input (in_features,).
+    """
+
+    matrix: torch.Tensor
+    right: torch.Tensor
+    back: torch.Tensor
+
+    def step(self, ridge: float, outputs: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Return the change of the weight, (out_features, in_features); None if it has none.
+
+        Args:
+            ridge: positive.
+            outputs: numbers of the output features that are wanted; all by default.
+        """
+        diagonal = self.matrix.diagonal()
+        before = diagonal.clone()
+        diagonal.add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(self.matrix)
+        diagonal.copy_(before)
+        if failed:
+            return None
+        right = self.right if outputs is None else self.right[outputs]
+        solved: torch.Tensor = torch.cholesky_solve(right.T, factor).T
+        if self.back.ndim == 1:
+            return solved * self.back
+        with fast_products():
+            return solved @ self.back
+
+
+def _scale(energy: torch.Tensor) -> torch.Tensor:
+    """Return D^-1/2."""
+    least = (_FLOOR * energy.mean()).clamp_min(torch.finfo(energy.dtype).tiny)
+    return energy.clamp_min(least).rsqrt()
+
+
+def equations(weight: torch.Tensor, tokens: int) -> Rows | Sums:
+    """Return the form that is smaller for a weight and so many tokens."""
+    return Rows(weight) if tokens <= weight.shape[1] else Sums(weight)
+
+
+@dataclass
+class Choice:
+    """A weight, and what it was chosen by.
+
+    Attributes:
+        ridge: None if the weight is as it was.
+        before, after: errors on held-out tokens, of at most ``OUTPUTS`` output features; of a fit
+            that had not seen these tokens.
+    """
+
+    weight: torch.Tensor
+    ridge: float | None
+    before: float
+    after: float
 
 
 def best_refit(
-    weight: torch.Tensor, fit: Moments, held_out: Moments, ridges: Sequence[float] = RIDGES
-) -> tuple[torch.Tensor, float | None, float, float]:
-    """Return (weight, ridge, error before, error after), errors on the held-out tokens.
+    fit: Rows | Sums,
+    held_out: Rows,
+    ridges: Sequence[float] = RIDGES,
+    start: float | None = None,
+) -> Choice:
+    """Return the weight refitted with the ridge that does best on the held-out tokens.
 
-    The ridge that does best on the held-out tokens then fits all tokens. Where no ridge lowers the
-    held-out error the weight is returned as it was, with ridge None. The errors are those of the
-    fit that had not seen the held-out tokens.
+    It then fits all tokens; ``fit`` has them afterwards. Where no ridge lowers the held-out error
+    the weight stays. The search goes from one ridge to the next for as long as the error falls.
+
+    Args:
+        start: the ridge that is tried first, by default the middle one.
     """
-    before = held_out.error(weight)
-    after, best = before, None
-    if fit.tokens:
-        gap = _gap(weight, fit)
-        for ridge in ridges:
-            error = held_out.error(refitted(weight, fit, ridge, gap))
-            if error < after:
-                after, best = error, ridge
-    if best is None:
-        return weight, None, before, before
-    return refitted(weight, fit + held_out, best), best, before, after
+    weight, order = fit.weight, sorted(ridges)
+    count = len(weight)
+    some = torch.arange(0, count, max(1, count // OUTPUTS), device=weight.device)
+    before = held_out.error(weight[some], some)
+    system = fit.system()
+    errors: dict[int, float] = {}
+
+    def error(place: int) -> float:
+        if not 0 <= place < len(order):
+            return inf
+        if place not in errors:
+            step = system.step(order[place], some)
+            errors[place] = inf if step is None else held_out.error(weight[some] + step, some)
+        return errors[place]
+
+    place = order.index(start) if start in order else len(order) // 2
+    while True:
+        side = min((place - 1, place + 1), key=error)
+        if error(side) >= error(place):
+            break
+        place = side
+    if not error(place) < before:
+        return Choice(weight, None, before, before)
+    fit.include(held_out)
+    step = fit.system().step(order[place])
+    if step is None:
+        return Choice(weight, None, before, before)
+    return Choice(weight + step, order[place], before, error(place))

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from llm_pruner.compensation.least_squares import RIDGES, Moments, best_refit
+from llm_pruner.compensation.least_squares import RIDGES, Rows, best_refit, equations
 from llm_pruner.errors import UserError
 from llm_pruner.models.activation_store import ActivationStore
 from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
@@ -221,6 +221,7 @@ class _Refit:
         ]
         self.hidden = self._rows(_MEMORY)
         self.found: list[Refitted] = []
+        self.last: dict[int, float] = {}  # number of a consumer in its block -> ridge
 
     def run(self) -> list[Refitted]:
         """Walk through all blocks and return what became of each consumer."""
@@ -265,7 +266,7 @@ class _Refit:
                 continue
             weight = weight_of(consumer.module)
             wished = references.get(number, following)
-            fit, held_out = (Moments.zeros(weight) for _ in range(2))
+            fit, held_out = equations(weight, self.split * self.ids.shape[1]), Rows(weight)
             final = direct and number + 1 == len(order)
             read = self._rows() if final else None
             for part in self.parts:
@@ -290,10 +291,12 @@ class _Refit:
                     wanted.flatten(0, 1).to(inputs.device),
                     importance.flatten().to(inputs.device),
                 )
-            new, ridge, error, after = best_refit(weight, fit, held_out, self.ridges)
-            if ridge is not None:
-                set_weight(consumer.module, new)
-            self.found.append(Refitted(consumer.name, ridge, error, after))
+            found = best_refit(fit, held_out, self.ridges, self.last.get(number))
+            del fit, held_out
+            if found.ridge is not None:
+                set_weight(consumer.module, found.weight)
+                self.last[number] = found.ridge
+            self.found.append(Refitted(consumer.name, found.ridge, found.before, found.after))
             if read is not None:
                 for part in self.parts:
                     base = self.hidden.read(0, part)

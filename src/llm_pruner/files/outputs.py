@@ -36,7 +36,7 @@ _MODEL = re.compile(
 )
 """Files of a model."""
 
-_RECORDS = re.compile(r"report\.(json|html)|README\.md|recovery\.json|request\.yaml")
+_RECORDS = re.compile(r"report\.(json|html)|README\.md|(recovery|vocabulary)\.json|request\.yaml")
 """Files that lie beside a model that this package wrote."""
 
 _BEFORE = re.compile(

@@ -10,14 +10,24 @@ import torch
 
 @contextmanager
 def fast_matmul() -> Iterator[None]:
-    """Inside, factors of all matrix products may be rounded to bfloat16 or TF32.
+    """Inside, modules multiply as `mixed_precision` says and all else as `fast_products`.
 
-    For scores, which only rank. Sums are float32 still.
+    For scores, which only rank.
+    """
+    with fast_products(), mixed_precision():
+        yield
+
+
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """Inside, factors of float32 products may be rounded to bfloat16 or TF32.
+
+    Sums and results are float32, also where modules multiply in bfloat16 outside.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        with mixed_precision():
+        with torch.autocast("cpu", enabled=False):
             yield
     finally:
         torch.set_float32_matmul_precision(before)

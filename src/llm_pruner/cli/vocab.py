@@ -1,0 +1,47 @@
+"""``llm-pruner vocab``: the same model with fewer tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llm_pruner.cli.output import Screen, write_json
+from llm_pruner.report.text import clean, count, megabytes
+from llm_pruner.settings.vocab import VocabSettings
+
+if TYPE_CHECKING:
+    from llm_pruner.commands.vocab import Trimmed
+
+EXAMPLES = """\b
+Examples:
+  llm-pruner vocab qwen --text c4,code --size 64000 --out qwen-64k
+  llm-pruner prune qwen-64k --ratio 0.2 --out small
+"""
+
+
+def run(settings: VocabSettings, json: str | None) -> None:
+    """Make a model smaller by the tokens that a text does not need, and its tokenizer with it."""
+    from llm_pruner.commands.vocab import vocab
+
+    done = vocab(settings)
+    write_json(done, json)
+    if json != "-":
+        show(done)
+
+
+def show(done: Trimmed) -> None:
+    """Print what became of the model."""
+    out = Screen()
+    size, tokens = done.parameters, done.tokens
+    out.print(
+        f"{clean(done.model)}: {tokens.before:,} -> {tokens.after:,} tokens, {count(size.before)} "
+        f"-> {count(size.after)} parameters ({1 - size.after / size.before:.1%} removed)"
+    )
+    bits, length = done.bits_per_byte, done.tokens_per_kilobyte
+    out.print(
+        f"on text that was not read: {bits.before:.4f} -> {bits.after:.4f} bits per byte, "
+        f"{length.after / length.before - 1:+.1%} tokens"
+    )
+    out.print(f"logits of the tokens that stay: largest difference {done.difference:.1e}")
+    out.print(f"saved to {clean(str(done.path))} ({megabytes(done.bytes)})", soft_wrap=True)
+    needs = f" with {' and '.join(done.needs)}" if done.needs else ""
+    out.print(f"loads with from_pretrained{needs}; adapters of the old tokens do not fit it")

@@ -1,0 +1,194 @@
+"""A model with fewer tokens: which ones stay, what that costs, and whether it is the same model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from llm_pruner.checkpoints import save_checkpoint
+from llm_pruner.data.sequences import bare_ids
+from llm_pruner.data.text import EvaluationText, load_documents
+from llm_pruner.data.vocabulary import Ids, vocabulary_of
+from llm_pruner.errors import UserError, VerificationError
+from llm_pruner.evaluation.perplexity import perplexity
+from llm_pruner.files.outputs import check_output, check_shard_size, write_output
+from llm_pruner.models.forward import maximum_length
+from llm_pruner.models.load import LoadedModel, load
+from llm_pruner.report.records import Change
+from llm_pruner.report.write import write_request
+from llm_pruner.runtime.progress import track
+from llm_pruner.settings.evaluate import PerplexitySettings
+from llm_pruner.settings.vocab import VocabSettings
+from llm_pruner.surgery.verify import largest_difference, tolerance
+from llm_pruner.surgery.vocabulary import cut_vocabulary_, named_tokens
+from llm_pruner.types import Edits
+
+RECORD = "vocabulary.json"
+HELD_OUT = 10
+"""One part in so many of the text is not counted; what a token less costs is measured on it."""
+MEASURED = 50_000
+"""Characters that it is measured on, at most."""
+COMPARED, WINDOW = 256, 1024
+"""Tokens on which the two models are compared, and in which their loss is measured, at most."""
+
+
+@dataclass(frozen=True)
+class Trimmed:
+    """A model with fewer tokens. What changed is measured on a part of the text that was not read.
+
+    Attributes:
+        tokens, parameters: of dense and smaller model.
+        bits_per_byte: mean loss over the bytes of the text, which does not depend on its tokens.
+        tokens_per_kilobyte: how many tokens the text takes.
+        difference: largest absolute difference of logits of tokens that stayed.
+        kept: the old ids of the tokens, in the order of their new ones.
+    """
+
+    model: str
+    tokens: Change[int]
+    parameters: Change[int]
+    bits_per_byte: Change[float]
+    tokens_per_kilobyte: Change[float]
+    difference: float
+    kept: list[int]
+    path: Path
+    bytes: int = 0
+    saved_as: str = "stock"
+    needs: tuple[str, ...] = ()
+
+
+def vocab(settings: VocabSettings) -> Trimmed:
+    """Save a model without the tokens that a text does not need.
+
+    Raises:
+        UserError: the folder cannot be written, the text is too short, or the tokenizer or the
+            size cannot be had.
+        VerificationError: the smaller model gives other logits; nothing is written.
+    """
+    settings.check()
+    check_output(settings.out, settings.overwrite, settings.reads)
+    check_shard_size(settings.max_shard_size)
+    read, apart = _texts(settings)
+    loaded = load(settings.loading())
+    model, tokenizer = loaded.model, loaded.tokenizer
+    known = vocabulary_of(tokenizer, named_tokens(model))
+    counts = known.count(track(read, "tokens of texts"))
+    kept = known.choose(counts, settings.size)
+    smaller = known.cut(kept)
+    before = _measured(loaded, tokenizer, apart)
+    difference, parameters = _cut_(model, smaller, kept, apart)
+    after = _measured(loaded, smaller, apart)
+    found = Trimmed(
+        model=loaded.name,
+        tokens=Change(before.tokens, after.tokens),
+        parameters=parameters,
+        bits_per_byte=Change(before.bits, after.bits),
+        tokens_per_kilobyte=Change(before.length, after.length),
+        difference=difference,
+        kept=kept.tolist(),
+        path=settings.out,
+    )
+    return _save(found, settings, loaded, smaller, apart)
+
+
+def _texts(settings: VocabSettings) -> tuple[list[str], str]:
+    """Return the texts whose tokens are counted, and a text that is apart.
+
+    Of a source with few documents it is the end of the last one.
+    """
+    read: list[str] = []
+    apart: list[str] = []
+    for source in settings.text:
+        texts: Sequence[str] = load_documents(
+            source,
+            split=settings.text_split,
+            text_field=settings.text_field,
+            limit=settings.documents,
+        ).texts
+        if len(texts) < 2 * HELD_OUT:
+            whole = "\n\n".join(texts)
+            cut = len(whole) - len(whole) // HELD_OUT
+            texts, rest = [whole[:cut]], [whole[cut:]]
+        else:
+            rest = [*texts[::HELD_OUT]]
+            texts = [text for number, text in enumerate(texts) if number % HELD_OUT]
+        read += texts
+        apart.append("\n\n".join(rest)[: MEASURED // len(settings.text)])
+    return read, "\n\n".join(apart)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    tokens: int
+    bits: float
+    length: float
+
+
+def _measured(loaded: LoadedModel, tokenizer: Any, text: str) -> _Measured:
+    """Measure a model with a tokenizer on a text."""
+    size, ids = len(text.encode()), len(bare_ids(tokenizer, text))
+    window = min(WINDOW, maximum_length(loaded.model) or WINDOW, ids)
+    how = PerplexitySettings(seq_len=window)
+    found = perplexity(loaded.model, tokenizer, EvaluationText("text apart", None, text), how)
+    bits = found.nll / float(np.log(2)) * ids / size
+    return _Measured(loaded.model.get_input_embeddings().weight.shape[0], bits, 1000 * ids / size)
+
+
+@torch.no_grad()
+def _cut_(model: Any, smaller: Any, kept: Ids, text: str) -> tuple[float, Change[int]]:
+    """Cut the model; return how much its logits differ, and how many parameters it had and has."""
+    ids = torch.tensor(bare_ids(smaller, text)[:COMPARED])[None].to(model.device)
+    rows = torch.from_numpy(kept).to(model.device)
+    size = model.num_parameters()
+    expected = model(rows[ids]).logits[..., rows]
+    cut_vocabulary_(model, kept)
+    found = model(ids).logits
+    difference = largest_difference([expected], [found])
+    if not difference <= tolerance([expected], model, ids.shape[1]):
+        raise VerificationError(
+            f"with fewer tokens the model gives logits that differ by {difference:.3g}; nothing "
+            "was written; please report the model"
+        )
+    return difference, Change(size, model.num_parameters())
+
+
+def _save(
+    found: Trimmed, settings: VocabSettings, loaded: LoadedModel, tokenizer: Any, text: str
+) -> Trimmed:
+    source, expected = Path(settings.model).expanduser(), bare_ids(tokenizer, text)
+
+    def beside(folder: Path, *_: Any) -> None:
+        for stale in folder.glob("*.model"):  # of a library that this one is not read from
+            stale.unlink()
+        write_request(folder, settings)
+        write_output(folder / RECORD, json.dumps(asdict(found), default=str) + "\n")
+
+    def check(folder: Path) -> None:
+        again = AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+        if bare_ids(again, text) != expected:
+            raise UserError(
+                f"a {type(again).__name__} is not read from its file alone, so tokens cannot be "
+                "taken from it; nothing was written"
+            )
+
+    loaded.check_stored()
+    plan = source / "plan.json"
+    saved = save_checkpoint(
+        loaded.model,
+        settings.out,
+        edits=Edits({}, {}, {}, {}),
+        plan_json=plan.read_text(encoding="utf-8") if plan.is_file() else None,
+        tokenizer=tokenizer,
+        overwrite=settings.overwrite,
+        max_shard_size=settings.max_shard_size,
+        beside=beside,
+        check=check,
+    )
+    return replace(found, bytes=saved.bytes, saved_as=saved.kind, needs=saved.needs)

@@ -1,0 +1,197 @@
+"""A tokenizer with fewer tokens, and which of them a text needs.
+
+No text becomes unwritable: what all else is made of stays, so a word whose token goes is written in
+smaller pieces. A token stays with the tokens that byte-pair encoding makes it of, and the order in
+which pairs are merged stays as well, so that what is left is merged as before.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Collection, Iterable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from llm_pruner.errors import UserError
+
+Ids = npt.NDArray[np.int64]
+
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_BATCH = 1000
+
+
+def vocabulary_of(tokenizer: Any, needed: Collection[int] = ()) -> Vocabulary:
+    """Read the vocabulary of a tokenizer.
+
+    Args:
+        needed: tokens that stay whatever the text has.
+
+    Raises:
+        UserError: one of these is not in it, or it is not of the ``tokenizers`` library, or neither
+            byte-pair encoding nor Unigram.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    kind = None if backend is None else json.loads(backend.to_str())["model"].get("type")
+    if kind not in ("BPE", "Unigram"):
+        raise UserError(
+            f"the tokenizer is of the kind {kind or type(tokenizer).__name__}, and tokens can be "
+            "taken from BPE and Unigram of the tokenizers library alone"
+        )
+    found = Vocabulary(tokenizer)
+    if strange := {*needed} - found.known:
+        raise UserError(
+            f"the model's settings name the token {min(strange)}, which the tokenizer does not "
+            "have; give the tokenizer that belongs to the model"
+        )
+    found.always |= {*needed}
+    return found
+
+
+class Vocabulary:
+    """What a tokenizer knows.
+
+    Attributes:
+        size: one more than the largest token id.
+        known: all tokens.
+        always: tokens that stay: special and other added ones, and those that no text can be
+            written without.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._data = json.loads(tokenizer.backend_tokenizer.to_str())
+        model = self._data["model"]
+        if model["type"] == "BPE":
+            self._ids: dict[str, int] = model["vocab"]
+            self._rank = {pair: rank for rank, pair in enumerate(map(_pair, model["merges"]))}
+            made = {left + right for left, right in self._rank}
+        else:
+            self._ids = {piece: index for index, (piece, _) in enumerate(model["vocab"])}
+            self._rank = {}
+            made = {piece for piece in self._ids if len(piece) > 1 and not _BYTE.fullmatch(piece)}
+        added = {one["id"] for one in self._data["added_tokens"]}
+        self.size = 1 + max([*self._ids.values(), *added])
+        whole = bool(model.get("byte_fallback"))
+        atoms = (
+            index
+            for token, index in self._ids.items()
+            if (_BYTE.fullmatch(token) if whole else token not in made)
+        )
+        unknown = model.get("unk_id", self._ids.get(str(model.get("unk_token"))))
+        self.always = {*added, *atoms, *([] if unknown is None else [unknown])}
+        self.known = {*self._ids.values(), *added}
+
+    def count(self, texts: Iterable[str]) -> Ids:
+        """Return how often each token stands in texts, shape (size,)."""
+        counts = np.zeros(self.size, np.int64)
+        batch: list[str] = []
+
+        def add() -> None:
+            for one in self._tokenizer.backend_tokenizer.encode_batch(
+                batch, add_special_tokens=False
+            ):
+                np.add.at(counts, np.array(one.ids, np.int64), 1)
+            batch.clear()
+
+        for text in texts:
+            batch.append(text)
+            if len(batch) == _BATCH:
+                add()
+        if batch:
+            add()
+        return counts
+
+    def choose(self, counts: Ids, size: int | None) -> Ids:
+        """Return the ids of the tokens that stay, in order.
+
+        Those that stand most often in the text come first, each with the tokens that it is made of,
+        then those with the lowest ids, which a tokenizer learned first.
+
+        Args:
+            counts: as `count` returns them.
+            size: how many stay; None for all that the text has.
+
+        Raises:
+            UserError: ``size`` is less than what has to stay, or more than there are.
+        """
+        kept = set(self.always)
+        known = self.known
+        if size is not None and not len(kept) <= size <= len(known):
+            raise UserError(
+                f"--size {size} cannot be: {len(kept)} tokens have to stay, so that every text "
+                f"can be written, and there are {len(known)}"
+            )
+        tokens = {index: token for token, index in self._ids.items()}
+        order = sorted(known - kept, key=lambda index: (-counts[index], index))
+        for index in order:
+            if size is None and not counts[index]:
+                break
+            needed = self._parts(tokens[index]) - kept
+            if size is None or len(kept) + len(needed) <= size:
+                kept |= needed
+        return np.array(sorted(kept), np.int64)
+
+    def _parts(self, token: str) -> set[int]:
+        """Return the ids of a token and of all that byte-pair encoding makes on the way to it."""
+        pieces, parts = [*token], {self._ids[token]}
+        while len(pieces) > 1:
+            ranks = [self._rank.get(pair, -1) for pair in pairwise(pieces)]
+            found = [rank for rank in ranks if rank >= 0]
+            if not found:
+                break
+            place = ranks.index(min(found))
+            pieces[place : place + 2] = [pieces[place] + pieces[place + 1]]
+            parts.add(self._ids[pieces[place]])
+        return parts | {self._ids[piece] for piece in pieces if piece in self._ids}
+
+    def cut(self, kept: Ids) -> Any:
+        """Return the tokenizer with these tokens alone, numbered in their order."""
+        new = {int(old): index for index, old in enumerate(kept)}
+        data = copy.deepcopy(self._data)
+        model = data["model"]
+        if model["type"] == "BPE":
+            model["vocab"] = {token: new[i] for token, i in self._ids.items() if i in new}
+            model["merges"] = [
+                [left, right]
+                for left, right in self._rank
+                if {left, right, left + right} <= model["vocab"].keys()
+            ]
+        else:
+            model["vocab"] = [one for i, one in enumerate(model["vocab"]) if i in new]
+            model["unk_id"] = None if model["unk_id"] is None else new[model["unk_id"]]
+        for one in data["added_tokens"]:
+            one["id"] = new[one["id"]]
+        data["padding"] = data["truncation"] = None
+        _renumber_(data["post_processor"], new)
+        smaller = copy.deepcopy(self._tokenizer)
+        smaller._tokenizer = Tokenizer.from_str(json.dumps(data))
+        return smaller
+
+
+def _pair(merge: str | list[str]) -> tuple[str, str]:
+    """Read a merge in either of the two forms that files have it in."""
+    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+    return left, right
+
+
+def _renumber_(processor: Any, new: dict[int, int]) -> None:
+    """Renumber the special tokens that a post-processor puts around a text."""
+    if isinstance(processor, list):
+        for one in processor:
+            _renumber_(one, new)
+    if not isinstance(processor, dict):
+        return
+    for key, value in processor.items():
+        if key == "special_tokens":
+            for one in value.values():
+                one["ids"] = [new[i] for i in one["ids"]]
+        elif key in ("sep", "cls"):
+            processor[key] = [value[0], new[value[1]]]
+        else:
+            _renumber_(value, new)

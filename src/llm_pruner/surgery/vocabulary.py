@@ -1,0 +1,75 @@
+"""Take tokens out of a language model: rows of its embeddings, and the numbers in its configs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+_TOKENS = re.compile(r"(_token_ids?|suppress_tokens|_words_ids)$")
+"""Names of settings that hold tokens."""
+
+
+def named_tokens(model: Any) -> set[int]:
+    """Return the ids of the tokens that the settings of a model name, such as the end of a text."""
+    found: set[int] = set()
+
+    def note(value: int) -> int:
+        found.add(value)
+        return value
+
+    for config in _configs(model):
+        _rewrite_(config, note)
+    return found
+
+
+def cut_vocabulary_(model: Any, kept: npt.NDArray[np.int64]) -> None:
+    """Keep the rows of some tokens in the input and output embeddings, and renumber the settings.
+
+    Args:
+        model: of transformers; tied embeddings stay tied.
+        kept: ids of the tokens, in the order that they get; those of `named_tokens` are among them.
+    """
+    rows = torch.from_numpy(kept)
+    new = {int(old): index for index, old in enumerate(kept)}
+    cut: dict[int, nn.Parameter] = {}
+    for module in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+        for name, weight in module.named_parameters(recurse=False):
+            if id(weight) not in cut:
+                values = weight.detach()[rows.to(weight.device)].contiguous()
+                cut[id(weight)] = nn.Parameter(values, requires_grad=weight.requires_grad)
+            setattr(module, name, cut[id(weight)])
+        for size in ("num_embeddings", "out_features"):
+            if hasattr(module, size):
+                setattr(module, size, len(kept))
+        if getattr(module, "padding_idx", None) is not None:
+            module.padding_idx = new.get(module.padding_idx)
+    model.vocab_size = len(kept)
+    model.config.get_text_config().vocab_size = len(kept)
+    for config in _configs(model):
+        _rewrite_(config, new.__getitem__)
+
+
+def _configs(model: Any) -> list[Any]:
+    """Return the settings of a model and of what writes with it, each once."""
+    all_of_them = (model.config, model.config.get_text_config(), model.generation_config)
+    return [*{id(one): one for one in all_of_them if one is not None}.values()]
+
+
+def _rewrite_(config: Any, change: Callable[[int], int]) -> None:
+    """Change each token id that a config has under a name for such."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return type(value)(map(changed, value))
+        is_token = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        return change(value) if is_token else value
+
+    for name, value in list(vars(config).items()):
+        if _TOKENS.search(name) and value is not None:
+            setattr(config, name, changed(value))
