@@ -193,13 +193,16 @@ class MemorySettings(Settings):
         "auto",
         "Room for the weights, such as 8GB; where they need more, they are read block by block.",
         "SIZE",
-        shown="four fifths of what is free",
+        shown="two fifths of what is free",
     )
 
     @property
     def room(self) -> int:
-        """Bytes that the weights may take."""
-        free = psutil.virtual_memory().available * 4 // 5
+        """Bytes that the weights may take.
+
+        By default so few that what a cut and a refit make of them fits in beside them.
+        """
+        free = psutil.virtual_memory().available * 2 // 5
         return free if isinstance(self.memory, str) else self.memory
 
 
