@@ -20,6 +20,7 @@ BASES = {
     "evaluate": "evaluate m --perplexity t.txt",
     "bench": "bench m",
     "export": "export m --out o.gguf",
+    "vocab": "vocab m --text t.txt --out o",
     "inspect": "inspect m",
     "compare": "compare m",
 }
@@ -200,6 +201,13 @@ TABLE: dict[str, list[Bad]] = {
             "file is no GGUF file, so it is not replaced; give another --out",
         ),
         ("--out file --like file", "--like file is no GGUF file; name one of the model that it…"),
+    ),
+    "Tokens that stay": bad(
+        "vocab",
+        ("--size 0", "--size 0 leaves nothing; use 1 or more"),
+        ("--documents 0", "--documents 0 leaves nothing; use 1 or more"),
+        ("--text no.txt", "no.txt does not exist; check the path of the text file"),
+        ("--out m --overwrite", "m is read by this command, so it is not replaced; give another…"),
     ),
     "Seeds": bad(
         WRITERS,

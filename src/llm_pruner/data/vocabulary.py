@@ -139,7 +139,8 @@ class Vocabulary:
 
     def _parts(self, token: str) -> set[int]:
         """Return the ids of a token and of all that byte-pair encoding makes on the way to it."""
-        pieces, parts = [*token], {self._ids[token]}
+        pieces = [*token]
+        made = {token, *pieces}
         while len(pieces) > 1:
             ranks = [self._rank.get(pair, -1) for pair in pairwise(pieces)]
             found = [rank for rank in ranks if rank >= 0]
@@ -147,8 +148,8 @@ class Vocabulary:
                 break
             place = ranks.index(min(found))
             pieces[place : place + 2] = [pieces[place] + pieces[place + 1]]
-            parts.add(self._ids[pieces[place]])
-        return parts | {self._ids[piece] for piece in pieces if piece in self._ids}
+            made.add(pieces[place])
+        return {self._ids[piece] for piece in made if piece in self._ids}
 
     def cut(self, kept: Ids) -> Any:
         """Return the tokenizer with these tokens alone, numbered in their order."""

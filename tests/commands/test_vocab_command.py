@@ -1,0 +1,97 @@
+"""``vocab``: the same model with fewer tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from command import done, run, write_text
+from helpers import tiny_model
+from llm_pruner.data.sequences import bare_ids
+from trained_tokenizers import byte_level
+
+pytestmark = pytest.mark.slow
+
+
+def save(folder: Path, kind: str = "llama", **config: Any) -> Path:
+    tokenizer = byte_level()
+    model = tiny_model(kind, vocab_size=704, **config)
+    model.generation_config = GenerationConfig(eos_token_id=[2, 5], pad_token_id=600)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("gpt2", {}),
+        ("phi", {}),
+        ("gemma3_text", {}),
+    ],
+)
+def test_logits_are_those_of_the_tokens_that_stay(
+    tmp_path: Path, kind: str, config: dict[str, Any]
+) -> None:
+    dense, text = save(tmp_path / "dense", kind, **config), write_text(tmp_path / "t.txt", 4000)
+    found = json.loads(
+        done("vocab", dense, "--text", text, "--out", tmp_path / "small", "--json", "-").out
+    )
+    kept = torch.tensor(found["kept"])
+    assert found["tokens"] == {"before": 704, "after": len(kept)}
+    assert {2, 5, 600} <= {*kept.tolist()}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
+    before = AutoModelForCausalLM.from_pretrained(dense).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "small")
+    ids = torch.tensor([bare_ids(tokenizer, "The bridge, naïve 語.")])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(ids).logits, before(kept[ids]).logits[..., kept], atol=1e-6, rtol=1e-6
+        )
+    assert model.config.vocab_size == len(kept) == found["tokens"]["after"]
+    assert kept[model.config.eos_token_id] == 2
+    assert kept[model.generation_config.eos_token_id].tolist() == [2, 5]
+    assert kept[model.generation_config.pad_token_id] == 600
+    size = sum(one.numel() for one in model.parameters())
+    assert found["parameters"]["after"] == size < found["parameters"]["before"]
+    assert config.get("tie_word_embeddings", False) <= (
+        model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    )
+
+
+def test_it_is_pruned_and_measured_like_any_other(tmp_path: Path) -> None:
+    dense, text = save(tmp_path / "dense"), write_text(tmp_path / "t.txt", 6000)
+    out, small = tmp_path / "small", tmp_path / "pruned"
+    said = done("vocab", dense, "--text", text, "--size", "400", "--out", out).out
+    assert "704 -> " in said
+    assert "bits per byte" in said
+    done("prune", out, "--ratio", "0.1", "--calibration", text, "--samples", "15", "--out", small)
+    # A pruned folder loses tokens as well, and keeps its plan.
+    again = tmp_path / "again"
+    done("vocab", small, "--text", text, "--size", "300", "--out", again)
+    assert (again / "plan.json").read_bytes() == (small / "plan.json").read_bytes()
+    done("evaluate", again, "--perplexity", text, "--seq-len", "32")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--size", "0"], "--size 0 leaves nothing; use 1 or more"),
+        (["--size", "12"], "--size 12 cannot be: "),
+        (["--text", "nothing.txt"], "nothing.txt"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, options: list[str], said: str) -> None:
+    dense, text = save(tmp_path / "dense"), write_text(tmp_path / "t.txt", 4000)
+    failed = run("vocab", dense, "--text", text, "--out", tmp_path / "small", *options)
+    assert failed.code == 2
+    assert said in failed.err
+    assert len(failed.err.strip().splitlines()) == 1
+    assert not (tmp_path / "small").exists()

@@ -1,0 +1,111 @@
+"""Tokenizers with fewer tokens: lossless, and merged as before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from helpers import tiny_tokenizer
+from llm_pruner.data.sequences import bare_ids
+from llm_pruner.data.text import demo_text
+from llm_pruner.data.vocabulary import Vocabulary, vocabulary_of
+from llm_pruner.errors import UserError
+from trained_tokenizers import MADE, STRANGE, byte_level
+
+
+@pytest.fixture(scope="module", params=MADE)
+def tokenizer(request: Any) -> PreTrainedTokenizerFast:
+    return MADE[request.param]()
+
+
+def smaller(tokenizer: Any, size: int | None, text: str) -> tuple[Any, Any]:
+    known = vocabulary_of(tokenizer)
+    kept = known.choose(known.count([text]), size)
+    return known.cut(kept), kept
+
+
+def test_text_comes_back_whole(tokenizer: Any) -> None:
+    text = demo_text()[:600]
+    cut, kept = smaller(tokenizer, None, text)
+    assert len(kept) < len(tokenizer)
+    assert len(cut) == len(kept)
+    for one in (text, demo_text()[:4000], STRANGE):
+        ids = bare_ids(cut, one)
+        assert cut.decode(ids) == tokenizer.decode(bare_ids(tokenizer, one)) == one
+        assert max(ids) < len(kept)
+    # What was counted is written with the same tokens.
+    assert kept[bare_ids(cut, text)].tolist() == bare_ids(tokenizer, text)
+
+
+def test_each_token_that_stays_can_be_made(tokenizer: Any) -> None:
+    cut, kept = smaller(tokenizer, len(vocabulary_of(tokenizer).always) + 60, demo_text())
+    backend = tokenizer.backend_tokenizer
+    for new, old in enumerate(kept.tolist()):
+        token = backend.id_to_token(old)
+        assert cut.backend_tokenizer.id_to_token(new) == token
+        text = tokenizer.decode([old])
+        if bare_ids(tokenizer, text) == [old]:
+            assert bare_ids(cut, text) == [new]
+
+
+def test_the_most_used_stay(tokenizer: Any) -> None:
+    known = vocabulary_of(tokenizer)
+    counts = known.count([demo_text()])
+    assert counts.sum() == len(bare_ids(tokenizer, demo_text()))
+    size = len(known.always) + 60
+    kept = known.choose(counts, size)
+    assert size - 3 <= len(kept) <= size
+    assert kept.tolist() == sorted({*kept.tolist()})
+    assert known.always <= {*kept.tolist()}
+    gone = np.setdiff1d([*known.known], kept)
+    free = [index for index in kept.tolist() if index not in known.always]
+    assert counts[gone].max() <= np.median(counts[free])
+
+
+def test_special_tokens_and_what_is_added_are_renumbered(tokenizer: Any, tmp_path: Path) -> None:
+    cut, kept = smaller(tokenizer, None, "the old bridge")
+    cut.save_pretrained(tmp_path)
+    again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    for one in (cut, again):
+        ids = one("the old bridge")["input_ids"]
+        assert kept[ids].tolist() == tokenizer("the old bridge")["input_ids"]
+        assert (one.bos_token_id, one.eos_token_id) == (ids[0], ids[-1])
+        assert one.decode(ids, skip_special_tokens=True) == "the old bridge"
+
+
+def test_what_cannot_be() -> None:
+    with pytest.raises(UserError, match="--size 3 cannot be: 259 tokens have to stay"):
+        smaller(tiny_tokenizer(), 3, "a")
+    with pytest.raises(UserError, match="there are 259"):
+        smaller(tiny_tokenizer(), 260, "a")
+    with pytest.raises(UserError, match="name the token 300, which the tokenizer does not have"):
+        vocabulary_of(tiny_tokenizer(), {300})
+    words = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
+    with pytest.raises(UserError, match="of the kind WordLevel"):
+        vocabulary_of(PreTrainedTokenizerFast(tokenizer_object=words))
+    with pytest.raises(UserError, match="of the kind object"):
+        vocabulary_of(object())
+
+
+def test_files_with_merges_as_text_are_read() -> None:
+    """The form that versions of tokenizers before 0.20 wrote."""
+    tokenizer = byte_level()
+    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    known = Vocabulary(tokenizer)
+    data["model"]["merges"] = [" ".join(pair) for pair in data["model"]["merges"]]
+
+    class Old:
+        def to_str(self) -> str:
+            return json.dumps(data)
+
+        encode_batch = tokenizer.backend_tokenizer.encode_batch
+
+    old = Vocabulary(type("T", (), {"backend_tokenizer": Old()})())
+    counts = known.count([demo_text()])
+    assert old.choose(counts, 400).tolist() == known.choose(counts, 400).tolist()
