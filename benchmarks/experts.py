@@ -37,6 +37,8 @@ SIZES = {
     "num_experts_per_tok": 2,
     "max_position_embeddings": 1024,
 }
+EXPERT = 3 * 192 * 256 + 192
+"""Parameters that go with an expert: three matrices, and its row in the router."""
 WAYS = {
     "equal": ("--uniform",),
     "unequal, no layer more than twice the average": ("--spread", "2"),
@@ -64,10 +66,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         dense, out = Path(work) / "dense", Path(work) / "pruned"
         result["dense_loss"] = _train(options.train, options.steps, dense)
-        for ratio in (0.25, 0.5):
+        size = sum(one.numel() for one in MixtralForCausalLM.from_pretrained(dense).parameters())
+        for each in (4, 8):
+            left = size - each * SIZES["num_hidden_layers"] * EXPERT
             for way, how in WAYS.items():
                 llm_pruner(
-                    *("prune", dense, "--out", out, "--overwrite", "--ratio", ratio),
+                    *("prune", dense, "--out", out, "--overwrite", "--params", left),
                     *("--structures", "experts", "--criterion", options.criterion, *how),
                     *("--protect-first", 0, "--protect-last", 0, "--round-to", 1),
                     *("--preset", "fast", "--calibration", options.train),
@@ -78,7 +82,8 @@ def main() -> None:
                 )
                 text = found["perplexity"][0]
                 row = {
-                    "ratio": ratio,
+                    "experts_left": 16 - each,
+                    "parameters": left,
                     "way": way,
                     "kl": text["divergence"]["kl"],
                     "kl_stderr": text["divergence"]["kl_stderr"],
