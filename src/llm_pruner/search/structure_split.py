@@ -49,6 +49,10 @@ REFIT_TOKENS = 8192
 """Tokens that a trial is refitted on. With fewer, FFN channels look worse than they will be: their
 consumers have more inputs to fit than those of heads."""
 
+REFIT_WORK, FEWEST = 3 * 10**12, 2048
+"""Tokens times parameters that a trial's refit may take, and tokens that it takes at least: a model
+of a billion parameters would spend more time on two trials than on all else."""
+
 REFIT_RIDGE = 1.0
 """The ridge of trials, which so few tokens would choose."""
 
@@ -138,7 +142,9 @@ def _refitted_divergence(
 ) -> float:
     network = cut_copy(model, discovery, removal)
     give_back()
-    some = tokens[: max(2, REFIT_TOKENS // tokens.shape[1])]
+    size = sum(one.numel() for one in model.parameters())
+    count = min(REFIT_TOKENS, max(FEWEST, REFIT_WORK // size))
+    some = tokens[: max(2, count // tokens.shape[1])]
     refit_(network, model, discovery, removal, some, (REFIT_RIDGE,))
     give_back()
     return meter.of(network)
