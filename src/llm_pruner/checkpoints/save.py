@@ -24,7 +24,7 @@ from llm_pruner.types import Edits
 
 Kind = Literal["stock", "remote_code", "recipe"]
 
-_SHARD = "1GB"
+SHARD = "1GB"
 
 # The package in which transformers puts modelling code that comes with a checkpoint.
 _REMOTE_PACKAGE = "transformers_modules"
@@ -97,7 +97,7 @@ def save_checkpoint(
                 model.__class__ = remote_code.pruned_class(type(model))
             with silent_writing(), saved_by_shard(model) as state:
                 # A shard of a model that is read block by block is in memory when it is written.
-                most = (max_shard_size,) if state is None else (max_shard_size, _SHARD)
+                most = (max_shard_size,) if state is None else (max_shard_size, SHARD)
                 shard = min(most, key=bytes_of)
                 model.save_pretrained(folder, max_shard_size=shard, state_dict=state)
                 if tokenizer is not None:

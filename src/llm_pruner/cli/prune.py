@@ -7,11 +7,12 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from llm_pruner.cli.output import Screen, command_line, write_json
-from llm_pruner.report.text import clean
+from llm_pruner.report.text import clean, megabytes
 from llm_pruner.runtime.memory import PRUNING, keep_kernels
 from llm_pruner.settings.prune import PruneSettings
 
 if TYPE_CHECKING:
+    from llm_pruner.commands.forecast import Forecast
     from llm_pruner.report.records import Pruned, Training
     from llm_pruner.search.fast_widths import Rounding
     from llm_pruner.types import Layer
@@ -30,12 +31,37 @@ def run(settings: PruneSettings, json: str | None) -> None:
     """Remove the least important structures and save a smaller model."""
     keep_kernels(PRUNING)
     settings.check()
+    if settings.estimate:
+        from llm_pruner.commands.forecast import forecast
+
+        expected = forecast(settings)
+        write_json(expected, json)
+        if json != "-":
+            show_forecast(expected)
+        return
     from llm_pruner.commands.prune import PruneRun
 
     done = PruneRun(settings, command=command_line()).carry_out()
     write_json(done, json)
     if json != "-":
         show(done)
+
+
+def show_forecast(expected: Forecast) -> None:
+    """Print what a run will take."""
+    out = Screen()
+    rows = [(name, _time(one.seconds), megabytes(one.bytes)) for name, one in expected.stages.items()]
+    rows.append(("all", _time(expected.seconds), megabytes(expected.peak_bytes)))
+    out.table(f"Expected of {expected.model}", ("stage", "time", "peak memory"), rows)
+    how = "are read block by block" if expected.streamed else "stay in memory"
+    out.print(f"weights {how}: {expected.why}")
+    if expected.saved_bytes:
+        out.print(f"weights that are saved: {megabytes(expected.saved_bytes)}")
+    out.print("nothing was done; leave --estimate out to do it")
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
 
 
 def _verified(done: Pruned) -> str:

@@ -19,7 +19,7 @@ from llm_pruner.settings.common import CalibrationSettings, ModelSettings, Outpu
 from llm_pruner.settings.prune import AMOUNTS, PruneSettings
 from llm_pruner.types import Discovery
 
-_RUN = {"plan", "dry_run", "verify", "kept", "memory", "repair_minutes"}
+_RUN = {"plan", "dry_run", "estimate", "verify", "kept", "memory", "repair_minutes"}
 """Settings of a run that say nothing about what goes; so do those of the model and the output."""
 
 
@@ -159,7 +159,7 @@ def check_space(
     if stored is None:
         return
     parameters, bytes_ = stored
-    needed = int(bytes_ * _share_kept(target, parameters) * copies)
+    needed = int(bytes_ * share_kept(target, parameters) * copies)
     free = outputs.free_bytes(out)
     if needed > free:
         kind = "" if model.dtype == "auto" else f" in {model.dtype}"
@@ -169,7 +169,7 @@ def check_space(
         )
 
 
-def _share_kept(target: Target | None, parameters: int | None) -> float:
+def share_kept(target: Target | None, parameters: int | None) -> float:
     """Return the least share of the weights that is kept; one of units may remove less."""
     if target is None:
         return 1.0

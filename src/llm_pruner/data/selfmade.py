@@ -106,7 +106,7 @@ def write_text(
                 make_room_(decoder.cache, len(lead) + seq_len)
                 if turns is not None:
                     turns.start(len(fresh))
-            drawn = _draw(logits.float().cpu(), uniform[rows, position], never)
+            drawn = draw_tokens(logits.float().cpu(), uniform[rows, position], never)
             ids[rows, position] = drawn if turns is None else turns.follow(drawn)
     return ids
 
@@ -186,7 +186,7 @@ def _texts_at_a_time(model: Any, opening: torch.Tensor, seq_len: int) -> int:
     return max(fewest, min(TEXTS, CACHE // (before + (after - before) * seq_len)))
 
 
-def _draw(logits: torch.Tensor, uniform: torch.Tensor, barred: torch.Tensor) -> torch.Tensor:
+def draw_tokens(logits: torch.Tensor, uniform: torch.Tensor, barred: torch.Tensor) -> torch.Tensor:
     """Return one token a row by inverting the cumulative distribution at ``uniform``.
 
     All of it: a cut at unlikely tokens (arXiv 2407.01082), even of one in five hundred, leaves text
@@ -219,7 +219,7 @@ def _starts(
     prefix, _ = added_tokens(tokenizer)
     if prefix:
         return torch.tensor(prefix, dtype=torch.int64).expand(samples, -1), _NOTHING
-    words = torch.tensor(_words(tokenizer, embedding_rows(model)), dtype=torch.int64)
+    words = torch.tensor(words_of(tokenizer, embedding_rows(model)), dtype=torch.int64)
     rounds = [
         torch.randperm(len(words), generator=generator) for _ in range(-(-samples // len(words)))
     ]
@@ -232,7 +232,7 @@ def _blank_line(tokenizer: Any) -> list[int]:
     return bare_ids(tokenizer, "\n\n")
 
 
-def _words(tokenizer: Any, vocabulary: int) -> list[int]:
+def words_of(tokenizer: Any, vocabulary: int) -> list[int]:
     """Return tokens that stand for a capitalised word; any plain token where there is none."""
     special = _special_ids(tokenizer)
     plain = [index for index in range(min(vocabulary, len(tokenizer))) if index not in special]

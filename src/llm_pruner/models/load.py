@@ -90,6 +90,7 @@ def load_model(
     trust_remote_code: bool = False,
     tokenizer_required: bool = True,
     weights: bool = True,
+    reads_tokenizer: bool | None = None,
     memory: int | None = None,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
@@ -105,6 +106,7 @@ def load_model(
         weights: if false, the model is built on the meta device from its config alone, in seconds
             whatever its size, and there is no tokenizer. Models that were pruned to layers of
             different sizes have their weights read all the same.
+        reads_tokenizer: whether the tokenizer is loaded; by default where weights are.
         memory: bytes that the weights may take; where they do not fit in, those of safetensors are
             read block by block, see ``stream_``.
 
@@ -128,7 +130,8 @@ def load_model(
             if not isinstance(kept, torch.dtype):
                 kept = on_disk.commonest_type(Path(found.folder))
             model = _load_model(source, found, config, options, weights)
-        tokenizer = _load_tokenizer(source, found, tokenizer_required) if weights else None
+        reads = weights if reads_tokenizer is None else reads_tokenizer
+        tokenizer = _load_tokenizer(source, found, tokenizer_required) if reads else None
     if streams:
         kind = on_disk.dtype_named(dtype)
         on = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -259,7 +262,7 @@ def _load_model(
 ) -> PreTrainedModel:
     if not weights:
         if _config_suffices(config, found.shared):
-            return _on_meta(config, options["dtype"], found.shared.get("trust_remote_code"))
+            return without_values(config, options["dtype"], found.shared.get("trust_remote_code"))
         if Path(found.folder).is_dir():
             on_disk.stored_tensors(Path(found.folder))
     if found.is_gguf:
@@ -291,14 +294,19 @@ def _config_suffices(config: Any, shared: dict[str, Any]) -> bool:
     return not (own_code and shared.get("revision"))
 
 
-def _on_meta(config: Any, dtype: torch.dtype | str, trust_remote_code: Any) -> PreTrainedModel:
-    """Build a model without weights, as ``from_pretrained`` does before it reads them."""
+def without_values(
+    config: Any, dtype: torch.dtype | str, trust_remote_code: Any = None, device: str = "meta"
+) -> PreTrainedModel:
+    """Build a model as ``from_pretrained`` does before it reads weights: with no memory on meta.
+
+    On another device they are what the memory holds; buffers are computed.
+    """
     if dtype == "auto":
         dtype = config.dtype or torch.float32
     with (
         initialization.no_init_weights(),
         initialization.meta_device_safe_creation_ops(),
-        torch.device("meta"),
+        torch.device(device),
     ):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
@@ -457,12 +465,13 @@ def load(
     *,
     tokenizer_required: bool = True,
     weights: bool = True,
+    reads_tokenizer: bool | None = None,
     memory: int | None = None,
 ) -> LoadedModel:
     """Return the model that the settings name; without ``weights``, from its config alone.
 
     Args:
-        memory: see ``load_model``.
+        reads_tokenizer, memory: see ``load_model``.
 
     Raises:
         UserError: it cannot be loaded.
@@ -471,6 +480,7 @@ def load(
         model.model,
         tokenizer_required=tokenizer_required,
         weights=weights,
+        reads_tokenizer=reads_tokenizer,
         memory=memory,
         **model.model_dump(include={"revision", "dtype", "device", "trust_remote_code"}),
     )

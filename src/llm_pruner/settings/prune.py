@@ -213,6 +213,9 @@ class PruneSettings(MemorySettings, WriterSettings, PlanSettings):
 
     plan: Path | None = _plan(None, "Replay this plan instead of making one.", "FILE", reads=True)
     dry_run: bool = _plan(False, "Write the plan to --out and stop.")
+    estimate: bool = _plan(
+        False, "Say what the run will take, seconds and peak memory by stage, and stop."
+    )
     verify: bool = _output(
         True, "Compare with the masked twin, and the saved folder with the model in memory."
     )

@@ -1,0 +1,494 @@
+"""What a run of ``prune`` will take, before any of it: seconds and peak memory by stage.
+
+Nothing of this is fitted to a machine. The work of each stage is done by its own code on stand-ins of
+the model: the first of its blocks at their own sizes, with weights that mean nothing, on tokens in a
+row. Of a job that takes t(1) on one block, and t(b, v) on b blocks with a vocabulary v so small that
+nothing but the blocks costs, the model of L blocks takes
+
+    seconds = once + n / s * (t(1) + (L - 1) * t(b, v) / b)
+
+with n samples of text in place of s, and ``once`` by how much the very first run on a block was longer
+than others (kernels are compiled, modules imported). Blocks are counted by their parameters. Discovery and
+the check against the twin read no text: n = s. A refit takes r(2) on two samples, most of it to
+solve, and (r(2 + s) - r(2)) / s for each further one. Files are read, widened and written at the rates
+of this very weight file and disk. Of a streamed model, each pass reads the bytes of all blocks.
+
+    bytes = process + weights + copies + rise
+
+``process`` is what this process holds when all that is done; ``weights`` in the type of
+computation (of a streamed model embeddings, head and one block); ``copies`` what is made of the weights:
+the file's mapped pages while they are loaded, the model that writes text, from the first trial on what
+is kept of every block; ``rise`` by how much the job's memory rose on the stand-in: activations of a
+block, logits.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from llm_pruner import planning
+from llm_pruner.checkpoints.save import SHARD
+from llm_pruner.commands import prune_start as start
+from llm_pruner.commands.prune import RELOAD_LIMIT, PruneRun, keep_type_
+from llm_pruner.compensation import refit_
+from llm_pruner.compensation.least_squares import RIDGES
+from llm_pruner.data.calibration import read_calibration
+from llm_pruner.data.selfmade import LARGE, PIECE, TEXTS, draw_tokens, words_of
+from llm_pruner.data.selfmade import TOKENS as WRITTEN
+from llm_pruner.data.sequences import added_tokens
+from llm_pruner.data.text import SELF, shares_of
+from llm_pruner.discovery.groups import discover
+from llm_pruner.discovery.tracing.scenes import long_length
+from llm_pruner.errors import UserError
+from llm_pruner.evaluation.footprint import model_size
+from llm_pruner.files.outputs import bytes_of, nearest
+from llm_pruner.importance import Criterion, score
+from llm_pruner.importance.boundary_pass import TOKENS
+from llm_pruner.models.forward import Decoder, embedding_rows, is_on_meta, make_room_, tensor_bytes
+from llm_pruner.models.layers import heaviest, sharing_copy, without_layers
+from llm_pruner.models.load import load, without_values
+from llm_pruner.models.stored import stored_at, stored_size
+from llm_pruner.recovery.repair import TRAINED_BYTES
+from llm_pruner.runtime.memory import give_back
+from llm_pruner.runtime.precision import fast_matmul, mixed_precision, multiplies_bfloat16
+from llm_pruner.runtime.progress import Clock
+from llm_pruner.search.divergence import DivergenceMeter
+from llm_pruner.search.structure_split import REFIT_TOKENS, hold_out
+from llm_pruner.settings.prune import PruneSettings
+from llm_pruner.surgery.cut import cut_copy
+from llm_pruner.surgery.verify import cut_verified_, require_same
+from llm_pruner.types import Discovery, Removal
+
+T = TypeVar("T")
+
+VOCABULARY = 512
+"""Of the stand-ins that tell what blocks cost."""
+
+PARAMETERS = 30_000_000
+"""In the blocks of the deeper stand-in, about; it has at least two blocks and at most four."""
+
+SAMPLE = 2**27
+"""Bytes that are read, and written, to know how fast that is."""
+
+STEPS = 8
+"""Tokens that are written to know how long one takes."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Seconds, and bytes by which the memory of the process rises or to which it comes."""
+
+    seconds: float = 0.0
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run of ``prune`` will take.
+
+    Attributes:
+        streamed: whether weights are read block by block; ``why`` says what they need and have.
+        stages: in their order; bytes are the peak of the whole process.
+        seconds: of all stages.
+        peak_bytes: of the highest one.
+        saved_bytes: of the weights that are written.
+        rates: bytes a second read and widened, and written.
+        took: seconds that this forecast took.
+    """
+
+    model: str
+    parameters: int
+    streamed: bool
+    why: str
+    stages: dict[str, Taken]
+    seconds: float
+    peak_bytes: int
+    saved_bytes: int
+    rates: dict[str, float]
+    took: float
+
+
+def forecast(settings: PruneSettings) -> Forecast:
+    """Return what a run will take; nothing is written.
+
+    Raises:
+        UserError: as the run would before it begins; or it is for a GPU.
+    """
+    began = time.time()
+    run = PruneRun(settings)
+    run.check()
+    run.check_files()
+    if settings.device.startswith("cuda") or (
+        settings.device == "auto" and torch.cuda.is_available()
+    ):
+        raise UserError(
+            "--estimate measures the processor, and the run would be on a GPU; add --device cpu"
+        )
+    before = began - psutil.Process().create_time()
+    return _Forecaster(run, before, began).made()
+
+
+class _Forecaster:
+    """The model without weights, the stand-ins' measurements, and what follows."""
+
+    def __init__(self, run: PruneRun, before: float, began: float) -> None:
+        self.run, self.settings, self.began = run, run.settings, began
+        settings = self.settings
+        begin = time.perf_counter()
+        self.loaded = load(settings.computing(), weights=False, reads_tokenizer=True)
+        self.model: Any = self.loaded.model
+        self.stages = {"start": Taken(before), "load": Taken(time.perf_counter() - begin)}
+        blocks = heaviest(one for one in self.model.modules() if isinstance(one, nn.ModuleList))
+        if blocks is None:
+            raise UserError(f"{type(self.model).__name__} has no list of blocks to estimate from")
+        self.path = next(name for name, one in self.model.named_modules() if one is blocks)
+        self.size = model_size(self.model)
+        stored = stored_size(settings.model, settings.revision, "auto")
+        self.file_bytes = 0 if stored is None else stored[1]
+        self.width = next(self.model.parameters()).element_size()
+        self.room = settings.room
+        self.streamed = (
+            stored is not None and stored[0] is not None and self.size.bytes > self.room
+        )
+        share = 1.0 if run.target is None else start.share_kept(run.target, self.size.total)
+        gone = (1 - share) * self.size.total
+        # Of units, a share of the blocks is meant.
+        by_units = settings.unit_ratio is not None or settings.kv_cache is not None
+        self.removed = min(0.9, 1 - share if by_units else gone / self.size.blocks)
+        self.kept = self.size.total - int(self.removed * self.size.blocks)
+        self._read_text()
+
+    def _read_text(self) -> None:
+        """Read the text if it is in a file; how many samples there are."""
+        settings, run = self.settings, self.run
+        self.samples, self.length = settings.samples, settings.seq_len
+        self.writes = SELF in shares_of(settings.calibration)
+        self.reads = run.reads_text or run.repairs
+        if self.reads and not self.writes:
+            clock = Clock()
+            text = read_calibration(self.loaded, settings, settings.seed, clock)
+            self.samples = len(text.input_ids)
+            self.stages["calibration text"] = Taken(clock.seconds["calibration text"])
+        whole = torch.empty(self.samples, self.length, device="meta")
+        held_out, scored = hold_out(whole) if run.splits else (whole[:0], whole)
+        self.held_out = len(held_out)
+        self.scored = len(scored[: settings.score_samples])
+        self.batch = min(self.scored, max(1, TOKENS // self.length))
+        self.texts = min(self.samples, max(TEXTS, WRITTEN // min(self.length, PIECE)))
+
+    def made(self) -> Forecast:
+        """Measure, and put together what each stage takes."""
+        self.read, self.write = _read_rate(self.settings), _write_rate(self.settings.out)
+        self._measure()
+        self._put_together()
+        stages = {name: one for name, one in self.stages.items() if one != Taken()}
+        kind = str(self.model.dtype).removeprefix("torch.")
+        return Forecast(
+            model=self.loaded.name,
+            parameters=self.size.total,
+            streamed=self.streamed,
+            why=f"the weights take {self.size.bytes / 1e9:.1f} GB in {kind}, and "
+            f"{self.room / 1e9:.1f} GB of memory are for them",
+            stages=stages,
+            seconds=sum(one.seconds for one in stages.values()),
+            peak_bytes=max(one.bytes for one in stages.values()),
+            saved_bytes=self.saved,
+            rates={"read": self.read, "written": self.write},
+            took=time.time() - self.began,
+        )
+
+    # --------------------------------------------------------------------------- what is measured
+
+    def _measure(self) -> None:
+        """Find what each job takes on all blocks, and what the process holds when that is done."""
+        count = len(self.model.get_submodule(self.path))
+        deeper = min(count, max(2, min(4, PARAMETERS * count // max(1, self.size.blocks))))
+        first, deep = (self._jobs_on(blocks, VOCABULARY) for blocks in (1, deeper))
+        whole = self._jobs_on(1, None)
+        self.jobs: dict[str, Taken] = {}
+        self.once: dict[str, float] = {}
+        for job, taken in deep.items():
+            each, of_one = taken.seconds / deeper, whole.get(job, first[job])
+            seconds = whole[job].seconds if job in whole else each
+            self.jobs[job] = Taken(seconds + each * (count - 1), of_one.bytes)
+            self.once[job] = max(0.0, first[job].seconds - each)
+        give_back()
+        self.process = psutil.Process().memory_info().rss
+
+    def _jobs_on(self, blocks: int, vocabulary: int | None) -> dict[str, Taken]:
+        """Do the work of all stages on a stand-in; return what each job took."""
+        run, settings, found = self.run, self.settings, dict[str, Taken]()
+        job: Any = partial(discover, self._stand_in(blocks, vocabulary, "meta"))
+        found["discover"], discovery = _taken(job)
+        discovery = self._at_length(discovery)
+        model = self._stand_in(blocks, vocabulary, "cpu")
+        _fill_(model)
+        rows = embedding_rows(model)
+        ids = torch.arange((self.batch + 2) * self.length).mul(7).remainder(rows)
+        ids = ids.view(-1, self.length)
+        if self.reads and self.writes:
+            found["token"] = self._token(model, rows)
+        scores, removal = self._plan(model, discovery, ids, found)
+        del scores
+        if run.splits:
+            with mixed_precision():
+                meter_of = partial(DivergenceMeter, model, ids[:1])
+                found["dense logits"], meter = _taken(meter_of)
+                job = partial(meter.of, cut_copy(model, discovery, removal))
+                found["trial"], _ = _taken(job)
+        if settings.dry_run:
+            return found
+        dense = sharing_copy(model)
+        found["verify"], _ = _taken(partial(cut_verified_, model, discovery, removal))
+        if run.refits and vocabulary is not None:  # no refit comes to the head
+            with mixed_precision():
+                job = partial(refit_, model, dense, discovery, removal)
+                found["solve"], _ = _taken(partial(job, ids[:2]))
+                found["fit"], _ = _taken(partial(job, ids))
+        del dense
+        keep_type_(model, self.loaded.stored_dtype)
+        found["reload"], _ = _taken(partial(require_same, model, sharing_copy(model), discovery))
+        return found
+
+    def _plan(
+        self, model: nn.Module, discovery: Discovery, ids: torch.Tensor, found: dict[str, Taken]
+    ) -> tuple[Any, Removal]:
+        """Return importance on one batch of text, and a removal of the share that is to go."""
+        criterion = self.run.criterion if self.run.plan is None else Criterion("random")
+        selection = planning.Selection(structures=self.run.selection.structures)
+        numbering = planning.Numbering.dense(discovery)
+        names = {group.name for group in planning.choose_groups(discovery, selection, numbering)}
+        with fast_matmul():
+            job = partial(score, model, discovery, criterion, seed=0, groups=names)
+            found["estimate"], scores = _taken(partial(job, input_ids=ids[: self.batch]))
+        dense = model_size(model)
+        goal = dense.total - int(self.removed * dense.blocks)
+        target = planning.Target(params=goal, loose=True)
+        return scores, planning.allocate(discovery, scores, selection, target, numbering)
+
+    def _stand_in(self, blocks: int, vocabulary: int | None, device: str) -> Any:
+        """Return a model of the first blocks, without values on ``meta``."""
+        short: Any = without_layers(self.model, self.path, range(blocks, self._count()))
+        if not is_on_meta(self.model):
+            return copy.deepcopy(short)  # sizes that no config says: it has its weights
+        text = short.config.get_text_config()
+        if vocabulary is not None:
+            text.vocab_size = vocabulary
+            for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+                setattr(text, name, None)
+        trusts = self.settings.trust_remote_code
+        return without_values(short.config, self.model.dtype, trusts, device).eval()
+
+    def _count(self) -> int:
+        return len(self.model.get_submodule(self.path))
+
+    def _at_length(self, discovery: Discovery) -> Discovery:
+        """Return what was found, with long input as long as the whole model is run on."""
+        length, _ = long_length(self.model, embedding_rows(self.model))
+        scenes = tuple(
+            replace(one, shape=(one.shape[0], length)) if one.shape[1] > 8 else one
+            for one in discovery.graph.scenes
+        )
+        return replace(discovery, graph=replace(discovery.graph, scenes=scenes))
+
+    def _token(self, model: Any, rows: int) -> Taken:
+        """Return what one more token of each text takes, behind half of them."""
+        if multiplies_bfloat16() and self.size.total >= LARGE:
+            model = copy.deepcopy(model).to(torch.bfloat16)
+        half = max(1, min(self.length, PIECE) // 2)
+        ids = torch.arange(self.texts * half).remainder(rows).view(self.texts, half)
+        uniform = torch.full((self.texts,), 0.5, dtype=torch.float64)
+        decoder = Decoder(model)
+        decoder.step(ids)
+        make_room_(decoder.cache, half + STEPS)
+
+        def write() -> None:
+            for _ in range(STEPS):
+                logits = decoder.step(ids[:, :1])
+                draw_tokens(logits.float(), uniform, torch.empty(0, dtype=torch.int64))
+
+        taken, _ = _taken(write)
+        return Taken(taken.seconds / STEPS, taken.bytes + tensor_bytes(decoder.cache))
+
+    # ------------------------------------------------------------------------- what follows of it
+
+    def _put_together(self) -> None:
+        """Book every stage."""
+        size, run, settings = self.size, self.run, self.settings
+        share = size.blocks / size.total
+        width = size.bytes // size.total
+        kept_blocks = int((1 - self.removed) * size.blocks)
+        kept = size.total - size.blocks + kept_blocks
+        weights = size.bytes
+        cut = kept_blocks * width
+        if self.streamed:
+            weights = size.bytes - size.blocks * width + 2 * size.blocks * width // self._count()
+            cut = 0
+        held = self.process + weights
+        one_pass = self.file_bytes * share / self.read if self.streamed else 0.0
+
+        def book(stage: str, seconds: float, more: int, passes: int = 0) -> None:
+            self.stages[stage] = Taken(seconds + passes * one_pass, held + more)
+
+        def of(job: str, times: float = 1.0) -> float:
+            return self.once[job] + times * self.jobs[job].seconds
+
+        def rise(*jobs: str) -> int:
+            return max(self.jobs[job].bytes for job in jobs)
+
+        fixed = self.stages["load"].seconds
+        self.stages["start"] = replace(self.stages["start"], bytes=self.process)
+        mapped = 0 if self.streamed else self.file_bytes
+        unread = share if self.streamed else 0.0
+        book("load", fixed + (1 - unread) * self.file_bytes / self.read, mapped)
+        book("discover", of("discover", settings.steps), rise("discover"))
+        if self.reads and self.writes:
+            copied = size.total * 2 if self.once and multiplies_bfloat16() else 0
+            pieces = math.ceil(self.samples * math.ceil(self.length / PIECE) / self.texts)
+            tokens = pieces * (min(self.length, PIECE) - 1)
+            seconds = of("token", tokens) + _words_seconds(self.loaded.tokenizer, self.model)
+            book("calibration text", seconds, copied + rise("token"), tokens)
+        elif "calibration text" in self.stages:
+            book("calibration text", self.stages["calibration text"].seconds, 0)
+        if run.plan is None:
+            times = settings.steps * self.scored / self.batch
+            book("estimate", of("estimate", times), rise("estimate"), 4 * settings.steps)
+        if run.splits:
+            self._book_trials(book, of, rise, cut)
+        self.saved = 0
+        if settings.dry_run:
+            return
+        book("verify", of("verify", settings.steps), cut + rise("verify"), 2 * settings.steps)
+        if run.refits:
+            fitted = self.samples - len(hold_out(torch.empty(self.samples, self.length))[0])
+            seconds = settings.steps * self._refit(fitted)
+            book("least squares", self.once["solve"] + seconds, cut + rise("fit"), 9)
+        if run.repairs and not self.streamed:
+            book("repair", 60 * settings.repair_minutes, TRAINED_BYTES * kept_blocks)
+        stored = self.loaded.stored_dtype.itemsize if settings.dtype == "auto" else width
+        self.saved = kept * stored
+        beside = min(self.saved, bytes_of(settings.max_shard_size), bytes_of(SHARD))
+        left = beside if self.streamed else kept * width - weights
+        book("save", self.saved / self.write, left, 1)
+        if settings.verify and size.total <= RELOAD_LIMIT:
+            seconds = of("reload") + self.saved / self.read
+            again = self.saved if self.saved <= self.room else 0
+            left = again if self.streamed else self.saved + again - weights
+            book("reload", seconds, left + rise("reload"), 4)
+
+    def _refit(self, samples: int, solves: float = 1.0) -> float:
+        """Return the seconds of a refit on so many samples."""
+        solve, fit = self.jobs["solve"].seconds, self.jobs["fit"].seconds
+        return solves * solve + max(0.0, fit - solve) / self.batch * max(0, samples - 2)
+
+    def _book_trials(self, book: Any, of: Any, rise: Any, cut: int) -> None:
+        """Book the trials: each structure alone, two shares of each other one, two of them refitted.
+
+        How many there are depends on what they find: up to four shares of each other structure.
+        """
+        structures = len(self.settings.structures)
+        trials = structures + 2 * (structures - 1)
+        refitted = 2 if self.run.refits and structures > 1 else 0
+        seconds = of("dense logits", self.held_out)
+        seconds += of("trial", self.held_out * (trials + refitted))
+        passes = 1 + trials + 5 * refitted
+        if refitted:
+            samples = min(self.scored, max(2, REFIT_TOKENS // self.length))
+            # With one ridge in place of all.
+            seconds += refitted * self._refit(samples, solves=2 / (len(RIDGES) + 1))
+        logits = 2 * self.held_out * self.length * embedding_rows(self.model)
+        book("trials", seconds, cut + logits + rise("trial"), passes)
+
+
+def _taken(job: Callable[[], T]) -> tuple[Taken, T]:
+    """Do a job; return what it took, and its result."""
+    give_back()
+    process = psutil.Process()
+    before = most = process.memory_info().rss
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.002):
+            most = max(most, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    begin = time.perf_counter()
+    try:
+        result = job()
+        seconds = time.perf_counter() - begin
+    finally:
+        done.set()
+        watcher.join()
+    return Taken(seconds, max(most, process.memory_info().rss) - before), result
+
+
+@torch.no_grad()
+def _fill_(model: nn.Module) -> None:
+    """Give weights values of the size of trained ones, the same ones over and over."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.empty(2**20).uniform_(-0.05, 0.05, generator=generator)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        for part in parameter.view(-1).split(len(values)):
+            part.copy_(values[: len(part)])
+
+
+def _read_rate(settings: PruneSettings) -> float:
+    """Return bytes of the weight files read and widened to the type of computation in a second."""
+    place = stored_at(settings.model, settings.revision)
+    files = [] if place is None or place.is_file() else sorted(place.glob("*.safetensors"))
+    kind = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    read, begin = 0, time.perf_counter()
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            names = list(tensors.keys())
+            for name in names[:: max(1, len(names) // 16)]:
+                if read < SAMPLE:
+                    tensor = tensors.get_slice(name)
+                    rows = tensor.get_shape()[0]
+                    part = tensor[: max(1, min(rows, SAMPLE // 64))]
+                    part.to(kind, copy=True)
+                    read += part.nbytes
+    return read / (time.perf_counter() - begin) if read else math.inf
+
+
+def _write_rate(out: Path) -> float:
+    """Return bytes written a second where the output will be; the file has no name."""
+    block = bytes(2**20)
+    folder = nearest(out) if nearest(out).is_dir() else nearest(out).parent
+    with tempfile.TemporaryFile(dir=folder) as file:
+        begin = time.perf_counter()
+        for _ in range(SAMPLE // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return SAMPLE / (time.perf_counter() - begin)
+
+
+def _words_seconds(tokenizer: Any, model: Any) -> float:
+    """Return what looking through the vocabulary for first words takes."""
+    prefix, _ = added_tokens(tokenizer)
+    if prefix:
+        return 0.0
+    begin = time.perf_counter()
+    words_of(tokenizer, embedding_rows(model) // 16)
+    return 16 * (time.perf_counter() - begin)
