@@ -20,7 +20,7 @@ import llm_pruner.recovery.run
 from command import WORDS, done, save_tiny
 from llm_pruner.data.sequences import make_sequence
 from llm_pruner.recovery.packing import lay_out
-from llm_pruner.recovery.processes import Processes
+from llm_pruner.runtime.processes import Processes
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +45,7 @@ import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 import llm_pruner.recovery.run as recovery
 from llm_pruner.cli import main, output
-from llm_pruner.recovery import processes
+from llm_pruner.runtime import processes
 from llm_pruner.recovery.trainer import RecoveryTrainer
 
 output._PATIENCE = 0

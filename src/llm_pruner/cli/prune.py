@@ -40,8 +40,12 @@ def run(settings: PruneSettings, json: str | None) -> None:
             show_forecast(expected)
         return
     from llm_pruner.commands.prune import PruneRun
+    from llm_pruner.runtime.processes import started
 
-    done = PruneRun(settings, command=command_line()).carry_out()
+    run = PruneRun(settings, command=command_line())
+    done = run.carry_out() if started() == 1 else run.carry_out_together()
+    if done is None:
+        return
     write_json(done, json)
     if json != "-":
         show(done)
@@ -50,7 +54,9 @@ def run(settings: PruneSettings, json: str | None) -> None:
 def show_forecast(expected: Forecast) -> None:
     """Print what a run will take."""
     out = Screen()
-    rows = [(name, _time(one.seconds), megabytes(one.bytes)) for name, one in expected.stages.items()]
+    rows = [
+        (name, _time(one.seconds), megabytes(one.bytes)) for name, one in expected.stages.items()
+    ]
     rows.append(("all", _time(expected.seconds), megabytes(expected.peak_bytes)))
     out.table(f"Expected of {expected.model}", ("stage", "time", "peak memory"), rows)
     how = "are read block by block" if expected.streamed else "stay in memory"

@@ -31,11 +31,11 @@ from llm_pruner.models.forward import maximum_length
 from llm_pruner.models.load import check, load
 from llm_pruner.models.stored import check_file_states, file_states
 from llm_pruner.recovery import Progress
-from llm_pruner.recovery.processes import only_one
 from llm_pruner.report.data import Report, Source, Variant, known_report
 from llm_pruner.report.facts import evaluation_of
 from llm_pruner.report.records import RECOVERY_FILE, Change, Compressed, Measured, Training, Weighed
 from llm_pruner.report.write import page_in, write_report, write_request
+from llm_pruner.runtime.processes import only_one
 from llm_pruner.settings.common import OutputSettings
 from llm_pruner.settings.compress import CompressSettings
 from llm_pruner.settings.evaluate import EvaluateSettings, PerplexitySettings

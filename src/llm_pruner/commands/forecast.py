@@ -1,25 +1,27 @@
 """What a run of ``prune`` will take, before any of it: seconds and peak memory by stage.
 
-Nothing of this is fitted to a machine. The work of each stage is done by its own code on stand-ins of
-the model: the first of its blocks at their own sizes, with weights that mean nothing, on tokens in a
-row. Of a job that takes t(1) on one block, and t(b, v) on b blocks with a vocabulary v so small that
-nothing but the blocks costs, the model of L blocks takes
+Nothing of this is fitted to a machine. The work of each stage is done by its own code on stand-ins
+of the model: the first of its blocks at their own sizes, with weights that mean nothing, on tokens
+in a row. Of a job that takes t(1) on one block, and t(b, v) on b blocks with a vocabulary v so
+small that nothing but the blocks costs, the model of L blocks takes
 
     seconds = once + n / s * (t(1) + (L - 1) * t(b, v) / b)
 
-with n samples of text in place of s, and ``once`` by how much the very first run on a block was longer
-than others (kernels are compiled, modules imported). Blocks are counted by their parameters. Discovery and
-the check against the twin read no text: n = s. A refit takes r(2) on two samples, most of it to
-solve, and (r(2 + s) - r(2)) / s for each further one. Files are read, widened and written at the rates
-of this very weight file and disk. Of a streamed model, each pass reads the bytes of all blocks.
+with n samples of text in place of s, and ``once`` by how much the very first run on a block was
+longer than others (kernels are compiled, modules imported). Discovery and the check against the
+twin read no text: n = s. A refit takes r(2) on two samples, most of it to solve, and
+(r(2 + s) - r(2)) / s for each further one. Files are read, widened and written at the rates of this
+very weight file and disk. Of a streamed model, each pass reads the bytes of all blocks.
 
     bytes = process + weights + copies + rise
 
-``process`` is what this process holds when all that is done; ``weights`` in the type of
-computation (of a streamed model embeddings, head and one block); ``copies`` what is made of the weights:
-the file's mapped pages while they are loaded, the model that writes text, from the first trial on what
+``process`` is what this process holds when all that is done; ``weights`` in the type of computation
+(of a streamed model embeddings, head and two blocks); ``copies`` what is made of the weights: the
+file's mapped pages while they are loaded, the model that writes text, from the first trial on what
 is kept of every block; ``rise`` by how much the job's memory rose on the stand-in: activations of a
 block, logits.
+
+What nobody can know before: how many trials the split takes, and what else the machine will do.
 """
 
 from __future__ import annotations
@@ -71,6 +73,7 @@ from llm_pruner.search.divergence import DivergenceMeter
 from llm_pruner.search.structure_split import REFIT_TOKENS, hold_out
 from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.surgery.cut import cut_copy
+from llm_pruner.surgery.removal import count_parameters
 from llm_pruner.surgery.verify import cut_verified_, require_same
 from llm_pruner.types import Discovery, Removal
 
@@ -159,19 +162,30 @@ class _Forecaster:
         self.path = next(name for name, one in self.model.named_modules() if one is blocks)
         self.size = model_size(self.model)
         stored = stored_size(settings.model, settings.revision, "auto")
+        place = stored_at(settings.model, settings.revision)
+        packed = place is not None and place.is_file()
         self.file_bytes = 0 if stored is None else stored[1]
+        if place is not None and packed:
+            self.file_bytes = place.stat().st_size
         self.width = next(self.model.parameters()).element_size()
         self.room = settings.room
-        self.streamed = (
-            stored is not None and stored[0] is not None and self.size.bytes > self.room
-        )
-        share = 1.0 if run.target is None else start.share_kept(run.target, self.size.total)
-        gone = (1 - share) * self.size.total
-        # Of units, a share of the blocks is meant.
-        by_units = settings.unit_ratio is not None or settings.kv_cache is not None
-        self.removed = min(0.9, 1 - share if by_units else gone / self.size.blocks)
-        self.kept = self.size.total - int(self.removed * self.size.blocks)
+        self.streamed = stored is not None and stored[0] is not None and self.size.bytes > self.room
+        self.removed = self._removed()
         self._read_text()
+
+    def _removed(self) -> float:
+        """Return the share of the blocks that goes, about."""
+        run, settings, total = self.run, self.settings, self.size.total
+        if run.plan is not None:
+            discovery = discover(self.model)
+            gone = total - count_parameters(discovery, run.plan.removal(discovery))
+        else:
+            assert run.target is not None
+            share = 1 - start.share_kept(run.target, total)
+            # Of units, a share of the blocks is meant.
+            by_units = settings.unit_ratio is not None or settings.kv_cache is not None
+            gone = int(share * (self.size.blocks if by_units else total))
+        return min(0.9, gone / self.size.blocks)
 
     def _read_text(self) -> None:
         """Read the text if it is in a file; how many samples there are."""
@@ -216,7 +230,7 @@ class _Forecaster:
 
     def _measure(self) -> None:
         """Find what each job takes on all blocks, and what the process holds when that is done."""
-        count = len(self.model.get_submodule(self.path))
+        count = self._count()
         deeper = min(count, max(2, min(4, PARAMETERS * count // max(1, self.size.blocks))))
         first, deep = (self._jobs_on(blocks, VOCABULARY) for blocks in (1, deeper))
         whole = self._jobs_on(1, None)
@@ -235,6 +249,8 @@ class _Forecaster:
         run, settings, found = self.run, self.settings, dict[str, Taken]()
         job: Any = partial(discover, self._stand_in(blocks, vocabulary, "meta"))
         found["discover"], discovery = _taken(job)
+        if run.weightless:
+            return found
         discovery = self._at_length(discovery)
         model = self._stand_in(blocks, vocabulary, "cpu")
         _fill_(model)
@@ -308,7 +324,7 @@ class _Forecaster:
 
     def _token(self, model: Any, rows: int) -> Taken:
         """Return what one more token of each text takes, behind half of them."""
-        if multiplies_bfloat16() and self.size.total >= LARGE:
+        if self._writes_bfloat16():
             model = copy.deepcopy(model).to(torch.bfloat16)
         half = max(1, min(self.length, PIECE) // 2)
         ids = torch.arange(self.texts * half).remainder(rows).view(self.texts, half)
@@ -324,6 +340,9 @@ class _Forecaster:
 
         taken, _ = _taken(write)
         return Taken(taken.seconds / STEPS, taken.bytes + tensor_bytes(decoder.cache))
+
+    def _writes_bfloat16(self) -> bool:
+        return multiplies_bfloat16() and self.size.total >= LARGE and not self.streamed
 
     # ------------------------------------------------------------------------- what follows of it
 
@@ -355,22 +374,26 @@ class _Forecaster:
         self.stages["start"] = replace(self.stages["start"], bytes=self.process)
         mapped = 0 if self.streamed else self.file_bytes
         unread = share if self.streamed else 0.0
+        if run.weightless:
+            held, mapped, unread = self.process, 0, 1.0
         book("load", fixed + (1 - unread) * self.file_bytes / self.read, mapped)
         book("discover", of("discover", settings.steps), rise("discover"))
+        self.saved = 0
+        if run.weightless:
+            return
         if self.reads and self.writes:
-            copied = size.total * 2 if self.once and multiplies_bfloat16() else 0
+            copied = size.total * 2 if self._writes_bfloat16() else 0
             pieces = math.ceil(self.samples * math.ceil(self.length / PIECE) / self.texts)
             tokens = pieces * (min(self.length, PIECE) - 1)
             seconds = of("token", tokens) + _words_seconds(self.loaded.tokenizer, self.model)
             book("calibration text", seconds, copied + rise("token"), tokens)
-        elif "calibration text" in self.stages:
-            book("calibration text", self.stages["calibration text"].seconds, 0)
+        elif self.reads:
+            book("calibration text", self.stages.pop("calibration text").seconds, 0)
         if run.plan is None:
             times = settings.steps * self.scored / self.batch
             book("estimate", of("estimate", times), rise("estimate"), 4 * settings.steps)
         if run.splits:
             self._book_trials(book, of, rise, cut)
-        self.saved = 0
         if settings.dry_run:
             return
         book("verify", of("verify", settings.steps), cut + rise("verify"), 2 * settings.steps)
@@ -386,7 +409,8 @@ class _Forecaster:
         left = beside if self.streamed else kept * width - weights
         book("save", self.saved / self.write, left, 1)
         if settings.verify and size.total <= RELOAD_LIMIT:
-            seconds = of("reload") + self.saved / self.read
+            # What was just written is in memory: reading it takes no longer than writing did.
+            seconds = of("reload") + self.saved / self.write
             again = self.saved if self.saved <= self.room else 0
             left = again if self.streamed else self.saved + again - weights
             book("reload", seconds, left + rise("reload"), 4)
@@ -397,7 +421,7 @@ class _Forecaster:
         return solves * solve + max(0.0, fit - solve) / self.batch * max(0, samples - 2)
 
     def _book_trials(self, book: Any, of: Any, rise: Any, cut: int) -> None:
-        """Book the trials: each structure alone, two shares of each other one, two of them refitted.
+        """Book the trials: each structure alone, two shares of each other one, two refitted.
 
         How many there are depends on what they find: up to four shares of each other structure.
         """
@@ -455,7 +479,9 @@ def _fill_(model: nn.Module) -> None:
 def _read_rate(settings: PruneSettings) -> float:
     """Return bytes of the weight files read and widened to the type of computation in a second."""
     place = stored_at(settings.model, settings.revision)
-    files = [] if place is None or place.is_file() else sorted(place.glob("*.safetensors"))
+    if place is not None and place.is_file():
+        return _unpacking_rate(place)
+    files = [] if place is None else sorted(place.glob("*.safetensors"))
     kind = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
     read, begin = 0, time.perf_counter()
     for file in files:
@@ -469,6 +495,19 @@ def _read_rate(settings: PruneSettings) -> float:
                     part.to(kind, copy=True)
                     read += part.nbytes
     return read / (time.perf_counter() - begin) if read else math.inf
+
+
+def _unpacking_rate(file: Path) -> float:
+    """Return bytes of a ``.gguf`` file that are unpacked in a second."""
+    from gguf import GGUFReader, dequantize
+
+    tensors = GGUFReader(file).tensors
+    read, begin = 0, time.perf_counter()
+    for tensor in tensors[:: max(1, len(tensors) // 16)]:
+        if read < SAMPLE // 8:
+            dequantize(tensor.data, tensor.tensor_type)
+            read += int(tensor.n_bytes)
+    return read / (time.perf_counter() - begin)
 
 
 def _write_rate(out: Path) -> float:

@@ -38,7 +38,8 @@ from llm_pruner.report.records import Pruned, Training
 from llm_pruner.report.write import page_in, write_report, write_request
 from llm_pruner.runtime.memory import give_back
 from llm_pruner.runtime.precision import fast_matmul, mixed_precision
-from llm_pruner.runtime.progress import Clock
+from llm_pruner.runtime.processes import ALONE, Processes, joined, own_device
+from llm_pruner.runtime.progress import Clock, quiet
 from llm_pruner.search.cache_cost import cache_cost
 from llm_pruner.search.divergence import divergences
 from llm_pruner.search.fast_widths import Rounding, measured_rounding
@@ -97,6 +98,36 @@ class PruneRun:
         self.scores: dict[str, FloatArray] = dict(scores or {})
         self.trials: list[SplitTrial] = []
         self.rounding: Rounding | None = None
+        self.processes, self.device = ALONE, settings.device
+
+    def carry_out_together(self) -> Pruned | None:
+        """Do the same in each of several processes that a launcher started.
+
+        They share the text of the first estimate; the first one does all else, while the others
+        wait, and returns what was done.
+
+        Raises:
+            UserError: as ``carry_out``, or the processes cannot meet.
+        """
+        self.device = own_device(self.settings.device)
+        self.check()
+        self.check_files()
+        with joined(self.device) as self.processes:
+            # From here on, the folders that were looked at may change.
+            self.processes.barrier()
+            done = self.carry_out() if self.processes.is_first else self._assist()
+            self.processes.barrier()
+        return done
+
+    def _assist(self) -> None:
+        """Take a share of the first estimate; the first process says what there is to say."""
+        with quiet("llm_pruner", warned=None):
+            self.load()
+        if self.plan is None and not self.scores:
+            self.reach()
+            scored, _ = self._read_text()
+            dense = planning.Numbering.dense(self.discovery)
+            self._scores_of(self.discovery, dense, scored, self.processes)
 
     def carry_out(self) -> Pruned:
         """Go through all stages: save a folder that ``from_pretrained`` loads, or the plan alone.
@@ -160,9 +191,8 @@ class PruneRun:
         """Load the model and find its groups."""
         loaded, discovery, _ = self.given
         self.room = self.settings.room
-        self.loaded = loaded or load(
-            self.settings.computing(), weights=not self.weightless, memory=self.room
-        )
+        loading = self.settings.computing().but(device=self.device)
+        self.loaded = loaded or load(loading, weights=not self.weightless, memory=self.room)
         self.network = self.loaded.model
         self.clock.stop("load")
         self.dense_config = copy.deepcopy(self.network.config)
@@ -227,7 +257,9 @@ class PruneRun:
         for number, step in enumerate(targets):
             scores: Scores = self.scores
             if number or not scores:
-                scores = self._scores_of(discovery, numbering, scored)
+                # In later rounds the others do not have what is left of the model.
+                processes = ALONE if number else self.processes
+                scores = self._scores_of(discovery, numbering, scored, processes)
             self.scores = self.scores or dict(scores)
             if held_out is not None and number == 0:
                 with mixed_precision():
@@ -277,16 +309,24 @@ class PruneRun:
             raise UserError("the model has no weights here; only --criterion random works without")
         if not (self.criterion.reads_text or self.refitter is not None or self.splits):
             return None, None
-        self.text = self.given[2] or read_calibration(
-            self.loaded, self.settings, self.settings.seed, self.clock
-        )
+        read = None
+        if self.processes.is_first:
+            self.text = self.given[2] or read_calibration(
+                self.loaded, self.settings, self.settings.seed, self.clock
+            )
+            read = self.text.input_ids
+        tokens = self.processes.of_first(read)
         if not self.splits:
-            return self.text.input_ids, None
-        held_out, scored = hold_out(self.text.input_ids)
+            return tokens, None
+        held_out, scored = hold_out(tokens)
         return scored, held_out
 
     def _scores_of(
-        self, discovery: Discovery, numbering: planning.Numbering, tokens: torch.Tensor | None
+        self,
+        discovery: Discovery,
+        numbering: planning.Numbering,
+        tokens: torch.Tensor | None,
+        processes: Processes = ALONE,
     ) -> Scores:
         """Return the importance in all groups that may lose units and those that go with them."""
         chosen = planning.choose_groups(discovery, self.selection, numbering)
@@ -299,7 +339,13 @@ class PruneRun:
             seed = self.settings.seed
             with fast_matmul():
                 scores = score(
-                    self.network, discovery, self.criterion, input_ids=seen, seed=seed, groups=names
+                    self.network,
+                    discovery,
+                    self.criterion,
+                    input_ids=seen,
+                    seed=seed,
+                    groups=names,
+                    processes=processes,
                 )
         self.clock.stop("estimate")
         return scores

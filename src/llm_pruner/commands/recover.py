@@ -33,7 +33,6 @@ from llm_pruner.files.outputs import check_output, check_place, check_shard_size
 from llm_pruner.models.forward import embedding_rows, maximum_length
 from llm_pruner.models.load import LoadedModel, check, load
 from llm_pruner.recovery import Outcome, Progress, Teacher, recover_
-from llm_pruner.recovery.processes import Processes, is_sharded, joined, own_device
 from llm_pruner.recovery.trainer import trainer_arguments
 from llm_pruner.report.data import SavedAs, known_report
 from llm_pruner.report.facts import recovery_report, source_of
@@ -48,6 +47,7 @@ from llm_pruner.report.records import (
 )
 from llm_pruner.report.write import page_in, write_report, write_request
 from llm_pruner.runtime.precision import multiplies_bfloat16
+from llm_pruner.runtime.processes import Processes, is_sharded, joined, own_device
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.evaluate import PerplexitySettings
 from llm_pruner.settings.recover import DataSettings, RecoverSettings, TrainingSettings

@@ -21,6 +21,7 @@ from llm_pruner.models.activation_store import ActivationStore
 from llm_pruner.models.blockwise import Call, Chain, hidden_of, requiring_gradients
 from llm_pruner.models.forward import run_for_logits
 from llm_pruner.models.streaming import is_model_streamed, turn
+from llm_pruner.runtime.processes import ALONE, Processes
 from llm_pruner.runtime.progress import track
 
 MEMORY = 2**26
@@ -58,6 +59,7 @@ class Collector:
             their sum.
         label: what the progress bar says.
         modules: ids of the modules besides that the pass has to reach.
+        processes: those that share the samples, ``TOKENS`` at a time.
     """
 
     def __init__(
@@ -67,9 +69,11 @@ class Collector:
         together: bool,
         label: str,
         modules: Iterable[int] = (),
+        processes: Processes = ALONE,
     ) -> None:
         self.parameters, self.together, self.label = dict(parameters), together, label
         self.modules = frozenset(modules)
+        self.processes = processes
 
     def seen(self) -> list[tuple[str, torch.Tensor]]:
         """Return (module, input) noted since the last call, to get a gradient each."""
@@ -90,6 +94,16 @@ class Collector:
         gradient: torch.Tensor,
     ) -> None:
         """See a block's input and output, and the gradient at its output."""
+
+    def add_up(self, block: int | None, names: Iterable[str], batch: slice, owner: int) -> None:
+        """Add what a batch of samples gave to the sums over those before it, in the first process.
+
+        Whether one process or another has run them, they are added in the same order.
+
+        Args:
+            block, names: as for ``finished``, of which this batch has just been taken.
+            owner: process that ran it.
+        """
 
     def finished(self, block: int | None, names: Iterable[str]) -> None:
         """No more gradients come from a block (None: from outside of them), nor for ``names``."""
@@ -142,12 +156,34 @@ def run_backward(
         )
     samples, length = input_ids.shape
     size = max(1, _TOKENS_WHOLE // length) if collector.together else 1
+    shared = Batches(samples, length, collector.processes)
     with requiring_gradients(collector.parameters):
-        for part in track(batches(samples, size), collector.label):
-            logits = run_for_logits(model, input_ids[part])
-            cotangent = loss_cotangent(logits, input_ids[part], part.start)
-            collector.pull([logits], [cotangent], part, collector.parameters)
+        for batch, owner in track(shared.all, collector.label):
+            for part in shared.parts(batch, size):
+                logits = run_for_logits(model, input_ids[part])
+                cotangent = loss_cotangent(logits, input_ids[part], part.start)
+                collector.pull([logits], [cotangent], part, collector.parameters)
+            collector.add_up(None, collector.parameters, batch, owner)
     collector.finished(None, collector.parameters)
+
+
+class Batches:
+    """Samples, ``TOKENS`` at a time, and which process runs them.
+
+    Attributes:
+        all: (samples, number of the process), in order.
+        own: those of this process.
+    """
+
+    def __init__(self, samples: int, length: int, processes: Processes) -> None:
+        found = batches(samples, max(1, TOKENS // length))
+        self.all = [(batch, number % processes.count) for number, batch in enumerate(found)]
+        self.own = [batch for batch, owner in self.all if owner == processes.rank]
+
+    def parts(self, batch: slice, size: int) -> list[slice]:
+        """Return slices of at most ``size`` samples of a batch; none if another process has it."""
+        count = batch.stop - batch.start if batch in self.own else 0
+        return [slice(batch.start + i.start, batch.start + i.stop) for i in batches(count, size)]
 
 
 class _BlockPass:
@@ -162,9 +198,10 @@ class _BlockPass:
         self.count = len(chain.blocks)
         self.lowest = 0 if chain.bottom else self._lowest()
         logits = _LOGIT_BYTES // (length * chain.vocabulary * 4)
-        self.parts = batches(samples, max(1, TOKENS // length) if collector.together else 1)
-        self.wide = batches(samples, max(1, TOKENS // length))
-        self.headed = batches(samples, max(1, min(TOKENS // length, logits)))
+        self.batches = Batches(samples, length, collector.processes)
+        # How many samples go through a block, and through the head.
+        self.size = samples if collector.together else 1
+        self.headed = max(1, min(samples, logits))
 
     def _lowest(self) -> int:
         """Return the first block that holds something wanted."""
@@ -185,40 +222,48 @@ class _BlockPass:
                 ActivationStore(range(self.count + 1), samples, MEMORY // 4) as self.states,
             ):
                 self._forward()
-                for part in self.headed:
-                    self._head(part)
+                for batch, owner in self.batches.all:
+                    for part in self.batches.parts(batch, self.headed):
+                        self._head(part)
+                    collector.add_up(None, (), batch, owner)
                 order = range(self.count - 1, self.lowest - 1, -1)
-                steps = [(index, part) for index in order for part in self.parts]
+                steps = [(index, *one) for index in order for one in self.batches.all]
                 with ExitStack() as held:
-                    for index, part in track(steps, f"{collector.label}: blocks"):
-                        if part is self.parts[0]:
+                    for index, batch, owner in track(steps, f"{collector.label}: blocks"):
+                        if batch.start == 0:
                             held.enter_context(turn(chain.blocks[index]))
-                        self._block(index, part)
-                        if part is self.parts[-1]:
+                        for part in self.batches.parts(batch, self.size):
+                            self._block(index, part)
+                        collector.add_up(index, chain.owned[index], batch, owner)
+                        if batch.stop == samples:
                             self.states.drop(index)
                             collector.finished(index, chain.owned[index])
                             held.close()
                             torch.clear_autocast_cache()
                 if chain.outside:
-                    parts = self.headed if collector.together else self.parts
-                    for part in track(parts, f"{collector.label}: embedding and head"):
-                        self._outside(part)
+                    size = self.headed if collector.together else 1
+                    label = f"{collector.label}: embedding and head"
+                    for batch, owner in track(self.batches.all, label):
+                        for part in self.batches.parts(batch, size):
+                            self._outside(part)
+                        collector.add_up(None, chain.outside, batch, owner)
                     collector.finished(None, chain.outside)
 
     @torch.no_grad()
     def _forward(self) -> None:
         """Store the hidden states of all samples, block after block."""
-        for part in self.wide:
+        own = self.batches.own
+        for part in own:
             self.states.write(0, part, self.chain.entry(self.ids[part]))
-        steps = [(index, part) for index in range(self.count) for part in self.wide]
+        steps = [(index, part) for index in range(self.count) for part in own]
         with ExitStack() as held:
             for index, part in track(steps, f"{self.collector.label}: forward"):
-                if part is self.wide[0]:
+                if part is own[0]:
                     held.enter_context(turn(self.chain.blocks[index]))
                 before = self.states.read(index, part)
                 _, output = self.chain.run_block(index, self.ids[part], before)
                 self.states.write(index + 1, part, output)
-                if part is self.wide[-1]:
+                if part is own[-1]:
                     held.close()
                     if index < self.lowest:
                         self.states.drop(index)

@@ -24,17 +24,17 @@ from torch import nn
 from llm_pruner.errors import UserError
 from llm_pruner.importance.boundary_pass import (
     MEMORY,
-    TOKENS,
+    Batches,
     Collector,
     Seen,
-    batches,
     run_backward,
 )
 from llm_pruner.importance.observation import Observation, Reading
 from llm_pruner.models.activation_store import ActivationStore
 from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
-from llm_pruner.models.consumers import Consumer, add_gram_, consumers_of, weight_of
+from llm_pruner.models.consumers import Consumer, add_gram_, consumers_of, input_dim, weight_of
 from llm_pruner.models.streaming import turn
+from llm_pruner.runtime.processes import ALONE, Processes
 from llm_pruner.runtime.progress import track
 from llm_pruner.types import FloatArray, Group, Member
 
@@ -57,6 +57,7 @@ def measure(
     needs: Collection[str],
     formula: Callable[[Observation], Measured],
     where_linear: Collection[str] = (),
+    processes: Processes = ALONE,
 ) -> dict[str, Measured]:
     """Return the formula's value for the observation of every group.
 
@@ -70,12 +71,16 @@ def measure(
         needs: as `Measure` has it.
         formula: from an observation to what is wanted of it.
         where_linear: more of it, for groups that a linear module reads.
+        processes: those that share the samples; the first one has the values, the others nothing.
 
     Raises:
         UserError: a group has no linear consumer and more than gates is asked for; layers are asked
             for in a model whose blocks do not run one after the other; a loss is not finite.
     """
-    watch = _Watch(model, groups, needs, where_linear, input_ids, formula)
+    watching = partial(
+        _Watch, model, groups, needs, where_linear, input_ids, formula, processes=processes
+    )
+    watch = watching()
     try:
         chain = find_chain(model, input_ids, watch.parameters)
     except NotBlockwise as reason:
@@ -89,32 +94,48 @@ def measure(
     try:
         watch.run(chain, input_ids)
     except _MixedSamplesError:
-        watch = _Watch(model, groups, needs, where_linear, input_ids, formula)
+        watch = watching()
         watch.together = False
         watch.run(chain, input_ids)
-    return {group.name: watch.found[group.name] for group in groups}
-
-
-_NOTHING = torch.zeros((), dtype=torch.float64)
+    return {group.name: watch.found[group.name] for group in groups if group.name in watch.found}
 
 
 @dataclass
 class _Moments:
-    """Sums over the inputs of one module, as `Reading` has them."""
+    """Sums over the inputs of one module, as `Reading` has them.
 
-    tokens: int = 0
-    total: torch.Tensor = _NOTHING
-    square: torch.Tensor = _NOTHING
-    gram: torch.Tensor | None = None
+    Attributes:
+        sums: number of inputs, total and squares, shape (1 + 2 in_features,), float64.
+        gram: None unless asked for.
+    """
 
-    def add(self, rows: torch.Tensor, with_gram: bool) -> None:
-        self.tokens += len(rows)
-        self.total = self.total + rows.sum(0).double()
-        self.square = self.square + rows.square().sum(0).double()
-        if with_gram:
-            if self.gram is None:
-                self.gram = rows.new_zeros(rows.shape[1], rows.shape[1])
+    sums: torch.Tensor
+    gram: torch.Tensor | None
+
+    @classmethod
+    def zeros(cls, module: nn.Module, with_gram: bool) -> _Moments:
+        """Return sums over no token."""
+        weight = module.get_parameter("weight")
+        features = weight.shape[input_dim(module) or 0]
+        gram = weight.new_zeros if with_gram else None
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return cls(
+            weight.new_zeros(1 + 2 * features, dtype=torch.float64),
+            None if gram is None else gram(features, features, dtype=wide),
+        )
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Add inputs, shape (tokens, in_features)."""
+        count = self.sums.new_tensor([len(rows)])
+        self.sums += torch.cat([count, rows.sum(0).double(), rows.square().sum(0).double()])
+        if self.gram is not None:
             add_gram_(self.gram, rows)
+
+    def add_sums(self, other: _Moments) -> None:
+        """Add the sums over other tokens."""
+        self.sums += other.sums
+        if self.gram is not None and other.gram is not None:
+            self.gram += other.gram
 
 
 class _Watch(Collector, Generic[Measured]):
@@ -132,6 +153,7 @@ class _Watch(Collector, Generic[Measured]):
         where_linear: Collection[str],
         input_ids: torch.Tensor,
         formula: Callable[[Observation], Measured],
+        processes: Processes = ALONE,
     ) -> None:
         samples, self._length = input_ids.shape
         self._model, self._groups, self._formula = model, groups, formula
@@ -162,20 +184,26 @@ class _Watch(Collector, Generic[Measured]):
             together=not self._members,
             label="activations",
             modules=(id(model.get_submodule(name)) for name in names),
+            processes=processes,
         )
         # What a forward pass shows is all that is asked for.
         self._forward_only = not self._members and self._where_linear <= {"moments", "gram"}
         self._seen: list[tuple[str, torch.Tensor]] = []
         segments = -(-self._length // SEGMENT)
         self._gates = {group.name: np.zeros((samples, segments, group.size)) for group in groups}
+        # Of the batch that is going through a block, and of those before it.
+        self._batch_squares: dict[str, FloatArray] = {}
         self._token_squares: dict[str, FloatArray] = {}
+        self._batch_moments: dict[str, _Moments] = {}
         self._moments: dict[str, _Moments] = {}
+        self._paths: Mapping[int | None, Sequence[str]] = {}
         self._inside: Sequence[Sequence[Group]] = ()
         self._places: Mapping[str, Mapping[int, int]] = {}
         self.found: dict[str, Measured] = {}
 
     def run(self, chain: Chain | None, input_ids: torch.Tensor) -> None:
         """See all tokens and apply the formula to every group."""
+        self._paths = self._readers_inside(chain)
         if chain is not None:
             self._inside = self._groups_inside(chain)
             if not self._forward_only:
@@ -215,26 +243,31 @@ class _Watch(Collector, Generic[Measured]):
     def _look(self, chain: Chain | None, input_ids: torch.Tensor) -> None:
         """Run forward, block by block unless something outside of the blocks is watched."""
         samples, length = input_ids.shape
-        parts = batches(samples, max(1, TOKENS // length))
+        shared = Batches(samples, length, self.processes)
         blocks = [] if chain is None else [{id(m) for m in one.modules()} for one in chain.blocks]
         if chain is None or self.modules - set().union(*blocks):
-            for part in track(parts, self.label):
-                self._model(input_ids[part])
-                self._take(part)
+            self._paths = {None: [*self._readers]}
+            for batch, owner in track(shared.all, self.label):
+                for part in shared.parts(batch, samples):
+                    self._model(input_ids[part])
+                    self._take(part)
+                self.add_up(None, (), batch, owner)
             return
         highest = max((at for at, block in enumerate(blocks) if block & self.modules), default=-1)
         with chain.opened(), ActivationStore(range(1), samples, MEMORY) as hidden:
-            for part in parts:
+            for part in shared.own:
                 hidden.write(0, part, chain.entry(input_ids[part]))
-            steps = [(index, part) for index in range(highest + 1) for part in parts]
+            steps = [(index, *one) for index in range(highest + 1) for one in shared.all]
             with ExitStack() as held:
-                for index, part in track(steps, f"{self.label}: blocks"):
-                    if part is parts[0]:
+                for index, batch, owner in track(steps, f"{self.label}: blocks"):
+                    if batch.start == 0:
                         held.enter_context(turn(chain.blocks[index]))
-                    _, output = chain.run_block(index, input_ids[part], hidden.read(0, part))
-                    hidden.write(0, part, output)
-                    self._take(part)
-                    if part is parts[-1]:
+                    for part in shared.parts(batch, samples):
+                        _, output = chain.run_block(index, input_ids[part], hidden.read(0, part))
+                        hidden.write(0, part, output)
+                        self._take(part)
+                    self.add_up(index, (), batch, owner)
+                    if batch.stop == samples:
                         self._finish(self._inside[index])
                         held.close()
 
@@ -253,14 +286,54 @@ class _Watch(Collector, Generic[Measured]):
                 if "tokens" in self._needs:
                     self._add_tokens(path, product.flatten(0, -2), factor)
             if {"moments", "gram"} & self._where_linear:
-                moments = self._moments.setdefault(path, _Moments())
-                moments.add(value.flatten(0, -2), "gram" in self._where_linear)
+                self._of_batch(path).add(value.flatten(0, -2))
+
+    def _of_batch(self, path: str) -> _Moments:
+        """Return the sums of a module's inputs over the batch that is going through."""
+        if path not in self._batch_moments:
+            module = self._model.get_submodule(path)
+            self._batch_moments[path] = _Moments.zeros(module, "gram" in self._where_linear)
+        return self._batch_moments[path]
+
+    @torch.no_grad()
+    def add_up(self, block: int | None, names: Iterable[str], batch: slice, owner: int) -> None:
+        """Add what a batch gave, which a process has run, to what those before it gave."""
+        paths = self._paths.get(block, ())
+        groups = {one.group for path in paths for one in self._readers[path]}
+        groups |= {group.name for name in names for group, _ in self._members.get(name, ())}
+        groups |= {name for name, places in self._places.items() if block in places}
+        order = sorted(groups & self._gates.keys())
+        gates = [torch.from_numpy(self._gates[group][batch]) for group in order]
+        squares = [
+            torch.from_numpy(self._batch_squares.pop(group, np.zeros(self._gates[group].shape[2])))
+            for group in (order if "tokens" in self._needs else ())
+        ]
+        moments = {"moments", "gram"} & self._where_linear
+        sums = {path: self._of_batch(path) for path in (paths if moments else ())}
+        self._batch_moments = {}
+        given = [*gates, *squares, *(one.sums for one in sums.values())]
+        given += [one.gram for one in sums.values() if one.gram is not None]
+        found = iter(self.processes.hand_in(owner, given))
+        if not self.processes.is_first:
+            return
+        for group in order:
+            self._gates[group][batch] = next(found).numpy()
+        for group in order if squares else ():
+            self._token_squares[group] = self._token_squares.get(group, 0) + next(found).numpy()
+        for one in sums.values():
+            one.sums = next(found)
+        for path, one in sums.items():
+            one.gram = None if one.gram is None else next(found)
+            if path in self._moments:
+                self._moments[path].add_sums(one)
+            else:
+                self._moments[path] = one
 
     def _add_gates(self, path: str, part: slice, product: torch.Tensor, factor: float) -> None:
         count = part.stop - part.start
         if product.shape[:-1] == (count, self._length):
             rows = _sum_segments(product)
-        elif count == 1:
+        elif not self.together:
             # Which token a row belongs to is unknown: the whole sample is one segment.
             rows = product.flatten(0, -2).sum(0)[None, None]
         else:
@@ -278,7 +351,7 @@ class _Watch(Collector, Generic[Measured]):
             else:
                 squares = rows[:, index].sum(2).square().sum(0)
             found = squares.double().mul(factor**2).cpu().numpy()
-            self._token_squares[consumer.group] = self._token_squares.get(consumer.group, 0) + found
+            self._batch_squares[consumer.group] = self._batch_squares.get(consumer.group, 0) + found
 
     def add_weight(self, name: str, part: slice, gradient: torch.Tensor, factor: float) -> None:
         """Add the gates of groups that no linear module reads."""
@@ -313,6 +386,10 @@ class _Watch(Collector, Generic[Measured]):
 
     def _finish(self, groups: Sequence[Group]) -> None:
         """Apply the formula to groups that will see no more tokens, and drop what they saw."""
+        if not self.processes.is_first:
+            for group in groups:
+                self._gates.pop(group.name, None)
+            return
         left = [group for group in groups if group.name not in self.found]
         consumers = {group.name: self._consumers.get(group.name, ()) for group in left}
         for group in left:
@@ -323,7 +400,7 @@ class _Watch(Collector, Generic[Measured]):
                 readings=tuple(
                     self._reading(one)
                     for one in consumers[group.name]
-                    if one.module in self._moments
+                    if one.module in self._moments and self._moments[one.module].sums[0]
                 ),
             )
             self.found[group.name] = self._formula(seen)
@@ -332,14 +409,25 @@ class _Watch(Collector, Generic[Measured]):
 
     def _reading(self, consumer: Consumer) -> Reading:
         moments = self._moments[consumer.module]
+        sums = moments.sums.cpu().numpy()
+        features = len(sums) // 2
         return Reading(
             consumer,
             weight_of(self._model.get_submodule(consumer.module)).float(),
-            moments.tokens,
-            moments.total.cpu().numpy(),
-            moments.square.cpu().numpy(),
+            int(sums[0]),
+            sums[1 : 1 + features],
+            sums[1 + features :],
             moments.gram,
         )
+
+    def _readers_inside(self, chain: Chain | None) -> dict[int | None, list[str]]:
+        """Return the watched modules by the block that they are in; None for outside of them."""
+        blocks = () if chain is None else chain.blocks
+        places = {id(one): at for at, block in enumerate(blocks) for one in block.modules()}
+        found: dict[int | None, list[str]] = {}
+        for path in self._readers:
+            found.setdefault(places.get(id(self._model.get_submodule(path))), []).append(path)
+        return found
 
     def _groups_inside(self, chain: Chain) -> list[list[Group]]:
         """Return, for each block, the groups that only modules of this block read."""

@@ -21,6 +21,7 @@ from llm_pruner.importance.observing import measure
 from llm_pruner.models.blockwise import NotBlockwise, find_chain
 from llm_pruner.models.forward import undisturbed
 from llm_pruner.models.streaming import values_of
+from llm_pruner.runtime.processes import ALONE, Processes
 from llm_pruner.types import Discovery, FloatArray, Group
 
 _LOG = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ def score(
     input_ids: torch.Tensor | None,
     seed: int,
     groups: Collection[str] | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, FloatArray]:
     """Return the importance of every unit; higher means keep.
 
@@ -54,6 +56,8 @@ def score(
             the criteria that look at activations.
         seed: of ``random``.
         groups: names of the groups to score; None scores all that are not frozen.
+        processes: those that share the samples and call this alike. The first one returns what one
+            process alone would, to the last bit; the others may return nothing.
 
     The criteria in ``criteria.MEASURES`` have their formulas there. A group without a linear module
     that reads it, which follows others, weighs nothing in those that need moments of its input;
@@ -71,10 +75,12 @@ def score(
     if criterion.name == "random":
         return {group.name: _random(group, seed) for group in chosen}
     if criterion.name in MEASURES:
-        return _measured(model, chosen, criterion.name, input_ids)
+        return _measured(model, chosen, criterion.name, input_ids, processes)
     parameters = _scored_parameters(model, chosen)
     if criterion.name == "taylor":
-        sums = _taylor_sums(model, parameters, criterion, input_ids)
+        sums = _taylor_sums(model, parameters, criterion, input_ids, processes)
+        if not processes.is_first:
+            return {}
     else:
         sums = _magnitude_sums(parameters, criterion.name)
     _require_finite(sums, criterion)
@@ -104,7 +110,11 @@ def _random(group: Group, seed: int) -> FloatArray:
 
 
 def _measured(
-    model: nn.Module, groups: list[Group], name: str, input_ids: torch.Tensor | None
+    model: nn.Module,
+    groups: list[Group],
+    name: str,
+    input_ids: torch.Tensor | None,
+    processes: Processes,
 ) -> dict[str, FloatArray]:
     how = MEASURES[name]
 
@@ -114,12 +124,12 @@ def _measured(
             return np.zeros(seen.group.size)
         return how.formula(seen)
 
-    with _seen(model, input_ids, name) as ids:
-        scores = measure(model, ids, groups, how.needs, formula, how.where_linear)
-    for group in groups:
-        if not np.isfinite(scores[group.name]).all():
+    with _seen(model, input_ids, name) as ids, processes.telling():
+        scores = measure(model, ids, groups, how.needs, formula, how.where_linear, processes)
+    for group, found in scores.items():
+        if not np.isfinite(found).all():
             raise UserError(
-                f"importance of {group.name} is not finite; load the model in float32, or look for "
+                f"importance of {group} is not finite; load the model in float32, or look for "
                 "extreme values in its weights"
             )
     return scores
@@ -130,9 +140,10 @@ def _taylor_sums(
     parameters: Mapping[str, nn.Parameter],
     criterion: Criterion,
     input_ids: torch.Tensor | None,
+    processes: Processes,
 ) -> dict[str, _Sums]:
-    with _seen(model, input_ids, criterion.name) as ids:
-        sums = _TaylorSums(parameters, criterion, len(ids))
+    with _seen(model, input_ids, criterion.name) as ids, processes.telling():
+        sums = _TaylorSums(parameters, criterion, len(ids), processes)
         if parameters:
             try:
                 chain = find_chain(model, ids, parameters)
@@ -140,7 +151,7 @@ def _taylor_sums(
                 _LOG.info("gradients of the whole model at once: %s", reason)
                 chain = None
             run_backward(model, chain, ids, sums)
-    return {name: sums.found[name] for name in parameters}
+    return {name: sums.found[name] for name in parameters if name in sums.found}
 
 
 @contextmanager
@@ -217,20 +228,28 @@ class _TaylorSums(Collector):
     """The terms of ``Criterion``: sums over samples of the gradient g and of its square, times w.
 
     They are float32, or float64 for float64 weights: squares of gradients do not fit narrower
-    types. A block's are reduced and forgotten once its last sample is through.
+    types. Those of a batch are added to those of the batches before it. A block's are reduced and
+    forgotten once its last sample is through.
 
     Attributes:
-        found: tensor -> sums of its term.
+        found: tensor -> sums of its term; in the first process.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], criterion: Criterion, samples: int
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        criterion: Criterion,
+        samples: int,
+        processes: Processes,
     ) -> None:
         # The first order adds gradients up; a square is of one sample.
-        super().__init__(parameters, together=criterion.order == "first", label="importance")
+        together = criterion.order == "first"
+        super().__init__(parameters, together=together, label="importance", processes=processes)
         self._criterion, self._samples = criterion, samples
         self._first: dict[str, torch.Tensor] = {}
         self._second: dict[str, torch.Tensor] = {}
+        self._batch_first: dict[str, torch.Tensor] = {}
+        self._batch_second: dict[str, torch.Tensor] = {}
         self.found: dict[str, _Sums] = {}
 
     def _so_far(self, sums: dict[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -243,22 +262,34 @@ class _TaylorSums(Collector):
     def add_weight(self, name: str, part: slice, gradient: torch.Tensor, factor: float) -> None:  # noqa: ARG002
         """Add a gradient, and its square."""
         if self._criterion.order != "second":
-            if name not in self._first and factor == 1.0:
+            if name not in self._batch_first and factor == 1.0:
                 wide = torch.promote_types(gradient.dtype, torch.float32)
-                self._first[name] = gradient.to(
+                self._batch_first[name] = gradient.to(
                     wide, memory_format=torch.contiguous_format, copy=True
                 )
             else:
-                self._so_far(self._first, name).add_(gradient, alpha=factor)
+                self._so_far(self._batch_first, name).add_(gradient, alpha=factor)
         if self._criterion.order != "first":
-            square = self._so_far(self._second, name)
+            square = self._so_far(self._batch_second, name)
             exact = gradient.to(square.dtype)
             square.addcmul_(exact, exact, value=factor * factor)
 
     @torch.no_grad()
+    def add_up(self, block: int | None, names: Iterable[str], batch: slice, owner: int) -> None:  # noqa: ARG002
+        """Add what a batch gave, which a process has run, to what those before it gave."""
+        both = ((self._batch_first, self._first), (self._batch_second, self._second))
+        asked = {"first": both[:1], "second": both[1:]}.get(self._criterion.order, both)
+        wanted = [(name, *sums) for sums in asked for name in names]
+        given = [self._so_far(sums, name) for name, sums, _ in wanted]
+        found = self.processes.hand_in(owner, given)
+        for (name, _, before), one in zip(wanted, found, strict=False):
+            before[name] = before[name].add_(one) if name in before else one
+        self._batch_first, self._batch_second = {}, {}
+
+    @torch.no_grad()
     def finished(self, block: int | None, names: Iterable[str]) -> None:  # noqa: ARG002
         """Reduce the terms of these tensors."""
-        for name in names:
+        for name in names if self.processes.is_first else ():
             term = self._term(name, self.parameters[name].detach()).div_(self._samples)
             if self._criterion.reduction == "element":
                 term.abs_()

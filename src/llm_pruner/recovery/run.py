@@ -25,9 +25,9 @@ from llm_pruner.recovery.callbacks import Guard, Progress, evaluation_interval
 from llm_pruner.recovery.distill import Teacher
 from llm_pruner.recovery.kernels import kernels
 from llm_pruner.recovery.packing import can_pack, lay_out, micro_tokens, step_samples
-from llm_pruner.recovery.processes import ALONE, Processes
 from llm_pruner.recovery.scoring import Evaluation, score
 from llm_pruner.recovery.trainer import RecoveryTrainer, RunState, Steps, training_arguments
+from llm_pruner.runtime.processes import ALONE, Processes
 from llm_pruner.runtime.progress import quiet
 from llm_pruner.settings.recover import TrainingSettings
 from llm_pruner.settings.registry import entry

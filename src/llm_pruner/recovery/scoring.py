@@ -15,7 +15,7 @@ from llm_pruner.recovery.distill import Teacher
 from llm_pruner.recovery.kernels.chunked_loss import summed_loss
 from llm_pruner.recovery.objective import LossAndGradient
 from llm_pruner.recovery.packing import Batch, target_logits, target_tokens
-from llm_pruner.recovery.processes import ALONE, Processes
+from llm_pruner.runtime.processes import ALONE, Processes
 
 
 @dataclass

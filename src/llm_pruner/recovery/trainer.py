@@ -23,8 +23,8 @@ from llm_pruner.recovery.distill import Teacher
 from llm_pruner.recovery.kernels.chunked_loss import summed_loss
 from llm_pruner.recovery.objective import text_objective
 from llm_pruner.recovery.packing import Batch, lay_out, target_tokens
-from llm_pruner.recovery.processes import ALONE, Processes
 from llm_pruner.recovery.scoring import Evaluation
+from llm_pruner.runtime.processes import ALONE, Processes
 from llm_pruner.settings.options import near
 from llm_pruner.settings.recover import TrainingSettings
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 import time
 import warnings
@@ -38,8 +39,11 @@ class _RateColumn(ProgressColumn):
 def track(
     items: Iterable[T], description: str, total: int | None = None
 ) -> Generator[T, None, None]:
-    """Yield ``items`` while a bar shows how many are done, the rate and the time left."""
-    if not sys.stderr.isatty():
+    """Yield ``items`` while a bar shows how many are done, the rate and the time left.
+
+    Of several processes, the first one shows it.
+    """
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         yield from items
         return
     columns = (BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn())

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 from llm_pruner.recovery.kernels.attention import by_sample
 from llm_pruner.recovery.kernels.chunked_loss import logits_at_once
-from llm_pruner.recovery.processes import Processes
+from llm_pruner.runtime.processes import Processes
 from llm_pruner.settings.recover import TrainingSettings
 
 

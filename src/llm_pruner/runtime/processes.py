@@ -1,4 +1,4 @@
-"""Several processes that train one model: each holds it whole and runs its share of a step."""
+"""Several processes at one model: each holds it whole and runs its share of the text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """Who this process is among those that train together; alone, nothing here does anything.
+    """Who this process is among those that work together; alone, nothing here does anything.
 
     What is asked of all processes (all but ``share``) must be asked by each of them, in the same
     order.
@@ -77,6 +77,62 @@ class Processes:
         """Wait until all processes are here."""
         self.sums([0.0])
 
+    def of_first(self, values: torch.Tensor | None) -> torch.Tensor:
+        """Return the first process's int64 matrix, which the others need not have."""
+        if self.count == 1:
+            assert values is not None
+            return values
+        there = PartialState().device
+        shape = torch.tensor([0, 0] if values is None else [*values.shape], device=there)
+        distributed.broadcast(shape, 0)
+        rows, columns = shape.tolist()
+        found = shape.new_empty(rows, columns) if values is None else values.to(there)
+        distributed.broadcast(found, 0)
+        return found.cpu()
+
+    def hand_in(self, owner: int, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return, in the first process, tensors that ``owner`` has made; in the others nothing.
+
+        Each must have some of the same shapes and types, whatever is in them.
+
+        Raises:
+            UserError: the owner could not make them, and says why.
+        """
+        if owner == 0:
+            return [*tensors] if self.is_first else []
+        there = PartialState().device
+        if self.rank == owner:
+            self._send(torch.zeros(1, dtype=torch.int64))
+            for one in tensors:
+                self._send(one)
+        if not self.is_first:
+            return []
+        failed = torch.zeros(1, dtype=torch.int64, device=there)
+        distributed.recv(failed, owner)
+        if int(failed):
+            message = torch.zeros(int(failed), dtype=torch.uint8, device=there)
+            distributed.recv(message, owner)
+            raise UserError(bytes(message.tolist()).decode())
+        found = [torch.empty_like(one, device=there).contiguous() for one in tensors]
+        for one in found:
+            distributed.recv(one, owner)
+        return [one.to(like.device) for one, like in zip(found, tensors, strict=True)]
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Have the first process raise what another one raises, when it waits for this one."""
+        try:
+            yield
+        except UserError as error:
+            if not self.is_first:
+                message = torch.tensor([*str(error).encode()], dtype=torch.uint8)
+                self._send(torch.tensor([len(message)]))
+                self._send(message)
+            raise
+
+    def _send(self, tensor: torch.Tensor) -> None:
+        distributed.send(tensor.detach().to(PartialState().device).contiguous(), 0)
+
     @contextmanager
     def first(self) -> Iterator[None]:
         """Have the first process run the block before the others do.
@@ -101,11 +157,16 @@ ALONE = Processes()
 
 def only_one(command: str) -> None:
     """Raise UserError if several processes run a command that is for one."""
-    if _started() > 1:
+    if started() > 1:
         raise UserError(
             f"{command} runs in one process, and several were started; start it without "
             "torchrun or accelerate launch, or prune first and start recover with them"
         )
+
+
+def started() -> int:
+    """Return how many processes the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def own_device(device: str) -> str:
@@ -116,7 +177,7 @@ def own_device(device: str) -> str:
     Raises:
         UserError: there is no such device, or it is one for all.
     """
-    if _started() == 1:
+    if started() == 1:
         return device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -156,7 +217,7 @@ def joined(device: str) -> Iterator[Processes]:
     sharded = is_sharded()
     if sharded and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("recover trains with FSDP version 2; add --fsdp_version 2")
-    if _started() == 1:
+    if started() == 1:
         yield Processes()
         return
     if sharded and int(os.environ.get("LOCAL_RANK", "0")) >= gpus():
@@ -172,7 +233,7 @@ def joined(device: str) -> Iterator[Processes]:
         AcceleratorState._reset_state(reset_partial_state=True)
         reason = " ".join(str(error).split())
         raise UserError(
-            f"WORLD_SIZE says that {_started()} processes were started, and they cannot meet "
+            f"WORLD_SIZE says that {started()} processes were started, and they cannot meet "
             f"({reason}); start them with torchrun or accelerate launch"
         ) from error
     yield Processes(state.process_index, state.num_processes, sharded)
@@ -188,12 +249,8 @@ def gpus() -> int:
 
 def is_sharded() -> bool:
     """Whether each process is to hold a part of every weight."""
-    return _started() > 1 and _asked("ACCELERATE_USE_FSDP")
+    return started() > 1 and _asked("ACCELERATE_USE_FSDP")
 
 
 def _asked(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("true", "1")
-
-
-def _started() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
