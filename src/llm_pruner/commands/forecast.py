@@ -267,16 +267,16 @@ class _Forecaster:
                 found["dense logits"], meter = _taken(meter_of)
                 job = partial(meter.of, cut_copy(model, discovery, removal))
                 found["trial"], _ = _taken(job)
-        if settings.dry_run:
-            return found
-        dense = sharing_copy(model)
-        found["verify"], _ = _taken(partial(cut_verified_, model, discovery, removal))
         if run.refits and vocabulary is not None:  # no refit comes to the head
+            pruned = cut_copy(model, discovery, removal)
             with mixed_precision():
-                job = partial(refit_, model, dense, discovery, removal)
+                job = partial(refit_, pruned, model, discovery, removal)
                 found["solve"], _ = _taken(partial(job, ids[:2]))
                 found["fit"], _ = _taken(partial(job, ids))
-        del dense
+            del pruned
+        if settings.dry_run:
+            return found
+        found["verify"], _ = _taken(partial(cut_verified_, model, discovery, removal))
         keep_type_(model, self.loaded.stored_dtype)
         found["reload"], _ = _taken(partial(require_same, model, sharing_copy(model), discovery))
         return found

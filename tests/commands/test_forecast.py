@@ -1,0 +1,94 @@
+"""``prune --estimate``: what is said before any work, beside what the run then does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from command import contents, done, run, save_tiny, write_text
+from helpers import tiny_model, tiny_tokenizer
+from llm_pruner.commands import forecast
+
+pytestmark = pytest.mark.slow
+
+TEXT = ("--calibration", "text.txt", "--samples", 24, "--seq-len", 32, "--ratio", 0.2)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("forecast")
+    save_tiny(folder / "dense", num_hidden_layers=3)
+    write_text(folder / "text.txt", 4000)
+    return folder
+
+
+def said(made: Path, *more: object, model: str = "dense", code: int = 0) -> Any:
+    """Return what is said of a run, or the message; nothing may be written."""
+    given = [made / "text.txt" if word == "text.txt" else word for word in more]
+    words = ("prune", made / model, "--out", made / "small", "--estimate", "--json", "-", *given)
+    before = contents(made)
+    result = run(*words)
+    assert result.code == code, result.err
+    assert contents(made) == before
+    return json.loads(result.out) if code == 0 else result.err
+
+
+def test_says_the_stages_of_the_run(made: Path) -> None:
+    words = ("--preset", "balanced", *TEXT)
+    expected = said(made, *words)
+    given = [made / "text.txt" if word == "text.txt" else word for word in words]
+    result = done("prune", made / "dense", "--out", made / "pruned", "--json", "-", *given)
+    record = json.loads(result.out)
+    assert [*expected["stages"]] == ["start", *(one for one in record["seconds"] if one != "plan")]
+    assert expected["seconds"] == sum(one["seconds"] for one in expected["stages"].values())
+    assert expected["peak_bytes"] == max(one["bytes"] for one in expected["stages"].values())
+    weights = sum(file.stat().st_size for file in (made / "pruned").glob("*.safetensors"))
+    assert expected["saved_bytes"] == pytest.approx(weights, rel=0.1)
+    assert not expected["streamed"]
+
+
+def test_text_of_the_model_repair_and_rounds_are_counted(made: Path) -> None:
+    words = ("--ratio", 0.2, "--samples", 8, "--seq-len", 16, "--preset", "best")
+    once = said(made, *words, "--repair-minutes", 2)["stages"]
+    assert once["repair"]["seconds"] == 120
+    assert once["calibration text"]["seconds"] > 0
+    assert said(made, *words, "--dry-run")["saved_bytes"] == 0
+
+
+def test_says_that_weights_are_read_block_by_block(made: Path) -> None:
+    words = ("--preset", "fast", "--calibration", made / "text.txt", "--samples", 8)
+    words += ("--seq-len", 16, "--ratio", 0.2, "--memory", "10KB", "--estimate")
+    shown = done("prune", made / "dense", "--out", made / "small", *words).out
+    assert "weights are read block by block: the weights take" in shown
+    assert "nothing was done" in shown
+    assert not (made / "small").exists()
+
+
+def test_refuses_what_the_run_refuses(made: Path) -> None:
+    assert "use one of --ratio" in said(made, *TEXT[:-2], code=2)
+    assert "does not exist" in said(made, *TEXT, model="absent", code=2)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_knows_no_architecture(made: Path, family: str) -> None:
+    tiny_model(family).save_pretrained(made / family)
+    tiny_tokenizer().save_pretrained(made / family)
+    expected = said(made, "--preset", "fast", "--split", "equal", *TEXT, model=family)
+    assert expected["stages"]["verify"]["seconds"] > 0
+
+
+def test_time_is_counted_up_over_blocks(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(job: Any) -> Any:
+        result = job()
+        return forecast.Taken(1.0, 1000), result
+
+    monkeypatch.setattr(forecast, "_taken", taken)
+    expected = said(made, "--preset", "fast", "--split", "equal", *TEXT)
+    # Of a second for one block, and one for all three, each further block takes a third.
+    assert expected["stages"]["discover"]["seconds"] == pytest.approx(2 / 3 + 1 + 2 / 3)
+    assert expected["stages"]["discover"]["bytes"] == expected["stages"]["start"]["bytes"] + (
+        1000 + 4 * expected["parameters"]
+    )
