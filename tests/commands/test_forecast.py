@@ -81,14 +81,18 @@ def test_knows_no_architecture(made: Path, family: str) -> None:
 
 
 def test_time_is_counted_up_over_blocks(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def taken(job: Any) -> Any:
-        result = job()
-        return forecast.Taken(1.0, 1000), result
+    taken = iter(range(1, 1000))
 
-    monkeypatch.setattr(forecast, "_taken", taken)
+    def take(job: Any) -> Any:
+        return forecast.Taken(float(next(taken)), 1000), job()
+
+    monkeypatch.setattr(forecast, "_taken", take)
     expected = said(made, "--preset", "fast", "--split", "equal", *TEXT)
-    # Of a second for one block, and one for all three, each further block takes a third.
-    assert expected["stages"]["discover"]["seconds"] == pytest.approx(2 / 3 + 1 + 2 / 3)
-    assert expected["stages"]["discover"]["bytes"] == expected["stages"]["start"]["bytes"] + (
-        1000 + 4 * expected["parameters"]
+    # Four jobs on one block, on all three with a small vocabulary, on one with the own one.
+    found = expected["stages"]["discover"]
+    assert found["seconds"] == 9 + (5 - 1) / 2 * 2
+    assert (
+        found["bytes"] == expected["stages"]["start"]["bytes"] + 1000 + 4 * expected["parameters"]
     )
+    # Of 24 samples, all at once.
+    assert expected["stages"]["estimate"]["seconds"] == 10 + (6 - 2) / 2 * 2

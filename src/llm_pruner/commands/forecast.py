@@ -5,21 +5,21 @@ of the model: the first of its blocks at their own sizes, with weights that mean
 in a row. Of a job that takes t(1) on one block, and t(b, v) on b blocks with a vocabulary v so
 small that nothing but the blocks costs, the model of L blocks takes
 
-    seconds = once + n / s * (t(1) + (L - 1) * t(b, v) / b)
+    seconds = n / s * (t(1) + (L - 1) * (t(b, v) - t(1, v)) / (b - 1))
 
-with n samples of text in place of s, and ``once`` by how much the very first run on a block was
-longer than others (kernels are compiled, modules imported). Discovery and the check against the
-twin read no text: n = s. A refit takes r(2) on two samples, most of it to solve, and
-(r(2 + s) - r(2)) / s for each further one. Files are read, widened and written at the rates of this
-very weight file and disk. Of a streamed model, each pass reads the bytes of all blocks.
+with n samples of text in place of s. Discovery and the check against the twin read no text: n = s.
+A refit takes r(2) on two samples, most of it to solve, and (r(2 + s) - r(2)) / s for each further
+one. Files are read, widened and written at the rates of this very weight file and disk. Of a
+streamed model, each pass reads the bytes of all blocks, and widens them unless it multiplies in
+their own type.
 
     bytes = process + weights + copies + rise
 
 ``process`` is what this process holds when all that is done; ``weights`` in the type of computation
-(of a streamed model embeddings, head and two blocks); ``copies`` what is made of the weights: the
-file's mapped pages while they are loaded, the model that writes text, from the first trial on what
-is kept of every block; ``rise`` by how much the job's memory rose on the stand-in: activations of a
-block, logits.
+(of a streamed model embeddings, head and one or two blocks); ``copies`` what is made of the
+weights: the file's mapped pages while they are loaded, the model that writes text, from the first
+trial on what is kept of every block; ``rise`` by how much the job's memory rose on the stand-in:
+activations of a block, logits.
 
 What nobody can know before: how many trials the split takes, and what else the machine will do.
 """
@@ -110,7 +110,7 @@ class Forecast:
         seconds: of all stages.
         peak_bytes: of the highest one.
         saved_bytes: of the weights that are written.
-        rates: bytes a second read and widened, and written.
+        rates: bytes a second read, widened to the type of computation, and written.
         took: seconds that this forecast took.
     """
 
@@ -160,7 +160,8 @@ class _Forecaster:
         if blocks is None:
             raise UserError(f"{type(self.model).__name__} has no list of blocks to estimate from")
         self.path = next(name for name, one in self.model.named_modules() if one is blocks)
-        self.size = model_size(self.model)
+        size = model_size(self.model)
+        self.total, self.blocks, self.bytes = size.total, size.blocks or 0, size.bytes or 0
         stored = stored_size(settings.model, settings.revision, "auto")
         place = stored_at(settings.model, settings.revision)
         packed = place is not None and place.is_file()
@@ -169,13 +170,13 @@ class _Forecaster:
             self.file_bytes = place.stat().st_size
         self.width = next(self.model.parameters()).element_size()
         self.room = settings.room
-        self.streamed = stored is not None and stored[0] is not None and self.size.bytes > self.room
+        self.streamed = stored is not None and stored[0] is not None and self.bytes > self.room
         self.removed = self._removed()
         self._read_text()
 
     def _removed(self) -> float:
         """Return the share of the blocks that goes, about."""
-        run, settings, total = self.run, self.settings, self.size.total
+        run, settings, total = self.run, self.settings, self.total
         if run.plan is not None:
             discovery = discover(self.model)
             gone = total - count_parameters(discovery, run.plan.removal(discovery))
@@ -184,8 +185,8 @@ class _Forecaster:
             share = 1 - start.share_kept(run.target, total)
             # Of units, a share of the blocks is meant.
             by_units = settings.unit_ratio is not None or settings.kv_cache is not None
-            gone = int(share * (self.size.blocks if by_units else total))
-        return min(0.9, gone / self.size.blocks)
+            gone = int(share * (self.blocks if by_units else total))
+        return min(0.9, gone / self.blocks)
 
     def _read_text(self) -> None:
         """Read the text if it is in a file; how many samples there are."""
@@ -207,22 +208,23 @@ class _Forecaster:
 
     def made(self) -> Forecast:
         """Measure, and put together what each stage takes."""
-        self.read, self.write = _read_rate(self.settings), _write_rate(self.settings.out)
+        self.read, self.widen = _read_rates(self.settings)
+        self.write = _write_rate(self.settings.out)
         self._measure()
         self._put_together()
         stages = {name: one for name, one in self.stages.items() if one != Taken()}
         kind = str(self.model.dtype).removeprefix("torch.")
         return Forecast(
             model=self.loaded.name,
-            parameters=self.size.total,
+            parameters=self.total,
             streamed=self.streamed,
-            why=f"the weights take {self.size.bytes / 1e9:.1f} GB in {kind}, and "
+            why=f"the weights take {self.bytes / 1e9:.1f} GB in {kind}, and "
             f"{self.room / 1e9:.1f} GB of memory are for them",
             stages=stages,
             seconds=sum(one.seconds for one in stages.values()),
             peak_bytes=max(one.bytes for one in stages.values()),
             saved_bytes=self.saved,
-            rates={"read": self.read, "written": self.write},
+            rates={"read": self.read, "widened": self.widen, "written": self.write},
             took=time.time() - self.began,
         )
 
@@ -231,16 +233,15 @@ class _Forecaster:
     def _measure(self) -> None:
         """Find what each job takes on all blocks, and what the process holds when that is done."""
         count = self._count()
-        deeper = min(count, max(2, min(4, PARAMETERS * count // max(1, self.size.blocks))))
+        deeper = min(count, max(2, min(4, PARAMETERS * count // max(1, self.blocks))))
         first, deep = (self._jobs_on(blocks, VOCABULARY) for blocks in (1, deeper))
         whole = self._jobs_on(1, None)
         self.jobs: dict[str, Taken] = {}
-        self.once: dict[str, float] = {}
         for job, taken in deep.items():
-            each, of_one = taken.seconds / deeper, whole.get(job, first[job])
-            seconds = whole[job].seconds if job in whole else each
-            self.jobs[job] = Taken(seconds + each * (count - 1), of_one.bytes)
-            self.once[job] = max(0.0, first[job].seconds - each)
+            more = max(0.0, taken.seconds - first[job].seconds) / max(1, deeper - 1)
+            each = min(more, taken.seconds / deeper)  # what is more is no block's but chance
+            one = whole.get(job, first[job])
+            self.jobs[job] = Taken(one.seconds + each * (count - 1), one.bytes)
         give_back()
         self.process = psutil.Process().memory_info().rss
 
@@ -293,7 +294,7 @@ class _Forecaster:
             job = partial(score, model, discovery, criterion, seed=0, groups=names)
             found["estimate"], scores = _taken(partial(job, input_ids=ids[: self.batch]))
         dense = model_size(model)
-        goal = dense.total - int(self.removed * dense.blocks)
+        goal = dense.total - int(self.removed * (dense.blocks or 0))
         target = planning.Target(params=goal, loose=True)
         return scores, planning.allocate(discovery, scores, selection, target, numbering)
 
@@ -342,30 +343,34 @@ class _Forecaster:
         return Taken(taken.seconds / STEPS, taken.bytes + tensor_bytes(decoder.cache))
 
     def _writes_bfloat16(self) -> bool:
-        return multiplies_bfloat16() and self.size.total >= LARGE and not self.streamed
+        return multiplies_bfloat16() and self.total >= LARGE and not self.streamed
 
     # ------------------------------------------------------------------------- what follows of it
 
     def _put_together(self) -> None:
         """Book every stage."""
-        size, run, settings = self.size, self.run, self.settings
-        share = size.blocks / size.total
-        width = size.bytes // size.total
-        kept_blocks = int((1 - self.removed) * size.blocks)
-        kept = size.total - size.blocks + kept_blocks
-        weights = size.bytes
+        run, settings = self.run, self.settings
+        share = self.blocks / self.total
+        width = self.bytes // self.total
+        kept_blocks = int((1 - self.removed) * self.blocks)
+        kept = self.total - self.blocks + kept_blocks
+        weights = self.bytes
         cut = kept_blocks * width
         if self.streamed:
-            weights = size.bytes - size.blocks * width + 2 * size.blocks * width // self._count()
-            cut = 0
+            weights, cut = self.bytes - self.blocks * width, 0
+        block = self.blocks * width // self._count() if self.streamed else 0
         held = self.process + weights
-        one_pass = self.file_bytes * share / self.read if self.streamed else 0.0
+        in_files = self.file_bytes * share if self.streamed else 0.0
+        as_stored = multiplies_bfloat16() and self.loaded.stored_dtype == torch.bfloat16
 
-        def book(stage: str, seconds: float, more: int, passes: int = 0) -> None:
-            self.stages[stage] = Taken(seconds + passes * one_pass, held + more)
+        def book(stage: str, seconds: float, more: int, wide: int = 0, narrow: int = 0) -> None:
+            """Passes over the blocks of a streamed model are in float32 or as in training."""
+            seconds += (wide + narrow) * in_files / self.read
+            seconds += (wide if as_stored else wide + narrow) * in_files / self.widen
+            self.stages[stage] = Taken(seconds, held + more)
 
         def of(job: str, times: float = 1.0) -> float:
-            return self.once[job] + times * self.jobs[job].seconds
+            return times * self.jobs[job].seconds
 
         def rise(*jobs: str) -> int:
             return max(self.jobs[job].bytes for job in jobs)
@@ -376,44 +381,47 @@ class _Forecaster:
         unread = share if self.streamed else 0.0
         if run.weightless:
             held, mapped, unread = self.process, 0, 1.0
-        book("load", fixed + (1 - unread) * self.file_bytes / self.read, mapped)
+        loaded = (1 - unread) * self.file_bytes
+        book("load", fixed + loaded / self.read + loaded / self.widen, mapped)
         book("discover", of("discover", settings.steps), rise("discover"))
         self.saved = 0
         if run.weightless:
             return
         if self.reads and self.writes:
-            copied = size.total * 2 if self._writes_bfloat16() else 0
+            copied = self.total * 2 if self._writes_bfloat16() else 0
             pieces = math.ceil(self.samples * math.ceil(self.length / PIECE) / self.texts)
             tokens = pieces * (min(self.length, PIECE) - 1)
             seconds = of("token", tokens) + _words_seconds(self.loaded.tokenizer, self.model)
-            book("calibration text", seconds, copied + rise("token"), tokens)
+            book("calibration text", seconds, copied + block + rise("token"), wide=tokens)
         elif self.reads:
             book("calibration text", self.stages.pop("calibration text").seconds, 0)
         if run.plan is None:
             times = settings.steps * self.scored / self.batch
-            book("estimate", of("estimate", times), rise("estimate"), 4 * settings.steps)
+            passes = 4 * settings.steps
+            book("estimate", of("estimate", times), block + rise("estimate"), narrow=passes)
         if run.splits:
             self._book_trials(book, of, rise, cut)
         if settings.dry_run:
             return
-        book("verify", of("verify", settings.steps), cut + rise("verify"), 2 * settings.steps)
+        more = cut + 2 * block + rise("verify")
+        book("verify", of("verify", settings.steps), more, wide=2 * settings.steps)
         if run.refits:
             fitted = self.samples - len(hold_out(torch.empty(self.samples, self.length))[0])
             seconds = settings.steps * self._refit(fitted)
-            book("least squares", self.once["solve"] + seconds, cut + rise("fit"), 9)
+            book("least squares", seconds, cut + 2 * block + rise("fit"), narrow=9)
         if run.repairs and not self.streamed:
             book("repair", 60 * settings.repair_minutes, TRAINED_BYTES * kept_blocks)
         stored = self.loaded.stored_dtype.itemsize if settings.dtype == "auto" else width
         self.saved = kept * stored
         beside = min(self.saved, bytes_of(settings.max_shard_size), bytes_of(SHARD))
         left = beside if self.streamed else kept * width - weights
-        book("save", self.saved / self.write, left, 1)
-        if settings.verify and size.total <= RELOAD_LIMIT:
+        book("save", self.saved / self.write, left, wide=1)
+        if settings.verify and self.total <= RELOAD_LIMIT:
             # What was just written is in memory: reading it takes no longer than writing did.
             seconds = of("reload") + self.saved / self.write
             again = self.saved if self.saved <= self.room else 0
             left = again if self.streamed else self.saved + again - weights
-            book("reload", seconds, left + rise("reload"), 4)
+            book("reload", seconds, left + rise("reload"), narrow=4)
 
     def _refit(self, samples: int, solves: float = 1.0) -> float:
         """Return the seconds of a refit on so many samples."""
@@ -436,7 +444,7 @@ class _Forecaster:
             # With one ridge in place of all.
             seconds += refitted * self._refit(samples, solves=2 / (len(RIDGES) + 1))
         logits = 2 * self.held_out * self.length * embedding_rows(self.model)
-        book("trials", seconds, cut + logits + rise("trial"), passes)
+        book("trials", seconds, cut + logits + rise("trial"), narrow=passes)
 
 
 def _taken(job: Callable[[], T]) -> tuple[Taken, T]:
@@ -476,25 +484,26 @@ def _fill_(model: nn.Module) -> None:
             part.copy_(values[: len(part)])
 
 
-def _read_rate(settings: PruneSettings) -> float:
-    """Return bytes of the weight files read and widened to the type of computation in a second."""
+def _read_rates(settings: PruneSettings) -> tuple[float, float]:
+    """Return bytes of the weight files that are read in a second, and widened when they are."""
     place = stored_at(settings.model, settings.revision)
     if place is not None and place.is_file():
-        return _unpacking_rate(place)
-    files = [] if place is None else sorted(place.glob("*.safetensors"))
+        return _unpacking_rate(place), math.inf
     kind = torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    read, begin = 0, time.perf_counter()
-    for file in files:
+    bytes_, read, widened = 0, 0.0, 0.0
+    for file in [] if place is None else sorted(place.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             names = list(tensors.keys())
             for name in names[:: max(1, len(names) // 16)]:
-                if read < SAMPLE:
-                    tensor = tensors.get_slice(name)
-                    rows = tensor.get_shape()[0]
-                    part = tensor[: max(1, min(rows, SAMPLE // 64))]
-                    part.to(kind, copy=True)
-                    read += part.nbytes
-    return read / (time.perf_counter() - begin) if read else math.inf
+                if bytes_ >= SAMPLE:
+                    break
+                begin = time.perf_counter()
+                tensor = tensors.get_tensor(name).clone()
+                middle = time.perf_counter()
+                tensor.to(kind, copy=True)
+                read, widened = read + middle - begin, widened + time.perf_counter() - middle
+                bytes_ += tensor.nbytes
+    return (bytes_ / read, bytes_ / widened) if bytes_ else (math.inf, math.inf)
 
 
 def _unpacking_rate(file: Path) -> float:

@@ -115,7 +115,11 @@ class PruneRun:
         with joined(self.device) as self.processes:
             # From here on, the folders that were looked at may change.
             self.processes.barrier()
-            done = self.carry_out() if self.processes.is_first else self._assist()
+            done = None
+            if self.processes.is_first:
+                done = self.carry_out()
+            else:
+                self._assist()
             self.processes.barrier()
         return done
 
