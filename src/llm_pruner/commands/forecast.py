@@ -8,10 +8,9 @@ small that nothing but the blocks costs, the model of L blocks takes
     seconds = n / s * (t(1) + (L - 1) * (t(b, v) - t(1, v)) / (b - 1))
 
 with n samples of text in place of s. Discovery and the check against the twin read no text: n = s.
-A refit takes r(2) on two samples, most of it to solve, and (r(2 + s) - r(2)) / s for each further
-one. Files are read, widened and written at the rates of this very weight file and disk. Of a
-streamed model, each pass reads the bytes of all blocks, and widens them unless it multiplies in
-their own type.
+A refit is carried out on one block with all of the text, and takes L times as long. Files are read,
+widened and written at the rates of this very weight file and disk. Of a streamed model, each pass
+reads the bytes of all blocks, and widens them unless it multiplies in their own type.
 
     bytes = process + weights + copies + rise
 
@@ -50,10 +49,10 @@ from llm_pruner.commands.prune import RELOAD_LIMIT, PruneRun, keep_type_
 from llm_pruner.compensation import refit_
 from llm_pruner.compensation.least_squares import RIDGES
 from llm_pruner.data.calibration import read_calibration
-from llm_pruner.data.selfmade import LARGE, PIECE, TEXTS, draw_tokens, words_of
+from llm_pruner.data.selfmade import LARGE, PIECE, TEXTS, WRITERS, draw_tokens, words_of
 from llm_pruner.data.selfmade import TOKENS as WRITTEN
 from llm_pruner.data.sequences import added_tokens
-from llm_pruner.data.text import SELF, shares_of
+from llm_pruner.data.text import shares_of
 from llm_pruner.discovery.groups import discover
 from llm_pruner.discovery.tracing.scenes import long_length
 from llm_pruner.errors import UserError
@@ -70,7 +69,7 @@ from llm_pruner.runtime.memory import give_back
 from llm_pruner.runtime.precision import fast_matmul, mixed_precision, multiplies_bfloat16
 from llm_pruner.runtime.progress import Clock
 from llm_pruner.search.divergence import DivergenceMeter
-from llm_pruner.search.structure_split import REFIT_TOKENS, hold_out
+from llm_pruner.search.structure_split import REFIT_RIDGE, REFIT_TOKENS, hold_out
 from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.surgery.cut import cut_copy
 from llm_pruner.surgery.removal import count_parameters
@@ -192,7 +191,7 @@ class _Forecaster:
         """Read the text if it is in a file; how many samples there are."""
         settings, run = self.settings, self.run
         self.samples, self.length = settings.samples, settings.seq_len
-        self.writes = SELF in shares_of(settings.calibration)
+        self.writes = not WRITERS.keys().isdisjoint(shares_of(settings.calibration))
         self.reads = run.reads_text or run.repairs
         if self.reads and not self.writes:
             clock = Clock()
@@ -240,8 +239,10 @@ class _Forecaster:
         for job, taken in deep.items():
             more = max(0.0, taken.seconds - first[job].seconds) / max(1, deeper - 1)
             each = min(more, taken.seconds / deeper)  # what is more is no block's but chance
-            one = whole.get(job, first[job])
+            one = whole[job]
             self.jobs[job] = Taken(one.seconds + each * (count - 1), one.bytes)
+        for job in first.keys() - deep.keys():
+            self.jobs[job] = Taken(first[job].seconds * count, first[job].bytes)
         give_back()
         self.process = psutil.Process().memory_info().rss
 
@@ -256,25 +257,18 @@ class _Forecaster:
         model = self._stand_in(blocks, vocabulary, "cpu")
         _fill_(model)
         rows = embedding_rows(model)
-        ids = torch.arange((self.batch + 2) * self.length).mul(7).remainder(rows)
-        ids = ids.view(-1, self.length)
+        ids = _tokens(self.batch, self.length, rows)
         if self.reads and self.writes:
             found["token"] = self._token(model, rows)
-        scores, removal = self._plan(model, discovery, ids, found)
-        del scores
+        removal = self._plan(model, discovery, ids, found)
         if run.splits:
             with mixed_precision():
                 meter_of = partial(DivergenceMeter, model, ids[:1])
                 found["dense logits"], meter = _taken(meter_of)
                 job = partial(meter.of, cut_copy(model, discovery, removal))
                 found["trial"], _ = _taken(job)
-        if run.refits and vocabulary is not None:  # no refit comes to the head
-            pruned = cut_copy(model, discovery, removal)
-            with mixed_precision():
-                job = partial(refit_, pruned, model, discovery, removal)
-                found["solve"], _ = _taken(partial(job, ids[:2]))
-                found["fit"], _ = _taken(partial(job, ids))
-            del pruned
+        if run.refits and blocks == 1 and vocabulary is not None:  # no refit comes to the head
+            self._refits(model, discovery, removal, found)
         if settings.dry_run:
             return found
         found["verify"], _ = _taken(partial(cut_verified_, model, discovery, removal))
@@ -282,10 +276,27 @@ class _Forecaster:
         found["reload"], _ = _taken(partial(require_same, model, sharing_copy(model), discovery))
         return found
 
+    def _refits(
+        self, model: nn.Module, discovery: Discovery, removal: Removal, found: dict[str, Taken]
+    ) -> None:
+        """Refit a block on as much text as there will be, and as much as trials have."""
+        text = torch.empty(self.samples, self.length, device="meta")
+        fitted = len(text if self.samples <= 2 else hold_out(text)[1])
+        tried = min(self.scored, max(2, REFIT_TOKENS // self.length))
+        jobs = {"refit": (fitted, RIDGES), "trial refit": (tried, (REFIT_RIDGE,))}
+        for name, (samples, ridges) in jobs.items():
+            if name != "refit" and not self.run.splits:
+                continue
+            pruned = cut_copy(model, discovery, removal)
+            ids = _tokens(max(2, samples), self.length, embedding_rows(model))
+            with mixed_precision():
+                job = partial(refit_, pruned, model, discovery, removal, ids, ridges)
+                found[name], _ = _taken(job)
+
     def _plan(
         self, model: nn.Module, discovery: Discovery, ids: torch.Tensor, found: dict[str, Taken]
-    ) -> tuple[Any, Removal]:
-        """Return importance on one batch of text, and a removal of the share that is to go."""
+    ) -> Removal:
+        """Return a removal of the share that is to go, by importance on one batch of text."""
         criterion = self.run.criterion if self.run.plan is None else Criterion("random")
         selection = planning.Selection(structures=self.run.selection.structures)
         numbering = planning.Numbering.dense(discovery)
@@ -296,7 +307,7 @@ class _Forecaster:
         dense = model_size(model)
         goal = dense.total - int(self.removed * (dense.blocks or 0))
         target = planning.Target(params=goal, loose=True)
-        return scores, planning.allocate(discovery, scores, selection, target, numbering)
+        return planning.allocate(discovery, scores, selection, target, numbering)
 
     def _stand_in(self, blocks: int, vocabulary: int | None, device: str) -> Any:
         """Return a model of the first blocks, without values on ``meta``."""
@@ -328,7 +339,7 @@ class _Forecaster:
         if self._writes_bfloat16():
             model = copy.deepcopy(model).to(torch.bfloat16)
         half = max(1, min(self.length, PIECE) // 2)
-        ids = torch.arange(self.texts * half).remainder(rows).view(self.texts, half)
+        ids = _tokens(self.texts, half, rows)
         uniform = torch.full((self.texts,), 0.5, dtype=torch.float64)
         decoder = Decoder(model)
         decoder.step(ids)
@@ -406,9 +417,8 @@ class _Forecaster:
         more = cut + 2 * block + rise("verify")
         book("verify", of("verify", settings.steps), more, wide=2 * settings.steps)
         if run.refits:
-            fitted = self.samples - len(hold_out(torch.empty(self.samples, self.length))[0])
-            seconds = settings.steps * self._refit(fitted)
-            book("least squares", seconds, cut + 2 * block + rise("fit"), narrow=9)
+            more = cut + 2 * block + rise("refit")
+            book("least squares", of("refit", settings.steps), more, narrow=9 * settings.steps)
         if run.repairs and not self.streamed:
             book("repair", 60 * settings.repair_minutes, TRAINED_BYTES * kept_blocks)
         stored = self.loaded.stored_dtype.itemsize if settings.dtype == "auto" else width
@@ -423,11 +433,6 @@ class _Forecaster:
             left = again if self.streamed else self.saved + again - weights
             book("reload", seconds, left + rise("reload"), narrow=4)
 
-    def _refit(self, samples: int, solves: float = 1.0) -> float:
-        """Return the seconds of a refit on so many samples."""
-        solve, fit = self.jobs["solve"].seconds, self.jobs["fit"].seconds
-        return solves * solve + max(0.0, fit - solve) / self.batch * max(0, samples - 2)
-
     def _book_trials(self, book: Any, of: Any, rise: Any, cut: int) -> None:
         """Book the trials: each structure alone, two shares of each other one, two refitted.
 
@@ -440,11 +445,14 @@ class _Forecaster:
         seconds += of("trial", self.held_out * (trials + refitted))
         passes = 1 + trials + 5 * refitted
         if refitted:
-            samples = min(self.scored, max(2, REFIT_TOKENS // self.length))
-            # With one ridge in place of all.
-            seconds += refitted * self._refit(samples, solves=2 / (len(RIDGES) + 1))
+            seconds += of("trial refit", refitted)
         logits = 2 * self.held_out * self.length * embedding_rows(self.model)
-        book("trials", seconds, cut + logits + rise("trial"), narrow=passes)
+        more = cut + logits + rise("trial", *(["trial refit"] if refitted else []))
+        book("trials", seconds, more, narrow=passes)
+
+
+def _tokens(samples: int, length: int, rows: int) -> torch.Tensor:
+    return torch.arange(samples * length).mul(7).remainder(rows).view(samples, length)
 
 
 def _taken(job: Callable[[], T]) -> tuple[Taken, T]:
