@@ -349,7 +349,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(work: Path, made: Path) -> N
         (
             {"ACCELERATE_USE_DEEPSPEED": "true"},
             [],
-            "recover trains several processes with DDP or FSDP2, and DeepSpeed was asked for; ",
+            "several processes work with DDP or FSDP2, and DeepSpeed was asked for; ",
         ),
     ],
 )

@@ -33,7 +33,9 @@ def run(settings: PruneSettings, json: str | None) -> None:
     settings.check()
     if settings.estimate:
         from llm_pruner.commands.forecast import forecast
+        from llm_pruner.runtime.processes import only_one
 
+        only_one("prune --estimate")
         expected = forecast(settings)
         write_json(expected, json)
         if json != "-":

@@ -38,7 +38,7 @@ from llm_pruner.report.records import Pruned, Training
 from llm_pruner.report.write import page_in, write_report, write_request
 from llm_pruner.runtime.memory import give_back
 from llm_pruner.runtime.precision import fast_matmul, mixed_precision
-from llm_pruner.runtime.processes import ALONE, Processes, joined, own_device
+from llm_pruner.runtime.processes import ALONE, Processes, is_sharded, joined, own_device
 from llm_pruner.runtime.progress import Clock, quiet
 from llm_pruner.search.cache_cost import cache_cost
 from llm_pruner.search.divergence import divergences
@@ -109,6 +109,11 @@ class PruneRun:
         Raises:
             UserError: as ``carry_out``, or the processes cannot meet.
         """
+        if is_sharded():
+            raise UserError(
+                "prune has the whole model in each process, and FSDP was asked for; start it with "
+                "torchrun, or with accelerate launch without --use_fsdp"
+            )
         self.device = own_device(self.settings.device)
         self.check()
         self.check_files()

@@ -211,7 +211,7 @@ def joined(device: str) -> Iterator[Processes]:
     for variable, kind in _REFUSED.items():
         if _asked(variable):
             raise UserError(
-                f"recover trains several processes with DDP or FSDP2, and {kind} was asked for; "
+                f"several processes work with DDP or FSDP2, and {kind} was asked for; "
                 "choose one of these in accelerate config, or start with torchrun"
             )
     sharded = is_sharded()
