@@ -71,7 +71,7 @@ from llm_pruner.runtime.progress import Clock
 from llm_pruner.search.divergence import DivergenceMeter
 from llm_pruner.search.structure_split import REFIT_RIDGE, REFIT_TOKENS, hold_out
 from llm_pruner.settings.prune import PruneSettings
-from llm_pruner.surgery.cut import cut_copy
+from llm_pruner.surgery.cut import cut_, cut_copy
 from llm_pruner.surgery.removal import count_parameters
 from llm_pruner.surgery.verify import cut_verified_, require_same
 from llm_pruner.types import Discovery, Removal
@@ -170,7 +170,7 @@ class _Forecaster:
         self.width = next(self.model.parameters()).element_size()
         self.room = settings.room
         self.streamed = stored is not None and stored[0] is not None and self.bytes > self.room
-        self.removed = self._removed()
+        self.removed, self.rounds = self._removed(), settings.steps
         self._read_text()
 
     def _removed(self) -> float:
@@ -271,7 +271,8 @@ class _Forecaster:
             self._refits(model, discovery, removal, found)
         if settings.dry_run:
             return found
-        found["verify"], _ = _taken(partial(cut_verified_, model, discovery, removal))
+        cut: Any = cut_verified_ if settings.verify else cut_
+        found["verify"], _ = _taken(partial(cut, model, discovery, removal))
         keep_type_(model, self.loaded.stored_dtype)
         found["reload"], _ = _taken(partial(require_same, model, sharing_copy(model), discovery))
         return found
@@ -360,95 +361,118 @@ class _Forecaster:
 
     def _put_together(self) -> None:
         """Book every stage."""
-        run, settings = self.run, self.settings
-        share = self.blocks / self.total
-        width = self.bytes // self.total
+        run = self.run
+        self.width = self.bytes // self.total
         kept_blocks = int((1 - self.removed) * self.blocks)
-        kept = self.total - self.blocks + kept_blocks
-        weights = self.bytes
-        cut = kept_blocks * width
+        self.kept = self.total - self.blocks + kept_blocks
+        # Of the weights in memory: the cut makes more of them; a streamed model has its blocks beside.
+        self.weights, self.cut, self.block = self.bytes, kept_blocks * self.width, 0
+        self.in_blocks = 0.0
         if self.streamed:
-            weights, cut = self.bytes - self.blocks * width, 0
-        block = self.blocks * width // self._count() if self.streamed else 0
-        held = self.process + weights
-        in_files = self.file_bytes * share if self.streamed else 0.0
-        as_stored = multiplies_bfloat16() and self.loaded.stored_dtype == torch.bfloat16
-
-        def book(stage: str, seconds: float, more: int, wide: int = 0, narrow: int = 0) -> None:
-            """Passes over the blocks of a streamed model are in float32 or as in training."""
-            seconds += (wide + narrow) * in_files / self.read
-            seconds += (wide if as_stored else wide + narrow) * in_files / self.widen
-            self.stages[stage] = Taken(seconds, held + more)
-
-        def of(job: str, times: float = 1.0) -> float:
-            return times * self.jobs[job].seconds
-
-        def rise(*jobs: str) -> int:
-            return max(self.jobs[job].bytes for job in jobs)
-
+            self.weights, self.cut = self.bytes - self.blocks * self.width, 0
+            self.block = self.blocks * self.width // self._count()
+            self.in_blocks = self.file_bytes * self.blocks / self.total
+        read = self.file_bytes - self.in_blocks
+        if run.weightless:
+            self.weights, read = 0, 0.0
+        mapped = 0 if self.streamed or run.weightless else self.file_bytes
         fixed = self.stages["load"].seconds
         self.stages["start"] = replace(self.stages["start"], bytes=self.process)
-        mapped = 0 if self.streamed else self.file_bytes
-        unread = share if self.streamed else 0.0
-        if run.weightless:
-            held, mapped, unread = self.process, 0, 1.0
-        loaded = (1 - unread) * self.file_bytes
-        book("load", fixed + loaded / self.read + loaded / self.widen, mapped)
-        book("discover", of("discover", settings.steps), rise("discover"))
+        self._book("load", fixed + read / self.read + read / self.widen, mapped)
+        self._book("discover", self._of("discover", self.rounds), self._rise("discover"))
         self.saved = 0
-        if run.weightless:
-            return
+        if not run.weightless:
+            self._book_text()
+            self._book_choice()
+            if not self.settings.dry_run:
+                self._book_cut()
+                self._book_save()
+
+    def _book(self, stage: str, seconds: float, more: int, wide: int = 0, narrow: int = 0) -> None:
+        """Book a stage and its passes over a streamed model's blocks.
+
+        Args:
+            more: bytes beside the weights.
+            wide: passes in float32.
+            narrow: passes that multiply as in training.
+        """
+        as_stored = multiplies_bfloat16() and self.loaded.stored_dtype == torch.bfloat16
+        seconds += (wide + narrow) * self.in_blocks / self.read
+        seconds += (wide if as_stored else wide + narrow) * self.in_blocks / self.widen
+        self.stages[stage] = Taken(seconds, self.process + self.weights + more)
+
+    def _of(self, job: str, times: float = 1.0) -> float:
+        return times * self.jobs[job].seconds
+
+    def _rise(self, *jobs: str) -> int:
+        return max(self.jobs[job].bytes for job in jobs)
+
+    def _book_text(self) -> None:
         if self.reads and self.writes:
             copied = self.total * 2 if self._writes_bfloat16() else 0
-            pieces = math.ceil(self.samples * math.ceil(self.length / PIECE) / self.texts)
-            tokens = pieces * (min(self.length, PIECE) - 1)
-            seconds = of("token", tokens) + _words_seconds(self.loaded.tokenizer, self.model)
-            book("calibration text", seconds, copied + block + rise("token"), wide=tokens)
+            piece = min(self.length, PIECE)
+            texts = self.samples * math.ceil(self.length / PIECE)
+            tokens = math.ceil(texts / self.texts) * (piece - 1)
+            seconds = self._of("token", tokens)
+            seconds += _words_seconds(self.loaded.tokenizer, self.model)
+            more = copied + self.block + self._rise("token")
+            self._book("calibration text", seconds, more, wide=tokens)
         elif self.reads:
-            book("calibration text", self.stages.pop("calibration text").seconds, 0)
-        if run.plan is None:
-            times = settings.steps * self.scored / self.batch
-            passes = 4 * settings.steps
-            book("estimate", of("estimate", times), block + rise("estimate"), narrow=passes)
-        if run.splits:
-            self._book_trials(book, of, rise, cut)
-        if settings.dry_run:
-            return
-        more = cut + 2 * block + rise("verify")
-        book("verify", of("verify", settings.steps), more, wide=2 * settings.steps)
-        if run.refits:
-            more = cut + 2 * block + rise("refit")
-            book("least squares", of("refit", settings.steps), more, narrow=9 * settings.steps)
-        if run.repairs and not self.streamed:
-            book("repair", 60 * settings.repair_minutes, TRAINED_BYTES * kept_blocks)
-        stored = self.loaded.stored_dtype.itemsize if settings.dtype == "auto" else width
-        self.saved = kept * stored
-        beside = min(self.saved, bytes_of(settings.max_shard_size), bytes_of(SHARD))
-        left = beside if self.streamed else kept * width - weights
-        book("save", self.saved / self.write, left, wide=1)
-        if settings.verify and self.total <= RELOAD_LIMIT:
-            # What was just written is in memory: reading it takes no longer than writing did.
-            seconds = of("reload") + self.saved / self.write
-            again = self.saved if self.saved <= self.room else 0
-            left = again if self.streamed else self.saved + again - weights
-            book("reload", seconds, left + rise("reload"), narrow=4)
+            self._book("calibration text", self.stages.pop("calibration text").seconds, 0)
 
-    def _book_trials(self, book: Any, of: Any, rise: Any, cut: int) -> None:
-        """Book the trials: each structure alone, two shares of each other one, two refitted.
+    def _book_choice(self) -> None:
+        """Book estimate and trials: each structure alone, two shares of each other, two refitted.
 
-        How many there are depends on what they find: up to four shares of each other structure.
+        How many trials there are depends on what they find: up to four shares of each other one.
         """
+        run, rounds = self.run, self.rounds
+        if run.plan is None:
+            times = rounds * (self.scored / self.batch if run.criterion.reads_text else 1)
+            more = self.block + self._rise("estimate")
+            self._book("estimate", self._of("estimate", times), more, narrow=4 * rounds)
+        if not run.splits:
+            return
         structures = len(self.settings.structures)
         trials = structures + 2 * (structures - 1)
-        refitted = 2 if self.run.refits and structures > 1 else 0
-        seconds = of("dense logits", self.held_out)
-        seconds += of("trial", self.held_out * (trials + refitted))
-        passes = 1 + trials + 5 * refitted
+        refitted = 2 if run.refits and structures > 1 else 0
+        seconds = self._of("dense logits", self.held_out)
+        seconds += self._of("trial", self.held_out * (trials + refitted))
+        jobs = ["trial"]
         if refitted:
-            seconds += of("trial refit", refitted)
+            seconds += self._of("trial refit", refitted)
+            jobs.append("trial refit")
         logits = 2 * self.held_out * self.length * embedding_rows(self.model)
-        more = cut + logits + rise("trial", *(["trial refit"] if refitted else []))
-        book("trials", seconds, more, narrow=passes)
+        more = self.cut + logits + self._rise(*jobs)
+        self._book("trials", seconds, more, narrow=1 + trials + 5 * refitted)
+
+    def _book_cut(self) -> None:
+        """Book the cut, its check, the refit and the repair."""
+        settings, rounds, around = self.settings, self.rounds, self.cut + 2 * self.block
+        stage = "verify" if settings.verify else "cut"
+        more, passes = around + self._rise("verify"), 2 * rounds * settings.verify
+        self._book(stage, self._of("verify", rounds), more, wide=passes)
+        if self.run.refits:
+            more = around + self._rise("refit")
+            self._book("least squares", self._of("refit", rounds), more, narrow=9 * rounds)
+        if self.run.repairs and not self.streamed:
+            trained = TRAINED_BYTES * self.kept
+            fits = trained < psutil.virtual_memory().available - self.weights
+            more = self.cut + (trained if fits else 0)
+            self._book("repair", 60 * settings.repair_minutes, more)
+
+    def _book_save(self) -> None:
+        settings = self.settings
+        stored = self.loaded.stored_dtype.itemsize if settings.dtype == "auto" else self.width
+        self.saved = self.kept * stored
+        shard = min(self.saved, bytes_of(settings.max_shard_size), bytes_of(SHARD))
+        more = shard if self.streamed else self.kept * self.width - self.weights
+        self._book("save", self.saved / self.write, more, wide=1)
+        if settings.verify and self.total <= RELOAD_LIMIT:
+            # What was just written is in memory: reading it takes no longer than writing did.
+            seconds = self._of("reload") + self.saved / self.write
+            again = self.saved if self.saved <= self.room else 0
+            more = again if self.streamed else self.saved + again - self.weights
+            self._book("reload", seconds, more + self._rise("reload"), narrow=4)
 
 
 def _tokens(samples: int, length: int, rows: int) -> torch.Tensor:
