@@ -82,7 +82,7 @@ VOCABULARY = 512
 """Of the stand-ins that tell what blocks cost."""
 
 PARAMETERS = 30_000_000
-"""In the blocks of the deeper stand-in, about; it has at least two blocks and at most four."""
+"""In the blocks of the deeper stand-in, about; it has three or four blocks."""
 
 SAMPLE = 2**27
 """Bytes that are read, and written, to know how fast that is."""
@@ -232,7 +232,7 @@ class _Forecaster:
     def _measure(self) -> None:
         """Find what each job takes on all blocks, and what the process holds when that is done."""
         count = self._count()
-        deeper = min(count, max(2, min(4, PARAMETERS * count // max(1, self.blocks))))
+        deeper = min(count, max(3, min(4, PARAMETERS * count // max(1, self.blocks))))
         first, deep = (self._jobs_on(blocks, VOCABULARY) for blocks in (1, deeper))
         whole = self._jobs_on(1, None)
         self.jobs: dict[str, Taken] = {}
@@ -365,7 +365,7 @@ class _Forecaster:
         self.width = self.bytes // self.total
         kept_blocks = int((1 - self.removed) * self.blocks)
         self.kept = self.total - self.blocks + kept_blocks
-        # Of the weights in memory: the cut makes more of them; a streamed model has its blocks beside.
+        # The cut makes more of weights in memory; a streamed model has blocks beside them.
         self.weights, self.cut, self.block = self.bytes, kept_blocks * self.width, 0
         self.in_blocks = 0.0
         if self.streamed:
