@@ -81,8 +81,8 @@ T = TypeVar("T")
 VOCABULARY = 512
 """Of the stand-ins that tell what blocks cost."""
 
-PARAMETERS = 30_000_000
-"""In the blocks of the deeper stand-in, about; it has three or four blocks."""
+BLOCKS = 3
+"""Of the deeper stand-in."""
 
 SAMPLE = 2**27
 """Bytes that are read, and written, to know how fast that is."""
@@ -232,7 +232,7 @@ class _Forecaster:
     def _measure(self) -> None:
         """Find what each job takes on all blocks, and what the process holds when that is done."""
         count = self._count()
-        deeper = min(count, max(3, min(4, PARAMETERS * count // max(1, self.blocks))))
+        deeper = min(count, BLOCKS)
         first, deep = (self._jobs_on(blocks, VOCABULARY) for blocks in (1, deeper))
         whole = self._jobs_on(1, None)
         self.jobs: dict[str, Taken] = {}
