@@ -72,11 +72,10 @@ def test_refuses_what_the_run_refuses(made: Path) -> None:
     assert "does not exist" in said(made, *TEXT, model="absent", code=2)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
-def test_knows_no_architecture(made: Path, family: str) -> None:
-    tiny_model(family).save_pretrained(made / family)
-    tiny_tokenizer().save_pretrained(made / family)
-    expected = said(made, "--preset", "fast", "--split", "equal", *TEXT, model=family)
+def test_knows_no_architecture(made: Path) -> None:
+    tiny_model("mixtral").save_pretrained(made / "mixtral")
+    tiny_tokenizer().save_pretrained(made / "mixtral")
+    expected = said(made, "--preset", "fast", "--split", "equal", *TEXT, model="mixtral")
     assert expected["stages"]["verify"]["seconds"] > 0
 
 
