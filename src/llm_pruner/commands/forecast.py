@@ -69,7 +69,7 @@ from llm_pruner.runtime.memory import give_back
 from llm_pruner.runtime.precision import fast_matmul, mixed_precision, multiplies_bfloat16
 from llm_pruner.runtime.progress import Clock
 from llm_pruner.search.divergence import DivergenceMeter
-from llm_pruner.search.structure_split import REFIT_RIDGE, REFIT_TOKENS, hold_out
+from llm_pruner.search.structure_split import REFIT_RIDGE, hold_out, refit_samples
 from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.surgery.cut import cut_, cut_copy
 from llm_pruner.surgery.removal import count_parameters
@@ -283,7 +283,7 @@ class _Forecaster:
         """Refit a block on as much text as there will be, and as much as trials have."""
         text = torch.empty(self.samples, self.length, device="meta")
         fitted = len(text if self.samples <= 2 else hold_out(text)[1])
-        tried = min(self.scored, max(2, REFIT_TOKENS // self.length))
+        tried = min(self.scored, refit_samples(self.total, self.length))
         jobs = {"refit": (fitted, RIDGES), "trial refit": (tried, (REFIT_RIDGE,))}
         for name, (samples, ridges) in jobs.items():
             if name != "refit" and not self.run.splits:

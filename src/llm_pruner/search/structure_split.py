@@ -143,11 +143,16 @@ def _refitted_divergence(
     network = cut_copy(model, discovery, removal)
     give_back()
     size = sum(one.numel() for one in model.parameters())
-    count = min(REFIT_TOKENS, max(FEWEST, REFIT_WORK // size))
-    some = tokens[: max(2, count // tokens.shape[1])]
+    some = tokens[: refit_samples(size, tokens.shape[1])]
     refit_(network, model, discovery, removal, some, (REFIT_RIDGE,))
     give_back()
     return meter.of(network)
+
+
+def refit_samples(parameters: int, seq_len: int) -> int:
+    """Return how many samples a trial of a model of this size is refitted on, at most."""
+    tokens = min(REFIT_TOKENS, max(FEWEST, REFIT_WORK // parameters))
+    return max(2, tokens // seq_len)
 
 
 def hold_out(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
