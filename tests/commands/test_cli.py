@@ -25,6 +25,7 @@ pytestmark = pytest.mark.slow
 COMMANDS = (
     *("compress", "inspect", "prune", "curve", "recover", "evaluate", "compare", "bench", "tasks"),
     "demo",
+    "chat",
 )
 
 

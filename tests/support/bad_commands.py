@@ -19,6 +19,7 @@ BASES = {
     "compress": "compress m --out o --calibration t.txt --data t.txt",
     "evaluate": "evaluate m --perplexity t.txt",
     "bench": "bench m",
+    "chat": "chat m",
     "export": "export m --out o.gguf",
     "vocab": "vocab m --text t.txt --out o",
     "inspect": "inspect m",
@@ -27,7 +28,7 @@ BASES = {
 """The good commands that the options are added to; ``m`` is a checkpoint, ``t.txt`` a text."""
 
 WRITERS, PRUNERS = ("prune", "curve", "recover", "compress"), ("prune", "recover")
-LOADERS = (*WRITERS, "evaluate", "bench", "inspect")
+LOADERS = (*WRITERS, "evaluate", "bench", "inspect", "chat")
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ TABLE: dict[str, list[Bad]] = {
             ("--teacher empty", "empty has no config.json, so it is no checkpoint; name a…"),
         ),
         *bad(
-            "bench",
+            ("bench", "chat"),
             (
                 "--against file",
                 "file is a file that is no .gguf; name a folder, a .gguf file or a hub id",
@@ -467,6 +468,22 @@ TABLE: dict[str, list[Bad]] = {
             ("--batch-size x", "--batch-size x is no list of numbers; use such as 1,8"),
             (f"--batch-size {10**12}", between("batch_size", 10**12, 1, 2**20)),
             (f"--repeats {10**12}", between("repeats", 10**12, 1, 2**20)),
+        ),
+        *bad(
+            "chat",
+            (
+                "--against m",
+                "--against m is the model itself; name another one, or leave it out",
+            ),
+            ("--new-tokens 0", between("--new-tokens", 0, 1, 2**20)),
+            *(
+                (
+                    f"--temperature {value}",
+                    f"--temperature {float(value)} is no temperature; use 0 or such as 0.7",
+                )
+                for value in ("-1", "nan", "inf")
+            ),
+            ("--seed -1", between("--seed", -1, 0, 2**32 - 1)),
         ),
         *bad("inspect", ("--layer -1", "--layer -1 is no layer; layers count from 0")),
     ],

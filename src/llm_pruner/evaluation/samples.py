@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Callable, Iterator, Sequence, Set
+from itertools import cycle
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
-from llm_pruner.errors import UserError
+from llm_pruner.errors import UserError, in_short
 from llm_pruner.models.forward import Decoder, evaluating
 
 
@@ -21,27 +24,50 @@ def sample_continuation(
             and return the answer; without a template the prompt is continued.
 
     Raises:
-        UserError: the prompt encodes to nothing, or the logits are not finite.
+        UserError: see ``write`` and ``encoded_chat``.
     """
-    asked = chat and bool(getattr(tokenizer, "chat_template", None))
+    asked = chat and has_template(tokenizer)
     given = encoded(tokenizer, prompt, chat=asked)
+    ends = end_ids(model, tokenizer)
+    with evaluating(model):
+        written = list(write(Decoder(model), given, max_new_tokens, ends))
+    return decoded(tokenizer, given, written, chat=asked)
+
+
+def write(
+    decoder: Decoder,
+    given: Sequence[int],
+    most: int,
+    ends: Set[int],
+    choose: Callable[[torch.Tensor], int] = lambda logits: int(logits.argmax()),
+) -> Iterator[int]:
+    """Yield what a model writes after the tokens given, up to a token that ends a text.
+
+    Args:
+        decoder: what it has read stands before.
+        most: tokens.
+        choose: gets float32 logits, shape (V,), and returns a token; by default the likeliest.
+
+    Raises:
+        UserError: nothing is given, or the logits are not finite.
+    """
     if not given:
         raise UserError("the prompt is empty and the tokenizer adds no start token; give a prompt")
-    device = next(model.parameters()).device
-    ends = end_ids(model, tokenizer)
-    decoder = Decoder(model)
-    written: list[int] = []
-    with evaluating(model):
-        for _ in range(max_new_tokens):
-            fresh = torch.tensor([written[-1:] or given], device=device)
-            logits = decoder.step(fresh)[0].float().cpu()
-            if not bool(logits.isfinite().all()):
-                raise UserError("the model's logits are not finite; load it in float32 or bfloat16")
-            token = int(logits.argmax())
-            if token in ends:
-                break
-            written.append(token)
-    if asked:
+    device = next(decoder.model.parameters()).device
+    for _ in range(most):
+        logits = decoder.step(torch.tensor([given], device=device))[0].float().cpu()
+        if not bool(logits.isfinite().all()):
+            raise UserError("the model's logits are not finite; load it in float32 or bfloat16")
+        token = choose(logits)
+        if token in ends:
+            return
+        yield token
+        given = [token]
+
+
+def decoded(tokenizer: Any, given: list[int], written: list[int], *, chat: bool) -> str:
+    """Return as text what was written after the tokens given, without control characters."""
+    if chat:
         return strip_control(tokenizer.decode(written, skip_special_tokens=True).lstrip())
     # Decoding the whole text and cutting the prompt off keeps the space between them.
     text = tokenizer.decode([*given, *written], skip_special_tokens=True)
@@ -49,14 +75,41 @@ def sample_continuation(
     return strip_control(text[len(start) :])
 
 
+def has_template(tokenizer: Any) -> bool:
+    """Whether a tokenizer knows how a chat is written."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
 def encoded(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
     """Return the tokens of a prompt; of a chat, as a user's message if there is a template."""
-    if not (chat and getattr(tokenizer, "chat_template", None)):
-        return list(tokenizer(prompt, verbose=False)["input_ids"])
-    messages = [{"role": "user", "content": prompt}]
-    asked: list[int] = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
+    if chat and has_template(tokenizer):
+        return encoded_chat(tokenizer, [prompt])
+    return list(tokenizer(prompt, verbose=False)["input_ids"])
+
+
+def encoded_chat(tokenizer: Any, said: Sequence[str]) -> list[int]:
+    """Return the tokens of a chat up to the beginning of the next answer.
+
+    Args:
+        said: by the user and the model in turns; the user is first and last.
+
+    Raises:
+        UserError: the tokenizer's template fails.
+    """
+    messages = [
+        {"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), said)
+    ]
+    try:
+        asked: list[int] = tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            return_dict=False,
+            tokenizer_kwargs={"verbose": False},
+        )
+    except TemplateError as error:
+        raise UserError(
+            f"the tokenizer's chat template fails ({in_short(error)}); correct it in the folder"
+        ) from error
     return asked
 
 

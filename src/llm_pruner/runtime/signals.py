@@ -35,6 +35,18 @@ def exit_code() -> int:
     return TERMINATED if _heard == signal.SIGTERM else INTERRUPTED
 
 
+def only_broken_off() -> bool:
+    """Whether what was heard is Ctrl-C, which is forgotten then: the process goes on.
+
+    False for SIGTERM, which ends it.
+    """
+    global _heard
+    if _heard == signal.SIGTERM:
+        return False
+    _heard = None
+    return True
+
+
 @contextmanager
 def ended_alike() -> Iterator[None]:
     """Have SIGTERM do what Ctrl-C does.
