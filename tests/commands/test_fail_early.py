@@ -15,6 +15,7 @@ from bad_commands import BASES, LONG, TABLE, Bad
 from command import contents, done, run, save_tiny, write_text
 from helpers import tiny_model
 from llm_pruner.checkpoints import save_checkpoint
+from llm_pruner.commands import publish
 from llm_pruner.commands.prune import PruneRun
 from llm_pruner.commands.recover import check_run, work_folder
 from llm_pruner.errors import UserError
@@ -57,6 +58,8 @@ def early(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sources, "_load_model", load)
     # Trackers may be installed where the tests run.
     monkeypatch.setattr(recovery_settings, "find_spec", lambda _: None)
+    # And a user may be logged in there.
+    monkeypatch.setattr(publish, "get_token", lambda: None)
     return place
 
 

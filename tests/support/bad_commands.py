@@ -146,6 +146,27 @@ TABLE: dict[str, list[Bad]] = {
             ("--max-shard-size infGB", f"--max-shard-size 'infGB' {SIZE}"),
             ("--max-shard-size 5", f"--max-shard-size '5' {SIZE}"),
         ),
+        *bad(
+            (*PRUNERS, "compress"),
+            ("--private", "--private is about --push-to-hub REPO; add that, or leave it out"),
+            (
+                "--push-to-hub 'my model'",
+                "--push-to-hub my model is no repository; write such as me/small",
+            ),
+            (
+                "--push-to-hub me/small",
+                "--push-to-hub me/small needs an account of the hub; run 'hf auth login', or set "
+                "HF_TOKEN",
+            ),
+        ),
+        *bad(
+            "prune",
+            (
+                "--push-to-hub me/small --dry-run",
+                "--push-to-hub me/small is about a model, and --dry-run writes a plan; leave one "
+                "out",
+            ),
+        ),
     ],
     "The model": [
         *bad(

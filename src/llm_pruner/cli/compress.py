@@ -18,6 +18,7 @@ from llm_pruner.cli.output import (
     command_line,
     tell_going_on,
     tell_stage,
+    upload,
     warn,
     write_json,
 )
@@ -116,6 +117,7 @@ def _compress(settings: CompressSettings, json: str | None, **more: Any) -> None
         show(done)
     for note in done.notes:
         warn(note)
+    upload(settings, json)
 
 
 def _show_dense(found: Measured) -> None:

@@ -20,6 +20,7 @@ from llm_pruner.errors import UserError
 from llm_pruner.files.outputs import Source, check_file, write_output
 from llm_pruner.report.text import clean, count, megabytes
 from llm_pruner.runtime.signals import INTERRUPTED, TERMINATED
+from llm_pruner.settings.common import OutputSettings
 
 _PATIENCE = 5.0
 """Seconds in which the first process says what went wrong, if it went wrong there, too."""
@@ -91,6 +92,15 @@ def write_json(record: Any, file: str | None) -> None:
         sys.stdout.write(text)
     else:
         write_output(Path(file), text)
+
+
+def upload(settings: OutputSettings, json: str | None) -> None:
+    """Upload the folder that was written, if that was asked for, and print where it is."""
+    from llm_pruner.commands.publish import push
+
+    address = push(settings)
+    if address is not None and json != "-":
+        Screen().print(f"uploaded to {clean(address)}", soft_wrap=True)
 
 
 def command_line() -> str:

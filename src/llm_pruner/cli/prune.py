@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from llm_pruner.cli.output import Screen, command_line, write_json
+from llm_pruner.cli.output import Screen, command_line, upload, write_json
 from llm_pruner.report.text import clean, megabytes
 from llm_pruner.runtime.memory import PRUNING, keep_kernels
 from llm_pruner.settings.prune import PruneSettings
@@ -51,6 +51,7 @@ def run(settings: PruneSettings, json: str | None) -> None:
     write_json(done, json)
     if json != "-":
         show(done)
+    upload(settings, json)
 
 
 def show_forecast(expected: Forecast) -> None:

@@ -6,7 +6,7 @@ import sys
 from math import exp, inf
 from typing import TYPE_CHECKING
 
-from llm_pruner.cli.output import Screen, command_line, speaks, warn, write_json
+from llm_pruner.cli.output import Screen, command_line, speaks, upload, warn, write_json
 from llm_pruner.errors import Interrupted
 from llm_pruner.files.disk import placed
 from llm_pruner.report.text import clean, count
@@ -49,6 +49,7 @@ def run(settings: RecoverSettings, json: str | None) -> None:
             f"{done.loss.after:.4f} after), so {done.path} holds the model as it came; use more "
             "data, another --learning-rate or more steps"
         )
+    upload(settings, json)
 
 
 class Narrator:

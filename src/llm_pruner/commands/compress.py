@@ -16,6 +16,7 @@ from llm_pruner.commands.abilities import check_tasks
 from llm_pruner.commands.evaluate import measure_apart, read_texts
 from llm_pruner.commands.prune import PruneRun
 from llm_pruner.commands.prune_start import check_space, criterion_of, selection_of, target_of
+from llm_pruner.commands.publish import check_push
 from llm_pruner.commands.recover import recover_checkpoint
 from llm_pruner.commands.workdir import Work, folder_beside, move_result, opened, read_values
 from llm_pruner.data.calibration import check_calibration
@@ -111,6 +112,7 @@ def compress(
     settings.check()
     out, restart = settings.out, settings.restart
     check_place(out, "--out")
+    check_push(settings)
     work = work_folder(out)
     tidy(work)
     if not work.is_dir():

@@ -15,6 +15,7 @@ from torch import nn
 from llm_pruner import planning
 from llm_pruner.checkpoints import SavedCheckpoint, save_checkpoint
 from llm_pruner.commands import prune_start as start
+from llm_pruner.commands.publish import check_push
 from llm_pruner.compensation import Refitted, refit_
 from llm_pruner.data.calibration import (
     Calibration,
@@ -189,6 +190,7 @@ class PruneRun:
         settings = self.settings
         start.check_out(settings.out, settings.overwrite, settings.dry_run, settings.reads)
         check_shard_size(settings.max_shard_size)
+        check_push(settings, dry_run=settings.dry_run)
         if self.target is not None and not settings.dry_run:
             start.check_space(settings.out, settings.loading(), self.target)
         if self.refits or self.repairs or (self.plan is None and self.reads_text):

@@ -15,6 +15,7 @@ from llm_pruner.commands import workdir
 from llm_pruner.commands.evaluate import measure_perplexities, read_texts
 from llm_pruner.commands.prune import keep_type_
 from llm_pruner.commands.prune_start import check_space
+from llm_pruner.commands.publish import check_push
 from llm_pruner.data.examples import Examples, load_examples
 from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.data.text import SELF, EvaluationText
@@ -375,6 +376,7 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
     trainer_arguments(settings)
     check_output(settings.out, settings.overwrite, settings.reads)
     check_shard_size(settings.max_shard_size)
+    check_push(settings)
     if settings.teacher_cache is not None:
         if settings.teacher is None:
             raise UserError(

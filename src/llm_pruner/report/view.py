@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -11,6 +13,9 @@ from llm_pruner.report.text import count, measured, megabytes, percent, points
 from llm_pruner.types import Layer
 
 _K = TypeVar("_K")
+
+_FOLDERS = re.compile(r"(^|[=,])(?:~|\.{1,2})?/(?:[^,]*/)?")
+"""What stands before a name in a path; several stand in a list with commas."""
 
 UNITS = {
     "heads": "heads",
@@ -286,6 +291,20 @@ def task_means(evaluations: Mapping[_K, Evaluation]) -> dict[_K, float]:
 def measurements(report: Report) -> Table | None:
     """Return sizes and speeds with their spread."""
     return compared(report, "measurements", lambda found: found.spread)
+
+
+def command(report: Report) -> str:
+    """Return the command that makes the model, with files and folders by their names alone.
+
+    A model card is published, and where something lies is nobody's business.
+    """
+    said = report.command or ""
+    try:
+        words = shlex.split(said)
+    except ValueError:  # no shell wrote it
+        words = said.split()
+    names = (_FOLDERS.sub(r"\1", word.rstrip("/")) for word in words)
+    return " ".join(name if name == "&&" else shlex.quote(name) for name in names)
 
 
 def samples(report: Report) -> list[tuple[str, list[tuple[Variant, str]]]]:

@@ -73,9 +73,10 @@ def write_request(folder: Path, settings: Settings) -> None:
     """Write beside the weights what was asked for, as a file that ``--config`` reads.
 
     The home folder is written as ``~``: checkpoints are published, and the name of a user's account
-    is nobody's business.
+    is nobody's business. An upload is no part of it: nothing is sent that was not asked for anew.
     """
-    said = yaml.safe_dump(settings.written(), sort_keys=False, allow_unicode=True)
+    kept = {name: of for name, of in settings.written().items() if name not in _UPLOAD}
+    said = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
     rewrite(folder, {REQUEST_FILE: said.replace(f"{Path.home()}/", "~/")})
 
 
@@ -101,6 +102,8 @@ def _variant_of(folder: Path, report: data.Report, model: str, parameters: int) 
 
 REQUEST_FILE = "request.yaml"
 """What a run was asked for."""
+
+_UPLOAD = ("push_to_hub", "private")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _DATASET = re.compile(r"[A-Za-z0-9][\w./-]*")

@@ -84,6 +84,10 @@ class OutputSettings(FolderSettings):
     """The folder of a model that is written."""
 
     max_shard_size: str = _output("5GB", "Largest weight file.", "SIZE")
+    push_to_hub: str | None = _output(
+        None, "Upload the folder, when it is complete, to this repository of the hub.", "REPO"
+    )
+    private: bool = _output(False, "Let nobody else see a repository that is made for it.")
 
 
 class WriterSettings(ModelSettings, OutputSettings):

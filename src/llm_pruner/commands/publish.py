@@ -1,0 +1,88 @@
+"""The upload of a finished folder to the Hugging Face hub, where the user asked for it."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from llm_pruner.errors import LLMPrunerError, UserError, in_short
+from llm_pruner.runtime.progress import quiet
+from llm_pruner.settings.common import OutputSettings
+from llm_pruner.version import __version__
+
+LOCAL = (".*", "adapter/*", "recovery.json", "report.html", "report.json", "request.yaml")
+"""What stays here: it names folders, texts and the machine, or belongs to another model."""
+
+REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.py")
+"""What an earlier upload may have left there, which would be loaded in place of the new weights."""
+
+
+def check_push(settings: OutputSettings, *, dry_run: bool = False) -> None:
+    """Raise UserError for an upload that cannot be; nothing is sent to find that out."""
+    repository = settings.push_to_hub
+    if repository is None:
+        if settings.private:
+            raise UserError("--private is about --push-to-hub REPO; add that, or leave it out")
+        return
+    asked = f"--push-to-hub {repository}"
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError(f"{asked} is no repository; write such as me/small") from error
+    if dry_run:
+        raise UserError(f"{asked} is about a model, and --dry-run writes a plan; leave one out")
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"{asked} needs a network, and HF_HUB_OFFLINE is set; unset it")
+    if get_token() is None:
+        raise UserError(
+            f"{asked} needs an account of the hub; run 'hf auth login', or set HF_TOKEN"
+        )
+
+
+def push(settings: OutputSettings) -> str | None:
+    """Upload the folder that was written; return its address, None where none was asked for.
+
+    All files go in one commit, but for those in ``LOCAL``.
+
+    Raises:
+        LLMPrunerError: the upload failed; the folder is as it was.
+    """
+    repository, out = settings.push_to_hub, settings.out
+    if repository is None:
+        return None
+    api = HfApi()
+    try:
+        with quiet("huggingface_hub", stderr=not sys.stderr.isatty()):
+            made = api.create_repo(repository, private=settings.private or None, exist_ok=True)
+            if settings.private and not api.repo_info(made.repo_id).private:
+                raise LLMPrunerError(
+                    f"{out} is complete, but {repository} is there already and everybody sees it, "
+                    "so nothing was uploaded; make it private on the hub, or take another name"
+                )
+            api.upload_folder(
+                repo_id=made.repo_id,
+                folder_path=out,
+                commit_message=f"Upload of llm-pruner {__version__}",
+                ignore_patterns=list(LOCAL),
+                delete_patterns=list(REPLACED),
+            )
+    except LLMPrunerError:
+        raise
+    except Exception as error:  # of the network, the hub or the disk
+        raise LLMPrunerError(
+            f"{out} is complete, but was not uploaded to {repository} ({in_short(error)}); "
+            f"to try again: {_by_hand(settings)}"
+        ) from error
+    return str(made)
+
+
+def _by_hand(settings: OutputSettings) -> str:
+    """Return the command that does the same."""
+    words = ["hf", "upload", str(settings.push_to_hub), str(settings.out), "."]
+    words += [word for one in LOCAL for word in ("--exclude", one)]
+    words += [word for one in REPLACED for word in ("--delete", one)]
+    return shlex.join(words + ["--private"] * settings.private)
