@@ -20,17 +20,14 @@ import llm_pruner.commands.compress as stages
 import llm_pruner.commands.prune
 import llm_pruner.commands.recover
 import llm_pruner.models.load
-from command import contents, done, measured_here, run, save_tiny, write_text
+from command import contents, done, figures, measured_here, run, save_tiny, write_text
 from llm_pruner.commands.compress import chunks_in_time, time_to_recover
 from llm_pruner.commands.workdir import opened
 from llm_pruner.errors import UserError
-from llm_pruner.evaluation.perplexity import PerplexityResult
-from llm_pruner.evaluation.speed import Speed
 from llm_pruner.files.outputs import MANIFEST, atomic_directory
 from llm_pruner.models.load import load_model
 from llm_pruner.recovery.trainer import RecoveryTrainer
 from llm_pruner.report.data import read_report
-from llm_pruner.report.records import Measured
 from llm_pruner.settings.words import parse_duration
 
 pytestmark = pytest.mark.slow
@@ -95,13 +92,6 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take figures of nothing for what is measured, where they do not matter."""
     monkeypatch.setattr(stages, "measure_apart", figures)
-
-
-def figures(*_: object, **__: object) -> Measured:
-    """Return what is said of a model that is not measured."""
-    text = PerplexityResult(2.0, 0.7, 9, "text", None, 3, 3, "standard", None)
-    speed = Speed(1.0, 1.0, 1.0, (1.0,), (1.0,), 1, 1, 1, 1)
-    return Measured("dense", 100, None, None, [text], None, speed, {})
 
 
 def command(made: Path, *more: object) -> tuple[object, ...]:

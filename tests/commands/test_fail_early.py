@@ -23,7 +23,7 @@ from llm_pruner.files import outputs
 from llm_pruner.files.outputs import check_place, check_shard_size
 from llm_pruner.models import load as sources
 from llm_pruner.models.stored import stored_size
-from llm_pruner.settings import recover as recovery_settings
+from llm_pruner.settings import limits
 from llm_pruner.settings.evaluate import BenchSettings, PerplexitySettings
 from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.settings.recover import RecoverSettings, TrainingSettings
@@ -57,7 +57,7 @@ def early(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(place)
     monkeypatch.setattr(sources, "_load_model", load)
     # Trackers may be installed where the tests run.
-    monkeypatch.setattr(recovery_settings, "find_spec", lambda _: None)
+    monkeypatch.setattr(limits, "find_spec", lambda _: None)
     # And a user may be logged in there.
     monkeypatch.setattr(publish, "get_token", lambda: None)
     return place

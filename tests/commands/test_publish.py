@@ -12,12 +12,9 @@ from unittest import mock
 import pytest
 import yaml
 
-from command import Result, done, run, save_tiny, write_text
+from command import Result, done, figures, run, save_tiny, write_text
 from llm_pruner.commands import publish
 from llm_pruner.commands.publish import LOCAL, REPLACED
-from llm_pruner.evaluation.perplexity import PerplexityResult
-from llm_pruner.evaluation.speed import Speed
-from llm_pruner.report.records import Measured
 
 pytestmark = pytest.mark.slow
 
@@ -60,13 +57,6 @@ class Hub:
         self.calls.append(("upload", how))
         if self.fails is not None:
             raise self.fails
-
-
-def _measured(*_: object) -> Measured:
-    """Measure nothing."""
-    text = PerplexityResult(2.0, 0.7, 9, "text", None, 3, 3, "standard", None)
-    speed = Speed(1.0, 1.0, 1.0, (1.0,), (1.0,), 1, 1, 1, 1)
-    return Measured("dense", 100, None, None, [text], None, speed, {})
 
 
 def _files(folder: Path) -> list[Path]:
@@ -136,7 +126,7 @@ def test_recover_and_compress(place: Path, hub: Hub) -> None:
     Path("l2.yaml").write_text("criterion: l2\nstructures: [ffn]\nprotect_first: 0\n")
     options = ("--preset", "l2.yaml", "--perplexity", place / "text.txt", "--no-recover")
     options = ("compress", place / "dense", "--out", "c", *options, *REPOSITORY)
-    with mock.patch("llm_pruner.commands.compress.measure_apart", _measured):
+    with mock.patch("llm_pruner.commands.compress.measure_apart", figures):
         result = run(*options, "--json", "-")
     assert result.code == 0, result.err
     assert hub.calls[-1][1]["folder_path"] == Path("c")

@@ -286,6 +286,15 @@ TABLE: dict[str, list[Bad]] = {
         ),
         *bad(
             "compress",
+            (
+                "--quantize int4",
+                "--quantize int4 is unknown; did you mean int8? use one of none, int8",
+            ),
+            (
+                "--quantize int8",
+                "--quantize int8 needs the package torchao, which is not installed; run 'pip "
+                "install torchao', or leave --quantize out",
+            ),
             ("--ratio 1", f"ratio=1.0 {SHARE}"),
             ("--params x", f"'x' {COUNT}"),
             (

@@ -13,6 +13,9 @@ from unittest import mock
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.cli import main
 from llm_pruner.commands.evaluate import measure
+from llm_pruner.evaluation.perplexity import PerplexityResult
+from llm_pruner.evaluation.speed import Speed
+from llm_pruner.report.records import Measured
 
 WORDS = "the old bridge over the river was built by people who lived near the water and sang "
 
@@ -65,6 +68,13 @@ def measured_here() -> Iterator[None]:
     """Measure models in this process wherever a process of its own is asked for."""
     with mock.patch("llm_pruner.commands.compress.measure_apart", measure):
         yield
+
+
+def figures(*_: object, **__: object) -> Measured:
+    """Return what is said of a model that is not measured."""
+    text = PerplexityResult(2.0, 0.7, 9, "text", None, 3, 3, "standard", None)
+    speed = Speed(1.0, 1.0, 1.0, (1.0,), (1.0,), 1, 1, 1, 1)
+    return Measured("dense", 100, None, None, [text], None, speed, {})
 
 
 def save_tiny(folder: Path, **config: object) -> Path:

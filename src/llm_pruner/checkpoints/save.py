@@ -108,12 +108,17 @@ def save_checkpoint(
             (folder / "plan.json").write_text(plan_json, encoding="utf-8", newline="\n")
         if beside is not None:
             beside(folder, kind, _needs(model, kind))
-        for file in folder.rglob("*"):
-            if file.is_file():  # safetensors makes its files private
-                file.chmod(0o666 & ~umask())
+        make_readable(folder)
         if check is not None:
             check(folder)
     return SavedCheckpoint(kind, Path(out), folder_bytes(out), _needs(model, kind))
+
+
+def make_readable(folder: Path) -> None:
+    """Give the files in a folder the usual rights; safetensors makes its own private."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~umask())
 
 
 def _needs(model: PreTrainedModel, kind: Kind) -> tuple[str, ...]:

@@ -160,8 +160,10 @@ _STAGES = {
     "dense": "measuring the dense model",
     "pruned": "the pruned one",
     "recovered": "the recovered one",
+    "quantized": "the quantized one",
     "prune": "pruning",
     "recover": "recovery",
+    "quantize": "quantizing",
     "text": "writing text",
 }
 

@@ -47,7 +47,7 @@ class Late:
 
     @cached_property
     def loaded(self) -> LoadedModel:
-        return load(self.settings)
+        return load(self.settings, packed=True)
 
     @cached_property
     def identity(self) -> result_cache.ModelIdentity | None:

@@ -159,8 +159,8 @@ def begun(settings: ChatSettings) -> list[Conversation]:
     if settings.against is not None:
         models.append(settings.loading(settings.against))
     for model in models:
-        check(model)
-    found = [load(model) for model in models]
+        check(model, packed=True)
+    found = [load(model, packed=True) for model in models]
     names = [one.name for one in found]
     if len(set(names)) < len(names):
         names = [model.model for model in models]

@@ -26,11 +26,12 @@ from llm_pruner.data.selfmade import CHUNK, write_text_cached
 from llm_pruner.data.text import DEMO_PROMPTS, SELF
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import result_cache
+from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.files.disk import tidy
 from llm_pruner.files.outputs import check_output, check_place
 from llm_pruner.models.forward import maximum_length
 from llm_pruner.models.load import check, load
-from llm_pruner.models.stored import check_file_states, file_states
+from llm_pruner.models.stored import check_file_states, file_states, stored_at
 from llm_pruner.recovery import Progress
 from llm_pruner.report.data import Report, Source, Variant, known_report
 from llm_pruner.report.facts import evaluation_of
@@ -116,7 +117,8 @@ def compress(
     work = work_folder(out)
     tidy(work)
     if not work.is_dir():
-        copies = 2 if settings.recover else 1  # the pruned model and the recovered one
+        # The pruned model, the recovered one and the quantized one.
+        copies = 1 + settings.recover + (settings.quantize != "none")
         check_space(out, settings.loading(), target_of(settings.pruning(out)), copies=copies)
     if not (work / f"{_RESULT}.json").is_file() or restart:
         check_settings(settings)
@@ -133,7 +135,7 @@ def compress(
             raise
         check_file_states(stored)
         tell("moving the result into place")
-        folder = run.path("pruned" if done.recovery is None else "recovered")
+        folder = run.path(last_stage(settings, done.recovery))
         move_result(folder, out, settings.overwrite, settings.reads)
         seconds, peak = run.seconds, max(run.peak_bytes, done.peak_bytes)
         run.remove()
@@ -156,7 +158,24 @@ def check_settings(settings: CompressSettings) -> None:
     read_texts(settings.perplexity, PerplexitySettings())
     if settings.tasks is not None:
         check_tasks(settings)
-    check(settings.loading())
+    config = check(settings.loading())
+    if settings.quantize != "none" and not _is_of_transformers(config):
+        raise UserError(
+            f"--quantize {settings.quantize} is for models whose code is in transformers, and "
+            f"{settings.model} has its own; leave --quantize out"
+        )
+
+
+def _is_of_transformers(config: Any) -> bool:
+    """Whether a config is of a class of transformers; None stands for a .gguf file, which is."""
+    return config is None or type(config).__module__.startswith("transformers.")
+
+
+def last_stage(settings: CompressSettings, recovery: Training | None) -> str:
+    """Return the name of the folder that becomes the result."""
+    if settings.quantize != "none":
+        return "quantized"
+    return "pruned" if recovery is None else "recovered"
 
 
 def about(settings: CompressSettings) -> dict[str, Any]:
@@ -207,6 +226,9 @@ class _Stages:
         if recovery is not None and recovery.gained:
             measured["recovered"] = self._weighed("recovered")
             self._note_higher_perplexity(measured)
+        if self.settings.quantize != "none":
+            self.quantize("pruned" if recovery is None else "recovered")
+            measured["quantized"] = self._weighed("quantized")
         return self.report(measured, recovery)
 
     def prune(self) -> None:
@@ -225,6 +247,9 @@ class _Stages:
         def make() -> Measured:
             self.tell(f"measuring the {variant} model")
             settings, folder = self.settings, self.run.path(variant)
+            # What packing costs is told apart from what pruning does by the distance of both.
+            compared = settings.quantize != "none" and variant != "dense"
+            against = self._dense() if compared else None
             asked = EvaluateSettings(
                 **settings.computing(None if variant == "dense" else folder).written(),
                 perplexity=settings.perplexity,
@@ -234,10 +259,17 @@ class _Stages:
                 prompt=DEMO_PROMPTS,
                 chat=False,
                 speed=True,
+                against=against,
             )
             return measure_apart(asked, WINDOW, first)
 
         return self.run.once(variant, Measured, make)
+
+    def _dense(self) -> str:
+        """Return the dense model by one name, without a revision."""
+        stored = stored_at(self.settings.model, self.settings.revision)
+        named = self.settings.revision is None or stored is None
+        return self.settings.model if named else str(stored)
 
     def _weighed(self, variant: Variant) -> Weighed:
         """Return the same with the bytes of the weight files."""
@@ -266,7 +298,7 @@ class _Stages:
                 data=self.settings.data,
                 samples=plan["samples"],
                 kept=self.text,
-                teacher=self.settings.model,
+                teacher=self._dense(),
                 resume=True,
             )
             recover_checkpoint(settings, command=self.command, say=self.say)
@@ -280,6 +312,21 @@ class _Stages:
             )
         return found
 
+    def quantize(self, stage: str) -> None:
+        """Write the folder ``quantized``: that of a stage with packed weights."""
+        source, out = self.run.path(stage), self.run.path("quantized")
+        if out.is_dir():
+            return
+        self.tell("quantizing")
+        from llm_pruner.checkpoints.packed import save_packed
+
+        model = save_packed(source, out, max_shard_size=self.settings.max_shard_size)
+        report = known_report(out)
+        if report is not None:
+            sizes = report.sizes | {"quantized": model_size(model)}
+            write_report(out, report.model_copy(update={"sizes": sizes}))
+        self.run.record_time("quantize")
+
     def _amount(self) -> dict[str, Any]:
         """Return how much is trained; where time decides it, the first decision holds."""
         samples, budget = self.settings.samples, self.settings.time_budget
@@ -291,7 +338,11 @@ class _Stages:
 
         def decide() -> dict[str, Any]:
             left = time_to_recover(
-                budget, self.run.spent, self.run.seconds, self._pruned_report().seconds
+                budget,
+                self.run.spent,
+                self.run.seconds,
+                self._pruned_report().seconds,
+                measured=1 + (self.settings.quantize != "none"),
             )
             if left < SHORTEST:
                 return {
@@ -337,7 +388,7 @@ class _Stages:
             notes=self.notes,
             peak_bytes=self.run.peak_bytes,
         )
-        folder = self.run.path("pruned" if recovery is None else "recovered")
+        folder = self.run.path(last_stage(self.settings, recovery))
         report = known_report(folder)
         if report is None:
             return result  # it could not be drawn before, which was said
@@ -389,15 +440,20 @@ class _Stages:
 
 
 def time_to_recover(
-    budget: float, spent: float, stages: Mapping[str, float], pruning: Mapping[str, float]
+    budget: float,
+    spent: float,
+    stages: Mapping[str, float],
+    pruning: Mapping[str, float],
+    measured: int = 1,
 ) -> float:
     """Return the seconds that writing text and training may take; negative if none are left.
 
-    What is kept back of the budget of the whole run: measuring the recovered model as long as the
-    pruned one took; loading it with its teacher and reading it again if there was no gain; saving.
+    What is kept back of the budget of the whole run: measuring the recovered model, or as many as
+    ``measured`` says, each as long as the pruned one took; loading it with its teacher and reading
+    it again if there was no gain; saving.
     """
     around = 3 * pruning.get("load", 0.0) + pruning.get("save", 0.0)
-    return budget - spent - 1.1 * stages.get("pruned", 0.0) - around - _STARTING
+    return budget - spent - 1.1 * measured * stages.get("pruned", 0.0) - around - _STARTING
 
 
 def chunks_in_time(

@@ -13,6 +13,7 @@ from weakref import WeakSet
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.cache_utils import DynamicLayer
 
 from llm_pruner.errors import DiscoveryError, UserError
@@ -216,7 +217,9 @@ def tensor_bytes(holder: Any) -> int:
         if item is None or isinstance(item, (str, bytes, int, float, type)) or id(item) in seen:
             continue
         seen.add(id(item))
-        if isinstance(item, torch.Tensor):
+        if is_traceable_wrapper_subclass(item):  # such as packed weights with their scales
+            pending.extend(getattr(item, name) for name in item.__tensor_flatten__()[0])
+        elif isinstance(item, torch.Tensor):
             total += item.numel() * item.element_size()
         elif isinstance(item, dict):
             pending.extend(item.values())

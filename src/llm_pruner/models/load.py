@@ -37,6 +37,7 @@ from llm_pruner.models import stored as on_disk
 from llm_pruner.models.streaming import stored, stream_
 from llm_pruner.runtime.progress import quiet
 from llm_pruner.settings.common import ModelSettings
+from llm_pruner.settings.limits import check_installed
 
 _LOG = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ _TOKENIZERS = (
     "ice_text.model",
 )
 _VOLATILE = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures")
-_OWN_METHOD = "llm_pruner"
+_OWN_METHOD, _PACKED_METHOD = "llm_pruner", "torchao"
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def load_model(
     weights: bool = True,
     reads_tokenizer: bool | None = None,
     memory: int | None = None,
+    packed: bool = False,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
@@ -109,6 +111,7 @@ def load_model(
         reads_tokenizer: whether the tokenizer is loaded; by default where weights are.
         memory: bytes that the weights may take; where they do not fit in, those of safetensors are
             read block by block, see ``stream_``.
+        packed: take weights that torchao packed, too, where a model is only run.
 
     Raises:
         UserError: anything that is wrong with what was given, in one line.
@@ -122,7 +125,7 @@ def load_model(
     with _quiet():
         with _explained(source):
             config = AutoConfig.from_pretrained(found.folder, **found.shared)
-            _check_quantization(source, config)
+            _check_quantization(source, config, packed)
             if has_recipe(config) and type(config).__module__.startswith("transformers."):
                 # The class of this package does what the code of the folder does.
                 found = replace(found, shared=found.shared | {"trust_remote_code": False})
@@ -241,7 +244,7 @@ def fingerprint(model: PreTrainedModel) -> str:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         if parameter.device.type != "meta":
             with stored(parameter) as values:
-                flat = values.reshape(-1)
+                flat = getattr(values, "qdata", values).reshape(-1)  # of packed ones
                 sample = flat[:: max(1, flat.numel() // 8)][:8].to("cpu", torch.bfloat16)
             digest.update(sample.view(torch.int16).numpy().tobytes())
     config = _without_volatile(model.config.to_dict())
@@ -391,12 +394,14 @@ def _check_gguf(path: Path) -> None:
         )
 
 
-def _check_quantization(source: str, config: Any) -> None:
+def _check_quantization(source: str, config: Any, packed: bool) -> None:
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return
     method = dict(quantization).get("quant_method")
-    if method not in (_OWN_METHOD, "gguf"):
+    if method == _PACKED_METHOD and packed:
+        check_installed(f"{source} is packed by torchao, and", (_PACKED_METHOD,))
+    elif method not in (_OWN_METHOD, "gguf"):
         raise UserError(
             f"{source} is quantized ({method}), and packed weights cannot be pruned; "
             "name the original checkpoint"
@@ -467,11 +472,12 @@ def load(
     weights: bool = True,
     reads_tokenizer: bool | None = None,
     memory: int | None = None,
+    packed: bool = False,
 ) -> LoadedModel:
     """Return the model that the settings name; without ``weights``, from its config alone.
 
     Args:
-        reads_tokenizer, memory: see ``load_model``.
+        reads_tokenizer, memory, packed: see ``load_model``.
 
     Raises:
         UserError: it cannot be loaded.
@@ -482,14 +488,18 @@ def load(
         weights=weights,
         reads_tokenizer=reads_tokenizer,
         memory=memory,
+        packed=packed,
         **model.model_dump(include={"revision", "dtype", "device", "trust_remote_code"}),
     )
 
 
-def check(model: ModelSettings) -> None:
+def check(model: ModelSettings, *, packed: bool = False) -> Any:
     """Refuse what ``load`` would refuse before it reads weights; of a hub, read a config.
 
     Meant for models that are loaded late in a run.
+
+    Returns:
+        The config; None of a .gguf file, where it lies behind a vocabulary that takes seconds.
 
     Raises:
         UserError: it cannot be loaded.
@@ -498,7 +508,8 @@ def check(model: ModelSettings) -> None:
     _device(model.device)
     found = _find(model.model, model.revision, model.trust_remote_code)
     if found.is_gguf:
-        return  # its config lies behind its whole vocabulary, which takes seconds
+        return None
     with _quiet(), _explained(model.model):
         config = AutoConfig.from_pretrained(found.folder, **found.shared)
-        _check_quantization(model.model, config)
+        _check_quantization(model.model, config, packed)
+    return config

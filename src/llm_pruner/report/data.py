@@ -31,14 +31,14 @@ from llm_pruner.types import Layer, Size, SplitTrial
 FORMAT_VERSION: Literal[1] = 1
 JSON_FILE, HTML_FILE, CARD_FILE = "report.json", "report.html", "README.md"
 
-Variant = Literal["dense", "pruned", "recovered"]
-"""The model before, after removing, and after training what was left."""
+Variant = Literal["dense", "pruned", "recovered", "quantized"]
+"""The model before, after removing, after training what was left, and with packed weights."""
 
 SavedAs = Literal["stock", "remote_code", "recipe"]
 """``stock`` if a plain config describes a checkpoint, ``remote_code`` if code lies beside it, and
 ``recipe`` if only this package reads it."""
 
-VARIANTS: tuple[Variant, ...] = ("dense", "pruned", "recovered")
+VARIANTS: tuple[Variant, ...] = ("dense", "pruned", "recovered", "quantized")
 
 
 class _Part(BaseModel):
@@ -356,6 +356,8 @@ class Report(_Part):
     @property
     def final(self) -> Variant:
         """The model that lies beside the report."""
+        if "quantized" in self.sizes:
+            return "quantized"
         kept = self.recovery is not None and self.recovery.gained
         return "recovered" if kept else "pruned"
 

@@ -152,7 +152,7 @@ def dots(name: str, title: str, rows: Sequence[tuple[str, Series]], *, share: bo
         names = list(dict.fromkeys(model for _, series in rows for model, *_ in series))
         beside = any(len(series) > 1 for _, series in rows)
         for order, model in enumerate(names):
-            marker, color = "os^"[order % 3], COLORS.get(model, COLORS["ink"])
+            marker, color = "os^D"[order % 4], COLORS.get(model, COLORS["ink"])
             offset = (order - (len(names) - 1) / 2) * 0.26 if beside else 0
             axes.plot([], [], marker, color=color, label=model)
             for place, (_, series) in enumerate(rows):
@@ -274,7 +274,7 @@ def _cut(text: str, room: int) -> str:
 WIDE, NARROW = 840, 340
 """Widths in CSS pixels: for a screen and for a phone. Text is as large in both."""
 
-_NAMES = ("ink", "muted", "line", "dense", "pruned", "recovered", "track")
+_NAMES = ("ink", "muted", "line", "dense", "pruned", "recovered", "track", "quantized")
 COLORS = {name: f"#01010{number}" for number, name in enumerate(_NAMES, start=1)}
 """Variables of the page's style sheet -> colours that stand for them in a drawing."""
 

@@ -136,8 +136,12 @@ def sentence(report: Report) -> str:
     if report.repair:
         said += f"Its weights were repaired by {report.repair}. "
     if training:
-        return f"{said}Then it was {training}."
-    return said.strip() if report.repair else f"{said}Nothing was trained afterwards."
+        said += f"Then it was {training}. "
+    elif not report.repair:
+        said += "Nothing was trained afterwards. "
+    if "quantized" in report.sizes:
+        said += "Last, the weights of its linear layers were packed in int8, by torchao."
+    return said.strip()
 
 
 def _training(report: Report) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from llm_pruner.errors import UserError
 from llm_pruner.settings.common import LOADING, OUTPUT, TASKS, Sources, TaskSettings, WriterSettings
-from llm_pruner.settings.limits import Seed
+from llm_pruner.settings.limits import Seed, check_installed
 from llm_pruner.settings.options import option, option_name, written
 from llm_pruner.settings.prune import HOW_MUCH, AmountSettings, PruneSettings
-from llm_pruner.settings.recover import TrainingSettings
+from llm_pruner.settings.recover import QUANTIZERS, TrainingSettings
 from llm_pruner.settings.words import parse_duration
 
 _HOW, _MEASURE = "How", "What to measure"
@@ -56,6 +56,9 @@ class CompressSettings(WriterSettings, TaskSettings, AmountSettings):
         reads=True,
     )
     recover: bool = _how(True, "Train after pruning.")
+    quantize: Literal["none", "int8"] = _how(
+        "none", "At the end, pack the weights of linear layers in int8, by torchao.", "TYPE"
+    )
     seed: Seed = _how(0, "Of all that is drawn.", "N")
     perplexity: Sources = option(
         ("demo",),
@@ -80,6 +83,8 @@ class CompressSettings(WriterSettings, TaskSettings, AmountSettings):
         if self.ratio is not None and self.params is not None:
             raise UserError("--ratio and --params say different things; give one of them")
         self.check_tasks()
+        asked = f"--quantize {self.quantize}"
+        check_installed(asked, QUANTIZERS[self.quantize], ", or leave --quantize out")
         for name in ("data", "time_budget"):
             if not self.recover and name in self.given and getattr(self, name):
                 raise UserError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, ValidationInfo
@@ -54,6 +55,20 @@ def must(holds: Callable[[Any], bool], words: str) -> AfterValidator:
         return value
 
     return AfterValidator(checked)
+
+
+def check_installed(who: str, packages: Sequence[str], instead: str = "") -> None:
+    """Raise UserError unless one of these packages is installed, or none is needed.
+
+    Args:
+        who: what needs it.
+        instead: what else can be done.
+    """
+    if packages and not any(map(find_spec, packages)):
+        raise UserError(
+            f"{who} needs the package {packages[0]}, which is not installed; run 'pip install "
+            f"{packages[0]}'{instead}"
+        )
 
 
 def _filled(words: str, value: Any, info: ValidationInfo) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from importlib.util import find_spec
 from math import inf
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -12,7 +11,7 @@ from pydantic import AfterValidator
 
 from llm_pruner.errors import UserError
 from llm_pruner.settings.common import LOADING, OUTPUT, Names, Sources, WriterSettings
-from llm_pruner.settings.limits import MOST, MOST_MINUTES, Seed, must, within
+from llm_pruner.settings.limits import MOST, MOST_MINUTES, Seed, check_installed, must, within
 from llm_pruner.settings.options import Settings, option, option_name, presets_in
 from llm_pruner.settings.registry import METHODS
 
@@ -29,7 +28,7 @@ _TRACKERS = {
 }
 """What the Trainer reports to -> packages of which it needs one."""
 
-_QUANTIZERS = {"none": (), "int8": ("torchao",), "nf4": ("bitsandbytes",)}
+QUANTIZERS = {"none": (), "int8": ("torchao",), "nf4": ("bitsandbytes",)}
 """Type of weights that are not trained -> package that multiplies by them."""
 
 KERNELS = ("attention", "loss")
@@ -177,14 +176,9 @@ class TrainingSettings(Settings):
                 f"--quantize {self.quantize} holds the weights that are not trained, and method "
                 f"{self.method} trains all of them; use --method lora"
             )
-        for name, known in (("quantize", _QUANTIZERS), ("report_to", _TRACKERS)):
+        for name, known in (("quantize", QUANTIZERS), ("report_to", _TRACKERS)):
             value, flag = getattr(self, name), option_name(name)
-            packages = known[value]
-            if packages and not any(map(find_spec, packages)):
-                raise UserError(
-                    f"{flag} {value} needs the package {packages[0]}, which is not installed; run "
-                    f"'pip install {packages[0]}', or leave {flag} out"
-                )
+            check_installed(f"{flag} {value}", known[value], f", or leave {flag} out")
 
 
 class DistillationSettings(Settings):
