@@ -21,6 +21,7 @@ from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.models.load import check, load_model
 from llm_pruner.report.data import read_report
 from llm_pruner.report.records import Measured
+from llm_pruner.settings import compress as settings
 from llm_pruner.settings import limits
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.evaluate import EvaluateSettings
@@ -55,13 +56,13 @@ def test_the_last_stage(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (out / "packed").touch()
         return load_model(str(out), dtype="bfloat16").model  # half as many bytes
 
-    def measure(settings: EvaluateSettings, *_: object) -> Measured:
-        asked.append(settings)
+    def measure(one: EvaluateSettings, *_: object) -> Measured:
+        asked.append(one)
         return figures()
 
     monkeypatch.setattr(packed, "save_packed", save_packed)
     monkeypatch.setattr(stages, "measure_apart", measure)
-    monkeypatch.setattr(limits, "find_spec", lambda _: True)
+    monkeypatch.setattr(settings, "check_installed", lambda *_, **__: None)
     result = run("compress", "dense", "--out", "small", *COMPRESS)
     assert result.code == 0, result.err
     assert [Path(one.model).name for one in asked] == ["dense", "pruned", "quantized"]
@@ -106,12 +107,21 @@ def test_models_with_code_of_their_own_are_refused(
         "from transformers import LlamaConfig\n"
         "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
     )
-    monkeypatch.setattr(limits, "find_spec", lambda _: True)
+    monkeypatch.setattr(settings, "check_installed", lambda *_, **__: None)
     result = run("compress", folder, "--out", "x", *COMPRESS, "--trust-remote-code")
     assert (result.code, result.err) == (
         2,
         "llm-pruner: --quantize int8 is for models whose code is in transformers, and "
         f"{folder} has its own; leave --quantize out\n",
+    )
+
+
+def test_too_old_a_torchao(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "find_spec", lambda _: True)
+    monkeypatch.setattr(limits, "version", lambda _: "0.15.1")
+    assert run("compress", "dense", "--out", "x", *COMPRESS).err == (
+        "llm-pruner: --quantize int8 needs torchao 0.16 or newer, and 0.15.1 is installed; run "
+        "'pip install -U torchao', or leave --quantize out\n"
     )
 
 

@@ -38,7 +38,7 @@ def save_packed(source: Path, out: Path, *, max_shard_size: str) -> PreTrainedMo
     with quiet("transformers", stderr=not sys.stderr.isatty()):
         model: Any = AutoModelForCausalLM.from_pretrained(
             source,
-            quantization_config=TorchAoConfig(Int8WeightOnlyConfig()),
+            quantization_config=TorchAoConfig(Int8WeightOnlyConfig(version=2)),
             dtype="auto",
             device_map="cpu",
             use_safetensors=True,

@@ -15,6 +15,9 @@ from llm_pruner.settings.recover import QUANTIZERS, TrainingSettings
 from llm_pruner.settings.words import parse_duration
 
 _HOW, _MEASURE = "How", "What to measure"
+_TORCHAO = "0.16"
+"""The first whose int8 weights are saved as safetensors."""
+
 _how = partial(option, panel=_HOW)
 
 
@@ -84,7 +87,8 @@ class CompressSettings(WriterSettings, TaskSettings, AmountSettings):
             raise UserError("--ratio and --params say different things; give one of them")
         self.check_tasks()
         asked = f"--quantize {self.quantize}"
-        check_installed(asked, QUANTIZERS[self.quantize], ", or leave --quantize out")
+        packages = QUANTIZERS[self.quantize]
+        check_installed(asked, packages, ", or leave --quantize out", least=_TORCHAO)
         for name in ("data", "time_budget"):
             if not self.recover and name in self.given and getattr(self, name):
                 raise UserError(
