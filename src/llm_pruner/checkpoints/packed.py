@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,13 @@ from llm_pruner.files.outputs import MANIFEST, atomic_directory
 from llm_pruner.runtime.progress import quiet
 
 
-def save_packed(source: Path, out: Path, *, max_shard_size: str) -> PreTrainedModel:
+def save_packed(
+    source: Path,
+    out: Path,
+    *,
+    max_shard_size: str,
+    beside: Callable[[Path, PreTrainedModel], None] = lambda *_: None,
+) -> PreTrainedModel:
     """Write a checkpoint anew with the weights of its linear layers in int8.
 
     That is torchao's ``Int8WeightOnlyConfig``, symmetric with a scale for each row. Embeddings,
@@ -25,6 +32,7 @@ def save_packed(source: Path, out: Path, *, max_shard_size: str) -> PreTrainedMo
     Args:
         source: a folder of a model whose code is in transformers.
         out: the folder; appears only once it is complete.
+        beside: called with the folder and the packed model, to write more files beside the weights.
 
     Returns:
         The model with its weights as they were packed.
@@ -50,4 +58,5 @@ def save_packed(source: Path, out: Path, *, max_shard_size: str) -> PreTrainedMo
         shutil.copytree(source, folder, ignore=weights, dirs_exist_ok=True)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         make_readable(folder)
+        beside(folder, model)
     return model

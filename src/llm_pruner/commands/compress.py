@@ -320,11 +320,13 @@ class _Stages:
         self.tell("quantizing")
         from llm_pruner.checkpoints.packed import save_packed
 
-        model = save_packed(source, out, max_shard_size=self.settings.max_shard_size)
-        report = known_report(out)
-        if report is not None:
-            sizes = report.sizes | {"quantized": model_size(model)}
-            write_report(out, report.model_copy(update={"sizes": sizes}))
+        def beside(folder: Path, model: Any) -> None:
+            report = known_report(folder)
+            if report is not None:
+                sizes = report.sizes | {"quantized": model_size(model)}
+                write_report(folder, report.model_copy(update={"sizes": sizes}))
+
+        save_packed(source, out, max_shard_size=self.settings.max_shard_size, beside=beside)
         self.run.record_time("quantize")
 
     def _amount(self) -> dict[str, Any]:
