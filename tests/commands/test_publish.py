@@ -133,6 +133,13 @@ def test_recover_and_compress(place: Path, hub: Hub) -> None:
     assert "uploaded" not in result.out  # but JSON
 
 
+def test_vocab(place: Path, hub: Hub) -> None:
+    result = run("vocab", place / "dense", "--text", place / "text.txt", "--out", "v", *REPOSITORY)
+    assert result.code == 0, result.err
+    sent = hub.calls[-1][1]
+    assert (sent["folder_path"], "vocabulary.json" in sent["sent"]) == (Path("v"), False)
+
+
 def test_an_upload_that_fails_leaves_the_folder(place: Path, hub: Hub) -> None:
     hub.fails = OSError("no route to host")
     result = pruned(place, *REPOSITORY)

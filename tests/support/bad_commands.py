@@ -147,7 +147,7 @@ TABLE: dict[str, list[Bad]] = {
             ("--max-shard-size 5", f"--max-shard-size '5' {SIZE}"),
         ),
         *bad(
-            (*PRUNERS, "compress"),
+            (*PRUNERS, "compress", "vocab"),
             ("--private", "--private is about --push-to-hub REPO; add that, or leave it out"),
             (
                 "--push-to-hub 'my model'",

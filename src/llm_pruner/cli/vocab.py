@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llm_pruner.cli.output import Screen, write_json
+from llm_pruner.cli.output import Screen, upload, write_json
 from llm_pruner.report.text import clean, count, megabytes
 from llm_pruner.settings.vocab import VocabSettings
 
@@ -26,6 +26,7 @@ def run(settings: VocabSettings, json: str | None) -> None:
     write_json(done, json)
     if json != "-":
         show(done)
+    upload(settings, json)
 
 
 def show(done: Trimmed) -> None:

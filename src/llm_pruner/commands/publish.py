@@ -14,7 +14,10 @@ from llm_pruner.runtime.progress import quiet
 from llm_pruner.settings.common import OutputSettings
 from llm_pruner.version import __version__
 
-LOCAL = (".*", "adapter/*", "recovery.json", "report.html", "report.json", "request.yaml")
+LOCAL = (
+    *(".*", "adapter/*", "recovery.json", "report.html", "report.json", "request.yaml"),
+    "vocabulary.json",
+)
 """What stays here: it names folders, texts and the machine, or belongs to another model."""
 
 REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.py")

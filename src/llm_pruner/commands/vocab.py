@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from llm_pruner.checkpoints import save_checkpoint
+from llm_pruner.commands.publish import check_push
 from llm_pruner.data.sequences import bare_ids
 from llm_pruner.data.text import EvaluationText, load_documents
 from llm_pruner.data.vocabulary import Ids, vocabulary_of
@@ -75,6 +76,7 @@ def vocab(settings: VocabSettings) -> Trimmed:
     settings.check()
     check_output(settings.out, settings.overwrite, settings.reads)
     check_shard_size(settings.max_shard_size)
+    check_push(settings)
     read, apart = _texts(settings)
     loaded = load(settings.loading())
     model, tokenizer = loaded.model, loaded.tokenizer
