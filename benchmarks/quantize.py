@@ -3,8 +3,8 @@
     python benchmarks/quantize.py --work FOLDER --calibration FILE --text FILE
 
 Prunes MODEL by a fifth, once to layers of different sizes and once to equal ones, packs all three
-as ``compress --quantize int8`` does, and has ``evaluate`` measure perplexity, KL divergence from
-the dense model and speed. Says of each packed folder whether transformers alone computes the same
+as ``compress --quantize int8`` does, and has ``evaluate`` measure perplexity and KL divergence from
+the dense model. Says of each packed folder whether transformers alone computes the same
 logits as the model that was packed, to the last bit. Pruned folders that are there are not made
 again. Writes benchmarks/results/quantize.json. Needs torchao.
 """
@@ -30,7 +30,7 @@ PRUNED: dict[str, tuple[str, ...]] = {
     "unequal": ("--preset", "fast"),
     "equal": ("--preset", "fast", "--uniform"),
 }
-TOKENS = 8_192
+TOKENS = 4_096
 ALONE = """
 import sys, torch
 from transformers import AutoModelForCausalLM
@@ -98,7 +98,7 @@ def _pack(folder: Path, out: Path) -> bool:
 
 def _measured(folder: Path, dense: Path, text: str) -> dict[str, Any]:
     against = () if folder == dense else ("--against", dense)
-    how = ("--perplexity", text, "--max-tokens", TOKENS, "--seq-len", 1024, "--speed")
+    how = ("--perplexity", text, "--max-tokens", TOKENS, "--seq-len", 1024)
     found = found_by("evaluate", folder, *how, *against)
     (result,) = found["perplexity"]
     far = result["divergence"] or {}
@@ -106,8 +106,6 @@ def _measured(folder: Path, dense: Path, text: str) -> dict[str, Any]:
         "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         "perplexity": result["perplexity"],
         **{name: far.get(name) for name in ("kl", "kl_stderr", "changed")},
-        "decode_tokens_per_second": found["speed"]["decode_tokens_per_second"],
-        "prefill_tokens_per_second": found["speed"]["prefill_tokens_per_second"],
     }
 
 
