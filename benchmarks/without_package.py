@@ -62,6 +62,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
     "qwen3": {"tie_word_embeddings": True},
     "gemma3_text": {},
     "qwen2": {},
@@ -70,8 +71,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
 }
+FAMILIES["llama, even"] = {}
 GONE = {"heads": {0: 1, 2: 2}, "ffn": {1: 16, 3: 40}, "experts": {1: 1, 2: 2}}
-"""Kind of a group -> layer -> units that go."""
+"""Kind of a group -> layer -> units that go; where two processes share a model, all are even."""
 
 CHECK = """
 import json, sys
@@ -160,16 +162,18 @@ def llm_pruner(*arguments: object) -> None:
 def prune_family(family: str, out: Path) -> None:
     """Save a tiny random model whose layers differ."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **(SIZES | FAMILIES[family]))
+    kind, _, even = family.partition(", ")
+    gone = GONE | {"heads": {0: 2, 2: 2}} if even else GONE
+    config = AutoConfig.for_model(kind, **(SIZES | FAMILIES[family]))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.15 * torch.randn_like(parameter) + (parameter.ndim == 1))
     dense, discovery = copy.deepcopy(model.config), discover(model)
     removal = {
-        group.name: np.arange(min(GONE[group.kind][group.layer], group.size // 2))
+        group.name: np.arange(min(gone[group.kind][group.layer], group.size // 2))
         for group in discovery.groups
-        if not group.frozen and group.layer in GONE.get(group.kind, ())
+        if not group.frozen and group.layer in gone.get(group.kind, ())
     }
     edits = cut_(model, discovery, removal)
     saved = save_checkpoint(

@@ -38,21 +38,39 @@ class Figures:
         bytes_read_per_token: weights and cache that this token reads.
         kv_cache_bytes_per_token: growth of the cache with each token.
         cache_bytes_fixed: the part of the cache that does not grow.
+        served: what a server took, if one was asked for. Of a file that only a server reads, such
+            as GGUF, nothing is counted but parameters.
     """
 
     model: str
     parameters: int
-    parameters_embedding: int | None
-    parameters_blocks: int | None
-    bytes_in_memory: int | None
-    bytes_on_disk: int | None
-    macs: int
-    macs_per_token: int
-    bytes_read_per_token: int
-    kv_cache_bytes_per_token: int
-    cache_bytes_fixed: int
+    parameters_embedding: int | None = None
+    parameters_blocks: int | None = None
+    bytes_in_memory: int | None = None
+    bytes_on_disk: int | None = None
+    macs: int | None = None
+    macs_per_token: int | None = None
+    bytes_read_per_token: int | None = None
+    kv_cache_bytes_per_token: int | None = None
+    cache_bytes_fixed: int | None = None
     memory: tuple[footprint.PeakMemory, ...] = ()
     speed: tuple[Speed, ...] = ()
+    served: Served | None = None
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a server took for a model.
+
+    Attributes:
+        bytes: of the files of weights that it read.
+        peak_bytes: most memory that its processes held, see `serving.Server`.
+        start_seconds: in which it started.
+    """
+
+    bytes: int
+    peak_bytes: int
+    start_seconds: float
 
 
 @dataclass(frozen=True)
@@ -61,13 +79,14 @@ class Comparison:
 
     Attributes:
         prefill_limit: ratio of the MACs of the prefill; what it takes if nothing else counts.
-        decode_limit: ratio of the bytes that a decoding step reads.
+            None if they are not known.
+        decode_limit: ratio of the bytes that a decoding step reads; of a server, of the files.
     """
 
     batch_size: int
     prefill: SpeedUp
     decode: SpeedUp
-    prefill_limit: float
+    prefill_limit: float | None
     decode_limit: float
 
 
@@ -91,9 +110,14 @@ def bench(settings: BenchSettings) -> Bench:
     """Measure a model, and another one in turns with it.
 
     Raises:
-        UserError: a model cannot be loaded, or cannot be compiled.
-        LLMPrunerError: a model does not run.
+        UserError: a model cannot be loaded, cannot be compiled, or does not run in the server.
+        LLMPrunerError: a model does not run, or its server fails.
     """
+    settings.check()
+    if settings.server is not None:
+        from llm_pruner.commands.bench_servers import bench_servers
+
+        return bench_servers(settings)
     sources = [settings.loading()]
     if settings.against is not None:
         sources.append(settings.loading(settings.against))
@@ -104,8 +128,8 @@ def bench(settings: BenchSettings) -> Bench:
         for source in sources
     ]
     for one in loaded:
-        _check_length(one, settings)
-    figures = [_counted(one, source) for one, source in zip(loaded, sources, strict=True)]
+        check_length(one, settings)
+    figures = [counted(one, source) for one, source in zip(loaded, sources, strict=True)]
     models, comparison = [one.model for one in loaded], []
     if not settings.counts_only:
         text = {"prompt_tokens": settings.prompt_tokens, "new_tokens": settings.new_tokens}
@@ -129,7 +153,7 @@ def bench(settings: BenchSettings) -> Bench:
     )
 
 
-def _check_length(loaded: LoadedModel, settings: BenchSettings) -> None:
+def check_length(loaded: LoadedModel, settings: BenchSettings) -> None:
     """Raise UserError if the texts are longer than the model was made for."""
     limit = maximum_length(loaded.model)
     length = settings.prompt_tokens + settings.new_tokens
@@ -140,7 +164,8 @@ def _check_length(loaded: LoadedModel, settings: BenchSettings) -> None:
         )
 
 
-def _counted(loaded: LoadedModel, source: ModelSettings) -> Figures:
+def counted(loaded: LoadedModel, source: ModelSettings) -> Figures:
+    """Return what is known of a model without running it."""
     size = footprint.model_size(loaded.model)
     counts = footprint.count_work(loaded.model)
     path = stored_at(source.model, loaded.revision or source.revision)
@@ -185,12 +210,20 @@ def _compared(models: list[Any], fast: Speed, slow: Speed) -> Comparison:
         footprint.count_work(one, prompt_tokens=fast.prompt_tokens, batch_size=fast.batch_size)
         for one in models
     )
+    prefill_limit = large.prefill_macs / small.prefill_macs
+    return compared(fast, slow, prefill_limit, large.token_bytes_read / small.token_bytes_read)
+
+
+def compared(
+    fast: Speed, slow: Speed, prefill_limit: float | None, decode_limit: float
+) -> Comparison:
+    """Return how much faster the first is."""
     return Comparison(
         batch_size=fast.batch_size,
         prefill=speed_up(slow.prefill_seconds, fast.prefill_seconds),
         decode=speed_up(slow.decode_seconds, fast.decode_seconds),
-        prefill_limit=large.prefill_macs / small.prefill_macs,
-        decode_limit=large.token_bytes_read / small.token_bytes_read,
+        prefill_limit=prefill_limit,
+        decode_limit=decode_limit,
     )
 
 

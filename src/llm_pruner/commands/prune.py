@@ -26,6 +26,7 @@ from llm_pruner.data.calibration import (
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.footprint import model_size
+from llm_pruner.evaluation.servers import served_by
 from llm_pruner.files.outputs import check_shard_size, write_output
 from llm_pruner.importance import score
 from llm_pruner.models.forward import is_on_meta
@@ -473,6 +474,7 @@ class PruneRun:
             path=saved.path,
             saved_as=saved.kind,
             needs=saved.needs,
+            servers=served_by(network, self.dense_config, saved.kind),
             bytes=saved.bytes,
             report=page_in(saved.path),
         )

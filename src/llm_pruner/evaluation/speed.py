@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import StaticCache
@@ -27,6 +27,8 @@ from llm_pruner.errors import UserError
 from llm_pruner.models.forward import Decoder, cache_argument
 from llm_pruner.runtime.progress import quiet, track
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -35,7 +37,8 @@ class Speed:
     Attributes:
         prefill_tokens_per_second: prompt tokens over the time of their one forward pass.
         decode_tokens_per_second: tokens that follow, one forward pass each, over their time.
-        first_token_seconds: from the prompt to the first token.
+        first_token_seconds: from the prompt to the first token; of texts that a server writes at
+            once, the median.
         prefill_seconds: of each round.
         decode_seconds: of each round, for all new tokens.
     """
@@ -92,26 +95,45 @@ def measure_speed(
     for name, value in settings.items():
         if value < 1:
             raise UserError(f"{name}={value} measures nothing; use at least 1")
+
+    def once(model: Any, prompt: torch.Tensor, _: int) -> tuple[float, float, float]:
+        prefill, decode = _once(start(model), prompt, new_tokens)
+        return prefill, decode, prefill
+
     prompts = [example_tokens(model, (batch_size, prompt_tokens)) for model in models]
-    times: list[list[tuple[float, float]]] = [[] for _ in models]
-    turns = list(zip(models, prompts, times, strict=True))
+    runs = [partial(once, *pair) for pair in zip(models, prompts, strict=True)]
     with _undisturbed(models):
-        for model, prompt, _ in turns:
-            _once(start(model), prompt, new_tokens)
-        for number in track(range(repeats), f"timing, batch {batch_size}"):
-            for model, prompt, own in turns if number % 2 == 0 else reversed(turns):
-                own.append(_once(start(model), prompt, new_tokens))
-    return [
-        Speed(
-            prefill_tokens_per_second=batch_size * prompt_tokens / median(prefill),
-            decode_tokens_per_second=batch_size * new_tokens / median(decode),
-            first_token_seconds=median(prefill),
-            prefill_seconds=prefill,
-            decode_seconds=decode,
-            **settings,
-        )
-        for prefill, decode in (tuple(zip(*own, strict=True)) for own in times)
-    ]
+        times = in_turns(runs, repeats, f"timing, batch {batch_size}")
+    return [speed_of(own, **settings) for own in times]
+
+
+def in_turns(runs: Sequence[Callable[[int], T]], repeats: int, words: str) -> list[list[T]]:
+    """Return what each function gives in each round that counts, of the number of the round.
+
+    Round 0 warms up and does not count. The order turns round from one to the next.
+    """
+    found: list[list[T]] = [[] for _ in runs]
+    turns = list(zip(runs, found, strict=True))
+    for run in runs:
+        run(0)
+    for number in track(range(1, repeats + 1), words):
+        for run, own in turns if number % 2 else reversed(turns):
+            own.append(run(number))
+    return found
+
+
+def speed_of(times: Sequence[tuple[float, float, float]], **settings: int) -> Speed:
+    """Return the speed from the seconds of each round: prefill, decoding, first token."""
+    prefill, decode, first = zip(*times, strict=True)
+    texts = settings["batch_size"]
+    return Speed(
+        prefill_tokens_per_second=texts * settings["prompt_tokens"] / median(prefill),
+        decode_tokens_per_second=texts * settings["new_tokens"] / median(decode),
+        first_token_seconds=median(first),
+        prefill_seconds=prefill,
+        decode_seconds=decode,
+        **settings,
+    )
 
 
 def speed_up(slow: Sequence[float], fast: Sequence[float]) -> SpeedUp:

@@ -12,6 +12,7 @@ from pydantic_core import to_jsonable_python
 from llm_pruner.compensation import Refitted
 from llm_pruner.evaluation.health import Health
 from llm_pruner.evaluation.perplexity import PerplexityResult
+from llm_pruner.evaluation.servers import ServedBy
 from llm_pruner.evaluation.skills import Skill
 from llm_pruner.evaluation.speed import Speed
 from llm_pruner.evaluation.zero_shot import Kept, Mean, TaskResult
@@ -55,6 +56,7 @@ class Pruned:
         path: the folder or the plan file that was written.
         saved_as: how the checkpoint loads; None if nothing was saved.
         needs: what loading the folder needs besides transformers, such as ``import llm_pruner``.
+        servers: which of the servers that are known run the folder, and how.
         report: the page that shows all this; None if none was written.
     """
 
@@ -75,6 +77,7 @@ class Pruned:
     path: Path
     saved_as: SavedAs | None = None
     needs: tuple[str, ...] = ()
+    servers: tuple[ServedBy, ...] = ()
     bytes: int | None = None
     report: Path | None = None
 

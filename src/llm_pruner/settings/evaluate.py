@@ -10,6 +10,7 @@ from llm_pruner.errors import UserError
 from llm_pruner.settings.common import TASKS, ModelSettings, Names, Sources, TaskSettings
 from llm_pruner.settings.limits import MOST, must, within
 from llm_pruner.settings.options import Settings, option, option_name, written
+from llm_pruner.settings.registry import SERVERS
 
 SKILLS = ("humaneval", "gsm8k")
 ANSWER_TOKENS = 256
@@ -173,6 +174,7 @@ _Count = Annotated[
     within(1, 2**20, "{name}"),
 ]
 _Sizes = Annotated[tuple[_Count, ...], must(bool, "no batch size given; name one, such as 1")]
+_served = partial(option, panel="Server")
 
 
 class BenchSettings(ModelSettings):
@@ -196,6 +198,38 @@ class BenchSettings(ModelSettings):
     counts_only: bool = option(
         False, "Parameters, MACs and cache alone; needs a config but no weights."
     )
+    server: Annotated[str | None, written(lambda name: name.replace(".", "-"))] = _served(
+        None,
+        "Start this server for each model and time its answers: vllm, or llama.cpp, for which "
+        "folders are exported. It listens to this machine alone.",
+        "NAME",
+        known=SERVERS,
+    )
+    server_python: Path | None = _served(
+        None,
+        "Python of the environment that has the server.",
+        "FILE",
+        shown="the server on the PATH, or beside this package",
+    )
+    server_args: str | None = _served(
+        None, "More options for it, such as '--enforce-eager'.", "TEXT"
+    )
+    type: str | None = _served(None, "Of the exported weights, as for export.", "NAME", shown="f16")
+
+    def check(self) -> None:
+        """Raise UserError for what does not go together."""
+        names = ("server_python", "server_args", "type")
+        about = "a server; add --server NAME, or leave it out"
+        if self.server is not None:
+            names = ("compile", "counts_only", "device")
+            about = "models in this process, and --server starts others; leave one of them out"
+        for name in filter(self.given.__contains__, names):
+            raise UserError(f"{option_name(name)} is about {about}")
+        if self.server and self.new_tokens < 2:
+            raise UserError(
+                f"--new-tokens {self.new_tokens} leaves nothing to time after the first token; use "
+                "at least 2 with --server"
+            )
 
 
 _Layer = Annotated[

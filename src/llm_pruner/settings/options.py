@@ -103,7 +103,7 @@ class Settings(BaseModel):
         self._given = frozenset(values)
         for name, field in type(self).model_fields.items():
             known = option_of(field).known
-            if known and getattr(self, name) not in known:
+            if known and getattr(self, name) not in (*known, field.default):
                 raise UserError(_unknown(name, getattr(self, name), known))
 
     @property

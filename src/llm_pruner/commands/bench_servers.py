@@ -1,0 +1,218 @@
+"""Speed of models in a server, such as vLLM or llama.cpp, beside what their sizes allow."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import tempfile
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llm_pruner.checkpoints.quantizer import QUANT_METHOD
+from llm_pruner.checkpoints.remote_code import CODE
+from llm_pruner.commands.bench import Bench, Figures, Served, check_length, compared, counted
+from llm_pruner.commands.export import export
+from llm_pruner.errors import UserError
+from llm_pruner.evaluation import footprint, serving
+from llm_pruner.evaluation.speed import Speed
+from llm_pruner.hook import has_recipe
+from llm_pruner.models.load import LoadedModel, load
+from llm_pruner.models.stored import stored_at
+from llm_pruner.runtime.memory import give_back
+from llm_pruner.settings.common import ModelSettings
+from llm_pruner.settings.evaluate import BenchSettings
+from llm_pruner.settings.export import ExportSettings
+from llm_pruner.settings.registry import entry
+
+_WEIGHTS = "*.safetensors"
+_TYPE = "f16"
+"""Of exported weights, where none is given."""
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A model that is to be served.
+
+    Attributes:
+        source: how it is loaded.
+        path: what the server reads, a folder or a file; None for a file that is yet to be made.
+        vocabulary: number of token ids.
+        prefill_macs: of a prompt; None if they are not known.
+    """
+
+    source: ModelSettings
+    figures: Figures
+    path: Path | None
+    vocabulary: int
+    prefill_macs: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        assert self.path is not None
+        files = [self.path] if self.path.is_file() else self.path.glob(_WEIGHTS)
+        return sum(file.stat().st_size for file in files)
+
+
+def bench_servers(settings: BenchSettings) -> Bench:
+    """Start a server for each model, time them in turns on the same requests, and end them.
+
+    Raises:
+        UserError: the server is not here, or does not run a model.
+        LLMPrunerError: the server fails.
+    """
+    server = entry("evaluation/servers", str(settings.server))
+    start, kind = server.find(settings.server_python), settings.type or _TYPE
+    if server.FORMAT is not None:
+        entry("export/formats", server.FORMAT).require(kind, None)
+    elif settings.type is not None:
+        raise UserError(
+            f"--type is about files that are exported, and {server.TITLE} reads folders as they "
+            "are; leave it out"
+        )
+    names = [settings.model, *filter(None, [settings.against])]
+    subjects = [_subject(settings, name, server) for name in names]
+    give_back()
+    with tempfile.TemporaryDirectory(prefix="llm-pruner-") as scratch, ExitStack() as stack:
+        subjects = [
+            one if one.path else replace(one, path=_exported(one, server.FORMAT, kind, out))
+            for one, out in zip(subjects, (Path(scratch) / name for name in "ab"), strict=False)
+        ]
+        running = [
+            stack.enter_context(_running(settings, server, start, subjects, number, Path(scratch)))
+            for number in range(len(subjects))
+        ]
+        speeds = [
+            serving.measure_servers(
+                running,
+                min(one.vocabulary for one in subjects),
+                batch_size=size,
+                **settings.model_dump(include={"prompt_tokens", "new_tokens", "repeats"}),
+            )
+            for size in settings.batch_size
+        ]
+        by_model = zip(*speeds, strict=True)
+        figures = [_measured(*each) for each in zip(subjects, running, by_model, strict=True)]
+        limits = _prefill_limit(subjects), subjects[-1].bytes / subjects[0].bytes
+        pairs = [(each[0], each[1]) for each in speeds if len(each) > 1]
+    return Bench(
+        settings=_record(settings, kind if server.FORMAT else _dtype(settings)),
+        model=figures[0],
+        against=figures[1] if len(figures) > 1 else None,
+        comparison=tuple(compared(*pair, *limits) for pair in pairs),
+    )
+
+
+def _subject(settings: BenchSettings, name: str, server: Any) -> _Subject:
+    """Return a model, which is refused if the server does not run it."""
+    source = settings.loading(name, _dtype(settings))
+    file = Path(name).expanduser()
+    if server.FORMAT is not None and file.suffix == f".{server.FORMAT}":
+        parameters, vocabulary = server.counted(file)
+        known = Figures(file.stem, parameters, bytes_on_disk=file.stat().st_size)
+        return _Subject(source, known, file, vocabulary)
+    loaded = load(source, tokenizer_required=False, weights=False)
+    check_length(loaded, settings)
+    folder = stored_at(name, loaded.revision or source.revision)
+    if server.FORMAT is None:
+        _check_folder(settings, loaded, folder, server)
+    return _Subject(
+        source,
+        counted(loaded, source),
+        path=folder if server.FORMAT is None else None,
+        vocabulary=loaded.model.get_input_embeddings().weight.shape[0],
+        prefill_macs=footprint.count_work(
+            loaded.model, prompt_tokens=settings.prompt_tokens
+        ).prefill_macs,
+    )
+
+
+def _check_folder(
+    settings: BenchSettings, loaded: LoadedModel, folder: Path | None, server: Any
+) -> None:
+    """Raise UserError unless a server runs a folder as it is."""
+    if folder is None or not any(folder.glob(_WEIGHTS)):
+        raise UserError(
+            f"{loaded.name} is no folder with weights on this machine, which is what "
+            f"{server.TITLE} reads; name one, or use --server llama.cpp"
+        )
+    config = loaded.model.config
+    try:
+        server.how(loaded.model, config, _saved_as(config))
+    except UserError as error:
+        raise UserError(
+            f"{loaded.name} does not run in {server.TITLE}: {error}; or leave out --server, to "
+            "time it in this process"
+        ) from error
+    if has_recipe(config) and not settings.trust_remote_code:
+        raise UserError(
+            f"{loaded.name} holds code that {server.TITLE} runs, {CODE}.py; read it, and add "
+            "--trust-remote-code if it may"
+        )
+
+
+def _dtype(settings: BenchSettings) -> str:
+    """Return the type that a server is told; by default the server chooses."""
+    return settings.dtype if "dtype" in settings.given else "auto"
+
+
+def _saved_as(config: Any) -> str:
+    quantized = getattr(config, "quantization_config", None) or {}
+    if not isinstance(quantized, dict):
+        quantized = quantized.to_dict()
+    if quantized.get("quant_method") == QUANT_METHOD:
+        return "recipe"
+    return "remote_code" if has_recipe(config) else "stock"
+
+
+def _exported(subject: _Subject, form: str, kind: str, out: Path) -> Path:
+    of = subject.source.model_dump(include={"model", "revision", "trust_remote_code"})
+    return export(ExportSettings(to=form, type=kind, out=out.with_suffix(f".{form}"), **of)).path
+
+
+def _running(
+    settings: BenchSettings,
+    server: Any,
+    start: Sequence[str],
+    subjects: Sequence[_Subject],
+    number: int,
+    scratch: Path,
+) -> AbstractContextManager[serving.Server]:
+    """Return what starts the server of one model."""
+    cache = max(one.figures.kv_cache_bytes_per_token or 0 for one in subjects)
+    wanted = serving.Wanted(
+        port=serving.free_port(),
+        tokens=settings.prompt_tokens + settings.new_tokens,
+        texts=max(settings.batch_size),
+        dtype=_dtype(settings),
+        cache_bytes_per_token=cache,
+        servers=len(subjects),
+        trust_remote_code=settings.trust_remote_code,
+        more=tuple(shlex.split(settings.server_args or "")),
+    )
+    command = server.command(start, subjects[number].path, wanted)
+    log = scratch / f"{number}.log"
+    return serving.serving(server.TITLE, command, wanted.port, log)
+
+
+def _measured(subject: _Subject, server: serving.Server, speeds: tuple[Speed, ...]) -> Figures:
+    served = Served(subject.bytes, server.peak_bytes(), server.seconds)
+    return replace(subject.figures, speed=speeds, served=served)
+
+
+def _prefill_limit(subjects: Sequence[_Subject]) -> float | None:
+    small, large = subjects[0].prefill_macs, subjects[-1].prefill_macs
+    return large / small if small and large else None
+
+
+def _record(settings: BenchSettings, kind: str) -> dict[str, Any]:
+    asked = {"prompt_tokens", "new_tokens", "repeats", "compile", "counts_only", "server"}
+    return {
+        **settings.model_dump(include=asked),
+        "server_args": settings.server_args,
+        "batch_sizes": list(settings.batch_size),
+        "dtype": kind,
+        "device": platform.machine(),
+    }
