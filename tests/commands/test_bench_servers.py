@@ -50,7 +50,7 @@ def test_llama_cpp_serves_exported_files(tmp_path: Path) -> None:
     shown = done("bench", "small", "--against", "dense", *QUICK, *served, "--json", found_at)
     found = json.loads(found_at.read_text())
     model, against = found["model"], found["against"]
-    assert found["settings"]["server"] == "llama-cpp"
+    assert found["settings"]["server"] == "llama.cpp"
     assert found["settings"]["dtype"] == "q8_0"
     assert model["parameters"] < against["parameters"]
     for figures in (model, against):
@@ -81,7 +81,7 @@ def test_llama_cpp_serves_exported_files(tmp_path: Path) -> None:
     assert len(rows["server's peak memory"]) == 3
     assert rows["decode, batch 2"][-1].endswith("%")
     assert "bytes of the files for decode" in shown.out
-    assert shown.out.splitlines()[-1].startswith("llama-cpp, q8_0, ")
+    assert shown.out.splitlines()[-1].startswith("llama.cpp, q8_0, ")
 
 
 @pytest.mark.slow
@@ -182,6 +182,8 @@ def test_which_servers_run_a_folder() -> None:
     )
     assert said_of(llama, "remote_code")[1] == "vLLM with --trust-remote-code"
     assert said_of(llama, "recipe")[1].startswith("not vLLM (only llm-pruner reads")
+    llama.config.hidden_size += 8  # as a folder says that was pruned of hidden channels
+    assert said_of(llama, "remote_code")[1].startswith("not vLLM (the hidden state is narrower")
     assert [entry("evaluation/servers", name).TITLE for name in SERVERS] == ["llama.cpp", "vLLM"]
 
 

@@ -498,6 +498,23 @@ TABLE: dict[str, list[Bad]] = {
             ("--batch-size x", "--batch-size x is no list of numbers; use such as 1,8"),
             (f"--batch-size {10**12}", between("batch_size", 10**12, 1, 2**20)),
             (f"--repeats {10**12}", between("repeats", 10**12, 1, 2**20)),
+            ("--server sglang", "--server sglang is unknown; use one of llama-cpp, vllm"),
+            (
+                "--server vllm --compile",
+                "--compile is about models in this process, and --server starts others; leave one "
+                "of them out",
+            ),
+            (
+                "--server vllm --new-tokens 1",
+                "--new-tokens 1 leaves nothing to time after the first token; use at least 2 with "
+                "--server",
+            ),
+            (
+                "--server vllm --server-python none",
+                "--server-python none is no program; name the Python of an environment, such as "
+                "serve/bin/python",
+            ),
+            ("--type q8_0", "--type is about a server; add --server NAME, or leave it out"),
         ),
         *bad(
             "chat",

@@ -98,7 +98,7 @@ def bench_servers(settings: BenchSettings) -> Bench:
         limits = _prefill_limit(subjects), subjects[-1].bytes / subjects[0].bytes
         pairs = [(each[0], each[1]) for each in speeds if len(each) > 1]
     return Bench(
-        settings=_record(settings, kind if server.FORMAT else _dtype(settings)),
+        settings=_record(settings, server.TITLE, kind if server.FORMAT else _dtype(settings)),
         model=figures[0],
         against=figures[1] if len(figures) > 1 else None,
         comparison=tuple(compared(*pair, *limits) for pair in pairs),
@@ -207,10 +207,11 @@ def _prefill_limit(subjects: Sequence[_Subject]) -> float | None:
     return large / small if small and large else None
 
 
-def _record(settings: BenchSettings, kind: str) -> dict[str, Any]:
-    asked = {"prompt_tokens", "new_tokens", "repeats", "compile", "counts_only", "server"}
+def _record(settings: BenchSettings, title: str, kind: str) -> dict[str, Any]:
+    asked = {"prompt_tokens", "new_tokens", "repeats", "compile", "counts_only"}
     return {
         **settings.model_dump(include=asked),
+        "server": title,
         "server_args": settings.server_args,
         "batch_sizes": list(settings.batch_size),
         "dtype": kind,

@@ -68,7 +68,12 @@ def how(model: Any, config: Any, saved_as: str) -> str:
         raise UserError("only llm-pruner reads the sizes of its layers")
     if saved_as == "stock":
         return "as the dense model"
-    if _expert_widths_differ(model, config.get_text_config()):
+    config = config.get_text_config()
+    if model.get_input_embeddings().weight.shape[1] != config.hidden_size:
+        raise UserError(
+            "the hidden state is narrower than the config says; prune with --uniform, or not hidden"
+        )
+    if _expert_widths_differ(model, config):
         # It takes the memory that the config's width needs and fills a part of it, without a word.
         raise UserError(
             "experts have widths that differ, and it takes one for all; prune with --uniform"
@@ -78,11 +83,15 @@ def how(model: Any, config: Any, saved_as: str) -> str:
 
 def _expert_widths_differ(model: Any, config: Any) -> bool:
     """Whether experts, tensors of shape (experts, outputs, inputs), have not the config's width."""
-    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-    # Gate and up projection may be one.
-    allowed = [sorted((config.hidden_size, channels)) for channels in (width, 2 * width)]
-    return any(
-        sorted(one.shape[1:]) not in allowed
+    experts = [
+        sorted(one.shape[1:])
         for name, one in model.named_parameters()
         if one.dim() == 3 and ".experts." in name
+    ]
+    hidden, *widths = (
+        getattr(config, name, None) or 0
+        for name in ("hidden_size", "moe_intermediate_size", "intermediate_size")
     )
+    width = widths[0] or widths[1]
+    # Gate and up projection may be one.
+    return any(one not in (sorted((hidden, width)), sorted((hidden, 2 * width))) for one in experts)
