@@ -66,7 +66,7 @@ def test_llama_cpp_serves_exported_files(tmp_path: Path) -> None:
         assert compared["prefill_limit"] > 1
     # Two servers, started alike but for file and port, and asked the same.
     one, other = (each["arguments"] for each in noted(tmp_path, "started"))
-    assert one[one.index("--ctx-size") + 1] == "22"
+    assert one[one.index("--ctx-size") + 1] == str(2 * (8 + 3 + 8))
     assert one[one.index("--parallel") + 1] == "2"
     assert one[one.index("--host") + 1] == "127.0.0.1"
     assert one[::2] == other[::2]

@@ -18,6 +18,9 @@ TITLE = "llama.cpp"
 FORMAT = "gguf"
 """Format of `export` that it reads."""
 
+_SPARE = 8
+"""Tokens of a context that no text fills: at its very end a server stops."""
+
 _XLLAMACPP = str(Path(__file__).with_name("_xllamacpp.py"))
 _HAS_IT = "import sys, importlib.util as i; sys.exit(i.find_spec('xllamacpp') is None)"
 
@@ -58,7 +61,7 @@ def command(start: list[str], file: Path, wanted: Wanted) -> list[str]:
         "model": file,
         "host": HOST,
         "port": wanted.port,
-        "ctx-size": wanted.texts * wanted.tokens,
+        "ctx-size": wanted.texts * (wanted.tokens + _SPARE),
         "parallel": wanted.texts,
     }
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
