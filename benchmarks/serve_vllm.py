@@ -117,7 +117,8 @@ def serve(folder: Path, python: Path, requests: int, told: dict[str, Any]) -> di
     if ran.returncode:
         said = [line for line in ran.stderr.splitlines() if "Error" in line]
         return {"error": said[-1] if said else f"ended with {ran.returncode}"}
-    return json.loads(ran.stdout.splitlines()[-1])
+    # Workers may say that they end after that.
+    return json.loads(next(line for line in ran.stdout.splitlines() if line.startswith('{"same')))
 
 
 def versions(python: Path) -> dict[str, str]:
