@@ -615,7 +615,7 @@ def test_code_of_a_model_runs_in_another_process_only_if_it_was_allowed(
 ) -> None:
     requests: list[bool] = []
 
-    def load(asked: ModelSettings) -> None:
+    def load(asked: ModelSettings, **_: bool) -> None:
         requests.append(asked.trust_remote_code)
         raise UserError("seen")
 

@@ -160,5 +160,5 @@ def fail(message: str, code: int) -> NoReturn:
         if code in (INTERRUPTED, TERMINATED):
             sys.exit(code)
         time.sleep(_PATIENCE)  # the launcher ends this process when the first one has failed, too
-    print(f"llm-pruner: {clean(message)}", file=sys.stderr)
+    sys.stderr.write(f"llm-pruner: {clean(message)}\n")  # at once: other processes write as well
     sys.exit(code)

@@ -19,7 +19,7 @@ Examples:
 
 
 def run(settings: VocabSettings, json: str | None) -> None:
-    """Make a model smaller by the tokens that a text does not need, and its tokenizer with it."""
+    """Make a model and its tokenizer smaller by the tokens that a text lacks."""
     from llm_pruner.commands.vocab import vocab
 
     done = vocab(settings)
