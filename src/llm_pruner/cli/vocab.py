@@ -19,7 +19,7 @@ Examples:
 
 
 def run(settings: VocabSettings, json: str | None) -> None:
-    """Make a model and its tokenizer smaller by the tokens that a text lacks."""
+    """Remove the tokens that a text does not need."""
     from llm_pruner.commands.vocab import vocab
 
     done = vocab(settings)
