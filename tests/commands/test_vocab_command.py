@@ -95,3 +95,12 @@ def test_what_is_refused(tmp_path: Path, options: list[str], said: str) -> None:
     assert said in failed.err
     assert len(failed.err.strip().splitlines()) == 1
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize("characters", [1, 1500])
+def test_a_text_that_is_too_short_is_refused(tmp_path: Path, characters: int) -> None:
+    dense, text = save(tmp_path / "dense"), write_text(tmp_path / "t.txt", characters)
+    failed = run("vocab", dense, "--text", text, "--out", tmp_path / "small")
+    assert failed.code == 2
+    assert f"leaves {characters // 10} characters to measure on" in failed.err
+    assert not (tmp_path / "small").exists()

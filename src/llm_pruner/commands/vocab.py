@@ -36,6 +36,8 @@ HELD_OUT = 10
 """One part in so many of the text is not counted; what a token less costs is measured on it."""
 MEASURED = 50_000
 """Characters that it is measured on, at most."""
+LEAST = 200
+"""Characters that it is measured on, at least."""
 COMPARED, WINDOW = 256, 1024
 """Tokens on which the two models are compared, and in which their loss is measured, at most."""
 
@@ -123,7 +125,13 @@ def _texts(settings: VocabSettings) -> tuple[list[str], str]:
             texts = [text for number, text in enumerate(texts) if number % HELD_OUT]
         read += texts
         apart.append("\n\n".join(rest)[: MEASURED // len(settings.text)])
-    return read, "\n\n".join(apart)
+    held_out = "\n\n".join(apart)
+    if len(held_out) < LEAST:
+        raise UserError(
+            f"{', '.join(settings.text)} leaves {len(held_out)} characters to measure on, a tenth "
+            f"of all, and {LEAST} are needed; give more text"
+        )
+    return read, held_out
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,8 @@ REFIT_TOKENS = 8192
 consumers have more inputs to fit than those of heads."""
 
 REFIT_WORK, FEWEST = 3 * 10**12, 2048
-"""Tokens times parameters that a trial's refit may take, and tokens that it takes at least: a model
-of a billion parameters would spend more time on two trials than on all else."""
+"""Tokens times parameters that a trial's refit may take, and tokens that it takes at least: on a
+large model two such refits would be as much work as the final one."""
 
 REFIT_RIDGE = 1.0
 """The ridge of trials, which so few tokens would choose."""
