@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\b
 Examples:
-  llm-pruner vocab qwen --text c4,code --size 64000 --out qwen-64k
+  llm-pruner vocab qwen --text c4 --text code --size 64000 --out qwen-64k
   llm-pruner prune qwen-64k --ratio 0.2 --out small
 """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llm_pruner.errors import UserError
-from llm_pruner.settings.common import CALIBRATION, Sources, WriterSettings
+from llm_pruner.settings.common import CALIBRATION, LOADING, Sources, WriterSettings
 from llm_pruner.settings.options import option
 
 
@@ -22,6 +22,12 @@ class VocabSettings(WriterSettings):
         "Tokens that stay: those that the text has most often, then those that the tokenizer "
         "learned first. Without it: those that the text has.",
         "N",
+    )
+    dtype: str = option(
+        "auto",
+        "Of the weights: auto for what the checkpoint has; or float32, bfloat16 or float16.",
+        "TYPE",
+        panel=LOADING,
     )
     documents: int = option(
         20_000, "Read at most this many of a hub dataset.", "N", panel=CALIBRATION
