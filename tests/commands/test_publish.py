@@ -134,7 +134,8 @@ def test_recover_and_compress(place: Path, hub: Hub) -> None:
 
 
 def test_vocab(place: Path, hub: Hub) -> None:
-    result = run("vocab", place / "dense", "--text", place / "text.txt", "--out", "v", *REPOSITORY)
+    write_text(Path("more.txt"), 4_000)
+    result = run("vocab", place / "dense", "--text", "more.txt", "--out", "v", *REPOSITORY)
     assert result.code == 0, result.err
     sent = hub.calls[-1][1]
     assert (sent["folder_path"], "vocabulary.json" in sent["sent"]) == (Path("v"), False)

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         count = asked["max_tokens"] - self.short
         for number in range(count):
+            time.sleep(0.001)  # or tokens arrive together, and a rate has no bounds
             last = number == count - 1
             choice = {"text": "x", "finish_reason": "length" if last else None}
             self._event({"choices": [choice], "usage": None})
