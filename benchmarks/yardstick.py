@@ -11,11 +11,13 @@ Each row is measured by ``evaluate --against MODEL`` on the first ``--max-tokens
 which no row may be fitted to: KL to the dense model, share of changed first choices, perplexity as
 a multiple of the dense model's, with standard errors; beside it parameters and seconds.
 ``--seeds`` makes each row that many times. OUT is written after each row, and goes on from there.
+With ``--work`` the folders stay, and what two rows begin with alike is made once.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import tempfile
 import time
@@ -30,15 +32,20 @@ from commands import found_by, llm_pruner
 from machine import machine
 
 
-def made(model: str, commands: list[list[Any]], seed: int, folder: Path) -> tuple[str, list[float]]:
+def made(model: str, commands: list[list[Any]], seed: int, work: Path) -> tuple[str, list[float]]:
     """Carry out the commands of a row; return the folder of the last, and the seconds of each."""
     last, seconds = model, []
     for number, (name, *arguments) in enumerate(commands):
-        out = folder / str(number)
-        said = [model if one == "MODEL" else one for one in arguments]
-        begin = time.perf_counter()
-        llm_pruner(name, last, "--out", out, "--seed", seed, *said)
-        seconds.append(round(time.perf_counter() - begin, 1))
+        key = json.dumps([commands[: number + 1], seed]).encode()
+        out = work / hashlib.sha256(key).hexdigest()[:16]
+        took = out.with_suffix(".seconds")
+        if not took.exists():
+            said = [model if one == "MODEL" else one for one in arguments]
+            begin = time.perf_counter()
+            goes_on = ["--resume"] if out.with_suffix(".recovering").exists() else []
+            llm_pruner(name, last, "--out", out, "--seed", seed, "--overwrite", *goes_on, *said)
+            took.write_text(f"{time.perf_counter() - begin:.1f}")
+        seconds.append(float(took.read_text()))
         last = str(out)
     return last, seconds
 
@@ -72,6 +79,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--dtype", default="float32", help="of the measurement")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--work", type=Path, help="folder that keeps what is made; must be there")
     parser.add_argument("--only", help="names of rows, comma-separated")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -94,7 +102,8 @@ def main() -> None:
             if any(row["name"] == name and row["seed"] == seed for row in results["rows"]):
                 continue
             with tempfile.TemporaryDirectory() as folder:
-                last, seconds = made(options.model, asked[name], seed, Path(folder))
+                work = options.work or Path(folder)
+                last, seconds = made(options.model, asked[name], seed, work)
                 found = measured(last, options)
             shown = [[Path(str(word)).name for word in command] for command in asked[name]]
             row = {

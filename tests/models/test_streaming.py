@@ -15,9 +15,11 @@ from torch import nn
 from command import save_tiny, write_text
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.commands.prune import PruneRun
+from llm_pruner.data import selfmade
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
 from llm_pruner.importance import Criterion, score
+from llm_pruner.models import streaming
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import load_model
 from llm_pruner.models.streaming import is_streamed, stream_, turn, values_of
@@ -139,6 +141,33 @@ def test_weights_are_there_in_their_turn_and_nan_out_of_it(streamed: Any) -> Non
 def test_a_streamed_model_takes_no_memory_for_its_blocks(streamed: Any) -> None:
     inside = [*streamed.model.layers.parameters()]
     assert all(one.untyped_storage().nbytes() <= 8 for one in inside)
+
+
+def test_text_is_written_with_the_weights_of_the_files_where_they_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each token would read all of them."""
+    folder = save(tmp_path / "model", "llama")
+    monkeypatch.setattr(selfmade, "LARGE", 0)
+    monkeypatch.setattr(selfmade, "multiplies_bfloat16", lambda _: True)
+    resident = load_model(str(folder)).model
+    how: dict[str, Any] = {"samples": 2, "seq_len": 16, "seed": 0}
+    expected = selfmade.write_text(resident, tiny_tokenizer(), **how)
+    count = sum(one.numel() for one in resident.parameters())
+    read, reads = streaming._Source.read, list[Any]()
+
+    def counted(source: Any, *dtype: Any) -> torch.Tensor:
+        reads.append(source)
+        return read(source, *dtype)
+
+    monkeypatch.setattr(streaming._Source, "read", counted)
+    for room, once in ((2 * count, True), (2 * count - 1, False)):
+        model = load_model(str(folder), memory=room).model
+        reads.clear()
+        found = selfmade.write_text(model, tiny_tokenizer(), **how)
+        inside = sum(map(is_streamed, model.parameters()))
+        assert (len(reads) == inside > 0) == once
+        assert not once or torch.equal(found, expected)
 
 
 def test_copies_run_on_their_own_cuts(tmp_path: Path) -> None:

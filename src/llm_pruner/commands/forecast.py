@@ -355,7 +355,8 @@ class _Forecaster:
         return Taken(taken.seconds / STEPS, taken.bytes + tensor_bytes(decoder.cache))
 
     def _writes_bfloat16(self) -> bool:
-        return multiplies_bfloat16() and self.total >= LARGE and not self.streamed
+        fits = not self.streamed or 2 * self.total <= self.room
+        return multiplies_bfloat16() and self.total >= LARGE and fits
 
     # ------------------------------------------------------------------------- what follows of it
 
@@ -416,7 +417,7 @@ class _Forecaster:
             seconds = self._of("token", tokens)
             seconds += _words_seconds(self.loaded.tokenizer, self.model)
             more = copied + self.block + self._rise("token")
-            self._book("calibration text", seconds, more, wide=tokens)
+            self._book("calibration text", seconds, more, wide=0 if copied else tokens)
         elif self.reads:
             self._book("calibration text", self.stages.pop("calibration text").seconds, 0)
 

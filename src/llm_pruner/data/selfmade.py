@@ -26,7 +26,12 @@ from llm_pruner.models.forward import (
     maximum_length,
     tensor_bytes,
 )
-from llm_pruner.models.streaming import is_streamed
+from llm_pruner.models.streaming import (
+    forget_pages,
+    is_model_streamed,
+    room_for,
+    values_of,
+)
 from llm_pruner.runtime.precision import multiplies_bfloat16
 from llm_pruner.runtime.progress import track
 
@@ -89,7 +94,7 @@ def write_text(
     ids = torch.empty(samples, seq_len, dtype=torch.int64)
     ids[:, : starts.shape[1]] = starts
     positions = range(starts.shape[1], seq_len)
-    model = _fast(model)
+    given, model = model, _fast(model)
     with evaluating(model):
         opening = torch.cat([lead, starts[0]])[None].to(device)
         batch_size = batch_size or _texts_at_a_time(model, opening, seq_len)
@@ -108,6 +113,7 @@ def write_text(
                     turns.start(len(fresh))
             drawn = draw_tokens(logits.float().cpu(), uniform[rows, position], never)
             ids[rows, position] = drawn if turns is None else turns.follow(drawn)
+    forget_pages(given)
     return ids
 
 
@@ -150,16 +156,20 @@ def _fast(model: Any) -> Any:
     """Return a copy whose weights are bfloat16, where the processor multiplies those faster.
 
     A step reads all weights for few products. Buffers, such as the frequencies of rotary
-    embeddings, keep their type.
+    embeddings, keep their type. Of a model that is read block by block the copy has the weights of
+    the files, if they fit in the memory that is for them: it would read all of them for each token.
     """
     weights = [*model.parameters()]
+    count = sum(one.numel() for one in weights)
     if (
-        any(one.dtype != torch.float32 or is_streamed(one) for one in weights)
+        any(one.dtype != torch.float32 for one in weights)
         or not multiplies_bfloat16(weights[0].device.type)
-        or sum(one.numel() for one in weights) < LARGE
+        or count < LARGE
+        or (is_model_streamed(model) and 2 * count > room_for(model))
     ):
         return model
-    memo = {id(one): nn.Parameter(one.detach().to(torch.bfloat16)) for one in weights}
+    kind = torch.bfloat16
+    memo = {id(one): nn.Parameter(values_of(one, kind).to(kind)) for one in weights}
     return copy.deepcopy(model, memo)
 
 

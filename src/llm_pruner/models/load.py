@@ -138,7 +138,7 @@ def load_model(
     if streams:
         kind = on_disk.dtype_named(dtype)
         on = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        stream_(model, kind if isinstance(kind, torch.dtype) else model.dtype, on)
+        stream_(model, kind if isinstance(kind, torch.dtype) else model.dtype, on, memory or 0)
     return LoadedModel(
         model=model.eval(),
         tokenizer=tokenizer,

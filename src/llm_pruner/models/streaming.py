@@ -80,6 +80,7 @@ class _Source:
 
 
 _SOURCES: Any = WeakIdKeyDictionary()
+_ROOMS: Any = WeakIdKeyDictionary()
 _held: Any = WeakIdKeyDictionary()
 
 before_turn: ContextVar[Callable[[nn.Module, int], None] | None]
@@ -95,6 +96,18 @@ def is_streamed(tensor: torch.Tensor) -> bool:
 def is_model_streamed(model: nn.Module) -> bool:
     """Whether a model has such parameters."""
     return any(is_streamed(parameter) for parameter in model.parameters())
+
+
+def room_for(model: nn.Module) -> int:
+    """Return the bytes that the weights of a streamed model may take; 0 if nobody said."""
+    return int(_ROOMS.get(model, 0))
+
+
+def forget_pages(model: nn.Module) -> None:
+    """Give the pages of files back that were read without a turn."""
+    for parameter in model.parameters():
+        if parameter in _SOURCES:
+            _SOURCES[parameter].forget()
 
 
 def values_of(parameter: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -121,13 +134,16 @@ def stored(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
         source.forget()
 
 
-def stream_(model: nn.Module, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+def stream_(
+    model: nn.Module, dtype: torch.dtype, device: torch.device | str = "cpu", room: int = 0
+) -> None:
     """Have the weights in a model's blocks read for each turn; turn all others to ``dtype``.
 
     Args:
         model: loaded on the CPU in the type of its files, so that its weights are mapped.
         dtype: of computation.
         device: where it is computed.
+        room: bytes that the weights may take; see ``room_for``.
 
     Raises:
         UserError: the model has no list of blocks, or holds computed numbers that the stored type
@@ -164,6 +180,7 @@ def stream_(model: nn.Module, dtype: torch.dtype, device: torch.device | str = "
     config: Any = getattr(model, "config", None)
     if config is not None:
         config.dtype = dtype
+    _ROOMS[model] = room
 
 
 def _source_of(
