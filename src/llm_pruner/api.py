@@ -28,7 +28,7 @@ from llm_pruner.evaluation.perplexity import perplexity as measure_perplexity
 from llm_pruner.files.disk import new_folder
 from llm_pruner.importance import Criterion
 from llm_pruner.importance import score as score_groups
-from llm_pruner.models.layers import sharing_copy
+from llm_pruner.models.layers import own_copy, sharing_copy
 from llm_pruner.models.load import LoadedModel, load_model
 from llm_pruner.planning import Plan
 from llm_pruner.report.records import CurvePoint
@@ -77,7 +77,7 @@ class Model:
         Raises:
             UserError: the folder is taken.
         """
-        network = copy.deepcopy(self.network)
+        network = own_copy(self.network)
         keep_type_(network, self.loaded.stored_dtype)
         save_checkpoint(
             network,

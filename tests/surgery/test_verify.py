@@ -15,7 +15,7 @@ from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import VerificationError
 from llm_pruner.surgery import cut as surgery
 from llm_pruner.surgery import verify
-from llm_pruner.surgery.cut import cut_
+from llm_pruner.surgery.cut import cut_, cut_copy
 from llm_pruner.surgery.twin import pruned_logits, twin_logits
 from llm_pruner.surgery.verify import (
     cut_verified_,
@@ -171,6 +171,35 @@ def test_use_of_a_size_that_the_trace_cannot_see() -> None:
     removal = {"layers.0.other": np.array([0, 1])}
     with pytest.raises(VerificationError, match=r"at fault: layers\.0\.other; nothing was saved"):
         check(net, removal, discovery)
+
+
+class Tied(nn.Module):
+    """Its head is a function that reads the embedding of the model that made it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(16, 8)
+        self.up = nn.Linear(8, 12)
+        self.down = nn.Linear(12, 8)
+        self.head = lambda hidden: hidden @ self.embedding.weight.T
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(tokens)
+        logits: torch.Tensor = self.head(hidden + self.down(self.up(hidden).relu()))
+        return logits
+
+
+def test_functions_that_a_model_holds_are_copied_with_it() -> None:
+    torch.manual_seed(0)
+    net = Tied()
+    discovery = discover(net)
+    (hidden,) = (group for group in discovery.groups if group.kind == "hidden")
+    removal = {hidden.name: np.array([0, 3])}
+    tokens = torch.arange(16)[None]
+    found = cut_copy(net, discovery, removal)(tokens)
+    cut_verified_(net, discovery, removal)
+    assert net.embedding.weight.shape == (16, 6)
+    assert torch.equal(found, net(tokens))
 
 
 class Windowed(nn.Module):

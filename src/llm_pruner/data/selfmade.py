@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from llm_pruner.models.forward import (
     maximum_length,
     tensor_bytes,
 )
+from llm_pruner.models.layers import own_copy
 from llm_pruner.models.streaming import (
     forget_pages,
     is_model_streamed,
@@ -170,7 +170,7 @@ def _fast(model: Any) -> Any:
         return model
     kind = torch.bfloat16
     memo = {id(one): nn.Parameter(values_of(one, kind).to(kind)) for one in weights}
-    return copy.deepcopy(model, memo)
+    return own_copy(model, memo)
 
 
 def _check_length(model: Any, seq_len: int) -> None:

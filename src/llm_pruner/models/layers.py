@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from types import ModuleType
+from types import CellType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -28,7 +28,45 @@ def sharing_copy(model: nn.Module, *, buffers: bool = True) -> nn.Module:
     held = [value for module in model.modules() for value in vars(module).values()]
     others = [*model.buffers(), *(value for value in held if isinstance(value, torch.Tensor))]
     memo = {id(one): one if buffers else one.detach().clone() for one in others}
-    return copy.deepcopy(model, memo | {id(one): one for one in model.parameters()})
+    return own_copy(model, memo | {id(one): one for one in model.parameters()})
+
+
+def own_copy(model: Any, memo: dict[int, Any] | None = None) -> Any:
+    """Return a deep copy whose modules' functions are its own as well.
+
+    ``copy.deepcopy`` takes a function as it is, so one that a module holds, such as
+    ``lambda x: x @ self.embedding.weight.T``, would go on reading the modules of the original.
+
+    Args:
+        memo: see ``copy.deepcopy``.
+    """
+    memo = {} if memo is None else memo
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        for name, value in [*vars(module).items()]:
+            if isinstance(value, FunctionType) and value.__closure__:
+                vars(module)[name] = _bound_anew(value, memo)
+    return copied
+
+
+def _bound_anew(function: FunctionType, memo: Mapping[int, Any]) -> FunctionType:
+    """Return a function that reads copies in place of modules that were copied."""
+    cells = []
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # an empty one
+            if isinstance(cell.cell_contents, nn.Module):
+                cell = CellType(memo.get(id(cell.cell_contents), cell.cell_contents))
+        cells.append(cell)
+    bound = FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        tuple(cells),
+    )
+    bound.__kwdefaults__ = function.__kwdefaults__
+    vars(bound).update(vars(function))
+    return bound
 
 
 def without_layers(model: nn.Module, path: str, gone: Sequence[int]) -> nn.Module:

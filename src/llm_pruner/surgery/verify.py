@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from llm_pruner.discovery.groups import bound_to
 from llm_pruner.discovery.tracing.scenes import Scene
 from llm_pruner.errors import VerificationError
 from llm_pruner.models.forward import is_on_meta
-from llm_pruner.models.layers import sharing_copy
+from llm_pruner.models.layers import own_copy, sharing_copy
 from llm_pruner.models.lockstep import Outcome, result_of
 from llm_pruner.models.streaming import is_model_streamed
 from llm_pruner.surgery.cut import Undo, cut_, plan_edits
@@ -191,7 +190,7 @@ def _is_rounding(
         or any(weight.dtype != torch.float32 for weight in weights)
     ):
         return False
-    fine = copy.deepcopy(model).double()
+    fine = own_copy(model).double()
     try:
         twin = joined(run_twin(fine, discovery, removal, scenes))
         cut_(fine, discovery, removal)
