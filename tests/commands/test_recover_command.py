@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,13 @@ from safetensors.torch import load_file
 import llm_pruner.data.selfmade
 import llm_pruner.models.load
 from command import WORDS, contents, done, run, save_tiny
-from helpers import tiny_tokenizer
+from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.commands import recover as recovering
 from llm_pruner.models.load import load_model
 from llm_pruner.report.data import read_report
+from llm_pruner.runtime import precision
+from llm_pruner.runtime.processes import ALONE
+from llm_pruner.settings.recover import RecoverSettings
 
 pytestmark = pytest.mark.slow
 
@@ -185,6 +189,68 @@ def test_bfloat16_where_the_processor_is_fast_at_it(
     data = ("--data", made / "rows.jsonl", *QUICK, "--max-steps", 1)
     done("recover", made / "small", "--out", "better", *data, *options)
     assert json.loads(Path("better/recovery.json").read_text())["settings"]["bf16"] is wanted
+
+
+@pytest.fixture(scope="module")
+def halves(made: Path) -> Path:
+    """A checkpoint in bfloat16."""
+    folder = made / "half"
+    tiny_model(num_hidden_layers=4, max_position_embeddings=512).bfloat16().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fast", "free", "options", "wanted"),
+    [
+        (True, 10**9, {}, ["bfloat16", "float32"]),
+        (False, 10**9, {}, ["float32", "float32"]),
+        (False, 700_000, {}, ["bfloat16", "float32"]),
+        (True, 0, {"method": "blocks"}, ["float32", "float32"]),
+        (True, 0, {"dtype": "float32"}, ["float32", "float32"]),
+    ],
+)
+def test_beside_adapters_weights_have_the_type_of_the_checkpoint(
+    made: Path,
+    halves: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fast: bool,
+    free: int,
+    options: dict[str, str],
+    wanted: list[str],
+) -> None:
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda _: fast)
+    monkeypatch.setattr(recovering, "free_bytes", lambda _: free)
+    settings = RecoverSettings(
+        model=str(halves), teacher=str(made / "dense"), out=Path("o"), data="t.txt", **options
+    )
+    found = recovering.ways_to_load(settings.but(device="cpu"), ALONE)
+    assert [found[of].dtype for of in ("model", "teacher")] == wanted
+    assert "control" not in found
+    said = ["do not fit into the free memory: the model is computed in bfloat16"]
+    short = not fast and free < 10**9
+    assert [text in one for one in caplog.messages for text in said] == [True] * short
+
+
+def test_adapters_on_weights_in_half_precision(
+    work: Path, made: Path, halves: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda _: True)
+    own, seen = recovering.recover_, []
+
+    def watched(model: torch.nn.Module, *args: Any, **others: Any) -> Any:
+        seen.append(next(model.parameters()).dtype)
+        return own(model, *args, **others)
+
+    monkeypatch.setattr(recovering, "recover_", watched)
+    options = ("--data", made / "rows.jsonl", "--teacher", halves, *QUICK, "--json", "-")
+    found = json.loads(done("recover", halves, "--out", "better", *options).out)
+    assert seen == [torch.bfloat16]
+    assert found["gained"]
+    assert found["packed"]
+    saved = load_file("better/model.safetensors")
+    assert {one.dtype for one in saved.values()} == {torch.bfloat16}
 
 
 def test_an_interruption_says_how_to_go_on(

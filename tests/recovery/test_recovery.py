@@ -96,6 +96,7 @@ def test_a_layout_holds_each_sample_once_and_nothing_else(packed: bool) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma3_text"])
 def test_packed_samples_do_not_see_each_other(family: str) -> None:
     model, data = tiny_model(family), sequences(12)
+    assert can_pack(tiny_model(family).bfloat16(), 259)
     assert can_pack(model, 259)
     results = {}
     for packed in (True, False):
@@ -114,6 +115,7 @@ def test_a_model_that_mixes_packed_samples_is_found_out() -> None:
     # ALiBi counts distances over the whole row and its mask is built without positions.
     model = tiny_model("bloom")
     assert not can_pack(model, 259)
+    assert not can_pack(tiny_model("bloom").bfloat16(), 259)
     rotary = tiny_model("llama")
     inner = rotary.forward
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +33,8 @@ from llm_pruner.evaluation.perplexity import PerplexityResult, perplexity_of_win
 from llm_pruner.files.disk import new_folder, tidy
 from llm_pruner.files.outputs import check_output, check_place, check_shard_size, write_output
 from llm_pruner.models.forward import embedding_rows, maximum_length
-from llm_pruner.models.load import LoadedModel, check, load
+from llm_pruner.models.load import LoadedModel, load, stored_dtype
+from llm_pruner.models.stored import stored_size
 from llm_pruner.recovery import Outcome, Progress, Teacher, recover_
 from llm_pruner.recovery.trainer import trainer_arguments
 from llm_pruner.report.data import SavedAs, known_report
@@ -47,12 +49,15 @@ from llm_pruner.report.records import (
     StepLoss,
 )
 from llm_pruner.report.write import page_in, write_report, write_request
-from llm_pruner.runtime.precision import multiplies_bfloat16
+from llm_pruner.runtime.memory import free_bytes
+from llm_pruner.runtime.precision import multiplies, multiplies_bfloat16
 from llm_pruner.runtime.processes import Processes, is_sharded, joined, own_device
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.evaluate import PerplexitySettings
 from llm_pruner.settings.recover import DataSettings, RecoverSettings, TrainingSettings
 from llm_pruner.types import Edits
+
+_LOG = logging.getLogger(__name__)
 
 _HOW_FAST = ("packing", "kernels")
 """Settings of which the result does not depend but for rounding."""
@@ -122,7 +127,8 @@ class _Run:
     Attributes:
         settings: as they hold on this machine.
         asked: as they were given.
-        loaded: the model that is trained.
+        loading: how the model is loaded that is trained.
+        loaded: that model.
         dense: the teacher; None without one.
         controlling: how the dense model is loaded that is trained, too; None if none is.
         samples: of each source.
@@ -139,9 +145,6 @@ class _Run:
         self.work = work_folder(self.settings.out)
         # Where the adapter waits for the model to be saved.
         self.adapter = self.work / "adapter" if self.settings.keep_adapter else None
-        self.loading = self.settings.computing()
-        control = self.settings.control
-        self.controlling = None if control is None else self.loading.loading(control)
         self.measuring = PerplexitySettings(seq_len=self.settings.perplexity_seq_len)
 
     def carry_out(self) -> Recovered:
@@ -177,11 +180,9 @@ class _Run:
         Returns:
             The control, which is kept in memory by nothing else.
         """
-        settings, teacher = self.settings, None
-        if settings.teacher is not None:
-            teacher = self.loading.loading(settings.teacher)
-        for later in filter(None, (teacher, self.controlling)):
-            check(later)  # which is loaded after the model
+        settings = self.settings
+        ways = ways_to_load(settings, self.processes)
+        self.loading, self.controlling = ways["model"], ways.get("control")
         self.loaded = load(self.loading)
         longest = maximum_length(self.loaded.model)
         if longest is not None and settings.seq_len > longest:
@@ -189,7 +190,9 @@ class _Run:
                 f"--seq-len {settings.seq_len} is longer than the model's maximum; "
                 f"use {longest} or less"
             )
-        self.dense = None if teacher is None else load_teacher(teacher, self.loaded)
+        self.dense = None
+        if "teacher" in ways:
+            self.dense = load_teacher(ways["teacher"], self.loaded)
         control = None
         if self.controlling is not None:
             control = load_teacher(self.controlling, self.loaded)
@@ -416,6 +419,43 @@ def read_examples(data: DataSettings) -> dict[str, Examples]:
     """Return the examples of each source but ``self``."""
     how: Any = {"split": data.split, "text_field": data.text_field, "limit": data.samples}
     return {source: load_examples(source, **how) for source in data.data if source != SELF}
+
+
+def ways_to_load(settings: RecoverSettings, processes: Processes) -> dict[str, ModelSettings]:
+    """Return how ``model`` is loaded, and ``teacher`` and ``control`` if there are such.
+
+    ``--dtype auto`` computes in float32. Beside adapters no weight of a model is trained, and none
+    loses a small step: there each is computed as it is stored where the device multiplies that
+    faster, or where float32 copies of all would not fit into its free memory. FSDP2 wants one type.
+
+    Raises:
+        UserError: one of them cannot be loaded.
+    """
+    named = {"model": None, "teacher": settings.teacher, "control": settings.control}
+    ways = {of: settings.loading(name) for of, name in named.items() if name or of == "model"}
+    stored = {of: stored_dtype(way) for of, way in ways.items()}
+    if settings.dtype != "auto":
+        return ways
+    adapts = settings.method == "lora" and not processes.sharded
+    short = adapts and bool(processes.from_first(_is_short(ways.values(), settings.device)))
+    for of, kept in stored.items():
+        name, fast = str(kept).removeprefix("torch."), multiplies(kept, settings.device)
+        half = adapts and kept.itemsize == 2 and (short or fast)
+        ways[of] = ways[of].but(dtype=name if half else "float32")
+        if half and not fast and processes.is_first:
+            _LOG.warning(
+                "float32 copies of all models do not fit into the free memory: the %s is computed "
+                "in %s",
+                of,
+                name,
+            )
+    return ways
+
+
+def _is_short(models: Iterable[ModelSettings], device: str) -> bool:
+    """Whether float32 copies of all do not fit; of what is still on the hub nothing is known."""
+    sizes = [stored_size(one.model, one.revision, "float32") for one in models]
+    return sum(size[1] for size in sizes if size) > free_bytes(device)
 
 
 def load_teacher(teacher: ModelSettings, student: LoadedModel) -> LoadedModel:

@@ -129,9 +129,7 @@ def load_model(
             if has_recipe(config) and type(config).__module__.startswith("transformers."):
                 # The class of this package does what the code of the folder does.
                 found = replace(found, shared=found.shared | {"trust_remote_code": False})
-            kept = torch.float32 if found.is_gguf else getattr(config, "dtype", None)
-            if not isinstance(kept, torch.dtype):
-                kept = on_disk.commonest_type(Path(found.folder))
+            kept = _stored_dtype(found, config)  # what loads may write into the config
             model = _load_model(source, found, config, options, weights)
         reads = weights if reads_tokenizer is None else reads_tokenizer
         tokenizer = _load_tokenizer(source, found, tokenizer_required) if reads else None
@@ -148,6 +146,11 @@ def load_model(
         stored=states,
         stored_dtype=kept,
     )
+
+
+def _stored_dtype(found: _Found, config: Any) -> torch.dtype:
+    kept = torch.float32 if found.is_gguf else getattr(config, "dtype", None)
+    return kept if isinstance(kept, torch.dtype) else on_disk.commonest_type(Path(found.folder))
 
 
 def _exceeds(memory: int, source: str, found: _Found, dtype: str) -> bool:
@@ -504,12 +507,21 @@ def check(model: ModelSettings, *, packed: bool = False) -> Any:
     Raises:
         UserError: it cannot be loaded.
     """
+    return _checked(model, packed)[1]
+
+
+def stored_dtype(model: ModelSettings) -> torch.dtype:
+    """Return ``LoadedModel.stored_dtype`` of a model that is not loaded yet; else as ``check``."""
+    return _stored_dtype(*_checked(model))
+
+
+def _checked(model: ModelSettings, packed: bool = False) -> tuple[_Found, Any]:
     on_disk.dtype_named(model.dtype)
     _device(model.device)
     found = _find(model.model, model.revision, model.trust_remote_code)
     if found.is_gguf:
-        return None
+        return found, None
     with _quiet(), _explained(model.model):
         config = AutoConfig.from_pretrained(found.folder, **found.shared)
         _check_quantization(model.model, config, packed)
-    return config
+    return found, config

@@ -12,7 +12,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
@@ -22,6 +21,7 @@ from llm_pruner.models.layers import own_copy
 from llm_pruner.recovery.callbacks import Progress
 from llm_pruner.recovery.distill import Teacher
 from llm_pruner.recovery.run import Outcome, recover_
+from llm_pruner.runtime.memory import free_bytes
 from llm_pruner.runtime.precision import multiplies_bfloat16
 from llm_pruner.runtime.progress import track
 from llm_pruner.settings.recover import DistillationSettings, TrainingSettings
@@ -139,10 +139,7 @@ def method_for(model: nn.Module) -> str:
     count = sum(one.numel() for one in weights)
     if any(one.dtype != torch.float32 for one in weights):
         return "lora"
-    if weights[0].device.type == "cpu":
-        free = psutil.virtual_memory().available
-    else:
-        free = torch.cuda.mem_get_info(weights[0].device)[0]
+    free = free_bytes(str(weights[0].device))
     return "blocks" if TRAINED_BYTES * count < free else "lora"
 
 

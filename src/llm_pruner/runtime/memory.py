@@ -56,6 +56,16 @@ def keep_kernels(number: int) -> None:
         os.environ.setdefault(name, str(number))
 
 
+def free_bytes(device: str) -> int:
+    """Return the free memory of a device; of ``auto`` that of a GPU, if there is one."""
+    import psutil
+    import torch  # whose first large tensor comes after `keep_large_blocks`
+
+    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+        return int(torch.cuda.mem_get_info(None if device == "auto" else device)[0])
+    return int(psutil.virtual_memory().available)
+
+
 def give_back() -> None:
     """Return free memory to the system, where the C library is glibc."""
     trim = _glibc("malloc_trim")

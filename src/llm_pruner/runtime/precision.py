@@ -45,6 +45,16 @@ def mixed_precision() -> AbstractContextManager[None]:
     return context
 
 
+def multiplies(dtype: torch.dtype, device: str) -> bool:
+    """Return whether a device is faster at matrices of a type of 16 bits than of float32 ones.
+
+    Where training is: its products are in bfloat16, in which small gradients are not lost. Other
+    products are not, and of float16 a processor is slow at them.
+    """
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    return multiplies_bfloat16(device) and (dtype == torch.bfloat16 or on_gpu)
+
+
 def multiplies_bfloat16(device: str = "cpu") -> bool:
     """Return whether a device is faster at products of bfloat16 matrices than of float32 ones.
 

@@ -229,6 +229,14 @@ class RecoverSettings(WriterSettings, DataSettings, TrainingSettings, Distillati
 
     panels: ClassVar = (_DATA, _TRAINING, _BUDGET, _TEACHER, _LORA, OUTPUT, LOADING)
 
+    dtype: str = option(
+        "auto",
+        "Of the saved weights: auto for what the checkpoint has, computed in float32, or beside "
+        "adapters in that type where it is faster or float32 does not fit into memory; or "
+        "float32, bfloat16 or float16, computed in it.",
+        "TYPE",
+        panel=LOADING,
+    )
     resume: bool = _output(
         False, "Go on with a run that was interrupted, from its last checkpoint."
     )
