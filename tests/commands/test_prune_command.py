@@ -463,7 +463,8 @@ def test_demo(work: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for row in ("size on disk", "perplexity, demo text", "prefill tokens/s", "decode tokens/s"):
         assert any(line.startswith(row) for line in lines)
     assert any(line.startswith("peak memory: ") for line in lines)
-    assert lines[-1] == "report: demo-out/report.html"
+    assert lines[-2] == "report: demo-out/report.html"
+    assert lines[-1].startswith("servers: ")
     found = json.loads(Path("found.json").read_text())
     assert found["path"] == "demo-out"
     assert read_report(Path("demo-out/report.json")).command == "llm-pruner demo --json found.json"

@@ -120,6 +120,7 @@ def show(done: Recovered) -> None:
     out.places(done.path, done.report, done.bytes)
     if done.needs:
         out.print(f"loads with from_pretrained, as before, with {' and '.join(done.needs)}")
+    out.servers(done.servers)
 
 
 def _change(before: float, after: float) -> tuple[str, str, str]:

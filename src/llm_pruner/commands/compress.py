@@ -324,7 +324,9 @@ class _Stages:
             report = known_report(folder)
             if report is not None:
                 sizes = report.sizes | {"quantized": model_size(model)}
-                write_report(folder, report.model_copy(update={"sizes": sizes}))
+                # Which servers run packed weights is not known.
+                changed = {"sizes": sizes, "servers": ()}
+                write_report(folder, report.model_copy(update=changed))
 
         save_packed(source, out, max_shard_size=self.settings.max_shard_size, beside=beside)
         self.run.record_time("quantize")
@@ -409,7 +411,7 @@ class _Stages:
         report = report.model_copy(update={"settings": settings, "command": self.command})
         write_report(folder, report)
         write_request(folder, self.settings)
-        return result
+        return replace(result, servers=report.servers)
 
     def _note_higher_perplexity(self, measured: dict[Variant, Weighed]) -> None:
         pairs = zip(measured["pruned"].perplexity, measured["recovered"].perplexity, strict=True)

@@ -26,7 +26,7 @@ from llm_pruner.data.calibration import (
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.footprint import model_size
-from llm_pruner.evaluation.servers import served_by
+from llm_pruner.evaluation.servers import ServedBy, served_by
 from llm_pruner.files.outputs import check_shard_size, write_output
 from llm_pruner.importance import score
 from llm_pruner.models.forward import is_on_meta
@@ -100,6 +100,7 @@ class PruneRun:
         self.scores: dict[str, FloatArray] = dict(scores or {})
         self.trials: list[SplitTrial] = []
         self.rounding: Rounding | None = None
+        self.servers: tuple[ServedBy, ...] = ()
         self.processes, self.device = ALONE, settings.device
 
     def carry_out_together(self) -> Pruned | None:
@@ -474,7 +475,7 @@ class PruneRun:
             path=saved.path,
             saved_as=saved.kind,
             needs=saved.needs,
-            servers=served_by(network, self.dense_config, saved.kind),
+            servers=self.servers,
             bytes=saved.bytes,
             report=page_in(saved.path),
         )
@@ -490,7 +491,8 @@ class PruneRun:
         settings, loaded, plan = self.settings, self.loaded, self.plan
         assert plan is not None
         write_request(folder, settings)
-        done = replace(result, saved_as=kind, needs=needs)
+        self.servers = served_by(self.network, self.dense_config, kind)
+        done = replace(result, saved_as=kind, needs=needs, servers=self.servers)
         # What a report has of the run, it has by the same names.
         shared = {name: of for name, of in vars(done).items() if name in Report.model_fields}
         report = Report(

@@ -30,6 +30,7 @@ from llm_pruner.data.training import (
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.evaluation.perplexity import PerplexityResult, perplexity_of_windows
+from llm_pruner.evaluation.servers import served_by
 from llm_pruner.files.disk import new_folder, tidy
 from llm_pruner.files.outputs import check_output, check_place, check_shard_size, write_output
 from llm_pruner.models.forward import embedding_rows, maximum_length
@@ -337,12 +338,15 @@ class _Run:
         earlier = known_report(Path(settings.model).expanduser())
 
         def beside(folder: Path, kind: SavedAs, needs: tuple[str, ...]) -> None:
+            nonlocal result
+            servers = served_by(network, network.config, kind)
+            result = replace(result, saved_as=kind, needs=needs, servers=servers)
             write_request(folder, self.asked)
             write_output(folder / RECOVERY_FILE, result.lasting())
             if self.adapter is not None and result.gained:
                 shutil.copytree(self.adapter, folder / "adapter")
             report = recovery_report(
-                replace(result, saved_as=kind, needs=needs),
+                result,
                 earlier,
                 source=source_of(settings.model, loaded.name, loaded.revision, network),
                 pruned=plan.is_file(),
@@ -364,13 +368,7 @@ class _Run:
             beside=beside,
         )
         workdir.remove_run(self.work, workdir.RECOVERING)
-        return replace(
-            result,
-            saved_as=saved.kind,
-            bytes=saved.bytes,
-            needs=saved.needs,
-            report=page_in(saved.path),
-        )
+        return replace(result, bytes=saved.bytes, report=page_in(saved.path))
 
 
 def check_run(settings: RecoverSettings, work: Path) -> None:

@@ -337,6 +337,7 @@ def recovery_report(
             "recovery": recovery,
             "saved_as": done.saved_as,
             "needs": done.needs,
+            "servers": done.servers,
             "settings": {**earlier.settings, "Recovery": spaced(done.settings)},
             "seconds": {**earlier.seconds, "training": done.seconds},
             "versions": versions(),

@@ -25,7 +25,7 @@ T = TypeVar("T")
 RECOVERY_FILE = "recovery.json"
 """What a recovered checkpoint says about its recovery."""
 
-_OF_THE_FOLDER = {"saved_as", "path", "bytes", "needs", "report"}
+_OF_THE_FOLDER = {"saved_as", "path", "bytes", "needs", "servers", "report"}
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ class Recovered:
         evaluations: held-out losses, in order.
         settings: all that decided how the run went.
         control: the dense model with the same training; None if it was not asked for.
-        needs: what loading it needs besides transformers, such as ``import llm_pruner``.
+        needs, servers: as in ``Pruned``.
         report: the page that shows all this; None if none was written.
     """
 
@@ -260,6 +260,7 @@ class Recovered:
     control: Control | None = None
     saved_as: SavedAs = "stock"
     needs: tuple[str, ...] = ()
+    servers: tuple[ServedBy, ...] = ()
     bytes: int = 0
     report: Path | None = None
 
@@ -296,6 +297,7 @@ class Compressed:
         recovery: held-out loss before and after, and how training went; None if nothing was
             trained.
         peak_bytes: most memory that one process held; 0 if not known.
+        servers: as in ``Pruned``; of packed weights none is known.
         report: the page in the folder; None if none could be drawn.
     """
 
@@ -307,6 +309,7 @@ class Compressed:
     recovery: Training | None
     notes: list[str]
     peak_bytes: int
+    servers: tuple[ServedBy, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     report: Path | None = None
 
