@@ -88,12 +88,22 @@ def test_packed_weights_are_run_and_never_pruned(
     (folder / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(limits, "find_spec", lambda _: None)
     said = f"{folder} is packed by torchao, and needs the package torchao, which is not installed"
-    for command in (("evaluate", folder, "--perplexity", "text.txt"), ("chat", folder)):
+    for command in (
+        ("evaluate", folder, "--perplexity", "text.txt"),
+        ("chat", folder),
+        ("bench", folder),
+        ("bench", "dense", "--against", folder),
+    ):
         result = run(*command)
         assert (result.code, result.err) == (2, f"llm-pruner: {said}; run 'pip install torchao'\n")
-    assert "packed weights cannot be pruned" in run("prune", folder, "--out", "o", *PRUNE).err
-    with pytest.raises(UserError, match="packed weights cannot be pruned"):
+    said = "is quantized (torchao), and its packed weights can only be run, by evaluate, chat and"
+    assert said in run("prune", folder, "--out", "o", *PRUNE).err
+    with pytest.raises(UserError, match="can only be run"):
         check(ModelSettings(model=str(folder)))
+    config["quantization_config"] = {"quant_method": "gptq"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"quantized \(gptq\), and its packed weights are not read"):
+        check(ModelSettings(model=str(folder)), packed=True)
 
 
 def test_models_with_code_of_their_own_are_refused(
@@ -147,8 +157,21 @@ def test_packed_folders_load(work: Path, tmp_path: Path, sizes: str) -> None:
     assert loaded.fingerprint == load_model(str(out), packed=True).fingerprint
     left = {"plan.json", "tokenizer.json", "report.json", "request.yaml", "README.md"}
     assert left <= {file.name for file in out.iterdir()}
-    with pytest.raises(UserError, match="packed weights cannot be pruned"):
+    with pytest.raises(UserError, match="can only be run"):
         load_model(str(out))
+
+
+@needs_torchao
+def test_bench_counts_what_packed_weights_take(work: Path, tmp_path: Path) -> None:
+    packed.save_packed(work / "dense", tmp_path / "int8", max_shard_size="5GB")
+    quick = ("--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1)
+    result = run("bench", tmp_path / "int8", "--against", "dense", *quick, "--json", "-")
+    assert result.code == 0, result.err
+    said = json.loads(result.out)
+    for name in ("bytes_in_memory", "bytes_on_disk"):
+        assert said["model"][name] < 0.6 * said["against"][name], name
+    for name in ("parameters", "macs", "macs_per_token"):
+        assert said["model"][name] == said["against"][name], name
 
 
 @needs_torchao

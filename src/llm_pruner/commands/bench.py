@@ -122,9 +122,9 @@ def bench(settings: BenchSettings) -> Bench:
     if settings.against is not None:
         sources.append(settings.loading(settings.against))
         if not settings.counts_only:
-            check(sources[1])
+            check(sources[1], packed=True)
     loaded = [
-        load(source, tokenizer_required=False, weights=not settings.counts_only)
+        load(source, tokenizer_required=False, weights=not settings.counts_only, packed=True)
         for source in sources
     ]
     for one in loaded:

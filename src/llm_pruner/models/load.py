@@ -405,9 +405,10 @@ def _check_quantization(source: str, config: Any, packed: bool) -> None:
     if method == _PACKED_METHOD and packed:
         check_installed(f"{source} is packed by torchao, and", (_PACKED_METHOD,))
     elif method not in (_OWN_METHOD, "gguf"):
+        run = "can only be run, by evaluate, chat and bench without --server"
         raise UserError(
-            f"{source} is quantized ({method}), and packed weights cannot be pruned; "
-            "name the original checkpoint"
+            f"{source} is quantized ({method}), and its packed weights "
+            f"{run if method == _PACKED_METHOD else 'are not read'}; name the original checkpoint"
         )
 
 

@@ -324,7 +324,8 @@ class Report(_Part):
         compensation: how the weights that were kept were refitted, such as ``least-squares``.
         repair: how they were trained by what the dense model says, in words that follow "repaired
             by"; None if they were not, or without a gain.
-        twin_difference, twin_scenes, twin_skipped, saved_as, needs, servers: as in `records.Pruned`.
+        twin_difference, twin_scenes, twin_skipped, saved_as, needs, servers: as in
+            `records.Pruned`.
         settings: heading -> setting -> value.
         versions: of the package, of libraries and of the machine.
         command: the command line that does it again.
