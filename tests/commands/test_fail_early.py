@@ -92,6 +92,23 @@ def test_refused_before_weights_are_read(row: Bad, command: str, early: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("command", ["compress", "curve", "vocab", "prune --estimate"])
+def test_what_shares_no_work_is_for_one_process(
+    command: str, early: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    before = contents(early)
+    name, _, options = command.partition(" ")
+    result = run(*bad_commands.arguments(name, options))
+    assert (result.code, result.out) == (2, "")
+    assert result.err == (
+        f"llm-pruner: {command} runs in one process, and several were started; start it without "
+        "torchrun or accelerate launch; prune and recover share their work\n"
+    )
+    assert contents(early) == before
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("command", sorted(BASES.keys() - {"compare", "compress"}))
 def test_the_commands_that_the_options_are_added_to_go_on(command: str, early: Path) -> None:
     before = contents(early)

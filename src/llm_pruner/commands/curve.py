@@ -47,6 +47,7 @@ from llm_pruner.report.records import Curve, CurvePoint, Smallest
 from llm_pruner.report.text import percent
 from llm_pruner.report.write import page_in, write_drawn, write_request
 from llm_pruner.runtime.memory import give_back
+from llm_pruner.runtime.processes import only_one
 from llm_pruner.runtime.progress import Clock
 from llm_pruner.settings.common import FolderSettings
 from llm_pruner.settings.curve import CurveSettings
@@ -87,6 +88,7 @@ def curve(
     Raises:
         UserError: something that was given must change.
     """
+    only_one("curve")
     check_place(settings.out, "--out")
     work = work_folder(settings.out)
     tidy(work)

@@ -24,6 +24,7 @@ from llm_pruner.models.forward import maximum_length
 from llm_pruner.models.load import LoadedModel, load
 from llm_pruner.report.records import Change
 from llm_pruner.report.write import write_request
+from llm_pruner.runtime.processes import only_one
 from llm_pruner.runtime.progress import track
 from llm_pruner.settings.evaluate import PerplexitySettings
 from llm_pruner.settings.vocab import VocabSettings
@@ -75,6 +76,7 @@ def vocab(settings: VocabSettings) -> Trimmed:
             size cannot be had.
         VerificationError: the smaller model gives other logits; nothing is written.
     """
+    only_one("vocab")
     settings.check()
     check_output(settings.out, settings.overwrite, settings.reads)
     check_shard_size(settings.max_shard_size)

@@ -160,7 +160,7 @@ def only_one(command: str) -> None:
     if started() > 1:
         raise UserError(
             f"{command} runs in one process, and several were started; start it without "
-            "torchrun or accelerate launch, or prune first and start recover with them"
+            "torchrun or accelerate launch; prune and recover share their work"
         )
 
 
