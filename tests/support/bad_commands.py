@@ -75,6 +75,10 @@ DAMAGE = (
 )
 LITTLE = ("1x", "0.9x", "0", "-1", "nan", "little")
 NO_TEXT = "nofile.txt does not exist; check the path of the text file"
+SHORT = (
+    "t.txt gives 9000 tokens; 90 samples of 128 tokens need 11520; use --samples 70 or a longer "
+    "text"
+)
 NO_MULTIPLE = "is no number; use such as 32, or auto, blocks, gguf, gptq, marlin, or tp4"
 COUNT = "is not a number of parameters; write such as 5.4B, 107.6M or 110000000"
 
@@ -346,6 +350,25 @@ TABLE: dict[str, list[Bad]] = {
             "c4 has no share in t.txt:0.5,c4; give each source one, or none",
         ),
     ),
+    "How much calibration text there is": [
+        *bad(
+            ("prune", "curve"),
+            ("--samples 90 --seq-len 128", SHORT),
+            (
+                "--calibration t.txt,self --samples 200 --seq-len 128",
+                "200 samples are 100 of t.txt: t.txt gives 9000 tokens; 100 samples of 128 tokens "
+                "need 12800; use --samples 70 or a longer text",
+            ),
+        ),
+        *bad(
+            ("prune", "curve", "compress"),
+            (
+                "--calibration chat",
+                "source 'chat' is what the model writes by its chat template, and the tokenizer "
+                "has none; use self, or a text",
+            ),
+        ),
+    ],
     "Training": bad(
         "recover",
         ("--method x", "--method x is unknown; use one of blocks, full, lora"),

@@ -122,7 +122,7 @@ def check_settings(settings: CurveSettings) -> None:
     for run in runs:
         run.check()
     if settings.text is None or runs[0].reads_text or runs[0].repairs:
-        check_calibration(settings)
+        check_calibration(settings, settings.loading())
     if settings.text is not None:
         load_evaluation_text(settings.text, PerplexitySettings())
     check(settings.loading())

@@ -101,6 +101,7 @@ class PruneRun:
         self.trials: list[SplitTrial] = []
         self.rounding: Rounding | None = None
         self.servers: tuple[ServedBy, ...] = ()
+        self.tokenizer: Any = None
         self.processes, self.device = ALONE, settings.device
 
     def carry_out_together(self) -> Pruned | None:
@@ -196,7 +197,7 @@ class PruneRun:
         if self.target is not None and not settings.dry_run:
             start.check_space(settings.out, settings.loading(), self.target)
         if self.refits or self.repairs or (self.plan is None and self.reads_text):
-            check_calibration(settings)
+            self.tokenizer = check_calibration(settings, settings.loading())
 
     # ------------------------------------------------------------------------------ what is found
 
@@ -205,7 +206,9 @@ class PruneRun:
         loaded, discovery, _ = self.given
         self.room = self.settings.room
         loading = self.settings.computing().but(device=self.device)
-        self.loaded = loaded or load(loading, weights=not self.weightless, memory=self.room)
+        self.loaded = loaded or load(
+            loading, weights=not self.weightless, memory=self.room, tokenizer=self.tokenizer
+        )
         self.network = self.loaded.model
         self.clock.stop("load")
         self.dense_config = copy.deepcopy(self.network.config)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
@@ -13,14 +15,17 @@ import torch
 from llm_pruner.data.files import BEGINNING
 from llm_pruner.data.selfmade import WRITERS, write_text_cached
 from llm_pruner.data.sequences import added_tokens, bare_ids, room_for_text
-from llm_pruner.data.text import SELF, Documents, load_documents, running_text, shares_of
+from llm_pruner.data.text import CHAT, SELF, Documents, load_documents, running_text, shares_of
+from llm_pruner.data.turns import Turns
 from llm_pruner.errors import UserError
-from llm_pruner.models.load import LoadedModel
+from llm_pruner.models.load import LoadedModel, load_tokenizer
 from llm_pruner.runtime.progress import Clock
-from llm_pruner.settings.common import CalibrationSettings
+from llm_pruner.settings.common import CalibrationSettings, ModelSettings
 
 SHORT_DOCUMENT = 200
 """Documents with fewer characters than this on average are lines of a running text."""
+_WIDEST = 8
+"""Characters of a token, at most, in most texts."""
 MAX_TEXT_CHARACTERS = 4_000_000
 """Of a longer running text only the beginning is tokenised, unless more is needed."""
 
@@ -81,28 +86,15 @@ def build_calibration(
     Raises:
         UserError: the source cannot be read, or holds too few tokens.
     """
-    samples, shares = asked.samples, shares_of(asked.calibration)
-    counts = _counts(samples, [*shares.values()])
-    if not all(counts):
-        raise UserError(
-            f"samples={samples} of {len(shares)} sources leave some without any; use at least "
-            f"{ceil(sum(shares.values()) / min(shares.values()))}"
-        )
-    exact = "samples" in asked.given if exact is None else exact
     parts: list[_Part] = []
-    rests = _counts(unseen, [*shares.values()])
-    for one, share, rest in zip(shares, counts, rests, strict=True):
-        size = {"samples": share, "seq_len": asked.seq_len, "seed": seed}
-        try:
-            if one in WRITERS:
-                parts.append(_self_written(one, model, tokenizer, asked.kept, size, rest))
+    rests = _counts(unseen, [*shares_of(asked.calibration).values()])
+    for one, rest in zip(_wanted(asked, exact), rests, strict=True):
+        size = {"samples": one.samples, "seq_len": asked.seq_len, "seed": seed}
+        with one.named(asked):
+            if one.source in WRITERS:
+                parts.append(_self_written(one.source, model, tokenizer, asked.kept, size, rest))
             else:
-                least = share if exact else max(1, share // 4)
-                parts.append(_read(one, asked, tokenizer, size, least, rest))
-        except UserError as error:
-            if len(shares) == 1:
-                raise
-            raise UserError(f"{samples} samples are {share} of {one}: {error}") from error
+                parts.append(_read(one.source, asked, tokenizer, size, one.least, rest))
     input_ids = _spread([one.windows for one in parts])
     settings = {
         "source": asked.calibration,
@@ -132,6 +124,41 @@ def _counts(samples: int, shares: list[float]) -> list[int]:
         left = samples - sum(counts)
         counts.append(ceil(left * share / sum(shares[number:]) - 1e-9))
     return counts
+
+
+class _Wanted(NamedTuple):
+    """What one source is to give: so many windows, or fewer down to the least."""
+
+    source: str
+    samples: int
+    least: int
+
+    @contextmanager
+    def named(self, asked: CalibrationSettings) -> Iterator[None]:
+        """Have an error name the source, if it is one of several."""
+        try:
+            yield
+        except UserError as error:
+            if asked.samples == self.samples:
+                raise
+            share = f"{asked.samples} samples are {self.samples} of {self.source}"
+            raise UserError(f"{share}: {error}") from error
+
+
+def _wanted(asked: CalibrationSettings, exact: bool | None = None) -> list[_Wanted]:
+    """Return what each source is to give; arguments and errors as ``build_calibration``."""
+    samples, shares = asked.samples, shares_of(asked.calibration)
+    counts = _counts(samples, [*shares.values()])
+    if not all(counts):
+        raise UserError(
+            f"samples={samples} of {len(shares)} sources leave some without any; use at least "
+            f"{ceil(sum(shares.values()) / min(shares.values()))}"
+        )
+    exact = "samples" in asked.given if exact is None else exact
+    return [
+        _Wanted(source, count, count if exact else max(1, count // 4))
+        for source, count in zip(shares, counts, strict=True)
+    ]
 
 
 def _documents(source: str, asked: CalibrationSettings, limit: int) -> Documents:
@@ -246,17 +273,48 @@ def pack(
     return windows(drawn), windows(sorted(others))
 
 
-def check_calibration(asked: CalibrationSettings) -> None:
-    """Raise UserError if the calibration text cannot be read."""
+def check_calibration(asked: CalibrationSettings, model: ModelSettings | None = None) -> Any:
+    """Raise UserError if the calibration text cannot be read.
+
+    Args:
+        model: whose tokenizer says how long a text is, and how chats are written; None if that is
+            not to be known yet.
+
+    Returns:
+        The tokenizer, if it was needed.
+    """
     samples, scored = asked.samples, asked.score_samples
     if scored is not None and scored > samples:
         raise UserError(
             f"score_samples={scored} of {samples} samples cannot be read; ask for more samples, or "
             "for fewer of them"
         )
-    for source in shares_of(asked.calibration):
-        if source not in WRITERS:
-            _documents(source, asked, BEGINNING)
+    tokenizer = None
+    for one in _wanted(asked):
+        if one.source == SELF:
+            continue
+        documents = None if one.source == CHAT else _documents(one.source, asked, BEGINNING)
+        if model is None:
+            continue
+        tokenizer = tokenizer or load_tokenizer(model)
+        with one.named(asked):
+            if documents is None:
+                Turns(tokenizer)
+            elif not _holds(documents, tokenizer, one.least * asked.seq_len):
+                # That may have been its beginning alone; if not, this says how much there is.
+                size = {"samples": one.samples, "seq_len": asked.seq_len, "seed": 0}
+                _read(one.source, asked, tokenizer, size, one.least, 0)
+    return tokenizer
+
+
+def _holds(documents: Documents, tokenizer: Any, tokens: int) -> bool:
+    """Whether documents have so many tokens; no more is tokenised than that takes."""
+    count = 0
+    for text in documents.texts:
+        count += len(bare_ids(tokenizer, text[: _WIDEST * tokens]))
+        if count >= tokens:
+            return True
+    return False
 
 
 FURTHER = 384

@@ -477,24 +477,36 @@ def load(
     reads_tokenizer: bool | None = None,
     memory: int | None = None,
     packed: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> LoadedModel:
     """Return the model that the settings name; without ``weights``, from its config alone.
 
     Args:
         reads_tokenizer, memory, packed: see ``load_model``.
+        tokenizer: of the model, if it was read before.
 
     Raises:
         UserError: it cannot be loaded.
     """
-    return load_model(
+    loaded = load_model(
         model.model,
         tokenizer_required=tokenizer_required,
         weights=weights,
-        reads_tokenizer=reads_tokenizer,
+        reads_tokenizer=reads_tokenizer if tokenizer is None else False,
         memory=memory,
         packed=packed,
         **model.model_dump(include={"revision", "dtype", "device", "trust_remote_code"}),
     )
+    return loaded if tokenizer is None else replace(loaded, tokenizer=tokenizer)
+
+
+def load_tokenizer(model: ModelSettings) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model; raise UserError if either of them cannot be loaded."""
+    found, _ = _checked(model)
+    with _quiet():
+        tokenizer = _load_tokenizer(model.model, found, required=True)
+    assert tokenizer is not None
+    return tokenizer
 
 
 def check(model: ModelSettings, *, packed: bool = False) -> Any:
