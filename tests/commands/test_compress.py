@@ -21,7 +21,7 @@ import llm_pruner.commands.prune
 import llm_pruner.commands.recover
 import llm_pruner.models.load
 from command import contents, done, figures, measured_here, run, save_tiny, write_text
-from llm_pruner.commands.compress import chunks_in_time, time_to_recover
+from llm_pruner.commands.compress import chunks_in_time, time_to_recover, trainings
 from llm_pruner.commands.workdir import opened
 from llm_pruner.errors import UserError
 from llm_pruner.files.outputs import MANIFEST, atomic_directory
@@ -29,6 +29,7 @@ from llm_pruner.models.load import load_model
 from llm_pruner.recovery.trainer import RecoveryTrainer
 from llm_pruner.report.data import read_report
 from llm_pruner.settings.words import parse_duration
+from llm_pruner.types import Size
 
 pytestmark = pytest.mark.slow
 
@@ -168,6 +169,24 @@ def test_the_report_has_all_three_models(made: Path) -> None:
     assert "Loss of the recovery training by step" in page
     assert "Then it was recovered by LoRA of rank 8 on 244 texts that dense wrote, 61" in page
     assert len(page) < 3e6
+
+
+def test_the_dense_model_with_the_same_training(work: Path, made: Path, unmeasured: None) -> None:
+    result = done(*command(made, "--data", made / "text.txt", "--control", "--json", "r.json"))
+    recovery = json.loads(Path("r.json").read_text())["recovery"]
+    (text,) = recovery["control"]["texts"]
+    assert recovery["control"]["steps"] == recovery["steps"] > 0
+    assert f"pruned + training is {text['damage']:.3f} times dense + training" in result.out
+    (four,) = read_report(Path("small/report.json")).recovery.control
+    assert [row.model for row in four.rows][1::2] == ["dense + training", "pruned + training"]
+    assert "Beside the dense model with the same training" in Path("small/report.html").read_text()
+
+
+def test_the_control_has_a_share_of_the_time() -> None:
+    sizes: Any = {"dense": Size(total=1000), "pruned": Size(total=800)}
+    assert trainings(sizes, control=True) == 2.25
+    assert trainings(sizes, control=False) == 1
+    assert trainings({}, control=True) == 2  # where no report could be drawn
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, call: int = 1) -> None:

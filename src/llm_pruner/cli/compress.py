@@ -22,7 +22,7 @@ from llm_pruner.cli.output import (
     warn,
     write_json,
 )
-from llm_pruner.cli.recover import Narrator
+from llm_pruner.cli.recover import Narrator, show_control
 from llm_pruner.errors import Interrupted
 from llm_pruner.report.text import count, megabytes
 from llm_pruner.runtime.memory import BOTH, keep_kernels
@@ -148,6 +148,7 @@ def show(done: Compressed) -> None:
     out.table("Before and after", ("", *done.measured), rows)
     for text in found[0].perplexity:
         out.print(f"{text.corpus}: {text.tokens:,} tokens in windows of {text.window}")
+    show_control(out, None if done.recovery is None else done.recovery.control)
     times = {name: seconds for name, seconds in done.seconds.items() if seconds >= 0.5}
     took = ", ".join(f"{_STAGES.get(name, name)} {seconds:.0f}" for name, seconds in times.items())
     out.print(f"seconds: {took}; {sum(done.seconds.values()):.0f} in all", soft_wrap=False)

@@ -15,7 +15,7 @@ from llm_pruner.settings.recover import RecoverSettings
 
 if TYPE_CHECKING:
     from llm_pruner.recovery import Progress
-    from llm_pruner.report.records import Recovered
+    from llm_pruner.report.records import Control, Recovered
 
 EXAMPLES = """\b
 Examples:
@@ -87,8 +87,6 @@ def duration(seconds: float) -> str:
 
 def show(done: Recovered) -> None:
     """Print what was won, and on which data."""
-    from llm_pruner.report.facts import control_of
-
     out = Screen()
     out.print(
         f"{clean(done.model)}: {done.steps:,} steps, {done.tokens:,} tokens, "
@@ -109,10 +107,7 @@ def show(done: Recovered) -> None:
         rows.append((old.corpus, note, tokens, *_change(old.perplexity, new.perplexity)))
     columns = ("text", "", "tokens", "before", "after", "change")
     out.table("Perplexity", columns, rows, text=("",))
-    for four in control_of(done):
-        models = [(row.model, *row.cells) for row in four.rows]
-        out.table(four.text, ("model", "perplexity", "KL, nats", "changed"), models)
-        out.print(f"pruned + training is {four.damage:.3f} times dense + training in perplexity")
+    show_control(out, done.control)
     if done.stopped is not None:
         out.print(f"ended early: {done.stopped}")
     if done.gained and done.best_step != done.steps:
@@ -121,6 +116,16 @@ def show(done: Recovered) -> None:
     if done.needs:
         out.print(f"loads with from_pretrained, as before, with {' and '.join(done.needs)}")
     out.servers(done.servers)
+
+
+def show_control(out: Screen, control: Control | None) -> None:
+    """Print the dense and the pruned model, each with and without the same training."""
+    from llm_pruner.report.facts import control_of
+
+    for four in control_of(control):
+        models = [(row.model, *row.cells) for row in four.rows]
+        out.table(four.text, ("model", "perplexity", "KL, nats", "changed"), models)
+        out.print(f"pruned + training is {four.damage:.3f} times dense + training in perplexity")
 
 
 def _change(before: float, after: float) -> tuple[str, str, str]:

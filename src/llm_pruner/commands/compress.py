@@ -299,6 +299,7 @@ class _Stages:
                 samples=plan["samples"],
                 kept=self.text,
                 teacher=self._dense(),
+                control=self._dense() if self.settings.control else None,
                 resume=True,
             )
             recover_checkpoint(settings, command=self.command, say=self.say)
@@ -346,19 +347,21 @@ class _Stages:
                 self.run.spent,
                 self.run.seconds,
                 self._pruned_report().seconds,
-                measured=1 + (self.settings.quantize != "none"),
+                measured=1 + (self.settings.quantize != "none") + 2 * self.settings.control,
             )
-            if left < SHORTEST:
+            times = trainings(self._pruned_report().sizes, self.settings.control)
+            least = SHORTEST * times
+            if left < least:
                 return {
                     "skipped": f"the time budget leaves {max(left, 0):.0f} s for recovery, and less"
-                    f" than {SHORTEST:.0f} s are not worth it: the pruned model is the result"
+                    f" than {least:.0f} s are not worth it: the pruned model is the result"
                 }
             end = self.run.spent + left
             count = samples
             if writes and count is None:
                 self.tell("writing text to train on")
                 count = self._write(WRITING * left)
-            minutes = max(end - self.run.spent, SHORTEST / 2) / 60
+            minutes = max((end - self.run.spent) / times, SHORTEST / 2) / 60
             return {"samples": count, "minutes": minutes, "epochs": float(EPOCHS_IN_TIME)}
 
         return self.run.once("amount", dict[str, Any], decide, "text" if writes else "recover")
@@ -458,6 +461,16 @@ def time_to_recover(
     """
     around = 3 * pruning.get("load", 0.0) + pruning.get("save", 0.0)
     return budget - spent - 1.1 * measured * stages.get("pruned", 0.0) - around - _STARTING
+
+
+def trainings(sizes: Mapping[Variant, Size], control: bool) -> float:
+    """Return how many times as long as that of the pruned model training takes, the control's too.
+
+    As many steps of the dense model take longer by the ratio of parameters.
+    """
+    if not control:
+        return 1.0
+    return 1.0 + (sizes["dense"].total / sizes["pruned"].total if "dense" in sizes else 1.0)
 
 
 def chunks_in_time(

@@ -22,7 +22,7 @@ from llm_pruner.evaluation.zero_shot import TaskResult
 from llm_pruner.models.stored import DEFAULT, local_path
 from llm_pruner.planning import Plan
 from llm_pruner.report import data
-from llm_pruner.report.records import Abilities, Measured, Pruned, Recovered, Weighed
+from llm_pruner.report.records import Abilities, Control, Measured, Pruned, Recovered, Weighed
 from llm_pruner.settings.common import CALIBRATION
 from llm_pruner.settings.options import option_of
 from llm_pruner.settings.prune import PruneSettings
@@ -328,7 +328,7 @@ def recovery_report(
         seconds=done.seconds,
         summary=_in_words(done),
         gained=done.gained,
-        control=control_of(done),
+        control=control_of(done.control),
     )
     report = earlier.model_copy(
         update={
@@ -354,9 +354,9 @@ def recovery_report(
     return report
 
 
-def control_of(done: Recovered) -> tuple[data.ControlText, ...]:
+def control_of(control: Control | None) -> tuple[data.ControlText, ...]:
     """Return the control on each text, for a page or a table."""
-    texts = () if done.control is None else done.control.texts
+    texts = () if control is None else control.texts
     return tuple(
         data.ControlText(
             text=f"{text.dense.corpus}, {text.dense.tokens:,} tokens",

@@ -285,6 +285,7 @@ class Training:
     stopped: str | None
     tokens: int
     seconds: float
+    control: Control | None = None
 
 
 @dataclass(frozen=True)

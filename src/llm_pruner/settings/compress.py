@@ -59,6 +59,11 @@ class CompressSettings(WriterSettings, TaskSettings, AmountSettings):
         reads=True,
     )
     recover: bool = _how(True, "Train after pruning.")
+    control: bool = _how(
+        False,
+        "Train MODEL as well, with the same text, steps and rate, and show what is left of the "
+        "damage beside it.",
+    )
     quantize: Literal["none", "int8"] = _how(
         "none", "At the end, pack the weights of linear layers in int8, by torchao.", "TYPE"
     )
@@ -89,7 +94,7 @@ class CompressSettings(WriterSettings, TaskSettings, AmountSettings):
         asked = f"--quantize {self.quantize}"
         packages = QUANTIZERS[self.quantize]
         check_installed(asked, packages, ", or leave --quantize out", least=_TORCHAO)
-        for name in ("data", "time_budget"):
+        for name in ("data", "time_budget", "control"):
             if not self.recover and name in self.given and getattr(self, name):
                 raise UserError(
                     f"{option_name(name)} is about recovery; leave it or --no-recover out"
