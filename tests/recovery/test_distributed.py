@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +17,7 @@ from command import WORDS, done, save_tiny
 from llm_pruner.data.sequences import make_sequence
 from llm_pruner.recovery.packing import lay_out
 from llm_pruner.runtime.processes import Processes
+from two_processes import in_two_processes
 
 pytestmark = pytest.mark.slow
 
@@ -39,22 +36,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SCRIPT = """
-import json, os, sys
-from pathlib import Path
+import os
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 import llm_pruner.recovery.run as recovery
-from llm_pruner.cli import main, output
 from llm_pruner.runtime import processes
 from llm_pruner.recovery.trainer import RecoveryTrainer
+from two_processes import carry_out
 
-output._PATIENCE = 0
-here, plain = Path(sys.argv[1]), PartialState._prepare_backend
-place = PartialState.set_device
-PartialState(cpu=True)
+plain, place = PartialState._prepare_backend, PartialState.set_device
 step, micro_tokens = RecoveryTrainer.training_step, recovery.micro_tokens
-for command in json.loads((here / "commands.json").read_text()):
-    kinds, count = set(), 0
+
+def prepare(command):
+    kinds = set()
 
     def watched(self, model, *args, **keywords):
         kinds.update(type(one).__name__ for one in model.parameters())
@@ -75,16 +69,9 @@ for command in json.loads((here / "commands.json").read_text()):
         (lambda self: setattr(self, "device", torch.device("cpu"))) if sharded else place
     )
     processes.gpus = lambda: 2
-    sys.argv, code = ["llm-pruner", *command["words"]], 0
-    try:
-        main()
-    except SystemExit as stopped:
-        code = stopped.code or 0
-    with open(here / f"ends-{os.environ['RANK']}", "a") as file:
-        print(json.dumps([code, "DTensor" in kinds]), file=file)
-sys.stdout.flush()
-sys.stderr.flush()
-os._exit(0)
+    return lambda: ["DTensor" in kinds]
+
+carry_out(prepare)
 """
 
 
@@ -120,29 +107,15 @@ def two(made: Path, runs: dict[str, Options]) -> SimpleNamespace:
     commands.append(command("plain", "--seq-len", 513, "--overwrite"))
     commands.append(command("parts", stop=3, sharded=True))
     commands.append(command("parts", "--resume", sharded=True))
-    (made / "commands.json").write_text(json.dumps(commands))
-    (made / "script.py").write_text(SCRIPT)
-    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-    }
-    with tempfile.TemporaryDirectory() as logs:
-        result = subprocess.run(
-            [sys.executable, "-m", *launcher, "--log-dir", logs, made / "script.py", made],
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=600,
-        )
-    assert result.returncode == 0, result.stderr
-    ends = [(made / f"ends-{rank}").read_text().splitlines() for rank in (0, 1)]
-    return SimpleNamespace(out=result.stdout, err=result.stderr, ends=ends)
+    return in_two_processes(
+        made,
+        SCRIPT,
+        commands,
+        FSDP_VERSION="2",
+        FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
+        FSDP_STATE_DICT_TYPE="FULL_STATE_DICT",
+        FSDP_CPU_RAM_EFFICIENT_LOADING="false",
+    )
 
 
 def check_same(two: Path, one: Path) -> dict[str, Any]:
@@ -165,7 +138,7 @@ def check_same(two: Path, one: Path) -> dict[str, Any]:
 
 
 def test_every_command_ends_alike_in_both_processes(two: SimpleNamespace, made: Path) -> None:
-    first, second = ([json.loads(line) for line in lines] for lines in two.ends)
+    first, second = two.ends
     assert first == second
     assert [code for code, _ in first] == [0, 130, 0, 130, 0, 2, 130, 0]
     assert [spread for _, spread in first] == [False] * 6 + [True] * 2
