@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutput
 
 from helpers import VOCABULARY, tiny_model, tiny_tokenizer
-from llm_pruner.data import selfmade
+from llm_pruner.data import selfmade, turns
 from llm_pruner.data.calibration import (
     FURTHER,
     Calibration,
@@ -27,7 +27,7 @@ from llm_pruner.data.calibration import (
 from llm_pruner.data.selfmade import WRITERS, write_text, write_windows
 from llm_pruner.data.sequences import added_tokens, bare_ids
 from llm_pruner.data.text import shares_of
-from llm_pruner.data.turns import QUESTION
+from llm_pruner.data.turns import Turns
 from llm_pruner.errors import UserError
 from llm_pruner.settings.common import CalibrationSettings
 
@@ -448,25 +448,65 @@ def test_chats_take_turns_as_the_template_has_it() -> None:
     model = drawing(a=0.8, b=0.1, end=0.1)
     windows = WRITERS["chat"](model, tokenizer, samples=6, seq_len=128, seed=0)
     assert windows.shape == (6, 128)
-    # Windows of one chat stand one behind the other.
-    chats = [tokenizer.decode(windows[i : i + 2].flatten()) for i in (0, 2, 4)]
+    chats = tokenizer.batch_decode(windows)  # a window is one
     for chat in chats:
         said = chat.split("</s>")
-        assert len(said) > 4
+        assert len(said) > 2
         for number, turn in enumerate(said[:-1]):
             role = "<assistant>" if number % 2 else "<user>"
             assert re.fullmatch(f"{role}[ab]*", turn)
-    assert len({*chats}) == 3
+    assert len({*chats}) == 6
     again = WRITERS["chat"](model, tokenizer, samples=6, seq_len=128, seed=0)
     assert torch.equal(windows, again)
 
 
-def test_a_question_without_end_is_answered_all_the_same() -> None:
+def test_chats_are_as_long_as_what_stands_before_them_leaves_room() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = f"{'x' * 100}{CHAT_TEMPLATE}"
+    windows = WRITERS["chat"](drawing(a=1.0), tokenizer, samples=8, seq_len=64, seed=0)
+    first, second = tokenizer.batch_decode(windows.view(2, 4 * 64))
+    assert first == second
+    assert first.startswith(f"{'x' * 100}<user>{'a' * 64}</s><assistant>aaa")
+
+
+def test_what_chats_begin_with_is_read_once() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    seen: list[tuple[int, ...]] = []
+    hook = model.register_forward_pre_hook(
+        lambda _module, _args, named: seen.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    size: dict[str, Any] = {"samples": 3, "seq_len": 64, "seed": 0, "turns": Turns(tokenizer)}
+    together = write_text(model, tokenizer, **size, batch_size=3)
+    assert seen == [(1, len("<user>"))] + [(3, 1)] * (64 - len("<user>") - 1)
+    hook.remove()
+    assert torch.equal(together, write_text(model, tokenizer, **size, batch_size=1))
+    without = drawing(a=0.5, b=0.5)  # no cache
+    whole = write_text(without, tokenizer, **size, batch_size=3)
+    assert torch.equal(whole, write_text(without, tokenizer, **size, batch_size=1))
+
+
+@pytest.mark.parametrize("vocabulary", [7, 256, 1000])
+def test_a_token_is_drawn_by_its_share(vocabulary: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(500, vocabulary, generator=random)
+    uniform = torch.rand(500, generator=random, dtype=torch.float64)
+    uniform[:2] = torch.tensor([0.0, 1 - 2.0**-53])
+    barred = torch.tensor([0, vocabulary // 2, vocabulary - 1])
+    share = logits.index_fill(1, barred, -torch.inf).double().softmax(-1)
+    wanted = (share.cumsum(-1) <= uniform[:, None]).sum(-1).clamp(max=vocabulary - 2)
+    assert torch.equal(selfmade.draw_tokens(logits, uniform, barred), wanted)
+
+
+def test_a_question_without_end_is_answered_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
     (ids,) = WRITERS["chat"](drawing(a=1.0), tokenizer, samples=1, seq_len=256, seed=0)
     said = tokenizer.decode(ids)
-    assert said == f"<user>{'a' * QUESTION}</s><assistant>" + "a" * (len(said) - QUESTION - 21)
+    assert said == f"<user>{'a' * 64}</s><assistant>" + "a" * (len(said) - 64 - 21)
+    monkeypatch.setattr(turns, "QUESTION", 10)
+    (ids,) = WRITERS["chat"](drawing(a=1.0), tokenizer, samples=1, seq_len=256, seed=0)
+    assert tokenizer.decode(ids).startswith(f"<user>{'a' * 10}</s><assistant>aaa")
 
 
 def test_chats_stand_beside_other_text(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from llm_pruner.models.forward import (
     evaluating,
     make_room_,
     maximum_length,
+    repeat_,
     tensor_bytes,
 )
 from llm_pruner.models.layers import own_copy
@@ -44,6 +45,10 @@ CACHE = 2**31
 little more than one of few, as the weights are read once for all."""
 LARGE = 50_000_000
 """Parameters from which on a copy in bfloat16 writes faster than it is made."""
+_BLOCK = 256
+"""Tokens of a vocabulary whose shares are added up before one of them is drawn."""
+_BELOW_1 = 1 - 2.0**-50
+"""So much that a product with it is smaller than the other factor."""
 _NOTHING = torch.empty(0, dtype=torch.int64)
 _WORD = re.compile(r"[A-Z][a-z]+")
 
@@ -102,19 +107,38 @@ def write_text(
         steps = ((batch, position) for batch in batches for position in positions)
         for first, position in track(steps, "Writing text", total=len(batches) * len(positions)):
             rows = slice(first, min(first + batch_size, samples))
-            fresh = ids[rows, position - 1 : position]
             if position == positions.start:
-                decoder = Decoder(model)
-                fresh = torch.cat([lead.expand(len(fresh), -1), ids[rows, :position]], dim=1)
-            logits = decoder.step(fresh.to(device))
-            if position == positions.start:
-                make_room_(decoder.cache, len(lead) + seq_len)
+                texts = ids[rows, :position]
+                opened = torch.cat([lead.expand(len(texts), -1), texts], dim=1)
+                decoder, logits = _opened(model, opened.to(device), len(lead) + seq_len)
                 if turns is not None:
-                    turns.start(len(fresh))
+                    turns.start(len(texts), seq_len)
+            else:
+                logits = decoder.step(ids[rows, position - 1 : position].to(device))
             drawn = draw_tokens(logits.float().cpu(), uniform[rows, position], never)
             ids[rows, position] = drawn if turns is None else turns.follow(drawn)
     forget_pages(given)
     return ids
+
+
+def _opened(model: Any, texts: torch.Tensor, tokens: int) -> tuple[Decoder, torch.Tensor]:
+    """Return what has read how texts begin, shape (texts, T), and the logits after that.
+
+    Chats begin alike, with what their template says first: that is read once for all.
+
+    Args:
+        tokens: to which the texts will grow.
+    """
+    decoder = Decoder(model)
+    alike = texts.shape[1] > 1 and bool((texts == texts[0]).all())
+    logits = decoder.step(texts[:1] if alike else texts)
+    if alike and repeat_(decoder.cache, len(texts)):
+        logits = logits.expand(len(texts), -1)
+    elif alike and len(texts) > 1:
+        decoder = Decoder(model)
+        logits = decoder.step(texts)
+    make_room_(decoder.cache, tokens)
+    return decoder, logits
 
 
 def write_windows(
@@ -141,14 +165,17 @@ def write_chats(
 ) -> torch.Tensor:
     """Return windows of chats, int64 of shape (samples, seq_len); see ``write_text``, ``Turns``.
 
-    Chats have ``PIECE`` tokens where windows are shorter, so that answers are in them as well.
+    A window is a chat, whose first question leaves room for an answer. Where what stands before it
+    fills more than half of a window, a chat is as many windows as are twice that, within ``PIECE``.
 
     Raises:
         UserError: as ``write_text``; the tokenizer has no chat template that says where turns end.
     """
-    windows = max(1, min(PIECE, maximum_length(model) or PIECE) // seq_len)
+    turns = Turns(tokenizer)
+    most = max(1, min(PIECE, maximum_length(model) or PIECE) // seq_len)
+    windows = min(most, -(-2 * len(turns.opening) // seq_len))
     how = {"samples": -(-samples // windows), "seq_len": windows * seq_len, "seed": seed}
-    chats = write_text(model, tokenizer, turns=Turns(tokenizer), **how)
+    chats = write_text(model, tokenizer, turns=turns, **how)
     return chats.reshape(-1, seq_len)[:samples].contiguous()
 
 
@@ -205,16 +232,31 @@ def draw_tokens(logits: torch.Tensor, uniform: torch.Tensor, barred: torch.Tenso
     few as these it is not.
     """
     share = torch.softmax(logits.index_fill(1, barred, -torch.inf), dim=-1)
-    if not bool(share.isfinite().all()):
+    whole = share.shape[1] // _BLOCK * _BLOCK
+    parts = (share[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1), share[:, whole:].sum(-1)[:, None])
+    blocks = torch.cat(parts, dim=1)
+    if not bool(blocks.isfinite().all()):
         raise UserError(
             "the model's logits are not finite while it writes calibration text; load it "
             "in float32 or bfloat16, or give a text as calibration data"
         )
+    # Cumulative sums over all of a large vocabulary would take as long as a small model does.
+    block, uniform = _drawn(blocks, uniform)
+    tokens = block[:, None] * _BLOCK + torch.arange(_BLOCK)
+    inside = share.gather(1, tokens.clamp(max=share.shape[1] - 1)) * (tokens < share.shape[1])
+    return block * _BLOCK + _drawn(inside, uniform)[0]
+
+
+def _drawn(share: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return where in each row the cumulative share exceeds ``uniform`` of all of it: never a 0.
+
+    And how far in that place, from 0 to 1, which is as evenly distributed.
+    """
     cumulative = share.cumsum(dim=-1, dtype=torch.float64)
-    target = uniform[:, None] * cumulative[:, -1:]
-    # right=True finds the first token whose cumulative share exceeds the target: never one of 0.
-    token = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    return token.clamp(max=logits.shape[1] - 1)
+    target = uniform.clamp(0, _BELOW_1)[:, None] * cumulative[:, -1:]
+    place = torch.searchsorted(cumulative, target, right=True)
+    within = 1 - (cumulative.gather(1, place) - target) / share.gather(1, place)
+    return place[:, 0], within[:, 0]
 
 
 def _starts(

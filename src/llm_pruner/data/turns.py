@@ -11,7 +11,7 @@ from llm_pruner.data.sequences import bare_ids, render_chat
 from llm_pruner.errors import UserError
 
 QUESTION = 128
-"""Tokens of a question at most; what is longer is cut off there and answered."""
+"""Tokens of a question at most, and a quarter of a chat; what is longer is cut off and answered."""
 _SAID = ("Alpha", "Beta", "Gamma")
 
 
@@ -50,8 +50,9 @@ class Turns:
             )
         self.ends = {part[0] for part in self._parts}
 
-    def start(self, count: int) -> None:
-        """Begin so many chats."""
+    def start(self, count: int, tokens: int) -> None:
+        """Begin so many chats of so many tokens."""
+        self._longest = min(QUESTION, tokens // 4)
         self._forced: list[deque[int]] = [deque() for _ in range(count)]
         self._answering, self._said = [False] * count, [0] * count
 
@@ -64,7 +65,7 @@ class Turns:
         if not forced:
             self._said[row] += 1
             answering = self._answering[row]
-            if token not in self.ends and (answering or self._said[row] <= QUESTION):
+            if token not in self.ends and (answering or self._said[row] <= self._longest):
                 return int(token)
             forced.extend(self._parts[answering])
             self._answering[row], self._said[row] = not answering, 0
