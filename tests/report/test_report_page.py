@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
 
 from browser import chromium, opened
+from llm_pruner.report import figures
 from llm_pruner.report.compare import Entry, compare
 from llm_pruner.report.compare import render_html as render_comparison
+from llm_pruner.report.data import Measurement, Report
 from llm_pruner.report.write import render_html
 from reports import HOSTILE, full_report
 
@@ -31,7 +34,12 @@ def pages(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     folder = tmp_path_factory.mktemp("pages")
     plain, hostile = full_report(), full_report(HOSTILE)
     pair = (Entry("one", plain, "recovered"), Entry(HOSTILE, hostile, "recovered"))
+    points: Any = [
+        SimpleNamespace(removed=0.1 * n, kl=0.2 * n, perplexity_ratio=1 + n) for n in (1, 2, 3)
+    ]
+    drawn = f"{figures.curve(points, points[1])}</main>"
     texts = {
+        "packed report": render_html(packed_report()).replace("</main>", drawn),
         "report": render_html(plain),
         "hostile report": render_html(hostile),
         "hostile comparison": render_comparison(compare(pair)),
@@ -67,6 +75,45 @@ def test_pages_fit_and_ask_for_nothing(
         shades.append(image.getpixel((2, 2)))
     assert shades[0] > 200
     assert shades[1] < 60
+
+
+def packed_report() -> Report:
+    """Return a report of four models, with figures as wide as they come."""
+    report = full_report()
+    size = {"value": 26_759.0, "low": 1_482.0, "high": 28_114.0, "unit": "tokens/s"}
+    wide = Measurement(name="prefill (64 tokens, batch 1)", **size)
+    evaluations = {
+        name: of.model_copy(update={"measurements": (wide,)})
+        for name, of in report.evaluations.items()
+    }
+    changed = {
+        "sizes": report.sizes | {"quantized": report.sizes["pruned"]},
+        "evaluations": evaluations | {"quantized": evaluations["recovered"]},
+    }
+    return report.model_copy(update=changed)
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_four_models_have_room(browser: Any, pages: dict[str, Path], width: int) -> None:
+    with opened(browser, pages["packed report"], width) as found:
+        all_of = found.page.eval_on_selector_all
+        cut = "all => all.filter(e => e.scrollWidth > e.clientWidth).map(e => e.innerText)"
+        assert all_of(".scroll", cut) == []
+        # A heading in two lines would be a word in two parts.
+        heights = all_of(
+            ".compared th:not(:first-child)",
+            "all => all.map(e => e.getBoundingClientRect().height)",
+        )
+        assert max(heights) < 1.5 * min(heights)
+        numbers = all_of(".compared td", "all => all.map(e => e.innerHTML)")
+        assert any("26,759" in cell for cell in numbers)
+        beyond = all_of(
+            f".plot.{'wide' if width == 1280 else 'narrow'}",
+            """all => all.flatMap(plot => [...plot.querySelectorAll('text')].filter(e =>
+               e.getBoundingClientRect().right > plot.getBoundingClientRect().right + 1
+            ).map(e => e.textContent))""",
+        )
+        assert beyond == []
 
 
 @pytest.mark.parametrize("width", [1280, 390])

@@ -169,7 +169,10 @@ def dots(name: str, title: str, rows: Sequence[tuple[str, Series]], *, share: bo
         if not share:
             _logarithmic(axes, [value for _, series in rows for _, value, _ in series])
         axes.set_xlabel(_title(title, narrow))
-        figure.legend(loc="outside upper left", ncols=len(names), handletextpad=0.1)
+        gap = 0.8 if narrow else 2.0
+        figure.legend(
+            loc="outside upper left", ncols=len(names), handletextpad=0.1, columnspacing=gap
+        )
 
     said = "; ".join(
         f"{label}: " + ", ".join(f"{model} {number(scale * value)}" for model, value, _ in series)
@@ -204,11 +207,12 @@ _STEEP = 3.0
 def curve(points: Sequence[CurvePoint], smallest: CurvePoint | None) -> str:
     """Draw divergence and perplexity, as a ratio to the dense model's, by the share removed."""
 
-    def fill(figure: Figure, _: bool) -> None:
+    def fill(figure: Figure, narrow: bool) -> None:
         panels = figure.subplots(2, 1, sharex=True)
+        divergence = f"KL divergence{'' if narrow else ' from the dense model'}, nats a token"
         shares = [0.0, *(100 * point.removed for point in points)]
         for axes, title, dense, value in (
-            (panels[0], "KL divergence from the dense model, nats a token", 0.0, lambda p: p.kl),
+            (panels[0], divergence, 0.0, lambda p: p.kl),
             (panels[1], "perplexity, times the dense model's", 1.0, lambda p: p.perplexity_ratio),
         ):
             line = [dense, *(value(point) for point in points)]

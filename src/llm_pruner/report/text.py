@@ -20,6 +20,7 @@ _STEERING = re.compile(
     "\ud800-\udfff\ufffe\uffff"  # no characters at all, which UTF-8 and XML refuse
     "\U000e0000-\U000e007f]"  # tags, which do not show
 )
+_BREAKS = re.compile(r"(?<=/)|(?<=,)(?!\d)|(?<= )(?=\()")
 _MARKDOWN = re.compile(r"([\\`*{}\[\]<>#|~$&!@^=]|:(?=//)|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9]))")
 
 
@@ -60,8 +61,11 @@ def _mark(found: re.Match[str]) -> str:
 
 
 def breakable(text: object) -> Markup:
-    """Return text as HTML that may break after a slash, as in the id of a model, and a comma."""
-    return escape(visible(text)).replace("/", Markup("/<wbr>")).replace(",", Markup(",<wbr>"))
+    """Return text as HTML that may break after a slash, as in the id of a model, or a comma.
+
+    And before a bracket, but never within a number.
+    """
+    return Markup(_BREAKS.sub("<wbr>", escape(visible(text))))
 
 
 def fenced(text: object) -> str:
@@ -123,5 +127,6 @@ def said(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(said, value)) or "none"
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {said(item)}" for key, item in value.items()) or "none"
+        known = (f"{key}: {said(item)}" for key, item in value.items() if item is not None)
+        return ", ".join(known) or "none"
     return str(value)
