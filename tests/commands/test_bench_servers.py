@@ -219,6 +219,10 @@ def test_a_folder_that_the_server_does_not_run_is_refused(tmp_path: Path) -> Non
     untrusted = run("bench", "small", *QUICK, *served)
     assert untrusted.code == 2
     assert "small holds code that vLLM runs, modeling_pruned.py; read it" in untrusted.err
+    shared = ("--trust-remote-code", "--server-args", "-tp 3")
+    refused = run("bench", "small", *QUICK, *served, *shared)
+    assert refused.code == 2
+    assert "units, which 3 devices cannot share; prune with --round-to tp3" in refused.err
     file = tmp_path / "m.gguf"
     done("export", "dense", "--out", file)
     refused = run("bench", file, *QUICK, *served)

@@ -77,8 +77,10 @@ def test_widths_and_heads_of_a_plan_divide() -> None:
 def test_a_model_that_does_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match=r"layers.0.ffn has 1536 units, which do not divide by 5"):
         rounded("tp5", intermediate_size=1536)
+    with pytest.raises(UserError, match=r"heads has 4 units, .* by 3; round for another number"):
+        rounded("tp3", intermediate_size=1536)  # whichever structures are pruned
     with pytest.raises(UserError, match=r"heads has 4 units, .* leave heads out of the structures"):
-        rounded("tp8", intermediate_size=1536)
+        rounded("tp8", intermediate_size=1536)  # which would have each of the 4 twice
 
 
 @pytest.mark.parametrize("given", ["auto", "blocks", "gguf", "gptq", "marlin", "tp4", "32"])

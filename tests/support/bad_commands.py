@@ -537,6 +537,11 @@ TABLE: dict[str, list[Bad]] = {
                 "--server-python none is no program; name the Python of an environment, such as "
                 "serve/bin/python",
             ),
+            (
+                '--server vllm --server-args "\'x"',
+                "--server-args 'x cannot be split into words (No closing quotation); write it as "
+                "in a shell",
+            ),
             ("--type q8_0", "--type is about a server; add --server NAME, or leave it out"),
         ),
         *bad(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shlex
 import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -15,12 +14,14 @@ from llm_pruner.checkpoints.quantizer import QUANT_METHOD
 from llm_pruner.checkpoints.remote_code import CODE
 from llm_pruner.commands.bench import Bench, Figures, Served, check_length, compared, counted
 from llm_pruner.commands.export import export
+from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import footprint, serving
 from llm_pruner.evaluation.speed import Speed
 from llm_pruner.hook import has_recipe
 from llm_pruner.models.load import LoadedModel, load
 from llm_pruner.models.stored import stored_at
+from llm_pruner.planning.rounding import undivided
 from llm_pruner.runtime.memory import give_back
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.evaluate import BenchSettings
@@ -151,6 +152,12 @@ def _check_folder(
             f"{loaded.name} holds code that {server.TITLE} runs, {CODE}.py; read it, and add "
             "--trust-remote-code if it may"
         )
+    devices = server.devices(settings.server_words)
+    if devices > 1 and (group := undivided(discover(loaded.model).groups, devices)):
+        raise UserError(
+            f"{group.name} of {loaded.name} has {group.size} units, which {devices} devices cannot "
+            f"share; prune with --round-to tp{devices}, or ask for fewer devices in --server-args"
+        )
 
 
 def _dtype(settings: BenchSettings) -> str:
@@ -190,7 +197,7 @@ def _running(
         cache_bytes_per_token=cache,
         servers=len(subjects),
         trust_remote_code=settings.trust_remote_code,
-        more=tuple(shlex.split(settings.server_args or "")),
+        more=settings.server_words,
     )
     command = server.command(start, subjects[number].path, wanted)
     log = scratch / f"{number}.log"

@@ -46,7 +46,8 @@ _UNICODE = ("NFC", "NFD", "NFKC", "NFKD")
 """Normalisers that llama.cpp leaves out: most text is normal already."""
 
 _OF_ANOTHER = (
-    "give a GGUF file of the model that it was made of with --like, and its tokenizer is copied"
+    "name a GGUF file of the model that it was made of with export --like, and its tokenizer is "
+    "copied"
 )
 
 

@@ -81,12 +81,31 @@ def _heads_to(group: Group, multiple: int) -> int:
     return step if group.size % step == 0 else 1
 
 
+def undivided(groups: Sequence[Group], devices: int) -> Group | None:
+    """Return the first group of FFN channels, or else of heads, that devices cannot share evenly.
+
+    Servers copy heads that are fewer than the devices, if their number divides that of the devices.
+    """
+    uneven = [group for group in groups if group.size % devices]
+    channels = [group for group in uneven if group.kind == "ffn"]
+    heads = [group for group in uneven if group.kind == "heads" and devices % group.size]
+    return next(iter(channels + heads), None)
+
+
 def _check_divides(discovery: Discovery, chosen: Sequence[Group], devices: int) -> None:
-    """Raise UserError unless channels of all layers, and heads that may go, divide."""
-    heads = [group for group in chosen if group.kind == "heads"]
-    for group in (*(one for one in discovery.groups if one.kind == "ffn"), *heads):
-        if group.size % devices:
-            raise UserError(
-                f"{group.name} has {group.size} units, which do not divide by {devices}; leave "
-                f"{group.kind} out of the structures, or round for another number of devices"
-            )
+    """Raise UserError unless devices can share channels and heads, of layers that stay whole too.
+
+    Heads that may go must divide: a layer keeps a multiple of the devices.
+    """
+    heads = [group for group in chosen if group.kind == "heads" and group.size % devices]
+    group = undivided(discovery.groups, devices)
+    if group is not None:
+        raise UserError(
+            f"{group.name} has {group.size} units, which do not divide by {devices}; round for "
+            "another number of devices"
+        )
+    if heads:
+        raise UserError(
+            f"{heads[0].name} has {heads[0].size} units, which do not divide by {devices}; leave "
+            "heads out of the structures, or round for another number of devices"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -230,6 +231,18 @@ class BenchSettings(ModelSettings):
                 f"--new-tokens {self.new_tokens} leaves nothing to time after the first token; use "
                 "at least 2 with --server"
             )
+        try:
+            _ = self.server_words
+        except ValueError as error:
+            raise UserError(
+                f"--server-args {self.server_args} cannot be split into words ({error}); write it "
+                "as in a shell"
+            ) from error
+
+    @property
+    def server_words(self) -> tuple[str, ...]:
+        """Options of the server's own."""
+        return tuple(shlex.split(self.server_args or ""))
 
 
 _Layer = Annotated[

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,14 @@ def command(start: list[str], folder: Path, wanted: Wanted) -> list[str]:
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     code = ["--trust-remote-code"] if wanted.trust_remote_code else []
     return [*start, str(folder), *words, *code, *wanted.more]
+
+
+def devices(more: Sequence[str]) -> int:
+    """Return how many devices share each layer, by options of its own."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--tensor-parallel-size", "-tp", dest="devices", nargs="?", default="1")
+    given = parser.parse_known_args(list(more))[0].devices or ""
+    return int(given) if given.isdecimal() else 1  # what is no number vLLM refuses itself
 
 
 def how(model: Any, config: Any, saved_as: str) -> str:
