@@ -1,11 +1,12 @@
-"""Pruned folders through torch.export, torch.compile and torch.onnx: do they give the same logits?
+"""Pruned folders through torch.export, torch.compile, ONNX and OpenVINO: are the logits the same?
 
-    python benchmarks/exports.py FOLDER ...
+    python benchmarks/exports.py FOLDER ... [--ways torch.export,torch.compile]
 
 Each folder is loaded by transformers as anybody would. What is made of it is run on texts of two
 lengths, the second one not seen when it was made, without a cache; the difference is the largest of
 any logit from the model that ran as it is, in float32 on a CPU. ONNX needs onnxscript and
-onnxruntime, and is left out where they are not. Writes benchmarks/results/exports.json.
+onnxruntime, OpenVINO openvino; each is left out where its packages are not. Writes
+benchmarks/results/exports.json. What is there is not made again.
 """
 
 from __future__ import annotations
@@ -50,23 +51,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=RESULTS / "exports.json")
+    parser.add_argument(
+        "--ways", help="names parted by commas; default: all whose packages are here"
+    )
     options = parser.parse_args()
-    ways = {"torch.export": exported, "torch.compile": compiled}
-    packages = ["torch", "transformers"]
-    if find_spec("onnxscript") and find_spec("onnxruntime"):
-        ways["torch.onnx"] = in_onnx
-        packages += ["onnx", "onnxscript", "onnxruntime"]
-    rows: dict[str, Any] = {}
+    here = {name for name, (_, needed) in WAYS.items() if all(map(find_spec, needed))}
+    asked = options.ways.split(",") if options.ways else [name for name in WAYS if name in here]
+    kept = json.loads(options.out.read_text()) if options.out.exists() else {}
+    rows: dict[str, Any] = kept.get("rows", {})
+    packages = ["torch", "transformers", *(name for way in asked for name in WAYS[way][1])]
+    versions = kept.get("settings", {}).get("versions", {})
+    settings = {
+        "lengths": LENGTHS,
+        "versions": versions | {name: version(name) for name in packages},
+        "machine": machine(),
+    }
     for folder in options.folders:
+        row = rows.setdefault(folder.name, {})
+        missing = [name for name in asked if name not in row]
+        if not missing:
+            continue
         model = AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=True, dtype=torch.float32
         )
         network = Logits(model.eval())
-        rows[folder.name] = {name: compared(network, way) for name, way in ways.items()}
-        print(folder.name, json.dumps(rows[folder.name]), flush=True)
-    versions = {name: version(name) for name in packages}
-    settings = {"lengths": LENGTHS, "versions": versions, "machine": machine()}
-    options.out.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+        for name in missing:
+            row[name] = compared(network, WAYS[name][0])
+            print(folder.name, name, json.dumps(row[name]), flush=True)
+            result = {"settings": settings, "rows": rows}
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def texts(vocabulary: int) -> list[torch.Tensor]:
@@ -130,6 +143,25 @@ def in_onnx(network: Logits, text: torch.Tensor) -> Run:
         return torch.from_numpy(logits)
 
     return run
+
+
+def in_openvino(network: Logits, text: torch.Tensor) -> Run:
+    """Return what OpenVINO makes of an exported model."""
+    import openvino
+
+    model = openvino.convert_model(_program(network, text))
+    # By default it computes in bfloat16 where the processor has it.
+    served = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda ids: torch.from_numpy(served(ids.numpy())[0])
+
+
+WAYS: dict[str, tuple[Callable[[Logits, torch.Tensor], Run], tuple[str, ...]]] = {
+    "torch.export": (exported, ()),
+    "torch.compile": (compiled, ()),
+    "torch.onnx": (in_onnx, ("onnx", "onnxscript", "onnxruntime")),
+    "OpenVINO": (in_openvino, ("openvino",)),
+}
+"""Way -> what makes a function of a model, and the packages that it needs."""
 
 
 if __name__ == "__main__":
