@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -141,9 +141,7 @@ def make(here: Path, name: str) -> dict[str, Any]:
         if name in PRUNED:
             return outcome(here / name, "prune", "dense", *PRUNED[name])
         if name in COMPRESSED:
-            # One measures in processes of their own, each of which imports PyTorch anew: the one
-            # that trains, as measuring in the process that trains changes what training makes.
-            with nullcontext() if name == "compress-recover" else measured_here():
+            with measured_here():
                 return outcome(here / name, "compress", "dense", *COMPRESSED[name])
         if not (here / "prune-fast").exists():
             make(here, "prune-fast")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -14,7 +15,7 @@ from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.cli import main
 from llm_pruner.commands.evaluate import measure
 from llm_pruner.evaluation.perplexity import PerplexityResult
-from llm_pruner.evaluation.speed import Speed
+from llm_pruner.evaluation.speed import Speed, measure_speed
 from llm_pruner.report.records import Measured
 
 WORDS = "the old bridge over the river was built by people who lived near the water and sang "
@@ -65,8 +66,15 @@ def done(*args: object) -> Result:
 
 @contextmanager
 def measured_here() -> Iterator[None]:
-    """Measure models in this process wherever a process of its own is asked for."""
-    with mock.patch("llm_pruner.commands.compress.measure_apart", measure):
+    """Measure models in this process wherever a process of its own is asked for.
+
+    A new process takes seconds to import PyTorch. Speed is timed on a few tokens.
+    """
+    few = partial(measure_speed, new_tokens=2, repeats=1)
+    with (
+        mock.patch("llm_pruner.commands.compress.measure_apart", measure),
+        mock.patch("llm_pruner.commands.evaluate.measure_speed", few),
+    ):
         yield
 
 
