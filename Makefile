@@ -18,11 +18,14 @@ help:
 	@echo "make format     rewrite the sources in the project's format"
 
 # Two workers with a thread each: threads of several workers on the same cores wait for each other.
+# By worksteal a worker runs whole modules, so that what a module prepares is made once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -q
+
 test: $(DEV)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
+	$(PYTEST)
 
 test-fast: $(DEV)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 demo: $(BASE)
 	$(BIN)/llm-pruner demo

@@ -13,6 +13,16 @@ DRAWING = {"test_report", "test_report_page", "test_reporting"}
 
 
 @pytest.fixture(autouse=True, scope="module")
+def frozen() -> None:
+    """Have garbage collections pass over what is there: the million objects of what was imported.
+
+    Training and timing ask for several each.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
 def undrawn(request: pytest.FixtureRequest) -> Iterator[None]:
     """Let commands write reports without drawings, which take longer than most of what is tested.
 
@@ -33,12 +43,6 @@ def undrawn(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llm_pruner.report.figures.draw", draw)
         yield
-
-
-def pytest_collection_finish() -> None:
-    """Have garbage collections pass over what was imported, a million objects that stay anyway."""
-    gc.collect()
-    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
