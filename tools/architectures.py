@@ -22,8 +22,9 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -295,7 +296,11 @@ def _shift(
         seen = _differs(model, shifted, removal, expected, scale)
         if not seen:
             # Other removals may hide it: attention over what has become a single key, say.
-            alone = twin_logits(model, discovery, part)
+            alone = (
+                logits
+                for scene in scenes_apart(discovery)
+                for logits in twin_logits(model, scene, part)
+            )
             seen = _differs(model, shifted, part, alone, scale)
         if seen:
             row.caught += 1
@@ -307,18 +312,21 @@ def _differs(
     model: nn.Module,
     discovery: Discovery,
     removal: Removal,
-    expected: list[torch.Tensor],
+    expected: Iterable[torch.Tensor],
     scale: float,
 ) -> bool:
-    """Whether the pruned model differs from its twin in any scene; the first one will do."""
+    """Whether the pruned model differs from its twin in any scene; the first one will do.
+
+    Args:
+        expected: logits of the twin, of which no more are taken than it needs.
+    """
     smaller = sharing_copy(model)
     cut_(smaller, discovery, removal)
-    left = list(expected)
+    left = iter(expected)
     for scene in scenes_apart(discovery):
         found = pruned_logits(smaller, scene)
-        if largest_difference(left[: len(found)], found) / scale > VISIBLE:
+        if largest_difference([*islice(left, len(found))], found) / scale > VISIBLE:
             return True
-        del left[: len(found)]
     return False
 
 
