@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import llm_pruner.discovery.tracing.ghosts
 from command import done, run, save_tiny
-from families import BASE, FAMILIES, discovered, make
+from families import BASE, FAMILIES, discovered, llama_7b, make
 from llm_pruner import Selection, Target, allocate, count_parameters, discover
 from llm_pruner.discovery.tracing.ghosts import ghosts_of, is_ghost
 from llm_pruner.errors import UserError
@@ -184,19 +184,9 @@ def test_a_plan_without_weights_replays_with_them(whole: Path, bare: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_llama_7b_has_the_counts_of_the_paper(tmp_path: Path) -> None:
+def test_llama_7b_has_the_counts_of_the_paper() -> None:
     """Dense 6.74B; 25% of the units of layers 4 to 29 leave 5.42B, 60% of 3 to 30 leave 3.35B."""
-    config = {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "vocab_size": 32000,
-    }
-    file = tmp_path / "llama-7b.json"
-    file.write_text(json.dumps(config))
-    discovery = discover(load_model(str(file), weights=False).model)
+    _, discovery = llama_7b()
     assert count_parameters(discovery) == 6_738_415_616
     generator = np.random.default_rng(0)
     scores = {group.name: generator.random(group.size) for group in discovery.groups}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from families import make
+from families import llama_7b, make
 from helpers import VOCABULARY, tiny_model
 from llm_pruner import Selection, Target, allocate, discover, prune_
 from llm_pruner.errors import LLMPrunerError, UserError
@@ -118,22 +119,13 @@ def test_recurrent_state_does_not_grow() -> None:
 @pytest.mark.slow
 def test_llama_7b_is_the_papers() -> None:
     """LLM-Pruner, table 1: 424.02G MACs dense; 339.60G with 25% of layers 4 to 29 removed."""
-    config = AutoConfig.for_model(
-        "llama",
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        vocab_size=32000,
-    )
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float16).eval()
+    shared, discovery = llama_7b()
+    model: Any = copy.deepcopy(shared)
     assert model_size(model).total == 6_738_415_616
     block = 4 * 4096 * 4096 + 3 * 4096 * 11008
     dense = 64 * (32 * block + 4096 * 32000) + 32 * 2 * 64 * 64 * 4096
     assert paper_macs(model) == dense == pytest.approx(424.0e9, rel=0.001)
     assert count_work(model).cache_bytes_per_token == 32 * 2 * 4096 * 2
-    discovery = discover(model)
     scores = {group.name: np.arange(group.size, dtype=float) for group in discovery.groups}
     layers = {"heads": (4, 29), "ffn": (4, 29)}
     selection = Selection(("heads", "ffn"), layer_ranges=layers)

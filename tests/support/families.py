@@ -206,3 +206,22 @@ def discovered(name: str, attention: str | None = None) -> tuple[PreTrainedModel
     """Return a family's model and what can be removed from it; shared by tests, so leave it be."""
     model = make(name, attention=attention)
     return model, discover(model)
+
+
+@cache
+def llama_7b() -> tuple[PreTrainedModel, Discovery]:
+    """Return LLaMA-7B on the meta device and what can be removed from it; shared, so leave it be.
+
+    To trace 32 layers takes seconds.
+    """
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        vocab_size=32000,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float16).eval()
+    return model, discover(model)
