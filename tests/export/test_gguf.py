@@ -327,7 +327,7 @@ def test_how_text_is_split_is_told_by_its_rules(
     tokenizer.pre_tokenizer = rules
     save_tokenizer(tmp_path, tokenizer)
     if name is None:
-        with pytest.raises(UserError, match=r"no name that is known here .* with --like"):
+        with pytest.raises(UserError, match=r"no name that is known here .* with export --like"):
             read_tokenizer(tmp_path, 8)
         return
     found = tokens_of(read_tokenizer(tmp_path, 8))
