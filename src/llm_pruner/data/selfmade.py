@@ -165,17 +165,14 @@ def write_chats(
 ) -> torch.Tensor:
     """Return windows of chats, int64 of shape (samples, seq_len); see ``write_text``, ``Turns``.
 
-    A window is a chat, whose first question leaves room for an answer. Where what stands before it
-    fills more than half of a window, a chat is as many windows as are twice that, within ``PIECE``.
+    Chats have ``PIECE`` tokens where windows are shorter, so that answers are in them as well.
 
     Raises:
         UserError: as ``write_text``; the tokenizer has no chat template that says where turns end.
     """
-    turns = Turns(tokenizer)
-    most = max(1, min(PIECE, maximum_length(model) or PIECE) // seq_len)
-    windows = min(most, -(-2 * len(turns.opening) // seq_len))
+    windows = max(1, min(PIECE, maximum_length(model) or PIECE) // seq_len)
     how = {"samples": -(-samples // windows), "seq_len": windows * seq_len, "seed": seed}
-    chats = write_text(model, tokenizer, turns=turns, **how)
+    chats = write_text(model, tokenizer, turns=Turns(tokenizer), **how)
     return chats.reshape(-1, seq_len)[:samples].contiguous()
 
 
