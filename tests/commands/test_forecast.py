@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,6 +57,17 @@ def test_text_of_the_model_repair_and_rounds_are_counted(made: Path) -> None:
     assert once["repair"]["seconds"] == 120
     assert once["calibration text"]["seconds"] > 0
     assert said(made, *words, "--dry-run")["saved_bytes"] == 0
+
+
+def test_the_steps_of_writing_are_those_of_each_source() -> None:
+    def steps(calibration: str) -> int:
+        asked: Any = SimpleNamespace(calibration=calibration)
+        run: Any = SimpleNamespace(settings=asked, samples=128, length=128, texts=64)
+        return forecast._Forecaster._steps_of_text(run)
+
+    assert steps("self") == 2 * 127
+    assert steps("self,chat") == 127 + 511
+    assert steps("c4:0.5,chat:0.5") == 511
 
 
 def test_says_that_weights_are_read_block_by_block(made: Path) -> None:

@@ -52,7 +52,7 @@ from llm_pruner.data.calibration import read_calibration
 from llm_pruner.data.selfmade import LARGE, PIECE, TEXTS, WRITERS, draw_tokens, words_of
 from llm_pruner.data.selfmade import TOKENS as WRITTEN
 from llm_pruner.data.sequences import added_tokens
-from llm_pruner.data.text import shares_of
+from llm_pruner.data.text import CHAT, shares_of
 from llm_pruner.discovery.groups import discover
 from llm_pruner.discovery.tracing.scenes import long_length
 from llm_pruner.errors import UserError
@@ -411,15 +411,25 @@ class _Forecaster:
     def _book_text(self) -> None:
         if self.reads and self.writes:
             copied = self.total * 2 if self._writes_bfloat16() else 0
-            piece = min(self.length, PIECE)
-            texts = self.samples * math.ceil(self.length / PIECE)
-            tokens = math.ceil(texts / self.texts) * (piece - 1)
+            tokens = self._steps_of_text()
             seconds = self._of("token", tokens)
             seconds += _words_seconds(self.loaded.tokenizer, self.model)
             more = copied + self.block + self._rise("token")
             self._book("calibration text", seconds, more, wide=0 if copied else tokens)
         elif self.reads:
             self._book("calibration text", self.stages.pop("calibration text").seconds, 0)
+
+    def _steps_of_text(self) -> int:
+        """Return in how many steps, of a token for each text, the model writes its shares."""
+        shares, steps = shares_of(self.settings.calibration), 0
+        for source in WRITERS.keys() & shares.keys():
+            windows = self.samples * shares[source] / sum(shares.values())
+            piece = min(self.length, PIECE)
+            if source == CHAT:
+                piece = self.length * max(1, PIECE // self.length)
+            texts = math.ceil(windows * self.length / piece)
+            steps += math.ceil(texts / self.texts) * (piece - 1)
+        return steps
 
     def _book_choice(self) -> None:
         """Book estimate and trials: each structure alone, two shares of each other, two refitted.
