@@ -80,6 +80,24 @@ def test_it_is_pruned_and_measured_like_any_other(tmp_path: Path) -> None:
     done("evaluate", again, "--perplexity", text, "--seq-len", "32")
 
 
+def test_the_dense_model_is_compared_and_teaches_by_the_tokens_that_stay(tmp_path: Path) -> None:
+    dense, text = save(tmp_path / "dense"), write_text(tmp_path / "t.txt", 6000)
+    out, small = tmp_path / "small", tmp_path / "pruned"
+    done("vocab", dense, "--text", text, "--size", "400", "--out", out)
+    done("prune", out, "--ratio", "0.2", "--calibration", text, "--samples", "15", "--out", small)
+    measure = ("--perplexity", text, "--seq-len", "32", "--json", "-", "--against", dense)
+    divergence = {
+        folder: json.loads(done("evaluate", folder, *measure).out)["perplexity"][0]["divergence"]
+        for folder in (out, small)
+    }
+    assert abs(divergence[out]["kl"]) < 1e-6
+    assert divergence[out]["changed"] == 0
+    assert divergence[small]["kl"] > 1e-5
+    train = ("--data", text, "--seq-len", "32", "--samples", "8", "--max-steps", "1")
+    taught = tmp_path / "taught"
+    done("recover", small, "--teacher", dense, *train, "--held-out", "2", "--out", taught)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -31,6 +31,7 @@ from llm_pruner.runtime.memory import keep_large_blocks
 from llm_pruner.runtime.signals import end_with_parent
 from llm_pruner.settings.evaluate import EvaluateSettings, PerplexitySettings
 from llm_pruner.settings.words import LOCAL_TASKS
+from llm_pruner.surgery.vocabulary import with_tokens_of
 from llm_pruner.types import Size
 
 _SIZE = TypeAdapter(Size)
@@ -68,7 +69,7 @@ def measure(
         settings = settings.but(seq_len=window if longest is None else min(window, longest))
     perplexities = []
     if texts:
-        beside = dense.loaded if dense else None
+        beside = with_tokens_of(dense.loaded, late.loaded) if dense else None
         perplexities = measure_perplexities(late.loaded, texts, settings, beside)
         del beside
     name, size = _name_and_size(late)

@@ -56,6 +56,7 @@ from llm_pruner.runtime.processes import Processes, is_sharded, joined, own_devi
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.evaluate import PerplexitySettings
 from llm_pruner.settings.recover import DataSettings, RecoverSettings, TrainingSettings
+from llm_pruner.surgery.vocabulary import with_tokens_of
 from llm_pruner.types import Edits
 
 _LOG = logging.getLogger(__name__)
@@ -457,8 +458,8 @@ def _is_short(models: Iterable[ModelSettings], device: str) -> bool:
 
 
 def load_teacher(teacher: ModelSettings, student: LoadedModel) -> LoadedModel:
-    """Load the dense model; raise UserError if its vocabulary is not the student's."""
-    dense = load(teacher)
+    """Load the dense model with the student's tokens; raise UserError if it lacks some of them."""
+    dense = with_tokens_of(load(teacher), student)
     assert dense.tokenizer is not None
     assert student.tokenizer is not None
     ours, theirs = (embedding_rows(one.model) for one in (student, dense))

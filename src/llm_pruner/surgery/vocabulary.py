@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+
+from llm_pruner.models.forward import embedding_rows
+from llm_pruner.models.layers import sharing_copy
+from llm_pruner.models.load import LoadedModel
 
 _TOKENS = re.compile(r"(_token_ids?|suppress_tokens|_words_ids)$")
 """Names of settings that hold tokens."""
@@ -26,6 +31,29 @@ def named_tokens(model: Any) -> set[int]:
     for config in _configs(model):
         _rewrite_(config, note)
     return found
+
+
+def with_tokens_of(dense: LoadedModel, student: LoadedModel) -> LoadedModel:
+    """Return a dense model that has the student's tokens alone, so that the two can be compared.
+
+    Its logits of these tokens are what they were; both are told by the tokenizers which these are.
+
+    Returns:
+        ``dense`` itself where they have the same tokens already, or where the student has others;
+        else a copy that shares all weights but the embeddings.
+    """
+    if dense.tokenizer is None or student.tokenizer is None:
+        return dense
+    ours, theirs = student.tokenizer.get_vocab(), dense.tokenizer.get_vocab()
+    tokens = sorted(ours, key=ours.__getitem__)
+    kept = np.array([theirs.get(token, -1) for token in tokens])
+    fewer = len(kept) == embedding_rows(student.model) < embedding_rows(dense.model)
+    known = 0 <= kept.min() <= kept.max() < embedding_rows(dense.model)
+    if not (fewer and known and named_tokens(dense.model) <= {*kept.tolist()}):
+        return dense
+    model: Any = sharing_copy(dense.model)
+    cut_vocabulary_(model, kept)
+    return replace(dense, model=model.eval(), tokenizer=student.tokenizer)
 
 
 def cut_vocabulary_(model: Any, kept: npt.NDArray[np.int64]) -> None:
