@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import time
 import traceback
@@ -26,6 +25,7 @@ from llm_pruner import (
     prune_,
     score,
 )
+from llm_pruner.models.layers import own_copy
 from llm_pruner.surgery.cut import cut_
 from llm_pruner.surgery.removal import removed_modules, removed_positions
 from llm_pruner.surgery.twin import pruned_logits, twin_logits
@@ -51,7 +51,7 @@ def examine(spec: Spec, only: str | None = None) -> Row:
         row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
         call = spec.call or _call
         with torch.no_grad():
-            logits_of(call(copy.deepcopy(model), tokens_of(8)))
+            logits_of(call(own_copy(model), tokens_of(8)))
     except Exception as error:
         return row | {"error": _line(error), "traceback": traceback.format_exc()[-1500:]}
     forward = None
@@ -60,7 +60,7 @@ def examine(spec: Spec, only: str | None = None) -> Row:
         def forward(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
             return [logits_of(call(model, tokens))]
 
-    fresh = copy.deepcopy(model)
+    fresh = own_copy(model)
     try:
         discovery = discover(model) if forward is None else discover(model, forward=forward)
     except Exception as error:
@@ -69,7 +69,7 @@ def examine(spec: Spec, only: str | None = None) -> Row:
     row["discover_seconds"] = round(time.monotonic() - started, 1)
     row["groups"] = _groups(discovery)
     kinds = list(dict.fromkeys(group.kind for group in discovery.groups))
-    dense = to_double(copy.deepcopy(fresh))
+    dense = to_double(own_copy(fresh))
     checks = _checks(spec, dense, row)
     outcomes: dict[str, Row] = {}
     first = ["first layer"] if "layers" in kinds else []
@@ -166,8 +166,8 @@ def _checks(spec: Spec, dense: nn.Module, row: Row) -> dict[str, Run]:
     for name, run in checks.items():
         try:
             with torch.no_grad():
-                one = computed(run, copy.deepcopy(dense))
-                more = [computed(run, copy.deepcopy(dense)) for _ in range(2)]
+                one = computed(run, own_copy(dense))
+                more = [computed(run, own_copy(dense)) for _ in range(2)]
             if not all(bool(torch.isnan(tensor).sum() == 0) for tensor in one):
                 raise ValueError("not finite")
             if max(difference(one, other) for other in more) > 0:
@@ -224,7 +224,7 @@ def _structure(
         "removed": sum(len(units) for units in removal.values()),
         "of_groups": len(removal),
     }
-    smaller = copy.deepcopy(model)
+    smaller = own_copy(model)
     try:
         prune_(smaller, discovery, removal)
     except Exception as error:
@@ -233,7 +233,7 @@ def _structure(
     gone = removed_positions(discovery, removal)
     layers = removed_modules(discovery, removal)
     if by_hand is not None:
-        dense = copy.deepcopy(dense)
+        dense = own_copy(dense)
         cut = by_hand(dense, gone)
         row |= {"cut by hand": sorted(name for name, _ in cut)} if cut else {}
         gone = {place: positions for place, positions in gone.items() if place not in cut}
@@ -250,7 +250,7 @@ def _structure(
         try:
             with torch.no_grad():
                 # Generation leaves caches behind.
-                own = copy.deepcopy(smaller) if name in ("generate", "train mode") else smaller
+                own = own_copy(smaller) if name in ("generate", "train mode") else smaller
                 given = computed(run, own)
         except Exception as error:
             return row | _failure(error) | {"verdict": "crashed", "at": name}
@@ -268,7 +268,7 @@ def _structure(
         with torch.no_grad():
             row["visible"] = (
                 difference(
-                    computed(checks[first], copy.deepcopy(dense)), computed(checks[first], smaller)
+                    computed(checks[first], own_copy(dense)), computed(checks[first], smaller)
                 )
                 > LIMIT
             )
@@ -324,7 +324,7 @@ def _control(
             members = (*group.members[:place], moved, *group.members[place + 1 :])
             group = replace(group, members=members)
         groups.append(group)
-    smaller = copy.deepcopy(model)
+    smaller = own_copy(model)
     try:
         # Not compared with its twin, which would refuse it before the oracle sees it.
         cut_(smaller, replace(discovery, groups=tuple(groups)), removal)
@@ -356,7 +356,7 @@ def _removal(kind: str, model: nn.Module, discovery: Discovery) -> dict[str, Int
     )
     if not kinds:
         return {}
-    scores = score(copy.deepcopy(model), discovery, Criterion("l2"), input_ids=None, seed=0)
+    scores = score(own_copy(model), discovery, Criterion("l2"), input_ids=None, seed=0)
     return dict(allocate(discovery, scores, Selection(kinds), Target(unit_ratio=0.5)))
 
 
@@ -434,8 +434,8 @@ def _some_parameters(
 def _twin(model: nn.Module, discovery: Discovery, removal: Removal) -> str:
     """Return whether the project's own check, on its few tokens, notices."""
     try:
-        expected_logits = twin_logits(copy.deepcopy(model), discovery, removal)
-        smaller = copy.deepcopy(model)
+        expected_logits = twin_logits(own_copy(model), discovery, removal)
+        smaller = own_copy(model)
         prune_(smaller, discovery, removal)
         actual = pruned_logits(smaller, discovery)
     except Exception as error:

@@ -9,7 +9,6 @@ again. Removed layers return their input.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from llm_pruner.models.layers import own_copy
 
 Run = Callable[[nn.Module], list[torch.Tensor]]
 
@@ -330,7 +331,7 @@ def _spread(dead: Sequence[torch.Tensor | None], like: torch.Tensor) -> torch.Te
 
 def zeroed(model: nn.Module, gone: dict[tuple[str, int], np.ndarray[Any, Any]]) -> nn.Module:
     """Return a copy of the model with the given positions of (tensor, axis) set to zero."""
-    model = copy.deepcopy(model)
+    model = own_copy(model)
     for (name, dim), positions in gone.items():
         path, _, key = name.rpartition(".")
         tensor = getattr(model.get_submodule(path), key).detach()
@@ -374,7 +375,7 @@ def bypassed(model: nn.Module, layers: Sequence[str]) -> Iterator[None]:
 
 
 def _other_signs(model: nn.Module, seed: int) -> nn.Module:
-    model = copy.deepcopy(model)
+    model = own_copy(model)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
@@ -389,10 +390,10 @@ def expected(
 
     ``strict`` needs gradients enabled. Neither way agrees with a wrong model by accident.
     """
-    dense, silent = copy.deepcopy(dense), copy.deepcopy(silent)
+    dense, silent = own_copy(dense), own_copy(silent)
     with Double():
         # What code memoises is there before the first note is taken.
-        run(copy.deepcopy(dense))
+        run(own_copy(dense))
     reference = Reference(strict)
     with reference:
         run(dense)
