@@ -1,11 +1,11 @@
 """What share of a ``prune`` run the comparison with the masked twin takes.
 
-    python benchmarks/verification_cost.py [MODEL ...] --calibration c4_first_100.jsonl
+    python benchmarks/verification_cost.py [MODEL ...] --calibration c4_first_100.jsonl [--keep DIR]
 
 Prunes each model (by default the embedded SmolLM2-135M) by 20% as the command comes, but for the
 text, and reads the seconds of its stages: ``verify`` runs the twin and the pruned model, ``reload``
 loads what was saved and runs it beside the model in memory. Writes
-benchmarks/results/verification_cost.json.
+benchmarks/results/verification_cost.json; what was pruned stays only where ``--keep`` says.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("models", nargs="*", default=["default"])
     parser.add_argument("--calibration", required=True, help="text for the estimate")
+    parser.add_argument("--keep", type=Path, help="folder for the pruned models")
     options = parser.parse_args()
     file = RESULTS / "verification_cost.json"
     rows = json.loads(file.read_text()) if file.is_file() else {}
     for model in options.models:
         with tempfile.TemporaryDirectory() as folder:
-            out, record = Path(folder) / "out", Path(folder) / "run.json"
+            kept = options.keep or Path(folder)
+            out, record = kept / f"{Path(model).name}-pruned", Path(folder) / "run.json"
             settings = ("--ratio", "0.2", "--calibration", options.calibration)
             llm_pruner("prune", model, "--out", out, *settings, "--json", record)
             run = json.loads(record.read_text())
