@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from command import contents, done, run, save_tiny, write_text
 from helpers import tiny_model, tiny_tokenizer
@@ -68,6 +69,20 @@ def test_the_steps_of_writing_are_those_of_each_source() -> None:
     assert steps("self") == 2 * 127
     assert steps("self,chat") == 127 + 511
     assert steps("c4:0.5,chat:0.5") == 511
+
+
+def test_stand_ins_read_their_own_weights() -> None:
+    model: Any = tiny_model("llama")
+    model.lm_head.forward = lambda hidden: hidden @ model.model.embed_tokens.weight.T
+    run: Any = SimpleNamespace(
+        model=model, path="model.layers", _count=lambda: 3, texts=2, length=8
+    )
+    run._writes_bfloat16 = lambda: True
+    stand_in = forecast._Forecaster._stand_in(run, 1, None, "cpu")
+    with torch.no_grad():
+        model.model.embed_tokens.weight.zero_()
+        assert stand_in(torch.arange(8)[None]).logits.any()
+    forecast._Forecaster._token(run, stand_in, 16)
 
 
 def test_says_that_weights_are_read_block_by_block(made: Path) -> None:

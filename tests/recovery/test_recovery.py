@@ -33,6 +33,7 @@ from llm_pruner.recovery import Teacher, methods, recover_
 from llm_pruner.recovery import checkpoint as states
 from llm_pruner.recovery import run as recovering
 from llm_pruner.recovery.callbacks import Pace
+from llm_pruner.recovery.methods import lora
 from llm_pruner.recovery.objective import distillation_loss, task_loss
 from llm_pruner.recovery.packing import can_pack, lay_out, step_samples, target_logits
 from llm_pruner.recovery.run import Outcome
@@ -295,6 +296,23 @@ def test_what_is_learned_beside_quantized_weights_is_merged_into_whole_ones(
         if not torch.equal(weight, before[name]):
             values = torch.linalg.svdvals(weight.detach() - before[name])
             assert values[8] < 1e-5 * values[0] + 1e-6
+
+
+def test_the_copy_that_takes_what_was_learned_reads_its_own_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = tiny_model("llama")
+    model.lm_head.forward = lambda hidden: hidden @ model.model.embed_tokens.weight.T
+    monkeypatch.setattr(TrainingSettings, "check", lambda _: None)  # torchao may be missing
+    monkeypatch.setattr(lora, "quantize_", lambda *_: None)
+    settings = TrainingSettings(quantize="int8", batch_size=8, max_steps=1, seq_len=64)
+    found, _ = recover_(
+        model, sequences(8), sequences(4, seed=1), settings, work=tmp_path, folder=folder
+    )
+    assert found is not model
+    with torch.no_grad():
+        model.model.embed_tokens.weight.zero_()
+        assert found(torch.arange(8)[None]).logits.any()
 
 
 def test_what_the_trainer_takes_reaches_it(tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ What nobody can know before: how many trials the split takes, and what else the 
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import tempfile
@@ -61,7 +60,7 @@ from llm_pruner.files.outputs import bytes_of, nearest
 from llm_pruner.importance import Criterion, score
 from llm_pruner.importance.boundary_pass import TOKENS
 from llm_pruner.models.forward import Decoder, embedding_rows, is_on_meta, make_room_, tensor_bytes
-from llm_pruner.models.layers import heaviest, sharing_copy, without_layers
+from llm_pruner.models.layers import heaviest, own_copy, sharing_copy, without_layers
 from llm_pruner.models.load import load, without_values
 from llm_pruner.models.stored import stored_at, stored_size
 from llm_pruner.recovery.repair import TRAINED_BYTES
@@ -314,7 +313,7 @@ class _Forecaster:
         """Return a model of the first blocks, without values on ``meta``."""
         short: Any = without_layers(self.model, self.path, range(blocks, self._count()))
         if not is_on_meta(self.model):
-            return copy.deepcopy(short)  # sizes that no config says: it has its weights
+            return own_copy(short)  # sizes that no config says: it has its weights
         text = short.config.get_text_config()
         if vocabulary is not None:
             text.vocab_size = vocabulary
@@ -338,7 +337,7 @@ class _Forecaster:
     def _token(self, model: Any, rows: int) -> Taken:
         """Return what one more token of each text takes, behind half of them."""
         if self._writes_bfloat16():
-            model = copy.deepcopy(model).to(torch.bfloat16)
+            model = own_copy(model).to(torch.bfloat16)
         half = max(1, min(self.length, PIECE) // 2)
         ids = _tokens(self.texts, half, rows)
         uniform = torch.full((self.texts,), 0.5, dtype=torch.float64)

@@ -20,6 +20,7 @@ import torch
 from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.errors import UserError
 from llm_pruner.models.forward import embedding_rows
+from llm_pruner.models.layers import own_copy
 from llm_pruner.recovery import checkpoint as state
 from llm_pruner.recovery.callbacks import Guard, Progress, evaluation_interval
 from llm_pruner.recovery.distill import Teacher
@@ -113,7 +114,7 @@ def recover_(
     work.mkdir(parents=True, exist_ok=True)
     merges = settings.quantize == "none" and not processes.sharded
     if not merges and again is None:
-        again = partial(copy.deepcopy, copy.deepcopy(model))
+        again = partial(own_copy, own_copy(model))
     steps = -(-len(train) // settings.batch_size)
     total = max(1, math.ceil(settings.epochs * steps))
     total = min(total, settings.max_steps or total)
