@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import random
@@ -313,6 +314,28 @@ def test_the_copy_that_takes_what_was_learned_reads_its_own_weights(
     with torch.no_grad():
         model.model.embed_tokens.weight.zero_()
         assert found(torch.arange(8)[None]).logits.any()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_says_that_held_out_text_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    shown, settings = Terminal(), TrainingSettings(batch_size=8, max_steps=1, seq_len=64)
+    monkeypatch.setattr(sys, "stderr", shown)
+    texts = sequences(8), sequences(4, seed=1)
+    recover_(tiny_model("llama"), *texts, settings, work=tmp_path / "seen", folder=folder)
+    before, after = (shown.getvalue().find(f"held-out text, {when}") for when in ("bef", "step 1"))
+    assert 0 <= before < after
+    quiet = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", quiet)
+    recover_(tiny_model("llama"), *texts, settings, work=tmp_path / "unseen", folder=folder)
+    assert quiet.getvalue() == ""
 
 
 def test_what_the_trainer_takes_reaches_it(tmp_path: Path) -> None:

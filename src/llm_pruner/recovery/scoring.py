@@ -16,6 +16,7 @@ from llm_pruner.recovery.kernels.chunked_loss import summed_loss
 from llm_pruner.recovery.objective import LossAndGradient
 from llm_pruner.recovery.packing import Batch, target_logits, target_tokens
 from llm_pruner.runtime.processes import ALONE, Processes
+from llm_pruner.runtime.progress import track
 
 
 @dataclass
@@ -56,11 +57,12 @@ def score(
         sources: number of different ``TrainingSequence.source``.
         teacher: of these same samples.
     """
+    label = f"held-out text, {f'step {step}' if step else 'before training'}"
     sums = torch.zeros(sources, dtype=torch.float64)
     counts = [0] * sources
     mixed = 0.0
     with evaluating(model):
-        for batch in processes.share(batches):
+        for batch in track(processes.share(batches), label):
             if batch is None:
                 if processes.sharded:
                     target_logits(model, batches[0])

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from typing import TypeVar
 
 from rich.console import Console
+from rich.control import Control
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,6 +22,7 @@ from rich.progress import (
     Task,
     TimeRemainingColumn,
 )
+from rich.segment import ControlType
 from rich.text import Text
 
 from llm_pruner.runtime.memory import give_back
@@ -48,6 +50,8 @@ def track(
         return
     columns = (BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
+    # What recovery wrote there last is a line without an end.
+    console.control(Control((ControlType.ERASE_IN_LINE, 2), ControlType.CARRIAGE_RETURN))
     with Progress("{task.description}", *columns, console=console, transient=True) as progress:
         yield from progress.track(items, total, description=description)
 
