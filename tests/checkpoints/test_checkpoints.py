@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from helpers import in_old_form, modules_of_checkpoints_in, tiny_model, tiny_tokenizer
-from llm_pruner.checkpoints import save_checkpoint, stock_config
+from llm_pruner.checkpoints import meta, save_checkpoint, stock_config
 from llm_pruner.checkpoints.meta import sizes
 from llm_pruner.checkpoints.reshape import (
     Recipe,
@@ -26,6 +27,7 @@ from llm_pruner.checkpoints.reshape import (
     parse_positions,
     to_json,
 )
+from llm_pruner.checkpoints.stock_config import _became_unequal
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.files.ranges import format_ranges
 from llm_pruner.models.layers import set_attributes_
@@ -379,6 +381,28 @@ def test_layers_that_differ_and_go(tmp_path: Path) -> None:
     assert torch.equal(kept, again)
     # config.json tells the truth, so what only reads the config counts the right layers.
     assert AutoConfig.from_pretrained(tmp_path / "out").num_hidden_layers == 2
+
+
+def test_that_layers_differ_is_seen_in_one_model_without_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    built, real = [], meta.build_meta
+    monkeypatch.setattr(meta, "build_meta", lambda *given: built.append(given) or real(*given))
+    knife = differing_layers(tiny_model("llama"))
+    assert stock_config(knife.dense_config, knife.model, knife.edits) is None
+    assert len(built) == 1
+
+
+@pytest.mark.parametrize("other", ["full_attention", "sliding_attention"])
+def test_layers_of_one_type_cannot_differ_in_a_plain_config(other: str) -> None:
+    config = tiny_model("qwen2", num_hidden_layers=2).config
+    config.layer_types = ["full_attention", other]
+    dense = {("list", "layers", "len"): 2}
+    dense |= {("parameter", f"layers.{index}.up.weight", 0): 80 for index in (0, 1)}
+    trials: Any = SimpleNamespace(config=config, sizes=lambda _: dense)
+    pruned = dense | {("parameter", "layers.1.up.weight", 0): 37}
+    assert not _became_unequal(trials, {}, dense)
+    assert _became_unequal(trials, {}, pruned) == (other == "full_attention")
 
 
 def test_dotted_attribute_belongs_to_one_module(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from llm_pruner.models.layers import keep_children
 from llm_pruner.types import Edits
 
 _NUMBERS_LAYERS = re.compile("layer|idx|index|indices|block")
+_IN_LAYER = re.compile(r"(.+?)\.(\d+)\.(.+)")
 _OPTIONAL_TRIALS = (64, 128)
 _CONVENTIONAL_KEYS = ("head_dim",)
 """Keys that models read from any config that has them, though their config class names none."""
@@ -50,6 +51,8 @@ def stock_config(
     if hasattr(dense_config, "quantization_config"):
         del dense_config.quantization_config
     trials, target = meta.Trials(type(pruned_model), dense_config), meta.sizes(pruned_model)
+    if _became_unequal(trials, edits.layers, target):
+        return None
     depth = layer_values(trials, edits.layers, target)
     if depth is None or not depth.exact:
         return None
@@ -68,6 +71,33 @@ def stock_config(
 
 
 # ------------------------------------------------------------------------------------ layers
+
+
+def _became_unequal(
+    trials: meta.Trials, layers: Mapping[str, tuple[int, ...]], target: meta.Sizes
+) -> bool:
+    """Say whether layers that are alike in the dense model differ in a size; one model is built.
+
+    An integer of the config governs such a size in all of them. Layers for which a list of the
+    config has different entries (``layer_types``) may be governed by different integers.
+    """
+    dense = trials.sizes({}) or {}
+    entries = [value for _, value in meta.entries(trials.config) if isinstance(value, list)]
+    first: dict[Any, int] = {}
+    for (what, name, dim), size in target.items():
+        found = _IN_LAYER.match(name)
+        if what != "parameter" or found is None:
+            continue
+        path, number, rest = found.groups()
+        index = layers[path][int(number)] if path in layers else int(number)
+        count = dense.get(("list", path, "len"))
+        before = dense.get((what, f"{path}.{index}.{rest}", dim))
+        if count is None or before is None:
+            continue
+        kind = repr([value[index] for value in entries if len(value) == count])
+        if first.setdefault((path, rest, dim, before, kind), size) != size:
+            return True
+    return False
 
 
 class Depth(NamedTuple):
