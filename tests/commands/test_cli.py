@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import llm_pruner.models.load
 from command import contents, done, run, save_tiny, write_text
 from helpers import tiny_tokenizer
+from llm_pruner.cli.output import Screen
 from llm_pruner.data.calibration import build_calibration
 from llm_pruner.report.text import clean, count, megabytes
 from llm_pruner.settings.common import CalibrationSettings
@@ -26,6 +27,8 @@ COMMANDS = (
     *("compress", "inspect", "prune", "curve", "recover", "evaluate", "compare", "bench", "tasks"),
     "demo",
     "chat",
+    "vocab",
+    "export",
 )
 
 
@@ -430,6 +433,13 @@ def test_help_is_plain_and_fits_in_80_columns() -> None:
     assert "\n    llm-pruner prune default --out small --ratio 0.2\n" in prune
 
 
+def test_names_in_the_headings_of_a_table_do_not_steer_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Screen().table("of \x1b[2J", ("a", "\x1b[1m"), [("b", "c")])
+    assert "\x1b" not in capsys.readouterr().out
+
+
 def test_slips_of_the_pen_exit_with_2_and_a_hint() -> None:
     for args, said in (
         (["prun"], "No such command 'prun'. Did you mean 'prune'?"),
@@ -437,6 +447,7 @@ def test_slips_of_the_pen_exit_with_2_and_a_hint() -> None:
         (["prune", "x", "--ratio", "much", "--out", "y"], "Invalid value for '--ratio'"),
         (["prune", "x"], "no --out given; add --out DIR"),
         (["inspect"], "no MODEL given; name one"),
+        (["prune"], "no MODEL and no --out given; name one and add --out DIR"),
     ):
         result = run(*args)
         assert result.code == 2

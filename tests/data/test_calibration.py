@@ -263,10 +263,13 @@ def test_too_short(tmp_path: Path) -> None:
     message = r"t\.txt gives 100 tokens; 4 samples of 32 tokens need 128; use --samples 3 or"
     with pytest.raises(UserError, match=message):
         build(source, tiny_tokenizer(), samples=4, seq_len=32, seed=0)
-    with pytest.raises(UserError, match="windows of at most 100 tokens"):
+    with pytest.raises(UserError, match="or a --seq-len of at most 100"):
         build(source, tiny_tokenizer(), samples=1, seq_len=128, seed=0)
     made = build(source, tiny_tokenizer(), samples=3, seq_len=32, seed=0)
     assert made.input_ids.shape == (3, 32)
+    (tmp_path / "t.txt").write_text("x")
+    with pytest.raises(UserError, match=r"use a longer text$"):
+        build(source, tiny_tokenizer(), samples=1, seq_len=128, seed=0)
 
 
 def test_bad_settings(tmp_path: Path) -> None:

@@ -168,6 +168,8 @@ def test_bad_input() -> None:
         UserError, match=r"note gives 100 tokens and one window needs 128: the text"
     ):
         perplexity(model, tokenizer, short, protocol="paper")
+    with pytest.raises(UserError, match=r"the text is too short; use more text$"):
+        perplexity(model, tokenizer, EvaluationText("note", None, "x"), protocol="paper")
     with pytest.raises(UserError, match="--max-tokens is too small"):
         perplexity(model, tokenizer, TEXT, protocol="paper", max_tokens=100)
     with pytest.raises(UserError, match=r"300 tokens is longer .* use --seq-len 256 or less"):

@@ -341,7 +341,7 @@ def test_a_full_disk_is_one_line(work: Path) -> None:
         result = run("prune", "zoo/dense", "--out", "new/out", *QUICK)
     assert result.code == 1
     assert result.err == (
-        "llm-pruner: [Errno 27] File too large; free space or give another place, then run again\n"
+        "llm-pruner: File too large; free space or give another place, then run again\n"
     )
     assert contents(work) == before
 

@@ -169,6 +169,8 @@ def test_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="neither a local folder nor a model that can be fetched"):
         load_model("nobody/no-such-model")
+    with pytest.raises(UserError, match="did you mean default"):
+        load_model("defalt")
 
 
 def test_a_file_of_another_kind(tmp_path: Path) -> None:

@@ -27,13 +27,14 @@ from transformers import TrainerCallback
 
 from command import WORDS, done, save_tiny
 from helpers import tiny_model
+from llm_pruner.cli.recover import Narrator
 from llm_pruner.data.sequences import TrainingSequence, make_sequence
 from llm_pruner.errors import UserError
 from llm_pruner.files.outputs import atomic_directory
 from llm_pruner.recovery import Teacher, methods, recover_
 from llm_pruner.recovery import checkpoint as states
 from llm_pruner.recovery import run as recovering
-from llm_pruner.recovery.callbacks import Pace
+from llm_pruner.recovery.callbacks import Pace, Progress
 from llm_pruner.recovery.methods import lora
 from llm_pruner.recovery.objective import distillation_loss, task_loss
 from llm_pruner.recovery.packing import can_pack, lay_out, step_samples, target_logits
@@ -336,6 +337,20 @@ def test_a_bar_says_that_held_out_text_is_scored(
     monkeypatch.setattr(sys, "stderr", quiet)
     recover_(tiny_model("llama"), *texts, settings, work=tmp_path / "unseen", folder=folder)
     assert quiet.getvalue() == ""
+
+
+def test_the_line_of_a_step_is_no_wider_than_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys, "stderr", shown := Terminal())
+    run: Any = SimpleNamespace(total=2000, seconds=0.0, tokens=0, evaluations=[])
+    run.evaluations.append(Evaluation(0, 2.345, []))
+    say = Narrator(quiet=False)
+    for step in range(1000, 1003):
+        run.seconds, run.tokens = run.seconds + 1, run.tokens + 12345
+        say(Progress(step, run, 2.5, evaluated=False, control=True))
+    lines = shown.getvalue().split("\r\x1b[2K")[1:]
+    assert [len(line) for line in lines[1:]] == [59, 59]
+    assert lines[1].startswith("control: step 1001 of 2000: loss 2.500, held-out 2.345, 12,")
 
 
 def test_what_the_trainer_takes_reaches_it(tmp_path: Path) -> None:

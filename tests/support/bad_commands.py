@@ -282,7 +282,7 @@ TABLE: dict[str, list[Bad]] = {
             "curve",
             (
                 "--ratios 0.2,1",
-                "ratios=(0.2, 1.0): each is a share to remove, in (0, 1); give such as 0.1,0.2,0.3",
+                "--ratios 0.2,1.0: each is a share to remove, in (0, 1); give such as 0.1,0.2,0.3",
             ),
             ("--ratios x", "--ratios x is no list of shares; write such as 0.1,0.2,0.3"),
             ("--structures x", f"unknown structure 'x'; known are {STRUCTURES}"),

@@ -10,6 +10,7 @@ which help and typing errors should not wait for.
 from __future__ import annotations
 
 import os
+import re
 from errno import ENAMETOOLONG
 from typing import Annotated
 
@@ -43,6 +44,9 @@ from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.settings.recover import RecoverSettings
 from llm_pruner.settings.vocab import VocabSettings
 from llm_pruner.version import __version__
+
+_NUMBER = re.compile(r"^\[Errno \d+\] ")
+"""What an error of the system begins with."""
 
 app = typer.Typer(
     name="llm-pruner",
@@ -120,7 +124,8 @@ def _run() -> None:
     except OSError as error:
         if error.errno == ENAMETOOLONG:
             fail(f"the name {str(error.filename)[:20]}... is too long; give a shorter one", 2)
-        fail(one_line(f"{error}; free space or give another place, then run again"), 1)
+        said = _NUMBER.sub("", str(error))
+        fail(one_line(f"{said}; free space or give another place, then run again"), 1)
     except SystemExit as stopped:
         if stopped.code == INTERRUPTED:
             fail(_interrupted(), exit_code())

@@ -109,7 +109,7 @@ def _show_abilities(out: Screen, found: Measured) -> None:
         return
     from llm_pruner.report.facts import shares  # imports torch
 
-    names = [clean(one.model) for one in (found, found.dense) if one]
+    names = [one.model for one in (found, found.dense) if one]
     each = [shares(one) for one in (found, found.dense) if one]
     rows = [
         (name, *(measured(100 * one[name].value, 100 * one[name].stderr, ".1f") for one in each))
@@ -185,7 +185,7 @@ def write_tasks(
     names = LOCAL_TASKS if tasks is None else tuple(name.strip() for name in tasks.split(","))
     files = write_task_files(Path(out), Path(tasks_data), names, overwrite=overwrite)
     shown = Screen()
-    shown.print(f"{clean(out)}: {', '.join(file.stem for file in files)}")
+    shown.print(f"{clean(out)}: {', '.join(file.stem for file in files)}", soft_wrap=True)
     shown.print(
         "Give it to lm-evaluation-harness with --include_path, and name the tasks with --tasks."
     )

@@ -46,10 +46,10 @@ class Screen(Console):
 
         Nothing in a cell is markup. Unless to a terminal, the spaces that fill lines are left out.
         """
-        shown = Table(title=Text(title), title_justify="left", box=SIMPLE, pad_edge=False)
+        shown = Table(title=Text(clean(title)), title_justify="left", box=SIMPLE, pad_edge=False)
         for number, name in enumerate(columns):
             justify: Any = "left" if number == 0 or name in text else "right"
-            shown.add_column(Text(name), justify=justify, overflow="fold", no_wrap=False)
+            shown.add_column(Text(clean(name)), justify=justify, overflow="fold", no_wrap=False)
         for row in rows:
             shown.add_row(*(Text(clean(str(cell))) for cell in row))
         if self.is_terminal:

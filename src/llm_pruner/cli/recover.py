@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from math import exp, inf
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING
 
 from llm_pruner.cli.output import Screen, command_line, speaks, upload, warn, write_json
@@ -74,7 +75,9 @@ class Narrator:
             left = (run.total - step) * seconds / steps
             line += f", {tokens / seconds:,.0f} tokens/s, {duration(left)} left"
         if self._live:
-            end = "\n" if progress.evaluated else ""
+            end = "\n"
+            if not progress.evaluated:  # of a line that is broken in two only the end is rewritten
+                line, end = line[: get_terminal_size().columns - 1], ""
             print(f"\r\x1b[2K{line}", end=end, file=sys.stderr, flush=True)
         elif progress.evaluated:
             print(line, file=sys.stderr, flush=True)

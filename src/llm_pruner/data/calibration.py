@@ -252,11 +252,10 @@ def pack(
     if len(starts) < (samples if least is None else least):
         tokens = len(starts) * fresh + len(stream) - end
         fit = tokens // fresh
-        advice = (
-            f"use --samples {fit} or a longer text"
-            if fit
-            else f"use a longer text, or windows of at most {tokens + len(prefix)} tokens"
-        )
+        most = tokens + len(prefix)
+        advice = f"use --samples {fit} or a longer text" if fit else "use a longer text"
+        if not fit and most > 1:
+            advice += f", or a --seq-len of at most {most}"
         raise UserError(
             f"{documents.name} gives {tokens} tokens; {samples} samples of {seq_len} tokens need "
             f"{needed}; {advice}"

@@ -187,10 +187,11 @@ def _windows(
     fresh = window - len(prefix)
     count = len(ids) // fresh if fresh > 0 else 0
     if count == 0:
-        advice = "--max-tokens is too small" if len(encoded) >= fresh else "the text is too short"
+        why = "--max-tokens is too small" if len(encoded) >= fresh else "the text is too short"
+        most = len(ids) + len(prefix)
+        advice = f"use --seq-len {most} or less, or more text" if most > 1 else "use more text"
         raise UserError(
-            f"{text.name} gives {len(ids)} tokens and one window needs {fresh}: {advice}; "
-            f"use --seq-len {max(len(ids) + len(prefix), 2)} or less, or more text"
+            f"{text.name} gives {len(ids)} tokens and one window needs {fresh}: {why}; {advice}"
         )
     head = torch.tensor(prefix, dtype=torch.int64).expand(count, len(prefix))
     return torch.cat([head, ids[: count * fresh].view(count, fresh)], dim=1)

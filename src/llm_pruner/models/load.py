@@ -38,6 +38,7 @@ from llm_pruner.models.streaming import stored, stream_
 from llm_pruner.runtime.progress import quiet
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.limits import check_installed
+from llm_pruner.settings.options import near
 
 _LOG = logging.getLogger(__name__)
 
@@ -456,7 +457,7 @@ def _explained(source: str) -> Iterator[None]:
         else:
             message = (
                 f"{source} is neither a local folder nor a model that can be fetched from the hub "
-                f"({in_short(error)}); check the name and the connection"
+                f"({in_short(error)}); {near(source, ['default'])}check the name and the connection"
             )
         raise UserError(message) from error
 

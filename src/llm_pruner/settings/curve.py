@@ -28,7 +28,7 @@ RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 
 _SHARES = must(
     lambda shares: bool(shares) and all(0 < share < 1 for share in shares),
-    "ratios={value}: each is a share to remove, in (0, 1); give such as 0.1,0.2,0.3",
+    "{option} {value}: each is a share to remove, in (0, 1); give such as 0.1,0.2,0.3",
 )
 
 _DAMAGE = AfterValidator(lambda text: parse_damage(text) and text)

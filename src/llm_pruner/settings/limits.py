@@ -83,6 +83,7 @@ def check_installed(
 
 def _filled(words: str, value: Any, info: ValidationInfo) -> str:
     name = str(info.field_name)
+    value = ",".join(map(str, value)) if isinstance(value, tuple) else value
     return words.format(option=option_name(name), name=name, value=value)
 
 

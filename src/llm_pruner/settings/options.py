@@ -231,6 +231,18 @@ def _unknown(name: str, value: object, known: Sequence[str]) -> str:
     return f"{option_name(name)} {value} is unknown; {words}use one of {', '.join(known)}"
 
 
+def _missing(options: Mapping[str, Option]) -> str:
+    """Say what has to be given, arguments first."""
+    wanted = {}
+    for name in sorted(options, key=lambda name: not options[name].positional):
+        how, flag = options[name], option_name(name)
+        if how.positional:
+            wanted[str(how.metavar)] = "name one"
+        else:
+            wanted[flag] = f"add {flag} {how.metavar}"
+    return f"no {' and no '.join(wanted)} given; {' and '.join(wanted.values())}"
+
+
 def _problem(kind: type[Settings], error: ValidationError) -> str:
     """Say in one line what is wrong with the first field, and how many more there are."""
     first, *more = error.errors()
@@ -242,10 +254,8 @@ def _problem(kind: type[Settings], error: ValidationError) -> str:
             f"{', '.join(kind.model_fields)}"
         )
     if first["type"] == "missing":
-        how = option_of(kind.model_fields[name])
-        if how.positional:
-            return f"no {how.metavar} given; name one"
-        return f"no {shown} given; add {shown} {how.metavar}"
+        lacking = [str(one["loc"][0]) for one in (first, *more) if one["type"] == "missing"]
+        return _missing({name: option_of(kind.model_fields[name]) for name in lacking})
     words = choices(kind.model_fields[name].annotation) if name in kind.model_fields else ()
     value = str(first["input"])[:60]
     if words:
