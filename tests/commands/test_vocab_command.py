@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from command import done, run, write_text
 from helpers import tiny_model
+from llm_pruner.data import vocabulary
 from llm_pruner.data.sequences import bare_ids
+from llm_pruner.files import outputs
 from trained_tokenizers import byte_level
 
 pytestmark = pytest.mark.slow
@@ -122,3 +124,15 @@ def test_a_text_that_is_too_short_is_refused(tmp_path: Path, characters: int) ->
     assert failed.code == 2
     assert f"leaves {characters // 10} characters to measure on" in failed.err
     assert not (tmp_path / "small").exists()
+
+
+def test_a_disk_without_room_is_seen_before_tokens_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, text = save(tmp_path / "dense"), write_text(tmp_path / "t.txt", 4000)
+    monkeypatch.setattr(outputs, "free_bytes", lambda _: 100_000)
+    monkeypatch.delattr(vocabulary.Vocabulary, "count")
+    result = run("vocab", dense, "--text", text, "--size", 300, "--out", tmp_path / "small")
+    assert result.code == 2
+    assert "small needs about 0.3 MB for weights, and the disk of" in result.err
+    assert "has 0.1 MB free; free some, or give another --out" in result.err

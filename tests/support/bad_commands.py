@@ -574,8 +574,8 @@ words. Below, `m` is a checkpoint, `file` a file that is none and `empty` an emp
 ellipsis stands for the rest of a message that depends on the machine.
 
 The place of an output is tried: the nearest folder that is there has to take a new entry. `prune`,
-`recover` and `compress` also compare the free space with the bytes of the weights, estimated from
-the headers of the weight files, the share that is kept, and `--dtype`:
+`recover`, `compress` and `vocab` also compare the free space with the bytes of the weights,
+estimated from the headers of the weight files, the share that is kept, and `--dtype`:
 
     smaller needs about 430.5 MB for weights, and the disk of /data has 12.0 MB free; free some, or
     give another --out

@@ -13,15 +13,18 @@ import torch
 from transformers import AutoTokenizer
 
 from llm_pruner.checkpoints import save_checkpoint
+from llm_pruner.commands.prune_start import check_space
 from llm_pruner.commands.publish import check_push
 from llm_pruner.data.sequences import bare_ids
 from llm_pruner.data.text import EvaluationText, load_documents
 from llm_pruner.data.vocabulary import Ids, vocabulary_of
 from llm_pruner.errors import UserError, VerificationError
+from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.evaluation.perplexity import perplexity
 from llm_pruner.files.outputs import check_output, check_shard_size, write_output
-from llm_pruner.models.forward import maximum_length
+from llm_pruner.models.forward import embedding_rows, maximum_length
 from llm_pruner.models.load import LoadedModel, load
+from llm_pruner.planning import Target
 from llm_pruner.report.records import Change
 from llm_pruner.report.write import write_request
 from llm_pruner.runtime.processes import only_one
@@ -84,6 +87,10 @@ def vocab(settings: VocabSettings) -> Trimmed:
     read, apart = _texts(settings)
     loaded = load(settings.loading())
     model, tokenizer = loaded.model, loaded.tokenizer
+    size, rows = model_size(model), embedding_rows(model)
+    gone = (size.embedding or 0) * (1 - (settings.size or 0) / rows) / size.total
+    most = Target(ratio=gone) if gone > 0 else None
+    check_space(settings.out, settings.loading(), most)
     known = vocabulary_of(tokenizer, named_tokens(model))
     counts = known.count(track(read, "tokens of texts"))
     kept = known.choose(counts, settings.size)

@@ -253,9 +253,8 @@ def pack(
         tokens = len(starts) * fresh + len(stream) - end
         fit = tokens // fresh
         most = tokens + len(prefix)
-        advice = f"use --samples {fit} or a longer text" if fit else "use a longer text"
-        if not fit and most > 1:
-            advice += f", or a --seq-len of at most {most}"
+        shorter = f", or a --seq-len of at most {most}" if most > 1 else ""
+        advice = f"use --samples {fit} or a longer text" if fit else f"use a longer text{shorter}"
         raise UserError(
             f"{documents.name} gives {tokens} tokens; {samples} samples of {seq_len} tokens need "
             f"{needed}; {advice}"
