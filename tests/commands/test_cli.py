@@ -440,6 +440,20 @@ def test_names_in_the_headings_of_a_table_do_not_steer_the_terminal(
     assert "\x1b" not in capsys.readouterr().out
 
 
+def test_a_file_that_may_not_be_read_is_the_users_to_change(
+    work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(_: object) -> None:
+        raise PermissionError(13, "Permission denied", "m/model.safetensors")
+
+    monkeypatch.setattr("llm_pruner.commands.inspect.inspect_model", refused)
+    result = run("inspect", tiny)
+    assert result.code == 2
+    assert result.err == (
+        "llm-pruner: m/model.safetensors may not be read or written; change its rights\n"
+    )
+
+
 def test_slips_of_the_pen_exit_with_2_and_a_hint() -> None:
     for args, said in (
         (["prun"], "No such command 'prun'. Did you mean 'prune'?"),

@@ -124,6 +124,8 @@ def _run() -> None:
     except OSError as error:
         if error.errno == ENAMETOOLONG:
             fail(f"the name {str(error.filename)[:20]}... is too long; give a shorter one", 2)
+        if isinstance(error, PermissionError) and error.filename:
+            fail(one_line(f"{error.filename} may not be read or written; change its rights"), 2)
         said = _NUMBER.sub("", str(error))
         fail(one_line(f"{said}; free space or give another place, then run again"), 1)
     except SystemExit as stopped:
