@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from statistics import median
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from llm_pruner.cli.output import Screen, write_json
+from llm_pruner.cli.output import Screen, hand_over
 from llm_pruner.report.text import clean, count, megabytes
 from llm_pruner.settings.evaluate import BenchSettings
 
@@ -29,9 +29,7 @@ def run(settings: BenchSettings, json: str | None) -> None:
     from llm_pruner.commands.bench import bench
 
     done = bench(settings)
-    write_json(done, json)
-    if json != "-":
-        show(done)
+    hand_over(done, json, show)
 
 
 def show(done: Bench) -> None:

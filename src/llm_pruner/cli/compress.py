@@ -16,11 +16,11 @@ from llm_pruner.cli.output import (
     Screen,
     check_json,
     command_line,
+    hand_over,
     tell_going_on,
     tell_stage,
     upload,
     warn,
-    write_json,
 )
 from llm_pruner.cli.recover import Narrator, show_control
 from llm_pruner.errors import Interrupted
@@ -112,9 +112,7 @@ def _compress(settings: CompressSettings, json: str | None, **more: Any) -> None
         )
     except KeyboardInterrupt:
         raise Interrupted("interrupted; the same command goes on from here") from None
-    write_json(done, json)
-    if json != "-":
-        show(done)
+    hand_over(done, json, show)
     for note in done.notes:
         warn(note)
     upload(settings, json)

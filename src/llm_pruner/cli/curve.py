@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from llm_pruner.cli.output import (
     Screen,
     command_line,
+    hand_over,
     tell_going_on,
     tell_stage,
     warn,
-    write_json,
 )
 from llm_pruner.errors import Interrupted
 from llm_pruner.runtime.memory import PRUNING, keep_kernels
@@ -43,9 +43,7 @@ def run(settings: CurveSettings, json: str | None) -> None:
         raise Interrupted("interrupted; the same command goes on") from None
     for share, why in done.missed.items():
         warn(f"no point at {share}: {why}")
-    write_json(done, json)
-    if json != "-":
-        show(done)
+    hand_over(done, json, show)
 
 
 def show(done: Curve) -> None:

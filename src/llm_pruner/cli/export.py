@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llm_pruner.cli.output import Screen, warn, write_json
+from llm_pruner.cli.output import Screen, hand_over, warn
 from llm_pruner.report.text import clean, megabytes
 from llm_pruner.settings.export import ExportSettings
 
@@ -24,9 +24,7 @@ def run(settings: ExportSettings, json: str | None) -> None:
     from llm_pruner.commands.export import export
 
     done = export(settings)
-    write_json(done, json)
-    if json != "-":
-        show(done)
+    hand_over(done, json, show)
 
 
 def show(done: Exported) -> None:

@@ -7,9 +7,9 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -21,6 +21,8 @@ from llm_pruner.files.outputs import Source, check_file, write_output
 from llm_pruner.report.text import clean, count, megabytes
 from llm_pruner.runtime.signals import INTERRUPTED, TERMINATED
 from llm_pruner.settings.common import OutputSettings
+
+T = TypeVar("T")
 
 _PATIENCE = 5.0
 """Seconds in which the first process says what went wrong, if it went wrong there, too."""
@@ -97,6 +99,13 @@ def write_json(record: Any, file: str | None) -> None:
         sys.stdout.write(text)
     else:
         write_output(Path(file), text)
+
+
+def hand_over(record: T, json: str | None, show: Callable[[T], None]) -> None:
+    """Write what a command returned for scripts, and print it unless that is on the screen."""
+    write_json(record, json)
+    if json != "-":
+        show(record)
 
 
 def upload(settings: OutputSettings, json: str | None) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from llm_pruner.cli.output import Screen, command_line, upload, write_json
+from llm_pruner.cli.output import Screen, command_line, hand_over, upload
 from llm_pruner.report.text import clean, megabytes
 from llm_pruner.runtime.memory import PRUNING, keep_kernels
 from llm_pruner.settings.prune import PruneSettings
@@ -37,9 +37,7 @@ def run(settings: PruneSettings, json: str | None) -> None:
 
         only_one("prune --estimate")
         expected = forecast(settings)
-        write_json(expected, json)
-        if json != "-":
-            show_forecast(expected)
+        hand_over(expected, json, show_forecast)
         return
     from llm_pruner.commands.prune import PruneRun
     from llm_pruner.runtime.processes import started
@@ -48,9 +46,7 @@ def run(settings: PruneSettings, json: str | None) -> None:
     done = run.carry_out() if started() == 1 else run.carry_out_together()
     if done is None:
         return
-    write_json(done, json)
-    if json != "-":
-        show(done)
+    hand_over(done, json, show)
     upload(settings, json)
 
 

@@ -7,7 +7,7 @@ from math import exp, inf
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING
 
-from llm_pruner.cli.output import Screen, command_line, speaks, upload, warn, write_json
+from llm_pruner.cli.output import Screen, command_line, hand_over, speaks, upload, warn
 from llm_pruner.errors import Interrupted
 from llm_pruner.files.disk import placed
 from llm_pruner.report.text import clean, count
@@ -41,9 +41,7 @@ def run(settings: RecoverSettings, json: str | None) -> None:
         raise Interrupted("interrupted; go on with --resume") from None
     if not speaks():
         return
-    write_json(done, json)
-    if json != "-":
-        show(done)
+    hand_over(done, json, show)
     if not done.gained:
         warn(
             f"training brought no gain (held-out loss {done.loss.before:.4f} before, "

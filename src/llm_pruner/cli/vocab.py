@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llm_pruner.cli.output import Screen, upload, write_json
+from llm_pruner.cli.output import Screen, hand_over, upload
 from llm_pruner.report.text import clean, count, megabytes
 from llm_pruner.settings.vocab import VocabSettings
 
@@ -23,9 +23,7 @@ def run(settings: VocabSettings, json: str | None) -> None:
     from llm_pruner.commands.vocab import vocab
 
     done = vocab(settings)
-    write_json(done, json)
-    if json != "-":
-        show(done)
+    hand_over(done, json, show)
     upload(settings, json)
 
 

@@ -115,16 +115,10 @@ def recover_(
     merges = settings.quantize == "none" and not processes.sharded
     if not merges and again is None:
         again = partial(own_copy, own_copy(model))
-    steps = -(-len(train) // settings.batch_size)
-    total = max(1, math.ceil(settings.epochs * steps))
-    total = min(total, settings.max_steps or total)
+    total = _total_steps(len(train), settings)
     with processes.first():
         checkpoint = state.last_checkpoint(work)
-    if checkpoint is None:
-        every = evaluation_interval(total, settings.evaluations)
-        run = RunState(total, every, planned=settings.max_minutes is None)
-    else:
-        run = RunState.from_json(state.read_values(checkpoint)["run"])
+    run = _run_state(checkpoint, total, settings)
     with (
         # The name that accelerate and the Trainer use still.
         quiet("transformers", "accelerate", "peft", warned=".*broadcast_buffers.*"),
@@ -171,11 +165,7 @@ def recover_(
 
         trainer.add_callback(Guard(trainer, scored_on_the_way, say))
         initial = state.trained_weights(trained)
-        if checkpoint is not None and _is_done(checkpoint, run):
-            trainer._load_from_checkpoint(str(checkpoint))
-            trainer.state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
-        else:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        _train(trainer, checkpoint)
         before = run.evaluations[0] if run.before is None else run.before
         best = initial if trainer.best_weights is None else trainer.best_weights
         if not merges:
@@ -190,7 +180,6 @@ def recover_(
         model = state.merge_(trained)
         if settings.gradient_checkpointing:
             _keep_activations_(model)
-        history = trainer.state.log_history
         if processes.sharded:
             after = run.evaluations[run.best]
         elif run.best:
@@ -203,7 +192,7 @@ def recover_(
         after=after,
         run=run,
         steps=trainer.state.global_step,
-        losses=[entry["loss"] for entry in history if "loss" in entry],
+        losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         trained=count,
         packed=layout["packed"],
     )
@@ -228,9 +217,29 @@ def _layout(model: Any, settings: TrainingSettings, processes: Processes) -> dic
     }
 
 
-def _is_done(checkpoint: Path, run: RunState) -> bool:
-    step = int(checkpoint.name.rpartition("-")[2])
-    return run.stopped is not None or step >= run.total
+def _total_steps(samples: int, settings: TrainingSettings) -> int:
+    steps = -(-samples // settings.batch_size)
+    total = max(1, math.ceil(settings.epochs * steps))
+    return min(total, settings.max_steps or total)
+
+
+def _run_state(checkpoint: Path | None, total: int, settings: TrainingSettings) -> RunState:
+    if checkpoint is not None:
+        return RunState.from_json(state.read_values(checkpoint)["run"])
+    every = evaluation_interval(total, settings.evaluations)
+    return RunState(total, every, planned=settings.max_minutes is None)
+
+
+def _train(trainer: RecoveryTrainer, checkpoint: Path | None) -> None:
+    """Train to the end, or read what a run that had come to its end has left."""
+    run = trainer.run
+    if checkpoint is None:
+        trainer.train()
+    elif run.stopped is None and int(checkpoint.name.rpartition("-")[2]) < run.total:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    else:
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
 def _checkpoint_activations_(model: Any) -> None:
