@@ -9,7 +9,8 @@ MODEL; ``MODEL`` among the arguments stands for the dense model. No command: the
 
 Each row is measured by ``evaluate --against MODEL`` on the first ``--max-tokens`` of each text,
 which no row may be fitted to: KL to the dense model, share of changed first choices, perplexity as
-a multiple of the dense model's, with standard errors; beside it parameters and seconds.
+a multiple of the dense model's, with standard errors; beside it parameters and seconds. Where
+``vocab`` took tokens, all this is of those that stayed, and bits per byte say what that costs.
 ``--seeds`` makes each row that many times. OUT is written after each row, and goes on from there.
 With ``--work`` the folders stay, and what two rows begin with alike is made once.
 """
@@ -21,14 +22,18 @@ import hashlib
 import json
 import tempfile
 import time
+from math import log
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 import yaml
+from transformers import AutoTokenizer
 
 from commands import found_by, llm_pruner
+from llm_pruner.data.text import load_evaluation_text
+from llm_pruner.settings.evaluate import PerplexitySettings
 from machine import machine
 
 
@@ -43,11 +48,20 @@ def made(model: str, commands: list[list[Any]], seed: int, work: Path) -> tuple[
             said = [model if one == "MODEL" else one for one in arguments]
             begin = time.perf_counter()
             goes_on = ["--resume"] if out.with_suffix(".recovering").exists() else []
-            llm_pruner(name, last, "--out", out, "--seed", seed, "--overwrite", *goes_on, *said)
+            seeded = [] if name == "vocab" else ["--seed", seed]
+            llm_pruner(name, last, "--out", out, *seeded, "--overwrite", *goes_on, *said)
             took.write_text(f"{time.perf_counter() - begin:.1f}")
         seconds.append(float(took.read_text()))
         last = str(out)
     return last, seconds
+
+
+def bytes_of_token(folder: str, text: str, options: argparse.Namespace) -> float:
+    """Return how many bytes of a text a token of a folder's tokenizer stands for, on average."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    told = load_evaluation_text(text, PerplexitySettings()).text
+    ids = tokenizer(told, verbose=False)["input_ids"][: options.max_tokens]
+    return len(tokenizer.decode(ids).encode()) / len(ids)
 
 
 def measured(folder: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -58,13 +72,14 @@ def measured(folder: str, options: argparse.Namespace) -> dict[str, Any]:
         *("--max-tokens", options.max_tokens, "--seq-len", options.window),
     )
     rows = {}
-    for one in found["perplexity"]:
+    for text, one in zip(options.text, found["perplexity"], strict=True):
         far = one["divergence"]
         rows[Path(one["corpus"]).stem] = {
             "kl": [round(far["kl"], 4), round(far["kl_stderr"], 4)],
             "changed": [round(far["changed"], 4), round(far["changed_stderr"], 4)],
             "perplexity": [round(one["perplexity"], 3), round(far["perplexity"], 3)],
             "ratio": round(one["perplexity"] / far["perplexity"], 4),
+            "bits_per_byte": round(one["nll"] / log(2) / bytes_of_token(folder, text, options), 4),
         }
     return {"parameters": found["parameters"], "texts": rows}
 
