@@ -97,7 +97,8 @@ def test_the_dense_model_is_compared_and_teaches_by_the_tokens_that_stay(tmp_pat
     assert divergence[small]["kl"] > 1e-5
     train = ("--data", text, "--seq-len", "32", "--samples", "8", "--max-steps", "1")
     taught = tmp_path / "taught"
-    done("recover", small, "--teacher", dense, *train, "--held-out", "2", "--out", taught)
+    both = ("--teacher", dense, "--control", dense)
+    done("recover", small, *both, *train, "--held-out", "2", "--out", taught)
 
 
 @pytest.mark.parametrize(

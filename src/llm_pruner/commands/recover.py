@@ -161,7 +161,7 @@ class _Run:
         network, outcome = self._train(self.loaded.model, self.loading, settings, self.work)
         after = before
         if outcome.gained:
-            dense = None if self.controlling is None else load(self.controlling)
+            dense = None if self.controlling is None else self._loaded(self.controlling)
             after = self._measure(replace(self.loaded, model=network), dense)
             del dense
         elif first:
@@ -239,11 +239,11 @@ class _Run:
         settings = self.settings
         if settings.max_minutes is not None:
             settings = settings.but(max_minutes=None, max_steps=max(steps, 1))
-        dense = load(loading)
+        dense = self._loaded(loading)
         alone = self._measure(dense, None)
         work = self.work / f"control-{digest(dense.fingerprint)}"
         network, outcome = self._train(dense.model, loading, settings, work)
-        trained = self._measure(replace(dense, model=network), load(loading))
+        trained = self._measure(replace(dense, model=network), self._loaded(loading))
         return Control(
             model=dense.name,
             gained=outcome.gained,
@@ -278,8 +278,12 @@ class _Run:
             say=lambda progress: self.say(replace(progress, control=control)),
             keep_adapter=None if control else self.adapter,
             processes=self.processes,
-            again=lambda: load(loading).model,
+            again=lambda: self._loaded(loading).model,
         )
+
+    def _loaded(self, loading: ModelSettings) -> LoadedModel:
+        """Load the model that is recovered, or the control, as it came."""
+        return load(loading) if loading is self.loading else load_teacher(loading, self.loaded)
 
     def _teacher(self, samples: Sequence[TrainingSequence]) -> Teacher | None:
         settings, dense = self.settings, self.dense
