@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from command import done, run, save_tiny, write_text
 from fake_discovery import fake_llama, fake_scores
+from helpers import tiny_model
 from llm_pruner import importance
 from llm_pruner.commands import prune as pruning
 from llm_pruner.compensation import Refitted, refit_
@@ -32,7 +33,7 @@ from llm_pruner.surgery.removal import count_parameters
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny", num_hidden_layers=4)
 
 
 @pytest.fixture
@@ -365,10 +366,8 @@ def test_trials_on_logits_that_are_not_finite_are_refused(tiny: Path, tmp_path: 
         find_split(model, discovery, scores, chosen, Target(ratio=0.2), numbering, held_out)
 
 
-def test_a_mixed_split_must_also_win_after_a_refit(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny)
+def test_a_mixed_split_must_also_win_after_a_refit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", num_hidden_layers=6, max_position_embeddings=512)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     discovery = discover(model)
     text = torch.randint(3, 100, (24, 16), generator=torch.Generator().manual_seed(0))

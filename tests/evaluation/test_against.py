@@ -76,7 +76,8 @@ def test_what_is_not_finite_is_said() -> None:
 
 
 def test_the_command_and_the_report_say_it(tmp_path: Path) -> None:
-    dense, text = save_tiny(tmp_path / "dense"), write_text(tmp_path / "text.txt")
+    dense = save_tiny(tmp_path / "dense", num_hidden_layers=3)
+    text = write_text(tmp_path / "text.txt")
     small, file = tmp_path / "small", tmp_path / "found.json"
     cut = ("--ratio", 0.1, "--criterion", "l2", "--compensation", "none")
     done("prune", dense, "--out", small, *cut)

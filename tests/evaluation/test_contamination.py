@@ -40,7 +40,8 @@ def test_folders_that_say_nothing(tmp_path: Path, plan: str) -> None:
 
 @pytest.mark.slow
 def test_evaluate_says_so(tmp_path: Path) -> None:
-    tiny, text = save_tiny(tmp_path / "tiny"), write_text(tmp_path / "text.txt", 4000)
+    tiny = save_tiny(tmp_path / "tiny", num_hidden_layers=3)
+    text = write_text(tmp_path / "text.txt", 4000)
     other = write_text(tmp_path / "other.txt", 4000)
     out = tmp_path / "out"
     done(

@@ -133,7 +133,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def models(tmp_path: Path) -> tuple[Path, Path]:
     """A dense checkpoint and a pruned one, and problems beside them."""
-    dense, small = save_tiny(tmp_path / "dense"), tmp_path / "small"
+    dense, small = save_tiny(tmp_path / "dense", num_hidden_layers=3), tmp_path / "small"
     cut = ("--ratio", 0.1, "--criterion", "l2", "--compensation", "none")
     done("prune", dense, "--out", small, *cut)
     lines = "\n".join(json.dumps(PROBLEM | {"task_id": f"t/{n}"}) for n in range(3))
@@ -181,7 +181,9 @@ def test_the_command_the_report_and_what_is_known_already(
 
 def test_health_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health_module, "ANSWER_TOKENS", 40)
-    found = lp.health(lp.load(save_tiny(tmp_path / "m")), ["Why do people sing?"])
+    found = lp.health(
+        lp.load(save_tiny(tmp_path / "m", num_hidden_layers=2)), ["Why do people sing?"]
+    )
     assert (found.prompts, found.new_tokens, found.endless.count) == ("given", 40, 1)
 
 
@@ -190,7 +192,7 @@ def test_sums_are_those_of_the_harness(tmp_path: Path) -> None:
         {"question": f"What is {n} and 1?", "answer": f"It is so.\n#### {n + 1}"} for n in (1, 2)
     ]
     (tmp_path / "gsm8k.jsonl").write_text("\n".join(map(json.dumps, sums)))
-    longer = save_tiny(tmp_path / "longer", max_position_embeddings=8192)
+    longer = save_tiny(tmp_path / "longer", num_hidden_layers=2, max_position_embeddings=8192)
     asked = ("--skills", "gsm8k", "--skills-data", tmp_path, "--limit", 1)
     (skill,) = json.loads(done("evaluate", longer, *asked, "--json", "-").out)["skills"]
     assert (skill["name"], skill["metric"], skill["shots"]) == ("gsm8k", "exact_match", 8)

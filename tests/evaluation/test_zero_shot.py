@@ -47,7 +47,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A dense checkpoint, and a pruned one whose layers differ."""
     folder = tmp_path_factory.mktemp("models")
-    dense, pruned = save_tiny(folder / "dense"), folder / "pruned"
+    dense = save_tiny(folder / "dense", num_hidden_layers=4)
+    pruned = folder / "pruned"
     done("prune", dense, "--out", pruned, "--ratio", 0.2, "--criterion", "l2")
     assert "pruned" in json.loads((pruned / "config.json").read_text())
     return {"dense": dense, "pruned": pruned}

@@ -374,7 +374,7 @@ def test_a_tokenizer_that_is_none(tmp_path: Path) -> None:
 
 
 def test_export_of_a_pruned_folder(here: Path) -> None:
-    save_tiny(here / "dense")
+    save_tiny(here / "dense", num_hidden_layers=4)
     how = ("--ratio", 0.2, "--criterion", "l2", "--no-verify")
     done("prune", "dense", "--out", "small", *how)
     shown = done("export", "small", "--out", "small.gguf", "--type", "q8_0", "--json", "found.json")

@@ -36,8 +36,10 @@ def text(tmp_path: Path) -> str:
     return str(write_text(tmp_path / "text.txt", 6000))
 
 
-def save(folder: Path, model_type: str, dtype: torch.dtype = torch.bfloat16) -> Path:
-    tiny_model(model_type, num_hidden_layers=4).to(dtype).save_pretrained(folder)
+def save(
+    folder: Path, model_type: str, dtype: torch.dtype = torch.bfloat16, layers: int = 3
+) -> Path:
+    tiny_model(model_type, num_hidden_layers=layers).to(dtype).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
@@ -102,7 +104,7 @@ def test_so_does_every_way_of_choosing_and_refitting(
 
 
 def test_shards_of_experts_are_written_as_the_model_was_stored(tmp_path: Path, text: str) -> None:
-    model = save(tmp_path / "model", "mixtral", torch.float32)
+    model = save(tmp_path / "model", "mixtral", torch.float32, layers=4)
     options = {
         "preset": "paper",
         "ratio": 0.1,
@@ -120,7 +122,7 @@ def test_shards_of_experts_are_written_as_the_model_was_stored(tmp_path: Path, t
 
 @pytest.fixture
 def streamed(tmp_path: Path) -> Any:
-    return load_model(str(save_tiny(tmp_path / "model")), memory=TINY).model
+    return load_model(str(save_tiny(tmp_path / "model", num_hidden_layers=3)), memory=TINY).model
 
 
 def test_weights_are_there_in_their_turn_and_nan_out_of_it(streamed: Any) -> None:
@@ -171,7 +173,7 @@ def test_text_is_written_with_the_weights_of_the_files_where_they_fit(
 
 
 def test_copies_run_on_their_own_cuts(tmp_path: Path) -> None:
-    folder = str(save_tiny(tmp_path / "model"))
+    folder = str(save_tiny(tmp_path / "model", num_hidden_layers=3))
     resident, streamed = load_model(folder).model, load_model(folder, memory=TINY).model
     discovery = discover(streamed)
     scores = score(streamed, discovery, Criterion("l2"), input_ids=None, seed=0)
@@ -190,7 +192,8 @@ def test_copies_run_on_their_own_cuts(tmp_path: Path) -> None:
 
 
 def test_a_wrong_cut_is_noticed_and_undone(tmp_path: Path, monkeypatch: Any) -> None:
-    streamed = load_model(str(save_tiny(tmp_path / "model")), memory=TINY).model
+    model = save_tiny(tmp_path / "model", num_hidden_layers=3)
+    streamed = load_model(str(model), memory=TINY).model
     discovery = discover(streamed)
     name = next(group.name for group in discovery.groups if group.kind == "ffn")
     tokens = torch.arange(3, 40)[None]

@@ -71,7 +71,7 @@ def test_it_leaves_a_model_that_gains_nothing(pair: tuple[Any, Any]) -> None:
 
 
 def test_prune_repairs_what_it_saves(tmp_path: Path) -> None:
-    dense = save_tiny(tmp_path / "dense")
+    dense = save_tiny(tmp_path / "dense", num_hidden_layers=3)
     source = write_text(tmp_path / "t.txt", 20_000)
     read = ("--calibration", source, "--samples", 16, "--seq-len", 32)
     refit = ("--preset", "fast", "--compensation", "least-squares")

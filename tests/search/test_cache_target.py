@@ -25,7 +25,7 @@ def cache_of(model: Any) -> int:
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("cache") / "dense")
+    return save_tiny(tmp_path_factory.mktemp("cache") / "dense", num_hidden_layers=4)
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])
