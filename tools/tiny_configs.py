@@ -139,7 +139,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         },
         "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
     },
-    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
+    # Several chunks in a short text, in place of one that is padded to 256 tokens.
+    "falcon_h1": {
+        "mamba_d_ssm": 128,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_chunk_size": 8,
+    },
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "layer_types": 2 * _GLOBAL,
@@ -168,7 +174,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "layer_types": 2 * ["conv", "full_attention", "sliding_attention"],
     },
     "longcat_flash": {"expert_ffn_hidden_size": 32, "zero_expert_num": 2},
-    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "chunk_size": 8},
     "minimax": {"block_size": 4},  # several blocks in a short text
     "ministral": {"head_dim": 16},
     "nemotron_h": {
