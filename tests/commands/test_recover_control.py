@@ -52,8 +52,19 @@ def weights(folder: str) -> dict[str, torch.Tensor]:
     return load_file(Path(folder) / "model.safetensors")
 
 
-def test_four_models_on_text_that_none_was_trained_on() -> None:
-    found = recover("better", "--max-steps", 4, "--control", "dense")
+CONTROLLED = ("--max-steps", 4, "--save-every", 1, "--control", "dense")
+
+
+@pytest.fixture(scope="module")
+def better(place: Path) -> dict[str, Any]:
+    """What is told of a run with a control, which leaves the folder ``better``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        return recover("better", *CONTROLLED)
+
+
+def test_four_models_on_text_that_none_was_trained_on(better: dict[str, Any]) -> None:
+    found = better
     control = found["control"]
     assert (control["model"], control["steps"]) == ("dense", found["steps"])
     assert control["loss"]["after"] < control["loss"]["before"]
@@ -121,9 +132,8 @@ def test_a_clock_gives_both_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> N
     assert [one.max_minutes is None for one in asked] == [False, True]
 
 
-def test_an_interrupted_control_goes_on() -> None:
-    options = ("--max-steps", 4, "--save-every", 1, "--control", "dense")
-    command = ("recover", "small", "--out", "late", *TEXTS, *QUICK, *options)
+def test_an_interrupted_control_goes_on(better: dict[str, Any]) -> None:
+    command = ("recover", "small", "--out", "late", *TEXTS, *QUICK, *CONTROLLED)
     train = recovering.recover_
 
     def interrupted(*args: Any, say: Any, **named: Any) -> Any:
@@ -140,12 +150,11 @@ def test_an_interrupted_control_goes_on() -> None:
     assert result.code == 130
     assert result.err.endswith("interrupted; go on with --resume\n")
     assert not Path("late").exists()
-    late = recover("late", *options, "--resume")
+    late = recover("late", *CONTROLLED, "--resume")
     assert "control: step 4 of 4" in late["err"]
     assert "step 2 of 4" not in late["err"]  # of neither
-    whole = recover("whole", *options)
-    assert late["control"] == whole["control"]
-    assert all(torch.equal(one, weights("whole")[name]) for name, one in weights("late").items())
+    assert late["control"] == better["control"]
+    assert all(torch.equal(one, weights("better")[name]) for name, one in weights("late").items())
 
 
 def test_what_is_no_control() -> None:
