@@ -41,50 +41,68 @@ else:
 """
 
 
-def in_a_program(site: Path, **environment: str) -> str:
-    """Run a program that does not know the package, with an installation of it in ``site``."""
+ONE_AFTER_THE_OTHER = f"""
+import os, sys
+import torch, torch._dynamo, torch.distributed.tensor
+sys.stderr = sys.stdout
+for site in sys.argv[1:]:
+    if not os.fork():
+        sys.path.insert(0, site)
+        if not site.endswith("off"):
+            torch._import_device_backends()  # as torch does last
+        exec({ORDINARY!r})
+        sys.exit()
+    assert os.wait()[1] == 0
+"""
+"""Runs the program with each of several installations; to load PyTorch for each takes seconds."""
+
+
+def installation(site: Path) -> Path:
+    """Make a folder of installed packages, of which ``llm_pruner`` is to be one; return that."""
     installed = site / "entry-1.dist-info"
-    installed.mkdir()
+    installed.mkdir(parents=True)
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: entry\nVersion: 1\n")
     (installed / "entry_points.txt").write_text("[torch.backends]\nus = llm_pruner.hook:register\n")
-    autoload = {"PYTHONPATH": str(site), "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}
+    return site / "llm_pruner"
+
+
+def in_a_program(code: str, *args: Path, **environment: str) -> list[str]:
+    """Run a program that does not know the package; return the lines that it prints."""
     ran = subprocess.run(
-        [sys.executable, "-W", "error:::llm_pruner", "-c", ORDINARY],
-        env={**os.environ, **autoload, **environment},
+        [sys.executable, "-W", "error:::llm_pruner", "-c", code, *args],
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert ran.returncode == 0, ran.stderr
+    assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "llm_pruner" not in ran.stderr
-    return ran.stdout.strip()
+    return ran.stdout.splitlines()
 
 
 @pytest.mark.slow
 def test_a_program_that_loads_no_pruned_model_imports_nothing_of_it(tmp_path: Path) -> None:
-    (tmp_path / "llm_pruner").symlink_to(PACKAGE)
-    assert in_a_program(tmp_path) == "loaded"
+    installation(tmp_path).symlink_to(PACKAGE)
+    on = {"PYTHONPATH": str(tmp_path), "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}
+    assert in_a_program(ORDINARY, **on) == ["loaded"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("state", ["broken", "half removed"])
-def test_a_damaged_installation_breaks_no_program(state: str, tmp_path: Path) -> None:
-    package = tmp_path / "llm_pruner"
-    package.mkdir()
-    for name in ("__init__.py", "hook.py"):
-        (package / name).write_bytes((PACKAGE / name).read_bytes())
-    if state == "broken":
-        for room in ("checkpoints", "models", "version", "errors"):
-            (package / f"{room}.py").write_text("raise ImportError('llm_pruner is broken')")
-    said = in_a_program(tmp_path)
-    assert said in ("llm_pruner is broken", "No module named 'llm_pruner.checkpoints'")
-
-
-@pytest.mark.slow
-def test_it_can_be_switched_off(tmp_path: Path) -> None:
-    (tmp_path / "llm_pruner").symlink_to(PACKAGE)
-    said = in_a_program(tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
-    assert said.startswith("Unknown quantization type, got llm_pruner")
+def test_a_damaged_installation_breaks_no_program_and_it_can_be_switched_off(
+    tmp_path: Path,
+) -> None:
+    broken, half_removed, off = (installation(tmp_path / n) for n in ("broken", "half", "off"))
+    for package in (broken, half_removed):
+        package.mkdir()
+        for name in ("__init__.py", "hook.py"):
+            (package / name).write_bytes((PACKAGE / name).read_bytes())
+    for room in ("checkpoints", "models", "version", "errors"):
+        (broken / f"{room}.py").write_text("raise ImportError('llm_pruner is broken')")
+    off.symlink_to(PACKAGE)
+    sites = [package.parent for package in (broken, half_removed, off)]
+    said = in_a_program(ONE_AFTER_THE_OTHER, *sites, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert said[:2] == ["llm_pruner is broken", "No module named 'llm_pruner.checkpoints'"]
+    assert said[2].startswith("Unknown quantization type, got llm_pruner")
 
 
 def test_stand_ins_are_what_they_stand_for() -> None:
