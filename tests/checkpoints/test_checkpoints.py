@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +30,7 @@ from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.files.ranges import format_ranges
 from llm_pruner.models.layers import set_attributes_
 from llm_pruner.types import Edits
+from new_processes import run_new
 
 TOKENS = torch.arange(3, 35).view(2, 16)
 PLAN = '{"format_version": 1}\n'
@@ -548,20 +547,12 @@ def test_experts_are_saved_under_their_own_names(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(model))
 
 
-def run(code: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 LOAD = """
 import sys, torch
 {first}
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else {path!r})
-torch.save(model(torch.arange(3, 35).view(2, 16)).logits.detach(), {result!r})
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+torch.save(model(torch.arange(3, 35).view(2, 16)).logits.detach(), sys.argv[2])
 """
 
 
@@ -569,7 +560,7 @@ torch.save(model(torch.arange(3, 35).view(2, 16)).logits.detach(), {result!r})
 @pytest.mark.parametrize(
     ("cut", "first"),
     [
-        (differing_layers, f"sys.path[:0] = {sys.path!r}; import llm_pruner.checkpoints"),
+        (differing_layers, "import llm_pruner.checkpoints"),
         (equal_layers, "sys.modules['llm_pruner'] = None"),
     ],
     ids=["recipe", "stock-without-the-package"],
@@ -580,7 +571,7 @@ def test_in_a_new_process(
     knife = cut(tiny_model("llama"))
     knife.save(tmp_path / "out")
     result = tmp_path / "logits.pt"
-    run(LOAD.format(first=first, path=str(tmp_path / "out"), result=str(result)))
+    run_new(LOAD.format(first=first), tmp_path / "out", result, said=tmp_path / "said.txt")
     assert torch.equal(torch.load(result, weights_only=True), logits(knife.model))
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -30,10 +27,10 @@ from llm_pruner.recovery.trainer import RecoveryTrainer
 from llm_pruner.report.data import read_report
 from llm_pruner.settings.words import parse_duration
 from llm_pruner.types import Size
+from new_processes import start
 
 pytestmark = pytest.mark.slow
 
-HERE = Path(__file__).parent
 RECIPE = """
 structures: [ffn]
 protect_first: 0
@@ -43,12 +40,11 @@ samples: 8
 seq_len: 24
 compensation: least-squares
 """
-PATCHED = """
-import sys
-sys.path[:0] = {tests!r}
-import test_compress
+UNMEASURED = """
+from command import figures
 from llm_pruner.cli import main
-test_compress.stages.measure_apart = test_compress.figures
+from llm_pruner.commands import compress
+compress.measure_apart = figures
 main()
 """
 """A process that measures nothing: each one that would takes seconds to import PyTorch."""
@@ -245,19 +241,16 @@ def test_a_run_that_is_killed_everywhere_ends_the_same(
 def test_a_run_that_is_killed_as_it_trains_ends_the_same(
     work: Path, made: Path, unmeasured: None
 ) -> None:
-    code = PATCHED.format(tests=[str(HERE), str(HERE.parent / "support")])
-    args = [str(one) for one in command(made, "--json", "result.json")]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *args], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    args = command(made, "--json", "result.json")
+    process = start(UNMEASURED, *args, said=made / "said.txt")
     end = time.monotonic() + 300
     training = work / "small.compressing" / "recovered.recovering"
-    while not list(training.glob("step-*")) and process.poll() is None:
+    while not list(training.glob("step-*")) and process.is_alive():
         assert time.monotonic() < end
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    _, said = process.communicate()
-    assert process.returncode == -signal.SIGKILL, said
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (made / "said.txt").read_text()
     assert not (work / "small").exists()
     result = done(*args)
     assert result.err == "llm-pruner: going on with the run in small.compressing\n"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from llm_pruner.report.data import read_report
 from llm_pruner.runtime import precision
 from llm_pruner.runtime.processes import ALONE
 from llm_pruner.settings.recover import RecoverSettings
+from new_processes import run_new
 
 pytestmark = pytest.mark.slow
 
@@ -84,9 +83,9 @@ def test_layers_that_differ_are_saved_as_they_came(work: Path, made: Path) -> No
         "m = AutoModelForCausalLM.from_pretrained('better')\n"
         "print(m(input_ids=torch.arange(3, 40)[None]).logits.double().square().sum().item())"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    printed = run_new(code, said=work / "said.txt").splitlines()[-1]
     logits = load_model("better").model(input_ids=torch.arange(3, 40)[None]).logits
-    assert float(ran.stdout) == pytest.approx(logits.double().square().sum().item())
+    assert float(printed) == pytest.approx(logits.double().square().sum().item())
     # Its report carries on that of the pruned model.
     report = read_report(Path("better/report.json"))
     assert report.final == "recovered"

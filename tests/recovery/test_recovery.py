@@ -7,8 +7,8 @@ import json
 import math
 import random
 import signal
-import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -43,6 +43,7 @@ from llm_pruner.recovery.scoring import Evaluation, score
 from llm_pruner.recovery.trainer import RecoveryTrainer, rate
 from llm_pruner.settings.recover import KERNELS, DistillationSettings, TrainingSettings
 from llm_pruner.settings.registry import names_in
+from new_processes import start
 
 
 def sequences(count: int, *, seed: int = 0, longest: int = 24) -> list[TrainingSequence]:
@@ -715,15 +716,14 @@ def test_a_run_killed_at_any_step_ends_as_if_it_had_not_been(
     options += ["--lora-dropout", dropout, "--evaluations", 20, "--save-every", 3]
     done("recover", model, "--out", tmp_path / "whole", *options)
     at = random.SystemRandom().randint(1, 19)
-    command = [sys.executable, "-m", "llm_pruner", "recover", model, "--out", tmp_path / "cut"]
-    with subprocess.Popen(
-        list(map(str, [*command, *options])), stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith(f"step {at} of 20"):
-                process.send_signal(signal.SIGKILL)
-                break
+    code = "import runpy; runpy.run_module('llm_pruner', run_name='__main__', alter_sys=True)"
+    said = tmp_path / "said.txt"
+    process = start(code, "recover", model, "--out", tmp_path / "cut", *options, said=said)
+    while process.is_alive() and f"step {at} of 20" not in said.read_text():
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, said.read_text()
     assert not (tmp_path / "cut").exists()
     assert (tmp_path / "cut.recovering").is_dir()
     done("recover", model, "--out", tmp_path / "cut", *options, "--resume")
