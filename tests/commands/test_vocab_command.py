@@ -137,3 +137,16 @@ def test_a_disk_without_room_is_seen_before_tokens_are_counted(
     assert result.code == 2
     assert "small needs about 0.3 MB for weights, and the disk of" in result.err
     assert "has 0.1 MB free; free some, or give another --out" in result.err
+
+
+@pytest.mark.parametrize(("tokens", "told"), [(99_999, False), (128_256, True)])
+def test_inspect_says_what_the_vocabulary_takes(tmp_path: Path, tokens: int, told: bool) -> None:
+    tiny_model("llama", vocab_size=128).config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": tokens}))
+    found = json.loads(done("inspect", tmp_path, "--json", "-").out)
+    assert found["tokens"] == tokens
+    assert found["embeddings"] == 2 * tokens * config["hidden_size"] < found["parameters"]
+    said = " ".join(done("inspect", tmp_path).out.split())
+    assert f"Embeddings of {tokens:,} tokens: " in said
+    assert told == ("before you prune: llm-pruner vocab." in said)

@@ -19,6 +19,8 @@ Examples:
 FOLLOWER = "value_dim"
 """A kind that cannot be pruned by itself."""
 _MOST_LINES = 8
+_MANY_TOKENS = 100_000
+"""A vocabulary for many languages, most of which a user may not need."""
 
 
 def run(settings: InspectSettings, json: str | None) -> None:
@@ -48,7 +50,17 @@ def run(settings: InspectSettings, json: str | None) -> None:
         _show_groups(out, "Across layers", across)
     _show_kinds(out, found)
     out.print("A parameter can belong to several kinds, so their shares do not add up.\n")
+    out.print(_embeddings(found) + "\n")
     _show_frozen(out, found)
+
+
+def _embeddings(found: dict[str, Any]) -> str:
+    share = 100 * found["embeddings"] / found["parameters"]
+    said = f"Embeddings of {found['tokens']:,} tokens: {count(found['embeddings'])} parameters, "
+    said += f"{share:.1f}% of all."
+    if found["tokens"] < _MANY_TOKENS:
+        return said
+    return f"{said} Take out those that your texts do not need before you prune: llm-pruner vocab."
 
 
 def _show_groups(out: Screen, title: str, groups: list[dict[str, Any]]) -> None:

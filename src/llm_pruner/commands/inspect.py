@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from llm_pruner.discovery.groups import discover
+from llm_pruner.evaluation.footprint import model_size
+from llm_pruner.models.forward import embedding_rows
 from llm_pruner.models.load import load
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.surgery.removal import count_parameters
@@ -36,6 +38,8 @@ def inspect_model(model: ModelSettings) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "model": loaded.name,
         "parameters": total,
+        "tokens": embedding_rows(loaded.model),
+        "embeddings": model_size(loaded.model).embedding,
         "kinds": [_kind(kind, discovery, total) for kind in kinds],
         "groups": [_group(group, discovery, total) for group in discovery.groups],
         "frozen": [asdict(axis) for axis in discovery.frozen],
