@@ -25,12 +25,14 @@ EXPECTED = {
     "deepseek_v2": {"heads", "value_dim", "other"},  # rotation of complex numbers
     "deepseek_v32": {"heads", "other", "experts"},  # latent attention with an indexer
     "dory": {"heads", "query_heads", "head_dim"},
+    "emu3": {"heads", "ffn"},  # the text part of a larger model, with a config of its own
     "falcon_h1": {"heads", "query_heads"},  # attention beside a state space
     "gemma3n_text": {"heads", "query_heads", "other"},  # inputs per layer
     "gpt_bigcode": {"heads", "ffn"},  # one key-value head, fused
     "gpt_oss": {"heads", "query_heads", "experts"},  # sinks, biases of experts
     "inkling2_text": {"heads", "query_heads"},  # residuals over earlier layers
     "jamba": {"heads", "query_heads", "ffn", "experts"},  # attention between state spaces
+    "lfm3": {"heads", "ffn"},  # frequencies by kind of layer, which look for heads per layer
     "llama4_text": {"heads", "experts"},  # tokens repeated for each expert
     "longcat_flash": {"heads", "ffn", "layers"},  # two attentions in a layer
     "mamba2": {"head_dim"},

@@ -18,10 +18,7 @@ class Pruned:
 
     def __init__(self, config, *inputs, **options):
         recipe = config.pruned
-        # Models inside read this config too, and are to be dense like all else at first.
-        hidden = {"pruned": vars(config).pop("pruned")}
-        if vars(config).get("allow_global_per_layer_attribute_access"):  # heads per layer are ours
-            hidden["_heterogeneity_spec"] = vars(config).pop("_heterogeneity_spec", None)
+        hidden = hide(config)
         kept = {path: get(config, path) for path in recipe["dense_config"]}
         for path, value in recipe["dense_config"].items():
             put(config, path, value)
@@ -29,7 +26,7 @@ class Pruned:
         # What this module alone reads differently is set on a copy of its own, by ``_finish``.
         own = recipe["attributes"].get("", {})
         set_config_(self, {path: kept[path] for path in kept if f"config.{path}" not in own})
-        vars(config).update({key: value for key, value in hidden.items() if value is not None})
+        vars(config).update(hidden)
         self._cut()
         self._unfinished = True
         if not any(buffer.is_meta for buffer in self.buffers()):
@@ -38,8 +35,11 @@ class Pruned:
 
     def initialize_weights(self):
         """Fill what no checkpoint holds: loading comes here once it has the weights."""
+        unfinished = vars(self).get("_unfinished")
+        hidden = hide(self.config) if unfinished else {}
         super().initialize_weights()
-        if vars(self).get("_unfinished"):
+        vars(self.config).update(hidden)
+        if unfinished:
             self._finish()
 
     @classmethod
@@ -73,6 +73,14 @@ class Pruned:
         for name, values in recipe["attributes"].items():
             for path, value in values.items():
                 set_own_(self.get_submodule(name), path, value)
+
+
+def hide(config):
+    """Take out and return what no module is to read while all is as large as before pruning."""
+    hidden = {"pruned": vars(config).pop("pruned")}
+    if vars(config).get("allow_global_per_layer_attribute_access"):  # heads per layer are ours
+        hidden["_heterogeneity_spec"] = vars(config).pop("_heterogeneity_spec", None)
+    return {key: value for key, value in hidden.items() if value is not None}
 
 
 def positions(text):

@@ -18,10 +18,10 @@ import torch
 import transformers
 from transformers import (
     AttentionInterface,
-    AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llm_pruner.checkpoints import meta, modeling_pruned
 from llm_pruner.checkpoints.modeling_pruned import Pruned, within
@@ -188,9 +188,9 @@ def _classes(model: PreTrainedModel) -> dict[str, type[PreTrainedModel]]:
     Of a model with code in its folder, what its config names.
     """
     whole, base = stock_class(type(model)), stock_class(type(model.base_model))
-    causal = AutoModelForCausalLM._model_mapping.get(type(model.config), None)
     found = {"AutoModel": base}
-    if whole in (causal if isinstance(causal, tuple) else (causal,)):
+    # Some are registered with the config of a larger model only, of which they are the text part.
+    if whole.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         found = {"AutoModelForCausalLM": whole} | (found if base is not whole else {})
     named = model.config.auto_map if has_recipe(model.config) else found
     return {auto: one for auto, one in found.items() if auto in named}
