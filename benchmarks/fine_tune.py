@@ -4,7 +4,11 @@
 
 Trains 20 steps on texts of a JSON Lines file (field ``text``), saves the adapter, loads it again,
 merges it, saves the merged model and loads that. Says how the loss went, and how far the logits are
-from those before each of these. Writes benchmarks/results/fine_tune.json. Needs trl.
+from those before each of these. Writes benchmarks/results/fine_tune.json. Needs trl. What is merged
+is then served by
+
+    python benchmarks/serve_vllm.py --work FOLDER --python VLLM/bin/python
+        --only 'NAME, fine-tuned'
 """
 
 from __future__ import annotations
@@ -38,7 +42,7 @@ def main() -> None:
     options = parser.parse_args()
     rows: dict[str, Any] = {}
     for folder in options.folders:
-        rows[folder.name] = fine_tuned(folder, options.data, options.work / folder.name)
+        rows[folder.name] = fine_tuned(folder, options.data, options.work)
         print(folder.name, json.dumps(rows[folder.name]), flush=True)
     settings = {
         "steps": STEPS,
@@ -49,9 +53,11 @@ def main() -> None:
     options.out.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
 
 
-def fine_tuned(folder: Path, data: str, work: Path) -> dict[str, Any]:
+def fine_tuned(folder: Path, data: str, out: Path) -> dict[str, Any]:
     """Train, merge, save and reload one folder."""
-    shutil.rmtree(work, ignore_errors=True)
+    work, whole = out / folder.name, out / f"{folder.name}, fine-tuned"
+    for one in (work, whole):
+        shutil.rmtree(one, ignore_errors=True)
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True),
         processing_class=AutoTokenizer.from_pretrained(folder),
@@ -77,10 +83,10 @@ def fine_tuned(folder: Path, data: str, work: Path) -> dict[str, Any]:
     trained = logits(trainer.model)
     adapted = AutoPeftModelForCausalLM.from_pretrained(work / "adapter", trust_remote_code=True)
     adapter = logits(adapted)
-    whole = adapted.merge_and_unload()
-    merged = logits(whole)
-    whole.save_pretrained(work / "merged")
-    again = AutoModelForCausalLM.from_pretrained(work / "merged", trust_remote_code=True)
+    model = adapted.merge_and_unload()
+    merged = logits(model)
+    model.save_pretrained(whole)
+    again = AutoModelForCausalLM.from_pretrained(whole, trust_remote_code=True)
     return {
         "loss_first_five": sum(losses[:5]) / 5,
         "loss_last_five": sum(losses[-5:]) / 5,
