@@ -1,12 +1,19 @@
-"""What int8 weights of torchao cost and save, of the dense model and of pruned ones.
+"""What quantizing costs and saves, of the dense model and of pruned ones.
 
     python benchmarks/quantize.py --work FOLDER --calibration FILE --text FILE
+        [--compressor COMPRESSOR/bin/python]
 
 Prunes MODEL by a fifth, once to layers of different sizes and once to equal ones, packs all three
 as ``compress --quantize int8`` does, and has ``evaluate`` measure perplexity and KL divergence from
 the dense model. Says of each packed folder whether transformers alone computes the same
-logits as the model that was packed, to the last bit. Pruned folders that are there are not made
-again. Writes benchmarks/results/quantize.json. Needs torchao.
+logits as the model that was packed, to the last bit. Needs torchao.
+
+With ``--compressor``, an environment that has llm-compressor quantizes instead, in the schemes W8A8
+and W4A16, the dense model and one whose layers have different multiples of 64. Needs
+compressed-tensors, to load what is written.
+
+Folders that are there are not made again, and rows not measured again. Writes
+benchmarks/results/quantize.json.
 """
 
 from __future__ import annotations
@@ -17,7 +24,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +38,12 @@ PRUNED: dict[str, tuple[str, ...]] = {
     "dense": (),
     "unequal": ("--preset", "fast"),
     "equal": ("--preset", "fast", "--uniform"),
+    "unequal-64": ("--preset", "fast", "--round-to", "marlin"),
 }
+SCHEMES = {"w8a8": ("--scheme", "W8A8"), "w4a16": ("--scheme", "W4A16", "--group", "64")}
+"""Ways of llm-compressor. The hidden size, 576, is no multiple of the usual group of 128."""
+
+BY_TORCHAO, BY_COMPRESSOR = ("dense", "unequal", "equal"), ("dense", "unequal-64")
 TOKENS = 4_096
 ALONE = """
 import sys, torch
@@ -49,35 +63,68 @@ def main() -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("--model", default="default")
     parser.add_argument("--dtype", default="bfloat16", help="of the saved weights")
+    parser.add_argument("--compressor", type=Path, help="Python with llm-compressor")
     parser.add_argument("--out", type=Path, default=RESULTS / "quantize.json")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    rows: dict[str, Any] = {}
-    dense = options.work / "dense"
-    for name, how in PRUNED.items():
-        folder = options.work / name
-        if not folder.is_dir() and not how:
-            save_dense(options.model, folder, options.dtype)
-        elif not folder.is_dir():
-            text = ("--calibration", options.calibration)
-            llm_pruner("prune", dense, "--out", folder, "--ratio", 0.2, *how, *text)
-        packed = options.work / f"{name}-int8"
-        same = apart(_pack, folder, packed)
-        for one in (folder, packed):
-            rows[one.name] = _measured(one, dense, options.text)
-        rows[packed.name]["same_logits_with_transformers_alone"] = same
-        print(json.dumps({one.name: rows[one.name] for one in (folder, packed)}), flush=True)
-    settings = {
+    kept = json.loads(options.out.read_text()) if options.out.exists() else {}
+    rows: dict[str, Any] = kept.get("rows", {})
+    versions = kept.get("settings", {}).get("versions", {})
+    settings = kept.get("settings", {}) | {
         "model": options.model,
         "saved in": options.dtype,
         "computed in": "float32",
         "prune": {name: f"--ratio 0.2 {' '.join(how)}" for name, how in PRUNED.items() if how},
         "calibration": Path(options.calibration).name,
         "text": f"{Path(options.text).name}, first {TOKENS} tokens",
-        "versions": {name: version(name) for name in ("torch", "torchao", "transformers")},
+        "versions": versions | {name: version(name) for name in ("torch", "transformers")},
         "machine": machine(),
     }
-    options.out.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+    settings["versions"] |= {name: version(name) for name in ("torchao",) if find_spec(name)}
+    result = {"settings": settings, "rows": rows}
+
+    def measured(folder: Path, **more: Any) -> None:
+        if folder.name not in rows:
+            rows[folder.name] = _measured(folder, options.work / "dense", options.text) | more
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
+        print(folder.name, json.dumps(rows[folder.name]), flush=True)
+
+    for name in BY_COMPRESSOR if options.compressor else BY_TORCHAO:
+        folder = _pruned(name, options)
+        measured(folder)
+        if options.compressor is None:
+            packed = options.work / f"{name}-int8"
+            if packed.name not in rows:
+                same = apart(_pack, folder, packed)
+                measured(packed, same_logits_with_transformers_alone=same)
+            continue
+        for scheme, how in SCHEMES.items():
+            packed = options.work / f"{name}-{scheme}"
+            if packed.name not in rows:
+                said = _compress(options.compressor, folder, packed, how, options.calibration)
+                settings["llm-compressor"] = said.pop("versions")
+                measured(packed, **said)
+
+
+def _pruned(name: str, options: argparse.Namespace) -> Path:
+    """Return the folder of a model, which is made if it is not there."""
+    dense, folder = options.work / "dense", options.work / name
+    if not dense.is_dir():
+        save_dense(options.model, dense, options.dtype)
+    if not folder.is_dir():
+        text = ("--calibration", options.calibration)
+        llm_pruner("prune", dense, "--out", folder, "--ratio", 0.2, *PRUNED[name], *text)
+    return folder
+
+
+def _compress(python: Path, folder: Path, out: Path, how: Sequence[str], data: str) -> Any:
+    """Quantize a folder with llm-compressor; return what its script says."""
+    shutil.rmtree(out, ignore_errors=True)
+    script = Path(__file__).with_name("llm_compressor.py")
+    alone = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [python, script, folder, out, *how, "--data", data]
+    ran = subprocess.run(command, env=alone, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(ran.stdout.splitlines()[-1])
 
 
 def _pack(folder: Path, out: Path) -> bool:

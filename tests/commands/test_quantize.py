@@ -79,15 +79,20 @@ def test_the_last_stage(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "need the package torchao" in Path("small/report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("method", "package"),
+    [("torchao", "torchao"), ("compressed-tensors", "compressed_tensors")],
+)
 def test_packed_weights_are_run_and_never_pruned(
-    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, package: str, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shutil.copytree("dense", tmp_path / "int8")
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "torchao", "quant_type": {"default": {}}}
+    config["quantization_config"] = {"quant_method": method, "quant_type": {"default": {}}}
     (folder / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(limits, "find_spec", lambda _: None)
-    said = f"{folder} is packed by torchao, and needs the package torchao, which is not installed"
+    said = f"{folder} is packed by {method}, and needs the package {package}, which is not "
+    said += f"installed; run 'pip install {package}'"
     for command in (
         ("evaluate", folder, "--perplexity", "text.txt"),
         ("chat", folder),
@@ -95,8 +100,8 @@ def test_packed_weights_are_run_and_never_pruned(
         ("bench", "dense", "--against", folder),
     ):
         result = run(*command)
-        assert (result.code, result.err) == (2, f"llm-pruner: {said}; run 'pip install torchao'\n")
-    said = "is quantized (torchao), and its packed weights can only be run, by evaluate, chat and"
+        assert (result.code, result.err) == (2, f"llm-pruner: {said}\n")
+    said = f"({method}), and its packed weights can only be run, by evaluate, chat and"
     assert said in run("prune", folder, "--out", "o", *PRUNE).err
     with pytest.raises(UserError, match="can only be run"):
         check(ModelSettings(model=str(folder)))

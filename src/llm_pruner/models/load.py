@@ -52,7 +52,7 @@ _TOKENIZERS = (
     "ice_text.model",
 )
 _VOLATILE = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures")
-_OWN_METHOD, _PACKED_METHOD = "llm_pruner", "torchao"
+_OWN_METHOD, _PACKED_METHODS = "llm_pruner", ("torchao", "compressed-tensors")
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def load_model(
         reads_tokenizer: whether the tokenizer is loaded; by default where weights are.
         memory: bytes that the weights may take; where they do not fit in, those of safetensors are
             read block by block, see ``stream_``.
-        packed: take weights that torchao packed, too, where a model is only run.
+        packed: take weights that torchao or llm-compressor packed, where a model is only run.
 
     Raises:
         UserError: anything that is wrong with what was given, in one line.
@@ -288,6 +288,9 @@ def _load_model(
         )
     if found.is_gguf:
         _forget_gguf_(model)
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    if compressor is not None:  # of compressed-tensors: several weights in one integer
+        compressor.decompress_model(model)  # as its first run would; till then they are miscounted
     return model
 
 
@@ -403,13 +406,13 @@ def _check_quantization(source: str, config: Any, packed: bool) -> None:
     if quantization is None:
         return
     method = dict(quantization).get("quant_method")
-    if method == _PACKED_METHOD and packed:
-        check_installed(f"{source} is packed by torchao, and", (_PACKED_METHOD,))
+    if method in _PACKED_METHODS and packed:
+        check_installed(f"{source} is packed by {method}, and", (method.replace("-", "_"),))
     elif method not in (_OWN_METHOD, "gguf"):
         run = "can only be run, by evaluate, chat and bench without --server"
         raise UserError(
             f"{source} is quantized ({method}), and its packed weights "
-            f"{run if method == _PACKED_METHOD else 'are not read'}; name the original checkpoint"
+            f"{run if method in _PACKED_METHODS else 'are not read'}; name the original checkpoint"
         )
 
 
