@@ -29,7 +29,7 @@ class Pruned:
         vars(config).update(hidden)
         self._cut()
         self._unfinished = True
-        if not any(buffer.is_meta for buffer in self.buffers()):
+        if not any(one.is_meta for one in (torch.empty(0), *self.buffers())):
             self._finish()
             self.tie_weights()
 
