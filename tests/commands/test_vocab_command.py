@@ -150,3 +150,12 @@ def test_inspect_says_what_the_vocabulary_takes(tmp_path: Path, tokens: int, tol
     said = " ".join(done("inspect", tmp_path).out.split())
     assert f"Embeddings of {tokens:,} tokens: " in said
     assert told == ("before you prune: llm-pruner vocab." in said)
+
+
+def test_prune_says_that_tokens_go_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny_model("llama", vocab_size=100_000).save_pretrained(tmp_path / "dense")
+    byte_level().save_pretrained(tmp_path / "dense")
+    cut = ("--criterion", "l2", "--compensation", "none", "--split", "equal", "--ratio", "0.002")
+    done("prune", tmp_path / "dense", *cut, "--dry-run", "--out", tmp_path / "plan")
+    assert "embeddings of 100,000 tokens are 9" in caplog.text
+    assert "llm-pruner vocab takes some out first" in caplog.text

@@ -19,8 +19,6 @@ Examples:
 FOLLOWER = "value_dim"
 """A kind that cannot be pruned by itself."""
 _MOST_LINES = 8
-_MANY_TOKENS = 100_000
-"""A vocabulary for many languages, most of which a user may not need."""
 
 
 def run(settings: InspectSettings, json: str | None) -> None:
@@ -55,10 +53,12 @@ def run(settings: InspectSettings, json: str | None) -> None:
 
 
 def _embeddings(found: dict[str, Any]) -> str:
-    share = 100 * found["embeddings"] / found["parameters"]
-    said = f"Embeddings of {found['tokens']:,} tokens: {count(found['embeddings'])} parameters, "
-    said += f"{share:.1f}% of all."
-    if found["tokens"] < _MANY_TOKENS:
+    from llm_pruner.commands.inspect import tokens_go_first
+
+    tokens, embeddings, parameters = (found[n] for n in ("tokens", "embeddings", "parameters"))
+    said = f"Embeddings of {tokens:,} tokens: {count(embeddings)} parameters, "
+    said += f"{100 * embeddings / parameters:.1f}% of all."
+    if not tokens_go_first(tokens, embeddings, parameters):
         return said
     return f"{said} Take out those that your texts do not need before you prune: llm-pruner vocab."
 

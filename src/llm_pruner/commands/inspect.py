@@ -19,6 +19,13 @@ from llm_pruner.surgery.removal import count_parameters
 from llm_pruner.types import Discovery, Group, IntArray
 
 FORMAT_VERSION = 1
+MANY_TOKENS, LARGE_SHARE = 100_000, 0.1
+"""Of a vocabulary for many languages, and of what it takes: most users do not need all of it."""
+
+
+def tokens_go_first(tokens: int, embeddings: int, parameters: int) -> bool:
+    """Whether a user does well to take out tokens before anything else of a model."""
+    return tokens >= MANY_TOKENS and embeddings >= LARGE_SHARE * parameters
 
 
 def inspect_model(model: ModelSettings) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Set
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from torch import nn
 from llm_pruner import planning
 from llm_pruner.checkpoints import SavedCheckpoint, save_checkpoint
 from llm_pruner.commands import prune_start as start
+from llm_pruner.commands.inspect import tokens_go_first
 from llm_pruner.commands.publish import check_push
 from llm_pruner.compensation import Refitted, refit_
 from llm_pruner.data.calibration import (
@@ -29,7 +31,7 @@ from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.evaluation.servers import ServedBy, served_by
 from llm_pruner.files.outputs import check_shard_size, write_output
 from llm_pruner.importance import score
-from llm_pruner.models.forward import is_on_meta
+from llm_pruner.models.forward import embedding_rows, is_on_meta
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import LoadedModel, load
 from llm_pruner.models.streaming import is_model_streamed, keep_dtype_
@@ -51,6 +53,8 @@ from llm_pruner.surgery.pruner import Surgeon, reload_check
 from llm_pruner.surgery.removal import count_parameters
 from llm_pruner.types import Discovery, FloatArray, IntArray, Removal, Scores, SplitTrial
 from llm_pruner.version import __version__
+
+_LOG = logging.getLogger(__name__)
 
 JUDGED = 1024
 """Held-out tokens that all refits together are judged on."""
@@ -213,6 +217,8 @@ class PruneRun:
         self.clock.stop("load")
         self.dense_config = copy.deepcopy(self.network.config)
         self.dense_size = model_size(self.network)
+        if loaded is None and self.processes.is_first:
+            self._say_if_tokens_go_first()
         self.discovery = discovery or discover(self.network)
         self.clock.stop("discover")
         cuts = not self.settings.dry_run
@@ -222,6 +228,16 @@ class PruneRun:
         if self.refits and not self.weightless:
             self.refitter = Refitter(self.loaded, self.discovery, self.surgeon)
         self._begin_repair()
+
+    def _say_if_tokens_go_first(self) -> None:
+        tokens, size = embedding_rows(self.network), self.dense_size
+        if tokens_go_first(tokens, size.embedding or 0, size.total):
+            _LOG.warning(
+                "embeddings of %s tokens are %.0f%% of the model: where your texts do not need all "
+                "of them, llm-pruner vocab takes some out first, which loses less than pruning",
+                f"{tokens:,}",
+                100 * (size.embedding or 0) / size.total,
+            )
 
     def _begin_repair(self) -> None:
         """Keep the dense weights, which the repair learns from."""
