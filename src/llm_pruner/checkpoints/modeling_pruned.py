@@ -29,6 +29,7 @@ class Pruned:
         vars(config).update(hidden)
         self._cut()
         self._unfinished = True
+        # Where tensors are made without values, ``initialize_weights`` finishes, with the weights.
         if not any(one.is_meta for one in (torch.empty(0), *self.buffers())):
             self._finish()
             self.tie_weights()

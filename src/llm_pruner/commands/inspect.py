@@ -20,7 +20,8 @@ from llm_pruner.types import Discovery, Group, IntArray
 
 FORMAT_VERSION = 1
 MANY_TOKENS, LARGE_SHARE = 100_000, 0.1
-"""Of a vocabulary for many languages, and of what it takes: most users do not need all of it."""
+"""Tokens of a vocabulary for many languages, and the share of all parameters in its embeddings,
+from which on most users do well to take some out."""
 
 
 def tokens_go_first(tokens: int, embeddings: int, parameters: int) -> bool:

@@ -36,11 +36,12 @@ def named_tokens(model: Any) -> set[int]:
 def with_tokens_of(dense: LoadedModel, student: LoadedModel) -> LoadedModel:
     """Return a dense model that has the student's tokens alone, so that the two can be compared.
 
-    Its logits of these tokens are what they were; both are told by the tokenizers which these are.
+    Its logits of these tokens are what they were. Which they are is told by the texts that both
+    tokenizers have for them.
 
     Returns:
         ``dense`` itself where they have the same tokens already, or where the student has others;
-        else a copy that shares all weights but the embeddings.
+        else a copy that shares all weights but the embeddings, and whose name says so.
     """
     if dense.tokenizer is None or student.tokenizer is None:
         return dense
@@ -53,7 +54,8 @@ def with_tokens_of(dense: LoadedModel, student: LoadedModel) -> LoadedModel:
         return dense
     model: Any = sharing_copy(dense.model)
     cut_vocabulary_(model, kept)
-    return replace(dense, model=model.eval(), tokenizer=student.tokenizer)
+    name = f"{dense.name}, {len(kept):,} of its tokens"
+    return replace(dense, model=model.eval(), tokenizer=student.tokenizer, name=name)
 
 
 def cut_vocabulary_(model: Any, kept: npt.NDArray[np.int64]) -> None:
