@@ -13,7 +13,13 @@ import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
 
 from helpers import in_old_form, modules_of_checkpoints_in, tiny_model, tiny_tokenizer
 from llm_pruner.checkpoints import save_checkpoint
@@ -40,7 +46,11 @@ UNEQUAL: dict[str, tuple[str, dict[str, Any], dict[str, list[int]]]] = {
         {},
         {"head_dim": [2], **{f"layers.{layer}.value_dim": [1, 5] for layer in range(3)}},
     ),
-    "experts": ("mixtral", {}, {"layers.0.experts": [1], "layers.2.heads": [0, 2]}),
+    "experts": (
+        "mixtral",
+        {},
+        {"layers.0.experts": [1], "layers.1.ffn": [*range(16)], "layers.2.heads": [0, 2]},
+    ),
     "fused projections": ("phi3", {"head_dim": 8}, {"layers.1.heads": [0], "layers.2.ffn": [3]}),
 }
 """Model type, settings, and units that are removed, with which layers come to differ."""
@@ -180,6 +190,21 @@ def test_the_config_says_the_heads_of_each_layer(folders: dict[str, Path]) -> No
     found = [one.num_key_value_heads for one in config.per_layer_config]
     assert found == [3, 3, 1]
     assert config.num_key_value_heads == 3  # of the model as it was, without a warning
+
+
+def test_vllm_is_told_the_width_of_the_experts_of_each_layer(folders: dict[str, Path]) -> None:
+    """It takes memory for experts by the config, which holds one width for all elsewhere."""
+    AttentionInterface.register("vllm", AttentionInterface._global_mapping["sdpa"])
+    try:
+        found = []
+        for where in ("sdpa", "vllm", "meta"):
+            config = AutoConfig.from_pretrained(folders["experts"])
+            with torch.device("meta" if where == "meta" else "cpu"):
+                AutoModel.from_config(config, attn_implementation=where.replace("meta", "vllm"))
+            found.append(config.intermediate_size)
+    finally:
+        del AttentionInterface._global_mapping["vllm"]
+    assert found == [80, [80, 64, 80], 80]  # of what has no buffers yet, another is built
 
 
 def test_layers_that_become_equal_are_plain_again(tmp_path: Path) -> None:

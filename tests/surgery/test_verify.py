@@ -13,6 +13,8 @@ from torch import nn
 from families import discovered
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import VerificationError
+from llm_pruner.models.layers import sharing_copy
+from llm_pruner.models.streaming import is_model_streamed, stream_
 from llm_pruner.surgery import cut as surgery
 from llm_pruner.surgery import verify
 from llm_pruner.surgery.cut import cut_, cut_copy
@@ -96,6 +98,8 @@ def test_tolerance_follows_size_and_precision() -> None:
     assert tolerance([torch.tensor([0.5]), torch.tensor([-300.0])]) == pytest.approx(3e-3)
     assert tolerance([torch.tensor([0.5], dtype=torch.float64)]) == 1e-5
     assert tolerance([torch.tensor([2.0], dtype=torch.bfloat16)]) == pytest.approx(0.5)
+    deep = nn.Sequential(nn.ModuleList(nn.Linear(1, 1) for _ in range(32)))
+    assert tolerance([torch.tensor([0.5])], deep) == pytest.approx(2e-5)
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "qwen3", "mixtral"])
@@ -251,19 +255,27 @@ def test_what_is_refused_is_undone(large: bool, monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(one, other)
 
 
-def test_rounding_is_told_from_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by_block", [False, True])
+def test_rounding_is_told_from_a_mistake(monkeypatch: pytest.MonkeyPatch, by_block: bool) -> None:
     """What float32 cannot tell is compared in float64, where only a mistake is left."""
     model, discovery = discovered("llama_tied")
+    if by_block:
+        model = copy.deepcopy(model)
+        stream_(model, torch.float32)
+        discovery = discover(model)
     removal = pick(discovery, ("ffn",))
     name = next(iter(removal))
     monkeypatch.setattr(verify, "tolerance", lambda *_: 1e-30)
     with pytest.raises(VerificationError, match="differs from its masked twin"):
-        prune_(copy.deepcopy(model), sabotaged(discovery, name), removal)
+        prune_(sharing_copy(model), sabotaged(discovery, name), removal)
     finer = verify._FINER
     monkeypatch.setattr(verify, "_FINER", float("inf"))
     with pytest.raises(VerificationError, match="differs from its masked twin"):
-        prune_(copy.deepcopy(model), discovery, removal)
+        prune_(sharing_copy(model), discovery, removal)
     monkeypatch.setattr(verify, "_FINER", finer)
-    smaller = copy.deepcopy(model)
+    smaller = sharing_copy(model)
     prune_(smaller, discovery, removal)
     assert smaller.num_parameters() < model.num_parameters()
+    for one in (model, smaller):
+        assert is_model_streamed(one) is by_block
+        assert {tensor.dtype for tensor in one.parameters()} == {torch.float32}

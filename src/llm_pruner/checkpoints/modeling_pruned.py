@@ -33,6 +33,8 @@ class Pruned:
         if not any(one.is_meta for one in (torch.empty(0), *self.buffers())):
             self._finish()
             self.tie_weights()
+            if config._attn_implementation == "vllm":
+                tell_vllm_(config, self)
 
     def initialize_weights(self):
         """Fill what no checkpoint holds: loading comes here once it has the weights."""
@@ -99,6 +101,19 @@ def within(model, parts):
         part: {n.removeprefix(prefix): value for n, value in of.items() if n.startswith(prefix)}
         for part, of in parts.items()
     }
+
+
+def tell_vllm_(config, model):
+    """Say in the config how wide the experts of each layer are: vLLM takes memory by that."""
+    widths = {
+        int(next(filter(str.isdecimal, path.split(".")))): experts.down_proj[0].numel()
+        for path, experts in model.named_modules()
+        if path.endswith(".experts") and hasattr(experts, "down_proj")
+    }
+    if len({*widths.values()}) > 1:
+        layers = range(config.num_hidden_layers)
+        key = "moe_" * hasattr(config, "moe_intermediate_size") + "intermediate_size"
+        vars(config)[key] = [widths.get(layer, 0) // config.hidden_size for layer in layers]
 
 
 def get(holder, path):

@@ -342,6 +342,23 @@ def keep_dtype_(parameter: torch.Tensor, dtype: torch.dtype) -> bool:
 
 
 @contextmanager
+def computed_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, a streamed model and copies that share its tensors compute in another type."""
+    tensors = [one for one in (*model.parameters(), *model.buffers()) if one.is_floating_point()]
+    before = [(one, _SOURCES.get(one), one.data) for one in tensors]
+    try:
+        for tensor in tensors:
+            if not keep_dtype_(tensor, dtype):
+                tensor.data = tensor.data.to(dtype)
+        yield
+    finally:
+        for tensor, source, data in before:
+            if source is not None:
+                _SOURCES[tensor] = source
+            tensor.data = data
+
+
+@contextmanager
 def saved_by_shard(model: Any) -> Iterator[dict[str, torch.Tensor] | None]:
     """Yield a state dict from which ``save_pretrained`` reads one shard's weights at a time.
 

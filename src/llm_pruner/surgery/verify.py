@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -14,15 +16,16 @@ from llm_pruner.discovery.groups import bound_to
 from llm_pruner.discovery.tracing.scenes import Scene
 from llm_pruner.errors import VerificationError
 from llm_pruner.models.forward import is_on_meta
-from llm_pruner.models.layers import own_copy, sharing_copy
+from llm_pruner.models.layers import heaviest, own_copy, sharing_copy
 from llm_pruner.models.lockstep import Outcome, result_of
-from llm_pruner.models.streaming import is_model_streamed
+from llm_pruner.models.streaming import computed_in, is_model_streamed
 from llm_pruner.surgery.cut import Undo, cut_, plan_edits
 from llm_pruner.surgery.twin import Logits, joined, run_both, run_pruned, run_twin
 from llm_pruner.types import Discovery, Edits, Removal
 
 _SMALL = 500_000_000
-"""Parameters up to which a model is compared in float64, too, where float32 is not enough."""
+"""Parameters up to which a model in memory is compared in float64, too, where float32 is not
+enough; one that is read block by block has no such limit."""
 
 _FINER = 1000
 """How many times less a model and its twin differ in float64 if rounding is all that they differ
@@ -178,26 +181,36 @@ def _is_rounding(
     scenes: Sequence[Scene],
     difference: float,
 ) -> bool:
-    """Whether a model and its twin differ by the rounding of float32 alone, for small models.
+    """Whether a model and its twin differ by the rounding of float32 alone.
 
-    Then they differ ``_FINER`` times less in float64. A model that cannot be run in it is not said
-    to round.
+    Then they differ ``_FINER`` times less in float64. A model that cannot be run in it, or that is
+    too large for it and not streamed, is not said to round.
     """
-    weights = list(model.parameters())
-    if (
-        is_model_streamed(model)
-        or sum(weight.numel() for weight in weights) > _SMALL
-        or any(weight.dtype != torch.float32 for weight in weights)
-    ):
+    streamed, weights = is_model_streamed(model), list(model.parameters())
+    large = not streamed and sum(weight.numel() for weight in weights) > _SMALL
+    if large or any(weight.dtype != torch.float32 for weight in weights):
         return False
-    fine = own_copy(model).double()
+    fine = model if streamed else own_copy(model).double()
     try:
-        twin = joined(run_twin(fine, discovery, removal, scenes))
-        cut_(fine, discovery, removal)
-        left = largest_difference(twin, joined(run_pruned(fine, scenes)))
+        with computed_in(model, torch.float64) if streamed else nullcontext():
+            left = largest_difference(*_twin_and_copy(fine, discovery, removal, scenes)[:2])
     except Exception:
         return False
     return left * _FINER <= difference
+
+
+def _twin_and_copy(
+    model: nn.Module, discovery: Discovery, removal: Removal, scenes: Sequence[Scene]
+) -> tuple[Logits, Logits, nn.Module]:
+    """Return what the twin and a pruned copy, which shares the tensors, give, and the copy."""
+    smaller = sharing_copy(model)
+    cut_(smaller, discovery, removal)
+    if is_model_streamed(model):
+        twin, pruned = run_both(model, smaller, discovery, removal, scenes)
+    else:
+        twin = run_twin(model, discovery, removal, scenes)
+        pruned = [*run_pruned(smaller, scenes)]
+    return joined(twin), joined(pruned), smaller
 
 
 def require_same(model: nn.Module, loaded: nn.Module, discovery: Discovery) -> None:
@@ -241,14 +254,18 @@ def tolerance(logits: list[torch.Tensor], model: nn.Module | None = None, length
 
     Never below 1e-5; bfloat16 and float16 models are judged by the precision of their own type,
     which is that of the logits unless ``generate`` made float32 of them. Sums over more than 64
-    tokens round more, in proportion.
+    tokens round more, in proportion, and so do more than 8 layers, by the root of their number.
     """
     size = max(1.0, *(tensor.abs().max().item() for tensor in logits))
-    types = {logits[0].dtype}
+    types, depth = {logits[0].dtype}, 1
     if model is not None:
         types |= {p.dtype for p in model.parameters() if p.is_floating_point()}
+        depth = len(
+            heaviest(one for one in model.modules() if isinstance(one, nn.ModuleList)) or ()
+        )
     precision = max(torch.finfo(dtype).eps for dtype in types)
-    return size * max(1.0, length / 64) * max(1e-5, 32 * precision if precision > 1e-6 else 0.0)
+    least = 1e-5 * math.sqrt(max(1.0, depth / 8))
+    return size * max(1.0, length / 64) * max(least, 32 * precision if precision > 1e-6 else 0.0)
 
 
 def find_culprits(
@@ -256,25 +273,32 @@ def find_culprits(
 ) -> list[str]:
     """Return the groups that differ from the twin when they are pruned without the others.
 
-    Groups that are bound to each other are tried together, on a copy that shares the tensors.
+    Groups that are bound to each other are tried together. They are halved again and again, and a
+    half that is right is not looked into.
     """
-    found = []
-    done: set[str] = set()
     losing = {group.name: group for group in discovery.groups if group.name in removal}
+    bundles: dict[str, tuple[str, ...]] = {}
     for name, units in removal.items():
-        if name in done or not len(units):
-            continue
-        together = [*bound_to(name, losing)]
-        done |= set(together)
-        part = {other: removal[other] for other in together}
-        expected = joined(run_twin(model, discovery, part, [scene]))
-        smaller = sharing_copy(model)
-        cut_(smaller, discovery, part)
+        if len(units):
+            together = tuple(bound_to(name, losing))
+            bundles.setdefault(min(together), together)
+
+    def differ(names: Sequence[str]) -> bool:
+        part = {name: removal[name] for name in names}
         try:
-            actual = joined(run_pruned(smaller, [scene]))
+            expected, actual, smaller = _twin_and_copy(model, discovery, part, [scene])
             difference, limit = _compared(expected, actual, smaller, scene)
         except VerificationError:
-            difference, limit = math.inf, 0.0
-        if difference > limit:
-            found.extend(together)
-    return found
+            return True
+        return difference > limit
+
+    def among(parts: Sequence[tuple[str, ...]]) -> list[str]:
+        if not parts or not differ([*chain.from_iterable(parts)]):
+            return []
+        if len(parts) == 1:
+            return [*parts[0]]
+        middle = len(parts) // 2
+        return among(parts[:middle]) + among(parts[middle:])
+
+    parts = [*bundles.values()]
+    return among(parts[: len(parts) // 2]) + among(parts[len(parts) // 2 :])
