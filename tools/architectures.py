@@ -132,8 +132,13 @@ def tiny_model(model_type: str, seed: int = 0) -> nn.Module:
     return model
 
 
-def examine(model_type: str) -> Row:
-    """Try one type; what goes wrong becomes the result."""
+def examine(model_type: str, *, alone_in_all_scenes: bool = True) -> Row:
+    """Try one type; what goes wrong becomes the result.
+
+    Args:
+        alone_in_all_scenes: run a kind that is pruned alone in every scene, too, as all kinds
+            together are; else in the first one.
+    """
     row = Row(model_type)
     if model_type in NOT_DECODERS:
         row.result, row.reason = "no decoder", NOT_DECODERS[model_type]
@@ -146,7 +151,7 @@ def examine(model_type: str) -> Row:
     row.name = type(model).__name__
     row.parameters = sum(parameter.numel() for parameter in model.parameters())
     try:
-        _examine(model, row)
+        _examine(model, row, alone_in_all_scenes)
     except DiscoveryError as error:
         row.result, row.reason = "cannot run", _line(error)
     except Exception as error:
@@ -154,7 +159,7 @@ def examine(model_type: str) -> Row:
     return row
 
 
-def _examine(model: nn.Module, row: Row) -> None:
+def _examine(model: nn.Module, row: Row, alone_in_all_scenes: bool) -> None:
     started = time.monotonic()
     discovery = discover(model)
     row.trace_seconds = round(time.monotonic() - started, 2)
@@ -173,24 +178,26 @@ def _examine(model: nn.Module, row: Row) -> None:
     scale = max(1.0, *(float(logits.abs().max()) for logits in dense))
     kinds = [kind for kind, (groups, _, _) in row.kinds.items() if groups]
     wrong = []
+    alone = discovery if alone_in_all_scenes else scenes_apart(discovery)[0]
     for kind in [*kinds, "all"]:
+        seen_in = discovery if kind == "all" else alone
         removal = pick(discovery, None if kind == "all" else (kind,))
         if not removal:
             continue
-        expected = twin_logits(model, discovery, removal)
+        expected = twin_logits(model, seen_in, removal)
         smaller = copy.deepcopy(model)
         edits = cut_(smaller, discovery, removal)
-        actual = pruned_logits(smaller, discovery)
+        actual = pruned_logits(smaller, seen_in)
         difference = largest_difference(expected, actual) / scale
         row.twin[kind] = difference
         if not difference <= TOLERANCE:
             wrong.append(f"{kind} by {difference:.1e}")
-        if largest_difference(dense, actual) / scale <= VISIBLE:
+        if largest_difference(dense[: len(actual)], actual) / scale <= VISIBLE:
             row.unseen.append(kind)
         if kind == "all":
             row.reload = _reload(model, smaller, edits, discovery, actual)
         elif difference <= TOLERANCE:
-            _shift(model, discovery, removal, kind, expected, scale, row)
+            _shift(model, discovery, seen_in, removal, kind, expected, scale, row)
     if wrong:
         row.result, row.reason = "WRONG", "differs from the twin: " + ", ".join(wrong)
     elif set(kinds) - {"ffn", "layers"}:
@@ -262,6 +269,7 @@ def _same_weights(left: nn.Module, right: nn.Module) -> bool:
 def _shift(
     model: nn.Module,
     discovery: Discovery,
+    seen_in: Discovery,
     removal: Removal,
     kind: str,
     expected: list[torch.Tensor],
@@ -292,8 +300,7 @@ def _shift(
             for other in discovery.groups
         )
         row.shifted += 1
-        shifted = replace(discovery, groups=changed)
-        seen = _differs(model, shifted, removal, expected, scale)
+        seen = _differs(model, replace(seen_in, groups=changed), removal, expected, scale)
         if not seen:
             # Other removals may hide it: attention over what has become a single key, say.
             alone = (
@@ -301,6 +308,7 @@ def _shift(
                 for scene in scenes_apart(discovery)
                 for logits in twin_logits(model, scene, part)
             )
+            shifted = replace(discovery, groups=changed)
             seen = _differs(model, shifted, part, alone, scale)
         if seen:
             row.caught += 1

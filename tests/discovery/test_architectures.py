@@ -57,7 +57,7 @@ def test_every_registered_type_is_swept() -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("model_type", EXPECTED)
 def test_type(model_type: str, record_property: Any) -> None:
-    row = architectures.examine(model_type)
+    row = architectures.examine(model_type, alone_in_all_scenes=False)
     assert row.result in ("passes", "ffn only"), row
     assert {kind for kind, (groups, _, _) in row.kinds.items() if groups} >= EXPECTED[model_type]
     assert row.twin["all"] <= architectures.TOLERANCE

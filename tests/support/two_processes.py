@@ -1,21 +1,20 @@
-"""Runs commands, one after the other, in two processes that torchrun starts."""
+"""Runs commands, one after the other, in two processes that meet as those of torchrun do."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
+import socket
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
+from new_processes import start
+
 Command = dict[str, Any]
 """The ``words`` of a command, and what else its script reads."""
-
-_LAUNCHER = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 def in_two_processes(
@@ -28,28 +27,32 @@ def in_two_processes(
         of its exit code and what the script adds.
     """
     (folder / "commands.json").write_text(json.dumps(commands))
-    (folder / "script.py").write_text(script)
-    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    with tempfile.TemporaryDirectory() as logs:
-        result = subprocess.run(
-            [sys.executable, "-m", *_LAUNCHER, "--log-dir", logs, folder / "script.py", folder],
-            capture_output=True,
-            text=True,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(paths),
-                "OMP_NUM_THREADS": "1",
-                "CUDA_VISIBLE_DEVICES": "",
-                **environment,
-            },
-            timeout=600,
-        )
-    assert result.returncode == 0, result.stderr
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "CUDA_VISIBLE_DEVICES": "",
+        **environment,
+    }
+    processes = {}
+    for rank in ("0", "1"):
+        said = folder / f"out-{rank}"
+        processes[said] = start(script, folder, said=said, RANK=rank, LOCAL_RANK=rank, **shared)
+    for said, process in processes.items():
+        process.join(600)
+        assert process.exitcode == 0, said.read_text() + said.with_name("err-0").read_text()
+    out, err = (
+        "".join((folder / f"{name}-{rank}").read_text() for rank in (0, 1))
+        for name in ("out", "err")
+    )
     ends = [
         [json.loads(line) for line in (folder / f"ends-{rank}").read_text().splitlines()]
         for rank in (0, 1)
     ]
-    return SimpleNamespace(out=result.stdout, err=result.stderr, ends=ends)
+    return SimpleNamespace(out=out, err=err, ends=ends)
 
 
 def carry_out(prepare: Callable[[Command], Callable[[], list[Any]]]) -> NoReturn:
@@ -58,13 +61,16 @@ def carry_out(prepare: Callable[[Command], Callable[[], list[Any]]]) -> NoReturn
     Args:
         prepare: is called before each, and returns what tells more of its end.
     """
+    here, rank = Path(sys.argv[1]), os.environ["RANK"]
+    with (here / f"err-{rank}").open("w") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+
     from accelerate.state import PartialState
 
     from llm_pruner.cli import main, output
 
     output._PATIENCE = 0
     PartialState(cpu=True)  # they part at the end of all commands
-    here = Path(sys.argv[1])
     for command in json.loads((here / "commands.json").read_text()):
         more = prepare(command)
         sys.argv, code = ["llm-pruner", *command["words"]], 0
@@ -72,7 +78,7 @@ def carry_out(prepare: Callable[[Command], Callable[[], list[Any]]]) -> NoReturn
             main()
         except SystemExit as stopped:
             code = int(stopped.code or 0)
-        with (here / f"ends-{os.environ['RANK']}").open("a") as file:
+        with (here / f"ends-{rank}").open("a") as file:
             print(json.dumps([code, *more()]), file=file)
     sys.stdout.flush()
     sys.stderr.flush()
