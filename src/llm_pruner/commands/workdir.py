@@ -59,7 +59,7 @@ COMPRESSING = Kind(
     re.compile(rf"{_SETTINGS}|{_LOCK}"),
     re.compile(
         rf"{_SETTINGS}|{_PROGRESS}|{_LOCK}|{_PARTIAL}|(dense|pruned|amount|recovered|quantized|result)\.json"
-        r"|pruned|recovered|recovered\.recovering|quantized|replaced|text"
+        r"|vocab|pruned|recovered|recovered\.recovering|quantized|replaced|text"
     ),
 )
 MEASURING = Kind(
