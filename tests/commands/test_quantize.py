@@ -69,6 +69,7 @@ def test_the_last_stage(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [one.against for one in asked] == [None, "dense", "dense"]
     assert "quantized" in next(line for line in result.out.splitlines() if "  dense" in line)
     assert Path("small/packed").is_file()
+    assert not Path("small.compressing").exists()
     report = read_report(Path("small/report.json"))
     assert report.final == "quantized"
     assert list(report.evaluations) == list(report.sizes) == ["dense", "pruned", "quantized"]

@@ -106,7 +106,7 @@ def test_the_dense_model_is_compared_and_teaches_by_the_tokens_that_stay(tmp_pat
     ("options", "said"),
     [
         (["--size", "0"], "--size 0 leaves nothing; use 1 or more"),
-        (["--size", "12"], "--size 12 cannot be: "),
+        (["--size", "12"], "12 tokens cannot be: "),
         (["--text", "nothing.txt"], "nothing.txt"),
     ],
 )
@@ -150,7 +150,7 @@ def test_inspect_says_what_the_vocabulary_takes(tmp_path: Path, tokens: int, tol
     assert found["embeddings"] == 2 * tokens * config["hidden_size"] < found["parameters"]
     said = " ".join(done("inspect", tmp_path).out.split())
     assert f"Embeddings of {tokens:,} tokens: " in said
-    assert told == ("before you prune: llm-pruner vocab." in said)
+    assert told == ("before you prune: llm-pruner vocab, or compress --vocab-text." in said)
 
 
 def test_prune_says_that_tokens_go_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -80,7 +80,7 @@ def test_special_tokens_and_what_is_added_are_renumbered(tokenizer: Any, tmp_pat
 
 
 def test_what_cannot_be() -> None:
-    with pytest.raises(UserError, match="--size 3 cannot be: 259 tokens have to stay"):
+    with pytest.raises(UserError, match="3 tokens cannot be: 259 have to stay"):
         smaller(tiny_tokenizer(), 3, "a")
     with pytest.raises(UserError, match="there are 259"):
         smaller(tiny_tokenizer(), 260, "a")

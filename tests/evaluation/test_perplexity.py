@@ -11,6 +11,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from helpers import VOCABULARY, tiny_model, tiny_tokenizer
+from llm_pruner.data.sequences import bare_ids
 from llm_pruner.data.text import EvaluationText
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import perplexity as module
@@ -21,6 +22,7 @@ from llm_pruner.evaluation.speed import measure_speed
 from llm_pruner.files.disk import folder_bytes
 from llm_pruner.models.forward import Decoder
 from llm_pruner.settings.evaluate import PerplexitySettings
+from trained_tokenizers import byte_level
 
 BOS = 1
 TEXT = EvaluationText("words", "test", "The quick brown fox jumps over the lazy dog, twice. " * 20)
@@ -94,6 +96,15 @@ def test_stderr_is_the_spread_between_windows() -> None:
     error = float(means.std()) / math.sqrt(10) * result.perplexity
     assert result.stderr == pytest.approx(error, rel=1e-4)
     assert perplexity(model, tiny_tokenizer(), TEXT, max_tokens=256).stderr is None
+
+
+@pytest.mark.parametrize("protocol", ["paper", "standard"])
+def test_bits_per_byte_are_of_the_whole_text(protocol: Any) -> None:
+    tokenizer, text = byte_level(), EvaluationText("words", None, "naïve 語 words, twice. " * 40)
+    found = perplexity(tiny_model(vocab_size=704), tokenizer, text, protocol=protocol, seq_len=50)
+    tokens, size = len(bare_ids(tokenizer, text.text)), 40 * 25
+    assert len(text.text.encode()) == size > tokens
+    assert found.bits_per_byte == pytest.approx(found.nll / math.log(2) * tokens / size)
 
 
 def test_max_tokens_takes_the_first_tokens() -> None:

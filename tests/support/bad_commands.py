@@ -305,6 +305,12 @@ TABLE: dict[str, list[Bad]] = {
                 "--preset x",
                 "no preset 'x'; known are balanced, best, fast, paper, or give a YAML file",
             ),
+            (
+                "--vocab-size 400",
+                "--vocab-size 400 does not say which tokens stay; name a text that has them with "
+                "--vocab-text, or leave it out",
+            ),
+            ("--vocab-size 0 --vocab-text t.txt", between("--vocab-size", 0, 1, 10**9)),
             ("--time-budget 0", "--time-budget 0 is no time; write such as 90s, 30m or 2h"),
             (
                 "--time-budget 99999h",

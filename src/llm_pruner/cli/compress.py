@@ -38,6 +38,8 @@ Examples:
   llm-pruner compress ./llama --out small --ratio 0.3 --data alpaca.jsonl
   llm-pruner compress ./llama --out small --calibration c4 \\
       --perplexity wikitext2 --tasks paper
+  llm-pruner compress qwen --out small --params 1.42B --vocab-size 49152 \\
+      --vocab-text c4 --vocab-text code
 """
 
 
@@ -135,8 +137,13 @@ def show(done: Compressed) -> None:
         ("parameters", *(count(one.parameters) for one in found)),
         ("size on disk", *(megabytes(one.bytes) if one.bytes else "-" for one in found)),
     ]
+    if done.tokens is not None:
+        kept = [f"{done.tokens.after:,}"] * (len(found) - 1)
+        rows.append(("tokens", f"{done.tokens.before:,}", *kept))
+    # A token of one vocabulary is not one of the other.
+    shown, form = ("perplexity", _perplexity) if done.tokens is None else ("bits per byte", _bits)
     for texts in zip(*(one.perplexity for one in found), strict=True):
-        rows.append((f"perplexity, {texts[0].corpus}", *map(_perplexity, texts)))
+        rows.append((f"{shown}, {texts[0].corpus}", *map(form, texts)))
     rows += _tasks(found)
     speeds = [one.speed for one in found if one.speed is not None]
     rows += [
@@ -144,8 +151,9 @@ def show(done: Compressed) -> None:
         ("decode tokens/s", *(f"{one.decode_tokens_per_second:.1f}" for one in speeds)),
     ]
     out.table("Before and after", ("", *done.measured), rows)
-    for text in found[0].perplexity:
-        out.print(f"{text.corpus}: {text.tokens:,} tokens in windows of {text.window}")
+    for text, last in zip(found[0].perplexity, found[-1].perplexity, strict=True):
+        tokens = f"{text.tokens:,}" + ("" if done.tokens is None else f" -> {last.tokens:,}")
+        out.print(f"{text.corpus}: {tokens} tokens in windows of {text.window}")
     show_control(out, None if done.recovery is None else done.recovery.control)
     times = {name: seconds for name, seconds in done.seconds.items() if seconds >= 0.5}
     took = ", ".join(f"{_STAGES.get(name, name)} {seconds:.0f}" for name, seconds in times.items())
@@ -157,6 +165,7 @@ def show(done: Compressed) -> None:
 
 
 _STAGES = {
+    "vocab": "taking out tokens",
     "dense": "measuring the dense model",
     "pruned": "the pruned one",
     "recovered": "the recovered one",
@@ -171,6 +180,10 @@ _STAGES = {
 def _perplexity(found: PerplexityResult) -> str:
     spread = "" if found.stderr is None else f" ± {found.stderr:.2f}"
     return f"{found.perplexity:.2f}{spread}"
+
+
+def _bits(found: PerplexityResult) -> str:
+    return "-" if found.bits_per_byte is None else f"{found.bits_per_byte:.4f}"
 
 
 def _tasks(found: list[Weighed]) -> list[tuple[str, ...]]:

@@ -60,7 +60,8 @@ def _embeddings(found: dict[str, Any]) -> str:
     said += f"{100 * embeddings / parameters:.1f}% of all."
     if not tokens_go_first(tokens, embeddings, parameters):
         return said
-    return f"{said} Take out those that your texts do not need before you prune: llm-pruner vocab."
+    said += " Take out those that your texts do not need before you prune: llm-pruner vocab, or "
+    return f"{said}compress --vocab-text."
 
 
 def _show_groups(out: Screen, title: str, groups: list[dict[str, Any]]) -> None:

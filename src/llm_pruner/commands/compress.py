@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from llm_pruner.commands.prune import PruneRun
 from llm_pruner.commands.prune_start import check_space, criterion_of, selection_of, target_of
 from llm_pruner.commands.publish import check_push
 from llm_pruner.commands.recover import recover_checkpoint
+from llm_pruner.commands.vocab import RECORD, vocab
 from llm_pruner.commands.workdir import Work, folder_beside, move_result, opened, read_values
 from llm_pruner.data.calibration import check_calibration
 from llm_pruner.data.examples import load_examples
@@ -27,14 +29,14 @@ from llm_pruner.data.text import DEMO_PROMPTS, SELF
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import result_cache
 from llm_pruner.evaluation.footprint import model_size
-from llm_pruner.files.disk import tidy
-from llm_pruner.files.outputs import check_output, check_place
-from llm_pruner.models.forward import maximum_length
+from llm_pruner.files.disk import remove, tidy
+from llm_pruner.files.outputs import check_output, check_place, rewrite
+from llm_pruner.models.forward import embedding_rows, maximum_length
 from llm_pruner.models.load import check, load
 from llm_pruner.models.stored import check_file_states, file_states, stored_at
 from llm_pruner.recovery import Progress
 from llm_pruner.report.data import Report, Source, Variant, known_report
-from llm_pruner.report.facts import evaluation_of
+from llm_pruner.report.facts import evaluation_of, source_of
 from llm_pruner.report.records import RECOVERY_FILE, Change, Compressed, Measured, Training, Weighed
 from llm_pruner.report.write import page_in, write_report, write_request
 from llm_pruner.runtime.processes import only_one
@@ -117,8 +119,8 @@ def compress(
     work = work_folder(out)
     tidy(work)
     if not work.is_dir():
-        # The pruned model, the recovered one and the quantized one.
-        copies = 1 + settings.recover + (settings.quantize != "none")
+        # The model with fewer tokens, the pruned one, the recovered one and the quantized one.
+        copies = bool(settings.vocab_text) + 1 + settings.recover + (settings.quantize != "none")
         check_space(out, settings.loading(), target_of(settings.pruning(out)), copies=copies)
     if not (work / f"{_RESULT}.json").is_file() or restart:
         check_settings(settings)
@@ -190,14 +192,27 @@ def about(settings: CompressSettings) -> dict[str, Any]:
         "model content": None if identity is None else identity.content,
         "preset": {"name": Path(settings.preset).name, **method},
         "data": [source if source == SELF else Path(source).name for source in settings.data],
+        "vocab_text": [Path(source).name for source in settings.vocab_text],
+        "vocab content": [_content(source) for source in settings.vocab_text],
         "training": settings.trains().model_dump(mode="json") if settings.recover else None,
         "llm_pruner": __version__,
     }
 
 
+def _content(source: str) -> str | None:
+    """Return a digest of a text file; None of what is no file."""
+    file = Path(source).expanduser()
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else None
+
+
 @dataclass
 class _Stages:
-    """The stages of one run; each looks for its output first."""
+    """The stages of one run; each looks for its output first.
+
+    Attributes:
+        start: the model with fewer tokens, which all later stages start from; None if all stay.
+        before: what a report says of the model that had them all.
+    """
 
     settings: CompressSettings
     run: Work
@@ -206,6 +221,8 @@ class _Stages:
     say: Callable[[Progress], None]
     first: Callable[[Measured], None] | None
     notes: list[str] = field(default_factory=list)
+    start: Path | None = None
+    before: Report | None = None
 
     def __post_init__(self) -> None:
         self.text = self.run.path("text")  # that the dense model wrote
@@ -216,8 +233,10 @@ class _Stages:
         """Do what is missing; return what is known of the result."""
         if self.first is not None:
             self.measure("dense", self.first)
+        if self.settings.vocab_text:
+            self.take_tokens()
         self.prune()
-        dense = self._pruned_report().sizes.get("dense", Size(0))
+        dense = self._of_all_tokens(self._pruned_report()).sizes.get("dense", Size(0))
         measured: dict[Variant, Weighed] = {
             "dense": Weighed(**vars(self.measure("dense")), bytes=dense.bytes),
             "pruned": self._weighed("pruned"),
@@ -230,6 +249,46 @@ class _Stages:
             self.quantize("pruned" if recovery is None else "recovered")
             measured["quantized"] = self._weighed("quantized")
         return self.report(measured, recovery)
+
+    def take_tokens(self) -> None:
+        """Write the model with fewer tokens, and ask of pruning what is missing then.
+
+        Raises:
+            UserError: nothing is; seen before tokens are taken where their number is given.
+        """
+        settings, dense = self.settings, load(self.settings.computing(), weights=False)
+        target, size = target_of(self.pruning), model_size(dense.model)
+        assert target is not None
+        asked = target.kept(size.total)
+        source = source_of(settings.model, dense.name, settings.revision, dense.model)
+        self.before = Report(source=source, sizes={"dense": size})
+        self.start = self.run.path("vocab") / Path(dense.name).name  # so that it has that name
+        if not self.start.is_dir():
+            if (tokens := settings.vocab_size) is not None:
+                rows = embedding_rows(dense.model)
+                gone = (size.embedding or 0) // rows * (rows - tokens)
+                _check_rest(asked, size.total - gone)
+            remove(self.start.parent)  # of a process that was killed as it wrote
+            self.tell("taking out tokens")
+            vocab(settings.fewer_tokens(self.start))
+            self.run.record_time("vocab")
+        _check_rest(asked, self._taken("parameters").after)
+        pruning = settings.pruning(self.run.path("pruned"), self.start)
+        self.pruning = pruning.but(kept=self.text, ratio=None, params=asked)
+
+    def _taken(self, what: str) -> Change[int]:
+        """Return how many tokens, or parameters, the model had and has with fewer tokens."""
+        assert self.start is not None
+        return Change(**read_values(self.start / RECORD)[what])
+
+    def _of_all_tokens(self, report: Report) -> Report:
+        """Return the report of a model with fewer tokens as one of the model that had them all."""
+        if self.before is None:
+            return report
+        left, tokens = dict(report.sizes), self._taken("tokens")
+        sizes = {**self.before.sizes, "trimmed": left.pop("dense", Size(0)), **left}
+        changed = {"sizes": sizes, "tokens": (tokens.before, tokens.after)}
+        return report.model_copy(update={"source": self.before.source, **changed})
 
     def prune(self) -> None:
         """Write the folder ``pruned``."""
@@ -266,7 +325,9 @@ class _Stages:
         return self.run.once(variant, Measured, make)
 
     def _dense(self) -> str:
-        """Return the dense model by one name, without a revision."""
+        """Return the model that is pruned by one name, without a revision."""
+        if self.start is not None:
+            return str(self.start)
         stored = stored_at(self.settings.model, self.settings.revision)
         named = self.settings.revision is None or stored is None
         return self.settings.model if named else str(stored)
@@ -368,7 +429,7 @@ class _Stages:
 
     def _write(self, seconds: float) -> int:
         """Have the dense model write for a time; return the number of texts."""
-        loaded = load(self.settings.computing())
+        loaded = load(self.settings.computing(self.start))
         seq_len, seed = self._sample_length(), self.settings.seed
 
         def write(number: int) -> None:
@@ -394,11 +455,15 @@ class _Stages:
             recovery=recovery,
             notes=self.notes,
             peak_bytes=self.run.peak_bytes,
+            tokens=None if self.start is None else self._taken("tokens"),
         )
         folder = self.run.path(last_stage(self.settings, recovery))
+        if self.start is not None:
+            rewrite(folder, {RECORD: (self.start / RECORD).read_text(encoding="utf-8")})
         report = known_report(folder)
         if report is None:
             return result  # it could not be drawn before, which was said
+        report = self._of_all_tokens(report)
         for variant, found in measured.items():
             report = report.with_evaluation(variant, evaluation_of(found))
         shown = about(self.settings)
@@ -410,6 +475,8 @@ class _Stages:
             "seconds": {name: round(value, 1) for name, value in self.run.seconds.items()},
             "peak memory": f"{peak / 1e6:,.0f} MB" if peak else None,
         }
+        if self.start is not None:
+            run["vocab"] = {"text": shown["vocab_text"], "size": self.settings.vocab_size}
         settings = {"Run": run, **report.settings}
         report = report.model_copy(update={"settings": settings, "command": self.command})
         write_report(folder, report)
@@ -444,6 +511,16 @@ class _Stages:
         """Return how many of the texts to train on importance is estimated on, too."""
         shared = SELF in self.settings.data and self.pruning.calibration == SELF
         return self.pruning.samples if shared else 0
+
+
+def _check_rest(asked: int, left: int) -> None:
+    """Raise UserError if a model has no more parameters than asked for without its tokens."""
+    if left <= asked:
+        raise UserError(
+            f"without the tokens, {left:,} parameters are left, and {asked:,} are asked for, so "
+            "nothing is pruned: remove more by --ratio or --params, keep more tokens by "
+            "--vocab-size, or take tokens alone with llm-pruner vocab"
+        )
 
 
 def time_to_recover(

@@ -234,7 +234,7 @@ class PruneRun:
         if tokens_go_first(tokens, size.embedding or 0, size.total):
             _LOG.warning(
                 "embeddings of %s tokens are %.0f%% of the model: where your texts do not need all "
-                "of them, llm-pruner vocab takes some out first",
+                "of them, llm-pruner vocab takes some out first, or compress --vocab-text",
                 f"{tokens:,}",
                 100 * (size.embedding or 0) / size.total,
             )

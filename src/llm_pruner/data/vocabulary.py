@@ -124,8 +124,8 @@ class Vocabulary:
         known = self.known
         if size is not None and not len(kept) <= size <= len(known):
             raise UserError(
-                f"--size {size} cannot be: {len(kept)} tokens have to stay, so that every text "
-                f"can be written, and there are {len(known)}"
+                f"{size} tokens cannot be: {len(kept)} have to stay, so that every text can be "
+                f"written, and there are {len(known)}"
             )
         tokens = {index: token for token, index in self._ids.items()}
         order = sorted(known - kept, key=lambda index: (-counts[index], index))

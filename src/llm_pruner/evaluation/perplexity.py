@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,6 +39,9 @@ class PerplexityResult:
         divergence: from the dense model on the same windows, if one was given.
         stderr: standard error of the perplexity from the spread between windows (perplexity times
             the standard error of the windows' mean loss); None for a single window.
+        bits_per_byte: nll / ln 2 * (tokens of the whole text) / (bytes of it in UTF-8), special
+            tokens aside: the loss of what was predicted, at the rate at which the text has tokens.
+            Models of different tokens can be compared by it. None where there is no whole text.
     """
 
     perplexity: float
@@ -51,6 +54,7 @@ class PerplexityResult:
     protocol: Protocol
     stderr: float | None
     divergence: Divergence | None = None
+    bits_per_byte: float | None = None
 
 
 def perplexity(
@@ -78,9 +82,11 @@ def perplexity(
     """
     window = _window_length(model, asked)
     prefix = added_tokens(tokenizer)[0] if asked.protocol == "standard" else ()
-    rows = _windows(tokenizer, text, window, prefix, asked)
+    rows, tokens = _windows(tokenizer, text, window, prefix, asked)
     # The tokens of a prefix are never predicted, and without one the first token is not.
-    return perplexity_of_windows(model, rows, text, asked, dense, skipped=max(len(prefix), 1))
+    found = perplexity_of_windows(model, rows, text, asked, dense, skipped=max(len(prefix), 1))
+    bits = found.nll / math.log(2) * tokens / len(text.text.encode())
+    return replace(found, bits_per_byte=bits)
 
 
 def perplexity_of_windows(
@@ -179,8 +185,8 @@ def _windows(
     window: int,
     prefix: tuple[int, ...],
     asked: PerplexitySettings,
-) -> torch.Tensor:
-    """Return the windows, int64 of shape (windows, window)."""
+) -> tuple[torch.Tensor, int]:
+    """Return the windows, int64 of shape (windows, window), and the tokens of the whole text."""
     special = asked.protocol == "paper"
     encoded = tokenizer(text.text, add_special_tokens=special, verbose=False)["input_ids"]
     ids = torch.tensor(encoded[: asked.max_tokens], dtype=torch.int64)
@@ -194,7 +200,9 @@ def _windows(
             f"{text.name} gives {len(ids)} tokens and one window needs {fresh}: {why}; {advice}"
         )
     head = torch.tensor(prefix, dtype=torch.int64).expand(count, len(prefix))
-    return torch.cat([head, ids[: count * fresh].view(count, fresh)], dim=1)
+    added = sum(map(len, added_tokens(tokenizer))) if special else 0
+    windows = torch.cat([head, ids[: count * fresh].view(count, fresh)], dim=1)
+    return windows, len(encoded) - added
 
 
 @torch.no_grad()

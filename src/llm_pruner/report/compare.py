@@ -158,14 +158,17 @@ def _entry(label: str, folder: Path) -> Entry:
 
 def compare(entries: Sequence[Entry]) -> Comparison:
     """Put models beside each other; the dense models that reports know of come first."""
-    return Comparison(models=tuple(_compared(entry) for entry in _with_dense(entries)))
+    tokens_differ = any(entry.report.tokens for entry in entries)
+    models = (_compared(entry, tokens_differ) for entry in _with_dense(entries))
+    return Comparison(models=tuple(models))
 
 
-def _compared(entry: Entry) -> Compared:
+def _compared(entry: Entry, tokens_differ: bool) -> Compared:
     report, variant = entry.report, entry.variant
     dense, own, pruned = report.sizes.get("dense"), report.sizes.get(variant), variant != "dense"
     structures = report.settings.get("Where from", {}).get("structures") or ()
     units = ", ".join(view.unit(str(name)) for name in structures)
+    found = report.evaluations.get(variant, Evaluation())
     return Compared(
         label=entry.label,
         source=report.source.name,
@@ -174,7 +177,7 @@ def _compared(entry: Entry) -> Compared:
         removed=1 - own.total / dense.total if pruned and own and dense else None,
         units=units or None if pruned else None,
         chosen_by=report.criterion if pruned else None,
-        **dict(report.evaluations.get(variant, Evaluation())),
+        **dict(found.per_byte() if tokens_differ else found),
     )
 
 

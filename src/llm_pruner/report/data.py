@@ -32,14 +32,17 @@ from llm_pruner.types import Layer, Size, SplitTrial
 FORMAT_VERSION: Literal[1] = 1
 JSON_FILE, HTML_FILE, CARD_FILE = "report.json", "report.html", "README.md"
 
-Variant = Literal["dense", "pruned", "recovered", "quantized"]
-"""The model before, after removing, after training what was left, and with packed weights."""
+Variant = Literal["dense", "trimmed", "pruned", "recovered", "quantized"]
+"""The model before, without some of its tokens, after removing units, after training what was left,
+and with packed weights."""
 
 SavedAs = Literal["stock", "remote_code", "recipe"]
 """``stock`` if a plain config describes a checkpoint, ``remote_code`` if code lies beside it, and
 ``recipe`` if only this package reads it."""
 
-VARIANTS: tuple[Variant, ...] = ("dense", "pruned", "recovered", "quantized")
+VARIANTS: tuple[Variant, ...] = ("dense", "trimmed", "pruned", "recovered", "quantized")
+
+BITS = "bits per byte"
 
 
 class _Part(BaseModel):
@@ -126,6 +129,7 @@ class Perplexity(_Result):
     protocol: str | None = None
     window: int | None = None
     tokens: int | None = None
+    bits_per_byte: float | None = None
 
     @property
     def name(self) -> str:
@@ -228,6 +232,8 @@ class Measurement(_Result):
     def _shown(self, value: float) -> str:
         if self.unit == "B":
             return megabytes(value) if value >= 1e5 else f"{value:,.0f} B"
+        if self.unit == BITS:
+            return f"{value:.4f}"
         return f"{count(value)} MACs" if self.unit == "MACs" else number(value)
 
     def since(self, dense: Measurement) -> tuple[str, bool | None]:
@@ -246,6 +252,24 @@ class Evaluation(_Part):
     tasks: tuple[TaskScore, ...] = ()
     measurements: tuple[Measurement, ...] = ()
     samples: dict[str, str] = {}
+
+    def per_byte(self) -> Evaluation:
+        """Return it for a reader who compares models of different tokens, which perplexity cannot.
+
+        In its place stand bits per byte, where they are known.
+        """
+        bits = (
+            Measurement(
+                name=one.model_copy(update={"tokens": None}).label,
+                unit=BITS,
+                value=one.bits_per_byte,
+                better="lower",
+            )
+            for one in self.perplexity
+            if one.bits_per_byte is not None
+        )
+        changed = {"perplexity": (), "measurements": (*bits, *self.measurements)}
+        return self.model_copy(update=changed)
 
     def with_newer(self, newer: Evaluation) -> Evaluation:
         """Return both; of what was measured twice with the same settings, the newer."""
@@ -326,6 +350,7 @@ class Report(_Part):
             by"; None if they were not, or without a gain.
         twin_difference, twin_scenes, twin_skipped, saved_as, needs, servers: as in
             `records.Pruned`.
+        tokens: that the dense model and this one have; None where all stayed.
         settings: heading -> setting -> value.
         versions: of the package, of libraries and of the machine.
         command: the command line that does it again.
@@ -351,6 +376,7 @@ class Report(_Part):
     seconds: dict[str, float] = {}
     evaluations: dict[Variant, Evaluation] = {}
     recovery: Recovery | None = None
+    tokens: tuple[int, int] | None = None
     settings: dict[str, dict[str, Any]] = {}
     versions: dict[str, str] = {}
     command: str | None = None

@@ -298,6 +298,7 @@ class Compressed:
         recovery: held-out loss before and after, and how training went; None if nothing was
             trained.
         peak_bytes: most memory that one process held; 0 if not known.
+        tokens: that the dense and the compressed model have; None where all stayed.
         servers: as in ``Pruned``; of packed weights none is known.
         report: the page in the folder; None if none could be drawn.
     """
@@ -310,6 +311,7 @@ class Compressed:
     recovery: Training | None
     notes: list[str]
     peak_bytes: int
+    tokens: Change[int] | None = None
     servers: tuple[ServedBy, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     report: Path | None = None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from llm_pruner.report.data import VARIANTS, Evaluation, Report, Variant
+from llm_pruner.report.data import BITS, VARIANTS, Evaluation, Report, Variant
 from llm_pruner.report.text import count, measured, megabytes, percent, points
 from llm_pruner.types import Layer
 
@@ -28,6 +28,10 @@ UNITS = {
     "layers": "layers",
 }
 """Kind or short name of a group -> what its units are called."""
+
+
+_WHOLE = ("dense", "trimmed")
+"""Models with all their units."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,8 @@ def sentence(report: Report) -> str:
     if report.criterion:
         said += f", chosen by {report.criterion}"
     said += ". "
+    if report.tokens:
+        said += "First, all but {1:,} of its {0:,} tokens were taken out. ".format(*report.tokens)
     if report.compensation:
         said += f"What reads the pruned axes was refitted ({report.compensation}). "
     if report.repair:
@@ -205,13 +211,16 @@ def sizes(report: Report) -> Table | None:
         _row("in decoder layers", [size.blocks for size in of], _whole_number),
         _row("weights in memory", [size.bytes for size in of], megabytes),
     ]
+    if report.tokens:
+        tokens = [report.tokens[name != "dense"] for name in names]
+        rows.append(_row("tokens", tokens, _whole_number))
     layers = decoder_layers(report)
     if layers and len(names) > 1:
         left = sum(not layer.removed for layer in layers)
         pairs = [("layers", (left, len(layers)))]
         pairs += [(unit(name, report), _total(layers, name)) for name in changed_units(report)]
         rows += [
-            _row(label, [dense, *[kept] * (len(names) - 1)], _whole_number)
+            _row(label, [dense if name in _WHOLE else kept for name in names], _whole_number)
             for label, (kept, dense) in pairs
         ]
     return Table(names, tuple(row for row in rows if any(row.cells)))
@@ -245,8 +254,10 @@ def aligned(evaluations: Mapping[_K, Evaluation], part: str) -> list[dict[_K, An
 
 def by_model(report: Report, part: str) -> list[dict[Variant, Any]]:
     """Return the results of a part of the evaluations that may be compared, by model."""
-    evaluations = report.evaluations
-    return aligned({name: evaluations[name] for name in VARIANTS if name in evaluations}, part)
+    found = {v: report.evaluations[v] for v in VARIANTS if v in report.evaluations}
+    return aligned(
+        {v: one.per_byte() for v, one in found.items()} if report.tokens else found, part
+    )
 
 
 def first(results: Mapping[Any, Any]) -> Any:
@@ -338,6 +349,6 @@ def headlines(report: Report) -> list[tuple[str, str, str]]:
         add(f"perplexity, {first(by).name}", by, lambda one: measured(one.perplexity, None))
     add("mean accuracy", task_means(report.evaluations), lambda mean: f"{100 * mean:.1f}%")
     for by in by_model(report, "measurements"):
-        if first(by).better == "higher" and len(shown) < 4:
+        if (first(by).better == "higher" or first(by).unit == BITS) and len(shown) < 4:
             add(first(by).label, by, str)
     return shown

@@ -8,28 +8,40 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from llm_pruner.errors import UserError
 from llm_pruner.settings.common import LOADING, OUTPUT, TASKS, Sources, TaskSettings, WriterSettings
-from llm_pruner.settings.limits import Seed, check_installed
+from llm_pruner.settings.limits import MOST, Seed, check_installed, within
 from llm_pruner.settings.options import option, option_name, written
 from llm_pruner.settings.prune import HOW_MUCH, AmountSettings, PruneSettings
 from llm_pruner.settings.recover import QUANTIZERS, TrainingSettings
+from llm_pruner.settings.vocab import VocabSettings
 from llm_pruner.settings.words import parse_duration
 
-_HOW, _MEASURE = "How", "What to measure"
+_HOW, _TOKENS, _MEASURE = "How", "Fewer tokens first", "What to measure"
 _TORCHAO = "0.16"
 """The first whose int8 weights are saved as safetensors."""
 
-_how = partial(option, panel=_HOW)
+_how, _tokens = partial(option, panel=_HOW), partial(option, panel=_TOKENS)
 
 
 class CompressSettings(WriterSettings, TaskSettings, AmountSettings):
     """All that ``compress`` can be asked for: the dense model, and how it becomes smaller."""
 
-    panels: ClassVar = (HOW_MUCH, _HOW, _MEASURE, TASKS, OUTPUT, LOADING)
+    panels: ClassVar = (HOW_MUCH, _TOKENS, _HOW, _MEASURE, TASKS, OUTPUT, LOADING)
 
     restart: bool = option(
         False,
         "Throw an interrupted run away, which the same command would go on with.",
         panel=OUTPUT,
+    )
+    vocab_text: Sources = _tokens(
+        (),
+        "Before pruning, take out the tokens that this text does not need, as vocab does; the rest "
+        "of the size is pruned. May be given several times.",
+        "SRC",
+        shown="all tokens stay",
+        reads=True,
+    )
+    vocab_size: Annotated[int, within(1, MOST)] | None = _tokens(
+        None, "Tokens that stay.", "N", shown="those that the text has"
     )
     preset: str = _how(
         "best",
@@ -90,6 +102,11 @@ class CompressSettings(WriterSettings, TaskSettings, AmountSettings):
         """Raise UserError for what contradicts itself."""
         if self.ratio is not None and self.params is not None:
             raise UserError("--ratio and --params say different things; give one of them")
+        if self.vocab_size is not None and not self.vocab_text:
+            raise UserError(
+                f"--vocab-size {self.vocab_size} does not say which tokens stay; name a text that "
+                "has them with --vocab-text, or leave it out"
+            )
         self.check_tasks()
         asked = f"--quantize {self.quantize}"
         packages = QUANTIZERS[self.quantize]
@@ -100,9 +117,19 @@ class CompressSettings(WriterSettings, TaskSettings, AmountSettings):
                     f"{option_name(name)} is about recovery; leave it or --no-recover out"
                 )
 
-    def pruning(self, out: Path) -> PruneSettings:
-        """Return how the model is pruned."""
-        shared: dict[str, Any] = self.loading().written()
+    def fewer_tokens(self, out: Path) -> VocabSettings:
+        """Return how tokens are taken out before pruning."""
+        return VocabSettings(
+            **self.loading().written(),
+            out=out,
+            text=self.vocab_text,
+            size=self.vocab_size,
+            max_shard_size=self.max_shard_size,
+        )
+
+    def pruning(self, out: Path, start: Path | None = None) -> PruneSettings:
+        """Return how the model is pruned, or what ``start`` has of it with fewer tokens."""
+        shared: dict[str, Any] = self.loading(start).written()
         if self.calibration is not None:
             shared["calibration"] = self.calibration
         shared["repair_minutes"] = 0.0  # training is what ``recover`` is about
