@@ -81,28 +81,22 @@ def in_a_program(code: str, *args: Path, **environment: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_program_that_loads_no_pruned_model_imports_nothing_of_it(tmp_path: Path) -> None:
-    installation(tmp_path).symlink_to(PACKAGE)
-    on = {"PYTHONPATH": str(tmp_path), "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}
-    assert in_a_program(ORDINARY, **on) == ["loaded"]
-
-
-@pytest.mark.slow
-def test_a_damaged_installation_breaks_no_program_and_it_can_be_switched_off(
-    tmp_path: Path,
-) -> None:
-    broken, half_removed, off = (installation(tmp_path / n) for n in ("broken", "half", "off"))
+def test_a_program_imports_nothing_of_it_and_no_installation_breaks_one(tmp_path: Path) -> None:
+    names = ("whole", "broken", "half", "off")
+    whole, broken, half_removed, off = (installation(tmp_path / name) for name in names)
     for package in (broken, half_removed):
         package.mkdir()
         for name in ("__init__.py", "hook.py"):
             (package / name).write_bytes((PACKAGE / name).read_bytes())
     for room in ("checkpoints", "models", "version", "errors"):
         (broken / f"{room}.py").write_text("raise ImportError('llm_pruner is broken')")
-    off.symlink_to(PACKAGE)
-    sites = [package.parent for package in (broken, half_removed, off)]
+    for package in (whole, off):
+        package.symlink_to(PACKAGE)
+    sites = [package.parent for package in (whole, broken, half_removed, off)]
     said = in_a_program(ONE_AFTER_THE_OTHER, *sites, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
-    assert said[:2] == ["llm_pruner is broken", "No module named 'llm_pruner.checkpoints'"]
-    assert said[2].startswith("Unknown quantization type, got llm_pruner")
+    *found, last = said
+    assert found == ["loaded", "llm_pruner is broken", "No module named 'llm_pruner.checkpoints'"]
+    assert last.startswith("Unknown quantization type, got llm_pruner")
 
 
 def test_stand_ins_are_what_they_stand_for() -> None:

@@ -425,7 +425,7 @@ def test_no_mutation_of_a_recipe_does_more_than_load_or_be_refused(
 ) -> None:
     draw, recipe, before = random.Random(0), recipe_of(pruned), snapshot()
     refused = loaded = 0
-    for _ in range(400):
+    for _ in range(240):
         changed = mutate(recipe, draw)
         if isinstance(changed, dict) and changed.get("quant_method") != recipe.get("quant_method"):
             continue  # of another method
@@ -435,8 +435,8 @@ def test_no_mutation_of_a_recipe_does_more_than_load_or_be_refused(
         else:
             loaded += 1
         assert snapshot() == before, changed
-    assert refused > 150
-    assert loaded > 20
+    assert refused > 90
+    assert loaded > 12
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_the_cache_is_as_much_smaller(family: str, structures: tuple[str, ...], 
     layers = next(group.size for group in discovery.groups if group.kind == "layers")
     share = 1 / layers if structures == ("layers",) else 0.5
     removal = allocate(discovery, scores, selection, Target(kv_cache=share), cost=cost)
-    prune_(model, discovery, removal)
+    prune_(model, discovery, removal, verify=False)
     assert cache_of(model) == pytest.approx((1 - share) * cost.dense, abs=0.005 * cost.dense)
 
 
@@ -98,7 +98,7 @@ def test_prices_are_measured_anew_after_a_step() -> None:
     numbering = Numbering.dense(discovery)
     first = cache_cost(model, discovery, Selection(("heads",)), numbering)
     removal = {"layers.0.heads": np.array([0])}
-    prune_(model, discovery, removal)
+    prune_(model, discovery, removal, verify=False)
     second = cache_cost(
         model, discover(model), Selection(("heads",)), numbering.after(removal), first.dense
     )
