@@ -1,10 +1,11 @@
 """Write a checkpoint of a real model's shape with random weights, for measures of time and memory.
 
-    python benchmarks/random_checkpoint.py SHAPE --text FILE --out DIR
+    python benchmarks/random_checkpoint.py SHAPE --text FILE --out DIR [--holes]
 
 SHAPE is one of those below. Weights are bfloat16, drawn from a normal distribution, layer by layer,
 so no more than one layer is in memory; the tokenizer is trained on FILE. The folder is what
-``save_pretrained`` writes for such a model: shards, their index, the config, the tokenizer.
+``save_pretrained`` writes for such a model: shards, their index, the config, the tokenizer. With
+``--holes`` the weights are zeros that take no room on the disk, for what only looks at sizes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ SHAPES = {
     "3B": (3200, 8640, 26, 32, 32),
     "7B": (4096, 11008, 32, 32, 32),
     "13B": (5120, 13824, 40, 40, 40),
+    "70B": (8192, 28672, 80, 64, 8),
 }
 """Hidden size, FFN size, layers, heads and key-value heads of TinyLlama, OpenLLaMA and LLaMA."""
 
@@ -46,7 +49,7 @@ def config_of(shape: str) -> LlamaConfig:
     )
 
 
-def write(shape: str, text: Path, out: Path, seed: int = 0) -> None:
+def write(shape: str, text: Path, out: Path, seed: int = 0, *, holes: bool = False) -> None:
     """Write the folder."""
     out.mkdir(parents=True)
     config = config_of(shape)
@@ -60,14 +63,17 @@ def write(shape: str, text: Path, out: Path, seed: int = 0) -> None:
     places = {}
     for number, tensors in sorted(shards.items()):
         file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        values = {
-            name: torch.empty(shape, dtype=torch.bfloat16).normal_(0, DEVIATION)
-            if len(shape) > 1
-            else torch.ones(shape, dtype=torch.bfloat16)
-            for name, shape in tensors
-        }
-        save_file(values, out / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(values, file)
+        if holes:
+            write_holes(out / file, tensors)
+        else:
+            values = {
+                name: torch.empty(shape, dtype=torch.bfloat16).normal_(0, DEVIATION)
+                if len(shape) > 1
+                else torch.ones(shape, dtype=torch.bfloat16)
+                for name, shape in tensors
+            }
+            save_file(values, out / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(dict(tensors), file)
     index = {"metadata": {}, "weight_map": places}
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     config.architectures = ["LlamaForCausalLM"]
@@ -79,14 +85,27 @@ def write(shape: str, text: Path, out: Path, seed: int = 0) -> None:
     ).save_pretrained(out)
 
 
+def write_holes(file: Path, tensors: Sequence[tuple[str, torch.Size]]) -> None:
+    """Write a file of zeros in bfloat16 that takes no room on the disk."""
+    header, end = {}, 0
+    for name, shape in tensors:
+        begin, end = end, end + 2 * shape.numel()
+        header[name] = {"dtype": "BF16", "shape": [*shape], "data_offsets": [begin, end]}
+    said = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    with file.open("wb") as made:
+        made.write(len(said).to_bytes(8, "little") + said)
+        made.truncate(8 + len(said) + end)
+
+
 def main() -> None:
     """Write what is asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--holes", action="store_true")
     options = parser.parse_args()
-    write(options.shape, options.text, options.out)
+    write(options.shape, options.text, options.out, holes=options.holes)
 
 
 if __name__ == "__main__":
