@@ -114,6 +114,8 @@ for folder in sys.argv[2:]:
     model, logits = run(folder)
     wanted = torch.load(folder + "/../logits.pt", weights_only=True)
     assert torch.equal(logits, wanted), folder
+    faster = "grouped_mm" if "Mixtral" in type(model).__name__ else "eager"
+    assert (model.config._experts_implementation or "eager") == faster, folder
     kinds = {} if "moe" in folder else {"cache_implementation": "static"}
     texts = [model.generate(tokens, max_new_tokens=4, do_sample=False, **k) for k in ({}, kinds)]
     assert torch.equal(*texts), folder
