@@ -1,15 +1,30 @@
-"""Leaves drawings out of reports that no test looks at, and prints what the twin tests measured."""
+"""Leaves out what no test of a module looks at, and prints what the twin tests measured."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 DRAWING = {"test_report", "test_report_page", "test_reporting"}
 """Modules whose tests look at the drawings of reports."""
+
+SCENES = {
+    "test_cli",
+    "test_experts",
+    "test_forecast",
+    "test_ghosts",
+    "test_golden",
+    "test_lockstep",
+    "test_prune_command",
+    "test_remote_code",
+    "test_reporting",
+    "test_streaming",
+}
+"""Modules that run commands and are about the ways in which models are traced and compared."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -28,10 +43,7 @@ def undrawn(request: pytest.FixtureRequest) -> Iterator[None]:
 
     Their texts and numbers are as they were; the modules in ``DRAWING`` keep the drawings.
     """
-    runs_commands = any(
-        getattr(value, "__module__", None) == "command" for value in vars(request.module).values()
-    )
-    if not runs_commands or request.module.__name__ in DRAWING:
+    if not runs_commands(request.module) or request.module.__name__ in DRAWING:
         yield
         return
 
@@ -43,6 +55,29 @@ def undrawn(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llm_pruner.report.figures.draw", draw)
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def traced_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let commands trace a model, and compare the pruned one with its twin, in the first scene.
+
+    The other scenes are what the modules in ``SCENES``, and those without commands, are about.
+    """
+    if not runs_commands(request.module) or request.module.__name__ in SCENES:
+        yield
+        return
+
+    from llm_pruner.discovery import groups
+
+    every = groups.scenes_of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(groups, "scenes_of", lambda *given: every(*given)[:1])
+        yield
+
+
+def runs_commands(module: ModuleType) -> bool:
+    """Whether a module of tests runs commands."""
+    return any(getattr(value, "__module__", None) == "command" for value in vars(module).values())
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

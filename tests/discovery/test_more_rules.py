@@ -550,8 +550,9 @@ FLEXIBLE = {
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")
-@pytest.mark.parametrize("name", FLEXIBLE)
-@pytest.mark.parametrize("kv_heads", [HEADS, 2])
+@pytest.mark.parametrize(
+    ("name", "kv_heads"), [*((name, 2) for name in FLEXIBLE), ("plain", HEADS), ("alibi", HEADS)]
+)
 def test_flex_attention(name: str, kv_heads: int) -> None:
     score, mask, heads = FLEXIBLE[name]
     discovery = checked(Net(Flexible(score, mask, kv_heads)))
