@@ -13,15 +13,11 @@ DRAWING = {"test_report", "test_report_page", "test_reporting"}
 """Modules whose tests look at the drawings of reports."""
 
 SCENES = {
-    "test_cli",
     "test_experts",
-    "test_forecast",
     "test_ghosts",
     "test_golden",
     "test_lockstep",
-    "test_prune_command",
     "test_remote_code",
-    "test_reporting",
     "test_streaming",
 }
 """Modules that run commands and are about the ways in which models are traced and compared."""
