@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import nn
 
-from command import save_tiny
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.discovery.groups import discover
 from llm_pruner.discovery.tracing.scenes import generated
@@ -35,7 +34,10 @@ TINY = 1000
 
 @pytest.fixture
 def folder(tmp_path: Path) -> str:
-    return str(save_tiny(tmp_path / "model", num_hidden_layers=2))
+    model = tiny_model(num_hidden_layers=2).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
 
 
 @pytest.fixture
@@ -45,13 +47,15 @@ def streamed(folder: str) -> Any:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The stored tensors that are read, one after the other, by their address in the file."""
+    """The stored tensors that are read whole, one after the other, by their address in the file."""
     found: list[int] = []
     read = streaming._Source.read
 
     def counted(self: Any, *args: Any) -> torch.Tensor:
-        found.append(self.stored.data_ptr())
-        return read(self, *args)
+        value = read(self, *args)
+        if value.data_ptr() != self.stored.data_ptr():
+            found.append(self.stored.data_ptr())
+        return value
 
     monkeypatch.setattr(streaming._Source, "read", counted)
     return found
@@ -99,7 +103,8 @@ def test_probes_and_divergences_read_each_weight_once_a_pass(
     ids = torch.cat(tokens(24, 24, 24))
     reads.clear()
     find_chain(streamed.requires_grad_(False), ids, {})
-    assert set(Counter(reads).values()) == {2}
+    times = Counter(Counter(reads).values())
+    assert times == {1: 1, 2: len(reads) // 2}  # the head is not run on its own
     reads.clear()
     found = divergences(streamed, (streamed, streamed), ids)
     assert set(Counter(reads).values()) == {3}

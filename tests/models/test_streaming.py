@@ -22,7 +22,7 @@ from llm_pruner.importance import Criterion, score
 from llm_pruner.models import streaming
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import load_model
-from llm_pruner.models.streaming import is_streamed, stream_, turn, values_of
+from llm_pruner.models.streaming import ends_of, is_streamed, stream_, turn, values_of
 from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.surgery.cut import cut_copy
 from llm_pruner.surgery.verify import cut_verified_
@@ -89,8 +89,9 @@ def test_a_streamed_model_gives_the_plan_and_the_weights_of_a_resident_one(
         {"preset": "fast", "criterion": "wanda", "scope": "local"},
         {"preset": "fast", "criterion": "l2", "structures": ("heads", "ffn", "hidden", "layers")},
         {"preset": "fast", "structures": ("hidden",), "ratio": 0.1875},
+        {"preset": "paper", "structures": ("hidden", "ffn")},
     ],
-    ids=["fast", "balanced", "best", "steps", "wanda", "l2", "hidden"],
+    ids=["fast", "balanced", "best", "steps", "wanda", "l2", "hidden", "ends"],
 )
 def test_so_does_every_way_of_choosing_and_refitting(
     tmp_path: Path, text: str, options: dict[str, Any]
@@ -129,7 +130,7 @@ def test_weights_are_there_in_their_turn_and_nan_out_of_it(streamed: Any) -> Non
     block = streamed.model.layers[1]
     weight = block.mlp.down_proj.weight
     assert is_streamed(weight)
-    assert not is_streamed(streamed.get_input_embeddings().weight)
+    assert not is_streamed(streamed.model.norm.weight)
     assert weight.isnan().all()
     with turn(block):
         held = weight.detach().clone()
@@ -140,9 +141,53 @@ def test_weights_are_there_in_their_turn_and_nan_out_of_it(streamed: Any) -> Non
     assert torch.equal(values_of(weight), held)
 
 
-def test_a_streamed_model_takes_no_memory_for_its_blocks(streamed: Any) -> None:
+def test_a_streamed_model_takes_no_memory_for_blocks_embedding_and_head(streamed: Any) -> None:
     inside = [*streamed.model.layers.parameters()]
+    inside += [streamed.get_input_embeddings().weight, streamed.lm_head.weight]
     assert all(one.untyped_storage().nbytes() <= 8 for one in inside)
+
+
+class Chained(nn.Module):
+    """A model whose embedding is tied, and maybe used without its module."""
+
+    def __init__(self, by_module: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 8)
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+        self.head = nn.Linear(8, 50, bias=False)
+        self.head.weight = self.embedding.weight
+        self.by_module = by_module
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(ids)
+        for layer in self.layers:
+            hidden = layer(hidden).relu()
+        return self.head(hidden) if self.by_module else hidden @ self.embedding.weight.T
+
+
+@pytest.mark.parametrize("by_module", [True, False])
+def test_weights_that_are_used_without_their_module_stay_in_memory(by_module: bool) -> None:
+    torch.manual_seed(0)
+    model, ids = Chained(by_module).to(torch.bfloat16), torch.tensor([[3, 1, 49]])
+    expected = copy.deepcopy(model).float()(ids)
+    stream_(model, torch.float32)
+    assert is_streamed(model.embedding.weight) == by_module
+    assert model.head.weight is model.embedding.weight
+    with torch.no_grad():
+        assert model.embedding(ids).dtype == torch.float32
+        assert torch.equal(model(ids), expected)
+    assert model.embedding.weight.isnan().any() == by_module
+
+
+def test_gradients_pass_the_ends_in_their_turn() -> None:
+    torch.manual_seed(0)
+    model, ids = Chained(by_module=True).to(torch.bfloat16), torch.tensor([[3, 1, 49]])
+    wide = copy.deepcopy(model).float()
+    wide(ids).square().sum().backward()
+    stream_(model, torch.float32)
+    with turn(*model.layers, *ends_of(model)):
+        model(ids).square().sum().backward()
+        assert torch.equal(model.embedding.weight.grad, wide.embedding.weight.grad)
 
 
 def test_text_is_written_with_the_weights_of_the_files_where_they_fit(

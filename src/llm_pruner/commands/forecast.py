@@ -15,7 +15,7 @@ reads the bytes of all blocks, and widens them unless it multiplies in their own
     bytes = process + weights + copies + rise
 
 ``process`` is what this process holds when all that is done; ``weights`` in the type of computation
-(of a streamed model embeddings, head and one or two blocks); ``copies`` what is made of the
+(of a streamed model the head and one or two blocks); ``copies`` what is made of the
 weights: the file's mapped pages while they are loaded, the model that writes text, from the first
 trial on what is kept of every block; ``rise`` by how much the job's memory rose on the stand-in:
 activations of a block, logits.
@@ -369,7 +369,9 @@ class _Forecaster:
         self.weights, self.cut, self.block = self.bytes, kept_blocks * self.width, 0
         self.in_blocks = 0.0
         if self.streamed:
-            self.weights, self.cut = self.bytes - self.blocks * self.width, 0
+            blocks = {id(one) for one in self.model.get_submodule(self.path).parameters()}
+            ends = (one for one in self.model.parameters() if id(one) not in blocks)
+            self.weights, self.cut = max(one.numel() for one in ends) * self.width, 0
             self.block = self.blocks * self.width // self._count()
             self.in_blocks = self.file_bytes * self.blocks / self.total
         read = self.file_bytes - self.in_blocks

@@ -20,7 +20,7 @@ from llm_pruner.errors import UserError
 from llm_pruner.models.activation_store import ActivationStore
 from llm_pruner.models.blockwise import Call, Chain, hidden_of, requiring_gradients
 from llm_pruner.models.forward import run_for_logits
-from llm_pruner.models.streaming import is_model_streamed, turn
+from llm_pruner.models.streaming import ends_of, is_model_streamed, turn
 from llm_pruner.runtime.processes import ALONE, Processes
 from llm_pruner.runtime.progress import track
 
@@ -222,9 +222,11 @@ class _BlockPass:
                 ActivationStore(range(self.count + 1), samples, MEMORY // 4) as self.states,
             ):
                 self._forward()
+                ends = ends_of(chain.model)
                 for batch, owner in self.batches.all:
-                    for part in self.batches.parts(batch, self.headed):
-                        self._head(part)
+                    with turn(*ends):
+                        for part in self.batches.parts(batch, self.headed):
+                            self._head(part)
                     collector.add_up(None, (), batch, owner)
                 order = range(self.count - 1, self.lowest - 1, -1)
                 steps = [(index, *one) for index in order for one in self.batches.all]
@@ -243,11 +245,12 @@ class _BlockPass:
                 if chain.outside:
                     size = self.headed if collector.together else 1
                     label = f"{collector.label}: embedding and head"
-                    for batch, owner in track(self.batches.all, label):
-                        for part in self.batches.parts(batch, size):
-                            self._outside(part)
-                        collector.add_up(None, chain.outside, batch, owner)
-                    collector.finished(None, chain.outside)
+                    with requiring_gradients(chain.outside), turn(*ends):
+                        for batch, owner in track(self.batches.all, label):
+                            for part in self.batches.parts(batch, size):
+                                self._outside(part)
+                            collector.add_up(None, chain.outside, batch, owner)
+                        collector.finished(None, chain.outside)
 
     @torch.no_grad()
     def _forward(self) -> None:
@@ -321,15 +324,14 @@ class _BlockPass:
                 entries.append(given)
             return self.chain.as_output(at, top.to(given.device) if at + 1 == self.count else given)
 
-        with requiring_gradients(self.chain.outside):
-            logits = self.chain.run(self.ids[part], handler)
-            pairs = [(logits, loss_cotangent(logits, self.ids[part], part.start))]
-            if self.chain.bottom:
-                gradient = self.gradients.read(0, part).to(entries[0].device)
-                pairs.append((entries[0], (gradient, 1.0)))
-            outputs, cotangents = zip(*(one for one in pairs if one[0].requires_grad), strict=True)
-            self.collector.seen()  # in the forward pass already
-            self.collector.pull(outputs, cotangents, part, self.chain.outside)
+        logits = self.chain.run(self.ids[part], handler)
+        pairs = [(logits, loss_cotangent(logits, self.ids[part], part.start))]
+        if self.chain.bottom:
+            gradient = self.gradients.read(0, part).to(entries[0].device)
+            pairs.append((entries[0], (gradient, 1.0)))
+        outputs, cotangents = zip(*(one for one in pairs if one[0].requires_grad), strict=True)
+        self.collector.seen()  # in the forward pass already
+        self.collector.pull(outputs, cotangents, part, self.chain.outside)
 
 
 def pull_back(

@@ -25,10 +25,18 @@ def sharing_copy(model: nn.Module, *, buffers: bool = True) -> nn.Module:
     Args:
         buffers: whether those that are no parameters are, too; else the copy has its own.
     """
-    held = [value for module in model.modules() for value in vars(module).values()]
-    others = [*model.buffers(), *(value for value in held if isinstance(value, torch.Tensor))]
+    weights = {id(one): one for one in model.parameters()}
+    others = [one for one in tensors_of(model) if id(one) not in weights]
     memo = {id(one): one if buffers else one.detach().clone() for one in others}
-    return own_copy(model, memo | {id(one): one for one in model.parameters()})
+    return own_copy(model, memo | weights)
+
+
+def tensors_of(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield parameters, buffers and the tensors that are plain attributes of modules."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        yield from (value for value in vars(module).values() if isinstance(value, torch.Tensor))
 
 
 def own_copy(model: Any, memo: dict[int, Any] | None = None) -> Any:

@@ -35,6 +35,7 @@ from llm_pruner.files.disk import read_json
 from llm_pruner.hook import has_recipe
 from llm_pruner.models import stored as on_disk
 from llm_pruner.models.streaming import stored, stream_
+from llm_pruner.runtime.memory import keep_all_blocks
 from llm_pruner.runtime.progress import quiet
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.limits import check_installed
@@ -135,6 +136,7 @@ def load_model(
         reads = weights if reads_tokenizer is None else reads_tokenizer
         tokenizer = _load_tokenizer(source, found, tokenizer_required) if reads else None
     if streams:
+        keep_all_blocks()
         kind = on_disk.dtype_named(dtype)
         on = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         stream_(model, kind if isinstance(kind, torch.dtype) else model.dtype, on, memory or 0)
@@ -250,7 +252,8 @@ def fingerprint(model: PreTrainedModel) -> str:
             with stored(parameter) as values:
                 flat = getattr(values, "qdata", values).reshape(-1)  # of packed ones
                 sample = flat[:: max(1, flat.numel() // 8)][:8].to("cpu", torch.bfloat16)
-            digest.update(sample.view(torch.int16).numpy().tobytes())
+                # Maybe a view of the file, whose pages it would bring back.
+                digest.update(sample.view(torch.int16).numpy().tobytes())
     config = _without_volatile(model.config.to_dict())
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]

@@ -3,8 +3,10 @@
 safetensors maps weight files into memory, so a model that keeps the type of its checkpoint occupies
 no memory until its weights are read. ``stream_`` puts an empty stand-in in place of every weight
 inside the blocks; when a block runs, and for as long as ``turn`` holds it, its weights are there in
-the type of computation, cut as surgery said, and afterwards their pages are given back. Whatever
-runs the model, one block's weights exist at a time beside embeddings and head.
+the type of computation, cut as surgery said, and afterwards their pages are given back. So are
+those of embeddings and head for each call, where nothing but the module itself uses them: a large
+vocabulary takes as much as several blocks. Whatever runs the model, the weights of one block or of
+the head exist at a time.
 
 A stand-in is one NaN in the shape of the weight: what is read out of turn does not pass unnoticed.
 """
@@ -25,12 +27,22 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from llm_pruner.errors import UserError
-from llm_pruner.models.layers import heaviest
+from llm_pruner.models.layers import heaviest, own_copy, tensors_of
+from llm_pruner.runtime.memory import give_back
+from llm_pruner.runtime.progress import quiet
 from llm_pruner.types import IntArray
+
+_PIECE = 2**24
+"""Bytes of a file that are widened at a time."""
+
+_LARGE = 2**28
+"""Bytes of a weight, such as that of a head, for which free memory is gathered."""
 
 _DONT_NEED = 4  # MADV_DONTNEED: drop the pages; those of a file are read again when needed
 
@@ -43,6 +55,7 @@ class _Source:
         stored: as it lies in the file.
         dtype, device: of computation.
         mapped: whether ``stored`` is a view of a file that nobody writes to.
+        tied: whether several modules use it.
         changes: (axis, positions, whether these alone stay; else they are zero), in order.
     """
 
@@ -50,17 +63,33 @@ class _Source:
     dtype: torch.dtype
     device: torch.device
     mapped: bool
+    tied: bool = False
     changes: tuple[tuple[int, torch.Tensor, bool], ...] = ()
 
     def read(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return the values, on fresh memory or as they are stored."""
+        kind = dtype or self.dtype
+        if not self.changes and kind != self.stored.dtype and self.stored.is_contiguous():
+            return self.copied(kind)
         value = self.stored
         for dim, positions, stay in self.changes:
             if stay:
                 value = value.index_select(dim, positions)
             else:
                 value = value.index_fill(dim, positions, 0)
-        return value.to(self.device, dtype or self.dtype)
+        return value.to(self.device, kind)
+
+    def copied(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the values on fresh memory; of a file, one piece is there beside them."""
+        if self.stored.numel() * dtype.itemsize >= _LARGE:
+            give_back()  # what smaller ones have left, which are too small for it
+        found = torch.empty(self.stored.shape, dtype=dtype, device=self.device)
+        size = _PIECE // self.stored.element_size()
+        pieces = self.stored.reshape(-1).split(size)
+        for piece, part in zip(pieces, found.view(-1).split(size), strict=True):
+            part.copy_(piece)
+            self._forget(piece)
+        return found
 
     def stand_in(self) -> torch.Tensor:
         shape = list(self.stored.shape)
@@ -71,10 +100,13 @@ class _Source:
 
     def forget(self) -> None:
         """Give the pages of the file back."""
+        self._forget(self.stored)
+
+    def _forget(self, part: torch.Tensor) -> None:
         if self.mapped:
-            start = self.stored.data_ptr()
+            start = part.data_ptr()
             first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-            last = (start + self.stored.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            last = (start + part.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
             if last > first:
                 _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONT_NEED)
 
@@ -137,7 +169,7 @@ def stored(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
 def stream_(
     model: nn.Module, dtype: torch.dtype, device: torch.device | str = "cpu", room: int = 0
 ) -> None:
-    """Have the weights in a model's blocks read for each turn; turn all others to ``dtype``.
+    """Have weights read for each turn of their block, embedding or head; turn others to ``dtype``.
 
     Args:
         model: loaded on the CPU in the type of its files, so that its weights are mapped.
@@ -159,6 +191,7 @@ def stream_(
     _compute_anew_(model, dtype)
     uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
     ranges = _mapped_files()
+    ends = _ends(model, blocks)
     for number, block in enumerate(blocks):
         inside = [one for _, one in block.named_parameters(remove_duplicate=False)]
         within = Counter(map(id, inside))
@@ -167,6 +200,13 @@ def stream_(
                 _adopt(parameter, _source_of(parameter, dtype, device, ranges))
         run = partial(_in_turn, block, number, block.forward)
         block.forward = update_wrapper(run, block.forward)
+    for end in ends:
+        for parameter in end.parameters():
+            if not is_streamed(parameter):
+                source = _source_of(parameter, dtype, device, ranges)
+                _adopt(parameter, replace(source, tied=uses[id(parameter)] > 1))
+        run = partial(_end_in_turn, end, len(blocks), end.forward)
+        end.forward = update_wrapper(run, end.forward)
     for tensor in (*model.parameters(), *model.buffers()):
         if is_streamed(tensor):
             _SOURCES[tensor].forget()
@@ -181,6 +221,85 @@ def stream_(
     if config is not None:
         config.dtype = dtype
     _ROOMS[model] = room
+
+
+def ends_of(model: nn.Module) -> list[nn.Module]:
+    """Return the modules outside the blocks whose weights are read for each call.
+
+    Who wants a gradient that passes them has to hold their ``turn`` until he has it. Heads come
+    first, as they cannot do with a tied weight in the type in which it is stored.
+    """
+    found = (one for one in model.modules() if getattr(one.forward, "func", None) is _end_in_turn)
+    return sorted(found, key=lambda one: isinstance(one, nn.Embedding))
+
+
+def _ends(model: nn.Module, blocks: nn.Module) -> list[nn.Module]:
+    """Return embeddings and heads outside the blocks whose weights nothing else uses.
+
+    A few tokens are run on the shapes alone, with an eye on every function that is given a weight.
+    Where the model does not run so, there are none.
+    """
+    within = {id(one) for one in blocks.modules()}
+    leaves = [
+        one
+        for one in model.modules()
+        if isinstance(one, nn.Embedding | nn.Linear)
+        and id(one) not in within
+        and all(weight.is_floating_point() for weight in one.parameters())
+    ]
+    memo: dict[int, Any] = {id(one): _shape_of(one) for one in tensors_of(model)}
+    alike = {id(memo[id(one)]): id(one) for leaf in leaves for one in leaf.parameters()}
+    try:
+        with torch.no_grad(), quiet("transformers"), _Watch(alike) as watch:
+            network = own_copy(model, memo)
+            for leaf in leaves:
+                memo[id(leaf)].register_forward_pre_hook(watch.enters)
+                memo[id(leaf)].register_forward_hook(watch.leaves)
+            network(torch.zeros(1, 4, dtype=torch.int64, device="meta"))
+    except Exception:  # any, of code that is not ours
+        return []
+    elsewhere = watch.elsewhere | {id(one) for one in blocks.parameters()}
+    return [leaf for leaf in leaves if not any(id(one) in elsewhere for one in leaf.parameters())]
+
+
+def _shape_of(tensor: torch.Tensor) -> torch.Tensor:
+    meta = tensor.detach().to("meta")
+    return nn.Parameter(meta, requires_grad=False) if isinstance(tensor, nn.Parameter) else meta
+
+
+class _Watch(TorchFunctionMode):
+    """Notes the weights that are used while none of some modules runs.
+
+    Args:
+        weights: id of a tensor -> what it is noted as.
+
+    Attributes:
+        elsewhere: what was noted.
+    """
+
+    def __init__(self, weights: Mapping[int, int]) -> None:
+        super().__init__()
+        self._weights, self._inside = weights, 0
+        self.elsewhere: set[int] = set()
+
+    def enters(self, *_: Any) -> None:
+        self._inside += 1
+
+    def leaves(self, *_: Any) -> None:
+        self._inside -= 1
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self._inside and not _asks_form(func):
+            given = tree_leaves((args, kwargs))
+            self.elsewhere |= {self._weights[id(one)] for one in given if id(one) in self._weights}
+        return func(*args, **kwargs)
+
+
+def _asks_form(func: Any) -> bool:
+    """Whether a function is an attribute of a tensor that says nothing of its values."""
+    name = getattr(getattr(func, "__self__", None), "__name__", "")
+    return getattr(func, "__name__", "") == "__get__" and name not in ("data", "T", "mT", "H", "mH")
 
 
 def _source_of(
@@ -239,6 +358,16 @@ def _in_turn(block: nn.Module, number: int, forward: Any, *args: Any, **kwargs: 
         before_turn.reset(token)
 
 
+def _end_in_turn(end: nn.Module, number: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a head as the block behind all others, or an embedding, which waits for nobody."""
+    if not isinstance(end, nn.Embedding):
+        return _in_turn(end, number, forward, *args, **kwargs)
+    with turn(end):
+        found = forward(*args, **kwargs)
+    source = _SOURCES.get(end.weight)
+    return found if source is None or type(end) is not nn.Embedding else found.to(source.dtype)
+
+
 def _adopt(parameter: nn.Parameter, source: _Source) -> None:
     _SOURCES[parameter] = source
     parameter.data = source.stand_in()
@@ -265,12 +394,11 @@ def _turn(block: nn.Module) -> Iterator[None]:
         if parameter is not None and parameter in _SOURCES and parameter not in _held
     ]
     stand_ins = []
+    types = [_type_in_turn(module, _SOURCES[parameter]) for module, _, parameter in places]
     with _undisturbed_by_modes():
-        for module, _, parameter in places:
+        for (_, _, parameter), kind in zip(places, types, strict=True):
             if parameter not in _held:
                 stand_ins.append((parameter, parameter.data))
-                source = _SOURCES[parameter]
-                kind = source.stored.dtype if _would_narrow(module, source) else source.dtype
                 parameter.data = values_of(parameter, kind)
                 _held[parameter] = True
     try:
@@ -291,6 +419,11 @@ def _turn(block: nn.Module) -> Iterator[None]:
                     _adopt(now, replace(source, stored=stored, mapped=False, changes=()))
 
 
+def _type_in_turn(module: nn.Module, source: _Source) -> torch.dtype:
+    as_stored = _would_narrow(module, source) or _reads_rows(module, source)
+    return source.stored.dtype if as_stored else source.dtype
+
+
 def _would_narrow(module: nn.Module, source: _Source) -> bool:
     """Whether autocast would bring a module's weights to the very type in which they are stored.
 
@@ -299,9 +432,24 @@ def _would_narrow(module: nn.Module, source: _Source) -> bool:
     on = source.device.type
     return (
         type(module) is nn.Linear
+        and not (source.tied and _wants_gradient(module))
         and torch.is_autocast_enabled(on)
         and torch.get_autocast_dtype(on) == source.stored.dtype
     )
+
+
+def _reads_rows(module: nn.Module, source: _Source) -> bool:
+    """Whether a module's weights are kept as they are stored, of which it reads a few rows.
+
+    What it reads is widened afterwards. Gradients are taken in the type of computation.
+    """
+    narrow = torch.promote_types(source.stored.dtype, source.dtype) == source.dtype
+    plain = type(module) is nn.Embedding and module.max_norm is None
+    return plain and narrow and not _wants_gradient(module)
+
+
+def _wants_gradient(module: nn.Module) -> bool:
+    return torch.is_grad_enabled() and any(one.requires_grad for one in module.parameters())
 
 
 @contextmanager
@@ -394,7 +542,10 @@ class _Reader:
         self.weights_map = self
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return values_of(self._state[name]).cpu().contiguous()
+        source = _SOURCES[self._state[name]]
+        if source.changes:
+            return values_of(self._state[name]).cpu().contiguous()
+        return source.copied(source.dtype).cpu()
 
 
 def _mapped_files() -> list[tuple[int, int]]:

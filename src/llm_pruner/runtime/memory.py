@@ -29,7 +29,12 @@ _KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 _HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 """Has PyTorch ask for them on Linux."""
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+KEPT_OF_ALL = 2**30
+"""The same where blocks of every size are kept."""
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+_chosen = False  # that this process keeps large blocks
+
 _SAID = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 
 
@@ -43,7 +48,21 @@ def keep_large_blocks() -> bool:
     mallopt = _glibc("mallopt")
     if mallopt is None or any(name in os.environ for name in _SAID):
         return False
-    return bool(mallopt(_MMAP_THRESHOLD, BLOCK)) and bool(mallopt(_TRIM_THRESHOLD, KEPT))
+    global _chosen
+    _chosen = bool(mallopt(_MMAP_THRESHOLD, BLOCK)) and bool(mallopt(_TRIM_THRESHOLD, KEPT))
+    return _chosen
+
+
+def keep_all_blocks() -> bool:
+    """Where malloc keeps large blocks, have it keep larger ones as well; return whether it does.
+
+    For weights that are widened for their turn, one block of a model after the other: of a 7B they
+    are 180 MB each, which the kernel hands out at a seventh of the speed at which they are written.
+    """
+    mallopt = _glibc("mallopt")
+    if not _chosen or mallopt is None:
+        return False
+    return bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, KEPT_OF_ALL))
 
 
 def keep_kernels(number: int) -> None:
