@@ -17,7 +17,7 @@ import ctypes
 import mmap
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -191,12 +191,13 @@ def stream_(
     _compute_anew_(model, dtype)
     uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
     ranges = _mapped_files()
-    ends = _ends(model, blocks)
+    ends, elsewhere = _lone_ends(model, blocks)
     for number, block in enumerate(blocks):
         inside = [one for _, one in block.named_parameters(remove_duplicate=False)]
         within = Counter(map(id, inside))
         for parameter in {id(one): one for one in inside}.values():
-            if within[id(parameter)] == uses[id(parameter)] and parameter.is_floating_point():
+            alone = within[id(parameter)] == uses[id(parameter)] and id(parameter) not in elsewhere
+            if alone and parameter.is_floating_point():
                 _adopt(parameter, _source_of(parameter, dtype, device, ranges))
         run = partial(_in_turn, block, number, block.forward)
         block.forward = update_wrapper(run, block.forward)
@@ -233,33 +234,37 @@ def ends_of(model: nn.Module) -> list[nn.Module]:
     return sorted(found, key=lambda one: isinstance(one, nn.Embedding))
 
 
-def _ends(model: nn.Module, blocks: nn.Module) -> list[nn.Module]:
-    """Return embeddings and heads outside the blocks whose weights nothing else uses.
+def _lone_ends(model: nn.Module, blocks: nn.ModuleList) -> tuple[list[nn.Module], set[int]]:
+    """Return the embeddings and heads to be read when called, and the weights that cannot be.
 
-    A few tokens are run on the shapes alone, with an eye on every function that is given a weight.
-    Where the model does not run so, there are none.
+    An embedding is one that does nothing but look up, a head a linear module that runs behind the
+    blocks: what runs before them runs again for each block and sample. The ids are those of weights
+    that are used while none of these and no block runs, as in ``hidden @ embedding.weight.T``.
     """
     within = {id(one) for one in blocks.modules()}
-    leaves = [
+    ends = [
         one
         for one in model.modules()
-        if isinstance(one, nn.Embedding | nn.Linear)
+        if (isinstance(one, nn.Linear) or (type(one) is nn.Embedding and one.max_norm is None))
         and id(one) not in within
         and all(weight.is_floating_point() for weight in one.parameters())
     ]
     memo: dict[int, Any] = {id(one): _shape_of(one) for one in tensors_of(model)}
-    alike = {id(memo[id(one)]): id(one) for leaf in leaves for one in leaf.parameters()}
+    watch = _Watch({id(memo[id(one)]): id(one) for one in model.parameters()})
     try:
-        with torch.no_grad(), quiet("transformers"), _Watch(alike) as watch:
+        with torch.no_grad(), quiet("transformers"), watch:
             network = own_copy(model, memo)
-            for leaf in leaves:
-                memo[id(leaf)].register_forward_pre_hook(watch.enters)
-                memo[id(leaf)].register_forward_hook(watch.leaves)
+            for module in (*ends, *blocks):
+                memo[id(module)].register_forward_pre_hook(watch.enters)
+                memo[id(module)].register_forward_hook(watch.leaves)
+            memo[id(blocks[-1])].register_forward_hook(watch.passes)
             network(torch.zeros(1, 4, dtype=torch.int64, device="meta"))
     except Exception:  # any, of code that is not ours
-        return []
-    elsewhere = watch.elsewhere | {id(one) for one in blocks.parameters()}
-    return [leaf for leaf in leaves if not any(id(one) in elsewhere for one in leaf.parameters())]
+        return [], set()
+    elsewhere = watch.elsewhere
+    return [
+        end for end in ends if not any(id(one) in elsewhere for one in end.parameters())
+    ], elsewhere
 
 
 def _shape_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -268,7 +273,7 @@ def _shape_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _Watch(TorchFunctionMode):
-    """Notes the weights that are used while none of some modules runs.
+    """Runs a model on shapes alone, and notes the weights that are used out of turn.
 
     Args:
         weights: id of a tensor -> what it is noted as.
@@ -279,21 +284,33 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, weights: Mapping[int, int]) -> None:
         super().__init__()
-        self._weights, self._inside = weights, 0
+        self._weights, self._inside, self._behind = weights, 0, False
         self.elsewhere: set[int] = set()
 
-    def enters(self, *_: Any) -> None:
+    def enters(self, module: nn.Module, *_: Any) -> None:
+        if isinstance(module, nn.Linear) and not (self._behind or self._inside):
+            self._note(module.parameters())
         self._inside += 1
 
     def leaves(self, *_: Any) -> None:
         self._inside -= 1
 
+    def passes(self, *_: Any) -> None:
+        self._behind = True
+
+    def _note(self, tensors: Iterable[Any]) -> None:
+        self.elsewhere |= {self._weights[id(one)] for one in tensors if id(one) in self._weights}
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not self._inside and not _asks_form(func):
-            given = tree_leaves((args, kwargs))
-            self.elsewhere |= {self._weights[id(one)] for one in given if id(one) in self._weights}
+        if func in _ASKS_VALUE:  # as whether a token is padding
+            return False
+        if not (self._inside or _asks_form(func)):
+            self._note(tree_leaves((args, kwargs)))
         return func(*args, **kwargs)
+
+
+_ASKS_VALUE = (torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__contains__)
 
 
 def _asks_form(func: Any) -> bool:
@@ -320,8 +337,11 @@ def _compute_anew_(model: nn.Module, dtype: torch.dtype) -> None:
     Raises:
         UserError: the model does not say how one is computed.
     """
-    compute: Any = getattr(model, "_init_weights", lambda _: None)
+    ways: dict[str, Callable[[nn.Module], object]] = {}
     for path, module in model.named_modules():
+        # As transformers does, a model in a model is asked for its own.
+        above = ways.get(path.rpartition(".")[0], lambda _: None)
+        ways[path] = getattr(module, "_init_weights", above)
         narrow = [
             name
             for name in module._non_persistent_buffers_set
@@ -336,7 +356,7 @@ def _compute_anew_(model: nn.Module, dtype: torch.dtype) -> None:
         for name in narrow:
             module._buffers[name] = torch.full_like(module._buffers[name], torch.nan, dtype=dtype)
         with torch.no_grad():
-            compute(module)
+            ways[path](module)
         for name in narrow:
             if module.get_buffer(name).isnan().any():
                 where = f"{path}.{name}".removeprefix(".")
@@ -365,7 +385,7 @@ def _end_in_turn(end: nn.Module, number: int, forward: Any, *args: Any, **kwargs
     with turn(end):
         found = forward(*args, **kwargs)
     source = _SOURCES.get(end.weight)
-    return found if source is None or type(end) is not nn.Embedding else found.to(source.dtype)
+    return found if source is None else found.to(source.dtype)
 
 
 def _adopt(parameter: nn.Parameter, source: _Source) -> None:
@@ -444,8 +464,7 @@ def _reads_rows(module: nn.Module, source: _Source) -> bool:
     What it reads is widened afterwards. Gradients are taken in the type of computation.
     """
     narrow = torch.promote_types(source.stored.dtype, source.dtype) == source.dtype
-    plain = type(module) is nn.Embedding and module.max_norm is None
-    return plain and narrow and not _wants_gradient(module)
+    return type(module) is nn.Embedding and narrow and not _wants_gradient(module)
 
 
 def _wants_gradient(module: nn.Module) -> bool:
