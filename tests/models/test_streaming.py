@@ -217,6 +217,32 @@ def test_text_is_written_with_the_weights_of_the_files_where_they_fit(
         assert not once or torch.equal(found, expected)
 
 
+def mapped_bytes(file: Path) -> int:
+    """Return how much of a file this process has mapped pages of."""
+    found, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if not first.endswith(":"):
+            ours = line.endswith(str(file))
+        elif ours and first == "Rss:":
+            found += 1024 * int(rest[0])
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="Linux tells what is mapped")
+def test_neither_loading_nor_a_turn_leaves_pages_of_the_files_in_memory(tmp_path: Path) -> None:
+    """The fingerprint reads eight values of each weight, and the kernel maps much around each."""
+    sizes = {"hidden_size": 240, "intermediate_size": 1024, "num_hidden_layers": 4}
+    tiny_model(**sizes).to(torch.bfloat16).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    model: Any = load_model(str(tmp_path), memory=TINY).model
+    assert mapped_bytes(file) < file.stat().st_size / 4
+    with turn(*model.model.layers, *ends_of(model)), torch.no_grad():
+        model(torch.arange(3, 40)[None])
+    assert mapped_bytes(file) < file.stat().st_size / 4
+
+
 def test_copies_run_on_their_own_cuts(tmp_path: Path) -> None:
     folder = str(save_tiny(tmp_path / "model", num_hidden_layers=3))
     resident, streamed = load_model(folder).model, load_model(folder, memory=TINY).model

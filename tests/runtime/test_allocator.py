@@ -13,27 +13,29 @@ pytestmark = pytest.mark.slow
 LINUX = sys.platform.startswith("linux") and os.confstr("CS_GNU_LIBC_VERSION") is not None
 
 SCRIPT = """
-import resource
+import resource, sys
 import torch
-from llm_pruner.runtime.memory import keep_large_blocks
-print(keep_large_blocks())
+from llm_pruner.runtime.memory import keep_all_blocks, keep_large_blocks
+asked, size = sys.argv[1], int(sys.argv[2])
+said = keep_large_blocks() if asked != "all" else False
+print(keep_all_blocks() if asked != "large" else said)
 torch.set_num_threads(1)
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(3):
-    torch.ones(2**20)
+    torch.ones(size)
 before = faults()
 for _ in range(20):
-    torch.ones(2**20)
+    torch.ones(size)
 print(faults() - before)
 """
 
 
-def run(**environment: str) -> list[str]:
+def run(asked: str = "large", size: int = 2**20, **environment: str) -> list[str]:
     names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
     rest = {key: value for key, value in os.environ.items() if key not in names}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
+        [sys.executable, "-c", SCRIPT, asked, str(size)],
         env={**rest, **environment},
         capture_output=True,
         text=True,
@@ -51,8 +53,20 @@ def test_memory_of_large_tensors_is_kept() -> None:
 
 
 @pytest.mark.skipif(not LINUX, reason="glibc alone")
+def test_memory_of_larger_ones_is_kept_where_that_of_large_ones_is() -> None:
+    huge = {"THP_MEM_ALLOC_ENABLE": "0"}  # else 64 MiB are 32 pages
+    said, faults = run("both", 2**24, **huge)
+    assert said == "True"
+    assert int(faults) < 16384
+    said, faults = run("all", 2**24, **huge)  # in a process that is not the command's
+    assert said == "False"
+    assert int(faults) > 100_000
+
+
+@pytest.mark.skipif(not LINUX, reason="glibc alone")
 def test_what_the_user_set_stays() -> None:
     assert run(MALLOC_MMAP_THRESHOLD_="1000000")[0] == "False"
+    assert run("both", MALLOC_MMAP_THRESHOLD_="1000000")[0] == "False"
 
 
 KERNELS = """

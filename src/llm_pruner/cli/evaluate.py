@@ -68,11 +68,12 @@ def show(found: Measured) -> None:
                 f"{result.tokens:,}",
                 f"{result.perplexity:.2f}",
                 "-" if result.stderr is None else f"{result.stderr:.2f}",
+                "-" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}",
             )
             for result in found.perplexity
         ]
         columns = ("corpus", "split", "protocol", "window", "tokens", "perplexity", "stderr")
-        out.table("Perplexity", columns, rows)
+        out.table("Perplexity", (*columns, "bits/byte"), rows)
     compared = [(one.corpus, one.divergence) for one in found.perplexity if one.divergence]
     if compared:
         kept = [

@@ -139,9 +139,10 @@ def _check_folder(
             f"{loaded.name} is no folder with weights on this machine, which is what "
             f"{server.TITLE} reads; name one, or use --server llama.cpp"
         )
-    config = loaded.model.config
+    config, code = loaded.model.config, folder / f"{CODE}.py"
+    written = code.read_text("utf-8", "replace") if code.is_file() else None
     try:
-        server.how(loaded.model, config, _saved_as(config))
+        server.how(loaded.model, config, _saved_as(config), written)
     except UserError as error:
         raise UserError(
             f"{loaded.name} does not run in {server.TITLE}: {error}; or leave out --server, to "

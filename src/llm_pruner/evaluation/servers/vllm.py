@@ -29,6 +29,9 @@ least bytes."""
 _BLOCK = 128
 """Tokens whose keys and values lie together, at most."""
 
+_TELLS = "def tell_vllm_"
+"""In the code of a folder that tells it the width of each layer's experts."""
+
 _MEMORY = 0.9
 """Share of a GPU that the servers take."""
 
@@ -74,13 +77,14 @@ def devices(more: Sequence[str]) -> int:
     return int(given) if given.isdecimal() else 1  # what is no number vLLM refuses itself
 
 
-def how(model: Any, config: Any, saved_as: str) -> str:
+def how(model: Any, config: Any, saved_as: str, code: str | None = None) -> str:
     """Return how it serves a folder, in words that follow its name.
 
     Args:
         model: that was saved in the folder.
         config: of the folder, where it says the sizes of the dense model.
         saved_as: ``stock``, ``remote_code`` or ``recipe``.
+        code: of the folder; None for what this version writes.
 
     Raises:
         UserError: it does not, or what it then writes is not what the model says.
@@ -94,15 +98,16 @@ def how(model: Any, config: Any, saved_as: str) -> str:
         raise UserError(
             "the hidden state is narrower than the config says; prune with --uniform, or not hidden"
         )
-    if _expert_widths_differ(model, config):
+    if code is not None and _TELLS not in code and _widths_differ(model, config):
         # It takes the memory that the config's width needs and fills a part of it, without a word.
         raise UserError(
-            "experts have widths that differ, and it takes one for all; prune with --uniform"
+            "experts have widths that differ, which the folder's code does not tell it; load it "
+            "and save it again where this version of llm-pruner is installed"
         )
     return "with --trust-remote-code"
 
 
-def _expert_widths_differ(model: Any, config: Any) -> bool:
+def _widths_differ(model: Any, config: Any) -> bool:
     """Whether experts, tensors of shape (experts, outputs, inputs), have not the config's width."""
     experts = [
         sorted(one.shape[1:])
