@@ -547,7 +547,7 @@ def test_evaluate_says_what_was_measured(work: Path, tiny: Path) -> None:
     shown = done("evaluate", tiny, *options, "--speed", "--json", "found.json").out
     assert max(map(len, shown.splitlines())) <= 80
     lines = [" ".join(line.split()) for line in shown.splitlines()]
-    assert "corpus split protocol window tokens perplexity stderr" in lines
+    assert "corpus split protocol window tokens perplexity stderr bits/byte" in lines
     row = next(line for line in lines if line.startswith("text.txt")).split()
     # 2,000 bytes make 20 windows that predict 99 tokens each.
     assert row[1:5] == ["-", "standard", "100", "1,980"]

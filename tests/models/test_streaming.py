@@ -179,6 +179,13 @@ def test_weights_that_are_used_without_their_module_stay_in_memory(by_module: bo
     assert model.embedding.weight.isnan().any() == by_module
 
 
+def test_an_embedding_that_would_be_rounded_as_a_whole_stays_in_memory() -> None:
+    model = Chained(by_module=True)
+    stream_(model, torch.bfloat16)
+    assert not is_streamed(model.embedding.weight)
+    assert is_streamed(model.layers[0].weight)
+
+
 def test_gradients_pass_the_ends_in_their_turn() -> None:
     torch.manual_seed(0)
     model, ids = Chained(by_module=True).to(torch.bfloat16), torch.tensor([[3, 1, 49]])

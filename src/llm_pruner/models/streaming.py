@@ -191,7 +191,7 @@ def stream_(
     _compute_anew_(model, dtype)
     uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
     ranges = _mapped_files()
-    ends, elsewhere = _lone_ends(model, blocks)
+    ends, elsewhere = _lone_ends(model, blocks, dtype if device.type == "cpu" else None)
     for number, block in enumerate(blocks):
         inside = [one for _, one in block.named_parameters(remove_duplicate=False)]
         within = Counter(map(id, inside))
@@ -234,18 +234,24 @@ def ends_of(model: nn.Module) -> list[nn.Module]:
     return sorted(found, key=lambda one: isinstance(one, nn.Embedding))
 
 
-def _lone_ends(model: nn.Module, blocks: nn.ModuleList) -> tuple[list[nn.Module], set[int]]:
+def _lone_ends(
+    model: nn.Module, blocks: nn.ModuleList, widened: torch.dtype | None
+) -> tuple[list[nn.Module], set[int]]:
     """Return the embeddings and heads to be read when called, and the weights that cannot be.
 
     An embedding is one that does nothing but look up, a head a linear module that runs behind the
     blocks: what runs before them runs again for each block and sample. The ids are those of weights
     that are used while none of these and no block runs, as in ``hidden @ embedding.weight.T``.
+
+    Args:
+        widened: type of computation, if rows can be read where the file is mapped, as on the CPU
+            alone. Embeddings stay in memory else, and where it is narrower than theirs.
     """
     within = {id(one) for one in blocks.modules()}
     ends = [
         one
         for one in model.modules()
-        if (isinstance(one, nn.Linear) or (type(one) is nn.Embedding and one.max_norm is None))
+        if (isinstance(one, nn.Linear) or _only_looks_up(one, widened))
         and id(one) not in within
         and all(weight.is_floating_point() for weight in one.parameters())
     ]
@@ -456,6 +462,13 @@ def _would_narrow(module: nn.Module, source: _Source) -> bool:
         and torch.is_autocast_enabled(on)
         and torch.get_autocast_dtype(on) == source.stored.dtype
     )
+
+
+def _only_looks_up(module: nn.Module, dtype: torch.dtype | None) -> bool:
+    """Whether a module does nothing but read rows, which may be widened to a type."""
+    if type(module) is not nn.Embedding or module.max_norm is not None or dtype is None:
+        return False
+    return torch.promote_types(module.weight.dtype, dtype) == dtype
 
 
 def _reads_rows(module: nn.Module, source: _Source) -> bool:

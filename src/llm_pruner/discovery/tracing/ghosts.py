@@ -23,6 +23,11 @@ from llm_pruner.discovery.tracing.provenance import put_back, spaces_of
 LARGEST = 1 << 22
 """Elements of the largest result that is held in memory; larger ones are ghosts too."""
 
+COMPUTED = 1 << 16
+"""Elements of the largest factor of a product that is computed, as the angles of positions are."""
+
+_STEP = 7919
+
 
 def is_ghost(tensor: torch.Tensor) -> bool:
     """Whether all positions of a tensor share one element."""
@@ -112,14 +117,17 @@ class GhostRunner:
     """Runs operations; those with ghosts are only shaped."""
 
     def __init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
+        self._values = torch.rand(2 * COMPUTED, generator=generator).mul_(2).sub_(1)
+        self._place = 0
 
     def run(self, known: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the result of an operation, or one of its shape."""
         inputs = tensors_in([*args, *kwargs.values()])
         ghosts = any(is_ghost(tensor) for tensor in inputs)
-        large = any(tensor.numel() > LARGEST for tensor in inputs)
-        if known.view or not (ghosts or large):
+        most = max((tensor.numel() for tensor in inputs), default=0)
+        large = most > LARGEST
+        if known.view or not (ghosts or large or (known.op.product and most > COMPUTED)):
             return known.func(*args, **kwargs)
         if known.mutates:
             target = kwargs.get("out", args[0] if args else None)
@@ -156,8 +164,19 @@ class GhostRunner:
     def _filled(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.numel() > LARGEST:
             return _ghost(tensor.shape, tensor.dtype)
-        real = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-        return real.uniform_(-1, 1, generator=self._generator)
+        if not tensor.numel():
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
+        sizes = zip(tensor.shape, tensor.stride(), strict=True)
+        values = self._drawn(1 + sum((size - 1) * stride for size, stride in sizes))
+        return values.to(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+
+    def _drawn(self, count: int) -> torch.Tensor:
+        """Return values of [-1, 1), from another place of the same row at each call."""
+        self._place = (self._place + _STEP) % COMPUTED
+        row = self._values[self._place : self._place + COMPUTED]
+        return (
+            row.repeat(-(-count // COMPUTED))[:count] if count > COMPUTED else row[:count].clone()
+        )
 
 
 def _mapped(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
