@@ -1,6 +1,6 @@
 """Whether a command that is ended at a random moment loses, breaks or leaves anything.
 
-    python benchmarks/kills.py
+    python benchmarks/kills.py [--command streamed --signal SIGKILL --kills 10 --out FILE]
 
 Runs prune (also with weights read block by block), recover, compress and evaluate on a tiny random
 model, once each to their ends, and 78 times ended by SIGTERM, SIGKILL and Ctrl-C in turn, at a
@@ -176,10 +176,15 @@ def end(folder: Path, words: list[str], number: int, wait: float) -> tuple[int, 
 
 
 def try_once(
-    number: int, seed: int, inputs: Path, wholes: dict[str, Path], seconds: dict[str, float]
+    number: int,
+    turn: tuple[str, Any],
+    seed: int,
+    inputs: Path,
+    wholes: dict[str, Path],
+    seconds: dict[str, float],
 ) -> dict[str, Any]:
     """End a command, give it again, and return what holds."""
-    command, sent = TURN[number % len(TURN)], SIGNALS[number % len(SIGNALS)]
+    command, sent = turn
     draw, whole, out = random.Random(f"{seed}-{number}"), wholes[command], OUT[command]
     while True:
         with tempfile.TemporaryDirectory() as temporary:
@@ -235,8 +240,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="at a time")
     parser.add_argument("--out", type=Path, default=RESULTS / "kills.json")
+    parser.add_argument("--command", choices=COMMANDS, help="this one alone")
+    parser.add_argument("--signal", choices=[one.name for one in SIGNALS], help="this one alone")
     options = parser.parse_args()
-    settings = {"model": "Llama of 4 layers, random", "commands": COMMANDS, "seed": options.seed}
+    commands = {name: COMMANDS[name] for name in COMMANDS if options.command in (None, name)}
+    settings = {"model": "Llama of 4 layers, random", "commands": commands, "seed": options.seed}
+    turns = [options.command] if options.command else TURN
+    signals = [signal.Signals[options.signal]] if options.signal else SIGNALS
     result: dict[str, Any] = {"settings": {**settings, "machine": machine()}, "kills": []}
     if options.out.is_file():
         earlier = json.loads(options.out.read_text())
@@ -247,7 +257,7 @@ def main() -> None:
         inputs.mkdir()
         make_inputs(inputs)
         wholes, seconds = {}, {}
-        for command, words in COMMANDS.items():
+        for command, words in commands.items():
             wholes[command] = Path(temporary) / command
             shutil.copytree(inputs, wholes[command])
             began = time.monotonic()
@@ -259,7 +269,15 @@ def main() -> None:
         numbers = range(len(result["kills"]), options.kills)
         with ThreadPoolExecutor(options.jobs) as pool:
             for found in pool.map(
-                lambda number: try_once(number, options.seed, inputs, wholes, seconds), numbers
+                lambda number: try_once(
+                    number,
+                    (turns[number % len(turns)], signals[number % len(signals)]),
+                    options.seed,
+                    inputs,
+                    wholes,
+                    seconds,
+                ),
+                numbers,
             ):
                 result["kills"].append(found)
                 result["failed"] = sum(bool(one["fails"]) for one in result["kills"])

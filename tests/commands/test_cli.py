@@ -547,13 +547,14 @@ def test_evaluate_says_what_was_measured(work: Path, tiny: Path) -> None:
     shown = done("evaluate", tiny, *options, "--speed", "--json", "found.json").out
     assert max(map(len, shown.splitlines())) <= 80
     lines = [" ".join(line.split()) for line in shown.splitlines()]
-    assert "corpus split protocol window tokens perplexity stderr bits/byte" in lines
+    assert "corpus split protocol window tokens perplexity stderr" in lines
     row = next(line for line in lines if line.startswith("text.txt")).split()
     # 2,000 bytes make 20 windows that predict 99 tokens each.
     assert row[1:5] == ["-", "standard", "100", "1,980"]
     found = json.loads(Path("found.json").read_text())
     result = found["perplexity"][0]
     assert row[5] == f"{result['perplexity']:.2f}"
+    assert f"bits per byte: text.txt {result['bits_per_byte']:.4f}" in lines
     assert (result["corpus"], result["tokens"], result["window"]) == ("text.txt", 1980, 100)
     assert found["speed"]["decode_tokens_per_second"] > 0
     assert list(found["samples"]) == ["the old"]

@@ -68,12 +68,15 @@ def show(found: Measured) -> None:
                 f"{result.tokens:,}",
                 f"{result.perplexity:.2f}",
                 "-" if result.stderr is None else f"{result.stderr:.2f}",
-                "-" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}",
             )
             for result in found.perplexity
         ]
         columns = ("corpus", "split", "protocol", "window", "tokens", "perplexity", "stderr")
-        out.table("Perplexity", (*columns, "bits/byte"), rows)
+        out.table("Perplexity", columns, rows)
+        bits = {one.corpus: one.bits_per_byte for one in found.perplexity if one.bits_per_byte}
+        if bits:
+            each = ", ".join(f"{clean(corpus)} {value:.4f}" for corpus, value in bits.items())
+            out.print(f"bits per byte: {each}")
     compared = [(one.corpus, one.divergence) for one in found.perplexity if one.divergence]
     if compared:
         kept = [

@@ -261,6 +261,8 @@ def _lone_ends(
         with torch.no_grad(), quiet("transformers"), watch:
             network = own_copy(model, memo)
             for module in (*ends, *blocks):
+                if isinstance(module, nn.Linear) and id(module) not in within:
+                    memo[id(module)].register_forward_pre_hook(watch.meets_head)
                 memo[id(module)].register_forward_pre_hook(watch.enters)
                 memo[id(module)].register_forward_hook(watch.leaves)
             memo[id(blocks[-1])].register_forward_hook(watch.passes)
@@ -293,9 +295,11 @@ class _Watch(TorchFunctionMode):
         self._weights, self._inside, self._behind = weights, 0, False
         self.elsewhere: set[int] = set()
 
-    def enters(self, module: nn.Module, *_: Any) -> None:
-        if isinstance(module, nn.Linear) and not (self._behind or self._inside):
+    def meets_head(self, module: nn.Module, *_: Any) -> None:
+        if not self._behind:
             self._note(module.parameters())
+
+    def enters(self, *_: Any) -> None:
         self._inside += 1
 
     def leaves(self, *_: Any) -> None:
