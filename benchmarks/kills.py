@@ -243,6 +243,8 @@ def main() -> None:
     parser.add_argument("--command", choices=COMMANDS, help="this one alone")
     parser.add_argument("--signal", choices=[one.name for one in SIGNALS], help="this one alone")
     options = parser.parse_args()
+    # A shell that started this in the background had it ignored, and children would as well.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     commands = {name: COMMANDS[name] for name in COMMANDS if options.command in (None, name)}
     settings = {"model": "Llama of 4 layers, random", "commands": commands, "seed": options.seed}
     turns = [options.command] if options.command else TURN
