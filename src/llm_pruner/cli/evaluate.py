@@ -73,10 +73,10 @@ def show(found: Measured) -> None:
         ]
         columns = ("corpus", "split", "protocol", "window", "tokens", "perplexity", "stderr")
         out.table("Perplexity", columns, rows)
-        bits = {one.corpus: one.bits_per_byte for one in found.perplexity if one.bits_per_byte}
-        if bits:
-            each = ", ".join(f"{clean(corpus)} {value:.4f}" for corpus, value in bits.items())
-            out.print(f"bits per byte: {each}")
+        known = [one for one in found.perplexity if one.bits_per_byte is not None]
+        if known:
+            each = (f"{clean(one.corpus)} {one.bits_per_byte:.4f}" for one in known)
+            out.print(f"bits per byte: {', '.join(each)}")
     compared = [(one.corpus, one.divergence) for one in found.perplexity if one.divergence]
     if compared:
         kept = [

@@ -371,7 +371,7 @@ class _Forecaster:
         if self.streamed:
             blocks = {id(one) for one in self.model.get_submodule(self.path).parameters()}
             ends = (one for one in self.model.parameters() if id(one) not in blocks)
-            self.weights, self.cut = max(one.numel() for one in ends) * self.width, 0
+            self.weights, self.cut = max((one.numel() for one in ends), default=0) * self.width, 0
             self.block = self.blocks * self.width // self._count()
             self.in_blocks = self.file_bytes * self.blocks / self.total
         read = self.file_bytes - self.in_blocks

@@ -270,9 +270,8 @@ def _lone_ends(
     except Exception:  # any, of code that is not ours
         return [], set()
     elsewhere = watch.elsewhere
-    return [
-        end for end in ends if not any(id(one) in elsewhere for one in end.parameters())
-    ], elsewhere
+    alone = [end for end in ends if elsewhere.isdisjoint(map(id, end.parameters()))]
+    return alone, elsewhere
 
 
 def _shape_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -321,6 +320,8 @@ class _Watch(TorchFunctionMode):
 
 
 _ASKS_VALUE = (torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__contains__)
+"""What shapes alone do not tell. Where the answer decides that a weight is used out of turn, the
+model is NaN there, and the comparison with the twin refuses it."""
 
 
 def _asks_form(func: Any) -> bool:

@@ -19,6 +19,9 @@ BLOCK = 2**25
 KEPT = 2**27
 """Free bytes at the top of the heap that are kept."""
 
+KEPT_OF_ALL = 2**30
+"""The same where blocks of every size are kept."""
+
 PRUNING, BOTH, TRAINING = 128, 512, 4096
 """Matrix products, of a shape each, whose kernels are kept: where every width that is tried is a
 shape of its own; where a model of many widths is trained on rows of one length besides; and where
@@ -28,9 +31,6 @@ _KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 _HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 """Has PyTorch ask for them on Linux."""
-
-KEPT_OF_ALL = 2**30
-"""The same where blocks of every size are kept."""
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _chosen = False  # that this process keeps large blocks
@@ -57,7 +57,7 @@ def keep_all_blocks() -> bool:
     """Where malloc keeps large blocks, have it keep larger ones as well; return whether it does.
 
     For weights that are widened for their turn, one block of a model after the other: of a 7B they
-    are 180 MB each, which the kernel hands out at a seventh of the speed at which they are written.
+    are 180 MB each, and the kernel takes longer to clear their pages than it takes to write them.
     """
     mallopt = _glibc("mallopt")
     if not _chosen or mallopt is None:

@@ -26,7 +26,7 @@ LARGEST = 1 << 22
 COMPUTED = 1 << 16
 """Elements of the largest factor of a product that is computed, as the angles of positions are."""
 
-_STEP = 7919
+_STEP = 7919  # by which results begin at other values; a prime
 
 
 def is_ghost(tensor: torch.Tensor) -> bool:
