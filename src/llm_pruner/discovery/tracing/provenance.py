@@ -125,16 +125,42 @@ def without_memory() -> Iterator[None]:
                 vars(owner)[name].cache_clear()
 
 
-def _memoised() -> Iterator[tuple[Any, str]]:
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] not in _OTHERS and isinstance(module, ModuleType):
-            yield from _memoised_in(name, len(vars(module)))
+class _Memoised:
+    """Finds memoised functions of models and libraries: ten times in a run, among all modules.
+
+    Only what has come since the last time is looked through.
+    """
+
+    def __init__(self) -> None:
+        self._all: list[ModuleType] = []
+        self._others: list[ModuleType] = []
+        self._sizes: list[int] = []
+        self._found: list[tuple[Any, str]] = []
+
+    def __call__(self) -> list[tuple[Any, str]]:
+        """Return (owner, name) of each."""
+        modules = [*sys.modules.values()]
+        if modules != self._all:
+            self._all, self._sizes = modules, []
+            self._others = [
+                module
+                for name, module in [*sys.modules.items()]
+                if name.partition(".")[0] not in _OTHERS and isinstance(module, ModuleType)
+            ]
+        sizes = [len(vars(module)) for module in self._others]
+        if sizes != self._sizes:
+            both = zip(self._others, sizes, strict=True)
+            self._found = [one for module, size in both for one in _memoised_in(module, size)]
+            self._sizes = sizes
+        return self._found
+
+
+_memoised = _Memoised()
 
 
 @functools.cache
-def _memoised_in(module_name: str, names: int) -> list[tuple[Any, str]]:  # noqa: ARG001
+def _memoised_in(module: ModuleType, names: int) -> list[tuple[Any, str]]:  # noqa: ARG001
     """Return (owner, name) of memoised functions; a module is looked through when it has grown."""
-    module = sys.modules[module_name]
     found: list[tuple[Any, str]] = []
     for name, value in list(vars(module).items()):
         if isinstance(value, _Cached):
