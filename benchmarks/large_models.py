@@ -6,8 +6,9 @@
 MODEL is a folder or a shape of ``random_checkpoint.py``, which is then written to DIR (and deleted
 again); MEMORY is what ``--memory`` is given. Each row is a ``prune --preset paper --ratio 0.2`` in
 a process of its own, from start to the saved checkpoint, with the seconds of its stages, the peak
-of its resident memory, pages of mapped files included, and the bytes in and out. OUT is written
-after each row, and a row that is there is not made again.
+of its resident memory, pages of mapped files included, the bytes in and out, and the hash of the
+plan, which is the same whether weights are read block by block or not. OUT is written after each
+row, and a row that is there is not made again.
 
 Beside it stands the floor: the bytes of the weights read twice and those of the result written
 once, at the rates of this disk, and 6 operations for each weight and token, at the rate of this
@@ -17,6 +18,7 @@ machine for products of the model's own shape.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -109,10 +111,12 @@ def row_of(name: str, model: Path, memory: str | None, calibration: Path, work: 
         "written_once": outside / written,
         "products": 6 * tokens * record["parameters_before"] / rate,
     }
+    plan = hashlib.sha256((out / "plan.json").read_bytes()).hexdigest()
     shutil.rmtree(out)
     return {
         "name": name,
         "memory": memory,
+        "plan": plan,
         "parameters": record["parameters_before"],
         "bytes_in": inside,
         "bytes_out": outside,
