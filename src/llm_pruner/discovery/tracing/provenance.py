@@ -12,6 +12,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from operator import is_not
 from types import ModuleType
 from typing import Any
 
@@ -133,24 +134,27 @@ class _Memoised:
 
     def __init__(self) -> None:
         self._all: list[ModuleType] = []
-        self._others: list[ModuleType] = []
+        self._others: list[tuple[str, ModuleType]] = []
         self._sizes: list[int] = []
         self._found: list[tuple[Any, str]] = []
 
     def __call__(self) -> list[tuple[Any, str]]:
         """Return (owner, name) of each."""
         modules = [*sys.modules.values()]
-        if modules != self._all:
+        if len(modules) != len(self._all) or any(map(is_not, modules, self._all)):
             self._all, self._sizes = modules, []
             self._others = [
-                module
+                (name, module)
                 for name, module in [*sys.modules.items()]
                 if name.partition(".")[0] not in _OTHERS and isinstance(module, ModuleType)
             ]
-        sizes = [len(vars(module)) for module in self._others]
+        sizes = [len(vars(module)) for _, module in self._others]
         if sizes != self._sizes:
-            both = zip(self._others, sizes, strict=True)
-            self._found = [one for module, size in both for one in _memoised_in(module, size)]
+            self._found = [
+                one
+                for (name, module), size in zip(self._others, sizes, strict=True)
+                for one in _memoised_in(name, id(module), size)
+            ]
             self._sizes = sizes
         return self._found
 
@@ -159,8 +163,9 @@ _memoised = _Memoised()
 
 
 @functools.cache
-def _memoised_in(module: ModuleType, names: int) -> list[tuple[Any, str]]:  # noqa: ARG001
+def _memoised_in(module_name: str, place: int, names: int) -> list[tuple[Any, str]]:  # noqa: ARG001
     """Return (owner, name) of memoised functions; a module is looked through when it has grown."""
+    module = sys.modules[module_name]
     found: list[tuple[Any, str]] = []
     for name, value in list(vars(module).items()):
         if isinstance(value, _Cached):
