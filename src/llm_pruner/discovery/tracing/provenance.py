@@ -127,9 +127,9 @@ def without_memory() -> Iterator[None]:
 
 
 class _Memoised:
-    """Finds memoised functions of models and libraries: ten times in a run, among all modules.
+    """Finds memoised functions of models and libraries, before and after each trace.
 
-    Only what has come since the last time is looked through.
+    Modules are looked through when one has come, gone or grown since the last time.
     """
 
     def __init__(self) -> None:
