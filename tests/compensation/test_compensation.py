@@ -16,6 +16,8 @@ from llm_pruner.compensation import RIDGES, held_out_samples, refit, refit_
 from llm_pruner.compensation.least_squares import Equations, Rows, Sums, best_refit, equations
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
+from llm_pruner.importance import Criterion, score
+from llm_pruner.models.activation_store import HiddenStates
 from llm_pruner.surgery.cut import cut_
 from llm_pruner.types import Removal
 
@@ -191,6 +193,57 @@ def test_refitted_models_are_closer_to_the_dense_one(name: str, kinds: tuple[str
     }
     assert changed <= {f"{one.module}.weight" for one in done if one.ridge is not None}
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "spared"),
+    [
+        # All but one of four parts, of all blocks: that one tells how a block is made.
+        ("llama", ("ffn",), 9),
+        ("llama", ("heads", "ffn"), 9),
+        ("gpt_neox", ("ffn",), 6),
+        ("llama", ("layers", "ffn"), 6),
+        # What a norm makes of a consumer's output is no hidden state, so all parts are run.
+        ("gemma3_text", ("ffn",), 0),
+    ],
+)
+def test_hidden_states_of_the_scores_spare_the_dense_blocks(
+    name: str, kinds: tuple[str, ...], spared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refit, "_TOKENS", 10 * 16)
+    dense = make(name)
+    discovery, removal = removal_of(dense, kinds)
+    chosen = {group.name for group in discovery.groups if group.kind == "ffn"}
+    ids = tokens()
+    fitted: list[dict[str, torch.Tensor]] = []
+    counts: list[int] = []
+
+    def count(*_: object) -> None:
+        counts[-1] += 1
+
+    with HiddenStates() as known:
+        score(
+            *(dense, discovery, Criterion("fisher")),
+            **{"input_ids": ids, "seed": 0, "groups": chosen, "keep": known},
+        )
+        for given, text in ((None, ids), (known, ids), (known, ids.flip(0))):
+            model = copy.deepcopy(dense)
+            cut_(model, discovery, removal)
+            counts.append(0)
+            hooks = [
+                module.register_forward_pre_hook(count)
+                for name, module in dense.named_modules()
+                if name.endswith("mlp")
+            ]
+            refit_(model, dense, discovery, removal, text, known=given)
+            for hook in hooks:
+                hook.remove()
+            fitted.append(model.state_dict())
+    # The scores took their samples in other parts, and sums of other parts are rounded otherwise.
+    for key, value in fitted[0].items():
+        torch.testing.assert_close(fitted[1][key], value, atol=1e-4, rtol=1e-3)
+    assert counts[0] - counts[1] == spared
+    assert counts[2] == counts[0]
 
 
 def test_what_lost_nothing_is_left_alone() -> None:

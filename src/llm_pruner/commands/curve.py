@@ -37,6 +37,7 @@ from llm_pruner.files.outputs import (
     rewrite,
     write_output,
 )
+from llm_pruner.models.activation_store import HiddenStates
 from llm_pruner.models.forward import maximum_length
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import LoadedModel, check, load
@@ -152,6 +153,7 @@ class CurveRun:
         text: what is calibrated on, with windows that it does not have to measure on; None until it
             is read.
         scores: the dense model's importance; empty until it is estimated.
+        known: the dense model's hidden states on this text, likewise.
         clock: seconds of what all points share, but for the estimate.
     """
 
@@ -171,6 +173,7 @@ class CurveRun:
         self.round_to: int | None = None
         self.text: Calibration | None = None
         self.scores: Scores = {}
+        self.known = HiddenStates()
 
     def reach(self, ratio: float) -> None:
         """Raise UserError if no importance can reach this size."""
@@ -185,7 +188,7 @@ class CurveRun:
         self._read_text()
         run = self._run(ratio)
         try:
-            run.make_plan()
+            run.make_plan(self.known)
         finally:  # a size that cannot be reached leaves what was estimated
             self.scores, self.text = run.scores, self.text or run.text
         run.repair()

@@ -59,6 +59,7 @@ from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.files.outputs import bytes_of, nearest
 from llm_pruner.importance import Criterion, score
 from llm_pruner.importance.boundary_pass import TOKENS
+from llm_pruner.models.activation_store import ActivationStore, HiddenStates
 from llm_pruner.models.forward import Decoder, embedding_rows, is_on_meta, make_room_, tensor_bytes
 from llm_pruner.models.layers import heaviest, own_copy, sharing_copy, without_layers
 from llm_pruner.models.load import load, without_values
@@ -289,9 +290,22 @@ class _Forecaster:
                 continue
             pruned = cut_copy(model, discovery, removal)
             ids = _tokens(max(2, samples), self.length, embedding_rows(model))
-            with mixed_precision():
-                job = partial(refit_, pruned, model, discovery, removal, ids, ridges)
-                found[name], _ = _taken(job)
+            job = partial(refit_, pruned, model, discovery, removal, ids, ridges)
+            with mixed_precision(), self._states(model, ids) as known:
+                found[name], _ = _taken(partial(job, known=known))
+
+    def _states(self, model: Any, ids: torch.Tensor) -> HiddenStates:
+        """Return hidden states of any values where an estimate will have left some."""
+        states = HiddenStates()
+        if self.run.plan is None and self.run.criterion.reads_text:
+            store = ActivationStore(range(2), len(ids), memory=0)
+            size = model.config.get_text_config().hidden_size
+            for boundary in store.keys:
+                for sample in range(len(ids)):
+                    values = torch.randn(1, ids.shape[1], size, dtype=model.dtype)
+                    store.write(boundary, slice(sample, sample + 1), values)
+            states.keep(ids, store)
+        return states
 
     def _plan(
         self, model: nn.Module, discovery: Discovery, ids: torch.Tensor, found: dict[str, Taken]

@@ -31,6 +31,7 @@ from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.evaluation.servers import ServedBy, served_by
 from llm_pruner.files.outputs import check_shard_size, write_output
 from llm_pruner.importance import score
+from llm_pruner.models.activation_store import HiddenStates
 from llm_pruner.models.forward import embedding_rows, is_on_meta
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import LoadedModel, load
@@ -279,8 +280,17 @@ class PruneRun:
         planning.check_reachable(self.discovery, self.selection, self.target, cost)
         return cost
 
-    def make_plan(self) -> None:
-        """Decide what goes, round by round, and remove it; the last round not in a dry run."""
+    def make_plan(self, known: HiddenStates | None = None) -> None:
+        """Decide what goes, round by round, and remove it; the last round not in a dry run.
+
+        Args:
+            known: what the first estimate sees of the dense model, for trials, refits and later
+                runs of the same text; one of this run alone by default.
+        """
+        if known is None:
+            with HiddenStates() as known:
+                self.make_plan(known)
+            return
         settings, clock, target, cost = self.settings, self.clock, self.target, self.reach()
         assert target is not None
         discovery, numbering = self.discovery, planning.Numbering.dense(self.discovery)
@@ -291,7 +301,8 @@ class PruneRun:
             if number or not scores:
                 # In later rounds the others do not have what is left of the model.
                 processes = ALONE if number else self.processes
-                scores = self._scores_of(discovery, numbering, scored, processes)
+                keep = known if number == 0 and self.refitter is not None else None
+                scores = self._scores_of(discovery, numbering, scored, processes, keep)
             self.scores = self.scores or dict(scores)
             if held_out is not None and number == 0:
                 with mixed_precision():
@@ -304,6 +315,7 @@ class PruneRun:
                         numbering,
                         held_out,
                         refit_on=None if self.refitter is None else scored,
+                        known=known,
                     )
                 clock.stop("trials")
             if cost is not None and number > 0:
@@ -315,7 +327,7 @@ class PruneRun:
             clock.stop("plan")
             last = number + 1 == len(targets)
             if not last or not settings.dry_run:
-                self._cut(discovery, removal, numbering.removal())
+                self._cut(discovery, removal, numbering.removal(), known)
             if not last:
                 discovery = discover(self.network)
                 clock.stop("discover")
@@ -359,6 +371,7 @@ class PruneRun:
         numbering: planning.Numbering,
         tokens: torch.Tensor | None,
         processes: Processes = ALONE,
+        keep: HiddenStates | None = None,
     ) -> Scores:
         """Return the importance in all groups that may lose units and those that go with them."""
         chosen = planning.choose_groups(discovery, self.selection, numbering)
@@ -378,15 +391,22 @@ class PruneRun:
                     seed=seed,
                     groups=names,
                     processes=processes,
+                    keep=keep,
                 )
         self.clock.stop("estimate")
         return scores
 
-    def _cut(self, discovery: Discovery, removal: Removal, all_gone: Removal) -> None:
+    def _cut(
+        self,
+        discovery: Discovery,
+        removal: Removal,
+        all_gone: Removal,
+        known: HiddenStates | None = None,
+    ) -> None:
         """Remove units of the model as it is, and refit after all that is gone of the dense one."""
         self.surgeon.cut(discovery, removal)
         if self.refitter is not None and self.text is not None:
-            self.refitter.refit(all_gone, self.text.input_ids)
+            self.refitter.refit(all_gone, self.text.input_ids, known)
 
     def repair(self) -> None:
         """Train the pruned model by what the dense one says, for as long as was asked."""
@@ -543,13 +563,20 @@ class Refitter:
         self._discovery, self._surgeon = discovery, surgeon
         self.done: list[Refitted] = []
 
-    def refit(self, removal: Removal, tokens: torch.Tensor) -> None:
-        """Refit after ``removal``, all that was removed so far in dense numbering."""
+    def refit(
+        self, removal: Removal, tokens: torch.Tensor, known: HiddenStates | None = None
+    ) -> None:
+        """Refit after ``removal``, all that was removed so far in dense numbering.
+
+        Args:
+            tokens: to fit and to judge by, (samples, seq_len).
+            known: hidden states of the dense model, if of the tokens that are fitted.
+        """
         before = sharing_copy(self._model)
         # Two samples are the least that can be fitted; then one of them has to judge, too.
         held_out, fitted = hold_out(tokens) if len(tokens) > 2 else (tokens[-1:], tokens)
         with mixed_precision():
-            found = refit_(self._model, self._dense, self._discovery, removal, fitted)
+            found = refit_(self._model, self._dense, self._discovery, removal, fitted, known=known)
         give_back()
         judging = held_out[: max(1, JUDGED // held_out.shape[1])]
         after, without = divergences(self._dense, (self._model, before), judging)

@@ -18,14 +18,17 @@ that does not carry over to other text.
 The first token of a sample counts as much as a quarter of all: most models have their attention
 sink there, and a fit that is off by a little at this token takes the sink away from all others.
 
-Only two hidden states per token are held at a time, in memory or in files.
+Only two hidden states per token are held at a time, in memory or in files. Where a pass over the
+same text left those of the dense model, its blocks run only for what is not among them: what a
+consumer inside of a block is to give.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +36,7 @@ from torch import nn
 
 from llm_pruner.compensation.least_squares import RIDGES, Rows, best_refit, equations
 from llm_pruner.errors import UserError
-from llm_pruner.models.activation_store import ActivationStore
+from llm_pruner.models.activation_store import ActivationStore, Boundary, HiddenStates
 from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
 from llm_pruner.models.consumers import consumers_of, input_dim, set_weight, weight_of
 from llm_pruner.models.forward import undisturbed
@@ -90,6 +93,7 @@ def refit_(
     removal: Removal,
     input_ids: torch.Tensor,
     ridges: Sequence[float] = RIDGES,
+    known: HiddenStates | None = None,
 ) -> list[Refitted]:
     """Refit the consumers of a pruned model in place.
 
@@ -99,7 +103,8 @@ def refit_(
         discovery: of the dense model.
         removal: what was removed, in its numbering.
         input_ids: shape (samples, seq_len); at least two samples.
-        ridges: those to choose from, see `refitted`.
+        ridges: those to choose from, see `best_refit`.
+        known: hidden states of the dense model, if of these samples.
 
     Returns:
         The consumers in the order of the forward pass.
@@ -123,7 +128,7 @@ def refit_(
                 f"the model cannot be refitted block by block: {reason}; use --compensation none"
             ) from reason
         gone = removed_modules(discovery, removal)
-        return _Refit(*chains, consumers, gone, ids, ridges).run()
+        return _Refit(*chains, consumers, gone, ids, ridges, known).run()
 
 
 def held_out_samples(samples: int, seq_len: int) -> torch.Tensor:
@@ -200,8 +205,9 @@ class _Refit:
         gone: Collection[str],
         ids: torch.Tensor,
         ridges: Sequence[float],
+        known: HiddenStates | None,
     ) -> None:
-        self.ridges = ridges
+        self.ridges, self.known = ridges, known or HiddenStates()
         self.pruned, self.dense, self.consumers, self.ids = pruned, dense, consumers, ids
         names = {id(module): name for name, module in dense.model.named_modules()}
         self.twins = [i for i, block in enumerate(dense.blocks) if names[id(block)] not in gone]
@@ -225,40 +231,53 @@ class _Refit:
 
     def run(self) -> list[Refitted]:
         """Walk through all blocks and return what became of each consumer."""
-        with self.pruned.opened(), self.dense.opened(), self.hidden:
-            target = self._rows()
+        with self.pruned.opened(), self.dense.opened():
+            entry = self._dense_states(0)
+            target = entry or self._rows()
             for part in self.parts:
-                self.hidden.write(0, part, self.pruned.entry(self.ids[part]))
-                target.write(0, part, self.dense.entry(self.ids[part]))
+                self.hidden.write(part, self.pruned.entry(self.ids[part]))
+                if entry is None:
+                    target.write(part, self.dense.entry(self.ids[part]))
             at = 0
             for index in track(range(len(self.pruned.blocks)), "least squares"):
                 while at < self.twins[index]:
-                    self._advance(self.dense, at, target)
+                    target = self._dense_past(at, target)
                     at += 1
                 with turn(self.dense.blocks[at], self.pruned.blocks[index]):
                     target = self._block(index, at, target)
                 at += 1
             target.close()
+            self.hidden.close()
         return self.found
 
-    def _rows(self, memory: int = _MEMORY // 4) -> ActivationStore:
+    def _rows(self, memory: int = _MEMORY // 4) -> Boundary:
         """Return room for a tensor per token of all samples."""
-        return ActivationStore(range(1), len(self.ids), memory)
+        return Boundary(ActivationStore(range(1), len(self.ids), memory))
 
-    def _advance(self, chain: Chain, index: int, hidden: ActivationStore) -> None:
+    def _dense_states(self, block: int) -> Boundary | None:
+        """Return the dense hidden states before a block, if another pass left them."""
+        return self.known.before(block, self.ids)
+
+    def _dense_past(self, at: int, target: Boundary) -> Boundary:
+        """Return the dense hidden states behind a block, of those before it."""
+        behind = self._dense_states(at + 1)
+        if behind is None:
+            self._advance(self.dense, at, target)
+        return behind or target
+
+    def _advance(self, chain: Chain, index: int, hidden: Boundary) -> None:
         """Replace the hidden states before a block by those behind it."""
         with turn(chain.blocks[index]):
             for part in self.parts:
-                _, output = chain.run_block(index, self.ids[part], hidden.read(0, part))
-                hidden.write(0, part, output)
+                _, output = chain.run_block(index, self.ids[part], hidden.read(part))
+                hidden.write(part, output)
 
-    def _block(self, index: int, at: int, target: ActivationStore) -> ActivationStore:
+    def _block(self, index: int, at: int, target: Boundary) -> Boundary:
         """Refit one block's consumers and go past it; return the dense hidden states behind it."""
         inside = {id(module) for module in self.dense.blocks[at].modules()}
         if not any(consumer.fitted for key, consumer in self.consumers.items() if key in inside):
-            self._advance(self.dense, at, target)
             self._advance(self.pruned, index, self.hidden)
-            return target
+            return self._dense_past(at, target)
         order, references, direct, following = self._dense_outputs(at, target)
         target.close()
         for number, consumer in enumerate(order):
@@ -270,20 +289,20 @@ class _Refit:
             final = direct and number + 1 == len(order)
             read = self._rows() if final else None
             for part in self.parts:
-                states = self.hidden.read(0, part)
+                states = self.hidden.read(part)
                 inputs, before = self._reach(index, part, states, order[: number + 1])
-                reference = wished.read(0, part)
+                reference = wished.read(part)
                 wanted = reference[..., consumer.out]
                 if direct:
                     wanted = wanted.float() - states.float() - before
                 else:
-                    reference = following.read(0, part)
+                    reference = following.read(part)
                 if isinstance(bias := getattr(consumer.module, "bias", None), torch.Tensor):
                     wanted = wanted - bias.to(wanted.device)
                 if read is not None:
                     # What the block adds to, and what is left to multiply: no need to run it again.
-                    read.write(0, part, inputs)
-                    self.hidden.write(0, part, states.float() + before)
+                    read.write(part, inputs)
+                    self.hidden.write(part, states.float() + before)
                 importance = 1 / reference.float().square().mean(-1).clamp_min(1e-12)
                 importance[:, 0] *= max(1.0, FIRST * importance.shape[1])
                 (fit if part.stop <= self.split else held_out).add(
@@ -299,9 +318,9 @@ class _Refit:
             self.found.append(Refitted(consumer.name, found.ridge, found.before, found.after))
             if read is not None:
                 for part in self.parts:
-                    base = self.hidden.read(0, part)
-                    output = consumer.module(read.read(0, part).to(weight.device))
-                    self.hidden.write(0, part, base.to(output.device) + output)
+                    base = self.hidden.read(part)
+                    output = consumer.module(read.read(part).to(weight.device))
+                    self.hidden.write(part, base.to(output.device) + output)
                 read.close()
         if not (direct and order and order[-1].fitted):
             self._advance(self.pruned, index, self.hidden)
@@ -310,9 +329,9 @@ class _Refit:
         return following
 
     def _dense_outputs(
-        self, at: int, target: ActivationStore
-    ) -> tuple[list[_Consumer], dict[int, ActivationStore], bool, ActivationStore]:
-        """Run a dense block.
+        self, at: int, target: Boundary
+    ) -> tuple[list[_Consumer], dict[int, Boundary], bool, Boundary]:
+        """Run a dense block, on some tokens alone if they say all that is not known.
 
         Returns:
             Its consumers as they are called; what the fitted ones are to give, by number; whether
@@ -320,25 +339,30 @@ class _Refit:
             is also what the last of them is to give if it is a hidden state.
         """
         order: list[_Consumer] = []
-        references: dict[int, ActivationStore] = {}
+        references: dict[int, Boundary] = {}
         direct = False
         calls: list[tuple[_Consumer, torch.Tensor]] = []
-        following = self._rows()
+        known = self._dense_states(at + 1)
+        following = known or self._rows()
+        last: _Consumer | None = None  # to be run, where the block's output is known
+
+        def note(module: nn.Module, _: Any, output: torch.Tensor) -> None:
+            calls.append((self.consumers[id(module)], output))
+            if calls[-1][0] is last:
+                raise _Reached(output)
+
         with ExitStack() as hooks:
             for module in self.dense.blocks[at].modules():
                 if id(module) in self.consumers:
-                    hooks.enter_context(
-                        module.register_forward_hook(
-                            lambda called, _a, output: calls.append(
-                                (self.consumers[id(called)], output)
-                            )
-                        )
-                    )
+                    hooks.enter_context(module.register_forward_hook(note))
             for part in self.parts:
                 calls.clear()
-                states = target.read(0, part)
-                _, output = self.dense.run_block(at, self.ids[part], states)
-                following.write(0, part, output)
+                states = target.read(part)
+                output = states
+                with suppress(_Reached):
+                    _, output = self.dense.run_block(at, self.ids[part], states)
+                if known is None:
+                    following.write(part, output)
                 if part is self.parts[0]:
                     names = [consumer.name for consumer, _ in calls]
                     order = [
@@ -347,18 +371,22 @@ class _Refit:
                         if names.count(consumer.name) == 1 and _sees_all(value, states)
                     ]
                 found = {consumer.name: value for consumer, value in calls}
-                values = [_by_token(found[consumer.name], states) for consumer in order]
+                values = [_by_token(found[one.name], states) for one in order if one.name in found]
                 if part is self.parts[0]:
                     direct = _adds_up(states, values, output)
                     stored = order[:-1] if direct else order
                     references = {
                         n: self._rows() for n, consumer in enumerate(stored) if consumer.fitted
                     }
+                if known is not None:
+                    if not references:
+                        break
+                    last = order[max(references)]
                 behind = states.float()
                 for number, value in enumerate(values if references else ()):
                     behind = behind + value if direct else value
                     if number in references:
-                        references[number].write(0, part, behind)
+                        references[number].write(part, behind)
         return order, references, direct, following
 
     def _reach(

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from llm_pruner.errors import UserError
-from llm_pruner.models.activation_store import ActivationStore
+from llm_pruner.models.activation_store import ActivationStore, HiddenStates
 from llm_pruner.models.blockwise import Call, Chain, hidden_of, requiring_gradients
 from llm_pruner.models.forward import run_for_logits
 from llm_pruner.models.streaming import ends_of, is_model_streamed, turn
@@ -60,6 +60,7 @@ class Collector:
         label: what the progress bar says.
         modules: ids of the modules besides that the pass has to reach.
         processes: those that share the samples, ``TOKENS`` at a time.
+        keep: takes the hidden states of all samples where one process has them.
     """
 
     def __init__(
@@ -70,10 +71,12 @@ class Collector:
         label: str,
         modules: Iterable[int] = (),
         processes: Processes = ALONE,
+        keep: HiddenStates | None = None,
     ) -> None:
         self.parameters, self.together, self.label = dict(parameters), together, label
         self.modules = frozenset(modules)
         self.processes = processes
+        self.keep = keep if processes.count == 1 else None
 
     def seen(self) -> list[tuple[str, torch.Tensor]]:
         """Return (module, input) noted since the last call, to get a gradient each."""
@@ -217,9 +220,10 @@ class _BlockPass:
         with chain.opened():
             samples = len(self.ids)
             collector.seen()  # by the chain's probes
+            states = ActivationStore(range(self.count + 1), samples, MEMORY // 4)
             with (
                 ActivationStore(range(1), samples, MEMORY * 3 // 4) as self.gradients,
-                ActivationStore(range(self.count + 1), samples, MEMORY // 4) as self.states,
+                states if collector.keep is None else nullcontext(states) as self.states,
             ):
                 self._forward()
                 ends = ends_of(chain.model)
@@ -238,7 +242,7 @@ class _BlockPass:
                             self._block(index, part)
                         collector.add_up(index, chain.owned[index], batch, owner)
                         if batch.stop == samples:
-                            self.states.drop(index)
+                            self._passed(index)
                             collector.finished(index, chain.owned[index])
                             held.close()
                             torch.clear_autocast_cache()
@@ -251,6 +255,13 @@ class _BlockPass:
                                 self._outside(part)
                             collector.add_up(None, chain.outside, batch, owner)
                         collector.finished(None, chain.outside)
+            if collector.keep is not None:
+                collector.keep.keep(self.ids, states)
+
+    def _passed(self, index: int) -> None:
+        """Forget the hidden states before a block, if nobody else is to have them."""
+        if self.collector.keep is None:
+            self.states.drop(index)
 
     @torch.no_grad()
     def _forward(self) -> None:
@@ -269,7 +280,7 @@ class _BlockPass:
                 if part is own[-1]:
                     held.close()
                     if index < self.lowest:
-                        self.states.drop(index)
+                        self._passed(index)
 
     def _head(self, part: slice) -> None:
         """Store the gradient at the last boundary.

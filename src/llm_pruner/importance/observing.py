@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
@@ -30,7 +30,7 @@ from llm_pruner.importance.boundary_pass import (
     run_backward,
 )
 from llm_pruner.importance.observation import Observation, Reading
-from llm_pruner.models.activation_store import ActivationStore
+from llm_pruner.models.activation_store import ActivationStore, HiddenStates
 from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
 from llm_pruner.models.consumers import Consumer, add_gram_, consumers_of, input_dim, weight_of
 from llm_pruner.models.streaming import turn
@@ -58,6 +58,7 @@ def measure(
     formula: Callable[[Observation], Measured],
     where_linear: Collection[str] = (),
     processes: Processes = ALONE,
+    keep: HiddenStates | None = None,
 ) -> dict[str, Measured]:
     """Return the formula's value for the observation of every group.
 
@@ -72,14 +73,14 @@ def measure(
         formula: from an observation to what is wanted of it.
         where_linear: more of it, for groups that a linear module reads.
         processes: those that share the samples; the first one has the values, the others nothing.
+        keep: see ``score``.
 
     Raises:
         UserError: a group has no linear consumer and more than gates is asked for; layers are asked
             for in a model whose blocks do not run one after the other; a loss is not finite.
     """
-    watching = partial(
-        _Watch, model, groups, needs, where_linear, input_ids, formula, processes=processes
-    )
+    about = (model, groups, needs, where_linear, input_ids, formula)
+    watching = partial(_Watch, *about, processes=processes, keep=keep)
     watch = watching()
     try:
         chain = find_chain(model, input_ids, watch.parameters)
@@ -154,6 +155,7 @@ class _Watch(Collector, Generic[Measured]):
         input_ids: torch.Tensor,
         formula: Callable[[Observation], Measured],
         processes: Processes = ALONE,
+        keep: HiddenStates | None = None,
     ) -> None:
         samples, self._length = input_ids.shape
         self._model, self._groups, self._formula = model, groups, formula
@@ -185,6 +187,7 @@ class _Watch(Collector, Generic[Measured]):
             label="activations",
             modules=(id(model.get_submodule(name)) for name in names),
             processes=processes,
+            keep=keep,
         )
         # What a forward pass shows is all that is asked for.
         self._forward_only = not self._members and self._where_linear <= {"moments", "gram"}
@@ -254,7 +257,9 @@ class _Watch(Collector, Generic[Measured]):
                 self.add_up(None, (), batch, owner)
             return
         highest = max((at for at, block in enumerate(blocks) if block & self.modules), default=-1)
-        with chain.opened(), ActivationStore(range(1), samples, MEMORY) as hidden:
+        keep = self.keep
+        states = ActivationStore(range(1 if keep is None else highest + 2), samples, MEMORY)
+        with chain.opened(), states if keep is None else nullcontext(states) as hidden:
             for part in shared.own:
                 hidden.write(0, part, chain.entry(input_ids[part]))
             steps = [(index, *one) for index in range(highest + 1) for one in shared.all]
@@ -262,14 +267,18 @@ class _Watch(Collector, Generic[Measured]):
                 for index, batch, owner in track(steps, f"{self.label}: blocks"):
                     if batch.start == 0:
                         held.enter_context(turn(chain.blocks[index]))
+                    before, behind = (0, 0) if keep is None else (index, index + 1)
                     for part in shared.parts(batch, samples):
-                        _, output = chain.run_block(index, input_ids[part], hidden.read(0, part))
-                        hidden.write(0, part, output)
+                        given = hidden.read(before, part)
+                        _, output = chain.run_block(index, input_ids[part], given)
+                        hidden.write(behind, part, output)
                         self._take(part)
                     self.add_up(index, (), batch, owner)
                     if batch.stop == samples:
                         self._finish(self._inside[index])
                         held.close()
+        if keep is not None:
+            keep.keep(input_ids, states)
 
     def _take(self, part: slice) -> None:
         """Take what a forward pass has shown."""

@@ -18,6 +18,7 @@ from llm_pruner.importance.boundary_pass import Collector, run_backward
 from llm_pruner.importance.criteria import MEASURES, Criterion
 from llm_pruner.importance.observation import Observation
 from llm_pruner.importance.observing import measure
+from llm_pruner.models.activation_store import HiddenStates
 from llm_pruner.models.blockwise import NotBlockwise, find_chain
 from llm_pruner.models.forward import undisturbed
 from llm_pruner.models.streaming import values_of
@@ -36,6 +37,7 @@ def score(
     seed: int,
     groups: Collection[str] | None = None,
     processes: Processes = ALONE,
+    keep: HiddenStates | None = None,
 ) -> dict[str, FloatArray]:
     """Return the importance of every unit; higher means keep.
 
@@ -58,6 +60,8 @@ def score(
         groups: names of the groups to score; None scores all that are not frozen.
         processes: those that share the samples and call this alike. The first one returns what one
             process alone would, to the last bit; the others may return nothing.
+        keep: is given the hidden states between the blocks that were run one after the other, by
+            one process; else left as it is.
 
     The criteria in ``criteria.MEASURES`` have their formulas there. A group without a linear module
     that reads it, which follows others, weighs nothing in those that need moments of its input;
@@ -75,10 +79,10 @@ def score(
     if criterion.name == "random":
         return {group.name: _random(group, seed) for group in chosen}
     if criterion.name in MEASURES:
-        return _measured(model, chosen, criterion.name, input_ids, processes)
+        return _measured(model, chosen, criterion.name, input_ids, processes, keep)
     parameters = _scored_parameters(model, chosen)
     if criterion.name == "taylor":
-        sums = _taylor_sums(model, parameters, criterion, input_ids, processes)
+        sums = _taylor_sums(model, parameters, criterion, input_ids, processes, keep)
         if not processes.is_first:
             return {}
     else:
@@ -115,6 +119,7 @@ def _measured(
     name: str,
     input_ids: torch.Tensor | None,
     processes: Processes,
+    keep: HiddenStates | None,
 ) -> dict[str, FloatArray]:
     how = MEASURES[name]
 
@@ -125,7 +130,7 @@ def _measured(
         return how.formula(seen)
 
     with _seen(model, input_ids, name) as ids, processes.telling():
-        scores = measure(model, ids, groups, how.needs, formula, how.where_linear, processes)
+        scores = measure(model, ids, groups, how.needs, formula, how.where_linear, processes, keep)
     for group, found in scores.items():
         if not np.isfinite(found).all():
             raise UserError(
@@ -141,9 +146,10 @@ def _taylor_sums(
     criterion: Criterion,
     input_ids: torch.Tensor | None,
     processes: Processes,
+    keep: HiddenStates | None,
 ) -> dict[str, _Sums]:
     with _seen(model, input_ids, criterion.name) as ids, processes.telling():
-        sums = _TaylorSums(parameters, criterion, len(ids), processes)
+        sums = _TaylorSums(parameters, criterion, len(ids), processes, keep)
         if parameters:
             try:
                 chain = find_chain(model, ids, parameters)
@@ -241,10 +247,15 @@ class _TaylorSums(Collector):
         criterion: Criterion,
         samples: int,
         processes: Processes,
+        keep: HiddenStates | None,
     ) -> None:
-        # The first order adds gradients up; a square is of one sample.
-        together = criterion.order == "first"
-        super().__init__(parameters, together=together, label="importance", processes=processes)
+        super().__init__(
+            parameters,
+            together=criterion.order == "first",  # which adds up; a square is of one sample
+            label="importance",
+            processes=processes,
+            keep=keep,
+        )
         self._criterion, self._samples = criterion, samples
         self._first: dict[str, torch.Tensor] = {}
         self._second: dict[str, torch.Tensor] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from dataclasses import dataclass
 from io import BufferedRandom
 from typing import Any
 
@@ -29,6 +30,11 @@ class ActivationStore:
         self._form = torch.empty(0)  # one sample
         self._arrays: dict[int, torch.Tensor] = {}
         self._files: dict[int, BufferedRandom] = {}
+
+    @property
+    def keys(self) -> range:
+        """Of the arrays that can be written and read."""
+        return self._keys
 
     def _make(self, values: torch.Tensor) -> None:
         self._form = torch.empty_like(values[0], device="meta")
@@ -95,6 +101,73 @@ class ActivationStore:
 
     def _offset(self, samples: slice) -> int:
         return int(samples.start) * self._form.nbytes
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """One array of a store.
+
+    Attributes:
+        store: where it lies.
+        key: which one it is.
+        shared: whether others read it, too, so that it outlives ``close``.
+    """
+
+    store: ActivationStore
+    key: int = 0
+    shared: bool = False
+
+    def read(self, samples: slice) -> torch.Tensor:
+        """Return a range of samples; not to be changed in place."""
+        return self.store.read(self.key, samples)
+
+    def write(self, samples: slice, values: torch.Tensor) -> None:
+        """Store a range of samples."""
+        self.store.write(self.key, samples, values)
+
+    def close(self) -> None:
+        """Delete it, if nobody else reads it."""
+        if not self.shared:
+            self.store.drop(self.key)
+
+
+class HiddenStates:
+    """What a walk through a model found before each of its blocks and behind the last one.
+
+    Made by one pass over a text, such as that of the scores, for those after it that need the same
+    states of the same model; of no text until ``keep`` is called.
+    """
+
+    def __init__(self) -> None:
+        self._input_ids = torch.empty(0, dtype=torch.long)
+        self._store: ActivationStore | None = None
+
+    def __enter__(self) -> HiddenStates:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Delete them."""
+        if self._store is not None:
+            self._store.close()
+        self._store = None
+
+    def keep(self, input_ids: torch.Tensor, store: ActivationStore) -> None:
+        """Take over a store with an array for each boundary, of tokens (samples, seq_len)."""
+        self.close()
+        self._input_ids, self._store = input_ids.cpu(), store
+
+    def before(self, block: int, input_ids: torch.Tensor) -> Boundary | None:
+        """Return the hidden states that enter a block (one more than there are: that leave the
+        last), if the text begins with these tokens, (samples, seq_len)."""
+        known = self._input_ids[: len(input_ids)]
+        if self._store is None or block not in self._store.keys:
+            return None
+        if not torch.equal(known, input_ids.cpu()):
+            return None
+        return Boundary(self._store, block, shared=True)
 
 
 def _bytes_of(values: torch.Tensor) -> Any:

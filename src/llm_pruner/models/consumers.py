@@ -67,7 +67,7 @@ def set_weight(module: nn.Module, weight: torch.Tensor) -> None:
     )
 
 
-_STRIPS = 4
+_STRIPS = 8
 _NARROW = 256
 """Features of a strip below which more calls would cost more than they save."""
 

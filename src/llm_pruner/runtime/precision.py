@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
+
+from llm_pruner.runtime.attention import by_sample
 
 
 @contextmanager
@@ -33,16 +35,21 @@ def fast_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def mixed_precision() -> AbstractContextManager[None]:
+@contextmanager
+def mixed_precision() -> Iterator[None]:
     """Inside, modules multiply in bfloat16 on a processor that has instructions for it.
 
     A linear module takes a float32 input and gives a bfloat16 output, as in mixed-precision
     training; sums over tokens that are taken in place stay float32. Elsewhere nothing changes.
+
+    Attention is computed a few queries at a time: PyTorch's own on such a processor hands its
+    bfloat16 products to float32 kernels, and takes twice as long.
     """
-    context: AbstractContextManager[None] = torch.autocast(
-        "cpu", torch.bfloat16, enabled=multiplies_bfloat16()
-    )
-    return context
+    if not multiplies_bfloat16():
+        yield
+        return
+    with torch.autocast("cpu", torch.bfloat16), by_sample():
+        yield
 
 
 def multiplies(dtype: torch.dtype, device: str) -> bool:

@@ -22,6 +22,7 @@ from torch import nn
 
 from llm_pruner.compensation import refit_
 from llm_pruner.errors import InfeasibleError, UserError
+from llm_pruner.models.activation_store import HiddenStates
 from llm_pruner.planning import Numbering, Selection, Target, allocate
 from llm_pruner.runtime.memory import give_back
 from llm_pruner.runtime.progress import track
@@ -66,6 +67,7 @@ def find_split(
     numbering: Numbering,
     held_out: torch.Tensor,
     refit_on: torch.Tensor | None = None,
+    known: HiddenStates | None = None,
 ) -> tuple[Selection, list[SplitTrial]]:
     """Return the selection with the best split that was found, and all trials.
 
@@ -75,6 +77,7 @@ def find_split(
     Args:
         held_out: tokens that the scores did not see, shape (samples, seq_len).
         refit_on: tokens to refit trials on, where the pruned model will be; None if it will not.
+        known: hidden states of the model, if of these tokens.
 
     Raises:
         UserError: no split reaches the target, or none can be judged.
@@ -125,7 +128,7 @@ def find_split(
         for candidate in track([alone_best, split], "trials: refitted"):
             chosen = replace(selection, split=candidate)
             removal = allocate(discovery, scores, chosen, target, numbering)
-            divergence = _refitted_divergence(model, discovery, removal, refit_on, meter)
+            divergence = _refitted_divergence(model, discovery, removal, refit_on, meter, known)
             trials.append(SplitTrial(dict(candidate), divergence, refitted=True))
         if trials[-1].divergence >= (1 - MARGIN) * trials[-2].divergence:
             split = alone_best
@@ -139,12 +142,13 @@ def _refitted_divergence(
     removal: Removal,
     tokens: torch.Tensor,
     meter: DivergenceMeter,
+    known: HiddenStates | None,
 ) -> float:
     network = cut_copy(model, discovery, removal)
     give_back()
     size = sum(one.numel() for one in model.parameters())
     some = tokens[: refit_samples(size, tokens.shape[1])]
-    refit_(network, model, discovery, removal, some, (REFIT_RIDGE,))
+    refit_(network, model, discovery, removal, some, (REFIT_RIDGE,), known)
     give_back()
     return meter.of(network)
 

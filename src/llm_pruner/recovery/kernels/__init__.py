@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from llm_pruner.recovery.kernels.attention import by_sample
 from llm_pruner.recovery.kernels.chunked_loss import logits_at_once
+from llm_pruner.runtime.attention import by_sample
 from llm_pruner.runtime.processes import Processes
 from llm_pruner.settings.recover import TrainingSettings
 

@@ -1,8 +1,8 @@
-"""Attention within packed samples alone: what lies between samples is not computed.
+"""Causal attention by products of PyTorch's own matrices, sample by sample and up to the diagonal.
 
 transformers keeps packed samples apart by a mask over whole rows, and PyTorch computes all that it
-then throws away; a causal mask costs it the upper half, too. Here the samples are read off the mask
-that the model made, and each is computed by itself, up to the diagonal.
+then throws away. Here the samples are read off the mask that the model made, and each is computed
+by itself, a few queries at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-_TILE = 128
+_TILE = 64
 """Queries at a time on a CPU: their scores fit in its cache."""
 
 _OTHERWISE = ("position_bias", "softcap", "s_aux", "output_attentions")

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-import llm_pruner.recovery.kernels.attention as attention
-from llm_pruner.recovery.kernels.attention import Block, blocks_of, by_sample
+import llm_pruner.runtime.attention as attention
+import llm_pruner.runtime.precision as precision
+from llm_pruner.runtime.attention import Block, blocks_of, by_sample
 
 SIZES = {
     "hidden_size": 32,
@@ -146,7 +147,11 @@ def run(model: Any, **keywords: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return logits.detach(), [one.grad.clone() for one in model.parameters()]
 
 
-@pytest.mark.parametrize("rows", [((7, 2, 4), (1, 12)), ((13,), (13,))], ids=["packed", "whole"])
+@pytest.mark.parametrize(
+    "rows",
+    [((7, 2, 4), (1, 12)), ((13,), (13,)), ((150,),)],
+    ids=["packed", "whole", "three tiles"],
+)
 def test_a_model_gives_the_same(rows: Any, plain_calls: list[Any]) -> None:
     model, places = tiny("llama"), positions(*rows)
     given = {"input_ids": torch.randint(0, 50, places.shape), "position_ids": places}
@@ -158,6 +163,18 @@ def test_a_model_gives_the_same(rows: Any, plain_calls: list[Any]) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     for own, other in zip(others, slopes, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_estimates_use_it_where_products_are_in_bfloat16(
+    fast: bool, plain_calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: fast)
+    with precision.mixed_precision():
+        assert torch.is_autocast_enabled("cpu") is fast
+        run(tiny("llama"), input_ids=torch.randint(0, 50, (1, 13)))
+    assert len(plain_calls) == (0 if fast else 2)
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def cut_by_a_window() -> tuple[Any, dict[str, torch.Tensor]]:
