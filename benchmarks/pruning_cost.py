@@ -1,104 +1,110 @@
-"""Peak memory and time of pruning beside a plain forward and backward over the same tokens.
+"""Time and peak memory of an estimate, beside the least work that it is made of.
 
-    python benchmarks/pruning_cost.py --calibration calib.jsonl
+    python benchmarks/pruning_cost.py MODEL --calibration FILE [--repeats 3] [--out FILE]
 
-Prunes SmolLM2-135M with mixed-order Taylor on 128 x 128 tokens through the command line, and runs
-a plain training-like pass (weight gradients kept, batches of 8), each in its own process. Writes
-benchmarks/results/pruning_cost.json.
+128 x 128 tokens. Each of these runs in a process of its own, one after the other, several times:
+
+- ``activations``: forward, and backward to what enters the first block, without gradients of
+  weights: what ``gate`` cannot do without;
+- ``weights``: forward and backward with the gradients of all weights: what ``taylor`` cannot;
+- ``original``: the loop of the original's mixed order (``reference/mixed_taylor.py``);
+- ``gate``, ``taylor, mixed``: our estimates.
+
+All multiply in bfloat16 where the processor does; the plain passes take 16 samples at a time, the
+original's one, and 16 in its last pass. Memory is the peak of the process beyond what it took to
+load the model. Written are all runs, medians and ratios. OUT is written after each round.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
-import sys
-import tempfile
+import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import torch
+import transformers
+
+import llm_pruner as lp
+from commands import apart
+from llm_pruner.runtime.precision import multiplies_bfloat16
+from machine import machine
+from reference.mixed_taylor import mixed_scores
+
 RESULTS = Path(__file__).parent / "results"
-SAMPLES, SEQ_LEN, BATCH = 128, 128, 8
+SAMPLES, SEQ_LEN, BATCH = 128, 128, 16
 
 
-def plain(model: str, calibration: str) -> dict[str, float]:
-    """Run forward and backward over the calibration tokens, weight gradients kept."""
-    import torch
-    import torch.nn.functional as F
-
-    from llm_pruner.data.calibration import build_calibration
-    from llm_pruner.models.load import load_model
-    from llm_pruner.settings.common import CalibrationSettings
-
-    loaded = load_model(model)
-    asked = CalibrationSettings(calibration=calibration, samples=SAMPLES, seq_len=SEQ_LEN)
-    tokens = build_calibration(asked, loaded.tokenizer, seed=0).input_ids
-    begin = time.perf_counter()
+def plain(network: Any, tokens: torch.Tensor, *, weights: bool) -> None:
+    """Run forward and backward, with gradients of weights or of what enters the first block."""
+    network.requires_grad_(weights)
     for batch in tokens.split(BATCH):
-        logits = loaded.model(input_ids=batch, use_cache=False).logits
-        F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).backward()
+        given: dict[str, Any] = {"input_ids": batch}
+        if not weights:
+            given = {"inputs_embeds": network.get_input_embeddings()(batch).requires_grad_()}
+        network(**given, labels=batch, use_cache=False).loss.backward()
+
+
+def run(kind: str, model: str, calibration: str) -> dict[str, float]:
+    """Return seconds, and bytes beyond the loaded model, of one pass over the text."""
+    loaded = lp.load(model)
+    text = lp.calibration(loaded, calibration, samples=SAMPLES, seq_len=SEQ_LEN)
+    network, tokens = loaded.network, text.input_ids
+    jobs: dict[str, Callable[[], Any]] = {
+        "activations": lambda: plain(network, tokens, weights=False),
+        "weights": lambda: plain(network, tokens, weights=True),
+        "original": lambda: mixed_scores(network.requires_grad_(), tokens),
+        "gate": lambda: lp.score(loaded, groups, lp.Criterion("gate"), text),
+        "taylor, mixed": lambda: lp.score(loaded, groups, lp.Taylor(order="mixed"), text),
+    }
+    ours = kind in ("gate", "taylor, mixed")
+    groups = lp.discover(loaded)
+    before, begin = peak(), time.perf_counter()
+    with torch.autocast("cpu", torch.bfloat16, enabled=not ours and multiplies_bfloat16()):
+        jobs[kind]()
     seconds = time.perf_counter() - begin
-    return {"seconds": seconds, "threads": torch.get_num_threads()}
+    return {"seconds": round(seconds, 2), "bytes": peak() - before}
 
 
-def run(command: list[str]) -> tuple[dict[str, Any], float]:
-    """Run a command; return its JSON and the peak resident memory of its process in bytes."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        # The kernel reports the peak over all children, so each has a process of its own.
-        code = (
-            "import resource, subprocess, sys\n"
-            "done = subprocess.run(sys.argv[1:])\n"
-            "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)\n"
-            "sys.exit(done.returncode)"
-        )
-        full = [part.format(out=folder, json=result) for part in command]
-        done = subprocess.run(
-            [sys.executable, "-c", code, *full], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise SystemExit(done.stderr)
-        return json.loads(result.read_text()), float(done.stdout.split()[-1])
+def peak() -> int:
+    """Return the most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:
-    """Measure both and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Run all in turn, round after round, and write what is known so far."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model")
     parser.add_argument("--calibration", required=True)
-    parser.add_argument("--model", default="default")
-    parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / "pruning_cost.json")
     options = parser.parse_args()
-    if options.plain:
-        options.plain.write_text(json.dumps(plain(options.model, options.calibration)))
-        return
-    prune = [sys.executable, "-m", "llm_pruner", "prune", options.model, "--out", "{out}/pruned"]
-    prune += ["--ratio", "0.2", "--preset", "paper", "--order", "mixed"]
-    prune += ["--calibration", options.calibration]
-    prune += ["--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN), "--json", "{json}"]
-    pruned, pruned_peak = run(prune)
-    base = [sys.executable, __file__, "--calibration", options.calibration]
-    unpruned, plain_peak = run([*base, "--model", options.model, "--plain", "{json}"])
-    estimate = pruned["seconds"]["estimate"]
-    result = {
-        "settings": {
-            "model": pruned["model"],
-            "criterion": "taylor, mixed, element",
-            "calibration": f"{Path(options.calibration).name}, {SAMPLES} x {SEQ_LEN} tokens",
-            "plain": f"forward and backward, weight gradients kept, batches of {BATCH}",
-            "machine": f"{platform.machine()}, {unpruned['threads']} threads, float32",
-        },
-        "prune_peak_bytes": pruned_peak,
-        "plain_peak_bytes": plain_peak,
-        "prune_seconds": pruned["seconds"],
-        "plain_seconds": unpruned["seconds"],
-        "estimate_over_plain": estimate / unpruned["seconds"],
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    kinds = ("activations", "gate", "weights", "taylor, mixed", "original")
+    runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
+    for _ in range(options.repeats):
+        for kind in kinds:
+            runs[kind].append(apart(run, kind, options.model, options.calibration))
+            print(kind, runs[kind][-1], flush=True)
+        seconds = {kind: median(one["seconds"] for one in runs[kind]) for kind in kinds}
+        result = {
+            "settings": {
+                "model": Path(options.model).name,
+                "calibration": f"{Path(options.calibration).name}, {SAMPLES} x {SEQ_LEN} tokens",
+                "machine": machine(),
+                "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+            },
+            "seconds": seconds,
+            "bytes": {kind: max(one["bytes"] for one in runs[kind]) for kind in kinds},
+            "gate over activations": round(seconds["gate"] / seconds["activations"], 3),
+            "mixed over weights": round(seconds["taylor, mixed"] / seconds["weights"], 3),
+            "original over mixed": round(seconds["original"] / seconds["taylor, mixed"], 2),
+            "runs": runs,
+        }
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

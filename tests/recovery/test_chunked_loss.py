@@ -12,6 +12,7 @@ import torch
 from helpers import tiny_model
 from llm_pruner.data.sequences import TrainingSequence, make_sequence
 from llm_pruner.recovery import Teacher
+from llm_pruner.recovery.distill import DirectTeacher
 from llm_pruner.recovery.kernels import chunked_loss
 from llm_pruner.recovery.kernels.chunked_loss import summed_loss
 from llm_pruner.recovery.objective import (
@@ -69,6 +70,28 @@ def test_the_gradient_of_the_mixture(temperature: float, weight: float, k: int) 
     loss, gradient = mixed_loss_and_gradient_(logits.detach().clone(), told)
     assert torch.allclose(loss, wanted)
     assert torch.allclose(gradient, slope, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # the latter's logits come all at once
+def test_a_teacher_that_is_asked_gives_all_of_its_distribution(family: str) -> None:
+    torch.manual_seed(0)
+    dense, model, data = tiny_model(family), tiny_model(family, initializer_range=0.1), samples()
+    teacher = DirectTeacher(dense)
+    for batch in lay_out(data, range(9), packed=True, capacity=40, micro_tokens=80):
+        log_p = target_logits(dense, batch)[0].log_softmax(-1)
+        log_q = target_logits(model, batch)[0].log_softmax(-1)
+        whole = (log_p.exp() * (log_p - log_q)).sum()
+        wanted = gradients(model, whole)
+        loss = summed_loss(model, batch, teacher.objective(batch))
+        found = gradients(model, loss)
+        assert float(loss.detach()) == pytest.approx(float(whole.detach()), rel=1e-4)
+        for name, one in found.items():
+            scale = float(wanted[name].abs().max())
+            assert torch.allclose(one, wanted[name], atol=1e-4 * max(scale, 1)), name
+        with torch.no_grad():
+            scored = float(summed_loss(model, batch, teacher.objective(batch)))
+        assert scored == pytest.approx(float(whole.detach()), rel=1e-4)
+    assert all(one.grad is None for one in dense.parameters())
 
 
 def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -428,7 +428,6 @@ class PruneRun:
             held_out,
             minutes=settings.repair_minutes,
             seed=seed,
-            identity=self.loaded.fingerprint,
         )
         self.dense = None
         self.training = Training(

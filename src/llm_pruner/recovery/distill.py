@@ -1,4 +1,6 @@
-"""What the teacher says about each learned token, kept on disk so that it runs once."""
+"""What the dense model says about each learned token: a cache of its likeliest tokens on disk, so
+that it runs once for all passes over a text; or all it says, of a text that is passed over once.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,12 @@ from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import allocate
 from llm_pruner.models.forward import embedding_rows
-from llm_pruner.recovery.kernels.chunked_loss import summed_loss
+from llm_pruner.recovery.kernels.chunked_loss import logits_of, summed_loss
 from llm_pruner.recovery.objective import (
     LossAndGradient,
     Objective,
     Targets,
+    divergence_and_gradient_,
     mixed_loss,
     mixed_loss_and_gradient_,
 )
@@ -29,6 +32,33 @@ from llm_pruner.recovery.packing import Batch, can_pack, lay_out, micro_tokens, 
 from llm_pruner.settings.recover import DistillationSettings
 
 _FILES = ("ids.bin", "log_probabilities.bin", "done.bin")
+
+
+class DirectTeacher:
+    """A dense model that is asked at each step: KL(dense || model) over the whole vocabulary.
+
+    Its likeliest tokens alone, which a cache has room for, leave out how it weighs all the others.
+
+    Args:
+        model: the dense model; left in eval mode without gradients.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model.eval().requires_grad_(False)
+
+    def objective(self, batch: Batch) -> Objective:
+        """Return the divergence on a batch."""
+        with torch.no_grad():
+            logits_of_dense = logits_of(self._model, batch)
+
+        def objective(logits: torch.Tensor, span: slice, gradient: bool) -> LossAndGradient:
+            log_p = logits_of_dense(span).log_softmax(-1).to(logits.device)
+            if gradient:
+                return divergence_and_gradient_(logits, log_p)
+            log_q = logits.log_softmax(-1)
+            return F.kl_div(log_q, log_p, log_target=True, reduction="sum"), None
+
+        return objective
 
 
 class Teacher:

@@ -7,10 +7,12 @@ size of the logits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
+
+from llm_pruner.recovery.packing import Batch
 
 LossAndGradient: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
 """A loss, and its gradient where that is wanted."""
@@ -144,6 +146,21 @@ def _divergence(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
     return (divergence + p_rest * (p_rest.log() - q_rest.log())).sum()
 
 
+def divergence_and_gradient_(
+    logits: torch.Tensor, log_p: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sum over tokens of KL(p || q), and its gradient q - p in place of the logits.
+
+    Args:
+        logits: of q, (n, vocabulary).
+        log_p: the teacher's, (n, vocabulary); lost, too.
+    """
+    p = log_p.exp()
+    loss = (p * log_p.sub_(logits)).sum()  # but for log sum exp(logits), which p weighs with 1
+    log_total, gradient = _softmax_(logits)
+    return loss + log_total.sum(), gradient.sub_(p)
+
+
 def text_objective(tokens: torch.Tensor) -> Objective:
     """Return the objective of what a text says next; tokens (learned tokens of a batch,)."""
 
@@ -154,6 +171,14 @@ def text_objective(tokens: torch.Tensor) -> Objective:
         return task_loss(logits, wanted), None
 
     return objective
+
+
+class Guide(Protocol):
+    """What says what a batch of its samples is to be trained on."""
+
+    def objective(self, batch: Batch) -> Objective:
+        """Return the objective of a batch."""
+        ...
 
 
 class WithGradient(torch.autograd.Function):

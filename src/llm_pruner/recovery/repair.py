@@ -1,7 +1,7 @@
 """Train a pruned model to say what the dense one says: no labels, and no more than some minutes.
 
-The loss is KL(dense || pruned) over the dense model's likeliest tokens, at every token of plain
-text (arXiv 1503.02531). All weights of the blocks are trained where the memory holds their
+The loss is KL(dense || pruned) over the whole vocabulary, at every token of plain text (arXiv
+1503.02531). All weights of the blocks are trained where the memory holds their
 gradients and what AdamW keeps of them, else adapters (LoRA), which are merged.
 """
 
@@ -19,12 +19,12 @@ from llm_pruner.data.sequences import TrainingSequence, make_sequence
 from llm_pruner.models.forward import undisturbed
 from llm_pruner.models.layers import own_copy
 from llm_pruner.recovery.callbacks import Progress
-from llm_pruner.recovery.distill import Teacher
+from llm_pruner.recovery.distill import DirectTeacher
 from llm_pruner.recovery.run import Outcome, recover_
 from llm_pruner.runtime.memory import free_bytes
 from llm_pruner.runtime.precision import multiplies_bfloat16
 from llm_pruner.runtime.progress import track
-from llm_pruner.settings.recover import DistillationSettings, TrainingSettings
+from llm_pruner.settings.recover import TrainingSettings
 
 STEP = 2048
 """Tokens of a step."""
@@ -48,7 +48,6 @@ def repair_(
     *,
     minutes: float,
     seed: int,
-    identity: str = "dense",
 ) -> Outcome:
     """Train ``model`` for some minutes; it has its weights back if ``held_out`` says so.
 
@@ -59,13 +58,11 @@ def repair_(
         held_out: text that decides which weights are kept, (samples, seq_len); not trained on.
         minutes: of training, with all scores on the way.
         seed: of the order of the text.
-        identity: fingerprint of the dense model.
 
     Raises:
         UserError: as ``recover_``.
     """
     trained, length = _own_copy(model), input_ids.shape[1]
-    taught = DistillationSettings(distill_weight=1.0)
     train, judged = _sequences(input_ids), _sequences(held_out)
     bar, shown = track(range(int(60 * minutes)), "repair, seconds"), 0
 
@@ -80,10 +77,6 @@ def repair_(
         closing(bar),
         tempfile.TemporaryDirectory() as folder,
     ):
-        teacher, judge = (
-            Teacher(dense, of, taught, Path(folder), identity=identity, seq_len=length)
-            for of in (train, judged)
-        )
         found, outcome = recover_(
             trained,
             train,
@@ -91,8 +84,8 @@ def repair_(
             _settings(trained, length, minutes, seed),
             work=Path(folder),
             folder=None,
-            teacher=teacher,
-            judge=judge,
+            teacher=DirectTeacher(dense),
+            judge=DirectTeacher(dense),
             say=say,
         )
     if outcome.gained:

@@ -23,8 +23,8 @@ from llm_pruner.models.forward import embedding_rows
 from llm_pruner.models.layers import own_copy
 from llm_pruner.recovery import checkpoint as state
 from llm_pruner.recovery.callbacks import Guard, Progress, evaluation_interval
-from llm_pruner.recovery.distill import Teacher
 from llm_pruner.recovery.kernels import kernels
+from llm_pruner.recovery.objective import Guide
 from llm_pruner.recovery.packing import can_pack, lay_out, micro_tokens, step_samples
 from llm_pruner.recovery.scoring import Evaluation, score
 from llm_pruner.recovery.trainer import RecoveryTrainer, RunState, Steps, training_arguments
@@ -70,8 +70,8 @@ def recover_(
     work: Path,
     folder: state.Folder | None,
     sources: int = 1,
-    teacher: Teacher | None = None,
-    judge: Teacher | None = None,
+    teacher: Guide | None = None,
+    judge: Guide | None = None,
     say: Callable[[Progress], None] = lambda _: None,
     keep_adapter: Path | None = None,
     processes: Processes = ALONE,

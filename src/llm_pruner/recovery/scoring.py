@@ -11,9 +11,8 @@ import torch.nn.functional as F
 
 from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.models.forward import evaluating
-from llm_pruner.recovery.distill import Teacher
 from llm_pruner.recovery.kernels.chunked_loss import summed_loss
-from llm_pruner.recovery.objective import LossAndGradient
+from llm_pruner.recovery.objective import Guide, LossAndGradient
 from llm_pruner.recovery.packing import Batch, target_logits, target_tokens
 from llm_pruner.runtime.processes import ALONE, Processes
 from llm_pruner.runtime.progress import track
@@ -45,7 +44,7 @@ def score(
     batches: Sequence[Batch],
     sequences: Sequence[TrainingSequence],
     sources: int,
-    teacher: Teacher | None = None,
+    teacher: Guide | None = None,
     processes: Processes = ALONE,
 ) -> Evaluation:
     """Return the score of a model in eval mode.
@@ -80,7 +79,7 @@ def score(
     return Evaluation(step, total / sum(tokens_of), by_source)
 
 
-def _losses(model: Any, batch: Batch, teacher: Teacher | None) -> tuple[torch.Tensor, float]:
+def _losses(model: Any, batch: Batch, teacher: Guide | None) -> tuple[torch.Tensor, float]:
     """Return the negative log-likelihood of each learned token, and the sum that is minimized."""
     found: list[torch.Tensor] = []
     tokens = target_tokens(batch)

@@ -19,9 +19,8 @@ from transformers.trainer_callback import PrinterCallback
 from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.errors import UserError
 from llm_pruner.recovery import checkpoint as state
-from llm_pruner.recovery.distill import Teacher
 from llm_pruner.recovery.kernels.chunked_loss import summed_loss
-from llm_pruner.recovery.objective import text_objective
+from llm_pruner.recovery.objective import Guide, text_objective
 from llm_pruner.recovery.packing import Batch, lay_out, target_tokens
 from llm_pruner.recovery.scoring import Evaluation
 from llm_pruner.runtime.processes import ALONE, Processes
@@ -102,7 +101,7 @@ class RecoveryTrainer(Trainer):
         settings: TrainingSettings,
         steps: Steps,
         run: RunState,
-        teacher: Teacher | None,
+        teacher: Guide | None,
         folder: state.Folder | None,
         work: Path,
         processes: Processes = ALONE,
@@ -180,7 +179,7 @@ class RecoveryTrainer(Trainer):
         return self.accelerator.no_sync(model) if wanted else nullcontext()
 
     @staticmethod
-    def _loss(model: Any, batch: Batch, teacher: Teacher | None) -> torch.Tensor:
+    def _loss(model: Any, batch: Batch, teacher: Guide | None) -> torch.Tensor:
         by_text = text_objective(target_tokens(batch))
         return summed_loss(model, batch, teacher.objective(batch) if teacher else by_text)
 

@@ -117,6 +117,20 @@ class _Chunked(torch.autograd.Function):
         return (scale * grads, None, None, None, *(scale * one for one in of_weights))
 
 
+def logits_of(model: Any, batch: Batch) -> Callable[[slice], torch.Tensor]:
+    """Run a model, and return what gives float32 logits (n, vocabulary) of some learned tokens.
+
+    They are made when they are asked for, where `_before_head` finds what they are made of.
+    """
+    found = _before_head(model, batch)
+    if found is None:
+        logits, _ = target_logits(model, batch)
+        return lambda span: logits[span]
+    head, hidden = found
+    run = _as_multiplied(head)
+    return lambda span: run(hidden[span]).float()
+
+
 def _as_multiplied(head: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a function from (n, features) to logits (n, vocabulary)."""
     weights = _frozen_in_half(head)
