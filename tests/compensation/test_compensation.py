@@ -246,6 +246,28 @@ def test_hidden_states_of_the_scores_spare_the_dense_blocks(
     assert counts[2] == counts[0]
 
 
+def test_hidden_states_of_the_first_blocks_alone_are_left_as_they_are() -> None:
+    dense, ids, fitted = make("llama"), tokens(), []
+    discovery = discover(dense)
+    removal = {"layers.0.ffn": np.arange(8), "layers.2.ffn": np.arange(8)}
+    with HiddenStates() as known:
+        chosen = {"layers.0.ffn"}  # which a forward pass through one block is enough for
+        score(
+            *(dense, discovery, Criterion("wanda")),
+            **{"input_ids": ids, "seed": 0, "groups": chosen, "keep": known},
+        )
+        assert known.before(1, ids) is not None
+        assert known.before(2, ids) is None
+        for given in (None, known, known):
+            model = copy.deepcopy(dense)
+            cut_(model, discovery, removal)
+            refit_(model, dense, discovery, removal, ids, known=given)
+            fitted.append(model.state_dict())
+    for key, value in fitted[0].items():
+        torch.testing.assert_close(fitted[1][key], value, atol=1e-4, rtol=1e-3)
+        assert torch.equal(fitted[2][key], fitted[1][key])
+
+
 def test_what_lost_nothing_is_left_alone() -> None:
     dense = make("llama")
     model = copy.deepcopy(dense)

@@ -262,21 +262,22 @@ class _Refit:
         """Return the dense hidden states behind a block, of those before it."""
         behind = self._dense_states(at + 1)
         if behind is None:
-            self._advance(self.dense, at, target)
-        return behind or target
+            behind = self._rows() if target.shared else target
+            self._advance(self.dense, at, target, behind)
+        return behind
 
-    def _advance(self, chain: Chain, index: int, hidden: Boundary) -> None:
-        """Replace the hidden states before a block by those behind it."""
+    def _advance(self, chain: Chain, index: int, hidden: Boundary, behind: Boundary) -> None:
+        """Store the hidden states behind a block, which may take the place of those before it."""
         with turn(chain.blocks[index]):
             for part in self.parts:
                 _, output = chain.run_block(index, self.ids[part], hidden.read(part))
-                hidden.write(part, output)
+                behind.write(part, output)
 
     def _block(self, index: int, at: int, target: Boundary) -> Boundary:
         """Refit one block's consumers and go past it; return the dense hidden states behind it."""
         inside = {id(module) for module in self.dense.blocks[at].modules()}
         if not any(consumer.fitted for key, consumer in self.consumers.items() if key in inside):
-            self._advance(self.pruned, index, self.hidden)
+            self._advance(self.pruned, index, self.hidden, self.hidden)
             return self._dense_past(at, target)
         order, references, direct, following = self._dense_outputs(at, target)
         target.close()
@@ -323,7 +324,7 @@ class _Refit:
                     self.hidden.write(part, base.to(output.device) + output)
                 read.close()
         if not (direct and order and order[-1].fitted):
-            self._advance(self.pruned, index, self.hidden)
+            self._advance(self.pruned, index, self.hidden, self.hidden)
         for rest in references.values():
             rest.close()
         return following
