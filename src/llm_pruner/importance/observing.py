@@ -30,7 +30,7 @@ from llm_pruner.importance.boundary_pass import (
     run_backward,
 )
 from llm_pruner.importance.observation import Observation, Reading
-from llm_pruner.models.activation_store import ActivationStore, HiddenStates
+from llm_pruner.models.activation_store import ActivationStore, HiddenStates, free_on_disk
 from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
 from llm_pruner.models.consumers import Consumer, add_gram_, consumers_of, input_dim, weight_of
 from llm_pruner.models.streaming import turn
@@ -257,7 +257,10 @@ class _Watch(Collector, Generic[Measured]):
                 self.add_up(None, (), batch, owner)
             return
         highest = max((at for at, block in enumerate(blocks) if block & self.modules), default=-1)
-        keep = self.keep
+        with chain.opened():
+            need = (highest + 2) * samples * chain.entry(input_ids[:1]).nbytes
+        # Others would be glad of them, but this pass goes without.
+        keep = self.keep if 2 * need < free_on_disk() else None
         states = ActivationStore(range(1 if keep is None else highest + 2), samples, MEMORY)
         with chain.opened(), states if keep is None else nullcontext(states) as hidden:
             for part in shared.own:

@@ -43,12 +43,12 @@ class ActivationStore:
         for key in self._keys[: min(in_memory, len(self._keys))]:
             self._arrays[key] = values.new_empty((self._samples, *values.shape[1:]), device="cpu")
         filed = self._keys[len(self._arrays) :]
-        need, folder = len(filed) * size, tempfile.gettempdir()
-        if filed and (free := shutil.disk_usage(folder).free) < need:
+        need, free = len(filed) * size, free_on_disk()
+        if filed and free < need:
             raise UserError(
                 f"the hidden states of {self._samples} samples need {need / 2**30:.1f} GiB on disk "
-                f"and {folder} has {free / 2**30:.1f} GiB free; set TMPDIR to a larger disk, or "
-                "use fewer or shorter samples"
+                f"and {tempfile.gettempdir()} has {free / 2**30:.1f} GiB free; set TMPDIR to a "
+                "larger disk, or use fewer or shorter samples"
             )
         # Without a name, so that a killed process leaves nothing behind.
         self._files = {key: tempfile.TemporaryFile() for key in filed}  # noqa: SIM115
@@ -103,6 +103,11 @@ class ActivationStore:
         return int(samples.start) * self._form.nbytes
 
 
+def free_on_disk() -> int:
+    """Return the free bytes where arrays that do not fit in memory would lie."""
+    return shutil.disk_usage(tempfile.gettempdir()).free
+
+
 @dataclass(frozen=True)
 class Boundary:
     """One array of a store.
@@ -132,10 +137,10 @@ class Boundary:
 
 
 class HiddenStates:
-    """What a walk through a model found before each of its blocks and behind the last one.
+    """The hidden states before each block of a model and behind the last one, or the first of them.
 
-    Made by one pass over a text, such as that of the scores, for those after it that need the same
-    states of the same model; of no text until ``keep`` is called.
+    Found by one pass over a text, such as that of the scores, for those after it that need the same
+    ones of the same model; of no text until ``keep`` is called.
     """
 
     def __init__(self) -> None:
@@ -161,7 +166,7 @@ class HiddenStates:
 
     def before(self, block: int, input_ids: torch.Tensor) -> Boundary | None:
         """Return the hidden states that enter a block (one more than there are: that leave the
-        last), if the text begins with these tokens, (samples, seq_len)."""
+        last), if they are there and the text begins with these tokens, (samples, seq_len)."""
         known = self._input_ids[: len(input_ids)]
         if self._store is None or block not in self._store.keys:
             return None
