@@ -248,8 +248,8 @@ def test_a_split_says_nothing_of_a_unit_ratio() -> None:
 def test_refits_that_make_held_out_text_worse_are_taken_back(
     tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoil(model: nn.Module, *args: object) -> list[Refitted]:
-        found = refit_(model, *args)  # type: ignore[arg-type]
+    def spoil(model: nn.Module, *args: Any, **rest: Any) -> list[Refitted]:
+        found = refit_(model, *args, **rest)
         for one in found:
             module = model.get_submodule(one.module)
             noise = torch.Generator().manual_seed(0)
@@ -277,9 +277,9 @@ def test_a_part_of_the_text_scores_and_more_of_it_is_fitted(
         read["score"] = (len(input_ids), torch.get_float32_matmul_precision())
         return importance.score(*args, input_ids=input_ids, **rest)
 
-    def refit(*args: Any) -> list[Refitted]:
+    def refit(*args: Any, **rest: Any) -> list[Refitted]:
         read["refit"] = (len(args[-1]), torch.get_float32_matmul_precision())
-        return refit_(*args)
+        return refit_(*args, **rest)
 
     monkeypatch.setattr(pruning, "score", score)
     monkeypatch.setattr(pruning, "refit_", refit)

@@ -298,10 +298,10 @@ def test_a_file_that_changes_while_it_is_read_stops_the_run(
     model = save(tmp_path / "model", "llama")
     from llm_pruner.commands import prune
 
-    def then(self: Any) -> None:
+    def then(self: Any, *known: Any) -> None:
         file = model / "model.safetensors"
         file.write_bytes(file.read_bytes())
-        make(self)
+        make(self, *known)
 
     make = prune.PruneRun.make_plan
     monkeypatch.setattr(prune.PruneRun, "make_plan", then)
