@@ -5,7 +5,18 @@
 ROWS.yaml maps the name of a row to the commands that make its folder, one after the other, each a
 list of arguments of ``llm-pruner`` without model and ``--out``: ``[prune, --ratio, 0.2]``, then
 such as ``[recover, --data, FILE]``. A command reads the folder of the one before, the first one
-MODEL; ``MODEL`` among the arguments stands for the dense model. No command: the dense model.
+MODEL; ``MODEL`` among the arguments stands for the dense model and ``PARAMS`` for what ``--params``
+says. No command: the dense model. ``[folder, FOLDER]`` is a model that is there, made otherwise.
+
+``[peer, PACKAGE, FILE, PARAMS]`` is pruning by another package of the field (``peer_pruners.py``
+says how each is used), which is installed with torch and transformers in an environment of its own,
+and FILE its calibration text:
+
+    python -m venv peers && peers/bin/pip install torch transformers optipfair torch-pruning
+    git clone https://github.com/horseee/LLM-Pruner original
+    python benchmarks/yardstick.py ... --peers peers/bin/python --original original
+
+FLAP, whose code needs transformers 4.28 and has no grouped heads, is ``reference/flap.py``.
 
 Each row is measured by ``evaluate --against MODEL`` on the first ``--max-tokens`` of each text,
 which no row may be fitted to: KL to the dense model, share of changed first choices, perplexity as
@@ -20,6 +31,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
+import subprocess
 import tempfile
 import time
 from math import log
@@ -34,22 +47,43 @@ from transformers import AutoTokenizer
 from commands import found_by, llm_pruner
 from llm_pruner.data.text import load_evaluation_text
 from llm_pruner.settings.evaluate import PerplexitySettings
+from llm_pruner.settings.words import parse_count
 from machine import machine
 
+HERE = Path(__file__).parent
 
-def made(model: str, commands: list[list[Any]], seed: int, work: Path) -> tuple[str, list[float]]:
+
+def peer(options: argparse.Namespace, model: str, out: Path, arguments: list[Any]) -> None:
+    """Prune a model by another package, in its environment."""
+    package, text, params = arguments
+    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    script = (options.peers, HERE / "peer_pruners.py", package, model, text, out)
+    arguments = [*script, parse_count(params), "--source", options.original]
+    subprocess.run([*map(str, arguments)], env=environment, check=True)
+
+
+def made(
+    options: argparse.Namespace, commands: list[list[Any]], seed: int, work: Path
+) -> tuple[str, list[float]]:
     """Carry out the commands of a row; return the folder of the last, and the seconds of each."""
-    last, seconds = model, []
+    last, seconds = options.model, []
     for number, (name, *arguments) in enumerate(commands):
+        if name == "folder":
+            [last] = arguments
+            continue
         key = json.dumps([commands[: number + 1], seed]).encode()
         out = work / hashlib.sha256(key).hexdigest()[:16]
         took = out.with_suffix(".seconds")
         if not took.exists():
-            said = [model if one == "MODEL" else one for one in arguments]
+            said = [options.model if one == "MODEL" else one for one in arguments]
             begin = time.perf_counter()
-            goes_on = ["--resume"] if out.with_suffix(".recovering").exists() else []
-            seeded = [] if name == "vocab" else ["--seed", seed]
-            llm_pruner(name, last, "--out", out, *seeded, "--overwrite", *goes_on, *said)
+            if name == "peer":
+                peer(options, last, out, said)
+            else:
+                goes_on = ["--resume"] if out.with_suffix(".recovering").exists() else []
+                seeded = [] if name == "vocab" else ["--seed", seed]
+                llm_pruner(name, last, "--out", out, *seeded, "--overwrite", *goes_on, *said)
             took.write_text(f"{time.perf_counter() - begin:.1f}")
         seconds.append(float(took.read_text()))
         last = str(out)
@@ -81,7 +115,9 @@ def measured(folder: str, options: argparse.Namespace) -> dict[str, Any]:
             "ratio": round(one["perplexity"] / far["perplexity"], 4),
             "bits_per_byte": round(one["nll"] / log(2) / bytes_of_token(folder, text, options), 4),
         }
-    return {"parameters": found["parameters"], "texts": rows}
+    said = Path(folder, "peer.json")  # where a peer's zeros are no parameters
+    parameters = json.loads(said.read_text()) if said.exists() else found
+    return {"parameters": parameters["parameters"], "texts": rows}
 
 
 def main() -> None:
@@ -93,7 +129,10 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=16_384)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--dtype", default="float32", help="of the measurement")
+    parser.add_argument("--params", default="113.27M", help="what PARAMS stands for")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--peers", help="python that has the other packages")
+    parser.add_argument("--original", help="checkout of LLM-Pruner")
     parser.add_argument("--work", type=Path, help="folder that keeps what is made; must be there")
     parser.add_argument("--only", help="names of rows, comma-separated")
     parser.add_argument("--out", type=Path, required=True)
@@ -113,17 +152,22 @@ def main() -> None:
             parser.error(f"{options.out} holds rows of other settings; give another --out")
     wanted = options.only.split(",") if options.only else [*asked]
     for name in wanted:
+        commands = [
+            [options.params if word == "PARAMS" else word for word in command]
+            for command in asked[name]
+        ]
+        sized = {} if commands == asked[name] else {"params": options.params}
+        shown = [[Path(str(word)).name for word in command] for command in commands]
         for seed in range(options.seeds):
-            if any(row["name"] == name and row["seed"] == seed for row in results["rows"]):
+            key: dict[str, Any] = {"name": name, "seed": seed, **sized}
+            if any(key.items() <= row.items() for row in results["rows"]):
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 work = options.work or Path(folder)
-                last, seconds = made(options.model, asked[name], seed, work)
+                last, seconds = made(options, commands, seed, work)
                 found = measured(last, options)
-            shown = [[Path(str(word)).name for word in command] for command in asked[name]]
             row = {
-                "name": name,
-                "seed": seed,
+                **key,
                 "commands": [" ".join(words) for words in shown],
                 "seconds": seconds,
                 **found,

@@ -14,7 +14,7 @@ from torch import nn
 
 from helpers import tiny_model
 from llm_pruner.errors import UserError
-from llm_pruner.importance import Criterion, boundary_pass, score, scoring
+from llm_pruner.importance import Criterion, boundary_pass, score, taylor
 from llm_pruner.importance.boundary_pass import loss_cotangent
 from llm_pruner.models.activation_store import ActivationStore
 from llm_pruner.models.blockwise import NotBlockwise, find_chain
@@ -311,7 +311,7 @@ def test_both_paths_in_float64(
 ) -> None:
     _, discovery, ids, double, gradients = llama
     if path == "whole":
-        monkeypatch.setattr(scoring, "find_chain", refuse)
+        monkeypatch.setattr(taylor, "find_chain", refuse)
     else:
         monkeypatch.setattr(
             boundary_pass, "run_for_logits", lambda *_: pytest.fail("ran as a whole")
@@ -356,7 +356,7 @@ def test_stock_architectures_run_block_by_block(
     chain = find_chain(model.requires_grad_(False), tokens(), {})
     assert len(chain.blocks) == 2
     got = score(model, discovery, criterion, input_ids=tokens(), seed=0)
-    monkeypatch.setattr(scoring, "find_chain", refuse)
+    monkeypatch.setattr(taylor, "find_chain", refuse)
     whole = score(model, discovery, criterion, input_ids=tokens(), seed=0)
     for name in names:
         scale = max(whole[name].mean(), 1e-12)
@@ -573,7 +573,7 @@ def test_sample_without_a_finite_loss_is_named(path: str, monkeypatch: pytest.Mo
     ids = tokens(5, 6).clamp(max=257)
     ids[3, 2] = 258
     if path == "whole":
-        monkeypatch.setattr(scoring, "find_chain", refuse)
+        monkeypatch.setattr(taylor, "find_chain", refuse)
     with pytest.raises(UserError, match=r"loss of calibration sample 3 is nan.*float32"):
         score(model, llama_discovery(model), Criterion(), input_ids=ids, seed=0)
 

@@ -9,7 +9,7 @@ and weight gradients exist at a time. A model that is no chain of blocks runs as
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any, TypeAlias
 
@@ -47,7 +47,7 @@ _ATTEMPTS = 5
 
 
 Seen: TypeAlias = tuple[str, torch.Tensor, torch.Tensor | None]
-"""A module, what it was given, and the gradient of that."""
+"""A module, what it was given or has returned, and the gradient of that."""
 
 
 class Collector:
@@ -78,11 +78,26 @@ class Collector:
         self.processes = processes
         self.keep = keep if processes.count == 1 else None
 
+    def tells_apart(
+        self, owned: Mapping[str, nn.Parameter], run: Callable[[], torch.Tensor]
+    ) -> bool:
+        """Whether `seen` is all it needs to tell apart samples that go through a block together.
+
+        Asked before a block's first sample, where ``together`` is not set. The gradients of its
+        parameters are not taken then.
+
+        Args:
+            owned: the block's parameters among ``parameters``.
+            run: returns the block's output for two samples, (2, tokens, hidden).
+        """
+        del owned, run
+        return False
+
     def seen(self) -> list[tuple[str, torch.Tensor]]:
-        """Return (module, input) noted since the last call, to get a gradient each."""
+        """Return (module, tensor) noted since the last call, to get a gradient each."""
         return []
 
-    def add_inputs(self, part: slice, seen: Iterable[Seen], factor: float) -> None:
+    def add_seen(self, part: slice, seen: Iterable[Seen], factor: float) -> None:
         """Take the gradients of what `seen` returned; the true ones are ``factor`` times them."""
 
     def add_weight(self, name: str, part: slice, gradient: torch.Tensor, factor: float) -> None:
@@ -127,7 +142,7 @@ class Collector:
         if not inputs:
             return None, 1.0
         found, factor = pull_back(outputs, inputs, cotangents, part)
-        self.add_inputs(part, [(*one, at) for one, at in zip(seen, found, strict=False)], factor)
+        self.add_seen(part, [(*one, at) for one, at in zip(seen, found, strict=False)], factor)
         for name, gradient in zip(names, found[len(seen) :], strict=False):
             if gradient is not None:
                 self.add_weight(name, part, gradient, factor)
@@ -202,8 +217,7 @@ class _BlockPass:
         self.lowest = 0 if chain.bottom else self._lowest()
         logits = _LOGIT_BYTES // (length * chain.vocabulary * 4)
         self.batches = Batches(samples, length, collector.processes)
-        # How many samples go through a block, and through the head.
-        self.size = samples if collector.together else 1
+        # How many samples go through the head.
         self.headed = max(1, min(samples, logits))
 
     def _lowest(self) -> int:
@@ -238,8 +252,10 @@ class _BlockPass:
                     for index, batch, owner in track(steps, f"{collector.label}: blocks"):
                         if batch.start == 0:
                             held.enter_context(turn(chain.blocks[index]))
-                        for part in self.batches.parts(batch, self.size):
-                            self._block(index, part)
+                            apart = self._tells_apart(index)
+                        size = samples if collector.together or apart else 1
+                        for part in self.batches.parts(batch, size):
+                            self._block(index, part, {} if apart else chain.owned[index])
                         collector.add_up(index, chain.owned[index], batch, owner)
                         if batch.stop == samples:
                             self._passed(index)
@@ -301,9 +317,23 @@ class _BlockPass:
         cotangent = loss_cotangent(logits, self.ids[part], part.start)
         self._store(part, *self.collector.pull([logits], [cotangent], part, (), leaves[0]))
 
-    def _block(self, index: int, part: slice) -> None:
-        """Pull the gradient back through one block."""
-        owned = self.chain.owned[index]
+    def _tells_apart(self, index: int) -> bool:
+        """Whether samples can go through a block together though they are to be told apart."""
+        own = self.batches.own
+        if self.collector.together or not own:
+            return False
+        # One sample twice, so that all processes find the same.
+        sample = slice(own[0].start, own[0].start + 1)
+
+        def run() -> torch.Tensor:
+            hidden = self.states.read(index, sample)
+            twice = hidden.expand(2, *hidden.shape[1:])
+            return self.chain.run_block(index, self.ids[sample].expand(2, -1), twice)[1]
+
+        return self.collector.tells_apart(self.chain.owned[index], run)
+
+    def _block(self, index: int, part: slice, owned: Mapping[str, nn.Parameter]) -> None:
+        """Pull the gradient back through one block, and to its parameters ``owned``."""
         with requiring_gradients(owned):
             hidden, output = self.chain.run_block(
                 index, self.ids[part], self.states.read(index, part)

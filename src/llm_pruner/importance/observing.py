@@ -285,10 +285,10 @@ class _Watch(Collector, Generic[Measured]):
 
     def _take(self, part: slice) -> None:
         """Take what a forward pass has shown."""
-        self.add_inputs(part, [(*one, None) for one in self.seen()], 1.0)
+        self.add_seen(part, [(*one, None) for one in self.seen()], 1.0)
 
     @torch.no_grad()
-    def add_inputs(self, part: slice, seen: Iterable[Seen], factor: float) -> None:
+    def add_seen(self, part: slice, seen: Iterable[Seen], factor: float) -> None:
         """Add inputs and their gradients, which are ``factor`` times those given."""
         for path, value, gradient in seen:
             value = value.detach().to(torch.promote_types(value.dtype, torch.float32))

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
 from llm_pruner.errors import UserError
-from llm_pruner.importance.boundary_pass import Collector, run_backward
 from llm_pruner.importance.criteria import MEASURES, Criterion
 from llm_pruner.importance.observation import Observation
 from llm_pruner.importance.observing import measure
+from llm_pruner.importance.taylor import Sums, reduced, taylor_sums
 from llm_pruner.models.activation_store import HiddenStates
-from llm_pruner.models.blockwise import NotBlockwise, find_chain
 from llm_pruner.models.forward import undisturbed
 from llm_pruner.models.streaming import values_of
 from llm_pruner.runtime.processes import ALONE, Processes
 from llm_pruner.types import Discovery, FloatArray, Group
-
-_LOG = logging.getLogger(__name__)
 
 
 def score(
@@ -147,17 +142,9 @@ def _taylor_sums(
     input_ids: torch.Tensor | None,
     processes: Processes,
     keep: HiddenStates | None,
-) -> dict[str, _Sums]:
+) -> dict[str, Sums]:
     with _seen(model, input_ids, criterion.name) as ids, processes.telling():
-        sums = _TaylorSums(parameters, criterion, len(ids), processes, keep)
-        if parameters:
-            try:
-                chain = find_chain(model, ids, parameters)
-            except NotBlockwise as reason:
-                _LOG.info("gradients of the whole model at once: %s", reason)
-                chain = None
-            run_backward(model, chain, ids, sums)
-    return {name: sums.found[name] for name in parameters if name in sums.found}
+        return taylor_sums(model, parameters, criterion, ids, processes, keep) if parameters else {}
 
 
 @contextmanager
@@ -166,28 +153,6 @@ def _seen(model: nn.Module, input_ids: torch.Tensor | None, name: str) -> Iterat
     text = _require_text(input_ids, name)
     with undisturbed(model), torch.inference_mode(False), torch.enable_grad():
         yield text.detach().to(next(model.parameters()).device, torch.long)
-
-
-@dataclass(frozen=True)
-class _Sums:
-    """Sums of a term over one tensor, in float64.
-
-    Attributes:
-        by_dim: for each axis, shape (size of the axis,), the term summed over all other axes.
-        total: sum over the whole tensor.
-    """
-
-    by_dim: tuple[FloatArray, ...]
-    total: float
-
-
-def _reduced(term: torch.Tensor) -> _Sums:
-    vectors = []
-    for dim in range(term.ndim):
-        others = [axis for axis in range(term.ndim) if axis != dim]
-        vector = term.sum(others) if others else term
-        vectors.append(vector.double().cpu().numpy().copy())
-    return _Sums(tuple(vectors), float(term.sum()))
 
 
 def _layer_parameters(model: nn.Module, module: str) -> list[str]:
@@ -220,102 +185,14 @@ def _scored_parameters(model: nn.Module, groups: Iterable[Group]) -> dict[str, n
     return {name: known[name] for name in dict.fromkeys([*members, *sorted(whole)])}
 
 
-def _magnitude_sums(parameters: Mapping[str, nn.Parameter], name: str) -> dict[str, _Sums]:
+def _magnitude_sums(parameters: Mapping[str, nn.Parameter], name: str) -> dict[str, Sums]:
     """Return the sums of |w| (``l1``) or w^2 (``l2``; the root follows per unit)."""
-    sums: dict[str, _Sums] = {}
+    sums: dict[str, Sums] = {}
     with torch.no_grad():
         for tensor, parameter in parameters.items():
             weight = values_of(parameter).to(torch.promote_types(parameter.dtype, torch.float32))
-            sums[tensor] = _reduced(weight.abs() if name == "l1" else weight.square())
+            sums[tensor] = reduced(weight.abs() if name == "l1" else weight.square())
     return sums
-
-
-class _TaylorSums(Collector):
-    """The terms of ``Criterion``: sums over samples of the gradient g and of its square, times w.
-
-    They are float32, or float64 for float64 weights: squares of gradients do not fit narrower
-    types. Those of a batch are added to those of the batches before it. A block's are reduced and
-    forgotten once its last sample is through.
-
-    Attributes:
-        found: tensor -> sums of its term; in the first process.
-    """
-
-    def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        criterion: Criterion,
-        samples: int,
-        processes: Processes,
-        keep: HiddenStates | None,
-    ) -> None:
-        super().__init__(
-            parameters,
-            together=criterion.order == "first",  # which adds up; a square is of one sample
-            label="importance",
-            processes=processes,
-            keep=keep,
-        )
-        self._criterion, self._samples = criterion, samples
-        self._first: dict[str, torch.Tensor] = {}
-        self._second: dict[str, torch.Tensor] = {}
-        self._batch_first: dict[str, torch.Tensor] = {}
-        self._batch_second: dict[str, torch.Tensor] = {}
-        self.found: dict[str, _Sums] = {}
-
-    def _so_far(self, sums: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-        if name not in sums:
-            weight = self.parameters[name].detach()
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            sums[name] = torch.zeros_like(weight, dtype=wide, memory_format=torch.contiguous_format)
-        return sums[name]
-
-    def add_weight(self, name: str, part: slice, gradient: torch.Tensor, factor: float) -> None:  # noqa: ARG002
-        """Add a gradient, and its square."""
-        if self._criterion.order != "second":
-            if name not in self._batch_first and factor == 1.0:
-                wide = torch.promote_types(gradient.dtype, torch.float32)
-                self._batch_first[name] = gradient.to(
-                    wide, memory_format=torch.contiguous_format, copy=True
-                )
-            else:
-                self._so_far(self._batch_first, name).add_(gradient, alpha=factor)
-        if self._criterion.order != "first":
-            square = self._so_far(self._batch_second, name)
-            exact = gradient.to(square.dtype)
-            square.addcmul_(exact, exact, value=factor * factor)
-
-    @torch.no_grad()
-    def add_up(self, block: int | None, names: Iterable[str], batch: slice, owner: int) -> None:  # noqa: ARG002
-        """Add what a batch gave, which a process has run, to what those before it gave."""
-        both = ((self._batch_first, self._first), (self._batch_second, self._second))
-        asked = {"first": both[:1], "second": both[1:]}.get(self._criterion.order, both)
-        wanted = [(name, *sums) for sums in asked for name in names]
-        given = [self._so_far(sums, name) for name, sums, _ in wanted]
-        found = self.processes.hand_in(owner, given)
-        for (name, _, before), one in zip(wanted, found, strict=False):
-            before[name] = before[name].add_(one) if name in before else one
-        self._batch_first, self._batch_second = {}, {}
-
-    @torch.no_grad()
-    def finished(self, block: int | None, names: Iterable[str]) -> None:  # noqa: ARG002
-        """Reduce the terms of these tensors."""
-        for name in names if self.processes.is_first else ():
-            term = self._term(name, self.parameters[name].detach()).div_(self._samples)
-            if self._criterion.reduction == "element":
-                term.abs_()
-            self.found[name] = _reduced(term)
-            self._first.pop(name, None)
-            self._second.pop(name, None)
-
-    def _term(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """Return g w, F w^2 / 2, or their difference, times the number of samples; in place."""
-        if self._criterion.order == "first":
-            return self._so_far(self._first, name).mul_(weight)
-        square = self._so_far(self._second, name)
-        if self._criterion.order == "second":
-            return square.mul_(weight).mul_(weight).mul_(0.5)
-        return square.mul_(weight).mul_(-0.5).add_(self._so_far(self._first, name)).mul_(weight)
 
 
 def _require_text(input_ids: torch.Tensor | None, name: str) -> torch.Tensor:
@@ -334,7 +211,7 @@ def _require_text(input_ids: torch.Tensor | None, name: str) -> torch.Tensor:
     return input_ids
 
 
-def _require_finite(sums: Mapping[str, _Sums], criterion: Criterion) -> None:
+def _require_finite(sums: Mapping[str, Sums], criterion: Criterion) -> None:
     for tensor, found in sums.items():
         if all(np.isfinite(part).all() for part in (*found.by_dim, np.array(found.total))):
             continue
@@ -350,7 +227,7 @@ def _require_finite(sums: Mapping[str, _Sums], criterion: Criterion) -> None:
 
 
 def _group_scores(
-    model: nn.Module, group: Group, sums: Mapping[str, _Sums], criterion: Criterion
+    model: nn.Module, group: Group, sums: Mapping[str, Sums], criterion: Criterion
 ) -> FloatArray:
     if group.modules:
         layers = [

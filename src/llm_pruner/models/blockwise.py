@@ -299,7 +299,7 @@ def _probe(chain: Chain, ids: torch.Tensor) -> None:
                 raise NotBlockwise(f"block {at} changes the shape or type of the hidden state")
             rest = [p for index, own in enumerate(parameters) if index != at for p in own]
             others = [*inputs, *leaves, *outside, *rest]
-            if not _depends(hidden, [leaf]) or _depends(hidden, others):
+            if not depends(hidden, [leaf]) or depends(hidden, others):
                 raise NotBlockwise(f"block {at} depends on more than its hidden state and weights")
         entries.append(given)
         inputs.append(leaf)
@@ -313,9 +313,9 @@ def _probe(chain: Chain, ids: torch.Tensor) -> None:
         raise NotBlockwise(f"only {len(outputs)} of {len(chain.blocks)} blocks are called")
     chain.vocabulary = logits.shape[-1]
     above = [*inputs, *leaves[:-1], *(p for own in parameters for p in own)]
-    if not _depends(logits, [leaves[-1]]) or _depends(logits, above):
+    if not depends(logits, [leaves[-1]]) or depends(logits, above):
         raise NotBlockwise("the logits depend on more than the last block's output")
-    chain.bottom = _depends(entries[0], outside)
+    chain.bottom = depends(entries[0], outside)
     for index, output in enumerate(outputs):
         try:
             _, again = chain.run_block(index, ids, inputs[index])
@@ -325,7 +325,8 @@ def _probe(chain: Chain, ids: torch.Tensor) -> None:
             raise NotBlockwise(f"block {index} gives another output when it runs again")
 
 
-def _depends(output: torch.Tensor, inputs: Sequence[torch.Tensor]) -> bool:
+def depends(output: torch.Tensor, inputs: Sequence[torch.Tensor]) -> bool:
+    """Whether a gradient comes from ``output`` to one of ``inputs``."""
     if not output.requires_grad or not inputs:
         return False
     gradients = torch.autograd.grad(
