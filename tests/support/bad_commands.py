@@ -9,6 +9,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from llm_pruner.settings.registry import CRITERIA
+
 PAGE = Path(__file__).resolve().parents[2] / "docs/before-work.md"
 
 LONG = "n" * 300
@@ -65,10 +67,6 @@ def between(name: str, given: object, least: object, most: object) -> str:
 SIZE = "is no size of a file; use a number above 0 with KB, MB, GB or TB, such as 5GB"
 SHARE = "is outside (0, 1); give the share to remove, such as 0.2"
 STRUCTURES = "heads, query_heads, ffn, hidden, head_dim, experts, layers, other"
-CRITERIA = (
-    "random, l1, l2, taylor, contribution, fisher, fisher-obs, fluctuation, gate, leverage, obs, "
-    "wanda"
-)
 DAMAGE = (
     "is no damage; write such as 1.2x, for the dense model's perplexity times 1.2, or 0.3, for a "
     "KL divergence of 0.3 nats"
@@ -320,7 +318,7 @@ TABLE: dict[str, list[Bad]] = {
     ],
     "How importance is estimated": bad(
         "prune",
-        ("--criterion x", f"--criterion x is unknown; use one of {CRITERIA}"),
+        ("--criterion x", f"--criterion x is unknown; use one of {', '.join(CRITERIA)}"),
         (
             "--criterion wanda --structures ffn,layers",
             "criterion 'wanda' reads the inputs of linear modules, which say nothing of whole "
