@@ -17,6 +17,7 @@ from llm_pruner.models.blockwise import NotBlockwise
 from llm_pruner.types import Discovery, Group, Member
 
 WIDTH = 6
+SPECIAL = 50.0
 ORDERS = ("second", "mixed")
 
 
@@ -49,6 +50,12 @@ class Block(nn.Module):
             return hidden + self.second(inner.tanh().transpose(0, 1)).transpose(0, 1)
         if self.way == "flat":
             return hidden + self.second(inner.tanh().flatten(0, 1)).view_as(hidden)
+        if self.way == "called by some":
+            chosen = hidden[..., 0] > SPECIAL / 2
+            out = hidden + inner.tanh()
+            if not bool(chosen.any()):
+                return out
+            return out.masked_scatter(chosen[..., None], out[chosen] + self.second(out[chosen]))
         if self.way == "by keyword":
             return hidden + self.second(input=inner.tanh())
         if self.way == "twice":
@@ -69,6 +76,8 @@ class Chained(nn.Module):
     def __init__(self, way: str) -> None:
         super().__init__()
         self.embedding = nn.Embedding(20, WIDTH)
+        with torch.no_grad():
+            self.embedding.weight[19, 0] = SPECIAL
         self.layers = nn.ModuleList(Block(way) for _ in range(2))
         self.head = nn.Linear(WIDTH, 20)
 
@@ -147,6 +156,7 @@ def test_linear_modules_of_models_take_samples_together(
         *(("plainly", True), ("twice", True)),
         *((way, False) for way in ("written over", "used elsewhere", "time first", "flat")),
         *((way, False) for way in ("by keyword", "shared", "subclass", "hooked")),
+        ("called by some", False),
     ],
 )
 @pytest.mark.parametrize("order", ORDERS)
@@ -158,7 +168,8 @@ def test_what_does_not_show_each_samples_gradient_takes_one_at_a_time(
     names = [f"layers.{at}.{one}" for at in (0, 1) for one in ("first.weight", "first.bias")]
     names += [f"layers.{at}.second.weight" for at in (0, 1)]
     discovery = groups_of(model, names)
-    ids = torch.randint(0, 20, (5, 7))
+    ids = torch.randint(0, 19, (5, 7))
+    ids[3, 2] = 19  # which no other sample has
     got = score(model, discovery, Criterion(order=order), input_ids=ids, seed=0)
     assert sizes == ([5, 5] if together else [1] * 10)
     want = alone(model, discovery, order, ids, monkeypatch)

@@ -148,6 +148,8 @@ class _Linears:
         self._noting = (
             told
             and not elsewhere
+            # What other samples alone call, such as an expert, is unknown.
+            and {one.path for one in notes} >= {self.held[name] for name in owned}
             and all(one.given.shape[:-1] == rows and one.is_unchanged() for one in notes)
         )
         torch.clear_autocast_cache()  # of copies of weights that required a gradient
@@ -170,6 +172,8 @@ class _Linears:
         calls: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for (path, _, gradient), given in zip(seen, self._given, strict=False):
             if gradient is not None:
+                if given.ndim != 3 or given.shape[:-1] != gradient.shape[:-1]:
+                    raise AssertionError(f"{path} got tokens of several samples in one row")
                 wide = torch.float32 if gradient.dtype == torch.float16 else gradient.dtype
                 calls.setdefault(path, []).append((given.to(wide), gradient.to(wide)))
         self._given = []
