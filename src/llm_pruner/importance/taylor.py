@@ -131,10 +131,10 @@ class _Linears:
             owned: what is wanted of the block.
             run: returns its output for two samples, (2, tokens, hidden).
         """
-        distinct = len({id(one) for one in owned.values()})
-        self._noting = 0 < len(owned) == distinct and owned.keys() <= self.held.keys()
+        distinct = len({id(one) for one in owned.values()}) == len(owned)
+        self._noting = bool(owned) and distinct and owned.keys() <= self.held.keys()
         if not self._noting:
-            return False
+            return not owned
         self._hidden = dict(owned)
         try:
             with requiring_gradients(owned):
