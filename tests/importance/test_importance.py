@@ -92,14 +92,16 @@ def tokens(samples: int = 3, length: int = 7, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 259, (samples, length), generator=generator)
 
 
-def reference_gradients(model: Any, ids: torch.Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+def reference_gradients(
+    model: Any, ids: torch.Tensor, stride: int = 1
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return (mean gradient, mean squared per-sample gradient) by plain backward passes."""
     first: dict[str, Any] = {name: 0.0 for name, _ in model.named_parameters()}
     second = dict(first)
     for sample in ids:
         model.zero_grad()
         logits = model(input_ids=sample[None], use_cache=False).logits[0]
-        nn.functional.cross_entropy(logits[:-1], sample[1:]).backward()
+        nn.functional.cross_entropy(logits[:-1][::stride], sample[1:][::stride]).backward()
         for name, parameter in model.named_parameters():
             first[name] = first[name] + parameter.grad / len(ids)
             second[name] = second[name] + parameter.grad**2 / len(ids)
@@ -322,6 +324,65 @@ def test_both_paths_in_float64(
         expected = np.array(reference_scores(double, gradients, group, criterion))
         # the softmax of float64 logits stays in float64, so nothing but rounding is left
         np.testing.assert_allclose(got[group.name], expected, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", ["first", "second", "mixed"])
+def test_loss_at_some_positions(llama: Any, order: str) -> None:
+    _, discovery, ids, double, _ = llama
+    criterion = Criterion(order=order, reduction="vector")
+    got = score(double, discovery, criterion, input_ids=ids, seed=0, stride=3)
+    gradients = reference_gradients(double, ids, 3)
+    for group in discovery.groups:
+        expected = np.array(reference_scores(double, gradients, group, criterion))
+        np.testing.assert_allclose(got[group.name], expected, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("config", "stride"),
+    [
+        ({"vocab_size": 70_000}, 4),
+        ({"vocab_size": 66_000, "hidden_size": 24, "intermediate_size": 22_000}, 3),
+        ({"vocab_size": 66_000, "hidden_size": 24, "intermediate_size": 90_000}, 1),
+        ({"vocab_size": 60_000}, 1),
+    ],
+)
+def test_a_large_output_layer_runs_at_a_share_of_the_positions(
+    config: dict[str, int], stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All positions are looked at in turn, by one group of samples after the other."""
+    monkeypatch.setattr(boundary_pass, "_LOGIT_BYTES", 1)
+    model = tiny_model(num_hidden_layers=1, **config).requires_grad_(False)
+    group = Group("f", "ffn", 0, 8, (Member("model.layers.0.mlp.up_proj.weight", 0, rows(8), 0),))
+    found, real = [], loss_cotangent
+
+    def noted(logits: torch.Tensor, ids: torch.Tensor, first: int, positions: Any) -> Any:
+        found.append((logits.shape[1], positions))
+        return real(logits, ids, first, positions)
+
+    monkeypatch.setattr(boundary_pass, "loss_cotangent", noted)
+    score(model, describe(model, group), Criterion(), input_ids=tokens(8, 13), seed=0)
+    if stride == 1:
+        assert found == [(13, None)] * 8
+    else:
+        assert [count for count, _ in found] == [12 // stride] * 8
+        seen = torch.cat([positions for _, positions in found[:stride]])
+        assert sorted(seen.tolist()) == list(range(12))
+
+
+def test_a_model_that_gives_other_logits_when_asked_for_some_gives_all() -> None:
+    model = tiny_model(num_hidden_layers=1).requires_grad_(False)
+    discovery, ids = llama_discovery(model), tokens()
+    want = score(model, discovery, Criterion(), input_ids=ids, seed=0)
+    real = model.forward
+
+    def last(input_ids: torch.Tensor, logits_to_keep: Any = 0, **others: Any) -> Any:
+        count = 0 if isinstance(logits_to_keep, int) else len(logits_to_keep)
+        return real(input_ids, logits_to_keep=count, **others)
+
+    model.forward = last
+    got = score(model, discovery, Criterion(), input_ids=ids, seed=0, stride=2)
+    for name in want:
+        np.testing.assert_array_equal(got[name], want[name])
 
 
 @pytest.mark.parametrize("name", ["l1", "l2"])

@@ -18,8 +18,8 @@ from torch import nn
 
 from llm_pruner.errors import UserError
 from llm_pruner.models.activation_store import ActivationStore, HiddenStates
-from llm_pruner.models.blockwise import Call, Chain, hidden_of, requiring_gradients
-from llm_pruner.models.forward import run_for_logits
+from llm_pruner.models.blockwise import Call, Chain, Handler, hidden_of, requiring_gradients
+from llm_pruner.models.forward import gives_chosen, run_for_logits
 from llm_pruner.models.streaming import ends_of, is_model_streamed, turn
 from llm_pruner.runtime.processes import ALONE, Processes
 from llm_pruner.runtime.progress import track
@@ -38,6 +38,14 @@ _LOGIT_BYTES = 2**27
 
 _ROWS = 256
 """Rows of logits that are turned into float32 at a time."""
+
+_HEAD = 0.25
+"""Most arithmetic of the output layer, in that of the blocks, with the loss at all positions."""
+
+_LARGE_VOCABULARY = 2**16
+
+_SPARSEST = 4
+"""No fewer than one position in so many says what the loss is."""
 
 _START = 8
 """Power of two that the largest entry of a float16 cotangent is brought to at first."""
@@ -61,6 +69,7 @@ class Collector:
         modules: ids of the modules besides that the pass has to reach.
         processes: those that share the samples, ``TOKENS`` at a time.
         keep: takes the hidden states of all samples where one process has them.
+        stride: the loss is taken at one position in so many; None: as `loss_stride` says.
     """
 
     def __init__(
@@ -72,11 +81,13 @@ class Collector:
         modules: Iterable[int] = (),
         processes: Processes = ALONE,
         keep: HiddenStates | None = None,
+        stride: int | None = None,
     ) -> None:
         self.parameters, self.together, self.label = dict(parameters), together, label
         self.modules = frozenset(modules)
         self.processes = processes
         self.keep = keep if processes.count == 1 else None
+        self.stride = stride
 
     def tells_apart(
         self, owned: Mapping[str, nn.Parameter], run: Callable[[], torch.Tensor]
@@ -215,10 +226,8 @@ class _BlockPass:
         samples, length = input_ids.shape
         self.count = len(chain.blocks)
         self.lowest = 0 if chain.bottom else self._lowest()
-        logits = _LOGIT_BYTES // (length * chain.vocabulary * 4)
         self.batches = Batches(samples, length, collector.processes)
-        # How many samples go through the head.
-        self.headed = max(1, min(samples, logits))
+        self._take_positions(self._stride())
 
     def _lowest(self) -> int:
         """Return the first block that holds something wanted."""
@@ -227,6 +236,54 @@ class _BlockPass:
             if self.chain.owned[index] or watched:
                 return index
         return self.count
+
+    def _stride(self) -> int:
+        """Return the positions for each whose loss is taken: 1 where all logits are seen."""
+        inside = {id(module) for block in self.chain.blocks for module in block.modules()}
+        if not gives_chosen(self.chain.model) or self.collector.modules - inside:
+            return 1
+        return min(self.collector.stride or loss_stride(self.chain), self.ids.shape[1] - 1)
+
+    def _take_positions(self, stride: int) -> None:
+        """Note at one position in how many the loss is taken, and so how many samples the head
+        has room for."""
+        samples, length = self.ids.shape
+        logits = _LOGIT_BYTES * stride // (length * self.chain.vocabulary * 4)
+        self.stride, self.headed = stride, max(1, min(samples, logits))
+
+    @torch.no_grad()
+    def _prove_positions(self) -> None:
+        """Have the loss taken at all positions, if the model gives other logits when asked for
+        some."""
+        own = self.batches.own
+        if self.stride == 1 or not own:
+            return
+        sample = slice(own[0].start, own[0].start + 1)
+        positions, handler = self._positions(sample), self._skipping(sample, [])
+        every = self.chain.run(self.ids[sample], handler)[:, positions].float()
+        some = self.chain.run(self.ids[sample], handler, positions).float()
+        if not torch.allclose(some, every, rtol=0.0, atol=0.01 * float(every.abs().max())):
+            self._take_positions(1)
+
+    def _skipping(self, part: slice, entries: list[torch.Tensor]) -> Handler:
+        """Return what stands for the blocks: it notes what enters the first one in ``entries``, and
+        the last one returns the hidden state that is stored behind it."""
+        top = self.states.read(self.count, part)
+
+        def handler(at: int, _: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            given = hidden_of(args, kwargs)
+            if at == 0:
+                entries.append(given)
+            return self.chain.as_output(at, top.to(given.device) if at + 1 == self.count else given)
+
+        return handler
+
+    def _positions(self, part: slice) -> torch.Tensor | None:
+        """Return the positions of some samples whose next token's loss is taken; None for all."""
+        if self.stride == 1:
+            return None
+        first = part.start // self.headed % self.stride
+        return torch.arange(first, self.ids.shape[1] - 1, self.stride, device=self.ids.device)
 
     def run(self) -> None:
         """Pull the gradient back through every block down to the lowest, then to the rest."""
@@ -241,6 +298,8 @@ class _BlockPass:
             ):
                 self._forward()
                 ends = ends_of(chain.model)
+                with turn(*ends):
+                    self._prove_positions()
                 for batch, owner in self.batches.all:
                     with turn(*ends):
                         for part in self.batches.parts(batch, self.headed):
@@ -313,8 +372,9 @@ class _BlockPass:
                 leaves.append(given)
             return self.chain.as_output(at, given)
 
-        logits = self.chain.run(self.ids[part], handler)
-        cotangent = loss_cotangent(logits, self.ids[part], part.start)
+        positions = self._positions(part)
+        logits = self.chain.run(self.ids[part], handler, positions)
+        cotangent = loss_cotangent(logits, self.ids[part], part.start, positions)
         self._store(part, *self.collector.pull([logits], [cotangent], part, (), leaves[0]))
 
     def _tells_apart(self, index: int) -> bool:
@@ -357,22 +417,30 @@ class _BlockPass:
         gets the sum of both gradients before it is squared.
         """
         entries: list[torch.Tensor] = []
-        top = self.states.read(self.count, part)
-
-        def handler(at: int, _: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            given = hidden_of(args, kwargs)
-            if at == 0:
-                entries.append(given)
-            return self.chain.as_output(at, top.to(given.device) if at + 1 == self.count else given)
-
-        logits = self.chain.run(self.ids[part], handler)
-        pairs = [(logits, loss_cotangent(logits, self.ids[part], part.start))]
+        positions = self._positions(part)
+        logits = self.chain.run(self.ids[part], self._skipping(part, entries), positions)
+        pairs = [(logits, loss_cotangent(logits, self.ids[part], part.start, positions))]
         if self.chain.bottom:
             gradient = self.gradients.read(0, part).to(entries[0].device)
             pairs.append((entries[0], (gradient, 1.0)))
         outputs, cotangents = zip(*(one for one in pairs if one[0].requires_grad), strict=True)
         self.collector.seen()  # in the forward pass already
         self.collector.pull(outputs, cotangents, part, self.chain.outside)
+
+
+def loss_stride(chain: Chain) -> int:
+    """Return how many positions there are for each whose loss is taken.
+
+    1 but for models whose output layer, of a large vocabulary, would take more than a quarter of
+    the blocks' arithmetic: forward and backward through it at all positions, beside two times
+    forward and one time backward through the blocks.
+    """
+    if chain.vocabulary < _LARGE_VOCABULARY:
+        return 1
+    model: Any = chain.model
+    head = chain.vocabulary * model.get_input_embeddings().weight.shape[1]
+    blocks = sum(one.numel() for block in chain.blocks for one in block.parameters())
+    return max(1, min(_SPARSEST, math.ceil(4 * head / (6 * blocks * _HEAD))))
 
 
 def pull_back(
@@ -419,32 +487,38 @@ def batches(samples: int, size: int) -> list[slice]:
 
 
 def loss_cotangent(
-    logits: torch.Tensor, input_ids: torch.Tensor, first_sample: int
+    logits: torch.Tensor,
+    input_ids: torch.Tensor,
+    first_sample: int,
+    positions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, float]:
     """Return the gradient of the loss at the logits, as (cotangent, factor): their product.
 
-    The loss of one sample is the mean over its seq_len - 1 predicted tokens of the cross-entropy,
-    in float32; the gradient is that of the sum over the samples given. For float16 the factor
-    holds the division by the token count, which would underflow in the cotangent.
+    The loss of one sample is the mean over its predicted tokens (seq_len - 1, or one behind each of
+    ``positions``) of the cross-entropy, in float32; the gradient is that of the sum over the
+    samples given. For float16 the factor holds the division by the token count, which would
+    underflow in the cotangent.
 
     Args:
-        logits: shape (samples, seq_len, vocabulary).
+        logits: shape (samples, seq_len, vocabulary), or of ``positions`` alone.
         input_ids: shape (samples, seq_len).
         first_sample: number of the first sample, for the message.
+        positions: those that ``logits`` are of; None for all.
 
     Raises:
         UserError: the loss of a sample is NaN or infinite.
     """
-    samples, length = input_ids.shape
-    scale = 1.0 / (length - 1)
     half = logits.dtype == torch.float16
-    targets = input_ids[:, 1:].to(logits.device)
+    targets = input_ids[:, 1:] if positions is None else input_ids[:, positions + 1]
+    targets = targets.to(logits.device)
+    samples, count = targets.shape
+    scale = 1.0 / count
     cotangent = torch.zeros_like(logits, requires_grad=False)
     with torch.no_grad():
         for sample in range(samples):
             total = 0.0
-            for start in range(0, length - 1, _ROWS):
-                rows = slice(start, min(start + _ROWS, length - 1))
+            for start in range(0, count, _ROWS):
+                rows = slice(start, min(start + _ROWS, count))
                 target = targets[sample, rows, None]
                 values = logits[sample, rows]
                 values = values.to(torch.promote_types(values.dtype, torch.float32))

@@ -59,6 +59,7 @@ def measure(
     where_linear: Collection[str] = (),
     processes: Processes = ALONE,
     keep: HiddenStates | None = None,
+    stride: int | None = None,
 ) -> dict[str, Measured]:
     """Return the formula's value for the observation of every group.
 
@@ -73,14 +74,14 @@ def measure(
         formula: from an observation to what is wanted of it.
         where_linear: more of it, for groups that a linear module reads.
         processes: those that share the samples; the first one has the values, the others nothing.
-        keep: see ``score``.
+        keep, stride: see ``score``.
 
     Raises:
         UserError: a group has no linear consumer and more than gates is asked for; layers are asked
             for in a model whose blocks do not run one after the other; a loss is not finite.
     """
     about = (model, groups, needs, where_linear, input_ids, formula)
-    watching = partial(_Watch, *about, processes=processes, keep=keep)
+    watching = partial(_Watch, *about, processes=processes, keep=keep, stride=stride)
     watch = watching()
     try:
         chain = find_chain(model, input_ids, watch.parameters)
@@ -156,6 +157,7 @@ class _Watch(Collector, Generic[Measured]):
         formula: Callable[[Observation], Measured],
         processes: Processes = ALONE,
         keep: HiddenStates | None = None,
+        stride: int | None = None,
     ) -> None:
         samples, self._length = input_ids.shape
         self._model, self._groups, self._formula = model, groups, formula
@@ -188,6 +190,7 @@ class _Watch(Collector, Generic[Measured]):
             modules=(id(model.get_submodule(name)) for name in names),
             processes=processes,
             keep=keep,
+            stride=stride,
         )
         # What a forward pass shows is all that is asked for.
         self._forward_only = not self._members and self._where_linear <= {"moments", "gram"}

@@ -33,6 +33,7 @@ def score(
     groups: Collection[str] | None = None,
     processes: Processes = ALONE,
     keep: HiddenStates | None = None,
+    stride: int | None = None,
 ) -> dict[str, FloatArray]:
     """Return the importance of every unit; higher means keep.
 
@@ -57,6 +58,8 @@ def score(
             process alone would, to the last bit; the others may return nothing.
         keep: is given the hidden states between the blocks that were run one after the other, by
             one process; else left as it is.
+        stride: the loss is taken at one position in so many, of a model that can be asked for these
+            alone; None: at all, or fewer where the output layer would take most of the time.
 
     The criteria in ``criteria.MEASURES`` have their formulas there. A group without a linear module
     that reads it, which follows others, weighs nothing in those that need moments of its input;
@@ -74,10 +77,10 @@ def score(
     if criterion.name == "random":
         return {group.name: _random(group, seed) for group in chosen}
     if criterion.name in MEASURES:
-        return _measured(model, chosen, criterion.name, input_ids, processes, keep)
+        return _measured(model, chosen, criterion.name, input_ids, processes, keep, stride)
     parameters = _scored_parameters(model, chosen)
     if criterion.name == "taylor":
-        sums = _taylor_sums(model, parameters, criterion, input_ids, processes, keep)
+        sums = _taylor_sums(model, parameters, criterion, input_ids, processes, keep, stride)
         if not processes.is_first:
             return {}
     else:
@@ -115,6 +118,7 @@ def _measured(
     input_ids: torch.Tensor | None,
     processes: Processes,
     keep: HiddenStates | None,
+    stride: int | None,
 ) -> dict[str, FloatArray]:
     how = MEASURES[name]
 
@@ -125,7 +129,8 @@ def _measured(
         return how.formula(seen)
 
     with _seen(model, input_ids, name) as ids, processes.telling():
-        scores = measure(model, ids, groups, how.needs, formula, how.where_linear, processes, keep)
+        about = (model, ids, groups, how.needs, formula, how.where_linear)
+        scores = measure(*about, processes, keep, stride)
     for group, found in scores.items():
         if not np.isfinite(found).all():
             raise UserError(
@@ -142,9 +147,11 @@ def _taylor_sums(
     input_ids: torch.Tensor | None,
     processes: Processes,
     keep: HiddenStates | None,
+    stride: int | None,
 ) -> dict[str, Sums]:
     with _seen(model, input_ids, criterion.name) as ids, processes.telling():
-        return taylor_sums(model, parameters, criterion, ids, processes, keep) if parameters else {}
+        about = (model, parameters, criterion, ids, processes, keep, stride)
+        return taylor_sums(*about) if parameters else {}
 
 
 @contextmanager

@@ -213,6 +213,7 @@ def taylor_sums(
     input_ids: torch.Tensor,
     processes: Processes,
     keep: HiddenStates | None,
+    stride: int | None,
 ) -> dict[str, Sums]:
     """Return the sums of the criterion's term over each tensor; nothing but in the first process.
 
@@ -221,9 +222,9 @@ def taylor_sums(
         parameters: those wanted, by name.
         criterion: of the name ``taylor``.
         input_ids: shape (samples, seq_len), on the model's device.
-        processes, keep: see ``score``.
+        processes, keep, stride: see ``score``.
     """
-    sums = _TaylorSums(model, parameters, criterion, len(input_ids), processes, keep)
+    sums = _TaylorSums(model, parameters, criterion, len(input_ids), processes, keep, stride)
     try:
         chain = find_chain(model, input_ids, parameters)
     except NotBlockwise as reason:
@@ -253,6 +254,7 @@ class _TaylorSums(Collector):
         samples: int,
         processes: Processes,
         keep: HiddenStates | None,
+        stride: int | None,
     ) -> None:
         super().__init__(
             parameters,
@@ -260,6 +262,7 @@ class _TaylorSums(Collector):
             label="importance",
             processes=processes,
             keep=keep,
+            stride=stride,
         )
         self._criterion, self._samples = criterion, samples
         self._first: dict[str, torch.Tensor] = {}

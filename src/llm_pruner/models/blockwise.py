@@ -86,11 +86,16 @@ class Chain:
 
         return forward
 
-    def run(self, input_ids: torch.Tensor, handler: Handler) -> torch.Tensor:
-        """Return the logits of a forward pass in which ``handler`` stands for every block."""
+    def run(
+        self, input_ids: torch.Tensor, handler: Handler, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the logits of a forward pass in which ``handler`` stands for every block.
+
+        Those of all positions, or of ``positions`` of a model that `gives_chosen`.
+        """
         self._handler = handler
         try:
-            return run_for_logits(self.model, input_ids)
+            return run_for_logits(self.model, input_ids, positions)
         finally:
             self._handler = None
 

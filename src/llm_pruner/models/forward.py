@@ -63,8 +63,15 @@ def logits_of(output: Any) -> torch.Tensor:
     return logits
 
 
-def run_for_logits(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+def run_for_logits(
+    model: nn.Module, input_ids: torch.Tensor, positions: torch.Tensor | None = None
+) -> torch.Tensor:
     """Run a model and return the logits of all positions, shape (samples, seq_len, vocabulary).
+
+    Args:
+        model: see ``logits_of``.
+        input_ids: shape (samples, seq_len).
+        positions: those whose logits are wanted, of a model that `gives_chosen`.
 
     A model that gives those of the last position alone gives all of them beside a loss, so it is
     given targets if it takes some.
@@ -73,14 +80,15 @@ def run_for_logits(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
         UserError: there are no logits of three dimensions, or not of all positions.
     """
     targets = {"targets": input_ids} if model in _needs_targets else {}
-    output = model(input_ids, **targets)
+    chosen = {} if positions is None else {"logits_to_keep": positions}
+    output = model(input_ids, **targets, **chosen)
     logits = find_logits(output)
     if logits is None or logits.ndim != 3:
         raise UserError(
             f"the model returns {type(output).__name__} without logits of shape (samples, seq_len, "
             "vocabulary), so it has no loss; use a causal language model"
         )
-    if logits.shape[1] == input_ids.shape[1]:
+    if logits.shape[1] == (input_ids.shape[1] if positions is None else len(positions)):
         return logits
     if targets or "targets" not in inspect.signature(model.forward).parameters:
         raise UserError(
@@ -89,6 +97,11 @@ def run_for_logits(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
         )
     _needs_targets.add(model)
     return run_for_logits(model, input_ids)
+
+
+def gives_chosen(model: nn.Module) -> bool:
+    """Whether a model takes the positions whose logits are wanted, as those of transformers do."""
+    return "logits_to_keep" in parameters_of(model)
 
 
 def base_model(model: nn.Module) -> nn.Module:
