@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 
 from helpers import tiny_model
 from llm_pruner.data.sequences import TrainingSequence, make_sequence
@@ -158,6 +159,44 @@ def test_logits_that_are_changed_in_place_are_not_taken_for_the_head_s() -> None
     assert float(loss.detach()) == pytest.approx(
         float(task_loss(2 * logits, tokens).detach()), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_logits_that_accelerate_makes_float32_are_the_head_s(factor: int) -> None:
+    """As it does with each output of a bfloat16 model; what is done to them then is not lost."""
+    model = tiny_model("llama").bfloat16()
+    model.get_output_embeddings().requires_grad_(False)
+    (batch,) = lay_out(samples(), range(9), packed=True, capacity=200, micro_tokens=200)
+    tokens, spans = target_tokens(batch), []
+    text = text_objective(tokens)
+    logits = factor * target_logits(model, batch)[0].float()
+    wanted = gradients(model, task_loss(logits, tokens))
+    plain = convert_outputs_to_fp32(model.forward)
+
+    def forward(*args: Any, **keywords: Any) -> Any:
+        found = plain(*args, **keywords)
+        if factor != 1:
+            found.logits = found.logits * factor
+        return found
+
+    model.forward = forward
+
+    def objective(logits: Any, span: slice, gradient: bool) -> Any:
+        spans.append(span)
+        return text(logits, span, gradient)
+
+    loss = summed_loss(model, batch, objective)
+    found = gradients(model, loss)
+    assert (len(spans) > 1) == (factor == 1)
+    assert float(loss.detach()) == pytest.approx(float(task_loss(logits, tokens).detach()), 1e-2)
+    assert found.keys() == wanted.keys()
+    for name, one in found.items():
+        scale = float(wanted[name].abs().max())
+        assert torch.allclose(one, wanted[name], atol=0.05 * scale), name
+    with torch.no_grad():
+        spans.clear()
+        summed_loss(model, batch, objective)
+    assert (len(spans) > 1) == (factor == 1)
 
 
 def test_weights_that_are_kept_in_half_follow_the_head() -> None:

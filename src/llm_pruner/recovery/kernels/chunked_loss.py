@@ -207,7 +207,7 @@ def _before_head(model: Any, batch: Batch) -> tuple[nn.Module, torch.Tensor] | N
     head.forward = stand_in
     try:
         output = model(**arguments_of(model, batch))
-        untouched = len(seen) == 1 and output.logits is seen[0] and seen[0]._version == 0
+        untouched = len(seen) == 1 and seen[0]._version == 0 and _is_same(output.logits, seen[0])
     except (RuntimeError, ValueError, IndexError):
         untouched = False  # if this was not the reason, the whole model says so again
     finally:
@@ -220,3 +220,16 @@ def _before_head(model: Any, batch: Batch) -> tuple[nn.Module, torch.Tensor] | N
             _otherwise.add(head)
         return None
     return head, seen[0].squeeze(0)
+
+
+def _is_same(found: torch.Tensor, given: torch.Tensor) -> bool:
+    """Whether a tensor is the one given, or that in float32, which accelerate makes of outputs."""
+    if found is given:
+        return True
+    if found.dtype != torch.float32 or found.shape != given.shape:
+        return False
+    if not found.requires_grad:
+        return torch.equal(found, given.float())
+    node = found.grad_fn
+    assert node is not None
+    return node.name() == "ToCopyBackward0" and node.next_functions[0][0] is given.grad_fn
