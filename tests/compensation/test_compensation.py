@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -195,6 +196,37 @@ def test_refitted_models_are_closer_to_the_dense_one(name: str, kinds: tuple[str
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("gone", [[0], [1], [2], [1, 2], [3]])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "olmo2"])
+def test_the_last_consumer_before_layers_that_went_stands_in_for_them(
+    name: str, gone: list[int]
+) -> None:
+    dense = make(name, num_hidden_layers=4)
+    model = copy.deepcopy(dense)
+    discovery = discover(model)
+    removal = {"layers": np.array(gone)}
+    cut_(model, discovery, removal)
+    masked = copy.deepcopy(model)
+    done = refit_(model, dense, discovery, removal, tokens())
+    fresh = torch.randint(3, 100, (16, 16), generator=torch.Generator().manual_seed(9))
+
+    def distance(one: Any) -> float:
+        """Of the hidden state before the removed layers from the dense one behind them."""
+        with torch.no_grad():
+            given, wanted = (
+                m(fresh, output_hidden_states=True, use_cache=False).hidden_states
+                for m in (one, dense)
+            )
+        # What transformers calls the last one has gone through the last norm.
+        at, behind = gone[0], gone[-1] + 1
+        return float((given[at] - wanted[behind]).square().mean())
+
+    assert len({one.module for one in done}) == len(done) > 0
+    if gone[0] > 0 and name != "olmo2":  # whose last consumer goes through a norm
+        assert distance(model) < distance(masked)
+    assert divergence(model, dense, fresh) <= divergence(masked, dense, fresh)
+
+
 @pytest.mark.parametrize(
     ("name", "kinds", "spared"),
     [
@@ -202,7 +234,7 @@ def test_refitted_models_are_closer_to_the_dense_one(name: str, kinds: tuple[str
         ("llama", ("ffn",), 9),
         ("llama", ("heads", "ffn"), 9),
         ("gpt_neox", ("ffn",), 6),
-        ("llama", ("layers", "ffn"), 6),
+        ("llama", ("layers", "ffn"), 10),
         # What a norm makes of a consumer's output is no hidden state, so all parts are run.
         ("gemma3_text", ("ffn",), 0),
     ],

@@ -11,6 +11,9 @@ that
 Tokens are weighted by 1 / mean(h^2) of the dense hidden state h, because the norms of later blocks
 see every token at that scale; without it a few tokens of massive activation decide the fit.
 
+Where layers went behind a block, the last consumer in it is fitted to the dense hidden state behind
+these layers: it stands in for them as far as a linear map can (ReplaceMe, arXiv 2505.02819).
+
 Where whole layers or hidden channels went, every consumer that is left is fitted; otherwise those
 alone that lost inputs: the others would only learn to take back what went wrong before them, and
 that does not carry over to other text.
@@ -244,8 +247,7 @@ class _Refit:
                     target = self._dense_past(at, target)
                     at += 1
                 with turn(self.dense.blocks[at], self.pruned.blocks[index]):
-                    target = self._block(index, at, target)
-                at += 1
+                    at, target = self._block(index, at, target)
             target.close()
             self.hidden.close()
         return self.found
@@ -273,14 +275,22 @@ class _Refit:
                 _, output = chain.run_block(index, self.ids[part], hidden.read(part))
                 behind.write(part, output)
 
-    def _block(self, index: int, at: int, target: Boundary) -> Boundary:
-        """Refit one block's consumers and go past it; return the dense hidden states behind it."""
+    def _block(self, index: int, at: int, target: Boundary) -> tuple[int, Boundary]:
+        """Refit one block's consumers and go past it.
+
+        Returns:
+            How many dense blocks lie behind, and the dense hidden states there.
+        """
         inside = {id(module) for module in self.dense.blocks[at].modules()}
         if not any(consumer.fitted for key, consumer in self.consumers.items() if key in inside):
             self._advance(self.pruned, index, self.hidden, self.hidden)
-            return self._dense_past(at, target)
+            return at + 1, self._dense_past(at, target)
         order, references, direct, following = self._dense_outputs(at, target)
         target.close()
+        at += 1
+        while direct and order and at < self._next(index):
+            following = self._dense_past(at, following)
+            at += 1
         for number, consumer in enumerate(order):
             if not consumer.fitted:
                 continue
@@ -327,7 +337,12 @@ class _Refit:
             self._advance(self.pruned, index, self.hidden, self.hidden)
         for rest in references.values():
             rest.close()
-        return following
+        return at, following
+
+    def _next(self, index: int) -> int:
+        """Return the dense block that the next pruned one stands for; behind the last, how many
+        there are."""
+        return [*self.twins, len(self.dense.blocks)][index + 1]
 
     def _dense_outputs(
         self, at: int, target: Boundary
