@@ -61,10 +61,10 @@ plain, place = PartialState._prepare_backend, PartialState.set_device
 step, micro_tokens = RecoveryTrainer.training_step, recovery.micro_tokens
 cotangent, gpus = boundary_pass.loss_cotangent, processes.gpus
 
-def unsound(logits, ids, first):
+def unsound(logits, ids, first, *positions):
     if first >= 32:  # in the second process
         raise UserError(f"the loss of calibration sample {first} is nan")
-    return cotangent(logits, ids, first)
+    return cotangent(logits, ids, first, *positions)
 
 def prepare(command):
     kinds = set()
