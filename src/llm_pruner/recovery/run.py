@@ -165,7 +165,8 @@ def recover_(
 
         trainer.add_callback(Guard(trainer, scored_on_the_way, say))
         initial = state.trained_weights(trained)
-        _train(trainer, checkpoint)
+        with _own_forward(trained):
+            _train(trainer, checkpoint)
         before = run.evaluations[0] if run.before is None else run.before
         best = initial if trainer.best_weights is None else trainer.best_weights
         if not merges:
@@ -279,6 +280,19 @@ def _same_config(model: Any) -> Iterator[None]:
         for one, old in held:
             vars(one).clear()
             vars(one).update(old)
+
+
+@contextmanager
+def _own_forward(model: Any) -> Iterator[None]:
+    """Give a model its forward pass back; accelerate's multiplies in bfloat16 for good."""
+    own = vars(model).get("forward")
+    try:
+        yield
+    finally:
+        for name in ("forward", "_original_forward"):
+            vars(model).pop(name, None)
+        if own is not None:
+            model.forward = own
 
 
 @contextmanager
