@@ -469,6 +469,22 @@ def test_what_makes_it_worse_is_not_kept_and_ends_early(tmp_path: Path) -> None:
     assert outcome.after.loss > outcome.before.loss
 
 
+@pytest.mark.parametrize("method", ["lora", "full", "blocks"])
+def test_a_model_is_given_back_with_its_own_forward_pass(tmp_path: Path, method: str) -> None:
+    """That which accelerate puts there multiplies in bfloat16, also when it is scored."""
+    train, held = sequences(12), sequences(4, seed=1)
+    settings = TrainingSettings(method=method, batch_size=4, seq_len=32, bf16=True, max_steps=3)
+    model, outcome = recover_(
+        tiny_model("llama"), train, held, settings, work=tmp_path, folder=folder
+    )
+    assert not {"forward", "_original_forward"} & vars(model).keys()
+    batches = lay_out(held, range(4), packed=True, capacity=32, micro_tokens=64)
+    exact = sum(float(task_loss(*target_logits(model, one)).detach()) for one in batches)
+    assert outcome.gained
+    count = sum(one.targets for one in batches)
+    assert outcome.after.loss == pytest.approx(exact / count, rel=1e-6)
+
+
 def test_the_best_weights_are_kept(tmp_path: Path) -> None:
     train, held = sequences(24), sequences(6, seed=1)
     settings = TrainingSettings(
