@@ -163,9 +163,7 @@ def test_the_report_has_all_three_models(made: Path) -> None:
     assert {"Model", "Plan", "Recovery"} <= report.settings.keys()
     page = (small / "report.html").read_text()
     assert "Loss of the recovery training by step" in page
-    assert (
-        "Then it was recovered by training of all weights but the embeddings on 244 texts" in page
-    )
+    assert "Then it was recovered by LoRA of rank 8 on 244 texts that dense wrote, 61" in page
     assert len(page) < 3e6
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
 
-import torch
 from pydantic import BeforeValidator
 from transformers import AutoConfig
 
@@ -36,12 +35,10 @@ from llm_pruner.models.forward import embedding_rows, maximum_length
 from llm_pruner.models.load import check, load
 from llm_pruner.models.stored import check_file_states, file_states, stored_at
 from llm_pruner.recovery import Progress
-from llm_pruner.recovery.repair import holds_training
 from llm_pruner.report.data import Report, Source, Variant, known_report
 from llm_pruner.report.facts import evaluation_of, source_of
 from llm_pruner.report.records import RECOVERY_FILE, Change, Compressed, Measured, Training, Weighed
 from llm_pruner.report.write import page_in, write_report, write_request
-from llm_pruner.runtime.memory import free_bytes
 from llm_pruner.runtime.processes import only_one
 from llm_pruner.settings.common import OutputSettings
 from llm_pruner.settings.compress import CompressSettings
@@ -352,7 +349,7 @@ class _Stages:
         out = self.run.path("recovered")
         if not out.is_dir():
             self.tell("recovering")
-            training = self.settings.trains(self._method()).but(
+            training = self.training.but(
                 seq_len=self._sample_length(), max_minutes=plan["minutes"], epochs=plan["epochs"]
             )
             settings = RecoverSettings(
@@ -395,25 +392,6 @@ class _Stages:
 
         save_packed(source, out, max_shard_size=self.settings.max_shard_size, beside=beside)
         self.run.record_time("quantize")
-
-    def _method(self) -> str:
-        """Return what is trained, by the name of a recovery method; the first decision holds.
-
-        What was asked for; else all weights of the blocks, where the memory holds what that takes
-        beside the teacher; else adapters.
-        """
-        if "method" in self.settings.training or self.training.quantize != "none":
-            return self.training.method
-
-        def decide() -> dict[str, str]:
-            sizes = self._pruned_report().sizes
-            dense, pruned = (sizes.get(of, Size(0)).total for of in ("dense", "pruned"))
-            free = free_bytes(self.settings.device) - dense * torch.float32.itemsize
-            trained = dense if self.settings.control else pruned
-            exact = self.settings.dtype in ("auto", "float32")  # else small steps would be lost
-            return {"method": "blocks" if exact and holds_training(trained, free) else "lora"}
-
-        return self.run.once("method", dict[str, str], decide, "recover")["method"]
 
     def _amount(self) -> dict[str, Any]:
         """Return how much is trained; where time decides it, the first decision holds."""

@@ -58,8 +58,7 @@ _PARTIAL = r"\..+\.(partial|old)-[a-z0-9_]{8}"
 COMPRESSING = Kind(
     re.compile(rf"{_SETTINGS}|{_LOCK}"),
     re.compile(
-        rf"{_SETTINGS}|{_PROGRESS}|{_LOCK}|{_PARTIAL}"
-        r"|(dense|pruned|amount|method|recovered|quantized|result)\.json"
+        rf"{_SETTINGS}|{_PROGRESS}|{_LOCK}|{_PARTIAL}|(dense|pruned|amount|recovered|quantized|result)\.json"
         r"|vocab|pruned|recovered|recovered\.recovering|quantized|replaced|text"
     ),
 )

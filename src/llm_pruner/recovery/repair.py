@@ -132,12 +132,8 @@ def method_for(model: nn.Module) -> str:
     count = sum(one.numel() for one in weights)
     if any(one.dtype != torch.float32 for one in weights):
         return "lora"
-    return "blocks" if holds_training(count, free_bytes(str(weights[0].device))) else "lora"
-
-
-def holds_training(weights: int, free: int) -> bool:
-    """Whether so much free memory has room for training so many weights, in float32."""
-    return TRAINED_BYTES * weights < free
+    free = free_bytes(str(weights[0].device))
+    return "blocks" if TRAINED_BYTES * count < free else "lora"
 
 
 def _sequences(input_ids: torch.Tensor) -> list[TrainingSequence]:

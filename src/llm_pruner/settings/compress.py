@@ -142,6 +142,6 @@ class CompressSettings(WriterSettings, TaskSettings, AmountSettings):
             seed=self.seed,
         )
 
-    def trains(self, method: str = "lora") -> TrainingSettings:
-        """Return how the pruned model is trained, by ``method`` unless another was asked for."""
-        return TrainingSettings(**{"seed": self.seed, "method": method, **self.training})
+    def trains(self) -> TrainingSettings:
+        """Return how the pruned model is trained."""
+        return TrainingSettings(**{"seed": self.seed, **self.training})
