@@ -245,11 +245,11 @@ class _BlockPass:
         return min(self.collector.stride or loss_stride(self.chain), self.ids.shape[1] - 1)
 
     def _take_positions(self, stride: int) -> None:
-        """Note at one position in how many the loss is taken, and so how many samples the head
-        has room for."""
+        """Note at one position in how many the loss is taken, and how many samples of a batch the
+        head then has room for."""
         samples, length = self.ids.shape
         logits = _LOGIT_BYTES * stride // (length * self.chain.vocabulary * 4)
-        self.stride, self.headed = stride, max(1, min(samples, logits))
+        self.stride, self.headed = stride, max(1, min(samples, logits, TOKENS // length))
 
     @torch.no_grad()
     def _prove_positions(self) -> None:
