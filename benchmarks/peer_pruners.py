@@ -1,4 +1,4 @@
-"""Prunes a Llama with one package of the field; ``peers.py`` starts it in its environment.
+"""Prunes a Llama with one package of the field; ``yardstick.py`` starts it in its environment.
 
     python peer_pruners.py NAME MODEL TEXT OUT PARAMETERS [--source CHECKOUT]
 

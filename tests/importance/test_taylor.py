@@ -197,16 +197,13 @@ def test_a_block_with_other_parameters_takes_one_sample_at_a_time(sizes: list[in
     assert sizes == [5, 1, 1, 1, 1, 1]
 
 
-def test_a_block_of_which_nothing_is_wanted_takes_samples_together(sizes: list[int]) -> None:
+@pytest.mark.parametrize(("order", "wanted"), [("first", [5, 5]), ("second", [5, *[1] * 5])])
+def test_samples_go_together_where_no_square_is_wanted(
+    order: str, wanted: list[int], sizes: list[int]
+) -> None:
+    """First order needs no sample of its own, nor does a block of which nothing is scored."""
     model = Chained("used elsewhere").requires_grad_(False)
     discovery = groups_of(model, ["layers.0.first.weight"])
     ids = torch.randint(0, 20, (5, 7))
-    score(model, discovery, Criterion(order="second"), input_ids=ids, seed=0)
-    assert sizes == [5, 1, 1, 1, 1, 1]
-
-
-def test_first_order_needs_no_sample_of_its_own(sizes: list[int]) -> None:
-    model = Chained("used elsewhere").requires_grad_(False)
-    discovery = groups_of(model, ["layers.0.first.weight"])
-    score(model, discovery, Criterion(), input_ids=torch.randint(0, 20, (5, 7)), seed=0)
-    assert sizes == [5, 5]
+    score(model, discovery, Criterion(order=order), input_ids=ids, seed=0)
+    assert sizes == wanted

@@ -43,6 +43,7 @@ _HEAD = 0.25
 """Most arithmetic of the output layer, in that of the blocks, with the loss at all positions."""
 
 _LARGE_VOCABULARY = 2**16
+"""Rows of an output layer below which the loss is taken at all positions."""
 
 _SPARSEST = 4
 """No fewer than one position in so many says what the loss is."""
