@@ -16,6 +16,7 @@ import llm_pruner.models.load
 from command import WORDS, contents, done, run, save_tiny
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.commands import recover as recovering
+from llm_pruner.data.selfmade import write_windows
 from llm_pruner.models.load import load_model
 from llm_pruner.report.data import read_report
 from llm_pruner.runtime import precision
@@ -302,6 +303,23 @@ def test_self_made_text_trains_a_student(work: Path, made: Path) -> None:
     assert (source["name"], source["train_samples"], source["held_out_samples"]) == ("self", 29, 1)
 
 
+def test_a_student_learns_on_what_it_writes_itself(work: Path, made: Path) -> None:
+    options = ("--data", "pruned", "--teacher", made / "dense", "--samples", 30, "--seq-len", 24)
+    options = (*options, "--distill-weight", 1, "--teacher-cache", "cache", "--learning-rate", 1e-5)
+    result = done("recover", made / "small", "--out", "better", *options, "--json", "-")
+    found = json.loads(result.out)
+    (source,) = found["sources"]
+    assert source["name"] == "pruned"
+    assert (source["train_samples"], source["held_out_samples"]) == (29, 1)
+    assert found["loss"]["after"] < found["loss"]["before"] < 1  # nats from the dense model
+    (kept,) = Path("cache").glob("pruned-*/24-0-00000.safetensors")
+    text = load_file(kept)["input_ids"]
+    size: dict[str, Any] = {"samples": 64, "seq_len": 24, "seed": 0}
+    student = load_model(str(made / "small"))
+    assert torch.equal(text, write_windows(student.model, student.tokenizer, **size))
+    assert "29 texts that it wrote itself" in Path("better/README.md").read_text()
+
+
 def test_what_the_teacher_wrote_is_kept_for_other_runs(
     work: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,6 +378,11 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--lora-dropout", 1], "--lora-dropout 1.0 is outside [0, 1); use such as 0.05"),
         (["--samples", 1], "--samples 1 leaves nothing to train on or to judge by; use 2 or more"),
         (["--data", "self"], "--data self is text that the dense model writes; name that model"),
+        (["--data", "pruned"], "--data pruned is text that the dense model judges; name that mod"),
+        (
+            ["--data", "pruned", "--teacher", "x", "--distill-weight", 0.5],
+            "--distill-weight 0.5 leaves the rest to a text that the pruned model wrote itself",
+        ),
         (["--data", "absent.jsonl"], "absent.jsonl does not exist; check the path of the text"),
         (["--method", "full", "--keep-adapter"], "method full has no adapter to keep; leave --ke"),
         (["--teacher", "x", "--temperature", 0], "--temperature 0.0 is no temperature; use such"),

@@ -19,7 +19,7 @@ from llm_pruner.commands.prune_start import check_space
 from llm_pruner.commands.publish import check_push
 from llm_pruner.data.examples import Examples, load_examples
 from llm_pruner.data.sequences import TrainingSequence
-from llm_pruner.data.text import SELF, EvaluationText
+from llm_pruner.data.text import PRUNED, SELF, EvaluationText
 from llm_pruner.data.training import (
     Samples,
     fingerprint_samples,
@@ -63,6 +63,9 @@ _LOG = logging.getLogger(__name__)
 
 _HOW_FAST = ("packing", "kernels")
 """Settings of which the result does not depend but for rounding."""
+
+_WRITTEN = (SELF, PRUNED)
+"""Sources that a model writes."""
 
 
 def work_folder(out: Path) -> Path:
@@ -396,6 +399,16 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
         raise UserError(
             "--data self is text that the dense model writes; name that model with --teacher"
         )
+    if PRUNED in settings.data:
+        if settings.teacher is None:
+            raise UserError(
+                "--data pruned is text that the dense model judges; name that model with --teacher"
+            )
+        if settings.distill_weight < 1:
+            raise UserError(
+                f"--distill-weight {settings.distill_weight:g} leaves the rest to a text that the "
+                "pruned model wrote itself, which teaches it nothing; use 1 with --data pruned"
+            )
     if settings.control is not None and settings.control == settings.model:
         raise UserError(
             f"--control {settings.control} is the model that is recovered; name the dense model "
@@ -419,9 +432,9 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
 
 
 def read_examples(data: DataSettings) -> dict[str, Examples]:
-    """Return the examples of each source but ``self``."""
+    """Return the examples of each source that no model writes."""
     how: Any = {"split": data.split, "text_field": data.text_field, "limit": data.samples}
-    return {source: load_examples(source, **how) for source in data.data if source != SELF}
+    return {source: load_examples(source, **how) for source in data.data if source not in _WRITTEN}
 
 
 def ways_to_load(settings: RecoverSettings, processes: Processes) -> dict[str, ModelSettings]:
@@ -482,7 +495,7 @@ def make_samples(
     dense: LoadedModel | None,
     examples: dict[str, Examples],
 ) -> list[Samples]:
-    """Return the samples of each source; the dense model writes those of ``self``."""
+    """Return the samples of each source, those of ``self`` and ``pruned`` written by a model."""
     samples = []
     for number, source in enumerate(settings.data):
         options: dict[str, Any] = {
@@ -492,11 +505,13 @@ def make_samples(
             "seed": settings.seed,
             "source": number,
         }
-        if source == SELF:
-            assert dense is not None
-            writer = f"self-{digest(dense.fingerprint)}"
-            kept = settings.kept or (settings.teacher_cache or work) / writer
-            made = self_made_samples(dense.model, dense.tokenizer, kept, **options)
+        if source in _WRITTEN:
+            writer = dense if source == SELF else loaded
+            assert writer is not None
+            kept = (settings.teacher_cache or work) / f"{source}-{digest(writer.fingerprint)}"
+            if source == SELF:
+                kept = settings.kept or kept
+            made = self_made_samples(writer.model, writer.tokenizer, kept, name=source, **options)
         else:
             made = split_samples(
                 examples[source],
@@ -535,7 +550,7 @@ def facts_of(
         "teacher": None if dense is None else dense.name,
         "teacher_fingerprint": None if dense is None else dense.fingerprint,
         "distillation": distillation if settings.distils else None,
-        "data": [source if source == SELF else Path(source).name for source in settings.data],
+        "data": [one if one in _WRITTEN else Path(one).name for one in settings.data],
         "template": settings.template,
         "mask_prompt": settings.mask_prompt,
         "data_fingerprint": fingerprint_samples([*train, *held_out]),

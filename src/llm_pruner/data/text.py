@@ -30,6 +30,8 @@ SELF = "self"
 """The source name under which the model writes its own text."""
 CHAT = "chat"
 """The source name under which the model writes questions and answers by its chat template."""
+PRUNED = "pruned"
+"""The source name under which a model that is trained writes what its teacher is to judge."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def load_documents(
         UserError: the file is missing, empty, of an unknown type, broken or without text; or the
             dataset cannot be loaded.
     """
-    if source in (SELF, CHAT):
+    if source in (SELF, CHAT, PRUNED):
         raise UserError(
             f"source '{source}' is text that the model writes itself, for calibration only; "
             "give a text file or a dataset name here"

@@ -14,7 +14,7 @@ import torch
 from llm_pruner.data.examples import Examples
 from llm_pruner.data.selfmade import write_text_cached
 from llm_pruner.data.sequences import TrainingSequence, encode_examples, make_sequence
-from llm_pruner.data.text import SELF
+from llm_pruner.data.text import PRUNED, SELF
 from llm_pruner.errors import UserError
 
 SELF_SAMPLES = 512
@@ -82,8 +82,12 @@ def self_made_samples(
     held_out: int | None = None,
     seed: int = 0,
     source: int = 0,
+    name: str = SELF,
 ) -> Samples:
     """Return samples of text that a model writes, kept in ``folder``; see ``write_text_cached``.
+
+    Args:
+        name: of the source.
 
     Raises:
         UserError: as ``write_text``, or there are too few.
@@ -91,7 +95,7 @@ def self_made_samples(
     count = SELF_SAMPLES if limit is None else limit
     ids = write_text_cached(writer, tokenizer, folder, samples=count, seq_len=seq_len, seed=seed)
     sequences = [make_sequence(row, [True] * len(row), source) for row in ids.tolist()]
-    return _last_held_out(sequences, SELF, None, held_out)
+    return _last_held_out(sequences, name, None, held_out)
 
 
 def held_out_windows(samples: Sequence[Samples], seq_len: int) -> torch.Tensor:
@@ -120,7 +124,7 @@ def fingerprint_samples(sequences: Sequence[TrainingSequence]) -> str:
 def _last_held_out(
     sequences: list[TrainingSequence], name: str, split: str | None, held_out: int | None
 ) -> Samples:
-    count = _count(len(sequences), held_out, "self-made text" if name == SELF else name)
+    count = _count(len(sequences), held_out, "self-made text" if name in (SELF, PRUNED) else name)
     return Samples(name, split, sequences[:-count], sequences[-count:])
 
 

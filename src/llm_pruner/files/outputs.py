@@ -59,7 +59,7 @@ Source = str | Path | None
 """Something that a command reads: a path, a name on the hub, a word for what the package ships or
 a model writes, or nothing."""
 
-_WORDS = (None, "", "default", "demo", "self", "chat")
+_WORDS = (None, "", "default", "demo", "self", "chat", "pruned")
 
 
 def check_output(out: Path, overwrite: bool, reads: Iterable[Source] = ()) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm_pruner.data.text import CHAT, SELF
+from llm_pruner.data.text import CHAT, PRUNED, SELF
 from llm_pruner.evaluation.perplexity import PerplexityResult
 from llm_pruner.evaluation.skills import Share
 from llm_pruner.evaluation.zero_shot import TaskResult
@@ -390,10 +390,9 @@ def _in_words(done: Recovered) -> str:
     settings = done.settings
     teacher = settings["teacher"]
     said = _METHODS.get(settings["method"]) or f"LoRA of rank {settings['lora_r']}"
+    wrote = {SELF: f"texts that {teacher} wrote", PRUNED: "texts that it wrote itself"}
     texts = [
-        f"{one.train_samples:,} texts that {teacher} wrote"
-        if one.name == SELF
-        else f"{one.train_samples:,} samples of {one.name}"
+        f"{one.train_samples:,} {wrote.get(one.name, f'samples of {one.name}')}"
         for one in done.sources
     ]
     said += f" on {' and '.join(texts)}, {done.steps:,} steps"

@@ -200,13 +200,17 @@ class DataSettings(Settings):
 
     data: Sources = _data(
         ...,
-        "self (the teacher writes), a hub dataset, or a .txt, .jsonl, .json or .parquet file of "
-        "instructions, chats or text. May be given several times.",
+        "self (the teacher writes), pruned (MODEL writes, and the teacher judges it), a hub "
+        "dataset, or a .txt, .jsonl, .json or .parquet file of instructions, chats or text. May be "
+        "given several times.",
         "SRC",
         reads=True,
     )
     samples: _Examples | None = _data(
-        None, "Use at most this many examples of each source.", "N", shown="all; 512 of self"
+        None,
+        "Use at most this many examples of each source.",
+        "N",
+        shown="all; 512 of self and pruned",
     )
     held_out: _Judges | None = _data(
         None, "Examples of each source to judge by.", "N", shown="one in 20, at most 256"
