@@ -15,7 +15,7 @@ from torch import nn
 
 from llm_pruner.checkpoints import save_checkpoint
 from llm_pruner.commands.curve import CurveRun
-from llm_pruner.commands.prune import PruneRun, Refitter, keep_type_
+from llm_pruner.commands.prune import PruneRun, Refitter, fitted_and_judged, keep_type_
 from llm_pruner.data.calibration import Calibration, read_calibration
 from llm_pruner.data.text import Protocol, load_evaluation_text
 from llm_pruner.discovery.groups import discover as discover_groups
@@ -347,7 +347,7 @@ def refit_(model: Model, text: Calibration) -> None:
     """
     if model.plan is None or model.groups is None or model._refitter is None:
         raise UserError("there is nothing to refit; prune the model first")
-    model._refitter.refit(model.plan.removal(model.groups), text.input_ids)
+    model._refitter.refit(model.plan.removal(model.groups), *fitted_and_judged(text.input_ids))
     model._refitter = None  # and with it the dense weights
 
 

@@ -97,6 +97,37 @@ def test_options_beside_a_recipe_win(tiny: Path, text: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_a_refit_reads_more_text_than_the_estimate(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{n:04d}" for n in range(1000)))
+    seen: list[torch.Tensor] = []
+
+    def refit(*args: Any, **others: Any) -> list[Refitted]:
+        seen.append(args[4])
+        return refit_(*args, **others)
+
+    monkeypatch.setattr(pruning, "refit_", refit)
+    options = ["--ratio", 0.2, "--preset", "balanced", "--structures", "ffn"]
+    options += small(text)
+    once, more = tmp_path / "once", tmp_path / "more"
+    done("prune", tiny, "--out", once, *options, "--refit-text", 1)
+    done("prune", tiny, "--out", more, *options)
+    assert (once / "plan.json").read_bytes() == (more / "plan.json").read_bytes()
+    assert [len(one) for one in seen] == [14, 14 + 32]  # two of sixteen judge
+    assert torch.equal(seen[1][:14], seen[0])
+    assert len({*map(tuple, seen[1].tolist())}) == 14 + 32
+    first, second = (load_file(out / "model.safetensors") for out in (once, more))
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    done("prune", tiny, "--out", tmp_path / "stepwise", *options, "--steps", 2)
+    assert [len(one) for one in seen[2:]] == [14, 14 + 32]  # of a round that is not the last
+    replay = ["--plan", once / "plan.json", "--compensation", "least-squares", *small(text)]
+    done("prune", tiny, "--out", tmp_path / "again", *replay)
+    assert torch.equal(seen[-1], seen[1])
+
+
+@pytest.mark.slow
 def test_a_replay_with_compensation_gives_the_same_weights(
     tiny: Path, text: Path, tmp_path: Path
 ) -> None:

@@ -181,7 +181,7 @@ def test_a_file_may_be_named_like_a_share(tmp_path: Path) -> None:
 def test_a_text_too_short_for_a_preset_gives_what_it_has(tmp_path: Path) -> None:
     source, tokenizer = write_documents(tmp_path / "d.jsonl", [300, 300]), tiny_tokenizer()
     short = CalibrationSettings(calibration=source, seq_len=15)
-    assert len(build_calibration(short, tokenizer, seed=0, exact=False).input_ids) == 40
+    assert len(build_calibration(short, tokenizer, seed=0, least=0.25).input_ids) == 40
     # 128 samples are asked for where nobody says how many, and a quarter of them is the least.
     assert build_calibration(short, tokenizer, seed=0).settings["samples"] == 40
     with pytest.raises(UserError, match="gives 604 tokens; 128 samples of 40 tokens need"):
@@ -198,14 +198,23 @@ def test_text_to_train_on_goes_past_what_was_read_and_leaves_out_what_judges(
     asked = CalibrationSettings(calibration=source, samples=8, seq_len=20)
     loaded = SimpleNamespace(tokenizer=tokenizer)
     known = torch.arange(40).reshape(2, 20) % 7  # such as a model writes
-    every = build_calibration(asked.but(samples=FURTHER), tokenizer, seed=0, exact=False).input_ids
+    every = build_calibration(asked.but(samples=FURTHER), tokenizer, seed=0, least=0).input_ids
     apart = every[3:5]
-    rows = [*map(tuple, further_text(loaded, asked, known, apart, 0).tolist())]  # type: ignore[arg-type]
+    found = further_text(loaded, asked, known, apart, FURTHER, 0)  # type: ignore[arg-type]
+    rows = [*map(tuple, found.tolist())]
     assert rows[:2] == [*map(tuple, known.tolist())]
     assert not {*rows} & {*map(tuple, apart.tolist())}
     assert {*rows} > {*map(tuple, every[:3].tolist())}
     written = asked.but(calibration="self")
-    assert torch.equal(further_text(loaded, written, known, apart, 0), known)  # type: ignore[arg-type]
+    assert torch.equal(further_text(loaded, written, known, apart, 9, 0), known)  # type: ignore[arg-type]
+    # The number is of new ones, also where the same windows would be drawn first.
+    first = build_calibration(asked, tokenizer, seed=0).input_ids
+    more = further_text(loaded, asked, first, apart, 9, 0)  # type: ignore[arg-type]
+    assert torch.equal(more[:8], first)
+    assert len({*map(tuple, more.tolist())}) == len(more) == 8 + 9
+    longer = asked.but(seq_len=10_000)  # than the text
+    known, apart = torch.zeros(2, 10_000).long(), torch.zeros(0, 10_000).long()
+    assert torch.equal(further_text(loaded, longer, known, apart, 9, 0), known)  # type: ignore[arg-type]
 
 
 def test_a_comma_in_the_name_of_a_file(tmp_path: Path) -> None:

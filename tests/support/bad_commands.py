@@ -338,6 +338,12 @@ TABLE: dict[str, list[Bad]] = {
             "use --samples 2 or more",
         ),
         ("--repair-minutes -1", between("--repair-minutes", -1, 0, 527040)),
+        ("--refit-text 0", between("--refit-text", 0, 1, 100)),
+        (
+            "--preset fast --refit-text 2",
+            "--refit-text 2 is for a refit, and there is none; use --compensation least-squares, "
+            "or leave it out",
+        ),
         ("--samples 0", "samples=0 calibrates on nothing; use at least 1"),
         (f"--samples {10**12}", between("samples", 10**12, 1, 10**9)),
         ("--score-samples 0", "score_samples=0 estimates on nothing; use at least 1"),
@@ -412,6 +418,15 @@ TABLE: dict[str, list[Bad]] = {
         (
             "--data self",
             "--data self is text that the dense model writes; name that model with --teacher",
+        ),
+        (
+            "--data pruned",
+            "--data pruned is text that the dense model judges; name that model with --teacher",
+        ),
+        (
+            "--data pruned --teacher m",
+            "--distill-weight 0.9 leaves the rest to a text that the pruned model wrote itself, "
+            "which teaches it nothing; use 1 with --data pruned",
         ),
         (
             "--samples 1",

@@ -44,7 +44,13 @@ from torch import nn
 from llm_pruner import planning
 from llm_pruner.checkpoints.save import SHARD
 from llm_pruner.commands import prune_start as start
-from llm_pruner.commands.prune import RELOAD_LIMIT, PruneRun, keep_type_
+from llm_pruner.commands.prune import (
+    RELOAD_LIMIT,
+    PruneRun,
+    fitted_and_judged,
+    keep_type_,
+    text_to_refit,
+)
 from llm_pruner.compensation import refit_
 from llm_pruner.compensation.least_squares import RIDGES
 from llm_pruner.data.calibration import read_calibration
@@ -197,8 +203,15 @@ class _Forecaster:
             clock = Clock()
             text = read_calibration(self.loaded, settings, settings.seed, clock)
             self.samples = len(text.input_ids)
+            if run.refits:
+                self.fitted = len(text_to_refit(self.loaded, settings, text)[0])
+            clock.stop("calibration text")
             self.stages["calibration text"] = Taken(clock.seconds["calibration text"])
         whole = torch.empty(self.samples, self.length, device="meta")
+        if self.writes or not self.reads:
+            self.fitted = len(fitted_and_judged(whole)[0])
+            if not WRITERS.keys() >= shares_of(settings.calibration).keys():
+                self.fitted += round((settings.refit_text - 1) * self.samples)
         held_out, scored = hold_out(whole) if run.splits else (whole[:0], whole)
         self.held_out = len(held_out)
         self.scored = len(scored[: settings.score_samples])
@@ -281,10 +294,8 @@ class _Forecaster:
         self, model: nn.Module, discovery: Discovery, removal: Removal, found: dict[str, Taken]
     ) -> None:
         """Refit a block on as much text as there will be, and as much as trials have."""
-        text = torch.empty(self.samples, self.length, device="meta")
-        fitted = len(text if self.samples <= 2 else hold_out(text)[1])
         tried = min(self.scored, refit_samples(self.total, self.length))
-        jobs = {"refit": (fitted, RIDGES), "trial refit": (tried, (REFIT_RIDGE,))}
+        jobs = {"refit": (self.fitted, RIDGES), "trial refit": (tried, (REFIT_RIDGE,))}
         for name, (samples, ridges) in jobs.items():
             if name != "refit" and not self.run.splits:
                 continue

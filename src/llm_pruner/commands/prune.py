@@ -20,6 +20,7 @@ from llm_pruner.commands.inspect import tokens_go_first
 from llm_pruner.commands.publish import check_push
 from llm_pruner.compensation import Refitted, refit_
 from llm_pruner.data.calibration import (
+    FURTHER,
     Calibration,
     check_calibration,
     further_text,
@@ -327,7 +328,7 @@ class PruneRun:
             clock.stop("plan")
             last = number + 1 == len(targets)
             if not last or not settings.dry_run:
-                self._cut(discovery, removal, numbering.removal(), known)
+                self._cut(discovery, removal, numbering.removal(), known, last=last)
             if not last:
                 discovery = discover(self.network)
                 clock.stop("discover")
@@ -402,11 +403,22 @@ class PruneRun:
         removal: Removal,
         all_gone: Removal,
         known: HiddenStates | None = None,
+        *,
+        last: bool = True,
     ) -> None:
-        """Remove units of the model as it is, and refit after all that is gone of the dense one."""
+        """Remove units of the model as it is, and refit after all that is gone of the dense one.
+
+        Args:
+            last: what comes out is no model that further rounds start from.
+        """
         self.surgeon.cut(discovery, removal)
-        if self.refitter is not None and self.text is not None:
-            self.refitter.refit(all_gone, self.text.input_ids, known)
+        if self.refitter is None or self.text is None:
+            return
+        if last:
+            fitted, judged = text_to_refit(self.loaded, self.settings, self.text)
+        else:
+            fitted, judged = fitted_and_judged(self.text.input_ids)
+        self.refitter.refit(all_gone, fitted, judged, known)
 
     def repair(self) -> None:
         """Train the pruned model by what the dense one says, for as long as was asked."""
@@ -420,7 +432,7 @@ class PruneRun:
         )
         held_out, fitted = hold_out(self.text.input_ids)
         apart = [*held_out, *self.text.unseen]
-        text = further_text(self.loaded, settings, fitted, torch.stack(apart), seed)
+        text = further_text(self.loaded, settings, fitted, torch.stack(apart), FURTHER, seed)
         done = repair_(
             self.network,
             self.dense,
@@ -549,6 +561,26 @@ class PruneRun:
         write_report(folder, report)
 
 
+def fitted_and_judged(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which of some samples, (samples, seq_len), are refitted on, and what judges that."""
+    if len(tokens) <= 2:  # the least that can be fitted; one of them has to judge, too
+        return tokens, tokens[-1:]
+    judged, fitted = hold_out(tokens)
+    return fitted, judged
+
+
+def text_to_refit(
+    loaded: LoadedModel, settings: PruneSettings, text: Calibration
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the same where the settings say how much further text is read beside that."""
+    fitted, judged = fitted_and_judged(text.input_ids)
+    further = round((settings.refit_text - 1) * len(text.input_ids))
+    if further:
+        apart = torch.stack([*judged, *text.unseen])
+        fitted = further_text(loaded, settings, fitted, apart, further, settings.seed)
+    return fitted, judged
+
+
 class Refitter:
     """Brings the pruned model nearer to the dense one after each cut, if that is a gain.
 
@@ -563,21 +595,24 @@ class Refitter:
         self.done: list[Refitted] = []
 
     def refit(
-        self, removal: Removal, tokens: torch.Tensor, known: HiddenStates | None = None
+        self,
+        removal: Removal,
+        fitted: torch.Tensor,
+        judged: torch.Tensor,
+        known: HiddenStates | None = None,
     ) -> None:
         """Refit after ``removal``, all that was removed so far in dense numbering.
 
         Args:
-            tokens: to fit and to judge by, (samples, seq_len).
+            fitted: tokens, (samples, seq_len).
+            judged: other tokens, likewise.
             known: hidden states of the dense model, if of the tokens that are fitted.
         """
         before = sharing_copy(self._model)
-        # Two samples are the least that can be fitted; then one of them has to judge, too.
-        held_out, fitted = hold_out(tokens) if len(tokens) > 2 else (tokens[-1:], tokens)
         with mixed_precision():
             found = refit_(self._model, self._dense, self._discovery, removal, fitted, known=known)
         give_back()
-        judging = held_out[: max(1, JUDGED // held_out.shape[1])]
+        judging = judged[: max(1, JUDGED // judged.shape[1])]
         after, without = divergences(self._dense, (self._model, before), judging)
         if not after <= without:
             for one in found:

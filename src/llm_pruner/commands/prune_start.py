@@ -19,7 +19,7 @@ from llm_pruner.settings.common import CalibrationSettings, ModelSettings, Outpu
 from llm_pruner.settings.prune import AMOUNTS, PruneSettings
 from llm_pruner.types import Discovery
 
-_RUN = {"plan", "dry_run", "estimate", "verify", "kept", "memory", "repair_minutes"}
+_RUN = {"plan", "dry_run", "estimate", "verify", "kept", "memory", "refit_text", "repair_minutes"}
 """Settings of a run that say nothing about what goes; so do those of the model and the output."""
 
 

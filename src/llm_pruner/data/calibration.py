@@ -55,7 +55,7 @@ def build_calibration(
     model: Any = None,
     *,
     seed: int,
-    exact: bool | None = None,
+    least: float | None = None,
     unseen: int = 0,
 ) -> Calibration:
     """Return ``samples`` windows of exactly ``seq_len`` tokens.
@@ -71,15 +71,14 @@ def build_calibration(
     Where the tokenizer adds BOS, every window starts with it.
 
     Of several sources each gives its share of the windows, see ``shares_of``, all spread evenly
-    over the order. Where the number of windows is not to be exact, a source that is too short gives
-    what it has, if that is a quarter at least.
+    over the order. A source that is too short gives what it has, if that is enough.
 
     Args:
         asked: what is read, and how much; see ``load_documents``, and ``WRITERS`` for what
             the model writes.
         model: needed for ``self`` and ``chat`` alone.
-        exact: whether a source that is too short is refused; by default where the number is the
-            user's and not a preset's.
+        least: share of its windows that a source must have; by default all if the number is the
+            user's, and a quarter if it is a preset's.
         unseen: so many more windows at most that are not among them, see ``pack``. The model
             writes its own apart.
 
@@ -88,7 +87,7 @@ def build_calibration(
     """
     parts: list[_Part] = []
     rests = _counts(unseen, [*shares_of(asked.calibration).values()])
-    for one, rest in zip(_wanted(asked, exact), rests, strict=True):
+    for one, rest in zip(_wanted(asked, least), rests, strict=True):
         size = {"samples": one.samples, "seq_len": asked.seq_len, "seed": seed}
         with one.named(asked):
             if one.source in WRITERS:
@@ -145,7 +144,7 @@ class _Wanted(NamedTuple):
             raise UserError(f"{share}: {error}") from error
 
 
-def _wanted(asked: CalibrationSettings, exact: bool | None = None) -> list[_Wanted]:
+def _wanted(asked: CalibrationSettings, least: float | None = None) -> list[_Wanted]:
     """Return what each source is to give; arguments and errors as ``build_calibration``."""
     samples, shares = asked.samples, shares_of(asked.calibration)
     counts = _counts(samples, [*shares.values()])
@@ -154,9 +153,10 @@ def _wanted(asked: CalibrationSettings, exact: bool | None = None) -> list[_Want
             f"samples={samples} of {len(shares)} sources leave some without any; use at least "
             f"{ceil(sum(shares.values()) / min(shares.values()))}"
         )
-    exact = "samples" in asked.given if exact is None else exact
+    if least is None:
+        least = 1 if "samples" in asked.given else 1 / 4
     return [
-        _Wanted(source, count, count if exact else max(1, count // 4))
+        _Wanted(source, count, max(bool(least), int(least * count)))
         for source, count in zip(shares, counts, strict=True)
     ]
 
@@ -324,15 +324,17 @@ def further_text(
     asked: CalibrationSettings,
     known: torch.Tensor,
     apart: torch.Tensor,
+    count: int,
     seed: int,
 ) -> torch.Tensor:
-    """Return windows to train on: those that are known, and further ones of files and datasets.
+    """Return windows to fit: those that are known, and further ones of files and datasets.
 
     What the model would have to write takes longer than training on what it has written.
 
     Args:
         known: token ids, shape (samples, seq_len).
         apart: windows that are left out, of the same length.
+        count: of further ones, as far as the sources have them.
     """
     shares = shares_of(asked.calibration)
     read = {one: share for one, share in shares.items() if one not in WRITERS}
@@ -340,12 +342,13 @@ def further_text(
     if read:
         mixture = ",".join(f"{one}:{share}" for one, share in read.items())
         mixture = next(iter(read)) if len(read) == 1 else mixture
-        more = asked.but(calibration=mixture, samples=FURTHER, score_samples=None, kept=None)
-        text = build_calibration(more, loaded.tokenizer, seed=seed, exact=False)
-        rows += [*text.input_ids]
-    left_out = {tuple(row.tolist()) for row in apart}
-    different = dict.fromkeys(tuple(row.tolist()) for row in rows)
-    return torch.tensor([row for row in different if row not in left_out])
+        size = max(len(read), count + len(known) + len(apart))  # some of which may be these
+        more = asked.but(calibration=mixture, samples=size, score_samples=None, kept=None)
+        text = build_calibration(more, loaded.tokenizer, seed=seed, least=0)
+        further = dict.fromkeys(map(tuple, text.input_ids.tolist()))
+        seen = {*map(tuple, known.tolist()), *map(tuple, apart.tolist())}
+        rows += [torch.tensor(row) for row in further if row not in seen]
+    return torch.stack(rows[: len(known) + count])
 
 
 def read_calibration(

@@ -138,6 +138,13 @@ class MethodSettings(CalibrationSettings):
         "NAME",
         known=COMPENSATIONS,
     )
+    refit_text: Annotated[float, within(1, 100)] = _importance(
+        1.0,
+        "Refit on so many times as much text as importance is estimated on: further samples of the "
+        "same files and datasets, as far as they go.",
+        "TIMES",
+        shown="1; 3 for balanced and best",
+    )
     repair_minutes: Annotated[float, within(0, MOST_MINUTES)] = _importance(
         0.0,
         "Minutes of training, by what the dense model says of the calibration text.",
@@ -228,11 +235,16 @@ class PruneSettings(MemorySettings, WriterSettings, PlanSettings):
                 f"--repair-minutes {self.repair_minutes:g} is judged by a sample that it is not "
                 f"trained on, and there is {self.samples}; use --samples 2 or more"
             )
+        if "refit_text" in self.given and self.compensation == "none" and self.refit_text > 1:
+            raise UserError(
+                f"--refit-text {self.refit_text:g} is for a refit, and there is none; use "
+                "--compensation least-squares, or leave it out"
+            )
         asked = [name for name in AMOUNTS if getattr(self, name) is not None]
         if self.plan is not None:
             text = CalibrationSettings.model_fields.keys() | {"seed"}
             spoken = set(PlanSettings.model_fields) - {"seed"}
-            spoken -= {"compensation", "repair_minutes"}
+            spoken -= {"compensation", "refit_text", "repair_minutes"}
             spoken -= text if self.compensation != "none" or self.repair_minutes else set()
             spoken &= self.given
             given = [option_name(name) for name in type(self).model_fields if name in spoken]
