@@ -124,9 +124,15 @@ def started(folder: Path, options: dict[str, object] | None = None) -> tuple[lis
 
 def gone(pids: Sequence[int]) -> bool:
     """Whether no such process runs any more; waits for it as long as a test may take."""
+
+    def runs(pid: int) -> bool:
+        try:
+            return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:  # it may end at any time
+            return False
+
     for _ in range(600):
-        left = [pid for pid in pids if psutil.pid_exists(pid)]
-        if all(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE for pid in left):
+        if not any(runs(pid) for pid in pids):
             return True
         time.sleep(0.05)
     return False
