@@ -117,7 +117,7 @@ def load_documents(
         UserError: the file is missing, empty, of an unknown type, broken or without text; or the
             dataset cannot be loaded.
     """
-    if source in (SELF, CHAT, PRUNED):
+    if source in (SELF, CHAT):
         raise UserError(
             f"source '{source}' is text that the model writes itself, for calibration only; "
             "give a text file or a dataset name here"
