@@ -343,7 +343,8 @@ def refit_(model: Model, text: Calibration) -> None:
 
     Args:
         model: pruned by `prune_`.
-        text: from `calibration`, made before pruning or after.
+        text: from `calibration`, made before pruning or after; all that is read, so ask for more
+            samples of it than importance needs.
     """
     if model.plan is None or model.groups is None or model._refitter is None:
         raise UserError("there is nothing to refit; prune the model first")

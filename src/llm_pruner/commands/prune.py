@@ -409,7 +409,8 @@ class PruneRun:
         """Remove units of the model as it is, and refit after all that is gone of the dense one.
 
         Args:
-            last: what comes out is no model that further rounds start from.
+            last: whether no further round starts from what comes out; only then is further text
+                read.
         """
         self.surgeon.cut(discovery, removal)
         if self.refitter is None or self.text is None:
@@ -562,7 +563,7 @@ class PruneRun:
 
 
 def fitted_and_judged(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return which of some samples, (samples, seq_len), are refitted on, and what judges that."""
+    """Return which of some samples, (samples, seq_len), are refitted on, and which judge that."""
     if len(tokens) <= 2:  # the least that can be fitted; one of them has to judge, too
         return tokens, tokens[-1:]
     judged, fitted = hold_out(tokens)
@@ -572,7 +573,10 @@ def fitted_and_judged(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 def text_to_refit(
     loaded: LoadedModel, settings: PruneSettings, text: Calibration
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the same where the settings say how much further text is read beside that."""
+    """Return samples to refit on, as many times those of a text as asked, and those that judge it.
+
+    The first ones are of the text; none is among what judges, or what it left to measure on.
+    """
     fitted, judged = fitted_and_judged(text.input_ids)
     further = round((settings.refit_text - 1) * len(text.input_ids))
     if further:

@@ -316,7 +316,7 @@ def _holds(documents: Documents, tokenizer: Any, tokens: int) -> bool:
 
 
 FURTHER = 384
-"""Windows that training may read beyond those that importance is estimated on."""
+"""Windows that a repair may read beyond those that importance is estimated on."""
 
 
 def further_text(
@@ -327,9 +327,9 @@ def further_text(
     count: int,
     seed: int,
 ) -> torch.Tensor:
-    """Return windows to fit: those that are known, and further ones of files and datasets.
+    """Return windows to fit, (windows, seq_len): the known ones, then others of files and datasets.
 
-    What the model would have to write takes longer than training on what it has written.
+    What the model would have to write takes longer than fitting what it has written.
 
     Args:
         known: token ids, shape (samples, seq_len).
