@@ -212,6 +212,11 @@ def test_text_to_train_on_goes_past_what_was_read_and_leaves_out_what_judges(
     more = further_text(loaded, asked, first, apart, 9, 0)  # type: ignore[arg-type]
     assert torch.equal(more[:8], first)
     assert len({*map(tuple, more.tolist())}) == len(more) == 8 + 9
+    # Of other documents the same text stands elsewhere in a window.
+    shifted = torch.cat([every[3, 7:], known[0, :7]])[None]
+    held = further_text(loaded, asked, known, shifted, FURTHER, 0)  # type: ignore[arg-type]
+    assert {*rows} - {*map(tuple, held.tolist())} <= {tuple(every[3].tolist())}
+    assert tuple(every[3].tolist()) not in {*map(tuple, held.tolist())}
     longer = asked.but(seq_len=10_000)  # than the text
     known, apart = torch.zeros(2, 10_000).long(), torch.zeros(0, 10_000).long()
     assert torch.equal(further_text(loaded, longer, known, apart, 9, 0), known)  # type: ignore[arg-type]

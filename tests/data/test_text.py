@@ -148,6 +148,19 @@ def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fourth[1]["split"] == "test"
 
 
+@pytest.mark.parametrize("name", ["c4", "bookcorpus", "wikipedia", "code"])
+def test_the_beginning_of_a_dataset_without_end_is_measured_on(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    field = "content" if name == "code" else "text"
+    hub = install(monkeypatch, FakeHub([{"title": "t", field: str(n)} for n in range(2000)]))
+    found = evaluation_text(name)
+    assert found.split == ("validation" if name == "c4" else "train")
+    assert found.text.startswith("0\n\n1\n\n2")
+    assert len(found.text.split("\n\n")) == (2000 if name == "bookcorpus" else 1100)
+    assert hub.calls[0][1]["streaming"] is True
+
+
 def test_hub_failure_says_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, FakeHub([], ConnectionError("no route\nto host")))
     message = (

@@ -99,6 +99,19 @@ def test_hub_rows_come_with_all_their_fields(monkeypatch: pytest.MonkeyPatch) ->
     assert asked[1][1]["streaming"] is True
 
 
+def test_the_code_of_a_repository_is_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"repo_name": "a/b", "path": "c.py", "content": "x = 1\n", "license": "mit"}
+    monkeypatch.setattr("datasets.load_dataset", lambda *_a, **_k: [row])
+    assert load_examples("code").examples == (Example(text="x = 1\n"),)
+
+
+def test_records_with_and_without_a_context(tmp_path: Path) -> None:
+    asked = {"instruction": "Add", "output": "3"}
+    rows = [asked, asked | {"input": "1, 2"}, asked | {"input": None, "context": "2, 1"}]
+    found = load_examples(write(tmp_path / "rows.jsonl", rows))
+    assert [one.context for one in found.examples] == ["", "1, 2", "2, 1"]
+
+
 def test_records_that_are_not_what_the_first_is(tmp_path: Path) -> None:
     good = {"instruction": "Add", "input": "", "output": "3"}
     rows = [good, {"instruction": "Add", "output": None}]

@@ -16,6 +16,7 @@ from llm_pruner.errors import UserError
 from llm_pruner.evaluation.divergence import Divergence
 from llm_pruner.evaluation.perplexity import perplexity
 from llm_pruner.models.load import LoadedModel
+from llm_pruner.report.data import read_report
 from llm_pruner.settings.evaluate import PerplexitySettings
 
 LENGTH = 24
@@ -89,7 +90,14 @@ def test_the_command_and_the_report_say_it(tmp_path: Path) -> None:
     assert far["kl"] > 0
     assert "Against dense" in said.out
     assert f"{far['kl']:.4f}" in said.out
-    assert "KL against dense, text.txt" in (small / "report.html").read_text()
+    page = (small / "report.html").read_text()
+    label = "KL against dense, text.txt (standard protocol, windows of 64,"
+    assert label in page
+    # Of another stretch of the text it is another measurement, and neither takes the other's place.
+    done("evaluate", small, *asked, "--max-tokens", 128, "--report", small)
+    report = read_report(small / "report.json")
+    names = [one.name for one in report.evaluations["pruned"].measurements]
+    assert [name.startswith(label) for name in names].count(True) == 2
     refused = run("evaluate", small, "--speed", "--against", dense)
     assert refused.code == 2
     assert (

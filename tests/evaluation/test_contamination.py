@@ -21,13 +21,14 @@ from llm_pruner.evaluation.result_cache import shared_corpora
         ("c4_sample.jsonl", "wikitext2", False),
         ("self", "ptb", False),
         ("books.jsonl,c4", "c4", True),
+        ("c4:0.5,mine.txt:0.5", "/other/mine.txt", True),
     ],
 )
 def test_corpora_by_name(tmp_path: Path, used: str, source: str, same: bool) -> None:
     (tmp_path / "plan.json").write_text(json.dumps({"calibration": {"source": used}}))
     warnings = shared_corpora(str(tmp_path), [source])
     assert bool(warnings) == same
-    part = used.split(",")[-1]
+    part = used.split(",")[-1].partition(":")[0]
     assert all(f"on {part} and" in warning and source in warning for warning in warnings)
 
 

@@ -8,18 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import llm_pruner as lp
 import llm_pruner.evaluation.health as health_module
 import llm_pruner.models.load
 from command import done, run, save_tiny, write_text
 from helpers import tiny_model, tiny_tokenizer
-from llm_pruner.evaluation import skills
+from llm_pruner.commands.abilities import prepare
+from llm_pruner.evaluation import answers, skills
 from llm_pruner.evaluation.answers import Answer, Asked, write_batch
 from llm_pruner.evaluation.health import PERIOD, REPEATS, TOKENS, health, loops
-from llm_pruner.evaluation.samples import sample_continuation, strip_control
+from llm_pruner.evaluation.samples import encoded, sample_continuation, strip_control
 from llm_pruner.evaluation.skills import human_eval, human_eval_prompts, share
 from llm_pruner.evaluation.zero_shot import MetricResult, TaskResult, kept
+from llm_pruner.settings.evaluate import EvaluateSettings
+from trained_tokenizers import MADE
 
 PROBLEM = {
     "task_id": "t/0",
@@ -80,6 +84,22 @@ def test_a_batch_writes_what_each_prompt_alone_is_given() -> None:
     assert model.generation_config.repetition_penalty == 5.0
     for one, prompt in zip(found, prompts, strict=True):
         assert strip_control(one.text) == sample_continuation(model, tokenizer, prompt, 12)
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_an_answer_keeps_the_space_that_it_begins_with(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny_model(vocab_size=800), MADE[kind]()
+    (prompt,) = human_eval_prompts([PROBLEM]).prompts
+    row = encoded(tokenizer, prompt + "    return x\n", chat=False)[:-1]  # without its end
+    given = row[: len(encoded(tokenizer, prompt, chat=False)) - 1]
+    monkeypatch.setattr(answers, "encoded", lambda *_a, **_k: given)
+    monkeypatch.setattr(model, "generate", lambda *_a, **_k: torch.tensor([row]))
+    (found,) = write_batch(model, tokenizer, [prompt], Asked((), 12, ""))
+    start = tokenizer.decode(given, skip_special_tokens=True)
+    assert start + found.text == tokenizer.decode(row, skip_special_tokens=True)
+    assert found.text.removeprefix("\n") == "    return x\n"
 
 
 def test_an_end_token_ends_an_answer_and_a_stop_ends_the_writing() -> None:
@@ -177,6 +197,15 @@ def test_the_command_the_report_and_what_is_known_already(
     again = done("evaluate", small, *asked, "--json", "-")
     assert loaded == []
     assert json.loads(again.out) == found
+
+
+def test_prompts_of_a_file_are_its_lines(tmp_path: Path) -> None:
+    said = health_module.own_prompts()
+    (tmp_path / "prompts.txt").write_text("\n\n".join(said) + "\n")
+    asked = EvaluateSettings(model="m", health=True, health_prompts=tmp_path / "prompts.txt")
+    prompts = prepare(asked).prompts
+    assert prompts is not None
+    assert prompts.prompts == said
 
 
 def test_health_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,9 +47,12 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def with_bytes() -> PreTrainedTokenizerFast:
-    """As that of Llama 2: characters, and bytes for those that it does not know."""
+    """As that of Llama 2: characters, and bytes for those that it does not know; a space before
+    each text, and none before what is decoded."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=500,
         special_tokens=[*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))],
@@ -61,7 +64,12 @@ def with_bytes() -> PreTrainedTokenizerFast:
     data["added_tokens"] = data["added_tokens"][:3]
     tokenizer = Tokenizer.from_str(json.dumps(data))
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     return wrapped(tokenizer)
 

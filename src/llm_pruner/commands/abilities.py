@@ -99,7 +99,8 @@ def prepare(settings: EvaluateSettings) -> Prepared:
         said = health.own_prompts()
         if settings.health_prompts is not None:
             documents = load_documents(str(settings.health_prompts))
-            name, said = documents.name, tuple(filter(str.strip, documents.records))
+            lines = (line.removesuffix("\n") for line in documents.records)
+            name, said = documents.name, tuple(filter(str.strip, lines))
         prompts = health.health_prompts(said, limit)
     first = tuple(islice(problems, limit))
     return Prepared(tasks, sums, first, len(problems), prompts, name)

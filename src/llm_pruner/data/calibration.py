@@ -315,6 +315,9 @@ def _holds(documents: Documents, tokenizer: Any, tokens: int) -> bool:
     return False
 
 
+SHARED = 32
+"""Tokens in a row that two windows do not share by chance."""
+
 FURTHER = 384
 """Windows that a repair may read beyond those that importance is estimated on."""
 
@@ -333,7 +336,9 @@ def further_text(
 
     Args:
         known: token ids, shape (samples, seq_len).
-        apart: windows that are left out, of the same length.
+        apart: windows that are left out, of the same length, and with them all that has ``SHARED``
+            tokens in a row of them: of a dataset other documents are read if there are to be more
+            windows, which then begin elsewhere.
         count: of further ones, as far as the sources have them.
     """
     shares = shares_of(asked.calibration)
@@ -346,9 +351,16 @@ def further_text(
         more = asked.but(calibration=mixture, samples=size, score_samples=None, kept=None)
         text = build_calibration(more, loaded.tokenizer, seed=seed, least=0)
         further = dict.fromkeys(map(tuple, text.input_ids.tolist()))
-        seen = {*map(tuple, known.tolist()), *map(tuple, apart.tolist())}
-        rows += [torch.tensor(row) for row in further if row not in seen]
+        seen, held = set(map(tuple, known.tolist())), _runs(apart)
+        fresh = [torch.tensor(row) for row in further if row not in seen]
+        rows += [row for row in fresh if held.isdisjoint(_runs(row[None]))]
     return torch.stack(rows[: len(known) + count])
+
+
+def _runs(windows: torch.Tensor) -> set[tuple[int, ...]]:
+    """Return all runs of ``SHARED`` tokens, or half a window, in windows of (windows, seq_len)."""
+    runs = windows.unfold(1, max(1, min(SHARED, windows.shape[1] // 2)), 1).flatten(0, 1)
+    return set(map(tuple, runs.tolist()))
 
 
 def read_calibration(

@@ -8,7 +8,7 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from llm_pruner.data.files import is_endless, read_source, texts_of_rows
+from llm_pruner.data.files import field_of, is_endless, read_source, texts_of_rows
 from llm_pruner.errors import UserError
 
 ROLES = ("system", "user", "assistant")
@@ -78,6 +78,7 @@ def load_examples(
     """
     if limit is None and is_endless(source):
         limit = STREAMED
+    text_field = text_field or field_of(source)
     name, used, found = read_source(source, split=split, limit=limit)
     rows = tuple(found)
     read = _reader(rows[0], text_field) if rows else None
@@ -104,8 +105,7 @@ def _reader(row: Any, text_field: str | None) -> Callable[[Any, str], Example] |
             return partial(_chat, field)
     for question, answer in product(_QUESTIONS, _ANSWERS):
         if isinstance(row.get(question), str) and isinstance(row.get(answer), str):
-            context = next((name for name in _CONTEXTS if name in row), None)
-            return partial(_instruction, question, context, answer)
+            return partial(_instruction, question, answer)
     return None
 
 
@@ -130,10 +130,12 @@ def _turn(message: Any, where: str) -> Turn:
     )
 
 
-def _instruction(question: str, context: str | None, answer: str, row: Any, where: str) -> Example:
+def _instruction(question: str, answer: str, row: Any, where: str) -> Example:
     """Read a record in the Alpaca schema, under one of its names; empty if nothing is asked."""
     row = row if isinstance(row, Mapping) else {question: "", answer: ""}
-    given = "" if row.get(context) is None else row[context]
+    # Where there is no context, its field may be left out.
+    context = next((name for name in _CONTEXTS if row.get(name) is not None), None)
+    given = "" if context is None else row[context]
     asked, answered = row.get(question), row.get(answer)
     for field, value in ((question, asked), (context, given), (answer, answered)):
         if not isinstance(value, str):

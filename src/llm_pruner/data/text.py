@@ -94,6 +94,12 @@ def shares_of(mixture: str) -> dict[str, float]:
     return {name: share or 1.0 for name, share in zip(names, shares, strict=True)}
 
 
+def name_of_part(part: str) -> str:
+    """Return the source of one part of a mixture that was read once, as ``c4`` of ``c4:0.6``."""
+    match = _SHARE.fullmatch(part)
+    return part if match is None else match[1]
+
+
 def load_documents(
     source: str,
     *,
@@ -173,8 +179,9 @@ def running_text(documents: Documents, protocol: Protocol) -> str | None:
 DEMO = "demo"
 """The source name of the text that this package ships."""
 
-_SPLITS = {"c4": "validation", "bookcorpus": "train"}
-_C4_DOCUMENTS = 1100  # what GPTQ and SparseGPT join for their C4 figures
+_SPLITS = {"c4": "validation", "bookcorpus": "train", "wikipedia": "train", "code": "train"}
+_LIMITS = {"c4": 1100, "bookcorpus": 10_000, "wikipedia": 1100, "code": 1100}
+"""Documents of datasets without an end; of C4 what GPTQ and SparseGPT join for their figures."""
 
 
 class EvaluationText(NamedTuple):
@@ -214,7 +221,7 @@ def load_evaluation_text(source: str, asked: PerplexitySettings) -> EvaluationTe
     alias = source.partition(":")[0]
     usual = "validation" if alias == "ptb" and asked.protocol == "paper" else "test"
     split = asked.split or _SPLITS.get(alias, usual)
-    limit = {"c4": _C4_DOCUMENTS, "bookcorpus": 10_000}.get(alias)
+    limit = _LIMITS.get(alias)
     documents = load_documents(source, split=split, text_field=asked.text_field, limit=limit)
     text = running_text(documents, asked.protocol)
     return EvaluationText(documents.name, documents.split, documents.raw if text is None else text)

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import result_cache
-from llm_pruner.evaluation.samples import encoded, end_ids
+from llm_pruner.evaluation.samples import continuation, encoded, end_ids
 from llm_pruner.models.forward import evaluating, maximum_length
 from llm_pruner.models.load import LoadedModel
 from llm_pruner.runtime.progress import quiet, track
@@ -80,7 +80,7 @@ def written(
 
     def answers() -> Iterator[Answer]:
         for batch in batches:
-            name = key(what="answers", **asdict(replace(asked, prompts=batch)))
+            name = key(what="continuations", **asdict(replace(asked, prompts=batch)))
             found = _kept(name, len(batch))
             if found is None:
                 loaded = load()
@@ -129,12 +129,13 @@ def write_batch(model: Any, tokenizer: Any, prompts: Sequence[str], asked: Asked
             pad_token_id=padding,
             stopping_criteria=StoppingCriteriaList(stops),
         )
-    return [_answer(tokenizer, row, ends) for row in out[:, longest:].tolist()]
+    answers = zip(rows, out[:, longest:].tolist(), strict=True)
+    return [_answer(tokenizer, row, tokens, ends) for row, tokens in answers]
 
 
-def _answer(tokenizer: Any, tokens: list[int], ends: set[int]) -> Answer:
+def _answer(tokenizer: Any, prompt: list[int], tokens: list[int], ends: set[int]) -> Answer:
     length = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-    text = tokenizer.decode(tokens[:length], skip_special_tokens=True)
+    text = continuation(tokenizer, prompt, tokens[:length])
     return Answer(tuple(tokens[:length]), text, length < len(tokens))
 
 

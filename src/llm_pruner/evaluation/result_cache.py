@@ -14,6 +14,7 @@ from typing import Any
 from transformers import __version__ as transformers_version
 from transformers.utils.hub import cached_file
 
+from llm_pruner.data.text import name_of_part
 from llm_pruner.files.disk import read_json
 from llm_pruner.files.outputs import write_output
 from llm_pruner.models.stored import local_path
@@ -126,7 +127,7 @@ def shared_corpora(model: str, sources: Iterable[str]) -> list[str]:
         f"{model} was calibrated on {part} and is measured on {source}, which is of the same "
         "corpus: the result flatters it; calibrate on other text to compare"
         for source in sources
-        for part in used.split(",")
+        for part in map(name_of_part, used.split(","))
         if Path(source).name == Path(part).name or _family(source) & _family(part)
     ]
 

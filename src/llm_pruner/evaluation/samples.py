@@ -69,10 +69,16 @@ def decoded(tokenizer: Any, given: list[int], written: list[int], *, chat: bool)
     """Return as text what was written after the tokens given, without control characters."""
     if chat:
         return strip_control(tokenizer.decode(written, skip_special_tokens=True).lstrip())
-    # Decoding the whole text and cutting the prompt off keeps the space between them.
-    text = tokenizer.decode([*given, *written], skip_special_tokens=True)
-    start = tokenizer.decode(given, skip_special_tokens=True)
-    return strip_control(text[len(start) :])
+    return strip_control(continuation(tokenizer, given, written))
+
+
+def continuation(tokenizer: Any, given: Sequence[int], written: Sequence[int]) -> str:
+    """Return as text what was written after the tokens given, the space between them included.
+
+    Many tokenizers take the first space of what they decode away, be it of a text or of a part.
+    """
+    text: str = tokenizer.decode([*given, *written], skip_special_tokens=True)
+    return text[len(tokenizer.decode([*given], skip_special_tokens=True)) :]
 
 
 def has_template(tokenizer: Any) -> bool:

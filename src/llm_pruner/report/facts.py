@@ -234,7 +234,10 @@ def _shares(found: Measured | Abilities) -> Iterator[data.Measurement]:
     for number, (name, one) in enumerate(shares(found).items()):
         yield _between(name, "share", one.value, one.stderr, number < skills)
     if isinstance(found, Measured) and (kept := found.kept) and kept.value is not None:
-        name = f"accuracy above chance kept against {kept.against}, {len(kept.tasks)} tasks"
+        results = () if found.zero_shot is None else found.zero_shot.tasks
+        items = sum(result.documents for result in results if result.task in kept.tasks)
+        of = f"{', '.join(kept.tasks)} ({items:,} items)"
+        name = f"accuracy above chance kept against {kept.against}, {of}"
         yield _between(name, "share", kept.value, kept.stderr, True)
 
 
@@ -274,7 +277,7 @@ def _measurements(found: Measured) -> Iterator[data.Measurement]:
         yield data.Measurement(name="size on disk", unit="B", value=found.bytes, better="lower")
     for text in found.perplexity:
         if (far := text.divergence) is not None:
-            on = text.corpus if text.split is None else f"{text.corpus}, {text.split}"
+            on = data.Perplexity.model_validate(text).label
             for name, unit, value, error in (
                 ("KL", "nats", far.kl, far.kl_stderr),
                 ("likeliest token changed", "share", far.changed, far.changed_stderr),
