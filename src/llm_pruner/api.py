@@ -283,7 +283,7 @@ def curve(
     Args:
         model: the dense model.
         settings: how it is pruned, such as ``presets.balanced(calibration="c4")``; by default
-            ``presets.best()``.
+            ``presets.balanced()``.
         ratios: shares of all parameters to remove.
         text: a corpus to measure on, as for `perplexity`; None for what calibration leaves of its
             source.

@@ -25,6 +25,7 @@ from llm_pruner.files.outputs import MANIFEST, atomic_directory
 from llm_pruner.models.load import load_model
 from llm_pruner.recovery.trainer import RecoveryTrainer
 from llm_pruner.report.data import read_report
+from llm_pruner.settings.compress import CompressSettings
 from llm_pruner.settings.words import parse_duration
 from llm_pruner.types import Size
 from new_processes import start
@@ -260,6 +261,28 @@ def test_a_run_that_is_killed_as_it_trains_ends_the_same(
     same_files(work / "small", whole)
 
 
+def test_what_goes_on_after_a_restart_is_the_command_without_it(
+    work: Path, made: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt(patch, stages, "measure_apart")
+        result = run(*command(made, "--restart"))
+    assert result.code == 130
+    said = "interrupted; the same command without --restart goes on from here\n"
+    assert result.err.endswith(said)
+
+
+def test_a_preset_says_how_much_and_the_size_of_files_holds(tmp_path: Path) -> None:
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("criterion: l2\nratio: 0.4\n")
+    asked: dict[str, Any] = {"model": "m", "out": "o", "preset": str(preset)}
+    found = CompressSettings(**asked, max_shard_size="20KB").pruning(Path("p"))
+    assert (found.ratio, found.max_shard_size) == (0.4, "20KB")
+    assert CompressSettings(**asked, ratio=0.1).pruning(Path("p")).ratio == 0.1
+    found = CompressSettings(**asked, params="3M").pruning(Path("p"))
+    assert (found.ratio, found.params) == (None, 3_000_000)
+
+
 def refused(*args: object) -> str:
     """Run what must be refused in one line and leave nothing; return what it says."""
     before = contents(Path.cwd())
@@ -402,6 +425,8 @@ def test_text_is_written_while_time_lasts() -> None:
         (["--perplexity", "absent.txt"], "absent.txt does not exist; check the path of the text"),
         (["--limit", 3], "--limit 3 is about tasks; add --tasks NAMES or leave it out"),
         (["--tasks", "boolq", "--limit", 0], "limit=0 leaves no documents; use 1 or more"),
+        (["--tasks", "boolq", "--tasks-data", "nofolder"], "nofolder is no folder"),
+        (["--max-shard-size", "5XB"], "--max-shard-size '5XB' is no size of a file; use a number"),
     ],
 )
 def test_what_is_refused_before_a_model_is_loaded(

@@ -13,7 +13,7 @@ import torch
 
 import llm_pruner as lp
 import llm_pruner.recovery as recovery
-from command import Result, contents, done, run, save_tiny
+from command import PLAIN, Result, contents, done, run, save_tiny
 from llm_pruner.commands import curve as curves
 from llm_pruner.commands import prune as pruning
 from llm_pruner.commands.curve import CurveRun, smallest_for
@@ -155,7 +155,7 @@ def test_an_interrupted_run_goes_on(
     monkeypatch.setattr(CurveRun, "point", interrupted)
     result = run(*command)
     assert result.code == 130
-    assert result.err.endswith("interrupted; the same command goes on\n")
+    assert result.err.endswith("interrupted; the same command goes on from here\n")
     assert not Path("late").exists()
     assert run(*command[:-1], 240).err.startswith("llm-pruner: late.measuring holds an interrupted")
 
@@ -208,6 +208,23 @@ def test_from_python(made: tuple[dict[str, Any], Result]) -> None:
     assert point.kl == pytest.approx(made[0]["points"][0]["measured"]["divergence"]["kl"])
     after = model.network.state_dict()
     assert all(torch.equal(after[name], one) for name, one in before.items())
+
+
+def test_the_dense_model_writes_the_text_of_a_repair(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes, read = [], pruning.read_calibration
+
+    def counted(loaded: Any, *how: Any) -> Any:
+        sizes.append(sum(weight.numel() for weight in loaded.model.parameters()))
+        return read(loaded, *how)
+
+    monkeypatch.setattr(pruning, "read_calibration", counted)
+    words = ("--ratio", 0.2, "--preset", PLAIN, "--criterion", "l2", "--split", "equal")
+    words = (*words, "--repair-minutes", 0.01, "--samples", 4, "--seq-len", 16)
+    done("prune", "dense", "--out", "repaired", *words)
+    dense = lp.load("dense").network
+    assert sizes == [sum(weight.numel() for weight in dense.parameters())]
 
 
 def test_a_repair_does_not_see_what_is_measured_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,12 @@ def test_refuses_what_the_run_refuses(made: Path) -> None:
     assert "does not exist" in said(made, *TEXT, model="absent", code=2)
 
 
+@pytest.mark.parametrize("structures", ["heads,ffn,layers", "head_dim", "layers"])
+def test_knows_all_structures(made: Path, structures: str) -> None:
+    words = ("--preset", "fast", "--split", "equal", "--structures", structures, *TEXT)
+    assert said(made, *words)["stages"]["verify"]["seconds"] > 0
+
+
 def test_knows_no_architecture(made: Path) -> None:
     tiny_model("mixtral").save_pretrained(made / "mixtral")
     tiny_tokenizer().save_pretrained(made / "mixtral")

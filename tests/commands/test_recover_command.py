@@ -320,6 +320,23 @@ def test_a_student_learns_on_what_it_writes_itself(work: Path, made: Path) -> No
     assert "29 texts that it wrote itself" in Path("better/README.md").read_text()
 
 
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_the_student_wrote_is_no_strange_file_of_a_run(
+    work: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--data", "pruned", "--teacher", made / "dense", "--samples", 30, "--seq-len", 24)
+    options = (*options, "--distill-weight", 1, "--max-steps", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(recovering, "recover_", interrupt)
+        assert run("recover", made / "small", "--out", "better", *options).code == 130
+    assert list(Path("better.recovering").glob("pruned-*"))
+    done("recover", made / "small", "--out", "better", *options, "--resume")
+    assert [path.name for path in work.iterdir()] == ["better"]
+
+
 def test_what_the_teacher_wrote_is_kept_for_other_runs(
     work: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -388,6 +405,12 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--teacher", "x", "--temperature", 0], "--temperature 0.0 is no temperature; use such"),
         (["--teacher", "x", "--distill-weight", 2], "--distill-weight 2.0 is outside [0, 1]; use"),
         (["--teacher", "x", "--teacher-top-k", 0], "--teacher-top-k 0 keeps nothing; use 1 or"),
+        (["--distill-weight", 0.3], "--distill-weight 0.3 is about a teacher; name that with --te"),
+        (["--teacher-top-k", 5], "--teacher-top-k 5 is about a teacher; name that with --teacher"),
+        (["--method", "blocks", "--lora-r", 4], "--lora-r 4 is about adapters, and method blocks"),
+        (["--trainer", "lr_scheduler_kwargs={a"], "--trainer lr_scheduler_kwargs={a: {a is no YA"),
+        (["--trainer", "warmup_steps=5"], "--trainer warmup_steps=5: recover sets warmup_steps it"),
+        (["--trainer", "num_train_epochs=5"], "--trainer num_train_epochs=5: recover sets num_tra"),
         (["--report-to", "paper"], "--report-to paper is unknown; use one of none, tensorboard"),
     ],
 )

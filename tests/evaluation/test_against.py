@@ -98,6 +98,11 @@ def test_the_command_and_the_report_say_it(tmp_path: Path) -> None:
     report = read_report(small / "report.json")
     names = [one.name for one in report.evaluations["pruned"].measurements]
     assert [name.startswith(label) for name in names].count(True) == 2
+    # What was measured is shown though it belongs to no model of that report.
+    other = save_tiny(tmp_path / "other", num_hidden_layers=2)
+    stranger = run("evaluate", other, "--perplexity", text, "--seq-len", 64, "--report", small)
+    assert stranger.code == 2
+    assert "Perplexity" in stranger.out
     refused = run("evaluate", small, "--speed", "--against", dense)
     assert refused.code == 2
     assert (

@@ -106,6 +106,35 @@ def test_a_request_does_the_same_again(place: Path) -> None:
     assert again.replace("out: two", "out: one") == Path("one/request.yaml").read_text()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--plan", "plan.json"),
+        ("--plan", "plan.json", "--compensation", "least-squares", *SMALL),
+        ("--ratio", 0.2, "--preset", "balanced", "--compensation", "none", *SMALL),
+        # Fewer samples than the preset asks for, which is the preset's own affair.
+        ("--ratio", 0.2, "--preset", "fast", "--calibration", "text.txt"),
+    ],
+)
+def test_any_request_is_taken_again(place: Path, options: tuple[object, ...]) -> None:
+    first = ("--ratio", 0.2, "--preset", "fast", *SMALL, "--dry-run", "--overwrite")
+    done("prune", "dense", "--out", "plan.json", *first)
+    done("prune", "dense", "--out", "asked", *options, "--overwrite")
+    elsewhere = {"out": "again", "overwrite": True}
+    PruneRun(PruneSettings.read(elsewhere, Path("asked/request.yaml"))).carry_out()
+    for file in ("plan.json", "model.safetensors"):
+        assert Path("asked", file).read_bytes() == Path("again", file).read_bytes()
+
+
+def test_what_is_cleared_stays_so_whatever_a_preset_says(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("max_minutes: 5\n")
+    given = TrainingSettings(preset=str(tmp_path / "mine.yaml"))
+    assert given.max_minutes == 5
+    assert given.but(max_minutes=None, max_steps=3).max_minutes is None
+    words = llm_pruner.presets.balanced(ratio=0.2, compensation="none").written()
+    assert PruneSettings(**words, model="m", out="o").compensation == "none"
+
+
 def test_python_and_the_command_line_give_the_same_plan(place: Path) -> None:
     model = llm_pruner.load("dense")
     text = llm_pruner.calibration(model, "text.txt", samples=10, seq_len=64)

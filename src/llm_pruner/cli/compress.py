@@ -17,6 +17,7 @@ from llm_pruner.cli.output import (
     check_json,
     command_line,
     hand_over,
+    said_how_to_go_on,
     tell_going_on,
     tell_stage,
     upload,
@@ -113,7 +114,7 @@ def _compress(settings: CompressSettings, json: str | None, **more: Any) -> None
             **more,
         )
     except KeyboardInterrupt:
-        raise Interrupted("interrupted; the same command goes on from here") from None
+        raise Interrupted(said_how_to_go_on(restart=settings.restart)) from None
     hand_over(done, json, show)
     for note in done.notes:
         warn(note)

@@ -8,6 +8,7 @@ from llm_pruner.cli.output import (
     Screen,
     command_line,
     hand_over,
+    said_how_to_go_on,
     tell_going_on,
     tell_stage,
     warn,
@@ -40,7 +41,7 @@ def run(settings: CurveSettings, json: str | None) -> None:
     except KeyboardInterrupt:
         if not work_folder(settings.out).is_dir():
             raise
-        raise Interrupted("interrupted; the same command goes on") from None
+        raise Interrupted(said_how_to_go_on(restart=settings.restart)) from None
     for share, why in done.missed.items():
         warn(f"no point at {share}: {why}")
     hand_over(done, json, show)

@@ -43,13 +43,13 @@ def run(settings: EvaluateSettings, json: str | None) -> None:
         warn(warning)
     found = measure(settings)
     write_json(found, json)
+    if json != "-":
+        show(found)
     if report is not None:
         from llm_pruner.report.write import add_evaluation
 
         add_evaluation(report, found, settings.model)
-    if json != "-":
-        show(found)
-        if report is not None:
+        if json != "-":
             page = clean(str(report / "report.html"))
             Screen().print(f"added to {page}", soft_wrap=True)
 

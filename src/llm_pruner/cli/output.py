@@ -158,6 +158,13 @@ def tell_going_on(folder: Path) -> None:
     print(f"llm-pruner: going on with the run in {name}", file=sys.stderr, flush=True)
 
 
+def said_how_to_go_on(*, restart: bool) -> str:
+    """Return what a run that was interrupted says of itself."""
+    # The same command would throw away what there is.
+    how = "the same command without --restart" if restart else "the same command"
+    return f"interrupted; {how} goes on from here"
+
+
 def warn(message: str) -> None:
     """Print a warning to standard error and go on."""
     print(f"llm-pruner: warning: {clean(one_line(message))}", file=sys.stderr)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 from transformers import AutoConfig
 
-from llm_pruner.commands.abilities import check_tasks
+from llm_pruner.commands.abilities import prepare_tasks
 from llm_pruner.commands.evaluate import measure_apart, read_texts
 from llm_pruner.commands.prune import PruneRun
 from llm_pruner.commands.prune_start import check_space, criterion_of, selection_of, target_of
@@ -30,7 +30,7 @@ from llm_pruner.errors import UserError
 from llm_pruner.evaluation import result_cache
 from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.files.disk import remove, tidy
-from llm_pruner.files.outputs import check_output, check_place, rewrite
+from llm_pruner.files.outputs import check_output, check_place, check_shard_size, rewrite
 from llm_pruner.models.forward import embedding_rows, maximum_length
 from llm_pruner.models.load import check, load
 from llm_pruner.models.stored import check_file_states, file_states, stored_at
@@ -158,8 +158,9 @@ def check_settings(settings: CompressSettings) -> None:
                 load_examples(source, limit=BEGINNING)
     check_calibration(pruning)
     read_texts(settings.perplexity, PerplexitySettings())
+    check_shard_size(settings.max_shard_size)
     if settings.tasks is not None:
-        check_tasks(settings)
+        prepare_tasks(settings)
     config = check(settings.loading())
     if settings.quantize != "none" and not _is_of_transformers(config):
         raise UserError(
@@ -362,6 +363,7 @@ class _Stages:
                 teacher=self._dense(),
                 control=self._dense() if self.settings.control else None,
                 resume=True,
+                max_shard_size=self.settings.max_shard_size,
             )
             recover_checkpoint(settings, command=self.command, say=self.say)
             self.run.record_time("recover")

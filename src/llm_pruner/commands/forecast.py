@@ -323,9 +323,13 @@ class _Forecaster:
     ) -> Removal:
         """Return a removal of the share that is to go, by importance on one batch of text."""
         criterion = self.run.criterion if self.run.plan is None else Criterion("random")
-        selection = planning.Selection(structures=self.run.selection.structures)
+        kinds = {group.kind for group in discovery.groups if group.frozen is None}
+        wanted = tuple(one for one in self.run.selection.structures if one in kinds)
+        if not wanted:  # layers, of which there is one: the work is that of another cut
+            wanted, criterion = tuple(kinds & {"heads", "ffn"}), Criterion("random")
+        selection = planning.Selection(structures=wanted)
         numbering = planning.Numbering.dense(discovery)
-        names = {group.name for group in planning.choose_groups(discovery, selection, numbering)}
+        names = planning.scored_groups(discovery, selection, numbering)
         with fast_matmul():
             job = partial(score, model, discovery, criterion, seed=0, groups=names)
             found["estimate"], scores = _taken(partial(job, input_ids=ids[: self.batch]))

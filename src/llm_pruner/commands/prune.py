@@ -375,9 +375,7 @@ class PruneRun:
         keep: HiddenStates | None = None,
     ) -> Scores:
         """Return the importance in all groups that may lose units and those that go with them."""
-        chosen = planning.choose_groups(discovery, self.selection, numbering)
-        names = {group.name for group in chosen}
-        names |= {companion.group for group in chosen for companion in group.companions}
+        names = planning.scored_groups(discovery, self.selection, numbering)
         seen = None if tokens is None else tokens[: self.settings.score_samples]
         if self.estimate is not None:
             scores = self.estimate(self.network, discovery, names, seen)
@@ -428,8 +426,9 @@ class PruneRun:
         from llm_pruner.recovery import repair_  # what trains takes a second to import
 
         settings, seed = self.settings, self.settings.seed
+        writer = replace(self.loaded, model=self.dense)
         self.text = (
-            self.text or self.given[2] or read_calibration(self.loaded, settings, seed, self.clock)
+            self.text or self.given[2] or read_calibration(writer, settings, seed, self.clock)
         )
         held_out, fitted = hold_out(self.text.input_ids)
         apart = [*held_out, *self.text.unseen]

@@ -55,7 +55,13 @@ from llm_pruner.runtime.precision import multiplies, multiplies_bfloat16
 from llm_pruner.runtime.processes import Processes, is_sharded, joined, own_device
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.evaluate import PerplexitySettings
-from llm_pruner.settings.recover import DataSettings, RecoverSettings, TrainingSettings
+from llm_pruner.settings.options import option_name
+from llm_pruner.settings.recover import (
+    DataSettings,
+    DistillationSettings,
+    RecoverSettings,
+    TrainingSettings,
+)
 from llm_pruner.surgery.vocabulary import with_tokens_of
 from llm_pruner.types import Edits
 
@@ -393,6 +399,18 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
                 "with --teacher, or leave it out"
             )
         check_place(settings.teacher_cache / "cache", "--teacher-cache")
+    for name in DistillationSettings.model_fields:
+        if name in settings.given and settings.teacher is None:
+            raise UserError(
+                f"{option_name(name)} {getattr(settings, name):g} is about a teacher; name that "
+                "with --teacher, or leave it out"
+            )
+    for name in ("lora_r", "lora_alpha", "lora_dropout"):
+        if name in settings.given and settings.method != "lora":
+            raise UserError(
+                f"{option_name(name)} {getattr(settings, name):g} is about adapters, and method "
+                f"{settings.method} has none; leave it out, or use --method lora"
+            )
     if not settings.data:
         raise UserError("no data given; use --data SRC")
     if SELF in settings.data and settings.teacher is None:

@@ -70,9 +70,9 @@ MEASURING = Kind(
     ),
 )
 RECOVERING = Kind(
-    re.compile(rf"{RUN}|{_LOCK}|self-[0-9a-f]{{16}}"),
+    re.compile(rf"{RUN}|{_LOCK}|(self|pruned)-[0-9a-f]{{16}}"),
     re.compile(
-        rf"{RUN}|{_LOCK}|{_PARTIAL}|self-[0-9a-f]{{16}}|step-\d+|teacher|adapter|control-[0-9a-f]{{16}}"
+        rf"{RUN}|{_LOCK}|{_PARTIAL}|(self|pruned|control)-[0-9a-f]{{16}}|step-\d+|teacher|adapter"
     ),
 )
 

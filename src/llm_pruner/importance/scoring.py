@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from llm_pruner.discovery.tracing.provenance import put_back, spaces_of
 from llm_pruner.errors import UserError
 from llm_pruner.importance.criteria import MEASURES, Criterion
 from llm_pruner.importance.observation import Observation
@@ -76,6 +77,20 @@ def score(
     chosen = _choose(discovery, criterion, groups)
     if criterion.name == "random":
         return {group.name: _random(group, seed) for group in chosen}
+    with put_back(spaces_of(model)):  # what it makes when it is first run, too
+        return _scores(model, chosen, criterion, input_ids, processes, keep, stride)
+
+
+def _scores(
+    model: nn.Module,
+    chosen: list[Group],
+    criterion: Criterion,
+    input_ids: torch.Tensor | None,
+    processes: Processes,
+    keep: HiddenStates | None,
+    stride: int | None,
+) -> dict[str, FloatArray]:
+    """Return the importance by a criterion that looks at the model."""
     if criterion.name in MEASURES:
         return _measured(model, chosen, criterion.name, input_ids, processes, keep, stride)
     parameters = _scored_parameters(model, chosen)

@@ -253,7 +253,8 @@ def requiring_gradients(parameters: Mapping[str, nn.Parameter]) -> Iterator[None
 
 
 def _lists(model: nn.Module) -> list[nn.ModuleList]:
-    return [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return [one for one in lists if all(isinstance(entry, nn.Module) for entry in one)]
 
 
 def _called_in_order(model: nn.Module, ids: torch.Tensor) -> tuple[nn.Module, ...]:

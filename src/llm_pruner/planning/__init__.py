@@ -6,7 +6,13 @@ from llm_pruner.planning.costs import Cost
 from llm_pruner.planning.match_target import TOLERANCE
 from llm_pruner.planning.numbering import Numbering, explain
 from llm_pruner.planning.plan import Plan, read_plan
-from llm_pruner.planning.selection import Selection, Target, choose_groups, step_targets
+from llm_pruner.planning.selection import (
+    Selection,
+    Target,
+    choose_groups,
+    scored_groups,
+    step_targets,
+)
 
 __all__ = [
     "TOLERANCE",
@@ -20,6 +26,7 @@ __all__ = [
     "choose_groups",
     "explain",
     "read_plan",
+    "scored_groups",
     "smallest_removals",
     "step_targets",
 ]

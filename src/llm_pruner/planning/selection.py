@@ -254,6 +254,17 @@ def choose_groups(
     return tuple(group for group in discovery.groups if group.name in chosen)
 
 
+def scored_groups(discovery: Discovery, selection: Selection, numbering: Numbering) -> set[str]:
+    """Return the names of the groups that may lose units and of those that lose some with them.
+
+    Raises:
+        UserError: as ``choose_groups``.
+    """
+    chosen = choose_groups(discovery, selection, numbering)
+    with_them = {companion.group for group in chosen for companion in group.companions}
+    return with_them | {group.name for group in chosen}
+
+
 def removable_layers(dense: Group, selection: Selection) -> IntArray:
     """Return the units of the dense ``layers`` that are neither protected nor out of range."""
     numbers = dense.layers

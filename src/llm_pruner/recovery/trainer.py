@@ -262,6 +262,8 @@ def _set_here(
         "learning_rate": settings.learning_rate,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
+        "num_train_epochs": settings.epochs,
+        "gradient_accumulation_steps": 1,
         "logging_strategy": "steps",
         "logging_steps": 1,
         "eval_strategy": "no",
@@ -284,6 +286,7 @@ def trainer_arguments(settings: TrainingSettings) -> dict[str, Any]:
     """
     given: dict[str, Any] = {}
     known = [field.name for field in fields(TrainingArguments)]
+    names_schedule = any(one.startswith("lr_scheduler_type=") for one in settings.trainer)
     for one in settings.trainer:
         name, _, value = one.partition("=")
         if name not in known:
@@ -291,9 +294,14 @@ def trainer_arguments(settings: TrainingSettings) -> dict[str, Any]:
                 f"--trainer {one}: TrainingArguments has no {name}; {near(name, known)}"
                 "look at its page in transformers' documentation"
             )
-        if name in _set_here(settings):
+        if name in _set_here(settings) or (name == "warmup_steps" and not names_schedule):
             raise UserError(f"--trainer {one}: recover sets {name} itself; use its own option")
-        given[name] = yaml.safe_load(value)
+        try:
+            given[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(
+                f"--trainer {one}: {value} is no YAML; close what it opens, or quote it"
+            ) from None
     return given
 
 
@@ -315,6 +323,7 @@ def training_arguments(
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "ddp_broadcast_buffers": False,  # they do not change
+        "warmup_steps": min(settings.warmup_steps, total // 10),  # of a schedule that is named
         **trainer_arguments(settings),
         **_set_here(settings, total, output, on_cpu),
     }

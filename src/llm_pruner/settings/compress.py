@@ -96,7 +96,11 @@ class CompressSettings(WriterSettings, TaskSettings, AmountSettings):
     @classmethod
     def beside(cls, preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         """Return the amount that holds where none is given."""
-        return preset if "params" in given or "ratio" in given else {**preset, "ratio": 0.2}
+        if "params" in given or "ratio" in given:
+            return preset
+        said = PruneSettings.of_preset(given.get("preset"))
+        amount = {name: of for name, of in said.items() if name in ("ratio", "params")}
+        return {**preset, **(amount or {"ratio": 0.2})}
 
     def check(self) -> None:
         """Raise UserError for what contradicts itself."""
@@ -140,6 +144,7 @@ class CompressSettings(WriterSettings, TaskSettings, AmountSettings):
             params=self.params,
             preset=self.preset,
             seed=self.seed,
+            max_shard_size=self.max_shard_size,
         )
 
     def trains(self) -> TrainingSettings:

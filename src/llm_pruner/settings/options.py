@@ -154,19 +154,23 @@ class Settings(BaseModel):
         return {**read_yaml(file, f"preset {name}", cls), "preset": name}
 
     def but(self: _S, **changes: Any) -> _S:
-        """Return the same settings with other values, which are checked."""
+        """Return the same settings with other values, which are checked; None for a default."""
         values = {name: getattr(self, name) for name in self.model_fields_set}
         changed = type(self)(**{**values, **changes})
+        fields = type(self).model_fields
+        cleared = {name: fields[name].default for name, of in changes.items() if of is None}
+        changed = changed.model_copy(update=cleared)  # whatever a preset says
         changed._given = self._given | changes.keys()
         return changed
 
     def written(self) -> dict[str, Any]:
-        """Return plain values of which the same settings come: what was given or is no default.
+        """Return plain values of which the same settings come: what was given, and the preset.
 
         What was given stands even if it is the default of its field: a preset may say otherwise.
+        What a preset says is not written: it would count as given.
         """
-        said = self._given | self.model_dump(mode="json", exclude_defaults=True).keys()
-        return self.model_dump(mode="json", include=set(said))
+        said = self._given | {"preset"} if self.presets else self._given
+        return self.model_dump(mode="json", include=set(said), exclude_none=True)
 
 
 def presets_in(folder: str) -> dict[str, Path]:

@@ -163,6 +163,8 @@ class MethodSettings(CalibrationSettings):
             left |= {"compensation": "none", "repair_minutes": 0.0}
         if given.get("uniform"):
             left |= {"scope": "local", "spread": None, "protect_first": 0, "protect_last": 0}
+        if any(given.get(name) is not None for name in AMOUNTS):
+            left = {name: value for name, value in left.items() if name not in AMOUNTS}
         if given.get("kv_cache") is not None:
             left |= {"structures": ("heads",), "split": "equal"}
         if given.get("unit_ratio") is not None:
@@ -227,6 +229,13 @@ class PruneSettings(MemorySettings, WriterSettings, PlanSettings):
         True, "Compare with the masked twin, and the saved folder with the model in memory."
     )
     out: Path = _output(..., "Folder to write; with --dry-run the plan file.", "DIR", short="-o")
+
+    def written(self) -> dict[str, Any]:
+        """Return plain values of which the same settings come; a plan has no preset but a given."""
+        said = super().written()
+        if self.plan is not None and "preset" not in self.given:
+            del said["preset"]
+        return said
 
     def check(self) -> None:
         """Raise UserError for what says different things, or leaves nothing to judge by."""

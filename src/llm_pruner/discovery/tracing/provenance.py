@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from operator import is_not
@@ -82,14 +83,53 @@ def spaces_of(model: nn.Module) -> list[dict[str, Any]]:
 
 @contextmanager
 def put_back(spaces: Iterable[dict[str, Any]]) -> Iterator[None]:
-    """Give dictionaries what they hold now again, once the context ends."""
-    held = [(space, dict(space)) for space in spaces]
+    """Give dictionaries what they hold now again, once the context ends, and all within them.
+
+    Within them are containers, and the objects of a model's code, such as its settings: what a
+    forward pass keeps for the next one may lie there as well.
+    """
+    held = [(one, copy.copy(one)) for one in _within(spaces)]
     try:
         yield
     finally:
-        for space, before in held:
-            space.clear()
-            space.update(before)
+        for one, before in held:
+            one.clear()
+            if isinstance(one, dict | set):
+                one.update(before)
+            else:
+                one.extend(before)
+
+
+_CONTAINERS = (dict, OrderedDict, defaultdict, set, list, deque)
+
+
+def _within(spaces: Iterable[dict[str, Any]]) -> Iterator[Any]:
+    """Yield dictionaries and all containers that can be reached from them, each once."""
+    seen: dict[int, Any] = {}
+    waiting: list[Any] = [*spaces]
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen:
+            continue
+        seen[id(one)] = one
+        if type(one) is not tuple:
+            yield one
+        if isinstance(one, dict):  # hooks are their owners' to take away
+            values = [of for key, of in one.items() if not (type(key) is str and "_hooks" in key)]
+        else:
+            values = [*one]
+        waiting += [of for of in values if type(of) in (*_CONTAINERS, tuple)]
+        waiting += [vars(of) for of in values if _is_of_a_model(of)]
+
+
+def _is_of_a_model(value: Any) -> bool:
+    """Whether the code of a model made an object, which is no module, with attributes."""
+    kind = type(value)
+    return (
+        kind.__module__.partition(".")[0] not in _OTHERS
+        and not issubclass(kind, nn.Module | torch.Tensor | type)
+        and isinstance(getattr(value, "__dict__", None), dict)
+    )
 
 
 def _is_int_sequence(value: object) -> bool:
@@ -183,8 +223,10 @@ def _asking(cached: Any) -> Callable[..., Any]:
 
     @functools.wraps(cached)
     def call(*args: Any, **kwargs: Any) -> Any:
-        traced = _holds_size(args) or _holds_size(kwargs)
-        return (cached.__wrapped__ if traced else cached)(*args, **kwargs)
+        # Of a module it may make what its size attributes say.
+        method = bool(args) and isinstance(args[0], nn.Module)
+        anew = method or _holds_size(args) or _holds_size(kwargs)
+        return (cached.__wrapped__ if anew else cached)(*args, **kwargs)
 
     for name in ("cache_clear", "cache_info", "cache_parameters"):
         setattr(call, name, getattr(cached, name))

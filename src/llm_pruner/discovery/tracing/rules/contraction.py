@@ -41,19 +41,37 @@ def _multiply(tracer: Tracer, call: Call, left: Tensor, right: Tensor) -> None:
     tracer.set_label(call.out, rows[:-1] + columns[1:])
 
 
-@rule("mm", product=True, makes_weights=True)
+def _living(alive: Alive, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two factors at the living positions of what is summed over.
+
+    Of two activations neither need be zero at the removed ones.
+    """
+    living = alive(left, left.dim() - 1)
+    if living is None:
+        return left, right
+    return left.index_select(-1, living), right.index_select(-2, living)
+
+
+def _living_product(alive: Alive, run: Run, self: Tensor, mat2: Tensor) -> Any:
+    left, right = _living(alive, self, mat2)
+    return run(self=left, mat2=right)
+
+
+def _living_sum(alive: Alive, run: Run, mat1: Tensor, mat2: Tensor) -> Any:
+    left, right = _living(alive, mat1, mat2)
+    return run(mat1=left, mat2=right)
+
+
+def _living_sums(alive: Alive, run: Run, batch1: Tensor, batch2: Tensor) -> Any:
+    left, right = _living(alive, batch1, batch2)
+    return run(batch1=left, batch2=right)
+
+
+@rule("mm", product=True, makes_weights=True, alive=_living_product)
 def mm(tracer: Tracer, call: Call, self: Tensor, mat2: Tensor) -> None:
     _multiply(tracer, call, self, mat2)
     if self in tracer.one_hot and tracer.trace.residual is None:
         tracer.trace.residual = tracer.label(mat2)[1]
-
-
-def _living_product(alive: Alive, run: Run, self: Tensor, mat2: Tensor) -> Any:
-    """Of two activations neither need be zero at the removed positions."""
-    living = alive(self, 2)
-    if living is None:
-        return run()
-    return run(self=self.index_select(2, living), mat2=mat2.index_select(1, living))
 
 
 @rule("bmm", product=True, alive=_living_product)
@@ -66,13 +84,13 @@ def bmm(tracer: Tracer, call: Call, self: Tensor, mat2: Tensor) -> None:
     _note_attention(tracer, self, mat2)
 
 
-@rule("addmm", product=True)
+@rule("addmm", product=True, alive=_living_sum)
 def addmm(tracer: Tracer, call: Call, self: Tensor, mat1: Tensor, mat2: Tensor) -> None:
     mm(tracer, call, mat1, mat2)
     tracer.set_label(call.out, broadcast(tracer, [call.out, self], 2))
 
 
-@rule("baddbmm", product=True)
+@rule("baddbmm", product=True, alive=_living_sums)
 def baddbmm(tracer: Tracer, call: Call, self: Tensor, batch1: Tensor, batch2: Tensor) -> None:
     bmm(tracer, call, batch1, batch2)
     tracer.set_label(call.out, broadcast(tracer, [call.out, self], 3))

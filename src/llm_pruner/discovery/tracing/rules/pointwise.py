@@ -32,11 +32,12 @@ def broadcast(tracer: Tracer, inputs: list[Tensor], dims: int) -> Axes:
     return axes
 
 
-@rule("pointwise", "copy", "copy_", "fill_", "zero_", "masked_fill", "masked_fill_", "floor_divide")
+@rule("copy", "copy_", "fill_", "zero_", "masked_fill", "masked_fill_", "floor_divide")
 @rule("dropout", "native_dropout", "bernoulli")
-@rule("mul", "div", makes_weights=True)
+@rule("pointwise", "mul", "div", makes_weights=True)
 @rule("add", "sub", makes_weights=True, keeps_ids=True)
-@rule("clamp", "clamp_max", "remainder", "where", keeps_ids=True)
+@rule("clamp", "clamp_max", makes_weights=True, keeps_ids=True)
+@rule("remainder", "where", keeps_ids=True)
 def pointwise(tracer: Tracer, call: Call) -> None:
     """Unify everything that meets; an operation in place labels its target anew."""
     for result in call.results:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from llm_pruner.discovery.tracing.atoms import empty_rows
-from llm_pruner.discovery.tracing.ops import Alive, Call, Run, rule
+from llm_pruner.discovery.tracing.ops import Alive, Call, Run, UnplacedError, rule
 from llm_pruner.discovery.tracing.trace import Axes
 from llm_pruner.discovery.tracing.tracer import Tracer
 
@@ -51,6 +51,8 @@ def reduce(tracer: Tracer, call: Call, self: Tensor, dim: Dims = None) -> None:
     """Drop the reduced axes, or keep them with one position."""
     axes = tracer.label(self)
     gone = _places(dim, len(axes))
+    if axes and len(gone) == len(axes) and tracer.is_weight(self):
+        raise UnplacedError("one number is made of the whole weight (as a scale of its values)")
     for place in gone if axes else ():
         tracer.require_whole(axes[place])
         if call.name == "sum":
