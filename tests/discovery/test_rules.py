@@ -219,6 +219,16 @@ def test_copies_that_adapt_to_their_partner() -> None:
     assert members(of_kind(discovery, "other"))["down.weight", 1] == column(8)
 
 
+def test_a_number_written_where_a_mask_says_moves_nothing() -> None:
+    def between(x: torch.Tensor) -> torch.Tensor:
+        x = x * 1
+        x[x < 0] = 0
+        return x
+
+    discovery = found(Net(Body(between)))
+    assert members(of_kind(discovery, "other"))["down.weight", 1] == column(8)
+
+
 def test_depthwise_convolution_follows_its_channels() -> None:
     class Mixer(nn.Module):
         def __init__(self) -> None:
@@ -271,6 +281,7 @@ FROZEN: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str, int]] = {
     "flipped": (lambda x: x.flip(-1), "reordered by flip", 8),
     "rolled": (lambda x: x.roll(1, -1), "reordered by roll", 8),
     "padded": (lambda x: F.pad(x, (0, 2)), "padded in the code", 10),
+    "shifted": (lambda x: F.pad(x, (1, -1)), "padded in the code", 8),
     "triangular": (lambda x: x.tril(), "a triangular mask", 8),
     "position table": (lambda x: x * torch.arange(8), "computed from positions", 8),
     "position table by length": (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llm_pruner.discovery.tracing.ops import Call, UnplacedError, rule
-from llm_pruner.discovery.tracing.rules.pointwise import broadcast
+from llm_pruner.discovery.tracing.rules.pointwise import broadcast, pointwise
 from llm_pruner.discovery.tracing.trace import Axes
 from llm_pruner.discovery.tracing.tracer import Tracer
 from llm_pruner.types import IntArray
@@ -149,7 +149,15 @@ def index_add(
 
 @rule("index_put", "index_put_", "_index_put_impl_")
 def index_put(tracer: Tracer, call: Call, self: Tensor, indices: Indices, values: Tensor) -> None:
-    """Writing by position: indexed axes are frozen, the others follow the values."""
+    """Writing by position: indexed axes are frozen, the others follow the values.
+
+    A number that is written wherever a mask of the tensor's own shape says moves nothing.
+    """
+    mask = indices[0]
+    of_all = mask is not None and mask.dtype == torch.bool and mask.shape == self.shape
+    if of_all and values.numel() == 1:
+        pointwise(tracer, call)
+        return
     axes = tracer.label(self)
     rest: Axes = []
     place = 0

@@ -218,12 +218,16 @@ def stack(tracer: Tracer, call: Call, tensors: Sequence[Tensor], dim: int) -> No
 
 @rule("constant_pad_nd", *(f"reflection_pad{n}d" for n in (1, 2, 3)))
 @rule(*(f"replication_pad{n}d" for n in (1, 2, 3)))
-def pad(tracer: Tracer, call: Call, self: Tensor) -> None:
+def pad(
+    tracer: Tracer, call: Call, self: Tensor, pad: Sequence[int] = (), padding: Sequence[int] = ()
+) -> None:
+    """Of the last axis first, how many are added before and behind; as many may go: a shift."""
     axes = tracer.label(self)
-    for place, size in enumerate(call.out.shape):
-        if len(axes[place]) != size:
+    for number, count in enumerate([*pad, *padding]):
+        if count:
+            place = self.dim() - 1 - number // 2
             tracer.freeze(axes[place], "padded in the code")
-            axes[place] = tracer.frozen_rows(size, "padded in the code")
+            axes[place] = tracer.frozen_rows(call.out.shape[place], "padded in the code")
     tracer.set_label(call.out, axes)
 
 
