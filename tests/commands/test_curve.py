@@ -20,7 +20,9 @@ from llm_pruner.commands.curve import CurveRun, smallest_for
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.divergence import Divergence
 from llm_pruner.evaluation.perplexity import PerplexityResult
+from llm_pruner.planning import read_plan
 from llm_pruner.report.records import CurvePoint, Smallest
+from llm_pruner.search.fast_widths import Rounding
 from llm_pruner.settings.curve import CurveSettings
 
 pytestmark = pytest.mark.slow
@@ -174,6 +176,29 @@ def test_an_interrupted_run_goes_on(
     assert [one["measured"] for one in data["points"]] == [
         one["measured"] for one in made[0]["points"]
     ]
+
+
+def test_a_multiple_that_was_timed_holds_after_an_interruption(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    how = ("--preset", PLAIN, "--criterion", "fisher", "--structures", "ffn", *TEXT)
+    command = ("curve", "dense", "--out", "timed", *how, "--round-to", "auto", *SHORT)
+    multiples = iter((8, 4))
+    timed = lambda *_: Rounding(next(multiples), {})  # noqa: E731
+    monkeypatch.setattr(pruning, "measured_rounding", timed)
+    point = CurveRun.point
+
+    def interrupted(self: CurveRun, ratio: float) -> Any:
+        if ratio == 0.3:
+            raise KeyboardInterrupt
+        return point(self, ratio)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CurveRun, "point", interrupted)
+        assert run(*command).code == 130
+    done(*command)
+    plans = [read_plan(f"timed/plan-{ratio}.json").settings for ratio in (0.1, 0.3)]
+    assert [settings["round_to"] for settings in plans] == [8, 8]
 
 
 def test_sizes_that_cannot_be_reached() -> None:

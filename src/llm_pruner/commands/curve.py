@@ -336,12 +336,12 @@ class _Stages(CurveRun):
         return replace(answer, point=point, outside=outside)
 
     def _share(self) -> None:
-        """Keep text and estimate for a run that goes on."""
+        """Keep text, estimate and the multiple that was timed for a run that goes on."""
         place = self.work.path(_SHARED)
         if place.exists():
             return
         tensors = {_SCORE + name: torch.from_numpy(one) for name, one in self.scores.items()}
-        about = {}
+        about = {} if self.round_to is None else {"round_to": str(self.round_to)}
         if self.text is not None:
             tensors |= {"text": self.text.input_ids, "unseen": self.text.unseen}
             about["text"] = json.dumps(self.text.settings)
@@ -349,7 +349,7 @@ class _Stages(CurveRun):
             save_file(tensors, partial, about)
 
     def _remember(self) -> None:
-        """Take the text and the estimate of an interrupted run."""
+        """Take what an interrupted run has kept."""
         place = self.work.path(_SHARED)
         if not place.exists():
             return
@@ -357,11 +357,12 @@ class _Stages(CurveRun):
             with safe_open(place, "pt") as file:
                 names = file.keys()
                 found = {name: file.get_tensor(name) for name in names}
-                said = (file.metadata() or {}).get("text")
+                metadata = file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{place} is damaged; begin anew with --restart") from error
-        if said is not None:
-            about = json.loads(said)
+        self.round_to = int(metadata["round_to"]) if "round_to" in metadata else None
+        if "text" in metadata:
+            about = json.loads(metadata["text"])
             self.text = Calibration(found["text"], about["source"], about, found["unseen"])
         self.scores = {
             name.removeprefix(_SCORE): tensor.numpy()
