@@ -176,9 +176,13 @@ def test_evaluate_refuses_reports_of_other_models(
     work: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = save_tiny(tmp_path_factory.mktemp("other") / "other", num_hidden_layers=2)
-    said = refused("evaluate", other, "--prompt", "the", "--report", "small")
-    assert said.startswith(f"{other} has 61,968 parameters and is ")
-    assert "neither the model in small nor tiny, of which it was made; nothing was added" in said
+    before = contents(work)
+    result = run("evaluate", other, "--prompt", "the", "--report", "small")
+    assert (result.code, contents(work)) == (2, before)
+    assert "other: 62.0K parameters" in result.out  # what was measured is not lost
+    assert f"{other} has 61,968 parameters and is " in result.err
+    asked = "neither the model in small nor tiny, of which it was made; nothing was added"
+    assert asked in result.err
     monkeypatch.setattr(llm_pruner.models.load, "load_model", None)  # not reached
     Path("empty").mkdir()
     said = refused("evaluate", "small", "--prompt", "the", "--report", "empty")

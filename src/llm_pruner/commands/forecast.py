@@ -326,7 +326,7 @@ class _Forecaster:
         kinds = {group.kind for group in discovery.groups if group.frozen is None}
         wanted = tuple(one for one in self.run.selection.structures if one in kinds)
         if not wanted:  # layers, of which there is one: the work is that of another cut
-            wanted, criterion = tuple(kinds & {"heads", "ffn"}), Criterion("random")
+            wanted, criterion = tuple(sorted(kinds & {"heads", "ffn"})), Criterion("random")
         selection = planning.Selection(structures=wanted)
         numbering = planning.Numbering.dense(discovery)
         names = planning.scored_groups(discovery, selection, numbering)
