@@ -78,30 +78,17 @@ def score(
     if criterion.name == "random":
         return {group.name: _random(group, seed) for group in chosen}
     with put_back(spaces_of(model)):  # what it makes when it is first run, too
-        return _scores(model, chosen, criterion, input_ids, processes, keep, stride)
-
-
-def _scores(
-    model: nn.Module,
-    chosen: list[Group],
-    criterion: Criterion,
-    input_ids: torch.Tensor | None,
-    processes: Processes,
-    keep: HiddenStates | None,
-    stride: int | None,
-) -> dict[str, FloatArray]:
-    """Return the importance by a criterion that looks at the model."""
-    if criterion.name in MEASURES:
-        return _measured(model, chosen, criterion.name, input_ids, processes, keep, stride)
-    parameters = _scored_parameters(model, chosen)
-    if criterion.name == "taylor":
-        sums = _taylor_sums(model, parameters, criterion, input_ids, processes, keep, stride)
-        if not processes.is_first:
-            return {}
-    else:
-        sums = _magnitude_sums(parameters, criterion.name)
-    _require_finite(sums, criterion)
-    return {group.name: _group_scores(model, group, sums, criterion) for group in chosen}
+        if criterion.name in MEASURES:
+            return _measured(model, chosen, criterion.name, input_ids, processes, keep, stride)
+        parameters = _scored_parameters(model, chosen)
+        if criterion.name == "taylor":
+            sums = _taylor_sums(model, parameters, criterion, input_ids, processes, keep, stride)
+            if not processes.is_first:
+                return {}
+        else:
+            sums = _magnitude_sums(parameters, criterion.name)
+        _require_finite(sums, criterion)
+        return {group.name: _group_scores(model, group, sums, criterion) for group in chosen}
 
 
 def _choose(
