@@ -98,8 +98,8 @@ class TrainingSettings(Settings):
         shown="512; 256 for paper",
     )
     weight_decay: Annotated[float, within(0, 10)] = _training(0.0, "Of AdamW.", "X")
-    max_grad_norm: Annotated[float, _TRAINS, within(0, MOST)] = _training(
-        1.0, "Gradients are scaled down to this norm.", "X"
+    max_grad_norm: Annotated[float, within(0, MOST)] = _training(
+        1.0, "Gradients are scaled down to this norm; 0: they are not.", "X"
     )
     bf16: bool | None = _training(
         None,
