@@ -320,7 +320,7 @@ def test_structures_that_the_model_lacks_and_layers_that_it_lacks(work: Path, ti
     said = refused(work, *options, "--structures", "experts")
     assert said == (
         "this model has no experts to prune; it has hidden, head_dim, heads, query_heads, ffn, "
-        "layers"
+        "layers (llm-pruner inspect lists what is frozen, and why)"
     )
     said = refused(work, *options, "--layers", "ffn=2-40")
     assert said == ("layer range ffn=2-40 goes past the last layer; the model has 6 layers, 0 to 5")

@@ -84,3 +84,12 @@ def test_what_goes_wrong_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     page = architectures.markdown(list(rows.values()))
     assert "| passes | 1 |" in page
     assert "| CRASH | 2 |" in page
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model_type", ["bloom", "mpt"])
+def test_heads_whose_slopes_the_code_computes_are_named_with_the_reason(model_type: str) -> None:
+    row = architectures.examine(model_type, alone_in_all_scenes=False)
+    assert row.kinds.get("heads", (0,))[0] == 0
+    assert row.kinds["head_dim"][0] > 0
+    assert any(why.startswith("its heads: ") for why, _ in row.frozen), row.frozen

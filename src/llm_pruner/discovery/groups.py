@@ -440,12 +440,24 @@ class _Builder:
     def frozen_axes(self) -> list[FrozenAxis]:
         """Return the axes of parameters, or parts of them, that no removal can reach."""
         result = []
+        # Heads that stay, though the channels within them may go.
+        heads = np.concatenate(
+            [self.atoms.frozen_in(np.unique(rows)) for rows in self.trace.roles.get("head", [])]
+            or [np.zeros(0, dtype=np.int64)]
+        )
         for name, (_, buffer) in self.tensors.items():
             for dim, rows in enumerate(() if buffer else self.trace.tensors[name]):
-                stuck = ~self.atoms.resolve(rows).any(axis=1)
+                live = self.atoms.resolve(rows)
+                stuck = ~live.any(axis=1)
                 if len(rows) > 1 and stuck.any():
                     reason = self.atoms.reason(rows[stuck]) or "not reached by the forward pass"
                     result.append(FrozenAxis(name, dim, int(stuck.sum()), len(rows), reason))
+                elif heads.size and not self._any("head", live):
+                    inside = self.atoms.frozen_in(rows)
+                    why = self.atoms.first_reason(inside[np.isin(inside, heads)])
+                    if why is not None:
+                        reason = f"its heads: {why}"
+                        result.append(FrozenAxis(name, dim, len(rows), len(rows), reason))
         return result
 
 

@@ -228,7 +228,8 @@ def choose_groups(
         if not groups:
             kinds = dict.fromkeys(g.kind for g in discovery.groups if g.kind != "value_dim")
             raise UserError(
-                f"this model has no {structure} to prune; it has {', '.join(kinds) or 'nothing'}"
+                f"this model has no {structure} to prune; it has {', '.join(kinds) or 'nothing'} "
+                f"(llm-pruner inspect lists what is frozen, and why)"
             )
         free = [group for group in groups if group.frozen is None]
         if not free:

@@ -122,9 +122,9 @@ class Atoms:
 
     def reason(self, rows: IntArray) -> str | None:
         """Return why the first frozen atom among ``rows`` is frozen, or None."""
-        return self._first_reason(self._frozen_in(rows))
+        return self.first_reason(self.frozen_in(rows))
 
-    def _frozen_in(self, rows: IntArray) -> IntArray:
+    def frozen_in(self, rows: IntArray) -> IntArray:
         """Return the frozen atoms among ``rows`` and in what they were substituted by."""
         pending = self.find(rows.ravel())
         found = [pending[:0]]
@@ -134,16 +134,17 @@ class Atoms:
             pending = self.find(np.unique(self._table[inside[inside >= 0]]))
         return np.concatenate(found)
 
-    def _first_reason(self, frozen: IntArray) -> str | None:
+    def first_reason(self, frozen: IntArray) -> str | None:
+        """Return why the first of these frozen atoms is frozen, a weak reason last; or None."""
         reasons = [self.reasons[i] for i in dict.fromkeys(self._frozen[frozen].tolist())]
         strong = [reason for reason in reasons if reason not in WEAK_REASONS]
         return next(iter([*strong, *reasons]), None)
 
     def _why_tied(self, fixed: IntArray, live: IntArray) -> str:
         """Return why ``fixed`` cannot shrink; what ``live`` holds as well is not the cause."""
-        frozen = self._frozen_in(fixed)
-        cause = frozen[~np.isin(frozen, self._frozen_in(live))]
-        reason = self._first_reason(cause) or self._first_reason(frozen)
+        frozen = self.frozen_in(fixed)
+        cause = frozen[~np.isin(frozen, self.frozen_in(live))]
+        reason = self.first_reason(cause) or self.first_reason(frozen)
         return reason or "tied to an axis that cannot shrink with it"
 
     def is_replica(self, rows: IntArray) -> bool:
