@@ -169,7 +169,7 @@ class Kept:
                 return dict(arrays)
         how = self.settings
         criterion = Criterion(how.criterion, how.order, how.reduction, how.aggregate)
-        with fast_matmul():
+        with fast_matmul(model):
             found = score(model, groups, criterion, input_ids=tokens, seed=how.seed, groups=names)
         np.savez(self.file, **found)
         return found

@@ -38,7 +38,7 @@ def scored(
     """Return the scores of all FFN channels, layer after layer, and the seconds that they took."""
     names = [group.name for group in groups.groups if group.kind == "ffn"]
     begin = time.perf_counter()
-    with fast_matmul():
+    with fast_matmul(network):
         found = score(
             network,
             groups,

@@ -226,7 +226,7 @@ def score(
     """
     network = model.network if isinstance(model, Model) else model
     tokens = input_ids if text is None else text.input_ids
-    with fast_matmul():
+    with fast_matmul(network):
         found = score_groups(
             network, discovery, criterion, input_ids=tokens, seed=seed, groups=groups
         )
@@ -332,7 +332,7 @@ def prune_(
     groups = discover(model)
     gone = plan.removal(groups)
     model._surgeon = Surgeon(model.network, verify, Clock())
-    model._refitter = Refitter(model.loaded, groups, model._surgeon)
+    model._refitter = Refitter(model.loaded, groups, model._surgeon, model.loaded.stored_dtype)
     model._surgeon.cut(groups, gone)
     model.plan = plan
     return None

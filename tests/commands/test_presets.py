@@ -346,11 +346,14 @@ def test_products_in_bfloat16_are_used_where_the_processor_has_them(
     linear, x = nn.Linear(8, 8), torch.randn(4, 8)
     for supported, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(matmul, "multiplies_bfloat16", lambda supported=supported: supported)
-        with matmul.mixed_precision():
+        with matmul.mixed_precision(linear):
             assert linear(x).dtype == dtype
             gram = torch.zeros(8, 8).addmm_(x.T, x)
         assert torch.equal(gram, x.T @ x)
         assert linear(x).dtype == torch.float32
+    monkeypatch.setattr(matmul, "multiplies_bfloat16", lambda: True)
+    with matmul.mixed_precision(linear.half()):
+        assert linear(x.half()).dtype == torch.float16
 
 
 def planned(tiny: Path, out: Path, *options: object) -> tuple[dict[str, Any], str]:
@@ -435,3 +438,57 @@ def test_a_mixed_split_must_also_win_after_a_refit(monkeypatch: pytest.MonkeyPat
         for key, value in model.state_dict().items()
         if "o_proj" not in key
     )
+
+
+@pytest.mark.slow
+def test_a_model_in_float16_is_refitted_where_products_are_in_bfloat16(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matmul, "multiplies_bfloat16", lambda *_: True)
+    model, out = save_tiny(tmp_path / "model", num_hidden_layers=2), tmp_path / "out"
+    options = ("--ratio", 0.2, "--preset", "balanced", "--dtype", "float16", *small(text))
+    said = done("prune", model, "--out", out, *options, "--json", "-").out
+    assert any(one["ridge"] for one in json.loads(said)["refitted"])
+
+
+@pytest.mark.slow
+def test_a_model_that_is_no_chain_goes_without_a_refit_or_is_refused_before_work(
+    tiny: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def no_chain(*_: object) -> None:
+        raise pruning.NotBlockwise("block 1 depends on more than its hidden state and weights")
+
+    monkeypatch.setattr(pruning, "find_chain", no_chain)
+    options = ("--ratio", 0.2, "--preset", "balanced", *small(text))
+    said = done("prune", tiny, "--out", tmp_path / "out", *options, "--json", "-").out
+    assert "no refit, which goes block by block: block 1 depends on more" in caplog.text
+    assert json.loads(said)["refitted"] == []
+    monkeypatch.setattr(pruning, "score", None)  # nothing is scored
+    again = run("prune", tiny, "--out", tmp_path / "b", *options, "--compensation", "least-squares")
+    assert again.code == 2
+    assert "block 1 depends on more than its hidden state and weights; use --compensation none" in (
+        again.err
+    )
+
+
+def test_one_sample_to_fit_is_too_few_for_refitted_trials(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("llama", num_hidden_layers=2)
+    discovery = discover(model)
+    tokens = torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(0))
+    scores = importance.score(model, discovery, importance.Criterion("fisher"), input_ids=tokens,
+                              seed=0)  # fmt: skip
+    found = iter([3.0, 2.0, 1.0, *[5.0] * 20])  # the first mixture is better than either alone
+    monkeypatch.setattr(trials.DivergenceMeter, "of", lambda *_: next(found))
+    about = (Selection(structures=("heads", "ffn"), scope="global"), Target(ratio=0.1))
+    held_out, fitted = trials.hold_out(tokens)
+    chosen, tried = find_split(
+        model, discovery, scores, *about, Numbering.dense(discovery), held_out, refit_on=fitted
+    )
+    assert 0 < chosen.split["heads"] < 1
+    assert not any(trial.refitted for trial in tried)

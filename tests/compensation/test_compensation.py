@@ -385,3 +385,32 @@ def test_a_model_that_is_no_chain_is_refused() -> None:
     cut_(model, discovery, removal)
     with pytest.raises(UserError, match=r"block by block: .*; use --compensation none"):
         refit_(model, dense, discovery, removal, tokens())
+
+
+@pytest.mark.parametrize("name", ["falcon", "falcon_new"])
+def test_code_that_goes_on_in_a_consumers_output_does_not_change_what_it_gave(name: str) -> None:
+    """Falcon adds the attention's output to that of the MLP in place."""
+    fitted = []
+    for apart in (False, True):
+        dense = make(name)
+        if apart:
+            for block in dense.transformer.h:
+                whole = block.mlp.forward
+                block.mlp.forward = lambda x, whole=whole: whole(x).clone()
+        model = copy.deepcopy(make(name))
+        discovery, removal = removal_of(model, ("ffn",))
+        cut_(model, discovery, removal)
+        refit_(model, dense, discovery, removal, tokens())
+        fitted.append(model.state_dict())
+    for key, value in fitted[0].items():
+        torch.testing.assert_close(fitted[1][key], value)
+
+
+def test_consumers_that_are_added_to_each_other_first_add_up() -> None:
+    """In bfloat16, as those of parallel attention are where modules multiply so."""
+    torch.manual_seed(0)
+    states = torch.randn(2, 8, 16)
+    outputs = [torch.randn(2, 8, 16).bfloat16() for _ in range(2)]
+    assert refit._adds_up(states, outputs, states + (outputs[0] + outputs[1]))
+    assert not refit._adds_up(states, outputs, states + outputs[0])
+    assert not refit._adds_up(states, outputs, states + 1.1 * (outputs[0] + outputs[1]))

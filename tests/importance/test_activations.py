@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from families import discovered
+from families import discovered, make
 from helpers import tiny_model
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
@@ -380,3 +380,17 @@ def test_fisher_obs_is_fisher_where_no_linear_module_reads() -> None:
     )
     for name in names:
         np.testing.assert_array_equal(both[name], fisher[name])
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "gate", "wanda", "fisher-obs"])
+def test_a_tied_output_layer_reads_the_hidden_channels_too(criterion: str) -> None:
+    tied = make("llama_tied")
+    untied = make("llama_tied", tie_word_embeddings=False)
+    untied.load_state_dict(tied.state_dict(), strict=False)
+    untied.lm_head.weight = torch.nn.Parameter(tied.model.embed_tokens.weight.detach().clone())
+    ids = torch.randint(3, 100, (6, 12), generator=torch.Generator().manual_seed(1))
+    found = [
+        score(one, discover(one), Criterion(criterion), input_ids=ids, seed=0, groups=["hidden"])
+        for one in (tied, untied)
+    ]
+    np.testing.assert_allclose(found[0]["hidden"], found[1]["hidden"], rtol=1e-5)

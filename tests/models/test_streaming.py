@@ -86,12 +86,13 @@ def test_a_streamed_model_gives_the_plan_and_the_weights_of_a_resident_one(
         {"preset": "balanced"},
         {"preset": "best", "repair_minutes": 0.0},
         {"preset": "paper", "steps": 2},
+        {"preset": "balanced", "steps": 2},
         {"preset": "fast", "criterion": "wanda", "scope": "local"},
         {"preset": "fast", "criterion": "l2", "structures": ("heads", "ffn", "hidden", "layers")},
         {"preset": "fast", "structures": ("hidden",), "ratio": 0.1875},
         {"preset": "paper", "structures": ("hidden", "ffn")},
     ],
-    ids=["fast", "balanced", "best", "steps", "wanda", "l2", "hidden", "ends"],
+    ids=["fast", "balanced", "best", "steps", "rounds", "wanda", "l2", "hidden", "ends"],
 )
 def test_so_does_every_way_of_choosing_and_refitting(
     tmp_path: Path, text: str, options: dict[str, Any]

@@ -170,9 +170,10 @@ def test_estimates_use_it_where_products_are_in_bfloat16(
     fast: bool, plain_calls: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: fast)
-    with precision.mixed_precision():
+    model = tiny("llama")
+    with precision.mixed_precision(model):
         assert torch.is_autocast_enabled("cpu") is fast
-        run(tiny("llama"), input_ids=torch.randint(0, 50, (1, 13)))
+        run(model, input_ids=torch.randint(0, 50, (1, 13)))
     assert len(plain_calls) == (0 if fast else 2)
     assert not torch.is_autocast_enabled("cpu")
 

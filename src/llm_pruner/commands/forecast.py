@@ -275,7 +275,7 @@ class _Forecaster:
             found["token"] = self._token(model, rows)
         removal = self._plan(model, discovery, ids, found)
         if run.splits:
-            with mixed_precision():
+            with mixed_precision(model):
                 meter_of = partial(DivergenceMeter, model, ids[:1])
                 found["dense logits"], meter = _taken(meter_of)
                 job = partial(meter.of, cut_copy(model, discovery, removal))
@@ -302,7 +302,7 @@ class _Forecaster:
             pruned = cut_copy(model, discovery, removal)
             ids = _tokens(max(2, samples), self.length, embedding_rows(model))
             job = partial(refit_, pruned, model, discovery, removal, ids, ridges)
-            with mixed_precision(), self._states(model, ids) as known:
+            with mixed_precision(model), self._states(model, ids) as known:
                 found[name], _ = _taken(partial(job, known=known))
 
     def _states(self, model: Any, ids: torch.Tensor) -> HiddenStates:
@@ -330,7 +330,7 @@ class _Forecaster:
         selection = planning.Selection(structures=wanted)
         numbering = planning.Numbering.dense(discovery)
         names = planning.scored_groups(discovery, selection, numbering)
-        with fast_matmul():
+        with fast_matmul(model):
             job = partial(score, model, discovery, criterion, seed=0, groups=names)
             found["estimate"], scores = _taken(partial(job, input_ids=ids[: self.batch]))
         dense = model_size(model)

@@ -33,7 +33,8 @@ from llm_pruner.evaluation.servers import ServedBy, served_by
 from llm_pruner.files.outputs import check_shard_size, write_output
 from llm_pruner.importance import score
 from llm_pruner.models.activation_store import HiddenStates
-from llm_pruner.models.forward import embedding_rows, is_on_meta
+from llm_pruner.models.blockwise import NotBlockwise, find_chain
+from llm_pruner.models.forward import embedding_rows, is_on_meta, undisturbed
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import LoadedModel, load
 from llm_pruner.models.streaming import is_model_streamed, keep_dtype_
@@ -228,8 +229,29 @@ class PruneRun:
         # A dry run refits too where its plan depends on it.
         self.refitter: Refitter | None = None
         if self.refits and not self.weightless:
-            self.refitter = Refitter(self.loaded, self.discovery, self.surgeon)
+            self._check_refit()
+        if self.refits and not self.weightless:
+            own = self.settings.dtype != "auto"
+            saved = self.loaded.model.dtype if own else self.loaded.stored_dtype
+            self.refitter = Refitter(self.loaded, self.discovery, self.surgeon, saved)
         self._begin_repair()
+
+    def _check_refit(self) -> None:
+        """Go without a refit that was not asked for where the model is no chain of blocks."""
+        if is_model_streamed(self.network):  # which would be read from the disk for it
+            return
+        some = torch.arange(8, device=next(self.network.parameters()).device)[None]
+        try:
+            with undisturbed(self.network), torch.enable_grad():
+                find_chain(self.network, some % embedding_rows(self.network), {})
+        except NotBlockwise as reason:
+            if "compensation" in self.settings.given:
+                raise UserError(
+                    f"--compensation {self.settings.compensation} refits block by block, and "
+                    f"{reason}; use --compensation none"
+                ) from reason
+            _LOG.warning("no refit, which goes block by block: %s", reason)
+            self.refits = False
 
     def _say_if_tokens_go_first(self) -> None:
         tokens, size = embedding_rows(self.network), self.dense_size
@@ -306,7 +328,7 @@ class PruneRun:
                 scores = self._scores_of(discovery, numbering, scored, processes, keep)
             self.scores = self.scores or dict(scores)
             if held_out is not None and number == 0:
-                with mixed_precision():
+                with mixed_precision(self.network):
                     self.selection, self.trials = find_split(
                         self.network,
                         discovery,
@@ -381,7 +403,7 @@ class PruneRun:
             scores = self.estimate(self.network, discovery, names, seen)
         else:
             seed = self.settings.seed
-            with fast_matmul():
+            with fast_matmul(self.network):
                 scores = score(
                     self.network,
                     discovery,
@@ -589,12 +611,15 @@ class Refitter:
 
     Each consumer is judged by its own error on held-out tokens, and all of them together by the
     divergence from the dense model on samples that no fit has seen: if the repaired model is
-    further from the dense one than it was, it gets its weights back.
+    further from the dense one than it was, it gets its weights back. What is judged, and what the
+    next cut begins with, is rounded as it will be saved.
     """
 
-    def __init__(self, loaded: LoadedModel, discovery: Discovery, surgeon: Surgeon) -> None:
+    def __init__(
+        self, loaded: LoadedModel, discovery: Discovery, surgeon: Surgeon, saved: torch.dtype
+    ) -> None:
         self._model, self._dense = loaded.model, sharing_copy(loaded.model)
-        self._discovery, self._surgeon = discovery, surgeon
+        self._discovery, self._surgeon, self._saved = discovery, surgeon, saved
         self.done: list[Refitted] = []
 
     def refit(
@@ -612,8 +637,13 @@ class Refitter:
             known: hidden states of the dense model, if of the tokens that are fitted.
         """
         before = sharing_copy(self._model)
-        with mixed_precision():
+        with mixed_precision(self._model):
             found = refit_(self._model, self._dense, self._discovery, removal, fitted, known=known)
+        if not is_model_streamed(self._model):  # its weights lie in the type of the files
+            for one in found:
+                weight = self._model.get_submodule(one.module).get_parameter("weight")
+                if one.changed:
+                    weight.data = weight.data.to(self._saved).to(weight.dtype)
         give_back()
         judging = judged[: max(1, JUDGED // judged.shape[1])]
         after, without = divergences(self._dense, (self._model, before), judging)

@@ -363,7 +363,8 @@ class _Refit:
         last: _Consumer | None = None  # to be run, where the block's output is known
 
         def note(module: nn.Module, _: Any, output: torch.Tensor) -> None:
-            calls.append((self.consumers[id(module)], output))
+            # A copy, beside the states: code may go on in the tensor itself, as Falcon's does.
+            calls.append((self.consumers[id(module)], output.to("cpu", copy=True)))
             if calls[-1][0] is last:
                 raise _Reached(output)
 
@@ -389,7 +390,7 @@ class _Refit:
                 found = {consumer.name: value for consumer, value in calls}
                 values = [_by_token(found[one.name], states) for one in order if one.name in found]
                 if part is self.parts[0]:
-                    direct = _adds_up(states, values, output)
+                    direct = _adds_up(states, values, output.to(states.device))
                     stored = order[:-1] if direct else order
                     references = {
                         n: self._rows() for n, consumer in enumerate(stored) if consumer.fitted
@@ -418,7 +419,9 @@ class _Refit:
             for consumer in order[:-1]:
                 hooks.enter_context(
                     consumer.module.register_forward_hook(
-                        lambda _m, _a, output: before.append(_by_token(output, states).float())
+                        lambda _m, _a, output: before.append(
+                            _by_token(output, states).to(states.device, torch.float32, copy=True)
+                        )
                     )
                 )
             hooks.enter_context(order[-1].module.register_forward_pre_hook(stop))
@@ -436,7 +439,9 @@ def _adds_up(states: torch.Tensor, outputs: Sequence[torch.Tensor], behind: torc
         if output.shape != total.shape:
             return False
         total = total + output
-    close = 1e-2 if behind.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    # Where consumers are added to each other first, their sum is as coarse as they are.
+    short = any(one.dtype in (torch.float16, torch.bfloat16) for one in (*outputs, behind))
+    close = 1e-2 if short else 1e-4
     return bool((total - behind).norm() <= close * (behind - states).norm())
 
 

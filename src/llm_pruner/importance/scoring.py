@@ -62,9 +62,9 @@ def score(
         stride: the loss is taken at one position in so many, of a model that can be asked for these
             alone; None: at all, or fewer where the output layer would take most of the time.
 
-    The criteria in ``criteria.MEASURES`` have their formulas there. A group without a linear module
-    that reads it, which follows others, weighs nothing in those that need moments of its input;
-    whole layers have no such input, and are left out unless they are named.
+    The criteria in ``criteria.MEASURES`` have their formulas there. Those that need moments of an
+    input take no group that no linear module reads, and weigh one by nothing whose readers saw no
+    token; whole layers have no such input, and are left out unless they are named.
 
     Returns:
         Group name -> finite float64 scores of shape (size,), in the order of ``discovery``.
@@ -126,7 +126,7 @@ def _measured(
 
     def formula(seen: Observation) -> FloatArray:
         if how.reads_inputs and not seen.readings:
-            # A follower without a consumer of its own weighs nothing.
+            # Its readers saw no token.
             return np.zeros(seen.group.size)
         return how.formula(seen)
 

@@ -6,17 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from llm_pruner.runtime.attention import by_sample
 
 
 @contextmanager
-def fast_matmul() -> Iterator[None]:
+def fast_matmul(model: nn.Module) -> Iterator[None]:
     """Inside, modules multiply as `mixed_precision` says and all else as `fast_products`.
 
-    For scores, which only rank.
+    For scores of ``model``, which only rank.
     """
-    with fast_products(), mixed_precision():
+    with fast_products(), mixed_precision(model):
         yield
 
 
@@ -36,8 +37,11 @@ def fast_products() -> Iterator[None]:
 
 
 @contextmanager
-def mixed_precision() -> Iterator[None]:
+def mixed_precision(model: nn.Module) -> Iterator[None]:
     """Inside, modules multiply in bfloat16 on a processor that has instructions for it.
+
+    Unless ``model`` is in float16: a float16 and a bfloat16 tensor make a float32 one, and hidden
+    states would change their type from block to block.
 
     A linear module takes a float32 input and gives a bfloat16 output, as in mixed-precision
     training; sums over tokens that are taken in place stay float32. Elsewhere nothing changes.
@@ -45,7 +49,8 @@ def mixed_precision() -> Iterator[None]:
     Attention is computed a few queries at a time: PyTorch's own on such a processor hands its
     bfloat16 products to float32 kernels, and takes twice as long.
     """
-    if not multiplies_bfloat16():
+    half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
+    if half or not multiplies_bfloat16():
         yield
         return
     with torch.autocast("cpu", torch.bfloat16), by_sample():

@@ -124,6 +124,8 @@ def find_split(
         raise failure or UserError("no split of the budget reaches the target; ask for less")
     alone_best = {name: float(name == main) for name in names}
     tried = any(trial.split == alone_best for trial in trials)
+    if refit_on is not None and len(refit_on) < 2:
+        refit_on = None  # a fit needs one more, which chooses the ridge
     if refit_on is not None and tried and split != alone_best:
         for candidate in track([alone_best, split], "trials: refitted"):
             chosen = replace(selection, split=candidate)

@@ -1,0 +1,103 @@
+"""Every stage on a device that the processor's tensors may not meet, beside the same on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from families import make
+from llm_pruner.compensation import refit_
+from llm_pruner.data.text import EvaluationText
+from llm_pruner.discovery.groups import discover
+from llm_pruner.evaluation.perplexity import perplexity_of_windows
+from llm_pruner.importance import Criterion, score
+from llm_pruner.models import streaming
+from llm_pruner.models.layers import sharing_copy
+from llm_pruner.models.streaming import stream_
+from llm_pruner.planning import Numbering, Selection, Target
+from llm_pruner.search.structure_split import find_split
+from llm_pruner.settings.evaluate import PerplexitySettings
+from llm_pruner.surgery.verify import cut_verified_
+from llm_pruner.types import Discovery, Removal
+from second_device import SecondDevice, is_there, put_
+
+IDS = torch.randint(3, 100, (16, 16), generator=torch.Generator().manual_seed(1))
+
+
+def removal_of(discovery: Discovery) -> Removal:
+    return {
+        group.name: np.arange(max(1, group.size // 3))
+        for group in discovery.groups
+        if group.kind in ("ffn", "heads") and group.frozen is None
+    }
+
+
+def stages(model: Any, discovery: Discovery) -> Iterator[Any]:
+    """Yield what each stage of a run finds, as numbers."""
+    scores = {}
+    for criterion in ("fisher", "taylor", "fisher-obs"):
+        scores = score(model, discovery, Criterion(criterion), input_ids=IDS, seed=0)
+        yield np.concatenate(list(scores.values()))
+    free = {group.kind for group in discovery.groups if group.frozen is None}
+    kinds = tuple(kind for kind in ("heads", "hidden", "ffn") if kind in free)[-2:]
+    selection = Selection(structures=kinds, scope="global")
+    about = selection, Target(ratio=0.1), Numbering.dense(discovery), IDS[-4:]
+    _, trials = find_split(model, discovery, scores, *about, refit_on=IDS[:-4])
+    yield np.array([trial.divergence for trial in trials])
+    pruned, removal = sharing_copy(model), removal_of(discovery)
+    cut_verified_(pruned, discovery, removal)
+    done = refit_(pruned, model, discovery, removal, IDS)
+    yield np.array([one.after for one in done])
+    text = EvaluationText("text", None, "")
+    yield np.array(perplexity_of_windows(pruned, IDS, text, PerplexitySettings()).nll)
+
+
+@contextmanager
+def _on_gpu(model: Any) -> Iterator[None]:
+    with SecondDevice():
+        put_(model)
+        assert model(IDS.to("cuda")).logits.device == torch.device("cuda:0")
+        yield
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
+def test_a_model_on_a_gpu(name: str) -> None:
+    model = make(name)
+    discovery = discover(model)
+    expected = list(stages(copy.deepcopy(model), discovery))
+    with _on_gpu(model):
+        for found, wanted in zip(stages(model, discovery), expected, strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-9)
+        assert all(is_there(parameter) for parameter in model.parameters())
+
+
+def test_blocks_that_are_moved_to_a_gpu_for_their_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "_undisturbed_by_modes", nullcontext)  # the device is one
+    model = make("llama")
+    model.save_pretrained(tmp_path)
+    discovery = discover(model)
+    expected = list(stages(model, discovery))
+    streamed = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
+    with SecondDevice():
+        stream_(streamed, torch.float32, "cuda")
+        for found, wanted in zip(stages(streamed, discovery), expected, strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-9)
+
+
+def test_the_device_refuses_what_a_gpu_refuses() -> None:
+    with SecondDevice():
+        there = torch.ones(2).to("cuda")
+        with pytest.raises(RuntimeError, match="at least two devices"):
+            there + torch.ones(2)
+        assert not is_there(there.cpu() + 1)
+        assert (there + torch.ones(2, device="cuda")).device.type == "cuda"
