@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from families import make
+from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.compensation import refit_
 from llm_pruner.data.text import EvaluationText
 from llm_pruner.discovery.groups import discover
+from llm_pruner.evaluation.answers import Asked, write_batch
+from llm_pruner.evaluation.likelihood import log_likelihoods
 from llm_pruner.evaluation.perplexity import perplexity_of_windows
+from llm_pruner.evaluation.samples import sample_continuation
 from llm_pruner.importance import Criterion, score
 from llm_pruner.models import streaming
 from llm_pruner.models.layers import sharing_copy
@@ -92,6 +97,31 @@ def test_blocks_that_are_moved_to_a_gpu_for_their_turn(
         stream_(streamed, torch.float32, "cuda")
         for found, wanted in zip(stages(streamed, discovery), expected, strict=True):
             np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_tasks_answers_and_divergence_on_a_gpu(name: str) -> None:
+    model, dense, tokenizer = tiny_model(name), tiny_model(name), tiny_tokenizer()
+    context = tuple(range(5, 17))
+    pairs = [(context, (9, 8)), (context, (4, 5, 6)), (context, (7,)), ((5, 6, 7), (8, 9))]
+    asked = Asked(("hello there", "a"), new_tokens=5, title="answers", stops=("x",))
+    text = EvaluationText("text", None, "")
+
+    def found() -> list[Any]:
+        against: Any = SimpleNamespace(model=dense, name="dense")
+        nll = perplexity_of_windows(model, IDS, text, PerplexitySettings(), against)
+        return [
+            log_likelihoods(model, pairs, max_length=32),
+            sample_continuation(model, tokenizer, "hello", 4),
+            write_batch(model, tokenizer, asked.prompts, asked),
+            (nll.nll, nll.divergence),
+        ]
+
+    expected = found()
+    with SecondDevice():
+        put_(model)
+        put_(dense)
+        assert found() == expected
 
 
 def test_the_device_refuses_what_a_gpu_refuses() -> None:

@@ -14,9 +14,9 @@ see every token at that scale; without it a few tokens of massive activation dec
 Where layers went behind a block, the last consumer in it is fitted to the dense hidden state behind
 these layers: it stands in for them as far as a linear map can (ReplaceMe, arXiv 2505.02819).
 
-Where whole layers or hidden channels went, every consumer that is left is fitted; otherwise those
-alone that lost inputs: the others would only learn to take back what went wrong before them, and
-that does not carry over to other text.
+Where anything went but heads and FFN channels, such as layers, experts or hidden channels, every
+consumer that is left is fitted; otherwise those alone that lost inputs: the others would only learn
+to take back what went wrong before them, and that does not carry over to other text.
 
 The first token of a sample counts as much as a quarter of all: most models have their attention
 sink there, and a fit that is off by a little at this token takes the sink away from all others.
@@ -152,8 +152,8 @@ class _Consumer:
         name: qualified name in the pruned model.
         module: there.
         out: output features of the dense module that the pruned one has.
-        fitted: whether least squares fits it: where it lost inputs, and everywhere if layers or
-            hidden channels went.
+        fitted: whether least squares fits it: where it lost inputs, and everywhere if other kinds
+            than those in ``KINDS`` went.
     """
 
     name: str
