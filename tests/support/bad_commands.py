@@ -337,6 +337,11 @@ TABLE: dict[str, list[Bad]] = {
             "--repair-minutes 5 is judged by a sample that it is not trained on, and there is 1; "
             "use --samples 2 or more",
         ),
+        (
+            "--compensation least-squares --refit-text 1 --samples 1",
+            "a refit of 1 sample has none left to be judged by; use --samples 2 or more, or "
+            "--compensation none",
+        ),
         ("--repair-minutes -1", between("--repair-minutes", -1, 0, 527040)),
         ("--refit-text 0", between("--refit-text", 0, 1, 100)),
         (

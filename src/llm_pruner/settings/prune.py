@@ -239,6 +239,11 @@ class PruneSettings(MemorySettings, WriterSettings, PlanSettings):
 
     def check(self) -> None:
         """Raise UserError for what says different things, or leaves nothing to judge by."""
+        if self.compensation != "none" and round(self.refit_text * self.samples) < 2:
+            raise UserError(
+                f"a refit of {self.samples} sample has none left to be judged by; use --samples 2 "
+                "or more, or --compensation none"
+            )
         if self.repair_minutes and self.samples < 2:
             raise UserError(
                 f"--repair-minutes {self.repair_minutes:g} is judged by a sample that it is not "
