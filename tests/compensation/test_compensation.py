@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from families import make
+from families import BASE, make
 from helpers import tiny_model
 from llm_pruner.compensation import RIDGES, held_out_samples, refit, refit_
 from llm_pruner.compensation.least_squares import Equations, Rows, Sums, best_refit, equations
@@ -414,3 +415,21 @@ def test_consumers_that_are_added_to_each_other_first_add_up() -> None:
     assert refit._adds_up(states, outputs, states + (outputs[0] + outputs[1]))
     assert not refit._adds_up(states, outputs, states + outputs[0])
     assert not refit._adds_up(states, outputs, states + 1.1 * (outputs[0] + outputs[1]))
+
+
+def test_consumers_of_other_widths_in_one_block() -> None:
+    """What reads the inner channels of a state space gives less than a hidden state."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "jamba",
+        **{**BASE, "num_experts": 2, "num_experts_per_tok": 1, "use_mamba_kernels": False},
+        **{"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 4},
+    )
+    dense = AutoModelForCausalLM.from_config(config).eval()
+    model = copy.deepcopy(dense)
+    discovery, removal = removal_of(model, ("ffn", "heads"))
+    cut_(model, discovery, removal)
+    done = refit_(model, dense, discovery, removal, tokens())
+    assert {"model.layers.0.mamba.out_proj", "model.layers.0.feed_forward.down_proj"} <= {
+        one.module for one in done if one.changed
+    }

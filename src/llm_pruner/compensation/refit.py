@@ -298,10 +298,11 @@ class _Refit:
             wished = references.get(number, following)
             fit, held_out = equations(weight, self.split * self.ids.shape[1]), Rows(weight)
             final = direct and number + 1 == len(order)
+            run = order[: number + 1] if direct else [consumer]
             read = self._rows() if final else None
             for part in self.parts:
                 states = self.hidden.read(part)
-                inputs, before = self._reach(index, part, states, order[: number + 1])
+                inputs, before = self._reach(index, part, states, run)
                 reference = wished.read(part)
                 wanted = reference[..., consumer.out]
                 if direct:
