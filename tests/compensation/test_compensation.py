@@ -412,9 +412,12 @@ def test_consumers_that_are_added_to_each_other_first_add_up() -> None:
     torch.manual_seed(0)
     states = torch.randn(2, 8, 16)
     outputs = [torch.randn(2, 8, 16).bfloat16() for _ in range(2)]
-    assert refit._adds_up(states, outputs, states + (outputs[0] + outputs[1]))
-    assert not refit._adds_up(states, outputs, states + outputs[0])
-    assert not refit._adds_up(states, outputs, states + 1.1 * (outputs[0] + outputs[1]))
+    given = outputs[0] + outputs[1]
+    assert refit._adds_up(states, outputs, states + given) == 1
+    assert refit._adds_up(states, outputs, states + 0.22 * given) == pytest.approx(0.22, rel=1e-2)
+    assert refit._adds_up(states, outputs, states + outputs[0]) == 0
+    assert refit._adds_up(states, outputs, states + 0.5 * outputs[0] + outputs[1]) == 0
+    assert refit._adds_up(states, [outputs[0], outputs[1][..., :8]], states + given) == 0
 
 
 def test_consumers_of_other_widths_in_one_block() -> None:

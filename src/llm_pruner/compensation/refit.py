@@ -5,8 +5,9 @@ pruned one on its own. A consumer (``o_proj``, ``down_proj``) is then fitted by 
 that
 
 - the hidden state behind it is the dense one again, where its output is added to the hidden state
-  as it is: this also takes back what went wrong before;
-- its output is the dense one, where the block does something else with it (a norm, a factor).
+  as it is, or times a number that is the same in the whole block: this also takes back what went
+  wrong before;
+- its output is the dense one, where the block does something else with it, such as a norm.
 
 Tokens are weighted by 1 / mean(h^2) of the dense hidden state h, because the norms of later blocks
 see every token at that scale; without it a few tokens of massive activation decide the fit.
@@ -285,10 +286,10 @@ class _Refit:
         if not any(consumer.fitted for key, consumer in self.consumers.items() if key in inside):
             self._advance(self.pruned, index, self.hidden, self.hidden)
             return at + 1, self._dense_past(at, target)
-        order, references, direct, following = self._dense_outputs(at, target)
+        order, references, factor, following = self._dense_outputs(at, target)
         target.close()
         at += 1
-        while direct and order and at < self._next(index):
+        while factor and order and at < self._next(index):
             following = self._dense_past(at, following)
             at += 1
         for number, consumer in enumerate(order):
@@ -297,16 +298,16 @@ class _Refit:
             weight = weight_of(consumer.module)
             wished = references.get(number, following)
             fit, held_out = equations(weight, self.split * self.ids.shape[1]), Rows(weight)
-            final = direct and number + 1 == len(order)
-            run = order[: number + 1] if direct else [consumer]
+            final = bool(factor) and number + 1 == len(order)
+            run = order[: number + 1] if factor else [consumer]
             read = self._rows() if final else None
             for part in self.parts:
                 states = self.hidden.read(part)
                 inputs, before = self._reach(index, part, states, run)
                 reference = wished.read(part)
                 wanted = reference[..., consumer.out]
-                if direct:
-                    wanted = wanted.float() - states.float() - before
+                if factor:
+                    wanted = (wanted.float() - states.float()) / factor - before
                 else:
                     reference = following.read(part)
                 if isinstance(bias := getattr(consumer.module, "bias", None), torch.Tensor):
@@ -314,7 +315,7 @@ class _Refit:
                 if read is not None:
                     # What the block adds to, and what is left to multiply: no need to run it again.
                     read.write(part, inputs)
-                    self.hidden.write(part, states.float() + before)
+                    self.hidden.write(part, states.float() + factor * before)
                 importance = 1 / reference.float().square().mean(-1).clamp_min(1e-12)
                 importance[:, 0] *= max(1.0, FIRST * importance.shape[1])
                 (fit if part.stop <= self.split else held_out).add(
@@ -332,9 +333,9 @@ class _Refit:
                 for part in self.parts:
                     base = self.hidden.read(part)
                     output = consumer.module(read.read(part).to(weight.device))
-                    self.hidden.write(part, base.to(output.device) + output)
+                    self.hidden.write(part, base.to(output.device) + factor * output)
                 read.close()
-        if not (direct and order and order[-1].fitted):
+        if not (factor and order and order[-1].fitted):
             self._advance(self.pruned, index, self.hidden, self.hidden)
         for rest in references.values():
             rest.close()
@@ -347,17 +348,18 @@ class _Refit:
 
     def _dense_outputs(
         self, at: int, target: Boundary
-    ) -> tuple[list[_Consumer], dict[int, Boundary], bool, Boundary]:
+    ) -> tuple[list[_Consumer], dict[int, Boundary], float, Boundary]:
         """Run a dense block, on some tokens alone if they say all that is not known.
 
         Returns:
-            Its consumers as they are called; what the fitted ones are to give, by number; whether
-            this is the hidden state behind them (else their output); and the block's output, which
-            is also what the last of them is to give if it is a hidden state.
+            Its consumers as they are called; what the fitted ones are to give, by number; by what
+            number their outputs go into the hidden state, which then is what they are to give (0:
+            by none, and that is their output); and the block's output, which is also what the last
+            of them is to give if it is a hidden state.
         """
         order: list[_Consumer] = []
         references: dict[int, Boundary] = {}
-        direct = False
+        factor = 0.0
         calls: list[tuple[_Consumer, torch.Tensor]] = []
         known = self._dense_states(at + 1)
         following = known or self._rows()
@@ -391,8 +393,8 @@ class _Refit:
                 found = {consumer.name: value for consumer, value in calls}
                 values = [_by_token(found[one.name], states) for one in order if one.name in found]
                 if part is self.parts[0]:
-                    direct = _adds_up(states, values, output.to(states.device))
-                    stored = order[:-1] if direct else order
+                    factor = _adds_up(states, values, output.to(states.device))
+                    stored = order[:-1] if factor else order
                     references = {
                         n: self._rows() for n, consumer in enumerate(stored) if consumer.fitted
                     }
@@ -402,10 +404,10 @@ class _Refit:
                     last = order[max(references)]
                 behind = states.float()
                 for number, value in enumerate(values if references else ()):
-                    behind = behind + value if direct else value
+                    behind = behind + factor * value if factor else value
                     if number in references:
                         references[number].write(part, behind)
-        return order, references, direct, following
+        return order, references, factor, following
 
     def _reach(
         self, index: int, part: slice, states: torch.Tensor, order: Sequence[_Consumer]
@@ -433,17 +435,20 @@ class _Refit:
         raise AssertionError(f"{order[-1].name} was not called")
 
 
-def _adds_up(states: torch.Tensor, outputs: Sequence[torch.Tensor], behind: torch.Tensor) -> bool:
-    """Whether a block adds its consumers' outputs to the hidden state, and nothing else."""
-    total = states.double()
-    for output in outputs:
-        if output.shape != total.shape:
-            return False
-        total = total + output
+def _adds_up(states: torch.Tensor, outputs: Sequence[torch.Tensor], behind: torch.Tensor) -> float:
+    """Return f if a block is h + f * (its consumers' outputs), and nothing else; 0 otherwise.
+
+    Most have f = 1; Granite and others multiply what a block adds.
+    """
+    if any(output.shape != states.shape for output in outputs) or not outputs:
+        return 0.0
+    added = (behind - states).double()
+    given = torch.stack([output.double() for output in outputs]).sum(0)
     # Where consumers are added to each other first, their sum is as coarse as they are.
     short = any(one.dtype in (torch.float16, torch.bfloat16) for one in (*outputs, behind))
-    close = 1e-2 if short else 1e-4
-    return bool((total - behind).norm() <= close * (behind - states).norm())
+    close = (1e-2 if short else 1e-4) * added.norm()
+    fitted = float((given * added).sum() / given.square().sum().clamp_min(1e-30))
+    return next((f for f in (1.0, fitted) if f and (added - f * given).norm() <= close), 0.0)
 
 
 def _sees_all(value: torch.Tensor, states: torch.Tensor) -> bool:
