@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import processors
 
 from command import WORDS
 from helpers import tiny_model, tiny_tokenizer
@@ -20,6 +22,7 @@ from llm_pruner.data.training import (
     split_samples,
 )
 from llm_pruner.errors import UserError
+from trained_tokenizers import MADE, byte_level
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
@@ -151,6 +154,50 @@ def test_every_answer_of_a_chat_is_learned_and_nothing_else() -> None:
     assert whole(one, tokenizer) == "<user>Hi?</s><assistant>Yes.</s>"
 
 
+class _WithoutPlaces:
+    """A tokenizer that does not say where its tokens stand, as those written in Python."""
+
+    is_fast = False
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        assert "return_offsets_mapping" not in options
+        return self.tokenizer(text, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+
+@pytest.mark.parametrize("wrap", [lambda one: one, _WithoutPlaces], ids=["places", "no places"])
+@pytest.mark.parametrize("kind", MADE)
+def test_the_tokens_of_a_chat_are_those_of_its_text(kind: str, wrap: Callable[[Any], Any]) -> None:
+    made = MADE[kind]()
+    tokenizer = wrap(made)
+    chat = Example(
+        (
+            Turn("user", "Hi?"),
+            Turn("assistant", "Yes"),
+            Turn("user", "the river"),
+            Turn("assistant", "the bridge"),
+        )
+    )
+    (one,) = encode_examples([chat], tokenizer, seq_len=999, mask_prompt=True)
+    text = (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nHi?\n\n### Response:\nYes\n\n"
+        "### Instruction:\nthe river\n\n### Response:\nthe bridge"
+    )
+    assert one.input_ids.tolist() == tokenizer(text)["input_ids"]
+    assert learned(one, tokenizer) == "Yesthe bridge</s>"
+    made.chat_template = TEMPLATE
+    (one,) = encode_examples([chat], tokenizer, seq_len=999, mask_prompt=True)
+    turns = [{"role": turn.role, "content": turn.content} for turn in chat.turns]
+    assert one.input_ids.tolist() == tokenizer.apply_chat_template(turns, return_dict=False)
+    assert learned(one, tokenizer) == "Yes</s>the bridge</s>"
+
+
 def test_a_template_that_rewrites_earlier_turns() -> None:
     # Thinking models open a thought for generation, and close it empty in what was said.
     template = (
@@ -164,6 +211,31 @@ def test_a_template_that_rewrites_earlier_turns() -> None:
     assert whole(one, tokenizer).endswith("<user>So?</s><assistant>[]No.</s>")
     assert learned(one, tokenizer).endswith("No.</s>")
     assert "Yes" not in learned(one, tokenizer)
+
+
+def test_what_is_not_answered_is_left_out_of_the_alpaca_prompt() -> None:
+    tokenizer = tiny_tokenizer()
+    (one,) = encode_examples([CHAT], tokenizer, seq_len=500, mask_prompt=True)
+    assert learned(one, tokenizer) == "Yes.</s>"
+    assert "So?" not in whole(one, tokenizer)
+
+
+def test_a_space_before_an_answer() -> None:
+    # Where it stands alone it is the prompt's, and where it is a part of a word the answer's.
+    template = (
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'user' %}: {% endif %}{% endfor %}"
+    )
+    for trims in (True, False):
+        tokenizer = byte_level()
+        tokenizer.chat_template = template
+        backend = tokenizer.backend_tokenizer
+        backend.post_processor = processors.ByteLevel(trim_offsets=trims)
+        chat = Example((Turn("user", "Hi"), Turn("assistant", "\nthe bridge")))
+        (one,) = encode_examples([chat], tokenizer, seq_len=99, mask_prompt=True)
+        assert learned(one, tokenizer) == "\nthe bridge"
+        chat = Example((Turn("user", "Hi"), Turn("assistant", "the bridge")))
+        (one,) = encode_examples([chat], tokenizer, seq_len=99, mask_prompt=True)
+        assert learned(one, tokenizer).strip() == "the bridge"
 
 
 def test_templates_that_are_refused() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, takewhile
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -101,7 +102,7 @@ SHORTEST = 8
 
 
 Piece = tuple[str, bool]
-"""Text of a chat, and whether the assistant wrote it."""
+"""Text of a chat, and whether the assistant wrote it, or whether it is learned."""
 
 
 def encode_examples(
@@ -147,11 +148,11 @@ def encode_examples(
             made += _windows(ids, prefix, seq_len, source)
             continue
         pieces = _templated(example, tokenizer) if chat else _alpaca(example)
-        parts = [(bare_ids(tokenizer, text), answer or not mask_prompt) for text, answer in pieces]
+        marked = [(text, answer or not mask_prompt) for text, answer in pieces]
+        ids, learned = _encoded(marked, tokenizer)
         if not chat:
-            parts = [([*prefix], False), *parts, ([*ending], True)]
-        ids = [token for part, _ in parts for token in part]
-        learned = [each for part, each in parts for _ in part]
+            ids = [*prefix, *ids, *ending]
+            learned = [*(False for _ in prefix), *learned, *(True for _ in ending)]
         made.append(make_sequence(ids[:seq_len], learned[:seq_len], source))
     sequences = [one for one in made if one.targets]
     if not sequences:
@@ -160,6 +161,42 @@ def encode_examples(
             + (" or leave --mask-prompt out" if mask_prompt else "")
         )
     return sequences
+
+
+def _encoded(pieces: Sequence[Piece], tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Return the ids of pieces as one text, and of each token whether a part of it is learned.
+
+    Pieces that are encoded apart begin as a text does: by many tokenizers with a space.
+    """
+    text = "".join(part for part, _ in pieces)
+    if all(each for _, each in pieces):
+        ids = bare_ids(tokenizer, text)
+        return ids, [True] * len(ids)
+    if not getattr(tokenizer, "is_fast", False):
+        return _encoded_by_beginnings(pieces, tokenizer)
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    start, end = np.array(found["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+    # Byte-level tokenizers may leave spaces out of a token's place: a space alone has none.
+    start = np.where(start < end, start, np.maximum(end - 1, 0))
+    counts = np.repeat([each for _, each in pieces], [len(part) for part, _ in pieces]).cumsum()
+    until = np.concatenate([[0], counts])
+    learned = until[np.maximum(end, start + 1)] > until[start]
+    return found["input_ids"], learned.tolist()
+
+
+def _encoded_by_beginnings(pieces: Sequence[Piece], tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Do as ``_encoded`` for a tokenizer that does not say where its tokens stand.
+
+    A piece begins where the tokens of all the text before it cease to be those of the whole.
+    """
+    texts = [*accumulate(part for part, _ in pieces)]
+    ids = bare_ids(tokenizer, texts[-1])
+    learned: list[bool] = []
+    for text, (_, each) in zip(texts, pieces, strict=True):
+        pairs = zip(ids, bare_ids(tokenizer, text), strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        learned += [each] * (same - len(learned))
+    return ids, learned
 
 
 def _windows(
@@ -176,7 +213,10 @@ def _windows(
 def _alpaca(example: Example) -> Iterator[Piece]:
     before = "".join(f"{turn.content}\n\n" for turn in example.turns if turn.role == "system")
     form = _WITH_INPUT if example.context.strip() else _WITHOUT_INPUT
-    for turn in example.turns:
+    turns = list(example.turns)
+    while turns and turns[-1].role != "assistant":
+        turns.pop()  # it teaches nothing
+    for turn in turns:
         if turn.role == "assistant":
             yield turn.content, True
         elif turn.role == "user":
