@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,11 @@ import llm_pruner.models.load
 from command import WORDS, contents, done, run, save_tiny
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.commands import recover as recovering
+from llm_pruner.commands import workdir
+from llm_pruner.data.examples import Example, Examples
 from llm_pruner.data.selfmade import write_windows
+from llm_pruner.data.training import split_samples
+from llm_pruner.errors import UserError
 from llm_pruner.models.load import load_model
 from llm_pruner.report.data import read_report
 from llm_pruner.runtime import precision
@@ -371,6 +376,27 @@ def test_an_interrupted_run_is_not_lost_by_accident(work: Path, made: Path) -> N
     assert not Path("better.recovering").exists()
 
 
+def test_an_interrupted_run_goes_on_with_its_own_samples(tmp_path: Path) -> None:
+    loaded: Any = SimpleNamespace(name="small", fingerprint="x")
+    settings = RecoverSettings(model="small", out=tmp_path / "out", data=("text.txt",))
+
+    def begin(text: str, held_out: int, resume: bool = True) -> None:
+        examples = {"text.txt": Examples((Example(text=text),), "text.txt", None)}
+        asked = settings.but(held_out=held_out, seq_len=64)
+        made = split_samples(examples["text.txt"], tiny_tokenizer(), seq_len=64, held_out=held_out)
+        facts = recovering.facts_of(asked, loaded, None, [made])
+        workdir.begin_or_go_on(tmp_path, facts, resume=resume, writes=True)
+
+    begin(WORDS * 20, 2, resume=False)
+    begin(WORDS * 20, 2)
+    said = "the interrupted run has held_out_samples=2 and this one held_out_samples=5; give the"
+    with pytest.raises(UserError, match=said):
+        begin(WORDS * 20, 5)
+    said = "its data, or what the chat template writes of them .such as the date., changed since"
+    with pytest.raises(UserError, match=said):
+        begin(WORDS.upper() * 20, 2)
+
+
 @pytest.fixture
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail if a model is loaded."""
@@ -428,6 +454,15 @@ def test_what_does_not_fit_the_model_is_refused(work: Path, made: Path) -> None:
     assert said == "--seq-len 513 is longer than the model's maximum; use 512 or less"
     said = refused(work, small, "--out", "out", *data, "--template", "chat")
     assert said == "the tokenizer has no chat template; use --template alpaca"
+    other = save_tiny(work / "other", num_hidden_layers=1)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    tokenizer.save_pretrained(other)
+    said = refused(work, other, "--out", "out", *data)
+    assert said == (
+        "the tokenizer gives token 259 and the model has 259 tokens; use the tokenizer that "
+        "belongs to the model"
+    )
     said = refused(work, small, "--out", "out", *data, "--method", "full", "--dtype", "bfloat16")
     assert said.startswith("method full on half-precision weights loses most of its small steps;")
     said = refused(work, small, "--out", small, *data, "--overwrite")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tokenizers import processors
 
 from command import WORDS
 from helpers import tiny_model, tiny_tokenizer
-from llm_pruner.data.examples import Example, Turn, load_examples
+from llm_pruner.data.examples import Example, Examples, Turn, load_examples
 from llm_pruner.data.sequences import TrainingSequence, encode_examples, make_sequence
 from llm_pruner.data.training import (
     Samples,
@@ -20,6 +21,7 @@ from llm_pruner.data.training import (
     held_out_windows,
     self_made_samples,
     split_samples,
+    without_held_out,
 )
 from llm_pruner.errors import UserError
 from trained_tokenizers import MADE, byte_level
@@ -275,6 +277,34 @@ def test_held_out_examples_are_never_trained_on(tmp_path: Path) -> None:
     assert (len(few.train), len(few.held_out)) == (20, 10)
     with pytest.raises(UserError, match="gives 60 samples and 60 of them are to be held out"):
         split_samples(examples, tokenizer, seq_len=200, held_out=60)
+
+
+def test_what_one_source_holds_out_no_other_trains_on() -> None:
+    tokenizer, texts = tiny_tokenizer(), [Example(text=f"number {n} {WORDS}") for n in range(40)]
+    sources = [Examples(tuple(one), name, None) for name, one in (("a", texts), ("b", texts[::-1]))]
+    made = [split_samples(one, tokenizer, seq_len=200) for one in sources]
+    spelled = {whole(one, tokenizer) for each in made for one in each.held_out}
+    assert spelled & {whole(one, tokenizer) for each in made for one in each.train}
+    kept = without_held_out(made)
+    assert [each.held_out for each in kept] == [each.held_out for each in made]
+    trained = [{whole(one, tokenizer) for one in each.train} for each in kept]
+    assert not spelled & (trained[0] | trained[1])
+    assert len(trained[0] | trained[1]) == 40 - len(spelled)
+    halves = [replace(made[0], train=made[1].held_out), replace(made[1], train=made[0].held_out)]
+    with pytest.raises(UserError, match="so none is left to train on; name each text once"):
+        without_held_out(halves)
+
+
+def test_examples_with_nothing_to_learn_are_not_held_out() -> None:
+    # The question of every second one leaves no room for an answer.
+    rows = tuple(
+        Example((Turn("user", f"{n} " * (100 if n % 2 else 1)), Turn("assistant", "yes")))
+        for n in range(40)
+    )
+    how: dict[str, Any] = {"seq_len": 300, "mask_prompt": True, "held_out": 1}
+    for seed in range(4):
+        made = split_samples(Examples(rows, "rows", None), tiny_tokenizer(), seed=seed, **how)
+        assert (len(made.train), len(made.held_out)) == (19, 1)
 
 
 def test_held_out_samples_as_windows() -> None:

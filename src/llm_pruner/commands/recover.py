@@ -26,10 +26,15 @@ from llm_pruner.data.training import (
     held_out_windows,
     self_made_samples,
     split_samples,
+    without_held_out,
 )
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.footprint import model_size
-from llm_pruner.evaluation.perplexity import PerplexityResult, perplexity_of_windows
+from llm_pruner.evaluation.perplexity import (
+    PerplexityResult,
+    check_tokens,
+    perplexity_of_windows,
+)
 from llm_pruner.evaluation.servers import served_by
 from llm_pruner.files.disk import new_folder, tidy
 from llm_pruner.files.outputs import check_output, check_place, check_shard_size, write_output
@@ -513,7 +518,11 @@ def make_samples(
     dense: LoadedModel | None,
     examples: dict[str, Examples],
 ) -> list[Samples]:
-    """Return the samples of each source, those of ``self`` and ``pruned`` written by a model."""
+    """Return the samples of each source, those of ``self`` and ``pruned`` written by a model.
+
+    Raises:
+        UserError: a source has too few, or the model lacks a token of them.
+    """
     samples = []
     for number, source in enumerate(settings.data):
         options: dict[str, Any] = {
@@ -539,6 +548,9 @@ def make_samples(
                 **options,
             )
         samples.append(made)
+    samples = without_held_out(samples)
+    used = (one.input_ids.max() for each in samples for one in (*each.train, *each.held_out))
+    check_tokens(loaded.model, int(max(used)))
     return samples
 
 
@@ -571,6 +583,7 @@ def facts_of(
         "data": [one if one in _WRITTEN else Path(one).name for one in settings.data],
         "template": settings.template,
         "mask_prompt": settings.mask_prompt,
+        "held_out_samples": len(held_out),
         "data_fingerprint": fingerprint_samples([*train, *held_out]),
         **settings.model_dump(mode="json", include=decides),
     }

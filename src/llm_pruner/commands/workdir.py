@@ -36,6 +36,8 @@ _SETTINGS, _PROGRESS, _LOCK = "settings.json", "progress.json", "lock"
 RUN = "run.json"
 """What a recovery in progress was asked to do."""
 
+_DATA = "data_fingerprint"
+
 _CHANGEABLE = ("save_every", "report_to", "control", "control_fingerprint")
 """Settings that a resumed run may have otherwise."""
 
@@ -277,13 +279,20 @@ def begin_or_go_on(work: Path, facts: dict[str, Any], *, resume: bool, writes: b
         if writes:
             write_output(file, json.dumps(facts, indent=2) + "\n")
         return
-    old = read_values(file)
-    for key, value in facts.items():
-        if key not in _CHANGEABLE and old.get(key) != json.loads(json.dumps(value)):
-            raise UserError(
-                f"the interrupted run has {key}={old.get(key)} and this one {key}={value}; give "
-                "the same options, or begin anew with --restart"
-            )
+    old, now = read_values(file), json.loads(json.dumps(facts))
+    differ = [key for key in facts if key not in _CHANGEABLE and old.get(key) != now[key]]
+    if differ == [_DATA]:
+        raise UserError(
+            "the samples are not those of the interrupted run: its data, or what the chat template "
+            "writes of them (such as the date), changed since; restore them, or begin anew with "
+            "--restart"
+        )
+    differ.sort(key=lambda key: key == _DATA)  # it differs for what an option says, too
+    for key in differ[:1]:
+        raise UserError(
+            f"the interrupted run has {key}={old.get(key)} and this one {key}={facts[key]}; give "
+            "the same options, or begin anew with --restart"
+        )
 
 
 def remove_finished(work: Path, out: Path) -> None:

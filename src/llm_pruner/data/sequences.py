@@ -106,6 +106,13 @@ Piece = tuple[str, bool]
 
 
 def encode_examples(
+    examples: Sequence[Example], tokenizer: Any, **how: Any
+) -> list[TrainingSequence]:
+    """Return the token sequences of examples in one list; see ``encode_each``."""
+    return [one for each in encode_each(examples, tokenizer, **how) for one in each]
+
+
+def encode_each(
     examples: Sequence[Example],
     tokenizer: Any,
     *,
@@ -113,8 +120,8 @@ def encode_examples(
     template: Template = "auto",
     mask_prompt: bool = False,
     source: int = 0,
-) -> list[TrainingSequence]:
-    """Return the token sequences of examples, each at most ``seq_len`` long.
+) -> list[list[TrainingSequence]]:
+    """Return the token sequences of each example, each at most ``seq_len`` long.
 
     A chat is written with the tokenizer's chat template (``chat``), or as the Alpaca prompt and
     its answer (``alpaca``; later turns follow under the same headings); ``auto`` takes the
@@ -141,11 +148,11 @@ def encode_examples(
     chat = template != "alpaca" and bool(getattr(tokenizer, "chat_template", None))
     prefix, suffix = added_tokens(tokenizer)
     ending = suffix or ((tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ())
-    made: list[TrainingSequence] = []
+    made: list[list[TrainingSequence]] = []
     for example in examples:
         if not example.turns:
             ids = [*bare_ids(tokenizer, example.text), *ending]
-            made += _windows(ids, prefix, seq_len, source)
+            made.append([*_windows(ids, prefix, seq_len, source)])
             continue
         pieces = _templated(example, tokenizer) if chat else _alpaca(example)
         marked = [(text, answer or not mask_prompt) for text, answer in pieces]
@@ -153,14 +160,14 @@ def encode_examples(
         if not chat:
             ids = [*prefix, *ids, *ending]
             learned = [*(False for _ in prefix), *learned, *(True for _ in ending)]
-        made.append(make_sequence(ids[:seq_len], learned[:seq_len], source))
-    sequences = [one for one in made if one.targets]
-    if not sequences:
+        made.append([make_sequence(ids[:seq_len], learned[:seq_len], source)])
+    found = [[one for one in each if one.targets] for each in made]
+    if not any(found):
         raise UserError(
             f"no example has anything to learn within {seq_len} tokens; use a longer --seq-len"
             + (" or leave --mask-prompt out" if mask_prompt else "")
         )
-    return sequences
+    return [each for each in found if each]
 
 
 def _encoded(pieces: Sequence[Piece], tokenizer: Any) -> tuple[list[int], list[bool]]:

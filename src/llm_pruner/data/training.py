@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ import torch
 
 from llm_pruner.data.examples import Examples
 from llm_pruner.data.selfmade import write_text_cached
-from llm_pruner.data.sequences import TrainingSequence, encode_examples, make_sequence
+from llm_pruner.data.sequences import (
+    TrainingSequence,
+    encode_each,
+    encode_examples,
+    make_sequence,
+)
 from llm_pruner.data.text import PRUNED, SELF
 from llm_pruner.errors import UserError
 
@@ -48,8 +54,8 @@ def split_samples(
 ) -> Samples:
     """Return the samples of a source, a random part of its examples held out.
 
-    Exact repeats are dropped, so that no held-out example is trained on. A source of few long
-    texts gives its last windows.
+    Exact repeats are dropped, so that no held-out example is trained on, and so is what has nothing
+    to learn. A source of few long texts gives its last windows.
 
     Args:
         limit: use at most this many examples, drawn at random.
@@ -66,10 +72,30 @@ def split_samples(
         return _last_held_out(encoded, examples.name, examples.split, held_out)
     generator = torch.Generator().manual_seed(seed)
     drawn = [unique[i] for i in torch.randperm(len(unique), generator=generator)[:limit].tolist()]
-    count = _count(len(drawn), held_out, examples.name)
-    parts = (drawn[count:], drawn[:count])
-    encoded_parts = [encode_examples(part, tokenizer, **encoding) for part in parts]
-    return Samples(examples.name, examples.split, *encoded_parts)
+    parts = encode_each(drawn, tokenizer, **encoding)
+    count = _count(len(parts), held_out, examples.name)
+    train, judged = ([*chain.from_iterable(one)] for one in (parts[count:], parts[:count]))
+    return Samples(examples.name, examples.split, train, judged)
+
+
+def without_held_out(samples: Sequence[Samples]) -> list[Samples]:
+    """Return the samples of each source without those that another one holds out.
+
+    Raises:
+        UserError: none is left to train on.
+    """
+    kept = []
+    for one in samples:
+        others = [each for other in samples if other is not one for each in other.held_out]
+        judged = {each.input_ids.tobytes() for each in others}
+        train = [each for each in one.train if each.input_ids.tobytes() not in judged]
+        kept.append(replace(one, train=train))
+    if not any(one.train for one in kept):
+        raise UserError(
+            "each sample of --data is held out from another of its sources, so none is left to "
+            "train on; name each text once"
+        )
+    return kept
 
 
 def self_made_samples(

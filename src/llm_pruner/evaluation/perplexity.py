@@ -89,6 +89,16 @@ def perplexity(
     return replace(found, bits_per_byte=bits)
 
 
+def check_tokens(model: Any, largest: int) -> None:
+    """Raise UserError if the model has no token of this id, the largest that a tokenizer gave."""
+    vocabulary = embedding_rows(model)
+    if largest >= vocabulary:
+        raise UserError(
+            f"the tokenizer gives token {largest} and the model has {vocabulary} tokens; "
+            "use the tokenizer that belongs to the model"
+        )
+
+
 def perplexity_of_windows(
     model: Any,
     rows: torch.Tensor,
@@ -104,13 +114,8 @@ def perplexity_of_windows(
         text: names where they are from.
         skipped: tokens at the start of a window that are not predicted.
     """
-    window = rows.shape[1]
-    vocabulary, largest = embedding_rows(model), int(rows.max())
-    if largest >= vocabulary:
-        raise UserError(
-            f"the tokenizer gives token {largest} and the model has {vocabulary} tokens; "
-            "use the tokenizer that belongs to the model"
-        )
+    window, vocabulary = rows.shape[1], embedding_rows(model)
+    check_tokens(model, int(rows.max()))
     size = model.get_input_embeddings().weight.element_size()
     batch_size = asked.sequences or max(1, _LOGITS_BYTES // (window * vocabulary * size))
     predicted = window - skipped
