@@ -261,6 +261,18 @@ def test_adapters_on_weights_in_half_precision(
     assert {one.dtype for one in saved.values()} == {torch.bfloat16}
 
 
+def test_what_is_scored_is_what_is_saved(work: Path, made: Path, halves: Path) -> None:
+    # Steps of this size are smaller than what bfloat16 tells apart, so most of them are lost.
+    training = ("--method", "full", "--learning-rate", 2e-5, "--no-bf16", *QUICK)
+    command = ("recover", halves, "--out", "better", "--data", made / "rows.jsonl", *training)
+    corpus = ("--perplexity", "demo", "--perplexity-seq-len", 512)
+    result = json.loads(done(*command, *corpus, "--json", "-").out)
+    assert result["gained"]
+    saved = done("evaluate", "better", *corpus[:2], "--seq-len", 512, "--json", "-")
+    wanted = json.loads(saved.out)["perplexity"][0]["perplexity"]
+    assert result["perplexity"][0]["after"]["perplexity"] == pytest.approx(wanted, rel=1e-6)
+
+
 def test_an_interruption_says_how_to_go_on(
     work: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

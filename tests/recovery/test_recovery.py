@@ -485,6 +485,19 @@ def test_a_model_is_given_back_with_its_own_forward_pass(tmp_path: Path, method:
     assert outcome.after.loss == pytest.approx(exact / count, rel=1e-6)
 
 
+def test_the_last_score_is_of_the_weights_that_are_saved(tmp_path: Path) -> None:
+    def as_saved_(model: Any) -> None:  # as if all that was learned were rounded away
+        model.load_state_dict(tiny_model("llama").state_dict())
+
+    train, held = sequences(12), sequences(4, seed=1)
+    settings = TrainingSettings(batch_size=4, seq_len=32, max_steps=3)
+    own = {"work": tmp_path, "folder": folder}
+    _, outcome = recover_(tiny_model("llama"), train, held, settings, as_saved_=as_saved_, **own)
+    assert min(one.loss for one in outcome.run.evaluations[1:]) < outcome.before.loss
+    assert outcome.after.loss == outcome.before.loss
+    assert not outcome.gained
+
+
 def test_the_best_weights_are_kept(tmp_path: Path) -> None:
     train, held = sequences(24), sequences(6, seed=1)
     settings = TrainingSettings(

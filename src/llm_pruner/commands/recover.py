@@ -293,7 +293,19 @@ class _Run:
             keep_adapter=None if control else self.adapter,
             processes=self.processes,
             again=lambda: self._loaded(loading).model,
+            as_saved_=self._round_,
         )
+
+    def _round_(self, network: Any) -> None:
+        """Round weights to the type in which they are saved; they keep the one they have."""
+        if self.settings.dtype != "auto":
+            return
+        types = [(one, one.dtype) for one in (*network.parameters(), *network.buffers())]
+        computed = network.config.dtype
+        keep_type_(network, self.loaded.stored_dtype)
+        for tensor, dtype in types:
+            tensor.data = tensor.data.to(dtype)
+        network.config.dtype = computed
 
     def _loaded(self, loading: ModelSettings) -> LoadedModel:
         """Load the model that is recovered, or the control, as it came."""

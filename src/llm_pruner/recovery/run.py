@@ -42,8 +42,8 @@ class Outcome:
         gained: whether the held-out loss fell; if not, the model that was trained is not to be
             kept.
         before: held-out score of the model that came in.
-        after: held-out score of the model that was trained, merged, with its best weights; if none
-            was better than what came in, the best score on the way.
+        after: held-out score of the model that was trained, merged, with its best weights as they
+            will be saved; if none was better than what came in, the best score on the way.
         run: the course of the run.
         steps: steps that were done.
         losses: training loss of each step.
@@ -76,6 +76,7 @@ def recover_(
     keep_adapter: Path | None = None,
     processes: Processes = ALONE,
     again: Callable[[], Any] | None = None,
+    as_saved_: Callable[[Any], None] = lambda _: None,
     **own: Any,
 ) -> tuple[Any, Outcome]:
     """Train ``model`` in place; return it with its best weights, merged, in eval mode.
@@ -102,6 +103,8 @@ def recover_(
             first one writes, and all return the same.
         again: gives the model as it came; what was learned is merged into it where the one that was
             trained is quantized, or held in parts. By default a copy that is made before.
+        as_saved_: gives the merged model the weights that will be saved, such as rounded ones,
+            before it is scored for the last time.
         own: ``callbacks``, ``optimizers`` and others that transformers' Trainer takes.
 
     Raises:
@@ -179,6 +182,7 @@ def recover_(
         if keep_adapter is not None and settings.method == "lora" and processes.is_first:
             trained.save_pretrained(keep_adapter, save_embedding_layers=False)
         model = state.merge_(trained)
+        as_saved_(model)
         if settings.gradient_checkpointing:
             _keep_activations_(model)
         if processes.sharded:
