@@ -54,7 +54,15 @@ def test_fields_of_records(tmp_path: Path, suffix: str) -> None:
         return load_documents(str(path), **options).texts
 
     assert texts([{"title": "t", "text": "a"}, {"title": "u", "text": "b"}]) == ("a", "b")
-    assert texts([{"id": 1, "body": "a", "more": "b"}]) == ("a",)
+    assert texts([{"id": 1, "body": "a"}]) == ("a",)
+    said = r"several string fields \(id, body\); name the one that holds the text with --text-fie"
+    with pytest.raises(UserError, match=said):
+        texts([{"id": "1", "body": "a"}])
+    assert texts([{"id": "1", "body": "a"}], text_field="body") == ("a",)
+    # A field that is empty in the first record says nothing of the others.
+    assert texts([{"id": 1, "body": None, "text": "a"}, {"id": 2, "body": "b", "text": "c"}]) == (
+        *("a", "c"),
+    )
     assert texts([{"text": "a", "more": "b"}], text_field="more") == ("b",)
     assert texts([{"text": str(n)} for n in range(5)], limit=2) == ("0", "1", "2", "3", "4")
     alpaca = [
@@ -62,14 +70,39 @@ def test_fields_of_records(tmp_path: Path, suffix: str) -> None:
         {"instruction": "say", "input": "", "output": "said"},
     ]
     assert texts(alpaca) == ("do\n\nthis\n\ndone", "say\n\nsaid")
+    assert texts([{"id": "1", "prompt": "why", "response": "so"}]) == ("why\n\nso",)
+    chats = [
+        {"id": "1", "messages": [{"role": "user", "content": "a"}, {"role": "x", "content": "b"}]}
+    ]
+    assert texts(chats) == ("a\n\nb",)
+    shared = [{"id": "1", "conversations": [{"from": "human", "value": "a"}]}]
+    assert texts(shared) == ("a",)
+    with pytest.raises(UserError, match="record 1 has a message whose text is missing"):
+        texts([{"messages": [{"role": "user", "content": None}]}])
 
 
 def test_other_json_shapes(tmp_path: Path) -> None:
     assert load_documents(write(tmp_path / "a.json", '["x", "y"]')).texts == ("x", "y")
     wrapped = write(tmp_path / "b.json", '{"version": 1, "data": [{"text": "x"}]}')
     assert load_documents(wrapped).texts == ("x",)
+    for record in (
+        {"text": "x", "tags": [{"a": "b"}]},
+        {"messages": [{"role": "u", "content": "x"}]},
+    ):
+        assert load_documents(write(tmp_path / "d.json", json.dumps(record))).texts == ("x",)
+    tags = write(tmp_path / "e.json", '{"body": "x", "tags": ["en", "fiction"]}')
+    assert load_documents(tags).texts == ("x",)
+    chats = '{"conversations": [{"messages": [{"role": "user", "content": "x"}]}]}'
+    assert load_documents(write(tmp_path / "f.json", chats)).texts == ("x",)
     lines = write(tmp_path / "c.json", '{"text": "x"}\n{"text": "y"}\n')
     assert load_documents(lines).texts == ("x", "y")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_half_a_surrogate_pair_is_replaced(tmp_path: Path, suffix: str) -> None:
+    row = '{"text": "cut \\ud83d here, whole \\ud83d\\ude00", "more": ["\\uDE00"]}'
+    documents = load_documents(write(tmp_path / f"a.{suffix}", row))
+    assert documents.texts == ("cut \ufffd here, whole \U0001f600",)
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,24 @@ def test_records_with_and_without_a_context(tmp_path: Path) -> None:
     assert [one.context for one in found.examples] == ["", "1, 2", "2, 1"]
 
 
+def test_an_empty_field_says_nothing_of_the_others(tmp_path: Path) -> None:
+    asked = {"id": "a", "instruction": "Add", "input": None, "output": "3"}
+    found = load_examples(write(tmp_path / "rows.jsonl", [asked, asked]))
+    assert [one.turns[1].content for one in found.examples] == ["3", "3"]
+    rows = [asked | {"output": None}, asked]
+    with pytest.raises(UserError, match=r"record 1: field 'output' is missing or no string"):
+        load_examples(write(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(UserError, match=r"several string fields \(id, content\); name the one"):
+        load_examples(write(tmp_path / "rows.jsonl", [{"id": "a", "content": "b"}]))
+
+
+def test_a_chat_alone_in_a_file(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "one.json").write_text(json.dumps({"messages": turns}), encoding="utf-8")
+    (found,) = load_examples(str(tmp_path / "one.json")).examples
+    assert found == Example((Turn("user", "a"), Turn("assistant", "b")))
+
+
 def test_records_that_are_not_what_the_first_is(tmp_path: Path) -> None:
     good = {"instruction": "Add", "input": "", "output": "3"}
     rows = [good, {"instruction": "Add", "output": None}]

@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from typing import Any
 
-from llm_pruner.data.files import field_of, is_endless, read_source, texts_of_rows
+from llm_pruner.data.files import (
+    BEGINNING,
+    CONTEXTS,
+    answer_fields,
+    chat_field,
+    deciding,
+    field_of,
+    is_endless,
+    read_source,
+    texts_of_rows,
+)
 from llm_pruner.errors import UserError
 
 ROLES = ("system", "user", "assistant")
 
 _ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 """Roles as ShareGPT and its relatives call them."""
-
-_QUESTIONS = ("instruction", "prompt", "question")
-_CONTEXTS = ("input", "context")
-_ANSWERS = ("output", "response", "completion", "answer")
 
 STREAMED = 10_000
 """Rows that are read of a dataset without an end, where nobody says how many."""
@@ -60,7 +65,7 @@ def load_examples(
     text_field: str | None = None,
     limit: int | None = None,
 ) -> Examples:
-    """Read examples; the first record decides what the fields mean.
+    """Read examples; the first record without empty fields decides what they mean.
 
     - ``messages`` or ``conversations``: a chat, a list of {role, content} or {from, value};
     - ``instruction`` (or ``prompt``, ``question``), ``input`` or ``context`` where there is one,
@@ -73,7 +78,7 @@ def load_examples(
         limit: read at most this many records of a hub dataset.
 
     Raises:
-        UserError: the source cannot be read, a record is not what the first one is, or all are
+        UserError: the source cannot be read, a record is not what that one is, or all are
             empty.
     """
     if limit is None and is_endless(source):
@@ -81,7 +86,7 @@ def load_examples(
     text_field = text_field or field_of(source)
     name, used, found = read_source(source, split=split, limit=limit)
     rows = tuple(found)
-    read = _reader(rows[0], text_field) if rows else None
+    read = _reader(deciding(rows[:BEGINNING]), text_field)
     if read is None:
         examples = [Example(text=text) for text in texts_of_rows(rows, name, text_field)]
     else:
@@ -96,16 +101,16 @@ def load_examples(
     return Examples(kept, name, used)
 
 
-def _reader(row: Any, text_field: str | None) -> Callable[[Any, str], Example] | None:
+def _reader(
+    row: Mapping[str, Any] | None, text_field: str | None
+) -> Callable[[Any, str], Example] | None:
     """Return what reads records like this one, None if they are plain text."""
-    if text_field is not None or not isinstance(row, Mapping):
+    if text_field is not None or row is None:
         return None
-    for field in ("messages", "conversations"):
-        if isinstance(row.get(field), (list, tuple)):
-            return partial(_chat, field)
-    for question, answer in product(_QUESTIONS, _ANSWERS):
-        if isinstance(row.get(question), str) and isinstance(row.get(answer), str):
-            return partial(_instruction, question, answer)
+    if (chat := chat_field(row)) is not None:
+        return partial(_chat, chat)
+    if (pair := answer_fields(row)) is not None:
+        return partial(_instruction, *pair)
     return None
 
 
@@ -134,7 +139,7 @@ def _instruction(question: str, answer: str, row: Any, where: str) -> Example:
     """Read a record in the Alpaca schema, under one of its names; empty if nothing is asked."""
     row = row if isinstance(row, Mapping) else {question: "", answer: ""}
     # Where there is no context, its field may be left out.
-    context = next((name for name in _CONTEXTS if row.get(name) is not None), None)
+    context = next((name for name in CONTEXTS if row.get(name) is not None), None)
     given = "" if context is None else row[context]
     asked, answered = row.get(question), row.get(answer)
     for field, value in ((question, asked), (context, given), (answer, answered)):

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,15 @@ from llm_pruner.settings.words import LOCAL_TASKS
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 _KNOWN = ".txt, .jsonl, .json or .parquet"
-_ALPACA = ("instruction", "input", "output")
+
+CHATS = ("messages", "conversations")
+QUESTIONS = ("instruction", "prompt", "question")
+CONTEXTS = ("input", "context")
+ANSWERS = ("output", "response", "completion", "answer")
+"""Names of the fields of chats, and of instructions with their answers."""
+
+BEGINNING = 1000
+"""Rows that say whether a dataset can be read, and what its fields mean."""
 
 
 def read_rows(path: Path) -> Iterator[Any]:
@@ -45,10 +53,12 @@ def read_rows(path: Path) -> Iterator[Any]:
 def texts_of_rows(rows: Iterable[Any], name: str, text_field: str | None) -> Iterator[str]:
     """Yield the text of each row; a row is a string or a mapping from field to value.
 
-    The first row decides which field is read, see ``load_documents``.
+    One row decides which field is read, see ``load_documents`` and ``deciding``.
     """
+    rest = iter(rows)
+    begin = [*islice(rest, BEGINNING)]
     fields: tuple[str, ...] | None = None
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(chain(begin, rest), start=1):
         if isinstance(row, str) and text_field is None:
             yield row
             continue
@@ -57,16 +67,69 @@ def texts_of_rows(rows: Iterable[Any], name: str, text_field: str | None) -> Ite
                 f"{name}: record {number} is {_kind(row)}; each record must be an object with a "
                 "string field"
             )
-        fields = fields or _text_fields(row, name, text_field)
+        fields = fields or _text_fields(deciding(begin) or row, name, text_field)
         # The "input" of an instruction may be empty or left out.
-        values = {field: row.get(field) for field in fields if fields != _ALPACA or row.get(field)}
+        values = {field: row.get(field) for field in fields if len(fields) == 1 or row.get(field)}
         for field, value in values.items():
-            if not isinstance(value, str):
+            if text_field is None and chat_field({field: value}) is not None:
+                values[field] = "\n\n".join(_said(value, f"{name}: record {number}"))
+            elif not isinstance(value, str):
                 raise UserError(
                     f"{name}: field {field!r} of record {number} is {_kind(value)}, not a string; "
                     "repair the record or name another field with --text-field"
                 )
         yield "\n\n".join(map(str, values.values()))
+
+
+def deciding(rows: Sequence[Any]) -> Mapping[str, Any] | None:
+    """Return the record that says what the fields of all mean; None if none is an object.
+
+    It is the first that has something in all its fields, else the first that has most.
+    """
+    records = [row for row in rows if isinstance(row, Mapping) and row]
+    filled = [sum(value is not None for value in row.values()) for row in records]
+    whole = (row for row, count in zip(records, filled, strict=True) if count == len(row))
+    return next(whole, records[filled.index(max(filled))] if records else None)
+
+
+def chat_field(row: Mapping[str, Any]) -> str | None:
+    """Return the field of a record that holds a chat, a list of messages; None if none does."""
+    for field in CHATS:
+        value = row.get(field)
+        if isinstance(value, (list, tuple)) and all(
+            isinstance(one, Mapping) and {"role", "from"} & {*one} for one in value
+        ):
+            return field
+    return None
+
+
+def answer_fields(row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return the fields of a record that hold an instruction and its answer; None if none do."""
+    for pair in product(QUESTIONS, ANSWERS):
+        if all(isinstance(row.get(field), str) for field in pair):
+            return pair
+    return None
+
+
+def _said(messages: Any, where: str) -> Iterator[str]:
+    for message in messages:
+        content = message.get("content", message.get("value"))
+        if not isinstance(content, str):
+            raise UserError(
+                f"{where} has a message whose text is {_kind(content)}; repair or remove the record"
+            )
+        yield content
+
+
+def _known_fields(row: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return the fields that hold the text of a record by their names; None if none do."""
+    if isinstance(row.get("text"), str):
+        return ("text",)
+    if (chat := chat_field(row)) is not None:
+        return (chat,)
+    if (pair := answer_fields(row)) is not None:
+        return (pair[0], *CONTEXTS, pair[1])
+    return None
 
 
 def _text_fields(row: Mapping[str, Any], name: str, text_field: str | None) -> tuple[str, ...]:
@@ -76,15 +139,20 @@ def _text_fields(row: Mapping[str, Any], name: str, text_field: str | None) -> t
                 f"{name} has no field {text_field!r}; its fields are {', '.join(map(str, row))}"
             )
         return (text_field,)
+    if (known := _known_fields(row)) is not None:
+        return known
     texts = [field for field, value in row.items() if isinstance(value, str)]
-    if "text" not in texts and {"instruction", "output"} <= {*texts}:
-        return _ALPACA
     if not texts:
         raise UserError(
             f"{name} has no string field (fields: {', '.join(map(str, row)) or 'none'}); "
             "name the text field with --text-field or give a file with text"
         )
-    return ("text",) if "text" in texts else (texts[0],)
+    if len(texts) > 1:
+        raise UserError(
+            f"{name} has several string fields ({', '.join(texts)}); name the one that holds the "
+            "text with --text-field, or call it text"
+        )
+    return (texts[0],)
 
 
 def _decode(path: Path) -> str:
@@ -108,16 +176,35 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line)
+            yield number, _parsed(line)
         except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{path}: line {number} is no JSON ({error}); write one JSON object per line"
             ) from None
 
 
+def _parsed(text: str) -> Any:
+    """Return the value of JSON; half a surrogate pair, which no text can hold, is replaced."""
+    value = json.loads(text)
+    return _without_halves(value) if _HALF.search(text) else value
+
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _without_halves(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if isinstance(value, list):
+        return [_without_halves(one) for one in value]
+    if isinstance(value, dict):
+        return {_without_halves(key): _without_halves(one) for key, one in value.items()}
+    return value
+
+
 def _json_rows(path: Path) -> Iterator[Any]:
     try:
-        content = json.loads(_decode(path))
+        content = _parsed(_decode(path))
     except (ValueError, RecursionError) as error:
         if "Extra data" in str(error):
             yield from (row for _, row in json_lines(path))  # JSON lines under the name .json
@@ -125,7 +212,9 @@ def _json_rows(path: Path) -> Iterator[Any]:
         raise UserError(f"{path} is no JSON ({error}); write a list of objects") from None
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
-        content = lists[0] if len(lists) == 1 else [content]
+        # One list of records may stand in an object, which then is no record itself.
+        wrapped = len(lists) == 1 and all(isinstance(one, dict) for one in lists[0])
+        content = lists[0] if wrapped and _known_fields(content) is None else [content]
     if not isinstance(content, list):
         raise UserError(f"{path} holds {_kind(content)}; write a list of objects")
     yield from content
@@ -199,10 +288,6 @@ def is_endless(source: str) -> bool:
     """Whether a hub dataset is too large to be read whole."""
     alias = _ALIASES.get(source.partition(":")[0])
     return alias is not None and alias.endless
-
-
-BEGINNING = 1000
-"""Rows that say whether a dataset can be read."""
 
 
 def read_source(

@@ -114,14 +114,15 @@ def load_documents(
             the short names ``wikitext2``, ``ptb``, ``c4``, ``bookcorpus``, ``wikipedia`` and
             ``code`` (Python), or ``name:config``.
         split: split of a hub dataset, by default ``train``.
-        text_field: the field that holds the text. By default ``text``; else the Alpaca fields
-            ``instruction``, ``input`` and ``output`` joined by blank lines; else the first field
-            whose value is a string.
+        text_field: the field that holds the text. By default ``text``; else what is said in
+            ``messages`` or ``conversations``, or the Alpaca fields (``instruction``, ``input`` and
+            ``output``, or their other names), joined by blank lines; else the one field whose
+            value is a string.
         limit: read at most this many documents of a hub dataset.
 
     Raises:
-        UserError: the file is missing, empty, of an unknown type, broken or without text; or the
-            dataset cannot be loaded.
+        UserError: the file is missing, empty, of an unknown type, broken or without text; it
+            does not show which field holds the text; or the dataset cannot be loaded.
     """
     if source in (SELF, CHAT):
         raise UserError(
