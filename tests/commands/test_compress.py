@@ -308,6 +308,11 @@ def test_other_settings_are_refused_and_restarted(
     said = refused("compress", other, *command(made)[2:])
     assert said.startswith("small.compressing holds an interrupted run with model content=")
     assert "--seed" not in said
+    text, before = made / "text.txt", (made / "text.txt").read_text()
+    text.write_text(before[::-1])
+    said = refused(*command(made))
+    assert said.startswith(f"small.compressing holds an interrupted run with content of {text}=")
+    text.write_text(before)
     plan = work / "small.compressing" / "pruned" / "plan.json"
     assert plan.stat().st_mtime_ns == kept
     options = ("--ratio", 0.1, "--restart", "--time-budget", "1s", "--json", "r.json")

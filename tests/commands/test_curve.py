@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from command import PLAIN, Result, contents, done, run, save_tiny
 from llm_pruner.commands import curve as curves
 from llm_pruner.commands import prune as pruning
 from llm_pruner.commands.curve import CurveRun, smallest_for
+from llm_pruner.commands.workdir import MEASURING, opened
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.divergence import Divergence
 from llm_pruner.evaluation.perplexity import PerplexityResult
@@ -176,6 +178,29 @@ def test_an_interrupted_run_goes_on(
     assert [one["measured"] for one in data["points"]] == [
         one["measured"] for one in made[0]["points"]
     ]
+
+
+def test_a_text_that_changed_is_other_text(tmp_path: Path) -> None:
+    calibration, text = (tmp_path / name for name in ("calibration.txt", "text.txt"))
+    for one in (calibration, text):
+        one.write_text("before")
+    settings = CurveSettings(
+        model="dense", out=Path("late"), calibration=f"self:0.5,{calibration}:0.5", text=str(text)
+    )
+    work = tmp_path / "late.measuring"
+    with opened(work, curves.about(settings), restart=False, kind=MEASURING):
+        pass
+    for one in (calibration, text):
+        with opened(work, curves.about(settings), restart=False, kind=MEASURING) as run_:
+            assert run_.continued
+        one.write_text("after")
+        said = f"late.measuring holds an interrupted run with content of {one}="
+        with (
+            pytest.raises(UserError, match=re.escape(said)),
+            opened(work, curves.about(settings), restart=False, kind=MEASURING),
+        ):
+            pass
+        one.write_text("before")
 
 
 def test_a_multiple_that_was_timed_holds_after_an_interruption(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,12 +19,20 @@ from llm_pruner.commands.prune_start import check_space, criterion_of, selection
 from llm_pruner.commands.publish import check_push
 from llm_pruner.commands.recover import recover_checkpoint
 from llm_pruner.commands.vocab import RECORD, vocab
-from llm_pruner.commands.workdir import Work, folder_beside, move_result, opened, read_values
+from llm_pruner.commands.workdir import (
+    Work,
+    content,
+    contents,
+    folder_beside,
+    move_result,
+    opened,
+    read_values,
+)
 from llm_pruner.data.calibration import check_calibration
 from llm_pruner.data.examples import load_examples
 from llm_pruner.data.files import BEGINNING
 from llm_pruner.data.selfmade import CHUNK, write_text_cached
-from llm_pruner.data.text import DEMO_PROMPTS, SELF
+from llm_pruner.data.text import DEMO_PROMPTS, SELF, shares_of
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import result_cache
 from llm_pruner.evaluation.footprint import model_size
@@ -185,7 +192,8 @@ def about(settings: CompressSettings) -> dict[str, Any]:
     """Return all that decides how a run goes, as plain values by the names of the options."""
     identity = result_cache.identify(settings.loading())
     placed = {*OutputSettings.model_fields, "restart", "revision", "trust_remote_code"}
-    method = settings.pruning(settings.out).model_dump(
+    pruning = settings.pruning(settings.out)
+    method = pruning.model_dump(
         mode="json", include=set(MethodSettings.model_fields), exclude={"kept", "preset"}
     )
     return settings.model_dump(mode="json", exclude=placed) | {
@@ -194,16 +202,12 @@ def about(settings: CompressSettings) -> dict[str, Any]:
         "preset": {"name": Path(settings.preset).name, **method},
         "data": [source if source == SELF else Path(source).name for source in settings.data],
         "vocab_text": [Path(source).name for source in settings.vocab_text],
-        "vocab content": [_content(source) for source in settings.vocab_text],
+        "vocab content": [content(source) for source in settings.vocab_text],
+        "data content": [content(source) for source in settings.data],
+        **contents((*shares_of(pruning.calibration), *settings.perplexity)),
         "training": settings.trains().model_dump(mode="json") if settings.recover else None,
         "llm_pruner": __version__,
     }
-
-
-def _content(source: str) -> str | None:
-    """Return a digest of a text file; None of what is no file."""
-    file = Path(source).expanduser()
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else None
 
 
 @dataclass

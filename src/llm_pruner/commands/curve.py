@@ -17,7 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from llm_pruner.commands.prune import PruneRun
-from llm_pruner.commands.workdir import MEASURING, Work, folder_beside, move_result, opened
+from llm_pruner.commands.workdir import (
+    MEASURING,
+    Work,
+    contents,
+    folder_beside,
+    move_result,
+    opened,
+)
 from llm_pruner.data.calibration import Calibration, check_calibration, read_calibration
 from llm_pruner.data.text import EvaluationText, load_evaluation_text, shares_of
 from llm_pruner.discovery.groups import discover
@@ -132,12 +139,14 @@ def check_settings(settings: CurveSettings) -> None:
 def about(settings: CurveSettings) -> dict[str, Any]:
     """Return all that decides how a run goes, as plain values by the names of the options."""
     identity = result_cache.identify(settings.loading())
+    texts = [*shares_of(settings.calibration), *filter(None, [settings.text])]
     placed = {*FolderSettings.model_fields, "restart", "revision", "trust_remote_code", "memory"}
     return settings.model_dump(mode="json", exclude=placed | {"kept"}) | {
         "model": Path(settings.model).name,
         "model content": None if identity is None else identity.content,
         "preset": None if settings.preset is None else Path(settings.preset).name,
         "llm_pruner": __version__,
+        **contents(texts),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -267,6 +268,17 @@ def opened(
         else:
             _require_same(folder, found, asked)
         yield Work(folder, kind, continued=found is not None)
+
+
+def content(source: str) -> str | None:
+    """Return 16 hex digits of the SHA-256 of a text file; None of what is no file."""
+    file = Path(source).expanduser()
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else None
+
+
+def contents(sources: Iterable[str]) -> dict[str, str | None]:
+    """Return `content` of each source, under a name that says so."""
+    return {f"content of {source}": content(source) for source in sources}
 
 
 def begin_or_go_on(work: Path, facts: dict[str, Any], *, resume: bool, writes: bool) -> None:
