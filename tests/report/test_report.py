@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import yaml
 from markdown_it import MarkdownIt
 
 from llm_pruner.errors import UserError
+from llm_pruner.evaluation.perplexity import PerplexityResult
 from llm_pruner.report import figures, view
 from llm_pruner.report.data import (
     Evaluation,
@@ -26,7 +28,8 @@ from llm_pruner.report.data import (
     TaskScore,
     read_report,
 )
-from llm_pruner.report.facts import importance_maps, layers_of
+from llm_pruner.report.facts import importance_maps, layers_of, recovery_report
+from llm_pruner.report.records import Change, Recovered
 from llm_pruner.report.text import (
     clean,
     fenced,
@@ -191,6 +194,46 @@ def test_newer_results_replace_older_ones() -> None:
     assert values == [80.0, 7.0]
     assert list(found.evaluations["pruned"].samples) == ["Once", "Hi"]
     assert found.evaluations["dense"] == old.evaluations["dense"]
+
+
+def test_a_second_recovery_without_a_gain_leaves_what_is_known() -> None:
+    def result(perplexity: float) -> PerplexityResult:
+        return PerplexityResult(perplexity, 1.0, 63, "own", None, 64, 1, "standard", None)
+
+    done = Recovered(
+        model="m",
+        gained=False,
+        loss=Change(2.0, 3.0),
+        sources=(),
+        perplexity=(Change(result(7.0), result(7.0)),),
+        steps=3,
+        best_step=0,
+        stopped=None,
+        tokens=9,
+        seconds=1.0,
+        trained=9,
+        parameters=800,
+        packed=True,
+        losses=[3.0],
+        evaluations=[],
+        settings={"method": "full", "teacher": None, "distillation": None},
+        path=Path("out"),
+    )
+    earlier = full_report()
+    size = earlier.sizes["recovered"]
+    known = {"source": earlier.source, "pruned": True, "size": size, "command": None}
+    found = recovery_report(done, earlier, **known)
+    assert found.final == "recovered"
+    for name in ("recovery", "sizes", "settings", "seconds"):
+        assert getattr(found, name) == getattr(earlier, name)
+    assert found.evaluations["pruned"] == earlier.evaluations["pruned"]
+    values = [one.perplexity for one in found.evaluations["recovered"].perplexity]
+    assert values == [*(one.perplexity for one in earlier.evaluations["recovered"].perplexity), 7.0]
+    # One with a gain takes its place.
+    found = recovery_report(replace(done, gained=True), earlier, **known)
+    assert found.recovery is not None
+    assert found.recovery.summary == "training of all weights on , 3 steps"
+    assert [one.perplexity for one in found.evaluations["recovered"].perplexity] == [7.0]
 
 
 def test_layers_that_go_whole() -> None:

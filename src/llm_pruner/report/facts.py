@@ -313,7 +313,8 @@ def recovery_report(
     """Return the report of a recovered model.
 
     Args:
-        earlier: of the model that came in, which is carried on.
+        earlier: of the model that came in, which is carried on. A recovery of a model that was
+            recovered before leaves it as it is, if it brought no gain.
         source: of the model that came in; read where nothing is known of it.
         pruned: the same: whether it was pruned.
         size: of the model, which recovery leaves as it is.
@@ -324,25 +325,30 @@ def recovery_report(
     else:
         # What trained a model that was trained already starts from no model of the three.
         before = None if earlier.final == "recovered" else earlier.final
-    evaluations = {name: of for name, of in earlier.evaluations.items() if name != "recovered"}
-    sizes = {name: of for name, of in earlier.sizes.items() if name != "recovered"}
-    recovery = data.Recovery(
-        loss=_course(done),
-        seconds=done.seconds,
-        summary=_in_words(done),
-        gained=done.gained,
-        control=control_of(done.control),
-    )
+    trained: dict[str, Any] = {}
+    if done.gained or earlier.final != "recovered":  # else the model is what an earlier one left
+        kept = {name: of for name, of in earlier.sizes.items() if name != "recovered"}
+        trained = {
+            "sizes": kept | ({"recovered": size} if done.gained else {}),
+            "evaluations": {
+                name: of for name, of in earlier.evaluations.items() if name != "recovered"
+            },
+            "recovery": data.Recovery(
+                loss=_course(done),
+                seconds=done.seconds,
+                summary=_in_words(done),
+                gained=done.gained,
+                control=control_of(done.control),
+            ),
+            "settings": {**earlier.settings, "Recovery": spaced(done.settings)},
+            "seconds": {**earlier.seconds, "training": done.seconds},
+        }
     report = earlier.model_copy(
         update={
-            "sizes": sizes | ({"recovered": size} if done.gained else {}),
-            "evaluations": evaluations,
-            "recovery": recovery,
+            **trained,
             "saved_as": done.saved_as,
             "needs": done.needs,
             "servers": done.servers,
-            "settings": {**earlier.settings, "Recovery": spaced(done.settings)},
-            "seconds": {**earlier.seconds, "training": done.seconds},
             "versions": versions(),
             "command": " && ".join(dict.fromkeys(filter(None, (earlier.command, command)))) or None,
             "card_digest": None,
