@@ -40,7 +40,7 @@ from llm_pruner.recovery.objective import distillation_loss, task_loss
 from llm_pruner.recovery.packing import can_pack, lay_out, step_samples, target_logits
 from llm_pruner.recovery.run import Outcome
 from llm_pruner.recovery.scoring import Evaluation, score
-from llm_pruner.recovery.trainer import RecoveryTrainer, rate
+from llm_pruner.recovery.trainer import RecoveryTrainer, rate, trainer_arguments
 from llm_pruner.settings.recover import KERNELS, DistillationSettings, TrainingSettings
 from llm_pruner.settings.registry import names_in
 from new_processes import start
@@ -397,6 +397,24 @@ def test_what_the_trainer_takes_reaches_it(tmp_path: Path) -> None:
             work=tmp_path / "c",
             folder=folder,
         )
+    with pytest.raises(UserError, match=r"--trainer optim=galore_adamw: .*galore.*; correct it"):
+        recover_(
+            tiny_model("llama"),
+            sequences(32),
+            sequences(6, seed=1),
+            settings.but(trainer=("optim=galore_adamw",)),
+            work=tmp_path / "d",
+            folder=folder,
+        )
+
+
+def test_numbers_for_the_trainer() -> None:
+    given = ("adam_epsilon=1e-6", "adam_beta1=0.5", "lr_scheduler_kwargs={min_lr: 2E-5}")
+    assert trainer_arguments(TrainingSettings(trainer=given)) == {
+        "adam_epsilon": 1e-6,
+        "adam_beta1": 0.5,
+        "lr_scheduler_kwargs": {"min_lr": 2e-5},
+    }
 
 
 def test_a_file_in_the_folder_is_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -405,6 +405,20 @@ TABLE: dict[str, list[Bad]] = {
             "--trainer max_steps=3",
             "--trainer max_steps=3: recover sets max_steps itself; use its own option",
         ),
+        (
+            "--trainer label_smoothing_factor=0.5",
+            "--trainer label_smoothing_factor=0.5: recover lays out its own steps, in which "
+            "label_smoothing_factor does nothing; leave it out",
+        ),
+        (
+            "--trainer adam_epsilon=tiny",
+            "--trainer adam_epsilon=tiny: tiny is no number; give one",
+        ),
+        (
+            "--trainer optim=adamw_8bit",
+            "--trainer optim=adamw_8bit needs the package bitsandbytes, which is not installed; "
+            "run 'pip install bitsandbytes', or name another optim",
+        ),
         ("--quantize x", "--quantize x is unknown; use one of none, int8, nf4"),
         (
             "--quantize int8 --method full",

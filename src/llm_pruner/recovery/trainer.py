@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 import yaml
@@ -24,6 +25,7 @@ from llm_pruner.recovery.objective import Guide, text_objective
 from llm_pruner.recovery.packing import Batch, lay_out, target_tokens
 from llm_pruner.recovery.scoring import Evaluation
 from llm_pruner.runtime.processes import ALONE, Processes
+from llm_pruner.settings.limits import check_installed
 from llm_pruner.settings.options import near
 from llm_pruner.settings.recover import TrainingSettings
 
@@ -141,6 +143,13 @@ class RecoveryTrainer(Trainer):
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def create_optimizer(self, *args: Any, **keywords: Any) -> torch.optim.Optimizer:
+        """Make the optimizer that was named; UserError if its package is missing or refuses."""
+        try:
+            return super().create_optimizer(*args, **keywords)
+        except (ImportError, ValueError) as error:
+            raise _refused(self.settings, error) from error
 
     # One step.
 
@@ -278,12 +287,33 @@ def _set_here(
     }
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML in which 1e-6 is a number, as it is in Python."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+_UNREAD = re.compile(
+    "label_smoothing_factor|torch_empty_cache_steps|average_tokens_across_devices"
+    "|train_sampling_strategy|length_column_name|dataloader_.*"
+)
+"""The Trainer's arguments that are about its own way through the data and through a step."""
+
+_OF_BITSANDBYTES = re.compile(
+    r"(paged_)?(adamw|lion|ademamix|rmsprop)(_bnb)?_(8|32)bit|ademamix|rmsprop_bnb"
+)
+
+
 def trainer_arguments(settings: TrainingSettings) -> dict[str, Any]:
     """Return what ``--trainer`` gives: name -> value, read as YAML.
 
     Raises:
-        UserError: a name is none of the Trainer's, or follows from another option.
+        UserError: a name is none of the Trainer's, does nothing here, or follows from another
+            option; a value is no number where one must be; or a package is missing.
     """
+    types = get_type_hints(TrainingArguments) if settings.trainer else {}
     given: dict[str, Any] = {}
     known = [field.name for field in fields(TrainingArguments)]
     names_schedule = any(one.startswith("lr_scheduler_type=") for one in settings.trainer)
@@ -294,14 +324,23 @@ def trainer_arguments(settings: TrainingSettings) -> dict[str, Any]:
                 f"--trainer {one}: TrainingArguments has no {name}; {near(name, known)}"
                 "look at its page in transformers' documentation"
             )
+        if _UNREAD.fullmatch(name):
+            raise UserError(
+                f"--trainer {one}: recover lays out its own steps, in which {name} does nothing; "
+                "leave it out"
+            )
         if name in _set_here(settings) or (name == "warmup_steps" and not names_schedule):
             raise UserError(f"--trainer {one}: recover sets {name} itself; use its own option")
         try:
-            given[name] = yaml.safe_load(value)
+            given[name] = yaml.load(value, _Yaml)
         except yaml.YAMLError:
             raise UserError(
                 f"--trainer {one}: {value} is no YAML; close what it opens, or quote it"
             ) from None
+        if isinstance(given[name], str) and float in (types[name], *get_args(types[name])):
+            raise UserError(f"--trainer {one}: {value} is no number; give one")
+        if name == "optim" and _OF_BITSANDBYTES.fullmatch(value):
+            check_installed(f"--trainer {one}", ("bitsandbytes",), ", or name another optim")
     return given
 
 
@@ -330,10 +369,14 @@ def training_arguments(
     try:
         args = TrainingArguments(**values)
     except (ImportError, TypeError, ValueError) as error:
-        said = " ".join(str(error).split())
-        raise UserError(f"--trainer {' '.join(settings.trainer)}: {said}; correct it") from error
+        raise _refused(settings, error) from error
     args._n_gpu = min(args.n_gpu, 1)  # one model, one device
     return args
+
+
+def _refused(settings: TrainingSettings, error: Exception) -> UserError:
+    said = " ".join(str(error).split())
+    return UserError(f"--trainer {' '.join(settings.trainer)}: {said}; correct it")
 
 
 def rate(step: int, total: int, warmup: int, schedule: str) -> float:
