@@ -17,7 +17,7 @@ from llm_pruner.checkpoints import save_checkpoint
 from llm_pruner.commands.curve import CurveRun
 from llm_pruner.commands.prune import PruneRun, Refitter, fitted_and_judged, keep_type_
 from llm_pruner.data.calibration import Calibration, read_calibration
-from llm_pruner.data.text import Protocol, load_evaluation_text
+from llm_pruner.data.text import PRUNED, Protocol, load_evaluation_text
 from llm_pruner.discovery.groups import discover as discover_groups
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.answers import written
@@ -370,10 +370,11 @@ def recover_(
         trainer: ``callbacks``, ``optimizers`` and others that transformers' Trainer takes.
 
     Raises:
-        UserError: the data cannot be read, or the model has nothing to train.
+        UserError: the data cannot be read, or does not do for the model; or there is nothing to
+            train.
     """
     # What trains is imported when it is used: other steps do without peft.
-    from llm_pruner.commands.recover import make_samples, read_examples
+    from llm_pruner.commands.recover import check_data, check_length, make_samples, read_examples
     from llm_pruner.recovery import recover_ as train_
 
     asked = RecoverSettings(
@@ -383,6 +384,13 @@ def recover_(
         data=(str(data),),
         teacher=None if teacher is None else teacher.loaded.name,
     )
+    if PRUNED in asked.data:
+        raise UserError(
+            "data 'pruned' is text that a teacher judges, which the command recover does; give "
+            "other data here"
+        )
+    check_data(asked)
+    check_length(asked, model.network)
     dense = None if teacher is None else teacher.loaded
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

@@ -20,6 +20,7 @@ from command import PLAIN, done, save_tiny, write_text
 from llm_pruner.cli.build import add
 from llm_pruner.commands.prune import PruneRun
 from llm_pruner.errors import UserError
+from llm_pruner.report.write import write_request
 from llm_pruner.settings.compress import CompressSettings
 from llm_pruner.settings.curve import CurveSettings
 from llm_pruner.settings.evaluate import BenchSettings, EvaluateSettings, InspectSettings
@@ -106,6 +107,16 @@ def test_a_request_does_the_same_again(place: Path) -> None:
     assert again.replace("out: two", "out: one") == Path("one/request.yaml").read_text()
 
 
+def test_a_request_finds_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    asked = PruneSettings(model=f"{tmp_path}/dense", out=tmp_path / "small", plan="~/plan.json")
+    write_request(tmp_path, asked)
+    assert "out: ~/small\n" in (tmp_path / "request.yaml").read_text()
+    again = PruneSettings.read({}, tmp_path / "request.yaml")
+    assert (again.out, again.plan) == (tmp_path / "small", tmp_path / "plan.json")
+    assert PruneSettings.read({"out": Path("~x/y")}, tmp_path / "request.yaml").out == Path("~x/y")
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -170,6 +181,13 @@ def test_the_steps_from_python(place: Path) -> None:
     with pytest.raises(UserError, match="nothing to refit"):
         lp.refit_(model, text)
     before = lp.perplexity(model, "other.txt").perplexity
+    for data, settings, said in (
+        ("self", lp.Lora(), "text that the dense model writes; name that model"),
+        ("pruned", lp.Lora(), "is text that a teacher judges, which the command recover does"),
+        ("text.txt", lp.Lora(seq_len=1025), "1025 is longer than the model's maximum; use "),
+    ):
+        with pytest.raises(UserError, match=said):
+            lp.recover_(model, data, settings)
     outcome = lp.recover_(
         model, "text.txt", lp.Lora(rank=4, max_steps=4, batch_size=2, seq_len=32, bf16=False)
     )

@@ -200,12 +200,7 @@ class _Run:
         ways = ways_to_load(settings, self.processes)
         self.loading, self.controlling = ways["model"], ways.get("control")
         self.loaded = load(self.loading)
-        longest = maximum_length(self.loaded.model)
-        if longest is not None and settings.seq_len > longest:
-            raise UserError(
-                f"--seq-len {settings.seq_len} is longer than the model's maximum; "
-                f"use {longest} or less"
-            )
+        check_length(settings, self.loaded.model)
         self.dense = None
         if "teacher" in ways:
             self.dense = load_teacher(ways["teacher"], self.loaded)
@@ -428,22 +423,7 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
                 f"{option_name(name)} {getattr(settings, name):g} is about adapters, and method "
                 f"{settings.method} has none; leave it out, or use --method lora"
             )
-    if not settings.data:
-        raise UserError("no data given; use --data SRC")
-    if SELF in settings.data and settings.teacher is None:
-        raise UserError(
-            "--data self is text that the dense model writes; name that model with --teacher"
-        )
-    if PRUNED in settings.data:
-        if settings.teacher is None:
-            raise UserError(
-                "--data pruned is text that the dense model judges; name that model with --teacher"
-            )
-        if settings.distill_weight < 1:
-            raise UserError(
-                f"--distill-weight {settings.distill_weight:g} leaves the rest to a text that the "
-                "pruned model wrote itself, which teaches it nothing; use 1 with --data pruned"
-            )
+    check_data(settings)
     if settings.control is not None and settings.control == settings.model:
         raise UserError(
             f"--control {settings.control} is the model that is recovered; name the dense model "
@@ -464,6 +444,36 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
             f"{work.name} holds a run that was interrupted; go on with --resume, or throw "
             "it away with --restart"
         )
+
+
+def check_length(settings: TrainingSettings, model: Any) -> None:
+    """Raise UserError if samples are longer than what the model reads."""
+    longest = maximum_length(model)
+    if longest is not None and settings.seq_len > longest:
+        raise UserError(
+            f"--seq-len {settings.seq_len} is longer than the model's maximum; "
+            f"use {longest} or less"
+        )
+
+
+def check_data(settings: RecoverSettings) -> None:
+    """Raise UserError if there is no data, or a source needs a teacher that was not named."""
+    if not settings.data:
+        raise UserError("no data given; use --data SRC")
+    if SELF in settings.data and settings.teacher is None:
+        raise UserError(
+            "--data self is text that the dense model writes; name that model with --teacher"
+        )
+    if PRUNED in settings.data:
+        if settings.teacher is None:
+            raise UserError(
+                "--data pruned is text that the dense model judges; name that model with --teacher"
+            )
+        if settings.distill_weight < 1:
+            raise UserError(
+                f"--distill-weight {settings.distill_weight:g} leaves the rest to a text that the "
+                "pruned model wrote itself, which teaches it nothing; use 1 with --data pruned"
+            )
 
 
 def read_examples(data: DataSettings) -> dict[str, Examples]:

@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 
 from llm_pruner.errors import UserError
@@ -105,6 +113,13 @@ class Settings(BaseModel):
             known = option_of(field).known
             if known and getattr(self, name) not in (*known, field.default):
                 raise UserError(_unknown(name, getattr(self, name), known))
+
+    @field_validator("*")
+    @classmethod
+    def _at_home(cls, value: Any) -> Any:
+        """Say where ``~`` is, as which a request has the home folder; a shell does so itself."""
+        at_home = isinstance(value, Path) and value.parts[:1] == ("~",)
+        return Path.home().joinpath(*value.parts[1:]) if at_home else value
 
     @property
     def given(self) -> frozenset[str]:
