@@ -361,8 +361,9 @@ def _require_same(folder: Path, found: Mapping[str, Any], asked: Mapping[str, An
     ]
     if differ:
         more = f" ({len(differ) - 1} more differ)" if len(differ) > 1 else ""
+        what = "files" if "content" in differ[0].partition("=")[0].split() else "options"
         raise UserError(
-            f"{folder.name} holds an interrupted run with {differ[0]}{more}; give the same options "
+            f"{folder.name} holds an interrupted run with {differ[0]}{more}; give the same {what} "
             "to go on, or --restart to throw it away"
         )
 
