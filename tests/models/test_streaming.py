@@ -122,6 +122,60 @@ def test_shards_of_experts_are_written_as_the_model_was_stored(tmp_path: Path, t
     assert index["weight_map"].keys() == same.keys()
 
 
+DEEPSEEK: dict[str, Any] = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+}
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> Path:
+    """Return a folder in bfloat16 but for the biases of its router, which differ by less."""
+    model = tiny_model("deepseek_v3", num_hidden_layers=2, **DEEPSEEK).to(torch.bfloat16)
+    bias = model.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias")
+    bias.data = 5 + 0.001 * torch.arange(8)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("memory", [TINY, 10**9], ids=["streamed", "resident"])
+def test_what_chooses_experts_stays_in_float32(
+    tmp_path: Path, text: str, mixture: Path, memory: int
+) -> None:
+    options = {"criterion": "l2", "structures": ("ffn",), "ratio": 0.05, "memory": memory}
+    pruned(mixture, tmp_path / "out", text, preset="paper", **options)
+    before, after = weights(mixture), weights(tmp_path / "out")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert after[name].dtype == torch.float32
+    assert torch.equal(after[name], before[name])
+    assert after["model.layers.1.mlp.gate.weight"].dtype == torch.float32
+    assert after["lm_head.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_streamed_model_has_the_types_of_a_resident_one(mixture: Path, dtype: str) -> None:
+    resident, streamed = (
+        load_model(str(mixture), dtype=dtype, memory=memory).model for memory in (10**9, TINY)
+    )
+    expected, found = (
+        {name: one.dtype for name, one in (*of.named_parameters(), *of.named_buffers())}
+        for of in (resident, streamed)
+    )
+    assert found == expected
+
+
 @pytest.fixture
 def streamed(tmp_path: Path) -> Any:
     return load_model(str(save_tiny(tmp_path / "model", num_hidden_layers=3)), memory=TINY).model

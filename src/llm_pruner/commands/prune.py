@@ -35,7 +35,7 @@ from llm_pruner.importance import score
 from llm_pruner.models.activation_store import HiddenStates
 from llm_pruner.models.blockwise import NotBlockwise, find_chain
 from llm_pruner.models.forward import embedding_rows, is_on_meta, undisturbed
-from llm_pruner.models.layers import sharing_copy
+from llm_pruner.models.layers import names_in_float32, sharing_copy
 from llm_pruner.models.load import LoadedModel, load
 from llm_pruner.models.streaming import is_model_streamed, keep_dtype_
 from llm_pruner.planning.rounding import rounded_for
@@ -659,10 +659,15 @@ class Refitter:
 def keep_type_(network: Any, dtype: torch.dtype) -> None:
     """Turn the parameters of a model to the type in which they are saved.
 
-    Buffers that no checkpoint holds, such as the frequencies of rotary embeddings, keep theirs.
+    Those that transformers has in float32 whatever the type of the model are saved in that. Buffers
+    that no checkpoint holds, such as the frequencies of rotary embeddings, keep theirs.
     """
     kept = {name for name, _ in network.named_buffers()} - set(network.state_dict())
+    wide = names_in_float32(network, dtype)
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
-        if name not in kept and tensor.is_floating_point() and not keep_dtype_(tensor, dtype):
-            tensor.data = tensor.data.to(dtype)
+        if name in kept or not tensor.is_floating_point():
+            continue
+        kind = torch.float32 if name in wide else dtype
+        if not keep_dtype_(tensor, kind):
+            tensor.data = tensor.data.to(kind)
     network.config.dtype = dtype

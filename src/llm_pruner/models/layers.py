@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 
 from llm_pruner.types import Edits
 
@@ -37,6 +39,18 @@ def tensors_of(model: nn.Module) -> Iterator[torch.Tensor]:
     yield from model.buffers()
     for module in model.modules():
         yield from (value for value in vars(module).values() if isinstance(value, torch.Tensor))
+
+
+def names_in_float32(model: nn.Module, dtype: torch.dtype) -> set[str]:
+    """Return the tensors that transformers has in float32 where a model is loaded in a type.
+
+    Such are the numbers that choose experts: rounded, some are equal that were not.
+    """
+    plan = model._get_dtype_plan(dtype) if isinstance(model, PreTrainedModel) else {}
+    if not plan:
+        return set()
+    pattern, *_ = build_glob_alternation([*plan])
+    return {name for name in model.state_dict(keep_vars=True) if pattern.search(name)}
 
 
 def own_copy(model: Any, memo: dict[int, Any] | None = None) -> Any:

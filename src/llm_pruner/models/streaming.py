@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from llm_pruner.errors import UserError
-from llm_pruner.models.layers import heaviest, own_copy, tensors_of
+from llm_pruner.models.layers import heaviest, names_in_float32, own_copy, tensors_of
 from llm_pruner.runtime.memory import give_back
 from llm_pruner.runtime.progress import quiet
 from llm_pruner.types import IntArray
@@ -171,6 +171,8 @@ def stream_(
 ) -> None:
     """Have weights read for each turn of their block, embedding or head; turn others to ``dtype``.
 
+    What transformers has in float32 where a model is of that type stays in it.
+
     Args:
         model: loaded on the CPU in the type of its files, so that its weights are mapped.
         dtype: of computation.
@@ -189,6 +191,7 @@ def stream_(
             "block; give a --memory that holds all of them"
         )
     _compute_anew_(model, dtype)
+    wide = _wide(model, dtype)
     uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
     ranges = _mapped_files()
     ends, elsewhere = _lone_ends(model, blocks, dtype if device.type == "cpu" else None)
@@ -198,13 +201,14 @@ def stream_(
         for parameter in {id(one): one for one in inside}.values():
             alone = within[id(parameter)] == uses[id(parameter)] and id(parameter) not in elsewhere
             if alone and parameter.is_floating_point():
-                _adopt(parameter, _source_of(parameter, dtype, device, ranges))
+                kind = wide.get(id(parameter), dtype)
+                _adopt(parameter, _source_of(parameter, kind, device, ranges))
         run = partial(_in_turn, block, number, block.forward)
         block.forward = update_wrapper(run, block.forward)
     for end in ends:
         for parameter in end.parameters():
             if not is_streamed(parameter):
-                source = _source_of(parameter, dtype, device, ranges)
+                source = _source_of(parameter, wide.get(id(parameter), dtype), device, ranges)
                 _adopt(parameter, replace(source, tied=uses[id(parameter)] > 1))
         run = partial(_end_in_turn, end, len(blocks), end.forward)
         end.forward = update_wrapper(run, end.forward)
@@ -212,7 +216,7 @@ def stream_(
         if is_streamed(tensor):
             _SOURCES[tensor].forget()
         elif tensor.is_floating_point():
-            source = _source_of(tensor, dtype, device, ranges)
+            source = _source_of(tensor, wide.get(id(tensor), dtype), device, ranges)
             tensor.data = source.read()
             if tensor.data_ptr() != source.stored.data_ptr():
                 source.forget()
@@ -222,6 +226,22 @@ def stream_(
     if config is not None:
         config.dtype = dtype
     _ROOMS[model] = room
+
+
+def _wide(model: nn.Module, dtype: torch.dtype) -> dict[int, torch.dtype]:
+    """Return id -> float32 of the tensors that a model has in it where it is of a type.
+
+    They are those of which transformers says so, and buffers that no file holds, if they are in it.
+    """
+    saved, named = model.state_dict(keep_vars=True), names_in_float32(model, dtype)
+    found = {id(saved[name]) for name in named}
+    if torch.promote_types(dtype, torch.float32) == torch.float32:
+        found |= {
+            id(buffer)
+            for name, buffer in model.named_buffers()
+            if name not in saved and buffer.dtype == torch.float32
+        }
+    return dict.fromkeys(found, torch.float32)
 
 
 def ends_of(model: nn.Module) -> list[nn.Module]:
