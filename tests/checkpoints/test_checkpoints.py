@@ -512,6 +512,20 @@ def test_adapters_attach_to_all_linear_layers(tmp_path: Path) -> None:
     assert all(parameter.grad is not None for parameter in trained)
 
 
+@pytest.mark.parametrize("cut", [equal_layers, differing_layers])
+def test_code_of_the_source_is_not_named_where_it_is_not_written(
+    cut: Callable[[PreTrainedModel], Knife], tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    model.config.auto_map = {"AutoConfig": "its.Config", "AutoModelForCausalLM": "its.Model"}
+    kind = cut(model).save(tmp_path / "out")
+    written = {file.stem for file in (tmp_path / "out").glob("*.py")}
+    assert bool(written) is (kind == "remote_code")
+    named = json.loads((tmp_path / "out" / "config.json").read_text()).get("auto_map", {})
+    assert {name.partition(".")[0] for name in named.values()} == written
+    load(tmp_path / "out")
+
+
 def test_the_folder_holds_plan_and_tokenizer(tmp_path: Path) -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     model.generation_config.max_length = 77

@@ -114,6 +114,11 @@ def stock_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     )
 
 
+def is_of_transformers(model_class: type[PreTrainedModel]) -> bool:
+    """Whether a class is one of transformers', not of a checkpoint or of this package."""
+    return model_class.__module__.startswith("transformers.")
+
+
 # ------------------------------------------------------------------------------- what is written
 
 
@@ -131,7 +136,7 @@ def with_code(
         model: as surgery left it.
     """
     model_class = stock_class(type(model))
-    if not model_class.__module__.startswith("transformers."):
+    if not is_of_transformers(model_class):
         return None
     config = copy.deepcopy(config)
     config.pruned = to_json(replace(recipe, shapes=tied_shapes(model, recipe)))

@@ -133,6 +133,8 @@ def _pruned_config(
     model: PreTrainedModel, edits: Edits, dense_config: PreTrainedConfig
 ) -> tuple[PreTrainedConfig, Kind]:
     dense_config, recipe = _dense_and_recipe(dense_config, edits)
+    if remote_code.is_of_transformers(type(model)):
+        vars(dense_config).pop("auto_map", None)  # of code that is not written here
     stock = stock_config(dense_config, model, recipe)
     if stock is not None:
         return stock, "stock"
