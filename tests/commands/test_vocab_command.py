@@ -102,6 +102,68 @@ def test_the_dense_model_is_compared_and_teaches_by_the_tokens_that_stay(tmp_pat
     done("recover", small, *both, *train, "--held-out", "2", "--out", taught)
 
 
+@pytest.mark.parametrize("structures", ["ffn", "hidden,ffn"])
+def test_a_folder_with_code_loses_tokens_as_any_other(tmp_path: Path, structures: str) -> None:
+    dense, text = save(tmp_path / "dense"), write_text(tmp_path / "t.txt", 4000)
+    pruned, small = tmp_path / "pruned", tmp_path / "small"
+    cut = ("--structures", structures, "--criterion", "l2", "--split", "equal", "--ratio", "0.1")
+    cut += ("--scope", "global")
+    done("prune", dense, *cut, "--calibration", text, "--samples", "8", "--out", pruned)
+    done("vocab", pruned, "--text", text, "--size", "400", "--out", small)
+    kept = torch.tensor(json.loads((small / "vocabulary.json").read_text())["kept"])
+    before, after = (json.loads((one / "config.json").read_text()) for one in (pruned, small))
+    assert after["auto_map"] == before["auto_map"]
+    assert {"AutoModel", "AutoModelForCausalLM"} <= after["auto_map"].keys()
+    # Nothing that was read of the earlier sizes says how many tokens there are.
+    for values in after["pruned"]["attributes"].values():
+        assert not {"vocab_size", "padding_idx"} & values.keys()
+    wide, model = (AutoModelForCausalLM.from_pretrained(one).eval() for one in (pruned, small))
+    ids = torch.arange(1, 60, 7)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(ids).logits, wide(kept[ids]).logits[..., kept], atol=1e-6, rtol=1e-6
+        )
+    assert model.model.vocab_size == 400
+
+
+def test_settings_of_writing_stay_as_they_were_published(tmp_path: Path) -> None:
+    dense, text = save(tmp_path / "dense"), write_text(tmp_path / "t.txt", 4000)
+    file = dense / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.9, "top_p": 0.6}))
+    done("vocab", dense, "--text", text, "--out", tmp_path / "small")
+    found = json.loads((tmp_path / "small" / "generation_config.json").read_text())
+    kept = json.loads((tmp_path / "small" / "vocabulary.json").read_text())["kept"]
+    assert (found["temperature"], found["top_p"]) == (0.9, 0.6)
+    assert "do_sample" not in found
+    assert kept[found["pad_token_id"]] == 600
+
+
+def test_added_tokens_without_a_row_are_left_out(tmp_path: Path) -> None:
+    dense, text = save(tmp_path / "dense"), write_text(tmp_path / "t.txt", 4000)
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    more = [f"<{number}>" for number in range(704 - len(tokenizer))]
+    tokenizer.add_tokens(more)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == 704
+    tokenizer.save_pretrained(dense)
+    done("vocab", dense, "--text", text, "--out", tmp_path / "small")
+    found = AutoTokenizer.from_pretrained(tmp_path / "small")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert len(found) == model.config.vocab_size
+    assert found.pad_token is None
+    assert {*more} <= found.get_vocab().keys()
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    text = write_text(tmp_path / "t.txt", 4000)
+    tiny_model("llama", vocab_size=650).save_pretrained(tmp_path / "dense")
+    byte_level().save_pretrained(tmp_path / "dense")
+    failed = run("vocab", tmp_path / "dense", "--text", text, "--out", tmp_path / "small")
+    assert failed.code == 2
+    assert "has the token 699, and the embedding has 650 rows" in failed.err
+    assert len(failed.err.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -23,6 +23,7 @@ from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.evaluation.perplexity import perplexity
 from llm_pruner.files.outputs import check_output, check_shard_size, write_output
 from llm_pruner.models.forward import embedding_rows, maximum_length
+from llm_pruner.models.gguf_file import drop_tokens_beyond_
 from llm_pruner.models.load import LoadedModel, load
 from llm_pruner.planning import Target
 from llm_pruner.report.records import Change
@@ -91,12 +92,19 @@ def vocab(settings: VocabSettings) -> Trimmed:
     gone = (size.embedding or 0) * (1 - (settings.size or 0) / rows) / size.total
     most = Target(ratio=gone) if gone > 0 else None
     check_space(settings.out, settings.loading(), most)
+    if tokenizer is not None:
+        drop_tokens_beyond_(tokenizer, rows)  # no text can have them that the model reads
     known = vocabulary_of(tokenizer, named_tokens(model))
+    if known.size > rows:
+        raise UserError(
+            f"the tokenizer of {settings.model} has the token {known.size - 1}, and the embedding "
+            f"has {rows} rows; give the tokenizer that belongs to the model"
+        )
     counts = known.count(track(read, "tokens of texts"))
     kept = known.choose(counts, settings.size)
     smaller = known.cut(kept)
     before = _measured(loaded, tokenizer, apart)
-    difference, parameters = _cut_(model, smaller, kept, apart)
+    difference, parameters, edits = _cut_(model, smaller, kept, apart)
     after = _measured(loaded, smaller, apart)
     found = Trimmed(
         model=loaded.name,
@@ -108,7 +116,7 @@ def vocab(settings: VocabSettings) -> Trimmed:
         kept=kept.tolist(),
         path=settings.out,
     )
-    return _save(found, settings, loaded, smaller, apart)
+    return _save(found, settings, loaded, smaller, apart, edits)
 
 
 def _texts(settings: VocabSettings) -> tuple[list[str], str]:
@@ -161,13 +169,13 @@ def _measured(loaded: LoadedModel, tokenizer: Any, text: str) -> _Measured:
 
 
 @torch.no_grad()
-def _cut_(model: Any, smaller: Any, kept: Ids, text: str) -> tuple[float, Change[int]]:
-    """Cut the model; return how much its logits differ, and how many parameters it had and has."""
+def _cut_(model: Any, smaller: Any, kept: Ids, text: str) -> tuple[float, Change[int], Edits]:
+    """Cut the model; return how much its logits differ, its parameters before and after, edits."""
     ids = torch.tensor(bare_ids(smaller, text)[:COMPARED])[None].to(model.device)
     rows = torch.from_numpy(kept).to(model.device)
     size = model.num_parameters()
     expected = model(rows[ids]).logits[..., rows]
-    cut_vocabulary_(model, kept)
+    edits = cut_vocabulary_(model, kept)
     found = model(ids).logits
     difference = largest_difference([expected], [found])
     if not difference <= tolerance([expected], model, ids.shape[1]):
@@ -175,11 +183,16 @@ def _cut_(model: Any, smaller: Any, kept: Ids, text: str) -> tuple[float, Change
             f"with fewer tokens the model gives logits that differ by {difference:.3g}; nothing "
             "was written; please report the model"
         )
-    return difference, Change(size, model.num_parameters())
+    return difference, Change(size, model.num_parameters()), edits
 
 
 def _save(
-    found: Trimmed, settings: VocabSettings, loaded: LoadedModel, tokenizer: Any, text: str
+    found: Trimmed,
+    settings: VocabSettings,
+    loaded: LoadedModel,
+    tokenizer: Any,
+    text: str,
+    edits: Edits,
 ) -> Trimmed:
     source, expected = Path(settings.model).expanduser(), bare_ids(tokenizer, text)
 
@@ -202,7 +215,7 @@ def _save(
     saved = save_checkpoint(
         loaded.model,
         settings.out,
-        edits=Edits({}, {}, {}, {}),
+        edits=edits,
         plan_json=plan.read_text(encoding="utf-8") if plan.is_file() else None,
         tokenizer=tokenizer,
         overwrite=settings.overwrite,

@@ -11,10 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from llm_pruner.models.forward import embedding_rows
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import LoadedModel
+from llm_pruner.types import Edits
 
 _TOKENS = re.compile(r"(_token_ids?|suppress_tokens|_words_ids)$")
 """Names of settings that hold tokens."""
@@ -58,17 +60,21 @@ def with_tokens_of(dense: LoadedModel, student: LoadedModel) -> LoadedModel:
     return replace(dense, model=model.eval(), tokenizer=student.tokenizer, name=name)
 
 
-def cut_vocabulary_(model: Any, kept: npt.NDArray[np.int64]) -> None:
+def cut_vocabulary_(model: Any, kept: npt.NDArray[np.int64]) -> Edits:
     """Keep the rows of some tokens in the input and output embeddings, and renumber the settings.
 
     Args:
         model: of transformers; tied embeddings stay tied.
         kept: ids of the tokens, in the order that they get; those of `named_tokens` are among them.
+
+    Returns:
+        The new shapes of the embeddings, under each of their names.
     """
     rows = torch.from_numpy(kept)
     new = {int(old): index for index, old in enumerate(kept)}
     cut: dict[int, nn.Parameter] = {}
-    for module in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+    ends = [*filter(None, (model.get_input_embeddings(), model.get_output_embeddings()))]
+    for module in ends:
         for name, weight in module.named_parameters(recurse=False):
             if id(weight) not in cut:
                 values = weight.detach()[rows.to(weight.device)].contiguous()
@@ -77,12 +83,22 @@ def cut_vocabulary_(model: Any, kept: npt.NDArray[np.int64]) -> None:
         for size in ("num_embeddings", "out_features"):
             if hasattr(module, size):
                 setattr(module, size, len(kept))
-        if getattr(module, "padding_idx", None) is not None:
+    inner = [one for one in model.modules() if isinstance(one, PreTrainedModel)]
+    for module in {id(one): one for one in (*ends, *inner)}.values():
+        if vars(module).get("padding_idx") is not None:
             module.padding_idx = new.get(module.padding_idx)
-    model.vocab_size = len(kept)
+        if "vocab_size" in vars(module) or module is model:
+            module.vocab_size = len(kept)
     model.config.get_text_config().vocab_size = len(kept)
+    writing = model.generation_config
+    as_published = getattr(writing, "_original_object_hash", None) == hash(writing)
     for config in _configs(model):
         _rewrite_(config, new.__getitem__)
+    if writing is not None and as_published:
+        # Changed settings are saved only where all of them make sense, and these are another's.
+        writing._original_object_hash = hash(writing)
+    ours, named = {*map(id, cut.values())}, model.named_parameters(remove_duplicate=False)
+    return Edits(shapes={name: (*one.shape,) for name, one in named if id(one) in ours})
 
 
 def _configs(model: Any) -> list[Any]:
