@@ -14,7 +14,7 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from command import done, run, save_tiny
 from helpers import tiny_model, tiny_tokenizer
@@ -22,7 +22,8 @@ from llm_pruner.errors import UserError
 from llm_pruner.export.formats.gguf import GgufFile
 from llm_pruner.export.gguf_model import FAMILIES, GgufModel, gguf_model, neighbours
 from llm_pruner.export.gguf_tokenizer import copy_tokenizer, read_tokenizer
-from llm_pruner.models.load import load_model
+from llm_pruner.models.load import LoadedModel, load_model
+from trained_tokenizers import byte_level
 
 SIZES = {
     "hidden_size": 64,
@@ -204,6 +205,49 @@ def test_rotary_embeddings(here: Path) -> None:
         gguf_model(tiny("qwen3", rope_parameters=LLAMA3), "tiny")
     with pytest.raises(UserError, match="rotary embeddings of the type dynamic"):
         gguf_model(tiny(rope_parameters=linear | {"rope_type": "dynamic"}), "tiny")
+
+
+def through_a_file(model: Any) -> LoadedModel:
+    """Return a model that was exported and read again."""
+    model.save_pretrained("m")
+    byte_level().save_pretrained("m")
+    done("export", "m", "--type", "f32", "--out", "m.gguf", "--overwrite")
+    return load_model("m.gguf")
+
+
+PUBLISHED = LLAMA3 | {"rope_theta": 500000.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize(
+    ("kind", "rotary"),
+    [
+        ("llama", PUBLISHED),
+        ("llama", PUBLISHED | {"factor": 32.0}),
+        ("llama", {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
+        ("qwen2", {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
+        ("llama", {"rope_type": "default", "rope_theta": 10000.0}),
+    ],
+)
+def test_a_file_is_read_as_it_was_written(here: Path, kind: str, rotary: dict[str, Any]) -> None:
+    tokens = byte_level().get_vocab()
+    model = tiny(kind, rope_parameters=rotary, vocab_size=len(tokens), head_dim=16)
+    loaded = through_a_file(model)
+    assert loaded.model.config.rope_parameters == rotary
+    ids = torch.arange(3, 103)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(ids).logits, model(ids).logits, atol=1e-4, rtol=0)
+    # transformers adds a token to such a tokenizer, for which the embedding has no row.
+    plain = AutoTokenizer.from_pretrained(".", gguf_file="m.gguf")
+    assert plain.get_vocab() == tokens | {"<|endoftext|>": len(tokens)}
+    assert loaded.tokenizer is not None
+    loaded.tokenizer.save_pretrained("t")
+    for tokenizer in (loaded.tokenizer, AutoTokenizer.from_pretrained("t")):
+        assert tokenizer.get_vocab() == tokens
+
+
+def test_scaling_that_a_file_does_not_tell_is_refused(here: Path) -> None:
+    with pytest.raises(UserError, match=r"m\.gguf has rotary .* scaled \(rope_freqs\.weight\)"):
+        through_a_file(tiny(rope_parameters=LLAMA3, vocab_size=len(byte_level())))
 
 
 def test_scale_of_the_attention_is_in_the_queries(here: Path) -> None:

@@ -34,6 +34,8 @@ from llm_pruner.errors import UserError, in_short
 from llm_pruner.files.disk import read_json
 from llm_pruner.hook import has_recipe
 from llm_pruner.models import stored as on_disk
+from llm_pruner.models.forward import embedding_rows
+from llm_pruner.models.gguf_file import drop_tokens_beyond_, scale_rotary_
 from llm_pruner.models.streaming import stored, stream_
 from llm_pruner.runtime.memory import keep_all_blocks
 from llm_pruner.runtime.progress import quiet
@@ -120,14 +122,17 @@ def load_model(
     """
     options: dict[str, Any] = {"dtype": on_disk.dtype_named(dtype), "device_map": _device(device)}
     found = _find(source, revision, trust_remote_code, tokenizer_required, weights)
+    states = on_disk.file_states(source)
+    with _quiet(), _explained(source):
+        config = AutoConfig.from_pretrained(found.folder, **found.shared)
+        _check_quantization(source, config, packed)
+        if found.is_gguf:
+            scale_rotary_(config, on_disk.local_path(source))
     streams = weights and memory is not None and _exceeds(memory, source, found, dtype)
     if streams:
         options = {"dtype": "auto", "device_map": "cpu"}
-    states = on_disk.file_states(source)
     with _quiet():
         with _explained(source):
-            config = AutoConfig.from_pretrained(found.folder, **found.shared)
-            _check_quantization(source, config, packed)
             if has_recipe(config) and type(config).__module__.startswith("transformers."):
                 # The class of this package does what the code of the folder does.
                 found = replace(found, shared=found.shared | {"trust_remote_code": False})
@@ -135,6 +140,8 @@ def load_model(
             model = _load_model(source, found, config, options, weights)
         reads = weights if reads_tokenizer is None else reads_tokenizer
         tokenizer = _load_tokenizer(source, found, tokenizer_required) if reads else None
+    if found.is_gguf and tokenizer is not None:
+        drop_tokens_beyond_(tokenizer, embedding_rows(model))
     if streams:
         keep_all_blocks()
         kind = on_disk.dtype_named(dtype)
@@ -504,7 +511,11 @@ def load(
         packed=packed,
         **model.model_dump(include={"revision", "dtype", "device", "trust_remote_code"}),
     )
-    return loaded if tokenizer is None else replace(loaded, tokenizer=tokenizer)
+    if tokenizer is None:
+        return loaded
+    if on_disk.local_path(model.model).suffix == ".gguf":
+        drop_tokens_beyond_(tokenizer, embedding_rows(loaded.model))
+    return replace(loaded, tokenizer=tokenizer)
 
 
 def load_tokenizer(model: ModelSettings) -> PreTrainedTokenizerBase:
