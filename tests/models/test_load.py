@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from huggingface_hub.utils import filter_repo_objects
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.errors import UserError
 from llm_pruner.models import stored as sources
 from llm_pruner.models.load import fingerprint, load_model
+from llm_pruner.models.streaming import is_model_streamed
 
 
 @pytest.fixture
@@ -193,6 +197,55 @@ def test_bad_gguf(content: bytes | None, message: str, tmp_path: Path) -> None:
         file.write_bytes(content)
     with pytest.raises(UserError, match=message):
         load_model(str(file))
+
+
+@pytest.fixture
+def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the cache of a hub that has the folder as me/tiny; only the config is there yet."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    shutil.copy(folder / "config.json", cache)
+
+    def snapshot(source: str, *, local_files_only: bool = False, **wanted: Any) -> str:
+        assert source == "me/tiny"
+        chosen = {key: value for key, value in wanted.items() if key.endswith("_patterns")}
+        names = [] if local_files_only else [file.name for file in folder.iterdir()]
+        for name in filter_repo_objects(names, **chosen):
+            shutil.copy(folder / name, cache)
+        return str(cache)
+
+    monkeypatch.setattr(sources, "snapshot_download", snapshot)
+    for auto in (AutoConfig, AutoModelForCausalLM, AutoTokenizer):
+        read = auto.from_pretrained
+
+        def redirected(source: str, *given: Any, read: Any = read, **more: Any) -> Any:
+            return read(cache if source == "me/tiny" else source, *given, **more)
+
+        monkeypatch.setattr(auto, "from_pretrained", redirected)
+    return cache
+
+
+def test_a_model_of_the_hub_is_read_block_by_block_at_once(folder: Path, hub: Path) -> None:
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    (folder / "modeling.py").touch()
+    assert is_model_streamed(load_model("me/tiny", memory=1000).model)
+    there = {file.name for file in hub.iterdir()}
+    assert {"model.safetensors", "tokenizer.json"} <= there
+    assert not {"consolidated.safetensors", "modeling.py"} & there
+
+
+def test_a_download_that_was_interrupted_goes_on(folder: Path, hub: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    tiny_model("llama").save_pretrained(folder, max_shard_size="100KB")
+    shards = sorted(folder.glob("*.safetensors"))
+    for file in (shards[0], folder / "model.safetensors.index.json"):
+        shutil.copy(file, hub)
+    assert sources.stored_size("me/tiny", None, "float32") is None
+    with pytest.raises(UserError, match="lacks "):
+        sources.stored_size(str(hub), None, "float32")
+    assert is_model_streamed(load_model("me/tiny", memory=1000).model)
+    assert {file.name for file in shards} <= {file.name for file in hub.iterdir()}
+    assert sources.stored_size("me/tiny", None, "float32") is not None
 
 
 def test_default_model_is_found_without_importing_its_package(

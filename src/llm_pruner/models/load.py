@@ -128,6 +128,8 @@ def load_model(
         _check_quantization(source, config, packed)
         if found.is_gguf:
             scale_rotary_(config, on_disk.local_path(source))
+        if weights and memory is not None:
+            _download(source, found)
     streams = weights and memory is not None and _exceeds(memory, source, found, dtype)
     if streams:
         options = {"dtype": "auto", "device_map": "cpu"}
@@ -161,6 +163,14 @@ def load_model(
 def _stored_dtype(found: _Found, config: Any) -> torch.dtype:
     kept = torch.float32 if found.is_gguf else getattr(config, "dtype", None)
     return kept if isinstance(kept, torch.dtype) else on_disk.commonest_type(Path(found.folder))
+
+
+def _download(source: str, found: _Found) -> None:
+    """Fetch a model of the hub whose size is not known: it says how the weights are read."""
+    revision = found.shared.get("revision")
+    of_hub = found.folder == source and not on_disk.local_path(source).exists()
+    if of_hub and on_disk.stored_size(source, revision, "auto") is None:
+        on_disk.download(source, revision, found.shared["trust_remote_code"])
 
 
 def _exceeds(memory: int, source: str, found: _Found, dtype: str) -> bool:

