@@ -176,6 +176,17 @@ def test_a_streamed_model_has_the_types_of_a_resident_one(mixture: Path, dtype: 
     assert found == expected
 
 
+@pytest.mark.parametrize(("model_type", "told"), [("llama", False), ("mixtral", True)])
+def test_says_what_is_in_memory_all_the_same(
+    tmp_path: Path, model_type: str, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_model(str(save(tmp_path / "model", model_type)), memory=TINY)
+    said = [
+        one for one in caplog.messages if "of the weights lie in memory for the whole run" in one
+    ]
+    assert len(said) == told
+
+
 @pytest.fixture
 def streamed(tmp_path: Path) -> Any:
     return load_model(str(save_tiny(tmp_path / "model", num_hidden_layers=3)), memory=TINY).model

@@ -14,6 +14,7 @@ A stand-in is one NaN in the shape of the weight: what is read out of turn does 
 from __future__ import annotations
 
 import ctypes
+import logging
 import mmap
 import sys
 from collections import Counter
@@ -37,6 +38,8 @@ from llm_pruner.models.layers import heaviest, names_in_float32, own_copy, tenso
 from llm_pruner.runtime.memory import give_back
 from llm_pruner.runtime.progress import quiet
 from llm_pruner.types import IntArray
+
+_LOG = logging.getLogger(__name__)
 
 _PIECE = 2**24
 """Bytes of a file that are widened at a time."""
@@ -226,6 +229,16 @@ def stream_(
     if config is not None:
         config.dtype = dtype
     _ROOMS[model] = room
+    sources = (_SOURCES.get(one) for one in model.parameters())
+    held = sum(one.stored.nbytes for one in sources if one is not None and not one.mapped)
+    if ranges and 0 < room < held:
+        _LOG.warning(
+            "%.1f GB of the weights lie in memory for the whole run, more than the %.1f GB that "
+            "were for them: the files have them in another form than the model, such as experts "
+            "one by one, which are put together when they are loaded",
+            held / 1e9,
+            room / 1e9,
+        )
 
 
 def _wide(model: nn.Module, dtype: torch.dtype) -> dict[int, torch.dtype]:
