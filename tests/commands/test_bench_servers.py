@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from command import done, run, save_tiny
 from fake_server import fake_server, noted
 from helpers import in_old_form, tiny_model
 from llm_pruner.checkpoints import modeling_pruned
+from llm_pruner.commands.bench_servers import _Subject
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.servers import served_by
 from llm_pruner.evaluation.serving import Wanted
@@ -84,6 +86,15 @@ def test_llama_cpp_serves_exported_files(tmp_path: Path) -> None:
     assert rows["decode, batch 2"][-1].endswith("%")
     assert "bytes of the files for decode" in shown.out
     assert shown.out.splitlines()[-1].startswith("llama.cpp, q8_0, ")
+
+
+def test_weights_that_lie_there_twice_count_once(tmp_path: Path) -> None:
+    folder = shutil.copytree("dense", tmp_path / "dense")
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    given: Any = None
+    for path in (Path("dense"), folder):
+        size = _Subject(given, given, path, 384).bytes
+        assert size == (folder / "model.safetensors").stat().st_size
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from llm_pruner.evaluation import footprint, serving
 from llm_pruner.evaluation.speed import Speed
 from llm_pruner.hook import has_recipe
 from llm_pruner.models.load import LoadedModel, load
-from llm_pruner.models.stored import stored_at
+from llm_pruner.models.stored import stored_at, weight_names
 from llm_pruner.planning.rounding import undivided
 from llm_pruner.runtime.memory import give_back
 from llm_pruner.settings.common import ModelSettings
@@ -28,7 +28,6 @@ from llm_pruner.settings.evaluate import BenchSettings
 from llm_pruner.settings.export import ExportSettings
 from llm_pruner.settings.registry import entry
 
-_WEIGHTS = "*.safetensors"
 _TYPE = "f16"
 """Of exported weights, where none is given."""
 
@@ -53,7 +52,8 @@ class _Subject:
     @property
     def bytes(self) -> int:
         assert self.path is not None
-        files = [self.path] if self.path.is_file() else self.path.glob(_WEIGHTS)
+        folder = self.path.is_dir()
+        files = [self.path / name for name in weight_names(self.path)] if folder else [self.path]
         return sum(file.stat().st_size for file in files)
 
 
@@ -134,7 +134,7 @@ def _check_folder(
     settings: BenchSettings, loaded: LoadedModel, folder: Path | None, server: Any
 ) -> None:
     """Raise UserError unless a server runs a folder as it is."""
-    if folder is None or not any(folder.glob(_WEIGHTS)):
+    if folder is None or not any(folder.glob("*.safetensors")):
         raise UserError(
             f"{loaded.name} is no folder with weights on this machine, which is what "
             f"{server.TITLE} reads; name one, or use --server llama.cpp"
