@@ -13,7 +13,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,10 @@ from llm_pruner.errors import UserError, in_short
 from llm_pruner.files.disk import read_json
 from llm_pruner.hook import has_recipe
 from llm_pruner.models import stored as on_disk
+from llm_pruner.models.assembled import element, put_together_late
 from llm_pruner.models.forward import embedding_rows
 from llm_pruner.models.gguf_file import drop_tokens_beyond_, scale_rotary_
-from llm_pruner.models.streaming import stored, stream_
+from llm_pruner.models.streaming import mapped_files, stored, stream_
 from llm_pruner.runtime.memory import keep_all_blocks
 from llm_pruner.runtime.progress import quiet
 from llm_pruner.settings.common import ModelSettings
@@ -139,7 +140,8 @@ def load_model(
                 # The class of this package does what the code of the folder does.
                 found = replace(found, shared=found.shared | {"trust_remote_code": False})
             kept = _stored_dtype(found, config)  # what loads may write into the config
-            model = _load_model(source, found, config, options, weights)
+            with put_together_late(mapped_files) if streams else nullcontext():
+                model = _load_model(source, found, config, options, weights)
         reads = weights if reads_tokenizer is None else reads_tokenizer
         tokenizer = _load_tokenizer(source, found, tokenizer_required) if reads else None
     if found.is_gguf and tokenizer is not None:
@@ -267,8 +269,10 @@ def fingerprint(model: PreTrainedModel) -> str:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         if parameter.device.type != "meta":
             with stored(parameter) as values:
-                flat = getattr(values, "qdata", values).reshape(-1)  # of packed ones
-                sample = flat[:: max(1, flat.numel() // 8)][:8].to("cpu", torch.bfloat16)
+                flat = getattr(values, "qdata", values)  # of packed ones
+                places = range(0, flat.numel(), max(1, flat.numel() // 8))[:8]
+                some = [element(flat, place) for place in places] or [flat.reshape(-1)]
+                sample = torch.cat(some).to("cpu", torch.bfloat16)
                 # Maybe a view of the file, whose pages it would bring back.
                 digest.update(sample.view(torch.int16).numpy().tobytes())
     config = _without_volatile(model.config.to_dict())

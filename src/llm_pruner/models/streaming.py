@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from llm_pruner.errors import UserError
+from llm_pruner.models.assembled import Assembled, are_mapped, files, leaves, whole
 from llm_pruner.models.layers import heaviest, names_in_float32, own_copy, tensors_of
 from llm_pruner.runtime.memory import give_back
 from llm_pruner.runtime.progress import quiet
@@ -55,9 +56,9 @@ class _Source:
     """Where a weight's values come from.
 
     Attributes:
-        stored: as it lies in the file.
+        stored: as it lies in the file, or put together of what lies there.
         dtype, device: of computation.
-        mapped: whether ``stored`` is a view of a file that nobody writes to.
+        mapped: whether ``stored`` is a view of files that nobody writes to.
         tied: whether several modules use it.
         changes: (axis, positions, whether these alone stay; else they are zero), in order.
     """
@@ -72,9 +73,10 @@ class _Source:
     def read(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return the values, on fresh memory or as they are stored."""
         kind = dtype or self.dtype
-        if not self.changes and kind != self.stored.dtype and self.stored.is_contiguous():
+        anew = isinstance(self.stored, Assembled) or kind != self.stored.dtype
+        if not self.changes and anew and self.stored.is_contiguous():
             return self.copied(kind)
-        value = self.stored
+        value = whole(self.stored)
         for dim, positions, stay in self.changes:
             if stay:
                 value = value.index_select(dim, positions)
@@ -87,11 +89,10 @@ class _Source:
         if self.stored.numel() * dtype.itemsize >= _LARGE:
             give_back()  # what smaller ones have left, which are too small for it
         found = torch.empty(self.stored.shape, dtype=dtype, device=self.device)
-        size = _PIECE // self.stored.element_size()
-        pieces = self.stored.reshape(-1).split(size)
-        for piece, part in zip(pieces, found.view(-1).split(size), strict=True):
-            part.copy_(piece)
-            self._forget(piece)
+        for leaf, place in leaves(self.stored, found):
+            for piece, part in _pieces(leaf, place):
+                part.copy_(piece)
+                self._forget(piece)
         return found
 
     def stand_in(self) -> torch.Tensor:
@@ -103,7 +104,13 @@ class _Source:
 
     def forget(self) -> None:
         """Give the pages of the file back."""
-        self._forget(self.stored)
+        for one in files(self.stored):
+            self._forget(one)
+
+    def is_view(self, value: torch.Tensor) -> bool:
+        """Whether values that were read are those of the file."""
+        own = not isinstance(self.stored, Assembled)
+        return own and value.data_ptr() == self.stored.data_ptr()
 
     def _forget(self, part: torch.Tensor) -> None:
         if self.mapped:
@@ -112,6 +119,17 @@ class _Source:
             last = (start + part.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
             if last > first:
                 _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONT_NEED)
+
+
+def _pieces(
+    stored: torch.Tensor, place: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield rows of a tensor, ``_PIECE`` bytes at most if one row is, with their place."""
+    if stored.ndim == 0:
+        yield stored, place
+        return
+    rows = max(1, _PIECE * len(stored) // max(1, stored.nbytes))
+    yield from zip(stored.split(rows), place.split(rows), strict=True)
 
 
 _SOURCES: Any = WeakIdKeyDictionary()
@@ -155,7 +173,7 @@ def values_of(parameter: torch.Tensor, dtype: torch.dtype | None = None) -> torc
     if source is None or parameter in _held:
         return parameter.detach()
     value = source.read(dtype)
-    if value.data_ptr() != source.stored.data_ptr():
+    if not source.is_view(value):
         source.forget()
     return value
 
@@ -194,9 +212,10 @@ def stream_(
             "block; give a --memory that holds all of them"
         )
     _compute_anew_(model, dtype)
+    noted = _set_apart_(model)
     wide = _wide(model, dtype)
     uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
-    ranges = _mapped_files()
+    ranges = mapped_files()
     ends, elsewhere = _lone_ends(model, blocks, dtype if device.type == "cpu" else None)
     for number, block in enumerate(blocks):
         inside = [one for _, one in block.named_parameters(remove_duplicate=False)]
@@ -205,13 +224,15 @@ def stream_(
             alone = within[id(parameter)] == uses[id(parameter)] and id(parameter) not in elsewhere
             if alone and parameter.is_floating_point():
                 kind = wide.get(id(parameter), dtype)
-                _adopt(parameter, _source_of(parameter, kind, device, ranges))
+                stored = noted.get(id(parameter), parameter)
+                _adopt(parameter, _source_of(stored, kind, device, ranges))
         run = partial(_in_turn, block, number, block.forward)
         block.forward = update_wrapper(run, block.forward)
     for end in ends:
         for parameter in end.parameters():
             if not is_streamed(parameter):
-                source = _source_of(parameter, wide.get(id(parameter), dtype), device, ranges)
+                stored = noted.get(id(parameter), parameter)
+                source = _source_of(stored, wide.get(id(parameter), dtype), device, ranges)
                 _adopt(parameter, replace(source, tied=uses[id(parameter)] > 1))
         run = partial(_end_in_turn, end, len(blocks), end.forward)
         end.forward = update_wrapper(run, end.forward)
@@ -219,9 +240,10 @@ def stream_(
         if is_streamed(tensor):
             _SOURCES[tensor].forget()
         elif tensor.is_floating_point():
-            source = _source_of(tensor, wide.get(id(tensor), dtype), device, ranges)
+            stored = noted.get(id(tensor), tensor)
+            source = _source_of(stored, wide.get(id(tensor), dtype), device, ranges)
             tensor.data = source.read()
-            if tensor.data_ptr() != source.stored.data_ptr():
+            if not source.is_view(tensor):
                 source.forget()
         else:
             tensor.data = tensor.data.to(device)
@@ -241,19 +263,37 @@ def stream_(
         )
 
 
+def _set_apart_(model: nn.Module) -> dict[int, torch.Tensor]:
+    """Give a model plain parameters for notes of what they are made of; return id -> note."""
+    new: dict[int, nn.Parameter] = {}
+    noted: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        parameters: dict[str, Any] = module._parameters
+        for key, old in parameters.items():
+            if isinstance(old, Assembled):
+                shape = torch.full((), torch.nan, dtype=old.dtype).expand(old.shape)
+                one = new.setdefault(id(old), nn.Parameter(shape, old.requires_grad))
+                parameters[key] = one
+                noted[id(one)] = old
+    return noted
+
+
 def _wide(model: nn.Module, dtype: torch.dtype) -> dict[int, torch.dtype]:
     """Return id -> float32 of the tensors that a model has in it where it is of a type.
 
-    They are those of which transformers says so, and buffers that no file holds, if they are in it.
+    They are those of which transformers says so, parameters that were loaded in it where most were
+    not, and buffers that no file holds, if they are in it.
     """
     saved, named = model.state_dict(keep_vars=True), names_in_float32(model, dtype)
     found = {id(saved[name]) for name in named}
     if torch.promote_types(dtype, torch.float32) == torch.float32:
-        found |= {
-            id(buffer)
-            for name, buffer in model.named_buffers()
-            if name not in saved and buffer.dtype == torch.float32
-        }
+        sizes: Counter[torch.dtype] = Counter()
+        for one in model.parameters():
+            sizes[one.dtype] += one.numel()
+        kept = [buffer for name, buffer in model.named_buffers() if name not in saved]
+        if sizes.most_common(1)[0][0] != torch.float32:
+            kept += model.parameters()
+        found |= {id(one) for one in kept if one.dtype == torch.float32}
     return dict.fromkeys(found, torch.float32)
 
 
@@ -370,9 +410,7 @@ def _source_of(
     ranges: Sequence[tuple[int, int]],
 ) -> _Source:
     stored = tensor.detach()
-    end = stored.data_ptr() + stored.nbytes
-    mapped = any(first <= stored.data_ptr() and end <= last for first, last in ranges)
-    return _Source(stored, dtype, device, mapped)
+    return _Source(stored, dtype, device, are_mapped(stored, ranges))
 
 
 def _compute_anew_(model: nn.Module, dtype: torch.dtype) -> None:
@@ -618,7 +656,7 @@ class _Reader:
         return source.copied(source.dtype).cpu()
 
 
-def _mapped_files() -> list[tuple[int, int]]:
+def mapped_files() -> list[tuple[int, int]]:
     """Return the ranges of addresses at which weight files are mapped; none but on Linux."""
     maps = Path("/proc/self/maps")
     if not sys.platform.startswith("linux") or not maps.is_file():
