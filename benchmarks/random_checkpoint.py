@@ -20,7 +20,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.core_model_loading import revert_weight_conversion
 
 SHAPES = {
     "1B": (2048, 5632, 22, 32, 4),
@@ -28,16 +34,19 @@ SHAPES = {
     "7B": (4096, 11008, 32, 32, 32),
     "13B": (5120, 13824, 40, 40, 40),
     "70B": (8192, 28672, 80, 64, 8),
+    "8x1B": (2048, 5632, 22, 32, 4),
 }
-"""Hidden size, FFN size, layers, heads and key-value heads of TinyLlama, OpenLLaMA and LLaMA."""
+"""Hidden size, FFN size, layers, heads and key-value heads of TinyLlama, OpenLLaMA and LLaMA, and
+of a Mixtral with eight experts of TinyLlama's size, which are stored one by one."""
 
 DEVIATION = 0.02
 
 
-def config_of(shape: str) -> LlamaConfig:
+def config_of(shape: str) -> LlamaConfig | MixtralConfig:
     """Return the config of a shape."""
     hidden, ffn, layers, heads, kv_heads = SHAPES[shape]
-    return LlamaConfig(
+    made = MixtralConfig if shape.startswith("8x") else LlamaConfig
+    return made(
         vocab_size=32000,
         hidden_size=hidden,
         intermediate_size=ffn,
@@ -56,7 +65,7 @@ def write(shape: str, text: Path, out: Path, seed: int = 0, *, holes: bool = Fal
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     shards = defaultdict(list)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in revert_weight_conversion(model, model.state_dict()).items():
         layer = re.search(r"layers\.(\d+)\.", name)
         shards[int(layer[1]) + 1 if layer else 0].append((name, tensor.shape))
     torch.manual_seed(seed)
@@ -76,7 +85,7 @@ def write(shape: str, text: Path, out: Path, seed: int = 0, *, holes: bool = Fal
         places |= dict.fromkeys(dict(tensors), file)
     index = {"metadata": {}, "weight_map": places}
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    config.architectures = ["LlamaForCausalLM"]
+    config.architectures = [type(model).__name__]
     config.save_pretrained(out)
     trained = ByteLevelBPETokenizer()
     trained.train([str(text)], vocab_size=config.vocab_size, special_tokens=["<s>", "</s>"])

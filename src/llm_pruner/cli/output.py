@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llm_pruner.errors import UserError
+from llm_pruner.files.disk import placed
 from llm_pruner.files.outputs import Source, check_file, write_output
 from llm_pruner.report.text import clean, count, megabytes
 from llm_pruner.runtime.signals import INTERRUPTED, TERMINATED
@@ -99,6 +100,7 @@ def write_json(record: Any, file: str | None) -> None:
         sys.stdout.write(text)
     else:
         write_output(Path(file), text)
+        placed.append(Path(file))
 
 
 def hand_over(record: T, json: str | None, show: Callable[[T], None]) -> None:

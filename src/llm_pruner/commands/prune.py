@@ -576,7 +576,12 @@ class PruneRun:
             ),
             criterion=facts.criterion_in_words(plan),
             compensation=settings.compensation if self.refits else None,
-            settings=facts.settings_of(plan, {"dtype": settings.dtype, "device": settings.device}),
+            settings=facts.settings_of(
+                plan,
+                {"dtype": settings.dtype, "device": settings.device},
+                ({"refit_text": settings.refit_text} if self.refits else {})
+                | ({"repair_minutes": settings.repair_minutes} if self.repairs else {}),
+            ),
             versions=facts.versions(),
             command=self.command,
         )

@@ -26,6 +26,9 @@ CONTEXTS = ("input", "context")
 ANSWERS = ("output", "response", "completion", "answer")
 """Names of the fields of chats, and of instructions with their answers."""
 
+_ROWS = ("data", "documents", "examples", "rows", "samples", "texts", "train")
+"""Names under which an object holds all of a dataset."""
+
 BEGINNING = 1000
 """Rows that say whether a dataset can be read, and what its fields mean."""
 
@@ -71,7 +74,7 @@ def texts_of_rows(rows: Iterable[Any], name: str, text_field: str | None) -> Ite
         # The "input" of an instruction may be empty or left out.
         values = {field: row.get(field) for field in fields if len(fields) == 1 or row.get(field)}
         for field, value in values.items():
-            if text_field is None and chat_field({field: value}) is not None:
+            if text_field is None and field in CHATS and isinstance(value, (list, tuple)):
                 values[field] = "\n\n".join(_said(value, f"{name}: record {number}"))
             elif not isinstance(value, str):
                 raise UserError(
@@ -96,9 +99,9 @@ def chat_field(row: Mapping[str, Any]) -> str | None:
     """Return the field of a record that holds a chat, a list of messages; None if none does."""
     for field in CHATS:
         value = row.get(field)
-        if isinstance(value, (list, tuple)) and all(
-            isinstance(one, Mapping) and {"role", "from"} & {*one} for one in value
-        ):
+        messages = value if isinstance(value, (list, tuple)) else ()
+        marks = [isinstance(one, Mapping) and bool({"role", "from"} & {*one}) for one in messages]
+        if marks and all(marks):
             return field
     return None
 
@@ -113,7 +116,8 @@ def answer_fields(row: Mapping[str, Any]) -> tuple[str, str] | None:
 
 def _said(messages: Any, where: str) -> Iterator[str]:
     for message in messages:
-        content = message.get("content", message.get("value"))
+        known = message if isinstance(message, Mapping) else {}
+        content = known.get("content", known.get("value"))
         if not isinstance(content, str):
             raise UserError(
                 f"{where} has a message whose text is {_kind(content)}; repair or remove the record"
@@ -128,7 +132,8 @@ def _known_fields(row: Mapping[str, Any]) -> tuple[str, ...] | None:
     if (chat := chat_field(row)) is not None:
         return (chat,)
     if (pair := answer_fields(row)) is not None:
-        return (pair[0], *CONTEXTS, pair[1])
+        given = [name for name in CONTEXTS if isinstance(row.get(name, ""), str | None)]
+        return (pair[0], *given, pair[1])
     return None
 
 
@@ -202,6 +207,18 @@ def _without_halves(value: Any) -> Any:
     return value
 
 
+def _wrapped(record: Mapping[str, Any], key: str, rows: list[Any]) -> list[Any]:
+    """Return the records or texts that an object holds in its only list, or the object as one."""
+    if _known_fields(record) is None:
+        if all(isinstance(row, dict) for row in rows):
+            return rows
+        # A list of tags stands beside a text.
+        alone = key in _ROWS or not any(isinstance(value, str) for value in record.values())
+        if alone and all(isinstance(row, str) for row in rows):
+            return rows
+    return [record]
+
+
 def _json_rows(path: Path) -> Iterator[Any]:
     try:
         content = _parsed(_decode(path))
@@ -211,10 +228,8 @@ def _json_rows(path: Path) -> Iterator[Any]:
             return
         raise UserError(f"{path} is no JSON ({error}); write a list of objects") from None
     if isinstance(content, dict):
-        lists = [value for value in content.values() if isinstance(value, list)]
-        # One list of records may stand in an object, which then is no record itself.
-        wrapped = len(lists) == 1 and all(isinstance(one, dict) for one in lists[0])
-        content = lists[0] if wrapped and _known_fields(content) is None else [content]
+        lists = [(key, value) for key, value in content.items() if isinstance(value, list)]
+        content = _wrapped(content, *lists[0]) if len(lists) == 1 else [content]
     if not isinstance(content, list):
         raise UserError(f"{path} holds {_kind(content)}; write a list of objects")
     yield from content

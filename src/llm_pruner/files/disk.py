@@ -21,7 +21,8 @@ from typing import Any, Literal
 _RUST_CODE = re.compile(r"\(os error (\d+)\)")
 
 placed: list[Path] = []
-"""Folders that this process has given their place, for what is said when it is interrupted."""
+"""Folders and files that this process has given their place, for what is said when it is
+interrupted."""
 
 
 @contextmanager

@@ -4,7 +4,6 @@ and the Gram matrices of their inputs.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -33,19 +32,27 @@ class Consumer:
 def consumers_of(model: nn.Module, group: Group) -> tuple[Consumer, ...]:
     """Return the linear modules (``nn.Linear`` or ``Conv1D``) that read the group's axis.
 
-    Also by a weight that is tied to one of another name, as an output layer's to the embedding.
+    Also by a weight that is tied to the embedding, as that of an output layer.
     """
-    users: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
-    for path, module in model.named_modules():
-        if input_dim(module) is not None:
-            users[id(module.weight)].append((path, module))
-    return tuple(
-        Consumer(group.name, path, member.index)
-        for member in group.members
-        if not member.buffer
-        for path, module in users[id(model.get_parameter(member.tensor))]
-        if input_dim(module) == member.dim
-    )
+    found = []
+    for member in group.members:
+        path, _, key = member.tensor.rpartition(".")
+        if member.buffer or key != "weight":
+            continue
+        module = model.get_submodule(path)
+        users = [(path, module)]
+        if isinstance(module, nn.Embedding):
+            users = [
+                (name, one)
+                for name, one in model.named_modules()
+                if input_dim(one) is not None and one.weight is module.weight
+            ]
+        found += [
+            Consumer(group.name, name, member.index)
+            for name, one in users
+            if input_dim(one) == member.dim
+        ]
+    return tuple(found)
 
 
 def input_dim(module: nn.Module) -> int | None:

@@ -96,4 +96,6 @@ def drop_tokens_beyond_(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
     for name, token in tokenizer.special_tokens_map.items():
         if token in gone:
             setattr(tokenizer, name, None)
+    extra = getattr(tokenizer, "extra_special_tokens", [])
+    tokenizer.extra_special_tokens = [one for one in extra if str(one) not in gone]
     tokenizer._tokenizer = type(backend).from_str(json.dumps(data))

@@ -264,7 +264,11 @@ def stream_(
 
 
 def _set_apart_(model: nn.Module) -> dict[int, torch.Tensor]:
-    """Give a model plain parameters for notes of what they are made of; return id -> note."""
+    """Give a model plain tensors for notes of what they are made of.
+
+    Returns:
+        id of a new parameter -> the note of its values; buffers have theirs.
+    """
     new: dict[int, nn.Parameter] = {}
     noted: dict[int, torch.Tensor] = {}
     for module in model.modules():
@@ -275,6 +279,8 @@ def _set_apart_(model: nn.Module) -> dict[int, torch.Tensor]:
                 one = new.setdefault(id(old), nn.Parameter(shape, old.requires_grad))
                 parameters[key] = one
                 noted[id(one)] = old
+        buffers: dict[str, Any] = module._buffers
+        buffers |= {key: whole(one) for key, one in buffers.items() if isinstance(one, Assembled)}
     return noted
 
 

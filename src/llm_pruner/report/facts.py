@@ -140,10 +140,17 @@ def repair_of(done: Pruned) -> str | None:
     )
 
 
-def settings_of(plan: Plan, model: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return all settings of a run, and how its model was loaded, by the headings of the help."""
+def settings_of(
+    plan: Plan, model: Mapping[str, Any], after: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Return all settings of a run by the headings of the help.
+
+    Args:
+        model: how it was loaded.
+        after: what decided about what was done after the cut, by the names of the options.
+    """
     sections: dict[str, dict[str, Any]] = {"Model": {**plan.model.model_dump(), **model}}
-    for name, value in plan.settings.items():
+    for name, value in {**plan.settings, **after}.items():
         field = PruneSettings.model_fields.get(name)
         panel = None if field is None else option_of(field).panel
         heading = (panel or "Plan").partition(" (")[0]

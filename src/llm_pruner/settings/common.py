@@ -157,7 +157,7 @@ class TaskSettings(Settings):
         reads=True,
     )
     limit: Annotated[int, _SOME, within(1, MOST)] | None = _task(
-        None, "Only the first N items of each task.", "N", shown="all"
+        None, "Only the first N items of each task, or problems or prompts.", "N", shown="all"
     )
 
     def check_tasks(self, *, limited: bool = False) -> None:
