@@ -7,7 +7,7 @@ stack of mapped tensors is a note of what it is made of.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,7 +59,7 @@ class Assembled(torch.Tensor):
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor's values."""
+    """Return a tensor's values, in one piece of memory and of its shape."""
     if not isinstance(tensor, Assembled):
         return tensor
     found = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
@@ -119,7 +119,7 @@ def are_mapped(tensor: torch.Tensor, ranges: Ranges) -> bool:
 
 
 class _Late(TorchFunctionMode):
-    def __init__(self, mapped: Any) -> None:
+    def __init__(self, mapped: Callable[[], Ranges]) -> None:
         super().__init__()
         self._mapped = mapped
 
@@ -140,11 +140,12 @@ class _Late(TorchFunctionMode):
 
 
 @contextmanager
-def put_together_late(mapped: Any) -> Iterator[None]:
+def put_together_late(mapped: Callable[[], Ranges]) -> Iterator[None]:
     """Inside, what is stacked or joined of weight files alone is ``Assembled``.
 
     Args:
-        mapped: returns the ranges of addresses at which files are mapped.
+        mapped: returns the ranges of addresses, (first, one behind the last), at which files are
+            mapped.
     """
     with _Late(mapped):
         yield
