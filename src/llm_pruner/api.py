@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from llm_pruner.checkpoints import save_checkpoint
+from llm_pruner.checkpoints.save import keep_type_
 from llm_pruner.commands.curve import CurveRun
-from llm_pruner.commands.prune import PruneRun, Refitter, fitted_and_judged, keep_type_
+from llm_pruner.commands.prune import PruneRun
+from llm_pruner.commands.refitting import Refitter, fitted_and_judged
 from llm_pruner.data.calibration import Calibration, read_calibration
 from llm_pruner.data.text import PRUNED, Protocol, load_evaluation_text
 from llm_pruner.discovery.groups import discover as discover_groups

@@ -18,6 +18,7 @@ from fake_discovery import fake_llama, fake_scores
 from helpers import tiny_model
 from llm_pruner import importance
 from llm_pruner.commands import prune as pruning
+from llm_pruner.commands import refitting
 from llm_pruner.compensation import Refitted, refit_
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
@@ -108,7 +109,7 @@ def test_a_refit_reads_more_text_than_the_estimate(
         seen.append(args[4])
         return refit_(*args, **others)
 
-    monkeypatch.setattr(pruning, "refit_", refit)
+    monkeypatch.setattr(refitting, "refit_", refit)
     options = ["--ratio", 0.2, "--preset", "balanced", "--structures", "ffn"]
     options += small(text)
     once, more = tmp_path / "once", tmp_path / "more"
@@ -291,7 +292,7 @@ def test_refits_that_make_held_out_text_worse_are_taken_back(
     options = ("--ratio", 0.2, *small(text))
     plain, spoiled = tmp_path / "plain", tmp_path / "spoiled"
     done("prune", tiny, "--out", plain, *options)
-    monkeypatch.setattr(pruning, "refit_", spoil)
+    monkeypatch.setattr(refitting, "refit_", spoil)
     result = done("prune", tiny, "--out", spoiled, *options, "--compensation", "least-squares")
     assert "no gain on held-out text" in result.out
     one, other = (load_file(folder / "model.safetensors") for folder in (plain, spoiled))
@@ -313,7 +314,7 @@ def test_a_part_of_the_text_scores_and_more_of_it_is_fitted(
         return refit_(*args, **rest)
 
     monkeypatch.setattr(pruning, "score", score)
-    monkeypatch.setattr(pruning, "refit_", refit)
+    monkeypatch.setattr(refitting, "refit_", refit)
     options = ("--criterion", "fisher", "--split", "equal", "--compensation", "least-squares")
     out = tmp_path / "out"
     done("prune", tiny, "--out", out, "--ratio", 0.2, *options, *small(text), "--score-samples", 4)
@@ -467,6 +468,8 @@ def test_a_model_that_is_no_chain_goes_without_a_refit_or_is_refused_before_work
     said = done("prune", tiny, "--out", tmp_path / "out", *options, "--json", "-").out
     assert "no refit, which goes block by block: block 1 depends on more" in caplog.text
     assert json.loads(said)["refitted"] == []
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert plan["settings"]["compensation"] == "none"
     monkeypatch.setattr(pruning, "score", None)  # nothing is scored
     again = run("prune", tiny, "--out", tmp_path / "b", *options, "--compensation", "least-squares")
     assert again.code == 2

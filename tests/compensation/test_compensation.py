@@ -20,6 +20,7 @@ from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
 from llm_pruner.importance import Criterion, score
 from llm_pruner.models.activation_store import HiddenStates
+from llm_pruner.models.blockwise import NotBlockwise, find_chain
 from llm_pruner.surgery.cut import cut_
 from llm_pruner.types import Removal
 
@@ -367,6 +368,49 @@ def test_bfloat16_and_refusals() -> None:
     assert any(one.ridge is not None for one in done)
     with pytest.raises(UserError, match="at least 2 calibration samples and got 1"):
         refit_(model, dense, discovery, removal, tokens(1))
+
+
+_SHARING: dict[str, Any] = {
+    "num_hidden_layers": 6,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+}
+
+
+def test_blocks_that_read_keys_and_values_of_earlier_ones_are_refitted() -> None:
+    dense = tiny_model("gemma4_text", **_SHARING).requires_grad_(False)
+    model, ids = copy.deepcopy(dense), tokens()
+    with pytest.raises(NotBlockwise, match="block 4 depends on more"):
+        find_chain(dense, ids, {})
+    chain = find_chain(dense, ids, {}, carries=True)
+    kept: dict[nn.Module, torch.Tensor] = {}
+    hooks = [
+        block.register_forward_hook(lambda block, _, output: kept.update({block: output}))
+        for block in chain.blocks
+    ]
+    with torch.no_grad(), chain.opened():
+        dense(ids, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        hidden, carried = chain.entry(ids), dict[Any, Any]()
+        for number, block in enumerate(chain.blocks):
+            _, hidden = chain.run_block(number, ids, hidden, carried)
+            torch.testing.assert_close(hidden, kept[block])
+    assert list(carried) == ["shared_kv_states"]
+    discovery, removal = removal_of(model, ("heads", "ffn"))
+    cut_(model, discovery, removal)
+    masked = copy.deepcopy(model)
+    done = refit_(model, dense, discovery, removal, ids)
+    assert {int(one.module.split(".")[2]) for one in done if one.changed} >= {4, 5}
+    fresh = torch.randint(3, 100, (16, 16), generator=torch.Generator().manual_seed(9))
+    assert divergence(model, dense, fresh) < divergence(masked, dense, fresh)
+
+
+def test_several_hidden_states_of_a_sample_are_no_chain() -> None:
+    sizes = {"intermediate_size": [64] * 6, "activation_sparsity_pattern": [0.0] * 6}
+    model = tiny_model("gemma3n_text", **_SHARING, **sizes).requires_grad_(False)
+    with pytest.raises(NotBlockwise, match="hidden states of a sample are not together"):
+        find_chain(model, tokens(), {}, carries=True)
 
 
 def test_a_model_that_is_no_chain_is_refused() -> None:

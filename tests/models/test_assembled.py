@@ -17,7 +17,7 @@ from llm_pruner.models.assembled import (
     put_together_late,
     whole,
 )
-from llm_pruner.models.streaming import mapped_files
+from llm_pruner.models.stored_weight import mapped_files
 
 
 def made() -> tuple[Assembled, torch.Tensor]:

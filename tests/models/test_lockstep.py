@@ -18,7 +18,7 @@ from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.discovery.groups import discover
 from llm_pruner.discovery.tracing.scenes import generated
 from llm_pruner.errors import VerificationError
-from llm_pruner.models import lockstep, streaming
+from llm_pruner.models import lockstep, stored_weight, streaming
 from llm_pruner.models.blockwise import find_chain
 from llm_pruner.models.load import load_model
 from llm_pruner.models.lockstep import in_step, result_of
@@ -49,7 +49,7 @@ def streamed(folder: str) -> Any:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The stored tensors that are read whole, one after the other, by their address in the file."""
     found: list[int] = []
-    read = streaming._Source.read
+    read = stored_weight.StoredWeight.read
 
     def counted(self: Any, *args: Any) -> torch.Tensor:
         value = read(self, *args)
@@ -57,7 +57,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             found.append(self.stored.data_ptr())
         return value
 
-    monkeypatch.setattr(streaming._Source, "read", counted)
+    monkeypatch.setattr(stored_weight.StoredWeight, "read", counted)
     return found
 
 

@@ -20,7 +20,7 @@ from llm_pruner.data import selfmade
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
 from llm_pruner.importance import Criterion, score
-from llm_pruner.models import load, streaming
+from llm_pruner.models import load, stored_weight, streaming
 from llm_pruner.models.assembled import Assembled, files
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import load_model
@@ -301,13 +301,13 @@ def test_text_is_written_with_the_weights_of_the_files_where_they_fit(
     how: dict[str, Any] = {"samples": 2, "seq_len": 16, "seed": 0}
     expected = selfmade.write_text(resident, tiny_tokenizer(), **how)
     count = sum(one.numel() for one in resident.parameters())
-    read, reads = streaming._Source.read, list[Any]()
+    read, reads = stored_weight.StoredWeight.read, list[Any]()
 
     def counted(source: Any, *dtype: Any) -> torch.Tensor:
         reads.append(source)
         return read(source, *dtype)
 
-    monkeypatch.setattr(streaming._Source, "read", counted)
+    monkeypatch.setattr(stored_weight.StoredWeight, "read", counted)
     for room, once in ((2 * count, True), (2 * count - 1, False)):
         model = load_model(str(folder), memory=room).model
         reads.clear()
@@ -370,7 +370,6 @@ def test_a_wrong_cut_is_noticed_and_undone(tmp_path: Path, monkeypatch: Any) -> 
     tokens = torch.arange(3, 40)[None]
     with torch.no_grad():
         before = streamed(tokens).logits
-    from llm_pruner.models import streaming
     from llm_pruner.surgery import cut
 
     def shifted(parameter: torch.Tensor, kept: dict[int, Any]) -> nn.Parameter:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -18,7 +19,8 @@ from llm_pruner.checkpoints.stock_config import layer_values, stock_config
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.files.disk import folder_bytes, umask
 from llm_pruner.files.outputs import atomic_directory, bytes_of, check_shard_size
-from llm_pruner.models.streaming import saved_by_shard
+from llm_pruner.models.layers import names_in_float32
+from llm_pruner.models.streaming import keep_dtype_, saved_by_shard
 from llm_pruner.runtime.progress import quiet
 from llm_pruner.types import Edits
 
@@ -234,3 +236,20 @@ def silent_writing() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+def keep_type_(network: Any, dtype: torch.dtype) -> None:
+    """Turn the parameters of a model to the type in which they are saved.
+
+    Those that transformers has in float32 whatever the type of the model are saved in that. Buffers
+    that no checkpoint holds, such as the frequencies of rotary embeddings, keep theirs.
+    """
+    kept = {name for name, _ in network.named_buffers()} - set(network.state_dict())
+    wide = names_in_float32(network, dtype)
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if name in kept or not tensor.is_floating_point():
+            continue
+        kind = torch.float32 if name in wide else dtype
+        if not keep_dtype_(tensor, kind):
+            tensor.data = tensor.data.to(kind)
+    network.config.dtype = dtype

@@ -42,15 +42,10 @@ from safetensors import safe_open
 from torch import nn
 
 from llm_pruner import planning
-from llm_pruner.checkpoints.save import SHARD
+from llm_pruner.checkpoints.save import SHARD, keep_type_
 from llm_pruner.commands import prune_start as start
-from llm_pruner.commands.prune import (
-    RELOAD_LIMIT,
-    PruneRun,
-    fitted_and_judged,
-    keep_type_,
-    text_to_refit,
-)
+from llm_pruner.commands.prune import RELOAD_LIMIT, PruneRun
+from llm_pruner.commands.refitting import fitted_and_judged, text_to_refit
 from llm_pruner.compensation import refit_
 from llm_pruner.compensation.least_squares import RIDGES
 from llm_pruner.data.calibration import read_calibration

@@ -15,10 +15,11 @@ from torch import nn
 
 from llm_pruner import planning
 from llm_pruner.checkpoints import SavedCheckpoint, save_checkpoint
+from llm_pruner.checkpoints.save import keep_type_
 from llm_pruner.commands import prune_start as start
 from llm_pruner.commands.inspect import tokens_go_first
 from llm_pruner.commands.publish import check_push
-from llm_pruner.compensation import Refitted, refit_
+from llm_pruner.commands.refitting import Refitter, fitted_and_judged, text_to_refit
 from llm_pruner.data.calibration import (
     FURTHER,
     Calibration,
@@ -35,9 +36,9 @@ from llm_pruner.importance import score
 from llm_pruner.models.activation_store import HiddenStates
 from llm_pruner.models.blockwise import NotBlockwise, find_chain
 from llm_pruner.models.forward import embedding_rows, is_on_meta, undisturbed
-from llm_pruner.models.layers import names_in_float32, sharing_copy
+from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import LoadedModel, load
-from llm_pruner.models.streaming import is_model_streamed, keep_dtype_
+from llm_pruner.models.streaming import is_model_streamed
 from llm_pruner.planning.rounding import rounded_for
 from llm_pruner.report import facts
 from llm_pruner.report.data import Report, SavedAs
@@ -48,7 +49,6 @@ from llm_pruner.runtime.precision import fast_matmul, mixed_precision
 from llm_pruner.runtime.processes import ALONE, Processes, is_sharded, joined, own_device
 from llm_pruner.runtime.progress import Clock, quiet
 from llm_pruner.search.cache_cost import cache_cost
-from llm_pruner.search.divergence import divergences
 from llm_pruner.search.fast_widths import Rounding, measured_rounding
 from llm_pruner.search.structure_split import find_split, hold_out
 from llm_pruner.settings.prune import PruneSettings
@@ -58,9 +58,6 @@ from llm_pruner.types import Discovery, FloatArray, IntArray, Removal, Scores, S
 from llm_pruner.version import __version__
 
 _LOG = logging.getLogger(__name__)
-
-JUDGED = 1024
-"""Held-out tokens that all refits together are judged on."""
 
 RELOAD_LIMIT = 2_000_000_000
 """Parameters up to which a saved model is loaded beside the one in memory."""
@@ -243,7 +240,7 @@ class PruneRun:
         some = torch.arange(8, device=next(self.network.parameters()).device)[None]
         try:
             with undisturbed(self.network), torch.enable_grad():
-                find_chain(self.network, some % embedding_rows(self.network), {})
+                find_chain(self.network, some % embedding_rows(self.network), {}, carries=True)
         except NotBlockwise as reason:
             if "compensation" in self.settings.given:
                 raise UserError(
@@ -366,6 +363,7 @@ class PruneRun:
                 self.selection,
                 self.criterion,
                 samples=None if self.text is None else len(self.text.input_ids),
+                refits=self.refits,
             ),
             text=None if self.text is None else self.text.settings["fingerprint"],
         )
@@ -586,93 +584,3 @@ class PruneRun:
             command=self.command,
         )
         write_report(folder, report)
-
-
-def fitted_and_judged(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return which of some samples, (samples, seq_len), are refitted on, and which judge that."""
-    if len(tokens) <= 2:  # the least that can be fitted; one of them has to judge, too
-        return tokens, tokens[-1:]
-    judged, fitted = hold_out(tokens)
-    return fitted, judged
-
-
-def text_to_refit(
-    loaded: LoadedModel, settings: PruneSettings, text: Calibration
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return samples to refit on, as many times those of a text as asked, and those that judge it.
-
-    The first ones are of the text; none is among what judges, or what it left to measure on.
-    """
-    fitted, judged = fitted_and_judged(text.input_ids)
-    further = round((settings.refit_text - 1) * len(text.input_ids))
-    if further:
-        apart = torch.stack([*judged, *text.unseen])
-        fitted = further_text(loaded, settings, fitted, apart, further, settings.seed)
-    return fitted, judged
-
-
-class Refitter:
-    """Brings the pruned model nearer to the dense one after each cut, if that is a gain.
-
-    Each consumer is judged by its own error on held-out tokens, and all of them together by the
-    divergence from the dense model on samples that no fit has seen: if the repaired model is
-    further from the dense one than it was, it gets its weights back. What is judged, and what the
-    next cut begins with, is rounded as it will be saved.
-    """
-
-    def __init__(
-        self, loaded: LoadedModel, discovery: Discovery, surgeon: Surgeon, saved: torch.dtype
-    ) -> None:
-        self._model, self._dense = loaded.model, sharing_copy(loaded.model)
-        self._discovery, self._surgeon, self._saved = discovery, surgeon, saved
-        self.done: list[Refitted] = []
-
-    def refit(
-        self,
-        removal: Removal,
-        fitted: torch.Tensor,
-        judged: torch.Tensor,
-        known: HiddenStates | None = None,
-    ) -> None:
-        """Refit after ``removal``, all that was removed so far in dense numbering.
-
-        Args:
-            fitted: tokens, (samples, seq_len).
-            judged: other tokens, likewise.
-            known: hidden states of the dense model, if of the tokens that are fitted.
-        """
-        before = sharing_copy(self._model)
-        with mixed_precision(self._model):
-            found = refit_(self._model, self._dense, self._discovery, removal, fitted, known=known)
-        if not is_model_streamed(self._model):  # its weights lie in the type of the files
-            for one in found:
-                weight = self._model.get_submodule(one.module).get_parameter("weight")
-                if one.changed:
-                    weight.data = weight.data.to(self._saved).to(weight.dtype)
-        give_back()
-        judging = judged[: max(1, JUDGED // judged.shape[1])]
-        after, without = divergences(self._dense, (self._model, before), judging)
-        if not after <= without:
-            for one in found:
-                module = self._model.get_submodule(one.module)
-                module.weight = before.get_submodule(one.module).get_parameter("weight")
-            found = [replace(one, ridge=None, after=one.before) for one in found]
-        self.done.extend(found)
-        self._surgeon.clock.stop("least squares")
-
-
-def keep_type_(network: Any, dtype: torch.dtype) -> None:
-    """Turn the parameters of a model to the type in which they are saved.
-
-    Those that transformers has in float32 whatever the type of the model are saved in that. Buffers
-    that no checkpoint holds, such as the frequencies of rotary embeddings, keep theirs.
-    """
-    kept = {name for name, _ in network.named_buffers()} - set(network.state_dict())
-    wide = names_in_float32(network, dtype)
-    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
-        if name in kept or not tensor.is_floating_point():
-            continue
-        kind = torch.float32 if name in wide else dtype
-        if not keep_dtype_(tensor, kind):
-            tensor.data = tensor.data.to(kind)
-    network.config.dtype = dtype

@@ -90,7 +90,12 @@ def default_protection(discovery: Discovery) -> tuple[int, int]:
 
 
 def planned(
-    settings: PruneSettings, selection: Selection, criterion: Criterion, *, samples: int | None
+    settings: PruneSettings,
+    selection: Selection,
+    criterion: Criterion,
+    *,
+    samples: int | None,
+    refits: bool,
 ) -> dict[str, Any]:
     """Return all settings that decide about a plan, as they were used; ``samples`` were read."""
     unread = set() if samples else set(CalibrationSettings.model_fields)
@@ -103,6 +108,7 @@ def planned(
         "preset": None if settings.preset is None else Path(settings.preset).name,
         "calibration": _named(settings.calibration),
         "samples": samples,
+        "compensation": settings.compensation if refits else "none",
         "protect_first": selection.protect_first,
         "protect_last": selection.protect_last,
         "round_to": selection.round_to,

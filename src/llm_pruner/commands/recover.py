@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from llm_pruner.checkpoints import save_checkpoint
+from llm_pruner.checkpoints.save import keep_type_
 from llm_pruner.commands import workdir
 from llm_pruner.commands.evaluate import measure_perplexities, read_texts
-from llm_pruner.commands.prune import keep_type_
 from llm_pruner.commands.prune_start import check_space
 from llm_pruner.commands.publish import check_push
 from llm_pruner.data.examples import Examples, load_examples

@@ -41,7 +41,7 @@ from torch import nn
 from llm_pruner.compensation.least_squares import RIDGES, Rows, best_refit, equations
 from llm_pruner.errors import UserError
 from llm_pruner.models.activation_store import ActivationStore, Boundary, HiddenStates
-from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
+from llm_pruner.models.blockwise import Carried, Chain, NotBlockwise, find_chain
 from llm_pruner.models.consumers import consumers_of, input_dim, set_weight, weight_of
 from llm_pruner.models.forward import undisturbed
 from llm_pruner.models.layers import Renaming, kept_layers
@@ -126,13 +126,14 @@ def refit_(
         ids = input_ids.detach().to(next(model.parameters()).device, torch.long)
         try:
             with torch.enable_grad():
-                chains = (find_chain(model, ids, {}), find_chain(dense, ids, {}))
+                pruned = find_chain(model, ids, {}, carries=True)
+                whole = find_chain(dense, ids, {}, carries=True)
         except NotBlockwise as reason:
             raise UserError(
                 f"the model cannot be refitted block by block: {reason}; use --compensation none"
             ) from reason
         gone = removed_modules(discovery, removal)
-        return _Refit(*chains, consumers, gone, ids, ridges, known).run()
+        return _Refit(pruned, whole, consumers, gone, ids, ridges, known).run()
 
 
 def held_out_samples(samples: int, seq_len: int) -> torch.Tensor:
@@ -231,6 +232,7 @@ class _Refit:
         ]
         self.hidden = self._rows(_MEMORY)
         self.found: list[Refitted] = []
+        self.carried: dict[tuple[int, int], Carried] = {}  # of a chain, first sample
         self.last: dict[int, float] = {}  # number of a consumer in its block -> ridge
 
     def run(self) -> list[Refitted]:
@@ -273,7 +275,7 @@ class _Refit:
         """Store the hidden states behind a block, which may take the place of those before it."""
         with turn(chain.blocks[index]):
             for part in self.parts:
-                _, output = chain.run_block(index, self.ids[part], hidden.read(part))
+                output = self._run(chain, index, part, hidden.read(part))
                 behind.write(part, output)
 
     def _block(self, index: int, at: int, target: Boundary) -> tuple[int, Boundary]:
@@ -341,6 +343,11 @@ class _Refit:
             rest.close()
         return at, following
 
+    def _run(self, chain: Chain, index: int, part: slice, states: torch.Tensor) -> torch.Tensor:
+        """Return the output of a block, with what those before it left for these samples."""
+        carried = self.carried.setdefault((id(chain), part.start), {})
+        return chain.run_block(index, self.ids[part], states, carried)[1]
+
     def _next(self, index: int) -> int:
         """Return the dense block that the next pruned one stands for; behind the last, how many
         there are."""
@@ -380,7 +387,7 @@ class _Refit:
                 states = target.read(part)
                 output = states
                 with suppress(_Reached):
-                    _, output = self.dense.run_block(at, self.ids[part], states)
+                    output = self._run(self.dense, at, part, states)
                 if known is None:
                     following.write(part, output)
                 if part is self.parts[0]:
@@ -429,7 +436,7 @@ class _Refit:
                 )
             hooks.enter_context(order[-1].module.register_forward_pre_hook(stop))
             try:
-                self.pruned.run_block(index, self.ids[part], states)
+                self._run(self.pruned, index, part, states)
             except _Reached as reached:
                 return _by_token(reached.value, states), sum(before) if before else 0.0
         raise AssertionError(f"{order[-1].name} was not called")

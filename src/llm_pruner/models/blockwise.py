@@ -5,17 +5,22 @@ A model is such a chain if one ``ModuleList`` has its entries called once each, 
 the very hidden state that the one before returned, and if nothing else carries a gradient from one
 block to another or past them. ``find_chain`` checks all of it on a few tokens, so no list of
 architectures is needed.
+
+Some models hand more from block to block: later blocks of Gemma 4 read the keys and
+values of earlier ones. It lies in a mapping that is an argument of every block. For who runs blocks
+forward alone such a model is a chain as well, which is asked for with ``carries``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from llm_pruner.models.forward import run_for_logits
 from llm_pruner.models.layers import heaviest
@@ -38,6 +43,8 @@ class _Stop(Exception):  # noqa: N818 - a signal, not an error
 
 Call = Callable[..., Any]
 Handler = Callable[[int, Call, tuple[Any, ...], dict[str, Any]], Any]
+Carried = dict[int | str, dict[Any, Any]]
+"""Place or name of an argument -> what blocks have put into that mapping, detached."""
 
 
 @dataclass
@@ -112,12 +119,20 @@ class Chain:
         raise NotBlockwise("no block was called")
 
     def run_block(
-        self, index: int, input_ids: torch.Tensor, hidden: torch.Tensor
+        self,
+        index: int,
+        input_ids: torch.Tensor,
+        hidden: torch.Tensor,
+        carried: Carried | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (input, output) of one block on ``hidden``; the input is a leaf with gradient.
 
         The model runs from its start, because only it knows the block's other arguments (masks,
         positions); the blocks before return their input, and everything after is left out.
+
+        Args:
+            carried: what the blocks before left beside the hidden state; this one's is added, even
+                if it does not come to its end.
         """
 
         def handler(at: int, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -127,7 +142,9 @@ class Chain:
             leaf = hidden.to(given.device).detach().requires_grad_()
             leaves.append(leaf)
             args, kwargs = with_hidden(args, kwargs, leaf)
-            raise _Stop(output_of(original(*args, **kwargs)))
+            with _carrying({} if carried is None else carried, args, kwargs):
+                output = original(*args, **kwargs)
+            raise _Stop(output_of(output))
 
         leaves: list[torch.Tensor] = []
         try:
@@ -156,6 +173,34 @@ def with_hidden(
     if args:
         return (hidden, *args[1:]), kwargs
     return args, {**kwargs, next(iter(_floating(kwargs))): hidden}
+
+
+def _mappings(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[int | str, MutableMapping[Any, Any]]:
+    """Return the arguments that a block can leave something in for those behind it."""
+    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    return {name: one for name, one in named if isinstance(one, MutableMapping)}
+
+
+@contextmanager
+def _carrying(carried: Carried, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, mappings hold what was carried so far; what a block puts in or replaces is added."""
+    mappings = _mappings(args, kwargs)
+    for name, one in mappings.items():
+        one.update(carried.get(name, {}))
+    before = {name: dict(one) for name, one in mappings.items()}
+    try:
+        yield
+    finally:
+        for name, one in mappings.items():
+            for key, value in one.items():
+                if before[name].get(key, carried) is not value:  # never the value of a key
+                    carried.setdefault(name, {})[key] = _detached(value)
+
+
+def _detached(value: Any) -> Any:
+    return tree_map_only(torch.Tensor, torch.Tensor.detach, value)
 
 
 def _floating(kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -190,7 +235,11 @@ def _form_of(output: Any) -> Any:
 
 
 def find_chain(
-    model: nn.Module, input_ids: torch.Tensor, scored: Mapping[str, nn.Parameter]
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    scored: Mapping[str, nn.Parameter],
+    *,
+    carries: bool = False,
 ) -> Chain:
     """Return the model's chain of blocks, proven on the first few tokens.
 
@@ -198,6 +247,8 @@ def find_chain(
         model: with no parameter that requires a gradient.
         input_ids: shape (samples, seq_len).
         scored: the parameters whose gradients will be asked for.
+        carries: whether blocks may leave more than a hidden state for those behind them, without
+            its gradient; then ``run_block`` wants ``carried``.
 
     Raises:
         NotBlockwise: the model is no such chain.
@@ -205,13 +256,13 @@ def find_chain(
     ids = input_ids[:1, :_PROBE_TOKENS]
     likely = tuple(heaviest(_lists(model)) or ())
     try:
-        return _proven(model, likely, ids, scored)
+        return _proven(model, likely, ids, scored, carries)
     except NotBlockwise:
         # To see whether it is another list takes one more pass over all weights.
         blocks = _called_in_order(model, ids)
         if blocks == likely:
             raise
-    return _proven(model, blocks, ids, scored)
+    return _proven(model, blocks, ids, scored, carries)
 
 
 def _proven(
@@ -219,6 +270,7 @@ def _proven(
     blocks: tuple[nn.Module, ...],
     ids: torch.Tensor,
     scored: Mapping[str, nn.Parameter],
+    carries: bool,
 ) -> Chain:
     """Return the chain of these blocks, or raise NotBlockwise."""
     owners: dict[int, int] = {}
@@ -234,7 +286,7 @@ def _proven(
     chain = Chain(model, blocks, owned, outside)
     try:
         with requiring_gradients(scored), chain.opened():
-            _probe(chain, ids)
+            _probe(chain, ids, carries)
     except RuntimeError as error:  # autograd's: a block writes into its input, for instance
         raise NotBlockwise(f"a block does not run on its own: {error}") from error
     return chain
@@ -278,7 +330,7 @@ def _called_in_order(model: nn.Module, ids: torch.Tensor) -> tuple[nn.Module, ..
     return tuple(blocks)
 
 
-def _probe(chain: Chain, ids: torch.Tensor) -> None:
+def _probe(chain: Chain, ids: torch.Tensor, carries: bool) -> None:
     """Run the model once with all borders cut, and once per block; note what the passes need.
 
     Raises:
@@ -294,10 +346,14 @@ def _probe(chain: Chain, ids: torch.Tensor) -> None:
 
     def handler(at: int, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = hidden_of(args, kwargs)
-        if at != len(outputs) or (leaves and given is not leaves[-1]):
+        if at != len(outputs) or (leaves and not _is_same(given, leaves[-1])):
             raise NotBlockwise(f"block {at} does not run on the output of the block before it")
+        if len(given) != len(ids):  # Gemma 3n has four hidden states, and samples behind them
+            raise NotBlockwise("the hidden states of a sample are not together")
         leaf = given.detach().requires_grad_()
         args, kwargs = with_hidden(args, kwargs, leaf)
+        for one in _mappings(args, kwargs).values() if carries else ():
+            one.update(_detached(dict(one)))
         with turn(chain.blocks[at]):
             output = original(*args, **kwargs)
             hidden = output_of(output)
@@ -322,13 +378,20 @@ def _probe(chain: Chain, ids: torch.Tensor) -> None:
     if not depends(logits, [leaves[-1]]) or depends(logits, above):
         raise NotBlockwise("the logits depend on more than the last block's output")
     chain.bottom = depends(entries[0], outside)
+    carried: Carried = {}
     for index, output in enumerate(outputs):
         try:
-            _, again = chain.run_block(index, ids, inputs[index])
+            _, again = chain.run_block(index, ids, inputs[index], carried)
         except (TypeError, AttributeError) as error:  # raised by a None in place of a tensor
             raise NotBlockwise("the blocks return more than a hidden state") from error
         if not torch.allclose(again, output, rtol=1e-3, atol=1e-5, equal_nan=True):
             raise NotBlockwise(f"block {index} gives another output when it runs again")
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are one, or a slice that leaves nothing out."""
+    same = one.data_ptr() == other.data_ptr() and one.stride() == other.stride()
+    return one is other or (same and one.shape == other.shape and one.dtype == other.dtype)
 
 
 def depends(output: torch.Tensor, inputs: Sequence[torch.Tensor]) -> bool:

@@ -37,7 +37,8 @@ from llm_pruner.models import stored as on_disk
 from llm_pruner.models.assembled import element, put_together_late
 from llm_pruner.models.forward import embedding_rows
 from llm_pruner.models.gguf_file import drop_tokens_beyond_, scale_rotary_
-from llm_pruner.models.streaming import mapped_files, stored, stream_
+from llm_pruner.models.stored_weight import mapped_files
+from llm_pruner.models.streaming import stored, stream_
 from llm_pruner.runtime.memory import keep_all_blocks
 from llm_pruner.runtime.progress import quiet
 from llm_pruner.settings.common import ModelSettings

@@ -13,124 +13,28 @@ A stand-in is one NaN in the shape of the weight: what is read out of turn does 
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import mmap
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial, update_wrapper
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from llm_pruner.errors import UserError
-from llm_pruner.models.assembled import Assembled, are_mapped, files, leaves, whole
-from llm_pruner.models.layers import heaviest, names_in_float32, own_copy, tensors_of
-from llm_pruner.runtime.memory import give_back
-from llm_pruner.runtime.progress import quiet
+from llm_pruner.models.assembled import Assembled, whole
+from llm_pruner.models.layers import heaviest, names_in_float32
+from llm_pruner.models.lone_ends import lone_ends
+from llm_pruner.models.stored_weight import StoredWeight, mapped_files, stored_weight
 from llm_pruner.types import IntArray
 
 _LOG = logging.getLogger(__name__)
-
-_PIECE = 2**24
-"""Bytes of a file that are widened at a time."""
-
-_LARGE = 2**28
-"""Bytes of a weight, such as that of a head, for which free memory is gathered."""
-
-_DONT_NEED = 4  # MADV_DONTNEED: drop the pages; those of a file are read again when needed
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where a weight's values come from.
-
-    Attributes:
-        stored: as it lies in the file, or put together of what lies there.
-        dtype, device: of computation.
-        mapped: whether ``stored`` is a view of files that nobody writes to.
-        tied: whether several modules use it.
-        changes: (axis, positions, whether these alone stay; else they are zero), in order.
-    """
-
-    stored: torch.Tensor
-    dtype: torch.dtype
-    device: torch.device
-    mapped: bool
-    tied: bool = False
-    changes: tuple[tuple[int, torch.Tensor, bool], ...] = ()
-
-    def read(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return the values, on fresh memory or as they are stored."""
-        kind = dtype or self.dtype
-        anew = isinstance(self.stored, Assembled) or kind != self.stored.dtype
-        if not self.changes and anew and self.stored.is_contiguous():
-            return self.copied(kind)
-        value = whole(self.stored)
-        for dim, positions, stay in self.changes:
-            if stay:
-                value = value.index_select(dim, positions)
-            else:
-                value = value.index_fill(dim, positions, 0)
-        return value.to(self.device, kind)
-
-    def copied(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the values on fresh memory; of a file, one piece is there beside them."""
-        if self.stored.numel() * dtype.itemsize >= _LARGE:
-            give_back()  # what smaller ones have left, which are too small for it
-        found = torch.empty(self.stored.shape, dtype=dtype, device=self.device)
-        for leaf, place in leaves(self.stored, found):
-            for piece, part in _pieces(leaf, place):
-                part.copy_(piece)
-                self._forget(piece)
-        return found
-
-    def stand_in(self) -> torch.Tensor:
-        shape = list(self.stored.shape)
-        for dim, positions, stay in self.changes:
-            if stay:
-                shape[dim] = len(positions)
-        return torch.full((), torch.nan, dtype=self.dtype, device=self.device).expand(shape)
-
-    def forget(self) -> None:
-        """Give the pages of the file back."""
-        for one in files(self.stored):
-            self._forget(one)
-
-    def is_view(self, value: torch.Tensor) -> bool:
-        """Whether values that were read are those of the file."""
-        own = not isinstance(self.stored, Assembled)
-        return own and value.data_ptr() == self.stored.data_ptr()
-
-    def _forget(self, part: torch.Tensor) -> None:
-        if self.mapped:
-            start = part.data_ptr()
-            first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-            last = (start + part.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-            if last > first:
-                _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONT_NEED)
-
-
-def _pieces(
-    stored: torch.Tensor, place: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield rows of a tensor, ``_PIECE`` bytes at most if one row is, with their place."""
-    if stored.ndim == 0:
-        yield stored, place
-        return
-    rows = max(1, _PIECE * len(stored) // max(1, stored.nbytes))
-    yield from zip(stored.split(rows), place.split(rows), strict=True)
-
 
 _SOURCES: Any = WeakIdKeyDictionary()
 _ROOMS: Any = WeakIdKeyDictionary()
@@ -216,7 +120,7 @@ def stream_(
     wide = _wide(model, dtype)
     uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
     ranges = mapped_files()
-    ends, elsewhere = _lone_ends(model, blocks, dtype if device.type == "cpu" else None)
+    ends, elsewhere = lone_ends(model, blocks, dtype if device.type == "cpu" else None)
     for number, block in enumerate(blocks):
         inside = [one for _, one in block.named_parameters(remove_duplicate=False)]
         within = Counter(map(id, inside))
@@ -225,14 +129,14 @@ def stream_(
             if alone and parameter.is_floating_point():
                 kind = wide.get(id(parameter), dtype)
                 stored = noted.get(id(parameter), parameter)
-                _adopt(parameter, _source_of(stored, kind, device, ranges))
+                _adopt(parameter, stored_weight(stored, kind, device, ranges))
         run = partial(_in_turn, block, number, block.forward)
         block.forward = update_wrapper(run, block.forward)
     for end in ends:
         for parameter in end.parameters():
             if not is_streamed(parameter):
                 stored = noted.get(id(parameter), parameter)
-                source = _source_of(stored, wide.get(id(parameter), dtype), device, ranges)
+                source = stored_weight(stored, wide.get(id(parameter), dtype), device, ranges)
                 _adopt(parameter, replace(source, tied=uses[id(parameter)] > 1))
         run = partial(_end_in_turn, end, len(blocks), end.forward)
         end.forward = update_wrapper(run, end.forward)
@@ -241,7 +145,7 @@ def stream_(
             _SOURCES[tensor].forget()
         elif tensor.is_floating_point():
             stored = noted.get(id(tensor), tensor)
-            source = _source_of(stored, wide.get(id(tensor), dtype), device, ranges)
+            source = stored_weight(stored, wide.get(id(tensor), dtype), device, ranges)
             tensor.data = source.read()
             if not source.is_view(tensor):
                 source.forget()
@@ -313,112 +217,6 @@ def ends_of(model: nn.Module) -> list[nn.Module]:
     return sorted(found, key=lambda one: isinstance(one, nn.Embedding))
 
 
-def _lone_ends(
-    model: nn.Module, blocks: nn.ModuleList, widened: torch.dtype | None
-) -> tuple[list[nn.Module], set[int]]:
-    """Return the embeddings and heads to be read when called, and the weights that cannot be.
-
-    An embedding is one that does nothing but look up, a head a linear module that runs behind the
-    blocks: what runs before them runs again for each block and sample. The ids are those of weights
-    that are used while none of these and no block runs, as in ``hidden @ embedding.weight.T``.
-
-    Args:
-        widened: type of computation, if rows can be read where the file is mapped, as on the CPU
-            alone. Embeddings stay in memory else, and where it is narrower than theirs.
-    """
-    within = {id(one) for one in blocks.modules()}
-    ends = [
-        one
-        for one in model.modules()
-        if (isinstance(one, nn.Linear) or _only_looks_up(one, widened))
-        and id(one) not in within
-        and all(weight.is_floating_point() for weight in one.parameters())
-    ]
-    memo: dict[int, Any] = {id(one): _shape_of(one) for one in tensors_of(model)}
-    watch = _Watch({id(memo[id(one)]): id(one) for one in model.parameters()})
-    try:
-        with torch.no_grad(), quiet("transformers"), watch:
-            network = own_copy(model, memo)
-            for module in (*ends, *blocks):
-                if isinstance(module, nn.Linear) and id(module) not in within:
-                    memo[id(module)].register_forward_pre_hook(watch.meets_head)
-                memo[id(module)].register_forward_pre_hook(watch.enters)
-                memo[id(module)].register_forward_hook(watch.leaves)
-            memo[id(blocks[-1])].register_forward_hook(watch.passes)
-            network(torch.zeros(1, 4, dtype=torch.int64, device="meta"))
-    except Exception:  # any, of code that is not ours
-        return [], set()
-    elsewhere = watch.elsewhere
-    alone = [end for end in ends if elsewhere.isdisjoint(map(id, end.parameters()))]
-    return alone, elsewhere
-
-
-def _shape_of(tensor: torch.Tensor) -> torch.Tensor:
-    meta = tensor.detach().to("meta")
-    return nn.Parameter(meta, requires_grad=False) if isinstance(tensor, nn.Parameter) else meta
-
-
-class _Watch(TorchFunctionMode):
-    """Runs a model on shapes alone, and notes the weights that are used out of turn.
-
-    Args:
-        weights: id of a tensor -> what it is noted as.
-
-    Attributes:
-        elsewhere: what was noted.
-    """
-
-    def __init__(self, weights: Mapping[int, int]) -> None:
-        super().__init__()
-        self._weights, self._inside, self._behind = weights, 0, False
-        self.elsewhere: set[int] = set()
-
-    def meets_head(self, module: nn.Module, *_: Any) -> None:
-        if not self._behind:
-            self._note(module.parameters())
-
-    def enters(self, *_: Any) -> None:
-        self._inside += 1
-
-    def leaves(self, *_: Any) -> None:
-        self._inside -= 1
-
-    def passes(self, *_: Any) -> None:
-        self._behind = True
-
-    def _note(self, tensors: Iterable[Any]) -> None:
-        self.elsewhere |= {self._weights[id(one)] for one in tensors if id(one) in self._weights}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _ASKS_VALUE:  # as whether a token is padding
-            return False
-        if not (self._inside or _asks_form(func)):
-            self._note(tree_leaves((args, kwargs)))
-        return func(*args, **kwargs)
-
-
-_ASKS_VALUE = (torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__contains__)
-"""What shapes alone do not tell. Where the answer decides that a weight is used out of turn, the
-model is NaN there, and the comparison with the twin refuses it."""
-
-
-def _asks_form(func: Any) -> bool:
-    """Whether a function is an attribute of a tensor that says nothing of its values."""
-    name = getattr(getattr(func, "__self__", None), "__name__", "")
-    return getattr(func, "__name__", "") == "__get__" and name not in ("data", "T", "mT", "H", "mH")
-
-
-def _source_of(
-    tensor: torch.Tensor,
-    dtype: torch.dtype,
-    device: torch.device,
-    ranges: Sequence[tuple[int, int]],
-) -> _Source:
-    stored = tensor.detach()
-    return _Source(stored, dtype, device, are_mapped(stored, ranges))
-
-
 def _compute_anew_(model: nn.Module, dtype: torch.dtype) -> None:
     """Give buffers that no file holds the values that they have in a model of type ``dtype``.
 
@@ -476,7 +274,7 @@ def _end_in_turn(end: nn.Module, number: int, forward: Any, *args: Any, **kwargs
     return found if source is None else found.to(source.dtype)
 
 
-def _adopt(parameter: nn.Parameter, source: _Source) -> None:
+def _adopt(parameter: nn.Parameter, source: StoredWeight) -> None:
     _SOURCES[parameter] = source
     parameter.data = source.stand_in()
 
@@ -527,12 +325,12 @@ def _turn(block: nn.Module) -> Iterator[None]:
                     _adopt(now, replace(source, stored=stored, mapped=False, changes=()))
 
 
-def _type_in_turn(module: nn.Module, source: _Source) -> torch.dtype:
+def _type_in_turn(module: nn.Module, source: StoredWeight) -> torch.dtype:
     as_stored = _would_narrow(module, source) or _reads_rows(module, source)
     return source.stored.dtype if as_stored else source.dtype
 
 
-def _would_narrow(module: nn.Module, source: _Source) -> bool:
+def _would_narrow(module: nn.Module, source: StoredWeight) -> bool:
     """Whether autocast would bring a module's weights to the very type in which they are stored.
 
     Then the products are the same and neither copy is made.
@@ -546,14 +344,7 @@ def _would_narrow(module: nn.Module, source: _Source) -> bool:
     )
 
 
-def _only_looks_up(module: nn.Module, dtype: torch.dtype | None) -> bool:
-    """Whether a module does nothing but read rows, which may be widened to a type."""
-    if type(module) is not nn.Embedding or module.max_norm is not None or dtype is None:
-        return False
-    return torch.promote_types(module.weight.dtype, dtype) == dtype
-
-
-def _reads_rows(module: nn.Module, source: _Source) -> bool:
+def _reads_rows(module: nn.Module, source: StoredWeight) -> bool:
     """Whether a module's weights are kept as they are stored, of which it reads a few rows.
 
     What it reads is widened afterwards. Gradients are taken in the type of computation.
@@ -660,21 +451,3 @@ class _Reader:
         if source.changes:
             return values_of(self._state[name]).cpu().contiguous()
         return source.copied(source.dtype).cpu()
-
-
-def mapped_files() -> list[tuple[int, int]]:
-    """Return the ranges of addresses at which weight files are mapped; none but on Linux."""
-    maps = Path("/proc/self/maps")
-    if not sys.platform.startswith("linux") or not maps.is_file():
-        return []
-    found = []
-    for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
-        fields = line.split(maxsplit=5)
-        if len(fields) == 6 and fields[4] != "0" and fields[5].endswith(".safetensors"):
-            first, last = (int(number, 16) for number in fields[0].split("-"))
-            found.append((first, last))
-    return found
-
-
-def _libc() -> Any:
-    return ctypes.CDLL(None)

@@ -10,22 +10,22 @@ from llm_pruner.errors import UserError
 from llm_pruner.settings.common import LOADING, OUTPUT, TASKS, Sources, TaskSettings, WriterSettings
 from llm_pruner.settings.limits import MOST, Seed, check_installed, within
 from llm_pruner.settings.options import option, option_name, written
-from llm_pruner.settings.prune import HOW_MUCH, AmountSettings, PruneSettings
+from llm_pruner.settings.prune import HOW, HOW_MUCH, AmountSettings, PruneSettings
 from llm_pruner.settings.recover import QUANTIZERS, TrainingSettings
 from llm_pruner.settings.vocab import VocabSettings
 from llm_pruner.settings.words import parse_duration
 
-_HOW, _TOKENS, _MEASURE = "How", "Fewer tokens first", "What to measure"
+_TOKENS, _MEASURE = "Fewer tokens first", "What to measure"
 _TORCHAO = "0.16"
 """The first whose int8 weights are saved as safetensors."""
 
-_how, _tokens = partial(option, panel=_HOW), partial(option, panel=_TOKENS)
+_how, _tokens = partial(option, panel=HOW), partial(option, panel=_TOKENS)
 
 
 class CompressSettings(WriterSettings, TaskSettings, AmountSettings):
     """All that ``compress`` can be asked for: the dense model, and how it becomes smaller."""
 
-    panels: ClassVar = (HOW_MUCH, _TOKENS, _HOW, _MEASURE, TASKS, OUTPUT, LOADING)
+    panels: ClassVar = (HOW_MUCH, _TOKENS, HOW, _MEASURE, TASKS, OUTPUT, LOADING)
 
     restart: bool = option(
         False,

@@ -23,12 +23,12 @@ from llm_pruner.settings.options import Settings, option, option_name, presets_i
 from llm_pruner.settings.registry import COMPENSATIONS, CRITERIA
 from llm_pruner.settings.words import parse_bytes, parse_count, parse_layer_ranges, parse_split
 
-HOW_MUCH, WHERE = "How much (one of these)", "Where from"
+HOW_MUCH, HOW, WHERE = "How much (one of these)", "How", "Where from"
 IMPORTANCE, PLAN = "Importance", "Plan"
 """Headings in the help."""
 
-_how_much, _where, _importance, _plan, _output, _loading = (
-    partial(option, panel=of) for of in (HOW_MUCH, WHERE, IMPORTANCE, PLAN, OUTPUT, LOADING)
+_how_much, _how, _where, _importance, _plan, _output, _loading = (
+    partial(option, panel=of) for of in (HOW_MUCH, HOW, WHERE, IMPORTANCE, PLAN, OUTPUT, LOADING)
 )
 
 AMOUNTS = ("ratio", "params", "unit_ratio", "kv_cache")
@@ -68,7 +68,7 @@ class MethodSettings(CalibrationSettings):
     presets: ClassVar = presets_in("presets")
     default_preset: ClassVar = "balanced"
 
-    preset: str | None = _how_much(
+    preset: str | None = _how(
         None,
         "Settings that go together: paper, fast, balanced, best, or a YAML file; options given "
         "beside it win.",
@@ -218,7 +218,7 @@ class MemorySettings(Settings):
 class PruneSettings(MemorySettings, WriterSettings, PlanSettings):
     """All that ``prune`` can be asked for."""
 
-    panels: ClassVar = (HOW_MUCH, WHERE, IMPORTANCE, CALIBRATION, PLAN, OUTPUT, LOADING)
+    panels: ClassVar = (HOW_MUCH, HOW, WHERE, IMPORTANCE, CALIBRATION, PLAN, OUTPUT, LOADING)
 
     plan: Path | None = _plan(None, "Replay this plan instead of making one.", "FILE", reads=True)
     dry_run: bool = _plan(False, "Write the plan to --out and stop.")

@@ -1,0 +1,97 @@
+"""The refit after a cut: on which text, by how much of it judged, and kept only if it is a gain."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from llm_pruner.compensation import Refitted, refit_
+from llm_pruner.data.calibration import Calibration, further_text
+from llm_pruner.models.activation_store import HiddenStates
+from llm_pruner.models.layers import sharing_copy
+from llm_pruner.models.load import LoadedModel
+from llm_pruner.models.streaming import is_model_streamed
+from llm_pruner.runtime.memory import give_back
+from llm_pruner.runtime.precision import mixed_precision
+from llm_pruner.search.divergence import divergences
+from llm_pruner.search.structure_split import hold_out
+from llm_pruner.settings.prune import PruneSettings
+from llm_pruner.surgery.pruner import Surgeon
+from llm_pruner.types import Discovery, Removal
+
+JUDGED = 1024
+"""Held-out tokens that all refits together are judged on."""
+
+
+def fitted_and_judged(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which of some samples, (samples, seq_len), are refitted on, and which judge that."""
+    if len(tokens) <= 2:  # the least that can be fitted; one of them has to judge, too
+        return tokens, tokens[-1:]
+    judged, fitted = hold_out(tokens)
+    return fitted, judged
+
+
+def text_to_refit(
+    loaded: LoadedModel, settings: PruneSettings, text: Calibration
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return samples to refit on, as many times those of a text as asked, and those that judge it.
+
+    The first ones are of the text; none is among what judges, or what it left to measure on.
+    """
+    fitted, judged = fitted_and_judged(text.input_ids)
+    further = round((settings.refit_text - 1) * len(text.input_ids))
+    if further:
+        apart = torch.stack([*judged, *text.unseen])
+        fitted = further_text(loaded, settings, fitted, apart, further, settings.seed)
+    return fitted, judged
+
+
+class Refitter:
+    """Brings the pruned model nearer to the dense one after each cut, if that is a gain.
+
+    Each consumer is judged by its own error on held-out tokens, and all of them together by the
+    divergence from the dense model on samples that no fit has seen: if the repaired model is
+    further from the dense one than it was, it gets its weights back. What is judged, and what the
+    next cut begins with, is rounded as it will be saved.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, discovery: Discovery, surgeon: Surgeon, saved: torch.dtype
+    ) -> None:
+        self._model, self._dense = loaded.model, sharing_copy(loaded.model)
+        self._discovery, self._surgeon, self._saved = discovery, surgeon, saved
+        self.done: list[Refitted] = []
+
+    def refit(
+        self,
+        removal: Removal,
+        fitted: torch.Tensor,
+        judged: torch.Tensor,
+        known: HiddenStates | None = None,
+    ) -> None:
+        """Refit after ``removal``, all that was removed so far in dense numbering.
+
+        Args:
+            fitted: tokens, (samples, seq_len).
+            judged: other tokens, likewise.
+            known: hidden states of the dense model, if of the tokens that are fitted.
+        """
+        before = sharing_copy(self._model)
+        with mixed_precision(self._model):
+            found = refit_(self._model, self._dense, self._discovery, removal, fitted, known=known)
+        if not is_model_streamed(self._model):  # its weights lie in the type of the files
+            for one in found:
+                weight = self._model.get_submodule(one.module).get_parameter("weight")
+                if one.changed:
+                    weight.data = weight.data.to(self._saved).to(weight.dtype)
+        give_back()
+        judging = judged[: max(1, JUDGED // judged.shape[1])]
+        after, without = divergences(self._dense, (self._model, before), judging)
+        if not after <= without:
+            for one in found:
+                module = self._model.get_submodule(one.module)
+                module.weight = before.get_submodule(one.module).get_parameter("weight")
+            found = [replace(one, ridge=None, after=one.before) for one in found]
+        self.done.extend(found)
+        self._surgeon.clock.stop("least squares")

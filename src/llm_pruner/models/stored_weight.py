@@ -1,0 +1,133 @@
+"""A weight as it lies in the files of a checkpoint, and how its values come into memory."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm_pruner.models.assembled import Assembled, are_mapped, files, leaves, whole
+from llm_pruner.runtime.memory import give_back
+
+_PIECE = 2**24
+"""Bytes of a file that are widened at a time."""
+
+_LARGE = 2**28
+"""Bytes of a weight, such as that of a head, for which free memory is gathered."""
+
+_DONT_NEED = 4  # MADV_DONTNEED: drop the pages; those of a file are read again when needed
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """Where a weight's values come from.
+
+    Attributes:
+        stored: as it lies in the file, or put together of what lies there.
+        dtype, device: of computation.
+        mapped: whether ``stored`` is a view of files that nobody writes to.
+        tied: whether several modules use it.
+        changes: (axis, positions, whether these alone stay; else they are zero), in order.
+    """
+
+    stored: torch.Tensor
+    dtype: torch.dtype
+    device: torch.device
+    mapped: bool
+    tied: bool = False
+    changes: tuple[tuple[int, torch.Tensor, bool], ...] = ()
+
+    def read(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return the values, on fresh memory or as they are stored."""
+        kind = dtype or self.dtype
+        anew = isinstance(self.stored, Assembled) or kind != self.stored.dtype
+        if not self.changes and anew and self.stored.is_contiguous():
+            return self.copied(kind)
+        value = whole(self.stored)
+        for dim, positions, stay in self.changes:
+            if stay:
+                value = value.index_select(dim, positions)
+            else:
+                value = value.index_fill(dim, positions, 0)
+        return value.to(self.device, kind)
+
+    def copied(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the values on fresh memory; of a file, one piece is there beside them."""
+        if self.stored.numel() * dtype.itemsize >= _LARGE:
+            give_back()  # what smaller ones have left, which are too small for it
+        found = torch.empty(self.stored.shape, dtype=dtype, device=self.device)
+        for leaf, place in leaves(self.stored, found):
+            for piece, part in _pieces(leaf, place):
+                part.copy_(piece)
+                self._forget(piece)
+        return found
+
+    def stand_in(self) -> torch.Tensor:
+        shape = list(self.stored.shape)
+        for dim, positions, stay in self.changes:
+            if stay:
+                shape[dim] = len(positions)
+        return torch.full((), torch.nan, dtype=self.dtype, device=self.device).expand(shape)
+
+    def forget(self) -> None:
+        """Give the pages of the file back."""
+        for one in files(self.stored):
+            self._forget(one)
+
+    def is_view(self, value: torch.Tensor) -> bool:
+        """Whether values that were read are those of the file."""
+        own = not isinstance(self.stored, Assembled)
+        return own and value.data_ptr() == self.stored.data_ptr()
+
+    def _forget(self, part: torch.Tensor) -> None:
+        if self.mapped:
+            start = part.data_ptr()
+            first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+            last = (start + part.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            if last > first:
+                _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONT_NEED)
+
+
+def stored_weight(
+    tensor: torch.Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    ranges: Sequence[tuple[int, int]],
+) -> StoredWeight:
+    stored = tensor.detach()
+    return StoredWeight(stored, dtype, device, are_mapped(stored, ranges))
+
+
+def _pieces(
+    stored: torch.Tensor, place: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield rows of a tensor, ``_PIECE`` bytes at most if one row is, with their place."""
+    if stored.ndim == 0:
+        yield stored, place
+        return
+    rows = max(1, _PIECE * len(stored) // max(1, stored.nbytes))
+    yield from zip(stored.split(rows), place.split(rows), strict=True)
+
+
+def mapped_files() -> list[tuple[int, int]]:
+    """Return the ranges of addresses at which weight files are mapped; none but on Linux."""
+    maps = Path("/proc/self/maps")
+    if not sys.platform.startswith("linux") or not maps.is_file():
+        return []
+    found = []
+    for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[4] != "0" and fields[5].endswith(".safetensors"):
+            first, last = (int(number, 16) for number in fields[0].split("-"))
+            found.append((first, last))
+    return found
+
+
+def _libc() -> Any:
+    return ctypes.CDLL(None)
