@@ -263,6 +263,16 @@ TABLE: dict[str, list[Bad]] = {
             ("--layers x", "'x' is not a layer range; write such as heads=4-26,ffn=4-26"),
             ("--spread 0", "spread=0.0 cannot reach the target; use 1 (all alike) or more"),
             ("--scope global --spread inf", between("spread", "inf", 1, 10**9)),
+            (
+                "--layer-trials --scope local",
+                "--layer-trials share the budget out between layers, and with --scope local all "
+                "lose the same share; leave it out, or change that",
+            ),
+            (
+                "--layer-trials --scope global --samples 1",
+                "--layer-trials are judged on text of their own, and --samples is 1; leave it out, "
+                "or change that",
+            ),
             ("--split heads=2", "share heads=2.0 is outside 0 to 1; give a part of 1"),
             ("--split x", "'x' is not a share; write such as heads=0.1,ffn=0.9"),
             ("--steps 0", "steps 0 is outside 1 to 1000; give a number in between"),

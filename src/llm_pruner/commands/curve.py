@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ from llm_pruner.report.write import page_in, write_drawn, write_request
 from llm_pruner.runtime.memory import give_back
 from llm_pruner.runtime.processes import only_one
 from llm_pruner.runtime.progress import Clock
+from llm_pruner.search.layer_trials import Damage
 from llm_pruner.settings.common import FolderSettings
 from llm_pruner.settings.curve import CurveSettings
 from llm_pruner.settings.evaluate import PerplexitySettings
@@ -162,6 +163,7 @@ class CurveRun:
         text: what is calibrated on, with windows that it does not have to measure on; None until it
             is read.
         scores: the dense model's importance; empty until it is estimated.
+        damage: what its groups do alone, likewise, where trials say so.
         known: the dense model's hidden states on this text, likewise.
         clock: seconds of what all points share, but for the estimate.
     """
@@ -182,6 +184,7 @@ class CurveRun:
         self.round_to: int | None = None
         self.text: Calibration | None = None
         self.scores: Scores = {}
+        self.damage: Mapping[str, Damage] = {}
         self.known = HiddenStates()
 
     def reach(self, ratio: float) -> None:
@@ -200,6 +203,7 @@ class CurveRun:
             run.make_plan(self.known)
         finally:  # a size that cannot be reached leaves what was estimated
             self.scores, self.text = run.scores, self.text or run.text
+            self.damage = run.damage
         run.repair()
         measured = self._measure(run.network)
         run.clock.stop("measure")
@@ -228,6 +232,7 @@ class CurveRun:
             discovery=self.discovery,
             text=self.text,
             scores=self.scores,
+            damage=self.damage,
         )
         run.check()
         run.load()
@@ -351,6 +356,8 @@ class _Stages(CurveRun):
             return
         tensors = {_SCORE + name: torch.from_numpy(one) for name, one in self.scores.items()}
         about = {} if self.round_to is None else {"round_to": str(self.round_to)}
+        if self.damage:
+            about["damage"] = json.dumps({name: asdict(one) for name, one in self.damage.items()})
         if self.text is not None:
             tensors |= {"text": self.text.input_ids, "unseen": self.text.unseen}
             about["text"] = json.dumps(self.text.settings)
@@ -373,6 +380,8 @@ class _Stages(CurveRun):
         if "text" in metadata:
             about = json.loads(metadata["text"])
             self.text = Calibration(found["text"], about["source"], about, found["unseen"])
+        damage = json.loads(metadata.get("damage", "{}"))
+        self.damage = {name: Damage(*map(tuple, one.values())) for name, one in damage.items()}
         self.scores = {
             name.removeprefix(_SCORE): tensor.numpy()
             for name, tensor in found.items()

@@ -69,7 +69,8 @@ from llm_pruner.recovery.repair import TRAINED_BYTES
 from llm_pruner.runtime.memory import give_back
 from llm_pruner.runtime.precision import fast_matmul, mixed_precision, multiplies_bfloat16
 from llm_pruner.runtime.progress import Clock
-from llm_pruner.search.divergence import DivergenceMeter
+from llm_pruner.search.divergence import TOGETHER, DivergenceMeter
+from llm_pruner.search.layer_trials import LEVELS, judging_tokens
 from llm_pruner.search.structure_split import REFIT_RIDGE, hold_out, refit_samples
 from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.surgery.cut import cut_, cut_copy
@@ -207,7 +208,7 @@ class _Forecaster:
             self.fitted = len(fitted_and_judged(whole)[0])
             if not WRITERS.keys() >= shares_of(settings.calibration).keys():
                 self.fitted += round((settings.refit_text - 1) * self.samples)
-        held_out, scored = hold_out(whole) if run.splits else (whole[:0], whole)
+        held_out, scored = hold_out(whole) if run.splits or run.tries_layers else (whole[:0], whole)
         self.held_out = len(held_out)
         self.scored = len(scored[: settings.score_samples])
         self.batch = min(self.scored, max(1, TOKENS // self.length))
@@ -269,7 +270,7 @@ class _Forecaster:
         if self.reads and self.writes:
             found["token"] = self._token(model, rows)
         removal = self._plan(model, discovery, ids, found)
-        if run.splits:
+        if run.splits or run.tries_layers:
             with mixed_precision(model):
                 meter_of = partial(DivergenceMeter, model, ids[:1])
                 found["dense logits"], meter = _taken(meter_of)
@@ -460,14 +461,23 @@ class _Forecaster:
         """Book estimate and trials: each structure alone, two shares of each other, two refitted.
 
         How many trials there are depends on what they find: up to four shares of each other one.
+        Then each layer alone, of the structure that has most of the budget.
         """
         run, rounds = self.run, self.rounds
         if run.plan is None:
             times = rounds * (self.scored / self.batch if run.criterion.reads_text else 1)
             more = self.block + self._rise("estimate")
             self._book("estimate", self._of("estimate", times), more, narrow=4 * rounds)
-        if not run.splits:
-            return
+        if run.splits:
+            self._book_splits()
+        if run.tries_layers:
+            trials, tokens = len(LEVELS) * self._count(), judging_tokens(self.total)
+            seconds = self._of("dense logits", 1) + self._of("trial", trials * tokens / self.length)
+            times = math.ceil(trials * self.held_out / TOGETHER)
+            self._book("layer trials", seconds, self.block + self._rise("trial"), narrow=times)
+
+    def _book_splits(self) -> None:
+        run = self.run
         structures = len(self.settings.structures)
         trials = structures + 2 * (structures - 1)
         refitted = 2 if run.refits and structures > 1 else 0

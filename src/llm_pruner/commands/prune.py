@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,7 @@ from llm_pruner.runtime.processes import ALONE, Processes, is_sharded, joined, o
 from llm_pruner.runtime.progress import Clock, quiet
 from llm_pruner.search.cache_cost import cache_cost
 from llm_pruner.search.fast_widths import Rounding, measured_rounding
+from llm_pruner.search.layer_trials import Damage, allocate_by_damage, measure_layers
 from llm_pruner.search.structure_split import find_split, hold_out
 from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.surgery.pruner import Surgeon, reload_check
@@ -77,12 +78,14 @@ class PruneRun:
         command: the command line of this run, for the report.
         estimate: gives the importance of the units in place of the criterion.
         scores: the first estimate, which is the dense model's, where another run made it.
+        damage: what its groups do alone, likewise.
 
     Attributes:
         plan: what goes, in the numbering of the dense model; None until it is made.
         selection: where from, with what the run decided.
         text: what was read; None if nothing was.
         scores: of the first estimate, which are the dense model's.
+        damage: what each group of the dense model does alone, if it was tried.
         trials: splits of the budget that were tried.
     """
 
@@ -96,12 +99,14 @@ class PruneRun:
         discovery: Discovery | None = None,
         text: Calibration | None = None,
         scores: Scores | None = None,
+        damage: Mapping[str, Damage] | None = None,
     ) -> None:
         self.settings, self.command, self.estimate = settings, command, estimate
         self.given = (loaded, discovery, text)
         self.clock = Clock()
         self.text: Calibration | None = None
         self.scores: dict[str, FloatArray] = dict(scores or {})
+        self.damage = damage or {}
         self.trials: list[SplitTrial] = []
         self.rounding: Rounding | None = None
         self.servers: tuple[ServedBy, ...] = ()
@@ -183,14 +188,15 @@ class PruneRun:
         self.refits = settings.compensation != "none"
         self.repairs = settings.repair_minutes > 0 and not settings.dry_run
         self.splits = self.plan is None and start.finds_split(settings, self.criterion)
+        self.tries_layers = self.plan is None and start.tries_layers(settings, self.criterion)
         # A plan of random units that nothing judges, or a plan that is there, needs no weights.
-        chance = self.criterion.name == "random" and not self.splits
+        chance = self.criterion.name == "random" and not (self.splits or self.tries_layers)
         self.weightless = settings.dry_run and (self.plan is not None or chance)
 
     @property
     def reads_text(self) -> bool:
         """Whether a plan is made, or its cut repaired, by what the model does with text."""
-        return self.criterion.reads_text or self.splits or self.refits
+        return self.criterion.reads_text or self.splits or self.tries_layers or self.refits
 
     def check_files(self) -> None:
         """Refuse what files and disks can tell, since loading a model may take minutes."""
@@ -324,7 +330,7 @@ class PruneRun:
                 keep = known if number == 0 and self.refitter is not None else None
                 scores = self._scores_of(discovery, numbering, scored, processes, keep)
             self.scores = self.scores or dict(scores)
-            if held_out is not None and number == 0:
+            if self.splits and held_out is not None and number == 0:
                 with mixed_precision(self.network):
                     self.selection, self.trials = find_split(
                         self.network,
@@ -340,9 +346,8 @@ class PruneRun:
                 clock.stop("trials")
             if cost is not None and number > 0:
                 cost = cache_cost(self.network, discovery, self.selection, numbering, cost.dense)
-            removal = planning.allocate(
-                discovery, scores, self.selection, step, numbering, cost=cost
-            )
+            tried = held_out if self.tries_layers else None
+            removal = self._allocate(discovery, scores, step, numbering, cost, tried)
             numbering = numbering.after(removal)
             clock.stop("plan")
             last = number + 1 == len(targets)
@@ -368,11 +373,36 @@ class PruneRun:
             text=None if self.text is None else self.text.settings["fingerprint"],
         )
 
+    def _allocate(
+        self,
+        discovery: Discovery,
+        scores: Scores,
+        target: planning.Target,
+        numbering: planning.Numbering,
+        cost: planning.Cost | None,
+        held_out: torch.Tensor | None,
+    ) -> Removal:
+        """Return what goes in a round: by the scores, with trials of layers if there is text."""
+        asked = discovery, scores, self.selection
+        if held_out is None:
+            return planning.allocate(*asked, target, numbering, cost=cost)
+        with mixed_precision(self.network):
+            known = self.damage if discovery is self.discovery else {}
+            damage = measure_layers(self.network, *asked, numbering, held_out, known)
+            if discovery is self.discovery:  # what the dense model's do, for all targets
+                self.damage = damage
+            removal = allocate_by_damage(
+                self.network, *asked, target, numbering, cost, damage, held_out
+            )
+        self.clock.stop("layer trials")
+        return removal
+
     def _read_text(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return the tokens to score on, and those to judge trials by; None where none are read."""
         if self.criterion.name != "random" and is_on_meta(self.network):
             raise UserError("the model has no weights here; only --criterion random works without")
-        if not (self.criterion.reads_text or self.refitter is not None or self.splits):
+        trials = self.splits or self.tries_layers
+        if not (self.criterion.reads_text or self.refitter is not None or trials):
             return None, None
         read = None
         if self.processes.is_first:
@@ -381,7 +411,7 @@ class PruneRun:
             )
             read = self.text.input_ids
         tokens = self.processes.of_first(read)
-        if not self.splits:
+        if not trials:
             return tokens, None
         held_out, scored = hold_out(tokens)
         return scored, held_out

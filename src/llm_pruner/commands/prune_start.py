@@ -89,6 +89,27 @@ def default_protection(discovery: Discovery) -> tuple[int, int]:
     return min(4, layers // 4), min(3, layers // 5)
 
 
+def tries_layers(settings: PruneSettings, criterion: Criterion) -> bool:
+    """Return whether trials of each layer alone say how much each one loses.
+
+    Where they were not asked for by name, only if text is there anyway.
+
+    Raises:
+        UserError: it is asked for where all layers lose the same, or there is no text to judge by.
+    """
+    if not settings.layer_trials:
+        return False
+    why = None
+    if settings.scope != "global":
+        why = "share the budget out between layers, and with --scope local all lose the same share"
+    elif settings.samples < 2:
+        why = f"are judged on text of their own, and --samples is {settings.samples}"
+    asked = "layer_trials" in settings.given
+    if why is not None and asked:
+        raise UserError(f"--layer-trials {why}; leave it out, or change that")
+    return why is None and (asked or criterion.reads_text)
+
+
 def planned(
     settings: PruneSettings,
     selection: Selection,
@@ -114,6 +135,7 @@ def planned(
         "round_to": selection.round_to,
         "split": None if selection.split is None else dict(sorted(selection.split.items())),
         "spread": selection.spread,
+        "layer_trials": tries_layers(settings, criterion) or None,
     }
     run = {*ModelSettings.model_fields, *OutputSettings.model_fields, *_RUN}
     values = settings.model_dump(mode="json", exclude=run | unread) | decided

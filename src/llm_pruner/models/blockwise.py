@@ -100,9 +100,15 @@ class Chain:
 
         Those of all positions, or of ``positions`` of a model that `gives_chosen`.
         """
+        with self.handled(handler):
+            return run_for_logits(self.model, input_ids, positions)
+
+    @contextmanager
+    def handled(self, handler: Handler) -> Iterator[None]:
+        """Inside, and inside of ``opened``, ``handler`` stands for every block."""
         self._handler = handler
         try:
-            return run_for_logits(self.model, input_ids, positions)
+            yield
         finally:
             self._handler = None
 
@@ -152,6 +158,31 @@ class Chain:
         except _Stop as stop:
             return leaves[0], stop.output
         raise NotBlockwise(f"block {index} was not called")
+
+    def states(self, input_ids: torch.Tensor) -> list[torch.Tensor]:
+        """Return the hidden state that enters each block."""
+        found: list[torch.Tensor] = []
+
+        def handler(_: int, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            found.append(hidden_of(args, kwargs))
+            return original(*args, **kwargs)
+
+        self.run(input_ids, handler)
+        return found
+
+    @contextmanager
+    def resumed(self, index: int, hidden: torch.Tensor) -> Iterator[None]:
+        """Inside, the model runs from a block on, with ``hidden`` before it."""
+
+        def handler(at: int, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if at < index:
+                return self.as_output(at, hidden_of(args, kwargs))
+            if at == index:
+                args, kwargs = with_hidden(args, kwargs, hidden)
+            return original(*args, **kwargs)
+
+        with self.handled(handler):
+            yield
 
     def as_output(self, index: int, hidden: torch.Tensor) -> Any:
         """Return ``hidden`` in the form in which the block returns it."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
+from typing import TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,6 +15,13 @@ from torch import nn
 from llm_pruner.models.forward import run_for_logits, undisturbed
 from llm_pruner.models.lockstep import in_step, result_of
 from llm_pruner.models.streaming import is_model_streamed
+from llm_pruner.runtime.progress import track
+
+Change: TypeAlias = Callable[[nn.Module, int], AbstractContextManager[None]]
+"""Inside what it returns, a model is another one, for the held-out sample of a number."""
+
+TOGETHER = 256
+"""Runs of a streamed model in step, each of which holds hidden states of its own."""
 
 _ROWS = 64
 """Tokens whose logits are compared at a time."""
@@ -62,11 +72,31 @@ class DivergenceMeter:
             total = sum(map(result_of, in_step(network, jobs, "divergence")))
         return total / self._ids.numel()
 
+    def of_each(self, network: nn.Module, changes: Sequence[Change], label: str) -> list[float]:
+        """Return the mean over tokens of KL(dense || network) in nats for each of some changes."""
+        samples = list(enumerate(zip(self._ids.split(1), self._dense, strict=True)))
+        jobs = [partial(_divergence_after, one, n, *of) for one in changes for n, of in samples]
+        streamed = is_model_streamed(network)
+        found: list[float] = []
+        with undisturbed(network):
+            for at in range(0, len(jobs), TOGETHER):
+                outcomes = in_step(network, jobs[at : at + TOGETHER], label)
+                found += map(result_of, outcomes if streamed else track(outcomes, label, len(jobs)))
+        sums = np.reshape(found, (len(changes), len(samples))).sum(1)
+        return [float(one) for one in sums / self._ids.numel()]
+
 
 @torch.no_grad()
 def _log_probabilities_of(ids: torch.Tensor, model: nn.Module) -> torch.Tensor:
     """Return half the memory of float32; what is lost is far below any damage of interest."""
     return _log_probabilities(run_for_logits(model, ids)[0])
+
+
+def _divergence_after(
+    change: Change, sample: int, ids: torch.Tensor, dense: torch.Tensor, network: nn.Module
+) -> float:
+    with change(network, sample):
+        return _divergence(ids, dense, network)
 
 
 @torch.no_grad()

@@ -100,6 +100,12 @@ class MethodSettings(CalibrationSettings):
         "With --scope global, let no layer lose more than this times the average share.",
         "FACTOR",
     )
+    layer_trials: bool | None = _where(
+        None,
+        "With --scope global, find by trials what each layer loses: each goes alone without a few "
+        "shares of its units, and the damage is measured.",
+        shown="in the preset best",
+    )
     uniform: bool = _where(
         False,
         "Keep the same number of units in all layers, so that the result usually loads without "

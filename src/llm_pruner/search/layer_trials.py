@@ -1,0 +1,297 @@
+"""What each layer costs, by trial: one layer at a time goes without its least important units.
+
+Scores say well which units of a layer are the least important, and less well what a layer loses
+with many of them: they are estimates for one unit alone, at the dense model, and are added up as if
+units erred apart from each other. In SmolLM2-135M, two fifths of the FFN channels of a late layer
+cost four times as much in divergence as those of a middle one, at equal sums of scores.
+
+So every group that may lose units goes without a few shares of them, alone and without a refit, and
+the divergence from the dense model on held-out text is measured. Between these points the damage is
+taken to bend upwards, as it does; its slope is what a unit costs, in the order of the scores. A
+ranking over all layers then removes where the measured slope is least.
+
+Units are taken away by zeros in what the linear modules read that consume them, which gives the
+output of the model without them, so all trials are runs of the dense model; read block by block,
+they go in step, and its weights are read once for many of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
+from llm_pruner.models.consumers import consumers_of, input_dim
+from llm_pruner.models.forward import undisturbed
+from llm_pruner.models.streaming import is_model_streamed
+from llm_pruner.planning.allocate import allocate
+from llm_pruner.planning.candidates import AllCandidates, Candidates, find_candidates
+from llm_pruner.planning.costs import Cost
+from llm_pruner.planning.numbering import Numbering
+from llm_pruner.planning.selection import Selection, Target
+from llm_pruner.search.divergence import Change, DivergenceMeter, divergences
+from llm_pruner.surgery.cut import cut_copy
+from llm_pruner.types import Discovery, FloatArray, Group, Removal, Scores
+
+_KINDS = ("heads", "query_heads", "value_dim", "ffn")
+"""Kinds of groups whose units are gone where what reads them reads zeros."""
+
+_LOG = logging.getLogger(__name__)
+
+LEVELS = (0.16, 0.4, 0.6, 0.8)
+"""Shares of a group's removable units that are tried."""
+
+TOKENS, FEWEST = 1024, 512
+"""Held-out tokens that trials are judged on, at most and at least."""
+
+_LENGTH = 128
+"""Tokens of a sample at least: the first of a text are harder to tell than those that follow."""
+
+MOST = 512
+"""Groups that are tried; of more, such as thousands of experts one by one, none is."""
+
+WORK = 2 * 10**11
+"""Tokens times parameters that a trial may take: on a large model as long as on a small one."""
+
+_BEYOND = 2.0
+"""Times the damage at the largest level that the loss of all removable units is taken to do."""
+
+_SMALL = 1e-9
+"""What the largest of the scores becomes that are only to keep their order."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What a group costs.
+
+    Attributes:
+        steps: numbers of steps (see `planning.candidates`) that were tried, ascending.
+        divergence: mean over tokens of KL(dense || without them) in nats, for each.
+    """
+
+    steps: tuple[int, ...]
+    divergence: tuple[float, ...]
+
+    def slopes(self, steps: int) -> FloatArray:
+        """Return what each of the first ``steps`` steps adds, ascending, in nats.
+
+        It is the slope of the largest convex curve from 0 that lies nowhere above the measured
+        points, interpolated between the middles of its pieces.
+        """
+        x = np.array([0, *self.steps], dtype=np.float64)
+        y = np.array([0, *self.divergence]).clip(0)
+        if x[-1] < steps:
+            x, y = np.append(x, steps), np.append(y, _BEYOND * y[-1])
+        corners = [0]
+        for at in range(1, len(x)):
+            while len(corners) > 1 and _slope(x, y, *corners[-2:]) >= _slope(x, y, corners[-1], at):
+                corners.pop()
+            corners.append(at)
+        pieces = list(pairwise(corners))
+        middles = [(x[a] + x[b]) / 2 for a, b in pieces]
+        found: FloatArray = np.interp(
+            np.arange(steps) + 0.5, middles, [_slope(x, y, a, b) for a, b in pieces]
+        )
+        return found
+
+
+def _slope(x: FloatArray, y: FloatArray, a: int, b: int) -> float:
+    return float((y[b] - y[a]) / (x[b] - x[a]))
+
+
+def measure_layers(
+    model: nn.Module,
+    discovery: Discovery,
+    scores: Scores,
+    selection: Selection,
+    numbering: Numbering,
+    held_out: torch.Tensor,
+    known: Mapping[str, Damage] | None = None,
+) -> dict[str, Damage]:
+    """Return the damage that each group alone does, by its name.
+
+    Groups are left out that can lose nothing, or that others than linear modules read; all of them
+    if they are too many.
+
+    Args:
+        scores: the order in which units go.
+        held_out: tokens that the scores did not see, shape (samples, seq_len).
+        known: what was measured before, which is returned as well.
+    """
+    found = dict(known or {})
+    candidates = find_candidates(discovery, scores, selection, numbering)
+    new = [one for one in _competing(candidates, selection) if one.group.name not in found]
+    if not 0 < len(new) <= MOST:
+        return found
+    groups = {group.name: group for group in discovery.groups}
+    tokens = judging_tokens(sum(parameter.numel() for parameter in model.parameters()))
+    length = max(_LENGTH, tokens // len(held_out))
+    some = held_out[:: -(-len(held_out) * length // tokens), :length]
+    meter, tails = DivergenceMeter(model, some), _Tails(model, some)
+    trials: list[tuple[str, int]] = []
+    changes: list[Change] = []
+    for one in new:
+        levels = {one.nearest(round(level * one.counts[-1])) for level in LEVELS} - {0}
+        for count in sorted(levels):
+            removal = candidates.removal({one.group.name: count})
+            features = [
+                (consumer.module, torch.from_numpy(consumer.index[units].ravel()))
+                for name, units in removal.items()
+                for consumer in consumers_of(model, groups[name])
+            ]
+            if features and all(_is_linear(model, groups[name]) for name in removal):
+                trials.append((one.group.name, count))
+                changes.append(partial(_without, features, tails))
+    with tails.opened():
+        divergence = meter.of_each(model, changes, "trials: one layer")
+    for name, same in groupby(zip(trials, divergence, strict=True), key=lambda pair: pair[0][0]):
+        steps, damage = zip(*((count, of) for (_, count), of in same), strict=True)
+        if np.isfinite(damage).all():
+            found[name] = Damage(steps, damage)
+    return found
+
+
+def judging_tokens(parameters: int) -> int:
+    """Return how many tokens the trials of a model of this size are judged on, at most."""
+    return min(TOKENS, max(FEWEST, WORK // parameters))
+
+
+def _competing(candidates: AllCandidates, selection: Selection) -> list[Candidates]:
+    """Return the candidates of the structures that have a share in the budget."""
+    split = selection.split
+    return [one for one in candidates.all if split is None or split.get(one.group.kind, 0) > 0]
+
+
+def _is_linear(model: nn.Module, group: Group) -> bool:
+    """Whether nothing but linear modules makes or reads a group, beside vectors as long as it."""
+    weights = [member.tensor for member in group.members if not member.buffer]
+    return group.kind in _KINDS and all(
+        model.get_parameter(name).ndim == 1
+        or input_dim(model.get_submodule(name.rpartition(".")[0])) is not None
+        for name in weights
+    )
+
+
+class _Tails:
+    """Runs of a model in memory from a block on, since all before it is as in the dense one.
+
+    Of a model that is no chain of blocks, or whose weights are read for each run, all of it runs.
+    """
+
+    def __init__(self, model: nn.Module, samples: torch.Tensor) -> None:
+        self._chain: Chain | None = None
+        if is_model_streamed(model):
+            return
+        ids = samples.to(next(model.parameters()).device, torch.long)
+        with undisturbed(model), suppress(NotBlockwise):
+            with torch.enable_grad():
+                self._chain = find_chain(model, ids, {})
+            with torch.no_grad(), self._chain.opened():
+                self._before = [self._chain.states(one) for one in ids.split(1)]
+            names = {id(module): name for name, module in model.named_modules()}
+            self._places = {names[id(block)]: n for n, block in enumerate(self._chain.blocks)}
+
+    def opened(self) -> AbstractContextManager[None]:
+        """Inside, runs can begin at a block."""
+        return nullcontext() if self._chain is None else self._chain.opened()
+
+    def of(self, modules: Iterable[str], sample: int) -> AbstractContextManager[None]:
+        """Inside, the model runs from the block that is the first with one of these modules."""
+        if self._chain is None:
+            return nullcontext()
+        first = min(
+            (n for name in modules for place, n in self._places.items() if _is_in(name, place)),
+            default=0,
+        )
+        return self._chain.resumed(first, self._before[sample][first])
+
+
+def _is_in(name: str, place: str) -> bool:
+    return name.startswith(f"{place}.")
+
+
+@contextmanager
+def _without(
+    features: Sequence[tuple[str, torch.Tensor]], tails: _Tails, model: nn.Module, sample: int
+) -> Iterator[None]:
+    """Inside, linear modules read zeros for some features."""
+
+    def zero(gone: torch.Tensor, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return args[0].index_fill(-1, gone.to(args[0].device), 0), *args[1:]
+
+    with ExitStack() as hooks, tails.of((name for name, _ in features), sample):
+        for name, gone in features:
+            module = model.get_submodule(name)
+            hooks.enter_context(module.register_forward_pre_hook(partial(zero, gone)))
+        yield
+
+
+def allocate_by_damage(
+    model: nn.Module,
+    discovery: Discovery,
+    scores: Scores,
+    selection: Selection,
+    target: Target,
+    numbering: Numbering,
+    cost: Cost | None,
+    damage: Mapping[str, Damage],
+    held_out: torch.Tensor,
+) -> Removal:
+    """Return the removal by measured damage, or by the scores if that leaves the model nearer.
+
+    Both are carried out on copies, which share their weights, and judged on held-out tokens.
+    """
+    priced = by_damage(discovery, scores, selection, numbering, damage)
+    removals = [
+        allocate(discovery, one, selection, target, numbering, cost) for one in (scores, priced)
+    ]
+    copies = [cut_copy(model, discovery, removal) for removal in removals]
+    by_scores, by_trials = divergences(model, copies, held_out)
+    _LOG.info("divergence by scores %.4f, by trials of layers %.4f", by_scores, by_trials)
+    return removals[int(by_trials < by_scores)]
+
+
+def by_damage(
+    discovery: Discovery,
+    scores: Scores,
+    selection: Selection,
+    numbering: Numbering,
+    damage: Mapping[str, Damage],
+) -> Scores:
+    """Return scores whose sums are the measured damage, in the order of the given ones.
+
+    As they are where a structure was not measured whose units compete with those that were.
+    """
+    candidates = find_candidates(discovery, scores, selection, numbering)
+    compete = _competing(candidates, selection)
+    measured = [one for one in compete if one.group.name in damage]
+    apart = {one.group.kind for one in measured}
+    missing = [one for one in compete if one not in measured and len(one.counts) > 1]
+    if any(selection.split is None or one.group.kind in apart for one in missing):
+        return scores
+    # What goes with a unit has its price in the damage, and only keeps its order.
+    largest = max((float(values.max()) for values in scores.values() if len(values)), default=0)
+    found = {name: values * (_SMALL / max(largest, 1e-30)) for name, values in scores.items()}
+    for one in measured:
+        found[one.group.name] = _spread(one, damage[one.group.name])
+    return found
+
+
+def _spread(one: Candidates, damage: Damage) -> FloatArray:
+    """Return the scores of a group's units, shape (size,): what each adds to the damage."""
+    slopes = damage.slopes(int(one.counts[-1])) / len(one.order)
+    found = np.empty(one.group.size)
+    for units in one.order.values():
+        place = np.arange(len(units))
+        # Rising, since ties go by index.
+        found[units] = slopes[place.clip(max=len(slopes) - 1)] * (1 + 1e-9 * place) + 1e-15 * place
+    return found
