@@ -25,6 +25,7 @@ from llm_pruner.evaluation.perplexity import PerplexityResult
 from llm_pruner.planning import read_plan
 from llm_pruner.report.records import CurvePoint, Smallest
 from llm_pruner.search.fast_widths import Rounding
+from llm_pruner.search.layer_trials import Damage, measure_layers
 from llm_pruner.settings.curve import CurveSettings
 
 pytestmark = pytest.mark.slow
@@ -224,6 +225,35 @@ def test_a_multiple_that_was_timed_holds_after_an_interruption(
     done(*command)
     plans = [read_plan(f"timed/plan-{ratio}.json").settings for ratio in (0.1, 0.3)]
     assert [settings["round_to"] for settings in plans] == [8, 8]
+
+
+def test_what_each_layer_does_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    how = (*HOW, "--structures", "ffn", "--layer-trials")
+    command = ("curve", "dense", "--out", "tried", *how, *SHORT)
+    new: list[int] = []
+
+    def counted(*args: Any) -> dict[str, Damage]:
+        found = measure_layers(*args)
+        new.append(len(found) - len(args[-1]))
+        return found
+
+    point = CurveRun.point
+
+    def interrupted(self: CurveRun, ratio: float) -> Any:
+        if ratio == 0.3:
+            raise KeyboardInterrupt
+        return point(self, ratio)
+
+    monkeypatch.setattr(pruning, "measure_layers", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(CurveRun, "point", interrupted)
+        assert run(*command).code == 130
+    done(*command)
+    assert [count > 0 for count in new] == [True, False]
+    for ratio in (0.1, 0.3):
+        plan = Path(f"tried/plan-{ratio}.json")
+        assert plan.read_bytes() == dry_run(ratio, *how)
+        assert read_plan(plan).settings["layer_trials"] is True
 
 
 def test_sizes_that_cannot_be_reached() -> None:

@@ -69,6 +69,7 @@ def test_every_recipe_prunes(tiny: Path, text: Path, tmp_path: Path, name: str) 
         assert "trial removals" in result.out
     assert plan["settings"]["compensation"] == recipe.compensation
     assert plan["settings"]["preset"] == name
+    assert plan["settings"].get("layer_trials") == recipe.layer_trials
 
 
 @pytest.mark.slow
