@@ -461,7 +461,7 @@ def test_a_model_that_is_no_chain_goes_without_a_refit_or_is_refused_before_work
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def no_chain(*_: object) -> None:
+    def no_chain(*_: object, **__: object) -> None:
         raise pruning.NotBlockwise("block 1 depends on more than its hidden state and weights")
 
     monkeypatch.setattr(pruning, "find_chain", no_chain)
