@@ -2,8 +2,8 @@
 
 Scores say well which units of a layer are the least important, and less well what a layer loses
 with many of them: they are estimates for one unit alone, at the dense model, and are added up as if
-units erred apart from each other. In SmolLM2-135M, two fifths of the FFN channels of a late layer
-cost four times as much in divergence as those of a middle one, at equal sums of scores.
+units erred apart from each other. So they take too much of late layers and too little of middle
+ones, if what is removed from each of them alone is measured.
 
 So every group that may lose units goes without a few shares of them, alone and without a refit, and
 the divergence from the dense model on held-out text is measured. Between these points the damage is
