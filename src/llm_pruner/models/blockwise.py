@@ -6,9 +6,9 @@ the very hidden state that the one before returned, and if nothing else carries 
 block to another or past them. ``find_chain`` checks all of it on a few tokens, so no list of
 architectures is needed.
 
-Some models hand more from block to block: later blocks of Gemma 4 read the keys and
-values of earlier ones. It lies in a mapping that is an argument of every block. For who runs blocks
-forward alone such a model is a chain as well, which is asked for with ``carries``.
+Some models hand more from block to block: later blocks of Gemma 4 read the keys and values of
+earlier ones. It lies in a mapping that is an argument of every block. For who runs blocks forward
+alone such a model is a chain as well, which is asked for with ``carries``.
 """
 
 from __future__ import annotations

@@ -76,12 +76,14 @@ class DivergenceMeter:
         """Return the mean over tokens of KL(dense || network) in nats for each of some changes."""
         samples = list(enumerate(zip(self._ids.split(1), self._dense, strict=True)))
         jobs = [partial(_divergence_after, one, n, *of) for one in changes for n, of in samples]
-        streamed = is_model_streamed(network)
         found: list[float] = []
         with undisturbed(network):
-            for at in range(0, len(jobs), TOGETHER):
-                outcomes = in_step(network, jobs[at : at + TOGETHER], label)
-                found += map(result_of, outcomes if streamed else track(outcomes, label, len(jobs)))
+            if is_model_streamed(network):
+                for at in range(0, len(jobs), TOGETHER):
+                    found += map(result_of, in_step(network, jobs[at : at + TOGETHER], label))
+            else:
+                outcomes = in_step(network, jobs, label)
+                found += map(result_of, track(outcomes, label, len(jobs)))
         sums = np.reshape(found, (len(changes), len(samples))).sum(1)
         return [float(one) for one in sums / self._ids.numel()]
 
