@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from command import done, run, save_tiny, write_text
 from fake_discovery import fake_llama, fake_scores
-from helpers import tiny_model
+from helpers import tiny_model, tiny_tokenizer
 from llm_pruner import importance
 from llm_pruner.commands import prune as pruning
 from llm_pruner.commands import refitting
@@ -477,6 +477,27 @@ def test_a_model_that_is_no_chain_goes_without_a_refit_or_is_refused_before_work
     assert "block 1 depends on more than its hidden state and weights; use --compensation none" in (
         again.err
     )
+
+
+@pytest.mark.slow
+def test_gemma_4_whose_layers_share_keys_and_values(text: Path, tmp_path: Path) -> None:
+    """Its config has a size of heads for each layer, which cannot be read from the whole."""
+    dense, out = tmp_path / "dense", tmp_path / "out"
+    tiny_model(
+        "gemma4_text",
+        num_hidden_layers=6,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+        vocab_size_per_layer_input=512,
+        hidden_size_per_layer_input=8,
+    ).save_pretrained(dense)
+    tiny_tokenizer().save_pretrained(dense)
+    options = ("--ratio", 0.02, "--preset", "balanced", "--structures", "ffn", *small(text))
+    said = done("prune", dense, "--out", out, *options, "--json", "-").out
+    done_ = json.loads(said)
+    assert done_["refitted"]
+    assert done_["twin_difference"] < 1e-3
+    assert (out / "model.safetensors").is_file()
 
 
 def test_one_sample_to_fit_is_too_few_for_refitted_trials(

@@ -19,8 +19,16 @@ def entries(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
     """Yield (dotted path, value) of a config and, if it nests one, of its text model's config."""
     for prefix, level in levels(config):
         for name, value in level.to_dict().items():
-            if not name.startswith("_") and hasattr(level, name):
+            if not name.startswith("_") and has(level, name):
                 yield prefix + name, value
+
+
+def has(config: PreTrainedConfig, name: str) -> bool | None:
+    """Whether a config has a value of a name; None if one for each layer, which cannot be read."""
+    try:
+        return hasattr(config, name)
+    except RuntimeError:
+        return None
 
 
 def levels(config: PreTrainedConfig) -> Iterator[tuple[str, PreTrainedConfig]]:

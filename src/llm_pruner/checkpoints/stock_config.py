@@ -270,7 +270,7 @@ class _Solver:
             prefix + name
             for prefix, config in meta.levels(self._config)
             for name in _CONVENTIONAL_KEYS
-            if not hasattr(config, name)
+            if meta.has(config, name) is False
         ]
         for path in candidates:
             if path.endswith("_id"):
