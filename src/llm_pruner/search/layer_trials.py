@@ -12,7 +12,8 @@ ranking over all layers then removes where the measured slope is least.
 
 Units are taken away by zeros in what the linear modules read that consume them, which gives the
 output of the model without them, so all trials are runs of the dense model; read block by block,
-they go in step, and its weights are read once for many of them.
+they go in step, and its weights are read once for many of them. That budgets are searched by the
+divergence of logits is from Týr-the-Pruner (NeurIPS 2025), which tries whole models, refitted.
 """
 
 from __future__ import annotations
@@ -249,6 +250,14 @@ def allocate_by_damage(
     """Return the removal by measured damage, or by the scores if that leaves the model nearer.
 
     Both are carried out on copies, which share their weights, and judged on held-out tokens.
+
+    Args:
+        target, cost: as `planning.allocate` takes them.
+        damage: what `measure_layers` found.
+        held_out: tokens that the scores did not see, shape (samples, seq_len).
+
+    Raises:
+        UserError, PlanError: as `planning.allocate`.
     """
     priced = by_damage(discovery, scores, selection, numbering, damage)
     removals = [
