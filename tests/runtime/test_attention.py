@@ -139,6 +139,34 @@ def test_tiles_give_what_pytorch_gives(
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("values", [8, 5])  # of another length they go a few queries at a time
+def test_forward_by_pytorch_s_kernel_gives_the_same(
+    values: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    heads = {"query": (6, 8), "key": (2, 8), "value": (2, values)}
+    sizes = [(2, n, 150, size) for n, size in heads.values()]
+    states = [torch.randn(size, dtype=torch.bfloat16, requires_grad=True) for size in sizes]
+    calls: list[Any] = []
+    real = F.scaled_dot_product_attention
+    counted = lambda *args, **others: [calls.append(others), real(*args, **others)][1]  # noqa: E731
+    found = []
+    for tiles in (False, True):
+        monkeypatch.setattr(attention, "_has_tiles", lambda tiles=tiles: tiles)
+        with monkeypatch.context() as patch:
+            patch.setattr(attention.F, "scaled_dot_product_attention", counted)
+            output = attention._tiled(*states, 0.3)
+        found.append([output, *torch.autograd.grad(output, states, torch.ones_like(output))])
+    assert len(calls) == (values == 8)
+    exact = [one.detach().float() for one in states]
+    keys, both = (one.repeat_interleave(3, dim=1) for one in exact[1:])
+    wanted = real(exact[0], keys, both, is_causal=True, scale=0.3)
+    for output, *_ in found:
+        torch.testing.assert_close(output.float(), wanted, rtol=2e-2, atol=2e-2)
+    for one, other in zip(found[0][1:], found[1][1:], strict=True):
+        assert torch.equal(one, other)
+
+
 def run(model: Any, **keywords: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return logits and the gradients of all weights."""
     model.zero_grad()

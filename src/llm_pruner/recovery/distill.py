@@ -52,10 +52,10 @@ class DirectTeacher:
             logits_of_dense = logits_of(self._model, batch)
 
         def objective(logits: torch.Tensor, span: slice, gradient: bool) -> LossAndGradient:
-            log_p = logits_of_dense(span).log_softmax(-1).to(logits.device)
+            wanted = logits_of_dense(span).to(logits.device)
             if gradient:
-                return divergence_and_gradient_(logits, log_p)
-            log_q = logits.log_softmax(-1)
+                return divergence_and_gradient_(logits, wanted)
+            log_p, log_q = wanted.log_softmax(-1), logits.log_softmax(-1)
             return F.kl_div(log_q, log_p, log_target=True, reduction="sum"), None
 
         return objective

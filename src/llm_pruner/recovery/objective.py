@@ -147,18 +147,22 @@ def _divergence(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
 
 
 def divergence_and_gradient_(
-    logits: torch.Tensor, log_p: torch.Tensor
+    logits: torch.Tensor, of_teacher: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sum over tokens of KL(p || q), and its gradient q - p in place of the logits.
 
+    With s and t the student's and the teacher's logits, it is the sum of
+    p (t - s) + log sum exp(s) - log sum exp(t).
+
     Args:
-        logits: of q, (n, vocabulary).
-        log_p: the teacher's, (n, vocabulary); lost, too.
+        logits: of q, float32 (n, vocabulary).
+        of_teacher: of p, likewise.
     """
-    p = log_p.exp()
-    loss = (p * log_p.sub_(logits)).sum()  # but for log sum exp(logits), which p weighs with 1
+    p = of_teacher.softmax(-1)
+    log_total_of_teacher = of_teacher.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
+    loss = (of_teacher - logits).mul_(p).sum()
     log_total, gradient = _softmax_(logits)
-    return loss + log_total.sum(), gradient.sub_(p)
+    return loss + (log_total - log_total_of_teacher).sum(), gradient.sub_(p)
 
 
 def text_objective(tokens: torch.Tensor) -> Objective:

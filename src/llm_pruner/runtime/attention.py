@@ -2,7 +2,7 @@
 
 transformers keeps packed samples apart by a mask over whole rows, and PyTorch computes all that it
 then throws away. Here the samples are read off the mask that the model made, and each is computed
-by itself, a few queries at a time.
+by itself, a few queries at a time; or forward by PyTorch's own kernel, where that is faster.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 from weakref import ref
@@ -175,7 +175,14 @@ def _tiled(
     grouped = query.reshape(rows * groups, heads // groups, length, -1)
     keys, values = (one.reshape(rows * groups, length, -1) for one in (key, value))
     found: torch.Tensor = _Tiled.apply(grouped, keys, values, scale)
-    return found.view(rows, heads, length, -1)
+    return found.reshape(rows, heads, length, -1)
+
+
+@cache
+def _has_tiles() -> bool:
+    """Whether this processor multiplies tiles of bfloat16 (AMX), which PyTorch's own kernel for
+    attention makes use of; without, that kernel multiplies in float32."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
 class _Tiled(torch.autograd.Function):
@@ -190,13 +197,18 @@ class _Tiled(torch.autograd.Function):
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """Take queries (n, g, length, d) and keys and values (n, length, d)."""
+        ctx.save_for_backward(query, key, value)
+        ctx.scale = scale
+        alike = query.shape[-1] == value.shape[-1]  # else PyTorch's kernel is another, slower one
+        if _has_tiles() and alike and query.dtype == torch.bfloat16:
+            return F.scaled_dot_product_attention(
+                query, key[:, None], value[:, None], is_causal=True, scale=scale, enable_gqa=True
+            )
         output = query.new_empty(*query.shape[:3], value.shape[-1])
         for tile in _tiles(query):
             shares = _shares(query[:, :, tile], key[:, : tile.stop], scale)
             found = torch.bmm(shares, value[:, : tile.stop])
             output[:, :, tile] = found.unflatten(1, (query.shape[1], -1))
-        ctx.save_for_backward(query, key, value)
-        ctx.scale = scale
         return output
 
     @staticmethod

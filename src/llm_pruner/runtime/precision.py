@@ -46,8 +46,8 @@ def mixed_precision(model: nn.Module) -> Iterator[None]:
     A linear module takes a float32 input and gives a bfloat16 output, as in mixed-precision
     training; sums over tokens that are taken in place stay float32. Elsewhere nothing changes.
 
-    Attention is computed a few queries at a time: PyTorch's own on such a processor hands its
-    bfloat16 products to float32 kernels, and takes twice as long.
+    Attention is computed sample by sample: PyTorch's own kernel on such a processor hands its
+    bfloat16 products to float32 kernels, unless it has tiles, and takes twice as long.
     """
     half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
     if half or not multiplies_bfloat16():
