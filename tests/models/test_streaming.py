@@ -69,6 +69,7 @@ def require_alike(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor])
         assert torch.equal(tensor, right[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model_type", ["llama", "mixtral", "qwen3_moe", "gemma3_text", "gpt2", "opt"]
 )
@@ -83,6 +84,7 @@ def test_a_streamed_model_gives_the_plan_and_the_weights_of_a_resident_one(
     require_alike(kept, same)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -109,6 +111,7 @@ def test_so_does_every_way_of_choosing_and_refitting(
     require_alike(kept, same)
 
 
+@pytest.mark.slow
 def test_shards_of_experts_are_written_as_the_model_was_stored(tmp_path: Path, text: str) -> None:
     model = save(tmp_path / "model", "mixtral", torch.float32, layers=4)
     options = {
@@ -154,6 +157,7 @@ def mixture(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [TINY, 10**9], ids=["streamed", "resident"])
 def test_what_chooses_experts_stays_in_float32(
     tmp_path: Path, text: str, mixture: Path, memory: int
@@ -168,6 +172,7 @@ def test_what_chooses_experts_stays_in_float32(
     assert after["lm_head.weight"].dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_streamed_model_has_the_types_of_a_resident_one(mixture: Path, dtype: str) -> None:
     resident, streamed = (
@@ -180,6 +185,7 @@ def test_a_streamed_model_has_the_types_of_a_resident_one(mixture: Path, dtype: 
     assert found == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", [False, True])
 def test_says_what_is_in_memory_all_the_same(
     tmp_path: Path, told: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -193,6 +199,7 @@ def test_says_what_is_in_memory_all_the_same(
     assert len(said) == told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
 def test_experts_that_are_stored_one_by_one_stay_in_the_files(
     tmp_path: Path, model_type: str
@@ -362,6 +369,7 @@ def test_copies_run_on_their_own_cuts(tmp_path: Path) -> None:
         assert not torch.equal(expected, before)
 
 
+@pytest.mark.slow
 def test_a_wrong_cut_is_noticed_and_undone(tmp_path: Path, monkeypatch: Any) -> None:
     model = save_tiny(tmp_path / "model", num_hidden_layers=3)
     streamed = load_model(str(model), memory=TINY).model
@@ -384,6 +392,7 @@ def test_a_wrong_cut_is_noticed_and_undone(tmp_path: Path, monkeypatch: Any) -> 
         assert torch.equal(streamed(tokens).logits, before)
 
 
+@pytest.mark.slow
 def test_a_file_that_changes_while_it_is_read_stops_the_run(
     tmp_path: Path, text: str, monkeypatch: Any
 ) -> None:

@@ -52,6 +52,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.slow
 def test_a_new_field_is_an_option_everywhere(place: Path) -> None:
     class More(PruneSettings):
         flavour: str = option("plain", "How it tastes.", "NAME", panel="Where from")
@@ -98,6 +99,7 @@ def test_the_help_shows_every_field(name: str) -> None:
             assert option_name(field) in shown
 
 
+@pytest.mark.slow
 def test_a_request_does_the_same_again(place: Path) -> None:
     done("prune", "dense", "--out", "one", "--ratio", 0.2, "--preset", "fast", *SMALL)
     done("prune", "--config", "one/request.yaml", "--out", "two", "--preset", "fast")
@@ -117,6 +119,7 @@ def test_a_request_finds_the_home_folder(tmp_path: Path, monkeypatch: pytest.Mon
     assert PruneSettings.read({"out": Path("~x/y")}, tmp_path / "request.yaml").out == Path("~x/y")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -146,6 +149,7 @@ def test_what_is_cleared_stays_so_whatever_a_preset_says(tmp_path: Path) -> None
     assert PruneSettings(**words, model="m", out="o").compensation == "none"
 
 
+@pytest.mark.slow
 def test_python_and_the_command_line_give_the_same_plan(place: Path) -> None:
     model = llm_pruner.load("dense")
     text = llm_pruner.calibration(model, "text.txt", samples=10, seq_len=64)
@@ -166,6 +170,7 @@ def test_python_and_the_command_line_give_the_same_plan(place: Path) -> None:
     assert Path("best.json").read_text() == with_trials
 
 
+@pytest.mark.slow
 def test_the_steps_from_python(place: Path) -> None:
     lp = llm_pruner
     model = lp.load("dense")
@@ -201,6 +206,7 @@ def test_the_steps_from_python(place: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_python_of_the_readme(place: Path) -> None:
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     code = text.partition("```python\n")[2].partition("```")[0]
@@ -220,6 +226,7 @@ def test_the_python_of_the_readme(place: Path) -> None:
     assert llm_pruner.load("small").network.num_parameters() < 99_024
 
 
+@pytest.mark.slow
 def test_a_users_project_is_typed(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
@@ -269,6 +276,7 @@ def test_what_is_said_later_wins(tmp_path: Path) -> None:
         PruneSettings.read({}, file)
 
 
+@pytest.mark.slow
 def test_the_old_name_of_an_option_works_and_says_so(place: Path) -> None:
     given = ("--out", "p.json", "--ratio", 0.2, "--criterion", "l2", "--split", "equal")
     found = done("prune", "dense", *given, "--dry-run", "--recipe", PLAIN)
