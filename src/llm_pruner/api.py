@@ -398,7 +398,7 @@ def recover_(
         work = Path(folder)
         samples = make_samples(asked, work, model.loaded, dense, read_examples(asked))
         network, outcome = train_(
-            model.network,
+            own_copy(model.network),
             [one for each in samples for one in each.train],
             [one for each in samples for one in each.held_out],
             asked,
@@ -407,7 +407,8 @@ def recover_(
             sources=len(samples),
             **trainer,
         )
-    model.network = network
+    if outcome.gained:
+        model.network = network
     return outcome
 
 

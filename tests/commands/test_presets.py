@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -402,6 +403,39 @@ def test_trials_on_logits_that_are_not_finite_are_refused(tiny: Path, tmp_path: 
         find_split(model, discovery, scores, chosen, Target(ratio=0.2), numbering, held_out)
 
 
+def test_a_target_that_no_structure_reaches_alone_is_shared_out_by_one_ranking() -> None:
+    model = tiny_model("llama", num_hidden_layers=6)
+    discovery, numbering = discover(model), Numbering.dense(discover(model))
+    scores = {group.name: np.arange(1.0, group.size + 1) for group in discovery.groups}
+    chosen, held_out = Selection(("heads", "ffn"), scope="global"), torch.arange(3, 35)[None]
+    target = Target(ratio=0.55)
+    for share in (0.0, 1.0):
+        alone = replace(chosen, split={"heads": share, "ffn": 1 - share})
+        with pytest.raises(UserError, match="cannot be reached"):
+            allocate(discovery, scores, alone, target, numbering)
+    found, tried = find_split(model, discovery, scores, chosen, target, numbering, held_out)
+    assert found == chosen
+    assert tried == []
+    more = Target(ratio=0.95)
+    with pytest.raises(UserError, match="cannot be reached"):
+        find_split(model, discovery, scores, chosen, more, numbering, held_out)
+
+
+def test_a_share_too_small_for_a_unit_does_not_end_the_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("llama", num_hidden_layers=2)
+    discovery, numbering = discover(model), Numbering.dense(discover(model))
+    scores = {group.name: np.arange(1.0, group.size + 1) for group in discovery.groups}
+    found = iter([3.0, 2.0, 2.0, 1.5, 1.8])  # heads, FFN channels, then 5%, 10% and 20% of heads
+    monkeypatch.setattr(trials, "allocate", lambda *_: {})
+    monkeypatch.setattr(trials.DivergenceMeter, "of", lambda *_: next(found))
+    about = Selection(("heads", "ffn"), scope="global"), Target(ratio=0.1), numbering
+    chosen, tried = find_split(model, discovery, scores, *about, torch.arange(3, 35)[None])
+    assert chosen.split == {"heads": 0.1, "ffn": 0.9}
+    assert len(tried) == 5
+
+
 def test_a_mixed_split_must_also_win_after_a_refit(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", num_hidden_layers=6, max_position_embeddings=512)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -431,7 +465,7 @@ def test_a_mixed_split_must_also_win_after_a_refit(monkeypatch: pytest.MonkeyPat
     assert found.split == mixed
     assert [trial.taken for trial in refitted] == [False, True]
     # A gain that is no clear one is left.
-    monkeypatch.setattr(trials, "MARGIN", 1 - shared / alone)
+    monkeypatch.setattr(trials, "MARGIN", 1 - 0.999 * shared / alone)
     found, tried = find_split(*arguments, refit_on=text[4:])
     assert found.split == refitted[0].split
     assert [trial.taken for trial in tried if trial.refitted] == [True, False]

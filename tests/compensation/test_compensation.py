@@ -280,6 +280,19 @@ def test_hidden_states_of_the_scores_spare_the_dense_blocks(
     assert counts[2] == counts[0]
 
 
+def test_weights_are_trained_afterwards_that_were_before() -> None:
+    dense = make("llama")
+    discovery, removal = removal_of(dense, ("ffn",))
+    model = copy.deepcopy(dense)
+    cut_(model, discovery, removal)
+    model.model.layers[0].mlp.down_proj.requires_grad_(False)
+    before = {name: one.requires_grad for name, one in model.named_parameters()}
+    found = refit_(model, dense, discovery, removal, tokens())
+    assert any(one.changed for one in found)
+    assert {name: one.requires_grad for name, one in model.named_parameters()} == before
+    assert not all(before.values())
+
+
 def test_hidden_states_of_the_first_blocks_alone_are_left_as_they_are() -> None:
     dense, ids, fitted = make("llama"), tokens(), []
     discovery = discover(dense)

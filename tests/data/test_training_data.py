@@ -174,6 +174,15 @@ def test_every_answer_of_a_chat_is_learned_and_nothing_else() -> None:
     assert whole(one, tokenizer) == "<user>Hi?</s><assistant>Yes.</s>"
 
 
+def test_a_chat_may_begin_with_the_assistant() -> None:
+    refusing = "{% if not messages %}{{ raise_exception('nothing') }}{% endif %}"
+    tokenizer = chat_tokenizer(refusing + TEMPLATE)
+    turns = (Turn("assistant", "Hello."), Turn("user", "So?"), Turn("assistant", "No."))
+    (one,) = encode_examples([Example(turns)], tokenizer, seq_len=500, mask_prompt=True)
+    assert whole(one, tokenizer) == "<assistant>Hello.</s><user>So?</s><assistant>No.</s>"
+    assert learned(one, tokenizer) == "Hello.</s>No.</s>"
+
+
 class _WithoutPlaces:
     """A tokenizer that does not say where its tokens stand, as those written in Python."""
 

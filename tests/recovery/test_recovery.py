@@ -675,6 +675,17 @@ def test_a_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
         recover_(model, train, held, settings, work=tmp_path, folder=folder)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_held_out_text_that_cannot_judge_is_an_error(tmp_path: Path, bf16: bool) -> None:
+    model = tiny_model("llama")
+    model.model.embed_tokens.weight.data[5] = math.nan
+    held = [make_sequence(range(3, 30), [True] * 27, 0)]
+    train = [make_sequence(range(10, 30), [True] * 20, 0)] * 4
+    settings = TrainingSettings(batch_size=4, seq_len=64, bf16=bf16)
+    with pytest.raises(UserError, match="the loss of the held-out text is nan before training"):
+        recover_(model, train, held, settings, work=tmp_path, folder=folder)
+
+
 def test_a_run_that_diverges_ends_with_its_best_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,7 +126,8 @@ def test_tiles_give_what_pytorch_gives(
     heads = {"query": (6, 8), "key": (groups, 8), "value": (groups, 5)}
     states = [torch.randn(2, n, length, size, requires_grad=True) for n, size in heads.values()]
     upstream = torch.randn(2, 6, length, 5)
-    found = attention._tiled(*states, 0.3)
+    blocks = [Block(slice(0, 2), 0, length)]
+    found = attention._tiled(*states, 0.3, blocks, attention.tiles_of(blocks, 2, length))
     query, key, value = states
     key, value = (one.repeat_interleave(6 // groups, dim=1) for one in (key, value))
     wanted = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3)
@@ -139,11 +140,32 @@ def test_tiles_give_what_pytorch_gives(
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
 
 
+def test_tiles_leave_out_keys_that_no_query_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_TILE", 4)
+    blocks = blocks_of(mask_of(positions((5, 7), (6, 6))), 2)
+    assert blocks is not None
+    tiles = attention.tiles_of(blocks, 2, 12)
+    assert [(tile.queries.start, tile.keys) for tile in tiles] == [
+        (0, slice(0, 4)),
+        (4, slice(0, 8)),
+        (8, slice(5, 12)),
+    ]
+    seen = torch.zeros(2, 12, 12, dtype=torch.bool)
+    for tile in tiles:
+        assert tile.unseen is not None
+        seen[:, tile.queries, tile.keys] = ~tile.unseen
+    assert torch.equal(seen, mask_of(positions((5, 7), (6, 6)))[:, 0])
+
+
 @pytest.mark.parametrize("values", [8, 5])  # of another length they go a few queries at a time
+@pytest.mark.parametrize("rows", [((150,), (150,)), ((70, 80), (9, 141))], ids=["whole", "packed"])
 def test_forward_by_pytorch_s_kernel_gives_the_same(
-    values: int, monkeypatch: pytest.MonkeyPatch
+    values: int, rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
+    mask = mask_of(positions(*rows))
+    blocks = blocks_of(mask, 2)
+    assert blocks is not None
     heads = {"query": (6, 8), "key": (2, 8), "value": (2, values)}
     sizes = [(2, n, 150, size) for n, size in heads.values()]
     states = [torch.randn(size, dtype=torch.bfloat16, requires_grad=True) for size in sizes]
@@ -151,16 +173,16 @@ def test_forward_by_pytorch_s_kernel_gives_the_same(
     real = F.scaled_dot_product_attention
     counted = lambda *args, **others: [calls.append(others), real(*args, **others)][1]  # noqa: E731
     found = []
-    for tiles in (False, True):
-        monkeypatch.setattr(attention, "_has_tiles", lambda tiles=tiles: tiles)
+    for fast in (False, True):
+        monkeypatch.setattr(attention, "_has_tiles", lambda fast=fast: fast)
         with monkeypatch.context() as patch:
             patch.setattr(attention.F, "scaled_dot_product_attention", counted)
-            output = attention._tiled(*states, 0.3)
+            output = attention._tiled(*states, 0.3, blocks, attention.tiles_of(blocks, 2, 150))
         found.append([output, *torch.autograd.grad(output, states, torch.ones_like(output))])
-    assert len(calls) == (values == 8)
+    assert len(calls) == (len(blocks) if values == 8 else 0)
     exact = [one.detach().float() for one in states]
     keys, both = (one.repeat_interleave(3, dim=1) for one in exact[1:])
-    wanted = real(exact[0], keys, both, is_causal=True, scale=0.3)
+    wanted = real(exact[0], keys, both, attn_mask=mask, scale=0.3)
     for output, *_ in found:
         torch.testing.assert_close(output.float(), wanted, rtol=2e-2, atol=2e-2)
     for one, other in zip(found[0][1:], found[1][1:], strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,6 +47,27 @@ def test_slopes_rise_and_pass_over_a_point_that_lies_too_high() -> None:
     assert Damage((4,), (1.0,)).slopes(5)[-1] == pytest.approx(1.0)
     # Less than nothing, as noise gives, is nothing.
     assert Damage((4, 8), (-0.1, 1.0)).slopes(8).min() == 0
+
+
+@pytest.mark.parametrize(
+    ("samples", "length", "judged"),
+    [(128, 16, 1024), (32, 64, 1024), (16, 32, 512), (4, 512, 1024), (2, 1024, 1024)],
+)
+def test_trials_are_judged_on_as_many_tokens_as_there_are(
+    samples: int, length: int, judged: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = tiny_model("llama", num_hidden_layers=1, max_position_embeddings=1024), []
+    discovery, held_out = discover(model), tokens(samples, length)
+    real = layer_trials.DivergenceMeter
+
+    def noted(model: Any, ids: torch.Tensor) -> Any:
+        seen.append(ids)
+        return real(model, ids)
+
+    monkeypatch.setattr(layer_trials, "DivergenceMeter", noted)
+    asked = random_scores(discovery), Selection(("ffn",)), Numbering.dense(discovery)
+    measure_layers(model, discovery, *asked, held_out)
+    assert [ids.numel() for ids in seen] == [judged]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "falcon_new"])

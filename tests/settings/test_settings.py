@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 import typer.main
 import yaml
 from typer.testing import CliRunner
 
 import llm_pruner
+import llm_pruner.recovery as recovery
 from command import PLAIN, done, save_tiny, write_text
 from llm_pruner.cli.build import add
 from llm_pruner.commands.prune import PruneRun
 from llm_pruner.errors import UserError
+from llm_pruner.recovery import recover_
 from llm_pruner.report.write import write_request
 from llm_pruner.settings.compress import CompressSettings
 from llm_pruner.settings.curve import CurveSettings
@@ -170,8 +175,14 @@ def test_python_and_the_command_line_give_the_same_plan(place: Path) -> None:
     assert Path("best.json").read_text() == with_trials
 
 
+def without_gain(*given: Any, **others: Any) -> tuple[Any, Any]:
+    """Train, and say that it brought nothing."""
+    network, outcome = recover_(*given, **others)
+    return network, replace(outcome, gained=False)
+
+
 @pytest.mark.slow
-def test_the_steps_from_python(place: Path) -> None:
+def test_the_steps_from_python(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lp = llm_pruner
     model = lp.load("dense")
     text = lp.calibration(model, "text.txt", samples=10, seq_len=64)
@@ -183,6 +194,7 @@ def test_the_steps_from_python(place: Path) -> None:
     with pytest.raises(UserError, match="was pruned before"):
         lp.prune_(model, plan)
     lp.refit_(model, text)
+    assert all(weight.requires_grad for weight in model.network.parameters())
     with pytest.raises(UserError, match="nothing to refit"):
         lp.refit_(model, text)
     before = lp.perplexity(model, "other.txt").perplexity
@@ -193,9 +205,14 @@ def test_the_steps_from_python(place: Path) -> None:
     ):
         with pytest.raises(UserError, match=said):
             lp.recover_(model, data, settings)
-    outcome = lp.recover_(
-        model, "text.txt", lp.Lora(rank=4, max_steps=4, batch_size=2, seq_len=32, bf16=False)
-    )
+    quick = lp.Lora(rank=4, max_steps=4, batch_size=2, seq_len=32, bf16=False)
+    network, weights = model.network, copy.deepcopy(model.network.state_dict())
+    with monkeypatch.context() as patch:
+        patch.setattr(recovery, "recover_", without_gain)
+        assert not lp.recover_(model, "text.txt", quick).gained
+    assert model.network is network
+    assert all(torch.equal(one, weights[name]) for name, one in network.state_dict().items())
+    outcome = lp.recover_(model, "text.txt", quick)
     assert outcome.gained
     assert lp.perplexity(model, "other.txt").perplexity < before
     model.save("by-hand")

@@ -355,6 +355,15 @@ TABLE: dict[str, list[Bad]] = {
             "--compensation least-squares --steps 2 --samples 1",
             "--samples 1 leaves none to judge a refit by; use 2 or more, or --compensation none",
         ),
+        (
+            "--compensation least-squares --calibration self --refit-text 3 --samples 1",
+            "--samples 1 leaves none to judge a refit by; use 2 or more, or --compensation none",
+        ),
+        (
+            "--repair-minutes 5 --device cuda:1",
+            "--device cuda:1: training takes the first GPU that it sees; set "
+            "CUDA_VISIBLE_DEVICES=1 and use --device cuda",
+        ),
         ("--repair-minutes -1", between("--repair-minutes", -1, 0, 527040)),
         ("--refit-text 0", between("--refit-text", 0, 1, 100)),
         (
@@ -447,6 +456,11 @@ TABLE: dict[str, list[Bad]] = {
             for name in ("wandb", "tensorboard")
         ),
         ("--data nofile.txt", NO_TEXT),
+        (
+            "--device cuda:1",
+            "--device cuda:1: training takes the first GPU that it sees; set "
+            "CUDA_VISIBLE_DEVICES=1 and use --device cuda",
+        ),
         (
             "--data self",
             "--data self is text that the dense model writes; name that model with --teacher",

@@ -69,7 +69,7 @@ from llm_pruner.recovery.repair import TRAINED_BYTES
 from llm_pruner.runtime.memory import give_back
 from llm_pruner.runtime.precision import fast_matmul, mixed_precision, multiplies_bfloat16
 from llm_pruner.runtime.progress import Clock
-from llm_pruner.search.divergence import TOGETHER, DivergenceMeter
+from llm_pruner.search.divergence import DivergenceMeter, runs_in_step
 from llm_pruner.search.layer_trials import LEVELS, judging_tokens
 from llm_pruner.search.structure_split import REFIT_RIDGE, hold_out, refit_samples
 from llm_pruner.settings.prune import PruneSettings
@@ -473,7 +473,8 @@ class _Forecaster:
         if run.tries_layers:
             trials, tokens = len(LEVELS) * self._count(), judging_tokens(self.total)
             seconds = self._of("dense logits", 1) + self._of("trial", trials * tokens / self.length)
-            times = math.ceil(trials * self.held_out / TOGETHER)
+            count = runs_in_step(self.model, self.length)
+            times = math.ceil(trials * self.held_out / count)
             self._book("layer trials", seconds, self.block + self._rise("trial"), narrow=times)
 
     def _book_splits(self) -> None:

@@ -27,6 +27,8 @@ from llm_pruner.data.calibration import (
     further_text,
     read_calibration,
 )
+from llm_pruner.data.selfmade import WRITERS
+from llm_pruner.data.text import shares_of
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.footprint import model_size
@@ -46,7 +48,14 @@ from llm_pruner.report.records import Pruned, Training
 from llm_pruner.report.write import page_in, write_report, write_request
 from llm_pruner.runtime.memory import give_back
 from llm_pruner.runtime.precision import fast_matmul, mixed_precision
-from llm_pruner.runtime.processes import ALONE, Processes, is_sharded, joined, own_device
+from llm_pruner.runtime.processes import (
+    ALONE,
+    Processes,
+    check_trains,
+    is_sharded,
+    joined,
+    own_device,
+)
 from llm_pruner.runtime.progress import Clock, quiet
 from llm_pruner.search.cache_cost import cache_cost
 from llm_pruner.search.fast_widths import Rounding, measured_rounding
@@ -187,6 +196,14 @@ class PruneRun:
             self.criterion.require_scores_of(settings.structures)
         self.refits = settings.compensation != "none"
         self.repairs = settings.repair_minutes > 0 and not settings.dry_run
+        if self.repairs:
+            check_trains(settings.device)
+        written = WRITERS.keys() >= shares_of(settings.calibration).keys()
+        if self.refits and not settings.dry_run and written and settings.samples < 2:
+            raise UserError(  # what a model writes is not made longer for a refit
+                f"--samples {settings.samples} leaves none to judge a refit by; use 2 or more, or "
+                "--compensation none"
+            )
         self.splits = self.plan is None and start.finds_split(settings, self.criterion)
         self.tries_layers = self.plan is None and start.tries_layers(settings, self.criterion)
         # A plan of random units that nothing judges, or a plan that is there, needs no weights.
@@ -241,8 +258,6 @@ class PruneRun:
 
     def _check_refit(self) -> None:
         """Go without a refit that was not asked for where the model is no chain of blocks."""
-        if is_model_streamed(self.network):  # which would be read from the disk for it
-            return
         some = torch.arange(8, device=next(self.network.parameters()).device)[None]
         try:
             with undisturbed(self.network), torch.enable_grad():
@@ -337,7 +352,7 @@ class PruneRun:
                         discovery,
                         scores,
                         self.selection,
-                        step,
+                        target,  # of the last round, since the split is that of all
                         numbering,
                         held_out,
                         refit_on=None if self.refitter is None else scored,

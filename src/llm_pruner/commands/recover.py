@@ -57,7 +57,13 @@ from llm_pruner.report.records import (
 from llm_pruner.report.write import page_in, write_report, write_request
 from llm_pruner.runtime.memory import free_bytes
 from llm_pruner.runtime.precision import multiplies, multiplies_bfloat16
-from llm_pruner.runtime.processes import Processes, is_sharded, joined, own_device
+from llm_pruner.runtime.processes import (
+    Processes,
+    check_trains,
+    is_sharded,
+    joined,
+    own_device,
+)
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.evaluate import PerplexitySettings
 from llm_pruner.settings.options import option_name
@@ -106,6 +112,7 @@ def recover_checkpoint(
         UserError: something that was given must change; ``out`` is as it was.
     """
     device = own_device(settings.device)
+    check_trains(settings.device)
     bf16 = settings.bf16
     if bf16 is None:
         where = "cuda" if is_sharded() else device

@@ -122,6 +122,8 @@ def refit_(
             "give more, or use --compensation none"
         )
     consumers = _consumers_left(model, dense, discovery, removal)
+    weights = [(one.module, one.module.get_parameter("weight")) for one in consumers.values()]
+    learned = [(module, weight.requires_grad) for module, weight in weights]
     with undisturbed(model), undisturbed(dense), torch.no_grad():
         ids = input_ids.detach().to(next(model.parameters()).device, torch.long)
         try:
@@ -133,7 +135,10 @@ def refit_(
                 f"the model cannot be refitted block by block: {reason}; use --compensation none"
             ) from reason
         gone = removed_modules(discovery, removal)
-        return _Refit(pruned, whole, consumers, gone, ids, ridges, known).run()
+        found = _Refit(pruned, whole, consumers, gone, ids, ridges, known).run()
+    for module, required in learned:  # of weights that are others now
+        module.get_parameter("weight").requires_grad_(required)
+    return found
 
 
 def held_out_samples(samples: int, seq_len: int) -> torch.Tensor:

@@ -442,8 +442,8 @@ def _check_quantization(source: str, config: Any, packed: bool) -> None:
 
 
 def _device(name: str) -> str:
-    if name == "auto":
-        return name
+    if name == "auto":  # accelerate's takes Apple's GPU, which knows no float64
+        return name if torch.cuda.is_available() else "cpu"
     try:
         if torch.empty(1, device=torch.device(name)).is_meta:
             raise RuntimeError("it holds no numbers")

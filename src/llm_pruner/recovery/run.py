@@ -140,6 +140,11 @@ def recover_(
             started = time.monotonic()
             run.before = scored_at(0, model)
             run.seconds_to_score = processes.from_first(time.monotonic() - started)
+            if not math.isfinite(run.before.loss):
+                raise UserError(
+                    f"the loss of the held-out text is {run.before.loss} before training, so "
+                    "nothing can be judged; look at the data, or use --dtype float32"
+                )
             if not settings.bf16 and merges:
                 run.evaluations.append(run.before)  # training starts from just this
         torch.manual_seed(settings.seed)

@@ -156,6 +156,9 @@ class RecoveryTrainer(Trainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:  # noqa: ARG002
         """Run forward and backward over this process's batches of a step; return its mean loss."""
         model.train()
+        if self.processes.count > 1:  # dropout of each its own, also after a resume
+            step = self.state.global_step + 1
+            torch.manual_seed(self.settings.seed + 1_000_003 * step + self.processes.rank)
         batches: list[Batch] = inputs["batches"]
         count = sum(batch.targets for batch in batches)
         self.run.tokens += sum(batch.tokens for batch in batches)

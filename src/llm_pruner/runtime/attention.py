@@ -1,8 +1,9 @@
 """Causal attention by products of PyTorch's own matrices, sample by sample and up to the diagonal.
 
 transformers keeps packed samples apart by a mask over whole rows, and PyTorch computes all that it
-then throws away. Here the samples are read off the mask that the model made, and each is computed
-by itself, a few queries at a time; or forward by PyTorch's own kernel, where that is faster.
+then throws away. Here the samples are read off the mask that the model made. A few queries are
+computed at a time, of all rows, with the keys from the first that one of them sees to the last; or
+each sample forward by PyTorch's own kernel, where that is faster. On a GPU each is by itself.
 """
 
 from __future__ import annotations
@@ -62,6 +63,38 @@ class Block:
         return states[self.rows, :, self.start : self.end]
 
 
+@dataclass(frozen=True)
+class Tile:
+    """Some queries of all rows, and the keys that one of them sees.
+
+    Attributes:
+        queries: their places.
+        keys: from the first that one of them sees to the last.
+        unseen: True where a query does not see a key, (rows, queries, keys); None where each sees
+            all up to its own place.
+    """
+
+    queries: slice
+    keys: slice
+    unseen: torch.Tensor | None = None
+
+
+def tiles_of(blocks: list[Block], rows: int, length: int) -> list[Tile]:
+    """Return the tiles of rows that consist of blocks."""
+    first = torch.zeros(rows, length, dtype=torch.long)
+    for block in blocks:
+        first[block.rows, block.start : block.end] = block.start
+    whole, places = not bool(first.any()), torch.arange(length)
+    tiles = []
+    for start in range(0, length, _TILE):
+        queries = slice(start, min(start + _TILE, length))
+        keys = slice(int(first[:, start].min()), queries.stop)
+        before, own = first[:, queries, None], places[queries, None]
+        unseen = (places[keys] < before) | (places[keys] > own)
+        tiles.append(Tile(queries, keys, None if whole else unseen))
+    return tiles
+
+
 class _Samples:
     """The samples in a mask; it is the same tensor in all layers."""
 
@@ -69,6 +102,7 @@ class _Samples:
         self._mask: Callable[[], torch.Tensor | None] = lambda: None
         self._version = 0
         self._blocks: list[Block] | None = None
+        self._tiles: dict[tuple[int, int], list[Tile]] = {}
 
     def __call__(self, mask: torch.Tensor | None, rows: int, length: int) -> list[Block] | None:
         if mask is None:
@@ -76,7 +110,16 @@ class _Samples:
         if self._mask() is not mask or self._version != mask._version:
             self._mask, self._version = ref(mask), mask._version
             self._blocks = blocks_of(mask, rows)
+            self._tiles = {}
         return self._blocks
+
+    def tiles(self, blocks: list[Block], rows: int, length: int) -> list[Tile]:
+        """Return the tiles of blocks that were just returned."""
+        if blocks is not self._blocks:  # of no mask
+            return tiles_of(blocks, rows, length)
+        if (rows, length) not in self._tiles:
+            self._tiles[rows, length] = tiles_of(blocks, rows, length)
+        return self._tiles[rows, length]
 
 
 @torch.no_grad()
@@ -142,9 +185,12 @@ def _attend(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    one = _tiled if device == "cpu" else _flash
-    found = [one(block.of(query), block.of(key), block.of(value), scale) for block in blocks]
-    return _joined(blocks, found).transpose(1, 2).contiguous(), None
+    if device == "cpu":
+        found = _tiled(query, key, value, scale, blocks, samples.tiles(blocks, rows, length))
+    else:
+        each = [_flash(block.of(query), block.of(key), block.of(value), scale) for block in blocks]
+        found = _joined(blocks, each)
+    return found.transpose(1, 2).contiguous(), None
 
 
 def _joined(blocks: list[Block], found: list[torch.Tensor]) -> torch.Tensor:
@@ -167,15 +213,26 @@ def _flash(
 
 
 def _tiled(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    blocks: list[Block],
+    tiles: list[Tile],
 ) -> torch.Tensor:
     rows, heads, length, _ = query.shape
     groups = key.shape[1]
     # Heads that share keys and values are queries of one product.
     grouped = query.reshape(rows * groups, heads // groups, length, -1)
     keys, values = (one.reshape(rows * groups, length, -1) for one in (key, value))
-    found: torch.Tensor = _Tiled.apply(grouped, keys, values, scale)
+    # Rows of these are those of the batch, each as often as it has groups.
+    own = [Block(_times_each(one.rows, groups), one.start, one.end) for one in blocks]
+    found: torch.Tensor = _Tiled.apply(grouped, keys, values, scale, own, tiles)
     return found.reshape(rows, heads, length, -1)
+
+
+def _times_each(rows: slice, count: int) -> slice:
+    return slice(rows.start * count, rows.stop * count)
 
 
 @cache
@@ -186,7 +243,7 @@ def _has_tiles() -> bool:
 
 
 class _Tiled(torch.autograd.Function):
-    """Causal attention of one sample, a few queries at a time; scores are computed again backward.
+    """Causal attention within samples, a tile at a time; scores are computed again backward.
 
     With S = scale Q K^T below the diagonal, P = softmax(S) and O = P V: dV = P^T dO,
     dS = P * (dP - rowsum(dP * P)) of dP = dO V^T, dQ = scale dS K, dK = scale dS^T Q.
@@ -194,21 +251,29 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        blocks: list[Block],
+        tiles: list[Tile],
     ) -> torch.Tensor:
-        """Take queries (n, g, length, d) and keys and values (n, length, d)."""
+        """Take queries (n, g, length, d) and keys and values (n, length, d), row after row."""
         ctx.save_for_backward(query, key, value)
-        ctx.scale = scale
-        alike = query.shape[-1] == value.shape[-1]  # else PyTorch's kernel is another, slower one
-        if _has_tiles() and alike and query.dtype == torch.bfloat16:
-            return F.scaled_dot_product_attention(
-                query, key[:, None], value[:, None], is_causal=True, scale=scale, enable_gqa=True
-            )
+        ctx.scale, ctx.tiles = scale, tiles
         output = query.new_empty(*query.shape[:3], value.shape[-1])
-        for tile in _tiles(query):
-            shares = _shares(query[:, :, tile], key[:, : tile.stop], scale)
-            found = torch.bmm(shares, value[:, : tile.stop])
-            output[:, :, tile] = found.unflatten(1, (query.shape[1], -1))
+        alike = query.shape[-1] == value.shape[-1]  # else PyTorch's kernel is another, slower one
+        if alike and query.dtype == torch.bfloat16 and _has_tiles():
+            for block in blocks:
+                keys, values = block.of(key[:, None]), block.of(value[:, None])
+                block.of(output).copy_(_flash(block.of(query), keys, values, scale))
+            return output
+        for tile in tiles:
+            at = tile.queries
+            shares = _shares(query[:, :, at], key[:, tile.keys], scale, tile.unseen)
+            found = torch.bmm(shares, value[:, tile.keys])
+            output[:, :, at] = found.unflatten(1, (query.shape[1], -1))
         return output
 
     @staticmethod
@@ -217,33 +282,33 @@ class _Tiled(torch.autograd.Function):
         scale, of_output = ctx.scale, upstream[0]
         of_query = torch.empty_like(query)
         of_key, of_value = (torch.zeros_like(one, dtype=torch.float32) for one in (key, value))
-        for tile in _tiles(query):
-            keys, values = key[:, : tile.stop], value[:, : tile.stop]
-            queries, rises = query[:, :, tile].flatten(1, 2), of_output[:, :, tile].flatten(1, 2)
-            shares = _shares(query[:, :, tile], keys, scale)
+        for tile in ctx.tiles:
+            at, keys, values = tile.queries, key[:, tile.keys], value[:, tile.keys]
+            queries, rises = query[:, :, at].flatten(1, 2), of_output[:, :, at].flatten(1, 2)
+            shares = _shares(query[:, :, at], keys, scale, tile.unseen)
             of_shares = torch.bmm(rises, values.transpose(1, 2))
             of_scores = torch._softmax_backward_data(of_shares, shares, -1, shares.dtype)
-            of_query[:, :, tile] = _times(of_scores, keys, scale).unflatten(1, (query.shape[1], -1))
-            of_key[:, : tile.stop] += _times(of_scores.transpose(1, 2), queries, scale)
-            of_value[:, : tile.stop] += torch.bmm(shares.transpose(1, 2), rises)
-        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None
+            of_query[:, :, at] = _times(of_scores, keys, scale).unflatten(1, (query.shape[1], -1))
+            of_key[:, tile.keys] += _times(of_scores.transpose(1, 2), queries, scale)
+            of_value[:, tile.keys] += torch.bmm(shares.transpose(1, 2), rises)
+        return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None, None, None
 
 
-def _tiles(query: torch.Tensor) -> Iterator[slice]:
-    length = query.shape[2]
-    for start in range(0, length, _TILE):
-        yield slice(start, min(start + _TILE, length))
-
-
-def _shares(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+def _shares(
+    queries: torch.Tensor, keys: torch.Tensor, scale: float, unseen: torch.Tensor | None
+) -> torch.Tensor:
     """Return how much of each value a query takes, (n, g * queries, keys).
 
     The queries (n, g, queries, d) are of the last places that keys (n, keys, d) are of.
     """
     count = queries.shape[2]
     scores = _times(queries.flatten(1, 2), keys.transpose(1, 2), scale)
-    later = torch.ones(count, count, dtype=torch.bool, device=scores.device).triu(1)
-    scores.unflatten(1, (-1, count))[..., -count:].masked_fill_(later, -torch.inf)
+    if unseen is None:
+        later = torch.ones(count, count, dtype=torch.bool, device=scores.device).triu(1)
+        scores.unflatten(1, (-1, count))[..., -count:].masked_fill_(later, -torch.inf)
+    else:
+        rows = scores.view(len(unseen), -1, count, keys.shape[1])
+        rows.masked_fill_(unseen[:, None], -torch.inf)
     return torch.softmax(scores, -1)
 
 

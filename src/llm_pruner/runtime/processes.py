@@ -242,6 +242,34 @@ def joined(device: str) -> Iterator[Processes]:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@contextmanager
+def apart() -> Iterator[None]:
+    """Have accelerate and the Trainer take this process for the only one: it trains by itself."""
+    if started() == 1:
+        yield
+        return
+    names = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", *_MEETING)
+    held = {name: os.environ.pop(name) for name in names if name in os.environ}
+    together = dict(PartialState._shared_state)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState._shared_state.update(together)
+        os.environ.update(held)
+
+
+def check_trains(device: str) -> None:
+    """Raise UserError for a GPU that the Trainer would not train on: of one process, the first."""
+    kind, _, number = device.partition(":")
+    if started() == 1 and kind == "cuda" and number not in ("", "0"):
+        raise UserError(
+            f"--device {device}: training takes the first GPU that it sees; set "
+            f"CUDA_VISIBLE_DEVICES={number} and use --device cuda"
+        )
+
+
 def gpus() -> int:
     """Return the number of GPUs of this machine."""
     return torch.cuda.device_count()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,7 +21,13 @@ Change: TypeAlias = Callable[[nn.Module, int], AbstractContextManager[None]]
 """Inside what it returns, a model is another one, for the held-out sample of a number."""
 
 TOGETHER = 256
-"""Runs of a streamed model in step, each of which holds hidden states of its own."""
+"""Runs of a streamed model in step at most, each of which holds hidden states of its own."""
+
+_ROOM = 2**29
+"""Bytes that they may hold together."""
+
+_MODULES = 2_500_000
+"""Bytes of a copy of a model without its weights."""
 
 _ROWS = 64
 """Tokens whose logits are compared at a time."""
@@ -48,6 +54,17 @@ def divergences(
         found = [meter.of(one) * len(ids) for one in networks]
         totals = [total + one for total, one in zip(totals, found, strict=True)]
     return [total / len(held_out) for total in totals]
+
+
+def runs_in_step(model: nn.Module, tokens: int) -> int:
+    """Return how many runs of a streamed model, on so many tokens each, go in step.
+
+    Each has hidden states and a copy of the modules, with buffers of its own.
+    """
+    whole: Any = model
+    states = 4 * tokens * whole.get_input_embeddings().weight.shape[1]
+    buffers = sum(one.nbytes for one in model.buffers())
+    return max(1, min(TOGETHER, _ROOM // (states + buffers + _MODULES)))
 
 
 class DivergenceMeter:
@@ -79,8 +96,9 @@ class DivergenceMeter:
         found: list[float] = []
         with undisturbed(network):
             if is_model_streamed(network):
-                for at in range(0, len(jobs), TOGETHER):
-                    found += map(result_of, in_step(network, jobs[at : at + TOGETHER], label))
+                count = runs_in_step(network, self._ids.shape[1])
+                for at in range(0, len(jobs), count):
+                    found += map(result_of, in_step(network, jobs[at : at + count], label))
             else:
                 outcomes = in_step(network, jobs, label)
                 found += map(result_of, track(outcomes, label, len(jobs)))

@@ -135,7 +135,7 @@ def measure_layers(
         return found
     groups = {group.name: group for group in discovery.groups}
     tokens = judging_tokens(sum(parameter.numel() for parameter in model.parameters()))
-    length = max(_LENGTH, tokens // len(held_out))
+    length = min(held_out.shape[1], max(_LENGTH, tokens // len(held_out)))
     some = held_out[:: -(-len(held_out) * length // tokens), :length]
     meter, tails = DivergenceMeter(model, some), _Tails(model, some)
     trials: list[tuple[str, int]] = []

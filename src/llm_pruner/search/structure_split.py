@@ -72,7 +72,8 @@ def find_split(
     """Return the selection with the best split that was found, and all trials.
 
     Every structure is tried alone. From the best of these, each other structure is then given
-    growing shares for as long as the divergence falls.
+    growing shares for as long as the divergence falls. Where no structure reaches the target alone
+    the selection is as it was, and one ranking over all structures shares it out; no trial then.
 
     Args:
         held_out: tokens that the scores did not see, shape (samples, seq_len).
@@ -80,7 +81,7 @@ def find_split(
         known: hidden states of the model, if of these tokens.
 
     Raises:
-        UserError: no split reaches the target, or none can be judged.
+        UserError: nothing reaches the target, or no split can be judged.
     """
     meter = DivergenceMeter(model, held_out)
     trials: list[SplitTrial] = []
@@ -93,7 +94,7 @@ def find_split(
             removal = allocate(discovery, scores, candidate, target, numbering)
             divergence = meter.of(cut_copy(model, discovery, removal))
         except (UserError, InfeasibleError) as error:
-            failure = error if isinstance(error, UserError) else failure
+            _LOG.info("split %s: %s", split, error)
             return inf
         if not isfinite(divergence):
             failure = UserError(
@@ -109,6 +110,11 @@ def find_split(
     alone = [dict.fromkeys(names, 0.0) | {name: 1.0} for name in names]
     results = [(attempt(split), split) for split in track(alone, "trials: one structure")]
     best, split = min(results, key=lambda result: result[0])
+    if not trials:
+        if failure is not None:
+            raise failure
+        allocate(discovery, scores, selection, target, numbering)  # else nothing reaches it
+        return selection, []
     main = max(split, key=lambda name: split[name])
     others = [name for name in names if name != main]
     for name in track(others, "trials: two structures"):
@@ -117,11 +123,11 @@ def find_split(
             if rest <= 0:
                 break
             found = attempt({**split, name: share, main: rest})
-            if found >= best:
+            if found == best:  # too small a share for a unit of it: the same model
+                continue
+            if found > best:
                 break
             best, split = found, {**split, name: share, main: rest}
-    if not trials:
-        raise failure or UserError("no split of the budget reaches the target; ask for less")
     alone_best = {name: float(name == main) for name in names}
     tried = any(trial.split == alone_best for trial in trials)
     if refit_on is not None and len(refit_on) < 2:
