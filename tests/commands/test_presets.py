@@ -500,11 +500,15 @@ def test_a_model_that_is_no_chain_goes_without_a_refit_or_is_refused_before_work
 
     monkeypatch.setattr(pruning, "find_chain", no_chain)
     options = ("--ratio", 0.2, "--preset", "balanced", *small(text))
-    said = done("prune", tiny, "--out", tmp_path / "out", *options, "--json", "-").out
-    assert "no refit, which goes block by block: block 1 depends on more" in caplog.text
-    assert json.loads(said)["refitted"] == []
-    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
-    assert plan["settings"]["compensation"] == "none"
+    plans = []
+    for name, memory in (("out", ()), ("streamed", ("--memory", "100KB"))):
+        caplog.clear()
+        said = done("prune", tiny, "--out", tmp_path / name, *options, *memory, "--json", "-").out
+        assert "no refit, which goes block by block: block 1 depends on more" in caplog.text
+        assert json.loads(said)["refitted"] == []
+        plans.append((tmp_path / name / "plan.json").read_text())
+    assert json.loads(plans[0])["settings"]["compensation"] == "none"
+    assert plans[0] == plans[1]
     monkeypatch.setattr(pruning, "score", None)  # nothing is scored
     again = run("prune", tiny, "--out", tmp_path / "b", *options, "--compensation", "least-squares")
     assert again.code == 2
