@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import llm_pruner.commands.prune
 import llm_pruner.commands.recover
 import llm_pruner.models.load
 from command import contents, done, figures, measured_here, run, save_tiny, write_text
+from helpers import tiny_tokenizer
 from llm_pruner.commands.compress import chunks_in_time, time_to_recover, trainings
 from llm_pruner.commands.workdir import opened
 from llm_pruner.errors import UserError
@@ -438,6 +440,23 @@ def test_what_is_refused_before_a_model_is_loaded(
     work: Path, made: Path, unloaded: None, options: list[object], said: str
 ) -> None:
     assert refused("compress", made / "dense", "--out", "small", *options).startswith(said)
+
+
+def test_chats_that_the_template_refuses_are_found_before_pruning(
+    work: Path, made: Path, unloaded: None
+) -> None:
+    dense = work / "dense"
+    shutil.copytree(made / "dense", dense)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    )
+    tokenizer.save_pretrained(dense)
+    turns = [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]
+    (work / "chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    said = refused("compress", dense, "--out", "small", "--data", "chats.jsonl")
+    assert said.startswith("the tokenizer's chat template rejects a chat (no system)")
 
 
 def test_what_the_model_refuses_leaves_nothing(work: Path, made: Path) -> None:

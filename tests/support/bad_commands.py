@@ -575,6 +575,11 @@ TABLE: dict[str, list[Bad]] = {
             "compress",
             ("--perplexity nofile.txt", NO_TEXT),
             ("--tasks boolq --limit 0", "limit=0 leaves no documents; use 1 or more"),
+            (
+                "--device cuda:1",
+                "--device cuda:1: training takes the first GPU that it sees; set "
+                "CUDA_VISIBLE_DEVICES=1 and use --device cuda",
+            ),
         ),
         *bad(
             "bench",

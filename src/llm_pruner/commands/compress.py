@@ -29,9 +29,10 @@ from llm_pruner.commands.workdir import (
     read_values,
 )
 from llm_pruner.data.calibration import check_calibration
-from llm_pruner.data.examples import load_examples
+from llm_pruner.data.examples import Examples, load_examples
 from llm_pruner.data.files import BEGINNING
 from llm_pruner.data.selfmade import CHUNK, write_text_cached
+from llm_pruner.data.sequences import encode_each
 from llm_pruner.data.text import DEMO_PROMPTS, SELF, shares_of
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import result_cache
@@ -39,14 +40,14 @@ from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.files.disk import remove, tidy
 from llm_pruner.files.outputs import check_output, check_place, check_shard_size, rewrite
 from llm_pruner.models.forward import embedding_rows, maximum_length
-from llm_pruner.models.load import check, load
+from llm_pruner.models.load import check, load, load_tokenizer
 from llm_pruner.models.stored import check_file_states, file_states, stored_at
 from llm_pruner.recovery import Progress
 from llm_pruner.report.data import Report, Source, Variant, known_report
 from llm_pruner.report.facts import evaluation_of, source_of
 from llm_pruner.report.records import RECOVERY_FILE, Change, Compressed, Measured, Training, Weighed
 from llm_pruner.report.write import page_in, write_report, write_request
-from llm_pruner.runtime.processes import only_one
+from llm_pruner.runtime.processes import check_trains, only_one
 from llm_pruner.settings.common import OutputSettings
 from llm_pruner.settings.compress import CompressSettings
 from llm_pruner.settings.evaluate import EvaluateSettings, PerplexitySettings
@@ -158,11 +159,12 @@ def check_settings(settings: CompressSettings) -> None:
     pruning = settings.pruning(settings.out)
     selection_of(pruning)
     criterion_of(pruning)
+    found: list[Examples] = []
     if settings.recover:
+        check_trains(settings.device)
         settings.trains().check()
-        for source in settings.data:
-            if source != SELF:
-                load_examples(source, limit=BEGINNING)
+        read = [source for source in settings.data if source != SELF]
+        found = [load_examples(source, limit=BEGINNING) for source in read]
     check_calibration(pruning)
     read_texts(settings.perplexity, PerplexitySettings())
     check_shard_size(settings.max_shard_size)
@@ -174,6 +176,10 @@ def check_settings(settings: CompressSettings) -> None:
             f"--quantize {settings.quantize} is for models whose code is in transformers, and "
             f"{settings.model} has its own; leave --quantize out"
         )
+    tokenizer = load_tokenizer(settings.loading()) if found else None
+    for one in found:  # a chat template may refuse what is only trained on after pruning
+        some = one.examples[:BEGINNING]
+        encode_each(some, tokenizer, seq_len=settings.trains().seq_len)
 
 
 def _is_of_transformers(config: Any) -> bool:
