@@ -89,9 +89,11 @@ def tiles_of(blocks: list[Block], rows: int, length: int) -> list[Tile]:
     for start in range(0, length, _TILE):
         queries = slice(start, min(start + _TILE, length))
         keys = slice(int(first[:, start].min()), queries.stop)
+        if whole:
+            tiles.append(Tile(queries, keys))
+            continue
         before, own = first[:, queries, None], places[queries, None]
-        unseen = (places[keys] < before) | (places[keys] > own)
-        tiles.append(Tile(queries, keys, None if whole else unseen))
+        tiles.append(Tile(queries, keys, (places[keys] < before) | (places[keys] > own)))
     return tiles
 
 
