@@ -13,7 +13,7 @@ help:
 	@echo "make demo       make the small default model 20% smaller, compare before and after"
 	@echo "                and leave the report in demo-out/report.html"
 	@echo "make test       run the tests; those of the report's look need Chromium"
-	@echo "make test-fast  run the tests that start no command, no process and not every model"
+	@echo "make test-fast  run the tests without commands, processes, trainings, many models"
 	@echo "make check      lint, types and contracts, as CI does"
 	@echo "make format     rewrite the sources in the project's format"
 

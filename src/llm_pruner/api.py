@@ -259,7 +259,8 @@ def plan(model: Model, groups: Discovery, scores: Scores | None, settings: PlanS
         if text is not None:
             read = text.settings
             said |= {"calibration": read["source"], "samples": read["samples"]}
-            said |= {"seq_len": read["seq_len"], "text_split": read["split"], "seed": read["seed"]}
+            said |= {"seq_len": read["seq_len"], "seed": read["seed"]}
+            said |= {name: read.get(name) for name in ("text_split", "text_field")}
         known = dict(scores)
         estimate = lambda *_: known  # noqa: E731
     asked = PruneSettings(**said, model=model.loaded.name, out=_NEW, dry_run=True)

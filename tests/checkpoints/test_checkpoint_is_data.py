@@ -420,6 +420,7 @@ def mutate(value: Any, draw: random.Random) -> Any:
     return draw.choice(WILD)
 
 
+@pytest.mark.slow
 def test_no_mutation_of_a_recipe_does_more_than_load_or_be_refused(
     pruned: Path, tmp_path: Path
 ) -> None:

@@ -101,6 +101,7 @@ def decoded(start: Callable[[Any], Decoder], model: Any, tokens: torch.Tensor) -
     return torch.stack([decoder.step(part) for part in steps])
 
 
+@pytest.mark.slow
 def test_a_compiled_model_decodes_alike() -> None:
     model = tiny_model(num_hidden_layers=1)
     tokens = torch.randint(3, VOCABULARY, (2, 14), generator=torch.Generator().manual_seed(0))

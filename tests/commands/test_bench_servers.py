@@ -14,10 +14,12 @@ from command import done, run, save_tiny
 from fake_server import fake_server, noted
 from helpers import in_old_form, tiny_model
 from llm_pruner.checkpoints import modeling_pruned
+from llm_pruner.commands import bench_servers
 from llm_pruner.commands.bench_servers import _Subject
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.servers import served_by
 from llm_pruner.evaluation.serving import Wanted
+from llm_pruner.settings.evaluate import BenchSettings
 from llm_pruner.settings.registry import SERVERS, entry
 
 QUICK = ("--prompt-tokens", 8, "--new-tokens", 3, "--repeats", 2, "--batch-size", "1,2")
@@ -255,3 +257,27 @@ def test_room_for_the_cache_is_what_all_texts_need() -> None:
     told = dict(zip(words[3::2], words[4::2], strict=True))
     assert int(told["--kv-cache-memory-bytes"]) == 4 * 2**20 * 8 * (72 + 128)
     assert told["--gpu-memory-utilization"] == "0.45"
+
+
+def test_a_revision_is_that_of_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def load(source: Any, **_: Any) -> None:
+        asked.append((source.model, source.revision))
+        raise UserError("enough")
+
+    monkeypatch.setattr(bench_servers, "load", load)
+    settings = BenchSettings(model="me/it", revision="v1", against="me/it", server="vllm")
+    for other in (None, settings.against):
+        with pytest.raises(UserError, match="enough"):
+            bench_servers._subject(settings, other, entry("evaluation/servers", "vllm"))
+    assert asked == [("me/it", "v1"), ("me/it", None)]
+
+
+def test_code_that_a_server_trips_over_costs_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trips(*_: Any) -> str:
+        raise AttributeError("no scaling")
+
+    monkeypatch.setattr(entry("evaluation/servers", "vllm"), "how", trips)
+    found = served_by(tiny_model(), tiny_model().config, "stock")
+    assert any("cannot tell: AttributeError: no scaling" in str(one) for one in found)

@@ -283,6 +283,53 @@ def test_a_preset_says_how_much_and_the_size_of_files_holds(tmp_path: Path) -> N
     assert CompressSettings(**asked, ratio=0.1).pruning(Path("p")).ratio == 0.1
     found = CompressSettings(**asked, params="3M").pruning(Path("p"))
     assert (found.ratio, found.params) == (None, 3_000_000)
+    preset.write_text("criterion: l2\nkv_cache: 0.5\n")
+    with pytest.raises(UserError, match="says how much by kv_cache, which compress does not know"):
+        CompressSettings(**asked)
+    assert CompressSettings(**asked, ratio=0.1).pruning(Path("p")).kv_cache is None
+
+
+@pytest.mark.parametrize(
+    ("said", "plan", "wanted"),
+    [
+        ({"max_minutes": 5.0}, (None, 1.0), (5.0, 1.0)),
+        ({"max_minutes": 5.0, "epochs": 2.0}, (3.0, 3.0), (3.0, 2.0)),
+        ({}, (None, 1.0), (None, 1.0)),
+    ],
+)
+def test_what_a_file_says_of_training_holds(
+    said: dict[str, float],
+    plan: tuple[float | None, float],
+    wanted: tuple[float | None, float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Any] = []
+
+    def recover(settings: Any, **_: Any) -> None:
+        seen.append(settings)
+        raise UserError("enough")
+
+    monkeypatch.setattr(stages, "recover_checkpoint", recover)
+    asked = CompressSettings(model="m", out=tmp_path / "o", training=said)
+    with opened(tmp_path / "work", {}, restart=False) as work:
+        made = stages._Stages(asked, work, None, lambda _: None, lambda _: None, None)
+        amount = {"samples": 9, "minutes": plan[0], "epochs": plan[1]}
+        monkeypatch.setattr(made, "_amount", lambda: amount)
+        with pytest.raises(UserError, match="enough"):
+            made.recover()
+    assert (seen[0].max_minutes, seen[0].epochs) == wanted
+
+
+def test_other_items_of_a_task_are_another_run(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "dense")
+    items = tmp_path / "boolq.jsonl"
+    asked: dict[str, Any] = {"model": str(model), "out": tmp_path / "o", "tasks_data": tmp_path}
+    seen = []
+    for text in ("one", "two"):
+        items.write_text(text)
+        seen.append(stages.about(CompressSettings(**asked, tasks="boolq")))
+    assert seen[0] != seen[1]
 
 
 def refused(*args: object) -> str:

@@ -18,6 +18,7 @@ from command import PLAIN, Result, contents, done, run, save_tiny
 from llm_pruner.commands import curve as curves
 from llm_pruner.commands import prune as pruning
 from llm_pruner.commands.curve import CurveRun, smallest_for
+from llm_pruner.commands.prune import PruneRun
 from llm_pruner.commands.workdir import MEASURING, opened
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.divergence import Divergence
@@ -278,6 +279,41 @@ def test_text_to_measure_on_must_be_left() -> None:
     assert not Path("none.measuring").exists()
 
 
+def test_sizes_are_measured_in_their_order() -> None:
+    asked: dict[str, Any] = {"model": "m", "out": Path("o")}
+    assert CurveSettings(**asked, ratios=[0.5, 0.1, 0.5]).ratios == (0.1, 0.5)
+
+
+@pytest.mark.parametrize("name", ["./text.txt", "link.txt"])
+def test_the_calibration_text_by_another_path_is_refused(name: str) -> None:
+    if not Path("link.txt").is_symlink():
+        Path("link.txt").symlink_to("text.txt")
+    result = run("curve", "dense", "--out", "none", *HOW, "--text", name)
+    assert result.code == 2
+    assert f"--text {name} is the calibration text" in result.err
+
+
+def test_a_text_that_is_too_short_is_refused_before_a_point(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(PruneRun, "make_plan", lambda *_: pytest.fail("a point was begun"))
+    Path("short.txt").write_text("a few words")
+    result = run("curve", "dense", "--out", "none", *HOW, "--text", "short.txt")
+    assert result.code == 2
+    assert "the text is too short" in result.err
+    assert not Path("none.measuring").exists()
+
+
+def test_few_tokens_of_a_field_are_measured_on(tmp_path: Path) -> None:
+    rows = [{"said": "abc " * 200, "by": "me"}, {"said": "dcb " * 200, "by": "you"}]
+    text = tmp_path / "said.jsonl"
+    text.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    how = ("--text", text, "--text-field", "said", "--measured-tokens", 100, "--ratios", "0.1")
+    done("curve", "dense", "--out", tmp_path / "sizes", *HOW, *how)
+    data = json.loads((tmp_path / "sizes/curve.json").read_text())
+    assert data["points"][0]["measured"]["window"] == 100
+
+
 def test_from_python(made: tuple[dict[str, Any], Result]) -> None:
     model = lp.load("dense")
     before = {name: one.clone() for name, one in model.network.state_dict().items()}
@@ -312,13 +348,13 @@ def test_a_repair_does_not_see_what_is_measured_on(monkeypatch: pytest.MonkeyPat
 
     def repair_(network: Any, dense: Any, text: torch.Tensor, *_: Any, **__: Any) -> None:
         seen.append(text)
-        raise UserError("enough")
+        raise RuntimeError("enough")
 
     monkeypatch.setattr(recovery, "repair_", repair_)
     how = lp.presets.fast(calibration="text.txt", samples=16, seq_len=24, repair_minutes=1)
     asked = {"model": "dense", "out": Path("x"), "measured_tokens": 480}
     run = CurveRun(CurveSettings(**how.written(), **asked))
-    with pytest.raises(UserError, match="enough"):
+    with pytest.raises(RuntimeError, match="enough"):
         run.point(0.1)
     assert run.text is not None
     assert len(run.text.unseen) == 20

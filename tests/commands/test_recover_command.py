@@ -541,3 +541,12 @@ def test_a_model_that_was_not_pruned_says_so(work: Path, made: Path) -> None:
     assert "<h1>dense,<wbr> recovered</h1>" in page
     assert "dense was recovered by LoRA of rank 8 on 57 samples of rows.jsonl, 4 steps." in page
     assert "pruned" not in page.split("<footer>")[0].split("<body>")[1]
+
+
+def test_without_a_gain_it_still_was_not_pruned(work: Path, made: Path) -> None:
+    still = ("--learning-rate", 1e-30, "--perplexity", "demo", "--perplexity-seq-len", 512)
+    options = ("--data", made / "rows.jsonl", *QUICK, *still)
+    done("recover", made / "dense", "--out", "better", *options)
+    report = read_report(Path("better/report.json"))
+    assert list(report.evaluations) == ["dense"]
+    assert "pruned" not in Path("better/README.md").read_text()

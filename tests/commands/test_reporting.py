@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from gguf import GGUFWriter
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ import llm_pruner.models.load
 import llm_pruner.report.facts
 import llm_pruner.report.write
 from command import contents, done, run, save_tiny, write_text
+from helpers import tiny_model
 from llm_pruner.cli.output import command_line
 from llm_pruner.evaluation.perplexity import PerplexityResult
 from llm_pruner.evaluation.speed import Speed
@@ -106,6 +108,18 @@ def test_every_run_leaves_a_report(tiny: Path, pruned: Path) -> None:
     assert card.count("trust_remote_code=True)") == 2
     modes = {(pruned / name).stat().st_mode & 0o044 for name in REPORT}
     assert modes == {0o044}
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_bytes_before_and_after_are_of_one_type(work: Path, dtype: str) -> None:
+    save_tiny(work / "half")
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(work / "half")
+    how = ("--ratio", 0.2, "--criterion", "l2", "--dtype", dtype, "--no-verify")
+    done("prune", work / "half", "--out", work / dtype, *how)
+    sizes = read_report(work / dtype / "report.json").sizes
+    width = 2 if dtype == "auto" else 4
+    for size in sizes.values():
+        assert size.bytes == width * size.total
 
 
 def test_prune_says_where_the_report_is(tiny: Path, work: Path) -> None:

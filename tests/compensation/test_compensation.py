@@ -387,6 +387,8 @@ _SHARING: dict[str, Any] = {
     "num_hidden_layers": 6,
     "num_kv_shared_layers": 2,
     "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "vocab_size_per_layer_input": 300,
+    "hidden_size_per_layer_input": 8,
 }
 
 

@@ -322,6 +322,20 @@ def test_what_one_source_holds_out_no_other_trains_on() -> None:
         without_held_out(halves)
 
 
+def test_what_is_alike_once_it_is_cut_is_not_trained_on() -> None:
+    """Such as what stands behind a long system prompt."""
+    rows = tuple(
+        Example((Turn("user", f"{WORDS * 9 if n % 2 else ''}{n}"), Turn("assistant", "yes")))
+        for n in range(40)
+    )
+    made = split_samples(Examples(rows, "a", None), tiny_tokenizer(), seq_len=200, held_out=10)
+    judged = {one.input_ids.tobytes() for one in made.held_out}
+    assert judged & {one.input_ids.tobytes() for one in made.train}
+    (kept,) = without_held_out([made])
+    assert not judged & {one.input_ids.tobytes() for one in kept.train}
+    assert len(kept.train) >= 10
+
+
 def test_examples_with_nothing_to_learn_are_not_held_out() -> None:
     # The question of every second one leaves no room for an answer.
     rows = tuple(

@@ -106,6 +106,19 @@ def test_files_with_merges_as_text_are_read() -> None:
 
         encode_batch = tokenizer.backend_tokenizer.encode_batch
 
+        def no_truncation(self) -> None: ...
+
+        def no_padding(self) -> None: ...
+
     old = Vocabulary(type("T", (), {"backend_tokenizer": Old()})())
     counts = known.count([demo_text()])
     assert old.choose(counts, 400).tolist() == known.choose(counts, 400).tolist()
+
+
+def test_all_of_a_text_counts_whatever_training_left_in_the_tokenizer() -> None:
+    tokenizer = byte_level()
+    whole = Vocabulary(tokenizer).count([demo_text(), "a"])
+    tokenizer.backend_tokenizer.enable_truncation(16)
+    tokenizer.backend_tokenizer.enable_padding(length=16, pad_id=0)
+    assert Vocabulary(tokenizer).count([demo_text(), "a"]).tolist() == whole.tolist()
+    assert len(tokenizer.backend_tokenizer.encode("a").ids) == 16  # its own is as it was

@@ -45,6 +45,7 @@ def assert_same(one: Discovery, other: Discovery) -> None:
     assert one.aliases == other.aliases
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

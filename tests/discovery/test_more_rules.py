@@ -226,6 +226,7 @@ def test_spectral_norm() -> None:
     assert any("a spectral norm" in axis.reason for axis in discovery.frozen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
 def test_adapters_of_peft(method: str) -> None:
     from peft import IA3Config, LoraConfig, get_peft_model
@@ -406,6 +407,62 @@ def test_streams_are_no_channels(static: bool) -> None:
     assert {group.size for group in of_kind(discovery, "other")} <= {3}
 
 
+class NormedTogether(Attention):
+    """Attention whose values are normed over heads and channels at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm((HEADS, SIZE))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = (*x.shape[:2], self.heads, self.size)
+        q, k, v = (p(x).view(shape) for p in (self.q, self.k, self.v))
+        q, k, v = (p.transpose(1, 2) for p in (q, k, self.norm(v)))
+        return self.o(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_a_norm_over_several_axes() -> None:
+    discovery = checked(Net(NormedTogether()), dense=False)
+    assert {group.kind for group in discovery.groups if group.frozen is None} == {
+        "hidden", "heads", "head_dim", "value_dim"
+    }  # fmt: skip
+
+
+class Scattered(nn.Module):
+    """Channels that are written to places of twice as many."""
+
+    def __init__(self, count: int = HIDDEN) -> None:
+        super().__init__()
+        places = torch.randperm(2 * HIDDEN, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("places", places[:HIDDEN])
+        self.count = count
+        self.down = nn.Linear(2 * HIDDEN, HIDDEN)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.new_zeros(*x.shape[:2], 2 * HIDDEN)
+        places = self.places[: self.count].expand(*x.shape[:2], -1)
+        return self.down(wide.scatter(-1, places, x))
+
+
+def test_what_is_written_by_position() -> None:
+    """Where fewer positions are written than there are values, which ones depends on the place."""
+    assert "hidden" in free(checked(Net(Scattered())))
+    assert "hidden" not in free(discover(Net(Scattered(HIDDEN - 2))))
+
+
+class NumpySized(Attention):
+    """Attention whose number of heads is one of numpy, which nobody can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = self.kv_heads = np.int64(HEADS)
+
+
+def test_numbers_of_numpy_hold_an_axis() -> None:
+    discovery = checked(Net(NumpySized()))
+    assert "heads" not in free(discovery)
+
+
 class Cached(Attention):
     """Attention over keys and values that lie in buffers."""
 
@@ -548,6 +605,7 @@ FLEXIBLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")
 @pytest.mark.parametrize(
@@ -819,6 +877,7 @@ def test_projector_of_images_keeps_the_hidden_size() -> None:
     assert {"heads", "ffn"} <= free(discovery)
 
 
+@pytest.mark.slow
 def test_flex_attention_of_transformers() -> None:
     model = tiny_model("llama")
     usual = discover(model)

@@ -39,6 +39,15 @@ def test_folders_that_say_nothing(tmp_path: Path, plan: str) -> None:
     assert shared_corpora(str(tmp_path), ["c4"]) == []
 
 
+@pytest.mark.parametrize("gained", [True, False])
+def test_what_it_was_trained_on(tmp_path: Path, gained: bool) -> None:
+    data = {"gained": gained, "sources": [{"name": "self"}, {"name": "mine.jsonl"}]}
+    (tmp_path / "recovery.json").write_text(json.dumps(data))
+    warnings = shared_corpora(str(tmp_path), ["/data/mine.jsonl", "other.jsonl"])
+    assert len(warnings) == gained  # without a gain it is the model as it came
+    assert all("was trained on mine.jsonl and" in warning for warning in warnings)
+
+
 @pytest.mark.slow
 def test_evaluate_says_so(tmp_path: Path) -> None:
     tiny = save_tiny(tmp_path / "tiny", num_hidden_layers=3)

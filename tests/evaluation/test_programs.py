@@ -66,6 +66,13 @@ def test_nothing_outside_its_folder_is_written(shut_off: bool, tmp_path: Path) -
     assert not place.exists()
 
 
+def test_other_processes_are_not_seen() -> None:
+    if not run_program("").namespaces:
+        pytest.skip("this system permits no namespaces")
+    seen = "import os\nassert not [one for one in os.listdir('/proc') if one.isdecimal()]"
+    assert run_program(seen).ending == "passed"
+
+
 def test_an_endless_program_is_stopped_with_all_it_started() -> None:
     begun = time.monotonic()
     threads = (

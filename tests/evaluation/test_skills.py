@@ -16,6 +16,7 @@ import llm_pruner.models.load
 from command import done, run, save_tiny, write_text
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.commands.abilities import prepare
+from llm_pruner.errors import UserError
 from llm_pruner.evaluation import answers, skills
 from llm_pruner.evaluation.answers import Answer, Asked, write_batch
 from llm_pruner.evaluation.health import PERIOD, REPEATS, TOKENS, health, loops
@@ -92,14 +93,35 @@ def test_an_answer_keeps_the_space_that_it_begins_with(
 ) -> None:
     model, tokenizer = tiny_model(vocab_size=800), MADE[kind]()
     (prompt,) = human_eval_prompts([PROBLEM]).prompts
-    row = encoded(tokenizer, prompt + "    return x\n", chat=False)[:-1]  # without its end
-    given = row[: len(encoded(tokenizer, prompt, chat=False)) - 1]
+    row = encoded(tokenizer, prompt + "    return x\n", chat=False)
+    given = row[: len(encoded(tokenizer, prompt, chat=False))]
     monkeypatch.setattr(answers, "encoded", lambda *_a, **_k: given)
     monkeypatch.setattr(model, "generate", lambda *_a, **_k: torch.tensor([row]))
     (found,) = write_batch(model, tokenizer, [prompt], Asked((), 12, ""))
     start = tokenizer.decode(given, skip_special_tokens=True)
     assert start + found.text == tokenizer.decode(row, skip_special_tokens=True)
     assert found.text.removeprefix("\n") == "    return x\n"
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_a_prompt_stays_open(kind: str) -> None:
+    tokenizer = MADE[kind]()
+    start, end = (tokenizer.convert_tokens_to_ids(one) for one in ("<s>", "</s>"))
+    assert tokenizer("A bridge")["input_ids"][-1] == end
+    given = encoded(tokenizer, "A bridge", chat=False)
+    assert (given[0], end in given) == (start, False)
+
+
+def test_an_answer_ends_where_the_model_does() -> None:
+    model, tokenizer = tiny_model(max_position_embeddings=16), tiny_tokenizer()
+    prompt = "x" * (16 - len(encoded(tokenizer, "x", chat=False)))
+    room = 16 - len(encoded(tokenizer, prompt, chat=False))
+    assert room > 0
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    most = sample_continuation(model, tokenizer, prompt, 100)
+    assert most == sample_continuation(model, tokenizer, prompt, room)
+    with pytest.raises(UserError, match="leaves no room for an answer: the model reads 16"):
+        sample_continuation(model, tokenizer, prompt * 2, 100)
 
 
 def test_an_end_token_ends_an_answer_and_a_stop_ends_the_writing() -> None:

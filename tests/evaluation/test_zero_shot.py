@@ -344,6 +344,11 @@ def test_any_kind_of_task_is_run(
         "metric_list: [{metric: byte_perplexity, aggregation: weighted_perplexity, "
         "higher_is_better: false}]\n"
     )
+    (folder / "third.yaml").write_text(text.replace("task: my_piqa", "task: third"))
+    (folder / "outer.yaml").write_text(
+        "group: outer\ntask: [both, third]\n"
+        "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
     only_offline(folder, monkeypatch)
     found = evaluate(models["dense"], "--tasks", "both,say,read")["zero_shot"]
     assert found["data"] == "harness"
@@ -360,6 +365,31 @@ def test_any_kind_of_task_is_run(
     again = evaluate(models["dense"], "--tasks", "both,say,read")["zero_shot"]
     assert again["cached"] == ["both", "say", "read"]
     assert again["tasks"] == found["tasks"]
+    nested = evaluate(models["dense"], "--tasks", "outer", "--limit", 2)["zero_shot"]["by_name"]
+    documents = {name: one["documents"] for name, one in nested.items()}
+    assert documents == {"outer": 6, "both": 4, "my_arc_easy": 2, "my_piqa": 2, "third": 2}
+
+
+def test_answers_that_leave_no_room_for_their_question(
+    models: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "more"
+    done("tasks", "--tasks-data", data, "--out", folder, "--tasks", "piqa")
+    reads = json.loads((models["dense"] / "config.json").read_text())["max_position_embeddings"]
+    for name, most in (("cut", reads - 8), ("never", reads)):
+        (folder / f"{name}.yaml").write_text(
+            f"task: {name}\ncustom_dataset: !function offline_data.load\n"
+            "dataset_kwargs: {local_file: piqa.jsonl, local_split: test}\ntest_split: test\n"
+            "output_type: generate_until\ndoc_to_text: '{{goal}}'\ndoc_to_target: '{{sol1}}'\n"
+            f"generation_kwargs: {{until: [' '], max_gen_toks: {most}}}\n"
+            "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+        )
+    only_offline(folder, monkeypatch)
+    found = evaluate(models["dense"], "--tasks", "cut", "--limit", 2)["zero_shot"]["by_name"]
+    assert found["cut"]["truncated"] == 2
+    result = run("evaluate", models["dense"], "--tasks", "never", "--limit", 2)
+    assert result.code == 2
+    assert "never cannot be run (" in result.err
 
 
 # What is refused.

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from command import done, run, save_tiny
 from helpers import tiny_model, tiny_tokenizer
@@ -274,6 +274,12 @@ def test_refuses_what_llama_cpp_computes_otherwise() -> None:
     with pytest.raises(UserError, match="the heads of tiny have sizes 16, 32"):
         gguf_model(model, "tiny")
 
+    class Own(LlamaForCausalLM):
+        """Of a folder, say, that computes something else."""
+
+    with pytest.raises(UserError, match="of the type llama and has code of its own"):
+        gguf_model(Own(tiny().config), "tiny")
+
 
 @pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0"])
 def test_types(here: Path, kind: str) -> None:
@@ -412,6 +418,17 @@ def test_a_tokenizer_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece"}}))
     with pytest.raises(UserError, match="is a WordPiece, which is not exported"):
         read_tokenizer(tmp_path, 8)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="is of no known kind, which is not exported"):
+        read_tokenizer(tmp_path, 8)
+
+
+def test_a_negative_id_stands_for_no_token(tmp_path: Path) -> None:
+    byte_level().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"pad_token_id": -1, "eos_token_id": 2}))
+    found = read_tokenizer(tmp_path, 700)
+    assert found["tokenizer.ggml.eos_token_id"].value == 2
+    assert "tokenizer.ggml.padding_token_id" not in found
 
 
 # --------------------------------------------------------------------------------- the command

@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import IncompleteSnapshotError
 from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.errors import UserError
+from llm_pruner.models import load as loading
 from llm_pruner.models import stored as sources
 from llm_pruner.models.gguf_file import drop_tokens_beyond_
 from llm_pruner.models.load import fingerprint, load_model
@@ -119,6 +122,18 @@ def sharded(folder: Path) -> None:
     next(folder.glob("model-00002-of-*")).unlink()
 
 
+def packed(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights[name] = weights[name].to(torch.float8_e4m3fn)
+    save_file(weights, file, {"format": "pt"})
+
+
+def adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+
+
 def config_values(**values: object) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
@@ -156,6 +171,8 @@ def remote_code(folder: Path) -> None:
         (config_values(num_hidden_layers=4), "lacks 9 weights of a LlamaForCausalLM"),
         (config_values(quantization_config={"quant_method": "gptq"}), r"is quantized \(gptq\)"),
         (config_values(hidden_size=50), "cannot be loaded .*hidden size"),
+        (packed, "weights of the type F8_E4M3, and its config.json does not say how"),
+        (adapter, r"has an adapter beside its weights \(adapter_config.json\); merge it"),
     ],
 )
 def test_bad_folders(folder: Path, change: Callable[[Path], None], message: str) -> None:
@@ -163,6 +180,47 @@ def test_bad_folders(folder: Path, change: Callable[[Path], None], message: str)
     with pytest.raises(UserError, match=message) as raised:
         load_model(str(folder))
     assert "\n" not in str(raised.value)
+
+
+def test_float64_is_not_packed(folder: Path) -> None:
+    tiny_model("llama").double().save_pretrained(folder)
+    assert load_model(str(folder), dtype="auto").model.dtype == torch.float64
+
+
+def test_weights_that_the_model_does_not_have(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = folder / "model.safetensors"
+    name = "model.layers.0.mlp.up_proj.bias"
+    save_file({**load_file(file), name: torch.ones(4)}, file, {"format": "pt"})
+    load_model(str(folder))
+    assert f"has 1 weights that no LlamaForCausalLM has, {name} first" in caplog.text
+
+
+def test_an_adapter_beside_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "it.gguf"
+    file.write_bytes(sources.default_gguf().read_bytes()[: 2**16])
+    adapter(tmp_path)
+    with pytest.raises(UserError, match=r"has an adapter beside its weights"):
+        load_model(str(file))
+
+
+def test_code_of_a_tokenizer_runs_where_it_may(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That the model's class is one of this package says nothing of the tokenizer."""
+    config_values(pruned={})(folder)
+    seen: dict[str, Any] = {}
+
+    def read(*_: Any, **how: Any) -> Any:
+        seen.update(how)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", read)
+    monkeypatch.setattr(loading, "_load_model", lambda *_: (tiny_model(), []))
+    with pytest.raises(UserError, match="enough"):
+        load_model(str(folder), trust_remote_code=True)
+    assert seen["trust_remote_code"] is True
 
 
 def test_tokenizer_that_nobody_needs(folder: Path) -> None:
@@ -216,6 +274,7 @@ def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return str(cache)
 
     monkeypatch.setattr(sources, "snapshot_download", snapshot)
+    monkeypatch.setattr(loading, "find_adapter_config_file", lambda *_, **__: None)
     for auto in (AutoConfig, AutoModelForCausalLM, AutoTokenizer):
         read = auto.from_pretrained
 
@@ -278,3 +337,25 @@ def test_tokens_without_a_row_do_not_come_back_when_the_tokenizer_is_saved(tmp_p
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert len(again) == len(tokenizer) == rows
     assert max(again("a [PAD] <extra> b").input_ids) < rows
+
+
+def test_where_files_of_the_hub_lie_that_nobody_asked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """huggingface_hub calls a snapshot incomplete that lacks, say, the README."""
+
+    def snapshot(*_: Any, **__: Any) -> str:
+        raise IncompleteSnapshotError("README.md is missing", snapshot_path=str(folder))
+
+    monkeypatch.setattr(sources, "snapshot_download", snapshot)
+    assert sources.stored_at("me/tiny") == folder
+    assert sources.stored_size("me/tiny", None, "float32") is not None
+
+
+def test_the_type_of_a_model_of_the_hub_is_that_of_its_files(folder: Path, hub: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(folder)
+    for place in (folder, hub):
+        (place / "config.json").write_text(json.dumps(config))
+    assert load_model("me/tiny", memory=2**30).stored_dtype == torch.bfloat16

@@ -114,6 +114,7 @@ def test_probes_and_divergences_read_each_weight_once_a_pass(
     assert divergences(streamed, [other], ids) == pytest.approx(divergences(resident, [other], ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "mixtral", "gpt2", "bloom"])
 def test_all_ways_of_running_a_model_give_what_they_give_one_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
@@ -213,6 +214,7 @@ WRONG = {
 """Way of running a model -> when a block is wrong; (new tokens, earlier ones, mask, training)."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scene", [*WRONG, "steps of generate"])
 def test_what_is_wrong_in_one_way_only_is_noticed_and_undone(
     streamed: Any, monkeypatch: pytest.MonkeyPatch, scene: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -290,6 +291,70 @@ def test_steps_with_a_ratio_end_at_the_ratio(scope):
     assert check(dense, numbering.removal()) == []
     assert count_parameters(discovery) == count_parameters(dense, numbering.removal())
     assert np.allclose(shares, [0.1, 0.2, 0.3, 0.4], atol=TOLERANCE)
+
+
+def with_one_head_left(discovery: Discovery) -> Discovery:
+    """Return what is found where a layer has one key-value head: its query heads can go."""
+    groups = []
+    for group in discovery.groups:
+        of = discovery.group(group.owner) if group.owner else None
+        if group.kind == "heads" and group.size == 1:
+            continue
+        if of is not None and of.size == 1:
+            group = replace(group, name=of.name, kind="heads", blocks=None, owner=None)
+        groups.append(group)
+    return replace(discovery, groups=tuple(groups))
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("structures", [("heads", "ffn"), ("query_heads", "ffn")])
+def test_steps_leave_alone_what_is_counted_otherwise_now(structures, scope):
+    dense = fake_llama(4, kv_heads=2, repeat=4, head_dim=16, ffn=64)
+    selection = Selection(structures, scope=scope)
+    numbering, discovery = Numbering.dense(dense), dense
+    assert numbering.matched(dense) == dense
+    for step in step_targets(count_parameters(dense), Target(ratio=0.45), 3):
+        removal = allocate(discovery, fake_scores(discovery), selection, step, numbering)
+        numbering = numbering.after(removal)
+        left = fake_pruned(dense, numbering.removal())
+        discovery = numbering.matched(with_one_head_left(left))
+    assert abs(share(dense, numbering.removal()) - 0.45) <= TOLERANCE
+    assert check(dense, numbering.removal()) == []
+
+
+def test_the_budget_of_a_structure_that_is_done_goes_to_the_others():
+    dense = fake_llama(4, kv_heads=2, repeat=4, head_dim=16, ffn=200)
+    shares = {"heads": 0.5, "ffn": 0.5}
+    selection = Selection(("heads", "ffn"), scope="global", spread=2, split=shares)
+    numbering, discovery = Numbering.dense(dense), dense
+    for step in step_targets(count_parameters(dense), Target(ratio=0.5), 4):
+        removal = allocate(discovery, fake_scores(discovery), selection, step, numbering)
+        numbering = numbering.after(removal)
+        left = fake_pruned(dense, numbering.removal())
+        discovery = numbering.matched(with_one_head_left(left))
+    assert abs(share(dense, numbering.removal()) - 0.5) <= TOLERANCE
+
+
+def test_a_structure_that_has_nothing_left_has_done_its_part():
+    dense = fake_llama(4, kv_heads=1, repeat=4, ffn=64)
+    first = {f"layers.{layer}.query_heads": units(0, 1, 2) for layer in range(4)}
+    numbering = Numbering.dense(dense).after(first)
+    left = fake_pruned(dense, first)
+    groups = tuple(group for group in left.groups if group.kind != "query_heads")
+    left = replace(left, groups=groups)
+    chosen = choose_groups(left, Selection(("query_heads", "ffn")), numbering)
+    assert {group.kind for group in chosen} == {"ffn"}
+    with pytest.raises(UserError, match="this model has no query_heads to prune"):
+        choose_groups(left, Selection(("query_heads",)), numbering)
+
+
+@pytest.mark.parametrize(("ratio", "spread"), [(0.02, 2), (0.03, 2), (0.1, 1), (0.2, 1)])
+def test_coarse_sizes_may_go_beyond_the_spread(ratio, spread):
+    """Of few sizes, none may lie below what a layer is let lose."""
+    dense = fake_llama(30, hidden=64, ffn=512, kv_heads=3, repeat=3, head_dim=8)
+    selection = Selection(("ffn",), scope="global", round_to=128, spread=spread)
+    removal = allocate(dense, fake_scores(dense), selection, Target(ratio=ratio))
+    assert abs(share(dense, removal) - ratio) <= TOLERANCE
 
 
 def test_survivors_translate_names_and_units():

@@ -240,6 +240,7 @@ def test_held_out_samples_are_scored_by_what_is_trained_on(tmp_path: Path) -> No
 # Runs.
 
 
+@pytest.mark.slow
 def test_all_methods_learn_and_only_what_they_should(tmp_path: Path) -> None:
     train, held = sequences(32), sequences(6, seed=1)
     random.seed(5)
@@ -265,6 +266,37 @@ def test_all_methods_learn_and_only_what_they_should(tmp_path: Path) -> None:
         assert outcome.run.tokens == 2 * sum(map(len, train))
     assert random.getstate() == drawn[0]
     assert torch.equal(torch.random.get_rng_state(), drawn[1])
+
+
+def test_adapters_are_on_the_layers_that_are_named() -> None:
+    """PEFT has names of its own for the experts of some models."""
+    sizes = {"n_shared_experts": 1, "first_k_dense_replace": 1, "n_routed_experts": 4}
+    attention = {"q_lora_rank": None, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    more = {"qk_nope_head_dim": 8, "num_key_value_heads": 6, "moe_intermediate_size": 16}
+    model = tiny_model("deepseek_v3", **sizes, **attention, **more, n_group=1, topk_group=1)
+    wanted = set(lora.linear_layers(model))
+    assert any(name.endswith("mlp.gate_proj") for name in wanted)
+    adapted = lora.prepare_(model, TrainingSettings(lora_dropout=0.1))
+    found = {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.default")
+        for name, _ in adapted.named_modules()
+        if name.endswith(".lora_A.default")
+    }
+    assert found == wanted
+
+
+def test_models_that_take_no_adapters_are_refused() -> None:
+    model = tiny_model("mamba", state_size=4, time_step_rank=4)
+    with pytest.raises(UserError, match=r"no adapters on this model .*; use --method blocks"):
+        lora.prepare_(model, TrainingSettings())
+
+
+def test_a_weight_of_several_modules_is_not_adapted() -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    names = set(lora.linear_layers(model))
+    assert not {f"model.layers.{layer}.mlp.up_proj" for layer in (0, 1)} & names
+    assert "model.layers.2.mlp.up_proj" in names
 
 
 @pytest.mark.parametrize(("kind", "package"), [("int8", "torchao"), ("nf4", "bitsandbytes")])
@@ -527,6 +559,7 @@ def test_the_best_weights_are_kept(tmp_path: Path) -> None:
     assert outcome.after.loss == pytest.approx(min(losses), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_time_budget_is_planned_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A clock that moves on by 10 milliseconds whenever it is read.
     clock = SimpleNamespace(monotonic=count(step=0.01).__next__)
@@ -573,6 +606,7 @@ def timed_steps(
     return now, rates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [False, True])
 def test_slow_first_steps_do_not_shorten_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
@@ -610,6 +644,7 @@ def test_slow_first_steps_do_not_shorten_a_run(
     assert outcome.run.evaluations[-1].step == outcome.steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("later", [1, 4])
 def test_a_machine_that_changes_its_speed_is_planned_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: int
@@ -634,6 +669,7 @@ def test_a_machine_that_changes_its_speed_is_planned_for(
     assert rates[-1] < 0.05 * max(rates)
 
 
+@pytest.mark.slow
 def test_a_run_with_more_time_than_it_needs_is_scored_on_the_way(tmp_path: Path) -> None:
     train, held = sequences(64), sequences(4, seed=1)
     settings = TrainingSettings(batch_size=4, epochs=2, seq_len=64, max_minutes=600)
@@ -644,6 +680,7 @@ def test_a_run_with_more_time_than_it_needs_is_scored_on_the_way(tmp_path: Path)
     assert steps == [4, 8, 12, 16, 20, 24, 28, 32]
 
 
+@pytest.mark.slow
 def test_scores_leave_the_time_to_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now, _ = timed_steps(monkeypatch, lambda *_: 0.02)
 

@@ -48,6 +48,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repair, "_settings", few)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize("method", ["blocks", "lora"])
 def test_it_comes_nearer_to_the_dense_model_which_stays(
@@ -71,6 +72,7 @@ def test_it_comes_nearer_to_the_dense_model_which_stays(
     assert not damaged.training
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_steps")
 def test_it_leaves_a_model_that_gains_nothing(pair: tuple[Any, Any]) -> None:
     dense, _ = pair
@@ -79,6 +81,48 @@ def test_it_leaves_a_model_that_gains_nothing(pair: tuple[Any, Any]) -> None:
     found = repair_(same, dense, text(64, 0), text(8, 1), minutes=60, seed=0)
     assert not found.gained
     assert all(a is b for a, b in zip(weights, same.parameters(), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_steps")
+def test_it_is_judged_as_it_will_be_saved(pair: tuple[Any, Any]) -> None:
+    dense, damaged = copy.deepcopy(pair)
+
+    def other_(network: Any) -> None:
+        for layer in network.model.layers:
+            layer.mlp.down_proj.weight.data.mul_(-9)
+
+    found = repair_(damaged, dense, text(64, 0), text(8, 1), minutes=60, seed=0, as_saved_=other_)
+    assert not found.gained
+
+
+def test_a_weight_of_several_modules_stays_one() -> None:
+    model = tiny_model("llama")
+    trained = copy.deepcopy(model)
+    for one in (model, trained):
+        layers = one.model.layers
+        layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    trained.model.layers[0].mlp.up_proj.weight.data += 1
+    repair._take_(model, trained)
+    weights = [layer.mlp.up_proj.weight for layer in model.model.layers]
+    assert weights[0] is weights[1]
+    assert torch.equal(weights[0], trained.model.layers[0].mlp.up_proj.weight)
+
+
+def test_prune_saves_what_cannot_be_repaired(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise UserError("the model has no linear layers")
+
+    monkeypatch.setattr("llm_pruner.recovery.repair_", refused)
+    dense = save_tiny(tmp_path / "dense")
+    source = write_text(tmp_path / "t.txt", 20_000)
+    read = ("--calibration", source, "--samples", 16, "--seq-len", 32, "--criterion", "l2")
+    how = ("--ratio", 0.2, *read, "--repair-minutes", 1, "--no-verify")
+    done("prune", dense, "--out", tmp_path / "small", *how)
+    assert "no repair: the model has no linear layers" in caplog.text
+    assert (tmp_path / "small/model.safetensors").exists()
 
 
 @pytest.mark.slow

@@ -87,6 +87,7 @@ def hostile() -> str:
 # What the page says.
 
 
+@pytest.mark.slow
 def test_every_part_is_shown(page: str) -> None:
     sections = re.findall(r'<section id="([\w-]+)">', page)
     assert sections == [
@@ -273,6 +274,7 @@ def test_drawings_are_themed_and_stand_alone(page: str) -> None:
     assert "default-src 'none'" in page
 
 
+@pytest.mark.slow
 def test_drawings_of_odd_numbers() -> None:
     """Nothing known, all alike, zeros, negative: each gives a drawing and no warning."""
     for bins in ((None, None), (5.0, 5.0), (0.0, 1e-3), (-1.0, 2.0)):
@@ -285,6 +287,7 @@ def test_drawings_of_odd_numbers() -> None:
     assert figures.widths([empty], [("ffn", "FFN")]).count("<svg") == 2
 
 
+@pytest.mark.slow
 def test_equal_reports_are_equal_bytes(page: str) -> None:
     assert render_html(full_report()) == page
     assert len(page) < 500_000
@@ -293,6 +296,7 @@ def test_equal_reports_are_equal_bytes(page: str) -> None:
 # Nothing breaks out.
 
 
+@pytest.mark.slow
 def test_hostile_text_stays_text_on_the_page(page: str, hostile: str) -> None:
     # Drawings differ: labels of several lines, other ticks.
     drawing = re.compile(r"<svg.*?</svg>", re.DOTALL)

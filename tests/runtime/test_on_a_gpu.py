@@ -73,6 +73,7 @@ def _on_gpu(model: Any) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
 def test_a_model_on_a_gpu(name: str) -> None:
     model = make(name)
@@ -84,6 +85,7 @@ def test_a_model_on_a_gpu(name: str) -> None:
         assert all(is_there(parameter) for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_blocks_that_are_moved_to_a_gpu_for_their_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

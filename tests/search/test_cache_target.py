@@ -92,6 +92,13 @@ def test_what_cannot_be_is_one_line(dense: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
 
 
+def test_sizes_that_multiply_are_refused() -> None:
+    model: Any = make("llama")
+    discovery = discover(model)
+    with pytest.raises(UserError, match="head_dim takes a part of each of heads; name one"):
+        cache_cost(model, discovery, Selection(("heads", "head_dim")), Numbering.dense(discovery))
+
+
 def test_prices_are_measured_anew_after_a_step() -> None:
     model: Any = make("llama")
     discovery = discover(model)

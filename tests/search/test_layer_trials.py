@@ -92,6 +92,7 @@ def test_the_damage_is_that_of_the_model_without_the_units(name: str) -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.slow
 def test_read_block_by_block_the_damage_is_the_same(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)

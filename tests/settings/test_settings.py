@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import llm_pruner
 import llm_pruner.recovery as recovery
-from command import PLAIN, done, save_tiny, write_text
+from command import PLAIN, WORDS, done, save_tiny, write_text
 from llm_pruner.cli.build import add
 from llm_pruner.commands.prune import PruneRun
 from llm_pruner.errors import UserError
@@ -124,6 +124,26 @@ def test_a_request_finds_the_home_folder(tmp_path: Path, monkeypatch: pytest.Mon
     assert PruneSettings.read({"out": Path("~x/y")}, tmp_path / "request.yaml").out == Path("~x/y")
 
 
+def test_a_request_has_nothing_that_is_asked_for_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/root")
+    asked = CompressSettings(
+        model="/mnt/root/m",
+        out=tmp_path / "small",
+        restart=True,
+        overwrite=True,
+        calibration="/root/a.txt:0.5,/root/b.txt:0.5",
+    )
+    write_request(tmp_path, asked)
+    said = yaml.safe_load((tmp_path / "request.yaml").read_text())
+    assert said == {
+        "model": "/mnt/root/m",  # which is not in the home folder
+        "out": str(tmp_path / "small"),
+        "calibration": "~/a.txt:0.5,~/b.txt:0.5",
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
@@ -173,6 +193,25 @@ def test_python_and_the_command_line_give_the_same_plan(place: Path) -> None:
         *("--preset", "best", *SMALL),
     )
     assert Path("best.json").read_text() == with_trials
+
+
+@pytest.mark.slow
+def test_a_text_of_the_hub_gives_the_plan_of_the_command(place: Path) -> None:
+    """Its split is that of the dataset by default, and the field one that was named."""
+    rows = [{"said": f"{number} {WORDS}", "by": "me"} for number in range(30)]
+    Path("said.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    model = llm_pruner.load("dense")
+    how: dict[str, Any] = {"samples": 10, "seq_len": 64, "text_field": "said"}
+    text = llm_pruner.calibration(model, "said.jsonl", **how)
+    text.settings["split"] = "train"
+    groups = llm_pruner.discover(model)
+    scores = llm_pruner.score(model, groups, llm_pruner.Taylor(order="first"), text)
+    settings = llm_pruner.presets.paper(ratio=0.05, protect_first=1)
+    made = llm_pruner.plan(model, groups, scores, settings).to_json()
+    given = ("--ratio", 0.05, "--preset", "paper", "--protect-first", 1, "--dry-run")
+    read = ("--calibration", "said.jsonl", "--text-field", "said")
+    done("prune", "dense", "--out", "said.json", *given, *read)
+    assert Path("said.json").read_text() == made
 
 
 def without_gain(*given: Any, **others: Any) -> tuple[Any, Any]:

@@ -139,7 +139,10 @@ def test_sizes_that_modules_state() -> None:
             assert module.weight.shape == (module.num_embeddings, module.embedding_dim)
     assert linears > 7
     model, discovery = fresh("gpt2")
+    assert model.lm_head.weight is model.transformer.wte.weight
     cut_(model, discovery, pick(discovery))
+    head = model.lm_head
+    assert head.weight.shape == (head.out_features, head.in_features)
     for module in model.modules():
         if type(module).__name__ == "Conv1D":
             assert module.weight.shape == (module.nx, module.nf)

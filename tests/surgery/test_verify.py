@@ -255,6 +255,7 @@ def test_what_is_refused_is_undone(large: bool, monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_block", [False, True])
 def test_rounding_is_told_from_a_mistake(monkeypatch: pytest.MonkeyPatch, by_block: bool) -> None:
     """What float32 cannot tell is compared in float64, where only a mistake is left."""

@@ -253,3 +253,13 @@ def keep_type_(network: Any, dtype: torch.dtype) -> None:
         if not keep_dtype_(tensor, kind):
             tensor.data = tensor.data.to(kind)
     network.config.dtype = dtype
+
+
+def round_(network: Any, dtype: torch.dtype) -> None:
+    """Round weights to the type in which they will be saved; they keep the one they have."""
+    types = [(one, one.dtype) for one in (*network.parameters(), *network.buffers())]
+    computed = network.config.dtype
+    keep_type_(network, dtype)
+    for tensor, kind in types:
+        tensor.data = tensor.data.to(kind)
+    network.config.dtype = computed

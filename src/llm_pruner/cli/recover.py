@@ -31,6 +31,7 @@ def run(settings: RecoverSettings, json: str | None) -> None:
     """Train a pruned model, and keep it only if it became better."""
     keep_kernels(TRAINING)
     from llm_pruner.commands.recover import recover_checkpoint, work_folder
+    from llm_pruner.evaluation.result_cache import shared_corpora
 
     say = Narrator(quiet=json == "-") if speaks() else lambda _: None
     try:
@@ -42,6 +43,8 @@ def run(settings: RecoverSettings, json: str | None) -> None:
     if not speaks():
         return
     hand_over(done, json, show)
+    for warning in shared_corpora(str(done.path), settings.perplexity):
+        warn(warning)
     if not done.gained:
         warn(
             f"training brought no gain (held-out loss {done.loss.before:.4f} before, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import __version__ as transformers_version
 
 from llm_pruner.data.files import read_skill, read_source, read_task
-from llm_pruner.data.text import load_documents
+from llm_pruner.data.text import Documents, load_documents, with_field
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import health, result_cache, skills, zero_shot
 from llm_pruner.evaluation.answers import Asked, written
@@ -98,12 +98,17 @@ def prepare(settings: EvaluateSettings) -> Prepared:
     if settings.health:
         said = health.own_prompts()
         if settings.health_prompts is not None:
-            documents = load_documents(str(settings.health_prompts))
+            read = partial(_documents, str(settings.health_prompts))
+            documents = with_field(read, settings.text_field)
             lines = (line.removesuffix("\n") for line in documents.records)
             name, said = documents.name, tuple(filter(str.strip, lines))
         prompts = health.health_prompts(said, limit)
     first = tuple(islice(problems, limit))
     return Prepared(tasks, sums, first, len(problems), prompts, name)
+
+
+def _documents(source: str, text_field: str | None) -> Documents:
+    return load_documents(source, text_field=text_field)
 
 
 def _problems(data: Path | None) -> list[Mapping[str, str]]:

@@ -73,8 +73,8 @@ def bench_servers(settings: BenchSettings) -> Bench:
             f"--type is about files that are exported, and {server.TITLE} reads folders as they "
             "are; leave it out"
         )
-    names = [settings.model, *filter(None, [settings.against])]
-    subjects = [_subject(settings, name, server) for name in names]
+    against = [] if settings.against is None else [settings.against]
+    subjects = [_subject(settings, name, server) for name in (None, *against)]
     give_back()
     with tempfile.TemporaryDirectory(prefix="llm-pruner-") as scratch, ExitStack() as stack:
         subjects = [
@@ -106,17 +106,17 @@ def bench_servers(settings: BenchSettings) -> Bench:
     )
 
 
-def _subject(settings: BenchSettings, name: str, server: Any) -> _Subject:
-    """Return a model, which is refused if the server does not run it."""
-    source = settings.loading(name, _dtype(settings))
-    file = Path(name).expanduser()
+def _subject(settings: BenchSettings, other: str | None, server: Any) -> _Subject:
+    """Return MODEL, or the other one, which is refused if the server does not run it."""
+    source = settings.loading(other, _dtype(settings))
+    file = Path(source.model).expanduser()
     if server.FORMAT is not None and file.suffix == f".{server.FORMAT}":
         parameters, vocabulary = server.counted(file)
         known = Figures(file.stem, parameters, bytes_on_disk=file.stat().st_size)
         return _Subject(source, known, file, vocabulary)
     loaded = load(source, tokenizer_required=False, weights=False)
     check_length(loaded, settings)
-    folder = stored_at(name, loaded.revision or source.revision)
+    folder = stored_at(source.model, loaded.revision or source.revision)
     if server.FORMAT is None:
         _check_folder(settings, loaded, folder, server)
     return _Subject(

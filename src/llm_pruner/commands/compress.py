@@ -38,14 +38,20 @@ from llm_pruner.errors import UserError
 from llm_pruner.evaluation import result_cache
 from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.files.disk import remove, tidy
-from llm_pruner.files.outputs import check_output, check_place, check_shard_size, rewrite
+from llm_pruner.files.outputs import (
+    RECOVERY_FILE,
+    check_output,
+    check_place,
+    check_shard_size,
+    rewrite,
+)
 from llm_pruner.models.forward import embedding_rows, maximum_length
 from llm_pruner.models.load import check, load, load_tokenizer
 from llm_pruner.models.stored import check_file_states, file_states, stored_at
 from llm_pruner.recovery import Progress
 from llm_pruner.report.data import Report, Source, Variant, known_report
 from llm_pruner.report.facts import evaluation_of, source_of
-from llm_pruner.report.records import RECOVERY_FILE, Change, Compressed, Measured, Training, Weighed
+from llm_pruner.report.records import Change, Compressed, Measured, Training, Weighed
 from llm_pruner.report.write import page_in, write_report, write_request
 from llm_pruner.runtime.processes import check_trains, only_one
 from llm_pruner.settings.common import OutputSettings
@@ -198,7 +204,8 @@ def about(settings: CompressSettings) -> dict[str, Any]:
     """Return all that decides how a run goes, as plain values by the names of the options."""
     identity = result_cache.identify(settings.loading())
     placed = {*OutputSettings.model_fields, "restart", "revision", "trust_remote_code"}
-    pruning = settings.pruning(settings.out)
+    pruning, data = settings.pruning(settings.out), settings.tasks_data
+    items = () if data is None else (str(data / f"{name}.jsonl") for name in settings.tasks or ())
     method = pruning.model_dump(
         mode="json", include=set(MethodSettings.model_fields), exclude={"kept", "preset"}
     )
@@ -210,7 +217,7 @@ def about(settings: CompressSettings) -> dict[str, Any]:
         "vocab_text": [Path(source).name for source in settings.vocab_text],
         "vocab content": [content(source) for source in settings.vocab_text],
         "data content": [content(source) for source in settings.data],
-        **contents((*shares_of(pruning.calibration), *settings.perplexity)),
+        **contents((*shares_of(pruning.calibration), *settings.perplexity, *items)),
         "training": settings.trains().model_dump(mode="json") if settings.recover else None,
         "llm_pruner": __version__,
     }
@@ -268,7 +275,8 @@ class _Stages:
             UserError: nothing is; seen before tokens are taken where their number is given.
         """
         settings, dense = self.settings, load(self.settings.computing(), weights=False)
-        target, size = target_of(self.pruning), model_size(dense.model)
+        as_stored = dense.stored_dtype if settings.dtype == "auto" else None
+        target, size = target_of(self.pruning), model_size(dense.model, as_stored)
         assert target is not None
         asked = target.kept(size.total)
         source = source_of(settings.model, dense.name, settings.revision, dense.model)
@@ -339,9 +347,11 @@ class _Stages:
         """Return the model that is pruned by one name, without a revision."""
         if self.start is not None:
             return str(self.start)
+        if self.settings.revision is None:
+            return self.settings.model
         stored = stored_at(self.settings.model, self.settings.revision)
-        named = self.settings.revision is None or stored is None
-        return self.settings.model if named else str(stored)
+        assert stored is not None  # since it was pruned
+        return str(stored)
 
     def _weighed(self, variant: Variant) -> Weighed:
         """Return the same with the bytes of the weight files."""
@@ -360,9 +370,11 @@ class _Stages:
         out = self.run.path("recovered")
         if not out.is_dir():
             self.tell("recovering")
-            training = self.training.but(
-                seq_len=self._sample_length(), max_minutes=plan["minutes"], epochs=plan["epochs"]
-            )
+            limits: dict[str, Any] = {"max_minutes": plan["minutes"], "epochs": plan["epochs"]}
+            for name in limits.keys() & self.settings.training.keys():  # the less of both holds
+                own = getattr(self.training, name)
+                limits[name] = own if limits[name] is None else min(own, limits[name])
+            training = self.training.but(seq_len=self._sample_length(), **limits)
             settings = RecoverSettings(
                 **training.written(),
                 **self.settings.loading(self.run.path("pruned")).written(),
@@ -522,6 +534,8 @@ class _Stages:
     def _calibrated(self) -> int:
         """Return how many of the texts to train on importance is estimated on, too."""
         shared = SELF in self.settings.data and self.pruning.calibration == SELF
+        if self.settings.training.get("seq_len", self.pruning.seq_len) != self.pruning.seq_len:
+            shared = False
         return self.pruning.samples if shared else 0
 
 

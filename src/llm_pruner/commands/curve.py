@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -26,13 +26,14 @@ from llm_pruner.commands.workdir import (
     opened,
 )
 from llm_pruner.data.calibration import Calibration, check_calibration, read_calibration
-from llm_pruner.data.text import EvaluationText, load_evaluation_text, shares_of
+from llm_pruner.data.text import EvaluationText, load_evaluation_text, shares_of, with_field
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import result_cache
 from llm_pruner.evaluation.perplexity import (
     PerplexityResult,
     Remembered,
+    check_length,
     perplexity,
     perplexity_of_windows,
 )
@@ -122,7 +123,7 @@ def curve(
 def check_settings(settings: CurveSettings) -> None:
     """Raise UserError for what can be refused before a model is loaded."""
     check_output(settings.out, settings.overwrite, settings.reads)
-    if settings.text is not None and settings.text in shares_of(settings.calibration):
+    if settings.text is not None and _is_among(settings.text, shares_of(settings.calibration)):
         raise UserError(
             f"--text {settings.text} is the calibration text, which the models are fitted to; "
             "leave --text out to measure on the rest of it, or give another"
@@ -133,8 +134,15 @@ def check_settings(settings: CurveSettings) -> None:
     if settings.text is None or runs[0].reads_text or runs[0].repairs:
         check_calibration(settings, settings.loading())
     if settings.text is not None:
-        load_evaluation_text(settings.text, PerplexitySettings())
+        _given_text(settings)
     check(settings.loading())
+
+
+def _is_among(source: str, others: Collection[str]) -> bool:
+    """Whether a source is one of others, by whatever path its file is named."""
+    of, *rest = (Path(one).expanduser() for one in (source, *others))
+    there = [one for one in rest if of.exists() and one.exists()]
+    return source in others or any(map(of.samefile, there))
 
 
 def about(settings: CurveSettings) -> dict[str, Any]:
@@ -244,6 +252,8 @@ class CurveRun:
     def _read_text(self) -> None:
         """Read what is calibrated on, where it is measured on the rest of it."""
         settings = self.settings
+        if settings.text is not None and not self.scores:
+            check_length(self.loaded.model, self.loaded.tokenizer, *self._given_text())
         if self.text is not None or settings.text is not None:
             return
         count = -(-settings.measured_tokens // settings.seq_len)
@@ -258,15 +268,32 @@ class CurveRun:
 
     def _measure(self, network: Any) -> PerplexityResult:
         """Return perplexity and divergence on text that nothing was fitted to."""
-        asked, given = PerplexitySettings(), self.settings.text
-        if given is None:
-            assert self.text is not None
-            rest = EvaluationText(f"rest of {self.text.settings['name']}", None, "")
-            return perplexity_of_windows(network, self.text.unseen, rest, asked, self.dense)
-        longest = maximum_length(network) or WINDOW
-        asked = asked.but(seq_len=min(WINDOW, longest), max_tokens=self.settings.measured_tokens)
-        text = load_evaluation_text(given, asked)
-        return perplexity(network, self.loaded.tokenizer, text, asked, self.dense)
+        if self.settings.text is not None:
+            return perplexity(network, self.loaded.tokenizer, *self._given_text(), self.dense)
+        assert self.text is not None
+        rest, asked = self.text.unseen, PerplexitySettings()
+        text = EvaluationText(f"rest of {self.text.settings['name']}", None, "")
+        return perplexity_of_windows(network, rest, text, asked, self.dense)
+
+    def _given_text(self) -> tuple[EvaluationText, PerplexitySettings]:
+        """Return the text of ``--text``, and how it is measured on."""
+        settings, longest = self.settings, maximum_length(self.loaded.model) or WINDOW
+        asked = PerplexitySettings(
+            seq_len=min(WINDOW, longest, settings.measured_tokens),
+            max_tokens=settings.measured_tokens,
+        )
+        return _given_text(settings), asked
+
+
+def _given_text(settings: CurveSettings) -> EvaluationText:
+    """Return the text of ``--text``."""
+    source = settings.text
+    assert source is not None
+
+    def read(text_field: str | None) -> EvaluationText:
+        return load_evaluation_text(source, PerplexitySettings(text_field=text_field))
+
+    return with_field(read, settings.text_field)
 
 
 class _Stages(CurveRun):

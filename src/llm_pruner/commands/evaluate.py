@@ -21,7 +21,7 @@ from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.evaluation import result_cache, zero_shot
 from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.evaluation.perplexity import PerplexityResult, perplexity
-from llm_pruner.evaluation.samples import sample_continuation
+from llm_pruner.evaluation.samples import check_prompt, sample_continuation
 from llm_pruner.evaluation.speed import measure_speed
 from llm_pruner.files.outputs import atomic_directory, check_output
 from llm_pruner.models.forward import maximum_length
@@ -64,6 +64,8 @@ def measure(
     dense = None
     if settings.against is not None:
         dense = Late(settings.loading(settings.against), late.keeps)
+    for prompt in settings.prompt:
+        check_prompt(late.loaded.model, late.loaded.tokenizer, prompt, chat=settings.chat)
     if texts and window is not None:
         longest = maximum_length(late.loaded.model)
         settings = settings.but(seq_len=window if longest is None else min(window, longest))

@@ -406,7 +406,10 @@ class _Forecaster:
         fixed = self.stages["load"].seconds
         self.stages["start"] = replace(self.stages["start"], bytes=self.process)
         self._book("load", fixed + read / self.read + read / self.widen, mapped)
-        self._book("discover", self._of("discover", self.rounds), self._rise("discover"))
+        # That the model is a chain of blocks, as a refit needs it, is seen in two passes.
+        passes = 2 * (run.refits and not run.weightless)
+        seconds, more = self._of("discover", self.rounds), self.block + self._rise("discover")
+        self._book("discover", seconds, more, wide=passes)
         self.saved = 0
         if not run.weightless:
             self._book_text()

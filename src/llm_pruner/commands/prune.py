@@ -15,7 +15,7 @@ from torch import nn
 
 from llm_pruner import planning
 from llm_pruner.checkpoints import SavedCheckpoint, save_checkpoint
-from llm_pruner.checkpoints.save import keep_type_
+from llm_pruner.checkpoints.save import keep_type_, round_
 from llm_pruner.commands import prune_start as start
 from llm_pruner.commands.inspect import tokens_go_first
 from llm_pruner.commands.publish import check_push
@@ -239,7 +239,8 @@ class PruneRun:
         self.network = self.loaded.model
         self.clock.stop("load")
         self.dense_config = copy.deepcopy(self.network.config)
-        self.dense_size = model_size(self.network)
+        as_stored = self.loaded.stored_dtype if self.settings.dtype == "auto" else None
+        self.dense_size = model_size(self.network, as_stored)
         if loaded is None and self.processes.is_first:
             self._say_if_tokens_go_first()
         self.discovery = discovery or discover(self.network)
@@ -250,6 +251,7 @@ class PruneRun:
         self.refitter: Refitter | None = None
         if self.refits and not self.weightless:
             self._check_refit()
+            self.clock.stop("discover")
         if self.refits and not self.weightless:
             own = self.settings.dtype != "auto"
             saved = self.loaded.model.dtype if own else self.loaded.stored_dtype
@@ -369,7 +371,7 @@ class PruneRun:
             if not last or not settings.dry_run:
                 self._cut(discovery, removal, numbering.removal(), known, last=last)
             if not last:
-                discovery = discover(self.network)
+                discovery = numbering.matched(discover(self.network))
                 clock.stop("discover")
         self.removal = numbering.removal()
         self.plan = planning.Plan.from_removal(
@@ -498,15 +500,23 @@ class PruneRun:
         held_out, fitted = hold_out(self.text.input_ids)
         apart = [*held_out, *self.text.unseen]
         text = further_text(self.loaded, settings, fitted, torch.stack(apart), FURTHER, seed)
-        done = repair_(
-            self.network,
-            self.dense,
-            text,
-            held_out,
-            minutes=settings.repair_minutes,
-            seed=seed,
-        )
-        self.dense = None
+        saved = self.loaded.stored_dtype if settings.dtype == "auto" else self.network.dtype
+        dense, self.dense = self.dense, None
+        try:
+            done = repair_(
+                self.network,
+                dense,
+                text,
+                held_out,
+                minutes=settings.repair_minutes,
+                seed=seed,
+                as_saved_=partial(round_, dtype=saved),
+            )
+        except UserError as reason:  # the model as the refit left it is what there is then
+            _LOG.warning("no repair: %s", reason)
+            self.clock.stop("repair")
+            return
+        del dense
         self.training = Training(
             before=done.before.loss,
             after=done.after.loss,

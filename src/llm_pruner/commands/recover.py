@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_pruner.checkpoints import save_checkpoint
-from llm_pruner.checkpoints.save import keep_type_
+from llm_pruner.checkpoints.save import keep_type_, round_
 from llm_pruner.commands import workdir
 from llm_pruner.commands.evaluate import measure_perplexities, read_texts
 from llm_pruner.commands.prune_start import check_space
@@ -37,7 +37,13 @@ from llm_pruner.evaluation.perplexity import (
 )
 from llm_pruner.evaluation.servers import served_by
 from llm_pruner.files.disk import new_folder, tidy
-from llm_pruner.files.outputs import check_output, check_place, check_shard_size, write_output
+from llm_pruner.files.outputs import (
+    RECOVERY_FILE,
+    check_output,
+    check_place,
+    check_shard_size,
+    write_output,
+)
 from llm_pruner.models.forward import embedding_rows, maximum_length
 from llm_pruner.models.load import LoadedModel, load, stored_dtype
 from llm_pruner.models.stored import stored_size
@@ -46,7 +52,6 @@ from llm_pruner.recovery.trainer import trainer_arguments
 from llm_pruner.report.data import SavedAs, known_report
 from llm_pruner.report.facts import recovery_report, source_of
 from llm_pruner.report.records import (
-    RECOVERY_FILE,
     Change,
     Control,
     ControlText,
@@ -300,14 +305,8 @@ class _Run:
 
     def _round_(self, network: Any) -> None:
         """Round weights to the type in which they are saved; they keep the one they have."""
-        if self.settings.dtype != "auto":
-            return
-        types = [(one, one.dtype) for one in (*network.parameters(), *network.buffers())]
-        computed = network.config.dtype
-        keep_type_(network, self.loaded.stored_dtype)
-        for tensor, dtype in types:
-            tensor.data = tensor.data.to(dtype)
-        network.config.dtype = computed
+        if self.settings.dtype == "auto":
+            round_(network, self.loaded.stored_dtype)
 
     def _loaded(self, loading: ModelSettings) -> LoadedModel:
         """Load the model that is recovered, or the control, as it came."""

@@ -27,8 +27,8 @@ from llm_pruner.files.disk import (
     remove_empty,
     tidy,
 )
-from llm_pruner.files.outputs import check_output, write_output
-from llm_pruner.report.records import RECOVERY_FILE, as_json
+from llm_pruner.files.outputs import RECOVERY_FILE, check_output, write_output
+from llm_pruner.report.records import as_json
 
 _T = TypeVar("_T")
 

@@ -231,7 +231,21 @@ def best_refit(
     Args:
         start: the ridge that is tried first, by default the middle one.
     """
-    weight, order = fit.weight, sorted(ridges)
+    ridge, before, after = _chosen(fit, held_out, sorted(ridges), start)
+    if ridge is None:
+        return Choice(fit.weight, None, before, before)
+    fit.include(held_out)
+    step = fit.system().step(ridge)
+    if step is None:
+        return Choice(fit.weight, None, before, before)
+    return Choice(fit.weight + step, ridge, before, after)
+
+
+def _chosen(
+    fit: Rows | Sums, held_out: Rows, order: Sequence[float], start: float | None
+) -> tuple[float | None, float, float]:
+    """Return the ridge, None where none lowers the held-out error, and that without it and with."""
+    weight = fit.weight
     count = len(weight)
     some = torch.arange(0, count, max(1, count // OUTPUTS), device=weight.device)
     before = held_out.error(weight[some], some)
@@ -252,10 +266,4 @@ def best_refit(
         if error(side) >= error(place):
             break
         place = side
-    if not error(place) < before:
-        return Choice(weight, None, before, before)
-    fit.include(held_out)
-    step = fit.system().step(order[place])
-    if step is None:
-        return Choice(weight, None, before, before)
-    return Choice(weight + step, order[place], before, error(place))
+    return (order[place] if error(place) < before else None), before, error(place)

@@ -37,8 +37,8 @@ class Calibration:
     Attributes:
         input_ids: shape (samples, seq_len), int64, on the CPU; every position is a real token.
         source: what the user named.
-        settings: what a plan records: source, name, split, text_field, samples, seq_len, seed and
-            the fingerprint of ``input_ids``.
+        settings: what a plan records: source, name, split, text_field, text_split (as it was asked
+            for), samples, seq_len, seed and the fingerprint of ``input_ids``.
         unseen: other windows of the same sources, shape (windows, seq_len), to measure on; none
             unless they were asked for.
     """
@@ -100,6 +100,7 @@ def build_calibration(
         "name": ", ".join(one.name for one in parts),
         "split": ",".join(sorted({one.split for one in parts if one.split})) or None,
         "text_field": asked.text_field,
+        "text_split": asked.text_split,
         "samples": len(input_ids),
         "seq_len": asked.seq_len,
         "seed": seed,

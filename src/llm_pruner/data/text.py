@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 from llm_pruner.data.files import field_of, read_source, texts_of_rows
 from llm_pruner.errors import UserError
 from llm_pruner.settings.evaluate import PerplexitySettings
+
+T = TypeVar("T")
 
 DEMO_PROMPTS = (
     "The old bridge over the river was built",
@@ -138,6 +141,21 @@ def load_documents(
     if not any(text.strip() for text in texts):
         raise UserError(f"{name} holds no text; give a file or dataset with text in it")
     return Documents(texts, name, used_split, plain)
+
+
+def with_field(read: Callable[[str | None], T], text_field: str | None) -> T:
+    """Read a source beside the one that ``--text-field`` is about: it may have that field, or not.
+
+    Raises:
+        UserError: what reading raises with the field, where it raises without it as well.
+    """
+    try:
+        return read(text_field)
+    except UserError:
+        if text_field is not None:
+            with suppress(UserError):
+                return read(None)
+        raise
 
 
 Protocol = Literal["paper", "standard"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -79,23 +79,31 @@ def split_samples(
 
 
 def without_held_out(samples: Sequence[Samples]) -> list[Samples]:
-    """Return the samples of each source without those that another one holds out.
+    """Return the samples of each source without those that any holds out.
+
+    In one source they are those that differ only behind the last token that is kept; where all do,
+    they stay.
 
     Raises:
         UserError: none is left to train on.
     """
     kept = []
     for one in samples:
-        others = [each for other in samples if other is not one for each in other.held_out]
-        judged = {each.input_ids.tobytes() for each in others}
-        train = [each for each in one.train if each.input_ids.tobytes() not in judged]
-        kept.append(replace(one, train=train))
+        others = _spelled(each for other in samples if other is not one for each in other.held_out)
+        own = _spelled(one.held_out)
+        train = [each for each in one.train if each.input_ids.tobytes() not in others]
+        apart = [each for each in train if each.input_ids.tobytes() not in own]
+        kept.append(replace(one, train=apart or train))
     if not any(one.train for one in kept):
         raise UserError(
             "each sample of --data is held out from another of its sources, so none is left to "
             "train on; name each text once"
         )
     return kept
+
+
+def _spelled(samples: Iterable[TrainingSequence]) -> set[bytes]:
+    return {one.input_ids.tobytes() for one in samples}
 
 
 def self_made_samples(

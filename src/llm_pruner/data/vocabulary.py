@@ -65,6 +65,9 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._whole = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._whole.no_truncation()  # as fine-tuning may have left it in the file
+        self._whole.no_padding()
         self._data = json.loads(tokenizer.backend_tokenizer.to_str())
         model = self._data["model"]
         if model["type"] == "BPE":
@@ -93,9 +96,7 @@ class Vocabulary:
         batch: list[str] = []
 
         def add() -> None:
-            for one in self._tokenizer.backend_tokenizer.encode_batch(
-                batch, add_special_tokens=False
-            ):
+            for one in self._whole.encode_batch(batch, add_special_tokens=False):
                 np.add.at(counts, np.array(one.ids, np.int64), 1)
             batch.clear()
 

@@ -33,25 +33,34 @@ from llm_pruner.discovery.tracing.run import example_tokens
 from llm_pruner.discovery.tracing.scenes import staged
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.models.forward import Decoder, is_on_meta, logits_of, tensor_bytes
-from llm_pruner.models.layers import heaviest
+from llm_pruner.models.layers import heaviest, names_in_float32
 from llm_pruner.types import Size
 
 PAPER_TOKENS = 64
 """Length of the text that LLM-Pruner (arXiv 2305.11627) counts MACs on."""
 
 
-def model_size(model: Any) -> Size:
+def model_size(model: Any, stored: torch.dtype | None = None) -> Size:
     """Count the parameters of a causal language model.
 
     The decoder layers are the module list that holds the most parameters.
+
+    Args:
+        stored: the type of its files, which bytes are of; by default that in which it is here.
     """
+    parameters = dict(model.named_parameters())
+    taken = tensor_bytes([*parameters.values()])
+    if stored is not None:
+        wide = names_in_float32(model, stored)
+        widths = {name: torch.float32 if name in wide else stored for name in parameters}
+        taken = sum(one.numel() * widths[name].itemsize for name, one in parameters.items())
     layers = heaviest(one for one in model.modules() if isinstance(one, nn.ModuleList))
     heads = (model.get_input_embeddings(), model.get_output_embeddings())
     return Size(
         total=_count(model),
         embedding=_count(*(head for head in heads if head is not None)),
         blocks=0 if layers is None else _count(layers),
-        bytes=tensor_bytes([*model.parameters()]),
+        bytes=taken,
     )
 
 

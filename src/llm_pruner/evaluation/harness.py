@@ -83,7 +83,21 @@ class LoadedLM(HFLM):
         """Generate, with the harness's progress bar if there is a terminal."""
         with redirect_stderr(self.terminal):
             silent = disable_tqdm or not self.terminal.isatty()
-            return super().generate_until(requests, disable_tqdm=silent)
+            try:
+                return super().generate_until(requests, disable_tqdm=silent)
+            except AssertionError as error:  # such as longer answers than the model reads
+                raise UserError(
+                    f"{self.title} cannot be run ({in_short(error)}); leave this task out"
+                ) from error
+
+    def tok_batch_encode(
+        self, strings: list[str], *args: Any, left_truncate_len: int | None = None, **how: Any
+    ) -> Any:
+        """Encode prompts, as the harness does, and count those that lose their start."""
+        if left_truncate_len:
+            lengths = [len(self.tok_encode(one)) for one in strings]
+            self.truncated += sum(length > left_truncate_len for length in lengths)
+        return super().tok_batch_encode(strings, *args, left_truncate_len=left_truncate_len, **how)
 
 
 @cache
@@ -189,8 +203,7 @@ def _result(name: str, found: dict[str, Any], truncated: int) -> zero_shot.TaskR
             float(stderr) if isinstance(stderr, int | float) else None,
             better.get(metric),
         )
-    members = found["n-samples"]
-    counts = [members[name]] if name in members else list(members.values())
+    counts = [found["n-samples"][each] for each in sorted(_members(name, found))]
     return zero_shot.TaskResult(
         task=name,
         metrics=metrics,
@@ -201,6 +214,13 @@ def _result(name: str, found: dict[str, Any], truncated: int) -> zero_shot.TaskR
         version=str(found["versions"].get(name)),
         truncated=truncated,
     )
+
+
+def _members(name: str, found: dict[str, Any]) -> set[str]:
+    """Return the tasks that a result is of: itself, or those of a group and of groups in it."""
+    if name in found["n-samples"]:
+        return {name}
+    return {one for part in found["group_subtasks"][name] for one in _members(part, found)}
 
 
 def quiet() -> AbstractContextManager[None]:

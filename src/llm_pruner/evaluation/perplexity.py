@@ -80,13 +80,17 @@ def perplexity(
         UserError: the text is shorter than a window, a window is longer than the model's maximum,
             the tokenizer has ids that the model lacks, or a loss is not finite (names the window).
     """
-    window = _window_length(model, asked)
-    prefix = added_tokens(tokenizer)[0] if asked.protocol == "standard" else ()
-    rows, tokens = _windows(tokenizer, text, window, prefix, asked)
-    # The tokens of a prefix are never predicted, and without one the first token is not.
-    found = perplexity_of_windows(model, rows, text, asked, dense, skipped=max(len(prefix), 1))
+    rows, skipped, tokens = _windows(model, tokenizer, text, asked)
+    found = perplexity_of_windows(model, rows, text, asked, dense, skipped=skipped)
     bits = found.nll / math.log(2) * tokens / len(text.text.encode())
     return replace(found, bits_per_byte=bits)
+
+
+def check_length(
+    model: Any, tokenizer: Any, text: EvaluationText, asked: PerplexitySettings
+) -> None:
+    """Raise UserError if a text is too short to measure on, or a window too long; see above."""
+    _windows(model, tokenizer, text, asked)
 
 
 def check_tokens(model: Any, largest: int) -> None:
@@ -185,14 +189,12 @@ def _window_length(model: Any, asked: PerplexitySettings) -> int:
 
 
 def _windows(
-    tokenizer: Any,
-    text: EvaluationText,
-    window: int,
-    prefix: tuple[int, ...],
-    asked: PerplexitySettings,
-) -> tuple[torch.Tensor, int]:
-    """Return the windows, int64 of shape (windows, window), and the tokens of the whole text."""
-    special = asked.protocol == "paper"
+    model: Any, tokenizer: Any, text: EvaluationText, asked: PerplexitySettings
+) -> tuple[torch.Tensor, int, int]:
+    """Return the windows, int64 of shape (windows, window), how many tokens of each are not
+    predicted, and the tokens of the whole text."""
+    window, special = _window_length(model, asked), asked.protocol == "paper"
+    prefix = () if special else added_tokens(tokenizer)[0]
     encoded = tokenizer(text.text, add_special_tokens=special, verbose=False)["input_ids"]
     ids = torch.tensor(encoded[: asked.max_tokens], dtype=torch.int64)
     fresh = window - len(prefix)
@@ -207,7 +209,8 @@ def _windows(
     head = torch.tensor(prefix, dtype=torch.int64).expand(count, len(prefix))
     added = sum(map(len, added_tokens(tokenizer))) if special else 0
     windows = torch.cat([head, ids[: count * fresh].view(count, fresh)], dim=1)
-    return windows, len(encoded) - added
+    # The tokens of a prefix are never predicted, and without one the first token is not.
+    return windows, max(len(prefix), 1), len(encoded) - added
 
 
 @torch.no_grad()

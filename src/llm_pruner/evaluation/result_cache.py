@@ -16,7 +16,7 @@ from transformers.utils.hub import cached_file
 
 from llm_pruner.data.text import name_of_part
 from llm_pruner.files.disk import read_json
-from llm_pruner.files.outputs import write_output
+from llm_pruner.files.outputs import RECOVERY_FILE, write_output
 from llm_pruner.models.stored import local_path
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.version import __version__
@@ -114,20 +114,29 @@ def calibration_source(model: str) -> str | None:
     return source if isinstance(source, str) else None
 
 
+def training_sources(model: str) -> list[str]:
+    """Return the names of what the model in a recovered folder was trained on."""
+    try:
+        recovery = read_json(Path(model).expanduser() / RECOVERY_FILE)
+        return [str(one["name"]) for one in recovery["sources"] if recovery["gained"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 def shared_corpora(model: str, sources: Iterable[str]) -> list[str]:
-    """Return a warning for each source of the corpus that the model was calibrated on.
+    """Return a warning for each source of a corpus that the model was calibrated or trained on.
 
     Sources are of one corpus if they have the same file name, or both names are of one family
     (WikiText, Penn Treebank, C4, BookCorpus), whatever the split.
     """
-    used = calibration_source(model)
-    if used is None:
-        return []
+    calibration = (calibration_source(model) or "").split(",")
+    used = [("calibrate", name_of_part(part)) for part in calibration]
+    used += [("train", name) for name in training_sources(model)]
     return [
-        f"{model} was calibrated on {part} and is measured on {source}, which is of the same "
-        "corpus: the result flatters it; calibrate on other text to compare"
+        f"{model} was {how.removesuffix('e')}ed on {part} and is measured on {source}, which is of "
+        f"the same corpus: the result flatters it; {how} on other text to compare"
         for source in sources
-        for part in map(name_of_part, used.split(","))
+        for how, part in used
         if Path(source).name == Path(part).name or _family(source) & _family(part)
     ]
 

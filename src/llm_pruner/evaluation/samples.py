@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
+from llm_pruner.data.sequences import added_tokens
 from llm_pruner.errors import UserError, in_short
-from llm_pruner.models.forward import Decoder, evaluating
+from llm_pruner.models.forward import Decoder, evaluating, maximum_length
 
 
 def sample_continuation(
@@ -24,14 +25,28 @@ def sample_continuation(
             and return the answer; without a template the prompt is continued.
 
     Raises:
-        UserError: see ``write`` and ``encoded_chat``.
+        UserError: the prompt fills all that the model reads; see ``write`` and ``encoded_chat``.
     """
     asked = chat and has_template(tokenizer)
     given = encoded(tokenizer, prompt, chat=asked)
+    check_prompt(model, tokenizer, prompt, chat=chat)
+    limit = maximum_length(model)
+    if limit is not None:
+        max_new_tokens = min(max_new_tokens, limit - len(given))
     ends = end_ids(model, tokenizer)
     with evaluating(model):
         written = list(write(Decoder(model), given, max_new_tokens, ends))
     return decoded(tokenizer, given, written, chat=asked)
+
+
+def check_prompt(model: Any, tokenizer: Any, prompt: str, *, chat: bool = False) -> None:
+    """Raise UserError if a prompt leaves no room for an answer in what the model reads."""
+    given, limit = encoded(tokenizer, prompt, chat=chat), maximum_length(model)
+    if limit is not None and len(given) >= limit:
+        raise UserError(
+            f"a prompt of {len(given)} tokens leaves no room for an answer: the model reads "
+            f"{limit}; use a shorter one"
+        )
 
 
 def write(
@@ -87,10 +102,14 @@ def has_template(tokenizer: Any) -> bool:
 
 
 def encoded(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
-    """Return the tokens of a prompt; of a chat, as a user's message if there is a template."""
+    """Return the tokens of a prompt; of a chat, as a user's message if there is a template.
+
+    It stays open: what a tokenizer puts behind a text, such as an end token, is left out.
+    """
     if chat and has_template(tokenizer):
         return encoded_chat(tokenizer, [prompt])
-    return list(tokenizer(prompt, verbose=False)["input_ids"])
+    ids = list(tokenizer(prompt, verbose=False)["input_ids"])
+    return ids[: len(ids) - len(added_tokens(tokenizer)[1])]
 
 
 def encoded_chat(tokenizer: Any, said: Sequence[str]) -> list[int]:

@@ -61,6 +61,8 @@ def _separate(libc: Any, folder: bytes) -> dict[str, bool]:
         return {"namespaces": False, "read_only": False}
     try:
         _checked(libc.mount(b"none", b"/", None, _PRIVATE, None))
+        # That of the namespace before would show its processes.
+        _checked(libc.mount(b"none", b"/proc", b"tmpfs", 0, None))
         _checked(libc.mount(folder, folder, None, _BIND, None))
         for path, flags, *change in ((b"/", _RECURSIVE, 1, 0), (folder, 0, 0, 1)):
             set_, clear = (_READ_ONLY * one for one in change)

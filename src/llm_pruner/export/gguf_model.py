@@ -17,6 +17,7 @@ from typing import Any
 import gguf
 import torch
 
+from llm_pruner.checkpoints.remote_code import is_of_transformers, stock_class
 from llm_pruner.errors import UserError
 
 FAMILIES = {
@@ -102,6 +103,12 @@ def gguf_model(model: Any, name: str) -> GgufModel:
             f"{name} is of the type {config.model_type}, which is not exported to GGUF; known are "
             f"{', '.join(FAMILIES)}. If its layers are equal (prune --uniform), llama.cpp's own "
             "convert_hf_to_gguf.py may read the folder"
+        )
+    if not is_of_transformers(stock_class(type(model))):
+        raise UserError(
+            f"{name} says that it is of the type {config.model_type} and has code of its own, "
+            "which llama.cpp does not follow; load it without that code, if transformers' is the "
+            "same"
         )
     if config.hidden_act not in ("silu", "swish"):
         raise UserError(

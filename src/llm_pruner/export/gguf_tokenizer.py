@@ -51,6 +51,14 @@ _OF_ANOTHER = (
 )
 
 
+class _Special(gguf.SpecialVocab):
+    """Special tokens of a folder; a negative id, as some configs have it, stands for none."""
+
+    def _set_special_token(self, typ: str, tid: Any) -> None:
+        if not (isinstance(tid, int) and tid < 0):
+            super()._set_special_token(typ, tid)
+
+
 def read_tokenizer(folder: Path, rows: int) -> dict[str, gguf.GGUFValue]:
     """Return all keys of a GGUF file that tell of the tokenizer in a folder.
 
@@ -69,12 +77,13 @@ def read_tokenizer(folder: Path, rows: int) -> dict[str, gguf.GGUFValue]:
         raise UserError(
             f"{folder / 'tokenizer.json'} cannot be read ({error}); {_OF_ANOTHER}"
         ) from error
-    bytewise = not data["model"].get("byte_fallback")
-    if data["model"]["type"] != "BPE":
+    kind = (data.get("model") or {}).get("type")
+    if kind != "BPE":
         raise UserError(
-            f"the tokenizer in {folder} is a {data['model']['type']}, which is not exported to "
-            f"GGUF; {_OF_ANOTHER}"
+            f"the tokenizer in {folder} is {f'a {kind}' if kind else 'of no known kind'}, which is "
+            f"not exported to GGUF; {_OF_ANOTHER}"
         )
+    bytewise = not data["model"].get("byte_fallback")
     steps = {step["type"] for step in _all_steps(data)}
     if not bytewise and not steps <= {"Prepend", "Replace", "Metaspace"}:
         raise _unknown(folder)
@@ -88,7 +97,7 @@ def read_tokenizer(folder: Path, rows: int) -> dict[str, gguf.GGUFValue]:
         writer.add_token_scores(_scores(data, texts))
         writer.add_add_space_prefix(_adds_space(data))
     with quiet("gguf"):
-        special = gguf.SpecialVocab(folder, load_merges=bytewise, n_vocab=rows)
+        special = _Special(folder, load_merges=bytewise, n_vocab=rows)
         special.add_special_token.setdefault("bos", False)
         special.add_to_gguf(writer, quiet=True)
     return _of_tokenizer(writer.kv_data[0])

@@ -25,6 +25,9 @@ from llm_pruner.files.disk import new_file, new_folder, read_json, starts_with, 
 MANIFEST = ".written-by-llm-pruner"
 """A name without an ending, so that nothing takes it for a part of the model."""
 
+RECOVERY_FILE = "recovery.json"
+"""What ``recover`` writes of a run beside the weights."""
+
 _WHOLE, _BLOCK = 2**24, 2**16
 """Bytes up to which a file is read whole to know it again, and of a sample of a larger one."""
 
@@ -82,6 +85,8 @@ def check_output(out: Path, overwrite: bool, reads: Iterable[Source] = ()) -> No
     if place.is_dir():
         if os.path.ismount(place):
             raise UserError(f"{out} is a mount point and cannot be replaced; name a folder in it")
+        if not os.access(place, os.W_OK):  # what it holds has to go, or another takes its place
+            raise UserError(f"{out} may not be written; name another folder, or allow it")
         here = Path.cwd()
         if place == here or place in here.parents:
             raise UserError(f"{out} is the current folder or holds it; name another folder")

@@ -228,6 +228,7 @@ class _BlockPass:
         self.count = len(chain.blocks)
         self.lowest = 0 if chain.bottom else self._lowest()
         self.batches = Batches(samples, length, collector.processes)
+        self.begins: dict[int, int] = {}  # sample -> the first that the head saw with it
         self._take_positions(self._stride())
 
     def _lowest(self) -> int:
@@ -283,7 +284,7 @@ class _BlockPass:
         """Return the positions of some samples whose next token's loss is taken; None for all."""
         if self.stride == 1:
             return None
-        first = part.start // self.headed % self.stride
+        first = self.begins.get(part.start, part.start) // self.headed % self.stride
         return torch.arange(first, self.ids.shape[1] - 1, self.stride, device=self.ids.device)
 
     def run(self) -> None:
@@ -304,6 +305,7 @@ class _BlockPass:
                 for batch, owner in self.batches.all:
                     with turn(*ends):
                         for part in self.batches.parts(batch, self.headed):
+                            self.begins |= dict.fromkeys(range(part.start, part.stop), part.start)
                             self._head(part)
                     collector.add_up(None, (), batch, owner)
                 order = range(self.count - 1, self.lowest - 1, -1)

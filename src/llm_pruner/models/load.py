@@ -29,6 +29,7 @@ from transformers import (
     __version__,
     initialization,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from llm_pruner.errors import UserError, in_short
 from llm_pruner.files.disk import read_json
@@ -126,8 +127,7 @@ def load_model(
     found = _find(source, revision, trust_remote_code, tokenizer_required, weights)
     states = on_disk.file_states(source)
     with _quiet(), _explained(source):
-        config = AutoConfig.from_pretrained(found.folder, **found.shared)
-        _check_quantization(source, config, packed)
+        config = _config(source, found, packed)
         if found.is_gguf:
             scale_rotary_(config, on_disk.local_path(source))
         if weights and memory is not None:
@@ -137,14 +137,23 @@ def load_model(
         options = {"dtype": "auto", "device_map": "cpu"}
     with _quiet():
         with _explained(source):
+            of_model = found
             if has_recipe(config) and type(config).__module__.startswith("transformers."):
                 # The class of this package does what the code of the folder does.
-                found = replace(found, shared=found.shared | {"trust_remote_code": False})
-            kept = _stored_dtype(found, config)  # what loads may write into the config
+                of_model = replace(found, shared=found.shared | {"trust_remote_code": False})
+            said = getattr(config, "dtype", None)  # what loads may write into the config
             with put_together_late(mapped_files) if streams else nullcontext():
-                model = _load_model(source, found, config, options, weights)
+                model, unread = _load_model(source, of_model, config, options, weights)
         reads = weights if reads_tokenizer is None else reads_tokenizer
         tokenizer = _load_tokenizer(source, found, tokenizer_required) if reads else None
+    if unread:
+        _LOG.warning(
+            "%s has %s weights that no %s has, %s first: they are left out",
+            source,
+            f"{len(unread):,}",
+            type(model).__name__,
+            unread[0],
+        )
     if found.is_gguf and tokenizer is not None:
         drop_tokens_beyond_(tokenizer, embedding_rows(model))
     if streams:
@@ -159,13 +168,37 @@ def load_model(
         revision=getattr(model.config, "_commit_hash", None),
         fingerprint=fingerprint(model),
         stored=states,
-        stored_dtype=kept,
+        stored_dtype=_stored_dtype(found, said),
     )
 
 
-def _stored_dtype(found: _Found, config: Any) -> torch.dtype:
-    kept = torch.float32 if found.is_gguf else getattr(config, "dtype", None)
-    return kept if isinstance(kept, torch.dtype) else on_disk.commonest_type(Path(found.folder))
+def _stored_dtype(found: _Found, said: Any) -> torch.dtype:
+    """Return the type of stored weights: what the config said, or else that of most of them."""
+    if found.is_gguf or isinstance(said, torch.dtype):
+        return torch.float32 if found.is_gguf else said
+    place = on_disk.stored_at(found.folder, found.shared["revision"])
+    return torch.float32 if place is None else on_disk.commonest_type(place)
+
+
+def _config(source: str, found: _Found, packed: bool) -> Any:
+    """Read a config, and refuse what would be loaded as something else than it is."""
+    if here := Path(found.folder).exists():
+        _check_adapter(source, found)
+    config = AutoConfig.from_pretrained(found.folder, **found.shared)
+    _check_quantization(source, config, packed)
+    if not here:
+        _check_adapter(source, found)
+    return config
+
+
+def _check_adapter(source: str, found: _Found) -> None:
+    """Raise UserError if transformers would load an adapter too, from wherever that says."""
+    folder, revision = found.folder, found.shared.get("revision")
+    if not Path(folder).is_file() and find_adapter_config_file(folder, revision=revision):
+        raise UserError(
+            f"{source} has an adapter beside its weights ({_ADAPTER}); merge it into them with "
+            "merge_and_unload of peft, or move it away"
+        )
 
 
 def _download(source: str, found: _Found) -> None:
@@ -291,12 +324,17 @@ def _without_volatile(values: dict[str, Any]) -> dict[str, Any]:
 
 def _load_model(
     source: str, found: _Found, config: Any, options: dict[str, Any], weights: bool
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, list[str]]:
+    """Return the model, and the names of weights in its files that it has no place for."""
     if not weights:
         if _config_suffices(config, found.shared):
-            return without_values(config, options["dtype"], found.shared.get("trust_remote_code"))
+            trusts = found.shared.get("trust_remote_code")
+            return without_values(config, options["dtype"], trusts), []
         if Path(found.folder).is_dir():
             on_disk.stored_tensors(Path(found.folder))
+    plain = not found.is_gguf and getattr(config, "quantization_config", None) is None
+    if plain and (place := on_disk.stored_at(found.folder, found.shared["revision"])) is not None:
+        on_disk.check_types(place)
     if found.is_gguf:
         options["quantization_config"] = GgufConfig(dequantize=True)
     else:
@@ -316,7 +354,8 @@ def _load_model(
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
     if compressor is not None:  # of compressed-tensors: several weights in one integer
         compressor.decompress_model(model)  # as its first run would; till then they are miscounted
-    return model
+    # Of packed weights, readers take more than they say.
+    return model, sorted(info["unexpected_keys"]) if plain else []
 
 
 def _config_suffices(config: Any, shared: dict[str, Any]) -> bool:
@@ -399,11 +438,6 @@ def _check_folder(path: Path, weights: bool) -> None:
     if not weights:
         return
     on_disk.stored_tensors(path)
-    if (path / _ADAPTER).is_file():  # transformers would load it too, from wherever it says
-        raise UserError(
-            f"{path} has an adapter beside its weights ({_ADAPTER}); merge it into them with "
-            "merge_and_unload of peft, or move it away"
-        )
 
 
 def _check_json(config: Path) -> None:
@@ -558,7 +592,8 @@ def check(model: ModelSettings, *, packed: bool = False) -> Any:
 
 def stored_dtype(model: ModelSettings) -> torch.dtype:
     """Return ``LoadedModel.stored_dtype`` of a model that is not loaded yet; else as ``check``."""
-    return _stored_dtype(*_checked(model))
+    found, config = _checked(model)
+    return _stored_dtype(found, getattr(config, "dtype", None))
 
 
 def _checked(model: ModelSettings, packed: bool = False) -> tuple[_Found, Any]:
@@ -568,6 +603,4 @@ def _checked(model: ModelSettings, packed: bool = False) -> tuple[_Found, Any]:
     if found.is_gguf:
         return found, None
     with _quiet(), _explained(model.model):
-        config = AutoConfig.from_pretrained(found.folder, **found.shared)
-        _check_quantization(model.model, config, packed)
-    return found, config
+        return found, _config(model.model, found, packed)

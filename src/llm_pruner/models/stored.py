@@ -67,6 +67,8 @@ def local_path(source: str) -> Path:
 def stored_at(source: str, revision: str | None = None) -> Path | None:
     """Return the file or folder that a model is read from; None if it is not on this machine.
 
+    Of a model of the hub, what is there may be a part of its files.
+
     Args:
         source: as for ``load_model``.
         revision: branch, tag or commit, if ``source`` is a hub id.
@@ -76,8 +78,11 @@ def stored_at(source: str, revision: str | None = None) -> Path | None:
         return path
     try:
         return Path(snapshot_download(source, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
+    except HFValidationError:
         return None
+    except LocalEntryNotFoundError as error:  # or some of its files are not, which may be unread
+        incomplete = getattr(error, "snapshot_path", None)
+        return None if incomplete is None else Path(incomplete)
 
 
 def download(source: str, revision: str | None, code: bool) -> None:
@@ -171,10 +176,23 @@ def stored_tensors(folder: Path) -> list[Stored]:
     return [tensor for file in _weight_files(folder) for tensor in _tensors(file)]
 
 
+def check_types(folder: Path) -> None:
+    """Raise UserError if weights are packed and the config does not say how.
+
+    Read as they are, they would lack the factors that they are to be multiplied by.
+    """
+    for tensor in stored_tensors(folder) if _is_complete(folder) else ():
+        if tensor.dtype.startswith(("F8", "F4", "F6_")):
+            raise UserError(
+                f"{folder} has weights of the type {tensor.dtype}, and its config.json does not "
+                "say how they are packed; name the original checkpoint"
+            )
+
+
 def commonest_type(folder: Path) -> torch.dtype:
-    """Return the type of most weights in a folder; float32 if there are none."""
+    """Return the type of most weights in a folder; float32 if not all are there."""
     elements: Counter[torch.dtype] = Counter()
-    for tensor in stored_tensors(folder) if _has_weights(folder) else ():
+    for tensor in stored_tensors(folder) if _is_complete(folder) else ():
         if tensor.dtype in _FLOATS:
             elements[_FLOATS[tensor.dtype]] += tensor.elements
     return elements.most_common(1)[0][0] if elements else torch.float32
@@ -216,6 +234,10 @@ def weight_names(folder: Path) -> list[str]:
             "no other is read; convert the weights to safetensors first"
         )
     return names
+
+
+def _is_complete(folder: Path) -> bool:
+    return _has_weights(folder) and not _absent(folder, weight_names(folder))
 
 
 def _absent(folder: Path, names: list[str]) -> list[str]:

@@ -73,6 +73,7 @@ def allocate(
     numbering = numbering or Numbering.dense(discovery)
     cost = cost or _parameters(discovery, numbering, target)
     candidates = find_candidates(discovery, scores, selection, numbering)
+    selection = _of_those_left(selection, candidates)
     if target.unit_ratio is None:
         steps = _cost_steps(candidates, cost, selection, target)
     elif selection.split is not None:
@@ -92,6 +93,20 @@ def allocate(
     if problems:
         raise PlanError(problems)
     return removal
+
+
+def _of_those_left(selection: Selection, candidates: AllCandidates) -> Selection:
+    """Return the selection with the budget of structures that are done shared out to the others."""
+    kinds, split = candidates.by_kind(), selection.split
+    if split is None or split.keys() <= kinds.keys():
+        return selection
+    whole = sum(split[kind] for kind in kinds)
+    return replace(
+        selection,
+        structures=tuple(kinds),
+        layer_ranges={kind: of for kind, of in selection.layer_ranges.items() if kind in kinds},
+        split={kind: split[kind] / whole if whole else 1 / len(kinds) for kind in kinds},
+    )
 
 
 def _parameters(discovery: Discovery, numbering: Numbering, target: Target) -> Cost:
@@ -178,9 +193,22 @@ def _cost_steps(
     candidates: AllCandidates, cost: Cost, selection: Selection, target: Target
 ) -> dict[str, int]:
     search = _begin_search(candidates, cost, target)
-    if selection.spread is not None and selection.scope == "global":
-        search = _begin_search(_capped(search, selection, selection.spread), cost, target)
-    prices = step_prices(search.candidates, cost)
+    if selection.spread is None or selection.scope != "global":
+        return _searched(search, selection, target)
+    capped = [_capped(search, selection, selection.spread, beyond) for beyond in (0, 1)]
+    try:
+        return _searched(_begin_search(capped[0], cost, target), selection, target)
+    except UserError:  # of few sizes, too little is below the limit
+        return _searched(_begin_search(capped[1], cost, target), selection, target)
+
+
+def _searched(search: Search, selection: Selection, target: Target) -> dict[str, int]:
+    """Return the steps of each group that meet the target.
+
+    Raises:
+        UserError: none do.
+    """
+    prices = step_prices(search.candidates, search.cost)
     if selection.split is None:
         _search(search, search.candidates.all, prices, selection)
     else:
@@ -233,8 +261,8 @@ def _search(
         search.run_all(even)
 
 
-def _capped(search: Search, selection: Selection, spread: float) -> AllCandidates:
-    """Return the candidates without those beyond the selection's ``spread``."""
+def _capped(search: Search, selection: Selection, spread: float, beyond: int) -> AllCandidates:
+    """Return the candidates without those beyond the selection's ``spread``, but for so many."""
     candidates, cost, split = search.candidates, search.cost, selection.split
     spans: dict[str, int] = {}
     for kind, same in candidates.by_kind().items():
@@ -247,7 +275,8 @@ def _capped(search: Search, selection: Selection, spread: float) -> AllCandidate
         part, span = (1.0, everywhere) if split is None else (split[kind], spans[kind])
         share = part * (cost.total - search.target) / max(span, 1)
         limit = max(share, min(spread * share, 1 - (1 - share) / spread))
-        counts = one.counts[one.counts <= np.ceil(limit * one.counts[-1])]
+        within = int(np.sum(one.counts <= np.ceil(limit * one.counts[-1])))
+        counts = one.counts[: within + beyond]
         capped.append(replace(one, counts=counts, importance=one.importance[: int(counts[-1])]))
     return replace(candidates, all=tuple(capped))
 
@@ -286,4 +315,4 @@ def _size(count: int, cost: Cost) -> str:
 
 
 def _words(candidates: AllCandidates) -> str:
-    return ", ".join(candidates.by_kind())
+    return ", ".join(candidates.by_kind()) or "nothing"

@@ -50,6 +50,36 @@ class Numbering:
             for dense, group in ((name, self.groups[name]) for name in self.kept)
         }
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything is gone."""
+        return any(len(self.kept.get(one.name, ())) < one.size for one in self.groups.values())
+
+    def matched(self, discovery: Discovery) -> Discovery:
+        """Return what was found of the pruned model, with what means other units frozen.
+
+        Where one key-value head is left, for instance, the units are its query heads.
+
+        Args:
+            discovery: of what is left, as it is found anew.
+        """
+
+        def same(group: Group) -> bool:
+            dense = self.groups.get(self.names.get(group.name, ""))
+            return (
+                dense is not None
+                and len(self.kept[dense.name]) == group.size
+                and (dense.blocks is None) == (group.blocks is None)
+                and (dense.owner is None) == (group.owner is None)
+            )
+
+        changed = "what is left of it is pruned by other units than the whole was"
+        groups = tuple(
+            one if one.frozen is not None or same(one) else replace(one, frozen=changed)
+            for one in discovery.groups
+        )
+        return replace(discovery, groups=groups)
+
     def to_dense(self, removal: Removal) -> dict[str, IntArray]:
         """Return the same removal in the names and numbers of the dense model."""
         return {

@@ -213,7 +213,8 @@ def choose_groups(
     """Return the groups that may lose units, in the order of the discovery.
 
     Frozen groups are left out as long as their structure has others. Protection and ranges count
-    the layers of the dense model.
+    the layers of the dense model. Once something is gone, a structure of which nothing is left to
+    prune has done its part, as long as there are others.
 
     Raises:
         UserError: a structure that the model lacks or that is frozen everywhere (with the reason),
@@ -223,36 +224,50 @@ def choose_groups(
     total = count_layers(numbering.groups.values())
     chosen: set[str] = set()
     for structure in selection.structures:
-        first, last = _layers(selection, structure, total)
-        groups = [group for group in discovery.groups if group.kind == structure]
-        if not groups:
-            kinds = dict.fromkeys(g.kind for g in discovery.groups if g.kind != "value_dim")
-            raise UserError(
-                f"this model has no {structure} to prune; it has {', '.join(kinds) or 'nothing'} "
-                f"(llm-pruner inspect lists what is frozen, and why)"
-            )
-        free = [group for group in groups if group.frozen is None]
-        if not free:
-            raise UserError(
-                f"{structure} cannot be pruned in this model: {groups[0].frozen}; "
-                f"leave {structure} out of the structures"
-            )
-        spans_all = structure != "layers" and all(group.layer is None for group in free)
-        if structure in selection.layer_ranges and spans_all:
-            raise UserError(
-                f"{structure} spans all layers, so it takes no layer range; drop the range"
-            )
-        inside = [
-            group
-            for group in free
-            if group.layer is None or first <= numbering.layers[group.layer] <= last
-        ]
-        if not inside:
-            raise UserError(
-                f"no {structure} in layers {first} to {last} can be pruned; choose other layers"
-            )
-        chosen.update(group.name for group in inside)
+        try:
+            groups = _groups_of(structure, discovery, selection, numbering, total)
+        except UserError as error:
+            if not numbering.begun:
+                raise
+            done = error
+        else:
+            chosen.update(group.name for group in groups)
+    if not chosen:
+        raise done
     return tuple(group for group in discovery.groups if group.name in chosen)
+
+
+def _groups_of(
+    structure: str, discovery: Discovery, selection: Selection, numbering: Numbering, total: int
+) -> list[Group]:
+    """Return the groups of one structure that may lose units."""
+    first, last = _layers(selection, structure, total)
+    groups = [group for group in discovery.groups if group.kind == structure]
+    if not groups:
+        kinds = dict.fromkeys(g.kind for g in discovery.groups if g.kind != "value_dim")
+        raise UserError(
+            f"this model has no {structure} to prune; it has {', '.join(kinds) or 'nothing'} "
+            f"(llm-pruner inspect lists what is frozen, and why)"
+        )
+    free = [group for group in groups if group.frozen is None]
+    if not free:
+        raise UserError(
+            f"{structure} cannot be pruned in this model: {groups[0].frozen}; "
+            f"leave {structure} out of the structures"
+        )
+    spans_all = structure != "layers" and all(group.layer is None for group in free)
+    if structure in selection.layer_ranges and spans_all:
+        raise UserError(f"{structure} spans all layers, so it takes no layer range; drop the range")
+    inside = [
+        group
+        for group in free
+        if group.layer is None or first <= numbering.layers[group.layer] <= last
+    ]
+    if not inside:
+        raise UserError(
+            f"no {structure} in layers {first} to {last} can be pruned; choose other layers"
+        )
+    return inside
 
 
 def scored_groups(discovery: Discovery, selection: Selection, numbering: Numbering) -> set[str]:

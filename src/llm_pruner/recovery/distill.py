@@ -163,7 +163,9 @@ class Teacher:
     @torch.no_grad()
     def _run(self, samples: Sequence[int]) -> None:
         if self._packed is None:
-            self._packed = can_pack(self._model, self._vocabulary)
+            device = next(self._model.parameters()).device.type
+            with torch.autocast(device, enabled=False):  # whose rounding would look like a leak
+                self._packed = can_pack(self._model, self._vocabulary)
         batches = lay_out(
             self._sequences,
             samples,

@@ -8,6 +8,7 @@ gradients and what AdamW keeps of them, else adapters (LoRA), which are merged.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def repair_(
     *,
     minutes: float,
     seed: int,
+    as_saved_: Callable[[Any], None] = lambda _: None,
 ) -> Outcome:
     """Train ``model`` for some minutes; it has its weights back if ``held_out`` says so.
 
@@ -59,6 +61,7 @@ def repair_(
         held_out: text that decides which weights are kept, (samples, seq_len); not trained on.
         minutes: of training, with all scores on the way.
         seed: of the order of the text.
+        as_saved_: as for ``recover_``.
 
     Raises:
         UserError: as ``recover_``.
@@ -89,6 +92,7 @@ def repair_(
             teacher=DirectTeacher(dense),
             judge=DirectTeacher(dense),
             say=say,
+            as_saved_=as_saved_,
         )
     if outcome.gained:
         _take_(model, found)
@@ -113,12 +117,14 @@ def _settings(model: Any, length: int, minutes: float, seed: int) -> TrainingSet
 
 def _take_(model: nn.Module, trained: nn.Module) -> None:
     """Give a model the weights of a trained copy."""
-    for name, weight in trained.named_parameters():
+    taken: dict[int, nn.Parameter] = {}  # one for all modules that share a weight
+    for name, weight in trained.named_parameters(remove_duplicate=False):
         owner, _, key = name.rpartition(".")
         weights = model.get_submodule(owner)._parameters
         old = weights[key]
         if old is not None and weight is not old:
-            weights[key] = nn.Parameter(weight.detach(), requires_grad=old.requires_grad)
+            new = nn.Parameter(weight.detach(), requires_grad=old.requires_grad)
+            weights[key] = taken.setdefault(id(weight), new)
 
 
 def _own_copy(model: Any) -> Any:

@@ -300,7 +300,8 @@ _Yaml.add_implicit_resolver(
 
 _UNREAD = re.compile(
     "label_smoothing_factor|torch_empty_cache_steps|average_tokens_across_devices"
-    "|train_sampling_strategy|length_column_name|dataloader_.*"
+    "|train_sampling_strategy|length_column_name|dataloader_.*|eval_(?!strategy).*|load_best_model_at_end"
+    "|metric_for_best_model|greater_is_better|ignore_data_skip|push_to_hub|hub_.*"
 )
 """The Trainer's arguments that are about its own way through the data and through a step."""
 

@@ -363,7 +363,10 @@ def recovery_report(
     )
     if done.perplexity:
         old, new = zip(*((one.before, one.after) for one in done.perplexity), strict=True)
-        for variant, found in ((before, old), (report.final, new)):
+        found_of: dict[data.Variant | None, Any] = {before: old}
+        if done.gained or before is None:  # else it is the model that came in
+            found_of[report.final] = new
+        for variant, found in found_of.items():
             if variant is not None:
                 measured = data.Evaluation.model_validate({"perplexity": found})
                 report = report.with_evaluation(variant, measured)

@@ -22,9 +22,6 @@ from llm_pruner.types import Layer, SplitTrial
 
 T = TypeVar("T")
 
-RECOVERY_FILE = "recovery.json"
-"""What a recovered checkpoint says about its recovery."""
-
 _OF_THE_FOLDER = {"saved_as", "path", "bytes", "needs", "servers", "report"}
 
 

@@ -73,11 +73,22 @@ def write_request(folder: Path, settings: Settings) -> None:
     """Write beside the weights what was asked for, as a file that ``--config`` reads.
 
     The home folder is written as ``~``: checkpoints are published, and the name of a user's account
-    is nobody's business. An upload is no part of it: nothing is sent that was not asked for anew.
+    is nobody's business. What is sent or thrown away is no part of it, but asked for anew.
     """
-    kept = {name: of for name, of in settings.written().items() if name not in _UPLOAD}
-    said = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
-    rewrite(folder, {REQUEST_FILE: said.replace(f"{Path.home()}/", "~/")})
+    kept = {name: of for name, of in settings.written().items() if name not in _ANEW}
+    said = yaml.safe_dump(_at_home(kept), sort_keys=False, allow_unicode=True)
+    rewrite(folder, {REQUEST_FILE: said})
+
+
+def _at_home(value: Any) -> Any:
+    """Return values with ``~`` for the home folder where a path, also one of a list, begins."""
+    if isinstance(value, dict):
+        return {name: _at_home(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_at_home(one) for one in value]
+    if not isinstance(value, str):
+        return value
+    return re.sub(rf"(^|,\s*){re.escape(str(Path.home()))}/", r"\1~/", value)
 
 
 def page_in(folder: Path) -> Path | None:
@@ -103,7 +114,7 @@ def _variant_of(folder: Path, report: data.Report, model: str, parameters: int) 
 REQUEST_FILE = "request.yaml"
 """What a run was asked for."""
 
-_UPLOAD = ("push_to_hub", "private")
+_ANEW = ("push_to_hub", "private", "restart", "resume", "overwrite")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _DATASET = re.compile(r"[A-Za-z0-9][\w./-]*")

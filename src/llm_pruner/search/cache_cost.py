@@ -51,6 +51,12 @@ def cache_cost(
             f"{', '.join(idle)}: the cache of this model is as large without them; leave them out "
             "of the structures"
         )
+    if "head_dim" in kinds and len(kinds) > 1:
+        others = ", ".join(kind for kind in kinds if kind != "head_dim")
+        raise UserError(
+            f"--kv-cache adds up what each unit takes, and head_dim takes a part of each of "
+            f"{others}; name one of them with --structures"
+        )
     return Cost.by_unit(total, prices, dense or total, UNIT)
 
 

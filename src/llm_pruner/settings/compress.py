@@ -10,7 +10,7 @@ from llm_pruner.errors import UserError
 from llm_pruner.settings.common import LOADING, OUTPUT, TASKS, Sources, TaskSettings, WriterSettings
 from llm_pruner.settings.limits import MOST, Seed, check_installed, within
 from llm_pruner.settings.options import option, option_name, written
-from llm_pruner.settings.prune import HOW, HOW_MUCH, AmountSettings, PruneSettings
+from llm_pruner.settings.prune import AMOUNTS, HOW, HOW_MUCH, AmountSettings, PruneSettings
 from llm_pruner.settings.recover import QUANTIZERS, TrainingSettings
 from llm_pruner.settings.vocab import VocabSettings
 from llm_pruner.settings.words import parse_duration
@@ -99,7 +99,12 @@ class CompressSettings(WriterSettings, TaskSettings, AmountSettings):
         if "params" in given or "ratio" in given:
             return preset
         said = PruneSettings.of_preset(given.get("preset"))
-        amount = {name: of for name, of in said.items() if name in ("ratio", "params")}
+        amount = {name: of for name, of in said.items() if name in AMOUNTS and of is not None}
+        if other := [name for name in amount if name not in ("ratio", "params")]:
+            raise UserError(
+                f"{given['preset']} says how much by {other[0]}, which compress does not know; "
+                "give --ratio or --params beside it, or prune and recover"
+            )
         return {**preset, **(amount or {"ratio": 0.2})}
 
     def check(self) -> None:

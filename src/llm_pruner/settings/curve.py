@@ -31,6 +31,9 @@ _SHARES = must(
     "{option} {value}: each is a share to remove, in (0, 1); give such as 0.1,0.2,0.3",
 )
 
+_ASCENDING = AfterValidator(lambda shares: tuple(sorted(set(shares))))
+"""Each once, and from the largest model to the smallest, as an answer is read from them."""
+
 _DAMAGE = AfterValidator(lambda text: parse_damage(text) and text)
 
 
@@ -39,7 +42,7 @@ class CurveSettings(MemorySettings, FolderSettings, ModelSettings, ChoiceSetting
 
     panels: ClassVar = (_POINTS, WHERE, IMPORTANCE, CALIBRATION, _MEASURE, PLAN, OUTPUT, LOADING)
 
-    ratios: Annotated[tuple[float, ...], _SHARES, written(parse_shares)] = _points(
+    ratios: Annotated[tuple[float, ...], _SHARES, _ASCENDING, written(parse_shares)] = _points(
         RATIOS, "Shares of all parameters to remove, a point each.", "LIST"
     )
     max_damage: Annotated[str, BeforeValidator(str), _DAMAGE] | None = _points(

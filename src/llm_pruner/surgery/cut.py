@@ -78,7 +78,7 @@ def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edit
     for module, attribute, value in layer_numbers(model, layers, graph.own_numbers):
         values[module][attribute] = value
     numbers = _expert_numbers(model, discovery, removal, rename)
-    described = _descriptions(model, shapes, rename, values)
+    described = _descriptions(model, shapes, rename, values, discovery.aliases)
     for module, attribute, value in [*described, *numbers]:
         values[module].setdefault(attribute, value)
     return Edits(
@@ -250,16 +250,15 @@ def _descriptions(
     shapes: Mapping[str, tuple[int, ...]],
     rename: Renaming,
     values: Mapping[str, Mapping[str, int]],
+    aliases: Mapping[str, str],
 ) -> Iterator[tuple[str, str, int]]:
     """Yield the sizes that standard modules state of themselves (``in_features`` and the like)."""
     for path, module in model.named_modules():
+        names = [f"{path}.{weight}" for weight in _WEIGHTS]
+        found = [rename(aliases.get(name, name)) for name in names]
+        shape = next((shapes[name] for name in found if name and name in shapes), None)
         new_path = rename(path)
-        if new_path is None:
-            continue
-        shape = next(
-            (shapes[f"{new_path}.{w}"] for w in _WEIGHTS if f"{new_path}.{w}" in shapes), None
-        )
-        if shape is None:
+        if new_path is None or shape is None:
             continue
         stated: list[tuple[str, int]] = []
         if isinstance(module, _ConvNd):

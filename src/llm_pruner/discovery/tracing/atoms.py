@@ -47,8 +47,13 @@ class Atoms:
         self._reason_ids: dict[str, int] = {"": 0}
 
     def copy(self) -> Atoms:
-        """Return an independent copy."""
-        return copy.deepcopy(self)
+        """Return an independent copy, without the room that this one has to grow."""
+        new = copy.copy(self)
+        for name in ("_parent", "_substitute", "_frozen", "_replica"):
+            setattr(new, name, getattr(self, name)[: self._size].copy())
+        new._table = self._table[: self._table_size].copy()
+        new.reasons, new._reason_ids = [*self.reasons], {**self._reason_ids}
+        return new
 
     def __len__(self) -> int:
         return self._size

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -171,15 +172,16 @@ def _state(tracer: Tracer, tensor: Any, where: str, sizes: Mapping[int, Any]) ->
     axes = tracer.axes(tensor)
     if axes is not None:
         for dim, size in sizes.items():
-            if isinstance(size, int) and plain(size) >= 0:
-                tracer.sized(size, axes[dim], where)
+            if isinstance(size, int | np.integer) and plain(size) >= 0:
+                # One of numpy is nobody's setting, as a number in the code.
+                tracer.sized(size if isinstance(size, int) else int(size), axes[dim], where)
 
 
 def _shaped(
     tracer: Tracer, out: Any, size: Any = (), shape: Any = (), *, where: str = "new tensor"
 ) -> None:
     """The sizes of the result are given one by one or as one sequence."""
-    sizes = [one for one in _flatten(size or shape) if isinstance(one, int)]
+    sizes = [one for one in _flatten(size or shape) if isinstance(one, int | np.integer)]
     if len(sizes) == len(tracer.axes(out) or ()):
         _state(tracer, out, where, dict(enumerate(sizes)))
 

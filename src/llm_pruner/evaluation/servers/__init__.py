@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from llm_pruner.errors import UserError
+from llm_pruner.errors import UserError, in_short
 from llm_pruner.settings.registry import SERVERS, entry
 
 
@@ -35,4 +35,6 @@ def served_by(model: Any, config: Any, saved_as: str) -> tuple[ServedBy, ...]:
             found.append(ServedBy(server.TITLE, True, server.how(model, config, saved_as)))
         except UserError as error:
             found.append(ServedBy(server.TITLE, False, str(error)))
+        except Exception as error:  # of code that is not transformers': no reason to lose a model
+            found.append(ServedBy(server.TITLE, False, f"cannot tell: {in_short(error)}"))
     return tuple(found)

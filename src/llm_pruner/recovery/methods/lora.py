@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from llm_pruner.errors import UserError
+from llm_pruner.errors import UserError, in_short
 from llm_pruner.settings.recover import TrainingSettings
 
 
@@ -35,18 +38,50 @@ def prepare_(model: Any, settings: TrainingSettings) -> Any:
         lora_dropout=settings.lora_dropout,
         target_modules=names,
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _as_named():
         warnings.simplefilter("ignore")  # GPT-2's Conv1D is recognised, and PEFT says so
-        return get_peft_model(model, config)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:  # such as layers whose kernels read the weight past the adapter
+            raise UserError(
+                f"PEFT puts no adapters on this model ({in_short(error)}); use --method blocks"
+            ) from error
+
+
+@contextmanager
+def _as_named() -> Iterator[None]:
+    """Have PEFT adapt the layers that are named.
+
+    Of mixtures of experts it would take names for those of transformers 4, adapt all experts in
+    place of the layers with these names, and refuse dropout.
+    """
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:  # of versions before 0.19
+        yield
+        return
+    kept = conversion.convert_peft_config_for_transformers
+    conversion.convert_peft_config_for_transformers = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = kept
 
 
 def linear_layers(model: Any) -> list[str]:
-    """Return the names of all linear layers but the output embedding."""
+    """Return the names of all linear layers but the output embedding.
+
+    One whose weight other modules have as well is left out: each would learn its own change of it.
+    """
     head = model.get_output_embeddings()
+    others = [module for module in model.modules() if module is not head]
+    owners = Counter(id(weight) for one in others for weight in one._parameters.values())
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+        if isinstance(module, (nn.Linear, Conv1D))
+        and module is not head
+        and owners[id(module.weight)] == 1
     ]
 
 

@@ -127,9 +127,15 @@ def scatter(
     tracer: Tracer, call: Call, self: Tensor, dim: int, index: Tensor, src: Tensor | None = None
 ) -> None:
     axes, dim = _indexed(tracer, self, dim, index, "written by position")
-    _align(tracer, axes, tracer.label(index), dim)
+    chosen = tracer.label(index)
+    _align(tracer, axes, chosen, dim)
     if src is not None and src.dim() == len(axes):
-        _align(tracer, axes, tracer.label(src), dim)
+        values = tracer.label(src)
+        _align(tracer, axes, values, dim)
+        if len(values[dim]) == len(chosen[dim]):
+            tracer.unify(values[dim], chosen[dim])
+        else:
+            tracer.freeze(values[dim], "read in part")
     tracer.set_label(call.out, axes)
     if index in tracer.vocabulary:
         tracer.one_hot[call.out] = True

@@ -45,8 +45,7 @@ def reduce_living(alive: Alive, run: Run, self: Tensor, dim: Dims = None) -> Any
 
 
 @rule("sum", "mean", "amax", "amin", "var", "std", "prod", "logsumexp", alive=reduce_living)
-@rule("linalg_vector_norm", "norm", "var_mean", alive=reduce_living)
-@rule("any", "all")
+@rule("linalg_vector_norm", "norm", "var_mean", "any", "all", alive=reduce_living)
 def reduce(tracer: Tracer, call: Call, self: Tensor, dim: Dims = None) -> None:
     """Drop the reduced axes, or keep them with one position."""
     axes = tracer.label(self)
@@ -129,14 +128,22 @@ def _norm_living(
     weight: Tensor | None,
     bias: Tensor | None = None,
 ) -> Any:
-    living = alive(input, -1) if len(normalized_shape) == 1 else None
-    if living is None:
+    places = range(-len(normalized_shape), 0)
+    living = {place: found for place in places if (found := alive(input, place)) is not None}
+    if not living:
         return run()
-    given = {"weight": weight, "bias": bias}
-    cut = {name: one.index_select(0, living) for name, one in given.items() if one is not None}
-    source = input.index_select(-1, living)
-    part, *rest = run(input=source, normalized_shape=[len(living)], **cut)
-    whole = part.new_zeros(input.shape).index_copy(input.dim() - 1, living, part)
+    source, given = input, {"weight": weight, "bias": bias}
+    cut = {name: one for name, one in given.items() if one is not None}
+    for place, found in living.items():
+        source = source.index_select(place, found)
+        cut = {name: one.index_select(place, found) for name, one in cut.items()}
+    whole, *rest = run(
+        input=source, normalized_shape=[source.shape[place] for place in places], **cut
+    )
+    for place, found in living.items():
+        shape = [*whole.shape]
+        shape[place] = input.shape[place]
+        whole = whole.new_zeros(shape).index_copy(input.dim() + place, found, whole)
     return (whole, *rest)
 
 
