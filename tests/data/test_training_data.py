@@ -330,10 +330,9 @@ def test_what_is_alike_once_it_is_cut_is_not_trained_on() -> None:
     )
     made = split_samples(Examples(rows, "a", None), tiny_tokenizer(), seq_len=200, held_out=10)
     judged = {one.input_ids.tobytes() for one in made.held_out}
-    assert judged & {one.input_ids.tobytes() for one in made.train}
-    (kept,) = without_held_out([made])
-    assert not judged & {one.input_ids.tobytes() for one in kept.train}
-    assert len(kept.train) >= 10
+    assert len(judged) < 10  # some are alike
+    assert not judged & {one.input_ids.tobytes() for one in made.train}
+    assert len(made.train) >= 10
 
 
 def test_examples_with_nothing_to_learn_are_not_held_out() -> None:

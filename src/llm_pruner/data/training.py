@@ -75,25 +75,21 @@ def split_samples(
     parts = encode_each(drawn, tokenizer, **encoding)
     count = _count(len(parts), held_out, examples.name)
     train, judged = ([*chain.from_iterable(one)] for one in (parts[count:], parts[:count]))
+    if any(one.turns for one in drawn):
+        train = _apart(train, judged) or train  # behind the last token that is kept, chats differ
     return Samples(examples.name, examples.split, train, judged)
 
 
 def without_held_out(samples: Sequence[Samples]) -> list[Samples]:
-    """Return the samples of each source without those that any holds out.
-
-    In one source they are those that differ only behind the last token that is kept; where all do,
-    they stay.
+    """Return the samples of each source without those that another one holds out.
 
     Raises:
         UserError: none is left to train on.
     """
     kept = []
     for one in samples:
-        others = _spelled(each for other in samples if other is not one for each in other.held_out)
-        own = _spelled(one.held_out)
-        train = [each for each in one.train if each.input_ids.tobytes() not in others]
-        apart = [each for each in train if each.input_ids.tobytes() not in own]
-        kept.append(replace(one, train=apart or train))
+        others = [each for other in samples if other is not one for each in other.held_out]
+        kept.append(replace(one, train=_apart(one.train, others)))
     if not any(one.train for one in kept):
         raise UserError(
             "each sample of --data is held out from another of its sources, so none is left to "
@@ -102,8 +98,12 @@ def without_held_out(samples: Sequence[Samples]) -> list[Samples]:
     return kept
 
 
-def _spelled(samples: Iterable[TrainingSequence]) -> set[bytes]:
-    return {one.input_ids.tobytes() for one in samples}
+def _apart(
+    samples: Iterable[TrainingSequence], others: Iterable[TrainingSequence]
+) -> list[TrainingSequence]:
+    """Return the samples that none of the others is equal to."""
+    spelled = {one.input_ids.tobytes() for one in others}
+    return [one for one in samples if one.input_ids.tobytes() not in spelled]
 
 
 def self_made_samples(
