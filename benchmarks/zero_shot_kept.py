@@ -66,17 +66,24 @@ def mean(each: Mapping[str, Mapping[str, float]], tasks: tuple[str, ...]) -> dic
     return {"value": value, "stderr": error}
 
 
-def above_chance(each: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+def above_chance(
+    each: Mapping[str, Mapping[str, float]], tasks: tuple[str, ...] = tuple(CHANCE)
+) -> dict[str, float]:
     """Return the mean over tasks of accuracy minus chance."""
-    found = mean(each, tuple(CHANCE))
-    return {**found, "value": found["value"] - sum(CHANCE.values()) / len(CHANCE)}
+    found = mean(each, tasks)
+    return {**found, "value": found["value"] - sum(CHANCE[one] for one in tasks) / len(tasks)}
 
 
 def kept(found: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Return each mean over that of the dense model, with the error of a quotient."""
     shares = {}
-    for name in ("mean of seven", "mean without boolq", "above chance"):
-        (a, da), (b, db) = ((one[name]["value"], one[name]["stderr"]) for one in (found, dense))
+    six = "above chance without boolq"
+    for name in ("mean of seven", "mean without boolq", "above chance", six):
+        both = [
+            above_chance(one["tasks"], tuple(CHANCE)[1:]) if name == six else one[name]
+            for one in (found, dense)
+        ]
+        (a, da), (b, db) = ((one["value"], one["stderr"]) for one in both)
         # The items are the same, so the two errors go together; taken as independent, this is
         # more than the true error.
         shares[name] = {
