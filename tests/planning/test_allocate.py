@@ -306,33 +306,33 @@ def with_one_head_left(discovery: Discovery) -> Discovery:
     return replace(discovery, groups=tuple(groups))
 
 
-@pytest.mark.parametrize("scope", ["local", "global"])
-@pytest.mark.parametrize("structures", [("heads", "ffn"), ("query_heads", "ffn")])
-def test_steps_leave_alone_what_is_counted_otherwise_now(structures, scope):
-    dense = fake_llama(4, kv_heads=2, repeat=4, head_dim=16, ffn=64)
-    selection = Selection(structures, scope=scope)
+def removed_in_steps(dense: Discovery, selection: Selection, ratio: float, steps: int) -> Removal:
+    """Return what several steps remove of a model whose layers come to one key-value head."""
     numbering, discovery = Numbering.dense(dense), dense
     assert numbering.matched(dense) == dense
-    for step in step_targets(count_parameters(dense), Target(ratio=0.45), 3):
+    for step in step_targets(count_parameters(dense), Target(ratio=ratio), steps):
         removal = allocate(discovery, fake_scores(discovery), selection, step, numbering)
         numbering = numbering.after(removal)
         left = fake_pruned(dense, numbering.removal())
         discovery = numbering.matched(with_one_head_left(left))
-    assert abs(share(dense, numbering.removal()) - 0.45) <= TOLERANCE
-    assert check(dense, numbering.removal()) == []
+    return numbering.removal()
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("structures", [("heads", "ffn"), ("query_heads", "ffn")])
+def test_steps_leave_alone_what_is_counted_otherwise_now(structures, scope):
+    dense = fake_llama(4, kv_heads=2, repeat=4, head_dim=16, ffn=64)
+    removal = removed_in_steps(dense, Selection(structures, scope=scope), 0.45, 3)
+    assert abs(share(dense, removal) - 0.45) <= TOLERANCE
+    assert check(dense, removal) == []
 
 
 def test_the_budget_of_a_structure_that_is_done_goes_to_the_others():
     dense = fake_llama(4, kv_heads=2, repeat=4, head_dim=16, ffn=200)
     shares = {"heads": 0.5, "ffn": 0.5}
     selection = Selection(("heads", "ffn"), scope="global", spread=2, split=shares)
-    numbering, discovery = Numbering.dense(dense), dense
-    for step in step_targets(count_parameters(dense), Target(ratio=0.5), 4):
-        removal = allocate(discovery, fake_scores(discovery), selection, step, numbering)
-        numbering = numbering.after(removal)
-        left = fake_pruned(dense, numbering.removal())
-        discovery = numbering.matched(with_one_head_left(left))
-    assert abs(share(dense, numbering.removal()) - 0.5) <= TOLERANCE
+    removal = removed_in_steps(dense, selection, 0.5, 4)
+    assert abs(share(dense, removal) - 0.5) <= TOLERANCE
 
 
 def test_a_structure_that_has_nothing_left_has_done_its_part():

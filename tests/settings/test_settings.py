@@ -127,18 +127,18 @@ def test_a_request_finds_the_home_folder(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_request_has_nothing_that_is_asked_for_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HOME", "/root")
+    monkeypatch.setenv("HOME", "/home/me")
     asked = CompressSettings(
-        model="/mnt/root/m",
+        model="/backup/home/me/m",
         out=tmp_path / "small",
         restart=True,
         overwrite=True,
-        calibration="/root/a.txt:0.5,/root/b.txt:0.5",
+        calibration="/home/me/a.txt:0.5,/home/me/b.txt:0.5",
     )
     write_request(tmp_path, asked)
     said = yaml.safe_load((tmp_path / "request.yaml").read_text())
     assert said == {
-        "model": "/mnt/root/m",  # which is not in the home folder
+        "model": "/backup/home/me/m",  # which is not in the home folder
         "out": str(tmp_path / "small"),
         "calibration": "~/a.txt:0.5,~/b.txt:0.5",
     }

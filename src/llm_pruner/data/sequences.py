@@ -244,9 +244,8 @@ def _templated(example: Example, tokenizer: Any) -> list[Piece]:
         # Templates take no empty chat: where the assistant begins, what it says is looked for.
         prompt = render_chat(tokenizer, messages[:position], True) if position else None
         answered = render_chat(tokenizer, messages[: position + 1], False)
-        if prompt is None or not answered.startswith(
-            prompt
-        ):  # what a template adds for generation may vanish
+        # What a template adds for generation may vanish.
+        if prompt is None or not answered.startswith(prompt):
             place = answered.rfind(message["content"].strip())
             if place < 0:
                 raise UserError(

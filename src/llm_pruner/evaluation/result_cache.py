@@ -130,13 +130,13 @@ def shared_corpora(model: str, sources: Iterable[str]) -> list[str]:
     (WikiText, Penn Treebank, C4, BookCorpus), whatever the split.
     """
     calibration = (calibration_source(model) or "").split(",")
-    used = [("calibrate", name_of_part(part)) for part in calibration]
-    used += [("train", name) for name in training_sources(model)]
+    used = [("calibrated", "calibrate", name_of_part(part)) for part in calibration]
+    used += [("trained", "train", name) for name in training_sources(model)]
     return [
-        f"{model} was {how.removesuffix('e')}ed on {part} and is measured on {source}, which is of "
-        f"the same corpus: the result flatters it; {how} on other text to compare"
+        f"{model} was {done} on {part} and is measured on {source}, which is of the same corpus: "
+        f"the result flatters it; {do} on other text to compare"
         for source in sources
-        for how, part in used
+        for done, do, part in used
         if Path(source).name == Path(part).name or _family(source) & _family(part)
     ]
 

@@ -57,10 +57,11 @@ def _as_named() -> Iterator[None]:
     """
     try:
         from peft.utils import transformers_weight_conversion as conversion
-    except ImportError:  # of versions before 0.19
+
+        kept = conversion.convert_peft_config_for_transformers
+    except (ImportError, AttributeError):  # of versions that do not
         yield
         return
-    kept = conversion.convert_peft_config_for_transformers
     conversion.convert_peft_config_for_transformers = lambda *_, **__: None
     try:
         yield
