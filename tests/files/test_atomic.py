@@ -81,6 +81,18 @@ def test_empty_folder_may_be_filled(tmp_path: Path) -> None:
     assert (tmp_path / "out/file").exists()
 
 
+def test_a_folder_that_may_not_be_written_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked of the system, since nothing is forbidden to root."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    check_output(folder, overwrite=False)
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != folder)
+    with pytest.raises(UserError, match="out may not be written; name another folder"):
+        check_output(folder, overwrite=False)
+
+
 def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("x")
     with pytest.raises(UserError, match="out is a file"):

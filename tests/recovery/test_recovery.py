@@ -441,6 +441,21 @@ def test_numbers_for_the_trainer() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        "eval_on_start=true",
+        "load_best_model_at_end=true",
+        "ignore_data_skip=true",
+        "push_to_hub=true",
+        "hub_model_id=me/it",
+    ],
+)
+def test_what_the_trainer_does_not_do_here_is_refused(given: str) -> None:
+    with pytest.raises(UserError, match=f"in which {given.partition('=')[0]} does nothing"):
+        trainer_arguments(TrainingSettings(trainer=(given,)))
+
+
 def test_a_file_in_the_folder_is_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rule = """
         def prepare_(model, settings):
