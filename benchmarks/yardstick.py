@@ -32,6 +32,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -84,6 +85,8 @@ def made(
                 goes_on = ["--resume"] if out.with_suffix(".recovering").exists() else []
                 seeded = [] if name == "vocab" else ["--seed", seed]
                 llm_pruner(name, last, "--out", out, *seeded, "--overwrite", *goes_on, *said)
+            if (said_of := Path(last, "peer.json")).exists():
+                shutil.copy(said_of, out)  # how many parameters are no zeros, also once trained
             took.write_text(f"{time.perf_counter() - begin:.1f}")
         seconds.append(float(took.read_text()))
         last = str(out)

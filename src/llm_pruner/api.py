@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from llm_pruner.checkpoints import save_checkpoint
-from llm_pruner.checkpoints.save import keep_type_
+from llm_pruner.checkpoints.save import round_, stored_as
 from llm_pruner.commands.curve import CurveRun
 from llm_pruner.commands.prune import PruneRun
 from llm_pruner.commands.refitting import Refitter, fitted_and_judged
@@ -32,9 +32,10 @@ from llm_pruner.importance import Criterion
 from llm_pruner.importance import score as score_groups
 from llm_pruner.models.layers import own_copy, sharing_copy
 from llm_pruner.models.load import LoadedModel, load_model
+from llm_pruner.models.streaming import is_model_streamed
 from llm_pruner.planning import Plan
 from llm_pruner.report.records import CurvePoint
-from llm_pruner.runtime.precision import fast_matmul
+from llm_pruner.runtime.precision import fast_matmul, multiplies_bfloat16
 from llm_pruner.runtime.progress import Clock
 from llm_pruner.settings.common import CalibrationSettings
 from llm_pruner.settings.curve import RATIOS, CurveSettings
@@ -79,18 +80,20 @@ class Model:
         Raises:
             UserError: the folder is taken.
         """
-        network = own_copy(self.network)
-        keep_type_(network, self.loaded.stored_dtype)
-        save_checkpoint(
-            network,
-            Path(out),
-            edits=Edits({}, {}, {}, {}) if self._surgeon is None else self._surgeon.edits,
-            plan_json=None if self.plan is None else self.plan.to_json(),
-            tokenizer=self.tokenizer,
-            overwrite=overwrite,
-            max_shard_size=max_shard_size,
-            dense_config=self._dense_config,
-        )
+        # What a streamed model is saved as is noted for good.
+        network = own_copy(self.network) if is_model_streamed(self.network) else self.network
+        with stored_as(network, self.loaded.stored_dtype):
+            save_checkpoint(
+                network,
+                Path(out),
+                edits=Edits({}, {}, {}, {}) if self._surgeon is None else self._surgeon.edits,
+                plan_json=None if self.plan is None else self.plan.to_json(),
+                tokenizer=self.tokenizer,
+                processor=self.loaded.processor,
+                overwrite=overwrite,
+                max_shard_size=max_shard_size,
+                dense_config=self._dense_config,
+            )
         return Path(out)
 
 
@@ -394,6 +397,9 @@ def recover_(
         )
     check_data(asked)
     check_length(asked, model.network)
+    if asked.bf16 is None:
+        fast = multiplies_bfloat16(model.network.device.type)
+        asked = asked.but(bf16=fast and model.network.dtype == torch.float32)
     dense = None if teacher is None else teacher.loaded
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -406,6 +412,7 @@ def recover_(
             work=work,
             folder=new_folder,
             sources=len(samples),
+            as_saved_=partial(round_, dtype=model.loaded.stored_dtype),
             **trainer,
         )
     if outcome.gained:

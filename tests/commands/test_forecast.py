@@ -95,13 +95,14 @@ def test_says_that_weights_are_read_block_by_block(made: Path) -> None:
 
 
 def test_refuses_what_the_run_refuses(made: Path) -> None:
+    assert "ratio=0.95 cannot be reached" in said(made, *TEXT[:-1], 0.95, code=2)
     assert "use one of --ratio" in said(made, *TEXT[:-2], code=2)
     assert "does not exist" in said(made, *TEXT, model="absent", code=2)
 
 
 @pytest.mark.parametrize("structures", ["heads,ffn,layers", "head_dim", "layers"])
 def test_knows_all_structures(made: Path, structures: str) -> None:
-    words = ("--preset", "fast", "--split", "equal", "--structures", structures, *TEXT)
+    words = ("--preset", "fast", "--split", "equal", "--structures", structures, *TEXT[:-1], 0.1)
     assert said(made, *words)["stages"]["verify"]["seconds"] > 0
 
 

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from command import done, run, write_text
@@ -15,6 +17,7 @@ from helpers import tiny_model
 from llm_pruner.data import vocabulary
 from llm_pruner.data.sequences import bare_ids
 from llm_pruner.files import outputs
+from llm_pruner.surgery.vocabulary import cut_vocabulary_
 from trained_tokenizers import byte_level
 
 pytestmark = pytest.mark.slow
@@ -66,6 +69,15 @@ def test_logits_are_those_of_the_tokens_that_stay(
     assert config.get("tie_word_embeddings", False) <= (
         model.get_input_embeddings().weight is model.get_output_embeddings().weight
     )
+
+
+def test_what_is_tied_to_the_output_layer_is_cut_with_it() -> None:
+    model: Any = tiny_model("llama")
+    model.spare = nn.Module()
+    model.spare.weight = model.lm_head.weight
+    edits = cut_vocabulary_(model, np.arange(40))
+    assert model.spare.weight is model.lm_head.weight
+    assert edits.shapes["spare.weight"] == (40, model.config.hidden_size)
 
 
 def test_it_is_pruned_and_measured_like_any_other(tmp_path: Path) -> None:

@@ -81,6 +81,23 @@ CHAT = Example((Turn("user", "Hi?"), Turn("assistant", "Yes."), Turn("user", "So
             Example((Turn("user", "a"), Turn("assistant", "b"))),
         ),
         ({"text": "a b"}, Example(text="a b")),
+        ({"input": "Add", "output": "3"}, Example((Turn("user", "Add"), Turn("assistant", "3")))),
+        (
+            {"system_prompt": "Be brief.", "question": "Add", "response": "3"},
+            Example((Turn("system", "Be brief."), Turn("user", "Add"), Turn("assistant", "3"))),
+        ),
+        (
+            {
+                **{"instruction": "Add", "input": "1, 2", "output": "3", "system": ""},
+                "history": [["Hi", "Yes?"]],
+            },
+            Example(
+                (
+                    *(Turn("user", "Hi"), Turn("assistant", "Yes?")),
+                    *(Turn("user", "Add\n\n1, 2"), Turn("assistant", "3")),
+                )
+            ),
+        ),
     ],
 )
 def test_schemas(tmp_path: Path, row: dict[str, Any], wanted: Example) -> None:
@@ -128,6 +145,13 @@ def test_an_empty_field_says_nothing_of_the_others(tmp_path: Path) -> None:
         load_examples(write(tmp_path / "rows.jsonl", [{"id": "a", "content": "b"}]))
 
 
+def test_an_empty_chat_says_nothing_of_the_others(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"id": "x", "messages": []}, {"id": "y", "messages": turns}]
+    (found,) = load_examples(write(tmp_path / "rows.jsonl", rows)).examples
+    assert found == Example((Turn("user", "a"), Turn("assistant", "b")))
+
+
 def test_a_chat_alone_in_a_file(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     (tmp_path / "one.json").write_text(json.dumps({"messages": turns}), encoding="utf-8")
@@ -143,6 +167,8 @@ def test_records_that_are_not_what_the_first_is(tmp_path: Path) -> None:
     chat = [{"messages": [{"role": "robot", "content": "x"}]}]
     with pytest.raises(UserError, match="record 1 has a message that is no role of system, user"):
         load_examples(write(tmp_path / "chat.jsonl", chat))
+    with pytest.raises(UserError, match="record 1: field 'history' is no list of pairs of texts"):
+        load_examples(write(tmp_path / "rows.jsonl", [good | {"history": [["a"]]}]))
     with pytest.raises(UserError, match="holds no text; give a file or dataset with text in it"):
         load_examples(write(tmp_path / "none.jsonl", [good | {"output": " "}]))
 
@@ -240,6 +266,19 @@ def test_a_template_that_rewrites_earlier_turns() -> None:
     assert whole(one, tokenizer).endswith("<user>So?</s><assistant>[]No.</s>")
     assert learned(one, tokenizer).endswith("No.</s>")
     assert "Yes" not in learned(one, tokenizer)
+
+
+@pytest.mark.parametrize("answer", ["of", "e", "sentence"])
+def test_an_answer_that_is_a_part_of_what_ends_a_turn(answer: str) -> None:
+    template = (
+        "{% for m in messages %}<{{ m.role }}>"
+        "{{ m.content.split('</think>')[-1] }}<end of sentence>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant><think>{% endif %}"
+    )
+    chat = Example((Turn("user", "So?"), Turn("assistant", answer)))
+    tokenizer = chat_tokenizer(template)
+    (one,) = encode_examples([chat], tokenizer, seq_len=500, mask_prompt=True)
+    assert learned(one, tokenizer) == f"{answer}<end of sentence>"
 
 
 def test_what_is_not_answered_is_left_out_of_the_alpaca_prompt() -> None:

@@ -32,7 +32,7 @@ from llm_pruner.discovery.tracing.scenes import staged
 from llm_pruner.errors import DiscoveryError, InfeasibleError
 from llm_pruner.models.forward import logits_of
 from llm_pruner.surgery.cut import cut_
-from llm_pruner.surgery.removal import removed_positions
+from llm_pruner.surgery.removal import count_parameters, removed_positions
 from llm_pruner.surgery.twin import pruned_logits, twin_logits
 from llm_pruner.surgery.verify import largest_difference
 from llm_pruner.surgery.verify import prune_ as verified_prune_
@@ -189,6 +189,105 @@ def test_groups_given_by_keyword() -> None:
 
 
 # ------------------------------------------------------------------------------ computed weights
+
+
+def test_a_learned_slope_and_two_statistics_at_once() -> None:
+    class Bent(Body):
+        def __init__(self) -> None:
+            super().__init__(lambda y: y)
+            self.bend = nn.PReLU(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(self.bend(self.up(x).flatten(0, 1)).view(*x.shape[:2], -1))
+
+    (group,) = of_kind(checked(Net(Bent())), "ffn")
+    assert group.size == 8
+    centred = Body(lambda y: F.gelu(y) - torch.std_mean(y, 1, keepdim=True)[1])
+    assert len(of_kind(checked(Net(centred)), "ffn")) == 1
+
+
+def test_what_runs_in_inference_mode() -> None:
+    class Inferring(Net):
+        @torch.inference_mode()
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return super().forward(tokens)
+
+    discovery = discover(Inferring(Gated()))
+    assert "ffn" in free(discovery)
+
+
+def test_a_weight_that_could_be_either_of_two_stays() -> None:
+    class Either(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("first", "second", "unread"):
+                setattr(self, name, nn.Parameter(torch.empty(HIDDEN, HIDDEN)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.gelu(x @ self.first) @ self.second
+
+    discovery = discover(Net(Either()))
+    assert "not reached" in why(discovery, "unread", 0)
+    assert free(discovery) == set()  # it may have to follow either
+
+
+def test_layers_that_something_else_holds_stay() -> None:
+    class InSequence(Net):
+        def __init__(self) -> None:
+            super().__init__(*(Residual() for _ in range(3)))
+            self.all = nn.Sequential(*self.bodies)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.out(self.all(self.embed(tokens)))
+
+    (group,) = of_kind(discover(InSequence()), "layers")
+    assert group.frozen == "all holds layers of bodies as well"
+
+
+class Residual(nn.Module):
+    """A layer with its own residual connection."""
+
+    def __init__(self, inner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.inner = inner or Gated()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.inner(x)
+
+
+class Layered(Net):
+    """Its bodies are layers."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for body in self.bodies:
+            x = body(x)
+        return self.out(x)
+
+
+def test_a_list_of_layers_under_two_names() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Layered(*(Residual() for _ in range(3)))
+            self.layers = self.model.bodies
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.model(tokens)
+
+    model = Wrapped()
+    discovery = discover(model)
+    verified_prune_(model, discovery, {"layers": np.array([1])})
+    assert model.layers is model.model.bodies
+    left = count_parameters(discovery, {"layers": np.array([1])})
+    assert sum(one.numel() for one in model.parameters()) == left
+
+
+def test_a_layer_that_lends_a_part_to_others_stays() -> None:
+    shared = Gated()
+    model = Layered(*(Residual(shared if n in (0, 2) else None) for n in range(4)))
+    (group,) = of_kind(discover(model), "layers")
+    assert group.modules == ("bodies.1", "bodies.2", "bodies.3")
 
 
 def test_gated_linear_unit() -> None:

@@ -80,6 +80,11 @@ def test_an_endless_program_is_stopped_with_all_it_started() -> None:
     )
     assert run_program(f"{threads}while True: pass", seconds=0.7).ending == "timed out"
     assert time.monotonic() - begun < 10
+    assert run_program("import time\ntime.sleep(99)", seconds=0.1).ending == "timed out"
+
+
+def test_waiting_is_not_computing() -> None:
+    assert run_program("import time\ntime.sleep(1)", seconds=0.5).ending == "passed"
 
 
 def test_namespaces_hold_where_the_hook_does_not_see(

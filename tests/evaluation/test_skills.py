@@ -87,6 +87,14 @@ def test_a_batch_writes_what_each_prompt_alone_is_given() -> None:
         assert strip_control(one.text) == sample_continuation(model, tokenizer, prompt, 12)
 
 
+def test_a_long_prompt_shortens_no_answer_but_its_own() -> None:
+    model, tokenizer = tiny_model(max_position_embeddings=64), tiny_tokenizer()
+    asked = Asked((), 32, "")
+    long, short = write_batch(model, tokenizer, ["a" * 60, "b"], asked)
+    assert len(long.tokens) < 32
+    assert short == write_batch(model, tokenizer, ["b"], asked)[0]
+
+
 @pytest.mark.parametrize("kind", MADE)
 def test_an_answer_keeps_the_space_that_it_begins_with(
     kind: str, monkeypatch: pytest.MonkeyPatch

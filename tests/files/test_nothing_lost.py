@@ -259,6 +259,8 @@ def test_a_dry_run_replaces_a_plan_alone(work: Path, unloaded: None) -> None:
     dry = ("prune", "zoo/dense", "--dry-run", "--overwrite", *QUICK)
     said = refused(*dry, "--out", "small/plan.json")
     assert said == "--out small/plan.json would replace a file of a model; name another file"
+    said = refused(*dry, "--out", "zoo/dense/plan.json")
+    assert said.endswith("plan.json would be taken for a file of a model; name another file")
     said = refused(*dry, "--out", "text.txt")
     assert said.startswith("--out text.txt exists and does not hold a plan, so it is not replaced")
     said = refused(*dry, "--out", "zoo/dense/model.safetensors")

@@ -14,8 +14,15 @@ import torch
 from huggingface_hub.errors import IncompleteSnapshotError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+)
 
+import llm_pruner
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.errors import UserError
 from llm_pruner.models import load as loading
@@ -283,6 +290,30 @@ def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
         monkeypatch.setattr(auto, "from_pretrained", redirected)
     return cache
+
+
+def test_an_encoder_is_refused(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = BertConfig(vocab_size=40, num_attention_heads=2, **sizes)
+    BertForMaskedLM(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"is an encoder \(BertForMaskedLM\): each token sees"):
+        load_model(str(tmp_path))
+
+
+def test_what_makes_inputs_of_images_is_kept(tmp_path: Path) -> None:
+    model = tiny_model("gemma3")
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    how = '{"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 8, "width": 8}}'
+    (tmp_path / "dense/preprocessor_config.json").write_text(how)
+    loaded = load_model(str(tmp_path / "dense"))
+    assert loaded.processor == {"preprocessor_config.json": how.encode()}
+    llm_pruner.Model(loaded).save(tmp_path / "again")
+    assert (tmp_path / "again/preprocessor_config.json").read_text() == how
+    config = json.loads((tmp_path / "again/config.json").read_text())
+    assert {config["dtype"], config["text_config"]["dtype"]} == {"bfloat16"}
+    assert loaded.model.dtype == loaded.model.config.text_config.dtype == torch.float32
 
 
 def test_a_model_of_the_hub_is_read_block_by_block_at_once(folder: Path, hub: Path) -> None:

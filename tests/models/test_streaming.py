@@ -337,6 +337,20 @@ def mapped_bytes(file: Path) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="Linux tells what is mapped")
+def test_weights_in_the_cache_of_the_hub_are_known_to_lie_in_files(tmp_path: Path) -> None:
+    """There a file is a link to a blob, whose name is a hash alone."""
+    place, blobs = save(tmp_path / "snapshot", "llama"), tmp_path / "blobs"
+    blobs.mkdir()
+    blob = blobs / ("0a" * 32)
+    (place / "model.safetensors").rename(blob)
+    (place / "model.safetensors").symlink_to(blob)
+    model = load_model(str(place), memory=TINY).model
+    found = [streaming._SOURCES[weight] for weight in model.parameters() if is_streamed(weight)]
+    assert found
+    assert all(one.mapped for one in found)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="Linux tells what is mapped")
 def test_neither_loading_nor_a_turn_leaves_pages_of_the_files_in_memory(tmp_path: Path) -> None:
     """The fingerprint reads eight values of each weight, and the kernel maps much around each."""
     sizes = {"hidden_size": 240, "intermediate_size": 1024, "num_hidden_layers": 4}

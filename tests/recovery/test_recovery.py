@@ -9,7 +9,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import chain, count
@@ -35,9 +35,10 @@ from llm_pruner.recovery import Teacher, methods, recover_
 from llm_pruner.recovery import checkpoint as states
 from llm_pruner.recovery import run as recovering
 from llm_pruner.recovery.callbacks import Pace, Progress
+from llm_pruner.recovery.distill import DirectTeacher
 from llm_pruner.recovery.methods import lora
 from llm_pruner.recovery.objective import distillation_loss, task_loss
-from llm_pruner.recovery.packing import can_pack, lay_out, step_samples, target_logits
+from llm_pruner.recovery.packing import Batch, can_pack, lay_out, step_samples, target_logits
 from llm_pruner.recovery.run import Outcome
 from llm_pruner.recovery.scoring import Evaluation, score
 from llm_pruner.recovery.trainer import RecoveryTrainer, rate, trainer_arguments
@@ -420,7 +421,11 @@ def test_what_the_trainer_takes_reaches_it(tmp_path: Path) -> None:
         optimizers=(own, None),
     )
     assert [name for name, *_ in Watch.seen] == ["SGD"] * 4
-    for said, place in (("lr_scheduler_type=x: ", "c"), ("optim=galore_adamw: .*galore", "d")):
+    for said, place in (
+        ("lr_scheduler_type=x: ", "c"),
+        ("optim=galore_adamw: .*galore", "d"),
+        ("lr_scheduler_type=cosine_with_min_lr: ", "e"),
+    ):
         with pytest.raises(UserError, match=f"--trainer {said}.*; correct it"):
             recover_(
                 tiny_model("llama"),
@@ -433,10 +438,12 @@ def test_what_the_trainer_takes_reaches_it(tmp_path: Path) -> None:
 
 
 def test_numbers_for_the_trainer() -> None:
-    given = ("adam_epsilon=1e-6", "adam_beta1=0.5", "lr_scheduler_kwargs={min_lr: 2E-5}")
+    schedule = ("lr_scheduler_type=cosine_with_min_lr", "lr_scheduler_kwargs={min_lr: 2E-5}")
+    given = ("adam_epsilon=1e-6", "adam_beta1=0.5", *schedule)
     assert trainer_arguments(TrainingSettings(trainer=given)) == {
         "adam_epsilon": 1e-6,
         "adam_beta1": 0.5,
+        "lr_scheduler_type": "cosine_with_min_lr",
         "lr_scheduler_kwargs": {"min_lr": 2e-5},
     }
 
@@ -715,6 +722,26 @@ def test_scores_leave_the_time_to_training(tmp_path: Path, monkeypatch: pytest.M
         assert 3 <= len(outcome.run.evaluations) <= most
         assert outcome.run.evaluations[-1].step == outcome.steps
         assert outcome.run.seconds <= 60 * minutes
+
+
+@pytest.mark.slow
+def test_what_a_teacher_is_asked_once_does_not_shorten_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, _ = timed_steps(monkeypatch, lambda *_: 1)
+
+    class Slow(DirectTeacher):
+        def prepare(self, batches: Iterable[Batch]) -> None:
+            now[0] += 50 * bool([*batches])
+
+    train, held = sequences(64), sequences(4, seed=1)
+    settings = TrainingSettings(batch_size=4, epochs=1000, seq_len=64, max_minutes=2)
+    teacher = Slow(tiny_model(num_hidden_layers=1))
+    model = tiny_model(num_hidden_layers=1, seed=1)
+    how = {"work": tmp_path, "folder": folder, "teacher": teacher, "judge": teacher}
+    _, outcome = recover_(model, train, held, settings, **how)
+    assert 60 <= outcome.steps <= 70
+    assert 0.95 * 120 <= outcome.run.seconds <= 120
 
 
 def test_a_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:

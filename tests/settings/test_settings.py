@@ -327,6 +327,22 @@ def test_what_is_said_later_wins(tmp_path: Path) -> None:
     settings = PruneSettings.read({"samples": 30}, file)
     assert (settings.samples, settings.seq_len, settings.criterion) == (30, 64, "taylor")
     assert settings.but(seq_len=8).seq_len == 8
+    settings = PruneSettings.read({"params": "70K"}, file)
+    assert (settings.ratio, settings.params) == (None, 70_000)
+    assert PruneSettings.read({"plan": "p.json"}, file).ratio is None
+    settings = CompressSettings.read({"params": "70K"}, file.with_name("run.yaml"))
+    assert (settings.ratio, settings.params) == (None, 70_000)
+    for line, said in (
+        ("preset: 5", "--preset 5 is no name; use balanced, best"),
+        ("memory: 8", "--memory 8 is bytes, and too few for any weight"),
+        ("layers: {ffn: [-3, -1]}", "--layers .* begins below 0 or runs backwards"),
+    ):
+        file.write_text(f"model: m\nout: o\nratio: 0.2\n{line}\n")
+        with pytest.raises(UserError, match=said):
+            PruneSettings.read({}, file)
+    file.write_text("learning_rate: {full: 1.0e-4}\n")
+    trained = TrainingSettings(preset=str(file), method="lora")
+    assert trained.learning_rate == TrainingSettings.model_fields["learning_rate"].default
     file.write_text("ration: 1\n")
     with pytest.raises(UserError, match="ration is no setting; did you mean ratio"):
         PruneSettings.read({}, file)

@@ -433,6 +433,16 @@ TABLE: dict[str, list[Bad]] = {
             "label_smoothing_factor does nothing; leave it out",
         ),
         (
+            "--trainer 'lr_scheduler_kwargs={min_lr: 1e-6}'",
+            "--trainer lr_scheduler_kwargs={min_lr: 1e-6} is for a schedule of the Trainer; name "
+            "that with --trainer lr_scheduler_type=..., or use --schedule",
+        ),
+        (
+            "--trainer lr_scheduler_type=cosine --max-minutes 5",
+            "--trainer lr_scheduler_type=cosine falls over a number of steps, which --max-minutes "
+            "finds on the way; use --max-steps, or leave it out: --schedule follows the clock",
+        ),
+        (
             "--trainer adam_epsilon=tiny",
             "--trainer adam_epsilon=tiny: tiny is no number; give one",
         ),

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from families import discovered, make
+from helpers import tiny_model
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import InfeasibleError
 from llm_pruner.models.layers import apply_layers, layer_numbers, set_own_value
@@ -90,6 +91,17 @@ def test_requires_grad_is_kept() -> None:
     assert before == after
     assert len(set(after.values())) == 2
     assert all(p.is_leaf and p.grad is None for p in model.parameters())
+
+
+def test_what_a_parameter_says_of_itself_is_kept() -> None:
+    model = tiny_model("llama")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight._no_weight_decay = True
+    discovery = discover(model)
+    cut_(model, discovery, pick(discovery, ("ffn",)))
+    new = model.model.layers[0].mlp.up_proj.weight
+    assert new is not weight
+    assert new._no_weight_decay
 
 
 def test_pruned_model_can_be_trained() -> None:

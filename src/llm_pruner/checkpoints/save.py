@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -59,6 +60,7 @@ def save_checkpoint(
     edits: Edits,
     plan_json: str | None,
     tokenizer: PreTrainedTokenizerBase | None,
+    processor: Mapping[str, bytes] = MappingProxyType({}),
     overwrite: bool = False,
     max_shard_size: str = "5GB",
     dense_config: PreTrainedConfig | None = None,
@@ -73,6 +75,7 @@ def save_checkpoint(
         edits: what surgery changed since the model was loaded.
         plan_json: content of ``plan.json``; None for a model that was not pruned.
         tokenizer: saved beside the weights, or None.
+        processor: further files, as ``LoadedModel.processor``.
         overwrite: replace a folder that this package wrote and that holds nothing else.
         max_shard_size: largest weight file, such as ``100MB``.
         dense_config: config of the model before surgery; needed if surgery changed
@@ -95,6 +98,8 @@ def save_checkpoint(
         try:
             model.__class__ = remote_code.stock_class(own_class)
             model.config, kind = _pruned_config(model, edits, dense_config)
+            for part in _with_parts(model.config)[1:]:
+                part.dtype = own.dtype
             if kind == "remote_code":
                 model.__class__ = remote_code.pruned_class(type(model))
             with silent_writing(), saved_by_shard(model) as state:
@@ -104,6 +109,8 @@ def save_checkpoint(
                 model.save_pretrained(folder, max_shard_size=shard, state_dict=state)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(folder)
+            for name, content in processor.items():
+                (folder / name).write_bytes(content)
         finally:
             model.config, model.__class__ = own, own_class
         if plan_json is not None:
@@ -252,14 +259,36 @@ def keep_type_(network: Any, dtype: torch.dtype) -> None:
         kind = torch.float32 if name in wide else dtype
         if not keep_dtype_(tensor, kind):
             tensor.data = tensor.data.to(kind)
-    network.config.dtype = dtype
+    for config in _with_parts(network.config):
+        config.dtype = dtype
+
+
+def _with_parts(config: Any) -> list[Any]:
+    """Return a config, and those of the parts of a model that takes images or sound."""
+    return [config, *(one for one in vars(config).values() if isinstance(one, PreTrainedConfig))]
+
+
+@contextmanager
+def stored_as(network: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, a model has the type in which it is saved; it then has the values it had."""
+    had = [(one, one.data) for one in (*network.parameters(), *network.buffers())]
+    said = [(config, config.dtype) for config in _with_parts(network.config)]
+    keep_type_(network, dtype)
+    try:
+        yield
+    finally:
+        for tensor, data in had:
+            tensor.data = data
+        for config, before in said:
+            config.dtype = before
 
 
 def round_(network: Any, dtype: torch.dtype) -> None:
     """Round weights to the type in which they will be saved; they keep the one they have."""
     types = [(one, one.dtype) for one in (*network.parameters(), *network.buffers())]
-    computed = network.config.dtype
+    computed = [(config, config.dtype) for config in _with_parts(network.config)]
     keep_type_(network, dtype)
     for tensor, kind in types:
         tensor.data = tensor.data.to(kind)
-    network.config.dtype = computed
+    for config, said in computed:
+        config.dtype = said

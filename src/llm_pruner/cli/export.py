@@ -32,7 +32,7 @@ def show(done: Exported) -> None:
     facts = ", ".join(
         f"{name.replace('_', ' ')} {value}"
         for name, value in done.facts.items()
-        if value not in (None, 0)
+        if value not in (None, 0) and name != "left_in_f16"
     )
     out = Screen()
     out.print(f"{clean(done.model)} as {done.to}, type {done.type}: {clean(facts)}", soft_wrap=True)

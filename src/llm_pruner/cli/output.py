@@ -95,7 +95,8 @@ def write_json(record: Any, file: str | None) -> None:
         return
     from llm_pruner.report.records import as_json
 
-    text = json.dumps(as_json(record), indent=2, ensure_ascii=False) + "\n"
+    values = as_json(record, inf_nan_mode="null")
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     if file == "-":
         sys.stdout.write(text)
     else:

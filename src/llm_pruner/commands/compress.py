@@ -17,7 +17,7 @@ from llm_pruner.commands.evaluate import measure_apart, read_texts
 from llm_pruner.commands.prune import PruneRun
 from llm_pruner.commands.prune_start import check_space, criterion_of, selection_of, target_of
 from llm_pruner.commands.publish import check_push
-from llm_pruner.commands.recover import recover_checkpoint
+from llm_pruner.commands.recover import check_training, recover_checkpoint
 from llm_pruner.commands.vocab import RECORD, vocab
 from llm_pruner.commands.workdir import (
     Work,
@@ -168,7 +168,7 @@ def check_settings(settings: CompressSettings) -> None:
     found: list[Examples] = []
     if settings.recover:
         check_trains(settings.device)
-        settings.trains().check()
+        check_training(settings.trains())
         read = [source for source in settings.data if source != SELF]
         found = [load_examples(source, limit=BEGINNING) for source in read]
     check_calibration(pruning)

@@ -202,8 +202,14 @@ def _name_and_size(late: Late) -> tuple[str, Size]:
 
 
 def read_texts(sources: Sequence[str], settings: PerplexitySettings) -> list[EvaluationText]:
-    """Return the corpora; raise UserError if one cannot be read."""
-    return [load_evaluation_text(source, settings) for source in sources]
+    """Return the corpora; raise UserError if one cannot be read, or two have one name."""
+    texts = [load_evaluation_text(source, settings) for source in dict.fromkeys(sources)]
+    names = [text[:2] for text in texts]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(
+            f"two texts are called {twice[0][0]}, by which results are told apart; rename one"
+        )
+    return texts
 
 
 def measure_perplexities(

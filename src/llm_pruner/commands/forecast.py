@@ -183,6 +183,9 @@ class _Forecaster:
             gone = total - count_parameters(discovery, run.plan.removal(discovery))
         else:
             assert run.target is not None
+            if settings.kv_cache is None and settings.round_to != "auto":
+                run.network, run.discovery = self.model, discover(self.model)
+                run.reach()
             share = 1 - start.share_kept(run.target, total)
             # Of units, a share of the blocks is meant.
             by_units = settings.unit_ratio is not None or settings.kv_cache is not None

@@ -586,6 +586,7 @@ class PruneRun:
             edits=self.surgeon.edits,
             plan_json=plan.to_json(),
             tokenizer=self.loaded.tokenizer,
+            processor=self.loaded.processor,
             overwrite=settings.overwrite,
             max_shard_size=settings.max_shard_size,
             dense_config=self.dense_config,

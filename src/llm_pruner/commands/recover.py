@@ -395,6 +395,7 @@ class _Run:
             edits=Edits({}, {}, {}, {}),
             plan_json=plan.read_text(encoding="utf-8") if plan.is_file() else None,
             tokenizer=loaded.tokenizer,
+            processor=loaded.processor,
             overwrite=settings.overwrite,
             max_shard_size=settings.max_shard_size,
             beside=beside,
@@ -405,8 +406,7 @@ class _Run:
 
 def check_run(settings: RecoverSettings, work: Path) -> None:
     """Raise UserError for what can be refused without reading anything; the run is in ``work``."""
-    settings.check()
-    trainer_arguments(settings)
+    check_training(settings)
     check_output(settings.out, settings.overwrite, settings.reads)
     check_shard_size(settings.max_shard_size)
     check_push(settings)
@@ -422,12 +422,6 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
             raise UserError(
                 f"{option_name(name)} {getattr(settings, name):g} is about a teacher; name that "
                 "with --teacher, or leave it out"
-            )
-    for name in ("lora_r", "lora_alpha", "lora_dropout"):
-        if name in settings.given and settings.method != "lora":
-            raise UserError(
-                f"{option_name(name)} {getattr(settings, name):g} is about adapters, and method "
-                f"{settings.method} has none; leave it out, or use --method lora"
             )
     check_data(settings)
     if settings.control is not None and settings.control == settings.model:
@@ -450,6 +444,18 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
             f"{work.name} holds a run that was interrupted; go on with --resume, or throw "
             "it away with --restart"
         )
+
+
+def check_training(settings: TrainingSettings) -> None:
+    """Raise UserError for settings of training that contradict each other or do nothing."""
+    settings.check()
+    trainer_arguments(settings)
+    for name in ("lora_r", "lora_alpha", "lora_dropout"):
+        if name in settings.given and settings.method != "lora":
+            raise UserError(
+                f"{option_name(name)} {getattr(settings, name):g} is about adapters, and method "
+                f"{settings.method} has none; leave it out, or use --method lora"
+            )
 
 
 def check_length(settings: TrainingSettings, model: Any) -> None:

@@ -218,6 +218,7 @@ def _save(
         edits=edits,
         plan_json=plan.read_text(encoding="utf-8") if plan.is_file() else None,
         tokenizer=tokenizer,
+        processor=loaded.processor,
         overwrite=settings.overwrite,
         max_shard_size=settings.max_shard_size,
         beside=beside,

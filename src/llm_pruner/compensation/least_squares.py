@@ -247,7 +247,7 @@ def _chosen(
     """Return the ridge, None where none lowers the held-out error, and that without it and with."""
     weight = fit.weight
     count = len(weight)
-    some = torch.arange(0, count, max(1, count // OUTPUTS), device=weight.device)
+    some = torch.arange(0, count, -(-count // OUTPUTS), device=weight.device)
     before = held_out.error(weight[some], some)
     system = fit.system()
     errors: dict[int, float] = {}

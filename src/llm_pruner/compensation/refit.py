@@ -427,8 +427,8 @@ class _Refit:
         """Return the last consumer's input and the sum of the outputs of those before it."""
         before: list[torch.Tensor] = []
 
-        def stop(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            raise _Reached(args[0])
+        def stop(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            raise _Reached(args[0] if args else next(iter(named.values())))
 
         with ExitStack() as hooks:
             for consumer in order[:-1]:
@@ -439,7 +439,8 @@ class _Refit:
                         )
                     )
                 )
-            hooks.enter_context(order[-1].module.register_forward_pre_hook(stop))
+            last = order[-1].module
+            hooks.enter_context(last.register_forward_pre_hook(stop, with_kwargs=True))
             try:
                 self._run(self.pruned, index, part, states)
             except _Reached as reached:

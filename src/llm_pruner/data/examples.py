@@ -10,6 +10,7 @@ from typing import Any
 from llm_pruner.data.files import (
     BEGINNING,
     CONTEXTS,
+    SYSTEMS,
     answer_fields,
     chat_field,
     deciding,
@@ -69,7 +70,9 @@ def load_examples(
 
     - ``messages`` or ``conversations``: a chat, a list of {role, content} or {from, value};
     - ``instruction`` (or ``prompt``, ``question``), ``input`` or ``context`` where there is one,
-      and ``output`` (or ``response``, ``completion``, ``answer``): the Alpaca schema;
+      and ``output`` (or ``response``, ``completion``, ``answer``): the Alpaca schema; with what
+      ``system`` (or ``system_prompt``) says and the pairs of ``history`` before it. ``input`` alone
+      is the instruction;
     - else plain text, found as ``load_documents`` finds it. ``text_field`` asks for this.
 
     Args:
@@ -138,14 +141,30 @@ def _turn(message: Any, where: str) -> Turn:
 def _instruction(question: str, answer: str, row: Any, where: str) -> Example:
     """Read a record in the Alpaca schema, under one of its names; empty if nothing is asked."""
     row = row if isinstance(row, Mapping) else {question: "", answer: ""}
-    # Where there is no context, its field may be left out.
-    context = next((name for name in CONTEXTS if row.get(name) is not None), None)
-    given = "" if context is None else row[context]
-    asked, answered = row.get(question), row.get(answer)
-    for field, value in ((question, asked), (context, given), (answer, answered)):
+    # Where there is no context, and nothing for the system to say, the field may be left out.
+    context = next((name for name in CONTEXTS if name != question and row.get(name)), None)
+    system = next((name for name in SYSTEMS if row.get(name)), None)
+    told = {name: row[name] for name in (context, system) if name is not None}
+    for field, value in ({question: row.get(question), answer: row.get(answer)} | told).items():
         if not isinstance(value, str):
             raise UserError(
                 f"{where}: field {field!r} is missing or no string; repair or remove the record"
             )
-    turns = (Turn("user", asked), Turn("assistant", answered)) if asked.strip() else ()
-    return Example(turns, context=given)
+    if not row[question].strip():
+        return Example()
+    before = [] if system is None else [Turn("system", told[system])]
+    earlier, given = _earlier(row.get("history"), where), "" if context is None else told[context]
+    asked = f"{row[question]}\n\n{given}" if earlier and given.strip() else row[question]
+    turns = (*before, *earlier, Turn("user", asked), Turn("assistant", row[answer]))
+    return Example(turns, context="" if earlier else given)
+
+
+def _earlier(history: Any, where: str) -> list[Turn]:
+    """Return the turns of a list of questions and their answers."""
+    pairs = history if isinstance(history, (list, tuple)) else []
+    said = [one for pair in pairs for one in (pair if isinstance(pair, (list, tuple)) else [pair])]
+    if (history and not pairs) or len(said) % 2 or not all(isinstance(one, str) for one in said):
+        raise UserError(
+            f"{where}: field 'history' is no list of pairs of texts; repair or remove the record"
+        )
+    return [Turn(ROLES[1 + place % 2], text) for place, text in enumerate(said)]

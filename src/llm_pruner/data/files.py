@@ -19,9 +19,12 @@ from llm_pruner.settings.words import LOCAL_TASKS
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 _KNOWN = ".txt, .jsonl, .json or .parquet"
+_FOREIGN = (".csv", ".tsv", ".gz", ".zst", ".zip", ".arrow")
+"""Suffixes of other files, which no dataset of the hub is meant by."""
 
 CHATS = ("messages", "conversations")
-QUESTIONS = ("instruction", "prompt", "question")
+SYSTEMS = ("system", "system_prompt")
+QUESTIONS = ("instruction", "prompt", "question", "input")
 CONTEXTS = ("input", "context")
 ANSWERS = ("output", "response", "completion", "answer")
 """Names of the fields of chats, and of instructions with their answers."""
@@ -36,6 +39,11 @@ BEGINNING = 1000
 def read_rows(path: Path) -> Iterator[Any]:
     """Return the records of a file as they are; a ``.txt`` file is one record, its text."""
     suffix = path.suffix.lower()
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        raise UserError(
+            f"{path} was written by save_to_disk of datasets; write one file with its "
+            "to_parquet or to_json, and give that"
+        )
     if path.is_dir():
         raise UserError(f"{path} is a folder; give one text file in it ({_KNOWN})")
     if not path.exists():
@@ -71,7 +79,7 @@ def texts_of_rows(rows: Iterable[Any], name: str, text_field: str | None) -> Ite
                 "string field"
             )
         fields = fields or _text_fields(deciding(begin) or row, name, text_field)
-        # The "input" of an instruction may be empty or left out.
+        # The "system" and "input" of an instruction may be empty or left out.
         values = {field: row.get(field) for field in fields if len(fields) == 1 or row.get(field)}
         for field, value in values.items():
             if text_field is None and field in CHATS and isinstance(value, (list, tuple)):
@@ -90,9 +98,14 @@ def deciding(rows: Sequence[Any]) -> Mapping[str, Any] | None:
     It is the first that has something in all its fields, else the first that has most.
     """
     records = [row for row in rows if isinstance(row, Mapping) and row]
-    filled = [sum(value is not None for value in row.values()) for row in records]
+    filled = [sum(not _is_empty(value) for value in row.values()) for row in records]
     whole = (row for row, count in zip(records, filled, strict=True) if count == len(row))
     return next(whole, records[filled.index(max(filled))] if records else None)
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a field says nothing of what it holds; a text says that it is one."""
+    return value is None or (isinstance(value, (list, tuple, dict)) and not value)
 
 
 def chat_field(row: Mapping[str, Any]) -> str | None:
@@ -132,8 +145,9 @@ def _known_fields(row: Mapping[str, Any]) -> tuple[str, ...] | None:
     if (chat := chat_field(row)) is not None:
         return (chat,)
     if (pair := answer_fields(row)) is not None:
-        given = [name for name in CONTEXTS if isinstance(row.get(name, ""), str | None)]
-        return (pair[0], *given, pair[1])
+        given = [name for name in CONTEXTS if name != pair[0]]
+        names = (*SYSTEMS, pair[0], *given, pair[1])
+        return tuple(name for name in names if isinstance(row.get(name, ""), str | None))
     return None
 
 
@@ -210,7 +224,7 @@ def _without_halves(value: Any) -> Any:
 def _wrapped(record: Mapping[str, Any], key: str, rows: list[Any]) -> list[Any]:
     """Return the records or texts that an object holds in its only list, or the object as one."""
     if _known_fields(record) is None:
-        if all(isinstance(row, dict) for row in rows):
+        if rows and all(isinstance(row, dict) for row in rows):
             return rows
         # A list of tags stands beside a text.
         alone = key in _ROWS or not any(isinstance(value, str) for value in record.values())
@@ -287,7 +301,7 @@ def is_file_name(source: str) -> bool:
     path = Path(source).expanduser()
     return (
         path.exists()
-        or path.suffix.lower() in SUFFIXES
+        or path.suffix.lower() in (*SUFFIXES, *_FOREIGN)
         or source.startswith((".", "/", "~"))
         or "\\" in source
     )

@@ -101,6 +101,9 @@ SHORTEST = 8
 """Windows of text that are shorter than this teach little and are left out."""
 
 
+_MARK = "\ue000answer\ue000"
+"""In place of an answer, to find where a template writes it; of characters for private use."""
+
 Piece = tuple[str, bool]
 """Text of a chat, and whether the assistant wrote it, or whether it is learned."""
 
@@ -126,7 +129,7 @@ def encode_each(
     A chat is written with the tokenizer's chat template (``chat``), or as the Alpaca prompt and
     its answer (``alpaca``; later turns follow under the same headings); ``auto`` takes the
     template where the tokenizer has one. It ends with the end token. What is longer than
-    ``seq_len`` is cut off; an example that has no answer left is dropped.
+    ``seq_len`` is cut off; with ``mask_prompt`` an example that has no answer left is dropped.
 
     A text is cut into windows of ``seq_len``, each with the tokens that the tokenizer adds before a
     text, and ends with the end token.
@@ -235,7 +238,8 @@ def _templated(example: Example, tokenizer: Any) -> list[Piece]:
     """Cut what the template writes where the assistant's turns begin and end."""
     messages = [{"role": turn.role, "content": turn.content} for turn in example.turns]
     if example.context.strip():
-        messages[0]["content"] += f"\n\n{example.context}"
+        asked = next(one for one in messages if one["role"] == "user")
+        asked["content"] += f"\n\n{example.context}"
     pieces: list[Piece] = []
     written = ""
     for position, message in enumerate(messages):
@@ -246,8 +250,10 @@ def _templated(example: Example, tokenizer: Any) -> list[Piece]:
         answered = render_chat(tokenizer, messages[: position + 1], False)
         # What a template adds for generation may vanish.
         if prompt is None or not answered.startswith(prompt):
-            place = answered.rfind(message["content"].strip())
-            if place < 0:
+            # A mark shows where; the answer may be a part of what ends the turn.
+            marked = [*messages[:position], {**message, "content": _MARK}]
+            place = render_chat(tokenizer, marked, False).rfind(_MARK)
+            if place < 0 or not answered[place:].startswith(message["content"].strip()):
                 raise UserError(
                     "the tokenizer's chat template changes what the assistant says; "
                     "use --template alpaca"

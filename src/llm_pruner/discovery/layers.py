@@ -47,14 +47,17 @@ def layer_groups(model: nn.Module, run: Run) -> tuple[list[Group], frozenset[tup
             reason = "each layer numbers the streams of the hidden state anew"
         if _opens(model, children):
             children = children[1:]
+        children = [child for child in children if not _lends(model, child)]
+        if not children:
+            continue
         name = "layers" if not groups else f"layers_{len(groups) + 1}"
         numbers, clash = _own_numbers(model, trace, parent)
         own |= numbers
-        reason = reason or clash
+        reason = reason or clash or _held_elsewhere(model, parent)
         if reason is None and parent in by_place:
             reason = _depends_on_place(model, run, parent, children)
         if len(children) < 2:
-            reason = "the model needs its first layer, and has one other"
+            reason = "the model needs all layers but one"
         modules = tuple(children)
         groups.append(Group(name, "layers", None, len(modules), (), frozen=reason, modules=modules))
     return groups, frozenset(own)
@@ -148,6 +151,31 @@ def _opens(model: nn.Module, children: list[str]) -> bool:
     """
     parts = [{name for name, _ in model.get_submodule(c).named_children()} for c in children]
     return parts[0] > set().union(*parts[1:])
+
+
+def _lends(model: nn.Module, child: str) -> bool:
+    """Whether weights go by the name of a layer that are used outside of it, too."""
+    layer = model.get_submodule(child)
+    own = {id(weight) for weight in layer.parameters()}
+    places = model.named_modules(remove_duplicate=False)
+    inside = tuple(f"{name}." for name, module in places if module is layer)
+    first: dict[int, bool] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if id(weight) in own:
+            named = first.setdefault(id(weight), name.startswith(inside))
+            if named and not name.startswith(inside):
+                return True
+    return False
+
+
+def _held_elsewhere(model: nn.Module, parent: str) -> str | None:
+    """Return why layers must stay if something else than their list holds them, or None."""
+    layers: Any = model.get_submodule(parent)
+    own = {id(layer) for layer in layers}
+    for name, module in model.named_modules():
+        if module is not layers and any(id(child) in own for child in module.children()):
+            return f"{name or 'the model'} holds layers of {parent} as well"
+    return None
 
 
 def _passes_through(trace: Trace, calls: list[Any], *, whole: bool = False) -> bool:

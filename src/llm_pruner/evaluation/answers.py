@@ -108,6 +108,10 @@ def write_batch(model: Any, tokenizer: Any, prompts: Sequence[str], asked: Asked
     rows = [encoded(tokenizer, prompt, chat=asked.chat) for prompt in prompts]
     longest = max(map(len, rows))
     limit, ends = maximum_length(model), end_ids(model, tokenizer)
+    if limit is not None and len(rows) > 1 and limit - longest < asked.new_tokens:
+        # The answer to a long prompt ends early, and those to others not with it.
+        alone = [write_batch(model, tokenizer, [prompt], asked) for prompt in prompts]
+        return [answer for [answer] in alone]
     room = asked.new_tokens if limit is None else min(asked.new_tokens, limit - longest)
     if not min(map(len, rows)) or room < 1:
         raise UserError(
@@ -158,7 +162,8 @@ class _Stops(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         tails = self.tokenizer.batch_decode(
-            input_ids[:, max(self.start, len(input_ids[0]) - _TAIL) :]
+            input_ids[:, max(self.start, len(input_ids[0]) - _TAIL) :],
+            clean_up_tokenization_spaces=False,
         )
         done = [any(text in tail for text in self.texts) for tail in tails]
         return torch.tensor(done, device=input_ids.device)

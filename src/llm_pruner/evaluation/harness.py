@@ -186,7 +186,9 @@ def run(lm: LoadedLM, task: PreparedTask, limit: int | None) -> list[zero_shot.T
     lm.terminal, lm.title, lm.truncated = sys.stderr, task.name, 0
     with quiet():
         found = evaluator.evaluate(lm, task.tasks, limit=limit, log_samples=False)
-    return [_result(name, found, lm.truncated) for name in found["results"]]
+    # Of a group they are counted together, and told of the group.
+    cut = {task.name: lm.truncated}
+    return [_result(name, found, cut.get(name, 0)) for name in found["results"]]
 
 
 def _result(name: str, found: dict[str, Any], truncated: int) -> zero_shot.TaskResult:

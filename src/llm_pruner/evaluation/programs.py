@@ -19,7 +19,10 @@ Ending = Literal["passed", "failed", "timed out"]
 """How a program ended; ``failed`` is any exception, ``SystemExit`` too, and any other early end."""
 
 SECONDS = 5.0
-"""Time of one program, start of Python included. OpenAI's own runner gives three seconds."""
+"""Time that one program may compute, start of Python included. OpenAI's own runner gives three
+seconds of the wall clock, by which the same program passes on an idle machine alone."""
+WAITING = 6
+"""Times as long that it may take, all in all: a busy machine is slower, and a program may sleep."""
 MEMORY, PROCESSES, FILE_BYTES = 2**30, 16, 2**24
 """Address space of a process in bytes, processes of a program, bytes of a file."""
 
@@ -57,7 +60,7 @@ def run_program(source: str, *, seconds: float = SECONDS, memory: int = MEMORY) 
     killed with it. What it means to do to its own verdict, it can: this is no judge of malice.
 
     Args:
-        seconds: of the wall clock.
+        seconds: that it may compute; it may take ``WAITING`` times as many.
         memory: bytes that it may map.
 
     Raises:
@@ -81,7 +84,7 @@ def run_program(source: str, *, seconds: float = SECONDS, memory: int = MEMORY) 
                 with suppress(BrokenPipeError), child.stdin:
                     child.stdin.write(source.encode())
                 with suppress(subprocess.TimeoutExpired):
-                    child.wait(seconds)
+                    child.wait(WAITING * seconds)
             finally:
                 # Its child dies with it, and as the first process of a namespace takes all others.
                 with suppress(ProcessLookupError):
@@ -90,7 +93,7 @@ def run_program(source: str, *, seconds: float = SECONDS, memory: int = MEMORY) 
             held, _, said = child.stdout.read().decode(errors="replace").partition("\n")
     if not held:
         raise LLMPrunerError(f"programs cannot be run: {script.name} ended with {child.returncode}")
-    killed = child.returncode == -signal.SIGKILL  # at the limit of time
+    killed = child.returncode == -signal.SIGKILL or said == "timed out"
     ending: Ending = "timed out" if killed else "passed" if said == "passed" else "failed"
     error = said if ending == "failed" and said else None
     return ProgramRun(ending, error, **json.loads(held))

@@ -83,7 +83,7 @@ def write(
 def decoded(tokenizer: Any, given: list[int], written: list[int], *, chat: bool) -> str:
     """Return as text what was written after the tokens given, without control characters."""
     if chat:
-        return strip_control(tokenizer.decode(written, skip_special_tokens=True).lstrip())
+        return strip_control(_decode(tokenizer, written).lstrip())
     return strip_control(continuation(tokenizer, given, written))
 
 
@@ -92,8 +92,13 @@ def continuation(tokenizer: Any, given: Sequence[int], written: Sequence[int]) -
 
     Many tokenizers take the first space of what they decode away, be it of a text or of a part.
     """
-    text: str = tokenizer.decode([*given, *written], skip_special_tokens=True)
-    return text[len(tokenizer.decode([*given], skip_special_tokens=True)) :]
+    return _decode(tokenizer, [*given, *written])[len(_decode(tokenizer, given)) :]
+
+
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Return the text of tokens, with every space that is in it."""
+    how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return str(tokenizer.decode([*ids], **how))
 
 
 def has_template(tokenizer: Any) -> bool:

@@ -4,7 +4,7 @@
 
 A script for ``programs.run_program``, in an empty folder; it imports nothing but Python's own
 library. On standard output it says how the program is shut off, a JSON object in a line, and then,
-if the program came to its end, how: ``passed``, or the name of the exception.
+if the program came to its end, how: ``passed``, or the name of the exception; or ``timed out``.
 
 Limits of the system hold for its time, memory, processes and files. An audit hook refuses, from
 within Python, sockets, further processes, and files opened for writing outside the folder; that
@@ -130,8 +130,9 @@ def main() -> None:
     os.write(answers, json.dumps(held).encode() + b"\n")
     child = os.fork()  # the first process of a namespace takes all others with it
     if child:
-        os.close(answers)
-        os.waitpid(child, 0)
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGKILL, signal.SIGXCPU):
+            os.write(answers, b"timed out")  # at the system's limit
         return
     if held["namespaces"]:
         _drop_powers(libc)

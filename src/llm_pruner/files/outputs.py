@@ -35,7 +35,7 @@ _MODEL = re.compile(
     r"plan\.json|config\.json|generation_config\.json|.*\.safetensors|.*\.gguf|.*\.bin|.*\.index\.json"
     r"|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)"
     r"|merges\.txt|(tokenizer|spiece|sentencepiece.*)\.(model|vocab)|ice_text\.model|.*\.tiktoken"
-    r"|chat_template\.(jinja|json)|preprocessor_config\.json"
+    r"|chat_template\.(jinja|json)|(video_)?preprocessor_config\.json|processor_config\.json"
 )
 """Files of a model."""
 
@@ -136,10 +136,11 @@ def check_file(
     model, record = (pattern.fullmatch(place.name) for pattern in (_MODEL, _RECORDS))
     there = place.exists()
     in_out = out is not None and place.parent == out.resolve()
-    beside_model = in_out or (there and (place.parent / "config.json").is_file())
+    beside_model = in_out or (place.parent / "config.json").is_file()
     lone_plan = kind == "plan" and place.name == "plan.json" and not beside_model
-    if ((there or in_out) and model and not lone_plan) or (beside_model and record):
-        raise UserError(f"{what} would replace a file of a model; name another file")
+    if ((there or beside_model) and model and not lone_plan) or (beside_model and record):
+        does = "would replace" if there or in_out else "would be taken for"
+        raise UserError(f"{what} {does} a file of a model; name another file")
     if there and not _holds(place, kind):
         noun = kind if kind == "results" else f"a {kind}"
         raise UserError(

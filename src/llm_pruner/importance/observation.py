@@ -69,7 +69,8 @@ class Observation:
             the tokens cannot be told apart (inside experts) the first segment has it all.
         readings: one for each linear consumer.
         token_squares: shape (units,): sum over all tokens of the squared derivative by a gate on
-            the unit at this token alone; None where no linear module reads the group.
+            the unit at this token alone; of several linear modules that read it, the sum of what
+            each would give; None where none does.
     """
 
     group: Group

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -217,7 +217,8 @@ class _Watch(Collector, Generic[Measured]):
         with ExitStack() as hooks:
             for path in self._readers:
                 reader = self._model.get_submodule(path)
-                hooks.enter_context(reader.register_forward_pre_hook(partial(self._note, path)))
+                note = partial(self._note, path)
+                hooks.enter_context(reader.register_forward_pre_hook(note, with_kwargs=True))
             if self._forward_only:
                 self._look(chain, input_ids)
             else:
@@ -225,10 +226,10 @@ class _Watch(Collector, Generic[Measured]):
         self._finish(self._groups)
 
     def _note(
-        self, path: str, _: nn.Module, args: tuple[torch.Tensor, ...]
-    ) -> tuple[torch.Tensor, ...] | None:
+        self, path: str, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Note an input, which becomes a leaf if nothing below it takes a gradient."""
-        value, *rest = args
+        value = args[0] if args else next(iter(named.values()))
         if self._forward_only:
             self._seen.append((path, value))
             return None
@@ -238,7 +239,9 @@ class _Watch(Collector, Generic[Measured]):
         if fresh:
             value = value.detach().requires_grad_()
         self._seen.append((path, value))
-        return (value, *rest) if fresh else None
+        if not fresh:
+            return None
+        return ((value, *args[1:]), named) if args else ((), {**named, next(iter(named)): value})
 
     def seen(self) -> list[tuple[str, torch.Tensor]]:
         """Return (module, input) noted since the last call, and forget them."""

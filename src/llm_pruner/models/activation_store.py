@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
 from io import BufferedRandom
 from typing import Any
 
+import psutil
 import torch
 
 from llm_pruner.errors import UserError
@@ -47,11 +49,11 @@ class ActivationStore:
         if filed and free < need:
             raise UserError(
                 f"the hidden states of {self._samples} samples need {need / 2**30:.1f} GiB on disk "
-                f"and {tempfile.gettempdir()} has {free / 2**30:.1f} GiB free; set TMPDIR to a "
+                f"and {_folder()} has {free / 2**30:.1f} GiB free; set TMPDIR to a "
                 "larger disk, or use fewer or shorter samples"
             )
         # Without a name, so that a killed process leaves nothing behind.
-        self._files = {key: tempfile.TemporaryFile() for key in filed}  # noqa: SIM115
+        self._files = {key: tempfile.TemporaryFile(dir=_folder()) for key in filed}  # noqa: SIM115
 
     def __enter__(self) -> ActivationStore:
         return self
@@ -105,7 +107,16 @@ class ActivationStore:
 
 def free_on_disk() -> int:
     """Return the free bytes where arrays that do not fit in memory would lie."""
-    return shutil.disk_usage(tempfile.gettempdir()).free
+    return shutil.disk_usage(_folder()).free
+
+
+def _folder() -> str:
+    """Return the temporary folder; /var/tmp, which outlives a boot, where that lies in memory."""
+    place, other = tempfile.gettempdir(), "/var/tmp"
+    disks = psutil.disk_partitions(all=True)
+    in_memory = any(one.mountpoint == place and one.fstype == "tmpfs" for one in disks)
+    named = any(os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
+    return other if in_memory and not named and os.access(other, os.W_OK) else place
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,13 @@ def cache_argument(model: nn.Module) -> str | None:
     return next((name for name in ("cache", "past_key_values") if name in names), None)
 
 
+def caching(model: nn.Module, wanted: bool) -> dict[str, bool]:
+    """Return the argument that says whether a cache is made; none where the model takes none."""
+    names = parameters_of(model)
+    open_ended = any(one.kind is one.VAR_KEYWORD for one in names.values())
+    return {"use_cache": wanted} if open_ended or "use_cache" in names else {}
+
+
 def maximum_length(model: Any) -> int | None:
     """Return the longest input that the model's config allows, None where it sets no limit."""
     config: Any = getattr(model, "config", None)
@@ -138,7 +145,21 @@ def maximum_length(model: Any) -> int | None:
 
 def embedding_rows(model: Any) -> int:
     """Return the number of rows of the input embedding, that is of token ids."""
-    return int(model.get_input_embeddings().weight.shape[0])
+    embedding = input_embedding(model)
+    if embedding is None:
+        raise UserError(
+            f"{type(model).__name__} does not say in which table tokens are looked up; have its "
+            "get_input_embeddings return that"
+        )
+    return int(embedding.weight.shape[0])
+
+
+def input_embedding(model: Any) -> Any:
+    """Return the module that token ids are looked up in; None where the model does not say."""
+    try:
+        return getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        return None
 
 
 def is_on_meta(model: nn.Module) -> bool:

@@ -34,11 +34,20 @@ def sharing_copy(model: nn.Module, *, buffers: bool = True) -> nn.Module:
 
 
 def tensors_of(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Yield parameters, buffers and the tensors that are plain attributes of modules."""
+    """Yield parameters, buffers and the tensors that modules hold otherwise, in lists and such."""
     yield from model.parameters()
     yield from model.buffers()
     for module in model.modules():
-        yield from (value for value in vars(module).values() if isinstance(value, torch.Tensor))
+        for value in vars(module).values():
+            yield from _tensors_in(value)
+
+
+def _tensors_in(value: Any, depth: int = 3) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif depth and isinstance(value, dict | list | tuple | set):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(one, depth - 1)
 
 
 def names_in_float32(model: nn.Module, dtype: torch.dtype) -> set[str]:
@@ -142,8 +151,10 @@ def keep_children(model: nn.Module, path: str, kept: Sequence[int]) -> int:
         raise TypeError(f"{path} is no module list")
     shorter = copy.copy(children)
     shorter._modules = {str(new): children._modules[str(old)] for new, old in enumerate(kept)}
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, shorter)
+    for module in [*model.modules()]:  # which may hold the list under several names
+        for name, child in [*module._modules.items()]:
+            if child is children:
+                module._modules[name] = shorter
     return len(children)
 
 

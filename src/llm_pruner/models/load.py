@@ -12,9 +12,9 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from transformers import (
     __version__,
     initialization,
 )
+from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from llm_pruner.errors import UserError, in_short
@@ -58,6 +59,10 @@ _TOKENIZERS = (
     "ice_text.model",
 )
 _VOLATILE = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures")
+_PROCESSOR = (
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    "chat_template.json",
+)
 _OWN_METHOD, _PACKED_METHODS = "llm_pruner", ("torchao", "compressed-tensors")
 
 
@@ -74,6 +79,7 @@ class LoadedModel:
         fingerprint: short hash of shapes, config and a sample of the weights; see ``fingerprint``.
         stored: what its files looked like when it was loaded; see ``file_states``.
         stored_dtype: the type of its weights there; float32 for packed ones.
+        processor: of a model that takes images or sound, the files that say how: name -> content.
     """
 
     model: PreTrainedModel
@@ -83,6 +89,7 @@ class LoadedModel:
     fingerprint: str
     stored: on_disk.FileStates = ()
     stored_dtype: torch.dtype = torch.float32
+    processor: Mapping[str, bytes] = field(default_factory=dict)
 
     def check_stored(self) -> None:
         """Raise UserError if its files have changed since; weights may be read from them late."""
@@ -169,7 +176,21 @@ def load_model(
         fingerprint=fingerprint(model),
         stored=states,
         stored_dtype=_stored_dtype(found, said),
+        processor=_processor(found, config) if weights else {},
     )
+
+
+def _processor(found: _Found, config: Any) -> dict[str, bytes]:
+    """Return the files that say how images and sound become inputs, if a model takes such."""
+    if found.is_gguf or config.get_text_config() is config:
+        return {}
+    how: dict[str, Any] = {
+        "revision": found.shared["revision"],
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    files = {name: cached_file(found.folder, name, **how) for name in _PROCESSOR}
+    return {name: Path(file).read_bytes() for name, file in files.items() if file is not None}
 
 
 def _stored_dtype(found: _Found, said: Any) -> torch.dtype:
@@ -185,6 +206,12 @@ def _config(source: str, found: _Found, packed: bool) -> Any:
     if here := Path(found.folder).exists():
         _check_adapter(source, found)
     config = AutoConfig.from_pretrained(found.folder, **found.shared)
+    written = next(iter(getattr(config, "architectures", None) or ()), "")
+    if written.endswith("ForMaskedLM") and not getattr(config, "is_decoder", False):
+        raise UserError(
+            f"{source} is an encoder ({written}): each token sees those behind it; name a model "
+            "that generates text"
+        )
     _check_quantization(source, config, packed)
     if not here:
         _check_adapter(source, found)
@@ -479,9 +506,10 @@ def _device(name: str) -> str:
     if name == "auto":  # accelerate's takes Apple's GPU, which knows no float64
         return name if torch.cuda.is_available() else "cpu"
     try:
-        if torch.empty(1, device=torch.device(name)).is_meta:
+        # Sums are taken in float64.
+        if torch.empty(1, dtype=torch.float64, device=torch.device(name)).is_meta:
             raise RuntimeError("it holds no numbers")
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise UserError(
             f"device {name!r} cannot be used here ({in_short(error)}); use cpu or one that is there"
         ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -115,6 +116,10 @@ def _pieces(
     yield from zip(stored.split(rows), place.split(rows), strict=True)
 
 
+_WEIGHT_FILE = re.compile(r"\.safetensors$|/blobs/[0-9a-f]{40,}$")
+"""What the system calls a file of weights; in the cache of the hub these are links to blobs."""
+
+
 def mapped_files() -> list[tuple[int, int]]:
     """Return the ranges of addresses at which weight files are mapped; none but on Linux."""
     maps = Path("/proc/self/maps")
@@ -123,7 +128,7 @@ def mapped_files() -> list[tuple[int, int]]:
     found = []
     for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
         fields = line.split(maxsplit=5)
-        if len(fields) == 6 and fields[4] != "0" and fields[5].endswith(".safetensors"):
+        if len(fields) == 6 and fields[4] != "0" and _WEIGHT_FILE.search(fields[5]):
             first, last = (int(number, 16) for number in fields[0].split("-"))
             found.append((first, last))
     return found

@@ -141,10 +141,13 @@ class Guard(TrainerCallback):
         self._clock = now
 
     def _late(self) -> bool:
-        """Whether the time that is left is too short for one more step and the last evaluation."""
+        """Whether the time that is left is too short for one more step and the last scores.
+
+        These are two: of the weights at the end, and of the best ones as they will be saved.
+        """
         if self._settings.max_minutes is None:
             return False
-        return self._left() <= 1.1 * (self._run.seconds_to_score + self._seconds_to_step)
+        return self._left() <= 1.1 * (2 * self._run.seconds_to_score + self._seconds_to_step)
 
     def _plan_first(self, step: int) -> None:
         """Plan while the first steps are timed, and nothing is scored.
@@ -174,7 +177,7 @@ class Guard(TrainerCallback):
         """Choose how many steps fit in the time left, with evaluations; return whether all fit."""
         run, each = self._run, self._pace.estimate()
         assert each is not None
-        left = (1 - SPARE) * self._left() - evaluations * run.seconds_to_score
+        left = (1 - SPARE) * self._left() - (evaluations + 1) * run.seconds_to_score
         fitting = step + int(left / max(each, 1e-9))
         most = len(self._trainer.train_dataset)
         run.total = max(step, min(most, fitting))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,9 @@ class DirectTeacher:
             return F.kl_div(log_q, log_p, log_target=True, reduction="sum"), None
 
         return objective
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """Do nothing: each batch is asked about anew."""
 
 
 class Teacher:
@@ -129,9 +132,7 @@ class Teacher:
         Raises:
             UserError: the cache is damaged.
         """
-        missing = [sample for sample in batch.samples if not self._done[sample]]
-        if missing:
-            self._run(missing)
+        self.prepare([batch])
         rows = self._rows(batch)
         ids = self._ids[rows]
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocabulary:
@@ -140,6 +141,13 @@ class Teacher:
                 "remove it"
             )
         return torch.from_numpy(ids).long(), torch.from_numpy(self._values[rows]).float()
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """Ask about the samples that are not in the cache yet."""
+        for batch in batches:
+            missing = [sample for sample in batch.samples if not self._done[sample]]
+            if missing:
+                self._run(missing)
 
     def _rows(self, batch: Batch) -> npt.NDArray[np.int64]:
         """Return where in the cache the learned tokens of a batch are."""

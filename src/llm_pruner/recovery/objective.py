@@ -6,7 +6,7 @@ size of the logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -182,6 +182,10 @@ class Guide(Protocol):
 
     def objective(self, batch: Batch) -> Objective:
         """Return the objective of a batch."""
+        ...
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """Find out what is asked once alone, so that later scores take no longer than others."""
         ...
 
 

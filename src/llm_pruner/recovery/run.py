@@ -136,10 +136,13 @@ def recover_(
         def scored_at(step: int, found: Any) -> Evaluation:
             return score(found, step, scored, held_out, sources, judge, processes)
 
+        started = time.monotonic()
+        if judge is not None and not run.evaluations:
+            judge.prepare(one for one in processes.share(scored) if one is not None)
         if run.before is None and not processes.sharded:
-            started = time.monotonic()
+            begun = time.monotonic()
             run.before = scored_at(0, model)
-            run.seconds_to_score = processes.from_first(time.monotonic() - started)
+            run.seconds_to_score = processes.from_first(time.monotonic() - begun)
             if not math.isfinite(run.before.loss):
                 raise UserError(
                     f"the loss of the held-out text is {run.before.loss} before training, so "
@@ -147,6 +150,7 @@ def recover_(
                 )
             if not settings.bf16 and merges:
                 run.evaluations.append(run.before)  # training starts from just this
+        run.seconds += processes.from_first(time.monotonic() - started)
         torch.manual_seed(settings.seed)
         trained = prepare_(model, settings)
         count = sum(one.numel() for one in trained.parameters() if one.requires_grad)
@@ -193,7 +197,9 @@ def recover_(
         if processes.sharded:
             after = run.evaluations[run.best]
         elif run.best:
+            started = time.monotonic()
             after = scored_at(trainer.state.global_step, model)
+            run.seconds += processes.from_first(time.monotonic() - started)
         else:
             after = min(run.evaluations[1:], key=lambda one: one.loss, default=before)
     return model, Outcome(

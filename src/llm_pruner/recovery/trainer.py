@@ -134,7 +134,10 @@ class RecoveryTrainer(Trainer):
         A schedule that the user named is the Trainer's.
         """
         if "lr_scheduler_type" in trainer_arguments(self.settings):
-            return super().create_scheduler(num_training_steps, optimizer)
+            try:
+                return super().create_scheduler(num_training_steps, optimizer)
+            except (TypeError, ValueError) as error:  # what the schedule needs, or cannot take
+                raise _refused(self.settings, error) from error
         if self.lr_scheduler is None:  # type: ignore[has-type]
             warmup, schedule = self.settings.warmup_steps, self.settings.schedule
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -305,6 +308,9 @@ _UNREAD = re.compile(
 )
 """The Trainer's arguments that are about its own way through the data and through a step."""
 
+_STEADY = re.compile("constant(_with_warmup)?|inverse_sqrt|reduce_lr_on_plateau")
+"""Schedules that do not depend on how many steps there will be."""
+
 _OF_BITSANDBYTES = re.compile(
     r"(paged_)?(adamw|lion|ademamix|rmsprop)(_bnb)?_(8|32)bit|ademamix|rmsprop_bnb"
 )
@@ -333,6 +339,11 @@ def trainer_arguments(settings: TrainingSettings) -> dict[str, Any]:
                 f"--trainer {one}: recover lays out its own steps, in which {name} does nothing; "
                 "leave it out"
             )
+        if name == "lr_scheduler_type" and settings.max_minutes and not _STEADY.fullmatch(value):
+            raise UserError(
+                f"--trainer {one} falls over a number of steps, which --max-minutes finds on the "
+                "way; use --max-steps, or leave it out: --schedule follows the clock"
+            )
         if name in _set_here(settings) or (name == "warmup_steps" and not names_schedule):
             raise UserError(f"--trainer {one}: recover sets {name} itself; use its own option")
         try:
@@ -341,8 +352,15 @@ def trainer_arguments(settings: TrainingSettings) -> dict[str, Any]:
             raise UserError(
                 f"--trainer {one}: {value} is no YAML; close what it opens, or quote it"
             ) from None
+        if not names_schedule and name == "lr_scheduler_kwargs":
+            raise UserError(
+                f"--trainer {one} is for a schedule of the Trainer; name that with --trainer "
+                "lr_scheduler_type=..., or use --schedule"
+            )
         if isinstance(given[name], str) and float in (types[name], *get_args(types[name])):
             raise UserError(f"--trainer {one}: {value} is no number; give one")
+        if name == "use_liger_kernel" and given[name]:
+            check_installed(f"--trainer {one}", ("liger_kernel",), ", or leave it out")
         if name == "optim" and _OF_BITSANDBYTES.fullmatch(value):
             check_installed(f"--trainer {one}", ("bitsandbytes",), ", or name another optim")
     return given

@@ -121,11 +121,11 @@ def criterion_in_words(plan: Plan) -> str | None:
     said = f"{name.upper() if len(name) <= 3 else _NAMES.get(name, name)} importance"
     if chosen:
         said += f" ({', '.join(f'{key} {value}' for key, value in chosen.items())})"
-    if "samples" in said_by:
-        own = {SELF: "text that it wrote itself", CHAT: "chats that it wrote itself"}
-        sources = str(said_by["calibration"]).split(",")
-        where = " and ".join(own.get(part, part) for part in sources)
-        said += f" on {said_by['samples']:,} × {said_by['seq_len']:,} tokens of {where}"
+    match said_by:  # of a plan that was edited, a part may be gone
+        case {"samples": int(samples), "seq_len": int(length), "calibration": str(sources)}:
+            own = {SELF: "text that it wrote itself", CHAT: "chats that it wrote itself"}
+            where = " and ".join(own.get(part, part) for part in sources.split(","))
+            said += f" on {samples:,} × {length:,} tokens of {where}"
     return said
 
 

@@ -403,7 +403,7 @@ def as_json(record: Any, **options: Any) -> Any:
     """Return a record as plain values for JSON.
 
     What is infinite or no number, which JSON has no number for, is None in what training gave: a
-    loss may be. In what was measured it stays as it is.
+    loss may be. In what was measured it stays as it is, unless ``inf_nan_mode`` is given.
     """
     mode: Any = "null" if isinstance(record, Recovered) else "constants"
-    return to_jsonable_python(record, inf_nan_mode=mode, **options)
+    return to_jsonable_python(record, **{"inf_nan_mode": mode, **options})

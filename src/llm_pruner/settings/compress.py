@@ -8,16 +8,21 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from llm_pruner.errors import UserError
 from llm_pruner.settings.common import LOADING, OUTPUT, TASKS, Sources, TaskSettings, WriterSettings
-from llm_pruner.settings.limits import MOST, Seed, check_installed, within
+from llm_pruner.settings.limits import MOST, MOST_MINUTES, Seed, check_installed, must, within
 from llm_pruner.settings.options import option, option_name, written
 from llm_pruner.settings.prune import AMOUNTS, HOW, HOW_MUCH, AmountSettings, PruneSettings
-from llm_pruner.settings.recover import QUANTIZERS, TrainingSettings
+from llm_pruner.settings.recover import QUANTIZERS, ExampleCount, TrainingSettings
 from llm_pruner.settings.vocab import VocabSettings
 from llm_pruner.settings.words import parse_duration
 
 _TOKENS, _MEASURE = "Fewer tokens first", "What to measure"
 _TORCHAO = "0.16"
 """The first whose int8 weights are saved as safetensors."""
+
+_BUDGET = must(
+    lambda seconds: seconds is None or 0 < seconds <= 60 * MOST_MINUTES,
+    "{option} {value} is no number of seconds up to a year; write such as 90s, 30m or 2h",
+)
 
 _how, _tokens = partial(option, panel=HOW), partial(option, panel=_TOKENS)
 
@@ -50,7 +55,7 @@ class CompressSettings(WriterSettings, TaskSettings, AmountSettings):
         was="--recipe",
         reads=True,
     )
-    time_budget: Annotated[float | None, written(parse_duration)] = _how(
+    time_budget: Annotated[float | None, written(parse_duration), _BUDGET] = _how(
         None,
         "For everything, such as 30m or 2h; what pruning and measuring leave goes to recovery.",
         "TIME",
@@ -88,7 +93,7 @@ class CompressSettings(WriterSettings, TaskSettings, AmountSettings):
         shown="demo, a text that the package ships",
         reads=True,
     )
-    samples: int | None = _how(None, "Examples of each source, at most.", "N", hidden=True)
+    samples: ExampleCount | None = _how(None, "Examples of each source, at most.", "N", hidden=True)
     training: dict[str, Any] = option(
         {}, "Other settings of training, by the names of recover.", hidden=True
     )

@@ -91,6 +91,7 @@ class Settings(BaseModel):
         presets: name -> YAML file with values for some of the fields.
         default_preset: the one that holds where none is named.
         panels: headings of the help, in their order.
+        one_of: fields of which one stands for all: given as an option, it wins over any in a file.
         given: the fields that were given by name, not by a preset or default.
     """
 
@@ -99,6 +100,7 @@ class Settings(BaseModel):
     presets: ClassVar[Mapping[str, Path]] = {}
     default_preset: ClassVar[str | None] = None
     panels: ClassVar[tuple[str, ...]] = ()
+    one_of: ClassVar[frozenset[str]] = frozenset()
     _given: frozenset[str] = PrivateAttr(default=frozenset())
 
     def __init__(self, **values: Any) -> None:
@@ -152,6 +154,8 @@ class Settings(BaseModel):
             UserError: the file cannot be read, or a value cannot be.
         """
         filed = {} if config is None else read_yaml(config, f"--config {config}", cls)
+        if given.keys() & cls.one_of:
+            filed = {name: value for name, value in filed.items() if name not in cls.one_of}
         return cls(**{**filed, **given})
 
     @classmethod
@@ -160,6 +164,8 @@ class Settings(BaseModel):
         name = name or cls.default_preset
         if name is None or not cls.presets:
             return {}
+        if not isinstance(name, str | Path):
+            raise UserError(f"--preset {name} is no name; use {', '.join(cls.presets)}, or a file")
         file = cls.presets.get(name, Path(name).expanduser())
         if not file.is_file():
             raise UserError(

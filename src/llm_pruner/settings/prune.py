@@ -18,7 +18,7 @@ from llm_pruner.settings.common import (
     Names,
     WriterSettings,
 )
-from llm_pruner.settings.limits import MOST_MINUTES, Seed, within
+from llm_pruner.settings.limits import MOST_MINUTES, Seed, must, within
 from llm_pruner.settings.options import Settings, option, option_name, presets_in, written
 from llm_pruner.settings.registry import COMPENSATIONS, CRITERIA
 from llm_pruner.settings.words import parse_bytes, parse_count, parse_layer_ranges, parse_split
@@ -34,6 +34,24 @@ _how_much, _how, _where, _importance, _plan, _output, _loading = (
 AMOUNTS = ("ratio", "params", "unit_ratio", "kv_cache")
 """Fields of which one says how much is removed."""
 
+
+_Ranges = Annotated[
+    dict[str, tuple[int, int]],
+    written(parse_layer_ranges),
+    must(
+        lambda of: all(0 <= first <= last for first, last in of.values()),
+        "{option} {value} holds a range that begins below 0 or runs backwards; write such as "
+        "heads=4-26",
+    ),
+]
+_Room = Annotated[
+    int | str,
+    written(parse_bytes, "auto"),
+    must(
+        lambda room: isinstance(room, str) or room >= 1000,
+        "{option} {value} is bytes, and too few for any weight; write such as 8GB, or auto",
+    ),
+]
 
 PURPOSES = {"blocks": 32, "gguf": 256, "gptq": 128, "marlin": 64}
 """What is to run the model -> the multiple that it wants."""
@@ -53,6 +71,8 @@ def _multiple(text: str) -> int | str:
 
 class AmountSettings(Settings):
     """How much is removed: exactly one of the fields is given."""
+
+    one_of: ClassVar = frozenset({*AMOUNTS, "plan"})
 
     ratio: float | None = _how_much(
         None, "Share of all parameters to remove, such as 0.2.", "SHARE"
@@ -117,7 +137,7 @@ class MethodSettings(CalibrationSettings):
     protect_last: int | Literal["auto"] = _where(
         "auto", "Layers to keep whole at the end; auto: a fifth, at most 3.", "N"
     )
-    layers: Annotated[dict[str, tuple[int, int]], written(parse_layer_ranges)] | None = _where(
+    layers: _Ranges | None = _where(
         None,
         "Layers to prune by structure, such as heads=4-26,ffn=2-28; replaces the protection.",
         "RANGES",
@@ -204,7 +224,7 @@ class PlanSettings(ChoiceSettings, AmountSettings):
 class MemorySettings(Settings):
     """How much of the memory the weights may take."""
 
-    memory: Annotated[int | str, written(parse_bytes, "auto")] = _loading(
+    memory: _Room = _loading(
         "auto",
         "Room for the weights, such as 8GB; where they need more, they are read block by block.",
         "SIZE",

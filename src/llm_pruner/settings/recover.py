@@ -42,7 +42,7 @@ def _at_least(least: int, words: str = "is too small; use {least} or more") -> A
 
 _TRAINS = must(lambda x: 0 < x < inf, "{option} {value} trains nothing; use a number above 0")
 _Count = Annotated[int, _at_least(1), within(1, MOST)]
-_Examples = Annotated[
+ExampleCount = Annotated[
     int, _at_least(2, "leaves nothing to train on or to judge by; use 2 or more"), within(2, MOST)
 ]
 _Judges = Annotated[int, _at_least(1, "leaves nothing to judge by; use at least 1")]
@@ -159,7 +159,8 @@ class TrainingSettings(Settings):
         if not isinstance(rates, dict):
             return preset
         method = str(given.get("method", preset.get("method", "lora")))
-        return {**preset, "learning_rate": rates.get(method, rates["lora"])}
+        rest = {name: value for name, value in preset.items() if name != "learning_rate"}
+        return {**rest, "learning_rate": rates[method]} if method in rates else rest
 
     def check(self) -> None:
         """Raise UserError for what cannot be done together, or not on this machine."""
@@ -206,7 +207,7 @@ class DataSettings(Settings):
         "SRC",
         reads=True,
     )
-    samples: _Examples | None = _data(
+    samples: ExampleCount | None = _data(
         None,
         "Use at most this many examples of each source.",
         "N",

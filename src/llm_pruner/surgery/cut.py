@@ -183,6 +183,7 @@ def cut_(
                 new = nn.Parameter(new, requires_grad=old.requires_grad)
                 if undo is not None:
                     undo.keep(places, taken)
+            vars(new).update(vars(old))  # such as that it is not to decay
         for owner, key in places:
             setattr(owner, key, new)
     apply_layers(model, edits.layers)
@@ -312,6 +313,7 @@ class Undo:
                     whole.index_copy_(dim, torch.from_numpy(index).to(data.device), values)
                 data = whole
             new = nn.Parameter(data, requires_grad=left.requires_grad)
+            vars(new).update(vars(left))
             for owner, key in places:
                 setattr(owner, key, new)
 

@@ -53,7 +53,9 @@ def prune_(
     """Remove units from a model in place and return what was changed.
 
     Tied weights stay tied, ``requires_grad`` stays as it was, and removed layers are gone with all
-    they hold. The new tensors hold exactly the values of the positions that were kept.
+    they hold. The new tensors hold exactly the values of the positions that were kept. A config of
+    transformers, and sizes that modules state and do not read, stay those of the dense model;
+    ``save_checkpoint`` writes the ones that fit.
 
     Args:
         model: the model that was traced.

@@ -75,14 +75,17 @@ def cut_vocabulary_(model: Any, kept: npt.NDArray[np.int64]) -> Edits:
     cut: dict[int, nn.Parameter] = {}
     ends = [*filter(None, (model.get_input_embeddings(), model.get_output_embeddings()))]
     for module in ends:
-        for name, weight in module.named_parameters(recurse=False):
+        for weight in module.parameters(recurse=False):
             if id(weight) not in cut:
                 values = weight.detach()[rows.to(weight.device)].contiguous()
                 cut[id(weight)] = nn.Parameter(values, requires_grad=weight.requires_grad)
-            setattr(module, name, cut[id(weight)])
         for size in ("num_embeddings", "out_features"):
             if hasattr(module, size):
                 setattr(module, size, len(kept))
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if id(weight) in cut:
+                module._parameters[name] = cut[id(weight)]
     inner = [one for one in model.modules() if isinstance(one, PreTrainedModel)]
     for module in {id(one): one for one in (*ends, *inner)}.values():
         if vars(module).get("padding_idx") is not None:

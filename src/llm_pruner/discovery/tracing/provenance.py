@@ -27,6 +27,7 @@ _DESCRIPTIVE: dict[str, tuple[tuple[str, int], ...]] = {
     "Linear": (("in_features", 1), ("out_features", 0)),
     "Conv1D": (("nx", 0), ("nf", 1)),
     "Embedding": (("num_embeddings", 0), ("embedding_dim", 1)),
+    "PReLU": (("num_parameters", 0),),
 }
 
 

@@ -29,7 +29,14 @@ from llm_pruner.discovery.tracing.stand_ins import in_sight
 from llm_pruner.discovery.tracing.trace import Trace, settle
 from llm_pruner.discovery.tracing.tracer import Tracer
 from llm_pruner.errors import DiscoveryError, LLMPrunerError
-from llm_pruner.models.forward import cache_argument, is_on_meta, logits_of, parameters_of
+from llm_pruner.models.forward import (
+    cache_argument,
+    caching,
+    input_embedding,
+    is_on_meta,
+    logits_of,
+    parameters_of,
+)
 from llm_pruner.types import IntArray
 
 LARGE = 50_000_000
@@ -62,7 +69,7 @@ def vocabulary_size(
     Raises:
         DiscoveryError: it looks token ids up nowhere.
     """
-    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    embedding = input_embedding(model)
     if hasattr(embedding, "weight"):
         return int(embedding.weight.shape[0])
     if model not in _known:
@@ -148,7 +155,7 @@ def forward_with_cache(model: nn.Module, tokens: torch.Tensor) -> list[torch.Ten
         return [logits_of(model(tokens))]
     parameters = parameters_of(model)
     name = cache_argument(model)
-    first = model(input_ids=tokens[:, :-1], use_cache=name is not None)
+    first = model(input_ids=tokens[:, :-1], **caching(model, name is not None))
     cache = getattr(first, name, None) if name is not None else None
     if cache is None:
         return forward_without_cache(model, tokens)
@@ -164,7 +171,7 @@ def forward_without_cache(model: nn.Module, tokens: torch.Tensor) -> list[torch.
     """Run all tokens at once; for models whose cache needs more."""
     # A state that the model makes itself (RWKV) is sized by settings, which is to be seen.
     makes_state = "state" in parameters_of(model)
-    return [logits_of(model(input_ids=tokens, use_cache=makes_state))]
+    return [logits_of(model(input_ids=tokens, **caching(model, makes_state)))]
 
 
 def label_model(tracer: Tracer, model: nn.Module) -> dict[str, str]:

@@ -22,7 +22,13 @@ from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from llm_pruner.discovery.tracing.provenance import put_back, spaces_of
-from llm_pruner.models.forward import base_model, logits_of, maximum_length, parameters_of
+from llm_pruner.models.forward import (
+    base_model,
+    caching,
+    logits_of,
+    maximum_length,
+    parameters_of,
+)
 from llm_pruner.models.layers import is_settings
 
 Forward = Callable[[nn.Module, torch.Tensor], list[torch.Tensor]]
@@ -158,7 +164,7 @@ def _plain(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _by_name(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
-    return [logits_of(model(input_ids=tokens, use_cache=False))]
+    return [logits_of(model(input_ids=tokens, **caching(model, False)))]
 
 
 def _padded(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
@@ -166,7 +172,7 @@ def _padded(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0
     mask[1, -3:] = 0
-    logits = logits_of(model(input_ids=tokens, attention_mask=mask, use_cache=False))
+    logits = logits_of(model(input_ids=tokens, attention_mask=mask, **caching(model, False)))
     if logits.shape[1] != tokens.shape[1]:
         return [logits]
     return [logits[0:1, 3:], logits[1:2, :-3]]

@@ -34,6 +34,9 @@ def in_sight(model: nn.Module) -> Iterator[None]:
         _replace(stack, torch._C.ScriptFunction, "__call__", _script_function)
         _replace(stack, torch._C.ScriptMethod, "__call__", _script_method)
         _replace(stack, RecursiveScriptModule, "__call__", _script_module)
+        # Under it operations are not taken apart into those that have rules.
+        _replace(stack, torch.inference_mode, "__enter__", lambda _: None)
+        _replace(stack, torch.inference_mode, "__exit__", lambda *_: None)
         library = sys.modules.get("torch.nn.attention.flex_attention")
         if library is not None:
             _replace_code(stack, library.flex_attention, _flex_attention)

@@ -109,7 +109,10 @@ def _described(trace: Trace, model: nn.Module) -> dict[Expr, IntArray]:
 
 
 def _follow_read(trace: Trace, model: nn.Module) -> None:
-    """Let a tensor that the run did not read follow one of its module that it read."""
+    """Let a tensor that the run did not read follow those of its module that it read.
+
+    If these are several that do not shrink alike, it could be any of them.
+    """
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         own = {
@@ -120,16 +123,18 @@ def _follow_read(trace: Trace, model: nn.Module) -> None:
         }
         read = [name for name in own if name in trace.order]
         for name in own:
-            like = next((one for one in read if _stands_for(own[one], own[name])), None)
-            if name in read or like is None:
+            like = [one for one in read if _stands_for(own[one], own[name])]
+            first, *rest = (trace.tensors[one] for one in like or [name])
+            agree = all(all(map(trace.atoms.same, one[::-1], first[::-1])) for one in rest)
+            if name in read or not like or not agree:
                 continue
-            left, right = trace.tensors[name], trace.tensors[like]
+            left, right = trace.tensors[name], first
             new = len(left) - len(right)
             for rows in left[:new]:
                 trace.atoms.freeze(rows, "not reached by the forward pass")
             for mine, other in zip(left[new:], right, strict=True):
                 trace.atoms.unify(mine, other)
-            trace.order[name] = trace.order[like]
+            trace.order[name] = trace.order[like[0]]
 
 
 def _stands_for(read: torch.Tensor, other: torch.Tensor) -> bool:

@@ -1,10 +1,11 @@
 """Fisher information says how much, and with it the cost after a refit says which.
 
 A group's units are ordered by the geometric mean of two estimates that go wrong in different ways:
-the Fisher information of single tokens, sum_t (dL_s/dm_t)^2, which sees what the loss is sensitive
-to but is noisy, and the cost in output error after the consumer is refitted (see `obs`), which
-sees what the other units can stand for but no loss. In this order the units take the values that
-`fisher` gives, sorted: so a ranking across groups stays the one of `fisher`.
+the Fisher information of single tokens, sum_t (dL_s/dm_t)^2 (summed over the linear modules that
+read a unit), which sees what the loss is sensitive to but is noisy, and the cost in output error
+after the consumer is refitted (see `obs`), which sees what the other units can stand for but no
+loss. In this order the units take the values that `fisher` gives, sorted: so a ranking across
+groups stays the one of `fisher`.
 
 Where no linear module reads a group, it is `fisher`.
 """

@@ -54,7 +54,7 @@ def pointwise(tracer: Tracer, call: Call) -> None:
 @rule("silu", "gelu", "relu", "sigmoid", "tanh", "leaky_relu", "elu", "softplus", "mish")
 @rule("silu_", "gelu_", "relu_", "sigmoid_", "tanh_", "leaky_relu_", "elu_", "mish_")
 @rule("hardswish", "hardswish_", "expm1", "expm1_", "exp", "exp_", "threshold", "threshold_")
-@rule("log_sigmoid_forward")
+@rule("log_sigmoid_forward", "_prelu_kernel")
 @rule("clamp_min", "clamp_min_", keeps_ids=True)
 def activation(tracer: Tracer, call: Call) -> None:
     """What bends: the axis in front of it is one of a feed-forward network."""

@@ -45,7 +45,7 @@ def reduce_living(alive: Alive, run: Run, self: Tensor, dim: Dims = None) -> Any
 
 
 @rule("sum", "mean", "amax", "amin", "var", "std", "prod", "logsumexp", alive=reduce_living)
-@rule("linalg_vector_norm", "norm", "var_mean", "any", "all", alive=reduce_living)
+@rule("linalg_vector_norm", "norm", "var_mean", "std_mean", "any", "all", alive=reduce_living)
 def reduce(tracer: Tracer, call: Call, self: Tensor, dim: Dims = None) -> None:
     """Drop the reduced axes, or keep them with one position."""
     axes = tracer.label(self)
