@@ -48,7 +48,8 @@ def _add_chatglm(auto: ModuleType) -> None:
 
 def has_recipe(config: Any) -> bool:
     """Whether a config is that of a pruned model that brings modelling code of this package."""
-    return isinstance(getattr(config, "pruned", None), dict)
+    found = getattr(config, "pruned", None)
+    return isinstance(found, dict) and {"shapes", "attributes"} <= found.keys()
 
 
 def _add_pruned_models(modeling: ModuleType) -> None:

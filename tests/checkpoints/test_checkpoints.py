@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -26,9 +27,11 @@ from llm_pruner.checkpoints.reshape import (
     to_json,
 )
 from llm_pruner.checkpoints.stock_config import _became_unequal
+from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.files.ranges import format_ranges
 from llm_pruner.models.layers import set_attributes_
+from llm_pruner.surgery.cut import cut_
 from llm_pruner.types import Edits
 from new_processes import run_new
 
@@ -466,6 +469,20 @@ def test_saved_again_by_transformers(tmp_path: Path) -> None:
     first, second = ((tmp_path / name / "config.json").read_text() for name in ("out", "again"))
     assert first == second
     assert torch.equal(logits(load(tmp_path / "again")), logits(knife.model))
+
+
+def test_embeddings_that_were_resized_load_again(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    dense, discovery = copy.deepcopy(model.config), discover(model)
+    edits = cut_(model, discovery, {"hidden": np.array([1, 2]), "layers.0.ffn": np.array([0])})
+    how = {"edits": edits, "plan_json": None, "tokenizer": None, "dense_config": dense}
+    save_checkpoint(model, tmp_path / "out", **how)
+    loaded = load(tmp_path / "out")
+    loaded.resize_token_embeddings(loaded.config.vocab_size + 6)
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again")), logits(loaded))
+    # What a push sends are the files that are new.
+    assert "modeling_pruned.py" not in loaded._get_files_timestamps(str(tmp_path / "again"))
 
 
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:

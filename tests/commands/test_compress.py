@@ -496,14 +496,15 @@ def test_chats_that_the_template_refuses_are_found_before_pruning(
     shutil.copytree(made / "dense", dense)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+        "{% for m in messages %}{% if m.role == 'user' and loop.index > 1 %}"
+        "{{ raise_exception('2') }}"
         "{% endif %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
     )
     tokenizer.save_pretrained(dense)
-    turns = [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]
+    turns = [{"role": role, "content": "x"} for role in ("user", "user", "assistant")]
     (work / "chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     said = refused("compress", dense, "--out", "small", "--data", "chats.jsonl")
-    assert said.startswith("the tokenizer's chat template rejects a chat (no system)")
+    assert said.startswith("the tokenizer's chat template rejects a chat (2)")
 
 
 def test_what_the_model_refuses_leaves_nothing(work: Path, made: Path) -> None:

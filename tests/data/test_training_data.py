@@ -167,8 +167,6 @@ def test_records_that_are_not_what_the_first_is(tmp_path: Path) -> None:
     chat = [{"messages": [{"role": "robot", "content": "x"}]}]
     with pytest.raises(UserError, match="record 1 has a message that is no role of system, user"):
         load_examples(write(tmp_path / "chat.jsonl", chat))
-    with pytest.raises(UserError, match="record 1: field 'history' is no list of pairs of texts"):
-        load_examples(write(tmp_path / "rows.jsonl", [good | {"history": [["a"]]}]))
     with pytest.raises(UserError, match="holds no text; give a file or dataset with text in it"):
         load_examples(write(tmp_path / "none.jsonl", [good | {"output": " "}]))
 
@@ -279,6 +277,15 @@ def test_an_answer_that_is_a_part_of_what_ends_a_turn(answer: str) -> None:
     tokenizer = chat_tokenizer(template)
     (one,) = encode_examples([chat], tokenizer, seq_len=500, mask_prompt=True)
     assert learned(one, tokenizer) == f"{answer}<end of sentence>"
+
+
+def test_what_a_system_says_where_the_template_knows_none() -> None:
+    template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('none') }}"
+    template += "{% endif %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    told = (Turn("system", "Be brief."), Turn("user", "Hi?"), Turn("assistant", "Yes."))
+    tokenizer = chat_tokenizer(template)
+    (one,) = encode_examples([Example(told)], tokenizer, seq_len=500, mask_prompt=True)
+    assert whole(one, tokenizer) == "<user>Be brief.\n\nHi?</s><assistant>Yes.</s>"
 
 
 def test_what_is_not_answered_is_left_out_of_the_alpaca_prompt() -> None:

@@ -69,6 +69,34 @@ def test_what_a_forward_pass_keeps_is_not_kept(place: str, scored: bool) -> None
         torch.testing.assert_close(model(tokens()), fresh(tokens()))
 
 
+class Beginning(nn.Module):
+    """Counts its runs, and sets its scale by the first batch that it sees, as ActNorm does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.scale = Gated(), nn.Parameter(torch.empty(HIDDEN))
+        self.register_buffer("begun", torch.tensor(0.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.begun:
+            self.scale.data.copy_(1 / x.std((0, 1)))
+        self.begun += 1
+        return self.inner(x * self.scale)
+
+
+@pytest.mark.parametrize("begun", [0, 1])
+def test_what_a_first_run_sets_is_left_to_the_first_run(begun: int) -> None:
+    model = Net(Beginning()).double()
+    model.bodies[0].begun.fill_(begun)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    discovery = discover(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    prune_(model, discovery, {"hidden": np.array([3])})
+    kept = np.delete(np.arange(HIDDEN), 3)
+    assert torch.equal(model.bodies[0].scale, before["bodies.0.scale"][kept])
+    assert model.bodies[0].begun == begun
+
+
 def test_settings_within_settings_are_left_alone() -> None:
     """As of Phi-3, whose code writes a size into the dictionary that all its configs share."""
     model = tiny_model(

@@ -206,6 +206,38 @@ def test_a_learned_slope_and_two_statistics_at_once() -> None:
     assert len(of_kind(checked(Net(centred)), "ffn")) == 1
 
 
+def test_a_linear_module_that_is_called_by_keyword() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(HIDDEN, 8), nn.Linear(8, HIDDEN)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(input=F.gelu(self.up(input=x)))
+
+    model = Net(Named())
+    discovery = checked(model)
+    ids = torch.randint(VOCABULARY, (2, 8))
+    for criterion in ("fisher-obs", "taylor", "wanda"):
+        found = score(model, discovery, Criterion(criterion), input_ids=ids, seed=0)
+        assert all(np.isfinite(values).all() for values in found.values())
+
+
+def test_an_uneven_chunk_leaves_the_rest_prunable() -> None:
+    def halves(y: torch.Tensor) -> torch.Tensor:
+        left, right = y.chunk(2, -1)
+        return left[..., :3] * right
+
+    assert "hidden" in free(checked(Net(Body(halves, 7, 3))))
+
+
+def test_complex_numbers_of_two_real_ones() -> None:
+    def turned(y: torch.Tensor) -> torch.Tensor:
+        return (torch.complex(y, y.sin()) * torch.polar(y.exp(), y)).real
+
+    assert "hidden" in free(checked(Net(Body(turned))))
+
+
 def test_what_runs_in_inference_mode() -> None:
     class Inferring(Net):
         @torch.inference_mode()

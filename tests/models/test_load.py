@@ -20,6 +20,8 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
 )
 
 import llm_pruner
@@ -297,12 +299,17 @@ def test_an_encoder_is_refused(tmp_path: Path) -> None:
     config = BertConfig(vocab_size=40, num_attention_heads=2, **sizes)
     BertForMaskedLM(config).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"is an encoder \(BertForMaskedLM\): each token sees"):
+    with pytest.raises(UserError, match=r"is an encoder \(bert\): each token sees"):
         load_model(str(tmp_path))
 
 
 def test_what_makes_inputs_of_images_is_kept(tmp_path: Path) -> None:
-    model = tiny_model("gemma3")
+    text = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "head_dim": 16}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = Gemma3ForConditionalGeneration(config)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
     how = '{"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 8, "width": 8}}'

@@ -207,7 +207,7 @@ def padded(length: int, past: int, mask: torch.Tensor | None, training: bool) ->
 
 WRONG = {
     "padding left and right": padded,
-    "128 tokens and generate": lambda length, *_: length > 100,
+    "129 tokens and generate": lambda length, *_: length > 100,
     "8 tokens": lambda length, past, *_: length == 1 and past < 8,
     "training": lambda _, __, ___, training: training,
 }
@@ -242,7 +242,7 @@ def test_what_is_wrong_in_one_way_only_is_noticed_and_undone(
     name = next(group.name for group in discovery.groups if group.kind == "ffn")
     with pytest.raises(VerificationError, match="differs from its masked twin") as caught:
         cut_verified_(streamed, discovery, {name: torch.arange(2).numpy()})
-    assert f"on {scene if scene in WRONG else '128 tokens and generate'};" in str(caught.value)
+    assert f"on {scene if scene in WRONG else '129 tokens and generate'};" in str(caught.value)
     assert name in str(caught.value)
     for handle in handles:
         handle.remove()

@@ -242,6 +242,26 @@ def test_bare_table_outputs_in_a_dict_and_an_empty_place() -> None:
         assert is_right(net, discovery, kind)
 
 
+@pytest.mark.parametrize("length", ["one", "odd"])
+def test_code_for_a_length_that_is_no_multiple(length: str) -> None:
+    class Apart(Block):
+        def between(self, y: torch.Tensor) -> torch.Tensor:
+            apart = y.shape[1] == 1 if length == "one" else y.shape[1] % 4
+            return F.gelu(y) * (FFN / y.shape[-1]) if apart else F.gelu(y)
+
+    net = Net(Apart)
+    assert not is_right(net, discover(net), "ffn")  # it is frozen
+
+
+def test_code_that_torch_func_transforms() -> None:
+    class Mapped(Block):
+        def between(self, y: torch.Tensor) -> torch.Tensor:
+            return torch.vmap(lambda one: F.gelu(one) * (FFN / one.shape[-1]))(y)
+
+    net = Net(Mapped)
+    assert not is_right(net, discover(net), "ffn")
+
+
 def test_code_for_long_input_alone() -> None:
     class Long(Block):
         def between(self, y: torch.Tensor) -> torch.Tensor:

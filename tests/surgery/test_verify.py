@@ -227,7 +227,7 @@ def test_what_only_long_input_shows_is_compared() -> None:
     net = Windowed()
     discovery = discover(net)
     group = next(g for g in discovery.groups if g.kind == "other" and g.frozen is None)
-    with pytest.raises(VerificationError, match=r"on 128 tokens; at fault"):
+    with pytest.raises(VerificationError, match=r"on 129 tokens; at fault"):
         check(net, {group.name: np.array([0, 1])}, discovery)
 
 

@@ -101,11 +101,25 @@ def positions(text):
 def within(model, parts):
     """Return the same by the names of the model without its head, if that is what ``model`` is."""
     prefix = f"{model.base_model_prefix}."
-    if model.base_model is not model or not any(n.startswith(prefix) for n in parts["shapes"]):
-        return parts
+    if model.base_model is model and any(n.startswith(prefix) for n in parts["shapes"]):
+        parts = {
+            part: {n.removeprefix(prefix): value for n, value in of.items() if n.startswith(prefix)}
+            for part, of in parts.items()
+        }
+    return parts | {"shapes": with_own_rows(model, parts["shapes"])}
+
+
+def with_own_rows(model, shapes):
+    """Return shapes with a row for each token: embeddings may have been resized since."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    rows = {
+        f"{name}.{key}": weight.shape[0]
+        for name, module in model.named_modules()
+        if any(module is end for end in ends)
+        for key, weight in module.named_parameters(recurse=False)
+    }
     return {
-        part: {n.removeprefix(prefix): value for n, value in of.items() if n.startswith(prefix)}
-        for part, of in parts.items()
+        name: type(shape)((rows.get(name, shape[0]), *shape[1:])) for name, shape in shapes.items()
     }
 
 

@@ -79,6 +79,11 @@ class Checked(Pruned):
             (Path(save_directory) / f"{CODE}.py").write_text(_code(classes), encoding="utf-8")
         super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc]
 
+    def _get_files_timestamps(self, working_dir: Any) -> dict[str, float]:
+        """Have a push to the hub take the code for new: it lies there before the weights do."""
+        found = super()._get_files_timestamps(working_dir)  # type: ignore[misc]
+        return {name: time for name, time in found.items() if name != f"{CODE}.py"}
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Let copies be made, also in other processes, where the class is made anew."""
         return _new, (stock_class(type(self)),), *super().__reduce_ex__(protocol)[2:]

@@ -110,7 +110,8 @@ def save_checkpoint(
                 if tokenizer is not None:
                     tokenizer.save_pretrained(folder)
             for name, content in processor.items():
-                (folder / name).write_bytes(content)
+                if name != "chat_template.json" or not any(folder.glob("*chat_template*")):
+                    (folder / name).write_bytes(content)
         finally:
             model.config, model.__class__ = own, own_class
         if plan_json is not None:

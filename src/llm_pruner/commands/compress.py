@@ -168,7 +168,8 @@ def check_settings(settings: CompressSettings) -> None:
     found: list[Examples] = []
     if settings.recover:
         check_trains(settings.device)
-        check_training(settings.trains())
+        trains, minutes = settings.trains(), (settings.time_budget or 0) / 60
+        check_training(trains.but(max_minutes=trains.max_minutes or minutes) if minutes else trains)
         read = [source for source in settings.data if source != SELF]
         found = [load_examples(source, limit=BEGINNING) for source in read]
     check_calibration(pruning)

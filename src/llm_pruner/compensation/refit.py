@@ -43,7 +43,7 @@ from llm_pruner.errors import UserError
 from llm_pruner.models.activation_store import ActivationStore, Boundary, HiddenStates
 from llm_pruner.models.blockwise import Carried, Chain, NotBlockwise, find_chain
 from llm_pruner.models.consumers import consumers_of, input_dim, set_weight, weight_of
-from llm_pruner.models.forward import undisturbed
+from llm_pruner.models.forward import first_tensor, undisturbed
 from llm_pruner.models.layers import Renaming, kept_layers
 from llm_pruner.models.streaming import turn
 from llm_pruner.runtime.progress import track
@@ -428,7 +428,7 @@ class _Refit:
         before: list[torch.Tensor] = []
 
         def stop(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-            raise _Reached(args[0] if args else next(iter(named.values())))
+            raise _Reached(first_tensor(args, named))
 
         with ExitStack() as hooks:
             for consumer in order[:-1]:

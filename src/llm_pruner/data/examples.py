@@ -143,28 +143,30 @@ def _instruction(question: str, answer: str, row: Any, where: str) -> Example:
     row = row if isinstance(row, Mapping) else {question: "", answer: ""}
     # Where there is no context, and nothing for the system to say, the field may be left out.
     context = next((name for name in CONTEXTS if name != question and row.get(name)), None)
-    system = next((name for name in SYSTEMS if row.get(name)), None)
-    told = {name: row[name] for name in (context, system) if name is not None}
-    for field, value in ({question: row.get(question), answer: row.get(answer)} | told).items():
+    given = "" if context is None else row[context]
+    for field, value in (
+        (question, row.get(question)),
+        (context, given),
+        (answer, row.get(answer)),
+    ):
         if not isinstance(value, str):
             raise UserError(
                 f"{where}: field {field!r} is missing or no string; repair or remove the record"
             )
     if not row[question].strip():
         return Example()
-    before = [] if system is None else [Turn("system", told[system])]
-    earlier, given = _earlier(row.get("history"), where), "" if context is None else told[context]
+    said = (row.get(name) for name in SYSTEMS)
+    before = [Turn("system", text) for text in said if isinstance(text, str) and text.strip()][:1]
+    earlier = _earlier(row.get("history"))
     asked = f"{row[question]}\n\n{given}" if earlier and given.strip() else row[question]
     turns = (*before, *earlier, Turn("user", asked), Turn("assistant", row[answer]))
     return Example(turns, context="" if earlier else given)
 
 
-def _earlier(history: Any, where: str) -> list[Turn]:
-    """Return the turns of a list of questions and their answers."""
-    pairs = history if isinstance(history, (list, tuple)) else []
-    said = [one for pair in pairs for one in (pair if isinstance(pair, (list, tuple)) else [pair])]
-    if (history and not pairs) or len(said) % 2 or not all(isinstance(one, str) for one in said):
-        raise UserError(
-            f"{where}: field 'history' is no list of pairs of texts; repair or remove the record"
-        )
+def _earlier(history: Any) -> list[Turn]:
+    """Return the turns of a list of questions and their answers; none if it is something else."""
+    pairs = history if isinstance(history, (list, tuple)) else ()
+    said = [one for pair in pairs for one in (pair if isinstance(pair, (list, tuple)) else (None,))]
+    if len(said) % 2 or not all(isinstance(one, str) for one in said):
+        return []
     return [Turn(ROLES[1 + place % 2], text) for place, text in enumerate(said)]

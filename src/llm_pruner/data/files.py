@@ -122,6 +122,8 @@ def chat_field(row: Mapping[str, Any]) -> str | None:
 def answer_fields(row: Mapping[str, Any]) -> tuple[str, str] | None:
     """Return the fields of a record that hold an instruction and its answer; None if none do."""
     for pair in product(QUESTIONS, ANSWERS):
+        if pair[0] in CONTEXTS and isinstance(row.get("text"), str):
+            continue
         if all(isinstance(row.get(field), str) for field in pair):
             return pair
     return None

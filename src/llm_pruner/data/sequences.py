@@ -240,6 +240,12 @@ def _templated(example: Example, tokenizer: Any) -> list[Piece]:
     if example.context.strip():
         asked = next(one for one in messages if one["role"] == "user")
         asked["content"] += f"\n\n{example.context}"
+    if [one["role"] for one in messages[:2]] == ["system", "user"]:
+        try:
+            render_chat(tokenizer, messages[:2], True)
+        except UserError:  # Gemma 2 and others know no system
+            told = messages.pop(0)["content"]
+            messages[0]["content"] = f"{told}\n\n{messages[0]['content']}"
     pieces: list[Piece] = []
     written = ""
     for position, message in enumerate(messages):

@@ -186,9 +186,10 @@ def run(lm: LoadedLM, task: PreparedTask, limit: int | None) -> list[zero_shot.T
     lm.terminal, lm.title, lm.truncated = sys.stderr, task.name, 0
     with quiet():
         found = evaluator.evaluate(lm, task.tasks, limit=limit, log_samples=False)
-    # Of a group they are counted together, and told of the group.
-    cut = {task.name: lm.truncated}
-    return [_result(name, found, cut.get(name, 0)) for name in found["results"]]
+    # Of several they are counted together, and told of the group or, of a tag, of its first task.
+    names = [*found["results"]]
+    of = task.name if task.name in names else names[0]
+    return [_result(name, found, lm.truncated if name == of else 0) for name in names]
 
 
 def _result(name: str, found: dict[str, Any], truncated: int) -> zero_shot.TaskResult:

@@ -16,7 +16,12 @@ from llm_pruner.data.sequences import added_tokens
 from llm_pruner.data.text import EvaluationText, Protocol
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.divergence import Divergence, compare, divergence
-from llm_pruner.models.forward import embedding_rows, evaluating, maximum_length
+from llm_pruner.models.forward import (
+    embedding_rows,
+    evaluating,
+    first_tensor,
+    maximum_length,
+)
 from llm_pruner.models.load import LoadedModel
 from llm_pruner.runtime.progress import track
 from llm_pruner.settings.evaluate import PerplexitySettings
@@ -164,7 +169,11 @@ class Remembered(nn.Module):
         if head is None:
             return self.model(input_ids=input_ids, **how)
         calls: list[tuple[torch.Tensor, torch.Tensor]] = []
-        hook = head.register_forward_hook(lambda _, read, gave: calls.append((read[0], gave)))
+
+        def note(_: nn.Module, given: Any, named: Any, gave: torch.Tensor) -> None:
+            calls.append((first_tensor(given, named), gave))
+
+        hook = head.register_forward_hook(note, with_kwargs=True)
         try:
             found = self.model(input_ids=input_ids, **how)
         finally:

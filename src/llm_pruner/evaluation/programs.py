@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,8 +20,8 @@ Ending = Literal["passed", "failed", "timed out"]
 """How a program ended; ``failed`` is any exception, ``SystemExit`` too, and any other early end."""
 
 SECONDS = 5.0
-"""Time that one program may compute, start of Python included. OpenAI's own runner gives three
-seconds of the wall clock, by which the same program passes on an idle machine alone."""
+"""Time that one program may compute. OpenAI's own runner gives three seconds of the wall clock, in
+which the same program passes on an idle machine alone."""
 WAITING = 6
 """Times as long that it may take, all in all: a busy machine is slower, and a program may sleep."""
 MEMORY, PROCESSES, FILE_BYTES = 2**30, 16, 2**24
@@ -67,7 +68,7 @@ def run_program(source: str, *, seconds: float = SECONDS, memory: int = MEMORY) 
         LLMPrunerError: no program can be run.
     """
     script = Path(__file__).with_name("sandbox.py")
-    limits = (memory, PROCESSES, FILE_BYTES, int(seconds) + 1)
+    limits = (memory, PROCESSES, FILE_BYTES, math.ceil(seconds))
     with tempfile.TemporaryDirectory(prefix="program-") as folder:
         child = subprocess.Popen(
             [sys.executable, "-I", "-B", str(script), *map(str, limits)],
@@ -93,7 +94,7 @@ def run_program(source: str, *, seconds: float = SECONDS, memory: int = MEMORY) 
             held, _, said = child.stdout.read().decode(errors="replace").partition("\n")
     if not held:
         raise LLMPrunerError(f"programs cannot be run: {script.name} ended with {child.returncode}")
-    killed = child.returncode == -signal.SIGKILL or said == "timed out"
+    killed = child.returncode == -signal.SIGKILL or said.endswith("timed out")
     ending: Ending = "timed out" if killed else "passed" if said == "passed" else "failed"
     error = said if ending == "failed" and said else None
     return ProgramRun(ending, error, **json.loads(held))

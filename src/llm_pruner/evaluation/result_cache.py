@@ -21,7 +21,7 @@ from llm_pruner.models.stored import local_path
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.version import __version__
 
-_FORMAT = 1
+_FORMAT = 2
 _CONTENT = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
 _RECORDS = ("plan.json", "report.json")
 

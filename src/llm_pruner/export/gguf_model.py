@@ -104,6 +104,11 @@ def gguf_model(model: Any, name: str) -> GgufModel:
             f"{', '.join(FAMILIES)}. If its layers are equal (prune --uniform), llama.cpp's own "
             "convert_hf_to_gguf.py may read the folder"
         )
+    if config is not model.config:
+        raise UserError(
+            f"{name} is a {type(model).__name__}, of which llama.cpp computes the text model "
+            "alone; export a model of text"
+        )
     if not is_of_transformers(stock_class(type(model))):
         raise UserError(
             f"{name} says that it is of the type {config.model_type} and has code of its own, "

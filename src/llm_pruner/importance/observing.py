@@ -33,6 +33,7 @@ from llm_pruner.importance.observation import Observation, Reading
 from llm_pruner.models.activation_store import ActivationStore, HiddenStates, free_on_disk
 from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
 from llm_pruner.models.consumers import Consumer, add_gram_, consumers_of, input_dim, weight_of
+from llm_pruner.models.forward import first_tensor
 from llm_pruner.models.streaming import turn
 from llm_pruner.runtime.processes import ALONE, Processes
 from llm_pruner.runtime.progress import track
@@ -229,7 +230,7 @@ class _Watch(Collector, Generic[Measured]):
         self, path: str, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Note an input, which becomes a leaf if nothing below it takes a gradient."""
-        value = args[0] if args else next(iter(named.values()))
+        value = given = first_tensor(args, named)
         if self._forward_only:
             self._seen.append((path, value))
             return None
@@ -241,7 +242,8 @@ class _Watch(Collector, Generic[Measured]):
         self._seen.append((path, value))
         if not fresh:
             return None
-        return ((value, *args[1:]), named) if args else ((), {**named, next(iter(named)): value})
+        changed = {key: value if one is given else one for key, one in named.items()}
+        return tuple(value if one is given else one for one in args), changed
 
     def seen(self) -> list[tuple[str, torch.Tensor]]:
         """Return (module, input) noted since the last call, and forget them."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
@@ -122,6 +122,11 @@ def cache_argument(model: nn.Module) -> str | None:
     """
     names = parameters_of(model)
     return next((name for name in ("cache", "past_key_values") if name in names), None)
+
+
+def first_tensor(given: Iterable[Any], named: Mapping[str, Any]) -> torch.Tensor:
+    """Return what a module reads: the first tensor that it is given, by place or by name."""
+    return next(one for one in (*given, *named.values()) if isinstance(one, torch.Tensor))
 
 
 def caching(model: nn.Module, wanted: bool) -> dict[str, bool]:

@@ -29,6 +29,12 @@ from transformers import (
     __version__,
     initialization,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED,
+)
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -176,7 +182,7 @@ def load_model(
         fingerprint=fingerprint(model),
         stored=states,
         stored_dtype=_stored_dtype(found, said),
-        processor=_processor(found, config) if weights else {},
+        processor=_processor(found, model.config) if weights else {},
     )
 
 
@@ -185,12 +191,17 @@ def _processor(found: _Found, config: Any) -> dict[str, bytes]:
     if found.is_gguf or config.get_text_config() is config:
         return {}
     how: dict[str, Any] = {
-        "revision": found.shared["revision"],
+        "revision": getattr(config, "_commit_hash", None) or found.shared["revision"],
         "_raise_exceptions_for_missing_entries": False,
         "_raise_exceptions_for_connection_errors": False,
     }
-    files = {name: cached_file(found.folder, name, **how) for name in _PROCESSOR}
-    return {name: Path(file).read_bytes() for name, file in files.items() if file is not None}
+    try:
+        files = {name: cached_file(found.folder, name, **how) for name in _PROCESSOR}
+        read = {name: Path(file).read_bytes() for name, file in files.items() if file is not None}
+    except OSError:  # a cache that cannot be written to, or the like
+        return {}
+    # What names code of its own would look for that.
+    return {name: content for name, content in read.items() if b'"auto_map"' not in content}
 
 
 def _stored_dtype(found: _Found, said: Any) -> torch.dtype:
@@ -206,11 +217,11 @@ def _config(source: str, found: _Found, packed: bool) -> Any:
     if here := Path(found.folder).exists():
         _check_adapter(source, found)
     config = AutoConfig.from_pretrained(found.folder, **found.shared)
-    written = next(iter(getattr(config, "architectures", None) or ()), "")
-    if written.endswith("ForMaskedLM") and not getattr(config, "is_decoder", False):
+    either = config.model_type in MASKED.keys() & CAUSAL.keys() and not config.is_encoder_decoder
+    if either and getattr(config, "is_decoder", None) is False:
         raise UserError(
-            f"{source} is an encoder ({written}): each token sees those behind it; name a model "
-            "that generates text"
+            f"{source} is an encoder ({config.model_type}): each token sees those behind it; name "
+            "a model that generates text"
         )
     _check_quantization(source, config, packed)
     if not here:

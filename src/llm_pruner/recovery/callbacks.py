@@ -59,6 +59,7 @@ class Guard(TrainerCallback):
         self._clock = time.monotonic()
         self._pace = Pace()
         self._seconds_to_step = 0.0
+        self._begun = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Score the model as it came, unless an earlier process did."""
@@ -67,6 +68,7 @@ class Guard(TrainerCallback):
             self._run.evaluations.append(self._evaluate(0))
         state.max_steps = self._run.total
         self._tick()
+        self._begun = self._run.seconds
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Plan, evaluate, keep, stop."""
@@ -159,7 +161,8 @@ class Guard(TrainerCallback):
         affordable = int(SCORING * left / max(run.seconds_to_score, 1e-9))
         evaluations = min(self._settings.evaluations, max(2, affordable))
         all_fit = self._plan(step, evaluations)
-        run.planned = all_fit or run.seconds >= SETTLING * (run.seconds + left)
+        trained = run.seconds - self._begun
+        run.planned = all_fit or trained >= SETTLING * (trained + left)
 
     def _plan_rest(self, step: int) -> bool:
         """Plan the rest of the run after an evaluation; return whether there was a clock to do so.

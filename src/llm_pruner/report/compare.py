@@ -183,7 +183,7 @@ def _compared(entry: Entry, tokens_differ: bool) -> Compared:
 
 def _with_dense(entries: Sequence[Entry]) -> list[Entry]:
     """Add the dense models of the reports, with all that the reports know of each."""
-    found: dict[tuple[str, str | None, int], Report] = {}
+    found: dict[tuple[str, int], Report] = {}
     for report in (entry.report for entry in entries if "dense" in entry.report.sizes):
         known = found.setdefault(_identity(report), report)
         of_dense = report.evaluations.get("dense", Evaluation())
@@ -201,9 +201,9 @@ def _with_dense(entries: Sequence[Entry]) -> list[Entry]:
     return [*added, *named]
 
 
-def _identity(report: Report) -> tuple[str, str | None, int]:
+def _identity(report: Report) -> tuple[str, int]:
     """Return what tells dense models apart."""
-    return report.source.name, report.source.revision, report.sizes["dense"].total
+    return report.source.name, report.sizes["dense"].total
 
 
 def _of_the_models(models: Sequence[Compared]) -> Iterator[Column]:

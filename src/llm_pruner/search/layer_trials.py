@@ -32,7 +32,7 @@ from torch import nn
 
 from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
 from llm_pruner.models.consumers import consumers_of, input_dim
-from llm_pruner.models.forward import undisturbed
+from llm_pruner.models.forward import first_tensor, undisturbed
 from llm_pruner.models.streaming import is_model_streamed
 from llm_pruner.planning.allocate import allocate
 from llm_pruner.planning.candidates import AllCandidates, Candidates, find_candidates
@@ -226,13 +226,19 @@ def _without(
 ) -> Iterator[None]:
     """Inside, linear modules read zeros for some features."""
 
-    def zero(gone: torch.Tensor, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return args[0].index_fill(-1, gone.to(args[0].device), 0), *args[1:]
+    def zero(
+        gone: torch.Tensor, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        read = first_tensor(args, named)
+        less = read.index_fill(-1, gone.to(read.device), 0)
+        changed = {key: less if one is read else one for key, one in named.items()}
+        return tuple(less if one is read else one for one in args), changed
 
     with ExitStack() as hooks, tails.of((name for name, _ in features), sample):
         for name, gone in features:
             module = model.get_submodule(name)
-            hooks.enter_context(module.register_forward_pre_hook(partial(zero, gone)))
+            before = partial(zero, gone)
+            hooks.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
         yield
 
 

@@ -183,7 +183,7 @@ def cut_(
                 new = nn.Parameter(new, requires_grad=old.requires_grad)
                 if undo is not None:
                     undo.keep(places, taken)
-            vars(new).update(vars(old))  # such as that it is not to decay
+        vars(new).update(vars(old))  # such as that it is not to decay
         for owner, key in places:
             setattr(owner, key, new)
     apply_layers(model, edits.layers)

@@ -29,7 +29,7 @@ from llm_pruner.discovery.tracing.run import (
     traced,
     watched,
 )
-from llm_pruner.discovery.tracing.scenes import Scene, few, staged
+from llm_pruner.discovery.tracing.scenes import Scene, few, staged, unwritten
 from llm_pruner.discovery.tracing.trace import Trace
 from llm_pruner.discovery.tracing.tracer import Tracer
 from llm_pruner.errors import VerificationError
@@ -246,7 +246,7 @@ def _twin_scene(
 
 def _pruned_scene(scene: Scene, tokens: torch.Tensor, model: nn.Module) -> Logits:
     try:
-        with staged(model, training=scene.training):
+        with staged(model, training=scene.training), unwritten(model):
             logits = scene.run(model, tokens)
     except Exception as error:  # a model's code may end in any
         text = str(error).strip()

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 
 from llm_pruner.discovery.tracing.ops import UnplacedError, parameters
 from llm_pruner.discovery.tracing.sizes import TracedInt, TracedShape, code_line, plain
-from llm_pruner.discovery.tracing.stand_ins import REWRITES
+from llm_pruner.discovery.tracing.stand_ins import REWRITES, TRANSFORMED_CODE
 from llm_pruner.types import IntArray
 
 if TYPE_CHECKING:
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 
 _SHAPE: Callable[..., torch.Size] = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 _NBYTES: Callable[..., int] = torch.Tensor.nbytes.__get__  # type: ignore[attr-defined]
+
+
+def _is_transformed(value: Any) -> bool:
+    """Whether a tensor is one of torch.func's, which hides some of its axes and their origin."""
+    return isinstance(value, torch.Tensor) and is_functorch_wrapped_tensor(value)
 
 
 class SizeMode(TorchFunctionMode):
@@ -46,6 +52,9 @@ class SizeMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if any(map(_is_transformed, (*args, *kwargs.values()))):
+            plainly = _plain_values(args), _plain_values(kwargs)
+            return self._within(TRANSFORMED_CODE, func, *plainly[0], **plainly[1])
         if name == "__get__":
             return self._attribute(func, args)
         if name == "size":
@@ -267,9 +276,11 @@ def _split(
 @sized("chunk", takes="input chunks dim")
 def _chunk(tracer: Tracer, out: Any, input: Any, chunks: Any, dim: Any = 0) -> None:
     if tracer.axes(input) is not None and len(out) > 1:
-        size = tracer.length(input, dim) // chunks
+        # The last piece of an uneven one is shorter: its size follows from the others.
+        size = (tracer.length(input, dim) + chunks - 1) // chunks
         for piece in out:
-            _state(tracer, piece, "chunk", {dim: size})
+            if plain(size) == piece.size(dim):
+                _state(tracer, piece, "chunk", {dim: size})
 
 
 @sized("narrow", takes="input dim start length")

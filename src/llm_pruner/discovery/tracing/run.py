@@ -23,7 +23,13 @@ from llm_pruner.discovery.tracing.provenance import (
     trace_attributes_,
     without_memory,
 )
-from llm_pruner.discovery.tracing.scenes import Scene, is_of_transformers, shorter, staged
+from llm_pruner.discovery.tracing.scenes import (
+    Scene,
+    Unwritten,
+    is_of_transformers,
+    shorter,
+    staged,
+)
 from llm_pruner.discovery.tracing.sizes import Expr
 from llm_pruner.discovery.tracing.stand_ins import in_sight
 from llm_pruner.discovery.tracing.trace import Trace, settle
@@ -115,7 +121,7 @@ def _watched_size(model: nn.Module, run: Callable[[nn.Module, torch.Tensor], obj
         tokens = tokens.to(_device(model))
         watch = _Watch(tokens)
         try:
-            with staged(model, contents=True), in_sight(model), watch:
+            with staged(model), Unwritten(model), in_sight(model), watch:
                 run(model, tokens)
         except Exception as error:  # what was seen until then may be enough
             failure = f" (running it raised {type(error).__name__}: {error})"
@@ -270,7 +276,7 @@ def watched(
 ) -> list[torch.Tensor]:
     """Run a scene, in view and traced, with all operations passing through the tracer."""
     tracer.add_tokens(tokens)
-    with staged(model, training=scene.training), tracer, SizeMode(tracer):
+    with staged(model, training=scene.training), Unwritten(model), tracer, SizeMode(tracer):
         return scene.run(model, tokens)
 
 

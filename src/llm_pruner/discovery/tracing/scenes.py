@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from llm_pruner.discovery.tracing.provenance import put_back, spaces_of
@@ -83,7 +85,8 @@ def scenes_of(model: nn.Module, forward: Forward, vocabulary: int) -> tuple[Scen
         Scene("8 tokens", (2, 8), forward, needed=True),
         *([padded] if named and "attention_mask" in parameters_of(model) else []),
         long,
-        Scene("training", (2, 8), run, training=True),
+        *([] if named else [Scene("1 token", (2, 1), run)]),
+        Scene("training", (2, 7), run, training=True),
     )
 
 
@@ -120,6 +123,8 @@ def long_length(model: nn.Module, vocabulary: int) -> tuple[int, int | None]:
     wanted = max((size + 1 for size in held), default=0)
     length = max((size + 1 for size in held if size < bound), default=0)
     length = min(bound, max(length, 128))
+    # Odd, so that it is no multiple of what code computes by pieces.
+    length += (1 if length < bound else -1) * (length % 2 == 0)
     windows = [
         size
         for _, name, size in _held(model)
@@ -213,23 +218,21 @@ def generated(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
 
 
 @contextmanager
-def staged(model: nn.Module, *, training: bool = False, contents: bool = False) -> Iterator[None]:
+def staged(model: nn.Module, *, training: bool = False) -> Iterator[None]:
     """Switch to evaluation or to training without dropout, and back, without gradients.
 
-    What modules hold is put back: states that they keep, and tables that they made anew.
-
-    Args:
-        training: whether to training.
-        contents: put back what tensors that are no parameters hold, too; in training it is always.
+    What modules hold is put back: states that they keep, tables that they made anew, and what the
+    code has written into buffers.
     """
     modes = [(module, module.training) for module in model.modules()]
     random = list(_random_parts(model)) if training else []
     spaces = [*spaces_of(model), *(space for space, _ in random)]
     values = [
         (value, value.clone())
-        for space in (spaces if contents or training else ())
+        for space in spaces
         for value in space.values()
         if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
+        if _has_values(value)
     ]
     try:
         with put_back(spaces), torch.no_grad():
@@ -242,8 +245,82 @@ def staged(model: nn.Module, *, training: bool = False, contents: bool = False) 
             module.training = mode
         with torch.no_grad():
             for tensor, value in values:
-                if not (tensor.is_meta or torch.equal(tensor, value)):
+                if not torch.equal(tensor, value):
                     tensor.copy_(value)
+
+
+class Unwritten(TorchDispatchMode):
+    """Gives parameters back what they held before the code of a model wrote into them.
+
+    Some code does on its first run, by what it is run on, also through ``.data``.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._own: dict[int, list[tuple[str, torch.Tensor]]] = defaultdict(list)
+        for name, weight in model.named_parameters():
+            if _has_values(weight):
+                self._own[storage_of(weight)].append((name, weight))
+        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        schema = getattr(func, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            for tensor in (*args, *(kwargs or {}).values()):
+                if isinstance(tensor, torch.Tensor):
+                    written = self._own.pop(storage_of(tensor), ())
+                    self._kept += [(one, one.detach().clone()) for _, one in written]
+                    _written.update(_key(name) for name, _ in written)
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        with torch.no_grad():
+            for weight, value in self._kept:
+                if not torch.equal(weight, value):
+                    weight.copy_(value)
+
+
+_written: set[str] = set()
+"""Names within their modules of the parameters that code has written into."""
+
+
+@contextmanager
+def unwritten(model: nn.Module) -> Iterator[None]:
+    """Do the same for a model whose like has been run before, where no mode may be around it.
+
+    Compiled code, such as that of flex attention, runs under none.
+    """
+    named = model.named_parameters()
+    kept = [(one, one.detach().clone()) for name, one in named if _key(name) in _written]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in kept:
+                weight.copy_(value)
+
+
+def _key(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _has_values(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has memory for all its values; a stand-in has one value for all."""
+    return not tensor.is_meta and tensor.untyped_storage().nbytes() >= tensor.nbytes
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """Return a number that tensors in the same memory share."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _random_parts(model: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:

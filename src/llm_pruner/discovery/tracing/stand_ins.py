@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from llm_pruner.discovery.tracing.sizes import plain
 
 COMPILED_CODE = "compiled code"
+TRANSFORMED_CODE = "code under torch.vmap or another transform of torch.func"
 """Name of the function under which code runs of which nothing is known."""
 
 

@@ -124,9 +124,12 @@ def _follow_read(trace: Trace, model: nn.Module) -> None:
         read = [name for name in own if name in trace.order]
         for name in own:
             like = [one for one in read if _stands_for(own[one], own[name])]
+            # Rotary embeddings of several kinds keep the first frequencies of each.
+            like.sort(key=lambda one: one != name.replace("original_", ""))
             first, *rest = (trace.tensors[one] for one in like or [name])
             agree = all(all(map(trace.atoms.same, one[::-1], first[::-1])) for one in rest)
-            if name in read or not like or not agree:
+            either = isinstance(own[name], nn.Parameter) and not agree
+            if name in read or not like or either:
                 continue
             left, right = trace.tensors[name], first
             new = len(left) - len(right)

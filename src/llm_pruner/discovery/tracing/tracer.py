@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llm_pruner.discovery.tracing.atoms import empty_rows, product_rows
 from llm_pruner.discovery.tracing.ghosts import GhostRunner
 from llm_pruner.discovery.tracing.ops import Call, Operation, UnplacedError, operation, tensors_in
+from llm_pruner.discovery.tracing.scenes import storage_of
 from llm_pruner.discovery.tracing.sizes import Equation, Expr, TracedInt, code_line, expr_of, leaves
-from llm_pruner.discovery.tracing.stand_ins import COMPILED_CODE
+from llm_pruner.discovery.tracing.stand_ins import COMPILED_CODE, TRANSFORMED_CODE
 from llm_pruner.discovery.tracing.trace import Axes, Choice, Ragged, Role, Trace
 from llm_pruner.types import IntArray
 
@@ -118,7 +119,7 @@ class Tracer(TorchDispatchMode):
         self.weights[tensor] = True
         self.names[tensor] = name
         if isinstance(tensor, torch.nn.Parameter):
-            self._trained.add(_storage(tensor))
+            self._trained.add(storage_of(tensor))
 
     def frozen_rows(self, count: int, reason: str) -> IntArray:
         """Return rows that are never deleted, and remember why."""
@@ -279,7 +280,7 @@ class Tracer(TorchDispatchMode):
 
         A buffer that the run writes to is none: it holds activations, such as a cache.
         """
-        return tensor in self.weights and _storage(tensor) not in self._written
+        return tensor in self.weights and storage_of(tensor) not in self._written
 
     # ------------------------------------------------ Recorder (function mode)
 
@@ -353,11 +354,11 @@ class Tracer(TorchDispatchMode):
             if tensor in self.names:
                 self.trace.order.setdefault(self.names[tensor], self._clock)
         if known.mutates and inputs and inputs[0] in self.weights:
-            self._written |= {_storage(inputs[0])} - self._trained
+            self._written |= {storage_of(inputs[0])} - self._trained
         call = Call(known.name, inputs, self.execute(known, args, kwargs))
         try:
-            if self.function == COMPILED_CODE:
-                raise UnplacedError("read by compiled code of which nothing is known")
+            if self.function in (COMPILED_CODE, TRANSFORMED_CODE):
+                raise UnplacedError(f"read by {self.function} of which nothing is known")
             if known.op.rule is None:
                 raise UnplacedError(f"no rule for the operation {call.name}")
             if known.op.domain == "read":
@@ -414,7 +415,3 @@ class Tracer(TorchDispatchMode):
 
 
 _ONE = empty_rows(1)
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)

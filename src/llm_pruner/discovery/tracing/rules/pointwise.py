@@ -34,6 +34,7 @@ def broadcast(tracer: Tracer, inputs: list[Tensor], dims: int) -> Axes:
 
 @rule("copy", "copy_", "fill_", "zero_", "masked_fill", "masked_fill_", "floor_divide")
 @rule("dropout", "native_dropout", "bernoulli")
+@rule("complex", "polar")
 @rule("pointwise", "mul", "div", makes_weights=True)
 @rule("add", "sub", makes_weights=True, keeps_ids=True)
 @rule("clamp", "clamp_max", makes_weights=True, keeps_ids=True)
