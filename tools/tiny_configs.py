@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
 TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 
@@ -222,7 +223,12 @@ NOT_DECODERS: dict[str, str] = {
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
     """Return a tiny config of a type; raises whatever the config class raises."""
-    return _shrink(CONFIG_MAPPING[model_type], OVERRIDES.get(model_type, {}))
+    kind = CONFIG_MAPPING[model_type]
+    encodes = model_type in MASKED and not kind().is_encoder_decoder
+    decodes = (
+        {"is_decoder": True} if encodes and getattr(kind(), "is_decoder", None) is False else {}
+    )
+    return _shrink(kind, {**decodes, **OVERRIDES.get(model_type, {})})
 
 
 def _shrink(kind: type[PreTrainedConfig], overrides: dict[str, Any]) -> PreTrainedConfig:
