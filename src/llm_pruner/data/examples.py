@@ -141,7 +141,7 @@ def _turn(message: Any, where: str) -> Turn:
 def _instruction(question: str, answer: str, row: Any, where: str) -> Example:
     """Read a record in the Alpaca schema, under one of its names; empty if nothing is asked."""
     row = row if isinstance(row, Mapping) else {question: "", answer: ""}
-    # Where there is no context, and nothing for the system to say, the field may be left out.
+    # Where there is no context, its field may be left out.
     context = next((name for name in CONTEXTS if name != question and row.get(name)), None)
     given = "" if context is None else row[context]
     for field, value in (

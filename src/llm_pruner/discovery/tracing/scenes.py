@@ -295,9 +295,10 @@ _written: set[str] = set()
 
 @contextmanager
 def unwritten(model: nn.Module) -> Iterator[None]:
-    """Do the same for a model whose like has been run before, where no mode may be around it.
+    """Do as `Unwritten` where no mode may be around a model: compiled code runs under none.
 
-    Compiled code, such as that of flex attention, runs under none.
+    Copied are the parameters whose names code was seen to write to under `Unwritten`, in this
+    process: run the dense model first.
     """
     named = model.named_parameters()
     kept = [(one, one.detach().clone()) for name, one in named if _key(name) in _written]

@@ -25,7 +25,7 @@ from llm_pruner.discovery.tracing.sizes import plain
 
 COMPILED_CODE = "compiled code"
 TRANSFORMED_CODE = "code under torch.vmap or another transform of torch.func"
-"""Name of the function under which code runs of which nothing is known."""
+"""Names of the functions under which code runs of which nothing is known."""
 
 
 @contextmanager
