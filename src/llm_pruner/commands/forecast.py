@@ -301,7 +301,7 @@ class _Forecaster:
             pruned = cut_copy(model, discovery, removal)
             ids = _tokens(max(2, samples), self.length, embedding_rows(model))
             job = partial(refit_, pruned, model, discovery, removal, ids, ridges)
-            with mixed_precision(model), self._states(model, ids) as known:
+            with mixed_precision(model), self._states(model, ids[: self.scored]) as known:
                 found[name], _ = _taken(partial(job, known=known))
 
     def _states(self, model: Any, ids: torch.Tensor) -> HiddenStates:

@@ -23,8 +23,8 @@ The first token of a sample counts as much as a quarter of all: most models have
 sink there, and a fit that is off by a little at this token takes the sink away from all others.
 
 Only two hidden states per token are held at a time, in memory or in files. Where a pass over the
-same text left those of the dense model, its blocks run only for what is not among them: what a
-consumer inside of a block is to give.
+first samples left those of the dense model, its blocks run on these samples only for what is not
+among them: what a consumer inside of a block is to give.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ from torch import nn
 
 from llm_pruner.compensation.least_squares import RIDGES, Rows, best_refit, equations
 from llm_pruner.errors import UserError
-from llm_pruner.models.activation_store import ActivationStore, Boundary, HiddenStates
+from llm_pruner.models.activation_store import ActivationStore, HiddenStates
 from llm_pruner.models.blockwise import Carried, Chain, NotBlockwise, find_chain
 from llm_pruner.models.consumers import consumers_of, input_dim, set_weight, weight_of
 from llm_pruner.models.forward import first_tensor, undisturbed
@@ -108,7 +109,7 @@ def refit_(
         removal: what was removed, in its numbering.
         input_ids: shape (samples, seq_len); at least two samples.
         ridges: those to choose from, see `best_refit`.
-        known: hidden states of the dense model, if of these samples.
+        known: hidden states of the dense model; used for as many samples as are the same here.
 
     Returns:
         The consumers in the order of the forward pass.
@@ -204,6 +205,41 @@ class _Reached(Exception):  # noqa: N818 - a signal, not an error
         self.value = value
 
 
+class _Rows:
+    """A tensor per token of all samples; of the first ones it may be there already.
+
+    Args:
+        samples: how many there are.
+        memory: bytes that may stay in memory.
+        known: what the first ones are read from.
+        block: the boundary there.
+        count: how many they are.
+    """
+
+    def __init__(
+        self, samples: int, memory: int, known: HiddenStates, block: int = 0, count: int = 0
+    ) -> None:
+        self._store = ActivationStore(range(1), samples, memory)
+        self._known, self._block = known, block
+        self._count = count if known.has(block) else 0
+
+    def has(self, part: slice) -> bool:
+        """Whether these samples need not be written."""
+        return bool(part.stop <= self._count)
+
+    def read(self, part: slice) -> torch.Tensor:
+        """Return a range of samples; not to be changed in place."""
+        return self._known.read(self._block, part) if self.has(part) else self._store.read(0, part)
+
+    def write(self, part: slice, values: torch.Tensor) -> None:
+        """Store a range of samples."""
+        self._store.write(0, part, values)
+
+    def close(self) -> None:
+        """Delete what was written."""
+        self._store.close()
+
+
 class _Refit:
     """The state of a walk through both models."""
 
@@ -230,9 +266,11 @@ class _Refit:
         size = max(1, _TOKENS // length)
         # The samples from here on choose the ridge.
         self.split = samples - int(held_out_samples(samples, length).sum())
+        self.count = self.known.count(ids)
+        ends = sorted({0, min(self.count, samples), self.split, samples})
         self.parts = [
             slice(at, min(at + size, end))
-            for begin, end in ((0, self.split), (self.split, samples))
+            for begin, end in pairwise(ends)
             for at in range(begin, end, size)
         ]
         self.hidden = self._rows(_MEMORY)
@@ -243,11 +281,10 @@ class _Refit:
     def run(self) -> list[Refitted]:
         """Walk through all blocks and return what became of each consumer."""
         with self.pruned.opened(), self.dense.opened():
-            entry = self._dense_states(0)
-            target = entry or self._rows()
+            target = self._dense_rows(0)
             for part in self.parts:
                 self.hidden.write(part, self.pruned.entry(self.ids[part]))
-                if entry is None:
+                if not target.has(part):
                     target.write(part, self.dense.entry(self.ids[part]))
             at = 0
             for index in track(range(len(self.pruned.blocks)), "least squares"):
@@ -260,30 +297,29 @@ class _Refit:
             self.hidden.close()
         return self.found
 
-    def _rows(self, memory: int = _MEMORY // 4) -> Boundary:
+    def _rows(self, memory: int = _MEMORY // 4) -> _Rows:
         """Return room for a tensor per token of all samples."""
-        return Boundary(ActivationStore(range(1), len(self.ids), memory))
+        return _Rows(len(self.ids), memory, self.known)
 
-    def _dense_states(self, block: int) -> Boundary | None:
-        """Return the dense hidden states before a block, if another pass left them."""
-        return self.known.before(block, self.ids)
+    def _dense_rows(self, block: int) -> _Rows:
+        """Return room for the dense hidden states before a block, with those that are known."""
+        return _Rows(len(self.ids), _MEMORY // 4, self.known, block, self.count)
 
-    def _dense_past(self, at: int, target: Boundary) -> Boundary:
+    def _dense_past(self, at: int, target: _Rows) -> _Rows:
         """Return the dense hidden states behind a block, of those before it."""
-        behind = self._dense_states(at + 1)
-        if behind is None:
-            behind = self._rows() if target.shared else target
-            self._advance(self.dense, at, target, behind)
+        behind = self._dense_rows(at + 1)
+        self._advance(self.dense, at, target, behind)
+        target.close()
         return behind
 
-    def _advance(self, chain: Chain, index: int, hidden: Boundary, behind: Boundary) -> None:
+    def _advance(self, chain: Chain, index: int, hidden: _Rows, behind: _Rows) -> None:
         """Store the hidden states behind a block, which may take the place of those before it."""
         with turn(chain.blocks[index]):
             for part in self.parts:
-                output = self._run(chain, index, part, hidden.read(part))
-                behind.write(part, output)
+                if not behind.has(part):
+                    behind.write(part, self._run(chain, index, part, hidden.read(part)))
 
-    def _block(self, index: int, at: int, target: Boundary) -> tuple[int, Boundary]:
+    def _block(self, index: int, at: int, target: _Rows) -> tuple[int, _Rows]:
         """Refit one block's consumers and go past it.
 
         Returns:
@@ -359,8 +395,8 @@ class _Refit:
         return [*self.twins, len(self.dense.blocks)][index + 1]
 
     def _dense_outputs(
-        self, at: int, target: Boundary
-    ) -> tuple[list[_Consumer], dict[int, Boundary], float, Boundary]:
+        self, at: int, target: _Rows
+    ) -> tuple[list[_Consumer], dict[int, _Rows], float, _Rows]:
         """Run a dense block, on some tokens alone if they say all that is not known.
 
         Returns:
@@ -370,11 +406,10 @@ class _Refit:
             of them is to give if it is a hidden state.
         """
         order: list[_Consumer] = []
-        references: dict[int, Boundary] = {}
+        references: dict[int, _Rows] = {}
         factor = 0.0
         calls: list[tuple[_Consumer, torch.Tensor]] = []
-        known = self._dense_states(at + 1)
-        following = known or self._rows()
+        following = self._dense_rows(at + 1)
         last: _Consumer | None = None  # to be run, where the block's output is known
 
         def note(module: nn.Module, _: Any, output: torch.Tensor) -> None:
@@ -388,14 +423,18 @@ class _Refit:
                 if id(module) in self.consumers:
                     hooks.enter_context(module.register_forward_hook(note))
             for part in self.parts:
+                first, known = part is self.parts[0], following.has(part)
+                if known and not first and not references:
+                    continue
                 calls.clear()
+                last = order[max(references)] if known and references else None
                 states = target.read(part)
                 output = states
                 with suppress(_Reached):
                     output = self._run(self.dense, at, part, states)
-                if known is None:
+                if not known:
                     following.write(part, output)
-                if part is self.parts[0]:
+                if first:
                     names = [consumer.name for consumer, _ in calls]
                     order = [
                         consumer
@@ -404,16 +443,12 @@ class _Refit:
                     ]
                 found = {consumer.name: value for consumer, value in calls}
                 values = [_by_token(found[one.name], states) for one in order if one.name in found]
-                if part is self.parts[0]:
+                if first:
                     factor = _adds_up(states, values, output.to(states.device))
                     stored = order[:-1] if factor else order
                     references = {
                         n: self._rows() for n, consumer in enumerate(stored) if consumer.fitted
                     }
-                if known is not None:
-                    if not references:
-                        break
-                    last = order[max(references)]
                 behind = states.float()
                 for number, value in enumerate(values if references else ()):
                     behind = behind + factor * value if factor else value

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
 from io import BufferedRandom
 from typing import Any
 
@@ -119,34 +118,6 @@ def _folder() -> str:
     return other if in_memory and not named and os.access(other, os.W_OK) else place
 
 
-@dataclass(frozen=True)
-class Boundary:
-    """One array of a store.
-
-    Attributes:
-        store: where it lies.
-        key: which one it is.
-        shared: whether others read it, too, so that it outlives ``close``.
-    """
-
-    store: ActivationStore
-    key: int = 0
-    shared: bool = False
-
-    def read(self, samples: slice) -> torch.Tensor:
-        """Return a range of samples; not to be changed in place."""
-        return self.store.read(self.key, samples)
-
-    def write(self, samples: slice, values: torch.Tensor) -> None:
-        """Store a range of samples."""
-        self.store.write(self.key, samples, values)
-
-    def close(self) -> None:
-        """Delete it, if nobody else reads it."""
-        if not self.shared:
-            self.store.drop(self.key)
-
-
 class HiddenStates:
     """The hidden states before each block of a model and behind the last one, or the first of them.
 
@@ -175,15 +146,23 @@ class HiddenStates:
         self.close()
         self._input_ids, self._store = input_ids.cpu(), store
 
-    def before(self, block: int, input_ids: torch.Tensor) -> Boundary | None:
-        """Return the hidden states that enter a block (one more than there are: that leave the
-        last), if they are there and the text begins with these tokens, (samples, seq_len)."""
-        known = self._input_ids[: len(input_ids)]
-        if self._store is None or block not in self._store.keys:
-            return None
-        if not torch.equal(known, input_ids.cpu()):
-            return None
-        return Boundary(self._store, block, shared=True)
+    def count(self, input_ids: torch.Tensor) -> int:
+        """Return of how many of these samples, (samples, seq_len), from the first one on, they
+        are."""
+        if self._store is None or self._input_ids.shape[1:] != input_ids.shape[1:]:
+            return 0
+        samples = min(len(self._input_ids), len(input_ids))
+        same = (self._input_ids[:samples] == input_ids[:samples].cpu()).all(-1)
+        return int(same.cumprod(0).sum())
+
+    def has(self, block: int) -> bool:
+        """Whether those that enter a block are there; its number may be that behind the last."""
+        return self._store is not None and block in self._store.keys
+
+    def read(self, block: int, samples: slice) -> torch.Tensor:
+        """Return those of a range of samples that enter a block; not to be changed in place."""
+        assert self._store is not None
+        return self._store.read(block, samples)
 
 
 def _bytes_of(values: torch.Tensor) -> Any:
