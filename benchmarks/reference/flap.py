@@ -64,6 +64,8 @@ def flap(model: Any, windows: torch.Tensor, wanted: int) -> tuple[nn.Module, int
         ):
             one.bias.copy_(one.weight[:, removed] @ mean[was][removed])
             one.weight[:, removed] = 0
+        value = layer.self_attn.v_proj  # zero on both sides, or training would bring heads back
+        value.weight.view(heads, -1, config.hidden_size)[lost] = 0
         for name in "qkv":
             getattr(layer.self_attn, f"{name}_proj").bias.zero_()
         for one in (layer.mlp.gate_proj, layer.mlp.up_proj):
