@@ -71,6 +71,18 @@ def traced_once(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave families of models other than Llama to the slow tests."""
+    from families import FAMILIES
+
+    for item in items:
+        values = getattr(item, "callspec", None)
+        told = {one for one in values.params.values() if isinstance(one, str)} if values else set()
+        if told & FAMILIES.keys() and "llama" not in told:
+            item.add_marker("slow")
+
+
 def runs_commands(module: ModuleType) -> bool:
     """Whether a module of tests runs commands."""
     return any(getattr(value, "__module__", None) == "command" for value in vars(module).values())

@@ -67,7 +67,9 @@ WATCHED = (
 )
 
 
-@pytest.fixture(scope="module", params=["pruned", "quantization_config"])
+@pytest.fixture(
+    scope="module", params=["pruned", pytest.param("quantization_config", marks=pytest.mark.slow)]
+)
 def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint whose recipe has entries of every kind, under the key of its form."""
     sizes = {"num_hidden_layers": 4, "layer_types": TYPES}

@@ -196,6 +196,7 @@ def test_refusals(tiny: Path, tmp_path: Path, options: list[str], message: str) 
     [
         ("criterion: [", "is not YAML in line 1"),
         ("- fisher", "holds no settings"),
+        ("steps: 2\ncriterion: l2\nsteps: 3", "says steps 2 times; leave one of them"),
         (
             "critrion: fisher\nsteps: many",
             "critrion is no setting; did you mean criterion?",

@@ -233,7 +233,8 @@ def read_yaml(file: Path, what: str, kind: type[Settings]) -> dict[str, Any]:
         UserError: it cannot be read, is not YAML, or names what is no field of ``kind``.
     """
     try:
-        data = yaml.safe_load(file.expanduser().read_text(encoding="utf-8"))
+        text = file.expanduser().read_text(encoding="utf-8")
+        data, written = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{what} cannot be read as UTF-8 text; give a YAML file") from error
     except yaml.YAMLError as error:
@@ -248,6 +249,10 @@ def read_yaml(file: Path, what: str, kind: type[Settings]) -> dict[str, Any]:
             f"{what}: {unknown[0]} is no setting; {near(unknown[0], kind.model_fields)}known are "
             f"{', '.join(kind.model_fields)}"
         )
+    assert isinstance(written, yaml.MappingNode)
+    names = [str(key.value) for key, _ in written.value]
+    for twice in (name for name in names if names.count(name) > 1):
+        raise UserError(f"{what} says {twice} {names.count(twice)} times; leave one of them")
     return {str(name): value for name, value in data.items()}
 
 
