@@ -127,8 +127,7 @@ def show_control(out: Screen, control: Control | None) -> None:
     from llm_pruner.report.facts import control_of
 
     for four in control_of(control):
-        models = [(row.model, *row.cells) for row in four.rows]
-        out.table(four.text, ("model", "perplexity", "KL, nats", "changed"), models)
+        out.table(four.text, four.columns, [row.cells for row in four.rows])
         out.print(f"pruned + training is {four.damage:.3f} times dense + training in perplexity")
 
 

@@ -301,11 +301,11 @@ class ControlRow(_Part):
     changed: float | None = None
 
     @property
-    def cells(self) -> tuple[str, str, str]:
-        """Perplexity, KL and share of changed first choices as a table shows them."""
+    def cells(self) -> tuple[str, str, str, str]:
+        """What a table says of it, see ``ControlText.columns``."""
         kl = "-" if self.kl is None else measured(self.kl, self.kl_stderr, ".3f")
         changed = "-" if self.changed is None else percent(self.changed)
-        return measured(self.perplexity, self.stderr), kl, changed
+        return self.model, measured(self.perplexity, self.stderr), kl, changed
 
 
 class ControlText(_Part):
@@ -314,7 +314,10 @@ class ControlText(_Part):
     Attributes:
         text: what was measured on.
         damage: perplexity of pruned + training as a ratio to dense + training.
+        columns: headings of a table of the rows.
     """
+
+    columns: ClassVar = ("model", "perplexity", "KL, nats", "changed")
 
     text: str
     rows: tuple[ControlRow, ...]

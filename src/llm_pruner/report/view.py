@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from llm_pruner.report.data import BITS, VARIANTS, Evaluation, Report, Variant
-from llm_pruner.report.text import count, measured, megabytes, percent, points
+from llm_pruner.report.text import count, measured, megabytes, number, percent, points
 from llm_pruner.types import Layer
 
 _K = TypeVar("_K")
@@ -18,16 +18,13 @@ _FOLDERS = re.compile(r"(^|[=,])(?:~|\.{1,2})?/(?:[^,]*/)?")
 """What stands before a name in a path; several stand in a list with commas."""
 
 UNITS = {
-    "heads": "heads",
     "query_heads": "query heads",
     "ffn": "FFN channels",
     "hidden": "hidden channels",
     "head_dim": "head channels",
     "value_dim": "value channels",
-    "experts": "experts",
-    "layers": "layers",
 }
-"""Kind or short name of a group -> what its units are called."""
+"""Kind or short name of a group -> what its units are called, where that is another word."""
 
 
 _WHOLE = ("dense", "trimmed")
@@ -206,28 +203,24 @@ def sizes(report: Report) -> Table | None:
         return None
     of = [report.sizes[name] for name in names]
     rows = [
-        _row("parameters", [size.total for size in of], _whole_number),
-        _row("in embeddings", [size.embedding for size in of], _whole_number),
-        _row("in decoder layers", [size.blocks for size in of], _whole_number),
+        _row("parameters", [size.total for size in of], number),
+        _row("in embeddings", [size.embedding for size in of], number),
+        _row("in decoder layers", [size.blocks for size in of], number),
         _row("weights in memory", [size.bytes for size in of], megabytes),
     ]
     if report.tokens:
         tokens = [report.tokens[name != "dense"] for name in names]
-        rows.append(_row("tokens", tokens, _whole_number))
+        rows.append(_row("tokens", tokens, number))
     layers = decoder_layers(report)
     if layers and len(names) > 1:
         left = sum(not layer.removed for layer in layers)
         pairs = [("layers", (left, len(layers)))]
         pairs += [(unit(name, report), _total(layers, name)) for name in changed_units(report)]
         rows += [
-            _row(label, [dense if name in _WHOLE else kept for name in names], _whole_number)
+            _row(label, [dense if name in _WHOLE else kept for name in names], number)
             for label, (kept, dense) in pairs
         ]
     return Table(names, tuple(row for row in rows if any(row.cells)))
-
-
-def _whole_number(value: float) -> str:
-    return f"{int(value):,}"
 
 
 def _row(label: str, values: Sequence[float | None], form: Callable[[float], str]) -> Row:

@@ -64,9 +64,7 @@ def add_evaluation(folder: Path, found: Measured, model: str) -> None:
         ours = not card.exists() or digest(card.read_text(encoding="utf-8")) == report.card_digest
     except ValueError:  # not UTF-8, so not ours
         ours = False
-    # The data comes last: what was drawn can be drawn again from it.
-    drawn = files(report, card=ours).items()
-    rewrite(folder, dict(sorted(drawn, key=lambda file: file[0] == data.JSON_FILE)))
+    rewrite(folder, files(report, card=ours))
 
 
 def write_request(folder: Path, settings: Settings) -> None:
@@ -128,7 +126,8 @@ def files(report: data.Report, *, card: bool = True) -> dict[str, str]:
         text = render_card(report)
         report = report.model_copy(update={"card_digest": digest(text)})
         written[data.CARD_FILE] = text
-    return {data.HTML_FILE: render_html(report), data.JSON_FILE: report.to_json(), **written}
+    # The data comes last: what was drawn can be drawn again from it.
+    return {**written, data.HTML_FILE: render_html(report), data.JSON_FILE: report.to_json()}
 
 
 def digest(text: str) -> str:
