@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoTokenizer
 
@@ -81,7 +81,6 @@ def vocab(settings: VocabSettings) -> Trimmed:
         VerificationError: the smaller model gives other logits; nothing is written.
     """
     only_one("vocab")
-    settings.check()
     check_output(settings.out, settings.overwrite, settings.reads)
     check_shard_size(settings.max_shard_size)
     check_push(settings)
@@ -108,10 +107,10 @@ def vocab(settings: VocabSettings) -> Trimmed:
     after = _measured(loaded, smaller, apart)
     found = Trimmed(
         model=loaded.name,
-        tokens=Change(before.tokens, after.tokens),
+        tokens=Change(rows, embedding_rows(model)),
         parameters=parameters,
-        bits_per_byte=Change(before.bits, after.bits),
-        tokens_per_kilobyte=Change(before.length, after.length),
+        bits_per_byte=Change(before[0], after[0]),
+        tokens_per_kilobyte=Change(before[1], after[1]),
         difference=difference,
         kept=kept.tolist(),
         path=settings.out,
@@ -151,21 +150,13 @@ def _texts(settings: VocabSettings) -> tuple[list[str], str]:
     return read, held_out
 
 
-@dataclass(frozen=True)
-class _Measured:
-    tokens: int
-    bits: float
-    length: float
-
-
-def _measured(loaded: LoadedModel, tokenizer: Any, text: str) -> _Measured:
-    """Measure a model with a tokenizer on a text."""
+def _measured(loaded: LoadedModel, tokenizer: Any, text: str) -> tuple[float, float]:
+    """Return the bits per byte of a text by a model with a tokenizer, and tokens per kilobyte."""
     size, ids = len(text.encode()), len(bare_ids(tokenizer, text))
     window = min(WINDOW, maximum_length(loaded.model) or WINDOW, ids)
     how = PerplexitySettings(seq_len=window)
     found = perplexity(loaded.model, tokenizer, EvaluationText("text apart", None, text), how)
-    bits = found.nll / float(np.log(2)) * ids / size
-    return _Measured(loaded.model.get_input_embeddings().weight.shape[0], bits, 1000 * ids / size)
+    return found.nll / math.log(2) * ids / size, 1000 * ids / size
 
 
 @torch.no_grad()

@@ -143,16 +143,14 @@ class CompressSettings(WriterSettings, TaskSettings, AmountSettings):
 
     def pruning(self, out: Path, start: Path | None = None) -> PruneSettings:
         """Return how the model is pruned, or what ``start`` has of it with fewer tokens."""
-        shared: dict[str, Any] = self.loading(start).written()
-        if self.calibration is not None:
-            shared["calibration"] = self.calibration
-        shared["repair_minutes"] = 0.0  # training is what ``recover`` is about
+        shared = {**self.loading(start).written(), "calibration": self.calibration}
         return PruneSettings(
             **shared,
             out=out,
             ratio=self.ratio,
             params=self.params,
             preset=self.preset,
+            repair_minutes=0.0,  # training is what ``recover`` is about
             seed=self.seed,
             max_shard_size=self.max_shard_size,
         )

@@ -21,7 +21,7 @@ from llm_pruner.settings.prune import (
 from llm_pruner.settings.words import parse_damage, parse_shares
 
 _POINTS, _MEASURE = "Points", "What to measure"
-_points, _measure = (partial(option, panel=panel) for panel in (_POINTS, _MEASURE))
+_points, _measure, _output = (partial(option, panel=of) for of in (_POINTS, _MEASURE, OUTPUT))
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 """Shares of all parameters that are removed where none are named."""
@@ -68,17 +68,12 @@ class CurveSettings(MemorySettings, FolderSettings, ModelSettings, ChoiceSetting
     measured_tokens: Annotated[int, within(2, MOST)] = _measure(
         8192, "Measure on this many tokens of it, at most.", "N"
     )
-    restart: bool = option(
-        False,
-        "Throw an interrupted run away, which the same command would go on with.",
-        panel=OUTPUT,
+    restart: bool = _output(
+        False, "Throw an interrupted run away, which the same command would go on with."
     )
 
     def pruning(self, ratio: float) -> PruneSettings:
         """Return how a point is pruned: as ``prune`` does with the same options."""
         said = self.model_dump(mode="json", include=set(ChoiceSettings.model_fields) & self.given)
-        preset = {} if self.preset is None else {"preset": self.preset}
-        shared = self.loading().written()
-        return PruneSettings(
-            **shared, **said | preset, ratio=ratio, out=self.out, memory=self.memory, verify=False
-        )
+        said |= {"preset": self.preset, "memory": self.memory, "verify": False}
+        return PruneSettings(**self.loading().written(), **said, ratio=ratio, out=self.out)

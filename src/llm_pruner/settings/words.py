@@ -68,9 +68,9 @@ def parse_split(text: str) -> dict[str, float]:
 
 
 def parse_shares(text: str) -> tuple[float, ...]:
-    """Return the numbers of ``"0.1,0.2"``, ascending, each once; raise UserError for others."""
+    """Return the numbers of ``"0.1,0.2"``; raise UserError for others."""
     try:
-        return tuple(sorted({float(part) for part in text.split(",")}))
+        return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise UserError(
             f"--ratios {text} is no list of shares; write such as 0.1,0.2,0.3"
