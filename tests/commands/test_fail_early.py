@@ -17,7 +17,8 @@ from helpers import tiny_model
 from llm_pruner.checkpoints import save_checkpoint
 from llm_pruner.commands import publish
 from llm_pruner.commands.prune import PruneRun
-from llm_pruner.commands.recover import check_run, work_folder
+from llm_pruner.commands.recover import check_run
+from llm_pruner.commands.workdir import RECOVERING
 from llm_pruner.errors import UserError
 from llm_pruner.files import outputs
 from llm_pruner.files.outputs import check_place, check_shard_size
@@ -134,7 +135,7 @@ def pruned(out: Path, **changes: Any) -> Callable[[], object]:
 
 def recovered(out: Path, **changes: Any) -> Callable[[], object]:
     settings = RecoverSettings(model="m", out=out, data="t.txt", **changes)
-    return lambda: check_run(settings, work_folder(out))
+    return lambda: check_run(settings, RECOVERING.beside(out))
 
 
 def saved(size: str) -> None:

@@ -27,7 +27,7 @@ import llm_pruner.commands.prune as pruning
 import llm_pruner.commands.recover as recovering
 import llm_pruner.models.load
 from command import contents, done, run, save_tiny, write_text
-from llm_pruner.commands.workdir import RECOVERING, begun, folder_beside, opened, remove_run
+from llm_pruner.commands.workdir import RECOVERING, begun, opened, remove_run
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.files.disk import allocate, discard, new_file, new_folder, put
 from llm_pruner.files.outputs import (
@@ -519,7 +519,7 @@ def test_a_run_that_was_killed_after_its_result_was_in_place(work: Path) -> None
 def test_the_folder_of_a_run_lies_beside_what_a_link_leads_to(tmp_path: Path) -> None:
     (tmp_path / "disk/out").mkdir(parents=True)
     (tmp_path / "link").symlink_to("disk/out")
-    assert folder_beside(tmp_path / "link", "recovering") == tmp_path / "disk/out.recovering"
+    assert RECOVERING.beside(tmp_path / "link") == tmp_path / "disk/out.recovering"
 
 
 # Signals and processes.

@@ -34,12 +34,13 @@ def run(settings: CurveSettings, json: str | None) -> None:
     An interrupted run goes on when the same command is given again.
     """
     keep_kernels(PRUNING)
-    from llm_pruner.commands.curve import curve, work_folder
+    from llm_pruner.commands.curve import curve
+    from llm_pruner.commands.workdir import MEASURING
 
     try:
         done = curve(settings, command=command_line(), tell=tell_stage, going_on=tell_going_on)
     except KeyboardInterrupt:
-        if not work_folder(settings.out).is_dir():
+        if not MEASURING.beside(settings.out).is_dir():
             raise
         raise Interrupted(said_how_to_go_on(restart=settings.restart)) from None
     for share, why in done.missed.items():

@@ -30,14 +30,15 @@ Examples:
 def run(settings: RecoverSettings, json: str | None) -> None:
     """Train a pruned model, and keep it only if it became better."""
     keep_kernels(TRAINING)
-    from llm_pruner.commands.recover import recover_checkpoint, work_folder
+    from llm_pruner.commands.recover import recover_checkpoint
+    from llm_pruner.commands.workdir import RECOVERING
     from llm_pruner.evaluation.result_cache import shared_corpora
 
     say = Narrator(quiet=json == "-") if speaks() else lambda _: None
     try:
         done = recover_checkpoint(settings, command=command_line(), say=say)
     except KeyboardInterrupt:
-        if settings.out.resolve() in placed or not work_folder(settings.out).is_dir():
+        if settings.out.resolve() in placed or not RECOVERING.beside(settings.out).is_dir():
             raise
         raise Interrupted("interrupted; go on with --resume") from None
     if not speaks():

@@ -20,10 +20,10 @@ from llm_pruner.commands.publish import check_push
 from llm_pruner.commands.recover import check_training, recover_checkpoint
 from llm_pruner.commands.vocab import RECORD, vocab
 from llm_pruner.commands.workdir import (
+    COMPRESSING,
     Work,
     content,
     contents,
-    folder_beside,
     move_result,
     opened,
     read_values,
@@ -92,11 +92,6 @@ _TRAINING = Annotated[
 """What a finished recovery wrote of itself."""
 
 
-def work_folder(out: Path) -> Path:
-    """Return the folder of a run that will end in ``out``: its name and ``.compressing``."""
-    return folder_beside(out, "compressing")
-
-
 def compress(
     settings: CompressSettings,
     *,
@@ -108,10 +103,10 @@ def compress(
 ) -> Compressed:
     """Make a smaller model of ``settings.model`` in the folder ``settings.out``.
 
-    Until it is done all lies in ``work_folder(out)``. A run that was interrupted goes on from there
-    with the stages that are missing; without a time budget it ends with the same weights, plan
-    and figures, speeds and times apart, as one that was not. With one, what was decided by measured
-    speed is decided once.
+    Until it is done all lies in a folder beside ``out`` with the ending ``.compressing``. A run
+    that was interrupted goes on from there with the stages that are missing; without a time budget
+    it ends with the same weights, plan and figures, speeds and times apart, as one that was not.
+    With one, what was decided by measured speed is decided once.
 
     Args:
         command: the command line of this run, for the report.
@@ -130,7 +125,7 @@ def compress(
     out, restart = settings.out, settings.restart
     check_place(out, "--out")
     check_push(settings)
-    work = work_folder(out)
+    work = COMPRESSING.beside(out)
     tidy(work)
     if not work.is_dir():
         # The model with fewer tokens, the pruned one, the recovered one and the quantized one.
@@ -170,28 +165,22 @@ def check_settings(settings: CompressSettings) -> None:
         check_trains(settings.device)
         trains, minutes = settings.trains(), (settings.time_budget or 0) / 60
         check_training(trains.but(max_minutes=trains.max_minutes or minutes) if minutes else trains)
-        read = [source for source in settings.data if source != SELF]
-        found = [load_examples(source, limit=BEGINNING) for source in read]
+        found = [load_examples(one, limit=BEGINNING) for one in settings.data if one != SELF]
     check_calibration(pruning)
     read_texts(settings.perplexity, PerplexitySettings())
     check_shard_size(settings.max_shard_size)
     if settings.tasks is not None:
         prepare_tasks(settings)
-    config = check(settings.loading())
-    if settings.quantize != "none" and not _is_of_transformers(config):
+    config = check(settings.loading())  # None of a .gguf file, which transformers knows
+    own = config is not None and not type(config).__module__.startswith("transformers.")
+    if settings.quantize != "none" and own:
         raise UserError(
             f"--quantize {settings.quantize} is for models whose code is in transformers, and "
             f"{settings.model} has its own; leave --quantize out"
         )
     tokenizer = load_tokenizer(settings.loading()) if found else None
     for one in found:  # a chat template may refuse what is only trained on after pruning
-        some = one.examples[:BEGINNING]
-        encode_each(some, tokenizer, seq_len=settings.trains().seq_len)
-
-
-def _is_of_transformers(config: Any) -> bool:
-    """Whether a config is of a class of transformers; None stands for a .gguf file, which is."""
-    return config is None or type(config).__module__.startswith("transformers.")
+        encode_each(one.examples[:BEGINNING], tokenizer, seq_len=settings.trains().seq_len)
 
 
 def last_stage(settings: CompressSettings, recovery: Training | None) -> str:
@@ -408,8 +397,7 @@ class _Stages:
         from llm_pruner.checkpoints.packed import save_packed
 
         def beside(folder: Path, model: Any) -> None:
-            report = known_report(folder)
-            if report is not None:
+            if (report := known_report(folder)) is not None:
                 sizes = report.sizes | {"quantized": model_size(model)}
                 # Which servers run packed weights is not known.
                 changed = {"sizes": sizes, "servers": ()}
@@ -519,8 +507,8 @@ class _Stages:
                 )
 
     def _pruned_report(self) -> Report:
-        drawn = known_report(self.run.path("pruned"))
-        return drawn or Report(source=Source(name=self.settings.model))
+        bare = Report(source=Source(name=self.settings.model))
+        return known_report(self.run.path("pruned")) or bare
 
     def _sample_length(self) -> int:
         """Return the tokens in a sample: as in self-made calibration text, which is used again."""

@@ -17,14 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from llm_pruner.commands.prune import PruneRun
-from llm_pruner.commands.workdir import (
-    MEASURING,
-    Work,
-    contents,
-    folder_beside,
-    move_result,
-    opened,
-)
+from llm_pruner.commands.workdir import MEASURING, Work, contents, move_result, opened
 from llm_pruner.data.calibration import Calibration, check_calibration, read_calibration
 from llm_pruner.data.text import EvaluationText, load_evaluation_text, shares_of, with_field
 from llm_pruner.discovery.groups import discover
@@ -73,11 +66,6 @@ WINDOW = 512
 _SHARED, _SCORE = "shared.safetensors", "score."
 
 
-def work_folder(out: Path) -> Path:
-    """Return the folder of a run that will end in ``out``: its name and ``.measuring``."""
-    return folder_beside(out, "measuring")
-
-
 def curve(
     settings: CurveSettings,
     *,
@@ -87,8 +75,8 @@ def curve(
 ) -> Curve:
     """Measure a model at several sizes; write plans, data and page to ``settings.out``.
 
-    Until it is done all lies in ``work_folder(out)``. A run that was interrupted goes on from there
-    with the points that are missing.
+    Until it is done all lies in a folder beside ``out`` with the ending ``.measuring``. A run that
+    was interrupted goes on from there with the points that are missing.
 
     Args:
         command: the command line of this run, for the report.
@@ -100,7 +88,7 @@ def curve(
     """
     only_one("curve")
     check_place(settings.out, "--out")
-    work = work_folder(settings.out)
+    work = MEASURING.beside(settings.out)
     tidy(work)
     if not (work / "result.json").is_file() or settings.restart:
         check_settings(settings)
@@ -195,10 +183,6 @@ class CurveRun:
         self.damage: Mapping[str, Damage] = {}
         self.known = HiddenStates()
 
-    def reach(self, ratio: float) -> None:
-        """Raise UserError if no importance can reach this size."""
-        self._run(ratio).reach()
-
     def point(self, ratio: float) -> tuple[Plan, CurvePoint]:
         """Cut a copy of the model, refit it as the settings say, and measure it.
 
@@ -289,11 +273,10 @@ def _given_text(settings: CurveSettings) -> EvaluationText:
     """Return the text of ``--text``."""
     source = settings.text
     assert source is not None
-
-    def read(text_field: str | None) -> EvaluationText:
-        return load_evaluation_text(source, PerplexitySettings(text_field=text_field))
-
-    return with_field(read, settings.text_field)
+    return with_field(
+        lambda field: load_evaluation_text(source, PerplexitySettings(text_field=field)),
+        settings.text_field,
+    )
 
 
 class _Stages(CurveRun):
@@ -310,7 +293,7 @@ class _Stages(CurveRun):
         settings = self.settings
         for ratio in settings.ratios:
             try:
-                self.reach(ratio)
+                self._run(ratio).reach()
             except UserError as error:
                 if "ratios" in settings.given:
                     raise

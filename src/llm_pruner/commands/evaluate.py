@@ -20,12 +20,11 @@ from llm_pruner.data.text import EvaluationText, load_evaluation_text
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.evaluation import result_cache, zero_shot
 from llm_pruner.evaluation.footprint import model_size
-from llm_pruner.evaluation.perplexity import PerplexityResult, perplexity
+from llm_pruner.evaluation.perplexity import perplexity
 from llm_pruner.evaluation.samples import check_prompt, sample_continuation
 from llm_pruner.evaluation.speed import measure_speed
 from llm_pruner.files.outputs import atomic_directory, check_output
 from llm_pruner.models.forward import maximum_length
-from llm_pruner.models.load import LoadedModel
 from llm_pruner.report.records import Abilities, Measured
 from llm_pruner.runtime.memory import keep_large_blocks
 from llm_pruner.runtime.signals import end_with_parent
@@ -71,8 +70,11 @@ def measure(
         settings = settings.but(seq_len=window if longest is None else min(window, longest))
     perplexities = []
     if texts:
-        beside = with_tokens_of(dense.loaded, late.loaded) if dense else None
-        perplexities = measure_perplexities(late.loaded, texts, settings, beside)
+        loaded = late.loaded
+        beside = with_tokens_of(dense.loaded, loaded) if dense else None
+        perplexities = [
+            perplexity(loaded.model, loaded.tokenizer, text, settings, beside) for text in texts
+        ]
         del beside
     name, size = _name_and_size(late)
     begun = Measured(
@@ -112,12 +114,7 @@ def _joined(begun: Measured, found: Abilities, dense: Abilities | None) -> Measu
     if dense and dense.zero_shot and tasks:
         kept = zero_shot.kept(tasks.tasks, dense.zero_shot.tasks, dense.model)
     return replace(
-        begun,
-        zero_shot=tasks,
-        skills=found.skills,
-        health=found.health,
-        dense=dense,
-        kept=kept,
+        begun, zero_shot=tasks, skills=found.skills, health=found.health, dense=dense, kept=kept
     )
 
 
@@ -210,16 +207,6 @@ def read_texts(sources: Sequence[str], settings: PerplexitySettings) -> list[Eva
             f"two texts are called {twice[0][0]}, by which results are told apart; rename one"
         )
     return texts
-
-
-def measure_perplexities(
-    loaded: LoadedModel,
-    texts: Sequence[EvaluationText],
-    settings: PerplexitySettings,
-    dense: LoadedModel | None = None,
-) -> list[PerplexityResult]:
-    """Return the perplexity on each text, and how far the model is from the dense one there."""
-    return [perplexity(loaded.model, loaded.tokenizer, text, settings, dense) for text in texts]
 
 
 def write_task_files(

@@ -14,7 +14,7 @@ from typing import Any
 from llm_pruner.checkpoints import save_checkpoint
 from llm_pruner.checkpoints.save import keep_type_, round_
 from llm_pruner.commands import workdir
-from llm_pruner.commands.evaluate import measure_perplexities, read_texts
+from llm_pruner.commands.evaluate import read_texts
 from llm_pruner.commands.prune_start import check_space
 from llm_pruner.commands.publish import check_push
 from llm_pruner.data.examples import Examples, load_examples
@@ -33,6 +33,7 @@ from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.evaluation.perplexity import (
     PerplexityResult,
     check_tokens,
+    perplexity,
     perplexity_of_windows,
 )
 from llm_pruner.evaluation.servers import served_by
@@ -62,13 +63,7 @@ from llm_pruner.report.records import (
 from llm_pruner.report.write import page_in, write_report, write_request
 from llm_pruner.runtime.memory import free_bytes
 from llm_pruner.runtime.precision import multiplies, multiplies_bfloat16
-from llm_pruner.runtime.processes import (
-    Processes,
-    check_trains,
-    is_sharded,
-    joined,
-    own_device,
-)
+from llm_pruner.runtime.processes import Processes, check_trains, is_sharded, joined, own_device
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.evaluate import PerplexitySettings
 from llm_pruner.settings.options import option_name
@@ -90,11 +85,6 @@ _WRITTEN = (SELF, PRUNED)
 """Sources that a model writes."""
 
 
-def work_folder(out: Path) -> Path:
-    """Return the folder of a run that will end in ``out``: its name and ``.recovering``."""
-    return workdir.folder_beside(out, "recovering")
-
-
 def recover_checkpoint(
     settings: RecoverSettings,
     *,
@@ -103,8 +93,8 @@ def recover_checkpoint(
 ) -> Recovered:
     """Train a checkpoint and save the result as a folder that loads as the input does.
 
-    While it runs, checkpoints lie in a folder beside ``out``, see ``work_folder``, which goes away
-    at the end.
+    While it runs, checkpoints lie in a folder beside ``out`` with the ending ``.recovering``, which
+    goes away at the end.
 
     Of several processes that a launcher started, each calls this with the same arguments. The first
     one writes, and the others return the same without perplexities and what the folder is like.
@@ -123,7 +113,7 @@ def recover_checkpoint(
         where = "cuda" if is_sharded() else device
         bf16 = settings.dtype in ("float32", "auto") and multiplies_bfloat16(where)
     here = settings.but(device=device, bf16=bf16)
-    work = work_folder(settings.out)
+    work = workdir.RECOVERING.beside(settings.out)
     if not settings.overwrite:
         workdir.remove_finished(work, settings.out)
     check_run(here, work)
@@ -170,7 +160,7 @@ class _Run:
     say: Callable[[Progress], None]
 
     def __post_init__(self) -> None:
-        self.work = work_folder(self.settings.out)
+        self.work = workdir.RECOVERING.beside(self.settings.out)
         # Where the adapter waits for the model to be saved.
         self.adapter = self.work / "adapter" if self.settings.keep_adapter else None
         self.measuring = PerplexitySettings(seq_len=self.settings.perplexity_seq_len)
@@ -213,12 +203,10 @@ class _Run:
         self.loading, self.controlling = ways["model"], ways.get("control")
         self.loaded = load(self.loading)
         check_length(settings, self.loaded.model)
-        self.dense = None
-        if "teacher" in ways:
-            self.dense = load_teacher(ways["teacher"], self.loaded)
-        control = None
-        if self.controlling is not None:
-            control = load_teacher(self.controlling, self.loaded)
+        self.dense, control = (
+            load_teacher(ways[name], self.loaded) if name in ways else None
+            for name in ("teacher", "control")
+        )
         writes = self.processes.is_first
         if settings.restart and writes:
             workdir.empty(self.work, workdir.RECOVERING)
@@ -237,7 +225,10 @@ class _Run:
         """
         if not self.processes.is_first:
             return []
-        found = measure_perplexities(loaded, self.corpora, self.measuring, dense)
+        found = [
+            perplexity(loaded.model, loaded.tokenizer, text, self.measuring, dense)
+            for text in self.corpora
+        ]
         if self.controlling is not None:
             rows = held_out_windows(self.samples, self.settings.seq_len)
             text = EvaluationText("held-out samples", None, "")

@@ -18,15 +18,7 @@ from pydantic import TypeAdapter
 from pydantic_core import to_jsonable_python
 
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import (
-    discard,
-    make_parents,
-    put,
-    read_json,
-    remove,
-    remove_empty,
-    tidy,
-)
+from llm_pruner.files.disk import discard, make_parents, put, read_json, remove, remove_empty, tidy
 from llm_pruner.files.outputs import RECOVERY_FILE, check_output, write_output
 from llm_pruner.report.records import as_json
 
@@ -45,52 +37,51 @@ _CHANGEABLE = ("save_every", "report_to", "control", "control_fingerprint")
 
 @dataclass(frozen=True)
 class Kind:
-    """How the folder of a command's runs is known.
+    """How the folder of a command's runs is called and known.
 
     Attributes:
-        marks: names of which one lies in every such folder.
-        names: all names that may lie in one.
+        doing: ending of its name.
+        marks: names of which one lies in every such folder, as a pattern.
+        names: all names that may lie in one, likewise.
     """
 
-    marks: re.Pattern[str]
-    names: re.Pattern[str]
+    doing: str
+    marks: str
+    names: str
+
+    def beside(self, out: Path) -> Path:
+        """Return the folder in which a run that will end in ``out`` keeps what it has."""
+        out = out.resolve()  # beside what a link leads to: renaming does not cross file systems
+        return out.with_name(f"{out.name}.{self.doing}")
 
 
 _PARTIAL = r"\..+\.(partial|old)-[a-z0-9_]{8}"
+_OF_WORK = f"{_SETTINGS}|{_PROGRESS}|{_LOCK}|{_PARTIAL}"
+"""What lies in the folder of a `Work`."""
 
 COMPRESSING = Kind(
-    re.compile(rf"{_SETTINGS}|{_LOCK}"),
-    re.compile(
-        rf"{_SETTINGS}|{_PROGRESS}|{_LOCK}|{_PARTIAL}|(dense|pruned|amount|recovered|quantized|result)\.json"
-        r"|vocab|pruned|recovered|recovered\.recovering|quantized|replaced|text"
-    ),
+    "compressing",
+    f"{_SETTINGS}|{_LOCK}",
+    rf"{_OF_WORK}|(dense|pruned|amount|recovered|quantized|result)\.json"
+    r"|vocab|pruned|recovered|recovered\.recovering|quantized|replaced|text",
 )
 MEASURING = Kind(
-    re.compile(rf"{_SETTINGS}|{_LOCK}"),
-    re.compile(
-        rf"{_SETTINGS}|{_PROGRESS}|{_LOCK}|{_PARTIAL}|(plan|point)-[\d.e-]+\.json|result\.json"
-        r"|shared\.safetensors|curve"
-    ),
+    "measuring",
+    f"{_SETTINGS}|{_LOCK}",
+    rf"{_OF_WORK}|(plan|point)-[\d.e-]+\.json|result\.json|shared\.safetensors|curve",
 )
 RECOVERING = Kind(
-    re.compile(rf"{RUN}|{_LOCK}|(self|pruned)-[0-9a-f]{{16}}"),
-    re.compile(
-        rf"{RUN}|{_LOCK}|{_PARTIAL}|(self|pruned|control)-[0-9a-f]{{16}}|step-\d+|teacher|adapter"
-    ),
+    "recovering",
+    rf"{RUN}|{_LOCK}|(self|pruned)-[0-9a-f]{{16}}",
+    rf"{RUN}|{_LOCK}|{_PARTIAL}|(self|pruned|control)-[0-9a-f]{{16}}|step-\d+|teacher|adapter",
 )
-
-
-def folder_beside(out: Path, doing: str) -> Path:
-    """Return the folder in which a run that will end in ``out`` keeps what it has."""
-    out = out.resolve()  # beside what a link leads to: renaming does not cross file systems
-    return out.with_name(f"{out.name}.{doing}")
 
 
 def check_ours(folder: Path, kind: Kind) -> None:
     """Raise UserError if a folder is there that holds anything but a run."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    strange = [name for name in names if not kind.names.fullmatch(name)]
-    if not strange and not any(map(kind.marks.fullmatch, names)):
+    strange = [name for name in names if not re.fullmatch(kind.names, name)]
+    if not strange and not any(re.fullmatch(kind.marks, name) for name in names):
         strange = names
     if strange or (os.path.lexists(folder) and not folder.is_dir()):
         holds = f"holds {min(strange)}, which no run wrote" if strange else "is no folder"
@@ -118,7 +109,7 @@ def is_busy(folder: Path) -> bool:
 def empty(folder: Path, kind: Kind) -> None:
     """Remove all of a run but its lock; nothing that is not its own."""
     for path in folder.iterdir():
-        if path.name != _LOCK and kind.names.fullmatch(path.name):
+        if path.name != _LOCK and re.fullmatch(kind.names, path.name):
             remove(path)
 
 
