@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -20,8 +20,6 @@ from llm_pruner.models.load import LoadedModel, check, load
 from llm_pruner.models.stored import stored_at
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.evaluate import BenchSettings
-
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class Bench:
     model: Figures
     against: Figures | None
     comparison: tuple[Comparison, ...]
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
 
 
 def bench(settings: BenchSettings) -> Bench:
@@ -145,12 +143,7 @@ def bench(settings: BenchSettings) -> Bench:
         ]
         if len(models) > 1:
             comparison = [_compared(models, *pair) for pair in zip(*speeds, strict=True)]
-    return Bench(
-        settings=_record(models[0], settings),
-        model=figures[0],
-        against=figures[1] if len(figures) > 1 else None,
-        comparison=tuple(comparison),
-    )
+    return together(settings, figures, comparison, **_machine(models[0]))
 
 
 def check_length(loaded: LoadedModel, settings: BenchSettings) -> None:
@@ -227,13 +220,24 @@ def compared(
     )
 
 
-def _record(network: Any, settings: BenchSettings) -> dict[str, Any]:
+def together(
+    settings: BenchSettings, figures: Sequence[Figures], compared: Sequence[Comparison], **how: Any
+) -> Bench:
+    """Return what was measured of one model or two, with the settings and ``how`` else."""
+    asked = {"prompt_tokens", "new_tokens", "repeats", "compile", "counts_only"}
+    given = settings.model_dump(include=asked)
+    return Bench(
+        settings={**given, "batch_sizes": list(settings.batch_size), **how},
+        model=figures[0],
+        against=figures[1] if len(figures) > 1 else None,
+        comparison=tuple(compared),
+    )
+
+
+def _machine(network: Any) -> dict[str, Any]:
     weight = next(network.parameters())
     on_gpu = weight.device.type == "cuda"
-    asked = {"prompt_tokens", "new_tokens", "repeats", "compile", "counts_only"}
     return {
-        **settings.model_dump(include=asked),
-        "batch_sizes": list(settings.batch_size),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(weight.device) if on_gpu else platform.machine(),
         "threads": torch.get_num_threads(),

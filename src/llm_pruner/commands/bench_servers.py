@@ -12,7 +12,15 @@ from typing import Any
 
 from llm_pruner.checkpoints.quantizer import QUANT_METHOD
 from llm_pruner.checkpoints.remote_code import CODE
-from llm_pruner.commands.bench import Bench, Figures, Served, check_length, compared, counted
+from llm_pruner.commands.bench import (
+    Bench,
+    Figures,
+    Served,
+    check_length,
+    compared,
+    counted,
+    together,
+)
 from llm_pruner.commands.export import export
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
@@ -98,11 +106,14 @@ def bench_servers(settings: BenchSettings) -> Bench:
         figures = [_measured(*each) for each in zip(subjects, running, by_model, strict=True)]
         limits = _prefill_limit(subjects), subjects[-1].bytes / subjects[0].bytes
         pairs = [(each[0], each[1]) for each in speeds if len(each) > 1]
-    return Bench(
-        settings=_record(settings, server.TITLE, kind if server.FORMAT else _dtype(settings)),
-        model=figures[0],
-        against=figures[1] if len(figures) > 1 else None,
-        comparison=tuple(compared(*pair, *limits) for pair in pairs),
+    return together(
+        settings,
+        figures,
+        [compared(*pair, *limits) for pair in pairs],
+        server=server.TITLE,
+        server_args=settings.server_args,
+        dtype=kind if server.FORMAT else _dtype(settings),
+        device=platform.machine(),
     )
 
 
@@ -213,15 +224,3 @@ def _measured(subject: _Subject, server: serving.Server, speeds: tuple[Speed, ..
 def _prefill_limit(subjects: Sequence[_Subject]) -> float | None:
     small, large = subjects[0].prefill_macs, subjects[-1].prefill_macs
     return large / small if small and large else None
-
-
-def _record(settings: BenchSettings, title: str, kind: str) -> dict[str, Any]:
-    asked = {"prompt_tokens", "new_tokens", "repeats", "compile", "counts_only"}
-    return {
-        **settings.model_dump(include=asked),
-        "server": title,
-        "server_args": settings.server_args,
-        "batch_sizes": list(settings.batch_size),
-        "dtype": kind,
-        "device": platform.machine(),
-    }

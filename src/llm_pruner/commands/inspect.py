@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
@@ -18,7 +17,6 @@ from llm_pruner.settings.common import ModelSettings
 from llm_pruner.surgery.removal import count_parameters
 from llm_pruner.types import Discovery, Group, IntArray
 
-FORMAT_VERSION = 1
 MANY_TOKENS, LARGE_SHARE = 100_000, 0.1
 """Tokens of a vocabulary for many languages, and the share of all parameters in its embeddings,
 from which on most users do well to take some out."""
@@ -43,7 +41,7 @@ def inspect_model(model: ModelSettings) -> dict[str, Any]:
     total = count_parameters(discovery)
     kinds = dict.fromkeys(group.kind for group in discovery.groups)
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": 1,
         "model": loaded.name,
         "parameters": total,
         "tokens": embedding_rows(loaded.model),
@@ -80,7 +78,7 @@ def _group(group: Group, discovery: Discovery, total: int) -> dict[str, Any]:
         "frozen": group.frozen,
         "multiple": group.multiple,
         "least": group.least,
-        "blocks": None if group.blocks is None else len(Counter(group.blocks.tolist())),
+        "blocks": None if group.blocks is None else len(set(group.blocks.tolist())),
         "companions": {c.group: str(c.ratio) for c in group.companions},
         "members": [
             {
