@@ -165,11 +165,9 @@ class _Forecaster:
         self.total, self.blocks, self.bytes = size.total, size.blocks or 0, size.bytes or 0
         stored = stored_size(settings.model, settings.revision, "auto")
         place = stored_at(settings.model, settings.revision)
-        packed = place is not None and place.is_file()
         self.file_bytes = 0 if stored is None else stored[1]
-        if place is not None and packed:
+        if place is not None and place.is_file():
             self.file_bytes = place.stat().st_size
-        self.width = next(self.model.parameters()).element_size()
         self.room = settings.room
         self.streamed = stored is not None and stored[0] is not None and self.bytes > self.room
         self.removed, self.rounds = self._removed(), settings.steps
@@ -199,13 +197,12 @@ class _Forecaster:
         self.writes = not WRITERS.keys().isdisjoint(shares_of(settings.calibration))
         self.reads = run.reads_text or run.repairs
         if self.reads and not self.writes:
-            clock = Clock()
-            text = read_calibration(self.loaded, settings, settings.seed, clock)
+            begin = time.perf_counter()
+            text = read_calibration(self.loaded, settings, settings.seed, Clock())
             self.samples = len(text.input_ids)
             if run.refits:
                 self.fitted = len(text_to_refit(self.loaded, settings, text)[0])
-            clock.stop("calibration text")
-            self.stages["calibration text"] = Taken(clock.seconds["calibration text"])
+            self.stages["calibration text"] = Taken(time.perf_counter() - begin)
         whole = torch.empty(self.samples, self.length, device="meta")
         if self.writes or not self.reads:
             self.fitted = len(fitted_and_judged(whole)[0])

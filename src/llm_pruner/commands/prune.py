@@ -189,21 +189,23 @@ class PruneRun:
         """Refuse what cannot be, and see what is to be done."""
         settings = self.settings
         settings.check()
+        self.refits = settings.compensation != "none"
+        # Neither what a model writes nor the text of earlier steps is made longer for a refit.
+        written = WRITERS.keys() >= shares_of(settings.calibration).keys()
+        times = 1.0 if written or settings.steps > 1 else settings.refit_text
+        if self.refits and not settings.dry_run and round(times * settings.samples) < 2:
+            raise UserError(
+                f"--samples {settings.samples} leaves none to judge a refit by; use 2 or more, or "
+                "--compensation none"
+            )
         self.plan = None if settings.plan is None else planning.read_plan(settings.plan)
         self.target, self.selection = start.target_of(settings), start.selection_of(settings)
         self.criterion = start.criterion_of(settings)
         if self.plan is None and self.estimate is None:
             self.criterion.require_scores_of(settings.structures)
-        self.refits = settings.compensation != "none"
         self.repairs = settings.repair_minutes > 0 and not settings.dry_run
         if self.repairs:
             check_trains(settings.device)
-        written = WRITERS.keys() >= shares_of(settings.calibration).keys()
-        if self.refits and not settings.dry_run and written and settings.samples < 2:
-            raise UserError(  # what a model writes is not made longer for a refit
-                f"--samples {settings.samples} leaves none to judge a refit by; use 2 or more, or "
-                "--compensation none"
-            )
         self.splits = self.plan is None and start.finds_split(settings, self.criterion)
         self.tries_layers = self.plan is None and start.tries_layers(settings, self.criterion)
         # A plan of random units that nothing judges, or a plan that is there, needs no weights.
@@ -239,8 +241,9 @@ class PruneRun:
         self.network = self.loaded.model
         self.clock.stop("load")
         self.dense_config = copy.deepcopy(self.network.config)
-        as_stored = self.loaded.stored_dtype if self.settings.dtype == "auto" else None
-        self.dense_size = model_size(self.network, as_stored)
+        own = self.settings.dtype != "auto"
+        self.saved = self.network.dtype if own else self.loaded.stored_dtype
+        self.dense_size = model_size(self.network, None if own else self.saved)
         if loaded is None and self.processes.is_first:
             self._say_if_tokens_go_first()
         self.discovery = discovery or discover(self.network)
@@ -250,16 +253,14 @@ class PruneRun:
         # A dry run refits too where its plan depends on it.
         self.refitter: Refitter | None = None
         if self.refits and not self.weightless:
-            self._check_refit()
-            self.clock.stop("discover")
-        if self.refits and not self.weightless:
-            own = self.settings.dtype != "auto"
-            saved = self.loaded.model.dtype if own else self.loaded.stored_dtype
-            self.refitter = Refitter(self.loaded, self.discovery, self.surgeon, saved)
+            self._begin_refit()
         self._begin_repair()
 
-    def _check_refit(self) -> None:
-        """Go without a refit that was not asked for where the model is no chain of blocks."""
+    def _begin_refit(self) -> None:
+        """Keep the dense weights, which a refit needs.
+
+        Where the model is no chain of blocks, one that was not asked for is left out.
+        """
         some = torch.arange(8, device=next(self.network.parameters()).device)[None]
         try:
             with undisturbed(self.network), torch.enable_grad():
@@ -272,6 +273,9 @@ class PruneRun:
                 ) from reason
             _LOG.warning("no refit, which goes block by block: %s", reason)
             self.refits = False
+        else:
+            self.refitter = Refitter(self.loaded, self.discovery, self.surgeon, self.saved)
+        self.clock.stop("discover")
 
     def _say_if_tokens_go_first(self) -> None:
         tokens, size = embedding_rows(self.network), self.dense_size
@@ -500,7 +504,6 @@ class PruneRun:
         held_out, fitted = hold_out(self.text.input_ids)
         apart = [*held_out, *self.text.unseen]
         text = further_text(self.loaded, settings, fitted, torch.stack(apart), FURTHER, seed)
-        saved = self.loaded.stored_dtype if settings.dtype == "auto" else self.network.dtype
         dense, self.dense = self.dense, None
         try:
             done = repair_(
@@ -510,7 +513,7 @@ class PruneRun:
                 held_out,
                 minutes=settings.repair_minutes,
                 seed=seed,
-                as_saved_=partial(round_, dtype=saved),
+                as_saved_=partial(round_, dtype=self.saved),
             )
         except UserError as reason:  # the model as the refit left it is what there is then
             _LOG.warning("no repair: %s", reason)
@@ -577,7 +580,7 @@ class PruneRun:
         self.refitter = None  # and with it the dense weights
         give_back()
         if settings.dtype == "auto":
-            keep_type_(network, self.loaded.stored_dtype)
+            keep_type_(network, self.saved)
         reloads = settings.verify and result.parameters_before <= RELOAD_LIMIT
         again = settings.loading(settings.out, dtype="auto")
         saved: SavedCheckpoint = save_checkpoint(
@@ -607,11 +610,7 @@ class PruneRun:
         )
 
     def _write_beside(
-        self,
-        result: Pruned,
-        folder: Path,
-        kind: SavedAs,
-        needs: tuple[str, ...],
+        self, result: Pruned, folder: Path, kind: SavedAs, needs: tuple[str, ...]
     ) -> None:
         """Write what was asked for and the report beside the weights."""
         settings, loaded, plan = self.settings, self.loaded, self.plan

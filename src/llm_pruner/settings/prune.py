@@ -265,12 +265,6 @@ class PruneSettings(MemorySettings, WriterSettings, PlanSettings):
 
     def check(self) -> None:
         """Raise UserError for what says different things, or leaves nothing to judge by."""
-        fitted = round(self.refit_text * self.samples) if self.steps == 1 else self.samples
-        if self.compensation != "none" and not self.dry_run and fitted < 2:
-            raise UserError(
-                f"--samples {self.samples} leaves none to judge a refit by; use 2 or more, or "
-                "--compensation none"
-            )
         if self.repair_minutes and self.samples < 2:
             raise UserError(
                 f"--repair-minutes {self.repair_minutes:g} is judged by a sample that it is not "
