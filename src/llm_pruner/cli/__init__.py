@@ -82,8 +82,7 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Make large language models smaller by removing whole structures."""
@@ -137,10 +136,9 @@ def _run() -> None:
 def _call() -> None:
     try:
         app()
-    except Interrupted:
-        raise
     except Exception as error:
-        if heard():  # such as an import that was broken off, and was tried again without end
+        if heard() and not isinstance(error, Interrupted):
+            # Such as an import that was broken off, and was tried again without end.
             raise KeyboardInterrupt from error
         raise
 

@@ -21,20 +21,22 @@ _S = TypeVar("_S", bound=Settings)
 _PLAIN = (bool, int, float, Path)
 """Types that the command line reads itself; all else comes as text, which the settings read."""
 
-
 _STDOUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
-_JSON_HELP = "Write the results for scripts; - for stdout."
+"""Names that systems have for standard output; they mean it, too."""
 
-Json = Annotated[
-    str | None,
-    typer.Option(
+
+def _json(panel: str | None = None) -> Any:
+    return typer.Option(
         "--json",
         metavar="FILE",
-        help=_JSON_HELP,
-        # The names that systems have for standard output mean it, too.
+        help="Write the results for scripts; - for stdout.",
+        rich_help_panel=panel,
+        show_default=False,
         callback=lambda file: "-" if file in _STDOUT else file,
-    ),
-]
+    )
+
+
+Json = Annotated[str | None, _json()]
 """The option that every command has."""
 
 
@@ -95,7 +97,7 @@ def add(
     command.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
     command.__annotations__ = {one.name: one.annotation for one in shown}
     command.__doc__ = run.__doc__
-    app.command(name, cls=GroupedCommand, epilog=examples or None)(command)
+    app.command(name, cls=GroupedCommand, epilog=examples)(command)
 
 
 def _options(kind: type[Settings]) -> dict[str, Option]:
@@ -132,13 +134,18 @@ def _parameters(kind: type[Settings]) -> list[tuple[str, Any]]:
                 (f"was_{name}", Annotated[str | None, typer.Option(option.was, hidden=True)])
             )
     panel = OUTPUT if "out" in kind.model_fields else None
-    of_config = "YAML file with options; those beside it win."
-    for name, shape, words in (("config", Path, of_config), ("json", str, _JSON_HELP)):
-        how = typer.Option(
-            f"--{name}", metavar="FILE", help=words, rich_help_panel=panel, show_default=False
-        )
-        parameters.append((name, Annotated[shape | None, how]))
-    return parameters
+    config = typer.Option(
+        "--config",
+        metavar="FILE",
+        help="YAML file with options; those beside it win.",
+        rich_help_panel=panel,
+        show_default=False,
+    )
+    return [
+        *parameters,
+        ("config", Annotated[Path | None, config]),
+        ("json", Annotated[str | None, _json(panel)]),
+    ]
 
 
 def _shape(field: FieldInfo) -> Any:

@@ -104,5 +104,4 @@ def _parts(labels: Sequence[str], columns: Sequence[Column]) -> Iterator[list[Co
             part, used = [], first
         part.append(column)
         used += width
-    if part:
-        yield part
+    yield part

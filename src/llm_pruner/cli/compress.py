@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,7 +26,7 @@ from llm_pruner.cli.output import (
 )
 from llm_pruner.cli.recover import Narrator, show_control
 from llm_pruner.errors import Interrupted
-from llm_pruner.report.text import count, megabytes
+from llm_pruner.report.text import count, measured, megabytes
 from llm_pruner.runtime.memory import BOTH, keep_kernels
 from llm_pruner.settings.compress import CompressSettings
 
@@ -44,14 +45,34 @@ Examples:
 """
 
 
-def run(settings: CompressSettings, json: str | None) -> None:
+def run(
+    settings: CompressSettings,
+    json: str | None,
+    first: Callable[[Measured], None] | None = None,
+) -> None:
     """Make a smaller model: prune, recover, evaluate, report.
 
     An interrupted run goes on when the same command is given again.
     """
     keep_kernels(BOTH)
     settings.check()
-    _compress(settings, json)
+    from llm_pruner.commands.compress import compress
+
+    try:
+        done = compress(
+            settings,
+            command=command_line(),
+            tell=tell_stage,
+            say=Narrator(quiet=True),
+            going_on=tell_going_on,
+            first=first,
+        )
+    except KeyboardInterrupt:
+        raise Interrupted(said_how_to_go_on(restart=settings.restart)) from None
+    hand_over(done, json, show)
+    for note in done.notes:
+        warn(note)
+    upload(settings, json)
 
 
 _DEMO = Path("demo-out")
@@ -86,7 +107,6 @@ def demo(
     # The folder that the demo chooses by itself, it may replace by itself: but only a checkpoint
     # that was pruned, nothing else that a user may have called by this name.
     earlier = out == _DEMO and (out / "plan.json").is_file()
-    keep_kernels(BOTH)
     settings = CompressSettings(
         model="default",
         out=out,
@@ -97,28 +117,7 @@ def demo(
         samples=_DEMO_SAMPLES,
         seed=seed,
     )
-    _compress(settings, json, first=None if json == "-" else _show_dense)
-
-
-def _compress(settings: CompressSettings, json: str | None, **more: Any) -> None:
-    """Run, tell standard error how it goes, and print or write what came out."""
-    from llm_pruner.commands.compress import compress
-
-    try:
-        done = compress(
-            settings,
-            command=command_line(),
-            tell=tell_stage,
-            say=Narrator(quiet=True),
-            going_on=tell_going_on,
-            **more,
-        )
-    except KeyboardInterrupt:
-        raise Interrupted(said_how_to_go_on(restart=settings.restart)) from None
-    hand_over(done, json, show)
-    for note in done.notes:
-        warn(note)
-    upload(settings, json)
+    run(settings, json, first=None if json == "-" else _show_dense)
 
 
 def _show_dense(found: Measured) -> None:
@@ -179,8 +178,7 @@ _STAGES = {
 
 
 def _perplexity(found: PerplexityResult) -> str:
-    spread = "" if found.stderr is None else f" ± {found.stderr:.2f}"
-    return f"{found.perplexity:.2f}{spread}"
+    return measured(found.perplexity, found.stderr, ".2f")
 
 
 def _bits(found: PerplexityResult) -> str:

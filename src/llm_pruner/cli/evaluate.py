@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llm_pruner.cli.output import Screen, warn, write_json
+from llm_pruner.cli.output import Screen, hand_over, warn
 from llm_pruner.report.text import clean, count, measured
 from llm_pruner.settings.evaluate import EvaluateSettings
 
@@ -42,9 +42,7 @@ def run(settings: EvaluateSettings, json: str | None) -> None:
     for warning in shared_corpora(settings.model, settings.perplexity):
         warn(warning)
     found = measure(settings)
-    write_json(found, json)
-    if json != "-":
-        show(found)
+    hand_over(found, json, show)
     if report is not None:
         from llm_pruner.report.write import add_evaluation
 

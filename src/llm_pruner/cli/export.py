@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llm_pruner.cli.output import Screen, hand_over, warn
-from llm_pruner.report.text import clean, megabytes
+from llm_pruner.report.text import clean
 from llm_pruner.settings.export import ExportSettings
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def show(done: Exported) -> None:
     )
     out = Screen()
     out.print(f"{clean(done.model)} as {done.to}, type {done.type}: {clean(facts)}", soft_wrap=True)
-    out.print(f"saved to {clean(str(done.path))} ({megabytes(done.bytes)})", soft_wrap=True)
+    out.places(done.path, None, done.bytes)
     if left := done.facts.get("left_in_f16"):
         warn(
             f"{left} matrices have inputs that are no multiple of 32 and stay in f16, so the file "

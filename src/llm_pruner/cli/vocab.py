@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llm_pruner.cli.output import Screen, hand_over, upload
-from llm_pruner.report.text import clean, count, megabytes
+from llm_pruner.report.text import clean, count
 from llm_pruner.settings.vocab import VocabSettings
 
 if TYPE_CHECKING:
@@ -41,6 +41,6 @@ def show(done: Trimmed) -> None:
         f"{length.after / length.before - 1:+.1%} tokens"
     )
     out.print(f"logits of the tokens that stay: largest difference {done.difference:.1e}")
-    out.print(f"saved to {clean(str(done.path))} ({megabytes(done.bytes)})", soft_wrap=True)
+    out.places(done.path, None, done.bytes)
     needs = f" with {' and '.join(done.needs)}" if done.needs else ""
     out.print(f"loads with from_pretrained{needs}; adapters of the old tokens do not fit it")

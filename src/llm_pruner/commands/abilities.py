@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import __version__ as transformers_version
 
 from llm_pruner.data.files import read_skill, read_source, read_task
-from llm_pruner.data.text import Documents, load_documents, with_field
+from llm_pruner.data.text import load_documents, with_field
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import health, result_cache, skills, zero_shot
 from llm_pruner.evaluation.answers import Asked, written
@@ -98,17 +98,13 @@ def prepare(settings: EvaluateSettings) -> Prepared:
     if settings.health:
         said = health.own_prompts()
         if settings.health_prompts is not None:
-            read = partial(_documents, str(settings.health_prompts))
-            documents = with_field(read, settings.text_field)
+            read = partial(load_documents, str(settings.health_prompts))
+            documents = with_field(lambda name: read(text_field=name), settings.text_field)
             lines = (line.removesuffix("\n") for line in documents.records)
             name, said = documents.name, tuple(filter(str.strip, lines))
         prompts = health.health_prompts(said, limit)
     first = tuple(islice(problems, limit))
     return Prepared(tasks, sums, first, len(problems), prompts, name)
-
-
-def _documents(source: str, text_field: str | None) -> Documents:
-    return load_documents(source, text_field=text_field)
 
 
 def _problems(data: Path | None) -> list[Mapping[str, str]]:
@@ -141,23 +137,16 @@ def abilities(settings: EvaluateSettings, prepared: Prepared, late: Late) -> Abi
     return Abilities(late.name, tasks, found, long)
 
 
-def check_tasks(settings: TaskSettings) -> None:
-    """Raise UserError for what can be refused without reading anything."""
-    tasks = settings.tasks or ()
-    twice = sorted({task for task in tasks if tasks.count(task) > 1})
-    if twice:
+def prepare_tasks(settings: TaskSettings) -> list[PreparedTask]:
+    """Return the tasks with their documents; raise UserError if one is unknown or has no data."""
+    tasks, data = settings.tasks or (), settings.tasks_data
+    if twice := sorted(task for task in tasks if tasks.count(task) > 1):
         raise UserError(f"task {twice[0]} is named twice; name it once")
     if not all(tasks):
         raise UserError("--tasks has an empty name; write such as boolq,piqa")
     zero_shot.require_harness()
-
-
-def prepare_tasks(settings: TaskSettings) -> list[PreparedTask]:
-    """Return the tasks with their documents; raise UserError if one is unknown or has no data."""
-    check_tasks(settings)
     from llm_pruner.evaluation.harness import prepare  # imports the harness, which takes seconds
 
-    tasks, data = settings.tasks or (), settings.tasks_data
     records = [None if data is None else read_task(data, task) for task in tasks]
     return [
         prepare(task, found, settings.limit) for task, found in zip(tasks, records, strict=True)
@@ -190,8 +179,7 @@ class _Harness:
             found = {"results": run(self.lm, task, self.settings.limit)}
             if key is not None:
                 result_cache.write(key, as_json(found))
-        known: list[zero_shot.TaskResult] = found["results"]
-        return known
+        return found["results"]
 
 
 def run_tasks(tasks: list[PreparedTask], settings: EvaluateSettings, harness: _Harness) -> ZeroShot:
