@@ -83,9 +83,6 @@ def measure(
         parameters_embedding=size.embedding,
         parameters_blocks=size.blocks,
         perplexity=perplexities,
-        zero_shot=None,
-        speed=None,
-        samples={},
     )
     first(begun)
     # A task runs once, so they are prepared again. The dense model goes before the other one runs.

@@ -130,9 +130,9 @@ class Measured:
     parameters_embedding: int | None
     parameters_blocks: int | None
     perplexity: list[PerplexityResult]
-    zero_shot: ZeroShot | None
-    speed: Speed | None
-    samples: dict[str, str]
+    zero_shot: ZeroShot | None = None
+    speed: Speed | None = None
+    samples: dict[str, str] = field(default_factory=dict)
     skills: list[Skill] = field(default_factory=list)
     health: Health | None = None
     dense: Abilities | None = None
