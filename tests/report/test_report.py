@@ -433,7 +433,7 @@ def test_files_that_are_no_report(tmp_path: Path, text: str, said: str) -> None:
 def test_files_name_their_card() -> None:
     report = Report(source=Source(name="model"))
     written = files(report)
-    assert list(written) == ["report.html", "report.json", "README.md"]
+    assert list(written) == ["README.md", "report.html", "report.json"]
     assert len(json.loads(written["report.json"])["card_digest"]) == 64
     assert list(files(report, card=False)) == ["report.html", "report.json"]
 
