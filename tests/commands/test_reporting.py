@@ -280,12 +280,16 @@ def test_the_command_is_for_a_shell_and_tells_no_name(monkeypatch: pytest.Monkey
         "prune",
         "/home/anna/my model",
         "--out=/home/anna/x",
+        "/home/anna",
+        "--plan=/home/anna/",
         "/home/annabel/y",
         "a b",
         "--z=1",
     ]
     monkeypatch.setattr("sys.argv", ["/usr/bin/llm-pruner", *given])
-    assert command_line() == ("llm-pruner prune ~/'my model' --out ~/x /home/annabel/y 'a b' --z=1")
+    assert command_line() == (
+        "llm-pruner prune ~/'my model' --out ~/x ~ --plan ~ /home/annabel/y 'a b' --z=1"
+    )
 
 
 # Compare.

@@ -121,6 +121,8 @@ def test_a_request_finds_the_home_folder(tmp_path: Path, monkeypatch: pytest.Mon
     assert "out: ~/small\n" in (tmp_path / "request.yaml").read_text()
     again = PruneSettings.read({}, tmp_path / "request.yaml")
     assert (again.out, again.plan) == (tmp_path / "small", tmp_path / "plan.json")
+    write_request(tmp_path, PruneSettings(model=str(tmp_path), out=tmp_path / "small"))
+    assert 'model: "~"\n' in (tmp_path / "request.yaml").read_text().replace("'", '"')
     assert PruneSettings.read({"out": Path("~x/y")}, tmp_path / "request.yaml").out == Path("~x/y")
 
 

@@ -26,7 +26,7 @@ from llm_pruner.cli.output import (
 )
 from llm_pruner.cli.recover import Narrator, show_control
 from llm_pruner.errors import Interrupted
-from llm_pruner.report.text import count, measured, megabytes
+from llm_pruner.report.text import clean, count, measured, megabytes
 from llm_pruner.runtime.memory import BOTH, keep_kernels
 from llm_pruner.settings.compress import CompressSettings
 
@@ -153,7 +153,7 @@ def show(done: Compressed) -> None:
     out.table("Before and after", ("", *done.measured), rows)
     for text, last in zip(found[0].perplexity, found[-1].perplexity, strict=True):
         tokens = f"{text.tokens:,}" + ("" if done.tokens is None else f" -> {last.tokens:,}")
-        out.print(f"{text.corpus}: {tokens} tokens in windows of {text.window}")
+        out.print(f"{clean(text.corpus)}: {tokens} tokens in windows of {text.window}")
     show_control(out, None if done.recovery is None else done.recovery.control)
     times = {name: seconds for name, seconds in done.seconds.items() if seconds >= 0.5}
     took = ", ".join(f"{_STAGES.get(name, name)} {seconds:.0f}" for name, seconds in times.items())

@@ -14,6 +14,7 @@ from llm_pruner.cli.output import (
     warn,
 )
 from llm_pruner.errors import Interrupted
+from llm_pruner.report.text import clean
 from llm_pruner.runtime.memory import PRUNING, keep_kernels
 from llm_pruner.settings.curve import CurveSettings
 
@@ -55,7 +56,7 @@ def show(done: Curve) -> None:
     out = Screen()
     rows = [cells(point)[:-1] for point in done.points]  # the plan is named by the size
     out.table("Damage against size", COLUMNS[:-1], rows)
-    out.print(f"measured on {on(done.points)}", soft_wrap=True)
+    out.print(f"measured on {clean(on(done.points))}", soft_wrap=True)
     if said := answer(done):
         out.print(said)
     out.print(f"a plan for each size is there, such as {done.points[0].plan}", soft_wrap=True)

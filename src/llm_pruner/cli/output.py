@@ -126,16 +126,18 @@ def command_line() -> str:
     The home folder is written as ``~``: reports are published, and the name of a user's account is
     nobody's business.
     """
-    home = f"{Path.home()}/"
+    home = str(Path.home())
     words = ["llm-pruner"]
     for argument in sys.argv[1:]:
         option, sign, value = argument.partition("=")
-        if sign and option.startswith("--") and value.startswith(home):
+        if sign and option.startswith("--") and f"{value}/".startswith(f"{home}/"):
             words.append(option)  # a shell reads ~ at the beginning of a word only
             argument = value
-        inside = argument.startswith(home)
-        rest = argument.removeprefix(home) if inside else argument
-        words.append(f"~/{shlex.quote(rest)}" if inside and rest else shlex.quote(rest))
+        if f"{argument}/".startswith(f"{home}/"):
+            rest = argument.removeprefix(home).removeprefix("/")
+            words.append(f"~/{shlex.quote(rest)}" if rest else "~")
+        else:
+            words.append(shlex.quote(argument))
     return " ".join(words)
 
 

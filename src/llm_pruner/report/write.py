@@ -86,7 +86,7 @@ def _at_home(value: Any) -> Any:
         return [_at_home(one) for one in value]
     if not isinstance(value, str):
         return value
-    return re.sub(rf"(^|,\s*){re.escape(str(Path.home()))}/", r"\1~/", value)
+    return re.sub(rf"(^|,\s*){re.escape(str(Path.home()))}(?=/|\s*,|$)", r"\1~", value)
 
 
 def page_in(folder: Path) -> Path | None:
