@@ -18,10 +18,11 @@ from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
 from llm_pruner.importance import Criterion, score
 from llm_pruner.importance.criteria import MEASURES, obs
-from llm_pruner.importance.observation import Observation, Reading
+from llm_pruner.importance.observation import Measure, Observation, Reading
 from llm_pruner.importance.observing import measure
 from llm_pruner.models.consumers import Consumer, consumers_of, weight_of
 from llm_pruner.models.forward import undisturbed
+from llm_pruner.runtime.processes import ALONE
 from llm_pruner.types import Group, Member
 
 ALL = ("gates", "moments", "gram")
@@ -34,7 +35,14 @@ def tokens(samples: int = 3, length: int = 9) -> torch.Tensor:
 def observe(
     model: Any, ids: torch.Tensor, groups: list[Group], needs: Any
 ) -> dict[str, Observation]:
-    return measure(model, ids, groups, needs, lambda seen: seen)
+    found: dict[str, Observation] = {}
+
+    def note(seen: Observation) -> np.ndarray[Any, Any]:
+        found[seen.group.name] = seen
+        return np.zeros(seen.group.size)
+
+    measure(model, ids, groups, Measure(frozenset(needs), note), ALONE, None, None)
+    return found
 
 
 def gated(model: Any, group: Group, ids: torch.Tensor) -> np.ndarray[Any, Any]:

@@ -763,10 +763,10 @@ def test_product_with_a_dead_member_is_zero_and_finite() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "tailor"}, r"unknown criterion 'tailor': choose one of .*mean 'taylor'"),
+        ({"name": "tailor"}, r"unknown criterion 'tailor': did you mean taylor\? choose one of"),
         ({"name": "magic"}, r"unknown criterion 'magic': choose one of random, l1, l2, taylor, "),
-        ({"order": "secnd"}, r"unknown order 'secnd'.*mean 'second'"),
-        ({"reduction": "elements"}, r"unknown reduction 'elements'.*mean 'element'"),
+        ({"order": "secnd"}, r"unknown order 'secnd'.*mean second"),
+        ({"reduction": "elements"}, r"unknown reduction 'elements'.*mean element"),
         ({"aggregate": "mean"}, r"unknown aggregate 'mean': choose one of sum, prod, max, last"),
     ],
 )
@@ -793,7 +793,7 @@ def test_unusable_calibration(ids: Any, message: str) -> None:
 
 def test_unknown_group_and_foreign_discovery() -> None:
     model = TwoLayers()
-    with pytest.raises(UserError, match=r"unknown group 'fnn'.*did you mean 'ffn'"):
+    with pytest.raises(UserError, match=r"unknown group 'fnn'.*did you mean ffn\?"):
         score(model, model.discovery(), Criterion("l1"), input_ids=None, seed=0, groups=["fnn"])
     foreign = describe(model, Group("g", "ffn", 0, 1, (Member("other.weight", 0, rows(1), 0),)))
     with pytest.raises(UserError, match=r"names the tensor other\.weight.*this very model"):

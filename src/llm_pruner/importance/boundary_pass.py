@@ -226,25 +226,15 @@ class _BlockPass:
         self.chain, self.ids, self.collector = chain, input_ids, collector
         samples, length = input_ids.shape
         self.count = len(chain.blocks)
-        self.lowest = 0 if chain.bottom else self._lowest()
+        places, watched = chain.places(), collector.modules
+        wanted = [at for at, owned in enumerate(chain.owned) if owned]
+        wanted += [at for module, at in places.items() if module in watched]
+        self.lowest = 0 if chain.bottom else min(wanted, default=self.count)
         self.batches = Batches(samples, length, collector.processes)
         self.begins: dict[int, int] = {}  # sample -> the first that the head saw with it
-        self._take_positions(self._stride())
-
-    def _lowest(self) -> int:
-        """Return the first block that holds something wanted."""
-        for index, block in enumerate(self.chain.blocks):
-            watched = any(id(module) in self.collector.modules for module in block.modules())
-            if self.chain.owned[index] or watched:
-                return index
-        return self.count
-
-    def _stride(self) -> int:
-        """Return the positions for each whose loss is taken: 1 where all logits are seen."""
-        inside = {id(module) for block in self.chain.blocks for module in block.modules()}
-        if not gives_chosen(self.chain.model) or self.collector.modules - inside:
-            return 1
-        return min(self.collector.stride or loss_stride(self.chain), self.ids.shape[1] - 1)
+        all_seen = not gives_chosen(chain.model) or watched - places.keys()
+        stride = 1 if all_seen else collector.stride or loss_stride(chain)
+        self._take_positions(min(stride, length - 1))
 
     def _take_positions(self, stride: int) -> None:
         """Note at one position in how many the loss is taken, and how many samples of a batch the
@@ -267,16 +257,22 @@ class _BlockPass:
         if not torch.allclose(some, every, rtol=0.0, atol=0.01 * float(every.abs().max())):
             self._take_positions(1)
 
-    def _skipping(self, part: slice, entries: list[torch.Tensor]) -> Handler:
-        """Return what stands for the blocks: it notes what enters the first one in ``entries``, and
-        the last one returns the hidden state that is stored behind it."""
+    def _skipping(
+        self, part: slice, seen: list[torch.Tensor], *, with_gradient: bool = False
+    ) -> Handler:
+        """Return what stands for the blocks: the last one returns the hidden state that is stored
+        behind it. What enters the first one is noted in ``seen``, and behind it what the last one
+        returns, which may be a leaf ``with_gradient``."""
         top = self.states.read(self.count, part)
 
         def handler(at: int, _: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given = hidden_of(args, kwargs)
             if at == 0:
-                entries.append(given)
-            return self.chain.as_output(at, top.to(given.device) if at + 1 == self.count else given)
+                seen.append(given)
+            if at + 1 == self.count:
+                given = top.to(given.device).detach().requires_grad_(with_gradient)
+                seen.append(given)
+            return self.chain.as_output(at, given)
 
         return handler
 
@@ -365,20 +361,11 @@ class _BlockPass:
 
         Inputs that the collector has seen above the last block get their gradient as well.
         """
-        leaf = self.states.read(self.count, part)
-        leaves: list[torch.Tensor] = []
-
-        def handler(at: int, _: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            given = hidden_of(args, kwargs)
-            if at + 1 == self.count:
-                given = leaf.to(given.device).detach().requires_grad_()
-                leaves.append(given)
-            return self.chain.as_output(at, given)
-
-        positions = self._positions(part)
+        seen: list[torch.Tensor] = []
+        positions, handler = self._positions(part), self._skipping(part, seen, with_gradient=True)
         logits = self.chain.run(self.ids[part], handler, positions)
         cotangent = loss_cotangent(logits, self.ids[part], part.start, positions)
-        self._store(part, *self.collector.pull([logits], [cotangent], part, (), leaves[0]))
+        self._store(part, *self.collector.pull([logits], [cotangent], part, (), seen[-1]))
 
     def _tells_apart(self, index: int) -> bool:
         """Whether samples can go through a block together though they are to be told apart."""
@@ -419,13 +406,13 @@ class _BlockPass:
         Bottom and top run together, so that a tensor that is used in both, as a tied embedding,
         gets the sum of both gradients before it is squared.
         """
-        entries: list[torch.Tensor] = []
+        seen: list[torch.Tensor] = []
         positions = self._positions(part)
-        logits = self.chain.run(self.ids[part], self._skipping(part, entries), positions)
+        logits = self.chain.run(self.ids[part], self._skipping(part, seen), positions)
         pairs = [(logits, loss_cotangent(logits, self.ids[part], part.start, positions))]
         if self.chain.bottom:
-            gradient = self.gradients.read(0, part).to(entries[0].device)
-            pairs.append((entries[0], (gradient, 1.0)))
+            gradient = self.gradients.read(0, part).to(seen[0].device)
+            pairs.append((seen[0], (gradient, 1.0)))
         outputs, cotangents = zip(*(one for one in pairs if one[0].requires_grad), strict=True)
         self.collector.seen()  # in the forward pass already
         self.collector.pull(outputs, cotangents, part, self.chain.outside)

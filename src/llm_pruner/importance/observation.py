@@ -37,8 +37,7 @@ class Reading:
     @cached_property
     def weight_norms(self) -> FloatArray:
         """Squared norm of the weight's column for each input feature, shape (in_features,)."""
-        norms: FloatArray = self.weight.double().square().sum(0).cpu().numpy()
-        return norms
+        return self.weight.double().square().sum(0).cpu().numpy()
 
     @property
     def mean_square(self) -> FloatArray:
@@ -53,8 +52,7 @@ class Reading:
 
     def by_unit(self, features: FloatArray) -> FloatArray:
         """Sum a value per input feature over the features of each unit, shape (units,)."""
-        sums: FloatArray = features[self.consumer.index].sum(1)
-        return sums
+        return features[self.consumer.index].sum(1)
 
 
 @dataclass

@@ -11,11 +11,11 @@ is the same number.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,17 +29,15 @@ from llm_pruner.importance.boundary_pass import (
     Seen,
     run_backward,
 )
-from llm_pruner.importance.observation import Observation, Reading
+from llm_pruner.importance.observation import Measure, Observation, Reading
 from llm_pruner.models.activation_store import ActivationStore, HiddenStates, free_on_disk
 from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
 from llm_pruner.models.consumers import Consumer, add_gram_, consumers_of, input_dim, weight_of
 from llm_pruner.models.forward import first_tensor
 from llm_pruner.models.streaming import turn
-from llm_pruner.runtime.processes import ALONE, Processes
+from llm_pruner.runtime.processes import Processes
 from llm_pruner.runtime.progress import track
 from llm_pruner.types import FloatArray, Group, Member
-
-Measured = TypeVar("Measured")
 
 SEGMENT = 128
 """Tokens whose contributions to a gate's derivative are summed before they are squared."""
@@ -55,25 +53,21 @@ def measure(
     model: nn.Module,
     input_ids: torch.Tensor,
     groups: Sequence[Group],
-    needs: Collection[str],
-    formula: Callable[[Observation], Measured],
-    where_linear: Collection[str] = (),
-    processes: Processes = ALONE,
-    keep: HiddenStates | None = None,
-    stride: int | None = None,
-) -> dict[str, Measured]:
-    """Return the formula's value for the observation of every group.
+    how: Measure,
+    processes: Processes,
+    keep: HiddenStates | None,
+    stride: int | None,
+) -> dict[str, FloatArray]:
+    """Return the importance of the units of every group.
 
-    In a chain of blocks it is called as soon as a group's block is done, and what was observed is
+    In a chain of blocks it is computed as soon as a group's block is done, and what was observed is
     dropped, so that no more than one block's Gram matrices are held.
 
     Args:
         model: in eval mode, with no parameter that requires a gradient.
         input_ids: shape (samples, seq_len), on the model's device.
         groups: what to look at.
-        needs: as `Measure` has it.
-        formula: from an observation to what is wanted of it.
-        where_linear: more of it, for groups that a linear module reads.
+        how: what is looked at, and what it says of a group.
         processes: those that share the samples; the first one has the values, the others nothing.
         keep, stride: see ``score``.
 
@@ -81,8 +75,7 @@ def measure(
         UserError: a group has no linear consumer and more than gates is asked for; layers are asked
             for in a model whose blocks do not run one after the other; a loss is not finite.
     """
-    about = (model, groups, needs, where_linear, input_ids, formula)
-    watching = partial(_Watch, *about, processes=processes, keep=keep, stride=stride)
+    watching = partial(_Watch, model, input_ids, groups, how, processes, keep, stride)
     watch = watching()
     try:
         chain = find_chain(model, input_ids, watch.parameters)
@@ -120,12 +113,9 @@ class _Moments:
         """Return sums over no token."""
         weight = module.get_parameter("weight")
         features = weight.shape[input_dim(module) or 0]
-        gram = weight.new_zeros if with_gram else None
         wide = torch.promote_types(weight.dtype, torch.float32)
-        return cls(
-            weight.new_zeros(1 + 2 * features, dtype=torch.float64),
-            None if gram is None else gram(features, features, dtype=wide),
-        )
+        gram = weight.new_zeros(features, features, dtype=wide) if with_gram else None
+        return cls(weight.new_zeros(1 + 2 * features, dtype=torch.float64), gram)
 
     def add(self, rows: torch.Tensor) -> None:
         """Add inputs, shape (tokens, in_features)."""
@@ -141,28 +131,26 @@ class _Moments:
             self.gram += other.gram
 
 
-class _Watch(Collector, Generic[Measured]):
+class _Watch(Collector):
     """What is looked at, and the sums so far.
 
     Attributes:
-        found: group name -> the formula's value, once the group has seen all tokens.
+        found: group name -> importance of its units, once the group has seen all tokens.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        groups: Sequence[Group],
-        needs: Collection[str],
-        where_linear: Collection[str],
         input_ids: torch.Tensor,
-        formula: Callable[[Observation], Measured],
-        processes: Processes = ALONE,
-        keep: HiddenStates | None = None,
-        stride: int | None = None,
+        groups: Sequence[Group],
+        how: Measure,
+        processes: Processes,
+        keep: HiddenStates | None,
+        stride: int | None,
     ) -> None:
         samples, self._length = input_ids.shape
-        self._model, self._groups, self._formula = model, groups, formula
-        self._needs, self._where_linear = set(needs), {*needs, *where_linear}
+        self._model, self._groups, self._how = model, groups, how
+        self._needs, self._where_linear = how.needs, how.needs | how.where_linear
         self._layers = [group for group in groups if group.kind == "layers"]
         self._consumers: dict[str, tuple[Consumer, ...]] = {}
         self._members: dict[str, list[tuple[Group, Member]]] = {}
@@ -177,7 +165,7 @@ class _Watch(Collector, Generic[Measured]):
                     f"no linear module reads {group.name}, so its activations are unknown; use "
                     "the criterion fisher, gate or taylor"
                 )
-            for member in _last(group):
+            for member in last_members(group):
                 self._members.setdefault(member.tensor, []).append((group, member))
         self._readers: dict[str, list[Consumer]] = {}
         for consumer in (one for found in self._consumers.values() for one in found):
@@ -203,16 +191,19 @@ class _Watch(Collector, Generic[Measured]):
         self._token_squares: dict[str, FloatArray] = {}
         self._batch_moments: dict[str, _Moments] = {}
         self._moments: dict[str, _Moments] = {}
-        self._paths: Mapping[int | None, Sequence[str]] = {}
+        self._paths: dict[int | None, list[str]] = {}
         self._inside: Sequence[Sequence[Group]] = ()
         self._places: Mapping[str, Mapping[int, int]] = {}
-        self.found: dict[str, Measured] = {}
+        self.found: dict[str, FloatArray] = {}
 
     def run(self, chain: Chain | None, input_ids: torch.Tensor) -> None:
         """See all tokens and apply the formula to every group."""
-        self._paths = self._readers_inside(chain)
+        inside = {} if chain is None else chain.places()
+        blocks = {path: inside.get(id(self._model.get_submodule(path))) for path in self._readers}
+        for path, block in blocks.items():
+            self._paths.setdefault(block, []).append(path)
         if chain is not None:
-            self._inside = self._groups_inside(chain)
+            self._inside = self._groups_inside(len(chain.blocks), blocks)
             if not self._forward_only:
                 self._places = _places(self._model, chain, self._layers)
         with ExitStack() as hooks:
@@ -255,8 +246,8 @@ class _Watch(Collector, Generic[Measured]):
         """Run forward, block by block unless something outside of the blocks is watched."""
         samples, length = input_ids.shape
         shared = Batches(samples, length, self.processes)
-        blocks = [] if chain is None else [{id(m) for m in one.modules()} for one in chain.blocks]
-        if chain is None or self.modules - set().union(*blocks):
+        places = {} if chain is None else chain.places()
+        if chain is None or self.modules - places.keys():
             self._paths = {None: [*self._readers]}
             for batch, owner in track(shared.all, self.label):
                 for part in shared.parts(batch, samples):
@@ -264,7 +255,7 @@ class _Watch(Collector, Generic[Measured]):
                     self._take(part)
                 self.add_up(None, (), batch, owner)
             return
-        highest = max((at for at, block in enumerate(blocks) if block & self.modules), default=-1)
+        highest = max((places[module] for module in self.modules), default=-1)
         with chain.opened():
             need = (highest + 2) * samples * chain.entry(input_ids[:1]).nbytes
         # Others would be glad of them, but this pass goes without.
@@ -423,7 +414,8 @@ class _Watch(Collector, Generic[Measured]):
                     if one.module in self._moments and self._moments[one.module].sums[0]
                 ),
             )
-            self.found[group.name] = self._formula(seen)
+            blind = self._how.reads_inputs and not seen.readings  # its readers saw no token
+            self.found[group.name] = np.zeros(group.size) if blind else self._how.formula(seen)
         for module in {one.module for found in consumers.values() for one in found}:
             self._moments.pop(module, None)
 
@@ -440,28 +432,17 @@ class _Watch(Collector, Generic[Measured]):
             moments.gram,
         )
 
-    def _readers_inside(self, chain: Chain | None) -> dict[int | None, list[str]]:
-        """Return the watched modules by the block that they are in; None for outside of them."""
-        blocks = () if chain is None else chain.blocks
-        places = {id(one): at for at, block in enumerate(blocks) for one in block.modules()}
-        found: dict[int | None, list[str]] = {}
-        for path in self._readers:
-            found.setdefault(places.get(id(self._model.get_submodule(path))), []).append(path)
-        return found
+    def _groups_inside(self, count: int, blocks: Mapping[str, int | None]) -> list[list[Group]]:
+        """Return, for each of the blocks, the groups that only modules of this block read.
 
-    def _groups_inside(self, chain: Chain) -> list[list[Group]]:
-        """Return, for each block, the groups that only modules of this block read."""
-        # Seen from the last block to the first, a module of several blocks ends with the first.
-        places = {
-            id(module): index
-            for index, block in reversed(list(enumerate(chain.blocks)))
-            for module in block.modules()
-        }
+        Args:
+            blocks: path of a watched module -> the block that it is in; None for outside of them.
+        """
         whole: dict[str, int | None] = {}
         for name, consumers in self._consumers.items():
-            at = {places.get(id(self._model.get_submodule(one.module))) for one in consumers}
+            at = {blocks[one.module] for one in consumers}
             whole[name] = at.pop() if len(at) == 1 else None
-        found: list[list[Group]] = [[] for _ in chain.blocks]
+        found: list[list[Group]] = [[] for _ in range(count)]
         for group in self._groups:
             block = whole.get(group.name)
             # A module's sums are dropped with a group, so its other groups must end here too.
@@ -477,8 +458,8 @@ def _sum_segments(values: torch.Tensor) -> torch.Tensor:
     return torch.stack([part.sum(1) for part in values.split(SEGMENT, dim=1)], dim=1)
 
 
-def _last(group: Group) -> list[Member]:
-    """Return the members that execute last."""
+def last_members(group: Group) -> list[Member]:
+    """Return the members, but for buffers, that execute last."""
     members = [member for member in group.members if not member.buffer]
     last = max((member.order for member in members), default=0)
     return [member for member in members if member.order == last]

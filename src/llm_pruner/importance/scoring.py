@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,13 +13,13 @@ from torch import nn
 from llm_pruner.discovery.tracing.provenance import put_back, spaces_of
 from llm_pruner.errors import UserError
 from llm_pruner.importance.criteria import MEASURES, Criterion
-from llm_pruner.importance.observation import Observation
-from llm_pruner.importance.observing import measure
+from llm_pruner.importance.observing import last_members, measure
 from llm_pruner.importance.taylor import Sums, reduced, taylor_sums
 from llm_pruner.models.activation_store import HiddenStates
 from llm_pruner.models.forward import undisturbed
 from llm_pruner.models.streaming import values_of
 from llm_pruner.runtime.processes import ALONE, Processes
+from llm_pruner.settings.options import near
 from llm_pruner.types import Discovery, FloatArray, Group
 
 
@@ -79,10 +78,21 @@ def score(
         return {group.name: _random(group, seed) for group in chosen}
     with put_back(spaces_of(model)):  # what it makes when it is first run, too
         if criterion.name in MEASURES:
-            return _measured(model, chosen, criterion.name, input_ids, processes, keep, stride)
+            with _seen(model, input_ids, criterion.name) as ids, processes.telling():
+                how = MEASURES[criterion.name]
+                scores = measure(model, ids, chosen, how, processes, keep, stride)
+            for name, found in scores.items():
+                if not np.isfinite(found).all():
+                    raise UserError(
+                        f"importance of {name} is not finite; load the model in float32, or look "
+                        "for extreme values in its weights"
+                    )
+            return scores
         parameters = _scored_parameters(model, chosen)
         if criterion.name == "taylor":
-            sums = _taylor_sums(model, parameters, criterion, input_ids, processes, keep, stride)
+            with _seen(model, input_ids, criterion.name) as ids, processes.telling():
+                about = (model, parameters, criterion, ids, processes, keep, stride)
+                sums = taylor_sums(*about) if parameters else {}
             if not processes.is_first:
                 return {}
         else:
@@ -100,9 +110,10 @@ def _choose(
     known = [group.name for group in discovery.groups]
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "list them with inspect"
-            raise UserError(f"unknown group {name!r}: the model has {len(known)} groups; {hint}")
+            raise UserError(
+                f"unknown group {name!r}: the model has {len(known)} groups; {near(name, known)}"
+                "inspect lists them"
+            )
     chosen = [group for group in discovery.groups if group.name in names]
     criterion.require_scores_of({group.kind for group in chosen})
     return chosen
@@ -111,49 +122,6 @@ def _choose(
 def _random(group: Group, seed: int) -> FloatArray:
     digest = hashlib.sha256(f"{seed}:{group.name}".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest, "big")).random(group.size)
-
-
-def _measured(
-    model: nn.Module,
-    groups: list[Group],
-    name: str,
-    input_ids: torch.Tensor | None,
-    processes: Processes,
-    keep: HiddenStates | None,
-    stride: int | None,
-) -> dict[str, FloatArray]:
-    how = MEASURES[name]
-
-    def formula(seen: Observation) -> FloatArray:
-        if how.reads_inputs and not seen.readings:
-            # Its readers saw no token.
-            return np.zeros(seen.group.size)
-        return how.formula(seen)
-
-    with _seen(model, input_ids, name) as ids, processes.telling():
-        about = (model, ids, groups, how.needs, formula, how.where_linear)
-        scores = measure(*about, processes, keep, stride)
-    for group, found in scores.items():
-        if not np.isfinite(found).all():
-            raise UserError(
-                f"importance of {group} is not finite; load the model in float32, or look for "
-                "extreme values in its weights"
-            )
-    return scores
-
-
-def _taylor_sums(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    criterion: Criterion,
-    input_ids: torch.Tensor | None,
-    processes: Processes,
-    keep: HiddenStates | None,
-    stride: int | None,
-) -> dict[str, Sums]:
-    with _seen(model, input_ids, criterion.name) as ids, processes.telling():
-        about = (model, parameters, criterion, ids, processes, keep, stride)
-        return taylor_sums(*about) if parameters else {}
 
 
 @contextmanager
@@ -197,10 +165,9 @@ def _scored_parameters(model: nn.Module, groups: Iterable[Group]) -> dict[str, n
 def _magnitude_sums(parameters: Mapping[str, nn.Parameter], name: str) -> dict[str, Sums]:
     """Return the sums of |w| (``l1``) or w^2 (``l2``; the root follows per unit)."""
     sums: dict[str, Sums] = {}
-    with torch.no_grad():
-        for tensor, parameter in parameters.items():
-            weight = values_of(parameter).to(torch.promote_types(parameter.dtype, torch.float32))
-            sums[tensor] = reduced(weight.abs() if name == "l1" else weight.square())
+    for tensor, parameter in parameters.items():
+        weight = values_of(parameter).to(torch.promote_types(parameter.dtype, torch.float32))
+        sums[tensor] = reduced(weight.abs() if name == "l1" else weight.square())
     return sums
 
 
@@ -246,32 +213,22 @@ def _group_scores(
         wholes = [one.sum() if criterion.name == "l2" else np.abs(one).sum() for one in layers]
         return _slices(np.array(wholes, dtype=np.float64), criterion)
     members = [member for member in group.members if not member.buffer]
+    if criterion.aggregate == "last":
+        members = last_members(group)
     if not members:
         return np.zeros(group.size)
-    if criterion.aggregate == "last":
-        last = max(member.order for member in members)
-        members = [member for member in members if member.order == last]
-    scores = np.stack(
-        [
-            _slices(sums[member.tensor].by_dim[member.dim][member.index].sum(1), criterion)
-            for member in members
-        ]
-    )
-    return _aggregate(scores, criterion.aggregate)
-
-
-def _slices(totals: FloatArray, criterion: Criterion) -> FloatArray:
-    """Turn the sums over each unit's slice, shape (units,), into its score in this member."""
-    if criterion.name == "l2":
-        return np.sqrt(totals)
-    return np.abs(totals)  # changes vector-wise taylor only: all else is a sum of magnitudes
-
-
-def _aggregate(scores: FloatArray, aggregate: str) -> FloatArray:
-    """Join scores of shape (members, units) over the members; ``last`` was chosen before."""
-    if aggregate == "max":
+    totals = [sums[one.tensor].by_dim[one.dim][one.index].sum(1) for one in members]
+    scores = _slices(np.stack(totals), criterion)
+    if criterion.aggregate == "max":
         return np.asarray(scores.max(0))
-    if aggregate == "prod":
+    if criterion.aggregate == "prod":
         with np.errstate(divide="ignore"):  # a zero factor: log -inf, and the product is 0
             return np.asarray(np.exp(np.log(scores).mean(0)))
     return np.asarray(scores.sum(0))
+
+
+def _slices(totals: FloatArray, criterion: Criterion) -> FloatArray:
+    """Turn sums over slices, such as those of a group's members by unit, into their scores."""
+    if criterion.name == "l2":
+        return np.sqrt(totals)
+    return np.abs(totals)  # changes vector-wise taylor only: all else is a sum of magnitudes

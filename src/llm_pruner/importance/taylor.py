@@ -103,16 +103,18 @@ class _Linears:
 
     def _enter(self, module: nn.Module, _: tuple[Any, ...]) -> None:
         """Hide the parameters from autograd while their module uses them."""
-        for parameter in module.parameters(recurse=False):
-            if any(parameter is one for one in self._hidden.values()):
-                parameter.requires_grad_(False)
+        for parameter in self._hidden_in(module):
+            parameter.requires_grad_(False)
+
+    def _hidden_in(self, module: nn.Module) -> list[nn.Parameter]:
+        hidden = {id(one) for one in self._hidden.values()}
+        return [one for one in module.parameters(recurse=False) if id(one) in hidden]
 
     def _leave(
         self, path: str, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor
     ) -> torch.Tensor | None:
-        for parameter in module.parameters(recurse=False):
-            if any(parameter is one for one in self._hidden.values()):
-                parameter.requires_grad_(True)
+        for parameter in self._hidden_in(module):
+            parameter.requires_grad_(True)
         if not self._noting or not torch.is_grad_enabled():
             return None
         fresh = not output.requires_grad

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,13 +71,17 @@ class Chain:
     forms: list[Any] = field(default_factory=list, repr=False)
     _handler: Handler | None = field(default=None, repr=False)
 
+    def places(self) -> dict[int, int]:
+        """Return id of each module in a block -> number of the block."""
+        return {id(one): at for at, block in enumerate(self.blocks) for one in block.modules()}
+
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Route every block's forward through the handler of the pass in progress."""
         before = [vars(block).get("forward") for block in self.blocks]
         try:
             for index, block in enumerate(self.blocks):
-                block.forward = self._route(index, block.forward)
+                block.forward = partial(self._forward, index, block.forward)
             yield
         finally:
             for block, own in zip(self.blocks, before, strict=True):
@@ -85,13 +90,10 @@ class Chain:
                 else:
                     block.forward = own
 
-    def _route(self, index: int, original: Call) -> Call:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._handler is None:
-                return original(*args, **kwargs)
-            return self._handler(index, original, args, kwargs)
-
-        return forward
+    def _forward(self, index: int, original: Call, /, *args: Any, **kwargs: Any) -> Any:
+        if self._handler is None:
+            return original(*args, **kwargs)
+        return self._handler(index, original, args, kwargs)
 
     def run(
         self, input_ids: torch.Tensor, handler: Handler, positions: torch.Tensor | None = None

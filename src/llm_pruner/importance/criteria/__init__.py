@@ -6,12 +6,12 @@ A file ``my_rule.py`` that says ``MEASURE = Measure(...)`` is the criterion ``my
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from llm_pruner.errors import UserError
 from llm_pruner.importance.observation import Measure
+from llm_pruner.settings.options import near
 from llm_pruner.settings.registry import CRITERIA, entry, names_in
 
 _FOLDER = "importance/criteria"
@@ -69,12 +69,12 @@ class Criterion:
     def __post_init__(self) -> None:
         for field, known in _CHOICES.items():
             value = getattr(self, field)
-            if value in known:
-                continue
-            label = "criterion" if field == "name" else field
-            close = difflib.get_close_matches(str(value), known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise UserError(f"unknown {label} {value!r}: choose one of {', '.join(known)}{hint}")
+            if value not in known:
+                label = "criterion" if field == "name" else field
+                raise UserError(
+                    f"unknown {label} {value!r}: {near(str(value), known)}choose one of "
+                    f"{', '.join(known)}"
+                )
 
     @property
     def reads_text(self) -> bool:

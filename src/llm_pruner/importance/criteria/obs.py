@@ -28,8 +28,7 @@ def _cost(reading: Reading) -> FloatArray:
         blocks = inverse[index[:, :, None], index[:, None, :]]
         columns = weight[:, index].permute(1, 2, 0)  # (units, k, out_features)
         cost = (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
-    result: FloatArray = cost.cpu().numpy()
-    return result
+    return cost.cpu().numpy()
 
 
 def regular_inverse(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
