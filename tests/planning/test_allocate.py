@@ -425,7 +425,8 @@ def test_companions_of_companions_follow():
     discovery = fake_llama(2, head_dim=8)
     scores, done = fake_scores(discovery), {"layers.1.value_dim": units(3)}
     groups = {group.name: group for group in discovery.groups}
-    add_companions(groups, done, set(), lambda group: ascending(group, scores))
+    orders = {name: ascending(group, scores) for name, group in groups.items()}
+    add_companions(groups, done, set(), orders)
     done = {name: np.sort(found) for name, found in done.items()}
     assert {name: len(found) for name, found in done.items()} == {
         "head_dim": 1,

@@ -150,7 +150,7 @@ def _unit_steps(
             _refuse_nothing(one, ratio, target)
     if selection.scope == "local":
         return {
-            one.group.name: one.nearest(_quota(one, ratio) - one.gone) for one in candidates.all
+            one.group.name: one.nearest(int(one.dense * ratio) - one.gone) for one in candidates.all
         }
     prices = step_prices(candidates, cost)
     steps: dict[str, int] = {}
@@ -169,13 +169,9 @@ def _unit_steps(
     return steps
 
 
-def _quota(one: Candidates, ratio: Fraction) -> int:
-    return int(one.dense * ratio)
-
-
 def _refuse_nothing(one: Candidates, ratio: Fraction, target: Target) -> None:
     """Raise if a unit ratio, over all steps, leaves a group whole: the user asked to prune it."""
-    if one.gone or one.nearest(_quota(one, ratio)):
+    if one.gone or one.nearest(int(one.dense * ratio)):
         return
     group = one.group
     of = f"{one.dense} {group.kind}" + (" per block" if group.blocks is not None else "")

@@ -101,7 +101,7 @@ class AllCandidates:
             removal[one.group.name] = np.concatenate(parts)
             if one.group.kind == "layers":
                 gone = removed_layers(self.groups, removal)
-        add_companions(self.groups, removal, gone, lambda group: self.orders[group.name])
+        add_companions(self.groups, removal, gone, self.orders)
         return removal
 
 
@@ -205,8 +205,7 @@ def _allowed(
     kept_multiple = lcm(wanted, group.multiple)
     good &= (group.size - counts) % kept_multiple == 0
     good[0] = True
-    allowed: IntArray = counts[good]
-    return allowed
+    return counts[good]
 
 
 def _stuck(group: Group, groups: Mapping[str, Group], selection: Selection) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from fractions import Fraction
 
 import numpy as np
 
 from llm_pruner.errors import UserError
 from llm_pruner.files.ranges import format_ranges
+from llm_pruner.surgery.removal import unit_problems
 from llm_pruner.types import Companion, Discovery, FloatArray, Group, IntArray, Removal, Scores
 
 NONE: IntArray = np.zeros(0, dtype=np.int64)
@@ -82,33 +83,10 @@ def _check_units(groups: Mapping[str, Group], name: str, units: IntArray) -> lis
     if group is None:
         close = difflib.get_close_matches(name, groups, n=1)
         return [f"{name}: no such group" + (f"; did you mean {close[0]}?" if close else "")]
-    if len(units) == 0:
-        return []
-    if group.frozen is not None:
-        return [f"{name}: cannot lose units: {group.frozen}"]
-    problems: list[str] = []
-    if np.any(np.diff(units) < 0):
-        problems.append(f"{name}: units are not sorted")
-    values, times = np.unique(units, return_counts=True)
-    if np.any(times > 1):
-        problems.append(f"{name}: duplicate units {format_ranges(values[times > 1])}")
-    outside = values[(values < 0) | (values >= group.size)]
-    if len(outside):
-        shown = ", ".join(str(unit) for unit in outside[:5]) + (", ..." if len(outside) > 5 else "")
-        problems.append(f"{name}: units out of range ({shown}); it has 0 to {group.size - 1}")
-    elif len(values) == group.size:
-        problems.append(f"{name}: removes all {group.size} units; at least one must stay")
-    elif group.size - len(values) < group.least:
-        problems.append(
-            f"{name}: leaves {group.size - len(values)} units, but the model chooses "
-            f"{group.least} of them for every token; keep at least {group.least}"
-        )
-    elif (group.size - len(values)) % group.multiple:
-        problems.append(
-            f"{name}: leaves {group.size - len(values)} units, but the model's grouped products "
-            f"need a multiple of {group.multiple}; remove more or fewer"
-        )
-    return problems
+    problems = unit_problems(group, units)
+    if group.frozen is None and np.any(np.diff(units) < 0):
+        problems.insert(0, "units are not sorted")
+    return [f"{name}: {problem}" for problem in problems]
 
 
 def _check_blocks(group: Group, blocks: IntArray, units: IntArray, dead: IntArray) -> list[str]:
@@ -196,7 +174,7 @@ def add_companions(
     groups: Mapping[str, Group],
     removal: dict[str, IntArray],
     gone: set[int],
-    order: Callable[[Group], IntArray],
+    orders: Mapping[str, IntArray],
 ) -> None:
     """Add to ``removal`` what companions must lose, least important units first.
 
@@ -212,7 +190,7 @@ def add_companions(
             missing = whole(companion.ratio * len(removal[group.name])) - len(have)
             if missing <= 0:
                 continue
-            units = order(other)
+            units = orders[other.name]
             if len(have):
                 units = units[~np.isin(units, have)]
             removal[other.name] = np.concatenate([have, units[:missing]])

@@ -7,7 +7,7 @@ every axis each time, which is too slow for a search.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,20 +36,6 @@ class Cost:
         """Count parameters, of which the dense model has ``dense``."""
         counter = ParameterCounter(discovery)
         return cls(counter.total, counter.count, dense)
-
-    @classmethod
-    def by_unit(cls, total: int, prices: Mapping[str, float], dense: int, unit: str) -> Cost:
-        """Count what each unit of a group adds the same to, whatever else is removed.
-
-        Args:
-            prices: group -> cost of one unit; groups that are not named cost nothing.
-        """
-
-        def left(removal: Removal) -> int:
-            gone = sum(prices.get(name, 0.0) * len(units) for name, units in removal.items())
-            return total - round(gone)
-
-        return cls(total, left, dense, unit)
 
 
 class ParameterCounter:

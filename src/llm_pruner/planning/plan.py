@@ -242,9 +242,8 @@ def _upgraded(data: Any) -> Any:
         if isinstance(asked, dict):
             settings |= {str(_RENAMED.get(name, name)): asked[name] for name in asked}
     for name in ("seed", "search_trials", "compensation"):
-        if data.get(name) is not None:
-            settings[name] = data.pop(name)
-        data.pop(name, None)
+        if (value := data.pop(name, None)) is not None:
+            settings[name] = value
     settings = {name: value for name, value in settings.items() if value not in (None, {})}
     return {**data, "format_version": FORMAT_VERSION, "settings": settings}
 

@@ -13,7 +13,7 @@ from llm_pruner.evaluation.footprint import count_work
 from llm_pruner.planning import Cost, Numbering, Selection, smallest_removals
 from llm_pruner.runtime.progress import track
 from llm_pruner.surgery.cut import cut_copy
-from llm_pruner.types import Discovery
+from llm_pruner.types import Discovery, Removal
 
 UNIT = "bytes of cache per token"
 
@@ -57,7 +57,12 @@ def cache_cost(
             f"--kv-cache adds up what each unit takes, and head_dim takes a part of each of "
             f"{others}; name one of them with --structures"
         )
-    return Cost.by_unit(total, prices, dense or total, UNIT)
+
+    def left(removal: Removal) -> int:
+        gone = sum(prices.get(name, 0.0) * len(units) for name, units in removal.items())
+        return total - round(gone)
+
+    return Cost(total, left, dense or total, UNIT)
 
 
 def _bytes(model: Any) -> int:

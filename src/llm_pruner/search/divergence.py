@@ -33,14 +33,6 @@ _ROWS = 64
 """Tokens whose logits are compared at a time."""
 
 
-def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
-    """Return float16 on the CPU, shape (tokens, vocabulary) as the logits."""
-    found = torch.empty(logits.shape, dtype=torch.float16)
-    for rows, values in zip(found.split(_ROWS), logits.split(_ROWS), strict=True):
-        rows.copy_(values.float().log_softmax(-1))
-    return found
-
-
 def divergences(
     dense: nn.Module, networks: Sequence[nn.Module], held_out: torch.Tensor
 ) -> list[float]:
@@ -77,7 +69,7 @@ class DivergenceMeter:
 
     def __init__(self, model: nn.Module, held_out: torch.Tensor) -> None:
         self._ids = held_out.to(next(model.parameters()).device, torch.long)
-        jobs = [partial(_log_probabilities_of, ids) for ids in self._ids.split(1)]
+        jobs = [partial(_log_probabilities, ids) for ids in self._ids.split(1)]
         with undisturbed(model):
             self._dense = [*map(result_of, in_step(model, jobs, "dense logits"))]
 
@@ -107,9 +99,16 @@ class DivergenceMeter:
 
 
 @torch.no_grad()
-def _log_probabilities_of(ids: torch.Tensor, model: nn.Module) -> torch.Tensor:
-    """Return half the memory of float32; what is lost is far below any damage of interest."""
-    return _log_probabilities(run_for_logits(model, ids)[0])
+def _log_probabilities(ids: torch.Tensor, model: nn.Module) -> torch.Tensor:
+    """Return those of a sample, shape (tokens, vocabulary), on the CPU.
+
+    They are float16, half the memory of float32; what is lost is far below any damage of interest.
+    """
+    logits = run_for_logits(model, ids)[0]
+    found = torch.empty(logits.shape, dtype=torch.float16)
+    for rows, values in zip(found.split(_ROWS), logits.split(_ROWS), strict=True):
+        rows.copy_(values.float().log_softmax(-1))
+    return found
 
 
 def _divergence_after(

@@ -99,10 +99,7 @@ class Damage:
             corners.append(at)
         pieces = list(pairwise(corners))
         middles = [(x[a] + x[b]) / 2 for a, b in pieces]
-        found: FloatArray = np.interp(
-            np.arange(steps) + 0.5, middles, [_slope(x, y, a, b) for a, b in pieces]
-        )
-        return found
+        return np.interp(np.arange(steps) + 0.5, middles, [_slope(x, y, *one) for one in pieces])
 
 
 def _slope(x: FloatArray, y: FloatArray, a: int, b: int) -> float:
@@ -210,14 +207,15 @@ class _Tails:
         if self._chain is None:
             return nullcontext()
         first = min(
-            (n for name in modules for place, n in self._places.items() if _is_in(name, place)),
+            (
+                n
+                for name in modules
+                for place, n in self._places.items()
+                if name.startswith(f"{place}.")
+            ),
             default=0,
         )
         return self._chain.resumed(first, self._before[sample][first])
-
-
-def _is_in(name: str, place: str) -> bool:
-    return name.startswith(f"{place}.")
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from llm_pruner.runtime.memory import give_back
 from llm_pruner.runtime.progress import track
 from llm_pruner.search.divergence import DivergenceMeter
 from llm_pruner.surgery.cut import cut_copy
-from llm_pruner.types import Discovery, Removal, Scores, SplitTrial
+from llm_pruner.types import Discovery, Scores, SplitTrial
 
 _LOG = logging.getLogger(__name__)
 
@@ -106,6 +106,16 @@ def find_split(
         _LOG.info("split %s: divergence %.4f", split, divergence)
         return divergence
 
+    def refitted(split: Mapping[str, float], tokens: torch.Tensor) -> SplitTrial:
+        removal = allocate(discovery, scores, replace(selection, split=split), target, numbering)
+        network = cut_copy(model, discovery, removal)
+        give_back()
+        size = sum(one.numel() for one in model.parameters())
+        some = tokens[: refit_samples(size, tokens.shape[1])]
+        refit_(network, model, discovery, removal, some, (REFIT_RIDGE,), known)
+        give_back()
+        return SplitTrial(dict(split), meter.of(network), refitted=True)
+
     names = selection.structures
     alone = [dict.fromkeys(names, 0.0) | {name: 1.0} for name in names]
     results = [(attempt(split), split) for split in track(alone, "trials: one structure")]
@@ -134,31 +144,11 @@ def find_split(
         refit_on = None  # a fit needs one more, which chooses the ridge
     if refit_on is not None and tried and split != alone_best:
         for candidate in track([alone_best, split], "trials: refitted"):
-            chosen = replace(selection, split=candidate)
-            removal = allocate(discovery, scores, chosen, target, numbering)
-            divergence = _refitted_divergence(model, discovery, removal, refit_on, meter, known)
-            trials.append(SplitTrial(dict(candidate), divergence, refitted=True))
+            trials.append(refitted(candidate, refit_on))
         if trials[-1].divergence >= (1 - MARGIN) * trials[-2].divergence:
             split = alone_best
     marked = [replace(trial, taken=trial.split == split) for trial in trials]
     return replace(selection, split=split), marked
-
-
-def _refitted_divergence(
-    model: nn.Module,
-    discovery: Discovery,
-    removal: Removal,
-    tokens: torch.Tensor,
-    meter: DivergenceMeter,
-    known: HiddenStates | None,
-) -> float:
-    network = cut_copy(model, discovery, removal)
-    give_back()
-    size = sum(one.numel() for one in model.parameters())
-    some = tokens[: refit_samples(size, tokens.shape[1])]
-    refit_(network, model, discovery, removal, some, (REFIT_RIDGE,), known)
-    give_back()
-    return meter.of(network)
 
 
 def refit_samples(parameters: int, seq_len: int) -> int:

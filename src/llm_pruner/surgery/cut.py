@@ -25,7 +25,12 @@ from llm_pruner.models.layers import (
     sharing_copy,
 )
 from llm_pruner.models.streaming import cut_parameter, is_model_streamed, is_streamed
-from llm_pruner.surgery.removal import kept_shapes, removed_modules, removed_positions
+from llm_pruner.surgery.removal import (
+    kept_shapes,
+    removed_modules,
+    removed_positions,
+    unit_problems,
+)
 from llm_pruner.types import Discovery, Edits, IntArray, Removal
 
 _WEIGHTS = ("weight", "parametrizations.weight.original1", "weight_v")
@@ -91,29 +96,8 @@ def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edit
 
 def _require_units(discovery: Discovery, removal: Removal) -> None:
     for name, units in removal.items():
-        if not len(units):
-            continue
-        group = discovery.group(name)
-        if group.frozen is not None:
-            raise InfeasibleError(f"{name} cannot lose units: {group.frozen}")
-        if len(np.unique(units)) != len(units) or min(units) < 0 or max(units) >= group.size:
-            raise InfeasibleError(
-                f"{name} has units 0 to {group.size - 1}, each of which can go once; "
-                f"given were {np.asarray(units).tolist()}"
-            )
-        kept = group.size - len(units)
-        if kept == 0:
-            raise InfeasibleError(f"{name} would lose all of its {group.size} units; keep one")
-        if kept < group.least:
-            raise InfeasibleError(
-                f"{name} would keep {kept} of {group.size} units; each token is given "
-                f"{group.least} of them, so keep at least as many"
-            )
-        if kept % group.multiple:
-            raise InfeasibleError(
-                f"{name} would keep {kept} of {group.size} units; an operation that reads them "
-                f"needs a multiple of {group.multiple}"
-            )
+        if problems := unit_problems(discovery.group(name), units):
+            raise InfeasibleError(f"{name}: {'; '.join(problems)}")
 
 
 def _require_choices(discovery: Discovery, removal: Removal) -> None:

@@ -30,17 +30,14 @@ class Surgeon:
 
     def cut(self, discovery: Discovery, removal: Removal) -> None:
         """Prune in place; with ``verify``, compare with the masked twin."""
-        edits, verified = (
-            cut_verified_(self.model, discovery, removal)
-            if self.verify
-            else (cut_(self.model, discovery, removal), None)
-        )
+        if self.verify:
+            edits, verified = cut_verified_(self.model, discovery, removal)
+            before = 0.0 if self.verified is None else self.verified.difference
+            self.verified = replace(verified, difference=max(verified.difference, before))
+        else:
+            edits = cut_(self.model, discovery, removal)
         self.edits = compose(self.edits, edits)
-        self.clock.stop("cut" if verified is None else "verify")
-        if verified is not None:
-            before = self.verified
-            worst = max(verified.difference, 0.0 if before is None else before.difference)
-            self.verified = replace(verified, difference=worst)
+        self.clock.stop("verify" if self.verify else "cut")
 
 
 def reload_check(

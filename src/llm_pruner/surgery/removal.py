@@ -6,7 +6,38 @@ import math
 
 import numpy as np
 
-from llm_pruner.types import Discovery, IntArray, Removal
+from llm_pruner.files.ranges import format_ranges
+from llm_pruner.types import Discovery, Group, IntArray, Removal
+
+
+def unit_problems(group: Group, units: IntArray) -> list[str]:
+    """Return every reason why a group cannot lose these units, in any order; empty if it can."""
+    if len(units) == 0:
+        return []
+    if group.frozen is not None:
+        return [f"cannot lose units: {group.frozen}"]
+    problems: list[str] = []
+    values, times = np.unique(units, return_counts=True)
+    if np.any(times > 1):
+        problems.append(f"duplicate units {format_ranges(values[times > 1])}")
+    outside = values[(values < 0) | (values >= group.size)]
+    left = group.size - len(values)
+    if len(outside):
+        shown = ", ".join(str(unit) for unit in outside[:5]) + (", ..." if len(outside) > 5 else "")
+        problems.append(f"units out of range ({shown}); it has 0 to {group.size - 1}")
+    elif left == 0:
+        problems.append(f"removes all {group.size} units; at least one must stay")
+    elif left < group.least:
+        problems.append(
+            f"leaves {left} units, but the model chooses {group.least} of them for every token; "
+            f"keep at least {group.least}"
+        )
+    elif left % group.multiple:
+        problems.append(
+            f"leaves {left} units, but the model's grouped products need a multiple of "
+            f"{group.multiple}; remove more or fewer"
+        )
+    return problems
 
 
 def removed_positions(discovery: Discovery, removal: Removal) -> dict[tuple[str, int], IntArray]:
