@@ -162,8 +162,7 @@ class _Builder:
         ]
         found = self._one_factor(found)
         # Of two groups of one place, the one that can shrink is named first.
-        found.sort(key=lambda one: (_first(one[0]), one[0].members[0].tensor, bool(one[0].frozen)))
-        return found
+        return sorted(found, key=lambda one: (*_first_use(one[0]), bool(one[0].frozen)))
 
     def _runs(self) -> _Runs:
         """Return where the atoms lie."""
@@ -226,26 +225,14 @@ class _Builder:
     def _members(self, places: IntArray, runs: _Runs) -> tuple[tuple[Member, ...], IntArray] | None:
         """Return the members of a group and the atoms of its units; None if it has no weights."""
         first, last = np.r_[runs.heads, len(runs.axes)][places[0] : places[0] + 2]
+        places = places[np.argsort(runs.positions_of(places)[:, 0], kind="stable")]
         members = []
-        order: IntArray | None = None
         for offset, axis in enumerate(runs.axes[first:last].tolist()):
-            index = runs.positions_of(places, offset)
-            name = self.names[axis // 16]
-            if order is None:
-                order = np.argsort(index[:, 0], kind="stable")
-            members.append(
-                Member(
-                    tensor=name,
-                    dim=axis % 16,
-                    index=index[order],
-                    order=self.trace.order.get(name, 0),
-                    buffer=self.tensors[name][1],
-                )
-            )
+            name, index = self.names[axis // 16], runs.positions_of(places, offset)
+            order, buffer = self.trace.order.get(name, 0), self.tensors[name][1]
+            members.append(Member(name, axis % 16, index, order, buffer))
         members.sort(key=lambda member: (member.buffer, member.order, member.dim))
-        if order is None or members[0].buffer:
-            return None
-        return tuple(members), runs.atoms[places][order]
+        return None if members[0].buffer else (tuple(members), runs.atoms[places])
 
     def _kind(self, units: IntArray, members: tuple[Member, ...]) -> Kind:
         residual = self.trace.residual
@@ -525,9 +512,9 @@ def _factors(places: IntArray, runs: _Runs) -> list[IntArray]:
     return parts
 
 
-def _first(group: Group) -> int:
-    """Return when the first weight of a group is used."""
-    return min(member.order for member in group.members if not member.buffer)
+def _first_use(group: Group) -> tuple[int, str]:
+    """Return when the first weight of a group is used, and its name."""
+    return group.members[0].order, group.members[0].tensor
 
 
 def _alone(members: tuple[Member, ...]) -> bool:

@@ -238,8 +238,7 @@ class Decoder:
         keywords = {self._argument: self.cache, "use_cache": True} if self._argument else {}
         output = self.forward(input_ids=tokens, **keywords, **self._fixed)
         self.cache = getattr(output, self._argument, None) if self._argument else None
-        logits: torch.Tensor = output.logits[:, -1]
-        return logits
+        return output.logits[:, -1]
 
     def forward(self, **inputs: Any) -> Any:
         """Run the model."""
@@ -328,10 +327,7 @@ class _Roomy(DynamicLayer):
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         if end > self._rooms[0].shape[-2]:
-            grown: tuple[torch.Tensor, torch.Tensor] = super().update(
-                key_states, value_states, *args, **kwargs
-            )
-            return grown
+            return super().update(key_states, value_states, *args, **kwargs)
         keys, values = self._rooms
         keys[..., start:end, :] = key_states
         values[..., start:end, :] = value_states

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import CellType, FunctionType, ModuleType
 from typing import Any
@@ -48,6 +48,20 @@ def _tensors_in(value: Any, depth: int = 3) -> Iterator[torch.Tensor]:
     elif depth and isinstance(value, dict | list | tuple | set):
         for one in value.values() if isinstance(value, dict) else value:
             yield from _tensors_in(one, depth - 1)
+
+
+def with_initialisers(
+    model: nn.Module,
+) -> Iterator[tuple[str, Any, Callable[[nn.Module], object] | None]]:
+    """Yield the path of each module, the module, and what initialises it; None if nothing does.
+
+    As in transformers that is the method of the innermost model around it that has one.
+    """
+    ways: dict[str, Callable[[nn.Module], object] | None] = {}
+    for path, module in model.named_modules():
+        above = ways.get(path.rpartition(".")[0])
+        ways[path] = getattr(module, "_init_weights", above)
+        yield path, module, ways[path]
 
 
 def names_in_float32(model: nn.Module, dtype: torch.dtype) -> set[str]:

@@ -30,10 +30,8 @@ from transformers import (
     initialization,
 )
 from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -63,6 +61,8 @@ _TOKENIZERS = (
     "vocab.txt",
     "spiece.model",
     "ice_text.model",
+    "*.tiktoken",
+    "tokenizer_config.json",
 )
 _VOLATILE = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures")
 _PROCESSOR = (
@@ -217,7 +217,8 @@ def _config(source: str, found: _Found, packed: bool) -> Any:
     if here := Path(found.folder).exists():
         _check_adapter(source, found)
     config = AutoConfig.from_pretrained(found.folder, **found.shared)
-    either = config.model_type in MASKED.keys() & CAUSAL.keys() and not config.is_encoder_decoder
+    both = MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys() & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+    either = config.model_type in both and not config.is_encoder_decoder
     if either and getattr(config, "is_decoder", None) is False:
         raise UserError(
             f"{source} is an encoder ({config.model_type}): each token sees those behind it; name "
@@ -308,9 +309,7 @@ def _find(
         return _Found(str(path.parent), path.stem, {"gguf_file": path.name})
     if path.is_dir():
         _check_folder(path, weights)
-        there = any((path / file).is_file() for file in _TOKENIZERS) or any(
-            next(path.glob(pattern), None) for pattern in ("*.tiktoken", "tokenizer_config.json")
-        )
+        there = any(next(path.glob(pattern), None) for pattern in _TOKENIZERS)
         if weights and tokenizer_required and not there:
             raise UserError(
                 f"{path} has no tokenizer (no {_TOKENIZERS[0]} or the like), so no text can be "
@@ -473,9 +472,8 @@ def _check_folder(path: Path, weights: bool) -> None:
             "save_pretrained wrote"
         )
     _check_json(path / on_disk.CONFIG)
-    if not weights:
-        return
-    on_disk.stored_tensors(path)
+    if weights:
+        on_disk.stored_tensors(path)
 
 
 def _check_json(config: Path) -> None:

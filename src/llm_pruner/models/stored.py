@@ -173,7 +173,13 @@ def stored_tensors(folder: Path) -> list[Stored]:
     Raises:
         UserError: there are none, or not all that there should be, or one is damaged.
     """
-    return [tensor for file in _weight_files(folder) for tensor in _tensors(file)]
+    names = weight_names(folder)
+    if absent := _absent(folder, names):
+        raise UserError(
+            f"{folder} lacks {len(absent)} of the {len(names)} weight files that {_INDEX} names, "
+            f"{absent[0]} first; copy or download them"
+        )
+    return [tensor for name in names for tensor in _tensors(folder / name)]
 
 
 def check_types(folder: Path) -> None:
@@ -242,16 +248,6 @@ def _is_complete(folder: Path) -> bool:
 
 def _absent(folder: Path, names: list[str]) -> list[str]:
     return [name for name in names if not (folder / name).is_file()]
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    names = weight_names(folder)
-    if absent := _absent(folder, names):
-        raise UserError(
-            f"{folder} lacks {len(absent)} of the {len(names)} weight files that {_INDEX} names, "
-            f"{absent[0]} first; copy or download them"
-        )
-    return [folder / name for name in names]
 
 
 def _tensors(file: Path) -> list[Stored]:

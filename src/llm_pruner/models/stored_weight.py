@@ -6,14 +6,13 @@ import ctypes
 import mmap
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from llm_pruner.models.assembled import Assembled, are_mapped, files, leaves, whole
+from llm_pruner.models.assembled import Assembled, files, leaves, whole
 from llm_pruner.runtime.memory import give_back
 
 _PIECE = 2**24
@@ -92,17 +91,8 @@ class StoredWeight:
             first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
             last = (start + part.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
             if last > first:
-                _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONT_NEED)
-
-
-def stored_weight(
-    tensor: torch.Tensor,
-    dtype: torch.dtype,
-    device: torch.device,
-    ranges: Sequence[tuple[int, int]],
-) -> StoredWeight:
-    stored = tensor.detach()
-    return StoredWeight(stored, dtype, device, are_mapped(stored, ranges))
+                libc = ctypes.CDLL(None)
+                libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONT_NEED)
 
 
 def _pieces(
@@ -132,7 +122,3 @@ def mapped_files() -> list[tuple[int, int]]:
             first, last = (int(number, 16) for number in fields[0].split("-"))
             found.append((first, last))
     return found
-
-
-def _libc() -> Any:
-    return ctypes.CDLL(None)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial, update_wrapper
@@ -28,10 +28,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 from llm_pruner.errors import UserError
-from llm_pruner.models.assembled import Assembled, whole
-from llm_pruner.models.layers import heaviest, names_in_float32
+from llm_pruner.models.assembled import Assembled, are_mapped, whole
+from llm_pruner.models.layers import heaviest, names_in_float32, with_initialisers
 from llm_pruner.models.lone_ends import lone_ends
-from llm_pruner.models.stored_weight import StoredWeight, mapped_files, stored_weight
+from llm_pruner.models.stored_weight import StoredWeight, mapped_files
 from llm_pruner.types import IntArray
 
 _LOG = logging.getLogger(__name__)
@@ -116,10 +116,15 @@ def stream_(
             "block; give a --memory that holds all of them"
         )
     _compute_anew_(model, dtype)
-    noted = _set_apart_(model)
-    wide = _wide(model, dtype)
+    noted, wide = _set_apart_(model), _wide(model, dtype)
     uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
     ranges = mapped_files()
+
+    def source_of(tensor: torch.Tensor) -> StoredWeight:
+        stored = noted.get(id(tensor), tensor).detach()
+        kind = torch.float32 if id(tensor) in wide else dtype
+        return StoredWeight(stored, kind, device, are_mapped(stored, ranges))
+
     ends, elsewhere = lone_ends(model, blocks, dtype if device.type == "cpu" else None)
     for number, block in enumerate(blocks):
         inside = [one for _, one in block.named_parameters(remove_duplicate=False)]
@@ -127,25 +132,20 @@ def stream_(
         for parameter in {id(one): one for one in inside}.values():
             alone = within[id(parameter)] == uses[id(parameter)] and id(parameter) not in elsewhere
             if alone and parameter.is_floating_point():
-                kind = wide.get(id(parameter), dtype)
-                stored = noted.get(id(parameter), parameter)
-                _adopt(parameter, stored_weight(stored, kind, device, ranges))
+                _adopt(parameter, source_of(parameter))
         run = partial(_in_turn, block, number, block.forward)
         block.forward = update_wrapper(run, block.forward)
     for end in ends:
         for parameter in end.parameters():
             if not is_streamed(parameter):
-                stored = noted.get(id(parameter), parameter)
-                source = stored_weight(stored, wide.get(id(parameter), dtype), device, ranges)
-                _adopt(parameter, replace(source, tied=uses[id(parameter)] > 1))
+                _adopt(parameter, replace(source_of(parameter), tied=uses[id(parameter)] > 1))
         run = partial(_end_in_turn, end, len(blocks), end.forward)
         end.forward = update_wrapper(run, end.forward)
     for tensor in (*model.parameters(), *model.buffers()):
         if is_streamed(tensor):
             _SOURCES[tensor].forget()
         elif tensor.is_floating_point():
-            stored = noted.get(id(tensor), tensor)
-            source = stored_weight(stored, wide.get(id(tensor), dtype), device, ranges)
+            source = source_of(tensor)
             tensor.data = source.read()
             if not source.is_view(tensor):
                 source.forget()
@@ -188,8 +188,8 @@ def _set_apart_(model: nn.Module) -> dict[int, torch.Tensor]:
     return noted
 
 
-def _wide(model: nn.Module, dtype: torch.dtype) -> dict[int, torch.dtype]:
-    """Return id -> float32 of the tensors that a model has in it where it is of a type.
+def _wide(model: nn.Module, dtype: torch.dtype) -> set[int]:
+    """Return the ids of the tensors that a model has in float32 where it is of a type.
 
     They are those of which transformers says so, parameters that were loaded in it where most were
     not, and buffers that no file holds, if they are in it.
@@ -204,7 +204,7 @@ def _wide(model: nn.Module, dtype: torch.dtype) -> dict[int, torch.dtype]:
         if sizes.most_common(1)[0][0] != torch.float32:
             kept += model.parameters()
         found |= {id(one) for one in kept if one.dtype == torch.float32}
-    return dict.fromkeys(found, torch.float32)
+    return found
 
 
 def ends_of(model: nn.Module) -> list[nn.Module]:
@@ -223,11 +223,7 @@ def _compute_anew_(model: nn.Module, dtype: torch.dtype) -> None:
     Raises:
         UserError: the model does not say how one is computed.
     """
-    ways: dict[str, Callable[[nn.Module], object]] = {}
-    for path, module in model.named_modules():
-        # As transformers does, a model in a model is asked for its own.
-        above = ways.get(path.rpartition(".")[0], lambda _: None)
-        ways[path] = getattr(module, "_init_weights", above)
+    for path, module, initialise in with_initialisers(model):
         narrow = [
             name
             for name in module._non_persistent_buffers_set
@@ -241,8 +237,9 @@ def _compute_anew_(model: nn.Module, dtype: torch.dtype) -> None:
             tensor._is_hf_initialized = True
         for name in narrow:
             module._buffers[name] = torch.full_like(module._buffers[name], torch.nan, dtype=dtype)
-        with torch.no_grad():
-            ways[path](module)
+        if initialise is not None:
+            with torch.no_grad():
+                initialise(module)
         for name in narrow:
             if module.get_buffer(name).isnan().any():
                 where = f"{path}.{name}".removeprefix(".")
@@ -285,16 +282,9 @@ def turn(*blocks: nn.Module) -> Iterator[None]:
 
     A weight that is replaced inside is kept in the type of the one before it.
     """
-    with ExitStack() as stack:
-        for block in blocks:
-            stack.enter_context(_turn(block))
-        yield
-
-
-@contextmanager
-def _turn(block: nn.Module) -> Iterator[None]:
     places = [
         (module, key, parameter)
+        for block in blocks
         for module in block.modules()
         for key, parameter in module._parameters.items()
         if parameter is not None and parameter in _SOURCES and parameter not in _held

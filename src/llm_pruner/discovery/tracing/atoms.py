@@ -43,8 +43,7 @@ class Atoms:
         self._replica = np.zeros(1024, dtype=bool)
         self._table: IntArray = np.zeros((0, 2), dtype=np.int64)
         self._table_size = 0
-        self.reasons: list[str] = [""]
-        self._reason_ids: dict[str, int] = {"": 0}
+        self._reasons: dict[str, int] = {"": 0}
 
     def copy(self) -> Atoms:
         """Return an independent copy, without the room that this one has to grow."""
@@ -52,7 +51,7 @@ class Atoms:
         for name in ("_parent", "_substitute", "_frozen", "_replica"):
             setattr(new, name, getattr(self, name)[: self._size].copy())
         new._table = self._table[: self._table_size].copy()
-        new.reasons, new._reason_ids = [*self.reasons], {**self._reason_ids}
+        new._reasons = dict(self._reasons)
         return new
 
     def __len__(self) -> int:
@@ -141,7 +140,8 @@ class Atoms:
 
     def first_reason(self, frozen: IntArray) -> str | None:
         """Return why the first of these frozen atoms is frozen, a weak reason last; or None."""
-        reasons = [self.reasons[i] for i in dict.fromkeys(self._frozen[frozen].tolist())]
+        known = [*self._reasons]
+        reasons = [known[i] for i in dict.fromkeys(self._frozen[frozen].tolist())]
         strong = [reason for reason in reasons if reason not in WEAK_REASONS]
         return next(iter([*strong, *reasons]), None)
 
@@ -168,7 +168,7 @@ class Atoms:
         live = self.resolve(rows)
         flat = live[live > 0]
         if flat.size:
-            self._frozen[flat] = self._reason_id(reason)
+            self._frozen[flat] = self._reasons.setdefault(reason, len(self._reasons))
 
     def union(self, left: IntArray, right: IntArray) -> None:
         """Make one class of left[i] and right[i], for every i; the smaller id represents it."""
@@ -266,12 +266,6 @@ class Atoms:
                     break
         for column, other in [*pairs, *zip(left, right, strict=True)]:
             self.union(a[:, column], b[:, other])
-
-    def _reason_id(self, reason: str) -> int:
-        if reason not in self._reason_ids:
-            self._reason_ids[reason] = len(self.reasons)
-            self.reasons.append(reason)
-        return self._reason_ids[reason]
 
 
 def _any(values: npt.NDArray[Any]) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from llm_pruner.discovery.tracing.ops import Operation, tensors_in
 from llm_pruner.discovery.tracing.provenance import put_back, spaces_of
+from llm_pruner.models.layers import with_initialisers
 
 LARGEST = 1 << 22
 """Elements of the largest result that is held in memory; larger ones are ghosts too."""
@@ -63,42 +64,23 @@ def ghosts_of(model: nn.Module, *, weights: bool = False) -> Iterator[None]:
         return bool(found)
 
     with put_back(spaces_of(model)):
-        for owner, module in _with_owners(model):
+        for _, module, initialise in with_initialisers(model):
             has_buffers = replace(module._buffers, _zeros)
-            if replace(vars(module), _zeros) or has_buffers:
-                _initialise_(owner, module)
+            if (replace(vars(module), _zeros) or has_buffers) and initialise is not None:
+                _initialise_(module, initialise)
         for module in model.modules():
             replace(module._parameters, _ghost_parameter, weights)
         yield
 
 
-def _with_owners(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Yield each module after the innermost one around it that knows how to initialise it."""
-    seen: set[int] = set()
-    pending = [(model, model)]
-    while pending:
-        owner, module = pending.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        owner = module if hasattr(module, "_init_weights") else owner
-        yield owner, module
-        pending.extend((owner, child) for child in module.children())
-
-
-def _initialise_(owner: nn.Module, module: nn.Module) -> None:
+def _initialise_(module: nn.Module, initialise: Callable[[nn.Module], object]) -> None:
     """Fill the buffers of a module as ``from_pretrained`` does for those not in a checkpoint."""
-    initialise = getattr(owner, "_init_weights", None)
-    if initialise is None:
-        return
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # Its parameters are still on meta, where writing does nothing. What such code does with
         # them may fail there; the buffers then stay zeros, which shapes do not depend on.
-        try:
+        with suppress(Exception):
             initialise(module)
-        except Exception:
-            return
 
 
 def _zeros(tensor: torch.Tensor) -> torch.Tensor:

@@ -329,9 +329,8 @@ def solve(
         InfeasibleError: no assignment of the attributes satisfies all equations.
     """
     values: dict[Expr, int] = dict(lengths)
-    pending = list(equations)
     # Single attributes settle first: the composite sizes that contain them follow.
-    pending.sort(key=lambda equation: len(set(leaves(equation[0]))))
+    pending = sorted(equations, key=lambda equation: len(set(leaves(equation[0]))))
     while pending:
         rest = []
         for expr, length, where in pending:

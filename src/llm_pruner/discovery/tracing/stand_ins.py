@@ -40,7 +40,9 @@ def in_sight(model: nn.Module) -> Iterator[None]:
         _replace(stack, torch.inference_mode, "__exit__", lambda *_: None)
         library = sys.modules.get("torch.nn.attention.flex_attention")
         if library is not None:
-            _replace_code(stack, library.flex_attention, _flex_attention)
+            # The code of it, since it is held under other names as well.
+            for part in ("__code__", "__defaults__", "__kwdefaults__"):
+                _replace(stack, library.flex_attention, part, getattr(_flex_attention, part))
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         settings = getattr(model, "config", None)
@@ -59,12 +61,6 @@ def in_sight(model: nn.Module) -> Iterator[None]:
 def _replace(stack: ExitStack, owner: Any, name: str, value: object) -> None:
     stack.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, value)
-
-
-def _replace_code(stack: ExitStack, function: Any, other: Any) -> None:
-    """Let a function do what another does, also where it is held under other names."""
-    for part in ("__code__", "__defaults__", "__kwdefaults__"):
-        _replace(stack, function, part, getattr(other, part))
 
 
 def _flex_attention(*args: Any, **kwargs: Any) -> Any:

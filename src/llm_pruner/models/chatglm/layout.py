@@ -51,9 +51,9 @@ def read_layout(
         tokens: ids, shape (batch, sequence); or embeddings, (batch, sequence, ...): plain text.
         attention_mask: shape (batch, sequence), 0 at padding; none if None.
     """
-    padding = _leading_zeros(attention_mask, tokens)
+    zero = torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
+    padding = zero if attention_mask is None else _first(attention_mask != 0)
     if tokens.dim() > 2:
-        zero = torch.zeros_like(padding)
         return Layout(padding, zero, zero, zero.bool())
     starts = tokens == (-1 if bos_token_id is None else bos_token_id)
     gmasks, masks = tokens == gmask_token_id, tokens == mask_token_id
@@ -114,12 +114,6 @@ def visible(
         real = torch.nn.functional.pad(real, (0, keys - real.shape[1]), value=True)
         seen = seen & real[:, None]
     return (seen | (key == query))[:, None]
-
-
-def _leading_zeros(attention_mask: torch.Tensor | None, batch: torch.Tensor) -> torch.Tensor:
-    if attention_mask is None:
-        return torch.zeros(batch.shape[0], dtype=torch.int64, device=batch.device)
-    return _first(attention_mask != 0)
 
 
 def _first(hits: torch.Tensor) -> torch.Tensor:

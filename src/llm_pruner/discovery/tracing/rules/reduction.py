@@ -184,15 +184,7 @@ def weight_norm(tracer: Tracer, call: Call, v: Tensor, g: Tensor, dim: int) -> N
     tracer.set_label(call.out[1], scale)
 
 
-def _chosen_living(alive: Alive, run: Run, self: Tensor, dim: int) -> Any:
-    living = alive(self, dim)
-    if living is None:
-        return run()
-    values, indices = run(self=self.index_select(dim, living))
-    return values, living[indices]
-
-
-@rule("topk", alive=_chosen_living)
+@rule("topk", alive=_extreme_living)
 def topk(tracer: Tracer, call: Call, self: Tensor, dim: int) -> None:
     source = _by_value(tracer, call, self, dim)
     tracer.note("read", source)
