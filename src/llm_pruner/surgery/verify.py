@@ -19,7 +19,7 @@ from llm_pruner.models.forward import is_on_meta
 from llm_pruner.models.layers import heaviest, own_copy, sharing_copy
 from llm_pruner.models.lockstep import Outcome, result_of
 from llm_pruner.models.streaming import computed_in, is_model_streamed
-from llm_pruner.surgery.cut import Undo, cut_, cut_copy, plan_edits
+from llm_pruner.surgery.cut import Undo, cut_, plan_edits
 from llm_pruner.surgery.twin import Logits, joined, run_both, run_pruned, run_twin
 from llm_pruner.types import Discovery, Edits, Removal
 
@@ -205,7 +205,8 @@ def _twin_and_copy(
     model: nn.Module, discovery: Discovery, removal: Removal, scenes: Sequence[Scene]
 ) -> tuple[Logits, Logits, nn.Module]:
     """Return what the twin and a pruned copy, which shares the tensors, give, and the copy."""
-    smaller = cut_copy(model, discovery, removal)
+    smaller = sharing_copy(model)
+    cut_(smaller, discovery, removal)
     if is_model_streamed(model):
         twin, pruned = run_both(model, smaller, discovery, removal, scenes)
     else:
