@@ -12,6 +12,7 @@ from torch import nn
 
 from helpers import tiny_model
 from llm_pruner.discovery.groups import discover
+from llm_pruner.discovery.tracing import scenes
 from llm_pruner.importance import Criterion, score
 from llm_pruner.surgery.verify import prune_
 from nets import HIDDEN, VOCABULARY, Body, Gated, Net
@@ -193,3 +194,15 @@ def test_a_product_of_two_activations_is_over_what_is_left() -> None:
     )
     prune_(model, discovery, {group.name: np.arange(3)})
     assert model.bodies[1].q.weight.shape == (5, HIDDEN)
+
+
+def test_stand_ins_of_streamed_weights_are_not_copied_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As after a model whose code writes into parameters of these names.
+    monkeypatch.setattr(scenes, "_written", {"weight", "scale"})
+    model = nn.Linear(4, 3)
+    model.weight.data = torch.zeros(1, 1).expand(3, 4)  # one value that stands for all
+    model.scale = nn.Parameter(torch.ones(3))
+    with torch.no_grad(), scenes.unwritten(model):
+        model.scale.fill_(2.0)
+    assert model.weight.stride() == (0, 0)
+    assert model.scale.tolist() == [1.0, 1.0, 1.0]

@@ -300,8 +300,11 @@ def unwritten(model: nn.Module) -> Iterator[None]:
     Copied are the parameters whose names code was seen to write to under `Unwritten`, in this
     process: run the dense model first.
     """
-    named = model.named_parameters()
-    kept = [(one, one.detach().clone()) for name, one in named if _key(name) in _written]
+    kept = [
+        (one, one.detach().clone())
+        for name, one in model.named_parameters()
+        if _key(name) in _written and _has_values(one)
+    ]
     try:
         yield
     finally:
