@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import torch
@@ -61,8 +61,7 @@ class Tensor:
     read: Callable[[], torch.Tensor]
 
 
-@dataclass(frozen=True)
-class _Sizes:
+class _Sizes(NamedTuple):
     heads: int
     key_value_heads: int
     width: int
@@ -74,17 +73,13 @@ class GgufModel:
 
     Attributes:
         architecture: llama.cpp's name.
-        layers: sizes of each.
-        head_dim: of all heads.
         values: name of a method of ``GGUFWriter`` -> what it adds.
         tensors: in the order of the file.
     """
 
     architecture: str
-    layers: tuple[_Sizes, ...]
-    head_dim: int
-    values: Mapping[str, Any] = field(repr=False)
-    tensors: tuple[Tensor, ...] = field(repr=False)
+    values: Mapping[str, Any]
+    tensors: tuple[Tensor, ...]
 
 
 def gguf_model(model: Any, name: str) -> GgufModel:
@@ -126,10 +121,8 @@ def gguf_model(model: Any, name: str) -> GgufModel:
     rope = _Rope.of(model, head_dim, name)
     architecture = _architecture(model, sizes, head_dim, rope, name)
     tensors = tuple(_tensors(model, architecture, head_dim, rope, name))
+    per_layer = map(list, zip(*sizes, strict=True))
     equal = len(set(sizes)) == 1
-    per_layer = [
-        list(values) for values in zip(*(vars(one).values() for one in sizes), strict=True)
-    ]
     heads, key_value_heads, widths = (values[0] if equal else values for values in per_layer)
     values = {
         "add_name": name,
@@ -149,18 +142,17 @@ def gguf_model(model: Any, name: str) -> GgufModel:
     if rope.linear != 1:
         values["add_rope_scaling_type"] = gguf.RopeScalingType.LINEAR
         values["add_rope_scaling_factor"] = rope.linear
-    return GgufModel(architecture, sizes, head_dim, values, tensors)
+    return GgufModel(architecture, values, tensors)
 
 
 def _head_dim(layers: Any, name: str) -> int:
     found = set()
-    for layer in layers:
-        attention = layer.self_attn
+    for attention in (layer.self_attn for layer in layers):
         size = attention.head_dim
         heads = attention.q_proj.out_features // size
         groups = attention.k_proj.out_features // size
-        found |= {size, attention.o_proj.in_features // heads}
-        found |= {attention.v_proj.out_features // groups}
+        values = attention.v_proj.out_features // groups
+        found |= {size, attention.o_proj.in_features // heads, values}
     if len(found) > 1:
         raise UserError(
             f"the heads of {name} have sizes {', '.join(map(str, sorted(found)))}, and llama.cpp "
@@ -251,23 +243,21 @@ class _Rope:
                 f"{head_dim} channels, which is not exported to GGUF; known are "
                 f"{', '.join(_STATIC)} over all channels"
             )
-        base: Any = said.get("rope_theta") or getattr(config, "rope_theta", None)
-        theta = float(base)
+        theta = float(said.get("rope_theta") or config.rope_theta)
         usual = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
         factors = usual / frequencies
-        linear, scale = 1.0, float(getattr(rotary, "attention_scaling", 1.0)) ** 2
-        if torch.allclose(factors, factors.mean(), rtol=1e-5):
-            linear = 1.0 if abs(factors.mean() - 1) < 1e-5 else float(factors.mean())
-            return cls(theta, linear, None, scale)
-        return cls(theta, linear, factors.float(), scale)
+        scale = float(getattr(rotary, "attention_scaling", 1.0)) ** 2
+        if not torch.allclose(factors, factors.mean(), rtol=1e-5):
+            return cls(theta, 1.0, factors.float(), scale)
+        linear = 1.0 if abs(factors.mean() - 1) < 1e-5 else float(factors.mean())
+        return cls(theta, linear, None, scale)
 
 
 def _tensors(
     model: Any, architecture: str, head_dim: int, rope: _Rope, name: str
 ) -> Iterator[Tensor]:
     names = gguf.get_tensor_name_map(_ARCHITECTURES[architecture], len(model.base_model.layers))
-    if rope.factors is not None:
-        factors = rope.factors
+    if (factors := rope.factors) is not None:
         yield Tensor("rope_freqs.weight", tuple(factors.shape), lambda: factors)
     for path, parameter in model.named_parameters():  # tied ones once
         owner, _, what = path.rpartition(".")
@@ -286,9 +276,9 @@ def _tensors(
                 f"{architecture}; export the model without it"
             )
         change = _change(model, module, owner, architecture, head_dim, rope)
-        shape = [sum(len(part) for part in parts), *parameter.shape[1:]]
-        shape = [max(1, size) for size in shape]
-        yield Tensor(f"{found}.{what}", tuple(shape), partial(_read, parts, change, tuple(shape)))
+        rows = sum(len(part) for part in parts)
+        shape = tuple(max(1, size) for size in (rows, *parameter.shape[1:]))
+        yield Tensor(f"{found}.{what}", shape, partial(_read, parts, change, shape))
 
 
 def _read(

@@ -45,6 +45,9 @@ A rule is ``ByteLevel`` for GPT-2's own expression, ``Digits`` for single digits
 _UNICODE = ("NFC", "NFD", "NFKC", "NFKD")
 """Normalisers that llama.cpp leaves out: most text is normal already."""
 
+_OURS = "tokenizer."
+"""How the keys of a GGUF file that tell of the tokenizer begin."""
+
 _OF_ANOTHER = (
     "name a GGUF file of the model that it was made of with export --like, and its tokenizer is "
     "copied"
@@ -100,7 +103,7 @@ def read_tokenizer(folder: Path, rows: int) -> dict[str, gguf.GGUFValue]:
         special = _Special(folder, load_merges=bytewise, n_vocab=rows)
         special.add_special_token.setdefault("bos", False)
         special.add_to_gguf(writer, quiet=True)
-    return _of_tokenizer(writer.kv_data[0])
+    return {key: value for key, value in writer.kv_data[0].items() if key.startswith(_OURS)}
 
 
 def copy_tokenizer(file: Path, rows: int) -> dict[str, gguf.GGUFValue]:
@@ -114,12 +117,10 @@ def copy_tokenizer(file: Path, rows: int) -> dict[str, gguf.GGUFValue]:
     except (OSError, ValueError, IndexError) as error:
         raise UserError(f"{file} is no GGUF file that can be read; name another") from error
     found = {
-        name: gguf.GGUFValue(
-            one.contents(), one.types[0], one.types[1:][0] if one.types[1:] else None
-        )
-        for name, one in fields.items()
+        key: gguf.GGUFValue(one.contents(), one.types[0], one.types[1] if one.types[1:] else None)
+        for key, one in fields.items()
+        if key.startswith(_OURS)
     }
-    found = _of_tokenizer(found)
     tokens = len(found["tokenizer.ggml.tokens"].value) if "tokenizer.ggml.tokens" in found else 0
     if tokens != rows:
         raise UserError(
@@ -127,10 +128,6 @@ def copy_tokenizer(file: Path, rows: int) -> dict[str, gguf.GGUFValue]:
             "GGUF file of the model that it was made of"
         )
     return found
-
-
-def _of_tokenizer(found: dict[str, gguf.GGUFValue]) -> dict[str, gguf.GGUFValue]:
-    return {name: value for name, value in found.items() if name.startswith("tokenizer.")}
 
 
 def _tokens(data: dict[str, Any], rows: int, folder: Path) -> tuple[list[str], list[int]]:
@@ -178,8 +175,7 @@ def _adds_space(data: dict[str, Any]) -> bool:
 
 
 def _all_steps(data: dict[str, Any]) -> list[dict[str, Any]]:
-    normal = _steps(data.get("normalizer"), "normalizers")
-    return [*normal, *_steps(data.get("pre_tokenizer"))]
+    return [*_steps(data.get("normalizer")), *_steps(data.get("pre_tokenizer"))]
 
 
 def _unknown(folder: Path) -> UserError:
@@ -189,21 +185,19 @@ def _unknown(folder: Path) -> UserError:
     )
 
 
-def _steps(one: dict[str, Any] | None, inside: str = "pretokenizers") -> Iterator[dict[str, Any]]:
+def _steps(one: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
     if one is not None and one["type"] == "Sequence":
-        for step in one[inside]:
-            yield from _steps(step, inside)
+        for step in one.get("normalizers") or one.get("pretokenizers") or ():
+            yield from _steps(step)
     elif one is not None:
         yield one
 
 
 def _pre_tokenizer(data: dict[str, Any], folder: Path) -> str:
     """Return llama.cpp's name for the rules by which text is split before merging."""
-    rules: list[object] = [bool(data["model"].get("ignore_merges"))]
-    for step in _steps(data.get("pre_tokenizer")):
-        rules.append(_rule(step))
-    normal = {step["type"] for step in _steps(data.get("normalizer"), "normalizers")}
-    name = _RULES.get(tuple(rule for rule in rules if rule is not None))
+    rules = filter(None, map(_rule, _steps(data.get("pre_tokenizer"))))
+    normal = {step["type"] for step in _steps(data.get("normalizer"))}
+    name = _RULES.get((bool(data["model"].get("ignore_merges")), *rules))
     if name is None or not normal <= set(_UNICODE):
         raise _unknown(folder)
     return name

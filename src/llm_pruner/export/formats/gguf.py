@@ -22,13 +22,10 @@ from llm_pruner.runtime.progress import track
 MAGIC = b"GGUF"
 """What a file begins with."""
 
-_PLAIN = {"f32": gguf.GGMLQuantizationType.F32, "f16": gguf.GGMLQuantizationType.F16}
-_PLAIN |= {"bf16": gguf.GGMLQuantizationType.BF16, "q8_0": gguf.GGMLQuantizationType.Q8_0}
+_PLAIN = {kind: gguf.GGMLQuantizationType[kind.upper()] for kind in ("f32", "f16", "bf16", "q8_0")}
 _FILE_TYPES = {
-    "f32": gguf.LlamaFileType.ALL_F32,
-    "f16": gguf.LlamaFileType.MOSTLY_F16,
-    "bf16": gguf.LlamaFileType.MOSTLY_BF16,
-    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    kind: gguf.LlamaFileType[f"{'ALL' if kind == 'f32' else 'MOSTLY'}_{kind.upper()}"]
+    for kind in _PLAIN
 }
 _BY_LLAMA_CPP = ("q4_k_m",)
 TYPES = (*_PLAIN, *_BY_LLAMA_CPP)
@@ -167,5 +164,4 @@ def _packed(tensor: Tensor, of: gguf.GGMLQuantizationType) -> np.ndarray:
     values = np.ascontiguousarray(tensor.read().float().cpu().numpy())
     if of == _PLAIN["f16"] and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
         raise UserError(f"{tensor.name} holds numbers beyond those of f16; use --type bf16 or f32")
-    packed = gguf.quantize(values, of)
-    return packed.view(np.uint8)
+    return gguf.quantize(values, of).view(np.uint8)
