@@ -12,21 +12,18 @@ from accelerate.utils import convert_outputs_to_fp32
 
 from helpers import tiny_model
 from llm_pruner.data.sequences import TrainingSequence, make_sequence
-from llm_pruner.recovery import Teacher
+from llm_pruner.recovery import Teacher, chunked_loss
+from llm_pruner.recovery.chunked_loss import summed_loss
 from llm_pruner.recovery.distill import DirectTeacher
-from llm_pruner.recovery.kernels import chunked_loss
-from llm_pruner.recovery.kernels.chunked_loss import summed_loss
 from llm_pruner.recovery.objective import (
     Targets,
-    distillation_loss,
-    mixed_loss,
     mixed_loss_and_gradient_,
-    task_loss,
     task_loss_and_gradient_,
     text_objective,
 )
 from llm_pruner.recovery.packing import lay_out, target_logits, target_tokens
 from llm_pruner.settings.recover import DistillationSettings
+from losses import distillation_loss, task_loss
 
 
 @pytest.fixture(autouse=True)
@@ -64,9 +61,8 @@ def test_the_gradient_of_the_mixture(temperature: float, weight: float, k: int) 
     tokens[:3] = 0
     taught = (3 * torch.randn(9, 40, dtype=torch.float64) / temperature).log_softmax(-1).topk(k)
     told = Targets(tokens, taught.indices, taught.values, temperature, weight)
-    wanted = mixed_loss(logits, told)
-    parts = distillation_loss(logits, taught.indices, taught.values, temperature)
-    assert torch.allclose(wanted, weight * parts + (1 - weight) * task_loss(logits, tokens))
+    part = distillation_loss(logits, taught.indices, taught.values, temperature)
+    wanted = weight * part + (1 - weight) * task_loss(logits, tokens)
     (slope,) = torch.autograd.grad(wanted, logits)
     loss, gradient = mixed_loss_and_gradient_(logits.detach().clone(), told)
     assert torch.allclose(loss, wanted)
@@ -119,10 +115,10 @@ def test_chunks_give_the_loss_and_gradients_of_all_at_once(family: str, trained:
         spans = []
         text = text_objective(tokens)
 
-        def objective(logits: Any, span: slice, gradient: bool, text: Any = text) -> Any:
+        def objective(logits: Any, span: slice, text: Any = text) -> Any:
             spans.append(span)  # noqa: B023
             assert len(logits) == span.stop - span.start
-            return text(logits, span, gradient)
+            return text(logits, span)
 
         loss = summed_loss(model, batch, objective)
         found = gradients(model, loss / 3)
@@ -181,9 +177,9 @@ def test_logits_that_accelerate_makes_float32_are_the_head_s(factor: int) -> Non
 
     model.forward = forward
 
-    def objective(logits: Any, span: slice, gradient: bool) -> Any:
+    def objective(logits: Any, span: slice) -> Any:
         spans.append(span)
-        return text(logits, span, gradient)
+        return text(logits, span)
 
     loss = summed_loss(model, batch, objective)
     found = gradients(model, loss)
@@ -225,7 +221,7 @@ def test_an_objective_is_shown_the_logits_of_all_learned_tokens() -> None:
     (batch,) = lay_out(samples(), range(9), packed=True, capacity=200, micro_tokens=200)
     seen: list[torch.Tensor] = []
 
-    def objective(logits: torch.Tensor, _: slice, __: bool) -> tuple[torch.Tensor, None]:
+    def objective(logits: torch.Tensor, _: slice) -> tuple[torch.Tensor, None]:
         seen.append(logits)
         return logits.new_zeros(()), None
 
@@ -244,7 +240,7 @@ def test_a_teacher_is_asked_in_chunks(tmp_path: Path) -> None:
     found = gradients(student, loss)
     logits, tokens = target_logits(student, batch)
     ids, values = teacher.says(batch)
-    whole = mixed_loss(logits, Targets(tokens, ids, values, 2.0, 0.7))
+    whole = 0.7 * distillation_loss(logits, ids, values, 2.0) + 0.3 * task_loss(logits, tokens)
     wanted = gradients(student, whole)
     assert float(loss.detach()) == pytest.approx(float(whole.detach()), rel=1e-5)
     for name, one in found.items():

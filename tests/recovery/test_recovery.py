@@ -37,13 +37,14 @@ from llm_pruner.recovery import run as recovering
 from llm_pruner.recovery.callbacks import Pace, Progress
 from llm_pruner.recovery.distill import DirectTeacher
 from llm_pruner.recovery.methods import lora
-from llm_pruner.recovery.objective import distillation_loss, task_loss
+from llm_pruner.recovery.objective import Targets, mixed_loss_and_gradient_
 from llm_pruner.recovery.packing import Batch, can_pack, lay_out, step_samples, target_logits
 from llm_pruner.recovery.run import Outcome
 from llm_pruner.recovery.scoring import Evaluation, score
 from llm_pruner.recovery.trainer import RecoveryTrainer, rate, trainer_arguments
 from llm_pruner.settings.recover import KERNELS, DistillationSettings, TrainingSettings
 from llm_pruner.settings.registry import names_in
+from losses import distillation_loss, task_loss
 from new_processes import start
 
 
@@ -156,18 +157,20 @@ def test_the_rate_warms_up_and_falls_to_zero() -> None:
 def test_distillation_over_the_whole_vocabulary_is_the_divergence() -> None:
     torch.manual_seed(0)
     student, teacher = torch.randn(5, 11), torch.randn(5, 11)
+    tokens = torch.zeros(5, dtype=torch.long)
+
+    def found_by(logits: torch.Tensor, top: Any, temperature: float) -> float:
+        targets = Targets(tokens, top.indices, top.values, temperature, 1.0)
+        return float(mixed_loss_and_gradient_(logits.clone(), targets)[0])
+
     for temperature in (1.0, 2.5):
         p = F.log_softmax(teacher / temperature, -1)
         q = F.log_softmax(student / temperature, -1)
         wanted = temperature**2 * F.kl_div(q, p, log_target=True, reduction="sum")
-        top = p.topk(11)
-        found = distillation_loss(student, top.indices, top.values, temperature)
-        assert float(found) == pytest.approx(float(wanted), rel=1e-4)
-        few = p.topk(3)
-        part = distillation_loss(student, few.indices, few.values, temperature)
-        assert 0 < float(part) < float(found)
-        same = distillation_loss(teacher, few.indices, few.values, temperature)
-        assert abs(float(same)) < 1e-4
+        found = found_by(student, p.topk(11), temperature)
+        assert found == pytest.approx(float(wanted), rel=1e-4)
+        assert 0 < found_by(student, p.topk(3), temperature) < found
+        assert abs(found_by(teacher, p.topk(3), temperature)) < 1e-4
 
 
 def test_the_teacher_runs_once_and_says_what_it_would(tmp_path: Path) -> None:

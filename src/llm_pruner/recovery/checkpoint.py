@@ -173,8 +173,7 @@ def merge_(trained: Any) -> Any:
     plain.requires_grad_(True)
     # PEFT leaves marks that a later save would act upon.
     for mark in ("_hf_peft_config_loaded", "peft_config"):
-        if mark in vars(plain):
-            delattr(plain, mark)
+        vars(plain).pop(mark, None)
     return plain.eval()
 
 

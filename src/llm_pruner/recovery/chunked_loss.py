@@ -62,7 +62,7 @@ def summed_loss(model: Any, batch: Batch, objective: Objective) -> torch.Tensor:
         logits, _ = target_logits(model, batch)
         if logits.requires_grad:
             return WithGradient.apply(logits, objective)
-        return objective(logits, slice(0, len(logits)), False)[0]
+        return objective(logits, slice(0, len(logits)))[0]
     head, hidden = found
     weights = [one for one in head.parameters() if one.requires_grad]
     rows = _tokens_at_once(head, hidden, trained=bool(weights))
@@ -71,7 +71,7 @@ def summed_loss(model: Any, batch: Batch, objective: Objective) -> torch.Tensor:
     total = torch.zeros((), device=hidden.device)
     run = _as_multiplied(head)
     for span in _spans(len(hidden), rows):
-        total += objective(run(hidden[span]).float(), span, False)[0]
+        total += objective(run(hidden[span]).float(), span)[0]
     return total
 
 
@@ -99,7 +99,7 @@ class _Chunked(torch.autograd.Function):
             if buffer is None:
                 buffer = torch.empty_like(logits, dtype=torch.float32)
             whole = buffer[: len(logits)].copy_(logits.detach())
-            loss, gradient = objective(whole, span, True)
+            loss, gradient = objective(whole, span)
             assert gradient is not None
             gradient = gradient.to(logits.dtype)
             own, *others = torch.autograd.grad(logits, (part, *weights), gradient)

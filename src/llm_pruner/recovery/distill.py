@@ -19,13 +19,12 @@ from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import allocate
 from llm_pruner.models.forward import embedding_rows
-from llm_pruner.recovery.kernels.chunked_loss import logits_of, summed_loss
+from llm_pruner.recovery.chunked_loss import logits_of, summed_loss
 from llm_pruner.recovery.objective import (
     LossAndGradient,
     Objective,
     Targets,
     divergence_and_gradient_,
-    mixed_loss,
     mixed_loss_and_gradient_,
 )
 from llm_pruner.recovery.packing import Batch, can_pack, lay_out, micro_tokens, target_tokens
@@ -51,12 +50,8 @@ class DirectTeacher:
         with torch.no_grad():
             logits_of_dense = logits_of(self._model, batch)
 
-        def objective(logits: torch.Tensor, span: slice, gradient: bool) -> LossAndGradient:
-            wanted = logits_of_dense(span).to(logits.device)
-            if gradient:
-                return divergence_and_gradient_(logits, wanted)
-            log_p, log_q = wanted.log_softmax(-1), logits.log_softmax(-1)
-            return F.kl_div(log_q, log_p, log_target=True, reduction="sum"), None
+        def objective(logits: torch.Tensor, span: slice) -> LossAndGradient:
+            return divergence_and_gradient_(logits, logits_of_dense(span).to(logits.device))
 
         return objective
 
@@ -159,12 +154,9 @@ class Teacher:
         heard = self.settings.temperature, self.settings.distill_weight
         every = (target_tokens(batch), *self.says(batch))
 
-        def objective(logits: torch.Tensor, span: slice, gradient: bool) -> LossAndGradient:
+        def objective(logits: torch.Tensor, span: slice) -> LossAndGradient:
             tokens, ids, values = (one[span].to(logits.device) for one in every)
-            targets = Targets(tokens, ids, values, *heard)
-            if gradient:
-                return mixed_loss_and_gradient_(logits, targets)
-            return mixed_loss(logits, targets), None
+            return mixed_loss_and_gradient_(logits, Targets(tokens, ids, values, *heard))
 
         return objective
 
@@ -183,7 +175,7 @@ class Teacher:
         )
         found: list[tuple[Any, Any]] = []
 
-        def likeliest(logits: torch.Tensor, _: slice, __: bool) -> LossAndGradient:
+        def likeliest(logits: torch.Tensor, _: slice) -> LossAndGradient:
             """Add arrays of token ids, int32, and log probabilities, float16: (n, k)."""
             values, ids = F.log_softmax(logits / self.settings.temperature, -1).topk(self._k)
             if not bool(values.isfinite().all()):

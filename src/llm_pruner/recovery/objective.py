@@ -10,59 +10,32 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
-import torch.nn.functional as F
 
 from llm_pruner.recovery.packing import Batch
 
 LossAndGradient: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
-"""A loss, and its gradient where that is wanted."""
+"""A loss, and its gradient; None from what only scores."""
 
-Objective = Callable[[torch.Tensor, slice, bool], LossAndGradient]
-"""Takes float32 logits (n, vocabulary), which learned tokens of a batch they predict, and whether
-the gradient is wanted; returns the sum of the tokens' losses and its gradient in the logits, which
-may take their place in memory."""
+Objective = Callable[[torch.Tensor, slice], LossAndGradient]
+"""Takes float32 logits (n, vocabulary), and which learned tokens of a batch they predict; returns
+the sum of the tokens' losses and its gradient in the logits, which may take their place in memory.
+"""
 
 _FLOOR = 1e-6
 """Least probability of all tokens but the teacher's likeliest; less may be nothing but rounding."""
 
 
-def task_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Sum over tokens of -log softmax(logits)[token]; logits (n, vocabulary), tokens (n,)."""
-    return F.cross_entropy(logits, tokens, reduction="sum")
-
-
 def task_loss_and_gradient_(
     logits: torch.Tensor, tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``task_loss`` and its gradient, softmax(logits) - 1[token], in place of the logits."""
+    """Return the sum over tokens of -log softmax(logits)[token], and its gradient.
+
+    The gradient, softmax(logits) - 1[token], takes the place of the logits (n, vocabulary).
+    """
     own = logits.gather(1, tokens[:, None])
     log_total, gradient = _softmax_(logits)
     gradient.scatter_add_(1, tokens[:, None], torch.full_like(own, -1.0))
     return (log_total - own).sum(), gradient
-
-
-def distillation_loss(
-    logits: torch.Tensor,
-    teacher_ids: torch.Tensor,
-    teacher_log_probabilities: torch.Tensor,
-    temperature: float,
-) -> torch.Tensor:
-    """Sum over tokens of T^2 KL(p || q), with all but the teacher's k likeliest tokens as one.
-
-    KL = sum_i p_i (log p_i - log q_i) + p_rest (log p_rest - log q_rest), where p and q are the
-    teacher's and the student's probabilities at temperature T, i runs over the teacher's k
-    likeliest tokens and the rest is what they leave of 1. It is never more than the divergence over
-    the whole vocabulary, and equal to it if k is the vocabulary (arXiv 1503.02531 for the T^2).
-
-    Args:
-        logits: the student's, (n, vocabulary).
-        teacher_ids: int64 of shape (n, k).
-        teacher_log_probabilities: log p_i, shape (n, k).
-        temperature: T.
-    """
-    logits = logits / temperature
-    log_q = logits.gather(1, teacher_ids) - logits.logsumexp(-1, keepdim=True)
-    return temperature**2 * _divergence(log_q, teacher_log_probabilities)
 
 
 class Targets(NamedTuple):
@@ -83,17 +56,20 @@ class Targets(NamedTuple):
     weight: float
 
 
-def mixed_loss(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
-    """Return w * ``distillation_loss`` + (1 - w) * ``task_loss``; logits (n, vocabulary)."""
-    tokens, ids, log_probabilities, temperature, weight = targets
-    loss = weight * distillation_loss(logits, ids, log_probabilities, temperature)
-    return loss if weight == 1 else loss + (1 - weight) * task_loss(logits, tokens)
-
-
 def mixed_loss_and_gradient_(
     logits: torch.Tensor, targets: Targets
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``mixed_loss`` and its gradient in the logits, in their place.
+    """Return w * distillation loss + (1 - w) * task loss, and its gradient.
+
+    The gradient takes the place of the logits (n, vocabulary). The distillation loss is the sum
+    over tokens of T^2 KL(p || q), with all but the teacher's k likeliest tokens as one:
+
+        KL = sum_i p_i (log p_i - log q_i) + p_rest (log p_rest - log q_rest),
+
+    where p and q are the teacher's and the student's probabilities at temperature T, i runs over
+    the teacher's k likeliest tokens and the rest is what they leave of 1. It is never more than the
+    divergence over the whole vocabulary, and equal to it if k is the vocabulary (arXiv 1503.02531
+    for the T^2).
 
     With P the sum of p_i, a = p_rest / q_rest (0 where q_rest is nothing but rounding) and q over
     the whole vocabulary, all at temperature T, the gradient of the distillation loss is T times
@@ -168,11 +144,8 @@ def divergence_and_gradient_(
 def text_objective(tokens: torch.Tensor) -> Objective:
     """Return the objective of what a text says next; tokens (learned tokens of a batch,)."""
 
-    def objective(logits: torch.Tensor, span: slice, gradient: bool) -> LossAndGradient:
-        wanted = tokens[span].to(logits.device)
-        if gradient:
-            return task_loss_and_gradient_(logits, wanted)
-        return task_loss(logits, wanted), None
+    def objective(logits: torch.Tensor, span: slice) -> LossAndGradient:
+        return task_loss_and_gradient_(logits, tokens[span].to(logits.device))
 
     return objective
 
@@ -195,7 +168,7 @@ class WithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, objective: Objective) -> torch.Tensor:
         """Return the loss, and keep its gradient."""
-        loss, gradient = objective(logits.clone(), slice(0, len(logits)), True)
+        loss, gradient = objective(logits.clone(), slice(0, len(logits)))
         assert gradient is not None
         ctx.save_for_backward(gradient)
         return loss

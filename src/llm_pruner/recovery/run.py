@@ -8,7 +8,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,12 @@ from llm_pruner.models.forward import embedding_rows
 from llm_pruner.models.layers import own_copy
 from llm_pruner.recovery import checkpoint as state
 from llm_pruner.recovery.callbacks import Guard, Progress, evaluation_interval
-from llm_pruner.recovery.kernels import kernels
+from llm_pruner.recovery.chunked_loss import logits_at_once
 from llm_pruner.recovery.objective import Guide
 from llm_pruner.recovery.packing import can_pack, lay_out, micro_tokens, step_samples
 from llm_pruner.recovery.scoring import Evaluation, score
 from llm_pruner.recovery.trainer import RecoveryTrainer, RunState, Steps, training_arguments
+from llm_pruner.runtime.attention import by_sample
 from llm_pruner.runtime.processes import ALONE, Processes
 from llm_pruner.runtime.progress import quiet
 from llm_pruner.settings.recover import TrainingSettings
@@ -125,7 +126,7 @@ def recover_(
     with (
         # The name that accelerate and the Trainer use still.
         quiet("transformers", "accelerate", "peft", warned=".*broadcast_buffers.*"),
-        kernels(settings, processes),
+        _kernels(settings, processes),
         _same_config(model),
         _own_random(None if processes == ALONE else model.device),
         tempfile.TemporaryDirectory() as unused,
@@ -282,6 +283,21 @@ def _keep_activations_(model: Any) -> None:
         model.activation_checkpointing_disable()
     else:
         model.gradient_checkpointing_disable()
+
+
+@contextmanager
+def _kernels(settings: TrainingSettings, processes: Processes) -> Iterator[None]:
+    """Have training use the faster arithmetic that was asked for until the block ends.
+
+    Where processes hold parts of each weight, only a model's own forward pass puts them together,
+    and logits are made within it.
+    """
+    in_chunks = settings.uses("loss") and not processes.sharded
+    with (
+        nullcontext() if in_chunks else logits_at_once(),
+        by_sample() if settings.uses("attention") else nullcontext(),
+    ):
+        yield
 
 
 @contextmanager

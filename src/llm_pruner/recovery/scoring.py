@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.models.forward import evaluating
-from llm_pruner.recovery.kernels.chunked_loss import summed_loss
+from llm_pruner.recovery.chunked_loss import summed_loss
 from llm_pruner.recovery.objective import Guide, LossAndGradient
 from llm_pruner.recovery.packing import Batch, target_logits, target_tokens
 from llm_pruner.runtime.processes import ALONE, Processes
@@ -85,10 +85,10 @@ def _losses(model: Any, batch: Batch, teacher: Guide | None) -> tuple[torch.Tens
     tokens = target_tokens(batch)
     mixture = None if teacher is None else teacher.objective(batch)
 
-    def objective(logits: torch.Tensor, span: slice, gradient: bool) -> LossAndGradient:
+    def objective(logits: torch.Tensor, span: slice) -> LossAndGradient:
         each = F.cross_entropy(logits, tokens[span].to(logits.device), reduction="none")
         found.append(each.double().cpu())
-        return (each.sum(), None) if mixture is None else mixture(logits, span, gradient)
+        return (each.sum(), None) if mixture is None else mixture(logits, span)
 
     total = float(summed_loss(model, batch, objective))
     return torch.cat(found), total

@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.errors import UserError
 from llm_pruner.recovery import checkpoint as state
-from llm_pruner.recovery.kernels.chunked_loss import summed_loss
+from llm_pruner.recovery.chunked_loss import summed_loss
 from llm_pruner.recovery.objective import Guide, text_objective
 from llm_pruner.recovery.packing import Batch, lay_out, target_tokens
 from llm_pruner.recovery.scoring import Evaluation
@@ -232,15 +232,10 @@ class RecoveryTrainer(Trainer):
             for name, tensors in files.items():
                 state.write_tensors(folder / f"{name}.safetensors", tensors)
             assert self.lr_scheduler is not None
-            schedule = {
-                key: value
-                for key, value in self.lr_scheduler.state_dict().items()
-                if key != "lr_lambdas"
-            }
             values = {
                 "run": asdict(self.run),
                 "optimizer": optimizer,
-                "schedule": schedule,
+                "schedule": self.lr_scheduler.state_dict(),
                 "random": state.write_random(folder),
             }
             state.write_values(folder, values)
