@@ -228,13 +228,12 @@ def _tiled(
     grouped = query.reshape(rows * groups, heads // groups, length, -1)
     keys, values = (one.reshape(rows * groups, length, -1) for one in (key, value))
     # Rows of these are those of the batch, each as often as it has groups.
-    own = [Block(_times_each(one.rows, groups), one.start, one.end) for one in blocks]
+    own = [
+        Block(slice(one.rows.start * groups, one.rows.stop * groups), one.start, one.end)
+        for one in blocks
+    ]
     found: torch.Tensor = _Tiled.apply(grouped, keys, values, scale, own, tiles)
     return found.reshape(rows, heads, length, -1)
-
-
-def _times_each(rows: slice, count: int) -> slice:
-    return slice(rows.start * count, rows.stop * count)
 
 
 @cache

@@ -60,9 +60,7 @@ def keep_all_blocks() -> bool:
     are 180 MB each, and the kernel takes longer to clear their pages than it takes to write them.
     """
     mallopt = _glibc("mallopt")
-    if not _chosen or mallopt is None:
-        return False
-    return bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, KEPT_OF_ALL))
+    return _chosen and bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, KEPT_OF_ALL))
 
 
 def keep_kernels(number: int) -> None:

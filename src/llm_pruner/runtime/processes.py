@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -79,16 +79,10 @@ class Processes:
 
     def of_first(self, values: torch.Tensor | None) -> torch.Tensor:
         """Return the first process's int64 matrix, which the others need not have."""
-        if self.count == 1:
-            assert values is not None
-            return values
-        there = PartialState().device
-        shape = torch.tensor([0, 0] if values is None else [*values.shape], device=there)
-        distributed.broadcast(shape, 0)
-        rows, columns = shape.tolist()
-        found = shape.new_empty(rows, columns) if values is None else values.to(there)
-        distributed.broadcast(found, 0)
-        return found.cpu()
+        found: list[Any] = [values]
+        if self.count > 1:
+            distributed.broadcast_object_list(found, 0)
+        return found[0]
 
     def hand_in(self, owner: int, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return, in the first process, tensors that ``owner`` has made; in the others nothing.
@@ -102,17 +96,15 @@ class Processes:
             return [*tensors] if self.is_first else []
         there = PartialState().device
         if self.rank == owner:
-            self._send(torch.zeros(1, dtype=torch.int64))
+            distributed.send_object_list([None], 0)
             for one in tensors:
-                self._send(one)
+                distributed.send(one.detach().to(there).contiguous(), 0)
         if not self.is_first:
             return []
-        failed = torch.zeros(1, dtype=torch.int64, device=there)
-        distributed.recv(failed, owner)
-        if int(failed):
-            message = torch.zeros(int(failed), dtype=torch.uint8, device=there)
-            distributed.recv(message, owner)
-            raise UserError(bytes(message.tolist()).decode())
+        failed: list[str | None] = [None]
+        distributed.recv_object_list(failed, owner)
+        if failed[0] is not None:
+            raise UserError(failed[0])
         found = [torch.empty_like(one, device=there).contiguous() for one in tensors]
         for one in found:
             distributed.recv(one, owner)
@@ -125,13 +117,8 @@ class Processes:
             yield
         except UserError as error:
             if not self.is_first:
-                message = torch.tensor([*str(error).encode()], dtype=torch.uint8)
-                self._send(torch.tensor([len(message)]))
-                self._send(message)
+                distributed.send_object_list([str(error)], 0)
             raise
-
-    def _send(self, tensor: torch.Tensor) -> None:
-        distributed.send(tensor.detach().to(PartialState().device).contiguous(), 0)
 
     @contextmanager
     def first(self) -> Iterator[None]:
