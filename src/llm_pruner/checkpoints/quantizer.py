@@ -97,8 +97,7 @@ class PrunedQuantizer(HfQuantizer):
                 # Some models ask whether it is there, not what it says.
                 vars(module.config).pop("_is_quantized", None)
         for mark in ("hf_quantizer", "quantization_method"):
-            if mark in vars(model):
-                delattr(model, mark)
+            vars(model).pop(mark, None)
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """Saving again is fine."""
@@ -210,7 +209,8 @@ def _shape_misfits(model: PreTrainedModel, recipe: Recipe) -> Iterator[str]:
         owner, _, attribute = name.rpartition(".")
         module = _submodule(model, owner)
         old = None if module is None else module._parameters.get(attribute)
-        if module is not None and _lacks_bias(module, attribute):
+        if isinstance(module, nn.Linear) and attribute == "bias" and old is None:
+            # It is to have one, as earlier versions saved.
             rows = shapes.get(f"{owner}.weight", tuple(module.get_parameter("weight").shape))[0]
             if shape != (rows,):
                 yield f"gives {name} the shape {shape}, and there are {rows} rows"
@@ -272,11 +272,6 @@ def tied_shapes(model: PreTrainedModel, recipe: Recipe) -> dict[str, tuple[int, 
         if other in shapes:
             shapes.setdefault(name, shapes[other])
     return shapes
-
-
-def _lacks_bias(module: nn.Module, attribute: str) -> bool:
-    """Whether a linear module has no bias yet and is to have one, as earlier versions saved."""
-    return isinstance(module, nn.Linear) and attribute == "bias" and module.bias is None
 
 
 def _replaces(module: nn.Module, path: str, value: Any) -> bool:

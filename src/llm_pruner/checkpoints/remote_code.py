@@ -16,11 +16,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import (
-    AttentionInterface,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llm_pruner.checkpoints import meta, modeling_pruned

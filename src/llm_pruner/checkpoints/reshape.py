@@ -236,7 +236,7 @@ def compose(first: E, second: Edits) -> E:
     old = _rename(first.attributes, second.layers)
     attributes = {
         name: {**old.get(name, {}), **second.attributes.get(name, {})}
-        for name in [*old, *(name for name in second.attributes if name not in old)]
+        for name in old | dict(second.attributes)
     }
     buffers: dict[str, Mapping[int, tuple[int, ...]]] = dict(_rename(first.buffers, second.layers))
     for name, dims in second.buffers.items():

@@ -151,8 +151,8 @@ def _pruned_config(
     depth = layer_values(meta.Trials(type(model), dense_config), recipe.layers, meta.sizes(model))
     changed = {} if depth is None else dict(depth.values)
     # The config of the outermost module is the one that later saves write.
-    own = (path.split(".", 1) for path in recipe.attributes.get("", ()) if "." in path)
-    rooted = [path for holder, path in own if holder == "config"]
+    own = recipe.attributes.get("", ())
+    rooted = [path.removeprefix("config.") for path in own if path.startswith("config.")]
     before = {path: meta.get_path(dense_config, path) for path in [*changed, *rooted]}
     recipe = _checked(model, dense_config, replace(recipe, dense_config=before), changed)
     config = meta.with_values(dense_config, changed)

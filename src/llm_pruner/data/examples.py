@@ -144,11 +144,8 @@ def _instruction(question: str, answer: str, row: Any, where: str) -> Example:
     # Where there is no context, its field may be left out.
     context = next((name for name in CONTEXTS if name != question and row.get(name)), None)
     given = "" if context is None else row[context]
-    for field, value in (
-        (question, row.get(question)),
-        (context, given),
-        (answer, row.get(answer)),
-    ):
+    fields = {question: row.get(question), context: given, answer: row.get(answer)}
+    for field, value in fields.items():
         if not isinstance(value, str):
             raise UserError(
                 f"{where}: field {field!r} is missing or no string; repair or remove the record"

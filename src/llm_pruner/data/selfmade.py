@@ -27,12 +27,7 @@ from llm_pruner.models.forward import (
     tensor_bytes,
 )
 from llm_pruner.models.layers import own_copy
-from llm_pruner.models.streaming import (
-    forget_pages,
-    is_model_streamed,
-    room_for,
-    values_of,
-)
+from llm_pruner.models.streaming import forget_pages, is_model_streamed, room_for, values_of
 from llm_pruner.runtime.precision import multiplies_bfloat16
 from llm_pruner.runtime.progress import track
 

@@ -14,12 +14,7 @@ import torch
 
 from llm_pruner.data.examples import Examples
 from llm_pruner.data.selfmade import write_text_cached
-from llm_pruner.data.sequences import (
-    TrainingSequence,
-    encode_each,
-    encode_examples,
-    make_sequence,
-)
+from llm_pruner.data.sequences import TrainingSequence, encode_each, encode_examples, make_sequence
 from llm_pruner.data.text import PRUNED, SELF
 from llm_pruner.errors import UserError
 

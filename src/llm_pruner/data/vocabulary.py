@@ -11,7 +11,7 @@ import copy
 import json
 import re
 from collections.abc import Collection, Iterable
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -92,20 +92,10 @@ class Vocabulary:
 
     def count(self, texts: Iterable[str]) -> Ids:
         """Return how often each token stands in texts, shape (size,)."""
-        counts = np.zeros(self.size, np.int64)
-        batch: list[str] = []
-
-        def add() -> None:
+        counts, rest = np.zeros(self.size, np.int64), iter(texts)
+        while batch := [*islice(rest, _BATCH)]:
             for one in self._whole.encode_batch(batch, add_special_tokens=False):
                 np.add.at(counts, np.array(one.ids, np.int64), 1)
-            batch.clear()
-
-        for text in texts:
-            batch.append(text)
-            if len(batch) == _BATCH:
-                add()
-        if batch:
-            add()
         return counts
 
     def choose(self, counts: Ids, size: int | None) -> Ids:
@@ -122,14 +112,13 @@ class Vocabulary:
             UserError: ``size`` is less than what has to stay, or more than there are.
         """
         kept = set(self.always)
-        known = self.known
-        if size is not None and not len(kept) <= size <= len(known):
+        if size is not None and not len(kept) <= size <= len(self.known):
             raise UserError(
                 f"{size} tokens cannot be: {len(kept)} have to stay, so that every text can be "
-                f"written, and there are {len(known)}"
+                f"written, and there are {len(self.known)}"
             )
         tokens = {index: token for token, index in self._ids.items()}
-        order = sorted(known - kept, key=lambda index: (-counts[index], index))
+        order = sorted(self.known - kept, key=lambda index: (-counts[index], index))
         for index in order:
             if size is None and not counts[index]:
                 break

@@ -91,7 +91,7 @@ class Counts:
     cache_bytes_fixed: int
 
 
-def paper_macs(model: Any, tokens: int = PAPER_TOKENS) -> int:
+def paper_macs(model: Any) -> int:
     """Return the MACs of one forward pass over a text, logits at every position.
 
     LLM-Pruner counts so: 424.0G for LLaMA-7B and 64 tokens.
@@ -100,7 +100,7 @@ def paper_macs(model: Any, tokens: int = PAPER_TOKENS) -> int:
         LLMPrunerError: the model does not run.
     """
     with _runnable(model), Counter() as counter:
-        logits_of(model(input_ids=example_tokens(model, (1, tokens)), use_cache=False))
+        logits_of(model(input_ids=example_tokens(model, (1, PAPER_TOKENS)), use_cache=False))
     return counter.macs
 
 

@@ -16,12 +16,7 @@ from llm_pruner.data.sequences import added_tokens
 from llm_pruner.data.text import EvaluationText, Protocol
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.divergence import Divergence, compare, divergence
-from llm_pruner.models.forward import (
-    embedding_rows,
-    evaluating,
-    first_tensor,
-    maximum_length,
-)
+from llm_pruner.models.forward import embedding_rows, evaluating, first_tensor, maximum_length
 from llm_pruner.models.load import LoadedModel
 from llm_pruner.runtime.progress import track
 from llm_pruner.settings.evaluate import PerplexitySettings
@@ -238,7 +233,12 @@ def _losses(
             stack.enter_context(evaluating(network))
         batches = torch.split(rows, batch_size)
         for number, batch in enumerate(track(batches, f"Perplexity on {name}")):
-            logits = [_logits(network, batch) for network in networks]
+            logits = [
+                network(
+                    input_ids=batch.to(next(network.parameters()).device), use_cache=False
+                ).logits
+                for network in networks
+            ]
             if dense is not None and logits[0].shape != logits[1].shape:
                 raise UserError(
                     f"{dense.name} predicts {logits[1].shape[-1]} tokens and the model "
@@ -259,12 +259,6 @@ def _losses(
                     sums = torch.cat([sums, compare(seen[1], seen[0], target[skipped:])])
                 found.append(sums)
             yield torch.stack(found)
-
-
-def _logits(network: Any, batch: torch.Tensor) -> torch.Tensor:
-    device = next(network.parameters()).device
-    logits: torch.Tensor = network(input_ids=batch.to(device), use_cache=False).logits
-    return logits
 
 
 def _window_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -53,7 +53,7 @@ def require_sandbox() -> None:
         )
 
 
-def run_program(source: str, *, seconds: float = SECONDS, memory: int = MEMORY) -> ProgramRun:
+def run_program(source: str, *, seconds: float = SECONDS) -> ProgramRun:
     """Run a Python program and return how it ended; it passed if its last line was reached.
 
     It runs in an empty temporary folder, with an empty environment and nothing to read, within
@@ -62,13 +62,12 @@ def run_program(source: str, *, seconds: float = SECONDS, memory: int = MEMORY) 
 
     Args:
         seconds: that it may compute; it may take ``WAITING`` times as many.
-        memory: bytes that it may map.
 
     Raises:
         LLMPrunerError: no program can be run.
     """
     script = Path(__file__).with_name("sandbox.py")
-    limits = (memory, PROCESSES, FILE_BYTES, math.ceil(seconds))
+    limits = (MEMORY, PROCESSES, FILE_BYTES, math.ceil(seconds))
     with tempfile.TemporaryDirectory(prefix="program-") as folder:
         child = subprocess.Popen(
             [sys.executable, "-I", "-B", str(script), *map(str, limits)],

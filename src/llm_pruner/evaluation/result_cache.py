@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import __version__ as transformers_version
 from transformers.utils.hub import cached_file
 
 from llm_pruner.data.text import name_of_part
-from llm_pruner.files.disk import read_json
+from llm_pruner.files.disk import json_object, read_json
 from llm_pruner.files.outputs import RECOVERY_FILE, write_output
 from llm_pruner.models.stored import local_path
 from llm_pruner.settings.common import ModelSettings
@@ -75,19 +76,13 @@ def folder() -> Path:
 
 def read(name: str) -> dict[str, Any] | None:
     """Return what was stored under a key; None if there is nothing that can be read."""
-    try:
-        data = read_json(folder() / f"{name}.json")
-    except (OSError, ValueError):
-        return None
-    return data if isinstance(data, dict) else None
+    return json_object(folder() / f"{name}.json") or None
 
 
 def write(name: str, data: dict[str, Any]) -> None:
     """Store a result; where the folder cannot be written, the result is not kept."""
-    try:
+    with suppress(OSError):
         write_output(folder() / f"{name}.json", json.dumps(data, ensure_ascii=False))
-    except OSError:
-        return
 
 
 def _hash(files: list[Path]) -> str:

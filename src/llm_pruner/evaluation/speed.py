@@ -97,8 +97,13 @@ def measure_speed(
             raise UserError(f"{name}={value} measures nothing; use at least 1")
 
     def once(model: Any, prompt: torch.Tensor, _: int) -> tuple[float, float, float]:
-        prefill, decode = _once(start(model), prompt, new_tokens)
-        return prefill, decode, prefill
+        decoder = start(model)
+        begin = now(prompt.device)
+        token = decoder.step(prompt).argmax(dim=-1, keepdim=True)
+        middle = now(prompt.device)
+        for _ in range(new_tokens):
+            token = decoder.step(token).argmax(dim=-1, keepdim=True)
+        return middle - begin, now(prompt.device) - middle, middle - begin
 
     prompts = [example_tokens(model, (batch_size, prompt_tokens)) for model in models]
     runs = [partial(once, *pair) for pair in zip(models, prompts, strict=True)]
@@ -157,16 +162,6 @@ def _undisturbed(models: Sequence[Any]) -> Iterator[None]:
     finally:
         if collecting:
             gc.enable()
-
-
-def _once(decoder: Decoder, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
-    """Return the seconds of the prefill and of decoding ``new_tokens``."""
-    begin = now(prompt.device)
-    token = decoder.step(prompt).argmax(dim=-1, keepdim=True)
-    middle = now(prompt.device)
-    for _ in range(new_tokens):
-        token = decoder.step(token).argmax(dim=-1, keepdim=True)
-    return middle - begin, now(prompt.device) - middle
 
 
 def now(device: torch.device) -> float:

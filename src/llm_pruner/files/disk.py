@@ -284,3 +284,12 @@ def read_json(file: Path) -> Any:
         OSError, ValueError: as ``read_text`` and ``parse_json``.
     """
     return parse_json(read_text(file))
+
+
+def json_object(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; empty if there is none."""
+    try:
+        found = read_json(file)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -17,10 +17,10 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO, Literal
 
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import new_file, new_folder, read_json, starts_with, tidy
+from llm_pruner.files.disk import json_object, new_file, new_folder, starts_with, tidy
 
 MANIFEST = ".written-by-llm-pruner"
 """A name without an ending, so that nothing takes it for a part of the model."""
@@ -219,9 +219,9 @@ def not_ours(folder: Path) -> str | None:
 
 def _not_ours_before(folder: Path, names: list[str]) -> str | None:
     """Return the same of a folder without a manifest, as earlier versions wrote it."""
-    report = _json_in(folder / "report.json")
+    report = json_object(folder / "report.json")
     ours = {"format_version", "source"} <= report.keys()
-    recipe = _json_in(folder / "config.json").get("quantization_config")
+    recipe = json_object(folder / "config.json").get("quantization_config")
     ours |= isinstance(recipe, dict) and recipe.get("quant_method") == "llm_pruner"
     tasks = (folder / "offline_data.py").is_file()
     pattern = _BEFORE if ours else _TASKS_BEFORE if tasks else None
@@ -278,17 +278,8 @@ def _holds(file: Path, kind: Kind) -> bool:
     if kind == "page":
         with file.open("rb") as stream:
             return stream.read(9).lower() == b"<!doctype"
-    found = _json_in(file)
+    found = json_object(file)
     return {"groups", "package_version"} <= found.keys() if kind == "plan" else bool(found)
-
-
-def _json_in(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; empty if there is none."""
-    try:
-        found = read_json(file)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _names(folder: Path) -> list[str]:
@@ -300,7 +291,7 @@ def _names(folder: Path) -> list[str]:
 
 def _manifest(folder: Path) -> dict[str, list[str]] | None:
     """Return the digests that each file may have; None if there is no manifest."""
-    files = _json_in(folder / MANIFEST).get("files")
+    files = json_object(folder / MANIFEST).get("files")
     return files if isinstance(files, dict) else None
 
 
