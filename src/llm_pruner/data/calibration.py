@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import ceil
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -79,7 +78,7 @@ def build_calibration(
         model: needed for ``self`` and ``chat`` alone.
         least: share of its windows that a source must have; by default all if the number is the
             user's, and a quarter if it is a preset's.
-        unseen: so many more windows at most that are not among them, see ``pack``. The model
+        unseen: so many more windows at most that are not among them, see ``_pack``. The model
             writes its own apart.
 
     Raises:
@@ -88,12 +87,11 @@ def build_calibration(
     parts: list[_Part] = []
     rests = _counts(unseen, [*shares_of(asked.calibration).values()])
     for one, rest in zip(_wanted(asked, least), rests, strict=True):
-        size = {"samples": one.samples, "seq_len": asked.seq_len, "seed": seed}
         with one.named(asked):
             if one.source in WRITERS:
-                parts.append(_self_written(one.source, model, tokenizer, asked.kept, size, rest))
+                parts.append(_self_written(one, asked, model, tokenizer, seed, rest))
             else:
-                parts.append(_read(one.source, asked, tokenizer, size, one.least, rest))
+                parts.append(_read(one, asked, tokenizer, seed, rest))
     input_ids = _spread([one.windows for one in parts])
     settings = {
         "source": asked.calibration,
@@ -175,55 +173,43 @@ class _Part(NamedTuple):
     split: str | None = None
 
 
-def _read(
-    source: str,
-    asked: CalibrationSettings,
-    tokenizer: Any,
-    size: dict[str, int],
-    least: int,
-    rest: int,
-) -> _Part:
+def _read(one: _Wanted, asked: CalibrationSettings, tokenizer: Any, seed: int, rest: int) -> _Part:
     # Enough documents even where each is one short sentence.
-    documents = _documents(source, asked, max(BEGINNING, size["samples"] * asked.seq_len // 4))
-    windows, unseen = pack(documents, tokenizer, least=least, rest=rest, **size)
+    documents = _documents(one.source, asked, max(BEGINNING, one.samples * asked.seq_len // 4))
+    windows, unseen = _pack(documents, tokenizer, one, asked.seq_len, seed, rest)
     return _Part(windows, unseen, documents.name, documents.split)
 
 
 def _self_written(
-    source: str, model: Any, tokenizer: Any, kept: Path | None, size: dict[str, int], rest: int
+    one: _Wanted, asked: CalibrationSettings, model: Any, tokenizer: Any, seed: int, rest: int
 ) -> _Part:
     if model is None:
-        raise UserError(f"source '{source}' needs the model that writes the text")
-    write = WRITERS[source]
-    if kept is None:
+        raise UserError(f"source '{one.source}' needs the model that writes the text")
+    write = WRITERS[one.source]
+    size = {"samples": one.samples, "seq_len": asked.seq_len, "seed": seed}
+    if asked.kept is None:
         windows = write(model, tokenizer, **size)
     else:
-        windows = write_text_cached(model, tokenizer, kept, source=source, **size)
+        windows = write_text_cached(model, tokenizer, asked.kept, source=one.source, **size)
     unseen = windows[:0]
     if rest:
-        other = size | {"samples": rest, "seed": (size["seed"] + 1) % 2**32}
+        other = size | {"samples": rest, "seed": (seed + 1) % 2**32}
         unseen = write(model, tokenizer, **other)
-    what = "text" if source == SELF else "chats"
+    what = "text" if one.source == SELF else "chats"
     return _Part(windows, unseen, f"{what} sampled from the model")
 
 
-def pack(
-    documents: Documents,
-    tokenizer: Any,
-    *,
-    samples: int,
-    seq_len: int,
-    seed: int,
-    least: int | None = None,
-    rest: int = 0,
+def _pack(
+    documents: Documents, tokenizer: Any, wanted: _Wanted, seq_len: int, seed: int, rest: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut documents into windows; see ``build_calibration``.
 
     Returns:
         Windows, int64 of shape (samples, seq_len), and at most ``rest`` others: those that stand
         furthest from a window that was drawn, since neighbours may share a document. Where the
-        documents have fewer than ``samples``, it is these, if they are ``least``, by default all.
+        documents have fewer than ``samples``, it is these, if they are ``least``.
     """
+    samples = wanted.samples
     prefix, suffix = added_tokens(tokenizer)
     fresh = room_for_text(seq_len, prefix)
     generator = torch.Generator().manual_seed(seed)
@@ -250,7 +236,7 @@ def pack(
             break
         starts.append(end)
         end += fresh
-    if len(starts) < (samples if least is None else least):
+    if len(starts) < wanted.least:
         tokens = len(starts) * fresh + len(stream) - end
         fit = tokens // fresh
         most = tokens + len(prefix)
@@ -301,8 +287,7 @@ def check_calibration(asked: CalibrationSettings, model: ModelSettings | None = 
                 Turns(tokenizer)
             elif not _holds(documents, tokenizer, one.least * asked.seq_len):
                 # That may have been its beginning alone; if not, this says how much there is.
-                size = {"samples": one.samples, "seq_len": asked.seq_len, "seed": 0}
-                _read(one.source, asked, tokenizer, size, one.least, 0)
+                _read(one, asked, tokenizer, seed=0, rest=0)
     return tokenizer
 
 

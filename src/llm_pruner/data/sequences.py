@@ -53,8 +53,7 @@ _PROBE = "a b"
 
 def bare_ids(tokenizer: Any, text: str) -> list[int]:
     """Return the token ids of a text without any that the tokenizer would add."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def added_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -233,12 +233,7 @@ def _losses(
             stack.enter_context(evaluating(network))
         batches = torch.split(rows, batch_size)
         for number, batch in enumerate(track(batches, f"Perplexity on {name}")):
-            logits = [
-                network(
-                    input_ids=batch.to(next(network.parameters()).device), use_cache=False
-                ).logits
-                for network in networks
-            ]
+            logits = [_logits(network, batch) for network in networks]
             if dense is not None and logits[0].shape != logits[1].shape:
                 raise UserError(
                     f"{dense.name} predicts {logits[1].shape[-1]} tokens and the model "
@@ -259,6 +254,11 @@ def _losses(
                     sums = torch.cat([sums, compare(seen[1], seen[0], target[skipped:])])
                 found.append(sums)
             yield torch.stack(found)
+
+
+def _logits(network: Any, batch: torch.Tensor) -> torch.Tensor:
+    device = next(network.parameters()).device
+    return network(input_ids=batch.to(device), use_cache=False).logits
 
 
 def _window_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -130,7 +130,7 @@ def encoded_chat(tokenizer: Any, said: Sequence[str]) -> list[int]:
         {"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), said)
     ]
     try:
-        asked: list[int] = tokenizer.apply_chat_template(
+        return tokenizer.apply_chat_template(
             messages,
             add_generation_prompt=True,
             return_dict=False,
@@ -140,7 +140,6 @@ def encoded_chat(tokenizer: Any, said: Sequence[str]) -> list[int]:
         raise UserError(
             f"the tokenizer's chat template fails ({in_short(error)}); correct it in the folder"
         ) from error
-    return asked
 
 
 def strip_control(text: str) -> str:

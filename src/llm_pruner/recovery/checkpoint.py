@@ -130,10 +130,8 @@ def read_optimizer_(folder: Path, rest: Mapping[str, Any], optimizer: Any) -> No
         for name, tensor in tensors.items():
             index, _, key = name.partition(".")
             weight = weights[int(index)]
-            spread = tensor.shape == weight.shape
-            state.setdefault(int(index), {})[key] = (
-                spread_like(tensor, weight) if spread else tensor
-            )
+            own = spread_like(tensor, weight) if tensor.shape == weight.shape else tensor
+            state.setdefault(int(index), {})[key] = own
         optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
 
 

@@ -134,12 +134,7 @@ def logits_of(model: Any, batch: Batch) -> Callable[[slice], torch.Tensor]:
 def _as_multiplied(head: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a function from (n, features) to logits (n, vocabulary)."""
     weights = _frozen_in_half(head)
-
-    def run(hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = functional_call(head, weights, (hidden.unsqueeze(0),))
-        return logits.squeeze(0)
-
-    return run
+    return lambda hidden: functional_call(head, weights, (hidden.unsqueeze(0),)).squeeze(0)
 
 
 def _frozen_in_half(head: nn.Module) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -169,8 +169,9 @@ class RecoveryTrainer(Trainer):
         own = self.processes.share(batches)
         total = torch.zeros((), device=self.args.device)
         for number, batch in enumerate(own):
-            last = number == len(own) - 1
-            with self._gradients_stay(model, not last):
+            # Processes add up their gradients at the last batch; of parts of weights at each one.
+            stay = number < len(own) - 1 and not self.processes.sharded
+            with self.accelerator.no_sync(model) if stay else nullcontext():
                 with self.compute_loss_context_manager():
                     if batch is None:
                         loss = 0 * self._loss(model, batches[0], None)
@@ -187,11 +188,6 @@ class RecoveryTrainer(Trainer):
             # The weights from here on are lost; the best before may still be a gain.
             self.run.stopped = f"{said}; a lower --learning-rate goes further"
         return torch.tensor(self.last_loss, device=self.args.device)
-
-    def _gradients_stay(self, model: Any, stay: bool) -> AbstractContextManager[None]:
-        """Keep gradients from being summed over the processes, as more will be added."""
-        wanted = stay and not self.processes.sharded  # whose gradients are sums of parts
-        return self.accelerator.no_sync(model) if wanted else nullcontext()
 
     @staticmethod
     def _loss(model: Any, batch: Batch, teacher: Guide | None) -> torch.Tensor:
@@ -221,26 +217,20 @@ class RecoveryTrainer(Trainer):
             files["best"] = self.best_weights
         files["optimizer"], optimizer = state.optimizer_values(self.optimizer)
         if self.processes.is_first and not path.exists():
-            self._write_checkpoint(path, files, optimizer)
+            with self._folder(path) as folder:
+                for name, tensors in files.items():
+                    state.write_tensors(folder / f"{name}.safetensors", tensors)
+                assert self.lr_scheduler is not None
+                values = {
+                    "run": asdict(self.run),
+                    "optimizer": optimizer,
+                    "schedule": self.lr_scheduler.state_dict(),
+                    "random": state.write_random(folder),
+                }
+                state.write_values(folder, values)
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+            state.drop_older(self._work, path)
         self.processes.barrier()
-
-    def _write_checkpoint(
-        self, path: Path, files: dict[str, dict[str, torch.Tensor]], optimizer: dict[str, Any]
-    ) -> None:
-        assert self._folder is not None
-        with self._folder(path) as folder:
-            for name, tensors in files.items():
-                state.write_tensors(folder / f"{name}.safetensors", tensors)
-            assert self.lr_scheduler is not None
-            values = {
-                "run": asdict(self.run),
-                "optimizer": optimizer,
-                "schedule": self.lr_scheduler.state_dict(),
-                "random": state.write_random(folder),
-            }
-            state.write_values(folder, values)
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-        state.drop_older(self._work, path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
         folder = Path(resume_from_checkpoint)

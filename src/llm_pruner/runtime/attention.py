@@ -232,8 +232,7 @@ def _tiled(
         Block(slice(one.rows.start * groups, one.rows.stop * groups), one.start, one.end)
         for one in blocks
     ]
-    found: torch.Tensor = _Tiled.apply(grouped, keys, values, scale, own, tiles)
-    return found.reshape(rows, heads, length, -1)
+    return _Tiled.apply(grouped, keys, values, scale, own, tiles).reshape(rows, heads, length, -1)
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,14 +85,13 @@ class GgufFile:
             LLMPrunerError: llama.cpp could not quantise it.
             OSError: the disk is full, or the like.
         """
-        with ExitStack() as stack:
-            place = stack.enter_context(new_file(out))
+        with new_file(out) as place:
             if self.kind in _PLAIN:
                 self._write(place, self.kind)
             else:
-                before = stack.enter_context(scratch_file(out))
-                self._write(before, _BEFORE.get(self.stored, "f32"))
-                quantize(before, place, self.kind, len(self.model.tensors))
+                with scratch_file(out) as before:
+                    self._write(before, _BEFORE.get(self.stored, "f32"))
+                    quantize(before, place, self.kind, len(self.model.tensors))
             check()
 
     def _write(self, file: Path, kind: str) -> None:
