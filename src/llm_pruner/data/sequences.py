@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, takewhile
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -83,8 +83,6 @@ def room_for_text(seq_len: int, prefix: tuple[int, ...]) -> int:
     return seq_len - len(prefix)
 
 
-Template = Literal["auto", "chat", "alpaca"]
-
 _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
     "context. Write a response that appropriately completes the request.\n\n"
@@ -119,7 +117,7 @@ def encode_each(
     tokenizer: Any,
     *,
     seq_len: int,
-    template: Template = "auto",
+    template: Literal["auto", "chat", "alpaca"] = "auto",
     mask_prompt: bool = False,
     source: int = 0,
 ) -> list[list[TrainingSequence]]:
@@ -138,13 +136,9 @@ def encode_each(
         source: what ``TrainingSequence.source`` says.
 
     Raises:
-        UserError: the template is unknown, the tokenizer has none, it rejects an example, or no
-            sequence is left.
+        UserError: the tokenizer has no chat template, it rejects an example, or no sequence is
+            left.
     """
-    if template not in get_args(Template):
-        raise UserError(
-            f"template {template!r} is unknown; use one of {', '.join(get_args(Template))}"
-        )
     if template == "chat" and not getattr(tokenizer, "chat_template", None):
         raise UserError("the tokenizer has no chat template; use --template alpaca")
     chat = template != "alpaca" and bool(getattr(tokenizer, "chat_template", None))

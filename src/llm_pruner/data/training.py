@@ -159,8 +159,6 @@ def _last_held_out(
 
 def _count(samples: int, held_out: int | None, name: str) -> int:
     count = min(max(1, samples // _SHARE), _MOST) if held_out is None else held_out
-    if count < 1:
-        raise UserError(f"--held-out {count} leaves nothing to judge by; use at least 1")
     if count >= samples:
         raise UserError(
             f"{name} gives {samples} samples and {count} of them are to be held out, so none is "

@@ -31,7 +31,7 @@ from llm_pruner.discovery.tracing.ghosts import GhostRunner, ghosts_of
 from llm_pruner.discovery.tracing.ops import operation, tensors_in
 from llm_pruner.discovery.tracing.run import example_tokens
 from llm_pruner.discovery.tracing.scenes import staged
-from llm_pruner.errors import LLMPrunerError, UserError
+from llm_pruner.errors import LLMPrunerError
 from llm_pruner.models.forward import Decoder, is_on_meta, logits_of, tensor_bytes
 from llm_pruner.models.layers import heaviest, names_in_float32
 from llm_pruner.types import Size
@@ -113,12 +113,8 @@ def count_work(model: Any, *, prompt_tokens: int = PAPER_TOKENS, batch_size: int
         batch_size: texts at once.
 
     Raises:
-        UserError: a setting is not positive.
         LLMPrunerError: the model does not run.
     """
-    for name, value in (("prompt_tokens", prompt_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise UserError(f"{name}={value} counts nothing; use at least 1")
     with _runnable(model):
         tokens = example_tokens(model, (batch_size, prompt_tokens + 1))
         decoder = Decoder(model)
