@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
@@ -79,10 +79,16 @@ class Processes:
 
     def of_first(self, values: torch.Tensor | None) -> torch.Tensor:
         """Return the first process's int64 matrix, which the others need not have."""
-        found: list[Any] = [values]
-        if self.count > 1:
-            distributed.broadcast_object_list(found, 0)
-        return found[0]
+        if self.count == 1:
+            assert values is not None
+            return values
+        there = PartialState().device
+        shape = torch.tensor([0, 0] if values is None else [*values.shape], device=there)
+        distributed.broadcast(shape, 0)
+        rows, columns = shape.tolist()
+        found = shape.new_empty(rows, columns) if values is None else values.to(there)
+        distributed.broadcast(found, 0)
+        return found.cpu()
 
     def hand_in(self, owner: int, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return, in the first process, tensors that ``owner`` has made; in the others nothing.
@@ -96,15 +102,17 @@ class Processes:
             return [*tensors] if self.is_first else []
         there = PartialState().device
         if self.rank == owner:
-            distributed.send_object_list([None], 0)
+            self._send(torch.zeros(1, dtype=torch.int64))
             for one in tensors:
-                distributed.send(one.detach().to(there).contiguous(), 0)
+                self._send(one)
         if not self.is_first:
             return []
-        failed: list[str | None] = [None]
-        distributed.recv_object_list(failed, owner)
-        if failed[0] is not None:
-            raise UserError(failed[0])
+        failed = torch.zeros(1, dtype=torch.int64, device=there)
+        distributed.recv(failed, owner)
+        if int(failed):
+            message = torch.zeros(int(failed), dtype=torch.uint8, device=there)
+            distributed.recv(message, owner)
+            raise UserError(bytes(message.tolist()).decode())
         found = [torch.empty_like(one, device=there).contiguous() for one in tensors]
         for one in found:
             distributed.recv(one, owner)
@@ -117,8 +125,13 @@ class Processes:
             yield
         except UserError as error:
             if not self.is_first:
-                distributed.send_object_list([str(error)], 0)
+                message = torch.tensor([*str(error).encode()], dtype=torch.uint8)
+                self._send(torch.tensor([len(message)]))
+                self._send(message)
             raise
+
+    def _send(self, tensor: torch.Tensor) -> None:
+        distributed.send(tensor.detach().to(PartialState().device).contiguous(), 0)
 
     @contextmanager
     def first(self) -> Iterator[None]:
