@@ -588,7 +588,8 @@ def test_the_best_weights_are_kept(tmp_path: Path) -> None:
 def test_a_time_budget_is_planned_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A clock that moves on by 10 milliseconds whenever it is read.
     clock = SimpleNamespace(monotonic=count(step=0.01).__next__)
-    monkeypatch.setattr("llm_pruner.recovery.callbacks.time", clock)
+    for module in ("callbacks", "run"):
+        monkeypatch.setattr(f"llm_pruner.recovery.{module}.time", clock)
     train, held = sequences(64), sequences(4, seed=1)
     settings = TrainingSettings(batch_size=4, epochs=1000, seq_len=64, max_minutes=0.03)
     _, outcome = recover_(

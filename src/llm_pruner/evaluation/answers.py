@@ -113,7 +113,9 @@ def write_batch(model: Any, tokenizer: Any, prompts: Sequence[str], asked: Asked
         alone = [write_batch(model, tokenizer, [prompt], asked) for prompt in prompts]
         return [answer for [answer] in alone]
     room = asked.new_tokens if limit is None else min(asked.new_tokens, limit - longest)
-    if not min(map(len, rows)) or room < 1:
+    if not min(map(len, rows)):
+        raise UserError("a prompt has no tokens, so nothing can follow it; write something in it")
+    if room < 1:
         raise UserError(
             f"a prompt of {longest} tokens leaves no room for an answer: the model reads {limit}; "
             "use shorter prompts"
