@@ -454,6 +454,19 @@ def test_a_file_that_may_not_be_read_is_the_users_to_change(
     )
 
 
+def test_a_gpu_that_is_full_is_said_in_one_line(
+    work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr("llm_pruner.commands.inspect.inspect_model", full)
+    result = run("inspect", tiny)
+    assert result.code == 1
+    assert result.err.startswith("llm-pruner: the memory of the GPU is full; free some, or use")
+    assert result.err.count("\n") == 1
+
+
 def test_slips_of_the_pen_exit_with_2_and_a_hint() -> None:
     for args, said in (
         (["prun"], "No such command 'prun'. Did you mean 'prune'?"),

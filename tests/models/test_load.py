@@ -65,6 +65,22 @@ def test_dtype(folder: Path) -> None:
         load_model(str(folder), dtype="int4")
 
 
+def test_a_model_goes_to_one_gpu_and_says_where_it_does_not_fit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = []
+
+    def full(*given: Any) -> None:
+        places.append(given[3]["device_map"])
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(loading, "_load_model", full)
+    with pytest.raises(UserError, match="does not fit into the free memory of the GPU; free some"):
+        load_model(str(folder), device="auto")
+    assert places == ["cuda"]  # accelerate's auto would spread it over several, and the memory
+
+
 @pytest.mark.parametrize("device", ["abacus", "cuda:99"])
 def test_device_that_is_not_there(folder: Path, device: str) -> None:
     with pytest.raises(UserError, match=f"device '{device}' cannot be used"):

@@ -127,6 +127,14 @@ def _run() -> None:
             fail(one_line(f"{error.filename} may not be read or written; change its rights"), 2)
         said = _NUMBER.sub("", str(error))
         fail(one_line(f"{said}; free space or give another place, then run again"), 1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # PyTorch is not imported to ask
+            raise
+        fail(
+            "the memory of the GPU is full; free some, or use what the command has of --memory, "
+            "--dtype bfloat16, a smaller --batch-size, --device cpu",
+            1,
+        )
     except SystemExit as stopped:
         if stopped.code == INTERRUPTED:
             fail(_interrupted(), exit_code())

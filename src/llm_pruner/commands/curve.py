@@ -172,7 +172,7 @@ class CurveRun:
         discovery: Discovery | None = None,
     ) -> None:
         self.settings, self.clock = settings, Clock()
-        self.loaded = loaded or load(settings.loading(), memory=settings.room)
+        self.loaded = loaded or load(settings.loading(), memory=settings.room(settings.device))
         self.dense = replace(self.loaded, model=Remembered(self.loaded.model))
         self.clock.stop("load")
         self.discovery = discovery or discover(self.loaded.model)

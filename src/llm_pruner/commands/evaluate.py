@@ -26,7 +26,7 @@ from llm_pruner.evaluation.speed import measure_speed
 from llm_pruner.files.outputs import atomic_directory, check_output
 from llm_pruner.models.forward import maximum_length
 from llm_pruner.report.records import Abilities, Measured
-from llm_pruner.runtime.memory import keep_large_blocks
+from llm_pruner.runtime.memory import give_back, keep_large_blocks
 from llm_pruner.runtime.signals import end_with_parent
 from llm_pruner.settings.evaluate import EvaluateSettings, PerplexitySettings
 from llm_pruner.settings.words import LOCAL_TASKS
@@ -126,6 +126,7 @@ def measure_apart(
         UserError: as ``measure``.
         LLMPrunerError: the process failed.
     """
+    give_back()  # of a GPU, or it would be held for models that are gone
     command = [sys.executable, "-c", f"from {__name__} import _measure_there; _measure_there()"]
     answer: dict[str, Any] = {}
     asked = {"parent": os.getpid(), "settings": settings.written(), "window": window}

@@ -168,7 +168,7 @@ class _Forecaster:
         self.file_bytes = 0 if stored is None else stored[1]
         if place is not None and place.is_file():
             self.file_bytes = place.stat().st_size
-        self.room = settings.room
+        self.room = settings.room(settings.device)
         self.streamed = stored is not None and stored[0] is not None and self.bytes > self.room
         self.removed, self.rounds = self._removed(), settings.steps
         self._read_text()

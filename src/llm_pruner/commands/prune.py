@@ -226,14 +226,14 @@ class PruneRun:
         if self.target is not None and not settings.dry_run:
             start.check_space(settings.out, settings.loading(), self.target)
         if self.refits or self.repairs or (self.plan is None and self.reads_text):
-            self.tokenizer = check_calibration(settings, settings.loading())
+            self.tokenizer = check_calibration(settings, settings.loading().but(device=self.device))
 
     # ------------------------------------------------------------------------------ what is found
 
     def load(self) -> None:
         """Load the model and find its groups."""
         loaded, discovery, _ = self.given
-        self.room = self.settings.room
+        self.room = self.settings.room(self.device)
         loading = self.settings.computing().but(device=self.device)
         self.loaded = loaded or load(
             loading, weights=not self.weightless, memory=self.room, tokenizer=self.tokenizer
@@ -515,8 +515,10 @@ class PruneRun:
                 seed=seed,
                 as_saved_=partial(round_, dtype=self.saved),
             )
-        except UserError as reason:  # the model as the refit left it is what there is then
-            _LOG.warning("no repair: %s", reason)
+        except (UserError, torch.OutOfMemoryError) as reason:
+            # The model as the refit left it is what there is then.
+            full = isinstance(reason, torch.OutOfMemoryError)
+            _LOG.warning("no repair: %s", "the GPU has no room" if full else reason)
             self.clock.stop("repair")
             return
         del dense
@@ -582,7 +584,7 @@ class PruneRun:
         if settings.dtype == "auto":
             keep_type_(network, self.saved)
         reloads = settings.verify and result.parameters_before <= RELOAD_LIMIT
-        again = settings.loading(settings.out, dtype="auto")
+        again = settings.loading(settings.out, dtype="auto").but(device=self.device)
         saved: SavedCheckpoint = save_checkpoint(
             network,
             settings.out,

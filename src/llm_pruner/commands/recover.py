@@ -181,7 +181,8 @@ class _Run:
             after = self._measure(replace(self.loaded, model=network), dense)
             del dense
         elif first:
-            network = load(self.loading).model  # as it came, to the last bit
+            # As it came, to the last bit; beside what was trained, which may fill a GPU.
+            network = load(self.loading.but(device="cpu")).model
         pairs = list(zip(before, after, strict=True))[: len(self.corpora)]
         result = self._result(outcome, network, tuple(Change(old, new) for old, new in pairs))
         if self.controlling is not None:

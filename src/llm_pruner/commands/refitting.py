@@ -75,7 +75,7 @@ class Refitter:
         Args:
             fitted: tokens, (samples, seq_len).
             judged: other tokens, likewise.
-            known: hidden states of the dense model, if of the tokens that are fitted.
+            known: hidden states of the dense model, of the first samples that are fitted or all.
         """
         before = sharing_copy(self._model)
         with mixed_precision(self._model):

@@ -314,10 +314,10 @@ class _Refit:
 
     def _advance(self, chain: Chain, index: int, hidden: _Rows, behind: _Rows) -> None:
         """Store the hidden states behind a block, which may take the place of those before it."""
-        with turn(chain.blocks[index]):
-            for part in self.parts:
-                if not behind.has(part):
-                    behind.write(part, self._run(chain, index, part, hidden.read(part)))
+        missing = [part for part in self.parts if not behind.has(part)]
+        with turn(*(chain.blocks[index : index + 1] if missing else ())):
+            for part in missing:
+                behind.write(part, self._run(chain, index, part, hidden.read(part)))
 
     def _block(self, index: int, at: int, target: _Rows) -> tuple[int, _Rows]:
         """Refit one block's consumers and go past it.

@@ -28,6 +28,7 @@ from llm_pruner.models.forward import (
 )
 from llm_pruner.models.layers import own_copy
 from llm_pruner.models.streaming import forget_pages, is_model_streamed, room_for, values_of
+from llm_pruner.runtime.memory import free_bytes
 from llm_pruner.runtime.precision import multiplies_bfloat16
 from llm_pruner.runtime.progress import track
 
@@ -179,12 +180,13 @@ def _fast(model: Any) -> Any:
     the files, if they fit in the memory that is for them: it would read all of them for each token.
     """
     weights = [*model.parameters()]
-    count = sum(one.numel() for one in weights)
+    count, device = sum(one.numel() for one in weights), weights[0].device
     if (
         any(one.dtype != torch.float32 for one in weights)
-        or not multiplies_bfloat16(weights[0].device.type)
+        or not multiplies_bfloat16(device.type)
         or count < LARGE
         or (is_model_streamed(model) and 2 * count > room_for(model))
+        or (device.type == "cuda" and 2 * count > free_bytes(str(device)))
     ):
         return model
     kind = torch.bfloat16

@@ -172,8 +172,8 @@ def load_model(
     if streams:
         keep_all_blocks()
         kind = on_disk.dtype_named(dtype)
-        on = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        stream_(model, kind if isinstance(kind, torch.dtype) else model.dtype, on, memory or 0)
+        dtype_there = kind if isinstance(kind, torch.dtype) else model.dtype
+        stream_(model, dtype_there, _device(device), memory or 0)
     return LoadedModel(
         model=model.eval(),
         tokenizer=tokenizer,
@@ -512,8 +512,14 @@ def _check_quantization(source: str, config: Any, packed: bool) -> None:
 
 
 def _device(name: str) -> str:
-    if name == "auto":  # accelerate's takes Apple's GPU, which knows no float64
-        return name if torch.cuda.is_available() else "cpu"
+    """Return the device of a name.
+
+    ``auto`` is one GPU. That of accelerate spreads a model over all there are, and what they cannot
+    hold over the memory, where hooks move it as it is called: no pass block by block sees through
+    them. It also takes Apple's GPU, which knows no float64.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         # Sums are taken in float64.
         if torch.empty(1, dtype=torch.float64, device=torch.device(name)).is_meta:
@@ -532,6 +538,11 @@ def _explained(source: str) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{source} does not fit into the free memory of the GPU; free some, or give another "
+            "--dtype or --device cpu"
+        ) from error
     except Exception as error:  # readers and remote code raise anything; all is about the input
         text = str(error)
         if "trust_remote_code" in text:

@@ -128,7 +128,7 @@ def recover_(
         quiet("transformers", "accelerate", "peft", warned=".*broadcast_buffers.*"),
         _kernels(settings, processes),
         _same_config(model),
-        _own_random(None if processes == ALONE else model.device),
+        _own_random(model.device),
         tempfile.TemporaryDirectory() as unused,
     ):
         layout = _layout(model, settings, processes)
@@ -327,15 +327,10 @@ def _own_forward(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _own_random(device: torch.device | None) -> Iterator[None]:
-    """Give the caller's random generators back as they were; the Trainer seeds all of them.
-
-    Args:
-        device: the only one of this process; None if all are its own.
-    """
+def _own_random(device: torch.device) -> Iterator[None]:
+    """Give the caller's random generators back as they were; the Trainer seeds all of them."""
     own, legacy = random.getstate(), np.random.get_state()
-    devices = None if device is None else [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             yield
         finally:

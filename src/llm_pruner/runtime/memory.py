@@ -9,6 +9,7 @@ have other sizes: between stages it is given back.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
 from typing import Any
@@ -79,12 +80,17 @@ def free_bytes(device: str) -> int:
     import torch  # whose first large tensor comes after `keep_large_blocks`
 
     if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+        give_back()
         return int(torch.cuda.mem_get_info(None if device == "auto" else device)[0])
     return int(psutil.virtual_memory().available)
 
 
 def give_back() -> None:
-    """Return free memory to the system, where the C library is glibc."""
+    """Return free memory to the system, where the C library is glibc, and that of a GPU."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()  # what went in circles would stay there
+        torch.cuda.empty_cache()
     trim = _glibc("malloc_trim")
     if trim is not None:
         trim(0)

@@ -78,7 +78,7 @@ def find_split(
     Args:
         held_out: tokens that the scores did not see, shape (samples, seq_len).
         refit_on: tokens to refit trials on, where the pruned model will be; None if it will not.
-        known: hidden states of the model, if of these tokens.
+        known: hidden states of the model, of the first of these samples or all.
 
     Raises:
         UserError: nothing reaches the target, or no split can be judged.

@@ -7,9 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import psutil
-
 from llm_pruner.errors import UserError
+from llm_pruner.runtime.memory import free_bytes
 from llm_pruner.settings.common import (
     CALIBRATION,
     LOADING,
@@ -231,14 +230,12 @@ class MemorySettings(Settings):
         shown="two fifths of what is free",
     )
 
-    @property
-    def room(self) -> int:
-        """Bytes that the weights may take.
+    def room(self, device: str) -> int:
+        """Return the bytes that the weights may take on a device.
 
         By default so few that what a cut and a refit make of them fits in beside them.
         """
-        free = psutil.virtual_memory().available * 2 // 5
-        return free if isinstance(self.memory, str) else self.memory
+        return free_bytes(device) * 2 // 5 if isinstance(self.memory, str) else self.memory
 
 
 class PruneSettings(MemorySettings, WriterSettings, PlanSettings):
