@@ -152,14 +152,16 @@ class _Case:
         weight = weights[: math.prod(shape)].view(shape)
         width = shape[1] if self.product.linear else shape[0]
         factor = rows[: self.tokens * width].view(self.tokens, width)
-        times = 0
+        times, more = 0, 1
         begin = now(weights.device)
         while True:
-            _ = F.linear(factor, weight) if self.product.linear else factor @ weight
-            times += 1
+            for _ in range(more):
+                F.linear(factor, weight) if self.product.linear else factor @ weight
+            times += more
             seconds = now(weights.device) - begin
             if seconds >= _SHORTEST:
                 return seconds / times
+            more = times  # as many again: to ask for the time is to wait for a GPU
 
 
 def _rate(candidate: int, best: Mapping[_Case, float]) -> float:
