@@ -1,11 +1,11 @@
 """How much zero-shot accuracy a smaller model keeps, on all items of the seven tasks.
 
     python benchmarks/zero_shot_kept.py --data DIR --calibration c4_first_100.jsonl \
-        [--recovered "best, recovered for 6 minutes=FOLDER"]
+        [--recovered "best, recovered for 6 minutes=FOLDER"] [--presets ""] [--limit 300]
 
 DIR holds boolq.jsonl and so on. SmolLM2-135M is evaluated dense, pruned by the presets `paper` and
 `best` to 113.3M parameters (a fifth of the blocks gone), and recovered: each ``--recovered`` is a
-name and a folder that `recover` wrote. Beside the mean of the seven and of the six without BoolQ it
+name and a folder that `recover` wrote, or another package. Beside the mean of the seven and of the six without BoolQ it
 gives the share of accuracy above chance that is kept: mean over tasks of accuracy minus chance,
 over that of the dense model. Writes benchmarks/results/zero_shot_kept.json after each model, and
 goes on from there when it is run again; pruned models are kept in ``--work``.
@@ -33,13 +33,14 @@ CHANCE = {
 PARAMETERS = "113.3M"
 
 
-def evaluated(model: object, data: Path, dtype: str) -> dict[str, Any]:
+def evaluated(model: object, data: Path, dtype: str, limit: int | None = None) -> dict[str, Any]:
     """Return accuracy and standard error of each task, by the paper's metric, and their means."""
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "found.json"
         tasks = ("--tasks", "paper", "--tasks-data", data, "--dtype", dtype)
-        llm_pruner("evaluate", model, *tasks, "--no-cache", "--json", file)
+        some = () if limit is None else ("--limit", limit)
+        llm_pruner("evaluate", model, *tasks, *some, "--no-cache", "--json", file)
         found = json.loads(file.read_text())["zero_shot"]
     each = {
         task["task"]: {
@@ -101,6 +102,8 @@ def main() -> None:
     parser.add_argument("--model", default="default")
     parser.add_argument("--recovered", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--presets", default="paper,best")
+    parser.add_argument("--limit", type=int, help="items of each task; all by default")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "kept-work")
     parser.add_argument("--out", type=Path, default=RESULTS / "zero_shot_kept.json")
     options = parser.parse_args()
@@ -113,9 +116,11 @@ def main() -> None:
         "parameters": PARAMETERS,
         "calibration": Path(options.calibration).name,
         "machine": machine(),
+        **({} if options.limit is None else {"limit": options.limit}),
     }
     models: dict[str, Any] = {"dense": options.model}
-    for preset in ("paper", "best"):
+    presets = options.presets.split(",") if options.presets else []
+    for preset in presets:
         models[preset] = options.work / preset
     for given in options.recovered:
         name, _, folder = given.partition("=")
@@ -123,13 +128,13 @@ def main() -> None:
     for name, model in models.items():
         if name in results["models"]:
             continue
-        if name in ("paper", "best") and not model.exists():
+        if name in presets and not model.exists():
             size = ("--params", PARAMETERS, "--preset", name)
             llm_pruner(
                 *("prune", options.model, "--out", model, *size),
                 *("--calibration", options.calibration),
             )
-        found = evaluated(model, options.data, options.dtype)
+        found = evaluated(model, options.data, options.dtype, options.limit)
         dense = results["models"].get("dense", found)
         results["models"][name] = {**found, "kept": kept(found, dense)}
         options.out.write_text(json.dumps(results, indent=1) + "\n")
