@@ -5,10 +5,10 @@
 
 DIR holds boolq.jsonl and so on. SmolLM2-135M is evaluated dense, pruned by the presets `paper` and
 `best` to 113.3M parameters (a fifth of the blocks gone), and recovered: each ``--recovered`` is a
-name and a folder that `recover` wrote, or another package. Beside the mean of the seven and of the six without BoolQ it
-gives the share of accuracy above chance that is kept: mean over tasks of accuracy minus chance,
-over that of the dense model. Writes benchmarks/results/zero_shot_kept.json after each model, and
-goes on from there when it is run again; pruned models are kept in ``--work``.
+name and a folder that `recover` or another package wrote. Beside the mean of the seven and of the
+six without BoolQ it gives the share of accuracy above chance that is kept: mean over tasks of
+accuracy minus chance, over that of the dense model. Writes benchmarks/results/zero_shot_kept.json
+after each model, and goes on from there when it is run again; pruned models are kept in ``--work``.
 """
 
 from __future__ import annotations
