@@ -14,6 +14,7 @@ from llm_pruner import hook as _hook
 if TYPE_CHECKING:
     from llm_pruner.api import Lora as Lora
     from llm_pruner.api import Model as Model
+    from llm_pruner.api import Scores as Scores
     from llm_pruner.api import Taylor as Taylor
     from llm_pruner.api import calibration as calibration
     from llm_pruner.api import curve as curve
@@ -51,8 +52,8 @@ if TYPE_CHECKING:
     from llm_pruner.version import __version__ as __version__
 
 _NAMES = {
-    "api": "Lora Model Taylor calibration curve discover health load perplexity plan presets "
-    "prune_ recover_ refit_ score",
+    "api": "Lora Model Scores Taylor calibration curve discover health load perplexity plan "
+    "presets prune_ recover_ refit_ score",
     "checkpoints": "save_checkpoint",
     "errors": "LLMPrunerError PlanError UserError VerificationError",
     "importance": "Criterion",

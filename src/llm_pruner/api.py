@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from llm_pruner.checkpoints import save_checkpoint
 from llm_pruner.checkpoints.save import round_, stored_as
-from llm_pruner.commands.curve import CurveRun
+from llm_pruner.commands.curve import CurveRun, check_text
 from llm_pruner.commands.prune import PruneRun
 from llm_pruner.commands.refitting import Refitter, fitted_and_judged
 from llm_pruner.data.calibration import Calibration, read_calibration
@@ -36,6 +37,7 @@ from llm_pruner.models.streaming import is_model_streamed
 from llm_pruner.planning import Plan
 from llm_pruner.report.records import CurvePoint
 from llm_pruner.runtime.precision import fast_matmul, multiplies_bfloat16
+from llm_pruner.runtime.processes import check_trains
 from llm_pruner.runtime.progress import Clock
 from llm_pruner.settings.common import CalibrationSettings
 from llm_pruner.settings.curve import RATIOS, CurveSettings
@@ -69,8 +71,19 @@ class Model:
         self.groups: Discovery | None = None
         self.plan: Plan | None = None
         self._dense_config = copy.deepcopy(self.network.config)
-        self._surgeon: Surgeon | None = None
+        self._surgeon: Surgeon | None = None  # once it was cut
+        self._removed: Removal = {}  # in dense numbering
         self._refitter: Refitter | None = None
+
+    @property
+    def current(self) -> LoadedModel:
+        """What was loaded, as it is now."""
+        return replace(self.loaded, model=self.network, tokenizer=self.tokenizer)
+
+    def require_dense(self) -> None:
+        """Raise UserError if it was pruned."""
+        if self._surgeon is not None:
+            raise UserError("this model was pruned before; load the dense one again")
 
     def save(
         self, out: str | Path, *, overwrite: bool = False, max_shard_size: str = "5GB"
@@ -82,10 +95,11 @@ class Model:
         """
         # What a streamed model is saved as is noted for good.
         network = own_copy(self.network) if is_model_streamed(self.network) else self.network
+        out = Path(out).expanduser()
         with stored_as(network, self.loaded.stored_dtype):
             save_checkpoint(
                 network,
-                Path(out),
+                out,
                 edits=Edits({}, {}, {}, {}) if self._surgeon is None else self._surgeon.edits,
                 plan_json=None if self.plan is None else self.plan.to_json(),
                 tokenizer=self.tokenizer,
@@ -94,7 +108,7 @@ class Model:
                 max_shard_size=max_shard_size,
                 dense_config=self._dense_config,
             )
-        return Path(out)
+        return out
 
 
 class Scores(dict[str, FloatArray]):
@@ -145,7 +159,11 @@ def Taylor(order: str = "first", **how: str) -> Criterion:  # noqa: N802
 
 
 def Lora(rank: int = 8, **settings: Any) -> TrainingSettings:  # noqa: N802
-    """Return settings of training with low-rank adapters; keywords as the options of recover."""
+    """Return settings of training with low-rank adapters.
+
+    Keywords are the options of ``recover`` that say how it trains. Those of its data and teacher
+    are fields of ``RecoverSettings``, which `recover_` takes as well.
+    """
     return TrainingSettings(method="lora", lora_r=rank, **settings)
 
 
@@ -175,7 +193,7 @@ def load(
 
 def calibration(
     model: Model,
-    source: str = "self",
+    source: str | Path = "self",
     *,
     samples: int = 128,
     seq_len: int = 128,
@@ -189,21 +207,25 @@ def calibration(
         UserError: it cannot be read, or holds too few tokens.
     """
     asked = CalibrationSettings(
-        calibration=source,
+        calibration=str(source),
         samples=samples,
         seq_len=seq_len,
         text_split=text_split,
         text_field=text_field,
     )
-    loaded = replace(model.loaded, model=model.network, tokenizer=model.tokenizer)
-    return read_calibration(loaded, asked, seed, Clock())
+    return read_calibration(model.current, asked, seed, Clock())
 
 
 def discover(model: Model | nn.Module, **how: Any) -> Discovery:
-    """Return the groups of units that must be removed together; see ``discovery.discover``."""
+    """Return the groups of units that must be removed together; see ``discovery.discover``.
+
+    Those of a `Model` are found once, and stay those of the dense one; with ``how`` anew.
+    """
     if not isinstance(model, Model):
         return discover_groups(model, **how)
-    if model.groups is None:
+    if how:
+        model.require_dense()
+    if how or model.groups is None:
         model.groups = discover_groups(model.network, **how)
     return model.groups
 
@@ -228,7 +250,13 @@ def score(
         input_ids: bare token ids in its place, shape (samples, seq_len).
         seed: of the criterion ``random``.
         groups: names of those to score; None: all that are not frozen.
+
+    Raises:
+        UserError: nothing can be scored so; or the `Model` was pruned, and its groups are those of
+            the dense one.
     """
+    if isinstance(model, Model):
+        model.require_dense()
     network = model.network if isinstance(model, Model) else model
     tokens = input_ids if text is None else text.input_ids
     with fast_matmul(network):
@@ -252,8 +280,14 @@ def plan(model: Model, groups: Discovery, scores: Scores | None, settings: PlanS
     Raises:
         UserError: the settings cannot be met, and what can.
     """
+    model.require_dense()
     said, text, estimate = settings.written(), None, None
     if scores is not None:
+        if not isinstance(scores, Scores):
+            raise UserError(
+                "these scores do not say what they are of; give what score returned, or make them "
+                "Scores(values, criterion, text, seed)"
+            )
         if settings.steps > 1:
             raise UserError("scores hold for one step; give None to estimate before each")
         how, text = scores.criterion, scores.text
@@ -262,12 +296,14 @@ def plan(model: Model, groups: Discovery, scores: Scores | None, settings: PlanS
         if text is not None:
             read = text.settings
             said |= {"calibration": read["source"], "samples": read["samples"]}
-            said |= {"seq_len": read["seq_len"], "seed": read["seed"]}
+            said |= {"seq_len": read["seq_len"]}
+            said |= {"seed": read["seed"]} if how.reads_text else {}
             said |= {name: read.get(name) for name in ("text_split", "text_field")}
         known = dict(scores)
         estimate = lambda *_: known  # noqa: E731
-    asked = PruneSettings(**said, model=model.loaded.name, out=_NEW, dry_run=True)
-    loaded = replace(model.loaded, model=sharing_copy(model.network))
+    said |= {"model": model.loaded.name, "out": _NEW, "dry_run": True}
+    asked = PruneSettings(**said)
+    loaded = replace(model.current, model=sharing_copy(model.network))
     run = PruneRun(asked, loaded=loaded, discovery=groups, text=text, estimate=estimate)
     run.check()
     run.load()
@@ -290,7 +326,7 @@ def curve(
         model: the dense model.
         settings: how it is pruned, such as ``presets.balanced(calibration="c4")``; by default
             ``presets.balanced()``.
-        ratios: shares of all parameters to remove.
+        ratios: shares of all parameters to remove; the points come from the smallest share on.
         text: a corpus to measure on, as for `perplexity`; None for what calibration leaves of its
             source.
         measured_tokens: of it, at most.
@@ -298,16 +334,16 @@ def curve(
     Raises:
         UserError: a size cannot be reached, or there is no text to measure on.
     """
+    model.require_dense()
     said = {} if settings is None else settings.written()
-    asked = CurveSettings(
-        **said,
-        model=model.loaded.name,
-        out=_NEW,
-        ratios=tuple(ratios),
-        text=text,
-        measured_tokens=measured_tokens,
-    )
-    run = CurveRun(asked, loaded=model.loaded, discovery=discover(model))
+    said = {name: of for name, of in said.items() if name in CurveSettings.model_fields}
+    said |= {"model": model.loaded.name, "out": _NEW, "ratios": tuple(ratios)}
+    said |= {"text": text, "measured_tokens": measured_tokens}
+    asked = CurveSettings(**said)
+    check_text(asked)
+    run = CurveRun(asked, loaded=model.current, discovery=discover(model))
+    for ratio in asked.ratios:
+        run.reach(ratio)
     return [run.point(ratio) for ratio in asked.ratios]
 
 
@@ -321,27 +357,31 @@ def prune_(
     """Remove units from a model in place.
 
     Either ``prune_(model, plan)``, or of any module ``prune_(module, discovery, removal)``, which
-    returns what was changed; see ``surgery.prune_``.
+    returns what was changed; see ``surgery.prune_``. A `Model` keeps its dense weights until it was
+    refitted or trained.
 
     Raises:
         PlanError: the plan is for another model, or breaks its rules.
+        InfeasibleError: the removal breaks them.
+        UserError: a `Model` was pruned before.
         VerificationError: the result is not the masked model; it is undone.
     """
-    if isinstance(plan, Discovery):
-        module = model.network if isinstance(model, Model) else model
-        return prune_module_(module, plan, removal or {}, verify=verify)
+    by_hand = isinstance(plan, Discovery)
     if not isinstance(model, Model):
-        found = discover_groups(model)
-        return prune_module_(model, found, plan.removal(found), verify=verify)
-    if model.plan is not None:
-        raise UserError("this model was pruned before; load the dense one again")
-    groups = discover(model)
-    gone = plan.removal(groups)
-    model._surgeon = Surgeon(model.network, verify, Clock())
-    model._refitter = Refitter(model.loaded, groups, model._surgeon, model.loaded.stored_dtype)
-    model._surgeon.cut(groups, gone)
-    model.plan = plan
-    return None
+        groups = plan if isinstance(plan, Discovery) else discover_groups(model)
+        gone = removal or {} if isinstance(plan, Discovery) else plan.removal(groups)
+        return prune_module_(model, groups, gone, verify=verify)
+    model.require_dense()
+    groups = plan if isinstance(plan, Discovery) else discover(model)
+    gone = removal or {} if isinstance(plan, Discovery) else plan.removal(groups)
+    gone = {name: np.asarray(units) for name, units in gone.items()}
+    surgeon = Surgeon(model.network, verify, Clock())
+    refitter = Refitter(model.current, groups, surgeon, model.loaded.stored_dtype)
+    surgeon.cut(groups, gone)
+    model.plan = None if isinstance(plan, Discovery) else plan
+    model.groups, model._removed = groups, gone
+    model._surgeon, model._refitter = surgeon, refitter
+    return surgeon.edits if by_hand else None
 
 
 def refit_(model: Model, text: Calibration) -> None:
@@ -352,9 +392,12 @@ def refit_(model: Model, text: Calibration) -> None:
         text: from `calibration`, made before pruning or after; all that is read, so ask for more
             samples of it than importance needs.
     """
-    if model.plan is None or model.groups is None or model._refitter is None:
-        raise UserError("there is nothing to refit; prune the model first")
-    model._refitter.refit(model.plan.removal(model.groups), *fitted_and_judged(text.input_ids))
+    if model._refitter is None:
+        raise UserError(
+            "there is nothing to refit; prune the model first, and refit it once, before it is "
+            "trained"
+        )
+    model._refitter.refit(model._removed, *fitted_and_judged(text.input_ids))
     model._refitter = None  # and with it the dense weights
 
 
@@ -368,11 +411,16 @@ def recover_(
 ) -> Outcome:
     """Train a model; it keeps its weights if held-out examples did not gain.
 
+    Where they did, ``model.network`` is another one afterwards, all of whose weights can be
+    trained.
+
     Args:
         model: pruned or not.
         data: instructions, chats or text: a hub dataset or a file; ``self``: the teacher writes.
-        settings: such as ``Lora(rank=8)``.
-        teacher: the dense model, for ``self``.
+        settings: such as ``Lora(rank=8)``, or ``RecoverSettings`` with what is to be done with the
+            data.
+        teacher: the dense model, which writes ``self``; its predictions are learned by the command
+            alone.
         trainer: ``callbacks``, ``optimizers`` and others that transformers' Trainer takes.
 
     Raises:
@@ -380,30 +428,33 @@ def recover_(
             train.
     """
     # What trains is imported when it is used: other steps do without peft.
-    from llm_pruner.commands.recover import check_data, check_length, make_samples, read_examples
+    from llm_pruner.commands.recover import (
+        as_teacher,
+        check_data,
+        check_length,
+        make_samples,
+        read_examples,
+    )
     from llm_pruner.recovery import recover_ as train_
 
-    asked = RecoverSettings(
-        **settings.written(),
-        model=model.loaded.name,
-        out=_NEW,
-        data=(str(data),),
-        teacher=None if teacher is None else teacher.loaded.name,
-    )
+    said = {"model": model.loaded.name, "out": _NEW, "data": (str(data),)}
+    said |= {"teacher": None if teacher is None else teacher.loaded.name}
+    asked = RecoverSettings(**settings.written() | said)
     if PRUNED in asked.data:
         raise UserError(
             "data 'pruned' is text that a teacher judges, which the command recover does; give "
             "other data here"
         )
     check_data(asked)
+    check_trains(str(model.network.device))
     check_length(asked, model.network)
     if asked.bf16 is None:
         fast = multiplies_bfloat16(model.network.device.type)
         asked = asked.but(bf16=fast and model.network.dtype == torch.float32)
-    dense = None if teacher is None else teacher.loaded
+    dense = None if teacher is None else as_teacher(teacher.current, model.current)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        samples = make_samples(asked, work, model.loaded, dense, read_examples(asked))
+        samples = make_samples(asked, work, model.current, dense, read_examples(asked))
         network, outcome = train_(
             own_copy(model.network),
             [one for each in samples for one in each.train],
@@ -416,7 +467,7 @@ def recover_(
             **trainer,
         )
     if outcome.gained:
-        model.network = network
+        model.network, model._refitter = network, None  # which has the one before, and the dense
     return outcome
 
 
@@ -426,16 +477,20 @@ def health(model: Model, prompts: Sequence[str] | None = None) -> Health:
     Args:
         prompts: put as a user's message where there is a chat template; None for the 40 of
             ``evaluate --health``.
+
+    Raises:
+        UserError: there is no prompt, or a single text in place of several.
     """
-    asked = health_prompts(prompts or own_prompts(), None)
-    loaded = replace(model.loaded, model=model.network, tokenizer=model.tokenizer)
+    if isinstance(prompts, str) or (prompts is not None and not prompts):
+        raise UserError("health is measured on a list of prompts; give some, or None for its own")
+    asked = health_prompts(own_prompts() if prompts is None else prompts, None)
     name = "built in" if prompts is None else "given"
-    return measure_health(name, written(asked, lambda: loaded), asked.new_tokens)
+    return measure_health(name, written(asked, lambda: model.current), asked.new_tokens)
 
 
 def perplexity(
     model: Model,
-    source: str,
+    source: str | Path,
     *,
     protocol: Protocol = "standard",
     seq_len: int | None = None,
@@ -447,5 +502,5 @@ def perplexity(
         UserError: the corpus cannot be read.
     """
     asked = PerplexitySettings(protocol=protocol, seq_len=seq_len, max_tokens=max_tokens)
-    text = load_evaluation_text(source, asked)
+    text = load_evaluation_text(str(source), asked)
     return measure_perplexity(model.network, model.tokenizer, text, asked)

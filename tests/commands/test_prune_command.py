@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import llm_pruner.cli.compress
 import llm_pruner.commands.compress
 import llm_pruner.commands.prune
+import llm_pruner.files.outputs
 import llm_pruner.models.stored
 import llm_pruner.surgery.pruner
 import llm_pruner.surgery.verify
@@ -377,6 +378,42 @@ def _raising(error: BaseException) -> Any:
         raise error
 
     return save
+
+
+def test_a_plan_that_took_long_outlives_what_fails_after_it(
+    work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    asked = ("prune", tiny, "--out", "small", "--ratio", 0.2, "--criterion", "l2")
+    with monkeypatch.context() as patch:
+        patch.setattr(PruneRun, "save", full)
+        assert run(*asked).code == 1
+        assert not Path("small.plan.json").exists()  # it took seconds
+        patch.setattr(llm_pruner.commands.prune, "KEPT_AFTER", 0.0)
+        Path("small.plan.json").write_text("[]")
+        assert run(*asked).code == 1
+        assert Path("small.plan.json").read_text() == "[]"  # no plan: it is somebody's
+        Path("small.plan.json").unlink()
+        assert run(*asked).code == 1
+    assert "go on from it with --plan small.plan.json" in caplog.text
+    assert not Path("small").exists()
+    done("prune", tiny, "--out", "small", "--plan", "small.plan.json")
+    assert read_plan(Path("small/plan.json")).groups == read_plan(Path("small.plan.json")).groups
+
+
+def test_the_disk_is_looked_at_again_once_it_is_known_what_stays(
+    work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (tiny / "model.safetensors").stat().st_size
+    monkeypatch.setattr(llm_pruner.files.outputs, "free_bytes", lambda _: int(0.6 * size))
+    # Half of the units of a few layers are far less than half of the weights.
+    few = ("--unit-ratio", 0.5, "--structures", "heads", "--criterion", "l2")
+    result = run("prune", tiny, "--out", "small", *few)
+    assert result.code == 2
+    assert "small needs about " in result.err
+    assert not Path("small").exists()
 
 
 def test_surgery_that_goes_wrong_names_the_group_and_saves_nothing(

@@ -97,8 +97,9 @@ def test_a_streamed_model_gives_the_plan_and_the_weights_of_a_resident_one(
         {"preset": "fast", "criterion": "l2", "structures": ("heads", "ffn", "hidden", "layers")},
         {"preset": "fast", "structures": ("hidden",), "ratio": 0.1875},
         {"preset": "paper", "structures": ("hidden", "ffn")},
+        {"preset": "paper", "uniform": True},
     ],
-    ids=["fast", "balanced", "best", "steps", "rounds", "wanda", "l2", "hidden", "ends"],
+    ids=["fast", "balanced", "best", "steps", "rounds", "wanda", "l2", "hidden", "ends", "uniform"],
 )
 def test_so_does_every_way_of_choosing_and_refitting(
     tmp_path: Path, text: str, options: dict[str, Any]
@@ -109,6 +110,9 @@ def test_so_does_every_way_of_choosing_and_refitting(
     streamed, same = pruned(model, tmp_path / "b", text, memory=TINY, **asked)
     assert plan == streamed
     require_alike(kept, same)
+    code = [(tmp_path / name / "modeling_pruned.py").exists() for name in "ab"]
+    assert code[0] == code[1]
+    assert not (code[0] and "uniform" in options)
 
 
 @pytest.mark.slow

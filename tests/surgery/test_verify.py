@@ -255,6 +255,16 @@ def test_what_is_refused_is_undone(large: bool, monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(one, other)
 
 
+def test_what_generate_rounds_to_float32_is_no_difference_in_float64() -> None:
+    logits = 30 * torch.rand(2, 50, dtype=torch.float64)
+    rounded = logits.float()
+    other = torch.nextafter(rounded, torch.tensor(torch.inf))
+    assert verify.difference_beyond_float32([logits, rounded], [logits, other]) == 0.0
+    found = verify.difference_beyond_float32([logits, rounded], [logits + 1e-6, other])
+    assert found == pytest.approx(1e-6, rel=1e-3)
+    assert verify.difference_beyond_float32([rounded], [other + 1e-3]) > 9e-4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("by_block", [False, True])
 def test_rounding_is_told_from_a_mistake(monkeypatch: pytest.MonkeyPatch, by_block: bool) -> None:

@@ -274,8 +274,8 @@ def stored_as(network: Any, dtype: torch.dtype) -> Iterator[None]:
     """Inside, a model has the type in which it is saved; it then has the values it had."""
     had = [(one, one.data) for one in (*network.parameters(), *network.buffers())]
     said = [(config, config.dtype) for config in _with_parts(network.config)]
-    keep_type_(network, dtype)
     try:
+        keep_type_(network, dtype)
         yield
     finally:
         for tensor, data in had:

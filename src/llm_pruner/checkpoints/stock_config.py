@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from llm_pruner.checkpoints import meta
 from llm_pruner.models.forward import embedding_rows, evaluating
-from llm_pruner.models.layers import keep_children
+from llm_pruner.models.layers import keep_children, sharing_copy
 from llm_pruner.types import Edits
 
 _NUMBERS_LAYERS = re.compile("layer|idx|index|indices|block")
@@ -374,24 +374,32 @@ def _accepted(
                 return None
         # Modules may keep sizes that no code reads, which surgery leaves as they were. Whether
         # the numbers that differ are of that kind, running the model tells.
-        if differing and not _same_function(model, pruned):
+        if differing and not _same_function(model, pruned, differing):
             return None
     except Exception:  # any failure of code that is not ours means: not this config
         return None
     return found
 
 
-def _same_function(model: PreTrainedModel, pruned: PreTrainedModel) -> bool:
+def _same_function(
+    built: PreTrainedModel, pruned: PreTrainedModel, differing: Iterable[tuple[str, str, Any]]
+) -> bool:
     """Say whether a model without weights gives the pruned model's logits with its weights.
 
     The weights are shared, not copied. The logits must be equal to the last bit.
+
+    Args:
+        differing: the numbers in which both differ.
     """
-    model.load_state_dict(pruned.state_dict(), assign=True)
-    model.tie_weights()
-    present = dict(pruned.named_buffers())
-    for name, _ in list(model.named_non_persistent_buffers()):
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, present[name])
+    model: Any = sharing_copy(pruned)  # whose weights may be in files
+    for path, module in built.named_modules():
+        names = {attribute for _, of, attribute in differing if of == path}
+        own = vars(model.get_submodule(path))
+        for name in names - vars(module).keys():
+            del own[name]
+        for name, value in vars(module).items():
+            if name in names or isinstance(value, PreTrainedConfig):
+                own[name] = value
     tokens = (torch.arange(16, device=pruned.device) * 7919 % embedding_rows(pruned)).view(2, 8)
     with evaluating(pruned), evaluating(model), torch.no_grad(), meta.quiet_trial():
         ours, theirs = (m(input_ids=tokens, use_cache=False).logits for m in (pruned, model))

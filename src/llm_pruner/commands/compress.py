@@ -401,7 +401,7 @@ class _Stages:
                 sizes = report.sizes | {"quantized": model_size(model)}
                 # Which servers run packed weights is not known.
                 changed = {"sizes": sizes, "servers": ()}
-                write_report(folder, report.model_copy(update=changed))
+                write_report(folder, lambda: report.model_copy(update=changed))
 
         save_packed(source, out, max_shard_size=self.settings.max_shard_size, beside=beside)
         self.run.record_time("quantize")
@@ -492,7 +492,7 @@ class _Stages:
             run["vocab"] = {"text": shown["vocab_text"], "size": self.settings.vocab_size}
         settings = {"Run": run, **report.settings}
         report = report.model_copy(update={"settings": settings, "command": self.command})
-        write_report(folder, report)
+        write_report(folder, lambda: report)
         write_request(folder, self.settings)
         return replace(result, servers=report.servers)
 

@@ -111,11 +111,7 @@ def curve(
 def check_settings(settings: CurveSettings) -> None:
     """Raise UserError for what can be refused before a model is loaded."""
     check_output(settings.out, settings.overwrite, settings.reads)
-    if settings.text is not None and _is_among(settings.text, shares_of(settings.calibration)):
-        raise UserError(
-            f"--text {settings.text} is the calibration text, which the models are fitted to; "
-            "leave --text out to measure on the rest of it, or give another"
-        )
+    check_text(settings)
     runs = [PruneRun(settings.pruning(ratio)) for ratio in settings.ratios]
     for run in runs:
         run.check()
@@ -124,6 +120,15 @@ def check_settings(settings: CurveSettings) -> None:
     if settings.text is not None:
         _given_text(settings)
     check(settings.loading())
+
+
+def check_text(settings: CurveSettings) -> None:
+    """Raise UserError for a text to measure on that is calibrated on."""
+    if settings.text is not None and _is_among(settings.text, shares_of(settings.calibration)):
+        raise UserError(
+            f"--text {settings.text} is the calibration text, which the models are fitted to; "
+            "leave --text out to measure on the rest of it, or give another"
+        )
 
 
 def _is_among(source: str, others: Collection[str]) -> bool:
@@ -182,6 +187,10 @@ class CurveRun:
         self.scores: Scores = {}
         self.damage: Mapping[str, Damage] = {}
         self.known = HiddenStates()
+
+    def reach(self, ratio: float) -> None:
+        """Raise UserError if no importance can reach this size."""
+        self._run(ratio).reach()
 
     def point(self, ratio: float) -> tuple[Plan, CurvePoint]:
         """Cut a copy of the model, refit it as the settings say, and measure it.
@@ -293,7 +302,7 @@ class _Stages(CurveRun):
         settings = self.settings
         for ratio in settings.ratios:
             try:
-                self._run(ratio).reach()
+                self.reach(ratio)
             except UserError as error:
                 if "ratios" in settings.given:
                     raise

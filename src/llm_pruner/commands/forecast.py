@@ -477,7 +477,7 @@ class _Forecaster:
             trials, tokens = len(LEVELS) * self._count(), judging_tokens(self.total)
             seconds = self._of("dense logits", 1) + self._of("trial", trials * tokens / self.length)
             count = runs_in_step(self.model, self.length)
-            times = math.ceil(trials * self.held_out / count)
+            times = 4 + math.ceil(trials * self.held_out / count)
             self._book("layer trials", seconds, self.block + self._rise("trial"), narrow=times)
 
     def _book_splits(self) -> None:
@@ -493,7 +493,7 @@ class _Forecaster:
             jobs.append("trial refit")
         logits = 2 * self.held_out * self.length * embedding_rows(self.model)
         more = self.cut + logits + self._rise(*jobs)
-        self._book("trials", seconds, more, narrow=1 + trials + 5 * refitted)
+        self._book("trials", seconds, more, narrow=1 + trials + 7 * refitted)
 
     def _book_cut(self) -> None:
         """Book the cut, its check, the refit and the repair."""

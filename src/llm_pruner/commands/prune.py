@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Set
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -72,6 +73,9 @@ _LOG = logging.getLogger(__name__)
 RELOAD_LIMIT = 2_000_000_000
 """Parameters up to which a saved model is loaded beside the one in memory."""
 
+KEPT_AFTER = 300.0
+"""Seconds after which a plan is kept where what follows it fails."""
+
 
 Estimator = Callable[[nn.Module, Discovery, Set[str], torch.Tensor | None], Scores]
 """Model, its groups, the names of those to score, tokens (samples, length) -> importance."""
@@ -120,6 +124,7 @@ class PruneRun:
         self.rounding: Rounding | None = None
         self.servers: tuple[ServedBy, ...] = ()
         self.tokenizer: Any = None
+        self.saves = False  # what is made is not kept, but by ``carry_out``
         self.processes, self.device = ALONE, settings.device
 
     def carry_out_together(self) -> Pruned | None:
@@ -170,18 +175,34 @@ class PruneRun:
         self.check()
         self.check_files()
         self.load()
-        if self.plan is None:
-            self.make_plan()
-        else:
-            self.replay(self.plan)
-        self.repair()
-        result = self.result()
-        self.loaded.check_stored()
-        if self.settings.dry_run:
-            assert self.plan is not None
-            write_output(self.settings.out, self.plan.to_json())
-            return result
-        return self.save(result)
+        self.saves = not self.settings.dry_run
+        try:
+            if self.plan is None:
+                self.make_plan()
+            else:
+                self.replay(self.plan)
+            self.repair()
+            result = self.result()
+            self.loaded.check_stored()
+            if self.saves:
+                return self.save(result)
+        except BaseException:
+            self._keep_plan()
+            raise
+        assert self.plan is not None
+        write_output(self.settings.out, self.plan.to_json())
+        return result
+
+    def _keep_plan(self) -> None:
+        """Leave a plan beside the folder that did not come about, if it took long to make."""
+        took = sum(self.clock.seconds.values())
+        if not self.saves or self.plan is None or self.settings.plan or took < KEPT_AFTER:
+            return
+        file = self.settings.out.with_name(f"{self.settings.out.name}.plan.json")
+        with suppress(UserError, OSError):  # something else is there, or the disk is full
+            start.check_out(file, overwrite=True, dry_run=True, reads=())
+            write_output(file, self.plan.to_json())
+            _LOG.warning("what was decided is kept; go on from it with --plan %s", file)
 
     # ----------------------------------------------------------------------------- what is asked
 
@@ -215,7 +236,12 @@ class PruneRun:
     @property
     def reads_text(self) -> bool:
         """Whether a plan is made, or its cut repaired, by what the model does with text."""
-        return self.criterion.reads_text or self.splits or self.tries_layers or self.refits
+        return self.scores_text or self.splits or self.tries_layers or self.refits
+
+    @property
+    def scores_text(self) -> bool:
+        """Whether importance is estimated here, and on text."""
+        return self.criterion.reads_text and self.estimate is None
 
     def check_files(self) -> None:
         """Refuse what files and disks can tell, since loading a model may take minutes."""
@@ -307,7 +333,16 @@ class PruneRun:
             return
         if self.refitter is not None:
             self.text = read_calibration(self.loaded, self.settings, self.settings.seed, self.clock)
+        self._check_space()
         self._cut(self.discovery, self.removal, self.removal)
+
+    def _check_space(self) -> None:
+        """Raise UserError if the disk is too full for what is left of the weights."""
+        if not self.saves:
+            return
+        before, after = (count_parameters(self.discovery, one) for one in (None, self.removal))
+        loading = self.settings.loading()
+        start.check_space(self.settings.out, loading, share=after / before)
 
     def reach(self) -> planning.Cost | None:
         """Decide what was left to the model, and refuse a target that no importance can reach.
@@ -371,21 +406,26 @@ class PruneRun:
             removal = self._allocate(discovery, scores, step, numbering, cost, tried)
             numbering = numbering.after(removal)
             clock.stop("plan")
-            last = number + 1 == len(targets)
-            if not last or not settings.dry_run:
-                self._cut(discovery, removal, numbering.removal(), known, last=last)
-            if not last:
+            if number + 1 < len(targets):
+                self._cut(discovery, removal, numbering.removal(), known, last=False)
                 discovery = numbering.matched(discover(self.network))
                 clock.stop("discover")
         self.removal = numbering.removal()
-        self.plan = planning.Plan.from_removal(
+        self.plan = self._planned()
+        if not settings.dry_run:
+            self._check_space()
+            self._cut(discovery, removal, self.removal, known, last=True)
+
+    def _planned(self) -> planning.Plan:
+        """Return what is removed as a plan that says how it came about."""
+        return planning.Plan.from_removal(
             self.discovery,
             self.removal,
             package_version=__version__,
             model_name=self.loaded.name,
             revision=self.loaded.revision,
             settings=start.planned(
-                settings,
+                self.settings,
                 self.selection,
                 self.criterion,
                 samples=None if self.text is None else len(self.text.input_ids),
@@ -423,7 +463,7 @@ class PruneRun:
         if self.criterion.name != "random" and is_on_meta(self.network):
             raise UserError("the model has no weights here; only --criterion random works without")
         trials = self.splits or self.tries_layers
-        if not (self.criterion.reads_text or self.refitter is not None or trials):
+        if not (self.scores_text or self.refitter is not None or trials):
             return None, None
         read = None
         if self.processes.is_first:
@@ -615,14 +655,17 @@ class PruneRun:
         self, result: Pruned, folder: Path, kind: SavedAs, needs: tuple[str, ...]
     ) -> None:
         """Write what was asked for and the report beside the weights."""
-        settings, loaded, plan = self.settings, self.loaded, self.plan
-        assert plan is not None
-        write_request(folder, settings)
+        write_request(folder, self.settings)
         self.servers = served_by(self.network, self.dense_config, kind)
         done = replace(result, saved_as=kind, needs=needs, servers=self.servers)
+        write_report(folder, partial(self._report, done))
+
+    def _report(self, done: Pruned) -> Report:
+        settings, loaded, plan = self.settings, self.loaded, self.plan
+        assert plan is not None
         # What a report has of the run, it has by the same names.
         shared = {name: of for name, of in vars(done).items() if name in Report.model_fields}
-        report = Report(
+        return Report(
             **shared | {"layers": facts.layers_of(done.layers), "repair": facts.repair_of(done)},
             source=facts.source_of(settings.model, loaded.name, loaded.revision, self.network),
             sizes={"dense": self.dense_size, "pruned": model_size(self.network)},
@@ -640,4 +683,3 @@ class PruneRun:
             versions=facts.versions(),
             command=self.command,
         )
-        write_report(folder, report)

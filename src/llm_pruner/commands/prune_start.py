@@ -167,7 +167,12 @@ def check_out(out: Path, overwrite: bool, dry_run: bool, reads: Sequence[outputs
 
 
 def check_space(
-    out: Path, model: ModelSettings, target: Target | None = None, *, copies: float = 1
+    out: Path,
+    model: ModelSettings,
+    target: Target | None = None,
+    *,
+    copies: float = 1,
+    share: float | None = None,
 ) -> None:
     """Raise UserError if the disk is too full for the weights of a result.
 
@@ -178,6 +183,7 @@ def check_space(
     Args:
         target: what is removed; None: nothing.
         copies: how many such results lie there at one time.
+        share: what is kept, where that is known.
 
     Raises:
         UserError: or a weight file is damaged, or the model has no more parameters than are to be
@@ -187,7 +193,8 @@ def check_space(
     if stored is None:
         return
     parameters, bytes_ = stored
-    needed = int(bytes_ * share_kept(target, parameters) * copies)
+    share = share_kept(target, parameters) if share is None else share
+    needed = int(bytes_ * share * copies)
     free = outputs.free_bytes(out)
     if needed > free:
         kind = "" if model.dtype == "auto" else f" in {model.dtype}"

@@ -377,7 +377,7 @@ class _Run:
                 size=model_size(network),
                 command=self.command,
             )
-            write_report(folder, report)
+            write_report(folder, lambda: report)
 
         if settings.dtype == "auto":
             keep_type_(network, loaded.stored_dtype)
@@ -525,7 +525,12 @@ def _is_short(models: Iterable[ModelSettings], device: str) -> bool:
 
 def load_teacher(teacher: ModelSettings, student: LoadedModel) -> LoadedModel:
     """Load the dense model with the student's tokens; raise UserError if it lacks some of them."""
-    dense = with_tokens_of(load(teacher), student)
+    return as_teacher(load(teacher), student)
+
+
+def as_teacher(dense: LoadedModel, student: LoadedModel) -> LoadedModel:
+    """Return a model with the student's tokens; raise UserError if it lacks some of them."""
+    dense = with_tokens_of(dense, student)
     assert dense.tokenizer is not None
     assert student.tokenizer is not None
     ours, theirs = (embedding_rows(one.model) for one in (student, dense))

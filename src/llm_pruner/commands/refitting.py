@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from llm_pruner.compensation import Refitted, refit_
 from llm_pruner.data.calibration import Calibration, further_text
@@ -78,8 +79,21 @@ class Refitter:
             known: hidden states of the dense model, of the first samples that are fitted or all.
         """
         before = sharing_copy(self._model)
-        with mixed_precision(self._model):
-            found = refit_(self._model, self._dense, self._discovery, removal, fitted, known=known)
+        try:
+            with mixed_precision(self._model):
+                about = (self._model, self._dense, self._discovery, removal, fitted)
+                found = refit_(*about, known=known)
+            found = self._judged(found, before, judged)
+        except BaseException:
+            self._take_back(before)
+            raise
+        self.done.extend(found)
+        self._surgeon.clock.stop("least squares")
+
+    def _judged(
+        self, found: list[Refitted], before: nn.Module, judged: torch.Tensor
+    ) -> list[Refitted]:
+        """Return what became of each consumer once all were judged together."""
         if not is_model_streamed(self._model):  # its weights lie in the type of the files
             for one in found:
                 weight = self._model.get_submodule(one.module).get_parameter("weight")
@@ -89,9 +103,12 @@ class Refitter:
         judging = judged[: max(1, JUDGED // judged.shape[1])]
         after, without = divergences(self._dense, (self._model, before), judging)
         if not after <= without:
-            for one in found:
-                module = self._model.get_submodule(one.module)
-                module.weight = before.get_submodule(one.module).get_parameter("weight")
-            found = [replace(one, ridge=None, after=one.before) for one in found]
-        self.done.extend(found)
-        self._surgeon.clock.stop("least squares")
+            self._take_back(before)
+            return [replace(one, ridge=None, after=one.before) for one in found]
+        return found
+
+    def _take_back(self, before: nn.Module) -> None:
+        """Give the pruned model the weights that it had."""
+        for path, module in before.named_modules():
+            now = self._model.get_submodule(path)._parameters
+            now.update(module._parameters)

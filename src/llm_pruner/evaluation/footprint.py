@@ -104,18 +104,22 @@ def paper_macs(model: Any) -> int:
     return counter.macs
 
 
-def count_work(model: Any, *, prompt_tokens: int = PAPER_TOKENS, batch_size: int = 1) -> Counts:
+def count_work(
+    model: Any, *, prompt_tokens: int = PAPER_TOKENS, batch_size: int = 1, weights: bool = True
+) -> Counts:
     """Count the prefill of a generation and the token after it.
 
     Args:
         model: a causal language model of transformers, with or without weights.
         prompt_tokens: length of each text.
         batch_size: texts at once.
+        weights: whether a model that has weights is run with them; without, stand-ins take their
+            place, and nothing is read or computed.
 
     Raises:
         LLMPrunerError: the model does not run.
     """
-    with _runnable(model):
+    with _runnable(model, weights=weights):
         tokens = example_tokens(model, (batch_size, prompt_tokens + 1))
         decoder = Decoder(model)
         with Counter() as prefill:
@@ -134,11 +138,11 @@ def count_work(model: Any, *, prompt_tokens: int = PAPER_TOKENS, batch_size: int
 
 
 @contextmanager
-def _runnable(model: Any) -> Iterator[None]:
-    """Let a model run, with stand-ins where it has no weights."""
+def _runnable(model: Any, *, weights: bool = True) -> Iterator[None]:
+    """Let a model run, with stand-ins where it has no weights, or is to be run without them."""
     with ExitStack() as stack:
-        if is_on_meta(model):
-            stack.enter_context(ghosts_of(model))
+        if is_on_meta(model) or not weights:
+            stack.enter_context(ghosts_of(model, weights=not weights))
             stack.enter_context(_OnGhosts())
         stack.enter_context(staged(model))
         try:

@@ -16,7 +16,7 @@ from llm_pruner.importance.criteria import MEASURES, Criterion
 from llm_pruner.importance.observing import last_members, measure
 from llm_pruner.importance.taylor import Sums, reduced, taylor_sums
 from llm_pruner.models.activation_store import HiddenStates
-from llm_pruner.models.forward import undisturbed
+from llm_pruner.models.forward import input_embedding, undisturbed
 from llm_pruner.models.streaming import values_of
 from llm_pruner.runtime.processes import ALONE, Processes
 from llm_pruner.settings.options import near
@@ -107,7 +107,7 @@ def _choose(
     if names is None:
         scored = [group for group in discovery.groups if group.frozen is None]
         return [group for group in scored if criterion.scores_layers or not group.modules]
-    known = [group.name for group in discovery.groups]
+    known, names = [group.name for group in discovery.groups], [*names]
     for name in names:
         if name not in known:
             raise UserError(
@@ -128,6 +128,13 @@ def _random(group: Group, seed: int) -> FloatArray:
 def _seen(model: nn.Module, input_ids: torch.Tensor | None, name: str) -> Iterator[torch.Tensor]:
     """Yield calibration tokens beside the model, which gives gradients and is left as it was."""
     text = _require_text(input_ids, name)
+    table = getattr(input_embedding(model), "weight", None)
+    least, most = (int(one) for one in torch.aminmax(text))
+    if table is not None and not 0 <= least <= most < len(table):
+        raise UserError(
+            f"token ids run from {least} to {most} and the model has {len(table)} tokens; use the "
+            "tokenizer that belongs to the model"
+        )
     with undisturbed(model), torch.inference_mode(False), torch.enable_grad():
         yield text.detach().to(next(model.parameters()).device, torch.long)
 

@@ -175,12 +175,13 @@ def is_on_meta(model: nn.Module) -> bool:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Switch a model to eval mode for the time of the context."""
-    training = model.training
+    training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, mode in training:
+            module.training = mode
 
 
 @contextmanager

@@ -126,9 +126,10 @@ def recover_(
     with (
         # The name that accelerate and the Trainer use still.
         quiet("transformers", "accelerate", "peft", warned=".*broadcast_buffers.*"),
+        torch.enable_grad(),
         _kernels(settings, processes),
         _same_config(model),
-        _own_random(model.device),
+        _own_random(None if processes == ALONE else model.device),
         tempfile.TemporaryDirectory() as unused,
     ):
         layout = _layout(model, settings, processes)
@@ -327,10 +328,19 @@ def _own_forward(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _own_random(device: torch.device) -> Iterator[None]:
-    """Give the caller's random generators back as they were; the Trainer seeds all of them."""
+def _own_random(device: torch.device | None) -> Iterator[None]:
+    """Give the caller's random generators back as they were; the Trainer seeds all of them.
+
+    Args:
+        device: the only one that this process touches; None if all are its own.
+    """
     own, legacy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    if device is None:
+        count = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+        devices = [torch.device("cuda", number) for number in range(count)]
+    else:
+        devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
         try:
             yield
         finally:

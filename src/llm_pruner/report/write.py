@@ -24,9 +24,9 @@ from llm_pruner.report.text import breakable, fenced, markdown, number, said, vi
 from llm_pruner.settings.options import Settings
 
 
-def write_report(folder: Path, report: data.Report) -> None:
-    """Write page, data and model card into a folder, see ``write_drawn``."""
-    write_drawn(folder, lambda: files(report), "the checkpoint")
+def write_report(folder: Path, make: Callable[[], data.Report]) -> None:
+    """Write page, data and model card of a report that is made here, see ``write_drawn``."""
+    write_drawn(folder, lambda: files(make()), "the checkpoint")
 
 
 def write_drawn(folder: Path, draw: Callable[[], dict[str, str]], rest: str) -> None:

@@ -66,4 +66,6 @@ def cache_cost(
 
 
 def _bytes(model: Any) -> int:
-    return count_work(model, prompt_tokens=4).cache_bytes_per_token
+    # On a processor stand-ins do as well as weights, which may have to be read from a disk.
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return count_work(model, prompt_tokens=4, weights=not on_cpu).cache_bytes_per_token

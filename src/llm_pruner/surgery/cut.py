@@ -25,6 +25,7 @@ from llm_pruner.models.layers import (
     sharing_copy,
 )
 from llm_pruner.models.streaming import cut_parameter, is_model_streamed, is_streamed
+from llm_pruner.settings.options import near
 from llm_pruner.surgery.removal import (
     kept_shapes,
     removed_modules,
@@ -95,7 +96,12 @@ def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edit
 
 
 def _require_units(discovery: Discovery, removal: Removal) -> None:
+    names = [group.name for group in discovery.groups]
     for name, units in removal.items():
+        if name not in names:
+            raise InfeasibleError(
+                f"{name} is no group of this model; {near(name, names)}discover lists them"
+            )
         if problems := unit_problems(discovery.group(name), units):
             raise InfeasibleError(f"{name}: {'; '.join(problems)}")
 

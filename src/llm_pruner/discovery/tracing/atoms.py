@@ -65,7 +65,9 @@ class Atoms:
         """
         start, stop = self._size, self._size + count
         if stop > len(self._parent):
-            more = (0, max(stop, 2 * len(self._parent)) - len(self._parent))
+            # Of a large model there are millions, of which the twin has a copy for each scene.
+            room = len(self._parent) + max(1024, len(self._parent) // 8)
+            more = (0, max(stop, room) - len(self._parent))
             self._parent, self._frozen = np.pad(self._parent, more), np.pad(self._frozen, more)
             self._substitute = np.pad(self._substitute, more, constant_values=-1)
             self._replica = np.pad(self._replica, more)

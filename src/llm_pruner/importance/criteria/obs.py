@@ -32,10 +32,13 @@ def _cost(reading: Reading) -> FloatArray:
 
 
 def regular_inverse(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Return the inverse of a positive semidefinite matrix plus a share of its mean diagonal."""
+    """Return the inverse of a positive semidefinite matrix plus a share of its mean diagonal.
+
+    The matrix, which may be one of many GB, holds that sum afterwards.
+    """
     damping = ridge * matrix.diagonal().mean().clamp_min(torch.finfo(matrix.dtype).tiny)
-    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky(matrix + damping * eye))
+    matrix.diagonal().add_(damping)
+    return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
 
 
 MEASURE = Measure(frozenset({"moments", "gram"}), over_readings(_cost))
