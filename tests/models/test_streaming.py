@@ -302,7 +302,7 @@ def test_gradients_pass_the_ends_in_their_turn() -> None:
 
 
 def test_text_is_written_with_the_weights_of_the_files_where_they_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Else each token would read all of them."""
     folder = save(tmp_path / "model", "llama")
@@ -322,9 +322,11 @@ def test_text_is_written_with_the_weights_of_the_files_where_they_fit(
     for room, once in ((2 * count, True), (2 * count - 1, False)):
         model = load_model(str(folder), memory=room).model
         reads.clear()
+        caplog.clear()
         found = selfmade.write_text(model, tiny_tokenizer(), **how)
         inside = sum(map(is_streamed, model.parameters()))
         assert (len(reads) == inside > 0) == once
+        assert ("block by block: all weights 15 times" in caplog.text) != once
         assert not once or torch.equal(found, expected)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +27,9 @@ from llm_pruner.runtime.progress import quiet
 from llm_pruner.types import Edits
 
 Kind = Literal["stock", "remote_code", "recipe"]
+
+LONG = 10_000_000_000
+"""Bytes of weights from which on writing them shows a bar."""
 
 SHARD = "1GB"
 
@@ -102,7 +106,8 @@ def save_checkpoint(
                 part.dtype = own.dtype
             if kind == "remote_code":
                 model.__class__ = remote_code.pruned_class(type(model))
-            with silent_writing(), saved_by_shard(model) as state:
+            long = sum(one.nbytes for one in model.parameters()) > LONG and sys.stderr.isatty()
+            with silent_writing(bar=long), saved_by_shard(model) as state:
                 # A shard of a model that is read block by block is in memory when it is written.
                 most = (max_shard_size,) if state is None else (max_shard_size, SHARD)
                 shard = min(most, key=bytes_of)
@@ -233,10 +238,11 @@ def _checked(
 
 
 @contextmanager
-def silent_writing() -> Iterator[None]:
-    """Hold back the progress bars and notes of transformers while it writes."""
+def silent_writing(*, bar: bool = False) -> Iterator[None]:
+    """Hold back the notes of transformers while it writes, and without ``bar`` its progress bar."""
     shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    if not bar:
+        transformers_logging.disable_progress_bar()
     try:
         # Said of every model that a device map has put on the CPU.
         with quiet(warned="Attempting to save a model with offloaded"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from llm_pruner.models.streaming import forget_pages, is_model_streamed, room_fo
 from llm_pruner.runtime.memory import free_bytes
 from llm_pruner.runtime.precision import multiplies_bfloat16
 from llm_pruner.runtime.progress import track
+
+_LOG = logging.getLogger(__name__)
 
 PIECE = 512
 """Tokens of a text at most. On SmolLM2-135M texts of 512 calibrate better than of 128."""
@@ -100,6 +103,12 @@ def write_text(
         opening = torch.cat([lead, starts[0]])[None].to(device)
         batch_size = batch_size or _texts_at_a_time(model, opening, seq_len)
         batches = range(0, samples, batch_size)
+        if is_model_streamed(model):
+            _LOG.warning(
+                "the model writes its text while it is read block by block: all weights %s times; "
+                "a text that is there, such as --calibration FILE, is read once",
+                f"{len(batches) * len(positions):,}",
+            )
         steps = ((batch, position) for batch in batches for position in positions)
         for first, position in track(steps, "Writing text", total=len(batches) * len(positions)):
             rows = slice(first, min(first + batch_size, samples))

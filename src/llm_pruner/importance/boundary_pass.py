@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from llm_pruner.errors import UserError
-from llm_pruner.models.activation_store import ActivationStore, HiddenStates
+from llm_pruner.models.activation_store import ActivationStore, HiddenStates, free_on_disk
 from llm_pruner.models.blockwise import Call, Chain, Handler, hidden_of, requiring_gradients
 from llm_pruner.models.forward import gives_chosen, run_for_logits
 from llm_pruner.models.streaming import ends_of, is_model_streamed, turn
@@ -289,6 +289,9 @@ class _BlockPass:
         with chain.opened():
             samples = len(self.ids)
             collector.seen()  # by the chain's probes
+            need = (self.count + 1) * samples * chain.entry(self.ids[:1]).nbytes
+            if 2 * need > free_on_disk():
+                collector.keep = None  # others would be glad of them, but need room themselves
             states = ActivationStore(range(self.count + 1), samples, MEMORY // 4)
             with (
                 ActivationStore(range(1), samples, MEMORY * 3 // 4) as self.gradients,
