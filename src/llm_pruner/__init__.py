@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from llm_pruner.api import refit_ as refit_
     from llm_pruner.api import score as score
     from llm_pruner.checkpoints import save_checkpoint as save_checkpoint
+    from llm_pruner.errors import DiscoveryError as DiscoveryError
+    from llm_pruner.errors import InfeasibleError as InfeasibleError
     from llm_pruner.errors import LLMPrunerError as LLMPrunerError
     from llm_pruner.errors import PlanError as PlanError
     from llm_pruner.errors import UserError as UserError
@@ -55,7 +57,7 @@ _NAMES = {
     "api": "Lora Model Scores Taylor calibration curve discover health load perplexity plan "
     "presets prune_ recover_ refit_ score",
     "checkpoints": "save_checkpoint",
-    "errors": "LLMPrunerError PlanError UserError VerificationError",
+    "errors": "DiscoveryError InfeasibleError LLMPrunerError PlanError UserError VerificationError",
     "importance": "Criterion",
     "planning": "Plan Selection Target allocate read_plan",
     "settings.prune": "PlanSettings PruneSettings",

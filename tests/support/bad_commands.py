@@ -660,8 +660,9 @@ estimated from the headers of the weight files, the share that is kept, and `--d
     smaller needs about 430.5 MB for weights, and the disk of /data has 12.0 MB free; free some, or
     give another --out
 
-That is not asked of a model that is only now fetched from the hub, nor of a `--plan`; of a `.gguf`
-file, which packs its weights, the estimate is the least that they can take. What the number or the
+That is not asked of a model that is only now fetched from the hub; of a `.gguf` file, which packs
+its weights, the estimate is the least that they can take. `prune` asks again once it is known what
+stays, before anything is removed, and of a `--plan` then alone. What the number or the
 width of a model's layers decides (`--protect-first 99`) is found when the model is there. A word
 where a number is needed is refused by the command line together with its usage.
 

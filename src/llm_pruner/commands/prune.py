@@ -240,8 +240,8 @@ class PruneRun:
 
     @property
     def scores_text(self) -> bool:
-        """Whether importance is estimated here, and on text."""
-        return self.criterion.reads_text and self.estimate is None
+        """Whether importance is, or was, estimated on text, but for tokens that nobody names."""
+        return self.criterion.reads_text and (self.estimate is None or self.given[2] is not None)
 
     def check_files(self) -> None:
         """Refuse what files and disks can tell, since loading a model may take minutes."""
