@@ -366,22 +366,22 @@ def prune_(
         UserError: a `Model` was pruned before.
         VerificationError: the result is not the masked model; it is undone.
     """
-    by_hand = isinstance(plan, Discovery)
-    if not isinstance(model, Model):
-        groups = plan if isinstance(plan, Discovery) else discover_groups(model)
-        gone = removal or {} if isinstance(plan, Discovery) else plan.removal(groups)
-        return prune_module_(model, groups, gone, verify=verify)
-    model.require_dense()
-    groups = plan if isinstance(plan, Discovery) else discover(model)
-    gone = removal or {} if isinstance(plan, Discovery) else plan.removal(groups)
+    if isinstance(model, Model):
+        model.require_dense()
+    if isinstance(plan, Discovery):
+        made, groups, gone = None, plan, removal or {}
+    else:
+        made, groups = plan, discover(model)
+        gone = plan.removal(groups)
     gone = {name: np.asarray(units) for name, units in gone.items()}
+    if not isinstance(model, Model):
+        return prune_module_(model, groups, gone, verify=verify)
     surgeon = Surgeon(model.network, verify, Clock())
     refitter = Refitter(model.current, groups, surgeon, model.loaded.stored_dtype)
     surgeon.cut(groups, gone)
-    model.plan = None if isinstance(plan, Discovery) else plan
-    model.groups, model._removed = groups, gone
+    model.plan, model.groups, model._removed = made, groups, gone
     model._surgeon, model._refitter = surgeon, refitter
-    return surgeon.edits if by_hand else None
+    return surgeon.edits if made is None else None
 
 
 def refit_(model: Model, text: Calibration) -> None:

@@ -263,6 +263,11 @@ def test_what_generate_rounds_to_float32_is_no_difference_in_float64() -> None:
     found = verify.difference_beyond_float32([logits, rounded], [logits + 1e-6, other])
     assert found == pytest.approx(1e-6, rel=1e-3)
     assert verify.difference_beyond_float32([rounded], [other + 1e-3]) > 9e-4
+    for odd in (torch.nan, torch.inf):
+        wrong = logits.clone()
+        wrong[0, 0] = odd
+        assert verify.difference_beyond_float32([wrong], [logits]) == torch.inf
+        assert verify.difference_beyond_float32([logits], [wrong]) == torch.inf
 
 
 @pytest.mark.slow

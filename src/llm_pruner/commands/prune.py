@@ -198,7 +198,7 @@ class PruneRun:
         took = sum(self.clock.seconds.values())
         if not self.saves or self.plan is None or self.settings.plan or took < KEPT_AFTER:
             return
-        file = self.settings.out.with_name(f"{self.settings.out.name}.plan.json")
+        file = Path(f"{self.settings.out}.plan.json")
         with suppress(UserError, OSError):  # something else is there, or the disk is full
             start.check_out(file, overwrite=True, dry_run=True, reads=())
             write_output(file, self.plan.to_json())

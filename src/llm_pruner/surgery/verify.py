@@ -198,19 +198,24 @@ def _is_rounding(
             left, right, _ = _twin_and_copy(fine, discovery, removal, scenes)
     except Exception:
         return False
-    return difference_beyond_float32(left, right) * _FINER <= difference
+    beyond = difference_beyond_float32(left, right)
+    return math.isfinite(beyond) and beyond * _FINER <= difference
 
 
 def difference_beyond_float32(left: Logits, right: Logits) -> float:
-    """Return the largest difference of two runs in float64.
+    """Return the largest difference of two runs in float64; infinite as `largest_difference` is.
 
     Of logits that are float32 all the same, which ``generate`` makes of all, without what their
     own rounding explains.
     """
     worst = 0.0
     for a, b in zip(left, right, strict=True):
-        rounds = 4 * torch.finfo(a.dtype).eps * a.abs().max().item()
-        worst = max(worst, largest_difference([a], [b]) - rounds)
+        difference = 0.0 if torch.equal(a, b) else largest_difference([a], [b])
+        if not math.isfinite(difference):
+            return math.inf
+        if difference:
+            rounds = 4 * torch.finfo(a.dtype).eps * a.abs().max().item()
+            worst = max(worst, difference - rounds)
     return worst
 
 
