@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,9 +77,10 @@ def test_health_counts_what_loops_and_what_does_not_end() -> None:
     assert (found.looping, found.endless) == (share([True, False, False]), share([1, 0, 1]))
 
 
-def test_a_batch_writes_what_each_prompt_alone_is_given() -> None:
+@pytest.mark.parametrize("model_type", ["llama", "rwkv"])
+def test_a_batch_writes_what_each_prompt_alone_is_given(model_type: str) -> None:
     """Left padding changes nothing; penalties of the checkpoint are no part of a measurement."""
-    model, tokenizer = tiny_model(), tiny_tokenizer()
+    model, tokenizer = tiny_model(model_type), tiny_tokenizer()
     prompts = ["The old bridge over the river", "A compiler", "To make soup, first"]
     model.generation_config.repetition_penalty = 5.0
     found = write_batch(model, tokenizer, prompts, Asked(tuple(prompts), 12, ""))
@@ -104,7 +106,8 @@ def test_an_answer_keeps_the_space_that_it_begins_with(
     row = encoded(tokenizer, prompt + "    return x\n", chat=False)
     given = row[: len(encoded(tokenizer, prompt, chat=False))]
     monkeypatch.setattr(answers, "encoded", lambda *_a, **_k: given)
-    monkeypatch.setattr(model, "generate", lambda *_a, **_k: torch.tensor([row]))
+    written = SimpleNamespace(sequences=torch.tensor([row]))
+    monkeypatch.setattr(model, "generate", lambda *_a, **_k: written)
     (found,) = write_batch(model, tokenizer, [prompt], Asked((), 12, ""))
     start = tokenizer.decode(given, skip_special_tokens=True)
     assert start + found.text == tokenizer.decode(row, skip_special_tokens=True)

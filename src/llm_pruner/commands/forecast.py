@@ -470,7 +470,10 @@ class _Forecaster:
         if run.plan is None:
             times = rounds * (self.scored / self.batch if run.criterion.reads_text else 1)
             more = self.block + self._rise("estimate")
-            self._book("estimate", self._of("estimate", times), more, narrow=4 * rounds)
+            # Two of four see that the model is a chain; a refit has seen it, but of no gradients.
+            known = run.refits and run.criterion.name != "taylor"
+            passes = 4 * rounds - 2 * known
+            self._book("estimate", self._of("estimate", times), more, narrow=passes)
         if run.splits:
             self._book_splits()
         if run.tries_layers:
@@ -493,7 +496,7 @@ class _Forecaster:
             jobs.append("trial refit")
         logits = 2 * self.held_out * self.length * embedding_rows(self.model)
         more = self.cut + logits + self._rise(*jobs)
-        self._book("trials", seconds, more, narrow=1 + trials + 7 * refitted)
+        self._book("trials", seconds, more, narrow=1 + trials + 3 * refitted)
 
     def _book_cut(self) -> None:
         """Book the cut, its check, the refit and the repair."""
@@ -503,7 +506,7 @@ class _Forecaster:
         self._book(stage, self._of("verify", rounds), more, wide=passes)
         if self.run.refits:
             more = around + self._rise("refit")
-            self._book("least squares", self._of("refit", rounds), more, narrow=9 * rounds)
+            self._book("least squares", self._of("refit", rounds), more, narrow=5 * rounds)
         if self.run.repairs and not self.streamed:
             trained = TRAINED_BYTES * self.kept
             fits = trained < psutil.virtual_memory().available - self.weights

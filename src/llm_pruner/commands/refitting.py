@@ -10,6 +10,7 @@ from torch import nn
 from llm_pruner.compensation import Refitted, refit_
 from llm_pruner.data.calibration import Calibration, further_text
 from llm_pruner.models.activation_store import HiddenStates
+from llm_pruner.models.blockwise import know_copy
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import LoadedModel
 from llm_pruner.models.streaming import is_model_streamed
@@ -61,6 +62,7 @@ class Refitter:
         self, loaded: LoadedModel, discovery: Discovery, surgeon: Surgeon, saved: torch.dtype
     ) -> None:
         self._model, self._dense = loaded.model, sharing_copy(loaded.model)
+        know_copy(self._model, self._dense)
         self._discovery, self._surgeon, self._saved = discovery, surgeon, saved
         self.done: list[Refitted] = []
 

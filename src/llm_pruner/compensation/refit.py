@@ -129,8 +129,8 @@ def refit_(
         ids = input_ids.detach().to(next(model.parameters()).device, torch.long)
         try:
             with torch.enable_grad():
-                pruned = find_chain(model, ids, {}, carries=True)
                 whole = find_chain(dense, ids, {}, carries=True)
+                pruned = whole.after_surgery(model) or find_chain(model, ids, {}, carries=True)
         except NotBlockwise as reason:
             raise UserError(
                 f"the model cannot be refitted block by block: {reason}; use --compensation none"

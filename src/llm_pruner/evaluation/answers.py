@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from llm_pruner.runtime.progress import quiet, track
 BATCH = 16
 """Prompts at once, where nobody says how many."""
 _TAIL = 12  # tokens in which a text that stops a program is looked for
+_ROUNDING = 0.05
+"""Part of the spread of a token's logits by which rounding moves them, at most."""
 
 
 @dataclass(frozen=True)
@@ -106,37 +109,61 @@ def _kept(name: str | None, count: int) -> list[Answer] | None:
 def write_batch(model: Any, tokenizer: Any, prompts: Sequence[str], asked: Asked) -> list[Answer]:
     """Return an answer to each prompt of a batch; see ``written``."""
     rows = [encoded(tokenizer, prompt, chat=asked.chat) for prompt in prompts]
+    if not min(map(len, rows)):
+        raise UserError("a prompt has no tokens, so nothing can follow it; write something in it")
     longest = max(map(len, rows))
     limit, ends = maximum_length(model), end_ids(model, tokenizer)
-    if limit is not None and len(rows) > 1 and limit - longest < asked.new_tokens:
-        # The answer to a long prompt ends early, and those to others not with it.
+    padding = min(ends, default=0)
+    # The answer to a long prompt may end early, and those to others are not to end with it.
+    early = limit is not None and limit - longest < asked.new_tokens
+    if len(rows) > 1 and (early or _sees_padding(model, rows, padding)):
         alone = [write_batch(model, tokenizer, [prompt], asked) for prompt in prompts]
         return [answer for [answer] in alone]
     room = asked.new_tokens if limit is None else min(asked.new_tokens, limit - longest)
-    if not min(map(len, rows)):
-        raise UserError("a prompt has no tokens, so nothing can follow it; write something in it")
     if room < 1:
         raise UserError(
             f"a prompt of {longest} tokens leaves no room for an answer: the model reads {limit}; "
             "use shorter prompts"
         )
-    padding = min(ends, default=0)
-    ids = torch.tensor([[padding] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    device = next(model.parameters()).device
     stops = [_Stops(tokenizer, asked.stops, longest)] if asked.stops else []
+    out = _generate(
+        model,
+        rows,
+        longest,
+        max_new_tokens=room,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=padding,
+        stopping_criteria=StoppingCriteriaList(stops),
+    )
+    answers = zip(rows, out.sequences[:, longest:].tolist(), strict=True)
+    return [_answer(tokenizer, row, tokens, ends) for row, tokens in answers]
+
+
+def _generate(model: Any, rows: Sequence[list[int]], length: int, **settings: Any) -> Any:
+    """Return what ``generate`` does, greedily, after rows that are padded to a length."""
+    device, padding = next(model.parameters()).device, settings["pad_token_id"]
+    ids = torch.tensor([[padding] * (length - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
     with evaluating(model), _plainly(model), quiet("transformers"):
-        out = model.generate(
+        return model.generate(
             ids.to(device),
             attention_mask=mask.to(device),
-            max_new_tokens=room,
             do_sample=False,
-            eos_token_id=sorted(ends) or None,
-            pad_token_id=padding,
-            stopping_criteria=StoppingCriteriaList(stops),
+            return_dict_in_generate=True,
+            **settings,
         )
-    answers = zip(rows, out[:, longest:].tolist(), strict=True)
-    return [_answer(tokenizer, row, tokens, ends) for row, tokens in answers]
+
+
+def _sees_padding(model: Any, rows: Sequence[list[int]], padding: int) -> bool:
+    """Whether padding changes the logits behind a row: recurrences without a mask read it."""
+    shortest, longest = min(rows, key=len), max(map(len, rows))
+    if len(shortest) == longest:
+        return False
+    first = partial(_generate, max_new_tokens=1, pad_token_id=padding, output_logits=True)
+    padded, alone = (
+        first(model, [shortest], length).logits[0][0].float() for length in (longest, len(shortest))
+    )
+    return bool((padded - alone).norm() > _ROUNDING * (alone - alone.mean()).norm())
 
 
 def _answer(tokenizer: Any, prompt: list[int], tokens: list[int], ends: set[int]) -> Answer:

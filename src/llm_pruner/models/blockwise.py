@@ -14,10 +14,11 @@ alone such a model is a chain as well, which is asked for with ``carries``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -57,7 +58,8 @@ class Chain:
         blocks: in the order of execution.
         owned: per block, the scored parameters in it, by name.
         outside: the scored parameters in no block, by name.
-        bottom: whether the input of the first block depends on one of ``outside``.
+        below: names of the parameters that the input of the first block depends on, of those that
+            it was proven for and that lie in no block.
         vocabulary: number of logits per token.
         forms: per block, what it returns, without the tensors.
     """
@@ -66,10 +68,27 @@ class Chain:
     blocks: tuple[nn.Module, ...]
     owned: list[dict[str, nn.Parameter]]
     outside: dict[str, nn.Parameter]
-    bottom: bool = False
+    below: frozenset[str] = frozenset()
     vocabulary: int = 0
     forms: list[Any] = field(default_factory=list, repr=False)
     _handler: Handler | None = field(default=None, repr=False)
+
+    @property
+    def bottom(self) -> bool:
+        """Whether the input of the first block depends on one of ``outside``."""
+        return not self.below.isdisjoint(self.outside)
+
+    def after_surgery(self, model: nn.Module) -> Chain | None:
+        """Return the chain, with nothing scored, of what surgery has made of this one's model.
+
+        Narrower weights are run as the wider ones were. None if modules are gone, such as layers.
+        """
+        names = {id(module): name for name, module in self.model.named_modules()}
+        after = dict(model.named_modules())
+        if [*after] != [*names.values()]:
+            return None
+        blocks = tuple(after[names[id(block)]] for block in self.blocks)
+        return replace(self, model=model, blocks=blocks, owned=[{} for _ in blocks], outside={})
 
     def places(self) -> dict[int, int]:
         """Return id of each module in a block -> number of the block."""
@@ -267,6 +286,38 @@ def _form_of(output: Any) -> Any:
     return type(output)(None if isinstance(item, torch.Tensor) else item for item in output)
 
 
+class _Proof:
+    """What was seen of a model whose blocks are a chain; good for as long as it is as it was."""
+
+    def __init__(self, chain: Chain) -> None:
+        modules = [*chain.model.modules()]
+        places = {id(module): at for at, module in enumerate(modules)}
+        self.blocks = [places[id(block)] for block in chain.blocks]
+        self.modules = [ref(module) for module in modules]  # no model is held for its proof
+        self.shapes = [parameter.shape for parameter in chain.model.parameters()]
+        self.scored = frozenset(chain.outside).union(*chain.owned)
+        self.below, self.vocabulary, self.forms = chain.below, chain.vocabulary, chain.forms
+
+    def chain(self, model: nn.Module, scored: Mapping[str, nn.Parameter]) -> Chain | None:
+        """Return the chain with other scored parameters, or None if it has to be proven anew."""
+        modules = [*model.modules()]
+        if (
+            not self.scored.issuperset(scored)
+            or [one() for one in self.modules] != modules
+            or self.shapes != [parameter.shape for parameter in model.parameters()]
+        ):
+            return None
+        chain = _with_scored(model, tuple(modules[at] for at in self.blocks), scored)
+        return replace(chain, below=self.below, vocabulary=self.vocabulary, forms=self.forms)
+
+
+_PROOFS: WeakKeyDictionary[nn.Module, dict[bool, _Proof]] = WeakKeyDictionary()
+"""Model -> whether its blocks were seen to carry -> what was seen last.
+
+A proof runs the model twice, which of a streamed one is as much as a pass of the estimate is.
+"""
+
+
 def find_chain(
     model: nn.Module,
     input_ids: torch.Tensor,
@@ -275,6 +326,8 @@ def find_chain(
     carries: bool = False,
 ) -> Chain:
     """Return the model's chain of blocks, proven on the first few tokens.
+
+    The proof is remembered. It is done again where other modules, shapes or scored parameters are.
 
     Args:
         model: with no parameter that requires a gradient.
@@ -286,16 +339,40 @@ def find_chain(
     Raises:
         NotBlockwise: the model is no such chain.
     """
+    for seen, proof in sorted(_PROOFS.get(model, {}).items()):
+        if seen <= carries and (known := proof.chain(model, scored)) is not None:
+            return known
     ids = input_ids[:1, :_PROBE_TOKENS]
-    likely = tuple(heaviest(_lists(model)) or ())
+    if carries:  # most models do not, and then the proof is good for both
+        with suppress(NotBlockwise):
+            return _remembered(_proven(model, _likely(model), ids, scored, False), False)
+    likely = _likely(model)
     try:
-        return _proven(model, likely, ids, scored, carries)
+        chain = _proven(model, likely, ids, scored, carries)
     except NotBlockwise:
         # To see whether it is another list takes one more pass over all weights.
         blocks = _called_in_order(model, ids)
         if blocks == likely:
             raise
-    return _proven(model, blocks, ids, scored, carries)
+        chain = _proven(model, blocks, ids, scored, carries)
+    return _remembered(chain, carries)
+
+
+def know_copy(model: nn.Module, copied: nn.Module) -> None:
+    """Remember of a copy what was seen of the model that it was made of."""
+    for carries, proof in _PROOFS.get(model, {}).items():
+        chain = proof.chain(model, {})
+        if chain is not None and (same := chain.after_surgery(copied)) is not None:
+            _remembered(same, carries)
+
+
+def _likely(model: nn.Module) -> tuple[nn.Module, ...]:
+    return tuple(heaviest(_lists(model)) or ())
+
+
+def _remembered(chain: Chain, carries: bool) -> Chain:
+    _PROOFS.setdefault(chain.model, {})[carries] = _Proof(chain)
+    return chain
 
 
 def _proven(
@@ -306,6 +383,19 @@ def _proven(
     carries: bool,
 ) -> Chain:
     """Return the chain of these blocks, or raise NotBlockwise."""
+    chain = _with_scored(model, blocks, scored)
+    try:
+        with requiring_gradients(scored), chain.opened():
+            _probe(chain, ids, carries)
+    except RuntimeError as error:  # autograd's: a block writes into its input, for instance
+        raise NotBlockwise(f"a block does not run on its own: {error}") from error
+    return chain
+
+
+def _with_scored(
+    model: nn.Module, blocks: tuple[nn.Module, ...], scored: Mapping[str, nn.Parameter]
+) -> Chain:
+    """Return a chain of these blocks that nobody has proven yet."""
     owners: dict[int, int] = {}
     for index, block in enumerate(blocks):
         for parameter in block.parameters():
@@ -316,13 +406,7 @@ def _proven(
     for name, parameter in scored.items():
         owner = owners.get(id(parameter))
         (outside if owner is None else owned[owner])[name] = parameter
-    chain = Chain(model, blocks, owned, outside)
-    try:
-        with requiring_gradients(scored), chain.opened():
-            _probe(chain, ids, carries)
-    except RuntimeError as error:  # autograd's: a block writes into its input, for instance
-        raise NotBlockwise(f"a block does not run on its own: {error}") from error
-    return chain
+    return Chain(model, blocks, owned, outside)
 
 
 @contextmanager
@@ -410,7 +494,9 @@ def _probe(chain: Chain, ids: torch.Tensor, carries: bool) -> None:
     above = [*inputs, *leaves[:-1], *(p for own in parameters for p in own)]
     if not depends(logits, [leaves[-1]]) or depends(logits, above):
         raise NotBlockwise("the logits depend on more than the last block's output")
-    chain.bottom = depends(entries[0], outside)
+    chain.below = frozenset(
+        name for name, one in chain.outside.items() if depends(entries[0], [one])
+    )
     carried: Carried = {}
     for index, output in enumerate(outputs):
         try:

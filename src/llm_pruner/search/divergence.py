@@ -121,8 +121,8 @@ def _divergence_after(
 @torch.no_grad()
 def _divergence(ids: torch.Tensor, dense: torch.Tensor, network: nn.Module) -> float:
     """Return the sum over the tokens of a sample."""
-    logits, total = run_for_logits(network, ids)[0], 0.0
-    for rows, before in zip(logits.split(_ROWS), dense.split(_ROWS), strict=True):
-        after = rows.float().log_softmax(-1).cpu()
-        total += float(F.kl_div(after, before.float(), log_target=True, reduction="sum"))
-    return total
+    logits, sums = run_for_logits(network, ids)[0], []
+    for rows, known in zip(logits.split(_ROWS), dense.split(_ROWS), strict=True):
+        after, before = rows.float().log_softmax(-1), known.to(rows.device).float()
+        sums.append(F.kl_div(after, before, log_target=True, reduction="sum"))
+    return sum(map(float, sums))  # a GPU is waited for once
