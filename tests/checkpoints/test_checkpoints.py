@@ -516,6 +516,17 @@ def test_loaded_model_is_an_ordinary_model(tmp_path: Path) -> None:
     assert torch.equal(logits(copy.deepcopy(load(tmp_path / "out"))), logits(knife.model))
 
 
+def test_a_model_without_weights_says_the_sizes_of_its_linear_layers(tmp_path: Path) -> None:
+    """Quantizers put theirs in their place before weights are read."""
+    differing_layers(tiny_model("llama")).save(tmp_path / "out")
+    config = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert all((one.out_features, one.in_features) == one.weight.shape for one in linear)
+    assert len({one.in_features for one in linear}) == 5
+
+
 def test_adapters_attach_to_all_linear_layers(tmp_path: Path) -> None:
     knife = differing_layers(tiny_model("llama"))
     knife.save(tmp_path / "out")

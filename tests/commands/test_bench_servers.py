@@ -222,6 +222,13 @@ def test_experts_of_another_width_run_where_the_code_of_the_folder_says_so(kind:
     with pytest.raises(UserError, match=r"which the folder's code does not tell it; load it and"):
         vllm.how(model, model.config, "remote_code", before)
     assert vllm.how(model, model.config, "stock") == "as the dense model"
+    model.config.head_dim = 10  # of which some of its classes know nothing
+    assert vllm.how(model, model.config, "stock").endswith(
+        "refuses its sizes with --model-impl transformers"
+    )
+    model._supports_attention_backend = False
+    with pytest.raises(UserError, match="its attention is code of its own"):
+        vllm.how(model, model.config, "remote_code")
 
 
 @pytest.mark.slow

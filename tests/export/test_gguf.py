@@ -22,6 +22,7 @@ from llm_pruner.errors import UserError
 from llm_pruner.export.formats.gguf import GgufFile
 from llm_pruner.export.gguf_model import FAMILIES, GgufModel, gguf_model, neighbours
 from llm_pruner.export.gguf_tokenizer import copy_tokenizer, read_tokenizer
+from llm_pruner.models.gguf_file import scale_rotary_
 from llm_pruner.models.load import LoadedModel, load_model
 from trained_tokenizers import byte_level
 
@@ -245,6 +246,33 @@ def test_a_file_is_read_as_it_was_written(here: Path, kind: str, rotary: dict[st
         assert tokenizer.get_vocab() == tokens
 
 
+def test_a_file_of_the_same_name_elsewhere_is_not_read(here: Path) -> None:
+    (here / "other").mkdir()
+    model = tiny(vocab_size=len(byte_level().get_vocab()), seed=1)
+    through_a_file(model)
+    Path("m.gguf").rename("other/m.gguf")
+    through_a_file(tiny(vocab_size=model.config.vocab_size, seed=2))
+    found = load_model("other/m.gguf").model
+    torch.testing.assert_close(found.lm_head.weight, model.lm_head.weight)
+
+
+def test_what_transformers_leaves_out_of_a_file(here: Path) -> None:
+    size = len(byte_level().get_vocab())
+    with pytest.raises(
+        UserError, match=r"has biases, blk\.0\.attn_k\.bias first, that transformers"
+    ):
+        through_a_file(tiny(attention_bias=True, vocab_size=size))
+    # It knows no base of this kind's rotary embeddings, which the file has.
+    model = tiny_model("starcoder2", vocab_size=size)
+    writer = gguf.GGUFWriter("s.gguf", "starcoder2")
+    writer.add_rope_freq_base(100000.0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    scale_rotary_(model.config, Path("s.gguf"))
+    assert model.config.rope_parameters["rope_theta"] == 100000.0
+
+
 def test_scaling_that_a_file_does_not_tell_is_refused(here: Path) -> None:
     with pytest.raises(UserError, match=r"m\.gguf has rotary .* scaled \(rope_freqs\.weight\)"):
         through_a_file(tiny(rope_parameters=LLAMA3, vocab_size=len(byte_level())))
@@ -452,6 +480,10 @@ def test_export_of_a_pruned_folder(here: Path) -> None:
     odd = [t for t in tensors.values() if len(t.shape) == 2 and t.tensor_type.name == "F16"]
     assert found["facts"]["left_in_f16"] == len(odd) > 0
     assert "prune with --round-to gguf" in shown.err
+    unread = run("evaluate", "small.gguf", "--perplexity", "demo")
+    assert (
+        "small.gguf is of a kind that llama.cpp runs and transformers does not read" in unread.err
+    )
     again = run("export", "small", "--out", "small.gguf")
     assert again.code == 2
     assert "small.gguf exists" in again.err

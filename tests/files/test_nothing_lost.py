@@ -12,6 +12,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -280,6 +281,13 @@ def test_what_is_no_file_is_written_into(work: Path) -> None:
     write_output(Path(f"/dev/fd/{opened_by_a_shell}"), "{}")
     assert os.read(opened_by_a_shell, 9) == b"{}"  # the file that is open, and no other
     os.close(opened_by_a_shell)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:  # files as any others
+        file = Path(folder, "of.json")
+        for text in ('{"groups": 1, "package_version": ""}', "{}"):
+            write_output(file, text)
+        assert file.read_text() == "{}"
+        Path(folder, "mine.txt").write_text("mine")
+        assert "mine.txt exists" in refused("compare", "small", "--json", f"{folder}/mine.txt")
 
 
 def test_a_link_to_results_is_followed(work: Path) -> None:

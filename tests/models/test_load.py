@@ -286,8 +286,8 @@ def test_bad_gguf(content: bytes | None, message: str, tmp_path: Path) -> None:
 @pytest.fixture
 def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the cache of a hub that has the folder as me/tiny; only the config is there yet."""
-    cache = tmp_path / "cache"
-    cache.mkdir()
+    cache = tmp_path / "snapshots/1f0c"
+    cache.mkdir(parents=True)
     shutil.copy(folder / "config.json", cache)
 
     def snapshot(source: str, *, local_files_only: bool = False, **wanted: Any) -> str:
@@ -308,6 +308,11 @@ def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
         monkeypatch.setattr(auto, "from_pretrained", redirected)
     return cache
+
+
+@pytest.mark.usefixtures("hub")
+def test_the_commit_of_a_model_of_the_hub() -> None:
+    assert load_model("me/tiny", memory=2**30).revision == "1f0c"
 
 
 def test_an_encoder_is_refused(tmp_path: Path) -> None:

@@ -170,6 +170,8 @@ def reshape_parameters_(model, shapes):
             new = nn.Parameter(old.data[tuple(map(slice, shape))].clone(), old.requires_grad)
             vars(new).update(vars(old))  # marks that loaders leave on parameters
         setattr(module, name, new)
+        if name == "weight" and isinstance(module, nn.Linear):
+            module.out_features, module.in_features = shape  # quantizers make theirs of them
 
 
 def cut_buffers_(model, buffers, saved):

@@ -20,8 +20,11 @@ LOCAL = (
 )
 """What stays here: it names folders, texts and the machine, or belongs to another model."""
 
-REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.py")
-"""What an earlier upload may have left there, which would be loaded in place of the new weights."""
+REPLACED = (
+    *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "*.py"),
+    *("adapter_config.json", "adapter_model.*", "added_tokens.json", "special_tokens_map.json"),
+)
+"""What an earlier upload may have left there, which would be loaded in place of what is new."""
 
 
 def check_push(settings: OutputSettings, *, dry_run: bool = False) -> None:

@@ -268,7 +268,8 @@ def _is_written_into(file: Path) -> bool:
             return True
     except (OSError, ValueError):  # no such file, or no name of one
         return False
-    return file.absolute().parts[1:2] in (("dev",), ("proc",))
+    top, *names = file.absolute().parts[1:3]
+    return top == "proc" or (top == "dev" and names[0] in ("fd", "stdout", "stderr"))
 
 
 def _holds(file: Path, kind: Kind) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +29,37 @@ _LLAMA3 = {
 """What all published models of this kind have; only the factor differs."""
 
 
+def require_biases(model: Any, file: Path) -> None:
+    """Raise UserError if a file has biases that the model was built without, and so not read."""
+    found = {name.decode() for name in re.findall(rb"blk\.\d+\.\w+\.bias", _header(file))}
+    if not found:
+        return
+    from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
+
+    read = get_gguf_hf_weights_map(model, TensorProcessor(config=model.config.to_dict()))
+    if left := sorted(found - read.keys()):
+        raise UserError(
+            f"{file} has biases, {left[0]} first, that transformers does not read into a "
+            f"{type(model).__name__}; name the folder that it was made of"
+        )
+
+
+def _header(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return stream.read(_MOST_HEADER)
+
+
 def scale_rotary_(config: Any, file: Path) -> None:
-    """Give a config the scaling of rotary embeddings that its file has.
+    """Give a config the base and the scaling of rotary embeddings that its file has.
 
     Raises:
-        UserError: there is one that the file does not tell in full.
+        UserError: there is a scaling that the file does not tell in full.
     """
-    with file.open("rb") as stream:
-        start = stream.read(_MOST_HEADER)
+    start = _header(file)
+    base = re.search(rb"\.rope\.freq_base\x06\0\0\0(.{4})", start, re.DOTALL)  # 6: a float
+    rotary = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    if base is not None and "rope_theta" in rotary:
+        rotary["rope_theta"] = struct.unpack("<f", base[1])[0]
     if not any(sign in start for sign in _SIGNS):
         return  # to parse the header takes seconds
     from gguf import GGUFReader

@@ -42,7 +42,7 @@ from llm_pruner.hook import has_recipe
 from llm_pruner.models import stored as on_disk
 from llm_pruner.models.assembled import element, put_together_late
 from llm_pruner.models.forward import embedding_rows
-from llm_pruner.models.gguf_file import drop_tokens_beyond_, scale_rotary_
+from llm_pruner.models.gguf_file import drop_tokens_beyond_, require_biases, scale_rotary_
 from llm_pruner.models.stored_weight import mapped_files
 from llm_pruner.models.streaming import stored, stream_
 from llm_pruner.runtime.memory import keep_all_blocks
@@ -64,6 +64,7 @@ _TOKENIZERS = (
     "*.tiktoken",
     "tokenizer_config.json",
 )
+_UNREAD_KINDS = ("does not recognize this architecture", "not supported yet")
 _VOLATILE = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures")
 _PROCESSOR = (
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
@@ -178,7 +179,7 @@ def load_model(
         model=model.eval(),
         tokenizer=tokenizer,
         name=found.name,
-        revision=getattr(model.config, "_commit_hash", None),
+        revision=_commit(found),
         fingerprint=fingerprint(model),
         stored=states,
         stored_dtype=_stored_dtype(found, said),
@@ -186,12 +187,18 @@ def load_model(
     )
 
 
+def _commit(found: _Found) -> str | None:
+    """Return the commit that a model of the hub was read at."""
+    place = on_disk.stored_at(found.folder, found.shared.get("revision"))
+    return place.name if place is not None and place.parent.name == "snapshots" else None
+
+
 def _processor(found: _Found, config: Any) -> dict[str, bytes]:
     """Return the files that say how images and sound become inputs, if a model takes such."""
     if found.is_gguf or config.get_text_config() is config:
         return {}
     how: dict[str, Any] = {
-        "revision": getattr(config, "_commit_hash", None) or found.shared["revision"],
+        "revision": _commit(found) or found.shared["revision"],
         "_raise_exceptions_for_missing_entries": False,
         "_raise_exceptions_for_connection_errors": False,
     }
@@ -306,7 +313,8 @@ def _find(
     shared = {"revision": revision, "trust_remote_code": trust_remote_code}
     if path.suffix == ".gguf":
         _check_gguf(path)
-        return _Found(str(path.parent), path.stem, {"gguf_file": path.name})
+        # By its whole path: transformers takes a file of that name in the current folder first.
+        return _Found(str(path.parent), path.stem, {"gguf_file": str(path.absolute())})
     if path.is_dir():
         _check_folder(path, weights)
         there = any(next(path.glob(pattern), None) for pattern in _TOKENIZERS)
@@ -387,6 +395,7 @@ def _load_model(
             "first; name a complete checkpoint of a causal language model"
         )
     if found.is_gguf:
+        require_biases(model, Path(found.shared["gguf_file"]))
         _forget_gguf_(model)
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
     if compressor is not None:  # of compressed-tensors: several weights in one integer
@@ -549,6 +558,11 @@ def _explained(source: str) -> Iterator[None]:
             message = (
                 f"{source} brings Python code of its own, which runs only with "
                 "--trust-remote-code; read the code before you allow it"
+            )
+        elif source.endswith(".gguf") and any(one in text for one in _UNREAD_KINDS):
+            message = (
+                f"{source} is of a kind that llama.cpp runs and transformers does not read; name "
+                "the folder that it was made of, or run it with bench --server llama.cpp"
             )
         elif "does not recognize this architecture" in text:
             message = (

@@ -91,13 +91,18 @@ def how(model: Any, config: Any, saved_as: str, code: str | None = None) -> str:
     """
     if saved_as == "recipe":
         raise UserError("only llm-pruner reads the sizes of its layers")
-    if saved_as == "stock":
-        return "as the dense model"
     config = config.get_text_config()
+    if saved_as == "stock":
+        heads, size = (vars(config).get(one) or 0 for one in ("num_attention_heads", "head_dim"))
+        if heads * size in (0, config.hidden_size):
+            return "as the dense model"
+        return "as the dense model, or where it refuses its sizes with --model-impl transformers"
     if model.get_input_embeddings().weight.shape[1] != config.hidden_size:
         raise UserError(
             "the hidden state is narrower than the config says; prune with --uniform, or not hidden"
         )
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UserError("its attention is code of its own, which vLLM does not replace")
     if code is not None and _TELLS not in code and _widths_differ(model, config):
         # It takes the memory that the config's width needs and fills a part of it, without a word.
         raise UserError(
