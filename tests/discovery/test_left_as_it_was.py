@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -149,17 +150,32 @@ def test_an_empty_place_in_a_list_of_modules() -> None:
     assert len(found) == 3  # the hidden state and what each body has
 
 
+OF_ALL_VALUES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "mean": lambda w: w.mean(),
+    "mean of means": lambda w: w.mean(1).mean(),
+    "largest of sums": lambda w: w.sum(1).amax(),
+    "matrix_norm": lambda w: torch.linalg.matrix_norm(w, ord=float("inf")),
+    "least of the largest": lambda w: w.flatten().topk(5).values.min(),
+}
+
+
 class Ternary(nn.Linear):
-    """As BitNet b1.58: a weight is its sign, or nothing, times the mean of all."""
+    """As BitNet b1.58: a weight is its sign, or nothing, times one number that is made of all."""
+
+    scale: Callable[[torch.Tensor], torch.Tensor]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scale = self.weight.abs().mean().clamp(min=1e-5)
+        scale = type(self).scale(self.weight.abs()).clamp(min=1e-5)
         return nn.functional.linear(
             x, (self.weight / scale).round().clamp(-1, 1) * scale, self.bias
         )
 
 
-def test_a_scale_of_all_values_of_a_weight_freezes_it() -> None:
+@pytest.mark.parametrize("way", OF_ALL_VALUES)
+def test_a_scale_of_all_values_of_a_weight_freezes_it(
+    monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr(Ternary, "scale", staticmethod(OF_ALL_VALUES[way]), raising=False)
     body = Body(torch.relu)
     body.up, body.down = Ternary(HIDDEN, 8), Ternary(8, HIDDEN)
     discovery = discover(Net(Gated(), body))

@@ -901,6 +901,25 @@ def test_modules_that_are_not_reached(shape: tuple[int, int], kept: set[str]) ->
             )
 
 
+class Gates(Attention):
+    """Attention with a gate for each head, or a norm of each, that no run of text reaches."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.gate, self.images = nn.Parameter(torch.ones(size)), False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.gate.mean() if self.images else super().forward(x)
+
+
+@pytest.mark.parametrize("of", ["heads", "head_dim"])
+def test_a_gate_of_each_head_that_is_not_reached(of: str) -> None:
+    sizes = {group.kind: group.size for group in discover(Net(Attention())).groups}
+    discovery = checked(Net(Gates(sizes[of])))
+    assert of not in free(discovery)
+    assert free(checked(Net(Gates(97)))) == free(discover(Net(Attention())))
+
+
 class Growing(nn.Module):
     """A table with one row per position, which longer inputs lengthen."""
 

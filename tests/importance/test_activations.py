@@ -19,11 +19,12 @@ from llm_pruner.errors import UserError
 from llm_pruner.importance import Criterion, score
 from llm_pruner.importance.criteria import MEASURES, obs
 from llm_pruner.importance.observation import Measure, Observation, Reading
-from llm_pruner.importance.observing import measure
+from llm_pruner.importance.observing import last_members, measure
 from llm_pruner.models.consumers import Consumer, consumers_of, weight_of
 from llm_pruner.models.forward import undisturbed
 from llm_pruner.runtime.processes import ALONE
 from llm_pruner.types import Group, Member
+from nets import Body, Net
 
 ALL = ("gates", "moments", "gram")
 
@@ -388,6 +389,45 @@ def test_fisher_obs_is_fisher_where_no_linear_module_reads() -> None:
     )
     for name in names:
         np.testing.assert_array_equal(both[name], fisher[name])
+
+
+def test_the_bias_of_a_projection_is_part_of_its_gate() -> None:
+    """A softmax ignores what a key's bias adds, and not what its weights do."""
+    model = tiny_model("opt").double()
+    discovery, ids = discover(model), tokens()
+    group = next(g for g in discovery.groups if g.kind == "head_dim" and g.frozen is None)
+    last = last_members(group)
+    module = last[0].tensor.rpartition(".")[0]
+    assert [one.tensor for one in last] == [f"{module}.weight", f"{module}.bias"]
+    with undisturbed(model):
+        seen = observe(model, ids, [group], ["gates"])[group.name].gates
+    for number, sample in enumerate(ids):
+        gate = torch.ones(model.get_submodule(module).out_features).double().requires_grad_()
+        handle = model.get_submodule(module).register_forward_hook(
+            lambda _m, _a, y, gate=gate: y * gate
+        )
+        logits = model(sample[None], use_cache=False).logits[0]
+        handle.remove()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(logits[:-1], sample[1:]), gate)
+        expected = gradient.numpy()[last[0].index].sum(1)
+        assert np.abs(expected).max() > 1e-9
+        np.testing.assert_allclose(seen[number, 0], expected, rtol=1e-6, atol=1e-14)
+
+
+def test_the_bias_of_experts_that_are_stacked() -> None:
+    discovery = discover(tiny_model("gpt_oss"))
+    group = next(g for g in discovery.groups if g.kind == "experts")
+    last = {one.tensor.rpartition(".")[2] for one in last_members(group)}
+    assert last == {"down_proj", "down_proj_bias"}
+
+
+def test_linear_modules_with_one_weight_are_all_read() -> None:
+    body, other = Body(torch.relu), Body(torch.relu)
+    other.down.weight = body.down.weight
+    model = Net(body, other)
+    group = next(g for g in discover(model).groups if g.kind in ("ffn", "other"))
+    found = [one.module for one in consumers_of(model, group)]
+    assert found == ["bodies.0.down", "bodies.1.down"]
 
 
 @pytest.mark.parametrize("criterion", ["fisher", "gate", "wanda", "fisher-obs"])

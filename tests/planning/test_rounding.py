@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -72,6 +73,13 @@ def test_widths_and_heads_of_a_plan_divide() -> None:
     }
     assert all(size % 2 == 0 for kind, size in kept if kind in ("heads", "ffn"))
     assert {size for kind, size in kept if kind == "heads"} != {4}
+
+
+def test_query_heads_that_go_one_by_one_are_not_rounded() -> None:
+    selection = replace(BOTH, structures=("query_heads", "ffn"))
+    with pytest.raises(UserError, match=r"--round-to tp2 needs .*; leave query_heads out of"):
+        rounded_for("tp2", found(intermediate_size=1536), selection)
+    assert rounded_for("blocks", found(intermediate_size=1536), selection)
 
 
 def test_a_model_that_does_not_divide_is_refused() -> None:

@@ -359,6 +359,12 @@ def same(n: int) -> int:
     return n
 
 
+def written_into(n: Any) -> torch.Tensor:
+    found = torch.zeros(1)
+    found[0] = n
+    return found
+
+
 WAYS: dict[str, Callable[[Any], Any]] = {
     "1 / n": lambda n: 1 / n,
     "1.0 / n": lambda n: 1.0 / n,
@@ -385,6 +391,12 @@ WAYS: dict[str, Callable[[Any], Any]] = {
     "if n > 20": lambda n: 2.0 if n > 20 else 1.0,
     "if n == 24": lambda n: 2.0 if n == FFN else 1.0,
     "n % 5 comparison": lambda n: 2.0 if n % 5 == 4 else 1.0,
+    "if n - 24": lambda n: 2.0 if n - FFN else 1.0,
+    "n % 5 if not zero": lambda n: 2.0 if n % 5 else 1.0,
+    "not n % 8": lambda n: 2.0 if not n % 8 else 1.0,
+    "tensor[...] = n": lambda n: written_into(n),
+    "tensor[[n]]": lambda n: torch.arange(100.0)[[n]],
+    "select(n)": lambda n: torch.arange(100.0).select(0, n),
     "table[n]": lambda n: TABLE[n],
     "table[:n]": lambda n: sum(TABLE[:n]),
     "dict[n]": lambda n: dict(enumerate(TABLE))[n],

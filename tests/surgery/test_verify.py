@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +25,7 @@ from llm_pruner.surgery.verify import (
     find_culprits,
     largest_difference,
     prune_,
+    require_same,
     tolerance,
 )
 from llm_pruner.types import Discovery, Removal
@@ -152,6 +154,44 @@ def test_in_half_precision() -> None:
     model = copy.deepcopy(model).to(torch.bfloat16)
     discovery = discover(model)
     assert check(model, pick(discovery), discovery) > 0
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_what_is_wrong_in_half_precision(monkeypatch: pytest.MonkeyPatch, room: bool) -> None:
+    """Rounding hides a wrong factor in a model of that type, and not in a wider copy."""
+    monkeypatch.setattr(verify, "free_bytes", lambda _: 2**40 * room)
+    model, _ = discovered("llama")
+    model = copy.deepcopy(model).to(torch.bfloat16)
+    discovery, other = discover(model), copy.deepcopy(model)
+    require_same(model, other, discovery)
+    assert {one.dtype for one in (*model.parameters(), *other.parameters())} == {torch.bfloat16}
+    other.model.norm.weight.data *= 1.1
+    if room:
+        with pytest.raises(VerificationError, match="gives logits that differ by"):
+            require_same(model, other, discovery)
+    else:
+        require_same(model, other, discovery)  # so much is not seen
+        other.lm_head.weight.data = other.lm_head.weight.data.flip(0)
+        with pytest.raises(VerificationError, match="gives logits that differ by"):
+            require_same(model, other, discovery)
+    net = Net(Body(lambda x: x * (1 + 0.01 * unseen_factor(torch.ones_like(x))))).to(torch.bfloat16)
+    wrong = nullcontext() if not room else pytest.raises(VerificationError, match="at fault")
+    with wrong:
+        check(net, {"layers.0.other": np.array([0, 1])}, discover(net))
+
+
+def test_logits_of_tokens_that_are_never_written() -> None:
+    net = Net(Body(torch.relu))
+    plain = net.out.forward
+    net.out.forward = lambda x: plain(x).index_fill(-1, torch.tensor([3, 4]), -torch.inf)
+    discovery = discover(net)
+    (name,) = (g.name for g in discovery.groups if g.kind in ("ffn", "other"))
+    assert check(net, {name: np.array([0, 1])}, discovery) < 1e-5
+    never = torch.tensor([[1.0, -torch.inf]])
+    assert largest_difference([never], [never]) == 0
+    for odd in (torch.inf, torch.nan, 1.0):
+        assert largest_difference([never], [torch.tensor([[1.0, odd]])]) == torch.inf
+    assert tolerance([torch.tensor([[3.0, torch.inf, -torch.inf]])]) == pytest.approx(3e-5)
 
 
 def test_pruned_model_that_cannot_run() -> None:

@@ -524,7 +524,9 @@ class _Forecaster:
             # What was just written is in memory: reading it takes no longer than writing did.
             seconds = self._of("reload") + self.saved / self.write
             again = self.saved if self.saved <= self.room else 0
-            more = again if self.streamed else self.saved + again - self.weights
+            # Models in a shorter type are compared in float32, one after the other.
+            wider = 4 * self.kept if stored < 4 else 0
+            more = again if self.streamed else self.saved + again + wider - self.weights
             self._book("reload", seconds, more + self._rise("reload"), narrow=4)
 
 

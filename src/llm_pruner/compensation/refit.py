@@ -43,7 +43,13 @@ from llm_pruner.compensation.least_squares import RIDGES, Rows, best_refit, equa
 from llm_pruner.errors import UserError
 from llm_pruner.models.activation_store import ActivationStore, HiddenStates
 from llm_pruner.models.blockwise import Carried, Chain, NotBlockwise, find_chain
-from llm_pruner.models.consumers import consumers_of, input_dim, set_weight, weight_of
+from llm_pruner.models.consumers import (
+    consumers_of,
+    input_dim,
+    linear_modules,
+    set_weight,
+    weight_of,
+)
 from llm_pruner.models.forward import first_tensor, undisturbed
 from llm_pruner.models.layers import Renaming, kept_layers
 from llm_pruner.models.streaming import turn
@@ -179,11 +185,11 @@ def _consumers_left(
     consumers: dict[int, _Consumer] = {}
     everywhere = any(group.kind not in KINDS for group in discovery.groups if group.name in removal)
     tied = set(discovery.aliases) | set(discovery.aliases.values())
-    nothing = np.zeros(0, dtype=np.int64)
+    nothing, linear = np.zeros(0, dtype=np.int64), linear_modules(dense)
     for group in discovery.groups:
         if group.kind not in KINDS:
             continue
-        for consumer in consumers_of(dense, group):
+        for consumer in consumers_of(dense, group, linear):
             weight, name = f"{consumer.module}.weight", rename(consumer.module)
             if name is None or weight in tied:
                 continue

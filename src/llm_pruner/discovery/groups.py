@@ -346,7 +346,8 @@ class _Builder:
         for group in groups:
             places = [_paths(member.tensor) for member in group.members if not member.buffer]
             common = [path for path in places[0] if all(path in other for other in places)][-1]
-            sizes = {self.tensors[member.tensor][0][member.dim] for member in group.members}
+            sizes = {group.size, *(member.index.shape[1] for member in group.members)}
+            sizes |= {self.tensors[member.tensor][0][member.dim] for member in group.members}
             missing = next(
                 (
                     name

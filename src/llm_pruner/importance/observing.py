@@ -32,7 +32,14 @@ from llm_pruner.importance.boundary_pass import (
 from llm_pruner.importance.observation import Measure, Observation, Reading
 from llm_pruner.models.activation_store import ActivationStore, HiddenStates, free_on_disk
 from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
-from llm_pruner.models.consumers import Consumer, add_gram_, consumers_of, input_dim, weight_of
+from llm_pruner.models.consumers import (
+    Consumer,
+    add_gram_,
+    consumers_of,
+    input_dim,
+    linear_modules,
+    weight_of,
+)
 from llm_pruner.models.forward import first_tensor
 from llm_pruner.models.streaming import turn
 from llm_pruner.runtime.processes import Processes
@@ -154,10 +161,11 @@ class _Watch(Collector):
         self._layers = [group for group in groups if group.kind == "layers"]
         self._consumers: dict[str, tuple[Consumer, ...]] = {}
         self._members: dict[str, list[tuple[Group, Member]]] = {}
+        linear = linear_modules(model)
         for group in groups:
             if group.kind == "layers":
                 continue
-            self._consumers[group.name] = consumers_of(model, group)
+            self._consumers[group.name] = consumers_of(model, group, linear)
             if self._consumers[group.name]:
                 continue
             if self._needs - {"gates", "tokens"}:
@@ -459,10 +467,22 @@ def _sum_segments(values: torch.Tensor) -> torch.Tensor:
 
 
 def last_members(group: Group) -> list[Member]:
-    """Return the members, but for buffers, that execute last."""
+    """Return the members, but for buffers, that multiply last, and the bias that is added then."""
     members = [member for member in group.members if not member.buffer]
-    last = max((member.order for member in members), default=0)
-    return [member for member in members if member.order == last]
+    weights = [member for member in members if not _is_bias(member)] or members
+    last = max((member.order for member in weights), default=0)
+    chosen = [member for member in weights if member.order == last]
+    stems = {_stem(member, "weight") for member in chosen}
+    return [one for one in members if one in chosen or _stem(one, "bias") in stems]
+
+
+def _is_bias(member: Member) -> bool:
+    return member.tensor.endswith("bias")
+
+
+def _stem(member: Member, kind: str) -> str:
+    """Return what names a weight and its bias: ``experts.down_proj`` has ``down_proj_bias``."""
+    return member.tensor.removesuffix(kind).rstrip("._")
 
 
 def _places(

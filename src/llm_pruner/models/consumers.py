@@ -4,6 +4,7 @@ and the Gram matrices of their inputs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,30 +30,31 @@ class Consumer:
     index: IntArray
 
 
-def consumers_of(model: nn.Module, group: Group) -> tuple[Consumer, ...]:
-    """Return the linear modules (``nn.Linear`` or ``Conv1D``) that read the group's axis.
+def linear_modules(model: nn.Module) -> dict[int, list[str]]:
+    """Return id of a weight -> the linear modules (``nn.Linear`` or ``Conv1D``) that have it."""
+    found: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if input_dim(module) is not None:
+            found.setdefault(id(module.weight), []).append(name)
+    return found
 
-    Also by a weight that is tied to the embedding, as that of an output layer.
+
+def consumers_of(
+    model: nn.Module, group: Group, linear: Mapping[int, Sequence[str]] | None = None
+) -> tuple[Consumer, ...]:
+    """Return the linear modules that read the group's axis, by weights of their own or tied ones.
+
+    Args:
+        linear: what ``linear_modules`` says of the model, for who asks for many groups.
     """
-    found = []
-    for member in group.members:
-        path, _, key = member.tensor.rpartition(".")
-        if member.buffer or key != "weight":
-            continue
-        module = model.get_submodule(path)
-        users = [(path, module)]
-        if isinstance(module, nn.Embedding):
-            users = [
-                (name, one)
-                for name, one in model.named_modules()
-                if input_dim(one) is not None and one.weight is module.weight
-            ]
-        found += [
-            Consumer(group.name, name, member.index)
-            for name, one in users
-            if input_dim(one) == member.dim
-        ]
-    return tuple(found)
+    linear = linear_modules(model) if linear is None else linear
+    return tuple(
+        Consumer(group.name, name, member.index)
+        for member in group.members
+        if not member.buffer and member.tensor.rpartition(".")[2] == "weight"
+        for name in linear.get(id(model.get_parameter(member.tensor)), ())
+        if input_dim(model.get_submodule(name)) == member.dim
+    )
 
 
 def input_dim(module: nn.Module) -> int | None:

@@ -22,7 +22,7 @@ from llm_pruner.planning.constraints import (
     removed_layers,
     scores_of,
 )
-from llm_pruner.planning.numbering import Numbering
+from llm_pruner.planning.numbering import Numbering, count_layers
 from llm_pruner.planning.selection import Selection, choose_groups, removable_layers
 from llm_pruner.types import Discovery, FloatArray, Group, IntArray, Scores
 
@@ -170,7 +170,8 @@ def _candidates(
         dense = int(np.unique(dense_group.blocks, return_counts=True)[1].min())
         gone, limit = dense - most, most - 1
     elif group.kind == "layers":
-        removable = removable_layers(dense_group, selection)
+        total = count_layers(numbering.groups.values())
+        removable = removable_layers(dense_group, selection, total)
         free = units[np.isin(numbering.kept[dense_group.name][units], removable)]
         order, dense = {-1: free}, len(removable)
         gone, limit = dense - len(free), min(len(free), group.size - 1)

@@ -54,6 +54,11 @@ def rounded_for(purpose: str, discovery: Discovery, selection: Selection) -> Sel
         UserError: the dense model does not divide by the number of devices; nothing can be pruned.
     """
     chosen = choose_groups(discovery, selection)
+    if purpose != "blocks" and any(group.kind == "query_heads" for group in chosen):
+        raise UserError(
+            f"--round-to {purpose} needs numbers of heads that query heads which go one by one do "
+            "not keep; leave query_heads out of --structures, or use --round-to blocks"
+        )
     if purpose.startswith("tp"):
         devices = int(purpose[2:])
         _check_divides(discovery, chosen, devices)

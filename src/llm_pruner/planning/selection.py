@@ -281,10 +281,14 @@ def scored_groups(discovery: Discovery, selection: Selection, numbering: Numberi
     return with_them | {group.name for group in chosen}
 
 
-def removable_layers(dense: Group, selection: Selection) -> IntArray:
-    """Return the units of the dense ``layers`` that are neither protected nor out of range."""
+def removable_layers(dense: Group, selection: Selection, total: int) -> IntArray:
+    """Return the units of the dense ``layers`` that are neither protected nor out of range.
+
+    Args:
+        total: layers of the model, of which some may have to stay.
+    """
     numbers = dense.layers
-    first, last = _layers(selection, "layers", int(numbers.max()) + 1)
+    first, last = _layers(selection, "layers", total)
     return np.flatnonzero((numbers >= first) & (numbers <= last)).astype(np.int64)
 
 

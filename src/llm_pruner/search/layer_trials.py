@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
-from llm_pruner.models.consumers import consumers_of, input_dim
+from llm_pruner.models.consumers import consumers_of, input_dim, linear_modules
 from llm_pruner.models.forward import first_tensor, undisturbed
 from llm_pruner.models.streaming import is_model_streamed
 from llm_pruner.planning.allocate import allocate
@@ -137,6 +137,7 @@ def measure_layers(
     meter, tails = DivergenceMeter(model, some), _Tails(model, some)
     trials: list[tuple[str, int]] = []
     changes: list[Change] = []
+    linear = linear_modules(model)
     for one in new:
         levels = {one.nearest(round(level * one.counts[-1])) for level in LEVELS} - {0}
         for count in sorted(levels):
@@ -144,7 +145,7 @@ def measure_layers(
             features = [
                 (consumer.module, torch.from_numpy(consumer.index[units].ravel()))
                 for name, units in removal.items()
-                for consumer in consumers_of(model, groups[name])
+                for consumer in consumers_of(model, groups[name], linear)
             ]
             if features and all(_is_linear(model, groups[name]) for name in removal):
                 trials.append((one.group.name, count))

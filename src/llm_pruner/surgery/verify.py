@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 
@@ -19,6 +19,7 @@ from llm_pruner.models.forward import is_on_meta
 from llm_pruner.models.layers import heaviest, own_copy, sharing_copy
 from llm_pruner.models.lockstep import Outcome, result_of
 from llm_pruner.models.streaming import computed_in, is_model_streamed
+from llm_pruner.runtime.memory import free_bytes
 from llm_pruner.surgery.cut import Undo, cut_, plan_edits
 from llm_pruner.surgery.twin import Logits, joined, run_both, run_pruned, run_twin
 from llm_pruner.types import Discovery, Edits, Removal
@@ -81,12 +82,21 @@ def cut_verified_(
     Both are run as the model was traced: on short and on long input, with padding, through
     ``generate`` and in training mode. The dense model is run before the cut, so that there is one
     model in memory, and what the cut took; a streamed one beside the pruned model, block by block.
+    In bfloat16 and float16 rounding hides much, so a copy in float32 is compared first, where there
+    is room for one.
 
     Raises:
         InfeasibleError: before anything is touched.
         VerificationError: they differ; names the groups at fault.
     """
     plan_edits(model, discovery, removal)
+    if _is_short(model) and _has_room(model, copies=1):
+        streamed = is_model_streamed(model)
+        with computed_in(model, torch.float32) if streamed else nullcontext():
+            wide = sharing_copy(model) if streamed else own_copy(model).float()
+            verified = cut_verified_(wide, discovery, removal)[1]
+        del wide
+        return cut_(model, discovery, removal), verified
     undo = Undo(model)
     worst, limit = 0.0, 0.0
     differs: Scene | None = None
@@ -118,6 +128,20 @@ def cut_verified_(
             )
         edits = cut_(model, discovery, removal)
     return edits, Verified(worst, tuple(expected), tuple(skipped))
+
+
+def _is_short(model: nn.Module) -> bool:
+    """Whether a model has weights in bfloat16 or another type shorter than float32."""
+    return any(one.is_floating_point() and one.itemsize < 4 for one in model.parameters())
+
+
+def _has_room(model: nn.Module, copies: int) -> bool:
+    """Whether there is memory for a model in float32 once more; a streamed one needs none."""
+    if is_model_streamed(model):
+        return True
+    parameters = [*model.parameters()]
+    bytes_ = sum(one.numel() * (4 + copies * one.itemsize) for one in parameters)
+    return all(bytes_ < free_bytes(str(device)) for device in {one.device for one in parameters})
 
 
 def _cut_and_run(
@@ -162,11 +186,16 @@ def _expected(
                     "the model, and use --no-verify to prune it all the same"
                 ) from found
             skipped.append(scene.name)
-        elif not scene.needed and not all(bool(one.isfinite().all()) for one in found):
+        elif not scene.needed and not all(map(_is_finite, found)):
             skipped.append(f"{scene.name} (not finite)")
         else:
             expected[scene.name] = found
     return expected, skipped
+
+
+def _is_finite(logits: torch.Tensor) -> bool:
+    """Whether no logit is infinite or NaN, but for those of tokens that are never to be written."""
+    return bool((logits.isfinite() | (logits == -math.inf)).all())
 
 
 def _compared(
@@ -236,13 +265,25 @@ def _twin_and_copy(
 def require_same(model: nn.Module, loaded: nn.Module, discovery: Discovery) -> None:
     """Raise VerificationError if a model gives other logits once it is saved and loaded again.
 
-    It is as it was in training mode if it is in the others, and with padding.
+    It is as it was in training mode if it is in the others, and with padding. Both compute in
+    float32, one after the other, where there is room for that.
     """
     short = discovery.graph.scenes[0].shape[1]
     scenes = [one for one in discovery.graph.scenes if one.needed or one.shape[1] > short]
-    runs = zip(scenes, run_pruned(model, scenes), run_pruned(loaded, scenes), strict=True)
-    for scene, expected, found in runs:
-        difference, limit = _compared(result_of(expected), result_of(found), loaded, scene)
+    wider = all(not _is_short(one) or _has_room(one, copies=0) for one in (model, loaded))
+
+    def widened(one: nn.Module) -> AbstractContextManager[None]:
+        return computed_in(one, torch.float32) if wider and _is_short(one) else nullcontext()
+
+    with widened(model):
+        expected = [*map(result_of, run_pruned(model, scenes))]
+    with widened(loaded):
+        found = [*map(result_of, run_pruned(loaded, scenes))]
+        compared = [
+            _compared(one, other, loaded, scene)
+            for one, other, scene in zip(expected, found, scenes, strict=True)
+        ]
+    for scene, (difference, limit) in zip(scenes, compared, strict=True):
         if difference > limit:
             raise VerificationError(
                 f"the saved folder gives logits that differ by {difference:.3g} from the model "
@@ -261,10 +302,14 @@ def _repeats(model: nn.Module, scene: Scene) -> bool:
 
 
 def largest_difference(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
-    """Return the largest absolute difference of two runs, infinite if one is not finite."""
+    """Return the largest absolute difference of two runs, infinite if one is not finite.
+
+    Where both are minus infinity, as of tokens that are never to be written, there is none.
+    """
     worst = 0.0
     for a, b in zip(left, right, strict=True):
-        difference = (a.double() - b.double()).abs().max().item()
+        never = (a == -math.inf) & (b == -math.inf)
+        difference = (a.double() - b.double()).masked_fill(never, 0.0).abs().max().item()
         worst = max(worst, difference) if np.isfinite(difference) else float("inf")
     return worst
 
@@ -273,10 +318,11 @@ def tolerance(logits: list[torch.Tensor], model: nn.Module | None = None, length
     """Return the largest difference that rounding explains: 1e-5 of the logits' size in float32.
 
     Never below 1e-5; bfloat16 and float16 models are judged by the precision of their own type,
-    which is that of the logits unless ``generate`` made float32 of them. Sums over more than 64
-    tokens round more, in proportion, and so do more than 8 layers, by the root of their number.
+    which is that of the logits unless ``generate`` made float32 of them. In float32, sums over more
+    than 64 tokens round more, in proportion, and so do more than 8 layers, by the root of their
+    number.
     """
-    size = max(1.0, *(tensor.abs().max().item() for tensor in logits))
+    size = max(1.0, *(tensor.nan_to_num(0, 0, 0).abs().max().item() for tensor in logits))
     types, depth = {logits[0].dtype}, 1
     if model is not None:
         types |= {p.dtype for p in model.parameters() if p.is_floating_point()}
@@ -284,8 +330,8 @@ def tolerance(logits: list[torch.Tensor], model: nn.Module | None = None, length
             heaviest(one for one in model.modules() if isinstance(one, nn.ModuleList)) or ()
         )
     precision = max(torch.finfo(dtype).eps for dtype in types)
-    least = 1e-5 * math.sqrt(max(1.0, depth / 8))
-    return size * max(1.0, length / 64) * max(least, 32 * precision if precision > 1e-6 else 0.0)
+    least = 1e-5 * math.sqrt(max(1.0, depth / 8)) * max(1.0, length / 64)
+    return size * max(least, 32 * precision if precision > 1e-6 else 0.0)
 
 
 def find_culprits(

@@ -292,11 +292,12 @@ def _narrow(tracer: Tracer, out: Any, input: Any, dim: Any, start: Any, length: 
 
 
 @sized("__getitem__", "__setitem__", takes="input index value")
-def _getitem(tracer: Tracer, _: Any, input: Any, index: Any) -> None:
+def _getitem(tracer: Tracer, _: Any, input: Any, index: Any, value: Any = None) -> None:
+    items = list(index) if isinstance(index, tuple) else [index]
+    _numbers(tracer, [value, *(item for item in items if isinstance(item, list))])
     axes = tracer.axes(input)
     if axes is None:
         return
-    items = list(index) if isinstance(index, tuple) else [index]
     if any(item is Ellipsis for item in items):
         place = next(i for i, item in enumerate(items) if item is Ellipsis)
         taken = sum(_takes(item) for item in items)
@@ -448,5 +449,5 @@ def require_sight(tracer: Tracer, what: str = "resized") -> None:
 
 _DIMENSIONS_ONLY = frozenset(
     {"embedding", "unsqueeze", "squeeze", "transpose", "permute", "softmax", "cat", "stack"}
-    | {"sum", "mean", "cumsum", "select", "unbind", "flatten", "dropout", "__len__"}
+    | {"sum", "mean", "cumsum", "unbind", "flatten", "dropout", "__len__"}
 )

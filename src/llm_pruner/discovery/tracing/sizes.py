@@ -167,7 +167,7 @@ class TracedInt(torch.SymInt):
         return self if digits is None or digits >= 0 else round(self._read(), digits)
 
     def __bool__(self) -> bool:
-        return self.value != 0
+        return bool(self != 0)
 
     # ---------------------------------------------------------- used as a number
 

@@ -80,7 +80,7 @@ class Tracer(TorchDispatchMode):
         self.labels = Marks()
         self.domains = Marks()
         self.counts = Marks()
-        self.weights = Marks()
+        self.weights = Marks()  # what one was made of that is no axis of it any more
         self.names = Marks()
         self.vocabulary = Marks()
         self.one_hot = Marks()
@@ -116,7 +116,7 @@ class Tracer(TorchDispatchMode):
                 rows if len(rows) == size else self.frozen_rows(size, "its length has changed")
                 for rows, size in zip(known, tensor.shape, strict=True)
             ]
-        self.weights[tensor] = True
+        self.weights[tensor] = ()
         self.names[tensor] = name
         if isinstance(tensor, torch.nn.Parameter):
             self._trained.add(storage_of(tensor))
@@ -403,9 +403,10 @@ class Tracer(TorchDispatchMode):
             marks = [self.weights]
         else:
             return
+        lost = tuple(rows for one in call.inputs for rows in self.weights.get(one) or ())
         for mark in marks:
             for tensor in call.results:
-                mark[tensor] = True
+                mark[tensor] = lost if mark is self.weights else True
 
     def execute(self, known: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the operation; the twin overrides this."""

@@ -21,10 +21,10 @@ Dims = int | Sequence[int] | None
 
 def _places(dim: Dims, dims: int) -> list[int]:
     """Return the axes that are reduced over, counted from the left."""
-    if dim is None or (isinstance(dim, Sequence) and not dim):
+    if not dims or dim is None or (isinstance(dim, Sequence) and not dim):
         return list(range(dims))
     given = dim if isinstance(dim, Sequence) else [dim]
-    return [int(one) % max(dims, 1) for one in given]
+    return [int(one) % dims for one in given]
 
 
 def _over_living(
@@ -51,8 +51,11 @@ def reduce(tracer: Tracer, call: Call, self: Tensor, dim: Dims = None) -> None:
     axes = tracer.label(self)
     gone = _places(dim, len(axes))
     if axes and len(gone) == len(axes) and tracer.is_weight(self):
-        raise UnplacedError("one number is made of the whole weight (as a scale of its values)")
-    for place in gone if axes else ():
+        reason = "one number is made of the whole weight (as a scale of its values)"
+        for rows in tracer.weights[self]:
+            tracer.freeze(rows, reason)
+        raise UnplacedError(reason)
+    for place in gone:
         tracer.require_whole(axes[place])
         if call.name == "sum":
             tracer.note("read", axes[place])
@@ -62,6 +65,13 @@ def reduce(tracer: Tracer, call: Call, self: Tensor, dim: Dims = None) -> None:
         else:
             kept = [rows for i, rows in enumerate(axes) if i not in gone]
         tracer.set_label(result, kept)
+    _stay_weights(tracer, self, call.results)
+
+
+def _stay_weights(tracer: Tracer, self: Tensor, results: Sequence[Tensor]) -> None:
+    """Let what is made of a weight's rows be a weight, of which no one number is to be made."""
+    for result in results if tracer.is_weight(self) else ():
+        tracer.weights[result] = (*tracer.weights[self], *tracer.label(self))
 
 
 def _extreme_living(alive: Alive, run: Run, self: Tensor, dim: Dims = None) -> Any:
@@ -82,12 +92,12 @@ def _place_living(alive: Alive, run: Run, self: Tensor, dim: Dims = None) -> Any
 def extreme(tracer: Tracer, call: Call, self: Tensor, dim: Dims = None) -> None:
     """The result holds values, or their positions, or both."""
     reduce(tracer, call, self, dim)
-    if call.name.startswith("arg") or len(call.results) > 1:
+    if self.dim() and (call.name.startswith("arg") or len(call.results) > 1):
         tracer.domains[call.results[-1]] = tracer.label(self)[_places(dim, self.dim())[0]]
 
 
 def _along_living(alive: Alive, run: Run, self: Tensor, dim: int) -> Any:
-    living = alive(self, dim)
+    living = alive(self, dim) if self.dim() else None
     if living is None:
         return run()
     part = run(self=self.index_select(dim, living))
@@ -188,6 +198,7 @@ def weight_norm(tracer: Tracer, call: Call, v: Tensor, g: Tensor, dim: int) -> N
 def topk(tracer: Tracer, call: Call, self: Tensor, dim: int) -> None:
     source = _by_value(tracer, call, self, dim)
     tracer.note("read", source)
+    _stay_weights(tracer, self, call.results[:1])
     tracer.choose(self, dim % self.dim(), call.results[0].shape[dim])
 
 
