@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerCallback
 
 import llm_pruner as lp
 import llm_pruner.recovery as recovery
@@ -98,6 +99,21 @@ def test_what_was_trained_is_what_the_next_step_sees(
     lp.recover_(again, text, train)
     with pytest.raises(UserError, match="refit it once, before it is trained"):
         lp.refit_(again, tokens)
+
+
+def test_an_optimizer_is_made_of_the_weights_that_are_trained(model: lp.Model, place: Path) -> None:
+    class Watch(TrainerCallback):
+        def on_step_end(self, *_: Any, **others: Any) -> None:
+            seen.append(type(others["optimizer"].optimizer))
+
+    seen: list[Any] = []
+    own = torch.optim.SGD(model.network.parameters(), lr=0.1)
+    train, text = lp.Lora(max_steps=1, seq_len=32), place / "text.txt"
+    with pytest.raises(UserError, match=r"not trained, .* as optimizer_cls_and_kwargs="):
+        lp.recover_(model, text, train, optimizers=(own, None))
+    given = (torch.optim.SGD, {"lr": 0.1})
+    lp.recover_(model, text, train, optimizer_cls_and_kwargs=given, callbacks=[Watch()])
+    assert seen == [torch.optim.SGD]
 
 
 def test_an_interrupted_refit_leaves_the_model_as_the_cut_did(

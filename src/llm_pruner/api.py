@@ -421,12 +421,18 @@ def recover_(
             data.
         teacher: the dense model, which writes ``self``; its predictions are learned by the command
             alone.
-        trainer: ``callbacks``, ``optimizers`` and others that transformers' Trainer takes.
+        trainer: ``callbacks``, ``optimizer_cls_and_kwargs`` and others that transformers' Trainer
+            takes.
 
     Raises:
         UserError: the data cannot be read, or does not do for the model; or there is nothing to
-            train.
+            train, as in ``optimizers``, whose weights are not those of the copy that is trained.
     """
+    if any(trainer.get("optimizers") or ()):
+        raise UserError(
+            "optimizers holds weights that are not trained, since a copy of the model is; give a "
+            "class and its settings, as optimizer_cls_and_kwargs=(torch.optim.SGD, {'lr': 0.01})"
+        )
     # What trains is imported when it is used: other steps do without peft.
     from llm_pruner.commands.recover import (
         as_teacher,

@@ -464,6 +464,7 @@ def test_a_gpu_that_is_full_is_said_in_one_line(
     result = run("inspect", tiny)
     assert result.code == 1
     assert result.err.startswith("llm-pruner: the memory of the GPU is full; free some, or use")
+    assert "--gradient-checkpointing, a smaller --batch-size or --seq-len" in result.err
     assert result.err.count("\n") == 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import signal
@@ -21,7 +22,7 @@ import llm_pruner.models.load
 from command import contents, done, figures, measured_here, run, save_tiny, write_text
 from helpers import tiny_tokenizer
 from llm_pruner.commands.compress import chunks_in_time, time_to_recover, trainings
-from llm_pruner.commands.workdir import opened
+from llm_pruner.commands.workdir import content, opened
 from llm_pruner.errors import UserError
 from llm_pruner.files.outputs import MANIFEST, atomic_directory
 from llm_pruner.models.load import load_model
@@ -316,9 +317,23 @@ def test_what_a_file_says_of_training_holds(
         made = stages._Stages(asked, work, None, lambda _: None, lambda _: None, None)
         amount = {"samples": 9, "minutes": plan[0], "epochs": plan[1]}
         monkeypatch.setattr(made, "_amount", lambda: amount)
-        with pytest.raises(UserError, match="enough"):
+        assert made.recover() is None
+        assert made.notes == ["recovery was refused, so the pruned model is the result: enough"]
+        monkeypatch.setattr(stages, "last_checkpoint", lambda folder: folder / "step-00001")
+        with pytest.raises(UserError, match="enough"):  # what was learned is kept
             made.recover()
     assert (seen[0].max_minutes, seen[0].epochs) == wanted
+
+
+def test_the_content_of_a_file_is_not_held_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(bytes(3 * 2**20))
+    wanted = hashlib.sha256(text.read_bytes()).hexdigest()[:16]
+    monkeypatch.delattr(Path, "read_bytes")
+    assert content(str(text)) == wanted
+    assert content(str(tmp_path)) is None
 
 
 def test_other_items_of_a_task_are_another_run(tmp_path: Path) -> None:
@@ -423,7 +438,7 @@ def test_a_time_budget_is_divided_once(
         interrupt(patch, RecoveryTrainer, "training_step", 6)
         assert run(*command(made, *patient)).code == 130
     decided = json.loads(Path("small.compressing/amount.json").read_text())
-    assert decided["samples"] == 128
+    assert (decided["samples"], decided["written"]) == (None, 128)
     assert 0 < decided["minutes"] < 0.95
     # The number of steps was chosen after a few of them, and kept at once.
     (state,) = Path("small.compressing/recovered.recovering").glob("step-*/state.json")
@@ -502,8 +517,10 @@ def test_chats_that_the_template_refuses_are_found_before_pruning(
     )
     tokenizer.save_pretrained(dense)
     turns = [{"role": role, "content": "x"} for role in ("user", "user", "assistant")]
-    (work / "chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    rows = [{"messages": turns[1:]}] * 1200 + [{"messages": turns}]
+    (work / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = refused("compress", dense, "--out", "small", "--data", "chats.jsonl")
+    said = said.removeprefix("chats.jsonl: record 1201: ")
     assert said.startswith("the tokenizer's chat template rejects a chat (2)")
 
 

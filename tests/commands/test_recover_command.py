@@ -23,6 +23,7 @@ from llm_pruner.data.selfmade import write_windows
 from llm_pruner.data.training import split_samples
 from llm_pruner.errors import UserError
 from llm_pruner.models.load import load_model
+from llm_pruner.recovery.trainer import RecoveryTrainer
 from llm_pruner.report.data import read_report
 from llm_pruner.runtime import precision
 from llm_pruner.runtime.processes import ALONE
@@ -63,6 +64,18 @@ def refused(work: Path, *args: object) -> str:
     assert contents(work) == before
     assert len(result.err.splitlines()) == 1
     return result.err.removeprefix("llm-pruner: ").rstrip("\n")
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Interrupt training after so many steps."""
+    real = RecoveryTrainer.training_step
+
+    def interrupted(self: RecoveryTrainer, *args: object, **keywords: object) -> object:
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return real(self, *args, **keywords)
+
+    monkeypatch.setattr(RecoveryTrainer, "training_step", interrupted)
 
 
 def test_layers_that_differ_are_saved_as_they_came(work: Path, made: Path) -> None:
@@ -261,6 +274,32 @@ def test_adapters_on_weights_in_half_precision(
     assert {one.dtype for one in saved.values()} == {torch.bfloat16}
 
 
+def test_a_run_goes_on_in_its_types_and_with_less_memory(
+    work: Path, made: Path, halves: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda _: False)
+    data = ("--data", made / "rows.jsonl", *QUICK, "--no-bf16")
+    command = ("recover", halves, "--out", "better", *data)
+    with monkeypatch.context() as patch:
+        patch.setattr(recovering, "free_bytes", lambda _: 0)
+        interrupt_at(patch, 3)
+        assert run(*command).code == 130
+    said = refused(work, *command[1:], "--resume", "--dtype", "bfloat16")
+    assert said.startswith("the interrupted run has dtype=auto and this one dtype=bfloat16; give")
+    own, seen = recovering.recover_, []
+
+    def watched(model: torch.nn.Module, *args: Any, **others: Any) -> Any:
+        seen.append(next(model.parameters()).dtype)
+        return own(model, *args, **others)
+
+    monkeypatch.setattr(recovering, "recover_", watched)
+    # The way out of a memory that was full; nothing else is changed by it.
+    done(*command, "--resume", "--gradient-checkpointing")
+    assert seen == [torch.bfloat16]
+    record = json.loads(Path("better/recovery.json").read_text())
+    assert record["settings"]["gradient_checkpointing"]
+
+
 def test_what_is_scored_is_what_is_saved(work: Path, made: Path, halves: Path) -> None:
     # Steps of this size are smaller than what bfloat16 tells apart, so most of them are lost.
     training = ("--method", "full", "--learning-rate", 2e-5, "--no-bf16", *QUICK)
@@ -276,16 +315,7 @@ def test_what_is_scored_is_what_is_saved(work: Path, made: Path, halves: Path) -
 def test_an_interruption_says_how_to_go_on(
     work: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llm_pruner.recovery.trainer import RecoveryTrainer
-
-    real = RecoveryTrainer.training_step
-
-    def interrupted(self: RecoveryTrainer, *args: object, **keywords: object) -> object:
-        if self.state.global_step == 3:
-            raise KeyboardInterrupt
-        return real(self, *args, **keywords)
-
-    monkeypatch.setattr(RecoveryTrainer, "training_step", interrupted)
+    interrupt_at(monkeypatch, 3)
     command = ("recover", made / "small", "--out", "better", "--data", made / "rows.jsonl", *QUICK)
     result = run(*command)
     assert result.code == 130
@@ -407,6 +437,17 @@ def test_an_interrupted_run_goes_on_with_its_own_samples(tmp_path: Path) -> None
     said = "its data, or what the chat template writes of them .such as the date., changed since"
     with pytest.raises(UserError, match=said):
         begin(WORDS.upper() * 20, 2)
+
+
+def test_of_several_sources_only_self_has_the_number_that_was_written(tmp_path: Path) -> None:
+    model: Any = SimpleNamespace(model=tiny_model(), tokenizer=tiny_tokenizer(), fingerprint="x")
+    examples = {"rows.jsonl": Examples(tuple(Example(text=f"{n}") for n in range(99)), "", None)}
+    sizes = {"seq_len": 8, "self_samples": 20, "held_out": 1}
+    settings = RecoverSettings(
+        model="m", out=tmp_path, data=("self", "rows.jsonl"), teacher="m", **sizes
+    )
+    made = recovering.make_samples(settings, tmp_path, model, model, examples)
+    assert [len(one.train) for one in made] == [19, 98]
 
 
 @pytest.fixture

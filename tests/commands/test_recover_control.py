@@ -157,6 +157,21 @@ def test_an_interrupted_control_goes_on(better: dict[str, Any]) -> None:
     assert all(torch.equal(one, weights("better")[name]) for name, one in weights("late").items())
 
 
+def test_a_teacher_that_is_the_control_is_loaded_once_beside_what_trains(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    load, loaded = recovering.load_teacher, []
+
+    def counted(*given: Any) -> Any:
+        loaded.append(given)
+        return load(*given)
+
+    monkeypatch.setattr(recovering, "load_teacher", counted)
+    found = recover("twice", "--max-steps", 2, "--control", "dense", "--teacher", "dense")
+    assert found["control"]["texts"][0]["pruned"]["divergence"]["kl"] > 0
+    assert len(loaded) == 2
+
+
 def test_what_is_no_control() -> None:
     tiny_model("llama", vocab_size=300).save_pretrained("other")
     tiny_tokenizer().save_pretrained("other")

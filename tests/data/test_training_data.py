@@ -323,6 +323,24 @@ def test_templates_that_are_refused() -> None:
         encode_examples([CHAT], tiny_tokenizer(), seq_len=8, mask_prompt=True)
 
 
+def test_a_chat_that_is_rejected_is_named(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": role} for role in ("user", "assistant")]
+    rows = [{"messages": turns}, {"messages": [turns[0], *turns]}]
+    examples = load_examples(write(tmp_path / "rows.jsonl", rows)).examples
+    strict = "{% if messages|length > 2 %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    said = r"^rows.jsonl: record 2: the tokenizer's chat template rejects a chat \(roles must"
+    with pytest.raises(UserError, match=said):
+        encode_examples(examples, chat_tokenizer(strict + TEMPLATE), seq_len=99)
+
+
+def test_an_answer_that_begins_with_a_space_where_a_thought_is_opened() -> None:
+    template = TEMPLATE.replace("%}<assistant>{", "%}<assistant><think>{")
+    chat = Example((Turn("user", "So?"), Turn("assistant", "\n\nYes.")))
+    tokenizer = chat_tokenizer(template)
+    (one,) = encode_examples([chat], tokenizer, seq_len=99, mask_prompt=True)
+    assert learned(one, tokenizer) == "\n\nYes.</s>"
+
+
 def test_text_is_cut_into_windows_that_miss_nothing() -> None:
     tokenizer = tiny_tokenizer()
     text = (WORDS * 4)[:250]
@@ -348,6 +366,32 @@ def test_held_out_examples_are_never_trained_on(tmp_path: Path) -> None:
     assert (len(few.train), len(few.held_out)) == (20, 10)
     with pytest.raises(UserError, match="gives 60 samples and 60 of them are to be held out"):
         split_samples(examples, tokenizer, seq_len=200, held_out=60)
+
+
+def test_of_long_texts_that_are_held_out_the_beginnings_are_scored() -> None:
+    rows = tuple(Example(text=f"{n:2} {WORDS * 10}") for n in range(60))
+    made = split_samples(Examples(rows, "a", None), tiny_tokenizer(), seq_len=9)
+    each = len(made.train) // 57
+    assert each > 85
+    assert len(made.held_out) == 3 * 85
+    few = split_samples(Examples(rows, "a", None), tiny_tokenizer(), seq_len=9, held_out=50)
+    assert (len(few.train), len(few.held_out)) == (10 * each, 50 * 5)
+
+
+def test_no_more_of_a_long_text_is_read_than_is_used() -> None:
+    read = []
+
+    class Counting(_WithoutPlaces):
+        def __call__(self, text: str, **options: Any) -> Any:
+            read.append(len(text))
+            return super().__call__(text, **options)
+
+    examples = Examples((Example(text=WORDS * 900),), "a", None)
+    made = split_samples(examples, Counting(tiny_tokenizer()), seq_len=9, limit=20)
+    assert len(made.train) + len(made.held_out) == 20
+    assert max(read) == 16 * 9 * 20
+    whole = split_samples(examples, tiny_tokenizer(), seq_len=9)
+    assert fingerprint_samples(whole.train[:19]) == fingerprint_samples(made.train)
 
 
 def test_what_one_source_holds_out_no_other_trains_on() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import math
@@ -9,6 +10,7 @@ import random
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -30,6 +32,7 @@ from helpers import tiny_model
 from llm_pruner.cli.recover import Narrator
 from llm_pruner.data.sequences import TrainingSequence, make_sequence
 from llm_pruner.errors import UserError
+from llm_pruner.files.disk import new_folder
 from llm_pruner.files.outputs import atomic_directory
 from llm_pruner.recovery import Teacher, methods, recover_
 from llm_pruner.recovery import checkpoint as states
@@ -289,8 +292,14 @@ def test_adapters_are_on_the_layers_that_are_named() -> None:
     assert found == wanted
 
 
-def test_models_that_take_no_adapters_are_refused() -> None:
+def test_models_that_take_no_adapters_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("mamba", state_size=4, time_step_rank=4)
+    adapted = lora.prepare_(model, TrainingSettings())
+    named = {name.split(".lora_A")[0].split(".")[-1] for name in states.trainable(adapted)}
+    assert {"in_proj", "x_proj"} <= named
+    assert "out_proj" not in named
+    model = tiny_model("mamba", state_size=4, time_step_rank=4)
+    monkeypatch.setattr(lora, "_READ_PAST", ())
     with pytest.raises(UserError, match=r"no adapters on this model .*; use --method blocks"):
         lora.prepare_(model, TrainingSettings())
 
@@ -348,10 +357,35 @@ def test_the_copy_that_takes_what_was_learned_reads_its_own_weights(
     found, _ = recover_(
         model, sequences(8), sequences(4, seed=1), settings, work=tmp_path, folder=folder
     )
-    assert found is not model
+    assert not [*model.parameters()]
     with torch.no_grad():
-        model.model.embed_tokens.weight.zero_()
         assert found(torch.arange(8)[None]).logits.any()
+
+
+def test_a_quantized_model_is_gone_before_the_whole_one_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainingSettings, "check", lambda _: None)  # torchao may be missing
+    monkeypatch.setattr(lora, "quantize_", lambda *_: None)
+    settings = TrainingSettings(quantize="int8", batch_size=8, max_steps=2, seq_len=64)
+    model, held = tiny_model("llama"), []
+    real = RecoveryTrainer.training_step
+
+    def step(self: Any, *args: Any, **keywords: Any) -> Any:
+        held.extend(weakref.ref(one) for one in self.model.parameters())
+        return real(self, *args, **keywords)
+
+    monkeypatch.setattr(RecoveryTrainer, "training_step", step)
+
+    def again() -> Any:
+        gc.collect()
+        assert held
+        assert not [one for one in held if one() is not None]
+        return tiny_model("llama")
+
+    texts = sequences(16), sequences(4, seed=1)
+    _, outcome = recover_(model, *texts, settings, work=tmp_path, folder=folder, again=again)
+    assert outcome.gained
 
 
 class Terminal(io.StringIO):
@@ -438,6 +472,23 @@ def test_what_the_trainer_takes_reaches_it(tmp_path: Path) -> None:
                 work=tmp_path / place,
                 folder=folder,
             )
+
+
+@pytest.mark.parametrize("event", ["on_step_end", "on_log"])
+def test_a_callback_may_end_a_run(tmp_path: Path, event: str) -> None:
+    def end(args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop |= state.global_step == 3
+
+    stopping = TrainerCallback()
+    setattr(stopping, event, end)
+    settings = TrainingSettings(batch_size=4, seq_len=64, evaluations=1)
+    texts = sequences(32), sequences(6, seed=1)
+    how = {"work": tmp_path, "folder": folder, "callbacks": [stopping]}
+    _, outcome = recover_(tiny_model("llama"), *texts, settings, **how)
+    assert (outcome.steps, outcome.run.total) == (3, 8)
+    assert [one.step for one in outcome.run.evaluations] == [0, 3]
+    assert outcome.gained
+    assert outcome.run.stopped == "a callback ended it"
 
 
 def test_numbers_for_the_trainer() -> None:
@@ -799,6 +850,33 @@ def test_a_run_that_diverges_ends_with_its_best_weights(
     assert outcome.run.stopped == "the loss of step 4 is nan; a lower --learning-rate goes further"
     assert outcome.gained
     assert all(bool(one.isfinite().all()) for one in model.parameters())
+
+
+def test_a_full_disk_does_not_end_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    train, held = sequences(24), sequences(4, seed=1)
+    settings = TrainingSettings(batch_size=4, seq_len=32, save_every=1)
+    plain = states.write_values
+
+    def write(place: Path, values: Any) -> None:
+        if values["run"]["tokens"] > 100:
+            raise RuntimeError("I/O error: No space left on device (os error 28)")
+        plain(place, values)
+
+    monkeypatch.setattr(states, "write_values", write)
+    how = {"work": tmp_path / "work", "folder": new_folder}
+    _, outcome = recover_(tiny_model("llama"), train, held, settings, **how)
+    assert outcome.gained
+    assert outcome.steps == 6
+    (said,) = caplog.messages
+    assert said.startswith("the checkpoint of step 3 was not written (No space left on device): ")
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["step-000002"]
+    monkeypatch.setattr(recovering, "free_bytes", lambda _: 10**5)
+    said = "checkpoints of 17,280 trained parameters need about 0.6 MB, and the disk of .* 0.1 MB"
+    with pytest.raises(UserError, match=said):
+        recover_(tiny_model("llama"), train, held, settings, work=tmp_path / "b", folder=folder)
+    recover_(tiny_model("llama"), train, held, settings, work=tmp_path / "c", folder=None)
 
 
 # Resume.

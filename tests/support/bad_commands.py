@@ -418,6 +418,14 @@ TABLE: dict[str, list[Bad]] = {
             "comet_ml, clearml, swanlab",
         ),
         ("--trainer optim", "--trainer optim has no value; write it as NAME=VALUE"),
+        *(
+            (
+                f"--trainer optim={name}",
+                f"--trainer optim={name}: {name} steps in a way of its own, which the steps of "
+                "recover do not follow; name another optim",
+            )
+            for name in ("lomo", "schedule_free_adamw", "galore_adamw_layerwise")
+        ),
         (
             "--trainer optin=x",
             "--trainer optin=x: TrainingArguments has no optin; did you mean optim? look at its "

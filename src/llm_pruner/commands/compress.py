@@ -21,6 +21,7 @@ from llm_pruner.commands.recover import check_training, recover_checkpoint
 from llm_pruner.commands.vocab import RECORD, vocab
 from llm_pruner.commands.workdir import (
     COMPRESSING,
+    RECOVERING,
     Work,
     content,
     contents,
@@ -32,7 +33,7 @@ from llm_pruner.data.calibration import check_calibration
 from llm_pruner.data.examples import Examples, load_examples
 from llm_pruner.data.files import BEGINNING
 from llm_pruner.data.selfmade import CHUNK, write_text_cached
-from llm_pruner.data.sequences import encode_each
+from llm_pruner.data.sequences import check_chats, encode_each
 from llm_pruner.data.text import DEMO_PROMPTS, SELF, shares_of
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import result_cache
@@ -49,6 +50,7 @@ from llm_pruner.models.forward import embedding_rows, maximum_length
 from llm_pruner.models.load import check, load, load_tokenizer
 from llm_pruner.models.stored import check_file_states, file_states, stored_at
 from llm_pruner.recovery import Progress
+from llm_pruner.recovery.checkpoint import last_checkpoint
 from llm_pruner.report.data import Report, Source, Variant, known_report
 from llm_pruner.report.facts import evaluation_of, source_of
 from llm_pruner.report.records import Change, Compressed, Measured, Training, Weighed
@@ -181,6 +183,7 @@ def check_settings(settings: CompressSettings) -> None:
     tokenizer = load_tokenizer(settings.loading()) if found else None
     for one in found:  # a chat template may refuse what is only trained on after pruning
         encode_each(one.examples[:BEGINNING], tokenizer, seq_len=settings.trains().seq_len)
+        check_chats(one.examples[BEGINNING:], tokenizer)
 
 
 def last_stage(settings: CompressSettings, recovery: Training | None) -> str:
@@ -371,13 +374,21 @@ class _Stages:
                 out=out,
                 data=self.settings.data,
                 samples=plan["samples"],
+                self_samples=plan.get("written"),
                 kept=self.text,
                 teacher=self._dense(),
                 control=self._dense() if self.settings.control else None,
                 resume=True,
                 max_shard_size=self.settings.max_shard_size,
             )
-            recover_checkpoint(settings, command=self.command, say=self.say)
+            try:
+                recover_checkpoint(settings, command=self.command, say=self.say)
+            except UserError as error:
+                if last_checkpoint(RECOVERING.beside(out)) is not None:
+                    raise  # what was learned so far is not thrown away
+                said = f"recovery was refused, so the pruned model is the result: {error}"
+                self.notes.append(said)
+                return None
             self.run.record_time("recover")
         found: Training = read_values(out / RECOVERY_FILE, _TRAINING)
         if not found.gained:
@@ -431,12 +442,13 @@ class _Stages:
                     f" than {least:.0f} s are not worth it: the pruned model is the result"
                 }
             end = self.run.spent + left
-            count = samples
-            if writes and count is None:
+            count = None
+            if writes and samples is None:
                 self.tell("writing text to train on")
                 count = self._write(WRITING * left)
             minutes = max((end - self.run.spent) / times, SHORTEST / 2) / 60
-            return {"samples": count, "minutes": minutes, "epochs": float(EPOCHS_IN_TIME)}
+            amount = {"samples": samples, "written": count}
+            return {**amount, "minutes": minutes, "epochs": float(EPOCHS_IN_TIME)}
 
         return self.run.once("amount", dict[str, Any], decide, "text" if writes else "recover")
 

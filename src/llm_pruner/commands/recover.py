@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ class _Run:
         settings: as they hold on this machine.
         asked: as they were given.
         loading: how the model is loaded that is trained.
-        loaded: that model.
+        loaded: that model; once it was trained, what came of it.
         dense: the teacher; None without one.
         controlling: how the dense model is loaded that is trained, too; None if none is.
         samples: of each source.
@@ -158,6 +158,7 @@ class _Run:
     command: str | None
     processes: Processes
     say: Callable[[Progress], None]
+    loaded: LoadedModel = field(init=False)
 
     def __post_init__(self) -> None:
         self.work = workdir.RECOVERING.beside(self.settings.out)
@@ -175,10 +176,11 @@ class _Run:
         before = self._measure(self.loaded, dense)
         del dense  # no other model is in memory while one trains, but for a teacher
         network, outcome = self._train(self.loaded.model, self.loading, settings, self.work)
+        self.loaded = replace(self.loaded, model=network)
         after = before
         if outcome.gained:
-            dense = None if self.controlling is None else self._loaded(self.controlling)
-            after = self._measure(replace(self.loaded, model=network), dense)
+            dense = None if self.controlling is None else self._reference(self.controlling)
+            after = self._measure(self.loaded, dense)
             del dense
         elif first:
             # As it came, to the last bit; beside what was trained, which may fill a GPU.
@@ -200,14 +202,13 @@ class _Run:
             The control, which is kept in memory by nothing else.
         """
         settings = self.settings
-        ways = ways_to_load(settings, self.processes)
+        earlier = workdir.read_values(self.work / workdir.RUN) if settings.resume else None
+        ways = ways_to_load(settings, self.processes, earlier)
         self.loading, self.controlling = ways["model"], ways.get("control")
         self.loaded = load(self.loading)
         check_length(settings, self.loaded.model)
-        self.dense, control = (
-            load_teacher(ways[name], self.loaded) if name in ways else None
-            for name in ("teacher", "control")
-        )
+        self.dense = load_teacher(ways["teacher"], self.loaded) if "teacher" in ways else None
+        control = None if self.controlling is None else self._reference(self.controlling)
         writes = self.processes.is_first
         if settings.restart and writes:
             workdir.empty(self.work, workdir.RECOVERING)
@@ -216,7 +217,9 @@ class _Run:
             self.facts = facts_of(settings, self.loaded, self.dense, self.samples)
             if control is not None:
                 self.facts |= {"control": control.name, "control_fingerprint": control.fingerprint}
-            workdir.begin_or_go_on(self.work, self.facts, resume=settings.resume, writes=writes)
+            types = {"dtype": settings.dtype} | {f"{of}_dtype": ways[of].dtype for of in ways}
+            facts = self.facts | types
+            workdir.begin_or_go_on(self.work, facts, resume=settings.resume, writes=writes)
         return control
 
     def _measure(self, loaded: LoadedModel, dense: LoadedModel | None) -> list[PerplexityResult]:
@@ -256,7 +259,7 @@ class _Run:
         alone = self._measure(dense, None)
         work = self.work / f"control-{digest(dense.fingerprint)}"
         network, outcome = self._train(dense.model, loading, settings, work)
-        trained = self._measure(replace(dense, model=network), self._loaded(loading))
+        trained = self._measure(replace(dense, model=network), self._reference(loading))
         return Control(
             model=dense.name,
             gained=outcome.gained,
@@ -303,6 +306,12 @@ class _Run:
     def _loaded(self, loading: ModelSettings) -> LoadedModel:
         """Load the model that is recovered, or the control, as it came."""
         return load(loading) if loading is self.loading else load_teacher(loading, self.loaded)
+
+    def _reference(self, loading: ModelSettings) -> LoadedModel:
+        """Return the control to compare with: the teacher, where it is that, or loaded."""
+        if self.dense is not None and self.settings.control == self.settings.teacher:
+            return self.dense
+        return load_teacher(loading, self.loaded)
 
     def _teacher(self, samples: Sequence[TrainingSequence]) -> Teacher | None:
         settings, dense = self.settings, self.dense
@@ -486,12 +495,17 @@ def read_examples(data: DataSettings) -> dict[str, Examples]:
     return {source: load_examples(source, **how) for source in data.data if source not in _WRITTEN}
 
 
-def ways_to_load(settings: RecoverSettings, processes: Processes) -> dict[str, ModelSettings]:
+def ways_to_load(
+    settings: RecoverSettings, processes: Processes, earlier: Mapping[str, Any] | None = None
+) -> dict[str, ModelSettings]:
     """Return how ``model`` is loaded, and ``teacher`` and ``control`` if there are such.
 
     ``--dtype auto`` computes in float32. Beside adapters no weight of a model is trained, and none
     loses a small step: there each is computed as it is stored where the device multiplies that
     faster, or where float32 copies of all would not fit into its free memory. FSDP2 wants one type.
+
+    Args:
+        earlier: the facts of an interrupted run that goes on, in whose types it does.
 
     Raises:
         UserError: one of them cannot be loaded.
@@ -506,8 +520,9 @@ def ways_to_load(settings: RecoverSettings, processes: Processes) -> dict[str, M
     for of, kept in stored.items():
         name, fast = str(kept).removeprefix("torch."), multiplies(kept, settings.device)
         half = adapts and kept.itemsize == 2 and (short or fast)
-        ways[of] = ways[of].but(dtype=name if half else "float32")
-        if half and not fast and processes.is_first:
+        used = (earlier or {}).get(f"{of}_dtype", name if half else "float32")
+        ways[of] = ways[of].but(dtype=used)
+        if half and used == name and not fast and processes.is_first:
             _LOG.warning(
                 "float32 copies of all models do not fit into the free memory: the %s is computed "
                 "in %s",
@@ -569,6 +584,7 @@ def make_samples(
             kept = (settings.teacher_cache or work) / f"{source}-{digest(writer.fingerprint)}"
             if source == SELF:
                 kept = settings.kept or kept
+                options["limit"] = settings.self_samples or settings.samples
             made = self_made_samples(writer.model, writer.tokenizer, kept, name=source, **options)
         else:
             made = split_samples(

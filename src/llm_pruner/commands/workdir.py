@@ -31,7 +31,10 @@ RUN = "run.json"
 
 _DATA = "data_fingerprint"
 
-_CHANGEABLE = ("save_every", "report_to", "control", "control_fingerprint")
+_CHANGEABLE = (
+    *("save_every", "report_to", "control", "control_fingerprint", "control_dtype"),
+    *("gradient_checkpointing", "micro_tokens"),
+)
 """Settings that a resumed run may have otherwise."""
 
 
@@ -263,8 +266,13 @@ def opened(
 
 def content(source: str) -> str | None:
     """Return 16 hex digits of the SHA-256 of a text file; None of what is no file."""
-    file = Path(source).expanduser()
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else None
+    file, digest = Path(source).expanduser(), hashlib.sha256()
+    if not file.is_file():
+        return None
+    with file.open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def contents(sources: Iterable[str]) -> dict[str, str | None]:
@@ -277,12 +285,8 @@ def begin_or_go_on(work: Path, facts: dict[str, Any], *, resume: bool, writes: b
 
     If it resumes one that was interrupted, raise UserError if that was asked for something else.
     """
-    file = work / RUN
-    if not (resume and file.is_file()):
-        if writes:
-            write_output(file, json.dumps(facts, indent=2) + "\n")
-        return
-    old, now = read_values(file), json.loads(json.dumps(facts))
+    file, now = work / RUN, json.loads(json.dumps(facts))
+    old = (read_values(file) if resume else None) or now
     differ = [key for key in facts if key not in _CHANGEABLE and old.get(key) != now[key]]
     if differ == [_DATA]:
         raise UserError(
@@ -296,6 +300,8 @@ def begin_or_go_on(work: Path, facts: dict[str, Any], *, resume: bool, writes: b
             f"the interrupted run has {key}={old.get(key)} and this one {key}={facts[key]}; give "
             "the same options, or begin anew with --restart"
         )
+    if writes:
+        write_output(file, json.dumps(facts, indent=2) + "\n")
 
 
 def remove_finished(work: Path, out: Path) -> None:
@@ -303,8 +309,9 @@ def remove_finished(work: Path, out: Path) -> None:
     try:
         asked = json.loads((work / RUN).read_text(encoding="utf-8"))
         result = json.loads((out / RECOVERY_FILE).read_text(encoding="utf-8"))
-        finished = result["settings"] == to_jsonable_python(asked, inf_nan_mode="null")
-    except (OSError, ValueError, TypeError, KeyError):
+        told = to_jsonable_python(asked, inf_nan_mode="null")
+        finished = result["settings"].items() <= told.items()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return
     if finished and not is_busy(work):
         with suppress(FileNotFoundError):  # of several processes, one is the first

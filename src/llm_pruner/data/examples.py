@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -42,12 +42,14 @@ class Turn:
 class Example:
     """Turns of a chat, an instruction being a chat of two turns; or a text of its own.
 
-    ``context`` is the ``input`` of an instruction, which formats place apart from it.
+    ``context`` is the ``input`` of an instruction, which formats place apart from it; ``where`` the
+    record that it was read from, of which equality knows nothing.
     """
 
     turns: tuple[Turn, ...] = ()
     text: str = ""
     context: str = ""
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def _chat(field: str, row: Any, where: str) -> Example:
     messages = row.get(field) if isinstance(row, Mapping) else None
     if not isinstance(messages, (list, tuple)):
         raise UserError(f"{where} has no list {field!r}; repair or remove the record")
-    return Example(tuple(_turn(message, where) for message in messages))
+    return Example(tuple(_turn(message, where) for message in messages), where=where)
 
 
 def _turn(message: Any, where: str) -> Turn:
@@ -145,10 +147,10 @@ def _instruction(question: str, answer: str, row: Any, where: str) -> Example:
     context = next((name for name in CONTEXTS if name != question and row.get(name)), None)
     given = "" if context is None else row[context]
     fields = {question: row.get(question), context: given, answer: row.get(answer)}
-    for field, value in fields.items():
+    for key, value in fields.items():
         if not isinstance(value, str):
             raise UserError(
-                f"{where}: field {field!r} is missing or no string; repair or remove the record"
+                f"{where}: field {key!r} is missing or no string; repair or remove the record"
             )
     if not row[question].strip():
         return Example()
@@ -157,7 +159,7 @@ def _instruction(question: str, answer: str, row: Any, where: str) -> Example:
     earlier = _earlier(row.get("history"))
     asked = f"{row[question]}\n\n{given}" if earlier and given.strip() else row[question]
     turns = (*before, *earlier, Turn("user", asked), Turn("assistant", row[answer]))
-    return Example(turns, context="" if earlier else given)
+    return Example(turns, context="" if earlier else given, where=where)
 
 
 def _earlier(history: Any) -> list[Turn]:

@@ -166,6 +166,12 @@ def encode_each(
     return [each for each in found if each]
 
 
+def check_chats(examples: Sequence[Example], tokenizer: Any) -> None:
+    """Raise UserError for a chat that the tokenizer's template, if there is one, rejects."""
+    for example in examples if getattr(tokenizer, "chat_template", None) else ():
+        _templated(example, tokenizer)
+
+
 def _encoded(pieces: Sequence[Piece], tokenizer: Any) -> tuple[list[int], list[bool]]:
     """Return the ids of pieces as one text, and of each token whether a part of it is learned.
 
@@ -229,6 +235,13 @@ def _alpaca(example: Example) -> Iterator[Piece]:
 
 def _templated(example: Example, tokenizer: Any) -> list[Piece]:
     """Cut what the template writes where the assistant's turns begin and end."""
+    try:
+        return _cut(example, tokenizer)
+    except UserError as error:
+        raise UserError(f"{example.where}: {error}".removeprefix(": ")) from error
+
+
+def _cut(example: Example, tokenizer: Any) -> list[Piece]:
     messages = [{"role": turn.role, "content": turn.content} for turn in example.turns]
     if example.context.strip():
         asked = next(one for one in messages if one["role"] == "user")
@@ -252,7 +265,7 @@ def _templated(example: Example, tokenizer: Any) -> list[Piece]:
             # A mark shows where; the answer may be a part of what ends the turn.
             marked = [*messages[:position], {**message, "content": _MARK}]
             place = render_chat(tokenizer, marked, False).rfind(_MARK)
-            if place < 0 or not answered[place:].startswith(message["content"].strip()):
+            if place < 0 or not answered[place:].lstrip().startswith(message["content"].strip()):
                 raise UserError(
                     "the tokenizer's chat template changes what the assistant says; "
                     "use --template alpaca"

@@ -27,6 +27,9 @@ HELD_OUT_TOKENS = 16_384
 _SHARE, _MOST = 20, 256
 """One of this many samples is held out, and at most this many of a source."""
 
+_LONGEST = 16
+"""Characters of a token that a long text is cut by; hardly any text has so many on average."""
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -50,7 +53,8 @@ def split_samples(
     """Return the samples of a source, a random part of its examples held out.
 
     Exact repeats are dropped, so that no held-out example is trained on, and so is what has nothing
-    to learn. A source of few long texts gives its last windows.
+    to learn. A source of few long texts gives its last windows. Of long examples that are held out
+    only the first windows are scored, and the rest is not used.
 
     Args:
         limit: use at most this many examples, drawn at random.
@@ -63,13 +67,16 @@ def split_samples(
     """
     unique = list(dict.fromkeys(examples.examples))
     if len(unique) < _SHARE:
+        most = None if limit is None else _LONGEST * limit * encoding["seq_len"]
+        unique = [replace(one, text=one.text[:most]) for one in unique]
         encoded = encode_examples(unique, tokenizer, **encoding)[:limit]
         return _last_held_out(encoded, examples.name, examples.split, held_out)
     generator = torch.Generator().manual_seed(seed)
     drawn = [unique[i] for i in torch.randperm(len(unique), generator=generator)[:limit].tolist()]
     parts = encode_each(drawn, tokenizer, **encoding)
     count = _count(len(parts), held_out, examples.name)
-    train, judged = ([*chain.from_iterable(one)] for one in (parts[count:], parts[:count]))
+    judged = [one for each in parts[:count] for one in each[: max(1, _MOST // count)]]
+    train = [*chain.from_iterable(parts[count:])]
     if any(one.turns for one in drawn):
         train = _apart(train, judged) or train  # behind the last token that is kept, chats differ
     return Samples(examples.name, examples.split, train, judged)

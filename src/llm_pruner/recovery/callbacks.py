@@ -95,13 +95,24 @@ class Guard(TrainerCallback):
             if not last and run.stopped is None:
                 replanned = self._plan_rest(step) or replanned
                 last = step >= run.total
+        # The Trainer's own end is that of the plan before; any other is a callback's.
+        ended = control.should_training_stop and step < state.max_steps
         state.max_steps = run.total
-        control.should_training_stop = last or run.stopped is not None
+        control.should_training_stop = ended or last or run.stopped is not None
         save_every = self._settings.save_every
         save = step % save_every == 0 if save_every else evaluated
         # What was chosen by the clock is kept at once: an interrupted run goes on with it.
         control.should_save = save or replanned or control.should_training_stop
         self._say(Progress(step, run, self._trainer.last_loss, evaluated))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Score the weights of a run that a callback of the user has ended."""
+        run, step = self._run, state.global_step
+        if step < run.total and run.stopped is None:
+            if run.evaluations[-1].step < step:
+                self._improves(step)
+            run.stopped = "a callback ended it"
+            self._tick()
 
     def _improves(self, step: int) -> bool:
         """Evaluate, keep the weights if they are the best so far, and return whether they are."""

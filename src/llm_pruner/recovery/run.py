@@ -19,6 +19,7 @@ import torch
 
 from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.errors import UserError
+from llm_pruner.files.outputs import free_bytes
 from llm_pruner.models.forward import embedding_rows
 from llm_pruner.models.layers import own_copy
 from llm_pruner.recovery import checkpoint as state
@@ -29,6 +30,7 @@ from llm_pruner.recovery.packing import can_pack, lay_out, micro_tokens, step_sa
 from llm_pruner.recovery.scoring import Evaluation, score
 from llm_pruner.recovery.trainer import RecoveryTrainer, RunState, Steps, training_arguments
 from llm_pruner.runtime.attention import by_sample
+from llm_pruner.runtime.memory import give_back
 from llm_pruner.runtime.processes import ALONE, Processes
 from llm_pruner.runtime.progress import quiet
 from llm_pruner.settings.recover import TrainingSettings
@@ -156,6 +158,9 @@ def recover_(
         torch.manual_seed(settings.seed)
         trained = prepare_(model, settings)
         count = sum(one.numel() for one in trained.parameters() if one.requires_grad)
+        if folder is not None:
+            copies = 2 if checkpoint is None else 1  # the older goes when the newer is complete
+            _check_room(work, count, copies, processes.from_first(free_bytes(work)))
         if settings.gradient_checkpointing:
             _checkpoint_activations_(trained)
         on_cpu = next(model.parameters()).device.type == "cpu" and not processes.sharded
@@ -184,8 +189,7 @@ def recover_(
         before = run.evaluations[0] if run.before is None else run.before
         best = initial if trainer.best_weights is None else trainer.best_weights
         if not merges:
-            del trained, model
-            trainer.model = trainer.model_wrapped = None
+            _empty_(trained, trainer.optimizer)
             assert again is not None
             model = again()
             trained = prepare_(model, settings.but(quantize="none"))
@@ -225,6 +229,17 @@ def prepare_(model: Any, settings: TrainingSettings) -> Any:
     return entry("recovery/methods", settings.method).prepare_(model, settings)
 
 
+def _check_room(work: Path, trained: int, copies: int, free: float) -> None:
+    """Raise UserError if a disk has no room for checkpoints: weights, the best, two of AdamW."""
+    needed = copies * 16 * trained
+    if needed > free:
+        raise UserError(
+            f"checkpoints of {trained:,} trained parameters need about {needed / 1e6:,.1f} MB, and "
+            f"the disk of {work.parent} has {free / 1e6:,.1f} MB free; free some, give another "
+            "--out, or train less with --method lora or a smaller --lora-r"
+        )
+
+
 def _layout(model: Any, settings: TrainingSettings, processes: Processes) -> dict[str, Any]:
     """Return how samples are laid out, as arguments of ``lay_out``."""
     return {
@@ -258,6 +273,17 @@ def _train(trainer: RecoveryTrainer, checkpoint: Path | None) -> None:
     else:
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.state = trainer.state.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
+def _empty_(model: Any, optimizer: Any) -> None:
+    """Let go of the weights and of what an optimizer keeps of them, whoever else has the model."""
+    for module in model.modules():
+        module._parameters.clear()
+        module._buffers.clear()
+    if optimizer is not None:  # None where nothing was left to train
+        optimizer.state.clear()
+        optimizer.param_groups.clear()
+    give_back()
 
 
 def _checkpoint_activations_(model: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ from llm_pruner.runtime.processes import ALONE, Processes
 from llm_pruner.settings.limits import check_installed
 from llm_pruner.settings.options import near
 from llm_pruner.settings.recover import TrainingSettings
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -113,6 +116,7 @@ class RecoveryTrainer(Trainer):
         self._teacher, self._folder, self._work = teacher, folder, work
         self.best_weights: dict[str, torch.Tensor] | None = None
         self.last_loss = math.nan
+        self._warned = False
         super().__init__(model=model, args=args, train_dataset=steps, data_collator=_only, **own)
         self.remove_callback(PrinterCallback)
 
@@ -217,20 +221,36 @@ class RecoveryTrainer(Trainer):
             files["best"] = self.best_weights
         files["optimizer"], optimizer = state.optimizer_values(self.optimizer)
         if self.processes.is_first and not path.exists():
-            with self._folder(path) as folder:
-                for name, tensors in files.items():
-                    state.write_tensors(folder / f"{name}.safetensors", tensors)
-                assert self.lr_scheduler is not None
-                values = {
-                    "run": asdict(self.run),
-                    "optimizer": optimizer,
-                    "schedule": self.lr_scheduler.state_dict(),
-                    "random": state.write_random(folder),
-                }
-                state.write_values(folder, values)
-                self.state.save_to_json(str(folder / "trainer_state.json"))
-            state.drop_older(self._work, path)
+            try:
+                self._write_checkpoint(path, files, optimizer)
+            except OSError as error:
+                if not self._warned:
+                    _LOG.warning(
+                        "the checkpoint of step %d was not written (%s): training goes on, and if "
+                        "it is interrupted --resume goes on from the one before; free some space",
+                        self.state.global_step,
+                        error.strerror,
+                    )
+                self._warned = True
         self.processes.barrier()
+
+    def _write_checkpoint(
+        self, path: Path, files: dict[str, dict[str, torch.Tensor]], optimizer: dict[str, Any]
+    ) -> None:
+        assert self._folder is not None
+        assert self.lr_scheduler is not None
+        with self._folder(path) as folder:
+            for name, tensors in files.items():
+                state.write_tensors(folder / f"{name}.safetensors", tensors)
+            values = {
+                "run": asdict(self.run),
+                "optimizer": optimizer,
+                "schedule": self.lr_scheduler.state_dict(),
+                "random": state.write_random(folder),
+            }
+            state.write_values(folder, values)
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+        state.drop_older(self._work, path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
         folder = Path(resume_from_checkpoint)
@@ -301,6 +321,10 @@ _OF_BITSANDBYTES = re.compile(
 )
 
 
+_OWN_STEP = re.compile(r"schedule_free_\w+|(ada)?lomo|\w+_layerwise")
+"""Optimizers with weights for training alone, or that step as the gradient is computed."""
+
+
 def trainer_arguments(settings: TrainingSettings) -> dict[str, Any]:
     """Return what ``--trainer`` gives: name -> value, read as YAML.
 
@@ -346,6 +370,11 @@ def trainer_arguments(settings: TrainingSettings) -> dict[str, Any]:
             raise UserError(f"--trainer {one}: {value} is no number; give one")
         if name == "use_liger_kernel" and given[name]:
             check_installed(f"--trainer {one}", ("liger_kernel",), ", or leave it out")
+        if name == "optim" and _OWN_STEP.fullmatch(value):
+            raise UserError(
+                f"--trainer {one}: {value} steps in a way of its own, which the steps of recover "
+                "do not follow; name another optim"
+            )
         if name == "optim" and _OF_BITSANDBYTES.fullmatch(value):
             check_installed(f"--trainer {one}", ("bitsandbytes",), ", or name another optim")
     return given

@@ -213,6 +213,9 @@ class DataSettings(Settings):
         "N",
         shown="all; 512 of self and pruned",
     )
+    self_samples: ExampleCount | None = option(
+        None, "The same of the source self alone, for other stages of a run.", "N", hidden=True
+    )
     held_out: _Judges | None = _data(
         None, "Examples of each source to judge by.", "N", shown="one in 20, at most 256"
     )

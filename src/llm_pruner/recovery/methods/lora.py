@@ -14,6 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from llm_pruner.errors import UserError, in_short
 from llm_pruner.settings.recover import TrainingSettings
 
+_READ_PAST = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+"""Types of models whose kernels read the weight of ``out_proj`` past an adapter."""
+
 
 def prepare_(model: Any, settings: TrainingSettings) -> Any:
     """Return a PEFT model around the model, whose own weights are not trained.
@@ -73,7 +76,9 @@ def linear_layers(model: Any) -> list[str]:
     """Return the names of all linear layers but the output embedding.
 
     One whose weight other modules have as well is left out: each would learn its own change of it.
+    So is one that PEFT refuses.
     """
+    reads_past = model.config.model_type in _READ_PAST
     head = model.get_output_embeddings()
     others = [module for module in model.modules() if module is not head]
     owners = Counter(id(weight) for one in others for weight in one._parameters.values())
@@ -83,6 +88,7 @@ def linear_layers(model: Any) -> list[str]:
         if isinstance(module, (nn.Linear, Conv1D))
         and module is not head
         and owners[id(module.weight)] == 1
+        and not (reads_past and name.endswith(".out_proj"))
     ]
 
 
