@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from command import done, run, save_tiny, write_text
 from helpers import tiny_model, tiny_tokenizer
@@ -68,6 +71,19 @@ def test_models_with_other_tokens_are_refused() -> None:
         found(tiny_model(vocab_size=300), tiny_model())
 
 
+@pytest.mark.parametrize(("one", "other", "refused"), [("e", "a", True), ("X", "Z", False)])
+def test_other_tokens_of_the_same_number_are_refused(one: str, other: str, refused: bool) -> None:
+    """Not those that the text does without: names of such are given anew in fine-tuning."""
+    state = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    names = state["model"]["vocab"]
+    names[one], names[other] = names[other], names[one]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
+    dense = LoadedModel(tiny_model(), tokenizer, "dense", None, "")
+    said = pytest.raises(UserError, match="dense has other tokens than the model, so they cannot")
+    with said if refused else nullcontext():
+        perplexity(tiny_model(), tiny_tokenizer(), TEXT, PerplexitySettings(seq_len=LENGTH), dense)
+
+
 def test_what_is_not_finite_is_said() -> None:
     broken = tiny_model()
     with torch.no_grad():
@@ -93,6 +109,14 @@ def test_the_command_and_the_report_say_it(tmp_path: Path) -> None:
     page = (small / "report.html").read_text()
     label = "KL against dense, text.txt (standard protocol, windows of 64,"
     assert label in page
+    # The dense model's own number stands beside it, as if it had been measured alone.
+    evaluations = read_report(small / "report.json").evaluations
+    alone = done("evaluate", dense, *asked[:4], "--json", "-")
+    (wanted,) = json.loads(alone.out)["perplexity"]
+    assert evaluations["dense"].perplexity[0].key == evaluations["pruned"].perplexity[0].key
+    for name in ("perplexity", "stderr", "bits_per_byte"):
+        shown = getattr(evaluations["dense"].perplexity[0], name)
+        assert shown == pytest.approx(wanted[name], rel=1e-5)
     # Of another stretch of the text it is another measurement, and neither takes the other's place.
     done("evaluate", small, *asked, "--max-tokens", 128, "--report", small)
     report = read_report(small / "report.json")

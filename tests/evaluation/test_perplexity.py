@@ -107,6 +107,22 @@ def test_bits_per_byte_are_of_the_whole_text(protocol: Any) -> None:
     assert found.bits_per_byte == pytest.approx(found.nll / math.log(2) * tokens / size)
 
 
+def test_it_says_what_was_read_and_computed_in() -> None:
+    def read(text: str, **asked: Any) -> tuple[str | None, ...]:
+        found = perplexity(tiny_model(), tiny_tokenizer(), EvaluationText("t", None, text), **asked)
+        return found.dtype, found.ids_digest, found.text_digest
+
+    dtype, ids, text = read(TEXT.text, seq_len=40)
+    assert dtype == "float32"
+    assert read(TEXT.text, seq_len=40) == (dtype, ids, text)
+    other = read(TEXT.text.upper(), seq_len=40)
+    assert (other[1] != ids, other[2] != text) == (True, True)
+    less = read(TEXT.text, seq_len=40, max_tokens=80)
+    assert (less[1] != ids, less[2] != text) == (True, False)
+    half = tiny_model().to(torch.bfloat16)
+    assert perplexity(half, tiny_tokenizer(), TEXT, seq_len=40).dtype == "bfloat16"
+
+
 def test_max_tokens_takes_the_first_tokens() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     part = perplexity(model, tokenizer, TEXT, seq_len=40, max_tokens=130)
@@ -216,6 +232,7 @@ def test_speed() -> None:
     assert speed.prefill_tokens_per_second > 0
     assert speed.decode_tokens_per_second > 0
     assert (speed.prompt_tokens, speed.new_tokens, speed.repeats) == (8, 4, 2)
+    assert (speed.dtype, speed.device, speed.threads) == ("float32", "cpu", torch.get_num_threads())
     assert model.training
 
 

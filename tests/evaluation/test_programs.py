@@ -42,6 +42,7 @@ def test_a_program_passes_if_its_end_is_reached(shut_off: bool) -> None:
     [
         ("assert False", "AssertionError"),
         ("def (", "SyntaxError"),
+        ("def f(x: Missing): pass\nf.__annotations__", "NameError"),
         ("import sys\nsys.exit(0)\nassert False", "SystemExit"),
         ("import os\nos._exit(0)", None),
         ("input()", "EOFError"),
@@ -64,6 +65,14 @@ def test_nothing_outside_its_folder_is_written(shut_off: bool, tmp_path: Path) -
     found = run_program(f"open({str(place)!r}, 'w').write('x')")
     assert (found.ending, found.error) == ("failed", "PermissionError")
     assert not place.exists()
+
+
+@pytest.mark.parametrize(("files", "size"), [(9, 15 * 2**20), (9999, 0)])
+def test_its_folder_has_bounds(files: int, size: int) -> None:
+    if not run_program("").read_only:
+        pytest.skip("this system permits no namespaces")
+    found = run_program(f"for n in range({files}): open(str(n), 'w').write('x' * {size})")
+    assert (found.ending, found.error) == ("failed", "OSError")
 
 
 def test_other_processes_are_not_seen() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -200,11 +202,16 @@ def test_the_command_the_report_and_what_is_known_already(
 ) -> None:
     dense, small = models
     loaded: list[str] = []
+    alive: list[weakref.ref[Any]] = []
     load = llm_pruner.models.load.load_model
 
     def counted(source: str, **settings: Any) -> Any:
+        gc.collect()
+        assert not any(model() for model in alive)
         loaded.append(Path(source).name)
-        return load(source, **settings)
+        found = load(source, **settings)
+        alive.append(weakref.ref(found.model))
+        return found
 
     monkeypatch.setattr(llm_pruner.models.load, "load_model", counted)
     monkeypatch.setattr(health_module, "ANSWER_TOKENS", 12)
@@ -214,7 +221,7 @@ def test_the_command_the_report_and_what_is_known_already(
     file = tmp_path / "found.json"
     said = done("evaluate", small, *asked, "--json", file, "--report", small)
     found = json.loads(file.read_text())
-    assert sorted(loaded) == ["dense", "small"]
+    assert loaded == ["small", "dense", "small"]  # one at a time, the first time for its size
     for one in (found, found["dense"]):
         (skill,) = one["skills"]
         assert (skill["name"], skill["solved"]["count"], skill["total"]) == ("humaneval", 2, 3)

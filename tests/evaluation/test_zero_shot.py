@@ -13,6 +13,7 @@ from typing import Any
 
 import lm_eval.evaluator
 import pytest
+import torch
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -21,7 +22,7 @@ import llm_pruner.models.load
 from command import contents, done, run, save_tiny
 from llm_pruner.data.files import LOCAL_TASKS, read_task
 from llm_pruner.errors import UserError
-from llm_pruner.evaluation import harness, zero_shot
+from llm_pruner.evaluation import harness, result_cache, zero_shot
 from llm_pruner.evaluation.zero_shot import (
     PAPER_METRICS,
     MetricResult,
@@ -30,6 +31,7 @@ from llm_pruner.evaluation.zero_shot import (
     means,
 )
 from llm_pruner.files.outputs import MANIFEST
+from llm_pruner.settings.common import ModelSettings
 from task_data import write_records, write_tasks
 
 pytestmark = pytest.mark.slow
@@ -261,10 +263,13 @@ def test_only_what_is_new_is_run(
     for task in ("piqa", "boolq"):
         (own / f"{task}.jsonl").write_bytes((data / f"{task}.jsonl").read_bytes())
     model, options = models["dense"], ("--tasks", "piqa,boolq", "--tasks-data", own)
-    evaluate(model, *options)
+    before = evaluate(model, *options)["zero_shot"]["by_name"]
     records = read_task(own, "piqa")
     write_records(own / "piqa.jsonl", [*records[:-1], records[-1] | {"goal": "another"}])
-    assert evaluate(model, *options)["zero_shot"]["cached"] == ["boolq"]
+    after = evaluate(model, *options)["zero_shot"]
+    assert after["cached"] == ["boolq"]
+    same = {task: one["digest"] == after["by_name"][task]["digest"] for task, one in before.items()}
+    assert same == {"boolq": True, "piqa": False}
     # The first five records are the same, so the sixth does not matter below the limit.
     assert evaluate(model, *options, "--limit", 5)["zero_shot"]["cached"] == []
     write_records(own / "piqa.jsonl", records)
@@ -272,6 +277,20 @@ def test_only_what_is_new_is_run(
     assert evaluate(model, *options, "--dtype", "bfloat16")["zero_shot"]["cached"] == []
     assert evaluate(models["pruned"], *options)["zero_shot"]["cached"] == []
     assert len(loads) == 5
+
+
+def test_results_are_of_one_kind_of_device_and_one_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(device: str) -> str:
+        return result_cache.key(identity, ModelSettings(model="m", device=device))
+
+    identity = result_cache.ModelIdentity("m", "m@1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    on_cpu = key("auto")
+    assert key("cpu") == on_cpu != key("cuda") == key("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert key("auto") == key("cuda")
+    monkeypatch.setattr(torch, "__version__", "0")
+    assert key("cpu") != on_cpu
 
 
 def test_without_a_cache_nothing_is_kept(

@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +18,13 @@ from markdown_it import MarkdownIt
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.perplexity import PerplexityResult
 from llm_pruner.report import figures, view
+from llm_pruner.report.compare import Entry, compare
 from llm_pruner.report.data import (
     Evaluation,
     ImportanceMap,
     ImportanceRow,
     LossPoint,
+    Measurement,
     Perplexity,
     Report,
     Source,
@@ -186,6 +189,71 @@ def test_only_equal_settings_are_compared() -> None:
     table = view.task_table(report)
     assert table is not None
     assert [row.label for row in table.rows] == ["a, acc", "b, acc"]
+
+
+def text_of(value: float = 9.0, **changes: Any) -> Perplexity:
+    """Return a perplexity on a text of which all is known."""
+    known = {"protocol": "standard", "window": 64, "tokens": 126, "dtype": "float32"}
+    digests = {"ids_digest": "1", "text_digest": "a", "bits_per_byte": value / 2}
+    return Perplexity(perplexity=value, corpus="t.txt", **known | digests | changes)
+
+
+@pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"dtype": None}, {"ids_digest": "2"}])
+def test_what_was_computed_or_read_otherwise_stands_apart(changes: dict[str, Any]) -> None:
+    report, kl = Report(source=Source(name="m")), Measurement(name="KL", value=1.0, of="1")
+    for variant, text in (("dense", text_of()), ("pruned", text_of(**changes))):
+        found = Evaluation(
+            perplexity=(text,), measurements=(kl.model_copy(update={"of": variant}),)
+        )
+        report = report.with_evaluation(variant, found)
+    for part in ("perplexity", "measurements"):
+        table = view.compared(report, part)
+        assert table is not None
+        assert [row.cells.index("") for row in table.rows] == [1, 0]
+
+
+def shown(*results: Perplexity | TaskScore) -> list[tuple[str, tuple[str, ...]]]:
+    """Return names and cells of a comparison of models, each with one result."""
+    entries = []
+    for at, one in enumerate(results):
+        part = "perplexity" if isinstance(one, Perplexity) else "tasks"
+        found = {"pruned": Evaluation(**{part: (one,)})}
+        report = Report(source=Source(name="m"), evaluations=found)
+        entries.append(Entry(str(at), report, "pruned"))
+    return [(column.name, column.cells) for column in compare(entries).columns]
+
+
+def test_compare_shows_tasks_that_are_in_no_mean() -> None:
+    """And tells apart the same task on other items."""
+    mmlu = TaskScore(task="mmlu", metric="acc", value=0.5, items=9, in_mean=False, shots=5)
+    other = mmlu.model_copy(update={"items": 8})
+    assert shown(mmlu, mmlu) == [("mmlu", ("50.0", "50.0"))]
+    assert shown(mmlu, other) == [
+        ("mmlu, acc (9 items, 5 shots)", ("50.0", "")),
+        ("mmlu, acc (8 items, 5 shots)", ("", "50.0")),
+    ]
+    for changes in ({"version": "2"}, {"digest": "b"}, {"shots": 0}):
+        cells = [cells for _, cells in shown(mmlu, mmlu.model_copy(update=changes))]
+        assert cells == [("50.0", ""), ("", "50.0")]
+    # Another metric of a task in the mean is left out.
+    boolq = TaskScore(task="boolq", metric="acc", value=0.5)
+    beside = boolq.model_copy(update={"metric": "acc_norm", "in_mean": False})
+    assert shown(boolq, beside)[:1] == [("boolq", ("50.0", ""))]
+
+
+def test_compare_shows_bits_per_byte_where_tokens_differ() -> None:
+    assert shown(text_of(), text_of(8.0)) == [("t.txt", ("9.00", "8.00"))]
+    name = "t.txt (standard protocol, windows of 64, float32), bits per byte"
+    assert shown(text_of(), text_of(8.0, ids_digest="2")) == [(name, ("4.5000", "4.0000"))]
+    # Another text, or less of it, is another column.
+    apart = text_of(8.0, text_digest="b", ids_digest="2")
+    assert [cells for _, cells in shown(text_of(), apart)] == [("9.00", ""), ("", "8.00")]
+    less = text_of(7.0, max_tokens=99, ids_digest="3")
+    found = shown(text_of(), text_of(8.0, ids_digest="2"), less)
+    assert found == [
+        (name, ("4.5000", "4.0000", "")),
+        (name.replace("64,", "64, 99 tokens,"), ("", "", "3.5000")),
+    ]
 
 
 def test_newer_results_replace_older_ones() -> None:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llm_pruner.cli.output import Screen, hand_over, warn
-from llm_pruner.report.text import clean, count, measured
+from llm_pruner.report.text import clean, count, in_percent
 from llm_pruner.settings.evaluate import EvaluateSettings
 
 if TYPE_CHECKING:
-    from llm_pruner.report.records import Measured, ZeroShot
+    from llm_pruner.evaluation.zero_shot import Mean
+    from llm_pruner.report.records import Abilities, Measured, ZeroShot
 
 EXAMPLES = """\b
 Examples:
@@ -91,9 +92,9 @@ def show(found: Measured) -> None:
         headings = ("corpus", "KL, nats", "stderr", "other token", "stderr", "its perplexity")
         out.table(f"Against {compared[0][1].against}", headings, kept)
     if found.zero_shot is not None:
-        _show_tasks(out, found.zero_shot)
+        _show_tasks(out, found.zero_shot, found.dense)
     if found.kept is not None and found.kept.value is not None:
-        shown = measured(100 * found.kept.value, 100 * (found.kept.stderr or 0), ".1f")
+        shown = in_percent(found.kept.value, found.kept.stderr)
         out.print(f"accuracy above chance kept of {clean(found.kept.against)}: {shown}%")
     _show_abilities(out, found)
     if found.speed is not None:
@@ -114,8 +115,7 @@ def _show_abilities(out: Screen, found: Measured) -> None:
     names = [one.model for one in (found, found.dense) if one]
     each = [shares(one) for one in (found, found.dense) if one]
     rows = [
-        (name, *(measured(100 * one[name].value, 100 * one[name].stderr, ".1f") for one in each))
-        for name in each[0]
+        (name, *(in_percent(one[name].value, one[name].stderr) for one in each)) for name in each[0]
     ]
     out.table("Skills and long answers, %", ("share of", *names), rows, text=("share of",))
     for skill in found.skills:
@@ -124,8 +124,10 @@ def _show_abilities(out: Screen, found: Measured) -> None:
             out.print(f"{skill.name}: {clean(ended)}; programs ran behind {skill.shut_off}")
 
 
-def _show_tasks(out: Screen, found: ZeroShot) -> None:
-    """Print a line for each metric of each task, and the means."""
+def _show_tasks(out: Screen, found: ZeroShot, dense: Abilities | None) -> None:
+    """Print a line for each metric of each task, and the means, beside the dense model's."""
+    beside = {one.model: one.zero_shot for one in [dense] if one and one.zero_shot}
+    others = [{task.task: task.metrics for task in one.tasks} for one in beside.values()]
     rows = [
         (
             result.task if number == 0 else "",
@@ -133,18 +135,19 @@ def _show_tasks(out: Screen, found: ZeroShot) -> None:
             f"{name} *" if name == result.paper_metric else name,
             f"{metric.value:.4f}",
             "-" if metric.stderr is None else f"{metric.stderr:.4f}",
+            *(f"{one[result.task][name].value:.4f}" for one in others),
         )
         for result in found.tasks
         for number, (name, metric) in enumerate(result.metrics.items())
     ]
     title = f"Zero-shot (lm-evaluation-harness {found.versions['lm_eval']})"
-    columns = ("task", "items", "metric", "value", "stderr")
+    columns = ("task", "items", "metric", "value", "stderr", *beside)
     out.table(title, columns, rows, text=("metric",))
-    means = {"seven tasks": found.mean, "six without boolq": found.mean_without_boolq}
-    for words, mean in means.items():
-        if mean is not None:
-            spread = "" if mean.stderr is None else f" +- {mean.stderr:.4f}"
-            out.print(f"mean of the {words}: {mean.value:.4f}{spread}")
+    for words, name in {"seven tasks": "mean", "six without boolq": "mean_without_boolq"}.items():
+        means = {model: getattr(one, name) for model, one in {"": found, **beside}.items()}
+        shown = [f"{clean(model)} {_mean(one)}".strip() for model, one in means.items() if one]
+        if shown:
+            out.print(f"mean of the {words}: {', '.join(shown)}")
     if any(result.paper_metric for result in found.tasks):
         out.print("* the metric that LLM-Pruner reports, and that a mean takes")
     cut = [f"{result.truncated:,} of {result.task}" for result in found.tasks if result.truncated]
@@ -152,6 +155,10 @@ def _show_tasks(out: Screen, found: ZeroShot) -> None:
         out.print(f"longer than the model reads, so their start was cut: {clean(', '.join(cut))}")
     if found.cached:
         out.print(f"known from an earlier run: {clean(', '.join(found.cached))}")
+
+
+def _mean(found: Mean) -> str:
+    return f"{found.value:.4f}" + ("" if found.stderr is None else f" +- {found.stderr:.4f}")
 
 
 TASKS_EXAMPLES = """\b

@@ -49,6 +49,10 @@ class Late:
     def loaded(self) -> LoadedModel:
         return load(self.settings, packed=True)
 
+    def unload(self) -> None:
+        """Give up the model until it is needed again."""
+        vars(self).pop("loaded", None)
+
     @cached_property
     def identity(self) -> result_cache.ModelIdentity | None:
         return result_cache.identify(self.settings) if self.keeps else None

@@ -76,6 +76,7 @@ def measure(
             perplexity(loaded.model, loaded.tokenizer, text, settings, beside) for text in texts
         ]
         del beside
+        del loaded
     name, size = _name_and_size(late)
     begun = Measured(
         model=name,
@@ -85,8 +86,10 @@ def measure(
         perplexity=perplexities,
     )
     first(begun)
-    # A task runs once, so they are prepared again. The dense model goes before the other one runs.
-    of_dense = abilities(settings, prepare(settings), dense) if asks and dense else None
+    of_dense = None
+    if asks and dense:
+        late.unload()  # each is alone in memory
+        of_dense = abilities(settings, prepare(settings), dense)  # a task runs once
     dense = None
     if asks:
         begun = _joined(begun, abilities(settings, prepared, late), of_dense)

@@ -28,6 +28,8 @@ class Divergence:
         changed: share of the tokens whose likeliest continuation is another one.
         changed_stderr: its standard error, likewise.
         perplexity: the dense model's, on the same windows.
+        perplexity_stderr: its standard error, likewise.
+        dtype: that the dense model computes in.
     """
 
     against: str
@@ -36,6 +38,8 @@ class Divergence:
     changed: float
     changed_stderr: float | None
     perplexity: float
+    perplexity_stderr: float | None = None
+    dtype: str | None = None
 
 
 def compare(dense: torch.Tensor, model: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -63,13 +67,16 @@ def compare(dense: torch.Tensor, model: torch.Tensor, targets: torch.Tensor) -> 
     return totals
 
 
-def divergence(against: str, sums: torch.Tensor, tokens: int) -> Divergence:
+def divergence(
+    against: str, sums: torch.Tensor, tokens: int, dtype: str | None = None
+) -> Divergence:
     """Return the divergence from what ``compare`` gave of each window.
 
     Args:
         against: name of the dense model.
         sums: shape (windows, 3).
         tokens: that are predicted in a window.
+        dtype: that the dense model computes in.
 
     Raises:
         UserError: a sum is not finite.
@@ -82,4 +89,6 @@ def divergence(against: str, sums: torch.Tensor, tokens: int) -> Divergence:
         )
     kl, changed, nll = values.mean(0).tolist()
     errors = (values.std(0) / math.sqrt(len(values))).tolist() if len(values) > 1 else [None] * 3
-    return Divergence(against, kl, errors[0], changed, errors[1], math.exp(nll))
+    value = math.exp(nll)
+    spread = None if errors[2] is None else value * errors[2]
+    return Divergence(against, kl, errors[0], changed, errors[1], value, spread, dtype)

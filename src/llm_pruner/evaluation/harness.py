@@ -9,7 +9,7 @@ import random
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from typing import Any, TextIO
@@ -36,11 +36,13 @@ class PreparedTask:
 
     Attributes:
         tasks: what the harness's task manager returns: ``tasks`` by name, ``group_map`` and so on.
+        documents: hash of those of each task.
         identity: hash of definition and documents.
     """
 
     name: str
     tasks: dict[str, Any]
+    documents: dict[str, str]
     identity: str
 
 
@@ -121,7 +123,10 @@ def prepare(
         else:
             definition = zero_shot.local_definition(name, records)
             tasks = TaskManager(include_defaults=False).load([definition])
-        return PreparedTask(name, tasks, _identity(tasks, limit))
+        documents = {
+            each: _hash([*islice(task.eval_docs, limit)]) for each, task in tasks["tasks"].items()
+        }
+        return PreparedTask(name, tasks, documents, _identity(tasks, documents, limit))
 
 
 def _named(name: str) -> dict[str, Any]:
@@ -153,13 +158,17 @@ def _named(name: str) -> dict[str, Any]:
     return tasks
 
 
-def _identity(tasks: dict[str, Any], limit: int | None) -> str:
+def _identity(tasks: dict[str, Any], documents: dict[str, str], limit: int | None) -> str:
     """Hash all that decides a result but the model and the harness's version."""
     data = {"metadata", "custom_dataset", "dataset_kwargs"}
     parts: list[Any] = [limit, tasks.get("group_map")]
     for name, task in sorted(tasks["tasks"].items()):
         definition = {key: said for key, said in task.dump_config().items() if key not in data}
-        parts.append([name, str(task.VERSION), definition, list(islice(task.eval_docs, limit))])
+        parts.append([name, str(task.VERSION), definition, documents[name]])
+    return _hash(parts)
+
+
+def _hash(parts: list[Any]) -> str:
     text = json.dumps(parts, sort_keys=True, default=_stable)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -189,7 +198,13 @@ def run(lm: LoadedLM, task: PreparedTask, limit: int | None) -> list[zero_shot.T
     # Of several they are counted together, and told of the group or, of a tag, of its first task.
     names = [*found["results"]]
     of = task.name if task.name in names else names[0]
-    return [_result(name, found, lm.truncated if name == of else 0) for name in names]
+    return [
+        replace(
+            _result(name, found, lm.truncated if name == of else 0),
+            digest=_hash([task.documents[each] for each in sorted(_members(name, found))])[:16],
+        )
+        for name in names
+    ]
 
 
 def _result(name: str, found: dict[str, Any], truncated: int) -> zero_shot.TaskResult:

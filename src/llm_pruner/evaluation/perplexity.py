@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,7 +17,13 @@ from llm_pruner.data.sequences import added_tokens
 from llm_pruner.data.text import EvaluationText, Protocol
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.divergence import Divergence, compare, divergence
-from llm_pruner.models.forward import embedding_rows, evaluating, first_tensor, maximum_length
+from llm_pruner.models.forward import (
+    dtype_name,
+    embedding_rows,
+    evaluating,
+    first_tensor,
+    maximum_length,
+)
 from llm_pruner.models.load import LoadedModel
 from llm_pruner.runtime.progress import track
 from llm_pruner.settings.evaluate import PerplexitySettings
@@ -25,6 +32,7 @@ PAPER_WINDOW = 128
 STANDARD_WINDOW = 2048
 _LOGITS_BYTES = 256 * 2**20  # logits of one batch, in the model's own type
 _CHUNK_BYTES = 64 * 2**20  # float32 logits in the loss
+_NOT_COMPARED = "so they cannot be compared; give --against the model that it was made of"
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,9 @@ class PerplexityResult:
         bits_per_byte: nll / ln 2 * (tokens of the whole text) / (bytes of it in UTF-8), special
             tokens aside: the loss of what was predicted, at the rate at which the text has tokens.
             Models of different tokens can be compared by it. None where there is no whole text.
+        dtype: that the model computes in.
+        max_tokens: of the text that were to be read; None for all.
+        ids_digest, text_digest: of the tokens in the windows, and of the whole text.
     """
 
     perplexity: float
@@ -55,6 +66,27 @@ class PerplexityResult:
     stderr: float | None
     divergence: Divergence | None = None
     bits_per_byte: float | None = None
+    dtype: str | None = None
+    max_tokens: int | None = None
+    ids_digest: str | None = None
+    text_digest: str | None = None
+
+    @property
+    def dense(self) -> PerplexityResult | None:
+        """The dense model's on the same windows, if one was given."""
+        far, bits = self.divergence, self.bits_per_byte
+        if far is None:
+            return None
+        nll = math.log(far.perplexity)
+        return replace(
+            self,
+            perplexity=far.perplexity,
+            nll=nll,
+            stderr=far.perplexity_stderr,
+            divergence=None,
+            bits_per_byte=bits * nll / self.nll if bits else None,
+            dtype=far.dtype,
+        )
 
 
 def perplexity(
@@ -78,12 +110,22 @@ def perplexity(
 
     Raises:
         UserError: the text is shorter than a window, a window is longer than the model's maximum,
-            the tokenizer has ids that the model lacks, or a loss is not finite (names the window).
+            the tokenizer has ids that the model lacks, ``dense`` has other tokens under ids of the
+            text, or a loss is not finite (names the window).
     """
     rows, skipped, tokens = _windows(model, tokenizer, text, asked)
+    if dense is not None and dense.tokenizer is not None:
+        ours, theirs = (one.get_vocab().items() for one in (tokenizer, dense.tokenizer))
+        if {index for _, index in ours ^ theirs}.intersection(rows.unique().tolist()):
+            raise UserError(f"{dense.name} has other tokens than the model, {_NOT_COMPARED}")
     found = perplexity_of_windows(model, rows, text, asked, dense, skipped=skipped)
-    bits = found.nll / math.log(2) * tokens / len(text.text.encode())
-    return replace(found, bits_per_byte=bits)
+    data = text.text.encode()
+    bits = found.nll / math.log(2) * tokens / len(data)
+    return replace(found, bits_per_byte=bits, text_digest=_digest(data))
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def check_length(
@@ -138,7 +180,12 @@ def perplexity_of_windows(
         windows=len(rows),
         protocol=asked.protocol,
         stderr=None if spread is None else value * spread,
-        divergence=None if dense is None else divergence(dense.name, compared, predicted),
+        divergence=None
+        if dense is None
+        else divergence(dense.name, compared, predicted, dtype_name(dense.model)),
+        dtype=dtype_name(model),
+        max_tokens=asked.max_tokens,
+        ids_digest=_digest(rows.numpy().tobytes()),
     )
 
 
@@ -237,8 +284,7 @@ def _losses(
             if dense is not None and logits[0].shape != logits[1].shape:
                 raise UserError(
                     f"{dense.name} predicts {logits[1].shape[-1]} tokens and the model "
-                    f"{logits[0].shape[-1]}, so they cannot be compared; give --against the model "
-                    "that it was made of"
+                    f"{logits[0].shape[-1]}, {_NOT_COMPARED}"
                 )
             found = []
             for index, target in enumerate(batch.to(logits[0].device)):

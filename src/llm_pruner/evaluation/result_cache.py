@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import __version__ as transformers_version
 from transformers.utils.hub import cached_file
 
@@ -22,7 +23,7 @@ from llm_pruner.models.stored import local_path
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.version import __version__
 
-_FORMAT = 2
+_FORMAT = 3
 _CONTENT = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
 _RECORDS = ("plan.json", "report.json")
 
@@ -56,11 +57,14 @@ def identify(model: ModelSettings) -> ModelIdentity | None:
 
 def key(identity: ModelIdentity, model: ModelSettings, **settings: Any) -> str:
     """Return the hash that names a result of this model under these settings."""
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
     parts = {
         "format": _FORMAT,
         "model": identity.content,
         "dtype": model.dtype,
+        "device": auto if model.device == "auto" else model.device.partition(":")[0],
         "llm_pruner": __version__,
+        "torch": str(torch.__version__),
         "transformers": transformers_version,
         **settings,
     }

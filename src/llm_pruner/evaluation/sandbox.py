@@ -9,8 +9,8 @@ if the program came to its end, how: ``passed``, or the name of the exception; o
 Limits of the system hold for its time, memory, processes and files. An audit hook refuses, from
 within Python, sockets, further processes, and files opened for writing outside the folder; that
 stops accidents, not an attack. Where Linux permits, the process gets namespaces of its own as well:
-without a network, with nothing to write but the folder, and with process numbers of its own, so
-that whatever was started ends with it.
+without a network, with nothing to write but the folder, which lies in memory and holds 64 MiB, and
+with process numbers of its own, so that whatever was started ends with it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 # linux/sched.h, sys/mount.h, linux/mount.h, sys/prctl.h, linux/capability.h
 _NAMESPACES = 0x10000000 | 0x40000000 | 0x20000000 | 0x08000000 | 0x00020000
-_PRIVATE, _BIND = 0x4000 | 0x40000, 0x1000
+_PRIVATE, _ROOM = 0x4000 | 0x40000, b"size=64m,nr_inodes=4096"
 _MOUNT_SETATTR, _HERE, _RECURSIVE, _READ_ONLY = 442, -100, 0x8000, 1
 # Audit events of Python
 _REFUSED = (
@@ -63,7 +63,7 @@ def _separate(libc: Any, folder: bytes) -> dict[str, bool]:
         _checked(libc.mount(b"none", b"/", None, _PRIVATE, None))
         # That of the namespace before would show its processes.
         _checked(libc.mount(b"none", b"/proc", b"tmpfs", 0, None))
-        _checked(libc.mount(folder, folder, None, _BIND, None))
+        _checked(libc.mount(b"none", folder, b"tmpfs", 0, _ROOM))
         for path, flags, *change in ((b"/", _RECURSIVE, 1, 0), (folder, 0, 0, 1)):
             set_, clear = (_READ_ONLY * one for one in change)
             wanted = (ctypes.c_uint64 * 4)(set_, clear, 0, 0)
@@ -111,7 +111,8 @@ def _limit(memory: int, processes: int, file_bytes: int, seconds: int) -> None:
 
 def _run(source: str) -> str:
     try:
-        exec(compile(source, "program", "exec"), {"__name__": "program"})
+        code = compile(source, "program", "exec", dont_inherit=True)
+        exec(code, {"__name__": "program"})
     except BaseException as error:  # also SystemExit: the tests after it did not run
         return type(error).__name__
     return "passed"

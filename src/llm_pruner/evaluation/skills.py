@@ -23,10 +23,10 @@ _PROGRAM_TOKENS = 512
 
 @dataclass(frozen=True)
 class Share:
-    """How often something holds; ``stderr`` is sqrt(value (1 - value) / count)."""
+    """How often something holds; ``stderr`` is sqrt(value (1 - value) / count), None if unknown."""
 
     value: float
-    stderr: float
+    stderr: float | None
     count: int
 
 
@@ -115,6 +115,6 @@ def _until_stop(text: str) -> str:
 def gsm8k(result: TaskResult) -> Skill:
     """Return the share of exact matches that lm-evaluation-harness found."""
     found = result.metrics[GSM8K_METRIC]
-    solved = Share(found.value, found.stderr or 0.0, result.documents)
+    solved = Share(found.value, found.stderr, result.documents)
     metric = "exact_match"
     return Skill("gsm8k", metric, solved, result.documents_total, result.num_fewshot, {})

@@ -24,7 +24,7 @@ from transformers import StaticCache
 from llm_pruner.discovery.tracing.run import example_tokens
 from llm_pruner.discovery.tracing.scenes import staged
 from llm_pruner.errors import UserError
-from llm_pruner.models.forward import Decoder, cache_argument
+from llm_pruner.models.forward import Decoder, cache_argument, dtype_name
 from llm_pruner.runtime.progress import quiet, track
 
 T = TypeVar("T")
@@ -41,6 +41,8 @@ class Speed:
             once, the median.
         prefill_seconds: of each round.
         decode_seconds: of each round, for all new tokens.
+        dtype, device: that the model computes in and on; None of one that a server runs.
+        threads: of a processor; None of another device.
     """
 
     prefill_tokens_per_second: float
@@ -52,6 +54,9 @@ class Speed:
     new_tokens: int
     batch_size: int
     repeats: int
+    dtype: str | None = None
+    device: str | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,16 @@ def measure_speed(
     runs = [partial(once, *pair) for pair in zip(models, prompts, strict=True)]
     with _undisturbed(models):
         times = in_turns(runs, repeats, f"timing, batch {batch_size}")
-    return [speed_of(own, **settings) for own in times]
+    return [
+        speed_of(
+            own,
+            **settings,
+            dtype=dtype_name(model),
+            device=prompt.device.type,
+            threads=torch.get_num_threads() if prompt.device.type == "cpu" else None,
+        )
+        for model, prompt, own in zip(models, prompts, times, strict=True)
+    ]
 
 
 def in_turns(runs: Sequence[Callable[[int], T]], repeats: int, words: str) -> list[list[T]]:
@@ -121,7 +135,7 @@ def in_turns(runs: Sequence[Callable[[int], T]], repeats: int, words: str) -> li
     return found
 
 
-def speed_of(times: Sequence[tuple[float, float, float]], **settings: int) -> Speed:
+def speed_of(times: Sequence[tuple[float, float, float]], **settings: Any) -> Speed:
     """Return the speed from the seconds of each round: prefill, decoding, first token."""
     prefill, decode, first = zip(*times, strict=True)
     texts = settings["batch_size"]

@@ -177,6 +177,7 @@ class TaskResult:
         num_fewshot: examples in the prompt.
         version: version of the harness's definition.
         truncated: answers that were too long for the model with their text, which lost its start.
+        digest: of the documents.
     """
 
     task: str
@@ -187,6 +188,7 @@ class TaskResult:
     num_fewshot: int
     version: str
     truncated: int
+    digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,7 @@ class Kept:
             None where the dense model is no better than chance.
         value: the same of the means over these tasks; None likewise.
         stderr: its standard error, for errors of a and d that are independent. On the same items
-            they go together, so it is more than the true one.
+            they go together, so it is more than the true one. None where one of them is unknown.
     """
 
     against: str
@@ -253,13 +255,15 @@ def kept(model: Sequence[TaskResult], dense: Sequence[TaskResult], against: str)
     if not tasks:
         return None
     above = [[one[task].value - CHANCE[task] for task in tasks] for one in found]
-    errors = [math.hypot(*(one[task].stderr or 0.0 for task in tasks)) for one in found]
-    value = _quotient(sum(above[0]), sum(above[1]))
+    known = [[e for task in tasks if (e := one[task].stderr) is not None] for one in found]
+    value, stderr = _quotient(sum(above[0]), sum(above[1])), None
+    if value is not None and all(len(errors) == len(tasks) for errors in known):
+        stderr = math.hypot(*known[0], *(value * error for error in known[1])) / sum(above[1])
     return Kept(
         against=against,
         tasks={t: _quotient(a, d) for t, a, d in zip(tasks, *above, strict=True)},
         value=value,
-        stderr=None if value is None else math.hypot(errors[0], value * errors[1]) / sum(above[1]),
+        stderr=stderr,
     )
 
 

@@ -167,6 +167,12 @@ def input_embedding(model: Any) -> Any:
         return None
 
 
+def dtype_name(model: Any) -> str:
+    """Return the name of the type that a model computes in: that of its first weight."""
+    first = next(one for one in model.parameters() if one.is_floating_point())
+    return str(first.dtype).removeprefix("torch.")
+
+
 def is_on_meta(model: nn.Module) -> bool:
     """Whether a model has parameters without values."""
     return any(parameter.is_meta for parameter in model.parameters())

@@ -34,6 +34,11 @@ class Entry:
     report: Report
     variant: Variant
 
+    @property
+    def found(self) -> Evaluation:
+        """What was measured of it."""
+        return self.report.evaluations.get(self.variant, Evaluation())
+
 
 class Compared(Evaluation):
     """One model of a comparison, with all that was measured of it.
@@ -158,9 +163,20 @@ def _entry(label: str, folder: Path) -> Entry:
 
 def compare(entries: Sequence[Entry]) -> Comparison:
     """Put models beside each other; the dense models that reports know of come first."""
-    tokens_differ = any(entry.report.tokens for entry in entries)
-    models = (_compared(entry, tokens_differ) for entry in _with_dense(entries))
-    return Comparison(models=tuple(models))
+    named = _with_dense(entries)
+    tokens_differ = any(entry.report.tokens for entry in entries) or _tokens_differ(named)
+    return Comparison(models=tuple(_compared(entry, tokens_differ) for entry in named))
+
+
+def _tokens_differ(entries: Sequence[Entry]) -> bool:
+    """Whether one text, read alike, has other tokens for some of the models."""
+    texts = {
+        (text.text_digest, text.protocol, text.window, text.max_tokens, text.ids_digest)
+        for entry in entries
+        for text in entry.found.perplexity
+        if text.text_digest is not None
+    }
+    return len({text[:-1] for text in texts}) < len(texts)
 
 
 def _compared(entry: Entry, tokens_differ: bool) -> Compared:
@@ -168,7 +184,7 @@ def _compared(entry: Entry, tokens_differ: bool) -> Compared:
     dense, own, pruned = report.sizes.get("dense"), report.sizes.get(variant), variant != "dense"
     structures = report.settings.get("Where from", {}).get("structures") or ()
     units = ", ".join(view.unit(str(name)) for name in structures)
-    found = report.evaluations.get(variant, Evaluation())
+    found = entry.found
     return Compared(
         label=entry.label,
         source=report.source.name,
@@ -228,19 +244,23 @@ def _measured(models: Sequence[Compared]) -> Iterator[Column]:
             for by in view.aligned(by_place, part)
         ]
 
-    found = aligned("perplexity")
-    names = [text.name for text, _ in found]
-    for text, cells in found:
-        alone = names.count(text.name) == 1
-        name, settings = (text.name, text.settings) if alone else (text.label, "")
-        yield Column("perplexity", name, cells, settings)
-    for score, cells in aligned("tasks"):
-        if score.in_mean:
-            items = "" if score.items is None else f", {score.items:,} items"
-            yield Column("accuracy", score.task, cells, f"{score.metric} in percent{items}")
+    def columns(subject: Subject, found: list[tuple[Any, tuple[str, ...]]]) -> Iterator[Column]:
+        names = [one.name for one, _ in found]
+        for one, cells in found:
+            alone = names.count(one.name) == 1
+            name, settings = (one.name, one.settings) if alone else (one.label, "")
+            yield Column(subject, name, cells, settings)
+
+    yield from columns("perplexity", aligned("perplexity"))
+    scores = aligned("tasks")
+    counted = {score.task for score, _ in scores if score.in_mean}
+    shown = [each for each in scores if each[0].in_mean or each[0].task not in counted]
+    yield from columns("accuracy", shown)
     means = view.task_means(by_place)
     cells = tuple(f"{100 * means[place]:.1f}" if place in means else "" for place in by_place)
-    yield Column("accuracy", "mean", cells, "of the tasks above")
+    others = any(not score.in_mean for score, _ in shown)
+    of = "those of LLM-Pruner" if others else "the tasks above"
+    yield Column("accuracy", "mean", cells, f"of {of}")
     for measurement, cells in aligned("measurements"):
         yield Column("measured", measurement.label, cells)
 

@@ -19,6 +19,7 @@ from llm_pruner.evaluation.servers import ServedBy
 from llm_pruner.files.disk import read_json
 from llm_pruner.report.text import (
     count,
+    in_percent,
     measured,
     megabytes,
     number,
@@ -117,10 +118,13 @@ class _Result(_Part):
 
 
 class Perplexity(_Result):
-    """Perplexity with its settings: what is shown of ``evaluation.perplexity.PerplexityResult``."""
+    """Perplexity with its settings: what is shown of ``evaluation.perplexity.PerplexityResult``.
+
+    What reports of earlier versions do not say is None, which is like nothing that is known.
+    """
 
     model_config = ConfigDict(extra="ignore")
-    same: ClassVar = ("corpus", "split", "protocol", "window", "tokens")
+    same: ClassVar = ("corpus", "split", "protocol", "window", "tokens", "dtype", "ids_digest")
 
     perplexity: float
     stderr: float | None = None
@@ -130,6 +134,10 @@ class Perplexity(_Result):
     window: int | None = None
     tokens: int | None = None
     bits_per_byte: float | None = None
+    dtype: str | None = None
+    max_tokens: int | None = None
+    ids_digest: str | None = None
+    text_digest: str | None = None
 
     @property
     def name(self) -> str:
@@ -143,6 +151,7 @@ class Perplexity(_Result):
             None if self.protocol is None else f"{self.protocol} protocol",
             None if self.window is None else f"windows of {self.window:,}",
             None if self.tokens is None else f"{self.tokens:,} tokens",
+            self.dtype,
         ]
         return ", ".join(part for part in parts if part)
 
@@ -166,10 +175,11 @@ class TaskScore(_Result):
 
     Attributes:
         in_mean: whether the mean over the tasks takes this metric.
-        items: number of items, None if not known.
+        items: number of items, None if not known; so are the version of the task's definition, the
+            examples in a prompt, and the digest of the items.
     """
 
-    same: ClassVar = ("task", "metric", "items")
+    same: ClassVar = ("task", "metric", "items", "version", "shots", "digest")
 
     task: str
     metric: str
@@ -177,17 +187,34 @@ class TaskScore(_Result):
     stderr: float | None = None
     items: int | None = None
     in_mean: bool = True
+    version: str | None = None
+    shots: int | None = None
+    digest: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The task."""
+        return self.task
+
+    @property
+    def settings(self) -> str:
+        """What a reader needs to compare it, in words."""
+        return ", ".join((f"{self.metric} in percent", *self._counts))
 
     @property
     def label(self) -> str:
         """The row of a table."""
-        items = "" if self.items is None else f" ({self.items:,} items)"
-        return f"{self.task}, {self.metric}{items}"
+        counts = f" ({', '.join(self._counts)})" if self._counts else ""
+        return f"{self.task}, {self.metric}{counts}"
+
+    @property
+    def _counts(self) -> list[str]:
+        counts = (("items", self.items), ("shots", self.shots or None))
+        return [f"{number:,} {name}" for name, number in counts if number is not None]
 
     def __str__(self) -> str:
         """Return it in percent."""
-        stderr = None if self.stderr is None else 100 * self.stderr
-        return measured(100 * self.value, stderr, ".1f")
+        return in_percent(self.value, self.stderr)
 
     def since(self, dense: TaskScore) -> tuple[str, bool | None]:
         """Return the change from the dense model, and whether it is for the better."""
@@ -202,9 +229,10 @@ class Measurement(_Result):
         unit: such as ``tokens/s``, ``B`` or ``MACs``.
         low, high: the spread, such as the quartiles.
         better: whether more is better; None if neither.
+        of: digest of what it was measured on, if that is a text.
     """
 
-    same: ClassVar = ("name", "unit")
+    same: ClassVar = ("name", "unit", "of")
 
     name: str
     unit: str = ""
@@ -212,6 +240,7 @@ class Measurement(_Result):
     low: float | None = None
     high: float | None = None
     better: Literal["higher", "lower"] | None = None
+    of: str | None = None
 
     @property
     def label(self) -> str:
@@ -256,14 +285,16 @@ class Evaluation(_Part):
     def per_byte(self) -> Evaluation:
         """Return it for a reader who compares models of different tokens, which perplexity cannot.
 
-        In its place stand bits per byte, where they are known.
+        In its place stand bits per byte, where they are known. They have other numbers of tokens of
+        a text, so those that were asked for are told.
         """
         bits = (
             Measurement(
-                name=one.model_copy(update={"tokens": None}).label,
+                name=one.model_copy(update={"tokens": one.max_tokens}).label,
                 unit=BITS,
                 value=one.bits_per_byte,
                 better="lower",
+                of=one.text_digest,
             )
             for one in self.perplexity
             if one.bits_per_byte is not None

@@ -223,6 +223,15 @@ def evaluation_of(found: Measured | Abilities) -> data.Evaluation:
     return data.Evaluation.model_validate(parts)
 
 
+def dense_evaluation(found: Measured, name: str) -> data.Evaluation:
+    """Return what was measured of the dense model, if that is its name, beside another one."""
+    texts = [one for one in found.perplexity if one.divergence and one.divergence.against == name]
+    beside = data.Evaluation.model_validate({"perplexity": [one.dense for one in texts]})
+    if found.dense is None or found.dense.model != name:
+        return beside
+    return beside.with_newer(evaluation_of(found.dense))
+
+
 def shares(found: Measured | Abilities) -> dict[str, Share]:
     """Return the shares that tell of skills and of long answers, by what they are of."""
     named = {
@@ -249,7 +258,7 @@ def _shares(found: Measured | Abilities) -> Iterator[data.Measurement]:
 
 
 def _between(
-    name: str, unit: str, value: float, error: float | None, higher: bool
+    name: str, unit: str, value: float, error: float | None, higher: bool, of: str | None = None
 ) -> data.Measurement:
     return data.Measurement(
         name=name,
@@ -258,6 +267,7 @@ def _between(
         low=None if error is None else value - error,
         high=None if error is None else value + error,
         better="higher" if higher else "lower",
+        of=of,
     )
 
 
@@ -273,6 +283,9 @@ def _scores(results: Sequence[TaskResult]) -> Iterator[data.TaskScore]:
                     stderr=metric.stderr,
                     items=result.documents,
                     in_mean=name == result.paper_metric,
+                    version=result.version,
+                    shots=result.num_fewshot,
+                    digest=result.digest,
                 )
 
 
@@ -289,17 +302,20 @@ def _measurements(found: Measured) -> Iterator[data.Measurement]:
                 ("KL", "nats", far.kl, far.kl_stderr),
                 ("likeliest token changed", "share", far.changed, far.changed_stderr),
             ):
-                yield _between(f"{name} against {far.against}, {on}", unit, value, error, False)
+                name = f"{name} against {far.against}, {on}"
+                yield _between(name, unit, value, error, False, text.ids_digest)
     speed = found.speed
     if speed is None:
         return
+    where = speed.device if speed.threads is None else f"{speed.threads} threads"
+    how = "" if speed.dtype is None else f", {speed.dtype}, {where}"
     for stage, tokens, rate, rounds in (
         ("prefill", speed.prompt_tokens, speed.prefill_tokens_per_second, speed.prefill_seconds),
         ("decode", speed.new_tokens, speed.decode_tokens_per_second, speed.decode_seconds),
     ):
         read = tokens * speed.batch_size
         yield data.Measurement(
-            name=f"{stage} ({tokens} tokens, batch {speed.batch_size})",
+            name=f"{stage} ({tokens} tokens, batch {speed.batch_size}{how})",
             unit="tokens/s",
             value=rate,
             low=read / max(rounds) if len(rounds) > 1 else None,

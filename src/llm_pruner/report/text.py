@@ -114,6 +114,11 @@ def measured(value: float, stderr: float | None, form: str = "") -> str:
     return shown if stderr is None else f"{shown} ± {format(stderr, form)}"
 
 
+def in_percent(share: float, stderr: float | None) -> str:
+    """Return a share in percent with its standard error, where there is one."""
+    return measured(100 * share, None if stderr is None else 100 * stderr, ".1f")
+
+
 def points(difference: float) -> tuple[str, bool | None]:
     """Return a difference of shares in points of percent, and whether it is for the better."""
     text = f"{100 * difference:+.1f} points".replace("-", "−")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import re
 import warnings
@@ -18,10 +19,12 @@ from markupsafe import Markup
 from llm_pruner.errors import UserError
 from llm_pruner.files.outputs import rewrite
 from llm_pruner.report import data, figures, view
-from llm_pruner.report.facts import evaluation_of
+from llm_pruner.report.facts import dense_evaluation, evaluation_of
 from llm_pruner.report.records import Measured
 from llm_pruner.report.text import breakable, fenced, markdown, number, said, visible
 from llm_pruner.settings.options import Settings
+
+_LOG = logging.getLogger(__name__)
 
 
 def write_report(folder: Path, make: Callable[[], data.Report]) -> None:
@@ -55,10 +58,10 @@ def add_evaluation(folder: Path, found: Measured, model: str) -> None:
         UserError: the folder has no report that can be read, or it is not of the ``model`` named.
     """
     report = data.report_in(folder)
-    variant = _variant_of(folder, report, model, found.parameters)
+    variant = _variant_of(folder, report, model, found)
     report = report.with_evaluation(variant, evaluation_of(found))
-    if found.dense is not None and found.dense.model == report.source.name:
-        report = report.with_evaluation("dense", evaluation_of(found.dense))
+    if (dense := dense_evaluation(found, report.source.name)) != data.Evaluation():
+        report = report.with_evaluation("dense", dense)
     card = folder / data.CARD_FILE
     try:
         ours = not card.exists() or digest(card.read_text(encoding="utf-8")) == report.card_digest
@@ -95,15 +98,24 @@ def page_in(folder: Path) -> Path | None:
     return page if page.is_file() else None
 
 
-def _variant_of(folder: Path, report: data.Report, model: str, parameters: int) -> data.Variant:
-    """Return which model of the report was measured; raise UserError if it is none of them."""
+def _variant_of(folder: Path, report: data.Report, model: str, found: Measured) -> data.Variant:
+    """Return which model of the report was measured; raise UserError if it is none of them.
+
+    The dense one may lie elsewhere under another name: it is taken for that, with a warning.
+    """
     if Path(model).expanduser().exists() and Path(model).expanduser().resolve() == folder.resolve():
         return report.final
     dense = report.sizes.get("dense")
-    if dense is not None and dense.total == parameters:
+    if dense is not None and dense.total == found.parameters:
+        if found.model != report.source.name:
+            name, source = visible(found.model), visible(report.source.name)
+            _LOG.warning(
+                f"{name} has the size of {source}, and another name: it stands in the report as "
+                f"that model; if it is another, measure {source} with --report, which replaces it"
+            )
         return "dense"
     raise UserError(
-        f"{model} has {parameters:,} parameters and is neither the model in {folder} nor "
+        f"{model} has {found.parameters:,} parameters and is neither the model in {folder} nor "
         f"{report.source.name}, of which it was made; nothing was added to the report; "
         "name one of the two, or leave --report out"
     )
