@@ -555,6 +555,22 @@ def test_json_alone_on_stdout(work: Path, tiny: Path) -> None:
         assert result.err == ""
 
 
+def test_evaluate_reads_block_by_block_what_does_not_fit(
+    work: Path, tiny: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_text(Path("text.txt"))
+    how = ("evaluate", tiny, "--perplexity", "text.txt", "--seq-len", 100, "--against", tiny)
+    said = [json.loads(done(*how, *room, "--json", "-").out) for room in ((), ("--memory", "1KB"))]
+    assert said[0]["perplexity"] == said[1]["perplexity"]
+    assert "they are read block by block" in caplog.text
+    assert "each token that is written" not in caplog.text
+    done(*how, "--memory", "1KB", "--prompt", "the old")
+    assert "each token that is written, all weights of" in caplog.text
+    refused = run("evaluate", tiny, "--speed", "--memory", "1KB")
+    assert refused.code == 2
+    assert "--speed would time how fast the weights of" in refused.err
+
+
 def test_evaluate_says_what_was_measured(work: Path, tiny: Path) -> None:
     write_text(Path("text.txt"))
     options = ("--perplexity", "text.txt", "--seq-len", 100, "--prompt", "the old")

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,18 @@ import torch
 from torch import nn
 
 from helpers import tiny_model, tiny_tokenizer
+from llm_pruner.data.text import EvaluationText
 from llm_pruner.discovery.groups import discover
 from llm_pruner.discovery.tracing.scenes import generated
 from llm_pruner.errors import VerificationError
+from llm_pruner.evaluation import perplexity as perplexing
+from llm_pruner.evaluation.perplexity import perplexity_of_windows
 from llm_pruner.models import lockstep, stored_weight, streaming
 from llm_pruner.models.blockwise import find_chain
 from llm_pruner.models.load import load_model
-from llm_pruner.models.lockstep import in_step, result_of
+from llm_pruner.models.lockstep import in_step, result_of, runs_in_step
 from llm_pruner.search.divergence import DivergenceMeter, divergences
+from llm_pruner.settings.evaluate import PerplexitySettings
 from llm_pruner.surgery import verify
 from llm_pruner.surgery.twin import pruned_logits, twin_logits
 from llm_pruner.surgery.verify import cut_verified_, require_same
@@ -97,6 +102,15 @@ def test_the_twin_reads_each_weight_once_for_prefills_and_once_for_steps(
     assert set(Counter(reads).values()) == {4}
 
 
+def test_as_many_runs_go_in_step_as_memory_is_meant_for_them() -> None:
+    model = tiny_model()
+    assert 100 < runs_in_step(model, 16) <= 256
+    assert runs_in_step(model, 10**6) < runs_in_step(model, 10**4) < 256
+    model.register_buffer("mask", torch.empty(2**27, dtype=torch.bool, device="meta"))
+    assert runs_in_step(model, 16) == 3
+    assert runs_in_step(model, 10**9) == 1
+
+
 def test_probes_and_divergences_read_each_weight_once_a_pass(
     streamed: Any, folder: str, reads: list[int]
 ) -> None:
@@ -112,6 +126,29 @@ def test_probes_and_divergences_read_each_weight_once_a_pass(
     resident, other = load_model(folder).model, tiny_model(num_hidden_layers=2, seed=3)
     assert DivergenceMeter(streamed, ids).of(other) == DivergenceMeter(resident, ids).of(other)
     assert divergences(streamed, [other], ids) == pytest.approx(divergences(resident, [other], ids))
+
+
+def test_perplexity_reads_weights_once_for_many_windows(
+    streamed: Any, folder: str, reads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resident = load_model(folder)
+    dense = replace(resident, model=streamed)
+    text, asked = EvaluationText("text", None, ""), PerplexitySettings(batch_size=2)
+    rows = torch.cat(tokens(*[24] * 9))
+    wanted = perplexity_of_windows(resident.model, rows, text, asked, resident)
+    reads.clear()
+    assert perplexity_of_windows(streamed, rows, text, asked).nll == wanted.nll
+    assert set(Counter(reads).values()) == {1}
+    reads.clear()
+    for model, times in ((streamed, 2), (resident.model, 1)):
+        found = perplexity_of_windows(model, rows, text, asked, dense)
+        assert (found.nll, found.divergence) == (wanted.nll, wanted.divergence)
+        assert set(Counter(reads).values()) == {times}
+        reads.clear()
+    size = 2 * 24 * streamed.config.vocab_size * streamed.lm_head.weight.element_size()
+    monkeypatch.setattr(perplexing, "_TOGETHER_BYTES", 3 * size)  # three of five batches
+    assert perplexity_of_windows(streamed, rows, text, asked, dense).nll == wanted.nll
+    assert set(Counter(reads).values()) == {4}
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import torch
 
 from families import make
 from llm_pruner import discover
-from llm_pruner.search.divergence import DivergenceMeter, divergences, runs_in_step
+from llm_pruner.search.divergence import DivergenceMeter, divergences
 from llm_pruner.surgery.cut import cut_, cut_copy
 
 
@@ -24,15 +24,6 @@ def test_sample_by_sample_the_divergence_is_the_same() -> None:
     found = divergences(dense, (dense, other), held_out)
     assert found == pytest.approx([meter.of(dense), meter.of(other)], rel=1e-5, abs=1e-7)
     assert found[1] > 10 * abs(found[0])
-
-
-def test_as_many_runs_go_in_step_as_memory_is_meant_for_them() -> None:
-    model = make("llama")
-    assert 100 < runs_in_step(model, 16) <= 256
-    assert runs_in_step(model, 10**6) < runs_in_step(model, 10**4) < 256
-    model.register_buffer("mask", torch.empty(2**27, dtype=torch.bool, device="meta"))
-    assert runs_in_step(model, 16) == 3
-    assert runs_in_step(model, 10**9) == 1
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -39,15 +39,17 @@ class Late:
 
     Attributes:
         keeps: whether results are kept, and known ones used.
+        room: gives the bytes that the weights may take on a device.
         identity: by which they are kept; None where nothing is.
     """
 
     settings: ModelSettings
     keeps: bool
+    room: Callable[[str], int]
 
     @cached_property
     def loaded(self) -> LoadedModel:
-        return load(self.settings, packed=True)
+        return load(self.settings, packed=True, memory=self.room(self.settings.device))
 
     def unload(self) -> None:
         """Give up the model until it is needed again."""

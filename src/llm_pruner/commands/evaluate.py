@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from llm_pruner.evaluation.samples import check_prompt, sample_continuation
 from llm_pruner.evaluation.speed import measure_speed
 from llm_pruner.files.outputs import atomic_directory, check_output
 from llm_pruner.models.forward import maximum_length
+from llm_pruner.models.load import exceeds
 from llm_pruner.report.records import Abilities, Measured
 from llm_pruner.runtime.memory import give_back, keep_large_blocks
 from llm_pruner.runtime.signals import end_with_parent
@@ -32,6 +35,8 @@ from llm_pruner.settings.evaluate import EvaluateSettings, PerplexitySettings
 from llm_pruner.settings.words import LOCAL_TASKS
 from llm_pruner.surgery.vocabulary import with_tokens_of
 from llm_pruner.types import Size
+
+_LOG = logging.getLogger(__name__)
 
 _SIZE = TypeAdapter(Size)
 _MEASURED = TypeAdapter(Measured)
@@ -59,10 +64,13 @@ def measure(
     texts = read_texts(settings.perplexity, settings)
     prepared = prepare(settings)
     asks = prepared != Prepared()
-    late = Late(settings.loading(), asks and settings.cache)
+    # With texts, both models are in memory at once.
+    room = partial(settings.room, models=2 if texts and settings.against else 1)
+    late = Late(settings.loading(), asks and settings.cache, room)
     dense = None
     if settings.against is not None:
-        dense = Late(settings.loading(settings.against), late.keeps)
+        dense = Late(settings.loading(settings.against), late.keeps, settings.room)
+    _say_if_read_often(settings, late, writes=asks or bool(settings.prompt))
     for prompt in settings.prompt:
         check_prompt(late.loaded.model, late.loaded.tokenizer, prompt, chat=settings.chat)
     if texts and window is not None:
@@ -106,6 +114,23 @@ def measure(
             )
             for prompt in settings.prompt
         },
+    )
+
+
+def _say_if_read_often(settings: EvaluateSettings, late: Late, *, writes: bool) -> None:
+    """Refuse to time weights that are read block by block, and warn of what reads them often."""
+    if not (settings.speed or writes):
+        return
+    if not exceeds(late.settings, late.room(late.settings.device)):
+        return
+    if settings.speed:
+        raise UserError(
+            f"--speed would time how fast the weights of {late.settings.model} are read; give a "
+            "--memory that holds them, or leave it out"
+        )
+    _LOG.warning(
+        "for each batch of a task, and each token that is written, all weights of %s are read",
+        late.settings.model,
     )
 
 

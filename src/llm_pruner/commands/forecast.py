@@ -64,12 +64,13 @@ from llm_pruner.models.activation_store import ActivationStore, HiddenStates
 from llm_pruner.models.forward import Decoder, embedding_rows, is_on_meta, make_room_, tensor_bytes
 from llm_pruner.models.layers import heaviest, own_copy, sharing_copy, without_layers
 from llm_pruner.models.load import load, without_values
+from llm_pruner.models.lockstep import runs_in_step
 from llm_pruner.models.stored import stored_at, stored_size
 from llm_pruner.recovery.repair import TRAINED_BYTES
 from llm_pruner.runtime.memory import give_back
 from llm_pruner.runtime.precision import fast_matmul, mixed_precision, multiplies_bfloat16
 from llm_pruner.runtime.progress import Clock
-from llm_pruner.search.divergence import DivergenceMeter, runs_in_step
+from llm_pruner.search.divergence import DivergenceMeter
 from llm_pruner.search.layer_trials import LEVELS, judging_tokens
 from llm_pruner.search.structure_split import REFIT_RIDGE, hold_out, refit_samples
 from llm_pruner.settings.prune import PruneSettings

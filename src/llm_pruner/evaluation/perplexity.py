@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,12 +26,15 @@ from llm_pruner.models.forward import (
     maximum_length,
 )
 from llm_pruner.models.load import LoadedModel
+from llm_pruner.models.lockstep import in_step, result_of, runs_in_step
+from llm_pruner.models.streaming import is_model_streamed
 from llm_pruner.runtime.progress import track
 from llm_pruner.settings.evaluate import PerplexitySettings
 
 PAPER_WINDOW = 128
 STANDARD_WINDOW = 2048
 _LOGITS_BYTES = 256 * 2**20  # logits of one batch, in the model's own type
+_TOGETHER_BYTES = 2**30  # the dense model's logits of batches in step
 _CHUNK_BYTES = 64 * 2**20  # float32 logits in the loss
 _NOT_COMPARED = "so they cannot be compared; give --against the model that it was made of"
 
@@ -264,7 +268,6 @@ def _windows(
     return windows, max(len(prefix), 1), len(encoded) - added
 
 
-@torch.no_grad()
 def _losses(
     model: Any,
     dense: LoadedModel | None,
@@ -273,36 +276,82 @@ def _losses(
     skipped: int,
     batch_size: int,
 ) -> Iterator[torch.Tensor]:
-    """Yield, of each window of a batch, the summed loss and what ``compare`` finds; on the CPU."""
+    """Yield, of each window of a batch, the summed loss and what ``compare`` finds; on the CPU.
+
+    Streamed models run on several batches in step.
+    """
     networks = [model] if dense is None else [model, dense.model]
     with ExitStack() as stack:
         for network in networks:
             stack.enter_context(evaluating(network))
-        batches = torch.split(rows, batch_size)
-        for number, batch in enumerate(track(batches, f"Perplexity on {name}")):
-            logits = [_logits(network, batch) for network in networks]
-            if dense is not None and logits[0].shape != logits[1].shape:
-                raise UserError(
-                    f"{dense.name} predicts {logits[1].shape[-1]} tokens and the model "
-                    f"{logits[0].shape[-1]}, {_NOT_COMPARED}"
-                )
-            found = []
-            for index, target in enumerate(batch.to(logits[0].device)):
-                seen = [one[index, skipped - 1 : -1].to(logits[0].device) for one in logits]
-                sums = _window_loss(seen[0], target[skipped:])[None]
-                if not bool(sums.isfinite().all()):
-                    raise UserError(
-                        f"the loss of window {number * batch_size + index} of {len(rows)} of "
-                        f"{name} is {float(sums)}; the model is broken or overflows in "
-                        f"{logits[0].dtype}: try float32 or bfloat16"
-                    )
-                if dense is not None:
-                    sums = torch.cat([sums, compare(seen[1], seen[0], target[skipped:])])
-                found.append(sums)
-            yield torch.stack(found)
+        batches = list(enumerate(torch.split(rows, batch_size)))
+        together = _batches_in_step(networks, batches[0][1])
+        label, of = f"Perplexity on {name}", f"{len(rows)} of {name}"
+        starts = range(0, len(batches), together)
+        for start in starts if together > 1 else track(starts, label):
+            some = batches[start : start + together]
+            others: Sequence[torch.Tensor | None] = [None] * len(some)
+            if dense is not None:
+                jobs = [partial(_logits, batch) for _, batch in some]
+                others = [*map(result_of, in_step(dense.model, jobs, label))]
+            found = [
+                partial(_sums, batch, other, number * batch_size, of, skipped, dense)
+                for (number, batch), other in zip(some, others, strict=True)
+            ]
+            yield from map(result_of, in_step(model, found, label))
 
 
-def _logits(network: Any, batch: torch.Tensor) -> torch.Tensor:
+def _batches_in_step(networks: Sequence[Any], batch: torch.Tensor) -> int:
+    """Return on how many batches models run in step: on one, if none is streamed."""
+    counts = [runs_in_step(one, batch.numel()) for one in networks if is_model_streamed(one)]
+    if len(networks) > 1:  # the logits of all are there at once
+        model = networks[0]
+        size = model.get_input_embeddings().weight.element_size()
+        counts.append(_TOGETHER_BYTES // (batch.numel() * embedding_rows(model) * size))
+    return max(1, min(counts)) if any(map(is_model_streamed, networks)) else 1
+
+
+@torch.no_grad()
+def _sums(
+    batch: torch.Tensor,
+    other: torch.Tensor | None,
+    first: int,
+    name: str,
+    skipped: int,
+    dense: LoadedModel | None,
+    network: Any,
+) -> torch.Tensor:
+    """Return what ``_losses`` yields of a batch.
+
+    Args:
+        other: the dense model's logits.
+        first: number of the first window, of how many ``name`` says, and of what.
+    """
+    logits = _logits(batch, network)
+    if dense is not None and other is not None and logits.shape != other.shape:
+        raise UserError(
+            f"{dense.name} predicts {other.shape[-1]} tokens and the model {logits.shape[-1]}, "
+            f"{_NOT_COMPARED}"
+        )
+    found = []
+    for index, target in enumerate(batch.to(logits.device)):
+        sums = _window_loss(logits[index, skipped - 1 : -1], target[skipped:])[None]
+        if not bool(sums.isfinite().all()):
+            raise UserError(
+                f"the loss of window {first + index} of {name} is {float(sums)}; the model is "
+                f"broken or overflows in {logits.dtype}: try float32 or bfloat16"
+            )
+        if other is not None:
+            before, after = (
+                one[index, skipped - 1 : -1].to(logits.device) for one in (other, logits)
+            )
+            sums = torch.cat([sums, compare(before, after, target[skipped:])])
+        found.append(sums)
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def _logits(batch: torch.Tensor, network: Any) -> torch.Tensor:
     device = next(network.parameters()).device
     return network(input_ids=batch.to(device), use_cache=False).logits
 

@@ -146,7 +146,9 @@ def load_model(
             scale_rotary_(config, on_disk.local_path(source))
         if weights and memory is not None:
             _download(source, found)
-    streams = weights and memory is not None and _exceeds(memory, source, found, dtype)
+    packs = getattr(config, "quantization_config", None) is not None
+    limit = memory if weights and not packs else None
+    streams = limit is not None and _exceeds(limit, source, revision, dtype)
     if streams:
         options = {"dtype": "auto", "device_map": "cpu"}
     with _quiet():
@@ -255,19 +257,33 @@ def _download(source: str, found: _Found) -> None:
         on_disk.download(source, revision, found.shared["trust_remote_code"])
 
 
-def _exceeds(memory: int, source: str, found: _Found, dtype: str) -> bool:
-    """Whether the weights of a model need more memory than that, and can be read block by block.
+def exceeds(model: ModelSettings, memory: int) -> bool:
+    """Whether the weights of a model on this machine need more memory than that.
+
+    Of what is read as a whole, a ``.gguf`` file, it is never so.
 
     Raises:
         UserError: a weight file is damaged.
     """
-    size = None if found.is_gguf else on_disk.stored_size(source, found.shared["revision"], dtype)
-    if size is None or size[1] <= memory:
+    size = _bytes_by_block(model.model, model.revision, model.dtype)
+    return size is not None and size > memory
+
+
+def _bytes_by_block(source: str, revision: str | None, dtype: str) -> int | None:
+    """Return the bytes of weights that can be read block by block, where they are known."""
+    size = on_disk.stored_size(source, revision, dtype)
+    return None if size is None or size[0] is None else size[1]
+
+
+def _exceeds(memory: int, source: str, revision: str | None, dtype: str) -> bool:
+    """Whether a model has to be read block by block, which is said."""
+    size = _bytes_by_block(source, revision, dtype)
+    if size is None or size <= memory:
         return False
     _LOG.warning(
         "the weights take %.1f GB in %s and %.1f GB of memory are for them: they are read block by "
         "block",
-        size[1] / 1e9,
+        size / 1e9,
         "their own type" if dtype == "auto" else dtype,
         memory / 1e9,
     )

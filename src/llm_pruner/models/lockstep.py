@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from threading import Condition, Thread
-from typing import Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -33,6 +33,16 @@ Outcome: TypeAlias = T | BaseException
 """What a job returned, or raised."""
 
 
+TOGETHER = 256
+"""Runs of a streamed model in step at most, each of which holds hidden states of its own."""
+
+_ROOM = 2**29
+"""Bytes that they may hold together."""
+
+_MODULES = 2_500_000
+"""Bytes of a copy of a model without its weights."""
+
+
 @dataclass(frozen=True)
 class Side(Generic[T]):
     """A streamed model and the jobs that run it.
@@ -44,6 +54,17 @@ class Side(Generic[T]):
     model: nn.Module
     jobs: Sequence[Job[T]]
     around: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+def runs_in_step(model: nn.Module, tokens: int) -> int:
+    """Return how many runs of a streamed model, on so many tokens each, go in step.
+
+    Each has hidden states and a copy of the modules, with buffers of its own.
+    """
+    whole: Any = model
+    states = 4 * tokens * whole.get_input_embeddings().weight.shape[1]
+    buffers = sum(one.nbytes for one in model.buffers())
+    return max(1, min(TOGETHER, _ROOM // (states + buffers + _MODULES)))
 
 
 def in_step(model: nn.Module, jobs: Sequence[Job[T]], label: str) -> Iterator[Outcome[T]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -13,21 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from llm_pruner.models.forward import run_for_logits, undisturbed
-from llm_pruner.models.lockstep import in_step, result_of
+from llm_pruner.models.lockstep import in_step, result_of, runs_in_step
 from llm_pruner.models.streaming import is_model_streamed
 from llm_pruner.runtime.progress import track
 
 Change: TypeAlias = Callable[[nn.Module, int], AbstractContextManager[None]]
 """Inside what it returns, a model is another one, for the held-out sample of a number."""
-
-TOGETHER = 256
-"""Runs of a streamed model in step at most, each of which holds hidden states of its own."""
-
-_ROOM = 2**29
-"""Bytes that they may hold together."""
-
-_MODULES = 2_500_000
-"""Bytes of a copy of a model without its weights."""
 
 _ROWS = 64
 """Tokens whose logits are compared at a time."""
@@ -46,17 +37,6 @@ def divergences(
         found = [meter.of(one) * len(ids) for one in networks]
         totals = [total + one for total, one in zip(totals, found, strict=True)]
     return [total / len(held_out) for total in totals]
-
-
-def runs_in_step(model: nn.Module, tokens: int) -> int:
-    """Return how many runs of a streamed model, on so many tokens each, go in step.
-
-    Each has hidden states and a copy of the modules, with buffers of its own.
-    """
-    whole: Any = model
-    states = 4 * tokens * whole.get_input_embeddings().weight.shape[1]
-    buffers = sum(one.nbytes for one in model.buffers())
-    return max(1, min(TOGETHER, _ROOM // (states + buffers + _MODULES)))
 
 
 class DivergenceMeter:

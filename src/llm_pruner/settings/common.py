@@ -9,9 +9,10 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator
 
 from llm_pruner.errors import UserError
+from llm_pruner.runtime.memory import free_bytes
 from llm_pruner.settings.limits import MOST, must, within
 from llm_pruner.settings.options import Settings, option, option_name, written
-from llm_pruner.settings.words import LOCAL_TASKS
+from llm_pruner.settings.words import LOCAL_TASKS, parse_bytes
 
 LOADING, OUTPUT, CALIBRATION = "Loading", "Output", "Calibration text"
 TASKS = "Zero-shot tasks"
@@ -71,6 +72,37 @@ class ModelSettings(Settings):
     def computing(self, model: str | Path | None = None) -> ModelSettings:
         """Return the same for computing: what is saved as it was stored is loaded in float32."""
         return self.loading(model, "float32" if self.dtype == "auto" else self.dtype)
+
+
+Room = Annotated[
+    int | str,
+    written(parse_bytes, "auto"),
+    must(
+        lambda room: isinstance(room, str) or room >= 1000,
+        "{option} {value} is bytes, and too few for any weight; write such as 8GB, or auto",
+    ),
+]
+
+
+room_for_weights = partial(
+    _loading,
+    "auto",
+    "Room for the weights, such as 8GB; where they need more, they are read block by block.",
+    "SIZE",
+)
+
+
+class MemorySettings(Settings):
+    """How much of the memory the weights may take."""
+
+    memory: Room = room_for_weights(shown="two fifths of what is free")
+
+    def room(self, device: str) -> int:
+        """Return the bytes that the weights may take on a device.
+
+        By default so few that what a cut and a refit make of them fits in beside them.
+        """
+        return free_bytes(device) * 2 // 5 if isinstance(self.memory, str) else self.memory
 
 
 class FolderSettings(Settings):

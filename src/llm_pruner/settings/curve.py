@@ -7,17 +7,17 @@ from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator
 
-from llm_pruner.settings.common import CALIBRATION, LOADING, OUTPUT, FolderSettings, ModelSettings
+from llm_pruner.settings.common import (
+    CALIBRATION,
+    LOADING,
+    OUTPUT,
+    FolderSettings,
+    MemorySettings,
+    ModelSettings,
+)
 from llm_pruner.settings.limits import MOST, must, within
 from llm_pruner.settings.options import option, written
-from llm_pruner.settings.prune import (
-    IMPORTANCE,
-    PLAN,
-    WHERE,
-    ChoiceSettings,
-    MemorySettings,
-    PruneSettings,
-)
+from llm_pruner.settings.prune import IMPORTANCE, PLAN, WHERE, ChoiceSettings, PruneSettings
 from llm_pruner.settings.words import parse_damage, parse_shares
 
 _POINTS, _MEASURE = "Points", "What to measure"

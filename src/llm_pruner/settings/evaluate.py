@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from llm_pruner.errors import UserError
-from llm_pruner.settings.common import TASKS, ModelSettings, Names, Sources, TaskSettings
+from llm_pruner.runtime.memory import free_bytes
+from llm_pruner.settings.common import (
+    TASKS,
+    MemorySettings,
+    ModelSettings,
+    Names,
+    Room,
+    Sources,
+    TaskSettings,
+    room_for_weights,
+)
 from llm_pruner.settings.limits import MOST, must, within
 from llm_pruner.settings.options import Settings, option, option_name, written
 from llm_pruner.settings.registry import SERVERS
@@ -105,8 +115,12 @@ class SkillSettings(Settings):
                 raise UserError(f"{option_name(given)} is about {words} or leave it out")
 
 
-class EvaluateSettings(ModelSettings, PerplexitySettings, TaskSettings, SkillSettings):
+class EvaluateSettings(
+    MemorySettings, ModelSettings, PerplexitySettings, TaskSettings, SkillSettings
+):
     """All that ``evaluate`` can be asked for."""
+
+    memory: Room = room_for_weights(shown="four fifths of what is free, for both models")
 
     perplexity: Sources = option(
         (),
@@ -143,6 +157,12 @@ class EvaluateSettings(ModelSettings, PerplexitySettings, TaskSettings, SkillSet
         "the dense model that it was made of.",
         "DIR",
     )
+
+    def room(self, device: str, models: int = 1) -> int:
+        """Return the bytes that the weights of one of so many models may take on a device."""
+        if not isinstance(self.memory, str):
+            return self.memory
+        return free_bytes(device) * 4 // (5 * models)
 
     def check(self) -> None:
         """Raise UserError where nothing would be measured."""

@@ -8,26 +8,26 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from llm_pruner.errors import UserError
-from llm_pruner.runtime.memory import free_bytes
 from llm_pruner.settings.common import (
     CALIBRATION,
     LOADING,
     OUTPUT,
     CalibrationSettings,
+    MemorySettings,
     Names,
     WriterSettings,
 )
 from llm_pruner.settings.limits import MOST_MINUTES, Seed, must, within
 from llm_pruner.settings.options import Settings, option, option_name, presets_in, written
 from llm_pruner.settings.registry import COMPENSATIONS, CRITERIA
-from llm_pruner.settings.words import parse_bytes, parse_count, parse_layer_ranges, parse_split
+from llm_pruner.settings.words import parse_count, parse_layer_ranges, parse_split
 
 HOW_MUCH, HOW, WHERE = "How much (one of these)", "How", "Where from"
 IMPORTANCE, PLAN = "Importance", "Plan"
 """Headings in the help."""
 
-_how_much, _how, _where, _importance, _plan, _output, _loading = (
-    partial(option, panel=of) for of in (HOW_MUCH, HOW, WHERE, IMPORTANCE, PLAN, OUTPUT, LOADING)
+_how_much, _how, _where, _importance, _plan, _output = (
+    partial(option, panel=of) for of in (HOW_MUCH, HOW, WHERE, IMPORTANCE, PLAN, OUTPUT)
 )
 
 AMOUNTS = ("ratio", "params", "unit_ratio", "kv_cache")
@@ -43,15 +43,6 @@ _Ranges = Annotated[
         "heads=4-26",
     ),
 ]
-_Room = Annotated[
-    int | str,
-    written(parse_bytes, "auto"),
-    must(
-        lambda room: isinstance(room, str) or room >= 1000,
-        "{option} {value} is bytes, and too few for any weight; write such as 8GB, or auto",
-    ),
-]
-
 PURPOSES = {"blocks": 32, "gguf": 256, "gptq": 128, "marlin": 64}
 """What is to run the model -> the multiple that it wants."""
 
@@ -218,24 +209,6 @@ class PlanSettings(ChoiceSettings, AmountSettings):
         "says).",
         "SHARE",
     )
-
-
-class MemorySettings(Settings):
-    """How much of the memory the weights may take."""
-
-    memory: _Room = _loading(
-        "auto",
-        "Room for the weights, such as 8GB; where they need more, they are read block by block.",
-        "SIZE",
-        shown="two fifths of what is free",
-    )
-
-    def room(self, device: str) -> int:
-        """Return the bytes that the weights may take on a device.
-
-        By default so few that what a cut and a refit make of them fits in beside them.
-        """
-        return free_bytes(device) * 2 // 5 if isinstance(self.memory, str) else self.memory
 
 
 class PruneSettings(MemorySettings, WriterSettings, PlanSettings):
