@@ -6,9 +6,11 @@ import copy
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
@@ -135,3 +137,95 @@ def test_what_goes_wrong_is_kept_from_the_import(
     hook.register()  # what is there already
     assert added == ["holds_no_table"] * 2
     assert len(sys.meta_path) == before - 1
+
+
+def test_what_imports_torch_half_way_is_added_to_when_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As modeling_utils does where a program begins with it."""
+    half = "from llm_pruner import hook\nhook.register()\nTABLE = {}"
+    (tmp_path / "half_made.py").write_text(half)
+    (tmp_path / "comes_later.py").write_text("")
+    monkeypatch.setattr(hook, "_ADDITIONS", {"half_made": lambda module: module.TABLE.update(us=1)})
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    half_made = import_module("half_made")
+    assert half_made.TABLE == {}
+    import_module("comes_later")
+    assert half_made.TABLE == {"us": 1}
+
+
+def test_other_code_stays_what_it_is() -> None:
+    class Wrapper(PreTrainedModel):
+        config_class = LlamaConfig
+
+        def __init__(self, encoder: str, config: LlamaConfig) -> None:
+            super().__init__(config)
+            self.encoder = encoder
+
+    assert Wrapper("encoder", config=LlamaConfig()).encoder == "encoder"
+    # Where it is of another module, transformers leaves a folder's own code out, whoever trusts it.
+    stand_in = hook.StandIn("llm_pruner.models.chatglm", "ChatGLMConfig")
+    assert stand_in.__module__.startswith("transformers.")
+
+
+def test_what_imports_torch_half_way_is_added_to_when_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As modeling_utils does where a program begins with it."""
+    half = "from llm_pruner import hook\nhook.register()\nTABLE = {}"
+    (tmp_path / "half_made.py").write_text(half)
+    (tmp_path / "comes_later.py").write_text("")
+    monkeypatch.setattr(hook, "_ADDITIONS", {"half_made": lambda module: module.TABLE.update(us=1)})
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    import half_made  # type: ignore[import-not-found]
+
+    import comes_later  # type: ignore[import-not-found]  # noqa: F401
+
+    assert half_made.TABLE == {"us": 1}
+
+
+def test_other_code_stays_what_it_is() -> None:
+    class Wrapper(PreTrainedModel):
+        config_class = LlamaConfig
+
+        def __init__(self, encoder: str, config: LlamaConfig) -> None:
+            super().__init__(config)
+            self.encoder = encoder
+
+    assert Wrapper("encoder", config=LlamaConfig()).encoder == "encoder"
+    # Where it is of another module, transformers leaves a folder's own code out, whoever trusts it.
+    stand_in = hook.StandIn("llm_pruner.models.chatglm", "ChatGLMConfig")
+    assert stand_in.__module__.startswith("transformers.")
+
+
+def test_what_imports_torch_half_way_is_added_to_when_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As modeling_utils does where a program begins with it."""
+    half = "from llm_pruner import hook\nhook.register()\nTABLE = {}"
+    (tmp_path / "half_made.py").write_text(half)
+    (tmp_path / "comes_later.py").write_text("")
+    monkeypatch.setattr(hook, "_ADDITIONS", {"half_made": lambda module: module.TABLE.update(us=1)})
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    import half_made  # type: ignore[import-not-found]
+
+    import comes_later  # type: ignore[import-not-found]  # noqa: F401
+
+    assert half_made.TABLE == {"us": 1}
+
+
+def test_other_code_stays_what_it_is() -> None:
+    class Wrapper(PreTrainedModel):
+        config_class = LlamaConfig
+
+        def __init__(self, encoder: str, config: LlamaConfig) -> None:
+            super().__init__(config)
+            self.encoder = encoder
+
+    assert Wrapper("encoder", config=LlamaConfig()).encoder == "encoder"
+    # Where it is of another module, transformers leaves a folder's own code out, whoever trusts it.
+    stand_in = hook.StandIn("llm_pruner.models.chatglm", "ChatGLMConfig")
+    assert stand_in.__module__.startswith("transformers.")

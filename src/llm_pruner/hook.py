@@ -18,10 +18,14 @@ from typing import Any
 
 
 class StandIn:
-    """Stands in a table for a class of this package until that is used."""
+    """Stands in a table for a class of this package until that is used.
+
+    It is said to be one of transformers, so that ``trust_remote_code=True`` runs a folder's own
+    code, as where this package is not installed.
+    """
 
     def __init__(self, home: str, name: str) -> None:
-        self._home, self.__name__ = home, name
+        self._home, self.__name__, self.__module__ = home, name, f"transformers.{home}"
 
     def _original(self) -> Any:
         return getattr(import_module(self._home), self.__name__)
@@ -56,8 +60,8 @@ def _add_pruned_models(modeling: ModuleType) -> None:
     """Have a config with a recipe build the class that cuts, whichever class of its is called."""
     base = modeling.PreTrainedModel
 
-    def build(cls: Any, config: Any = None, *_: Any, **__: Any) -> Any:
-        if has_recipe(config):
+    def build(cls: Any, /, *args: Any, **named: Any) -> Any:
+        if has_recipe(named.get("config", args[0] if args else None)):
             cls = import_module("llm_pruner.checkpoints.remote_code").pruned_class(cls)
         return super(base, cls).__new__(cls)
 
@@ -75,13 +79,14 @@ _ADDITIONS: dict[str, Callable[[ModuleType], None]] = {
 class _Finder(MetaPathFinder):
     """Lets others find the modules that hold tables, and adds to these once they are there."""
 
-    def __init__(self, awaited: Sequence[str]) -> None:
-        self._awaited = set(awaited)
+    def __init__(self) -> None:
+        self.awaited = set(_ADDITIONS)
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name in self._awaited:
+        self.add_to_made()
+        if name in self.awaited:
             with suppress(Exception):  # which the one that raised it will raise again
                 for finder in sys.meta_path:
                     spec = None if finder is self else finder.find_spec(name, path, target)
@@ -90,16 +95,26 @@ class _Finder(MetaPathFinder):
                         return spec
         return None
 
+    def add_to_made(self) -> None:
+        """Add to modules that are complete: PyTorch may be imported in the middle of one."""
+        for name in [*self.awaited]:
+            module = sys.modules.get(name)
+            if module is not None and not getattr(module.__spec__, "_initializing", False):
+                self._add(module, name)
+
+    def _add(self, module: ModuleType, name: str) -> None:
+        self.awaited.discard(name)
+        with suppress(Exception):  # another release of transformers may have no such table
+            _ADDITIONS[name](module)
+
     def _extend(self, spec: ModuleSpec) -> None:
         loader: Any = spec.loader
         execute = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            with suppress(Exception):  # another release of transformers may have no such table
-                _ADDITIONS[spec.name](module)
-            self._awaited.discard(spec.name)
-            if not self._awaited and self in sys.meta_path:
+            self._add(module, spec.name)
+            if not self.awaited and self in sys.meta_path:
                 sys.meta_path.remove(self)
 
         loader.exec_module = exec_module
@@ -115,9 +130,7 @@ def register() -> None:
     """
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
-    awaited = [name for name in _ADDITIONS if name not in sys.modules]
-    for name in _ADDITIONS.keys() - awaited:
-        with suppress(Exception):
-            _ADDITIONS[name](sys.modules[name])
-    if awaited:
-        sys.meta_path.insert(0, _Finder(awaited))
+    finder = _Finder()
+    finder.add_to_made()
+    if finder.awaited:
+        sys.meta_path.insert(0, finder)

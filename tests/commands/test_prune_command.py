@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -401,6 +402,19 @@ def test_a_plan_that_took_long_outlives_what_fails_after_it(
     assert not Path("small").exists()
     done("prune", tiny, "--out", "small", "--plan", "small.plan.json")
     assert read_plan(Path("small/plan.json")).groups == read_plan(Path("small.plan.json")).groups
+    # What is said refits as the run would have.
+    write_text(Path("text.txt"))
+    how = ("--calibration", "text.txt", "--samples", 16, "--seq-len", 16, "--compensation")
+    refits = ("prune", tiny, "--out", "fitted", "--ratio", 0.2, *how, "least-squares")
+    done(*refits)
+    wanted = (Path("fitted/model.safetensors")).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(PruneRun, "save", full)
+        patch.setattr(llm_pruner.commands.prune, "KEPT_AFTER", 0.0)
+        assert run(*refits, "--overwrite").code == 1
+    words = shlex.split(caplog.messages[-1].rpartition("go on from it with ")[2])
+    done("prune", tiny, "--out", "fitted", "--overwrite", *words)
+    assert (Path("fitted/model.safetensors")).read_bytes() == wanted
 
 
 def test_the_disk_is_looked_at_again_once_it_is_known_what_stays(

@@ -77,7 +77,8 @@ def gated(model: Any, group: Group, ids: torch.Tensor) -> np.ndarray[Any, Any]:
 def test_gates_are_derivatives(name: str) -> None:
     model, discovery = discovered(name)
     model = copy.deepcopy(model).double()
-    groups = [g for g in discovery.groups if g.kind in ("heads", "ffn") and g.frozen is None]
+    kinds = ("heads", "ffn", "hidden")
+    groups = [g for g in discovery.groups if g.kind in kinds and g.frozen is None]
     ids = tokens()
     with undisturbed(model):
         seen = observe(model, ids, groups, ["gates"])

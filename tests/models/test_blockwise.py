@@ -14,7 +14,7 @@ from torch import nn
 
 from llm_pruner.discovery.groups import discover
 from llm_pruner.models import blockwise
-from llm_pruner.models.blockwise import find_chain, know_copy
+from llm_pruner.models.blockwise import NotBlockwise, find_chain, know_copy
 from llm_pruner.models.layers import sharing_copy, without_layers
 from llm_pruner.surgery.cut import cut_copy
 
@@ -104,3 +104,40 @@ def test_a_proof_holds_no_model() -> None:
     del model
     gc.collect()
     assert not any(one() for one in gone)
+
+
+def test_a_block_that_refuses_what_it_is_given_alone_is_no_chain(model: Any) -> None:
+    """As where later blocks need the indices that earlier ones have chosen."""
+    inner = model.model.layers[1].forward
+
+    def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not seen:
+            raise ValueError("shared layers require indices")
+        return inner(hidden, *args, **kwargs)
+
+    seen, first = list[int](), model.model.layers[0].forward
+
+    def leaves(*args: Any, **kwargs: Any) -> Any:
+        seen.append(1)
+        return first(*args, **kwargs)
+
+    model.model.layers[0].forward, model.model.layers[1].forward = leaves, forward
+    model.register_forward_pre_hook(lambda *_: seen.clear())
+    with pytest.raises(NotBlockwise, match="return more than a hidden state"):
+        find_chain(model, IDS, {})
+
+
+def test_a_model_that_gives_all_logits_for_targets_alone_is_proven_at_once() -> None:
+    class Published(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.out = nn.Embedding(40, 8), nn.Linear(8, 40)
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+        def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> Any:
+            x = self.embed(idx)
+            for layer in self.layers:
+                x = layer(x)
+            return (self.out(x if targets is not None else x[:, [-1]]), None)
+
+    assert len(find_chain(Published().requires_grad_(False), IDS, {}).blocks) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -368,6 +369,32 @@ def test_neither_loading_nor_a_turn_leaves_pages_of_the_files_in_memory(tmp_path
     with turn(*model.model.layers, *ends_of(model)), torch.no_grad():
         model(torch.arange(3, 40)[None])
     assert mapped_bytes(file) < file.stat().st_size / 4
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="others keep them in memory")
+def test_a_weight_that_took_another_one_s_place_lies_on_the_disk(
+    streamed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = streamed.model.layers
+    for number, least in enumerate((1, 2**30)):
+        monkeypatch.setattr(stored_weight, "_FILED", least)
+        module = layers[number].mlp.down_proj
+        with turn(layers[number]):
+            new = torch.randn_like(module.weight)
+            module.weight = nn.Parameter(new, requires_grad=False)
+        source = streaming._SOURCES[module.weight]
+        assert source.mapped is (number == 0)
+        source.forget()  # read again from the file
+        with turn(layers[number]):
+            assert torch.equal(module.weight, new.to(source.stored.dtype).to(new.dtype))
+
+
+@pytest.mark.parametrize("method", ["llm_pruner", "torchao"])
+def test_what_a_recipe_stands_for_is_read_block_by_block(method: str) -> None:
+    config = tiny_model().config
+    assert load._method(config) is None
+    config.quantization_config = {"quant_method": method}
+    assert (load._method(config) in (None, load._OWN_METHOD)) is (method == "llm_pruner")
 
 
 def test_copies_run_on_their_own_cuts(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from families import make
 from llm_pruner import discover
+from llm_pruner.evaluation.divergence import compare
 from llm_pruner.search.divergence import DivergenceMeter, divergences
 from llm_pruner.surgery.cut import cut_, cut_copy
 
@@ -40,3 +41,16 @@ def test_a_trial_is_the_pruned_model_and_leaves_the_dense_one(family: str) -> No
     cut_(pruned, discovery, removal)
     assert found == pytest.approx(meter.of(pruned), rel=1e-5)
     assert found > 0
+
+
+def test_tokens_that_are_never_written_are_no_difference() -> None:
+    dense, other, held_out = make("llama"), make("llama", seed=1), tokens(2)
+    never = torch.tensor([5, 6])
+    for model in (dense, other):
+        head = model.lm_head.forward
+        model.lm_head.forward = lambda x, head=head: head(x).index_fill(-1, never, -torch.inf)
+    found = divergences(dense, (dense, other), held_out)
+    assert abs(found[0]) < 1e-4
+    assert found[1] > 10 * abs(found[0])
+    logits = dense(held_out).logits[0].detach()
+    assert compare(logits, logits, held_out[0]).isfinite().all()

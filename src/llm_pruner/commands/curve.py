@@ -39,6 +39,7 @@ from llm_pruner.files.outputs import (
     write_output,
 )
 from llm_pruner.models.activation_store import HiddenStates
+from llm_pruner.models.blockwise import know_copy
 from llm_pruner.models.forward import maximum_length
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import LoadedModel, check, load
@@ -227,9 +228,11 @@ class CurveRun:
         settings = self.settings.pruning(ratio)
         if self.round_to is not None:
             settings = settings.but(round_to=self.round_to)
+        model, copied = self.loaded.model, sharing_copy(self.loaded.model)
+        know_copy(model, copied)
         run = PruneRun(
             settings,
-            loaded=replace(self.loaded, model=sharing_copy(self.loaded.model)),
+            loaded=replace(self.loaded, model=copied),
             discovery=self.discovery,
             text=self.text,
             scores=self.scores,
@@ -237,6 +240,7 @@ class CurveRun:
         )
         run.check()
         run.load()
+        know_copy(copied, model)
         if settings.round_to == "auto":  # it is timed, and holds for all points
             run.reach()
             self.round_to = run.selection.round_to

@@ -42,7 +42,7 @@ from safetensors import safe_open
 from torch import nn
 
 from llm_pruner import planning
-from llm_pruner.checkpoints.save import SHARD, keep_type_
+from llm_pruner.checkpoints.save import SHARD
 from llm_pruner.commands import prune_start as start
 from llm_pruner.commands.prune import RELOAD_LIMIT, PruneRun
 from llm_pruner.commands.refitting import fitted_and_judged, text_to_refit
@@ -67,11 +67,11 @@ from llm_pruner.models.load import load, without_values
 from llm_pruner.models.lockstep import runs_in_step
 from llm_pruner.models.stored import stored_at, stored_size
 from llm_pruner.recovery.repair import TRAINED_BYTES
-from llm_pruner.runtime.memory import give_back
+from llm_pruner.runtime.memory import free_bytes, give_back
 from llm_pruner.runtime.precision import fast_matmul, mixed_precision, multiplies_bfloat16
 from llm_pruner.runtime.progress import Clock
 from llm_pruner.search.divergence import DivergenceMeter
-from llm_pruner.search.layer_trials import LEVELS, judging_tokens
+from llm_pruner.search.layer_trials import LEVELS, judged
 from llm_pruner.search.structure_split import REFIT_RIDGE, hold_out, refit_samples
 from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.surgery.cut import cut_, cut_copy
@@ -172,6 +172,7 @@ class _Forecaster:
         self.room = settings.room(settings.device)
         self.streamed = stored is not None and stored[0] is not None and self.bytes > self.room
         self.removed, self.rounds = self._removed(), settings.steps
+        self.refitted = 0  # bytes of the new weights, beside the old ones until all are judged
         self._read_text()
 
     def _removed(self) -> float:
@@ -246,6 +247,7 @@ class _Forecaster:
         first, deep = (self._jobs_on(blocks, VOCABULARY) for blocks in (1, deeper))
         whole = self._jobs_on(1, None)
         self.jobs: dict[str, Taken] = {}
+        self.refitted *= 0 if self.streamed else count
         for job, taken in deep.items():
             more = max(0.0, taken.seconds - first[job].seconds) / max(1, deeper - 1)
             each = min(more, taken.seconds / deeper)  # what is more is no block's but chance
@@ -283,7 +285,6 @@ class _Forecaster:
             return found
         cut: Any = cut_verified_ if settings.verify else cut_
         found["verify"], _ = _taken(partial(cut, model, discovery, removal))
-        keep_type_(model, self.loaded.stored_dtype)
         found["reload"], _ = _taken(partial(require_same, model, sharing_copy(model), discovery))
         return found
 
@@ -300,7 +301,9 @@ class _Forecaster:
             ids = _tokens(max(2, samples), self.length, embedding_rows(model))
             job = partial(refit_, pruned, model, discovery, removal, ids, ridges)
             with mixed_precision(model), self._states(model, ids[: self.scored]) as known:
-                found[name], _ = _taken(partial(job, known=known))
+                found[name], done = _taken(partial(job, known=known))
+            weights = (pruned.get_submodule(one.module).get_parameter("weight") for one in done)
+            self.refitted = sum(weight.nbytes for weight in weights)
 
     def _states(self, model: Any, ids: torch.Tensor) -> HiddenStates:
         """Return hidden states of any values where an estimate will have left some."""
@@ -478,11 +481,14 @@ class _Forecaster:
         if run.splits:
             self._book_splits()
         if run.tries_layers:
-            trials, tokens = len(LEVELS) * self._count(), judging_tokens(self.total)
-            seconds = self._of("dense logits", 1) + self._of("trial", trials * tokens / self.length)
-            count = runs_in_step(self.model, self.length)
-            times = 4 + math.ceil(trials * self.held_out / count)
-            self._book("layer trials", seconds, self.block + self._rise("trial"), narrow=times)
+            trials = len(LEVELS) * self._count()
+            some = judged(torch.empty(self.held_out, self.length, device="meta"), self.total)
+            seconds = self._of("dense logits", 1)
+            seconds += self._of("trial", trials * some.numel() / self.length)
+            count = runs_in_step(self.model, some.shape[1])
+            times = 4 + math.ceil(trials * len(some) / count)
+            more = self.cut + self._dense_logits() + self._rise("trial")
+            self._book("layer trials", seconds, self.block + more, narrow=times)
 
     def _book_splits(self) -> None:
         run = self.run
@@ -495,9 +501,12 @@ class _Forecaster:
         if refitted:
             seconds += self._of("trial refit", refitted)
             jobs.append("trial refit")
-        logits = 2 * self.held_out * self.length * embedding_rows(self.model)
-        more = self.cut + logits + self._rise(*jobs)
+        more = self.cut + self._dense_logits() + self._rise(*jobs)
+        more += self.refitted if refitted else 0
         self._book("trials", seconds, more, narrow=1 + trials + 3 * refitted)
+
+    def _dense_logits(self) -> int:
+        return 2 * self.held_out * self.length * embedding_rows(self.model)
 
     def _book_cut(self) -> None:
         """Book the cut, its check, the refit and the repair."""
@@ -506,11 +515,11 @@ class _Forecaster:
         more, passes = around + self._rise("verify"), 2 * rounds * settings.verify
         self._book(stage, self._of("verify", rounds), more, wide=passes)
         if self.run.refits:
-            more = around + self._rise("refit")
+            more = around + self.refitted + self._rise("refit")
             self._book("least squares", self._of("refit", rounds), more, narrow=5 * rounds)
         if self.run.repairs and not self.streamed:
             trained = TRAINED_BYTES * self.kept
-            fits = trained < psutil.virtual_memory().available - self.weights
+            fits = trained < free_bytes("cpu") - self.weights
             more = self.cut + (trained if fits else 0)
             self._book("repair", 60 * settings.repair_minutes, more)
 

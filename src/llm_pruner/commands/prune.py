@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import shlex
 from collections.abc import Callable, Mapping, Set
 from contextlib import suppress
 from dataclasses import replace
@@ -55,6 +56,7 @@ from llm_pruner.runtime.processes import (
     check_trains,
     is_sharded,
     joined,
+    on_this_machine,
     own_device,
 )
 from llm_pruner.runtime.progress import Clock, quiet
@@ -62,6 +64,7 @@ from llm_pruner.search.cache_cost import cache_cost
 from llm_pruner.search.fast_widths import Rounding, measured_rounding
 from llm_pruner.search.layer_trials import Damage, allocate_by_damage, measure_layers
 from llm_pruner.search.structure_split import find_split, hold_out
+from llm_pruner.settings.options import option_name
 from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.surgery.pruner import Surgeon, reload_check
 from llm_pruner.surgery.removal import count_parameters
@@ -202,7 +205,15 @@ class PruneRun:
         with suppress(UserError, OSError):  # something else is there, or the disk is full
             start.check_out(file, overwrite=True, dry_run=True, reads=())
             write_output(file, self.plan.to_json())
-            _LOG.warning("what was decided is kept; go on from it with --plan %s", file)
+            words = shlex.join(["--plan", str(file), *self._repairing()])
+            _LOG.warning("what was decided is kept; go on from it with %s", words)
+
+    def _repairing(self) -> list[str]:
+        """Return the options by which a replay of the plan refits and repairs as this run does."""
+        names = ["calibration", "samples", "seq_len", "seed"] * (self.refits or self.repairs)
+        names += ["compensation", "refit_text"] * self.refits + ["repair_minutes"] * self.repairs
+        values = ((option_name(name), str(getattr(self.settings, name))) for name in names)
+        return [word for pair in values for word in pair]
 
     # ----------------------------------------------------------------------------- what is asked
 
@@ -260,6 +271,8 @@ class PruneRun:
         """Load the model and find its groups."""
         loaded, discovery, _ = self.given
         self.room = self.settings.room(self.device)
+        if isinstance(self.settings.memory, str) and not self.device.startswith("cuda"):
+            self.room //= on_this_machine()  # processes, with one memory
         loading = self.settings.computing().but(device=self.device)
         self.loaded = loaded or load(
             loading, weights=not self.weightless, memory=self.room, tokenizer=self.tokenizer

@@ -500,7 +500,8 @@ def _adds_up(states: torch.Tensor, outputs: Sequence[torch.Tensor], behind: torc
     given = torch.stack([output.double() for output in outputs]).sum(0)
     # Where consumers are added to each other first, their sum is as coarse as they are.
     short = any(one.dtype in (torch.float16, torch.bfloat16) for one in (*outputs, behind))
-    close = (1e-2 if short else 1e-4) * added.norm()
+    rounded = 2 * torch.finfo(behind.dtype).eps * behind.double().norm()
+    close = max((1e-2 if short else 1e-4) * added.norm(), rounded)
     fitted = float((given * added).sum() / given.square().sum().clamp_min(1e-30))
     return next((f for f in (1.0, fitted) if f and (added - f * given).norm() <= close), 0.0)
 

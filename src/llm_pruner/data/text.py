@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -81,10 +82,10 @@ def shares_of(mixture: str) -> dict[str, float]:
     Raises:
         UserError: a source stands twice, some have a share and some do not, or one is nothing.
     """
-    if Path(mixture).expanduser().exists():
+    if _is_there(mixture):
         return {mixture: 1.0}
     parts = [part.strip() for part in mixture.split(",") if part.strip()] or [mixture]
-    found = [None if Path(one).expanduser().exists() else _SHARE.fullmatch(one) for one in parts]
+    found = [None if _is_there(one) else _SHARE.fullmatch(one) for one in parts]
     names = [one if match is None else match[1] for one, match in zip(parts, found, strict=True)]
     shares = [None if match is None else float(match[2]) for match in found]
     for name, share in zip(names, shares, strict=True):
@@ -95,6 +96,10 @@ def shares_of(mixture: str) -> dict[str, float]:
         if share == 0:
             raise UserError(f"{name} has the share 0 in {mixture}; leave it out, or give it one")
     return {name: share or 1.0 for name, share in zip(names, shares, strict=True)}
+
+
+def _is_there(name: str) -> bool:
+    return os.path.exists(Path(name).expanduser())  # of a mixture, which may be too long for a name
 
 
 def name_of_part(part: str) -> str:

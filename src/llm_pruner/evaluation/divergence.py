@@ -56,7 +56,11 @@ def compare(dense: torch.Tensor, model: torch.Tensor, targets: torch.Tensor) -> 
     totals = torch.zeros(3, dtype=torch.float64)
     parts = (one.split(chunk) for one in (dense, model, targets))
     for before, after, target in zip(*parts, strict=True):
-        p, q = before.float().log_softmax(-1), after.float().log_softmax(-1)
+        # A token that is never written has minus infinity, of which no difference is to be taken.
+        p, q = (
+            one.float().log_softmax(-1).clamp_min(torch.finfo(torch.float16).min)
+            for one in (before, after)
+        )
         totals += torch.stack(
             [
                 kl_div(q, p, log_target=True, reduction="none").sum(-1).double().sum(),

@@ -228,19 +228,19 @@ class _Watch(Collector):
     def _note(
         self, path: str, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Note an input, which becomes a leaf if nothing below it takes a gradient."""
+        """Note an input, which becomes a leaf if nothing below it takes a gradient.
+
+        Queries, keys and values may read one tensor: each gets an alias, whose gradient is its own.
+        """
         value = given = first_tensor(args, named)
         if self._forward_only:
             self._seen.append((path, value))
             return None
         if not torch.is_grad_enabled():
             return None
-        fresh = not value.requires_grad
-        if fresh:
-            value = value.detach().requires_grad_()
+        leaf = not value.requires_grad
+        value = value.detach().requires_grad_() if leaf else value.view_as(value)
         self._seen.append((path, value))
-        if not fresh:
-            return None
         changed = {key: value if one is given else one for key, one in named.items()}
         return tuple(value if one is given else one for one in args), changed
 

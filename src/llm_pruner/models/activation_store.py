@@ -48,11 +48,11 @@ class ActivationStore:
         if filed and free < need:
             raise UserError(
                 f"the hidden states of {self._samples} samples need {need / 2**30:.1f} GiB on disk "
-                f"and {_folder()} has {free / 2**30:.1f} GiB free; set TMPDIR to a "
+                f"and {scratch_folder()} has {free / 2**30:.1f} GiB free; set TMPDIR to a "
                 "larger disk, or use fewer or shorter samples"
             )
         # Without a name, so that a killed process leaves nothing behind.
-        self._files = {key: tempfile.TemporaryFile(dir=_folder()) for key in filed}  # noqa: SIM115
+        self._files = {key: tempfile.TemporaryFile(dir=scratch_folder()) for key in filed}  # noqa: SIM115
 
     def __enter__(self) -> ActivationStore:
         return self
@@ -106,10 +106,10 @@ class ActivationStore:
 
 def free_on_disk() -> int:
     """Return the free bytes where arrays that do not fit in memory would lie."""
-    return shutil.disk_usage(_folder()).free
+    return shutil.disk_usage(scratch_folder()).free
 
 
-def _folder() -> str:
+def scratch_folder() -> str:
     """Return the temporary folder; /var/tmp, which outlives a boot, where that lies in memory."""
     place, other = tempfile.gettempdir(), "/var/tmp"
     disks = psutil.disk_partitions(all=True)

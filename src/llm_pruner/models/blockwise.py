@@ -387,6 +387,8 @@ def _proven(
     try:
         with requiring_gradients(scored), chain.opened():
             _probe(chain, ids, carries)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # autograd's: a block writes into its input, for instance
         raise NotBlockwise(f"a block does not run on its own: {error}") from error
     return chain
@@ -463,6 +465,10 @@ def _probe(chain: Chain, ids: torch.Tensor, carries: bool) -> None:
 
     def handler(at: int, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = hidden_of(args, kwargs)
+        if at == 0 and entries and torch.equal(given, entries[0]):
+            # The model is run again, with targets, if that is how it gives all logits.
+            for noted in (entries, inputs, outputs, leaves, chain.forms):
+                noted.clear()
         if at != len(outputs) or (leaves and not _is_same(given, leaves[-1])):
             raise NotBlockwise(f"block {at} does not run on the output of the block before it")
         if len(given) != len(ids):  # Gemma 3n has four hidden states, and samples behind them
@@ -501,7 +507,9 @@ def _probe(chain: Chain, ids: torch.Tensor, carries: bool) -> None:
     for index, output in enumerate(outputs):
         try:
             _, again = chain.run_block(index, ids, inputs[index], carried)
-        except (TypeError, AttributeError) as error:  # raised by a None in place of a tensor
+        except (NotBlockwise, RuntimeError):
+            raise
+        except Exception as error:  # whatever code says to a None in place of a tensor
             raise NotBlockwise("the blocks return more than a hidden state") from error
         if not torch.allclose(again, output, rtol=1e-3, atol=1e-5, equal_nan=True):
             raise NotBlockwise(f"block {index} gives another output when it runs again")

@@ -146,8 +146,7 @@ def load_model(
             scale_rotary_(config, on_disk.local_path(source))
         if weights and memory is not None:
             _download(source, found)
-    packs = getattr(config, "quantization_config", None) is not None
-    limit = memory if weights and not packs else None
+    limit = memory if weights and _method(config) in (None, _OWN_METHOD) else None
     streams = limit is not None and _exceeds(limit, source, revision, dtype)
     if streams:
         options = {"dtype": "auto", "device_map": "cpu"}
@@ -521,14 +520,17 @@ def _check_gguf(path: Path) -> None:
         )
 
 
-def _check_quantization(source: str, config: Any, packed: bool) -> None:
+def _method(config: Any) -> str | None:
+    """Return how weights are packed; a pruned folder's recipe stands in that place, too."""
     quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        return
-    method = dict(quantization).get("quant_method")
+    return None if quantization is None else dict(quantization).get("quant_method", "")
+
+
+def _check_quantization(source: str, config: Any, packed: bool) -> None:
+    method = _method(config)
     if method in _PACKED_METHODS and packed:
         check_installed(f"{source} is packed by {method}, and", (method.replace("-", "_"),))
-    elif method not in (_OWN_METHOD, "gguf"):
+    elif method not in (None, _OWN_METHOD, "gguf"):
         run = "can only be run, by evaluate, chat and bench without --server"
         raise UserError(
             f"{source} is quantized ({method}), and its packed weights "

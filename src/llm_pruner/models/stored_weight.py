@@ -6,12 +6,14 @@ import ctypes
 import mmap
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from llm_pruner.models.activation_store import free_on_disk, scratch_folder
 from llm_pruner.models.assembled import Assembled, files, leaves, whole
 from llm_pruner.runtime.memory import give_back
 
@@ -20,6 +22,9 @@ _PIECE = 2**24
 
 _LARGE = 2**28
 """Bytes of a weight, such as that of a head, for which free memory is gathered."""
+
+_FILED = 2**16
+"""Bytes of a weight that took another one's place from which it is put on the disk."""
 
 _DONT_NEED = 4  # MADV_DONTNEED: drop the pages; those of a file are read again when needed
 
@@ -93,6 +98,22 @@ class StoredWeight:
             if last > first:
                 libc = ctypes.CDLL(None)
                 libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONT_NEED)
+
+
+def filed(values: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """Return values mapped from a temporary file without a name, and whether they are.
+
+    They stay in memory where they are few, the disk has no room, or the system is not Linux.
+    """
+    room = free_on_disk() // 2
+    if not sys.platform.startswith("linux") or not _FILED <= values.nbytes < room:
+        return values, False
+    with tempfile.TemporaryFile(dir=scratch_folder()) as file:
+        values.contiguous().flatten().view(torch.uint8).numpy().tofile(file)
+        file.flush()
+        name, count = f"/proc/self/fd/{file.fileno()}", values.numel()
+        found = torch.from_file(name, shared=False, size=count, dtype=values.dtype)
+    return found.view(values.shape), True
 
 
 def _pieces(

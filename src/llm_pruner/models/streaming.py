@@ -31,7 +31,7 @@ from llm_pruner.errors import UserError
 from llm_pruner.models.assembled import Assembled, are_mapped, whole
 from llm_pruner.models.layers import heaviest, names_in_float32, with_initialisers
 from llm_pruner.models.lone_ends import lone_ends
-from llm_pruner.models.stored_weight import StoredWeight, mapped_files
+from llm_pruner.models.stored_weight import StoredWeight, filed, mapped_files
 from llm_pruner.types import IntArray
 
 _LOG = logging.getLogger(__name__)
@@ -311,8 +311,8 @@ def turn(*blocks: nn.Module) -> Iterator[None]:
                 now = module._parameters.get(key)
                 if now is not None and now is not before and now not in _SOURCES:
                     source = _SOURCES[before]
-                    stored = now.data.to("cpu", source.stored.dtype)
-                    _adopt(now, replace(source, stored=stored, mapped=False, changes=()))
+                    stored, mapped = filed(now.data.to("cpu", source.stored.dtype))
+                    _adopt(now, replace(source, stored=stored, mapped=mapped, changes=()))
 
 
 def _type_in_turn(module: nn.Module, source: StoredWeight) -> torch.dtype:

@@ -12,6 +12,9 @@ import ctypes
 import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 BLOCK = 2**25
@@ -35,6 +38,8 @@ _HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _chosen = False  # that this process keeps large blocks
+
+_GROUPS, _CONTROLS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 _SAID = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 
@@ -82,7 +87,40 @@ def free_bytes(device: str) -> int:
     if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
         give_back()
         return int(torch.cuda.mem_get_info(None if device == "auto" else device)[0])
-    return int(psutil.virtual_memory().available)
+    return min([int(psutil.virtual_memory().available), *_limits_left()])
+
+
+def _limits_left() -> Iterator[int]:
+    """Yield what is left of each limit that a container or a job scheduler has put on memory."""
+    try:
+        groups = _GROUPS.read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return
+    for line in groups:
+        _, kinds, path = line.split(":", maxsplit=2)
+        if kinds not in ("", "memory"):
+            continue
+        root = _CONTROLS / kinds
+        most, used = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        if not kinds:
+            most, used = ("memory.max", "memory.current")
+        place = root / path.lstrip("/")
+        for folder in (place, *place.parents):
+            if not folder.is_relative_to(root):
+                break
+            with suppress(OSError, ValueError):  # none there, or no number but "max"
+                limit = int((folder / most).read_text())
+                yield limit - int((folder / used).read_text()) + _cached(folder)
+
+
+def _cached(folder: Path) -> int:
+    """Return the bytes of files in a group's memory that it would give up: mapped weights."""
+    lines = (folder / "memory.stat").read_text().splitlines()
+    return sum(
+        int(number)
+        for name, _, number in (line.partition(" ") for line in lines)
+        if name in ("inactive_file", "active_file")
+    )
 
 
 def give_back() -> None:

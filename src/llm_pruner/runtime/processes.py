@@ -164,6 +164,11 @@ def only_one(command: str) -> None:
         )
 
 
+def on_this_machine() -> int:
+    """Return how many of the processes share this machine, and its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
 def started() -> int:
     """Return how many processes the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -20,6 +20,9 @@ from llm_pruner.runtime.progress import track
 Change: TypeAlias = Callable[[nn.Module, int], AbstractContextManager[None]]
 """Inside what it returns, a model is another one, for the held-out sample of a number."""
 
+_LEAST = torch.finfo(torch.float16).min
+"""Log-probability that is taken for that of a token which is never written."""
+
 _ROWS = 64
 """Tokens whose logits are compared at a time."""
 
@@ -87,7 +90,7 @@ def _log_probabilities(ids: torch.Tensor, model: nn.Module) -> torch.Tensor:
     logits = run_for_logits(model, ids)[0]
     found = torch.empty(logits.shape, dtype=torch.float16)
     for rows, values in zip(found.split(_ROWS), logits.split(_ROWS), strict=True):
-        rows.copy_(values.float().log_softmax(-1))
+        rows.copy_(values.float().log_softmax(-1).clamp_min(_LEAST))
     return found
 
 
@@ -103,6 +106,7 @@ def _divergence(ids: torch.Tensor, dense: torch.Tensor, network: nn.Module) -> f
     """Return the sum over the tokens of a sample."""
     logits, sums = run_for_logits(network, ids)[0], []
     for rows, known in zip(logits.split(_ROWS), dense.split(_ROWS), strict=True):
-        after, before = rows.float().log_softmax(-1), known.to(rows.device).float()
+        after = rows.float().log_softmax(-1).clamp_min(_LEAST)
+        before = known.to(rows.device).float()
         sums.append(F.kl_div(after, before, log_target=True, reduction="sum"))
     return sum(map(float, sums))  # a GPU is waited for once

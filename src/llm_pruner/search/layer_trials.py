@@ -39,7 +39,7 @@ from llm_pruner.planning.candidates import AllCandidates, Candidates, find_candi
 from llm_pruner.planning.costs import Cost
 from llm_pruner.planning.numbering import Numbering
 from llm_pruner.planning.selection import Selection, Target
-from llm_pruner.search.divergence import Change, DivergenceMeter, divergences
+from llm_pruner.search.divergence import Change, DivergenceMeter
 from llm_pruner.surgery.cut import cut_copy
 from llm_pruner.types import Discovery, FloatArray, Group, Removal, Scores
 
@@ -131,9 +131,7 @@ def measure_layers(
     if not 0 < len(new) <= MOST:
         return found
     groups = {group.name: group for group in discovery.groups}
-    tokens = judging_tokens(sum(parameter.numel() for parameter in model.parameters()))
-    length = min(held_out.shape[1], max(_LENGTH, tokens // len(held_out)))
-    some = held_out[:: -(-len(held_out) * length // tokens), :length]
+    some = judged(held_out, sum(parameter.numel() for parameter in model.parameters()))
     meter, tails = DivergenceMeter(model, some), _Tails(model, some)
     trials: list[tuple[str, int]] = []
     changes: list[Change] = []
@@ -159,6 +157,13 @@ def measure_layers(
     return found
 
 
+def judged(held_out: torch.Tensor, parameters: int) -> torch.Tensor:
+    """Return what the trials of a model of this size are judged on, of (samples, seq_len)."""
+    tokens = judging_tokens(parameters)
+    length = min(held_out.shape[1], max(_LENGTH, tokens // len(held_out)))
+    return held_out[:: -(-len(held_out) * length // tokens), :length]
+
+
 def judging_tokens(parameters: int) -> int:
     """Return how many tokens the trials of a model of this size are judged on, at most."""
     return min(TOKENS, max(FEWEST, WORK // parameters))
@@ -174,9 +179,7 @@ def _is_linear(model: nn.Module, group: Group) -> bool:
     """Whether nothing but linear modules makes or reads a group, beside vectors as long as it."""
     weights = [member.tensor for member in group.members if not member.buffer]
     return group.kind in _KINDS and all(
-        model.get_parameter(name).ndim == 1
-        or input_dim(model.get_submodule(name.rpartition(".")[0])) is not None
-        for name in weights
+        input_dim(model.get_submodule(name.rpartition(".")[0])) is not None for name in weights
     )
 
 
@@ -254,7 +257,7 @@ def allocate_by_damage(
 ) -> Removal:
     """Return the removal by measured damage, or by the scores if that leaves the model nearer.
 
-    Both are carried out on copies, which share their weights, and judged on held-out tokens.
+    Each is carried out on a copy, which shares its weights, and judged on held-out tokens.
 
     Args:
         target, cost: as `planning.allocate` takes them.
@@ -268,8 +271,8 @@ def allocate_by_damage(
     removals = [
         allocate(discovery, one, selection, target, numbering, cost) for one in (scores, priced)
     ]
-    copies = [cut_copy(model, discovery, removal) for removal in removals]
-    by_scores, by_trials = divergences(model, copies, held_out)
+    meter = DivergenceMeter(model, held_out)
+    by_scores, by_trials = (meter.of(cut_copy(model, discovery, removal)) for removal in removals)
     _LOG.info("divergence by scores %.4f, by trials of layers %.4f", by_scores, by_trials)
     return removals[int(by_trials < by_scores)]
 
