@@ -35,6 +35,7 @@ from llm_pruner import (
     prune_,
 )
 from llm_pruner.models.load import LoadedModel
+from llm_pruner.settings.prune import READ_BY
 
 RESULTS = Path(__file__).parent / "results"
 RATIO, LAYERS, SAMPLES, SEQ_LEN, TOKENS = 0.2, (4, 26), 10, 64, 8192
@@ -82,9 +83,7 @@ def settings_of(run: Run, calibration: str) -> PlanSettings:
         layers=dict.fromkeys(run.structures, LAYERS),
         split=run.split,
         criterion=how.name,
-        order=how.order,
-        reduction=how.reduction,
-        aggregate=how.aggregate,
+        **{name: getattr(how, name) for name in READ_BY if how.name in READ_BY[name]},
         steps=run.steps,
         seed=run.seed,
         calibration=calibration,

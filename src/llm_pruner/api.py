@@ -42,7 +42,7 @@ from llm_pruner.runtime.progress import Clock
 from llm_pruner.settings.common import CalibrationSettings
 from llm_pruner.settings.curve import RATIOS, CurveSettings
 from llm_pruner.settings.evaluate import PerplexitySettings
-from llm_pruner.settings.prune import PlanSettings, PruneSettings
+from llm_pruner.settings.prune import READ_BY, PlanSettings, PruneSettings
 from llm_pruner.settings.recover import RecoverSettings, TrainingSettings
 from llm_pruner.surgery.pruner import Surgeon
 from llm_pruner.surgery.verify import prune_ as prune_module_
@@ -291,8 +291,9 @@ def plan(model: Model, groups: Discovery, scores: Scores | None, settings: PlanS
         if settings.steps > 1:
             raise UserError("scores hold for one step; give None to estimate before each")
         how, text = scores.criterion, scores.text
-        said |= {"criterion": how.name, "order": how.order, "reduction": how.reduction}
-        said |= {"aggregate": how.aggregate, "seed": scores.seed}
+        said = {name: of for name, of in said.items() if name not in READ_BY}
+        said |= {name: getattr(how, name) for name in READ_BY if how.name in READ_BY[name]}
+        said |= {"criterion": how.name, "seed": scores.seed}
         if text is not None:
             read = text.settings
             said |= {"calibration": read["source"], "samples": read["samples"]}

@@ -128,7 +128,10 @@ def copy(model: Path, folder: Path) -> Path:
             ["--ratio", 0.2, "--criterion", "tailor"],
             "--criterion tailor is unknown; did you mean taylor? use one of random",
         ),
-        (["--ratio", 0.2, "--order", "third"], "unknown order 'third': choose one of first, sec"),
+        (
+            ["--ratio", 0.2, "--criterion", "taylor", "--order", "third"],
+            "unknown order 'third': choose one of first, sec",
+        ),
         (["--ratio", 0.2, "--samples", 0], "samples=0 calibrates on nothing; use at least 1"),
         (["--ratio", 0.2, "--seq-len", 1], "seq_len=1 predicts no token; use at least 2"),
         (
@@ -353,7 +356,7 @@ def test_a_loss_that_is_not_finite_names_the_sample(work: Path, tiny: Path) -> N
     samples = build_calibration(asked, tiny_tokenizer(), seed=3)
     number = int((samples.input_ids == letter).any(1).nonzero())
     options = ("--ratio", 0.2, "--calibration", "text.txt", "--samples", 8, "--seq-len", 64)
-    for extra in ((), ("--order", "mixed")):
+    for extra in ((), ("--criterion", "taylor", "--order", "mixed")):
         said = refused(
             *(work, "prune", "broken", "--out", "out", "--seed", 3, *options, *extra),
         )

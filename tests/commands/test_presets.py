@@ -177,7 +177,7 @@ def test_steps_refit_to_the_dense_model_each_time(tiny: Path, text: Path, tmp_pa
         (["--split", "heads:0.3"], "'heads:0.3' is not a share; write such as heads=0.1,ffn=0.9"),
         (["--split", "heads=.3,heads=.7"], "heads has two shares; give one"),
         (["--split", "hidden=1,ffn=0,heads=0"], "given for hidden, which is not pruned"),
-        (["--spread", "0.5"], "spread=0.5 cannot reach the target; use 1"),
+        (["--scope", "global", "--spread", "0.5"], "spread=0.5 cannot reach the target; use 1"),
         (["--score-samples", "0"], "score_samples=0 estimates on nothing; use at least 1"),
         (["--samples", "4", "--score-samples", "5"], "score_samples=5 of 4 samples cannot be read"),
         (["--compensation", "lsq"], "--compensation lsq is unknown; use one of none, least-squ"),

@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MllamaConfig
 
 from command import done, run, write_text
-from helpers import tiny_model
+from helpers import LLAMA, tiny_model
+from llm_pruner.commands import vocab as command
 from llm_pruner.data import vocabulary
 from llm_pruner.data.sequences import bare_ids
 from llm_pruner.files import outputs
-from llm_pruner.surgery.vocabulary import cut_vocabulary_
+from llm_pruner.surgery.vocabulary import cut_vocabulary_, named_tokens
 from trained_tokenizers import byte_level
 
 pytestmark = pytest.mark.slow
@@ -32,6 +34,9 @@ def save(folder: Path, kind: str = "llama", **config: Any) -> Path:
     return folder
 
 
+PER_LAYER = {"vocab_size_per_layer_input": 704, "hidden_size_per_layer_input": 8}
+
+
 @pytest.mark.parametrize(
     ("kind", "config"),
     [
@@ -40,6 +45,13 @@ def save(folder: Path, kind: str = "llama", **config: Any) -> Path:
         ("gpt2", {}),
         ("phi", {}),
         ("gemma3_text", {}),
+        ("gemma4_text", PER_LAYER),
+        (
+            "gemma3n_text",
+            PER_LAYER
+            | {"intermediate_size": [64] * 3, "activation_sparsity_pattern": [0.0] * 3}
+            | {"num_kv_shared_layers": 0},
+        ),
     ],
 )
 def test_logits_are_those_of_the_tokens_that_stay(
@@ -78,6 +90,44 @@ def test_what_is_tied_to_the_output_layer_is_cut_with_it() -> None:
     edits = cut_vocabulary_(model, np.arange(40))
     assert model.spare.weight is model.lm_head.weight
     assert edits.shapes["spare.weight"] == (40, model.config.hidden_size)
+
+
+def test_tokens_are_known_by_all_names_of_settings() -> None:
+    model: Any = tiny_model("llama", image_token_index=30, boi_token_index=7, audio_token_id=9)
+    assert {1, 2, 7, 9, 30} <= named_tokens(model)
+    cut_vocabulary_(model, np.array([1, 2, 7, 9, 30]))
+    found = model.config
+    assert (found.boi_token_index, found.audio_token_id, found.image_token_index) == (2, 3, 4)
+
+
+TURNS = "{% for m in messages %}<s>{{ m.role }}, the soup: {{ m.content }}</s>{% endfor %}"
+PICKY = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TURNS
+
+
+@pytest.mark.parametrize("template", [TURNS, PICKY, "{{ raise_exception('no') }}"])
+def test_the_words_of_the_chat_template_stay(tmp_path: Path, template: str) -> None:
+    dense, text = save(tmp_path / "dense"), tmp_path / "t.txt"
+    text.write_text("0123456789" * 400)
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(dense)
+    done("vocab", dense, "--text", text, "--out", tmp_path / "small")
+    smaller = AutoTokenizer.from_pretrained(tmp_path / "small")
+    kept = np.array(json.loads((tmp_path / "small" / "vocabulary.json").read_text())["kept"])
+    said = "user, the soup: 1"
+    same = kept[bare_ids(smaller, said)].tolist() == bare_ids(tokenizer, said)
+    assert same == (template in (TURNS, PICKY))
+
+
+def test_texts_have_their_own_fields(tmp_path: Path) -> None:
+    dense, text = save(tmp_path / "dense"), write_text(tmp_path / "t.txt", 4000).read_text()
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text, "more": "b"}))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"body": text, "more": "b"}))
+    both = ("--text", tmp_path / "a.jsonl", "--text", tmp_path / "b.jsonl", "--text-field")
+    done("vocab", dense, *both, "body", "--out", tmp_path / "small")
+    failed = run("vocab", dense, *both, "bdoy", "--out", tmp_path / "other")
+    assert failed.code == 2
+    assert "a.jsonl has no field 'bdoy'; its fields are text, more" in failed.err
 
 
 def test_it_is_pruned_and_measured_like_any_other(tmp_path: Path) -> None:
@@ -180,7 +230,6 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     ("options", "said"),
     [
         (["--size", "0"], "--size 0 leaves nothing; use 1 or more"),
-        (["--size", "12"], "12 tokens cannot be: "),
         (["--text", "nothing.txt"], "nothing.txt"),
     ],
 )
@@ -191,6 +240,41 @@ def test_what_is_refused(tmp_path: Path, options: list[str], said: str) -> None:
     assert said in failed.err
     assert len(failed.err.strip().splitlines()) == 1
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize("size", [12, 999_999])
+def test_a_size_that_cannot_be_is_refused_before_texts_are_read(
+    tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, text = save(tmp_path / "dense"), write_text(tmp_path / "t.txt", 4000)
+    monkeypatch.delattr(command, "_texts")
+    failed = run("vocab", dense, "--text", text, "--out", tmp_path / "small", "--size", size)
+    assert failed.code == 2
+    assert f"{size} tokens cannot be: " in failed.err
+    assert "and there are 700; give a number in between" in failed.err
+
+
+def test_tables_of_different_lengths_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = write_text(tmp_path / "t.txt", 4000)
+    plain = {"rope_scaling": {"rope_type": "default", "rope_theta": 1e4}, "vocab_size": 704}
+    config: Any = MllamaConfig(
+        text_config=LLAMA | plain | {"cross_attention_layers": [], "pad_token_id": 0},
+        vision_config={"hidden_size": 16, "num_hidden_layers": 1, "num_global_layers": 1},
+        image_token_index=5,
+    )
+    config.save_pretrained(tmp_path / "dense")
+    byte_level().save_pretrained(tmp_path / "dense")
+    save_file({"none": torch.zeros(1)}, tmp_path / "dense" / "model.safetensors")
+    monkeypatch.delattr(command, "_texts")
+    failed = run("vocab", tmp_path / "dense", "--text", text, "--out", tmp_path / "small")
+    assert failed.code == 2
+    assert "the embedding of MllamaForCausalLM has 712 rows and lm_head has 704: " in failed.err
+    save(tmp_path / "gemma", "gemma4_text", **PER_LAYER | {"vocab_size_per_layer_input": 700})
+    failed = run("vocab", tmp_path / "gemma", "--text", text, "--out", tmp_path / "small")
+    assert "has 704 rows and model.embed_tokens_per_layer has 700: " in failed.err
+    assert len(failed.err.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("characters", [1, 1500])

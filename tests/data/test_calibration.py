@@ -76,6 +76,34 @@ def test_packing_without_special_tokens(tmp_path: Path) -> None:
     assert letters == "\n\n".join(letter * 300 for letter in order)[:880]
 
 
+def test_a_field_is_that_of_the_sources_that_have_it(tmp_path: Path) -> None:
+    rows = {"a": {"text": "a" * 400, "more": "x"}, "b": {"body": "b" * 400, "text": "x" * 400}}
+    rows |= {"c": {"body": 5, "text": "c" * 400}, "d": {"id": "d", "said": "d" * 400}}
+    names = {name: str(tmp_path / f"{name}.jsonl") for name in rows}
+    for name, row in rows.items():
+        Path(names[name]).write_text(json.dumps(row))
+    (tmp_path / "t.txt").write_text("t" * 400)
+    names["t"] = str(tmp_path / "t.txt")
+
+    def written(which: str, field: str) -> set[str]:
+        mixture, tokenizer = ",".join(names[one] for one in which), tiny_tokenizer()
+        made = build(mixture, tokenizer, samples=4, seq_len=40, text_field=field, seed=0)
+        return set("".join(map(tokenizer.decode, made.input_ids)).replace("\n", ""))
+
+    assert written("ab", "body") == {"a", "b"}
+    assert written("ba", "body") == {"a", "b"}
+    assert written("tb", "body") == {"t", "b"}
+    for which, field, said in (
+        ("ab", "bdoy", "a.jsonl has no field 'bdoy'"),
+        ("ta", "body", "a.jsonl has no field 'body'"),  # neither has the text file
+        ("a", "body", "a.jsonl has no field 'body'"),
+        ("bc", "body", "field 'body' of record 1 is a number"),
+        ("bd", "body", "d.jsonl has several string fields"),
+    ):
+        with pytest.raises(UserError, match=said):
+            written(which, field)
+
+
 def test_windows_to_measure_on_are_no_calibration_windows(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("".join(chr(65 + n) * 20 for n in range(60)))
     tokenizer, options = tiny_tokenizer(), {"samples": 5, "seq_len": 20, "seed": 0}
@@ -172,6 +200,8 @@ def test_a_file_may_be_named_like_a_share(tmp_path: Path) -> None:
     source = write_documents(tmp_path / "d.jsonl", [300, 300]).replace("d.jsonl", "d:0.5")
     (tmp_path / "d.jsonl").rename(source)
     assert shares_of(source) == {source: 1.0}
+    many = {f"{'wikipedia' * 3}_{number}": 0.25 for number in range(16)}
+    assert shares_of(",".join(f"{name}:0.25" for name in many)) == many  # longer than a name may be
     assert shares_of("c4:0.75,wikitext:wikitext-2-v1:0.25") == {
         "c4": 0.75,
         "wikitext:wikitext-2-v1": 0.25,

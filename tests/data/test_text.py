@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from llm_pruner.data.calibration import documents_of
 from llm_pruner.data.text import (
     DEMO_PROMPTS,
     EvaluationText,
@@ -199,6 +200,15 @@ def test_the_beginning_of_a_dataset_without_end_is_measured_on(
     assert found.text.startswith("0\n\n1\n\n2")
     assert len(found.text.split("\n\n")) == (2000 if name == "bookcorpus" else 1100)
     assert hub.calls[0][1]["streaming"] is True
+
+
+def test_a_known_dataset_has_its_own_field_beside_that_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, FakeHub([{"repo": "r", "content": "x = 1"}]))
+    both = ("code", str(write(tmp_path / "a.jsonl", '{"body": "b", "id": "1"}')))
+    found = [documents_of(one, both, text_field="body", limit=9).texts for one in both]
+    assert found == [("x = 1",), ("b",)]
 
 
 def test_hub_failure_says_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from helpers import tiny_tokenizer
-from llm_pruner.data.sequences import bare_ids
+from llm_pruner.data.sequences import bare_ids, render_chat, template_ids
 from llm_pruner.data.text import demo_text
 from llm_pruner.data.vocabulary import Vocabulary, vocabulary_of
 from llm_pruner.errors import UserError
@@ -77,6 +78,18 @@ def test_special_tokens_and_what_is_added_are_renumbered(tokenizer: Any, tmp_pat
         assert kept[ids].tolist() == tokenizer("the old bridge")["input_ids"]
         assert (one.bos_token_id, one.eos_token_id) == (ids[0], ids[-1])
         assert one.decode(ids, skip_special_tokens=True) == "the old bridge"
+
+
+def test_words_of_the_chat_template_stay_with_all_that_they_are_made_of(tokenizer: Any) -> None:
+    talking = copy.deepcopy(tokenizer)
+    talking.chat_template = "{% for m in messages %}{{ m.role }} of the bridge: {% endfor %}"
+    needed, known = template_ids(talking), Vocabulary(talking)
+    assert not needed <= known.always
+    assert template_ids(tokenizer) == set()
+    known = vocabulary_of(talking, needed)
+    kept = known.choose(np.zeros(known.size, np.int64), None)
+    said = render_chat(talking, [{"role": "user", "content": ""}], True)
+    assert kept[bare_ids(known.cut(kept), said)].tolist() == bare_ids(talking, said)
 
 
 def test_what_cannot_be() -> None:

@@ -176,6 +176,16 @@ def test_what_is_cleared_stays_so_whatever_a_preset_says(tmp_path: Path) -> None
     assert PruneSettings(**words, model="m", out="o").compensation == "none"
 
 
+def test_what_a_preset_says_may_do_nothing_and_what_was_given_may_not() -> None:
+    asked: dict[str, Any] = {"model": "m", "out": "o"}
+    others: tuple[Any, ...] = ({"criterion": "l2"}, {"scope": "global", "spread": 3.0})
+    for other in others:
+        PruneSettings(**asked, ratio=0.2, preset="paper", **other).check()
+    PruneSettings(**asked, ratio=0.2, uniform=True).check()
+    with pytest.raises(UserError, match=r"--spread 3 .* does nothing with --unit-ratio; change"):
+        PruneSettings(**asked, unit_ratio=0.2, scope="global", spread=3.0).check()
+
+
 @pytest.mark.slow
 def test_python_and_the_command_line_give_the_same_plan(place: Path) -> None:
     model = llm_pruner.load("dense")

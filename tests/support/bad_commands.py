@@ -261,7 +261,22 @@ TABLE: dict[str, list[Bad]] = {
             ),
             ("--layers heads=9-2", "layer range heads=9-2 runs backwards; swap its ends"),
             ("--layers x", "'x' is not a layer range; write such as heads=4-26,ffn=4-26"),
-            ("--spread 0", "spread=0.0 cannot reach the target; use 1 (all alike) or more"),
+            (
+                "--scope global --spread 0",
+                "spread=0.0 cannot reach the target; use 1 (all alike) or more",
+            ),
+            *(
+                (
+                    f"--spread 2 {other}",
+                    "--spread 2 is for parameters that --scope global shares out, and does nothing "
+                    f"with {alone}; change that, or leave it out",
+                )
+                for other, alone in (
+                    ("--scope local", "--scope local"),
+                    ("--preset paper", "--scope local"),
+                    ("--uniform", "--uniform"),
+                )
+            ),
             ("--scope global --spread inf", between("spread", "inf", 1, 10**9)),
             (
                 "--layer-trials --scope local",
@@ -335,9 +350,33 @@ TABLE: dict[str, list[Bad]] = {
             "layers; use random, l1, l2, taylor, fisher, fisher-obs, gate, or leave layers out of "
             "the structures",
         ),
-        ("--order x", "unknown order 'x': choose one of first, second, mixed"),
-        ("--reduction x", "unknown reduction 'x': choose one of element, vector"),
-        ("--aggregate x", "unknown aggregate 'x': choose one of sum, prod, max, last"),
+        (
+            "--criterion taylor --order x",
+            "unknown order 'x': choose one of first, second, mixed",
+        ),
+        (
+            "--criterion taylor --reduction x",
+            "unknown reduction 'x': choose one of element, vector",
+        ),
+        (
+            "--criterion l2 --aggregate x",
+            "unknown aggregate 'x': choose one of sum, prod, max, last",
+        ),
+        (
+            "--criterion fisher --order mixed",
+            "--order mixed is for --criterion taylor, and does nothing with fisher; use "
+            "--criterion taylor, or leave it out",
+        ),
+        (
+            "--criterion l1 --reduction vector",
+            "--reduction vector is for --criterion taylor, and does nothing with l1; use "
+            "--criterion taylor, or leave it out",
+        ),
+        (
+            "--criterion random --aggregate prod",
+            "--aggregate prod is for --criterion taylor or l1 or l2, and does nothing with "
+            "random; use --criterion taylor, or leave it out",
+        ),
         (
             "--compensation x",
             "--compensation x is unknown; use one of none, least-squares",

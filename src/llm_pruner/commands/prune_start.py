@@ -11,12 +11,11 @@ from llm_pruner.data.text import shares_of
 from llm_pruner.errors import UserError
 from llm_pruner.files import outputs
 from llm_pruner.importance import Criterion
-from llm_pruner.importance.criteria import MEASURES
 from llm_pruner.models.stored import stored_size
 from llm_pruner.planning import Selection, Target
 from llm_pruner.report.text import megabytes
 from llm_pruner.settings.common import CalibrationSettings, ModelSettings, OutputSettings
-from llm_pruner.settings.prune import AMOUNTS, PruneSettings
+from llm_pruner.settings.prune import AMOUNTS, READ_BY, PruneSettings
 from llm_pruner.types import Discovery
 
 _RUN = {"plan", "dry_run", "estimate", "verify", "kept", "memory", "refit_text", "repair_minutes"}
@@ -120,10 +119,7 @@ def planned(
 ) -> dict[str, Any]:
     """Return all settings that decide about a plan, as they were used; ``samples`` were read."""
     unread = set() if samples else set(CalibrationSettings.model_fields)
-    if criterion.name != "taylor":
-        unread |= {"order", "reduction"}
-        if criterion.name in ("random", *MEASURES):
-            unread.add("aggregate")
+    unread |= {name for name, criteria in READ_BY.items() if criterion.name not in criteria}
     decided = {
         # No folders: the same text gives the same plan wherever it lies.
         "preset": None if settings.preset is None else Path(settings.preset).name,

@@ -15,16 +15,18 @@ from transformers import AutoTokenizer
 from llm_pruner.checkpoints import save_checkpoint
 from llm_pruner.commands.prune_start import check_space
 from llm_pruner.commands.publish import check_push
-from llm_pruner.data.sequences import bare_ids
-from llm_pruner.data.text import EvaluationText, load_documents
-from llm_pruner.data.vocabulary import Ids, vocabulary_of
+from llm_pruner.data.calibration import documents_of
+from llm_pruner.data.files import is_file_name, read_rows
+from llm_pruner.data.sequences import bare_ids, template_ids
+from llm_pruner.data.text import EvaluationText
+from llm_pruner.data.vocabulary import Ids, Vocabulary, vocabulary_of
 from llm_pruner.errors import UserError, VerificationError
 from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.evaluation.perplexity import perplexity
 from llm_pruner.files.outputs import check_output, check_shard_size, write_output
 from llm_pruner.models.forward import embedding_rows, maximum_length
 from llm_pruner.models.gguf_file import drop_tokens_beyond_
-from llm_pruner.models.load import LoadedModel, load
+from llm_pruner.models.load import LoadedModel, load, load_tokenizer
 from llm_pruner.planning import Target
 from llm_pruner.report.records import Change
 from llm_pruner.report.write import write_request
@@ -33,7 +35,7 @@ from llm_pruner.runtime.progress import track
 from llm_pruner.settings.evaluate import PerplexitySettings
 from llm_pruner.settings.vocab import VocabSettings
 from llm_pruner.surgery.verify import largest_difference, tolerance
-from llm_pruner.surgery.vocabulary import cut_vocabulary_, named_tokens
+from llm_pruner.surgery.vocabulary import check_tables, cut_vocabulary_, named_tokens
 from llm_pruner.types import Edits
 
 RECORD = "vocabulary.json"
@@ -76,29 +78,22 @@ def vocab(settings: VocabSettings) -> Trimmed:
     """Save a model without the tokens that a text does not need.
 
     Raises:
-        UserError: the folder cannot be written, the text is too short, or the tokenizer or the
-            size cannot be had.
+        UserError: the folder cannot be written, the text is too short, or the model, the tokenizer
+            or the size cannot be had.
         VerificationError: the smaller model gives other logits; nothing is written.
     """
     only_one("vocab")
     check_output(settings.out, settings.overwrite, settings.reads)
     check_shard_size(settings.max_shard_size)
     check_push(settings)
+    for source in filter(is_file_name, settings.text):
+        read_rows(Path(source).expanduser())  # which refuses what is no text
+    tokenizer = load_tokenizer(settings.loading())
+    _known(load(settings.loading(), weights=False, tokenizer=tokenizer), settings)
     read, apart = _texts(settings)
-    loaded = load(settings.loading())
-    model, tokenizer = loaded.model, loaded.tokenizer
-    size, rows = model_size(model), embedding_rows(model)
-    gone = (size.embedding or 0) * (1 - (settings.size or 0) / rows) / size.total
-    most = Target(ratio=gone) if gone > 0 else None
-    check_space(settings.out, settings.loading(), most)
-    if tokenizer is not None:
-        drop_tokens_beyond_(tokenizer, rows)  # no text can have them that the model reads
-    known = vocabulary_of(tokenizer, named_tokens(model))
-    if known.size > rows:
-        raise UserError(
-            f"the tokenizer of {settings.model} has the token {known.size - 1}, and the embedding "
-            f"has {rows} rows; give the tokenizer that belongs to the model"
-        )
+    loaded = load(settings.loading(), tokenizer=tokenizer)
+    model, rows = loaded.model, embedding_rows(loaded.model)
+    known = _known(loaded, settings)
     counts = known.count(track(read, "tokens of texts"))
     kept = known.choose(counts, settings.size)
     smaller = known.cut(kept)
@@ -118,6 +113,29 @@ def vocab(settings: VocabSettings) -> Trimmed:
     return _save(found, settings, loaded, smaller, apart, edits)
 
 
+def _known(loaded: LoadedModel, settings: VocabSettings) -> Vocabulary:
+    """Return what the tokenizer knows; refuse a model or size that cannot be, or has no room.
+
+    A model without weights does not say which tokens ``generation_config.json`` names.
+    """
+    model, tokenizer = loaded.model, loaded.tokenizer
+    assert tokenizer is not None
+    check_tables(model)
+    size, rows = model_size(model), embedding_rows(model)
+    gone = (size.embedding or 0) * (1 - (settings.size or 0) / rows) / size.total
+    most = Target(ratio=gone) if gone > 0 else None
+    check_space(settings.out, settings.loading(), most)
+    drop_tokens_beyond_(tokenizer, rows)  # no text can have them that the model reads
+    known = vocabulary_of(tokenizer, named_tokens(model) | template_ids(tokenizer))
+    if known.size > rows:
+        raise UserError(
+            f"the tokenizer of {settings.model} has the token {known.size - 1}, and the embedding "
+            f"has {rows} rows; give the tokenizer that belongs to the model"
+        )
+    known.check(settings.size)
+    return known
+
+
 def _texts(settings: VocabSettings) -> tuple[list[str], str]:
     """Return the texts whose tokens are counted, and a text that is apart.
 
@@ -126,8 +144,9 @@ def _texts(settings: VocabSettings) -> tuple[list[str], str]:
     read: list[str] = []
     apart: list[str] = []
     for source in settings.text:
-        texts: Sequence[str] = load_documents(
+        texts: Sequence[str] = documents_of(
             source,
+            settings.text,
             split=settings.text_split,
             text_field=settings.text_field,
             limit=settings.documents,

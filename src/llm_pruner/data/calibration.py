@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any, NamedTuple
 
 import torch
 
-from llm_pruner.data.files import BEGINNING
+from llm_pruner.data.files import BEGINNING, NoFieldError
 from llm_pruner.data.selfmade import WRITERS, write_text_cached
 from llm_pruner.data.sequences import added_tokens, bare_ids, room_for_text
 from llm_pruner.data.text import CHAT, SELF, Documents, load_documents, running_text, shares_of
@@ -160,8 +160,31 @@ def _wanted(asked: CalibrationSettings, least: float | None = None) -> list[_Wan
     ]
 
 
+def documents_of(
+    source: str, others: Collection[str], *, text_field: str | None, **how: Any
+) -> Documents:
+    """Read one of several sources, of which one at least has ``text_field``.
+
+    Raises:
+        UserError: as ``load_documents``, or none of them has it.
+    """
+    try:
+        return load_documents(source, text_field=text_field, **how)
+    except NoFieldError:
+        if not any(_has_field(other, text_field, how) for other in {*others} - {source}):
+            raise
+        return load_documents(source, **how)
+
+
+def _has_field(source: str, text_field: str | None, how: dict[str, Any]) -> bool:
+    with suppress(UserError):
+        return not load_documents(source, text_field=text_field, **how).plain
+    return False
+
+
 def _documents(source: str, asked: CalibrationSettings, limit: int) -> Documents:
-    return load_documents(source, split=asked.text_split, text_field=asked.text_field, limit=limit)
+    how = {"split": asked.text_split, "limit": limit}
+    return documents_of(source, shares_of(asked.calibration), text_field=asked.text_field, **how)
 
 
 class _Part(NamedTuple):

@@ -36,6 +36,10 @@ BEGINNING = 1000
 """Rows that say whether a dataset can be read, and what its fields mean."""
 
 
+class NoFieldError(UserError):
+    """Records have no field of the name that was asked for; those of another source may."""
+
+
 def read_rows(path: Path) -> Iterator[Any]:
     """Return the records of a file as they are; a ``.txt`` file is one record, its text."""
     suffix = path.suffix.lower()
@@ -74,7 +78,8 @@ def texts_of_rows(rows: Iterable[Any], name: str, text_field: str | None) -> Ite
             yield row
             continue
         if not isinstance(row, Mapping):
-            raise UserError(
+            kind = NoFieldError if isinstance(row, str) and number == 1 else UserError
+            raise kind(
                 f"{name}: record {number} is {_kind(row)}; each record must be an object with a "
                 "string field"
             )
@@ -156,7 +161,7 @@ def _known_fields(row: Mapping[str, Any]) -> tuple[str, ...] | None:
 def _text_fields(row: Mapping[str, Any], name: str, text_field: str | None) -> tuple[str, ...]:
     if text_field is not None:
         if text_field not in row:
-            raise UserError(
+            raise NoFieldError(
                 f"{name} has no field {text_field!r}; its fields are {', '.join(map(str, row))}"
             )
         return (text_field,)

@@ -5,6 +5,7 @@ text in windows, and what a tokenizer puts around a text or a message by itself.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate, takewhile
 from typing import Any, Literal
@@ -276,6 +277,18 @@ def _cut(example: Example, tokenizer: Any) -> list[Piece]:
         pieces += [(prompt[len(written) :], False), (answered[len(prompt) :], True)]
         written = answered
     return pieces
+
+
+def template_ids(tokenizer: Any) -> set[int]:
+    """Return the tokens that the chat template writes around what is said, if it takes a chat."""
+    found: set[int] = set()
+    turns = [{"role": role, "content": _MARK} for role in ("system", "user", "assistant", "user")]
+    chats = (turns, turns[:3], turns[1:], turns[1:3])  # without a system turn: its own
+    for chat in chats if getattr(tokenizer, "chat_template", None) else ():
+        with suppress(UserError):
+            text = render_chat(tokenizer, chat, chat[-1]["role"] == "user")
+            found.update(bare_ids(tokenizer, text))
+    return found
 
 
 def render_chat(tokenizer: Any, messages: list[dict[str, str]], prompting: bool) -> str:

@@ -30,7 +30,7 @@ def vocabulary_of(tokenizer: Any, needed: Collection[int] = ()) -> Vocabulary:
     """Read the vocabulary of a tokenizer.
 
     Args:
-        needed: tokens that stay whatever the text has.
+        needed: tokens that stay whatever the text has, each with those that it is made of.
 
     Raises:
         UserError: one of these is not in it, or it is not of the ``tokenizers`` library, or neither
@@ -49,7 +49,7 @@ def vocabulary_of(tokenizer: Any, needed: Collection[int] = ()) -> Vocabulary:
             f"the model's settings name the token {min(strange)}, which the tokenizer does not "
             "have; give the tokenizer that belongs to the model"
         )
-    found.always |= {*needed}
+    found.always |= {*needed}.union(*map(found.parts, {*needed} - found.always))
     return found
 
 
@@ -59,8 +59,8 @@ class Vocabulary:
     Attributes:
         size: one more than the largest token id.
         known: all tokens.
-        always: tokens that stay: special and other added ones, and those that no text can be
-            written without.
+        always: tokens that stay: special and other added ones, those that no text can be written
+            without, and those that were said to be needed.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -89,6 +89,7 @@ class Vocabulary:
         unknown = model.get("unk_id", self._ids.get(str(model.get("unk_token"))))
         self.always = {*added, *atoms, *([] if unknown is None else [unknown])}
         self.known = {*self._ids.values(), *added}
+        self._tokens = {index: token for token, index in self._ids.items()}
 
     def count(self, texts: Iterable[str]) -> Ids:
         """Return how often each token stands in texts, shape (size,)."""
@@ -97,6 +98,14 @@ class Vocabulary:
             for one in self._whole.encode_batch(batch, add_special_tokens=False):
                 np.add.at(counts, np.array(one.ids, np.int64), 1)
         return counts
+
+    def check(self, size: int | None) -> None:
+        """Raise UserError if so many tokens are less than have to stay, or more than there are."""
+        if size is not None and not len(self.always) <= size <= len(self.known):
+            raise UserError(
+                f"{size} tokens cannot be: {len(self.always)} have to stay, so that every text and "
+                f"chat can be written, and there are {len(self.known)}; give a number in between"
+            )
 
     def choose(self, counts: Ids, size: int | None) -> Ids:
         """Return the ids of the tokens that stay, in order.
@@ -109,26 +118,22 @@ class Vocabulary:
             size: how many stay; None for all that the text has.
 
         Raises:
-            UserError: ``size`` is less than what has to stay, or more than there are.
+            UserError: as `check`.
         """
+        self.check(size)
         kept = set(self.always)
-        if size is not None and not len(kept) <= size <= len(self.known):
-            raise UserError(
-                f"{size} tokens cannot be: {len(kept)} have to stay, so that every text can be "
-                f"written, and there are {len(self.known)}"
-            )
-        tokens = {index: token for token, index in self._ids.items()}
         order = sorted(self.known - kept, key=lambda index: (-counts[index], index))
         for index in order:
             if size is None and not counts[index]:
                 break
-            needed = self._parts(tokens[index]) - kept
+            needed = self.parts(index) - kept
             if size is None or len(kept) + len(needed) <= size:
                 kept |= needed
         return np.array(sorted(kept), np.int64)
 
-    def _parts(self, token: str) -> set[int]:
+    def parts(self, index: int) -> set[int]:
         """Return the ids of a token and of all that byte-pair encoding makes on the way to it."""
+        token = self._tokens[index]
         pieces = [*token]
         made = {token, *pieces}
         while len(pieces) > 1:

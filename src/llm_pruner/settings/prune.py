@@ -33,6 +33,9 @@ _how_much, _how, _where, _importance, _plan, _output = (
 AMOUNTS = ("ratio", "params", "unit_ratio", "kv_cache")
 """Fields of which one says how much is removed."""
 
+READ_BY = {"order": ("taylor",), "reduction": ("taylor",), "aggregate": ("taylor", "l1", "l2")}
+"""Fields -> criteria that they are about."""
+
 
 _Ranges = Annotated[
     dict[str, tuple[int, int]],
@@ -262,3 +265,20 @@ class PruneSettings(MemorySettings, WriterSettings, PlanSettings):
         if len(asked) > 1:
             both = " and ".join(option_name(name) for name in asked)
             raise UserError(f"{both} say different things; give one of them")
+        for name, criteria in READ_BY.items():
+            if name in self.given and self.criterion not in criteria:
+                raise UserError(
+                    f"{option_name(name)} {getattr(self, name)} is for --criterion "
+                    f"{' or '.join(criteria)}, and does nothing with {self.criterion}; use "
+                    f"--criterion {criteria[0]}, or leave it out"
+                )
+        levels = {
+            "--uniform": self.uniform,
+            "--unit-ratio": self.unit_ratio is not None,
+            "--scope local": self.scope == "local",
+        }
+        if "spread" in self.given and (other := next(filter(levels.get, levels), None)):
+            raise UserError(
+                f"--spread {self.spread:g} is for parameters that --scope global shares out, and "
+                f"does nothing with {other}; change that, or leave it out"
+            )

@@ -13,13 +13,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from llm_pruner.errors import UserError
 from llm_pruner.models.forward import embedding_rows
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import LoadedModel
 from llm_pruner.types import Edits
 
-_TOKENS = re.compile(r"(_token_ids?|suppress_tokens|_words_ids)$")
+_TOKENS = re.compile(r"(_token_(ids?|index)|suppress_tokens|_words_ids)$")
 """Names of settings that hold tokens."""
+_OF_LAYERS = "embed_tokens_per_layer"
+"""Name of a second embedding, of inputs of each layer (Gemma 3n and 4)."""
 
 
 def named_tokens(model: Any) -> set[int]:
@@ -33,6 +36,27 @@ def named_tokens(model: Any) -> set[int]:
     for config in _configs(model):
         _rewrite_(config, note)
     return found
+
+
+def check_tables(model: Any) -> None:
+    """Raise UserError if not all that have a row for each token have as many of them."""
+    rows = embedding_rows(model)
+    for name, module in _tables(model).items():
+        for other in {len(weight) for weight in module.parameters(recurse=False)} - {rows}:
+            raise UserError(
+                f"the embedding of {type(model).__name__} has {rows} rows and {name} has {other}: "
+                "tokens are taken out where all tables have as many; prune the model as it is"
+            )
+
+
+def _tables(model: Any) -> dict[str, nn.Module]:
+    """Return the modules that have a row for each token: the embeddings and the output."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {
+        name: one
+        for name, one in model.named_modules()
+        if one in ends or name.rpartition(".")[2] == _OF_LAYERS
+    }
 
 
 def with_tokens_of(dense: LoadedModel, student: LoadedModel) -> LoadedModel:
@@ -73,8 +97,8 @@ def cut_vocabulary_(model: Any, kept: npt.NDArray[np.int64]) -> Edits:
     rows = torch.from_numpy(kept)
     new = {int(old): index for index, old in enumerate(kept)}
     cut: dict[int, nn.Parameter] = {}
-    ends = [*filter(None, (model.get_input_embeddings(), model.get_output_embeddings()))]
-    for module in ends:
+    tables = _tables(model).values()
+    for module in tables:
         for weight in module.parameters(recurse=False):
             if id(weight) not in cut:
                 values = weight.detach()[rows.to(weight.device)].contiguous()
@@ -87,12 +111,15 @@ def cut_vocabulary_(model: Any, kept: npt.NDArray[np.int64]) -> Edits:
             if id(weight) in cut:
                 module._parameters[name] = cut[id(weight)]
     inner = [one for one in model.modules() if isinstance(one, PreTrainedModel)]
-    for module in {id(one): one for one in (*ends, *inner)}.values():
+    holders = {id(one): one for one in (*tables, *inner)}.values()
+    for module in holders:
         if vars(module).get("padding_idx") is not None:
             module.padding_idx = new.get(module.padding_idx)
-        if "vocab_size" in vars(module) or module is model:
-            module.vocab_size = len(kept)
-    model.config.get_text_config().vocab_size = len(kept)
+    text = model.config.get_text_config()
+    model.vocab_size = text.vocab_size = len(kept)
+    for holder in (*holders, text):
+        for size in {"vocab_size", "vocab_size_per_layer_input"} & vars(holder).keys():
+            setattr(holder, size, len(kept))
     writing = model.generation_config
     as_published = getattr(writing, "_original_object_hash", None) == hash(writing)
     for config in _configs(model):
