@@ -180,6 +180,14 @@ def test_what_is_wrong_in_half_precision(monkeypatch: pytest.MonkeyPatch, room: 
         check(net, {"layers.0.other": np.array([0, 1])}, discover(net))
 
 
+def test_code_that_runs_in_bfloat16_alone() -> None:
+    net = Net(Body(lambda x: torch.relu(x.to(torch.bfloat16)))).to(torch.bfloat16)
+    discovery = discover(net)
+    (name,) = (g.name for g in discovery.groups if g.kind in ("ffn", "other"))
+    assert check(net, {name: np.array([0, 1])}, discovery) < 0.1
+    require_same(net, copy.deepcopy(net), discovery)
+
+
 def test_logits_of_tokens_that_are_never_written() -> None:
     net = Net(Body(torch.relu))
     plain = net.out.forward
