@@ -26,6 +26,7 @@ from llm_pruner.models.assembled import Assembled, files
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import load_model
 from llm_pruner.models.streaming import ends_of, is_streamed, stored, stream_, turn, values_of
+from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.surgery.cut import cut_copy
 from llm_pruner.surgery.verify import cut_verified_
@@ -390,11 +391,16 @@ def test_a_weight_that_took_another_one_s_place_lies_on_the_disk(
 
 
 @pytest.mark.parametrize("method", ["llm_pruner", "torchao"])
-def test_what_a_recipe_stands_for_is_read_block_by_block(method: str) -> None:
+def test_what_a_recipe_stands_for_is_read_block_by_block(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
     config = tiny_model().config
     assert load._method(config) is None
     config.quantization_config = {"quant_method": method}
     assert (load._method(config) in (None, load._OWN_METHOD)) is (method == "llm_pruner")
+    monkeypatch.setattr(load, "check", lambda *_, **__: config)
+    monkeypatch.setattr(load, "_bytes_by_block", lambda *_: 2**30)
+    assert load.exceeds(ModelSettings(model="m"), 2**20) is (method == "llm_pruner")
 
 
 def test_copies_run_on_their_own_cuts(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from llm_pruner.evaluation.speed import measure_speed
 from llm_pruner.files.outputs import atomic_directory, check_output
 from llm_pruner.models.forward import maximum_length
 from llm_pruner.models.load import exceeds
+from llm_pruner.models.streaming import is_model_streamed
 from llm_pruner.report.records import Abilities, Measured
 from llm_pruner.runtime.memory import give_back, keep_large_blocks
 from llm_pruner.runtime.signals import end_with_parent
@@ -119,19 +120,16 @@ def measure(
 
 def _say_if_read_often(settings: EvaluateSettings, late: Late, *, writes: bool) -> None:
     """Refuse to time weights that are read block by block, and warn of what reads them often."""
-    if not (settings.speed or writes):
-        return
-    if not exceeds(late.settings, late.room(late.settings.device)):
-        return
-    if settings.speed:
+    if settings.speed and is_model_streamed(late.loaded.model):
         raise UserError(
             f"--speed would time how fast the weights of {late.settings.model} are read; give a "
             "--memory that holds them, or leave it out"
         )
-    _LOG.warning(
-        "for each batch of a task, and each token that is written, all weights of %s are read",
-        late.settings.model,
-    )
+    if writes and exceeds(late.settings, late.room(late.settings.device)):
+        _LOG.warning(
+            "for each batch of a task, and each token that is written, all weights of %s are read",
+            late.settings.model,
+        )
 
 
 def _joined(begun: Measured, found: Abilities, dense: Abilities | None) -> Measured:

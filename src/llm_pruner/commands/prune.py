@@ -210,10 +210,11 @@ class PruneRun:
 
     def _repairing(self) -> list[str]:
         """Return the options by which a replay of the plan refits and repairs as this run does."""
-        names = ["calibration", "samples", "seq_len", "seed"] * (self.refits or self.repairs)
+        text = ["calibration", "text_split", "text_field", "samples", "seq_len", "seed"]
+        names = text * (self.refits or self.repairs)
         names += ["compensation", "refit_text"] * self.refits + ["repair_minutes"] * self.repairs
-        values = ((option_name(name), str(getattr(self.settings, name))) for name in names)
-        return [word for pair in values for word in pair]
+        values = ((option_name(name), getattr(self.settings, name)) for name in names)
+        return [str(word) for pair in values if pair[1] is not None for word in pair]
 
     # ----------------------------------------------------------------------------- what is asked
 

@@ -259,11 +259,13 @@ def _download(source: str, found: _Found) -> None:
 def exceeds(model: ModelSettings, memory: int) -> bool:
     """Whether the weights of a model on this machine need more memory than that.
 
-    Of what is read as a whole, a ``.gguf`` file, it is never so.
+    Of what is read as a whole, packed weights and a ``.gguf`` file, it is never so.
 
     Raises:
-        UserError: a weight file is damaged.
+        UserError: the model cannot be loaded, or a weight file is damaged.
     """
+    if _method(check(model, packed=True)) not in (None, _OWN_METHOD):
+        return False
     size = _bytes_by_block(model.model, model.revision, model.dtype)
     return size is not None and size > memory
 

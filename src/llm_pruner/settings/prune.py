@@ -46,6 +46,7 @@ _Ranges = Annotated[
         "heads=4-26",
     ),
 ]
+
 PURPOSES = {"blocks": 32, "gguf": 256, "gptq": 128, "marlin": 64}
 """What is to run the model -> the multiple that it wants."""
 
