@@ -70,7 +70,7 @@ from llm_pruner.recovery.repair import TRAINED_BYTES
 from llm_pruner.runtime.memory import free_bytes, give_back
 from llm_pruner.runtime.precision import fast_matmul, mixed_precision, multiplies_bfloat16
 from llm_pruner.runtime.progress import Clock
-from llm_pruner.search.divergence import DivergenceMeter
+from llm_pruner.search.divergence import DivergenceMeter, in_parts
 from llm_pruner.search.layer_trials import LEVELS, judged
 from llm_pruner.search.structure_split import REFIT_RIDGE, hold_out, refit_samples
 from llm_pruner.settings.prune import PruneSettings
@@ -275,7 +275,9 @@ class _Forecaster:
         removal = self._plan(model, discovery, ids, found)
         if run.splits or run.tries_layers:
             with mixed_precision(model):
-                meter_of = partial(DivergenceMeter, model, ids[:1])
+                part = in_parts(ids)[0]
+                self.together = part.numel()
+                meter_of = partial(DivergenceMeter, model, part)
                 found["dense logits"], meter = _taken(meter_of)
                 job = partial(meter.of, cut_copy(model, discovery, removal))
                 found["trial"], _ = _taken(job)
@@ -483,10 +485,11 @@ class _Forecaster:
         if run.tries_layers:
             trials = len(LEVELS) * self._count()
             some = judged(torch.empty(self.held_out, self.length, device="meta"), self.total)
-            seconds = self._of("dense logits", 1)
-            seconds += self._of("trial", trials * some.numel() / self.length)
-            count = runs_in_step(self.model, some.shape[1])
-            times = 4 + math.ceil(trials * len(some) / count)
+            parts = in_parts(some)
+            seconds = self._of("dense logits", some.numel() / self.together)
+            seconds += self._of("trial", trials * some.numel() / self.together)
+            count = runs_in_step(self.model, parts[0].numel())
+            times = 4 + math.ceil(trials * len(parts) / count)
             more = self.cut + self._dense_logits() + self._rise("trial")
             self._book("layer trials", seconds, self.block + more, narrow=times)
 
@@ -495,8 +498,9 @@ class _Forecaster:
         structures = len(self.settings.structures)
         trials = structures + 2 * (structures - 1)
         refitted = 2 if run.refits and structures > 1 else 0
-        seconds = self._of("dense logits", self.held_out)
-        seconds += self._of("trial", self.held_out * (trials + refitted))
+        parts = self.held_out * self.length / self.together
+        seconds = self._of("dense logits", parts)
+        seconds += self._of("trial", parts * (trials + refitted))
         jobs = ["trial"]
         if refitted:
             seconds += self._of("trial refit", refitted)

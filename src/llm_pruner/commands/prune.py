@@ -48,7 +48,7 @@ from llm_pruner.report import facts
 from llm_pruner.report.data import Report, SavedAs
 from llm_pruner.report.records import Pruned, Training
 from llm_pruner.report.write import page_in, write_report, write_request
-from llm_pruner.runtime.memory import give_back
+from llm_pruner.runtime.memory import give_back, keep_all_blocks
 from llm_pruner.runtime.precision import fast_matmul, mixed_precision
 from llm_pruner.runtime.processes import (
     ALONE,
@@ -270,6 +270,7 @@ class PruneRun:
 
     def load(self) -> None:
         """Load the model and find its groups."""
+        keep_all_blocks()
         loaded, discovery, _ = self.given
         self.room = self.settings.room(self.device)
         if isinstance(self.settings.memory, str) and not self.device.startswith("cuda"):

@@ -27,7 +27,7 @@ from math import inf
 
 import torch
 
-from llm_pruner.models.consumers import add_gram_
+from llm_pruner.models.consumers import add_gram_, complete_gram_
 from llm_pruner.runtime.precision import fast_products
 
 RIDGES = (0.1, 0.3, 1.0, 3.0)
@@ -128,7 +128,7 @@ class Sums(Equations):
     """Sums over tokens.
 
     Attributes:
-        gram: sum of x x^T, shape (in_features, in_features).
+        gram: sum of x x^T, shape (in_features, in_features); complete in a `system`.
         cross: sum of z x^T, shape (out_features, in_features).
     """
 
@@ -148,9 +148,10 @@ class Sums(Equations):
 
     def system(self) -> System:
         """Return a system with as many unknowns as input features."""
-        scale = _scale(self.gram.diagonal())
-        gap = self.cross - self.weight @ self.gram
-        return System(self.gram * scale * scale[:, None], gap * scale, scale)
+        gram = complete_gram_(self.gram)
+        scale = _scale(gram.diagonal())
+        gap = self.cross - self.weight @ gram
+        return System(gram * scale * scale[:, None], gap * scale, scale)
 
 
 @dataclass

@@ -35,6 +35,7 @@ from llm_pruner.models.blockwise import Chain, NotBlockwise, find_chain
 from llm_pruner.models.consumers import (
     Consumer,
     add_gram_,
+    complete_gram_,
     consumers_of,
     input_dim,
     linear_modules,
@@ -109,7 +110,7 @@ class _Moments:
 
     Attributes:
         sums: number of inputs, total and squares, shape (1 + 2 in_features,), float64.
-        gram: None unless asked for.
+        gram: None unless asked for; see `complete_gram_`.
     """
 
     sums: torch.Tensor
@@ -437,7 +438,7 @@ class _Watch(Collector):
             int(sums[0]),
             sums[1 : 1 + features],
             sums[1 + features :],
-            moments.gram,
+            None if moments.gram is None else complete_gram_(moments.gram),
         )
 
     def _groups_inside(self, count: int, blocks: Mapping[str, int | None]) -> list[list[Group]]:

@@ -88,17 +88,25 @@ _NARROW = 256
 
 
 def add_gram_(gram: torch.Tensor, rows: torch.Tensor) -> None:
-    """Add x^T x to ``gram``, which stays symmetric; strips right of the diagonal are multiplied.
+    """Add x^T x to ``gram`` from its diagonal on to the right, see `complete_gram_`.
 
     Args:
         gram: shape (features, features).
         rows: x, shape (tokens, features), of the same dtype and device.
     """
-    features = rows.shape[1]
-    width = max(_NARROW, -(-features // _STRIPS))
-    for start in range(0, features, width):
-        stop = min(start + width, features)
+    for start, stop in _strips(len(gram)):
         gram[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+
+
+def complete_gram_(gram: torch.Tensor) -> torch.Tensor:
+    """Return ``gram`` with what is left of its diagonal as it is to the right."""
+    for start, stop in _strips(len(gram)):
         square = gram[start:stop, start:stop]
         square.copy_(square.triu() + square.triu(1).T)  # a product need not be symmetric
         gram[stop:, start:stop] = gram[start:stop, stop:].T
+    return gram
+
+
+def _strips(features: int) -> list[tuple[int, int]]:
+    width = max(_NARROW, -(-features // _STRIPS))
+    return [(start, min(start + width, features)) for start in range(0, features, width)]

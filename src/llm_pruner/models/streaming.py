@@ -29,7 +29,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from llm_pruner.errors import UserError
 from llm_pruner.models.assembled import Assembled, are_mapped, whole
-from llm_pruner.models.layers import heaviest, names_in_float32, with_initialisers
+from llm_pruner.models.layers import heaviest, names_in_float32, own_copy, with_initialisers
 from llm_pruner.models.lone_ends import lone_ends
 from llm_pruner.models.stored_weight import StoredWeight, filed, mapped_files
 from llm_pruner.types import IntArray
@@ -91,8 +91,31 @@ def stored(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
         source.forget()
 
 
+def in_turns(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a copy that computes in another type, and has each block's weights in it for its turn.
+
+    It shares the weights of ``model``, which is in memory and stays as it is, and is as a model
+    that is streamed.
+
+    Raises:
+        UserError: as `stream_`.
+    """
+    memo: dict[int, Any] = {id(one): one.detach() for one in model.buffers()}
+    for one in model.parameters():
+        memo[id(one)] = nn.Parameter(one.detach(), one.requires_grad)
+    device = next(model.parameters()).device
+    copy = own_copy(model, memo)
+    stream_(copy, dtype, device, in_memory=True)
+    return copy
+
+
 def stream_(
-    model: nn.Module, dtype: torch.dtype, device: torch.device | str = "cpu", room: int = 0
+    model: nn.Module,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    room: int = 0,
+    *,
+    in_memory: bool = False,
 ) -> None:
     """Have weights read for each turn of their block, embedding or head; turn others to ``dtype``.
 
@@ -103,6 +126,7 @@ def stream_(
         dtype: of computation.
         device: where it is computed.
         room: bytes that the weights may take; see ``room_for``.
+        in_memory: the weights are not those of the files any more.
 
     Raises:
         UserError: the model has no list of blocks, or holds computed numbers that the stored type
@@ -118,7 +142,7 @@ def stream_(
     _compute_anew_(model, dtype)
     noted, wide = _set_apart_(model), _wide(model, dtype)
     uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
-    ranges = mapped_files()
+    ranges = [] if in_memory else mapped_files()
 
     def source_of(tensor: torch.Tensor) -> StoredWeight:
         stored = noted.get(id(tensor), tensor).detach()

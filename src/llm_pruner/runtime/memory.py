@@ -64,6 +64,8 @@ def keep_all_blocks() -> bool:
 
     For weights that are widened for their turn, one block of a model after the other: of a 7B they
     are 180 MB each, and the kernel takes longer to clear their pages than it takes to write them.
+    For what a pruning of a model in memory makes and forgets, too: of a 1.5B activations of 37 MB,
+    Gram matrices of 205 MB.
     """
     mallopt = _glibc("mallopt")
     return _chosen and bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, KEPT_OF_ALL))

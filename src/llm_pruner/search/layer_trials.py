@@ -39,7 +39,7 @@ from llm_pruner.planning.candidates import AllCandidates, Candidates, find_candi
 from llm_pruner.planning.costs import Cost
 from llm_pruner.planning.numbering import Numbering
 from llm_pruner.planning.selection import Selection, Target
-from llm_pruner.search.divergence import Change, DivergenceMeter
+from llm_pruner.search.divergence import Change, DivergenceMeter, in_parts
 from llm_pruner.surgery.cut import cut_copy
 from llm_pruner.types import Discovery, FloatArray, Group, Removal, Scores
 
@@ -198,7 +198,7 @@ class _Tails:
             with torch.enable_grad():
                 self._chain = find_chain(model, ids, {})
             with torch.no_grad(), self._chain.opened():
-                self._before = [self._chain.states(one) for one in ids.split(1)]
+                self._before = [self._chain.states(one) for one in in_parts(ids)]
             names = {id(module): name for name, module in model.named_modules()}
             self._places = {names[id(block)]: n for n, block in enumerate(self._chain.blocks)}
 
@@ -206,7 +206,7 @@ class _Tails:
         """Inside, runs can begin at a block."""
         return nullcontext() if self._chain is None else self._chain.opened()
 
-    def of(self, modules: Iterable[str], sample: int) -> AbstractContextManager[None]:
+    def of(self, modules: Iterable[str], part: int) -> AbstractContextManager[None]:
         """Inside, the model runs from the block that is the first with one of these modules."""
         if self._chain is None:
             return nullcontext()
@@ -219,12 +219,12 @@ class _Tails:
             ),
             default=0,
         )
-        return self._chain.resumed(first, self._before[sample][first])
+        return self._chain.resumed(first, self._before[part][first])
 
 
 @contextmanager
 def _without(
-    features: Sequence[tuple[str, torch.Tensor]], tails: _Tails, model: nn.Module, sample: int
+    features: Sequence[tuple[str, torch.Tensor]], tails: _Tails, model: nn.Module, part: int
 ) -> Iterator[None]:
     """Inside, linear modules read zeros for some features."""
 
@@ -236,7 +236,7 @@ def _without(
         changed = {key: less if one is read else one for key, one in named.items()}
         return tuple(less if one is read else one for one in args), changed
 
-    with ExitStack() as hooks, tails.of((name for name, _ in features), sample):
+    with ExitStack() as hooks, tails.of((name for name, _ in features), part):
         for name, gone in features:
             module = model.get_submodule(name)
             before = partial(zero, gone)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import chain
 
@@ -14,19 +14,19 @@ from torch import nn
 
 from llm_pruner.discovery.groups import bound_to
 from llm_pruner.discovery.tracing.scenes import Scene
-from llm_pruner.errors import VerificationError
+from llm_pruner.errors import UserError, VerificationError
 from llm_pruner.models.forward import is_on_meta
 from llm_pruner.models.layers import heaviest, own_copy, sharing_copy
 from llm_pruner.models.lockstep import Outcome, result_of
-from llm_pruner.models.streaming import computed_in, is_model_streamed
+from llm_pruner.models.streaming import computed_in, in_turns, is_model_streamed
 from llm_pruner.runtime.memory import free_bytes
 from llm_pruner.surgery.cut import Undo, cut_, plan_edits
 from llm_pruner.surgery.twin import Logits, joined, run_both, run_pruned, run_twin
 from llm_pruner.types import Discovery, Edits, Removal
 
 _SMALL = 500_000_000
-"""Parameters up to which a model in memory is compared in float64, too, where float32 is not
-enough; one that is read block by block has no such limit."""
+"""Parameters up to which all of a model is copied to float64 where float32 is not enough; of a
+larger one the block that runs is."""
 
 _FINER = 1000
 """How many times less a model and its twin differ in float64 if rounding is all that they differ
@@ -82,21 +82,21 @@ def cut_verified_(
     Both are run as the model was traced: on short and on long input, with padding, through
     ``generate`` and in training mode. The dense model is run before the cut, so that there is one
     model in memory, and what the cut took; a streamed one beside the pruned model, block by block.
-    In bfloat16 and float16 rounding hides much, so a copy in float32 is compared first, where there
-    is room for one.
+    In bfloat16 and float16 rounding hides much, so a copy in float32 is compared first, of which
+    there is one block at a time if there is no room for all.
 
     Raises:
         InfeasibleError: before anything is touched.
         VerificationError: they differ; names the groups at fault.
     """
     plan_edits(model, discovery, removal)
-    if _is_short(model) and _has_room(model, copies=1):
+    if _is_short(model):
         verified = _verified_in_float32(model, discovery, removal)
         if verified is not None:
             return cut_(model, discovery, removal), verified
     undo = Undo(model)
-    worst, limit = 0.0, 0.0
-    differs: Scene | None = None
+    worst = 0.0
+    differ: list[tuple[Scene, float, float]] = []
     try:
         edits, expected, outcomes, skipped = _cut_and_run(model, discovery, removal, undo)
         scenes = [scene for scene in discovery.graph.scenes if scene.name in expected]
@@ -107,19 +107,21 @@ def cut_verified_(
                 del expected[scene.name]
                 continue
             if difference > limit:
-                worst, differs = difference, scene
-                break
+                differ.append((scene, difference, limit))
             worst = max(worst, difference)
     except BaseException:
         undo()
         raise
-    if differs is not None:
+    if differ:
         undo()
-        if not _is_rounding(model, discovery, removal, scenes, worst):
-            names = find_culprits(model, discovery, removal, differs)
+        told = [one for one, _, _ in differ]
+        least = min(difference for _, difference, _ in differ)
+        if not _is_rounding(model, discovery, removal, told, least):
+            scene, difference, limit = differ[0]
+            names = find_culprits(model, discovery, removal, scene)
             raise VerificationError(
-                f"the pruned model differs from its masked twin by {worst:.3g} (limit {limit:.1g}) "
-                f"on {differs.name}; at fault: "
+                f"the pruned model differs from its masked twin by {difference:.3g} "
+                f"(limit {limit:.1g}) on {scene.name}; at fault: "
                 f"{', '.join(names) or 'only groups in combination'}; nothing was saved. "
                 "Leave the structure out with --structures, and please report the model."
             )
@@ -137,13 +139,20 @@ def _verified_in_float32(
     """
     streamed = is_model_streamed(model)
     with computed_in(model, torch.float32) if streamed else nullcontext():
-        wide = sharing_copy(model) if streamed else own_copy(model).float()
         try:
+            if streamed:
+                wide = sharing_copy(model)
+            elif _has_room(model, copies=1):
+                wide = own_copy(model).float()
+            else:
+                wide = in_turns(model, torch.float32)
             return cut_verified_(wide, discovery, removal)[1]
         except VerificationError as error:
             if error.__cause__ is None:
                 raise
-            return None
+        except UserError:  # no list of blocks
+            pass
+    return None
 
 
 def _is_short(model: nn.Module) -> bool:
@@ -230,16 +239,18 @@ def _is_rounding(
 ) -> bool:
     """Whether a model and its twin differ by the rounding of float32 alone.
 
-    Then they differ ``_FINER`` times less in float64. A model that cannot be run in it, or that is
-    too large for it and not streamed, is not said to round.
+    Then they differ ``_FINER`` times less in float64 than by ``difference``. A model that cannot be
+    run in it is not said to round.
     """
     streamed, weights = is_model_streamed(model), list(model.parameters())
-    large = not streamed and sum(weight.numel() for weight in weights) > _SMALL
-    if large or any(weight.dtype != torch.float32 for weight in weights):
+    if any(weight.dtype != torch.float32 for weight in weights):
         return False
-    fine = model if streamed else own_copy(model).double()
+    large = sum(weight.numel() for weight in weights) > _SMALL
     try:
         with computed_in(model, torch.float64) if streamed else nullcontext():
+            fine = model
+            if not streamed:
+                fine = in_turns(model, torch.float64) if large else own_copy(model).double()
             left, right, _ = _twin_and_copy(fine, discovery, removal, scenes)
     except Exception:
         return False
@@ -282,13 +293,13 @@ def require_same(model: nn.Module, loaded: nn.Module, discovery: Discovery) -> N
     """Raise VerificationError if a model gives other logits once it is saved and loaded again.
 
     It is as it was in training mode if it is in the others, and with padding. Both compute in
-    float32, one after the other, where there is room for that.
+    float32, one after the other, or one block after the other where there is no room for that.
     """
     short = discovery.graph.scenes[0].shape[1]
     scenes = [one for one in discovery.graph.scenes if one.needed or one.shape[1] > short]
     compared = None
-    if any(map(_is_short, (model, loaded))) and all(_has_room(one, 0) for one in (model, loaded)):
-        with suppress(RuntimeError, VerificationError):  # code that runs in its own type alone
+    if any(map(_is_short, (model, loaded))):
+        with suppress(RuntimeError, VerificationError, UserError):  # code of its own type alone
             compared = _runs_compared(model, loaded, scenes, wider=True)
     if compared is None:
         compared = _runs_compared(model, loaded, scenes, wider=False)
@@ -305,18 +316,24 @@ def _runs_compared(
 ) -> list[tuple[float, float]]:
     """Return by how much the runs of two models differ in each scene, and by how much they may."""
 
-    def widened(one: nn.Module) -> AbstractContextManager[None]:
-        return computed_in(one, torch.float32) if wider and _is_short(one) else nullcontext()
+    @contextmanager
+    def widened(one: nn.Module) -> Iterator[nn.Module]:
+        if not wider or not _is_short(one):
+            yield one
+        elif not _has_room(one, copies=0):
+            yield in_turns(one, torch.float32)
+        else:
+            with computed_in(one, torch.float32):
+                yield one
 
-    with widened(model):
-        expected = [*map(result_of, run_pruned(model, scenes))]
-    rounded = wider and _is_short(loaded)
-    with widened(loaded):
-        if rounded:
-            _take_unrounded_(loaded, model)
-        found = [*map(result_of, run_pruned(loaded, scenes))]
+    with widened(model) as wide:
+        expected = [*map(result_of, run_pruned(wide, scenes))]
+    with widened(loaded) as wide:
+        if wider and _is_short(loaded):
+            _take_unrounded_(wide, model)
+        found = [*map(result_of, run_pruned(wide, scenes))]
         return [
-            _compared(one, other, loaded, scene)
+            _compared(one, other, wide, scene)
             for one, other, scene in zip(expected, found, scenes, strict=True)
         ]
 
