@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import (
@@ -1025,6 +1026,197 @@ def test_projector_of_images_keeps_the_hidden_size() -> None:
     (hidden,) = of_kind(discovery, "hidden")
     assert "multi_modal_projector" in str(hidden.frozen)
     assert {"heads", "ffn"} <= free(discovery)
+
+
+# ------------------------------------------------------------------------------ sizes that compare
+
+
+def _even(x: torch.Tensor) -> torch.Tensor:
+    assert x.shape[-1] % 2 == 0, "gate and value"
+    gate, value = x.chunk(2, -1)
+    return F.silu(gate) * value
+
+
+def _in_two(x: torch.Tensor) -> torch.Tensor:
+    gate, value = rearrange(x, "b t (two n) -> two b t n", two=2)
+    return F.silu(gate) * value
+
+
+@pytest.mark.parametrize("function", [_even, _in_two])
+def test_a_size_that_is_to_be_even(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    discovery = checked(Net(Body(function, width=16, inner=8)))
+    assert [len(group.members[0].index) for group in of_kind(discovery, "ffn")] == [8]
+
+
+def test_a_size_that_is_to_be_even_and_need_not_be_cut_so() -> None:
+    def between(x: torch.Tensor) -> torch.Tensor:
+        assert x.shape[-1] % 2 == 0
+        return F.silu(x)
+
+    (group,) = of_kind(discover(Net(Body(between))), "ffn")
+    assert "% 2) == 0" in str(group.frozen)
+    assert "the answer would change" in str(group.frozen)
+
+
+class _Widths(nn.Module):
+    """Goes on by whether two sizes are equal."""
+
+    def __init__(self, width: int, *, attributes: bool) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(HIDDEN, width), nn.Linear(width, HIDDEN)
+        self.width = self.other = width
+        self.attributes = attributes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.gelu(self.up(x))
+        equal = self.width == self.other if self.attributes else x.shape[-1] == y.shape[-1]
+        return self.down(y) * (0.5 if equal else 1.0)
+
+
+def test_sizes_that_are_not_to_become_equal() -> None:
+    net = Net(_Widths(HIDDEN + 4, attributes=False))
+    discovery = discover(net)
+    (ffn,) = of_kind(discovery, "ffn")
+    for count in (3, 5):
+        smaller = copy.deepcopy(net)
+        verified_prune_(smaller, discovery, {ffn.name: np.arange(count)})
+    with pytest.raises(InfeasibleError, match="the answer would change"):
+        verified_prune_(net, discovery, {ffn.name: np.arange(4)})
+
+
+def test_attributes_that_are_to_stay_equal() -> None:
+    (ffn,) = of_kind(discover(Net(_Widths(8, attributes=True))), "ffn")
+    assert ffn.frozen is None  # nothing follows from either
+    net = Net(_Widths(8, attributes=True))
+    verified_prune_(net, discover(net), {ffn.name: np.arange(2)})
+
+
+def test_how_many_tokens_each_expert_gets() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(HIDDEN, 4, bias=False)
+            self.up = nn.Parameter(torch.zeros(4, HIDDEN, 8))
+            self.down = nn.Parameter(torch.zeros(4, 8, HIDDEN))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            weights, chosen = self.gate(x).topk(2, -1)
+            counts = chosen.new_zeros(*chosen.shape[:2], self.gate.out_features)
+            self.load = counts.scatter_(-1, chosen, torch.ones_like(chosen)).sum((0, 1))
+            y = F.silu(torch.einsum("btd,btkdf->btkf", x, self.up[chosen]))
+            y = torch.einsum("btkf,btkfd->btkd", y, self.down[chosen])
+            return (weights.softmax(-1)[..., None] * y).sum(2)
+
+    discovery = discover(Net(Counting()).double())
+    assert {"experts", "ffn"} <= free(discovery)
+    net = Net(Counting())
+    removal = pick(discovery, ("experts",))
+    verified_prune_(net, discover(net), removal)
+
+
+class _Pieces(nn.Module):
+    """Several pieces of one axis, two of them of one size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = 3, 4, 5
+        self.up, self.down = nn.Linear(HIDDEN, 16), nn.Linear(16, HIDDEN)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        sizes = [self.first, self.second, self.second, self.last]
+        a, b, c, d = self.up(x).split(sizes, -1)
+        return self.down(torch.cat([F.silu(a), b.tanh(), F.gelu(c), d.sigmoid()], -1))
+
+
+def test_pieces_that_share_a_size() -> None:
+    """Units of the first and the last piece may go alone, of those between not."""
+    (group,) = of_kind(discover(Net(_Pieces())), "ffn")
+    assert "second" in str(group.frozen)
+
+
+class _Cached(nn.Module):
+    """Keys and values go through a buffer, and are copied for each of their queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.groups = 4, 2
+        self.q, self.o = nn.Linear(HIDDEN, 4 * SIZE), nn.Linear(4 * SIZE, HIDDEN)
+        self.k, self.v = nn.Linear(HIDDEN, 2 * SIZE), nn.Linear(HIDDEN, 2 * SIZE)
+        for name in ("keys", "values"):
+            self.register_buffer(name, torch.zeros(2, 300, 2, SIZE), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        count, length = x.shape[:2]
+        q = self.q(x).view(count, length, self.heads, SIZE).transpose(1, 2)
+        copied = []
+        for cache, layer in ((self.keys, self.k), (self.values, self.v)):
+            cache[:count, :length] = layer(x).view(count, length, self.groups, SIZE)
+            held = cache[:count, :length, :, None]
+            held = held.expand(count, length, self.groups, self.heads // self.groups, SIZE)
+            copied.append(held.reshape(count, length, self.heads, SIZE).transpose(1, 2))
+        y = F.scaled_dot_product_attention(q, *copied, is_causal=True, scale=0.4)
+        return self.o(y.transpose(1, 2).reshape(count, length, -1))
+
+
+def test_copies_of_what_a_cache_holds_are_no_weights() -> None:
+    net = Net(_Cached())
+    discovery = discover(net)
+    assert {"heads", "query_heads"} <= free(discovery)
+    for kind in ("heads", "query_heads"):
+        verified_prune_(copy.deepcopy(net), discovery, pick(discovery, (kind,)))
+
+
+class _MappedHeads(nn.Module):
+    """Each head by itself, its weights along an axis that is mapped over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Parameter(torch.zeros(HEADS, HIDDEN, SIZE)) for _ in range(3))
+        self.o = nn.Linear(HEADS * SIZE, HIDDEN)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def head(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return attend(x @ q, x @ k, x @ v)
+
+        return self.o(torch.vmap(head, out_dims=2)(self.q, self.k, self.v).flatten(2))
+
+
+def test_heads_that_are_mapped_over() -> None:
+    discovery = discover(Net(_MappedHeads(), Gated()))
+    assert "ffn" in free(discovery)
+    assert "torch.vmap" in why(discovery, "q", 0)
+
+
+# ------------------------------------------------------------------------------- norms of groups
+
+
+class _GroupNormed(nn.Module):
+    def __init__(self, *, module: bool) -> None:
+        super().__init__()
+        self.attention, self.heads = Attention(), HEADS
+        self.norm = nn.GroupNorm(HEADS, HEADS * SIZE)
+        self.module, self.attention.o = module, nn.Identity()
+        self.o = nn.Linear(HEADS * SIZE, HIDDEN)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.attention(x).flatten(0, 1)
+        if self.module:
+            y = self.norm(y)
+        else:
+            y = torch.group_norm(y, self.heads, self.norm.weight, self.norm.bias, 1e-5, False)
+        return self.o(y.unflatten(0, x.shape[:2]))
+
+
+@pytest.mark.parametrize("module", [True, False])
+def test_a_norm_of_each_head(module: bool) -> None:
+    net = Net(_GroupNormed(module=module))
+    discovery = checked(net, dense=False)
+    (heads,) = of_kind(discovery, "heads")
+    assert heads.size == HEADS
+    assert any(one.tensor.endswith("norm.weight") for one in heads.members)
+    verified_prune_(net.float(), discover(net.float()), {heads.name: np.array([0, 2])})
+    if module:
+        assert net.bodies[0].norm.num_groups == 1
 
 
 @pytest.mark.slow

@@ -151,6 +151,56 @@ def test_window_by_place_in_the_loop() -> None:
         assert is_right(net, discovery, kind)
 
 
+FAR = (4, 200)
+
+
+def mask(length: int, window: int = 190) -> torch.Tensor:
+    i = torch.arange(length)
+    return (i[:, None] >= i) & (i[:, None] - i < window)
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda net, length: mask(length, net.sizes["windows"][0]),
+        lambda _, length: mask(length, FAR[1]),
+        lambda _, length: mask(length),
+        lambda _, length: mask(length, 170 + 7),
+    ],
+    ids=["dictionary", "of the file", "default", "written in the code"],
+)
+def test_window_whose_length_no_module_holds(of: Callable[[Any, int], torch.Tensor]) -> None:
+    class Windows(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sizes = {"windows": [200]}
+
+        def run(self, x: torch.Tensor) -> torch.Tensor:
+            local, full = self.local(x.shape[1]), mask(x.shape[1], 5000)
+            for n, layer in enumerate(self.layers):
+                x = layer(x, local if n % 2 else full)
+            return x
+
+        local = of
+
+    (layers,) = (g for g in discover(Windows()).groups if g.kind == "layers")
+    assert "argument 1 of a layer depends on its place in the list" in str(layers.frozen)
+
+
+def test_window_by_place_that_the_twin_sees() -> None:
+    class Windows(Net):
+        def run(self, x: torch.Tensor) -> torch.Tensor:
+            for n, layer in enumerate(self.layers):
+                x = layer(x, mask(x.shape[1], 150 if n == len(self.layers) - 1 else 5000))
+            return x
+
+    net = Windows()
+    discovery = discover(net)
+    (layers,) = (g for g in discovery.groups if g.kind == "layers")
+    with pytest.raises(VerificationError):
+        prune_(net, discovery, {"layers": np.array([layers.size - 1])})
+
+
 def test_window_by_what_the_layer_says_of_itself() -> None:
     class Named(Net):
         def __init__(self) -> None:

@@ -80,6 +80,9 @@ def discover(
 
 
 # Elements of 16 bytes in bfloat16 and float16, and twice that in float32.
+_PIECES = 8
+"""Units of a group, evenly spaced, whose removal is tried alone."""
+
 _ALIGNMENT = 8
 
 _ROUTED: tuple[Role, ...] = ("normalised", "query_key", "activation")
@@ -394,7 +397,8 @@ class _Builder:
     def _trial(self, group: Group, by_name: dict[str, Group]) -> str | None:
         """Remove the fewest units that go together; return why the sizes cannot follow, or None.
 
-        The first ones and the last ones: code that cuts an axis in half needs as many of both.
+        The first ones and the last ones: code that cuts an axis in half needs as many of both. And
+        some between them where the code makes pieces of an axis by sizes of their own.
         """
         ratios = bound_to(group.name, by_name)
         unit = int(np.lcm.reduce([ratio.denominator for ratio in ratios.values()]))
@@ -413,10 +417,17 @@ class _Builder:
             if group.size <= len(first):
                 return "every key-value group has only one query head"
             chosen[0] = (self.unit_atoms[group.name][first], len(first))
-        for last in (False, True):
-            atoms = np.concatenate(
-                [units[-count:] if last else units[:count] for units, count in chosen]
-            )
+        (units, count), *rest = chosen
+        first = np.concatenate([units[:count], *(others[:n] for others, n in rest)])
+        trials = [first, np.concatenate([units[-n:] for units, n in chosen])]
+        seen: set[frozenset[int]] = set()
+        for start in np.linspace(0, len(units) - count, _PIECES, dtype=int):
+            part = units[start : start + count]
+            touched = frozenset(self.system.equations_of(part))
+            if group.blocks is None and touched not in seen:
+                seen.add(touched)
+                trials.append(np.concatenate([part, first[count:]]))
+        for atoms in trials:
             deleted = np.zeros(len(self.atoms), dtype=bool)
             deleted[atoms] = True
             try:

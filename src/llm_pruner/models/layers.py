@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
 from llm_pruner.types import Edits
@@ -290,8 +290,11 @@ def is_settings(key: str, value: object) -> bool:
         hasattr(value, "__dict__")
         and not isinstance(value, nn.Module | torch.Tensor | type | ModuleType)
         and not callable(value)
-        and key.lower().strip("_").endswith(("config", "cfg", "args", "hparams"))
         and key != "generation_config"
+        and (
+            isinstance(value, PreTrainedConfig)
+            or key.lower().strip("_").endswith(("config", "cfg", "args", "hparams"))
+        )
     )
 
 
@@ -318,6 +321,13 @@ def _filter_config(config: Any, count: int, kept: Sequence[int]) -> None:
         for key, value in list(vars(config).items()):
             if key.endswith("decoder_layers") and value == count:
                 setattr(config, key, len(kept))
+    except AttributeError:  # a property without a setter, of another number
+        for key, value in list(vars(config).items()):
+            if value == count and type(value) is int:
+                setattr(config, key, len(kept))
+                if config.num_hidden_layers == len(kept):
+                    break
+                setattr(config, key, value)
     for key, value in list(vars(config).items()):
         if "token" in key:
             continue

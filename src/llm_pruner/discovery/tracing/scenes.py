@@ -8,11 +8,12 @@ padding, and in training mode with dropout off.
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -143,17 +144,50 @@ def _held(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
 
 
 def _numbers(model: nn.Module) -> Iterator[int]:
-    """Yield the integers that modules and their settings hold, and the sizes of their tables."""
+    """Yield the integers that modules and their settings hold, and the sizes of their tables.
+
+    Of code that is not of a library, those that it is written with as well.
+    """
     for owner, _, value in _held(model):
         if type(value) is int:
             yield value
-        elif isinstance(owner, nn.Module) and isinstance(value, tuple | list):
-            yield from (item for item in value if type(item) is int)
         elif isinstance(owner, nn.Module) and isinstance(value, torch.Tensor):
             yield from value.shape
+        elif isinstance(owner, nn.Module):
+            yield from _integers(value)
+    for kind in {base for module in model.modules() for base in type(module).__mro__}:
+        if not kind.__module__.startswith(("torch.", "transformers.", "builtins")):
+            yield from _in_code(kind)
     for buffer in model.buffers():
         yield from buffer.shape
     yield from (one.num_embeddings for one in model.modules() if isinstance(one, nn.Embedding))
+
+
+def _integers(value: Any, depth: int = 3) -> Iterator[int]:
+    """Yield the integers in a value, in lists, dictionaries and such."""
+    if type(value) is int:
+        yield value
+    elif depth and isinstance(value, Mapping | tuple | list | set | frozenset):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _integers(item, depth - 1)
+
+
+def _in_code(kind: type) -> Iterator[int]:
+    """Yield the integers in the code of a class, and in what it reads of its file by name."""
+    space = getattr(sys.modules.get(kind.__module__), "__dict__", {})
+    pending: list[Any] = [one for key, one in vars(kind).items() if not key.startswith("__")]
+    seen: set[int] = set()
+    while pending:
+        value = inspect.unwrap(pending.pop())
+        yield from _integers(value)
+        if inspect.isfunction(value) and value.__module__ == kind.__module__:
+            pending += [value.__defaults__, value.__kwdefaults__, value.__code__]
+        elif inspect.iscode(value) and id(value) not in seen:
+            seen.add(id(value))
+            pending += [
+                *value.co_consts,
+                *(space[name] for name in value.co_names if name in space),
+            ]
 
 
 def few(logits: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,10 @@ def in_sight(model: nn.Module) -> Iterator[None]:
         # Under it operations are not taken apart into those that have rules.
         _replace(stack, torch.inference_mode, "__enter__", lambda _: None)
         _replace(stack, torch.inference_mode, "__exit__", lambda *_: None)
+        mapping: Any = torch._functorch.vmap
+        count = mapping._validate_and_get_batch_size
+        number = "_validate_and_get_batch_size"  # which goes to code in C
+        _replace(stack, mapping, number, lambda *given: int(count(*given)))
         library = sys.modules.get("torch.nn.attention.flex_attention")
         if library is not None:
             # The code of it, since it is held under other names as well.
@@ -261,7 +265,27 @@ def _repeat_interleave(
     return tensor.unsqueeze(dim + 1).expand(sizes).flatten(dim, dim + 1)
 
 
+def _group_norm(
+    tensor: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> torch.Tensor:
+    """``group_norm`` as statistics of each group, whose number is that of heads in most code."""
+    groups = tensor.unflatten(1, (num_groups, -1))
+    dims = [*range(2, groups.dim())]
+    variance = groups.var(dims, correction=0, keepdim=True)
+    normed = (groups - groups.mean(dims, keepdim=True)) * (variance + eps).rsqrt()
+    normed = normed.flatten(1, 2)
+    sizes = [-1] + [1] * (tensor.dim() - 2)
+    normed = normed if weight is None else normed * weight.view(sizes)
+    return normed if bias is None else normed + bias.view(sizes)
+
+
 REWRITES: dict[str, Callable[..., Any]] = {
+    "group_norm": _group_norm,
     "scaled_dot_product_attention": _attention,
     "repeat_interleave": _repeat_interleave,
 }

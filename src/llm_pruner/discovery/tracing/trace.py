@@ -179,6 +179,12 @@ def _state_equal(trace: Trace, left: Expr, right: Expr) -> None:
         trace.equations.append(Equation(right, trace.lengths[left[1]], "a comparison"))
 
 
+def _are_equal(expr: Expr, old: Mapping[Expr, int]) -> bool:
+    """Whether a comparison asks if two sizes are equal, or not, and they are."""
+    left, right = (evaluate(side, old) for side in expr[1:])
+    return expr[0] in ("==", "!=") and left == right
+
+
 def _may_turn(expr: Expr, old: Mapping[Expr, int]) -> bool:
     """Whether a comparison of one size with a constant comes out otherwise if the size shrinks.
 
@@ -200,15 +206,18 @@ def _used_as_numbers(trace: Trace) -> dict[Expr, str]:
             expr = expr[1]
         if expr[0] in COMPARISONS:
             if len(set(leaves(expr))) > 1:
-                left, right = (evaluate(side, old) for side in expr[1:])
-                if expr[0] not in ("==", "!="):
-                    trace.checks.append((expr, where))
-                elif left == right:
+                sides = {side[0] for side in expr[1:]}
+                if _are_equal(expr, old) and sides in ({"len"}, {"len", "attr"}):
                     # Two tensors may differ in size where they did not; the twin says if they may.
                     _state_equal(trace, expr[1], expr[2])
+                else:
+                    trace.checks.append((expr, where))
                 continue
             try:
                 if not _may_turn(expr, old):
+                    continue
+                if any(side[0] == "%" and not evaluate(side, old) for side in expr[1:]):
+                    trace.checks.append((expr, where))  # pairs, say, stay pairs
                     continue
             except ZeroDivisionError:
                 pass
@@ -231,7 +240,8 @@ def _pin_sizes(
         if leaf in described:
             trace.atoms.freeze(described[leaf], reason)
     # What a module states of itself is stated anew, so what it sizes elsewhere must shrink as well.
-    sizing = {leaf for equation in trace.equations for leaf in leaves(equation.expr)}
+    stated = (*(equation.expr for equation in trace.equations), *dict(trace.checks))
+    sizing = {leaf for expr in stated for leaf in leaves(expr)}
     for leaf in sizing & described.keys():
         trace.equations.append(Equation(leaf, described[leaf], "its own weight"))
     # Where an attribute sizes an axis alone, that axis pins it: products with it are then free.

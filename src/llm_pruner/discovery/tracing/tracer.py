@@ -399,6 +399,8 @@ class Tracer(TorchDispatchMode):
         # Weights that an index takes, of the expert that a token is given, are weights still.
         if known.op.moves and (first := tensors_in(args[:1])):
             marks = [m for m in (self.weights, self.vocabulary, self.one_hot) if m.holds(first)]
+            if storage_of(first[0]) in self._written:  # a cache is none, nor is a copy of it
+                marks = [mark for mark in marks if mark is not self.weights]
         elif known.op.makes_weights and self.weights.holds(call.inputs):
             marks = [self.weights]
         else:

@@ -85,14 +85,14 @@ def glu(tracer: Tracer, call: Call, self: Tensor, dim: int) -> None:
 
 
 @rule("zeros", "ones", "full", "empty", "scalar_tensor", "empty_strided")
-@rule("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided")
+@rule("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", domain="tied")
 def uniform(tracer: Tracer, call: Call) -> None:
     """``zeros`` and the like hold one value everywhere: their axes adapt to what they meet."""
     require_sight(tracer, "created")
     tracer.set_label(call.out, [tracer.atoms.fresh(size) for size in call.out.shape])
 
 
-@rule("zeros_like", "ones_like", "full_like", "empty_like")
+@rule("zeros_like", "ones_like", "full_like", "empty_like", domain="tied")
 def like(tracer: Tracer, call: Call, self: Tensor) -> None:
     """Shaped as their input."""
     tracer.set_label(call.out, tracer.label(self))
