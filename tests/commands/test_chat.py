@@ -120,6 +120,14 @@ def test_json_holds_the_session(work: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert min(first["first"], first["seconds"]) > 0
 
 
+def test_answers_before_an_error_are_not_lost(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = f"What?\nAnd?\n{'long ' * 3000}\n"
+    result = chat(monkeypatch, asked, "small", "--json", "out.json", *TOKENS)
+    assert result.code == 2
+    turns = json.loads(Path("out.json").read_text())
+    assert [turn["question"] for turn in turns] == ["What?", "And?"]
+
+
 @pytest.mark.parametrize("name", ["small", "plain"])
 def test_history_and_what_is_read_of_it(place: Path, name: str) -> None:
     one = conversation(place / name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from llm_pruner.report.records import Measured
 from llm_pruner.search.fast_widths import Rounding
 from llm_pruner.settings.evaluate import EvaluateSettings
 from llm_pruner.surgery.cut import cut_
+from llm_pruner.types import Discovery
 
 pytestmark = pytest.mark.slow
 
@@ -542,3 +544,24 @@ def test_demo_replaces_its_own_folder_and_no_other(
     Path("demo-out/plan.json").unlink()
     mine = run("demo")
     assert (mine.code, f"demo-out {refusal}" in mine.err) == (2, True)
+
+
+def test_a_structure_that_nobody_named_and_that_cannot_go_is_left_out(
+    work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def frozen(model: Any) -> Discovery:
+        found = discover(model)
+        stay = {"heads": "the code cuts it", "query_heads": "as well"}
+        groups = (replace(one, frozen=stay.get(one.kind)) for one in found.groups)
+        return replace(found, groups=tuple(groups))
+
+    monkeypatch.setattr(llm_pruner.commands.prune, "discover", frozen)
+    write_text(Path("text.txt"), 6000)
+    asked = ("prune", tiny, "--ratio", 0.1, "--calibration", "text.txt", "--preset", "fast")
+    done(*asked, "--samples", 16, "--seq-len", 16, "--out", "out")
+    assert "this model has no heads that can go (the code cuts it): ffn alone" in caplog.text
+    plan = read_plan(Path("out/plan.json"))
+    assert {group.kind for group in plan.groups} == {"ffn"}
+    named = run(*asked, "--structures", "heads,ffn", "--out", "other")
+    assert named.code == 2
+    assert "heads cannot be pruned in this model: the code cuts it; leave heads out" in named.err

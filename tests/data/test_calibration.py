@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutput
 
 from helpers import VOCABULARY, tiny_model, tiny_tokenizer
-from llm_pruner.data import selfmade, turns
+from llm_pruner.data import calibration, selfmade, turns
 from llm_pruner.data.calibration import (
     FURTHER,
     Calibration,
@@ -250,6 +250,28 @@ def test_text_to_train_on_goes_past_what_was_read_and_leaves_out_what_judges(
     longer = asked.but(seq_len=10_000)  # than the text
     known, apart = torch.zeros(2, 10_000).long(), torch.zeros(0, 10_000).long()
     assert torch.equal(further_text(loaded, longer, known, apart, 9, 0), known)  # type: ignore[arg-type]
+
+
+def test_further_text_that_cannot_be_read_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where the network fails once a model is cut: it goes without."""
+
+    def failing(*_: object, **__: object) -> None:
+        raise UserError("c4 cannot be read: 429")
+
+    monkeypatch.setattr(calibration, "build_calibration", failing)
+    known, asked = torch.ones(2, 8).long(), CalibrationSettings(calibration="c4", seq_len=8)
+    loaded = SimpleNamespace(tokenizer=tiny_tokenizer())
+    assert further_text(loaded, asked, known, known[:1], 9, 0) is known  # type: ignore[arg-type]
+    assert "429" in caplog.text
+
+
+def test_a_text_goes_on_as_far_as_what_is_measured_on_needs(tmp_path: Path) -> None:
+    source = write_documents(tmp_path / "t.jsonl", [250] * 400)
+    asked = CalibrationSettings(calibration=source, samples=4, seq_len=20)
+    made = build_calibration(asked, tiny_tokenizer(), seed=0, unseen=1000)
+    assert len(made.unseen) == 1000
 
 
 def test_a_comma_in_the_name_of_a_file(tmp_path: Path) -> None:

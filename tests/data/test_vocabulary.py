@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from helpers import tiny_tokenizer
+from llm_pruner.data import vocabulary
 from llm_pruner.data.sequences import bare_ids, render_chat, template_ids
 from llm_pruner.data.text import demo_text
 from llm_pruner.data.vocabulary import Vocabulary, vocabulary_of
@@ -90,6 +91,26 @@ def test_words_of_the_chat_template_stay_with_all_that_they_are_made_of(tokenize
     kept = known.choose(np.zeros(known.size, np.int64), None)
     said = render_chat(talking, [{"role": "user", "content": ""}], True)
     assert kept[bare_ids(known.cut(kept), said)].tolist() == bare_ids(talking, said)
+
+
+def test_long_texts_are_counted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    known, text = vocabulary_of(byte_level()), demo_text()[:20_000]
+    whole = known.count([text, "", "one"])
+    monkeypatch.setattr(vocabulary, "_PIECE", 2000)
+    cut = [one for batch in vocabulary._batches([text, "", "one"]) for one in batch]
+    assert "".join(cut) == text + "one"
+    assert len(cut) > 4
+    assert sum(one.endswith("\n") for one in cut) >= len(cut) - 2
+    assert abs(known.count([text, "", "one"]) - whole).sum() < 0.01 * whole.sum()
+
+
+def test_words_whose_ends_are_marked() -> None:
+    model = models.BPE(
+        {"a": 0, "b</w>": 1, "ab</w>": 2}, [("a", "b</w>")], end_of_word_suffix="</w>"
+    )
+    marked = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
+    with pytest.raises(UserError, match=r"has an end_of_word_suffix \('</w>'\)"):
+        vocabulary_of(marked)
 
 
 def test_what_cannot_be() -> None:

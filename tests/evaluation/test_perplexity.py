@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
+from torch import nn
 
 from helpers import VOCABULARY, tiny_model, tiny_tokenizer
 from llm_pruner.data.sequences import bare_ids
@@ -21,6 +22,8 @@ from llm_pruner.evaluation.samples import sample_continuation, strip_control
 from llm_pruner.evaluation.speed import measure_speed
 from llm_pruner.files.disk import folder_bytes
 from llm_pruner.models.forward import Decoder
+from llm_pruner.models.layers import sharing_copy
+from llm_pruner.report.text import clean
 from llm_pruner.settings.evaluate import PerplexitySettings
 from trained_tokenizers import byte_level
 
@@ -172,7 +175,12 @@ def test_a_model_that_others_are_compared_with_runs_once(scale: float) -> None:
             assert torch.equal(remembered(input_ids=batch).logits, wanted)
         other = remembered(input_ids=batch[:1]).logits
     assert torch.allclose(other, wanted[:1], atol=1e-5)
-    assert len(runs) == (2 if scale == 1 else 4)
+    # Each run of a streamed model has a copy, and they know what others have seen.
+    copies = [sharing_copy(remembered, buffers=False) for _ in range(2)]
+    with torch.no_grad():
+        first, second = (one(input_ids=batch[1:]).logits for one in copies)
+    assert torch.equal(first, second)
+    assert len(runs) == (3 if scale == 1 else 6)
     with module.evaluating(remembered):
         pass
     assert not any(part.training for part in model.modules())
@@ -186,6 +194,22 @@ def test_the_loss_is_float32_in_a_half_precision_model() -> None:
     exact = torch.nn.functional.cross_entropy(logits, ids[1:])
     result = perplexity(model, tiny_tokenizer(), TEXT, protocol="paper", max_tokens=128)
     assert result.nll == pytest.approx(float(exact), abs=1e-6)
+
+
+def test_a_model_that_reads_the_end_of_a_window_alone() -> None:
+    class Cropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = tiny_model()
+
+        def get_input_embeddings(self) -> Any:
+            return self.model.get_input_embeddings()
+
+        def forward(self, input_ids: torch.Tensor, **how: Any) -> Any:
+            return self.model(input_ids=input_ids[:, -16:], **how)
+
+    with pytest.raises(UserError, match="gives logits for 16 of the 128 tokens of a window; use"):
+        perplexity(Cropping(), tiny_tokenizer(), TEXT, protocol="paper", max_tokens=128)
 
 
 def test_bad_input() -> None:
@@ -305,4 +329,6 @@ def test_sample_stops_at_the_end_token() -> None:
 
 
 def test_control_characters_are_stripped() -> None:
-    assert strip_control("a\x1b[31mb\r\n\tc\x07\u202e\x9bd\ufffd") == "a[31mb\n cd\ufffd"
+    assert strip_control("a\x1b[31mb\r\n\tc\x07\u202e\x9bd\ufffd") == "a[31mb\n\tcd\ufffd"
+    joined = "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 \U0001f469\u200d\U0001f4bb"
+    assert strip_control(joined) == joined == clean(joined)

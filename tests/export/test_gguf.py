@@ -22,6 +22,7 @@ from llm_pruner.errors import UserError
 from llm_pruner.export.formats.gguf import GgufFile
 from llm_pruner.export.gguf_model import FAMILIES, GgufModel, gguf_model, neighbours
 from llm_pruner.export.gguf_tokenizer import copy_tokenizer, read_tokenizer
+from llm_pruner.models import gguf_file
 from llm_pruner.models.gguf_file import scale_rotary_
 from llm_pruner.models.load import LoadedModel, load_model
 from trained_tokenizers import byte_level
@@ -244,6 +245,21 @@ def test_a_file_is_read_as_it_was_written(here: Path, kind: str, rotary: dict[st
     loaded.tokenizer.save_pretrained("t")
     for tokenizer in (loaded.tokenizer, AutoTokenizer.from_pretrained("t")):
         assert tokenizer.get_vocab() == tokens
+
+
+def test_a_tokenizer_beside_the_file_is_not_read(here: Path) -> None:
+    tokens = byte_level().get_vocab()
+    through_a_file(tiny(vocab_size=len(tokens)))
+    tiny_tokenizer().save_pretrained(".")
+    loaded = load_model("m.gguf")
+    assert loaded.tokenizer is not None
+    assert loaded.tokenizer.get_vocab() == tokens
+
+
+def test_what_a_file_says_of_its_kind(here: Path) -> None:
+    through_a_file(tiny(vocab_size=len(byte_level())))
+    assert gguf_file._architecture(Path("m.gguf").read_bytes()) == "llama"
+    assert gguf_file._architecture(b"GGUF") == ""
 
 
 def test_a_file_of_the_same_name_elsewhere_is_not_read(here: Path) -> None:

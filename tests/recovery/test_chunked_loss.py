@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate.utils import convert_outputs_to_fp32
 
 from helpers import tiny_model
@@ -17,6 +18,7 @@ from llm_pruner.recovery.chunked_loss import summed_loss
 from llm_pruner.recovery.distill import DirectTeacher
 from llm_pruner.recovery.objective import (
     Targets,
+    divergence_and_gradient_,
     mixed_loss_and_gradient_,
     task_loss_and_gradient_,
     text_objective,
@@ -245,3 +247,16 @@ def test_a_teacher_is_asked_in_chunks(tmp_path: Path) -> None:
     assert float(loss.detach()) == pytest.approx(float(whole.detach()), rel=1e-5)
     for name, one in found.items():
         assert torch.allclose(one, wanted[name], atol=1e-4), name
+
+
+def test_tokens_that_are_never_written_are_no_loss() -> None:
+    """As where a model gives minus infinity for rows beyond its vocabulary."""
+    torch.manual_seed(0)
+    logits, teacher = torch.randn(2, 5, 8)
+    wanted, gradient = divergence_and_gradient_(logits.clone(), teacher)
+    wider = [F.pad(one, (0, 3), value=-torch.inf) for one in (logits, teacher)]
+    found, padded = divergence_and_gradient_(*wider)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(padded, F.pad(gradient, (0, 3)))
+    broken, _ = divergence_and_gradient_(torch.full_like(logits, torch.nan), teacher)
+    assert broken.isnan()

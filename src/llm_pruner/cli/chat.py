@@ -50,20 +50,22 @@ def run(settings: ChatSettings, json: str | None) -> None:
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     conversations, out, turns = begun(settings), Screen(), []
     typed = json != "-" and sys.stdin.isatty() and out.is_terminal
-    for line in _typed(out) if typed else filter(None, map(str.strip, sys.stdin)):
-        if line == "/quit":
-            break
-        if line == "/new":
-            for one in conversations:
-                one.begin()
-        elif typed:
-            turns += _answered(out, ask(conversations, line), len(conversations))
-        else:
-            *_, turn = ask(conversations, line)
-            turns.append(turn)
-            if json != "-":
-                _print(out, turn)
-    write_json(turns, json)
+    try:
+        for line in _typed(out) if typed else filter(None, map(str.strip, sys.stdin)):
+            if line == "/quit":
+                break
+            if line == "/new":
+                for one in conversations:
+                    one.begin()
+            elif typed:
+                turns += _answered(out, ask(conversations, line), len(conversations))
+            else:
+                *_, turn = ask(conversations, line)
+                turns.append(turn)
+                if json != "-":
+                    _print(out, turn)
+    finally:  # what was answered before something went wrong is not lost
+        write_json(turns, json)
 
 
 def _typed(out: Screen) -> Iterator[str]:
@@ -90,7 +92,7 @@ def _print(out: Screen, turn: Turn) -> None:
     for name, answer in turn.answers.items():
         if len(turn.answers) > 1:
             out.out(f"{clean(name)}:", highlight=False)
-        out.out(clean(answer.text), highlight=False)
+        out.out(clean(answer.text, "\n\t"), highlight=False)
 
 
 def _answered(out: Screen, turns: Iterator[Turn], models: int) -> list[Turn]:
@@ -117,7 +119,7 @@ def _streamed(out: Screen) -> Iterator[Callable[[Turn], None]]:
         nonlocal shown, answer
         (answer,) = turn.answers.values()
         text = answer.text.rstrip(_HALF)
-        out.out(clean(text[len(shown) :]), end="", highlight=False)
+        out.out(clean(text[len(shown) :], "\n\t"), end="", highlight=False)
         shown = text
 
     try:
@@ -153,7 +155,7 @@ def _columns(out: Screen, turn: Turn, most: int | None = None) -> Table:
     cells = []
     for name, answer in turn.answers.items():
         table.add_column(Text(clean(name)), Text(_speed(answer), style="dim"), ratio=1)
-        lines = Text(clean(answer.text)).wrap(out, width)
+        lines = Text(clean(answer.text, "\n\t")).wrap(out, width)
         cells.append(Text("\n").join(lines[-most:] if most else lines))
     table.add_row(*cells)
     return table

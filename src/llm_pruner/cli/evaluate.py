@@ -103,7 +103,8 @@ def show(found: Measured) -> None:
             f"decode {found.speed.decode_tokens_per_second:.1f} tokens/s"
         )
     for text, continuation in found.samples.items():
-        out.print(f"> {clean(text)}{clean(continuation)}")
+        said = clean(continuation, "\n\t")
+        out.print(f"> {clean(text)}{said}")
 
 
 def _show_abilities(out: Screen, found: Measured) -> None:

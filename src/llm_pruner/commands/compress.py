@@ -135,11 +135,12 @@ def compress(
         check_space(out, settings.loading(), target_of(settings.pruning(out)), copies=copies)
     if not (work / f"{_RESULT}.json").is_file() or restart:
         check_settings(settings)
-    with opened(work, about(settings), restart=restart) as run:
+    facts = about(settings)
+    with opened(work, facts, restart=restart) as run:
         if run.continued:
             going_on(work)
         stored = file_states(settings.model)
-        stages = _Stages(settings, run, command, tell, say, first)
+        stages = _Stages(settings, run, command, tell, say, first, facts)
         try:
             done = run.once(_RESULT, Compressed, stages.all, "report")
         except UserError:
@@ -221,6 +222,7 @@ class _Stages:
     """The stages of one run; each looks for its output first.
 
     Attributes:
+        facts: see ``about``.
         start: the model with fewer tokens, which all later stages start from; None if all stay.
         before: what a report says of the model that had them all.
     """
@@ -231,6 +233,7 @@ class _Stages:
     tell: Callable[[str], None]
     say: Callable[[Progress], None]
     first: Callable[[Measured], None] | None
+    facts: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     start: Path | None = None
     before: Report | None = None
@@ -491,7 +494,7 @@ class _Stages:
         report = self._of_all_tokens(report)
         for variant, found in measured.items():
             report = report.with_evaluation(variant, evaluation_of(found))
-        shown = about(self.settings)
+        shown = self.facts
         budget, peak = self.settings.time_budget, result.peak_bytes
         run = {
             "preset": shown["preset"],

@@ -213,7 +213,10 @@ class PruneRun:
         text = ["calibration", "text_split", "text_field", "samples", "seq_len", "seed"]
         names = text * (self.refits or self.repairs)
         names += ["compensation", "refit_text"] * self.refits + ["repair_minutes"] * self.repairs
-        values = ((option_name(name), getattr(self.settings, name)) for name in names)
+        asked = self.settings
+        if self.text is not None:
+            asked = asked.but(samples=len(self.text.input_ids))  # a preset takes fewer, too
+        values = ((option_name(name), getattr(asked, name)) for name in names)
         return [str(word) for pair in values if pair[1] is not None for word in pair]
 
     # ----------------------------------------------------------------------------- what is asked
@@ -288,6 +291,8 @@ class PruneRun:
         if loaded is None and self.processes.is_first:
             self._say_if_tokens_go_first()
         self.discovery = discovery or discover(self.network)
+        if "structures" not in self.settings.given:
+            self.selection = start.of_what_can_go(self.selection, self.discovery)
         self.clock.stop("discover")
         cuts = not self.settings.dry_run
         self.surgeon = Surgeon(self.network, self.settings.verify and cuts, self.clock)

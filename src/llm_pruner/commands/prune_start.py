@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from llm_pruner.report.text import megabytes
 from llm_pruner.settings.common import CalibrationSettings, ModelSettings, OutputSettings
 from llm_pruner.settings.prune import AMOUNTS, READ_BY, PruneSettings
 from llm_pruner.types import Discovery
+
+_LOG = logging.getLogger(__name__)
 
 _RUN = {"plan", "dry_run", "estimate", "verify", "kept", "memory", "refit_text", "repair_minutes"}
 """Settings of a run that say nothing about what goes; so do those of the model and the output."""
@@ -43,6 +47,21 @@ def selection_of(settings: PruneSettings) -> Selection:
         spread=settings.spread,
         uniform=settings.uniform,
     )
+
+
+def of_what_can_go(selection: Selection, discovery: Discovery) -> Selection:
+    """Return a selection that nobody named without structures of which nothing can be removed."""
+    named = {*(selection.split or {}), *selection.layer_ranges}
+    free = {group.kind for group in discovery.groups if group.frozen is None}
+    left = tuple(one for one in selection.structures if one in free | named)
+    if not left or left == selection.structures:
+        return selection
+    for one in selection.structures:
+        why = [group.frozen for group in discovery.groups if group.kind == one and group.frozen]
+        if one not in left:
+            reason = why[0] if why else "llm-pruner inspect lists what is frozen, and why"
+            _LOG.warning("this model has no %s that can go (%s): %s alone", one, reason, left[0])
+    return replace(selection, structures=left)
 
 
 def criterion_of(settings: PruneSettings) -> Criterion:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from llm_pruner.commands.prune_start import check_space
 from llm_pruner.commands.publish import check_push
 from llm_pruner.data.examples import Examples, load_examples
 from llm_pruner.data.sequences import TrainingSequence
-from llm_pruner.data.text import PRUNED, SELF, EvaluationText
+from llm_pruner.data.text import PRUNED, SELF, EvaluationText, with_field
 from llm_pruner.data.training import (
     Samples,
     fingerprint_samples,
@@ -61,7 +62,7 @@ from llm_pruner.report.records import (
     StepLoss,
 )
 from llm_pruner.report.write import page_in, write_report, write_request
-from llm_pruner.runtime.memory import free_bytes
+from llm_pruner.runtime.memory import free_bytes, give_back
 from llm_pruner.runtime.precision import multiplies, multiplies_bfloat16
 from llm_pruner.runtime.processes import Processes, check_trains, is_sharded, joined, own_device
 from llm_pruner.settings.common import ModelSettings
@@ -183,8 +184,12 @@ class _Run:
             after = self._measure(self.loaded, dense)
             del dense
         elif first:
-            # As it came, to the last bit; beside what was trained, which may fill a GPU.
+            # As it came, to the last bit; in place of what was trained, which may fill a GPU.
+            self.loaded = replace(self.loaded, model=None)
+            del network
+            give_back()
             network = load(self.loading.but(device="cpu")).model
+            self.loaded = replace(self.loaded, model=network)
         pairs = list(zip(before, after, strict=True))[: len(self.corpora)]
         result = self._result(outcome, network, tuple(Change(old, new) for old, new in pairs))
         if self.controlling is not None:
@@ -491,8 +496,15 @@ def check_data(settings: RecoverSettings) -> None:
 
 def read_examples(data: DataSettings) -> dict[str, Examples]:
     """Return the examples of each source that no model writes."""
-    how: Any = {"split": data.split, "text_field": data.text_field, "limit": data.samples}
-    return {source: load_examples(source, **how) for source in data.data if source not in _WRITTEN}
+    sources = [source for source in data.data if source not in _WRITTEN]
+
+    def read(source: str, text_field: str | None) -> Examples:
+        how: Any = {"split": data.split, "limit": data.samples}
+        return load_examples(source, text_field=text_field, **how)
+
+    if len(sources) == 1:
+        return {sources[0]: read(sources[0], data.text_field)}
+    return {one: with_field(partial(read, one), data.text_field) for one in sources}
 
 
 def ways_to_load(

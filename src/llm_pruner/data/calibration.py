@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from llm_pruner.errors import UserError
 from llm_pruner.models.load import LoadedModel, load_tokenizer
 from llm_pruner.runtime.progress import Clock
 from llm_pruner.settings.common import CalibrationSettings, ModelSettings
+
+_LOG = logging.getLogger(__name__)
 
 SHORT_DOCUMENT = 200
 """Documents with fewer characters than this on average are lines of a running text."""
@@ -198,7 +201,8 @@ class _Part(NamedTuple):
 
 def _read(one: _Wanted, asked: CalibrationSettings, tokenizer: Any, seed: int, rest: int) -> _Part:
     # Enough documents even where each is one short sentence.
-    documents = _documents(one.source, asked, max(BEGINNING, one.samples * asked.seq_len // 4))
+    limit = max(BEGINNING, (one.samples + rest) * asked.seq_len // 4)
+    documents = _documents(one.source, asked, limit)
     windows, unseen = _pack(documents, tokenizer, one, asked.seq_len, seed, rest)
     return _Part(windows, unseen, documents.name, documents.split)
 
@@ -238,7 +242,8 @@ def _pack(
     generator = torch.Generator().manual_seed(seed)
     needed = samples * fresh
     running = running_text(documents, "standard")
-    if running is None and len(documents.raw) < SHORT_DOCUMENT * len(documents.texts):
+    count = len(documents.texts)
+    if running is None and sum(map(len, documents.texts)) < SHORT_DOCUMENT * count:
         running = documents.raw
     if running is None:
         texts = [text for text in documents.texts if text.strip()]
@@ -249,7 +254,8 @@ def _pack(
     order = torch.randperm(len(texts), generator=generator).tolist()
     for read, position in enumerate(order, start=1):
         stream.extend((*prefix, *bare_ids(tokenizer, texts[position] + parting), *suffix))
-        if read >= 2 * samples and len(stream) >= 4 * samples * seq_len and running is None:
+        enough = len(stream) >= (4 * samples + 2 * rest) * seq_len
+        if read >= 2 * (samples + rest) and enough and running is None:
             break
     starts, end = [], 0
     while True:
@@ -358,7 +364,11 @@ def further_text(
         mixture = next(iter(read)) if len(read) == 1 else mixture
         size = max(len(read), count + len(known) + len(apart))  # some of which may be these
         more = asked.but(calibration=mixture, samples=size, score_samples=None, kept=None)
-        text = build_calibration(more, loaded.tokenizer, seed=seed, least=0)
+        try:
+            text = build_calibration(more, loaded.tokenizer, seed=seed, least=0)
+        except UserError as error:  # of a dataset that was read before: the network
+            _LOG.warning("no further text could be read, and goes without: %s", error)
+            return known
         further = dict.fromkeys(map(tuple, text.input_ids.tolist()))
         seen, held = set(map(tuple, known.tolist())), _runs(apart)
         fresh = [torch.tensor(row) for row in further if row not in seen]

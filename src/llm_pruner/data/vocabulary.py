@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Collection, Iterable
-from itertools import islice, pairwise
+from collections.abc import Collection, Iterable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,8 @@ from llm_pruner.errors import UserError
 Ids = npt.NDArray[np.int64]
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-_BATCH = 1000
+_BATCH, _PIECE = 1000, 2**20
+"""Texts, and characters, that are tokenised together."""
 
 
 def vocabulary_of(tokenizer: Any, needed: Collection[int] = ()) -> Vocabulary:
@@ -37,11 +38,18 @@ def vocabulary_of(tokenizer: Any, needed: Collection[int] = ()) -> Vocabulary:
             byte-pair encoding nor Unigram.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    kind = None if backend is None else json.loads(backend.to_str())["model"].get("type")
+    model = {} if backend is None else json.loads(backend.to_str())["model"]
+    kind = model.get("type")
     if kind not in ("BPE", "Unigram"):
         raise UserError(
             f"the tokenizer is of the kind {kind or type(tokenizer).__name__}, and tokens can be "
             "taken from BPE and Unigram of the tokenizers library alone"
+        )
+    marks = ("end_of_word_suffix", "continuing_subword_prefix")
+    if mark := next((one for one in marks if model.get(one)), None):
+        raise UserError(
+            f"the tokenizer has an {mark} ({model[mark]!r}), and what tokens are made of is then "
+            "not followed; tokens can be taken from tokenizers without one alone"
         )
     found = Vocabulary(tokenizer)
     if strange := {*needed} - found.known:
@@ -93,8 +101,8 @@ class Vocabulary:
 
     def count(self, texts: Iterable[str]) -> Ids:
         """Return how often each token stands in texts, shape (size,)."""
-        counts, rest = np.zeros(self.size, np.int64), iter(texts)
-        while batch := [*islice(rest, _BATCH)]:
+        counts = np.zeros(self.size, np.int64)
+        for batch in _batches(texts):
             for one in self._whole.encode_batch(batch, add_special_tokens=False):
                 np.add.at(counts, np.array(one.ids, np.int64), 1)
         return counts
@@ -191,3 +199,24 @@ def _renumber_(processor: Any, new: dict[int, int]) -> None:
             processor[key] = [value[0], new[value[1]]]
         else:
             _renumber_(value, new)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yield texts together, those that are long in pieces that end with a line if they can.
+
+    What a tokenizer says of a text takes some forty times its room.
+    """
+    batch, size = list[str](), 0
+    for text in texts:
+        start = 0
+        while start < len(text):
+            stop = start + _PIECE
+            if stop < len(text):
+                stop = text.rfind("\n", start, stop) + 1 or stop
+            batch.append(text[start:stop])
+            size += stop - start
+            start = stop
+            if size >= _PIECE or len(batch) >= _BATCH:
+                yield batch
+                batch, size = [], 0
+    yield batch

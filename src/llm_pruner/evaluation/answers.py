@@ -116,7 +116,7 @@ def write_batch(model: Any, tokenizer: Any, prompts: Sequence[str], asked: Asked
     padding = min(ends, default=0)
     # The answer to a long prompt may end early, and those to others are not to end with it.
     early = limit is not None and limit - longest < asked.new_tokens
-    if len(rows) > 1 and (early or _sees_padding(model, rows, padding)):
+    if len(rows) > 1 and (early or sees_padding(model, rows, padding)):
         alone = [write_batch(model, tokenizer, [prompt], asked) for prompt in prompts]
         return [answer for [answer] in alone]
     room = asked.new_tokens if limit is None else min(asked.new_tokens, limit - longest)
@@ -154,7 +154,7 @@ def _generate(model: Any, rows: Sequence[list[int]], length: int, **settings: An
         )
 
 
-def _sees_padding(model: Any, rows: Sequence[list[int]], padding: int) -> bool:
+def sees_padding(model: Any, rows: Sequence[list[int]], padding: int) -> bool:
     """Whether padding changes the logits behind a row: recurrences without a mask read it."""
     shortest, longest = min(rows, key=len), max(map(len, rows))
     if len(shortest) == longest:

@@ -23,6 +23,7 @@ from lm_eval.tasks import TaskManager
 
 from llm_pruner.errors import UserError, in_short
 from llm_pruner.evaluation import zero_shot
+from llm_pruner.evaluation.answers import sees_padding
 from llm_pruner.evaluation.likelihood import log_likelihoods, truncated
 from llm_pruner.runtime.progress import quiet as silenced
 from llm_pruner.settings.options import near
@@ -82,7 +83,14 @@ class LoadedLM(HFLM):
             )
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Generate, with the harness's progress bar if there is a terminal."""
+        """Generate, with the harness's progress bar if there is a terminal.
+
+        A recurrent model that reads padding, which the harness puts to the left, gets one prompt at
+        a time.
+        """
+        token = next(iter(self.tok_encode("a")), 0)
+        if sees_padding(self.model, [[token], [token] * 8], self.tokenizer.pad_token_id):
+            self.batch_size_per_gpu = 1
         with redirect_stderr(self.terminal):
             silent = disable_tqdm or not self.terminal.isatty()
             try:

@@ -193,6 +193,13 @@ def perplexity_of_windows(
     )
 
 
+class _Shared(dict[bytes, torch.Tensor]):
+    """What copies of a module hold together, of which each run of a streamed model has one."""
+
+    def __deepcopy__(self, _: Any) -> _Shared:
+        return self
+
+
 class Remembered(nn.Module):
     """A model that runs once on each batch, to compare several models with it.
 
@@ -205,7 +212,7 @@ class Remembered(nn.Module):
         super().__init__()
         self.model = model
         self.training = model.training
-        self._hidden: dict[bytes, torch.Tensor] = {}
+        self._hidden = _Shared()
 
     def forward(self, input_ids: torch.Tensor, **how: Any) -> Any:
         """Return an output with ``logits``, shape (samples, seq_len, vocabulary)."""
@@ -332,6 +339,11 @@ def _sums(
         raise UserError(
             f"{dense.name} predicts {other.shape[-1]} tokens and the model {logits.shape[-1]}, "
             f"{_NOT_COMPARED}"
+        )
+    if logits.shape[1] != batch.shape[1]:
+        raise UserError(
+            f"the model gives logits for {logits.shape[1]} of the {batch.shape[1]} tokens of a "
+            "window; use shorter windows (--seq-len)"
         )
     found = []
     for index, target in enumerate(batch.to(logits.device)):

@@ -20,6 +20,8 @@ def sample_continuation(
 ) -> str:
     """Return the likeliest text after the prompt, without control characters, up to its end token.
 
+    Tabs are spaces, as of a sample that is read in a table.
+
     Args:
         chat: put the prompt to the model as a user's message, in the tokenizer's chat template,
             and return the answer; without a template the prompt is continued.
@@ -36,7 +38,7 @@ def sample_continuation(
     ends = end_ids(model, tokenizer)
     with evaluating(model):
         written = list(write(Decoder(model), given, max_new_tokens, ends))
-    return decoded(tokenizer, given, written, chat=asked)
+    return decoded(tokenizer, given, written, chat=asked).replace("\t", " ")
 
 
 def check_prompt(model: Any, tokenizer: Any, prompt: str, *, chat: bool = False) -> None:
@@ -145,12 +147,12 @@ def encoded_chat(tokenizer: Any, said: Sequence[str]) -> list[int]:
 def strip_control(text: str) -> str:
     """Drop control and formatting characters, so that text cannot steer a terminal.
 
-    Line feeds stay, tabs become spaces.
+    Line feeds and tabs stay, and the joiners of which Persian, Hindi and some pictures are made.
     """
     return "".join(
-        " " if character == "\t" else character
+        character
         for character in text
-        if character in "\n\t" or unicodedata.category(character)[0] != "C"
+        if character in "\n\t\u200c\u200d" or unicodedata.category(character)[0] != "C"
     )
 
 

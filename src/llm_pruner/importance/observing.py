@@ -194,7 +194,11 @@ class _Watch(Collector):
         self._forward_only = not self._members and self._where_linear <= {"moments", "gram"}
         self._seen: list[tuple[str, torch.Tensor]] = []
         segments = -(-self._length // SEGMENT)
-        self._gates = {group.name: np.zeros((samples, segments, group.size)) for group in groups}
+        self._gates = {
+            group.name: np.zeros((samples, segments, group.size))
+            for group in groups
+            if {"gates", "tokens"} & how.needs or group.kind == "layers"
+        }
         # Of the batch that is going through a block, and of those before it.
         self._batch_squares: dict[str, FloatArray] = {}
         self._token_squares: dict[str, FloatArray] = {}
@@ -413,9 +417,10 @@ class _Watch(Collector):
         left = [group for group in groups if group.name not in self.found]
         consumers = {group.name: self._consumers.get(group.name, ()) for group in left}
         for group in left:
+            gates = self._gates.pop(group.name, None)
             seen = Observation(
                 group,
-                gates=self._gates.pop(group.name) if "gates" in self._needs else None,
+                gates=gates if "gates" in self._needs else None,
                 token_squares=self._token_squares.get(group.name),
                 readings=tuple(
                     self._reading(one)

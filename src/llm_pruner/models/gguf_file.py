@@ -31,17 +31,37 @@ _LLAMA3 = {
 
 def require_biases(model: Any, file: Path) -> None:
     """Raise UserError if a file has biases that the model was built without, and so not read."""
-    found = {name.decode() for name in re.findall(rb"blk\.\d+\.\w+\.bias", _header(file))}
+    start = _header(file)
+    found = {name.decode() for name in re.findall(rb"blk\.\d+\.\w+\.bias", start)}
     if not found:
         return
-    from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
+    from transformers.integrations import gguf
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+    )
 
-    read = get_gguf_hf_weights_map(model, TensorProcessor(config=model.config.to_dict()))
+    architecture = _architecture(start)
+    if architecture in getattr(gguf, "GGUF_ARCHS", ()):
+        return  # another reader, which says itself what it leaves out
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+    read = get_gguf_hf_weights_map(model, processor(config=model.config.to_dict()))
     if left := sorted(found - read.keys()):
         raise UserError(
             f"{file} has biases, {left[0]} first, that transformers does not read into a "
             f"{type(model).__name__}; name the folder that it was made of"
         )
+
+
+def _architecture(start: bytes) -> str:
+    """Return what the header of a file says of its kind; nothing if it says nothing."""
+    key = b"general.architecture" + struct.pack("<I", 8)  # a text: its length, and its bytes
+    place = start.find(key) + len(key)
+    if place < len(key):
+        return ""
+    (length,) = struct.unpack_from("<Q", start, place)
+    return start[place + 8 : place + 8 + length].decode(errors="replace")
 
 
 def _header(file: Path) -> bytes:
@@ -79,6 +99,9 @@ def scale_rotary_(config: Any, file: Path) -> None:
     rotary = getattr(text, "rope_parameters", None) or {}
     if not (scaled or factors) or rotary.get("rope_type", "default") != "default":
         return
+    kinds = {one.get("rope_type") for one in rotary.values() if isinstance(one, dict)}
+    if not scaled and "proportional" in kinds and all(_leaves_out(one) for one in factors):
+        return
     if "rope_theta" in rotary and scaled and kind == "linear" and not factors:
         rotary |= {"rope_type": "linear", "factor": factor}
     elif "rope_theta" in rotary and not scaled and _is_llama3(text, factors[0]):
@@ -89,6 +112,11 @@ def scale_rotary_(config: Any, file: Path) -> None:
             f"({kind if scaled else tensors[0].name}), and does not say all that makes them up; "
             "name the folder or the hub id of the model that it was made of"
         )
+
+
+def _leaves_out(factors: Any) -> bool:
+    """Whether factors of frequencies leave some as they are, and turn the others not at all."""
+    return bool(((factors == 1) | (factors > 1e29)).all())
 
 
 def _is_llama3(config: PreTrainedConfig, factors: Any) -> bool:

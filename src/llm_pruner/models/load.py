@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ _TOKENIZERS = (
     "spiece.model",
     "ice_text.model",
     "*.tiktoken",
+    "tekken.json",
     "tokenizer_config.json",
 )
 _UNREAD_KINDS = ("does not recognize this architecture", "not supported yet")
@@ -468,6 +470,9 @@ def _load_tokenizer(source: str, found: _Found, required: bool) -> PreTrainedTok
     if not found.has_tokenizer:
         return None
     try:
+        if found.is_gguf:
+            with TemporaryDirectory() as empty:  # what lies beside the file may be another's
+                return AutoTokenizer.from_pretrained(empty, **found.shared)
         return AutoTokenizer.from_pretrained(found.folder, **found.shared)
     except Exception as error:  # tokenizer code raises whatever its parser raises
         if not required:

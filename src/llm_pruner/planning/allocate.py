@@ -74,13 +74,9 @@ def allocate(
     cost = cost or _parameters(discovery, numbering, target)
     candidates = find_candidates(discovery, scores, selection, numbering)
     selection = _of_those_left(selection, candidates)
+    _refuse_split(selection, target)
     if target.unit_ratio is None:
         steps = _cost_steps(candidates, cost, selection, target)
-    elif selection.split is not None:
-        raise UserError(
-            f"{target} and a split say different things; give a target in parameters "
-            "(ratio or params) with the split"
-        )
     else:
         steps = _unit_steps(candidates, cost, selection, target)
     found = candidates.removal(steps)
@@ -131,6 +127,7 @@ def check_reachable(
     if selection.scope == "local":
         allocate(discovery, scores, selection, target, cost=cost)
         return
+    _refuse_split(selection, target)
     numbering = Numbering.dense(discovery)
     candidates = find_candidates(discovery, scores, selection, numbering)
     if target.unit_ratio is None:
@@ -138,6 +135,15 @@ def check_reachable(
         return
     for one in candidates.all:
         _refuse_nothing(one, exact(target.unit_ratio), target)
+
+
+def _refuse_split(selection: Selection, target: Target) -> None:
+    """Raise if a share of the units of each group is asked for, and one of the parameters, too."""
+    if target.unit_ratio is not None and selection.split is not None:
+        raise UserError(
+            f"{target} and a split say different things; give a target in parameters "
+            "(ratio or params) with the split"
+        )
 
 
 def _unit_steps(

@@ -136,7 +136,10 @@ def divergence_and_gradient_(
     """
     p = of_teacher.softmax(-1)
     log_total_of_teacher = of_teacher.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
-    loss = (of_teacher - logits).mul_(p).sum()
+    gaps = (of_teacher - logits).mul_(p)
+    loss = gaps.sum()
+    if bool(loss.isnan()):  # of tokens that neither ever writes
+        loss = gaps.masked_fill_(p == 0, 0).sum()
     log_total, gradient = _softmax_(logits)
     return loss + (log_total - log_total_of_teacher).sum(), gradient.sub_(p)
 

@@ -24,15 +24,24 @@ _BREAKS = re.compile(r"(?<=/)|(?<=,)(?!\d)|(?<= )(?=\()")
 _MARKDOWN = re.compile(r"([\\`*{}\[\]<>#|~$&!@^=]|:(?=//)|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9]))")
 
 
-def clean(text: str) -> str:
-    """Return text for a terminal: whatever does not print, line feeds apart, is replaced."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+_JOINERS = "\u200c\u200d"
+
+
+def clean(text: str, keep: str = "\n") -> str:
+    """Return text for a terminal: whatever does not print is replaced.
+
+    What is to be kept stays, such as the tabs of a program, and the joiners of many scripts.
+    """
+    return "".join(
+        c if c.isprintable() or c in keep or c in _JOINERS else "\N{REPLACEMENT CHARACTER}"
+        for c in text
+    )
 
 
 def visible(text: object) -> str:
     """Return text for a page or a file: controls and marks of direction are replaced.
 
-    Unlike ``clean`` it keeps tabs, uncommon spaces and the joiners that many scripts need.
+    Unlike ``clean`` it keeps tabs and uncommon spaces.
     """
     return _STEERING.sub("\N{REPLACEMENT CHARACTER}", str(text))
 

@@ -328,8 +328,9 @@ def _runs_compared(
 
     with widened(model) as wide:
         expected = [*map(result_of, run_pruned(wide, scenes))]
+    rounded = wider and _is_short(loaded)
     with widened(loaded) as wide:
-        if wider and _is_short(loaded):
+        if rounded:
             _take_unrounded_(wide, model)
         found = [*map(result_of, run_pruned(wide, scenes))]
         return [

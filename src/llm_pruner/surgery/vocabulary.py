@@ -17,6 +17,7 @@ from llm_pruner.errors import UserError
 from llm_pruner.models.forward import embedding_rows
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import LoadedModel
+from llm_pruner.models.streaming import cut_parameter, is_streamed
 from llm_pruner.types import Edits
 
 _TOKENS = re.compile(r"(_token_(ids?|index)|suppress_tokens|_words_ids)$")
@@ -101,6 +102,9 @@ def cut_vocabulary_(model: Any, kept: npt.NDArray[np.int64]) -> Edits:
     for module in tables:
         for weight in module.parameters(recurse=False):
             if id(weight) not in cut:
+                if is_streamed(weight):
+                    cut[id(weight)] = cut_parameter(weight, {0: kept})
+                    continue
                 values = weight.detach()[rows.to(weight.device)].contiguous()
                 cut[id(weight)] = nn.Parameter(values, requires_grad=weight.requires_grad)
         for size in ("num_embeddings", "out_features"):
