@@ -559,7 +559,7 @@ def test_a_structure_that_nobody_named_and_that_cannot_go_is_left_out(
     write_text(Path("text.txt"), 6000)
     asked = ("prune", tiny, "--ratio", 0.1, "--calibration", "text.txt", "--preset", "fast")
     done(*asked, "--samples", 16, "--seq-len", 16, "--out", "out")
-    assert "this model has no heads that can go (the code cuts it): ffn alone" in caplog.text
+    assert "of this model's heads none can be pruned, so all stay: the code cuts it" in caplog.text
     plan = read_plan(Path("out/plan.json"))
     assert {group.kind for group in plan.groups} == {"ffn"}
     named = run(*asked, "--structures", "heads,ffn", "--out", "other")

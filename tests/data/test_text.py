@@ -19,6 +19,7 @@ from llm_pruner.data.text import (
     demo_text,
     load_documents,
     load_evaluation_text,
+    read_each,
     record_format,
 )
 from llm_pruner.errors import UserError
@@ -256,3 +257,16 @@ def test_demo_text() -> None:
     assert text.isascii()
     assert evaluation_text("demo") == ("demo text", None, text)
     assert all(prompt not in text for prompt in DEMO_PROMPTS)
+
+
+def test_a_field_that_one_of_several_sources_has(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "b.jsonl").write_text('{"body": "two", "text": "three"}\n')
+    sources = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
+
+    def read(source: str, text_field: str | None) -> str:
+        return load_evaluation_text(source, PerplexitySettings(text_field=text_field)).text
+
+    assert [one.strip() for one in read_each(read, sources, "body").values()] == ["one", "two"]
+    with pytest.raises(UserError, match=r"a.jsonl has no field 'bdoy'; its fields are text"):
+        read_each(read, sources, "bdoy")

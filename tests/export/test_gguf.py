@@ -537,3 +537,40 @@ def test_types_of_llama_cpp(here: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert failed.code == 1
     assert "llama.cpp could not write q4_k_m (no such type)" in failed.err
     assert sorted(path.name for path in here.iterdir()) == ["bin", "m", "o.gguf"]
+
+
+def test_biases_that_another_reader_reads(tmp_path: Path) -> None:
+    """transformers has another reader for such files, which its old table of names leaves out."""
+    file = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(file, "qwen35")
+    writer.add_tensor("blk.0.ssm_dt.bias", np.zeros(4, np.float32))
+    write(writer)
+    gguf_file.require_biases(tiny(), file)
+
+
+@pytest.mark.parametrize("last", [1e30, 8.0])
+def test_rotary_factors_that_say_what_the_config_says(tmp_path: Path, last: float) -> None:
+    """As those of Gemma 4: some are rotated as usual, the others not at all."""
+    file = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(file, "gemma4")
+    writer.add_tensor("rope_freqs.weight", np.array([1, 1, last, last], np.float32))
+    write(writer)
+    config = tiny().config
+    rotary = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {"rope_type": "proportional", "rope_theta": 10000.0},
+    }
+    config.rope_parameters = rotary
+    if last == 1e30:
+        scale_rotary_(config, file)
+        assert config.rope_parameters == rotary
+    else:
+        with pytest.raises(UserError, match="does not say all that makes them up"):
+            scale_rotary_(config, file)
+
+
+def write(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from llm_pruner.commands.abilities import Late, Prepared, abilities, prepare, stored
 from llm_pruner.data.files import read_task
-from llm_pruner.data.text import EvaluationText, load_evaluation_text, with_field
+from llm_pruner.data.text import EvaluationText, load_evaluation_text, read_each
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.evaluation import result_cache, zero_shot
 from llm_pruner.evaluation.footprint import model_size
@@ -224,17 +224,13 @@ def _name_and_size(late: Late) -> tuple[str, Size]:
 
 def read_texts(sources: Sequence[str], settings: PerplexitySettings) -> list[EvaluationText]:
     """Return the corpora; raise UserError if one cannot be read, or two have one name."""
-    names = [*dict.fromkeys(sources)]
 
     def read(source: str, text_field: str | None) -> EvaluationText:
         return load_evaluation_text(source, settings.but(text_field=text_field))
 
-    if len(names) == 1:
-        texts = [read(names[0], settings.text_field)]
-    else:
-        texts = [with_field(partial(read, one), settings.text_field) for one in names]
-    called = [text[:2] for text in texts]
-    if twice := [name for name in called if called.count(name) > 1]:
+    texts = [*read_each(read, sources, settings.text_field).values()]
+    names = [text[:2] for text in texts]
+    if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(
             f"two texts are called {twice[0][0]}, by which results are told apart; rename one"
         )

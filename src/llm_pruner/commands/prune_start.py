@@ -60,7 +60,7 @@ def of_what_can_go(selection: Selection, discovery: Discovery) -> Selection:
         why = [group.frozen for group in discovery.groups if group.kind == one and group.frozen]
         if one not in left:
             reason = why[0] if why else "llm-pruner inspect lists what is frozen, and why"
-            _LOG.warning("this model has no %s that can go (%s): %s alone", one, reason, left[0])
+            _LOG.warning("of this model's %s none can be pruned, so all stay: %s", one, reason)
     return replace(selection, structures=left)
 
 

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from llm_pruner.commands.prune_start import check_space
 from llm_pruner.commands.publish import check_push
 from llm_pruner.data.examples import Examples, load_examples
 from llm_pruner.data.sequences import TrainingSequence
-from llm_pruner.data.text import PRUNED, SELF, EvaluationText, with_field
+from llm_pruner.data.text import PRUNED, SELF, EvaluationText, read_each
 from llm_pruner.data.training import (
     Samples,
     fingerprint_samples,
@@ -502,9 +501,7 @@ def read_examples(data: DataSettings) -> dict[str, Examples]:
         how: Any = {"split": data.split, "limit": data.samples}
         return load_examples(source, text_field=text_field, **how)
 
-    if len(sources) == 1:
-        return {sources[0]: read(sources[0], data.text_field)}
-    return {one: with_field(partial(read, one), data.text_field) for one in sources}
+    return read_each(read, sources, data.text_field)
 
 
 def ways_to_load(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
-from llm_pruner.data.files import field_of, read_source, texts_of_rows
+from llm_pruner.data.files import NoFieldError, field_of, read_source, texts_of_rows
 from llm_pruner.errors import UserError
 from llm_pruner.settings.evaluate import PerplexitySettings
 
@@ -161,6 +161,27 @@ def with_field(read: Callable[[str | None], T], text_field: str | None) -> T:
             with suppress(UserError):
                 return read(None)
         raise
+
+
+def read_each(
+    read: Callable[[str, str | None], T], sources: Iterable[str], text_field: str | None
+) -> dict[str, T]:
+    """Read several sources, each once, of which one at least has ``text_field``.
+
+    Raises:
+        UserError: what reading raises; that none has the field.
+    """
+    found: dict[str, T] = {}
+    lacking: dict[str, NoFieldError] = {}
+    names = [*dict.fromkeys(sources)]
+    for name in names:
+        try:
+            found[name] = read(name, text_field)
+        except NoFieldError as error:
+            lacking[name] = error
+    if lacking and not found:
+        raise next(iter(lacking.values()))
+    return {name: read(name, None) if name in lacking else found[name] for name in names}
 
 
 Protocol = Literal["paper", "standard"]

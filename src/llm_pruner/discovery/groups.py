@@ -79,10 +79,10 @@ def discover(
     )
 
 
-# Elements of 16 bytes in bfloat16 and float16, and twice that in float32.
 _PIECES = 8
 """Units of a group, evenly spaced, whose removal is tried alone."""
 
+# Elements of 16 bytes in bfloat16 and float16, and twice that in float32.
 _ALIGNMENT = 8
 
 _ROUTED: tuple[Role, ...] = ("normalised", "query_key", "activation")
