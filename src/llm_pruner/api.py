@@ -28,9 +28,9 @@ from llm_pruner.evaluation.health import Health, health_prompts, own_prompts
 from llm_pruner.evaluation.health import health as measure_health
 from llm_pruner.evaluation.perplexity import PerplexityResult
 from llm_pruner.evaluation.perplexity import perplexity as measure_perplexity
-from llm_pruner.files.disk import new_folder
 from llm_pruner.importance import Criterion
 from llm_pruner.importance import score as score_groups
+from llm_pruner.models.forward import check_length
 from llm_pruner.models.layers import own_copy, sharing_copy
 from llm_pruner.models.load import LoadedModel, load_model
 from llm_pruner.models.streaming import is_model_streamed
@@ -438,7 +438,6 @@ def recover_(
     from llm_pruner.commands.recover import (
         as_teacher,
         check_data,
-        check_length,
         make_samples,
         read_examples,
     )
@@ -454,7 +453,7 @@ def recover_(
         )
     check_data(asked)
     check_trains(str(model.network.device))
-    check_length(asked, model.network)
+    check_length(model.network, asked.seq_len)
     if asked.bf16 is None:
         fast = multiplies_bfloat16(model.network.device.type)
         asked = asked.but(bf16=fast and model.network.dtype == torch.float32)
@@ -468,7 +467,7 @@ def recover_(
             [one for each in samples for one in each.held_out],
             asked,
             work=work,
-            folder=new_folder,
+            folder=None,
             sources=len(samples),
             as_saved_=partial(round_, dtype=model.loaded.stored_dtype),
             **trainer,

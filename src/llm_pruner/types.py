@@ -222,3 +222,16 @@ class Edits:
     buffers: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def bound_to(name: str, groups: Mapping[str, Group]) -> dict[str, Fraction]:
+    """Return the groups that lose units with one, itself first -> units for each of its own."""
+    ratios = {name: Fraction(1)}
+    pending = [name]
+    while pending:
+        leader = pending.pop()
+        for companion in groups[leader].companions:
+            if companion.group in groups and companion.group not in ratios:
+                ratios[companion.group] = ratios[leader] * companion.ratio
+                pending.append(companion.group)
+    return ratios

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 import shutil
 import signal
 import time
@@ -14,8 +16,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from pydantic import TypeAdapter
 
 import llm_pruner.commands.compress as stages
+import llm_pruner.commands.evaluate
 import llm_pruner.commands.prune
 import llm_pruner.commands.recover
 import llm_pruner.models.load
@@ -223,6 +228,7 @@ PLACES: tuple[tuple[Any, str, int], ...] = (
 def test_a_run_that_is_killed_everywhere_ends_the_same(
     work: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(llm_pruner.commands.prune, "KEPT_AFTER", 0)  # however long it took
     for number, (place, name, call) in enumerate(PLACES):
         with monkeypatch.context() as patch:
             interrupt(patch, place, name, call)
@@ -422,6 +428,35 @@ def test_no_gain_gives_the_pruned_model(
     assert "which brought no gain" in Path("small/report.html").read_text()
     assert not Path("small/old").exists()
     assert [path.name for path in work.iterdir()] == ["small"]
+
+
+def test_what_has_no_room_to_train_gives_the_pruned_model(
+    work: Path, made: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(llm_pruner.commands.recover, "recover_", full)
+    said = "so the pruned model is the result: the GPU has no room to train in"
+    assert said in done(*command(made)).err
+    assert read_report(Path("small/report.json")).final == "pruned"
+    assert [path.name for path in work.iterdir()] == ["small"]
+
+
+def test_weights_that_are_read_block_by_block_have_no_speed(
+    work: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llm_pruner.commands.evaluate, "is_model_streamed", lambda _: True)
+    said = refused("evaluate", made / "dense", "--speed")
+    assert said.startswith("--speed would time how fast the weights of ")
+    shown = done(*command(made, "--no-recover")).out
+    assert re.search(r"prefill tokens/s +- +-\n", shown)
+
+
+def test_a_loss_that_is_infinite_can_be_read_again() -> None:
+    said = {"gained": False, "steps": 1, "best_step": 0, "stopped": None, "tokens": 1, "seconds": 1}
+    read = TypeAdapter(stages._TRAINING).validate_python(said | {"loss": [2.5, None]})
+    assert (read.before, read.after) == (2.5, math.inf)
 
 
 def test_a_time_budget_is_divided_once(

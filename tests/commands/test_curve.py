@@ -213,7 +213,7 @@ def test_a_multiple_that_was_timed_holds_after_an_interruption(
 ) -> None:
     how = ("--preset", PLAIN, "--criterion", "fisher", "--structures", "ffn", *TEXT)
     command = ("curve", "dense", "--out", "timed", *how, "--round-to", "auto", *SHORT)
-    multiples = iter((8, 4))
+    multiples = iter((8,))  # once, for all points
     timed = lambda *_: Rounding(next(multiples), {})  # noqa: E731
     monkeypatch.setattr(pruning, "measured_rounding", timed)
     point = CurveRun.point
@@ -315,6 +315,15 @@ def test_few_tokens_of_a_field_are_measured_on(tmp_path: Path) -> None:
     done("curve", "dense", "--out", tmp_path / "sizes", *HOW, *how)
     data = json.loads((tmp_path / "sizes/curve.json").read_text())
     assert data["points"][0]["measured"]["window"] == 100
+
+
+def test_a_field_that_nothing_has_is_refused(tmp_path: Path) -> None:
+    text = tmp_path / "said.jsonl"
+    text.write_text(json.dumps({"text": "abc " * 400}))
+    how = ("--preset", PLAIN, "--calibration", "self", "--text", text, "--text-field", "said")
+    refused = run("curve", "dense", "--out", tmp_path / "sizes", *how)
+    assert refused.code == 2
+    assert "said.jsonl has no field 'said'; its fields are text" in refused.err
 
 
 def test_from_python(made: tuple[dict[str, Any], Result]) -> None:

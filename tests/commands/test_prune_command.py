@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import llm_pruner.cli.compress
 import llm_pruner.commands.compress
+import llm_pruner.commands.forecast
 import llm_pruner.commands.prune
 import llm_pruner.files.outputs
 import llm_pruner.models.stored
@@ -488,12 +489,12 @@ def test_demo(work: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     apart, load_model = llm_pruner.commands.compress.measure_apart, PruneRun.load
     began: list[str] = []
 
-    def measured(settings: EvaluateSettings, *how: Any) -> Measured:
+    def measured(settings: EvaluateSettings, *how: Any, strict: bool) -> Measured:
         """Start a process for the dense model alone: each takes seconds to import PyTorch."""
         began.append(Path(settings.model).name)
         if began[-1] != "default":
-            return measure(settings, *how)
-        return apart(settings.but(model=str(dense)), *how)
+            return measure(settings, *how, strict=strict)
+        return apart(settings.but(model=str(dense)), *how, strict=strict)
 
     def load_shown(run: PruneRun) -> None:
         shown = sys.stdout.getvalue().split()  # type: ignore[attr-defined]
@@ -533,7 +534,7 @@ def test_demo_replaces_its_own_folder_and_no_other(
     text = PerplexityResult(2.0, 0.7, 9, "text", None, 3, 3, "standard", None)
     speed = Speed(1.0, 1.0, 1.0, (1.0,), (1.0,), 1, 1, 1, 1)
     figures = Measured("tiny", DENSE, None, None, [text], None, speed, {})
-    monkeypatch.setattr(llm_pruner.commands.compress, "measure_apart", lambda *_: figures)
+    monkeypatch.setattr(llm_pruner.commands.compress, "measure_apart", lambda *_, **__: figures)
     with atomic_directory(Path("demo-out"), overwrite=False) as earlier:
         (earlier / "plan.json").write_text("earlier")
     done("demo")
@@ -559,9 +560,29 @@ def test_a_structure_that_nobody_named_and_that_cannot_go_is_left_out(
     write_text(Path("text.txt"), 6000)
     asked = ("prune", tiny, "--ratio", 0.1, "--calibration", "text.txt", "--preset", "fast")
     done(*asked, "--samples", 16, "--seq-len", 16, "--out", "out")
-    assert "of this model's heads none can be pruned, so all stay: the code cuts it" in caplog.text
+    said = "all heads of this model stay: heads cannot be pruned in this model: the code cuts it"
+    assert said in caplog.text
     plan = read_plan(Path("out/plan.json"))
     assert {group.kind for group in plan.groups} == {"ffn"}
     named = run(*asked, "--structures", "heads,ffn", "--out", "other")
     assert named.code == 2
     assert "heads cannot be pruned in this model: the code cuts it; leave heads out" in named.err
+    # An estimate of the run takes the same way.
+    monkeypatch.setattr(llm_pruner.commands.forecast, "discover", frozen)
+    caplog.clear()
+    done(*asked, "--samples", 16, "--seq-len", 16, "--out", "other", "--estimate")
+    assert said in caplog.text
+
+
+def test_heads_that_a_multiple_leaves_no_choice_stay(
+    work: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    two = save_tiny(work / "two", num_key_value_heads=2, num_attention_heads=4)
+    write_text(Path("text.txt"), 6000)
+    asked = ("prune", two, "--ratio", 0.1, "--calibration", "text.txt", "--preset", "fast")
+    short = ("--samples", 16, "--seq-len", 16, "--round-to", "tp2")
+    done(*asked, *short, "--out", "out")
+    assert "all heads of this model stay: layers.0.heads has 2 key-value heads" in caplog.text
+    assert {group.kind for group in read_plan(Path("out/plan.json")).groups} == {"ffn"}
+    named = run(*asked, *short, "--structures", "heads,ffn", "--out", "other")
+    assert "layers.0.heads has 2 key-value heads and keeps a multiple of 2; leave" in named.err

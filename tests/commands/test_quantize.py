@@ -56,7 +56,7 @@ def test_the_last_stage(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (out / "packed").touch()
         beside(out, load_model(str(out), dtype="bfloat16").model)  # half as many bytes
 
-    def measure(one: EvaluateSettings, *_: object) -> Measured:
+    def measure(one: EvaluateSettings, *_: object, **__: object) -> Measured:
         asked.append(one)
         return figures()
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import llm_pruner.data.selfmade
 import llm_pruner.models.load
-from command import WORDS, contents, done, run, save_tiny
+from command import WORDS, contents, done, run, save_tiny, write_text
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.commands import recover as recovering
 from llm_pruner.commands import workdir
@@ -507,6 +507,9 @@ def test_what_does_not_fit_the_model_is_refused(work: Path, made: Path) -> None:
     assert said == "--seq-len 513 is longer than the model's maximum; use 512 or less"
     said = refused(work, small, "--out", "out", *data, "--template", "chat")
     assert said == "the tokenizer has no chat template; use --template alpaca"
+    plain = write_text(work / "plain.txt", 3000)
+    said = refused(work, small, "--out", "out", "--data", plain, "--mask-prompt")
+    assert said.startswith("--mask-prompt is for examples that someone asks and someone answers")
     other = save_tiny(work / "other", num_hidden_layers=1)
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})

@@ -338,7 +338,8 @@ def test_too_short(tmp_path: Path) -> None:
         build(source, tiny_tokenizer(), samples=1, seq_len=128, seed=0)
 
 
-def test_bad_settings(tmp_path: Path) -> None:
+def test_bad_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "e.txt").write_text("")
     with pytest.raises(UserError, match=r"e\.txt is empty"):
         build(str(tmp_path / "e.txt"), tiny_tokenizer(), samples=1, seq_len=8, seed=0)
@@ -348,8 +349,12 @@ def test_bad_settings(tmp_path: Path) -> None:
         build("self", tiny_tokenizer(), samples=1, seq_len=1, seed=0)
     with pytest.raises(UserError, match="needs the model"):
         build("self", tiny_tokenizer(), samples=1, seq_len=8, seed=0)
-    with pytest.raises(UserError, match="longer than the model's maximum; use at most 256"):
+    too_long = pytest.raises(UserError, match="longer than the model's maximum; use 256 or less")
+    with too_long:
         write_text(tiny_model(), tiny_tokenizer(), samples=1, seq_len=300, seed=0)
+    (tmp_path / "t.txt").write_text("word " * 9000)
+    with too_long:  # also of a text that is there, before the model reads it
+        build("t.txt", tiny_tokenizer(), model=tiny_model(), samples=1, seq_len=300, seed=0)
 
 
 def test_self_is_seeded_and_leaves_the_global_generator_alone() -> None:
@@ -467,7 +472,7 @@ def test_long_windows_of_self_hold_several_texts(
         assert row.tolist() == [*first, *parting, *second][:200]
     short = write_windows(model, tokenizer, samples=3, seq_len=20, seed=0)
     assert torch.equal(short, write_text(model, tokenizer, samples=3, seq_len=20, seed=0))
-    with pytest.raises(UserError, match="seq_len=300 is longer than the model's maximum"):
+    with pytest.raises(UserError, match="--seq-len 300 is longer than the model's maximum"):
         write_windows(model, tokenizer, samples=1, seq_len=300, seed=0)
 
 

@@ -270,3 +270,9 @@ def test_a_field_that_one_of_several_sources_has(tmp_path: Path) -> None:
     assert [one.strip() for one in read_each(read, sources, "body").values()] == ["one", "two"]
     with pytest.raises(UserError, match=r"a.jsonl has no field 'bdoy'; its fields are text"):
         read_each(read, sources, "bdoy")
+    # What has no fields is none that has this one.
+    (tmp_path / "c.txt").write_text("four")
+    for other in ("demo", str(tmp_path / "c.txt")):
+        with pytest.raises(UserError, match=r"a.jsonl has no field 'bdoy'"):
+            read_each(read, [sources[0], other], "bdoy")
+        assert len(read_each(read, [sources[0], other], "text")) == 2

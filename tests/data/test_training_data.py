@@ -130,8 +130,9 @@ def test_the_code_of_a_repository_is_its_text(monkeypatch: pytest.MonkeyPatch) -
 def test_records_with_and_without_a_context(tmp_path: Path) -> None:
     asked = {"instruction": "Add", "output": "3"}
     rows = [asked, asked | {"input": "1, 2"}, asked | {"input": None, "context": "2, 1"}]
+    rows += [asked | {"context": {"title": ["a"], "sentences": [["b"]]}}]  # as HotpotQA has it
     found = load_examples(write(tmp_path / "rows.jsonl", rows))
-    assert [one.context for one in found.examples] == ["", "1, 2", "2, 1"]
+    assert [one.context for one in found.examples] == ["", "1, 2", "2, 1", ""]
 
 
 def test_an_empty_field_says_nothing_of_the_others(tmp_path: Path) -> None:

@@ -92,7 +92,9 @@ def test_what_is_not_finite_is_said() -> None:
         found(tiny_model(), broken)
 
 
-def test_the_command_and_the_report_say_it(tmp_path: Path) -> None:
+def test_the_command_and_the_report_say_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     dense = save_tiny(tmp_path / "dense", num_hidden_layers=3)
     text = write_text(tmp_path / "text.txt")
     small, file = tmp_path / "small", tmp_path / "found.json"
@@ -122,6 +124,11 @@ def test_the_command_and_the_report_say_it(tmp_path: Path) -> None:
     report = read_report(small / "report.json")
     names = [one.name for one in report.evaluations["pruned"].measurements]
     assert [name.startswith(label) for name in names].count(True) == 2
+    # The same model under another name is not taken for it, which is said.
+    renamed = dense.rename(tmp_path / "renamed")
+    done("evaluate", small, *asked[:4], "--against", renamed, "--report", small)
+    assert "of renamed is no part of the report, which is about dense" in caplog.text
+    dense = renamed.rename(dense)
     # What was measured is shown though it belongs to no model of that report.
     other = save_tiny(tmp_path / "other", num_hidden_layers=2)
     stranger = run("evaluate", other, "--perplexity", text, "--seq-len", 64, "--report", small)

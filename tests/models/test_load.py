@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub.errors import IncompleteSnapshotError
+from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -25,8 +25,10 @@ from transformers import (
 )
 
 import llm_pruner
+from command import done
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.errors import UserError
+from llm_pruner.evaluation.result_cache import shared_corpora
 from llm_pruner.models import load as loading
 from llm_pruner.models import stored as sources
 from llm_pruner.models.gguf_file import drop_tokens_beyond_
@@ -159,6 +161,11 @@ def adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
 
 
+def lone_adapter(folder: Path) -> None:
+    adapter(folder)
+    (folder / "config.json").unlink()
+
+
 def config_values(**values: object) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
@@ -198,6 +205,7 @@ def remote_code(folder: Path) -> None:
         (config_values(hidden_size=50), "cannot be loaded .*hidden size"),
         (packed, "weights of the type F8_E4M3, and its config.json does not say how"),
         (adapter, r"has an adapter beside its weights \(adapter_config.json\); merge it"),
+        (lone_adapter, r"tiny is an adapter without its model \(adapter_config.json\); merge"),
     ],
 )
 def test_bad_folders(folder: Path, change: Callable[[Path], None], message: str) -> None:
@@ -259,6 +267,30 @@ def test_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
         load_model("nobody/no-such-model")
     with pytest.raises(UserError, match="did you mean default"):
         load_model("defalt")
+
+
+def test_an_adapter_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(*_: Any, **__: Any) -> None:
+        raise OSError("no config.json")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", nothing)
+    monkeypatch.setattr(loading, "find_adapter_config_file", lambda *_, **__: "adapter_config.json")
+    with pytest.raises(UserError, match="me/lora is an adapter without its model"):
+        load_model("me/lora")
+
+
+def test_a_revision_is_of_the_hub(folder: Path) -> None:
+    with pytest.raises(UserError, match="--revision v2 is of models on the hub, and"):
+        load_model(str(folder), revision="v2")
+
+
+def test_the_config_alone_of_a_model_whose_layers_differ(folder: Path) -> None:
+    small = folder.with_name("small")
+    cut = ("--ratio", 0.05, "--structures", "ffn", "--criterion", "l2", "--scope", "global")
+    done("prune", folder, "--out", small, *cut, "--compensation", "none")
+    assert load_model(str(small), weights=False).model.num_parameters()
+    with pytest.raises(UserError, match="is the config of a model whose layers differ"):
+        load_model(str(small / "config.json"), weights=False)
 
 
 def test_a_file_of_another_kind(tmp_path: Path) -> None:
@@ -418,3 +450,27 @@ def test_the_type_of_a_model_of_the_hub_is_that_of_its_files(folder: Path, hub: 
     for place in (folder, hub):
         (place / "config.json").write_text(json.dumps(config))
     assert load_model("me/tiny", memory=2**30).stored_dtype == torch.bfloat16
+
+
+def test_the_plan_of_a_model_of_the_hub(
+    folder: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sources.records_of(str(folder)) == folder
+    (folder / "plan.json").write_text('{"settings": {"calibration": "c4"}}')
+    assert sources.records_of("me/tiny") == hub
+    assert sorted(file.name for file in hub.iterdir()) == ["config.json", "plan.json"]
+    [warning] = shared_corpora("me/tiny", ["c4"])
+    assert warning.startswith("me/tiny was calibrated on c4")
+    monkeypatch.setattr(sources, "snapshot_download", unreachable)
+    assert shared_corpora("me/tiny", ["c4"]) == []
+
+
+def test_a_folder_in_the_cache_of_the_hub_has_the_name_there(folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "models--me--very-tiny/snapshots/1f0c"
+    shutil.copytree(folder, place)
+    assert load_model(str(place)).name == "me/very-tiny"
+    assert sources.name_of(folder) == "tiny"
+
+
+def unreachable(*_: Any, **__: Any) -> str:
+    raise LocalEntryNotFoundError("no network")

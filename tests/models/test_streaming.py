@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from command import save_tiny, write_text
@@ -203,6 +204,24 @@ def test_says_what_is_in_memory_all_the_same(
         one for one in caplog.messages if "of the weights lie in memory for the whole run" in one
     ]
     assert len(said) == told
+
+
+@pytest.mark.parametrize(("said", "there"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_weights_of_another_type_than_the_config_says_stay_in_the_files(
+    tmp_path: Path, said: str, there: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save_tiny(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    kind = getattr(torch, there)
+    save_file({name: one.to(kind) for name, one in weights.items()}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": said}))
+    resident, streamed = (load_model(str(folder), dtype="auto", memory=n) for n in (10**9, TINY))
+    assert "of the weights lie in memory for the whole run" not in caplog.text
+    assert streamed.stored_dtype == resident.stored_dtype == getattr(torch, said)
+    for name, expected in resident.model.named_parameters():
+        found = values_of(streamed.model.get_parameter(name), expected.dtype)
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.slow

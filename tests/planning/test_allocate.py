@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from fractions import Fraction
 from itertools import product
 
 import numpy as np
@@ -17,14 +18,17 @@ from llm_pruner.planning import (
     Selection,
     Target,
     allocate,
+    check_reachable,
     choose_groups,
+    scored_groups,
     step_targets,
+    with_equal_split,
 )
 from llm_pruner.planning.constraints import add_companions, ascending, check
 from llm_pruner.planning.costs import ParameterCounter
 from llm_pruner.settings.words import parse_count, parse_layer_ranges
 from llm_pruner.surgery.removal import count_parameters
-from llm_pruner.types import Discovery, IntArray, Removal
+from llm_pruner.types import Companion, Discovery, Group, IntArray, Removal
 
 STRUCTURE_SETS = (
     ("heads",),
@@ -601,3 +605,82 @@ def test_parse_layer_ranges():
 def test_parse_layer_ranges_refuses(text, message):
     with pytest.raises(UserError, match=message):
         parse_layer_ranges(text)
+
+
+def test_a_share_beyond_what_a_structure_has_is_refused_before_the_estimate():
+    dense = fake_llama(4, kv_heads=2, repeat=4, head_dim=16, ffn=200)
+    scores, target = fake_scores(dense), Target(ratio=0.5)
+
+    def selection(heads: float) -> Selection:
+        return Selection(("heads", "ffn"), scope="global", split={"heads": heads, "ffn": 1 - heads})
+
+    with pytest.raises(UserError, match=r"cannot be reached with 0\.95 of it from heads: pruned"):
+        check_reachable(dense, selection(0.95), target)
+    with pytest.raises(UserError, match="cannot be reached"):
+        allocate(dense, scores, selection(0.95), target)
+    # What a structure with a smaller share cannot give is taken from the largest.
+    for heads in (0.2, 0.45):
+        check_reachable(dense, selection(heads), target)
+        allocate(dense, scores, selection(heads), target)
+
+
+def test_an_equal_split_takes_the_same_share_of_each_structure():
+    dense = fake_llama(4, kv_heads=8, repeat=1, head_dim=16, ffn=200)
+    scores, target = fake_scores(dense), Target(ratio=0.4)
+    for name in scores:  # one ranking would take channels alone
+        scores[name] = scores[name] * (1e6 if name.endswith("heads") else 1)
+    selection = with_equal_split(dense, Selection(("heads", "ffn"), scope="global"), target)
+    removal = allocate(dense, scores, selection, target)
+
+    def gone(kind: str) -> float:
+        groups = [group for group in dense.groups if group.kind == kind]
+        return sum(len(removal.get(one.name, ())) for one in groups) / sum(g.size for g in groups)
+
+    assert gone("heads") == pytest.approx(gone("ffn"), abs=0.08)
+    assert abs(share(dense, removal) - 0.4) <= TOLERANCE
+    local = Selection(("heads", "ffn"))
+    assert with_equal_split(dense, local, target) == local
+
+
+def test_a_spread_counts_what_structures_share_once():
+    dense = fake_llama(8, hidden=64, kv_heads=8, repeat=1, head_dim=8, ffn=256, vocab=8)
+    scores, target = fake_scores(dense), Target(ratio=0.6)
+    asked = {"structures": ("layers", "heads", "ffn"), "scope": "global"}
+    removal = allocate(dense, scores, Selection(**asked, spread=1.25), target)
+    assert abs(share(dense, removal) - 0.6) <= TOLERANCE
+
+
+def bound_over_layers(kind: str) -> Discovery:
+    """Return a model whose first layer's groups of a kind take all others with them."""
+    dense, groups = fake_llama(6), []
+    others = [f"layers.{layer}.{kind}" for layer in range(1, 6)]
+    for group in dense.groups:
+        if group.name == f"layers.0.{kind}":
+            group = replace(group, companions=tuple(Companion(one, Fraction(1)) for one in others))
+        elif group.kind == kind:
+            group = replace(group, companions=(Companion(f"layers.0.{kind}", Fraction(1)),))
+        groups.append(group)
+    return replace(dense, groups=tuple(groups))
+
+
+def test_groups_that_go_together_over_layers():
+    dense = bound_over_layers("ffn")
+    names = {f"layers.{layer}.ffn" for layer in range(6)}
+    numbering = Numbering.dense(dense)
+    assert scored_groups(dense, Selection(("ffn",)), numbering) == names
+    for protected in ({"protect_first": 1}, {"layer_ranges": {"ffn": (2, 4)}}):
+        with pytest.raises(UserError, match=r"ffn loses the same units as layers\."):
+            choose_groups(dense, Selection(("ffn",), **protected), numbering)
+    # Units of another structure that such a group takes with it are scored, too.
+    assert {"head_dim", "layers.3.value_dim"} <= scored_groups(
+        dense, Selection(("head_dim",)), numbering
+    )
+
+
+def test_layers_of_several_lists_are_pruned_alone():
+    dense = fake_llama(4)
+    more = Group("layers_2", "layers", None, 2, (), modules=("encoder.0", "encoder.1"))
+    dense = replace(dense, groups=(*dense.groups, more))
+    assert len(choose_groups(dense, Selection(("layers",)))) == 2
+    with pytest.raises(UserError, match="this model has 2 lists of layers"):
+        choose_groups(dense, Selection(("layers", "ffn")))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import Lfm2Config, Lfm2ForCausalLM
 
 from command import done, run, save_tiny, write_text
 from families import make
@@ -111,3 +112,23 @@ def test_prices_are_measured_anew_after_a_step() -> None:
     )
     assert second.dense == first.dense
     assert second.total == first.left(removal)
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_layers_that_keep_no_cache_have_no_price(scope: Any) -> None:
+    config = Lfm2Config(
+        **{"hidden_size": 32, "intermediate_size": 64, "block_multiple_of": 8, "vocab_size": 64},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4},
+        layer_types=["conv", "full_attention", "conv", "full_attention"],
+    )
+    model: Any = Lfm2ForCausalLM(config).eval()
+    discovery = discover(model)
+    selection = Selection(("layers",), scope=scope)
+    cost = cache_cost(model, discovery, selection, Numbering.dense(discovery))
+    alone = [cost.left({"layers": np.array([layer])}) for layer in range(4)]
+    assert alone == [cost.total, cost.total // 2] * 2
+    scores = {group.name: np.zeros(group.size) for group in discovery.groups}
+    scores["layers"] = np.array([1.0, 2.0, 3.0, 4.0])
+    removal = allocate(discovery, scores, selection, Target(kv_cache=0.5), cost=cost)
+    prune_(model, discovery, removal, verify=False)
+    assert cache_of(model) == cost.total // 2

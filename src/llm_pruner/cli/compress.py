@@ -32,6 +32,7 @@ from llm_pruner.settings.compress import CompressSettings
 
 if TYPE_CHECKING:
     from llm_pruner.evaluation.perplexity import PerplexityResult
+    from llm_pruner.evaluation.speed import Speed
     from llm_pruner.report.records import Compressed, Measured, Weighed
 
 EXAMPLES = """\b
@@ -145,10 +146,9 @@ def show(done: Compressed) -> None:
     for texts in zip(*(one.perplexity for one in found), strict=True):
         rows.append((f"{shown}, {texts[0].corpus}", *map(form, texts)))
     rows += _tasks(found)
-    speeds = [one.speed for one in found if one.speed is not None]
     rows += [
-        ("prefill tokens/s", *(f"{one.prefill_tokens_per_second:.1f}" for one in speeds)),
-        ("decode tokens/s", *(f"{one.decode_tokens_per_second:.1f}" for one in speeds)),
+        (f"{what} tokens/s", *(_speed(one.speed, f"{what}_tokens_per_second") for one in found))
+        for what in ("prefill", "decode")
     ]
     out.table("Before and after", ("", *done.measured), rows)
     for text, last in zip(found[0].perplexity, found[-1].perplexity, strict=True):
@@ -179,6 +179,10 @@ _STAGES = {
 
 def _perplexity(found: PerplexityResult) -> str:
     return measured(found.perplexity, found.stderr, ".2f")
+
+
+def _speed(found: Speed | None, what: str) -> str:
+    return "-" if found is None else f"{getattr(found, what):.1f}"
 
 
 def _bits(found: PerplexityResult) -> str:

@@ -40,7 +40,7 @@ def run(settings: EvaluateSettings, json: str | None) -> None:
     from llm_pruner.commands.evaluate import measure
     from llm_pruner.evaluation.result_cache import shared_corpora
 
-    for warning in shared_corpora(settings.model, settings.perplexity):
+    for warning in shared_corpora(settings.model, settings.perplexity, settings.revision):
         warn(warning)
     found = measure(settings)
     hand_over(found, json, show)

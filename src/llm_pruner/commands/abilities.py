@@ -51,6 +51,10 @@ class Late:
     def loaded(self) -> LoadedModel:
         return load(self.settings, packed=True, memory=self.room(self.settings.device))
 
+    @property
+    def is_loaded(self) -> bool:
+        return "loaded" in vars(self)
+
     def unload(self) -> None:
         """Give up the model until it is needed again."""
         vars(self).pop("loaded", None)
@@ -105,7 +109,9 @@ def prepare(settings: EvaluateSettings) -> Prepared:
         said = health.own_prompts()
         if settings.health_prompts is not None:
             read = partial(load_documents, str(settings.health_prompts))
-            documents = with_field(lambda name: read(text_field=name), settings.text_field)
+            documents = with_field(
+                lambda name: read(text_field=name), settings.text_field, settings.perplexity
+            )
             lines = (line.removesuffix("\n") for line in documents.records)
             name, said = documents.name, tuple(filter(str.strip, lines))
         prompts = health.health_prompts(said, limit)

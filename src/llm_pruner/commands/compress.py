@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
 
+import torch
 from pydantic import BeforeValidator
 from transformers import AutoConfig
 
@@ -88,6 +89,9 @@ _STARTING = 10.0
 """Seconds for what is not timed: starting Python, and drawing the report."""
 
 _RESULT = "result"
+_TAKES_LONG = ("pruned", "dense.json", "text")
+"""What a run has that took it long."""
+
 _TRAINING = Annotated[
     Training, BeforeValidator(lambda of: {**of, "before": of["loss"][0], "after": of["loss"][1]})
 ]
@@ -144,7 +148,7 @@ def compress(
         try:
             done = run.once(_RESULT, Compressed, stages.all, "report")
         except UserError:
-            if not any(run.path(name).exists() for name in ("pruned", "dense.json")):
+            if not any(run.path(name).exists() for name in _TAKES_LONG):
                 run.remove()  # nothing was done that is worth going on with
             raise
         check_file_states(stored)
@@ -275,7 +279,7 @@ class _Stages:
         target, size = target_of(self.pruning), model_size(dense.model, as_stored)
         assert target is not None
         asked = target.kept(size.total)
-        source = source_of(settings.model, dense.name, settings.revision, dense.model)
+        source = source_of(settings.model, dense.name, dense.revision, dense.model)
         self.before = Report(source=source, sizes={"dense": size})
         self.start = self.run.path("vocab") / Path(dense.name).name  # so that it has that name
         if not self.start.is_dir():
@@ -335,7 +339,7 @@ class _Stages:
                 speed=True,
                 against=against,
             )
-            return measure_apart(asked, WINDOW, first)
+            return measure_apart(asked, WINDOW, first, strict=False)
 
         return self.run.once(variant, Measured, make)
 
@@ -386,10 +390,13 @@ class _Stages:
             )
             try:
                 recover_checkpoint(settings, command=self.command, say=self.say)
-            except UserError as error:
-                if last_checkpoint(RECOVERING.beside(out)) is not None:
+            except (UserError, torch.OutOfMemoryError) as error:
+                learned = last_checkpoint(RECOVERING.beside(out)) is not None
+                if learned and isinstance(error, UserError):
                     raise  # what was learned so far is not thrown away
-                said = f"recovery was refused, so the pruned model is the result: {error}"
+                full = isinstance(error, torch.OutOfMemoryError)
+                why = "the GPU has no room to train in" if full else error
+                said = f"recovery was refused, so the pruned model is the result: {why}"
                 self.notes.append(said)
                 return None
             self.run.record_time("recover")

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +250,7 @@ class CurveRun:
         """Read what is calibrated on, where it is measured on the rest of it."""
         settings = self.settings
         if settings.text is not None and not self.scores:
-            check_length(self.loaded.model, self.loaded.tokenizer, *self._given_text())
+            check_length(self.loaded.model, self.loaded.tokenizer, *self._given)
         if self.text is not None or settings.text is not None:
             return
         count = -(-settings.measured_tokens // settings.seq_len)
@@ -266,14 +266,15 @@ class CurveRun:
     def _measure(self, network: Any) -> PerplexityResult:
         """Return perplexity and divergence on text that nothing was fitted to."""
         if self.settings.text is not None:
-            return perplexity(network, self.loaded.tokenizer, *self._given_text(), self.dense)
+            return perplexity(network, self.loaded.tokenizer, *self._given, self.dense)
         assert self.text is not None
         rest, asked = self.text.unseen, PerplexitySettings()
         text = EvaluationText(f"rest of {self.text.settings['name']}", None, "")
         return perplexity_of_windows(network, rest, text, asked, self.dense)
 
-    def _given_text(self) -> tuple[EvaluationText, PerplexitySettings]:
-        """Return the text of ``--text``, and how it is measured on."""
+    @cached_property
+    def _given(self) -> tuple[EvaluationText, PerplexitySettings]:
+        """The text of ``--text``, and how it is measured on."""
         settings, longest = self.settings, maximum_length(self.loaded.model) or WINDOW
         asked = PerplexitySettings(
             seq_len=min(WINDOW, longest, settings.measured_tokens),
@@ -289,6 +290,7 @@ def _given_text(settings: CurveSettings) -> EvaluationText:
     return with_field(
         lambda field: load_evaluation_text(source, PerplexitySettings(text_field=field)),
         settings.text_field,
+        shares_of(settings.calibration),
     )
 
 

@@ -47,6 +47,8 @@ def measure(
     settings: EvaluateSettings,
     window: int | None = None,
     first: Callable[[Measured], None] = lambda _: None,
+    *,
+    strict: bool = True,
 ) -> Measured:
     """Load a model and measure what is asked for.
 
@@ -57,6 +59,7 @@ def measure(
         window: tokens in a window of text in place of what the settings say; fewer if the model
             does not read so many.
         first: is told the size and the perplexities, before the rest is measured.
+        strict: whether a speed that cannot be measured is refused; otherwise it is left out.
 
     Raises:
         UserError: the model, a corpus or a task cannot be read.
@@ -71,7 +74,15 @@ def measure(
     dense = None
     if settings.against is not None:
         dense = Late(settings.loading(settings.against), late.keeps, settings.room)
-    _say_if_read_often(settings, late, writes=asks or bool(settings.prompt))
+    if settings.speed and is_model_streamed(late.loaded.model):
+        if strict:
+            raise UserError(
+                f"--speed would time how fast the weights of {late.settings.model} are read; give "
+                "a --memory that holds them, or leave it out"
+            )
+        settings = settings.but(speed=False)
+    if asks or settings.prompt:
+        _say_if_read_often(late)
     for prompt in settings.prompt:
         check_prompt(late.loaded.model, late.loaded.tokenizer, prompt, chat=settings.chat)
     if texts and window is not None:
@@ -97,7 +108,8 @@ def measure(
     first(begun)
     of_dense = None
     if asks and dense:
-        late.unload()  # each is alone in memory
+        late.unload()  # from here on, each is alone in memory
+        late.room = settings.room
         of_dense = abilities(settings, prepare(settings), dense)  # a task runs once
     dense = None
     if asks:
@@ -118,14 +130,13 @@ def measure(
     )
 
 
-def _say_if_read_often(settings: EvaluateSettings, late: Late, *, writes: bool) -> None:
-    """Refuse to time weights that are read block by block, and warn of what reads them often."""
-    if settings.speed and is_model_streamed(late.loaded.model):
-        raise UserError(
-            f"--speed would time how fast the weights of {late.settings.model} are read; give a "
-            "--memory that holds them, or leave it out"
-        )
-    if writes and exceeds(late.settings, late.room(late.settings.device)):
+def _say_if_read_often(late: Late) -> None:
+    """Warn of weights that are read block by block, since writing reads them often."""
+    if late.is_loaded:
+        streams = is_model_streamed(late.loaded.model)
+    else:
+        streams = exceeds(late.settings, late.room(late.settings.device))
+    if streams:
         _LOG.warning(
             "for each batch of a task, and each token that is written, all weights of %s are read",
             late.settings.model,
@@ -145,6 +156,8 @@ def measure_apart(
     settings: EvaluateSettings,
     window: int | None = None,
     first: Callable[[Measured], None] = lambda _: None,
+    *,
+    strict: bool = True,
 ) -> Measured:
     """Do the same in a process of its own, so that models do not share memory.
 
@@ -155,7 +168,8 @@ def measure_apart(
     give_back()  # of a GPU, or it would be held for models that are gone
     command = [sys.executable, "-c", f"from {__name__} import _measure_there; _measure_there()"]
     answer: dict[str, Any] = {}
-    asked = {"parent": os.getpid(), "settings": settings.written(), "window": window}
+    asked = {"parent": os.getpid(), "settings": settings.written()}
+    asked |= {"window": window, "strict": strict}
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -202,7 +216,9 @@ def _measure_there() -> None:
 
     try:
         settings = EvaluateSettings(**asked["settings"])
-        found = measure(settings, asked["window"], lambda begun: answer("begun", asdict(begun)))
+        begun = partial(answer, "begun")
+        window, strict = asked["window"], asked["strict"]
+        found = measure(settings, window, lambda one: begun(asdict(one)), strict=strict)
         answer("measured", asdict(found))
     except Exception as error:  # also a library's, which says what the parent is to say
         ours = isinstance(error, LLMPrunerError)
@@ -213,7 +229,7 @@ def _measure_there() -> None:
 def _name_and_size(late: Late) -> tuple[str, Size]:
     """Return name and size; of a model that is not loaded, from an earlier run if there was one."""
     key = late.key(what="size")
-    known = None if "loaded" in vars(late) else stored(_SIZE, key)
+    known = None if late.is_loaded else stored(_SIZE, key)
     if known is not None:
         return late.name, known
     size = model_size(late.loaded.model)

@@ -183,8 +183,9 @@ class _Forecaster:
             gone = total - count_parameters(discovery, run.plan.removal(discovery))
         else:
             assert run.target is not None
+            run.network, run.discovery = self.model, discover(self.model)
+            run.narrow()
             if settings.kv_cache is None and settings.round_to != "auto":
-                run.network, run.discovery = self.model, discover(self.model)
                 run.reach()
             share = 1 - start.share_kept(run.target, total)
             # Of units, a share of the blocks is meant.
@@ -495,7 +496,7 @@ class _Forecaster:
 
     def _book_splits(self) -> None:
         run = self.run
-        structures = len(self.settings.structures)
+        structures = len(run.selection.structures)
         trials = structures + 2 * (structures - 1)
         refitted = 2 if run.refits and structures > 1 else 0
         parts = self.held_out * self.length / self.together

@@ -199,7 +199,10 @@ class PruneRun:
     def _keep_plan(self) -> None:
         """Leave a plan beside the folder that did not come about, if it took long to make."""
         took = sum(self.clock.seconds.values())
-        if not self.saves or self.plan is None or self.settings.plan or took < KEPT_AFTER:
+        # In a run that keeps what it has (`compress`) there is no command that reads the plan.
+        if not self.saves or self.settings.plan or self.settings.kept or self.plan is None:
+            return
+        if took < KEPT_AFTER:
             return
         file = Path(f"{self.settings.out}.plan.json")
         with suppress(UserError, OSError):  # something else is there, or the disk is full
@@ -291,8 +294,7 @@ class PruneRun:
         if loaded is None and self.processes.is_first:
             self._say_if_tokens_go_first()
         self.discovery = discovery or discover(self.network)
-        if "structures" not in self.settings.given:
-            self.selection = start.of_what_can_go(self.selection, self.discovery)
+        self.narrow()
         self.clock.stop("discover")
         cuts = not self.settings.dry_run
         self.surgeon = Surgeon(self.network, self.settings.verify and cuts, self.clock)
@@ -301,6 +303,14 @@ class PruneRun:
         if self.refits and not self.weightless:
             self._begin_refit()
         self._begin_repair()
+
+    def narrow(self) -> None:
+        """Leave out structures that nobody named and that cannot go."""
+        given = self.settings.given
+        if "structures" not in given:
+            self.selection = start.of_what_can_go(self.selection, self.discovery)
+        if "split" not in given and len(self.selection.structures) == 1:
+            self.splits = False
 
     def _begin_refit(self) -> None:
         """Keep the dense weights, which a refit needs.
@@ -379,6 +389,9 @@ class PruneRun:
         if self.target.kv_cache is not None:
             dense = planning.Numbering.dense(self.discovery)
             cost = cache_cost(self.network, self.discovery, self.selection, dense)
+        if self.settings.split == "equal" and self.target.unit_ratio is None:
+            asked = self.discovery, self.selection, self.target, cost
+            self.selection = planning.with_equal_split(*asked)
         planning.check_reachable(self.discovery, self.selection, self.target, cost)
         return cost
 
@@ -603,11 +616,13 @@ class PruneRun:
         if settings.protect_last == "auto" and not settings.uniform:
             self.selection = replace(self.selection, protect_last=last)
         if settings.round_to == "auto":
-            self.rounding = measured_rounding(self.network, self.discovery, self.selection)
+            if self.rounding is None:
+                self.rounding = measured_rounding(self.network, self.discovery, self.selection)
+                self.clock.stop("round")
             self.selection = replace(self.selection, round_to=self.rounding.multiple)
-            self.clock.stop("round")
         elif isinstance(settings.round_to, str):
             self.selection = rounded_for(settings.round_to, self.discovery, self.selection)
+        self.narrow()
 
     # ------------------------------------------------------------------------------ what is made
 

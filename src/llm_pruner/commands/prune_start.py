@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from llm_pruner import planning
 from llm_pruner.data.text import shares_of
 from llm_pruner.errors import UserError
 from llm_pruner.files import outputs
@@ -52,15 +53,17 @@ def selection_of(settings: PruneSettings) -> Selection:
 def of_what_can_go(selection: Selection, discovery: Discovery) -> Selection:
     """Return a selection that nobody named without structures of which nothing can be removed."""
     named = {*(selection.split or {}), *selection.layer_ranges}
-    free = {group.kind for group in discovery.groups if group.frozen is None}
-    left = tuple(one for one in selection.structures if one in free | named)
+    reasons = {
+        one: planning.why_none_can_go(discovery, replace(selection, structures=(one,)))
+        for one in selection.structures
+        if one not in named
+    }
+    left = tuple(one for one in selection.structures if reasons.get(one) is None)
     if not left or left == selection.structures:
         return selection
     for one in selection.structures:
-        why = [group.frozen for group in discovery.groups if group.kind == one and group.frozen]
         if one not in left:
-            reason = why[0] if why else "llm-pruner inspect lists what is frozen, and why"
-            _LOG.warning("of this model's %s none can be pruned, so all stay: %s", one, reason)
+            _LOG.warning("all %s of this model stay: %s", one, reasons[one])
     return replace(selection, structures=left)
 
 

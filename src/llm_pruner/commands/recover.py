@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llm_pruner.checkpoints import save_checkpoint
 from llm_pruner.checkpoints.save import keep_type_, round_
 from llm_pruner.commands import workdir
@@ -45,10 +47,11 @@ from llm_pruner.files.outputs import (
     check_shard_size,
     write_output,
 )
-from llm_pruner.models.forward import embedding_rows, maximum_length
+from llm_pruner.models.forward import check_length, embedding_rows
 from llm_pruner.models.load import LoadedModel, load, stored_dtype
-from llm_pruner.models.stored import stored_size
+from llm_pruner.models.stored import records_of, stored_size
 from llm_pruner.recovery import Outcome, Progress, Teacher, recover_
+from llm_pruner.recovery.methods.full import check_type
 from llm_pruner.recovery.trainer import trainer_arguments
 from llm_pruner.report.data import SavedAs, known_report
 from llm_pruner.report.facts import recovery_report, source_of
@@ -147,6 +150,7 @@ class _Run:
         asked: as they were given.
         loading: how the model is loaded that is trained.
         loaded: that model; once it was trained, what came of it.
+        made: folder with what says how it was pruned.
         dense: the teacher; None without one.
         controlling: how the dense model is loaded that is trained, too; None if none is.
         samples: of each source.
@@ -210,7 +214,8 @@ class _Run:
         ways = ways_to_load(settings, self.processes, earlier)
         self.loading, self.controlling = ways["model"], ways.get("control")
         self.loaded = load(self.loading)
-        check_length(settings, self.loaded.model)
+        self.made = records_of(settings.model, self.loaded.revision)
+        check_length(self.loaded.model, settings.seq_len)
         self.dense = load_teacher(ways["teacher"], self.loaded) if "teacher" in ways else None
         control = None if self.controlling is None else self._reference(self.controlling)
         writes = self.processes.is_first
@@ -371,8 +376,7 @@ class _Run:
         for one in (loaded, self.dense):
             if one is not None:
                 one.check_stored()
-        plan = Path(settings.model).expanduser() / "plan.json"
-        earlier = known_report(Path(settings.model).expanduser())
+        plan, earlier = self.made / "plan.json", known_report(self.made)
 
         def beside(folder: Path, kind: SavedAs, needs: tuple[str, ...]) -> None:
             nonlocal result
@@ -434,6 +438,8 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
             f"--control {settings.control} is the model that is recovered; name the dense model "
             "that it was cut from"
         )
+    if settings.method != "lora" and settings.dtype != "auto":
+        check_type(settings.method, getattr(torch, settings.dtype))
     if settings.keep_adapter and settings.method != "lora":
         raise UserError(
             f"method {settings.method} has no adapter to keep; leave --keep-adapter out"
@@ -461,16 +467,6 @@ def check_training(settings: TrainingSettings) -> None:
                 f"{option_name(name)} {getattr(settings, name):g} is about adapters, and method "
                 f"{settings.method} has none; leave it out, or use --method lora"
             )
-
-
-def check_length(settings: TrainingSettings, model: Any) -> None:
-    """Raise UserError if samples are longer than what the model reads."""
-    longest = maximum_length(model)
-    if longest is not None and settings.seq_len > longest:
-        raise UserError(
-            f"--seq-len {settings.seq_len} is longer than the model's maximum; "
-            f"use {longest} or less"
-        )
 
 
 def check_data(settings: RecoverSettings) -> None:
@@ -578,6 +574,13 @@ def make_samples(
     Raises:
         UserError: a source has too few, or the model lacks a token of them.
     """
+    if settings.mask_prompt and not any(
+        example.turns for each in examples.values() for example in each.examples
+    ):
+        raise UserError(
+            "--mask-prompt is for examples that someone asks and someone answers, and none of "
+            f"{', '.join(settings.data)} has such; leave it out"
+        )
     samples = []
     for number, source in enumerate(settings.data):
         options: dict[str, Any] = {

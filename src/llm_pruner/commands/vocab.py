@@ -27,6 +27,7 @@ from llm_pruner.files.outputs import check_output, check_shard_size, write_outpu
 from llm_pruner.models.forward import embedding_rows, maximum_length
 from llm_pruner.models.gguf_file import drop_tokens_beyond_
 from llm_pruner.models.load import LoadedModel, load, load_tokenizer
+from llm_pruner.models.stored import records_of
 from llm_pruner.planning import Target
 from llm_pruner.report.records import Change
 from llm_pruner.report.write import write_request
@@ -204,7 +205,7 @@ def _save(
     text: str,
     edits: Edits,
 ) -> Trimmed:
-    source, expected = Path(settings.model).expanduser(), bare_ids(tokenizer, text)
+    expected = bare_ids(tokenizer, text)
 
     def beside(folder: Path, *_: Any) -> None:
         for stale in folder.glob("*.model"):  # of a library that this one is not read from
@@ -221,7 +222,7 @@ def _save(
             )
 
     loaded.check_stored()
-    plan = source / "plan.json"
+    plan = records_of(settings.model, loaded.revision) / "plan.json"
     saved = save_checkpoint(
         loaded.model,
         settings.out,

@@ -65,7 +65,7 @@ _OF_WORK = f"{_SETTINGS}|{_PROGRESS}|{_LOCK}|{_PARTIAL}"
 COMPRESSING = Kind(
     "compressing",
     f"{_SETTINGS}|{_LOCK}",
-    rf"{_OF_WORK}|(dense|pruned|amount|recovered|quantized|result)\.json"
+    rf"{_OF_WORK}|(dense|pruned|amount|recovered|quantized|result|pruned\.plan)\.json"
     r"|vocab|pruned|recovered|recovered\.recovering|quantized|replaced|text",
 )
 MEASURING = Kind(

@@ -18,6 +18,7 @@ from llm_pruner.data.sequences import added_tokens, bare_ids, room_for_text
 from llm_pruner.data.text import CHAT, SELF, Documents, load_documents, running_text, shares_of
 from llm_pruner.data.turns import Turns
 from llm_pruner.errors import UserError
+from llm_pruner.models.forward import check_length
 from llm_pruner.models.load import LoadedModel, load_tokenizer
 from llm_pruner.runtime.progress import Clock
 from llm_pruner.settings.common import CalibrationSettings, ModelSettings
@@ -78,15 +79,17 @@ def build_calibration(
     Args:
         asked: what is read, and how much; see ``load_documents``, and ``WRITERS`` for what
             the model writes.
-        model: needed for ``self`` and ``chat`` alone.
+        model: that reads it; needed for ``self`` and ``chat`` alone.
         least: share of its windows that a source must have; by default all if the number is the
             user's, and a quarter if it is a preset's.
         unseen: so many more windows at most that are not among them, see ``_pack``. The model
             writes its own apart.
 
     Raises:
-        UserError: the source cannot be read, or holds too few tokens.
+        UserError: the source cannot be read, or holds too few tokens; windows are longer than what
+            the model reads.
     """
+    check_length(model, asked.seq_len)
     parts: list[_Part] = []
     rests = _counts(unseen, [*shares_of(asked.calibration).values()])
     for one, rest in zip(_wanted(asked, least), rests, strict=True):

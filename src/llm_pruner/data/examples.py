@@ -144,7 +144,8 @@ def _instruction(question: str, answer: str, row: Any, where: str) -> Example:
     """Read a record in the Alpaca schema, under one of its names; empty if nothing is asked."""
     row = row if isinstance(row, Mapping) else {question: "", answer: ""}
     # Where there is no context, its field may be left out.
-    context = next((name for name in CONTEXTS if name != question and row.get(name)), None)
+    texts = [name for name in CONTEXTS if isinstance(row.get(name), str) and row[name]]
+    context = next((name for name in texts if name != question), None)
     given = "" if context is None else row[context]
     fields = {question: row.get(question), context: given, answer: row.get(answer)}
     for key, value in fields.items():

@@ -304,10 +304,13 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 
 
 def is_file_name(source: str) -> bool:
-    """Whether a source is a file: a name such as ``owner/data`` may also be a local folder."""
+    """Whether a source is a file: a name such as ``owner/data`` may also be a local folder.
+
+    Beside a folder of that name, ``code`` and the like stay what they are: no folder is read.
+    """
     path = Path(source).expanduser()
     return (
-        path.exists()
+        (path.exists() and not (path.is_dir() and source.partition(":")[0] in _ALIASES))
         or path.suffix.lower() in (*SUFFIXES, *_FOREIGN)
         or source.startswith((".", "/", "~"))
         or "\\" in source

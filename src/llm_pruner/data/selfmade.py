@@ -20,6 +20,7 @@ from llm_pruner.files.disk import new_file
 from llm_pruner.models.forward import (
     Decoder,
     cache_argument,
+    check_length,
     embedding_rows,
     evaluating,
     make_room_,
@@ -78,7 +79,7 @@ def write_text(
     Raises:
         UserError: the model's logits are not finite, or ``seq_len`` is beyond its positions.
     """
-    _check_length(model, seq_len)
+    check_length(model, seq_len)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     if turns is None:
@@ -154,7 +155,7 @@ def write_windows(
     Texts have ``PIECE`` tokens; in a longer window they are parted as documents are, by the special
     tokens that the tokenizer adds, or by a blank line if it adds none, and the last one is cut.
     """
-    _check_length(model, seq_len)
+    check_length(model, seq_len)
     if seq_len <= PIECE:
         return write_text(model, tokenizer, samples=samples, seq_len=seq_len, seed=seed)
     prefix, suffix = added_tokens(tokenizer)
@@ -201,14 +202,6 @@ def _fast(model: Any) -> Any:
     kind = torch.bfloat16
     memo = {id(one): nn.Parameter(values_of(one, kind).to(kind)) for one in weights}
     return own_copy(model, memo)
-
-
-def _check_length(model: Any, seq_len: int) -> None:
-    limit = maximum_length(model)
-    if limit is not None and limit < seq_len:
-        raise UserError(
-            f"seq_len={seq_len} is longer than the model's maximum; use at most {limit}"
-        )
 
 
 def _texts_at_a_time(model: Any, opening: torch.Tensor, seq_len: int) -> int:

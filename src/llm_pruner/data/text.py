@@ -148,16 +148,23 @@ def load_documents(
     return Documents(texts, name, used_split, plain)
 
 
-def with_field(read: Callable[[str | None], T], text_field: str | None) -> T:
-    """Read a source beside the one that ``--text-field`` is about: it may have that field, or not.
+def has_fields(source: str) -> bool:
+    """Whether the records of a source may have several fields."""
+    no_records = (SELF, CHAT, PRUNED, DEMO)
+    return source not in no_records and Path(source).suffix.lower() != ".txt"
+
+
+def with_field(read: Callable[[str | None], T], text_field: str | None, others: Iterable[str]) -> T:
+    """Read a source beside others: ``--text-field`` may be about one of these.
 
     Raises:
-        UserError: what reading raises with the field, where it raises without it as well.
+        UserError: what reading raises with the field, where it raises without it as well, or none
+            of the others has fields.
     """
     try:
         return read(text_field)
     except UserError:
-        if text_field is not None:
+        if text_field is not None and any(map(has_fields, others)):
             with suppress(UserError):
                 return read(None)
         raise
@@ -169,7 +176,7 @@ def read_each(
     """Read several sources, each once, of which one at least has ``text_field``.
 
     Raises:
-        UserError: what reading raises; that none has the field.
+        UserError: what reading raises; that none of those with fields has this one.
     """
     found: dict[str, T] = {}
     lacking: dict[str, NoFieldError] = {}
@@ -179,7 +186,7 @@ def read_each(
             found[name] = read(name, text_field)
         except NoFieldError as error:
             lacking[name] = error
-    if lacking and not found:
+    if lacking and not any(map(has_fields, found)):
         raise next(iter(lacking.values()))
     return {name: read(name, None) if name in lacking else found[name] for name in names}
 

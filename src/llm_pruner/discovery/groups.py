@@ -6,7 +6,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from fractions import Fraction
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -26,7 +25,16 @@ from llm_pruner.discovery.tracing.run import (
 from llm_pruner.discovery.tracing.scenes import Forward, Scene, is_of_transformers, scenes_of
 from llm_pruner.discovery.tracing.trace import Role
 from llm_pruner.errors import DiscoveryError, InfeasibleError
-from llm_pruner.types import Companion, Discovery, FrozenAxis, Group, IntArray, Kind, Member
+from llm_pruner.types import (
+    Companion,
+    Discovery,
+    FrozenAxis,
+    Group,
+    IntArray,
+    Kind,
+    Member,
+    bound_to,
+)
 
 
 def discover(
@@ -458,19 +466,6 @@ class _Builder:
                         reason = f"its heads: {why}"
                         result.append(FrozenAxis(name, dim, len(rows), len(rows), reason))
         return result
-
-
-def bound_to(name: str, groups: Mapping[str, Group]) -> dict[str, Fraction]:
-    """Return the groups that lose units with one, itself first -> units for each of its own."""
-    ratios = {name: Fraction(1)}
-    pending = [name]
-    while pending:
-        leader = pending.pop()
-        for companion in groups[leader].companions:
-            if companion.group in groups and companion.group not in ratios:
-                ratios[companion.group] = ratios[leader] * companion.ratio
-                pending.append(companion.group)
-    return ratios
 
 
 class _Runs(NamedTuple):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from transformers.utils.hub import cached_file
 from llm_pruner.data.text import name_of_part
 from llm_pruner.files.disk import json_object, read_json
 from llm_pruner.files.outputs import RECOVERY_FILE, write_output
-from llm_pruner.models.stored import local_path
+from llm_pruner.models.stored import local_path, name_of, records_of
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.version import __version__
 
@@ -46,7 +46,7 @@ def identify(model: ModelSettings) -> ModelIdentity | None:
                 for file in sorted(path.iterdir())
                 if file.suffix in _CONTENT and file.name not in _RECORDS and file.is_file()
             ]
-            return ModelIdentity(path.resolve().name, _hash(files))
+            return ModelIdentity(name_of(path), _hash(files))
         if path.is_file():
             return ModelIdentity(path.stem, _hash([path]))
         config = cached_file(model.model, "config.json", revision=model.revision)
@@ -102,10 +102,10 @@ def _hash(files: list[Path]) -> str:
 _FAMILY = re.compile("(?:^|/)(wikitext|ptb|penn[_-]treebank|c4|bookcorpus)")
 
 
-def calibration_source(model: str) -> str | None:
+def calibration_source(folder: Path) -> str | None:
     """Return what the plan in a pruned folder was calibrated on; None if nothing says so."""
     try:
-        plan = read_json(Path(model).expanduser() / "plan.json")
+        plan = read_json(folder / "plan.json")
         settings = plan.get("settings", {})  # of earlier versions: calibration
         source = settings["calibration"] if settings else plan["calibration"]["source"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -113,24 +113,32 @@ def calibration_source(model: str) -> str | None:
     return source if isinstance(source, str) else None
 
 
-def training_sources(model: str) -> list[str]:
+def training_sources(folder: Path) -> list[str]:
     """Return the names of what the model in a recovered folder was trained on."""
     try:
-        recovery = read_json(Path(model).expanduser() / RECOVERY_FILE)
+        recovery = read_json(folder / RECOVERY_FILE)
         return [str(one["name"]) for one in recovery["sources"] if recovery["gained"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
 
-def shared_corpora(model: str, sources: Iterable[str]) -> list[str]:
+def shared_corpora(model: str, sources: Collection[str], revision: str | None = None) -> list[str]:
     """Return a warning for each source of a corpus that the model was calibrated or trained on.
 
     Sources are of one corpus if they have the same file name, or both names are of one family
     (WikiText, Penn Treebank, C4, BookCorpus), whatever the split.
+
+    Args:
+        model: hub id, folder or file.
+        sources: names of texts.
+        revision: branch, tag or commit, if it is a hub id.
     """
-    calibration = (calibration_source(model) or "").split(",")
+    if not sources:
+        return []
+    folder = records_of(model, revision)
+    calibration = (calibration_source(folder) or "").split(",")
     used = [("calibrated", "calibrate", name_of_part(part)) for part in calibration]
-    used += [("trained", "train", name) for name in training_sources(model)]
+    used += [("trained", "train", name) for name in training_sources(folder)]
     return [
         f"{model} was {done} on {part} and is measured on {source}, which is of the same corpus: "
         f"the result flatters it; {do} on other text to compare"

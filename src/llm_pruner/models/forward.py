@@ -148,6 +148,15 @@ def maximum_length(model: Any) -> int | None:
     return min(found, default=None)
 
 
+def check_length(model: Any, seq_len: int) -> None:
+    """Raise UserError if samples are longer than what the model reads."""
+    longest = maximum_length(model)
+    if longest is not None and seq_len > longest:
+        raise UserError(
+            f"--seq-len {seq_len} is longer than the model's maximum; use {longest} or less"
+        )
+
+
 def embedding_rows(model: Any) -> int:
     """Return the number of rows of the input embedding, that is of token ids."""
     embedding = input_embedding(model)

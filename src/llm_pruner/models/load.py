@@ -151,7 +151,10 @@ def load_model(
     limit = memory if weights and _method(config) in (None, _OWN_METHOD) else None
     streams = limit is not None and _exceeds(limit, source, revision, dtype)
     if streams:
-        options = {"dtype": "auto", "device_map": "cpu"}
+        # The type of its files, whatever its config says: a weight that is cast is no view of them.
+        place = on_disk.stored_at(found.folder, found.shared["revision"])
+        there = torch.float32 if place is None else on_disk.commonest_type(place)
+        options = {"dtype": there, "device_map": "cpu"}
     with _quiet():
         with _explained(source):
             of_model = found
@@ -175,9 +178,9 @@ def load_model(
         drop_tokens_beyond_(tokenizer, embedding_rows(model))
     if streams:
         keep_all_blocks()
-        kind = on_disk.dtype_named(dtype)
-        dtype_there = kind if isinstance(kind, torch.dtype) else model.dtype
-        stream_(model, dtype_there, _device(device), memory or 0)
+        kinds = (on_disk.dtype_named(dtype), said, model.dtype)
+        kind = next(one for one in kinds if isinstance(one, torch.dtype))
+        stream_(model, kind, _device(device), memory or 0)
     return LoadedModel(
         model=model.eval(),
         tokenizer=tokenizer,
@@ -226,7 +229,12 @@ def _config(source: str, found: _Found, packed: bool) -> Any:
     """Read a config, and refuse what would be loaded as something else than it is."""
     if here := Path(found.folder).exists():
         _check_adapter(source, found)
-    config = AutoConfig.from_pretrained(found.folder, **found.shared)
+    try:
+        config = AutoConfig.from_pretrained(found.folder, **found.shared)
+    except Exception:
+        if not here and find_adapter_config_file(found.folder, revision=found.shared["revision"]):
+            raise _lone_adapter(source) from None
+        raise
     both = MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys() & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
     either = config.model_type in both and not config.is_encoder_decoder
     if either and getattr(config, "is_decoder", None) is False:
@@ -329,6 +337,11 @@ def _find(
     if revision == "":
         raise UserError("--revision is empty; name a branch, tag or commit, or leave it out")
     path = on_disk.local_path(source)
+    if revision is not None and path.exists():
+        raise UserError(
+            f"--revision {revision} is of models on the hub, and {source} is on this machine; "
+            "leave it out"
+        )
     shared = {"revision": revision, "trust_remote_code": trust_remote_code}
     if path.suffix == ".gguf":
         _check_gguf(path)
@@ -342,7 +355,7 @@ def _find(
                 f"{path} has no tokenizer (no {_TOKENIZERS[0]} or the like), so no text can be "
                 "read; copy the tokenizer files of the original model into it"
             )
-        return _Found(str(path), path.resolve().name, shared, there)
+        return _Found(str(path), on_disk.name_of(path), shared, there)
     if path.suffix == ".json" and path.is_file():
         if weights:
             raise UserError(
@@ -394,6 +407,11 @@ def _load_model(
         if _config_suffices(config, found.shared):
             trusts = found.shared.get("trust_remote_code")
             return without_values(config, options["dtype"], trusts), []
+        if Path(found.folder).is_file():
+            raise UserError(
+                f"{source} is the config of a model whose layers differ, and their sizes are read "
+                "with its weights; name its folder"
+            )
         if Path(found.folder).is_dir():
             on_disk.stored_tensors(Path(found.folder))
     plain = not found.is_gguf and getattr(config, "quantization_config", None) is None
@@ -498,6 +516,8 @@ def _check_hub_id(source: str, path: Path) -> None:
 def _check_folder(path: Path, weights: bool) -> None:
     """Raise UserError unless a folder has a readable config and, if asked, complete weights."""
     if not (path / on_disk.CONFIG).is_file():
+        if (path / _ADAPTER).is_file():
+            raise _lone_adapter(str(path))
         raise UserError(
             f"{path} has no config.json, so it is no checkpoint; name a folder that "
             "save_pretrained wrote"
@@ -505,6 +525,13 @@ def _check_folder(path: Path, weights: bool) -> None:
     _check_json(path / on_disk.CONFIG)
     if weights:
         on_disk.stored_tensors(path)
+
+
+def _lone_adapter(source: str) -> UserError:
+    return UserError(
+        f"{source} is an adapter without its model ({_ADAPTER}); merge it into that with "
+        "merge_and_unload of peft, and name what that saves"
+    )
 
 
 def _check_json(config: Path) -> None:

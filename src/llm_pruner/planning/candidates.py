@@ -7,7 +7,7 @@ A *step* removes one unit, or, in a group with blocks, one unit of every block t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import lcm
 
@@ -133,6 +133,20 @@ def find_candidates(
         if all(len(one.counts) == 1 and not one.gone for one in same):
             raise UserError(_stuck(same[0].group, groups, selection))
     return found
+
+
+def why_none_can_go(discovery: Discovery, selection: Selection) -> str | None:
+    """Return why no group of the one structure of a selection can lose anything; None if one can.
+
+    Layers that are protected are no reason.
+    """
+    whole = replace(selection, layer_ranges={}, protect_first=0, protect_last=0, split=None)
+    scores = {group.name: np.zeros(group.size) for group in discovery.groups}
+    try:
+        find_candidates(discovery, scores, whole, Numbering.dense(discovery))
+    except UserError as error:
+        return str(error).rpartition("; ")[0]  # without what to change
+    return None
 
 
 def smallest_removals(

@@ -13,7 +13,7 @@ from llm_pruner.errors import UserError
 from llm_pruner.planning.numbering import Numbering, count_layers
 from llm_pruner.settings.limits import MOST, check_number
 from llm_pruner.settings.words import STRUCTURES, known_structure
-from llm_pruner.types import Discovery, Group, IntArray
+from llm_pruner.types import Discovery, Group, IntArray, bound_to
 
 Scope = Literal["local", "global"]
 
@@ -218,10 +218,18 @@ def choose_groups(
 
     Raises:
         UserError: a structure that the model lacks or that is frozen everywhere (with the reason),
-            no layer left to prune, a range beyond the last layer or for what spans all layers.
+            no layer left to prune, a range beyond the last layer or for what spans all layers;
+            groups that lose units with others, which are protected; layers beside others in a
+            model with several lists of them.
     """
     numbering = numbering or Numbering.dense(discovery)
     total = count_layers(numbering.groups.values())
+    lists = sum(group.kind == "layers" for group in discovery.groups)
+    if "layers" in selection.structures and len(selection.structures) > 1 < lists:
+        raise UserError(
+            f"this model has {lists} lists of layers, in which a number stands for different "
+            "layers; prune layers in a run of their own (--structures layers)"
+        )
     chosen: set[str] = set()
     for structure in selection.structures:
         try:
@@ -267,6 +275,14 @@ def _groups_of(
         raise UserError(
             f"no {structure} in layers {first} to {last} can be pruned; choose other layers"
         )
+    names, by_name = {group.name for group in inside}, {group.name: group for group in free}
+    for group in inside:
+        for other in bound_to(group.name, by_name).keys() - names:
+            raise UserError(
+                f"{group.name} loses the same units as {other}, which is not among layers {first} "
+                f"to {last}; choose all layers (--protect-first 0 --protect-last 0), or leave "
+                f"{structure} out of the structures"
+            )
     return inside
 
 
@@ -276,9 +292,9 @@ def scored_groups(discovery: Discovery, selection: Selection, numbering: Numberi
     Raises:
         UserError: as ``choose_groups``.
     """
+    groups = {group.name: group for group in discovery.groups}
     chosen = choose_groups(discovery, selection, numbering)
-    with_them = {companion.group for group in chosen for companion in group.companions}
-    return with_them | {group.name for group in chosen}
+    return {name for group in chosen for name in bound_to(group.name, groups)}
 
 
 def removable_layers(dense: Group, selection: Selection, total: int) -> IntArray:

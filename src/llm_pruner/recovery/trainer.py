@@ -216,7 +216,9 @@ class RecoveryTrainer(Trainer):
         if self._folder is None:
             return
         path = state.step_folder(self._work, self.state.global_step)
-        files = {"weights": state.trained_weights(self.model)}
+        files = {}
+        if self.processes.is_first or self.processes.sharded:  # which takes all to put together
+            files["weights"] = state.trained_weights(self.model)
         if self.best_weights is not None:
             files["best"] = self.best_weights
         files["optimizer"], optimizer = state.optimizer_values(self.optimizer)

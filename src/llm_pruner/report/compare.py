@@ -12,7 +12,7 @@ from markupsafe import Markup
 from pydantic import BaseModel
 
 from llm_pruner.errors import UserError
-from llm_pruner.models.stored import stored_size
+from llm_pruner.models.stored import name_of, stored_size
 from llm_pruner.planning import read_plan
 from llm_pruner.report import figures, view
 from llm_pruner.report.data import JSON_FILE, Evaluation, Report, Source, Variant, read_report
@@ -129,7 +129,7 @@ def _label(text: str) -> tuple[str, Path]:
     if sign and name and not path.is_dir():
         path = Path(folder).expanduser()
     else:
-        name = path.resolve().name
+        name = name_of(path)
     if not path.is_dir():
         raise UserError(f"{path} is no folder; name checkpoints that llm-pruner prune wrote")
     return name, path
@@ -149,7 +149,7 @@ def _entry(label: str, folder: Path) -> Entry:
         raise UserError(f"{folder} has no safetensors; name folders that llm-pruner prune wrote")
     size = Size(total=stored[0] or 0, bytes=stored[1])
     if not (folder / _PLAN).is_file():
-        name = folder.resolve().name
+        name = name_of(folder)
         return Entry(label, Report(source=Source(name=name), sizes={"dense": size}), "dense")
     plan = read_plan(folder / _PLAN)
     report = Report(

@@ -232,6 +232,12 @@ def dense_evaluation(found: Measured, name: str) -> data.Evaluation:
     return beside.with_newer(evaluation_of(found.dense))
 
 
+def against(found: Measured) -> str | None:
+    """Return the name of the model that another one was compared with, if it was."""
+    names = [one.divergence.against for one in found.perplexity if one.divergence]
+    return next(iter(names), None if found.dense is None else found.dense.model)
+
+
 def shares(found: Measured | Abilities) -> dict[str, Share]:
     """Return the shares that tell of skills and of long answers, by what they are of."""
     named = {

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeAlias, TypeVar
 
+from pydantic import BeforeValidator
 from pydantic_core import to_jsonable_python
 
 from llm_pruner.compensation import Refitted
@@ -21,6 +23,9 @@ from llm_pruner.search.fast_widths import Rounding
 from llm_pruner.types import Layer, SplitTrial
 
 T = TypeVar("T")
+
+Loss: TypeAlias = Annotated[float, BeforeValidator(lambda of: math.inf if of is None else of)]
+"""In nats for each target token; JSON has no number for what is infinite."""
 
 _OF_THE_FOLDER = {"saved_as", "path", "bytes", "needs", "servers", "report"}
 
@@ -209,7 +214,7 @@ class Control:
 
     model: str
     gained: bool
-    loss: Change[float]
+    loss: Change[Loss]
     steps: int
     best_step: int
     texts: tuple[ControlText, ...]
@@ -274,8 +279,8 @@ class Recovered:
 class Training:
     """What training gave within another command; see ``Recovered`` for the fields."""
 
-    before: float
-    after: float
+    before: Loss
+    after: Loss
     gained: bool
     steps: int
     best_step: int

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from llm_pruner.errors import UserError
 from llm_pruner.files.outputs import rewrite
 from llm_pruner.report import data, figures, view
-from llm_pruner.report.facts import dense_evaluation, evaluation_of
+from llm_pruner.report.facts import against, dense_evaluation, evaluation_of
 from llm_pruner.report.records import Measured
 from llm_pruner.report.text import breakable, fenced, markdown, number, said, visible
 from llm_pruner.settings.options import Settings
@@ -62,6 +62,12 @@ def add_evaluation(folder: Path, found: Measured, model: str) -> None:
     report = report.with_evaluation(variant, evaluation_of(found))
     if (dense := dense_evaluation(found, report.source.name)) != data.Evaluation():
         report = report.with_evaluation("dense", dense)
+    elif other := against(found):
+        name, source = visible(other), visible(report.source.name)
+        _LOG.warning(
+            f"what was measured of {name} is no part of the report, which is about {source}; if "
+            f"they are one model, measure it with --report {folder}, too"
+        )
     card = folder / data.CARD_FILE
     try:
         ours = not card.exists() or digest(card.read_text(encoding="utf-8")) == report.card_digest

@@ -1,19 +1,22 @@
 """What each unit adds to the key-value cache: measured, for no architecture is known.
 
 From each group that is to be pruned, the smallest number of units is removed on a copy that shares
-the weights, and the growth of the cache per token is counted again.
+the weights, and the growth of the cache per token is counted again. Layers need not be alike, so
+each is removed alone.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.footprint import count_work
 from llm_pruner.planning import Cost, Numbering, Selection, smallest_removals
 from llm_pruner.runtime.progress import track
 from llm_pruner.surgery.cut import cut_copy
-from llm_pruner.types import Discovery, Removal
+from llm_pruner.types import Discovery, FloatArray, Group, Removal
 
 UNIT = "bytes of cache per token"
 
@@ -38,12 +41,17 @@ def cache_cost(
         raise UserError(
             "this model keeps no cache that grows with each token; give --ratio or --params"
         )
-    prices: dict[str, float] = {}
+    prices: dict[str, FloatArray] = {}
     kinds: dict[str, float] = {}
-    trials = smallest_removals(discovery, selection, numbering)
-    for group, removal in track(trials, "cache of every group"):
-        price = (total - _bytes(cut_copy(model, discovery, removal))) / len(removal[group.name])
-        prices[group.name] = price
+    trials: list[tuple[Group, Removal]] = []
+    for group, removal in smallest_removals(discovery, selection, numbering):
+        alone = [{group.name: np.array([unit])} for unit in range(group.size)]
+        trials += [(group, one) for one in (alone if group.modules else [removal])]
+        prices[group.name] = np.zeros(group.size)
+    for group, trial in track(trials, "cache of every group"):
+        units = trial[group.name]
+        price = (total - _bytes(cut_copy(model, discovery, trial))) / len(units)
+        prices[group.name][units if group.modules else slice(None)] = price
         kinds[group.kind] = max(kinds.get(group.kind, 0.0), price)
     idle = [kind for kind, price in kinds.items() if price <= 0]
     if idle:
@@ -59,8 +67,8 @@ def cache_cost(
         )
 
     def left(removal: Removal) -> int:
-        gone = sum(prices.get(name, 0.0) * len(units) for name, units in removal.items())
-        return total - round(gone)
+        priced = [(prices[name], units) for name, units in removal.items() if name in prices]
+        return total - round(sum(float(price[units].sum()) for price, units in priced))
 
     return Cost(total, left, dense or total, UNIT)
 

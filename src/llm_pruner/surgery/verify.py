@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from llm_pruner.discovery.groups import bound_to
 from llm_pruner.discovery.tracing.scenes import Scene
 from llm_pruner.errors import UserError, VerificationError
 from llm_pruner.models.forward import is_on_meta
@@ -22,7 +21,7 @@ from llm_pruner.models.streaming import computed_in, in_turns, is_model_streamed
 from llm_pruner.runtime.memory import free_bytes
 from llm_pruner.surgery.cut import Undo, cut_, plan_edits
 from llm_pruner.surgery.twin import Logits, joined, run_both, run_pruned, run_twin
-from llm_pruner.types import Discovery, Edits, Removal
+from llm_pruner.types import Discovery, Edits, Removal, bound_to
 
 _SMALL = 500_000_000
 """Parameters up to which all of a model is copied to float64 where float32 is not enough; of a

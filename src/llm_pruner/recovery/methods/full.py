@@ -16,9 +16,14 @@ def prepare_(model: Any, settings: TrainingSettings) -> Any:
     Raises:
         UserError: they have half precision.
     """
-    if next(model.parameters()).dtype in (torch.bfloat16, torch.float16):
-        raise UserError(
-            f"method {settings.method} on half-precision weights loses most of its small steps; "
-            "use --dtype float32, with --bf16 to compute in bfloat16, or --method lora"
-        )
+    check_type(settings.method, next(model.parameters()).dtype)
     return model.requires_grad_(True)
+
+
+def check_type(method: str, dtype: torch.dtype) -> None:
+    """Raise UserError if weights of a type would lose what training adds to them."""
+    if dtype.itemsize == 2:
+        raise UserError(
+            f"method {method} on half-precision weights loses most of its small steps; use "
+            "--dtype float32, with --bf16 to compute in bfloat16, or --method lora"
+        )
