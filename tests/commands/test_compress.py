@@ -453,6 +453,20 @@ def test_weights_that_are_read_block_by_block_have_no_speed(
     assert re.search(r"prefill tokens/s +- +-\n", shown)
 
 
+def test_a_text_too_short_to_measure_on_is_refused_at_once(
+    work: Path, made: Path, unloaded: None
+) -> None:
+    short = write_text(work / "short.txt", 60)
+    options = ("--preset", made / "tiny.yaml", "--perplexity", short)
+    said = refused("compress", made / "dense", "--out", "small", *options)
+    assert said.startswith("short.txt gives ")
+    assert said.endswith("the text is too short; use more text")
+    said = refused(*command(made, "--calibration", write_text(work / "short.txt", 30)))
+    where = "(compress has that from its --preset: name another, or a YAML file)"
+    assert "--seq-len" in said or "--samples" in said
+    assert said.endswith(where)
+
+
 def test_a_loss_that_is_infinite_can_be_read_again() -> None:
     said = {"gained": False, "steps": 1, "best_step": 0, "stopped": None, "tokens": 1, "seconds": 1}
     read = TypeAdapter(stages._TRAINING).validate_python(said | {"loss": [2.5, None]})

@@ -94,6 +94,15 @@ def test_says_that_weights_are_read_block_by_block(made: Path) -> None:
     assert not (made / "small").exists()
 
 
+def test_a_replay_reads_no_text_that_its_run_does_not(made: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    given = [made / "text.txt" if word == "text.txt" else word for word in TEXT]
+    done("prune", made / "dense", "--out", plan, "--preset", "fast", *given, "--dry-run")
+    assert "calibration text" not in said(made, "--plan", plan)["stages"]
+    refit = ("--compensation", "least-squares", *TEXT[:-2])
+    assert "calibration text" in said(made, "--plan", plan, *refit)["stages"]
+
+
 def test_refuses_what_the_run_refuses(made: Path) -> None:
     assert "ratio=0.95 cannot be reached" in said(made, *TEXT[:-1], 0.95, code=2)
     assert "use one of --ratio" in said(made, *TEXT[:-2], code=2)

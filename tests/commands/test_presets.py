@@ -25,6 +25,7 @@ from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
 from llm_pruner.models.consumers import consumers_of
 from llm_pruner.planning import Numbering, Selection, Target, allocate
+from llm_pruner.report.data import read_report
 from llm_pruner.runtime import precision as matmul
 from llm_pruner.search import structure_split as trials
 from llm_pruner.search.structure_split import find_split
@@ -298,6 +299,7 @@ def test_refits_that_make_held_out_text_worse_are_taken_back(
     monkeypatch.setattr(refitting, "refit_", spoil)
     result = done("prune", tiny, "--out", spoiled, *options, "--compensation", "least-squares")
     assert "no gain on held-out text" in result.out
+    assert read_report(spoiled / "report.json").compensation is None
     one, other = (load_file(folder / "model.safetensors") for folder in (plain, spoiled))
     assert all(torch.equal(one[key], other[key]) for key in one)
 

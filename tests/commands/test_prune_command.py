@@ -27,6 +27,7 @@ from llm_pruner import discover, read_plan
 from llm_pruner.commands.evaluate import measure
 from llm_pruner.commands.prune import PruneRun
 from llm_pruner.evaluation.perplexity import PerplexityResult
+from llm_pruner.evaluation.result_cache import shared_corpora
 from llm_pruner.evaluation.speed import Speed
 from llm_pruner.files.outputs import atomic_directory
 from llm_pruner.report.data import read_report
@@ -155,6 +156,39 @@ def test_a_dry_run_writes_the_plan_alone_and_the_plan_replays(work: Path, tiny: 
     assert Path("direct/plan.json").read_bytes() == plan
     assert Path("replayed/plan.json").read_bytes() == plan
     assert_same_weights("direct", "replayed")
+
+
+def test_what_a_replay_did_is_in_its_report(work: Path, tiny: Path) -> None:
+    first, second = write_text(Path("first.txt"), 6000), write_text(Path("second.txt"), 7000)
+    read = ("--samples", 16, "--seq-len", 16)
+    done(
+        "prune",
+        tiny,
+        "--out",
+        "a",
+        "--ratio",
+        0.2,
+        "--preset",
+        "fast",
+        "--calibration",
+        first,
+        *read,
+    )
+    done("prune", tiny, "--out", "cut", "--plan", "a/plan.json")
+    report = read_report(Path("cut/report.json"))
+    assert report.compensation is None
+    assert report.settings["Importance"]["compensation"] == "none"
+    refit = ("--compensation", "least-squares", "--calibration", second, "--samples", 12, *read[2:])
+    done("prune", tiny, "--out", "refitted", "--plan", "a/plan.json", *refit)
+    text = read_report(Path("refitted/report.json")).settings["Calibration text"]
+    assert (text["calibration"], text["samples"]) == ("second.txt", 12)
+    assert text["digest"] != report.settings["Calibration text"]["digest"]
+    # Both texts were read on the way to this model.
+    found = [warning.split(" and is")[0] for warning in shared_corpora("refitted", [first, second])]
+    assert [one.split()[-1] for one in found] == ["first.txt", "second.txt"]
+    # A request gives way to a plan that stands beside it.
+    done("prune", "--config", "a/request.yaml", "--plan", "a/plan.json", "--out", "again")
+    assert_same_weights("cut", "again")
 
 
 def test_an_edited_plan_is_applied(work: Path, tiny: Path) -> None:

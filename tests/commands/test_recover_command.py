@@ -507,6 +507,10 @@ def test_what_does_not_fit_the_model_is_refused(work: Path, made: Path) -> None:
     assert said == "--seq-len 513 is longer than the model's maximum; use 512 or less"
     said = refused(work, small, "--out", "out", *data, "--template", "chat")
     assert said == "the tokenizer has no chat template; use --template alpaca"
+    short = write_text(work / "short.txt", 60)
+    said = refused(work, small, "--out", "out", *data, "--perplexity", short)
+    assert said.startswith("short.txt gives ")
+    assert "use --perplexity-seq-len " in said
     plain = write_text(work / "plain.txt", 3000)
     said = refused(work, small, "--out", "out", "--data", plain, "--mask-prompt")
     assert said.startswith("--mask-prompt is for examples that someone asks and someone answers")

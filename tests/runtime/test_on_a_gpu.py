@@ -30,6 +30,7 @@ from llm_pruner.models.streaming import stream_
 from llm_pruner.planning import Numbering, Selection, Target
 from llm_pruner.search.structure_split import find_split
 from llm_pruner.settings.evaluate import PerplexitySettings
+from llm_pruner.surgery import verify
 from llm_pruner.surgery.verify import cut_verified_
 from llm_pruner.types import Discovery, Removal
 from second_device import SecondDevice, is_there, put_
@@ -99,6 +100,17 @@ def test_blocks_that_are_moved_to_a_gpu_for_their_turn(
         stream_(streamed, torch.float32, "cuda")
         for found, wanted in zip(stages(streamed, discovery), expected, strict=True):
             np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-9)
+
+
+def test_a_float32_copy_in_turns_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "_undisturbed_by_modes", nullcontext)  # the device is one
+    monkeypatch.setattr(verify, "_has_room", lambda *_, **__: False)
+    model = make("llama").bfloat16()
+    discovery = discover(model)
+    with _on_gpu(model):
+        _, verified = cut_verified_(model, discovery, removal_of(discovery))
+    # In bfloat16 it would be a hundred times as much.
+    assert 0 < verified.difference < 1e-4
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

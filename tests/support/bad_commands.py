@@ -569,7 +569,7 @@ TABLE: dict[str, list[Bad]] = {
             "--distill-weight 2.0 is outside [0, 1]; use such as 0.9",
         ),
         ("--teacher m --teacher-top-k 0", "--teacher-top-k 0 keeps nothing; use 1 or more"),
-        ("--perplexity-seq-len 1", between("--seq-len", 1, 2, 2**24)),
+        ("--perplexity-seq-len 1", between("--perplexity-seq-len", 1, 2, 2**24)),
         ("--perplexity nofile.txt", NO_TEXT),
     ),
     "Measuring": [

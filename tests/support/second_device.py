@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 GPU = torch.device("cuda:0")
-_BOTH = {"copy_", "__getitem__", "__setitem__", "index_select", "set_", "equal"}
+_BOTH = {"copy_", "__getitem__", "__setitem__", "set_", "equal"}
 """What takes tensors of two devices: copies and indices."""
 _PARTS = {"T", "mT", "data", "grad", "real"}
 

@@ -76,6 +76,11 @@ def bench_servers(settings: BenchSettings) -> Bench:
     start, kind = server.find(settings.server_python), settings.type or _TYPE
     if server.FORMAT is not None:
         entry("export/formats", server.FORMAT).require(kind, None)
+        if "dtype" in settings.given:
+            raise UserError(
+                f"--dtype {settings.dtype} is about folders that are read as they are, and for "
+                f"{server.TITLE} they are exported; use --type"
+            )
     elif settings.type is not None:
         raise UserError(
             f"--type is about files that are exported, and {server.TITLE} reads folders as they "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +20,7 @@ from llm_pruner.commands.evaluate import measure_apart, read_texts
 from llm_pruner.commands.prune import PruneRun
 from llm_pruner.commands.prune_start import check_space, criterion_of, selection_of, target_of
 from llm_pruner.commands.publish import check_push
-from llm_pruner.commands.recover import check_training, recover_checkpoint
+from llm_pruner.commands.recover import check_training, recover_checkpoint, ways_to_load
 from llm_pruner.commands.vocab import RECORD, vocab
 from llm_pruner.commands.workdir import (
     COMPRESSING,
@@ -39,6 +41,7 @@ from llm_pruner.data.text import DEMO_PROMPTS, SELF, shares_of
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import result_cache
 from llm_pruner.evaluation.footprint import model_size
+from llm_pruner.evaluation.perplexity import check_windows
 from llm_pruner.files.disk import remove, tidy
 from llm_pruner.files.outputs import (
     RECOVERY_FILE,
@@ -56,12 +59,12 @@ from llm_pruner.report.data import Report, Source, Variant, known_report
 from llm_pruner.report.facts import evaluation_of, source_of
 from llm_pruner.report.records import Change, Compressed, Measured, Training, Weighed
 from llm_pruner.report.write import page_in, write_report, write_request
-from llm_pruner.runtime.processes import check_trains, only_one
+from llm_pruner.runtime.processes import ALONE, check_trains, only_one, own_device
 from llm_pruner.settings.common import OutputSettings
 from llm_pruner.settings.compress import CompressSettings
 from llm_pruner.settings.evaluate import EvaluateSettings, PerplexitySettings
 from llm_pruner.settings.prune import MethodSettings
-from llm_pruner.settings.recover import RecoverSettings
+from llm_pruner.settings.recover import RecoverSettings, TrainingSettings
 from llm_pruner.types import Size
 from llm_pruner.version import __version__
 
@@ -174,7 +177,7 @@ def check_settings(settings: CompressSettings) -> None:
         check_training(trains.but(max_minutes=trains.max_minutes or minutes) if minutes else trains)
         found = [load_examples(one, limit=BEGINNING) for one in settings.data if one != SELF]
     check_calibration(pruning)
-    read_texts(settings.perplexity, PerplexitySettings())
+    texts = read_texts(settings.perplexity, _Windows())
     check_shard_size(settings.max_shard_size)
     if settings.tasks is not None:
         prepare_tasks(settings)
@@ -185,10 +188,34 @@ def check_settings(settings: CompressSettings) -> None:
             f"--quantize {settings.quantize} is for models whose code is in transformers, and "
             f"{settings.model} has its own; leave --quantize out"
         )
-    tokenizer = load_tokenizer(settings.loading()) if found else None
+    tokenizer = load_tokenizer(settings.loading())
+    if not settings.vocab_text:  # of fewer tokens a text gives more
+        with _said_of_presets():
+            check_calibration(pruning, settings.loading())
+    longest = min(WINDOW, maximum_length(SimpleNamespace(config=config)) or WINDOW)
+    for text in texts:
+        check_windows(SimpleNamespace(config=config), tokenizer, text, _Windows(seq_len=longest))
     for one in found:  # a chat template may refuse what is only trained on after pruning
         encode_each(one.examples[:BEGINNING], tokenizer, seq_len=settings.trains().seq_len)
         check_chats(one.examples[BEGINNING:], tokenizer)
+
+
+class _Windows(PerplexitySettings):
+    """How perplexity is measured; nothing asks for other windows."""
+
+    window_option = None
+
+
+@contextmanager
+def _said_of_presets() -> Iterator[None]:
+    """Say of options of ``prune`` that are asked for where they come from here."""
+    try:
+        yield
+    except UserError as error:
+        if re.search(r"--(samples|seq-len)\b", str(error)):
+            where = "compress has that from its --preset: name another, or a YAML file"
+            raise UserError(f"{error} ({where})") from error
+        raise
 
 
 def last_stage(settings: CompressSettings, recovery: Training | None) -> str:
@@ -314,7 +341,8 @@ class _Stages:
         if self.pruning.out.is_dir():
             return
         self.tell("pruning")
-        PruneRun(self.pruning, command=self.command).carry_out()
+        with _said_of_presets():
+            PruneRun(self.pruning, command=self.command).carry_out()
         self.run.record_time("prune")
 
     def measure(
@@ -363,7 +391,11 @@ class _Stages:
         """Write the folder ``recovered``; return the course of it, None if nothing is trained."""
         if not self.settings.recover:
             return None
-        plan = self._amount()
+        try:
+            plan = self._amount()
+        except (UserError, torch.OutOfMemoryError) as error:
+            self._note_refusal(error)
+            return None
         if "skipped" in plan:
             self.notes.append(plan["skipped"])
             return None
@@ -375,29 +407,15 @@ class _Stages:
                 own = getattr(self.training, name)
                 limits[name] = own if limits[name] is None else min(own, limits[name])
             training = self.training.but(seq_len=self._sample_length(), **limits)
-            settings = RecoverSettings(
-                **training.written(),
-                **self.settings.loading(self.run.path("pruned")).written(),
-                out=out,
-                data=self.settings.data,
-                samples=plan["samples"],
-                self_samples=plan.get("written"),
-                kept=self.text,
-                teacher=self._dense(),
-                control=self._dense() if self.settings.control else None,
-                resume=True,
-                max_shard_size=self.settings.max_shard_size,
-            )
+            settings = self._recovering(training)
+            settings = settings.but(samples=plan["samples"], self_samples=plan.get("written"))
             try:
                 recover_checkpoint(settings, command=self.command, say=self.say)
             except (UserError, torch.OutOfMemoryError) as error:
                 learned = last_checkpoint(RECOVERING.beside(out)) is not None
                 if learned and isinstance(error, UserError):
                     raise  # what was learned so far is not thrown away
-                full = isinstance(error, torch.OutOfMemoryError)
-                why = "the GPU has no room to train in" if full else error
-                said = f"recovery was refused, so the pruned model is the result: {why}"
-                self.notes.append(said)
+                self._note_refusal(error)
                 return None
             self.run.record_time("recover")
         found: Training = read_values(out / RECOVERY_FILE, _TRAINING)
@@ -408,6 +426,24 @@ class _Stages:
                 "longer --time-budget"
             )
         return found
+
+    def _recovering(self, training: TrainingSettings) -> RecoverSettings:
+        return RecoverSettings(
+            **training.written(),
+            **self.settings.loading(self.run.path("pruned")).written(),
+            out=self.run.path("recovered"),
+            data=self.settings.data,
+            kept=self.text,
+            teacher=self._dense(),
+            control=self._dense() if self.settings.control else None,
+            resume=True,
+            max_shard_size=self.settings.max_shard_size,
+        )
+
+    def _note_refusal(self, error: Exception) -> None:
+        full = isinstance(error, torch.OutOfMemoryError)
+        why = "the GPU has no room to train in" if full else error
+        self.notes.append(f"recovery was refused, so the pruned model is the result: {why}")
 
     def quantize(self, stage: str) -> None:
         """Write the folder ``quantized``: that of a stage with packed weights."""
@@ -432,9 +468,9 @@ class _Stages:
         samples, budget = self.settings.samples, self.settings.time_budget
         writes = SELF in self.settings.data
         if budget is None:
-            if samples is None and self.settings.data == (SELF,):
-                samples = max(SAMPLES, self._calibrated() + CHUNK)
-            return {"samples": samples, "minutes": None, "epochs": self.training.epochs}
+            count = samples or max(SAMPLES, self._calibrated() + CHUNK)
+            amount = {"minutes": None, "epochs": self.training.epochs}
+            return {"samples": samples, "written": count if writes else None, **amount}
 
         def decide() -> dict[str, Any]:
             left = time_to_recover(
@@ -464,7 +500,8 @@ class _Stages:
 
     def _write(self, seconds: float) -> int:
         """Have the dense model write for a time; return the number of texts."""
-        loaded = load(self.settings.computing(self.start))
+        here = self._recovering(self.training).but(device=own_device(self.settings.device))
+        loaded = load(ways_to_load(here, ALONE)["teacher"])  # in which recovery has it
         seq_len, seed = self._sample_length(), self.settings.seed
 
         def write(number: int) -> None:

@@ -26,7 +26,7 @@ from llm_pruner.evaluation import result_cache
 from llm_pruner.evaluation.perplexity import (
     PerplexityResult,
     Remembered,
-    check_length,
+    check_windows,
     perplexity,
     perplexity_of_windows,
 )
@@ -250,7 +250,7 @@ class CurveRun:
         """Read what is calibrated on, where it is measured on the rest of it."""
         settings = self.settings
         if settings.text is not None and not self.scores:
-            check_length(self.loaded.model, self.loaded.tokenizer, *self._given)
+            check_windows(self.loaded.model, self.loaded.tokenizer, *self._given)
         if self.text is not None or settings.text is not None:
             return
         count = -(-settings.measured_tokens // settings.seq_len)

@@ -198,7 +198,7 @@ class _Forecaster:
         settings, run = self.settings, self.run
         self.samples, self.length = settings.samples, settings.seq_len
         self.writes = not WRITERS.keys().isdisjoint(shares_of(settings.calibration))
-        self.reads = run.reads_text or run.repairs
+        self.reads = run.refits or run.repairs or (run.plan is None and run.reads_text)
         if self.reads and not self.writes:
             begin = time.perf_counter()
             text = read_calibration(self.loaded, settings, settings.seed, Clock())

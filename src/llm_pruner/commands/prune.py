@@ -695,6 +695,26 @@ class PruneRun:
         done = replace(result, saved_as=kind, needs=needs, servers=self.servers)
         write_report(folder, partial(self._report, done))
 
+    def _after(self) -> dict[str, Any]:
+        """Return what decided about what was done after the cut, by the names of the options.
+
+        That of a replay is not what its plan was made with.
+        """
+        settings, replayed = self.settings, self.settings.plan is not None
+        found: dict[str, Any] = {}
+        if replayed:
+            found["compensation"] = settings.compensation if self.refits else "none"
+        if replayed and self.text is not None:
+            names = ("text_split", "text_field", "samples", "seq_len", "seed")
+            read = {name: self.text.settings[name] for name in names}
+            found |= {name: of for name, of in read.items() if of is not None}
+            found["calibration"] = start.without_folders(settings.calibration)
+        if self.refits:
+            found["refit_text"] = settings.refit_text
+        if self.repairs:
+            found["repair_minutes"] = settings.repair_minutes
+        return found
+
     def _report(self, done: Pruned) -> Report:
         settings, loaded, plan = self.settings, self.loaded, self.plan
         assert plan is not None
@@ -708,12 +728,14 @@ class PruneRun:
                 self.discovery, self.scores, self.removal, done.layers
             ),
             criterion=facts.criterion_in_words(plan),
-            compensation=settings.compensation if self.refits else None,
+            compensation=settings.compensation
+            if any(one.changed for one in done.refitted)
+            else None,
             settings=facts.settings_of(
                 plan,
                 {"dtype": settings.dtype, "device": settings.device},
-                ({"refit_text": settings.refit_text} if self.refits else {})
-                | ({"repair_minutes": settings.repair_minutes} if self.repairs else {}),
+                self._after(),
+                plan.text if self.text is None else self.text.settings["fingerprint"],
             ),
             versions=facts.versions(),
             command=self.command,

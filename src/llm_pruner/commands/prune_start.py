@@ -145,7 +145,7 @@ def planned(
     decided = {
         # No folders: the same text gives the same plan wherever it lies.
         "preset": None if settings.preset is None else Path(settings.preset).name,
-        "calibration": _named(settings.calibration),
+        "calibration": without_folders(settings.calibration),
         "samples": samples,
         "compensation": settings.compensation if refits else "none",
         "protect_first": selection.protect_first,
@@ -164,7 +164,7 @@ def planned(
     }
 
 
-def _named(mixture: str) -> str:
+def without_folders(mixture: str) -> str:
     """Return a mixture of texts without the folders of files."""
     shares = shares_of(mixture)
     equal = len({*shares.values()}) == 1

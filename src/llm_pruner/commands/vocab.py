@@ -31,6 +31,7 @@ from llm_pruner.models.stored import records_of
 from llm_pruner.planning import Target
 from llm_pruner.report.records import Change
 from llm_pruner.report.write import write_request
+from llm_pruner.runtime.precision import exact_products
 from llm_pruner.runtime.processes import only_one
 from llm_pruner.runtime.progress import track
 from llm_pruner.settings.evaluate import PerplexitySettings
@@ -180,6 +181,7 @@ def _measured(loaded: LoadedModel, tokenizer: Any, text: str) -> tuple[float, fl
 
 
 @torch.no_grad()
+@exact_products()
 def _cut_(model: Any, smaller: Any, kept: Ids, text: str) -> tuple[float, Change[int], Edits]:
     """Cut the model; return how much its logits differ, its parameters before and after, edits."""
     ids = torch.tensor(bare_ids(smaller, text)[:COMPARED])[None].to(model.device)

@@ -21,9 +21,10 @@ numbers, and its product is not rounded.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import TypeAlias
 
 import torch
 
@@ -35,6 +36,9 @@ RIDGES = (0.1, 0.3, 1.0, 3.0)
 
 OUTPUTS = 256
 """Output features at most that choose the ridge."""
+
+Outputs: TypeAlias = torch.Tensor | slice
+"""Numbers of output features."""
 
 _FLOOR = 1e-4
 """Least mean square of an input for the ridge, as a share of the mean over all inputs."""
@@ -114,14 +118,24 @@ class Rows(Equations):
             left.double().square().sum() / targets.double().square().sum().clamp_min(1e-30)
         )
 
+    def slope(self, weight: torch.Tensor, change: torch.Tensor, outputs: torch.Tensor) -> float:
+        """Return in which direction `error` goes as some rows of the weight change: its sign."""
+        x = self.inputs
+        with fast_products():
+            left = self.targets[:, outputs] - x @ weight.T
+            return -float((left * (x @ change.T)).sum(dtype=torch.float64))
+
     def system(self) -> System:
         """Return a system with as many unknowns as tokens."""
-        x = self.inputs
+        x, targets = self.inputs, self.targets
         scale = _scale(x.square().sum(0))
-        left = self.targets - x @ self.weight.T
+
+        def left(outputs: Outputs) -> torch.Tensor:
+            return (targets[:, outputs] - x @ self.weight[outputs].T).T
+
         with fast_products():
             z = x * scale
-            return System(z @ z.T, left.T, z * scale)
+            return System(z @ z.T, left, z * scale)
 
 
 class Sums(Equations):
@@ -150,8 +164,11 @@ class Sums(Equations):
         """Return a system with as many unknowns as input features."""
         gram = complete_gram_(self.gram)
         scale = _scale(gram.diagonal())
-        gap = self.cross - self.weight @ gram
-        return System(gram * scale * scale[:, None], gap * scale, scale)
+
+        def gap(outputs: Outputs) -> torch.Tensor:
+            return (self.cross[outputs] - self.weight[outputs] @ gram) * scale
+
+        return System((gram * scale).mul_(scale[:, None]), gap, scale)
 
 
 @dataclass
@@ -160,21 +177,24 @@ class System:
 
     Attributes:
         matrix: symmetric, shape (unknowns, unknowns).
-        right: shape (out_features, unknowns).
+        right: gives the rows of some output features, shape (outputs, unknowns).
         back: from a solution to a change of the weight: a matrix (unknowns, in_features) that it is
             multiplied with, or a factor of each input (in_features,).
     """
 
     matrix: torch.Tensor
-    right: torch.Tensor
+    right: Callable[[Outputs], torch.Tensor]
     back: torch.Tensor
 
-    def step(self, ridge: float, outputs: torch.Tensor | None = None) -> torch.Tensor | None:
-        """Return the change of the weight, (out_features, in_features); None if it has none.
+    def steps(
+        self, ridge: float, outputs: Outputs = slice(None), slope: bool = False
+    ) -> list[torch.Tensor]:
+        """Return the change of the weight, (outputs, in_features), in a list; none if it has none.
 
         Args:
             ridge: positive.
-            outputs: numbers of the output features that are wanted; all by default.
+            outputs: output features that are wanted; all by default.
+            slope: give its derivative by the ridge as well.
         """
         diagonal = self.matrix.diagonal()
         before = diagonal.clone()
@@ -182,13 +202,13 @@ class System:
         factor, failed = torch.linalg.cholesky_ex(self.matrix)
         diagonal.copy_(before)
         if failed:
-            return None
-        right = self.right if outputs is None else self.right[outputs]
-        solved: torch.Tensor = torch.cholesky_solve(right.T, factor).T
-        if self.back.ndim == 1:
-            return solved * self.back
+            return []
+        solved = [torch.cholesky_solve(self.right(outputs).T, factor)]
+        if slope:
+            solved.append(-torch.cholesky_solve(solved[0], factor))
         with fast_products():
-            return solved @ self.back
+            by_input = self.back.ndim == 1
+            return [one.T * self.back if by_input else one.T @ self.back for one in solved]
 
 
 def _scale(energy: torch.Tensor) -> torch.Tensor:
@@ -227,7 +247,8 @@ def best_refit(
     """Return the weight refitted with the ridge that does best on the held-out tokens.
 
     It then fits all tokens; ``fit`` has them afterwards. Where no ridge lowers the held-out error
-    the weight stays. The search goes from one ridge to the next for as long as the error falls.
+    the weight stays. The search goes from one ridge to the next, to the side where the error falls,
+    for as long as it does.
 
     Args:
         start: the ridge that is tried first, by default the middle one.
@@ -236,10 +257,10 @@ def best_refit(
     if ridge is None:
         return Choice(fit.weight, None, before, before)
     fit.include(held_out)
-    step = fit.system().step(ridge)
-    if step is None:
+    steps = fit.system().steps(ridge)
+    if not steps:
         return Choice(fit.weight, None, before, before)
-    return Choice(fit.weight + step, ridge, before, after)
+    return Choice(fit.weight + steps[0], ridge, before, after)
 
 
 def _chosen(
@@ -251,20 +272,20 @@ def _chosen(
     some = torch.arange(0, count, -(-count // OUTPUTS), device=weight.device)
     before = held_out.error(weight[some], some)
     system = fit.system()
-    errors: dict[int, float] = {}
 
-    def error(place: int) -> float:
+    def tried(place: int, slope: bool = False) -> tuple[float, float]:
+        """Return the error with a ridge, and where asked for in which direction it grows."""
         if not 0 <= place < len(order):
-            return inf
-        if place not in errors:
-            step = system.step(order[place], some)
-            errors[place] = inf if step is None else held_out.error(weight[some] + step, some)
-        return errors[place]
+            return inf, 0.0
+        steps = system.steps(order[place], some, slope)
+        if not steps:
+            return inf, -1.0  # a larger ridge may do
+        error = held_out.error(weight[some] + steps[0], some)
+        return error, held_out.slope(weight[some] + steps[0], steps[1], some) if slope else 0.0
 
     place = order.index(start) if start in order else len(order) // 2
-    while True:
-        side = min((place - 1, place + 1), key=error)
-        if error(side) >= error(place):
-            break
-        place = side
-    return (order[place] if error(place) < before else None), before, error(place)
+    error, slope = tried(place, slope=True)
+    side = -1 if slope > 0 else 1
+    while (next_error := tried(place + side)[0]) < error:
+        place, error = place + side, next_error
+    return (order[place] if error < before else None), before, error

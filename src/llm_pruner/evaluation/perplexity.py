@@ -132,7 +132,7 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def check_length(
+def check_windows(
     model: Any, tokenizer: Any, text: EvaluationText, asked: PerplexitySettings
 ) -> None:
     """Raise UserError if a text is too short to measure on, or a window too long; see above."""
@@ -245,7 +245,7 @@ def _window_length(model: Any, asked: PerplexitySettings) -> int:
     if limit is not None and seq_len > limit:
         raise UserError(
             f"a window of {seq_len} tokens is longer than the model's maximum; "
-            f"use --seq-len {limit} or less"
+            f"use {asked.window_option} {limit} or less"
         )
     return seq_len
 
@@ -264,7 +264,8 @@ def _windows(
     if count == 0:
         why = "--max-tokens is too small" if len(encoded) >= fresh else "the text is too short"
         most = len(ids) + len(prefix)
-        advice = f"use --seq-len {most} or less, or more text" if most > 1 else "use more text"
+        shorter = f"{asked.window_option} {most} or less, or " if most > 1 else ""
+        advice = f"use {shorter if asked.window_option else ''}more text"
         raise UserError(
             f"{text.name} gives {len(ids)} tokens and one window needs {fresh}: {why}; {advice}"
         )

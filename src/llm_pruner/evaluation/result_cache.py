@@ -20,7 +20,7 @@ from llm_pruner.data.text import name_of_part
 from llm_pruner.files.disk import json_object, read_json
 from llm_pruner.files.outputs import RECOVERY_FILE, write_output
 from llm_pruner.models.stored import local_path, name_of, records_of
-from llm_pruner.settings.common import ModelSettings
+from llm_pruner.settings.common import CALIBRATION, ModelSettings
 from llm_pruner.version import __version__
 
 _FORMAT = 3
@@ -102,15 +102,24 @@ def _hash(files: list[Path]) -> str:
 _FAMILY = re.compile("(?:^|/)(wikitext|ptb|penn[_-]treebank|c4|bookcorpus)")
 
 
-def calibration_source(folder: Path) -> str | None:
-    """Return what the plan in a pruned folder was calibrated on; None if nothing says so."""
-    try:
+def calibration_sources(folder: Path) -> list[str]:
+    """Return what a model was calibrated on, by its plan and, of a replay's refit, its report."""
+
+    def of_plan() -> Any:
         plan = read_json(folder / "plan.json")
         settings = plan.get("settings", {})  # of earlier versions: calibration
-        source = settings["calibration"] if settings else plan["calibration"]["source"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return source if isinstance(source, str) else None
+        return settings["calibration"] if settings else plan["calibration"]["source"]
+
+    found: list[str] = []
+    for read in (of_plan, lambda: _in_report(folder, CALIBRATION)["calibration"]):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            found += str(read()).split(",")
+    return list(dict.fromkeys(found))
+
+
+def _in_report(folder: Path, heading: str) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(folder / "report.json")["settings"][heading]
+    return found
 
 
 def training_sources(folder: Path) -> list[str]:
@@ -136,8 +145,8 @@ def shared_corpora(model: str, sources: Collection[str], revision: str | None = 
     if not sources:
         return []
     folder = records_of(model, revision)
-    calibration = (calibration_source(folder) or "").split(",")
-    used = [("calibrated", "calibrate", name_of_part(part)) for part in calibration]
+    parts = map(name_of_part, calibration_sources(folder))
+    used = [("calibrated", "calibrate", part) for part in parts]
     used += [("trained", "train", name) for name in training_sources(folder)]
     return [
         f"{model} was {done} on {part} and is measured on {source}, which is of the same corpus: "

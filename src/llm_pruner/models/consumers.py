@@ -83,8 +83,9 @@ def set_weight(module: nn.Module, weight: torch.Tensor) -> None:
 
 
 _STRIPS = 8
-_NARROW = 256
-"""Features of a strip below which more calls would cost more than they save."""
+_NARROW, _WIDE = 256, 512
+"""Features of a strip below which more calls would cost more than they save, and beyond which they
+save more than they cost."""
 
 
 def add_gram_(gram: torch.Tensor, rows: torch.Tensor) -> None:
@@ -108,5 +109,5 @@ def complete_gram_(gram: torch.Tensor) -> torch.Tensor:
 
 
 def _strips(features: int) -> list[tuple[int, int]]:
-    width = max(_NARROW, -(-features // _STRIPS))
+    width = max(_NARROW, min(_WIDE, -(-features // _STRIPS)))
     return [(start, min(start + width, features)) for start in range(0, features, width)]

@@ -55,7 +55,8 @@ class StoredWeight:
         if not self.changes and anew and self.stored.is_contiguous():
             return self.copied(kind)
         value = whole(self.stored)
-        for dim, positions, stay in self.changes:
+        for dim, places, stay in self.changes:
+            positions = places.to(value.device)
             if stay:
                 value = value.index_select(dim, positions)
             else:
@@ -64,12 +65,12 @@ class StoredWeight:
 
     def copied(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the values on fresh memory; of a file, one piece is there beside them."""
-        if self.stored.numel() * dtype.itemsize >= _LARGE:
+        if self.device.type == "cpu" and self.stored.numel() * dtype.itemsize >= _LARGE:
             give_back()  # what smaller ones have left, which are too small for it
         found = torch.empty(self.stored.shape, dtype=dtype, device=self.device)
         for leaf, place in leaves(self.stored, found):
             for piece, part in _pieces(leaf, place):
-                part.copy_(piece)
+                part.copy_(piece.to(part.device))  # in its own type, which may be half as large
                 self._forget(piece)
         return found
 

@@ -156,7 +156,7 @@ def _entry(label: str, folder: Path) -> Entry:
         source=Source(name=plan.model.name, revision=plan.model.revision),
         sizes={"dense": Size(total=plan.model.parameters), "pruned": size},
         criterion=criterion_in_words(plan),
-        settings=settings_of(plan, {}, {}),
+        settings=settings_of(plan, {}, {}, plan.text),
     )
     return Entry(label, report, "pruned")
 

@@ -141,13 +141,14 @@ def repair_of(done: Pruned) -> str | None:
 
 
 def settings_of(
-    plan: Plan, model: Mapping[str, Any], after: Mapping[str, Any]
+    plan: Plan, model: Mapping[str, Any], after: Mapping[str, Any], text: str | None
 ) -> dict[str, dict[str, Any]]:
     """Return all settings of a run by the headings of the help.
 
     Args:
         model: how it was loaded.
         after: what decided about what was done after the cut, by the names of the options.
+        text: fingerprint of the calibration text; None without one.
     """
     sections: dict[str, dict[str, Any]] = {"Model": {**plan.model.model_dump(), **model}}
     for name, value in {**plan.settings, **after}.items():
@@ -155,8 +156,8 @@ def settings_of(
         panel = None if field is None else option_of(field).panel
         heading = (panel or "Plan").partition(" (")[0]
         sections.setdefault(heading, {})[name] = value
-    if plan.text is not None:
-        sections.setdefault(CALIBRATION, {})["digest"] = plan.text
+    if text is not None:
+        sections.setdefault(CALIBRATION, {})["digest"] = text
     return {heading: spaced(values) for heading, values in sections.items()}
 
 

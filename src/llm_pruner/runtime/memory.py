@@ -17,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from llm_pruner.errors import UserError, in_short
+
 BLOCK = 2**25
 """Blocks of up to this many bytes are kept; glibc takes no larger limit on all systems."""
 
@@ -88,7 +90,13 @@ def free_bytes(device: str) -> int:
 
     if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
         give_back()
-        return int(torch.cuda.mem_get_info(None if device == "auto" else device)[0])
+        try:
+            return int(torch.cuda.mem_get_info(None if device == "auto" else device)[0])
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(
+                f"device {device!r} cannot be used here ({in_short(error)}); use cpu or one that "
+                "is there"
+            ) from error
     return min([int(psutil.virtual_memory().available), *_limits_left()])
 
 

@@ -37,6 +37,17 @@ def fast_products() -> Iterator[None]:
 
 
 @contextmanager
+def exact_products() -> Iterator[None]:
+    """Inside, factors of float32 products are not rounded, whatever is set outside."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
 def mixed_precision(model: nn.Module) -> Iterator[None]:
     """Inside, modules multiply in bfloat16 on a processor that has instructions for it.
 

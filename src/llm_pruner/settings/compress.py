@@ -48,6 +48,13 @@ class CompressSettings(WriterSettings, TaskSettings, AmountSettings):
     vocab_size: Annotated[int, within(1, MOST)] | None = _tokens(
         None, "Tokens that stay.", "N", shown="those that the text has"
     )
+    ratio: float | None = option(
+        None,
+        "Share of all parameters to remove, such as 0.2.",
+        "SHARE",
+        panel=HOW_MUCH,
+        shown="0.2, where neither --params nor a preset says how much",
+    )
     preset: str = _how(
         "best",
         "How to prune: paper, fast, balanced, best, or a YAML file.",

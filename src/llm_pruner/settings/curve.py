@@ -76,4 +76,7 @@ class CurveSettings(MemorySettings, FolderSettings, ModelSettings, ChoiceSetting
         """Return how a point is pruned: as ``prune`` does with the same options."""
         said = self.model_dump(mode="json", include=set(ChoiceSettings.model_fields) & self.given)
         said |= {"preset": self.preset, "memory": self.memory, "verify": False}
-        return PruneSettings(**self.loading().written(), **said, ratio=ratio, out=self.out)
+        said |= self.loading().written()
+        if "dtype" not in self.given:  # weights are rounded as those that are saved
+            said["dtype"] = "auto"
+        return PruneSettings(**said, ratio=ratio, out=self.out)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
@@ -154,9 +154,14 @@ class Settings(BaseModel):
             UserError: the file cannot be read, or a value cannot be.
         """
         filed = {} if config is None else read_yaml(config, f"--config {config}", cls)
-        if given.keys() & cls.one_of:
-            filed = {name: value for name, value in filed.items() if name not in cls.one_of}
+        filed = {name: of for name, of in filed.items() if name not in cls.replaced(given, filed)}
         return cls(**{**filed, **given})
+
+    @classmethod
+    def replaced(cls, given: Mapping[str, Any], filed: Mapping[str, Any]) -> Collection[str]:
+        """Return the fields of which a file's values make way for what was given as options."""
+        del filed
+        return cls.one_of if given.keys() & cls.one_of else ()
 
     @classmethod
     def of_preset(cls, name: str | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -230,6 +231,23 @@ class PruneSettings(MemorySettings, WriterSettings, PlanSettings):
     )
     out: Path = _output(..., "Folder to write; with --dry-run the plan file.", "DIR", short="-o")
 
+    @classmethod
+    def replaced(cls, given: Mapping[str, Any], filed: Mapping[str, Any]) -> Collection[str]:
+        """Return what makes way: beside a plan that was given, all that a plan says."""
+        found = {*super().replaced(given, filed)}
+        if given.get("plan") is not None:
+            said = {**filed, **given}
+            after = said.get("compensation", "none") != "none" or said.get("repair_minutes")
+            found |= cls._said_by_plans(refits=bool(after))
+        return found
+
+    @staticmethod
+    def _said_by_plans(*, refits: bool) -> set[str]:
+        """Return the fields that a plan decides about; the text is also that of a refit."""
+        text = CalibrationSettings.model_fields.keys() | {"seed"}
+        said = set(PlanSettings.model_fields) - {"seed"}
+        return said - {"compensation", "refit_text", "repair_minutes"} - (text if refits else set())
+
     def written(self) -> dict[str, Any]:
         """Return plain values of which the same settings come; a plan has no preset but a given."""
         said = super().written()
@@ -251,11 +269,8 @@ class PruneSettings(MemorySettings, WriterSettings, PlanSettings):
             )
         asked = [name for name in AMOUNTS if getattr(self, name) is not None]
         if self.plan is not None:
-            text = CalibrationSettings.model_fields.keys() | {"seed"}
-            spoken = set(PlanSettings.model_fields) - {"seed"}
-            spoken -= {"compensation", "refit_text", "repair_minutes"}
-            spoken -= text if self.compensation != "none" or self.repair_minutes else set()
-            spoken &= self.given
+            refits = self.compensation != "none" or bool(self.repair_minutes)
+            spoken = self._said_by_plans(refits=refits) & self.given
             given = [option_name(name) for name in type(self).model_fields if name in spoken]
             if given:
                 raise UserError(f"--plan already says what to remove; drop {', '.join(given)}")

@@ -258,7 +258,7 @@ class RecoverSettings(WriterSettings, DataSettings, TrainingSettings, Distillati
         "SRC",
         reads=True,
     )
-    perplexity_seq_len: int | None = _output(
+    perplexity_seq_len: Annotated[int, within(2, 2**24)] | None = _output(
         None, "Tokens in a window of it.", "N", shown="2048 or the model's maximum"
     )
     control: str | None = _output(

@@ -19,6 +19,7 @@ from llm_pruner.models.layers import heaviest, own_copy, sharing_copy
 from llm_pruner.models.lockstep import Outcome, result_of
 from llm_pruner.models.streaming import computed_in, in_turns, is_model_streamed
 from llm_pruner.runtime.memory import free_bytes
+from llm_pruner.runtime.precision import exact_products
 from llm_pruner.surgery.cut import Undo, cut_, plan_edits
 from llm_pruner.surgery.twin import Logits, joined, run_both, run_pruned, run_twin
 from llm_pruner.types import Discovery, Edits, Removal, bound_to
@@ -73,6 +74,7 @@ def prune_(
     return cut_verified_(model, discovery, removal)[0]
 
 
+@exact_products()
 def cut_verified_(
     model: nn.Module, discovery: Discovery, removal: Removal
 ) -> tuple[Edits, Verified]:
@@ -288,6 +290,7 @@ def _twin_and_copy(
     return joined(twin), joined(pruned), smaller
 
 
+@exact_products()
 def require_same(model: nn.Module, loaded: nn.Module, discovery: Discovery) -> None:
     """Raise VerificationError if a model gives other logits once it is saved and loaded again.
 
