@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.utils.parametrizations import weight_norm
 from transformers import (
     AutoModelForCausalLM,
     LlavaConfig,
@@ -28,6 +29,7 @@ from helpers import tiny_model
 from llm_pruner import Criterion, score
 from llm_pruner.checkpoints.save import save_checkpoint
 from llm_pruner.discovery.groups import discover
+from llm_pruner.discovery.tracing import run as tracing
 from llm_pruner.discovery.tracing.run import vocabulary_size
 from llm_pruner.discovery.tracing.scenes import staged
 from llm_pruner.errors import DiscoveryError, InfeasibleError
@@ -1233,3 +1235,179 @@ def test_flex_attention_of_transformers() -> None:
     # As it is called, it needs a compiler.
     model.set_attn_implementation("eager")
     assert largest_difference(expected, pruned_logits(model, discovery)) <= 1e-5
+
+
+# ------------------------------------------------------------------- found by reading the rules
+
+
+class Tiled(Attention):
+    """Copies of keys and values as the outer axis, as einops' ``b (r kv) n d``."""
+
+    def shared(self, x: torch.Tensor) -> torch.Tensor:
+        batch, heads, sequence, size = x.shape
+        x = x[:, None].expand(batch, self.repeats, heads, sequence, size)
+        return x.reshape(batch, self.repeats * heads, sequence, size)
+
+
+def test_copies_as_the_outer_axis_go_for_all_heads_at_once() -> None:
+    discovery = checked(Net(Tiled(heads=6, kv_heads=2)), dense=False)
+    assert {"heads", "ffn"} & free(discovery) or "head_dim" in free(discovery)
+
+
+class Tagged(Net):
+    """Returns classes beside the logits, and goes on with them."""
+
+    def __init__(self, chosen: bool) -> None:
+        super().__init__(Gated())
+        self.tag, self.back, self.chosen = nn.Linear(HIDDEN, 7), nn.Linear(7, HIDDEN), chosen
+
+    def forward(self, tokens: torch.Tensor) -> Any:
+        x = self.embed(tokens)
+        classes = self.tag(x)
+        x = x + self.back(classes.softmax(-1)) + self.bodies[0](x)
+        tags = classes.argmax(-1) if self.chosen else classes
+        return {"logits": self.out(x), "tags": tags}
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_classes_that_are_returned_stay(chosen: bool) -> None:
+    discovery = discover(Tagged(chosen).eval())
+    trace = discovery.graph.trace
+    assert "returned" in str(trace.atoms.reason(trace.tensors["tag.weight"][0]))
+    assert "ffn" in free(discovery)
+
+
+class Scaled(Net):
+    """Multiplies by what a module says of its size, which is another's too."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(Gated(), tied=True)
+        self.conv = nn.Conv1d(HIDDEN, HIDDEN, 1)
+        self.wide = weight_norm(nn.Linear(HIDDEN, HIDDEN))
+        self.what = what
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        x = x + self.bodies[0](x) + self.conv(x.transpose(1, 2)).transpose(1, 2) + self.wide(x)
+        module, name = self.what.split(".")
+        return self.out(x) / getattr(getattr(self, module), name)
+
+
+@pytest.mark.parametrize("what", ["out.in_features", "conv.out_channels", "wide.in_features"])
+def test_sizes_that_modules_say_of_themselves_are_numbers(what: str) -> None:
+    discovery = discover(Scaled(what).eval())
+    name = what.partition(".")[2]
+    (hidden,) = of_kind(discovery, "hidden") or [None]
+    trace = discovery.graph.trace
+    reason = trace.atoms.reason(trace.tensors["embed.weight"][1])
+    assert reason is not None
+    assert f"{name} is used as a number" in reason
+    assert hidden is None or hidden.frozen
+
+
+class Adding(Net):
+    """Adds the input of a layer to its output in place."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for body in self.bodies:
+            y = body(x)
+            y += x
+            x = y
+        return self.out(x)
+
+
+def test_a_caller_that_adds_the_input_in_place() -> None:
+    discovery = checked(Adding(Gated(), Gated(), Gated()))
+    assert all(group.frozen for group in of_kind(discovery, "layers"))
+
+
+class Given(nn.Module):
+    """A layer that is given a number by its caller."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Gated()
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return x + scale * self.body(x)
+
+
+class ByPlace(Net):
+    """Gives each layer a weight of its own, or all the same."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__(Given(), Given(), Given())
+        self.scales, self.own = nn.Parameter(torch.tensor([1.0, 0.5, 0.25])), own
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for number, body in enumerate(self.bodies):
+            x = body(x, self.scales[number] if self.own else self.scale)
+        return self.out(x)
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_weights_that_layers_are_given_by_place(
+    own: bool, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if large:  # then weights have stand-ins, which are alike
+        monkeypatch.setattr(tracing, "LARGE", 0)
+    (layers,) = of_kind(discover(ByPlace(own).eval()), "layers")
+    assert bool(layers.frozen) is own
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda y: y * (y[..., 1:].square().sum(-1, keepdim=True) + 1).rsqrt(),
+        lambda y: y * (y[..., :-1].square().sum(-1, keepdim=True) + 1).rsqrt(),
+        lambda y: F.pad(y[..., : np.int64(4)], (0, 4)) + y,
+        lambda y: F.pad(y[..., : torch.tensor(4)], (0, 4)) + y,
+        lambda y: y * torch.cov(y.flatten(0, 1).T[:4]).diagonal().mean(),
+        lambda y: y * torch.cov(y.flatten(0, 1)).diagonal().mean(),
+    ],
+)
+def test_positions_that_code_names(between: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    checked(Net(Body(between)), dense=False)
+
+
+def test_a_mask_over_several_axes() -> None:
+    class Masked(Body):
+        def __init__(self) -> None:
+            super().__init__(torch.relu)
+            self.w = nn.Parameter(torch.randn(4, 8))
+            self.register_buffer("mask", torch.arange(32).view(4, 8) % 3 == 0)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.up(x).relu()
+            return self.down(y / (self.w[self.mask].square().mean() + 1) + self.w.mean(0))
+
+    checked(Net(Masked()), dense=False)
+
+
+def test_forms_of_repeat_interleave() -> None:
+    def between(y: torch.Tensor) -> torch.Tensor:
+        counts = torch.repeat_interleave(torch.tensor([1, 0, 2]))
+        return torch.repeat_interleave(input=y, repeats=2, dim=-1) * counts.sum()
+
+    assert free(checked(Net(Body(between, inner=16)), dense=False)) == {"hidden", "other"}
+
+
+def test_positions_that_are_written_as_values() -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(HIDDEN, 5)
+            self.w1 = nn.Parameter(torch.randn(5, HIDDEN, HIDDEN))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            chosen = self.router(x).topk(2).indices
+            order = torch.tensor([1, 0]).expand_as(chosen)
+            slots = torch.zeros_like(chosen).scatter(-1, order, chosen)
+            return torch.einsum("bsd,bskdh->bsh", x, self.w1[slots])
+
+    discovery = checked(Net(Routed()), dense=False)
+    assert "written" in why(discovery, "router.weight", 0)

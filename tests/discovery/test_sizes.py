@@ -265,3 +265,10 @@ def test_relation_of_three_fixes_the_shared_group() -> None:
     assert set(stuck) == {0}
     assert "first layer" in stuck[0]
     assert follows == {2: (1, one), 4: (3, one)}
+
+
+def test_solve_a_size_before_its_half() -> None:
+    half = (("//", WIDTH, ("const", 2)), OLD[WIDTH] // 2 - 1, "slice")
+    new = OLD[WIDTH] - 1
+    for equations in ([half, (WIDTH, new, "view")], [(WIDTH, new, "view"), half]):
+        assert solve(equations, OLD, {}) == {WIDTH[1:]: new}

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from llm_pruner.discovery.tracing.provenance import descriptions, spaces_of
+from llm_pruner.discovery.tracing.provenance import WEIGHTS, descriptions, spaces_of
 from llm_pruner.discovery.tracing.run import named_tensors
 from llm_pruner.errors import InfeasibleError
 from llm_pruner.models.layers import (
@@ -33,9 +33,6 @@ from llm_pruner.surgery.removal import (
     unit_problems,
 )
 from llm_pruner.types import Discovery, Edits, IntArray, Removal
-
-_WEIGHTS = ("weight", "parametrizations.weight.original1", "weight_v")
-"""Names of a module's weight, as it is or as the direction that a weight norm keeps."""
 
 Places: TypeAlias = list[tuple[nn.Module, str]]
 """Modules, and the attributes of theirs that hold a tensor."""
@@ -245,7 +242,7 @@ def _descriptions(
 ) -> Iterator[tuple[str, str, int]]:
     """Yield the sizes that standard modules state of themselves (``in_features`` and the like)."""
     for path, module in model.named_modules():
-        names = [f"{path}.{weight}" for weight in _WEIGHTS]
+        names = [f"{path}.{weight}" for weight in WEIGHTS]
         found = [rename(aliases.get(name, name)) for name in names]
         shape = next((shapes[name] for name in found if name and name in shapes), None)
         new_path = rename(path)

@@ -59,17 +59,34 @@ class Layers:
         self._digests = Marks()
         self._first: dict[str, str] = {}
         # Weak references: holding a tensor would change the operations of the run.
-        self._last: dict[str, weakref.ref[torch.Tensor]] = {}
+        self._last: dict[str, tuple[weakref.ref[torch.Tensor], int]] = {}
+        self._chained: dict[str, bool] = {}
         self._beside: dict[str, list[weakref.ref[torch.Tensor]]] = {}
         self._arguments: dict[tuple[str, int | str], weakref.ref[torch.Tensor]] = {}
         self._handles = [
-            child.register_forward_hook(partial(self._note, path, index), with_kwargs=True)
+            handle
             for path, module in model.named_modules()
             if isinstance(module, nn.ModuleList) and len(module) > 1
             for index, child in module._modules.items()
             # A place may be empty, and TorchScript takes no hooks. What has a name was added.
             if _takes_hooks(child) and index.isdigit()
+            for register, note in (
+                (child.register_forward_pre_hook, self._enter),
+                (child.register_forward_hook, self._note),
+            )
+            for handle in (register(partial(note, path, index), with_kwargs=True),)
         ]
+
+    def _enter(self, parent: str, index: str, _: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note whether a child is given what the one before it returned, and nothing added to it.
+
+        A caller that adds the input itself would add it twice once the child is gone.
+        """
+        source = hidden_in(args, kwargs)
+        before, version = self._last.get(parent, (None, 0))
+        first = self._first.setdefault(parent, index) == index
+        same = before is not None and before() is source
+        self._chained[parent] = first or (same and source._version == version)
 
     def _note(
         self, parent: str, index: str, _: nn.Module, args: Any, kwargs: Any, output: Any
@@ -86,14 +103,9 @@ class Layers:
         )
         several = isinstance(output, tuple | list)
         result, *rest = output if several and output else [output]
-        # Each child must be given what the one before it returned: a caller that adds the
-        # input itself would add it twice once the child is gone.
-        before = self._last.get(parent)
-        first = self._first.setdefault(parent, index) == index
-        chained = first or (before is not None and before() is source)
-        chained = self._stands_alone(parent, source, args, kwargs) and chained
+        chained = self._stands_alone(parent, source, args, kwargs) and self._chained[parent]
         if isinstance(result, torch.Tensor):
-            self._last[parent] = weakref.ref(result)
+            self._last[parent] = (weakref.ref(result), result._version)
         self._beside[parent] = [weakref.ref(t) for t in rest if isinstance(t, torch.Tensor)]
         before_it, behind_it = self._tracer.axes(source), self._tracer.axes(result)
         pairs = None
@@ -130,7 +142,9 @@ class Layers:
             return plain(value)
         if value not in self._digests:
             with torch._C.DisableTorchFunction(), _disable_current_modes():
-                self._digests[value] = _digest(value)
+                # Of a weight that a stand-in is there for nothing but itself is known to be equal.
+                unseen = self._tracer.has_ghosts and value in self._tracer.weights
+                self._digests[value] = object() if unseen else _digest(value)
         return self._digests[value]
 
     def by_place(self) -> dict[str, str]:

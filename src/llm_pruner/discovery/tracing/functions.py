@@ -10,6 +10,7 @@ What is known of a function is said by ``sized``.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,7 @@ class SizeMode(TorchFunctionMode):
             # ``len`` gives a plain number, whatever becomes of it: the axis keeps its size.
             _numbers(self.tracer, self._shape(args[0])[:1])
         if name in _MEASURES:
-            _numbers(self.tracer, self._shape(args[0]))
+            _numbers(self.tracer, self._shape(next(iter((*args, *kwargs.values())))))
         if name in _READS:
             self.tracer.values_read(args[0], name)
         if name in REWRITES:
@@ -326,14 +327,18 @@ def _record_slice(tracer: Tracer, rows: IntArray, item: slice) -> None:
         return
     for bound in (item.start, item.stop):
         place = plain(bound)
-        if type(place) is not int:
+        if place is None:
             continue
+        if type(place) is not int:  # of numpy, or a tensor
+            bound = place = operator.index(place)
         if type(bound) is TracedInt and not -size <= place <= size:
             tracer.used_as_number(bound.expr)
         elif place < 0:
             tracer.sized(-bound, rows[max(size + place, 0) :], "slice")
         elif type(bound) is TracedInt or place < size:
             tracer.sized(bound, rows[:place], "slice")
+        if place in (1, -1) and type(bound) is int and plain(item.step) in (None, 1):
+            tracer.freeze(rows[:1] if place > 0 else rows[-1:], "a slice leaves it out")
     step, first = plain(item.step), plain(item.start) or 0
     if isinstance(step, int) and step > 1:
         first += size if first < 0 else 0
@@ -415,14 +420,15 @@ def _bincount(tracer: Tracer, out: Any, minlength: Any = 0) -> None:
 _READS = frozenset({"tolist", "numpy", "__array__", "__dlpack__", "data_ptr"})
 """Functions that hand values to Python without an operation that the tracer would see."""
 
-_MEASURES = frozenset({"stride", "storage_offset", "untyped_storage", "dim_order"})
-"""Functions that give plain numbers which follow from the sizes of a tensor."""
+_MEASURES = frozenset({"stride", "storage_offset", "untyped_storage", "dim_order", "cov"})
+"""Functions that give, or take in, plain numbers which follow from the sizes of a tensor."""
 
 SHAPED_IN_SIGHT = frozenset(_SIZED) | frozenset(
     {"linear", "matmul", "__matmul__", "__rmatmul__", "einsum", "tensordot", "bmm", "baddbmm"}
     | {"flatten", "unsqueeze", "squeeze", "select", "unbind", "normalize", "embedding"}
     | {"softmax", "outer", "mm", "addmm", "dropout", "zeros_like", "ones_like", "full_like"}
     | {"where", "masked_fill", "to", "type", "float", "contiguous", "__get__"}
+    | {"ravel", "broadcast_tensors", "meshgrid", "t", "t_", "transpose_"}
 )
 """Functions inside which sizes may change: they are recorded here, or follow the inputs."""
 

@@ -31,6 +31,10 @@ _DESCRIPTIVE: dict[str, tuple[tuple[str, int], ...]] = {
 }
 
 
+WEIGHTS = ("parametrizations.weight.original1", "weight_v", "weight")
+"""Names of a module's weight, as the direction that a weight norm keeps, or as it is."""
+
+
 def descriptions(module: nn.Module) -> tuple[tuple[str, int], ...]:
     """Return (attribute, axis of the weight) of the sizes that a standard module states of itself.
 

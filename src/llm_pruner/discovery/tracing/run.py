@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import llm_pruner.discovery.tracing.rules  # noqa: F401 - fills the table of operations
 from llm_pruner.discovery.tracing.calls import Layers, Siblings
@@ -276,8 +278,40 @@ def watched(
 ) -> list[torch.Tensor]:
     """Run a scene, in view and traced, with all operations passing through the tracer."""
     tracer.add_tokens(tokens)
-    with staged(model, training=scene.training), Unwritten(model), tracer, SizeMode(tracer):
+    with (
+        staged(model, training=scene.training),
+        Unwritten(model),
+        _outputs_kept(model, tracer),
+        tracer,
+        SizeMode(tracer),
+    ):
         return scene.run(model, tokens)
+
+
+_INSIDE = re.compile("logits?|state|attention|attn|key|value|cache|embed|loss|router")
+"""Outputs by name that are the model's own affair, or looked after elsewhere."""
+
+
+@contextmanager
+def _outputs_kept(model: nn.Module, tracer: Tracer) -> Iterator[None]:
+    """Let classes stay what they are that a model returns beside the logits: numbers or scores."""
+
+    def note(_: nn.Module, __: Any, output: Any) -> None:
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor in tracer.domains:
+                tracer.freeze(tracer.domains[tensor], "its positions are returned")
+        for name, tensor in dict(output).items() if isinstance(output, Mapping) else ():
+            if isinstance(tensor, torch.Tensor) and tensor.dim() and not _INSIDE.search(str(name)):
+                tracer.freeze(tracer.label(tensor)[-1], "it is returned by the model")
+
+    if isinstance(model, torch.jit.ScriptModule):  # which takes no hooks
+        yield
+        return
+    handle = model.register_forward_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _perform(

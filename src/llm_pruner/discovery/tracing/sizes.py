@@ -329,8 +329,12 @@ def solve(
         InfeasibleError: no assignment of the attributes satisfies all equations.
     """
     values: dict[Expr, int] = dict(lengths)
-    # Single attributes settle first: the composite sizes that contain them follow.
-    pending = sorted(equations, key=lambda equation: len(set(leaves(equation[0]))))
+    # Single attributes settle first: the composite sizes that contain them follow. What they size
+    # as they are settles them before a half of them, which two values may have.
+    pending = sorted(
+        equations,
+        key=lambda equation: (len(set(leaves(equation[0]))), equation[0] not in old),
+    )
     while pending:
         rest = []
         for expr, length, where in pending:

@@ -254,19 +254,22 @@ def _by_position(
 
 
 def _repeat_interleave(
-    tensor: torch.Tensor, repeats: int | torch.Tensor, dim: int | None = None, **_: Any
+    input: torch.Tensor,
+    repeats: int | torch.Tensor | None = None,
+    dim: int | None = None,
+    **_: Any,
 ) -> Any:
     """``repeat_interleave`` by a number, as ``expand`` and ``flatten``; None if not applicable."""
-    if isinstance(repeats, torch.Tensor) or dim is None:
+    if repeats is None or isinstance(repeats, torch.Tensor) or dim is None:
         return None
-    dim = dim % tensor.dim()
-    sizes = [-1] * (tensor.dim() + 1)
+    dim = dim % input.dim()
+    sizes = [-1] * (input.dim() + 1)
     sizes[dim + 1] = repeats
-    return tensor.unsqueeze(dim + 1).expand(sizes).flatten(dim, dim + 1)
+    return input.unsqueeze(dim + 1).expand(sizes).flatten(dim, dim + 1)
 
 
 def _group_norm(
-    tensor: torch.Tensor,
+    input: torch.Tensor,
     num_groups: int,
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
@@ -274,12 +277,12 @@ def _group_norm(
     *_: Any,
 ) -> torch.Tensor:
     """``group_norm`` as statistics of each group, whose number is that of heads in most code."""
-    groups = tensor.unflatten(1, (num_groups, -1))
+    groups = input.unflatten(1, (num_groups, -1))
     dims = [*range(2, groups.dim())]
     variance = groups.var(dims, correction=0, keepdim=True)
     normed = (groups - groups.mean(dims, keepdim=True)) * (variance + eps).rsqrt()
     normed = normed.flatten(1, 2)
-    sizes = [-1] + [1] * (tensor.dim() - 2)
+    sizes = [-1] + [1] * (input.dim() - 2)
     normed = normed if weight is None else normed * weight.view(sizes)
     return normed if bias is None else normed + bias.view(sizes)
 

@@ -11,9 +11,10 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from llm_pruner.discovery.tracing.atoms import Atoms
-from llm_pruner.discovery.tracing.provenance import descriptions
+from llm_pruner.discovery.tracing.provenance import WEIGHTS, descriptions
 from llm_pruner.discovery.tracing.sizes import COMPARISONS, PLACE, Equation, Expr, evaluate, leaves
 from llm_pruner.types import IntArray
 
@@ -94,18 +95,34 @@ def settle(trace: Trace, model: nn.Module, aliases: Mapping[str, str]) -> None:
     """Draw the conclusions that need the whole trace; aliases: other names -> first name."""
     _follow_read(trace, model)
     _freeze_unreached(trace, aliases)
-    _pin_sizes(trace, _described(trace, model), _used_as_numbers(trace))
+    described, multiples = _described(trace, model, aliases)
+    _pin_sizes(trace, described, multiples, _used_as_numbers(trace))
     _settle_copies(trace)
 
 
-def _described(trace: Trace, model: nn.Module) -> dict[Expr, IntArray]:
-    """Return for the sizes that standard modules state of themselves the rows of the axis."""
-    return {
-        ("attr", path, attribute): trace.tensors[f"{path}.weight"][dim]
-        for path, module in model.named_modules()
-        for attribute, dim in descriptions(module)
-        if f"{path}.weight" in trace.tensors and len(trace.tensors[f"{path}.weight"]) > dim
-    }
+def _described(
+    trace: Trace, model: nn.Module, aliases: Mapping[str, str]
+) -> tuple[dict[Expr, IntArray], dict[Expr, Axes]]:
+    """Return for the sizes that standard modules state of themselves the rows of the axis.
+
+    Beside them those that are the product of two: channels of a convolution in groups.
+    """
+    found: dict[Expr, IntArray] = {}
+    multiples: dict[Expr, Axes] = {}
+    for path, module in model.named_modules():
+        names = (f"{path}.{weight}" for weight in WEIGHTS)
+        known = (trace.tensors.get(aliases.get(name, name)) for name in names)
+        axes = next((one for one in known if one is not None), [])
+        stated = [(attribute, dim) for attribute, dim in descriptions(module) if dim < len(axes)]
+        if isinstance(module, _ConvNd) and axes:
+            channels = ("in_channels", "out_channels")[:: 1 if module.transposed else -1]
+            stated.append((channels[0], 0))
+            if module.groups == 1:
+                stated.append((channels[1], 1))
+            else:
+                multiples["attr", path, channels[1]] = axes[:2]
+        found |= {("attr", path, attribute): axes[dim] for attribute, dim in stated}
+    return found, multiples
 
 
 def _follow_read(trace: Trace, model: nn.Module) -> None:
@@ -233,12 +250,16 @@ def _used_as_numbers(trace: Trace) -> dict[Expr, str]:
 
 
 def _pin_sizes(
-    trace: Trace, described: Mapping[Expr, IntArray], as_number: Mapping[Expr, str]
+    trace: Trace,
+    described: Mapping[Expr, IntArray],
+    multiples: Mapping[Expr, Axes],
+    as_number: Mapping[Expr, str],
 ) -> None:
     """Freeze axes that are sized by attributes that are used as numbers, which say why."""
     for leaf, reason in as_number.items():
-        if leaf in described:
-            trace.atoms.freeze(described[leaf], reason)
+        own = [described[leaf]] if leaf in described else []
+        for rows in (*own, *multiples.get(leaf, ())):
+            trace.atoms.freeze(rows, reason)
     # What a module states of itself is stated anew, so what it sizes elsewhere must shrink as well.
     stated = (*(equation.expr for equation in trace.equations), *dict(trace.checks))
     sizing = {leaf for expr in stated for leaf in leaves(expr)}

@@ -75,6 +75,7 @@ class Tracer(TorchDispatchMode):
     def __init__(self, trace: Trace, ghosts: GhostRunner | None = None) -> None:
         super().__init__()
         self._ghosts = ghosts
+        self.has_ghosts = ghosts is not None
         self.trace = trace
         self.atoms = trace.atoms
         self.labels = Marks()
@@ -177,23 +178,20 @@ class Tracer(TorchDispatchMode):
         self.atoms.freeze(rows, reason)
 
     def merge(self, outer: IntArray, inner: IntArray) -> IntArray:
-        """Return the rows of two merged axes; a replica axis becomes one atom per pair."""
+        """Return the rows of two merged axes; a replica axis becomes one atom per pair.
+
+        Where copies are the outer axis (`b (r kv) n d`), code finds the original of a copy by its
+        place, so that a copy goes for all originals at once.
+        """
         if len(outer) == 1:
             return inner
         if len(inner) == 1:
             return outer
-        for first, second, transposed in ((outer, inner, False), (inner, outer, True)):
-            if not self.atoms.is_replica(second) or self.atoms.is_replica(first):
-                continue
-            live = self.atoms.resolve(first)
-            if live.shape[1] == 0 or not (live > 0).any(axis=1).all():
-                continue
-            pairs = self._pairs(first, second)
-            if transposed:
-                pairs, rest = pairs.T, product_rows(outer[:, :0], inner)
-            else:
-                rest = product_rows(outer, inner[:, :0])
-            return np.concatenate([rest, pairs.reshape(-1, 1)], axis=1)
+        if self.atoms.is_replica(inner) and not self.atoms.is_replica(outer):
+            live = self.atoms.resolve(outer)
+            if live.shape[1] and (live > 0).any(axis=1).all():
+                pairs = self._pairs(outer, inner).reshape(-1, 1)
+                return np.concatenate([product_rows(outer, inner[:, :0]), pairs], axis=1)
         return product_rows(outer, inner)
 
     def _pairs(self, outer: IntArray, inner: IntArray) -> IntArray:

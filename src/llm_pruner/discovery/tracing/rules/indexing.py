@@ -66,7 +66,8 @@ def index(tracer: Tracer, call: Call, self: Tensor, indices: Indices) -> None:
     given = {place: item for place, item in enumerate(indices) if item is not None}
     places, items = list(given), list(given.values())
     for place, item in given.items():
-        _tie_indexed(tracer, axes[place], item, "looked up by position")
+        for rows in axes[place : place + (item.dim() if _selects(item) else 1)]:
+            _tie_indexed(tracer, rows, item, "looked up by position")
         if tracer.is_weight(self) and item in tracer.domains:
             tracer.note("routing", axes[place])
     if any(map(_selects, items)):
@@ -136,6 +137,8 @@ def scatter(
             tracer.unify(values[dim], chosen[dim])
         else:
             tracer.freeze(values[dim], "read in part")
+    if src is not None and src in tracer.domains:
+        tracer.freeze(tracer.domains[src], "its positions are written")
     tracer.set_label(call.out, axes)
     if index in tracer.vocabulary:
         tracer.one_hot[call.out] = True
@@ -173,6 +176,8 @@ def index_put(tracer: Tracer, call: Call, self: Tensor, indices: Indices, values
             place += 1
             continue
         width = item.dim() if _selects(item) else 1
+        if _selects(item):
+            tracer.freeze_axes(item, "written by position")
         for rows in axes[place : place + width]:
             _tie_indexed(tracer, rows, item, "written by position")
         place += width
