@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 import llm_pruner.models.load
 from command import done, run, save_tiny
@@ -233,6 +234,27 @@ def test_experts_of_another_width_run_where_the_code_of_the_folder_says_so(kind:
     model._supports_attention_backend = False
     with pytest.raises(UserError, match="its attention is code of its own"):
         vllm.how(model, model.config, "remote_code")
+
+
+def test_layers_with_a_state_are_not_run_by_vllm() -> None:
+    model: Any = tiny_model("llama")
+    model.config.layer_types = ["full_attention", "conv", "full_attention"]
+    said = said_of(model, "remote_code")[1]
+    assert said.startswith("not vLLM (layers that keep a state (conv) are not run by vLLM's")
+    assert said_of(model, "stock")[1].startswith("vLLM")
+
+
+def test_heads_that_a_config_inside_another_does_not_say() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    text = {**sizes, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
+    seen = {**sizes, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=seen, mm_tokens_per_image=4)
+    model: Any = Gemma3ForConditionalGeneration(config)
+    assert said_of(model, "remote_code")[1] == "vLLM with --trust-remote-code"
+    query = model.get_decoder().layers[1].self_attn.q_proj
+    query.weight.data = query.weight.data[:16]
+    said = said_of(model, "remote_code")[1]
+    assert said.startswith("not vLLM (its config, which has that of its text inside, does not say")
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import yaml
 
 from command import Result, done, figures, run, save_tiny, write_text
 from llm_pruner.commands import publish
-from llm_pruner.commands.publish import LOCAL, REPLACED
+from llm_pruner.commands.publish import LOCAL
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +48,10 @@ class Hub:
 
     def repo_info(self, repository: str) -> SimpleNamespace:
         return SimpleNamespace(private=not self.public)
+
+    def list_repo_files(self, repository: str) -> list[str]:
+        stale = ["model-00001-of-00002.safetensors", "chat_template.jinja", "added[1].py"]
+        return [*stale, "README.md", "v1/model.safetensors", "eval/run.py", "figure.png"]
 
     def upload_folder(self, **how: Any) -> None:
         files = {str(file.relative_to(how["folder_path"])) for file in _files(how["folder_path"])}
@@ -96,7 +101,9 @@ def test_a_model_with_its_card_is_sent_and_records_stay(place: Path, hub: Hub) -
         {"repository": "me/small", "private": True, "exist_ok": True},
     )
     assert (sent, upload["repo_id"]) == ("upload", "me/small")
-    assert upload["delete_patterns"] == list(REPLACED)
+    # What a loader would take for the new ones goes, and nothing of other folders.
+    stale = ("model-00001-of-00002.safetensors", "chat_template.jinja", "added[1].py")
+    assert upload["delete_patterns"] == [glob.escape(name) for name in stale]
     assert upload["sent"] == {
         *("README.md", "config.json", "generation_config.json", "model.safetensors"),
         *("modeling_pruned.py", "plan.json", "tokenizer.json", "tokenizer_config.json"),
@@ -154,7 +161,8 @@ def test_an_upload_that_fails_leaves_the_folder(place: Path, hub: Hub) -> None:
     )
     words = shlex.split(again)
     assert words[:5] == ["hf", "upload", "me/small", "small", "."]
-    assert [word for word in words[5:] if word[:2] != "--"] == [*LOCAL, *REPLACED]
+    stale = ("model-00001-of-00002.safetensors", "chat_template.jinja", "added[[]1].py")
+    assert [word for word in words[5:] if word[:2] != "--"] == [*LOCAL, *stale]
     assert Path("small/model.safetensors").is_file()
 
 

@@ -332,3 +332,4 @@ def test_control_characters_are_stripped() -> None:
     assert strip_control("a\x1b[31mb\r\n\tc\x07\u202e\x9bd\ufffd") == "a[31mb\n\tcd\ufffd"
     joined = "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 \U0001f469\u200d\U0001f4bb"
     assert strip_control(joined) == joined == clean(joined)
+    assert strip_control("a\U0001faffb") == "a\U0001faffb"  # which no version of Unicode has yet

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 from families import discovered, make
 from helpers import tiny_model
@@ -112,6 +113,52 @@ def test_gates_without_a_linear_consumer_come_from_weight_gradients() -> None:
             )
     with pytest.raises(UserError, match="no linear module reads layers"):
         score(model, discovery, Criterion("wanda"), input_ids=ids, seed=0, groups=[groups[0].name])
+
+
+def test_gates_in_front_of_the_blocks() -> None:
+    """OPT-350m widens its embeddings by a linear module before the first block."""
+    model = tiny_model("opt", word_embed_proj_dim=16, hidden_size=48, ffn_dim=32)
+    model = model.double()
+    discovery = discover(model)
+    read = [one for one in discovery.groups if one.size == 16 and one.frozen is None]
+    (group,) = [g for g in read if any("project_in" in m.tensor for m in g.members)]
+    ids = tokens()
+    with undisturbed(model):
+        seen = observe(model, ids, [group], ["gates"])
+    np.testing.assert_allclose(
+        seen[group.name].gates[:, 0], gated(model, group, ids), rtol=1e-8, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text"])
+def test_gates_of_a_unit_of_all_layers(name: str) -> None:
+    """A pair of rotary channels goes from every layer: its gate multiplies the keys of each."""
+    model, discovery = discovered(name)
+    model = copy.deepcopy(model).double()
+    group, ids = discovery.group("head_dim"), tokens()
+    with undisturbed(model):
+        seen = observe(model, ids, [group], ["gates"])
+    gate = torch.ones(group.size, dtype=torch.float64, requires_grad=True)
+    keys = [one for one in group.members if one.tensor.endswith("k_proj.weight")]
+    assert len(keys) > 1
+
+    def gated_weight(member: Member) -> torch.Tensor:
+        weight = model.get_parameter(member.tensor).detach()
+        factors = torch.ones(weight.shape[member.dim], dtype=torch.float64)
+        index = torch.from_numpy(member.index)
+        factors = factors.index_put((index.flatten(),), gate.repeat_interleave(index.shape[1]))
+        return weight * factors.unsqueeze(1 - member.dim)
+
+    for number, sample in enumerate(ids):
+        weights = {one.tensor: gated_weight(one) for one in keys}
+        logits = functional_call(
+            model, weights, (sample[None],), {"use_cache": False}, tie_weights=False
+        ).logits[0]
+        loss = F.cross_entropy(logits[:-1], sample[1:])
+        (expected,) = torch.autograd.grad(loss, gate)
+        np.testing.assert_allclose(
+            seen[group.name].gates[number, 0], expected.numpy(), rtol=1e-6, atol=1e-10
+        )
 
 
 def test_moments_are_those_of_the_consumers_input() -> None:

@@ -17,7 +17,10 @@ from typing import Any
 import torch
 import transformers
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from llm_pruner.checkpoints import meta, modeling_pruned
 from llm_pruner.checkpoints.modeling_pruned import Pruned, within
@@ -198,6 +201,8 @@ def _classes(model: PreTrainedModel) -> dict[str, type[PreTrainedModel]]:
     # Some are registered with the config of a larger model only, of which they are the text part.
     if whole.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         found = {"AutoModelForCausalLM": whole} | (found if base is not whole else {})
+    if whole.__name__ in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
+        found["AutoModelForImageTextToText"] = whole
     named = model.config.auto_map if has_recipe(model.config) else found
     return {auto: one for auto, one in found.items() if auto in named}
 
@@ -209,7 +214,10 @@ def _auto_map(classes: Mapping[str, type[PreTrainedModel]]) -> dict[str, str]:
 def _code(classes: Mapping[str, type[PreTrainedModel]]) -> str:
     """Return the text of the file."""
     imports = text = ""
+    first: dict[type[PreTrainedModel], str] = {}
     for auto, one in classes.items():
+        first.setdefault(one, auto)
+    for one, auto in first.items():
         public = getattr(transformers, one.__name__, None) is one
         imports += f"from {'transformers' if public else one.__module__} import {one.__name__}\n"
         text += f"\n\nclass Pruned{one.__name__}(Pruned, {one.__name__}):\n"

@@ -16,6 +16,7 @@ from llm_pruner.evaluation.samples import (
     encoded_chat,
     end_ids,
     has_template,
+    strip_control,
     write,
 )
 from llm_pruner.models.forward import Decoder, maximum_length
@@ -94,7 +95,7 @@ class Conversation:
         unread = self._unread(given)
         tokens = write(self._decoder, unread, room, self._ends, self._choose)
         written: list[int] = []
-        answer, first, seconds = Answer(), 0.0, 0.0
+        text, first, seconds = "", 0.0, 0.0
         begin = time.perf_counter()
         try:
             for token in tokens:
@@ -102,11 +103,11 @@ class Conversation:
                 first, seconds = (first, seconds + spent) if written else (spent, 0.0)
                 written.append(token)
                 text = decoded(self._tokenizer, given, written, chat=self._chats)
-                answer = Answer(text, len(written), first, seconds)
+                answer = Answer(strip_control(text), len(written), first, seconds)
                 yield answer
                 begin = time.perf_counter()
         finally:
-            self._said += [line, answer.text]
+            self._said += [line, text]  # as it was written: tokens of it are read already
 
     def _encoded(self, line: str) -> list[int]:
         if self._chats:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import shlex
 import sys
+from collections.abc import Sequence
+from fnmatch import fnmatch
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
@@ -23,8 +26,12 @@ LOCAL = (
 REPLACED = (
     *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "*.py"),
     *("adapter_config.json", "adapter_model.*", "added_tokens.json", "special_tokens_map.json"),
+    *("chat_template.jinja", "chat_template.json", "tokenizer.model", "tekken.json"),
 )
-"""What an earlier upload may have left there, which would be loaded in place of what is new."""
+"""What an earlier upload may have left there, which would be loaded in place of what is new.
+
+Only files beside the config are: other folders are nobody's here.
+"""
 
 
 def check_push(settings: OutputSettings, *, dry_run: bool = False) -> None:
@@ -60,7 +67,7 @@ def push(settings: OutputSettings) -> str | None:
     repository, out = settings.push_to_hub, settings.out
     if repository is None:
         return None
-    api = HfApi()
+    api, there = HfApi(), list[str]()
     try:
         with quiet("huggingface_hub", stderr=not sys.stderr.isatty()):
             made = api.create_repo(repository, private=settings.private or None, exist_ok=True)
@@ -69,26 +76,32 @@ def push(settings: OutputSettings) -> str | None:
                     f"{out} is complete, but {repository} is there already and everybody sees it, "
                     "so nothing was uploaded; make it private on the hub, or take another name"
                 )
+            there = [name for name in api.list_repo_files(made.repo_id) if _is_replaced(name)]
             api.upload_folder(
                 repo_id=made.repo_id,
                 folder_path=out,
                 commit_message=f"Upload of llm-pruner {__version__}",
                 ignore_patterns=list(LOCAL),
-                delete_patterns=list(REPLACED),
+                delete_patterns=[glob.escape(name) for name in there],
             )
     except LLMPrunerError:
         raise
     except Exception as error:  # of the network, the hub or the disk
         raise LLMPrunerError(
             f"{out} is complete, but was not uploaded to {repository} ({in_short(error)}); "
-            f"to try again: {_by_hand(settings)}"
+            f"to try again: {_by_hand(settings, there)}"
         ) from error
     return str(made)
 
 
-def _by_hand(settings: OutputSettings) -> str:
+def _is_replaced(name: str) -> bool:
+    templates = name.startswith("additional_chat_templates/")
+    return templates or ("/" not in name and any(fnmatch(name, one) for one in REPLACED))
+
+
+def _by_hand(settings: OutputSettings, replaced: Sequence[str]) -> str:
     """Return the command that does the same."""
     words = ["hf", "upload", str(settings.push_to_hub), str(settings.out), "."]
     words += [word for one in LOCAL for word in ("--exclude", one)]
-    words += [word for one in REPLACED for word in ("--delete", one)]
+    words += [word for one in replaced for word in ("--delete", glob.escape(one))]
     return shlex.join(words + ["--private"] * settings.private)

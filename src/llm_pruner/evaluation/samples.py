@@ -38,7 +38,7 @@ def sample_continuation(
     ends = end_ids(model, tokenizer)
     with evaluating(model):
         written = list(write(Decoder(model), given, max_new_tokens, ends))
-    return decoded(tokenizer, given, written, chat=asked).replace("\t", " ")
+    return strip_control(decoded(tokenizer, given, written, chat=asked)).replace("\t", " ")
 
 
 def check_prompt(model: Any, tokenizer: Any, prompt: str, *, chat: bool = False) -> None:
@@ -83,10 +83,10 @@ def write(
 
 
 def decoded(tokenizer: Any, given: list[int], written: list[int], *, chat: bool) -> str:
-    """Return as text what was written after the tokens given, without control characters."""
+    """Return as text what was written after the tokens given."""
     if chat:
-        return strip_control(_decode(tokenizer, written).lstrip())
-    return strip_control(continuation(tokenizer, given, written))
+        return _decode(tokenizer, written).lstrip()
+    return continuation(tokenizer, given, written)
 
 
 def continuation(tokenizer: Any, given: Sequence[int], written: Sequence[int]) -> str:
@@ -147,12 +147,14 @@ def encoded_chat(tokenizer: Any, said: Sequence[str]) -> list[int]:
 def strip_control(text: str) -> str:
     """Drop control and formatting characters, so that text cannot steer a terminal.
 
-    Line feeds and tabs stay, and the joiners of which Persian, Hindi and some pictures are made.
+    Line feeds and tabs stay, the joiners of which Persian, Hindi and some pictures are made, and
+    characters that are younger than Python's tables.
     """
     return "".join(
         character
         for character in text
-        if character in "\n\t\u200c\u200d" or unicodedata.category(character)[0] != "C"
+        if character in "\n\t\u200c\u200d"
+        or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co")
     )
 
 

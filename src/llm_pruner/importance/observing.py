@@ -11,9 +11,10 @@ is the same number.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -95,6 +96,9 @@ def measure(
             ) from reason
         _LOG.info("activations of the whole model at once: %s", reason)
         chain = None
+    if chain is not None and watch.looks_in_front_of(chain, input_ids):
+        _LOG.info("activations of the whole model at once: some are in front of the blocks")
+        chain = None
     try:
         watch.run(chain, input_ids)
     except _MixedSamplesError:
@@ -162,7 +166,7 @@ class _Watch(Collector):
         self._layers = [group for group in groups if group.kind == "layers"]
         self._consumers: dict[str, tuple[Consumer, ...]] = {}
         self._members: dict[str, list[tuple[Group, Member]]] = {}
-        linear = linear_modules(model)
+        linear, known = linear_modules(model), dict(model.named_parameters(remove_duplicate=False))
         for group in groups:
             if group.kind == "layers":
                 continue
@@ -174,13 +178,12 @@ class _Watch(Collector):
                     f"no linear module reads {group.name}, so its activations are unknown; use "
                     "the criterion fisher, gate or taylor"
                 )
-            for member in last_members(group):
+            for member in _last_of_each_layer(group, known):
                 self._members.setdefault(member.tensor, []).append((group, member))
         self._readers: dict[str, list[Consumer]] = {}
         for consumer in (one for found in self._consumers.values() for one in found):
             self._readers.setdefault(consumer.module, []).append(consumer)
         names = [*self._readers, *(name for group in self._layers for name in group.modules)]
-        known = dict(model.named_parameters(remove_duplicate=False))
         super().__init__(
             {name: known[name] for name in self._members},
             together=not self._members,
@@ -229,6 +232,18 @@ class _Watch(Collector):
             else:
                 run_backward(self._model, chain, input_ids, self)
         self._finish(self._groups)
+
+    def looks_in_front_of(self, chain: Chain, input_ids: torch.Tensor) -> bool:
+        """Whether a gradient is asked for in front of the first block, where none is pulled to."""
+        called: list[str] = []
+        with ExitStack() as hooks:
+            for path in () if self._forward_only else self._readers:
+                reader = self._model.get_submodule(path)
+                note = partial(lambda name, *_: called.append(name), path)
+                hooks.enter_context(reader.register_forward_pre_hook(note))
+            with torch.no_grad(), chain.opened():
+                chain.entry(input_ids[:1])
+        return bool(called)
 
     def _note(
         self, path: str, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
@@ -480,6 +495,28 @@ def last_members(group: Group) -> list[Member]:
     chosen = [member for member in weights if member.order == last]
     stems = {_stem(member, "weight") for member in chosen}
     return [one for one in members if one in chosen or _stem(one, "bias") in stems]
+
+
+def _last_of_each_layer(group: Group, weights: Mapping[str, nn.Parameter]) -> list[Member]:
+    """Return what multiplies last in each layer, since a unit of all layers is a gate in each.
+
+    A norm behind a matrix multiplies by more than its weight in some models, so it is no gate.
+    """
+    layers: dict[str, list[Member]] = {}
+    for member in group.members:
+        place = _IN_LAYER.match(member.tensor)
+        if not member.buffer:
+            layers.setdefault(place[0] if place else "", []).append(member)
+    found: list[Member] = []
+    for members in layers.values():
+        matrices = [one for one in members if _is_bias(one) or weights[one.tensor].ndim > 1]
+        inside = members if all(map(_is_bias, matrices)) else matrices
+        found += last_members(replace(group, members=tuple(inside)))
+    return found
+
+
+_IN_LAYER = re.compile(r".*?\.\d+\.")
+"""Names of a layer's weights, up to what names the layer."""
 
 
 def _is_bias(member: Member) -> bool:

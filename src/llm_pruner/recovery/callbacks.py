@@ -160,7 +160,8 @@ class Guard(TrainerCallback):
         """
         if self._settings.max_minutes is None:
             return False
-        return self._left() <= 1.1 * (2 * self._run.seconds_to_score + self._seconds_to_step)
+        scores = self._run.seconds_to_score + self._run.seconds_to_judge
+        return self._left() <= 1.1 * (scores + self._seconds_to_step)
 
     def _plan_first(self, step: int) -> None:
         """Plan while the first steps are timed, and nothing is scored.
@@ -191,7 +192,8 @@ class Guard(TrainerCallback):
         """Choose how many steps fit in the time left, with evaluations; return whether all fit."""
         run, each = self._run, self._pace.estimate()
         assert each is not None
-        left = (1 - SPARE) * self._left() - (evaluations + 1) * run.seconds_to_score
+        scores = evaluations * run.seconds_to_score + run.seconds_to_judge
+        left = (1 - SPARE) * self._left() - scores
         fitting = step + int(left / max(each, 1e-9))
         most = len(self._trainer.train_dataset)
         run.total = max(step, min(most, fitting))

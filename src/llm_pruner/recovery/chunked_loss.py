@@ -199,6 +199,7 @@ def _before_head(model: Any, batch: Batch) -> tuple[nn.Module, torch.Tensor] | N
         return seen[0]
 
     whole = vars(head).get("forward")
+    drawn = _random_state(head)
     head.forward = stand_in
     try:
         output = model(**arguments_of(model, batch))
@@ -211,10 +212,24 @@ def _before_head(model: Any, batch: Batch) -> tuple[nn.Module, torch.Tensor] | N
         else:
             head.forward = whole
     if not untouched:
+        _set_random_state(head, drawn)  # all of it runs again, and drops out what it would have
         if rows != length:
             _otherwise.add(head)
         return None
     return head, seen[0].squeeze(0)
+
+
+def _random_state(module: nn.Module) -> list[torch.Tensor]:
+    """Return the state of the random numbers that a module draws."""
+    device = next(module.parameters()).device
+    on_gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *on_gpu]
+
+
+def _set_random_state(module: nn.Module, states: list[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for one in states[1:]:
+        torch.cuda.set_rng_state(one, next(module.parameters()).device)
 
 
 def _is_same(found: torch.Tensor, given: torch.Tensor) -> bool:

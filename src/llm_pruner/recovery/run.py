@@ -146,7 +146,8 @@ def recover_(
         if run.before is None and not processes.sharded:
             begun = time.monotonic()
             run.before = scored_at(0, model)
-            run.seconds_to_score = processes.from_first(time.monotonic() - begun)
+            run.seconds_to_judge = processes.from_first(time.monotonic() - begun)
+            run.seconds_to_score = run.seconds_to_judge
             if not math.isfinite(run.before.loss):
                 raise UserError(
                     f"the loss of the held-out text is {run.before.loss} before training, so "

@@ -46,6 +46,8 @@ class RunState:
         tokens: tokens trained on, padding left out.
         before: score of the model that came in; None before it was measured.
         seconds_to_score: how long the last score took.
+        seconds_to_judge: how long that of the model that came in took, in the type of its weights,
+            as the last one will be.
         stopped: why the run ended before its steps were done; None if it did not.
         planned: whether the first plans are over. From then on the run is scored, and the rest of
             it planned anew at each score, if it is planned by the clock.
@@ -61,6 +63,7 @@ class RunState:
     planned: bool = True
     before: Evaluation | None = None
     seconds_to_score: float = 0.0
+    seconds_to_judge: float = 0.0
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> RunState:
@@ -409,6 +412,8 @@ def training_arguments(
     except (ImportError, TypeError, ValueError) as error:
         raise _refused(settings, error) from error
     args._n_gpu = min(args.n_gpu, 1)  # one model, one device
+    if not args.fp16:  # which only --trainer asks for; what a launcher says elsewhere is not asked
+        args.mixed_precision = "bf16" if args.bf16 else "no"
     return args
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,9 @@ least bytes."""
 
 _BLOCK = 128
 """Tokens whose keys and values lie together, at most."""
+
+_ATTENDING = frozenset({"attention", "full_attention", "sliding_attention"})
+"""Kinds of layers that its Transformers backend runs."""
 
 _TELLS = "def tell_vllm_"
 """In the code of a folder that tells it the width of each layer's experts."""
@@ -91,7 +95,7 @@ def how(model: Any, config: Any, saved_as: str, code: str | None = None) -> str:
     """
     if saved_as == "recipe":
         raise UserError("only llm-pruner reads the sizes of its layers")
-    config = config.get_text_config()
+    whole, config = config, config.get_text_config()
     if saved_as == "stock":
         heads, size = (vars(config).get(one) or 0 for one in ("num_attention_heads", "head_dim"))
         if heads * size in (0, config.hidden_size):
@@ -103,6 +107,17 @@ def how(model: Any, config: Any, saved_as: str, code: str | None = None) -> str:
         )
     if not getattr(model, "_supports_attention_backend", False):
         raise UserError("its attention is code of its own, which vLLM does not replace")
+    kinds = {*(getattr(config, "layer_types", None) or ())} - _ATTENDING
+    if kinds or getattr(model, "_is_stateful", False):
+        raise UserError(
+            f"layers that keep a state ({', '.join(sorted(kinds)) or 'of their own'}) are not run "
+            "by vLLM's Transformers backend; prune with --uniform"
+        )
+    if whole is not config and _heads_differ(model, config):
+        raise UserError(
+            "its config, which has that of its text inside, does not say the heads of each layer; "
+            "prune ffn alone, or with --uniform"
+        )
     if code is not None and _TELLS not in code and _widths_differ(model, config):
         # It takes the memory that the config's width needs and fills a part of it, without a word.
         raise UserError(
@@ -110,6 +125,23 @@ def how(model: Any, config: Any, saved_as: str, code: str | None = None) -> str:
             "and save it again where this version of llm-pruner is installed"
         )
     return "with --trust-remote-code"
+
+
+def _heads_differ(model: Any, config: Any) -> bool:
+    """Whether layers of one kind project to other heads than each other, or than the config's."""
+    kinds = getattr(config, "layer_types", None)
+    alike: dict[tuple[str, str], set[int]] = {}
+    for name, one in model.get_decoder().named_parameters():
+        place = re.search(r"layers\.(\d+)\..*\b([qkv])_proj\.weight$", name)
+        if place is not None:
+            kind = kinds[int(place[1])] if kinds else ""
+            alike.setdefault((kind, place[2]), set()).add(one.shape[0])
+    dense = {
+        getattr(config, heads, 0) * width
+        for heads in ("num_attention_heads", "num_key_value_heads")
+        for width in (getattr(config, "head_dim", 0) or 0, getattr(config, "global_head_dim", 0))
+    }
+    return any(len(rows) > 1 or not rows <= dense for rows in alike.values())
 
 
 def _widths_differ(model: Any, config: Any) -> bool:
