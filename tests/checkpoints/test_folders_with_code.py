@@ -153,6 +153,21 @@ def test_with_the_package(name: str, folders: dict[str, Path], tmp_path: Path) -
         assert torch.equal(base(TOKENS)[0], model.base_model(TOKENS)[0])
 
 
+def test_attention_is_switched_in_layers_with_a_config_of_their_own(tmp_path: Path) -> None:
+    # Phi-3 reads the number of heads from its config as it runs.
+    model = tiny_model("phi3", **UNEQUAL["fused projections"][1])
+    prune(model, {"layers.1.heads": [0]}, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="sdpa")
+    expected = logits(model)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        found = model(TOKENS, output_attentions=True)
+    assert all(one is not None for one in found.attentions)
+    torch.testing.assert_close(found.logits, expected, rtol=1e-4, atol=1e-5)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(logits(model), expected)
+
+
 def test_built_and_copied_without_weights_of_a_folder(folders: dict[str, Path]) -> None:
     """As servers build a model, and programs hand it to their other processes."""
     folder = folders["heads, channels and layers"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import AutoModelForImageTextToText, Gemma3Config, Gemma4Config
 
 import llm_pruner.models.load
 from command import done, run, save_tiny
@@ -244,12 +244,14 @@ def test_layers_with_a_state_are_not_run_by_vllm() -> None:
     assert said_of(model, "stock")[1].startswith("vLLM")
 
 
-def test_heads_that_a_config_inside_another_does_not_say() -> None:
+@pytest.mark.parametrize("kind", [Gemma3Config, Gemma4Config])
+def test_heads_that_a_config_inside_another_does_not_say(kind: Any) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
     text = {**sizes, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
+    text |= {"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8}
     seen = {**sizes, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
-    config = Gemma3Config(text_config=text, vision_config=seen, mm_tokens_per_image=4)
-    model: Any = Gemma3ForConditionalGeneration(config)
+    config = kind(text_config=text, vision_config=seen, mm_tokens_per_image=4)
+    model: Any = AutoModelForImageTextToText.from_config(config)
     assert said_of(model, "remote_code")[1] == "vLLM with --trust-remote-code"
     query = model.get_decoder().layers[1].self_attn.q_proj
     query.weight.data = query.weight.data[:16]

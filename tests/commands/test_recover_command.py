@@ -525,6 +525,8 @@ def test_what_does_not_fit_the_model_is_refused(work: Path, made: Path) -> None:
     )
     said = refused(work, small, "--out", "out", *data, "--method", "full", "--dtype", "bfloat16")
     assert said.startswith("method full on half-precision weights loses most of its small steps;")
+    said = refused(work, small, "--out", "out", *data, "--method", "full", "--dtype", "bf16")
+    assert said.startswith("dtype 'bf16' is unknown; use one of float32")
     said = refused(work, small, "--out", small, *data, "--overwrite")
     assert said.endswith("is read by this command, so it is not replaced; give another --out")
 

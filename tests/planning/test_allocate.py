@@ -624,6 +624,15 @@ def test_a_share_beyond_what_a_structure_has_is_refused_before_the_estimate():
         allocate(dense, scores, selection(heads), target)
 
 
+def test_what_a_structure_misses_is_taken_from_the_next():
+    dense = fake_llama(4, hidden=64, kv_heads=2, repeat=1, head_dim=8, ffn=40, vocab=8)
+    # The FFN of one layer misses a part of its share, which the heads have no room for.
+    shares = {"ffn": 0.332, "hidden": 0.333, "heads": 0.335}
+    ranges = {"ffn": (0, 0)}
+    selection = Selection(tuple(shares), scope="global", split=shares, layer_ranges=ranges)
+    check_reachable(dense, selection, Target(ratio=0.5))
+
+
 def test_an_equal_split_takes_the_same_share_of_each_structure():
     dense = fake_llama(4, kv_heads=8, repeat=1, head_dim=16, ffn=200)
     scores, target = fake_scores(dense), Target(ratio=0.4)

@@ -187,6 +187,10 @@ TABLE: dict[str, list[Bad]] = {
                 "--revision ''",
                 "--revision is empty; name a branch, tag or commit, or leave it out",
             ),
+            (
+                "--revision v2",
+                "--revision v2 is of models on the hub, and m is on this machine; leave it out",
+            ),
         ),
         *bad(
             "recover",
@@ -710,8 +714,9 @@ estimated from the headers of the weight files, the share that is kept, and `--d
 That is not asked of a model that is only now fetched from the hub; of a `.gguf` file, which packs
 its weights, the estimate is the least that they can take. `prune` asks again once it is known what
 stays, before anything is removed, and of a `--plan` then alone. What the number or the
-width of a model's layers decides (`--protect-first 99`) is found when the model is there. A word
-where a number is needed is refused by the command line together with its usage.
+width of a model's layers decides (`--protect-first 99`), a `--seq-len` beyond its positions, and
+`--mask-prompt` of text without answers are found when the model is there. A word where a
+number is needed is refused by the command line together with its usage.
 
 `tests/support/bad_commands.py` makes this page, and tests check each line of it.
 """

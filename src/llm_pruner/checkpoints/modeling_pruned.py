@@ -10,7 +10,7 @@ from functools import reduce
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class Pruned:
@@ -44,6 +44,25 @@ class Pruned:
         vars(self.config).update(hidden)
         if unfinished:
             self._finish()
+
+    def set_attn_implementation(self, *given, **options):
+        """Set it for layers, too, whose config is their own since it says their sizes."""
+        super().set_attn_implementation(*given, **options)
+        self._tell_layers()
+
+    def set_experts_implementation(self, *given, **options):
+        super().set_experts_implementation(*given, **options)
+        self._tell_layers()
+
+    def _tell_layers(self):
+        named = ("_attn_implementation_internal", "_experts_implementation_internal")
+        models = [one for one in self.modules() if isinstance(one, PreTrainedModel)]
+        shared = {type(one.config): vars(one.config) for one in reversed(models)}
+        for module in self.modules():
+            own = vars(module).get("config")
+            if isinstance(own, PreTrainedConfig) and type(own) in shared:
+                said = shared[type(own)]
+                vars(own).update({name: said[name] for name in named if name in said})
 
     @classmethod
     def is_custom_code(cls):

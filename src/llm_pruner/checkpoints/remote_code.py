@@ -37,7 +37,7 @@ from llm_pruner.models.layers import configs_of
 
 KEY, CODE = "pruned", "modeling_pruned"
 
-_PLACE = "from transformers import PreTrainedConfig\n"
+_PLACE = "from transformers import PreTrainedConfig, PreTrainedModel\n"
 """The line of the code below which the classes of the model are imported."""
 
 _HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")

@@ -412,8 +412,7 @@ class _Stages:
             try:
                 recover_checkpoint(settings, command=self.command, say=self.say)
             except (UserError, torch.OutOfMemoryError) as error:
-                learned = last_checkpoint(RECOVERING.beside(out)) is not None
-                if learned and isinstance(error, UserError):
+                if last_checkpoint(RECOVERING.beside(out)) is not None:
                     raise  # what was learned so far is not thrown away
                 self._note_refusal(error)
                 return None

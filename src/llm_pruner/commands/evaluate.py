@@ -74,15 +74,20 @@ def measure(
     dense = None
     if settings.against is not None:
         dense = Late(settings.loading(settings.against), late.keeps, settings.room)
-    if settings.speed and is_model_streamed(late.loaded.model):
-        if strict:
+    writes = asks or bool(settings.prompt)
+    if (settings.speed or writes) and _is_read_often(settings, late, alone=asks and bool(dense)):
+        if settings.speed and strict:
             raise UserError(
-                f"--speed would time how fast the weights of {late.settings.model} are read; give "
-                "a --memory that holds them, or leave it out"
+                f"--speed would time how fast the weights of {settings.model} are read; give a "
+                "--memory that holds them, or leave it out"
             )
         settings = settings.but(speed=False)
-    if asks or settings.prompt:
-        _say_if_read_often(late)
+        if writes:
+            _LOG.warning(
+                "for each batch of a task, and each token that is written, all weights of %s are "
+                "read",
+                settings.model,
+            )
     for prompt in settings.prompt:
         check_prompt(late.loaded.model, late.loaded.tokenizer, prompt, chat=settings.chat)
     if texts and window is not None:
@@ -130,17 +135,13 @@ def measure(
     )
 
 
-def _say_if_read_often(late: Late) -> None:
-    """Warn of weights that are read block by block, since writing reads them often."""
-    if late.is_loaded:
-        streams = is_model_streamed(late.loaded.model)
-    else:
-        streams = exceeds(late.settings, late.room(late.settings.device))
-    if streams:
-        _LOG.warning(
-            "for each batch of a task, and each token that is written, all weights of %s are read",
-            late.settings.model,
-        )
+def _is_read_often(settings: EvaluateSettings, late: Late, *, alone: bool) -> bool:
+    """Whether the weights are read block by block for all but texts; it may be alone by then."""
+    if alone:
+        return exceeds(late.settings, settings.room(settings.device))
+    if settings.speed or late.is_loaded:
+        return is_model_streamed(late.loaded.model)
+    return exceeds(late.settings, late.room(settings.device))
 
 
 def _joined(begun: Measured, found: Abilities, dense: Abilities | None) -> Measured:

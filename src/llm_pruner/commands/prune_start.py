@@ -54,7 +54,7 @@ def of_what_can_go(selection: Selection, discovery: Discovery) -> Selection:
     """Return a selection that nobody named without structures of which nothing can be removed."""
     named = {*(selection.split or {}), *selection.layer_ranges}
     reasons = {
-        one: planning.why_none_can_go(discovery, replace(selection, structures=(one,)))
+        one: planning.why_none_can_go(discovery, selection, one)
         for one in selection.structures
         if one not in named
     }

@@ -50,7 +50,7 @@ from llm_pruner.files.outputs import (
 )
 from llm_pruner.models.forward import check_length, embedding_rows
 from llm_pruner.models.load import LoadedModel, load, stored_dtype
-from llm_pruner.models.stored import records_of, stored_size
+from llm_pruner.models.stored import dtype_named, records_of, stored_size
 from llm_pruner.recovery import Outcome, Progress, Teacher, recover_
 from llm_pruner.recovery.methods.full import check_type
 from llm_pruner.recovery.trainer import trainer_arguments
@@ -447,8 +447,8 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
             f"--control {settings.control} is the model that is recovered; name the dense model "
             "that it was cut from"
         )
-    if settings.method != "lora" and settings.dtype != "auto":
-        check_type(settings.method, getattr(torch, settings.dtype))
+    if settings.method != "lora" and isinstance(kind := dtype_named(settings.dtype), torch.dtype):
+        check_type(settings.method, kind)
     if settings.keep_adapter and settings.method != "lora":
         raise UserError(
             f"method {settings.method} has no adapter to keep; leave --keep-adapter out"

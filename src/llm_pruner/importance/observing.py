@@ -88,6 +88,8 @@ def measure(
     watch = watching()
     try:
         chain = find_chain(model, input_ids, watch.parameters)
+        if watch.looks_in_front_of(chain, input_ids):
+            raise NotBlockwise("gradients are asked for in front of the first block")
     except NotBlockwise as reason:
         if layers := [group.name for group in groups if group.kind == "layers"]:
             raise UserError(
@@ -95,9 +97,6 @@ def measure(
                 "leave layers out of the structures"
             ) from reason
         _LOG.info("activations of the whole model at once: %s", reason)
-        chain = None
-    if chain is not None and watch.looks_in_front_of(chain, input_ids):
-        _LOG.info("activations of the whole model at once: some are in front of the blocks")
         chain = None
     try:
         watch.run(chain, input_ids)

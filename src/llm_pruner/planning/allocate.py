@@ -148,16 +148,20 @@ def _refuse_split(selection: Selection, target: Target) -> None:
 
 
 def _check_shares(search: Search, selection: Selection, target: Target) -> None:
-    """Raise UserError if the structure with the largest share has less than that.
+    """Raise UserError if the structure with the largest share has less than what is left to it.
 
-    It takes up what the others miss, see `_search_split`.
+    Each takes up what those with smaller shares miss, see `_search_split`.
     """
     if selection.split is None or target.loose:
         return
     removed, spans = search.cost.total - search.target, _spans(search)
     shares = {kind: share for kind, share in selection.split.items() if kind in spans}
     *others, largest = sorted(shares, key=lambda kind: shares[kind])
-    asked = removed - sum(min(shares[kind] * removed, spans[kind]) for kind in others)
+    wanted = given = 0.0
+    for kind in others:
+        wanted += shares[kind] * removed
+        given += min(wanted - given, spans[kind])
+    asked = removed - given
     if asked - spans[largest] > TOLERANCE * search.cost.dense:
         raise UserError(
             f"{target} cannot be reached with {shares[largest]:.3g} of it from {largest}: pruned "
@@ -190,9 +194,9 @@ def with_equal_split(
     """
     if selection.scope == "local" or len(selection.structures) == 1:
         return selection
-    numbering, whole = Numbering.dense(discovery), replace(selection, split=None)
+    numbering = Numbering.dense(discovery)
     scores = {group.name: np.zeros(group.size) for group in discovery.groups}
-    candidates = find_candidates(discovery, scores, whole, numbering)
+    candidates = find_candidates(discovery, scores, selection, numbering)
     cost = cost or _parameters(discovery, numbering, target)
     spans = _spans(_begin_search(candidates, cost, target))
     total = sum(spans.values())
@@ -283,7 +287,7 @@ def _searched(search: Search, selection: Selection, target: Target) -> dict[str,
 def _search_split(
     search: Search, prices: Prices, selection: Selection, split: Mapping[str, float]
 ) -> None:
-    """Meet each structure's share, the largest last, so that it takes up what the others miss."""
+    """Meet each structure's share, the largest last; each takes up what those before it miss."""
     total, goal, kinds = search.cost.total, search.target, search.candidates.by_kind()
     order = sorted((name for name in split if split[name] > 0), key=lambda name: split[name])
     search.best, search.base = None, dict.fromkeys(search.candidates.most, 0)

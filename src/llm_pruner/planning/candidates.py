@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import lcm
+from typing import Any
 
 import numpy as np
 
@@ -135,12 +136,13 @@ def find_candidates(
     return found
 
 
-def why_none_can_go(discovery: Discovery, selection: Selection) -> str | None:
-    """Return why no group of the one structure of a selection can lose anything; None if one can.
+def why_none_can_go(discovery: Discovery, selection: Selection, structure: str) -> str | None:
+    """Return why no group of a structure can lose anything; None if one can.
 
     Layers that are protected are no reason.
     """
-    whole = replace(selection, layer_ranges={}, protect_first=0, protect_last=0, split=None)
+    everywhere: dict[str, Any] = {"layer_ranges": {}, "protect_first": 0, "protect_last": 0}
+    whole = replace(selection, structures=(structure,), split=None, **everywhere)
     scores = {group.name: np.zeros(group.size) for group in discovery.groups}
     try:
         find_candidates(discovery, scores, whole, Numbering.dense(discovery))

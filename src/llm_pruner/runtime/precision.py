@@ -38,13 +38,15 @@ def fast_products() -> Iterator[None]:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Inside, factors of float32 products are not rounded, whatever is set outside."""
-    before = torch.get_float32_matmul_precision()
+    """Inside, factors of float32 products and convolutions are not rounded, whatever is set."""
+    before, allowed = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 @contextmanager

@@ -154,8 +154,8 @@ class Settings(BaseModel):
             UserError: the file cannot be read, or a value cannot be.
         """
         filed = {} if config is None else read_yaml(config, f"--config {config}", cls)
-        filed = {name: of for name, of in filed.items() if name not in cls.replaced(given, filed)}
-        return cls(**{**filed, **given})
+        gone = cls.replaced(given, filed)
+        return cls(**{**{name: of for name, of in filed.items() if name not in gone}, **given})
 
     @classmethod
     def replaced(cls, given: Mapping[str, Any], filed: Mapping[str, Any]) -> Collection[str]:

@@ -57,6 +57,7 @@ class Layers:
         self.where: dict[str, str] = {}
         self._tracer = tracer
         self._digests = Marks()
+        self._views = 0
         self._first: dict[str, str] = {}
         # Weak references: holding a tensor would change the operations of the run.
         self._last: dict[str, tuple[weakref.ref[torch.Tensor], int]] = {}
@@ -64,7 +65,7 @@ class Layers:
         self._beside: dict[str, list[weakref.ref[torch.Tensor]]] = {}
         self._arguments: dict[tuple[str, int | str], weakref.ref[torch.Tensor]] = {}
         self._handles = [
-            handle
+            register(partial(note, path, index), with_kwargs=True)
             for path, module in model.named_modules()
             if isinstance(module, nn.ModuleList) and len(module) > 1
             for index, child in module._modules.items()
@@ -74,7 +75,6 @@ class Layers:
                 (child.register_forward_pre_hook, self._enter),
                 (child.register_forward_hook, self._note),
             )
-            for handle in (register(partial(note, path, index), with_kwargs=True),)
         ]
 
     def _enter(self, parent: str, index: str, _: nn.Module, args: Any, kwargs: Any) -> None:
@@ -85,7 +85,7 @@ class Layers:
         source = hidden_in(args, kwargs)
         before, version = self._last.get(parent, (None, 0))
         first = self._first.setdefault(parent, index) == index
-        same = before is not None and before() is source
+        same = isinstance(source, torch.Tensor) and before is not None and before() is source
         self._chained[parent] = first or (same and source._version == version)
 
     def _note(
@@ -142,10 +142,15 @@ class Layers:
             return plain(value)
         if value not in self._digests:
             with torch._C.DisableTorchFunction(), _disable_current_modes():
-                # Of a weight that a stand-in is there for nothing but itself is known to be equal.
-                unseen = self._tracer.has_ghosts and value in self._tracer.weights
-                self._digests[value] = object() if unseen else _digest(value)
+                made_up = self._tracer.is_made_up(value)
+                self._digests[value] = self._named(value) if made_up else _digest(value)
         return self._digests[value]
+
+    def _named(self, weight: torch.Tensor) -> Any:
+        """Return what is equal for a weight alone: its name, or, of a view, when it was given."""
+        name = self._tracer.names.get(weight)
+        self._views += name is None
+        return ("view", self._views) if name is None else name
 
     def by_place(self) -> dict[str, str]:
         """Return the module lists whose children are given different things -> what and where."""

@@ -288,7 +288,7 @@ def watched(
         return scene.run(model, tokens)
 
 
-_INSIDE = re.compile("logits?|state|attention|attn|key|value|cache|embed|loss|router")
+_INSIDE = re.compile("logit|hidden|feature|state|atten|attn|key|value|cache|embed|loss|router")
 """Outputs by name that are the model's own affair, or looked after elsewhere."""
 
 

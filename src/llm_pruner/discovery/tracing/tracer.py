@@ -75,7 +75,6 @@ class Tracer(TorchDispatchMode):
     def __init__(self, trace: Trace, ghosts: GhostRunner | None = None) -> None:
         super().__init__()
         self._ghosts = ghosts
-        self.has_ghosts = ghosts is not None
         self.trace = trace
         self.atoms = trace.atoms
         self.labels = Marks()
@@ -279,6 +278,11 @@ class Tracer(TorchDispatchMode):
         A buffer that the run writes to is none: it holds activations, such as a cache.
         """
         return tensor in self.weights and storage_of(tensor) not in self._written
+
+    def is_made_up(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is a parameter, or a view of one, whose values a stand-in made up."""
+        known = self._ghosts is not None and tensor in self.weights
+        return known and storage_of(tensor) in self._trained
 
     # ------------------------------------------------ Recorder (function mode)
 

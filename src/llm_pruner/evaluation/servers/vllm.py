@@ -30,7 +30,7 @@ least bytes."""
 _BLOCK = 128
 """Tokens whose keys and values lie together, at most."""
 
-_ATTENDING = frozenset({"attention", "full_attention", "sliding_attention"})
+_ATTENDING = frozenset({"attention", "full_attention", "sliding_attention", "chunked_attention"})
 """Kinds of layers that its Transformers backend runs."""
 
 _TELLS = "def tell_vllm_"
@@ -128,20 +128,19 @@ def how(model: Any, config: Any, saved_as: str, code: str | None = None) -> str:
 
 
 def _heads_differ(model: Any, config: Any) -> bool:
-    """Whether layers of one kind project to other heads than each other, or than the config's."""
-    kinds = getattr(config, "layer_types", None)
-    alike: dict[tuple[str, str], set[int]] = {}
+    """Whether a layer projects to other heads than the config says of it."""
     for name, one in model.get_decoder().named_parameters():
         place = re.search(r"layers\.(\d+)\..*\b([qkv])_proj\.weight$", name)
-        if place is not None:
-            kind = kinds[int(place[1])] if kinds else ""
-            alike.setdefault((kind, place[2]), set()).add(one.shape[0])
-    dense = {
-        getattr(config, heads, 0) * width
-        for heads in ("num_attention_heads", "num_key_value_heads")
-        for width in (getattr(config, "head_dim", 0) or 0, getattr(config, "global_head_dim", 0))
-    }
-    return any(len(rows) > 1 or not rows <= dense for rows in alike.values())
+        if place is None:
+            continue
+        said = config.per_layer_config[int(place[1])]
+        heads = said.num_attention_heads
+        width = getattr(said, "head_dim", None) or said.hidden_size // heads
+        if place[2] != "q":
+            heads = getattr(said, "num_key_value_heads", None) or heads
+        if one.shape[0] not in (heads * width, 2 * heads * width):  # some have a gate beside
+            return True
+    return False
 
 
 def _widths_differ(model: Any, config: Any) -> bool:
