@@ -1336,26 +1336,28 @@ class Given(nn.Module):
 class ByPlace(Net):
     """Gives each layer a weight of its own, or all the same."""
 
-    def __init__(self, own: bool) -> None:
+    def __init__(self, own: bool, made: bool) -> None:
         super().__init__(Given(), Given(), Given())
         self.scales, self.own = nn.Parameter(torch.tensor([1.0, 0.5, 0.25])), own
+        self.made = made
         self.scale = nn.Parameter(torch.tensor(0.5))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.embed(tokens)
         for number, body in enumerate(self.bodies):
-            x = body(x, self.scales[number] if self.own else self.scale)
+            scale = self.scales[number] if self.own else self.scale
+            x = body(x, 1 + scale if self.made and self.own else scale)
         return self.out(x)
 
 
 @pytest.mark.parametrize("large", [False, True])
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(("own", "made"), [(False, False), (True, False), (True, True)])
 def test_weights_that_layers_are_given_by_place(
-    own: bool, large: bool, monkeypatch: pytest.MonkeyPatch
+    own: bool, made: bool, large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if large:  # then weights have stand-ins, which are alike
         monkeypatch.setattr(tracing, "LARGE", 0)
-    (layers,) = of_kind(discover(ByPlace(own).eval()), "layers")
+    (layers,) = of_kind(discover(ByPlace(own, made).eval()), "layers")
     assert bool(layers.frozen) is own
 
 

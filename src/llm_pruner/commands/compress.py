@@ -412,8 +412,10 @@ class _Stages:
             try:
                 recover_checkpoint(settings, command=self.command, say=self.say)
             except (UserError, torch.OutOfMemoryError) as error:
-                if last_checkpoint(RECOVERING.beside(out)) is not None:
-                    raise  # what was learned so far is not thrown away
+                # What was learned is not thrown away, unless going on ends for want of room again.
+                full = isinstance(error, torch.OutOfMemoryError) and self.run.continued
+                if last_checkpoint(RECOVERING.beside(out)) is not None and not full:
+                    raise
                 self._note_refusal(error)
                 return None
             self.run.record_time("recover")

@@ -24,7 +24,7 @@ from llm_pruner.evaluation import result_cache, zero_shot
 from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.evaluation.perplexity import perplexity
 from llm_pruner.evaluation.samples import check_prompt, sample_continuation
-from llm_pruner.evaluation.speed import measure_speed
+from llm_pruner.evaluation.speed import Speed, measure_speed
 from llm_pruner.files.outputs import atomic_directory, check_output
 from llm_pruner.models.forward import maximum_length
 from llm_pruner.models.load import exceeds
@@ -77,10 +77,7 @@ def measure(
     writes = asks or bool(settings.prompt)
     if (settings.speed or writes) and _is_read_often(settings, late, alone=asks and bool(dense)):
         if settings.speed and strict:
-            raise UserError(
-                f"--speed would time how fast the weights of {settings.model} are read; give a "
-                "--memory that holds them, or leave it out"
-            )
+            raise _no_speed(settings)
         settings = settings.but(speed=False)
         if writes:
             _LOG.warning(
@@ -121,7 +118,7 @@ def measure(
         begun = _joined(begun, abilities(settings, prepared, late), of_dense)
     return replace(
         begun,
-        speed=measure_speed([late.loaded.model])[0] if settings.speed else None,
+        speed=_speed(settings, late, strict=strict) if settings.speed else None,
         samples={
             prompt: sample_continuation(
                 late.loaded.model,
@@ -133,6 +130,22 @@ def measure(
             for prompt in settings.prompt
         },
     )
+
+
+def _no_speed(settings: EvaluateSettings) -> UserError:
+    return UserError(
+        f"--speed would time how fast the weights of {settings.model} are read; give a --memory "
+        "that holds them, or leave it out"
+    )
+
+
+def _speed(settings: EvaluateSettings, late: Late, *, strict: bool) -> Speed | None:
+    """Return the speed of a model in memory; None of another one, or refuse it."""
+    if is_model_streamed(late.loaded.model):  # of the hub, of which no size was known before
+        if strict:
+            raise _no_speed(settings)
+        return None
+    return measure_speed([late.loaded.model])[0]
 
 
 def _is_read_often(settings: EvaluateSettings, late: Late, *, alone: bool) -> bool:

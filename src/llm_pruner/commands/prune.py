@@ -389,9 +389,7 @@ class PruneRun:
         if self.target.kv_cache is not None:
             dense = planning.Numbering.dense(self.discovery)
             cost = cache_cost(self.network, self.discovery, self.selection, dense)
-        # Of a share of the cache "equal" is the default, which leaves a ranking what it is.
-        asked_equal = "split" in self.settings.given or self.target.kv_cache is None
-        if self.settings.split == "equal" and asked_equal and self.target.unit_ratio is None:
+        if self.settings.split == "equal" and self.target.unit_ratio is None:
             asked = self.discovery, self.selection, self.target, cost
             self.selection = planning.with_equal_split(*asked)
         planning.check_reachable(self.discovery, self.selection, self.target, cost)

@@ -38,15 +38,13 @@ def fast_products() -> Iterator[None]:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Inside, factors of float32 products and convolutions are not rounded, whatever is set."""
-    before, allowed = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    """Inside, factors of float32 matrix products are not rounded, whatever is set outside."""
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-        torch.backends.cudnn.allow_tf32 = allowed
 
 
 @contextmanager

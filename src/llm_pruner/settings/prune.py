@@ -187,7 +187,8 @@ class MethodSettings(CalibrationSettings):
         if any(given.get(name) is not None for name in AMOUNTS):
             left = {name: value for name, value in left.items() if name not in AMOUNTS}
         if given.get("kv_cache") is not None:
-            left |= {"structures": ("heads",), "split": "equal"}
+            said = preset.get("split") == "equal" and preset.get("scope") == "global"
+            left |= {"structures": ("heads",), "split": "equal" if said else "auto"}
         if given.get("unit_ratio") is not None:
             left |= {"scope": "local", "spread": None, "split": "equal"}
         wanted = left.get("score_samples")

@@ -94,6 +94,7 @@ class Tracer(TorchDispatchMode):
         self._lengths: dict[int, int] = {}
         self._written: set[int] = set()
         self._trained: set[int] = set()
+        self._buffers: set[int] = set()
         self._clock = 0
 
     @classmethod
@@ -118,8 +119,8 @@ class Tracer(TorchDispatchMode):
             ]
         self.weights[tensor] = ()
         self.names[tensor] = name
-        if isinstance(tensor, torch.nn.Parameter):
-            self._trained.add(storage_of(tensor))
+        trained = isinstance(tensor, torch.nn.Parameter)
+        (self._trained if trained else self._buffers).add(storage_of(tensor))
 
     def frozen_rows(self, count: int, reason: str) -> IntArray:
         """Return rows that are never deleted, and remember why."""
@@ -280,9 +281,9 @@ class Tracer(TorchDispatchMode):
         return tensor in self.weights and storage_of(tensor) not in self._written
 
     def is_made_up(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is a parameter, or a view of one, whose values a stand-in made up."""
+        """Whether a tensor is a parameter, or made of one, whose values a stand-in made up."""
         known = self._ghosts is not None and tensor in self.weights
-        return known and storage_of(tensor) in self._trained
+        return known and storage_of(tensor) not in self._buffers
 
     # ------------------------------------------------ Recorder (function mode)
 

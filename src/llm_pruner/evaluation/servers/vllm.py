@@ -30,7 +30,7 @@ least bytes."""
 _BLOCK = 128
 """Tokens whose keys and values lie together, at most."""
 
-_ATTENDING = frozenset({"attention", "full_attention", "sliding_attention", "chunked_attention"})
+_ATTENDING = frozenset({"attention", "full_attention", "sliding_attention"})
 """Kinds of layers that its Transformers backend runs."""
 
 _TELLS = "def tell_vllm_"
@@ -108,6 +108,11 @@ def how(model: Any, config: Any, saved_as: str, code: str | None = None) -> str:
     if not getattr(model, "_supports_attention_backend", False):
         raise UserError("its attention is code of its own, which vLLM does not replace")
     kinds = {*(getattr(config, "layer_types", None) or ())} - _ATTENDING
+    if "chunked_attention" in kinds:
+        raise UserError(
+            "layers that attend within chunks are run as full attention by vLLM's Transformers "
+            "backend; prune with --uniform"
+        )
     if kinds or getattr(model, "_is_stateful", False):
         raise UserError(
             f"layers that keep a state ({', '.join(sorted(kinds)) or 'of their own'}) are not run "
