@@ -177,7 +177,7 @@ def check_settings(settings: CompressSettings) -> None:
         check_training(trains.but(max_minutes=trains.max_minutes or minutes) if minutes else trains)
         found = [load_examples(one, limit=BEGINNING) for one in settings.data if one != SELF]
     check_calibration(pruning)
-    texts = read_texts(settings.perplexity, _Windows())
+    texts = read_texts(settings.perplexity, PerplexitySettings())
     check_shard_size(settings.max_shard_size)
     if settings.tasks is not None:
         prepare_tasks(settings)
@@ -192,18 +192,13 @@ def check_settings(settings: CompressSettings) -> None:
     if not settings.vocab_text:  # of fewer tokens a text gives more
         with _said_of_presets():
             check_calibration(pruning, settings.loading())
-    longest = min(WINDOW, maximum_length(SimpleNamespace(config=config)) or WINDOW)
+    shell = SimpleNamespace(config=config)
+    windows = PerplexitySettings(seq_len=min(WINDOW, maximum_length(shell) or WINDOW))
     for text in texts:
-        check_windows(SimpleNamespace(config=config), tokenizer, text, _Windows(seq_len=longest))
+        check_windows(shell, tokenizer, text, windows, option=None)
     for one in found:  # a chat template may refuse what is only trained on after pruning
         encode_each(one.examples[:BEGINNING], tokenizer, seq_len=settings.trains().seq_len)
         check_chats(one.examples[BEGINNING:], tokenizer)
-
-
-class _Windows(PerplexitySettings):
-    """How perplexity is measured; nothing asks for other windows."""
-
-    window_option = None
 
 
 @contextmanager

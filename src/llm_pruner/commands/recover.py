@@ -142,12 +142,6 @@ def _begun(work: Path, processes: Processes) -> Iterator[None]:
         yield
 
 
-class _Windows(PerplexitySettings):
-    """How perplexity is measured before and after."""
-
-    window_option = "--perplexity-seq-len"
-
-
 @dataclass
 class _Run:
     """One run, in one process: what it was asked for, and what it has loaded and read.
@@ -175,7 +169,7 @@ class _Run:
         self.work = workdir.RECOVERING.beside(self.settings.out)
         # Where the adapter waits for the model to be saved.
         self.adapter = self.work / "adapter" if self.settings.keep_adapter else None
-        self.measuring = _Windows(seq_len=self.settings.perplexity_seq_len)
+        self.measuring = PerplexitySettings(seq_len=self.settings.perplexity_seq_len)
 
     def carry_out(self) -> Recovered:
         settings, first = self.settings, self.processes.is_first
@@ -223,8 +217,9 @@ class _Run:
         self.loaded = load(self.loading)
         self.made = records_of(settings.model, self.loaded.revision)
         check_length(self.loaded.model, settings.seq_len)
+        model, tokenizer, option = self.loaded.model, self.loaded.tokenizer, "--perplexity-seq-len"
         for text in self.corpora:
-            check_windows(self.loaded.model, self.loaded.tokenizer, text, self.measuring)
+            check_windows(model, tokenizer, text, self.measuring, option)
         self.dense = load_teacher(ways["teacher"], self.loaded) if "teacher" in ways else None
         control = None if self.controlling is None else self._reference(self.controlling)
         writes = self.processes.is_first

@@ -133,10 +133,18 @@ def _digest(data: bytes) -> str:
 
 
 def check_windows(
-    model: Any, tokenizer: Any, text: EvaluationText, asked: PerplexitySettings
+    model: Any,
+    tokenizer: Any,
+    text: EvaluationText,
+    asked: PerplexitySettings,
+    option: str | None = "--seq-len",
 ) -> None:
-    """Raise UserError if a text is too short to measure on, or a window too long; see above."""
-    _windows(model, tokenizer, text, asked)
+    """Raise UserError if a text is too short to measure on, or a window too long; see above.
+
+    Args:
+        option: what asks for other windows; None if nothing does.
+    """
+    _windows(model, tokenizer, text, asked, option)
 
 
 def check_tokens(model: Any, largest: int) -> None:
@@ -236,7 +244,7 @@ class Remembered(nn.Module):
         return found
 
 
-def _window_length(model: Any, asked: PerplexitySettings) -> int:
+def _window_length(model: Any, asked: PerplexitySettings, option: str | None) -> int:
     limit, seq_len = maximum_length(model), asked.seq_len
     if seq_len is None:
         if asked.protocol == "standard":
@@ -245,17 +253,21 @@ def _window_length(model: Any, asked: PerplexitySettings) -> int:
     if limit is not None and seq_len > limit:
         raise UserError(
             f"a window of {seq_len} tokens is longer than the model's maximum; "
-            f"use {asked.window_option} {limit} or less"
+            f"use {option} {limit} or less"
         )
     return seq_len
 
 
 def _windows(
-    model: Any, tokenizer: Any, text: EvaluationText, asked: PerplexitySettings
+    model: Any,
+    tokenizer: Any,
+    text: EvaluationText,
+    asked: PerplexitySettings,
+    option: str | None = "--seq-len",
 ) -> tuple[torch.Tensor, int, int]:
     """Return the windows, int64 of shape (windows, window), how many tokens of each are not
     predicted, and the tokens of the whole text."""
-    window, special = _window_length(model, asked), asked.protocol == "paper"
+    window, special = _window_length(model, asked, option), asked.protocol == "paper"
     prefix = () if special else added_tokens(tokenizer)[0]
     encoded = tokenizer(text.text, add_special_tokens=special, verbose=False)["input_ids"]
     ids = torch.tensor(encoded[: asked.max_tokens], dtype=torch.int64)
@@ -264,8 +276,8 @@ def _windows(
     if count == 0:
         why = "--max-tokens is too small" if len(encoded) >= fresh else "the text is too short"
         most = len(ids) + len(prefix)
-        shorter = f"{asked.window_option} {most} or less, or " if most > 1 else ""
-        advice = f"use {shorter if asked.window_option else ''}more text"
+        shorter = f"{option} {most} or less, or " if option and most > 1 else ""
+        advice = f"use {shorter}more text"
         raise UserError(
             f"{text.name} gives {len(ids)} tokens and one window needs {fresh}: {why}; {advice}"
         )

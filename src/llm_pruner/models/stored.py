@@ -114,19 +114,14 @@ def download(source: str, revision: str | None, code: bool) -> None:
 def records_of(source: str, revision: str | None = None) -> Path:
     """Return the folder with what says how a model was made, fetched of one on the hub.
 
-    They may not be there; without a network those are found that were fetched before.
-
-    Args:
-        source: as for ``load_model``.
-        revision: branch, tag or commit, if ``source`` is a hub id.
+    They may not be there; without a network those are found that were fetched before. For the
+    arguments see ``stored_at``.
     """
-    path = local_path(source)
-    if source == DEFAULT or path.exists():
-        return path
-    # Where there are none, or no network, the hub's client says and raises anything.
-    with suppress(Exception), quiet("huggingface_hub", stderr=not sys.stderr.isatty()):
-        return Path(snapshot_download(source, revision=revision, allow_patterns=RECORDS))
-    return stored_at(source, revision) or path
+    if not local_path(source).exists():
+        # Where there are none, or no network, the hub's client says and raises anything.
+        with suppress(Exception), quiet("huggingface_hub", stderr=not sys.stderr.isatty()):
+            snapshot_download(source, revision=revision, allow_patterns=RECORDS)
+    return stored_at(source, revision) or local_path(source)
 
 
 def file_states(source: str) -> FileStates:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from llm_pruner.errors import UserError
 from llm_pruner.runtime.memory import free_bytes
@@ -39,13 +39,7 @@ _AtOnce = Annotated[int, within(1, 2**20)] | Literal["auto"]
 
 
 class PerplexitySettings(Settings):
-    """How perplexity is measured; see ``evaluation.perplexity``.
-
-    Attributes:
-        window_option: what asks for other windows where this is measured; None if nothing does.
-    """
-
-    window_option: ClassVar[str | None] = "--seq-len"
+    """How perplexity is measured; see ``evaluation.perplexity``."""
 
     protocol: Literal["standard", "paper"] = option(
         "standard", "standard: long windows; paper: windows of 128, as LLM-Pruner does.", "NAME"
