@@ -260,3 +260,17 @@ def test_tokens_that_are_never_written_are_no_loss() -> None:
     torch.testing.assert_close(padded, F.pad(gradient, (0, 3)))
     broken, _ = divergence_and_gradient_(torch.full_like(logits, torch.nan), teacher)
     assert broken.isnan()
+
+
+def test_a_trial_that_fails_draws_no_random_numbers() -> None:
+    """Gemma 2 caps its logits: the first step finds that, and drops out what all others do."""
+    model = tiny_model("gemma2", attention_dropout=0.5, attn_implementation="eager").train()
+    (batch, *_) = lay_out(samples(), range(9), packed=False, capacity=40, micro_tokens=80)
+    objective = text_objective(target_tokens(batch))
+    losses = []
+    for _ in range(2):  # as it is begun, and as it goes on once that is known
+        torch.manual_seed(0)
+        losses.append(float(summed_loss(model, batch, objective).detach()))
+    assert losses[0] == losses[1]
+    torch.manual_seed(1)
+    assert float(summed_loss(model, batch, objective).detach()) != losses[0]

@@ -44,7 +44,12 @@ from llm_pruner.recovery.objective import Targets, mixed_loss_and_gradient_
 from llm_pruner.recovery.packing import Batch, can_pack, lay_out, step_samples, target_logits
 from llm_pruner.recovery.run import Outcome
 from llm_pruner.recovery.scoring import Evaluation, score
-from llm_pruner.recovery.trainer import RecoveryTrainer, rate, trainer_arguments
+from llm_pruner.recovery.trainer import (
+    RecoveryTrainer,
+    rate,
+    trainer_arguments,
+    training_arguments,
+)
 from llm_pruner.settings.recover import KERNELS, DistillationSettings, TrainingSettings
 from llm_pruner.settings.registry import names_in
 from losses import distillation_loss, task_loss
@@ -949,3 +954,13 @@ def test_a_run_killed_at_any_step_ends_as_if_it_had_not_been(
     assert len(records[0]["losses"]) == 20
     scores = [[loss for _, loss in record["evaluations"]] for record in records]
     assert scores[0] == pytest.approx(scores[1], abs=1e-6), at
+
+
+@pytest.mark.parametrize(("asked", "precision"), [(True, "bf16"), (False, "no")])
+def test_the_precision_of_a_launcher_s_config_is_not_asked(
+    asked: bool, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    settings = TrainingSettings(bf16=asked)
+    found = training_arguments(settings, 3, str(tmp_path), tmp_path, on_cpu=True)
+    assert found.mixed_precision == precision

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from families import discovered
+from helpers import tiny_model
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import VerificationError
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.streaming import is_model_streamed, stream_
+from llm_pruner.runtime.precision import exact_products
 from llm_pruner.surgery import cut as surgery
 from llm_pruner.surgery import verify
 from llm_pruner.surgery.cut import cut_, cut_copy
@@ -361,3 +363,22 @@ def test_rounding_is_told_from_a_mistake(monkeypatch: pytest.MonkeyPatch, kind: 
     for one in (model, smaller):
         assert is_model_streamed(one) is by_block
         assert {tensor.dtype for tensor in one.parameters()} == {torch.float32}
+
+
+def test_products_are_exact_where_models_are_compared() -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with exact_products():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "medium"
+        model, discovery = tiny_model("llama"), discover(tiny_model("llama"))
+        seen: list[str] = []
+        handle = model.register_forward_hook(
+            lambda *_: seen.append(torch.get_float32_matmul_precision())
+        )
+        cut_verified_(model, discovery, pick(discovery, ("ffn",)))
+        handle.remove()
+        assert set(seen) == {"highest"}
+    finally:
+        torch.set_float32_matmul_precision(before)
