@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import MllamaForCausalLM, MllamaTextConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
@@ -118,6 +119,31 @@ def test_pattern_that_no_setting_can_follow_needs_a_recipe(
     loaded = type(smaller).from_pretrained(saved.path, dtype=torch.float32)
     ours, theirs = pruned_logits(smaller, discovery), pruned_logits(loaded, discovery)
     # Weights that were read from a file lie elsewhere in memory, which moves the last bit.
+    assert largest_difference(ours, theirs) <= 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_numbers_of_layers_that_the_model_holds_follow(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    # Layers 1 and 4 run on images alone; the first counts the tokens of the cache.
+    depth = {"num_hidden_layers": 6, "cross_attention_layers": [1, 4]}
+    config = MllamaTextConfig(**sizes, **heads, **depth, bos_token_id=1, eos_token_id=2)
+    dense = MllamaForCausalLM(config).eval()
+    discovery = discover(dense)
+    (layers,) = (group for group in discovery.groups if group.kind == "layers")
+    assert [name[-1] for name in layers.modules] == ["2", "3", "5"]
+    smaller: Any = copy.deepcopy(dense)
+    edits = cut_(smaller, discovery, {"layers": np.array([0, 2])})
+    saved = save_checkpoint(
+        smaller, tmp_path / "out", edits=edits, plan_json="{}", tokenizer=None, dense_config=config
+    )
+    loaded = MllamaForCausalLM.from_pretrained(saved.path, dtype=torch.float32)
+    for model in (smaller, loaded):
+        assert [*model.model.cross_attention_layers] == [1, 3]
+    ids = torch.arange(8).view(1, 8)
+    with torch.no_grad():
+        ours, theirs = ([model.eval()(ids).logits] for model in (smaller, loaded))
     assert largest_difference(ours, theirs) <= 1e-5
 
 

@@ -394,6 +394,59 @@ def test_number_of_a_layer_that_is_its_place_as_well() -> None:
     assert "layers are told apart by number (test_never_wrong.py:" in str(layers.frozen)
 
 
+class Remembering(Block):
+    """Returns what its next call is given, as layers did before there were cache classes."""
+
+    def forward(self, x: torch.Tensor, before: Any = None) -> Any:
+        seen = x if before is None else torch.cat([before[0], x], 1)
+        y = self.a(x + seen.mean(1, keepdim=True))
+        return x + self.b(F.gelu(y)), (seen,)
+
+
+class Tuples(Net):
+    def __init__(self) -> None:
+        super().__init__(Remembering)
+        self.num_layers = len(self.layers)
+
+    def run(self, x: torch.Tensor, before: Any = None) -> Any:
+        found = []
+        for place in range(self.num_layers):
+            x, seen = self.layers[place](x, before[place] if before else None)
+            found.append(seen)
+        return x, found
+
+    def step(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """Run all tokens but the last, and the last on what was returned."""
+        x, before = self.run(self.embed(tokens[:, :-1]))
+        y, _ = self.run(self.embed(tokens[:, -1:]), before)
+        return [self.head(x), self.head(y)]
+
+
+def test_what_a_layer_returned_itself_is_its_own_at_any_place() -> None:
+    net = Tuples()
+    discovery = discover(net, forward=Tuples.step)
+    (layers,) = (g for g in discovery.groups if g.kind == "layers")
+    assert layers.frozen is None
+    dense = zeroed(net, discovery, layers, np.array([1]))
+    dense.layers[1].forward = lambda x, before=None: (x, (x,))
+    prune_(net, discovery, {layers.name: np.array([1])})
+    assert net.num_layers == len(net.layers) == 3
+    ids = torch.arange(12).view(2, 6)
+    for ours, theirs in zip(net.step(ids), dense.step(ids), strict=True):
+        assert torch.allclose(ours, theirs)
+
+
+def test_a_number_of_layers_that_nothing_follows_is_no_crash() -> None:
+    class Fixed(Net):
+        def run(self, x: torch.Tensor) -> torch.Tensor:
+            for place in range(4):
+                x = self.layers[place](x, x.new_full((1, 1), place + 1.0))
+            return x
+
+    (layers,) = (g for g in discover(Fixed(Scaled)).groups if g.kind == "layers")
+    assert "does not run without some of them (index 2 is out of range)" in str(layers.frozen)
+
+
 # ------------------------------------------------------------------------- a size used as a number
 
 TABLE = [0.1 * i for i in range(2 * FFN)]

@@ -275,14 +275,18 @@ def tied_shapes(model: PreTrainedModel, recipe: Recipe) -> dict[str, tuple[int, 
 
 
 def _replaces(module: nn.Module, path: str, value: Any) -> bool:
-    """Whether a value may take the place of what a module holds: numbers for numbers."""
+    """Whether a value may take the place of what a module holds: numbers for numbers.
+
+    Of layers that a list names by number, fewer may be left.
+    """
     old = _own_value(module, path)
-    olds, values = (one if isinstance(one, tuple) else (one,) for one in (old, value))
-    return len(olds) == len(values) and all(
+    olds, values = (one if isinstance(one, (tuple, list)) else (one,) for one in (old, value))
+    several = isinstance(old, (tuple, list)) and isinstance(value, tuple)
+    return (len(olds) == len(values) or (several and len(values) < len(olds))) and all(
         abs(value) <= max(_MOST_NUMBER, abs(old))
         if is_integer(old) and is_integer(value)
         else isinstance(old, float) and not isinstance(value, bool)
-        for old, value in zip(olds, values, strict=True)
+        for old, value in zip(olds, values, strict=False)
     )
 
 

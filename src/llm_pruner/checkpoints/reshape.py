@@ -160,7 +160,7 @@ def _dim(name: str, text: str) -> int:
 def _attribute(path: str, value: object) -> Any:
     """Return a number or a tuple of numbers: all that modules say of their sizes."""
     numbers = value if isinstance(value, list) else [value]
-    if not 0 < len(numbers) <= MOST_LAYERS or not all(map(_is_bounded, numbers)):
+    if len(numbers) > MOST_LAYERS or not all(map(_is_bounded, numbers)):
         raise ValueError(f"{shown(path)} is {shown(value)}, which is no number")
     return tuple(numbers) if isinstance(value, list) else value
 

@@ -23,10 +23,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from llm_pruner.checkpoints import meta
 from llm_pruner.models.forward import embedding_rows, evaluating
-from llm_pruner.models.layers import keep_children, sharing_copy
+from llm_pruner.models.layers import keep_children, numbers_of_layers, sharing_copy
 from llm_pruner.types import Edits
 
-_NUMBERS_LAYERS = re.compile("layer|idx|index|indices|block")
 _IN_LAYER = re.compile(r"(.+?)\.(\d+)\.(.+)")
 _OPTIONAL_TRIALS = (64, 128)
 _CONVENTIONAL_KEYS = ("head_dim",)
@@ -198,14 +197,12 @@ def _renumbered(
     config: PreTrainedConfig, values: Mapping[str, Any], count: int, kept: Sequence[int]
 ) -> Iterator[tuple[str, Any, bool]]:
     """Yield (path, value, whether it may change nothing that is countable) to try."""
-    place = {old: new for new, old in enumerate(kept)}
     for path, value in meta.entries(config):
         if path in values:
             continue
-        if isinstance(value, list) and value and all(map(meta.is_integer, value)):
-            named = _NUMBERS_LAYERS.search(path.rpartition(".")[2]) is not None
-            if named and len(set(value)) == len(value) and 0 <= min(value) <= max(value) < count:
-                yield path, [place[index] for index in value if index in place], True
+        numbers = numbers_of_layers(path.rpartition(".")[2], value, count, kept)
+        if numbers is not None:
+            yield path, numbers, True
         elif meta.is_integer(value) and 0 < value <= count:
             before = sum(index < value for index in kept)
             through = sum(index <= value for index in kept) - 1

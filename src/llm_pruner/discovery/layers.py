@@ -13,6 +13,7 @@ from llm_pruner.discovery.tracing.calls import different
 from llm_pruner.discovery.tracing.run import Run, run_trace
 from llm_pruner.discovery.tracing.sizes import COMPARISONS, PLACE, Expr, leaves
 from llm_pruner.discovery.tracing.trace import Trace
+from llm_pruner.errors import DiscoveryError
 from llm_pruner.models.layers import numbering, without_layers
 from llm_pruner.types import Group
 
@@ -54,8 +55,13 @@ def layer_groups(model: nn.Module, run: Run) -> tuple[list[Group], frozenset[tup
         numbers, clash = _own_numbers(model, trace, parent)
         own |= numbers
         reason = reason or clash or _held_elsewhere(model, parent)
-        if reason is None and parent in by_place:
+        skips = len(by_list[parent]) < len(model.get_submodule(parent)._modules)
+        if reason is None and (skips or parent in by_place):
             reason = _depends_on_place(model, run, parent, children)
+            rest = children[1:]
+            # The first may be what others go by, such as by how much it has in the cache.
+            if reason and len(rest) > 1 and not _depends_on_place(model, run, parent, rest):
+                reason, children = None, rest
         if len(children) < 2:
             reason = "the model needs all layers but one"
         modules = tuple(children)
@@ -109,11 +115,16 @@ def _depends_on_place(
         kept = [number for number in dense if number not in gone]
         if not kept:
             continue
-        again = run_trace(without_layers(model, parent, gone), run.scenes).layers
+        try:
+            again = run_trace(without_layers(model, parent, gone), run.scenes).layers
+        except DiscoveryError as error:
+            return f"the model does not run without some of them ({error.__cause__ or error})"
         for number in kept:
-            place = number - sum(other < number for other in gone)
-            for name in different(dense[number], again.given[parent][place]):
-                where = run.layers.where[parent]
+            now = again.given[parent][number - sum(other < number for other in gone)]
+            where = run.layers.where[parent]
+            if not now and len(kept) > 1:  # nothing is noted of a single one
+                return f"whether a layer runs depends on its place in the list ({where})"
+            for name in different(dense[number], now):
                 return f"{name} of a layer depends on its place in the list ({where})"
     return None
 

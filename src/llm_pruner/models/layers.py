@@ -20,6 +20,10 @@ from llm_pruner.types import Edits
 
 _NUMBER_NAME = re.compile("idx|index|layer")
 
+_NUMBERS_LAYERS = re.compile("layer|idx|index|indices|block")
+
+_COUNT_NAME = re.compile("(n|num)_(hidden_)?(layers?|blocks?)")
+
 
 def sharing_copy(model: nn.Module, *, buffers: bool = True) -> nn.Module:
     """Return a copy of a model whose tensors are those of the original until surgery.
@@ -252,8 +256,8 @@ def layer_numbers(
     model: nn.Module,
     layers: Mapping[str, Sequence[int]],
     keep: Collection[tuple[str, str, str]] = (),
-) -> Iterator[tuple[str, str, int]]:
-    """Yield (module, attribute, new value) for attributes that hold the number of their layer.
+) -> Iterator[tuple[str, str, int | tuple[int, ...]]]:
+    """Yield (module, attribute, new value) for attributes that number or count the layers.
 
     Args:
         model: before the removal; modules are named as they will be after it.
@@ -261,7 +265,13 @@ def layer_numbers(
         keep: (list, module inside a layer, attribute) of numbers that stay what they are.
     """
     for path, kept in layers.items():
-        count = len(model.get_submodule(path)._modules)
+        count, holder = len(model.get_submodule(path)._modules), path.rpartition(".")[0]
+        for key, value in vars(model.get_submodule(holder)).items():
+            if type(value) is int and value == count and _COUNT_NAME.fullmatch(key):
+                yield holder, key, len(kept)
+            numbers = numbers_of_layers(key, value, count, kept)
+            if numbers is not None:
+                yield holder, key, tuple(numbers)
         for (inner, key), (step, values) in numbering(model, path, count).items():
             if (path, inner, key) in keep:
                 continue
@@ -331,10 +341,26 @@ def _filter_config(config: Any, count: int, kept: Sequence[int]) -> None:
     for key, value in list(vars(config).items()):
         if "token" in key:
             continue
-        if isinstance(value, list | tuple) and len(value) == count:
-            # Numbers of all layers are no entries of layers.
-            numbers = count > 2 and sorted(value, key=str) == sorted(range(count), key=str)
-            left = range(len(kept)) if numbers else (value[i] for i in kept)
-            # Of such a length by chance, if the config refuses a shorter one.
+        left: Iterable[Any] | None = numbers_of_layers(key, value, count, kept)
+        if left is None and isinstance(value, list | tuple) and len(value) == count:
+            left = (value[i] for i in kept)
+        if left is not None:
+            # Of such a form by chance, if the config refuses a shorter one.
             with suppress(StrictDataclassError):
                 setattr(config, key, type(value)(left))
+
+
+def numbers_of_layers(key: str, value: object, count: int, kept: Sequence[int]) -> list[int] | None:
+    """Return the new numbers of a setting that names layers by number; None if it does not."""
+    if (
+        not isinstance(value, list | tuple)
+        or not value
+        or any(type(one) is not int for one in value)
+    ):
+        return None
+    every = len(value) == count > 2  # two numbers may be flags as well
+    named = every or (len(value) < count and _NUMBERS_LAYERS.search(key) is not None)
+    if not named or len({*value}) < len(value) or min(value) < 0 or max(value) >= count:
+        return None
+    place = {old: new for new, old in enumerate(kept)}
+    return [place[one] for one in value if one in place]

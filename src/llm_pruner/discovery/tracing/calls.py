@@ -2,7 +2,8 @@
 
 ``Layers`` sees whether a child could be left out. One that is given something by its place in the
 list (a mask by parity, a scale by index) is given something else once children before it are gone,
-so all that is given is compared by value. ``Siblings`` runs what no token reached.
+so all that is given is compared by value, but for what the child itself returned in a call before.
+``Siblings`` runs what no token reached.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Layers:
         self.where: dict[str, str] = {}
         self._tracer = tracer
         self._digests = Marks()
+        self._returned = Marks()
         self._views = 0
         self._first: dict[str, str] = {}
         # Weak references: holding a tensor would change the operations of the run.
@@ -96,11 +98,14 @@ class Layers:
             self.where[parent] = code_line(passing_calls=True)
         self.given[parent][int(index)].append(
             {
-                key: self._value(value)
+                key: self._value(value, (parent, index))
                 for key, value in _parts({**dict(enumerate(args)), **kwargs}, "", 0)
                 if value is not source
             }
         )
+        for key, value in _parts([output], "", 0):
+            if isinstance(value, torch.Tensor):
+                self._returned[value] = ((parent, index), key)
         several = isinstance(output, tuple | list)
         result, *rest = output if several and output else [output]
         chained = self._stands_alone(parent, source, args, kwargs) and self._chained[parent]
@@ -137,9 +142,11 @@ class Layers:
                 alone = False
         return alone
 
-    def _value(self, value: Any) -> Any:
+    def _value(self, value: Any, child: tuple[str, str]) -> Any:
         if not isinstance(value, torch.Tensor):
             return plain(value)
+        if value in self._returned and self._returned[value][0] == child:
+            return "its own", self._returned[value][1]  # keys and values of the call before
         if value not in self._digests:
             with torch._C.DisableTorchFunction(), _disable_current_modes():
                 made_up = self._tracer.is_made_up(value)
