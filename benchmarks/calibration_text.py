@@ -3,8 +3,8 @@
     python benchmarks/calibration_text.py MODEL --work DIR --mixture web=c4.jsonl \\
         --mixture web+chat=c4.jsonl,chat --text web=held.jsonl --text code=human_eval.txt
 
-Prunes MODEL by a fifth with each mixture, as ``prune`` comes, into a folder of its name below
-``--work``, and measures each on every text: perplexity, and KL divergence from the dense model.
+Prunes MODEL by a fifth with each mixture, as ``prune`` comes, into a folder below ``--work``, and
+measures each on every text: perplexity, and KL divergence from the dense model.
 Writes benchmarks/results/calibration_text.json; folders and rows that are there are not made again.
 """
 
@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from commands import found_by, llm_pruner
+from commands import found_by, llm_pruner, name_of, results_in, stamp
 from machine import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -33,21 +33,19 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="of the measurement")
     parser.add_argument("--out", type=Path, default=RESULTS / "calibration_text.json")
     options = parser.parse_args()
-    result: dict[str, Any] = {}
-    if options.out.exists():
-        result = json.loads(options.out.read_text())
-    of = result.setdefault(Path(options.model).name, {"rows": {}})
-    of |= {
+    settings = {
+        "model": name_of(options.model),
         "texts": {name: Path(file).name for name, file in _pairs(options.text)},
         "tokens": options.max_tokens,
         "window": options.seq_len,
         "dtype": options.dtype,
         "machine": machine(),
     }
+    results = results_in(options.out, settings, parser, rows={})
     for name, sources in _pairs(options.mixture):
-        if name in of["rows"]:
+        if name in results["rows"]:
             continue
-        folder = options.work / name
+        folder = options.work / f"{name}-{stamp(options.model, sources)}"
         if not folder.is_dir():
             llm_pruner(
                 *("prune", options.model, "--ratio", 0.2, "--calibration", sources),
@@ -72,8 +70,8 @@ def main() -> None:
                 "kl": far["kl"],
                 "kl_stderr": far["kl_stderr"],
             }
-        of["rows"][name] = row
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        results["rows"][name] = row
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
         print(name, json.dumps(row), flush=True)
 
 

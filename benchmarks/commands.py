@@ -1,7 +1,9 @@
-"""What benchmarks share that run commands and functions in processes of their own."""
+"""What benchmarks share: processes of their own, and going on where one was ended."""
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import json
 import multiprocessing
 import subprocess
@@ -10,6 +12,48 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+
+def results_in(
+    file: Path, settings: dict[str, Any], parser: argparse.ArgumentParser, **empty: Any
+) -> dict[str, Any]:
+    """Return the results in a file, or ``empty`` ones under ``settings`` where it is not there.
+
+    Ends where those in the file are of other settings: rows of two would stand under one.
+    """
+    if not file.exists():
+        return {"settings": settings, **empty}
+    results: dict[str, Any] = json.loads(file.read_text())
+    there = results.get("settings", {})
+    other = [name for name in {**there, **settings} if there.get(name) != settings.get(name)]
+    if other:
+        names = ", ".join(other)
+        parser.error(f"{file} holds rows of other settings ({names}); give another --out")
+    return results
+
+
+def name_of(model: str) -> str:
+    """Return what results call a model."""
+    return "SmolLM2-135M-Instruct" if model == "default" else Path(model).name
+
+
+def stamp(*words: object) -> str:
+    """Return a short hash for the name of a folder, of what it is made of and by which version.
+
+    Of words that name folders, files or mixtures of files, it changes with size and time of these.
+    """
+    from llm_pruner import __version__
+    from llm_pruner.data.text import shares_of
+
+    facts = [__version__]
+    for word in map(str, words):
+        facts.append(word)
+        for source in shares_of(word):
+            path = Path(source).expanduser()
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                if file.is_file():
+                    facts.append(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}")
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:10]
 
 
 def llm_pruner(*arguments: object) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import transformers
 
-from commands import apart
+from commands import apart, results_in
 from corpora import TOKENS, WINDOW, perplexities, read_texts
 from llm_pruner import PlanSettings, PruneSettings, UserError, read_plan
 from llm_pruner.commands.prune import PruneRun
@@ -99,11 +99,7 @@ def main() -> None:
         "max_tokens": options.max_tokens,
         "seed": options.seed,
     }
-    results: dict[str, Any] = {"settings": settings, "dense": {}, "rows": []}
-    if options.out.exists():
-        results = json.loads(options.out.read_text())
-        if results["settings"] != settings:
-            parser.error(f"{options.out} holds rows of other settings; give another --out")
+    results = results_in(options.out, settings, parser, dense={}, rows=[])
 
     def save() -> None:
         options.out.write_text(json.dumps(results, indent=1) + "\n")

@@ -30,6 +30,7 @@ from typing import Any
 
 import psutil
 
+from commands import results_in
 from compress_kills import TIMED, same
 from machine import machine
 
@@ -246,14 +247,15 @@ def main() -> None:
     # A shell that started this in the background had it ignored, and children would as well.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     commands = {name: COMMANDS[name] for name in COMMANDS if options.command in (None, name)}
-    settings = {"model": "Llama of 4 layers, random", "commands": commands, "seed": options.seed}
+    settings = {
+        "model": "Llama of 4 layers, random",
+        "commands": commands,
+        "seed": options.seed,
+        "machine": machine(),
+    }
     turns = [options.command] if options.command else TURN
     signals = [signal.Signals[options.signal]] if options.signal else SIGNALS
-    result: dict[str, Any] = {"settings": {**settings, "machine": machine()}, "kills": []}
-    if options.out.is_file():
-        earlier = json.loads(options.out.read_text())
-        if earlier["settings"] == result["settings"]:
-            result = earlier
+    result = results_in(options.out, settings, parser, kills=[])
     with tempfile.TemporaryDirectory() as temporary:
         inputs = Path(temporary) / "inputs"
         inputs.mkdir()

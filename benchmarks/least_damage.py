@@ -33,7 +33,7 @@ import torch
 import transformers
 from torch import nn
 
-from commands import apart
+from commands import apart, name_of, results_in, stamp
 from corpora import TOKENS, WINDOW, perplexities, read_texts
 from llm_pruner import Criterion, Discovery, PlanSettings, PruneSettings, UserError, read_plan
 from llm_pruner.commands.prune import PruneRun
@@ -181,7 +181,8 @@ def scores_name(settings: PruneSettings) -> str:
     text = "+".join(Path(part).stem for part in settings.calibration.split(","))
     scored = settings.score_samples or settings.samples
     read = f"{scored}-of-{settings.samples}x{settings.seq_len}"
-    return "-".join((*criterion, *settings.structures, text, read, f"seed-{settings.seed}"))
+    made = stamp(settings.model, settings.calibration)
+    return "-".join((*criterion, *settings.structures, text, read, f"seed-{settings.seed}", made))
 
 
 def prune(settings: PruneSettings, kept: Path | None = None) -> dict[str, Any]:
@@ -258,12 +259,8 @@ def main() -> None:
     keep_large_blocks()
     keep_kernels(PRUNING)
     texts = read_texts({"wikitext2": options.wikitext, "c4": options.c4, "ptb": options.ptb})
-    results: dict[str, Any] = {"settings": {}, "dense": {}, "rows": []}
-    if options.out.exists():
-        results = json.loads(options.out.read_text())
-        results["rows"] = known_rows(results["rows"])
-    results["settings"] = {
-        "model": "SmolLM2-135M-Instruct, float32",
+    settings = {
+        "model": f"{name_of(options.model)}, float32",
         "calibration": Path(options.calibration).name,
         "windows": WINDOW,
         "tokens": TOKENS,
@@ -271,6 +268,8 @@ def main() -> None:
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
+    results = results_in(options.out, settings, parser, dense={}, rows=[])
+    results["rows"] = known_rows(results["rows"])
 
     if options.scores is not None:
         options.scores.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
+from importlib import util
+from pathlib import Path
 
 import torch
 
@@ -19,3 +22,16 @@ def machine() -> str:
     if multiplies_bfloat16():
         instructions += " and bfloat16"
     return f"{platform.machine()} with {instructions}, {os.cpu_count()} cores"
+
+
+def commits() -> tuple[str, str]:
+    """Return the commit of the source that is measured, and the last one that changed it."""
+    spec = util.find_spec("llm_pruner")
+    git = ["git", "-C", str(Path(str(spec and spec.origin)).parent)]
+
+    def ask(*command: str) -> str:
+        done = subprocess.run([*git, *command], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    dirty = "+" if ask("status", "--porcelain", "--", ".") else ""
+    return ask("rev-parse", "--short", "HEAD"), ask("log", "-1", "--format=%h", "--", ".") + dirty

@@ -15,6 +15,7 @@ import argparse
 import copy
 import importlib.metadata
 import json
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -33,12 +34,27 @@ FIRST, LAST = 3, 28
 """Layers of 30 that LLM-Pruner prunes: by default it leaves the first three and the last one."""
 
 
+def read_documents(text: Path) -> list[str]:
+    """Return the documents of a file."""
+    return [json.loads(line)["text"] for line in text.read_text().splitlines()]
+
+
 def read_windows(tokenizer: Any, text: Path, samples: int, length: int) -> torch.Tensor:
     """Return the first tokens of the documents, parted by blank lines, (samples, length)."""
-    documents = [json.loads(line)["text"] for line in text.read_text().splitlines()]
-    ids = tokenizer("\n\n".join(documents), verbose=False)["input_ids"]
+    ids = tokenizer("\n\n".join(read_documents(text)), verbose=False)["input_ids"]
     count = min(samples, len(ids) // length)
     return torch.tensor(ids[: count * length]).view(count, length)
+
+
+def drawn_windows(tokenizer: Any, text: Path, samples: int, length: int) -> torch.Tensor:
+    """Return windows drawn as LLM-Pruner does, from a document each, (samples, length)."""
+    draw, documents, windows = random.Random(0), read_documents(text), []
+    for document in draw.sample(documents, len(documents)):
+        ids = tokenizer(document, verbose=False)["input_ids"]
+        if len(ids) >= length and len(windows) < samples:
+            begin = draw.randint(0, len(ids) - length)
+            windows.append(ids[begin : begin + length])
+    return torch.tensor(windows)
 
 
 def parameters(model: nn.Module) -> int:
@@ -205,7 +221,7 @@ def main() -> None:
         saved = pruned = torch_pruning(model, given.parameters)
     elif given.name == "llm-pruner":
         package = None
-        few = read_windows(tokenizer, given.text, PAPER_SAMPLES, PAPER_LENGTH)
+        few = drawn_windows(tokenizer, given.text, PAPER_SAMPLES, PAPER_LENGTH)
         pruned = llm_pruner(model, few, given.parameters, given.source)
         saved = as_dense(dense, pruned)
     else:

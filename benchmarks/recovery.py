@@ -22,12 +22,11 @@ import shutil
 import tempfile
 from itertools import count, product
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 
-from commands import llm_pruner
+from commands import llm_pruner, results_in, stamp
 from corpora import TOKENS, WINDOW, perplexities, read_texts
 from machine import machine
 
@@ -69,10 +68,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "recovery.json")
     options = parser.parse_args()
     texts = read_texts({"wikitext2": options.wikitext, "c4": options.c4})
-    results: dict[str, Any] = {"settings": {}, "dense": {}, "pruned": {}, "rows": []}
-    if options.out.exists():
-        results = json.loads(options.out.read_text())
-    results["settings"] = {
+    settings = {
         "model": "SmolLM2-135M-Instruct, float32",
         "calibration": Path(options.calibration).name,
         "windows": WINDOW,
@@ -80,6 +76,7 @@ def main() -> None:
         "machine": machine(),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
+    results = results_in(options.out, settings, parser, dense={}, pruned={}, rows=[])
 
     def save() -> None:
         options.out.write_text(json.dumps(results, indent=1) + "\n")
@@ -92,11 +89,13 @@ def main() -> None:
         save()
     budget = {"minutes": options.minutes, "max_steps": options.max_steps}
     for size, plan in product(options.sizes.split(","), options.plans.split(",")):
-        pruned = options.work / f"{plan}-{SIZES[size]}"
+        made = stamp("default", options.calibration)
+        pruned, name = options.work / f"{plan}-{SIZES[size]}-{made}", f"{plan}, {size}"
         if not pruned.exists():
-            settings = ["--preset", plan, "--calibration", options.calibration]
-            llm_pruner("prune", "default", "--out", pruned, "--params", SIZES[size], *settings)
-        name = f"{plan}, {size}"
+            results["pruned"].pop(name, None)
+            save()
+            how = ["--preset", plan, "--calibration", options.calibration]
+            llm_pruner("prune", "default", "--out", pruned, "--params", SIZES[size], *how)
         if name not in results["pruned"]:
             results["pruned"][name] = ratios(perplexities(str(pruned), texts))
             save()
@@ -128,6 +127,7 @@ def main() -> None:
                 found = json.loads((out / "recovery.json").read_text())
                 row = {
                     "run": key,
+                    "start": results["pruned"][name],
                     "ratio": ratios(perplexities(str(out), texts)),
                     "steps": found["steps"],
                     "best_step": found["best_step"],

@@ -29,7 +29,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from machine import machine
+from commands import results_in
+from llm_pruner import __version__
+from machine import commits, machine
 
 RESULTS = Path(__file__).parent / "results"
 BATCH, SEQ_LEN, HELD_OUT, RATE = 16, 512, 64, 1e-3
@@ -215,12 +217,10 @@ def main() -> None:
         "seq_len": SEQ_LEN,
         "seconds": options.seconds,
         "machine": machine(),
+        "llm_pruner": __version__,
+        "commit": commits()[1],
     }
-    result: dict[str, Any] = {"settings": settings, "runs": {}}
-    if options.out.is_file():
-        result = json.loads(options.out.read_text())
-        if result["settings"] != settings:
-            sys.exit(f"{options.out} was measured otherwise; give another --out")
+    result = results_in(options.out, settings, parser, runs={})
     with tempfile.TemporaryDirectory() as folder:
         data, held = Path(folder) / "rows.jsonl", Path(folder) / "held.jsonl"
         lines = options.data.read_text().splitlines(keepends=True)

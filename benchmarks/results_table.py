@@ -4,7 +4,7 @@
 
 Each row is one ``prune`` and one ``evaluate --report``; the dense model is measured once. What
 ``compare`` prints of the folders is written to benchmarks/results/results_table.md, and as data to
-results_table.json. Folders that are there are taken as they are when it is run again.
+results_table.json. Run again with the same model and texts it measures the folders that are there.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from commands import stamp
 
 RESULTS = Path(__file__).parent / "results"
 PAPER = ("--preset", "paper", "--layers", "heads=4-26,ffn=4-26")
@@ -40,14 +42,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/results_table"), help="folders")
     given = parser.parse_args()
     measured = ("--perplexity", given.text, *MEASURED)
-    folders = []
+    work, folders = given.work / stamp(given.model, given.calibration, given.text), []
     for name, options in ROWS.items():
-        folder = given.work / name.lower().replace(", ", "-").replace(" ", "-")
+        folder = work / name.lower().replace(", ", "-").replace(" ", "-")
         folders.append(f"{name}={folder}")
-        if folder.exists():
-            continue
-        prune = ("prune", given.model, "--out", folder, "--ratio", "0.2", "--calibration")
-        _run(*prune, given.calibration, *options)
+        if not folder.exists():
+            prune = ("prune", given.model, "--out", folder, "--ratio", "0.2", "--calibration")
+            _run(*prune, given.calibration, *options)
         _run("evaluate", folder, *measured, "--report", folder)
         if len(folders) == 1:
             _run("evaluate", given.model, *measured, "--report", folder)

@@ -5,8 +5,8 @@
 Prunes MODEL by a fifth at each multiple, by the same importance and with the split between heads
 and FFN channels that trials found without rounding, into FOLDER, where ``serve_llamacpp.py`` finds
 the models again. Writes perplexity and KL divergence from the dense model, in windows of 1,024
-tokens on the first ``--max-tokens``, to benchmarks/results/rounding.json. What is there already is
-not made again.
+tokens on the first ``--max-tokens``, to benchmarks/results/rounding.json. A model or a row that is
+there already is not made again.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from commands import results_in, stamp
 from corpora import WINDOW
 from least_damage import prune
 from llm_pruner import PruneSettings
@@ -38,13 +39,11 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--text", required=True)
     parser.add_argument("--model", default="default")
-    parser.add_argument("--preset", default="balanced")
+    parser.add_argument("--preset", default="fast")
     parser.add_argument("--max-tokens", type=int, default=8_192)
     parser.add_argument("--out", type=Path, default=RESULTS / "rounding.json")
     options = parser.parse_args()
-    result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
-    rows = result.setdefault("rows", {})
-    result["settings"] = {
+    settings = {
         "model": options.model,
         "prune": f"--preset {options.preset} --ratio 0.2",
         "calibration": Path(options.calibration).name,
@@ -52,15 +51,18 @@ def main() -> None:
         "window": WINDOW,
         "machine": machine(),
     }
+    result = results_in(options.out, settings, parser, rows={})
+    rows, made = result["rows"], stamp(options.model, options.calibration, options.preset)
     (options.work / "scores").mkdir(parents=True, exist_ok=True)
     meter = None
     for multiple in MULTIPLES:
-        if str(multiple) in rows:
+        folder = options.work / f"rounded-{multiple}-{made}"
+        if folder.exists() and str(multiple) in rows:
             continue
         split = next((row["split"] for row in rows.values()), "auto")
         asked = PruneSettings(
             model=options.model,
-            out=options.work / f"rounded-{multiple}",
+            out=folder,
             preset=options.preset,
             ratio=0.2,
             round_to=multiple,
@@ -69,9 +71,11 @@ def main() -> None:
             overwrite=True,
         )
         done = prune(asked, options.work / "scores")
+        if str(multiple) in rows:
+            continue
         meter = meter or Meter(options.model, options.text, options.max_tokens)
         kept = {name: done[name] for name in ("parameters", "split")}
-        rows[str(multiple)] = {**kept, **meter.of(str(asked.out))}
+        rows[str(multiple)] = {**kept, **meter.of(str(folder))}
         options.out.write_text(json.dumps(result, indent=1) + "\n")
         print(multiple, json.dumps(rows[str(multiple)]), flush=True)
 

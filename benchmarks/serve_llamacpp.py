@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import transformers
 
-from commands import found_by, llm_pruner
+from commands import found_by, llm_pruner, results_in, stamp
 from llama_cpp import Llama
 from llm_pruner.models.load import LoadedModel, load_model
 from machine import machine
@@ -51,7 +51,7 @@ SHAPES = {
     "equal": ("--ratio", 0.2, "--uniform"),
     "26 of 30 layers": ("--ratio", 0.1053, "--structures", "layers"),
 }
-ROUNDED = {f"20%, round to {multiple}": f"rounded-{multiple}" for multiple in (1, 32, 256)}
+ROUNDED = {f"20%, round to {multiple}": multiple for multiple in (1, 32, 256)}
 
 
 def main() -> None:
@@ -64,14 +64,14 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["exact", "packed"])
     parser.add_argument("--out", type=Path, default=RESULTS / "serve_llamacpp.json")
     options = parser.parse_args()
-    result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
-    result["settings"] = {
+    settings = {
         "model": options.model,
         "text": Path(options.text).name,
         "sample": f"{LINES} lines; {options.windows} windows of 512 tokens",
         "machine": machine(),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
+    result = results_in(options.out, settings, parser)
     text = Path(options.text).read_text(encoding="utf-8")
     for part in options.parts:
         there = result.setdefault(part, {})
@@ -90,7 +90,8 @@ def exact(options: argparse.Namespace, text: str) -> Iterator[tuple[str, Any]]:
     for name, how in {"dense": (), **SHAPES}.items():
 
         def make(name: str = name, how: Sequence[object] = how) -> dict[str, Any]:
-            folder = options.work / name.replace(" ", "-").replace(",", "")
+            made = stamp(options.model, *how)
+            folder = options.work / f"{name.replace(' ', '-').replace(',', '')}-{made}"
             source = str(folder) if how else options.model
             if how and not folder.exists():
                 of = ("--preset", preset, "--criterion", "l2")
@@ -169,12 +170,10 @@ def packed(options: argparse.Namespace, text: str) -> Iterator[tuple[str, Any]]:
     assert dense.tokenizer is not None
     tokens = torch.tensor(dense.tokenizer(text[: 16_384 * options.windows]).input_ids)
     windows = tokens[: 512 * options.windows].view(options.windows, 512)
-    for name, folder in {"dense": None, **ROUNDED}.items():
-        source = options.model if folder is None else str(options.work / folder)
-        if folder is not None and not Path(source).exists():
-            continue
+    for name, multiple in {"dense": None, **ROUNDED}.items():
 
-        def make(source: str = source) -> dict[str, Any]:
+        def make(multiple: int | None = multiple) -> dict[str, Any]:
+            source = options.model if multiple is None else rounded(options.work, multiple)
             own = load_model(source)
             found: dict[str, Any] = {"f32": divergences(windows, dense, own, own)}
             for kind in ("q8_0", "q4_k_m"):
@@ -187,6 +186,15 @@ def packed(options: argparse.Namespace, text: str) -> Iterator[tuple[str, Any]]:
             return found
 
         yield name, make
+
+
+def rounded(work: Path, multiple: int) -> str:
+    """Return the folder that ``rounding.py`` left for a multiple."""
+    found = [str(folder) for folder in work.glob(f"rounded-{multiple}-*")]
+    if len(found) != 1:
+        said = f"{work} holds {len(found)} folders rounded-{multiple}-*"
+        raise SystemExit(f"{said}; leave that of one run of rounding.py --work {work}")
+    return found[0]
 
 
 def divergences(

@@ -18,7 +18,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from commands import found_by, llm_pruner, save_dense
+from commands import found_by, llm_pruner, results_in, save_dense, stamp
 from machine import machine
 from speed import row
 
@@ -45,10 +45,19 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--out", type=Path, default=RESULTS / "serving_speed.json")
     options = parser.parse_args()
-    rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else {}
-    dense = options.work / "dense"
+    settings = {
+        "machine": machine(),
+        "model": options.model,
+        "preset": options.preset,
+        "prompt_tokens": options.prompt_tokens,
+        "new_tokens": options.new_tokens,
+        "repeats": options.repeats,
+    }
+    results = results_in(options.out, settings, parser, rows={})
+    rows = results["rows"]
+    dense = options.work / f"dense-{stamp(options.model)}"
     if not dense.exists():
-        half = options.work / "half"
+        half = dense.with_name("half")
         save_dense(options.model, half, "bfloat16")
         half.rename(dense)
     for way, how in WAYS.items():
@@ -62,14 +71,13 @@ def main() -> None:
             timing = (*texts, "--repeats", options.repeats, "--server-python", python)
             found = found_by("bench", small, "--against", dense, *how, *timing)
             rows[name] = {**summary(found), "versions": versions(python)}
-            about = {"machine": machine(), "model": options.model, "preset": options.preset}
-            options.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+            options.out.write_text(json.dumps(results, indent=1) + "\n")
             print(name, json.dumps(rows[name]["speed"]), flush=True)
 
 
 def pruned(dense: Path, ratio: float, options: argparse.Namespace) -> Path:
     """Return the folder of a pruned model."""
-    out = options.work / f"small-{ratio}"
+    out = options.work / f"small-{ratio}-{stamp(options.model, options.preset)}"
     if not out.exists():
         how = ("--ratio", ratio, "--preset", options.preset, "--calibration", "self")
         llm_pruner("prune", dense, "--out", out, *how)

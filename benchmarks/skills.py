@@ -15,12 +15,11 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 
-from commands import found_by
+from commands import found_by, results_in
 from machine import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -37,9 +36,8 @@ def main() -> None:
     parser.add_argument("--batch-size", default="20")
     parser.add_argument("--out", type=Path, default=RESULTS / "skills.json")
     given = parser.parse_args()
-    results: dict[str, Any] = {"rows": []}
-    if given.out.exists():
-        results = json.loads(given.out.read_text())
+    settings = {"limit": given.limit, "against": given.against and Path(given.against).name}
+    results = results_in(given.out, settings, parser, rows=[])
     there = {(row["name"], row["of"]) for row in results["rows"]}
     asked = {
         "humaneval": (

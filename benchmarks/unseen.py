@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ sys.path[:0] = [str(HERE.parent / "tests/support")]
 import torch  # noqa: E402
 
 import llm_pruner  # noqa: E402
+from machine import commits  # noqa: E402
 from unseen.spec import SPECS  # noqa: E402
 
 TIME_LIMIT = 120
@@ -77,7 +78,7 @@ def main() -> int:
         print(f"not installed, left out: {', '.join(missing)}")
     specs = [spec for spec in specs if spec.package not in missing]
     journal = options.out.with_suffix(".jsonl")
-    commit, source = _commit()
+    commit, source = commits()
     rows = _read(journal, source)
     if options.again:
         rows = {name: row for name, row in rows.items() if name not in {s.name for s in specs}}
@@ -101,19 +102,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _commit() -> tuple[str, str]:
-    """Return the commit of the source that is measured, and the last one that changed it."""
-    spec = util.find_spec("llm_pruner")
-    git = ["git", "-C", str(Path(str(spec and spec.origin)).parent)]
-
-    def ask(*command: str) -> str:
-        done = subprocess.run([*git, *command], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    dirty = "+" if ask("status", "--porcelain", "--", ".") else ""
-    return ask("rev-parse", "--short", "HEAD"), ask("log", "-1", "--format=%h", "--", ".") + dirty
 
 
 def _read(journal: Path, source: str) -> dict[str, Any]:

@@ -29,7 +29,6 @@ With ``--work`` the folders stay, and what two rows begin with alike is made onc
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -45,7 +44,8 @@ import transformers
 import yaml
 from transformers import AutoTokenizer
 
-from commands import found_by, llm_pruner
+from commands import found_by, llm_pruner, results_in, stamp
+from llm_pruner.commands.workdir import content
 from llm_pruner.data.text import load_evaluation_text
 from llm_pruner.settings.evaluate import PerplexitySettings
 from llm_pruner.settings.words import parse_count
@@ -73,8 +73,8 @@ def made(
         if name == "folder":
             [last] = arguments
             continue
-        key = json.dumps([commands[: number + 1], seed]).encode()
-        out = work / hashlib.sha256(key).hexdigest()[:16]
+        words = [word for command in commands[: number + 1] for word in command]
+        out = work / stamp(options.model, seed, *words)
         took = out.with_suffix(".seconds")
         if not took.exists():
             said = [options.model if one == "MODEL" else one for one in arguments]
@@ -144,15 +144,12 @@ def main() -> None:
     settings = {
         "model": Path(options.model).name,
         "texts": [Path(text).name for text in options.text],
+        "contents": [content(text) for text in options.text],
         "max_tokens": options.max_tokens,
         "window": options.window,
         "dtype": options.dtype,
     }
-    results: dict[str, Any] = {"settings": settings, "rows": []}
-    if options.out.exists():
-        results = json.loads(options.out.read_text())
-        if results["settings"] != settings:
-            parser.error(f"{options.out} holds rows of other settings; give another --out")
+    results = results_in(options.out, settings, parser, rows=[])
     wanted = options.only.split(",") if options.only else [*asked]
     for name in wanted:
         commands = [

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from commands import llm_pruner
+from commands import llm_pruner, name_of, results_in, stamp
 from machine import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -107,21 +107,19 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "kept-work")
     parser.add_argument("--out", type=Path, default=RESULTS / "zero_shot_kept.json")
     options = parser.parse_args()
-    results: dict[str, Any] = {"settings": {}, "models": {}}
-    if options.out.exists():
-        results = json.loads(options.out.read_text())
-    results["settings"] = {
-        "model": "SmolLM2-135M-Instruct",
+    settings = {
+        "model": name_of(options.model),
         "dtype": options.dtype,
         "parameters": PARAMETERS,
         "calibration": Path(options.calibration).name,
         "machine": machine(),
         **({} if options.limit is None else {"limit": options.limit}),
     }
+    results = results_in(options.out, settings, parser, models={})
     models: dict[str, Any] = {"dense": options.model}
     presets = options.presets.split(",") if options.presets else []
     for preset in presets:
-        models[preset] = options.work / preset
+        models[preset] = options.work / f"{preset}-{stamp(options.model, options.calibration)}"
     for given in options.recovered:
         name, _, folder = given.partition("=")
         models[name] = Path(folder)
