@@ -1398,7 +1398,17 @@ def test_forms_of_repeat_interleave() -> None:
     assert free(checked(Net(Body(between, inner=16)), dense=False)) == {"hidden", "other"}
 
 
-def test_positions_that_are_written_as_values() -> None:
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda chosen, order: torch.zeros_like(chosen).scatter(-1, order, chosen),
+        lambda chosen, order: chosen.scatter(-1, order, torch.zeros_like(chosen)),
+        lambda chosen, order: chosen.scatter_(-1, order[..., :1], 2),
+    ],
+)
+def test_positions_that_are_written_as_values(
+    write: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> None:
     class Routed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -1408,8 +1418,95 @@ def test_positions_that_are_written_as_values() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             chosen = self.router(x).topk(2).indices
             order = torch.tensor([1, 0]).expand_as(chosen)
-            slots = torch.zeros_like(chosen).scatter(-1, order, chosen)
-            return torch.einsum("bsd,bskdh->bsh", x, self.w1[slots])
+            return torch.einsum("bsd,bskdh->bsh", x, self.w1[write(chosen, order)])
 
     discovery = checked(Net(Routed()), dense=False)
     assert "written" in why(discovery, "router.weight", 0)
+
+
+def test_experts_that_an_operation_without_a_rule_is_given_the_numbers_of() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(HIDDEN, 5)
+            self.up, self.scale = nn.Parameter(torch.randn(5, HIDDEN)), nn.Parameter(torch.randn(5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            weights, chosen = self.gate(x).topk(2)
+            scaled = weights * torch.take(self.scale, chosen)
+            return (scaled[..., None] * self.up[chosen]).sum(2) * x
+
+    discovery = checked(Net(Scaled()), dense=False)
+    assert why(discovery, "gate.weight", 0) == "no rule for the operation take"
+
+
+def test_axes_that_are_put_in_and_taken_out_in_place() -> None:
+    class Inserted(Body):
+        def __init__(self) -> None:
+            super().__init__(torch.relu)
+            self.gate = nn.Linear(8, HIDDEN)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.up(x).relu()
+            gate = self.gate(y).sigmoid()
+            y.unsqueeze_(2).mul_(2.0).squeeze_(2)
+            return self.down(y) * gate
+
+    discovery = checked(Net(Inserted()))
+    (group,) = of_kind(discovery, "ffn")
+    assert {m.tensor.split(".", 2)[2] for m in group.members} == {
+        *("up.weight", "up.bias", "gate.weight", "down.weight")
+    }
+
+
+@pytest.mark.parametrize("shapes", [False, True])
+def test_broadcasting_by_name(shapes: bool) -> None:
+    class Remembered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(HIDDEN, 8), nn.Linear(16, HIDDEN)
+            self.memory = nn.Parameter(torch.randn(8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = F.gelu(self.up(x))
+            if shapes:
+                memory = self.memory.expand(torch.broadcast_shapes(self.memory.shape, y.shape))
+            else:
+                memory, y = torch.broadcast_tensors(self.memory, y)
+            return self.down(torch.cat([memory, y], -1))
+
+    discovery = checked(Net(Remembered()))
+    if shapes:
+        assert "written in the code (expand)" in why(discovery, "memory", 0)
+    else:
+        (group,) = of_kind(discovery, "ffn")
+        assert "memory" in [member.tensor.rpartition(".")[2] for member in group.members]
+
+
+@pytest.mark.parametrize("step", ["a size", "of numpy"])
+def test_steps_of_slices(step: str) -> None:
+    class Strided(Body):
+        def __init__(self) -> None:
+            super().__init__(torch.relu)
+            self.few, self.out = nn.Linear(HIDDEN, 2), nn.Linear(4, HIDDEN)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            few, y = self.few(x), self.up(x).relu()
+            by = few.shape[-1] if step == "a size" else np.int64(2)
+            return self.down(y) + self.out(y[..., ::by]) * few.sum(-1, keepdim=True)
+
+    discovery = checked(Net(Strided()))
+    if step == "a size":
+        assert "used as a number" in why(discovery, "few.weight", 0)
+
+
+def test_axes_that_are_read_by_a_mean() -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.score = nn.Linear(HIDDEN, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.score(x).mean(-1, keepdim=True).sigmoid() * x
+
+    assert "other" in free(checked(Net(Gate()), dense=False))

@@ -74,7 +74,7 @@ def plan_edits(model: nn.Module, discovery: Discovery, removal: Removal) -> Edit
         if name in discovery.buffers and (new := rename(name)) is not None:
             kept = _others(discovery.buffers[name][dim], positions)
             buffers[new][dim] = tuple(kept.tolist())
-    values: dict[str, dict[str, int]] = defaultdict(dict)
+    values: dict[str, dict[str, Any]] = defaultdict(dict)
     for (module, attribute), value in sorted(attributes.items()):
         if (new := rename(module)) is not None:
             values[new][attribute] = value
@@ -237,7 +237,7 @@ def _descriptions(
     model: nn.Module,
     shapes: Mapping[str, tuple[int, ...]],
     rename: Renaming,
-    values: Mapping[str, Mapping[str, int]],
+    values: Mapping[str, Mapping[str, Any]],
     aliases: Mapping[str, str],
 ) -> Iterator[tuple[str, str, int]]:
     """Yield the sizes that standard modules state of themselves (``in_features`` and the like)."""

@@ -13,6 +13,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -237,6 +238,13 @@ def _as_other(tracer: Tracer, out: Any, other: Any) -> None:
         _state(tracer, out, "expand_as", sizes)
 
 
+@sized("broadcast_tensors", takes="*tensors")
+def _broadcast(tracer: Tracer, out: Any) -> None:
+    for first, other in pairwise(map(tracer.label, out)):
+        for rows in zip(first, other, strict=True):
+            tracer.unify(*rows)
+
+
 @sized("arange", takes="*bounds")
 def _arange(
     tracer: Tracer,
@@ -339,8 +347,10 @@ def _record_slice(tracer: Tracer, rows: IntArray, item: slice) -> None:
             tracer.sized(bound, rows[:place], "slice")
         if place in (1, -1) and type(bound) is int and plain(item.step) in (None, 1):
             tracer.freeze(rows[:1] if place > 0 else rows[-1:], "a slice leaves it out")
-    step, first = plain(item.step), plain(item.start) or 0
-    if isinstance(step, int) and step > 1:
+    if type(item.step) is TracedInt:
+        tracer.used_as_number(item.step.expr)
+    step, first = operator.index(plain(item.step) or 1), plain(item.start) or 0
+    if step > 1:
         first += size if first < 0 else 0
         tracer.tie_windows(rows[first - first % step :], step, "strided slice")
 

@@ -101,6 +101,7 @@ class Operation:
         name: without overload.
         op: its row; an empty one if there is none.
         mutates: it writes to an input.
+        reshapes: it gives an input other axes.
         view: its results share the memory of an input, and with it the strides.
         names: of its arguments, in order.
         defaults: argument -> default, of those that have one.
@@ -110,6 +111,7 @@ class Operation:
     name: str
     op: Op
     mutates: bool
+    reshapes: bool
     view: bool
     names: tuple[str, ...]
     defaults: Mapping[str, Any]
@@ -137,6 +139,7 @@ def operation(func: Any) -> Operation:
         name=name,
         op=OPS.get(name, tagged),
         mutates=schema.is_mutable,
+        reshapes=torch.Tag.inplace_view in func.tags,
         view=any(one.alias_info and not one.alias_info.is_write for one in schema.returns),
         names=tuple(one.name for one in schema.arguments),
         defaults={

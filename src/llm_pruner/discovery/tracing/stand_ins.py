@@ -9,10 +9,12 @@ functions of PyTorch that are watched.
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch.jit._script import RecursiveScriptModule
 from torch.overrides import _get_current_function_mode, handle_torch_function
 from torch.utils._python_dispatch import _disable_current_modes
 
-from llm_pruner.discovery.tracing.sizes import plain
+from llm_pruner.discovery.tracing.sizes import TracedShape, plain
 
 COMPILED_CODE = "compiled code"
 TRANSFORMED_CODE = "code under torch.vmap or another transform of torch.func"
@@ -35,6 +37,7 @@ def in_sight(model: nn.Module) -> Iterator[None]:
         _replace(stack, torch._C.ScriptFunction, "__call__", _script_function)
         _replace(stack, torch._C.ScriptMethod, "__call__", _script_method)
         _replace(stack, RecursiveScriptModule, "__call__", _script_module)
+        _replace(stack, torch, "broadcast_shapes", _broadcast_shapes)
         # Under it operations are not taken apart into those that have rules.
         _replace(stack, torch.inference_mode, "__enter__", lambda _: None)
         _replace(stack, torch.inference_mode, "__exit__", lambda *_: None)
@@ -65,6 +68,21 @@ def in_sight(model: nn.Module) -> Iterator[None]:
 def _replace(stack: ExitStack, owner: Any, name: str, value: object) -> None:
     stack.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, value)
+
+
+def _broadcast_shapes(*shapes: Any) -> Any:
+    """As in PyTorch, whose own asks integers whether they are sizes of nested tensors.
+
+    Sizes of several tensors that meet are plain numbers: nothing says that they go together.
+    """
+    each = [(shape,) if isinstance(shape, int) else tuple(shape) for shape in shapes]
+    found = []
+    for sizes in zip_longest(*map(reversed, each), fillvalue=1):
+        met = [one for one in sizes if plain(one) != 1] or [1]
+        found.append(met[0] if len(met) == 1 else max(map(operator.index, met)))
+        if any(plain(one) != plain(met[0]) for one in met):
+            raise RuntimeError(f"shapes {each} cannot be broadcast to one")
+    return TracedShape(reversed(found))
 
 
 def _flex_attention(*args: Any, **kwargs: Any) -> Any:

@@ -358,6 +358,11 @@ class Tracer(TorchDispatchMode):
                 self.trace.order.setdefault(self.names[tensor], self._clock)
         if known.mutates and inputs and inputs[0] in self.weights:
             self._written |= {storage_of(inputs[0])} - self._trained
+        before = args
+        if known.reshapes:  # and the rule is to see what it was
+            before = (inputs[0].detach(), *args[1:])
+            self.labels[before[0]] = self.label(inputs[0])
+            inputs = [before[0], *inputs[1:]]
         call = Call(known.name, inputs, self.execute(known, args, kwargs))
         try:
             if self.function in (COMPILED_CODE, TRANSFORMED_CODE):
@@ -366,14 +371,13 @@ class Tracer(TorchDispatchMode):
                 raise UnplacedError(f"no rule for the operation {call.name}")
             if known.op.domain == "read":
                 self._freeze_domains(inputs, f"its positions are chosen by {call.name}")
-            known.op.rule(self, call, **known.asked(known.op.rule, args, kwargs))
+            known.op.rule(self, call, **known.asked(known.op.rule, before, kwargs))
         except (UnplacedError, ValueError, LookupError, TypeError) as error:
             # A call in a form that the rule was not made for is as good as one without a rule.
             form = f"no rule for this form of the operation {call.name}"
             reason = str(error) if isinstance(error, UnplacedError) else form
             self._give_up(call, reason)
-            if known.op.domain != "read":
-                self._freeze_domains(inputs, reason)
+            self._freeze_domains(inputs, reason)
         else:
             if known.op.domain == "kept" and inputs[0] in self.domains:
                 for tensor in call.results:

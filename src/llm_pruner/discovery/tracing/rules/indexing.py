@@ -137,8 +137,9 @@ def scatter(
             tracer.unify(values[dim], chosen[dim])
         else:
             tracer.freeze(values[dim], "read in part")
-    if src is not None and src in tracer.domains:
-        tracer.freeze(tracer.domains[src], "its positions are written")
+    for positions in (self, src):
+        if positions is not None and positions in tracer.domains:
+            tracer.freeze(tracer.domains[positions], "its positions are written")
     tracer.set_label(call.out, axes)
     if index in tracer.vocabulary:
         tracer.one_hot[call.out] = True

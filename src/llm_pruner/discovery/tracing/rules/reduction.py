@@ -57,7 +57,7 @@ def reduce(tracer: Tracer, call: Call, self: Tensor, dim: Dims = None) -> None:
         raise UnplacedError(reason)
     for place in gone:
         tracer.require_whole(axes[place])
-        if call.name == "sum":
+        if call.name not in ("any", "all"):
             tracer.note("read", axes[place])
     for result in call.results:
         if result.dim() == len(axes):
