@@ -19,7 +19,8 @@ from llm_pruner.commands import vocab as command
 from llm_pruner.data import vocabulary
 from llm_pruner.data.sequences import bare_ids
 from llm_pruner.files import outputs
-from llm_pruner.surgery.vocabulary import cut_vocabulary_, named_tokens
+from llm_pruner.models.load import load_model
+from llm_pruner.surgery.vocabulary import cut_vocabulary_, named_tokens, with_tokens_of
 from trained_tokenizers import byte_level
 
 pytestmark = pytest.mark.slow
@@ -164,6 +165,17 @@ def test_the_dense_model_is_compared_and_teaches_by_the_tokens_that_stay(tmp_pat
     taught = tmp_path / "taught"
     both = ("--teacher", dense, "--control", dense)
     done("recover", small, *both, *train, "--held-out", "2", "--out", taught)
+
+
+def test_a_teacher_with_other_tokens_is_another(tmp_path: Path) -> None:
+    """By its fingerprint, which names what of a teacher is kept for other runs."""
+    dense, text = save(tmp_path / "dense"), write_text(tmp_path / "t.txt", 6000)
+    whole = load_model(str(dense))
+    found = {whole.fingerprint}
+    for size in ("400", "300"):
+        done("vocab", dense, "--text", text, "--size", size, "--out", tmp_path / size)
+        found.add(with_tokens_of(whole, load_model(str(tmp_path / size))).fingerprint)
+    assert len(found) == 3
 
 
 @pytest.mark.parametrize("structures", ["ffn", "hidden,ffn"])

@@ -37,6 +37,7 @@ from llm_pruner.models.chatglm import (
     register,
 )
 from llm_pruner.models.chatglm.layout import Layout, positions, read_layout, visible
+from llm_pruner.models.forward import repeat_
 from llm_pruner.surgery.cut import cut_
 from llm_pruner.surgery.removal import count_parameters
 from llm_pruner.surgery.twin import pruned_logits, twin_logits
@@ -290,6 +291,12 @@ def test_earlier_name_of_the_cache() -> None:
     assert cache.get_seq_length() == 7
     step = model(tokens[:, 7:], past_key_values=cache, use_cache=True).logits
     assert float((step - model(tokens).logits[:, 7:]).abs().max()) < 1e-5
+
+
+def test_a_cache_that_knows_its_rows_is_not_repeated() -> None:
+    cache = tiny()(torch.tensor(ROWS[:1]), use_cache=True).cache
+    assert not repeat_(cache, 2)
+    assert cache.layers[0].keys.shape[0] == 1
 
 
 def pad_left(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,6 +22,8 @@ from transformers import (
     BertForMaskedLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    LlamaConfig,
+    LlavaConfig,
 )
 
 import llm_pruner
@@ -205,6 +207,14 @@ def remote_code(folder: Path) -> None:
         (config_values(hidden_size=50), "cannot be loaded .*hidden size"),
         (packed, "weights of the type F8_E4M3, and its config.json does not say how"),
         (adapter, r"has an adapter beside its weights \(adapter_config.json\); merge it"),
+        (
+            config_values(transformers_weights="adapter_model.bin"),
+            r"has its weights in 'adapter_model.bin', says its config.json",
+        ),
+        (
+            lambda f: (f / "shard-00001-model-00001-of-00001.safetensors").touch(),
+            r"has the shards of a training run",
+        ),
         (lone_adapter, r"tiny is an adapter without its model \(adapter_config.json\); merge"),
     ],
 )
@@ -213,6 +223,32 @@ def test_bad_folders(folder: Path, change: Callable[[Path], None], message: str)
     with pytest.raises(UserError, match=message) as raised:
         load_model(str(folder))
     assert "\n" not in str(raised.value)
+
+
+def test_packing_that_the_config_of_the_text_says(tmp_path: Path) -> None:
+    text = LlamaConfig(quantization_config={"quant_method": "gptq"})
+    LlavaConfig(text_config=text).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"is quantized \(gptq\)"):
+        load_model(str(tmp_path), weights=False)
+
+
+@pytest.mark.usefixtures("hub")
+def test_packed_weights_are_refused_when_they_are_fetched(folder: Path) -> None:
+    packed(folder)
+    with pytest.raises(UserError, match="weights of the type F8_E4M3"):
+        load_model("me/tiny")
+
+
+def test_files_that_are_watched_are_those_of_the_index(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path, max_shard_size="100KB")
+    index = tmp_path / "model.safetensors.index.json"
+    (tmp_path / "inner").mkdir()
+    for file in sorted(tmp_path.glob("model-*")):
+        file.rename(tmp_path / "inner" / file.name)
+    index.write_text(index.read_text().replace('"model-', '"inner/model-'))
+    states = sources.file_states(str(tmp_path))
+    watched = {file.relative_to(tmp_path).parts[0] for file, *_ in states}
+    assert watched == {"config.json", "inner"}
 
 
 def test_float64_is_not_packed(folder: Path) -> None:

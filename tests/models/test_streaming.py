@@ -192,6 +192,36 @@ def test_a_streamed_model_has_the_types_of_a_resident_one(mixture: Path, dtype: 
     assert found == expected
 
 
+def widened(folder: Path, part: str) -> Path:
+    """Store some weights in float32, with values that bfloat16 cannot hold."""
+    file = folder / "model.safetensors"
+    found = weights(folder)
+    wide = {name: torch.rand(value.shape) for name, value in found.items() if part in name}
+    save_file(found | wide, file, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_of_a_wider_type_than_most_are_not_rounded(tmp_path: Path, dtype: str) -> None:
+    folder = widened(save(tmp_path / "model", "llama"), "norm")
+    resident = dict(load_model(str(folder), dtype=dtype).model.named_parameters())
+    streamed = load_model(str(folder), dtype=dtype, memory=TINY).model
+    for name, parameter in streamed.named_parameters():
+        value = values_of(parameter)
+        assert value.dtype == resident[name].dtype, name
+        assert torch.equal(value, resident[name]), name
+
+
+def test_weights_that_would_be_rounded_under_another_name_are_refused(tmp_path: Path) -> None:
+    folder = widened(save(tmp_path / "model", "llama"), "layers.0.input_layernorm")
+    found = weights(folder)
+    # As a model without its head was saved.
+    renamed = {name.removeprefix("model."): value for name, value in found.items()}
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"input_layernorm.weight in F32 under another name"):
+        load_model(str(folder), memory=TINY)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("told", [False, True])
 def test_says_what_is_in_memory_all_the_same(

@@ -916,6 +916,23 @@ def test_state_survives_without_pickle(tmp_path: Path) -> None:
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}
 
 
+def test_an_optimizer_whose_state_is_nested_and_shared(tmp_path: Path) -> None:
+    """As that of bitsandbytes, whose weights share one table of values."""
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = torch.optim.SGD(weights)
+    table = torch.arange(4.0)
+    for weight in weights:
+        optimizer.state[weight] = {"step": 3, "packed": {"table": table, "scale": 0.5}}
+    tensors, plain = states.optimizer_values(optimizer)
+    states.write_tensors(tmp_path / "optimizer.safetensors", tensors)
+    other = torch.optim.SGD(weights)
+    states.read_optimizer_(tmp_path, json.loads(json.dumps(plain)), other)
+    for weight in weights:
+        found = other.state[weight]
+        assert torch.equal(found["packed"].pop("table"), table)
+        assert found == {"step": 3, "packed": {"scale": 0.5}}
+
+
 # With dropout random numbers are drawn at each step, and adapters are PEFT's own operations;
 # without, they are one operation on a CPU.
 @pytest.mark.slow

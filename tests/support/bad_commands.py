@@ -467,7 +467,12 @@ TABLE: dict[str, list[Bad]] = {
                 f"--trainer optim={name}: {name} steps in a way of its own, which the steps of "
                 "recover do not follow; name another optim",
             )
-            for name in ("lomo", "schedule_free_adamw", "galore_adamw_layerwise")
+            for name in (
+                "lomo",
+                "schedule_free_adamw",
+                "galore_adamw_layerwise",
+                "adamw_torch_8bit",
+            )
         ),
         (
             "--trainer optin=x",
@@ -478,10 +483,13 @@ TABLE: dict[str, list[Bad]] = {
             "--trainer max_steps=3",
             "--trainer max_steps=3: recover sets max_steps itself; use its own option",
         ),
-        (
-            "--trainer label_smoothing_factor=0.5",
-            "--trainer label_smoothing_factor=0.5: recover lays out its own steps, in which "
-            "label_smoothing_factor does nothing; leave it out",
+        *(
+            (
+                f"--trainer {one}",
+                f"--trainer {one}: recover lays out its own steps, in which "
+                f"{one.partition('=')[0]} does nothing; leave it out",
+            )
+            for one in ("label_smoothing_factor=0.5", "save_steps=50", "auto_find_batch_size=true")
         ),
         (
             "--trainer 'lr_scheduler_kwargs={min_lr: 1e-6}'",

@@ -14,7 +14,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from llm_pruner.errors import DiscoveryError, UserError
 
@@ -307,11 +307,12 @@ def make_room_(cache: Any, tokens: int) -> None:
 def repeat_(cache: Any, texts: int) -> bool:
     """Have so many texts go on from the one that a cache holds; return whether that can be.
 
-    It can where layers of transformers keep keys and values and nothing else.
+    It can where a cache of transformers keeps keys and values in its layers and nothing else.
     """
-    layers = getattr(cache, "layers", None)
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    if not isinstance(layers, list) or not layers or any(type(one) not in plain for one in layers):
+    if type(cache) is not DynamicCache or vars(cache).keys() != vars(DynamicCache()).keys():
+        return False
+    if not cache.layers or any(type(one) not in plain for one in cache.layers):
         return False
     cache.batch_repeat_interleave(texts)
     return True

@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,6 +31,8 @@ from transformers import (
     __version__,
     initialization,
 )
+from transformers.core_model_loading import WeightConverter
+from transformers.distributed.checkpoint import is_sharded_checkpoint
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -146,14 +149,15 @@ def load_model(
         config = _config(source, found, packed)
         if found.is_gguf:
             scale_rotary_(config, on_disk.local_path(source))
-        if weights and memory is not None:
+        if weights:
             _download(source, found)
     limit = memory if weights and _method(config) in (None, _OWN_METHOD) else None
-    streams = limit is not None and _exceeds(limit, source, revision, dtype)
-    if streams:
-        # The type of its files, whatever its config says: a weight that is cast is no view of them.
+    place = None  # of what is read block by block
+    if limit is not None and _exceeds(limit, source, revision, dtype):
         place = on_disk.stored_at(found.folder, found.shared["revision"])
-        there = torch.float32 if place is None else on_disk.commonest_type(place)
+    if place is not None:
+        # The type of its files, whatever its config says: a weight that is cast is no view of them.
+        there = on_disk.commonest_type(place)
         options = {"dtype": there, "device_map": "cpu"}
     with _quiet():
         with _explained(source):
@@ -162,7 +166,7 @@ def load_model(
                 # The class of this package does what the code of the folder does.
                 of_model = replace(found, shared=found.shared | {"trust_remote_code": False})
             said = getattr(config, "dtype", None)  # what loads may write into the config
-            with put_together_late(mapped_files) if streams else nullcontext():
+            with nullcontext() if place is None else put_together_late(mapped_files):
                 model, unread = _load_model(source, of_model, config, options, weights)
         reads = weights if reads_tokenizer is None else reads_tokenizer
         tokenizer = _load_tokenizer(source, found, tokenizer_required) if reads else None
@@ -176,11 +180,12 @@ def load_model(
         )
     if found.is_gguf and tokenizer is not None:
         drop_tokens_beyond_(tokenizer, embedding_rows(model))
-    if streams:
+    if place is not None:
         keep_all_blocks()
         kinds = (on_disk.dtype_named(dtype), said, model.dtype)
         kind = next(one for one in kinds if isinstance(one, torch.dtype))
-        stream_(model, kind, _device(device), memory or 0)
+        exact = _unrounded(source, model, place, there, unread)
+        stream_(model, kind, _device(device), memory or 0, unrounded=exact)
     return LoadedModel(
         model=model.eval(),
         tokenizer=tokenizer,
@@ -191,6 +196,40 @@ def load_model(
         stored_dtype=_stored_dtype(found, said),
         processor=_processor(found, model.config) if weights else {},
     )
+
+
+def _unrounded(
+    source: str,
+    model: PreTrainedModel,
+    folder: Path,
+    there: torch.dtype,
+    unread: Collection[str],
+) -> dict[int, torch.Tensor]:
+    """Return id of a parameter -> its values, where those of its file do not fit into a type.
+
+    Raises:
+        UserError: such weights are put together of several, or several are made of one, or a shard
+            of what is saved may end between weights that are saved as one.
+    """
+    conversions = getattr(model, "_weight_conversions", None) or ()
+    if any(len(one.target_patterns) > 1 for one in conversions if isinstance(one, WeightConverter)):
+        raise UserError(
+            f"files of a {type(model).__name__} hold several of its weights as one, which are not "
+            "written block by block; give a --memory that holds all"
+        )
+    own = model.state_dict(keep_vars=True)
+    found: dict[int, torch.Tensor] = {}
+    for tensor in on_disk.rounded_by(folder, there):
+        if tensor.name in own:
+            with safe_open(tensor.file, "pt") as weights:
+                found[id(own[tensor.name])] = weights.get_tensor(tensor.name)
+        elif tensor.name not in unread:
+            raise UserError(
+                f"{source} has {tensor.name} in {tensor.dtype} under another name than the model, "
+                f"and most weights in {str(there).removeprefix('torch.')}, to which it would be "
+                "rounded where weights are read block by block; give a --memory that holds all"
+            )
+    return found
 
 
 def _commit(found: _Found) -> str | None:
@@ -243,6 +282,11 @@ def _config(source: str, found: _Found, packed: bool) -> Any:
             "a model that generates text"
         )
     _check_quantization(source, config, packed)
+    if named := getattr(config, "transformers_weights", None):
+        raise UserError(
+            f"{source} has its weights in {named!r}, says its config.json (transformers_weights), "
+            "and only files of the usual names are read; load it with transformers and save it anew"
+        )
     if not here:
         _check_adapter(source, found)
     return config
@@ -414,7 +458,7 @@ def _load_model(
             )
         if Path(found.folder).is_dir():
             on_disk.stored_tensors(Path(found.folder))
-    plain = not found.is_gguf and getattr(config, "quantization_config", None) is None
+    plain = not found.is_gguf and _method(config) is None
     if plain and (place := on_disk.stored_at(found.folder, found.shared["revision"])) is not None:
         on_disk.check_types(place)
     if found.is_gguf:
@@ -523,6 +567,11 @@ def _check_folder(path: Path, weights: bool) -> None:
             "save_pretrained wrote"
         )
     _check_json(path / on_disk.CONFIG)
+    if weights and is_sharded_checkpoint(path):
+        raise UserError(
+            f"{path} has the shards of a training run (shard-...), which would be read in place of "
+            "its weights; join them with transformers, or move them away"
+        )
     if weights:
         on_disk.stored_tensors(path)
 
@@ -556,8 +605,11 @@ def _check_gguf(path: Path) -> None:
 
 def _method(config: Any) -> str | None:
     """Return how weights are packed; a pruned folder's recipe stands in that place, too."""
-    quantization = getattr(config, "quantization_config", None)
-    return None if quantization is None else dict(quantization).get("quant_method", "")
+    for one in (config, config.get_text_config(decoder=True)):
+        quantization = getattr(one, "quantization_config", None)
+        if quantization is not None:
+            return str(dict(quantization).get("quant_method", ""))
+    return None
 
 
 def _check_quantization(source: str, config: Any, packed: bool) -> None:

@@ -128,9 +128,14 @@ def file_states(source: str) -> FileStates:
     """Return what the config and the weight files of a local model look like; empty of the hub's.
 
     Files in the cache of the hub are never changed in place.
+
+    Raises:
+        UserError: the index of weight files is damaged.
     """
     path = local_path(source)
-    files = [path] if path.is_file() else [*path.glob("*.safetensors"), path / CONFIG]
+    sharded = (path / _INDEX).is_file() and not (path / _WEIGHTS).is_file()
+    weights = [path / name for name in weight_names(path)] if sharded else [path / _WEIGHTS]
+    files = [path] if path.is_file() else [*weights, path / CONFIG]
     states = ((file, file.stat()) for file in sorted(files) if file.is_file())
     return tuple((file, state.st_size, state.st_mtime_ns) for file, state in states)
 
@@ -188,6 +193,8 @@ def stored_size(source: str, revision: str | None, dtype: str) -> tuple[int | No
 class Stored(NamedTuple):
     """A tensor in a file: its type, as safetensors calls it, bytes and number of elements."""
 
+    file: Path
+    name: str
     dtype: str
     bytes: int
     elements: int
@@ -228,6 +235,15 @@ def commonest_type(folder: Path) -> torch.dtype:
         if tensor.dtype in _FLOATS:
             elements[_FLOATS[tensor.dtype]] += tensor.elements
     return elements.most_common(1)[0][0] if elements else torch.float32
+
+
+def rounded_by(folder: Path, dtype: torch.dtype) -> list[Stored]:
+    """Return the tensors in a folder whose values another type cannot hold."""
+    return [
+        tensor
+        for tensor in (stored_tensors(folder) if _is_complete(folder) else ())
+        if torch.promote_types(_FLOATS.get(tensor.dtype, dtype), dtype) != dtype
+    ]
 
 
 def _has_weights(folder: Path) -> bool:
@@ -289,11 +305,11 @@ def _tensors(file: Path) -> list[Stored]:
             raise _damaged(file, size, f"at least {8 + length}", "truncated")
         header = stream.read(length)
     try:
-        entries = [entry for name, entry in parse_json(header).items() if name[:2] != "__"]
-        places = [tuple(map(int, entry["data_offsets"])) for entry in entries]
+        entries = {name: one for name, one in parse_json(header).items() if name[:2] != "__"}
+        places = [tuple(map(int, entry["data_offsets"])) for entry in entries.values()]
         found = [
-            Stored(str(entry["dtype"]), end - start, math.prod(map(int, entry["shape"])))
-            for entry, (start, end) in zip(entries, places, strict=True)
+            Stored(file, name, str(one["dtype"]), end - start, math.prod(map(int, one["shape"])))
+            for (name, one), (start, end) in zip(entries.items(), places, strict=True)
         ]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise no_header from error

@@ -116,6 +116,7 @@ def stream_(
     room: int = 0,
     *,
     in_memory: bool = False,
+    unrounded: Mapping[int, torch.Tensor] | None = None,
 ) -> None:
     """Have weights read for each turn of their block, embedding or head; turn others to ``dtype``.
 
@@ -127,6 +128,7 @@ def stream_(
         device: where it is computed.
         room: bytes that the weights may take; see ``room_for``.
         in_memory: the weights are not those of the files any more.
+        unrounded: id of a parameter -> its values, where loading has rounded them.
 
     Raises:
         UserError: the model has no list of blocks, or holds computed numbers that the stored type
@@ -140,7 +142,7 @@ def stream_(
             "block; give a --memory that holds all of them"
         )
     _compute_anew_(model, dtype)
-    noted, wide = _set_apart_(model), _wide(model, dtype)
+    noted, wide = {**(unrounded or {}), **_set_apart_(model)}, _wide(model, dtype)
     uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
     ranges = [] if in_memory else mapped_files()
 

@@ -67,8 +67,13 @@ def drop_older(work: Path, newest: Path) -> None:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    """Write tensors, which may share memory."""
+    apart, seen = {}, set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in seen else tensor.contiguous()
+        seen.add(place)
+    save_file(apart, file)
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
@@ -104,34 +109,43 @@ def optimizer_values(optimizer: Any) -> tuple[dict[str, torch.Tensor], dict[str,
     """
     state = optimizer.state_dict()
     tensors: dict[str, torch.Tensor] = {}
-    plain: dict[str, dict[str, Any]] = {}
-    for index, values in state["state"].items():
-        for key, value in values.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{key}"] = whole(value)
-            elif isinstance(value, int | float | bool | None):
-                plain.setdefault(str(index), {})[key] = value
-            else:
-                raise UserError(
-                    f"the optimizer keeps a {type(value).__name__}, which no checkpoint holds; "
-                    "give --trainer another optim"
-                )
+    plain: dict[str, Any] = {}
+    for path, value in _flat("", state["state"]):
+        if isinstance(value, torch.Tensor):
+            tensors[path] = whole(value)
+        elif isinstance(value, int | float | bool | None):
+            plain[path] = value
+        else:
+            raise UserError(
+                f"the optimizer keeps a {type(value).__name__}, which no checkpoint holds; "
+                "give --trainer another optim"
+            )
     return tensors, {"plain": plain, "groups": state["param_groups"]}
+
+
+def _flat(path: str, values: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield what a dictionary of dictionaries holds, with the keys that lead there."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(f"{path}{key}.", value)
+        else:
+            yield f"{path}{key}", value
 
 
 def read_optimizer_(folder: Path, rest: Mapping[str, Any], optimizer: Any) -> None:
     """Put back what ``optimizer_values`` gave; the tensors come from ``optimizer.safetensors``."""
     tensors = read_tensors(folder / "optimizer.safetensors")
     with _reading(folder / _VALUES):
-        state: dict[int, dict[str, Any]] = {
-            int(index): dict(values) for index, values in rest["plain"].items()
-        }
+        state: dict[int, dict[str, Any]] = {}
         weights = [one for group in optimizer.param_groups for one in group["params"]]
-        for name, tensor in tensors.items():
-            index, _, key = name.partition(".")
-            weight = weights[int(index)]
-            own = spread_like(tensor, weight) if tensor.shape == weight.shape else tensor
-            state.setdefault(int(index), {})[key] = own
+        for path, value in {**tensors, **rest["plain"]}.items():
+            index, *inner, key = path.split(".")
+            if isinstance(value, torch.Tensor) and value.shape == weights[int(index)].shape:
+                value = spread_like(value, weights[int(index)])
+            place = state.setdefault(int(index), {})
+            for one in inner:
+                place = place.setdefault(one, {})
+            place[key] = value
         optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
 
 

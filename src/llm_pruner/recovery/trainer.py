@@ -253,6 +253,8 @@ class RecoveryTrainer(Trainer):
                 "schedule": self.lr_scheduler.state_dict(),
                 "random": state.write_random(folder),
             }
+            if self.accelerator.scaler is not None:
+                values["scaler"] = self.accelerator.scaler.state_dict()
             state.write_values(folder, values)
             self.state.save_to_json(str(folder / "trainer_state.json"))
         state.drop_older(self._work, path)
@@ -270,6 +272,10 @@ class RecoveryTrainer(Trainer):
         state.read_optimizer_(Path(checkpoint), values["optimizer"], self.optimizer)
         assert self.lr_scheduler is not None
         self.lr_scheduler.load_state_dict({**values["schedule"], "lr_lambdas": [None]})
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state.read_values(Path(checkpoint))["scaler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -315,6 +321,8 @@ _UNREAD = re.compile(
     "label_smoothing_factor|torch_empty_cache_steps|average_tokens_across_devices"
     "|train_sampling_strategy|length_column_name|dataloader_.*|eval_(?!strategy).*|load_best_model_at_end"
     "|metric_for_best_model|greater_is_better|ignore_data_skip|push_to_hub|hub_.*"
+    "|save_(steps|total_limit|only_model)|resume_from_checkpoint|include_num_input_tokens_seen"
+    "|auto_find_batch_size"
 )
 """The Trainer's arguments that are about its own way through the data and through a step."""
 
@@ -326,8 +334,9 @@ _OF_BITSANDBYTES = re.compile(
 )
 
 
-_OWN_STEP = re.compile(r"schedule_free_\w+|(ada)?lomo|\w+_layerwise")
-"""Optimizers with weights for training alone, or that step as the gradient is computed."""
+_OWN_STEP = re.compile(r"schedule_free_\w+|(ada)?lomo|\w+_layerwise|adamw_torch_[48]bit")
+"""Optimizers with weights for training alone, that step as the gradient is computed, or whose state
+is in a form of its own."""
 
 
 def trainer_arguments(settings: TrainingSettings) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -82,7 +83,10 @@ def with_tokens_of(dense: LoadedModel, student: LoadedModel) -> LoadedModel:
     model: Any = sharing_copy(dense.model)
     cut_vocabulary_(model, kept)
     name = f"{dense.name}, {len(kept):,} of its tokens"
-    return replace(dense, model=model.eval(), tokenizer=student.tokenizer, name=name)
+    # What it writes and says is kept by this, and is told in numbers of these tokens.
+    own = hashlib.sha256(dense.fingerprint.encode() + kept.tobytes()).hexdigest()[:16]
+    model = model.eval()
+    return replace(dense, model=model, tokenizer=student.tokenizer, name=name, fingerprint=own)
 
 
 def cut_vocabulary_(model: Any, kept: npt.NDArray[np.int64]) -> Edits:
