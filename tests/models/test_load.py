@@ -205,6 +205,10 @@ def remote_code(folder: Path) -> None:
         (config_values(num_hidden_layers=4), "lacks 9 weights of a LlamaForCausalLM"),
         (config_values(quantization_config={"quant_method": "gptq"}), r"is quantized \(gptq\)"),
         (config_values(hidden_size=50), "cannot be loaded .*hidden size"),
+        (
+            config_values(vocab_size=50),
+            r"has lm_head.weight in the shape \(\d+, 48\) in its weights, and .* \(50, 48\);",
+        ),
         (packed, "weights of the type F8_E4M3, and its config.json does not say how"),
         (adapter, r"has an adapter beside its weights \(adapter_config.json\); merge it"),
         (

@@ -467,8 +467,19 @@ def _load_model(
         options["use_safetensors"] = True
     # The config goes along, since parsing the header of a GGUF file takes seconds.
     model, info = AutoModelForCausalLM.from_pretrained(
-        found.folder, config=config, output_loading_info=True, **found.shared, **options
+        found.folder,
+        config=config,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # which only logs what they are
+        **found.shared,
+        **options,
     )
+    if info["mismatched_keys"]:
+        name, stored_shape, shape = min(info["mismatched_keys"])
+        raise UserError(
+            f"{source} has {name} in the shape {tuple(stored_shape)} in its weights, and of its "
+            f"config.json follows {tuple(shape)}; copy or download both again"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(
