@@ -39,6 +39,7 @@ from llm_pruner.files.outputs import (
     write_output,
 )
 from llm_pruner.models.stored import check_file_states, file_states
+from llm_pruner.runtime.processes import new_python
 from llm_pruner.settings.evaluate import EvaluateSettings
 
 pytestmark = pytest.mark.slow
@@ -640,10 +641,19 @@ def test_models_are_measured_in_such_children(monkeypatch: pytest.MonkeyPatch) -
         evaluating._measure_there()
 
 
+def test_a_new_python_imports_nothing_of_the_current_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "random.py").write_text("raise SystemExit('mine')")
+    subprocess.run([*new_python("import random, sys; assert sys.argv[1:] == ['a']"), "a"], check=True)
+
+
 def test_a_measurement_that_fails_elsewhere_is_told_here(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "random.py").write_text("raise SystemExit('mine')")  # not what torch imports
     with pytest.raises(UserError, match=r"absent\.txt does not exist; check the path"):
         evaluating.measure_apart(EvaluateSettings(model="any", perplexity="absent.txt"))
     # As if the system had killed it.

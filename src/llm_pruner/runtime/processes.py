@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -162,6 +163,14 @@ def only_one(command: str) -> None:
             f"{command} runs in one process, and several were started; start it without "
             "torchrun or accelerate launch; prune and recover share their work"
         )
+
+
+def new_python(code: str) -> list[str]:
+    """Return the command that runs code in another Python, which imports what this one does.
+
+    By itself it looks for modules in the current folder first, where anything may lie.
+    """
+    return [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!a}\n{code}"]
 
 
 def on_this_machine() -> int:
