@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import json
 import os
@@ -30,7 +31,7 @@ import llm_pruner.models.load
 from command import contents, done, run, save_tiny, write_text
 from llm_pruner.commands.workdir import RECOVERING, begun, opened, remove_run
 from llm_pruner.errors import LLMPrunerError, UserError
-from llm_pruner.files.disk import allocate, discard, new_file, new_folder, put
+from llm_pruner.files.disk import allocate, discard, new_file, new_folder, placed, put
 from llm_pruner.files.outputs import (
     MANIFEST,
     atomic_directory,
@@ -370,6 +371,16 @@ def test_mapped_files_have_their_room(tmp_path: Path, monkeypatch: pytest.Monkey
         patch.delattr(os, "posix_fallocate")
         allocate(tmp_path / "elsewhere.bin", 3 * 2**19)
     assert (tmp_path / "elsewhere.bin").stat().st_blocks * 512 >= 3 * 2**19
+
+    def cannot(handle: int, offset: int, size: int) -> None:
+        assert not fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_APPEND  # of which glibc says EBADF
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", cannot)
+        allocate(tmp_path / "shared.bin", 3 * 2**19)
+    assert (tmp_path / "shared.bin").read_bytes() == bytes(3 * 2**19)
+    assert (tmp_path / "shared.bin").stat().st_blocks * 512 >= 3 * 2**19
     with small_disk(2**19), pytest.raises(OSError, match="too large"):
         allocate(tmp_path / "none.bin", 2**20)
     assert not (tmp_path / "none.bin").exists()
@@ -437,6 +448,42 @@ def test_interrupted_while_it_takes_its_place(
             put(new, out)
     assert (out / "file").read_text() == ("old" if number == 1 else "new")
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_of_a_lower_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot be renamed, but an empty one is renamed over; a full one is refused at once."""
+    old, empty = written(tmp_path / "old", file="old"), tmp_path / "empty"
+    empty.mkdir()
+    rename = Path.rename
+
+    def on_an_overlay(path: Path, target: Path) -> Path:
+        if path in (old, empty):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return rename(path, target)
+
+    check_output(old, overwrite=True)
+    monkeypatch.setattr(Path, "rename", on_an_overlay)
+    with pytest.raises(UserError, match=r"old is of a lower layer of an overlay and cannot be rep"):
+        check_output(old, overwrite=True)
+    written(empty, file="new")
+    assert (empty / "file").read_text() == "new"
+    assert (old / "file").read_text() == "old"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_result_is_in_place_before_the_old_one_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, new = written(tmp_path / "out", file="old"), written(tmp_path / "new", file="new")
+
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    placed.clear()
+    monkeypatch.setattr("llm_pruner.files.disk.remove", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        put(new, out)
+    assert placed == [out]
 
 
 def test_compress_puts_its_result_in_place_like_any(work: Path) -> None:

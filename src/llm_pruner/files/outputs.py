@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import json_object, new_file, new_folder, starts_with, tidy
+from llm_pruner.files.disk import can_move, json_object, new_file, new_folder, starts_with, tidy
 
 MANIFEST = ".written-by-llm-pruner"
 """A name without an ending, so that nothing takes it for a part of the model."""
@@ -97,6 +97,11 @@ def check_output(out: Path, overwrite: bool, reads: Iterable[Source] = ()) -> No
                     "choose another folder or pass --overwrite"
                 )
             _check_replaceable(out, place, reads)
+            if not can_move(place):
+                raise UserError(
+                    f"{out} is of a lower layer of an overlay and cannot be replaced; name another "
+                    "folder"
+                )
     elif place.exists():
         raise UserError(f"{out} is a file, but the output is a folder; choose another name")
 
