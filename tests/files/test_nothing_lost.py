@@ -693,7 +693,9 @@ def test_a_new_python_imports_nothing_of_the_current_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "random.py").write_text("raise SystemExit('mine')")
-    subprocess.run([*new_python("import random, sys; assert sys.argv[1:] == ['a']"), "a"], check=True)
+    subprocess.run(
+        [*new_python("import random, sys; assert sys.argv[1:] == ['a']"), "a"], check=True
+    )
 
 
 def test_a_measurement_that_fails_elsewhere_is_told_here(

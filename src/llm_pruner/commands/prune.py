@@ -56,8 +56,8 @@ from llm_pruner.runtime.processes import (
     check_trains,
     is_sharded,
     joined,
-    on_this_machine,
     own_device,
+    sharing,
 )
 from llm_pruner.runtime.progress import Clock, quiet
 from llm_pruner.search.cache_cost import cache_cost
@@ -279,8 +279,8 @@ class PruneRun:
         keep_all_blocks()
         loaded, discovery, _ = self.given
         self.room = self.settings.room(self.device)
-        if isinstance(self.settings.memory, str) and not self.device.startswith("cuda"):
-            self.room //= on_this_machine()  # processes, with one memory
+        if isinstance(self.settings.memory, str):
+            self.room //= sharing(self.device)
         loading = self.settings.computing().but(device=self.device)
         self.loaded = loaded or load(
             loading, weights=not self.weightless, memory=self.room, tokenizer=self.tokenizer

@@ -173,9 +173,9 @@ def new_python(code: str) -> list[str]:
     return [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!a}\n{code}"]
 
 
-def on_this_machine() -> int:
-    """Return how many of the processes share this machine, and its memory."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+def sharing(device: str) -> int:
+    """Return how many processes share the memory of a device: that of the machine, or a GPU's."""
+    return 1 if device.startswith("cuda") else int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def started() -> int:
