@@ -41,6 +41,7 @@ from llm_pruner.files.outputs import (
 )
 from llm_pruner.models.stored import check_file_states, file_states
 from llm_pruner.runtime.processes import new_python
+from llm_pruner.runtime.signals import ended_alike
 from llm_pruner.settings.evaluate import EvaluateSettings
 
 pytestmark = pytest.mark.slow
@@ -390,11 +391,13 @@ def test_the_teachers_memory_has_its_room(work: Path, monkeypatch: pytest.Monkey
     def full(handle: int, offset: int, size: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    before = contents(work)
     monkeypatch.setattr(os, "posix_fallocate", full)
     options = ("--data", "text.txt", "--teacher", "zoo/dense", *TRAIN)
     result = run("recover", "small", "--out", "better", *options)
     assert (result.code, len(result.err.splitlines())) == (1, 1)
     assert "No space left on device; free space or give another place" in result.err
+    assert contents(work) == before
 
 
 # What a killed run leaves.
@@ -597,7 +600,9 @@ main()
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)]
+)
 def test_signals_end_a_run_in_one_line(tmp_path: Path, number: int, code: int) -> None:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", SLOW], cwd=tmp_path, **pipes) as process:
@@ -606,6 +611,15 @@ def test_signals_end_a_run_in_one_line(tmp_path: Path, number: int, code: int) -
         _, said = process.communicate()
     assert (process.returncode, said) == (code, "llm-pruner: interrupted; nothing was written\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_under_nohup_outlives_its_terminal() -> None:
+    usual = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ended_alike():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, usual)
 
 
 DROPPED = """

@@ -1,7 +1,7 @@
 """The command ``llm-pruner``: parses, calls a command, prints.
 
 Exit codes: 0 done, 2 the user must change something, 1 anything else, 130 interrupted, 143 ended by
-SIGTERM.
+SIGTERM or SIGHUP.
 
 The commands are imported when they run: PyTorch and transformers take seconds to import,
 which help and typing errors should not wait for.

@@ -58,6 +58,7 @@ def run(
     keep_kernels(BOTH)
     settings.check()
     from llm_pruner.commands.compress import compress
+    from llm_pruner.commands.workdir import COMPRESSING
 
     try:
         done = compress(
@@ -69,6 +70,8 @@ def run(
             first=first,
         )
     except KeyboardInterrupt:
+        if not COMPRESSING.beside(settings.out).is_dir():
+            raise
         raise Interrupted(said_how_to_go_on(restart=settings.restart)) from None
     hand_over(done, json, show)
     for note in done.notes:

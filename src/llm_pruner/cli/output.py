@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -181,10 +182,12 @@ def fail(message: str, code: int) -> NoReturn:
     Of several processes that a launcher started, the first one speaks; another one does if it fails
     alone.
     """
-    sys.stdout.flush()
+    with suppress(OSError):  # nobody reads, such as a terminal that is gone
+        sys.stdout.flush()
     if not speaks():
         if code in (INTERRUPTED, TERMINATED):
             sys.exit(code)
         time.sleep(_PATIENCE)  # the launcher ends this process when the first one has failed, too
-    sys.stderr.write(f"llm-pruner: {clean(message)}\n")  # at once: other processes write as well
+    with suppress(OSError):
+        sys.stderr.write(f"llm-pruner: {clean(message)}\n")  # at once: other processes write, too
     sys.exit(code)
