@@ -40,6 +40,7 @@ from llm_pruner.files.outputs import (
     write_output,
 )
 from llm_pruner.models.stored import check_file_states, file_states
+from llm_pruner.report.data import report_in
 from llm_pruner.runtime.processes import new_python
 from llm_pruner.runtime.signals import ended_alike
 from llm_pruner.settings.evaluate import EvaluateSettings
@@ -196,6 +197,23 @@ def test_folders_of_earlier_versions_are_known(work: Path) -> None:
     shutil.copy(small / "plan.json", "zoo/dense")
     with pytest.raises(UserError, match=r"holds config\.json, which llm-pruner did not write"):
         check_output(Path("zoo/dense"), overwrite=True)
+
+
+def test_what_was_measured_is_kept_though_nobody_reads_it(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(_: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    monkeypatch.setattr("llm_pruner.cli.evaluate.show", closed)
+    kept = ("--report", "small", "--json", "found.json")
+    result = run("evaluate", "small", "--perplexity", "text.txt", "--seq-len", 64, *kept)
+    assert (result.code, result.err) == (1, "")
+    (found,) = json.loads(Path("found.json").read_text())["perplexity"]
+    assert (
+        found["perplexity"]
+        == report_in(Path("small")).evaluations["pruned"].perplexity[0].perplexity
+    )
 
 
 def test_what_is_added_to_a_folder_of_ours_is_ours(work: Path) -> None:

@@ -35,6 +35,7 @@ from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.evaluation.servers import ServedBy, served_by
+from llm_pruner.files.disk import placed
 from llm_pruner.files.outputs import check_shard_size, write_output
 from llm_pruner.importance import score
 from llm_pruner.models.activation_store import HiddenStates
@@ -194,6 +195,7 @@ class PruneRun:
             raise
         assert self.plan is not None
         write_output(self.settings.out, self.plan.to_json())
+        placed.append(self.settings.out)
         return result
 
     def _keep_plan(self) -> None:
@@ -208,6 +210,7 @@ class PruneRun:
         with suppress(UserError, OSError):  # something else is there, or the disk is full
             start.check_out(file, overwrite=True, dry_run=True, reads=())
             write_output(file, self.plan.to_json())
+            placed.append(file)
             words = shlex.join(["--plan", str(file), *self._repairing()])
             _LOG.warning("what was decided is kept; go on from it with %s", words)
 

@@ -54,8 +54,9 @@ def only_broken_off() -> bool:
 def ended_alike() -> Iterator[None]:
     """Have what ends a process from outside do what Ctrl-C does.
 
-    Not where somebody else cares for it (``nohup``), nor in one of several processes that a launcher started:
-    it may be waiting for the others inside a library, where Python does not get to act on a signal.
+    Not where somebody else cares for it (``nohup``), nor in one of several processes that a
+    launcher started: it may be waiting for the others inside a library, where Python does not get
+    to act on a signal.
     """
     global _heard
     _heard = None
