@@ -260,6 +260,8 @@ def test_weights_that_were_changed_are_noticed(tmp_path: Path) -> None:
             "is used by",
         ),
         (("prune", "zoo/dense", "--out", "new", "--json", "new/plan.json"), "would replace a file"),
+        (("prune", "zoo/dense", "--out", "new", "--json", "new"), "is used by this command"),
+        (("prune", "zoo/dense", "--out", "new/x", "--json", "new"), "is used by this command"),
         (
             ("prune", "zoo/dense", "--out", "p", "--dry-run", "--json", "p"),
             "is used by this command",

@@ -270,6 +270,11 @@ def _system_errors() -> Iterator[None]:
         raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
+def expanded(path: str | Path) -> Path:
+    """Return a path with the home folder for ``~``; ``~name`` of nobody here is a name."""
+    return Path(os.path.expanduser(path))
+
+
 def umask() -> int:
     """Return the process's umask; temporary files are private, which results should not be."""
     mask = os.umask(0o022)

@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from llm_pruner.errors import UserError
+from llm_pruner.files.disk import expanded
 from llm_pruner.files.outputs import rewrite
 from llm_pruner.report import data, figures, view
 from llm_pruner.report.facts import against, dense_evaluation, evaluation_of
@@ -107,7 +108,7 @@ def _variant_of(folder: Path, report: data.Report, model: str, found: Measured) 
 
     The dense one may lie elsewhere under another name: it is taken for that, with a warning.
     """
-    if Path(model).expanduser().exists() and Path(model).expanduser().resolve() == folder.resolve():
+    if expanded(model).exists() and expanded(model).resolve() == folder.resolve():
         return report.final
     dense = report.sizes.get("dense")
     if dense is not None and dense.total == found.parameters:
