@@ -209,8 +209,15 @@ def say_in_one_line() -> None:
     warnings.formatwarning = _warning
 
 
-def _warning(message: Warning | str, kind: type[Warning], file: str, line: int, *_: Any) -> str:
-    return clean(one_line(f"{file}:{line}: {kind.__name__}: {message}")) + "\n"
+def _warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    del line  # of the code that warns
+    return clean(one_line(f"{filename}:{lineno}: {category.__name__}: {message}")) + "\n"
 
 
 def warn(message: str) -> None:
