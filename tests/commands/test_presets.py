@@ -203,7 +203,6 @@ def test_refusals(tiny: Path, tmp_path: Path, options: list[str], message: str) 
             "critrion is no setting; did you mean criterion?",
         ),
         ("steps: many", "--steps many: input should be a valid integer"),
-        ("samples: 1e3\nscore_samples: 8", "--samples 1e3: input should be a valid integer"),
         ("preset: best", r"mine.yaml names another preset, best; give that as --preset and this"),
         (
             "text_split: 2024-02-30",

@@ -344,10 +344,12 @@ def test_what_is_said_later_wins(tmp_path: Path) -> None:
     assert PruneSettings.read({"plan": "p.json"}, file).ratio is None
     settings = CompressSettings.read({"params": "70K"}, file.with_name("run.yaml"))
     assert (settings.ratio, settings.params) == (None, 70_000)
+    few = tmp_path / "few.yaml"
+    few.write_text("score_samples: 8\n")
     for line, said in (
         ("preset: 5", "--preset 5 is no name; use balanced, best"),
         ("memory: 8", "--memory 8 is bytes, and too few for any weight"),
-        ("samples: 1e3\npreset: balanced", "--samples 1e3: input should be a valid integer"),
+        (f"samples: 1e3\npreset: {few}", "--samples 1e3: input should be a valid integer"),
         ("layers: {ffn: [-3, -1]}", "--layers .* begins below 0 or runs backwards"),
     ):
         file.write_text(f"model: m\nout: o\nratio: 0.2\n{line}\n")

@@ -137,7 +137,10 @@ TABLE: dict[str, list[Bad]] = {
         ),
         *bad(
             "inspect",
-            ("--config ~nobody/x", "--config ~nobody/x cannot be read as UTF-8 text; give a YAML…"),
+            (
+                "--config ~of-nobody/x",
+                "--config ~of-nobody/x cannot be read as UTF-8 text; give a YAML…",
+            ),
         ),
         *bad(
             "compare",
