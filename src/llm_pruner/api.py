@@ -28,6 +28,7 @@ from llm_pruner.evaluation.health import Health, health_prompts, own_prompts
 from llm_pruner.evaluation.health import health as measure_health
 from llm_pruner.evaluation.perplexity import PerplexityResult
 from llm_pruner.evaluation.perplexity import perplexity as measure_perplexity
+from llm_pruner.files.disk import expanded
 from llm_pruner.importance import Criterion
 from llm_pruner.importance import score as score_groups
 from llm_pruner.models.forward import check_length
@@ -95,7 +96,7 @@ class Model:
         """
         # What a streamed model is saved as is noted for good.
         network = own_copy(self.network) if is_model_streamed(self.network) else self.network
-        out = Path(out).expanduser()
+        out = expanded(out)
         with stored_as(network, self.loaded.stored_dtype):
             save_checkpoint(
                 network,

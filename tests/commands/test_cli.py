@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import shutil
 import subprocess
 import sys
+import warnings
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,8 @@ from safetensors.torch import load_file, save_file
 import llm_pruner.models.load
 from command import contents, done, run, save_tiny, write_text
 from helpers import tiny_tokenizer
-from llm_pruner.cli.output import Screen
+from llm_pruner.cli import main
+from llm_pruner.cli.output import Screen, say_in_one_line
 from llm_pruner.data.calibration import build_calibration
 from llm_pruner.report.text import clean, count, megabytes
 from llm_pruner.settings.common import CalibrationSettings
@@ -547,6 +552,31 @@ def test_inspect_json(work: Path, tiny: Path) -> None:
     frozen = found["frozen"][0]
     assert (frozen["tensor"], frozen["dim"]) == ("model.embed_tokens.weight", 0)
     assert frozen["reason"] == "the vocabulary"
+
+
+def test_what_a_terminal_cannot_write(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny(Path("m"))
+    said = []
+    for more in ((), ("--json", "-")):
+        monkeypatch.setattr(sys, "argv", ["llm-pruner", "compare", "\u2013=m", *more])
+        shown = io.TextIOWrapper(io.BytesIO(), "latin-1")
+        with redirect_stdout(shown), suppress(SystemExit):
+            main()
+        shown.flush()
+        said.append(shown.buffer.getvalue().decode("latin-1"))
+    assert "? " in said[0]
+    assert "\u2013" in str(json.loads(said[1]))
+
+
+def test_what_a_model_or_a_file_says_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    Screen().print("d[a:x:b]")
+    assert capsys.readouterr().out == "d[a:x:b]\n"
+    say_in_one_line()
+    record = logging.makeLogRecord({"msg": "a\n%s", "args": ("\x1b[2J",)})
+    assert logging.lastResort.format(record) == "a \ufffd[2J"
+    assert warnings.formatwarning("a\nb\x1b", UserWarning, "m.py", 1) == (
+        "m.py:1: UserWarning: a b\ufffd\n"
+    )
 
 
 def test_json_alone_on_stdout(work: Path, tiny: Path) -> None:

@@ -29,6 +29,7 @@ from helpers import tiny_tokenizer
 from llm_pruner.commands.compress import chunks_in_time, time_to_recover, trainings
 from llm_pruner.commands.workdir import content, opened
 from llm_pruner.errors import UserError
+from llm_pruner.files.disk import placed
 from llm_pruner.files.outputs import MANIFEST, atomic_directory
 from llm_pruner.models.load import load_model
 from llm_pruner.recovery.trainer import RecoveryTrainer
@@ -223,6 +224,16 @@ PLACES: tuple[tuple[Any, str, int], ...] = (
     (stages, "move_result", 1),
 )
 """Where the run is interrupted, in the order in which it gets there."""
+
+
+def test_interrupted_when_all_is_in_place(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(settings: CompressSettings, **_: Any) -> None:
+        placed.append(settings.out)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "compress", interrupted)
+    result = run("compress", "m", "--out", "small", "--ratio", 0.2)
+    assert (result.code, result.err) == (130, "llm-pruner: interrupted; small is complete\n")
 
 
 def test_a_run_that_is_killed_everywhere_ends_the_same(

@@ -203,6 +203,11 @@ def test_refusals(tiny: Path, tmp_path: Path, options: list[str], message: str) 
             "critrion is no setting; did you mean criterion?",
         ),
         ("steps: many", "--steps many: input should be a valid integer"),
+        ("preset: best", r"mine.yaml names another preset, best; give that as --preset and this"),
+        (
+            "text_split: 2024-02-30",
+            r"is not YAML \(day is out of range for month\); correct it, or",
+        ),
     ],
 )
 def test_broken_recipe_files(tmp_path: Path, content: str, message: str) -> None:

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -435,6 +436,8 @@ def test_a_plan_that_took_long_outlives_what_fails_after_it(
         assert Path("small.plan.json").read_text() == "[]"  # no plan: it is somebody's
         Path("small.plan.json").unlink()
         assert run(*asked).code == 1
+        patch.setattr(PruneRun, "save", mock.Mock(side_effect=KeyboardInterrupt))
+        assert run(*asked).err == "llm-pruner: interrupted; small.plan.json is complete\n"
     assert "go on from it with --plan small.plan.json" in caplog.text
     assert not Path("small").exists()
     done("prune", tiny, "--out", "small", "--plan", "small.plan.json")

@@ -254,6 +254,16 @@ def test_beside_adapters_weights_have_the_type_of_the_checkpoint(
     assert [text in one for one in caplog.messages for text in said] == [True] * short
 
 
+def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovering, "stored_size", lambda *_: (1, 600))
+    monkeypatch.setattr(recovering, "free_bytes", lambda _: 1000)
+    models = [RecoverSettings(model="m", out=Path("o"), data="t.txt")]
+    short = [recovering._is_short(models, "cpu")]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    short += [recovering._is_short(models, "cpu"), recovering._is_short(models, "cuda:1")]
+    assert short == [False, True, False]
+
+
 def test_adapters_on_weights_in_half_precision(
     work: Path, made: Path, halves: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,14 @@ def test_folder_appears_at_the_end(tmp_path: Path) -> None:
     assert out.stat().st_mode & 0o055 == 0o055  # not private, as temporary folders are
 
 
+def test_a_folder_has_the_group_of_a_shared_one(tmp_path: Path) -> None:
+    tmp_path.chmod(0o2775)
+    with atomic_directory(tmp_path / "out", overwrite=False) as folder:
+        (folder / "inner").mkdir()
+    assert (tmp_path / "out").stat().st_mode & 0o2055 == 0o2055
+    assert (tmp_path / "out/inner").stat().st_mode & 0o2000
+
+
 def written(out: Path) -> Path:
     """Return a folder that this package wrote, with the file ``old``."""
     with atomic_directory(out, overwrite=False) as folder:

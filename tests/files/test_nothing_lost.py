@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import json
 import os
@@ -30,7 +31,7 @@ import llm_pruner.models.load
 from command import contents, done, run, save_tiny, write_text
 from llm_pruner.commands.workdir import RECOVERING, begun, opened, remove_run
 from llm_pruner.errors import LLMPrunerError, UserError
-from llm_pruner.files.disk import allocate, discard, new_file, new_folder, put
+from llm_pruner.files.disk import allocate, discard, new_file, new_folder, placed, put
 from llm_pruner.files.outputs import (
     MANIFEST,
     atomic_directory,
@@ -39,6 +40,9 @@ from llm_pruner.files.outputs import (
     write_output,
 )
 from llm_pruner.models.stored import check_file_states, file_states
+from llm_pruner.report.data import report_in
+from llm_pruner.runtime.processes import new_python
+from llm_pruner.runtime.signals import ended_alike
 from llm_pruner.settings.evaluate import EvaluateSettings
 
 pytestmark = pytest.mark.slow
@@ -195,6 +199,23 @@ def test_folders_of_earlier_versions_are_known(work: Path) -> None:
         check_output(Path("zoo/dense"), overwrite=True)
 
 
+def test_what_was_measured_is_kept_though_nobody_reads_it(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(_: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    monkeypatch.setattr("llm_pruner.cli.evaluate.show", closed)
+    kept = ("--report", "small", "--json", "found.json")
+    result = run("evaluate", "small", "--perplexity", "text.txt", "--seq-len", 64, *kept)
+    assert (result.code, result.err) == (1, "")
+    (found,) = json.loads(Path("found.json").read_text())["perplexity"]
+    assert (
+        found["perplexity"]
+        == report_in(Path("small")).evaluations["pruned"].perplexity[0].perplexity
+    )
+
+
 def test_what_is_added_to_a_folder_of_ours_is_ours(work: Path) -> None:
     result = ("--json", "small/result.json")
     done("inspect", "small", *result)
@@ -239,6 +260,8 @@ def test_weights_that_were_changed_are_noticed(tmp_path: Path) -> None:
             "is used by",
         ),
         (("prune", "zoo/dense", "--out", "new", "--json", "new/plan.json"), "would replace a file"),
+        (("prune", "zoo/dense", "--out", "new", "--json", "new"), "is used by this command"),
+        (("prune", "zoo/dense", "--out", "new/x", "--json", "new"), "is used by this command"),
         (
             ("prune", "zoo/dense", "--out", "p", "--dry-run", "--json", "p"),
             "is used by this command",
@@ -369,6 +392,16 @@ def test_mapped_files_have_their_room(tmp_path: Path, monkeypatch: pytest.Monkey
         patch.delattr(os, "posix_fallocate")
         allocate(tmp_path / "elsewhere.bin", 3 * 2**19)
     assert (tmp_path / "elsewhere.bin").stat().st_blocks * 512 >= 3 * 2**19
+
+    def cannot(handle: int, offset: int, size: int) -> None:
+        assert not fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_APPEND  # of which glibc says EBADF
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", cannot)
+        allocate(tmp_path / "shared.bin", 3 * 2**19)
+    assert (tmp_path / "shared.bin").read_bytes() == bytes(3 * 2**19)
+    assert (tmp_path / "shared.bin").stat().st_blocks * 512 >= 3 * 2**19
     with small_disk(2**19), pytest.raises(OSError, match="too large"):
         allocate(tmp_path / "none.bin", 2**20)
     assert not (tmp_path / "none.bin").exists()
@@ -378,11 +411,13 @@ def test_the_teachers_memory_has_its_room(work: Path, monkeypatch: pytest.Monkey
     def full(handle: int, offset: int, size: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    before = contents(work)
     monkeypatch.setattr(os, "posix_fallocate", full)
     options = ("--data", "text.txt", "--teacher", "zoo/dense", *TRAIN)
     result = run("recover", "small", "--out", "better", *options)
     assert (result.code, len(result.err.splitlines())) == (1, 1)
     assert "No space left on device; free space or give another place" in result.err
+    assert contents(work) == before
 
 
 # What a killed run leaves.
@@ -436,6 +471,42 @@ def test_interrupted_while_it_takes_its_place(
             put(new, out)
     assert (out / "file").read_text() == ("old" if number == 1 else "new")
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_of_a_lower_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot be renamed, but an empty one is renamed over; a full one is refused at once."""
+    old, empty = written(tmp_path / "old", file="old"), tmp_path / "empty"
+    empty.mkdir()
+    rename = Path.rename
+
+    def on_an_overlay(path: Path, target: Path) -> Path:
+        if path in (old, empty):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return rename(path, target)
+
+    check_output(old, overwrite=True)
+    monkeypatch.setattr(Path, "rename", on_an_overlay)
+    with pytest.raises(UserError, match=r"old is of a lower layer of an overlay and cannot be rep"):
+        check_output(old, overwrite=True)
+    written(empty, file="new")
+    assert (empty / "file").read_text() == "new"
+    assert (old / "file").read_text() == "old"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_result_is_in_place_before_the_old_one_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, new = written(tmp_path / "out", file="old"), written(tmp_path / "new", file="new")
+
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    placed.clear()
+    monkeypatch.setattr("llm_pruner.files.disk.remove", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        put(new, out)
+    assert placed == [out]
 
 
 def test_compress_puts_its_result_in_place_like_any(work: Path) -> None:
@@ -549,7 +620,9 @@ main()
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)]
+)
 def test_signals_end_a_run_in_one_line(tmp_path: Path, number: int, code: int) -> None:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", SLOW], cwd=tmp_path, **pipes) as process:
@@ -558,6 +631,15 @@ def test_signals_end_a_run_in_one_line(tmp_path: Path, number: int, code: int) -
         _, said = process.communicate()
     assert (process.returncode, said) == (code, "llm-pruner: interrupted; nothing was written\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_under_nohup_outlives_its_terminal() -> None:
+    usual = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ended_alike():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, usual)
 
 
 DROPPED = """
@@ -640,10 +722,21 @@ def test_models_are_measured_in_such_children(monkeypatch: pytest.MonkeyPatch) -
         evaluating._measure_there()
 
 
+def test_a_new_python_imports_nothing_of_the_current_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "random.py").write_text("raise SystemExit('mine')")
+    subprocess.run(
+        [*new_python("import random, sys; assert sys.argv[1:] == ['a']"), "a"], check=True
+    )
+
+
 def test_a_measurement_that_fails_elsewhere_is_told_here(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "random.py").write_text("raise SystemExit('mine')")  # not what torch imports
     with pytest.raises(UserError, match=r"absent\.txt does not exist; check the path"):
         evaluating.measure_apart(EvaluateSettings(model="any", perplexity="absent.txt"))
     # As if the system had killed it.

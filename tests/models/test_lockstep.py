@@ -25,7 +25,8 @@ from llm_pruner.evaluation.perplexity import perplexity_of_windows
 from llm_pruner.models import lockstep, stored_weight, streaming
 from llm_pruner.models.blockwise import find_chain
 from llm_pruner.models.load import load_model
-from llm_pruner.models.lockstep import in_step, result_of, runs_in_step
+from llm_pruner.models.lockstep import Side, _Run, in_step, result_of, runs_in_step
+from llm_pruner.models.streaming import before_turn
 from llm_pruner.search.divergence import DivergenceMeter, divergences
 from llm_pruner.settings.evaluate import PerplexitySettings
 from llm_pruner.surgery import verify
@@ -210,6 +211,32 @@ def test_an_interrupt_ends_all_runs(streamed: Any) -> None:
     assert len(ended) == 3
     assert threading.active_count() == running
     assert streamed.model.layers[1].mlp.up_proj.weight.isnan().all()
+
+
+def test_a_run_that_was_left_at_work_is_stopped() -> None:
+    """As by a second interrupt, of which ``go_on`` does not wait for the block."""
+    begun = threading.Event()
+
+    def job() -> None:
+        before_turn.get()(nn.Identity(), 0)
+        begun.wait()
+        before_turn.get()(nn.Identity(), 1)
+
+    run = _Run(job, Side(nn.Identity(), []))
+    run.go_on()
+    run._set(True)
+    wait = run._wait
+
+    def waiting(goes: bool) -> None:
+        if threading.current_thread() is not run:
+            begun.set()
+        wait(goes)
+
+    run._wait = waiting
+    stopping = threading.Thread(target=run.stop, daemon=True)
+    stopping.start()
+    stopping.join(60)
+    assert run.done
 
 
 def test_runs_are_under_the_autocast_of_the_caller(streamed: Any) -> None:

@@ -344,9 +344,12 @@ def test_what_is_said_later_wins(tmp_path: Path) -> None:
     assert PruneSettings.read({"plan": "p.json"}, file).ratio is None
     settings = CompressSettings.read({"params": "70K"}, file.with_name("run.yaml"))
     assert (settings.ratio, settings.params) == (None, 70_000)
+    few = tmp_path / "few.yaml"
+    few.write_text("score_samples: 8\n")
     for line, said in (
         ("preset: 5", "--preset 5 is no name; use balanced, best"),
         ("memory: 8", "--memory 8 is bytes, and too few for any weight"),
+        (f"samples: 1e3\npreset: {few}", "--samples 1e3: input should be a valid integer"),
         ("layers: {ffn: [-3, -1]}", "--layers .* begins below 0 or runs backwards"),
     ):
         file.write_text(f"model: m\nout: o\nratio: 0.2\n{line}\n")
@@ -355,6 +358,9 @@ def test_what_is_said_later_wins(tmp_path: Path) -> None:
     file.write_text("learning_rate: {full: 1.0e-4}\n")
     trained = TrainingSettings(preset=str(file), method="lora")
     assert trained.learning_rate == TrainingSettings.model_fields["learning_rate"].default
+    file.write_text("model: m\nout: o\ndata: [{text: a.txt}]\n")
+    with pytest.raises(UserError, match=r"--data .*: input should be a valid string; correct it"):
+        RecoverSettings.read({}, file)
     file.write_text("ration: 1\n")
     with pytest.raises(UserError, match="ration is no setting; did you mean ratio"):
         PruneSettings.read({}, file)

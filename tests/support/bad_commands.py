@@ -121,6 +121,28 @@ TABLE: dict[str, list[Bad]] = {
             ),
         ),
         *bad(
+            PRUNERS,
+            ("--json o", "--json o is used by this command otherwise; name another file"),
+        ),
+        *bad(
+            "curve",
+            (
+                "--json o/plan-0.2.json",
+                "--json o/plan-0.2.json is used by this command otherwise; name another file",
+            ),
+        ),
+        *bad(
+            "export",
+            ("--json o.gguf", "--json o.gguf is used by this command otherwise; name another file"),
+        ),
+        *bad(
+            "inspect",
+            (
+                "--config ~of-nobody/x",
+                "--config ~of-nobody/x cannot be read as UTF-8 text; give a YAML…",
+            ),
+        ),
+        *bad(
             "compare",
             ("--html m", "--html m is a folder; name the file to write"),
             (f"--html {LONG}", "--html nnnnnnnnnnnnnnnnnnnn... has 300 bytes, and the file…"),

@@ -1,7 +1,7 @@
 """The command ``llm-pruner``: parses, calls a command, prints.
 
 Exit codes: 0 done, 2 the user must change something, 1 anything else, 130 interrupted, 143 ended by
-SIGTERM.
+SIGTERM or SIGHUP.
 
 The commands are imported when they run: PyTorch and transformers take seconds to import,
 which help and typing errors should not wait for.
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+from contextlib import suppress
 from errno import ENAMETOOLONG
 from typing import Annotated
 
@@ -30,7 +32,7 @@ from llm_pruner.cli import (
     vocab,
 )
 from llm_pruner.cli.build import GroupedCommand, add
-from llm_pruner.cli.output import fail, one_line
+from llm_pruner.cli.output import fail, one_line, say_in_one_line
 from llm_pruner.errors import Interrupted, LLMPrunerError, PlanError, UserError
 from llm_pruner.files.disk import placed
 from llm_pruner.runtime.memory import keep_large_blocks
@@ -101,6 +103,9 @@ def main() -> None:
 
 def _run() -> None:
     placed.clear()
+    with suppress(AttributeError):  # of something else in its place
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    say_in_one_line()
     keep_large_blocks()
     # Tokenizers would warn about every process that is started after they were used.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

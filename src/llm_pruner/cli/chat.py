@@ -45,9 +45,8 @@ def run(settings: ChatSettings, json: str | None) -> None:
     """
     from llm_pruner.commands.chat import ask, begun
 
-    for stream in (sys.stdin, sys.stdout):
-        with suppress(AttributeError):  # of something else in their place
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    with suppress(AttributeError):  # of something else in its place
+        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     conversations, out, turns = begun(settings), Screen(), []
     typed = json != "-" and sys.stdin.isatty() and out.is_terminal
     try:

@@ -12,6 +12,7 @@ import typer
 from llm_pruner.cli.build import Json
 from llm_pruner.cli.output import Screen, check_json, write_json
 from llm_pruner.errors import UserError
+from llm_pruner.files.disk import placed
 from llm_pruner.files.outputs import check_file, write_output
 from llm_pruner.report.text import clean
 
@@ -63,6 +64,7 @@ def command(
     found = compare_folders(folders)
     if html is not None:
         write_output(html, render_html(found))
+        placed.append(html)
     write_json(found, json)
     if markdown:
         sys.stdout.write(render_markdown(found))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -58,6 +59,7 @@ def run(
     keep_kernels(BOTH)
     settings.check()
     from llm_pruner.commands.compress import compress
+    from llm_pruner.commands.workdir import COMPRESSING
 
     try:
         done = compress(
@@ -69,11 +71,12 @@ def run(
             first=first,
         )
     except KeyboardInterrupt:
+        if not COMPRESSING.beside(settings.out).is_dir():
+            raise
         raise Interrupted(said_how_to_go_on(restart=settings.restart)) from None
-    hand_over(done, json, show)
     for note in done.notes:
         warn(note)
-    upload(settings, json)
+    hand_over(done, json, show, partial(upload, settings))
 
 
 _DEMO = Path("demo-out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,11 +32,10 @@ Examples:
 def run(settings: EvaluateSettings, json: str | None) -> None:
     """Measure perplexity, zero-shot tasks, skills, speed, samples."""
     settings.check()
-    report = settings.report
-    if report is not None:
+    if settings.report is not None:
         from llm_pruner.report.data import report_in
 
-        report_in(report)  # what cannot be read is said before the model is loaded
+        report_in(settings.report)  # what cannot be read is said before the model is loaded
 
     from llm_pruner.commands.evaluate import measure
     from llm_pruner.evaluation.result_cache import shared_corpora
@@ -43,14 +43,17 @@ def run(settings: EvaluateSettings, json: str | None) -> None:
     for warning in shared_corpora(settings.model, settings.perplexity, settings.revision):
         warn(warning)
     found = measure(settings)
-    hand_over(found, json, show)
-    if report is not None:
-        from llm_pruner.report.write import add_evaluation
+    hand_over(found, json, show, partial(_add, found, settings))
 
-        add_evaluation(report, found, settings.model)
-        if json != "-":
-            page = clean(str(report / "report.html"))
-            Screen().print(f"added to {page}", soft_wrap=True)
+
+def _add(found: Measured, settings: EvaluateSettings) -> str | None:
+    """Add it to the report, if there is one; return words that say so."""
+    if settings.report is None:
+        return None
+    from llm_pruner.report.write import add_evaluation
+
+    add_evaluation(settings.report, found, settings.model)
+    return f"added to {clean(str(settings.report / 'report.html'))}"
 
 
 def show(found: Measured) -> None:
@@ -104,7 +107,7 @@ def show(found: Measured) -> None:
         )
     for text, continuation in found.samples.items():
         said = clean(continuation, "\n\t")
-        out.print(f"> {clean(text)}{said}")
+        out.out(f"> {clean(text)}{said}", highlight=False)
 
 
 def _show_abilities(out: Screen, found: Measured) -> None:

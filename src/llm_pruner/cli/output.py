@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import logging
 import os
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -19,7 +23,7 @@ from rich.text import Text
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import placed
 from llm_pruner.files.outputs import Source, check_file, write_output
-from llm_pruner.report.text import clean, count, megabytes
+from llm_pruner.report.text import at_home, clean, count, megabytes
 from llm_pruner.runtime.signals import INTERRUPTED, TERMINATED
 from llm_pruner.settings.common import OutputSettings
 
@@ -33,10 +37,11 @@ class Screen(Console):
     """Standard output; at least 80 columns, so that piped tables are not cut."""
 
     def __init__(self) -> None:
-        super().__init__(highlight=False, markup=False)
+        how: Any = {"highlight": False, "markup": False, "emoji": False}
+        super().__init__(**how)
         if not self.is_terminal:
             width = max(80, self.width)
-            super().__init__(highlight=False, markup=False, width=width, color_system=None)
+            super().__init__(**how, width=width, color_system=None)
 
     def table(
         self,
@@ -96,7 +101,8 @@ def write_json(record: Any, file: str | None) -> None:
     from llm_pruner.report.records import as_json
 
     values = as_json(record, inf_nan_mode="null")
-    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    plain = file == "-" and codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8"
+    text = json.dumps(values, indent=2, ensure_ascii=plain) + "\n"
     if file == "-":
         sys.stdout.write(text)
     else:
@@ -104,20 +110,39 @@ def write_json(record: Any, file: str | None) -> None:
         placed.append(Path(file))
 
 
-def hand_over(record: T, json: str | None, show: Callable[[T], None]) -> None:
-    """Write what a command returned for scripts, and print it unless that is on the screen."""
-    write_json(record, json)
+def hand_over(
+    record: T,
+    json: str | None,
+    show: Callable[[T], None],
+    keep: Callable[[], str | None] = lambda: None,
+) -> None:
+    """Write what a command returned for scripts, keep it, and print it unless JSON is printed.
+
+    Whoever reads what is printed may stop (``| head``), which ends the command: it comes last.
+
+    Args:
+        keep: does whatever else is to be done with it; returns what is said of that at the end.
+    """
+    said = None
     if json != "-":
-        show(record)
+        write_json(record, json)
+    try:
+        said = keep()
+    finally:
+        if json == "-":
+            write_json(record, json)
+        else:
+            show(record)
+    if said is not None and json != "-":
+        Screen().print(said, soft_wrap=True)
 
 
-def upload(settings: OutputSettings, json: str | None) -> None:
-    """Upload the folder that was written, if that was asked for, and print where it is."""
+def upload(settings: OutputSettings) -> str | None:
+    """Upload the folder that was written, if that was asked for; return words that say where to."""
     from llm_pruner.commands.publish import push
 
     address = push(settings)
-    if address is not None and json != "-":
-        Screen().print(f"uploaded to {clean(address)}", soft_wrap=True)
+    return None if address is None else f"uploaded to {clean(address)}"
 
 
 def command_line() -> str:
@@ -137,7 +162,7 @@ def command_line() -> str:
             rest = argument.removeprefix(home).removeprefix("/")
             words.append(f"~/{shlex.quote(rest)}" if rest else "~")
         else:
-            words.append(shlex.quote(argument))
+            words.append(shlex.quote(at_home(argument)))
     return " ".join(words)
 
 
@@ -170,6 +195,31 @@ def said_how_to_go_on(*, restart: bool) -> str:
     return f"interrupted; {how} goes on from here"
 
 
+class _OneLine(logging.Formatter):
+    """What a logger says, as a terminal may see it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return clean(one_line(super().format(record)))
+
+
+def say_in_one_line() -> None:
+    """Have what loggers without a handler say, and what Python warns of, in a clean line each."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_OneLine())
+    warnings.formatwarning = _warning
+
+
+def _warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    del line  # of the code that warns
+    return clean(one_line(f"{filename}:{lineno}: {category.__name__}: {message}")) + "\n"
+
+
 def warn(message: str) -> None:
     """Print a warning to standard error and go on."""
     print(f"llm-pruner: warning: {clean(one_line(message))}", file=sys.stderr)
@@ -181,10 +231,12 @@ def fail(message: str, code: int) -> NoReturn:
     Of several processes that a launcher started, the first one speaks; another one does if it fails
     alone.
     """
-    sys.stdout.flush()
+    with suppress(OSError):  # nobody reads, such as a terminal that is gone
+        sys.stdout.flush()
     if not speaks():
         if code in (INTERRUPTED, TERMINATED):
             sys.exit(code)
         time.sleep(_PATIENCE)  # the launcher ends this process when the first one has failed, too
-    sys.stderr.write(f"llm-pruner: {clean(message)}\n")  # at once: other processes write as well
+    with suppress(OSError):
+        sys.stderr.write(f"llm-pruner: {clean(message)}\n")  # at once: other processes write, too
     sys.exit(code)

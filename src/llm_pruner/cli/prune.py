@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -46,8 +47,7 @@ def run(settings: PruneSettings, json: str | None) -> None:
     done = run.carry_out() if started() == 1 else run.carry_out_together()
     if done is None:
         return
-    hand_over(done, json, show)
-    upload(settings, json)
+    hand_over(done, json, show, partial(upload, settings))
 
 
 def show_forecast(expected: Forecast) -> None:

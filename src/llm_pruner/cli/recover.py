@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from math import exp, inf
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING
@@ -43,7 +44,6 @@ def run(settings: RecoverSettings, json: str | None) -> None:
         raise Interrupted("interrupted; go on with --resume") from None
     if not speaks():
         return
-    hand_over(done, json, show)
     for warning in shared_corpora(str(done.path), settings.perplexity):
         warn(warning)
     if not done.gained:
@@ -52,7 +52,7 @@ def run(settings: RecoverSettings, json: str | None) -> None:
             f"{done.loss.after:.4f} after), so {done.path} holds the model as it came; use more "
             "data, another --learning-rate or more steps"
         )
-    upload(settings, json)
+    hand_over(done, json, show, partial(upload, settings))
 
 
 class Narrator:

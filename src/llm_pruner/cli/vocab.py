@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from llm_pruner.cli.output import Screen, hand_over, upload
@@ -23,8 +24,7 @@ def run(settings: VocabSettings, json: str | None) -> None:
     from llm_pruner.commands.vocab import vocab
 
     done = vocab(settings)
-    hand_over(done, json, show)
-    upload(settings, json)
+    hand_over(done, json, show, partial(upload, settings))
 
 
 def show(done: Trimmed) -> None:

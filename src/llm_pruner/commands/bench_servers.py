@@ -26,6 +26,7 @@ from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import footprint, serving
 from llm_pruner.evaluation.speed import Speed
+from llm_pruner.files.disk import expanded
 from llm_pruner.hook import has_recipe
 from llm_pruner.models.load import LoadedModel, load
 from llm_pruner.models.stored import stored_at, weight_names
@@ -125,7 +126,7 @@ def bench_servers(settings: BenchSettings) -> Bench:
 def _subject(settings: BenchSettings, other: str | None, server: Any) -> _Subject:
     """Return MODEL, or the other one, which is refused if the server does not run it."""
     source = settings.loading(other, _dtype(settings))
-    file = Path(source.model).expanduser()
+    file = expanded(source.model)
     if server.FORMAT is not None and file.suffix == f".{server.FORMAT}":
         parameters, vocabulary = server.counted(file)
         known = Figures(file.stem, parameters, bytes_on_disk=file.stat().st_size)

@@ -30,7 +30,7 @@ from llm_pruner.evaluation.perplexity import (
     perplexity,
     perplexity_of_windows,
 )
-from llm_pruner.files.disk import new_file, tidy
+from llm_pruner.files.disk import expanded, new_file, tidy
 from llm_pruner.files.outputs import (
     atomic_directory,
     check_output,
@@ -134,7 +134,7 @@ def check_text(settings: CurveSettings) -> None:
 
 def _is_among(source: str, others: Collection[str]) -> bool:
     """Whether a source is one of others, by whatever path its file is named."""
-    of, *rest = (Path(one).expanduser() for one in (source, *others))
+    of, *rest = (expanded(one) for one in (source, *others))
     there = [one for one in rest if of.exists() and one.exists()]
     return source in others or any(map(of.samefile, there))
 

@@ -31,6 +31,7 @@ from llm_pruner.models.load import exceeds
 from llm_pruner.models.streaming import is_model_streamed
 from llm_pruner.report.records import Abilities, Measured
 from llm_pruner.runtime.memory import give_back, keep_large_blocks
+from llm_pruner.runtime.processes import new_python
 from llm_pruner.runtime.signals import end_with_parent
 from llm_pruner.settings.evaluate import EvaluateSettings, PerplexitySettings
 from llm_pruner.settings.words import LOCAL_TASKS
@@ -180,7 +181,7 @@ def measure_apart(
         LLMPrunerError: the process failed.
     """
     give_back()  # of a GPU, or it would be held for models that are gone
-    command = [sys.executable, "-c", f"from {__name__} import _measure_there; _measure_there()"]
+    command = new_python(f"from {__name__} import _measure_there; _measure_there()")
     answer: dict[str, Any] = {}
     asked = {"parent": os.getpid(), "settings": settings.written()}
     asked |= {"window": window, "strict": strict}

@@ -35,6 +35,7 @@ from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.evaluation.servers import ServedBy, served_by
+from llm_pruner.files.disk import placed
 from llm_pruner.files.outputs import check_shard_size, write_output
 from llm_pruner.importance import score
 from llm_pruner.models.activation_store import HiddenStates
@@ -56,8 +57,8 @@ from llm_pruner.runtime.processes import (
     check_trains,
     is_sharded,
     joined,
-    on_this_machine,
     own_device,
+    sharing,
 )
 from llm_pruner.runtime.progress import Clock, quiet
 from llm_pruner.search.cache_cost import cache_cost
@@ -194,6 +195,7 @@ class PruneRun:
             raise
         assert self.plan is not None
         write_output(self.settings.out, self.plan.to_json())
+        placed.append(self.settings.out)
         return result
 
     def _keep_plan(self) -> None:
@@ -208,6 +210,7 @@ class PruneRun:
         with suppress(UserError, OSError):  # something else is there, or the disk is full
             start.check_out(file, overwrite=True, dry_run=True, reads=())
             write_output(file, self.plan.to_json())
+            placed.append(file)
             words = shlex.join(["--plan", str(file), *self._repairing()])
             _LOG.warning("what was decided is kept; go on from it with %s", words)
 
@@ -279,8 +282,8 @@ class PruneRun:
         keep_all_blocks()
         loaded, discovery, _ = self.given
         self.room = self.settings.room(self.device)
-        if isinstance(self.settings.memory, str) and not self.device.startswith("cuda"):
-            self.room //= on_this_machine()  # processes, with one memory
+        if isinstance(self.settings.memory, str):
+            self.room //= sharing(self.device)
         loading = self.settings.computing().but(device=self.device)
         self.loaded = loaded or load(
             loading, weights=not self.weightless, memory=self.room, tokenizer=self.tokenizer

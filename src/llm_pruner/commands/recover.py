@@ -67,7 +67,14 @@ from llm_pruner.report.records import (
 from llm_pruner.report.write import page_in, write_report, write_request
 from llm_pruner.runtime.memory import free_bytes, give_back
 from llm_pruner.runtime.precision import multiplies, multiplies_bfloat16
-from llm_pruner.runtime.processes import Processes, check_trains, is_sharded, joined, own_device
+from llm_pruner.runtime.processes import (
+    Processes,
+    check_trains,
+    is_sharded,
+    joined,
+    own_device,
+    sharing,
+)
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.evaluate import PerplexitySettings
 from llm_pruner.settings.options import option_name
@@ -544,7 +551,7 @@ def ways_to_load(
 def _is_short(models: Iterable[ModelSettings], device: str) -> bool:
     """Whether float32 copies of all do not fit; of what is still on the hub nothing is known."""
     sizes = [stored_size(one.model, one.revision, "float32") for one in models]
-    return sum(size[1] for size in sizes if size) > free_bytes(device)
+    return sum(size[1] for size in sizes if size) > free_bytes(device) // sharing(device)
 
 
 def load_teacher(teacher: ModelSettings, student: LoadedModel) -> LoadedModel:

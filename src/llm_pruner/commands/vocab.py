@@ -23,6 +23,7 @@ from llm_pruner.data.vocabulary import Ids, Vocabulary, vocabulary_of
 from llm_pruner.errors import UserError, VerificationError
 from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.evaluation.perplexity import perplexity
+from llm_pruner.files.disk import expanded
 from llm_pruner.files.outputs import check_output, check_shard_size, write_output
 from llm_pruner.models.forward import embedding_rows, maximum_length
 from llm_pruner.models.gguf_file import drop_tokens_beyond_
@@ -89,7 +90,7 @@ def vocab(settings: VocabSettings) -> Trimmed:
     check_shard_size(settings.max_shard_size)
     check_push(settings)
     for source in filter(is_file_name, settings.text):
-        read_rows(Path(source).expanduser())  # which refuses what is no text
+        read_rows(expanded(source))  # which refuses what is no text
     tokenizer = load_tokenizer(settings.loading())
     _known(load(settings.loading(), weights=False, tokenizer=tokenizer), settings)
     read, apart = _texts(settings)

@@ -18,7 +18,16 @@ from pydantic import TypeAdapter
 from pydantic_core import to_jsonable_python
 
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import discard, make_parents, put, read_json, remove, remove_empty, tidy
+from llm_pruner.files.disk import (
+    discard,
+    expanded,
+    make_parents,
+    put,
+    read_json,
+    remove,
+    remove_empty,
+    tidy,
+)
 from llm_pruner.files.outputs import RECOVERY_FILE, check_output, write_output
 from llm_pruner.report.records import as_json
 
@@ -266,7 +275,7 @@ def opened(
 
 def content(source: str) -> str | None:
     """Return 16 hex digits of the SHA-256 of a text file; None of what is no file."""
-    file, digest = Path(source).expanduser(), hashlib.sha256()
+    file, digest = expanded(source), hashlib.sha256()
     if not file.is_file():
         return None
     with file.open("rb") as stream:

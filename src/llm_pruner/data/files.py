@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_pruner.errors import UserError
+from llm_pruner.files.disk import expanded
 from llm_pruner.runtime.progress import quiet
 from llm_pruner.settings.words import LOCAL_TASKS
 
@@ -308,7 +309,7 @@ def is_file_name(source: str) -> bool:
 
     Beside a folder of that name, ``code`` and the like stay what they are: no folder is read.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     return (
         (path.exists() and not (path.is_dir() and source.partition(":")[0] in _ALIASES))
         or path.suffix.lower() in (*SUFFIXES, *_FOREIGN)
@@ -343,7 +344,7 @@ def read_source(
             network, no such name, config or split).
     """
     if is_file_name(source):
-        file = Path(source).expanduser()
+        file = expanded(source)
         return file.name, None, read_rows(file)
     if not _NAME.fullmatch(source):
         raise UserError(
@@ -463,7 +464,7 @@ def read_skill(folder: Path, skill: str) -> list[Record]:
 
 
 def _records(folder: Path, name: str, task: str, schema: dict[str, Field]) -> list[Record]:
-    folder = folder.expanduser()
+    folder = expanded(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give the one that holds {name}.jsonl")
     path = folder / f"{name}.jsonl"

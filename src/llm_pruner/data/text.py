@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 from llm_pruner.data.files import NoFieldError, field_of, read_source, texts_of_rows
 from llm_pruner.errors import UserError
+from llm_pruner.files.disk import expanded
 from llm_pruner.settings.evaluate import PerplexitySettings
 
 T = TypeVar("T")
@@ -99,7 +100,7 @@ def shares_of(mixture: str) -> dict[str, float]:
 
 
 def _is_there(name: str) -> bool:
-    return os.path.exists(Path(name).expanduser())  # of a mixture, which may be too long for a name
+    return os.path.exists(expanded(name))  # of a mixture, which may be too long for a name
 
 
 def name_of_part(part: str) -> str:
@@ -137,7 +138,7 @@ def load_documents(
             f"source '{source}' is text that the model writes itself, for calibration only; "
             "give a text file or a dataset name here"
         )
-    path = Path(source).expanduser()
+    path = expanded(source)
     plain = path.suffix.lower() == ".txt"
     name, used_split, rows = read_source(source, split=split, limit=limit)
     text_field = text_field or field_of(source)

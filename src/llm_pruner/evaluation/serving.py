@@ -28,6 +28,7 @@ import psutil
 
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.evaluation.speed import Speed, in_turns, speed_of
+from llm_pruner.files.disk import expanded
 from llm_pruner.runtime import tied
 from llm_pruner.runtime.progress import track
 
@@ -257,12 +258,12 @@ def program_of(name: str, python: Path | None) -> str | None:
     Raises:
         UserError: there is no such Python.
     """
-    if python is not None and shutil.which(python.expanduser()) is None:
+    if python is not None and shutil.which(expanded(python)) is None:
         raise UserError(
             f"--server-python {python} is no program; name the Python of an environment, such as "
             "serve/bin/python"
         )
-    folder = Path(python or sys.executable).expanduser().absolute().parent
+    folder = expanded(python or sys.executable).absolute().parent
     return (shutil.which(name) if python is None else None) or shutil.which(name, path=str(folder))
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 from collections import deque
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 from llm_pruner.errors import LLMPrunerError, UserError
+from llm_pruner.runtime.processes import new_python
 from llm_pruner.runtime.progress import track
 
 _PROGRAM, _PACKAGE = "llama-quantize", "llama_cpp_py_sync"
@@ -50,7 +50,7 @@ def quantize(source: Path, target: Path, kind: str, tensors: int) -> None:
         LLMPrunerError: llama.cpp failed; with the last line that it said.
     """
     program = shutil.which(_PROGRAM)
-    command = [program] if program else [sys.executable, "-c", _BY_LIBRARY]
+    command = [program] if program else new_python(_BY_LIBRARY)
     last: deque[str] = deque(maxlen=1)
     with subprocess.Popen(
         [*command, source, target, kind.upper()],

@@ -8,6 +8,7 @@ written is read within bounds.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -38,7 +39,8 @@ def new_folder(place: Path) -> Iterator[Path]:
     made = make_parents(place.parent)
     try:
         with _beside(place, "partial", folder=True) as partial, _system_errors():
-            partial.chmod(0o777 & ~umask())
+            inherited = partial.stat().st_mode & 0o7000  # such as the group of a shared folder
+            partial.chmod(0o777 & ~umask() | inherited)
             yield partial
             put(partial, place)
     except BaseException:
@@ -71,17 +73,36 @@ def put(folder: Path, place: Path) -> None:
     for path in (*folder.rglob("*"), folder):
         if not path.is_symlink():
             flush(path)
-    if not place.exists():
-        folder.rename(place)
-        flush(place.parent)
-    else:
+    try:
+        _move(folder, place)  # over an empty folder as well, but on Windows
+    except OSError:
+        if not place.exists():
+            raise
         # A full folder cannot be renamed over: the old one steps aside and goes last. If nothing
         # takes its place, it returns.
         with _beside(place, "old", folder=True) as aside:
             place.rename(aside / place.name)
-            folder.rename(place)
-            flush(place.parent)
+            _move(folder, place)
+
+
+def _move(folder: Path, place: Path) -> None:
+    folder.rename(place)
     placed.append(place)
+    flush(place.parent)
+
+
+def can_move(folder: Path) -> bool:
+    """Whether a folder can step aside: one that an overlay shows of a lower layer cannot.
+
+    Nothing moves: what it is tried on is a full folder, which is not replaced.
+    """
+    with _beside(folder, "old", folder=True) as aside:
+        (aside / folder.name / "full").mkdir(parents=True)
+        try:
+            folder.rename(aside / folder.name)
+        except OSError as error:
+            return error.errno != errno.EXDEV
+    return True
 
 
 def discard(folder: Path) -> None:
@@ -214,17 +235,27 @@ def allocate(file: Path, size: int) -> None:
     """
     new = not file.exists()
     try:
-        with file.open("ab") as stream:
-            if stream.tell() != size:
+        file.touch()
+        with file.open("r+b") as stream:  # some systems allocate in no file that is appended to
+            if stream.seek(0, os.SEEK_END) != size:
                 stream.truncate(0)
             if size and hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(stream.fileno(), 0, size)
+                _allocate_at_once(stream.fileno(), size)
             for written in range(stream.seek(0, os.SEEK_END), size, 2**20):
                 stream.write(bytes(min(2**20, size - written)))
     except OSError:
         if new:
             file.unlink(missing_ok=True)
         raise
+
+
+def _allocate_at_once(handle: int, size: int) -> None:
+    """Have the system do so, if it can for this file."""
+    try:
+        os.posix_fallocate(handle, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise
 
 
 @contextmanager
@@ -237,6 +268,11 @@ def _system_errors() -> Iterator[None]:
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with the home folder for ``~``; ``~name`` of nobody here is a name."""
+    return Path(os.path.expanduser(path))
 
 
 def umask() -> int:

@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import json_object, new_file, new_folder, starts_with, tidy
+from llm_pruner.files.disk import (
+    can_move,
+    expanded,
+    json_object,
+    new_file,
+    new_folder,
+    starts_with,
+    tidy,
+)
 
 MANIFEST = ".written-by-llm-pruner"
 """A name without an ending, so that nothing takes it for a part of the model."""
@@ -41,6 +49,9 @@ _MODEL = re.compile(
 
 _RECORDS = re.compile(r"report\.(json|html)|README\.md|(recovery|vocabulary)\.json|request\.yaml")
 """Files that lie beside a model that this package wrote."""
+
+_CURVE = re.compile(r"(curve|plan-[\d.e-]+)\.json")
+"""Files of sizes that were measured."""
 
 _BEFORE = re.compile(
     rf"({_MODEL.pattern}|{_RECORDS.pattern}|adapter/adapter_(config\.json|model\.safetensors)"
@@ -97,6 +108,11 @@ def check_output(out: Path, overwrite: bool, reads: Iterable[Source] = ()) -> No
                     "choose another folder or pass --overwrite"
                 )
             _check_replaceable(out, place, reads)
+            if not can_move(place):
+                raise UserError(
+                    f"{out} is of a lower layer of an overlay and cannot be replaced; name another "
+                    "folder"
+                )
     elif place.exists():
         raise UserError(f"{out} is a file, but the output is a folder; choose another name")
 
@@ -119,7 +135,7 @@ def check_file(
         file: the file; a link stands for what it leads to.
         kind: what will be written.
         reads: all that the command reads, and other files that it writes.
-        out: the folder that the command writes, whose files are not to be replaced either.
+        out: the folder or file that the command writes; what lies there is not to be replaced.
     """
     what = f"{option} {file}"
     if os.path.isdir(file):
@@ -131,11 +147,14 @@ def check_file(
     check_place(file, option)
     place = file.resolve()
     tidy(place)
-    if any(place == read for _, read in _places(reads)):
+    made = None if out is None else out.resolve()
+    in_out = place.parent == made
+    used = made is not None and place in (made, *made.parents)
+    used |= in_out and _CURVE.fullmatch(place.name) is not None
+    if used or any(place == read for _, read in _places(reads)):
         raise UserError(f"{what} is used by this command otherwise; name another file")
     model, record = (pattern.fullmatch(place.name) for pattern in (_MODEL, _RECORDS))
     there = place.exists()
-    in_out = out is not None and place.parent == out.resolve()
     beside_model = in_out or (place.parent / "config.json").is_file()
     lone_plan = kind == "plan" and place.name == "plan.json" and not beside_model
     if ((there or beside_model) and model and not lone_plan) or (beside_model and record):
@@ -258,7 +277,7 @@ def _places(reads: Iterable[Source]) -> Iterator[tuple[Source, Path]]:
     """Yield what was named and the path that it may mean."""
     for source in reads:
         if source not in _WORDS:
-            yield source, Path(str(source)).expanduser().resolve()
+            yield source, expanded(str(source)).resolve()
 
 
 def _is_written_into(file: Path) -> bool:

@@ -41,7 +41,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from llm_pruner.errors import UserError, in_short
-from llm_pruner.files.disk import read_json
+from llm_pruner.files.disk import expanded, read_json
 from llm_pruner.hook import has_recipe
 from llm_pruner.models import stored as on_disk
 from llm_pruner.models.assembled import element, put_together_late
@@ -686,7 +686,7 @@ def _explained(source: str) -> Iterator[None]:
             )
         elif "Unrecognized configuration class" in text:
             message = f"{source} is no causal language model; name one that generates text"
-        elif Path(source).expanduser().exists():
+        elif expanded(source).exists():
             message = f"{source} cannot be loaded ({in_short(error)}); copy or download it again"
         elif "safetensors" in text:
             message = (

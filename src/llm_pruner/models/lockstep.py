@@ -136,7 +136,7 @@ class _Run(Thread, Generic[T]):
     def stop(self) -> None:
         """End it where it is."""
         self._stopped = True
-        if not self.done:
+        while not self.done:  # interrupted in `go_on`, it may yet come to a block
             self.go_on()
         self.join()
 

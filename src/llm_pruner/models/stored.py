@@ -19,7 +19,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import parse_json, read_json
+from llm_pruner.files.disk import expanded, parse_json, read_json
 from llm_pruner.runtime.progress import quiet
 
 DEFAULT = "default"
@@ -67,7 +67,7 @@ def default_gguf() -> Path:
 
 def local_path(source: str) -> Path:
     """Return the path that a source stands for if it is on this machine."""
-    return default_gguf() if source == DEFAULT else Path(source).expanduser()
+    return default_gguf() if source == DEFAULT else expanded(source)
 
 
 def name_of(folder: Path) -> str:

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from pydantic import BaseModel
 
 from llm_pruner.errors import UserError
+from llm_pruner.files.disk import expanded
 from llm_pruner.models.stored import name_of, stored_size
 from llm_pruner.planning import read_plan
 from llm_pruner.report import figures, view
@@ -125,9 +126,9 @@ def compare_folders(named: Sequence[str]) -> Comparison:
 def _label(text: str) -> tuple[str, Path]:
     """Return the name and the folder; a folder whose own name has an equals sign is a folder."""
     name, sign, folder = text.partition("=")
-    path = Path(text).expanduser()
+    path = expanded(text)
     if sign and name and not path.is_dir():
-        path = Path(folder).expanduser()
+        path = expanded(folder)
     else:
         name = name_of(path)
     if not path.is_dir():

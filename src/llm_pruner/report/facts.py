@@ -19,6 +19,7 @@ from llm_pruner.data.text import CHAT, PRUNED, SELF
 from llm_pruner.evaluation.perplexity import PerplexityResult
 from llm_pruner.evaluation.skills import Share
 from llm_pruner.evaluation.zero_shot import TaskResult
+from llm_pruner.files.disk import expanded
 from llm_pruner.models.stored import DEFAULT, local_path
 from llm_pruner.planning import Plan
 from llm_pruner.report import data
@@ -99,7 +100,7 @@ def layers_of(rows: Sequence[Layer]) -> tuple[Layer, ...]:
 
 def source_of(model: str, name: str, revision: str | None, network: Any) -> data.Source:
     """Return where a model came from, of which the user gave ``model`` and ``name`` is short."""
-    local = model == DEFAULT or model.endswith(".gguf") or Path(model).expanduser().exists()
+    local = model == DEFAULT or model.endswith(".gguf") or expanded(model).exists()
     return data.Source(
         name=name,
         hub_id=None if local else model,
@@ -189,7 +190,7 @@ def licence_of(model: str, revision: str | None) -> str | None:
     try:
         if model == DEFAULT or model.endswith(".gguf"):
             return _gguf_licence(local_path(model))
-        folder = Path(model).expanduser()
+        folder = expanded(model)
         card: Any = folder / data.CARD_FILE
         if not folder.exists():
             card = try_to_load_from_cache(model, data.CARD_FILE, revision=revision)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -36,6 +37,11 @@ def clean(text: str, keep: str = "\n") -> str:
         c if c.isprintable() or c in keep or c in _JOINERS else "\N{REPLACEMENT CHARACTER}"
         for c in text
     )
+
+
+def at_home(text: str) -> str:
+    """Return text with ``~`` for the home folder where a path, also one of a list, begins."""
+    return re.sub(rf"(^|[,=]\s*){re.escape(str(Path.home()))}(?=/|\s*,|$)", r"\1~", text)
 
 
 def visible(text: object) -> str:

@@ -17,11 +17,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from llm_pruner.errors import UserError
+from llm_pruner.files.disk import expanded
 from llm_pruner.files.outputs import rewrite
 from llm_pruner.report import data, figures, view
 from llm_pruner.report.facts import against, dense_evaluation, evaluation_of
 from llm_pruner.report.records import Measured
-from llm_pruner.report.text import breakable, fenced, markdown, number, said, visible
+from llm_pruner.report.text import at_home, breakable, fenced, markdown, number, said, visible
 from llm_pruner.settings.options import Settings
 
 _LOG = logging.getLogger(__name__)
@@ -88,14 +89,12 @@ def write_request(folder: Path, settings: Settings) -> None:
 
 
 def _at_home(value: Any) -> Any:
-    """Return values with ``~`` for the home folder where a path, also one of a list, begins."""
+    """Return values with ``~`` for the home folder, see `at_home`."""
     if isinstance(value, dict):
         return {name: _at_home(one) for name, one in value.items()}
     if isinstance(value, list):
         return [_at_home(one) for one in value]
-    if not isinstance(value, str):
-        return value
-    return re.sub(rf"(^|,\s*){re.escape(str(Path.home()))}(?=/|\s*,|$)", r"\1~", value)
+    return at_home(value) if isinstance(value, str) else value
 
 
 def page_in(folder: Path) -> Path | None:
@@ -109,7 +108,7 @@ def _variant_of(folder: Path, report: data.Report, model: str, found: Measured) 
 
     The dense one may lie elsewhere under another name: it is taken for that, with a warning.
     """
-    if Path(model).expanduser().exists() and Path(model).expanduser().resolve() == folder.resolve():
+    if expanded(model).exists() and expanded(model).resolve() == folder.resolve():
         return report.final
     dense = report.sizes.get("dense")
     if dense is not None and dense.total == found.parameters:

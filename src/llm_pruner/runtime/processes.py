@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -164,9 +165,17 @@ def only_one(command: str) -> None:
         )
 
 
-def on_this_machine() -> int:
-    """Return how many of the processes share this machine, and its memory."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+def new_python(code: str) -> list[str]:
+    """Return the command that runs code in another Python, which imports what this one does.
+
+    By itself it looks for modules in the current folder first, where anything may lie.
+    """
+    return [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!a}\n{code}"]
+
+
+def sharing(device: str) -> int:
+    """Return how many processes share the memory of a device: that of the machine, or a GPU's."""
+    return 1 if device.startswith("cuda") else int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def started() -> int:

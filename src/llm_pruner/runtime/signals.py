@@ -1,4 +1,4 @@
-"""How a process ends: by SIGTERM as by Ctrl-C, and with the one that started it."""
+"""How a process ends: by SIGTERM or SIGHUP as by Ctrl-C, and with the one that started it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from types import FrameType
 from typing import Any
 
 INTERRUPTED, TERMINATED = 130, 143
-"""Exit codes after Ctrl-C, which is Typer's too, and after SIGTERM."""
+"""Exit codes after Ctrl-C, which is Typer's too, and after the signals that follow."""
+
+_ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""What ends a process from outside; SIGHUP, not on Windows, says that its terminal is gone."""
 
 _PR_SET_PDEATHSIG = 1
 _SOON = 0.02
@@ -32,16 +35,16 @@ def heard() -> bool:
 
 def exit_code() -> int:
     """Return what a process that was interrupted exits with."""
-    return TERMINATED if _heard == signal.SIGTERM else INTERRUPTED
+    return TERMINATED if _heard in _ENDING else INTERRUPTED
 
 
 def only_broken_off() -> bool:
     """Whether what was heard is Ctrl-C, which is forgotten then: the process goes on.
 
-    False for SIGTERM, which ends it.
+    False for what ends it from outside.
     """
     global _heard
-    if _heard == signal.SIGTERM:
+    if _heard in _ENDING:
         return False
     _heard = None
     return True
@@ -49,17 +52,16 @@ def only_broken_off() -> bool:
 
 @contextmanager
 def ended_alike() -> Iterator[None]:
-    """Have SIGTERM do what Ctrl-C does.
+    """Have what ends a process from outside do what Ctrl-C does.
 
-    Not where somebody else cares for them, nor in one of several processes that a launcher started:
-    it may be waiting for the others inside a library, where Python does not get to act on a signal.
+    Not where somebody else cares for it (``nohup``), nor in one of several processes that a
+    launcher started: it may be waiting for the others inside a library, where Python does not get
+    to act on a signal.
     """
     global _heard
     _heard = None
-    usual: dict[int, Any] = {
-        signal.SIGTERM: signal.SIG_DFL,
-        signal.SIGINT: signal.default_int_handler,
-    }
+    usual: dict[int, Any] = dict.fromkeys(_ENDING, signal.SIG_DFL)
+    usual[signal.SIGINT] = signal.default_int_handler
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     if not alone or threading.current_thread() is not threading.main_thread():
         yield
@@ -95,7 +97,7 @@ def _heard_again(others: Callable[[Any], object], unraisable: Any) -> None:
 
 def deaf_at_the_end() -> None:
     """Have an interpreter that is taken down ignore signals: it would print a traceback."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, *_ENDING):
         atexit.register(signal.signal, number, signal.SIG_IGN)
 
 

@@ -30,7 +30,8 @@ def _names(text: str) -> tuple[str, ...]:
 def once(value: Any) -> Any:
     """Return values without repeats; one alone as the only one."""
     values = (value,) if isinstance(value, str) else value
-    return tuple(dict.fromkeys(values)) if isinstance(values, list | tuple) else values
+    named = isinstance(values, list | tuple) and all(isinstance(one, str) for one in values)
+    return tuple(dict.fromkeys(values)) if named else values
 
 
 Sources = Annotated[tuple[str, ...], BeforeValidator(once)]

@@ -30,6 +30,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from llm_pruner.errors import UserError
+from llm_pruner.files.disk import expanded
 
 _S = TypeVar("_S", bound="Settings")
 
@@ -171,13 +172,19 @@ class Settings(BaseModel):
             return {}
         if not isinstance(name, str | Path):
             raise UserError(f"--preset {name} is no name; use {', '.join(cls.presets)}, or a file")
-        file = cls.presets.get(name, Path(name).expanduser())
+        file = cls.presets.get(name, expanded(name))
         if not file.is_file():
             raise UserError(
                 f"no preset {name!r}; {near(name, cls.presets)}known are {', '.join(cls.presets)}, "
                 "or give a YAML file"
             )
-        return {**read_yaml(file, f"preset {name}", cls), "preset": name}
+        said = read_yaml(file, f"preset {name}", cls)
+        if (other := said.get("preset")) is not None:
+            raise UserError(
+                f"preset {name} names another preset, {other}; give that as --preset and this file "
+                "as --config"
+            )
+        return {**said, "preset": name}
 
     def but(self: _S, **changes: Any) -> _S:
         """Return the same settings with other values, which are checked; None for a default."""
@@ -238,7 +245,7 @@ def read_yaml(file: Path, what: str, kind: type[Settings]) -> dict[str, Any]:
         UserError: it cannot be read, is not YAML, or names what is no field of ``kind``.
     """
     try:
-        text = file.expanduser().read_text(encoding="utf-8")
+        text = expanded(file).read_text(encoding="utf-8")
         data, written = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{what} cannot be read as UTF-8 text; give a YAML file") from error
@@ -246,6 +253,8 @@ def read_yaml(file: Path, what: str, kind: type[Settings]) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark is not None else ""
         raise UserError(f"{what} is not YAML{where}; correct it there") from error
+    except ValueError as error:  # of a date that there is not, as YAML reads 2024-02-30
+        raise UserError(f"{what} is not YAML ({error}); correct it, or quote it") from error
     if not isinstance(data, dict):
         raise UserError(f"{what} holds no settings; write lines such as 'criterion: fisher'")
     unknown = [str(name) for name in data if name not in kind.model_fields]

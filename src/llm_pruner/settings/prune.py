@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -193,7 +194,8 @@ class MethodSettings(CalibrationSettings):
             left |= {"scope": "local", "spread": None, "split": "equal"}
         wanted = left.get("score_samples")
         if wanted is not None and given.get("samples") is not None:
-            left["score_samples"] = min(wanted, int(given["samples"]))  # of fewer samples: all
+            with suppress(TypeError, ValueError, OverflowError):  # no number, which is refused
+                left["score_samples"] = min(wanted, int(given["samples"]))  # of fewer samples: all
         return left
 
 
