@@ -30,7 +30,8 @@ from llm_pruner.checkpoints.meta import get_path, is_integer, set_path
 from llm_pruner.checkpoints.modeling_pruned import cut_buffers_, reshape_parameters_, set_config_
 from llm_pruner.checkpoints.reshape import MOST_LAYERS, Recipe, from_json, shown, to_json
 from llm_pruner.errors import UserError
-from llm_pruner.models.layers import is_settings, keep_children, set_attributes_
+from llm_pruner.models.layers import Renaming, is_settings, keep_children, set_attributes_
+from llm_pruner.models.older_code import computed_buffers, fill_buffers_
 
 QUANT_METHOD = "llm_pruner"
 
@@ -82,12 +83,21 @@ class PrunedQuantizer(HfQuantizer):
         self._kept_config = {
             path: get_path(config, path) for path in recipe.dense_config if path not in own
         }
-        return dense_copy(config, recipe)
+        self._dense_config = dense_copy(config, recipe)
+        return copy.deepcopy(self._dense_config)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        rename = Renaming(self.quantization_config.recipe.layers)
+        found = computed_buffers(model, self._dense_config)
+        self._buffers = {
+            (new, name): value
+            for (path, name), value in found.items()
+            if (new := rename(path)) is not None
+        }
         cut_skeleton_(model, self.quantization_config.recipe, self._kept_config)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        fill_buffers_(model, self._buffers)
         finish_(model, self.quantization_config.recipe)
         # From here on this is a model like any other: it can be cast, trained in full and saved.
         # The recipe stays in its config, which a later ``save_pretrained`` writes.

@@ -12,6 +12,7 @@ import json
 import logging
 import re
 import sys
+import traceback
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -47,6 +48,7 @@ from llm_pruner.models import stored as on_disk
 from llm_pruner.models.assembled import element, put_together_late
 from llm_pruner.models.forward import embedding_rows
 from llm_pruner.models.gguf_file import drop_tokens_beyond_, require_biases, scale_rotary_
+from llm_pruner.models.older_code import complete_
 from llm_pruner.models.stored_weight import mapped_files
 from llm_pruner.models.streaming import stored, stream_
 from llm_pruner.runtime.memory import keep_all_blocks
@@ -480,6 +482,7 @@ def _load_model(
             f"{source} has {name} in the shape {tuple(stored_shape)} in its weights, and of its "
             f"config.json follows {tuple(shape)}; copy or download both again"
         )
+    complete_(model, config)
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(
@@ -655,6 +658,12 @@ def _device(name: str) -> str:
     return name
 
 
+def _is_of_own_code(error: BaseException) -> bool:
+    """Whether code that comes with a model raised an error, or lacks what it imports."""
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    return any("transformers_modules" in one or "dynamic_module_utils" in one for one in files)
+
+
 @contextmanager
 def _explained(source: str) -> Iterator[None]:
     """Turn what loading raises into one line for the user."""
@@ -673,6 +682,12 @@ def _explained(source: str) -> Iterator[None]:
             message = (
                 f"{source} brings Python code of its own, which runs only with "
                 "--trust-remote-code; read the code before you allow it"
+            )
+        elif _is_of_own_code(error):
+            message = (
+                f"{source} brings code that does not run here, with transformers {__version__} "
+                f"({in_short(error)}); install what it lacks, or look for a newer revision of it "
+                "or one that needs no code"
             )
         elif source.endswith(".gguf") and any(one in text for one in _UNREAD_KINDS):
             message = (

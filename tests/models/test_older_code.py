@@ -1,0 +1,79 @@
+"""Code of checkpoints that was written for an earlier transformers: completed, then pruned."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from command import done
+from homemade import MODELLING, checkpoint
+from llm_pruner.errors import UserError
+from llm_pruner.models.load import load_model
+
+pytestmark = pytest.mark.slow
+
+OLDER = (
+    MODELLING.replace(
+        "        self.post_init()",
+        """        factors = torch.linspace(0.5, 1.5, 9)
+        self.register_buffer("factors", factors, persistent=False)
+        self.late = torch.arange(3) / 7
+        self.register_buffer("unset", torch.empty(2), persistent=False)
+        self.post_init()
+        del config.older
+
+    def _init_weights(self, module):
+        if module is self:
+            nn.init.constant_(self.unset, 3.0)""",
+    )
+    .replace("    _no_split", '    _tied_weights_keys = ["head.weight"]\n    _no_split')
+    .replace("self.embed(input_ids)\n", "self.embed(input_ids) * self.factors[7] * self.late[2]\n")
+)
+"""As for transformers before version 5: buffers are computed once, and a value is taken out."""
+
+
+@pytest.fixture(scope="module")
+def older(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield from checkpoint(tmp_path_factory.mktemp("models"), OLDER)
+
+
+def test_code_for_an_earlier_transformers_is_completed(older: Path) -> None:
+    model: Any = load_model(str(older), trust_remote_code=True).model
+    assert torch.equal(model.factors, torch.linspace(0.5, 1.5, 9))
+    assert torch.equal(model.late, torch.arange(3) / 7)
+    assert model.unset.tolist() == [3, 3]
+    assert model.config.older
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        (
+            ("--unit-ratio", 0.5, "--structures", "ffn", "--protect-first", 0, "--protect-last", 0),
+            "stock",
+        ),
+        (("--unit-ratio", 0.4, "--structures", "ffn", "--layers", "ffn=0-2"), "recipe"),
+    ],
+)
+def test_it_is_pruned(older: Path, tmp_path: Path, options: tuple[object, ...], kind: str) -> None:
+    out, report = tmp_path / "smaller", tmp_path / "report.json"
+    trusted = ("--trust-remote-code", "--criterion", "l2")
+    done("prune", older, "--out", out, "--json", report, *trusted, *options)
+    assert json.loads(report.read_text())["saved_as"] == kind
+    model: Any = load_model(str(out), trust_remote_code=True).model
+    assert torch.equal(model.factors, torch.linspace(0.5, 1.5, 9))
+
+
+def test_code_that_does_not_run_says_so(older: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(older, folder)
+    file = folder / "modeling_homemade.py"
+    file.write_text(file.read_text().replace("self.post_init()", "self.gone()"))
+    with pytest.raises(UserError, match=r"brings code that does not run here, .*'gone'"):
+        load_model(str(folder), trust_remote_code=True)
