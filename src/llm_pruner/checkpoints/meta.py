@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, TypeGuard
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
+from llm_pruner.models import older_code
 from llm_pruner.runtime.progress import quiet
 
 
@@ -126,11 +127,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def computed_buffers(model: PreTrainedModel) -> Mapping[str, torch.Tensor]:
+def computed_buffers(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
     """Return the buffers that no checkpoint holds, as loading computes them; changes ``model``.
 
     ``model`` is on the meta device. The modules fill these buffers from their config in
-    ``_init_weights``, which is what ``from_pretrained`` relies on as well.
+    ``_init_weights``, which is what ``from_pretrained`` relies on as well. Of code for an earlier
+    transformers they are those that it computes as it makes a model of ``config``.
     """
     buffers = dict(model.named_non_persistent_buffers())
     if not buffers:
@@ -143,7 +145,10 @@ def computed_buffers(model: PreTrainedModel) -> Mapping[str, torch.Tensor]:
         parameter._is_hf_initialized = True
     with quiet_trial():
         model.initialize_weights()
-    return dict(model.named_non_persistent_buffers())
+    made = older_code.computed_buffers(model, config)
+    early = {f"{path}.{name}".removeprefix("."): value for (path, name), value in made.items()}
+    found = dict(model.named_non_persistent_buffers())
+    return found | {name: value for name, value in early.items() if name in found}
 
 
 def get_path(holder: Any, path: str) -> Any:

@@ -363,7 +363,7 @@ def _accepted(
             module = model.get_submodule(name)
             if any(meta.get_path(module, path) != value for path, value in values.items()):
                 return None
-        computed = meta.computed_buffers(model)
+        computed = meta.computed_buffers(model, config)
         # A cast model has cast its buffers too, so the comparison is in the model's precision.
         present = dict(pruned.named_buffers())
         for name, buffer in computed.items():
