@@ -15,7 +15,6 @@ DRAWING = {"test_report", "test_report_page", "test_reporting"}
 SCENES = {
     "test_experts",
     "test_ghosts",
-    "test_golden",
     "test_lockstep",
     "test_remote_code",
     "test_streaming",
