@@ -17,7 +17,6 @@ SCENES = {
     "test_ghosts",
     "test_lockstep",
     "test_remote_code",
-    "test_streaming",
 }
 """Modules that run commands and are about the ways in which models are traced and compared."""
 
