@@ -17,9 +17,12 @@ help:
 	@echo "make check      lint, types and contracts, as CI does"
 	@echo "make format     rewrite the sources in the project's format"
 
+# Neither the tests nor the demo download a model or a data set.
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+
 # Two workers with a thread each: threads of several workers on the same cores wait for each other.
 # By worksteal a worker runs whole modules, so that what a module prepares is made once.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -q
+PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -q
 
 test: $(DEV)
 	$(PYTEST)
@@ -28,7 +31,7 @@ test-fast: $(DEV)
 	$(PYTEST) -m 'not slow'
 
 demo: $(BASE)
-	$(BIN)/llm-pruner demo
+	$(OFFLINE) $(BIN)/llm-pruner demo
 
 check: lint types contracts
 

@@ -15,10 +15,8 @@ DRAWING = {"test_report", "test_report_page", "test_reporting"}
 SCENES = {
     "test_experts",
     "test_ghosts",
-    "test_golden",
     "test_lockstep",
     "test_remote_code",
-    "test_streaming",
 }
 """Modules that run commands and are about the ways in which models are traced and compared."""
 
@@ -57,7 +55,8 @@ def undrawn(request: pytest.FixtureRequest) -> Iterator[None]:
 def traced_once(request: pytest.FixtureRequest) -> Iterator[None]:
     """Let commands trace a model, and compare the pruned one with its twin, in the first scene.
 
-    The other scenes are what the modules in ``SCENES``, and those without commands, are about.
+    The other scenes are what the modules in ``SCENES``, and those without commands, are about;
+    single tests of the others put ``scenes_of`` back.
     """
     if not runs_commands(request.module) or request.module.__name__ in SCENES:
         yield

@@ -44,14 +44,14 @@ from tiny_configs import NOT_DECODERS, TYPES, tiny_config  # noqa: E402
 from llm_pruner.checkpoints import save_checkpoint  # noqa: E402
 from llm_pruner.discovery.groups import discover  # noqa: E402
 from llm_pruner.discovery.tracing.run import named_tensors  # noqa: E402
-from llm_pruner.errors import DiscoveryError  # noqa: E402
+from llm_pruner.errors import DiscoveryError, UserError  # noqa: E402
 from llm_pruner.models.forward import run_for_logits  # noqa: E402
 from llm_pruner.models.layers import sharing_copy  # noqa: E402
 from llm_pruner.models.load import load_model  # noqa: E402
 from llm_pruner.surgery.cut import cut_  # noqa: E402
 from llm_pruner.surgery.twin import pruned_logits, twin_logits  # noqa: E402
 from llm_pruner.surgery.verify import largest_difference  # noqa: E402
-from llm_pruner.types import Discovery, Removal  # noqa: E402
+from llm_pruner.types import Discovery, Group, Removal  # noqa: E402
 from removals import bound_to, pick, scenes_apart  # noqa: E402
 
 TIME_LIMIT = 90.0
@@ -138,12 +138,13 @@ def tiny_model(model_type: str, seed: int = 0) -> nn.Module:
     return model
 
 
-def examine(model_type: str, *, alone_in_all_scenes: bool = True) -> Row:
+def examine(model_type: str, *, thorough: bool = True) -> Row:
     """Try one type; what goes wrong becomes the result.
 
     Args:
-        alone_in_all_scenes: run a kind that is pruned alone in every scene, too, as all kinds
-            together are; else in the first one.
+        thorough: run a kind that is pruned alone, and the model that was saved, in every scene, as
+            all kinds together are, and shift a member of every group; else in the first scene, and
+            of one group of those that differ in nothing but the layer.
     """
     row = Row(model_type)
     if model_type in NOT_DECODERS:
@@ -157,7 +158,7 @@ def examine(model_type: str, *, alone_in_all_scenes: bool = True) -> Row:
     row.name = type(model).__name__
     row.parameters = sum(parameter.numel() for parameter in model.parameters())
     try:
-        _examine(model, row, alone_in_all_scenes)
+        _examine(model, row, thorough)
     except DiscoveryError as error:
         row.result, row.reason = "cannot run", _line(error)
     except Exception as error:
@@ -165,7 +166,7 @@ def examine(model_type: str, *, alone_in_all_scenes: bool = True) -> Row:
     return row
 
 
-def _examine(model: nn.Module, row: Row, alone_in_all_scenes: bool) -> None:
+def _examine(model: nn.Module, row: Row, thorough: bool) -> None:
     started = time.monotonic()
     discovery = discover(model)
     row.trace_seconds = round(time.monotonic() - started, 2)
@@ -185,7 +186,7 @@ def _examine(model: nn.Module, row: Row, alone_in_all_scenes: bool) -> None:
     row.by_block = _by_block(model)
     kinds = [kind for kind, (groups, _, _) in row.kinds.items() if groups]
     wrong = []
-    alone = discovery if alone_in_all_scenes else scenes_apart(discovery)[0]
+    alone = discovery if thorough else scenes_apart(discovery)[0]
     for kind in [*kinds, "all"]:
         seen_in = discovery if kind == "all" else alone
         removal = pick(discovery, None if kind == "all" else (kind,))
@@ -202,9 +203,12 @@ def _examine(model: nn.Module, row: Row, alone_in_all_scenes: bool) -> None:
         if largest_difference(dense[: len(actual)], actual) / scale <= VISIBLE:
             row.unseen.append(kind)
         if kind == "all":
-            row.reload = _reload(model, smaller, edits, discovery, actual)
+            row.reload = _reload(model, smaller, edits, alone, actual)
         elif difference <= TOLERANCE:
-            _shift(model, discovery, seen_in, removal, kind, expected, scale, row)
+            groups = [group for group in discovery.groups if group.kind == kind]
+            groups = [group for group in groups if not group.frozen and group.name in removal]
+            groups = groups if thorough else _one_of_each(groups)
+            _shift(model, discovery, groups, seen_in, removal, expected, scale, row)
     if wrong:
         row.result, row.reason = "WRONG", "differs from the twin: " + ", ".join(wrong)
     elif set(kinds) - {"ffn", "layers"}:
@@ -214,6 +218,19 @@ def _examine(model: nn.Module, row: Row, alone_in_all_scenes: bool) -> None:
     else:
         row.result = "frozen"
         row.reason = row.frozen[0][0] if row.frozen else "no axis is prunable"
+
+
+def _one_of_each(groups: Sequence[Group]) -> list[Group]:
+    """Return the first of those groups whose tensors differ in nothing but their numbers."""
+    found: dict[str, Group] = {}
+    for group in groups:
+        tensors = " ".join(member.tensor for member in group.members)
+        found.setdefault(_numberless(tensors), group)
+    return list(found.values())
+
+
+def _numberless(names: str) -> str:
+    return re.sub(r"[.][0-9]+[.]", ".*.", names)
 
 
 def _reasons(discovery: Discovery) -> list[tuple[str, int]]:
@@ -251,7 +268,8 @@ def _reload(
             difference, same = 0.0, True
             for loader, trust in loads:
                 again = loader.from_pretrained(out, dtype=torch.float32, **trust)
-                found = largest_difference(list(actual), pruned_logits(again, discovery))
+                logits = pruned_logits(again, discovery)
+                found = largest_difference(list(actual[: len(logits)]), logits)
                 difference, same = max(difference, found), same and _same_weights(smaller, again)
     except Exception as error:
         return f"fails: {_line(error)}{_place(error)}"
@@ -269,8 +287,8 @@ def _by_block(model: nn.Module) -> str:
             narrow: Any = copy.deepcopy(model).to(torch.bfloat16)
             narrow.save_pretrained(folder)
             expected = run_for_logits(loads().model, tokens)
-        except Exception:
-            return ""  # it is no model of its own, or does not run in bfloat16 that is widened
+        except (UserError, AttributeError):
+            return ""  # it is no model of its own, or does not run without a cache that it is given
         try:
             found = run_for_logits(loads(memory=1).model, tokens)
         except Exception as error:
@@ -293,18 +311,16 @@ def _same_weights(left: nn.Module, right: nn.Module) -> bool:
 def _shift(
     model: nn.Module,
     discovery: Discovery,
+    groups: Sequence[Group],
     seen_in: Discovery,
     removal: Removal,
-    kind: str,
     expected: list[torch.Tensor],
     scale: float,
     row: Row,
 ) -> None:
     """Give one random member of each group the positions of its neighbours; count what shows."""
-    rng = np.random.default_rng(sum(map(ord, row.type + kind)))
-    for group in discovery.groups:
-        if group.kind != kind or group.frozen is not None or group.name not in removal:
-            continue
+    rng = np.random.default_rng(sum(map(ord, row.type + groups[0].kind)))
+    for group in groups:
         if not group.members:
             continue
         part = {name: removal[name] for name in bound_to(discovery, group) if name in removal}
@@ -451,6 +467,10 @@ _HARMLESS = (
         "alone, and a norm follows",
     ),
     (
+        r"rel_attn\.(seg_embed|r_s_bias)$",
+        "scores of segments, which are computed only where their ids are given",
+    ),
+    (
         r"experts\.[a-z_]+$",
         "weights of an expert that no token of the run was given",
     ),
@@ -461,11 +481,11 @@ _HARMLESS = (
     ),
 )
 """Name of a tensor -> why a shift of it need not show in the logits."""
-_UNEXPLAINED = "not explained"
+UNEXPLAINED = "not explained"
 
 
-def _why_unseen(name: str) -> str:
-    return next((why for form, why in _HARMLESS if re.search(form, name)), _UNEXPLAINED)
+def why_unseen(name: str) -> str:
+    return next((why for form, why in _HARMLESS if re.search(form, name)), UNEXPLAINED)
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -475,8 +495,8 @@ def markdown(rows: Sequence[Row]) -> str:
     missed: dict[str, Counter[str]] = {}
     for row in rows:
         for name in row.missed:
-            same = missed.setdefault(_why_unseen(name), Counter())
-            same[f"{row.type} `{re.sub(r'[.][0-9]+[.]', '.*.', name)}`"] += 1
+            same = missed.setdefault(why_unseen(name), Counter())
+            same[f"{row.type} `{_numberless(name)}`"] += 1
     tried = [row for row in rows if row.twin]
     worst = max((max(row.twin.values()) for row in tried), default=0.0)
     reloads = Counter(row.reload for row in tried if row.reload)
@@ -514,7 +534,7 @@ def markdown(rows: Sequence[Row]) -> str:
         f"{caught} of {shifted} shifts "
         f"({100 * caught / max(shifted, 1):.1f}%) show in the logits.",
     ]
-    for why in sorted(missed, key=lambda why: (why == _UNEXPLAINED, why)):
+    for why in sorted(missed, key=lambda why: (why == UNEXPLAINED, why)):
         listed = ", ".join(
             name + (f" ({number})" if number > 1 else "") for name, number in missed[why].items()
         )

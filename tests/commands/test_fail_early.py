@@ -61,6 +61,7 @@ def early(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(limits, "find_spec", lambda _: None)
     # And a user may be logged in there.
     monkeypatch.setattr(publish, "get_token", lambda: None)
+    monkeypatch.setattr(publish.constants, "HF_HUB_OFFLINE", False)
     return place
 
 

@@ -135,6 +135,7 @@ def test_a_refit_reads_more_text_than_the_estimate(
 def test_a_replay_with_compensation_gives_the_same_weights(
     tiny: Path, text: Path, tmp_path: Path
 ) -> None:
+    before = (tiny / "model.safetensors").read_bytes()
     options = ["--compensation", "least-squares", *small(text)]
     first, second, plain = (tmp_path / name for name in ("first", "second", "plain"))
     done(
@@ -151,8 +152,7 @@ def test_a_replay_with_compensation_gives_the_same_weights(
     }
     assert any(not torch.equal(one[key], three[key]) for key in one)
     # What was read is the model on disk, which nothing may change.
-    again = load_file(tiny / "model.safetensors")
-    assert all(torch.isfinite(value).all() for value in again.values())
+    assert (tiny / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.slow

@@ -425,7 +425,7 @@ def test_a_plan_that_took_long_outlives_what_fails_after_it(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    asked = ("prune", tiny, "--out", "small", "--ratio", 0.2, "--criterion", "l2")
+    asked = ("prune", tiny, "--out", "small", "--ratio", 0.2, "--criterion", "l2", "--no-verify")
     with monkeypatch.context() as patch:
         patch.setattr(PruneRun, "save", full)
         assert run(*asked).code == 1
@@ -446,6 +446,7 @@ def test_a_plan_that_took_long_outlives_what_fails_after_it(
     write_text(Path("text.txt"))
     how = ("--calibration", "text.txt", "--samples", 16, "--seq-len", 16, "--compensation")
     refits = ("prune", tiny, "--out", "fitted", "--ratio", 0.2, *how, "least-squares")
+    refits += ("--no-verify",)
     done(*refits)
     wanted = (Path("fitted/model.safetensors")).read_bytes()
     with monkeypatch.context() as patch:
@@ -518,7 +519,7 @@ def quick(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe.write_text("{structures: [ffn], criterion: fisher, samples: 4, seq_len: 24}")
     monkeypatch.setattr(llm_pruner.models.stored, "default_gguf", lambda: tiny)
     monkeypatch.setattr(llm_pruner.cli.compress, "_DEMO_PRESET", str(recipe))
-    monkeypatch.setattr(llm_pruner.cli.compress, "_DEMO_SAMPLES", 256)
+    monkeypatch.setattr(llm_pruner.cli.compress, "_DEMO_SAMPLES", 128)
 
 
 def test_demo(work: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -572,6 +573,7 @@ def test_demo_replaces_its_own_folder_and_no_other(
     speed = Speed(1.0, 1.0, 1.0, (1.0,), (1.0,), 1, 1, 1, 1)
     figures = Measured("tiny", DENSE, None, None, [text], None, speed, {})
     monkeypatch.setattr(llm_pruner.commands.compress, "measure_apart", lambda *_, **__: figures)
+    monkeypatch.setattr(llm_pruner.cli.compress, "_DEMO_SAMPLES", 24)
     with atomic_directory(Path("demo-out"), overwrite=False) as earlier:
         (earlier / "plan.json").write_text("earlier")
     done("demo")

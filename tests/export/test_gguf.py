@@ -151,6 +151,68 @@ def test_unequal_layers_of_llama_and_qwen2(here: Path, kind: str) -> None:
     assert ("blk.1.attn_k.bias" in tensors) == (kind == "qwen2")
 
 
+def deci(keys: dict[str, Any], tensors: dict[str, Any], tokens: torch.Tensor) -> torch.Tensor:
+    """Return the logits, shape (tokens, vocabulary), that llama.cpp computes of a file of `deci`.
+
+    Rotary embeddings turn neighbouring channels of a head, by frequencies over ``rope_freqs``.
+    """
+    size = keys["deci.rope.dimension_count"]
+    count = len(tokens)
+    held = {name: torch.tensor(values(one)) for name, one in tensors.items()}
+    eps = keys["deci.attention.layer_norm_rms_epsilon"]
+    factors = held.get("rope_freqs.weight", torch.ones(size // 2))
+    powers = keys["deci.rope.freq_base"] ** (-torch.arange(0, size, 2) / size)
+    angles = torch.outer(torch.arange(count), powers / factors)
+    turns = torch.polar(torch.ones(()), angles)[:, None]
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return nn.functional.rms_norm(x, x.shape[-1:], held[f"{name}.weight"], eps)
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return nn.functional.linear(x, held[f"{name}.weight"], held.get(f"{name}.bias"))
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex(x.reshape(count, -1, size // 2, 2))
+        return torch.view_as_real(pairs * turns).flatten(2).transpose(0, 1)
+
+    x = held["token_embd.weight"][tokens]
+    for layer in range(keys["deci.block_count"]):
+        at = f"blk.{layer}"
+        heads, kv_heads = (
+            keys[f"deci.attention.{name}"][layer] for name in ("head_count", "head_count_kv")
+        )
+        y = norm(x, f"{at}.attn_norm")
+        q, k = (turned(linear(y, f"{at}.attn_{name}")) for name in "qk")
+        v = linear(y, f"{at}.attn_v").view(count, kv_heads, size).transpose(0, 1)
+        k, v = (one.repeat_interleave(heads // kv_heads, 0) for one in (k, v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + linear(y.transpose(0, 1).flatten(1), f"{at}.attn_output")
+        y = norm(x, f"{at}.ffn_norm")
+        y = nn.functional.silu(linear(y, f"{at}.ffn_gate")) * linear(y, f"{at}.ffn_up")
+        x = x + linear(y, f"{at}.ffn_down")
+    return linear(norm(x, "output_norm"), "output")
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("llama", {"rope_parameters": LLAMA3}),
+        ("qwen2", {}),
+    ],
+)
+def test_numbers_of_unequal_layers_are_those_of_the_model(
+    here: Path, kind: str, config: dict[str, Any]
+) -> None:
+    model = narrowed(kind, initializer_range=0.2, **config)
+    tokens = torch.arange(3, 63)
+    with torch.no_grad():
+        expected = model(tokens[None]).logits[0]
+    found = deci(*written(gguf_model(model, "tiny")), tokens)
+    assert expected.std() > 1
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
 def test_unequal_layers_of_qwen3(here: Path) -> None:
     model = narrowed("qwen3", tie_word_embeddings=True)
     keys, tensors = written(gguf_model(model, "tiny"))

@@ -19,7 +19,9 @@ from command import save_tiny, write_text
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.commands.prune import PruneRun
 from llm_pruner.data import selfmade
+from llm_pruner.discovery import groups
 from llm_pruner.discovery.groups import discover
+from llm_pruner.discovery.tracing.scenes import scenes_of
 from llm_pruner.errors import UserError
 from llm_pruner.importance import Criterion, score
 from llm_pruner.models import load, stored_weight, streaming
@@ -77,8 +79,10 @@ def require_alike(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor])
     "model_type", ["llama", "mixtral", "qwen3_moe", "gemma3_text", "gpt2", "opt"]
 )
 def test_a_streamed_model_gives_the_plan_and_the_weights_of_a_resident_one(
-    tmp_path: Path, text: str, model_type: str
+    tmp_path: Path, text: str, model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if model_type == "llama":
+        monkeypatch.setattr(groups, "scenes_of", scenes_of)  # all of them
     model = save(tmp_path / "model", model_type)
     options = {"preset": "paper", "ratio": 0.15}
     plan, kept = pruned(model, tmp_path / "a", text, **options)

@@ -95,7 +95,9 @@ FAMILIES: dict[str, Family] = {
         {"n_layer": 2, "n_head": 6},
         # ALiBi slopes are computed from the number of heads, by their position.
         absent=("heads", "query_heads"),
-        frozen={("transformer.h.0.self_attention.query_key_value.weight", 0): ""},
+        frozen={
+            ("transformer.h.0.self_attention.query_key_value.weight", 0): "written in the code"
+        },
     ),
     "falcon": Family(
         "falcon",

@@ -47,6 +47,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "qwen3": LLAMA | {"head_dim": 8},
     "gemma3_text": LLAMA | {"head_dim": 8},
     "mixtral": LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": LLAMA
+    | {"head_dim": 8, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
 }
 """Sizes by model type; a type that is not named takes llama's."""
 

@@ -299,8 +299,8 @@ def test_code_for_a_length_that_is_no_multiple(length: str) -> None:
             apart = y.shape[1] == 1 if length == "one" else y.shape[1] % 4
             return F.gelu(y) * (FFN / y.shape[-1]) if apart else F.gelu(y)
 
-    net = Net(Apart)
-    assert not is_right(net, discover(net), "ffn")  # it is frozen
+    discovery = discover(Net(Apart))
+    assert "its size is used as a number" in why(discovery, "layers.0.a.weight")
 
 
 def test_code_that_torch_func_transforms() -> None:
@@ -308,8 +308,8 @@ def test_code_that_torch_func_transforms() -> None:
         def between(self, y: torch.Tensor) -> torch.Tensor:
             return torch.vmap(lambda one: F.gelu(one) * (FFN / one.shape[-1]))(y)
 
-    net = Net(Mapped)
-    assert not is_right(net, discover(net), "ffn")
+    discovery = discover(Net(Mapped))
+    assert "under torch.vmap" in why(discovery, "layers.0.a.weight")
 
 
 def test_code_for_long_input_alone() -> None:
