@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from helpers import tiny_model
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import VerificationError
 from llm_pruner.models.layers import sharing_copy
-from llm_pruner.models.streaming import is_model_streamed, stream_
+from llm_pruner.models.streaming import in_turns, is_model_streamed, stream_
 from llm_pruner.runtime.precision import exact_products
 from llm_pruner.surgery import cut as surgery
 from llm_pruner.surgery import verify
@@ -363,6 +364,21 @@ def test_rounding_is_told_from_a_mistake(monkeypatch: pytest.MonkeyPatch, kind: 
     for one in (model, smaller):
         assert is_model_streamed(one) is by_block
         assert {tensor.dtype for tensor in one.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", ["ffn", "hidden"])
+def test_a_head_that_loses_nothing_is_not_widened_to_float64(kind: str) -> None:
+    model, discovery = discovered("llama")
+    fine: Any = in_turns(model, torch.float64)
+    verify._leave_heads_(fine, discovery, pick(discovery, (kind,)))
+    expected = torch.float32 if kind == "ffn" else torch.float64
+    assert fine.lm_head.weight.dtype == expected
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        found, wide = fine(ids).logits, model.double()(ids).logits
+        model.float()
+    assert found.dtype == expected
+    assert torch.allclose(found.double(), wide, atol=1e-5)
 
 
 def test_products_are_exact_where_models_are_compared() -> None:

@@ -290,6 +290,9 @@ def _in_turn(block: nn.Module, number: int, forward: Any, *args: Any, **kwargs: 
 def _end_in_turn(end: nn.Module, number: int, forward: Any, *args: Any, **kwargs: Any) -> Any:
     """Run a head as the block behind all others, or an embedding, which waits for nobody."""
     if not isinstance(end, nn.Embedding):
+        source = _SOURCES.get(end.weight) if type(end) is nn.Linear else None
+        if source is not None and args and args[0].dtype == torch.float64 != source.dtype:
+            args = (args[0].to(source.dtype), *args[1:])
         return _in_turn(end, number, forward, *args, **kwargs)
     with turn(end):
         found = forward(*args, **kwargs)

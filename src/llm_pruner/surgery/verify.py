@@ -17,10 +17,17 @@ from llm_pruner.errors import UserError, VerificationError
 from llm_pruner.models.forward import is_on_meta
 from llm_pruner.models.layers import heaviest, own_copy, sharing_copy
 from llm_pruner.models.lockstep import Outcome, result_of
-from llm_pruner.models.streaming import computed_in, in_turns, is_model_streamed
+from llm_pruner.models.streaming import (
+    computed_in,
+    ends_of,
+    in_turns,
+    is_model_streamed,
+    keep_dtype_,
+)
 from llm_pruner.runtime.memory import free_bytes
 from llm_pruner.runtime.precision import exact_products
 from llm_pruner.surgery.cut import Undo, cut_, plan_edits
+from llm_pruner.surgery.removal import removed_positions
 from llm_pruner.surgery.twin import Logits, joined, run_both, run_pruned, run_twin
 from llm_pruner.types import Discovery, Edits, Removal, bound_to
 
@@ -252,11 +259,25 @@ def _is_rounding(
             fine = model
             if not streamed:
                 fine = in_turns(model, torch.float64) if large else own_copy(model).double()
+            _leave_heads_(fine, discovery, removal)
             left, right, _ = _twin_and_copy(fine, discovery, removal, scenes)
     except Exception:
         return False
     beyond = difference_beyond_float32(left, right)
     return math.isfinite(beyond) and beyond * _FINER <= difference
+
+
+def _leave_heads_(model: nn.Module, discovery: Discovery, removal: Removal) -> None:
+    """Have heads that lose nothing compute in float32, whose weights would be twice as large.
+
+    What goes into them is the same to the last bit of that, or the two are not each other's twins.
+    """
+    cut = {name for name, _ in removed_positions(discovery, removal)}
+    names = {id(one): name for name, one in model.named_parameters()}
+    for end in ends_of(model):
+        if type(end) is nn.Linear and names[id(end.weight)] not in cut:
+            for one in end.parameters():
+                keep_dtype_(one, torch.float32)
 
 
 def difference_beyond_float32(left: Logits, right: Logits) -> float:
