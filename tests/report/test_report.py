@@ -32,7 +32,7 @@ from llm_pruner.report.data import (
     read_report,
 )
 from llm_pruner.report.facts import importance_maps, layers_of, recovery_report
-from llm_pruner.report.records import Change, Recovered
+from llm_pruner.report.records import Change, Measured, Recovered
 from llm_pruner.report.text import (
     clean,
     fenced,
@@ -42,7 +42,7 @@ from llm_pruner.report.text import (
     safe_json,
     visible,
 )
-from llm_pruner.report.write import files, render_card, render_html
+from llm_pruner.report.write import add_evaluation, files, render_card, render_html
 from llm_pruner.types import Discovery, Group, Layer, Size
 from reports import HOSTILE, full_report
 
@@ -265,16 +265,15 @@ def test_newer_results_replace_older_ones() -> None:
     assert found.evaluations["dense"] == old.evaluations["dense"]
 
 
-def test_a_second_recovery_without_a_gain_leaves_what_is_known() -> None:
-    def result(perplexity: float) -> PerplexityResult:
-        return PerplexityResult(perplexity, 1.0, 63, "own", None, 64, 1, "standard", None)
-
-    done = Recovered(
+def recovered(**changes: Any) -> Recovered:
+    """Return a recovery without a gain; on a text the perplexity was 7 and is 7."""
+    own = PerplexityResult(7.0, 1.0, 63, "own", None, 64, 1, "standard", None)
+    known = Recovered(
         model="m",
         gained=False,
         loss=Change(2.0, 3.0),
         sources=(),
-        perplexity=(Change(result(7.0), result(7.0)),),
+        perplexity=(Change(own, own),),
         steps=3,
         best_step=0,
         stopped=None,
@@ -288,6 +287,34 @@ def test_a_second_recovery_without_a_gain_leaves_what_is_known() -> None:
         settings={"method": "full", "teacher": None, "distillation": None},
         path=Path("out"),
     )
+    return replace(known, **changes)
+
+
+@pytest.mark.parametrize("gained", [False, True])
+def test_a_model_that_was_trained_and_never_pruned(gained: bool, tmp_path: Path) -> None:
+    """Its source may be measured into its report, which never says that it was pruned."""
+    known = {"source": Source(name="m"), "size": Size(total=800), "command": None}
+    report = recovery_report(recovered(gained=gained), None, pruned=False, **known)
+    (tmp_path / "report.json").write_text(report.to_json())
+    for model in ("m", str(tmp_path)):
+        add_evaluation(tmp_path, Measured("m", 800, None, None, [], samples={model: "x"}), model)
+    report = read_report(tmp_path / "report.json")
+    models = {name: list(of.samples) for name, of in report.evaluations.items()}
+    if gained:
+        assert models == {"dense": ["m"], "recovered": [str(tmp_path)]}
+    else:
+        assert models == {"dense": ["m", str(tmp_path)]}
+    assert view.title(report) == ("m, recovered" if gained else "m, dense")
+    assert "removed" not in (tmp_path / "report.html").read_text()
+    assert "pruned" not in (tmp_path / "README.md").read_text()
+    # Of a pruned one without a report that much is known.
+    report = recovery_report(recovered(gained=gained), None, pruned=True, **known)
+    assert view.title(report) == "m, pruned"
+    assert report.final == ("recovered" if gained else "pruned")
+
+
+def test_a_second_recovery_without_a_gain_leaves_what_is_known() -> None:
+    done = recovered()
     earlier = full_report()
     size = earlier.sizes["recovered"]
     known = {"source": earlier.source, "pruned": True, "size": size, "command": None}

@@ -421,8 +421,16 @@ class Report(_Part):
         """The model that lies beside the report."""
         if "quantized" in self.sizes:
             return "quantized"
-        kept = self.recovery is not None and self.recovery.gained
-        return "recovered" if kept else "pruned"
+        if self.recovery is not None and self.recovery.gained:
+            return "recovered"
+        return "pruned" if self.was_pruned else "dense"
+
+    @property
+    def was_pruned(self) -> bool:
+        """Whether it knows of a removal, or else of training alone."""
+        return bool(
+            self.recovery is None or self.criterion or self.layers or "pruned" in self.sizes
+        )
 
     def with_evaluation(self, variant: Variant, found: Evaluation) -> Report:
         """Return a report that also holds what was measured of one model."""

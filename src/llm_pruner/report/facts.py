@@ -351,8 +351,9 @@ def recovery_report(
         size: of the model, which recovery leaves as it is.
     """
     if earlier is None:
-        before: data.Variant | None = "pruned" if pruned else "dense"
-        earlier = data.Report(source=source)
+        came: data.Variant = "pruned" if pruned else "dense"
+        before: data.Variant | None = came
+        earlier = data.Report(source=source, sizes={came: size})
     else:
         # What trained a model that was trained already starts from no model of the three.
         before = None if earlier.final == "recovered" else earlier.final

@@ -97,27 +97,16 @@ def decoder_layers(report: Report) -> list[Layer]:
     return [layer for layer in report.layers if layer.layer is not None]
 
 
-def was_pruned(report: Report) -> bool:
-    """Return whether a report knows of a removal, or else of training alone."""
-    return bool(
-        report.recovery is None
-        or report.criterion
-        or report.layers
-        or "dense" in report.sizes
-        or "pruned" in report.evaluations
-    )
-
-
 def title(report: Report) -> str:
     """Return the name of the model and what became of it."""
-    return f"{report.source.name}, {'pruned' if was_pruned(report) else 'recovered'}"
+    return f"{report.source.name}, {'pruned' if report.was_pruned else report.final}"
 
 
 def sentence(report: Report) -> str:
     """Say in one sentence, or two, what was done."""
     dense, after = report.sizes.get("dense"), report.sizes.get(report.final)
     training = _training(report)
-    if not was_pruned(report):
+    if not report.was_pruned:
         return f"{report.source.name} was {training}." if training else report.source.name
     said = f"{report.source.name} was pruned"
     if dense is not None and after is not None:
@@ -335,7 +324,7 @@ def headlines(report: Report) -> list[tuple[str, str, str]]:
             shown.append((label, form(by[final]), before))
 
     dense, after = report.sizes.get("dense"), report.sizes.get(final)
-    if dense is not None and after is not None:
+    if report.was_pruned and dense is not None and after is not None:
         label = f"{percent(1 - after.total / dense.total)} removed"
         shown.append(("parameters", count(after.total), f"of {count(dense.total)}, {label}"))
     for by in by_model(report, "perplexity")[:1]:

@@ -190,7 +190,7 @@ def _metadata(report: data.Report) -> str:
     known = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["llm-pruner", *(("pruned", "structural-pruning") if view.was_pruned(report) else ())],
+        tags=["llm-pruner", *(("pruned", "structural-pruning") if report.was_pruned else ())],
         base_model=_known(_HUB_ID, source.hub_id),
         license=_known(_LICENSE, source.license),
         eval_results=results or None,
