@@ -453,6 +453,27 @@ def test_front_matter() -> None:
     ]
 
 
+def test_the_command_of_a_card_tells_no_folder() -> None:
+    """Ids of the hub stay as they are; where the model came from it, a folder has its name."""
+    said = (
+        "llm-pruner prune {model} --out out/acme-small --calibration c4:0.6,data/mails.txt:0.4 "
+        "--plan=plans/acme && llm-pruner recover out/acme-small/ -o '/home/me/a b/' --data me/text "
+        "--data data/acme/mails.jsonl --teacher {model} --trainer logging_dir=../logs"
+    )
+    shown = (
+        "llm-pruner prune {model} --out acme-small --calibration c4:0.6,mails.txt:0.4 "
+        "--plan=acme && llm-pruner recover acme-small -o 'a b' --data me/text "
+        "--data mails.jsonl --teacher {model} --trainer logging_dir=logs"
+    )
+    for source, model, name in (
+        (Source(name="me/acme", hub_id="me/acme"), "me/acme", "me/acme"),
+        (Source(name="acme"), "models/acme", "acme"),
+        (Source(name="acme"), "models/acme.gguf", "acme.gguf"),
+    ):
+        report = Report(source=source, command=said.format(model=model))
+        assert view.command(report) == shown.format(model=name)
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [

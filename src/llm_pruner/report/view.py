@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from llm_pruner.report.data import BITS, VARIANTS, Evaluation, Report, Variant
@@ -14,8 +15,13 @@ from llm_pruner.types import Layer
 
 _K = TypeVar("_K")
 
-_FOLDERS = re.compile(r"(^|[=,])(?:~|\.{1,2})?/(?:[^,]*/)?")
-"""What stands before a name in a path; several stand in a list with commas."""
+_PLACES = ("--out", "-o", "--plan", "--tasks-data", "--teacher-cache")
+"""Options whose value is a path, however short."""
+
+_PATH = re.compile(
+    r"(?:~|\.{0,2})/|.*/.*/|.*/.*\.(?:txt|jsonl?|parquet|ya?ml|gguf|csv)(?::[\d.]+)?$"
+)
+"""What no id of the hub is like; a source may have a weight."""
 
 UNITS = {
     "query_heads": "query heads",
@@ -300,7 +306,16 @@ def command(report: Report) -> str:
         words = shlex.split(said)
     except ValueError:  # no shell wrote it
         words = said.split()
-    names = (_FOLDERS.sub(r"\1", word.rstrip("/")) for word in words)
+    pairs = pairwise(part.rstrip("/") for word in words for part in word.split("=", 1))
+    places = {value for option, value in pairs if option in _PLACES}
+    local = None if report.source.hub_id else report.source.name
+
+    def named(part: str) -> str:
+        path = part.rstrip("/")
+        name = path.rpartition("/")[2]
+        return name if path in places or name == local or _PATH.match(path) else path
+
+    names = ("".join(map(named, re.split("([=,])", word))) for word in words)
     return " ".join(name if name == "&&" else shlex.quote(name) for name in names)
 
 
