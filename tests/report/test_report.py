@@ -443,14 +443,26 @@ def test_front_matter() -> None:
         "pipeline_tag": "text-generation",
         "tags": ["llm-pruner", "pruned", "structural-pruning"],
     }
-    assert results["name"] == "org/model"
+    # What was measured is of no model of another name, and says of how much it is.
+    assert results["name"] == "org/model, pruned"
     found = [(r["dataset"]["name"], r["metrics"][0]) for r in results["results"]]
     # Of the model in the folder; the user's own text is no data set.
     assert found == [
-        ("wikitext", {"type": "perplexity", "value": 40.0}),
-        ("boolq", {"type": "acc", "value": 0.3}),
-        ("piqa", {"type": "acc_norm", "value": 0.4}),
+        (name, {"type": metric, "name": label, "value": value})
+        for name, metric, label, value in (
+            (
+                *("wikitext", "perplexity"),
+                "perplexity, wikitext, test (standard protocol, windows of 512, 1,022 tokens)",
+                40.0,
+            ),
+            ("boolq", "acc", "boolq, acc (200 items)", 0.3),
+            ("piqa", "acc_norm", "piqa, acc_norm (200 items)", 0.4),
+        )
     ]
+    # Of other tokens than all models have, perplexity says nothing.
+    fewer = yaml.safe_load(render_card(full_report(tokens=(9, 5))).split("---\n")[1])
+    names = [one["dataset"]["name"] for one in fewer["model-index"][0]["results"]]
+    assert names == ["boolq", "piqa"]
 
 
 def test_the_command_of_a_card_tells_no_folder() -> None:
