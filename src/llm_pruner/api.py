@@ -159,13 +159,13 @@ def Taylor(order: str = "first", **how: str) -> Criterion:  # noqa: N802
     return Criterion("taylor", order, **how)
 
 
-def Lora(rank: int = 8, **settings: Any) -> TrainingSettings:  # noqa: N802
-    """Return settings of training with low-rank adapters.
+def Lora(rank: int | None = None, **settings: Any) -> TrainingSettings:  # noqa: N802
+    """Return settings of training with low-rank adapters, of rank 8 unless a preset says otherwise.
 
-    Keywords are the options of ``recover`` that say how it trains. Those of its data and teacher
-    are fields of ``RecoverSettings``, which `recover_` takes as well.
+    Keywords are the options of ``recover`` that say how it trains; a ``preset`` may name another
+    method. Those of its data are fields of ``RecoverSettings``, which `recover_` takes as well.
     """
-    return TrainingSettings(method="lora", lora_r=rank, **settings)
+    return TrainingSettings(lora_r=rank, **settings)
 
 
 def load(
