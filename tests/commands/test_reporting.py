@@ -255,11 +255,12 @@ def test_what_is_measured_becomes_a_part() -> None:
         "points": MetricResult(31.0, None, True),
     }
     found = evaluation_of(measured(zero_shot=tasks_of(task_of("piqa", metrics))))
-    scores = [(s.task, s.metric, s.value, s.stderr, s.items, s.in_mean) for s in found.tasks]
+    scores = [(s.metric, s.value, s.stderr, s.items, s.in_mean, s.dtype) for s in found.tasks]
     assert scores == [
-        ("piqa", "acc", 0.5, 0.1, 20, True),
-        ("piqa", "acc_norm", 0.625, None, 20, False),
+        ("acc", 0.5, 0.1, 20, True, "float32"),
+        ("acc_norm", 0.625, None, 20, False, "float32"),
     ]
+    assert {score.task for score in found.tasks} == {"piqa"}
     speed = Speed(128.0, 16.0, 0.1, (1.0, 0.5, 2.0), (4.0,), 64, 32, 2, 3)
     found = evaluation_of(Weighed(**vars(measured(speed=speed)), bytes=1000))
     rows = {m.name: (m.unit, m.value, m.low, m.high, m.better) for m in found.measurements}

@@ -232,9 +232,11 @@ def test_compare_shows_tasks_that_are_in_no_mean() -> None:
         ("mmlu, acc (9 items, 5 shots)", ("50.0", "")),
         ("mmlu, acc (8 items, 5 shots)", ("", "50.0")),
     ]
-    for changes in ({"version": "2"}, {"digest": "b"}, {"shots": 0}):
+    for changes in ({"version": "2"}, {"digest": "b"}, {"shots": 0}, {"dtype": "bfloat16"}):
         cells = [cells for _, cells in shown(mmlu, mmlu.model_copy(update=changes))]
         assert cells == [("50.0", ""), ("", "50.0")]
+    half = mmlu.model_copy(update={"dtype": "bfloat16"})
+    assert half.label == "mmlu, acc (9 items, 5 shots, bfloat16)"
     # Another metric of a task in the mean is left out.
     boolq = TaskScore(task="boolq", metric="acc", value=0.5)
     beside = boolq.model_copy(update={"metric": "acc_norm", "in_mean": False})
