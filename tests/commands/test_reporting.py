@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from gguf import GGUFWriter
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import llm_pruner.models.load
 import llm_pruner.report.facts
@@ -411,6 +411,22 @@ def test_compare_reads_checkpoints_without_reports(pair: Path, tiny: Path) -> No
     assert "tiny 136.1K - 0.5 MB" in lines
     assert "tiny 9.50 ± 0.25" in lines
     assert any(line.startswith("other 109.0K 19.9%") for line in lines)
+
+
+def test_compare_counts_parameters_and_no_buffers(work: Path, tiny: Path) -> None:
+    """Nor numbers that hold several packed weights."""
+    shutil.copytree(tiny, "more")
+    file = Path("more/model.safetensors")
+    buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8000)}
+    save_file(load_file(file) | buffers, file, {"format": "pt"})
+    shutil.copytree("more", "packed")
+    config = json.loads(Path("packed/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq"}
+    Path("packed/config.json").write_text(json.dumps(config))
+    lines = done("compare", "more", "packed").out.splitlines()
+    shown = [" ".join(line.split()) for line in lines]
+    assert "more 136.1K 0.6 MB" in shown
+    assert "packed - 0.6 MB" in shown
 
 
 def test_many_columns_are_split(pair: Path) -> None:
