@@ -108,6 +108,9 @@ def test_every_part_is_shown(page: str) -> None:
     assert "heads 0.0%, FFN channels 100.0%0.1250 heads 25.0%, FFN channels 75.0%0.5000" in text
     assert "llm-pruner prune org/model --out small" in text
     assert "largest difference 1.5e-06" in text
+    # Of both kinds there may be some in one table.
+    assert "of a speed, which is a median, that of the slowest and the fastest round; of" in text
+    assert "of a mean or a share one standard error either way" in text
     for written in ("upon a time 1", "upon a time 4", "upon a time 2"):
         assert written in text
 
@@ -157,6 +160,11 @@ def test_tables_by_hand() -> None:
     assert tasks.rows[-1].cells == ("70.0", "17.5", "35.0")
     assert tasks.rows[-1].change == "−35.0 points"
     assert tasks.note.endswith("The mean takes acc of boolq, acc_norm of piqa.")
+    # A change is one from the dense model.
+    later = {name: of for name, of in report.evaluations.items() if name != "dense"}
+    tasks = view.task_table(full_report(evaluations=later))
+    assert tasks is not None
+    assert (tasks.rows[-1].cells, tasks.rows[-1].change) == (("17.5", "35.0"), "")
     speed = view.compared(report, "measurements", lambda found: found.spread)
     assert speed is not None
     assert speed.rows[0].label == "decode, tokens/s"

@@ -224,12 +224,13 @@ class TaskScore(_Result):
 
 
 class Measurement(_Result):
-    """A size or a speed: a median, and the spread around it.
+    """A size, a speed, a mean or a share, and the spread around it.
 
     Attributes:
         name: what was measured, with the settings that tell it apart, such as ``decode, batch 1``.
         unit: such as ``tokens/s``, ``B`` or ``MACs``.
-        low, high: the spread, such as the quartiles.
+        low, high: the spread: of a speed, a median, the slowest and the fastest round; of a mean or
+            a share one standard error either way.
         better: whether more is better; None if neither.
         of: digest of what it was measured on, if that is a text.
     """

@@ -273,7 +273,8 @@ def task_table(report: Report) -> Table | None:
     if table is None or len(means) < len(table.models):
         return table
     start, last = table.models[0], table.models[-1]
-    change = points(means[last] - means[start]) if start != last else ("", None)
+    known = start == "dense" != last
+    change = points(means[last] - means[start]) if known else ("", None)
     row = Row("mean", tuple(f"{100 * means[name]:.1f}" for name in table.models), *change)
     scores = map(first, by_model(report, "tasks"))
     counted = ", ".join(f"{score.metric} of {score.task}" for score in scores if score.in_mean)
