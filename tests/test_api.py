@@ -112,9 +112,7 @@ def test_what_is_not_done_in_memory_is_refused(model: lp.Model, place: Path) -> 
     text = str(place / "text.txt")
     known: Any = {"model": "dense", "out": place / "out", "data": (text,), "held_out": 2}
     with pytest.raises(UserError, match="does nothing with control, resume, teacher; leave that"):
-        lp.recover_(
-            model, text, lp.RecoverSettings(**known, teacher="d", control="d", resume=True)
-        )
+        lp.recover_(model, text, lp.RecoverSettings(**known, teacher="d", control="d", resume=True))
     quick = lp.RecoverSettings(**known, max_steps=1, seq_len=32)
     assert lp.recover_(model, text, quick).steps == 1
 

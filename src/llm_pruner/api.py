@@ -165,7 +165,7 @@ def Lora(rank: int | None = None, **settings: Any) -> TrainingSettings:  # noqa:
     Keywords are the options of ``recover`` that say how it trains; a ``preset`` may name another
     method. Those of its data are fields of ``RecoverSettings``, which `recover_` takes as well.
     """
-    return TrainingSettings(**{"lora_r": rank}, **settings)
+    return TrainingSettings(**settings | {"lora_r": rank})
 
 
 def load(
