@@ -101,6 +101,22 @@ def test_what_was_trained_is_what_the_next_step_sees(
         lp.refit_(again, tokens)
 
 
+def test_a_preset_says_the_rank_and_the_method(tmp_path: Path) -> None:
+    file = str(tmp_path / "mine.yaml")
+    Path(file).write_text("method: full\nlora_r: 32\n")
+    found = [lp.Lora(**said) for said in ({}, {"preset": file}, {"preset": file, "rank": 4})]
+    assert [(one.method, one.lora_r) for one in found] == [("lora", 8), ("full", 32), ("full", 4)]
+
+
+def test_what_is_not_done_in_memory_is_refused(model: lp.Model, place: Path) -> None:
+    text = str(place / "text.txt")
+    known: Any = {"model": "dense", "out": place / "out", "data": (text,), "held_out": 2}
+    with pytest.raises(UserError, match="does nothing with control, resume, teacher; leave that"):
+        lp.recover_(model, text, lp.RecoverSettings(**known, teacher="d", control="d", resume=True))
+    quick = lp.RecoverSettings(**known, max_steps=1, seq_len=32)
+    assert lp.recover_(model, text, quick).steps == 1
+
+
 def test_an_optimizer_is_made_of_the_weights_that_are_trained(model: lp.Model, place: Path) -> None:
     class Watch(TrainerCallback):
         def on_step_end(self, *_: Any, **others: Any) -> None:

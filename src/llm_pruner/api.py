@@ -44,7 +44,7 @@ from llm_pruner.settings.common import CalibrationSettings
 from llm_pruner.settings.curve import RATIOS, CurveSettings
 from llm_pruner.settings.evaluate import PerplexitySettings
 from llm_pruner.settings.prune import READ_BY, PlanSettings, PruneSettings
-from llm_pruner.settings.recover import RecoverSettings, TrainingSettings
+from llm_pruner.settings.recover import DataSettings, RecoverSettings, TrainingSettings
 from llm_pruner.surgery.pruner import Surgeon
 from llm_pruner.surgery.verify import prune_ as prune_module_
 from llm_pruner.types import Discovery, Edits, FloatArray, Removal
@@ -159,13 +159,13 @@ def Taylor(order: str = "first", **how: str) -> Criterion:  # noqa: N802
     return Criterion("taylor", order, **how)
 
 
-def Lora(rank: int = 8, **settings: Any) -> TrainingSettings:  # noqa: N802
-    """Return settings of training with low-rank adapters.
+def Lora(rank: int | None = None, **settings: Any) -> TrainingSettings:  # noqa: N802
+    """Return settings of training with low-rank adapters, of rank 8 unless a preset says otherwise.
 
-    Keywords are the options of ``recover`` that say how it trains. Those of its data and teacher
-    are fields of ``RecoverSettings``, which `recover_` takes as well.
+    Keywords are the options of ``recover`` that say how it trains; a ``preset`` may name another
+    method. Those of its data are fields of ``RecoverSettings``, which `recover_` takes as well.
     """
-    return TrainingSettings(method="lora", lora_r=rank, **settings)
+    return TrainingSettings(**settings | {"lora_r": rank})
 
 
 def load(
@@ -420,7 +420,7 @@ def recover_(
         model: pruned or not.
         data: instructions, chats or text: a hub dataset or a file; ``self``: the teacher writes.
         settings: such as ``Lora(rank=8)``, or ``RecoverSettings`` with what is to be done with the
-            data.
+            data; its ``model``, ``out`` and ``data`` are those of here.
         teacher: the dense model, which writes ``self``; its predictions are learned by the command
             alone.
         trainer: ``callbacks``, ``optimizer_cls_and_kwargs`` and others that transformers' Trainer
@@ -428,8 +428,10 @@ def recover_(
 
     Raises:
         UserError: the data cannot be read, or does not do for the model; or there is nothing to
-            train, as in ``optimizers``, whose weights are not those of the copy that is trained.
+            train, as in ``optimizers``, whose weights are not those of the copy that is trained; or
+            the settings ask for what the command alone does.
     """
+    _check_in_memory(settings)
     if any(trainer.get("optimizers") or ()):
         raise UserError(
             "optimizers holds weights that are not trained, since a copy of the model is; give a "
@@ -476,6 +478,16 @@ def recover_(
     if outcome.gained:
         model.network, model._refitter = network, None  # which has the one before, and the dense
     return outcome
+
+
+def _check_in_memory(settings: TrainingSettings) -> None:
+    """Raise UserError if settings of training ask for what is not done with a model in memory."""
+    done = {*TrainingSettings.model_fields, *DataSettings.model_fields}
+    if left := sorted(settings.given - done - {"model", "out", "teacher_cache"}):
+        raise UserError(
+            f"recover_ does nothing with {', '.join(left)}; leave that out (a dense model that "
+            "writes is its argument teacher), or use the command recover"
+        )
 
 
 def health(model: Model, prompts: Sequence[str] | None = None) -> Health:

@@ -34,6 +34,7 @@ from llm_pruner.files.outputs import MANIFEST, atomic_directory
 from llm_pruner.models.load import load_model
 from llm_pruner.recovery.trainer import RecoveryTrainer
 from llm_pruner.report.data import read_report
+from llm_pruner.report.records import Measured
 from llm_pruner.settings.compress import CompressSettings
 from llm_pruner.settings.words import parse_duration
 from llm_pruner.types import Size
@@ -151,6 +152,10 @@ def test_all_stages(made: Path) -> None:
     assert result["recovery"]["gained"]
     assert result["recovery"]["after"] < result["recovery"]["before"]
     assert result["peak_bytes"] > 100e6
+    files = {"dense": made / "dense", "recovered": whole / "small"}
+    for name, folder in files.items():
+        of = (folder / "model.safetensors").stat().st_size
+        assert result["measured"][name]["bytes"] == of, name
     model = load_model(str(whole / "small")).model
     assert model.num_parameters() == result["parameters"]["after"]
 
@@ -340,6 +345,17 @@ def test_what_a_file_says_of_training_holds(
         with pytest.raises(UserError, match="enough"):  # what was learned is kept
             made.recover()
     assert (seen[0].max_minutes, seen[0].epochs) == wanted
+
+
+def test_a_packed_file_has_no_size_to_compare_with(tmp_path: Path) -> None:
+    """What its weights take on disk says nothing of pruning."""
+    packed = tmp_path / "m.gguf"
+    packed.write_bytes(b"GGUF")
+    asked = CompressSettings(model=str(packed), out=tmp_path / "out", ratio=0.2)
+    with opened(tmp_path / "work", {}, restart=False) as work:
+        made = stages._Stages(asked, work, None, lambda _: None, lambda _: None, None)
+        work.once("dense", Measured, lambda: Measured("m", 9, None, None, []))
+        assert made._weighed("dense").bytes is None
 
 
 def test_the_content_of_a_file_is_not_held_at_once(

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from gguf import GGUFWriter
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import llm_pruner.models.load
 import llm_pruner.report.facts
@@ -255,11 +255,12 @@ def test_what_is_measured_becomes_a_part() -> None:
         "points": MetricResult(31.0, None, True),
     }
     found = evaluation_of(measured(zero_shot=tasks_of(task_of("piqa", metrics))))
-    scores = [(s.task, s.metric, s.value, s.stderr, s.items, s.in_mean) for s in found.tasks]
+    scores = [(s.metric, s.value, s.stderr, s.items, s.in_mean, s.dtype) for s in found.tasks]
     assert scores == [
-        ("piqa", "acc", 0.5, 0.1, 20, True),
-        ("piqa", "acc_norm", 0.625, None, 20, False),
+        ("acc", 0.5, 0.1, 20, True, "float32"),
+        ("acc_norm", 0.625, None, 20, False, "float32"),
     ]
+    assert {score.task for score in found.tasks} == {"piqa"}
     speed = Speed(128.0, 16.0, 0.1, (1.0, 0.5, 2.0), (4.0,), 64, 32, 2, 3)
     found = evaluation_of(Weighed(**vars(measured(speed=speed)), bytes=1000))
     rows = {m.name: (m.unit, m.value, m.low, m.high, m.better) for m in found.measurements}
@@ -410,6 +411,22 @@ def test_compare_reads_checkpoints_without_reports(pair: Path, tiny: Path) -> No
     assert "tiny 136.1K - 0.5 MB" in lines
     assert "tiny 9.50 ± 0.25" in lines
     assert any(line.startswith("other 109.0K 19.9%") for line in lines)
+
+
+def test_compare_counts_parameters_and_no_buffers(work: Path, tiny: Path) -> None:
+    """Nor numbers that hold several packed weights."""
+    shutil.copytree(tiny, "more")
+    file = Path("more/model.safetensors")
+    buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8000)}
+    save_file(load_file(file) | buffers, file, {"format": "pt"})
+    shutil.copytree("more", "packed")
+    config = json.loads(Path("packed/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq"}
+    Path("packed/config.json").write_text(json.dumps(config))
+    lines = done("compare", "more", "packed").out.splitlines()
+    shown = [" ".join(line.split()) for line in lines]
+    assert "more 136.1K 0.6 MB" in shown
+    assert "packed - 0.6 MB" in shown
 
 
 def test_many_columns_are_split(pair: Path) -> None:

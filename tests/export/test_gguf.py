@@ -529,6 +529,22 @@ def test_a_tokenizer_that_is_none(tmp_path: Path) -> None:
         read_tokenizer(tmp_path, 8)
 
 
+def test_what_transformers_ignores_is_not_exported(tmp_path: Path) -> None:
+    """What is added to a text, and a template that one in a file of its own takes the place of."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"add_bos_token": True, "add_eos_token": True, "chat_template": "old"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert again("a").input_ids == tokenizer("a", add_special_tokens=False).input_ids
+    assert again.chat_template == "{{ messages }}"
+    found = tokens_of(read_tokenizer(tmp_path, 262))
+    assert (found["add_bos_token"], found["add_eos_token"]) == (False, False)
+    assert found["tokenizer.chat_template"] == "{{ messages }}"
+
+
 def test_a_negative_id_stands_for_no_token(tmp_path: Path) -> None:
     byte_level().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"pad_token_id": -1, "eos_token_id": 2}))

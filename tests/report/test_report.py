@@ -32,7 +32,7 @@ from llm_pruner.report.data import (
     read_report,
 )
 from llm_pruner.report.facts import importance_maps, layers_of, recovery_report
-from llm_pruner.report.records import Change, Recovered
+from llm_pruner.report.records import Change, Measured, Recovered
 from llm_pruner.report.text import (
     clean,
     fenced,
@@ -42,7 +42,7 @@ from llm_pruner.report.text import (
     safe_json,
     visible,
 )
-from llm_pruner.report.write import files, render_card, render_html
+from llm_pruner.report.write import add_evaluation, files, render_card, render_html
 from llm_pruner.types import Discovery, Group, Layer, Size
 from reports import HOSTILE, full_report
 
@@ -108,6 +108,9 @@ def test_every_part_is_shown(page: str) -> None:
     assert "heads 0.0%, FFN channels 100.0%0.1250 heads 25.0%, FFN channels 75.0%0.5000" in text
     assert "llm-pruner prune org/model --out small" in text
     assert "largest difference 1.5e-06" in text
+    # Of both kinds there may be some in one table.
+    assert "of a speed, which is a median, that of the slowest and the fastest round; of" in text
+    assert "of a mean or a share one standard error either way" in text
     for written in ("upon a time 1", "upon a time 4", "upon a time 2"):
         assert written in text
 
@@ -157,6 +160,11 @@ def test_tables_by_hand() -> None:
     assert tasks.rows[-1].cells == ("70.0", "17.5", "35.0")
     assert tasks.rows[-1].change == "−35.0 points"
     assert tasks.note.endswith("The mean takes acc of boolq, acc_norm of piqa.")
+    # A change is one from the dense model.
+    later = {name: of for name, of in report.evaluations.items() if name != "dense"}
+    tasks = view.task_table(full_report(evaluations=later))
+    assert tasks is not None
+    assert (tasks.rows[-1].cells, tasks.rows[-1].change) == (("17.5", "35.0"), "")
     speed = view.compared(report, "measurements", lambda found: found.spread)
     assert speed is not None
     assert speed.rows[0].label == "decode, tokens/s"
@@ -232,9 +240,11 @@ def test_compare_shows_tasks_that_are_in_no_mean() -> None:
         ("mmlu, acc (9 items, 5 shots)", ("50.0", "")),
         ("mmlu, acc (8 items, 5 shots)", ("", "50.0")),
     ]
-    for changes in ({"version": "2"}, {"digest": "b"}, {"shots": 0}):
+    for changes in ({"version": "2"}, {"digest": "b"}, {"shots": 0}, {"dtype": "bfloat16"}):
         cells = [cells for _, cells in shown(mmlu, mmlu.model_copy(update=changes))]
         assert cells == [("50.0", ""), ("", "50.0")]
+    half = mmlu.model_copy(update={"dtype": "bfloat16"})
+    assert half.label == "mmlu, acc (9 items, 5 shots, bfloat16)"
     # Another metric of a task in the mean is left out.
     boolq = TaskScore(task="boolq", metric="acc", value=0.5)
     beside = boolq.model_copy(update={"metric": "acc_norm", "in_mean": False})
@@ -265,16 +275,15 @@ def test_newer_results_replace_older_ones() -> None:
     assert found.evaluations["dense"] == old.evaluations["dense"]
 
 
-def test_a_second_recovery_without_a_gain_leaves_what_is_known() -> None:
-    def result(perplexity: float) -> PerplexityResult:
-        return PerplexityResult(perplexity, 1.0, 63, "own", None, 64, 1, "standard", None)
-
-    done = Recovered(
+def recovered(**changes: Any) -> Recovered:
+    """Return a recovery without a gain; on a text the perplexity was 7 and is 7."""
+    own = PerplexityResult(7.0, 1.0, 63, "own", None, 64, 1, "standard", None)
+    known = Recovered(
         model="m",
         gained=False,
         loss=Change(2.0, 3.0),
         sources=(),
-        perplexity=(Change(result(7.0), result(7.0)),),
+        perplexity=(Change(own, own),),
         steps=3,
         best_step=0,
         stopped=None,
@@ -288,6 +297,34 @@ def test_a_second_recovery_without_a_gain_leaves_what_is_known() -> None:
         settings={"method": "full", "teacher": None, "distillation": None},
         path=Path("out"),
     )
+    return replace(known, **changes)
+
+
+@pytest.mark.parametrize("gained", [False, True])
+def test_a_model_that_was_trained_and_never_pruned(gained: bool, tmp_path: Path) -> None:
+    """Its source may be measured into its report, which never says that it was pruned."""
+    known = {"source": Source(name="m"), "size": Size(total=800), "command": None}
+    report = recovery_report(recovered(gained=gained), None, pruned=False, **known)
+    (tmp_path / "report.json").write_text(report.to_json())
+    for model in ("m", str(tmp_path)):
+        add_evaluation(tmp_path, Measured("m", 800, None, None, [], samples={model: "x"}), model)
+    report = read_report(tmp_path / "report.json")
+    models = {name: list(of.samples) for name, of in report.evaluations.items()}
+    if gained:
+        assert models == {"dense": ["m"], "recovered": [str(tmp_path)]}
+    else:
+        assert models == {"dense": ["m", str(tmp_path)]}
+    assert view.title(report) == ("m, recovered" if gained else "m, dense")
+    assert "removed" not in (tmp_path / "report.html").read_text()
+    assert "pruned" not in (tmp_path / "README.md").read_text()
+    # Of a pruned one without a report that much is known.
+    report = recovery_report(recovered(gained=gained), None, pruned=True, **known)
+    assert view.title(report) == "m, pruned"
+    assert report.final == ("recovered" if gained else "pruned")
+
+
+def test_a_second_recovery_without_a_gain_leaves_what_is_known() -> None:
+    done = recovered()
     earlier = full_report()
     size = earlier.sizes["recovered"]
     known = {"source": earlier.source, "pruned": True, "size": size, "command": None}
@@ -416,14 +453,47 @@ def test_front_matter() -> None:
         "pipeline_tag": "text-generation",
         "tags": ["llm-pruner", "pruned", "structural-pruning"],
     }
-    assert results["name"] == "org/model"
+    # What was measured is of no model of another name, and says of how much it is.
+    assert results["name"] == "org/model, pruned"
     found = [(r["dataset"]["name"], r["metrics"][0]) for r in results["results"]]
     # Of the model in the folder; the user's own text is no data set.
     assert found == [
-        ("wikitext", {"type": "perplexity", "value": 40.0}),
-        ("boolq", {"type": "acc", "value": 0.3}),
-        ("piqa", {"type": "acc_norm", "value": 0.4}),
+        (name, {"type": metric, "name": label, "value": value})
+        for name, metric, label, value in (
+            (
+                *("wikitext", "perplexity"),
+                "perplexity, wikitext, test (standard protocol, windows of 512, 1,022 tokens)",
+                40.0,
+            ),
+            ("boolq", "acc", "boolq, acc (200 items)", 0.3),
+            ("piqa", "acc_norm", "piqa, acc_norm (200 items)", 0.4),
+        )
     ]
+    # Of other tokens than all models have, perplexity says nothing.
+    fewer = yaml.safe_load(render_card(full_report(tokens=(9, 5))).split("---\n")[1])
+    names = [one["dataset"]["name"] for one in fewer["model-index"][0]["results"]]
+    assert names == ["boolq", "piqa"]
+
+
+def test_the_command_of_a_card_tells_no_folder() -> None:
+    """Ids of the hub stay as they are; where the model came from it, a folder has its name."""
+    said = (
+        "llm-pruner prune {model} --out out/acme-small --calibration c4:0.6,data/mails.txt:0.4 "
+        "--plan=plans/acme && llm-pruner recover out/acme-small/ -o '/home/me/a b/' --data me/text "
+        "--data data/acme/mails.jsonl --teacher {model} --trainer logging_dir=../logs"
+    )
+    shown = (
+        "llm-pruner prune {model} --out acme-small --calibration c4:0.6,mails.txt:0.4 "
+        "--plan=acme && llm-pruner recover acme-small -o 'a b' --data me/text "
+        "--data mails.jsonl --teacher {model} --trainer logging_dir=logs"
+    )
+    for source, model, name in (
+        (Source(name="me/acme", hub_id="me/acme"), "me/acme", "me/acme"),
+        (Source(name="acme"), "models/acme", "acme"),
+        (Source(name="acme"), "models/acme.gguf", "acme.gguf"),
+    ):
+        report = Report(source=source, command=said.format(model=model))
+        assert view.command(report) == shown.format(model=name)
 
 
 @pytest.mark.parametrize(

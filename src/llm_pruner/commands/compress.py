@@ -52,7 +52,7 @@ from llm_pruner.files.outputs import (
 )
 from llm_pruner.models.forward import embedding_rows, maximum_length
 from llm_pruner.models.load import check, load, load_tokenizer
-from llm_pruner.models.stored import check_file_states, file_states, stored_at
+from llm_pruner.models.stored import check_file_states, file_states, stored_at, weight_names
 from llm_pruner.recovery import Progress
 from llm_pruner.recovery.checkpoint import last_checkpoint
 from llm_pruner.report.data import Report, Source, Variant, known_report
@@ -276,10 +276,8 @@ class _Stages:
         if self.settings.vocab_text:
             self.take_tokens()
         self.prune()
-        dense = self._of_all_tokens(self._pruned_report()).sizes.get("dense", Size(0))
         measured: dict[Variant, Weighed] = {
-            "dense": Weighed(**vars(self.measure("dense")), bytes=dense.bytes),
-            "pruned": self._weighed("pruned"),
+            name: self._weighed(name) for name in ("dense", "pruned")
         }
         recovery = self.recover()
         if recovery is not None and recovery.gained:
@@ -377,9 +375,15 @@ class _Stages:
         return str(stored)
 
     def _weighed(self, variant: Variant) -> Weighed:
-        """Return the same with the bytes of the weight files."""
-        files = self.run.path(variant).glob("*.safetensors")
-        size = sum(file.stat().st_size for file in files)
+        """Return the same with the bytes of the weight files.
+
+        Those of a ``.gguf`` file, which packs its weights, say nothing of what pruning saves.
+        """
+        settings, place, size = self.settings, self.run.path(variant), None
+        if variant == "dense":
+            place = stored_at(settings.model, settings.revision) or place
+        if place.is_dir():
+            size = sum((place / name).stat().st_size for name in weight_names(place))
         return Weighed(**vars(self.measure(variant)), bytes=size)
 
     def recover(self) -> Training | None:

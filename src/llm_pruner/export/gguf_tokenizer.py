@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+from tokenizers import Tokenizer
 
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import read_json
@@ -55,7 +56,29 @@ _OF_ANOTHER = (
 
 
 class _Special(gguf.SpecialVocab):
-    """Special tokens of a folder; a negative id, as some configs have it, stands for none."""
+    """Special tokens and chat template of a folder, as transformers has them.
+
+    It takes what ``tokenizer.json`` adds to a text, whatever ``tokenizer_config.json`` says of
+    that, and a template from a file of its own first. A negative id, as some configs have it,
+    stands for none.
+    """
+
+    def _load(self, path: Path) -> None:
+        super()._load(path)
+        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        tokenizer.no_padding()
+        ids = tokenizer.encode("a").ids
+        for kind, end in (("bos", ids[:1]), ("eos", ids[-1:])):
+            self.add_special_token[kind] = end == [self.special_token_ids.get(kind)]
+        files = {"default": path / "chat_template.jinja"}
+        files |= {file.stem: file for file in path.glob("additional_chat_templates/*.jinja")}
+        templates = [
+            {"name": name, "template": file.read_text(encoding="utf-8")}
+            for name, file in files.items()
+            if file.is_file()
+        ]
+        if templates:
+            self.chat_template = templates
 
     def _set_special_token(self, typ: str, tid: Any) -> None:
         if not (isinstance(tid, int) and tid < 0):
@@ -101,7 +124,6 @@ def read_tokenizer(folder: Path, rows: int) -> dict[str, gguf.GGUFValue]:
         writer.add_add_space_prefix(_adds_space(data))
     with quiet("gguf"):
         special = _Special(folder, load_merges=bytewise, n_vocab=rows)
-        special.add_special_token.setdefault("bos", False)
         special.add_to_gguf(writer, quiet=True)
     return {key: value for key, value in writer.kv_data[0].items() if key.startswith(_OURS)}
 

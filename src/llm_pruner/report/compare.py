@@ -12,7 +12,9 @@ from markupsafe import Markup
 from pydantic import BaseModel
 
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import expanded
+from llm_pruner.evaluation.footprint import model_size
+from llm_pruner.files.disk import expanded, json_object
+from llm_pruner.models.load import load_model
 from llm_pruner.models.stored import name_of, stored_size
 from llm_pruner.planning import read_plan
 from llm_pruner.report import figures, view
@@ -148,7 +150,7 @@ def _entry(label: str, folder: Path) -> Entry:
     stored = stored_size(str(folder), None, "auto")
     if stored is None:
         raise UserError(f"{folder} has no safetensors; name folders that llm-pruner prune wrote")
-    size = Size(total=stored[0] or 0, bytes=stored[1])
+    size = Size(total=_parameters(folder, stored[0] or 0), bytes=stored[1])
     if not (folder / _PLAN).is_file():
         name = name_of(folder)
         return Entry(label, Report(source=Source(name=name), sizes={"dense": size}), "dense")
@@ -160,6 +162,24 @@ def _entry(label: str, folder: Path) -> Entry:
         settings=settings_of(plan, {}, {}, plan.text),
     )
     return Entry(label, report, "pruned")
+
+
+def _parameters(folder: Path, stored: int) -> int:
+    """Return the parameters of a checkpoint, tied ones once; 0 if they are packed, and not known.
+
+    Files hold buffers, too, and of packed weights several in one number: what they have stored is
+    counted where the config alone builds no model.
+    """
+    config = json_object(folder / _CONFIG)
+    how = config.get("quantization_config")
+    ours = "pruned" in config or (isinstance(how, dict) and how.get("quant_method") == "llm_pruner")
+    if ours or how is not None:
+        return stored if ours else 0
+    try:
+        loaded = load_model(str(folder), weights=False, tokenizer_required=False)
+    except UserError:  # such as one with code of its own, which does not run here
+        return stored
+    return model_size(loaded.model).total
 
 
 def compare(entries: Sequence[Entry]) -> Comparison:
@@ -191,7 +211,7 @@ def _compared(entry: Entry, tokens_differ: bool) -> Compared:
         source=report.source.name,
         variant=variant,
         size=own,
-        removed=1 - own.total / dense.total if pruned and own and dense else None,
+        removed=1 - own.total / dense.total if pruned and own and own.total and dense else None,
         units=units or None if pruned else None,
         chosen_by=report.criterion if pruned else None,
         **dict(found.per_byte() if tokens_differ else found),
@@ -229,7 +249,7 @@ def _of_the_models(models: Sequence[Compared]) -> Iterator[Column]:
     ) -> Column:
         return Column(subject, name, tuple(cell(one) or "" for one in models), text=text)
 
-    yield column("size", "parameters", lambda m: m.size and count(m.size.total))
+    yield column("size", "parameters", lambda m: m.size and m.size.total and count(m.size.total))
     yield column("size", "removed", lambda m: m.removed is not None and percent(m.removed))
     yield column("size", "weights", lambda m: m.size and m.size.bytes and megabytes(m.size.bytes))
     yield column("how", "units", lambda m: m.units, text=True)

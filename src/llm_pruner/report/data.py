@@ -176,10 +176,10 @@ class TaskScore(_Result):
     Attributes:
         in_mean: whether the mean over the tasks takes this metric.
         items: number of items, None if not known; so are the version of the task's definition, the
-            examples in a prompt, and the digest of the items.
+            examples in a prompt, the digest of the items, and the type that it was computed in.
     """
 
-    same: ClassVar = ("task", "metric", "items", "version", "shots", "digest")
+    same: ClassVar = ("task", "metric", "items", "version", "shots", "digest", "dtype")
 
     task: str
     metric: str
@@ -190,6 +190,7 @@ class TaskScore(_Result):
     version: str | None = None
     shots: int | None = None
     digest: str | None = None
+    dtype: str | None = None
 
     @property
     def name(self) -> str:
@@ -199,18 +200,19 @@ class TaskScore(_Result):
     @property
     def settings(self) -> str:
         """What a reader needs to compare it, in words."""
-        return ", ".join((f"{self.metric} in percent", *self._counts))
+        return ", ".join((f"{self.metric} in percent", *self._how))
 
     @property
     def label(self) -> str:
         """The row of a table."""
-        counts = f" ({', '.join(self._counts)})" if self._counts else ""
-        return f"{self.task}, {self.metric}{counts}"
+        how = f" ({', '.join(self._how)})" if self._how else ""
+        return f"{self.task}, {self.metric}{how}"
 
     @property
-    def _counts(self) -> list[str]:
+    def _how(self) -> list[str]:
         counts = (("items", self.items), ("shots", self.shots or None))
-        return [f"{number:,} {name}" for name, number in counts if number is not None]
+        said = [f"{number:,} {name}" for name, number in counts if number is not None]
+        return said if self.dtype is None else [*said, self.dtype]
 
     def __str__(self) -> str:
         """Return it in percent."""
@@ -222,12 +224,13 @@ class TaskScore(_Result):
 
 
 class Measurement(_Result):
-    """A size or a speed: a median, and the spread around it.
+    """A size, a speed, a mean or a share, and the spread around it.
 
     Attributes:
         name: what was measured, with the settings that tell it apart, such as ``decode, batch 1``.
         unit: such as ``tokens/s``, ``B`` or ``MACs``.
-        low, high: the spread, such as the quartiles.
+        low, high: the spread: of a speed, a median, the slowest and the fastest round; of a mean or
+            a share one standard error either way.
         better: whether more is better; None if neither.
         of: digest of what it was measured on, if that is a text.
     """
@@ -421,8 +424,16 @@ class Report(_Part):
         """The model that lies beside the report."""
         if "quantized" in self.sizes:
             return "quantized"
-        kept = self.recovery is not None and self.recovery.gained
-        return "recovered" if kept else "pruned"
+        if self.recovery is not None and self.recovery.gained:
+            return "recovered"
+        return "pruned" if self.was_pruned else "dense"
+
+    @property
+    def was_pruned(self) -> bool:
+        """Whether it knows of a removal, or else of training alone."""
+        return bool(
+            self.recovery is None or self.criterion or self.layers or "pruned" in self.sizes
+        )
 
     def with_evaluation(self, variant: Variant, found: Evaluation) -> Report:
         """Return a report that also holds what was measured of one model."""

@@ -18,12 +18,19 @@ import torch
 from llm_pruner.data.text import CHAT, PRUNED, SELF
 from llm_pruner.evaluation.perplexity import PerplexityResult
 from llm_pruner.evaluation.skills import Share
-from llm_pruner.evaluation.zero_shot import TaskResult
 from llm_pruner.files.disk import expanded
 from llm_pruner.models.stored import DEFAULT, local_path
 from llm_pruner.planning import Plan
 from llm_pruner.report import data
-from llm_pruner.report.records import Abilities, Control, Measured, Pruned, Recovered, Weighed
+from llm_pruner.report.records import (
+    Abilities,
+    Control,
+    Measured,
+    Pruned,
+    Recovered,
+    Weighed,
+    ZeroShot,
+)
 from llm_pruner.settings.common import CALIBRATION
 from llm_pruner.settings.options import option_of
 from llm_pruner.settings.prune import PruneSettings
@@ -217,7 +224,7 @@ def _gguf_licence(file: Path) -> str | None:
 
 def evaluation_of(found: Measured | Abilities) -> data.Evaluation:
     """Return what was measured of one model as a part of its report."""
-    tasks = [] if found.zero_shot is None else [*_scores(found.zero_shot.tasks)]
+    tasks = [] if found.zero_shot is None else [*_scores(found.zero_shot)]
     parts: dict[str, Any] = {"tasks": tasks, "measurements": [*_shares(found)]}
     if isinstance(found, Measured):
         parts["measurements"] += _measurements(found)
@@ -279,9 +286,9 @@ def _between(
     )
 
 
-def _scores(results: Sequence[TaskResult]) -> Iterator[data.TaskScore]:
+def _scores(found: ZeroShot) -> Iterator[data.TaskScore]:
     """Yield the metrics of each task that are shares of which more is better, such as ``acc``."""
-    for result in results:
+    for result in found.tasks:
         for name, metric in result.metrics.items():
             if metric.higher_is_better is not False and 0 <= metric.value <= 1:
                 yield data.TaskScore(
@@ -294,6 +301,7 @@ def _scores(results: Sequence[TaskResult]) -> Iterator[data.TaskScore]:
                     version=result.version,
                     shots=result.num_fewshot,
                     digest=result.digest,
+                    dtype=found.dtype,
                 )
 
 
@@ -351,8 +359,9 @@ def recovery_report(
         size: of the model, which recovery leaves as it is.
     """
     if earlier is None:
-        before: data.Variant | None = "pruned" if pruned else "dense"
-        earlier = data.Report(source=source)
+        came: data.Variant = "pruned" if pruned else "dense"
+        before: data.Variant | None = came
+        earlier = data.Report(source=source, sizes={came: size})
     else:
         # What trained a model that was trained already starts from no model of the three.
         before = None if earlier.final == "recovered" else earlier.final

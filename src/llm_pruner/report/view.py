@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from llm_pruner.report.data import BITS, VARIANTS, Evaluation, Report, Variant
@@ -14,8 +15,13 @@ from llm_pruner.types import Layer
 
 _K = TypeVar("_K")
 
-_FOLDERS = re.compile(r"(^|[=,])(?:~|\.{1,2})?/(?:[^,]*/)?")
-"""What stands before a name in a path; several stand in a list with commas."""
+_PLACES = ("--out", "-o", "--plan", "--tasks-data", "--teacher-cache")
+"""Options whose value is a path, however short."""
+
+_PATH = re.compile(
+    r"(?:~|\.{0,2})/|.*/.*/|.*/.*\.(?:txt|jsonl?|parquet|ya?ml|gguf|csv)(?::[\d.]+)?$"
+)
+"""What no id of the hub is like; a source may have a weight."""
 
 UNITS = {
     "query_heads": "query heads",
@@ -97,27 +103,16 @@ def decoder_layers(report: Report) -> list[Layer]:
     return [layer for layer in report.layers if layer.layer is not None]
 
 
-def was_pruned(report: Report) -> bool:
-    """Return whether a report knows of a removal, or else of training alone."""
-    return bool(
-        report.recovery is None
-        or report.criterion
-        or report.layers
-        or "dense" in report.sizes
-        or "pruned" in report.evaluations
-    )
-
-
 def title(report: Report) -> str:
     """Return the name of the model and what became of it."""
-    return f"{report.source.name}, {'pruned' if was_pruned(report) else 'recovered'}"
+    return f"{report.source.name}, {'pruned' if report.was_pruned else report.final}"
 
 
 def sentence(report: Report) -> str:
     """Say in one sentence, or two, what was done."""
     dense, after = report.sizes.get("dense"), report.sizes.get(report.final)
     training = _training(report)
-    if not was_pruned(report):
+    if not report.was_pruned:
         return f"{report.source.name} was {training}." if training else report.source.name
     said = f"{report.source.name} was pruned"
     if dense is not None and after is not None:
@@ -278,7 +273,8 @@ def task_table(report: Report) -> Table | None:
     if table is None or len(means) < len(table.models):
         return table
     start, last = table.models[0], table.models[-1]
-    change = points(means[last] - means[start]) if start != last else ("", None)
+    known = start == "dense" != last
+    change = points(means[last] - means[start]) if known else ("", None)
     row = Row("mean", tuple(f"{100 * means[name]:.1f}" for name in table.models), *change)
     scores = map(first, by_model(report, "tasks"))
     counted = ", ".join(f"{score.metric} of {score.task}" for score in scores if score.in_mean)
@@ -311,7 +307,16 @@ def command(report: Report) -> str:
         words = shlex.split(said)
     except ValueError:  # no shell wrote it
         words = said.split()
-    names = (_FOLDERS.sub(r"\1", word.rstrip("/")) for word in words)
+    pairs = pairwise(part.rstrip("/") for word in words for part in word.split("=", 1))
+    places = {value for option, value in pairs if option in _PLACES}
+    local = None if report.source.hub_id else report.source.name
+
+    def named(part: str) -> str:
+        path = part.rstrip("/")
+        name = path.rpartition("/")[2]
+        return name if path in places or name == local or _PATH.match(path) else path
+
+    names = ("".join(map(named, re.split("([=,])", word))) for word in words)
     return " ".join(name if name == "&&" else shlex.quote(name) for name in names)
 
 
@@ -335,7 +340,7 @@ def headlines(report: Report) -> list[tuple[str, str, str]]:
             shown.append((label, form(by[final]), before))
 
     dense, after = report.sizes.get("dense"), report.sizes.get(final)
-    if dense is not None and after is not None:
+    if report.was_pruned and dense is not None and after is not None:
         label = f"{percent(1 - after.total / dense.total)} removed"
         shown.append(("parameters", count(after.total), f"of {count(dense.total)}, {label}"))
     for by in by_model(report, "perplexity")[:1]:

@@ -169,12 +169,15 @@ def _metadata(report: data.Report) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     source, final = report.source, report.evaluations.get(report.final, data.Evaluation())
-    found: list[tuple[str, str | None, str, float]] = [
-        (one.corpus, one.split, "perplexity", one.perplexity)
+    found: list[tuple[str, str | None, str, str, float]] = [
+        (one.corpus, one.split, "perplexity", f"perplexity, {one.label}", one.perplexity)
         for one in final.perplexity
-        if one.split  # a data set with splits, no file of the user's
+        # A data set with splits, no file of the user's, in the tokens of other models.
+        if one.split and not report.tokens
     ]
-    found += [(one.task, None, one.metric, one.value) for one in final.tasks if one.in_mean]
+    found += [
+        (one.task, None, one.metric, one.label, one.value) for one in final.tasks if one.in_mean
+    ]
     results = [
         EvalResult(
             task_type="text-generation",
@@ -182,19 +185,20 @@ def _metadata(report: data.Report) -> str:
             dataset_name=name,
             dataset_split=split,
             metric_type=metric,
+            metric_name=label,
             metric_value=float(f"{value:.6g}"),
         )
-        for name, split, metric, value in found
+        for name, split, metric, label, value in found
         if _DATASET.fullmatch(name) and math.isfinite(value)
     ]
     known = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["llm-pruner", *(("pruned", "structural-pruning") if view.was_pruned(report) else ())],
+        tags=["llm-pruner", *(("pruned", "structural-pruning") if report.was_pruned else ())],
         base_model=_known(_HUB_ID, source.hub_id),
         license=_known(_LICENSE, source.license),
         eval_results=results or None,
-        model_name=source.name if results else None,
+        model_name=view.title(report) if results else None,
     )
     return yaml.safe_dump(known.to_dict(), sort_keys=True, allow_unicode=True)
 
