@@ -436,6 +436,24 @@ def test_what_a_layer_returned_itself_is_its_own_at_any_place() -> None:
         assert torch.allclose(ours, theirs)
 
 
+def test_blocks_of_a_sequence_are_layers_and_those_of_a_network_in_one_are_not() -> None:
+    class Sequence(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(*self.layers)
+            for layer in self.layers:
+                layer.a = nn.Sequential(layer.a, nn.Linear(FFN, FFN).double())
+
+        def run(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers(x)
+
+    net = Sequence()
+    discovery = discover(net)
+    (layers,) = (g for g in discovery.groups if g.kind == "layers")
+    assert len(layers.modules) == 4
+    assert is_right(net, discovery, "layers")
+
+
 def test_a_number_of_layers_that_nothing_follows_is_no_crash() -> None:
     class Fixed(Net):
         def run(self, x: torch.Tensor) -> torch.Tensor:

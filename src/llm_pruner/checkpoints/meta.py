@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
 from llm_pruner.models import older_code
+from llm_pruner.models.layers import is_layer_list
 from llm_pruner.runtime.progress import quiet
 
 
@@ -105,7 +106,7 @@ def sizes(model: nn.Module) -> Sizes:
             for dim, size in enumerate(tensor.shape):
                 found[what, name, dim] = size
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
+        if is_layer_list(module):
             found["list", name, "len"] = len(module)
         for attribute, value in vars(module).items():
             if _is_number(value) or (

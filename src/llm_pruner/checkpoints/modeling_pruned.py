@@ -91,7 +91,9 @@ class Pruned:
         recipe = self._recipe()
         for path, kept in recipe["layers"].items():
             children = self.get_submodule(path)
-            put(self, path, nn.ModuleList(children[index] for index in kept))
+            shorter = copy.copy(children)
+            shorter._modules = {str(new): children[old] for new, old in enumerate(kept)}
+            put(self, path, shorter)
         reshape_parameters_(self, recipe["shapes"])
         cut_buffers_(self, recipe["buffers"], saved=True)
 

@@ -30,7 +30,13 @@ from llm_pruner.checkpoints.meta import get_path, is_integer, set_path
 from llm_pruner.checkpoints.modeling_pruned import cut_buffers_, reshape_parameters_, set_config_
 from llm_pruner.checkpoints.reshape import MOST_LAYERS, Recipe, from_json, shown, to_json
 from llm_pruner.errors import UserError
-from llm_pruner.models.layers import Renaming, is_settings, keep_children, set_attributes_
+from llm_pruner.models.layers import (
+    Renaming,
+    is_layer_list,
+    is_settings,
+    keep_children,
+    set_attributes_,
+)
 from llm_pruner.models.older_code import computed_buffers, fill_buffers_
 
 QUANT_METHOD = "llm_pruner"
@@ -199,7 +205,7 @@ def _layer_misfits(model: nn.Module, recipe: Recipe) -> Iterator[str]:
     seen: set[int] = set()
     for path, kept in recipe.layers.items():
         layers = _submodule(model, path)
-        if not isinstance(layers, nn.ModuleList):
+        if layers is None or not is_layer_list(layers):
             yield f"keeps layers of {shown(path)}, which is no module list"
             return
         if not kept or kept[-1] >= len(layers):

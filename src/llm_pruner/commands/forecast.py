@@ -62,7 +62,7 @@ from llm_pruner.importance import Criterion, score
 from llm_pruner.importance.boundary_pass import TOKENS
 from llm_pruner.models.activation_store import ActivationStore, HiddenStates
 from llm_pruner.models.forward import Decoder, embedding_rows, is_on_meta, make_room_, tensor_bytes
-from llm_pruner.models.layers import heaviest, own_copy, sharing_copy, without_layers
+from llm_pruner.models.layers import heaviest_list, own_copy, sharing_copy, without_layers
 from llm_pruner.models.load import load, without_values
 from llm_pruner.models.lockstep import runs_in_step
 from llm_pruner.models.stored import stored_at, stored_size
@@ -158,7 +158,7 @@ class _Forecaster:
         self.loaded = load(settings.computing(), weights=False, reads_tokenizer=True)
         self.model: Any = self.loaded.model
         self.stages = {"start": Taken(before), "load": Taken(time.perf_counter() - begin)}
-        blocks = heaviest(one for one in self.model.modules() if isinstance(one, nn.ModuleList))
+        blocks = heaviest_list(self.model)
         if blocks is None:
             raise UserError(f"{type(self.model).__name__} has no list of blocks to estimate from")
         self.path = next(name for name, one in self.model.named_modules() if one is blocks)

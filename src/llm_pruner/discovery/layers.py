@@ -14,13 +14,13 @@ from llm_pruner.discovery.tracing.run import Run, run_trace
 from llm_pruner.discovery.tracing.sizes import COMPARISONS, PLACE, Expr, leaves
 from llm_pruner.discovery.tracing.trace import Trace
 from llm_pruner.errors import DiscoveryError
-from llm_pruner.models.layers import numbering, without_layers
+from llm_pruner.models.layers import is_layer_list, numbering, without_layers
 from llm_pruner.types import Group
 
 
 def outer_lists(model: nn.Module) -> list[str]:
     """Return the names of the module lists that lie in no other."""
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [name for name, module in model.named_modules() if is_layer_list(module)]
     return [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
 
 

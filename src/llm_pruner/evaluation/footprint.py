@@ -33,7 +33,7 @@ from llm_pruner.discovery.tracing.run import example_tokens
 from llm_pruner.discovery.tracing.scenes import staged
 from llm_pruner.errors import LLMPrunerError
 from llm_pruner.models.forward import Decoder, is_on_meta, logits_of, tensor_bytes
-from llm_pruner.models.layers import heaviest, names_in_float32
+from llm_pruner.models.layers import heaviest_list, names_in_float32
 from llm_pruner.types import Size
 
 PAPER_TOKENS = 64
@@ -54,7 +54,7 @@ def model_size(model: Any, stored: torch.dtype | None = None) -> Size:
         wide = names_in_float32(model, stored)
         widths = {name: torch.float32 if name in wide else stored for name in parameters}
         taken = sum(one.numel() * widths[name].itemsize for name, one in parameters.items())
-    layers = heaviest(one for one in model.modules() if isinstance(one, nn.ModuleList))
+    layers = heaviest_list(model)
     heads = (model.get_input_embeddings(), model.get_output_embeddings())
     return Size(
         total=_count(model),

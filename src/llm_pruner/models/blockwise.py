@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from llm_pruner.models.forward import run_for_logits
-from llm_pruner.models.layers import heaviest
+from llm_pruner.models.layers import heaviest, is_layer_list
 from llm_pruner.models.streaming import turn
 
 _PROBE_TOKENS = 16
@@ -424,7 +424,7 @@ def requiring_gradients(parameters: Mapping[str, nn.Parameter]) -> Iterator[None
 
 
 def _lists(model: nn.Module) -> list[nn.ModuleList]:
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    lists = [module for module in model.modules() if is_layer_list(module)]
     return [one for one in lists if all(isinstance(entry, nn.Module) for entry in one)]
 
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import CellType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -158,6 +158,24 @@ def apply_layers(model: nn.Module, layers: Mapping[str, Sequence[int]]) -> None:
             _filter_config(config, count, kept)
 
 
+def is_layer_list(module: nn.Module) -> TypeGuard[nn.ModuleList]:
+    """Whether a module may hold layers: a module list, or a plain sequence of blocks of one class.
+
+    A sequence of modules that hold no others, as in a feed-forward network, is none.
+    """
+    if type(module) is not nn.Sequential:
+        return isinstance(module, nn.ModuleList)
+    children = [*module]
+    return len({*map(type, children)}) == 1 < len(children) and all(
+        any(True for _ in child.children()) for child in children
+    )
+
+
+def heaviest_list(model: nn.Module) -> nn.ModuleList | None:
+    """Return the list of layers with the most parameters: the decoder layers; None if none."""
+    return heaviest(filter(is_layer_list, model.modules()))
+
+
 def keep_children(model: nn.Module, path: str, kept: Sequence[int]) -> int:
     """Keep only the given children of a module list; return how many it had.
 
@@ -165,7 +183,7 @@ def keep_children(model: nn.Module, path: str, kept: Sequence[int]) -> int:
         TypeError: it is no module list.
     """
     children = model.get_submodule(path)
-    if not isinstance(children, nn.ModuleList):
+    if not is_layer_list(children):
         raise TypeError(f"{path} is no module list")
     shorter = copy.copy(children)
     shorter._modules = {str(new): children._modules[str(old)] for new, old in enumerate(kept)}
@@ -177,7 +195,7 @@ def keep_children(model: nn.Module, path: str, kept: Sequence[int]) -> int:
 
 
 def heaviest(lists: Iterable[nn.ModuleList]) -> nn.ModuleList | None:
-    """Return the module list with the most parameters: of all in a model, the decoder layers."""
+    """Return the list with the most parameters, None if there is none."""
     return max(lists, key=lambda one: sum(p.numel() for p in one.parameters()), default=None)
 
 

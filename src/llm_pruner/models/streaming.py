@@ -29,7 +29,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from llm_pruner.errors import UserError
 from llm_pruner.models.assembled import Assembled, are_mapped, whole
-from llm_pruner.models.layers import heaviest, names_in_float32, own_copy, with_initialisers
+from llm_pruner.models.layers import heaviest_list, names_in_float32, own_copy, with_initialisers
 from llm_pruner.models.lone_ends import lone_ends
 from llm_pruner.models.stored_weight import StoredWeight, filed, mapped_files
 from llm_pruner.types import IntArray
@@ -135,7 +135,7 @@ def stream_(
             has rounded.
     """
     device = torch.device(device)
-    blocks = heaviest(one for one in model.modules() if isinstance(one, nn.ModuleList))
+    blocks = heaviest_list(model)
     if blocks is None:
         raise UserError(
             f"{type(model).__name__} has no list of blocks, so its weights cannot be read block by "

@@ -15,7 +15,7 @@ from torch import nn
 from llm_pruner.discovery.tracing.scenes import Scene
 from llm_pruner.errors import UserError, VerificationError
 from llm_pruner.models.forward import is_on_meta
-from llm_pruner.models.layers import heaviest, own_copy, sharing_copy
+from llm_pruner.models.layers import heaviest_list, own_copy, sharing_copy
 from llm_pruner.models.lockstep import Outcome, result_of
 from llm_pruner.models.streaming import (
     computed_in,
@@ -412,9 +412,7 @@ def tolerance(logits: list[torch.Tensor], model: nn.Module | None = None, length
     types, depth = {logits[0].dtype}, 1
     if model is not None:
         types |= {p.dtype for p in model.parameters() if p.is_floating_point()}
-        depth = len(
-            heaviest(one for one in model.modules() if isinstance(one, nn.ModuleList)) or ()
-        )
+        depth = len(heaviest_list(model) or ())
     precision = max(torch.finfo(dtype).eps for dtype in types)
     least = 1e-5 * math.sqrt(max(1.0, depth / 8)) * max(1.0, length / 64)
     return size * max(least, 32 * precision if precision > 1e-6 else 0.0)

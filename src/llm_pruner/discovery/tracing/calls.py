@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from llm_pruner.discovery.tracing.sizes import code_line, plain
 from llm_pruner.discovery.tracing.trace import Axes
 from llm_pruner.discovery.tracing.tracer import Marks, Tracer
+from llm_pruner.models.layers import is_layer_list
 from llm_pruner.types import IntArray
 
 _DEPTH = 4
@@ -69,7 +70,7 @@ class Layers:
         self._handles = [
             register(partial(note, path, index), with_kwargs=True)
             for path, module in model.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) > 1
+            if is_layer_list(module) and len(module) > 1
             for index, child in module._modules.items()
             # A place may be empty, and TorchScript takes no hooks. What has a name was added.
             if _takes_hooks(child) and index.isdigit()
