@@ -31,7 +31,7 @@ from llm_pruner.evaluation.perplexity import perplexity as measure_perplexity
 from llm_pruner.files.disk import expanded
 from llm_pruner.importance import Criterion
 from llm_pruner.importance import score as score_groups
-from llm_pruner.models.forward import check_length
+from llm_pruner.models.forward import check_length, dtype_name
 from llm_pruner.models.layers import own_copy, sharing_copy
 from llm_pruner.models.load import LoadedModel, load_model
 from llm_pruner.models.streaming import is_model_streamed
@@ -492,7 +492,8 @@ def health(model: Model, prompts: Sequence[str] | None = None) -> Health:
         raise UserError("health is measured on a list of prompts; give some, or None for its own")
     asked = health_prompts(own_prompts() if prompts is None else prompts, None)
     name = "built in" if prompts is None else "given"
-    return measure_health(name, written(asked, lambda: model.current), asked.new_tokens)
+    answers = written(asked, lambda: model.current)
+    return measure_health(name, asked, answers, dtype_name(model.network))
 
 
 def perplexity(

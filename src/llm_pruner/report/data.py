@@ -229,7 +229,7 @@ class Measurement(_Result):
         unit: such as ``tokens/s``, ``B`` or ``MACs``.
         low, high: the spread, such as the quartiles.
         better: whether more is better; None if neither.
-        of: digest of what it was measured on, if that is a text.
+        of: digest of what it was measured on, such as a text or problems; None if nothing is known.
     """
 
     same: ClassVar = ("name", "unit", "of")
