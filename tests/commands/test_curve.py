@@ -316,7 +316,7 @@ def test_a_text_that_is_too_short_is_refused_before_a_point(
     Path("short.txt").write_text("a few words")
     result = run("curve", "dense", "--out", "none", *HOW, "--text", "short.txt")
     assert result.code == 2
-    assert "the text is too short" in result.err
+    assert "the text is too short; use --measured-tokens 11 or less, or more text" in result.err
     assert not Path("none.measuring").exists()
 
 
