@@ -11,7 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MllamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    MllamaConfig,
+    PreTrainedConfig,
+)
 
 from command import done, run, write_text
 from helpers import LLAMA, tiny_model
@@ -95,10 +101,16 @@ def test_what_is_tied_to_the_output_layer_is_cut_with_it() -> None:
 
 def test_tokens_are_known_by_all_names_of_settings() -> None:
     model: Any = tiny_model("llama", image_token_index=30, boi_token_index=7, audio_token_id=9)
-    assert {1, 2, 7, 9, 30} <= named_tokens(model)
-    cut_vocabulary_(model, np.array([1, 2, 7, 9, 30]))
     found = model.config
+    # As Phi-4 has them; a part such as a Q-Former has tokens of its own.
+    found.vision_config = PreTrainedConfig(image_token_id=31)
+    found.qformer_config = PreTrainedConfig(vocab_size=9, pad_token_id=8)
+    assert {1, 2, 7, 9, 30, 31} <= named_tokens(model)
+    assert 8 not in named_tokens(model)
+    cut_vocabulary_(model, np.array([1, 2, 7, 9, 30, 31]))
     assert (found.boi_token_index, found.audio_token_id, found.image_token_index) == (2, 3, 4)
+    assert found.vision_config.image_token_id == 5
+    assert found.qformer_config.pad_token_id == 8
 
 
 TURNS = "{% for m in messages %}<s>{{ m.role }}, the soup: {{ m.content }}</s>{% endfor %}"
