@@ -50,6 +50,7 @@ PER_LAYER = {"vocab_size_per_layer_input": 704, "hidden_size_per_layer_input": 8
         ("llama", {}),
         ("llama", {"tie_word_embeddings": True}),
         ("gpt2", {}),
+        ("gpt2", {"n_positions": 64}),
         ("phi", {}),
         ("gemma3_text", {}),
         ("gemma4_text", PER_LAYER),
@@ -198,7 +199,9 @@ def test_a_folder_with_code_loses_tokens_as_any_other(tmp_path: Path, structures
     cut += ("--scope", "global")
     done("prune", dense, *cut, "--calibration", text, "--samples", "8", "--out", pruned)
     done("vocab", pruned, "--text", text, "--size", "400", "--out", small)
-    kept = torch.tensor(json.loads((small / "vocabulary.json").read_text())["kept"])
+    record = json.loads((small / "vocabulary.json").read_text())
+    kept = torch.tensor(record["kept"])
+    assert not {"saved_as", "needs", "bytes"} & record.keys()  # of the folder, which has code
     before, after = (json.loads((one / "config.json").read_text()) for one in (pruned, small))
     assert after["auto_map"] == before["auto_map"]
     assert {"AutoModel", "AutoModelForCausalLM"} <= after["auto_map"].keys()
