@@ -43,7 +43,7 @@ from llm_pruner.types import Edits
 
 RECORD = "vocabulary.json"
 _OF_FOLDER = ("bytes", "saved_as", "needs")
-"""What it does not say: it is written before that is known, and goes into folders of ``compress``."""
+"""What it does not say, since it is written before that is known, and copied by ``compress``."""
 HELD_OUT = 10
 """One part in so many of the text is not counted; what a token less costs is measured on it."""
 MEASURED = 50_000
