@@ -31,10 +31,9 @@ from llm_pruner.evaluation.perplexity import perplexity as measure_perplexity
 from llm_pruner.files.disk import expanded
 from llm_pruner.importance import Criterion
 from llm_pruner.importance import score as score_groups
-from llm_pruner.models.forward import check_length
+from llm_pruner.models.forward import check_length, dtype_name
 from llm_pruner.models.layers import own_copy, sharing_copy
 from llm_pruner.models.load import LoadedModel, load_model
-from llm_pruner.models.streaming import is_model_streamed
 from llm_pruner.planning import Plan
 from llm_pruner.report.records import CurvePoint
 from llm_pruner.runtime.precision import fast_matmul, multiplies_bfloat16
@@ -94,12 +93,10 @@ class Model:
         Raises:
             UserError: the folder is taken.
         """
-        # What a streamed model is saved as is noted for good.
-        network = own_copy(self.network) if is_model_streamed(self.network) else self.network
         out = expanded(out)
-        with stored_as(network, self.loaded.stored_dtype):
+        with stored_as(self.network, self.loaded.stored_dtype):
             save_checkpoint(
-                network,
+                self.network,
                 out,
                 edits=Edits({}, {}, {}, {}) if self._surgeon is None else self._surgeon.edits,
                 plan_json=None if self.plan is None else self.plan.to_json(),
@@ -504,7 +501,8 @@ def health(model: Model, prompts: Sequence[str] | None = None) -> Health:
         raise UserError("health is measured on a list of prompts; give some, or None for its own")
     asked = health_prompts(own_prompts() if prompts is None else prompts, None)
     name = "built in" if prompts is None else "given"
-    return measure_health(name, written(asked, lambda: model.current), asked.new_tokens)
+    answers = written(asked, lambda: model.current)
+    return measure_health(name, asked, answers, dtype_name(model.network))
 
 
 def perplexity(

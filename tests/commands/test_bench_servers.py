@@ -88,7 +88,7 @@ def test_llama_cpp_serves_exported_files(tmp_path: Path) -> None:
     assert len(rows["server's peak memory"]) == 3
     assert rows["decode, batch 2"][-1].endswith("%")
     assert "bytes of the files for decode" in shown.out
-    assert shown.out.splitlines()[-1].startswith("llama.cpp, q8_0, ")
+    assert shown.out.splitlines()[-1] == "llama.cpp, q8_0"
 
 
 def test_weights_that_lie_there_twice_count_once(tmp_path: Path) -> None:
@@ -96,17 +96,19 @@ def test_weights_that_lie_there_twice_count_once(tmp_path: Path) -> None:
     shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
     given: Any = None
     for path in (Path("dense"), folder):
-        size = _Subject(given, given, path, 384).bytes
+        size = _Subject(given, given, path, "bfloat16", 384).bytes
         assert size == (folder / "model.safetensors").stat().st_size
 
 
 @pytest.mark.slow
 def test_a_gguf_file_is_served_as_it_is(tmp_path: Path) -> None:
     python, file = fake_server(tmp_path, "llama-server"), tmp_path / "small.gguf"
-    done("export", "small", "--out", file)
+    done("export", "small", "--type", "q8_0", "--out", file)
     served = ("--server", "llama-cpp", "--server-python", python)
     shown = done("bench", file, "--against", "dense", *QUICK, *served, "--json", tmp_path / "j")
     found = json.loads((tmp_path / "j").read_text())
+    assert found["settings"]["dtype"] == "q8_0 against f16"
+    assert "device" not in found["settings"]
     assert found["model"]["model"] == "small"
     assert found["model"]["macs"] is None
     assert found["model"]["parameters"] > 10_000
@@ -114,6 +116,9 @@ def test_a_gguf_file_is_served_as_it_is(tmp_path: Path) -> None:
     first = noted(tmp_path, "started")[0]["arguments"]
     assert first[first.index("--model") + 1] == str(file)
     assert tables(shown.out)["prefill, batch 1"][-2:] == ["-", "-"]
+    refused = run("bench", file, *QUICK, *served, "--type", "q8_0")
+    assert refused.code == 2
+    assert "and llama.cpp reads such files as they are; leave it out" in refused.err
     (tmp_path / "none.gguf").write_bytes(b"GGUF")
     refused = run("bench", tmp_path / "none.gguf", *QUICK, *served)
     assert refused.code == 2

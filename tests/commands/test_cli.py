@@ -16,14 +16,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import llm_pruner.commands.evaluate
 import llm_pruner.models.load
 from command import contents, done, run, save_tiny, write_text
 from helpers import tiny_tokenizer
 from llm_pruner.cli import main
 from llm_pruner.cli.output import Screen, say_in_one_line
+from llm_pruner.commands.evaluate import measure
 from llm_pruner.data.calibration import build_calibration
 from llm_pruner.report.text import clean, count, megabytes
 from llm_pruner.settings.common import CalibrationSettings
+from llm_pruner.settings.evaluate import EvaluateSettings
 from llm_pruner.version import __version__
 
 pytestmark = pytest.mark.slow
@@ -602,6 +605,22 @@ def test_evaluate_reads_block_by_block_what_does_not_fit(
     refused = run("evaluate", tiny, "--speed", "--memory", "1KB")
     assert refused.code == 2
     assert "--speed would time how fast the weights of" in refused.err
+
+
+def test_a_model_that_reads_too_little_to_be_timed_is_refused_before_it_is_measured(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(work / "short", num_hidden_layers=1, max_position_embeddings=95)
+    text = write_text(Path("text.txt"))
+    asked = EvaluateSettings(model="short", perplexity=(str(text),), speed=True)
+    found = measure(asked, strict=False)  # a stage of compress has no speed then
+    assert found.perplexity
+    assert found.speed is None
+    monkeypatch.setattr(llm_pruner.commands.evaluate, "perplexity", None)
+    refused = run("evaluate", "short", "--perplexity", text, "--speed")
+    said = "--speed times 64 prompt tokens and 32 new ones, more than the 95 positions of short; "
+    assert refused.code == 2
+    assert refused.err == f"llm-pruner: {said}use llm-pruner bench with fewer, or leave it out\n"
 
 
 def test_evaluate_says_what_was_measured(work: Path, tiny: Path) -> None:

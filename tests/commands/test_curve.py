@@ -185,6 +185,19 @@ def test_an_interrupted_run_goes_on(
     assert second["divergence"]["kl"] == pytest.approx(other["divergence"]["kl"], rel=1e-2)
 
 
+def test_a_model_read_block_by_block_has_the_same_points(
+    made: tuple[dict[str, Any], Result],
+) -> None:
+    done("curve", "dense", "--out", "blocks", *HOW, *SHORT, "--memory", "100KB")
+    data = json.loads(Path("blocks/curve.json").read_text())
+    for one, resident in zip(data["points"], made[0]["points"], strict=True):
+        plan = one["plan"]
+        assert (Path("blocks") / plan).read_bytes() == (Path("sizes") / plan).read_bytes()
+        found, known = one["measured"], resident["measured"]
+        assert found["perplexity"] == pytest.approx(known["perplexity"], rel=1e-4)
+        assert found["divergence"]["kl"] == pytest.approx(known["divergence"]["kl"], rel=1e-3)
+
+
 def test_a_text_that_changed_is_other_text(tmp_path: Path) -> None:
     calibration, text = (tmp_path / name for name in ("calibration.txt", "text.txt"))
     for one in (calibration, text):
@@ -303,7 +316,7 @@ def test_a_text_that_is_too_short_is_refused_before_a_point(
     Path("short.txt").write_text("a few words")
     result = run("curve", "dense", "--out", "none", *HOW, "--text", "short.txt")
     assert result.code == 2
-    assert "the text is too short" in result.err
+    assert "the text is too short; use --measured-tokens 11 or less, or more text" in result.err
     assert not Path("none.measuring").exists()
 
 

@@ -102,7 +102,7 @@ def test_a_model_with_its_card_is_sent_and_records_stay(place: Path, hub: Hub) -
     )
     assert (sent, upload["repo_id"]) == ("upload", "me/small")
     # What a loader would take for the new ones goes, and nothing of other folders.
-    stale = ("model-00001-of-00002.safetensors", "chat_template.jinja", "added[1].py")
+    stale = ("model-00001-of-00002.safetensors", "chat_template.jinja", "added[1].py", "README.md")
     assert upload["delete_patterns"] == [glob.escape(name) for name in stale]
     assert upload["sent"] == {
         *("README.md", "config.json", "generation_config.json", "model.safetensors"),
@@ -146,6 +146,8 @@ def test_vocab(place: Path, hub: Hub) -> None:
     assert result.code == 0, result.err
     sent = hub.calls[-1][1]
     assert (sent["folder_path"], "vocabulary.json" in sent["sent"]) == (Path("v"), False)
+    # It writes no card, and one that is there tells of another model.
+    assert "README.md" in {*sent["delete_patterns"]} - sent["sent"]
 
 
 def test_an_upload_that_fails_leaves_the_folder(place: Path, hub: Hub) -> None:
@@ -162,7 +164,8 @@ def test_an_upload_that_fails_leaves_the_folder(place: Path, hub: Hub) -> None:
     words = shlex.split(again)
     assert words[:5] == ["hf", "upload", "me/small", "small", "."]
     stale = ("model-00001-of-00002.safetensors", "chat_template.jinja", "added[[]1].py")
-    assert [word for word in words[5:] if word[:2] != "--"] == [*LOCAL, *stale]
+    asked = [word for word in words[5:] if word[:2] != "--"]
+    assert asked == [*LOCAL, *stale, "README.md"]
     assert Path("small/model.safetensors").is_file()
 
 

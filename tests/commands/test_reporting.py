@@ -21,8 +21,9 @@ from command import contents, done, run, save_tiny, write_text
 from helpers import tiny_model
 from llm_pruner.cli.evaluate import show
 from llm_pruner.cli.output import command_line
+from llm_pruner.evaluation.health import Health
 from llm_pruner.evaluation.perplexity import PerplexityResult
-from llm_pruner.evaluation.skills import GSM8K_METRIC, gsm8k
+from llm_pruner.evaluation.skills import GSM8K_METRIC, Share, gsm8k
 from llm_pruner.evaluation.speed import Speed
 from llm_pruner.evaluation.zero_shot import Mean, MetricResult, TaskResult, kept
 from llm_pruner.files.outputs import MANIFEST
@@ -297,8 +298,28 @@ def test_the_tasks_of_the_dense_model_stand_beside(capsys: pytest.CaptureFixture
     assert "mean of the seven tasks: 0.6000, dense 0.7000 +- 0.0100" in lines
     assert "accuracy above chance kept of dense: 50.0%" in lines
     sums = task_of("gsm8k", {GSM8K_METRIC: MetricResult(0.25, None, True)})
-    show(measured(skills=[gsm8k(sums)]))
+    show(measured(skills=[gsm8k(sums, "float32")]))
     assert "25.0\n" in capsys.readouterr().out
+
+
+def test_shares_of_other_prompts_problems_or_items_do_not_stand_beside_each_other() -> None:
+    sums = task_of("gsm8k", {GSM8K_METRIC: MetricResult(0.25, 0.1, True)})
+    items = task_of("piqa", {"acc": MetricResult(0.75, 0.1, True)})
+    shared = Share(0.5, 0.1, 3)
+    rows = []
+    for digest_of in "ab":
+        tasks = tasks_of(replace(items, digest=digest_of))
+        one = measured(
+            skills=[replace(gsm8k(sums, "float32"), digest=digest_of)],
+            health=Health("prompts.txt", 256, shared, shared, digest_of),
+            zero_shot=tasks,
+            kept=kept(tasks.tasks, tasks.tasks, "dense"),
+        )
+        rows.append(evaluation_of(one))
+    one, other = ([found.key for found in each.measurements] for each in rows)
+    assert [key[:-1] for key in one] == [key[:-1] for key in other]
+    assert len(one) == 4
+    assert not {*one} & {*other}
 
 
 def test_the_licence_comes_along(work: Path) -> None:

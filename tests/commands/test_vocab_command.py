@@ -11,7 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MllamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    MllamaConfig,
+    PreTrainedConfig,
+)
 
 from command import done, run, write_text
 from helpers import LLAMA, tiny_model
@@ -44,6 +50,7 @@ PER_LAYER = {"vocab_size_per_layer_input": 704, "hidden_size_per_layer_input": 8
         ("llama", {}),
         ("llama", {"tie_word_embeddings": True}),
         ("gpt2", {}),
+        ("gpt2", {"n_positions": 64}),
         ("phi", {}),
         ("gemma3_text", {}),
         ("gemma4_text", PER_LAYER),
@@ -95,10 +102,16 @@ def test_what_is_tied_to_the_output_layer_is_cut_with_it() -> None:
 
 def test_tokens_are_known_by_all_names_of_settings() -> None:
     model: Any = tiny_model("llama", image_token_index=30, boi_token_index=7, audio_token_id=9)
-    assert {1, 2, 7, 9, 30} <= named_tokens(model)
-    cut_vocabulary_(model, np.array([1, 2, 7, 9, 30]))
     found = model.config
+    # As Phi-4 has them; a part such as a Q-Former has tokens of its own.
+    found.vision_config = PreTrainedConfig(image_token_id=31)
+    found.qformer_config = PreTrainedConfig(vocab_size=9, pad_token_id=8)
+    assert {1, 2, 7, 9, 30, 31} <= named_tokens(model)
+    assert 8 not in named_tokens(model)
+    cut_vocabulary_(model, np.array([1, 2, 7, 9, 30, 31]))
     assert (found.boi_token_index, found.audio_token_id, found.image_token_index) == (2, 3, 4)
+    assert found.vision_config.image_token_id == 5
+    assert found.qformer_config.pad_token_id == 8
 
 
 TURNS = "{% for m in messages %}<s>{{ m.role }}, the soup: {{ m.content }}</s>{% endfor %}"
@@ -186,7 +199,9 @@ def test_a_folder_with_code_loses_tokens_as_any_other(tmp_path: Path, structures
     cut += ("--scope", "global")
     done("prune", dense, *cut, "--calibration", text, "--samples", "8", "--out", pruned)
     done("vocab", pruned, "--text", text, "--size", "400", "--out", small)
-    kept = torch.tensor(json.loads((small / "vocabulary.json").read_text())["kept"])
+    record = json.loads((small / "vocabulary.json").read_text())
+    kept = torch.tensor(record["kept"])
+    assert not {"saved_as", "needs", "bytes"} & record.keys()  # of the folder, which has code
     before, after = (json.loads((one / "config.json").read_text()) for one in (pruned, small))
     assert after["auto_map"] == before["auto_map"]
     assert {"AutoModel", "AutoModelForCausalLM"} <= after["auto_map"].keys()

@@ -327,7 +327,7 @@ def test_what_lost_nothing_is_left_alone() -> None:
     dense = make("llama")
     model = copy.deepcopy(dense)
     discovery = discover(model)
-    removal = {"layers.1.ffn": np.arange(8)}
+    removal = {"layers.1.ffn": np.arange(8), "layers": np.zeros(0, dtype=np.int64)}
     cut_(model, discovery, removal)
     done = refit_(model, dense, discovery, removal, tokens())
     assert [one.module for one in done] == ["model.layers.1.mlp.down_proj"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from llm_pruner.data.calibration import (
 )
 from llm_pruner.data.selfmade import WRITERS, write_text, write_windows
 from llm_pruner.data.sequences import added_tokens, bare_ids
-from llm_pruner.data.text import shares_of
+from llm_pruner.data.text import Documents, shares_of
 from llm_pruner.data.turns import Turns
 from llm_pruner.errors import UserError
 from llm_pruner.settings.common import CalibrationSettings
@@ -135,6 +136,34 @@ def test_windows_to_measure_on_are_no_calibration_windows(tmp_path: Path) -> Non
     )
     assert written.unseen.shape == (2, 16)
     assert not (written.unseen[:, None] == written.input_ids).all(-1).any()
+
+
+@pytest.mark.parametrize("length", [250, 30], ids=["documents", "a running text"])
+@pytest.mark.parametrize("dataset", [False, True])
+def test_what_is_measured_on_is_read_after_what_is_calibrated_on(
+    dataset: bool, length: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As ``curve`` and ``prune`` read it: more text is there than the windows need."""
+    letters = random.Random(0)
+    rows = ["".join(letters.choices("abcdefgh", k=length)) for _ in range(2000)]
+    source = "someone/rows" if dataset else str(tmp_path / "rows.jsonl")
+    if dataset:
+        monkeypatch.setattr(
+            calibration,
+            "load_documents",
+            lambda *_, limit, **__: Documents(tuple(rows[:limit]), source, "train", False),
+        )
+    else:
+        Path(source).write_text("\n".join(json.dumps({"text": row}) for row in rows))
+    asked = CalibrationSettings(calibration=source, samples=4, seq_len=20)
+    alone, beside = (
+        build_calibration(asked, tiny_tokenizer(), seed=0, unseen=count) for count in (0, 500)
+    )
+    assert torch.equal(alone.input_ids, beside.input_ids)
+    assert alone.settings == beside.settings
+    drawn, unseen = ({*map(tuple, one.tolist())} for one in (beside.input_ids, beside.unseen))
+    assert len(unseen) == 500
+    assert not drawn & unseen
 
 
 def test_every_window_starts_with_bos_where_the_tokenizer_adds_it(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from llm_pruner.evaluation import answers, skills
 from llm_pruner.evaluation.answers import Answer, Asked, write_batch
 from llm_pruner.evaluation.health import PERIOD, REPEATS, TOKENS, health, loops
 from llm_pruner.evaluation.samples import encoded, sample_continuation, strip_control
-from llm_pruner.evaluation.skills import human_eval, human_eval_prompts, share
+from llm_pruner.evaluation.skills import GSM8K_METRIC, gsm8k, human_eval, human_eval_prompts, share
 from llm_pruner.evaluation.zero_shot import MetricResult, TaskResult, kept
 from llm_pruner.settings.evaluate import EvaluateSettings
 from trained_tokenizers import MADE
@@ -45,7 +45,7 @@ def test_a_program_is_prompt_answer_up_to_the_stop_and_tests() -> None:
     good = "    return 2 * x\n\nprint(1 / 0)\n"
     exits = "    return 2 * x\nimport sys; sys.exit(0)\n"
     written = [answer(good), answer("    return x\n"), answer(exits)]
-    found = human_eval([PROBLEM] * 3, written, total=100)
+    found = human_eval([PROBLEM] * 3, written, total=100, dtype="float32")
     assert found.solved == share([True, False, False])
     assert found.endings == {"passed": 1, "AssertionError": 1, "SystemExit": 1}
     assert (found.total, found.shots, found.metric) == (100, 0, "pass@1")
@@ -75,8 +75,27 @@ def test_what_is_no_loop() -> None:
 
 def test_health_counts_what_loops_and_what_does_not_end() -> None:
     answers = [Answer((5,) * TOKENS, "", False), Answer((1, 2), "", True), Answer((1,), "", False)]
-    found = health("built in", answers, 256)
+    asked = Asked(("a", "b", "c"), 256, "")
+    found = health("built in", asked, answers, "float32")
     assert (found.looping, found.endless) == (share([True, False, False]), share([1, 0, 1]))
+
+
+def test_what_is_asked_and_in_which_type_tells_results_apart() -> None:
+    """Under one name, and as many of them."""
+    written, other = [answer("    return 2 * x\n")], PROBLEM | {"prompt": "def twice(x):\n"}
+    found = [
+        human_eval([problem], written, total=9, dtype=dtype)
+        for problem, dtype in ((PROBLEM, "float32"), (other, "float32"), (PROBLEM, "bfloat16"))
+    ]
+    long = [health("f", Asked((prompt,), 9, ""), written, "float32") for prompt in "ab"]
+    sums = [
+        TaskResult("g", {GSM8K_METRIC: MetricResult(0, 0, True)}, None, 1, 1, 0, "1", 0, each)
+        for each in "ab"
+    ]
+    of = [one.digest for one in (*found, *long, *(gsm8k(one, "float32") for one in sums))]
+    assert len({*of}) == len(of)
+    again = human_eval([PROBLEM | {"task_id": 5}], written, total=9, dtype="float32")
+    assert again.digest == of[0]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "rwkv"])

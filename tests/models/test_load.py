@@ -22,6 +22,8 @@ from transformers import (
     BertForMaskedLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    GitConfig,
+    GitForCausalLM,
     LlamaConfig,
     LlavaConfig,
 )
@@ -414,6 +416,17 @@ def test_what_makes_inputs_of_images_is_kept(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "again/config.json").read_text())
     assert {config["dtype"], config["text_config"]["dtype"]} == {"bfloat16"}
     assert loaded.model.dtype == loaded.model.config.text_config.dtype == torch.float32
+
+
+def test_what_makes_inputs_of_images_is_kept_where_text_has_no_config_of_its_own(
+    folder: Path,
+) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2}
+    vision = sizes | {"image_size": 28, "patch_size": 14}
+    GitForCausalLM(GitConfig(vision_config=vision, vocab_size=300, **sizes)).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text("{}")
+    assert load_model(str(folder)).processor == {"preprocessor_config.json": b"{}"}
 
 
 def test_a_model_of_the_hub_is_read_block_by_block_at_once(folder: Path, hub: Path) -> None:

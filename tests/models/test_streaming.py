@@ -17,6 +17,7 @@ from torch import nn
 
 from command import save_tiny, write_text
 from helpers import tiny_model, tiny_tokenizer
+from llm_pruner import Model
 from llm_pruner.commands.prune import PruneRun
 from llm_pruner.data import selfmade
 from llm_pruner.discovery import groups
@@ -534,6 +535,15 @@ def test_models_that_cannot_be_read_block_by_block_are_refused() -> None:
 
     with pytest.raises(UserError, match="scale of Rounded is computed in the type"):
         stream_(Rounded(), torch.float32)
+
+
+def test_a_streamed_model_is_saved_as_it_is_stored(tmp_path: Path) -> None:
+    folder, ids = save(tmp_path / "dense", "llama"), torch.arange(3, 20)[None]
+    loaded = load_model(str(folder), memory=TINY)
+    before = loaded.model(ids).logits
+    Model(loaded).save(tmp_path / "again")
+    require_alike(weights(tmp_path / "again"), weights(folder))
+    assert torch.equal(loaded.model(ids).logits, before)  # and still computes in float32
 
 
 def test_a_deep_copy_does_not_run_on_the_original(streamed: Any) -> None:

@@ -23,6 +23,7 @@ from llm_pruner.evaluation.answers import Asked, write_batch
 from llm_pruner.evaluation.likelihood import log_likelihoods
 from llm_pruner.evaluation.perplexity import perplexity_of_windows
 from llm_pruner.evaluation.samples import sample_continuation
+from llm_pruner.evaluation.speed import measure_speed
 from llm_pruner.importance import Criterion, score
 from llm_pruner.models import streaming
 from llm_pruner.models.layers import sharing_copy
@@ -111,6 +112,15 @@ def test_a_float32_copy_in_turns_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
         _, verified = cut_verified_(model, discovery, removal_of(discovery))
     # In bfloat16 it would be a hundred times as much.
     assert 0 < verified.difference < 1e-4
+
+
+def test_the_speed_of_a_gpu_is_told_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", "NVIDIA {}".format)
+    model = tiny_model("llama")
+    with _on_gpu(model):
+        (speed,) = measure_speed([model], prompt_tokens=8, new_tokens=1, repeats=1)
+    assert speed.device == "NVIDIA cuda:0"
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -22,7 +22,7 @@ from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.files.disk import folder_bytes, umask
 from llm_pruner.files.outputs import atomic_directory, bytes_of, check_shard_size
 from llm_pruner.models.layers import names_in_float32
-from llm_pruner.models.streaming import keep_dtype_, saved_by_shard
+from llm_pruner.models.streaming import as_before, keep_dtype_, saved_by_shard
 from llm_pruner.runtime.progress import quiet
 from llm_pruner.types import Edits
 
@@ -278,14 +278,12 @@ def _with_parts(config: Any) -> list[Any]:
 @contextmanager
 def stored_as(network: Any, dtype: torch.dtype) -> Iterator[None]:
     """Inside, a model has the type in which it is saved; it then has the values it had."""
-    had = [(one, one.data) for one in (*network.parameters(), *network.buffers())]
     said = [(config, config.dtype) for config in _with_parts(network.config)]
     try:
-        keep_type_(network, dtype)
-        yield
+        with as_before(network):
+            keep_type_(network, dtype)
+            yield
     finally:
-        for tensor, data in had:
-            tensor.data = data
         for config, before in said:
             config.dtype = before
 

@@ -58,7 +58,7 @@ def show(done: Bench) -> None:
     if "server" in settings:
         name, more = settings["server"], settings["server_args"]
         said = f"{name} {more}" if more else name
-        out.print(f"{clean(said)}, {settings['dtype']}, {clean(settings['device'])}")
+        out.print(f"{clean(said)}, {settings['dtype']}")
         return
     where = f", {clean(settings['device'])}, {settings['threads']} threads"
     timed = "; nothing was timed" if settings["counts_only"] else where

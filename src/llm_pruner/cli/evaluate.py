@@ -117,7 +117,7 @@ def _show_abilities(out: Screen, found: Measured) -> None:
     from llm_pruner.report.facts import shares  # imports torch
 
     names = [one.model for one in (found, found.dense) if one]
-    each = [shares(one) for one in (found, found.dense) if one]
+    each = [{name: one for name, one, _ in shares(of)} for of in (found, found.dense) if of]
     rows = [
         (name, *(in_percent(one[name].value, one[name].stderr) for one in each)) for name in each[0]
     ]

@@ -131,7 +131,7 @@ def abilities(settings: EvaluateSettings, prepared: Prepared, late: Late) -> Abi
 
     Without the identity of the model nothing is known or kept. It is loaded only for what is not.
     """
-    harness, found = _Harness(settings, late), []
+    harness, found, dtype = _Harness(settings, late), [], settings.dtype
     tasks = None if prepared.tasks is None else run_tasks(prepared.tasks, settings, harness)
 
     def answers(asked: Asked) -> Any:
@@ -139,13 +139,13 @@ def abilities(settings: EvaluateSettings, prepared: Prepared, late: Late) -> Abi
 
     if prepared.problems:
         programs = answers(skills.human_eval_prompts(prepared.problems))
-        found.append(skills.human_eval(prepared.problems, programs, prepared.total))
+        found.append(skills.human_eval(prepared.problems, programs, prepared.total, dtype))
     if prepared.sums is not None:
-        found.append(skills.gsm8k(harness.results(prepared.sums)[0]))
+        found.append(skills.gsm8k(harness.results(prepared.sums)[0], dtype))
     long = None
     if prepared.prompts is not None:
         asked = prepared.prompts
-        long = health.health(prepared.prompts_name, answers(asked), asked.new_tokens)
+        long = health.health(prepared.prompts_name, asked, answers(asked), dtype)
     return Abilities(late.name, tasks, found, long)
 
 

@@ -93,7 +93,8 @@ class Bench:
     """What was measured.
 
     Attributes:
-        settings: as given, with type, device, threads and versions.
+        settings: as given, with type, device, threads and versions; of servers, which know more of
+            themselves than is known here, with the type alone.
         comparison: for each batch size; empty without another model.
     """
 

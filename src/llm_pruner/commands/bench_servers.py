@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -48,6 +47,7 @@ class _Subject:
     Attributes:
         source: how it is loaded.
         path: what the server reads, a folder or a file; None for a file that is yet to be made.
+        kind: type of the weights.
         vocabulary: number of token ids.
         prefill_macs: of a prompt; None if they are not known.
     """
@@ -55,6 +55,7 @@ class _Subject:
     source: ModelSettings
     figures: Figures
     path: Path | None
+    kind: str
     vocabulary: int
     prefill_macs: int | None = None
 
@@ -74,25 +75,29 @@ def bench_servers(settings: BenchSettings) -> Bench:
         LLMPrunerError: the server fails.
     """
     server = entry("evaluation/servers", str(settings.server))
-    start, kind = server.find(settings.server_python), settings.type or _TYPE
+    start = server.find(settings.server_python)
     if server.FORMAT is not None:
-        entry("export/formats", server.FORMAT).require(kind, None)
+        entry("export/formats", server.FORMAT).require(settings.type or _TYPE, None)
         if "dtype" in settings.given:
             raise UserError(
                 f"--dtype {settings.dtype} is about folders that are read as they are, and for "
                 f"{server.TITLE} they are exported; use --type"
             )
-    elif settings.type is not None:
+    against = [] if settings.against is None else [settings.against]
+    exported = server.FORMAT is not None and not all(
+        _is_file(name, server) for name in (settings.model, *against)
+    )
+    if settings.type is not None and not exported:
+        what = "folders" if server.FORMAT is None else "such files"
         raise UserError(
-            f"--type is about files that are exported, and {server.TITLE} reads folders as they "
+            f"--type is about files that are exported, and {server.TITLE} reads {what} as they "
             "are; leave it out"
         )
-    against = [] if settings.against is None else [settings.against]
     subjects = [_subject(settings, name, server) for name in (None, *against)]
     give_back()
     with tempfile.TemporaryDirectory(prefix="llm-pruner-") as scratch, ExitStack() as stack:
         subjects = [
-            one if one.path else replace(one, path=_exported(one, server.FORMAT, kind, out))
+            one if one.path else replace(one, path=_exported(one, server.FORMAT, out))
             for one, out in zip(subjects, (Path(scratch) / name for name in "ab"), strict=False)
         ]
         running = [
@@ -118,19 +123,18 @@ def bench_servers(settings: BenchSettings) -> Bench:
         [compared(*pair, *limits) for pair in pairs],
         server=server.TITLE,
         server_args=settings.server_args,
-        dtype=kind if server.FORMAT else _dtype(settings),
-        device=platform.machine(),
+        dtype=" against ".join(dict.fromkeys(one.kind for one in subjects)),
     )
 
 
 def _subject(settings: BenchSettings, other: str | None, server: Any) -> _Subject:
     """Return MODEL, or the other one, which is refused if the server does not run it."""
     source = settings.loading(other, _dtype(settings))
-    file = expanded(source.model)
-    if server.FORMAT is not None and file.suffix == f".{server.FORMAT}":
-        parameters, vocabulary = server.counted(file)
+    if _is_file(source.model, server):
+        file = expanded(source.model)
+        parameters, vocabulary, kind = server.counted(file)
         known = Figures(file.stem, parameters, bytes_on_disk=file.stat().st_size)
-        return _Subject(source, known, file, vocabulary)
+        return _Subject(source, known, file, kind, vocabulary)
     loaded = load(source, tokenizer_required=False, weights=False)
     check_length(loaded, settings)
     folder = stored_at(source.model, loaded.revision or source.revision)
@@ -140,11 +144,17 @@ def _subject(settings: BenchSettings, other: str | None, server: Any) -> _Subjec
         source,
         counted(loaded, source),
         path=folder if server.FORMAT is None else None,
+        kind=source.dtype if server.FORMAT is None else settings.type or _TYPE,
         vocabulary=loaded.model.get_input_embeddings().weight.shape[0],
         prefill_macs=footprint.count_work(
             loaded.model, prompt_tokens=settings.prompt_tokens
         ).prefill_macs,
     )
+
+
+def _is_file(model: str, server: Any) -> bool:
+    """Whether a model is a file that the server reads as it is."""
+    return server.FORMAT is not None and expanded(model).suffix == f".{server.FORMAT}"
 
 
 def _check_folder(
@@ -192,9 +202,10 @@ def _saved_as(config: Any) -> str:
     return "remote_code" if has_recipe(config) else "stock"
 
 
-def _exported(subject: _Subject, form: str, kind: str, out: Path) -> Path:
+def _exported(subject: _Subject, form: str, out: Path) -> Path:
     of = subject.source.model_dump(include={"model", "revision", "trust_remote_code"})
-    return export(ExportSettings(to=form, type=kind, out=out.with_suffix(f".{form}"), **of)).path
+    file = out.with_suffix(f".{form}")
+    return export(ExportSettings(to=form, type=subject.kind, out=file, **of)).path
 
 
 def _running(

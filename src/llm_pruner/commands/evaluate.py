@@ -24,7 +24,7 @@ from llm_pruner.evaluation import result_cache, zero_shot
 from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.evaluation.perplexity import perplexity
 from llm_pruner.evaluation.samples import check_prompt, sample_continuation
-from llm_pruner.evaluation.speed import Speed, measure_speed
+from llm_pruner.evaluation.speed import NEW_TOKENS, PROMPT_TOKENS, Speed, measure_speed
 from llm_pruner.files.outputs import atomic_directory, check_output
 from llm_pruner.models.forward import maximum_length
 from llm_pruner.models.load import exceeds
@@ -86,6 +86,10 @@ def measure(
                 "read",
                 settings.model,
             )
+    if settings.speed and (refused := _too_short(late)):
+        if strict:
+            raise refused
+        settings = settings.but(speed=False)
     for prompt in settings.prompt:
         check_prompt(late.loaded.model, late.loaded.tokenizer, prompt, chat=settings.chat)
     if texts and window is not None:
@@ -137,6 +141,17 @@ def _no_speed(settings: EvaluateSettings) -> UserError:
     return UserError(
         f"--speed would time how fast the weights of {settings.model} are read; give a --memory "
         "that holds them, or leave it out"
+    )
+
+
+def _too_short(late: Late) -> UserError | None:
+    """Return what is said of a model that reads fewer tokens than it would be timed on."""
+    limit = maximum_length(late.loaded.model)
+    if limit is None or limit >= PROMPT_TOKENS + NEW_TOKENS:
+        return None
+    return UserError(
+        f"--speed times {PROMPT_TOKENS} prompt tokens and {NEW_TOKENS} new ones, more than the "
+        f"{limit} positions of {late.name}; use llm-pruner bench with fewer, or leave it out"
     )
 
 

@@ -27,8 +27,10 @@ REPLACED = (
     *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "*.py"),
     *("adapter_config.json", "adapter_model.*", "added_tokens.json", "special_tokens_map.json"),
     *("chat_template.jinja", "chat_template.json", "tokenizer.model", "tekken.json"),
+    *("README.md", "plan.json"),
 )
-"""What an earlier upload may have left there, which would be loaded in place of what is new.
+"""What an earlier upload may have left there, which would be loaded, or read, in place of what is
+new; what is uploaded is not deleted.
 
 Only files beside the config are: other folders are nobody's here.
 """

@@ -42,6 +42,8 @@ from llm_pruner.surgery.vocabulary import check_tables, cut_vocabulary_, named_t
 from llm_pruner.types import Edits
 
 RECORD = "vocabulary.json"
+_OF_FOLDER = ("bytes", "saved_as", "needs")
+"""What it does not say, since it is written before that is known, and copied by ``compress``."""
 HELD_OUT = 10
 """One part in so many of the text is not counted; what a token less costs is measured on it."""
 MEASURED = 50_000
@@ -185,7 +187,8 @@ def _measured(loaded: LoadedModel, tokenizer: Any, text: str) -> tuple[float, fl
 @exact_products()
 def _cut_(model: Any, smaller: Any, kept: Ids, text: str) -> tuple[float, Change[int], Edits]:
     """Cut the model; return how much its logits differ, its parameters before and after, edits."""
-    ids = torch.tensor(bare_ids(smaller, text)[:COMPARED])[None].to(model.device)
+    length = min(COMPARED, maximum_length(model) or COMPARED)
+    ids = torch.tensor(bare_ids(smaller, text)[:length])[None].to(model.device)
     rows = torch.from_numpy(kept).to(model.device)
     size = model.num_parameters()
     expected = model(rows[ids]).logits[..., rows]
@@ -214,7 +217,8 @@ def _save(
         for stale in folder.glob("*.model"):  # of a library that this one is not read from
             stale.unlink()
         write_request(folder, settings)
-        write_output(folder / RECORD, json.dumps(asdict(found), default=str) + "\n")
+        record = {name: said for name, said in asdict(found).items() if name not in _OF_FOLDER}
+        write_output(folder / RECORD, json.dumps(record, default=str) + "\n")
 
     def check(folder: Path) -> None:
         again = AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)

@@ -183,7 +183,9 @@ def _consumers_left(
     removed = removed_positions(discovery, removal)
     rename = Renaming(kept_layers(dense, removed_modules(discovery, removal)))
     consumers: dict[int, _Consumer] = {}
-    everywhere = any(group.kind not in KINDS for group in discovery.groups if group.name in removal)
+    everywhere = any(
+        group.kind not in KINDS for group in discovery.groups if len(removal.get(group.name, ()))
+    )
     tied = set(discovery.aliases) | set(discovery.aliases.values())
     nothing, linear = np.zeros(0, dtype=np.int64), linear_modules(dense)
     for group in discovery.groups:

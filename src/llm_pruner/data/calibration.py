@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -82,8 +82,8 @@ def build_calibration(
         model: that reads it; needed for ``self`` and ``chat`` alone.
         least: share of its windows that a source must have; by default all if the number is the
             user's, and a quarter if it is a preset's.
-        unseen: so many more windows at most that are not among them, see ``_pack``. The model
-            writes its own apart.
+        unseen: so many more windows at most that are not among them, see ``_pack``; these stay the
+            same. The model writes its own apart.
 
     Raises:
         UserError: the source cannot be read, or holds too few tokens; windows are longer than what
@@ -204,9 +204,15 @@ class _Part(NamedTuple):
 
 def _read(one: _Wanted, asked: CalibrationSettings, tokenizer: Any, seed: int, rest: int) -> _Part:
     # Enough documents even where each is one short sentence.
-    limit = max(BEGINNING, (one.samples + rest) * asked.seq_len // 4)
-    documents = _documents(one.source, asked, limit)
-    windows, unseen = _pack(documents, tokenizer, one, asked.seq_len, seed, rest)
+    enough, more = (
+        max(BEGINNING, count * asked.seq_len // 4) for count in (one.samples, one.samples + rest)
+    )
+    found = _documents(one.source, asked, more)
+    known = len(found.texts) if found.split is None else enough  # a file is read whole
+    documents, further = (
+        replace(found, texts=texts) for texts in (found.texts[:known], found.texts[known:])
+    )
+    windows, unseen = _pack(documents, further, tokenizer, one, asked.seq_len, seed, rest)
     return _Part(windows, unseen, documents.name, documents.split)
 
 
@@ -229,47 +235,88 @@ def _self_written(
     return _Part(windows, unseen, f"{what} sampled from the model")
 
 
+class _Stream:
+    """Tokens of documents one behind the other, and where windows begin in them.
+
+    Args:
+        size: tokens of a window that are of the stream.
+    """
+
+    def __init__(self, tokenizer: Any, size: int) -> None:
+        self.tokenizer, self.size = tokenizer, size
+        self.prefix, self.suffix = added_tokens(tokenizer)
+        self.tokens: list[int] = []
+        self.read = 0
+
+    def read_on_(self, texts: list[str], documents: int, tokens: int) -> tuple[list[int], int]:
+        """Take texts off the end of a list until so many, and so many tokens, are read.
+
+        Returns:
+            Where windows begin, and where the last of them ends; reading on adds to them.
+        """
+        while texts and (self.read < documents or len(self.tokens) < tokens):
+            ids = bare_ids(self.tokenizer, texts.pop())
+            self.tokens.extend((*self.prefix, *ids, *self.suffix))
+            self.read += 1
+        starts: list[int] = []
+        end = 0
+        while True:
+            if self.prefix and tuple(self.tokens[end : end + len(self.prefix)]) == self.prefix:
+                end += len(self.prefix)  # a window brings its own
+            if end + self.size > len(self.tokens):
+                return starts, end
+            starts.append(end)
+            end += self.size
+
+
+def _texts(documents: Documents, parting: str, needed: int) -> list[str]:
+    """Return the documents, each with what parts it from the next, or a running text as one.
+
+    Args:
+        needed: tokens.
+    """
+    running = running_text(documents, "standard")
+    if running is None and sum(map(len, documents.texts)) < SHORT_DOCUMENT * len(documents.texts):
+        running = documents.raw
+    texts = documents.texts
+    if running is not None:
+        texts, parting = (running[: max(MAX_TEXT_CHARACTERS, 16 * needed)],), ""
+    return [text + parting for text in texts if text.strip()]
+
+
 def _pack(
-    documents: Documents, tokenizer: Any, wanted: _Wanted, seq_len: int, seed: int, rest: int
+    documents: Documents,
+    further: Documents,
+    tokenizer: Any,
+    wanted: _Wanted,
+    seq_len: int,
+    seed: int,
+    rest: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut documents into windows; see ``build_calibration``.
 
+    Args:
+        further: what others than the ``samples`` windows may be of as well.
+
     Returns:
-        Windows, int64 of shape (samples, seq_len), and at most ``rest`` others: those that stand
-        furthest from a window that was drawn, since neighbours may share a document. Where the
-        documents have fewer than ``samples``, it is these, if they are ``least``.
+        Windows, int64 of shape (samples, seq_len), the same whatever ``rest`` is, and at most
+        ``rest`` others: those that stand furthest from a window that was drawn, since neighbours
+        may share a document. Where the documents have fewer than ``samples``, it is these, if they
+        are ``least``.
     """
     samples = wanted.samples
     prefix, suffix = added_tokens(tokenizer)
     fresh = room_for_text(seq_len, prefix)
     generator = torch.Generator().manual_seed(seed)
     needed = samples * fresh
-    running = running_text(documents, "standard")
-    count = len(documents.texts)
-    if running is None and sum(map(len, documents.texts)) < SHORT_DOCUMENT * count:
-        running = documents.raw
-    if running is None:
-        texts = [text for text in documents.texts if text.strip()]
-    else:
-        texts = [running[: max(MAX_TEXT_CHARACTERS, 16 * needed)]]
-    parting = "" if running is not None or prefix or suffix else "\n\n"
-    stream: list[int] = []
+    parting = "" if prefix or suffix else "\n\n"
+    texts = _texts(documents, parting, needed)
     order = torch.randperm(len(texts), generator=generator).tolist()
-    for read, position in enumerate(order, start=1):
-        stream.extend((*prefix, *bare_ids(tokenizer, texts[position] + parting), *suffix))
-        enough = len(stream) >= (4 * samples + 2 * rest) * seq_len
-        if read >= 2 * (samples + rest) and enough and running is None:
-            break
-    starts, end = [], 0
-    while True:
-        if prefix and tuple(stream[end : end + len(prefix)]) == prefix:
-            end += len(prefix)  # a window brings its own
-        if end + fresh > len(stream):
-            break
-        starts.append(end)
-        end += fresh
+    unread = [texts[position] for position in reversed(order)]
+    stream = _Stream(tokenizer, fresh)
+    starts, end = stream.read_on_(unread, 2 * samples, 4 * samples * seq_len)
     if len(starts) < wanted.least:
-        tokens = len(starts) * fresh + len(stream) - end
+        tokens = len(starts) * fresh + len(stream.tokens) - end
         fit = tokens // fresh
         most = tokens + len(prefix)
         shorter = f", or a --seq-len of at most {most}" if most > 1 else ""
@@ -281,8 +328,13 @@ def _pack(
     # A few windows in a row would come from one or two documents.
     drawn = sorted(torch.randperm(len(starts), generator=generator)[:samples].tolist())
 
+    if rest:
+        unread = [*reversed(_texts(further, parting, rest * fresh)), *unread]
+        tokens = (4 * samples + 2 * rest) * seq_len
+        starts, _ = stream.read_on_(unread, 2 * (samples + rest), tokens)
+
     def windows(places: list[int]) -> torch.Tensor:
-        rows = [[*prefix, *stream[starts[i] : starts[i] + fresh]] for i in places]
+        rows = [[*prefix, *stream.tokens[starts[i] : starts[i] + fresh]] for i in places]
         return torch.tensor(rows, dtype=torch.int64).view(len(rows), seq_len)
 
     distance = {i: min(abs(i - one) for one in drawn) for i in range(len(starts))} if rest else {}

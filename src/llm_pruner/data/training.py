@@ -137,8 +137,9 @@ def self_made_samples(
 def held_out_windows(samples: Sequence[Samples], seq_len: int) -> torch.Tensor:
     """Return what is held out as windows for perplexity, int64 of shape (windows, window).
 
-    The samples of a source stand one behind the other, equally many tokens of each source, and
-    ``HELD_OUT_TOKENS`` at most in all. A window has ``seq_len`` tokens, or all if they are fewer.
+    The samples of a source stand one behind the other, of each source at most its equal part of
+    ``HELD_OUT_TOKENS``; a short source does not make those of others fewer. A window has
+    ``seq_len`` tokens, or all if they are fewer.
     """
     most = HELD_OUT_TOKENS // len(samples)
     parts = [np.concatenate([one.input_ids for one in each.held_out])[:most] for each in samples]

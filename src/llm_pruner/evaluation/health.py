@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 from llm_pruner.evaluation.answers import Answer, Asked
-from llm_pruner.evaluation.skills import Share, share
+from llm_pruner.evaluation.skills import Share, digest_of, share
 from llm_pruner.settings.evaluate import ANSWER_TOKENS
 
 PERIOD, REPEATS, TOKENS = 64, 3, 32
@@ -24,12 +24,14 @@ class Health:
         new_tokens: that an answer may have.
         looping: share of the answers that end in a piece said over and over, see ``loops``.
         endless: share of the answers without an end token in ``new_tokens``.
+        digest: of the prompts and the type that the model computes in.
     """
 
     prompts: str
     new_tokens: int
     looping: Share
     endless: Share
+    digest: str | None = None
 
 
 def own_prompts() -> tuple[str, ...]:
@@ -43,13 +45,14 @@ def health_prompts(prompts: Sequence[str], limit: int | None) -> Asked:
     return Asked(tuple(prompts[:limit]), ANSWER_TOKENS, "Writing long answers", chat=True)
 
 
-def health(name: str, answers: Sequence[Answer], new_tokens: int) -> Health:
+def health(name: str, asked: Asked, answers: Sequence[Answer], dtype: str) -> Health:
     """Return how many answers loop, and how many never end."""
     return Health(
         prompts=name,
-        new_tokens=new_tokens,
+        new_tokens=asked.new_tokens,
         looping=share([loops(answer.tokens) for answer in answers]),
         endless=share([not answer.ended for answer in answers]),
+        digest=digest_of(asked.prompts, dtype),
     )
 
 

@@ -243,6 +243,10 @@ class Remembered(nn.Module):
             self._hidden[key] = calls[0][0]
         return found
 
+    def get_input_embeddings(self) -> Any:
+        """Return the model's, whose width says what a run of it takes."""
+        return self.model.get_input_embeddings()
+
 
 def _window_length(model: Any, asked: PerplexitySettings, option: str | None) -> int:
     limit, seq_len = maximum_length(model), asked.seq_len

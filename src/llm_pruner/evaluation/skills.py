@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from llm_pruner.evaluation.answers import Answer, Asked
 from llm_pruner.evaluation.programs import run_program
@@ -36,6 +39,11 @@ def share(held: Sequence[bool]) -> Share:
     return Share(value, math.sqrt(value * (1 - value) / len(held)), len(held))
 
 
+def digest_of(*parts: Any) -> str:
+    """Return the digest of what decides an answer but the model."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Skill:
     """How well a model does something.
@@ -47,6 +55,7 @@ class Skill:
         shots: examples in the prompt.
         endings: of programs: how many ended so.
         shut_off: of programs: by what, in words.
+        digest: of the problems and the type that the model computes in.
     """
 
     name: str
@@ -56,6 +65,7 @@ class Skill:
     shots: int
     endings: dict[str, int]
     shut_off: str | None = None
+    digest: str | None = None
 
 
 def human_eval_prompts(problems: Sequence[Mapping[str, str]]) -> Asked:
@@ -68,7 +78,7 @@ def human_eval_prompts(problems: Sequence[Mapping[str, str]]) -> Asked:
 
 
 def human_eval(
-    problems: Sequence[Mapping[str, str]], answers: Sequence[Answer], total: int
+    problems: Sequence[Mapping[str, str]], answers: Sequence[Answer], total: int, dtype: str
 ) -> Skill:
     """Run each program with the tests of its problem, and return the share that pass.
 
@@ -78,6 +88,7 @@ def human_eval(
         problems: with ``prompt``, ``test`` and ``entry_point``.
         answers: one for each.
         total: problems of which these are the first.
+        dtype: that the model computes in.
     """
     programs = [
         "\n".join(
@@ -101,6 +112,9 @@ def human_eval(
         shut_off="namespaces, limits and an audit hook"
         if held
         else "limits and an audit hook alone: this system permits no namespaces",
+        digest=digest_of(
+            [[one[part] for part in ("prompt", "test", "entry_point")] for one in problems], dtype
+        ),
     )
 
 
@@ -112,9 +126,15 @@ def _until_stop(text: str) -> str:
     return text[: min((at for stop in _STOPS if (at := text.find(stop)) >= 0), default=None)]
 
 
-def gsm8k(result: TaskResult) -> Skill:
+def gsm8k(result: TaskResult, dtype: str) -> Skill:
     """Return the share of exact matches that lm-evaluation-harness found."""
     found = result.metrics[GSM8K_METRIC]
-    solved = Share(found.value, found.stderr, result.documents)
-    metric = "exact_match"
-    return Skill("gsm8k", metric, solved, result.documents_total, result.num_fewshot, {})
+    return Skill(
+        name="gsm8k",
+        metric="exact_match",
+        solved=Share(found.value, found.stderr, result.documents),
+        total=result.documents_total,
+        shots=result.num_fewshot,
+        endings={},
+        digest=digest_of(result.digest, result.version, dtype),
+    )

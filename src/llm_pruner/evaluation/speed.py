@@ -29,6 +29,9 @@ from llm_pruner.runtime.progress import quiet, track
 
 T = TypeVar("T")
 
+PROMPT_TOKENS, NEW_TOKENS = 64, 32
+"""That a model is timed on, where nobody says how many."""
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -41,7 +44,8 @@ class Speed:
             once, the median.
         prefill_seconds: of each round.
         decode_seconds: of each round, for all new tokens.
-        dtype, device: that the model computes in and on; None of one that a server runs.
+        dtype, device: that the model computes in and on, a GPU by its name; None of one that a
+            server runs.
         threads: of a processor; None of another device.
     """
 
@@ -74,8 +78,8 @@ class SpeedUp:
 def measure_speed(
     models: Sequence[Any],
     *,
-    prompt_tokens: int = 64,
-    new_tokens: int = 32,
+    prompt_tokens: int = PROMPT_TOKENS,
+    new_tokens: int = NEW_TOKENS,
     repeats: int = 3,
     batch_size: int = 1,
     start: Callable[[Any], Decoder] = Decoder,
@@ -113,11 +117,15 @@ def measure_speed(
             own,
             **settings,
             dtype=dtype_name(model),
-            device=prompt.device.type,
+            device=_named(prompt.device),
             threads=torch.get_num_threads() if prompt.device.type == "cpu" else None,
         )
         for model, prompt, own in zip(models, prompts, times, strict=True)
     ]
+
+
+def _named(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def in_turns(runs: Sequence[Callable[[int], T]], repeats: int, words: str) -> list[list[T]]:

@@ -27,6 +27,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     __version__,
@@ -242,7 +243,8 @@ def _commit(found: _Found) -> str | None:
 
 def _processor(found: _Found, config: Any) -> dict[str, bytes]:
     """Return the files that say how images and sound become inputs, if a model takes such."""
-    if found.is_gguf or config.get_text_config() is config:
+    parts = (one for one in vars(config).values() if isinstance(one, PreTrainedConfig))
+    if found.is_gguf or not any(parts):
         return {}
     how: dict[str, Any] = {
         "revision": _commit(found) or found.shared["revision"],

@@ -416,12 +416,19 @@ def keep_dtype_(parameter: torch.Tensor, dtype: torch.dtype) -> bool:
 @contextmanager
 def computed_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Inside, a streamed model and copies that share its tensors compute in another type."""
-    tensors = [one for one in (*model.parameters(), *model.buffers()) if one.is_floating_point()]
+    with as_before(model):
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point() and not keep_dtype_(tensor, dtype):
+                tensor.data = tensor.data.to(dtype)
+        yield
+
+
+@contextmanager
+def as_before(model: nn.Module) -> Iterator[None]:
+    """Give a model, streamed or not, the values and types that it has back afterwards."""
+    tensors = (*model.parameters(), *model.buffers())
     before = [(one, _SOURCES.get(one), one.data) for one in tensors]
     try:
-        for tensor in tensors:
-            if not keep_dtype_(tensor, dtype):
-                tensor.data = tensor.data.to(dtype)
         yield
     finally:
         for tensor, source, data in before:

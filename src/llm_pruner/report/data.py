@@ -232,7 +232,7 @@ class Measurement(_Result):
         low, high: the spread: of a speed, a median, the slowest and the fastest round; of a mean or
             a share one standard error either way.
         better: whether more is better; None if neither.
-        of: digest of what it was measured on, if that is a text.
+        of: digest of what it was measured on, such as a text or problems; None if nothing is known.
     """
 
     same: ClassVar = ("name", "unit", "of")

@@ -247,29 +247,32 @@ def against(found: Measured) -> str | None:
     return next(iter(names), None if found.dense is None else found.dense.model)
 
 
-def shares(found: Measured | Abilities) -> dict[str, Share]:
-    """Return the shares that tell of skills and of long answers, by what they are of."""
-    named = {
-        f"{skill.name} {skill.metric}, {skill.solved.count} of {skill.total} problems": skill.solved
-        for skill in found.skills
-    }
+def shares(found: Measured | Abilities) -> Iterator[tuple[str, Share, str | None]]:
+    """Yield the shares that tell of skills and of long answers: what each is of, it, and the digest
+    of what the model was asked.
+    """
+    for skill in found.skills:
+        name = f"{skill.name} {skill.metric}, {skill.solved.count} of {skill.total} problems"
+        yield name, skill.solved, skill.digest
     if (long := found.health) is not None:
         of = f"answers of {long.new_tokens} tokens, {long.looping.count} prompts, {long.prompts}"
-        named |= {f"looping {of}": long.looping, f"endless {of}": long.endless}
-    return named
+        yield f"looping {of}", long.looping, long.digest
+        yield f"endless {of}", long.endless, long.digest
 
 
 def _shares(found: Measured | Abilities) -> Iterator[data.Measurement]:
     """Yield skills, health and what is kept above chance, each with its standard error around."""
     skills = len(found.skills)
-    for number, (name, one) in enumerate(shares(found).items()):
-        yield _between(name, "share", one.value, one.stderr, number < skills)
+    for number, (name, one, of) in enumerate(shares(found)):
+        yield _between(name, "share", one.value, one.stderr, number < skills, of)
     if isinstance(found, Measured) and (kept := found.kept) and kept.value is not None:
         results = () if found.zero_shot is None else found.zero_shot.tasks
-        items = sum(result.documents for result in results if result.task in kept.tasks)
-        of = f"{', '.join(kept.tasks)} ({items:,} items)"
-        name = f"accuracy above chance kept against {kept.against}, {of}"
-        yield _between(name, "share", kept.value, kept.stderr, True)
+        counted = [result for result in results if result.task in kept.tasks]
+        items = sum(result.documents for result in counted)
+        tasks = f"{', '.join(kept.tasks)} ({items:,} items)"
+        name = f"accuracy above chance kept against {kept.against}, {tasks}"
+        of = ",".join(result.digest for result in counted if result.digest) or None
+        yield _between(name, "share", kept.value, kept.stderr, True, of)
 
 
 def _between(

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llm_pruner.errors import UserError
 from llm_pruner.models.forward import embedding_rows
@@ -140,8 +140,17 @@ def cut_vocabulary_(model: Any, kept: npt.NDArray[np.int64]) -> Edits:
 
 
 def _configs(model: Any) -> list[Any]:
-    """Return the settings of a model and of what writes with it, each once."""
-    all_of_them = (model.config, model.config.get_text_config(), model.generation_config)
+    """Return the settings of a model and of what writes with it, each once.
+
+    Those of its parts that have a vocabulary of their own name tokens of that.
+    """
+    parts = (
+        one
+        for one in vars(model.config).values()
+        if isinstance(one, PreTrainedConfig) and "vocab_size" not in vars(one)
+    )
+    own = (model.config, model.config.get_text_config(), model.generation_config)
+    all_of_them = (*own, *parts)
     return [*{id(one): one for one in all_of_them if one is not None}.values()]
 
 

@@ -40,14 +40,20 @@ def find(python: Path | None) -> list[str]:
     )
 
 
-def counted(file: Path) -> tuple[int, int]:
-    """Return the number of weights in a file, and that of tokens; or raise UserError."""
+_TYPES = {one.value: one.name.partition("_")[2].lower() for one in gguf.LlamaFileType}
+"""Names of the types of files, as ``export --type`` has them."""
+
+
+def counted(file: Path) -> tuple[int, int, str]:
+    """Return the number of weights in a file, that of tokens, and the type; or raise UserError."""
     try:
         reader = gguf.GGUFReader(file)
         tokens = len(reader.fields["tokenizer.ggml.tokens"].data)
     except (OSError, ValueError, IndexError, KeyError) as error:
         raise UserError(f"{file} is no GGUF file of a model that can be read; name one") from error
-    return sum(int(one.n_elements) for one in reader.tensors), tokens
+    kind = reader.fields.get("general.file_type")
+    said = "unknown type" if kind is None else _TYPES.get(kind.contents(), "unknown type")
+    return sum(int(one.n_elements) for one in reader.tensors), tokens, said
 
 
 def command(start: list[str], file: Path, wanted: Wanted) -> list[str]:
