@@ -432,13 +432,17 @@ def test_a_plan_that_took_long_outlives_what_fails_after_it(
         assert not Path("small.plan.json").exists()  # it took seconds
         patch.setattr(llm_pruner.commands.prune, "KEPT_AFTER", 0.0)
         Path("small.plan.json").write_text("[]")
-        assert run(*asked).code == 1
+        assert run(*asked, "--overwrite").code == 1
         assert Path("small.plan.json").read_text() == "[]"  # no plan: it is somebody's
-        Path("small.plan.json").unlink()
-        assert run(*asked).code == 1
+        Path("small.plan2.json").rename("small.plan.json")
+        edited = Path("small.plan.json").read_text() + "\n"
+        Path("small.plan.json").write_text(edited)
         patch.setattr(PruneRun, "save", mock.Mock(side_effect=KeyboardInterrupt))
-        assert run(*asked).err == "llm-pruner: interrupted; small.plan.json is complete\n"
-    assert "go on from it with --plan small.plan.json" in caplog.text
+        assert run(*asked).err == "llm-pruner: interrupted; small.plan2.json is complete\n"
+        assert Path("small.plan.json").read_text() == edited
+        assert "go on from it with --plan small.plan2.json" in caplog.text
+        assert run(*asked, "--overwrite").err.endswith("small.plan.json is complete\n")
+        assert Path("small.plan.json").read_bytes() == Path("small.plan2.json").read_bytes()
     assert not Path("small").exists()
     done("prune", tiny, "--out", "small", "--plan", "small.plan.json")
     assert read_plan(Path("small/plan.json")).groups == read_plan(Path("small.plan.json")).groups
