@@ -236,6 +236,17 @@ def test_global_unit_ratio_is_per_kind():
     assert len(removal["layers.2.ffn"]) == 63
 
 
+@pytest.mark.parametrize(
+    ("hidden", "round_to", "ratio", "kept"), [(100, 16, 0.3, 64), (96, 64, 0.2, 64)]
+)
+def test_a_unit_ratio_takes_the_nearest_size_in_any_scope(hidden, round_to, ratio, kept):
+    discovery = fake_llama(2, hidden=hidden)
+    for scope in ("local", "global"):
+        selection = Selection(("hidden",), scope=scope, round_to=round_to)
+        removal = allocate(discovery, fake_scores(discovery), selection, Target(unit_ratio=ratio))
+        assert hidden - len(removal["hidden"]) == kept
+
+
 @pytest.mark.parametrize("scope", ["local", "global"])
 def test_round_to_rounds_channels_and_not_heads(scope):
     discovery = fake_llama(4, hidden=64, ffn=100, kv_heads=6, repeat=1)

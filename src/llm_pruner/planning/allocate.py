@@ -223,7 +223,7 @@ def _unit_steps(
         places = [0] * len(same)
         for owner in queue.sequence:
             increment = int(np.diff(same[owner].counts)[places[owner]])
-            if increment > quota:
+            if increment >= 2 * quota:  # nearer without it
                 break
             places[owner] += 1
             quota -= increment
