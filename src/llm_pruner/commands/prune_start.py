@@ -82,11 +82,13 @@ def finds_split(settings: PruneSettings, criterion: Criterion) -> bool:
         UserError: a split of parameters is asked for where none are counted.
     """
     asked = "split" in settings.given
-    if settings.kv_cache is not None and asked and settings.split != "equal":
-        raise UserError(
-            f"a split shares out parameters, and kv_cache={settings.kv_cache} counts the cache; "
-            "drop one of them"
-        )
+    for name, counted in (("kv_cache", "the cache"), ("unit_ratio", "units")):
+        value = getattr(settings, name)
+        if value is not None and asked and settings.split != "equal":
+            raise UserError(
+                f"a split shares out parameters, and {name}={value} counts {counted}; drop one of "
+                "them"
+            )
     if settings.split != "auto":
         return False
     return asked or (
