@@ -287,6 +287,23 @@ def test_round_to_what_is_fast_here(
     assert load("again").num_parameters() == found["parameters_after"]
 
 
+def test_widths_are_timed_in_the_type_that_is_saved(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(save_tiny(Path("half"))).bfloat16().save_pretrained("half")
+    timed: list[torch.dtype] = []
+
+    def noted(*given: Any) -> Rounding:
+        timed.append(given[3])
+        return Rounding(1, {})
+
+    monkeypatch.setattr(llm_pruner.commands.prune, "measured_rounding", noted)
+    options = ("--ratio", 0.2, "--round-to", "auto", "--dry-run", "--overwrite")
+    prune("half", "plan.json", *options)
+    prune("half", "plan.json", *options, "--dtype", "float32")
+    assert timed == [torch.bfloat16, torch.float32]
+
+
 def test_a_recipe_can_round_to_what_is_fast(work: Path, tiny: Path) -> None:
     Path("mine.yaml").write_text("criterion: l2\nround_to: auto\n")
     found = prune(tiny, "plan.json", "--ratio", 0.2, "--preset", "mine.yaml", "--dry-run")

@@ -629,7 +629,9 @@ class PruneRun:
             self.selection = replace(self.selection, protect_last=last)
         if settings.round_to == "auto":
             if self.rounding is None:
-                self.rounding = measured_rounding(self.network, self.discovery, self.selection)
+                self.rounding = measured_rounding(
+                    self.network, self.discovery, self.selection, self.saved
+                )
                 self.clock.stop("round")
             self.selection = replace(self.selection, round_to=self.rounding.multiple)
         elif isinstance(settings.round_to, str):
