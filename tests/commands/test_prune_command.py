@@ -263,6 +263,20 @@ def test_round_to_a_purpose(work: Path, tiny: Path) -> None:
     assert "layers.0.ffn has 80 units, which do not divide by 3" in refused.err
 
 
+def test_a_plan_says_by_what_purpose_heads_are_rounded(work: Path) -> None:
+    save_tiny(Path("four"), num_attention_heads=8, num_key_value_heads=4, head_dim=8)
+    options = ("--ratio", 0.1, "--structures", "heads,ffn", "--scope", "global", "--dry-run")
+    found = prune("four", "plan.json", *options, "--round-to", "tp2")
+    plan = read_plan("plan.json")
+    assert (found["round_to"], plan.settings["round_to"]) == (2, "tp2")
+    prune("four", "again.json", *options, "--round-to", plan.settings["round_to"])
+    assert Path("again.json").read_bytes() == Path("plan.json").read_bytes()
+    prune("four", "number.json", *options, "--round-to", 2)
+    assert read_plan("number.json").groups != plan.groups
+    prune("four", "replayed.json", "--plan", "plan.json", "--dry-run")
+    assert Path("replayed.json").read_bytes() == Path("plan.json").read_bytes()
+
+
 def test_round_to_what_is_fast_here(
     work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -646,6 +646,8 @@ class PruneRun:
         before = count_parameters(self.discovery)
         after = count_parameters(self.discovery, self.removal)
         verified, round_to = self.surgeon.verified, self.plan.settings.get("round_to")
+        if self.settings.plan is None:
+            round_to = self.selection.round_to
         return Pruned(
             model=self.plan.model.name,
             parameters_before=before,

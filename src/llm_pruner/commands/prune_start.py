@@ -152,7 +152,8 @@ def planned(
         "compensation": settings.compensation if refits else "none",
         "protect_first": selection.protect_first,
         "protect_last": selection.protect_last,
-        "round_to": selection.round_to,
+        # A number says nothing of heads.
+        "round_to": settings.round_to if selection.heads_to > 1 else selection.round_to,
         "split": None if selection.split is None else dict(sorted(selection.split.items())),
         "spread": selection.spread,
         "layer_trials": tries_layers(settings, criterion) or None,
