@@ -236,6 +236,20 @@ def test_global_unit_ratio_is_per_kind():
     assert len(removal["layers.2.ffn"]) == 63
 
 
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_sizes_that_are_named_can_be_reached_with_the_split(scope):
+    discovery = fake_llama(3, ffn=64, kv_heads=3, repeat=1, head_dim=16)
+    split = {"heads": 0.8, "ffn": 0.2}
+    asked = fake_scores(discovery), Selection(("heads", "ffn"), scope=scope, split=split)
+    for ratio in (0.1, 0.15, 0.3):
+        with pytest.raises(UserError, match="nearest that can") as refused:
+            allocate(discovery, *asked, Target(ratio=ratio))
+        named = re.findall(r"([\d,]+) parameters", str(refused.value))
+        assert named
+        for size in named:
+            assert allocate(discovery, *asked, Target(params=parse_count(size)))
+
+
 @pytest.mark.parametrize(
     ("hidden", "round_to", "ratio", "kept"), [(100, 16, 0.3, 64), (96, 64, 0.2, 64)]
 )
