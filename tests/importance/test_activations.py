@@ -144,7 +144,7 @@ def test_gates_of_what_linear_modules_and_experts_read(name: str, length: int) -
     assert not seen[:, 1:].any()
     # Inputs of experts are unknown, so there is no other order than that of the gates.
     np.testing.assert_array_equal(both[0]["hidden"], both[1]["hidden"])
-    with pytest.raises(UserError, match="gate.weight reads hidden, and belongs to no linear"):
+    with pytest.raises(UserError, match="weight reads hidden, and belongs to no linear"):
         score(model, discovery, Criterion("wanda"), input_ids=ids, seed=0, groups=["hidden"])
 
 
