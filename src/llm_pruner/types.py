@@ -47,6 +47,7 @@ class Member:
         order: place of the tensor's first use in the forward pass; the largest in a group is the
             member that executes last.
         buffer: true for buffers and plain tensor attributes, which carry no importance.
+        reads: whether a product of the tensor and an activation sums over the axis.
     """
 
     tensor: str
@@ -54,6 +55,7 @@ class Member:
     index: IntArray
     order: int
     buffer: bool = False
+    reads: bool = False
 
 
 @dataclass(frozen=True)

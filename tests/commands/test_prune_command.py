@@ -263,6 +263,20 @@ def test_round_to_a_purpose(work: Path, tiny: Path) -> None:
     assert "layers.0.ffn has 80 units, which do not divide by 3" in refused.err
 
 
+def test_a_plan_says_by_what_purpose_heads_are_rounded(work: Path) -> None:
+    save_tiny(Path("four"), num_attention_heads=8, num_key_value_heads=4, head_dim=8)
+    options = ("--ratio", 0.1, "--structures", "heads,ffn", "--scope", "global", "--dry-run")
+    found = prune("four", "plan.json", *options, "--round-to", "tp2")
+    plan = read_plan("plan.json")
+    assert (found["round_to"], plan.settings["round_to"]) == (2, "tp2")
+    prune("four", "again.json", *options, "--round-to", plan.settings["round_to"])
+    assert Path("again.json").read_bytes() == Path("plan.json").read_bytes()
+    prune("four", "number.json", *options, "--round-to", 2)
+    assert read_plan("number.json").groups != plan.groups
+    prune("four", "replayed.json", "--plan", "plan.json", "--dry-run")
+    assert Path("replayed.json").read_bytes() == Path("plan.json").read_bytes()
+
+
 def test_round_to_what_is_fast_here(
     work: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,6 +299,23 @@ def test_round_to_what_is_fast_here(
     monkeypatch.setattr(llm_pruner.commands.prune, "measured_rounding", None)
     done("prune", tiny, "--out", "again", "--plan", "out/plan.json")
     assert load("again").num_parameters() == found["parameters_after"]
+
+
+def test_widths_are_timed_in_the_type_that_is_saved(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(save_tiny(Path("half"))).bfloat16().save_pretrained("half")
+    timed: list[torch.dtype] = []
+
+    def noted(*given: Any) -> Rounding:
+        timed.append(given[3])
+        return Rounding(1, {})
+
+    monkeypatch.setattr(llm_pruner.commands.prune, "measured_rounding", noted)
+    options = ("--ratio", 0.2, "--round-to", "auto", "--dry-run", "--overwrite")
+    prune("half", "plan.json", *options)
+    prune("half", "plan.json", *options, "--dtype", "float32")
+    assert timed == [torch.bfloat16, torch.float32]
 
 
 def test_a_recipe_can_round_to_what_is_fast(work: Path, tiny: Path) -> None:
@@ -432,13 +463,17 @@ def test_a_plan_that_took_long_outlives_what_fails_after_it(
         assert not Path("small.plan.json").exists()  # it took seconds
         patch.setattr(llm_pruner.commands.prune, "KEPT_AFTER", 0.0)
         Path("small.plan.json").write_text("[]")
-        assert run(*asked).code == 1
+        assert run(*asked, "--overwrite").code == 1
         assert Path("small.plan.json").read_text() == "[]"  # no plan: it is somebody's
-        Path("small.plan.json").unlink()
-        assert run(*asked).code == 1
+        Path("small.plan2.json").rename("small.plan.json")
+        edited = Path("small.plan.json").read_text() + "\n"
+        Path("small.plan.json").write_text(edited)
         patch.setattr(PruneRun, "save", mock.Mock(side_effect=KeyboardInterrupt))
-        assert run(*asked).err == "llm-pruner: interrupted; small.plan.json is complete\n"
-    assert "go on from it with --plan small.plan.json" in caplog.text
+        assert run(*asked).err == "llm-pruner: interrupted; small.plan2.json is complete\n"
+        assert Path("small.plan.json").read_text() == edited
+        assert "go on from it with --plan small.plan2.json" in caplog.text
+        assert run(*asked, "--overwrite").err.endswith("small.plan.json is complete\n")
+        assert Path("small.plan.json").read_bytes() == Path("small.plan2.json").read_bytes()
     assert not Path("small").exists()
     done("prune", tiny, "--out", "small", "--plan", "small.plan.json")
     assert read_plan(Path("small/plan.json")).groups == read_plan(Path("small.plan.json")).groups

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -47,13 +48,20 @@ def observe(
     return found
 
 
-def gated(model: Any, group: Group, ids: torch.Tensor) -> np.ndarray[Any, Any]:
-    """Derivative of each sample's loss by a gate on each unit, gates put in by hand."""
+def gated(
+    model: Any, group: Group, ids: torch.Tensor, others: tuple[str, ...] = ()
+) -> np.ndarray[Any, Any]:
+    """Derivative of each sample's loss by a gate on each unit, gates put in by hand.
+
+    Args:
+        others: modules that read all units in order, beside the linear ones.
+    """
+    whole = [Consumer(group.name, one, np.arange(group.size)[:, None]) for one in others]
     rows = []
     for sample in ids:
         gate = torch.ones(group.size, dtype=torch.float64, requires_grad=True)
         handles = []
-        for consumer in consumers_of(model, group):
+        for consumer in (*consumers_of(model, group), *whole):
             module = model.get_submodule(consumer.module)
             place = torch.from_numpy(consumer.index)
 
@@ -63,7 +71,7 @@ def gated(model: Any, group: Group, ids: torch.Tensor) -> np.ndarray[Any, Any]:
                 factors = torch.ones(args[0].shape[-1], dtype=torch.float64)
                 values = gate[:, None].expand(place.shape).flatten()
                 factors = factors.index_put((place.flatten(),), values)
-                return (args[0] * factors,)
+                return (args[0] * factors, *args[1:])
 
             handles.append(module.register_forward_pre_hook(hook))
         logits = model(sample[None], use_cache=False).logits[0]
@@ -113,6 +121,31 @@ def test_gates_without_a_linear_consumer_come_from_weight_gradients() -> None:
             )
     with pytest.raises(UserError, match="no linear module reads layers"):
         score(model, discovery, Criterion("wanda"), input_ids=ids, seed=0, groups=[groups[0].name])
+
+
+@pytest.mark.parametrize(("name", "length"), [("mixtral", 9), ("qwen3_moe", 9), ("qwen2_moe", 150)])
+def test_gates_of_what_linear_modules_and_experts_read(name: str, length: int) -> None:
+    """The hidden state is read by routers and the fused tensors of experts, too."""
+    model, discovery = discovered(name)
+    model = copy.deepcopy(model).double()
+    model.set_experts_implementation("eager")  # grouped products take no float64
+    hidden, ids = discovery.group("hidden"), tokens(2, length)
+    routed = [path for path, _ in model.named_modules() if re.search(r"mlp\.(gate|experts)$", path)]
+    assert len(routed) > 2
+    with undisturbed(model):
+        seen = observe(model, ids, [hidden], ["gates"])["hidden"].gates
+        both = [
+            score(model, discovery, Criterion(one), input_ids=ids, seed=0, groups=["hidden"])
+            for one in ("fisher", "fisher-obs")
+        ]
+    assert seen is not None
+    expected = gated(model, hidden, ids, tuple(routed))
+    np.testing.assert_allclose(seen[:, 0], expected, rtol=1e-7, atol=1e-12)
+    assert not seen[:, 1:].any()
+    # Inputs of experts are unknown, so there is no other order than that of the gates.
+    np.testing.assert_array_equal(both[0]["hidden"], both[1]["hidden"])
+    with pytest.raises(UserError, match="weight reads hidden, and belongs to no linear"):
+        score(model, discovery, Criterion("wanda"), input_ids=ids, seed=0, groups=["hidden"])
 
 
 def test_gates_in_front_of_the_blocks() -> None:

@@ -237,6 +237,31 @@ def test_global_unit_ratio_is_per_kind():
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])
+def test_sizes_that_are_named_can_be_reached_with_the_split(scope):
+    discovery = fake_llama(3, ffn=64, kv_heads=3, repeat=1, head_dim=16)
+    split = {"heads": 0.8, "ffn": 0.2}
+    asked = fake_scores(discovery), Selection(("heads", "ffn"), scope=scope, split=split)
+    for ratio in (0.1, 0.15, 0.3):
+        with pytest.raises(UserError, match="nearest that can") as refused:
+            allocate(discovery, *asked, Target(ratio=ratio))
+        named = re.findall(r"([\d,]+) parameters", str(refused.value))
+        assert named
+        for size in named:
+            assert allocate(discovery, *asked, Target(params=parse_count(size)))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "round_to", "ratio", "kept"), [(100, 16, 0.3, 64), (96, 64, 0.2, 64)]
+)
+def test_a_unit_ratio_takes_the_nearest_size_in_any_scope(hidden, round_to, ratio, kept):
+    discovery = fake_llama(2, hidden=hidden)
+    for scope in ("local", "global"):
+        selection = Selection(("hidden",), scope=scope, round_to=round_to)
+        removal = allocate(discovery, fake_scores(discovery), selection, Target(unit_ratio=ratio))
+        assert hidden - len(removal["hidden"]) == kept
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
 def test_round_to_rounds_channels_and_not_heads(scope):
     discovery = fake_llama(4, hidden=64, ffn=100, kv_heads=6, repeat=1)
     scores = fake_scores(discovery)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import llm_pruner.search.fast_widths as rounding
 from families import discovered
@@ -126,13 +127,15 @@ def test_candidates_must_be_fine_enough(monkeypatch: pytest.MonkeyPatch) -> None
     assert largest_multiple(discovery, ffn, "global") == pytest.approx(0.01 * total / (3 * 24))
     assert largest_multiple(discovery, [], "local") == 0
     clocked(128, monkeypatch)
-    found = measured_rounding(model, discovery, Selection(("heads", "ffn")))
+    found = measured_rounding(model, discovery, Selection(("heads", "ffn")), torch.float32)
     # 32 would be faster, but leaves no size near enough to a target.
     assert list(found.throughput) == [8]
     assert found.multiple == 8
-    ranked = measured_rounding(model, discovery, Selection(("heads", "ffn"), scope="global"))
+    ranked = measured_rounding(
+        model, discovery, Selection(("heads", "ffn"), scope="global"), torch.float32
+    )
     assert list(ranked.throughput) == [8, 16, 32]
     assert ranked.multiple == 8
-    heads_alone = measured_rounding(model, discovery, Selection(("heads",)))
+    heads_alone = measured_rounding(model, discovery, Selection(("heads",)), torch.float32)
     assert heads_alone == Rounding(1, {})
     assert np.isclose(found.tolerance, 0.03)

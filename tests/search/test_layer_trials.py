@@ -224,3 +224,18 @@ def test_damage_that_is_no_number_leaves_it_to_the_scores() -> None:
     damage = measure_layers(model, *asked, tokens())
     assert damage == {}
     assert by_damage(*asked, damage) is scores
+
+
+def test_units_of_infinite_importance_stay_what_they_are() -> None:
+    discovery = discover(make("llama"))
+    scores, numbering = random_scores(discovery), Numbering.dense(discovery)
+    selection = Selection(("ffn",), scope="global")
+    damage = {group.name: Damage((8,), (1.0,)) for group in discovery.groups if group.kind == "ffn"}
+    scores["layers.0.ffn"][:5] = np.inf
+    scores["hidden"][1] = np.inf
+    found = by_damage(discovery, scores, selection, numbering, damage)
+    assert np.flatnonzero(np.isinf(found["layers.0.ffn"])).tolist() == [0, 1, 2, 3, 4]
+    assert found["hidden"].argsort().tolist() == scores["hidden"].argsort().tolist()
+    assert found["hidden"][0] > 0
+    removal = allocate(discovery, found, selection, Target(ratio=0.2), numbering)
+    assert min(removal["layers.0.ffn"]) > 4

@@ -316,6 +316,14 @@ TABLE: dict[str, list[Bad]] = {
             ),
             ("--split heads=2", "share heads=2.0 is outside 0 to 1; give a part of 1"),
             ("--split x", "'x' is not a share; write such as heads=0.1,ffn=0.9"),
+            *(
+                (
+                    f"--{name.replace('_', '-')} 0.2 --split auto",
+                    f"a split shares out parameters, and {name}=0.2 counts {counted}; drop one of "
+                    "them",
+                )
+                for name, counted in (("kv_cache", "the cache"), ("unit_ratio", "units"))
+            ),
             ("--steps 0", "steps 0 is outside 1 to 1000; give a number in between"),
             (f"--steps {10**9}", between("steps", 10**9, 1, 1000)),
             (
@@ -771,7 +779,7 @@ def arguments(command: str, options: str) -> list[str]:
         if option in words:
             at = words.index(option)
             del words[at : at + 2]
-        if option == "--params":  # instead of the share
+        if option in ("--params", "--unit-ratio", "--kv-cache"):  # instead of the share
             at = words.index("--ratio") if "--ratio" in words else None
             words = words if at is None else words[:at] + words[at + 2 :]
     return words + given

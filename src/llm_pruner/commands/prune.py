@@ -206,13 +206,22 @@ class PruneRun:
             return
         if took < KEPT_AFTER:
             return
-        file = Path(f"{self.settings.out}.plan.json")
-        with suppress(UserError, OSError):  # something else is there, or the disk is full
-            start.check_out(file, overwrite=True, dry_run=True, reads=())
+        with suppress(UserError, OSError):  # there is no name for it, or the disk is full
+            file = self._free_name()
             write_output(file, self.plan.to_json())
             placed.append(file)
             words = shlex.join(["--plan", str(file), *self._repairing()])
             _LOG.warning("what was decided is kept; go on from it with %s", words)
+
+    def _free_name(self) -> Path:
+        """Return where a plan may be written beside the folder, as its user may have edited one."""
+        settings = self.settings
+        for number in ("", *range(2, 100)):
+            file = Path(f"{settings.out}.plan{number}.json")
+            with suppress(UserError):
+                start.check_out(file, settings.overwrite, dry_run=True, reads=settings.reads)
+                return file
+        raise UserError(f"no plan may be written beside {settings.out}; give another --out")
 
     def _repairing(self) -> list[str]:
         """Return the options by which a replay of the plan refits and repairs as this run does."""
@@ -620,7 +629,9 @@ class PruneRun:
             self.selection = replace(self.selection, protect_last=last)
         if settings.round_to == "auto":
             if self.rounding is None:
-                self.rounding = measured_rounding(self.network, self.discovery, self.selection)
+                self.rounding = measured_rounding(
+                    self.network, self.discovery, self.selection, self.saved
+                )
                 self.clock.stop("round")
             self.selection = replace(self.selection, round_to=self.rounding.multiple)
         elif isinstance(settings.round_to, str):
@@ -635,6 +646,8 @@ class PruneRun:
         before = count_parameters(self.discovery)
         after = count_parameters(self.discovery, self.removal)
         verified, round_to = self.surgeon.verified, self.plan.settings.get("round_to")
+        if self.settings.plan is None:
+            round_to = self.selection.round_to
         return Pruned(
             model=self.plan.model.name,
             parameters_before=before,

@@ -82,11 +82,13 @@ def finds_split(settings: PruneSettings, criterion: Criterion) -> bool:
         UserError: a split of parameters is asked for where none are counted.
     """
     asked = "split" in settings.given
-    if settings.kv_cache is not None and asked and settings.split != "equal":
-        raise UserError(
-            f"a split shares out parameters, and kv_cache={settings.kv_cache} counts the cache; "
-            "drop one of them"
-        )
+    for name, counted in (("kv_cache", "the cache"), ("unit_ratio", "units")):
+        value = getattr(settings, name)
+        if value is not None and asked and settings.split != "equal":
+            raise UserError(
+                f"a split shares out parameters, and {name}={value} counts {counted}; drop one of "
+                "them"
+            )
     if settings.split != "auto":
         return False
     return asked or (
@@ -150,7 +152,8 @@ def planned(
         "compensation": settings.compensation if refits else "none",
         "protect_first": selection.protect_first,
         "protect_last": selection.protect_last,
-        "round_to": selection.round_to,
+        # A number says nothing of heads.
+        "round_to": settings.round_to if selection.heads_to > 1 else selection.round_to,
         "split": None if selection.split is None else dict(sorted(selection.split.items())),
         "spread": selection.spread,
         "layer_trials": tries_layers(settings, criterion) or None,

@@ -118,6 +118,7 @@ class _Builder:
             role: self._flags(trace.atoms.resolve(rows) for rows in trace.roles.get(role, []))
             for role in sorted(get_args(Role))
         }
+        self.read = {id(rows) for rows in trace.roles.get("weighed", [])}
         self.choices = list(self._choices())
         self.chosen_from = self._flags(atoms for atoms, _, _ in self.choices)
 
@@ -241,7 +242,8 @@ class _Builder:
         for offset, axis in enumerate(runs.axes[first:last].tolist()):
             name, index = self.names[axis // 16], runs.positions_of(places, offset)
             order, buffer = self.trace.order.get(name, 0), self.tensors[name][1]
-            members.append(Member(name, axis % 16, index, order, buffer))
+            reads = id(self.trace.tensors[name][axis % 16]) in self.read
+            members.append(Member(name, axis % 16, index, order, buffer, reads))
         members.sort(key=lambda member: (member.buffer, member.order, member.dim))
         return None if members[0].buffer else (tuple(members), runs.atoms[places])
 

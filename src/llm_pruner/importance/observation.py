@@ -65,10 +65,10 @@ class Observation:
             over its tokens of an activation times its gradient, which is the derivative of the
             sample's loss (mean over its tokens) by a gate of 1 on the unit in that segment. Where
             the tokens cannot be told apart (inside experts) the first segment has it all.
-        readings: one for each linear consumer.
+        readings: one for each linear consumer; empty where others read the group, too.
         token_squares: shape (units,): sum over all tokens of the squared derivative by a gate on
             the unit at this token alone; of several linear modules that read it, the sum of what
-            each would give; None where none does.
+            each would give; None where others read it.
     """
 
     group: Group
@@ -83,7 +83,7 @@ class Measure:
 
     Attributes:
         needs: what must be observed, of ``gates``, ``tokens``, ``moments`` and ``gram``.
-        where_linear: what is observed besides, of groups that a linear module reads.
+        where_linear: what is observed besides, of groups that linear modules alone read.
         formula: observation -> importance per unit, shape (units,); higher means keep.
     """
 

@@ -3,9 +3,9 @@
 Where the inputs of consumers are enough, each block runs forward once, and nothing above the last
 that is watched. Else the loss is pulled back as well; no weight gradient is formed where a group's
 consumer is a linear module: its input and the gradient of that input are enough. For other
-consumers (the fused tensors of a mixture of experts) the gate's derivative is taken from the
-gradient of the tensor, one sample at a time: the sum over a unit's slice of weight times gradient
-is the same number.
+consumers (the fused tensors and the router of a mixture of experts) the gate's derivative is taken
+from the gradient of the tensor, one sample at a time: the sum over a unit's slice of weight times
+gradient is the same number. What has consumers of both kinds has the sum of both.
 """
 
 from __future__ import annotations
@@ -81,8 +81,9 @@ def measure(
         keep, stride: see ``score``.
 
     Raises:
-        UserError: a group has no linear consumer and more than gates is asked for; layers are asked
-            for in a model whose blocks do not run one after the other; a loss is not finite.
+        UserError: a group has a consumer that is not linear and more than gates is asked for;
+            layers are asked for in a model whose blocks do not run one after the other; a loss is
+            not finite.
     """
     watching = partial(_Watch, model, input_ids, groups, how, processes, keep, stride)
     watch = watching()
@@ -169,19 +170,30 @@ class _Watch(Collector):
         for group in groups:
             if group.kind == "layers":
                 continue
-            self._consumers[group.name] = consumers_of(model, group, linear)
-            if self._consumers[group.name]:
-                continue
-            if self._needs - {"gates", "tokens"}:
+            consumers = self._consumers[group.name] = consumers_of(model, group, linear)
+            others = _other_readers(group, consumers, known)
+            if self._needs - {"gates", "tokens"} and (others or not consumers):
+                why = f"no linear module reads {group.name}"
+                if consumers:
+                    why = f"{others[0].tensor} reads {group.name}, and belongs to no linear module"
                 raise UserError(
-                    f"no linear module reads {group.name}, so its activations are unknown; use "
-                    "the criterion fisher, gate or taylor"
+                    f"{why}, so its activations are unknown; use the criterion fisher, gate or "
+                    "taylor"
                 )
-            for member in _last_of_each_layer(group, known):
+            for member in others if consumers else _last_of_each_layer(group, known):
                 self._members.setdefault(member.tensor, []).append((group, member))
+        # Of these no module sees all: there are gates of whole samples, and nothing else.
+        self._unseen = {group.name for found in self._members.values() for group, _ in found}
         self._readers: dict[str, list[Consumer]] = {}
         for consumer in (one for found in self._consumers.values() for one in found):
             self._readers.setdefault(consumer.module, []).append(consumer)
+        # Modules whose inputs are summed up.
+        self._summed = {
+            path
+            for path, read in self._readers.items()
+            if {"moments", "gram"} & self._where_linear
+            and any(one.group not in self._unseen for one in read)
+        }
         names = [*self._readers, *(name for group in self._layers for name in group.modules)]
         super().__init__(
             {name: known[name] for name in self._members},
@@ -323,7 +335,7 @@ class _Watch(Collector):
                 self._add_gates(path, part, product, factor)
                 if "tokens" in self._needs:
                     self._add_tokens(path, product.flatten(0, -2), factor)
-            if {"moments", "gram"} & self._where_linear:
+            if path in self._summed:
                 self._of_batch(path).add(value.flatten(0, -2))
 
     def _of_batch(self, path: str) -> _Moments:
@@ -346,8 +358,7 @@ class _Watch(Collector):
             torch.from_numpy(self._batch_squares.pop(group, np.zeros(self._gates[group].shape[2])))
             for group in (order if "tokens" in self._needs else ())
         ]
-        moments = {"moments", "gram"} & self._where_linear
-        sums = {path: self._of_batch(path) for path in (paths if moments else ())}
+        sums = {path: self._of_batch(path) for path in paths if path in self._summed}
         self._batch_moments = {}
         given = [*gates, *squares, *(one.sums for one in sums.values())]
         given += [one.gram for one in sums.values() if one.gram is not None]
@@ -379,7 +390,9 @@ class _Watch(Collector):
         features = rows.double().mul_(factor).cpu().numpy()
         for consumer in self._readers[path]:
             units = features[:, :, consumer.index].sum(3)
-            self._gates[consumer.group][part, : rows.shape[1]] += units
+            if consumer.group in self._unseen:
+                units = units.sum(1, keepdims=True)
+            self._gates[consumer.group][part, : units.shape[1]] += units
 
     def _add_tokens(self, path: str, rows: torch.Tensor, factor: float) -> None:
         for consumer in self._readers[path]:
@@ -392,7 +405,7 @@ class _Watch(Collector):
             self._batch_squares[consumer.group] = self._batch_squares.get(consumer.group, 0) + found
 
     def add_weight(self, name: str, part: slice, gradient: torch.Tensor, factor: float) -> None:
-        """Add the gates of groups that no linear module reads."""
+        """Add the gates of groups that others than linear modules read."""
         weight = self.parameters[name].detach()
         product = weight.to(torch.promote_types(weight.dtype, torch.float32)) * gradient
         for group, member in self._members[name]:
@@ -432,13 +445,15 @@ class _Watch(Collector):
         consumers = {group.name: self._consumers.get(group.name, ()) for group in left}
         for group in left:
             gates = self._gates.pop(group.name, None)
+            read = () if group.name in self._unseen else consumers[group.name]
+            squares = self._token_squares.get(group.name)
             seen = Observation(
                 group,
                 gates=gates if "gates" in self._needs else None,
-                token_squares=self._token_squares.get(group.name),
+                token_squares=squares if read else None,
                 readings=tuple(
                     self._reading(one)
-                    for one in consumers[group.name]
+                    for one in read
                     if one.module in self._moments and self._moments[one.module].sums[0]
                 ),
             )
@@ -469,7 +484,7 @@ class _Watch(Collector):
         whole: dict[str, int | None] = {}
         for name, consumers in self._consumers.items():
             at = {blocks[one.module] for one in consumers}
-            whole[name] = at.pop() if len(at) == 1 else None
+            whole[name] = at.pop() if len(at) == 1 and name not in self._unseen else None
         found: list[list[Group]] = [[] for _ in range(count)]
         for group in self._groups:
             block = whole.get(group.name)
@@ -479,6 +494,15 @@ class _Watch(Collector):
             if block is not None and all(whole[other] == block for other in others):
                 found[block].append(group)
         return found
+
+
+def _other_readers(
+    group: Group, consumers: Sequence[Consumer], weights: Mapping[str, nn.Parameter]
+) -> list[Member]:
+    """Return the members that read the group's axis beside the weights of linear modules."""
+    linear = {id(weights[f"{one.module}.weight"]) for one in consumers}
+    read = [one for one in group.members if one.reads and not one.buffer]
+    return [one for one in read if id(weights[one.tensor]) not in linear]
 
 
 def _sum_segments(values: torch.Tensor) -> torch.Tensor:

@@ -62,8 +62,8 @@ def score(
             alone; None: at all, or fewer where the output layer would take most of the time.
 
     The criteria in ``criteria.MEASURES`` have their formulas there. Those that need moments of an
-    input take no group that no linear module reads, and weigh one by nothing whose readers saw no
-    token; whole layers have no such input, and are left out unless they are named.
+    input take no group that others than linear modules read, and weigh one by nothing whose readers
+    saw no token; whole layers have no such input, and are left out unless they are named.
 
     Returns:
         Group name -> finite float64 scores of shape (size,), in the order of ``discovery``.

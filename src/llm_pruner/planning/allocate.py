@@ -223,7 +223,7 @@ def _unit_steps(
         places = [0] * len(same)
         for owner in queue.sequence:
             increment = int(np.diff(same[owner].counts)[places[owner]])
-            if increment > quota:
+            if increment >= 2 * quota:  # nearer without it
                 break
             places[owner] += 1
             quota -= increment
@@ -299,12 +299,16 @@ def _search_split(
             search,
             target=goal if last else total - round(removed),
             allow_nothing=search.allow_nothing or not last,
+            counts=set(),
             best=None,
         )
         _search(part, kinds[name], prices, selection)
         if part.best is None:
             return
-        search.base, search.best = part.best[1], part.best
+        before = total if search.best is None else search.best[0]
+        # What goes with each size of this structure if that is its share.
+        shared = {total - round((before - count) / split[name]) for count in part.counts}
+        search.base, search.best, search.counts = part.best[1], part.best, shared - {total}
 
 
 def _search(

@@ -68,7 +68,8 @@ class Plan(_Strict):
     Attributes:
         format_version: 2; files of version 1 are read, too.
         settings: of ``prune``, by the names of its options, with what it decided itself in place of
-            ``auto``: protected layers, the split, the multiple to round to.
+            ``auto``: protected layers, the split, the multiple to round to, but for purposes that
+            round heads as well.
         text: digest of the calibration tokens.
     """
 

@@ -50,7 +50,8 @@ class Pruned:
         twin_scenes: on what both were run.
         twin_skipped: on what the dense model gives no result to compare.
         seconds: by stage.
-        round_to: channels are kept in multiples of this.
+        round_to: channels are kept in multiples of this; None where a plan that is replayed says
+            for what they are.
         rounding: what ``round_to`` was chosen by; None if it was given.
         refitted: what compensation did to each consumer, all steps.
         repair: how training by what the dense model says went, with the divergence from it on

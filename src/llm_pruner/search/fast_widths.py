@@ -190,12 +190,17 @@ def _widths(units: int, multiple: int) -> list[int]:
 _MOST_PRODUCTS = 4
 
 
-def measured_rounding(model: nn.Module, discovery: Discovery, selection: Selection) -> Rounding:
+def measured_rounding(
+    model: nn.Module, discovery: Discovery, selection: Selection, dtype: torch.dtype
+) -> Rounding:
     """Time the products of the channels that may be pruned, on the device of the model.
 
     Candidates that leave the smallest group fewer than four sizes are left out, and those that
     are too coarse to reach a number of parameters within half a point; where the ranking is
     local, all layers take a step together.
+
+    Args:
+        dtype: in which the pruned model is saved, and will run.
 
     Raises:
         UserError: nothing can be pruned.
@@ -209,7 +214,7 @@ def measured_rounding(model: nn.Module, discovery: Discovery, selection: Selecti
     # Without weights (on meta) the processor stands in.
     device = torch.device("cpu") if weight.is_meta else weight.device
     products = _products(model, discovery, groups)
-    return fast_multiple(products, candidates, dtype=weight.dtype, device=device)
+    return fast_multiple(products, candidates, dtype=dtype, device=device)
 
 
 def _products(model: Any, discovery: Discovery, groups: Sequence[Group]) -> list[Product]:

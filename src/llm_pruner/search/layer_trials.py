@@ -286,7 +286,8 @@ def by_damage(
 ) -> Scores:
     """Return scores whose sums are the measured damage, in the order of the given ones.
 
-    As they are where a structure was not measured whose units compete with those that were.
+    Infinite ones stay, and all are as they are where a structure was not measured whose units
+    compete with those that were.
     """
     candidates = find_candidates(discovery, scores, selection, numbering)
     compete = _competing(candidates, selection)
@@ -296,10 +297,12 @@ def by_damage(
     if any(selection.split is None or one.group.kind in apart for one in missing):
         return scores
     # What goes with a unit has its price in the damage, and only keeps its order.
-    largest = max((float(values.max()) for values in scores.values() if len(values)), default=0)
+    finite = [values[np.isfinite(values)] for values in scores.values()]
+    largest = max((float(values.max()) for values in finite if len(values)), default=0)
     found = {name: values * (_SMALL / max(largest, 1e-30)) for name, values in scores.items()}
     for one in measured:
-        found[one.group.name] = _spread(one, damage[one.group.name])
+        name = one.group.name
+        found[name] = np.where(np.isinf(scores[name]), scores[name], _spread(one, damage[name]))
     return found
 
 

@@ -7,7 +7,7 @@ after the consumer is refitted (see `obs`), which sees what the other units can 
 loss. In this order the units take the values that `fisher` gives, sorted: so a ranking across
 groups stays the one of `fisher`.
 
-Where no linear module reads a group, it is `fisher`.
+Where others than linear modules read a group, it is `fisher`.
 """
 
 from __future__ import annotations

@@ -26,18 +26,24 @@ def _note_attention(tracer: Tracer, left: Tensor, right: Tensor) -> None:
         tracer.note("value", outer)
 
 
-def _note_read(tracer: Tracer, left: Tensor, right: Tensor, rows: IntArray) -> None:
-    """Remember that an axis is summed over, and whether by a weight."""
+def _note_read(
+    tracer: Tracer, left: Tensor, right: Tensor, rows: IntArray, others: IntArray
+) -> None:
+    """Remember that an axis is summed over, and by a weight its own rows of the axis.
+
+    Args:
+        rows, others: those of the axis in ``left`` and in ``right``.
+    """
     tracer.note("read", rows)
     if tracer.is_weight(left) != tracer.is_weight(right):
-        tracer.note("weighed", rows)
+        tracer.note("weighed", rows if tracer.is_weight(left) else others)
 
 
 def _multiply(tracer: Tracer, call: Call, left: Tensor, right: Tensor) -> None:
     """Sum over the last axis of one factor and the first of the other."""
     rows, columns = tracer.label(left), tracer.label(right)
     tracer.unify(rows[-1], columns[0])
-    _note_read(tracer, left, right, rows[-1])
+    _note_read(tracer, left, right, rows[-1], columns[0])
     tracer.set_label(call.out, rows[:-1] + columns[1:])
 
 
@@ -79,7 +85,7 @@ def bmm(tracer: Tracer, call: Call, self: Tensor, mat2: Tensor) -> None:
     left, right = tracer.label(self), tracer.label(mat2)
     batch = tracer.unify(left[0], right[0])
     tracer.unify(left[2], right[1])
-    _note_read(tracer, self, mat2, left[2])
+    _note_read(tracer, self, mat2, left[2], right[1])
     tracer.set_label(call.out, [batch, left[1], right[2]])
     _note_attention(tracer, self, mat2)
 
@@ -126,7 +132,7 @@ def grouped_mm(tracer: Tracer, call: Call, self: Tensor, mat2: Tensor, offs: Ten
     else:
         tracer.freeze(right[0], "experts run as one grouped product")
     tracer.unify(left[1], right[1])
-    _note_read(tracer, self, mat2, left[1])
+    _note_read(tracer, self, mat2, left[1], right[1])
     tracer.set_label(call.out, [left[0], right[2]])
     for rows in (right[1], right[2]):
         tracer.note("aligned", rows)
@@ -155,14 +161,14 @@ def convolution(
     if groups == 1:
         source, channels = (first, second) if transposed else (second, first)
         tracer.unify(axes[1], source)
-        _note_read(tracer, input, weight, axes[1])
+        _note_read(tracer, input, weight, axes[1], source)
     else:
         outer, _ = tracer.split(first, groups, len(first) // groups)
         joined = product_rows(outer, second)
         source, channels = (first, joined) if transposed else (joined, first)
         tracer.unify(axes[1], source)
         if weight.shape[0 if transposed else 1] != (groups if transposed else 1):
-            _note_read(tracer, input, weight, axes[1])
+            _note_read(tracer, input, weight, axes[1], source)
     for rows in (source, channels):
         tracer.note("filter", rows)
     if bias is not None:
