@@ -19,9 +19,19 @@ from llm_pruner.types import Group
 
 
 def outer_lists(model: nn.Module) -> list[str]:
-    """Return the names of the module lists that lie in no other."""
-    lists = [name for name, module in model.named_modules() if is_layer_list(module)]
-    return [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    """Return the names of the lists of layers that lie in no other, and share none with another."""
+    lists: dict[str, Any] = {
+        name: module for name, module in model.named_modules() if is_layer_list(module)
+    }
+    kept: set[int] = set()
+    found = []
+    # Of a module list and a sequence of its modules, it is the former.
+    for name, module in sorted(lists.items(), key=lambda one: type(one[1]) is nn.Sequential):
+        inside = any(name.startswith(f"{other}.") for other in lists)
+        if not inside and kept.isdisjoint(own := {*map(id, module)}):
+            kept |= own
+            found.append(name)
+    return found
 
 
 def layer_groups(model: nn.Module, run: Run) -> tuple[list[Group], frozenset[tuple[str, str, str]]]:
