@@ -108,7 +108,7 @@ class Comparison(BaseModel):
 def compare_folders(named: Sequence[str]) -> Comparison:
     """Return a comparison of checkpoints.
 
-    A folder that ``prune`` wrote brings its report. Of any other checkpoint the size is read from
+    A folder that ``prune`` wrote brings its report. Of any other checkpoint the bytes are read from
     the headers of its weights, and how it was pruned from ``plan.json``, if there is one.
 
     Args:

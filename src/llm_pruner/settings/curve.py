@@ -66,7 +66,9 @@ class CurveSettings(MemorySettings, FolderSettings, ModelSettings, ChoiceSetting
         reads=True,
     )
     measured_tokens: Annotated[int, within(2, MOST)] = _measure(
-        8192, "Measure on this many tokens of it, at most.", "N"
+        8192,
+        "Measure on this many tokens of it, in whole windows, of which there are two at least.",
+        "N",
     )
     restart: bool = _output(
         False, "Throw an interrupted run away, which the same command would go on with."

@@ -51,14 +51,14 @@ class PerplexitySettings(Settings):
         None, "Read only this many tokens.", "N"
     )
     batch_size: Annotated[_AtOnce, written(_sequences, "auto")] = option(
-        "auto", "Sequences at once, or auto: as fits the memory.", "N"
+        "auto", "Sequences at once, or auto: as many as keep the logits small.", "N"
     )
     split: str | None = option(None, "Split of a hub dataset.", "NAME")
     text_field: str | None = option(None, "Field that holds the text.", "NAME")
 
     @property
     def sequences(self) -> int | None:
-        """Sequences at once; None: as fits the memory."""
+        """Sequences at once; None: as many as keep the logits small."""
         return None if self.batch_size == "auto" else self.batch_size
 
 

@@ -211,7 +211,7 @@ class DataSettings(Settings):
         None,
         "Use at most this many examples of each source.",
         "N",
-        shown="all; 512 of self and pruned",
+        shown="all; 512 of self and pruned; 10,000 of datasets without an end, such as c4",
     )
     self_samples: ExampleCount | None = option(
         None, "The same of the source self alone, for other stages of a run.", "N", hidden=True
