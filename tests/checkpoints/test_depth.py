@@ -138,6 +138,7 @@ def test_numbers_of_layers_that_the_model_holds_follow(tmp_path: Path) -> None:
     saved = save_checkpoint(
         smaller, tmp_path / "out", edits=edits, plan_json="{}", tokenizer=None, dense_config=config
     )
+    assert saved.kind == "stock"
     loaded = MllamaForCausalLM.from_pretrained(saved.path, dtype=torch.float32)
     for model in (smaller, loaded):
         assert [*model.model.cross_attention_layers] == [1, 3]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +26,7 @@ from transformers import (
     RwkvConfig,
     XLNetConfig,
 )
+from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 
 from helpers import tiny_model
 from llm_pruner import Criterion, score
@@ -1510,3 +1513,16 @@ def test_axes_that_are_read_by_a_mean() -> None:
             return self.score(x).mean(-1, keepdim=True).sigmoid() * x
 
     assert "other" in free(checked(Net(Gate()), dense=False))
+
+
+def test_kernels_of_other_packages_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that no operation of PyTorch shows, as those of flash-linear-attention."""
+    package: Any = ModuleType("kernels_of_others")
+    package.doubled = lambda x: torch.from_numpy(2 * x.detach().numpy())
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+
+    @use_kernel_func_from_hub_with_fallback("doubled", package.__name__)
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    assert free(checked(Net(Body(doubled)))) == {"hidden", "other"}

@@ -29,7 +29,15 @@ from llm_pruner.models import load, stored_weight, streaming
 from llm_pruner.models.assembled import Assembled, files
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import load_model
-from llm_pruner.models.streaming import ends_of, is_streamed, stored, stream_, turn, values_of
+from llm_pruner.models.streaming import (
+    ends_of,
+    is_model_streamed,
+    is_streamed,
+    stored,
+    stream_,
+    turn,
+    values_of,
+)
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.surgery.cut import cut_copy
@@ -225,6 +233,17 @@ def test_weights_that_would_be_rounded_under_another_name_are_refused(tmp_path: 
     save_file(renamed, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"input_layernorm.weight in F32 under another name"):
         load_model(str(folder), memory=TINY)
+    # One in memory would have it in this type as well.
+    assert is_model_streamed(load_model(str(folder), dtype="bfloat16", memory=TINY).model)
+
+
+def test_tensors_that_the_class_leaves_out_are_no_weights_under_another_name(
+    tmp_path: Path,
+) -> None:
+    folder = save(tmp_path / "model", "llama")
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(4)}
+    save_file(weights(folder) | old, folder / "model.safetensors", {"format": "pt"})
+    assert is_model_streamed(load_model(str(folder), memory=TINY).model)
 
 
 @pytest.mark.slow

@@ -931,6 +931,9 @@ def test_an_optimizer_whose_state_is_nested_and_shared(tmp_path: Path) -> None:
         found = other.state[weight]
         assert torch.equal(found["packed"].pop("table"), table)
         assert found == {"step": 3, "packed": {"scale": 0.5}}
+    earlier = {**plain, "plain": {"0": {"step": 5}}}  # as version 0.2 wrote it
+    states.read_optimizer_(tmp_path, earlier, other)
+    assert other.state[weights[0]]["step"] == 5
 
 
 # With dropout random numbers are drawn at each step, and adapters are PEFT's own operations;

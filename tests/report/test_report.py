@@ -251,6 +251,16 @@ def test_compare_shows_tasks_that_are_in_no_mean() -> None:
     assert shown(boolq, beside)[:1] == [("boolq", ("50.0", ""))]
 
 
+def test_a_result_of_an_earlier_version_gives_way_to_the_same_measured_anew() -> None:
+    """Which did not say of what type, or of which problems, it is."""
+    old, other = (TaskScore(task=name, metric="acc", value=0.5) for name in ("boolq", "piqa"))
+    new = old.model_copy(update={"value": 0.6, "dtype": "float32"})
+    both = Evaluation(tasks=(old, other)).with_newer(Evaluation(tasks=(new,)))
+    assert both.tasks == (new, other)
+    again = new.model_copy(update={"dtype": "bfloat16"})
+    assert both.with_newer(Evaluation(tasks=(again,))).tasks == (new, other, again)
+
+
 def test_compare_shows_bits_per_byte_where_tokens_differ() -> None:
     assert shown(text_of(), text_of(8.0)) == [("t.txt", ("9.00", "8.00"))]
     name = "t.txt (standard protocol, windows of 64, float32), bits per byte"

@@ -31,6 +31,7 @@ from llm_pruner.checkpoints.modeling_pruned import cut_buffers_, reshape_paramet
 from llm_pruner.checkpoints.reshape import MOST_LAYERS, Recipe, from_json, shown, to_json
 from llm_pruner.errors import UserError
 from llm_pruner.models.layers import (
+    NUMBERS_LAYERS,
     Renaming,
     is_layer_list,
     is_settings,
@@ -296,13 +297,15 @@ def _replaces(module: nn.Module, path: str, value: Any) -> bool:
     Of layers that a list names by number, fewer may be left.
     """
     old = _own_value(module, path)
-    olds, values = (one if isinstance(one, (tuple, list)) else (one,) for one in (old, value))
-    several = isinstance(old, (tuple, list)) and isinstance(value, tuple)
-    return (len(olds) == len(values) or (several and len(values) < len(olds))) and all(
+    if isinstance(old, list) and isinstance(value, tuple):
+        numbered = NUMBERS_LAYERS.search(path) is not None and all(map(is_integer, old))
+        return numbered and len(value) <= len(old) and all(0 <= one < MOST_LAYERS for one in value)
+    olds, values = (one if isinstance(one, tuple) else (one,) for one in (old, value))
+    return len(olds) == len(values) and all(
         abs(value) <= max(_MOST_NUMBER, abs(old))
         if is_integer(old) and is_integer(value)
         else isinstance(old, float) and not isinstance(value, bool)
-        for old, value in zip(olds, values, strict=False)
+        for old, value in zip(olds, values, strict=True)
     )
 
 

@@ -361,7 +361,8 @@ def _accepted(
             return None
         for name, values in edits.attributes.items():
             module = model.get_submodule(name)
-            if any(meta.get_path(module, path) != value for path, value in values.items()):
+            there = ((meta.get_path(module, path), value) for path, value in values.items())
+            if any(_plain(one) != _plain(value) for one, value in there):
                 return None
         computed = meta.computed_buffers(model, config)
         # A cast model has cast its buffers too, so the comparison is in the model's precision.
@@ -376,6 +377,10 @@ def _accepted(
     except Exception:  # any failure of code that is not ours means: not this config
         return None
     return found
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _same_function(

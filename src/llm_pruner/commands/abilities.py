@@ -20,7 +20,7 @@ from llm_pruner.errors import UserError
 from llm_pruner.evaluation import health, result_cache, skills, zero_shot
 from llm_pruner.evaluation.answers import Asked, written
 from llm_pruner.evaluation.programs import require_sandbox
-from llm_pruner.models.load import LoadedModel, load
+from llm_pruner.models.load import LoadedModel, load, stored_dtype
 from llm_pruner.report.records import Abilities, ZeroShot, as_json
 from llm_pruner.settings.common import ModelSettings, TaskSettings
 from llm_pruner.settings.evaluate import EvaluateSettings
@@ -50,6 +50,12 @@ class Late:
     @cached_property
     def loaded(self) -> LoadedModel:
         return load(self.settings, packed=True, memory=self.room(self.settings.device))
+
+    @cached_property
+    def dtype(self) -> str:
+        """The type that it is computed in."""
+        kind = self.settings.dtype
+        return kind if kind != "auto" else str(stored_dtype(self.settings)).removeprefix("torch.")
 
     @property
     def is_loaded(self) -> bool:
@@ -131,8 +137,8 @@ def abilities(settings: EvaluateSettings, prepared: Prepared, late: Late) -> Abi
 
     Without the identity of the model nothing is known or kept. It is loaded only for what is not.
     """
-    harness, found, dtype = _Harness(settings, late), [], settings.dtype
-    tasks = None if prepared.tasks is None else run_tasks(prepared.tasks, settings, harness)
+    harness, found, dtype = _Harness(settings, late), [], late.dtype
+    tasks = None if prepared.tasks is None else run_tasks(prepared.tasks, settings, harness, dtype)
 
     def answers(asked: Asked) -> Any:
         return written(asked, lambda: late.loaded, settings.sequences, late.key)
@@ -194,7 +200,9 @@ class _Harness:
         return found["results"]
 
 
-def run_tasks(tasks: list[PreparedTask], settings: EvaluateSettings, harness: _Harness) -> ZeroShot:
+def run_tasks(
+    tasks: list[PreparedTask], settings: EvaluateSettings, harness: _Harness, dtype: str
+) -> ZeroShot:
     """Return the results of tasks with what a reader needs to compare them."""
     results = [result for task in tasks for result in harness.results(task)]
     mean, without = zero_shot.means(results)
@@ -205,7 +213,7 @@ def run_tasks(tasks: list[PreparedTask], settings: EvaluateSettings, harness: _H
         cached=[*harness.cached],
         data="harness" if settings.tasks_data is None else "local",
         limit=settings.limit,
-        dtype=settings.dtype,
+        dtype=dtype,
         versions={
             "lm_eval": version("lm-eval"),
             "llm_pruner": __version__,

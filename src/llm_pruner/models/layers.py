@@ -20,7 +20,7 @@ from llm_pruner.types import Edits
 
 _NUMBER_NAME = re.compile("idx|index|layer")
 
-_NUMBERS_LAYERS = re.compile("layer|idx|index|indices|block")
+NUMBERS_LAYERS = re.compile("layer|idx|index|indices|block")
 
 _COUNT_NAME = re.compile("(n|num)_(hidden_)?(layers?|blocks?)")
 
@@ -377,7 +377,7 @@ def numbers_of_layers(key: str, value: object, count: int, kept: Sequence[int]) 
     ):
         return None
     every = len(value) == count > 2  # two numbers may be flags as well
-    named = every or (len(value) < count and _NUMBERS_LAYERS.search(key) is not None)
+    named = every or (len(value) < count and NUMBERS_LAYERS.search(key) is not None)
     if not named or len({*value}) < len(value) or min(value) < 0 or max(value) >= count:
         return None
     place = {old: new for new, old in enumerate(kept)}

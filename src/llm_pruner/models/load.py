@@ -12,16 +12,14 @@ import json
 import logging
 import re
 import sys
-import traceback
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,10 +28,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    __version__,
     initialization,
 )
-from transformers.core_model_loading import WeightConverter
 from transformers.distributed.checkpoint import is_sharded_checkpoint
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -43,20 +39,21 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from llm_pruner.errors import UserError, in_short
-from llm_pruner.files.disk import expanded, read_json
+from llm_pruner.files.disk import read_json
 from llm_pruner.hook import has_recipe
 from llm_pruner.models import stored as on_disk
 from llm_pruner.models.assembled import element, put_together_late
+from llm_pruner.models.explained import explained
 from llm_pruner.models.forward import embedding_rows
 from llm_pruner.models.gguf_file import drop_tokens_beyond_, require_biases, scale_rotary_
 from llm_pruner.models.older_code import complete_
 from llm_pruner.models.stored_weight import mapped_files
 from llm_pruner.models.streaming import stored, stream_
+from llm_pruner.models.unrounded import unrounded
 from llm_pruner.runtime.memory import keep_all_blocks
 from llm_pruner.runtime.progress import quiet
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.limits import check_installed
-from llm_pruner.settings.options import near
 
 _LOG = logging.getLogger(__name__)
 
@@ -72,7 +69,6 @@ _TOKENIZERS = (
     "tekken.json",
     "tokenizer_config.json",
 )
-_UNREAD_KINDS = ("does not recognize this architecture", "not supported yet")
 _VOLATILE = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures")
 _PROCESSOR = (
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
@@ -148,7 +144,7 @@ def load_model(
     options: dict[str, Any] = {"dtype": on_disk.dtype_named(dtype), "device_map": _device(device)}
     found = _find(source, revision, trust_remote_code, tokenizer_required, weights)
     states = on_disk.file_states(source)
-    with _quiet(), _explained(source):
+    with _quiet(), explained(source):
         config = _config(source, found, packed)
         if found.is_gguf:
             scale_rotary_(config, on_disk.local_path(source))
@@ -163,7 +159,7 @@ def load_model(
         there = on_disk.commonest_type(place)
         options = {"dtype": there, "device_map": "cpu"}
     with _quiet():
-        with _explained(source):
+        with explained(source):
             of_model = found
             if has_recipe(config) and type(config).__module__.startswith("transformers."):
                 # The class of this package does what the code of the folder does.
@@ -187,7 +183,7 @@ def load_model(
         keep_all_blocks()
         kinds = (on_disk.dtype_named(dtype), said, model.dtype)
         kind = next(one for one in kinds if isinstance(one, torch.dtype))
-        exact = _unrounded(source, model, place, there, unread)
+        exact = unrounded(source, model, place, there, kind, unread)
         stream_(model, kind, _device(device), memory or 0, unrounded=exact)
     return LoadedModel(
         model=model.eval(),
@@ -199,40 +195,6 @@ def load_model(
         stored_dtype=_stored_dtype(found, said),
         processor=_processor(found, model.config) if weights else {},
     )
-
-
-def _unrounded(
-    source: str,
-    model: PreTrainedModel,
-    folder: Path,
-    there: torch.dtype,
-    unread: Collection[str],
-) -> dict[int, torch.Tensor]:
-    """Return id of a parameter -> its values, where those of its file do not fit into a type.
-
-    Raises:
-        UserError: such weights are put together of several, or several are made of one, or a shard
-            of what is saved may end between weights that are saved as one.
-    """
-    conversions = getattr(model, "_weight_conversions", None) or ()
-    if any(len(one.target_patterns) > 1 for one in conversions if isinstance(one, WeightConverter)):
-        raise UserError(
-            f"files of a {type(model).__name__} hold several of its weights as one, which are not "
-            "written block by block; give a --memory that holds all"
-        )
-    own = model.state_dict(keep_vars=True)
-    found: dict[int, torch.Tensor] = {}
-    for tensor in on_disk.rounded_by(folder, there):
-        if tensor.name in own:
-            with safe_open(tensor.file, "pt") as weights:
-                found[id(own[tensor.name])] = weights.get_tensor(tensor.name)
-        elif tensor.name not in unread:
-            raise UserError(
-                f"{source} has {tensor.name} in {tensor.dtype} under another name than the model, "
-                f"and most weights in {str(there).removeprefix('torch.')}, to which it would be "
-                "rounded where weights are read block by block; give a --memory that holds all"
-            )
-    return found
 
 
 def _commit(found: _Found) -> str | None:
@@ -660,64 +622,6 @@ def _device(name: str) -> str:
     return name
 
 
-def _is_of_own_code(error: BaseException) -> bool:
-    """Whether code that comes with a model raised an error, or lacks what it imports."""
-    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    return any("transformers_modules" in one or "dynamic_module_utils" in one for one in files)
-
-
-@contextmanager
-def _explained(source: str) -> Iterator[None]:
-    """Turn what loading raises into one line for the user."""
-    try:
-        yield
-    except UserError:
-        raise
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{source} does not fit into the free memory of the GPU; free some, or give another "
-            "--dtype or --device cpu"
-        ) from error
-    except Exception as error:  # readers and remote code raise anything; all is about the input
-        text = str(error)
-        if "trust_remote_code" in text:
-            message = (
-                f"{source} brings Python code of its own, which runs only with "
-                "--trust-remote-code; read the code before you allow it"
-            )
-        elif _is_of_own_code(error):
-            message = (
-                f"{source} brings code that does not run here, with transformers {__version__} "
-                f"({in_short(error)}); install what it lacks, or look for a newer revision of it "
-                "or one that needs no code"
-            )
-        elif source.endswith(".gguf") and any(one in text for one in _UNREAD_KINDS):
-            message = (
-                f"{source} is of a kind that llama.cpp runs and transformers does not read; name "
-                "the folder that it was made of, or run it with bench --server llama.cpp"
-            )
-        elif "does not recognize this architecture" in text:
-            message = (
-                f"{source} is of a model type that transformers {__version__} does not know; "
-                "install a newer transformers"
-            )
-        elif "Unrecognized configuration class" in text:
-            message = f"{source} is no causal language model; name one that generates text"
-        elif expanded(source).exists():
-            message = f"{source} cannot be loaded ({in_short(error)}); copy or download it again"
-        elif "safetensors" in text:
-            message = (
-                f"{source} has no safetensors on the hub, and pickles are not read; "
-                "name another revision or convert it"
-            )
-        else:
-            message = (
-                f"{source} is neither a local folder nor a model that can be fetched from the hub "
-                f"({in_short(error)}); {near(source, ['default'])}check the name and the connection"
-            )
-        raise UserError(message) from error
-
-
 def _quiet() -> AbstractContextManager[None]:
     """Hold back transformers' notes, and its bars unless stderr is a terminal.
 
@@ -796,5 +700,5 @@ def _checked(model: ModelSettings, packed: bool = False) -> tuple[_Found, Any]:
     found = _find(model.model, model.revision, model.trust_remote_code)
     if found.is_gguf:
         return found, None
-    with _quiet(), _explained(model.model):
+    with _quiet(), explained(model.model):
         return found, _config(model.model, found, packed)

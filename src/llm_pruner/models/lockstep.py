@@ -68,7 +68,7 @@ def runs_in_step(model: nn.Module, tokens: int) -> int:
 
 
 def in_step(model: nn.Module, jobs: Sequence[Job[T]], label: str) -> Iterator[Outcome[T]]:
-    """Yield the outcome of each job, which is given a model to run.
+    """Yield the outcome of each job, which is given a model to run; a full GPU is none.
 
     A streamed model runs in step for all of them: each gets a copy, because a model holds its mode,
     hooks and buffers that a run changes. Any other model runs when the outcome is asked for.
@@ -83,6 +83,8 @@ def in_step(model: nn.Module, jobs: Sequence[Job[T]], label: str) -> Iterator[Ou
     for job in jobs:
         try:
             yield job(model)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             yield error
 
@@ -195,6 +197,9 @@ def together(sides: Sequence[Side[T]], label: str) -> list[Outcome[T]]:
         finally:
             for run in runs:
                 run.stop()
+    for run in runs:
+        if isinstance(run.outcome, torch.OutOfMemoryError):
+            raise run.outcome
     return [run.outcome for run in runs]
 
 

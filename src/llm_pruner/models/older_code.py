@@ -34,7 +34,9 @@ def complete_(model: Any, config: Any) -> None:
     if not is_own_code(model):
         return
     vars(model.config).update({**vars(config), **vars(model.config)})
-    if getattr(config, "quantization_config", None) is None:  # a recipe looks after them itself
+    packing = getattr(config, "quantization_config", None)
+    if packing is None or dict(packing).get("quant_method") != "llm_pruner":
+        # Those of a recipe are computed and cut while it is loaded.
         fill_buffers_(model, computed_buffers(model, model.config))
     for module in model.modules():
         if isinstance(getattr(module, "_tied_weights_keys", None), list):

@@ -101,8 +101,13 @@ def read_values(folder: Path) -> dict[str, Any]:
         return dict(read_json(folder / _VALUES))
 
 
-def optimizer_values(optimizer: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def optimizer_values(
+    optimizer: Any, keep: bool = True
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return an optimizer's tensors by name, and the rest of its state, plain values.
+
+    Args:
+        keep: whether the tensors are wanted here; processes that hold parts of them must all ask.
 
     Raises:
         UserError: its state is more than tensors and numbers.
@@ -112,7 +117,9 @@ def optimizer_values(optimizer: Any) -> tuple[dict[str, torch.Tensor], dict[str,
     plain: dict[str, Any] = {}
     for path, value in _flat("", state["state"]):
         if isinstance(value, torch.Tensor):
-            tensors[path] = whole(value)
+            one = whole(value)
+            if keep:
+                tensors[path] = one.cpu()
         elif isinstance(value, int | float | bool | None):
             plain[path] = value
         else:
@@ -138,7 +145,7 @@ def read_optimizer_(folder: Path, rest: Mapping[str, Any], optimizer: Any) -> No
     with _reading(folder / _VALUES):
         state: dict[int, dict[str, Any]] = {}
         weights = [one for group in optimizer.param_groups for one in group["params"]]
-        for path, value in {**tensors, **rest["plain"]}.items():
+        for path, value in {**tensors, **dict(_flat("", rest["plain"]))}.items():
             index, *inner, key = path.split(".")
             if isinstance(value, torch.Tensor) and value.shape == weights[int(index)].shape:
                 value = spread_like(value, weights[int(index)])

@@ -204,6 +204,8 @@ def _before_head(model: Any, batch: Batch) -> tuple[nn.Module, torch.Tensor] | N
     try:
         output = model(**arguments_of(model, batch))
         untouched = len(seen) == 1 and seen[0]._version == 0 and _is_same(output.logits, seen[0])
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, IndexError):
         untouched = False  # if this was not the reason, the whole model says so again
     finally:

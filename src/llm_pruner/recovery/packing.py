@@ -235,17 +235,19 @@ def can_pack(model: Any, vocabulary: int) -> bool:
                 found, _ = target_logits(model, batch)
                 if not float((found - wanted).abs().max()) <= limit:
                     return False
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, TypeError, IndexError):
         return False  # whatever a model says to positions that start again, it does not take them
     return True
 
 
-def micro_tokens(model: Any, seq_len: int) -> int:
+def micro_tokens(model: Any, seq_len: int, in_chunks: bool = True) -> int:
     """Return how many positions one forward pass may have: float32 logits of at most 256 MiB.
 
-    On a CPU, where logits are made a few at a time, 2,048.
+    On a CPU 2,048, if logits are made a few at a time (``in_chunks``).
     """
-    if next(model.parameters()).device.type == "cpu":
+    if in_chunks and next(model.parameters()).device.type == "cpu":
         return max(seq_len, _POSITIONS)
     vocabulary = embedding_rows(model)
     return max(seq_len, _LOGITS_BYTES // (4 * vocabulary))

@@ -243,10 +243,11 @@ def _check_room(work: Path, trained: int, copies: int, free: float) -> None:
 
 def _layout(model: Any, settings: TrainingSettings, processes: Processes) -> dict[str, Any]:
     """Return how samples are laid out, as arguments of ``lay_out``."""
+    in_chunks = settings.uses("loss") and not processes.sharded
     return {
         "packed": settings.packing and can_pack(model, embedding_rows(model)),
         "capacity": settings.seq_len,
-        "micro_tokens": settings.micro_tokens or micro_tokens(model, settings.seq_len),
+        "micro_tokens": settings.micro_tokens or micro_tokens(model, settings.seq_len, in_chunks),
         "shares": processes.count,
     }
 

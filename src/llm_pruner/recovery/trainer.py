@@ -224,7 +224,9 @@ class RecoveryTrainer(Trainer):
             files["weights"] = state.trained_weights(self.model)
         if self.best_weights is not None:
             files["best"] = self.best_weights
-        files["optimizer"], optimizer = state.optimizer_values(self.optimizer)
+        files["optimizer"], optimizer = state.optimizer_values(
+            self.optimizer, keep=self.processes.is_first
+        )
         if self.processes.is_first and not path.exists():
             try:
                 self._write_checkpoint(path, files, optimizer)
@@ -275,7 +277,9 @@ class RecoveryTrainer(Trainer):
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state.read_values(Path(checkpoint))["scaler"])
+            known = state.read_values(Path(checkpoint)).get("scaler")
+            if known is not None:  # earlier versions did not write it
+                self.accelerator.scaler.load_state_dict(known)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -226,16 +226,20 @@ def _with_dense(entries: Sequence[Entry]) -> list[Entry]:
         of_dense = report.evaluations.get("dense", Evaluation())
         found[_identity(report)] = known.with_evaluation("dense", of_dense)
     named = [
-        replace(one, report=found[_identity(one.report)]) if one.variant == "dense" else one
+        replace(one, report=found[_identity(one.report)]) if _is_dense(one) else one
         for one in entries
     ]
-    asked = {_identity(one.report) for one in named if one.variant == "dense"}
+    asked = {_identity(one.report) for one in named if _is_dense(one)}
     added = [
         Entry("dense" if len(found) == 1 else f"{report.source.name}, dense", report, "dense")
         for identity, report in found.items()
         if identity not in asked
     ]
     return [*added, *named]
+
+
+def _is_dense(one: Entry) -> bool:
+    return one.variant == "dense" and "dense" in one.report.sizes  # earlier reports may lack it
 
 
 def _identity(report: Report) -> tuple[str, int]:

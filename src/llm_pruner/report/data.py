@@ -110,6 +110,15 @@ class _Result(_Part):
     """One number that was measured; ``same`` names the fields that tell what it is of."""
 
     same: ClassVar[tuple[str, ...]]
+    later: ClassVar[tuple[str, ...]] = ()
+    """Those of ``same`` that earlier versions did not write."""
+
+    def is_earlier(self, other: _Result) -> bool:
+        """Whether another result is of the same, measured again."""
+        both = zip(self.same, self.key, other.key, strict=True)
+        return all(
+            mine == theirs or (mine is None and name in self.later) for name, mine, theirs in both
+        )
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -180,6 +189,7 @@ class TaskScore(_Result):
     """
 
     same: ClassVar = ("task", "metric", "items", "version", "shots", "digest", "dtype")
+    later: ClassVar = ("dtype",)
 
     task: str
     metric: str
@@ -236,6 +246,7 @@ class Measurement(_Result):
     """
 
     same: ClassVar = ("name", "unit", "of")
+    later: ClassVar = ("of",)
 
     name: str
     unit: str = ""
@@ -309,8 +320,15 @@ class Evaluation(_Part):
         """Return both; of what was measured twice with the same settings, the newer."""
 
         def both(part: str) -> tuple[Any, ...]:
-            results = (*getattr(self, part), *getattr(newer, part))
-            return tuple({one.key: one for one in results}.values())
+            results: list[Any] = []
+            for new in (*getattr(self, part), *getattr(newer, part)):
+                first, *others = [i for i, one in enumerate(results) if one.is_earlier(new)] or [
+                    len(results)
+                ]
+                results[first : first + 1] = [new]
+                for i in reversed(others):
+                    del results[i]
+            return tuple(results)
 
         parts = {part: both(part) for part in ("perplexity", "tasks", "measurements")}
         return Evaluation(**parts, samples=self.samples | newer.samples)
@@ -432,7 +450,10 @@ class Report(_Part):
     def was_pruned(self) -> bool:
         """Whether it knows of a removal, or else of training alone."""
         return bool(
-            self.recovery is None or self.criterion or self.layers or "pruned" in self.sizes
+            self.recovery is None
+            or self.criterion
+            or self.layers
+            or "pruned" in {*self.sizes, *self.evaluations}
         )
 
     def with_evaluation(self, variant: Variant, found: Evaluation) -> Report:

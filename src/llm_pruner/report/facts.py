@@ -17,7 +17,7 @@ import torch
 
 from llm_pruner.data.text import CHAT, PRUNED, SELF
 from llm_pruner.evaluation.perplexity import PerplexityResult
-from llm_pruner.evaluation.skills import Share
+from llm_pruner.evaluation.skills import Share, digest_of
 from llm_pruner.files.disk import expanded
 from llm_pruner.models.stored import DEFAULT, local_path
 from llm_pruner.planning import Plan
@@ -271,7 +271,8 @@ def _shares(found: Measured | Abilities) -> Iterator[data.Measurement]:
         items = sum(result.documents for result in counted)
         tasks = f"{', '.join(kept.tasks)} ({items:,} items)"
         name = f"accuracy above chance kept against {kept.against}, {tasks}"
-        of = ",".join(result.digest for result in counted if result.digest) or None
+        kind = None if found.zero_shot is None else found.zero_shot.dtype
+        of = digest_of([result.digest for result in counted], kind)
         yield _between(name, "share", kept.value, kept.stderr, True, of)
 
 

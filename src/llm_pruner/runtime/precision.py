@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from llm_pruner.runtime.attention import by_sample
+
+_EXPORTING = "is_torchdynamo_exporting"
+"""What transformers asks before it takes a kernel of another package."""
 
 
 @contextmanager
@@ -38,13 +43,35 @@ def fast_products() -> Iterator[None]:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Inside, factors of float32 matrix products are not rounded, whatever is set outside."""
+    """Inside, factors of float32 matrix products are not rounded, whatever is set outside.
+
+    Nor does transformers take kernels of packages such as flash-linear-attention, which round them.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with torch_functions():
+            yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def torch_functions() -> Iterator[None]:
+    """Inside, transformers runs its own functions in place of kernels of other packages.
+
+    As when a model is exported: no operation of such a kernel is one of PyTorch's.
+    """
+    kernels: Any = sys.modules.get("transformers.integrations.hub_kernels")
+    before = getattr(kernels, _EXPORTING, None)
+    if before is None:
+        yield
+        return
+    setattr(kernels, _EXPORTING, lambda: True)
+    try:
+        yield
+    finally:
+        setattr(kernels, _EXPORTING, before)
 
 
 @contextmanager

@@ -234,6 +234,9 @@ def joined(device: str) -> Iterator[Processes]:
     if started() == 1:
         yield Processes()
         return
+    if sharded:
+        # Each process reads the model whole; accelerate would take buffers for parts of it.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if sharded and int(os.environ.get("LOCAL_RANK", "0")) >= gpus():
         raise UserError("FSDP2 needs a GPU for each process; without, start with torchrun")
     on_cpu = not device.startswith("cuda") and not sharded

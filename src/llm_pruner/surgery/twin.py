@@ -248,6 +248,8 @@ def _pruned_scene(scene: Scene, tokens: torch.Tensor, model: nn.Module) -> Logit
     try:
         with staged(model, training=scene.training), unwritten(model):
             logits = scene.run(model, tokens)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a model's code may end in any
         text = str(error).strip()
         cause = text.splitlines()[0] if text else type(error).__name__

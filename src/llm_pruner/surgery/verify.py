@@ -261,6 +261,8 @@ def _is_rounding(
                 fine = in_turns(model, torch.float64) if large else own_copy(model).double()
             _leave_heads_(fine, discovery, removal)
             left, right, _ = _twin_and_copy(fine, discovery, removal, scenes)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:
         return False
     beyond = difference_beyond_float32(left, right)
@@ -380,7 +382,8 @@ def _take_unrounded_(loaded: nn.Module, model: nn.Module) -> None:
 def _repeats(model: nn.Module, scene: Scene) -> bool:
     """Whether a model gives the same twice; what is random in training cannot be compared."""
     runs = []
-    with torch.random.fork_rng(devices=[]):
+    devices = {one.device for one in model.parameters() if one.is_cuda}
+    with torch.random.fork_rng(devices=devices):
         for seed in (0, 1):
             torch.manual_seed(seed)
             runs.append(joined(run_pruned(model, [scene])))

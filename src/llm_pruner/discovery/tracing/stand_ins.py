@@ -24,6 +24,7 @@ from torch.overrides import _get_current_function_mode, handle_torch_function
 from torch.utils._python_dispatch import _disable_current_modes
 
 from llm_pruner.discovery.tracing.sizes import TracedShape, plain
+from llm_pruner.runtime.precision import torch_functions
 
 COMPILED_CODE = "compiled code"
 TRANSFORMED_CODE = "code under torch.vmap or another transform of torch.func"
@@ -50,6 +51,7 @@ def in_sight(model: nn.Module) -> Iterator[None]:
             # The code of it, since it is held under other names as well.
             for part in ("__code__", "__defaults__", "__kwdefaults__"):
                 _replace(stack, library.flex_attention, part, getattr(_flex_attention, part))
+        stack.enter_context(torch_functions())
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         settings = getattr(model, "config", None)

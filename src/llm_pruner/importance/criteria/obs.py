@@ -18,7 +18,8 @@ RIDGE = 0.1
 
 def _cost(reading: Reading) -> FloatArray:
     assert reading.gram is not None
-    inverse = regular_inverse(reading.gram.double() / max(reading.tokens, 1), RIDGE)
+    gram = reading.gram.to(torch.float64, copy=True)
+    inverse = regular_inverse(gram.div_(max(reading.tokens, 1)), RIDGE)
     index = torch.from_numpy(reading.consumer.index).to(inverse.device)
     weight = reading.weight.double()
     if index.shape[1] == 1:
