@@ -31,7 +31,7 @@ from transformers.models.qwen2 import modeling_qwen2
 
 from helpers import in_old_form, tiny_model
 from llm_pruner.checkpoints import quantizer, remote_code, reshape, save_checkpoint
-from llm_pruner.checkpoints.quantizer import PrunedQuantizer, cut_skeleton_
+from llm_pruner.checkpoints.quantizer import PrunedQuantizer, _replaces, cut_skeleton_
 from llm_pruner.checkpoints.reshape import Recipe, parse_positions
 from llm_pruner.commands import abilities, evaluate
 from llm_pruner.data.selfmade import write_text_cached
@@ -654,3 +654,26 @@ def test_an_adapter_beside_the_weights_is_not_loaded(pruned: Path, tmp_path: Pat
     (folder / "adapter_config.json").write_text(json.dumps(adapter))
     with pytest.raises(UserError, match="has an adapter beside its weights"):
         load_model(str(folder), tokenizer_required=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "fits"),
+    [
+        ("cross_attention_layers", [1, 4], (1, 3), True),
+        ("cross_attention_layers", [1, 4], (), True),
+        ("full_attention_layers", (1, 3, 5), (1, 3), True),
+        ("order", [0, 1, 2, 3], (0, 1, 2), True),
+        ("cross_attention_layers", [1, 4], (1, 2, 3), False),
+        ("cross_attention_layers", [1, 4], (1.5, 2), False),
+        ("cross_attention_layers", ["a"], (), False),
+        ("normalized_shape", (48,), (), False),
+        ("padding", (0,), (), False),
+        ("sizes", [5], 3, False),
+    ],
+)
+def test_numbers_of_layers_alone_may_become_fewer(
+    name: str, old: object, new: object, fits: bool
+) -> None:
+    module = torch.nn.Module()
+    setattr(module, name, old)
+    assert _replaces(module, name, new) is fits

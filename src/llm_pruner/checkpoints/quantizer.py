@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -253,7 +253,7 @@ def _buffer_misfits(model: nn.Module, recipe: Recipe) -> Iterator[str]:
 
 
 def attribute_misfits(model: nn.Module, recipe: Recipe) -> Iterator[str]:
-    """Yield attributes that are no number which replaces one."""
+    """Yield attributes that are no number which replaces one, nor numbers of layers."""
     for name, values in recipe.attributes.items():
         module = _submodule(model, name)
         if module is None:
@@ -292,14 +292,11 @@ def tied_shapes(model: PreTrainedModel, recipe: Recipe) -> dict[str, tuple[int, 
 
 
 def _replaces(module: nn.Module, path: str, value: Any) -> bool:
-    """Whether a value may take the place of what a module holds: numbers for numbers.
-
-    Of layers that a list names by number, fewer may be left.
-    """
+    """Whether a value may take the place of what a module holds: numbers for numbers."""
     old = _own_value(module, path)
-    if isinstance(old, list) and isinstance(value, tuple):
-        numbered = NUMBERS_LAYERS.search(path) is not None and all(map(is_integer, old))
-        return numbered and len(value) <= len(old) and all(0 <= one < MOST_LAYERS for one in value)
+    if isinstance(old, list | tuple) and isinstance(value, tuple) and _numbers_layers(path, old):
+        fewer = len(value) <= len(old) and all(map(is_integer, value))
+        return fewer and all(0 <= one < MOST_LAYERS for one in value)
     olds, values = (one if isinstance(one, tuple) else (one,) for one in (old, value))
     return len(olds) == len(values) and all(
         abs(value) <= max(_MOST_NUMBER, abs(old))
@@ -307,6 +304,12 @@ def _replaces(module: nn.Module, path: str, value: Any) -> bool:
         else isinstance(old, float) and not isinstance(value, bool)
         for old, value in zip(olds, values, strict=True)
     )
+
+
+def _numbers_layers(path: str, value: Sequence[Any]) -> bool:
+    """Whether a list may name layers by number, of which fewer may be left."""
+    every = len(value) > 2 and [*value] == [*range(len(value))]
+    return (every or NUMBERS_LAYERS.search(path) is not None) and all(map(is_integer, value))
 
 
 def _own_value(module: nn.Module, path: str) -> Any:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import WeightConverter
 from transformers.utils import logging as transformers_logging
 
 from llm_pruner.checkpoints import meta, quantizer, remote_code
@@ -22,7 +23,12 @@ from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.files.disk import folder_bytes, umask
 from llm_pruner.files.outputs import atomic_directory, bytes_of, check_shard_size
 from llm_pruner.models.layers import names_in_float32
-from llm_pruner.models.streaming import as_before, keep_dtype_, saved_by_shard
+from llm_pruner.models.streaming import (
+    as_before,
+    is_model_streamed,
+    keep_dtype_,
+    saved_by_shard,
+)
 from llm_pruner.runtime.progress import quiet
 from llm_pruner.types import Edits
 
@@ -35,6 +41,20 @@ SHARD = "1GB"
 
 # The package in which transformers puts modelling code that comes with a checkpoint.
 _REMOTE_PACKAGE = "transformers_modules"
+
+
+def check_saved_by_shard(model: PreTrainedModel) -> None:
+    """Raise UserError if a shard of what is read block by block might end within a weight.
+
+    That is where files hold several weights of a model as one.
+    """
+    conversions = getattr(model, "_weight_conversions", None) or ()
+    joins = (one for one in conversions if isinstance(one, WeightConverter))
+    if is_model_streamed(model) and any(len(one.target_patterns) > 1 for one in joins):
+        raise UserError(
+            f"files of a {type(model).__name__} hold several of its weights as one, which are not "
+            "written block by block; give a --memory that holds all"
+        )
 
 
 @dataclass(frozen=True)

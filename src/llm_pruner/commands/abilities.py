@@ -54,8 +54,9 @@ class Late:
     @cached_property
     def dtype(self) -> str:
         """The type that it is computed in."""
-        kind = self.settings.dtype
-        return kind if kind != "auto" else str(stored_dtype(self.settings)).removeprefix("torch.")
+        if self.settings.dtype != "auto":
+            return self.settings.dtype
+        return str(stored_dtype(self.settings, packed=True)).removeprefix("torch.")
 
     @property
     def is_loaded(self) -> bool:

@@ -17,7 +17,7 @@ from torch import nn
 
 from llm_pruner import planning
 from llm_pruner.checkpoints import SavedCheckpoint, save_checkpoint
-from llm_pruner.checkpoints.save import keep_type_, round_
+from llm_pruner.checkpoints.save import check_saved_by_shard, keep_type_, round_
 from llm_pruner.commands import prune_start as start
 from llm_pruner.commands.inspect import tokens_go_first
 from llm_pruner.commands.publish import check_push
@@ -298,6 +298,8 @@ class PruneRun:
             loading, weights=not self.weightless, memory=self.room, tokenizer=self.tokenizer
         )
         self.network = self.loaded.model
+        if not self.settings.dry_run:
+            check_saved_by_shard(self.network)
         self.clock.stop("load")
         self.dense_config = copy.deepcopy(self.network.config)
         own = self.settings.dtype != "auto"

@@ -1,7 +1,7 @@
 """The chain of blocks inside a model: found by watching it run, then run one at a time; and the
 store of the hidden states between them.
 
-A model is such a chain if one ``ModuleList`` has its entries called once each, in order, each on
+A model is such a chain if one list of layers has its entries called once each, in order, each on
 the very hidden state that the one before returned, and if nothing else carries a gradient from one
 block to another or past them. ``find_chain`` checks all of it on a few tokens, so no list of
 architectures is needed.
@@ -429,7 +429,7 @@ def _lists(model: nn.Module) -> list[nn.ModuleList]:
 
 
 def _called_in_order(model: nn.Module, ids: torch.Tensor) -> tuple[nn.Module, ...]:
-    """Return the entries of the heaviest ModuleList whose entries run once each, in order."""
+    """Return the entries of the heaviest list of layers whose entries run once each, in order."""
     lists = _lists(model)
     calls: list[list[int]] = [[] for _ in lists]
     with ExitStack() as hooks, torch.no_grad():

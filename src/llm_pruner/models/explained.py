@@ -69,7 +69,7 @@ def explained(source: str) -> Iterator[None]:
 
 
 def _is_of_own_code(error: BaseException) -> bool:
-    """Whether code that comes with a model raised an error, or lacks what it imports."""
+    """Whether code that comes with a model raised an error, or is none that can be imported."""
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    lacks = isinstance(error, ImportError) and any("dynamic_module_utils" in one for one in files)
-    return lacks or any("transformers_modules" in one for one in files)
+    read = not isinstance(error, OSError) and any("dynamic_module_utils" in one for one in files)
+    return read or any("transformers_modules" in one for one in files)

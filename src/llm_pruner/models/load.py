@@ -688,9 +688,9 @@ def check(model: ModelSettings, *, packed: bool = False) -> Any:
     return _checked(model, packed)[1]
 
 
-def stored_dtype(model: ModelSettings) -> torch.dtype:
+def stored_dtype(model: ModelSettings, *, packed: bool = False) -> torch.dtype:
     """Return ``LoadedModel.stored_dtype`` of a model that is not loaded yet; else as ``check``."""
-    found, config = _checked(model)
+    found, config = _checked(model, packed)
     return _stored_dtype(found, getattr(config, "dtype", None))
 
 

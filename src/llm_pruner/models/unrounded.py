@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightConverter
 
 from llm_pruner.errors import UserError
 from llm_pruner.models.stored import rounded_by
@@ -38,15 +37,8 @@ def unrounded(
         unread: names of weights in the files that the model does not have.
 
     Raises:
-        UserError: the model has such a weight under another name, and which is not known; or its
-            files hold several of its weights as one, between which a shard that is saved may end.
+        UserError: the model has such a weight under another name, and which is not known.
     """
-    conversions = getattr(model, "_weight_conversions", None) or ()
-    if any(len(one.target_patterns) > 1 for one in conversions if isinstance(one, WeightConverter)):
-        raise UserError(
-            f"files of a {type(model).__name__} hold several of its weights as one, which are not "
-            "written block by block; give a --memory that holds all"
-        )
     if torch.promote_types(kind, there) == there:
         return {}  # in which a model in memory would have them, too
     own = model.state_dict(keep_vars=True)

@@ -140,7 +140,7 @@ def cut_verified_(
 def _verified_in_float32(
     model: nn.Module, discovery: Discovery, removal: Removal
 ) -> Verified | None:
-    """Cut a copy in float32; return what is said of it, None if the code runs in no such type.
+    """Cut a copy in float32; return what is said of it, None if it does not run in this type.
 
     Raises:
         VerificationError: it is not its masked twin.
@@ -158,7 +158,7 @@ def _verified_in_float32(
         except VerificationError as error:
             if error.__cause__ is None:
                 raise
-        except UserError:  # no list of blocks
+        except (UserError, torch.OutOfMemoryError):  # no list of blocks, or no room on the GPU
             pass
     return None
 
