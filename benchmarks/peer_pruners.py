@@ -211,7 +211,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     windows = read_windows(tokenizer, given.text, SAMPLES, LENGTH)
     begun = time.perf_counter()
-    model = copy.deepcopy(dense)
+    model = copy.deepcopy(dense) if given.name == "llm-pruner" else dense
     if given.name.startswith("optipfair"):
         package = "optipfair"
         data = windows if given.name.endswith("data") else None

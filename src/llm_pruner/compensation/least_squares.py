@@ -203,7 +203,9 @@ class System:
         diagonal.copy_(before)
         if failed:
             return []
-        solved = [torch.cholesky_solve(self.right(outputs).T, factor)]
+        with torch.autocast("cpu", enabled=False):
+            right = self.right(outputs).T  # a difference: its product is not rounded
+        solved = [torch.cholesky_solve(right, factor)]
         if slope:
             solved.append(-torch.cholesky_solve(solved[0], factor))
         with fast_products():
