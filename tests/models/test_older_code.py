@@ -15,6 +15,7 @@ from command import done
 from homemade import MODELLING, checkpoint
 from llm_pruner.errors import UserError
 from llm_pruner.models.load import load_model
+from new_processes import run_new
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +59,7 @@ def test_code_for_an_earlier_transformers_is_completed(older: Path) -> None:
             ("--unit-ratio", 0.5, "--structures", "ffn", "--protect-first", 0, "--protect-last", 0),
             "stock",
         ),
-        (("--unit-ratio", 0.4, "--structures", "ffn", "--layers", "ffn=0-2"), "recipe"),
+        (("--unit-ratio", 0.4, "--structures", "ffn", "--layers", "ffn=0-2"), "remote_code"),
     ],
 )
 def test_it_is_pruned(older: Path, tmp_path: Path, options: tuple[object, ...], kind: str) -> None:
@@ -77,3 +78,52 @@ def test_code_that_does_not_run_says_so(older: Path, tmp_path: Path) -> None:
     file.write_text(file.read_text().replace("self.post_init()", "self.gone()"))
     with pytest.raises(UserError, match=r"brings code that does not run here, .*'gone'"):
         load_model(str(folder), trust_remote_code=True)
+
+
+ALONE = """
+import sys
+sys.modules["llm_pruner"] = None
+import torch
+from transformers import AutoModelForCausalLM, dynamic_module_utils
+dynamic_module_utils.HF_MODULES_CACHE, folder, again, said = sys.argv[1:]
+sys.path.insert(0, sys.argv[1])  # before that of the process that started this one
+for place in (folder, again):
+    model = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True)
+    with torch.no_grad():
+        logits = model(torch.arange(3, 35).view(2, 16)).logits
+    assert torch.equal(logits, torch.load(said, weights_only=True)), place
+    model.save_pretrained(again)
+"""
+
+
+def test_without_the_package_and_pruned_again(older: Path, tmp_path: Path) -> None:
+    def prune(dense: Path, name: str, structures: str, layers: str) -> Any:
+        which = ("--structures", structures, "--layers", f"{structures}={layers}")
+        ends = ("--protect-first", 0, "--protect-last", 0)
+        size = ("--unit-ratio", 0.4, "--scope", "local", "--criterion", "l2")
+        done("prune", dense, "--out", tmp_path / name, "--trust-remote-code", *which, *ends, *size)
+        return load_model(str(tmp_path / name), trust_remote_code=True).model
+
+    def config(folder: str) -> dict[str, Any]:
+        return json.loads((tmp_path / folder / "config.json").read_text())
+
+    model = prune(older, "once", "ffn", "0-2")
+    with torch.no_grad():
+        torch.save(model(torch.arange(3, 35).view(2, 16)).logits, tmp_path / "logits.pt")
+    places = ("modules", "once", "again", "logits.pt")
+    run_new(ALONE, *(tmp_path / name for name in places), said=tmp_path / "said.txt")
+    prune(tmp_path / "once", "twice", "heads", "1")
+    for name in ("again", "twice"):
+        assert config(name)["older"]
+        assert config(name)["auto_map"] == {
+            "AutoConfig": "configuration_homemade.HomemadeConfig",
+            "AutoModelForCausalLM": "modeling_pruned.PrunedHomemadeForCausalLM",
+        }
+    for name in ("modeling_homemade.py", "configuration_homemade.py"):
+        assert (tmp_path / "twice" / name).read_text() == (older / name).read_text()
+    # Once the last layer is like the others, it is plain again.
+    model = prune(tmp_path / "once", "plain", "ffn", "3")
+    assert torch.equal(model.factors, torch.linspace(0.5, 1.5, 9))
+    home = "modeling_homemade.HomemadeForCausalLM"
+    assert config("plain")["auto_map"]["AutoModelForCausalLM"] == home
+    assert not (tmp_path / "plain" / "modeling_pruned.py").exists()

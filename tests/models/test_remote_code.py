@@ -54,9 +54,8 @@ WHOLE = ("--protect-first", 0, "--protect-last", 0)
         ),
         (
             ("--unit-ratio", 0.4, "--structures", "heads,ffn", "--layers", "heads=1-2,ffn=0-2"),
-            "recipe",
-            "loads with from_pretrained and trust_remote_code=True after 'import llm_pruner' ("
-            "sizes differ from what a plain config can say)",
+            "remote_code",
+            "loads with from_pretrained and trust_remote_code=True",
         ),
         (
             ("--ratio", 0.337, "--structures", "layers", *WHOLE),

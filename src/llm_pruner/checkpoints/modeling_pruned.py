@@ -1,8 +1,9 @@
-"""A model of transformers whose layers have sizes of their own.
+"""A model whose layers have sizes of their own.
 
-Its code is that of transformers, which builds it as large as it was before pruning. Then the layers
-that were removed are taken out, and each tensor gets the size that it has in this folder. Which
-these are is in config.json under ``pruned``: text and numbers, read here and nowhere else.
+Its code is that of transformers, or of the folder, which builds it as large as it was before
+pruning. Then the layers that were removed are taken out, and each tensor gets the size that it has
+in this folder. Which these are is in config.json under ``pruned``: text and numbers, read here and
+nowhere else.
 """
 
 import copy
@@ -14,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class Pruned:
-    """Stands before a class of transformers and gives it other sizes."""
+    """Stands before the class of a model and gives it other sizes."""
 
     def __init__(self, config, *inputs, **options):
         recipe = config.pruned
@@ -66,14 +67,18 @@ class Pruned:
 
     @classmethod
     def is_custom_code(cls):
-        """Weights are named and arranged as those of the model of transformers."""
-        return False
+        """Whether weights are named and arranged by code of a folder, not by transformers."""
+        return not cls._stock().__module__.startswith("transformers.")
 
     @classmethod
     def _can_set_experts_implementation(cls):
         """Whether the class of transformers can, which looks into the file of a class to know."""
-        known = [one for one in cls.__mro__ if not issubclass(one, Pruned)]
-        return known[0]._can_set_experts_implementation()
+        return cls._stock()._can_set_experts_implementation()
+
+    @classmethod
+    def _stock(cls):
+        models = [one for one in cls.__mro__ if issubclass(one, PreTrainedModel)]
+        return next(one for one in models if not issubclass(one, Pruned))
 
     def _recipe(self):
         """Return what is to be changed, by the names that it has in this model."""

@@ -1,7 +1,8 @@
 """Folders that load without this package: modelling code of their own, and a recipe beside it.
 
-``modeling_pruned.py`` is that code; a folder adds the classes of its model. Where this package is
-installed no code of a folder runs: ``llm_pruner.hook`` has each model whose config holds a recipe
+``modeling_pruned.py`` is that code; a folder adds the classes of its model, and what these build
+upon where that is no model of transformers. Otherwise, where this package is installed, no code of
+a folder runs: ``llm_pruner.hook`` has each model whose config holds a recipe
 built by the class that is made here, which looks at the recipe as ``quantizer`` says before it does
 what the code does.
 """
@@ -9,6 +10,7 @@ what the code does.
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -33,7 +36,9 @@ from llm_pruner.checkpoints.quantizer import (
 )
 from llm_pruner.checkpoints.reshape import Recipe, from_json, to_json
 from llm_pruner.hook import has_recipe
+from llm_pruner.models import older_code
 from llm_pruner.models.layers import configs_of
+from llm_pruner.models.older_code import is_own_code
 
 KEY, CODE = "pruned", "modeling_pruned"
 
@@ -72,16 +77,19 @@ class Checked(Pruned):
     def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
         """Save as any model, with the code beside the weights."""
         if options.get("is_main_process", True) and not vars(self).get("_hf_peft_config_loaded"):
-            classes = _classes(self)
-            self.config.auto_map = _auto_map(classes)
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            (Path(save_directory) / f"{CODE}.py").write_text(_code(classes), encoding="utf-8")
+            classes, folder = _classes(self), Path(save_directory)
+            self.config.auto_map = _auto_map(self.config, classes)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{CODE}.py").write_text(_code(classes), encoding="utf-8")
+            if is_own_code(self):
+                custom_object_save(self, folder)
+                shutil.copy(older_code.__file__, folder)
         super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc]
 
     def _get_files_timestamps(self, working_dir: Any) -> dict[str, float]:
         """Have a push to the hub take the code for new: it lies there before the weights do."""
         found = super()._get_files_timestamps(working_dir)  # type: ignore[misc]
-        return {name: time for name, time in found.items() if name != f"{CODE}.py"}
+        return {name: time for name, time in found.items() if not name.endswith(".py")}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Let copies be made, also in other processes, where the class is made anew."""
@@ -102,9 +110,10 @@ def pruned_class(model_class: type[PreTrainedModel]) -> Any:
         return model_class
     if model_class not in _MADE:
         # In the module of its base, since transformers looks into the source of a class.
-        place = {"__module__": model_class.__module__}
+        place = {"__module__": model_class.__module__, "_auto_class": None}
+        first = () if is_of_transformers(model_class) else (older_code.Completed,)
         name = f"Pruned{model_class.__name__}"
-        _MADE[model_class] = type(name, (Checked, model_class), place)
+        _MADE[model_class] = type(name, (*first, Checked, model_class), place)
     return _MADE[model_class]
 
 
@@ -131,8 +140,8 @@ def with_code(
 ) -> PreTrainedConfig | None:
     """Return the config of a folder with this code, or None if none would give the model.
 
-    The code changes models of transformers; one that comes with a checkpoint or that this package
-    adds has code elsewhere.
+    The code changes models of transformers, and of code that comes with a checkpoint; what this
+    package adds has its code here alone.
 
     Args:
         config: says of the layers what the config of such a model can say.
@@ -140,7 +149,7 @@ def with_code(
         model: as surgery left it.
     """
     model_class = stock_class(type(model))
-    if not is_of_transformers(model_class):
+    if not (is_of_transformers(model_class) or is_own_code(model)):
         return None
     config = copy.deepcopy(config)
     config.pruned = to_json(replace(recipe, shapes=tied_shapes(model, recipe)))
@@ -151,7 +160,9 @@ def with_code(
     base = _built(stock_class(type(model.base_model)), config)
     if base is None or any(meta.differing(meta.sizes(base), meta.sizes(model.base_model))):
         classes.pop("AutoModel", None)
-    config.auto_map = _auto_map(classes)
+    if not classes:
+        return None
+    config.auto_map = _auto_map(config, classes)
     if getattr(config, "is_heterogeneous", False):
         return config  # it says the heads of layers that the dense model has
     return _with_heads(config, per_layer_config(whole))
@@ -170,13 +181,19 @@ def _with_heads(config: PreTrainedConfig, heads: dict[int, dict[str, int]]) -> P
     return said if heads else config
 
 
-def without_code_(config: PreTrainedConfig) -> dict[str, Any] | None:
+def without_code_(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any] | None:
     """Remove from a config what ``with_code`` added; return the recipe, None if it has none."""
+    if is_of_transformers(stock_class(type(model))):
+        vars(config).pop("auto_map", None)  # of code that is not written here
     if not has_recipe(config):
         return None
+    if is_own_code(model):
+        found = {auto: (one.__module__, one.__name__) for auto, one in _classes(model).items()}
+        where = {auto: f"{home.rpartition('.')[2]}.{name}" for auto, (home, name) in found.items()}
+        config.auto_map = {**config.auto_map, **where}
     recipe: dict[str, Any] = config.pruned
     added = ("per_layer_config", "_heterogeneity_spec") if _READABLE in vars(config) else ()
-    for key in (KEY, "auto_map", _READABLE, *added):
+    for key in (KEY, _READABLE, *added):
         vars(config).pop(key, None)
     return recipe
 
@@ -197,6 +214,15 @@ def _classes(model: PreTrainedModel) -> dict[str, type[PreTrainedModel]]:
     Of a model with code in its folder, what its config names.
     """
     whole, base = stock_class(type(model)), stock_class(type(model.base_model))
+    if is_own_code(model):
+        named = getattr(model.config, "auto_map", None) or {}
+        return {
+            auto: one
+            for auto, where in named.items()
+            for one in {whole: 0, base: 0}
+            if auto.startswith("AutoModel")
+            and where.rpartition(".")[2] in (one.__name__, f"Pruned{one.__name__}")
+        }
     found = {"AutoModel": base}
     # Some are registered with the config of a larger model only, of which they are the text part.
     if whole.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
@@ -207,8 +233,12 @@ def _classes(model: PreTrainedModel) -> dict[str, type[PreTrainedModel]]:
     return {auto: one for auto, one in found.items() if auto in named}
 
 
-def _auto_map(classes: Mapping[str, type[PreTrainedModel]]) -> dict[str, str]:
-    return {auto: f"{CODE}.Pruned{one.__name__}" for auto, one in classes.items()}
+def _auto_map(
+    config: PreTrainedConfig, classes: Mapping[str, type[PreTrainedModel]]
+) -> dict[str, Any]:
+    named = getattr(config, "auto_map", None) or {}
+    others = {auto: where for auto, where in named.items() if not auto.startswith("AutoModel")}
+    return others | {auto: f"{CODE}.Pruned{one.__name__}" for auto, one in classes.items()}
 
 
 def _code(classes: Mapping[str, type[PreTrainedModel]]) -> str:
@@ -218,9 +248,14 @@ def _code(classes: Mapping[str, type[PreTrainedModel]]) -> str:
     for auto, one in classes.items():
         first.setdefault(one, auto)
     for one, auto in first.items():
-        public = getattr(transformers, one.__name__, None) is one
-        imports += f"from {'transformers' if public else one.__module__} import {one.__name__}\n"
-        text += f"\n\nclass Pruned{one.__name__}(Pruned, {one.__name__}):\n"
+        name, home, before = one.__name__, one.__module__, ""
+        if getattr(transformers, name, None) is one:
+            home = "transformers"
+        elif not is_of_transformers(one):
+            home, before = f".{home.rpartition('.')[2]}", "Completed, "
+            imports += "" if "Completed" in imports else "from .older_code import Completed\n"
+        imports += f"from {home} import {name}\n"
+        text += f"\n\nclass Pruned{name}({before}Pruned, {name}):\n"
         text += f'    _auto_class = "{auto}"  # saving takes this file along\n'
     shared = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
     return shared.replace(_PLACE, _PLACE + imports) + text

@@ -23,6 +23,7 @@ from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.files.disk import folder_bytes, umask
 from llm_pruner.files.outputs import atomic_directory, bytes_of, check_shard_size
 from llm_pruner.models.layers import names_in_float32
+from llm_pruner.models.older_code import is_own_code
 from llm_pruner.models.streaming import (
     as_before,
     is_model_streamed,
@@ -38,9 +39,6 @@ LONG = 10_000_000_000
 """Bytes of weights from which on writing them shows a bar."""
 
 SHARD = "1GB"
-
-# The package in which transformers puts modelling code that comes with a checkpoint.
-_REMOTE_PACKAGE = "transformers_modules"
 
 
 def check_saved_by_shard(model: PreTrainedModel) -> None:
@@ -120,7 +118,9 @@ def save_checkpoint(
     own, own_class = model.config, type(model)
     with atomic_directory(out, overwrite) as folder:
         try:
-            model.__class__ = remote_code.stock_class(own_class)
+            model.__class__ = plain = remote_code.stock_class(own_class)
+            if is_own_code(model):
+                plain._auto_class = own_class._auto_class  # has saving take the code along
             model.config, kind = _pruned_config(model, edits, dense_config)
             for part in _with_parts(model.config)[1:]:
                 part.dtype = own.dtype
@@ -159,7 +159,7 @@ def make_readable(folder: Path) -> None:
 def _needs(model: PreTrainedModel, kind: Kind) -> tuple[str, ...]:
     origin = remote_code.stock_class(type(model)).__module__.partition(".")[0]
     own = kind == "recipe" or origin == __name__.partition(".")[0]
-    code = kind == "remote_code" or origin == _REMOTE_PACKAGE
+    code = kind == "remote_code" or is_own_code(model)
     needs = (("import llm_pruner", own), ("trust_remote_code=True", code))
     return tuple(what for what, needed in needs if needed)
 
@@ -167,9 +167,7 @@ def _needs(model: PreTrainedModel, kind: Kind) -> tuple[str, ...]:
 def _pruned_config(
     model: PreTrainedModel, edits: Edits, dense_config: PreTrainedConfig
 ) -> tuple[PreTrainedConfig, Kind]:
-    dense_config, recipe = _dense_and_recipe(dense_config, edits)
-    if remote_code.is_of_transformers(type(model)):
-        vars(dense_config).pop("auto_map", None)  # of code that is not written here
+    dense_config, recipe = _dense_and_recipe(model, dense_config, edits)
     stock = stock_config(dense_config, model, recipe)
     if stock is not None:
         return stock, "stock"
@@ -204,10 +202,12 @@ def _require_valid(config: PreTrainedConfig) -> None:
         ) from error
 
 
-def _dense_and_recipe(config: PreTrainedConfig, edits: Edits) -> tuple[PreTrainedConfig, Recipe]:
+def _dense_and_recipe(
+    model: PreTrainedModel, config: PreTrainedConfig, edits: Edits
+) -> tuple[PreTrainedConfig, Recipe]:
     """Return the config of the unpruned model and all edits since; pruned models may come again."""
     config, recipe = copy.deepcopy(config), Recipe(**vars(edits))
-    data = remote_code.without_code_(config)
+    data = remote_code.without_code_(model, config)
     previous = getattr(config, "quantization_config", None)
     if previous is not None:
         data = previous if isinstance(previous, dict) else previous.to_dict()

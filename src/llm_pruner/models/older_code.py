@@ -3,6 +3,8 @@
 It makes a model without memory, and fills the buffers that no file holds afterwards, by the method
 that initialises weights. Earlier code computes them as it makes the model, and has nothing in that
 method: its table of rotary angles, say, is then whatever the memory held.
+
+Pruned folders with such code take this file along, so it imports nothing of this package.
 """
 
 from __future__ import annotations
@@ -23,6 +25,22 @@ Place = tuple[str, str]
 def is_own_code(model: nn.Module) -> bool:
     """Whether the code of a model comes with its checkpoint."""
     return type(model).__module__.startswith("transformers_modules.")
+
+
+class Completed:
+    """Stands before a class of such a model, which is then complete once it is loaded."""
+
+    def __init__(self, config: Any, *inputs: Any, **options: Any) -> None:
+        given = copy.deepcopy(config)
+        super().__init__(config, *inputs, **options)
+        self._given = given
+
+    def initialize_weights(self) -> None:
+        """Fill what no checkpoint holds: loading comes here once it has the weights."""
+        super().initialize_weights()  # type: ignore[misc]
+        given = vars(self).pop("_given", None)
+        if given is not None:  # not while it is made
+            complete_(self, given)
 
 
 def complete_(model: Any, config: Any) -> None:
