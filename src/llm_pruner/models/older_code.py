@@ -22,7 +22,7 @@ Place = tuple[str, str]
 """Path of a module, and name of a tensor of its own."""
 
 
-def is_own_code(model: nn.Module) -> bool:
+def is_own_code(model: object) -> bool:
     """Whether the code of a model comes with its checkpoint."""
     return type(model).__module__.startswith("transformers_modules.")
 
@@ -32,7 +32,7 @@ class Completed:
 
     def __init__(self, config: Any, *inputs: Any, **options: Any) -> None:
         given = copy.deepcopy(config)
-        super().__init__(config, *inputs, **options)
+        super().__init__(config, *inputs, **options)  # type: ignore[call-arg]
         self._given = given
 
     def initialize_weights(self) -> None:
