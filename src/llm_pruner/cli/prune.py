@@ -126,7 +126,8 @@ def _shares(done: Pruned) -> str:
 def _loading(done: Pruned) -> str:
     """Return what ``from_pretrained`` needs to load the folder, and why."""
     if done.saved_as == "remote_code":
-        return " and trust_remote_code=True; where llm-pruner is installed, without it"
+        installed = "where llm-pruner is installed, a model of transformers needs none"
+        return f" and trust_remote_code=True; {installed}"
     said = ""
     if "trust_remote_code=True" in done.needs:
         said += " and trust_remote_code=True"

@@ -38,7 +38,7 @@ Variant = Literal["dense", "trimmed", "pruned", "recovered", "quantized"]
 and with packed weights."""
 
 SavedAs = Literal["stock", "remote_code", "recipe"]
-"""``stock`` if a plain config describes a checkpoint, ``remote_code`` if code lies beside it, and
+"""``stock`` if a plain config describes a checkpoint, ``remote_code`` if our code lies there, and
 ``recipe`` if only this package reads it."""
 
 VARIANTS: tuple[Variant, ...] = ("dense", "trimmed", "pruned", "recovered", "quantized")
