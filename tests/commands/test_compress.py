@@ -286,6 +286,21 @@ def test_a_run_that_is_killed_as_it_trains_ends_the_same(
     same_files(work / "small", whole)
 
 
+def test_samples_that_changed_before_training_began_are_no_refusal(
+    work: Path, made: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt(patch, llm_pruner.commands.recover, "recover_")
+        assert run(*command(made)).code == 130
+    kept = work / "small.compressing" / "recovered.recovering" / "run.json"
+    asked = json.loads(kept.read_text())
+    # As of a chat template that writes the date.
+    kept.write_text(json.dumps(asked | {"data_fingerprint": "of yesterday"}))
+    result = done(*command(made))
+    assert result.err == "llm-pruner: going on with the run in small.compressing\n"
+    assert read_report(Path("small/report.json")).final == "recovered"
+
+
 def test_what_goes_on_after_a_restart_is_the_command_without_it(
     work: Path, made: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
