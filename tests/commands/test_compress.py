@@ -416,6 +416,10 @@ def test_other_settings_are_refused_and_restarted(
         "small.compressing holds an interrupted run with ratio=0.2 and not 0.3; give the same "
         "options to go on, or --restart to throw it away"
     )
+    said = refused(*command(made, "--max-shard-size", "1GB"))
+    assert said.startswith(
+        "small.compressing holds an interrupted run with max_shard_size=5GB and not 1GB; give"
+    )
     other = save_tiny(work / "dense", num_hidden_layers=4, seed=1)
     said = refused("compress", other, *command(made)[2:])
     assert said.startswith("small.compressing holds an interrupted run with model content=")

@@ -395,6 +395,7 @@ class _Run:
             result = replace(result, saved_as=kind, needs=needs, servers=servers)
             write_request(folder, self.asked)
             write_output(folder / RECOVERY_FILE, result.lasting())
+            workdir.note_result(self.work, folder)
             if self.adapter is not None and result.gained:
                 shutil.copytree(self.adapter, folder / "adapter")
             report = recovery_report(
