@@ -225,7 +225,8 @@ def last_stage(settings: CompressSettings, recovery: Training | None) -> str:
 def about(settings: CompressSettings) -> dict[str, Any]:
     """Return all that decides how a run goes, as plain values by the names of the options."""
     identity = result_cache.identify(settings.loading())
-    placed = {*OutputSettings.model_fields, "restart", "revision", "trust_remote_code"}
+    placed = {*OutputSettings.model_fields} - {"max_shard_size"}
+    placed |= {"restart", "revision", "trust_remote_code"}
     pruning, data = settings.pruning(settings.out), settings.tasks_data
     items = () if data is None else (str(data / f"{name}.jsonl") for name in settings.tasks or ())
     method = pruning.model_dump(

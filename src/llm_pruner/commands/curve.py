@@ -147,6 +147,8 @@ def about(settings: CurveSettings) -> dict[str, Any]:
     placed = {*FolderSettings.model_fields, "restart", "revision", "trust_remote_code", "memory"}
     return settings.model_dump(mode="json", exclude=placed | {"kept"}) | {
         "model": Path(settings.model).name,
+        # Where none is given, weights are float32, and rounded as those that are saved.
+        "dtype": settings.dtype if "dtype" in settings.given else None,
         "model content": None if identity is None else identity.content,
         "preset": None if settings.preset is None else Path(settings.preset).name,
         "llm_pruner": __version__,
