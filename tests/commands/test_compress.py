@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ import llm_pruner.commands.recover
 import llm_pruner.models.load
 from command import contents, done, figures, measured_here, run, save_tiny, write_text
 from helpers import tiny_tokenizer
+from llm_pruner.cli.compress import show
 from llm_pruner.commands.compress import chunks_in_time, time_to_recover, trainings
 from llm_pruner.commands.workdir import content, opened
 from llm_pruner.errors import UserError
@@ -34,7 +36,7 @@ from llm_pruner.files.outputs import MANIFEST, atomic_directory
 from llm_pruner.models.load import load_model
 from llm_pruner.recovery.trainer import RecoveryTrainer
 from llm_pruner.report.data import read_report
-from llm_pruner.report.records import Measured
+from llm_pruner.report.records import Change, Compressed, Measured, Weighed
 from llm_pruner.settings.compress import CompressSettings
 from llm_pruner.settings.words import parse_duration
 from llm_pruner.types import Size
@@ -286,6 +288,21 @@ def test_a_run_that_is_killed_as_it_trains_ends_the_same(
     same_files(work / "small", whole)
 
 
+def test_samples_that_changed_before_training_began_are_no_refusal(
+    work: Path, made: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt(patch, llm_pruner.commands.recover, "recover_")
+        assert run(*command(made)).code == 130
+    kept = work / "small.compressing" / "recovered.recovering" / "run.json"
+    asked = json.loads(kept.read_text())
+    # As of a chat template that writes the date.
+    kept.write_text(json.dumps(asked | {"data_fingerprint": "of yesterday"}))
+    result = done(*command(made))
+    assert result.err == "llm-pruner: going on with the run in small.compressing\n"
+    assert read_report(Path("small/report.json")).final == "recovered"
+
+
 def test_what_goes_on_after_a_restart_is_the_command_without_it(
     work: Path, made: Path, unmeasured: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -401,6 +418,10 @@ def test_other_settings_are_refused_and_restarted(
         "small.compressing holds an interrupted run with ratio=0.2 and not 0.3; give the same "
         "options to go on, or --restart to throw it away"
     )
+    said = refused(*command(made, "--max-shard-size", "1GB"))
+    assert said.startswith(
+        "small.compressing holds an interrupted run with max_shard_size=5GB and not 1GB; give"
+    )
     other = save_tiny(work / "dense", num_hidden_layers=4, seed=1)
     said = refused("compress", other, *command(made)[2:])
     assert said.startswith("small.compressing holds an interrupted run with model content=")
@@ -479,6 +500,22 @@ def test_weights_that_are_read_block_by_block_have_no_speed(
     assert said.startswith("--speed would time how fast the weights of ")
     shown = done(*command(made, "--no-recover")).out
     assert re.search(r"prefill tokens/s +- +-\n", shown)
+
+
+def test_speeds_of_two_machines_do_not_stand_beside_each_other(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def measured(**where: Any) -> Weighed:
+        found = figures()
+        return Weighed(**{**vars(found), "speed": replace(found.speed, **where)}, bytes=1)
+
+    models: dict[Any, Weighed] = {
+        "dense": measured(threads=8),
+        "pruned": measured(threads=4),
+        "recovered": measured(threads=8),
+    }
+    show(Compressed(Path("small"), "m", Change(9, 8), 0.1, models, None, [], 0))
+    assert re.search(r"decode tokens/s +1\.0 +- +1\.0\n", capsys.readouterr().out)
 
 
 def test_a_text_too_short_to_measure_on_is_refused_at_once(

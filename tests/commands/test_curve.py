@@ -221,6 +221,13 @@ def test_a_text_that_changed_is_other_text(tmp_path: Path) -> None:
         one.write_text("before")
 
 
+def test_a_type_that_is_given_is_another_run() -> None:
+    asked = {"model": "dense", "out": Path("late"), "calibration": "text.txt"}
+    runs = [{}, {"dtype": "float32"}, {"dtype": "auto"}]
+    types = [curves.about(CurveSettings(**asked, **given))["dtype"] for given in runs]
+    assert types == [None, "float32", "auto"]
+
+
 def test_a_multiple_that_was_timed_holds_after_an_interruption(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -242,6 +249,43 @@ def test_a_multiple_that_was_timed_holds_after_an_interruption(
     done(*command)
     plans = [read_plan(f"timed/plan-{ratio}.json").settings for ratio in (0.1, 0.3)]
     assert [settings["round_to"] for settings in plans] == [8, 8]
+
+
+def test_all_points_are_repaired_or_none_after_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "repairing.yaml").write_text("structures: [ffn]\nrepair_minutes: 0.01\n")
+    how = ("--preset", tmp_path / "repairing.yaml", "--criterion", "l2", "--split", "equal")
+    command = ("curve", "dense", "--out", "alike", *how, *TEXT, *SHORT)
+    blocks = ("--memory", "100KB")
+    point, repaired = CurveRun.point, []
+
+    def interrupted(self: CurveRun, ratio: float) -> Any:
+        if ratio == 0.3:
+            raise KeyboardInterrupt
+        return point(self, ratio)
+
+    def repair_(*_: Any, **__: Any) -> None:
+        repaired.append(True)
+        raise UserError("it is only counted")
+
+    monkeypatch.setattr(recovery, "repair_", repair_)
+    with monkeypatch.context() as patch:
+        patch.setattr(CurveRun, "point", interrupted)
+        assert run(*command).code == 130
+    assert len(repaired) == 1
+    result = run(*command, *blocks)
+    assert result.code == 2
+    said = "alike.measuring holds an interrupted run that repairs each point, and weights that are "
+    assert result.err.splitlines()[-1].startswith(f"llm-pruner: {said}read block by block")
+    done(*command)
+    assert len(repaired) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(CurveRun, "point", interrupted)
+        assert run(*command, "--overwrite", *blocks).code == 130
+    assert caplog.text.count("no repair, which trains weights that are held in memory") == 1
+    done(*command, "--overwrite")
+    assert len(repaired) == 2
 
 
 def test_what_each_layer_does_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from llm_pruner.report.data import read_report
 from llm_pruner.runtime import precision
 from llm_pruner.runtime.processes import ALONE
 from llm_pruner.settings.recover import RecoverSettings
+from llm_pruner.version import __version__
 from new_processes import run_new
 
 pytestmark = pytest.mark.slow
@@ -408,6 +409,29 @@ def test_what_the_teacher_wrote_is_kept_for_other_runs(
     done("recover", made / "small", "--out", "two", *options, "--distill-weight", 0)
 
 
+def test_what_a_teacher_says_in_another_type_is_kept_apart(
+    work: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovering, "recover_", interrupt)
+    options = ("--teacher", made / "dense", "--samples", 30, "--seq-len", 24, "--restart")
+    command = ("recover", made / "small", "--out", "one", *options, "--teacher-cache", "cache")
+
+    def kept(*how: object) -> list[int]:
+        """Return how many texts and answers the cache has after one more run."""
+        assert run(*command, *how).code == 130
+        names = [path.name.startswith("self-") for path in Path("cache").iterdir()]
+        return [sum(names), len(names) - sum(names)]
+
+    rows = ("--data", made / "rows.jsonl")
+    assert kept(*rows, "--dtype", "float32", "--no-bf16") == [0, 2]
+    assert kept(*rows, "--dtype", "float32", "--no-bf16") == [0, 2]
+    assert kept(*rows, "--dtype", "float32", "--bf16") == [0, 4]
+    assert kept(*rows, "--dtype", "bfloat16", "--no-bf16") == [0, 6]
+    assert kept("--data", "self", "--dtype", "float32", "--no-bf16")[0] == 1
+    assert kept("--data", "self", "--dtype", "float32", "--bf16")[0] == 1
+    assert kept("--data", "self", "--dtype", "bfloat16", "--no-bf16")[0] == 2
+
+
 def test_an_interrupted_run_is_not_lost_by_accident(work: Path, made: Path) -> None:
     options = ["--data", made / "rows.jsonl", *QUICK, "--save-every", 1]
     Path("better.recovering").mkdir()
@@ -418,12 +442,17 @@ def test_an_interrupted_run_is_not_lost_by_accident(work: Path, made: Path) -> N
     )
     said = refused(work, made / "small", "--out", "better", *options, "--resume", "--restart")
     assert said == "--resume and --restart say different things; give one of them"
-    Path("better.recovering/run.json").write_text('{"model": "other"}')
-    said = refused(work, made / "small", "--out", "better", *options, "--resume")
-    assert said == (
-        "the interrupted run has model=other and this one model=small; give the same options, or "
-        "begin anew with --restart"
-    )
+    now = __version__
+    for asked, differs in (
+        ({"llm_pruner": now, "model": "other"}, "model=other and this one model=small"),
+        ({"llm_pruner": "0.0", "model": "small"}, f"llm_pruner=0.0 and this one llm_pruner={now}"),
+    ):
+        Path("better.recovering/run.json").write_text(json.dumps(asked))
+        said = refused(work, made / "small", "--out", "better", *options, "--resume")
+        assert said == (
+            f"the interrupted run has {differs}; give the same options, or begin anew with "
+            "--restart"
+        )
     done("recover", made / "small", "--out", "better", *options, "--restart")
     assert not Path("better.recovering").exists()
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from llm_pruner.evaluation import programs
@@ -104,6 +106,36 @@ def test_an_endless_program_is_stopped_with_all_it_started() -> None:
     assert run_program(f"{threads}while True: pass", seconds=0.7).ending == "timed out"
     assert time.monotonic() - begun < 10
     assert run_program("import time\ntime.sleep(99)", seconds=0.1).ending == "timed out"
+
+
+@pytest.mark.usefixtures("shut_off")
+def test_a_program_ends_with_the_process_that_runs_it(tmp_path: Path) -> None:
+    source = "import time\ntime.sleep(99)"
+    script = str(Path(programs.__file__).with_name("sandbox.py"))
+    run_it = (
+        "from llm_pruner.evaluation import programs\n"
+        f"programs.__file__ = {script!r}\n"
+        f"programs.run_program({source!r}, seconds=60)"
+    )
+    place = {**os.environ, "TMPDIR": str(tmp_path)}  # of a folder that nobody removes
+    runner = psutil.Popen([sys.executable, "-c", run_it], env=place)
+    while len(started := runner.children(recursive=True)) < 2:  # the sandbox, and its child
+        assert runner.poll() is None
+        time.sleep(0.01)
+    runner.kill()
+    runner.wait()
+    end = time.monotonic() + 30
+    while any(map(lives, started)):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether a process does something; nobody may ask how one without a parent ended."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_waiting_is_not_computing() -> None:

@@ -29,6 +29,7 @@ import llm_pruner.commands.prune as pruning
 import llm_pruner.commands.recover as recovering
 import llm_pruner.models.load
 from command import contents, done, run, save_tiny, write_text
+from llm_pruner.commands import workdir
 from llm_pruner.commands.workdir import RECOVERING, begun, opened, remove_run
 from llm_pruner.errors import LLMPrunerError, UserError
 from llm_pruner.files.disk import allocate, discard, new_file, new_folder, placed, put
@@ -579,20 +580,32 @@ def test_what_comes_to_lie_in_a_run_stays(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out.compressing"]
 
 
-def test_a_run_that_was_killed_after_its_result_was_in_place(work: Path) -> None:
+def test_a_run_that_was_killed_after_its_result_was_in_place(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = ("recover", "small", "--out", "better", "--data", "text.txt", *TRAIN)
-    done(*command)
-    settings = json.loads(Path("better/recovery.json").read_text())["settings"]
-    Path("better.recovering").mkdir()
-    Path("better.recovering/run.json").write_text(json.dumps(settings))
-    Path("better.recovering/step-000001").mkdir()
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def killed_in_training(*_: object, work: Path, **__: object) -> None:
+        (work / "step-000001").mkdir()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workdir, "remove_run", killed)
+        assert run(*command).code == 130
+    assert Path("better.recovering/run.json").exists()
     result = run(*command, "--resume")
     assert (result.code, Path("better.recovering").exists()) == (2, False)
     assert "better exists and is not empty" in result.err
-    Path("better.recovering").mkdir()
-    Path("better.recovering/run.json").write_text(json.dumps({**settings, "seed": 7}))
-    assert run(*command, "--resume").code == 2
-    assert Path("better.recovering/run.json").exists()
+    # One that was to replace that result by the same options is not finished.
+    with monkeypatch.context() as patch:
+        patch.setattr(recovering, "recover_", killed_in_training)
+        assert run(*command, "--overwrite").code == 130
+    result = run(*command, "--resume")
+    assert (result.code, Path("better.recovering/step-000001").exists()) == (2, True)
+    assert "better exists and is not empty" in result.err
 
 
 def test_the_folder_of_a_run_lies_beside_what_a_link_leads_to(tmp_path: Path) -> None:

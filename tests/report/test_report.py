@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from markdown_it import MarkdownIt
 
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.perplexity import PerplexityResult
-from llm_pruner.report import figures, view
+from llm_pruner.report import figures, view, write
 from llm_pruner.report.compare import Entry, compare
 from llm_pruner.report.data import (
     Evaluation,
@@ -331,6 +332,32 @@ def test_a_model_that_was_trained_and_never_pruned(gained: bool, tmp_path: Path)
     report = recovery_report(recovered(gained=gained), None, pruned=True, **known)
     assert view.title(report) == "m, pruned"
     assert report.final == ("recovered" if gained else "pruned")
+
+
+def test_what_is_added_by_two_at_once_is_all_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {"source": Source(name="m"), "size": Size(total=800), "command": None}
+    report = recovery_report(recovered(gained=True), None, pruned=False, **known)
+    (tmp_path / "report.json").write_text(report.to_json())
+    draw, others = write.files, []
+
+    def add(model: str) -> None:
+        add_evaluation(tmp_path, Measured("m", 800, None, None, [], samples={model: "x"}), model)
+
+    def drawn(*given: Any, **how: Any) -> Any:
+        if not others:
+            others.append(Thread(target=add, args=(str(tmp_path),)))
+            others[0].start()
+            others[0].join(timeout=0.5)  # which waits until this one is written
+        return draw(*given, **how)
+
+    monkeypatch.setattr(write, "files", drawn)
+    add("m")
+    others[0].join()
+    report = read_report(tmp_path / "report.json")
+    models = {name: list(of.samples) for name, of in report.evaluations.items()}
+    assert models == {"dense": ["m"], "recovered": [str(tmp_path)]}
 
 
 def test_a_second_recovery_without_a_gain_leaves_what_is_known() -> None:

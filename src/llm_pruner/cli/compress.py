@@ -150,7 +150,7 @@ def show(done: Compressed) -> None:
         rows.append((f"{shown}, {texts[0].corpus}", *map(form, texts)))
     rows += _tasks(found)
     rows += [
-        (f"{what} tokens/s", *(_speed(one.speed, f"{what}_tokens_per_second") for one in found))
+        (f"{what} tokens/s", *_speeds(found, f"{what}_tokens_per_second"))
         for what in ("prefill", "decode")
     ]
     out.table("Before and after", ("", *done.measured), rows)
@@ -184,8 +184,15 @@ def _perplexity(found: PerplexityResult) -> str:
     return measured(found.perplexity, found.stderr, ".2f")
 
 
-def _speed(found: Speed | None, what: str) -> str:
-    return "-" if found is None else f"{getattr(found, what):.1f}"
+def _speeds(found: list[Weighed], what: str) -> list[str]:
+    """Return what is shown of each speed: nothing of one that is not measured as the first was."""
+    speeds = [one.speed for one in found]
+    first = next(map(_where, filter(None, speeds)), None)
+    return [f"{getattr(one, what):.1f}" if one and _where(one) == first else "-" for one in speeds]
+
+
+def _where(speed: Speed) -> tuple[str | None, str | None, int | None]:
+    return speed.dtype, speed.device, speed.threads
 
 
 def _bits(found: PerplexityResult) -> str:

@@ -25,6 +25,7 @@ from llm_pruner.commands.vocab import RECORD, vocab
 from llm_pruner.commands.workdir import (
     COMPRESSING,
     RECOVERING,
+    RUN,
     Work,
     content,
     contents,
@@ -49,6 +50,7 @@ from llm_pruner.files.outputs import (
     check_place,
     check_shard_size,
     rewrite,
+    write_output,
 )
 from llm_pruner.models.forward import embedding_rows, maximum_length
 from llm_pruner.models.load import check, load, load_tokenizer
@@ -223,7 +225,8 @@ def last_stage(settings: CompressSettings, recovery: Training | None) -> str:
 def about(settings: CompressSettings) -> dict[str, Any]:
     """Return all that decides how a run goes, as plain values by the names of the options."""
     identity = result_cache.identify(settings.loading())
-    placed = {*OutputSettings.model_fields, "restart", "revision", "trust_remote_code"}
+    placed = {*OutputSettings.model_fields} - {"max_shard_size"}
+    placed |= {"restart", "revision", "trust_remote_code"}
     pruning, data = settings.pruning(settings.out), settings.tasks_data
     items = () if data is None else (str(data / f"{name}.jsonl") for name in settings.tasks or ())
     method = pruning.model_dump(
@@ -408,12 +411,16 @@ class _Stages:
             training = self.training.but(seq_len=self._sample_length(), **limits)
             settings = self._recovering(training)
             settings = settings.but(samples=plan["samples"], self_samples=plan.get("written"))
+            kept = RECOVERING.beside(out)
+            if (kept / RUN).is_file() and last_checkpoint(kept) is None:
+                # Nothing was trained, so it may begin with other samples than it was to have.
+                write_output(kept / RUN, "{}\n")
             try:
                 recover_checkpoint(settings, command=self.command, say=self.say)
             except (UserError, torch.OutOfMemoryError) as error:
                 # What was learned is not thrown away, unless going on ends for want of room again.
                 full = isinstance(error, torch.OutOfMemoryError) and self.run.continued
-                if last_checkpoint(RECOVERING.beside(out)) is not None and not full:
+                if last_checkpoint(kept) is not None and not full:
                     raise
                 self._note_refusal(error)
                 return None

@@ -44,6 +44,7 @@ from llm_pruner.models.forward import maximum_length
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import LoadedModel, check, load
 from llm_pruner.models.stored import check_file_states, file_states
+from llm_pruner.models.streaming import is_model_streamed
 from llm_pruner.planning import Plan
 from llm_pruner.report.curve import DATA_FILE, drawn_files
 from llm_pruner.report.records import Curve, CurvePoint, Smallest
@@ -146,6 +147,8 @@ def about(settings: CurveSettings) -> dict[str, Any]:
     placed = {*FolderSettings.model_fields, "restart", "revision", "trust_remote_code", "memory"}
     return settings.model_dump(mode="json", exclude=placed | {"kept"}) | {
         "model": Path(settings.model).name,
+        # Where none is given, weights are float32, and rounded as those that are saved.
+        "dtype": settings.dtype if "dtype" in settings.given else None,
         "model content": None if identity is None else identity.content,
         "preset": None if settings.preset is None else Path(settings.preset).name,
         "llm_pruner": __version__,
@@ -167,6 +170,7 @@ class CurveRun:
         scores: the dense model's importance; empty until it is estimated.
         damage: what its groups do alone, likewise, where trials say so.
         known: the dense model's hidden states on this text, likewise.
+        round_to, repairs: what the first point found, which holds for all; None until it has.
         clock: seconds of what all points share, but for the estimate.
     """
 
@@ -184,6 +188,7 @@ class CurveRun:
         self.discovery = discovery or discover(self.loaded.model)
         self.clock.stop("discover")
         self.round_to: int | None = None
+        self.repairs: bool | None = None
         self.text: Calibration | None = None
         self.scores: Scores = {}
         self.damage: Mapping[str, Damage] = {}
@@ -228,6 +233,8 @@ class CurveRun:
         settings = self.settings.pruning(ratio)
         if self.round_to is not None:
             settings = settings.but(round_to=self.round_to)
+        if self.repairs is False:
+            settings = settings.but(repair_minutes=0.0)
         model, copied = self.loaded.model, sharing_copy(self.loaded.model)
         know_copy(model, copied)
         run = PruneRun(
@@ -241,6 +248,7 @@ class CurveRun:
         run.check()
         run.load()
         know_copy(copied, model)
+        self.repairs = run.repairs
         if settings.round_to == "auto":  # it is timed, and holds for all points
             run.reach()
             self.round_to = run.selection.round_to
@@ -376,12 +384,12 @@ class _Stages(CurveRun):
         return replace(answer, point=point, outside=outside)
 
     def _share(self) -> None:
-        """Keep text, estimate and the multiple that was timed for a run that goes on."""
+        """Keep text, estimate and what was found for all points for a run that goes on."""
         place = self.work.path(_SHARED)
         if place.exists():
             return
         tensors = {_SCORE + name: torch.from_numpy(one) for name, one in self.scores.items()}
-        about = {} if self.round_to is None else {"round_to": str(self.round_to)}
+        about = {"round_to": json.dumps(self.round_to), "repairs": json.dumps(self.repairs)}
         if self.damage:
             about["damage"] = json.dumps({name: asdict(one) for name, one in self.damage.items()})
         if self.text is not None:
@@ -391,7 +399,11 @@ class _Stages(CurveRun):
             save_file(tensors, partial, about)
 
     def _remember(self) -> None:
-        """Take what an interrupted run has kept."""
+        """Take what an interrupted run has kept.
+
+        Raises:
+            UserError: it is damaged, or the points that are missing cannot be made alike.
+        """
         place = self.work.path(_SHARED)
         if not place.exists():
             return
@@ -402,7 +414,14 @@ class _Stages(CurveRun):
                 metadata = file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{place} is damaged; begin anew with --restart") from error
-        self.round_to = int(metadata["round_to"]) if "round_to" in metadata else None
+        self.round_to = json.loads(metadata.get("round_to", "null"))
+        self.repairs = json.loads(metadata.get("repairs", "null"))
+        if self.repairs and is_model_streamed(self.loaded.model):
+            raise UserError(
+                f"{self.work.folder.name} holds an interrupted run that repairs each point, and "
+                "weights that are read block by block, as now, are not repaired; give more "
+                "--memory to go on, or --restart to throw it away"
+            )
         if "text" in metadata:
             about = json.loads(metadata["text"])
             self.text = Calibration(found["text"], about["source"], about, found["unseen"])

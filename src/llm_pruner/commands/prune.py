@@ -366,6 +366,10 @@ class PruneRun:
                     "held in memory, and those of this model are read block by block; leave it "
                     "out, or give more --memory, or train the result with recover"
                 )
+            _LOG.warning(
+                "no repair, which trains weights that are held in memory: those of this model are "
+                "read block by block"
+            )
             self.repairs = False
         self.dense = sharing_copy(self.network) if self.repairs else None
         self.training: Training | None = None

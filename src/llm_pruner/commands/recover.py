@@ -48,7 +48,7 @@ from llm_pruner.files.outputs import (
     check_shard_size,
     write_output,
 )
-from llm_pruner.models.forward import check_length, embedding_rows
+from llm_pruner.models.forward import check_length, dtype_name, embedding_rows
 from llm_pruner.models.load import LoadedModel, load, stored_dtype
 from llm_pruner.models.stored import dtype_named, records_of, stored_size
 from llm_pruner.recovery import Outcome, Progress, Teacher, recover_
@@ -86,6 +86,7 @@ from llm_pruner.settings.recover import (
 )
 from llm_pruner.surgery.vocabulary import with_tokens_of
 from llm_pruner.types import Edits
+from llm_pruner.version import __version__
 
 _LOG = logging.getLogger(__name__)
 
@@ -238,7 +239,7 @@ class _Run:
             if control is not None:
                 self.facts |= {"control": control.name, "control_fingerprint": control.fingerprint}
             types = {"dtype": settings.dtype} | {f"{of}_dtype": ways[of].dtype for of in ways}
-            facts = self.facts | types
+            facts = {"llm_pruner": __version__} | self.facts | types
             workdir.begin_or_go_on(self.work, facts, resume=settings.resume, writes=writes)
         return control
 
@@ -342,7 +343,7 @@ class _Run:
             samples,
             settings,
             settings.teacher_cache or self.work / "teacher",
-            identity=dense.fingerprint,
+            identity=computing(dense, settings.bf16),
             seq_len=settings.seq_len,
         )
 
@@ -395,6 +396,7 @@ class _Run:
             result = replace(result, saved_as=kind, needs=needs, servers=servers)
             write_request(folder, self.asked)
             write_output(folder / RECOVERY_FILE, result.lasting())
+            workdir.note_result(self.work, folder)
             if self.adapter is not None and result.gained:
                 shutil.copytree(self.adapter, folder / "adapter")
             report = recovery_report(
@@ -604,7 +606,7 @@ def make_samples(
         if source in _WRITTEN:
             writer = dense if source == SELF else loaded
             assert writer is not None
-            kept = (settings.teacher_cache or work) / f"{source}-{digest(writer.fingerprint)}"
+            kept = (settings.teacher_cache or work) / f"{source}-{digest(computing(writer))}"
             if source == SELF:
                 kept = settings.kept or kept
                 options["limit"] = settings.self_samples or settings.samples
@@ -622,6 +624,18 @@ def make_samples(
     used = (one.input_ids.max() for each in samples for one in (*each.train, *each.held_out))
     check_tokens(loaded.model, int(max(used)))
     return samples
+
+
+def computing(model: LoadedModel, bf16: bool | None = False) -> str:
+    """Return what identifies a model with the types in which it computes.
+
+    Its fingerprint is that of all types, and what it says is not.
+
+    Args:
+        bf16: whether its modules multiply in bfloat16, whatever the type of its weights.
+    """
+    products = "bfloat16" if bf16 else "its own"
+    return f"{model.fingerprint}, weights {dtype_name(model.model)}, products {products}"
 
 
 def digest(fingerprint: str) -> str:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
-from pydantic_core import to_jsonable_python
 
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import (
@@ -37,6 +36,9 @@ _SETTINGS, _PROGRESS, _LOCK = "settings.json", "progress.json", "lock"
 
 RUN = "run.json"
 """What a recovery in progress was asked to do."""
+
+_RESULT = "result.sha256"
+"""How the record begins that the result of a recovery has: in 16 hex digits of its SHA-256."""
 
 _DATA = "data_fingerprint"
 
@@ -85,7 +87,7 @@ MEASURING = Kind(
 RECOVERING = Kind(
     "recovering",
     rf"{RUN}|{_LOCK}|(self|pruned)-[0-9a-f]{{16}}",
-    rf"{RUN}|{_LOCK}|{_PARTIAL}|(self|pruned|control)-[0-9a-f]{{16}}|step-\d+|teacher|adapter",
+    rf"{RUN}|{_LOCK}|{_RESULT}|{_PARTIAL}|(self|pruned|control)-[0-9a-f]{{16}}|step-\d+|teacher|adapter",
 )
 
 
@@ -313,14 +315,20 @@ def begin_or_go_on(work: Path, facts: dict[str, Any], *, resume: bool, writes: b
         write_output(file, json.dumps(facts, indent=2) + "\n")
 
 
+def note_result(work: Path, made: Path) -> None:
+    """Note the result of a recovery, in a folder that is going to take its place.
+
+    No two have the same record: it holds the seconds of each.
+    """
+    write_output(work / _RESULT, str(content(str(made / RECOVERY_FILE))))
+
+
 def remove_finished(work: Path, out: Path) -> None:
-    """Remove a run that was killed after its result took its place."""
+    """Remove a run that was killed after its result took its place: that which it noted."""
     try:
-        asked = json.loads((work / RUN).read_text(encoding="utf-8"))
-        result = json.loads((out / RECOVERY_FILE).read_text(encoding="utf-8"))
-        told = to_jsonable_python(asked, inf_nan_mode="null")
-        finished = result["settings"].items() <= told.items()
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        noted = (work / _RESULT).read_text(encoding="utf-8")
+        finished = noted == content(str(out / RECOVERY_FILE))
+    except (OSError, ValueError):
         return
     if finished and not is_busy(work):
         with suppress(FileNotFoundError):  # of several processes, one is the first

@@ -58,7 +58,8 @@ def run_program(source: str, *, seconds: float = SECONDS) -> ProgramRun:
 
     It runs in an empty temporary folder, with an empty environment and nothing to read, within
     limits of time, memory, processes and sizes of files, see ``sandbox``. All that it started is
-    killed with it. What it means to do to its own verdict, it can: this is no judge of malice.
+    killed with it, and it with this process. What it means to do to its own verdict, it can: this
+    is no judge of malice.
 
     Args:
         seconds: that it may compute; it may take ``WAITING`` times as many.
@@ -67,10 +68,10 @@ def run_program(source: str, *, seconds: float = SECONDS) -> ProgramRun:
         LLMPrunerError: no program can be run.
     """
     script = Path(__file__).with_name("sandbox.py")
-    limits = (MEMORY, PROCESSES, FILE_BYTES, math.ceil(seconds))
+    numbers = (os.getpid(), MEMORY, PROCESSES, FILE_BYTES, math.ceil(seconds))
     with tempfile.TemporaryDirectory(prefix="program-") as folder:
         child = subprocess.Popen(
-            [sys.executable, "-I", "-B", str(script), *map(str, limits)],
+            [sys.executable, "-I", "-B", str(script), *map(str, numbers)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

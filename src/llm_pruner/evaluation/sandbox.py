@@ -1,10 +1,11 @@
 """Runs one program in the process that it is started in, shut off as far as the system permits.
 
-    python -I sandbox.py MEMORY PROCESSES FILE_BYTES SECONDS < program
+    python -I sandbox.py PARENT MEMORY PROCESSES FILE_BYTES SECONDS < program
 
 A script for ``programs.run_program``, in an empty folder; it imports nothing but Python's own
-library. On standard output it says how the program is shut off, a JSON object in a line, and then,
-if the program came to its end, how: ``passed``, or the name of the exception; or ``timed out``.
+library. It ends with PARENT, the process that started it. On standard output it says how the
+program is shut off, a JSON object in a line, and then, if the program came to its end, how:
+``passed``, or the name of the exception; or ``timed out``.
 
 Limits of the system hold for its time, memory, processes and files. An audit hook refuses, from
 within Python, sockets, further processes, and files opened for writing outside the folder; that
@@ -121,13 +122,16 @@ def _run(source: str) -> str:
 def main() -> None:
     """Shut this process off, run the program in a child of it, and end when the child has."""
     source, folder = sys.stdin.read(), os.path.realpath(os.getcwd())
-    limits = [int(text) for text in sys.argv[1:]]
+    parent, *limits = (int(text) for text in sys.argv[1:])
     answers = os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
         os.dup2(nothing, number)
     libc = ctypes.CDLL(None, use_errno=True)
     held = _separate(libc, os.fsencode(folder))
+    _checked(libc.prctl(_DIE_WITH_PARENT, signal.SIGKILL, 0, 0, 0))
+    if os.getppid() != parent:  # it has ended already
+        return
     os.write(answers, json.dumps(held).encode() + b"\n")
     child = os.fork()  # the first process of a namespace takes all others with it
     if child:

@@ -150,6 +150,17 @@ def _beside(place: Path, what: Literal["partial", "old"], *, folder: bool) -> It
             os.close(handle)
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Have other processes that ask for the same folder wait; not where nothing can be locked."""
+    handle = _lock(folder.resolve(), wait=True)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
 def _lock(path: Path, *, wait: bool) -> int | None:
     """Return a handle that holds ``path`` while it is open; None if it cannot be had."""
     try:
