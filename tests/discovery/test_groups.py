@@ -270,7 +270,7 @@ def test_a_sibling_for_what_is_not_text_is_not_taken_for_an_expert() -> None:
 class Generating(Net):
     """Has a ``generate`` of its own, which takes no mask."""
 
-    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:  # noqa: ARG002
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
         return super().forward(input_ids)
 
     def generate(self, input_ids: torch.Tensor, max_new_tokens: int) -> torch.Tensor:

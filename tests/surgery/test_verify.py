@@ -256,7 +256,7 @@ def test_what_is_not_finite_in_float32_alone_is_a_mistake() -> None:
 
 
 def test_what_is_not_finite_in_training_is_not_random() -> None:
-    with pytest.raises(VerificationError, match="twin by inf .* on training"):
+    with pytest.raises(VerificationError, match=r"twin by inf .* on training"):
         cut_odd(Odd(nothing, lambda own, y: own.training and y.shape[-1] < 8))
 
 

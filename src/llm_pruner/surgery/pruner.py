@@ -38,7 +38,6 @@ class Surgeon:
         self.edits = compose(self.edits, edits)
         self.clock.stop("verify" if self.verify else "cut")
 
-
     def reload_check(
         self, discovery: Discovery, settings: ModelSettings, memory: int
     ) -> Callable[[Path], None]:

@@ -413,13 +413,14 @@ def _is_random(model: nn.Module, differs: _Difference) -> bool:
     """
     if not math.isfinite(differs.difference):
         return False
-    scene, runs = differs.scene, []
+    scene = differs.scene
+    runs: list[Logits] = []
     devices = {one.device for one in model.parameters() if one.is_cuda}
     with torch.random.fork_rng(devices=devices):
         for seed in (0, 1):
             torch.manual_seed(seed)
             runs.append(joined(run_pruned(model, [scene])))
-    difference, limit = _compared(*runs, model, scene)
+    difference, limit = _compared(runs[0], runs[1], model, scene)
     random = limit < difference < math.inf
     if random and scene.needed:
         raise VerificationError(
