@@ -12,11 +12,11 @@ from torch import nn
 
 from families import discovered
 from llm_pruner.discovery.groups import discover
-from llm_pruner.errors import DiscoveryError
+from llm_pruner.errors import DiscoveryError, UserError
 from llm_pruner.surgery.cut import cut_
 from llm_pruner.surgery.removal import count_parameters
 from llm_pruner.surgery.twin import pruned_logits, twin_logits
-from llm_pruner.surgery.verify import largest_difference, tolerance
+from llm_pruner.surgery.verify import cut_verified_, largest_difference, tolerance
 from llm_pruner.types import Companion
 from nets import Gated, NanoGPT, Net, Settings
 from removals import pick
@@ -244,6 +244,60 @@ def test_unreached_sibling_freezes_what_it_would_have_to_fit() -> None:
     reason = stuck["bodies.0.experts.0.up.weight", 1]
     assert reason.startswith("bodies.0.experts.1.")
     assert reason.endswith("was not reached by the forward pass")
+
+
+class Crossed(nn.Module):
+    """Holds beside what is for text its like for something else that text does not bring."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([Gated(), Gated()])
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.parts[0](x)
+        if context is not None:
+            x = x + self.parts[1](context)
+        return x
+
+
+def test_a_sibling_for_what_is_not_text_is_not_taken_for_an_expert() -> None:
+    discovery = discover(Net(Crossed()))
+    stuck = {(axis.tensor, axis.dim): axis.reason for axis in discovery.frozen}
+    assert stuck["bodies.0.parts.1.gate.weight", 1] == "not reached by the forward pass"
+    assert not [g for g in discovery.groups if any(".parts.1." in m.tensor for m in g.members)]
+
+
+class Generating(Net):
+    """Has a ``generate`` of its own, which takes no mask."""
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+        return super().forward(input_ids)
+
+    def generate(self, input_ids: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def test_long_input_is_run_without_generate_where_that_fails() -> None:
+    graph = discover(Generating(Gated())).graph
+    assert [scene.name for scene in graph.scenes] == ["8 tokens", "129 tokens", "training"]
+    assert not graph.left_out
+
+
+class Blockwise(Net):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if tokens.shape[1] % 64:
+            raise ValueError("the length is no multiple of 64")
+        return super().forward(tokens)
+
+
+def test_given_tokens_are_what_a_cut_is_compared_on() -> None:
+    net, tokens = Blockwise(Gated()), torch.arange(64)[None] % 20
+    discovery = discover(net, tokens=tokens)
+    assert discovery.graph.left_out == ("1 token", "training")
+    _, verified = cut_verified_(net, discovery, pick(discovery))
+    assert verified.scenes == ("the given tokens", "128 tokens")
+    with pytest.raises(UserError, match=r"tokens has the shape \(64,\); give token ids of shape"):
+        discover(net, tokens=tokens[0])
 
 
 def test_model_without_an_embedding() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -197,6 +199,87 @@ def test_logits_of_tokens_that_are_never_written() -> None:
     for odd in (torch.inf, torch.nan, 1.0):
         assert largest_difference([never], [torch.tensor([[1.0, odd]])]) == torch.inf
     assert tolerance([torch.tensor([[3.0, torch.inf, -torch.inf]])]) == pytest.approx(3e-5)
+
+
+@pytest.mark.parametrize("written", [-1e9, torch.finfo(torch.float32).min, -torch.inf])
+def test_large_numbers_that_are_written_hide_nothing(written: float) -> None:
+    rows = torch.tensor([[[3.0, written], [-4.0, written]]])
+    assert tolerance([rows[:, :1], rows[:, 1:]]) == pytest.approx(4e-5)
+    assert verify.difference_beyond_float32([rows], [rows + torch.tensor([1.0, 0.0])]) > 0.9
+    for between, wrong in ((torch.relu, False), (unseen_factor, True)):
+        net = Net(Body(between))
+        plain = net.out.forward
+        net.out.forward = lambda x, plain=plain: plain(x).index_fill(
+            -1, torch.tensor([3, 4]), written
+        )
+        discovery = discover(net)
+        (name,) = (g.name for g in discovery.groups if g.kind in ("ffn", "other"))
+        with pytest.raises(VerificationError, match="at fault") if wrong else nullcontext():
+            check(net, {name: np.array([0, 1])}, discovery)
+
+
+class Odd(Body):
+    """Does something to what is between its layers where a condition holds for it."""
+
+    def __init__(
+        self, odd: Callable[[torch.Tensor], torch.Tensor], when: Callable[[Any, torch.Tensor], bool]
+    ) -> None:
+        super().__init__(torch.relu)
+        self.odd, self.when = odd, when
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.between(self.up(x))
+        with torch._C.DisableTorchFunction():
+            holds = self.when(self, y)
+        return self.down(self.odd(y) if holds else y)
+
+
+def cut_odd(odd: Odd) -> tuple[Net, Discovery, verify.Verified]:
+    """Cut a model with such a layer; return it and what is said of it."""
+    net = Net(odd)
+    discovery = discover(net)
+    (name,) = (g.name for g in discovery.groups if g.kind in ("ffn", "other"))
+    return net, discovery, cut_verified_(net, discovery, {name: np.array([0, 1])})[1]
+
+
+def nothing(y: torch.Tensor) -> torch.Tensor:
+    return y * torch.nan
+
+
+def noisy(y: torch.Tensor) -> torch.Tensor:
+    return y * torch.rand(())
+
+
+def test_what_is_not_finite_in_float32_alone_is_a_mistake() -> None:
+    with pytest.raises(VerificationError, match="twin by inf"):
+        cut_odd(Odd(nothing, lambda _, y: y.shape[-1] < 8 and y.dtype == torch.float32))
+
+
+def test_what_is_not_finite_in_training_is_not_random() -> None:
+    with pytest.raises(VerificationError, match=r"twin by inf .* on training"):
+        cut_odd(Odd(nothing, lambda own, y: own.training and y.shape[-1] < 8))
+
+
+def test_a_dense_model_that_is_not_finite_is_said_to_be() -> None:
+    with pytest.raises(VerificationError, match="dense model gives numbers that are not finite on"):
+        cut_odd(Odd(nothing, lambda *_: True))
+
+
+def test_a_model_that_gives_something_else_each_time() -> None:
+    with pytest.raises(VerificationError, match="the model gives something else each time"):
+        cut_odd(Odd(noisy, lambda *_: True))
+    _, _, verified = cut_odd(Odd(noisy, lambda own, _: own.training))
+    assert verified.skipped == ("training (random)",)
+    assert "8 tokens" in verified.scenes
+
+
+@pytest.mark.parametrize(("odd", "why"), [(nothing, "not finite"), (noisy, "random")])
+def test_what_was_not_compared_is_not_compared_again(odd: Any, why: str) -> None:
+    net, discovery, verified = cut_odd(Odd(odd, lambda _, y: y.shape[1] > 60))
+    assert verified.skipped == (f"129 tokens ({why})",)
+    require_same(net, copy.deepcopy(net), discovery, verified)
+    with pytest.raises(VerificationError, match="the saved folder gives logits that differ"):
+        require_same(net, copy.deepcopy(net), discovery)
 
 
 def test_pruned_model_that_cannot_run() -> None:

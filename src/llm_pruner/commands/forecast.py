@@ -287,8 +287,10 @@ class _Forecaster:
         if settings.dry_run:
             return found
         cut: Any = cut_verified_ if settings.verify else cut_
-        found["verify"], _ = _taken(partial(cut, model, discovery, removal))
-        found["reload"], _ = _taken(partial(require_same, model, sharing_copy(model), discovery))
+        found["verify"], done = _taken(partial(cut, model, discovery, removal))
+        verified = done[1] if settings.verify else None
+        again = partial(require_same, model, sharing_copy(model), discovery, verified)
+        found["reload"], _ = _taken(again)
         return found
 
     def _refits(

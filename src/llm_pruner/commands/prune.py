@@ -67,7 +67,7 @@ from llm_pruner.search.layer_trials import Damage, allocate_by_damage, measure_l
 from llm_pruner.search.structure_split import find_split, hold_out
 from llm_pruner.settings.options import option_name
 from llm_pruner.settings.prune import PruneSettings
-from llm_pruner.surgery.pruner import Surgeon, reload_check
+from llm_pruner.surgery.pruner import Surgeon
 from llm_pruner.surgery.removal import count_parameters
 from llm_pruner.types import Discovery, FloatArray, IntArray, Removal, Scores, SplitTrial
 from llm_pruner.version import __version__
@@ -693,9 +693,7 @@ class PruneRun:
             max_shard_size=settings.max_shard_size,
             dense_config=self.dense_config,
             beside=partial(self._write_beside, result),
-            check=reload_check(network, self.discovery, again, self.room, self.clock)
-            if reloads
-            else None,
+            check=self.surgeon.reload_check(self.discovery, again, self.room) if reloads else None,
         )
         self.clock.stop("save")
         return replace(

@@ -22,9 +22,9 @@ from llm_pruner.discovery.tracing.run import (
     run_trace,
     vocabulary_size,
 )
-from llm_pruner.discovery.tracing.scenes import Forward, Scene, is_of_transformers, scenes_of
+from llm_pruner.discovery.tracing.scenes import Forward, is_of_transformers, scenes_of
 from llm_pruner.discovery.tracing.trace import Role
-from llm_pruner.errors import DiscoveryError, InfeasibleError
+from llm_pruner.errors import DiscoveryError, InfeasibleError, UserError
 from llm_pruner.types import (
     Companion,
     Discovery,
@@ -45,23 +45,28 @@ def discover(
     Args:
         model: any language model that maps token ids to logits; it is not changed.
         forward: how to run it; the default uses the cache of ``transformers`` models.
-        tokens: token ids (batch, sequence); random ones by default.
+        tokens: token ids (batch, sequence) in place of a few random ones; it is run in other ways
+            too, and all are what a cut is compared on.
 
     Raises:
         DiscoveryError: the model could not be run or has no token embedding.
+        UserError: the tokens have another shape.
     """
+    if tokens is not None and tokens.ndim != 2:
+        raise UserError(
+            f"tokens has the shape {tuple(tokens.shape)}; give token ids of shape (batch, sequence)"
+        )
     plain = forward is forward_with_cache
     vocabulary = vocabulary_size(model, None if plain else forward)
-    given = Scene("the given tokens", (2, 8), forward, needed=True)
-    scenes = scenes_of(model, forward, vocabulary) if tokens is None else (given,)
+    scenes = scenes_of(model, forward, vocabulary, tokens)
     try:
-        run = run_trace(model, scenes, tokens)
+        run = run_trace(model, scenes)
     except DiscoveryError:
         if forward is not forward_with_cache or not is_of_transformers(model):
             raise
         # Some models cannot be run with their cache by hand, others have none.
         scenes = (replace(scenes[0], run=forward_without_cache), *scenes[1:])
-        run = run_trace(model, scenes, tokens)
+        run = run_trace(model, scenes)
     trace, aliases = run.trace, run.aliases
     tensors = {
         name: (tuple(tensor.shape), buffer)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -39,16 +38,15 @@ class Surgeon:
         self.edits = compose(self.edits, edits)
         self.clock.stop("verify" if self.verify else "cut")
 
+    def reload_check(
+        self, discovery: Discovery, settings: ModelSettings, memory: int
+    ) -> Callable[[Path], None]:
+        """Return a check that a saved folder gives the logits of the model in memory."""
 
-def reload_check(
-    model: Any, discovery: Discovery, settings: ModelSettings, memory: int, clock: Clock
-) -> Callable[[Path], None]:
-    """Return a check that a saved folder gives the logits of the model in memory."""
+        def check(folder: Path) -> None:
+            self.clock.stop("save")
+            again = load(settings.loading(folder), tokenizer_required=False, memory=memory)
+            require_same(self.model, again.model, discovery, self.verified)
+            self.clock.stop("reload")
 
-    def check(folder: Path) -> None:
-        clock.stop("save")
-        again = load(settings.loading(folder), tokenizer_required=False, memory=memory)
-        require_same(model, again.model, discovery)
-        clock.stop("reload")
-
-    return check
+        return check

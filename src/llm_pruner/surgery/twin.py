@@ -22,10 +22,10 @@ from torch import nn
 from llm_pruner.discovery.tracing.calls import hidden_in
 from llm_pruner.discovery.tracing.ops import Call, Operation
 from llm_pruner.discovery.tracing.run import (
-    example_tokens,
     in_view,
     label_model,
     named_tensors,
+    tokens_of,
     traced,
     watched,
 )
@@ -222,9 +222,7 @@ def _jobs(
     scenes: Sequence[Scene],
     tokens: torch.Tensor | None,
 ) -> list[Job[Logits]]:
-    given = [
-        example_tokens(model, one.shape, seed=1) if tokens is None else tokens for one in scenes
-    ]
+    given = [tokens_of(model, one, seed=1) if tokens is None else tokens for one in scenes]
     return [partial(run, *one) for one in zip(scenes, given, strict=True)]
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -103,28 +105,27 @@ def cut_verified_(
         if verified is not None:
             return cut_(model, discovery, removal), verified
     undo = Undo(model)
-    worst = 0.0
-    differ: list[tuple[Scene, float, float]] = []
+    found: dict[str, float] = {}
+    differ: list[_Difference] = []
     try:
         edits, expected, outcomes, skipped = _cut_and_run(model, discovery, removal, undo)
         scenes = [scene for scene in discovery.graph.scenes if scene.name in expected]
         for scene, outcome in zip(scenes, outcomes, strict=True):
             difference, limit = _compared(expected[scene.name], result_of(outcome), model, scene)
-            if difference > limit and scene.training and not _repeats(model, scene):
-                skipped.append(f"{scene.name} (random)")
-                del expected[scene.name]
-                continue
+            found[scene.name] = difference
             if difference > limit:
-                differ.append((scene, difference, limit))
-            worst = max(worst, difference)
+                differ.append(_Difference(scene, difference, limit))
     except BaseException:
         undo()
         raise
     if differ:
         undo()
-        told = [one for one, _, _ in differ]
-        least = min(difference for _, difference, _ in differ)
-        if not _is_rounding(model, discovery, removal, told, least):
+        random = [one for one in differ if _is_random(model, one)]
+        for one in random:
+            differ.remove(one)
+            del found[one.scene.name]
+            skipped.append(f"{one.scene.name} (random)")
+        if differ and not _is_rounding(model, discovery, removal, differ):
             scene, difference, limit = differ[0]
             names = find_culprits(model, discovery, removal, scene)
             raise VerificationError(
@@ -134,7 +135,15 @@ def cut_verified_(
                 "Leave the structure out with --structures, and please report the model."
             )
         edits = cut_(model, discovery, removal)
-    return edits, Verified(worst, tuple(expected), tuple(skipped))
+    return edits, Verified(max(found.values(), default=0.0), tuple(found), tuple(skipped))
+
+
+class _Difference(NamedTuple):
+    """A scene in which a model differs from its twin, by how much, and by how much it may."""
+
+    scene: Scene
+    difference: float
+    limit: float
 
 
 def _verified_in_float32(
@@ -205,7 +214,7 @@ def _expected(
     """Return scene -> logits of the twin, and the scenes that cannot be compared.
 
     Raises:
-        VerificationError: it cannot run in a scene that is needed.
+        VerificationError: in a scene that is needed it cannot run, or gives what is not finite.
     """
     expected: dict[str, Logits] = {}
     skipped = list(discovery.graph.left_out)
@@ -219,10 +228,17 @@ def _expected(
                     "the model, and use --no-verify to prune it all the same"
                 ) from found
             skipped.append(scene.name)
-        elif not scene.needed and not all(map(_is_finite, found)):
-            skipped.append(f"{scene.name} (not finite)")
-        else:
+        elif all(map(_is_finite, found)):
             expected[scene.name] = found
+        elif scene.needed:
+            raise VerificationError(
+                f"the masked dense model gives numbers that are not finite on {scene.name}, so no "
+                "pruned model can be compared with it, and nothing was pruned; check its weights, "
+                "leave the structure out with --structures, or use --no-verify to prune it all the "
+                "same"
+            )
+        else:
+            skipped.append(f"{scene.name} (not finite)")
     return expected, skipped
 
 
@@ -242,16 +258,16 @@ def _is_rounding(
     model: nn.Module,
     discovery: Discovery,
     removal: Removal,
-    scenes: Sequence[Scene],
-    difference: float,
+    differ: Sequence[_Difference],
 ) -> bool:
     """Whether a model and its twin differ by the rounding of float32 alone.
 
-    Then they differ ``_FINER`` times less in float64 than by ``difference``. A model that cannot be
-    run in it is not said to round.
+    Then they differ ``_FINER`` times less in float64. A model that cannot be run in it is not said
+    to round, nor one that gives what is not finite where its twin does not.
     """
     streamed, weights = is_model_streamed(model), list(model.parameters())
-    if any(weight.dtype != torch.float32 for weight in weights):
+    scenes, differences = [one.scene for one in differ], [one.difference for one in differ]
+    if any(weight.dtype != torch.float32 for weight in weights) or math.inf in differences:
         return False
     large = sum(weight.numel() for weight in weights) > _SMALL
     try:
@@ -266,7 +282,7 @@ def _is_rounding(
     except Exception:
         return False
     beyond = difference_beyond_float32(left, right)
-    return math.isfinite(beyond) and beyond * _FINER <= difference
+    return math.isfinite(beyond) and beyond * _FINER <= min(differences)
 
 
 def _leave_heads_(model: nn.Module, discovery: Discovery, removal: Removal) -> None:
@@ -288,14 +304,13 @@ def difference_beyond_float32(left: Logits, right: Logits) -> float:
     Of logits that are float32 all the same, which ``generate`` makes of all, without what their
     own rounding explains.
     """
-    worst = 0.0
+    worst, size = 0.0, _size(left)
     for a, b in zip(left, right, strict=True):
         difference = 0.0 if torch.equal(a, b) else largest_difference([a], [b])
         if not math.isfinite(difference):
             return math.inf
         if difference:
-            rounds = 4 * torch.finfo(a.dtype).eps * a.abs().max().item()
-            worst = max(worst, difference - rounds)
+            worst = max(worst, difference - 4 * torch.finfo(a.dtype).eps * size)
     return worst
 
 
@@ -314,14 +329,25 @@ def _twin_and_copy(
 
 
 @exact_products()
-def require_same(model: nn.Module, loaded: nn.Module, discovery: Discovery) -> None:
+def require_same(
+    model: nn.Module, loaded: nn.Module, discovery: Discovery, verified: Verified | None = None
+) -> None:
     """Raise VerificationError if a model gives other logits once it is saved and loaded again.
 
-    It is as it was in training mode if it is in the others, and with padding. Both compute in
-    float32, one after the other, or one block after the other where there is no room for that.
+    Both are run on short and on long input: a folder that is right there is right with padding and
+    in training mode, too. Both compute in float32, one after the other, or one block after the
+    other where there is no room for that.
+
+    Args:
+        verified: what was said of the model when it was cut; in what could not be compared then,
+            it is not compared now.
     """
-    short = discovery.graph.scenes[0].shape[1]
-    scenes = [one for one in discovery.graph.scenes if one.needed or one.shape[1] > short]
+    scenes = [
+        one
+        for one in discovery.graph.scenes
+        if one.needed or one.shape[1] > 8
+        if verified is None or one.name in verified.scenes
+    ]
     compared = None
     if any(map(_is_short, (model, loaded))):
         with suppress(RuntimeError, VerificationError, UserError):  # code of its own type alone
@@ -379,15 +405,30 @@ def _take_unrounded_(loaded: nn.Module, model: nn.Module) -> None:
             buffer.data = whole
 
 
-def _repeats(model: nn.Module, scene: Scene) -> bool:
-    """Whether a model gives the same twice; what is random in training cannot be compared."""
-    runs = []
+def _is_random(model: nn.Module, differs: _Difference) -> bool:
+    """Whether the dense model itself gives something else each time, so that none can equal it.
+
+    Raises:
+        VerificationError: it does in a scene that is needed.
+    """
+    if not math.isfinite(differs.difference):
+        return False
+    scene = differs.scene
+    runs: list[Logits] = []
     devices = {one.device for one in model.parameters() if one.is_cuda}
     with torch.random.fork_rng(devices=devices):
         for seed in (0, 1):
             torch.manual_seed(seed)
             runs.append(joined(run_pruned(model, [scene])))
-    return largest_difference(*runs) <= tolerance(runs[0], model)
+    difference, limit = _compared(runs[0], runs[1], model, scene)
+    random = limit < difference < math.inf
+    if random and scene.needed:
+        raise VerificationError(
+            f"the model gives something else each time it runs on {scene.name}, so no pruned model "
+            "can be compared with it, and nothing was pruned; switch off what is random (dropout, "
+            "sampling), or use --no-verify to prune it all the same"
+        )
+    return random
 
 
 def largest_difference(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
@@ -411,7 +452,7 @@ def tolerance(logits: list[torch.Tensor], model: nn.Module | None = None, length
     than 64 tokens round more, in proportion, and so do more than 8 layers, by the root of their
     number.
     """
-    size = max(1.0, *(tensor.nan_to_num(0, 0, 0).abs().max().item() for tensor in logits))
+    size = max(1.0, _size(logits))
     types, depth = {logits[0].dtype}, 1
     if model is not None:
         types |= {p.dtype for p in model.parameters() if p.is_floating_point()}
@@ -419,6 +460,21 @@ def tolerance(logits: list[torch.Tensor], model: nn.Module | None = None, length
     precision = max(torch.finfo(dtype).eps for dtype in types)
     least = 1e-5 * math.sqrt(max(1.0, depth / 8)) * max(1.0, length / 64)
     return size * max(least, 32 * precision if precision > 1e-6 else 0.0)
+
+
+def _size(logits: Logits) -> float:
+    """Return the largest absolute value, but for tokens that are given one value everywhere.
+
+    That is written there, such as -1e9 or the least number of the type where a token is never to
+    be written; it is not rounded, and would hide any difference of the others.
+    """
+    by_width: dict[int, list[torch.Tensor]] = defaultdict(list)
+    for one in logits:
+        by_width[one.shape[-1]].append(one.nan_to_num(0, 0, 0).reshape(-1, one.shape[-1]))
+    rows = [torch.cat(parts) for parts in by_width.values()]
+    computed = [one[:, (one != one[0]).any(0)] for one in rows]
+    sizes = [one.abs().max().item() for one in computed if one.numel()]
+    return max(sizes or (one.abs().max().item() for one in rows))
 
 
 def find_culprits(

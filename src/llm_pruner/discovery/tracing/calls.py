@@ -227,6 +227,7 @@ class Siblings:
             if isinstance(module, nn.ModuleList | nn.ModuleDict)
         ]
         self._calls: dict[nn.Module, tuple[Any, Any, Any]] = {}
+        self._where: dict[nn.Module, str] = {}
         self._handles = [
             child.register_forward_hook(self._hook, with_kwargs=True)
             for parent in self._parents
@@ -238,6 +239,7 @@ class Siblings:
         # A call on no tokens at all shows nothing.
         if all(tensor.numel() for tensor in _tensors((args, kwargs))):
             self._calls.setdefault(module, (args, kwargs, output))
+            self._where.setdefault(module, code_line(passing_calls=True))
 
     def run_rest(self, tracer: Tracer) -> None:
         """Run each child that was not called on what its first equal sibling was given.
@@ -247,7 +249,7 @@ class Siblings:
         for parent in self._parents:
             called = [child for child in parent.children() if child in self._calls]
             for child in [child for child in parent.children() if child not in self._calls]:
-                like = next((other for other in called if _alike(child, other)), None)
+                like = self._like(child, called)
                 if like is None:
                     continue
                 args, kwargs, expected = self._calls[like]
@@ -260,6 +262,20 @@ class Siblings:
                     if _lengths(axes[0]) == _lengths(axes[1]):
                         for left, right in zip(*axes, strict=True):
                             tracer.unify(left, right)
+
+    def _like(self, child: nn.Module, called: list[nn.Module]) -> nn.Module | None:
+        """Return the first of several equal siblings that one line of code called, if it did.
+
+        As the line that calls experts does. A single one tells nothing of the others, which may be
+        given something else, as cross-attention is.
+        """
+        by_line: dict[str, nn.Module] = {}
+        for other in called:
+            if _alike(child, other):
+                first = by_line.setdefault(self._where[other], other)
+                if first is not other:
+                    return first
+        return None
 
     def close(self) -> None:
         """Remove the hooks, and let go of what the modules were given."""

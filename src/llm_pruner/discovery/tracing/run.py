@@ -28,8 +28,8 @@ from llm_pruner.discovery.tracing.provenance import (
 from llm_pruner.discovery.tracing.scenes import (
     Scene,
     Unwritten,
+    instead,
     is_of_transformers,
-    shorter,
     staged,
 )
 from llm_pruner.discovery.tracing.sizes import Expr
@@ -154,6 +154,13 @@ def example_tokens(
     return torch.randint(low, size, shape, generator=generator).to(_device(model))
 
 
+def tokens_of(model: nn.Module, scene: Scene, seed: int = 0) -> torch.Tensor:
+    """Return the token ids of a scene: those that were given, or seeded random ones."""
+    if scene.tokens is None:
+        return example_tokens(model, scene.shape, seed)
+    return scene.tokens.to(_device(model))
+
+
 def forward_with_cache(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
     """Run a model as generation does: all tokens but the last at once, the last with the cache.
 
@@ -214,13 +221,12 @@ class Run:
     left_out: tuple[str, ...]
 
 
-def run_trace(model: nn.Module, scenes: Sequence[Scene], tokens: torch.Tensor | None = None) -> Run:
+def run_trace(model: nn.Module, scenes: Sequence[Scene]) -> Run:
     """Trace a model through scenes; one without weights (on meta) runs on stand-ins.
 
     Args:
         model: comes back as it was.
         scenes: the ways in which it is run; those that it cannot be run in are left out.
-        tokens: token ids for the first scene; random ones by default.
 
     Raises:
         DiscoveryError: it cannot be run in a scene that is needed.
@@ -236,7 +242,7 @@ def run_trace(model: nn.Module, scenes: Sequence[Scene], tokens: torch.Tensor | 
             in_view(model),
             traced(model, tracer) as trace.attributes,
         ):
-            done = [_perform(model, scene, tokens, tracer) for scene in scenes]
+            done = [_perform(model, scene, tracer) for scene in scenes]
             layers.close()
             with tracer, SizeMode(tracer):
                 siblings.run_rest(tracer)
@@ -314,12 +320,10 @@ def _outputs_kept(model: nn.Module, tracer: Tracer) -> Iterator[None]:
         handle.remove()
 
 
-def _perform(
-    model: nn.Module, scene: Scene, tokens: torch.Tensor | None, tracer: Tracer
-) -> Scene | None:
-    """Run a scene, or a shorter one in its place; return which, None if it cannot be run."""
-    for attempt in (scene, *shorter(scene)):
-        ids = example_tokens(model, attempt.shape) if tokens is None else tokens
+def _perform(model: nn.Module, scene: Scene, tracer: Tracer) -> Scene | None:
+    """Run a scene, or another in its place; return which, None if it cannot be run."""
+    for attempt in (scene, *instead(scene)):
+        ids = tokens_of(model, attempt)
         try:
             for logits in watched(model, attempt, ids, tracer):
                 tracer.freeze_axes(logits, "the vocabulary")

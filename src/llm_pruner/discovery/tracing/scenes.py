@@ -15,7 +15,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from typing import Any
 
@@ -50,6 +50,9 @@ _LONG = 40
 _POSITIONS = 128
 """Positions of a long input whose logits are compared."""
 
+_GENERATES = " and generate"
+"""How the name ends of a scene that goes through ``generate``."""
+
 _RANDOM = re.compile("drop|jitter|noise", re.IGNORECASE)
 
 
@@ -63,6 +66,7 @@ class Scene:
         run: runs the model on such token ids.
         training: whether in training mode.
         needed: whether a model that cannot be run so cannot be traced.
+        tokens: the token ids, where it is not run on random ones.
     """
 
     name: str
@@ -70,10 +74,13 @@ class Scene:
     run: Forward
     training: bool = False
     needed: bool = False
+    tokens: torch.Tensor | None = field(default=None, compare=False)
 
 
-def scenes_of(model: nn.Module, forward: Forward, vocabulary: int) -> tuple[Scene, ...]:
-    """Return the scenes of a model; ``forward`` runs it on a few tokens."""
+def scenes_of(
+    model: nn.Module, forward: Forward, vocabulary: int, tokens: torch.Tensor | None = None
+) -> tuple[Scene, ...]:
+    """Return the scenes of a model; ``forward`` runs it on a few tokens, or on those given."""
     length, beyond = long_length(model, vocabulary)
     said = f"{length:,} tokens" + (f" (not {beyond:,})" if beyond else "")
     named = is_of_transformers(model)
@@ -81,9 +88,13 @@ def scenes_of(model: nn.Module, forward: Forward, vocabulary: int) -> tuple[Scen
     padded = Scene("padding left and right", (2, 8), _padded)
     long = Scene(said, (1, length), run)
     if named and hasattr(model, "generate"):
-        long = Scene(f"{said} and generate", (1, length), generated)
+        long = Scene(f"{said}{_GENERATES}", (1, length), generated)
+    first = Scene("8 tokens", (2, 8), forward, needed=True)
+    if tokens is not None:
+        samples, count = tokens.shape
+        first = replace(first, name="the given tokens", shape=(samples, count), tokens=tokens)
     return (
-        Scene("8 tokens", (2, 8), forward, needed=True),
+        first,
         *([padded] if named and "attention_mask" in parameters_of(model) else []),
         long,
         *([] if named else [Scene("1 token", (2, 1), run)]),
@@ -91,14 +102,21 @@ def scenes_of(model: nn.Module, forward: Forward, vocabulary: int) -> tuple[Scen
     )
 
 
-def shorter(scene: Scene) -> Iterator[Scene]:
-    """Yield a scene of long input anew with fewer tokens, for models that take no more."""
+def instead(scene: Scene) -> Iterator[Scene]:
+    """Yield what long input becomes for models that cannot run it: shorter, without ``generate``.
+
+    Tokens that were given stay as they are.
+    """
     length = scene.shape[1]
-    if length < _LONG:
+    if length < _LONG or scene.tokens is not None:
         return
     for fewer in dict.fromkeys((length - 1, length // 2, length // 4, _LONG)):
         name = scene.name.replace(f"{length:,} tokens", f"{fewer:,} tokens", 1)
         yield replace(scene, name=name, shape=(scene.shape[0], fewer))
+    if scene.run is generated:
+        plain = replace(scene, name=scene.name.removesuffix(_GENERATES), run=_by_name)
+        yield plain
+        yield from instead(plain)
 
 
 def is_of_transformers(model: nn.Module) -> bool:
