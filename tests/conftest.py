@@ -71,6 +71,15 @@ def traced_once(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def unsynced(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let nothing wait for the disk, which a command does twenty times; the tests of files do."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.parent.name != "files":
+            patch.setattr("os.fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, which no test changes."""
