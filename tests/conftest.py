@@ -1,4 +1,4 @@
-"""Leaves out what no test of a module looks at, and prints what the twin tests measured."""
+"""Fixtures that many share; leaves out what no test of a module looks at; prints twins measured."""
 
 from __future__ import annotations
 
