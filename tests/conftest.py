@@ -1,9 +1,10 @@
-"""Leaves out what no test of a module looks at, and prints what the twin tests measured."""
+"""Fixtures that many share; leaves out what no test of a module looks at; prints twins measured."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -68,6 +69,56 @@ def traced_once(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(groups, "scenes_of", lambda *given: every(*given)[:1])
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def unsynced(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let nothing wait for the disk, which a command does twenty times; the tests of files do."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.parent.name != "files":
+            patch.setattr("os.fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, which no test changes."""
+    from command import save_tiny
+
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder ``place`` of a module as the current one."""
+    monkeypatch.chdir(place)
+    return place
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail if a model is loaded."""
+
+    def load_model(source: str, **_: object) -> None:
+        raise AssertionError(f"{source} was loaded")
+
+    monkeypatch.setattr("llm_pruner.models.load.load_model", load_model)
 
 
 @pytest.hookimpl(tryfirst=True)

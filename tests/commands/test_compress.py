@@ -9,7 +9,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -24,8 +24,17 @@ import llm_pruner.commands.compress as stages
 import llm_pruner.commands.evaluate
 import llm_pruner.commands.prune
 import llm_pruner.commands.recover
-import llm_pruner.models.load
-from command import contents, done, figures, measured_here, run, save_tiny, write_text
+from command import (
+    contents,
+    done,
+    figures,
+    interrupt,
+    measured_here,
+    refused,
+    run,
+    save_tiny,
+    write_text,
+)
 from helpers import tiny_tokenizer
 from llm_pruner.cli.compress import show
 from llm_pruner.commands.compress import chunks_in_time, time_to_recover, trainings
@@ -87,16 +96,6 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     with measured_here():
         yield tmp_path
-
-
-@pytest.fixture
-def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail if a model is loaded."""
-
-    def load_model(source: str, **settings: object) -> None:
-        raise AssertionError(f"{source} was loaded")
-
-    monkeypatch.setattr(llm_pruner.models.load, "load_model", load_model)
 
 
 @pytest.fixture
@@ -201,21 +200,6 @@ def test_the_control_has_a_share_of_the_time() -> None:
     assert trainings(sizes, control=True) == 2.25
     assert trainings(sizes, control=False) == 1
     assert trainings({}, control=True) == 2  # where no report could be drawn
-
-
-def interrupt(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, call: int = 1) -> None:
-    """Interrupt the run when a function is called, in all calls before the last ones."""
-    real: Callable[..., Any] = getattr(place, name)
-    calls = 0
-
-    def interrupted(*args: Any, **keywords: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise KeyboardInterrupt
-        return real(*args, **keywords)
-
-    monkeypatch.setattr(place, name, interrupted)
 
 
 PLACES: tuple[tuple[Any, str, int], ...] = (
@@ -395,16 +379,6 @@ def test_other_items_of_a_task_are_another_run(tmp_path: Path) -> None:
         items.write_text(text)
         seen.append(stages.about(CompressSettings(**asked, tasks="boolq")))
     assert seen[0] != seen[1]
-
-
-def refused(*args: object) -> str:
-    """Run what must be refused in one line and leave nothing; return what it says."""
-    before = contents(Path.cwd())
-    result = run(*args)
-    assert result.code == 2, result
-    assert (result.out, len(result.err.splitlines())) == ("", 1)
-    assert contents(Path.cwd()) == before
-    return result.err.removeprefix("llm-pruner: ").rstrip("\n")
 
 
 def test_other_settings_are_refused_and_restarted(
@@ -593,29 +567,6 @@ def test_text_is_written_while_time_lasts() -> None:
     for there, most, seconds, wanted in ((0, 9, 0, 1), (1, 9, 0, 1), (1, 9, 10, 3), (0, 2, 99, 2)):
         found = chunks_in_time(there, most, seconds, write, lambda: now, longest=4)
         assert found == wanted, (there, most, seconds)
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--ratio", 0.2, "--params", "1M"], "--ratio and --params say different things; give one"),
-        (["--ratio", 2], "ratio=2"),
-        (["--preset", "bset"], "no preset 'bset'; did you mean best?"),
-        (["--time-budget", "soon"], "--time-budget soon is no time; write such as 90s, 30m or 2h"),
-        (["--no-recover", "--data", "self"], "--data is about recovery; leave it or --no-recover"),
-        (["--data", "absent.jsonl"], "absent.jsonl does not exist; check the path of the text"),
-        (["--calibration", "absent.txt"], "absent.txt does not exist; check the path of the text"),
-        (["--perplexity", "absent.txt"], "absent.txt does not exist; check the path of the text"),
-        (["--limit", 3], "--limit 3 is about tasks; add --tasks NAMES or leave it out"),
-        (["--tasks", "boolq", "--limit", 0], "limit=0 leaves no documents; use 1 or more"),
-        (["--tasks", "boolq", "--tasks-data", "nofolder"], "nofolder is no folder"),
-        (["--max-shard-size", "5XB"], "--max-shard-size '5XB' is no size of a file; use a number"),
-    ],
-)
-def test_what_is_refused_before_a_model_is_loaded(
-    work: Path, made: Path, unloaded: None, options: list[object], said: str
-) -> None:
-    assert refused("compress", made / "dense", "--out", "small", *options).startswith(said)
 
 
 def test_chats_that_the_template_refuses_are_found_before_pruning(

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 import llm_pruner.commands.compress as stages
 import llm_pruner.commands.prune
 import llm_pruner.commands.vocab
-from command import contents, done, figures, measured_here, run, write_text
+from command import done, figures, measured_here, refused, run, write_text
 from helpers import tiny_model
 from llm_pruner.data.sequences import bare_ids
 from llm_pruner.models.load import load_model
@@ -67,15 +67,6 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stages, "measure_apart", figures)
     return tmp_path
-
-
-def refused(*args: object) -> str:
-    """Run a command that is refused in one line and leaves everything as it was."""
-    before = contents(Path.cwd())
-    result = run(*args)
-    assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
-    assert contents(Path.cwd()) == before
-    return result.err.removeprefix("llm-pruner: ").rstrip("\n")
 
 
 def test_the_result_is_that_of_both_commands(

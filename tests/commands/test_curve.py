@@ -14,7 +14,7 @@ import torch
 
 import llm_pruner as lp
 import llm_pruner.recovery as recovery
-from command import PLAIN, Result, contents, done, run, save_tiny
+from command import PLAIN, Result, done, interrupt, refused, run, save_tiny
 from llm_pruner.commands import curve as curves
 from llm_pruner.commands import prune as pruning
 from llm_pruner.commands.curve import CurveRun, smallest_for
@@ -29,7 +29,7 @@ from llm_pruner.search.fast_widths import Rounding
 from llm_pruner.search.layer_trials import Damage, measure_layers
 from llm_pruner.settings.curve import CurveSettings
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("here")]
 
 TEXT = ("--calibration", "text.txt", "--samples", 16, "--seq-len", 24)
 HOW = ("--preset", "balanced", *TEXT)
@@ -46,11 +46,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = "".join(letters.choice("abcdefghij klmnop") for _ in range(4000))
         (folder / name).write_text(text)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
 
 
 @pytest.fixture(scope="module")
@@ -236,15 +231,8 @@ def test_a_multiple_that_was_timed_holds_after_an_interruption(
     multiples = iter((8,))  # once, for all points
     timed = lambda *_: Rounding(next(multiples), {})  # noqa: E731
     monkeypatch.setattr(pruning, "measured_rounding", timed)
-    point = CurveRun.point
-
-    def interrupted(self: CurveRun, ratio: float) -> Any:
-        if ratio == 0.3:
-            raise KeyboardInterrupt
-        return point(self, ratio)
-
     with monkeypatch.context() as patch:
-        patch.setattr(CurveRun, "point", interrupted)
+        interrupt(patch, CurveRun, "point", 2)
         assert run(*command).code == 130
     done(*command)
     plans = [read_plan(f"timed/plan-{ratio}.json").settings for ratio in (0.1, 0.3)]
@@ -298,16 +286,9 @@ def test_what_each_layer_does_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> 
         new.append(len(found) - len(args[-1]))
         return found
 
-    point = CurveRun.point
-
-    def interrupted(self: CurveRun, ratio: float) -> Any:
-        if ratio == 0.3:
-            raise KeyboardInterrupt
-        return point(self, ratio)
-
     monkeypatch.setattr(pruning, "measure_layers", counted)
     with monkeypatch.context() as patch:
-        patch.setattr(CurveRun, "point", interrupted)
+        interrupt(patch, CurveRun, "point", 2)
         assert run(*command).code == 130
     done(*command)
     assert [count > 0 for count in new] == [True, False]
@@ -320,11 +301,8 @@ def test_what_each_layer_does_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> 
 def test_sizes_that_cannot_be_reached() -> None:
     """Those that were asked for by name are refused, others left out."""
     how = ("--structures", "ffn", "--layers", "ffn=1-1", "--criterion", "l2", *HOW)
-    before = contents(Path())
-    result = run("curve", "dense", "--out", "heads", *how, "--ratios", "0.05,0.6")
-    assert result.code == 2
-    assert "ratio=0.6 cannot be reached" in result.err
-    assert contents(Path()) == before
+    said = refused("curve", "dense", "--out", "heads", *how, "--ratios", "0.05,0.6")
+    assert "ratio=0.6 cannot be reached" in said
     result = done("curve", "dense", "--out", "heads", *how)
     assert "warning: no point at 0.6: ratio=0.6 cannot be reached" in result.err
     data = json.loads(Path("heads/curve.json").read_text())
@@ -333,10 +311,8 @@ def test_sizes_that_cannot_be_reached() -> None:
 
 def test_text_to_measure_on_must_be_left() -> None:
     how = ("--preset", "fast", "--calibration", "text.txt", "--seq-len", 40, "--samples")
-    result = run("curve", "dense", "--out", "none", *how, 100)
-    assert result.code == 2
-    assert "all of text.txt is calibrated on" in result.err
-    assert not Path("none.measuring").exists()
+    said = refused("curve", "dense", "--out", "none", *how, 100)
+    assert "all of text.txt is calibrated on" in said
 
 
 def test_sizes_are_measured_in_their_order() -> None:
@@ -348,9 +324,8 @@ def test_sizes_are_measured_in_their_order() -> None:
 def test_the_calibration_text_by_another_path_is_refused(name: str) -> None:
     if not Path("link.txt").is_symlink():
         Path("link.txt").symlink_to("text.txt")
-    result = run("curve", "dense", "--out", "none", *HOW, "--text", name)
-    assert result.code == 2
-    assert f"--text {name} is the calibration text" in result.err
+    said = refused("curve", "dense", "--out", "none", *HOW, "--text", name)
+    assert f"--text {name} is the calibration text" in said
 
 
 def test_a_text_that_is_too_short_is_refused_before_a_point(
@@ -358,10 +333,8 @@ def test_a_text_that_is_too_short_is_refused_before_a_point(
 ) -> None:
     monkeypatch.setattr(PruneRun, "make_plan", lambda *_: pytest.fail("a point was begun"))
     Path("short.txt").write_text("a few words")
-    result = run("curve", "dense", "--out", "none", *HOW, "--text", "short.txt")
-    assert result.code == 2
-    assert "the text is too short; use --measured-tokens 11 or less, or more text" in result.err
-    assert not Path("none.measuring").exists()
+    said = refused("curve", "dense", "--out", "none", *HOW, "--text", "short.txt")
+    assert "the text is too short; use --measured-tokens 11 or less, or more text" in said
 
 
 def test_few_tokens_of_a_field_are_measured_on(tmp_path: Path) -> None:
@@ -378,9 +351,8 @@ def test_a_field_that_nothing_has_is_refused(tmp_path: Path) -> None:
     text = tmp_path / "said.jsonl"
     text.write_text(json.dumps({"text": "abc " * 400}))
     how = ("--preset", PLAIN, "--calibration", "self", "--text", text, "--text-field", "said")
-    refused = run("curve", "dense", "--out", tmp_path / "sizes", *how)
-    assert refused.code == 2
-    assert "said.jsonl has no field 'said'; its fields are text" in refused.err
+    said = refused("curve", "dense", "--out", tmp_path / "sizes", *how, within=tmp_path)
+    assert "said.jsonl has no field 'said'; its fields are text" in said
 
 
 def test_from_python(made: tuple[dict[str, Any], Result]) -> None:

@@ -13,8 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import llm_pruner.data.selfmade
-import llm_pruner.models.load
-from command import WORDS, contents, done, run, save_tiny, write_text
+from command import WORDS, done, interrupt, refused, run, save_tiny, write_text
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.commands import recover as recovering
 from llm_pruner.commands import workdir
@@ -47,36 +46,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows += [{"instruction": WORDS[:n], "output": WORDS[::-1]} for n in range(1, 46)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
-
-
-@pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def refused(work: Path, *args: object) -> str:
-    """Run what must be refused in one line and leave nothing; return what it says."""
-    before = contents(work)
-    result = run("recover", *args)
-    assert result.code == 2, result
-    assert result.out == ""
-    assert contents(work) == before
-    assert len(result.err.splitlines()) == 1
-    return result.err.removeprefix("llm-pruner: ").rstrip("\n")
-
-
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Interrupt training after so many steps."""
-    real = RecoveryTrainer.training_step
-
-    def interrupted(self: RecoveryTrainer, *args: object, **keywords: object) -> object:
-        if self.state.global_step == step:
-            raise KeyboardInterrupt
-        return real(self, *args, **keywords)
-
-    monkeypatch.setattr(RecoveryTrainer, "training_step", interrupted)
 
 
 def test_layers_that_differ_are_saved_as_they_came(work: Path, made: Path) -> None:
@@ -265,17 +234,27 @@ def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPat
     assert short == [False, True, False]
 
 
-def test_adapters_on_weights_in_half_precision(
-    work: Path, made: Path, halves: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda _: True)
-    own, seen = recovering.recover_, []
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """Types of the weights of each model that is trained."""
+    own, seen = recovering.recover_, list[torch.dtype]()
 
     def watched(model: torch.nn.Module, *args: Any, **others: Any) -> Any:
         seen.append(next(model.parameters()).dtype)
         return own(model, *args, **others)
 
     monkeypatch.setattr(recovering, "recover_", watched)
+    return seen
+
+
+def test_adapters_on_weights_in_half_precision(
+    work: Path,
+    made: Path,
+    halves: Path,
+    seen: list[torch.dtype],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda _: True)
     options = ("--data", made / "rows.jsonl", "--teacher", halves, *QUICK, "--json", "-")
     found = json.loads(done("recover", halves, "--out", "better", *options).out)
     assert seen == [torch.bfloat16]
@@ -286,27 +265,24 @@ def test_adapters_on_weights_in_half_precision(
 
 
 def test_a_run_goes_on_in_its_types_and_with_less_memory(
-    work: Path, made: Path, halves: Path, monkeypatch: pytest.MonkeyPatch
+    work: Path,
+    made: Path,
+    halves: Path,
+    seen: list[torch.dtype],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(precision, "multiplies_bfloat16", lambda _: False)
     data = ("--data", made / "rows.jsonl", *QUICK, "--no-bf16")
     command = ("recover", halves, "--out", "better", *data)
     with monkeypatch.context() as patch:
         patch.setattr(recovering, "free_bytes", lambda _: 0)
-        interrupt_at(patch, 3)
+        interrupt(patch, RecoveryTrainer, "training_step", 4)
         assert run(*command).code == 130
-    said = refused(work, *command[1:], "--resume", "--dtype", "bfloat16")
+    said = refused(*command, "--resume", "--dtype", "bfloat16")
     assert said.startswith("the interrupted run has dtype=auto and this one dtype=bfloat16; give")
-    own, seen = recovering.recover_, []
-
-    def watched(model: torch.nn.Module, *args: Any, **others: Any) -> Any:
-        seen.append(next(model.parameters()).dtype)
-        return own(model, *args, **others)
-
-    monkeypatch.setattr(recovering, "recover_", watched)
     # The way out of a memory that was full; nothing else is changed by it.
     done(*command, "--resume", "--gradient-checkpointing")
-    assert seen == [torch.bfloat16]
+    assert seen == [torch.bfloat16] * 2
     record = json.loads(Path("better/recovery.json").read_text())
     assert record["settings"]["gradient_checkpointing"]
 
@@ -326,7 +302,7 @@ def test_what_is_scored_is_what_is_saved(work: Path, made: Path, halves: Path) -
 def test_an_interruption_says_how_to_go_on(
     work: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupt_at(monkeypatch, 3)
+    interrupt(monkeypatch, RecoveryTrainer, "training_step", 4)
     command = ("recover", made / "small", "--out", "better", "--data", made / "rows.jsonl", *QUICK)
     result = run(*command)
     assert result.code == 130
@@ -378,17 +354,13 @@ def test_a_student_learns_on_what_it_writes_itself(work: Path, made: Path) -> No
     assert "29 texts that it wrote itself" in Path("better/README.md").read_text()
 
 
-def interrupt(*_: object, **__: object) -> None:
-    raise KeyboardInterrupt
-
-
 def test_what_the_student_wrote_is_no_strange_file_of_a_run(
     work: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ("--data", "pruned", "--teacher", made / "dense", "--samples", 30, "--seq-len", 24)
     options = (*options, "--distill-weight", 1, "--max-steps", 2)
     with monkeypatch.context() as patch:
-        patch.setattr(recovering, "recover_", interrupt)
+        interrupt(patch, recovering, "recover_")
         assert run("recover", made / "small", "--out", "better", *options).code == 130
     assert list(Path("better.recovering").glob("pruned-*"))
     done("recover", made / "small", "--out", "better", *options, "--resume")
@@ -435,12 +407,12 @@ def test_what_a_teacher_says_in_another_type_is_kept_apart(
 def test_an_interrupted_run_is_not_lost_by_accident(work: Path, made: Path) -> None:
     options = ["--data", made / "rows.jsonl", *QUICK, "--save-every", 1]
     Path("better.recovering").mkdir()
-    said = refused(work, made / "small", "--out", "better", *options)
+    said = refused("recover", made / "small", "--out", "better", *options)
     assert said == (
         "better.recovering holds a run that was interrupted; go on with --resume, or throw it "
         "away with --restart"
     )
-    said = refused(work, made / "small", "--out", "better", *options, "--resume", "--restart")
+    said = refused("recover", made / "small", "--out", "better", *options, "--resume", "--restart")
     assert said == "--resume and --restart say different things; give one of them"
     now = __version__
     for asked, differs in (
@@ -448,7 +420,7 @@ def test_an_interrupted_run_is_not_lost_by_accident(work: Path, made: Path) -> N
         ({"llm_pruner": "0.0", "model": "small"}, f"llm_pruner=0.0 and this one llm_pruner={now}"),
     ):
         Path("better.recovering/run.json").write_text(json.dumps(asked))
-        said = refused(work, made / "small", "--out", "better", *options, "--resume")
+        said = refused("recover", made / "small", "--out", "better", *options, "--resume")
         assert said == (
             f"the interrupted run has {differs}; give the same options, or begin anew with "
             "--restart"
@@ -489,84 +461,35 @@ def test_of_several_sources_only_self_has_the_number_that_was_written(tmp_path: 
     assert [len(one.train) for one in made] == [19, 98]
 
 
-@pytest.fixture
-def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail if a model is loaded."""
-
-    def load_model(source: str, **settings: object) -> None:
-        raise AssertionError(f"{source} was loaded")
-
-    monkeypatch.setattr(llm_pruner.models.load, "load_model", load_model)
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--preset", "fast"], "no preset 'fast'; known are paper, quick"),
-        (["--method", "qlora"], "--method qlora is unknown; did you mean lora?"),
-        (["--learning-rate", 0], "--learning-rate 0.0 trains nothing; use a number above 0"),
-        (["--epochs", "nan"], "--epochs nan trains nothing; use a number above 0"),
-        (["--max-minutes", -1], "--max-minutes -1.0 trains nothing; use a number above 0"),
-        (["--batch-size", 0], "--batch-size 0 is too small; use 1 or more"),
-        (["--seq-len", 1], "--seq-len 1 is too small; use 2 or more"),
-        (["--schedule", "flat"], "--schedule flat is unknown; use one of linear, cosine"),
-        (["--lora-dropout", 1], "--lora-dropout 1.0 is outside [0, 1); use such as 0.05"),
-        (["--samples", 1], "--samples 1 leaves nothing to train on or to judge by; use 2 or more"),
-        (["--data", "self"], "--data self is text that the dense model writes; name that model"),
-        (["--data", "pruned"], "--data pruned is text that the dense model judges; name that mod"),
-        (
-            ["--data", "pruned", "--teacher", "x", "--distill-weight", 0.5],
-            "--distill-weight 0.5 leaves the rest to a text that the pruned model wrote itself",
-        ),
-        (["--data", "absent.jsonl"], "absent.jsonl does not exist; check the path of the text"),
-        (["--method", "full", "--keep-adapter"], "method full has no adapter to keep; leave --ke"),
-        (["--teacher", "x", "--temperature", 0], "--temperature 0.0 is no temperature; use such"),
-        (["--teacher", "x", "--distill-weight", 2], "--distill-weight 2.0 is outside [0, 1]; use"),
-        (["--teacher", "x", "--teacher-top-k", 0], "--teacher-top-k 0 keeps nothing; use 1 or"),
-        (["--distill-weight", 0.3], "--distill-weight 0.3 is about a teacher; name that with --te"),
-        (["--teacher-top-k", 5], "--teacher-top-k 5 is about a teacher; name that with --teacher"),
-        (["--method", "blocks", "--lora-r", 4], "--lora-r 4 is about adapters, and method blocks"),
-        (["--trainer", "lr_scheduler_kwargs={a"], "--trainer lr_scheduler_kwargs={a: {a is no YA"),
-        (["--trainer", "warmup_steps=5"], "--trainer warmup_steps=5: recover sets warmup_steps it"),
-        (["--trainer", "num_train_epochs=5"], "--trainer num_train_epochs=5: recover sets num_tra"),
-        (["--report-to", "paper"], "--report-to paper is unknown; use one of none, tensorboard"),
-    ],
-)
-def test_settings_are_refused_before_the_model_is_loaded(
-    work: Path, made: Path, unloaded: None, options: list[object], said: str
-) -> None:
-    data = () if "--data" in options else ("--data", made / "rows.jsonl")
-    assert refused(work, "any/model", "--out", "out", *data, *options).startswith(said)
-
-
 def test_what_does_not_fit_the_model_is_refused(work: Path, made: Path) -> None:
     data = ("--data", made / "rows.jsonl")
     small = made / "small"
-    said = refused(work, small, "--out", "out", *data, "--seq-len", 513)
+    said = refused("recover", small, "--out", "out", *data, "--seq-len", 513)
     assert said == "--seq-len 513 is longer than the model's maximum; use 512 or less"
-    said = refused(work, small, "--out", "out", *data, "--template", "chat")
+    said = refused("recover", small, "--out", "out", *data, "--template", "chat")
     assert said == "the tokenizer has no chat template; use --template alpaca"
     short = write_text(work / "short.txt", 60)
-    said = refused(work, small, "--out", "out", *data, "--perplexity", short)
+    said = refused("recover", small, "--out", "out", *data, "--perplexity", short)
     assert said.startswith("short.txt gives ")
     assert "use --perplexity-seq-len " in said
     plain = write_text(work / "plain.txt", 3000)
-    said = refused(work, small, "--out", "out", "--data", plain, "--mask-prompt")
+    said = refused("recover", small, "--out", "out", "--data", plain, "--mask-prompt")
     assert said.startswith("--mask-prompt is for examples that someone asks and someone answers")
     other = save_tiny(work / "other", num_hidden_layers=1)
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
     tokenizer.save_pretrained(other)
-    said = refused(work, other, "--out", "out", *data)
+    said = refused("recover", other, "--out", "out", *data)
     assert said == (
         "the tokenizer gives token 259 and the model has 259 tokens; use the tokenizer that "
         "belongs to the model"
     )
-    said = refused(work, small, "--out", "out", *data, "--method", "full", "--dtype", "bfloat16")
+    full = ("recover", small, "--out", "out", *data, "--method", "full", "--dtype")
+    said = refused(*full, "bfloat16")
     assert said.startswith("method full on half-precision weights loses most of its small steps;")
-    said = refused(work, small, "--out", "out", *data, "--method", "full", "--dtype", "bf16")
+    said = refused(*full, "bf16")
     assert said.startswith("dtype 'bf16' is unknown; use one of float32")
-    said = refused(work, small, "--out", small, *data, "--overwrite")
+    said = refused("recover", small, "--out", small, *data, "--overwrite")
     assert said.endswith("is read by this command, so it is not replaced; give another --out")
 
 
@@ -574,7 +497,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(work: Path, made: Path) -> N
     other = save_tiny(work / "other", num_hidden_layers=1, vocab_size=300)
     tiny_tokenizer().save_pretrained(other)
     options = ("--data", made / "rows.jsonl", "--teacher", other)
-    said = refused(work, made / "small", "--out", "out", *options)
+    said = refused("recover", made / "small", "--out", "out", *options)
     assert said == (
         "other has another vocabulary (300 tokens) than small (259); name the dense model that "
         "the student was cut from"
@@ -618,7 +541,7 @@ def test_processes_that_cannot_train_together_are_refused(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     data = ("--data", made / "rows.jsonl")
-    assert refused(work, "any/model", "--out", "out", *data, *options).startswith(said)
+    assert refused("recover", "any/model", "--out", "out", *data, *options).startswith(said)
 
 
 def test_a_model_that_was_not_pruned_says_so(work: Path, made: Path) -> None:

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from command import done, run, save_tiny
+from command import done, refused, run, save_tiny
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.commands import recover as recovering
 from llm_pruner.report.data import read_report
 from llm_pruner.report.text import measured
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("here")]
 
 QUICK = ("--seq-len", 64, "--batch-size", 8, "--evaluations", 2, "--method", "full", "--no-bf16")
 TEXTS = ("--data", "rows.jsonl", "--perplexity", "other.txt", "--perplexity-seq-len", 64)
@@ -35,11 +35,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     (folder / "other.txt").write_text("".join(letters.choice("abcd ef") for _ in range(500)))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
 
 
 def recover(out: str, *options: object) -> dict[str, Any]:
@@ -175,8 +170,5 @@ def test_a_teacher_that_is_the_control_is_loaded_once_beside_what_trains(
 def test_what_is_no_control() -> None:
     tiny_model("llama", vocab_size=300).save_pretrained("other")
     tiny_tokenizer().save_pretrained("other")
-    result = run("recover", "small", "--out", "x", *TEXTS, *QUICK, "--control", "other")
-    assert result.code == 2
-    assert "other has another vocabulary (300 tokens) than small" in result.err
-    assert not Path("x").exists()
-    assert not Path("x.recovering").exists()
+    said = refused("recover", "small", "--out", "x", *TEXTS, *QUICK, "--control", "other")
+    assert "other has another vocabulary (300 tokens) than small" in said

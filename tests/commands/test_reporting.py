@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import llm_pruner.models.load
 import llm_pruner.report.facts
 import llm_pruner.report.write
-from command import contents, done, run, save_tiny, write_text
+from command import contents, done, refused, run, save_tiny, write_text
 from helpers import tiny_model
 from llm_pruner.cli.evaluate import show
 from llm_pruner.cli.output import command_line
@@ -38,11 +38,6 @@ REPORT = ("report.html", "report.json", "README.md")
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
 def pruned(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pruned folder, which tests copy before they change it."""
     folder = tmp_path_factory.mktemp("pruned") / "small"
@@ -58,16 +53,6 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pruned: Path) -> Path:
     shutil.copytree(pruned, tmp_path / "small")
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def refused(*args: object) -> str:
-    """Run a command that must be refused and change nothing; return the line that it says."""
-    before = contents(Path())
-    result = run(*args)
-    assert (result.code, result.out) == (2, "")
-    assert len(result.err.splitlines()) == 1
-    assert contents(Path()) == before
-    return result.err.removeprefix("llm-pruner: ").rstrip("\n")
 
 
 def test_every_run_leaves_a_report(tiny: Path, pruned: Path) -> None:

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from command import done, run, write_text
+from command import done, refused, write_text
 from helpers import LLAMA, tiny_model
 from llm_pruner.commands import vocab as command
 from llm_pruner.data import vocabulary
@@ -133,15 +133,14 @@ def test_the_words_of_the_chat_template_stay(tmp_path: Path, template: str) -> N
     assert same == (template in (TURNS, PICKY))
 
 
-def test_texts_have_their_own_fields(tmp_path: Path) -> None:
-    dense, text = save(tmp_path / "dense"), write_text(tmp_path / "t.txt", 4000).read_text()
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text, "more": "b"}))
-    (tmp_path / "b.jsonl").write_text(json.dumps({"body": text, "more": "b"}))
-    both = ("--text", tmp_path / "a.jsonl", "--text", tmp_path / "b.jsonl", "--text-field")
-    done("vocab", dense, *both, "body", "--out", tmp_path / "small")
-    failed = run("vocab", dense, *both, "bdoy", "--out", tmp_path / "other")
-    assert failed.code == 2
-    assert "a.jsonl has no field 'bdoy'; its fields are text, more" in failed.err
+def test_texts_have_their_own_fields(work: Path) -> None:
+    dense, text = save(work / "dense"), write_text(work / "t.txt", 4000).read_text()
+    (work / "a.jsonl").write_text(json.dumps({"text": text, "more": "b"}))
+    (work / "b.jsonl").write_text(json.dumps({"body": text, "more": "b"}))
+    both = ("--text", work / "a.jsonl", "--text", work / "b.jsonl", "--text-field")
+    done("vocab", dense, *both, "body", "--out", "small")
+    said = refused("vocab", dense, *both, "bdoy", "--out", "other")
+    assert "a.jsonl has no field 'bdoy'; its fields are text, more" in said
 
 
 def test_it_is_pruned_and_measured_like_any_other(tmp_path: Path) -> None:
@@ -245,86 +244,63 @@ def test_added_tokens_without_a_row_are_left_out(tmp_path: Path) -> None:
     assert {*more} <= found.get_vocab().keys()
 
 
-def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
-    text = write_text(tmp_path / "t.txt", 4000)
-    tiny_model("llama", vocab_size=650).save_pretrained(tmp_path / "dense")
-    byte_level().save_pretrained(tmp_path / "dense")
-    failed = run("vocab", tmp_path / "dense", "--text", text, "--out", tmp_path / "small")
-    assert failed.code == 2
-    assert "has the token 699, and the embedding has 650 rows" in failed.err
-    assert len(failed.err.strip().splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--size", "0"], "--size 0 leaves nothing; use 1 or more"),
-        (["--text", "nothing.txt"], "nothing.txt"),
-    ],
-)
-def test_what_is_refused(tmp_path: Path, options: list[str], said: str) -> None:
-    dense, text = save(tmp_path / "dense"), write_text(tmp_path / "t.txt", 4000)
-    failed = run("vocab", dense, "--text", text, "--out", tmp_path / "small", *options)
-    assert failed.code == 2
-    assert said in failed.err
-    assert len(failed.err.strip().splitlines()) == 1
-    assert not (tmp_path / "small").exists()
+def test_a_tokenizer_of_another_model_is_refused(work: Path) -> None:
+    text = write_text(work / "t.txt", 4000)
+    tiny_model("llama", vocab_size=650).save_pretrained(work / "dense")
+    byte_level().save_pretrained(work / "dense")
+    said = refused("vocab", work / "dense", "--text", text, "--out", "small")
+    assert "has the token 699, and the embedding has 650 rows" in said
 
 
 @pytest.mark.parametrize("size", [12, 999_999])
 def test_a_size_that_cannot_be_is_refused_before_texts_are_read(
-    tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+    work: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dense, text = save(tmp_path / "dense"), write_text(tmp_path / "t.txt", 4000)
+    dense, text = save(work / "dense"), write_text(work / "t.txt", 4000)
     monkeypatch.delattr(command, "_texts")
-    failed = run("vocab", dense, "--text", text, "--out", tmp_path / "small", "--size", size)
-    assert failed.code == 2
-    assert f"{size} tokens cannot be: " in failed.err
-    assert "and there are 700; give a number in between" in failed.err
+    said = refused("vocab", dense, "--text", text, "--out", "small", "--size", size)
+    assert f"{size} tokens cannot be: " in said
+    assert "and there are 700; give a number in between" in said
 
 
 def test_tables_of_different_lengths_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = write_text(tmp_path / "t.txt", 4000)
+    text = write_text(work / "t.txt", 4000)
     plain = {"rope_scaling": {"rope_type": "default", "rope_theta": 1e4}, "vocab_size": 704}
     config: Any = MllamaConfig(
         text_config=LLAMA | plain | {"cross_attention_layers": [], "pad_token_id": 0},
         vision_config={"hidden_size": 16, "num_hidden_layers": 1, "num_global_layers": 1},
         image_token_index=5,
     )
-    config.save_pretrained(tmp_path / "dense")
-    byte_level().save_pretrained(tmp_path / "dense")
-    save_file({"none": torch.zeros(1)}, tmp_path / "dense" / "model.safetensors")
+    config.save_pretrained(work / "dense")
+    byte_level().save_pretrained(work / "dense")
+    save_file({"none": torch.zeros(1)}, work / "dense" / "model.safetensors")
     monkeypatch.delattr(command, "_texts")
-    failed = run("vocab", tmp_path / "dense", "--text", text, "--out", tmp_path / "small")
-    assert failed.code == 2
-    assert "the embedding of MllamaForCausalLM has 712 rows and lm_head has 704: " in failed.err
-    save(tmp_path / "gemma", "gemma4_text", **PER_LAYER | {"vocab_size_per_layer_input": 700})
-    failed = run("vocab", tmp_path / "gemma", "--text", text, "--out", tmp_path / "small")
-    assert "has 704 rows and model.embed_tokens_per_layer has 700: " in failed.err
-    assert len(failed.err.strip().splitlines()) == 1
+    said = refused("vocab", work / "dense", "--text", text, "--out", "small")
+    assert "the embedding of MllamaForCausalLM has 712 rows and lm_head has 704: " in said
+    save(work / "gemma", "gemma4_text", **PER_LAYER | {"vocab_size_per_layer_input": 700})
+    said = refused("vocab", work / "gemma", "--text", text, "--out", "small")
+    assert "has 704 rows and model.embed_tokens_per_layer has 700: " in said
 
 
 @pytest.mark.parametrize("characters", [1, 1500])
-def test_a_text_that_is_too_short_is_refused(tmp_path: Path, characters: int) -> None:
-    dense, text = save(tmp_path / "dense"), write_text(tmp_path / "t.txt", characters)
-    failed = run("vocab", dense, "--text", text, "--out", tmp_path / "small")
-    assert failed.code == 2
-    assert f"leaves {characters // 10} characters to measure on" in failed.err
-    assert not (tmp_path / "small").exists()
+def test_a_text_that_is_too_short_is_refused(work: Path, characters: int) -> None:
+    dense, text = save(work / "dense"), write_text(work / "t.txt", characters)
+    said = refused("vocab", dense, "--text", text, "--out", "small")
+    assert f"leaves {characters // 10} characters to measure on" in said
 
 
 def test_a_disk_without_room_is_seen_before_tokens_are_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dense, text = save(tmp_path / "dense"), write_text(tmp_path / "t.txt", 4000)
+    dense, text = save(work / "dense"), write_text(work / "t.txt", 4000)
     monkeypatch.setattr(outputs, "free_bytes", lambda _: 100_000)
     monkeypatch.delattr(vocabulary.Vocabulary, "count")
-    result = run("vocab", dense, "--text", text, "--size", 300, "--out", tmp_path / "small")
-    assert result.code == 2
-    assert "small needs about 0.3 MB for weights, and the disk of" in result.err
-    assert "has 0.1 MB free; free some, or give another --out" in result.err
+    size = ("--size", 300, "--out", "small")
+    said = refused("vocab", dense, "--text", text, *size)
+    assert "small needs about 0.3 MB for weights, and the disk of" in said
+    assert "has 0.1 MB free; free some, or give another --out" in said
 
 
 @pytest.mark.parametrize(("tokens", "told"), [(99_999, False), (128_256, True)])

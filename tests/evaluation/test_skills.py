@@ -16,7 +16,7 @@ import torch
 import llm_pruner as lp
 import llm_pruner.evaluation.health as health_module
 import llm_pruner.models.load
-from command import done, run, save_tiny, write_text
+from command import done, save_tiny
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.commands.abilities import prepare
 from llm_pruner.errors import UserError
@@ -28,6 +28,8 @@ from llm_pruner.evaluation.skills import GSM8K_METRIC, gsm8k, human_eval, human_
 from llm_pruner.evaluation.zero_shot import MetricResult, TaskResult, kept
 from llm_pruner.settings.evaluate import EvaluateSettings
 from trained_tokenizers import MADE
+
+pytestmark = pytest.mark.usefixtures("cache")
 
 PROBLEM = {
     "task_id": "t/0",
@@ -198,12 +200,6 @@ def test_what_is_kept_is_above_chance() -> None:
     assert kept(own[2:], dense, "dense") is None
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty cache folder."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def models(tmp_path: Path) -> tuple[Path, Path]:
     """A dense checkpoint and a pruned one, and problems beside them."""
@@ -285,11 +281,3 @@ def test_sums_are_those_of_the_harness(tmp_path: Path) -> None:
     (skill,) = json.loads(done("evaluate", longer, *asked, "--json", "-").out)["skills"]
     assert (skill["name"], skill["metric"], skill["shots"]) == ("gsm8k", "exact_match", 8)
     assert (skill["solved"]["count"], skill["total"]) == (1, 2)
-
-
-def test_programs_run_on_the_users_word_alone(tmp_path: Path) -> None:
-    text = write_text(tmp_path / "t.txt")
-    refused = run("evaluate", "nowhere", "--perplexity", text, "--skills", "humaneval")
-    assert refused.code == 2
-    assert refused.err.startswith("llm-pruner: humaneval runs programs that the model writes; ")
-    assert len(refused.err.splitlines()) == 1

@@ -27,8 +27,7 @@ import llm_pruner.commands.compress as compressing
 import llm_pruner.commands.evaluate as evaluating
 import llm_pruner.commands.prune as pruning
 import llm_pruner.commands.recover as recovering
-import llm_pruner.models.load
-from command import contents, done, run, save_tiny, write_text
+from command import contents, done, refused, run, save_tiny, write_text
 from llm_pruner.commands import workdir
 from llm_pruner.commands.workdir import RECOVERING, begun, opened, remove_run
 from llm_pruner.errors import LLMPrunerError, UserError
@@ -69,26 +68,6 @@ def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(made, folder)
     monkeypatch.chdir(folder)
     return folder
-
-
-@pytest.fixture
-def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail if a model is loaded."""
-
-    def load_model(source: str, **settings: object) -> None:
-        raise AssertionError(f"{source} was loaded")
-
-    monkeypatch.setattr(llm_pruner.models.load, "load_model", load_model)
-
-
-def refused(*args: object) -> str:
-    """Run what must be refused in one line and change nothing; return what it says."""
-    before = contents(Path.cwd())
-    result = run(*args)
-    assert result.code == 2, result
-    assert (result.out, len(result.err.splitlines())) == ("", 1)
-    assert contents(Path.cwd()) == before
-    return result.err.removeprefix("llm-pruner: ").rstrip("\n")
 
 
 def written(out: Path, **files: str) -> Path:

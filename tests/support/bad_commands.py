@@ -161,7 +161,7 @@ TABLE: dict[str, list[Bad]] = {
             ),
         ),
         *bad(
-            PRUNERS,
+            (*PRUNERS, "compress"),
             ("--max-shard-size 5XB", f"--max-shard-size '5XB' {SIZE}"),
             ("--max-shard-size 0", f"--max-shard-size '0' {SIZE}"),
             ("--max-shard-size 0GB", f"--max-shard-size '0GB' {SIZE}"),
@@ -273,7 +273,17 @@ TABLE: dict[str, list[Bad]] = {
             ("--memory lots", "--memory 'lots' is no size; write such as 8GB or 512MB"),
             ("--params 99T", "params=99,000,000,000,000 is not below the…"),
             ("--params 0", f"'0' {COUNT}"),
+            ("--params many", f"'many' {COUNT}"),
+            ("--unit-ratio 1.5", f"unit_ratio=1.5 {SHARE}"),
             ("--structures x", f"unknown structure 'x'; known are {STRUCTURES}"),
+            (
+                "--structures heads,fnn",
+                f"unknown structure 'fnn'; did you mean ffn? known are {STRUCTURES}",
+            ),
+            (
+                "--structures value_dim",
+                "value_dim is not pruned by itself; choose head_dim, which it follows",
+            ),
             ("--structures ''", f"no structures given; choose from {STRUCTURES}"),
             ("--structures heads,heads", "structure 'heads' is given twice; name it once"),
             ("--scope x", "--scope x is unknown; use one of local, global"),
@@ -286,10 +296,13 @@ TABLE: dict[str, list[Bad]] = {
                 "protect_first=-1, protect_last=0: a number of layers cannot be negative",
             ),
             ("--layers heads=9-2", "layer range heads=9-2 runs backwards; swap its ends"),
-            ("--layers x", "'x' is not a layer range; write such as heads=4-26,ffn=4-26"),
             (
-                "--scope global --spread 0",
-                "spread=0.0 cannot reach the target; use 1 (all alike) or more",
+                "--layers heads:1-3",
+                "'heads:1-3' is not a layer range; write such as heads=4-26,ffn=4-26",
+            ),
+            (
+                "--scope global --spread 0.5",
+                "spread=0.5 cannot reach the target; use 1 (all alike) or more",
             ),
             *(
                 (
@@ -315,7 +328,21 @@ TABLE: dict[str, list[Bad]] = {
                 "or change that",
             ),
             ("--split heads=2", "share heads=2.0 is outside 0 to 1; give a part of 1"),
-            ("--split x", "'x' is not a share; write such as heads=0.1,ffn=0.9"),
+            ("--split heads:0.3", "'heads:0.3' is not a share; write such as heads=0.1,ffn=0.9"),
+            ("--split heads=.3,heads=.7", "heads has two shares; give one"),
+            (
+                "--split heads=0.3",
+                "no share is given for ffn; name every structure in the split",
+            ),
+            (
+                "--split heads=0.3,ffn=0.3",
+                "the shares of the split add up to 0.6; they must give 1",
+            ),
+            (
+                "--split hidden=1,ffn=0,heads=0",
+                "a share is given for hidden, which is not pruned; add it to the structures "
+                "(heads, ffn) or drop the share",
+            ),
             *(
                 (
                     f"--{name.replace('_', '-')} 0.2 --split auto",
@@ -327,12 +354,24 @@ TABLE: dict[str, list[Bad]] = {
             ("--steps 0", "steps 0 is outside 1 to 1000; give a number in between"),
             (f"--steps {10**9}", between("steps", 10**9, 1, 1000)),
             (
+                "--preset file",
+                "preset file holds no settings; write lines such as 'criterion: fisher'",
+            ),
+        ),
+        *bad(
+            ("prune", "compress"),
+            (
+                "--ratio 0.2 --params 1K",
+                "--ratio and --params say different things; give one of them",
+            ),
+            (
                 "--preset x",
                 "no preset 'x'; known are balanced, best, fast, paper, or give a YAML file",
             ),
             (
-                "--preset file",
-                "preset file holds no settings; write lines such as 'criterion: fisher'",
+                "--preset bets",
+                "no preset 'bets'; did you mean best? known are balanced, best, fast, paper, or "
+                "give a YAML file",
             ),
         ),
         *bad(
@@ -359,10 +398,6 @@ TABLE: dict[str, list[Bad]] = {
             ("--ratio 1", f"ratio=1.0 {SHARE}"),
             ("--params x", f"'x' {COUNT}"),
             (
-                "--preset x",
-                "no preset 'x'; known are balanced, best, fast, paper, or give a YAML file",
-            ),
-            (
                 "--vocab-size 400",
                 "--vocab-size 400 does not say which tokens stay; name a text that has them with "
                 "--vocab-text, or leave it out",
@@ -378,6 +413,10 @@ TABLE: dict[str, list[Bad]] = {
     "How importance is estimated": bad(
         "prune",
         ("--criterion x", f"--criterion x is unknown; use one of {', '.join(CRITERIA)}"),
+        (
+            "--criterion tailor",
+            f"--criterion tailor is unknown; did you mean taylor? use one of {', '.join(CRITERIA)}",
+        ),
         (
             "--criterion wanda --structures ffn,layers",
             "criterion 'wanda' reads the inputs of linear modules, which say nothing of whole "
@@ -454,7 +493,12 @@ TABLE: dict[str, list[Bad]] = {
         ),
         ("--seq-len 1", "seq_len=1 predicts no token; use at least 2"),
         (f"--seq-len {10**12}", between("seq_len", 10**12, 2, 2**24)),
-        ("--calibration nofile.txt", NO_TEXT),
+        (
+            "--calibration 'not a name'",
+            "'not a name' is neither a local file nor a dataset name; use the path of a .txt, "
+            ".jsonl, .json or .parquet file, a hub name, or one of wikitext2, ptb, c4, "
+            "bookcorpus, wikipedia, code",
+        ),
         (
             "--calibration t.txt:0.5,c4",
             "c4 has no share in t.txt:0.5,c4; give each source one, or none",
@@ -472,6 +516,7 @@ TABLE: dict[str, list[Bad]] = {
         ),
         *bad(
             ("prune", "curve", "compress"),
+            ("--calibration nofile.txt", NO_TEXT),
             (
                 "--calibration chat",
                 "source 'chat' is what the model writes by its chat template, and the tokenizer "
@@ -482,7 +527,20 @@ TABLE: dict[str, list[Bad]] = {
     "Training": bad(
         "recover",
         ("--method x", "--method x is unknown; use one of blocks, full, lora"),
-        ("--preset x", "no preset 'x'; known are paper, quick, or give a YAML file"),
+        (
+            "--method qlora",
+            "--method qlora is unknown; did you mean lora? use one of blocks, full, lora",
+        ),
+        (
+            "--method full --keep-adapter",
+            "method full has no adapter to keep; leave --keep-adapter out",
+        ),
+        (
+            "--method blocks --lora-r 4",
+            "--lora-r 4 is about adapters, and method blocks has none; leave it out, or use "
+            "--method lora",
+        ),
+        ("--preset fast", "no preset 'fast'; known are paper, quick, or give a YAML file"),
         ("--schedule x", "--schedule x is unknown; use one of linear, cosine"),
         ("--template x", "--template x is unknown; use one of auto, chat, alpaca"),
         (
@@ -509,9 +567,16 @@ TABLE: dict[str, list[Bad]] = {
             "--trainer optin=x: TrainingArguments has no optin; did you mean optim? look at its "
             "page in transformers' documentation",
         ),
+        *(
+            (
+                f"--trainer {name}=3",
+                f"--trainer {name}=3: recover sets {name} itself; use its own option",
+            )
+            for name in ("max_steps", "warmup_steps", "num_train_epochs")
+        ),
         (
-            "--trainer max_steps=3",
-            "--trainer max_steps=3: recover sets max_steps itself; use its own option",
+            "--trainer 'lr_scheduler_kwargs={a'",
+            "--trainer lr_scheduler_kwargs={a: {a is no YAML; close what it opens, or quote it",
         ),
         *(
             (
@@ -581,13 +646,13 @@ TABLE: dict[str, list[Bad]] = {
         *(
             (f"--{name} {value}", f"--{name} {float(value)} trains nothing; use a number above 0")
             for name in ("learning-rate", "epochs", "max-minutes", "lora-alpha")
-            for value in ("0", "nan")
+            for value in ("0", "-1", "nan")
         ),
         ("--learning-rate 1e9", between("--learning-rate", "1e+09", 0, 1000)),
         ("--max-minutes 1e12", between("--max-minutes", "1e+12", 0, 527040)),
         ("--weight-decay -1", between("--weight-decay", "-1", 0, 10)),
         *(
-            (f"--{name} 0", f"--{name} 0 is too small; use {least} or more")
+            (f"--{name} {least - 1}", f"--{name} {least - 1} is too small; use {least} or more")
             for name, least in (
                 ("batch-size", 1),
                 ("seq-len", 2),
@@ -611,6 +676,10 @@ TABLE: dict[str, list[Bad]] = {
             "--distill-weight 2.0 is outside [0, 1]; use such as 0.9",
         ),
         ("--teacher m --teacher-top-k 0", "--teacher-top-k 0 keeps nothing; use 1 or more"),
+        *(
+            (option, f"{option} is about a teacher; name that with --teacher, or leave it out")
+            for option in ("--distill-weight 0.3", "--teacher-top-k 5")
+        ),
         ("--perplexity-seq-len 1", between("--perplexity-seq-len", 1, 2, 2**24)),
         ("--perplexity nofile.txt", NO_TEXT),
     ),
@@ -618,19 +687,29 @@ TABLE: dict[str, list[Bad]] = {
         *bad(
             "evaluate",
             ("--protocol x", "--protocol x is unknown; use one of standard, paper"),
+            (
+                "--protocol papers",
+                "--protocol papers is unknown; did you mean paper? use one of standard, paper",
+            ),
             ("--seq-len 0", between("--seq-len", 0, 2, 2**24)),
             ("--max-tokens -1", between("--max-tokens", -1, 2, 10**9)),
-            (
-                "--batch-size 0",
-                "--batch-size 0 is no number of sequences; use 1 or more, or auto",
+            *(
+                (
+                    f"--batch-size {size}",
+                    f"--batch-size {size} is no number of sequences; use 1 or more, or auto",
+                )
+                for size in ("0", "many")
             ),
             (f"--batch-size {10**12}", between("--batch-size", 10**12, 1, 2**20)),
             ("--prompt a --new-tokens 0", between("--new-tokens", 0, 1, 2**20)),
-            ("--perplexity nofile.txt", NO_TEXT),
+            (
+                "--perplexity self",
+                "source 'self' is text that the model writes itself, for calibration only; give a "
+                "text file or a dataset name here",
+            ),
             ("--tasks ''", "--tasks has an empty name; write such as boolq,piqa"),
+            ("--tasks boolq,", "--tasks has an empty name; write such as boolq,piqa"),
             ("--tasks boolq,boolq", "task boolq is named twice; name it once"),
-            ("--tasks boolq --limit 0", "limit=0 leaves no documents; use 1 or more"),
-            ("--limit 5", "--limit 5 is about tasks; add --tasks NAMES or leave it out"),
             (
                 "--skills ''",
                 "--skills has an empty or unknown name; use one or several of humaneval, gsm8k",
@@ -661,6 +740,16 @@ TABLE: dict[str, list[Bad]] = {
             ("--report m", "m has no report.json; name a folder that llm-pruner prune wrote"),
         ),
         *bad(
+            ("evaluate", "compress"),
+            ("--perplexity nofile.txt", NO_TEXT),
+            ("--tasks boolq --limit 0", "limit=0 leaves no documents; use 1 or more"),
+            (
+                "--tasks boolq --tasks-data nofolder",
+                "nofolder is no folder; give the one that holds boolq.jsonl",
+            ),
+            ("--limit 5", "--limit 5 is about tasks; add --tasks NAMES or leave it out"),
+        ),
+        *bad(
             "curve",
             ("--text nofile.txt", NO_TEXT),
             (
@@ -672,8 +761,11 @@ TABLE: dict[str, list[Bad]] = {
         ),
         *bad(
             "compress",
-            ("--perplexity nofile.txt", NO_TEXT),
-            ("--tasks boolq --limit 0", "limit=0 leaves no documents; use 1 or more"),
+            ("--data nofile.txt", NO_TEXT),
+            (
+                "--no-recover --data self",
+                "--data is about recovery; leave it or --no-recover out",
+            ),
             (
                 "--device cuda:1",
                 "--device cuda:1: training takes the first GPU that it sees; set "
@@ -687,7 +779,8 @@ TABLE: dict[str, list[Bad]] = {
             ("--repeats 0", "repeats=0 measures nothing; use at least 1"),
             ("--batch-size 1,0", "batch_size=0 measures nothing; use at least 1"),
             ("--batch-size ''", "no batch size given; name one, such as 1"),
-            ("--batch-size x", "--batch-size x is no list of numbers; use such as 1,8"),
+            ("--batch-size ,", "no batch size given; name one, such as 1"),
+            ("--batch-size 1,x", "--batch-size 1,x is no list of numbers; use such as 1,8"),
             (f"--batch-size {10**12}", between("batch_size", 10**12, 1, 2**20)),
             (f"--repeats {10**12}", between("repeats", 10**12, 1, 2**20)),
             ("--server sglang", "--server sglang is unknown; use one of llama-cpp, vllm"),

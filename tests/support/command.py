@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
+from typing import Any
 from unittest import mock
+
+import pytest
 
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.cli import main
@@ -62,6 +66,31 @@ def done(*args: object) -> Result:
     result = run(*args)
     assert result.code == 0, result.err
     return result
+
+
+def refused(*args: object, lines: int = 1, within: Path = Path()) -> str:
+    """Run what must be refused in so many lines and change nothing in a folder; return them."""
+    before = contents(within)
+    result = run(*args)
+    assert (result.code, result.out) == (2, ""), result
+    assert result.err.startswith("llm-pruner: ")
+    assert result.err.endswith("\n")
+    assert len(result.err.splitlines()) == lines
+    assert contents(within) == before
+    return result.err.removeprefix("llm-pruner: ").rstrip("\n")
+
+
+def interrupt(patch: pytest.MonkeyPatch, place: Any, name: str, call: int = 1) -> None:
+    """Interrupt the run at one of the calls of a function."""
+    real: Callable[..., Any] = getattr(place, name)
+    calls = count(1)
+
+    def interrupted(*args: Any, **keywords: Any) -> Any:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return real(*args, **keywords)
+
+    patch.setattr(place, name, interrupted)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Random removals that respect what binds groups together."""
+"""Random removals that respect what binds groups together, and what is left after one."""
 
 from __future__ import annotations
 
@@ -8,21 +8,18 @@ from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
+from torch import nn
 
+from llm_pruner import types
+from llm_pruner.surgery.cut import cut_
+from llm_pruner.surgery.twin import pruned_logits, twin_logits
+from llm_pruner.surgery.verify import largest_difference
 from llm_pruner.types import Discovery, Group, IntArray
 
 
 def bound_to(discovery: Discovery, group: Group) -> dict[str, Fraction]:
     """Return group -> units lost per unit that ``group`` loses, itself included."""
-    ratios = {group.name: Fraction(1)}
-    pending = [group.name]
-    while pending:
-        name = pending.pop()
-        for companion in discovery.group(name).companions:
-            if companion.group not in ratios:
-                ratios[companion.group] = ratios[name] * companion.ratio
-                pending.append(companion.group)
-    return ratios
+    return types.bound_to(group.name, {one.name: one for one in discovery.groups})
 
 
 def scenes_apart(discovery: Discovery) -> list[Discovery]:
@@ -77,3 +74,12 @@ def pick(
                 units = units[units >= size // 2]
             removal[name] = np.sort(units[: int(count * ratio)])
     return removal
+
+
+def cut_as_twin_(model: nn.Module, discovery: Discovery, removal: dict[str, IntArray]) -> float:
+    """Cut a model, which computes what its masked twin does; return how far that is from before."""
+    expected, before = twin_logits(model, discovery, removal), pruned_logits(model, discovery)
+    cut_(model, discovery, removal)
+    actual = pruned_logits(model, discovery)
+    assert largest_difference(expected, actual) <= 1e-5
+    return largest_difference(before, actual)
