@@ -7,14 +7,17 @@ import math
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 import llm_pruner as lp
 import llm_pruner.recovery as recovery
 from command import PLAIN, Result, done, interrupt, refused, run, save_tiny
+from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.commands import curve as curves
 from llm_pruner.commands import prune as pruning
 from llm_pruner.commands.curve import CurveRun, smallest_for
@@ -402,6 +405,21 @@ def test_a_repair_does_not_see_what_is_measured_on(monkeypatch: pytest.MonkeyPat
     trained = {tuple(row) for row in seen[0].tolist()}
     assert len(trained) > 16
     assert not trained & {tuple(row) for row in run.text.unseen.tolist()}
+
+
+def test_tokens_in_front_of_a_window_are_not_predicted() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<unk> <s> $A", special_tokens=[("<unk>", 0), ("<s>", 1)]
+    )
+    rows = torch.tensor([[0, 1, *range(10, 20)], [0, 1, *range(20, 30)]])
+    run = SimpleNamespace(
+        settings=SimpleNamespace(text=None),
+        text=SimpleNamespace(unseen=rows, settings={"name": "text"}),
+        loaded=SimpleNamespace(tokenizer=tokenizer),
+        dense=None,
+    )
+    assert CurveRun._measure(run, model).tokens == 20
 
 
 def points(*damage: tuple[float, float, float]) -> list[CurvePoint]:

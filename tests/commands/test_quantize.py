@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import llm_pruner.commands.compress as stages
 from command import figures, measured_here, run, save_tiny, write_text
+from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.checkpoints import packed
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.footprint import model_size
@@ -130,6 +131,42 @@ def test_models_with_code_of_their_own_are_refused(
         "llm-pruner: --quantize int8 is for models whose code is in transformers, and "
         f"{folder} has its own; leave --quantize out\n",
     )
+
+
+def test_models_without_linear_layers_are_refused_before_work(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("gpt2").save_pretrained("convolutions")
+    tiny_tokenizer().save_pretrained("convolutions")
+    monkeypatch.setattr(settings, "check_installed", lambda *_, **__: None)
+    result = run("compress", "convolutions", "--out", "x", *COMPRESS)
+    assert result.err == (
+        "llm-pruner: convolutions has no linear layers that torchao packs; leave --quantize out\n"
+    )
+    assert not Path("x.compressing").exists()
+
+
+def test_a_model_that_is_not_packed_is_the_result(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: Path, *_: object, **__: object) -> None:
+        raise UserError(f"{source.name} is saved as a recipe")
+
+    monkeypatch.setattr(packed, "save_packed", refuse)
+    monkeypatch.setattr(stages, "measure_apart", lambda *_, **__: figures())
+    monkeypatch.setattr(settings, "check_installed", lambda *_, **__: None)
+    result = run("compress", "dense", "--out", "unpacked", *COMPRESS)
+    assert result.code == 0, result.err
+    assert "weights were not packed, so they are as they were: pruned is saved as" in result.err
+    assert read_report(Path("unpacked/report.json")).final == "pruned"
+    assert load_model("unpacked").model is not None
+
+
+def test_a_recipe_is_not_packed(tmp_path: Path) -> None:
+    config = {"quantization_config": {"quant_method": "llm_pruner"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="is saved as a recipe, which llm-pruner alone reads"):
+        packed.save_packed(tmp_path, tmp_path / "out", max_shard_size="5GB")
 
 
 def test_too_old_a_torchao(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

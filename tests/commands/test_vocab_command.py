@@ -114,6 +114,21 @@ def test_tokens_are_known_by_all_names_of_settings() -> None:
     assert found.qformer_config.pad_token_id == 8
 
 
+@pytest.mark.parametrize(
+    ("biases", "after"),
+    [
+        ([[[30, 40], -1.0], [[50], 30]], [[[2, 3], -1.0], [[4], 30]]),
+        ({(30, 40): -1.0, (50,): 30}, {(2, 3): -1.0, (4,): 30}),
+    ],
+)
+def test_tokens_that_writing_prefers_have_their_new_numbers(biases: Any, after: Any) -> None:
+    model: Any = tiny_model("llama")
+    model.generation_config.sequence_bias = biases
+    assert named_tokens(model) == {1, 2, 30, 40, 50}
+    cut_vocabulary_(model, np.array([1, 2, 30, 40, 50]))
+    assert model.generation_config.sequence_bias == after
+
+
 TURNS = "{% for m in messages %}<s>{{ m.role }}, the soup: {{ m.content }}</s>{% endfor %}"
 PICKY = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TURNS
 

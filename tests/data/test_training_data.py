@@ -450,6 +450,13 @@ def test_held_out_samples_as_windows() -> None:
     assert held_out_windows([samples(30_000), samples(9)], 4096).shape == (2, 4096)
 
 
+def test_a_start_token_begins_held_out_windows_and_is_nowhere_in_them() -> None:
+    held_out = [make_sequence(ids, [True] * len(ids), 0) for ids in ([1, 5, 6], [1, 7, 8], [9])]
+    samples = [Samples("text", None, [], held_out)]
+    assert held_out_windows(samples, 3, (1,)).tolist() == [[1, 5, 6], [1, 7, 8]]
+    assert held_out_windows(samples, 512, (1,)).tolist() == [[1, 5, 6, 7, 8, 9]]
+
+
 def test_text_of_the_model_is_written_once_and_continued(tmp_path: Path) -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     first = self_made_samples(model, tokenizer, tmp_path, seq_len=8, limit=70, seed=2)

@@ -334,6 +334,21 @@ def test_obs_is_the_error_after_the_others_were_refitted(
     assert ((leverage > 0) & (leverage < 1)).all()
 
 
+@pytest.mark.parametrize("extreme", [float("nan"), 1e30])
+@pytest.mark.parametrize("name", ["obs", "leverage"])
+@pytest.mark.parametrize(
+    ("kind", "module"), [("heads", "self_attn.v_proj"), ("ffn", "mlp.up_proj")]
+)
+def test_activations_that_are_not_finite_are_named(
+    name: str, extreme: float, kind: str, module: str
+) -> None:
+    model, discovery = copy.deepcopy(discovered("llama"))
+    model.get_submodule(f"model.layers.0.{module}").weight.data[0] = extreme
+    wanted = [f"layers.0.{kind}"]
+    with pytest.raises(UserError, match=f"importance of {wanted[0]} is not finite"):
+        score(model, discovery, Criterion(name), input_ids=tokens(), seed=0, groups=wanted)
+
+
 def test_long_samples_are_cut_into_segments() -> None:
     model = tiny_model("llama", max_position_embeddings=512).double()
     discovery = discover(model)

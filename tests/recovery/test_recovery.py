@@ -853,6 +853,7 @@ def test_a_run_that_diverges_ends_with_its_best_weights(
     )
     assert outcome.steps == 4
     assert outcome.run.stopped == "the loss of step 4 is nan; a lower --learning-rate goes further"
+    assert [math.isnan(one) for one in outcome.losses] == [False] * 3 + [True]
     assert outcome.gained
     assert all(bool(one.isfinite().all()) for one in model.parameters())
 

@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from llm_pruner.checkpoints.quantizer import QUANT_METHOD
 from llm_pruner.checkpoints.save import make_readable, silent_writing
 from llm_pruner.errors import UserError
+from llm_pruner.files.disk import json_object
 from llm_pruner.files.outputs import MANIFEST, atomic_directory
 from llm_pruner.runtime.progress import quiet
 
@@ -38,8 +41,14 @@ def save_packed(
         The model with its weights as they were packed.
 
     Raises:
-        UserError: nothing in the model can be packed.
+        UserError: the folder holds a recipe, or nothing in the model can be packed.
     """
+    packing = json_object(source / "config.json").get("quantization_config", {})
+    if packing.get("quant_method") == QUANT_METHOD:
+        raise UserError(
+            f"{source.name} is saved as a recipe, which llm-pruner alone reads, and torchao packs "
+            "no such folder; leave --quantize out"
+        )
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
@@ -52,7 +61,7 @@ def save_packed(
             use_safetensors=True,
         )
     if not any(map(is_traceable_wrapper_subclass, model.parameters())):
-        raise UserError(f"{source.name} has no linear layers that torchao packs")
+        raise _nothing_packed(source.name)
     weights = shutil.ignore_patterns("*.safetensors*", MANIFEST)
     with atomic_directory(out, overwrite=False) as folder, silent_writing():
         shutil.copytree(source, folder, ignore=weights, dirs_exist_ok=True)
@@ -60,3 +69,14 @@ def save_packed(
         make_readable(folder)
         beside(folder, model)
     return model
+
+
+def check_packs(model: PreTrainedModel, name: str) -> None:
+    """Raise UserError if a model has no linear layer beside its output embedding."""
+    output = model.get_output_embeddings()
+    if not any(isinstance(one, nn.Linear) and one is not output for one in model.modules()):
+        raise _nothing_packed(name)
+
+
+def _nothing_packed(name: str) -> UserError:
+    return UserError(f"{name} has no linear layers that torchao packs; leave --quantize out")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from pydantic import BeforeValidator
 from transformers import AutoConfig
 
+from llm_pruner.checkpoints import packed
 from llm_pruner.commands.abilities import prepare_tasks
 from llm_pruner.commands.evaluate import measure_apart, read_texts
 from llm_pruner.commands.prune import PruneRun
@@ -158,7 +159,7 @@ def compress(
             raise
         check_file_states(stored)
         tell("moving the result into place")
-        folder = run.path(last_stage(settings, done.recovery))
+        folder = run.path(last_stage(done.measured, done.recovery))
         move_result(folder, out, settings.overwrite, settings.reads)
         seconds, peak = run.seconds, max(run.peak_bytes, done.peak_bytes)
         run.remove()
@@ -190,6 +191,8 @@ def check_settings(settings: CompressSettings) -> None:
             f"--quantize {settings.quantize} is for models whose code is in transformers, and "
             f"{settings.model} has its own; leave --quantize out"
         )
+    if settings.quantize != "none":
+        packed.check_packs(load(settings.loading(), weights=False).model, settings.model)
     tokenizer = load_tokenizer(settings.loading())
     if not settings.vocab_text:  # of fewer tokens a text gives more
         with _said_of_presets():
@@ -215,9 +218,9 @@ def _said_of_presets() -> Iterator[None]:
         raise
 
 
-def last_stage(settings: CompressSettings, recovery: Training | None) -> str:
+def last_stage(measured: Collection[Variant], recovery: Training | None) -> str:
     """Return the name of the folder that becomes the result."""
-    if settings.quantize != "none":
+    if "quantized" in measured:
         return "quantized"
     return "pruned" if recovery is None else "recovered"
 
@@ -286,8 +289,7 @@ class _Stages:
         if recovery is not None and recovery.gained:
             measured["recovered"] = self._weighed("recovered")
             self._note_higher_perplexity(measured)
-        if self.settings.quantize != "none":
-            self.quantize("pruned" if recovery is None else "recovered")
+        if self.quantize(last_stage(measured, recovery)):
             measured["quantized"] = self._weighed("quantized")
         return self.report(measured, recovery)
 
@@ -452,13 +454,16 @@ class _Stages:
         why = "the GPU has no room to train in" if full else error
         self.notes.append(f"recovery was refused, so the pruned model is the result: {why}")
 
-    def quantize(self, stage: str) -> None:
-        """Write the folder ``quantized``: that of a stage with packed weights."""
+    def quantize(self, stage: str) -> bool:
+        """Write the folder ``quantized``: that of a stage with packed weights.
+
+        Returns:
+            Whether there is one: it is asked for, and not refused.
+        """
         source, out = self.run.path(stage), self.run.path("quantized")
-        if out.is_dir():
-            return
+        if out.is_dir() or self.settings.quantize == "none":
+            return out.is_dir()
         self.tell("quantizing")
-        from llm_pruner.checkpoints.packed import save_packed
 
         def beside(folder: Path, model: Any) -> None:
             if (report := known_report(folder)) is not None:
@@ -467,8 +472,14 @@ class _Stages:
                 changed = {"sizes": sizes, "servers": ()}
                 write_report(folder, lambda: report.model_copy(update=changed))
 
-        save_packed(source, out, max_shard_size=self.settings.max_shard_size, beside=beside)
+        size = self.settings.max_shard_size
+        try:
+            packed.save_packed(source, out, max_shard_size=size, beside=beside)
+        except UserError as error:
+            self.notes.append(f"weights were not packed, so they are as they were: {error}")
+            return False
         self.run.record_time("quantize")
+        return True
 
     def _amount(self) -> dict[str, Any]:
         """Return how much is trained; where time decides it, the first decision holds."""
@@ -536,7 +547,7 @@ class _Stages:
             peak_bytes=self.run.peak_bytes,
             tokens=None if self.start is None else self._taken("tokens"),
         )
-        folder = self.run.path(last_stage(self.settings, recovery))
+        folder = self.run.path(last_stage(measured, recovery))
         if self.start is not None:
             rewrite(folder, {RECORD: (self.start / RECORD).read_text(encoding="utf-8")})
         report = known_report(folder)

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from llm_pruner.commands.prune import PruneRun
 from llm_pruner.commands.workdir import MEASURING, Work, contents, move_result, opened
 from llm_pruner.data.calibration import Calibration, check_calibration, read_calibration
+from llm_pruner.data.sequences import added_tokens
 from llm_pruner.data.text import EvaluationText, load_evaluation_text, shares_of, with_field
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
@@ -279,7 +280,8 @@ class CurveRun:
         assert self.text is not None
         rest, asked = self.text.unseen, PerplexitySettings()
         text = EvaluationText(f"rest of {self.text.settings['name']}", None, "")
-        return perplexity_of_windows(network, rest, text, asked, self.dense)
+        skipped = max(1, len(added_tokens(self.loaded.tokenizer)[0]))
+        return perplexity_of_windows(network, rest, text, asked, self.dense, skipped=skipped)
 
     @cached_property
     def _given(self) -> tuple[EvaluationText, PerplexitySettings]:

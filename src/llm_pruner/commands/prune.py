@@ -711,7 +711,9 @@ class PruneRun:
     ) -> None:
         """Write what was asked for and the report beside the weights."""
         write_request(folder, self.settings)
-        self.servers = served_by(self.network, self.dense_config, kind)
+        dense = self.dense_config
+        config = type(dense).from_pretrained(folder) if kind == "stock" else dense
+        self.servers = served_by(self.network, config, kind)
         done = replace(result, saved_as=kind, needs=needs, servers=self.servers)
         write_report(folder, partial(self._report, done))
 

@@ -20,7 +20,7 @@ from llm_pruner.commands.evaluate import read_texts
 from llm_pruner.commands.prune_start import check_space
 from llm_pruner.commands.publish import check_push
 from llm_pruner.data.examples import Examples, load_examples
-from llm_pruner.data.sequences import TrainingSequence
+from llm_pruner.data.sequences import TrainingSequence, added_tokens
 from llm_pruner.data.text import PRUNED, SELF, EvaluationText, read_each
 from llm_pruner.data.training import (
     Samples,
@@ -255,9 +255,11 @@ class _Run:
             for text in self.corpora
         ]
         if self.controlling is not None:
-            rows = held_out_windows(self.samples, self.settings.seq_len)
-            text = EvaluationText("held-out samples", None, "")
-            found.append(perplexity_of_windows(loaded.model, rows, text, self.measuring, dense))
+            prefix, _ = added_tokens(self.loaded.tokenizer)
+            rows = held_out_windows(self.samples, self.settings.seq_len, prefix)
+            text, skipped = EvaluationText("held-out samples", None, ""), max(1, len(prefix))
+            about = (loaded.model, rows, text, self.measuring, dense)
+            found.append(perplexity_of_windows(*about, skipped=skipped))
         return found
 
     def _control(

@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from llm_pruner.data.examples import Examples
 from llm_pruner.data.selfmade import write_text_cached
-from llm_pruner.data.sequences import TrainingSequence, encode_each, encode_examples, make_sequence
+from llm_pruner.data.sequences import (
+    TrainingSequence,
+    encode_each,
+    encode_examples,
+    make_sequence,
+    room_for_text,
+)
 from llm_pruner.data.text import PRUNED, SELF
 from llm_pruner.errors import UserError
 
@@ -134,18 +141,33 @@ def self_made_samples(
     return _last_held_out(sequences, name, None, held_out)
 
 
-def held_out_windows(samples: Sequence[Samples], seq_len: int) -> torch.Tensor:
+def held_out_windows(
+    samples: Sequence[Samples], seq_len: int, prefix: tuple[int, ...] = ()
+) -> torch.Tensor:
     """Return what is held out as windows for perplexity, int64 of shape (windows, window).
 
     The samples of a source stand one behind the other, of each source at most its equal part of
     ``HELD_OUT_TOKENS``; a short source does not make those of others fewer. A window has
     ``seq_len`` tokens, or all if they are fewer.
+
+    Args:
+        prefix: tokens that begin each window, and no longer the samples, where no text foretells
+            them.
     """
     most = HELD_OUT_TOKENS // len(samples)
-    parts = [np.concatenate([one.input_ids for one in each.held_out])[:most] for each in samples]
+    parts = [
+        np.concatenate([_without(prefix, one.input_ids) for one in each.held_out])[:most]
+        for each in samples
+    ]
     stream = torch.from_numpy(np.concatenate(parts))
-    window = min(seq_len, len(stream))
-    return stream[: len(stream) // window * window].view(-1, window)
+    fresh = min(room_for_text(seq_len, prefix), len(stream))
+    rows = stream[: len(stream) // fresh * fresh].view(-1, fresh)
+    head = torch.tensor(prefix, dtype=torch.int64).expand(len(rows), len(prefix))
+    return torch.cat([head, rows], dim=1)
+
+
+def _without(prefix: tuple[int, ...], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return ids[len(prefix) :] if tuple(ids[: len(prefix)]) == prefix else ids
 
 
 def fingerprint_samples(sequences: Sequence[TrainingSequence]) -> str:

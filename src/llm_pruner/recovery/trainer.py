@@ -301,6 +301,7 @@ def _set_here(
         "gradient_accumulation_steps": 1,
         "logging_strategy": "steps",
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # with it the loss of such a step is 0
         "eval_strategy": "no",
         "save_strategy": "no",
         "report_to": [] if settings.report_to == "none" else [settings.report_to],

@@ -166,3 +166,9 @@ def _rewrite_(config: Any, change: Callable[[int], int]) -> None:
     for name, value in list(vars(config).items()):
         if _TOKENS.search(name) and value is not None:
             setattr(config, name, changed(value))
+        elif name == "sequence_bias" and value:  # {tokens: bias}, or in JSON [[tokens, bias]]
+            if isinstance(value, dict):
+                biases: Any = {changed(tokens): bias for tokens, bias in value.items()}
+            else:
+                biases = [[changed(tokens), bias] for tokens, bias in value]
+            setattr(config, name, biases)

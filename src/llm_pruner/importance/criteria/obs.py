@@ -7,6 +7,8 @@ Frantar and Alistarh, arXiv 2208.11580, for blocks). A ridge keeps C invertible.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from llm_pruner.importance.observation import Measure, Reading, over_readings
@@ -28,18 +30,20 @@ def _cost(reading: Reading) -> FloatArray:
     else:
         blocks = inverse[index[:, :, None], index[:, None, :]]
         columns = weight[:, index].permute(1, 2, 0)  # (units, k, out_features)
-        cost = (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
+        cost = (columns * torch.linalg.solve_ex(blocks, columns).result).sum((1, 2))
     return cost.cpu().numpy()
 
 
 def regular_inverse(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
     """Return the inverse of a positive semidefinite matrix plus a share of its mean diagonal.
 
-    The matrix, which may be one of many GB, holds that sum afterwards.
+    The matrix, which may be one of many GB, holds that sum afterwards. The inverse is NaN where the
+    matrix is no such one, as that of activations that are not finite.
     """
     damping = ridge * matrix.diagonal().mean().clamp_min(torch.finfo(matrix.dtype).tiny)
     matrix.diagonal().add_(damping)
-    return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    return torch.full_like(matrix, math.nan) if failed else torch.cholesky_inverse(factor)
 
 
 MEASURE = Measure(frozenset({"moments", "gram"}), over_readings(_cost))
