@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from llm_pruner.checkpoints.save import make_readable, silent_writing
 from llm_pruner.errors import UserError
 from llm_pruner.files.outputs import MANIFEST, atomic_directory
-from llm_pruner.runtime.progress import quiet
+from llm_pruner.runtime.progress import quiet_bars
 
 
 def save_packed(
@@ -43,7 +42,7 @@ def save_packed(
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
-    with quiet("transformers", stderr=not sys.stderr.isatty()):
+    with quiet_bars("transformers"):
         model: Any = AutoModelForCausalLM.from_pretrained(
             source,
             quantization_config=TorchAoConfig(Int8WeightOnlyConfig(version=2)),
