@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -566,7 +567,7 @@ def test_hidden_states_on_disk_give_the_same_scores(
 def test_stored_activations_keep_bfloat16_and_the_order_of_samples() -> None:
     values = torch.randn(5, 2, 3).bfloat16()
     for budget in (0, 70, 1 << 20):
-        with ActivationStore(range(2, 4), 5, budget) as store:
+        with closing(ActivationStore(range(2, 4), 5, budget)) as store:
             for key, start in itertools.product((2, 3), (4, 0, 2)):
                 part = slice(start, min(start + 2, 5))
                 store.write(key, part, values[part] * key)

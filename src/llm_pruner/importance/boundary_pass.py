@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -294,8 +294,8 @@ class _BlockPass:
                 collector.keep = None  # others would be glad of them, but need room themselves
             states = ActivationStore(range(self.count + 1), samples, MEMORY // 4)
             with (
-                ActivationStore(range(1), samples, MEMORY * 3 // 4) as self.gradients,
-                states if collector.keep is None else nullcontext(states) as self.states,
+                closing(ActivationStore(range(1), samples, MEMORY * 3 // 4)) as self.gradients,
+                closing(states) if collector.keep is None else nullcontext(states) as self.states,
             ):
                 self._forward()
                 ends = ends_of(chain.model)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -300,7 +300,7 @@ class _Watch(Collector):
         # Others would be glad of them, but this pass goes without.
         keep = self.keep if 2 * need < free_on_disk() else None
         states = ActivationStore(range(1 if keep is None else highest + 2), samples, MEMORY)
-        with chain.opened(), states if keep is None else nullcontext(states) as hidden:
+        with chain.opened(), closing(states) if keep is None else nullcontext(states) as hidden:
             for part in shared.own:
                 hidden.write(0, part, chain.entry(input_ids[part]))
             steps = [(index, *one) for index in range(highest + 1) for one in shared.all]
