@@ -70,7 +70,6 @@ class Collector:
         modules: ids of the modules besides that the pass has to reach.
         processes: those that share the samples, ``TOKENS`` at a time.
         keep: takes the hidden states of all samples where one process has them.
-        stride: the loss is taken at one position in so many; None: as `loss_stride` says.
     """
 
     def __init__(
@@ -82,13 +81,11 @@ class Collector:
         modules: Iterable[int] = (),
         processes: Processes = ALONE,
         keep: HiddenStates | None = None,
-        stride: int | None = None,
     ) -> None:
         self.parameters, self.together, self.label = dict(parameters), together, label
         self.modules = frozenset(modules)
         self.processes = processes
         self.keep = keep if processes.count == 1 else None
-        self.stride = stride
 
     def tells_apart(
         self, owned: Mapping[str, nn.Parameter], run: Callable[[], torch.Tensor]
@@ -233,7 +230,7 @@ class _BlockPass:
         self.batches = Batches(samples, length, collector.processes)
         self.begins: dict[int, int] = {}  # sample -> the first that the head saw with it
         all_seen = not gives_chosen(chain.model) or watched - places.keys()
-        stride = 1 if all_seen else collector.stride or loss_stride(chain)
+        stride = 1 if all_seen else loss_stride(chain)
         self._take_positions(min(stride, length - 1))
 
     def _take_positions(self, stride: int) -> None:

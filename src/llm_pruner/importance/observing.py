@@ -65,7 +65,6 @@ def measure(
     how: Measure,
     processes: Processes,
     keep: HiddenStates | None,
-    stride: int | None,
 ) -> dict[str, FloatArray]:
     """Return the importance of the units of every group.
 
@@ -78,14 +77,14 @@ def measure(
         groups: what to look at.
         how: what is looked at, and what it says of a group.
         processes: those that share the samples; the first one has the values, the others nothing.
-        keep, stride: see ``score``.
+        keep: see ``score``.
 
     Raises:
         UserError: a group has a consumer that is not linear and more than gates is asked for;
             layers are asked for in a model whose blocks do not run one after the other; a loss is
             not finite.
     """
-    watching = partial(_Watch, model, input_ids, groups, how, processes, keep, stride)
+    watching = partial(_Watch, model, input_ids, groups, how, processes, keep)
     watch = watching()
     try:
         chain = find_chain(model, input_ids, watch.parameters)
@@ -158,7 +157,6 @@ class _Watch(Collector):
         how: Measure,
         processes: Processes,
         keep: HiddenStates | None,
-        stride: int | None,
     ) -> None:
         samples, self._length = input_ids.shape
         self._model, self._groups, self._how = model, groups, how
@@ -202,7 +200,6 @@ class _Watch(Collector):
             modules=(id(model.get_submodule(name)) for name in names),
             processes=processes,
             keep=keep,
-            stride=stride,
         )
         # What a forward pass shows is all that is asked for.
         self._forward_only = not self._members and self._where_linear <= {"moments", "gram"}
