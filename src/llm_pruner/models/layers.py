@@ -43,15 +43,16 @@ def tensors_of(model: nn.Module) -> Iterator[torch.Tensor]:
     yield from model.buffers()
     for module in model.modules():
         for value in vars(module).values():
-            yield from _tensors_in(value)
+            yield from held_in(value, torch.Tensor)
 
 
-def _tensors_in(value: Any, depth: int = 3) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
+def held_in(value: Any, kind: type, depth: int = 3) -> Iterator[Any]:
+    """Yield what is of a type in a value, in lists, dictionaries and such; no truth values."""
+    if isinstance(value, kind) and not isinstance(value, bool):
         yield value
-    elif depth and isinstance(value, dict | list | tuple | set):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(one, depth - 1)
+    elif depth and isinstance(value, Mapping | tuple | list | set | frozenset):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from held_in(one, kind, depth - 1)
 
 
 def with_initialisers(
