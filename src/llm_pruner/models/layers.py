@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
+from llm_pruner.models.modeling_pruned import set_own_
 from llm_pruner.types import Edits
 
 _NUMBER_NAME = re.compile("idx|index|layer")
@@ -126,7 +127,7 @@ def without_layers(model: nn.Module, path: str, gone: Sequence[int]) -> nn.Modul
     numbers = [*layer_numbers(model, kept)]
     apply_layers(smaller, kept)
     for module, attribute, value in numbers:
-        set_own_value(smaller.get_submodule(module), attribute, value)
+        set_own_(smaller.get_submodule(module), attribute, value)
     return smaller
 
 
@@ -200,30 +201,12 @@ def heaviest(lists: Iterable[nn.ModuleList]) -> nn.ModuleList | None:
     return max(lists, key=lambda one: sum(p.numel() for p in one.parameters()), default=None)
 
 
-def set_own_value(module: nn.Module, path: str, value: Any) -> None:
-    """Set ``name``, ``name.3`` or ``config.name`` of a module, on an own copy of what holds it.
-
-    Modules share configs, so ``config.num_heads`` of one module must not reach the others. What is
-    set lies in the ``__dict__`` of both: no setter of a class runs.
-    """
-    key, _, inner = path.partition(".")
-    if inner:
-        own = copy.copy(vars(module)[key])
-        if isinstance(own, (tuple, list)):
-            index = int(inner)
-            own = type(own)([*own[:index], value, *own[index + 1 :]])
-        else:
-            vars(own)[inner] = value
-        value = own
-    vars(module)[key] = value
-
-
 def set_attributes_(model: nn.Module, edits: Edits) -> None:
     """Set module attributes; a dotted one is set on the module's own copy of that object."""
     for name, values in edits.attributes.items():
         module = model.get_submodule(name)
         for path, value in values.items():
-            set_own_value(module, path, value)
+            set_own_(module, path, value)
 
 
 class Renaming:
