@@ -176,9 +176,7 @@ def prune_family(family: str, out: Path) -> None:
         if not group.frozen and group.layer in gone.get(group.kind, ())
     }
     edits = cut_(model, discovery, removal)
-    saved = save_checkpoint(
-        model, out, edits=edits, plan_json=None, tokenizer=None, dense_config=dense
-    )
+    saved = save_checkpoint(model, out, edits=edits, dense_config=dense)
     assert saved.kind == "remote_code", saved
 
 

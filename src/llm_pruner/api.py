@@ -468,7 +468,6 @@ def recover_(
             asked,
             work=work,
             folder=None,
-            sources=len(samples),
             as_saved_=partial(round_, dtype=model.loaded.stored_dtype),
             **trainer,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -200,12 +201,14 @@ class Discovery:
     aliases: Mapping[str, str]
     graph: Any = field(repr=False, default=None)
 
+    @cached_property
+    def by_name(self) -> Mapping[str, Group]:
+        """The groups by their names."""
+        return {group.name: group for group in self.groups}
+
     def group(self, name: str) -> Group:
         """Return the group of that name; KeyError if there is none."""
-        for group in self.groups:
-            if group.name == name:
-                return group
-        raise KeyError(name)
+        return self.by_name[name]
 
 
 @dataclass(frozen=True)

@@ -85,9 +85,7 @@ def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     dense, found = copy.deepcopy(model.config), discover(model)
     edits = cut_(model, found, removal)
     out = tmp_path_factory.mktemp("data") / "out"
-    saved = save_checkpoint(
-        model, out, edits=edits, plan_json=None, tokenizer=None, dense_config=dense
-    )
+    saved = save_checkpoint(model, out, edits=edits, dense_config=dense)
     assert saved.kind == "remote_code"
     with torch.no_grad():
         torch.save(model(TOKENS).logits, out.parent / "logits.pt")
@@ -384,8 +382,6 @@ def test_a_model_that_no_recipe_can_say_is_not_saved(tmp_path: Path) -> None:
             model,
             tmp_path / "out",
             edits=edits,
-            plan_json=None,
-            tokenizer=None,
             dense_config=dense,
         )
     assert not list(tmp_path.iterdir())

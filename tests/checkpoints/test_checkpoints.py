@@ -146,7 +146,6 @@ class Knife:
             out,
             edits=self.edits,
             plan_json=PLAN,
-            tokenizer=None,
             dense_config=self.dense_config,
             **options,
         )
@@ -475,7 +474,7 @@ def test_embeddings_that_were_resized_load_again(tmp_path: Path) -> None:
     model = tiny_model("llama")
     dense, discovery = copy.deepcopy(model.config), discover(model)
     edits = cut_(model, discovery, {"hidden": np.array([1, 2]), "layers.0.ffn": np.array([0])})
-    how = {"edits": edits, "plan_json": None, "tokenizer": None, "dense_config": dense}
+    how = {"edits": edits, "dense_config": dense}
     save_checkpoint(model, tmp_path / "out", **how)
     loaded = load(tmp_path / "out")
     loaded.resize_token_embeddings(loaded.config.vocab_size + 6)

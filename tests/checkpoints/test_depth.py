@@ -43,9 +43,7 @@ def shortened(
     discovery = discover(model)
     smaller = copy.deepcopy(model)
     edits = cut_(smaller, discovery, {"layers": np.array(gone)})
-    saved = save_checkpoint(
-        smaller, out, edits=edits, plan_json="{}", tokenizer=None, dense_config=model.config
-    )
+    saved = save_checkpoint(smaller, out, edits=edits, plan_json="{}", dense_config=model.config)
     return smaller, discovery, saved
 
 
@@ -136,7 +134,7 @@ def test_numbers_of_layers_that_the_model_holds_follow(tmp_path: Path) -> None:
     smaller: Any = copy.deepcopy(dense)
     edits = cut_(smaller, discovery, {"layers": np.array([0, 2])})
     saved = save_checkpoint(
-        smaller, tmp_path / "out", edits=edits, plan_json="{}", tokenizer=None, dense_config=config
+        smaller, tmp_path / "out", edits=edits, plan_json="{}", dense_config=config
     )
     assert saved.kind == "stock"
     loaded = MllamaForCausalLM.from_pretrained(saved.path, dtype=torch.float32)

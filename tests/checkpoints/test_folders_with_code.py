@@ -68,7 +68,7 @@ def prune(
     dense = copy.deepcopy(model.config)
     units = {name: np.array(gone) for name, gone in removal.items()}
     edits = cut_(model, discover(model), units)
-    options = {"plan_json": None, "tokenizer": None, "dense_config": dense, **options}
+    options = {"dense_config": dense, **options}
     return save_checkpoint(model, out, edits=edits, **options)
 
 
@@ -289,6 +289,4 @@ def test_quantized_while_it_is_loaded(folders: dict[str, Path], tmp_path: Path) 
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "int8", trust_remote_code=trust)
         assert torch.equal(logits(again), logits(model))
     with pytest.raises(UserError, match="quantized with torchao"):
-        save_checkpoint(
-            model, tmp_path / "out", edits=Edits(), plan_json=None, tokenizer=tiny_tokenizer()
-        )
+        save_checkpoint(model, tmp_path / "out", edits=Edits(), tokenizer=tiny_tokenizer())

@@ -13,12 +13,12 @@ from transformers import AutoModelForImageTextToText, Gemma3Config, Gemma4Config
 from command import done, refused, run, save_tiny
 from fake_server import fake_server, noted
 from helpers import in_old_form, tiny_model
-from llm_pruner.checkpoints import modeling_pruned
 from llm_pruner.commands import bench_servers
 from llm_pruner.commands.bench_servers import _Subject
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.servers import served_by
 from llm_pruner.evaluation.serving import Wanted
+from llm_pruner.models import modeling_pruned
 from llm_pruner.settings.evaluate import BenchSettings
 from llm_pruner.settings.registry import SERVERS, entry
 

@@ -144,8 +144,6 @@ def saved(size: str) -> None:
         tiny_model(),
         Path("o"),
         edits=Edits({}, {}, {}, {}),
-        plan_json=None,
-        tokenizer=None,
         max_shard_size=size,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -256,7 +257,7 @@ def test_hidden_states_of_the_scores_spare_the_dense_blocks(
     def count(*_: object) -> None:
         counts[-1] += 1
 
-    with HiddenStates() as known:
+    with closing(HiddenStates()) as known:
         score(
             *(dense, discovery, Criterion("fisher")),
             **{"input_ids": ids, "seed": 0, "groups": chosen, "keep": known},
@@ -306,7 +307,7 @@ def test_hidden_states_of_the_first_blocks_alone_are_left_as_they_are() -> None:
     dense, ids, fitted = make("llama"), tokens(), []
     discovery = discover(dense)
     removal = {"layers.0.ffn": np.arange(8), "layers.2.ffn": np.arange(8)}
-    with HiddenStates() as known:
+    with closing(HiddenStates()) as known:
         chosen = {"layers.0.ffn"}  # which a forward pass through one block is enough for
         score(
             *(dense, discovery, Criterion("wanda")),

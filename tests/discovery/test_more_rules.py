@@ -983,9 +983,7 @@ def _saved(model: PreTrainedModel, folder: Path, kinds: tuple[str, ...] | None =
     expected = twin_logits(model, discovery, removal)
     edits = cut_(model, discovery, removal)
     assert largest_difference(expected, pruned_logits(model, discovery)) <= 1e-5
-    save_checkpoint(
-        model, folder, edits=edits, plan_json=None, tokenizer=None, dense_config=dense_config
-    )
+    save_checkpoint(model, folder, edits=edits, dense_config=dense_config)
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(loaded(torch.arange(9)[None]).logits, model(torch.arange(9)[None]).logits)
     return loaded

@@ -44,7 +44,7 @@ def observe(
         found[seen.group.name] = seen
         return np.zeros(seen.group.size)
 
-    measure(model, ids, groups, Measure(frozenset(needs), note), ALONE, None, None)
+    measure(model, ids, groups, Measure(frozenset(needs), note), ALONE, None)
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -327,10 +328,11 @@ def test_both_paths_in_float64(
 
 
 @pytest.mark.parametrize("order", ["first", "second", "mixed"])
-def test_loss_at_some_positions(llama: Any, order: str) -> None:
+def test_loss_at_some_positions(llama: Any, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(boundary_pass, "loss_stride", lambda _: 3)
     _, discovery, ids, double, _ = llama
     criterion = Criterion(order=order, reduction="vector")
-    got = score(double, discovery, criterion, input_ids=ids, seed=0, stride=3)
+    got = score(double, discovery, criterion, input_ids=ids, seed=0)
     gradients = reference_gradients(double, ids, 3)
     for group in discovery.groups:
         expected = np.array(reference_scores(double, gradients, group, criterion))
@@ -369,7 +371,9 @@ def test_a_large_output_layer_runs_at_a_share_of_the_positions(
         assert sorted(seen.tolist()) == list(range(12))
 
 
-def test_a_model_that_gives_other_logits_when_asked_for_some_gives_all() -> None:
+def test_a_model_that_gives_other_logits_when_asked_for_some_gives_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = tiny_model(num_hidden_layers=1).requires_grad_(False)
     discovery, ids = llama_discovery(model), tokens()
     want = score(model, discovery, Criterion(), input_ids=ids, seed=0)
@@ -380,7 +384,8 @@ def test_a_model_that_gives_other_logits_when_asked_for_some_gives_all() -> None
         return real(input_ids, logits_to_keep=count, **others)
 
     model.forward = last
-    got = score(model, discovery, Criterion(), input_ids=ids, seed=0, stride=2)
+    monkeypatch.setattr(boundary_pass, "loss_stride", lambda _: 2)
+    got = score(model, discovery, Criterion(), input_ids=ids, seed=0)
     for name in want:
         np.testing.assert_array_equal(got[name], want[name])
 
@@ -566,7 +571,7 @@ def test_hidden_states_on_disk_give_the_same_scores(
 def test_stored_activations_keep_bfloat16_and_the_order_of_samples() -> None:
     values = torch.randn(5, 2, 3).bfloat16()
     for budget in (0, 70, 1 << 20):
-        with ActivationStore(range(2, 4), 5, budget) as store:
+        with closing(ActivationStore(range(2, 4), 5, budget)) as store:
             for key, start in itertools.product((2, 3), (4, 0, 2)):
                 part = slice(start, min(start + 2, 5))
                 store.write(key, part, values[part] * key)

@@ -747,7 +747,6 @@ def test_plain_checkpoint_still_needs_the_package(tmp_path: Path) -> None:
         tmp_path / "out",
         edits=edits,
         plan_json="{}",
-        tokenizer=None,
         dense_config=model.config,
     )
     assert (saved.kind, saved.needs) == ("stock", ("import llm_pruner",))

@@ -453,7 +453,7 @@ def test_check_names_the_breach(removal, message):
 def test_companions_of_companions_follow():
     discovery = fake_llama(2, head_dim=8)
     scores, done = fake_scores(discovery), {"layers.1.value_dim": units(3)}
-    groups = {group.name: group for group in discovery.groups}
+    groups = discovery.by_name
     orders = {name: ascending(group, scores) for name, group in groups.items()}
     add_companions(groups, done, set(), orders)
     done = {name: np.sort(found) for name, found in done.items()}

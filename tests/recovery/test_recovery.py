@@ -12,7 +12,6 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
@@ -32,8 +31,6 @@ from helpers import tiny_model
 from llm_pruner.cli.recover import Narrator
 from llm_pruner.data.sequences import TrainingSequence, make_sequence
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import new_folder
-from llm_pruner.files.outputs import atomic_directory
 from llm_pruner.recovery import Teacher, methods, recover_
 from llm_pruner.recovery import checkpoint as states
 from llm_pruner.recovery import run as recovering
@@ -65,10 +62,6 @@ def sequences(count: int, *, seed: int = 0, longest: int = 24) -> list[TrainingS
         ids = [first + step % 7 for step in range(length)]
         made.append(make_sequence(ids, [number % 2 == 0 or t > 1 for t in range(length)], 0))
     return made
-
-
-def folder(path: Path) -> AbstractContextManager[Path]:
-    return atomic_directory(path, overwrite=False)
 
 
 # Layout.
@@ -262,9 +255,7 @@ def test_all_methods_learn_and_only_what_they_should(tmp_path: Path) -> None:
         model = tiny_model("llama")
         before = {name: one.detach().clone() for name, one in model.named_parameters()}
         settings = TrainingSettings(method=method, batch_size=8, epochs=2, seq_len=64)
-        same, outcome = recover_(
-            model, train, held, settings, work=tmp_path / method, folder=folder
-        )
+        same, outcome = recover_(model, train, held, settings, work=tmp_path / method)
         assert same is model
         assert outcome.gained
         assert outcome.after.loss < outcome.before.loss
@@ -336,9 +327,7 @@ def test_what_is_learned_beside_quantized_weights_is_merged_into_whole_ones(
     settings = TrainingSettings(
         quantize=kind, batch_size=8, epochs=3, seq_len=64, learning_rate=0.01
     )
-    found, outcome = recover_(
-        model, sequences(32), sequences(6, seed=1), settings, work=tmp_path, folder=folder
-    )
+    found, outcome = recover_(model, sequences(32), sequences(6, seed=1), settings, work=tmp_path)
     assert kinds == {{"int8": "Int8Tensor", "nf4": "Params4bit"}[kind]}
     assert outcome.gained
     after = dict(found.named_parameters())
@@ -359,9 +348,7 @@ def test_the_copy_that_takes_what_was_learned_reads_its_own_weights(
     monkeypatch.setattr(TrainingSettings, "check", lambda _: None)  # torchao may be missing
     monkeypatch.setattr(lora, "quantize_", lambda *_: None)
     settings = TrainingSettings(quantize="int8", batch_size=8, max_steps=1, seq_len=64)
-    found, _ = recover_(
-        model, sequences(8), sequences(4, seed=1), settings, work=tmp_path, folder=folder
-    )
+    found, _ = recover_(model, sequences(8), sequences(4, seed=1), settings, work=tmp_path)
     assert not [*model.parameters()]
     with torch.no_grad():
         assert found(torch.arange(8)[None]).logits.any()
@@ -389,7 +376,7 @@ def test_a_quantized_model_is_gone_before_the_whole_one_is_loaded(
         return tiny_model("llama")
 
     texts = sequences(16), sequences(4, seed=1)
-    _, outcome = recover_(model, *texts, settings, work=tmp_path, folder=folder, again=again)
+    _, outcome = recover_(model, *texts, settings, work=tmp_path, again=again)
     assert outcome.gained
 
 
@@ -406,12 +393,12 @@ def test_a_bar_says_that_held_out_text_is_scored(
     shown, settings = Terminal(), TrainingSettings(batch_size=8, max_steps=1, seq_len=64)
     monkeypatch.setattr(sys, "stderr", shown)
     texts = sequences(8), sequences(4, seed=1)
-    recover_(tiny_model("llama"), *texts, settings, work=tmp_path / "seen", folder=folder)
+    recover_(tiny_model("llama"), *texts, settings, work=tmp_path / "seen")
     before, after = (shown.getvalue().find(f"held-out text, {when}") for when in ("bef", "step 1"))
     assert 0 <= before < after
     quiet = io.StringIO()
     monkeypatch.setattr(sys, "stderr", quiet)
-    recover_(tiny_model("llama"), *texts, settings, work=tmp_path / "unseen", folder=folder)
+    recover_(tiny_model("llama"), *texts, settings, work=tmp_path / "unseen")
     assert quiet.getvalue() == ""
 
 
@@ -445,7 +432,6 @@ def test_what_the_trainer_takes_reaches_it(tmp_path: Path) -> None:
         sequences(6, seed=1),
         settings,
         work=tmp_path / "a",
-        folder=folder,
         callbacks=[Watch()],
     )
     assert Watch.seen == [("Adagrad", "adagrad", 0.02)] * 4
@@ -458,7 +444,6 @@ def test_what_the_trainer_takes_reaches_it(tmp_path: Path) -> None:
         sequences(6, seed=1),
         settings.but(method="full", learning_rate=0.5),
         work=tmp_path / "b",
-        folder=folder,
         callbacks=[Watch()],
         optimizers=(own, None),
     )
@@ -475,7 +460,6 @@ def test_what_the_trainer_takes_reaches_it(tmp_path: Path) -> None:
                 sequences(6, seed=1),
                 settings.but(trainer=(said.partition(":")[0],)),
                 work=tmp_path / place,
-                folder=folder,
             )
 
 
@@ -488,7 +472,7 @@ def test_a_callback_may_end_a_run(tmp_path: Path, event: str) -> None:
     setattr(stopping, event, end)
     settings = TrainingSettings(batch_size=4, seq_len=64, evaluations=1)
     texts = sequences(32), sequences(6, seed=1)
-    how = {"work": tmp_path, "folder": folder, "callbacks": [stopping]}
+    how = {"work": tmp_path, "callbacks": [stopping]}
     _, outcome = recover_(tiny_model("llama"), *texts, settings, **how)
     assert (outcome.steps, outcome.run.total) == (3, 8)
     assert [one.step for one in outcome.run.evaluations] == [0, 3]
@@ -538,9 +522,7 @@ def test_a_file_in_the_folder_is_a_method(tmp_path: Path, monkeypatch: pytest.Mo
     settings = settings.model_copy(update={"method": "only-norms"})
     model = tiny_model("llama")
     before = {name: one.detach().clone() for name, one in model.named_parameters()}
-    recover_(
-        model, sequences(16), sequences(4, seed=1), settings, work=tmp_path / "w", folder=folder
-    )
+    recover_(model, sequences(16), sequences(4, seed=1), settings, work=tmp_path / "w")
     moved = {n for n, one in model.named_parameters() if not torch.equal(one, before[n])}
     assert moved == {name for name in before if "norm" in name}
 
@@ -553,9 +535,7 @@ def test_each_kernel_can_be_switched_off(tmp_path: Path, without: str) -> None:
             batch_size=8, epochs=1, seq_len=64, kernels=kernels, bf16=False, packing=True
         )
         work = tmp_path / str(len(kernels))
-        _, outcome = recover_(
-            tiny_model("llama"), sequences(32), sequences(4), settings, work=work, folder=folder
-        )
+        _, outcome = recover_(tiny_model("llama"), sequences(32), sequences(4), settings, work=work)
         curves.append(outcome.losses)
     assert curves[0] == pytest.approx(curves[1], abs=1e-5)
 
@@ -566,7 +546,7 @@ def test_the_gradient_of_a_step_does_not_depend_on_its_layout(tmp_path: Path) ->
     for tokens in (32, 4096):
         settings = TrainingSettings(batch_size=8, epochs=2, seq_len=32, micro_tokens=tokens)
         _, outcome = recover_(
-            tiny_model("llama"), train, held, settings, work=tmp_path / str(tokens), folder=folder
+            tiny_model("llama"), train, held, settings, work=tmp_path / str(tokens)
         )
         curves.append(outcome.losses)
     assert curves[0] == pytest.approx(curves[1], abs=1e-5)
@@ -584,7 +564,7 @@ def test_what_makes_it_worse_is_not_kept_and_ends_early(tmp_path: Path) -> None:
         patience=2,
         method="full",
     )
-    _, outcome = recover_(tiny_model("llama"), train, held, settings, work=tmp_path, folder=folder)
+    _, outcome = recover_(tiny_model("llama"), train, held, settings, work=tmp_path)
     assert not outcome.gained
     assert outcome.steps < outcome.run.total == 32
     assert outcome.steps >= 16  # at the full rate a rise says nothing yet
@@ -597,9 +577,7 @@ def test_a_model_is_given_back_with_its_own_forward_pass(tmp_path: Path, method:
     """That which accelerate puts there multiplies in bfloat16, also when it is scored."""
     train, held = sequences(12), sequences(4, seed=1)
     settings = TrainingSettings(method=method, batch_size=4, seq_len=32, bf16=True, max_steps=3)
-    model, outcome = recover_(
-        tiny_model("llama"), train, held, settings, work=tmp_path, folder=folder
-    )
+    model, outcome = recover_(tiny_model("llama"), train, held, settings, work=tmp_path)
     assert not {"forward", "_original_forward"} & vars(model).keys()
     batches = lay_out(held, range(4), packed=True, capacity=32, micro_tokens=64)
     exact = sum(float(task_loss(*target_logits(model, one)).detach()) for one in batches)
@@ -614,8 +592,8 @@ def test_the_last_score_is_of_the_weights_that_are_saved(tmp_path: Path) -> None
 
     train, held = sequences(12), sequences(4, seed=1)
     settings = TrainingSettings(batch_size=4, seq_len=32, max_steps=3)
-    own = {"work": tmp_path, "folder": folder}
-    _, outcome = recover_(tiny_model("llama"), train, held, settings, as_saved_=as_saved_, **own)
+    how = {"as_saved_": as_saved_, "work": tmp_path}
+    _, outcome = recover_(tiny_model("llama"), train, held, settings, **how)
     assert min(one.loss for one in outcome.run.evaluations[1:]) < outcome.before.loss
     assert outcome.after.loss == outcome.before.loss
     assert not outcome.gained
@@ -634,7 +612,7 @@ def test_the_best_weights_are_kept(tmp_path: Path) -> None:
         evaluations=12,
         patience=12,
     )
-    _, outcome = recover_(tiny_model("llama"), train, held, settings, work=tmp_path, folder=folder)
+    _, outcome = recover_(tiny_model("llama"), train, held, settings, work=tmp_path)
     losses = [one.loss for one in outcome.run.evaluations]
     assert outcome.run.best == losses.index(min(losses))
     assert outcome.after.loss == pytest.approx(min(losses), abs=1e-5)
@@ -648,9 +626,7 @@ def test_a_time_budget_is_planned_and_kept(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(f"llm_pruner.recovery.{module}.time", clock)
     train, held = sequences(64), sequences(4, seed=1)
     settings = TrainingSettings(batch_size=4, epochs=1000, seq_len=64, max_minutes=0.03)
-    _, outcome = recover_(
-        tiny_model(num_hidden_layers=1), train, held, settings, work=tmp_path, folder=folder
-    )
+    _, outcome = recover_(tiny_model(num_hidden_layers=1), train, held, settings, work=tmp_path)
     assert outcome.run.planned
     assert 4 < outcome.steps <= outcome.run.total < 16_000
     assert outcome.run.seconds <= 60 * 0.03
@@ -711,7 +687,7 @@ def test_slow_first_steps_do_not_shorten_a_run(
 
     def recovered() -> Outcome:
         model = tiny_model(num_hidden_layers=1)
-        return recover_(model, train, held, settings, work=tmp_path, folder=folder)[1]
+        return recover_(model, train, held, settings, work=tmp_path)[1]
 
     if killed:
         with pytest.raises(KeyboardInterrupt):
@@ -741,9 +717,7 @@ def test_a_machine_that_changes_its_speed_is_planned_for(
         evaluations=6,
         patience=9,
     )
-    _, outcome = recover_(
-        tiny_model(num_hidden_layers=1), train, held, settings, work=tmp_path, folder=folder
-    )
+    _, outcome = recover_(tiny_model(num_hidden_layers=1), train, held, settings, work=tmp_path)
     # Planned once, the 142 steps would be over after 193 seconds, or not before 460.
     assert outcome.run.stopped is None
     assert outcome.steps == outcome.run.total == len(rates)
@@ -755,7 +729,7 @@ def test_a_machine_that_changes_its_speed_is_planned_for(
 def test_a_run_with_more_time_than_it_needs_is_scored_on_the_way(tmp_path: Path) -> None:
     train, held = sequences(64), sequences(4, seed=1)
     settings = TrainingSettings(batch_size=4, epochs=2, seq_len=64, max_minutes=600)
-    _, outcome = recover_(tiny_model("llama"), train, held, settings, work=tmp_path, folder=folder)
+    _, outcome = recover_(tiny_model("llama"), train, held, settings, work=tmp_path)
     assert outcome.run.planned
     assert outcome.steps == 32
     steps = [one.step for one in outcome.run.evaluations[1:]]
@@ -775,9 +749,7 @@ def test_scores_leave_the_time_to_training(tmp_path: Path, monkeypatch: pytest.M
     for minutes, most in ((0.05, 4), (0.01, 3)):
         settings = TrainingSettings(batch_size=4, epochs=1000, seq_len=64, max_minutes=minutes)
         work = tmp_path / str(minutes)
-        _, outcome = recover_(
-            tiny_model(num_hidden_layers=1), train, held, settings, work=work, folder=folder
-        )
+        _, outcome = recover_(tiny_model(num_hidden_layers=1), train, held, settings, work=work)
         # One is of the model that came; a tenth of three seconds has room for three more.
         assert 3 <= len(outcome.run.evaluations) <= most
         assert outcome.run.evaluations[-1].step == outcome.steps
@@ -798,7 +770,7 @@ def test_what_a_teacher_is_asked_once_does_not_shorten_a_run(
     settings = TrainingSettings(batch_size=4, epochs=1000, seq_len=64, max_minutes=2)
     teacher = Slow(tiny_model(num_hidden_layers=1))
     model = tiny_model(num_hidden_layers=1, seed=1)
-    how = {"work": tmp_path, "folder": folder, "teacher": teacher, "judge": teacher}
+    how = {"work": tmp_path, "teacher": teacher, "judge": teacher}
     _, outcome = recover_(model, train, held, settings, **how)
     assert 60 <= outcome.steps <= 70
     assert 0.95 * 120 <= outcome.run.seconds <= 120
@@ -811,7 +783,7 @@ def test_a_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
     train = [make_sequence(range(3, 30), [True] * 27, 0)] * 4
     settings = TrainingSettings(batch_size=4, seq_len=64)
     with pytest.raises(UserError, match="the loss of step 1 is nan; look at the data, or use"):
-        recover_(model, train, held, settings, work=tmp_path, folder=folder)
+        recover_(model, train, held, settings, work=tmp_path)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -822,7 +794,7 @@ def test_held_out_text_that_cannot_judge_is_an_error(tmp_path: Path, bf16: bool)
     train = [make_sequence(range(10, 30), [True] * 20, 0)] * 4
     settings = TrainingSettings(batch_size=4, seq_len=64, bf16=bf16)
     with pytest.raises(UserError, match="the loss of the held-out text is nan before training"):
-        recover_(model, train, held, settings, work=tmp_path, folder=folder)
+        recover_(model, train, held, settings, work=tmp_path)
 
 
 def test_a_run_that_diverges_ends_with_its_best_weights(
@@ -849,7 +821,6 @@ def test_a_run_that_diverges_ends_with_its_best_weights(
         sequences(6, seed=1),
         settings,
         work=tmp_path,
-        folder=folder,
     )
     assert outcome.steps == 4
     assert outcome.run.stopped == "the loss of step 4 is nan; a lower --learning-rate goes further"
@@ -871,8 +842,7 @@ def test_a_full_disk_does_not_end_training(
         plain(place, values)
 
     monkeypatch.setattr(states, "write_values", write)
-    how = {"work": tmp_path / "work", "folder": new_folder}
-    _, outcome = recover_(tiny_model("llama"), train, held, settings, **how)
+    _, outcome = recover_(tiny_model("llama"), train, held, settings, work=tmp_path / "work")
     assert outcome.gained
     assert outcome.steps == 6
     (said,) = caplog.messages
@@ -881,7 +851,7 @@ def test_a_full_disk_does_not_end_training(
     monkeypatch.setattr(recovering, "free_bytes", lambda _: 10**5)
     said = "checkpoints of 17,280 trained parameters need about 0.6 MB, and the disk of .* 0.1 MB"
     with pytest.raises(UserError, match=said):
-        recover_(tiny_model("llama"), train, held, settings, work=tmp_path / "b", folder=folder)
+        recover_(tiny_model("llama"), train, held, settings, work=tmp_path / "b")
     recover_(tiny_model("llama"), train, held, settings, work=tmp_path / "c", folder=None)
 
 

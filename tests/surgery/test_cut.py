@@ -15,7 +15,8 @@ from families import discovered, make
 from helpers import tiny_model
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import InfeasibleError
-from llm_pruner.models.layers import apply_layers, layer_numbers, set_own_value
+from llm_pruner.models.layers import apply_layers, layer_numbers
+from llm_pruner.models.modeling_pruned import set_own_
 from llm_pruner.surgery.cut import cut_, plan_edits
 from llm_pruner.surgery.removal import count_parameters, kept_shapes
 from llm_pruner.surgery.twin import pruned_logits
@@ -239,9 +240,9 @@ def test_settings_of_one_module_are_its_own() -> None:
     for module in model:
         module.config = shared
         module.sizes = (1, 2, 3)
-    set_own_value(model[0], "config.heads", 4)
-    set_own_value(model[0], "sizes.1", 9)
-    set_own_value(model[0], "width", 7)
+    set_own_(model[0], "config.heads", 4)
+    set_own_(model[0], "sizes.1", 9)
+    set_own_(model[0], "width", 7)
     assert (model[0].config.heads, model[1].config.heads, shared.heads) == (4, 6, 6)
     assert (model[0].sizes, model[1].sizes, model[0].width) == ((1, 9, 3), (1, 2, 3), 7)
 

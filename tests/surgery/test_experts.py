@@ -200,7 +200,6 @@ def test_saved_and_loaded(
         tmp_path / "out",
         edits=edits,
         plan_json="{}",
-        tokenizer=None,
         dense_config=model.config,
     )
     assert saved.kind == kind

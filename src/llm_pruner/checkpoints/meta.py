@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
 from llm_pruner.models import older_code
 from llm_pruner.models.layers import is_layer_list
+from llm_pruner.models.modeling_pruned import put
 from llm_pruner.runtime.progress import quiet
 
 
@@ -46,7 +47,7 @@ def with_values(config: PreTrainedConfig, values: Mapping[str, Any]) -> PreTrain
     """Return a copy of the config with the values at these dotted paths; nothing is validated."""
     changed = copy.deepcopy(config)
     for path, value in values.items():
-        set_path(changed, path, value)
+        put(changed, path, value)
     return changed
 
 
@@ -161,9 +162,3 @@ def get_path(holder: Any, path: str) -> Any:
     for part in path.split("."):
         holder = holder[int(part)] if part.isdigit() else getattr(holder, part)
     return holder
-
-
-def set_path(config: Any, path: str, value: Any) -> None:
-    """Set the config value at a dotted path."""
-    owner, _, name = path.rpartition(".")
-    setattr(get_path(config, owner) if owner else config, name, value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from llm_pruner.checkpoints.save import make_readable, silent_writing
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import json_object
 from llm_pruner.files.outputs import MANIFEST, atomic_directory
-from llm_pruner.runtime.progress import quiet
+from llm_pruner.runtime.progress import quiet_bars
 
 
 def save_packed(
@@ -52,7 +51,7 @@ def save_packed(
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
-    with quiet("transformers", stderr=not sys.stderr.isatty()):
+    with quiet_bars("transformers"):
         model: Any = AutoModelForCausalLM.from_pretrained(
             source,
             quantization_config=TorchAoConfig(Int8WeightOnlyConfig(version=2)),

@@ -26,8 +26,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llm_pruner.checkpoints.meta import get_path, is_integer, set_path
-from llm_pruner.checkpoints.modeling_pruned import cut_buffers_, reshape_parameters_, set_config_
+from llm_pruner.checkpoints.meta import get_path, is_integer
 from llm_pruner.checkpoints.reshape import MOST_LAYERS, Recipe, from_json, shown, to_json
 from llm_pruner.errors import UserError
 from llm_pruner.models.layers import (
@@ -37,6 +36,12 @@ from llm_pruner.models.layers import (
     is_settings,
     keep_children,
     set_attributes_,
+)
+from llm_pruner.models.modeling_pruned import (
+    cut_buffers_,
+    put,
+    reshape_parameters_,
+    set_config_,
 )
 from llm_pruner.models.older_code import computed_buffers, fill_buffers_
 
@@ -130,7 +135,7 @@ def dense_copy(config: PreTrainedConfig, recipe: Recipe) -> PreTrainedConfig:
     config = copy.deepcopy(config)
     for path, value in recipe.dense_config.items():
         try:
-            set_path(config, path, value)
+            put(config, path, value)
         except Exception as error:  # configs check themselves in any way
             raise UserError(
                 f"{type(config).__name__} refuses the {shown(path)} of the pruning recipe in "

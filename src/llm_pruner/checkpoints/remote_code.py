@@ -25,8 +25,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from llm_pruner.checkpoints import meta, modeling_pruned
-from llm_pruner.checkpoints.modeling_pruned import Pruned, within
+from llm_pruner.checkpoints import meta
 from llm_pruner.checkpoints.quantizer import (
     config_misfits,
     cut_skeleton_,
@@ -36,8 +35,9 @@ from llm_pruner.checkpoints.quantizer import (
 )
 from llm_pruner.checkpoints.reshape import Recipe, from_json, to_json
 from llm_pruner.hook import has_recipe
-from llm_pruner.models import older_code
+from llm_pruner.models import modeling_pruned, older_code
 from llm_pruner.models.layers import configs_of
+from llm_pruner.models.modeling_pruned import Pruned, within
 from llm_pruner.models.older_code import is_own_code
 
 KEY, CODE = "pruned", "modeling_pruned"

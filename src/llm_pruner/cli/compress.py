@@ -19,14 +19,13 @@ from llm_pruner.cli.output import (
     check_json,
     command_line,
     hand_over,
-    said_how_to_go_on,
     tell_going_on,
     tell_stage,
+    telling_how_to_go_on,
     upload,
     warn,
 )
 from llm_pruner.cli.recover import Narrator, show_control
-from llm_pruner.errors import Interrupted
 from llm_pruner.report.text import clean, count, measured, megabytes
 from llm_pruner.runtime.memory import BOTH, keep_kernels
 from llm_pruner.settings.compress import CompressSettings
@@ -61,7 +60,7 @@ def run(
     from llm_pruner.commands.compress import compress
     from llm_pruner.commands.workdir import COMPRESSING
 
-    try:
+    with telling_how_to_go_on(COMPRESSING, settings.out, restart=settings.restart):
         done = compress(
             settings,
             command=command_line(),
@@ -70,10 +69,6 @@ def run(
             going_on=tell_going_on,
             first=first,
         )
-    except KeyboardInterrupt:
-        if not COMPRESSING.beside(settings.out).is_dir():
-            raise
-        raise Interrupted(said_how_to_go_on(restart=settings.restart)) from None
     for note in done.notes:
         warn(note)
     hand_over(done, json, show, partial(upload, settings))

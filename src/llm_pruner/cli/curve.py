@@ -8,12 +8,11 @@ from llm_pruner.cli.output import (
     Screen,
     command_line,
     hand_over,
-    said_how_to_go_on,
     tell_going_on,
     tell_stage,
+    telling_how_to_go_on,
     warn,
 )
-from llm_pruner.errors import Interrupted
 from llm_pruner.report.text import clean
 from llm_pruner.runtime.memory import PRUNING, keep_kernels
 from llm_pruner.settings.curve import CurveSettings
@@ -38,12 +37,8 @@ def run(settings: CurveSettings, json: str | None) -> None:
     from llm_pruner.commands.curve import curve
     from llm_pruner.commands.workdir import MEASURING
 
-    try:
+    with telling_how_to_go_on(MEASURING, settings.out, restart=settings.restart):
         done = curve(settings, command=command_line(), tell=tell_stage, going_on=tell_going_on)
-    except KeyboardInterrupt:
-        if not MEASURING.beside(settings.out).is_dir():
-            raise
-        raise Interrupted(said_how_to_go_on(restart=settings.restart)) from None
     for share, why in done.missed.items():
         warn(f"no point at {share}: {why}")
     hand_over(done, json, show)

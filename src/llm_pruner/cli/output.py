@@ -10,22 +10,25 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llm_pruner.errors import UserError
+from llm_pruner.errors import Interrupted, UserError
 from llm_pruner.files.disk import placed
 from llm_pruner.files.outputs import Source, check_file, write_output
 from llm_pruner.report.text import at_home, clean, count, megabytes
 from llm_pruner.runtime.signals import INTERRUPTED, TERMINATED
 from llm_pruner.settings.common import OutputSettings
+
+if TYPE_CHECKING:
+    from llm_pruner.commands.workdir import Kind
 
 T = TypeVar("T")
 
@@ -188,11 +191,17 @@ def tell_going_on(folder: Path) -> None:
     print(f"llm-pruner: going on with the run in {name}", file=sys.stderr, flush=True)
 
 
-def said_how_to_go_on(*, restart: bool) -> str:
-    """Return what a run that was interrupted says of itself."""
-    # The same command would throw away what there is.
-    how = "the same command without --restart" if restart else "the same command"
-    return f"interrupted; {how} goes on from here"
+@contextmanager
+def telling_how_to_go_on(kind: Kind, out: Path, *, restart: bool) -> Iterator[None]:
+    """Have a run that is interrupted, and has kept what it has, say how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not kind.beside(out).is_dir():
+            raise
+        # The same command would throw away what there is.
+        how = "the same command without --restart" if restart else "the same command"
+        raise Interrupted(f"interrupted; {how} goes on from here") from None
 
 
 class _OneLine(logging.Formatter):

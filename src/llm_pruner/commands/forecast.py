@@ -31,6 +31,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -305,7 +306,7 @@ class _Forecaster:
             pruned = cut_copy(model, discovery, removal)
             ids = _tokens(max(2, samples), self.length, embedding_rows(model))
             job = partial(refit_, pruned, model, discovery, removal, ids, ridges)
-            with mixed_precision(model), self._states(model, ids[: self.scored]) as known:
+            with mixed_precision(model), closing(self._states(model, ids[: self.scored])) as known:
                 found[name], done = _taken(partial(job, known=known))
             weights = (pruned.get_submodule(one.module).get_parameter("weight") for one in done)
             self.refitted = sum(weight.nbytes for weight in weights)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
@@ -13,9 +12,9 @@ from llm_pruner.discovery.groups import discover
 from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.models.forward import embedding_rows
 from llm_pruner.models.load import load
+from llm_pruner.planning.costs import ParameterCounter
 from llm_pruner.settings.common import ModelSettings
-from llm_pruner.surgery.removal import count_parameters
-from llm_pruner.types import Discovery, Group, IntArray
+from llm_pruner.types import Discovery, Group
 
 MANY_TOKENS, LARGE_SHARE = 100_000, 0.1
 """Tokens of a vocabulary for many languages, and the share of all parameters in its embeddings,
@@ -38,43 +37,43 @@ def inspect_model(model: ModelSettings) -> dict[str, Any]:
     """
     loaded = load(model, weights=False)
     discovery = discover(loaded.model)
-    total = count_parameters(discovery)
+    counter = ParameterCounter(discovery)
     kinds = dict.fromkeys(group.kind for group in discovery.groups)
     return {
         "format_version": 1,
         "model": loaded.name,
-        "parameters": total,
+        "parameters": counter.total,
         "tokens": embedding_rows(loaded.model),
         "embeddings": model_size(loaded.model).embedding,
-        "kinds": [_kind(kind, discovery, total) for kind in kinds],
-        "groups": [_group(group, discovery, total) for group in discovery.groups],
+        "kinds": [_kind(kind, discovery, counter) for kind in kinds],
+        "groups": [_group(group, counter) for group in discovery.groups],
         "frozen": [asdict(axis) for axis in discovery.frozen],
     }
 
 
-def _kind(kind: str, discovery: Discovery, total: int) -> dict[str, Any]:
+def _kind(kind: str, discovery: Discovery, counter: ParameterCounter) -> dict[str, Any]:
     """Sum up the groups of one kind; other kinds may hold the same parameters."""
     groups = [group for group in discovery.groups if group.kind == kind]
     free = [group for group in groups if group.frozen is None]
-    parameters = _touched(free, discovery)
+    parameters = _touched(free, counter)
     return {
         "kind": kind,
         "groups": len(groups),
         "prunable_units": sum(group.size for group in free),
         "parameters": parameters,
-        "share": parameters / total,
+        "share": parameters / counter.total,
     }
 
 
-def _group(group: Group, discovery: Discovery, total: int) -> dict[str, Any]:
-    parameters = _touched([group], discovery)
+def _group(group: Group, counter: ParameterCounter) -> dict[str, Any]:
+    parameters = _touched([group], counter)
     return {
         "name": group.name,
         "kind": group.kind,
         "layer": group.layer,
         "units": group.size,
         "parameters": parameters,
-        "share": parameters / total,
+        "share": parameters / counter.total,
         "frozen": group.frozen,
         "multiple": group.multiple,
         "least": group.least,
@@ -93,24 +92,6 @@ def _group(group: Group, discovery: Discovery, total: int) -> dict[str, Any]:
     }
 
 
-def _touched(groups: Iterable[Group], discovery: Discovery) -> int:
+def _touched(groups: Iterable[Group], counter: ParameterCounter) -> int:
     """Return how many parameters lie in some unit of the groups; each counts once."""
-    inside: set[str] = set()
-    axes: dict[str, dict[int, list[IntArray]]] = {}
-    for group in groups:
-        for module in group.modules:
-            inside.update(name for name in discovery.shapes if name.startswith(f"{module}."))
-        for member in group.members:
-            if not member.buffer:
-                dims = axes.setdefault(member.tensor, {})
-                dims.setdefault(member.dim, []).append(member.index.ravel())
-    count = sum(math.prod(discovery.shapes[name]) for name in inside)
-    for tensor in axes.keys() - inside:
-        shape = discovery.shapes[tensor]
-        # A weight is outside of all groups if no axis meets a unit at its position.
-        outside = 1
-        for dim, size in enumerate(shape):
-            units = axes[tensor].get(dim)
-            outside *= size if units is None else size - len(np.unique(np.concatenate(units)))
-        count += math.prod(shape) - outside
-    return count
+    return counter.total - counter.count({one.name: np.arange(one.size) for one in groups})

@@ -6,7 +6,7 @@ import copy
 import logging
 import shlex
 from collections.abc import Callable, Mapping, Set
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -421,7 +421,7 @@ class PruneRun:
                 runs of the same text; one of this run alone by default.
         """
         if known is None:
-            with HiddenStates() as known:
+            with closing(HiddenStates()) as known:
                 self.make_plan(known)
             return
         settings, clock, target, cost = self.settings, self.clock, self.target, self.reach()

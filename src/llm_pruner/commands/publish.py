@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import shlex
-import sys
 from collections.abc import Sequence
 from fnmatch import fnmatch
 
@@ -13,7 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from llm_pruner.errors import LLMPrunerError, UserError, in_short
-from llm_pruner.runtime.progress import quiet
+from llm_pruner.runtime.progress import quiet_bars
 from llm_pruner.settings.common import OutputSettings
 from llm_pruner.version import __version__
 
@@ -71,7 +70,7 @@ def push(settings: OutputSettings) -> str | None:
         return None
     api, there = HfApi(), list[str]()
     try:
-        with quiet("huggingface_hub", stderr=not sys.stderr.isatty()):
+        with quiet_bars("huggingface_hub"):
             made = api.create_repo(repository, private=settings.private or None, exist_ok=True)
             if settings.private and not api.repo_info(made.repo_id).private:
                 raise LLMPrunerError(

@@ -40,7 +40,7 @@ from llm_pruner.evaluation.perplexity import (
     perplexity_of_windows,
 )
 from llm_pruner.evaluation.servers import served_by
-from llm_pruner.files.disk import new_folder, tidy
+from llm_pruner.files.disk import tidy
 from llm_pruner.files.outputs import (
     RECOVERY_FILE,
     check_output,
@@ -310,8 +310,6 @@ class _Run:
             held_out,
             settings,
             work=work,
-            folder=new_folder,
-            sources=len(self.samples),
             teacher=teacher,
             judge=judge,
             say=lambda progress: self.say(replace(progress, control=control)),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -70,7 +70,6 @@ class Collector:
         modules: ids of the modules besides that the pass has to reach.
         processes: those that share the samples, ``TOKENS`` at a time.
         keep: takes the hidden states of all samples where one process has them.
-        stride: the loss is taken at one position in so many; None: as `loss_stride` says.
     """
 
     def __init__(
@@ -82,13 +81,11 @@ class Collector:
         modules: Iterable[int] = (),
         processes: Processes = ALONE,
         keep: HiddenStates | None = None,
-        stride: int | None = None,
     ) -> None:
         self.parameters, self.together, self.label = dict(parameters), together, label
         self.modules = frozenset(modules)
         self.processes = processes
         self.keep = keep if processes.count == 1 else None
-        self.stride = stride
 
     def tells_apart(
         self, owned: Mapping[str, nn.Parameter], run: Callable[[], torch.Tensor]
@@ -233,7 +230,7 @@ class _BlockPass:
         self.batches = Batches(samples, length, collector.processes)
         self.begins: dict[int, int] = {}  # sample -> the first that the head saw with it
         all_seen = not gives_chosen(chain.model) or watched - places.keys()
-        stride = 1 if all_seen else collector.stride or loss_stride(chain)
+        stride = 1 if all_seen else loss_stride(chain)
         self._take_positions(min(stride, length - 1))
 
     def _take_positions(self, stride: int) -> None:
@@ -294,8 +291,8 @@ class _BlockPass:
                 collector.keep = None  # others would be glad of them, but need room themselves
             states = ActivationStore(range(self.count + 1), samples, MEMORY // 4)
             with (
-                ActivationStore(range(1), samples, MEMORY * 3 // 4) as self.gradients,
-                states if collector.keep is None else nullcontext(states) as self.states,
+                closing(ActivationStore(range(1), samples, MEMORY * 3 // 4)) as self.gradients,
+                closing(states) if collector.keep is None else nullcontext(states) as self.states,
             ):
                 self._forward()
                 ends = ends_of(chain.model)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -65,7 +65,6 @@ def measure(
     how: Measure,
     processes: Processes,
     keep: HiddenStates | None,
-    stride: int | None,
 ) -> dict[str, FloatArray]:
     """Return the importance of the units of every group.
 
@@ -78,14 +77,14 @@ def measure(
         groups: what to look at.
         how: what is looked at, and what it says of a group.
         processes: those that share the samples; the first one has the values, the others nothing.
-        keep, stride: see ``score``.
+        keep: see ``score``.
 
     Raises:
         UserError: a group has a consumer that is not linear and more than gates is asked for;
             layers are asked for in a model whose blocks do not run one after the other; a loss is
             not finite.
     """
-    watching = partial(_Watch, model, input_ids, groups, how, processes, keep, stride)
+    watching = partial(_Watch, model, input_ids, groups, how, processes, keep)
     watch = watching()
     try:
         chain = find_chain(model, input_ids, watch.parameters)
@@ -158,7 +157,6 @@ class _Watch(Collector):
         how: Measure,
         processes: Processes,
         keep: HiddenStates | None,
-        stride: int | None,
     ) -> None:
         samples, self._length = input_ids.shape
         self._model, self._groups, self._how = model, groups, how
@@ -202,7 +200,6 @@ class _Watch(Collector):
             modules=(id(model.get_submodule(name)) for name in names),
             processes=processes,
             keep=keep,
-            stride=stride,
         )
         # What a forward pass shows is all that is asked for.
         self._forward_only = not self._members and self._where_linear <= {"moments", "gram"}
@@ -300,7 +297,7 @@ class _Watch(Collector):
         # Others would be glad of them, but this pass goes without.
         keep = self.keep if 2 * need < free_on_disk() else None
         states = ActivationStore(range(1 if keep is None else highest + 2), samples, MEMORY)
-        with chain.opened(), states if keep is None else nullcontext(states) as hidden:
+        with chain.opened(), closing(states) if keep is None else nullcontext(states) as hidden:
             for part in shared.own:
                 hidden.write(0, part, chain.entry(input_ids[part]))
             steps = [(index, *one) for index in range(highest + 1) for one in shared.all]

@@ -33,7 +33,6 @@ def score(
     groups: Collection[str] | None = None,
     processes: Processes = ALONE,
     keep: HiddenStates | None = None,
-    stride: int | None = None,
 ) -> dict[str, FloatArray]:
     """Return the importance of every unit; higher means keep.
 
@@ -58,8 +57,6 @@ def score(
             process alone would, to the last bit; the others may return nothing.
         keep: is given the hidden states between the blocks that were run one after the other, by
             one process; else left as it is.
-        stride: the loss is taken at one position in so many, of a model that can be asked for these
-            alone; None: at all, or fewer where the output layer would take most of the time.
 
     The criteria in ``criteria.MEASURES`` have their formulas there. Those that need moments of an
     input take no group that others than linear modules read, and weigh one by nothing whose readers
@@ -80,7 +77,7 @@ def score(
         if criterion.name in MEASURES:
             with _seen(model, input_ids, criterion.name) as ids, processes.telling():
                 how = MEASURES[criterion.name]
-                scores = measure(model, ids, chosen, how, processes, keep, stride)
+                scores = measure(model, ids, chosen, how, processes, keep)
             for name, found in scores.items():
                 if not np.isfinite(found).all():
                     raise UserError(
@@ -91,7 +88,7 @@ def score(
         parameters = _scored_parameters(model, chosen)
         if criterion.name == "taylor":
             with _seen(model, input_ids, criterion.name) as ids, processes.telling():
-                about = (model, parameters, criterion, ids, processes, keep, stride)
+                about = (model, parameters, criterion, ids, processes, keep)
                 sums = taylor_sums(*about) if parameters else {}
             if not processes.is_first:
                 return {}

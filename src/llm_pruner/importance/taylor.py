@@ -215,7 +215,6 @@ def taylor_sums(
     input_ids: torch.Tensor,
     processes: Processes,
     keep: HiddenStates | None,
-    stride: int | None,
 ) -> dict[str, Sums]:
     """Return the sums of the criterion's term over each tensor; nothing but in the first process.
 
@@ -224,9 +223,9 @@ def taylor_sums(
         parameters: those wanted, by name.
         criterion: of the name ``taylor``.
         input_ids: shape (samples, seq_len), on the model's device.
-        processes, keep, stride: see ``score``.
+        processes, keep: see ``score``.
     """
-    sums = _TaylorSums(model, parameters, criterion, len(input_ids), processes, keep, stride)
+    sums = _TaylorSums(model, parameters, criterion, len(input_ids), processes, keep)
     try:
         chain = find_chain(model, input_ids, parameters)
     except NotBlockwise as reason:
@@ -256,7 +255,6 @@ class _TaylorSums(Collector):
         samples: int,
         processes: Processes,
         keep: HiddenStates | None,
-        stride: int | None,
     ) -> None:
         super().__init__(
             parameters,
@@ -264,7 +262,6 @@ class _TaylorSums(Collector):
             label="importance",
             processes=processes,
             keep=keep,
-            stride=stride,
         )
         self._criterion, self._samples = criterion, samples
         self._first: dict[str, torch.Tensor] = {}

@@ -27,23 +27,18 @@ class ActivationStore:
     """
 
     def __init__(self, keys: range, samples: int, memory: int) -> None:
-        self._keys, self._samples, self._memory = keys, samples, memory
+        self.keys, self._samples, self._memory = keys, samples, memory
         self._form = torch.empty(0)  # one sample
         self._arrays: dict[int, torch.Tensor] = {}
         self._files: dict[int, BufferedRandom] = {}
 
-    @property
-    def keys(self) -> range:
-        """Of the arrays that can be written and read."""
-        return self._keys
-
     def _make(self, values: torch.Tensor) -> None:
         self._form = torch.empty_like(values[0], device="meta")
         size = self._samples * self._form.nbytes
-        in_memory = self._memory // size if size else len(self._keys)
-        for key in self._keys[: min(in_memory, len(self._keys))]:
+        in_memory = self._memory // size if size else len(self.keys)
+        for key in self.keys[: min(in_memory, len(self.keys))]:
             self._arrays[key] = values.new_empty((self._samples, *values.shape[1:]), device="cpu")
-        filed = self._keys[len(self._arrays) :]
+        filed = self.keys[len(self._arrays) :]
         need, free = len(filed) * size, free_on_disk()
         if filed and free < need:
             raise UserError(
@@ -53,12 +48,6 @@ class ActivationStore:
             )
         # Without a name, so that a killed process leaves nothing behind.
         self._files = {key: tempfile.TemporaryFile(dir=scratch_folder()) for key in filed}  # noqa: SIM115
-
-    def __enter__(self) -> ActivationStore:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Delete everything."""
@@ -128,12 +117,6 @@ class HiddenStates:
     def __init__(self) -> None:
         self._input_ids = torch.empty(0, dtype=torch.long)
         self._store: ActivationStore | None = None
-
-    def __enter__(self) -> HiddenStates:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Delete them."""

@@ -343,10 +343,10 @@ def find_chain(
         if seen <= carries and (known := proof.chain(model, scored)) is not None:
             return known
     ids = input_ids[:1, :_PROBE_TOKENS]
+    likely = tuple(heaviest(_lists(model)) or ())
     if carries:  # most models do not, and then the proof is good for both
         with suppress(NotBlockwise):
-            return _remembered(_proven(model, _likely(model), ids, scored, False), False)
-    likely = _likely(model)
+            return _remembered(_proven(model, likely, ids, scored, False), False)
     try:
         chain = _proven(model, likely, ids, scored, carries)
     except NotBlockwise:
@@ -364,10 +364,6 @@ def know_copy(model: nn.Module, copied: nn.Module) -> None:
         chain = proof.chain(model, {})
         if chain is not None and (same := chain.after_surgery(copied)) is not None:
             _remembered(same, carries)
-
-
-def _likely(model: nn.Module) -> tuple[nn.Module, ...]:
-    return tuple(heaviest(_lists(model)) or ())
 
 
 def _remembered(chain: Chain, carries: bool) -> Chain:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
+from llm_pruner.models.modeling_pruned import set_own_
 from llm_pruner.types import Edits
 
 _NUMBER_NAME = re.compile("idx|index|layer")
@@ -43,15 +44,16 @@ def tensors_of(model: nn.Module) -> Iterator[torch.Tensor]:
     yield from model.buffers()
     for module in model.modules():
         for value in vars(module).values():
-            yield from _tensors_in(value)
+            yield from held_in(value, torch.Tensor)
 
 
-def _tensors_in(value: Any, depth: int = 3) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
+def held_in(value: Any, kind: type, depth: int = 3) -> Iterator[Any]:
+    """Yield what is of a type in a value, in lists, dictionaries and such; no truth values."""
+    if isinstance(value, kind) and not isinstance(value, bool):
         yield value
-    elif depth and isinstance(value, dict | list | tuple | set):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(one, depth - 1)
+    elif depth and isinstance(value, Mapping | tuple | list | set | frozenset):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from held_in(one, kind, depth - 1)
 
 
 def with_initialisers(
@@ -125,7 +127,7 @@ def without_layers(model: nn.Module, path: str, gone: Sequence[int]) -> nn.Modul
     numbers = [*layer_numbers(model, kept)]
     apply_layers(smaller, kept)
     for module, attribute, value in numbers:
-        set_own_value(smaller.get_submodule(module), attribute, value)
+        set_own_(smaller.get_submodule(module), attribute, value)
     return smaller
 
 
@@ -199,30 +201,12 @@ def heaviest(lists: Iterable[nn.ModuleList]) -> nn.ModuleList | None:
     return max(lists, key=lambda one: sum(p.numel() for p in one.parameters()), default=None)
 
 
-def set_own_value(module: nn.Module, path: str, value: Any) -> None:
-    """Set ``name``, ``name.3`` or ``config.name`` of a module, on an own copy of what holds it.
-
-    Modules share configs, so ``config.num_heads`` of one module must not reach the others. What is
-    set lies in the ``__dict__`` of both: no setter of a class runs.
-    """
-    key, _, inner = path.partition(".")
-    if inner:
-        own = copy.copy(vars(module)[key])
-        if isinstance(own, (tuple, list)):
-            index = int(inner)
-            own = type(own)([*own[:index], value, *own[index + 1 :]])
-        else:
-            vars(own)[inner] = value
-        value = own
-    vars(module)[key] = value
-
-
 def set_attributes_(model: nn.Module, edits: Edits) -> None:
     """Set module attributes; a dotted one is set on the module's own copy of that object."""
     for name, values in edits.attributes.items():
         module = model.get_submodule(name)
         for path, value in values.items():
-            set_own_value(module, path, value)
+            set_own_(module, path, value)
 
 
 class Renaming:

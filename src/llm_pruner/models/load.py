@@ -11,9 +11,8 @@ import hashlib
 import json
 import logging
 import re
-import sys
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,7 +50,7 @@ from llm_pruner.models.stored_weight import mapped_files
 from llm_pruner.models.streaming import stored, stream_
 from llm_pruner.models.unrounded import unrounded
 from llm_pruner.runtime.memory import keep_all_blocks
-from llm_pruner.runtime.progress import quiet
+from llm_pruner.runtime.progress import quiet_bars
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.limits import check_installed
 
@@ -144,7 +143,7 @@ def load_model(
     options: dict[str, Any] = {"dtype": on_disk.dtype_named(dtype), "device_map": _device(device)}
     found = _find(source, revision, trust_remote_code, tokenizer_required, weights)
     states = on_disk.file_states(source)
-    with _quiet(), explained(source):
+    with quiet_bars("transformers"), explained(source):
         config = _config(source, found, packed)
         if found.is_gguf:
             scale_rotary_(config, on_disk.local_path(source))
@@ -158,7 +157,7 @@ def load_model(
         # The type of its files, whatever its config says: a weight that is cast is no view of them.
         there = on_disk.commonest_type(place)
         options = {"dtype": there, "device_map": "cpu"}
-    with _quiet():
+    with quiet_bars("transformers"):
         with explained(source):
             of_model = found
             if has_recipe(config) and type(config).__module__.startswith("transformers."):
@@ -622,14 +621,6 @@ def _device(name: str) -> str:
     return name
 
 
-def _quiet() -> AbstractContextManager[None]:
-    """Hold back transformers' notes, and its bars unless stderr is a terminal.
-
-    Some of its bars have no switch, so they write to nowhere.
-    """
-    return quiet("transformers", stderr=not sys.stderr.isatty())
-
-
 def load(
     model: ModelSettings,
     *,
@@ -668,7 +659,7 @@ def load(
 def load_tokenizer(model: ModelSettings) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model; raise UserError if either of them cannot be loaded."""
     found, _ = _checked(model)
-    with _quiet():
+    with quiet_bars("transformers"):
         tokenizer = _load_tokenizer(model.model, found, required=True)
     assert tokenizer is not None
     return tokenizer
@@ -700,5 +691,5 @@ def _checked(model: ModelSettings, packed: bool = False) -> tuple[_Found, Any]:
     found = _find(model.model, model.revision, model.trust_remote_code)
     if found.is_gguf:
         return found, None
-    with _quiet(), explained(model.model):
+    with quiet_bars("transformers"), explained(model.model):
         return found, _config(model.model, found, packed)

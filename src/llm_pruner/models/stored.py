@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections import Counter
 from contextlib import suppress
 from importlib.util import find_spec
@@ -20,7 +19,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from llm_pruner.errors import UserError
 from llm_pruner.files.disk import expanded, parse_json, read_json
-from llm_pruner.runtime.progress import quiet
+from llm_pruner.runtime.progress import quiet_bars
 
 DEFAULT = "default"
 """The word for the embedded model, SmolLM2-135M-Instruct."""
@@ -119,7 +118,7 @@ def records_of(source: str, revision: str | None = None) -> Path:
     """
     if not local_path(source).exists():
         # Where there are none, or no network, the hub's client says and raises anything.
-        with suppress(Exception), quiet("huggingface_hub", stderr=not sys.stderr.isatty()):
+        with suppress(Exception), quiet_bars("huggingface_hub"):
             snapshot_download(source, revision=revision, allow_patterns=RECORDS)
     return stored_at(source, revision) or local_path(source)
 

@@ -116,7 +116,7 @@ def find_candidates(
             ``round_to``, companions, or a single unit), or what `choose_groups` refuses.
     """
     chosen = choose_groups(discovery, selection, numbering)
-    groups = {group.name: group for group in discovery.groups}
+    groups = discovery.by_name
     orders: dict[str, IntArray] = {}
     waiting = list(chosen)
     while waiting:

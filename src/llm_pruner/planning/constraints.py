@@ -51,7 +51,7 @@ def check(discovery: Discovery, removal: Removal, unreadable: Collection[str] = 
         removal: the units, in any shape that a person may have written.
         unreadable: groups whose units are unknown, which nothing can be said about.
     """
-    groups = {group.name: group for group in discovery.groups}
+    groups = discovery.by_name
     problems: list[str] = []
     sound: dict[str, IntArray] = {}
     broken = set(unreadable)

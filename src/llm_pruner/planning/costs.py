@@ -75,7 +75,7 @@ class ParameterCounter:
             for name, modules in self._modules.items()
             for unit in removal.get(name, ())
         )
-        gone = {tensor for tensor in self._shapes if tensor.startswith(whole)}
+        gone = {tensor for tensor in self._shapes if tensor.startswith(whole)} if whole else set()
         left: int = self.total - sum(math.prod(self._shapes[tensor]) for tensor in gone)
         touched = set().union(*(self._touches.get(name, set()) for name in removal)) - gone
         for tensor in touched:

@@ -34,10 +34,9 @@ class Numbering:
     @classmethod
     def dense(cls, discovery: Discovery) -> Numbering:
         """Start from the dense model, of which everything is left."""
-        groups = {group.name: group for group in discovery.groups}
         return cls(
-            groups=groups,
-            kept={name: np.arange(group.size, dtype=np.int64) for name, group in groups.items()},
+            groups=discovery.by_name,
+            kept={g.name: np.arange(g.size, dtype=np.int64) for g in discovery.groups},
             layers=np.arange(count_layers(discovery.groups), dtype=np.int64),
             parameters=count_parameters(discovery),
         )

@@ -139,7 +139,6 @@ class Plan(_Strict):
                 the rules that `planning.constraints.check` lists.
         """
         problems = self._model_problems(discovery)
-        groups = {group.name: group for group in discovery.groups}
         found: dict[str, IntArray] = {}
         unreadable: set[str] = set()
         seen: set[str] = set()
@@ -148,7 +147,7 @@ class Plan(_Strict):
                 problems.append(f"{row.name}: has two lines; merge them")
                 continue
             seen.add(row.name)
-            group = groups.get(row.name)
+            group = discovery.by_name.get(row.name)
             if group is not None and row.kind != group.kind:
                 problems.append(f"{row.name}: is of kind {group.kind}, the plan says {row.kind}")
             if group is not None and row.size != group.size:
@@ -161,7 +160,7 @@ class Plan(_Strict):
         problems.extend(check(discovery, found, unreadable))
         if problems:
             raise PlanError(problems)
-        return {name: found[name] for name in groups if len(found.get(name, ()))}
+        return {name: found[name] for name in discovery.by_name if len(found.get(name, ()))}
 
     def _model_problems(self, discovery: Discovery) -> list[str]:
         parameters = count_parameters(discovery)

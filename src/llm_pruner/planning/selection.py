@@ -292,9 +292,8 @@ def scored_groups(discovery: Discovery, selection: Selection, numbering: Numberi
     Raises:
         UserError: as ``choose_groups``.
     """
-    groups = {group.name: group for group in discovery.groups}
     chosen = choose_groups(discovery, selection, numbering)
-    return {name for group in chosen for name in bound_to(group.name, groups)}
+    return {name for group in chosen for name in bound_to(group.name, discovery.by_name)}
 
 
 def removable_layers(dense: Group, selection: Selection, total: int) -> IntArray:

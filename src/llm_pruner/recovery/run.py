@@ -19,6 +19,7 @@ import torch
 
 from llm_pruner.data.sequences import TrainingSequence
 from llm_pruner.errors import UserError
+from llm_pruner.files.disk import new_folder
 from llm_pruner.files.outputs import free_bytes
 from llm_pruner.models.forward import embedding_rows
 from llm_pruner.models.layers import own_copy
@@ -71,8 +72,7 @@ def recover_(
     settings: TrainingSettings,
     *,
     work: Path,
-    folder: state.Folder | None,
-    sources: int = 1,
+    folder: state.Folder | None = new_folder,
     teacher: Guide | None = None,
     judge: Guide | None = None,
     say: Callable[[Progress], None] = lambda _: None,
@@ -96,7 +96,6 @@ def recover_(
         work: folder for checkpoints.
         folder: gives a folder that appears under its name once it is complete; None: no
             checkpoints are written.
-        sources: number of different ``TrainingSequence.source``.
         teacher: mixes in what a dense model would say of ``train``.
         judge: the same of ``held_out``, which is then scored as it is trained on; without, by what
             its text says next.
@@ -136,6 +135,7 @@ def recover_(
     ):
         layout = _layout(model, settings, processes)
         scored = lay_out(held_out, range(len(held_out)), **layout)
+        sources = 1 + max(one.source for one in (*train, *held_out))
 
         def scored_at(step: int, found: Any) -> Evaluation:
             return score(found, step, scored, held_out, sources, judge, processes)

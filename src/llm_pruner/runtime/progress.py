@@ -99,3 +99,13 @@ def quiet(
         if stderr:
             stack.enter_context(redirect_stderr(io.StringIO()))
         yield
+
+
+@contextmanager
+def quiet_bars(*loggers: str) -> Iterator[None]:
+    """Hold back warnings and notes, and bars unless stderr is a terminal.
+
+    Some bars have no switch, so they write to nowhere.
+    """
+    with quiet(*loggers, stderr=not sys.stderr.isatty()):
+        yield

@@ -130,7 +130,6 @@ def measure_layers(
     new = [one for one in _competing(candidates, selection) if one.group.name not in found]
     if not 0 < len(new) <= MOST:
         return found
-    groups = {group.name: group for group in discovery.groups}
     some = judged(held_out, sum(parameter.numel() for parameter in model.parameters()))
     meter, tails = DivergenceMeter(model, some), _Tails(model, some)
     trials: list[tuple[str, int]] = []
@@ -143,9 +142,9 @@ def measure_layers(
             features = [
                 (consumer.module, torch.from_numpy(consumer.index[units].ravel()))
                 for name, units in removal.items()
-                for consumer in consumers_of(model, groups[name], linear)
+                for consumer in consumers_of(model, discovery.group(name), linear)
             ]
-            if features and all(_is_linear(model, groups[name]) for name in removal):
+            if features and all(_is_linear(model, discovery.group(name)) for name in removal):
                 trials.append((one.group.name, count))
                 changes.append(partial(_without, features, tails))
     with tails.opened():

@@ -13,7 +13,7 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
 from io import StringIO
@@ -32,7 +32,7 @@ from llm_pruner.models.forward import (
     maximum_length,
     parameters_of,
 )
-from llm_pruner.models.layers import is_settings
+from llm_pruner.models.layers import held_in, is_settings
 
 Forward = Callable[[nn.Module, torch.Tensor], list[torch.Tensor]]
 """Runs the model on token ids (batch, sequence); returns every logits tensor it computes."""
@@ -172,22 +172,13 @@ def _numbers(model: nn.Module) -> Iterator[int]:
         elif isinstance(owner, nn.Module) and isinstance(value, torch.Tensor):
             yield from value.shape
         elif isinstance(owner, nn.Module):
-            yield from _integers(value)
+            yield from held_in(value, int)
     for kind in {base for module in model.modules() for base in type(module).__mro__}:
         if not kind.__module__.startswith(("torch.", "transformers.", "builtins")):
             yield from _in_code(kind)
     for buffer in model.buffers():
         yield from buffer.shape
     yield from (one.num_embeddings for one in model.modules() if isinstance(one, nn.Embedding))
-
-
-def _integers(value: Any, depth: int = 3) -> Iterator[int]:
-    """Yield the integers in a value, in lists, dictionaries and such."""
-    if type(value) is int:
-        yield value
-    elif depth and isinstance(value, Mapping | tuple | list | set | frozenset):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _integers(item, depth - 1)
 
 
 def _in_code(kind: type) -> Iterator[int]:
@@ -197,7 +188,7 @@ def _in_code(kind: type) -> Iterator[int]:
     seen: set[int] = set()
     while pending:
         value = inspect.unwrap(pending.pop())
-        yield from _integers(value)
+        yield from held_in(value, int)
         if inspect.isfunction(value) and value.__module__ == kind.__module__:
             pending += [value.__defaults__, value.__kwdefaults__, value.__code__]
         elif inspect.iscode(value) and id(value) not in seen:
