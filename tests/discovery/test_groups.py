@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from llm_pruner.surgery.removal import count_parameters
 from llm_pruner.surgery.twin import pruned_logits, twin_logits
 from llm_pruner.surgery.verify import cut_verified_, largest_difference, tolerance
 from llm_pruner.types import Companion
-from nets import Gated, NanoGPT, Net, Settings
+from nets import HIDDEN, Gated, NanoGPT, Net, Settings
 from removals import cut_as_twin_, pick
 
 
@@ -293,6 +294,49 @@ def test_given_tokens_are_what_a_cut_is_compared_on() -> None:
     assert verified.scenes == ("the given tokens", "128 tokens")
     with pytest.raises(UserError, match=r"tokens has the shape \(64,\); give token ids of shape"):
         discover(net, tokens=tokens[0])
+
+
+class Narrow(Gated):
+    """Divides by a width, on long input alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y / self.down.in_features if x.shape[1] > 16 else y
+
+
+class Placed(nn.Module):
+    """Takes a place as well as tokens, and looks them up in a table that is no embedding."""
+
+    class Config(NamedTuple):
+        layer_types: tuple[str, ...] = ("one", "other")
+
+    class Dictionary(dict[str, int]):
+        __getattr__ = dict.get
+
+    def __init__(self, config: object, *bodies: nn.Module) -> None:
+        super().__init__()
+        self.config, self.bodies = config, nn.ModuleList(bodies)
+        self.table = nn.Parameter(torch.linspace(-1, 1, 40 * HIDDEN).sin().view(40, HIDDEN))
+
+    def forward(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
+        x = self.table[tokens] + start
+        for body in self.bodies:
+            x = x + body(x)
+        return x @ self.table.T
+
+
+@pytest.mark.parametrize("config", [Placed.Config(), Placed.Dictionary(width=HIDDEN)])
+def test_a_forward_pass_that_is_given_runs_on_all_input(config: object) -> None:
+    net = Placed(config, Gated(), Narrow()).eval()
+    discovery = discover(net, forward=lambda model, tokens: [model(tokens, 0)])
+    names = ["8 tokens", "129 tokens", "1 token", "training"]
+    assert [scene.name for scene in discovery.graph.scenes] == names
+    assert [g.members[0].tensor for g in discovery.groups if g.kind == "ffn"] == [
+        "bodies.0.gate.weight"
+    ]
+    # Also of a copy it is known how many tokens there are.
+    _, verified = cut_verified_(copy.deepcopy(net), discovery, pick(discovery))
+    assert [*verified.scenes] == names
 
 
 def test_model_without_an_embedding() -> None:

@@ -157,9 +157,10 @@ def _why_fixed(model: nn.Module, trace: Trace) -> str | None:
     for settings in (one for one in both if one is not None):
         for name in ("layer_types", "layers_block_type"):
             kinds = getattr(settings, name, None)
-            keys = {name, *getattr(settings, "attribute_map", {}).values()}
+            keys = {name, *(getattr(settings, "attribute_map", None) or {}).values()}
             # A property, without a value of its own, follows from the number of each layer.
-            stored = any(value == kinds for key, value in vars(settings).items() if key in keys)
+            held = getattr(settings, "__dict__", {})
+            stored = any(value == kinds for key, value in held.items() if key in keys)
             if isinstance(kinds, list | tuple) and len(set(kinds)) > 1 and not stored:
                 return f"the kind of each layer follows from its number ({name})"
     return None

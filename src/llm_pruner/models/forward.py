@@ -139,7 +139,8 @@ def caching(model: nn.Module, wanted: bool) -> dict[str, bool]:
 def maximum_length(model: Any) -> int | None:
     """Return the longest input that the model's config allows, None where it sets no limit."""
     config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text_config = getattr(config, "get_text_config", None)
+    text = text_config() if callable(text_config) else config
     found = [
         value
         for name in ("max_position_embeddings", "n_positions", "max_seq_len", "block_size")

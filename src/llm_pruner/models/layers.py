@@ -311,15 +311,16 @@ def is_settings(key: str, value: object) -> bool:
 
 
 def configs_of(model: nn.Module) -> list[Any]:
-    """Return the settings that modules hold under ``config``, with those of a text model."""
+    """Return the settings that modules hold under ``config``, with those of a text model.
+
+    Not those that cannot be set.
+    """
     found: dict[int, Any] = {}
     for module in model.modules():
         config = vars(module).get("config")
-        if config is not None:
-            found[id(config)] = config
-            inner = getattr(config, "text_config", None)
-            if inner is not None:
-                found[id(inner)] = inner
+        for one in (config, getattr(config, "text_config", None)):
+            if hasattr(one, "__dict__"):
+                found[id(one)] = one
     return list(found.values())
 
 

@@ -145,11 +145,11 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def example_tokens(
-    model: nn.Module, shape: tuple[int, int] = (2, 8), seed: int = 0
+    model: nn.Module, shape: tuple[int, int] = (2, 8), seed: int = 0, vocabulary: int = 0
 ) -> torch.Tensor:
     """Return seeded random token ids, shape (batch, sequence), where the model's weights are."""
     generator = torch.Generator().manual_seed(seed)
-    size = vocabulary_size(model)
+    size = vocabulary or vocabulary_size(model)
     low = min(8, size // 2)
     return torch.randint(low, size, shape, generator=generator).to(_device(model))
 
@@ -157,7 +157,7 @@ def example_tokens(
 def tokens_of(model: nn.Module, scene: Scene, seed: int = 0) -> torch.Tensor:
     """Return the token ids of a scene: those that were given, or seeded random ones."""
     if scene.tokens is None:
-        return example_tokens(model, scene.shape, seed)
+        return example_tokens(model, scene.shape, seed, scene.vocabulary)
     return scene.tokens.to(_device(model))
 
 

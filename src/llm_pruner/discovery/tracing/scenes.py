@@ -66,6 +66,7 @@ class Scene:
         run: runs the model on such token ids.
         training: whether in training mode.
         needed: whether a model that cannot be run so cannot be traced.
+        vocabulary: how many token ids the model takes.
         tokens: the token ids, where it is not run on random ones.
     """
 
@@ -74,17 +75,21 @@ class Scene:
     run: Forward
     training: bool = False
     needed: bool = False
+    vocabulary: int = 0
     tokens: torch.Tensor | None = field(default=None, compare=False)
 
 
 def scenes_of(
     model: nn.Module, forward: Forward, vocabulary: int, tokens: torch.Tensor | None = None
 ) -> tuple[Scene, ...]:
-    """Return the scenes of a model; ``forward`` runs it on a few tokens, or on those given."""
+    """Return the scenes of a model; ``forward`` runs it on a few tokens, or on those given.
+
+    And in all other scenes, where the model is none of transformers, which are run as they are.
+    """
     length, beyond = long_length(model, vocabulary)
     said = f"{length:,} tokens" + (f" (not {beyond:,})" if beyond else "")
     named = is_of_transformers(model)
-    run = _by_name if named else _plain
+    run = _by_name if named else forward
     padded = Scene("padding left and right", (2, 8), _padded)
     long = Scene(said, (1, length), run)
     if named and hasattr(model, "generate"):
@@ -93,13 +98,14 @@ def scenes_of(
     if tokens is not None:
         samples, count = tokens.shape
         first = replace(first, name="the given tokens", shape=(samples, count), tokens=tokens)
-    return (
+    scenes = (
         first,
         *([padded] if named and "attention_mask" in parameters_of(model) else []),
         long,
         *([] if named else [Scene("1 token", (2, 1), run)]),
         Scene("training", (2, 7), run, training=True),
     )
+    return tuple(replace(scene, vocabulary=vocabulary) for scene in scenes)
 
 
 def instead(scene: Scene) -> Iterator[Scene]:
@@ -205,10 +211,6 @@ def few(logits: torch.Tensor) -> torch.Tensor:
     if logits.dim() < 3 or count <= _POSITIONS:
         return logits
     return logits[:, (count - 1) % math.ceil(count / _POSITIONS) :: math.ceil(count / _POSITIONS)]
-
-
-def _plain(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
-    return [logits_of(model(tokens))]
 
 
 def _by_name(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
