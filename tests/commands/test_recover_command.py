@@ -384,12 +384,12 @@ def test_what_the_teacher_wrote_is_kept_for_other_runs(
 def test_what_a_teacher_says_in_another_type_is_kept_apart(
     work: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recovering, "recover_", interrupt)
     options = ("--teacher", made / "dense", "--samples", 30, "--seq-len", 24, "--restart")
     command = ("recover", made / "small", "--out", "one", *options, "--teacher-cache", "cache")
 
     def kept(*how: object) -> list[int]:
         """Return how many texts and answers the cache has after one more run."""
+        interrupt(monkeypatch, recovering, "recover_")
         assert run(*command, *how).code == 130
         names = [path.name.startswith("self-") for path in Path("cache").iterdir()]
         return [sum(names), len(names) - sum(names)]

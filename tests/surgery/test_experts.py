@@ -239,7 +239,7 @@ def test_by_command(tmp_path: Path) -> None:
     broken = tmp_path / "plan.json"
     broken.write_text(json.dumps(plan))
     more = ("--out", tmp_path / "more", "--plan", broken)
-    said = refused("prune", folder, *more, lines=3, within=tmp_path)
+    said = refused("prune", folder, *more, lines=4, within=tmp_path)
     assert "leaves 1 units, but the model chooses 2 of them for every token" in said
 
 

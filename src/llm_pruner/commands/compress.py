@@ -53,6 +53,7 @@ from llm_pruner.files.outputs import (
     rewrite,
     write_output,
 )
+from llm_pruner.hook import has_recipe
 from llm_pruner.models.forward import embedding_rows, maximum_length
 from llm_pruner.models.load import check, load, load_tokenizer
 from llm_pruner.models.stored import check_file_states, file_states, stored_at, weight_names
@@ -191,8 +192,9 @@ def check_settings(settings: CompressSettings) -> None:
             f"--quantize {settings.quantize} is for models whose code is in transformers, and "
             f"{settings.model} has its own; leave --quantize out"
         )
-    if settings.quantize != "none":
-        packed.check_packs(load(settings.loading(), weights=False).model, settings.model)
+    if settings.quantize != "none" and not has_recipe(config):  # whose config alone says nothing
+        model = load(settings.loading().but(device="cpu"), weights=False).model
+        packed.check_packs(model, settings.model)
     tokenizer = load_tokenizer(settings.loading())
     if not settings.vocab_text:  # of fewer tokens a text gives more
         with _said_of_presets():

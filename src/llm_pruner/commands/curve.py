@@ -249,7 +249,8 @@ class CurveRun:
         run.check()
         run.load()
         know_copy(copied, model)
-        self.repairs = run.repairs
+        if self.repairs is None:
+            self.repairs = run.repairs
         if settings.round_to == "auto":  # it is timed, and holds for all points
             run.reach()
             self.round_to = run.selection.round_to
@@ -355,7 +356,18 @@ class _Stages(CurveRun):
         return done
 
     def _kept_point(self, ratio: float) -> CurvePoint | None:
-        """Return a point that is made once; None, and why, where its size cannot be reached."""
+        """Return a point that is made once; None, and why, where its size cannot be reached.
+
+        Raises:
+            UserError: it is missing, and cannot be made like those that are there.
+        """
+        missing = not self.work.path(f"point-{ratio}.json").exists()
+        if missing and self.repairs and is_model_streamed(self.loaded.model):
+            raise UserError(
+                f"{self.work.folder.name} holds an interrupted run that repairs each point, and "
+                "weights that are read block by block, as now, are not repaired; give more "
+                "--memory to go on, or --restart to throw it away"
+            )
 
         def make() -> CurvePoint:
             self.tell(f"{percent(ratio)} removed")
@@ -404,7 +416,7 @@ class _Stages(CurveRun):
         """Take what an interrupted run has kept.
 
         Raises:
-            UserError: it is damaged, or the points that are missing cannot be made alike.
+            UserError: it is damaged.
         """
         place = self.work.path(_SHARED)
         if not place.exists():
@@ -418,12 +430,6 @@ class _Stages(CurveRun):
             raise UserError(f"{place} is damaged; begin anew with --restart") from error
         self.round_to = json.loads(metadata.get("round_to", "null"))
         self.repairs = json.loads(metadata.get("repairs", "null"))
-        if self.repairs and is_model_streamed(self.loaded.model):
-            raise UserError(
-                f"{self.work.folder.name} holds an interrupted run that repairs each point, and "
-                "weights that are read block by block, as now, are not repaired; give more "
-                "--memory to go on, or --restart to throw it away"
-            )
         if "text" in metadata:
             about = json.loads(metadata["text"])
             self.text = Calibration(found["text"], about["source"], about, found["unseen"])
