@@ -249,8 +249,7 @@ class CurveRun:
         run.check()
         run.load()
         know_copy(copied, model)
-        if self.repairs is None:
-            self.repairs = run.repairs
+        self.repairs = run.repairs
         if settings.round_to == "auto":  # it is timed, and holds for all points
             run.reach()
             self.round_to = run.selection.round_to
@@ -356,18 +355,7 @@ class _Stages(CurveRun):
         return done
 
     def _kept_point(self, ratio: float) -> CurvePoint | None:
-        """Return a point that is made once; None, and why, where its size cannot be reached.
-
-        Raises:
-            UserError: it is missing, and cannot be made like those that are there.
-        """
-        missing = not self.work.path(f"point-{ratio}.json").exists()
-        if missing and self.repairs and is_model_streamed(self.loaded.model):
-            raise UserError(
-                f"{self.work.folder.name} holds an interrupted run that repairs each point, and "
-                "weights that are read block by block, as now, are not repaired; give more "
-                "--memory to go on, or --restart to throw it away"
-            )
+        """Return a point that is made once; None, and why, where its size cannot be reached."""
 
         def make() -> CurvePoint:
             self.tell(f"{percent(ratio)} removed")
@@ -416,7 +404,7 @@ class _Stages(CurveRun):
         """Take what an interrupted run has kept.
 
         Raises:
-            UserError: it is damaged.
+            UserError: it is damaged, or the points that are missing cannot be made alike.
         """
         place = self.work.path(_SHARED)
         if not place.exists():
@@ -430,6 +418,14 @@ class _Stages(CurveRun):
             raise UserError(f"{place} is damaged; begin anew with --restart") from error
         self.round_to = json.loads(metadata.get("round_to", "null"))
         self.repairs = json.loads(metadata.get("repairs", "null"))
+        files = (self.work.path(f"point-{ratio}.json") for ratio in self.settings.ratios)
+        missing = any(not file.exists() for file in files)
+        if missing and self.repairs and is_model_streamed(self.loaded.model):
+            raise UserError(
+                f"{self.work.folder.name} holds an interrupted run that repairs each point, and "
+                "weights that are read block by block, as now, are not repaired; give more "
+                "--memory to go on, or --restart to throw it away"
+            )
         if "text" in metadata:
             about = json.loads(metadata["text"])
             self.text = Calibration(found["text"], about["source"], about, found["unseen"])

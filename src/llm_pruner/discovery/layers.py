@@ -159,8 +159,8 @@ def _why_fixed(model: nn.Module, trace: Trace) -> str | None:
             kinds = getattr(settings, name, None)
             keys = {name, *(getattr(settings, "attribute_map", None) or {}).values()}
             # A property, without a value of its own, follows from the number of each layer.
-            held = getattr(settings, "__dict__", {})
-            stored = any(value == kinds for key, value in held.items() if key in keys)
+            values = getattr(settings, "__dict__", {})
+            stored = any(value == kinds for key, value in values.items() if key in keys)
             if isinstance(kinds, list | tuple) and len(set(kinds)) > 1 and not stored:
                 return f"the kind of each layer follows from its number ({name})"
     return None
