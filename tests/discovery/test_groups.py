@@ -339,6 +339,26 @@ def test_a_forward_pass_that_is_given_runs_on_all_input(config: object) -> None:
     assert [*verified.scenes] == names
 
 
+class Tabled(nn.Module):
+    """Reads a table that is shorter than long input, and says its own width where that ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(HIDDEN, 8), nn.Linear(8, HIDDEN)
+        self.register_buffer("places", torch.linspace(0, 1, 100))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        places, inner = self.places[: x.shape[1]], self.up(x)
+        assert len(places) == x.shape[1], f"{len(places)} places for {tuple(inner.shape)}"
+        return self.down(inner * places[:, None])
+
+
+def test_a_run_that_failed_ties_nothing() -> None:
+    discovery = discover(Net(Tabled(), Tabled()))
+    assert [scene.shape[1] for scene in discovery.graph.scenes] == [8, 64, 1, 7]
+    assert [g.size for g in discovery.groups if g.kind == "other"] == [8, 8]
+
+
 def test_model_without_an_embedding() -> None:
     with pytest.raises(DiscoveryError, match="the model has no token embedding"):
         discover(nn.Linear(4, 4))

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -224,6 +224,9 @@ class Run:
 def run_trace(model: nn.Module, scenes: Sequence[Scene]) -> Run:
     """Trace a model through scenes; one without weights (on meta) runs on stand-ins.
 
+    If it cannot be run in one of them, it is traced anew without that: what an attempt that failed
+    has run, or said in its error, ties sizes that nothing else does.
+
     Args:
         model: comes back as it was.
         scenes: the ways in which it is run; those that it cannot be run in are left out.
@@ -231,6 +234,14 @@ def run_trace(model: nn.Module, scenes: Sequence[Scene]) -> Run:
     Raises:
         DiscoveryError: it cannot be run in a scene that is needed.
     """
+    run = _run_trace(model, scenes)
+    if run.scenes == tuple(scenes):
+        return run
+    again = _run_trace(model, run.scenes)
+    return replace(again, left_out=run.left_out + again.left_out)
+
+
+def _run_trace(model: nn.Module, scenes: Sequence[Scene]) -> Run:
     stand_ins = is_on_meta(model) or _is_large(model)
     trace = Trace()
     tracer = Tracer(trace, GhostRunner() if stand_ins else None)
