@@ -434,10 +434,13 @@ def _is_random(model: nn.Module, differs: _Difference) -> bool:
 def largest_difference(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
     """Return the largest absolute difference of two runs, infinite if one is not finite.
 
-    Where both are minus infinity, as of tokens that are never to be written, there is none.
+    Where both are minus infinity, as of tokens that are never to be written, there is none. Nor is
+    there of no logits, which a step may give for the only token.
     """
     worst = 0.0
     for a, b in zip(left, right, strict=True):
+        if not a.numel() and a.shape == b.shape:
+            continue
         never = (a == -math.inf) & (b == -math.inf)
         difference = (a.double() - b.double()).masked_fill(never, 0.0).abs().max().item()
         worst = max(worst, difference) if np.isfinite(difference) else float("inf")
@@ -469,12 +472,12 @@ def _size(logits: Logits) -> float:
     be written; it is not rounded, and would hide any difference of the others.
     """
     by_width: dict[int, list[torch.Tensor]] = defaultdict(list)
-    for one in logits:
+    for one in filter(torch.Tensor.numel, logits):
         by_width[one.shape[-1]].append(one.nan_to_num(0, 0, 0).reshape(-1, one.shape[-1]))
     rows = [torch.cat(parts) for parts in by_width.values()]
     computed = [one[:, (one != one[0]).any(0)] for one in rows]
     sizes = [one.abs().max().item() for one in computed if one.numel()]
-    return max(sizes or (one.abs().max().item() for one in rows))
+    return max(sizes or (one.abs().max().item() for one in rows), default=0.0)
 
 
 def find_culprits(
