@@ -149,7 +149,9 @@ def with_code(
         model: as surgery left it.
     """
     model_class = stock_class(type(model))
-    if not (is_of_transformers(model_class) or is_own_code(model)):
+    # With a config of transformers, a folder's own code would be taken for its model of that.
+    own = is_own_code(model) and not type(config).__module__.startswith("transformers.")
+    if not (is_of_transformers(model_class) or own):
         return None
     config = copy.deepcopy(config)
     config.pruned = to_json(replace(recipe, shapes=tied_shapes(model, recipe)))
