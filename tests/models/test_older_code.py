@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from command import done
+from command import done, save_tiny
+from helpers import modules_of_checkpoints_in
 from homemade import MODELLING, checkpoint
 from llm_pruner.errors import UserError
 from llm_pruner.models.load import load_model
@@ -127,3 +128,32 @@ def test_without_the_package_and_pruned_again(older: Path, tmp_path: Path) -> No
     home = "modeling_homemade.HomemadeForCausalLM"
     assert config("plain")["auto_map"]["AutoModelForCausalLM"] == home
     assert not (tmp_path / "plain" / "modeling_pruned.py").exists()
+
+
+SCALED = """
+from transformers import LlamaForCausalLM
+
+
+class Scaled(LlamaForCausalLM):
+    def forward(self, *args, **named):
+        out = super().forward(*args, **named)
+        out.logits = out.logits / 2
+        return out
+"""
+
+
+def test_code_on_a_config_of_transformers_is_not_taken_for_the_model_of_that(
+    tmp_path: Path,
+) -> None:
+    dense, out, report = (tmp_path / name for name in ("dense", "out", "report.json"))
+    save_tiny(dense)
+    (dense / "modeling_scaled.py").write_text(SCALED)
+    config = json.loads((dense / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_scaled.Scaled"}
+    (dense / "config.json").write_text(json.dumps(config))
+    options = ("--structures", "ffn", "--layers", "ffn=0", "--unit-ratio", 0.4, "--criterion", "l2")
+    with modules_of_checkpoints_in(tmp_path / "modules"):
+        trusted = ("--trust-remote-code", "--protect-first", 0, "--json", report)
+        done("prune", dense, "--out", out, *trusted, *options)
+        assert json.loads(report.read_text())["saved_as"] == "recipe"
+        assert type(load_model(str(out), trust_remote_code=True).model).__name__ == "Scaled"
