@@ -6,6 +6,8 @@ import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,8 +22,10 @@ from llm_pruner.errors import VerificationError
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.streaming import in_turns, is_model_streamed, stream_
 from llm_pruner.runtime.precision import exact_products
+from llm_pruner.runtime.progress import Clock
+from llm_pruner.settings.common import ModelSettings
 from llm_pruner.surgery import cut as surgery
-from llm_pruner.surgery import verify
+from llm_pruner.surgery import pruner, verify
 from llm_pruner.surgery.cut import cut_, cut_copy
 from llm_pruner.surgery.twin import pruned_logits, twin_logits
 from llm_pruner.surgery.verify import (
@@ -481,3 +485,19 @@ def test_products_are_exact_where_models_are_compared() -> None:
         assert set(seen) == {"highest"}
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_a_saved_folder_is_compared_in_the_scenes_of_the_last_cut(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Long input may be shorter or longer once the model is smaller, and has another name.
+    model, first = discovered("llama")
+    surgeon, asked = pruner.Surgeon(model, verify=True, clock=Clock()), list[Any]()
+    surgeon.cut(first, pick(first))
+    second = discover(model)
+    surgeon.cut(second, pick(second))
+    monkeypatch.setattr(pruner, "require_same", lambda *given: asked.extend(given))
+    monkeypatch.setattr(pruner, "load", lambda *_, **__: SimpleNamespace(model=model))
+    surgeon.reload_check(first, ModelSettings(model="dense"), 0)(tmp_path)
+    assert asked[2] is second
+    assert asked[3] is surgeon.verified
