@@ -34,7 +34,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-import time
 from math import log
 from pathlib import Path
 from typing import Any
@@ -54,6 +53,12 @@ from machine import machine
 HERE = Path(__file__).parent
 
 
+def seconds_of_children() -> tuple[float, float]:
+    """Return the time, and the processor's time that the processes that ended took."""
+    times = os.times()
+    return times.elapsed, times.children_user + times.children_system
+
+
 def peer(options: argparse.Namespace, model: str, out: Path, arguments: list[Any]) -> None:
     """Prune a model by another package, in its environment."""
     package, text, params = arguments
@@ -66,8 +71,12 @@ def peer(options: argparse.Namespace, model: str, out: Path, arguments: list[Any
 
 def made(
     options: argparse.Namespace, commands: list[list[Any]], seed: int, work: Path
-) -> tuple[str, list[float]]:
-    """Carry out the commands of a row; return the folder of the last, and the seconds of each."""
+) -> tuple[str, list[list[float]]]:
+    """Carry out the commands of a row.
+
+    Return the folder of the last one, and of each command its seconds and those of the processor,
+    which tell more where something else ran beside it.
+    """
     last, seconds = options.model, []
     for number, (name, *arguments) in enumerate(commands):
         if name == "folder":
@@ -78,7 +87,7 @@ def made(
         took = out.with_suffix(".seconds")
         if not took.exists():
             said = [options.model if one == "MODEL" else one for one in arguments]
-            begin = time.perf_counter()
+            begin = seconds_of_children()
             if name == "peer":
                 peer(options, last, out, said)
             else:
@@ -87,8 +96,9 @@ def made(
                 llm_pruner(name, last, "--out", out, *seeded, "--overwrite", *goes_on, *said)
             if (said_of := Path(last, "peer.json")).exists():
                 shutil.copy(said_of, out)  # how many parameters are no zeros, also once trained
-            took.write_text(f"{time.perf_counter() - begin:.1f}")
-        seconds.append(float(took.read_text()))
+            spent = zip(seconds_of_children(), begin, strict=True)
+            took.write_text(json.dumps([round(end - start, 1) for end, start in spent]))
+        seconds.append(json.loads(took.read_text()))
         last = str(out)
     return last, seconds
 
@@ -169,7 +179,8 @@ def main() -> None:
             row = {
                 **key,
                 "commands": [" ".join(words) for words in shown],
-                "seconds": seconds,
+                "seconds": [wall for wall, _ in seconds],
+                "processor_seconds": [processor for _, processor in seconds],
                 **found,
                 "machine": machine(),
                 "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",

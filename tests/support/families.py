@@ -101,14 +101,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "falcon": Family(
         "falcon",
-        ("hidden", "ffn", "layers"),
+        ("hidden", "heads", "ffn", "layers"),
         {"alibi": False},
         without=("head_dim",),
-        # One key-value head is taken from behind the query heads by a literal position.
-        absent=("heads", "query_heads", "head_dim"),
+        absent=("head_dim",),
+        # The key-value head is taken from behind the query heads by a literal position.
         frozen={
-            ("transformer.h.0.self_attention.query_key_value.weight", 0): "by position",
-            ("transformer.h.0.self_attention.dense.weight", 1): "used as a number",
+            ("transformer.h.0.self_attention.query_key_value.weight", 0): "2 is written",
         },
     ),
     "falcon_new": Family(

@@ -268,9 +268,11 @@ def layer_numbers(
     """
     for path, kept in layers.items():
         count, holder = len(model.get_submodule(path)._modules), path.rpartition(".")[0]
+        for above in _above(path):
+            for key in _counts(model.get_submodule(above), count):
+                if above == holder or not _counts_another(model, above, count, layers):
+                    yield above, key, len(kept)
         for key, value in vars(model.get_submodule(holder)).items():
-            if type(value) is int and value == count and _COUNT_NAME.fullmatch(key):
-                yield holder, key, len(kept)
             numbers = numbers_of_layers(key, value, count, kept)
             if numbers is not None:
                 yield holder, key, tuple(numbers)
@@ -281,6 +283,37 @@ def layer_numbers(
                 if old in values and new != old:
                     module = f"{path}.{new}.{inner}" if inner else f"{path}.{new}"
                     yield module, key, values[old] - step * (old - new)
+
+
+def _above(path: str) -> Iterator[str]:
+    """Yield the names of the modules around one, from within."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _counts(module: nn.Module, count: int) -> Iterator[str]:
+    """Yield the attributes of a module, and of the settings it holds, that say a number of layers.
+
+    Not those of settings whose number of layers ``apply_layers`` sets.
+    """
+    for name, value in vars(module).items():
+        numbers = {name: value}
+        if is_settings(name, value) and getattr(value, "num_hidden_layers", None) != count:
+            numbers = {f"{name}.{key}": one for key, one in vars(value).items()}
+        for key, one in numbers.items():
+            if type(one) is int and one == count and _COUNT_NAME.fullmatch(key.rpartition(".")[2]):
+                yield key
+
+
+def _counts_another(model: nn.Module, above: str, count: int, layers: Collection[str]) -> bool:
+    """Whether a number of layers may be that of a list that loses none, of as many."""
+    inside = tuple(f"{path}." for path in layers)
+    return any(
+        is_layer_list(module) and len(module) == count
+        for name, module in model.get_submodule(above).named_modules(prefix=above)
+        if name not in layers and not name.startswith(inside)
+    )
 
 
 def _step(key: str, values: Mapping[int, int], count: int) -> int | None:

@@ -307,7 +307,20 @@ def _group_norm(
     return normed if bias is None else normed + bias.view(sizes)
 
 
+def _single_position(input: torch.Tensor, index: Any) -> torch.Tensor | None:
+    """``x[..., [-2], :]`` as ``x[..., -2:-1, :]``, copied; None for any other index."""
+    items = [*index] if isinstance(index, tuple) else [index]
+    listed = [place for place, item in enumerate(items) if isinstance(item, list)]
+    plainly = all(item is None or isinstance(item, slice | type(...) | list) for item in items)
+    if not plainly or len(listed) != 1 or [*map(type, items[listed[0]])] != [int]:
+        return None
+    [position] = items[listed[0]]
+    items[listed[0]] = slice(position, position + 1 or None)
+    return input[tuple(items)].clone()
+
+
 REWRITES: dict[str, Callable[..., Any]] = {
+    "__getitem__": _single_position,
     "group_norm": _group_norm,
     "scaled_dot_product_attention": _attention,
     "repeat_interleave": _repeat_interleave,
