@@ -223,7 +223,7 @@ def test_a_type_that_is_given_is_another_run() -> None:
     asked = {"model": "dense", "out": Path("late"), "calibration": "text.txt"}
     runs = [{}, {"dtype": "float32"}, {"dtype": "auto"}]
     types = [curves.about(CurveSettings(**asked, **given))["dtype"] for given in runs]
-    assert types == [None, "float32", "auto"]
+    assert types == ["auto", "float32", "auto"]
 
 
 def test_a_multiple_that_was_timed_holds_after_an_interruption(

@@ -12,10 +12,10 @@ import pytest
 
 import bad_commands
 from bad_commands import BASES, LONG, TABLE, Bad
-from command import contents, done, run, save_tiny, write_text
+from command import contents, done, refused, run, save_tiny, write_text
 from helpers import tiny_model
 from llm_pruner.checkpoints import save_checkpoint
-from llm_pruner.commands import publish
+from llm_pruner.commands import compress, publish
 from llm_pruner.commands.prune import PruneRun
 from llm_pruner.commands.recover import check_run
 from llm_pruner.commands.workdir import RECOVERING
@@ -25,6 +25,7 @@ from llm_pruner.files.outputs import check_place, check_shard_size
 from llm_pruner.models import load as sources
 from llm_pruner.models.stored import stored_size
 from llm_pruner.settings import limits
+from llm_pruner.settings.compress import CompressSettings
 from llm_pruner.settings.evaluate import BenchSettings, PerplexitySettings
 from llm_pruner.settings.prune import PruneSettings
 from llm_pruner.settings.recover import RecoverSettings, TrainingSettings
@@ -226,6 +227,21 @@ def test_a_disk_that_is_too_full(
         monkeypatch.setattr(outputs, "free_bytes", lambda _: int(1.01 * bytes_))
         with pytest.raises(ReachedError):
             run(*words)
+
+
+def test_a_memory_that_recovery_does_not_fit_into(
+    early: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compress, "free_bytes", lambda _: 100_000)
+    size = stored_size("m", None, "auto")
+    assert size is not None
+    assert refused(*bad_commands.arguments("compress", ""), within=early) == (
+        f"m takes {size[1] / 1e9:.1f} GB, where 0.0 GB of memory are free, and recovery has it "
+        "there whole, as the teacher, beside the pruned model; add --no-recover, or run it where "
+        "there is more memory"
+    )
+    given = {"model": "m", "out": Path("o"), "recover": False}
+    compress.check_settings(CompressSettings(**given))
 
 
 @pytest.mark.slow

@@ -56,13 +56,20 @@ from llm_pruner.files.outputs import (
 from llm_pruner.hook import has_recipe
 from llm_pruner.models.forward import embedding_rows, maximum_length
 from llm_pruner.models.load import check, load, load_tokenizer
-from llm_pruner.models.stored import check_file_states, file_states, stored_at, weight_names
+from llm_pruner.models.stored import (
+    check_file_states,
+    file_states,
+    stored_at,
+    stored_size,
+    weight_names,
+)
 from llm_pruner.recovery import Progress
 from llm_pruner.recovery.checkpoint import last_checkpoint
 from llm_pruner.report.data import Report, Source, Variant, known_report
 from llm_pruner.report.facts import evaluation_of, source_of
 from llm_pruner.report.records import Change, Compressed, Measured, Training, Weighed
 from llm_pruner.report.write import page_in, write_report, write_request
+from llm_pruner.runtime.memory import free_bytes
 from llm_pruner.runtime.processes import ALONE, check_trains, only_one, own_device
 from llm_pruner.settings.common import OutputSettings
 from llm_pruner.settings.compress import CompressSettings
@@ -179,6 +186,7 @@ def check_settings(settings: CompressSettings) -> None:
         check_trains(settings.device)
         trains, minutes = settings.trains(), (settings.time_budget or 0) / 60
         check_training(trains.but(max_minutes=trains.max_minutes or minutes) if minutes else trains)
+        _require_room(settings)
         found = [load_examples(one, limit=BEGINNING) for one in settings.data if one != SELF]
     check_calibration(pruning)
     texts = read_texts(settings.perplexity, PerplexitySettings())
@@ -206,6 +214,18 @@ def check_settings(settings: CompressSettings) -> None:
     for one in found:  # a chat template may refuse what is only trained on after pruning
         encode_each(one.examples[:BEGINNING], tokenizer, seq_len=settings.trains().seq_len)
         check_chats(one.examples[BEGINNING:], tokenizer)
+
+
+def _require_room(settings: CompressSettings) -> None:
+    """Raise UserError if the teacher alone is larger than the memory: recovery has it whole."""
+    size = stored_size(settings.model, settings.revision, settings.dtype)
+    free = free_bytes(own_device(settings.device))
+    if size is not None and size[1] > free:
+        raise UserError(
+            f"{settings.model} takes {size[1] / 1e9:.1f} GB, where {free / 1e9:.1f} GB of memory "
+            "are free, and recovery has it there whole, as the teacher, beside the pruned model; "
+            "add --no-recover, or run it where there is more memory"
+        )
 
 
 @contextmanager

@@ -148,8 +148,6 @@ def about(settings: CurveSettings) -> dict[str, Any]:
     placed = {*FolderSettings.model_fields, "restart", "revision", "trust_remote_code", "memory"}
     return settings.model_dump(mode="json", exclude=placed | {"kept"}) | {
         "model": Path(settings.model).name,
-        # Where none is given, weights are float32, and rounded as those that are saved.
-        "dtype": settings.dtype if "dtype" in settings.given else None,
         "model content": None if identity is None else identity.content,
         "preset": None if settings.preset is None else Path(settings.preset).name,
         "llm_pruner": __version__,
@@ -183,7 +181,7 @@ class CurveRun:
         discovery: Discovery | None = None,
     ) -> None:
         self.settings, self.clock = settings, Clock()
-        self.loaded = loaded or load(settings.loading(), memory=settings.room(settings.device))
+        self.loaded = loaded or load(settings.computing(), memory=settings.room(settings.device))
         self.dense = replace(self.loaded, model=Remembered(self.loaded.model))
         self.clock.stop("load")
         self.discovery = discovery or discover(self.loaded.model)

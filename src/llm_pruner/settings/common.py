@@ -123,8 +123,8 @@ class OutputSettings(FolderSettings):
     private: bool = _output(False, "Let nobody else see a repository that is made for it.")
 
 
-class WriterSettings(ModelSettings, OutputSettings):
-    """A model that is read, and the folder that is made of it."""
+class SavedSettings(ModelSettings):
+    """A model that is read, and saved again."""
 
     dtype: str = _loading(
         "auto",
@@ -132,6 +132,10 @@ class WriterSettings(ModelSettings, OutputSettings):
         "bfloat16 or float16, computed in it.",
         "TYPE",
     )
+
+
+class WriterSettings(SavedSettings, OutputSettings):
+    """A model that is read, and the folder that is made of it."""
 
 
 def _least(words: str, least: int = 1) -> AfterValidator:

@@ -13,7 +13,7 @@ from llm_pruner.settings.common import (
     OUTPUT,
     FolderSettings,
     MemorySettings,
-    ModelSettings,
+    SavedSettings,
 )
 from llm_pruner.settings.limits import MOST, must, within
 from llm_pruner.settings.options import option, written
@@ -37,7 +37,7 @@ _ASCENDING = AfterValidator(lambda shares: tuple(sorted(set(shares))))
 _DAMAGE = AfterValidator(lambda text: parse_damage(text) and text)
 
 
-class CurveSettings(MemorySettings, FolderSettings, ModelSettings, ChoiceSettings):
+class CurveSettings(MemorySettings, FolderSettings, SavedSettings, ChoiceSettings):
     """All that ``curve`` can be asked for: the dense model, and how it would be pruned."""
 
     panels: ClassVar = (_POINTS, WHERE, IMPORTANCE, CALIBRATION, _MEASURE, PLAN, OUTPUT, LOADING)
@@ -79,6 +79,4 @@ class CurveSettings(MemorySettings, FolderSettings, ModelSettings, ChoiceSetting
         said = self.model_dump(mode="json", include=set(ChoiceSettings.model_fields) & self.given)
         said |= {"preset": self.preset, "memory": self.memory, "verify": False}
         said |= self.loading().written()
-        if "dtype" not in self.given:  # weights are rounded as those that are saved
-            said["dtype"] = "auto"
         return PruneSettings(**said, ratio=ratio, out=self.out)

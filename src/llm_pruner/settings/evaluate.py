@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from llm_pruner.errors import UserError
 from llm_pruner.runtime.memory import free_bytes
 from llm_pruner.settings.common import (
+    LOADING,
     TASKS,
     MemorySettings,
     ModelSettings,
@@ -201,6 +202,13 @@ _served = partial(option, panel="Server")
 class BenchSettings(ModelSettings):
     """All that ``bench`` can be asked for."""
 
+    dtype: str = option(
+        "float32",
+        str(ModelSettings.model_fields["dtype"].description),
+        "TYPE",
+        panel=LOADING,
+        shown="float32; with --server what that takes",
+    )
     against: str | None = option(
         None,
         "Compare with this model, such as the dense one: both are timed in turns.",
