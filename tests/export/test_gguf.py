@@ -333,6 +333,13 @@ def test_what_a_file_says_of_its_kind(here: Path) -> None:
     assert gguf_file._said(b"GGUF", "general.architecture") is None
 
 
+def test_a_name_that_transformers_takes_for_a_kind(here: Path) -> None:
+    model = tiny()
+    assert written(gguf_model(model, "mistral"))[0]["general.name"] == "Mistral"
+    found = load_model("m.gguf", tokenizer_required=False).model
+    torch.testing.assert_close(found.lm_head.weight, model.lm_head.weight)
+
+
 def test_a_file_of_the_same_name_elsewhere_is_not_read(here: Path) -> None:
     (here / "other").mkdir()
     model = tiny(vocab_size=len(byte_level().get_vocab()), seed=1)
