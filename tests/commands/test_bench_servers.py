@@ -234,6 +234,13 @@ def test_layers_with_a_state_are_not_run_by_vllm() -> None:
     assert said_of(model, "stock")[1].startswith("vLLM")
 
 
+def test_attention_sinks_are_not_passed_on_to_vllm() -> None:
+    model = tiny_model("gpt_oss")
+    assert said_of(model, "remote_code")[1].startswith("not vLLM (attention sinks are not passed")
+    model.config.head_dim = 10  # which its Transformers backend is no way around
+    assert said_of(model, "stock")[1] == "vLLM as the dense model"
+
+
 @pytest.mark.parametrize("kind", [Gemma3Config, Gemma4Config])
 def test_heads_that_a_config_inside_another_does_not_say(kind: Any) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.modeling_gguf_pytorch_utils import (
+    Qwen2MoeTensorProcessor,
+    get_gguf_hf_weights_map,
+)
 
 from command import done, run, save_tiny
 from helpers import tiny_model, tiny_tokenizer
@@ -23,7 +28,7 @@ from llm_pruner.export.formats.gguf import GgufFile
 from llm_pruner.export.gguf_model import FAMILIES, GgufModel, gguf_model, neighbours
 from llm_pruner.export.gguf_tokenizer import copy_tokenizer, read_tokenizer
 from llm_pruner.models import gguf_file
-from llm_pruner.models.gguf_file import scale_rotary_
+from llm_pruner.models.gguf_file import complete_from_gguf_
 from llm_pruner.models.load import LoadedModel, load_model
 from trained_tokenizers import byte_level
 
@@ -290,6 +295,7 @@ PUBLISHED = LLAMA3 | {"rope_theta": 500000.0, "original_max_position_embeddings"
         ("llama", {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
         ("qwen2", {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
         ("llama", {"rope_type": "default", "rope_theta": 10000.0}),
+        ("qwen3", {"rope_type": "default", "rope_theta": 10000.0}),
     ],
 )
 def test_a_file_is_read_as_it_was_written(here: Path, kind: str, rotary: dict[str, Any]) -> None:
@@ -320,8 +326,18 @@ def test_a_tokenizer_beside_the_file_is_not_read(here: Path) -> None:
 
 def test_what_a_file_says_of_its_kind(here: Path) -> None:
     through_a_file(tiny(vocab_size=len(byte_level())))
-    assert gguf_file._architecture(Path("m.gguf").read_bytes()) == "llama"
-    assert gguf_file._architecture(b"GGUF") == ""
+    start = Path("m.gguf").read_bytes()
+    assert gguf_file._said(start, "general.architecture") == "llama"
+    assert gguf_file._said(start, "llama.block_count") == 3
+    assert gguf_file._said(start, "tokenizer.ggml.tokens") is None
+    assert gguf_file._said(b"GGUF", "general.architecture") is None
+
+
+def test_a_name_that_transformers_takes_for_a_kind(here: Path) -> None:
+    model = tiny()
+    assert written(gguf_model(model, "mistral"))[0]["general.name"] == "Mistral"
+    found = load_model("m.gguf", tokenizer_required=False).model
+    torch.testing.assert_close(found.lm_head.weight, model.lm_head.weight)
 
 
 def test_a_file_of_the_same_name_elsewhere_is_not_read(here: Path) -> None:
@@ -337,7 +353,7 @@ def test_a_file_of_the_same_name_elsewhere_is_not_read(here: Path) -> None:
 def test_what_transformers_leaves_out_of_a_file(here: Path) -> None:
     size = len(byte_level().get_vocab())
     with pytest.raises(
-        UserError, match=r"has biases, blk\.0\.attn_k\.bias first, that transformers"
+        UserError, match=r"has 12 weights, blk\.0\.attn_k\.bias first, that transformers"
     ):
         through_a_file(tiny(attention_bias=True, vocab_size=size))
     # It knows no base of this kind's rotary embeddings, which the file has.
@@ -347,8 +363,44 @@ def test_what_transformers_leaves_out_of_a_file(here: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    scale_rotary_(model.config, Path("s.gguf"))
+    complete_from_gguf_(model.config, Path("s.gguf"))
     assert model.config.rope_parameters["rope_theta"] == 100000.0
+
+
+def test_sizes_that_a_file_says_wrong(here: Path) -> None:
+    model = gguf_model(tiny(), "tiny")
+    written(replace(model, values={**model.values, "add_feed_forward_length": 95}))
+    with pytest.raises(UserError, match=r"sizes that .* reads in it follows \(64, 95\)"):
+        load_model("m.gguf", tokenizer_required=False)
+
+
+def test_a_file_with_experts_is_read(here: Path) -> None:
+    model = tiny_model("qwen3_moe", norm_topk_prob=True)
+    config, weights = model.config, model.state_dict()
+    writer = gguf.GGUFWriter("m.gguf", "qwen3moe")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_expert_count(config.num_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    for name, path in get_gguf_hf_weights_map(model, Qwen2MoeTensorProcessor()).items():
+        value = weights[path]
+        if "_gate_exps" in name or "_up_exps" in name:
+            value = value.chunk(2, dim=1)["_up_exps" in name]
+        end = ".weight" if "_exps" in name else ""
+        writer.add_tensor(f"{name}{end}", value.contiguous().numpy())
+    write(writer)
+    loaded = load_model("m.gguf", tokenizer_required=False).model
+    ids = torch.arange(3, 103)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=1e-4, rtol=0)
 
 
 def test_scaling_that_a_file_does_not_tell_is_refused(here: Path) -> None:
@@ -623,7 +675,97 @@ def test_biases_that_another_reader_reads(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(file, "qwen35")
     writer.add_tensor("blk.0.ssm_dt.bias", np.zeros(4, np.float32))
     write(writer)
-    gguf_file.require_biases(tiny(), file)
+    gguf_file.require_all_read(tiny(), file)
+
+
+def test_weights_that_transformers_has_no_place_for(tmp_path: Path) -> None:
+    """As those of StableLM 2 12B, which norms queries and keys."""
+    file = tmp_path / "m.gguf"
+    model = tiny_model("stablelm")
+    for name in ("rope_freqs.weight", "blk.0.attn_q.weight", "blk.1.attn_q_norm.weight"):
+        writer = gguf.GGUFWriter(file, "stablelm")
+        writer.add_tensor(name, np.zeros(4, np.float32))
+        write(writer)
+        if "norm" not in name:
+            gguf_file.require_all_read(model, file)
+    with pytest.raises(UserError, match=r"has 1 weights, blk\.1\.attn_q_norm\.weight first"):
+        gguf_file.require_all_read(model, file)
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "key", "name"),
+    [
+        ("gpt2", "gpt2", "context_length", "n_positions"),
+        ("nemotron", "nemotron", "attention.key_length", "head_dim"),
+        ("qwen3", "qwen3", "attention.key_length", "head_dim"),
+        ("qwen3_moe", "qwen3moe", "expert_feed_forward_length", "moe_intermediate_size"),
+        ("qwen2_moe", "qwen2moe", "expert_feed_forward_length", "moe_intermediate_size"),
+        (
+            "qwen2_moe",
+            "qwen2moe",
+            "expert_shared_feed_forward_length",
+            "shared_expert_intermediate_size",
+        ),
+    ],
+)
+def test_sizes_that_transformers_leaves_out(
+    tmp_path: Path, kind: str, architecture: str, key: str, name: str
+) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", architecture)
+    writer.add_uint32(f"{architecture}.{key}", 40)
+    write(writer)
+    config = AutoConfig.for_model(kind)
+    assert getattr(config, name) != 40
+    complete_from_gguf_(config, tmp_path / "m.gguf")
+    assert getattr(config, name) == 40
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "width", "scale"),
+    [
+        ("gemma2", 46, 4608, 144),
+        ("gemma2", 42, 3584, 128),
+        ("gemma3_text", 62, 5376, 168),
+        ("gemma3_text", 34, 2560, 128),
+    ],
+)
+def test_scale_of_the_attention_of_gemma(
+    tmp_path: Path, kind: str, layers: int, width: int, scale: int
+) -> None:
+    """llama.cpp knows it by the number of layers: files do not say it."""
+    write(gguf.GGUFWriter(tmp_path / "m.gguf", kind.removesuffix("_text")))
+    sizes = {"hidden_size": width, "num_attention_heads": 32, "head_dim": 128}
+    config = AutoConfig.for_model(kind, num_hidden_layers=layers, **sizes)
+    complete_from_gguf_(config, tmp_path / "m.gguf")
+    assert config.query_pre_attn_scalar == scale
+
+
+def test_layers_with_a_window_are_not_scaled(tmp_path: Path) -> None:
+    """As those of Gemma 3 from 4B on, of whose rotary embeddings there are two kinds."""
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "gemma3")
+    writer.add_rope_freq_base(2e6)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(8.0)
+    write(writer)
+    model = tiny_model("gemma3_text")
+    complete_from_gguf_(model.config, tmp_path / "m.gguf")
+    assert model.config.rope_parameters == {
+        "full_attention": {"rope_type": "linear", "rope_theta": 2e6, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    type(model)(model.config)
+
+
+def test_norms_that_have_no_weights_are_not_left_out(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("mamba")
+    for normed in (False, True):
+        writer = gguf.GGUFWriter(tmp_path / "m.gguf", "mamba")
+        writer.add_ssm_dt_b_c_rms(normed)
+        write(writer)
+        if not normed:
+            complete_from_gguf_(config, tmp_path / "m.gguf")
+    with pytest.raises(UserError, match=r"is of a FalconMamba \(ssm\.dt_b_c_rms\)"):
+        complete_from_gguf_(config, tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize("last", [1e30, 8.0])
@@ -640,11 +782,11 @@ def test_rotary_factors_that_say_what_the_config_says(tmp_path: Path, last: floa
     }
     config.rope_parameters = rotary
     if last == 1e30:
-        scale_rotary_(config, file)
+        complete_from_gguf_(config, file)
         assert config.rope_parameters == rotary
     else:
         with pytest.raises(UserError, match="does not say all that makes them up"):
-            scale_rotary_(config, file)
+            complete_from_gguf_(config, file)
 
 
 def write(writer: gguf.GGUFWriter) -> None:

@@ -125,7 +125,8 @@ def gguf_model(model: Any, name: str) -> GgufModel:
     equal = len(set(sizes)) == 1
     heads, key_value_heads, widths = (values[0] if equal else values for values in per_layer)
     values = {
-        "add_name": name,
+        # By this very name transformers takes a Llama for something that it cannot read.
+        "add_name": "Mistral" if name == "mistral" else name,
         "add_vocab_size": model.get_input_embeddings().weight.shape[0],
         "add_context_length": _context(config),
         "add_embedding_length": model.get_input_embeddings().weight.shape[1],

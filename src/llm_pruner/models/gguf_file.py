@@ -18,6 +18,30 @@ from llm_pruner.errors import UserError
 _MOST_HEADER = 2**26
 """Bytes in which the header of a file is looked for: names, numbers and the vocabulary."""
 
+_TEXT = 8
+_NUMBERS = {4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q"}
+"""Kinds of values in a header, those of numbers with their form; lists are of another kind."""
+
+_WEIGHT = re.compile(rb"\0{7}(blk\.\d+\.[\w.]+|(?!rope_)\w+\.(?:weight|bias))[\1-\4]\0{3}")
+"""A tensor in a header: its name behind the length of that, and how many dimensions it has."""
+
+_NORMED_STATE = "ssm.dt_b_c_rms"
+
+_SIZES = {
+    "gpt2": {"context_length": "n_positions"},
+    "nemotron": {"attention.key_length": "head_dim"},
+    "qwen2moe": {
+        "expert_feed_forward_length": "moe_intermediate_size",
+        "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    },
+    "qwen3": {"attention.key_length": "head_dim"},
+    "qwen3moe": {"expert_feed_forward_length": "moe_intermediate_size"},
+}
+"""Architecture -> key of a size that transformers leaves out -> its name in the config."""
+
+_LARGEST = {"gemma2": 46, "gemma3": 62}
+"""Architecture -> layers of its 27B, whose attention llama.cpp scales by the hidden size."""
+
 _SIGNS = (b".rope.scal", b"rope_freqs", b"rope_factors")
 
 _LLAMA3 = {
@@ -29,12 +53,9 @@ _LLAMA3 = {
 """What all published models of this kind have; only the factor differs."""
 
 
-def require_biases(model: Any, file: Path) -> None:
-    """Raise UserError if a file has biases that the model was built without, and so not read."""
+def require_all_read(model: Any, file: Path) -> None:
+    """Raise UserError if a file has weights that the model was built without, and so not read."""
     start = _header(file)
-    found = {name.decode() for name in re.findall(rb"blk\.\d+\.\w+\.bias", start)}
-    if not found:
-        return
     from transformers.integrations import gguf
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
@@ -42,26 +63,32 @@ def require_biases(model: Any, file: Path) -> None:
         get_gguf_hf_weights_map,
     )
 
-    architecture = _architecture(start)
+    architecture = str(_said(start, "general.architecture"))
     if architecture in getattr(gguf, "GGUF_ARCHS", ()):
         return  # another reader, which says itself what it leaves out
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
     read = get_gguf_hf_weights_map(model, processor(config=model.config.to_dict()))
-    if left := sorted(found - read.keys()):
+    names = {name[1].decode() for name in _WEIGHT.finditer(start)}
+    # Those of experts lie in one tensor there, whose name ends earlier.
+    left = {one for one in names if one.replace("_exps.weight", "_exps") not in read}
+    if left:
         raise UserError(
-            f"{file} has biases, {left[0]} first, that transformers does not read into a "
-            f"{type(model).__name__}; name the folder that it was made of"
+            f"{file} has {len(left)} weights, {min(left)} first, that transformers does not read "
+            f"into a {type(model).__name__}; name the folder that it was made of"
         )
 
 
-def _architecture(start: bytes) -> str:
-    """Return what the header of a file says of its kind; nothing if it says nothing."""
-    key = b"general.architecture" + struct.pack("<I", 8)  # a text: its length, and its bytes
-    place = start.find(key) + len(key)
-    if place < len(key):
-        return ""
-    (length,) = struct.unpack_from("<Q", start, place)
-    return start[place + 8 : place + 8 + length].decode(errors="replace")
+def _said(start: bytes, key: str) -> Any:
+    """Return what the header of a file says under a key; None if that is no number and no text."""
+    name = struct.pack("<Q", len(key)) + key.encode()
+    place = start.find(name) + len(name)
+    if place < len(name):
+        return None
+    (kind,) = struct.unpack_from("<I", start, place)
+    if kind == _TEXT:
+        (length,) = struct.unpack_from("<Q", start, place + 4)
+        return start[place + 12 : place + 12 + length].decode(errors="replace")
+    return struct.unpack_from(_NUMBERS[kind], start, place + 4)[0] if kind in _NUMBERS else None
 
 
 def _header(file: Path) -> bytes:
@@ -69,17 +96,41 @@ def _header(file: Path) -> bytes:
         return stream.read(_MOST_HEADER)
 
 
-def scale_rotary_(config: Any, file: Path) -> None:
-    """Give a config the base and the scaling of rotary embeddings that its file has.
+def complete_from_gguf_(config: Any, file: Path) -> None:
+    """Give a config what its file says, or llama.cpp knows, and transformers does not read.
+
+    These are sizes, the scale of the attention, and base and scaling of rotary embeddings.
 
     Raises:
-        UserError: there is a scaling that the file does not tell in full.
+        UserError: transformers computes something else, whatever its config says, or there is a
+            scaling that the file does not tell in full.
     """
     start = _header(file)
-    base = re.search(rb"\.rope\.freq_base\x06\0\0\0(.{4})", start, re.DOTALL)  # 6: a float
-    rotary = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    architecture = str(_said(start, "general.architecture"))
+    if _said(start, f"{architecture}.{_NORMED_STATE}"):
+        raise UserError(
+            f"{file} is of a FalconMamba ({_NORMED_STATE}), which transformers reads from a .gguf "
+            "as a Mamba without its norms; name the folder that it was made of"
+        )
+    for key, name in _SIZES.get(architecture, {}).items():
+        if (size := _said(start, f"{architecture}.{key}")) is not None:
+            setattr(config, name, size)
+    if architecture in _LARGEST:
+        largest = config.num_hidden_layers == _LARGEST[architecture]
+        config.query_pre_attn_scalar = (
+            config.hidden_size // config.num_attention_heads if largest else config.head_dim
+        )
+    _scale_rotary_(config, file, start)
+
+
+def _scale_rotary_(config: Any, file: Path, start: bytes) -> None:
+    text = config.get_text_config()
+    rotary = getattr(text, "rope_parameters", None) or {}
+    kinds = {one.get("rope_type") for one in rotary.values() if isinstance(one, dict)}
+    rotary = rotary.get("full_attention", rotary)  # what llama.cpp scales where kinds differ
+    base = _said(start, f"{_said(start, 'general.architecture')}.rope.freq_base")
     if base is not None and "rope_theta" in rotary:
-        rotary["rope_theta"] = struct.unpack("<f", base[1])[0]
+        rotary["rope_theta"] = base
     if not any(sign in start for sign in _SIGNS):
         return  # to parse the header takes seconds
     from gguf import GGUFReader
@@ -95,16 +146,14 @@ def scale_rotary_(config: Any, file: Path) -> None:
     factor = float(said.get("scaling.factor") or said.get("scale_linear") or 1)
     kind = str(said.get("scaling.type", "none" if factor == 1 else "linear"))
     scaled = kind not in ("none", "linear") or (kind == "linear" and factor != 1)
-    text = config.get_text_config()
-    rotary = getattr(text, "rope_parameters", None) or {}
-    if not (scaled or factors) or rotary.get("rope_type", "default") != "default":
+    usual = rotary.get("rope_type", "default") == "default"
+    if not (scaled or factors) or not (usual or kinds):
         return
-    kinds = {one.get("rope_type") for one in rotary.values() if isinstance(one, dict)}
     if not scaled and "proportional" in kinds and all(_leaves_out(one) for one in factors):
         return
-    if "rope_theta" in rotary and scaled and kind == "linear" and not factors:
+    if usual and "rope_theta" in rotary and scaled and kind == "linear" and not factors:
         rotary |= {"rope_type": "linear", "factor": factor}
-    elif "rope_theta" in rotary and not scaled and _is_llama3(text, factors[0]):
+    elif "rope_theta" in rotary and not (scaled or kinds) and _is_llama3(text, factors[0]):
         rotary |= _LLAMA3 | {"factor": float(factors[0].max())}
     else:
         raise UserError(

@@ -44,7 +44,7 @@ from llm_pruner.models import stored as on_disk
 from llm_pruner.models.assembled import element, put_together_late
 from llm_pruner.models.explained import explained
 from llm_pruner.models.forward import embedding_rows
-from llm_pruner.models.gguf_file import drop_tokens_beyond_, require_biases, scale_rotary_
+from llm_pruner.models.gguf_file import complete_from_gguf_, drop_tokens_beyond_, require_all_read
 from llm_pruner.models.older_code import complete_
 from llm_pruner.models.stored_weight import mapped_files
 from llm_pruner.models.streaming import stored, stream_
@@ -146,7 +146,7 @@ def load_model(
     with quiet_bars("transformers"), explained(source):
         config = _config(source, found, packed)
         if found.is_gguf:
-            scale_rotary_(config, on_disk.local_path(source))
+            complete_from_gguf_(config, on_disk.local_path(source))
         if weights:
             _download(source, found)
     limit = memory if weights and _method(config) in (None, _OWN_METHOD) else None
@@ -441,9 +441,14 @@ def _load_model(
     )
     if info["mismatched_keys"]:
         name, stored_shape, shape = min(info["mismatched_keys"])
+        has = f"{source} has {name} in the shape {tuple(stored_shape)} in its weights, and of"
+        if found.is_gguf:
+            raise UserError(
+                f"{has} the sizes that transformers reads in it follows {tuple(shape)}; name the "
+                "folder that it was made of"
+            )
         raise UserError(
-            f"{source} has {name} in the shape {tuple(stored_shape)} in its weights, and of its "
-            f"config.json follows {tuple(shape)}; copy or download both again"
+            f"{has} its config.json follows {tuple(shape)}; copy or download both again"
         )
     complete_(model, config)
     missing = sorted(info["missing_keys"])
@@ -453,7 +458,7 @@ def _load_model(
             "first; name a complete checkpoint of a causal language model"
         )
     if found.is_gguf:
-        require_biases(model, Path(found.shared["gguf_file"]))
+        require_all_read(model, Path(found.shared["gguf_file"]))
         _forget_gguf_(model)
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
     if compressor is not None:  # of compressed-tensors: several weights in one integer

@@ -96,9 +96,10 @@ def how(model: Any, config: Any, saved_as: str, code: str | None = None) -> str:
     if saved_as == "recipe":
         raise UserError("only llm-pruner reads the sizes of its layers")
     whole, config = config, config.get_text_config()
+    sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
     if saved_as == "stock":
         heads, size = (vars(config).get(one) or 0 for one in ("num_attention_heads", "head_dim"))
-        if heads * size in (0, config.hidden_size):
+        if sinks or heads * size in (0, config.hidden_size):
             return "as the dense model"
         return "as the dense model, or where it refuses its sizes with --model-impl transformers"
     if model.get_input_embeddings().weight.shape[1] != config.hidden_size:
@@ -107,6 +108,10 @@ def how(model: Any, config: Any, saved_as: str, code: str | None = None) -> str:
         )
     if not getattr(model, "_supports_attention_backend", False):
         raise UserError("its attention is code of its own, which vLLM does not replace")
+    if sinks:
+        raise UserError(
+            "attention sinks are not passed on by vLLM's Transformers backend; prune with --uniform"
+        )
     kinds = {*(getattr(config, "layer_types", None) or ())} - _ATTENDING
     if "chunked_attention" in kinds:
         raise UserError(
