@@ -33,6 +33,9 @@ Kind = Literal[
 Removal = Mapping[str, IntArray]
 """Group name -> sorted unit indices to remove, in the numbering of the traced model."""
 
+Place = tuple[str, int | None]
+"""A decoder layer: the list of modules that it is in, and its number there."""
+
 Scores = Mapping[str, FloatArray]
 """Group name -> importance per unit, shape (size,); higher means keep."""
 
@@ -87,6 +90,8 @@ class Group:
             each token.
         modules: for ``layers`` only, the qualified module name of each unit.
         owner: name of the group whose units are the blocks (key-value heads), if there is one.
+        path: the list of modules that ``layer`` counts in, or, for ``layers``, whose children the
+            units are; empty where the group spans several layers.
     """
 
     name: str
@@ -101,6 +106,12 @@ class Group:
     least: int = 1
     modules: tuple[str, ...] = ()
     owner: str | None = None
+    path: str = ""
+
+    @property
+    def place(self) -> Place:
+        """The decoder layer that the group lies in; lists of layers are numbered each from 0."""
+        return self.path, self.layer
 
     @property
     def label(self) -> str:

@@ -390,7 +390,7 @@ def test_survivors_translate_names_and_units():
     dense = fake_llama(8, ffn=10, kv_heads=2, repeat=2)
     numbering = Numbering.dense(dense).after({"layers": units(2, 4), "layers.7.ffn": units(0, 5)})
     assert numbering.names["layers.5.ffn"] == "layers.7.ffn"
-    assert numbering.layers[3] == 5
+    assert numbering.layers["model.layers"][3] == 5
     moved = numbering.to_dense({"layers.5.ffn": units(0, 4), "layers": units(2)})
     assert moved["layers.7.ffn"].tolist() == [1, 6]
     assert moved["layers"].tolist() == [3]
@@ -713,7 +713,8 @@ def test_groups_that_go_together_over_layers():
 
 def test_layers_of_several_lists_are_pruned_alone():
     dense = fake_llama(4)
-    more = Group("layers_2", "layers", None, 2, (), modules=("encoder.0", "encoder.1"))
+    modules = ("encoder.0", "encoder.1")
+    more = Group("layers_2", "layers", None, 2, (), modules=modules, path="encoder")
     dense = replace(dense, groups=(*dense.groups, more))
     assert len(choose_groups(dense, Selection(("layers",)))) == 2
     with pytest.raises(UserError, match="this model has 2 lists of layers"):

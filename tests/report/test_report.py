@@ -390,6 +390,15 @@ def test_layers_that_go_whole() -> None:
         layers=tuple(layers),
     )
     assert "; it keeps 3 of 4 layers and 40 of 48 hidden channels." in view.sentence(report)
+    # Of two lists, the second loses another layer than the first.
+    across = Layer(layer=None, sizes={"layers": (3, 4), "layers_2": (2, 3)})
+    whole = [replace(layer, removed=False, sizes={}) for layer in layers[1:]]
+    two = report.model_copy(update={"layers": (across, *whole)})
+    assert "; it keeps 3 of 4 layers and 2 of 3 layers_2." in view.sentence(two)
+    table = view.sizes(two)
+    assert table is not None
+    rows = {row.label: row.cells for row in table.rows}
+    assert (rows["layers"], rows["layers_2"]) == (("4", "3"), ("3", "2"))
     assert 'id="widths"' in render_html(report)
 
 

@@ -48,9 +48,9 @@ def fake_llama(
         return Member(tensor, dim, index, order)
 
     def add(name: str, kind: object, layer: int | None, size: int, **rest: object) -> None:
-        groups.append(
-            Group(name, kind, layer, size, frozen=reasons.get(name), **rest)  # type: ignore
-        )
+        path = "" if layer is None and kind != "layers" else "model.layers"
+        known = {"frozen": reasons.get(name), "path": path} | rest
+        groups.append(Group(name, kind, layer, size, **known))  # type: ignore
 
     for layer in range(layers):
         at = f"model.layers.{layer}"

@@ -33,6 +33,7 @@ from llm_pruner.types import (
     IntArray,
     Kind,
     Member,
+    Place,
     bound_to,
 )
 
@@ -206,15 +207,17 @@ class _Builder:
             return None
         members, units = built
         aligned, even = self._any("aligned", units), self._any("even", units)
+        path, layer = self._place(members)
         frozen = None if self._any("read", units) and not _alone(members) else _UNUSED
         least = self._least(units)
         if least >= len(units):
             frozen = frozen or "all of its units are chosen for every token"
         group = Group(
-            *("", self._kind(units, members), self._layer(members), len(units), members),
+            *("", self._kind(units, members), layer, len(units), members),
             multiple=_ALIGNMENT if aligned else 2 if even else 1,
             least=least,
             frozen=frozen,
+            path=path,
         )
         return group, units
 
@@ -295,9 +298,9 @@ class _Builder:
                 least = max(least, elsewhere + -(-count * present // available))
         return least
 
-    def _layer(self, members: tuple[Member, ...]) -> int | None:
+    def _place(self, members: tuple[Member, ...]) -> Place:
         place, *others = {self._layer_of(member.tensor) for member in members}
-        return None if place is None or others else place[1]
+        return ("", None) if place is None or others else place
 
     def _layer_of(self, tensor: str) -> tuple[str, int] | None:
         for path in self.outer_lists:

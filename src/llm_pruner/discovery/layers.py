@@ -74,8 +74,14 @@ def layer_groups(model: nn.Module, run: Run) -> tuple[list[Group], frozenset[tup
                 reason, children = None, rest
         if len(children) < 2:
             reason = "the model needs all layers but one"
-        modules = tuple(children)
-        groups.append(Group(name, "layers", None, len(modules), (), frozen=reason, modules=modules))
+        groups.append(
+            Group(
+                *(name, "layers", None, len(children), ()),
+                frozen=reason,
+                modules=tuple(children),
+                path=parent,
+            )
+        )
     return groups, frozenset(own)
 
 

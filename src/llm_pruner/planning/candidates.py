@@ -23,9 +23,9 @@ from llm_pruner.planning.constraints import (
     removed_layers,
     scores_of,
 )
-from llm_pruner.planning.numbering import Numbering, count_layers
+from llm_pruner.planning.numbering import Numbering
 from llm_pruner.planning.selection import Selection, choose_groups, removable_layers
-from llm_pruner.types import Discovery, FloatArray, Group, IntArray, Scores
+from llm_pruner.types import Discovery, FloatArray, Group, IntArray, Place, Scores
 
 CHANNELS = ("ffn", "hidden", "head_dim", "other")
 """Kinds whose kept number ``round_to`` rounds."""
@@ -89,12 +89,12 @@ class AllCandidates:
         not named. Units are not sorted.
         """
         removal: dict[str, IntArray] = {}
-        gone: set[int] = set()
+        gone: set[Place] = set()
         taken = [one for one in self.all if steps.get(one.group.name, 0)]
         # Layers say which groups are gone anyway, and the other groups which blocks are.
         taken.sort(key=lambda one: (one.group.kind != "layers", one.group.blocks is not None))
         for one in taken:
-            if one.group.layer in gone:
+            if one.group.place in gone:
                 continue
             count = steps[one.group.name]
             dead = set(dead_blocks(one.group, removal).tolist())
@@ -186,8 +186,7 @@ def _candidates(
         dense = int(np.unique(dense_group.blocks, return_counts=True)[1].min())
         gone, limit = dense - most, most - 1
     elif group.kind == "layers":
-        total = count_layers(numbering.groups.values())
-        removable = removable_layers(dense_group, selection, total)
+        removable = removable_layers(dense_group, selection, numbering)
         free = units[np.isin(numbering.kept[dense_group.name][units], removable)]
         order, dense = {-1: free}, len(removable)
         gone, limit = dense - len(free), min(len(free), group.size - 1)

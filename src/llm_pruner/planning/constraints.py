@@ -11,15 +11,24 @@ import numpy as np
 from llm_pruner.errors import UserError
 from llm_pruner.files.ranges import format_ranges
 from llm_pruner.surgery.removal import unit_problems
-from llm_pruner.types import Companion, Discovery, FloatArray, Group, IntArray, Removal, Scores
+from llm_pruner.types import (
+    Companion,
+    Discovery,
+    FloatArray,
+    Group,
+    IntArray,
+    Place,
+    Removal,
+    Scores,
+)
 
 NONE: IntArray = np.zeros(0, dtype=np.int64)
 
 
-def removed_layers(groups: Mapping[str, Group], removal: Removal) -> set[int]:
+def removed_layers(groups: Mapping[str, Group], removal: Removal) -> set[Place]:
     """Return the decoder layers that the removal takes whole."""
     return {
-        layer
+        (groups[name].path, layer)
         for name, units in removal.items()
         if len(units) and name in groups and groups[name].kind == "layers"
         for layer in groups[name].layers[units].tolist()
@@ -65,7 +74,7 @@ def check(discovery: Discovery, removal: Removal, unreadable: Collection[str] = 
     gone = removed_layers(groups, sound)
     for name, units in sound.items():
         group = groups[name]
-        if group.layer in gone and len(units):
+        if group.place in gone and len(units):
             problems.append(
                 f"{name}: layer {group.layer} is removed whole, so its units cannot be named again"
             )
@@ -73,7 +82,7 @@ def check(discovery: Discovery, removal: Removal, unreadable: Collection[str] = 
             problems.extend(_check_blocks(group, group.blocks, units, dead_blocks(group, sound)))
     for group in discovery.groups:
         # A group with a problem of its own says nothing about its companions.
-        if group.layer not in gone and group.name not in broken:
+        if group.place not in gone and group.name not in broken:
             problems.extend(_check_companions(group, groups, sound, broken, gone))
     return problems
 
@@ -118,12 +127,12 @@ def _check_companions(
     groups: Mapping[str, Group],
     sound: Removal,
     broken: Collection[str],
-    gone: set[int],
+    gone: set[Place],
 ) -> list[str]:
     problems: list[str] = []
     lost = len(sound.get(group.name, NONE))
     for companion, other in followers(group, groups):
-        if other.layer in gone or other.name in broken:
+        if other.place in gone or other.name in broken:
             continue
         need = companion.ratio * lost
         have = len(sound.get(other.name, NONE))
@@ -173,7 +182,7 @@ def ascending(group: Group, scores: Scores) -> IntArray:
 def add_companions(
     groups: Mapping[str, Group],
     removal: dict[str, IntArray],
-    gone: set[int],
+    gone: set[Place],
     orders: Mapping[str, IntArray],
 ) -> None:
     """Add to ``removal`` what companions must lose, least important units first.
@@ -184,7 +193,7 @@ def add_companions(
     while waiting:
         group = groups[waiting.pop()]
         for companion, other in followers(group, groups):
-            if other.layer in gone:
+            if other.place in gone:
                 continue
             have = removal.get(other.name, NONE)
             missing = whole(companion.ratio * len(removal[group.name])) - len(have)

@@ -21,14 +21,14 @@ class Numbering:
         groups: the groups of the dense model, by name.
         kept: dense group name -> dense units that are left, sorted; position i is unit i of the
             pruned model. Groups of layers that are gone are absent.
-        layers: dense numbers of the decoder layers that are left; position i is layer i of the
-            pruned model.
+        layers: path of a list of decoder layers -> dense numbers of those that are left; position
+            i is layer i of the pruned list.
         parameters: number of parameters of the dense model.
     """
 
     groups: Mapping[str, Group]
     kept: Mapping[str, IntArray]
-    layers: IntArray
+    layers: Mapping[str, IntArray]
     parameters: int
 
     @classmethod
@@ -37,7 +37,10 @@ class Numbering:
         return cls(
             groups=discovery.by_name,
             kept={g.name: np.arange(g.size, dtype=np.int64) for g in discovery.groups},
-            layers=np.arange(count_layers(discovery.groups), dtype=np.int64),
+            layers={
+                path: np.arange(length, dtype=np.int64)
+                for path, length in count_layers(discovery.groups).items()
+            },
             parameters=count_parameters(discovery),
         )
 
@@ -45,9 +48,14 @@ class Numbering:
     def names(self) -> dict[str, str]:
         """Name of each group that is left -> its dense name: layers are renumbered by then."""
         return {
-            group.name_at(int(np.searchsorted(self.layers, group.layer or 0))): dense
+            group.name_at(int(np.searchsorted(self.layers[group.path], group.layer or 0))): dense
             for dense, group in ((name, self.groups[name]) for name in self.kept)
         }
+
+    @cached_property
+    def lengths(self) -> dict[str, int]:
+        """Path of each list of decoder layers -> how many the dense model has in it."""
+        return count_layers(self.groups.values())
 
     @property
     def begun(self) -> bool:
@@ -57,7 +65,8 @@ class Numbering:
     def matched(self, discovery: Discovery) -> Discovery:
         """Return what was found of the pruned model, with what means other units frozen.
 
-        Where one key-value head is left, for instance, the units are its query heads.
+        Where one key-value head is left, for instance, the units are its query heads. Lists of
+        layers, which are named by their length, have their dense names.
 
         Args:
             discovery: of what is left, as it is found anew.
@@ -72,10 +81,15 @@ class Numbering:
                 and (dense.owner is None) == (group.owner is None)
             )
 
+        lists = {g.path: name for name, g in self.groups.items() if g.kind == "layers"}
+        found = (
+            replace(one, name=lists.get(one.path, one.name)) if one.kind == "layers" else one
+            for one in discovery.groups
+        )
         changed = "what is left of it is pruned by other units than the whole was"
         groups = tuple(
             one if one.frozen is not None or same(one) else replace(one, frozen=changed)
-            for one in discovery.groups
+            for one in found
         )
         return replace(discovery, groups=groups)
 
@@ -92,14 +106,17 @@ class Numbering:
         kept: dict[str, IntArray] = {}
         for name, units in self.kept.items():
             group = self.groups[name]
-            if group.layer in gone:
+            if group.place in gone:
                 continue
             if name in lost:
                 units = np.setdiff1d(units, lost[name])
             if group.blocks is not None:
                 units = units[~np.isin(group.blocks[units], dead_blocks(group, lost))]
             kept[name] = units
-        layers = self.layers[~np.isin(self.layers, sorted(gone))]
+        layers = {
+            path: np.array([one for one in numbers if (path, one) not in gone], dtype=np.int64)
+            for path, numbers in self.layers.items()
+        }
         return replace(self, kept=kept, layers=layers)
 
     def removal(self) -> dict[str, IntArray]:
@@ -117,18 +134,24 @@ class Numbering:
         return total
 
 
-def count_layers(groups: Iterable[Group]) -> int:
-    """Return the number of decoder layers."""
-    numbers = [int(g.layers.max(initial=-1)) if g.kind == "layers" else g.layer for g in groups]
-    return max((number + 1 for number in numbers if number is not None), default=0)
+def count_layers(groups: Iterable[Group]) -> dict[str, int]:
+    """Return the number of decoder layers in each list, by its path."""
+    lengths: dict[str, int] = {}
+    for group in groups:
+        last = int(group.layers.max(initial=-1)) if group.kind == "layers" else group.layer
+        lengths[group.path] = max(lengths.get(group.path, 0), 0 if last is None else last + 1)
+    return lengths
 
 
 def explain(discovery: Discovery, removal: Removal) -> list[Layer]:
-    """Return one row per decoder layer, before them one for the groups that span all layers."""
+    """Return one row per decoder layer, before them one for the groups that span all layers.
+
+    Of several lists, layers of the same number share a row; it is removed if all of them are.
+    """
     left = Numbering.dense(discovery).after(removal)
     rows: dict[int | None, Layer] = {None: Layer(None)}
-    for layer in range(count_layers(discovery.groups)):
-        rows[layer] = Layer(layer, removed=layer not in left.layers)
+    for layer in range(max(left.lengths.values(), default=0)):
+        rows[layer] = Layer(layer, removed=not any(layer in one for one in left.layers.values()))
     for group in discovery.groups:
         rows[group.layer].sizes[group.label] = (len(left.kept.get(group.name, ())), group.size)
     return [row for row in rows.values() if row.layer is not None or row.sizes]

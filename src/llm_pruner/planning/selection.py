@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from llm_pruner.errors import UserError
-from llm_pruner.planning.numbering import Numbering, count_layers
+from llm_pruner.planning.numbering import Numbering
 from llm_pruner.settings.limits import MOST, check_number
 from llm_pruner.settings.words import STRUCTURES, known_structure
 from llm_pruner.types import Discovery, Group, IntArray, bound_to
@@ -223,7 +223,6 @@ def choose_groups(
             model with several lists of them.
     """
     numbering = numbering or Numbering.dense(discovery)
-    total = count_layers(numbering.groups.values())
     lists = sum(group.kind == "layers" for group in discovery.groups)
     if "layers" in selection.structures and len(selection.structures) > 1 < lists:
         raise UserError(
@@ -233,7 +232,7 @@ def choose_groups(
     chosen: set[str] = set()
     for structure in selection.structures:
         try:
-            groups = _groups_of(structure, discovery, selection, numbering, total)
+            groups = _groups_of(structure, discovery, selection, numbering)
         except UserError as error:
             if not numbering.begun:
                 raise
@@ -246,10 +245,11 @@ def choose_groups(
 
 
 def _groups_of(
-    structure: str, discovery: Discovery, selection: Selection, numbering: Numbering, total: int
+    structure: str, discovery: Discovery, selection: Selection, numbering: Numbering
 ) -> list[Group]:
     """Return the groups of one structure that may lose units."""
-    first, last = _layers(selection, structure, total)
+    longest = max(numbering.lengths.values(), default=0)
+    first, last = _checked_layers(selection, structure, longest)
     groups = [group for group in discovery.groups if group.kind == structure]
     if not groups:
         kinds = dict.fromkeys(g.kind for g in discovery.groups if g.kind != "value_dim")
@@ -266,11 +266,7 @@ def _groups_of(
     spans_all = structure != "layers" and all(group.layer is None for group in free)
     if structure in selection.layer_ranges and spans_all:
         raise UserError(f"{structure} spans all layers, so it takes no layer range; drop the range")
-    inside = [
-        group
-        for group in free
-        if group.layer is None or first <= numbering.layers[group.layer] <= last
-    ]
+    inside = [group for group in free if _can_lose(group, selection, numbering)]
     if not inside:
         raise UserError(
             f"no {structure} in layers {first} to {last} can be pruned; choose other layers"
@@ -279,8 +275,8 @@ def _groups_of(
     for group in inside:
         for other in bound_to(group.name, by_name).keys() - names:
             raise UserError(
-                f"{group.name} loses the same units as {other}, which is not among layers {first} "
-                f"to {last}; choose all layers (--protect-first 0 --protect-last 0), or leave "
+                f"{group.name} loses the same units as {other}, which is not among the layers to "
+                f"prune; choose all layers (--protect-first 0 --protect-last 0), or leave "
                 f"{structure} out of the structures"
             )
     return inside
@@ -296,21 +292,37 @@ def scored_groups(discovery: Discovery, selection: Selection, numbering: Numberi
     return {name for group in chosen for name in bound_to(group.name, discovery.by_name)}
 
 
-def removable_layers(dense: Group, selection: Selection, total: int) -> IntArray:
-    """Return the units of the dense ``layers`` that are neither protected nor out of range.
+def _can_lose(group: Group, selection: Selection, numbering: Numbering) -> bool:
+    """Whether layers that are neither protected nor out of range hold a group, or are its units."""
+    if group.kind == "layers":
+        dense = numbering.groups[numbering.names[group.name]]
+        return len(removable_layers(dense, selection, numbering)) > 0
+    if group.layer is None:
+        return True
+    first, last = _layers(selection, group.kind, numbering.lengths[group.path])
+    return first <= int(numbering.layers[group.path][group.layer]) <= last
 
-    Args:
-        total: layers of the model, of which some may have to stay.
-    """
+
+def removable_layers(dense: Group, selection: Selection, numbering: Numbering) -> IntArray:
+    """Return the units of the dense ``layers`` that are neither protected nor out of range."""
     numbers = dense.layers
-    first, last = _layers(selection, "layers", total)
+    first, last = _layers(selection, "layers", numbering.lengths[dense.path])
     return np.flatnonzero((numbers >= first) & (numbers <= last)).astype(np.int64)
 
 
 def _layers(selection: Selection, structure: str, total: int) -> tuple[int, int]:
-    """Return the first and last layer that a structure is pruned in."""
+    """Return the first and last layer, of a list of so many, that a structure is pruned in.
+
+    The last is before the first where a short list is protected as a whole.
+    """
+    unprotected = selection.protect_first, total - 1 - selection.protect_last
+    return selection.layer_ranges.get(structure, unprotected)
+
+
+def _checked_layers(selection: Selection, structure: str, total: int) -> tuple[int, int]:
+    """Return the first and last layer, of the longest list, that a structure is pruned in."""
+    first, last = _layers(selection, structure, total)
     if structure in selection.layer_ranges:
-        first, last = selection.layer_ranges[structure]
         if last < first:
             raise UserError(f"layer range {structure}={first}-{last} runs backwards; swap its ends")
         if last >= total:
@@ -318,9 +330,7 @@ def _layers(selection: Selection, structure: str, total: int) -> tuple[int, int]
                 f"layer range {structure}={first}-{last} goes past the last layer; "
                 f"the model has {total} layers, 0 to {total - 1}"
             )
-        return first, last
-    first, last = selection.protect_first, total - 1 - selection.protect_last
-    if last < first and total:
+    elif last < first and total:
         raise UserError(
             f"protect_first={selection.protect_first} and protect_last={selection.protect_last} "
             f"cover all {total} layers, so nothing is left to prune; protect fewer"

@@ -32,6 +32,8 @@ UNITS = {
 }
 """Kind or short name of a group -> what its units are called, where that is another word."""
 
+_LIST = re.compile(r"layers(?:_\d+)?")
+"""Names of the groups whose units are layers, one for each list of them."""
 
 _WHOLE = ("dense", "trimmed")
 """Models with all their units."""
@@ -153,11 +155,8 @@ def _training(report: Report) -> str:
 
 
 def _kept(report: Report) -> list[str]:
-    parts = []
-    layers = decoder_layers(report)
-    gone = sum(layer.removed for layer in layers)
-    if gone:
-        parts.append(f"{len(layers) - gone} of {len(layers)} layers")
+    layers, lists = decoder_layers(report), _lists(report)
+    parts = [f"{kept} of {dense} {name}" for name, (kept, dense) in lists if kept < dense]
     for name in changed_units(report):
         kept, dense = _total(layers, name)
         if _narrowed(layers, name):
@@ -167,9 +166,18 @@ def _kept(report: Report) -> list[str]:
             parts += [
                 f"{kept:,} of {dense:,} {unit(name)}"
                 for name, (kept, dense) in layer.sizes.items()
-                if kept < dense and not (gone and name == "layers")
+                if kept < dense and not _LIST.fullmatch(name)
             ]
     return parts
+
+
+def _lists(report: Report) -> list[tuple[str, tuple[int, int]]]:
+    """Return how many layers are left, of how many; of several lists, for each of them."""
+    layers = decoder_layers(report)
+    across = [size for row in report.layers if row.layer is None for size in row.sizes.items()]
+    lists = [(name, size) for name, size in across if _LIST.fullmatch(name)]
+    left = sum(not layer.removed for layer in layers)
+    return lists if len(lists) > 1 else [("layers", (left, len(layers)))]
 
 
 def _total(layers: Sequence[Layer], name: str) -> tuple[int, int]:
@@ -208,8 +216,7 @@ def sizes(report: Report) -> Table | None:
         rows.append(_row("tokens", tokens, number))
     layers = decoder_layers(report)
     if layers and len(names) > 1:
-        left = sum(not layer.removed for layer in layers)
-        pairs = [("layers", (left, len(layers)))]
+        pairs = _lists(report)
         pairs += [(unit(name, report), _total(layers, name)) for name in changed_units(report)]
         rows += [
             _row(label, [dense if name in _WHOLE else kept for name in names], number)

@@ -50,7 +50,9 @@ def cache_cost(
         prices[group.name] = np.zeros(group.size)
     for group, trial in track(trials, "cache of every group"):
         units = trial[group.name]
-        price = (total - _bytes(cut_copy(model, discovery, trial))) / len(units)
+        # What goes with them is counted by its own price.
+        together = sum(len(lost) for name, lost in trial.items() if name in prices)
+        price = (total - _bytes(cut_copy(model, discovery, trial))) / together
         prices[group.name][units if group.modules else slice(None)] = price
         kinds[group.kind] = max(kinds.get(group.kind, 0.0), price)
     idle = [kind for kind, price in kinds.items() if price <= 0]
