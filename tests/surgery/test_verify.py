@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import RwkvConfig, RwkvForCausalLM
 
 from families import discovered
 from helpers import tiny_model
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import VerificationError
 from llm_pruner.models.layers import sharing_copy
+from llm_pruner.models.load import load
 from llm_pruner.models.streaming import in_turns, is_model_streamed, stream_
 from llm_pruner.runtime.precision import exact_products
 from llm_pruner.runtime.progress import Clock
@@ -501,3 +503,22 @@ def test_a_saved_folder_is_compared_in_the_scenes_of_the_last_cut(
     surgeon.reload_check(first, ModelSettings(model="dense"), 0)(tmp_path)
     assert asked[2] is second
     assert asked[3] is surgeon.verified
+
+
+@pytest.mark.parametrize("loads", [False, True])
+def test_weights_that_the_code_scales_in_place_are_saved_as_they_came(
+    tmp_path: Path, loads: bool
+) -> None:
+    sizes = {"hidden_size": 16, "attention_hidden_size": 16, "intermediate_size": 32}
+    config = RwkvConfig(vocab_size=40, num_hidden_layers=7, context_length=64, **sizes)
+    model: Any = RwkvForCausalLM(config).eval()
+    if loads:
+        model.save_pretrained(tmp_path)
+        model = load(ModelSettings(model=str(tmp_path)), tokenizer_required=False).model
+    weight = model.rwkv.blocks[6].attention.output.weight
+    before = weight.clone()
+    discovery = discover(model)
+    prune_(model, discovery, pick(discovery, ("ffn",)))
+    model.train()(torch.arange(8)[None])
+    model.eval()(torch.arange(8)[None])
+    assert torch.equal(model.rwkv.blocks[6].attention.output.weight, before)

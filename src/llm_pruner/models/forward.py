@@ -223,6 +223,22 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             config.use_cache = value
 
 
+def leave_weights_(model: nn.Module) -> None:
+    """Have a model compute with its weights as they are.
+
+    RWKV's code divides those of later blocks, in place, and the hidden states with them, as long as
+    it is not in training. The function is the same, but what is saved then is another model, and of
+    models that share weights one does it for all and the others do not know.
+    """
+    for module in model.modules():
+        if hasattr(module, "_rescale_layers"):
+            vars(module)["_rescale_layers"] = _nothing
+
+
+def _nothing() -> None:
+    pass
+
+
 class Decoder:
     """Runs a model over a growing text.
 

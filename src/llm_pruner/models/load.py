@@ -43,7 +43,7 @@ from llm_pruner.hook import has_recipe
 from llm_pruner.models import stored as on_disk
 from llm_pruner.models.assembled import element, put_together_late
 from llm_pruner.models.explained import explained
-from llm_pruner.models.forward import embedding_rows
+from llm_pruner.models.forward import embedding_rows, leave_weights_
 from llm_pruner.models.gguf_file import complete_from_gguf_, drop_tokens_beyond_, require_all_read
 from llm_pruner.models.older_code import complete_
 from llm_pruner.models.stored_weight import mapped_files
@@ -451,6 +451,7 @@ def _load_model(
             f"{has} its config.json follows {tuple(shape)}; copy or download both again"
         )
     complete_(model, config)
+    leave_weights_(model)
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(

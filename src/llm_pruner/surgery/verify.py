@@ -16,7 +16,7 @@ from torch import nn
 
 from llm_pruner.discovery.tracing.scenes import Scene
 from llm_pruner.errors import UserError, VerificationError
-from llm_pruner.models.forward import is_on_meta
+from llm_pruner.models.forward import is_on_meta, leave_weights_
 from llm_pruner.models.layers import heaviest_list, own_copy, sharing_copy
 from llm_pruner.models.lockstep import Outcome, result_of
 from llm_pruner.models.streaming import (
@@ -100,6 +100,7 @@ def cut_verified_(
         VerificationError: they differ; names the groups at fault.
     """
     plan_edits(model, discovery, removal)
+    leave_weights_(model)
     if _is_short(model):
         verified = _verified_in_float32(model, discovery, removal)
         if verified is not None:
