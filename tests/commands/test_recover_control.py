@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,21 @@ def test_a_clock_gives_both_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> N
     found = recover("timed", "--max-minutes", 0.02, "--epochs", 50, "--control", "dense")
     assert found["control"]["steps"] == found["steps"]
     assert [one.max_minutes is None for one in asked] == [False, True]
+
+
+def test_a_control_ends_where_the_pruned_model_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = recovering.recover_
+    outcomes = []
+
+    def stopped(*args: Any, **named: Any) -> Any:
+        network, outcome = train(*args, **named)
+        outcomes.append(outcome)
+        return network, outcome if len(outcomes) > 1 else replace(outcome, steps=2)
+
+    monkeypatch.setattr(recovering, "recover_", stopped)
+    found = recover("stopped", "--max-minutes", 2, "--max-steps", 4, *CONTROLLED)
+    assert found["control"]["steps"] == 2
+    assert [outcome.run.total for outcome in outcomes] == [4, 4]
 
 
 def test_an_interrupted_control_goes_on(better: dict[str, Any]) -> None:

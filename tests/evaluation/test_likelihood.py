@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from helpers import VOCABULARY, tiny_model
+from helpers import VOCABULARY, of_tokens_alone, tiny_model
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import likelihood
 from llm_pruner.evaluation.likelihood import Pair, Score, log_likelihoods, truncated
@@ -69,6 +69,12 @@ def test_scores_are_those_of_single_runs(family: str, batch_size: int | None) ->
         found = log_likelihoods(model, pairs, max_length=MAXIMUM, batch_size=batch_size)
     assert continued.call_count > 1  # the trial, and batches
     assert_same(found, plain(model, pairs, MAXIMUM))
+
+
+def test_a_model_that_takes_tokens_alone() -> None:
+    pairs = make_pairs()
+    found = log_likelihoods(of_tokens_alone(tiny_model()), pairs, max_length=MAXIMUM)
+    assert_same(found, plain(tiny_model(), pairs, MAXIMUM))
 
 
 def test_greedy_answers_are_found() -> None:

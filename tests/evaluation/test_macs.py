@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from families import llama_7b, make
-from helpers import VOCABULARY, tiny_model
+from helpers import VOCABULARY, of_tokens_alone, tiny_model
 from llm_pruner import Selection, Target, allocate, discover, prune_
 from llm_pruner.errors import LLMPrunerError
 from llm_pruner.evaluation.footprint import (
@@ -54,6 +54,7 @@ def test_llama(attention: str, weights: bool) -> None:
     # Keys and values of 3 heads of 8 in 3 layers, 4 bytes each.
     assert counts.cache_bytes_per_token == LAYERS * 2 * KV * HEAD * 4
     assert counts.cache_bytes_fixed == 0
+    assert paper_macs(of_tokens_alone(model)) == 64 * PER_TOKEN + pairs(64, 64)
 
 
 def test_bytes_read_are_weights_and_cache() -> None:

@@ -11,7 +11,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 
-from helpers import VOCABULARY, tiny_model, tiny_tokenizer
+from helpers import VOCABULARY, of_tokens_alone, tiny_model, tiny_tokenizer
 from llm_pruner.data.sequences import bare_ids
 from llm_pruner.data.text import EvaluationText
 from llm_pruner.errors import UserError
@@ -333,3 +333,10 @@ def test_control_characters_are_stripped() -> None:
     joined = "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 \U0001f469\u200d\U0001f4bb"
     assert strip_control(joined) == joined == clean(joined)
     assert strip_control("a\U0001faffb") == "a\U0001faffb"  # which no version of Unicode has yet
+
+
+def test_a_model_that_takes_tokens_alone() -> None:
+    tokenizer = tiny_tokenizer()
+    models = tiny_model(), of_tokens_alone(tiny_model())
+    plain, own = (perplexity(one, tokenizer, TEXT, seq_len=50) for one in models)
+    assert own.nll == pytest.approx(plain.nll)

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from command import WORDS, done, save_tiny
-from helpers import tiny_model
+from helpers import of_tokens_alone, tiny_model
 from llm_pruner.cli.recover import Narrator
 from llm_pruner.data.sequences import TrainingSequence, make_sequence
 from llm_pruner.errors import UserError
@@ -65,6 +65,17 @@ def sequences(count: int, *, seed: int = 0, longest: int = 24) -> list[TrainingS
 
 
 # Layout.
+
+
+def test_a_model_that_takes_tokens_alone_is_trained_as_any_other(tmp_path: Path) -> None:
+    settings = TrainingSettings(method="full", max_steps=2, batch_size=4, bf16=False)
+    models = of_tokens_alone(tiny_model()), tiny_model()
+    own, plain = (
+        recover_(one, sequences(12), sequences(4, seed=1), settings, work=tmp_path / str(number))[1]
+        for number, one in enumerate(models)
+    )
+    assert not own.packed
+    assert own.losses == pytest.approx(plain.losses, rel=1e-4)
 
 
 @pytest.mark.parametrize("packed", [True, False])

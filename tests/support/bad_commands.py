@@ -592,6 +592,11 @@ TABLE: dict[str, list[Bad]] = {
             "that with --trainer lr_scheduler_type=..., or use --schedule",
         ),
         (
+            "--trainer lr_scheduler_type=greedy",
+            "--trainer lr_scheduler_type=greedy follows scores that the Trainer takes, and recover "
+            "takes its own; name another, or use --schedule",
+        ),
+        (
             "--trainer lr_scheduler_type=cosine --max-minutes 5",
             "--trainer lr_scheduler_type=cosine falls over a number of steps, which --max-minutes "
             "finds on the way; use --max-steps, or leave it out: --schedule follows the clock",

@@ -95,6 +95,18 @@ def tiny_model(model_type: str = "llama", *, seed: int = 0, **config: Any) -> Pr
     return model
 
 
+def of_tokens_alone(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model whose forward pass takes token ids and nothing else, as code may."""
+    own: Any = type(model)
+
+    class Plain(own):
+        def forward(self, input_ids: torch.Tensor) -> Any:
+            return own.forward(self, input_ids=input_ids, use_cache=False)
+
+    model.__class__ = Plain
+    return model
+
+
 @contextmanager
 def modules_of_checkpoints_in(cache: Path) -> Iterator[None]:
     """Have transformers keep the code of checkpoints in a folder, and forget it afterwards."""

@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llm_pruner.checkpoints import meta
-from llm_pruner.models.forward import embedding_rows, evaluating
+from llm_pruner.models.forward import caching, embedding_rows, evaluating
 from llm_pruner.models.layers import keep_children, numbers_of_layers, sharing_copy
 from llm_pruner.types import Edits
 
@@ -404,5 +404,5 @@ def _same_function(
                 own[name] = value
     tokens = (torch.arange(16, device=pruned.device) * 7919 % embedding_rows(pruned)).view(2, 8)
     with evaluating(pruned), evaluating(model), torch.no_grad(), meta.quiet_trial():
-        ours, theirs = (m(input_ids=tokens, use_cache=False).logits for m in (pruned, model))
+        ours, theirs = (m(input_ids=tokens, **caching(m, False)).logits for m in (pruned, model))
     return torch.equal(ours, theirs)

@@ -52,6 +52,7 @@ from llm_pruner.models.forward import check_length, dtype_name, embedding_rows
 from llm_pruner.models.load import LoadedModel, load, stored_dtype
 from llm_pruner.models.stored import dtype_named, records_of, stored_size
 from llm_pruner.recovery import Outcome, Progress, Teacher, recover_
+from llm_pruner.recovery.callbacks import EndAt
 from llm_pruner.recovery.methods.full import check_type
 from llm_pruner.recovery.trainer import trainer_arguments
 from llm_pruner.report.data import SavedAs, known_report
@@ -205,7 +206,7 @@ class _Run:
         pairs = list(zip(before, after, strict=True))[: len(self.corpora)]
         result = self._result(outcome, network, tuple(Change(old, new) for old, new in pairs))
         if self.controlling is not None:
-            control = self._control(self.controlling, outcome.steps, before, after)
+            control = self._control(self.controlling, outcome, before, after)
             result = replace(result, control=control)
         if first:
             result = self._save(result, network)
@@ -265,23 +266,24 @@ class _Run:
     def _control(
         self,
         loading: ModelSettings,
-        steps: int,
+        pruned: Outcome,
         before: Sequence[PerplexityResult],
         after: Sequence[PerplexityResult],
     ) -> Control:
         """Train the dense model as the pruned one was; it is measured and thrown away.
 
         Args:
-            steps: of the pruned model, which hold where a clock decided them.
+            pruned: how that went. It ends no later than that, and the learning rate falls towards
+                the same end, which a clock may have decided.
             before, after: what was measured of the pruned model.
         """
         settings = self.settings
         if settings.max_minutes is not None:
-            settings = settings.but(max_minutes=None, max_steps=max(steps, 1))
+            settings = settings.but(max_minutes=None, max_steps=max(pruned.run.total, 1))
         dense = self._loaded(loading)
         alone = self._measure(dense, None)
         work = self.work / f"control-{digest(dense.fingerprint)}"
-        network, outcome = self._train(dense.model, loading, settings, work)
+        network, outcome = self._train(dense.model, loading, settings, work, pruned.steps)
         trained = self._measure(replace(dense, model=network), self._reference(loading))
         return Control(
             model=dense.name,
@@ -296,9 +298,17 @@ class _Run:
         )
 
     def _train(
-        self, model: Any, loading: ModelSettings, settings: RecoverSettings, work: Path
+        self,
+        model: Any,
+        loading: ModelSettings,
+        settings: RecoverSettings,
+        work: Path,
+        steps: int | None = None,
     ) -> tuple[Any, Outcome]:
-        """Train a model; the adapter of the pruned one is kept where that was asked for."""
+        """Train a model, for so many steps at most.
+
+        The adapter of the pruned one is kept where that was asked for.
+        """
         control = loading is not self.loading
         train = [one for each in self.samples for one in each.train]
         held_out = [one for each in self.samples for one in each.held_out]
@@ -317,6 +327,7 @@ class _Run:
             processes=self.processes,
             again=lambda: self._loaded(loading).model,
             as_saved_=self._round_,
+            callbacks=[] if steps is None else [EndAt(steps)],
         )
 
     def _round_(self, network: Any) -> None:

@@ -32,7 +32,7 @@ from llm_pruner.discovery.tracing.ops import operation, tensors_in
 from llm_pruner.discovery.tracing.run import example_tokens
 from llm_pruner.discovery.tracing.scenes import staged
 from llm_pruner.errors import LLMPrunerError
-from llm_pruner.models.forward import Decoder, is_on_meta, logits_of, tensor_bytes
+from llm_pruner.models.forward import Decoder, caching, is_on_meta, logits_of, tensor_bytes
 from llm_pruner.models.layers import heaviest_list, names_in_float32
 from llm_pruner.types import Size
 
@@ -100,7 +100,8 @@ def paper_macs(model: Any) -> int:
         LLMPrunerError: the model does not run.
     """
     with _runnable(model), Counter() as counter:
-        logits_of(model(input_ids=example_tokens(model, (1, PAPER_TOKENS)), use_cache=False))
+        tokens = example_tokens(model, (1, PAPER_TOKENS))
+        logits_of(model(input_ids=tokens, **caching(model, False)))
     return counter.macs
 
 

@@ -19,7 +19,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from llm_pruner.errors import UserError
-from llm_pruner.models.forward import cache_argument, embedding_rows, parameters_of
+from llm_pruner.models.forward import cache_argument, caching, embedding_rows, parameters_of
 from llm_pruner.runtime.progress import track
 
 T = TypeVar("T")
@@ -290,8 +290,9 @@ class _Scorer:
 
     def _run(self, rows: list[tuple[int, ...]], keep: int, *, use_cache: bool) -> Any:
         """Run the model; logits of at least the last ``keep`` positions of the longest row."""
-        extra = {"logits_to_keep": keep} if self.keeps_logits else {}
-        return self.model(input_ids=self._tensor(rows), use_cache=use_cache, **extra)
+        extra: dict[str, Any] = caching(self.model, use_cache)
+        extra |= {"logits_to_keep": keep} if self.keeps_logits else {}
+        return self.model(input_ids=self._tensor(rows), **extra)
 
     def _tensor(self, rows: list[tuple[int, ...]]) -> torch.Tensor:
         """Return int64 (rows, longest); what is shorter ends in zeros, which nothing looks at."""

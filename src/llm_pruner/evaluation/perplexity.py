@@ -19,6 +19,7 @@ from llm_pruner.data.text import EvaluationText, Protocol
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.divergence import Divergence, compare, divergence
 from llm_pruner.models.forward import (
+    caching,
     dtype_name,
     embedding_rows,
     evaluating,
@@ -382,7 +383,7 @@ def _sums(
 @torch.no_grad()
 def _logits(batch: torch.Tensor, network: Any) -> torch.Tensor:
     device = next(network.parameters()).device
-    return network(input_ids=batch.to(device), use_cache=False).logits
+    return network(input_ids=batch.to(device), **caching(network, False)).logits
 
 
 def _window_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

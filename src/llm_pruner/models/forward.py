@@ -131,9 +131,13 @@ def first_tensor(given: Iterable[Any], named: Mapping[str, Any]) -> torch.Tensor
 
 def caching(model: nn.Module, wanted: bool) -> dict[str, bool]:
     """Return the argument that says whether a cache is made; none where the model takes none."""
+    return {"use_cache": wanted} if takes(model, "use_cache") else {}
+
+
+def takes(model: nn.Module, argument: str) -> bool:
+    """Whether a model's forward pass takes an argument of this name, or any."""
     names = parameters_of(model)
-    open_ended = any(one.kind is one.VAR_KEYWORD for one in names.values())
-    return {"use_cache": wanted} if open_ended or "use_cache" in names else {}
+    return argument in names or any(one.kind is one.VAR_KEYWORD for one in names.values())
 
 
 def maximum_length(model: Any) -> int | None:

@@ -205,6 +205,17 @@ class Guard(TrainerCallback):
         return 60 * self._settings.max_minutes - self._run.seconds
 
 
+class EndAt(TrainerCallback):
+    """Ends a run after a number of steps, whatever its learning rate falls towards."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Stop there."""
+        control.should_training_stop |= state.global_step >= self._step
+
+
 def evaluation_interval(total: int, evaluations: int) -> int:
     """Return the steps between evaluations; the last step is always evaluated."""
     return max(1, -(-total // evaluations))

@@ -7,7 +7,6 @@ of the step's samples.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 from llm_pruner.data.sequences import TrainingSequence
-from llm_pruner.models.forward import embedding_rows, evaluating, parameters_of
+from llm_pruner.models.forward import caching, embedding_rows, evaluating, takes
 
 TOLERANCE = 1e-4
 """Largest difference of logits, relative to their largest, that counts as rounding in float32."""
@@ -191,11 +190,11 @@ def target_tokens(batch: Batch) -> torch.Tensor:
 
 def arguments_of(model: Any, batch: Batch) -> dict[str, Any]:
     """Return the arguments that a model takes a batch in, on its device."""
-    device = next(model.parameters()).device
-    keywords: dict[str, Any] = {"input_ids": batch.input_ids.to(device), "use_cache": False}
+    device, own = next(model.parameters()).device, getattr(model, "module", model)
+    keywords: dict[str, Any] = {"input_ids": batch.input_ids.to(device), **caching(own, False)}
     if batch.position_ids is not None:
         keywords["position_ids"] = batch.position_ids.to(device)
-    if batch.attention_mask is not None:
+    if batch.attention_mask is not None and takes(own, "attention_mask"):  # what is padded is last
         keywords["attention_mask"] = batch.attention_mask.to(device)
     return keywords
 
@@ -207,10 +206,6 @@ def can_pack(model: Any, vocabulary: int) -> bool:
     model builds its mask with the shared functions, and other models (learned positions by count,
     recurrences, code of their own) see one long text.
     """
-    names = parameters_of(model)
-    takes_positions = "position_ids" in names or any(
-        one.kind is inspect.Parameter.VAR_KEYWORD for one in names.values()
-    )
     random = np.random.default_rng(0)
     lengths = (5, 9, 7, 6)
     sequences = [
@@ -224,7 +219,7 @@ def can_pack(model: Any, vocabulary: int) -> bool:
                 target_logits(model, lay_out(sequences, [number], packed=False, **layout)[0])[0]
                 for number in everything
             ]
-            if not takes_positions:
+            if not takes(model, "position_ids"):
                 return False
             for batch in lay_out(sequences, everything, packed=True, **layout):
                 wanted = torch.cat([alone[sample] for sample in batch.samples])

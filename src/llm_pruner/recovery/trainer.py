@@ -331,8 +331,11 @@ _UNREAD = re.compile(
 )
 """The Trainer's arguments that are about its own way through the data and through a step."""
 
-_STEADY = re.compile("constant(_with_warmup)?|inverse_sqrt|reduce_lr_on_plateau")
+_STEADY = re.compile("constant(_with_warmup)?|inverse_sqrt")
 """Schedules that do not depend on how many steps there will be."""
+
+_BY_SCORES = ("reduce_lr_on_plateau", "greedy")
+"""Schedules that follow the Trainer's own scores, of which there are none."""
 
 _OF_BITSANDBYTES = re.compile(
     r"(paged_)?(adamw|lion|ademamix|rmsprop)(_bnb)?_(8|32)bit|ademamix|rmsprop_bnb"
@@ -366,6 +369,11 @@ def trainer_arguments(settings: TrainingSettings) -> dict[str, Any]:
             raise UserError(
                 f"--trainer {one}: recover lays out its own steps, in which {name} does nothing; "
                 "leave it out"
+            )
+        if name == "lr_scheduler_type" and value in _BY_SCORES:
+            raise UserError(
+                f"--trainer {one} follows scores that the Trainer takes, and recover takes its "
+                "own; name another, or use --schedule"
             )
         if name == "lr_scheduler_type" and settings.max_minutes and not _STEADY.fullmatch(value):
             raise UserError(
