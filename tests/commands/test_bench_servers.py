@@ -177,6 +177,12 @@ def test_refused_before_a_model_is_loaded(
     assert refused("bench", "dense", *options.split()).startswith(said)
 
 
+def test_servers_cannot_be_ended_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("os.killpg")
+    said = refused("bench", "dense", "--server", "llama.cpp")
+    assert said.startswith("--server ends a server, and all that it started, in a way that Windows")
+
+
 # What a server does not run.
 
 

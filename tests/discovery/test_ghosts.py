@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ import llm_pruner.discovery.tracing.ghosts
 from command import done, run, save_tiny
 from families import BASE, FAMILIES, discovered, llama_7b, make
 from llm_pruner import Selection, Target, allocate, count_parameters, discover
-from llm_pruner.discovery.tracing.ghosts import ghosts_of, is_ghost
+from llm_pruner.discovery.tracing.ghosts import GhostRunner, ghosts_of, is_ghost
+from llm_pruner.discovery.tracing.ops import operation
 from llm_pruner.errors import UserError
 from llm_pruner.models.load import load_model
 from llm_pruner.types import Discovery, Group
@@ -85,6 +87,15 @@ def test_ghosts_take_no_memory_and_buffers_have_their_values() -> None:
         assert model.lm_head.weight is model.get_input_embeddings().weight
         frequencies = model.model.rotary_emb.inv_freq
         assert torch.equal(frequencies, real.model.rotary_emb.inv_freq)
+
+
+def test_a_product_is_shaped_where_pytorch_has_no_grouped_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As it has none before 2.8."""
+    known, ghost = operation(torch.ops.aten.mm.default), torch.ones(()).expand(8, 8)
+    monkeypatch.setattr(torch.ops, "aten", SimpleNamespace())
+    assert GhostRunner().run(known, (ghost, ghost), {}).shape == (8, 8)
 
 
 class Rescaling(nn.Module):

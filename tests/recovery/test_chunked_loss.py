@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.utils import convert_outputs_to_fp32
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 
 from helpers import tiny_model
 from llm_pruner.data.sequences import TrainingSequence, make_sequence
@@ -195,6 +197,38 @@ def test_logits_that_accelerate_makes_float32_are_the_head_s(factor: int) -> Non
         spans.clear()
         summed_loss(model, batch, objective)
     assert (len(spans) > 1) == (factor == 1)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("half", [True, False])
+def test_logits_of_several_processes_are_made_in_chunks(trained: bool, half: bool) -> None:
+    """DDP passes outputs on through a node of its own, and looks for the weights that they use."""
+    model = tiny_model("llama").to(torch.bfloat16 if half else torch.float32)
+    model.get_output_embeddings().requires_grad_(trained)
+    (batch,) = lay_out(samples(), range(9), packed=True, capacity=200, micro_tokens=200)
+    tokens, spans = target_tokens(batch), []
+    text = text_objective(tokens)
+    wanted = gradients(model, task_loss(target_logits(model, batch)[0], tokens))
+    model.forward = convert_outputs_to_fp32(model.forward)
+
+    def objective(logits: Any, span: slice) -> Any:
+        spans.append(span)
+        return text(logits, span)
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+        for _ in range(2):
+            spans.clear()
+            model.zero_grad()
+            summed_loss(wrapped, batch, objective).backward()
+            assert len(spans) > 1
+            for name, one in wanted.items():
+                scale = float(one.abs().max())
+                found = model.get_parameter(name).grad
+                assert torch.allclose(found, one, atol=(0.05 if half else 1e-5) * scale), name
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_weights_that_are_kept_in_half_follow_the_head() -> None:

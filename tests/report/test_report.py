@@ -542,6 +542,20 @@ def test_the_command_of_a_card_tells_no_folder() -> None:
         assert view.command(report) == shown.format(model=name)
 
 
+def test_the_command_of_a_card_tells_no_folder_of_windows() -> None:
+    said = (
+        r"llm-pruner prune 'C:\Users\anna\acme\' --out 'out\small' --plan='plans\acme' "
+        r"--data 'c:\mails.txt:0.4,c4:0.6' --data D:/acme.jsonl --teacher '~\acme' "
+        r"--calibration 'acme\mails'"
+    )
+    shown = (
+        "llm-pruner prune acme --out small --plan=acme "
+        "--data mails.txt:0.4,c4:0.6 --data acme.jsonl --teacher acme "
+        "--calibration mails"
+    )
+    assert view.command(Report(source=Source(name="acme"), command=said)) == shown
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [

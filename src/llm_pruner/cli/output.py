@@ -6,6 +6,7 @@ import codecs
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import time
@@ -23,7 +24,7 @@ from rich.text import Text
 from llm_pruner.errors import Interrupted, UserError
 from llm_pruner.files.disk import placed
 from llm_pruner.files.outputs import Source, check_file, write_output
-from llm_pruner.report.text import at_home, clean, count, megabytes
+from llm_pruner.report.text import at_home, clean, count, home_pattern, megabytes
 from llm_pruner.runtime.signals import INTERRUPTED, TERMINATED
 from llm_pruner.settings.common import OutputSettings
 
@@ -154,15 +155,15 @@ def command_line() -> str:
     The home folder is written as ``~``: reports are published, and the name of a user's account is
     nobody's business.
     """
-    home = str(Path.home())
+    home = re.compile(rf"{home_pattern()}(?:[\\/]|\Z)")
     words = ["llm-pruner"]
     for argument in sys.argv[1:]:
         option, sign, value = argument.partition("=")
-        if sign and option.startswith("--") and f"{value}/".startswith(f"{home}/"):
+        if sign and option.startswith("--") and home.match(value):
             words.append(option)  # a shell reads ~ at the beginning of a word only
             argument = value
-        if f"{argument}/".startswith(f"{home}/"):
-            rest = argument.removeprefix(home).removeprefix("/")
+        if found := home.match(argument):
+            rest = argument[found.end() :]
             words.append(f"~/{shlex.quote(rest)}" if rest else "~")
         else:
             words.append(shlex.quote(at_home(argument)))

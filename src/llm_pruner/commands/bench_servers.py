@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -74,6 +75,11 @@ def bench_servers(settings: BenchSettings) -> Bench:
         UserError: the server is not here, or does not run a model.
         LLMPrunerError: the server fails.
     """
+    if not hasattr(os, "killpg"):
+        raise UserError(
+            "--server ends a server, and all that it started, in a way that Windows does not have; "
+            "use Linux or macOS, or leave --server out, to time the model in this process"
+        )
     server = entry("evaluation/servers", str(settings.server))
     start = server.find(settings.server_python)
     if server.FORMAT is not None:

@@ -195,7 +195,9 @@ def _before_head(model: Any, batch: Batch) -> tuple[nn.Module, torch.Tensor] | N
         if not fits or args[0].shape[:-1] != (rows, length) or rows == length or seen:
             raise ValueError("the output embedding was called in another way than expected")
         learned = batch.learned[:, 1:].to(args[0].device)
-        seen.append(args[0][:, :-1][learned][None])
+        chosen = args[0][:, :-1][learned][None]
+        weights = [one for one in head.parameters() if one.requires_grad]
+        seen.append(_Reaching.apply(chosen, *weights))
         return seen[0]
 
     whole = vars(head).get("forward")
@@ -221,6 +223,18 @@ def _before_head(model: Any, batch: Batch) -> tuple[nn.Module, torch.Tensor] | N
     return head, seen[0].squeeze(0)
 
 
+class _Reaching(torch.autograd.Function):
+    """The first tensor, in whose graph the others are: DDP looks there for weights in use."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
+        return hidden
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        return (*upstream, *[None] * (len(ctx.needs_input_grad) - 1))
+
+
 def _random_state(module: nn.Module) -> list[torch.Tensor]:
     """Return the state of the random numbers that a module draws."""
     device = next(module.parameters()).device
@@ -235,13 +249,15 @@ def _set_random_state(module: nn.Module, states: list[torch.Tensor]) -> None:
 
 
 def _is_same(found: torch.Tensor, given: torch.Tensor) -> bool:
-    """Whether a tensor is the one given, or that in float32, which accelerate makes of outputs."""
+    """Whether a tensor is the one given, or that in float32, as accelerate and DDP pass it on."""
     if found is given:
         return True
-    if found.dtype != torch.float32 or found.shape != given.shape:
+    if found.dtype not in (given.dtype, torch.float32) or found.shape != given.shape:
         return False
     if not found.requires_grad:
-        return torch.equal(found, given.float())
-    node = found.grad_fn
-    assert node is not None
-    return node.name() == "ToCopyBackward0" and node.next_functions[0][0] is given.grad_fn
+        return torch.equal(found.float(), given.float())
+    node, place = found.grad_fn, found.output_nr
+    for passing in ("_DDPSinkBackward", "ToCopyBackward0"):
+        if node is not None and node.name() == passing:
+            node, place = node.next_functions[place]
+    return node is given.grad_fn

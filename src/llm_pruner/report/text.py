@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -41,7 +41,14 @@ def clean(text: str, keep: str = "\n") -> str:
 
 def at_home(text: str) -> str:
     """Return text with ``~`` for the home folder where a path, also one of a list, begins."""
-    return re.sub(rf"(^|[,=]\s*){re.escape(str(Path.home()))}(?=/|\s*,|$)", r"\1~", text)
+    return re.sub(rf"(^|[,=]\s*){home_pattern()}(?=[\\/]|\s*,|$)", r"\1~", text)
+
+
+def home_pattern() -> str:
+    """Return a regular expression of the home folder, as the system lets it be written."""
+    home = Path.home()
+    pattern = r"[\\/]".join(map(re.escape, re.split(r"[\\/]", str(home))))
+    return f"(?i:{pattern})" if isinstance(home, PureWindowsPath) else pattern
 
 
 def visible(text: object) -> str:

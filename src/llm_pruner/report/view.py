@@ -19,7 +19,7 @@ _PLACES = ("--out", "-o", "--plan", "--tasks-data", "--teacher-cache")
 """Options whose value is a path, however short."""
 
 _PATH = re.compile(
-    r"(?:~|\.{0,2})/|.*/.*/|.*/.*\.(?:txt|jsonl?|parquet|ya?ml|gguf|csv)(?::[\d.]+)?$"
+    r"(?:~|\.{0,2}|[a-zA-Z]:)/|.*\\|.*/.*/|.*/.*\.(?:txt|jsonl?|parquet|ya?ml|gguf|csv)(?::[\d.]+)?$"
 )
 """What no id of the hub is like; a source may have a weight."""
 
@@ -314,13 +314,13 @@ def command(report: Report) -> str:
         words = shlex.split(said)
     except ValueError:  # no shell wrote it
         words = said.split()
-    pairs = pairwise(part.rstrip("/") for word in words for part in word.split("=", 1))
+    pairs = pairwise(part.rstrip("\\/") for word in words for part in word.split("=", 1))
     places = {value for option, value in pairs if option in _PLACES}
     local = None if report.source.hub_id else report.source.name
 
     def named(part: str) -> str:
-        path = part.rstrip("/")
-        name = path.rpartition("/")[2]
+        path = part.rstrip("\\/")
+        name = re.split(r"[\\/]", path)[-1]
         return name if path in places or name == local or _PATH.match(path) else path
 
     names = ("".join(map(named, re.split("([=,])", word))) for word in words)
