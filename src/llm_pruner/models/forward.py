@@ -118,11 +118,10 @@ def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
 def cache_argument(model: nn.Module) -> str | None:
     """Return the name of the forward argument, and output field, that holds the cache.
 
-    transformers calls it ``cache``, and earlier ``past_key_values``, or ``cache_params`` where it
-    holds states. None if there is none of them.
+    transformers calls it ``cache``, and earlier ``past_key_values``. None if there is neither.
     """
-    known, names = ("cache", "past_key_values", "cache_params"), parameters_of(model)
-    return next((name for name in known if name in names), None)
+    names = parameters_of(model)
+    return next((name for name in ("cache", "past_key_values") if name in names), None)
 
 
 def first_tensor(given: Iterable[Any], named: Mapping[str, Any]) -> torch.Tensor:
