@@ -259,6 +259,17 @@ def test_files_that_results_never_replace(
     assert said in refused(*command, *more)
 
 
+def test_answers_of_chat_are_results(work: Path) -> None:
+    file = Path("said.json")
+    for said in ("[]", '[{"question": "a", "answers": {}}]'):
+        file.write_text(said)
+        done("compare", "small", "--json", file)
+        assert isinstance(json.loads(file.read_text()), dict)
+    for mine in ("[1]", '[{"question": "a"}]', "1", "[", "{}"):
+        file.write_text(mine)
+        assert "does not hold results" in refused("compare", "small", "--json", file)
+
+
 def test_a_dry_run_replaces_a_plan_alone(work: Path, unloaded: None) -> None:
     dry = ("prune", "zoo/dense", "--dry-run", "--overwrite", *QUICK)
     said = refused(*dry, "--out", "small/plan.json")
