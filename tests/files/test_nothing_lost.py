@@ -313,6 +313,24 @@ def test_a_link_to_results_is_followed(work: Path) -> None:
     assert "of" not in json.loads(Path("kept/result.json").read_text())
 
 
+def test_results_lie_in_the_home_folder(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell does not read ``~`` behind the sign of ``--json=~/found.json``."""
+    home, tasks = work / "home", []
+
+    def write(out: Path, *_: object, **__: object) -> tuple[()]:
+        tasks.append(out)
+        return ()
+
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(evaluating, "write_task_files", write)
+    done("compare", "small", "--json=~/found.json", "--html=~/found.html")
+    done("tasks", "--out=~/tasks", "--tasks-data=data")
+    assert {path.name for path in home.iterdir()} == {"found.json", "found.html"}
+    assert tasks == [home / "tasks"]
+    assert not Path("~").exists()
+    assert "--json is empty" in refused("compare", "small", "--json=")
+
+
 # Durability.
 
 
