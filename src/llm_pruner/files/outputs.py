@@ -306,8 +306,8 @@ def _holds(file: Path, kind: Kind) -> bool:
     except (OSError, ValueError):
         return False
     if isinstance(found, list):  # of questions with their answers, of which there may be none
-        turns = [one for one in found if isinstance(one, dict) and {"question", "answers"} <= {*one}]
-        return turns == found
+        turns = (isinstance(one, dict) and {"question", "answers"} <= {*one} for one in found)
+        return all(turns)
     return isinstance(found, dict) and bool(found)
 
 
