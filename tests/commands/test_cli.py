@@ -20,7 +20,7 @@ import llm_pruner.commands.evaluate
 from command import done, refused, run, save_tiny, write_text
 from helpers import tiny_tokenizer
 from llm_pruner.cli import main
-from llm_pruner.cli.output import Screen, say_in_one_line
+from llm_pruner.cli.output import Screen, fail, say_in_one_line
 from llm_pruner.commands.evaluate import measure
 from llm_pruner.data.calibration import build_calibration
 from llm_pruner.report.text import clean, count, megabytes
@@ -499,6 +499,17 @@ def test_what_a_model_or_a_file_says_is_shown_as_it_is(capsys: pytest.CaptureFix
     assert warnings.formatwarning("a\nb\x1b", UserWarning, "m.py", 1) == (
         "m.py:1: UserWarning: a b\ufffd\n"
     )
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_failure_ends_alike_where_a_stream_is_closed(
+    closed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, closed, None)
+    with pytest.raises(SystemExit) as ended:
+        fail("no", 2)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == ("llm-pruner: no\n" if closed == "stdout" else "")
 
 
 def test_json_alone_on_stdout(work: Path, tiny: Path) -> None:

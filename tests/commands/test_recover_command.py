@@ -29,6 +29,7 @@ from llm_pruner.runtime.processes import ALONE
 from llm_pruner.settings.recover import RecoverSettings
 from llm_pruner.version import __version__
 from new_processes import run_new
+from trained_tokenizers import with_bytes
 
 pytestmark = pytest.mark.slow
 
@@ -494,12 +495,12 @@ def test_what_does_not_fit_the_model_is_refused(work: Path, made: Path) -> None:
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(work: Path, made: Path) -> None:
-    other = save_tiny(work / "other", num_hidden_layers=1, vocab_size=300)
-    tiny_tokenizer().save_pretrained(other)
+    other = save_tiny(work / "other", num_hidden_layers=1, vocab_size=500)
+    with_bytes().save_pretrained(other)
     options = ("--data", made / "rows.jsonl", "--teacher", other)
     said = refused("recover", made / "small", "--out", "out", *options)
     assert said == (
-        "other has another vocabulary (300 tokens) than small (259); name the dense model that "
+        "other has another vocabulary (500 tokens) than small (259); name the dense model that "
         "the student was cut from"
     )
 

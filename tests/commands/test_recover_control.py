@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from command import done, refused, run, save_tiny
-from helpers import tiny_model, tiny_tokenizer
+from helpers import tiny_model
 from llm_pruner.commands import recover as recovering
 from llm_pruner.report.data import read_report
 from llm_pruner.report.text import measured
+from trained_tokenizers import with_bytes
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("here")]
 
@@ -184,7 +185,7 @@ def test_a_teacher_that_is_the_control_is_loaded_once_beside_what_trains(
 
 
 def test_what_is_no_control() -> None:
-    tiny_model("llama", vocab_size=300).save_pretrained("other")
-    tiny_tokenizer().save_pretrained("other")
+    tiny_model("llama", vocab_size=500).save_pretrained("other")
+    with_bytes().save_pretrained("other")
     said = refused("recover", "small", "--out", "x", *TEXTS, *QUICK, "--control", "other")
-    assert "other has another vocabulary (300 tokens) than small" in said
+    assert "other has another vocabulary (500 tokens) than small" in said

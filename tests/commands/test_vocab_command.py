@@ -205,6 +205,15 @@ def test_a_teacher_with_other_tokens_is_another(tmp_path: Path) -> None:
     assert len(found) == 3
 
 
+def test_the_dense_model_is_compared_where_rows_without_a_token_alone_went(tmp_path: Path) -> None:
+    dense, text = save(tmp_path / "dense"), write_text(tmp_path / "t.txt", 4000)
+    tokens = len(byte_level())
+    done("vocab", dense, "--text", text, "--size", tokens, "--out", tmp_path / "small")
+    found = with_tokens_of(load_model(str(dense)), load_model(str(tmp_path / "small")))
+    assert found.name == f"dense, {tokens} of its tokens"
+    assert found.model.get_input_embeddings().weight.shape[0] == tokens < 704
+
+
 @pytest.mark.parametrize("structures", ["ffn", "hidden,ffn"])
 def test_a_folder_with_code_loses_tokens_as_any_other(tmp_path: Path, structures: str) -> None:
     dense, text = save(tmp_path / "dense"), write_text(tmp_path / "t.txt", 4000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import types
@@ -33,6 +34,13 @@ def evaluation_text(source: str, **asked: Any) -> EvaluationText:
 def write(path: Path, content: str) -> str:
     path.write_bytes(content.encode("utf-8"))
     return str(path)
+
+
+def no_utf8() -> bytes:
+    """Return a Parquet file with a string that is no UTF-8."""
+    file, strings = io.BytesIO(), pa.array([b"a\xff"]).view(pa.string())
+    pq.write_table(pa.table({"text": strings}), file)
+    return file.getvalue()
 
 
 def test_plain_text_is_one_document_and_lines_are_its_records(tmp_path: Path) -> None:
@@ -105,6 +113,10 @@ def test_other_json_shapes(tmp_path: Path) -> None:
     assert load_documents(write(tmp_path / "f.json", chats)).texts == ("x",)
     lines = write(tmp_path / "c.json", '{"text": "x"}\n{"text": "y"}\n')
     assert load_documents(lines).texts == ("x", "y")
+    # A record that leaves the text out does not decide that something else is it.
+    lines = write(tmp_path / "c.json", '{"url": "x"}\n{"url": "y", "text": "z"}\n')
+    with pytest.raises(UserError, match="field 'text' of record 1 is missing, not a string"):
+        load_documents(lines)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json"])
@@ -130,6 +142,7 @@ def test_half_a_surrogate_pair_is_replaced(tmp_path: Path, suffix: str) -> None:
         ("a.json", b"[3]", "record 1 is a number"),
         ("a.json", b"[]", "holds no text"),
         ("a.parquet", b"PAR1 broken", "no readable Parquet file"),
+        ("a.parquet", no_utf8(), "no readable Parquet file .* can't decode byte 0xff"),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:

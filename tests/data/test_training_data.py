@@ -151,6 +151,9 @@ def test_an_empty_chat_says_nothing_of_the_others(tmp_path: Path) -> None:
     rows = [{"id": "x", "messages": []}, {"id": "y", "messages": turns}]
     (found,) = load_examples(write(tmp_path / "rows.jsonl", rows)).examples
     assert found == Example((Turn("user", "a"), Turn("assistant", "b")))
+    rows[0] = {"id": "x"}
+    with pytest.raises(UserError, match="record 1 has no list 'messages'"):
+        load_examples(write(tmp_path / "rows.jsonl", rows))
 
 
 def test_a_chat_alone_in_a_file(tmp_path: Path) -> None:

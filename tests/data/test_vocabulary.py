@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from helpers import tiny_tokenizer
@@ -18,7 +18,7 @@ from llm_pruner.data.sequences import bare_ids, render_chat, template_ids
 from llm_pruner.data.text import demo_text
 from llm_pruner.data.vocabulary import Vocabulary, vocabulary_of
 from llm_pruner.errors import UserError
-from trained_tokenizers import MADE, STRANGE, byte_level
+from trained_tokenizers import MADE, STRANGE, byte_level, with_bytes
 
 
 @pytest.fixture(scope="module", params=MADE)
@@ -102,6 +102,14 @@ def test_long_texts_are_counted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(cut) > 4
     assert sum(one.endswith("\n") for one in cut) >= len(cut) - 2
     assert abs(known.count([text, "", "one"]) - whole).sum() < 0.01 * whole.sum()
+
+
+def test_spaces_are_written_though_the_text_has_none() -> None:
+    tokenizer = with_bytes()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" ", "▁")  # as that of Gemma
+    cut, kept = smaller(tokenizer, None, "bridge")
+    assert cut.decode(bare_ids(cut, "a b")) == "a b"
+    assert len(kept) < 300
 
 
 def test_words_whose_ends_are_marked() -> None:

@@ -259,6 +259,17 @@ def test_files_that_results_never_replace(
     assert said in refused(*command, *more)
 
 
+def test_answers_of_chat_are_results(work: Path) -> None:
+    file = Path("said.json")
+    for said in ("[]", '[{"question": "a", "answers": {}}]'):
+        file.write_text(said)
+        done("compare", "small", "--json", file)
+        assert isinstance(json.loads(file.read_text()), dict)
+    for mine in ("[1]", '[{"question": "a"}]', "1", "[", "{}"):
+        file.write_text(mine)
+        assert "does not hold results" in refused("compare", "small", "--json", file)
+
+
 def test_a_dry_run_replaces_a_plan_alone(work: Path, unloaded: None) -> None:
     dry = ("prune", "zoo/dense", "--dry-run", "--overwrite", *QUICK)
     said = refused(*dry, "--out", "small/plan.json")
@@ -300,6 +311,24 @@ def test_a_link_to_results_is_followed(work: Path) -> None:
     done("compare", "small", "--json", "link.json")
     assert Path("link.json").is_symlink()
     assert "of" not in json.loads(Path("kept/result.json").read_text())
+
+
+def test_results_lie_in_the_home_folder(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell does not read ``~`` behind the sign of ``--json=~/found.json``."""
+    home, tasks = work / "home", []
+
+    def write(out: Path, *_: object, **__: object) -> tuple[()]:
+        tasks.append(out)
+        return ()
+
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(evaluating, "write_task_files", write)
+    done("compare", "small", "--json=~/found.json", "--html=~/found.html")
+    done("tasks", "--out=~/tasks", "--tasks-data=data")
+    assert {path.name for path in home.iterdir()} == {"found.json", "found.html"}
+    assert tasks == [home / "tasks"]
+    assert not Path("~").exists()
+    assert "--json is empty" in refused("compare", "small", "--json=")
 
 
 # Durability.

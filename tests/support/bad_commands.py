@@ -28,6 +28,11 @@ BASES = {
     "compare": "compare m",
 }
 """The good commands that the options are added to; ``m`` is a checkpoint, ``t.txt`` a text."""
+INSTEAD = {
+    **dict.fromkeys(("--params", "--unit-ratio", "--kv-cache"), "--ratio"),
+    "--speed": "--perplexity",
+}
+"""Options that stand in place of another of a good command."""
 
 WRITERS, PRUNERS = ("prune", "curve", "recover", "compress"), ("prune", "recover")
 LOADERS = (*WRITERS, "evaluate", "bench", "inspect", "chat")
@@ -686,6 +691,11 @@ TABLE: dict[str, list[Bad]] = {
             for option in ("--distill-weight 0.3", "--teacher-top-k 5")
         ),
         ("--perplexity-seq-len 1", between("--perplexity-seq-len", 1, 2, 2**24)),
+        (
+            "--perplexity-seq-len 64",
+            "--perplexity-seq-len 64 is about texts that are measured; add --perplexity SRC or "
+            "leave it out",
+        ),
         ("--perplexity nofile.txt", NO_TEXT),
     ),
     "Measuring": [
@@ -707,6 +717,20 @@ TABLE: dict[str, list[Bad]] = {
             ),
             (f"--batch-size {10**12}", between("--batch-size", 10**12, 1, 2**20)),
             ("--prompt a --new-tokens 0", between("--new-tokens", 0, 1, 2**20)),
+            *(
+                (
+                    f"--speed {one}",
+                    f"{one.split()[0]} is about perplexity; add --perplexity SRC or leave it out",
+                )
+                for one in (
+                    *("--protocol paper", "--seq-len 64", "--max-tokens 64"),
+                    *("--split test", "--text-field body"),
+                )
+            ),
+            *(
+                (one, f"{said} is about prompts; add --prompt TEXT or leave it out")
+                for one, said in (("--new-tokens 5", "--new-tokens"), ("--no-chat", "--chat"))
+            ),
             (
                 "--perplexity self",
                 "source 'self' is text that the model writes itself, for calibration only; give a "
@@ -874,12 +898,9 @@ def arguments(command: str, options: str) -> list[str]:
     """Return a command line: the good one, in which the options replace its own."""
     words, given = shlex.split(BASES[command]), shlex.split(options)
     for option in [word for word in given if word.startswith("--")]:
-        if option in words:
-            at = words.index(option)
+        for gone in {option, INSTEAD.get(option)}.intersection(words):
+            at = words.index(gone)
             del words[at : at + 2]
-        if option in ("--params", "--unit-ratio", "--kv-cache"):  # instead of the share
-            at = words.index("--ratio") if "--ratio" in words else None
-            words = words if at is None else words[:at] + words[at + 2 :]
     return words + given
 
 

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
 from llm_pruner.cli.output import check_json, warn
+from llm_pruner.files.disk import expanded
 from llm_pruner.settings.common import OUTPUT, once
 from llm_pruner.settings.options import Option, Settings, option_name, option_of
 
@@ -32,8 +33,14 @@ def _json(panel: str | None = None) -> Any:
         help="Write the results for scripts; - for stdout.",
         rich_help_panel=panel,
         show_default=False,
-        callback=lambda file: "-" if file in _STDOUT else file,
+        callback=_file_of_json,
     )
+
+
+def _file_of_json(file: str | None) -> str | None:
+    if file in _STDOUT:
+        return "-"
+    return str(expanded(file)) if file else file
 
 
 Json = Annotated[str | None, _json()]

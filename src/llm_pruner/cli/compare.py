@@ -12,7 +12,7 @@ import typer
 from llm_pruner.cli.build import Json
 from llm_pruner.cli.output import Screen, check_json, write_json
 from llm_pruner.errors import UserError
-from llm_pruner.files.disk import placed
+from llm_pruner.files.disk import expanded, placed
 from llm_pruner.files.outputs import check_file, write_output
 from llm_pruner.report.text import clean
 
@@ -52,6 +52,7 @@ def command(
     json: Json = None,
 ) -> None:
     """Put several pruned models side by side."""
+    html = None if html is None else expanded(html)
     reads = [*folders, *(folder.partition("=")[2] for folder in folders)]
     check_json(json, (*reads, html))
     if markdown and json == "-":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llm_pruner.cli.output import Screen, hand_over, warn
+from llm_pruner.files.disk import expanded
 from llm_pruner.report.text import clean, count, in_percent
 from llm_pruner.settings.evaluate import EvaluateSettings
 
@@ -196,7 +197,7 @@ def write_tasks(
     from llm_pruner.settings.words import LOCAL_TASKS
 
     names = LOCAL_TASKS if tasks is None else tuple(name.strip() for name in tasks.split(","))
-    files = write_task_files(Path(out), Path(tasks_data), names, overwrite=overwrite)
+    files = write_task_files(expanded(out), Path(tasks_data), names, overwrite=overwrite)
     shown = Screen()
     shown.print(f"{clean(out)}: {', '.join(file.stem for file in files)}", soft_wrap=True)
     shown.print(

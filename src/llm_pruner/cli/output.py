@@ -241,12 +241,13 @@ def fail(message: str, code: int) -> NoReturn:
     Of several processes that a launcher started, the first one speaks; another one does if it fails
     alone.
     """
-    with suppress(OSError):  # nobody reads, such as a terminal that is gone
+    gone = suppress(OSError, AttributeError)  # nobody reads, or there is no such stream
+    with gone:
         sys.stdout.flush()
     if not speaks():
         if code in (INTERRUPTED, TERMINATED):
             sys.exit(code)
         time.sleep(_PATIENCE)  # the launcher ends this process when the first one has failed, too
-    with suppress(OSError):
+    with gone:
         sys.stderr.write(f"llm-pruner: {clean(message)}\n")  # at once: other processes write, too
     sys.exit(code)

@@ -456,6 +456,12 @@ def check_run(settings: RecoverSettings, work: Path) -> None:
                 f"{option_name(name)} {getattr(settings, name):g} is about a teacher; name that "
                 "with --teacher, or leave it out"
             )
+    measures = settings.perplexity or settings.control
+    if settings.perplexity_seq_len is not None and not measures:
+        raise UserError(
+            f"--perplexity-seq-len {settings.perplexity_seq_len} is about texts that are measured; "
+            "add --perplexity SRC or leave it out"
+        )
     check_data(settings)
     if settings.control is not None and settings.control == settings.model:
         raise UserError(

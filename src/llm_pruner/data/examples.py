@@ -68,7 +68,7 @@ def load_examples(
     text_field: str | None = None,
     limit: int | None = None,
 ) -> Examples:
-    """Read examples; the first record without empty fields decides what they mean.
+    """Read examples; the first of those with most filled fields decides what they mean.
 
     - ``messages`` or ``conversations``: a chat, a list of {role, content} or {from, value};
     - ``instruction`` (or ``prompt``, ``question``), ``input`` or ``context`` where there is one,

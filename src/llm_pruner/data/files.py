@@ -101,12 +101,11 @@ def texts_of_rows(rows: Iterable[Any], name: str, text_field: str | None) -> Ite
 def deciding(rows: Sequence[Any]) -> Mapping[str, Any] | None:
     """Return the record that says what the fields of all mean; None if none is an object.
 
-    It is the first that has something in all its fields, else the first that has most.
+    It is the first of those that have something in most fields.
     """
     records = [row for row in rows if isinstance(row, Mapping) and row]
     filled = [sum(not _is_empty(value) for value in row.values()) for row in records]
-    whole = (row for row, count in zip(records, filled, strict=True) if count == len(row))
-    return next(whole, records[filled.index(max(filled))] if records else None)
+    return records[filled.index(max(filled))] if records else None
 
 
 def _is_empty(value: Any) -> bool:
@@ -265,7 +264,7 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is no readable Parquet file ({reason})") from None
 

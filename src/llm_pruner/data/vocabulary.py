@@ -57,7 +57,7 @@ def vocabulary_of(tokenizer: Any, needed: Collection[int] = ()) -> Vocabulary:
             f"the model's settings name the token {min(strange)}, which the tokenizer does not "
             "have; give the tokenizer that belongs to the model"
         )
-    found.always |= {*needed}.union(*map(found.parts, {*needed} - found.always))
+    found.keep({*needed})
     return found
 
 
@@ -98,6 +98,12 @@ class Vocabulary:
         self.always = {*added, *atoms, *([] if unknown is None else [unknown])}
         self.known = {*self._ids.values(), *added}
         self._tokens = {index: token for token, index in self._ids.items()}
+        if whole:  # what is put for a space is read as one as a token, and not as bytes
+            self.keep({*self._whole.encode(" ", add_special_tokens=False).ids})
+
+    def keep(self, needed: set[int]) -> None:
+        """Have some tokens stay, each with those that it is made of."""
+        self.always |= needed.union(*map(self.parts, needed - self.always))
 
     def count(self, texts: Iterable[str]) -> Ids:
         """Return how often each token stands in texts, shape (size,)."""

@@ -26,6 +26,7 @@ from llm_pruner.files.disk import (
     json_object,
     new_file,
     new_folder,
+    read_json,
     starts_with,
     tidy,
 )
@@ -298,8 +299,16 @@ def _holds(file: Path, kind: Kind) -> bool:
     if kind == "page":
         with file.open("rb") as stream:
             return stream.read(9).lower() == b"<!doctype"
-    found = json_object(file)
-    return {"groups", "package_version"} <= found.keys() if kind == "plan" else bool(found)
+    if kind == "plan":
+        return {"groups", "package_version"} <= json_object(file).keys()
+    try:
+        found = read_json(file)
+    except (OSError, ValueError):
+        return False
+    if isinstance(found, list):  # of questions with their answers, of which there may be none
+        turns = (isinstance(one, dict) and {"question", "answers"} <= {*one} for one in found)
+        return all(turns)
+    return isinstance(found, dict) and bool(found)
 
 
 def _names(folder: Path) -> list[str]:

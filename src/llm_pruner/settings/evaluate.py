@@ -166,7 +166,7 @@ class EvaluateSettings(
         return free_bytes(device) * 4 // (5 * models)
 
     def check(self) -> None:
-        """Raise UserError where nothing would be measured."""
+        """Raise UserError where nothing would be measured, or an option would do nothing."""
         compared = self.perplexity or self.tasks is not None or self.skills or self.health
         if not (compared or self.speed or self.prompt):
             raise UserError(
@@ -178,6 +178,13 @@ class EvaluateSettings(
                 f"--against {self.against} has nothing to compare; add --perplexity SRC, --tasks "
                 "NAMES, --skills NAMES or --health, or leave it out"
             )
+        windows = ("protocol", "seq_len", "max_tokens", "split", "text_field")
+        for names, holds, words in (
+            (windows, self.perplexity, "perplexity; add --perplexity SRC"),
+            (("new_tokens", "chat"), self.prompt, "prompts; add --prompt TEXT"),
+        ):
+            for name in filter(self.given.__contains__, () if holds else names):
+                raise UserError(f"{option_name(name)} is about {words} or leave it out")
         self.check_tasks(limited=bool(self.skills or self.health))
         self.check_skills()
 

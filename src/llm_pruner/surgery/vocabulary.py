@@ -76,8 +76,9 @@ def with_tokens_of(dense: LoadedModel, student: LoadedModel) -> LoadedModel:
     ours, theirs = student.tokenizer.get_vocab(), dense.tokenizer.get_vocab()
     tokens = sorted(ours, key=ours.__getitem__)
     kept = np.array([theirs.get(token, -1) for token in tokens])
-    fewer = len(kept) == embedding_rows(student.model) and len(kept) < len(theirs)
-    known = 0 <= kept.min() <= kept.max() < embedding_rows(dense.model)
+    rows = embedding_rows(dense.model)
+    fewer = len(kept) == embedding_rows(student.model) and len(kept) < max(rows, len(theirs))
+    known = 0 <= kept.min() <= kept.max() < rows
     if not (fewer and known and named_tokens(dense.model) <= {*kept.tolist()}):
         return dense
     model: Any = sharing_copy(dense.model)
