@@ -20,6 +20,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 import llm_pruner
 import llm_pruner.models.load
 from command import contents, done, refused, run, save_tiny
+from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.data.files import LOCAL_TASKS, read_task
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import harness, result_cache, zero_shot
@@ -402,6 +403,17 @@ def test_answers_that_leave_no_room_for_their_question(
     result = run("evaluate", models["dense"], "--tasks", "never", "--limit", 2)
     assert result.code == 2
     assert "never cannot be run (" in result.err
+
+
+def test_the_harness_ties_no_weights_that_differ() -> None:
+    """As those of a checkpoint with a head of its own whose config says that it has none."""
+    model = tiny_model(tie_word_embeddings=True)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() + 1)
+    own = model.lm_head.weight
+    harness.LoadedLM(model, tiny_tokenizer(), None)
+    assert model.lm_head.weight is own
+    model.tie_weights()
+    assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
 # What is refused.

@@ -7,8 +7,8 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, redirect_stderr
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
@@ -56,7 +56,7 @@ class LoadedLM(HFLM):
     def __init__(self, model: Any, tokenizer: Any, batch_size: int | None) -> None:
         # The harness may give the tokenizer a padding token.
         own, size = copy.deepcopy(tokenizer), batch_size or _GENERATION_BATCH
-        with quiet():
+        with quiet(), _untied(model):
             super().__init__(pretrained=model, tokenizer=own, batch_size=size)
         self.sequences = batch_size
         self.terminal: TextIO = sys.stderr
@@ -108,6 +108,16 @@ class LoadedLM(HFLM):
             lengths = [len(self.tok_encode(one)) for one in strings]
             self.truncated += sum(length > left_truncate_len for length in lengths)
         return super().tok_batch_encode(strings, *args, left_truncate_len=left_truncate_len, **how)
+
+
+@contextmanager
+def _untied(model: Any) -> Iterator[None]:
+    """Leave the weights to the checkpoint: its head may differ from an embedding it is tied to."""
+    model.tie_weights = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del model.tie_weights
 
 
 @cache
