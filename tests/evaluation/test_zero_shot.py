@@ -287,6 +287,26 @@ def test_results_are_of_one_kind_of_device_and_one_version(monkeypatch: pytest.M
     assert key("cpu") != on_cpu
 
 
+def test_what_lies_deeper_in_a_folder_is_a_part_of_the_model(tmp_path: Path) -> None:
+    """And whether its code is run decides what a model is."""
+
+    def key(**changes: Any) -> str:
+        settings = ModelSettings(model=str(tmp_path), **changes)
+        identity = result_cache.identify(settings)
+        assert identity is not None
+        return result_cache.key(identity, settings)
+
+    weights = {"weight_map": {"a": "deep/a.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(weights))
+    (tmp_path / "deep").mkdir()
+    found = [key(), key(trust_remote_code=True)]
+    for name in ("a.safetensors", "code.py", "report.txt"):
+        (tmp_path / "deep" / name).write_text("1")
+        found.append(key())
+    assert len({*found}) == 4
+    assert found[-1] == found[-2]
+
+
 def test_without_a_cache_nothing_is_kept(
     models: dict[str, Path], data: Path, loads: list[str], cache: Path
 ) -> None:
