@@ -6,12 +6,14 @@ import gc
 import json
 import math
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationMixin
 
 import llm_pruner as lp
 import llm_pruner.evaluation.health as health_module
@@ -172,6 +174,23 @@ def test_an_end_token_ends_an_answer_and_a_stop_ends_the_writing() -> None:
     stopped = write_batch(model, tokenizer, ["A bridge"], Asked((), 12, "", stops=(stop,)))[0]
     assert stop in stopped.text
     assert len(stopped.tokens) < 12
+
+
+def test_code_without_generate_writes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    prompts = ("A bridge", "x", "To make soup, first")
+    plain = Asked(prompts, 12, "")
+    whole = write_batch(model, tokenizer, prompts, plain)
+    stop = replace(plain, stops=(whole[0].text[2:4],))
+    stopped = [one.text for one in write_batch(model, tokenizer, prompts, stop)]
+    model.generation_config.eos_token_id = whole[0].tokens[4]
+    ended = write_batch(model, tokenizer, prompts, plain)
+    assert ended[0].ended
+    monkeypatch.delattr(GenerationMixin, "generate")
+    assert write_batch(model, tokenizer, prompts, plain) == ended
+    model.generation_config.eos_token_id = None
+    assert write_batch(model, tokenizer, prompts, plain) == whole
+    assert [one.text for one in write_batch(model, tokenizer, prompts, stop)] == stopped
 
 
 def test_prompts_of_programs_are_plain_text() -> None:

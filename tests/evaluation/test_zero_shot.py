@@ -14,8 +14,10 @@ from typing import Any
 import lm_eval.evaluator
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
+from transformers import GenerationMixin
 
 import llm_pruner
 import llm_pruner.models.load
@@ -423,6 +425,25 @@ def test_answers_that_leave_no_room_for_their_question(
     result = run("evaluate", models["dense"], "--tasks", "never", "--limit", 2)
     assert result.code == 2
     assert "never cannot be run (" in result.err
+
+
+def test_code_without_generate_is_asked_for_text_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = harness.LoadedLM(tiny_model(), tiny_tokenizer(), None)
+
+    def written(**how: Any) -> list[str]:
+        how |= {"until": ["\n"], "max_gen_toks": 5}
+        asked = [
+            Instance("generate_until", {}, (prompt, how), number)
+            for number, prompt in enumerate(("A bridge", "To make soup, first"))
+        ]
+        return lm.generate_until(asked, disable_tqdm=True)
+
+    before = written()
+    assert all(before)
+    monkeypatch.delattr(GenerationMixin, "generate")
+    assert written() == before
+    with pytest.raises(UserError, match="draws answers at random"):
+        written(do_sample=True, temperature=0.5)
 
 
 def test_the_harness_ties_no_weights_that_differ() -> None:

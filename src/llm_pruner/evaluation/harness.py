@@ -23,7 +23,7 @@ from lm_eval.tasks import TaskManager
 
 from llm_pruner.errors import UserError, in_short
 from llm_pruner.evaluation import zero_shot
-from llm_pruner.evaluation.answers import sees_padding
+from llm_pruner.evaluation.answers import generates, sees_padding, token_by_token
 from llm_pruner.evaluation.likelihood import log_likelihoods, truncated
 from llm_pruner.runtime.progress import quiet as silenced
 from llm_pruner.settings.options import near
@@ -86,10 +86,11 @@ class LoadedLM(HFLM):
         """Generate, with the harness's progress bar if there is a terminal.
 
         A recurrent model that reads padding, which the harness puts to the left, gets one prompt at
-        a time.
+        a time, and so does one without ``generate``.
         """
         token = next(iter(self.tok_encode("a")), 0)
-        if sees_padding(self.model, [[token], [token] * 8], self.tokenizer.pad_token_id):
+        rows = [[token], [token] * 8]
+        if not generates(self.model) or sees_padding(self.model, rows, self.tokenizer.pad_token_id):
             self.batch_size_per_gpu = 1
         with redirect_stderr(self.terminal):
             silent = disable_tqdm or not self.terminal.isatty()
@@ -99,6 +100,21 @@ class LoadedLM(HFLM):
                 raise UserError(
                     f"{self.title} cannot be run ({in_short(error)}); leave this task out"
                 ) from error
+
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **how: Any
+    ) -> torch.Tensor:
+        if generates(self.model):
+            return super()._model_generate(context, max_length, stop, **how)
+        if how.get("do_sample"):
+            raise UserError(
+                f"{self.title} draws answers at random, and the model has no generate to do so; "
+                "leave this task out"
+            )
+        (given,) = context.tolist()
+        room = max_length - len(given)
+        found = token_by_token(self.model, self.tokenizer, given, room, stop)
+        return torch.tensor([[*given, *found]])
 
     def tok_batch_encode(
         self, strings: list[str], *args: Any, left_truncate_len: int | None = None, **how: Any
