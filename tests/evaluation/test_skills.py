@@ -16,9 +16,10 @@ import torch
 from transformers import GenerationMixin
 
 import llm_pruner as lp
+import llm_pruner.commands.evaluate
 import llm_pruner.evaluation.health as health_module
 import llm_pruner.models.load
-from command import done, save_tiny
+from command import done, refused, save_tiny, write_text
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.commands.abilities import prepare
 from llm_pruner.errors import UserError
@@ -280,6 +281,26 @@ def test_prompts_of_a_file_are_its_lines(tmp_path: Path) -> None:
     prompts = prepare(asked).prompts
     assert prompts is not None
     assert prompts.prompts == said
+
+
+@pytest.mark.parametrize(
+    "asked", [("--health", "--health-prompts", "long.txt"), ("--skills", "humaneval", "--run-code")]
+)
+def test_a_prompt_that_is_too_long_is_refused_before_anything_is_measured(
+    asked: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(llm_pruner.commands.evaluate, "perplexity", None)
+    long = PROBLEM | {"prompt": "x" * 99}
+    Path("human_eval.jsonl").write_text("\n".join(map(json.dumps, [PROBLEM, long])))
+    Path("long.txt").write_text(f"Why?\n{'x' * 99}\n")
+    text = write_text(tmp_path / "text.txt")
+    model = save_tiny(tmp_path / "m", num_hidden_layers=2, max_position_embeddings=64)
+    data = ("--skills-data", tmp_path) if "--skills" in asked else ()
+    said = refused("evaluate", model, *asked, *data, "--perplexity", text, "--seq-len", 32)
+    assert "leaves no room for an answer: the model reads 64" in said
+    with pytest.raises(UserError, match="the model reads 64"):
+        lp.health(lp.load(model), ["x" * 99])
 
 
 def test_health_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

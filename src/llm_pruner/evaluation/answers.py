@@ -13,7 +13,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import result_cache
-from llm_pruner.evaluation.samples import continuation, encoded, end_ids, write
+from llm_pruner.evaluation.samples import check_prompt, continuation, encoded, end_ids, write
 from llm_pruner.models.forward import Decoder, evaluating, maximum_length
 from llm_pruner.models.load import LoadedModel
 from llm_pruner.runtime.progress import quiet, track
@@ -94,6 +94,12 @@ def written(
             yield from found
 
     return list(track(answers(), asked.title, len(asked.prompts)))
+
+
+def check_prompts(loaded: LoadedModel, asked: Asked) -> None:
+    """Raise UserError if a prompt leaves no room for an answer."""
+    for prompt in asked.prompts:
+        check_prompt(loaded.model, loaded.tokenizer, prompt, chat=asked.chat)
 
 
 def _kept(name: str | None, count: int) -> list[Answer] | None:
