@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ import llm_pruner.models.stored
 from command import done, refused, save_tiny
 from helpers import VOCABULARY, tiny_model
 from llm_pruner.errors import UserError
-from llm_pruner.evaluation.speed import compiled, compiling, measure_speed, speed_up
+from llm_pruner.evaluation.speed import compiled, compiling, device_name, measure_speed, speed_up
 from llm_pruner.files.disk import folder_bytes
 from llm_pruner.models.forward import Decoder
 from llm_pruner.models.stored import stored_at
@@ -84,6 +85,15 @@ def test_models_take_turns() -> None:
         assert speed.first_token_seconds == sorted(speed.prefill_seconds)[1]
     assert models[0].training
     assert not models[1].training
+
+
+def test_a_speed_names_the_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cores, processor = tmp_path / "cpuinfo", torch.device("cpu")
+    monkeypatch.setattr("llm_pruner.evaluation.speed._PROCESSORS", cores)
+    assert device_name(processor) == (platform.processor() or platform.machine())
+    cores.write_text("processor\t: 0\nmodel name\t: Fast  CPU @ 2\nmodel name\t: another\n")
+    (found,) = measure_speed([tiny_model()], prompt_tokens=2, new_tokens=1, repeats=1)
+    assert found.device == "Fast CPU @ 2"
 
 
 def test_speed_up_is_taken_round_by_round() -> None:

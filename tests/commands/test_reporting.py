@@ -257,7 +257,7 @@ def test_what_is_measured_becomes_a_part() -> None:
         "decode (32 tokens, batch 2)": ("tokens/s", 16.0, None, None, "higher"),
     }
     for how, said in (
-        (("float32", "cpu", 2), "float32, 2 threads"),
+        (("float32", "EPYC", 2), "float32, EPYC, 2 threads"),
         (("bfloat16", "cuda", None), "bfloat16, cuda"),
     ):
         one = Speed(128.0, 16.0, 0.1, (1.0,), (4.0,), 64, 32, 2, 3, *how)

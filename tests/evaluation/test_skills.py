@@ -6,17 +6,20 @@ import gc
 import json
 import math
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationMixin
 
 import llm_pruner as lp
+import llm_pruner.commands.evaluate
 import llm_pruner.evaluation.health as health_module
 import llm_pruner.models.load
-from command import done, save_tiny
+from command import done, refused, save_tiny, write_text
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.commands.abilities import prepare
 from llm_pruner.errors import UserError
@@ -174,6 +177,23 @@ def test_an_end_token_ends_an_answer_and_a_stop_ends_the_writing() -> None:
     assert len(stopped.tokens) < 12
 
 
+def test_code_without_generate_writes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    prompts = ("A bridge", "x", "To make soup, first")
+    plain = Asked(prompts, 12, "")
+    whole = write_batch(model, tokenizer, prompts, plain)
+    stop = replace(plain, stops=(whole[0].text[2:4],))
+    stopped = [one.text for one in write_batch(model, tokenizer, prompts, stop)]
+    model.generation_config.eos_token_id = whole[0].tokens[4]
+    ended = write_batch(model, tokenizer, prompts, plain)
+    assert ended[0].ended
+    monkeypatch.delattr(GenerationMixin, "generate")
+    assert write_batch(model, tokenizer, prompts, plain) == ended
+    model.generation_config.eos_token_id = None
+    assert write_batch(model, tokenizer, prompts, plain) == whole
+    assert [one.text for one in write_batch(model, tokenizer, prompts, stop)] == stopped
+
+
 def test_prompts_of_programs_are_plain_text() -> None:
     asked = human_eval_prompts([PROBLEM])
     assert asked.prompts == (PROBLEM["prompt"].lstrip(),)
@@ -261,6 +281,26 @@ def test_prompts_of_a_file_are_its_lines(tmp_path: Path) -> None:
     prompts = prepare(asked).prompts
     assert prompts is not None
     assert prompts.prompts == said
+
+
+@pytest.mark.parametrize(
+    "asked", [("--health", "--health-prompts", "long.txt"), ("--skills", "humaneval", "--run-code")]
+)
+def test_a_prompt_that_is_too_long_is_refused_before_anything_is_measured(
+    asked: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(llm_pruner.commands.evaluate, "perplexity", None)
+    long = PROBLEM | {"prompt": "x" * 99}
+    Path("human_eval.jsonl").write_text("\n".join(map(json.dumps, [PROBLEM, long])))
+    Path("long.txt").write_text(f"Why?\n{'x' * 99}\n")
+    text = write_text(tmp_path / "text.txt")
+    model = save_tiny(tmp_path / "m", num_hidden_layers=2, max_position_embeddings=64)
+    data = ("--skills-data", tmp_path) if "--skills" in asked else ()
+    said = refused("evaluate", model, *asked, *data, "--perplexity", text, "--seq-len", 32)
+    assert "leaves no room for an answer: the model reads 64" in said
+    with pytest.raises(UserError, match="the model reads 64"):
+        lp.health(lp.load(model), ["x" * 99])
 
 
 def test_health_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

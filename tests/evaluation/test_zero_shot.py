@@ -14,12 +14,15 @@ from typing import Any
 import lm_eval.evaluator
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
+from transformers import GenerationMixin
 
 import llm_pruner
 import llm_pruner.models.load
 from command import contents, done, refused, run, save_tiny
+from helpers import tiny_model, tiny_tokenizer
 from llm_pruner.data.files import LOCAL_TASKS, read_task
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import harness, result_cache, zero_shot
@@ -286,6 +289,26 @@ def test_results_are_of_one_kind_of_device_and_one_version(monkeypatch: pytest.M
     assert key("cpu") != on_cpu
 
 
+def test_what_lies_deeper_in_a_folder_is_a_part_of_the_model(tmp_path: Path) -> None:
+    """And whether its code is run decides what a model is."""
+
+    def key(**changes: Any) -> str:
+        settings = ModelSettings(model=str(tmp_path), **changes)
+        identity = result_cache.identify(settings)
+        assert identity is not None
+        return result_cache.key(identity, settings)
+
+    weights = {"weight_map": {"a": "deep/a.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(weights))
+    (tmp_path / "deep").mkdir()
+    found = [key(), key(trust_remote_code=True)]
+    for name in ("a.safetensors", "code.py", "report.txt"):
+        (tmp_path / "deep" / name).write_text("1")
+        found.append(key())
+    assert len({*found}) == 4
+    assert found[-1] == found[-2]
+
+
 def test_without_a_cache_nothing_is_kept(
     models: dict[str, Path], data: Path, loads: list[str], cache: Path
 ) -> None:
@@ -402,6 +425,36 @@ def test_answers_that_leave_no_room_for_their_question(
     result = run("evaluate", models["dense"], "--tasks", "never", "--limit", 2)
     assert result.code == 2
     assert "never cannot be run (" in result.err
+
+
+def test_code_without_generate_is_asked_for_text_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = harness.LoadedLM(tiny_model(), tiny_tokenizer(), None)
+
+    def written(**how: Any) -> list[str]:
+        how |= {"until": ["\n"], "max_gen_toks": 5}
+        asked = [
+            Instance("generate_until", {}, (prompt, how), number)
+            for number, prompt in enumerate(("A bridge", "To make soup, first"))
+        ]
+        return lm.generate_until(asked, disable_tqdm=True)
+
+    before = written()
+    assert all(before)
+    monkeypatch.delattr(GenerationMixin, "generate")
+    assert written() == before
+    with pytest.raises(UserError, match="draws answers at random"):
+        written(do_sample=True, temperature=0.5)
+
+
+def test_the_harness_ties_no_weights_that_differ() -> None:
+    """As those of a checkpoint with a head of its own whose config says that it has none."""
+    model = tiny_model(tie_word_embeddings=True)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() + 1)
+    own = model.lm_head.weight
+    harness.LoadedLM(model, tiny_tokenizer(), None)
+    assert model.lm_head.weight is own
+    model.tie_weights()
+    assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
 # What is refused.

@@ -200,6 +200,31 @@ def test_only_equal_settings_are_compared() -> None:
     assert [row.label for row in table.rows] == ["a, acc", "b, acc"]
 
 
+def test_the_mean_takes_a_task_once() -> None:
+    """Measured on fewer items as well, it counts as all models have it, or as the latest does."""
+    few, piqa = (
+        TaskScore(task=name, metric="acc", value=value, items=10)
+        for name, value in (("boolq", 0.2), ("piqa", 0.8))
+    )
+    more = few.model_copy(update={"value": 0.6, "items": 20})
+    both = Evaluation(tasks=(few, piqa)).with_newer(Evaluation(tasks=(more,)))
+    assert view.task_means({0: both}) == {0: pytest.approx(0.7)}
+    old = Evaluation(tasks=(few, piqa))
+    assert view.task_means({0: both, 1: old}) == {n: pytest.approx(0.5) for n in range(2)}
+    report = Report(source=Source(name="m"), evaluations={"dense": both, "pruned": old})
+    table = view.task_table(report)
+    assert table is not None
+    assert [row.cells for row in table.rows if row.label == "mean"] == [("50.0", "50.0")]
+    assert table.note.endswith("The mean takes boolq, acc (10 items); piqa, acc (10 items).")
+    entries = [Entry(name, report, name) for name in ("dense", "pruned")]
+    [mean] = [column for column in compare(entries).columns if column.name == "mean"]
+    assert mean.cells == ("50.0", "50.0")
+    assert mean.settings == "of boolq, acc (10 items); piqa, acc (10 items)"
+    # A model that has it otherwise has no mean.
+    apart = Evaluation(tasks=(more, piqa))
+    assert view.task_means({0: old, 1: apart}) == {1: pytest.approx(0.7)}
+
+
 def text_of(value: float = 9.0, **changes: Any) -> Perplexity:
     """Return a perplexity on a text of which all is known."""
     known = {"protocol": "standard", "window": 64, "tokens": 126, "dtype": "float32"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -18,7 +18,7 @@ from llm_pruner.data.files import read_skill, read_source, read_task
 from llm_pruner.data.text import load_documents, with_field
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import health, result_cache, skills, zero_shot
-from llm_pruner.evaluation.answers import Asked, written
+from llm_pruner.evaluation.answers import Asked, check_prompts, written
 from llm_pruner.evaluation.programs import require_sandbox
 from llm_pruner.models.load import LoadedModel, load, stored_dtype
 from llm_pruner.report.records import Abilities, ZeroShot, as_json
@@ -40,16 +40,21 @@ class Late:
     Attributes:
         keeps: whether results are kept, and known ones used.
         room: gives the bytes that the weights may take on a device.
+        asked: prompts that it will be given, which are refused as soon as it is there.
         identity: by which they are kept; None where nothing is.
     """
 
     settings: ModelSettings
     keeps: bool
     room: Callable[[str], int]
+    asked: Sequence[Asked] = ()
 
     @cached_property
     def loaded(self) -> LoadedModel:
-        return load(self.settings, packed=True, memory=self.room(self.settings.device))
+        found = load(self.settings, packed=True, memory=self.room(self.settings.device))
+        for asked in self.asked:
+            check_prompts(found, asked)
+        return found
 
     @cached_property
     def dtype(self) -> str:
@@ -98,6 +103,12 @@ class Prepared:
     total: int = 0
     prompts: Asked | None = None
     prompts_name: str = "built in"
+
+    @property
+    def written(self) -> list[Asked]:
+        """All that is answered in text, but by the harness."""
+        programs = [skills.human_eval_prompts(self.problems)] if self.problems else []
+        return programs if self.prompts is None else [*programs, self.prompts]
 
 
 def prepare(settings: EvaluateSettings) -> Prepared:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -13,7 +12,15 @@ import torch
 
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation import footprint
-from llm_pruner.evaluation.speed import Speed, SpeedUp, compiled, compiling, measure_speed, speed_up
+from llm_pruner.evaluation.speed import (
+    Speed,
+    SpeedUp,
+    compiled,
+    compiling,
+    device_name,
+    measure_speed,
+    speed_up,
+)
 from llm_pruner.files.disk import folder_bytes
 from llm_pruner.models.forward import Decoder, maximum_length
 from llm_pruner.models.load import LoadedModel, check, load
@@ -237,10 +244,9 @@ def together(
 
 def _machine(network: Any) -> dict[str, Any]:
     weight = next(network.parameters())
-    on_gpu = weight.device.type == "cuda"
     return {
         "dtype": str(weight.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(weight.device) if on_gpu else platform.machine(),
+        "device": device_name(weight.device),
         "threads": torch.get_num_threads(),
         "torch": version("torch"),
         "transformers": version("transformers"),

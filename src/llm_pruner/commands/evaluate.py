@@ -71,10 +71,11 @@ def measure(
     asks = prepared != Prepared()
     # With texts, both models are in memory at once.
     room = partial(settings.room, models=2 if texts and settings.against else 1)
-    late = Late(settings.loading(), asks and settings.cache, room)
+    late = Late(settings.loading(), asks and settings.cache, room, prepared.written)
     dense = None
     if settings.against is not None:
-        dense = Late(settings.loading(settings.against), late.keeps, settings.room)
+        like = settings.loading(settings.against)
+        dense = Late(like, late.keeps, settings.room, late.asked)
     writes = asks or bool(settings.prompt)
     if (settings.speed or writes) and _is_read_often(settings, late, alone=asks and bool(dense)):
         if settings.speed and strict:

@@ -7,8 +7,8 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, redirect_stderr
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
@@ -23,7 +23,7 @@ from lm_eval.tasks import TaskManager
 
 from llm_pruner.errors import UserError, in_short
 from llm_pruner.evaluation import zero_shot
-from llm_pruner.evaluation.answers import sees_padding
+from llm_pruner.evaluation.answers import generates, sees_padding, token_by_token
 from llm_pruner.evaluation.likelihood import log_likelihoods, truncated
 from llm_pruner.runtime.progress import quiet as silenced
 from llm_pruner.settings.options import near
@@ -56,7 +56,7 @@ class LoadedLM(HFLM):
     def __init__(self, model: Any, tokenizer: Any, batch_size: int | None) -> None:
         # The harness may give the tokenizer a padding token.
         own, size = copy.deepcopy(tokenizer), batch_size or _GENERATION_BATCH
-        with quiet():
+        with quiet(), _untied(model):
             super().__init__(pretrained=model, tokenizer=own, batch_size=size)
         self.sequences = batch_size
         self.terminal: TextIO = sys.stderr
@@ -86,10 +86,11 @@ class LoadedLM(HFLM):
         """Generate, with the harness's progress bar if there is a terminal.
 
         A recurrent model that reads padding, which the harness puts to the left, gets one prompt at
-        a time.
+        a time, and so does one without ``generate``.
         """
         token = next(iter(self.tok_encode("a")), 0)
-        if sees_padding(self.model, [[token], [token] * 8], self.tokenizer.pad_token_id):
+        rows = [[token], [token] * 8]
+        if not generates(self.model) or sees_padding(self.model, rows, self.tokenizer.pad_token_id):
             self.batch_size_per_gpu = 1
         with redirect_stderr(self.terminal):
             silent = disable_tqdm or not self.terminal.isatty()
@@ -100,6 +101,21 @@ class LoadedLM(HFLM):
                     f"{self.title} cannot be run ({in_short(error)}); leave this task out"
                 ) from error
 
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **how: Any
+    ) -> torch.Tensor:
+        if generates(self.model):
+            return super()._model_generate(context, max_length, stop, **how)
+        if how.get("do_sample"):
+            raise UserError(
+                f"{self.title} draws answers at random, and the model has no generate to do so; "
+                "leave this task out"
+            )
+        (given,) = context.tolist()
+        room = max_length - len(given)
+        found = token_by_token(self.model, self.tokenizer, given, room, stop)
+        return torch.tensor([[*given, *found]])
+
     def tok_batch_encode(
         self, strings: list[str], *args: Any, left_truncate_len: int | None = None, **how: Any
     ) -> Any:
@@ -108,6 +124,16 @@ class LoadedLM(HFLM):
             lengths = [len(self.tok_encode(one)) for one in strings]
             self.truncated += sum(length > left_truncate_len for length in lengths)
         return super().tok_batch_encode(strings, *args, left_truncate_len=left_truncate_len, **how)
+
+
+@contextmanager
+def _untied(model: Any) -> Iterator[None]:
+    """Leave the weights to the checkpoint: its head may differ from an embedding it is tied to."""
+    model.tie_weights = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del model.tie_weights
 
 
 @cache

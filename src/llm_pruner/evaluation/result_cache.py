@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +19,11 @@ from transformers.utils.hub import cached_file
 from llm_pruner.data.text import name_of_part
 from llm_pruner.files.disk import json_object, read_json
 from llm_pruner.files.outputs import RECOVERY_FILE, write_output
-from llm_pruner.models.stored import local_path, name_of, records_of
+from llm_pruner.models.stored import local_path, name_of, records_of, weight_names
 from llm_pruner.settings.common import CALIBRATION, ModelSettings
 from llm_pruner.version import __version__
 
-_FORMAT = 3
+_FORMAT = 4
 _CONTENT = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
 _RECORDS = ("plan.json", "report.json")
 
@@ -41,14 +41,13 @@ def identify(model: ModelSettings) -> ModelIdentity | None:
     try:
         path = local_path(model.model)
         if path.is_dir():
-            files = [
-                file
-                for file in sorted(path.iterdir())
-                if file.suffix in _CONTENT and file.name not in _RECORDS and file.is_file()
-            ]
-            return ModelIdentity(name_of(path), _hash(files))
+            beside = {*path.iterdir()} - {path / name for name in _RECORDS}
+            # Code and weights may lie deeper.
+            deeper = {*path.rglob("*.py"), *(path / name for name in weight_names(path))}
+            files = sorted(one for one in beside | deeper if one.suffix in _CONTENT)
+            return ModelIdentity(name_of(path), _hash(path, filter(Path.is_file, files)))
         if path.is_file():
-            return ModelIdentity(path.stem, _hash([path]))
+            return ModelIdentity(path.stem, _hash(path.parent, [path]))
         config = cached_file(model.model, "config.json", revision=model.revision)
         return ModelIdentity(model.model, f"{model.model}@{Path(config).parent.name}")
     except Exception:  # the hub, its client and file systems raise anything; loading says it better
@@ -62,6 +61,7 @@ def key(identity: ModelIdentity, model: ModelSettings, **settings: Any) -> str:
         "format": _FORMAT,
         "model": identity.content,
         "dtype": model.dtype,
+        "code": model.trust_remote_code,
         "device": auto if model.device == "auto" else model.device.partition(":")[0],
         "llm_pruner": __version__,
         "torch": str(torch.__version__),
@@ -89,10 +89,11 @@ def write(name: str, data: dict[str, Any]) -> None:
         write_output(folder() / f"{name}.json", json.dumps(data, ensure_ascii=False))
 
 
-def _hash(files: list[Path]) -> str:
+def _hash(folder: Path, files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in files:
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        name = path.relative_to(folder).as_posix()
+        digest.update(f"{name} {path.stat().st_size}\n".encode())
         with path.open("rb") as file:
             while block := file.read(2**20):
                 digest.update(block)

@@ -10,11 +10,14 @@ changed since: nothing changes a model that is measured.
 from __future__ import annotations
 
 import gc
+import platform
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
@@ -32,6 +35,8 @@ T = TypeVar("T")
 PROMPT_TOKENS, NEW_TOKENS = 64, 32
 """That a model is timed on, where nobody says how many."""
 
+_PROCESSORS = Path("/proc/cpuinfo")
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -44,8 +49,8 @@ class Speed:
             once, the median.
         prefill_seconds: of each round.
         decode_seconds: of each round, for all new tokens.
-        dtype, device: that the model computes in and on, a GPU by its name; None of one that a
-            server runs.
+        dtype, device: that the model computes in and on, a GPU or processor by its name; None of
+            one that a server runs.
         threads: of a processor; None of another device.
     """
 
@@ -117,15 +122,23 @@ def measure_speed(
             own,
             **settings,
             dtype=dtype_name(model),
-            device=_named(prompt.device),
+            device=device_name(prompt.device),
             threads=torch.get_num_threads() if prompt.device.type == "cpu" else None,
         )
         for model, prompt, own in zip(models, prompts, times, strict=True)
     ]
 
 
-def _named(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def device_name(device: torch.device) -> str:
+    """Return which GPU or processor a device is, as far as the system knows."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    with suppress(OSError):  # only Linux has the file
+        if found := re.search(r"^model name\s*: *(\S.*)$", _PROCESSORS.read_text(), re.MULTILINE):
+            return " ".join(found[1].split())
+    return platform.processor() or platform.machine()
 
 
 def in_turns(runs: Sequence[Callable[[int], T]], repeats: int, words: str) -> list[list[T]]:

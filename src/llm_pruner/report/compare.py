@@ -285,6 +285,8 @@ def _measured(models: Sequence[Compared]) -> Iterator[Column]:
     cells = tuple(f"{100 * means[place]:.1f}" if place in means else "" for place in by_place)
     others = any(not score.in_mean for score, _ in shown)
     of = "those of LLM-Pruner" if others else "the tasks above"
+    if sum(score.in_mean for score, _ in scores) > len(counted):
+        of = view.mean_takes(by_place)
     yield Column("accuracy", "mean", cells, f"of {of}")
     for measurement, cells in aligned("measurements"):
         yield Column("measured", measurement.label, cells)

@@ -327,8 +327,8 @@ def _measurements(found: Measured) -> Iterator[data.Measurement]:
     speed = found.speed
     if speed is None:
         return
-    where = speed.device if speed.threads is None else f"{speed.threads} threads"
-    how = "" if speed.dtype is None else f", {speed.dtype}, {where}"
+    where = "" if speed.threads is None else f", {speed.threads} threads"
+    how = "" if speed.dtype is None else f", {speed.dtype}, {speed.device}{where}"
     for stage, tokens, rate, rounds in (
         ("prefill", speed.prompt_tokens, speed.prefill_tokens_per_second, speed.prefill_seconds),
         ("decode", speed.new_tokens, speed.decode_tokens_per_second, speed.decode_seconds),

@@ -283,15 +283,35 @@ def task_table(report: Report) -> Table | None:
     known = start == "dense" != last
     change = points(means[last] - means[start]) if known else ("", None)
     row = Row("mean", tuple(f"{100 * means[name]:.1f}" for name in table.models), *change)
-    scores = map(first, by_model(report, "tasks"))
-    counted = ", ".join(f"{score.metric} of {score.task}" for score in scores if score.in_mean)
-    note = f"Percent, with standard errors. The mean takes {counted}."
+    note = f"Percent, with standard errors. The mean takes {mean_takes(report.evaluations)}."
     return Table(table.models, (*table.rows, row), note)
+
+
+def _counted(evaluations: Mapping[_K, Evaluation]) -> list[dict[_K, Any]]:
+    """Return the scores that the mean takes, one for each task.
+
+    Of a task that was measured in several ways, such as on fewer items, the one that most models
+    have, and of these the latest.
+    """
+    found: dict[str, dict[_K, Any]] = {}
+    for by in aligned(evaluations, "tasks"):
+        task = first(by).task
+        if first(by).in_mean and len(by) >= len(found.get(task, ())):
+            found[task] = by
+    return [*found.values()]
+
+
+def mean_takes(evaluations: Mapping[Any, Evaluation]) -> str:
+    """Return which scores the mean takes, in words; how they were measured where there are more."""
+    counted = [first(by) for by in _counted(evaluations)]
+    if sum(first(by).in_mean for by in aligned(evaluations, "tasks")) > len(counted):
+        return "; ".join(score.label for score in counted)
+    return ", ".join(f"{score.metric} of {score.task}" for score in counted)
 
 
 def task_means(evaluations: Mapping[_K, Evaluation]) -> dict[_K, float]:
     """Return the mean over the tasks for each model that was measured on all of them."""
-    counted = [by for by in aligned(evaluations, "tasks") if first(by).in_mean]
+    counted = _counted(evaluations)
     return {
         whose: sum(by[whose].value for by in counted) / len(counted)
         for whose in evaluations
