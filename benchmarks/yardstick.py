@@ -71,7 +71,7 @@ def peer(options: argparse.Namespace, model: str, out: Path, arguments: list[Any
 
 def made(
     options: argparse.Namespace, commands: list[list[Any]], seed: int, work: Path
-) -> tuple[str, list[list[float]]]:
+) -> tuple[str, list[list[float | None]]]:
     """Carry out the commands of a row.
 
     Return the folder of the last one, and of each command its seconds and those of the processor,
@@ -96,9 +96,10 @@ def made(
                 llm_pruner(name, last, "--out", out, *seeded, "--overwrite", *goes_on, *said)
             if (said_of := Path(last, "peer.json")).exists():
                 shutil.copy(said_of, out)  # how many parameters are no zeros, also once trained
-            spent = zip(seconds_of_children(), begin, strict=True)
-            took.write_text(json.dumps([round(end - start, 1) for end, start in spent]))
-        seconds.append(json.loads(took.read_text()))
+            ends = zip(seconds_of_children(), begin, strict=True)
+            took.write_text(json.dumps([round(end - start, 1) for end, start in ends]))
+        spent = json.loads(took.read_text())
+        seconds.append(spent if isinstance(spent, list) else [spent, None])  # of earlier versions
         last = str(out)
     return last, seconds
 

@@ -55,6 +55,27 @@ def found(first: int, second: int) -> Discovery:
     return discovery
 
 
+class Heads(Net):
+    """Beside the layers lies a list that is none of layers."""
+
+    def __init__(self) -> None:
+        super().__init__(*(Layer() for _ in range(3)))
+        self.heads = nn.ModuleList(Gated() for _ in range(3)).eval()
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for body in self.bodies:
+            x = body(x)
+        return self.out(torch.stack([head(x) for head in self.heads]).sum(0))
+
+
+def test_a_list_that_is_none_of_layers_keeps_none() -> None:
+    discovery = discover(Heads())
+    assert {g.path for g in discovery.groups if g.kind == "ffn"} == {"bodies", "heads"}
+    rows = explain(discovery, {"layers": units(1)})
+    assert [row.removed for row in rows if row.layer is not None] == [False, True, False]
+
+
 def test_a_layer_of_one_list_takes_none_of_another() -> None:
     discovery = found(3, 2)
     removal = {"layers": units(1, 2), "layers_2": units(0)}

@@ -489,6 +489,9 @@ def test_a_callback_may_end_a_run(tmp_path: Path, event: str) -> None:
     assert [one.step for one in outcome.run.evaluations] == [0, 3]
     assert outcome.gained
     assert outcome.run.stopped == "a callback ended it"
+    if event == "on_step_end":  # else it ends behind what is kept of the step
+        _, again = recover_(tiny_model("llama"), *texts, settings, **how)
+        assert (again.steps, again.after) == (3, outcome.after)
 
 
 def test_numbers_for_the_trainer() -> None:

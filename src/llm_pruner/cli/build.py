@@ -40,7 +40,7 @@ def _json(panel: str | None = None) -> Any:
 def _file_of_json(file: str | None) -> str | None:
     if file in _STDOUT:
         return "-"
-    return str(expanded(file)) if file else file
+    return str(expanded(file)) if file and file[0] == "~" else file
 
 
 Json = Annotated[str | None, _json()]

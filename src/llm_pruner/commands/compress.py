@@ -360,6 +360,8 @@ class _Stages:
         """Write the folder ``pruned``."""
         if self.pruning.out.is_dir():
             return
+        if self.settings.recover:
+            _require_room(self.settings)  # of a model that has just been downloaded
         self.tell("pruning")
         with _said_of_presets():
             PruneRun(self.pruning, command=self.command).carry_out()

@@ -147,11 +147,15 @@ def explain(discovery: Discovery, removal: Removal) -> list[Layer]:
     """Return one row per decoder layer, before them one for the groups that span all layers.
 
     Of several lists, layers of the same number share a row; it is removed if all of them are.
+    Lists whose units cannot go as a whole count where there are no others.
     """
     left = Numbering.dense(discovery).after(removal)
     rows: dict[int | None, Layer] = {None: Layer(None)}
+    lists = {g.path for g in discovery.groups if g.kind == "layers"} or {*left.layers}
     for layer in range(max(left.lengths.values(), default=0)):
-        rows[layer] = Layer(layer, removed=not any(layer in one for one in left.layers.values()))
+        having = [left.layers[path] for path in lists if layer < left.lengths[path]]
+        removed = bool(having) and not any(layer in one for one in having)
+        rows[layer] = Layer(layer, removed=removed)
     for group in discovery.groups:
         rows[group.layer].sizes[group.label] = (len(left.kept.get(group.name, ())), group.size)
     return [row for row in rows.values() if row.layer is not None or row.sizes]

@@ -24,6 +24,8 @@ SETTLING = 0.1
 SPARE = 0.05
 """Share of the time left that a plan keeps back for steps that are longer than those timed."""
 
+_BY_CALLBACK = "a callback ended it"
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -80,7 +82,9 @@ class Guard(TrainerCallback):
         if replanned:
             self._plan_first(step)
         late = self._late()
-        last = step >= run.total or late
+        # The Trainer's own end is that of the plan before; any other is a callback's.
+        ended = control.should_training_stop and step < min(state.max_steps, run.total)
+        last = step >= run.total or late or ended
         diverged = run.stopped is not None
         due = run.planned and step - run.evaluations[-1].step >= run.every
         evaluated = (due or last) and not diverged
@@ -91,14 +95,14 @@ class Guard(TrainerCallback):
                 )
             if late and step < run.total:
                 run.stopped = f"the {self._settings.max_minutes:g} minutes were over"
+            elif ended:
+                run.stopped = _BY_CALLBACK
             self._tick()
             if not last and run.stopped is None:
                 replanned = self._plan_rest(step) or replanned
                 last = step >= run.total
-        # The Trainer's own end is that of the plan before; any other is a callback's.
-        ended = control.should_training_stop and step < state.max_steps
         state.max_steps = run.total
-        control.should_training_stop = ended or last or run.stopped is not None
+        control.should_training_stop = last or run.stopped is not None
         save_every = self._settings.save_every
         save = step % save_every == 0 if save_every else evaluated
         # What was chosen by the clock is kept at once: an interrupted run goes on with it.
@@ -111,7 +115,7 @@ class Guard(TrainerCallback):
         if step < run.total and run.stopped is None:
             if run.evaluations[-1].step < step:
                 self._improves(step)
-            run.stopped = "a callback ended it"
+            run.stopped = _BY_CALLBACK
             self._tick()
 
     def _improves(self, step: int) -> bool:
