@@ -120,15 +120,19 @@ def plot(rows: dict[str, dict[str, Any]], file: Path) -> None:
         label = "curve" if place == 0 else None
         time_axes.bar(place + 0.2, row["curve"]["cpu_seconds"], 0.35, color="C0", label=label)
     kl_axes.set_ylabel("KL from the dense model, nats")
+    ratio_axes.set_yscale("log", base=2)
+    ratio_axes.yaxis.set_major_formatter("{x:g}")
     ratio_axes.set_ylabel("perplexity, times the dense model's")
     time_axes.set_ylabel("seconds of the processor")
-    time_axes.set_xticks(range(len(rows)), list(rows))
+    names = [name.replace("-Instruct, ", "\n") for name in rows]
+    time_axes.set_xticks(range(len(rows)), names, fontsize="small")
     for axes in (kl_axes, ratio_axes):
         axes.set_xlabel("parameters removed, %")
         axes.grid(visible=True, alpha=0.3)
-    time_axes.margins(y=0.3)  # room for the legend
     for axes in (kl_axes, time_axes):
-        axes.legend(loc="upper left")
+        axes.margins(y=0.3)  # room for the legend
+    for axes in (kl_axes, time_axes):
+        axes.legend(loc="upper left", fontsize="small")
     figure.tight_layout()
     figure.savefig(file, dpi=120)
 
