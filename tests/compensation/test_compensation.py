@@ -128,16 +128,39 @@ def test_the_search_ends_at_the_best_ridge(start: float | None) -> None:
     tokens = rows, rows @ true.T + 2 * torch.randn(60, 4), torch.ones(60)
     held_out = filled(Rows, weight, held_rows, held_targets, torch.ones(400))
     assert isinstance(held_out, Rows)
-    errors = {}
-    for ridge in RIDGES:
-        (step,) = filled(Sums, weight, *tokens).system().steps(ridge)
-        errors[ridge] = held_out.error(weight + step)
+    system = filled(Sums, weight, *tokens).system()
+
+    def error(ridge: float) -> float:
+        return held_out.error(weight + system.steps(ridge)[0])
+
+    errors = {ridge: error(ridge) for ridge in np.geomspace(*RIDGES, 100)}
     best = min(errors, key=lambda ridge: errors[ridge])
-    fit = filled(Sums, weight, *tokens)
-    found = best_refit(fit, held_out, start=start)
-    assert 0.1 < best < 3.0
-    assert found.ridge == best
-    assert found.after == pytest.approx(errors[best])
+    found = best_refit(filled(Sums, weight, *tokens), held_out, start=start)
+    assert 0.2 < best < 1.5
+    assert found.ridge == pytest.approx(best, rel=0.3)
+    assert error(found.ridge) <= 1.002 * errors[best]
+    assert errors[best] <= found.after <= 1.05 * errors[best]
+    # One that is given is not searched for.
+    assert best_refit(filled(Sums, weight, *tokens), held_out, (2.0, 2.0), start).ridge == 2.0
+
+
+@pytest.mark.parametrize("kind", [Rows, Sums])
+def test_derivatives_by_the_ridge(kind: type[Equations]) -> None:
+    torch.manual_seed(0)
+    rows, targets = torch.randn(30, 12).double(), torch.randn(30, 4).double()
+    weight, some = torch.randn(4, 12).double(), torch.tensor([0, 3])
+    held_out = filled(Rows, weight, torch.randn(9, 12), torch.randn(9, 4), torch.rand(9))
+    assert isinstance(held_out, Rows)
+    system = filled(kind, weight, rows, targets, torch.ones(30)).system()
+
+    def error(ridge: float) -> float:
+        return held_out.error(weight[some] + system.steps(ridge, some)[0], some)
+
+    step, *changes = system.steps(0.5, some, derivatives=2)
+    slope, bend = held_out.turns(weight[some] + step, changes, some)
+    low, here, high = (error(0.5 + off) for off in (-1e-3, 0.0, 1e-3))
+    assert slope == pytest.approx((high - low) / 2e-3, rel=1e-3)
+    assert bend == pytest.approx((high - 2 * here + low) / 1e-6, rel=1e-3)
 
 
 def removal_of(model: nn.Module, kinds: tuple[str, ...]) -> tuple[object, Removal]:
@@ -376,7 +399,7 @@ def test_a_channel_that_another_can_stand_for_costs_nothing() -> None:
     removal = {"layers.0.ffn": np.array([7])}
     cut_(model, discovery, removal)
     masked = copy.deepcopy(model)
-    refit_(model, dense, discovery, removal, tokens(64), ridges=(1e-7,))
+    refit_(model, dense, discovery, removal, tokens(64), ridges=(1e-7, 1e-7))
     ids = tokens(4)
     assert divergence(model, dense, ids) < 1e-4 * divergence(masked, dense, ids)
 

@@ -13,9 +13,9 @@ what is left to explain, two forms of the solution are equal, and the smaller sy
     W' = W + (R^T X D^-1/2) (S + ridge I)^-1 D^-1/2               `Sums`, in_features unknowns
     W' = W + R^T (X D^-1 X^T + ridge I)^-1 X D^-1                 `Rows`, as many as tokens
 
-Both systems have a diagonal near one, so float32 is enough, with factors that may be rounded to
-bfloat16 in the products that make them. What is left to explain is a small difference of large
-numbers, and its product is not rounded.
+Both systems have a diagonal near one, so float32 is enough, with factors, and in sums over tokens
+products of a part of them, that may be rounded to bfloat16. R^T X is summed as it is, and W is not
+rounded in it: Z^T X - W X^T X would be a small difference of large numbers.
 """
 
 from __future__ import annotations
@@ -23,22 +23,28 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf
+from math import copysign, exp, inf, log
 from typing import TypeAlias
 
 import torch
 
-from llm_pruner.models.consumers import add_gram_, complete_gram_
-from llm_pruner.runtime.precision import fast_products
+from llm_pruner.models.consumers import add_gram_, add_product_, complete_gram_
+from llm_pruner.runtime.precision import fast_products, rounded
 
-RIDGES = (0.1, 0.3, 1.0, 3.0)
-"""Ridges that are tried, as shares of each input's mean square."""
+RIDGES = (0.1, 3.0)
+"""Least and largest ridge that is tried, as shares of each input's mean square."""
 
 OUTPUTS = 256
 """Output features at most that choose the ridge."""
 
 Outputs: TypeAlias = torch.Tensor | slice
 """Numbers of output features."""
+
+_TRIES = 6
+_STRIDE = log(3)
+"""How far the logarithm of the ridge goes at once."""
+_NEAR = log(2)
+"""How far it goes where the parabola through a try puts the least error, without another try."""
 
 _FLOOR = 1e-4
 """Least mean square of an input for the ridge, as a share of the mean over all inputs."""
@@ -118,12 +124,23 @@ class Rows(Equations):
             left.double().square().sum() / targets.double().square().sum().clamp_min(1e-30)
         )
 
-    def slope(self, weight: torch.Tensor, change: torch.Tensor, outputs: torch.Tensor) -> float:
-        """Return in which direction `error` goes as some rows of the weight change: its sign."""
-        x = self.inputs
+    def turns(
+        self, weight: torch.Tensor, changes: Sequence[torch.Tensor], outputs: torch.Tensor
+    ) -> tuple[float, float]:
+        """Return the first and second derivative of `error`, of those of some rows of the weight.
+
+        Args:
+            weight: these rows.
+            changes: their first and second derivative by something.
+            outputs: their numbers.
+        """
+        x, targets = self.inputs, self.targets[:, outputs]
         with fast_products():
-            left = self.targets[:, outputs] - x @ weight.T
-            return -float((left * (x @ change.T)).sum(dtype=torch.float64))
+            left = (targets - x @ weight.T).double()
+            first, second = ((x @ change.T).double() for change in changes)
+        norm = targets.double().square().sum().clamp_min(1e-30)
+        bend = first.square().sum() - (left * second).sum()
+        return float(-2 * (left * first).sum() / norm), float(2 * bend / norm)
 
     def system(self) -> System:
         """Return a system with as many unknowns as tokens."""
@@ -143,17 +160,22 @@ class Sums(Equations):
 
     Attributes:
         gram: sum of x x^T, shape (in_features, in_features); complete in a `system`.
-        cross: sum of z x^T, shape (out_features, in_features).
+        cross: sum of (z - W x) x^T, shape (out_features, in_features).
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__(weight)
         self.gram = self.weight.new_zeros(self.weight.shape[1], self.weight.shape[1])
         self.cross = torch.zeros_like(self.weight)
+        short = rounded(self.weight)
+        exact = torch.equal(short.to(self.weight.dtype), self.weight)
+        self._factor = short if exact else self.weight
 
     def _add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        add_gram_(self.gram, inputs)
-        self.cross.addmm_(targets.T, inputs)
+        x = rounded(inputs)
+        left = rounded(targets - x.to(self._factor.dtype) @ self._factor.T)
+        add_gram_(self.gram, x)
+        add_product_(self.cross, left.T, x)
 
     def include(self, other: Rows) -> None:
         """Add the tokens of another one."""
@@ -164,11 +186,8 @@ class Sums(Equations):
         """Return a system with as many unknowns as input features."""
         gram = complete_gram_(self.gram)
         scale = _scale(gram.diagonal())
-
-        def gap(outputs: Outputs) -> torch.Tensor:
-            return (self.cross[outputs] - self.weight[outputs] @ gram) * scale
-
-        return System((gram * scale).mul_(scale[:, None]), gap, scale)
+        matrix = (gram * scale).mul_(scale[:, None])
+        return System(matrix, lambda outputs: self.cross[outputs] * scale, scale)
 
 
 @dataclass
@@ -187,14 +206,14 @@ class System:
     back: torch.Tensor
 
     def steps(
-        self, ridge: float, outputs: Outputs = slice(None), slope: bool = False
+        self, ridge: float, outputs: Outputs = slice(None), derivatives: int = 0
     ) -> list[torch.Tensor]:
         """Return the change of the weight, (outputs, in_features), in a list; none if it has none.
 
         Args:
             ridge: positive.
             outputs: output features that are wanted; all by default.
-            slope: give its derivative by the ridge as well.
+            derivatives: how many of them by the ridge follow.
         """
         diagonal = self.matrix.diagonal()
         before = diagonal.clone()
@@ -206,8 +225,8 @@ class System:
         with torch.autocast("cpu", enabled=False):
             right = self.right(outputs).T  # a difference: its product is not rounded
         solved = [torch.cholesky_solve(right, factor)]
-        if slope:
-            solved.append(-torch.cholesky_solve(solved[0], factor))
+        for order in range(1, derivatives + 1):
+            solved.append(-order * torch.cholesky_solve(solved[-1], factor))
         with fast_products():
             by_input = self.back.ndim == 1
             return [one.T * self.back if by_input else one.T @ self.back for one in solved]
@@ -231,7 +250,7 @@ class Choice:
     Attributes:
         ridge: None if the weight is as it was.
         before, after: errors on held-out tokens, of at most ``OUTPUTS`` output features; of a fit
-            that had not seen these tokens.
+            that had not seen these tokens, with the last ridge that was tried.
     """
 
     weight: torch.Tensor
@@ -243,19 +262,20 @@ class Choice:
 def best_refit(
     fit: Rows | Sums,
     held_out: Rows,
-    ridges: Sequence[float] = RIDGES,
+    ridges: tuple[float, float] = RIDGES,
     start: float | None = None,
 ) -> Choice:
     """Return the weight refitted with the ridge that does best on the held-out tokens.
 
-    It then fits all tokens; ``fit`` has them afterwards. Where no ridge lowers the held-out error
-    the weight stays. The search goes from one ridge to the next, to the side where the error falls,
-    for as long as it does.
+    It then fits all tokens; ``fit`` has them afterwards. Where no ridge that was tried lowers the
+    held-out error the weight stays. The search is Newton's, in the logarithm of the ridge; a last
+    step that is short is taken without another try.
 
     Args:
+        ridges: the least and the largest; one that is both is not searched for.
         start: the ridge that is tried first, by default the middle one.
     """
-    ridge, before, after = _chosen(fit, held_out, sorted(ridges), start)
+    ridge, before, after = _chosen(fit, held_out, ridges, start)
     if ridge is None:
         return Choice(fit.weight, None, before, before)
     fit.include(held_out)
@@ -266,7 +286,7 @@ def best_refit(
 
 
 def _chosen(
-    fit: Rows | Sums, held_out: Rows, order: Sequence[float], start: float | None
+    fit: Rows | Sums, held_out: Rows, ridges: tuple[float, float], start: float | None
 ) -> tuple[float | None, float, float]:
     """Return the ridge, None where none lowers the held-out error, and that without it and with."""
     weight = fit.weight
@@ -274,20 +294,24 @@ def _chosen(
     some = torch.arange(0, count, -(-count // OUTPUTS), device=weight.device)
     before = held_out.error(weight[some], some)
     system = fit.system()
-
-    def tried(place: int, slope: bool = False) -> tuple[float, float]:
-        """Return the error with a ridge, and where asked for in which direction it grows."""
-        if not 0 <= place < len(order):
-            return inf, 0.0
-        steps = system.steps(order[place], some, slope)
-        if not steps:
-            return inf, -1.0  # a larger ridge may do
-        error = held_out.error(weight[some] + steps[0], some)
-        return error, held_out.slope(weight[some] + steps[0], steps[1], some) if slope else 0.0
-
-    place = order.index(start) if start in order else len(order) // 2
-    error, slope = tried(place, slope=True)
-    side = -1 if slope > 0 else 1
-    while (next_error := tried(place + side)[0]) < error:
-        place, error = place + side, next_error
-    return (order[place] if error < before else None), before, error
+    least, most = log(ridges[0]), log(ridges[1])
+    place = min(max((least + most) / 2 if start is None else log(start), least), most)
+    chosen, after = None, before
+    for _ in range(_TRIES):
+        if steps := system.steps(exp(place), some, derivatives=2):
+            tried = weight[some] + steps[0]
+            error = held_out.error(tried, some)
+            slope, bend = (exp(place) * one for one in held_out.turns(tried, steps[1:], some))
+            bend = exp(place) * bend + slope  # both by the logarithm now
+            wished = -slope / bend if bend > 0 else -copysign(inf, slope)
+        else:
+            error, wished = inf, inf  # a larger ridge may do
+        step = min(max(place + min(max(wished, -_STRIDE), _STRIDE), least), most) - place
+        if error < after:
+            chosen, after = exp(place + step) if abs(step) < _NEAR else exp(place), error
+        elif chosen is not None:
+            break  # it was less far from there
+        if abs(step) < (0.05 if chosen is None else _NEAR):
+            break
+        place += step
+    return chosen, before, after

@@ -103,7 +103,7 @@ def refit_(
     discovery: Discovery,
     removal: Removal,
     input_ids: torch.Tensor,
-    ridges: Sequence[float] = RIDGES,
+    ridges: tuple[float, float] = RIDGES,
     known: HiddenStates | None = None,
 ) -> list[Refitted]:
     """Refit the consumers of a pruned model in place.
@@ -114,7 +114,7 @@ def refit_(
         discovery: of the dense model.
         removal: what was removed, in its numbering.
         input_ids: shape (samples, seq_len); at least two samples.
-        ridges: those to choose from, see `best_refit`.
+        ridges: the least and the largest to choose from, see `best_refit`.
         known: hidden states of the dense model; used for as many samples as are the same here.
 
     Returns:
@@ -258,7 +258,7 @@ class _Refit:
         consumers: Mapping[int, _Consumer],
         gone: Collection[str],
         ids: torch.Tensor,
-        ridges: Sequence[float],
+        ridges: tuple[float, float],
         known: HiddenStates | None,
     ) -> None:
         self.ridges, self.known = ridges, known or HiddenStates()

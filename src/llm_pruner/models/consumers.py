@@ -93,10 +93,18 @@ def add_gram_(gram: torch.Tensor, rows: torch.Tensor) -> None:
 
     Args:
         gram: shape (features, features).
-        rows: x, shape (tokens, features), of the same dtype and device.
+        rows: x, shape (tokens, features); of a shorter dtype, products are rounded to it.
     """
     for start, stop in _strips(len(gram)):
-        gram[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+        add_product_(gram[start:stop, start:], rows[:, start:stop].T, rows[:, start:])
+
+
+def add_product_(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add ``left @ right`` to ``sums``; of factors of a shorter dtype, it is rounded to that."""
+    if left.dtype == sums.dtype:
+        sums.addmm_(left, right)
+    else:
+        sums.add_(left @ right)
 
 
 def complete_gram_(gram: torch.Tensor) -> torch.Tensor:

@@ -112,7 +112,7 @@ def find_split(
         give_back()
         size = sum(one.numel() for one in model.parameters())
         some = tokens[: refit_samples(size, tokens.shape[1])]
-        refit_(network, model, discovery, removal, some, (REFIT_RIDGE,), known)
+        refit_(network, model, discovery, removal, some, (REFIT_RIDGE, REFIT_RIDGE), known)
         give_back()
         return SplitTrial(dict(split), meter.of(network), refitted=True)
 
