@@ -18,10 +18,12 @@ from families import discovered, make
 from helpers import tiny_model
 from llm_pruner.discovery.groups import discover
 from llm_pruner.errors import UserError
-from llm_pruner.importance import Criterion, score
+from llm_pruner.importance import Criterion, boundary_pass, score
 from llm_pruner.importance.criteria import MEASURES, obs
 from llm_pruner.importance.observation import Measure, Observation, Reading
 from llm_pruner.importance.observing import last_members, measure
+from llm_pruner.models.activation_store import HiddenStates
+from llm_pruner.models.blockwise import find_chain
 from llm_pruner.models.consumers import Consumer, consumers_of, weight_of
 from llm_pruner.models.forward import undisturbed
 from llm_pruner.runtime.processes import ALONE
@@ -95,6 +97,61 @@ def test_gates_are_derivatives(name: str) -> None:
         np.testing.assert_allclose(
             seen[group.name].gates[:, 0], gated(model, group, ids), rtol=1e-8, atol=1e-12
         )
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_activations_that_are_held_say_what_blocks_say_that_run_again(
+    name: str, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, discovery = discovered(name)
+    kinds, needs = ("heads", "ffn", "layers"), {"gates"}
+    if stride == 2:
+        kinds, needs = ("heads", "ffn"), {"gates", "tokens", "moments"}
+    groups = [g for g in discovery.groups if g.kind in kinds and g.frozen is None]
+    ids = tokens(12, 32)
+    monkeypatch.setattr(boundary_pass, "TOKENS", 256)
+    monkeypatch.setattr(boundary_pass, "_TOKENS_HELD", 96)
+    monkeypatch.setattr(boundary_pass, "_FEWEST_HELD", 64)
+    monkeypatch.setattr(boundary_pass, "loss_stride", lambda _: stride)
+    ran: list[slice] = []
+    real = boundary_pass._BlockPass._there_and_back
+    monkeypatch.setattr(
+        boundary_pass._BlockPass,
+        "_there_and_back",
+        lambda self, part: (ran.append(part), real(self, part))[1],
+    )
+    found, states = [], []
+    for streamed in (False, True):
+        monkeypatch.setattr(boundary_pass, "is_model_streamed", lambda _, is_so=streamed: is_so)
+        seen: dict[str, Observation] = {}
+
+        def note(one: Observation, seen: Any = seen) -> np.ndarray[Any, Any]:
+            seen[one.group.name] = one
+            return np.zeros(one.group.size)
+
+        how = Measure(frozenset(needs), note)
+        states.append(HiddenStates())
+        with undisturbed(model):
+            measure(model, ids, groups, how, ALONE, states[-1])
+        found.append(seen)
+    assert [one.stop - one.start for one in ran] == [3, 3, 2, 3, 1]
+    held, again = found
+    assert held.keys() == again.keys() == {group.name for group in groups}
+    for group, one in held.items():
+        np.testing.assert_array_equal(one.gates, again[group].gates)
+        assert (one.gates != 0).any()
+        if one.token_squares is not None:
+            np.testing.assert_array_equal(one.token_squares, again[group].token_squares)
+        for mine, other in zip(one.readings, again[group].readings, strict=True):
+            np.testing.assert_array_equal(mine.square, other.square)
+    with undisturbed(model):
+        blocks = len(find_chain(model, ids, {}).blocks)
+    for block in range(blocks + 1):
+        whole = [one.read(block, slice(0, 12)) for one in states]
+        assert torch.equal(*whole)
+    for one in states:
+        one.close()
 
 
 def test_gates_without_a_linear_consumer_come_from_weight_gradients() -> None:

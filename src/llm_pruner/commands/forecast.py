@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -60,7 +61,7 @@ from llm_pruner.errors import UserError
 from llm_pruner.evaluation.footprint import model_size
 from llm_pruner.files.outputs import bytes_of, nearest
 from llm_pruner.importance import Criterion, score
-from llm_pruner.importance.boundary_pass import TOKENS
+from llm_pruner.importance.boundary_pass import ACTIVATIONS, TOKENS, one_of
 from llm_pruner.models.activation_store import ActivationStore, HiddenStates
 from llm_pruner.models.forward import Decoder, embedding_rows, is_on_meta, make_room_, tensor_bytes
 from llm_pruner.models.layers import heaviest_list, own_copy, sharing_copy, without_layers
@@ -254,7 +255,9 @@ class _Forecaster:
             more = max(0.0, taken.seconds - first[job].seconds) / max(1, deeper - 1)
             each = min(more, taken.seconds / deeper)  # what is more is no block's but chance
             one = whole[job]
-            self.jobs[job] = Taken(one.seconds + each * (count - 1), one.bytes)
+            held = (taken.bytes - first[job].bytes) * (count - 1) // max(1, deeper - 1)
+            held = min(max(0, held), ACTIVATIONS) if job == "estimate" else 0
+            self.jobs[job] = Taken(one.seconds + each * (count - 1), one.bytes + held)
         for job in first.keys() - deep.keys():
             self.jobs[job] = Taken(first[job].seconds * count, first[job].bytes)
         give_back()
@@ -299,7 +302,8 @@ class _Forecaster:
     ) -> None:
         """Refit a block on as much text as there will be, and as much as trials have."""
         tried = min(self.scored, refit_samples(self.total, self.length))
-        jobs = {"refit": (self.fitted, RIDGES), "trial refit": (tried, (REFIT_RIDGE,))}
+        given = REFIT_RIDGE, REFIT_RIDGE
+        jobs = {"refit": (self.fitted, RIDGES), "trial refit": (tried, given)}
         for name, (samples, ridges) in jobs.items():
             if name != "refit" and not self.run.splits:
                 continue
@@ -336,7 +340,8 @@ class _Forecaster:
         selection = planning.Selection(structures=wanted)
         numbering = planning.Numbering.dense(discovery)
         names = planning.scored_groups(discovery, selection, numbering)
-        with fast_matmul(model):
+        # A streamed model's blocks are run again, whatever could be held.
+        with fast_matmul(model), one_of(sys.maxsize if self.streamed else self._count()):
             job = partial(score, model, discovery, criterion, seed=0, groups=names)
             found["estimate"], scores = _taken(partial(job, input_ids=ids[: self.batch]))
         dense = model_size(model)

@@ -4,13 +4,18 @@ One forward pass keeps the hidden states at the boundaries between blocks and yi
 the loss at the last boundary. Then, from the last block to the first, each block is run again on
 its stored input and the gradient is pulled back through it: no more than one block's activations
 and weight gradients exist at a time. A model that is no chain of blocks runs as a whole.
+
+Where a few samples' activations of all blocks take no more than ``ACTIVATIONS``, and nothing else
+is collected for each block, no block is run twice: these samples go forward through all blocks, and
+the gradient straight back. As many samples go together where the weights do not stay in memory and
+blocks are run again, so that the sums are the same.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -18,9 +23,18 @@ from torch import nn
 
 from llm_pruner.errors import UserError
 from llm_pruner.models.activation_store import ActivationStore, HiddenStates, free_on_disk
-from llm_pruner.models.blockwise import Call, Chain, Handler, hidden_of, requiring_gradients
+from llm_pruner.models.blockwise import (
+    Call,
+    Chain,
+    Handler,
+    hidden_of,
+    output_of,
+    requiring_gradients,
+    with_hidden,
+)
 from llm_pruner.models.forward import gives_chosen, run_for_logits
 from llm_pruner.models.streaming import ends_of, is_model_streamed, turn
+from llm_pruner.runtime.memory import free_bytes
 from llm_pruner.runtime.processes import ALONE, Processes
 from llm_pruner.runtime.progress import track
 
@@ -32,6 +46,15 @@ TOKENS = 2048
 
 _TOKENS_WHOLE = 1024
 """Tokens that go through the whole model together, with all its activations held."""
+
+_TOKENS_HELD = 512
+"""Tokens that go forward and back together, with the activations of all blocks held."""
+
+_FEWEST_HELD = 256
+"""Fewer cost more, since each product then reads its weights for them alone, than a second run."""
+
+ACTIVATIONS = 2**30
+"""Bytes of activations that may be held."""
 
 _LOGIT_BYTES = 2**27
 """Bytes of logits held at a time; their gradient takes as much again."""
@@ -55,8 +78,25 @@ _BACKOFF = 2.0**-8
 _ATTEMPTS = 5
 
 
+_Run: TypeAlias = tuple[int, torch.Tensor, torch.Tensor, list[tuple[str, torch.Tensor]]]
+"""A block, its input, its output and what the collector has seen in it."""
+
 Seen: TypeAlias = tuple[str, torch.Tensor, torch.Tensor | None]
 """A module, what it was given or has returned, and the gradient of that."""
+
+
+_whole: int | None = None
+
+
+@contextmanager
+def one_of(blocks: int) -> Iterator[None]:
+    """Inside, samples go together as in a model of so many blocks."""
+    global _whole
+    before, _whole = _whole, blocks
+    try:
+        yield
+    finally:
+        _whole = before
 
 
 class Collector:
@@ -68,6 +108,7 @@ class Collector:
             their sum.
         label: what the progress bar says.
         modules: ids of the modules besides that the pass has to reach.
+        light: whether what is collected of all blocks at once takes little memory.
         processes: those that share the samples, ``TOKENS`` at a time.
         keep: takes the hidden states of all samples where one process has them.
     """
@@ -86,6 +127,8 @@ class Collector:
         self.modules = frozenset(modules)
         self.processes = processes
         self.keep = keep if processes.count == 1 else None
+
+    light = False
 
     def tells_apart(
         self, owned: Mapping[str, nn.Parameter], run: Callable[[], torch.Tensor]
@@ -142,9 +185,14 @@ class Collector:
         part: slice,
         names: Iterable[str],
         hidden: torch.Tensor | None = None,
+        seen: Sequence[tuple[str, torch.Tensor]] | None = None,
     ) -> tuple[torch.Tensor | None, float]:
-        """Pull a gradient back to all that is wanted; return that of ``hidden`` and its factor."""
-        seen, names = self.seen(), list(names)
+        """Pull a gradient back to all that is wanted; return that of ``hidden`` and its factor.
+
+        Args:
+            seen: what `seen` returned for it; by default asked for.
+        """
+        seen, names = self.seen() if seen is None else seen, list(names)
         inputs = [tensor for _, tensor in seen] + [self.parameters[name] for name in names]
         if hidden is not None:
             inputs.append(hidden)
@@ -218,6 +266,7 @@ class _BlockPass:
 
     states: ActivationStore
     gradients: ActivationStore
+    each = ACTIVATIONS + 1  # bytes of all blocks' activations of a sample, if they may be held
 
     def __init__(self, chain: Chain, input_ids: torch.Tensor, collector: Collector) -> None:
         self.chain, self.ids, self.collector = chain, input_ids, collector
@@ -231,14 +280,20 @@ class _BlockPass:
         self.begins: dict[int, int] = {}  # sample -> the first that the head saw with it
         all_seen = not gives_chosen(chain.model) or watched - places.keys()
         stride = 1 if all_seen else loss_stride(chain)
-        self._take_positions(min(stride, length - 1))
+        self.stride = min(stride, length - 1)
 
     def _take_positions(self, stride: int) -> None:
         """Note at one position in how many the loss is taken, and how many samples of a batch the
-        head then has room for."""
+        head then has room for; and how many go forward and back together (0: blocks are run again
+        for more of them)."""
         samples, length = self.ids.shape
         logits = _LOGIT_BYTES * stride // (length * self.chain.vocabulary * 4)
         self.stride, self.headed = stride, max(1, min(samples, logits, TOKENS // length))
+        size = min(max(1, _TOKENS_HELD // length), self.headed, ACTIVATIONS // self.each)
+        self.held = 0
+        if size * length >= _FEWEST_HELD:
+            batch = max(1, TOKENS // length)
+            self.held = self.headed = math.ceil(batch / math.ceil(batch / size))
 
     @torch.no_grad()
     def _prove_positions(self) -> None:
@@ -294,43 +349,131 @@ class _BlockPass:
                 closing(ActivationStore(range(1), samples, MEMORY * 3 // 4)) as self.gradients,
                 closing(states) if collector.keep is None else nullcontext(states) as self.states,
             ):
-                self._forward()
-                ends = ends_of(chain.model)
-                with turn(*ends):
-                    self._prove_positions()
-                for batch, owner in self.batches.all:
-                    with turn(*ends):
-                        for part in self.batches.parts(batch, self.headed):
-                            self.begins |= dict.fromkeys(range(part.start, part.stop), part.start)
-                            self._head(part)
-                    collector.add_up(None, (), batch, owner)
-                order = range(self.count - 1, self.lowest - 1, -1)
-                steps = [(index, *one) for index in order for one in self.batches.all]
-                with ExitStack() as held:
-                    for index, batch, owner in track(steps, f"{collector.label}: blocks"):
-                        if batch.start == 0:
-                            held.enter_context(turn(chain.blocks[index]))
-                            apart = self._tells_apart(index)
-                        size = samples if collector.together or apart else 1
-                        for part in self.batches.parts(batch, size):
-                            self._block(index, part, {} if apart else chain.owned[index])
-                        collector.add_up(index, chain.owned[index], batch, owner)
-                        if batch.stop == samples:
-                            self._passed(index)
-                            collector.finished(index, chain.owned[index])
-                            held.close()
-                            torch.clear_autocast_cache()
-                if chain.outside:
-                    size = self.headed if collector.together else 1
-                    label = f"{collector.label}: embedding and head"
-                    with requiring_gradients(chain.outside), turn(*ends):
-                        for batch, owner in track(self.batches.all, label):
-                            for part in self.batches.parts(batch, size):
-                                self._outside(part)
-                            collector.add_up(None, chain.outside, batch, owner)
-                        collector.finished(None, chain.outside)
+                light = collector.light and collector.together
+                if light and not (chain.outside or any(chain.owned)):
+                    self.each = self._bytes_held(self.count // 2) * (_whole or self.count)
+                self._take_positions(self.stride)
+                room = free_bytes(str(self.ids.device)) // 2
+                if self.held and room > ACTIVATIONS and not is_model_streamed(chain.model):
+                    self._by_sample()
+                else:
+                    self._by_block()
             if collector.keep is not None:
                 collector.keep.keep(self.ids, states)
+
+    def _by_block(self) -> None:
+        """Run all samples through one block after the other, and back through each again."""
+        chain, collector, samples = self.chain, self.collector, len(self.ids)
+        self._forward()
+        ends = ends_of(chain.model)
+        with turn(*ends):
+            self._prove_positions()
+        for batch, owner in self.batches.all:
+            with turn(*ends):
+                for part in self.batches.parts(batch, self.headed):
+                    self.begins |= dict.fromkeys(range(part.start, part.stop), part.start)
+                    self._head(part)
+            collector.add_up(None, (), batch, owner)
+        order = range(self.count - 1, self.lowest - 1, -1)
+        steps = [(index, *one) for index in order for one in self.batches.all]
+        with ExitStack() as held:
+            for index, batch, owner in track(steps, f"{collector.label}: blocks"):
+                if batch.start == 0:
+                    held.enter_context(turn(chain.blocks[index]))
+                    apart = self._tells_apart(index)
+                size = self.held or (samples if collector.together or apart else 1)
+                for part in self.batches.parts(batch, size):
+                    self._block(index, part, {} if apart else chain.owned[index])
+                collector.add_up(index, chain.owned[index], batch, owner)
+                if batch.stop == samples:
+                    self._passed(index)
+                    collector.finished(index, chain.owned[index])
+                    held.close()
+                    torch.clear_autocast_cache()
+        if chain.outside:
+            size = self.headed if collector.together else 1
+            label = f"{collector.label}: embedding and head"
+            with requiring_gradients(chain.outside), turn(*ends):
+                for batch, owner in track(self.batches.all, label):
+                    for part in self.batches.parts(batch, size):
+                        self._outside(part)
+                    collector.add_up(None, chain.outside, batch, owner)
+                collector.finished(None, chain.outside)
+
+    def _bytes_held(self, index: int) -> int:
+        """Return the bytes of a block's activations that the way back of a sample needs."""
+        sample, block = self.ids[:1], self.chain.blocks[index]
+        weights = {one.untyped_storage().data_ptr() for one in block.parameters()}
+        found: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with turn(block), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            kept = self.chain.run_block(index, sample, self.chain.entry(sample))
+        self.collector.seen()
+        del kept  # not before, so that no two tensors were at one place
+        return max(1, sum(found.values()))
+
+    def _by_sample(self) -> None:
+        """Run some samples after others through all blocks, and straight back."""
+        collector, order = self.collector, range(self.count - 1, self.lowest - 1, -1)
+        if self.stride > 1 and self.batches.own:
+            first = self.batches.own[0].start
+            with torch.no_grad():
+                self._through(slice(first, first + 1), None, [])
+            self._prove_positions()
+        for batch, owner in track(self.batches.all, collector.label):
+            for part in self.batches.parts(batch, self.headed):
+                self.begins |= dict.fromkeys(range(part.start, part.stop), part.start)
+                self._there_and_back(part)
+            for index in (None, *order):
+                collector.add_up(index, (), batch, owner)
+        for index in order:
+            collector.finished(index, ())
+
+    def _through(
+        self, part: slice, positions: torch.Tensor | None, runs: list[_Run]
+    ) -> torch.Tensor:
+        """Return the logits of some samples, and add to ``runs`` those of the blocks down to the
+        lowest."""
+
+        def handler(at: int, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            given = hidden_of(args, kwargs).detach()
+            if self.collector.keep is not None:
+                self.states.write(at, part, given)
+            wanted = at >= self.lowest and torch.is_grad_enabled()
+            args, kwargs = with_hidden(args, kwargs, given.requires_grad_(wanted))
+            with torch.set_grad_enabled(wanted):
+                output = output_of(original(*args, **kwargs))
+            if wanted:
+                runs.append((at, given, output, self.collector.seen()))
+            output = output.detach().to(given.dtype)
+            if at + 1 == self.count:
+                self.states.write(self.count, part, output)
+                output.requires_grad_(torch.is_grad_enabled())
+                runs.append((self.count, output, output, []))
+            return self.chain.as_output(at, output)
+
+        return self.chain.run(self.ids[part], handler, positions)
+
+    def _there_and_back(self, part: slice) -> None:
+        """Run some samples through all blocks and pull the gradient back through each."""
+        runs: list[_Run] = []
+        positions = self._positions(part)
+        logits = self._through(part, positions, runs)
+        cotangent = loss_cotangent(logits, self.ids[part], part.start, positions)
+        _, top, *_ = runs.pop()
+        below = self.collector.pull([logits], [cotangent], part, (), top)
+        del logits, cotangent
+        while runs:
+            index, hidden, output, seen = runs.pop()
+            gradient = _widened(*below).to(output.device)
+            below = self.collector.pull([output], [(gradient, 1.0)], part, (), hidden, seen)
+            self.collector.passed(index, part, hidden, output, gradient)
 
     def _passed(self, index: int) -> None:
         """Forget the hidden states before a block, if nobody else is to have them."""
@@ -395,10 +538,7 @@ class _BlockPass:
 
     def _store(self, part: slice, gradient: torch.Tensor | None, factor: float) -> None:
         """Store the gradient at a boundary, in float32 or wider."""
-        if gradient is None:
-            raise AssertionError("a boundary without a gradient passed the probe")
-        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        self.gradients.write(0, part, wide if factor == 1.0 else wide * factor)
+        self.gradients.write(0, part, _widened(gradient, factor))
 
     def _outside(self, part: slice) -> None:
         """Pull back to the parameters outside the blocks (embedding, last norm, head).
@@ -416,6 +556,14 @@ class _BlockPass:
         outputs, cotangents = zip(*(one for one in pairs if one[0].requires_grad), strict=True)
         self.collector.seen()  # in the forward pass already
         self.collector.pull(outputs, cotangents, part, self.chain.outside)
+
+
+def _widened(gradient: torch.Tensor | None, factor: float) -> torch.Tensor:
+    """Return the gradient at a boundary in float32 or wider."""
+    if gradient is None:
+        raise AssertionError("a boundary without a gradient passed the probe")
+    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    return wide if factor == 1.0 else wide * factor
 
 
 def loss_stride(chain: Chain) -> int:

@@ -201,6 +201,7 @@ class _Watch(Collector):
             processes=processes,
             keep=keep,
         )
+        self.light = "gram" not in self._where_linear
         # What a forward pass shows is all that is asked for.
         self._forward_only = not self._members and self._where_linear <= {"moments", "gram"}
         self._seen: list[tuple[str, torch.Tensor]] = []
@@ -356,7 +357,8 @@ class _Watch(Collector):
             for group in (order if "tokens" in self._needs else ())
         ]
         sums = {path: self._of_batch(path) for path in paths if path in self._summed}
-        self._batch_moments = {}
+        for path in sums:
+            del self._batch_moments[path]
         given = [*gates, *squares, *(one.sums for one in sums.values())]
         given += [one.gram for one in sums.values() if one.gram is not None]
         found = iter(self.processes.hand_in(owner, given))
