@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,21 @@ SCENES = {
     "test_remote_code",
 }
 """Modules that run commands and are about the ways in which models are traced and compared."""
+
+gc.disable()  # nothing that is collected goes away, and passes over it would take a third of it
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage again."""
+    gc.enable()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import no module of slow tests alone where they are left out."""
+    if config.option.markexpr != "not slow" or collection_path.suffix != ".py":
+        return None
+    text = collection_path.read_text(encoding="utf-8")
+    return True if re.search(r"^pytestmark = \[?pytest\.mark\.slow", text, re.MULTILINE) else None
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -386,7 +386,8 @@ def test_trials_on_logits_that_are_not_finite_are_refused(tiny: Path, tmp_path: 
 
 def test_a_target_that_no_structure_reaches_alone_is_shared_out_by_one_ranking() -> None:
     model = tiny_model("llama", num_hidden_layers=6)
-    discovery, numbering = discover(model), Numbering.dense(discover(model))
+    discovery = discover(model)
+    numbering = Numbering.dense(discovery)
     scores = {group.name: np.arange(1.0, group.size + 1) for group in discovery.groups}
     chosen, held_out = Selection(("heads", "ffn"), scope="global"), torch.arange(3, 35)[None]
     target = Target(ratio=0.55)
@@ -406,7 +407,8 @@ def test_a_share_too_small_for_a_unit_does_not_end_the_search(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = tiny_model("llama", num_hidden_layers=2)
-    discovery, numbering = discover(model), Numbering.dense(discover(model))
+    discovery = discover(model)
+    numbering = Numbering.dense(discovery)
     scores = {group.name: np.arange(1.0, group.size + 1) for group in discovery.groups}
     found = iter([3.0, 2.0, 2.0, 1.5, 1.8])  # heads, FFN channels, then 5%, 10% and 20% of heads
     monkeypatch.setattr(trials, "allocate", lambda *_: {})

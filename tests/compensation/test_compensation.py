@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from families import BASE, make
+from families import BASE, fresh, make
 from helpers import tiny_model
 from llm_pruner.compensation import RIDGES, held_out_samples, refit, refit_
 from llm_pruner.compensation.least_squares import Equations, Rows, Sums, best_refit, equations
@@ -327,8 +327,8 @@ def test_weights_are_trained_afterwards_that_were_before() -> None:
 
 
 def test_hidden_states_of_the_first_blocks_alone_are_left_as_they_are() -> None:
-    dense, ids, fitted = make("llama"), tokens(), []
-    discovery = discover(dense)
+    dense, discovery = fresh("llama")
+    ids, fitted = tokens(), []
     removal = {"layers.0.ffn": np.arange(8), "layers.2.ffn": np.arange(8)}
     with closing(HiddenStates()) as known:
         chosen = {"layers.0.ffn"}  # which a forward pass through one block is enough for

@@ -29,6 +29,7 @@ from llm_pruner.models import streaming
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.streaming import stream_
 from llm_pruner.planning import Numbering, Selection, Target
+from llm_pruner.runtime import precision
 from llm_pruner.search.structure_split import find_split
 from llm_pruner.settings.evaluate import PerplexitySettings
 from llm_pruner.surgery import verify
@@ -65,6 +66,12 @@ def stages(model: Any, discovery: Discovery) -> Iterator[Any]:
     yield np.array([one.after for one in done])
     text = EvaluationText("text", None, "")
     yield np.array(perplexity_of_windows(pruned, IDS, text, PerplexitySettings()).nll)
+
+
+@pytest.fixture(autouse=True)
+def alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have neither device round factors to bfloat16."""
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda *_: False)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from transformers import DynamicCache, Lfm2Config, Lfm2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from command import done, run, save_tiny, write_text
-from families import make
+from families import fresh
 from llm_pruner import Criterion, Selection, Target, allocate, discover, prune_, score
 from llm_pruner.errors import UserError
 from llm_pruner.evaluation.footprint import count_work
@@ -37,8 +37,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("structures", [("heads",), ("layers",), ("heads", "layers")])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mixtral"])
 def test_the_cache_is_as_much_smaller(family: str, structures: tuple[str, ...], scope: Any) -> None:
-    model: Any = make(family)
-    discovery = discover(model)
+    model, discovery = fresh(family)
     if any(g.kind in structures and g.frozen for g in discovery.groups):
         pytest.skip("frozen in this family")
     selection = Selection(structures, scope=scope)
@@ -56,8 +55,7 @@ def test_the_cache_is_as_much_smaller(family: str, structures: tuple[str, ...], 
 
 def test_structures_that_leave_the_cache_alone_are_refused() -> None:
     for family, structures in (("llama", ("heads", "ffn")), ("deepseek_v3", ("heads",))):
-        model = make(family)
-        discovery = discover(model)
+        model, discovery = fresh(family)
         with pytest.raises(UserError, match=f"{structures[-1]}: the cache of this model is as"):
             cache_cost(model, discovery, Selection(structures), Numbering.dense(discovery))
 
@@ -98,15 +96,13 @@ def test_what_cannot_be_is_one_line(dense: Path, tmp_path: Path) -> None:
 
 
 def test_sizes_that_multiply_are_refused() -> None:
-    model: Any = make("llama")
-    discovery = discover(model)
+    model, discovery = fresh("llama")
     with pytest.raises(UserError, match="head_dim takes a part of each of heads; name one"):
         cache_cost(model, discovery, Selection(("heads", "head_dim")), Numbering.dense(discovery))
 
 
 def test_prices_are_measured_anew_after_a_step() -> None:
-    model: Any = make("llama")
-    discovery = discover(model)
+    model, discovery = fresh("llama")
     numbering = Numbering.dense(discovery)
     first = cache_cost(model, discovery, Selection(("heads",)), numbering)
     removal = {"layers.0.heads": np.array([0])}

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from families import make
-from llm_pruner import discover
+from families import fresh, make
 from llm_pruner.evaluation.divergence import compare
 from llm_pruner.search.divergence import DivergenceMeter, divergences
 from llm_pruner.surgery.cut import cut_, cut_copy
@@ -29,8 +28,7 @@ def test_sample_by_sample_the_divergence_is_the_same() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_a_trial_is_the_pruned_model_and_leaves_the_dense_one(family: str) -> None:
-    model = make(family)
-    discovery = discover(model)
+    model, discovery = fresh(family)
     before = copy.deepcopy(model.state_dict())
     meter = DivergenceMeter(model, tokens(2))
     group = next(g for g in discovery.groups if g.kind == "ffn" and g.frozen is None)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from families import make
+from families import fresh
 from helpers import tiny_model, tiny_tokenizer
 from llm_pruner import discover
 from llm_pruner.models.load import load_model
@@ -72,8 +72,8 @@ def test_trials_are_judged_on_as_many_tokens_as_there_are(
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "falcon_new"])
 def test_the_damage_is_that_of_the_model_without_the_units(name: str) -> None:
-    model = make(name)
-    discovery, held_out = discover(model), tokens()
+    model, discovery = fresh(name)
+    held_out = tokens()
     scores, numbering = random_scores(discovery), Numbering.dense(discovery)
     selection = Selection(("heads", "ffn"), scope="global")
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -111,8 +111,8 @@ def test_read_block_by_block_the_damage_is_the_same(tmp_path: Path) -> None:
 
 
 def test_a_layer_that_costs_more_is_spared() -> None:
-    model = make("llama")
-    discovery, held_out = discover(model), tokens()
+    model, discovery = fresh("llama")
+    held_out = tokens()
     with torch.no_grad():
         model.get_parameter("model.layers.1.mlp.down_proj.weight").mul_(20)
     numbering, target = Numbering.dense(discovery), Target(ratio=0.06)
@@ -133,8 +133,8 @@ def test_a_layer_that_costs_more_is_spared() -> None:
 
 
 def test_the_scores_decide_if_their_model_is_nearer() -> None:
-    model = make("llama")
-    discovery, held_out, scores = discover(model), tokens(), random_scores(discover(model))
+    model, discovery = fresh("llama")
+    held_out, scores = tokens(), random_scores(discovery)
     numbering, target = Numbering.dense(discovery), Target(ratio=0.1)
     selection = Selection(("ffn",), scope="global", spread=3.0)
     asked = discovery, scores, selection
@@ -162,8 +162,8 @@ def test_the_scores_decide_if_their_model_is_nearer() -> None:
 
 
 def test_experts_in_one_tensor_are_left_to_the_scores() -> None:
-    model = make("mixtral")
-    discovery, scores = discover(model), random_scores(discover(model))
+    model, discovery = fresh("mixtral")
+    scores = random_scores(discovery)
     numbering = Numbering.dense(discovery)
     selection = Selection(("heads", "ffn"), scope="global")
     damage = measure_layers(model, discovery, scores, selection, numbering, tokens())
@@ -181,8 +181,7 @@ def test_experts_in_one_tensor_are_left_to_the_scores() -> None:
 def test_what_is_known_is_not_tried_again_and_too_many_groups_are_not_tried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = make("llama")
-    discovery = discover(model)
+    model, discovery = fresh("llama")
     scores, numbering = random_scores(discovery), Numbering.dense(discovery)
     both = discovery, scores, Selection(("heads", "ffn"), scope="global"), numbering
     ffn = discovery, scores, Selection(("ffn",), scope="global"), numbering
@@ -200,8 +199,7 @@ def test_what_is_known_is_not_tried_again_and_too_many_groups_are_not_tried(
 
 
 def test_trials_begin_at_their_layer() -> None:
-    model = make("llama")
-    discovery = discover(model)
+    model, discovery = fresh("llama")
     scores, numbering = random_scores(discovery), Numbering.dense(discovery)
     asked = discovery, scores, Selection(("ffn",), scope="global"), numbering
     ran: dict[int, int] = {}
@@ -214,8 +212,7 @@ def test_trials_begin_at_their_layer() -> None:
 
 
 def test_damage_that_is_no_number_leaves_it_to_the_scores() -> None:
-    model = make("llama")
-    discovery = discover(model)
+    model, discovery = fresh("llama")
 
     with torch.no_grad():
         model.get_parameter("lm_head.weight")[0, 0] = torch.inf
@@ -227,7 +224,7 @@ def test_damage_that_is_no_number_leaves_it_to_the_scores() -> None:
 
 
 def test_units_of_infinite_importance_stay_what_they_are() -> None:
-    discovery = discover(make("llama"))
+    _, discovery = fresh("llama")
     scores, numbering = random_scores(discovery), Numbering.dense(discovery)
     selection = Selection(("ffn",), scope="global")
     damage = {group.name: Damage((8,), (1.0,)) for group in discovery.groups if group.kind == "ffn"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -207,6 +208,18 @@ def discovered(name: str, attention: str | None = None) -> tuple[PreTrainedModel
     """Return a family's model and what can be removed from it; shared by tests, so leave it be."""
     model = make(name, attention=attention)
     return model, discover(model)
+
+
+@cache
+def _made(name: str, config: tuple[tuple[str, Any], ...]) -> tuple[PreTrainedModel, Discovery]:
+    model = make(name, **dict(config))
+    return model, discover(model)
+
+
+def fresh(name: str, **config: Any) -> tuple[PreTrainedModel, Discovery]:
+    """Return a family's model, which the test may change, and what can be removed from it."""
+    model, discovery = _made(name, tuple(sorted(config.items())))
+    return copy.deepcopy(model), discovery
 
 
 @cache

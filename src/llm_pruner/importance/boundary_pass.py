@@ -353,7 +353,7 @@ class _BlockPass:
                 if light and not (chain.outside or any(chain.owned)):
                     self.each = self._bytes_held(self.count // 2) * (_whole or self.count)
                 self._take_positions(self.stride)
-                room = free_bytes(str(self.ids.device)) // 2
+                room = free_bytes("cpu" if self.ids.device.type == "cpu" else "auto") // 2
                 if self.held and room > ACTIVATIONS and not is_model_streamed(chain.model):
                     self._by_sample()
                 else:
