@@ -6,6 +6,7 @@
 
 - ``activations``: forward, and backward to what enters the first block, without gradients of
   weights: what ``gate`` cannot do without;
+- ``activations, attention by sample``: the same with attention as our passes compute it there;
 - ``weights``: forward and backward with the gradients of all weights: what ``taylor`` cannot;
 - ``original``: the loop of the original's mixed order (``reference/mixed_taylor.py``);
 - ``gate``, ``taylor, mixed``: our estimates, of heads and FFN channels.
@@ -22,6 +23,7 @@ import json
 import resource
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,6 +33,7 @@ import transformers
 
 import llm_pruner as lp
 from commands import apart
+from llm_pruner.runtime.attention import by_sample
 from llm_pruner.runtime.precision import multiplies_bfloat16
 from machine import machine
 from reference.mixed_taylor import mixed_scores
@@ -53,9 +56,12 @@ def run(kind: str, model: str, calibration: str) -> dict[str, float]:
     """Return seconds, and bytes beyond the loaded model, of one pass over the text."""
     loaded = lp.load(model)
     text = lp.calibration(loaded, calibration, samples=SAMPLES, seq_len=SEQ_LEN)
-    network, tokens = loaded.network, text.input_ids
+    network, tokens, one_by_one = loaded.network, text.input_ids, by_sample()(plain)
     jobs: dict[str, Callable[[], Any]] = {
         "activations": lambda: plain(network, tokens, weights=False),
+        "activations, attention by sample": partial(
+            by_sample()(plain), network, tokens, weights=False
+        ),
         "weights": lambda: plain(network, tokens, weights=True),
         "original": lambda: mixed_scores(network.requires_grad_(), tokens),
         "gate": lambda: lp.score(loaded, groups, lp.Criterion("gate"), text, groups=cut),
@@ -86,7 +92,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / "pruning_cost.json")
     options = parser.parse_args()
-    kinds = ("activations", "gate", "weights", "taylor, mixed", "original")
+    passes = ("activations", "activations, attention by sample")
+    kinds = (*passes, "gate", "weights", "taylor, mixed", "original")
     runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     for _ in range(options.repeats):
         for kind in kinds:
@@ -102,7 +109,7 @@ def main() -> None:
             },
             "seconds": seconds,
             "bytes": {kind: max(one["bytes"] for one in runs[kind]) for kind in kinds},
-            "gate over activations": round(seconds["gate"] / seconds["activations"], 3),
+            **{f"gate over {one}": round(seconds["gate"] / seconds[one], 3) for one in passes},
             "mixed over weights": round(seconds["taylor, mixed"] / seconds["weights"], 3),
             "original over mixed": round(seconds["original"] / seconds["taylor, mixed"], 2),
             "runs": runs,
