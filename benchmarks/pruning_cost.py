@@ -56,7 +56,7 @@ def run(kind: str, model: str, calibration: str) -> dict[str, float]:
     """Return seconds, and bytes beyond the loaded model, of one pass over the text."""
     loaded = lp.load(model)
     text = lp.calibration(loaded, calibration, samples=SAMPLES, seq_len=SEQ_LEN)
-    network, tokens, one_by_one = loaded.network, text.input_ids, by_sample()(plain)
+    network, tokens = loaded.network, text.input_ids
     jobs: dict[str, Callable[[], Any]] = {
         "activations": lambda: plain(network, tokens, weights=False),
         "activations, attention by sample": partial(
