@@ -320,20 +320,21 @@ def turn(*blocks: nn.Module) -> Iterator[None]:
     ]
     stand_ins = []
     types = [_type_in_turn(module, _SOURCES[parameter]) for module, _, parameter in places]
-    with _undisturbed_by_modes():
-        for (_, _, parameter), kind in zip(places, types, strict=True):
-            if parameter not in _held:
-                stand_ins.append((parameter, parameter.data))
-                parameter.data = values_of(parameter, kind)
-                _held[parameter] = True
     try:
+        with _undisturbed_by_modes():
+            for (_, _, parameter), kind in zip(places, types, strict=True):
+                if parameter not in _held:
+                    values = values_of(parameter, kind)  # of which the memory may be too full
+                    stand_ins.append((parameter, parameter.data))
+                    parameter.data = values
+                    _held[parameter] = True
         yield
     finally:
         if stand_ins:
             torch.clear_autocast_cache()  # of the weights in bfloat16
         with _undisturbed_by_modes():
             for parameter, stand_in in stand_ins:
-                del _held[parameter]
+                _held.pop(parameter, None)
                 parameter.data = stand_in
                 _SOURCES[parameter].forget()
             for module, key, before in places:
