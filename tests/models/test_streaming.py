@@ -30,6 +30,7 @@ from llm_pruner.models.assembled import Assembled, files
 from llm_pruner.models.layers import sharing_copy
 from llm_pruner.models.load import load_model
 from llm_pruner.models.streaming import (
+    as_before,
     ends_of,
     is_model_streamed,
     is_streamed,
@@ -318,6 +319,52 @@ def test_weights_are_there_in_their_turn_and_nan_out_of_it(streamed: Any) -> Non
         assert torch.equal(weight, held)
     assert weight.isnan().all()
     assert torch.equal(values_of(weight), held)
+
+
+def test_a_weight_that_cannot_be_read_leaves_no_trace(
+    streamed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = torch.arange(3, 40)[None]
+    read, count = stored_weight.StoredWeight.read, iter(range(1, 1000))
+
+    def full(source: Any, *dtype: Any) -> torch.Tensor:
+        if next(count) == 5:
+            raise torch.OutOfMemoryError
+        return read(source, *dtype)
+
+    with torch.no_grad():
+        expected = streamed(tokens).logits
+        monkeypatch.setattr(stored_weight.StoredWeight, "read", full)
+        with (
+            pytest.raises(torch.OutOfMemoryError),
+            as_before(streamed),
+            turn(*streamed.model.layers),
+        ):
+            pass
+        assert torch.equal(streamed(tokens).logits, expected)
+
+
+def test_of_a_cut_embedding_a_few_rows_are_read(
+    streamed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resident, tokens = load_model(str(tmp_path / "model")).model, torch.arange(3, 40)[None]
+    discovery = discover(streamed)
+    name = next(one.name for one in discovery.groups if one.kind == "hidden")
+    cut, expected = (cut_copy(one, discovery, {name: [2, 5]}) for one in (streamed, resident))
+    table = streaming._SOURCES[cut.get_input_embeddings().weight]
+    assert table.changes
+    read = stored_weight.StoredWeight.read
+
+    def watched(source: Any, *dtype: Any) -> torch.Tensor:
+        assert source is not table
+        return read(source, *dtype)
+
+    with torch.no_grad():
+        monkeypatch.setattr(stored_weight.StoredWeight, "read", watched)
+        assert torch.equal(cut(tokens).logits, expected(tokens).logits)
+        monkeypatch.undo()
+        again = cut_copy(cut, discover(cut), {name: [1]})  # a trace sees the table as it was cut
+    assert again.get_input_embeddings().weight.shape[1] == table.stored.shape[1] - 3
 
 
 def test_a_streamed_model_takes_no_memory_for_blocks_embedding_and_head(streamed: Any) -> None:

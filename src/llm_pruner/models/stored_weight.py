@@ -10,8 +10,10 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
+from torch.nn import functional
 
 from llm_pruner.models.activation_store import free_on_disk, scratch_folder
 from llm_pruner.models.assembled import Assembled, files, leaves, whole
@@ -29,6 +31,10 @@ _FILED = 2**16
 _DONT_NEED = 4  # MADV_DONTNEED: drop the pages; those of a file are read again when needed
 
 
+Changes: TypeAlias = tuple[tuple[int, torch.Tensor, bool], ...]
+"""(Axis, positions, whether these alone stay; else they are zero), in order."""
+
+
 @dataclass(frozen=True)
 class StoredWeight:
     """Where a weight's values come from.
@@ -38,7 +44,7 @@ class StoredWeight:
         dtype, device: of computation.
         mapped: whether ``stored`` is a view of files that nobody writes to.
         tied: whether several modules use it.
-        changes: (axis, positions, whether these alone stay; else they are zero), in order.
+        changes: see ``Changes``.
     """
 
     stored: torch.Tensor
@@ -46,7 +52,7 @@ class StoredWeight:
     device: torch.device
     mapped: bool
     tied: bool = False
-    changes: tuple[tuple[int, torch.Tensor, bool], ...] = ()
+    changes: Changes = ()
 
     def read(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return the values, on fresh memory or as they are stored."""
@@ -54,14 +60,12 @@ class StoredWeight:
         anew = isinstance(self.stored, Assembled) or kind != self.stored.dtype
         if not self.changes and anew and self.stored.is_contiguous():
             return self.copied(kind)
-        value = whole(self.stored)
-        for dim, places, stay in self.changes:
-            positions = places.to(value.device)
-            if stay:
-                value = value.index_select(dim, positions)
-            else:
-                value = value.index_fill(dim, positions, 0)
-        return value.to(self.device, kind)
+        return _changed(whole(self.stored), self.changes).to(self.device, kind)
+
+    def rows(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the rows of these numbers in their own type, where all changes are of columns."""
+        across = tuple((-1, places, stay) for _, places, stay in self.changes)
+        return _changed(functional.embedding(input, whole(self.stored)), across)
 
     def copied(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the values on fresh memory; of a file, one piece is there beside them."""
@@ -99,6 +103,13 @@ class StoredWeight:
             if last > first:
                 libc = ctypes.CDLL(None)
                 libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONT_NEED)
+
+
+def _changed(value: torch.Tensor, changes: Changes) -> torch.Tensor:
+    for dim, places, stay in changes:
+        at = places.to(value.device)
+        value = value.index_select(dim, at) if stay else value.index_fill(dim, at, 0)
+    return value
 
 
 def filed(values: torch.Tensor) -> tuple[torch.Tensor, bool]:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from llm_pruner.errors import UserError
@@ -294,9 +294,13 @@ def _end_in_turn(end: nn.Module, number: int, forward: Any, *args: Any, **kwargs
         if source is not None and args and args[0].dtype == torch.float64 != source.dtype:
             args = (args[0].to(source.dtype), *args[1:])
         return _in_turn(end, number, forward, *args, **kwargs)
-    with turn(end):
-        found = forward(*args, **kwargs)
     source = _SOURCES.get(end.weight)
+    if source is not None and end.weight not in _held and _finds_rows(end, source):
+        found = source.rows(*args, **kwargs)
+        source.forget()
+    else:
+        with turn(end):
+            found = forward(*args, **kwargs)
     return found if source is None else found.to(source.dtype)
 
 
@@ -371,6 +375,15 @@ def _reads_rows(module: nn.Module, source: StoredWeight) -> bool:
     """
     narrow = torch.promote_types(source.stored.dtype, source.dtype) == source.dtype
     return type(module) is nn.Embedding and narrow and not _wants_gradient(module)
+
+
+def _finds_rows(module: nn.Module, source: StoredWeight) -> bool:
+    """Whether rows can be looked up where they lie, before they are cut: a cut table is a copy.
+
+    A trace, which knows the table as it was cut, is to see the lookup there.
+    """
+    across = all(dim == 1 for dim, _, _ in source.changes)
+    return across and _reads_rows(module, source) and _get_current_dispatch_mode() is None
 
 
 def _wants_gradient(module: nn.Module) -> bool:
