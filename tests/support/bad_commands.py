@@ -235,6 +235,15 @@ TABLE: dict[str, list[Bad]] = {
             ("--teacher empty", "empty has no config.json, so it is no checkpoint; name a…"),
         ),
         *bad(
+            "evaluate",
+            (
+                "--against default --memory 100MB",
+                "a .gguf is unpacked whole, and default takes 0.538 GB in float32, more than the "
+                "0.1 GB of --memory; name the folder that it was made of, which is read block by "
+                "block, or give more",
+            ),
+        ),
+        *bad(
             ("bench", "chat"),
             (
                 "--against file",

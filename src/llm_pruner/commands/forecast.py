@@ -64,7 +64,7 @@ from llm_pruner.importance.boundary_pass import TOKENS
 from llm_pruner.models.activation_store import ActivationStore, HiddenStates
 from llm_pruner.models.forward import Decoder, embedding_rows, is_on_meta, make_room_, tensor_bytes
 from llm_pruner.models.layers import heaviest_list, own_copy, sharing_copy, without_layers
-from llm_pruner.models.load import load, without_values
+from llm_pruner.models.load import check_memory, load, without_values
 from llm_pruner.models.lockstep import runs_in_step
 from llm_pruner.models.stored import stored_at, stored_size
 from llm_pruner.recovery.repair import TRAINED_BYTES
@@ -145,6 +145,8 @@ def forecast(settings: PruneSettings) -> Forecast:
         raise UserError(
             "--estimate measures the processor, and the run would be on a GPU; add --device cpu"
         )
+    if not run.weightless:
+        check_memory(settings.computing(), settings.memory)
     before = began - psutil.Process().create_time()
     return _Forecaster(run, before, began).made()
 

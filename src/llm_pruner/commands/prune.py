@@ -42,7 +42,7 @@ from llm_pruner.models.activation_store import HiddenStates
 from llm_pruner.models.blockwise import NotBlockwise, find_chain
 from llm_pruner.models.forward import embedding_rows, is_on_meta, undisturbed
 from llm_pruner.models.layers import sharing_copy
-from llm_pruner.models.load import LoadedModel, load
+from llm_pruner.models.load import LoadedModel, check_memory, load
 from llm_pruner.models.streaming import is_model_streamed
 from llm_pruner.planning.rounding import rounded_for
 from llm_pruner.report import facts
@@ -294,6 +294,8 @@ class PruneRun:
         if isinstance(self.settings.memory, str):
             self.room //= sharing(self.device)
         loading = self.settings.computing().but(device=self.device)
+        if loaded is None and not self.weightless:
+            check_memory(loading, self.settings.memory)
         self.loaded = loaded or load(
             loading, weights=not self.weightless, memory=self.room, tokenizer=self.tokenizer
         )

@@ -44,12 +44,17 @@ from llm_pruner.models import stored as on_disk
 from llm_pruner.models.assembled import element, put_together_late
 from llm_pruner.models.explained import explained
 from llm_pruner.models.forward import embedding_rows, leave_weights_
-from llm_pruner.models.gguf_file import complete_from_gguf_, drop_tokens_beyond_, require_all_read
+from llm_pruner.models.gguf_file import (
+    complete_from_gguf_,
+    drop_tokens_beyond_,
+    require_all_read,
+    weights_in,
+)
 from llm_pruner.models.older_code import complete_
 from llm_pruner.models.stored_weight import mapped_files
 from llm_pruner.models.streaming import stored, stream_
 from llm_pruner.models.unrounded import unrounded
-from llm_pruner.runtime.memory import keep_all_blocks
+from llm_pruner.runtime.memory import free_bytes, keep_all_blocks
 from llm_pruner.runtime.progress import quiet_bars
 from llm_pruner.settings.common import ModelSettings
 from llm_pruner.settings.limits import check_installed
@@ -287,6 +292,33 @@ def exceeds(model: ModelSettings, memory: int) -> bool:
         return False
     size = _bytes_by_block(model.model, model.revision, model.dtype)
     return size is not None and size > memory
+
+
+def check_memory(model: ModelSettings, memory: int | str) -> None:
+    """Look at whether there is room for a ``.gguf`` file, which is unpacked as a whole.
+
+    Args:
+        memory: bytes that the weights may take; ``auto`` if nobody said, when what is free is only
+            compared.
+
+    Raises:
+        UserError: they need more than was said.
+    """
+    file = on_disk.local_path(model.model)
+    if file.suffix != ".gguf" or not file.is_file():
+        return
+    kind = "float32" if model.dtype == "auto" else model.dtype
+    size = weights_in(file) * getattr(torch, kind).itemsize
+    room = free_bytes(model.device) if isinstance(memory, str) else memory
+    if size <= room:
+        return
+    said = f"a .gguf is unpacked whole, and {model.model} takes {size / 1e9:.3g} GB in {kind}"
+    if not isinstance(memory, str):
+        raise UserError(
+            f"{said}, more than the {room / 1e9:.3g} GB of --memory; name the folder that it was "
+            "made of, which is read block by block, or give more"
+        )
+    _LOG.warning("%s, and %.3g GB of memory are free", said, room / 1e9)
 
 
 def _bytes_by_block(source: str, revision: str | None, dtype: str) -> int | None:
