@@ -465,11 +465,11 @@ def mapped_bytes(file: Path) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="Linux tells what is mapped")
-def test_weights_in_the_cache_of_the_hub_are_known_to_lie_in_files(tmp_path: Path) -> None:
-    """There a file is a link to a blob, whose name is a hash alone."""
-    place, blobs = save(tmp_path / "snapshot", "llama"), tmp_path / "blobs"
-    blobs.mkdir()
-    blob = blobs / ("0a" * 32)
+@pytest.mark.parametrize("name", ["blobs/" + "0a" * 32, "store/files/md5/0a/" + "0a" * 15])
+def test_weights_that_are_links_are_known_to_lie_in_files(tmp_path: Path, name: str) -> None:
+    """In the cache of the hub, and in stores of versions, a file has a hash for a name."""
+    place, blob = save(tmp_path / "snapshot", "llama"), tmp_path / name
+    blob.parent.mkdir(parents=True)
     (place / "model.safetensors").rename(blob)
     (place / "model.safetensors").symlink_to(blob)
     model = load_model(str(place), memory=TINY).model

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -169,7 +170,8 @@ def load_model(
                 # The class of this package does what the code of the folder does.
                 of_model = replace(found, shared=found.shared | {"trust_remote_code": False})
             said = getattr(config, "dtype", None)  # what loads may write into the config
-            with nullcontext() if place is None else put_together_late(mapped_files):
+            late = None if place is None else put_together_late(partial(mapped_files, place))
+            with late or nullcontext():
                 model, unread = _load_model(source, of_model, config, options, weights)
         reads = weights if reads_tokenizer is None else reads_tokenizer
         tokenizer = _load_tokenizer(source, found, tokenizer_required) if reads else None
@@ -188,7 +190,8 @@ def load_model(
         kinds = (on_disk.dtype_named(dtype), said, model.dtype)
         kind = next(one for one in kinds if isinstance(one, torch.dtype))
         exact = unrounded(source, model, place, there, kind, unread)
-        stream_(model, kind, _device(device), memory or 0, unrounded=exact)
+        ranges = mapped_files(place)
+        stream_(model, kind, _device(device), memory or 0, ranges=ranges, unrounded=exact)
     return LoadedModel(
         model=model.eval(),
         tokenizer=tokenizer,

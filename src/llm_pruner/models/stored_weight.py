@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import re
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from llm_pruner.models.activation_store import free_on_disk, scratch_folder
 from llm_pruner.models.assembled import Assembled, files, leaves, whole
+from llm_pruner.models.stored import weight_names
 from llm_pruner.runtime.memory import give_back
 
 _PIECE = 2**24
@@ -139,19 +140,19 @@ def _pieces(
     yield from zip(stored.split(rows), place.split(rows), strict=True)
 
 
-_WEIGHT_FILE = re.compile(r"\.safetensors$|/blobs/[0-9a-f]{40,}$")
-"""What the system calls a file of weights; in the cache of the hub these are links to blobs."""
+def mapped_files(folder: Path) -> list[tuple[int, int]]:
+    """Return the ranges of addresses at which a folder's weight files are mapped.
 
-
-def mapped_files() -> list[tuple[int, int]]:
-    """Return the ranges of addresses at which weight files are mapped; none but on Linux."""
+    None but on Linux. A file may be a link to a name of any kind, as in the cache of the hub.
+    """
     maps = Path("/proc/self/maps")
     if not sys.platform.startswith("linux") or not maps.is_file():
         return []
+    names = {os.path.realpath(folder / name) for name in weight_names(folder)}
     found = []
-    for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in os.fsdecode(maps.read_bytes()).splitlines():
         fields = line.split(maxsplit=5)
-        if len(fields) == 6 and fields[4] != "0" and _WEIGHT_FILE.search(fields[5]):
+        if len(fields) == 6 and fields[5] in names:
             first, last = (int(number, 16) for number in fields[0].split("-"))
             found.append((first, last))
     return found

@@ -28,10 +28,10 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 from torch.utils.weak import WeakIdKeyDictionary
 
 from llm_pruner.errors import UserError
-from llm_pruner.models.assembled import Assembled, are_mapped, whole
+from llm_pruner.models.assembled import Assembled, Ranges, are_mapped, whole
 from llm_pruner.models.layers import heaviest_list, names_in_float32, own_copy, with_initialisers
 from llm_pruner.models.lone_ends import lone_ends
-from llm_pruner.models.stored_weight import StoredWeight, filed, mapped_files
+from llm_pruner.models.stored_weight import StoredWeight, filed
 from llm_pruner.types import IntArray
 
 _LOG = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def in_turns(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         memo[id(one)] = nn.Parameter(one.detach(), one.requires_grad)
     device = next(model.parameters()).device
     copy = own_copy(model, memo)
-    stream_(copy, dtype, device, in_memory=True)
+    stream_(copy, dtype, device)
     return copy
 
 
@@ -115,7 +115,7 @@ def stream_(
     device: torch.device | str = "cpu",
     room: int = 0,
     *,
-    in_memory: bool = False,
+    ranges: Ranges = (),
     unrounded: Mapping[int, torch.Tensor] | None = None,
 ) -> None:
     """Have weights read for each turn of their block, embedding or head; turn others to ``dtype``.
@@ -127,7 +127,7 @@ def stream_(
         dtype: of computation.
         device: where it is computed.
         room: bytes that the weights may take; see ``room_for``.
-        in_memory: the weights are not those of the files any more.
+        ranges: of addresses at which the files of its weights are mapped, if they are.
         unrounded: id of a parameter -> its values, where loading has rounded them.
 
     Raises:
@@ -144,7 +144,6 @@ def stream_(
     _compute_anew_(model, dtype)
     noted, wide = {**(unrounded or {}), **_set_apart_(model)}, _wide(model, dtype)
     uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
-    ranges = [] if in_memory else mapped_files()
 
     def source_of(tensor: torch.Tensor) -> StoredWeight:
         stored = noted.get(id(tensor), tensor).detach()
