@@ -94,6 +94,17 @@ def test_says_that_weights_are_read_block_by_block(made: Path) -> None:
     assert not (made / "small").exists()
 
 
+def test_so_are_those_of_a_model_that_is_not_here_yet(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("stored_size", "stored_at"):
+        monkeypatch.setattr(forecast, name, lambda *_: None)
+    found = said(made, "--preset", "fast", *TEXT, "--memory", "10KB")
+    assert found["streamed"]
+    assert found["rates"]["read"] == found["rates"]["written"]
+    assert not said(made, "--preset", "fast", *TEXT)["streamed"]
+
+
 def test_a_replay_reads_no_text_that_its_run_does_not(made: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     given = [made / "text.txt" if word == "text.txt" else word for word in TEXT]

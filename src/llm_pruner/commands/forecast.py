@@ -169,11 +169,14 @@ class _Forecaster:
         self.total, self.blocks, self.bytes = size.total, size.blocks or 0, size.bytes or 0
         stored = stored_size(settings.model, settings.revision, "auto")
         place = stored_at(settings.model, settings.revision)
-        self.file_bytes = 0 if stored is None else stored[1]
+        # Of what is not on this machine yet, the config says how large its files are.
+        fetched = self.total * self.loaded.stored_dtype.itemsize
+        self.file_bytes = fetched if stored is None else stored[1]
         if place is not None and place.is_file():
             self.file_bytes = place.stat().st_size
         self.room = settings.room(settings.device)
-        self.streamed = stored is not None and stored[0] is not None and self.bytes > self.room
+        in_blocks = stored is None or stored[0] is not None
+        self.streamed = in_blocks and self.bytes > self.room
         self.removed, self.rounds = self._removed(), settings.steps
         self.refitted = 0  # bytes of the new weights, beside the old ones until all are judged
         self._read_text()
@@ -222,8 +225,8 @@ class _Forecaster:
 
     def made(self) -> Forecast:
         """Measure, and put together what each stage takes."""
-        self.read, self.widen = _read_rates(self.settings)
         self.write = _write_rate(self.settings.out)
+        self.read, self.widen = _read_rates(self.settings, self.write)
         self._measure()
         self._put_together()
         stages = {name: one for name, one in self.stages.items() if one != Taken()}
@@ -591,8 +594,11 @@ def _fill_(model: nn.Module) -> None:
             part.copy_(values[: len(part)])
 
 
-def _read_rates(settings: PruneSettings) -> tuple[float, float]:
-    """Return bytes of the weight files that are read in a second, and widened when they are."""
+def _read_rates(settings: PruneSettings, written: float) -> tuple[float, float]:
+    """Return bytes of the weight files that are read in a second, and widened when they are.
+
+    Those that are not on this machine yet are taken to be read as fast as the output is written.
+    """
     place = stored_at(settings.model, settings.revision)
     if place is not None and place.is_file():
         return _unpacking_rate(place), math.inf
@@ -610,7 +616,12 @@ def _read_rates(settings: PruneSettings) -> tuple[float, float]:
                 tensor.to(kind, copy=True)
                 read, widened = read + middle - begin, widened + time.perf_counter() - middle
                 bytes_ += tensor.nbytes
-    return (bytes_ / read, bytes_ / widened) if bytes_ else (math.inf, math.inf)
+    if not bytes_:
+        tensor = torch.zeros(SAMPLE // 2, dtype=torch.bfloat16)
+        begin = time.perf_counter()
+        tensor.to(kind, copy=True)
+        return written, tensor.nbytes / (time.perf_counter() - begin)
+    return bytes_ / read, bytes_ / widened
 
 
 def _unpacking_rate(file: Path) -> float:
